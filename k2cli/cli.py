@@ -1,0 +1,106 @@
+"""The Typer application, and ``main``: the one place where an error becomes an exit code.
+
+Each subcommand is a function of the same name in a module of ``k2cli.commands``. Those modules
+import nothing heavy at their top, so that help and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from k2cli import __version__
+from k2cli.errors import EXIT_INTERRUPTED, InternalError, K2Error
+
+_COMMANDS = (
+    ("download", "download"),
+    ("plan-memory", "plan_memory"),
+    ("quantize", "quantize"),
+    ("launch", "launch"),
+    ("ps", "ps"),
+    ("logs", "logs"),
+    ("stop", "stop"),
+    ("chat", "chat"),
+    ("bench", "bench"),
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from k2cli.ui.output import print_text
+
+        print_text(f"k2 {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Run trillion-parameter open models on a few Apple Silicon machines of your own."""
+
+
+def build_app() -> typer.Typer:
+    """The application with all its commands."""
+    app = typer.Typer(
+        name="k2",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog=(
+            "Exit codes: 0 ok, 1 failed, 2 usage, 3 does not fit in memory, 4 not authorised, "
+            "5 a node or rank failed, 70 internal bug, 130 interrupted."
+        ),
+    )
+    app.callback()(_root)
+    for name, module_name in _COMMANDS:
+        module = importlib.import_module(f"k2cli.commands.{module_name}")
+        app.command(name)(getattr(module, module_name))
+    return app
+
+
+def _report_bug(error: Exception) -> int:
+    """Write the traceback where the user can find it, and say one line."""
+    from k2cli.settings import debug_enabled, state_directory
+    from k2cli.ui.output import print_error
+
+    report = "".join(traceback.format_exception(error))
+    if debug_enabled():
+        sys.stderr.write(report)
+    path = state_directory() / "crash.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report)
+    print_error(
+        InternalError(
+            f"internal error: {type(error).__name__}: {error}",
+            f"the traceback is in {path}; K2_DEBUG=1 shows it",
+        )
+    )
+    return InternalError.exit_code
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        build_app()()
+    except K2Error as error:
+        from k2cli.ui.output import print_error
+
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output went away (``k2 logs | head``): nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        sys.exit(_report_bug(error))

@@ -1,0 +1,63 @@
+"""The error tree of k2: raised where a failure is known, caught once in ``k2cli.cli.main``.
+
+K2Error                 1   the work failed
+├── UsageError          2   the command line or a file given on it is wrong
+├── DoesNotFitError     3   the model does not fit in memory
+├── NotAuthorisedError  4   a Hub or an API refused the credentials
+├── ClusterError        5   a node or a rank failed
+└── InternalError      70   a bug in k2
+
+Exit status 130 (interrupted) has no class: Python's KeyboardInterrupt is it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_INTERRUPTED = 130
+
+
+class K2Error(Exception):
+    """A failure to show to the user: what failed with the user's own value, and what to do.
+
+    Args:
+        message: one sentence, without a full stop, holding the value that was wrong.
+        hint: a command to copy or a thing to change; printed after ``hint:``.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(K2Error):
+    """The command line, or a file named on it, is not usable."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(K2Error):
+    """The model, its cache or a request needs more memory than the nodes have."""
+
+    exit_code = 3
+
+
+class NotAuthorisedError(K2Error):
+    """A Hub or an HTTP API refused the credentials, or wants some."""
+
+    exit_code = 4
+
+
+class ClusterError(K2Error):
+    """A node could not be reached, or a rank or guard failed."""
+
+    exit_code = 5
+
+
+class InternalError(K2Error):
+    """Something that k2 itself got wrong."""
+
+    exit_code = 70

@@ -1,0 +1,94 @@
+"""The plan: placement, byte budget per node and request; a JSON document and a contract.
+
+``plan-memory`` prints it, ``launch`` carries it out. The fields are those of docs/contracts.md;
+a field may be added, none is renamed without a new ``SCHEMA_VERSION``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from k2cli.errors import UsageError
+from k2cli.sharding.placement import Placement
+
+SCHEMA_VERSION = 1
+
+Mark = Literal["exact", "modelled", "assumed"]
+"""How a number came about: traced or read, computed by a model, or taken as given."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """What is planned. ``stored_bytes`` is the size of the checkpoint as stored on disk or Hub."""
+
+    reference: str
+    parameters: int
+    stored_bytes: int
+    architecture: str = ""
+    quantization: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """What the plan must have room for. ``dtype`` is that of activations and KV cache."""
+
+    context_length: int
+    concurrency: int
+    dtype: str = "bfloat16"
+    prefill_chunk_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class NodeBudget:
+    """The ledger of one rank's machine; all in bytes. ``weights_bytes`` is held, not stored."""
+
+    name: str
+    memory_bytes: int
+    limit_bytes: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+    overhead_bytes: int
+    total_bytes: int
+    headroom_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that ``launch`` needs to know and that the user is shown before."""
+
+    model: PlannedModel
+    request: PlannedRequest
+    placement: Placement
+    nodes: tuple[NodeBudget, ...]
+    fits: bool
+    marks: dict[str, Mark] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+
+def plan_to_json(plan: Plan) -> bytes:
+    """The plan as one JSON document, indented, with a final newline."""
+    return msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n"
+
+
+def plan_from_json(document: bytes, source: str) -> Plan:
+    """Read a plan that ``plan-memory --save`` or ``--json`` wrote.
+
+    Raises:
+        UsageError: if it is no JSON, a field is missing or of the wrong type, the placement
+            contradicts itself, or its schema version is another. ``source`` names it.
+    """
+    hint = "k2 plan-memory MODEL --hardware SPEC --save plan.json"
+    try:
+        fields: dict[str, Any] = msgspec.json.decode(document, type=dict[str, Any])
+        version = fields.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UsageError(
+                f"{source} has schema_version {version!r}, this k2 reads {SCHEMA_VERSION}", hint
+            )
+        return msgspec.convert(fields, Plan)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise UsageError(f"{source} is not a plan: {error}", hint) from error

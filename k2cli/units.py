@@ -1,0 +1,62 @@
+"""Values with units: bytes, durations and rates, to and from text.
+
+Bytes are integers everywhere; they become text here and nowhere else. GB is 10^9 bytes and GiB is
+2^30, and the two are never mixed in one figure.
+"""
+
+from __future__ import annotations
+
+import re
+
+from k2cli.errors import UsageError
+
+KB, MB, GB, TB = 10**3, 10**6, 10**9, 10**12
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+
+_BYTE_UNITS = {
+    "": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": TB,
+    "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB,
+    "K": KB, "M": MB, "G": GB, "T": TB,
+}  # fmt: skip
+_BYTES_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def format_bytes(count: int) -> str:
+    """Render in decimal units with three significant figures: ``577.6 GB``, ``98.4 MB``."""
+    sign, size = ("-", -count) if count < 0 else ("", count)
+    for unit, name in ((TB, "TB"), (GB, "GB"), (MB, "MB"), (KB, "kB")):
+        if size >= unit:
+            value = size / unit
+            return f"{sign}{value:.{2 if name == 'TB' else 1}f} {name}"
+    return f"{sign}{size} B"
+
+
+def format_gib(count: int) -> str:
+    """Render in binary gibibytes, for limits that the system counts so: ``464.0 GiB``."""
+    return f"{count / GIB:.1f} GiB"
+
+
+def parse_bytes(text: str) -> int:
+    """Read ``512GB``, ``464 GiB``, ``1.5TB`` or a plain number of bytes.
+
+    Raises:
+        UsageError: if the text is no size, or its unit is unknown.
+    """
+    match = _BYTES_PATTERN.fullmatch(text)
+    unit = _BYTE_UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"'{text}' is not a size", "write for example 512GB or 464GiB")
+    return int(float(match.group(1)) * unit)
+
+
+def format_duration(seconds: float) -> str:
+    """Render a duration: ``850 ms``, ``12.3 s``, ``4 min 05 s``, ``2 h 03 min``."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
