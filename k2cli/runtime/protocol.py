@@ -97,11 +97,11 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # --- launcher -> leader's guard -----------------------------------------------------------------
 
 
-class Heartbeat(Message, tag=True):
+class Heartbeat(Message, tag=True, frozen=True):
     """I am alive. Also travels between guards, and from a guard to its rank."""
 
 
-class StopRun(Message, tag=True):
+class StopRun(Message, tag=True, frozen=True):
     """End the run. ``cause`` is shown to clients whose request it breaks off."""
 
     cause: str
@@ -113,7 +113,7 @@ LauncherMessage = Heartbeat | StopRun
 # --- leader's guard -> launcher (followers' events are passed on by the leader's guard) ----------
 
 
-class GuardStarted(Message, tag=True):
+class GuardStarted(Message, tag=True, frozen=True):
     """A guard is connected and has started its rank."""
 
     rank: int
@@ -122,7 +122,7 @@ class GuardStarted(Message, tag=True):
     rank_pid: int
 
 
-class LoadProgress(Message, tag=True):
+class LoadProgress(Message, tag=True, frozen=True):
     """Bytes of its own weights that a rank has loaded so far."""
 
     rank: int
@@ -131,7 +131,7 @@ class LoadProgress(Message, tag=True):
     total_bytes: int = 0
 
 
-class RankReady(Message, tag=True):
+class RankReady(Message, tag=True, frozen=True):
     """A rank has loaded, and proven, its part. All in bytes, measured by the rank."""
 
     rank: int
@@ -141,13 +141,13 @@ class RankReady(Message, tag=True):
     load_seconds: float
 
 
-class RunReady(Message, tag=True):
+class RunReady(Message, tag=True, frozen=True):
     """Coverage and canary passed on all ranks, and the API answers."""
 
     url: str
 
 
-class LogLine(Message, tag=True):
+class LogLine(Message, tag=True, frozen=True):
     """One line that a rank or its guard wrote."""
 
     rank: int
@@ -156,7 +156,7 @@ class LogLine(Message, tag=True):
     text: str
 
 
-class RankFailed(Message, tag=True):
+class RankFailed(Message, tag=True, frozen=True):
     """A rank is gone or was ended. ``exit_status`` is negative for a signal, as in subprocess.
 
     ``cause`` is one sentence for the user. The first such event of a run is the root cause.
@@ -169,7 +169,7 @@ class RankFailed(Message, tag=True):
     last_lines: list[str] = []
 
 
-class RunEnded(Message, tag=True):
+class RunEnded(Message, tag=True, frozen=True):
     """The last event: all ranks are gone. ``failed`` False after a StopRun."""
 
     cause: str
@@ -184,14 +184,14 @@ RunEvent = (
 # --- between guards -----------------------------------------------------------------------------
 
 
-class ControlEndpoint(Message, tag=True):
+class ControlEndpoint(Message, tag=True, frozen=True):
     """Where the leader rank waits for its followers' control connections."""
 
     host: str
     port: int
 
 
-class RankStatus(Message, tag=True):
+class RankStatus(Message, tag=True, frozen=True):
     """A follower's watchdog view, once a second: steps done and what its rank is doing."""
 
     rank: int
@@ -215,7 +215,7 @@ LivenessMessage = (
 # --- guard -> rank ------------------------------------------------------------------------------
 
 
-class Start(Message, tag=True):
+class Start(Message, tag=True, frozen=True):
     """First message to a rank. ``secret`` (hex) is for the control connections."""
 
     assignment: Assignment
@@ -239,7 +239,7 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_logprobs: int | None = None
 
 
-class Generate(Message, tag=True):
+class Generate(Message, tag=True, frozen=True):
     """A validated request for the leader rank. ``stop_tokens`` end it and are not returned."""
 
     request_id: str
@@ -250,13 +250,13 @@ class Generate(Message, tag=True):
     use_prefix_cache: bool = True
 
 
-class Cancel(Message, tag=True):
+class Cancel(Message, tag=True, frozen=True):
     """Nobody wants the rest of this request."""
 
     request_id: str
 
 
-class Shutdown(Message, tag=True):
+class Shutdown(Message, tag=True, frozen=True):
     """End in good order, at once."""
 
 
@@ -266,13 +266,13 @@ GuardMessage = Start | ControlEndpoint | Generate | Cancel | Shutdown | Heartbea
 # --- rank -> guard ------------------------------------------------------------------------------
 
 
-class ControlListening(Message, tag=True):
+class ControlListening(Message, tag=True, frozen=True):
     """The leader rank has bound its control port."""
 
     port: int
 
 
-class PromptProgress(Message, tag=True):
+class PromptProgress(Message, tag=True, frozen=True):
     """Prompt tokens computed so far. ``cached`` of them were reused."""
 
     request_id: str
@@ -288,7 +288,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top: list[tuple[int, float]] = []
 
 
-class Tokens(Message, tag=True):
+class Tokens(Message, tag=True, frozen=True):
     """Newly generated token ids, in order; ``logprobs`` is as long, or empty if not asked for."""
 
     request_id: str
@@ -296,7 +296,7 @@ class Tokens(Message, tag=True):
     logprobs: list[TokenLogprob] = []
 
 
-class Finished(Message, tag=True):
+class Finished(Message, tag=True, frozen=True):
     """The request is over. Durations in seconds; prefill includes the first token."""
 
     request_id: str
@@ -309,7 +309,7 @@ class Finished(Message, tag=True):
     decode_seconds: float
 
 
-class RequestFailed(Message, tag=True):
+class RequestFailed(Message, tag=True, frozen=True):
     """The request ended by an error of its own; the engine goes on."""
 
     request_id: str
@@ -317,7 +317,7 @@ class RequestFailed(Message, tag=True):
     kind: Literal["invalid", "capacity", "internal"] = "internal"
 
 
-class Fatal(Message, tag=True):
+class Fatal(Message, tag=True, frozen=True):
     """The rank is about to exit because of this."""
 
     error: str
@@ -325,7 +325,7 @@ class Fatal(Message, tag=True):
     kind: Literal["memory", "coverage", "canary", "lost peer", "internal", "checkpoint"] = "internal"
 
 
-class EngineReady(Message, tag=True):
+class EngineReady(Message, tag=True, frozen=True):
     """Leader rank only: every rank has proven its part; requests are welcome."""
 
 
@@ -345,14 +345,14 @@ RankMessage = (
 # --- leader rank -> follower rank ---------------------------------------------------------------
 
 
-class OpenSequence(Message, tag=True):
+class OpenSequence(Message, tag=True, frozen=True):
     """Make an empty KV cache for a sequence."""
 
     step: int
     sequence: int
 
 
-class Forward(Message, tag=True):
+class Forward(Message, tag=True, frozen=True):
     """Run these tokens of one sequence through the model. ``last`` False: only the cache matters.
 
     ``digest`` asks for a digest of what this rank computed, for the canary.
@@ -365,20 +365,20 @@ class Forward(Message, tag=True):
     digest: bool = False
 
 
-class CloseSequence(Message, tag=True):
+class CloseSequence(Message, tag=True, frozen=True):
     """Drop the KV cache of a sequence."""
 
     step: int
     sequence: int
 
 
-class Tick(Message, tag=True):
+class Tick(Message, tag=True, frozen=True):
     """Nothing to do; proves that leader and connection live."""
 
     step: int
 
 
-class Quit(Message, tag=True):
+class Quit(Message, tag=True, frozen=True):
     """The leader ends in good order."""
 
     step: int
@@ -399,14 +399,14 @@ class HeldTensor(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
 
 
-class Holdings(Message, tag=True):
+class Holdings(Message, tag=True, frozen=True):
     """Everything that a rank has loaded and evaluated: its part of the coverage proof."""
 
     rank: int
     tensors: list[HeldTensor]
 
 
-class StepDigest(Message, tag=True):
+class StepDigest(Message, tag=True, frozen=True):
     """Digest of what a rank computed in a step (hex)."""
 
     rank: int
@@ -414,7 +414,7 @@ class StepDigest(Message, tag=True):
     digest: str
 
 
-class FollowerFailed(Message, tag=True):
+class FollowerFailed(Message, tag=True, frozen=True):
     """A follower cannot go on."""
 
     rank: int
