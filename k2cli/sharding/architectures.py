@@ -1,0 +1,102 @@
+"""mlx-lm's model classes, found and imported without the rest of mlx-lm.
+
+``import mlx_lm`` runs its ``__init__``, which imports transformers (1.5 to 4 s) and lowers the
+process's limit on open files. The model definitions need neither. So a bare package of the same
+name is registered that only knows the folder; ``mlx_lm.models.*`` then import as usual (0.1 s).
+The table of renamed model types lives in mlx-lm's ``utils.py``; it is read as a literal from the
+source, so that it is never a copy that can grow old.
+
+This is the only module of k2 that names mlx_lm.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from k2cli.errors import K2Error, UsageError
+
+
+@functools.cache
+def _package_folder() -> Path:
+    spec = importlib.util.find_spec("mlx_lm")
+    if spec is None or not spec.submodule_search_locations:
+        raise K2Error("mlx-lm is not installed", "pip install k2cli")
+    if "mlx_lm" not in sys.modules:
+        package = types.ModuleType("mlx_lm")
+        package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__ = spec
+        sys.modules["mlx_lm"] = package
+    return Path(spec.submodule_search_locations[0])
+
+
+@functools.cache
+def _literals(name: str) -> dict[Any, Any]:
+    """A module-level dict literal of mlx-lm's ``utils.py``, without running that module."""
+    source = (_package_folder() / "utils.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == name for target in node.targets
+        ):
+            value = ast.literal_eval(node.value)
+            assert isinstance(value, dict)
+            return value
+    return {}
+
+
+def models_module(name: str) -> types.ModuleType:
+    """``mlx_lm.models.<name>``, for instance ``cache`` or ``base``."""
+    _package_folder()
+    return importlib.import_module(f"mlx_lm.models.{name}")
+
+
+def module_name(config: Mapping[str, Any]) -> str:
+    """The file in mlx-lm's ``models`` folder that a config's model type belongs to.
+
+    Raises:
+        UsageError: if the config names no model type.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise UsageError(f"config.json has model_type {model_type!r}, expected a name")
+    architectures = config.get("architectures") or ()
+    if isinstance(architectures, str):
+        architectures = (architectures,)
+    by_architecture = _literals("MODEL_ARCHITECTURE_REMAPPING")
+    for architecture in architectures:
+        if (model_type, architecture) in by_architecture:
+            return str(by_architecture[(model_type, architecture)])
+    return str(_literals("MODEL_REMAPPING").get(model_type, model_type))
+
+
+def supported_model_types() -> list[str]:
+    """Every model type that mlx-lm has a class for, sorted."""
+    files = {path.stem for path in (_package_folder() / "models").glob("*.py")}
+    return sorted(files | set(_literals("MODEL_REMAPPING")))
+
+
+def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
+    """The ``Model`` and ``ModelArgs`` classes for a config.
+
+    Raises:
+        UsageError: if mlx-lm has no such model type.
+    """
+    name = module_name(config)
+    if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+        raise UsageError(f"config.json has model_type '{config['model_type']}', which is no name")
+    path = _package_folder() / "models" / f"{name}.py"
+    if path.is_file():
+        module = models_module(name)
+        if hasattr(module, "Model") and hasattr(module, "ModelArgs"):
+            return module.Model, module.ModelArgs
+    raise UsageError(
+        f"model_type '{config['model_type']}' is not one that the installed mlx-lm can run",
+        "pip install -U mlx-lm, or choose a model of a supported architecture",
+    )

@@ -1,0 +1,269 @@
+"""Builds a model from its config and weights, lazily: the one way that planner and ranks do it.
+
+mlx arrays are lazy, so assembling the full trillion-parameter model allocates nothing; the sum of
+``nbytes`` over its parameters is nevertheless exact. The planner passes no weights (or lazy
+zeros shaped after the checkpoint's headers), a rank passes the lazily opened checkpoint. Both go
+through the same steps as mlx-lm's own loader: sanitize, quantize as the config says, fill in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from k2cli.errors import K2Error, UsageError
+from k2cli.sharding.architectures import model_classes
+
+FLOAT_TYPES: Mapping[str, mx.Dtype] = {
+    "float32": mx.float32,
+    "bfloat16": mx.bfloat16,
+    "float16": mx.float16,
+}
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """The model of a config with lazy, random, unquantized parameters.
+
+    Raises:
+        UsageError: if a field of the config is missing or makes no model.
+    """
+    model_class, arguments_class = model_classes(config)
+    try:
+        return model_class(arguments_class.from_dict(dict(config)))
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ArithmeticError,
+            IndexError, RuntimeError, OverflowError) as error:  # fmt: skip
+        raise UsageError(
+            f"config.json does not describe a {config.get('model_type')} model: {error}"
+        ) from error
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The MLX quantization (``group_size``, ``bits``, ``mode``, overrides per module) or None.
+
+    An MLX checkpoint says it in ``quantization``; originals in ``quantization_config``, which may
+    sit inside ``text_config``. fp8 with block scales is no MLX quantization: it is dequantized.
+
+    Raises:
+        UsageError: for a method that mlx-lm cannot load.
+    """
+    if (own := config.get("quantization")) is not None:
+        return dict(own)
+    original = config.get("quantization_config") or (config.get("text_config") or {}).get(
+        "quantization_config"
+    )
+    if not original:
+        return None
+    method = original.get("quant_method")
+    fixed = {
+        ("compressed-tensors", "pack-quantized"): (32, 4, "affine"),
+        ("compressed-tensors", "mxfp4-pack-quantized"): (32, 4, "mxfp4"),
+        ("compressed-tensors", "nvfp4-pack-quantized"): (16, 4, "nvfp4"),
+        ("mxfp4", None): (32, 4, "mxfp4"),
+        ("mxfp8", None): (32, 8, "mxfp8"),
+    }
+    known = fixed.get((method, original.get("format") if method == "compressed-tensors" else None))
+    if known is not None:
+        group_size, bits, mode = known
+        return {"group_size": group_size, "bits": bits, "mode": mode}
+    if method == "fp8":
+        return None
+    if "bits" in original and "group_size" in original and method is None:
+        return dict(original)
+    raise UsageError(
+        f"config.json has quantization_config.quant_method {method!r}"
+        + (f" with format {original['format']!r}" if original.get("format") else "")
+        + ", which k2 cannot load",
+        "use an MLX conversion of the model, or its original weights",
+    )
+
+
+def _ignored_by_original(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a compressed-tensors config leaves a module (by its MLX path) unquantized."""
+    original = config.get("quantization_config") or (config.get("text_config") or {}).get(
+        "quantization_config", {}
+    )
+    patterns = list(original.get("ignore") or [])
+
+    def ignored(path: str) -> bool:
+        name = path.replace(".switch_mlp.", ".experts.0.")
+        name = name.removeprefix("language_model.")
+        for pattern in patterns:
+            if pattern.startswith("re:"):
+                if re.match(pattern[3:], name):
+                    return True
+            elif name == pattern or name.endswith("." + pattern):
+                return True
+        return not patterns or "embed_tokens" in name
+
+    return ignored
+
+
+def _can_quantize(module: nn.Module, group_size: int) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
+
+
+def _predicate_without_weights(
+    model: nn.Module, config: Mapping[str, Any], quantization: Mapping[str, Any]
+) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+    """Which modules are quantized, when only the config is known: mlx_lm.convert's own rule."""
+    group_size = int(quantization["group_size"])
+    of_model = getattr(model, "quant_predicate", None)
+    is_original = "quantization" not in config
+    ignored = _ignored_by_original(config) if is_original else None
+
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path in quantization:
+            entry = quantization[path]
+            return dict(entry) if isinstance(entry, Mapping) else bool(entry)
+        if not _can_quantize(module, group_size):
+            return False
+        if ignored is not None:
+            return not ignored(path)
+        return of_model(path, module) if of_model is not None else True
+
+    return predicate
+
+
+def _packing(path: str, module: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, Any]:
+    """Group size, bits and mode that a stored weight was packed with, from its shapes."""
+    scales, packed = weights[f"{path}.scales"], weights[f"{path}.weight"]
+    input_size = module.weight.shape[-1]
+    group_size = input_size // scales.shape[-1]
+    bits = packed.shape[-1] * 32 // input_size
+    if scales.dtype != mx.uint8:
+        return {"group_size": group_size, "bits": bits, "mode": "affine"}
+    modes = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+    if (bits, group_size) not in modes:
+        raise K2Error(
+            f"tensor {path}.weight is packed with {bits} bits in groups of {group_size}, "
+            "which no MLX mode has"
+        )
+    return {"group_size": group_size, "bits": bits, "mode": modes[bits, group_size]}
+
+
+def _predicate_with_weights(
+    quantization: Mapping[str, Any], weights: Mapping[str, mx.array]
+) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path in quantization:
+            entry = quantization[path]
+            return dict(entry) if isinstance(entry, Mapping) else bool(entry)
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
+            return False
+        return _packing(path, module, weights)
+
+    return predicate
+
+
+def _quantize(
+    model: nn.Module, config: Mapping[str, Any], weights: Mapping[str, mx.array] | None
+) -> None:
+    quantization = quantization_of(config)
+    if quantization is None:
+        return
+    predicate = (
+        _predicate_with_weights(quantization, weights)
+        if weights is not None
+        else _predicate_without_weights(model, config, quantization)
+    )
+    try:
+        nn.quantize(
+            model,
+            group_size=int(quantization["group_size"]),
+            bits=int(quantization["bits"]),
+            mode=str(quantization.get("mode", "affine")),
+            class_predicate=predicate,
+        )
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"config.json's quantization cannot be applied: {error}") from error
+
+
+def cast(model: nn.Module, dtype: mx.Dtype, *, everything: bool = False) -> None:
+    """Cast floating parameters, scales included, lazily and in place.
+
+    Parameters that the model wants kept (its ``cast_predicate``: the router's correction bias)
+    stay as they are, unless ``everything``.
+    """
+    keep = getattr(model, "cast_predicate", None)
+
+    def convert(path: str, value: mx.array) -> mx.array:
+        wanted = everything or keep is None or keep(path)
+        return value.astype(dtype) if wanted and mx.issubdtype(value.dtype, mx.floating) else value
+
+    from mlx.utils import tree_map_with_path
+
+    model.update(tree_map_with_path(convert, model.parameters()))
+
+
+def config_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """The float type that a config says its unquantized parameters have; bfloat16 if silent."""
+    text_config = config.get("text_config") or {}
+    for source in (config, text_config):
+        name = source.get("torch_dtype") or source.get("dtype")
+        if isinstance(name, str) and name.removeprefix("torch.") in FLOAT_TYPES:
+            return FLOAT_TYPES[name.removeprefix("torch.")]
+    return mx.bfloat16
+
+
+def assemble(
+    config: Mapping[str, Any],
+    weights: Mapping[str, mx.array] | None,
+    dtype: str = "checkpoint",
+) -> nn.Module:
+    """The whole model, lazily, quantized as stored and with the parameters that were passed.
+
+    Args:
+        config: the checkpoint's config.json.
+        weights: the checkpoint's tensors by their stored names (lazy), or None if only the
+            config is known: then every float parameter has the config's dtype.
+        dtype: ``checkpoint`` keeps the stored float types; a name of ``FLOAT_TYPES`` casts.
+
+    Raises:
+        UsageError: if the config makes no model.
+        K2Error: if the tensors are not those of this model; the message names some of them.
+    """
+    model = build(config)
+    if weights is None:
+        _quantize(model, config, None)
+        cast(model, config_dtype(config), everything=True)
+    else:
+        sanitized = _sanitize(model, dict(weights))
+        _quantize(model, config, sanitized)
+        _fill(model, sanitized)
+    if dtype != "checkpoint":
+        cast(model, FLOAT_TYPES[dtype])
+    model.eval()
+    return model
+
+
+def _sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    if not hasattr(model, "sanitize"):
+        return weights
+    try:
+        sanitized: dict[str, mx.array] = model.sanitize(weights)
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise K2Error(f"the checkpoint's tensors do not fit its config: {error!r}") from error
+    return sanitized
+
+
+def _fill(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    """Put the tensors in their places; each must have one, and each place its tensor."""
+    from mlx.utils import tree_flatten
+
+    places = dict(tree_flatten(model.parameters()))
+    missing = sorted(places.keys() - weights.keys())
+    unknown = sorted(weights.keys() - places.keys())
+    misshapen = [
+        f"{name} is {weights[name].shape}, expected {place.shape}"
+        for name, place in places.items()
+        if name in weights and weights[name].shape != place.shape
+    ]
+    for kind, names in (("lacks", missing), ("has unknown", unknown), ("has wrong", misshapen)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise K2Error(f"the checkpoint {kind} tensors: {', '.join(names[:3])}{more}")
+    model.load_weights(list(weights.items()), strict=True)

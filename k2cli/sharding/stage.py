@@ -1,0 +1,306 @@
+"""Pipeline stages for any decoder-layer model of mlx-lm, by what is left out of it.
+
+A stage is the whole model, as mlx-lm built it, in which the layers of other stages are replaced
+by layers that do nothing, the embedding by zeros where no token is embedded, and norm and head by
+the identity where no token is sampled. The model's own forward code runs unchanged, so masks,
+layer types and cache kinds are its own business. Two of the replaced layers have a job: the one
+just before the first real layer hands in the hidden states that arrived from the stage before,
+the one just after the last real layer keeps those that must depart to the next.
+
+Nothing real is wrapped, so the parameters keep the names that they have in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from k2cli.errors import UsageError
+from k2cli.sharding.architectures import models_module
+
+
+class AbsentLayer(nn.Module):
+    """A decoder layer that another stage holds: passes hidden states through.
+
+    It answers for the plain attributes of the layer that it replaces (``use_sliding``,
+    ``is_linear``), because the model's forward code may ask for them.
+    """
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(replaced).items():
+            if isinstance(value, bool | int | float | str) and not name.startswith("_"):
+                setattr(self, name, value)
+
+    def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
+        return hidden
+
+
+class ArrivalLayer(AbsentLayer):
+    """Replaces the hidden states by those that arrived: ``[batch, length, hidden]``."""
+
+    arrived: mx.array | None
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__(replaced)
+        object.__setattr__(self, "arrived", None)
+
+    def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
+        return hidden if self.arrived is None else self.arrived
+
+
+class DepartureLayer(AbsentLayer):
+    """Keeps the hidden states that go to the next stage: ``[batch, length, hidden]``."""
+
+    departing: mx.array | None
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__(replaced)
+        object.__setattr__(self, "departing", None)
+
+    def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
+        object.__setattr__(self, "departing", hidden)
+        return hidden
+
+
+class AbsentEmbedding(nn.Module):
+    """Stands for an embedding that another stage holds: zeros of the right shape and type."""
+
+    def __init__(self, width: int, dtype: mx.Dtype) -> None:
+        super().__init__()
+        self.width = width
+        self.dtype = dtype
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return mx.zeros((*tokens.shape, self.width), dtype=self.dtype)
+
+    def as_linear(self, hidden: mx.array) -> mx.array:
+        """The tied head, which this stage does not have either."""
+        return hidden
+
+
+class AbsentModule(nn.Module):
+    """Stands for a norm or a head that another stage holds: the identity."""
+
+    def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
+        return hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """Where a model keeps its decoder layers, and what stands around them.
+
+    ``embeddings`` and ``outputs`` are (parent, attribute) of the modules that only the first and
+    only the last stage needs; ``tied`` says that the embedding also is the head.
+    """
+
+    body: nn.Module
+    layers: list[nn.Module]
+    embeddings: tuple[tuple[nn.Module, str], ...]
+    outputs: tuple[tuple[nn.Module, str], ...]
+    tied: bool
+
+
+def _embedding_types() -> tuple[type[nn.Module], ...]:
+    return (nn.Embedding, nn.QuantizedEmbedding)
+
+
+def _find_body(model: nn.Module) -> nn.Module:
+    """The module that directly holds the list of decoder layers: the longest list of modules."""
+    found: list[tuple[int, nn.Module]] = []
+    for _, module in model.named_modules():
+        layers = module.get("layers")
+        if isinstance(layers, list) and layers and isinstance(layers[0], nn.Module):
+            found.append((len(layers), module))
+    if not found:
+        raise UsageError(
+            f"{type(model).__module__.rpartition('.')[2]} has no list of decoder layers, "
+            "so it cannot be cut into pipeline stages",
+            "use --parallel tensor or a single node",
+        )
+    return max(found, key=lambda entry: entry[0])[1]
+
+
+def _path_to(model: nn.Module, body: nn.Module) -> list[nn.Module]:
+    """The modules from ``model`` down to ``body``, both included."""
+    for name, child in model.children().items():
+        if child is body:
+            return [model, body]
+        if isinstance(child, nn.Module) and name != "layers":
+            rest = _path_to(child, body)
+            if rest:
+                return [model, *rest]
+    return [model] if model is body else []
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """Find the parts of a decoder-layer model.
+
+    Raises:
+        UsageError: if it has no list of decoder layers.
+    """
+    body = _find_body(model)
+    embeddings: list[tuple[nn.Module, str]] = []
+    outputs: list[tuple[nn.Module, str]] = []
+    for parent in _path_to(model, body):
+        inner = [child for child in _path_to(model, body) if child is not parent]
+        for name, child in parent.children().items():
+            if name == "layers" or any(child is step for step in inner):
+                continue
+            if isinstance(child, _embedding_types()):
+                embeddings.append((parent, name))
+            elif isinstance(child, nn.Module):
+                outputs.append((parent, name))
+    return Anatomy(body, body["layers"], tuple(embeddings), tuple(outputs), _is_tied(model, body))
+
+
+def _is_tied(model: nn.Module, body: nn.Module) -> bool:
+    """Whether the logits come from the embedding: no linear layer stands beside the body."""
+    linear = (nn.Linear, nn.QuantizedLinear)
+    return not any(
+        isinstance(child, linear)
+        for parent in _path_to(model, body)
+        for child in parent.children().values()
+        if isinstance(child, nn.Module)
+    )
+
+
+def hidden_at(model: nn.Module, layer: int) -> tuple[int, mx.Dtype]:
+    """Width and dtype of the hidden states that enter a layer, by a lazy trial with one token."""
+    layers = anatomy(model).layers
+    original = layers[layer]
+    probe = DepartureLayer(original)
+    layers[layer] = probe
+    try:
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=make_cache(model))
+    finally:
+        layers[layer] = original
+    if not isinstance(probe.departing, mx.array) or probe.departing.ndim != 3:
+        raise UsageError(
+            f"the layers of {type(model).__module__.rpartition('.')[2]} exchange more than one "
+            "array of hidden states, so it cannot be cut into pipeline stages",
+            "use --parallel tensor or a single node",
+        )
+    return probe.departing.shape[-1], probe.departing.dtype
+
+
+def make_cache(model: nn.Module) -> list[Any]:
+    """A fresh cache entry per decoder layer, of the kinds that the model wants."""
+    entries: list[Any] = models_module("cache").make_prompt_cache(model)
+    return entries
+
+
+@dataclass(slots=True)
+class Stage:
+    """One pipeline stage, or the whole model: what a rank computes with.
+
+    ``first`` and ``past_last`` bound its decoder layers. ``width`` and ``dtype`` are those of the
+    hidden states that arrive (0 on the first stage, where none do).
+    """
+
+    model: nn.Module
+    first: int
+    past_last: int
+    layer_count: int
+    width: int
+    dtype: mx.Dtype
+    arrival: ArrivalLayer | None = None
+    departure: DepartureLayer | None = None
+    _kinds: list[Any] = field(default_factory=list)
+
+    @property
+    def is_first(self) -> bool:
+        """Embeds tokens."""
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Computes logits."""
+        return self.past_last == self.layer_count
+
+    def local(self, cache: Sequence[Any]) -> Sequence[Any]:
+        """The entries of a cache that this stage fills."""
+        return cache[self.first : self.past_last]
+
+    def make_cache(self) -> list[Any]:
+        """A cache for one sequence; the entries of absent layers only lend their masks.
+
+        The model builds its masks from the cache of some layer of each kind, which may be an
+        absent one. So an absent layer's entry is that of a local layer of the same kind.
+        """
+        entries = make_cache(self.model)
+        local = entries[self.first : self.past_last]
+        for index in (*range(self.first), *range(self.past_last, self.layer_count)):
+            for candidate in local:
+                if type(candidate) is type(entries[index]):
+                    entries[index] = candidate
+                    break
+        return entries
+
+    def forward(
+        self, tokens: mx.array, cache: list[Any], arrived: mx.array | None = None
+    ) -> mx.array:
+        """Run the stage, lazily.
+
+        Args:
+            tokens: int32 ``[batch, length]``; only its shape matters where not first.
+            cache: from ``make_cache``; updated.
+            arrived: hidden states ``[batch, length, width]`` unless this stage is the first.
+
+        Returns:
+            Logits ``[batch, length, vocabulary]`` on the last stage, else hidden states.
+        """
+        if self.arrival is not None:
+            object.__setattr__(self.arrival, "arrived", arrived)
+        output: mx.array = self.model(tokens, cache=cache)
+        if self.arrival is not None:
+            object.__setattr__(self.arrival, "arrived", None)
+        if self.departure is not None:
+            departing = self.departure.departing
+            object.__setattr__(self.departure, "departing", None)
+            assert departing is not None
+            return departing
+        return output
+
+
+def cut_stage(model: nn.Module, first: int, past_last: int) -> Stage:
+    """Cut a model, in place and lazily, to the layers ``[first, past_last)`` and what they need.
+
+    Raises:
+        UsageError: if the model cannot be cut into stages.
+    """
+    parts = anatomy(model)
+    count = len(parts.layers)
+    if not 0 <= first < past_last <= count:
+        raise ValueError(f"layers {first}..{past_last} of {count}")
+    width, dtype = hidden_at(model, first) if first else (0, mx.float32)
+    stage = Stage(model, first, past_last, count, width, dtype)
+    for index in (*range(first), *range(past_last, count)):
+        replaced = parts.layers[index]
+        if index == first - 1:
+            parts.layers[index] = stage.arrival = ArrivalLayer(replaced)
+        elif index == past_last:
+            parts.layers[index] = stage.departure = DepartureLayer(replaced)
+        else:
+            parts.layers[index] = AbsentLayer(replaced)
+    if not stage.is_first:
+        _remove_embeddings(parts, keep_token_embedding=stage.is_last and parts.tied)
+    if not stage.is_last:
+        for parent, name in parts.outputs:
+            parent[name] = AbsentModule()
+    return stage
+
+
+def _remove_embeddings(parts: Anatomy, *, keep_token_embedding: bool) -> None:
+    """Drop the embeddings; the largest stays where it is the head too."""
+    modules = [parent[name] for parent, name in parts.embeddings]
+    largest = max(modules, key=lambda module: int(module.weight.size), default=None)
+    for (parent, name), module in zip(parts.embeddings, modules, strict=True):
+        if keep_token_embedding and module is largest:
+            continue
+        sample = module(mx.zeros((1, 1), dtype=mx.int32))
+        parent[name] = AbsentEmbedding(sample.shape[-1], sample.dtype)

@@ -1,0 +1,78 @@
+"""Tensor parallelism: every rank holds a slice of every layer, cut by the model's own ``shard``.
+
+mlx-lm's ``shard`` methods divide head counts with ``//`` and would cut a model wrong without a
+word when they do not divide; so the obstacles are looked for first, and named with the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+from k2cli.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class StandInGroup:
+    """Stands for an ``mx.distributed.Group`` while tracing: knows its place, cannot communicate."""
+
+    of_rank: int
+    of_size: int
+
+    def rank(self) -> int:
+        """This rank."""
+        return self.of_rank
+
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.of_size
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
+
+
+def tensor_obstacle(config: Mapping[str, Any], model: nn.Module, ranks: int) -> str | None:
+    """Why a model cannot be cut into that many tensor slices, with the numbers; None if it can.
+
+    ``model`` is the assembled model; it is not changed.
+    """
+    if ranks == 1:
+        return None
+    name = config.get("model_type")
+    if not hasattr(model, "shard"):
+        return f"mlx-lm has no tensor parallelism for {name}; use --parallel pipeline"
+    text = _text(config)
+    counts = {"attention heads": text.get("num_attention_heads")}
+    if not text.get("kv_lora_rank"):  # MLA keeps one latent for all heads
+        counts["key-value heads"] = text.get("num_key_value_heads")
+    for what, count in counts.items():
+        if isinstance(count, int) and count % ranks:
+            return f"{name} has {count} {what}, which {ranks} ranks cannot share equally"
+    return None
+
+
+def slice_model(config: Mapping[str, Any], model: nn.Module, group: Any) -> None:
+    """Cut the model, in place and lazily, to the slice of ``group.rank()``.
+
+    Raises:
+        UsageError: if the model cannot be cut into ``group.size()`` slices.
+    """
+    ranks = group.size()
+    if ranks == 1:
+        return
+    obstacle = tensor_obstacle(config, model, ranks)
+    if obstacle is None:
+        try:
+            model.shard(group)
+            return
+        except ValueError as error:
+            # mx.split: a dimension, or its number of quantization groups, does not divide.
+            obstacle = f"{config.get('model_type')} cannot be cut into {ranks} slices: {error}"
+    raise UsageError(
+        f"tensor parallelism is not possible: {obstacle}", "use --parallel pipeline"
+    )

@@ -1,0 +1,110 @@
+"""What a rank would hold, without holding it: placements applied to a model made of lazy arrays.
+
+Nothing here evaluates an array. A stand-in group cuts tensor slices; while a sliced model is
+traced, the collectives that it calls are replaced by the identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from k2cli.errors import K2Error
+from k2cli.sharding.assemble import assemble
+from k2cli.sharding.placement import Placement
+from k2cli.sharding.stage import Stage, anatomy, cut_stage
+from k2cli.sharding.tensor import StandInGroup, slice_model
+
+# safetensors' names of element types; fp8 is read as bytes, as mlx does.
+STORED_TYPES: Mapping[str, mx.Dtype] = {
+    "F64": mx.float32, "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16,
+    "I64": mx.int64, "I32": mx.int32, "I16": mx.int16, "I8": mx.int8,
+    "U64": mx.uint64, "U32": mx.uint32, "U16": mx.uint16, "U8": mx.uint8,
+    "BOOL": mx.bool_, "F8_E4M3": mx.uint8, "F8_E8M0": mx.uint8,
+}  # fmt: skip
+
+StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Stored tensors by name: safetensors dtype name and shape."""
+
+
+def placeholders(stored: StoredShapes) -> dict[str, mx.array]:
+    """Lazy zeros shaped like a checkpoint's tensors; they are never evaluated.
+
+    Raises:
+        K2Error: for an element type that MLX cannot read.
+    """
+    weights: dict[str, mx.array] = {}
+    for name, (dtype, shape) in stored.items():
+        if dtype not in STORED_TYPES:
+            raise K2Error(f"tensor {name} has element type {dtype}, which MLX cannot read")
+        weights[name] = mx.zeros(shape, dtype=STORED_TYPES[dtype])
+    return weights
+
+
+def trace_model(
+    config: Mapping[str, Any], stored: StoredShapes | None = None, dtype: str = "checkpoint"
+) -> nn.Module:
+    """The whole model, lazily, from the checkpoint's headers if there are any.
+
+    Raises:
+        UsageError: if the config makes no model.
+        K2Error: if the headers do not fit the config.
+    """
+    return assemble(config, placeholders(stored) if stored else None, dtype)
+
+
+def cut(config: Mapping[str, Any], model: nn.Module, placement: Placement, group: Any) -> Stage:
+    """Cut an assembled model to the part of ``group.rank()``; the same call plans and loads.
+
+    Raises:
+        UsageError: if the model cannot be cut so.
+    """
+    first, past_last = placement.ranks[group.rank()].layers
+    if placement.strategy == "tensor":
+        slice_model(config, model, group)
+    return cut_stage(model, first, past_last)
+
+
+def trace_rank(
+    config: Mapping[str, Any],
+    placement: Placement,
+    rank: int,
+    *,
+    stored: StoredShapes | None = None,
+    dtype: str = "checkpoint",
+) -> Stage:
+    """One rank's part, lazily."""
+    model = trace_model(config, stored, dtype)
+    return cut(config, model, placement, StandInGroup(rank, placement.size))
+
+
+@contextlib.contextmanager
+def without_collectives() -> Iterator[None]:
+    """While tracing a slice, sums over ranks have the shape of their own operand."""
+    original = mx.distributed.all_sum
+    mx.distributed.all_sum = lambda x, **_: x
+    try:
+        yield
+    finally:
+        mx.distributed.all_sum = original
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Parameters by name; an array that is held under two names counts once."""
+    seen: set[int] = set()
+    unique: dict[str, mx.array] = {}
+    for name, value in tree_flatten(model.parameters()):
+        if id(value) not in seen:
+            seen.add(id(value))
+            unique[name] = value
+    return unique
+
+
+def layer_count(model: nn.Module) -> int:
+    """Number of decoder layers."""
+    return len(anatomy(model).layers)
