@@ -1,0 +1,253 @@
+"""The architecture as a test: who may import whom, and what must not be imported early.
+
+The table is that of docs/architecture.md. Imports inside functions count for the direction of
+imports; for the cost of start-up only those at a module's top do.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "k2cli"
+
+# Part of k2cli -> what else of k2cli it may import. A part is a folder or a top-level module; an
+# entry with a dot is one module of another folder. Everything may import itself and the leaves.
+LEAVES = {"errors", "units", "settings", "__init__"}
+DOMAINS = {"models", "planning", "quantization", "cluster", "chat", "bench"}
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "units": set(),
+    "settings": set(),
+    "__main__": {"cli"},
+    "cli": {"commands", "ui"},
+    "commands": DOMAINS | {"ui"},
+    "ui": set(),
+    "models": set(),
+    "sharding": set(),
+    "planning": {"models", "sharding"},
+    "quantization": {"models", "planning", "sharding"},
+    "cluster": {"models", "planning", "runtime.protocol"},
+    "chat": set(),
+    "bench": {"models", "planning"},
+    "server": {"runtime.protocol", "models.tokenizer"},
+    "runtime": {"models", "sharding", "server"},
+}
+
+# Third-party module -> where alone it may be imported; an entry ending in a slash is a folder.
+ONLY_IN = {
+    "huggingface_hub": {"models/hub.py"},
+    "mlx_lm": {"sharding/architectures.py"},
+    "transformers": set[str](),
+    "torch": set[str](),
+    "typer": {"cli.py", "commands/"},
+    "rich": {"ui/", "commands/"},
+    "prompt_toolkit": {"ui/"},
+    "fastapi": {"server/"},
+    "uvicorn": {"server/", "runtime/"},
+}
+
+HEAVY = {
+    "fastapi", "httpx", "huggingface_hub", "jinja2", "mlx", "mlx_lm", "numpy", "prompt_toolkit",
+    "starlette", "tokenizers", "torch", "transformers", "uvicorn",
+}  # fmt: skip
+
+# Started with ``python -m``, and imported by nothing.
+ENTRY_POINTS = {"runtime.worker", "runtime.guard"}
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One imported name: ``module`` in full, ``top`` if it happens when the file is imported."""
+
+    path: Path
+    line: int
+    module: str
+    top: bool
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(PACKAGE)}:{self.line} imports {self.module}"
+
+
+def _module_name(path: Path) -> str:
+    """``planning/plan.py`` -> ``planning.plan``; a folder's ``__init__`` is the folder."""
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    if len(parts) > 1 and parts[-1] == "__init__":
+        parts.pop()
+    return ".".join(parts)
+
+
+def _part(module: str) -> str:
+    return module.split(".")[0]
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def _walk(node: ast.AST, top: bool, typing: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child, top and not typing
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from _walk(child, False, typing)
+        else:
+            yield from _walk(child, top, typing or _is_type_checking(child))
+
+
+def _names(node: ast.stmt, path: Path) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    assert isinstance(node, ast.ImportFrom)
+    assert node.level == 0, f"{path}:{node.lineno} is a relative import"
+    assert node.module is not None
+    # ``from k2cli.runtime import protocol`` imports the module k2cli.runtime.protocol.
+    if node.module == "k2cli" or (PACKAGE.parent / node.module.replace(".", "/")).is_dir():
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [node.module]
+
+
+@cache
+def imports_of(path: Path) -> tuple[Import, ...]:
+    tree = ast.parse(path.read_text())
+    return tuple(
+        Import(path, node.lineno, name, top)
+        for node, top in _walk(tree, True)
+        for name in _names(node, path)
+    )
+
+
+def _sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _all_imports() -> list[Import]:
+    return [item for path in _sources() for item in imports_of(path)]
+
+
+def _inside(path: Path, places: set[str]) -> bool:
+    name = path.relative_to(PACKAGE).as_posix()
+    return any(name == place or (place[-1] == "/" and name.startswith(place)) for place in places)
+
+
+def test_every_part_is_in_the_table() -> None:
+    assert {_part(_module_name(path)) for path in _sources()} <= set(ALLOWED)
+
+
+def test_import_direction() -> None:
+    wrong = []
+    for item in _all_imports():
+        if not item.module.startswith("k2cli."):
+            continue
+        target = item.module.removeprefix("k2cli.")
+        source_part, target_part = _part(_module_name(item.path)), _part(target)
+        if target_part in {source_part, "__version__"} | LEAVES:
+            continue
+        allowed = ALLOWED[source_part]
+        one_module = any(target == entry or target.startswith(f"{entry}.") for entry in allowed)
+        if target_part not in allowed and not one_module:
+            wrong.append(str(item))
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", sorted(ONLY_IN))
+def test_third_party_module_is_imported_in_its_place_only(module: str) -> None:
+    wrong = [
+        str(item)
+        for item in _all_imports()
+        if _part(item.module) == module and not _inside(item.path, ONLY_IN[module])
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_imports_the_entry_points() -> None:
+    wrong = [str(i) for i in _all_imports() if i.module.removeprefix("k2cli.") in ENTRY_POINTS]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_ui_prints() -> None:
+    """Guards and ranks talk over their standard streams; everybody else leaves output to ui."""
+    wrong = []
+    for path in _sources():
+        if _inside(path, {"ui/", "runtime/"}):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            prints = isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+            writes = isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.stdout.write"
+            if prints or writes:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _path_of(module: str) -> Path | None:
+    """File of a ``k2cli`` module, or None; a name inside a module leads to that module."""
+    parts = module.split(".")[1:]
+    while parts:
+        base = PACKAGE.joinpath(*parts)
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file():
+                return path
+        parts.pop()
+    return PACKAGE / "__init__.py" if module.startswith("k2cli") else None
+
+
+def test_start_up_imports_nothing_heavy() -> None:
+    """Whatever the commands import at their top, followed to the end, is light."""
+    waiting = [PACKAGE / "cli.py", *(PACKAGE / "commands").glob("*.py")]
+    seen: set[Path] = set()
+    wrong = []
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for item in imports_of(path):
+            if item.top and _part(item.module) in HEAVY:
+                wrong.append(str(item))
+            elif item.top and _part(item.module) == "k2cli" and (found := _path_of(item.module)):
+                waiting.append(found)
+    assert not wrong, "\n".join(wrong)
+
+
+_RUN_AND_REPORT = """
+import sys
+sys.argv = ["k2", *sys.argv[1:]]
+from k2cli.cli import main
+try:
+    main()
+except SystemExit as exit:
+    code = exit.code
+loaded = sorted({name.split(".")[0] for name in sys.modules})
+sys.stderr.write(f"\\n{code or 0} {' '.join(loaded)}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["launch", "--help"], 0),
+        (["launch"], 2),
+        (["plan-memory", "--nonsense"], 2),
+        (["nonsense"], 2),
+    ],
+)
+def test_help_and_usage_errors_load_nothing_heavy(arguments: list[str], code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_AND_REPORT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    status, *loaded = done.stderr.splitlines()[-1].split()
+    assert int(status) == code
+    assert "typer" in loaded
+    assert not HEAVY & set(loaded)
