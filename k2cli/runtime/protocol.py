@@ -81,7 +81,8 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file that the launcher leaves for a guard (mode 0600; the guard deletes it).
 
     ``secret`` (hex) authenticates every TCP connection of the run. ``http`` is set for rank 0
-    only. ``environment`` is added to the rank's environment.
+    only. ``environment`` is added to the rank's environment. ``scratch_directory`` is a folder on
+    the leader's node that the leader's guard removes last, in case the launcher no longer can.
     """
 
     assignment: Assignment
@@ -92,6 +93,7 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     http: HttpEndpoint | None = None
     environment: dict[str, str] = {}
     deadlines: Deadlines = Deadlines()
+    scratch_directory: str | None = None
 
 
 # --- launcher -> leader's guard -----------------------------------------------------------------
@@ -177,7 +179,14 @@ class RunEnded(Message, tag=True, frozen=True):
 
 
 RunEvent = (
-    GuardStarted | LoadProgress | RankReady | RunReady | LogLine | RankFailed | RunEnded
+    Heartbeat
+    | GuardStarted
+    | LoadProgress
+    | RankReady
+    | RunReady
+    | LogLine
+    | RankFailed
+    | RunEnded
 )
 
 
@@ -399,6 +408,12 @@ class HeldTensor(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
 
 
+class Hello(Message, tag=True):
+    """First message on a control connection: which follower this is."""
+
+    rank: int
+
+
 class Holdings(Message, tag=True, frozen=True):
     """Everything that a rank has loaded and evaluated: its part of the coverage proof."""
 
@@ -421,4 +436,4 @@ class FollowerFailed(Message, tag=True, frozen=True):
     error: str
 
 
-FollowerMessage = Holdings | StepDigest | FollowerFailed | Heartbeat
+FollowerMessage = Hello | Holdings | StepDigest | FollowerFailed | Heartbeat
