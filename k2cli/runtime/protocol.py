@@ -408,7 +408,7 @@ class HeldTensor(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
 
 
-class Hello(Message, tag=True):
+class Hello(Message, tag=True, frozen=True):
     """First message on a control connection: which follower this is."""
 
     rank: int
