@@ -43,7 +43,10 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class NodeBudget:
-    """The ledger of one rank's machine; all in bytes. ``weights_bytes`` is held, not stored."""
+    """The ledger of one rank's machine; all in bytes. ``weights_bytes`` is held, not stored.
+
+    ``backend`` and ``limit_source`` say what computes there and how the limit is known.
+    """
 
     name: str
     memory_bytes: int
@@ -54,11 +57,16 @@ class NodeBudget:
     overhead_bytes: int
     total_bytes: int
     headroom_bytes: int
+    backend: str = ""
+    limit_source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that ``launch`` needs to know and that the user is shown before."""
+    """Everything that ``launch`` needs to know and that the user is shown before.
+
+    ``reason`` says in one sentence why the strategy is what it is.
+    """
 
     model: PlannedModel
     request: PlannedRequest
@@ -66,6 +74,7 @@ class Plan:
     nodes: tuple[NodeBudget, ...]
     fits: bool
     marks: dict[str, Mark] = field(default_factory=dict)
+    reason: str = ""
     schema_version: int = SCHEMA_VERSION
 
 

@@ -1,0 +1,170 @@
+"""Whether a ``config.json`` is one to trace: sizes present, whole, positive and of this world.
+
+mlx-lm's argument classes fill in what is missing (a config without ``hidden_size`` would become a
+model of 4096) and believe any number, so the fields that decide bytes are looked at before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from k2cli.errors import UsageError
+
+_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "model_dim")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
+_CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+_LARGEST: Mapping[str, int] = {
+    **dict.fromkeys(_LAYERS, 4096),
+    **dict.fromkeys(_WIDTHS, 2**20),
+    **dict.fromkeys(_HEADS, 2**16),
+    **dict.fromkeys(_CONTEXTS, 2**31 - 1),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner"), 2**22),
+    **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), 2**16),
+    **dict.fromkeys(("n_shared_experts", "num_experts_per_tok", "num_key_value_heads"), 2**16),
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 2**16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "sliding_window"), 2**20),
+    **dict.fromkeys(("first_k_dense_replace", "moe_layer_freq", "n_group", "topk_group"), 4096),
+    "vocab_size": 2**26,
+}
+"""Integers that decide sizes, and a value beyond which no model is meant. They also bound the
+time that tracing can take."""
+
+_MAY_BE_ZERO = frozenset({"n_shared_experts", "first_k_dense_replace", "sliding_window"})
+_REQUIRED = (_LAYERS, _WIDTHS, ("vocab_size",))
+_LATENT_ATTENTION = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+                     "num_attention_heads", "intermediate_size")  # fmt: skip
+_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok")
+_NUMBERS = ("rope_theta", "rms_norm_eps", "routed_scaling_factor")
+_MAX_NESTING = 32
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that describes the language model: ``text_config`` where there is one."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
+
+
+def first_field(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    """The first of several names under which configs keep the same integer."""
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def layer_field(config: Mapping[str, Any]) -> int | None:
+    """Number of decoder layers as the config says."""
+    return first_field(text_config(config), _LAYERS)
+
+
+def width_field(config: Mapping[str, Any]) -> int | None:
+    """Width of the hidden states as the config says."""
+    return first_field(text_config(config), _WIDTHS)
+
+
+def heads_field(config: Mapping[str, Any]) -> int | None:
+    """Number of attention heads as the config says."""
+    return first_field(text_config(config), _HEADS)
+
+
+def model_context_length(config: Mapping[str, Any]) -> int | None:
+    """The longest context that the model was made for, in tokens; None if it does not say."""
+    return first_field(text_config(config), _CONTEXTS)
+
+
+def check_config(config: Mapping[str, Any], source: str, argument_names: frozenset[str]) -> None:
+    """Refuse a config whose sizes cannot be meant.
+
+    Args:
+        config: the parsed ``config.json``.
+        source: its path, for messages.
+        argument_names: fields that the architecture's own arguments have; those of latent
+            attention must then be given, not defaulted.
+
+    Raises:
+        UsageError: naming the field and its value.
+    """
+    text = text_config(config)
+    _check_values(config, source)
+    if text is not config:
+        _check_values(text, f"{source}, text_config")
+    for names in _REQUIRED:
+        if all(text.get(name) is None for name in names):
+            raise UsageError(f"{source} lacks {names[0]}", _HINT)
+    if "kv_lora_rank" in argument_names:
+        _require(text, _LATENT_ATTENTION, source)
+        if text.get("n_routed_experts") is not None:
+            _require(text, _EXPERTS, source)
+    _check_experts(text, source)
+    _check_quantization(config.get("quantization"), source)
+
+
+_HINT = "take config.json from the model's repository"
+
+
+def _require(text: Mapping[str, Any], names: tuple[str, ...], source: str) -> None:
+    for name in names:
+        if text.get(name) is None:
+            raise UsageError(f"{source} lacks {name}", _HINT)
+
+
+def _check_values(fields: Mapping[str, Any], source: str) -> None:
+    for name, value in fields.items():
+        if name in _LARGEST and value is not None:
+            _check_integer(name, value, source)
+        if name in _NUMBERS and value is not None and not _is_positive_number(value):
+            raise UsageError(f"{source}: {name} must be a positive number, not {value!r}")
+
+
+def _check_integer(name: str, value: Any, source: str) -> None:
+    if isinstance(value, list):
+        # Some architectures give one number per layer.
+        if len(value) > _LARGEST[_LAYERS[0]]:
+            raise UsageError(f"{source}: {name} has {len(value)} entries")
+        for item in value:
+            _check_integer(name, item, source)
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{source}: {name} must be an integer, not {_shown(value)}")
+    smallest = 0 if name in _MAY_BE_ZERO else 1
+    if not smallest <= value <= _LARGEST[name]:
+        raise UsageError(
+            f"{source}: {name} must be between {smallest} and {_LARGEST[name]}, not {_shown(value)}"
+        )
+
+
+def _shown(value: Any) -> str:
+    # str() of an int of thousands of digits raises; JSON may hold one.
+    if isinstance(value, int) and abs(value) > 10**30:
+        return f"a number of about {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _is_positive_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+
+
+def _check_experts(text: Mapping[str, Any], source: str) -> None:
+    experts = first_field(text, ("n_routed_experts", "num_experts", "num_local_experts"))
+    chosen = first_field(text, ("num_experts_per_tok",))
+    if experts is not None and chosen is not None and chosen > experts:
+        raise UsageError(f"{source}: num_experts_per_tok is {chosen}, but there are {experts}")
+
+
+def _check_quantization(quantization: Any, source: str) -> None:
+    if quantization is None:
+        return
+    if not isinstance(quantization, Mapping):
+        raise UsageError(f"{source}: quantization must be an object, not {_shown(quantization)}")
+    for name, allowed in (("bits", (2, 3, 4, 5, 6, 8)), ("group_size", (16, 32, 64, 128))):
+        value = quantization.get(name)
+        if isinstance(value, bool) or value not in allowed:
+            options = ", ".join(map(str, allowed))
+            raise UsageError(
+                f"{source}: quantization.{name} must be one of {options}, not {_shown(value)}"
+            )
