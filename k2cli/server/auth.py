@@ -1,0 +1,81 @@
+"""Who may use the API, and how much it may send: checked before a byte of the body is read.
+
+Both checks are one ASGI layer around the application, so that no route can forget them.
+"""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from k2cli.server.errors import ApiError
+from k2cli.server.served import ServedModel
+
+# Probes (systemd, load balancers) have no key, and the answer gives nothing away but the state.
+_OPEN_PATHS = frozenset({"/health"})
+
+
+def key_is_right(authorization: str, api_key: str) -> bool:
+    """Compare an ``Authorization`` header with the key in constant time."""
+    scheme, _, given = authorization.partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(
+        given.strip().encode("latin-1"), api_key.encode()
+    )
+
+
+def too_large(limit_bytes: int) -> ApiError:
+    """The body is over the limit."""
+    return ApiError(
+        413, f"the request body is over the limit of {limit_bytes} bytes", code="body_too_large"
+    )
+
+
+class Gatekeeper:
+    """ASGI middleware: 401 without the right key, 413 over the body limit."""
+
+    def __init__(self, app: ASGIApp, served: ServedModel) -> None:
+        self._app = app
+        self._served = served
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif (refusal := self._refusal(scope)) is not None:
+            await refusal.response()(scope, receive, send)
+        else:
+            await self._app(scope, self._counted(receive), send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = Headers(scope=scope)
+        key = self._served.api_key
+        authorization = headers.get("authorization", "")
+        if (
+            key is not None
+            and scope["path"] not in _OPEN_PATHS
+            and not key_is_right(authorization, key)
+        ):
+            message = "wrong API key" if authorization else "an API key is needed"
+            challenge = {"WWW-Authenticate": "Bearer"}
+            return ApiError(401, message, code="invalid_api_key", headers=challenge)
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._served.max_body_bytes:
+            return too_large(self._served.max_body_bytes)
+        return None
+
+    def _counted(self, receive: Receive) -> Receive:
+        """Count what arrives, for bodies that do not say their length."""
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._served.max_body_bytes:
+                    raise too_large(self._served.max_body_bytes)
+            return message
+
+        return counted

@@ -1,0 +1,21 @@
+"""``GET /health``: 200 only while the run takes requests. Needs no API key."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from k2cli.server.context import context_of
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> JSONResponse:
+    """The state of the run, and why it is not ready, if it is not."""
+    context = context_of(request)
+    state = context.engine.state
+    if state == "ready":
+        return JSONResponse({"state": state, "model": context.served.name})
+    cause = context.engine.cause or f"the run is {state}"
+    return JSONResponse({"state": state, "cause": cause, "model": context.served.name}, 503)

@@ -1,0 +1,245 @@
+"""Request bodies of the HTTP API, as pydantic models.
+
+Types and ranges are checked here, so that nothing malformed ever reaches a rank. Three kinds of
+fields: those that k2 honours; those of OpenAI's API that change nothing about the answer, which
+are taken and ignored (``_Ignored``); all others, which are refused by name, since an option that
+is silently ignored is a wrong answer that looks right. ``null`` means absent, as with OpenAI.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
+
+MAX_STOP_STRINGS = 4
+MAX_TOP_LOGPROBS = 20
+_TEMPLATE_RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class _Ignored(_Body):
+    """Fields of OpenAI's API without influence on what this server computes."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    prediction: Any = None
+
+
+def _joined_text(content: Any) -> Any:
+    """Content parts as one string; anything but text is refused."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(f"part {index} is of type {kind!r}, and this model reads text only")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"part {index} has no text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _stop_strings(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return []
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError(f"must be a string or a list of up to {MAX_STOP_STRINGS} strings")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise ValueError(f"has {len(stops)} strings, and the most are {MAX_STOP_STRINGS}")
+    if "" in stops:
+        raise ValueError("an empty string stops nothing")
+    return stops
+
+
+def _prompt(value: Any) -> str | list[int]:
+    """A string or token ids; a list of one of them is that one."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        if all(type(token) is int for token in value):
+            return value
+        if all(isinstance(item, str | list) for item in value):
+            raise ValueError(f"has {len(value)} prompts, and a request may have one")
+    raise ValueError("must be a string or a list of token ids")
+
+
+def _string_keys_to_ids(value: Any) -> Any:
+    """JSON has no integer keys."""
+    if not isinstance(value, dict):
+        return value
+    if not all(key.isdecimal() and len(key) < 10 for key in value):
+        raise ValueError("its keys must be token ids")
+    return {int(key): bias for key, bias in value.items()}
+
+
+StopStrings = Annotated[list[str], PlainValidator(_stop_strings)]
+Prompt = Annotated[str | list[int], PlainValidator(_prompt)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Message(BaseModel):
+    """One turn of a conversation. Other members that clients echo back are not for the template."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_joined_text)] = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The dict that chat templates expect; ``developer`` is OpenAI's new word for system."""
+        turn: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content or "",
+        }
+        for member in ("name", "tool_calls", "tool_call_id"):
+            if (value := getattr(self, member)) is not None:
+                turn[member] = value
+        return turn
+
+
+class StreamOptions(_Body):
+    """``include_progress`` is k2's own: ``"k2"`` objects with queue and prefill progress."""
+
+    include_usage: bool | None = None
+    include_progress: bool | None = None
+    include_obfuscation: Any = None
+
+
+class ResponseFormat(BaseModel):
+    """Only text for now; schemas are refused rather than ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    type: str
+
+    @field_validator("type")
+    @classmethod
+    def _text_only(cls, value: str) -> str:
+        if value != "text":
+            raise ValueError(f"'{value}' is not supported yet; only 'text' is")
+        return value
+
+
+class Extensions(_Body):
+    """The request's ``"k2"`` object.
+
+    ``cache`` False bypasses the prefix cache. ``ignore_stop_tokens`` True generates on past the
+    model's own end, up to ``max_tokens``: what a benchmark needs.
+    """
+
+    cache: bool | None = None
+    ignore_stop_tokens: bool | None = None
+
+
+class GenerationBody(_Ignored):
+    """What chat and plain completions have in common."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopStrings = []
+    n: Literal[1] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: Annotated[dict[int, Bias] | None, BeforeValidator(_string_keys_to_ids)] = None
+    k2: Extensions | None = None
+
+    @property
+    def extensions(self) -> Extensions:
+        """The ``"k2"`` object, or one that asks for nothing."""
+        return self.k2 or Extensions()
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the stream is to end with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_progress(self) -> bool:
+        """Whether the stream is to carry ``"k2"`` objects."""
+        return bool(self.stream_options and self.stream_options.include_progress)
+
+
+class _Templated(_Body):
+    """Members that decide what the chat template makes of a conversation."""
+
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _not_reserved(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if taken := _TEMPLATE_RESERVED & set(value or ()):
+            raise ValueError(f"'{min(taken)}' cannot be set here")
+        return value
+
+
+class ChatCompletionBody(GenerationBody, _Templated):
+    """``POST /v1/chat/completions``.
+
+    ``tools`` are shown to the model through its chat template. Its output is returned as text:
+    parsing tool calls out of it is not there yet, so a ``tool_choice`` that promises a call is
+    refused.
+    """
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _promises_no_call(cls, value: Any) -> Any:
+        if value not in (None, "auto", "none"):
+            raise ValueError("only 'auto' and 'none' are supported yet")
+        return value
+
+
+class CompletionBody(GenerationBody):
+    """``POST /v1/completions``: one prompt, as text or as token ids."""
+
+    prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+
+
+class TokenizeBody(_Templated):
+    """``POST /v1/tokenize``: either messages or a prompt."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    prompt: str | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None

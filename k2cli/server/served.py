@@ -1,0 +1,70 @@
+"""What a server serves: one model, its limits and its defaults. Fixed for the life of a run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from k2cli.units import MIB
+
+DEFAULT_MAX_BODY_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The one model of a server.
+
+    Args:
+        name: what ``model`` in a request must be, if it is there.
+        context_length: tokens of prompt and answer together.
+        created: seconds since the epoch, shown in ``/v1/models``.
+        default_temperature, default_top_p, default_top_k: used where a request says nothing.
+        api_key: what ``Authorization: Bearer`` must carry; None asks for nothing.
+        max_body_bytes: a longer request body is refused with 413.
+    """
+
+    name: str
+    context_length: int
+    created: int = field(default_factory=lambda: int(time.time()))
+    default_temperature: float = 1.0
+    default_top_p: float = 1.0
+    default_top_k: int = 0
+    api_key: str | None = field(default=None, repr=False)
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+
+
+def load_served_model(
+    folder: Path, name: str, context_length: int, api_key: str | None = None
+) -> ServedModel:
+    """Describe a checkpoint for serving; sampling defaults come from its generation_config.json.
+
+    A file that is absent, unreadable or holds something else than numbers gives the defaults of
+    OpenAI's API: a server must not fail to start over a suggestion.
+    """
+    suggested = _generation_config(folder / "generation_config.json")
+    return ServedModel(
+        name=name,
+        context_length=context_length,
+        default_temperature=_number(suggested, "temperature", 1.0, high=2.0),
+        default_top_p=_number(suggested, "top_p", 1.0, high=1.0) or 1.0,
+        default_top_k=int(_number(suggested, "top_k", 0.0, high=float(2**31))),
+        api_key=api_key,
+    )
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError):
+        return {}
+
+
+def _number(values: dict[str, Any], name: str, default: float, *, high: float) -> float:
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+        return default
+    return float(value)
