@@ -1,0 +1,148 @@
+"""The command line as a user's shell sees it: exit codes, streams, help, no colour in pipes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from k2cli import __version__
+from k2cli.cli import _COMMANDS
+from k2cli.settings import state_directory
+
+HELP_TRANSCRIPT = Path(__file__).parent / "data" / "help.txt"
+COMMANDS = [name for name, _ in _COMMANDS]
+ESCAPE = "\x1b"
+
+
+def k2(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "k2cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | environment,
+    )
+
+
+def test_help_at_width_80_is_the_golden_transcript() -> None:
+    """After a wanted change: ``COLUMNS=80 NO_COLOR=1 k2 --help > tests/data/help.txt``."""
+    done = k2("--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout == HELP_TRANSCRIPT.read_text()
+
+
+def test_version() -> None:
+    done = k2("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"k2 {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_has_help_with_an_example(command: str, flag: str) -> None:
+    done = k2(command, flag)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert f"k2 {command}" in done.stdout.split("\n", 1)[1], "no example"
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert ESCAPE not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["plan-memroy", "demo"], "plan-memory"),
+        (["nonsense"], "nonsense"),
+        (["plan-memory"], "MODEL"),
+        (["launch"], "MODEL"),
+        (["launch", "demo", "--no-such-flag"], "--no-such-flag"),
+        (["launch", "demo", "--port", "many"], "many"),
+        (["launch", "demo", "--parallel", "diagonal"], "diagonal"),
+        (["plan-memory", "no-such-model", "--hardware", "2x m3-ultra-512"], "no-such-model"),
+        (["plan-memory", "./no/such/folder", "--hardware", "2x m3-ultra-512"], "./no/such/folder"),
+        (["plan-memory", "k2-thinking", "--hardware", "2x quantum-9000"], "quantum-9000"),
+        (["launch", "no-such-model", "--nodes", "localhost"], "no-such-model"),
+        (["download", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_usage_errors_name_the_wrong_value_and_exit_2(arguments: list[str], named: str) -> None:
+    done = k2(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (state_directory() / "crash.log").exists()
+
+
+def test_no_command_shows_the_help() -> None:
+    done = k2()
+    assert done.returncode == 2
+    assert "plan-memory" in done.stdout + done.stderr
+
+
+def test_a_model_that_is_not_here_is_a_failure_with_the_command_that_fetches_it() -> None:
+    done = k2("launch", "demo", "--nodes", "localhost")
+    assert done.returncode == 1
+    assert "k2 download demo" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["ps"], ["ps", "--json"]])
+def test_lists_are_empty_on_a_fresh_machine(command: list[str]) -> None:
+    done = k2(*command)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [["stop"], ["logs"], ["chat", "-p", "Hello"], ["bench"]])
+def test_without_a_run_the_error_says_how_to_start_one(command: list[str]) -> None:
+    done = k2(*command)
+    assert done.returncode in {1, 2, 5}
+    assert "error: " in done.stderr
+    assert "hint: " in done.stderr
+    assert "k2 launch" in done.stderr
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": ""}, {"TERM": "xterm-256color"}])
+def test_pipes_get_no_escape_codes(environment: dict[str, str]) -> None:
+    for arguments in (["--help"], ["nonsense"], ["ps"], ["launch", "no-such-model"]):
+        done = k2(*arguments, **environment)
+        assert ESCAPE not in done.stdout + done.stderr
+
+
+def test_an_internal_error_is_one_line_and_a_crash_report() -> None:
+    """The program replaces the application by one that fails, and is otherwise k2."""
+    program = (
+        "import k2cli.cli as cli\n"
+        "def build_app(): raise RuntimeError('boom')\n"
+        "cli.build_app = build_app\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 70
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "boom" in done.stderr.splitlines()[0]
+    assert "boom" in (state_directory() / "crash.log").read_text()
+
+
+def test_a_reader_that_goes_away_is_no_crash() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "k2cli", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait(timeout=60)
+    assert "Traceback" not in errors
+    assert "internal error" not in errors
