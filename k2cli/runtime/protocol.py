@@ -422,11 +422,16 @@ class Holdings(Message, tag=True, frozen=True):
 
 
 class StepDigest(Message, tag=True, frozen=True):
-    """Digest of what a rank computed in a step (hex)."""
+    """Digests (hex) of what a rank was handed in a step and of what it computed.
+
+    In a pipeline that is the hidden states that arrived and departed; in tensor parallelism
+    nothing arrives, and the digest is of the chosen token.
+    """
 
     rank: int
     step: int
-    digest: str
+    arrived: str
+    computed: str
 
 
 class FollowerFailed(Message, tag=True, frozen=True):
