@@ -118,7 +118,7 @@ def activation_demand(
         _attention_bytes(shape, backend, heads, chunk, context_length, itemsize),
         _feed_forward_bytes(shape, chunk, itemsize, slices),
         4 * chunk * shape.hidden * itemsize,
-        _logits_bytes(shape, chunk, concurrency, itemsize) if samples else 0,
+        _logits_bytes(shape, concurrency, itemsize) if samples else 0,
     )
 
 
@@ -146,6 +146,6 @@ def _feed_forward_bytes(shape: ActivationShape, chunk: int, itemsize: int, slice
     return max(dense, chosen + 3 * chunk * shape.experts * _FLOAT32_BYTES)
 
 
-def _logits_bytes(shape: ActivationShape, chunk: int, concurrency: int, itemsize: int) -> int:
-    """Logits of every position of the last chunk, and two float32 copies of the sampled rows."""
-    return shape.vocabulary * (chunk * itemsize + 2 * concurrency * _FLOAT32_BYTES)
+def _logits_bytes(shape: ActivationShape, concurrency: int, itemsize: int) -> int:
+    """One row per sequence, since k2 samples after a step of one token, and two float32 copies."""
+    return shape.vocabulary * concurrency * (itemsize + 2 * _FLOAT32_BYTES)

@@ -28,8 +28,8 @@ OS_RESERVE_BYTES = GIB
 """What Linux, its services and the page cache's working part keep: this share, at least this much.
 Assumed; an idle server keeps less, a desktop with a browser more."""
 
-_TERM_PATTERN = re.compile(r"(?:(\d+)\s*[xX×*]\s*)?([A-Za-z][\w.\- ]*?)")
-_CHIP_PATTERN = re.compile(r"(?P<chip>.+?)-(?P<memory>\d+)(?:gb|gib)?")
+_TERM_PATTERN = re.compile(r"(?:(\d{1,6})\s*[xX×*]\s*)?([A-Za-z][\w.\- ]*?)")
+_CHIP_PATTERN = re.compile(r"(?P<chip>.+?)-(?P<memory>\d{1,6})(?:gb|gib)?")
 _MAX_MACHINES = 64
 _EXAMPLE = "write for example --hardware '2x m3-ultra-512' or --hardware this"
 _THIS = ("this", "localhost")
@@ -167,8 +167,7 @@ def share_machines(nodes: Sequence[NodeMemory]) -> list[NodeMemory]:
     for node in nodes:
         ranks = sum(other.name == node.name for other in nodes)
         if ranks > 1:
-            source = f"a {ranks}th of: {node.limit_source}" if ranks > 2 else node.limit_source
-            source = f"half of: {node.limit_source}" if ranks == 2 else source
+            source = f"{node.limit_source}; shared by {ranks} ranks"
             node = replace(node, limit_bytes=node.limit_bytes // ranks, limit_source=source)
         shared.append(node)
     return shared

@@ -1,0 +1,111 @@
+"""How big a checkpoint is as stored, where only its config is known.
+
+An MLX checkpoint is stored as it is held. An original is not: fp8 is dequantized when it is
+loaded, and packed int4 (compressed-tensors) has no biases, which MLX adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from k2cli.planning.plan import Mark
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+_SCALE_BYTES = 4
+_SHAPE_ENTRY_BYTES = 8
+
+
+def original_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a checkpoint that is not MLX's own, wherever it stands."""
+    if config.get("quantization") is not None:
+        return None
+    text = config.get("text_config")
+    for fields in (config, text if isinstance(text, Mapping) else {}):
+        entry = fields.get("quantization_config")
+        if isinstance(entry, Mapping):
+            return entry
+    return None
+
+
+def describe_quantization(config: Mapping[str, Any]) -> str:
+    """For people: ``4-bit affine, group 64``, ``fp8, blocks of 128x128``, ``none``."""
+    own = config.get("quantization")
+    if isinstance(own, Mapping):
+        mode = own.get("mode", "affine")
+        mixed = any(isinstance(value, Mapping) for value in own.values())
+        text = f"{own.get('bits')}-bit {mode}, group {own.get('group_size')}"
+        return f"{text}, mixed" if mixed else text
+    original = original_quantization(config)
+    if original is None:
+        return "none"
+    if original.get("quant_method") == "fp8":
+        return "fp8, blocks of " + "x".join(map(str, _block(original)))
+    if original.get("quant_method") == "compressed-tensors":
+        return "compressed-tensors " + str(original.get("format", ""))
+    return str(original.get("quant_method", "unknown"))
+
+
+def _block(original: Mapping[str, Any]) -> tuple[int, int]:
+    block = original.get("weight_block_size")
+    if isinstance(block, list) and len(block) == 2 and all(
+        isinstance(side, int) and 0 < side <= 2**20 for side in block
+    ):  # fmt: skip
+        return block[0], block[1]
+    return 128, 128
+
+
+def stored_bytes_of_config(config: Mapping[str, Any], model: nn.Module) -> tuple[int, Mark]:
+    """Bytes that the checkpoint of this config takes on disk.
+
+    Args:
+        config: a checked config.
+        model: the traced model of it, as held in memory, with its checkpoint's float type.
+    """
+    from k2cli.sharding.trace import parameters
+
+    held = parameters(model)
+    original = original_quantization(config)
+    if original is None:
+        return sum(value.nbytes for value in held.values()), "exact"
+    if original.get("quant_method") == "fp8":
+        return _fp8_bytes(model, _block(original)), "modelled"
+    packed = sum(
+        value.nbytes
+        for name, value in held.items()
+        if not (name.endswith(".biases") and name.removesuffix("biases") + "scales" in held)
+    )
+    matrices = sum(
+        value.size // (value.shape[-1] * value.shape[-2])
+        for name, value in held.items()
+        if name.endswith(".scales")
+    )
+    return packed + matrices * _SHAPE_ENTRY_BYTES, "modelled"
+
+
+def _fp8_bytes(model: nn.Module, block: tuple[int, int]) -> int:
+    """Linear layers at one byte per weight and a float32 scale per block; the rest as it is.
+
+    The originals keep the embedding, the head and the router's gate unquantized.
+    """
+    from mlx.utils import tree_flatten
+
+    total = 0
+    for path, module in model.named_modules():
+        own = [value for _, value in tree_flatten(module.parameters())]
+        if module.children() or not own:
+            continue
+        name = path.rpartition(".")[2]
+        weight = module.get("weight")
+        is_matrix = hasattr(module, "to_quantized") and name not in ("embed_tokens", "lm_head")
+        total += sum(value.nbytes for value in own)
+        if is_matrix and weight is not None:
+            *stack, rows, columns = weight.shape
+            blocks = ceil(rows / block[0]) * ceil(columns / block[1])
+            for count in stack:
+                blocks *= count
+            total += weight.size + blocks * _SCALE_BYTES - weight.nbytes
+    return total
