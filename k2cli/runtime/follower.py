@@ -11,9 +11,7 @@ from k2cli.runtime.wire import Channel
 _IDLE_SECONDS = 0.5
 
 
-def follow(
-    channel: Channel[Decision], executor: Executor, page: ProgressPage, rank: int
-) -> None:
+def follow(channel: Channel[Decision], executor: Executor, page: ProgressPage, rank: int) -> None:
     """Do what the leader decides until it says quit.
 
     Raises:

@@ -179,14 +179,7 @@ class RunEnded(Message, tag=True, frozen=True):
 
 
 RunEvent = (
-    Heartbeat
-    | GuardStarted
-    | LoadProgress
-    | RankReady
-    | RunReady
-    | LogLine
-    | RankFailed
-    | RunEnded
+    Heartbeat | GuardStarted | LoadProgress | RankReady | RunReady | LogLine | RankFailed | RunEnded
 )
 
 
@@ -331,7 +324,9 @@ class Fatal(Message, tag=True, frozen=True):
 
     error: str
     traceback: str = ""
-    kind: Literal["memory", "coverage", "canary", "lost peer", "internal", "checkpoint"] = "internal"
+    kind: Literal["memory", "coverage", "canary", "lost peer", "internal", "checkpoint"] = (
+        "internal"
+    )
 
 
 class EngineReady(Message, tag=True, frozen=True):

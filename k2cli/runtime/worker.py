@@ -266,8 +266,10 @@ class Rank:
 
     def _next_message(self, busy: bool) -> GuardMessage | None:
         try:
-            return self._link.inbox.get_nowait() if busy else self._link.inbox.get(
-                timeout=_IDLE_SECONDS
+            return (
+                self._link.inbox.get_nowait()
+                if busy
+                else self._link.inbox.get(timeout=_IDLE_SECONDS)
             )
         except queue.Empty:
             return None

@@ -8,8 +8,8 @@ split than its peers, cannot pass.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import mlx.nn as nn
 
@@ -20,30 +20,38 @@ from k2cli.sharding.trace import parameters
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """How the parameters of a model's parts are called."""
+
+    layers: str
+    embeddings: tuple[str, ...]
+    tied_embedding: str | None
 
 
-def _prefixes(model: nn.Module) -> tuple[list[str], bool]:
-    """Names under which the embeddings' parameters stand, and whether one is the head too."""
+def _names(model: nn.Module) -> _Names:
     parts = anatomy(model)
     modules = [parent[name] for parent, name in parts.embeddings]
-    names = [
-        f"{path}." for path, module in model.named_modules() if any(module is m for m in modules)
-    ]
-    return names, parts.tied
+    paths = {
+        f"{path}.": module
+        for path, module in model.named_modules()
+        if any(module is embedding for embedding in modules)
+    }
+    largest = max(paths, key=lambda path: int(paths[path].weight.size), default=None)
+    return _Names(f"{parts.layers_path}.", tuple(paths), largest if parts.tied else None)
 
 
-def _holders(name: str, placement: Placement, embeddings: Sequence[str], tied: bool) -> set[int]:
+def _holders(name: str, placement: Placement, names: _Names) -> set[int]:
     """The ranks that the placement wants a tensor on."""
-    everyone = set(range(placement.size))
     if placement.strategy != "pipeline":
-        return everyone
-    if layer := _LAYER.search(name):
-        index = int(layer.group(1))
+        return set(range(placement.size))
+    if name.startswith(names.layers):
+        index = int(name.removeprefix(names.layers).partition(".")[0])
         return {part.rank for part in placement.ranks if part.layers[0] <= index < part.layers[1]}
-    if any(name.startswith(prefix) for prefix in embeddings):
-        return {placement.size - 1, 0} if tied else {placement.size - 1}
-    return {0}
+    if names.tied_embedding is not None and name.startswith(names.tied_embedding):
+        return {placement.size - 1, 0}
+    return {placement.size - 1} if name.startswith(names.embeddings) else {0}
 
 
 def _adds_up(whole: tuple[int, ...], parts: Sequence[tuple[int, ...]]) -> bool:
@@ -70,10 +78,10 @@ def check_coverage(model: nn.Module, placement: Placement, held: Sequence[Shapes
         ClusterError: naming tensors that are missing, misplaced, misshapen or unknown.
     """
     whole = {name: tuple(value.shape) for name, value in parameters(model).items()}
-    embeddings, tied = _prefixes(model)
+    names = _names(model)
     problems: list[str] = []
     for name, shape in whole.items():
-        wanted = _holders(name, placement, embeddings, tied)
+        wanted = _holders(name, placement, names)
         actual = {rank for rank, tensors in enumerate(held) if name in tensors}
         if wanted != actual:
             problems.append(f"{name} is held by ranks {sorted(actual)}, placed on {sorted(wanted)}")

@@ -94,47 +94,49 @@ class AbsentModule(nn.Module):
 class Anatomy:
     """Where a model keeps its decoder layers, and what stands around them.
 
-    ``embeddings`` and ``outputs`` are (parent, attribute) of the modules that only the first and
-    only the last stage needs; ``tied`` says that the embedding also is the head.
+    ``spine`` are the modules from the model down to the one that holds the list of layers;
+    ``layers_path`` is that list's dotted name. ``embeddings`` and ``outputs`` are (parent,
+    attribute) of the modules that only the first and only the last stage needs; ``tied`` says
+    that the embedding also is the head.
     """
 
-    body: nn.Module
+    spine: tuple[nn.Module, ...]
+    layers_path: str
     layers: list[nn.Module]
     embeddings: tuple[tuple[nn.Module, str], ...]
     outputs: tuple[tuple[nn.Module, str], ...]
     tied: bool
 
 
-def _embedding_types() -> tuple[type[nn.Module], ...]:
-    return (nn.Embedding, nn.QuantizedEmbedding)
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+_LINEARS = (nn.Linear, nn.QuantizedLinear)
 
 
-def _find_body(model: nn.Module) -> nn.Module:
-    """The module that directly holds the list of decoder layers: the longest list of modules."""
-    found: list[tuple[int, nn.Module]] = []
-    for _, module in model.named_modules():
-        layers = module.get("layers")
-        if isinstance(layers, list) and layers and isinstance(layers[0], nn.Module):
-            found.append((len(layers), module))
-    if not found:
-        raise UsageError(
-            f"{type(model).__module__.rpartition('.')[2]} has no list of decoder layers, "
-            "so it cannot be cut into pipeline stages",
-            "use --parallel tensor or a single node",
-        )
-    return max(found, key=lambda entry: entry[0])[1]
+def _find_layers(model: nn.Module) -> tuple[tuple[nn.Module, ...], tuple[str, ...]]:
+    """The spine and the names along it to the list of decoder layers.
 
-
-def _path_to(model: nn.Module, body: nn.Module) -> list[nn.Module]:
-    """The modules from ``model`` down to ``body``, both included."""
-    for name, child in model.children().items():
-        if child is body:
-            return [model, body]
-        if isinstance(child, nn.Module) and name != "layers":
-            rest = _path_to(child, body)
-            if rest:
-                return [model, *rest]
-    return [model] if model is body else []
+    That list is the one least deep in the model (``layers`` of most, ``h`` of some); experts and
+    other lists are inside layers.
+    """
+    level: list[tuple[tuple[nn.Module, ...], tuple[str, ...]]] = [((model,), ())]
+    while level:
+        deeper = []
+        found: list[tuple[int, tuple[nn.Module, ...], tuple[str, ...]]] = []
+        for spine, names in level:
+            for name, child in spine[-1].children().items():
+                if isinstance(child, nn.Module):
+                    deeper.append(((*spine, child), (*names, name)))
+                elif isinstance(child, list) and child and isinstance(child[0], nn.Module):
+                    found.append((len(child), spine, (*names, name)))
+        if found:
+            _, spine, names = max(found, key=lambda entry: entry[0])
+            return spine, names
+        level = deeper
+    raise UsageError(
+        f"{type(model).__module__.rpartition('.')[2]} has no list of decoder layers, "
+        "so it cannot be cut into pipeline stages",
+        "use --parallel tensor or a single node",
+    )
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -143,30 +145,17 @@ def anatomy(model: nn.Module) -> Anatomy:
     Raises:
         UsageError: if it has no list of decoder layers.
     """
-    body = _find_body(model)
+    spine, names = _find_layers(model)
     embeddings: list[tuple[nn.Module, str]] = []
     outputs: list[tuple[nn.Module, str]] = []
-    for parent in _path_to(model, body):
-        inner = [child for child in _path_to(model, body) if child is not parent]
+    for depth, parent in enumerate(spine):
         for name, child in parent.children().items():
-            if name == "layers" or any(child is step for step in inner):
+            if name == names[depth] or not isinstance(child, nn.Module):
                 continue
-            if isinstance(child, _embedding_types()):
-                embeddings.append((parent, name))
-            elif isinstance(child, nn.Module):
-                outputs.append((parent, name))
-    return Anatomy(body, body["layers"], tuple(embeddings), tuple(outputs), _is_tied(model, body))
-
-
-def _is_tied(model: nn.Module, body: nn.Module) -> bool:
-    """Whether the logits come from the embedding: no linear layer stands beside the body."""
-    linear = (nn.Linear, nn.QuantizedLinear)
-    return not any(
-        isinstance(child, linear)
-        for parent in _path_to(model, body)
-        for child in parent.children().values()
-        if isinstance(child, nn.Module)
-    )
+            (embeddings if isinstance(child, _EMBEDDINGS) else outputs).append((parent, name))
+    tied = not any(isinstance(parent[name], _LINEARS) for parent, name in outputs)
+    layers = spine[-1][names[-1]]
+    return Anatomy(spine, ".".join(names), layers, tuple(embeddings), tuple(outputs), tied)
 
 
 def hidden_at(model: nn.Module, layer: int) -> tuple[int, mx.Dtype]:

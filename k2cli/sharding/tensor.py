@@ -73,6 +73,4 @@ def slice_model(config: Mapping[str, Any], model: nn.Module, group: Any) -> None
         except ValueError as error:
             # mx.split: a dimension, or its number of quantization groups, does not divide.
             obstacle = f"{config.get('model_type')} cannot be cut into {ranks} slices: {error}"
-    raise UsageError(
-        f"tensor parallelism is not possible: {obstacle}", "use --parallel pipeline"
-    )
+    raise UsageError(f"tensor parallelism is not possible: {obstacle}", "use --parallel pipeline")
