@@ -104,9 +104,13 @@ class Heartbeat(Message, tag=True, frozen=True):
 
 
 class StopRun(Message, tag=True, frozen=True):
-    """End the run. ``cause`` is shown to clients whose request it breaks off."""
+    """End the run. ``cause`` is shown to clients whose request it breaks off.
+
+    ``failed`` True: something is broken, so ranks are ended without the polite part.
+    """
 
     cause: str
+    failed: bool = False
 
 
 LauncherMessage = Heartbeat | StopRun

@@ -1,0 +1,227 @@
+"""What every guard does with its rank: start it, watch it, hear it, end it.
+
+The guards of the leader and of the followers differ in whom they report to; they are in
+``guard_leader`` and ``guard_follower``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from k2cli.errors import K2Error
+from k2cli.runtime.guard_rank import RankProcess, describe
+from k2cli.runtime.guard_watchdog import INTERVAL_SECONDS, StallWatch
+from k2cli.runtime.protocol import (
+    Bootstrap,
+    Fatal,
+    GuardStarted,
+    Heartbeat,
+    LogLine,
+    RankFailed,
+    RankMessage,
+)
+from k2cli.runtime.wire import ConnectionLost
+
+# A symptom (a lost peer, a SIGTERM that mpirun sends to the others) waits this long for its cause
+# to be reported by somebody else.
+WEAK_CAUSE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why the run ends. ``failed`` False: somebody asked for it."""
+
+    cause: str
+    failed: bool
+
+
+class Guard(ABC):
+    """One guard and its rank.
+
+    Args:
+        bootstrap: what the launcher left for it.
+        worker: module that is the rank.
+    """
+
+    def __init__(self, bootstrap: Bootstrap, worker: str) -> None:
+        self.bootstrap = bootstrap
+        self.assignment = bootstrap.assignment
+        self.deadlines = bootstrap.deadlines
+        self.rank: RankProcess | None = None
+        self._worker = worker
+        self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- what leader and follower do differently ------------------------------------------------
+
+    @abstractmethod
+    def emit(self, event: Any) -> None:
+        """Pass an event on, towards the launcher."""
+
+    @abstractmethod
+    def on_rank_message(self, message: RankMessage) -> None:
+        """Deal with a message from the rank other than Fatal."""
+
+    @abstractmethod
+    async def run(self) -> int:
+        """Live; returns the exit status of the guard."""
+
+    # --- ending ---------------------------------------------------------------------------------
+
+    @property
+    def ending(self) -> bool:
+        """Whether the run is being ended."""
+        return self._ending.done()
+
+    def end(self, cause: str, *, failed: bool) -> None:
+        """End the run; the first cause counts."""
+        if not self._ending.done():
+            self._ending.set_result(Ending(cause, failed))
+
+    async def wait_for_ending(self) -> Ending:
+        """Wait until the run has to end."""
+        return await self._ending
+
+    def fail(self, failure: RankFailed) -> None:
+        """Report a failure and end the run."""
+        if self.ending and not self._ending.result().failed:
+            self.log(f"while stopping: rank {failure.rank}: {failure.cause}")
+            return
+        self.emit(failure)
+        self.end(f"rank {failure.rank} on {failure.node} failed: {failure.cause}", failed=True)
+
+    async def fail_weakly(self, failure: RankFailed) -> None:
+        """Report what may be only a symptom, once its cause had the time to be reported."""
+        if not self.ending:
+            await asyncio.wait([self._ending], timeout=WEAK_CAUSE_SECONDS)
+        self.fail(failure)
+
+    def failure(self, cause: str, *, of_rank: bool = True) -> RankFailed:
+        """A failure of this guard's rank, or of the guard itself."""
+        rank = self.rank if of_rank else None
+        return RankFailed(
+            self.assignment.rank,
+            self.assignment.nodes[self.assignment.rank],
+            cause,
+            exit_status=rank.exit_status if rank else None,
+            last_lines=list(rank.last_lines) if rank else [],
+        )
+
+    def terminated(self) -> None:
+        """SIGTERM came: by hand, or from an mpirun that lost another guard."""
+        failure = self.failure("its guard received SIGTERM", of_rank=False)
+        self.spawn(self.fail_weakly(failure))
+
+    # --- tasks ----------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside; if it raises, the run fails."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, K2Error):
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                self.log(line)
+        cause = error.message if isinstance(error, K2Error) else describe(error)
+        self.fail(self.failure(cause, of_rank=False))
+
+    def cancel_tasks(self) -> None:
+        """Stop everything that ``spawn`` started."""
+        for task in list(self._tasks):
+            task.cancel()
+
+    # --- the rank -------------------------------------------------------------------------------
+
+    def log(self, text: str) -> None:
+        """One line of the guard's own."""
+        self._log_line("guard", text)
+
+    def _log_line(self, source: Any, text: str) -> None:
+        rank = self.assignment.rank
+        self.emit(LogLine(rank, self.assignment.nodes[rank], source, text))
+
+    async def start_rank(self, started: asyncio.Event) -> None:
+        """Start the rank and everything that watches it; sets ``started`` once it runs."""
+        try:
+            self.rank = await RankProcess.start(self.bootstrap, self._worker)
+        except OSError as error:
+            self.fail(self.failure(f"it cannot be started: {error}"))
+            return
+        started.set()
+        for work in (self._read_lines, self._read_messages, self._watch, self._beat, self._reap):
+            self.spawn(work(self.rank))
+
+    def started_event(self, guard_pid: int) -> GuardStarted:
+        """What the launcher is told of this guard."""
+        assert self.rank is not None
+        node = self.assignment.nodes[self.assignment.rank]
+        return GuardStarted(self.assignment.rank, node, guard_pid, self.rank.pid)
+
+    async def _read_lines(self, rank: RankProcess) -> None:
+        async for line in rank.lines():
+            self._log_line("rank", line)
+
+    async def _read_messages(self, rank: RankProcess) -> None:
+        try:
+            while True:
+                message = await rank.channel.receive()
+                if isinstance(message, Fatal):
+                    self._note_fatal(rank, message)
+                else:
+                    self.on_rank_message(message)
+        except ConnectionLost as error:
+            # Its exit tells more; but a rank that has closed its socket and lives is of no use.
+            if not await rank.gone_within(WEAK_CAUSE_SECONDS) and not self.ending:
+                rank.verdict = f"its connection to its guard broke: {error}"
+                rank.kill()
+
+    def _note_fatal(self, rank: RankProcess, fatal: Fatal) -> None:
+        rank.fatal = fatal
+        for line in fatal.traceback.splitlines():
+            self._log_line("rank", line)
+
+    async def _watch(self, rank: RankProcess) -> None:
+        watch = StallWatch(self.deadlines, time.monotonic())
+        while rank.exit_status is None and not self.ending:
+            await asyncio.sleep(INTERVAL_SECONDS)
+            verdict = watch.observe(time.monotonic(), rank.page.read(), stopped=rank.is_stopped())
+            if verdict is not None and not self.ending:
+                rank.verdict = verdict
+                rank.kill()
+                return
+
+    async def _beat(self, rank: RankProcess) -> None:
+        while rank.exit_status is None:
+            rank.send(Heartbeat())
+            await asyncio.sleep(self.deadlines.heartbeat_interval)
+
+    async def _reap(self, rank: RankProcess) -> None:
+        await rank.wait()
+        if self.ending:
+            return
+        failure = self.failure(rank.cause_of_exit())
+        if rank.exit_is_symptom():
+            await self.fail_weakly(failure)
+        else:
+            self.fail(failure)
+
+    async def end_rank(self, ending: Ending) -> bool:
+        """End the rank, politely unless the run has failed; returns whether it is gone."""
+        if self.rank is None:
+            return True
+        grace_seconds = 0.0 if ending.failed else self.deadlines.stop_grace
+        gone = await self.rank.end(grace_seconds=grace_seconds)
+        if not gone:
+            self.log(f"rank process {self.rank.pid} did not end after SIGKILL")
+        return gone

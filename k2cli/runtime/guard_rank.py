@@ -1,0 +1,274 @@
+"""A rank as its guard sees it: start it, read what it says, end it, and say why it ended.
+
+The rank inherits two descriptors: one end of a socket pair for messages, and its progress page.
+It dies with its guard: by PR_SET_PDEATHSIG on Linux, and because its socket closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+import psutil
+
+from k2cli.runtime.progress import ProgressPage
+from k2cli.runtime.protocol import Bootstrap, Fatal, GuardMessage, RankMessage, Shutdown, Start
+from k2cli.runtime.wire import AsyncChannel
+
+DEFAULT_WORKER = "k2cli.runtime.worker"
+KEPT_LINES = 20
+MAX_LINE_CHARACTERS = 4000
+_TERMINATE_SECONDS = 1.0
+_KILL_SECONDS = 5.0
+_DRAIN_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1
+# Above this share of the machine's memory a SIGKILL is likely the kernel's.
+_HIGH_MEMORY_SHARE = 0.6
+_LOW_AVAILABLE_SHARE = 0.05
+# A log line goes to a terminal sooner or later, and must not steer it.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def _die_with_guard() -> Callable[[], None] | None:
+    """What the child calls between fork and exec, so that it cannot outlive its guard (Linux)."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    guard = os.getpid()
+
+    def prepare() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != guard:
+            os._exit(1)
+
+    return prepare
+
+
+def rank_arguments(bootstrap: Bootstrap, worker: str, guard_fd: int, progress_fd: int) -> list[str]:
+    """The command line of a rank. It always contains ``k2cli.runtime`` and the run's id."""
+    assignment = bootstrap.assignment
+    # A test's rank is another module; the mark of the run must be on its command line all the same.
+    mark = [] if worker.startswith("k2cli.runtime") else ["-X", "k2cli.runtime"]
+    return [
+        *(sys.executable, "-P", *mark, "-m", worker),
+        *("--run", assignment.run_id, "--rank", str(assignment.rank)),
+        *("--guard-fd", str(guard_fd), "--progress-fd", str(progress_fd)),
+    ]
+
+
+def _ring_hostfile(hosts: list[list[str]]) -> int:
+    """MLX's hostfile as a descriptor of a file without a name, which nobody need remove."""
+    with tempfile.TemporaryFile() as file:
+        file.write(msgspec.json.encode(hosts))
+        file.flush()
+        file.seek(0)
+        return os.dup(file.fileno())
+
+
+class RankProcess:
+    """A running rank. Made by ``RankProcess.start``."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        channel: AsyncChannel[RankMessage],
+        page: ProgressPage,
+    ) -> None:
+        self._process = process
+        self._view = psutil.Process(process.pid)
+        self.channel = channel
+        self.page = page
+        self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self.fatal: Fatal | None = None
+        self.verdict: str | None = None
+        self._memory_was_high = False
+        self._output_ended = asyncio.Event()
+
+    @classmethod
+    async def start(cls, bootstrap: Bootstrap, worker: str) -> RankProcess:
+        """Start the rank and tell it what it is.
+
+        Raises:
+            OSError: if the process cannot be started.
+        """
+        ours, theirs = socket.socketpair()
+        page = ProgressPage.create()
+        assignment = bootstrap.assignment
+        environment = {**os.environ, **bootstrap.environment, "PYTHONUNBUFFERED": "1"}
+        inherited = [theirs.fileno(), page.fileno()]
+        if assignment.backend == "ring" and assignment.ring_hosts is not None:
+            inherited.append(_ring_hostfile(assignment.ring_hosts))
+            environment["MLX_HOSTFILE"] = f"/dev/fd/{inherited[-1]}"
+            environment["MLX_RANK"] = str(assignment.rank)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *rank_arguments(bootstrap, worker, theirs.fileno(), page.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=inherited,
+                env=environment,
+                preexec_fn=_die_with_guard(),
+            )
+        finally:
+            theirs.close()
+            for descriptor in inherited[2:]:
+                os.close(descriptor)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        rank = cls(process, AsyncChannel(reader, writer, RankMessage), page)
+        control_host = bootstrap.liveness_host
+        rank.send(Start(assignment, bootstrap.secret, bootstrap.deadlines, control_host))
+        return rank
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """As in subprocess: negative for a signal, None while it runs."""
+        return self._process.returncode
+
+    def send(self, message: GuardMessage) -> None:
+        """Queue a message for the rank; a rank that is gone shows elsewhere."""
+        self.channel.send(message)
+
+    async def lines(self) -> AsyncIterator[str]:
+        """What the rank writes to stdout and stderr, line by line; very long lines are cut."""
+        assert self._process.stdout is not None
+        try:
+            async for line in split_lines(self._process.stdout):
+                self.last_lines.append(line)
+                yield line
+        finally:
+            self._output_ended.set()
+
+    def is_stopped(self) -> bool:
+        """Whether a signal stopped the process; also takes note of its memory."""
+        try:
+            self._note_memory()
+            return self._view.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        except psutil.Error:
+            return False
+
+    def _note_memory(self) -> None:
+        memory = psutil.virtual_memory()
+        resident = self._view.memory_info().rss
+        self._memory_was_high = resident > _HIGH_MEMORY_SHARE * memory.total or (
+            memory.available < _LOW_AVAILABLE_SHARE * memory.total
+        )
+
+    async def wait(self) -> int:
+        """Wait until the rank is gone and what it wrote last is read; returns its exit status."""
+        status = await self._process.wait()
+        # A grandchild may hold the pipe open: do not wait for the end of the output for ever.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._output_ended.wait(), _DRAIN_SECONDS)
+        return status
+
+    def kill(self) -> None:
+        """SIGKILL, which also ends a process that is stopped."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # asyncio knows whether the process was already waited for, so the pid cannot be another's.
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    async def end(self, *, grace_seconds: float) -> bool:
+        """End the rank: Shutdown and ``grace_seconds``, then SIGTERM, then SIGKILL.
+
+        Args:
+            grace_seconds: 0 skips the polite part, for a run that has failed.
+
+        Returns:
+            Whether it is gone. Only a process that hangs in the kernel is not.
+        """
+        if grace_seconds > 0:
+            self.send(Shutdown())
+            if await self.gone_within(grace_seconds):
+                return True
+        self._signal(signal.SIGTERM)
+        if await self.gone_within(_TERMINATE_SECONDS):
+            return True
+        self.kill()
+        return await self.gone_within(_KILL_SECONDS)
+
+    async def gone_within(self, seconds: float) -> bool:
+        """Wait that long for the process to end; returns whether it has."""
+        try:
+            await asyncio.wait_for(self._process.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def exit_is_symptom(self) -> bool:
+        """Whether the cause of this end is likely another rank's or guard's."""
+        if self.fatal is not None:
+            return self.fatal.kind == "lost peer"
+        return self.verdict is None and self.exit_status == -signal.SIGTERM
+
+    def cause_of_exit(self) -> str:
+        """Why the rank ended, as far as can be told, in one sentence about "it"."""
+        status = self.exit_status
+        if self.verdict is not None:
+            return self.verdict
+        if self.fatal is not None:
+            return self.fatal.error
+        if status is None:
+            return "it does not react"
+        if status == -signal.SIGKILL and self._memory_was_high:
+            return "it was killed (SIGKILL), perhaps because the machine ran out of memory"
+        if status < 0:
+            return f"it was killed by {signal_name(-status)}"
+        return f"it exited with status {status}"
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9; the number itself where it has no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+async def split_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines of a stream, ended by newline or carriage return; empty ones are left out.
+
+    A line of any length costs bounded memory: it is cut at ``MAX_LINE_CHARACTERS``.
+    """
+    pending = b""
+    cut = False
+    while chunk := await stream.read(2**16):
+        *complete, rest = chunk.replace(b"\r", b"\n").split(b"\n")
+        for part in complete:
+            if (text := _shown(pending + part)) and not cut:
+                yield text
+            pending, cut = b"", False
+        pending = b"" if cut else pending + rest
+        if len(pending) > MAX_LINE_CHARACTERS:
+            yield _shown(pending)
+            pending, cut = b"", True
+    if text := _shown(pending):
+        yield text
+
+
+def _shown(line: bytes) -> str:
+    text = _CONTROL_CHARACTERS.sub("", line.decode(errors="replace")).rstrip()
+    return text if len(text) <= MAX_LINE_CHARACTERS else text[:MAX_LINE_CHARACTERS] + " [cut]"
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}"
