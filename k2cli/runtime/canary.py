@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import time
+from typing import cast
 
 import mlx.core as mx
 
@@ -46,7 +47,7 @@ def _checked_argmax(logits: mx.array) -> int:
             "the canary prompt gave logits that are not finite",
             "the checkpoint or the chosen --dtype is not usable; try --dtype float32",
         )
-    return int(mx.argmax(logits).item())
+    return cast(int, mx.argmax(logits).item())
 
 
 def _collect(

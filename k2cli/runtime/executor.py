@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from k2cli.runtime.protocol import CloseSequence, Decision, Forward, OpenSequence
 from k2cli.sharding.stage import Stage
@@ -33,7 +34,7 @@ class StepResult:
 def array_digest(value: mx.array) -> str:
     """SHA-256 (hex, 16 digits) over the bytes of an array."""
     flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
-    return hashlib.sha256(bytes(memoryview(flat))).hexdigest()[:16]
+    return hashlib.sha256(bytes(np.asarray(flat))).hexdigest()[:16]
 
 
 class Executor:

@@ -57,7 +57,9 @@ def _open_tensors(checkpoint: Checkpoint) -> dict[str, mx.array]:
         raise K2Error(f"{checkpoint.folder} holds no safetensors files")
     tensors: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-        tensors.update(mx.load(str(file)))
+        opened = mx.load(str(file))
+        assert isinstance(opened, dict)
+        tensors.update(opened)
     return {name: tensors[name] for name in checkpoint.tensors}
 
 

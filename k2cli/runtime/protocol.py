@@ -328,9 +328,7 @@ class Fatal(Message, tag=True, frozen=True):
 
     error: str
     traceback: str = ""
-    kind: Literal["memory", "coverage", "canary", "lost peer", "internal", "checkpoint"] = (
-        "internal"
-    )
+    kind: Literal["memory", "lost peer", "internal"] = "internal"
 
 
 class EngineReady(Message, tag=True, frozen=True):

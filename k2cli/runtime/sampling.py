@@ -10,6 +10,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
@@ -40,7 +41,7 @@ class Sampler:
             The token id, and its log probability (before temperature) if it was asked for.
         """
         scores = self._penalised(logits.astype(mx.float32))
-        token = int(self._pick(scores).item())
+        token = cast(int, self._pick(scores).item())
         self._generated[token] += 1
         self._count += 1
         return token, self._logprob(scores, token)
@@ -76,11 +77,9 @@ class Sampler:
         if wanted is None:
             return None
         logprobs = scores - mx.logsumexp(scores)
-        best = mx.argsort(-logprobs)[:wanted].tolist() if wanted else []
-        assert isinstance(best, list)
-        return TokenLogprob(
-            float(logprobs[token].item()), [(int(i), float(logprobs[i].item())) for i in best]
-        )
+        best = cast(list[int], mx.argsort(-logprobs)[:wanted].tolist()) if wanted else []
+        values = cast(list[float], logprobs[mx.array([token, *best])].tolist())
+        return TokenLogprob(values[0], list(zip(best, values[1:], strict=True)))
 
 
 def _add_at(scores: mx.array, amounts: Mapping[int, float]) -> mx.array:

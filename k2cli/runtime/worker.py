@@ -300,7 +300,8 @@ def _die_with_parent() -> None:
             os._exit(1)
 
 
-_KINDS: tuple[tuple[str, Literal["memory", "lost peer"]], ...] = (
+_FatalKind = Literal["memory", "lost peer", "internal"]
+_MARKS: tuple[tuple[str, _FatalKind], ...] = (
     ("unable to allocate", "memory"),
     ("out of memory", "memory"),
     ("bad_alloc", "memory"),
@@ -309,17 +310,21 @@ _KINDS: tuple[tuple[str, Literal["memory", "lost peer"]], ...] = (
 )
 
 
-def _fatal(error: BaseException) -> Fatal:
-    text = error.message if isinstance(error, K2Error) else f"{type(error).__name__}: {error}"
-    if isinstance(error, K2Error) and error.hint:
-        text = f"{text} ({error.hint})"
-    if isinstance(error, ConnectionLost):
-        return Fatal(f"lost a control connection: {error}", kind="lost peer")
-    kind = next((kind for mark, kind in _KINDS if mark in text.lower()), "internal")
+def _kind_of(error: BaseException, text: str) -> _FatalKind:
+    """What an error most likely comes of, by what MLX's back ends are known to say."""
     if isinstance(error, MemoryError):
-        kind = "memory"
-    report = "" if isinstance(error, K2Error) else "".join(traceback.format_exception(error))
-    return Fatal(text, report, kind)
+        return "memory"
+    if isinstance(error, ConnectionLost):
+        return "lost peer"
+    return next((kind for mark, kind in _MARKS if mark in text.lower()), "internal")
+
+
+def _fatal(error: BaseException) -> Fatal:
+    """The last message of a rank."""
+    if isinstance(error, K2Error):
+        return Fatal(f"{error.message} ({error.hint})" if error.hint else error.message)
+    text = f"{type(error).__name__}: {error}"
+    return Fatal(text, "".join(traceback.format_exception(error)), _kind_of(error, text))
 
 
 def main() -> None:
@@ -338,9 +343,6 @@ def main() -> None:
         start = link.receive_start()
         link.start_listening(start.deadlines)
         Rank(link, page, start).live()
-    except ConnectionLost as error:
-        link.send(_fatal(error))
-        _end(1)
     except BaseException as error:
         sys.stderr.write("".join(traceback.format_exception(error)))
         link.send(_fatal(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -76,7 +77,7 @@ def _whole(config: dict[str, Any], weights: list[tuple[str, mx.array]]) -> list[
 
 def _stages(config: dict[str, Any], weights: Any, bounds: list[int]) -> list[Stage]:
     stages = []
-    for first, past_last in zip(bounds, bounds[1:], strict=False):
+    for first, past_last in itertools.pairwise(bounds):
         model = build(config)
         model.load_weights(weights)
         stages.append(cut_stage(model, first, past_last))
