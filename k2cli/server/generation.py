@@ -204,7 +204,9 @@ async def answer(generation: Generation, assembler: TextAssembler) -> AsyncGener
             case Finished(reason="cancelled"):
                 raise unavailable("the request was cancelled by the engine")
             case Finished() as finished:
-                yield assembler.finish()
+                rest = assembler.finish()
+                if rest.text or rest.scores:
+                    yield rest
                 yield _ended(finished, assembler)
                 return
 

@@ -154,9 +154,7 @@ def finished(completion_tokens: int, reason: Any = "stop") -> Finished:
 
 
 @contextlib.contextmanager
-def serving(
-    engine: ScriptedEngine, served: ServedModel, tokenizer: Any = None
-) -> Iterator[str]:
+def serving(engine: ScriptedEngine, served: ServedModel, tokenizer: Any = None) -> Iterator[str]:
     """Run a real server in a thread; yields its base URL without ``/v1``."""
     app = create_app(engine, tokenizer or LetterTokenizer(), served)
     listener = socket.create_server(("127.0.0.1", 0))
