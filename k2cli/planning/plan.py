@@ -6,7 +6,9 @@ a field may be added, none is renamed without a new ``SCHEMA_VERSION``.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -81,6 +83,21 @@ class Plan:
 def plan_to_json(plan: Plan) -> bytes:
     """The plan as one JSON document, indented, with a final newline."""
     return msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n"
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write the plan to a file, whole or not at all.
+
+    Raises:
+        UsageError: if the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(plan_to_json(plan))
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def plan_from_json(document: bytes, source: str) -> Plan:

@@ -1,0 +1,103 @@
+"""What a plan is about: the model as far as its config and headers tell, and what it must hold.
+
+The only part of planning that reads the model's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from k2cli.errors import UsageError
+from k2cli.planning.activation import ActivationShape, activation_shape
+from k2cli.planning.config_check import check_config, model_context_length
+from k2cli.planning.hardware import NodeMemory
+from k2cli.planning.plan import Mark
+from k2cli.planning.stored import stored_bytes_of_config
+
+if TYPE_CHECKING:
+    from k2cli.sharding.footprint import ModelFacts
+
+DEFAULT_CONTEXT_LENGTH = 32_768
+MAX_CONTEXT_LENGTH = 100_000_000
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is subject of the model before it is placed."""
+
+    reference: str
+    config: dict[str, Any]
+    stored: Mapping[str, tuple[str, tuple[int, ...]]] | None
+    stored_bytes: int
+    stored_mark: Mark
+    facts: ModelFacts
+    shape: ActivationShape
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a plan must have room for."""
+
+    context_length: int
+    concurrency: int
+    dtype: str
+
+
+def read_subject(reference: str) -> Subject:
+    from k2cli.models.checkpoint import read_checkpoint
+    from k2cli.models.reference import config_source
+    from k2cli.sharding.architectures import model_classes
+    from k2cli.sharding.footprint import model_facts
+
+    folder = config_source(reference)
+    checkpoint = read_checkpoint(folder)
+    config = checkpoint.config
+    _, arguments = model_classes(config)
+    names = {field.name for field in fields(arguments)} if hasattr(
+        arguments, "__dataclass_fields__") else set()  # fmt: skip
+    if "text_config" in names:
+        names |= {"kv_lora_rank"} & set(config.get("text_config") or {})
+    check_config(config, str(folder / "config.json"), frozenset(names))
+    stored = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()} or None
+    facts = model_facts(config, stored)
+    if stored is None:
+        stored_bytes, mark = stored_bytes_of_config(config, facts.model)
+    else:
+        stored_bytes, mark = checkpoint.stored_bytes, "exact"
+    shape = activation_shape(config)
+    return Subject(reference, config, stored, stored_bytes, mark, facts, shape)
+
+
+def choose_context(wanted: int | None, config: Mapping[str, Any]) -> int:
+    most = model_context_length(config)
+    if wanted is None:
+        return min(most or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
+    if wanted < 1:
+        raise UsageError(f"a context of {wanted} tokens holds nothing", "--context 32768")
+    if most is not None and wanted > most:
+        raise UsageError(
+            f"a context of {wanted:,} tokens is beyond this model's maximum of {most:,}",
+            f"--context {most}",
+        )
+    if wanted > MAX_CONTEXT_LENGTH:
+        raise UsageError(f"a context of {wanted:,} tokens is beyond {MAX_CONTEXT_LENGTH:,}")
+    return wanted
+
+
+def choose_dtype(wanted: str, subject: Subject, nodes: Sequence[NodeMemory]) -> str:
+    if wanted != "auto":
+        return wanted
+    if any(node.backend == "cpu" for node in nodes):
+        return "float32"
+    text = subject.config.get("text_config") or {}
+    for source in (subject.config, text):
+        name = source.get("torch_dtype") or source.get("dtype")
+        if isinstance(name, str) and name.removeprefix("torch.") in ITEM_BYTES:
+            return name.removeprefix("torch.")
+    stored = [dtype for dtype, _ in (subject.stored or {}).values() if dtype in _STORED_FLOATS]
+    return _STORED_FLOATS[max(set(stored), key=stored.count)] if stored else "bfloat16"
