@@ -51,7 +51,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
         UsageError: for a method that mlx-lm cannot load.
     """
     if (own := config.get("quantization")) is not None:
-        return dict(own)
+        return _checked(own)
     original = config.get("quantization_config") or (config.get("text_config") or {}).get(
         "quantization_config"
     )
@@ -72,13 +72,24 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if method == "fp8":
         return None
     if "bits" in original and "group_size" in original and method is None:
-        return dict(original)
+        return _checked(original)
     raise UsageError(
         f"config.json has quantization_config.quant_method {method!r}"
         + (f" with format {original['format']!r}" if original.get("format") else "")
         + ", which k2 cannot load",
         "use an MLX conversion of the model, or its original weights",
     )
+
+
+def _checked(quantization: Any) -> dict[str, Any]:
+    """An MLX quantization entry whose sizes are usable."""
+    if not isinstance(quantization, Mapping):
+        raise UsageError(f"config.json has quantization {quantization!r}, expected an object")
+    for field in ("group_size", "bits"):
+        value = quantization.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 1024:
+            raise UsageError(f"config.json has quantization.{field} {value!r}")
+    return dict(quantization)
 
 
 def _ignored_by_original(config: Mapping[str, Any]) -> Callable[[str], bool]:

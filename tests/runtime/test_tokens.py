@@ -1,0 +1,89 @@
+"""Greedy float32 tokens are those of mlx-lm in one process, wherever the model is placed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.rank_pool import RankPool, assignments, running
+
+MAX_TOKENS = 64
+TEXTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time in a village by the sea",
+    "水在摄氏一百度",
+    "List three uses of copper: " * 6,
+]
+
+# Runs in a process of its own: stock mlx-lm, imported whole.
+_REFERENCE = """
+import json, sys
+import mlx.core as mx
+from mlx_lm import load
+from mlx_lm.generate import generate_step
+folder, prompts, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model, tokenizer = load(folder)
+model.set_dtype(mx.float32)
+result = []
+for prompt in prompts:
+    steps = generate_step(mx.array(prompt), model, max_tokens=count)
+    result.append([token for token, _ in steps])
+json.dump(result, sys.stdout)
+"""
+
+
+def _prompts(checkpoint: Path) -> list[list[int]]:
+    from k2cli.models.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(checkpoint)
+    return [tokenizer.encode(text) for text in TEXTS]
+
+
+def _reference(checkpoint: Path) -> list[list[int]]:
+    prompts = json.dumps(_prompts(checkpoint))
+    command = [sys.executable, "-c", _REFERENCE, str(checkpoint), prompts, str(MAX_TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    tokens: list[list[int]] = json.loads(done.stdout)
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def demo_reference(demo_checkpoint: Path) -> list[list[int]]:
+    return _reference(demo_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def toy_reference(toy_k2: Path) -> list[list[int]]:
+    return _reference(toy_k2)
+
+
+def _tokens(checkpoint: Path, folder: Path, strategy: str, size: int) -> list[list[int]]:
+    pool = RankPool(assignments(checkpoint, strategy, size), folder)
+    with running(pool):
+        return [pool.generate(prompt, MAX_TOKENS) for prompt in _prompts(checkpoint)]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("strategy", "size"), [("single", 1), ("pipeline", 2), ("pipeline", 3)])
+def test_demo_tokens_equal_mlx_lm(
+    strategy: str, size: int, demo_checkpoint: Path, demo_reference: list[list[int]], tmp_path: Path
+) -> None:
+    assert _tokens(demo_checkpoint, tmp_path, strategy, size) == demo_reference
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("strategy", "size"), [("single", 1), ("pipeline", 2), ("tensor", 2), ("pipeline", 5)]
+)
+def test_toy_k2_tokens_equal_mlx_lm(
+    strategy: str, size: int, toy_k2: Path, toy_reference: list[list[int]], tmp_path: Path
+) -> None:
+    # A toy that repeats one token would prove little.
+    assert all(len(set(tokens)) > 5 for tokens in toy_reference)
+    assert _tokens(toy_k2, tmp_path, strategy, size) == toy_reference
