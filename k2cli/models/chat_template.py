@@ -1,0 +1,154 @@
+"""Renders a checkpoint's chat template in a sandbox: it is a program from a stranger.
+
+The environment has what templates written for Hugging Face's library expect: its whitespace
+rules, loop controls, ``raise_exception``, ``strftime_now``, ``tojson`` that leaves text readable,
+and the ``generation`` tag, which marks the assistant's words for training and renders its body.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from k2cli.errors import K2Error
+from k2cli.models.checkpoint import read_json_object
+
+_MAX_TEMPLATE_BYTES = 2_000_000
+
+
+class ChatTemplate:
+    """A compiled template.
+
+    Args:
+        source: the jinja text.
+        special: names such as ``bos_token`` with their texts, which templates may use.
+
+    Raises:
+        K2Error: if the template is not valid.
+    """
+
+    def __init__(self, source: str, special: dict[str, str]) -> None:
+        self._special = special
+        try:
+            self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise K2Error(f"the model's chat template is not valid: {error}") from error
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        arguments: dict[str, Any],
+    ) -> str:
+        """The prompt as text.
+
+        Raises:
+            K2Error: if the template refuses the messages or fails on them.
+        """
+        context = {
+            **self._special,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **arguments,
+        }
+        try:
+            return self._template.render(context)
+        except jinja2.TemplateError as error:
+            raise K2Error(f"the model's chat template refuses: {error}") from error
+        except Exception as error:  # its code can fail in any way, on messages it did not expect
+            reason = f"{type(error).__name__}: {error}"
+            raise K2Error(f"the model's chat template failed on the messages: {reason}") from error
+
+
+def read_chat_template(
+    folder: Path, tokenizer_config: dict[str, Any], *, with_tools: bool = False
+) -> str | None:
+    """The template's text: ``chat_template.jinja``, ``.json`` or the tokenizer config's entry.
+
+    Where the entry is a list, ``with_tools`` prefers the one named ``tool_use``.
+
+    Raises:
+        K2Error: if a file cannot be read or is of another shape.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
+            raise K2Error(f"{path} is larger than {_MAX_TEMPLATE_BYTES} bytes")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise K2Error(f"{path} is not UTF-8: {error}") from error
+    entry = tokenizer_config.get("chat_template")
+    path = folder / "chat_template.json"
+    if path.is_file():
+        entry = read_json_object(path).get("chat_template")
+    if isinstance(entry, list):
+        entry = _choose(entry, with_tools)
+    if entry is not None and not isinstance(entry, str):
+        raise K2Error(f"{folder}: chat_template must be a text or a list of named texts")
+    return entry
+
+
+def _choose(entries: list[Any], with_tools: bool) -> Any:
+    named = {
+        entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)
+    }
+    if with_tools and "tool_use" in named:
+        return named["tool_use"]
+    return named.get("default")
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as a plain class attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _GenerationTag],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Not jinja's own, which escapes <, > and & for HTML: a model would read the escapes.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(layout: str) -> str:
+    return datetime.datetime.now().strftime(layout)

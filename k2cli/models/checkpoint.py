@@ -1,0 +1,279 @@
+"""Checkpoints by their headers: which tensors a folder holds, where, and how big; and its config.
+
+The safetensors format is read here without its library, because a planner and a coverage proof
+need offsets and bytes, not data, and because a header may lie: every length and offset is checked
+against the file before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from k2cli.errors import K2Error
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit that the format's own library has; K2's largest header is about 3 MB."""
+
+_MAX_JSON_BYTES = 50_000_000
+_MAX_DIMENSION = 2**48
+_MAX_DIMENSIONS = 16
+INDEX_NAME = "model.safetensors.index.json"
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Bits per element by the format's name of the type."""
+
+_POSITIVE_INTEGERS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "intermediate_size", "max_position_embeddings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as stored. ``offset`` counts from the start of ``file``, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder's config and tensors. ``stored_bytes`` is the sum over the tensors."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    stored_bytes: int = 0
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read the config and all headers; no tensor data.
+
+    A folder without safetensors gives no tensors and 0 bytes. Where there is an index, it decides
+    which files belong to the checkpoint.
+
+    Raises:
+        K2Error: if the config or a header is missing, malformed or contradicts its file, or if
+            the index names a tensor that its file does not hold.
+    """
+    config = read_config(folder)
+    weight_map = _read_index(folder)
+    if weight_map is None:
+        # A folder may also hold adapters; mlx-lm's own rule is that a model's files start so.
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    else:
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_safetensors_header(file).items():
+            if name in tensors:
+                raise K2Error(f"tensor '{name}' is in both {tensors[name].file} and {file}")
+            tensors[name] = tensor
+    if weight_map is not None:
+        _check_index(folder, weight_map, tensors)
+    return Checkpoint(folder, config, tensors, sum(t.nbytes for t in tensors.values()))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json``, with ``eos_token_id`` taken from ``generation_config.json`` if it has one.
+
+    Raises:
+        K2Error: if it is missing, no JSON object, or a field that k2 relies on is of another type.
+    """
+    path = folder / "config.json"
+    config = read_json_object(path)
+    _check_config(path, config, required_model_type=True)
+    if "text_config" in config:
+        if not isinstance(config["text_config"], dict):
+            raise K2Error(f"{path}: text_config must be an object")
+        _check_config(path, config["text_config"], required_model_type=False)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        end = read_json_object(generation).get("eos_token_id")
+        if end is not None:
+            config["eos_token_id"] = end
+    end_tokens(path, config.get("eos_token_id"))
+    return config
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object, at most 50 MB of it.
+
+    Raises:
+        K2Error: if it cannot be read, is too long, no JSON, or another type.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise K2Error(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise K2Error(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise K2Error(f"{path} is not JSON: {error}", "download the checkpoint again") from error
+    if not isinstance(document, dict):
+        raise K2Error(f"{path} must hold a JSON object, not {type(document).__name__}")
+    return document
+
+
+def _check_config(path: Path, config: dict[str, Any], *, required_model_type: bool) -> None:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) and (required_model_type or model_type is not None):
+        raise K2Error(f"{path}: model_type must be a string, not {model_type!r}")
+    for name in _POSITIVE_INTEGERS:
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _MAX_DIMENSION:
+            raise K2Error(f"{path}: {name} must be a positive integer, not {value!r}")
+    for name in ("quantization", "quantization_config", "rope_scaling"):
+        if config.get(name) is not None and not isinstance(config[name], dict):
+            raise K2Error(f"{path}: {name} must be an object, not {config[name]!r}")
+
+
+def end_tokens(path: Path, value: object) -> list[int]:
+    """``eos_token_id`` as a list: configs give one, several or none. ``path`` is for messages.
+
+    Raises:
+        K2Error: if it is anything else.
+    """
+    tokens: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
+        raise K2Error(f"{path}: eos_token_id must be an integer or a list of them, not {value!r}")
+    return tokens
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        return None
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise K2Error(f"{path}: weight_map must map tensor names to file names")
+    for file in set(weight_map.values()):
+        # A name with a path in it could point anywhere on this machine.
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise K2Error(f"{path}: '{file}' is not the name of a safetensors file")
+        if not (folder / file).is_file():
+            raise K2Error(f"{path} names {file}, which is not there", "download it again")
+    return weight_map
+
+
+def _check_index(
+    folder: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]
+) -> None:
+    for name, file in weight_map.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.file.name != file:
+            raise K2Error(f"{folder / INDEX_NAME}: tensor '{name}' is not in {file}")
+
+
+def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, by name, in the order of their data.
+
+    Raises:
+        K2Error: if the file is cut short, or its header is malformed or does not describe exactly
+            the bytes that follow it.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header, data_start = _read_header(file, stream.read(8), size, stream)
+    except OSError as error:
+        raise K2Error(f"cannot read {file}: {error.strerror}") from error
+    tensors = [
+        _tensor(file, name, fields, data_start)
+        for name, fields in header.items()
+        if name != "__metadata__"
+    ]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_layout(file, tensors, data_start, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _read_header(file: Path, prefix: bytes, size: int, stream: Any) -> tuple[dict[str, Any], int]:
+    if len(prefix) < 8:
+        raise K2Error(f"{file} is cut short: {size} bytes hold no header", "download it again")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES:
+        raise K2Error(f"{file} is no safetensors file: its header would have {length} bytes")
+    if 8 + length > size:
+        raise K2Error(
+            f"{file} is cut short: its header has {length} bytes, the file {size}",
+            "download it again",
+        )
+    try:
+        header = json.loads(stream.read(length), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise K2Error(f"{file}: the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise K2Error(f"{file}: the header is not a JSON object")
+    return header, 8 + length
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return fields
+
+
+def _tensor(file: Path, name: str, fields: Any, data_start: int) -> StoredTensor:
+    where = f"{file}: tensor '{name}'"
+    if not isinstance(fields, dict):
+        raise K2Error(f"{where} is not described by an object")
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise K2Error(f"{where} has the unknown dtype {dtype!r}")
+    if not _is_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise K2Error(f"{where} has the shape {shape!r}")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise K2Error(f"{where} has the data_offsets {offsets!r}")
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    nbytes = offsets[1] - offsets[0]
+    if bits != nbytes * 8:
+        raise K2Error(
+            f"{where} of shape {shape} and dtype {dtype} has {bits} bits, "
+            f"but its offsets span {nbytes} bytes"
+        )
+    return StoredTensor(name, dtype, tuple(shape), nbytes, file, data_start + offsets[0])
+
+
+def _is_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < _MAX_DIMENSION
+        for item in value
+    )
+
+
+def _check_layout(file: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
+    """Tensors must follow one another without gap or overlap, and end where the file does."""
+    end = data_start
+    for tensor in tensors:
+        if tensor.offset != end:
+            problem = "overlaps the one before it" if tensor.offset < end else "leaves a gap"
+            raise K2Error(f"{file}: tensor '{tensor.name}' {problem} at byte {tensor.offset}")
+        end += tensor.nbytes
+    if end > size:
+        raise K2Error(
+            f"{file} is cut short: its tensors end at byte {end}, the file at {size}",
+            "download it again",
+        )
+    if end < size:
+        raise K2Error(f"{file} has {size - end} bytes after its last tensor")

@@ -1,0 +1,65 @@
+"""Folders that appear complete or not at all, and digests of files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from k2cli.errors import K2Error
+
+_CHUNK_BYTES = 2**20
+
+
+@contextlib.contextmanager
+def folder_being_made(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its name once the block ends well.
+
+    Raises:
+        K2Error: if ``folder`` already holds something, or the disk refuses.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise K2Error(f"{folder} already exists", "remove it or name another folder")
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise K2Error(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's sha256, lower-case hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on ``path``, so that two k2 do not fetch the same thing at once.
+
+    Raises:
+        K2Error: if the lock's file cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("w")
+    except OSError as error:
+        raise K2Error(f"cannot write {path}: {error.strerror}") from error
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield  # closing the file frees the lock

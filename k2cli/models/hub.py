@@ -1,0 +1,193 @@
+"""The Hugging Face Hub: the only module that imports huggingface_hub, and only when called.
+
+Downloads are restricted to data: weights in safetensors, JSON, tokenizer files and templates.
+Pickled weights and Python files are never fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k2cli.errors import K2Error, NotAuthorisedError
+
+SAFE_PATTERNS = (
+    "*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tiktoken.model", "tokenizer.model",
+    "vocab.txt", "merges.txt", "LICENSE*", "README.md",
+)  # fmt: skip
+_LIGHT_PATTERNS = ("config.json", "generation_config.json")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository; ``nbytes`` is 0 where the Hub does not say."""
+
+    name: str
+    nbytes: int
+    present: bool
+
+
+def list_repo(repo: str, revision: str | None, destination: Path | None = None) -> list[HubFile]:
+    """The files that ``download_repo`` would fetch, and whether they are here already.
+
+    Raises:
+        NotAuthorisedError: if the repository is gated or private.
+        K2Error: if it does not exist or the Hub cannot be reached.
+    """
+    import huggingface_hub
+
+    with _errors(repo, revision):
+        infos: Any = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            local_dir=destination,
+            allow_patterns=list(SAFE_PATTERNS),
+            dry_run=True,
+        )
+    return [HubFile(info.filename, info.file_size or 0, info.is_cached) for info in infos]
+
+
+def download_repo(
+    repo: str,
+    revision: str | None = None,
+    destination: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Fetch a repository's data files and return their folder.
+
+    Args:
+        repo: ``owner/name``.
+        revision: branch, tag or commit; the main branch if None.
+        destination: a folder, or None for the Hub library's own cache.
+        progress: told of the bytes done and in all, file by file.
+
+    Raises:
+        NotAuthorisedError: if the repository is gated or private.
+        K2Error: if it does not exist or the Hub cannot be reached.
+    """
+    import huggingface_hub
+
+    with _errors(repo, revision):
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                local_dir=destination,
+                allow_patterns=list(SAFE_PATTERNS),
+                tqdm_class=_bar_class(progress),
+            )
+        )
+
+
+def download_config(repo: str, revision: str | None = None) -> Path:
+    """Fetch ``config.json`` alone, into the Hub library's cache, and return its folder.
+
+    Raises:
+        NotAuthorisedError: if the repository is gated or private.
+        K2Error: if it does not exist, has no config or the Hub cannot be reached.
+    """
+    import huggingface_hub
+
+    with _errors(repo, revision):
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=list(_LIGHT_PATTERNS)
+            )
+        )
+    if not (folder / "config.json").is_file():
+        raise K2Error(f"{repo} has no config.json", "name a repository that holds a model")
+    return folder
+
+
+def cached_folder(repo: str, revision: str | None = None) -> Path | None:
+    """The repository's folder in the Hub library's cache, without asking the network."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(SAFE_PATTERNS),
+                local_files_only=True,
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _errors(repo: str, revision: str | None) -> Iterator[None]:
+    """What the Hub's library raises, as k2's errors."""
+    import httpx2
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise K2Error(f"'{repo}' is not the name of a Hub repository: {error}") from error
+    except (httpx2.HTTPError, OSError) as error:
+        raise _translated(error, repo, revision) from error
+
+
+def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
+    """Subclasses before their parents; wrappers are looked through to what they wrap."""
+    from huggingface_hub import errors
+
+    name = f"{repo}@{revision}" if revision else repo
+    wrappers = (errors.DryRunError, errors.LocalEntryNotFoundError)
+    while isinstance(error, wrappers) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    match error:
+        case errors.GatedRepoError():
+            return NotAuthorisedError(
+                f"{repo} is gated: its owner must grant you access",
+                f"ask on the Hub's page of {repo}, then run: hf auth login",
+            )
+        case errors.RevisionNotFoundError():
+            return K2Error(f"{repo} has no revision '{revision}'")
+        case errors.RepositoryNotFoundError():
+            # The Hub answers 401 for what does not exist, so as not to tell what is private.
+            return K2Error(
+                f"the Hub has no repository '{repo}', or it is private",
+                "check the name; for a private one run: hf auth login",
+            )
+        case errors.OfflineModeIsEnabled():
+            return K2Error(f"{name} is not here and HF_HUB_OFFLINE is set")
+        case errors.HfHubHTTPError():
+            status = getattr(error.response, "status_code", None)
+            if status in (401, 403):
+                refusal = f"the Hub refuses access to {name} (HTTP {status})"
+                return NotAuthorisedError(refusal, "hf auth login")
+            return K2Error(f"the Hub failed on {name}: HTTP {status}", "try again later")
+    text = str(error).strip() or type(error).__name__
+    return K2Error(
+        f"cannot fetch {name} from the Hub: {text.splitlines()[0]}",
+        "check the network, and HF_ENDPOINT if you set it",
+    )
+
+
+def _bar_class(progress: Progress | None) -> Any:
+    """A stand-in for tqdm that tells ``progress`` of bytes and draws nothing."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class ByteBar(tqdm):  # type: ignore[misc]
+        """Silent; the bar that counts bytes reports them."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts_bytes = kwargs.get("unit") == "B"
+            kwargs.pop("name", None)
+            kwargs["disable"] = False
+            super().__init__(*args, **kwargs)
+
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            if progress is not None and self._counts_bytes:
+                progress(int(self.n), int(self.total or 0))
+
+    return ByteBar

@@ -1,0 +1,159 @@
+"""Model references: what a user may type for MODEL, and the folder that it stands for here.
+
+A reference is an alias of the catalog (``demo``), a Hub repository (``owner/name`` with an
+optional ``@revision``) or a local path (a checkpoint folder or a .gguf file). Nothing here
+downloads weights: ``local_checkpoint`` finds what is on this machine or says how to fetch it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from k2cli.errors import K2Error, UsageError
+from k2cli.models.catalog import CatalogEntry, HubSource, catalog
+from k2cli.settings import models_directory
+
+# The Hub's own rule for names, and git's characters for a revision.
+_REPO_PATTERN = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReference:
+    """A parsed reference.
+
+    ``path`` is set for local ones; ``repo`` and ``revision`` for the Hub, and for an alias that
+    stands for a Hub repository.
+    """
+
+    text: str
+    kind: Literal["alias", "hub", "local"]
+    path: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+    @property
+    def entry(self) -> CatalogEntry | None:
+        """The catalog's entry, for an alias."""
+        return catalog()[self.text.lower()] if self.kind == "alias" else None
+
+
+def parse_reference(text: str) -> ModelReference:
+    """Decide what ``text`` names. An alias wins over a folder of that name: write ``./demo``.
+
+    Raises:
+        UsageError: if it is no alias, no existing path and no Hub repository's name.
+    """
+    if entry := catalog().get(text.lower()):
+        if isinstance(entry.source, HubSource):
+            return ModelReference(
+                text, "alias", repo=entry.source.repo, revision=entry.source.revision
+            )
+        return ModelReference(text, "alias")
+    path = Path(text).expanduser()
+    if text and _exists(path):
+        _check_local(text, path)
+        return ModelReference(text, "local", path=path)
+    if text.startswith((".", "/", "~")) or text.endswith((".gguf", "/")):
+        raise UsageError(f"there is no folder or .gguf file '{text}'", "check the path")
+    if match := _REPO_PATTERN.fullmatch(text):
+        return ModelReference(text, "hub", repo=match["repo"], revision=match["revision"])
+    raise _unknown(text)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, or one with a NUL
+        return False
+
+
+def _check_local(text: str, path: Path) -> None:
+    if path.is_dir() or path.suffix.lower() == ".gguf":
+        return
+    raise UsageError(
+        f"'{text}' is a file, but not a .gguf file",
+        "give the checkpoint's folder, the one with config.json",
+    )
+
+
+def _unknown(text: str) -> UsageError:
+    names = list(catalog())
+    close = difflib.get_close_matches(text.lower(), names, n=1)
+    guess = f"did you mean '{close[0]}'? " if close else ""
+    return UsageError(
+        f"there is no model '{text}'",
+        f"{guess}known names: {', '.join(names)}; or give owner/name of a Hub repository, "
+        "a checkpoint folder or a .gguf file",
+    )
+
+
+def converted_folder(reference: ModelReference) -> Path | None:
+    """Where k2 puts the checkpoint that it converts for a reference; None if it converts none."""
+    if reference.entry is not None and reference.repo is None:
+        return models_directory() / reference.entry.alias
+    if reference.path is not None and reference.path.is_file():
+        return models_directory() / reference.path.stem
+    return None
+
+
+def local_checkpoint(text: str) -> Path:
+    """The folder on this machine with ``config.json`` and safetensors that ``text`` stands for.
+
+    Raises:
+        UsageError: if ``text`` is no reference.
+        K2Error: if the model is not here yet; the hint is the command that fetches it.
+    """
+    reference = parse_reference(text)
+    folder = _present_folder(reference)
+    if folder is None:
+        raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
+    if not (folder / "config.json").is_file():
+        raise K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
+    if not any(folder.glob("*.safetensors")):
+        hint = None if reference.kind == "local" else f"k2 download {text}"
+        raise K2Error(f"'{text}' has a config.json but no .safetensors files", hint)
+    return folder
+
+
+def config_source(text: str) -> Path:
+    """A folder with at least the ``config.json`` of ``text``: the checkpoint's own if it is here.
+
+    Falls back on the shape that k2 carries for an alias, then on the Hub (config.json alone).
+
+    Raises:
+        UsageError: if ``text`` is no reference.
+        K2Error: if no config can be had.
+    """
+    reference = parse_reference(text)
+    folder = _present_folder(reference)
+    if folder is not None and (folder / "config.json").is_file():
+        return folder
+    if reference.kind == "local" and folder is not None:
+        raise K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
+    if reference.entry is not None and reference.entry.config_folder is not None:
+        return reference.entry.config_folder
+    if reference.repo is None:
+        raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
+    from k2cli.models import hub
+
+    return hub.download_config(reference.repo, reference.revision)
+
+
+def _present_folder(reference: ModelReference) -> Path | None:
+    """The reference's folder if it is on this machine, as far as its name tells."""
+    if reference.path is not None and reference.path.is_dir():
+        return reference.path
+    if (folder := converted_folder(reference)) is not None:
+        return folder if folder.is_dir() else None
+    if reference.repo is None:
+        return None
+    from k2cli.models import hub
+
+    return hub.cached_folder(reference.repo, reference.revision)

