@@ -1,0 +1,353 @@
+"""A client of an OpenAI-compatible HTTP API: what ``k2 chat`` and ``k2 bench`` talk through.
+
+It is an ordinary client and works with other servers too; what k2's own server adds (progress,
+timings, token ids in and out) is used where ``/v1/models`` says that it is k2. Failures become
+``K2Error`` here: with the server's own words, and an exit code that says whose fault it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import msgspec
+
+from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
+
+CONNECT_SECONDS = 10.0
+# k2's server says something every 15 s; another one may be silent for all of a long prefill.
+READ_SECONDS = 600.0
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_K2_OWNER = "k2"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model that the server offers. ``context_length`` (tokens) is known for k2 only."""
+
+    name: str
+    context_length: int | None = None
+    is_k2: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """What to ask for besides the prompt; None leaves it to the server."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+
+    def members(self) -> dict[str, Any]:
+        """The request members that are set."""
+        values = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the server is before and during the answer; None where it did not say."""
+
+    queue_position: int | None = None
+    prefill_done: int | None = None
+    prefill_total: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The answer is complete. ``usage`` is the server's, empty if it sent none."""
+
+    finish_reason: str
+    usage: dict[str, Any]
+
+
+StreamEvent = Delta | Progress | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """The server's own clock for one request, in seconds."""
+
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished completion and when things happened, by the client's monotonic clock.
+
+    ``first_token_at`` and ``last_token_at`` are when the first and last token were announced.
+    """
+
+    started_at: float
+    first_token_at: float
+    last_token_at: float
+    ended_at: float
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    timings: Timings | None
+
+
+def api_base(url: str) -> str:
+    """The base of the API: ``localhost:8080`` and ``http://localhost:8080/v1`` are the same.
+
+    Raises:
+        UsageError: if it is no HTTP address.
+    """
+    text = url if "://" in url else f"http://{url}"
+    try:
+        parsed = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"'{url}' is not a URL: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UsageError(f"'{url}' is not a URL", "write for example http://127.0.0.1:8080")
+    path = parsed.path.rstrip("/")
+    return str(parsed.copy_with(path=path if path.endswith("/v1") else f"{path}/v1"))
+
+
+class ApiClient:
+    """A connection to one server. Close it, or use it as a context manager."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.base = api_base(url)
+        headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
+        self._http = httpx.Client(
+            headers=headers,
+            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+            # A proxy from the environment is for the network, not for this machine's own port.
+            trust_env=httpx.URL(self.base).host not in _LOOPBACK,
+            limits=httpx.Limits(max_connections=None),
+        )
+
+    def __enter__(self) -> ApiClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def models(self) -> list[ModelInfo]:
+        """What the server offers.
+
+        Raises:
+            K2Error: if it cannot be reached, or refuses.
+        """
+        with self._failures():
+            response = self._http.get(f"{self.base}/models", timeout=CONNECT_SECONDS)
+        self._check(response)
+        entries = _decoded(response.content, self.base).get("data", [])
+        return [
+            ModelInfo(
+                name=str(entry.get("id", "")),
+                context_length=entry.get("context_length"),
+                is_k2=entry.get("owned_by") == _K2_OWNER,
+            )
+            for entry in entries
+            if isinstance(entry, dict)
+        ]
+
+    def pick_model(self, name: str | None) -> ModelInfo:
+        """The model of that name, or the first one there is.
+
+        Raises:
+            K2Error: if the server has no such model.
+        """
+        offered = self.models()
+        for model in offered:
+            if name is None or model.name == name:
+                return model
+        names = ", ".join(model.name for model in offered) or "no model"
+        raise K2Error(f"{self.base} does not serve '{name}'; it serves {names}")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of plain text, without special tokens (``POST /v1/tokenize``, k2 only).
+
+        Raises:
+            K2Error: if the server cannot be reached, or has no such route.
+        """
+        body = {"prompt": text, "add_special_tokens": False}
+        with self._failures():
+            response = self._http.post(f"{self.base}/tokenize", json=body)
+        self._check(response)
+        return [int(token) for token in _decoded(response.content, self.base)["tokens"]]
+
+    def chat(
+        self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
+    ) -> Generator[StreamEvent]:
+        """Stream an answer to a conversation. Closing the iterator cancels it on the server.
+
+        Raises:
+            K2Error: if the request is refused, or the server is lost in the middle.
+        """
+        body = {"model": model.name, "messages": messages, **options.members()}
+        return self._stream("chat/completions", body, progress=model.is_k2)
+
+    def complete(self, model: ModelInfo, prompt: list[int], tokens: int) -> Completion:
+        """Generate exactly ``tokens`` tokens after a prompt of token ids, past any end, uncached.
+
+        Raises:
+            K2Error: if the request fails, or the server ends the answer early.
+        """
+        body = {
+            "model": model.name,
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "k2": {"cache": False, "ignore_stop_tokens": True},
+        }
+        started_at = time.monotonic()
+        token_times: list[float] = []
+        ended: Ended | None = None
+        for event in self._stream("completions", body, progress=model.is_k2):
+            if isinstance(event, Ended):
+                ended = event
+            elif isinstance(event, Delta) or event.completion_tokens is not None:
+                token_times.append(time.monotonic())
+        return _completion(started_at, token_times, time.monotonic(), ended, tokens)
+
+    def _stream(
+        self, route: str, body: dict[str, Any], *, progress: bool
+    ) -> Generator[StreamEvent]:
+        options = {"include_usage": True, **({"include_progress": True} if progress else {})}
+        body = {**body, "stream": True, "stream_options": options}
+        with (
+            self._failures(),
+            self._http.stream("POST", f"{self.base}/{route}", json=body) as response,
+        ):
+            if response.is_error:
+                response.read()
+            self._check(response)
+            yield from _events(response.iter_lines(), self.base)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise ClusterError(f"nothing answers at {self.base}: {error}", "k2 ps") from error
+        except httpx.TimeoutException as error:
+            raise ClusterError(f"{self.base} did not answer in time", "k2 ps") from error
+        except httpx.TransportError as error:
+            message = f"the connection to {self.base} was lost: {error}"
+            raise ClusterError(message, "k2 ps") from error
+
+    def _check(self, response: httpx.Response) -> None:
+        if response.is_success:
+            return
+        message = _error_message(response.content) or f"HTTP status {response.status_code}"
+        raise _failure(response.status_code, message, self.base)
+
+
+def _failure(status: int, message: str, base: str) -> K2Error:
+    if status in (401, 403):
+        return NotAuthorisedError(f"{base}: {message}", "give --api-key, or set K2_API_KEY")
+    if status == 503:
+        return ClusterError(f"{base} cannot answer: {message}", "k2 ps")
+    return K2Error(f"{base} refused the request: {message}")
+
+
+def _error_message(content: bytes) -> str | None:
+    """The message of OpenAI's error object, if that is what the body is."""
+    try:
+        error = msgspec.json.decode(content, type=dict[str, Any]).get("error")
+    except msgspec.MsgspecError:
+        return None
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) else None
+
+
+def _decoded(content: bytes | str, base: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise K2Error(f"{base} does not speak OpenAI's API: {error}") from error
+
+
+def _events(lines: Iterator[str], base: str) -> Iterator[StreamEvent]:
+    """Read server-sent events up to ``[DONE]``.
+
+    Raises:
+        ClusterError: if the stream carries an error, or ends without a finish reason.
+    """
+    reason: str | None = None
+    usage: dict[str, Any] = {}
+    for line in lines:
+        if not line.startswith("data:"):
+            continue
+        data = line[len("data:") :].strip()
+        if data == "[DONE]":
+            break
+        chunk = _decoded(data, base)
+        if "error" in chunk:
+            message = _error_message(data.encode()) or "unknown error"
+            raise ClusterError(f"the answer broke off: {message}", "k2 ps")
+        yield from _chunk_events(chunk)
+        usage = chunk.get("usage") or usage
+        for choice in chunk.get("choices", []):
+            reason = choice.get("finish_reason") or reason
+    if reason is None:
+        raise ClusterError(f"the answer broke off: {base} closed the stream early", "k2 ps")
+    yield Ended(reason, usage)
+
+
+def _chunk_events(chunk: dict[str, Any]) -> Iterator[StreamEvent]:
+    if isinstance(extension := chunk.get("k2"), dict):
+        yield Progress(
+            queue_position=extension.get("queue_position"),
+            prefill_done=extension.get("prefill_done"),
+            prefill_total=extension.get("prefill_total"),
+            completion_tokens=extension.get("completion_tokens"),
+        )
+    for choice in chunk.get("choices", []):
+        if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
+            yield Delta(text)
+
+
+def _completion(
+    started_at: float, token_times: list[float], ended_at: float, ended: Ended | None, asked: int
+) -> Completion:
+    usage = ended.usage if ended else {}
+    generated = usage.get("completion_tokens")
+    if ended is None or not token_times or generated != asked:
+        raise K2Error(f"the server generated {generated or 0} tokens where {asked} were asked for")
+    times = usage.get("timings")
+    return Completion(
+        started_at=started_at,
+        first_token_at=token_times[0],
+        last_token_at=token_times[-1],
+        ended_at=ended_at,
+        prompt_tokens=int(usage["prompt_tokens"]),
+        completion_tokens=generated,
+        cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)),
+        timings=read_timings(times) if times else None,
+    )
+
+
+def read_timings(times: dict[str, Any]) -> Timings:
+    """The ``timings`` member of a usage object."""
+    return Timings(
+        queue_seconds=float(times["queue_seconds"]),
+        prefill_seconds=float(times["prefill_seconds"]),
+        decode_seconds=float(times["decode_seconds"]),
+    )
