@@ -1,0 +1,154 @@
+"""Writes safetensors files whose layout is known before their data.
+
+Every tensor's place is planned from shapes, so that files are reserved on disk in full before the
+first byte is computed, and data may arrive in pieces. Shards are cut as mlx-lm cuts them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from k2cli.models.checkpoint import INDEX_NAME
+
+MAX_SHARD_BYTES = 5 << 30
+"""mlx-lm's own limit: 5 GiB, though it calls them GB."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the new checkpoint; ``dtype`` is the format's name, such as ``U32``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    shard: int
+    offset: int
+    nbytes: int
+
+
+class ShardWriter:
+    """Reserves the files of a checkpoint, then takes data for any place in them.
+
+    Use as a context manager: leaving it flushes the files to disk and closes them.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: Sequence[OutputTensor], shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        self._folder = folder
+        self._shards = cut_shards(tensors, shard_bytes)
+        self._places: dict[str, _Place] = {}
+        self._files: list[int] = []
+
+    def __enter__(self) -> ShardWriter:
+        for number, shard in enumerate(self._shards):
+            path = self._folder / self._file_name(number)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+            self._files.append(os.open(path, flags, 0o644))
+            self._reserve(number, shard)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._files:
+            try:
+                if kind is None:
+                    os.fsync(file)
+            finally:
+                os.close(file)
+        self._files.clear()
+
+    def write(self, name: str, at: int, data: bytes | memoryview) -> None:
+        """Put ``data`` into a tensor, ``at`` bytes after its start.
+
+        Raises:
+            ValueError: if it would reach beyond the tensor.
+        """
+        place = self._places[name]
+        view = memoryview(data).cast("B")
+        if at < 0 or at + len(view) > place.nbytes:
+            raise ValueError(
+                f"'{name}' has {place.nbytes} bytes, {len(view)} at {at} reach beyond it"
+            )
+        position = place.offset + at
+        while view:
+            written = os.pwrite(self._files[place.shard], view, position)
+            view = view[written:]
+            position += written
+
+    def write_index(self, total_parameters: int) -> None:
+        """Write the index that tells which file holds which tensor."""
+        names = {
+            tensor.name: self._file_name(number)
+            for number, shard in enumerate(self._shards)
+            for tensor in shard
+        }
+        total = sum(tensor.nbytes for shard in self._shards for tensor in shard)
+        index = {
+            "metadata": {"total_size": total, "total_parameters": total_parameters},
+            "weight_map": dict(sorted(names.items())),
+        }
+        (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=4), encoding="utf-8")
+
+    def _file_name(self, number: int) -> str:
+        if len(self._shards) == 1:
+            return "model.safetensors"
+        return f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+
+    def _reserve(self, number: int, shard: Sequence[OutputTensor]) -> None:
+        file = self._files[number]
+        header = shard_header(shard)
+        size = len(header)
+        for tensor in shard:
+            self._places[tensor.name] = _Place(number, size, tensor.nbytes)
+            size += tensor.nbytes
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+        else:
+            os.truncate(file, size)
+        os.pwrite(file, header, 0)
+
+
+def cut_shards(tensors: Iterable[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:
+    """Fill files in order; a tensor larger than the limit gets a file of its own."""
+    shards: list[list[OutputTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not shards or size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def shard_header(tensors: Sequence[OutputTensor]) -> bytes:
+    """Length and JSON of a safetensors header, padded so that data is aligned to 8 bytes."""
+    fields: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    position = 0
+    for tensor in tensors:
+        fields[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
