@@ -109,8 +109,8 @@ def _run(command: list[str], source: WheelSource, progress: Progress) -> None:
         text=True,
         errors="replace",
     )
+    assert process.stdout is not None  # asked for above
     try:
-        assert process.stdout is not None  # asked for above
         for line in process.stdout:
             if match := _RAW_PROGRESS.fullmatch(line.strip()):
                 progress(int(match[1]), int(match[2]))
@@ -121,6 +121,7 @@ def _run(command: list[str], source: WheelSource, progress: Progress) -> None:
         if process.poll() is None:
             process.kill()
             process.wait(timeout=10)
+        process.stdout.close()
     if status != 0:
         cause = next((line for line in reversed(lines) if "ERROR" in line), None)
         cause = cause or (lines[-1] if lines else f"exit status {status}")
