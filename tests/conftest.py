@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,7 +21,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SESSION_MARK = "K2_TEST_SESSION"
-DOWNLOAD_SECONDS = 600
 OLD_MODEL_SECONDS = 24 * 3600
 
 
@@ -129,13 +126,15 @@ def _converter_digest() -> str:
 
 def _download_demo(folder: Path) -> None:
     """Let k2 itself fetch and convert the demo model into ``folder``, whole or not at all."""
+    from k2cli.errors import K2Error
+    from k2cli.models.fetch import fetch
+
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    command = [sys.executable, "-m", "k2cli", "download", "demo", "--to", str(partial)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, stdin=subprocess.DEVNULL
-    )
-    if done.returncode != 0:
-        reason = f"the demo model could not be made: {done.stderr.strip()[-800:]}"
+    try:
+        fetch("demo", destination=partial, on_event=lambda _: None)
+    except K2Error as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = f"the demo model could not be made: {error.message}"
         if os.environ.get("CI"):
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
