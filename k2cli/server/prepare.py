@@ -43,7 +43,7 @@ class ServerTokenizer(Protocol):
         """Token ids of plain text."""
         ...
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         ...
 

@@ -1,0 +1,55 @@
+"""What an answer cost, as one line for people and one document for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from k2cli.chat.client import Progress
+from k2cli.chat.session import Answer
+from k2cli.units import format_duration
+
+SCHEMA_VERSION = 1
+
+
+def figures_line(answer: Answer) -> str:
+    """Tokens, speed and time to first token; only what was measured or counted."""
+    parts = []
+    if (prompt_tokens := answer.usage.get("prompt_tokens")) is not None:
+        parts.append(f"{prompt_tokens} prompt tokens")
+    if (generated := answer.usage.get("completion_tokens")) is not None:
+        parts.append(f"{generated} tokens")
+    if (rate := answer.tokens_per_second) is not None:
+        parts.append(f"{rate:.1f} tokens/s")
+    if answer.first_text_seconds is not None:
+        parts.append(f"first after {format_duration(answer.first_text_seconds)}")
+    parts.append(f"{format_duration(answer.total_seconds)} in all")
+    if answer.finish_reason == "length":
+        parts.append("cut off at the token limit")
+    return " · ".join(parts)
+
+
+def progress_line(progress: Progress) -> str | None:
+    """What the server is doing, if the event says so."""
+    if progress.queue_position is not None:
+        return f"waiting, number {progress.queue_position} in line"
+    if progress.prefill_total:
+        return f"reading the prompt: {progress.prefill_done} of {progress.prefill_total} tokens"
+    return None
+
+
+def answer_document(model: str, answer: Answer, error: str | None = None) -> dict[str, Any]:
+    """The JSON document of ``k2 chat --json``. ``error`` is there if the answer broke off."""
+    document: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": model,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "usage": {name: value for name, value in answer.usage.items() if name != "timings"},
+        "timings": {
+            **(answer.timings or {}),
+            "first_text_seconds": answer.first_text_seconds,
+            "total_seconds": answer.total_seconds,
+            "tokens_per_second": answer.tokens_per_second,
+        },
+    }
+    return document if error is None else {**document, "error": error}

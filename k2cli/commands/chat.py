@@ -1,0 +1,122 @@
+"""``k2 chat``: talk to a model that is being served."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k2cli.commands._target import ApiKeyOption, ModelArgument, UrlOption, resolve_target
+
+if TYPE_CHECKING:
+    from k2cli.chat.session import ChatSession
+
+
+def chat(
+    model: ModelArgument = None,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="Ask this once and exit. Piped input comes before it."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, tokens.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, max=2, help="0 is the same answer every time. Default: the server's."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print answer and figures as one JSON document.")
+    ] = False,
+) -> None:
+    """Chat with a model that is being served, by k2 launch or elsewhere.
+
+    Without a prompt it is interactive; /help lists what it understands. The answer goes to
+    stdout, tokens per second and time to first token to stderr.
+
+    Example: k2 chat -p 'What is the capital of France?' --temperature 0
+    """
+    from k2cli.chat.client import ApiClient, GenerationOptions
+    from k2cli.chat.session import ChatSession
+
+    question = _question(prompt, interactive=not as_json)
+    target = resolve_target(model, url, api_key)
+    options = GenerationOptions(max_tokens, temperature, seed)
+    with ApiClient(target.url, target.api_key) as client:
+        session = ChatSession(client, client.pick_model(target.model), options, system)
+        if question is None:
+            _talk(session)
+        elif as_json:
+            _answer_as_json(session, question)
+        else:
+            _answer(session, question)
+
+
+def _question(prompt: str | None, *, interactive: bool) -> str | None:
+    """What to ask once: piped input, then the argument; None to chat on the terminal.
+
+    Raises:
+        UsageError: if there is nothing to ask and no terminal to chat on.
+    """
+    from k2cli.errors import UsageError
+
+    if sys.stdin.isatty():
+        if prompt is None and not interactive:
+            raise UsageError("--json answers one prompt", "give it with -p, or pipe it in")
+        return prompt
+    piped = sys.stdin.buffer.read().decode(errors="replace").strip()
+    question = "\n\n".join(part for part in (piped, prompt) if part)
+    if not question:
+        raise UsageError("there is nothing to ask", "k2 chat -p 'What is the capital of France?'")
+    return question
+
+
+def _talk(session: ChatSession) -> None:
+    from k2cli.chat.interactive import Chat
+    from k2cli.settings import state_directory
+    from k2cli.ui.chat_terminal import ChatTerminal
+
+    Chat(session, ChatTerminal(state_directory() / "chat-history")).run()
+
+
+def _answer(session: ChatSession, question: str) -> None:
+    from k2cli.chat.client import Delta, Progress
+    from k2cli.chat.figures import figures_line, progress_line
+    from k2cli.ui.stream import AnswerWriter, StatusLine, dim_note
+
+    writer, status = AnswerWriter(), StatusLine()
+    try:
+        with closing(session.ask(question)) as events:
+            for event in events:
+                if isinstance(event, Delta):
+                    status.clear()
+                    writer.write(event.text)
+                elif isinstance(event, Progress) and (line := progress_line(event)):
+                    status.show(line)
+    finally:
+        status.clear()
+        writer.finish()
+    if session.answer is not None:
+        dim_note(figures_line(session.answer))
+
+
+def _answer_as_json(session: ChatSession, question: str) -> None:
+    from k2cli.chat.figures import answer_document
+    from k2cli.chat.session import Answer
+    from k2cli.errors import K2Error
+    from k2cli.ui.output import print_json
+
+    name = session.model.name
+    try:
+        with closing(session.ask(question)) as events:
+            for _ in events:
+                pass
+    except K2Error as error:
+        # What came of the answer is still of use, and the exit status says that it is not whole.
+        print_json(answer_document(name, session.answer or Answer(), error.message))
+        raise
+    print_json(answer_document(name, session.answer or Answer()))
