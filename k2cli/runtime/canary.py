@@ -18,27 +18,38 @@ from k2cli.errors import ClusterError
 from k2cli.runtime.control import Followers
 from k2cli.runtime.engine import Engine
 from k2cli.runtime.executor import StepResult
-from k2cli.runtime.protocol import StepDigest
+from k2cli.runtime.protocol import (
+    Decode,
+    JoinBatch,
+    LeaveBatch,
+    OpenSequence,
+    Prefill,
+    StepDigest,
+)
 
-_PROMPT_TOKENS = 8
-_DECODED_TOKENS = 2
+_PROMPT = [1, 2, 3, 4, 5, 6, 7]
+_DECODED_TOKENS = 3
+_SEQUENCE = 0
+_BATCH = 0
 
 
 def sing(engine: Engine, followers: Followers, size: int, timeout_seconds: float) -> None:
-    """Run the canary on all ranks.
+    """Run the canary on all ranks, before any request.
 
     Raises:
         ClusterError: if digests differ, logits are not finite, or a rank does not answer.
     """
-    sequence = engine.open_sequence()
-    tokens = list(range(1, _PROMPT_TOKENS + 1))
-    for _ in range(1 + _DECODED_TOKENS):
-        result = engine.forward(sequence, tokens, last=True, digest=True)
-        digests = _collect(followers, size, engine.last_step, timeout_seconds)
-        compare(result, digests)
+    engine.now(OpenSequence(engine.next_number, _SEQUENCE))
+    engine.now(Prefill(engine.next_number, _SEQUENCE, _PROMPT))
+    engine.now(JoinBatch(engine.next_number, _BATCH, _SEQUENCE))
+    token = _PROMPT[-1] + 1
+    for _ in range(_DECODED_TOKENS):
+        number = engine.next_number
+        result = engine.now(Decode(number, _BATCH, [token], digest=True, state_digest=True))
+        compare(result, _collect(followers, size, number, timeout_seconds))
         assert result.logits is not None
-        tokens = [_checked_argmax(result.logits)]
-    engine.close_sequence(sequence)
+        token = _checked_argmax(result.logits)
+    engine.now(LeaveBatch(engine.next_number, _BATCH, _SEQUENCE))
 
 
 def _checked_argmax(logits: mx.array) -> int:
@@ -75,6 +86,8 @@ def compare(leader: StepResult, followers: dict[int, StepDigest]) -> None:
     arrived = {0: leader.arrived_digest} | {r: d.arrived for r, d in followers.items()}
     computed = {0: leader.computed_digest} | {r: d.computed for r, d in followers.items()}
     for rank in sorted(followers):
+        if followers[rank].state != leader.state_digest:
+            raise ClusterError(f"canary failed: rank {rank} holds other sequences than rank 0")
         pipeline = arrived[rank - 1] != ""
         expected = arrived[rank - 1] if pipeline else computed[0]
         if computed[rank] != expected:

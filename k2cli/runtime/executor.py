@@ -1,7 +1,8 @@
-"""Carries out decisions on one rank: KV caches by sequence, and forward steps through its part.
+"""Carries out decisions on one rank: its caches, and forward steps through its part.
 
 Leader and followers run the same code on the same decisions in the same order; nothing here
-decides anything. Hidden states travel from the higher rank (earlier stage) to the lower one.
+decides anything. Hidden states travel from the higher rank (earlier stage) to the lower one, on
+a stream of their own, so that sending one step's does not hold up computing the next.
 """
 
 from __future__ import annotations
@@ -14,21 +15,34 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from k2cli.runtime.protocol import CloseSequence, Decision, Forward, OpenSequence
+from k2cli.runtime.caches import CacheTable, LayerCaches
+from k2cli.runtime.protocol import (
+    CloseSequence,
+    Decision,
+    Decode,
+    DropPrefix,
+    JoinBatch,
+    LeaveBatch,
+    OpenSequence,
+    Prefill,
+    Quit,
+    Tick,
+)
 from k2cli.sharding.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave on this rank.
+    """What a decision gave on this rank.
 
-    ``logits`` is ``[vocabulary]`` for the last token of a step with ``last`` set, on ranks that
-    have the head. The digests are empty unless the step asked for them.
+    ``logits`` is ``[rows, vocabulary]`` after a Decode on ranks that have the head; lazy on the
+    leader. The digests are empty unless they were asked for.
     """
 
     logits: mx.array | None = None
     arrived_digest: str = ""
     computed_digest: str = ""
+    state_digest: str = ""
 
 
 def array_digest(value: mx.array) -> str:
@@ -38,81 +52,98 @@ def array_digest(value: mx.array) -> str:
 
 
 class Executor:
-    """One rank's model part and the caches of the sequences that are open."""
+    """One rank's model part and all its caches."""
 
     def __init__(
         self, stage: Stage, group: Any | None, on_layer: Callable[[], None] = lambda: None
     ) -> None:
         """``on_layer`` is called whenever a layer's work of a step is known to be done."""
-        self._stage = stage
+        self.stage = stage
+        self.caches = CacheTable(stage)
         self._group = group
         self._on_layer = on_layer
-        self._caches: dict[int, list[Any]] = {}
+        self._transfers = mx.new_stream(mx.cpu)
+        self._departing: mx.array | None = None
 
-    def carry_out(self, decision: Decision) -> StepResult:
-        """Do what the leader decided."""
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether hidden states go from rank to rank."""
+        return not (self.stage.is_first and self.stage.is_last)
+
+    def carry_out(self, decision: Decision, chosen: mx.array | None = None) -> StepResult:
+        """Do what the leader decided.
+
+        Args:
+            chosen: int32 ``[rows]``; tokens of a Decode that are not computed yet, in place of
+                the decision's own. Only a run of one rank can look ahead so.
+        """
         match decision:
-            case OpenSequence(sequence=sequence):
-                self._caches[sequence] = self._stage.make_cache()
-            case CloseSequence(sequence=sequence):
-                self._caches.pop(sequence, None)
-                mx.clear_cache()
-            case Forward():
-                return self._forward(decision)
+            case Decode():
+                return self._decode(decision, chosen)
+            case Prefill(sequence=sequence, tokens=tokens):
+                self._prefill(mx.array([tokens], dtype=mx.int32), self.caches.sequences[sequence])
+            case OpenSequence(sequence=sequence, prefix=prefix, kept_tokens=kept_tokens):
+                self.caches.open(sequence, prefix, kept_tokens)
+            case CloseSequence(sequence=sequence, keep_as=keep_as):
+                self.caches.close(sequence, keep_as)
+            case JoinBatch(batch=batch, sequence=sequence):
+                self.caches.join(batch, sequence)
+            case LeaveBatch(batch=batch, sequence=sequence, keep_as=keep_as, move_to=move_to):
+                self.caches.leave(batch, sequence, keep_as, move_to)
+            case DropPrefix(prefix=prefix):
+                self.caches.drop_prefix(prefix)
+            case Tick() | Quit():
+                pass
         return StepResult()
 
-    def _forward(self, step: Forward) -> StepResult:
-        tokens = mx.array([step.tokens], dtype=mx.int32)
-        cache = self._caches[step.sequence]
-        arrived = self._receive(len(step.tokens))
-        output = self._stage.forward(tokens, cache, arrived)
-        if not step.last or len(step.tokens) > 1:
-            self._evaluate_by_layer(cache)
-        if self._stage.is_last:
-            return self._finish_logits(step, output, arrived)
-        return self._send(step, output, arrived)
+    def _prefill(self, tokens: mx.array, caches: LayerCaches) -> None:
+        arrived = self._receive(*tokens.shape)
+        output = self.stage.forward(tokens, self.stage.complete(caches), arrived)
+        # Layer by layer: bounds each evaluation, and shows the guard that work gets on.
+        for entry in caches:
+            mx.eval(entry.state)
+            self._on_layer()
+        if not self.stage.is_last:
+            self._send(output)
 
-    def _receive(self, length: int) -> mx.array | None:
-        """Hidden states from the stage before: ``[1, length, width]``."""
-        if self._stage.is_first:
+    def _decode(self, step: Decode, chosen: mx.array | None) -> StepResult:
+        batch = self.caches.batches[step.batch]
+        tokens = mx.array(step.tokens, dtype=mx.int32) if chosen is None else chosen
+        arrived = self._receive(tokens.size, 1)
+        output = self.stage.forward(tokens[:, None], self.stage.complete(batch.caches), arrived)
+        computed = output[:, -1] if self.stage.is_last else output
+        if not self.stage.is_last:
+            self._send(computed)
+        digest_of = mx.argmax(computed, axis=-1) if self.stage.is_last else computed
+        return StepResult(
+            logits=computed if self.stage.is_last else None,
+            arrived_digest="" if arrived is None or not step.digest else array_digest(arrived),
+            computed_digest=array_digest(digest_of) if step.digest else "",
+            state_digest=self.caches.digest(step.step) if step.state_digest else "",
+        )
+
+    def _receive(self, rows: int, length: int) -> mx.array | None:
+        """Hidden states from the stage before: ``[rows, length, width]``."""
+        if self.stage.is_first:
             return None
         assert self._group is not None
         arrived = mx.distributed.recv(
-            (1, length, self._stage.width),
-            self._stage.dtype,
+            (rows, length, self.stage.width),
+            self.stage.dtype,
             self._group.rank() + 1,
             group=self._group,
+            stream=self._transfers,
         )
-        # Evaluated apart from the layers: no long GPU command buffer may wait for a network.
+        # Waited for here, outside any GPU command buffer: a GPU must not wait for a network.
         mx.eval(arrived)
         return arrived
 
-    def _send(self, step: Forward, output: mx.array, arrived: mx.array | None) -> StepResult:
+    def _send(self, output: mx.array) -> None:
+        """Start sending hidden states ``[rows, length, width]`` to the next stage."""
         assert self._group is not None
         mx.eval(output)
         self._on_layer()
-        mx.eval(mx.distributed.send(output, self._group.rank() - 1, group=self._group))
-        return self._digests(step, arrived, output)
-
-    def _finish_logits(
-        self, step: Forward, output: mx.array, arrived: mx.array | None
-    ) -> StepResult:
-        if not step.last:
-            return StepResult()
-        logits = output[0, -1]
-        mx.eval(logits)
-        self._on_layer()
-        digests = self._digests(step, arrived, mx.argmax(logits))
-        return StepResult(logits, digests.arrived_digest, digests.computed_digest)
-
-    def _digests(self, step: Forward, arrived: mx.array | None, computed: mx.array) -> StepResult:
-        if not step.digest:
-            return StepResult()
-        handed = "" if arrived is None else array_digest(arrived)
-        return StepResult(None, handed, array_digest(computed))
-
-    def _evaluate_by_layer(self, cache: list[Any]) -> None:
-        """Compute a long step layer by layer: bounds each evaluation, and shows progress."""
-        for entry in self._stage.local(cache):
-            mx.eval(entry.state)
-            self._on_layer()
+        self._departing = mx.distributed.send(
+            output, self._group.rank() - 1, group=self._group, stream=self._transfers
+        )
+        mx.async_eval(self._departing)  # type: ignore[no-untyped-call]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from k2cli.errors import ClusterError
-from k2cli.runtime.executor import Executor
+from k2cli.runtime.executor import Executor, StepResult
 from k2cli.runtime.progress import ProgressPage
-from k2cli.runtime.protocol import Decision, Forward, Quit, StepDigest, Tick
+from k2cli.runtime.protocol import Decision, Decode, Prefill, Quit, StepDigest
 from k2cli.runtime.wire import Channel
 
 _IDLE_SECONDS = 0.5
@@ -21,8 +23,7 @@ def follow(channel: Channel[Decision], executor: Executor, page: ProgressPage, r
     expected_step: int | None = None
     while True:
         decision = channel.receive(_IDLE_SECONDS)
-        if decision is None or isinstance(decision, Tick):
-            page.advance("idle")
+        page.advance("busy" if isinstance(decision, Prefill | Decode) else "idle")
         if decision is None:
             continue
         if expected_step is not None and decision.step != expected_step:
@@ -32,11 +33,20 @@ def follow(channel: Channel[Decision], executor: Executor, page: ProgressPage, r
         expected_step = decision.step + 1
         if isinstance(decision, Quit):
             return
-        page.advance("busy" if isinstance(decision, Forward) else "idle")
         result = executor.carry_out(decision)
-        if isinstance(decision, Forward):
-            if decision.digest:
-                channel.send(
-                    StepDigest(rank, decision.step, result.arrived_digest, result.computed_digest)
-                )
-            page.advance("idle")
+        if result.logits is not None:
+            # In tensor parallelism the sums over ranks are part of computing the logits.
+            mx.eval(result.logits)
+        if isinstance(decision, Decode) and (decision.digest or decision.state_digest):
+            channel.send(_digest(rank, decision.step, result))
+        page.advance("idle")
+
+
+def _digest(rank: int, step: int, result: StepResult) -> StepDigest:
+    return StepDigest(
+        rank,
+        step,
+        arrived=result.arrived_digest,
+        computed=result.computed_digest,
+        state=result.state_digest,
+    )

@@ -352,30 +352,70 @@ RankMessage = (
 
 
 class OpenSequence(Message, tag=True, frozen=True):
-    """Make an empty KV cache for a sequence."""
+    """Make a KV cache for a sequence: empty, or the first tokens of a kept prefix."""
 
     step: int
     sequence: int
+    prefix: int | None = None
+    kept_tokens: int = 0
 
 
-class Forward(Message, tag=True, frozen=True):
-    """Run these tokens of one sequence through the model. ``last`` False: only the cache matters.
-
-    ``digest`` asks for a digest of what this rank computed, for the canary.
-    """
+class Prefill(Message, tag=True, frozen=True):
+    """Compute a chunk of a sequence's prompt; only its KV cache matters."""
 
     step: int
     sequence: int
     tokens: list[int]
-    last: bool = True
+
+
+class JoinBatch(Message, tag=True, frozen=True):
+    """Make a sequence the last row of a decode batch, which is made if there is none."""
+
+    step: int
+    batch: int
+    sequence: int
+
+
+class Decode(Message, tag=True, frozen=True):
+    """Compute one token per row of a batch, and the logits after it.
+
+    ``digest`` asks for digests of what the rank computed (the canary), ``state_digest`` for one
+    of what it holds (the periodic check).
+    """
+
+    step: int
+    batch: int
+    tokens: list[int]
     digest: bool = False
+    state_digest: bool = False
+
+
+class LeaveBatch(Message, tag=True, frozen=True):
+    """Take a sequence out of a batch: into another batch, or for good.
+
+    ``keep_as`` keeps its KV cache as a prefix of that id.
+    """
+
+    step: int
+    batch: int
+    sequence: int
+    keep_as: int | None = None
+    move_to: int | None = None
 
 
 class CloseSequence(Message, tag=True, frozen=True):
-    """Drop the KV cache of a sequence."""
+    """Drop the KV cache of a sequence in prefill, or keep it as a prefix."""
 
     step: int
     sequence: int
+    keep_as: int | None = None
+
+
+class DropPrefix(Message, tag=True, frozen=True):
+    """Forget a kept prefix."""
+
+    step: int
+    prefix: int
 
 
 class Tick(Message, tag=True, frozen=True):
@@ -390,7 +430,17 @@ class Quit(Message, tag=True, frozen=True):
     step: int
 
 
-Decision = OpenSequence | Forward | CloseSequence | Tick | Quit
+Decision = (
+    OpenSequence
+    | Prefill
+    | JoinBatch
+    | Decode
+    | LeaveBatch
+    | CloseSequence
+    | DropPrefix
+    | Tick
+    | Quit
+)
 
 
 # --- follower rank -> leader rank ---------------------------------------------------------------
@@ -422,13 +472,15 @@ class StepDigest(Message, tag=True, frozen=True):
     """Digests (hex) of what a rank was handed in a step and of what it computed.
 
     In a pipeline that is the hidden states that arrived and departed; in tensor parallelism
-    nothing arrives, and the digest is of the chosen token.
+    nothing arrives, and the digest is of the chosen token. ``state`` is of ids, rows and steps:
+    what the rank believes to hold. Fields that were not asked for are empty.
     """
 
     rank: int
     step: int
-    arrived: str
-    computed: str
+    arrived: str = ""
+    computed: str = ""
+    state: str = ""
 
 
 class FollowerFailed(Message, tag=True, frozen=True):

@@ -194,7 +194,9 @@ class Rank:
             executor,
             followers,
             self._link.send,
+            size=self._assignment.size,
             context_length=self._assignment.context_length,
+            concurrency=self._assignment.concurrency,
             prefill_chunk_tokens=self._assignment.prefill_chunk_tokens,
         )
         self._phase: Literal["warming up", "busy"] = "warming up"

@@ -215,20 +215,42 @@ class Stage:
         """The entries of a cache that this stage fills."""
         return cache[self.first : self.past_last]
 
+    def make_local_cache(self) -> list[Any]:
+        """Fresh entries for one sequence, of the layers that this stage holds."""
+        return make_cache(self.model)[self.first : self.past_last]
+
     def make_cache(self) -> list[Any]:
-        """A cache for one sequence; the entries of absent layers only lend their masks.
+        """A cache for one sequence, with an entry for every layer of the model."""
+        return self.complete(self.make_local_cache())
+
+    def complete(self, local: Sequence[Any]) -> list[Any]:
+        """Local cache entries, with entries for the absent layers, which only lend their masks.
 
         The model builds its masks from the cache of some layer of each kind, which may be an
         absent one. So an absent layer's entry is that of a local layer of the same kind.
         """
-        entries = make_cache(self.model)
-        local = entries[self.first : self.past_last]
-        for index in (*range(self.first), *range(self.past_last, self.layer_count)):
-            for candidate in local:
-                if type(candidate) is type(entries[index]):
-                    entries[index] = candidate
-                    break
-        return entries
+        if self.past_last - self.first == self.layer_count:
+            return list(local)
+        if not self._kinds:
+            self._kinds = [type(entry) for entry in make_cache(self.model)]
+        lenders = dict(zip(self._kinds[self.first : self.past_last], local, strict=True))
+        before = [lenders.get(kind) for kind in self._kinds[: self.first]]
+        after = [lenders.get(kind) for kind in self._kinds[self.past_last :]]
+        return [*before, *local, *after]
+
+    @property
+    def has_plain_caches(self) -> bool:
+        """Whether every layer of the whole model keeps plain keys and values.
+
+        Only those can be cut back to any earlier token.
+        """
+        plain = models_module("cache").KVCache
+        return all(type(entry) is plain for entry in make_cache(self.model))
+
+    @property
+    def can_batch(self) -> bool:
+        """Whether caches of several sequences can be merged, in every layer of the model."""
+        return all(hasattr(entry, "merge") for entry in make_cache(self.model))
 
     def forward(
         self, tokens: mx.array, cache: list[Any], arrived: mx.array | None = None

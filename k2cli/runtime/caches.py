@@ -1,0 +1,120 @@
+"""The KV caches of one rank: of sequences in prefill, of decode batches, of kept prefixes.
+
+Every entry is a list of mlx-lm cache objects, one per decoder layer that this rank holds. Caches
+of single sequences are merged when they join a batch, cut out again when they leave it, and
+copied (lazily: arrays are shared until one is written to) when a kept prefix is used again. What
+happens when is decided by the leader; here it is only carried out.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from k2cli.sharding.stage import Stage
+
+LayerCaches = list[Any]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Sequences that decode together: their ids by row, and their merged caches."""
+
+    rows: list[int]
+    caches: LayerCaches
+
+
+@dataclass(slots=True)
+class CacheTable:
+    """All caches of a rank."""
+
+    stage: Stage
+    sequences: dict[int, LayerCaches] = field(default_factory=dict)
+    batches: dict[int, Batch] = field(default_factory=dict)
+    prefixes: dict[int, LayerCaches] = field(default_factory=dict)
+
+    def open(self, sequence: int, prefix: int | None, kept_tokens: int) -> None:
+        """A cache for a sequence: empty, or a copy of the first tokens of a kept prefix."""
+        if prefix is None:
+            self.sequences[sequence] = self.stage.make_local_cache()
+            return
+        caches = copy.deepcopy(self.prefixes[prefix])
+        for cache in caches:
+            if cache.size() > kept_tokens:
+                cache.trim(cache.size() - kept_tokens)
+        self.sequences[sequence] = caches
+
+    def close(self, sequence: int, keep_as: int | None) -> None:
+        """Drop a sequence's cache, or keep it as a prefix."""
+        caches = self.sequences.pop(sequence)
+        if keep_as is not None:
+            self.prefixes[keep_as] = caches
+
+    def join(self, batch: int, sequence: int) -> None:
+        """Make a sequence the last row of a batch."""
+        caches = self.sequences.pop(sequence)
+        if batch not in self.batches:
+            self.batches[batch] = Batch([sequence], caches)
+            return
+        into = self.batches[batch]
+        if len(into.rows) == 1:
+            into.caches = [_merge([a, b]) for a, b in zip(into.caches, caches, strict=True)]
+        else:
+            for cache, other in zip(into.caches, caches, strict=True):
+                cache.extend(_merge([other]))
+        into.rows.append(sequence)
+
+    def leave(self, batch: int, sequence: int, keep_as: int | None, move_to: int | None) -> None:
+        """Take a sequence out of a batch: drop its cache, keep it as a prefix, or move it."""
+        source = self.batches[batch]
+        row = source.rows.index(sequence)
+        if len(source.rows) == 1:
+            own = source.caches
+            del self.batches[batch]
+        else:
+            wanted = keep_as is not None or move_to is not None
+            own = [cache.extract(row) for cache in source.caches] if wanted else []
+            self._remove_row(source, row)
+        if keep_as is not None:
+            self.prefixes[keep_as] = own
+        elif move_to is not None:
+            self.sequences[sequence] = own
+            self.join(move_to, sequence)
+
+    @staticmethod
+    def _remove_row(source: Batch, row: int) -> None:
+        rest = [index for index in range(len(source.rows)) if index != row]
+        if len(rest) == 1:
+            # A single sequence needs no padding and no mask: its plain cache is faster.
+            source.caches = [cache.extract(rest[0]) for cache in source.caches]
+        else:
+            for cache in source.caches:
+                cache.filter(rest)
+        source.rows = [source.rows[index] for index in rest]
+
+    def drop_prefix(self, prefix: int) -> None:
+        """Forget a kept prefix."""
+        del self.prefixes[prefix]
+        mx.clear_cache()
+
+    def digest(self, step: int) -> str:
+        """SHA-256 (hex, 16 digits) over what this rank believes to hold after a step.
+
+        Equal on every rank: it covers the step, ids and row order, never sizes in bytes, which
+        differ between stages.
+        """
+        state = (
+            step,
+            sorted(self.sequences),
+            sorted((batch, tuple(entry.rows)) for batch, entry in self.batches.items()),
+            sorted(self.prefixes),
+        )
+        return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
+def _merge(caches: list[Any]) -> Any:
+    return type(caches[0]).merge(caches)

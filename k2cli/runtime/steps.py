@@ -1,0 +1,125 @@
+"""Steps in flight: decisions that were sent, and are or will be carried out on the leader.
+
+A run of one rank, and tensor parallelism, carry a decision out as it is sent; the tokens that a
+decode chooses stay lazy until they are read. In a pipeline the leader is the last stage, so its
+own part of a decision is put off until the stages before it have had theirs: several decisions
+can be on their way, and every stage has work.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from k2cli.runtime.control import Followers
+from k2cli.runtime.executor import Executor, StepResult
+from k2cli.runtime.protocol import Decision, Decode, Prefill
+from k2cli.runtime.requests import Running
+
+
+@dataclass(slots=True)
+class Step:
+    """A decision, the requests that it computes, and what came of it."""
+
+    decision: Decision
+    rows: list[Running] = field(default_factory=list)
+    result: StepResult | None = None
+    chosen: mx.array | None = None
+
+    @property
+    def computes(self) -> bool:
+        """Whether it is work for the stages, not only for their books."""
+        return isinstance(self.decision, Prefill | Decode)
+
+
+def choose_tokens(rows: Sequence[Running], logits: mx.array) -> mx.array:
+    """The next token of every row, lazily: ``[rows]``.
+
+    A row whose sampler raises is marked as failed and gets token 0, which nobody will see.
+    """
+    if all(row.sampler.is_plain for row in rows):
+        return mx.argmax(logits, axis=-1)
+    picks = []
+    for index, row in enumerate(rows):
+        try:
+            picks.append(row.sampler.pick(logits[index]).astype(mx.uint32))
+        except Exception as error:  # whatever it is, it must not reach another request
+            row.failure = error
+            picks.append(mx.array(0, dtype=mx.uint32))
+    return mx.stack(picks)
+
+
+class StepQueue:
+    """Sends decisions to the followers, and carries them out here, in the same order."""
+
+    def __init__(self, executor: Executor, followers: Followers) -> None:
+        self._executor = executor
+        self._followers = followers
+        self._deferred = executor.is_pipeline
+        self._steps: deque[Step] = deque()
+        self._number = 0
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next decision must bear."""
+        return self._number + 1
+
+    @property
+    def computing(self) -> int:
+        """Computing steps that have not been completed."""
+        return sum(step.computes for step in self._steps)
+
+    def decodes_of(self, batch: int) -> list[Step]:
+        """The decode steps of a batch that have not been completed, oldest first."""
+        return [
+            step
+            for step in self._steps
+            if isinstance(step.decision, Decode) and step.decision.batch == batch
+        ]
+
+    def submit(
+        self, decision: Decision, rows: Sequence[Running] = (), chosen: mx.array | None = None
+    ) -> None:
+        """Send a decision out, and carry it out here unless that must wait.
+
+        Raises:
+            ConnectionLost: if a follower is gone.
+        """
+        self._number += 1
+        self._followers.send(decision)
+        step = Step(decision, list(rows))
+        if not self._deferred:
+            self._carry_out(step, chosen)
+            if not step.computes:
+                return
+        self._steps.append(step)
+
+    def complete(self, on_other: Callable[[], None] = lambda: None) -> Step | None:
+        """Complete the oldest computing step, and all that was decided before it."""
+        while self._steps:
+            step = self._steps.popleft()
+            if step.result is None:
+                self._carry_out(step, None)
+            if step.computes:
+                return step
+            on_other()
+        return None
+
+    def now(self, decision: Decision) -> StepResult:
+        """Send a decision out and carry it out here at once; nothing may be in flight."""
+        assert not self._steps
+        self._number += 1
+        self._followers.send(decision)
+        result = self._executor.carry_out(decision)
+        if result.logits is not None:
+            mx.eval(result.logits)
+        return result
+
+    def _carry_out(self, step: Step, chosen: mx.array | None) -> None:
+        step.result = self._executor.carry_out(step.decision, chosen)
+        if step.result.logits is not None and step.rows:
+            step.chosen = choose_tokens(step.rows, step.result.logits)
+            mx.async_eval(step.chosen)  # type: ignore[no-untyped-call]
