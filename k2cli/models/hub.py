@@ -122,6 +122,13 @@ def cached_folder(repo: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def cache_directory() -> Path:
+    """Where the Hub's library keeps what it downloads."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 @contextlib.contextmanager
 def _errors(repo: str, revision: str | None) -> Iterator[None]:
     """What the Hub's library raises, as k2's errors."""

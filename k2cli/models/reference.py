@@ -8,13 +8,15 @@ downloads weights: ``local_checkpoint`` finds what is on this machine or says ho
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from k2cli.errors import K2Error, UsageError
-from k2cli.models.catalog import CatalogEntry, HubSource, catalog
+from k2cli.models.catalog import CatalogEntry, HubSource, WheelSource, catalog
+from k2cli.models.checkpoint import read_json_object
 from k2cli.settings import models_directory
 
 # The Hub's own rule for names, and git's characters for a revision.
@@ -22,6 +24,10 @@ _REPO_PATTERN = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?",
     re.ASCII,
 )
+
+
+SOURCE_NAME = "k2-source.json"
+"""In a folder that k2 converted: what it was converted from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +105,33 @@ def converted_folder(reference: ModelReference) -> Path | None:
     if reference.entry is not None and reference.repo is None:
         return models_directory() / reference.entry.alias
     if reference.path is not None and reference.path.is_file():
-        return models_directory() / reference.path.stem
+        # Two files of one name, in different folders, must not displace one another.
+        place = hashlib.sha256(str(reference.path.resolve()).encode()).hexdigest()[:8]
+        return models_directory() / f"{reference.path.stem}-{place}"
     return None
+
+
+def conversion_source(reference: ModelReference) -> dict[str, Any] | None:
+    """What identifies the GGUF of a reference that k2 converts; None if it converts none.
+
+    A digest where the catalog pins one, else the file's path, size and time of change.
+    """
+    if reference.entry is not None and isinstance(reference.entry.source, WheelSource):
+        return {"sha256": reference.entry.source.member_sha256}
+    if reference.path is None or not reference.path.is_file():
+        return None
+    status = reference.path.stat()
+    return {
+        "path": str(reference.path.resolve()),
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+    }
+
+
+def is_conversion_of(folder: Path, source: dict[str, Any]) -> bool:
+    """Whether k2 converted ``folder`` from just that GGUF."""
+    path = folder / SOURCE_NAME
+    return path.is_file() and read_json_object(path) == source
 
 
 def local_checkpoint(text: str) -> Path:
@@ -150,8 +181,9 @@ def _present_folder(reference: ModelReference) -> Path | None:
     """The reference's folder if it is on this machine, as far as its name tells."""
     if reference.path is not None and reference.path.is_dir():
         return reference.path
-    if (folder := converted_folder(reference)) is not None:
-        return folder if folder.is_dir() else None
+    source, folder = conversion_source(reference), converted_folder(reference)
+    if source is not None and folder is not None:
+        return folder if is_conversion_of(folder, source) else None
     if reference.repo is None:
         return None
     from k2cli.models import hub

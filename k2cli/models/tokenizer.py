@@ -189,6 +189,13 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     vocabulary = find_vocabulary(folder)
     if vocabulary is None:
         raise K2Error(f"{folder} has neither tokenizer.json nor tiktoken.model")
+    if config.get("tokenizer_class") != "TikTokenTokenizer":
+        # Other families ship the same kind of file but cut text by other patterns.
+        raise K2Error(
+            f"{vocabulary} belongs to the tokenizer {config.get('tokenizer_class')!r}; "
+            "k2 knows the pattern of 'TikTokenTokenizer' (Kimi) only",
+            "use a conversion of the model that has a tokenizer.json",
+        )
     ranks = read_ranks(vocabulary)
     named = config.get("added_tokens_decoder", {})
     if not isinstance(named, dict):

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,8 @@ def fetch_member(source: WheelSource, folder: Path, progress: Progress | None = 
         return kept
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".fetch-*"):  # of a killed process; the caller holds the lock
+            shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
             got = _download(source, Path(temporary), progress or (lambda done, total: None))
             digest = sha256_of(got)
@@ -110,14 +113,18 @@ def _run(command: list[str], source: WheelSource, progress: Progress) -> None:
         errors="replace",
     )
     assert process.stdout is not None  # asked for above
+    # Reading has no time limit of its own: the pipe ends when the process does.
+    limit = threading.Timer(_TIME_LIMIT_SECONDS, process.kill)
+    limit.start()
     try:
         for line in process.stdout:
             if match := _RAW_PROGRESS.fullmatch(line.strip()):
                 progress(int(match[1]), int(match[2]))
             elif line.strip():
                 lines.append(line.strip())
-        status = process.wait(timeout=_TIME_LIMIT_SECONDS)
+        status = process.wait(timeout=10)
     finally:
+        limit.cancel()
         if process.poll() is None:
             process.kill()
             process.wait(timeout=10)
