@@ -1,0 +1,280 @@
+"""What k2 asks of one node: ports, files, and the processes of a run.
+
+On this machine these functions are called; on another they run as
+``python -m k2cli.cluster.agent VERB ...`` over ssh and answer in JSON, so that both do the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from k2cli import __version__
+from k2cli.cluster.openmpi import find_libmpi
+from k2cli.settings import runs_directory
+
+MARK = "k2cli.runtime"
+# Below what Linux and macOS give to outgoing connections, so that none takes a port in between.
+_PORTS = range(20_000, 32_000)
+_KILL_SECONDS = 5.0
+
+
+class NodeFacts(msgspec.Struct, frozen=True):
+    """What a node says of itself before a launch."""
+
+    k2_version: str
+    python: str
+    runs_directory: str
+    libmpi: str | None
+
+
+class RunProcess(msgspec.Struct, frozen=True):
+    """A process that belongs to a run: its command line holds the mark and the run's id."""
+
+    pid: int
+    command: str
+
+
+def facts() -> NodeFacts:
+    """Versions and paths of this node."""
+    libmpi = find_libmpi()
+    return NodeFacts(
+        __version__, sys.executable, str(runs_directory()), str(libmpi) if libmpi else None
+    )
+
+
+# --- ports --------------------------------------------------------------------------------------
+
+
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports that nothing on this machine listens on."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.choice(_PORTS)
+        if port not in found and _can_listen("", port) and _can_listen("127.0.0.1", port):
+            found.append(port)
+    return found
+
+
+def _can_listen(host: str, port: int) -> bool:
+    """Whether an address can be bound; an address that is not this machine's raises.
+
+    Raises:
+        OSError: for any other reason than that the port is taken or needs privileges.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return False
+            raise
+    return True
+
+
+def port_holder(host: str, port: int) -> str | None:
+    """None if the port can be used; else who holds it, or why not, as far as can be told."""
+    try:
+        if _can_listen(host, port) and not _is_answered(port):
+            return None
+    except OSError as error:
+        return f"{host} is no address of this machine ({error.strerror})"
+    if port < 1024 and os.geteuid() != 0:
+        return "ports below 1024 need root"
+    return _listener(port) or "another process"
+
+
+def _is_answered(port: int) -> bool:
+    """macOS lets a process bind a port beside one that listens on all addresses."""
+    if sys.platform == "linux":
+        return False
+    with socket.socket() as client:
+        client.settimeout(0.5)
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _listener(port: int) -> str | None:
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if (
+                connection.status == psutil.CONN_LISTEN
+                and connection.laddr
+                and connection.laddr.port == port
+                and connection.pid
+            ):
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f"process {connection.pid} ({command[:80]})"
+    except psutil.Error:
+        return None  # whose it is, is another user's secret
+    return None
+
+
+def choose_port(host: str, first: int) -> int:
+    """The first free port from ``first`` on.
+
+    Raises:
+        OSError: if ``host`` is no address of this machine.
+    """
+    for port in range(first, min(first + 1000, 2**16)):
+        if _can_listen(host, port) and not _is_answered(port):
+            return port
+    return free_ports(1)[0]
+
+
+def address_towards(host: str) -> str:
+    """This machine's own address on the way to ``host``.
+
+    Raises:
+        OSError: if there is no route, or the name is unknown.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # of a datagram socket: chooses the route, sends nothing
+        return str(probe.getsockname()[0])
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def run_folder(run_id: str) -> Path:
+    """Where this node keeps what belongs to a run."""
+    return runs_directory() / run_id
+
+
+def write_private(run_id: str, name: str, data: bytes) -> None:
+    """Write a file of a run, readable by its owner only, whole or not at all."""
+    folder = run_folder(run_id)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = folder / f".{name}.{os.getpid()}"
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    partial.replace(folder / name)
+
+
+def remove_bootstraps(run_id: str) -> None:
+    """Remove bootstrap files that no guard has read, and the run's folder if that leaves it empty.
+
+    Where the run was launched from, its record stays there.
+    """
+    folder = run_folder(run_id)
+    for path in folder.glob("bootstrap-*.json"):
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def make_scratch(run_id: str) -> Path:
+    """A short path for MPI's sockets and shared memory: in memory where the system has that."""
+    shared = Path("/dev/shm")
+    base = shared if os.access(shared, os.W_OK) else Path("/tmp")
+    path = base / f"k2-{run_id}"
+    path.mkdir(mode=0o700)
+    return path
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+def processes_of_run(run_id: str) -> list[RunProcess]:
+    """Guards, ranks and MPI launchers of a run that live on this node. Zombies do not count."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+            if _belongs(command, run_id) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(RunProcess(process.pid, " ".join(command)))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # gone meanwhile, or another user's
+    return found
+
+
+def _belongs(command: Sequence[str], run_id: str) -> bool:
+    # Whole arguments: a shell or an editor whose one argument mentions the run is not part of it.
+    return run_id in command and any(part.startswith(MARK) for part in command)
+
+
+def kill_run(run_id: str) -> list[RunProcess]:
+    """SIGKILL every process of a run on this node, and wait until they are gone.
+
+    Returns:
+        What is still there: only what hangs in the kernel, or is another user's.
+    """
+    until = time.monotonic() + _KILL_SECONDS
+    while (left := processes_of_run(run_id)) and time.monotonic() < until:
+        for process in left:
+            try:
+                psutil.Process(process.pid).kill()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        time.sleep(0.05)
+    return left
+
+
+def is_alive(pid: int, create_time: float) -> bool:
+    """Whether the process that was started then under that id still runs."""
+    try:
+        process = psutil.Process(pid)
+        # psutil rounds to clock ticks; a process id is not reused within a second of its start.
+        same = abs(process.create_time() - create_time) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+# --- the same, asked for over ssh ---------------------------------------------------------------
+
+
+def _write_from_stdin(run_id: str, name: str) -> None:
+    write_private(run_id, name, sys.stdin.buffer.read())
+
+
+def _memory() -> Any:
+    from k2cli.planning.hardware import this_machine
+
+    return this_machine()
+
+
+_VERBS: dict[str, Callable[..., Any]] = {
+    "facts": facts,
+    "memory": _memory,
+    "free-ports": lambda count: free_ports(int(count)),
+    "port-holder": lambda host, port: port_holder(host, int(port)),
+    "choose-port": lambda host, first: choose_port(host, int(first)),
+    "write": _write_from_stdin,
+    "remove-bootstraps": remove_bootstraps,
+    "processes": processes_of_run,
+    "kill": kill_run,
+    "remove-folder": lambda path: shutil.rmtree(path, ignore_errors=True),
+}
+
+
+def main() -> None:
+    """Carry out one verb and write its result to stdout as JSON."""
+    verb, *arguments = sys.argv[1:]
+    try:
+        result = _VERBS[verb](*arguments)
+    except OSError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(1)
+    os.write(1, msgspec.json.encode(result) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
