@@ -259,6 +259,22 @@ class ApiClient:
         raise _failure(response.status_code, message, self.base)
 
 
+@dataclass(frozen=True, slots=True)
+class CompletionSource:
+    """One model of one server, as a benchmark sees it."""
+
+    client: ApiClient
+    model: ModelInfo
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+        return self.client.tokenize(text)
+
+    def complete(self, prompt: list[int], tokens: int) -> Completion:
+        """Generate exactly so many tokens, nothing cached."""
+        return self.client.complete(self.model, prompt, tokens)
+
+
 def _failure(status: int, message: str, base: str) -> K2Error:
     if status in (401, 403):
         return NotAuthorisedError(f"{base}: {message}", "give --api-key, or set K2_API_KEY")

@@ -1,0 +1,165 @@
+"""Measuring: send requests, look at the clocks, repeat.
+
+Where the server sends its own timings and there is one request at a time, they are what counts;
+otherwise the client's clock is, network and all. Each case is run once unmeasured first.
+
+Two things that a client can only measure indirectly:
+
+* prompt processing at a depth d is the difference between prompts of d + n and of d tokens, both
+  timed in every repetition;
+* the speed of concurrent requests is all their tokens over the time from the first one's start
+  (pp) or first token (tg) to the last one's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from k2cli.bench.cases import BenchCase
+from k2cli.bench.prompts import PromptMaker
+from k2cli.bench.report import BenchRow, Clock, Sample
+from k2cli.errors import K2Error
+
+
+class CompletionTimings(Protocol):
+    """The server's own clock, in seconds."""
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Computing the prompt and the first token."""
+        ...
+
+    @property
+    def decode_seconds(self) -> float:
+        """All tokens after the first."""
+        ...
+
+
+class CompletionTimes(Protocol):
+    """One completion; moments are of the client's monotonic clock."""
+
+    @property
+    def started_at(self) -> float:
+        """When it was asked for."""
+        ...
+
+    @property
+    def first_token_at(self) -> float:
+        """When its first token was announced."""
+        ...
+
+    @property
+    def last_token_at(self) -> float:
+        """When its last token was announced."""
+        ...
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were not computed."""
+        ...
+
+    @property
+    def timings(self) -> CompletionTimings | None:
+        """By the server's clock, if it says."""
+        ...
+
+
+class BenchTarget(Protocol):
+    """The server that is measured."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+        ...
+
+    def complete(self, prompt: list[int], tokens: int) -> CompletionTimes:
+        """Generate exactly so many tokens, nothing cached. Called from several threads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RepetitionDone:
+    """``index`` 0 is the warm-up, whose sample does not count."""
+
+    case: BenchCase
+    index: int
+    of: int
+    sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class RowDone:
+    """All repetitions of a case."""
+
+    row: BenchRow
+
+
+def measure(
+    target: BenchTarget, cases: Sequence[BenchCase], repetitions: int
+) -> Iterator[RepetitionDone | RowDone]:
+    """Measure each case ``repetitions`` times.
+
+    Raises:
+        K2Error: if a request fails, or a measurement has no meaning.
+    """
+    prompts = PromptMaker(target.tokenize)
+    for case in cases:
+        samples = []
+        for index in range(repetitions + 1):
+            clock, sample = _repetition(target, prompts, case)
+            if index > 0:
+                samples.append(sample)
+            yield RepetitionDone(case, index, repetitions, sample)
+        yield RowDone(BenchRow(case, clock, tuple(samples)))
+
+
+def _repetition(target: BenchTarget, prompts: PromptMaker, case: BenchCase) -> tuple[Clock, Sample]:
+    finished = _complete(target, prompts, case.prompt_tokens, case.generated_tokens, case)
+    clock: Clock = "server" if _server_times(finished) else "client"
+    if case.kind == "tg":
+        seconds = _decode_seconds(finished)
+        # With several requests the first tokens of all but the first fall into the window too.
+        counted = case.concurrency * case.generated_tokens - 1
+    else:
+        seconds = _prefill_seconds(finished)
+        if case.depth:
+            seconds -= _prefill_seconds(_complete(target, prompts, case.depth, 1, case))
+        counted = case.concurrency * case.tokens
+    if seconds <= 0:
+        raise K2Error(
+            f"{case.name} is too short to be measured: its time came out as {seconds:.6f} s",
+            "choose larger sizes",
+        )
+    first = [one.first_token_at - one.started_at for one in finished]
+    return clock, Sample(counted / seconds, seconds, sum(first) / len(first))
+
+
+def _complete(
+    target: BenchTarget, prompts: PromptMaker, prompt_tokens: int, tokens: int, case: BenchCase
+) -> list[CompletionTimes]:
+    """Run as many requests at a time as the case has clients."""
+    asked = [prompts.make(prompt_tokens) for _ in range(case.concurrency)]
+    with ThreadPoolExecutor(case.concurrency, thread_name_prefix="bench") as pool:
+        finished = list(pool.map(lambda prompt: target.complete(prompt, tokens), asked))
+    if cached := sum(one.cached_tokens for one in finished):
+        raise K2Error(f"{case.name}: the server took {cached} prompt tokens from a cache")
+    return finished
+
+
+def _server_times(finished: Sequence[CompletionTimes]) -> CompletionTimings | None:
+    """The server's clock, if it says what is wanted: it times requests one by one."""
+    return finished[0].timings if len(finished) == 1 else None
+
+
+def _prefill_seconds(finished: Sequence[CompletionTimes]) -> float:
+    if (times := _server_times(finished)) is not None:
+        return times.prefill_seconds
+    return max(one.first_token_at for one in finished) - min(one.started_at for one in finished)
+
+
+def _decode_seconds(finished: Sequence[CompletionTimes]) -> float:
+    if (times := _server_times(finished)) is not None:
+        return times.decode_seconds
+    return max(one.last_token_at for one in finished) - min(one.first_token_at for one in finished)

@@ -1,0 +1,150 @@
+"""``k2 bench``: how fast is it?"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k2cli.commands._target import ApiKeyOption, ModelArgument, Target, UrlOption, resolve_target
+
+if TYPE_CHECKING:
+    from k2cli.bench.cases import BenchCase
+    from k2cli.bench.report import BenchReport, BenchRow, RunDescription
+    from k2cli.chat.client import ApiClient, ModelInfo
+    from k2cli.cluster.runs import RunRecord
+    from k2cli.ui.bench_table import BenchLine
+
+
+class BenchFormat(StrEnum):
+    """How to print the result."""
+
+    md = "md"
+    csv = "csv"
+    json = "json"
+    jsonl = "jsonl"
+    sql = "sql"
+
+
+def bench(
+    model: ModelArgument = None,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Prompt sizes to process, in tokens; 0 for none.")
+    ] = "512",
+    generate: Annotated[
+        str, typer.Option("--generate", "-n", help="Tokens to generate; 0 for none.")
+    ] = "128",
+    depth: Annotated[
+        str, typer.Option("--depth", "-d", help="Tokens of context before what is measured.")
+    ] = "0",
+    concurrency: Annotated[
+        str, typer.Option("--concurrency", "-c", help="Requests at a time.")
+    ] = "1",
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", min=1, help="Measurements of each size.")
+    ] = 5,
+    output: Annotated[
+        BenchFormat, typer.Option("--output", "-o", help="Format of the result.")
+    ] = BenchFormat.md,
+) -> None:
+    """Measure prompt processing (pp) and generation (tg) of a served model.
+
+    Sizes are lists: every combination is measured, after one run to warm up. Shown are mean and
+    standard deviation; the machine-readable formats have every sample. The prefix cache is not
+    used. Speeds are by the server's clock for single requests, by this client's for several.
+
+    Example: k2 bench -p 512,2048 -n 128 -d 0,4096 -r 3 -o json
+    """
+    from k2cli.bench.cases import check_context, make_cases, parse_sizes
+    from k2cli.chat.client import ApiClient
+
+    cases = make_cases(
+        parse_sizes(prompt, "-p"),
+        parse_sizes(generate, "-n"),
+        parse_sizes(depth, "-d"),
+        parse_sizes(concurrency, "-c", at_least=1),
+    )
+    target = resolve_target(model, url, api_key)
+    with ApiClient(target.url, target.api_key) as client:
+        info = client.pick_model(target.model)
+        check_context(cases, info.context_length)
+        report = _measured(client, info, target, cases, repetitions)
+    _print(report, output)
+
+
+def _measured(
+    client: ApiClient,
+    model: ModelInfo,
+    target: Target,
+    cases: list[BenchCase],
+    repetitions: int,
+) -> BenchReport:
+    from datetime import UTC, datetime
+
+    from k2cli.bench.measure import RowDone, measure
+    from k2cli.bench.report import BenchReport, describe_environment
+    from k2cli.chat.client import CompletionSource
+    from k2cli.ui.output import note
+
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    rows: list[BenchRow] = []
+    for event in measure(CompletionSource(client, model), cases, repetitions):
+        if isinstance(event, RowDone):
+            rows.append(event.row)
+        else:
+            which = f"run {event.index} of {event.of}" if event.index else "warm-up"
+            note(f"{event.case.name}: {which}: {event.sample.tokens_per_second:.2f} t/s")
+    described = _described(target.run) if target.run is not None else None
+    return BenchReport(
+        model.name, client.base, tuple(rows), described, describe_environment(), started
+    )
+
+
+def _described(run: RunRecord) -> RunDescription:
+    from k2cli.bench.report import RunDescription
+
+    return RunDescription(
+        run_id=run.run_id,
+        backend=run.backend,
+        strategy=run.strategy,
+        context_length=run.context_length,
+        nodes=tuple(rank.node for rank in run.ranks),
+    )
+
+
+def _print(report: BenchReport, output: BenchFormat) -> None:
+    from k2cli.bench.formats import to_csv, to_json_lines, to_sql
+    from k2cli.bench.report import report_document
+    from k2cli.ui.bench_table import bench_markdown
+    from k2cli.ui.output import print_json, print_text
+
+    match output:
+        case BenchFormat.json:
+            print_json(report_document(report))
+        case BenchFormat.jsonl:
+            print_text(to_json_lines(report))
+        case BenchFormat.csv:
+            print_text(to_csv(report))
+        case BenchFormat.sql:
+            print_text(to_sql(report))
+        case BenchFormat.md:
+            print_text(bench_markdown(_lines(report)))
+
+
+def _lines(report: BenchReport) -> list[BenchLine]:
+    from k2cli.bench.report import mean_and_deviation
+    from k2cli.ui.bench_table import BenchLine
+
+    return [
+        BenchLine(
+            model=report.model,
+            placement=report.placement,
+            test=row.case.name,
+            tokens_per_second=mean_and_deviation(row.rates),
+            first_token_seconds=mean_and_deviation(row.first_token),
+        )
+        for row in report.rows
+    ]

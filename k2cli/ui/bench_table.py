@@ -1,0 +1,53 @@
+"""A benchmark as a Markdown table, which is also readable as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BenchLine:
+    """One line of the table: figures with their deviation, None where there is none."""
+
+    model: str
+    placement: str
+    test: str
+    tokens_per_second: tuple[float, float | None]
+    first_token_seconds: tuple[float, float | None]
+
+
+def _figure(value: tuple[float, float | None], scale: float, digits: int) -> str:
+    mean, deviation = value
+    text = f"{mean * scale:.{digits}f}"
+    return text if deviation is None else f"{text} ± {deviation * scale:.{digits}f}"
+
+
+def bench_markdown(lines: Sequence[BenchLine]) -> str:
+    """The table; figures are aligned to the right."""
+    header = ("model", "placement", "test", "t/s", "ttft (ms)")
+    cells = [
+        (
+            line.model,
+            line.placement,
+            line.test,
+            _figure(line.tokens_per_second, 1, 2),
+            _figure(line.first_token_seconds, 1000, 1),
+        )
+        for line in lines
+    ]
+    widths = [max(len(row[column]) for row in (header, *cells)) for column in range(len(header))]
+    left = 2  # columns of text: model and placement
+
+    def row(texts: Sequence[str]) -> str:
+        padded = [
+            text.ljust(width) if column < left else text.rjust(width)
+            for column, (text, width) in enumerate(zip(texts, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rules = [
+        "-" * width if column < left else "-" * (width - 1) + ":"
+        for column, width in enumerate(widths)
+    ]
+    return "\n".join([row(header), row(rules), *(row(texts) for texts in cells)])
