@@ -19,6 +19,7 @@ from typing import Any
 from k2cli.runtime.progress import ProgressPage
 from k2cli.runtime.protocol import (
     Assignment,
+    Cancel,
     ControlEndpoint,
     ControlListening,
     Deadlines,
@@ -31,6 +32,7 @@ from k2cli.runtime.protocol import (
     Sampling,
     Shutdown,
     Start,
+    TokenLogprob,
     Tokens,
 )
 from k2cli.runtime.wire import Channel, ConnectionLost
@@ -78,6 +80,16 @@ class RankProcess:
                 return message
 
 
+@dataclass
+class Outcome:
+    """What came for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finished: Finished | None = None
+    error: str | None = None
+
+
 class RankPool:
     """The ranks of one run on this machine; ring for two or more."""
 
@@ -85,6 +97,7 @@ class RankPool:
         self.assignments = assignments
         self.folder = folder
         self.ranks: list[RankProcess] = []
+        self.outcomes: dict[str, Outcome] = {}
 
     def start(self) -> None:
         size = len(self.assignments)
@@ -122,26 +135,56 @@ class RankPool:
         channel.send(Start(assignment, SECRET, Deadlines(), "127.0.0.1"))
         return RankProcess(process, channel, page)
 
-    def generate(
+    def submit(
         self,
         prompt: list[int],
         max_tokens: int,
         sampling: Sampling | None = None,
         stop_tokens: Sequence[int] = (),
-    ) -> list[int]:
-        """The tokens of one request, run to its end."""
+        use_prefix_cache: bool = True,
+    ) -> str:
+        """Send a request; its id."""
         name = f"r{next(_numbers)}"
-        request = Generate(name, prompt, max_tokens, sampling or Sampling(), list(stop_tokens))
+        request = Generate(
+            name, prompt, max_tokens, sampling or Sampling(), list(stop_tokens), use_prefix_cache
+        )
         self.ranks[0].channel.send(request)
-        tokens: list[int] = []
+        return name
+
+    def cancel(self, name: str) -> None:
+        """Cancel a request."""
+        self.ranks[0].channel.send(Cancel(name))
+
+    def outcome(self, name: str, timeout_seconds: float = 60.0) -> Outcome:
+        """Wait for a request's end, taking note of what comes for others."""
+        deadline = time.monotonic() + timeout_seconds
         while True:
-            match self.ranks[0].receive():
-                case Tokens(request_id=request_id, tokens=new) if request_id == name:
-                    tokens += new
-                case Finished(request_id=request_id) if request_id == name:
-                    return tokens
-                case RequestFailed(request_id=request_id, error=error) if request_id == name:
-                    raise RuntimeError(error)
+            outcome = self.outcomes.setdefault(name, Outcome())
+            if outcome.finished is not None or outcome.error is not None:
+                return outcome
+            self.take(max(0.1, deadline - time.monotonic()))
+
+    def take(self, timeout_seconds: float = 60.0) -> Any:
+        """Receive one message of the leader rank and note it."""
+        message = self.ranks[0].receive(timeout_seconds)
+        if isinstance(message, Tokens | Finished | RequestFailed):
+            outcome = self.outcomes.setdefault(message.request_id, Outcome())
+            match message:
+                case Tokens(tokens=new, logprobs=logprobs):
+                    outcome.tokens += new
+                    outcome.logprobs += logprobs
+                case Finished():
+                    outcome.finished = message
+                case RequestFailed(error=error):
+                    outcome.error = error
+        return message
+
+    def generate(self, prompt: list[int], max_tokens: int, **options: Any) -> list[int]:
+        """The tokens of one request, run to its end."""
+        outcome = self.outcome(self.submit(prompt, max_tokens, **options))
+        if outcome.error is not None:
+            raise RuntimeError(outcome.error)
+        return outcome.tokens
 
     def stop(self) -> list[int]:
         """End all ranks and return their exit statuses."""
