@@ -10,7 +10,10 @@ import typer
 
 def plan_memory(
     model: Annotated[
-        str, typer.Argument(help="Alias, Hub repository or folder; a config.json is enough.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Alias, Hub repository or folder; a config.json is enough."
+        ),
     ],
     hardware: Annotated[
         str,
