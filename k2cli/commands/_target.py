@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from k2cli.cluster.runs import RunRecord
 
 ModelArgument = Annotated[
-    str | None, typer.Argument(help="The model to use. Default: what the run serves.")
+    str | None,
+    typer.Argument(metavar="MODEL", help="The model to use. Default: what the run serves."),
 ]
 UrlOption = Annotated[
     str | None, typer.Option(help="Server, such as http://127.0.0.1:8080. Default: a live run.")
