@@ -13,6 +13,8 @@ from typing import Any
 import mlx.nn as nn
 
 from k2cli.errors import UsageError
+from k2cli.sharding.head import shard_head
+from k2cli.sharding.placement import HeadPlacement
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,12 @@ def tensor_obstacle(config: Mapping[str, Any], model: nn.Module, ranks: int) -> 
     return None
 
 
-def slice_model(config: Mapping[str, Any], model: nn.Module, group: Any) -> None:
+def slice_model(
+    config: Mapping[str, Any],
+    model: nn.Module,
+    group: Any,
+    head: HeadPlacement = "replicated",
+) -> None:
     """Cut the model, in place and lazily, to the slice of ``group.rank()``.
 
     Raises:
@@ -69,6 +76,8 @@ def slice_model(config: Mapping[str, Any], model: nn.Module, group: Any) -> None
     if obstacle is None:
         try:
             model.shard(group)
+            if head == "sharded":
+                shard_head(model, group)
             return
         except ValueError as error:
             # mx.split: a dimension, or its number of quantization groups, does not divide.

@@ -66,7 +66,7 @@ def cut(config: Mapping[str, Any], model: nn.Module, placement: Placement, group
     """
     first, past_last = placement.ranks[group.rank()].layers
     if placement.strategy == "tensor":
-        slice_model(config, model, group)
+        slice_model(config, model, group, placement.head)
     return cut_stage(model, first, past_last)
 
 
@@ -85,13 +85,14 @@ def trace_rank(
 
 @contextlib.contextmanager
 def without_collectives() -> Iterator[None]:
-    """While tracing a slice, sums over ranks have the shape of their own operand."""
-    original = mx.distributed.all_sum
+    """While tracing a slice, collectives have the shape of their result, and no peers."""
+    all_sum, all_gather = mx.distributed.all_sum, mx.distributed.all_gather
     mx.distributed.all_sum = lambda x, **_: x
+    mx.distributed.all_gather = lambda x, *, group, **_: mx.concatenate([x] * group.size())
     try:
         yield
     finally:
-        mx.distributed.all_sum = original
+        mx.distributed.all_sum, mx.distributed.all_gather = all_sum, all_gather
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:

@@ -222,6 +222,7 @@ def assignments(
     placement = Placement(
         strategy,  # type: ignore[arg-type]
         tuple(RankPlacement(rank, f"n{rank}", part) for rank, part in enumerate(layers)),
+        changes.get("head", "replicated"),
     )
     fields: dict[str, Any] = {
         "run_id": f"test-{os.getpid()}",

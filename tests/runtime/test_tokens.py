@@ -24,10 +24,11 @@ TEXTS = [
 _REFERENCE = """
 import json, sys
 import mlx.core as mx
-from mlx_lm import load
+from pathlib import Path
 from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
 folder, prompts, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model, tokenizer = load(folder)
+model, _ = load_model(Path(folder))
 model.set_dtype(mx.float32)
 result = []
 for prompt in prompts:
@@ -87,3 +88,12 @@ def test_toy_k2_tokens_equal_mlx_lm(
     # A toy that repeats one token would prove little.
     assert all(len(set(tokens)) > 5 for tokens in toy_reference)
     assert _tokens(toy_k2, tmp_path, strategy, size) == toy_reference
+
+
+@pytest.mark.ranks
+def test_toy_k2_tokens_with_the_head_cut(
+    toy_k2: Path, toy_reference: list[list[int]], tmp_path: Path
+) -> None:
+    pool = RankPool(assignments(toy_k2, "tensor", 2, head="sharded"), tmp_path)
+    with running(pool):
+        assert [pool.generate(p, MAX_TOKENS) for p in _prompts(toy_k2)] == toy_reference

@@ -55,9 +55,7 @@ def test_a_layer_that_no_stage_loaded_is_named() -> None:
 
 def test_two_ranks_that_split_differently_are_found() -> None:
     placement = _placement("pipeline", 2)
-    other = Placement(
-        "pipeline", (RankPlacement(0, "n0", (3, 5)), RankPlacement(1, "n1", (0, 3)))
-    )
+    other = Placement("pipeline", (RankPlacement(0, "n0", (3, 5)), RankPlacement(1, "n1", (0, 3))))
     held = [_held(placement)[0], _held(other)[1]]
     with pytest.raises(ClusterError, match=r"layers\.2\..*held by ranks \[0, 1\]"):
         check_coverage(build(CONFIG), placement, held)

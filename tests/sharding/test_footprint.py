@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ def test_tensor_slices_of_k2_replicate_head_and_latent_cache() -> None:
     ranks = footprints(_config("k2-mlx-4bit"), _placement("tensor", 2), context_length=CONTEXT)
     assert [rank.weights_bytes for rank in ranks] == [289_883_266_048] * 2
     assert [rank.kv_cache_bytes for rank in ranks] == [K2_KV_BYTES] * 2
+
+
+def test_tensor_slices_of_k2_with_the_head_cut_too() -> None:
+    placement = dataclasses.replace(_placement("tensor", 2), head="sharded")
+    ranks = footprints(_config("k2-mlx-4bit"), placement, context_length=CONTEXT)
+    assert [rank.weights_bytes for rank in ranks] == [289_552_964_608] * 2
 
 
 def test_pipeline_stages_of_k2_share_weights_and_cache() -> None:
