@@ -110,6 +110,8 @@ def _require(text: Mapping[str, Any], names: tuple[str, ...], source: str) -> No
     for name in names:
         if text.get(name) is None:
             raise UsageError(f"{source} lacks {name}", _HINT)
+        if isinstance(text[name], list):
+            raise UsageError(f"{source}: {name} must be an integer, not a list")
 
 
 def _check_values(fields: Mapping[str, Any], source: str) -> None:

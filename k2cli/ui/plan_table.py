@@ -162,8 +162,9 @@ def _count(parameters: int) -> str:
 
 
 def _table(nodes: Sequence[BudgetView]) -> list[str]:
-    largest = max(max(node.total_bytes, node.limit_bytes) for node in nodes)
-    unit, name = (GB, "GB") if largest >= GB else (MB, "MB")
+    # Small models would be all zeros in GB.
+    largest = max(node.total_bytes for node in nodes)
+    unit, name = (GB, "GB") if largest >= 10 * GB else (MB, "MB")
     rows = [
         [_short(node.name)] + [f"{getattr(node, field) / unit:.1f}" for _, field in _COLUMNS]
         for node in nodes

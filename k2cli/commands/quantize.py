@@ -1,0 +1,79 @@
+"""``k2 quantize``: make a smaller checkpoint of a bigger one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from k2cli.quantization.events import QuantizationResult
+
+
+def quantize(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Folder or reference of the original.")
+    ],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FOLDER", help="The new checkpoint's folder.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
+    ] = 64,
+    mode: Annotated[str, typer.Option(help="Kind of quantization: affine.")] = "affine",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how big it would become; write nothing.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Quantize a checkpoint, tensor by tensor, into a folder of its own.
+
+    The result is what mlx_lm.convert makes, byte for byte, in little memory. Router, norms and
+    other small tensors stay as they are. The new folder appears only once it is complete.
+
+    Example: k2 quantize ./Kimi-K2-Instruct --to ./Kimi-K2-4bit --bits 4 --group-size 64
+    """
+    from k2cli.errors import UsageError
+    from k2cli.models.reference import local_checkpoint
+    from k2cli.quantization.convert import quantize as run
+    from k2cli.quantization.events import BytesDone, QuantizationResult
+    from k2cli.quantization.recipe import Recipe
+    from k2cli.ui.output import print_json
+    from k2cli.ui.progress import ByteProgress
+
+    recipe = Recipe(bits, group_size, mode)
+    suggestion = Path(f"{Path(source).name}-{bits}bit")
+    if to is None and not dry_run:
+        raise UsageError("--to FOLDER is missing", f"k2 quantize {source} --to {suggestion}")
+    folder = local_checkpoint(source)
+    with ByteProgress() as progress:
+        if not dry_run:
+            progress.step(f"quantizing {source} to {bits} bits, group size {group_size}")
+        for event in run(folder, to or suggestion, recipe, dry_run=dry_run):
+            if isinstance(event, BytesDone):
+                progress.advance(event.done_bytes, event.total_bytes)
+            elif isinstance(event, QuantizationResult):
+                result = event
+    if json:
+        print_json(result)
+    else:
+        _summarize(result)
+
+
+def _summarize(result: QuantizationResult) -> None:
+    from k2cli.ui.output import note, print_text
+    from k2cli.units import format_bytes
+
+    sizes = (
+        f"{format_bytes(result.source_bytes)} -> {format_bytes(result.stored_bytes)}, "
+        f"{result.bits_per_weight} bits per weight, {result.quantized_modules} modules quantized"
+    )
+    if result.dry_run:
+        print_text(f"would write {result.path}: {sizes}")
+        return
+    print_text(f"{result.path}: {sizes}")
+    note(f"at most {format_bytes(result.peak_memory_bytes)} of memory for arrays")
+    note(f"\nnext: k2 plan-memory {result.path}")
+    note(f"      k2 launch {result.path}")

@@ -1,0 +1,327 @@
+"""Plans of the full K2 from its config alone, of real checkpoints, and of nonsense."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from k2cli.errors import K2Error, UsageError
+from k2cli.models.checkpoint import read_checkpoint
+from k2cli.planning.hardware import NodeMemory, parse_hardware, this_machine
+from k2cli.planning.plan import Plan, plan_from_json, plan_to_json
+from k2cli.planning.planner import make_plan
+from k2cli.planning.split import balanced_split
+from k2cli.units import GB, GIB
+
+CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs"
+K2 = str(CONFIGS / "k2-mlx-4bit")
+
+
+def weights(plan: Plan) -> list[int]:
+    return [node.weights_bytes for node in plan.nodes]
+
+
+def machine(name: str, size: int, backend: Any = "metal") -> NodeMemory:
+    return NodeMemory(name, size, size, "exact", backend)
+
+
+# --- the full K2 --------------------------------------------------------------------------------
+
+
+def test_k2_on_one_machine_does_not_fit_and_says_by_how_much() -> None:
+    plan = make_plan(K2, parse_hardware("1x m3-ultra-512"), context_length=131_072)
+    (node,) = plan.nodes
+    assert node.weights_bytes == 577_593_515_008
+    assert node.kv_cache_bytes == 9_210_691_584
+    assert plan.model.parameters == 1_026_408_232_448
+    assert plan.model.stored_bytes == 577_593_515_008
+    assert plan.placement.strategy == "single"
+    assert not plan.fits
+    assert node.headroom_bytes == node.limit_bytes - node.total_bytes < -79 * GB
+    assert plan.marks["weights_bytes"] == plan.marks["kv_cache_bytes"] == "exact"
+    assert plan.marks["limit_bytes"] == "assumed"
+
+
+def test_k2_by_tensor_on_two_replicates_head_and_cache() -> None:
+    nodes = parse_hardware("2x m3-ultra-512")
+    plan = make_plan(K2, nodes, strategy="tensor", context_length=131_072)
+    assert weights(plan) == [289_883_266_048] * 2
+    assert [node.kv_cache_bytes for node in plan.nodes] == [9_210_691_584] * 2
+    assert plan.placement.head == "replicated"
+    assert plan.fits
+
+
+def test_k2_by_pipeline_splits_weights_and_cache() -> None:
+    plan = make_plan(K2, parse_hardware("2x m3-ultra-512"), context_length=131_072)
+    assert plan.placement.strategy == "pipeline"
+    assert [part.layers for part in plan.placement.ranks] == [(30, 61), (0, 30)]
+    assert sum(weights(plan)) == 577_593_515_008
+    assert sum(node.kv_cache_bytes for node in plan.nodes) == 9_210_691_584
+    assert plan.request.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["k2-thinking", "k2.5"])
+def test_native_int4_is_stored_smaller_than_it_is_held(name: str) -> None:
+    plan = make_plan(str(CONFIGS / name), parse_hardware("2x m3-ultra-512"))
+    assert round(plan.model.stored_bytes / GB) == 594
+    assert round(sum(weights(plan)) / GB) == 658
+    assert plan.marks["stored_bytes"] == "modelled"
+
+
+def test_fp8_original_is_stored_at_one_byte_per_weight_and_held_at_two() -> None:
+    plan = make_plan("k2-instruct", parse_hardware("4x m3-ultra-512"))
+    # The published checkpoint's headers add up to 1029.17 GB.
+    assert round(plan.model.stored_bytes / 1e7) == 102_917
+    assert round(sum(weights(plan)) / GB) == 2053
+    assert not plan.fits
+
+
+def test_an_uneven_split_is_found_where_the_even_one_does_not_fit() -> None:
+    nodes = parse_hardware("m3-ultra-512 + m3-ultra-256")
+    plan = make_plan(str(CONFIGS / "k2-thinking"), nodes, strategy="pipeline")
+    (late, early) = plan.placement.ranks
+    assert plan.fits
+    assert late.layers[1] - late.layers[0] > early.layers[1] - early.layers[0]
+
+
+def test_three_machines_cannot_share_64_heads() -> None:
+    nodes = parse_hardware("3x m3-ultra-256")
+    with pytest.raises(UsageError, match="64 attention heads, which 3 ranks"):
+        make_plan(K2, nodes, strategy="tensor")
+    plan = make_plan(K2, nodes)
+    assert plan.placement.strategy == "pipeline"
+    assert "64 attention heads" in plan.reason
+
+
+def test_the_full_k2_needs_little_memory_to_plan() -> None:
+    script = (
+        "import psutil, sys\n"
+        "from k2cli.planning.planner import make_plan\n"
+        "from k2cli.planning.hardware import parse_hardware\n"
+        "make_plan(sys.argv[1], parse_hardware('2x m3-ultra-512'), context_length=262144)\n"
+        "print(psutil.Process().memory_info().rss)\n"
+        "assert not {'transformers', 'huggingface_hub', 'torch'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, str(CONFIGS / "k2.5")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) < 250_000_000
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def test_a_checkpoints_headers_decide(toy_k2: Path) -> None:
+    plan = make_plan(str(toy_k2), parse_hardware("2x m3-ultra-512"))
+    checkpoint = read_checkpoint(toy_k2)
+    assert plan.model.stored_bytes == checkpoint.stored_bytes
+    # Stored in float32 and packed integers, and torch_dtype says float32: nothing is cast.
+    assert sum(weights(plan)) == checkpoint.stored_bytes
+    assert plan.marks["stored_bytes"] == "exact"
+
+
+def test_ranks_of_one_machine_share_its_limit(toy_k2: Path) -> None:
+    plan = make_plan(str(toy_k2), [this_machine(), this_machine()])
+    assert [node.name for node in plan.nodes] == ["localhost", "localhost"]
+    assert [node.limit_bytes for node in plan.nodes] == [this_machine().limit_bytes // 2] * 2
+    if plan.nodes[0].backend == "cpu":
+        assert plan.request.dtype == "float32"
+
+
+def test_default_context_is_the_models_but_at_most_32768(toy_k2: Path, tmp_path: Path) -> None:
+    node = [machine("a", 600 * GB)]
+    assert make_plan(str(toy_k2), node).request.context_length == 32_768
+    shorter = edited(tmp_path, max_position_embeddings=4096)
+    assert make_plan(shorter, node).request.context_length == 4096
+    with pytest.raises(UsageError, match=r"4,097 tokens is beyond this model's maximum of 4,096"):
+        make_plan(shorter, node, context_length=4097)
+
+
+def test_a_plan_survives_its_json() -> None:
+    plan = make_plan(K2, parse_hardware("2x m3-ultra-512"))
+    assert plan_from_json(plan_to_json(plan), "plan.json") == plan
+
+
+# --- properties ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """K2 with eight layers, and everything else as it is."""
+    return edited(tmp_path_factory.mktemp("small"), num_hidden_layers=8)
+
+
+LAYER_BYTES = 9_600_000_000
+sizes = st.integers(LAYER_BYTES, 12 * LAYER_BYTES)
+settings.register_profile("k2", deadline=None, database=None)
+quick = settings(
+    settings.get_profile("k2"),
+    max_examples=12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@quick
+@given(st.lists(sizes, min_size=1, max_size=4), st.sampled_from([4096, 100_000]))
+def test_layers_add_up_and_totals_are_sums(small: str, limits: list[int], context: int) -> None:
+    nodes = [machine(f"node{i}", size) for i, size in enumerate(limits)]
+    plan = make_plan(small, nodes, context_length=context)
+    covered = [layer for part in plan.placement.ranks for layer in range(*part.layers)]
+    if plan.placement.strategy == "pipeline":
+        assert sorted(covered) == list(range(8))
+    for node in plan.nodes:
+        parts = (
+            node.weights_bytes, node.kv_cache_bytes, node.activation_bytes, node.overhead_bytes
+        )  # fmt: skip
+        assert node.total_bytes == sum(parts)
+        assert node.headroom_bytes == node.limit_bytes - node.total_bytes
+    assert plan.fits == all(node.headroom_bytes >= 0 for node in plan.nodes)
+
+
+@quick
+@given(st.lists(sizes, min_size=1, max_size=3), st.integers(0, 2), st.integers(1, 5 * LAYER_BYTES))
+def test_more_memory_never_makes_a_fit_fail(
+    small: str, limits: list[int], which: int, more: int
+) -> None:
+    nodes = [machine(f"node{i}", size) for i, size in enumerate(limits)]
+    larger = list(nodes)
+    place = which % len(nodes)
+    larger[place] = machine(nodes[place].name, nodes[place].limit_bytes + more)
+    if make_plan(small, nodes, context_length=8192).fits:
+        assert make_plan(small, larger, context_length=8192).fits
+
+
+@quick
+@given(
+    st.sampled_from(["single", "pipeline", "tensor"]),
+    st.lists(st.integers(1, 262_144), min_size=2, max_size=2),
+)
+def test_longer_context_never_needs_less(small: str, strategy: str, contexts: list[int]) -> None:
+    nodes = [machine(f"node{i}", 900 * GB) for i in range(1 if strategy == "single" else 2)]
+    shorter, longer = (
+        make_plan(small, nodes, strategy=strategy, context_length=context)
+        for context in sorted(contexts)
+    )
+    for less, more in zip(shorter.nodes, longer.nodes, strict=True):
+        assert less.kv_cache_bytes <= more.kv_cache_bytes
+        assert less.weights_bytes == more.weights_bytes
+        if shorter.request.prefill_chunk_tokens == longer.request.prefill_chunk_tokens:
+            assert less.total_bytes <= more.total_bytes
+
+
+@settings(settings.get_profile("k2"))
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=12),
+    st.lists(st.integers(1, 1000), min_size=1, max_size=5),
+    st.integers(0, 50),
+    st.integers(0, 50),
+)
+def test_a_balanced_split_covers_all_layers_and_fits_if_any_split_does(
+    layers: list[int], capacities: list[int], first_extra: int, last_extra: int
+) -> None:
+    ranges = balanced_split(layers, capacities, first_extra, last_extra)
+    if len(capacities) > len(layers):
+        assert ranges is None
+        return
+    assert ranges is not None
+    assert [layer for span in reversed(ranges) for layer in range(*span)] == list(
+        range(len(layers))
+    )
+    possible = any_split_fits(layers, capacities, first_extra, last_extra)
+    used = [sum(layers[slice(*span)]) for span in ranges]
+    used[-1] += first_extra
+    used[0] += last_extra
+    fits = all(size <= room for size, room in zip(used, capacities, strict=True))
+    assert fits == possible
+
+
+def any_split_fits(
+    layers: list[int], capacities: list[int], first_extra: int, last_extra: int
+) -> bool:
+    """By trying all of them: stage by stage, the sets of layers that can be behind it."""
+    reached = {0}
+    for rank in reversed(range(len(capacities))):
+        room = capacities[rank]
+        room -= first_extra if rank == len(capacities) - 1 else 0
+        room -= last_extra if rank == 0 else 0
+        reached = {
+            end
+            for start in reached
+            for end in range(start + 1, len(layers) + 1)
+            if sum(layers[start:end]) <= room
+        }
+    return len(layers) in reached
+
+
+# --- nonsense -----------------------------------------------------------------------------------
+
+
+def edited(folder: Path, **changes: Any) -> str:
+    """A folder with K2's config, changed; a value of None takes the field away."""
+    config = json.loads((CONFIGS / "k2-mlx-4bit" / "config.json").read_text())
+    config |= changes
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", None), ("num_hidden_layers", -1), ("num_hidden_layers", 10**12),
+        ("num_hidden_layers", "61"), ("num_hidden_layers", 0), ("num_hidden_layers", True),
+        ("hidden_size", None), ("hidden_size", 10**9), ("hidden_size", 7168.5),
+        ("hidden_size", 10**400), ("vocab_size", None), ("vocab_size", 2**60),
+        ("kv_lora_rank", None), ("n_routed_experts", -5), ("n_routed_experts", "many"),
+        ("num_experts_per_tok", 1000), ("moe_intermediate_size", []), ("v_head_dim", {}),
+        ("num_attention_heads", 0), ("rope_theta", "x"), ("rope_theta", -1), ("rope_scaling", 5),
+        ("max_position_embeddings", 0), ("model_type", None), ("model_type", "gpt-17"),
+        ("model_type", "../../etc/passwd"), ("quantization", {"bits": 4}),
+        ("quantization", {"bits": 99, "group_size": 64}), ("quantization", "4bit"),
+        ("quantization", {"bits": 4, "group_size": 0}), ("text_config", 7),
+        ("topk_method", "guess"),
+    ],
+)  # fmt: skip
+def test_a_wrong_config_is_named_with_its_value(tmp_path: Path, field: str, value: Any) -> None:
+    source = edited(tmp_path, **{field: value})
+    with pytest.raises(K2Error) as caught:
+        make_plan(source, parse_hardware("2x m3-ultra-512"))
+    told = field if field != "topk_method" else "topk"
+    assert told in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "nul", '{"a": 1}', "\x00", "[" * 100_000])
+def test_what_is_no_config_is_an_error_not_a_traceback(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(K2Error, match=r"config\.json"):
+        make_plan(str(tmp_path), parse_hardware("m3-ultra-512"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_length": 0}, "a context of 0 tokens"),
+        ({"context_length": 262_145}, "262,145 tokens is beyond this model's maximum of 262,144"),
+        ({"concurrency": 0}, "concurrency must be between 1 and 4096, not 0"),
+        ({"concurrency": 10**9}, "not 1000000000"),
+        ({"strategy": "expert"}, "'expert' is none of auto"),
+        ({"strategy": "single"}, "runs on one node, not on 2"),
+        ({"dtype": "int4"}, "'int4' is none of auto"),
+    ],
+)
+def test_wrong_requests_are_usage_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_plan(K2, parse_hardware("2x m3-ultra-512"), **options)
+
+
+def test_more_nodes_than_layers_is_refused(tmp_path: Path) -> None:
+    source = edited(tmp_path, num_hidden_layers=2)
+    nodes = [machine(f"n{i}", 512 * GIB) for i in range(3)]
+    with pytest.raises(UsageError, match="2 layers, there are 3 nodes"):
+        make_plan(source, nodes, strategy="pipeline")
