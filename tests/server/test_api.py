@@ -14,8 +14,7 @@ import pytest
 
 from k2cli.runtime.protocol import PromptProgress, RequestFailed, TokenLogprob, Tokens
 from k2cli.server.served import ServedModel, load_served_model
-
-from .scripted import (
+from tests.server.scripted import (
     EngineUnavailable,
     Hang,
     LetterTokenizer,

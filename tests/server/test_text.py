@@ -6,8 +6,7 @@ import pytest
 
 from k2cli.runtime.protocol import TokenLogprob
 from k2cli.server.text import TextAssembler, held_back
-
-from .scripted import LetterStream, LetterTokenizer
+from tests.server.scripted import LetterStream, LetterTokenizer
 
 
 def assembled(text: str, stops: list[str], sizes: list[int]) -> tuple[str, TextAssembler]:
