@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,7 @@ _COLUMNS = (
 )
 _PARTS = ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes")
 _UNICODE_CELLS, _ASCII_CELLS = "█▓▒░·", "#=+:."
+_WIDTH = 80
 _NAME_WIDTH = 14
 _BAR_WIDTH = 60
 
@@ -241,15 +243,23 @@ def explanation_lines(plan: PlanView) -> list[str]:
         "context": plan.request.context_length,
         "chunk": plan.request.prefill_chunk_tokens,
     }
+    rows = [
+        (field.removesuffix("_bytes").replace("_", " "), plan.marks.get(field, ""), origin)
+        for field, origin in _ORIGINS.items()
+    ]
     lines = ["where the numbers are from"]
-    for field, origin in _ORIGINS.items():
-        title = field.removesuffix("_bytes").replace("_", " ")
-        lines.append(f"  {title:<11} {plan.marks.get(field, ''):<9} {origin.format(**values)}")
+    for title, mark, origin in rows:
+        lines += _wrapped(title, mark, origin.format(**values))
     mark = plan.marks.get("limit_bytes", "")
-    for node in dict.fromkeys((n.name, n.limit_bytes, n.limit_source) for n in plan.nodes):
-        name, limit, source = node
-        lines.append(f"  {'limit':<11} {mark:<9} {name}: {format_gib(limit)}, {source}")
+    limits = dict.fromkeys((node.name, node.limit_bytes, node.limit_source) for node in plan.nodes)
+    for name, limit, source in limits:
+        lines += _wrapped("limit", mark, f"{name}: {format_gib(limit)}, {source}")
     return lines
+
+
+def _wrapped(title: str, mark: str, text: str) -> list[str]:
+    first = f"  {title:<11} {mark:<9} "
+    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
 
 
 def print_plan(plan: PlanView, *, explain: bool = False) -> None:

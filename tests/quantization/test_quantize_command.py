@@ -1,0 +1,71 @@
+"""``k2 quantize`` from outside."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from k2cli.models.checkpoint import read_checkpoint
+from tests.quantization import originals
+
+
+def k2(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "k2cli", *arguments],
+        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_quantizes_an_original_and_tells_it_in_json(tmp_path: Path) -> None:
+    source = originals.kimi(tmp_path / "source", fp8=True)
+    made = tmp_path / "made"
+    options = ("--to", str(made), "--bits", "4", "--group-size", "64", "--json")
+    dry = k2("quantize", str(source), *options, "--dry-run")
+    assert not made.exists()
+    done = k2("quantize", str(source), *options)
+    assert done.returncode == 0
+    result = json.loads(done.stdout)
+    assert result["path"] == str(made)
+    assert result["stored_bytes"] == read_checkpoint(made).stored_bytes
+    assert result["stored_bytes"] == json.loads(dry.stdout)["stored_bytes"]
+    assert result["source_bytes"] == read_checkpoint(source).stored_bytes
+    assert (result["bits"], result["group_size"], result["schema_version"]) == (4, 64, 1)
+    assert result["tensors"] == len(read_checkpoint(made).tensors)
+    assert 0 < result["peak_memory_bytes"] < result["source_bytes"]
+
+    again = k2("quantize", str(made), "--to", str(tmp_path / "again"))
+    assert again.returncode == 1
+    assert "already quantized" in again.stderr
+
+
+def test_mistakes_are_usage_errors(tmp_path: Path) -> None:
+    source = originals.llama(tmp_path / "source")
+    for options in (["--bits", "7", "--to", "x"], ["--mode", "nf4", "--to", "x"], []):
+        done = k2("quantize", str(source), *options)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+def test_interrupt_leaves_no_half_checkpoint(tmp_path: Path) -> None:
+    source = originals.llama(
+        tmp_path / "source", hidden_size=2048, intermediate_size=8192, num_hidden_layers=6
+    )
+    command = [sys.executable, "-m", "k2cli", "quantize", str(source), "--to"]
+    running = subprocess.Popen(
+        [*command, str(tmp_path / "made")], stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) == 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=60) == 130
+    finally:
+        running.kill()
+        running.wait(timeout=10)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
