@@ -178,11 +178,16 @@ def remove_bootstraps(run_id: str) -> None:
         folder.rmdir()
 
 
-def make_scratch(run_id: str) -> Path:
+def scratch_path(run_id: str) -> Path:
     """A short path for MPI's sockets and shared memory: in memory where the system has that."""
     shared = Path("/dev/shm")
     base = shared if os.access(shared, os.W_OK) else Path("/tmp")
-    path = base / f"k2-{run_id}"
+    return base / f"k2-{run_id}"
+
+
+def make_scratch(run_id: str) -> Path:
+    """Make that folder, for this user alone."""
+    path = scratch_path(run_id)
     path.mkdir(mode=0o700)
     return path
 

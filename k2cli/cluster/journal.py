@@ -15,7 +15,7 @@ import psutil
 from k2cli.cluster.launchers import GuardCommand
 from k2cli.cluster.logs import MAX_LOG_BYTES, LogEntry, format_entry
 from k2cli.cluster.outcome import Outcome
-from k2cli.cluster.runs import RankRecord, RunRecord, RunState, remove_secrets, save_record
+from k2cli.cluster.runs import RankRecord, RunRecord, RunState, remove_leftovers, save_record
 from k2cli.runtime.protocol import (
     GuardStarted,
     LoadProgress,
@@ -93,7 +93,7 @@ class Journal:
             cause += f"; on {node}: {problem}"
         state: RunState = "failed" if outcome.has_failed else "stopped"
         self._say(f"{state}: {cause}")
-        remove_secrets(self.record)
+        remove_leftovers(self.record)
         self._save(
             replace(
                 self.record, state=state, cause=cause, failure=outcome.failure, ended=time.time()

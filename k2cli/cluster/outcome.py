@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,17 +45,20 @@ class Outcome:
         last_lines: Sequence[str] = (),
         wait: bool = True,
     ) -> Outcome:
-        """An end by itself; ``rank`` and ``node`` where one is to blame."""
-        return cls(cause, FailureRecord(cause, rank, node, exit_status, tuple(last_lines)), wait)
+        """An end by itself; ``cause`` speaks of ``rank`` as "it" where one is to blame."""
+        whole = cause if rank is None else f"rank {rank} on {node} failed: {cause}"
+        return cls(whole, FailureRecord(cause, rank, node, exit_status, tuple(last_lines)), wait)
 
     @classmethod
     def of_failure(cls, event: RankFailed) -> Outcome:
         """The end that a guard has reported."""
-        cause = f"rank {event.rank} on {event.node} failed: {event.cause}"
-        failure = FailureRecord(
-            event.cause, event.rank, event.node, event.exit_status, tuple(event.last_lines)
+        return cls.failed(
+            event.cause,
+            rank=event.rank,
+            node=event.node,
+            exit_status=event.exit_status,
+            last_lines=event.last_lines,
         )
-        return cls(cause, failure)
 
 
 def describe_status(status: int) -> str:
@@ -67,11 +71,22 @@ def describe_status(status: int) -> str:
         return f"was killed by signal {-status}"
 
 
-def describe_exit(command: GuardCommand, status: int) -> str:
+def rank_to_blame(command: GuardCommand, last_lines: Sequence[str]) -> int | None:
+    """The rank whose guard ended first, from what mpirun said last; None if that is not told."""
+    if len(command.ranks) == 1:
+        return command.ranks[0]
+    match = re.search(r"process rank (\d+) with PID", " ".join(last_lines))
+    rank = int(match.group(1)) if match else None
+    return rank if rank in command.ranks else None
+
+
+def describe_exit(command: GuardCommand, status: int, rank: int | None) -> str:
     """What it means that a process which should outlive the run has ended."""
-    ranks = " and ".join(map(str, command.ranks))
-    whose = "mpirun" if command.program == "mpirun" else f"the guard of rank {ranks}"
-    return f"{whose} {describe_status(status)}"
+    if command.program != "mpirun":
+        return f"its guard {describe_status(status)}"
+    if rank is None:
+        return f"mpirun {describe_status(status)}"
+    return f"its guard ended, and mpirun {describe_status(status)}"
 
 
 def failure_of(record: RunRecord) -> ClusterError:

@@ -224,7 +224,8 @@ def _record(
     own = psutil.Process()
     return RunRecord(
         run_id=specification.run_id,
-        model=request.model,
+        # A path must mean the same to a command that is given in another folder.
+        model=str(Path(request.model).absolute()) if _is_path(request.model) else request.model,
         model_name=model_name,
         state="starting",
         backend=specification.backend,
@@ -240,9 +241,15 @@ def _record(
     )
 
 
+def _is_path(reference: str) -> bool:
+    from k2cli.models.reference import parse_reference
+
+    return parse_reference(reference).path is not None
+
+
 def _served_name(reference: str, folder: Path) -> str:
     """What clients call the model: the reference, or the folder's name for a path."""
-    return folder.name if Path(reference).expanduser().exists() else reference
+    return folder.name if _is_path(reference) else reference
 
 
 def _http_port(leader: Node, host: str, wanted: int | None) -> int:

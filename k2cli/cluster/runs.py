@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from k2cli.cluster.agent import is_alive
+from k2cli.cluster.agent import is_alive, scratch_path
 from k2cli.cluster.nodes import node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.settings import runs_directory
@@ -169,17 +169,18 @@ def _truth(record: RunRecord) -> RunRecord:
         cause = f"launcher gone; {count} process(es) remain on {', '.join(remaining)}"
         return replace(record, state="orphaned", cause=cause)
     lost = replace(record, state="lost", cause="the launcher was killed", ended=time.time())
-    remove_secrets(lost)
+    remove_leftovers(lost)
     save_record(lost)
     return lost
 
 
-def remove_secrets(record: RunRecord) -> None:
-    """Remove what only a live run needs: its secret and bootstrap files, and its key."""
+def remove_leftovers(record: RunRecord) -> None:
+    """Remove what only a live run needs: its secrets, its key, and mpirun's folder."""
     for name in ("launch.json", "api-key"):
         (record.folder / name).unlink(missing_ok=True)
     for path in record.folder.glob("bootstrap-*.json"):
         path.unlink(missing_ok=True)
+    shutil.rmtree(scratch_path(record.run_id), ignore_errors=True)
 
 
 def list_runs() -> list[RunRecord]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -23,7 +22,7 @@ from k2cli.cluster.journal import Journal
 from k2cli.cluster.launchers import GuardCommand, direct_commands, mpi_commands
 from k2cli.cluster.nodes import Node, node_named
 from k2cli.cluster.openmpi import find_openmpi
-from k2cli.cluster.outcome import Outcome, describe_exit
+from k2cli.cluster.outcome import Outcome, describe_exit, rank_to_blame
 from k2cli.cluster.runs import RunRecord, read_record
 from k2cli.cluster.specification import RunSpecification, read_specification
 from k2cli.errors import ClusterError, K2Error
@@ -31,7 +30,7 @@ from k2cli.runtime.protocol import Heartbeat, RankFailed, RunEnded, RunEvent, Ru
 
 Listener = Callable[[RunEvent], None]
 # After the last event, the processes have this long to leave by themselves.
-_EXIT_SECONDS = 4.0
+_EXIT_SECONDS = 2.0
 _DRAIN_SECONDS = 2.0
 # Beyond the ranks' own grace: the guards' SIGTERM, SIGKILL and checks.
 _STOP_MARGIN_SECONDS = 8.0
@@ -102,9 +101,7 @@ class Supervisor:
             outcome = Outcome.failed(error.message, wait=False)
         left = await self._end_everything(outcome)
         outcome = self._settle(outcome)
-        record = self._journal.close(outcome, left)
-        self._remove_files()
-        return record
+        return self._journal.close(outcome, left)
 
     # --- start ----------------------------------------------------------------------------------
 
@@ -186,7 +183,7 @@ class Supervisor:
             else:
                 limit, since = self._deadlines.liveness, self._heard_at
             if now - since > limit:
-                cause = f"the guard of rank 0 was silent for {limit:.0f} s"
+                cause = f"its guard was silent for {limit:.0f} s"
                 node = self._specification.nodes[0]
                 self._finish(Outcome.failed(cause, rank=0, node=node, wait=False))
                 return
@@ -244,14 +241,14 @@ class Supervisor:
     def _outcome_of_exit(self, command: GuardCommand, status: int) -> Outcome:
         if self._stop_cause is not None:
             return Outcome.stopped(self._stop_cause)
-        rank = command.ranks[0] if len(command.ranks) == 1 else None
-        node = self._specification.nodes[rank] if rank is not None else None
+        last_lines = self._journal.last_lines(command)
+        rank = rank_to_blame(command, last_lines)
         return Outcome.failed(
-            describe_exit(command, status),
+            describe_exit(command, status, rank),
             rank=rank,
-            node=node,
+            node=self._specification.nodes[rank] if rank is not None else None,
             exit_status=status,
-            last_lines=self._journal.last_lines(command),
+            last_lines=last_lines,
         )
 
     def _settle(self, outcome: Outcome) -> Outcome:
@@ -303,10 +300,6 @@ class Supervisor:
         for _, process in self._processes:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), _DRAIN_SECONDS)
-
-    def _remove_files(self) -> None:
-        if self._specification.scratch is not None:
-            shutil.rmtree(self._specification.scratch, ignore_errors=True)
 
 
 # --- as a process, or inside one ----------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""Ends runs from outside: asks the supervisor, then makes sure."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from k2cli.cluster.agent import is_alive
+from k2cli.cluster.nodes import node_named
+from k2cli.cluster.runs import RunRecord, RunState, read_record, remove_leftovers, save_record
+from k2cli.errors import ClusterError
+
+# A supervisor needs the ranks' grace, then SIGTERM, SIGKILL and a look at every node.
+_SUPERVISOR_SECONDS = 20.0
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """What became of one run. ``killed`` counts processes that did not leave by themselves."""
+
+    run_id: str
+    state: RunState
+    killed: int
+    was_live: bool
+
+
+def stop_run(record: RunRecord) -> StopReport:
+    """Stop a run and verify that no process of it is left on any node.
+
+    A run that has ended already is checked all the same.
+
+    Raises:
+        ClusterError: if something is left, or a node cannot be asked.
+    """
+    was_live = record.live
+    if is_alive(record.pid, record.pid_create_time) and was_live:
+        _ask_supervisor(record)
+    killed = 0
+    problems = []
+    for name in record.nodes:
+        node = node_named(name)
+        try:
+            killed += len(node.processes_of_run(record.run_id))
+            left = node.kill_run(record.run_id)
+        except ClusterError as error:
+            problems.append(error.message)
+        else:
+            problems += [f"process {process.pid} on {name} could not be ended" for process in left]
+    if problems:
+        raise ClusterError(f"{record.run_id} is not stopped: {'; '.join(problems)}", "k2 ps")
+    return StopReport(record.run_id, _settle(record), killed, was_live)
+
+
+def _ask_supervisor(record: RunRecord) -> None:
+    """SIGTERM, and SIGKILL if that does not end it in time."""
+    for number, seconds in ((signal.SIGTERM, _SUPERVISOR_SECONDS), (signal.SIGKILL, 5.0)):
+        with suppress(ProcessLookupError):
+            os.kill(record.pid, number)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if not is_alive(record.pid, record.pid_create_time):
+                return
+            time.sleep(_POLL_SECONDS)
+
+
+def _settle(record: RunRecord) -> RunState:
+    """The state that the supervisor has left; if it was killed, ours: nothing is left of it."""
+    latest = read_record(record.folder) or record
+    if latest.live or latest.state == "orphaned":
+        latest = replace(latest, state="stopped", cause="stopped", ended=time.time())
+        remove_leftovers(latest)
+        save_record(latest)
+    return latest.state

@@ -1,0 +1,232 @@
+"""``k2 launch``: start a model on one or more nodes, and own it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from k2cli.cluster.preparation import LaunchRequest, PreparedRun
+    from k2cli.cluster.runs import RunRecord
+    from k2cli.runtime.protocol import RunEvent
+    from k2cli.ui.launch_view import LaunchView
+
+
+class Backend(StrEnum):
+    """How ranks are started and reach each other."""
+
+    auto = "auto"
+    local = "local"
+    mpi = "mpi"
+    ring = "ring"
+
+
+class Parallel(StrEnum):
+    """How the model is divided."""
+
+    auto = "auto"
+    single = "single"
+    pipeline = "pipeline"
+    tensor = "tensor"
+
+
+class FloatType(StrEnum):
+    """Float type of weights that are not quantized, activations and cache."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def launch(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Alias, Hub repository, folder or .gguf file.")
+    ],
+    nodes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="One node per rank, rank 0 first; a name may repeat. Default: localhost.",
+        ),
+    ] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="auto: mpi where there is mpirun, else ring.")
+    ] = Backend.auto,
+    parallel: Annotated[Parallel, typer.Option(help="How to divide the model.")] = Parallel.auto,
+    dtype: Annotated[
+        FloatType, typer.Option(help="Float type; auto: the model's, float32 on a CPU.")
+    ] = FloatType.auto,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens per sequence. Default: as in plan-memory.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Sequences held at a time. Default: 1.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(help="Port of the API. Default: 8080 or the next free one.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="K2_API_KEY",
+            help="Key that clients must send. Others on this machine can see a command line: "
+            "better set K2_API_KEY.",
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A plan that plan-memory has saved.")
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return once the API answers; it goes on.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Launch even if the plan does not fit.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the run as JSON once it is ready.")
+    ] = False,
+) -> None:
+    """Start a model on one or more nodes and serve it over an OpenAI-compatible API.
+
+    Stays in the foreground, where Ctrl-C stops the run, unless --detach is given. Exits with 3
+    if the plan does not fit, and with 5 if a node or a rank fails.
+
+    Example: k2 launch demo --nodes localhost,localhost --parallel pipeline --detach
+    """
+    from k2cli.cluster.preparation import LaunchRequest
+
+    request = LaunchRequest(
+        model=model,
+        nodes=tuple(name.strip() for name in nodes.split(",")) if nodes is not None else None,
+        backend=backend,
+        parallel=parallel,
+        dtype=dtype,
+        context_length=context,
+        concurrency=concurrency,
+        host=host,
+        port=port,
+        api_key=api_key,
+        plan_file=plan,
+        force=force,
+    )
+    _launch(request, detach=detach, as_json=json)
+
+
+def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
+    from k2cli.cluster.preparation import prepare_run
+    from k2cli.ui.launch_view import LaunchView
+
+    prepared = prepare_run(request)
+    _show_plan(prepared)
+    record = prepared.record
+    names = [rank.node for rank in record.ranks]
+    with LaunchView(names, log=not detach) as view:
+        if detach:
+            _detach(prepared, view, as_json=as_json)
+        else:
+            _stay(prepared, view, as_json=as_json)
+
+
+def _show_plan(prepared: PreparedRun) -> None:
+    from k2cli.ui.output import note, warn
+    from k2cli.ui.plan_table import plan_lines
+
+    for line in plan_lines(prepared.plan):
+        note(line)
+    if not prepared.plan.fits:
+        warn("the plan does not fit; launching all the same (--force)")
+    note(f"\nrun {prepared.record.run_id}: {prepared.record.backend} back end")
+    if prepared.generated_api_key:
+        note(f"the API asks for the key in {prepared.record.api_key_file}")
+
+
+def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
+    from k2cli.cluster.launching import launch_detached
+    from k2cli.cluster.runs import read_record
+    from k2cli.errors import ClusterError
+    from k2cli.ui.output import note
+
+    try:
+        record = launch_detached(prepared, lambda event: _show(event, prepared.record, view))
+    except ClusterError:
+        view.end_progress()
+        _show_last_lines(read_record(prepared.record.folder))
+        raise
+    if as_json:
+        _print_ready(record)
+    note(f"\nnext: k2 chat\n      k2 logs -f {record.run_id}\n      k2 stop {record.run_id}")
+
+
+def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
+    from k2cli.cluster.launching import launch_here
+    from k2cli.cluster.runs import read_record
+    from k2cli.errors import ClusterError
+    from k2cli.runtime.protocol import RunReady
+    from k2cli.ui.output import note
+
+    interrupted = False
+
+    def on_event(event: RunEvent) -> None:
+        _show(event, prepared.record, view)
+        if isinstance(event, RunReady):
+            note("\nnext: k2 chat   (in another terminal; Ctrl-C here stops the run)\n")
+            if as_json and (record := read_record(prepared.record.folder)) is not None:
+                _print_ready(record)
+
+    def on_interrupt(first: bool) -> None:
+        nonlocal interrupted
+        interrupted = True
+        view.end_progress()
+        note("\nstopping; Ctrl-C again to force" if first else "\nforcing")
+
+    try:
+        record = launch_here(prepared, on_event, on_interrupt)
+    except ClusterError:
+        view.end_progress()
+        _show_last_lines(read_record(prepared.record.folder))
+        raise
+    note(f"{record.run_id} {record.state}")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
+    from k2cli.runtime.protocol import LoadProgress, LogLine, RankReady, RunReady
+
+    match event:
+        case LoadProgress():
+            view.progress(event.rank, event.phase, event.done_bytes, event.total_bytes)
+        case RankReady():
+            view.rank_ready(event.rank, event.weights_bytes, event.load_seconds)
+        case RunReady():
+            view.ready(record.run_id, record.model_name, event.url)
+        case LogLine():
+            view.line(event.node, event.rank, event.text)
+
+
+def _show_last_lines(record: RunRecord | None) -> None:
+    from k2cli.ui.launch_view import print_last_lines
+
+    if record is not None and record.failure is not None:
+        print_last_lines(record.failure.last_lines)
+
+
+def _print_ready(record: RunRecord) -> None:
+    from k2cli.ui.output import print_json
+
+    print_json(
+        {
+            "schema_version": record.schema_version,
+            "run_id": record.run_id,
+            "model": record.model_name,
+            "url": record.url,
+            "pid": record.pid,
+            "ranks": record.ranks,
+            "log": str(record.log_file),
+        }
+    )

@@ -1,0 +1,67 @@
+"""``k2 stop``: end runs, and make sure that nothing of them is left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from k2cli.cluster.runs import RunRecord
+    from k2cli.cluster.stopping import StopReport
+
+
+def stop(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run's id or the beginning of it.")
+    ] = None,
+    all_runs: Annotated[bool, typer.Option("--all", help="Stop every run that lives.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what was stopped as JSON.")] = False,
+) -> None:
+    """Stop a run in good order, and verify on every node that no process of it is left.
+
+    Without RUN, the only run that lives. Clients whose answers are under way get an error.
+
+    Example: k2 stop --all
+    """
+    from k2cli.cluster.runs import SCHEMA_VERSION
+    from k2cli.cluster.stopping import stop_run
+    from k2cli.ui.output import note, print_json
+
+    reports = []
+    for record in _chosen(run, all_runs=all_runs):
+        note(f"stopping {record.run_id} ({record.state})")
+        reports.append(stop_run(record))
+        if not json:
+            _say(reports[-1])
+    if json:
+        print_json({"schema_version": SCHEMA_VERSION, "stopped": reports})
+    elif not reports:
+        note("nothing to stop")
+
+
+def _chosen(run: str | None, *, all_runs: bool) -> list[RunRecord]:
+    from k2cli.cluster.runs import find_run, list_runs
+    from k2cli.errors import UsageError
+
+    if run is not None and all_runs:
+        raise UsageError(f"'{run}' and --all contradict each other", f"k2 stop {run}")
+    if run is not None:
+        return [find_run(run)]
+    live = [record for record in list_runs() if record.live or record.state == "orphaned"]
+    if all_runs:
+        return live
+    if len(live) > 1:
+        names = ", ".join(record.run_id for record in live)
+        raise UsageError(f"several runs live: {names}", f"k2 stop {live[0].run_id}, or --all")
+    return live or [find_run()]
+
+
+def _say(report: StopReport) -> None:
+    from k2cli.ui.output import print_text
+
+    killed = f", {report.killed} process(es) had to be killed" if report.killed else ""
+    if report.was_live or report.killed:
+        print_text(f"{report.run_id}: stopped, nothing is left of it{killed}")
+    else:
+        print_text(f"{report.run_id}: had ended already ({report.state}), nothing is left of it")

@@ -1,0 +1,113 @@
+"""What ``k2 launch`` shows on stderr: each rank's way to readiness, then the merged log.
+
+On a terminal one bar per rank; elsewhere a line whenever a rank enters a new phase.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from k2cli.ui.output import note, stderr_console
+from k2cli.units import format_bytes, format_duration
+
+
+class LaunchView:
+    """Progress of one launch; a context manager, so that the terminal is left in order.
+
+    Args:
+        nodes: the node of each rank, in rank order.
+        log: whether log lines are shown.
+    """
+
+    def __init__(self, nodes: Sequence[str], *, log: bool) -> None:
+        self._nodes = nodes
+        self._log = log
+        self._phases: dict[int, str] = {}
+        self._tasks: dict[int, TaskID] = {}
+        console = stderr_console()
+        self._bars = (
+            Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}", markup=False),
+                console=console,
+                transient=True,
+            )
+            if console.is_terminal and os.environ.get("TERM") != "dumb"
+            else None
+        )
+
+    def __enter__(self) -> LaunchView:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end_progress()
+
+    def end_progress(self) -> None:
+        """Take the bars away."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def progress(self, rank: int, phase: str, done_bytes: int, total_bytes: int) -> None:
+        """A rank is in ``phase``; bytes of its own weights, 0 of 0 where there are none to count."""
+        if self._bars is not None:
+            self._draw(rank, phase, done_bytes, total_bytes)
+        elif self._phases.get(rank) != phase:
+            size = f" {format_bytes(total_bytes)}" if total_bytes else ""
+            note(f"{self._who(rank)}: {phase}{size}")
+        self._phases[rank] = phase
+
+    def _draw(self, rank: int, phase: str, done_bytes: int, total_bytes: int) -> None:
+        assert self._bars is not None
+        if rank not in self._tasks:
+            self._tasks[rank] = self._bars.add_task(self._who(rank), total=None, figures="")
+        counted = total_bytes > 0
+        figures = phase
+        if counted:
+            figures += f" {format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
+        self._bars.update(
+            self._tasks[rank],
+            completed=done_bytes,
+            total=total_bytes if counted else None,
+            figures=figures,
+        )
+
+    def rank_ready(self, rank: int, weights_bytes: int, load_seconds: float) -> None:
+        """A rank has loaded its part."""
+        duration = format_duration(load_seconds)
+        note(f"{self._who(rank)}: loaded {format_bytes(weights_bytes)} in {duration}")
+        if self._bars is not None and rank in self._tasks:
+            self._bars.update(self._tasks[rank], completed=1, total=1, figures="loaded")
+
+    def ready(self, run_id: str, model_name: str, url: str) -> None:
+        """The API answers."""
+        self.end_progress()
+        note(f"\nready: {model_name} at {url}/v1 (run {run_id})")
+
+    def line(self, node: str, rank: int, text: str) -> None:
+        """A line of the log."""
+        if self._log:
+            note(f"{node} {rank} | {text}")
+
+    def _who(self, rank: int) -> str:
+        return f"rank {rank} on {self._nodes[rank]}"
+
+
+def print_last_lines(lines: Sequence[str]) -> None:
+    """What a rank wrote before it failed."""
+    if lines:
+        note("\nits last lines:")
+        for line in lines:
+            note(f"  {line}")

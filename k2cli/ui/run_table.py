@@ -1,0 +1,80 @@
+"""The list of runs, as ``k2 ps`` shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from k2cli.ui.output import note, print_text
+from k2cli.units import format_bytes, format_duration
+
+
+class RankView(Protocol):
+    """One rank."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def weights_bytes(self) -> int: ...
+
+
+class RunView(Protocol):
+    """One run."""
+
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def ranks(self) -> Sequence[RankView]: ...
+    @property
+    def url(self) -> str: ...
+    @property
+    def created(self) -> float: ...
+    @property
+    def cause(self) -> str: ...
+    @property
+    def live(self) -> bool: ...
+
+
+_HEADINGS = ("RUN", "MODEL", "STATE", "RANKS", "WEIGHTS", "AGE", "URL")
+
+
+def print_runs(runs: Sequence[RunView]) -> None:
+    """One line per run; the cause of a run that has failed stands below its line."""
+    if not runs:
+        note("no runs; start one with: k2 launch MODEL --detach")
+        return
+    rows = [_row(run) for run in runs]
+    widths = [max(len(row[column]) for row in [_HEADINGS, *rows]) for column in range(7)]
+    print_text(_line(_HEADINGS, widths))
+    for run, row in zip(runs, rows, strict=True):
+        print_text(_line(row, widths))
+        if run.cause and run.state not in ("ready", "stopped"):
+            print_text(f"  {run.cause}")
+
+
+def _row(run: RunView) -> tuple[str, ...]:
+    weights = sum(rank.weights_bytes for rank in run.ranks)
+    placement = f"{len(run.ranks)} {run.strategy}" if len(run.ranks) > 1 else "1"
+    return (
+        run.run_id,
+        run.model_name,
+        run.state,
+        placement,
+        format_bytes(weights) if weights and run.live else "-",
+        format_duration(max(time.time() - run.created, 1)),
+        run.url if run.live and run.url else "-",
+    )
+
+
+def _line(fields: Sequence[str], widths: Sequence[int]) -> str:
+    padded = (field.ljust(width) for field, width in zip(fields, widths, strict=True))
+    return "  ".join(padded).rstrip()
