@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from k2cli.server.engine_client import EngineClient
-from k2cli.server.errors import unavailable, validation_failure
+from k2cli.server.errors import CLIENT_CLOSED_REQUEST, unavailable, validation_failure
 from k2cli.server.generation import ClientGone, Ended, Generation, WaitingLine, answer
 from k2cli.server.prepare import Prepared, ServerTokenizer
 from k2cli.server.schemas import GenerationBody
@@ -24,8 +24,6 @@ from k2cli.server.text import Piece, ScoredToken, TextAssembler
 
 Body = TypeVar("Body", bound=BaseModel)
 GenerationBodyT = TypeVar("GenerationBodyT", bound=GenerationBody)
-# Nothing receives it: the client has closed the connection. nginx logs such requests so.
-_CLIENT_CLOSED_REQUEST = 499
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,7 @@ async def respond(
         await generation.settle()
     except ClientGone:
         await generation.close()
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     except BaseException:
         await generation.close()
         raise
@@ -116,6 +114,6 @@ async def _whole(generation: Generation, assembler: TextAssembler, shape: Shape)
                     return JSONResponse(whole)
         raise AssertionError("an answer ends with Ended")
     except ClientGone:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
         await generation.close()

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from k2cli.runtime.protocol import RequestFailed
 
+# Nothing receives it: the client has closed the connection. nginx logs such requests so.
+CLIENT_CLOSED_REQUEST = 499
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _HTTP_CODES = {
@@ -116,6 +119,9 @@ def install_error_handlers(app: FastAPI) -> None:
         headers = dict(error.headers) if error.headers else None
         return ApiError(error.status_code, message, code=code, headers=headers).response()
 
+    async def on_disconnect(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
         # Starlette raises it again once this is sent, so that uvicorn logs the traceback.
         message = f"internal error: {type(error).__name__}"
@@ -123,4 +129,5 @@ def install_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(Exception, on_bug)

@@ -10,11 +10,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
 
 MAX_STOP_STRINGS = 4
 MAX_TOP_LOGPROBS = 20
-_TEMPLATE_RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+_TEMPLATE_RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt"})
 
 
 class _Body(BaseModel):
@@ -101,6 +109,13 @@ class Message(BaseModel):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        # An assistant's turn may consist of tool calls alone.
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role '{self.role}' needs content")
+        return self
 
     def for_template(self) -> dict[str, Any]:
         """The dict that chat templates expect; ``developer`` is OpenAI's new word for system."""

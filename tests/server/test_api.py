@@ -297,6 +297,8 @@ WRONG_REQUESTS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage", "bool"),
     (CHAT, {"k2": {"cahce": False}}, 400, "k2.cahce", "unknown field"),
     (CHAT, {"temprature": 1}, 400, "temprature", "unknown field"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0]", "needs content"),
+    (CHAT, {"chat_template_kwargs": {"self": 1}}, 400, "chat_template_kwargs", "'self'"),
     (CHAT, {"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs", "'messages'"),
     ("/v1/completions", {"prompt": []}, 400, "prompt", "no tokens"),
     ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt", "2 prompts"),
@@ -436,6 +438,16 @@ def test_a_vanished_client_cancels_its_request(
     # And the server goes on.
     engine.answer("next")
     assert post(url, {"messages": QUESTION}).json()["choices"][0]["message"]["content"] == "next"
+
+
+def test_a_client_that_leaves_while_it_sends(engine: ScriptedEngine, url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\n"
+        connection.sendall(head.encode() + b"{")
+    engine.answer("next")
+    assert post(url, {"messages": QUESTION}).status_code == 200
+    assert len(engine.submitted) == 1
 
 
 def test_a_client_that_closes_its_stream(engine: ScriptedEngine, client: openai.OpenAI) -> None:
