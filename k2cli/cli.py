@@ -7,9 +7,11 @@ import nothing heavy at their top, so that help and usage errors answer at once.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -63,8 +65,14 @@ def build_app() -> typer.Typer:
     app.callback()(_root)
     for name, module_name in _COMMANDS:
         module = importlib.import_module(f"k2cli.commands.{module_name}")
-        app.command(name)(getattr(module, module_name))
+        command = getattr(module, module_name)
+        # Said in full, or else the list of commands cuts it off in the middle.
+        app.command(name, short_help=_first_paragraph(command))(command)
     return app
+
+
+def _first_paragraph(function: Callable[..., object]) -> str:
+    return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
 
 def _report_bug(error: Exception) -> int:
@@ -90,7 +98,7 @@ def _report_bug(error: Exception) -> int:
 def main() -> None:
     """Run the command line and exit."""
     try:
-        build_app()()
+        build_app()(prog_name="k2")
     except K2Error as error:
         from k2cli.ui.output import print_error
 

@@ -61,7 +61,7 @@ def test_every_command_has_help_with_an_example(command: str, flag: str) -> None
         (["plan-memory"], "MODEL"),
         (["launch"], "MODEL"),
         (["launch", "demo", "--no-such-flag"], "--no-such-flag"),
-        (["launch", "demo", "--port", "many"], "many"),
+        (["launch", "demo", "--port", "many"], "--port"),
         (["launch", "demo", "--parallel", "diagonal"], "diagonal"),
         (["plan-memory", "no-such-model", "--hardware", "2x m3-ultra-512"], "no-such-model"),
         (["plan-memory", "./no/such/folder", "--hardware", "2x m3-ultra-512"], "./no/such/folder"),

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "settings": set(),
     "__main__": {"cli"},
     "cli": {"commands", "ui"},
-    "commands": DOMAINS | {"ui"},
+    "commands": DOMAINS | {"ui", "runtime.protocol"},
     "ui": set(),
     "models": set(),
     "sharding": set(),
