@@ -85,7 +85,7 @@ def test_a_terminal_without_utf8_gets_ascii_bars() -> None:
         ([K2, "--hardware", "0x m3-ultra-512"], "counts no machine"),
         ([K2, "--context", "999999"], "999,999 tokens is beyond"),
         (["no/such/folder"], "no/such/folder"),
-        ([K2, "--context", "many"], "many"),
+        ([K2, "--context", "many"], "--context"),
         (
             [K2, "--hardware", "2x m3-ultra-512", "--save", "/no/such/folder/plan.json"],
             "cannot write",
