@@ -138,9 +138,10 @@ def _arrays(
     total = sum(conversion.source.nbytes for conversion in conversions)
     done = 0
     for conversion in conversions:
-        yield from _converted(file, conversion.source, shape)
+        arrays = _converted(file, conversion.source, shape)
         done += conversion.source.nbytes
         progress(done, total)
+        yield from arrays
 
 
 def _converted(file: GgufFile, tensor: GgufTensor, shape: LlamaShape) -> tuple[NDArray[Any], ...]:

@@ -138,8 +138,8 @@ class _HeaderReader:
         length: int = self._scalar("<Q")
         if length > _MAX_STRING_BYTES:
             raise K2Error(f"{self._path} is damaged: a string of {length} bytes in its header")
-        # Some vocabularies hold tokens that are no UTF-8; they survive as surrogates.
-        return self._bytes(length).decode("utf-8", "surrogateescape")
+        # Some vocabularies hold tokens that are no UTF-8; their exact bytes are not needed here.
+        return self._bytes(length).decode("utf-8", "replace")
 
     def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:

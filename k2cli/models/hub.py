@@ -7,6 +7,7 @@ Pickled weights and Python files are never fetched.
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ def list_repo(repo: str, revision: str | None, destination: Path | None = None) 
             revision=revision,
             local_dir=destination,
             allow_patterns=list(SAFE_PATTERNS),
+            tqdm_class=_bar_class(None),
             dry_run=True,
         )
     return [HubFile(info.filename, info.file_size or 0, info.is_cached) for info in infos]
@@ -96,7 +98,10 @@ def download_config(repo: str, revision: str | None = None) -> Path:
     with _errors(repo, revision):
         folder = Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=list(_LIGHT_PATTERNS)
+                repo,
+                revision=revision,
+                allow_patterns=list(_LIGHT_PATTERNS),
+                tqdm_class=_bar_class(None),
             )
         )
     if not (folder / "config.json").is_file():
@@ -190,7 +195,8 @@ def _bar_class(progress: Progress | None) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._counts_bytes = kwargs.get("unit") == "B"
             kwargs.pop("name", None)
-            kwargs["disable"] = False
+            # Enabled, or it would not count; but what it writes goes nowhere.
+            kwargs |= {"disable": False, "file": io.StringIO()}
             super().__init__(*args, **kwargs)
 
         def display(self, *args: Any, **kwargs: Any) -> None:

