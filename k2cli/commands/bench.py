@@ -71,17 +71,18 @@ def bench(
     with ApiClient(target.url, target.api_key) as client:
         info = client.pick_model(target.model)
         check_context(cases, info.context_length)
-        report = _measured(client, info, target, cases, repetitions)
-    _print(report, output)
+        _measure_and_print(client, info, target, cases, repetitions, output)
 
 
-def _measured(
+def _measure_and_print(
     client: ApiClient,
     model: ModelInfo,
     target: Target,
     cases: list[BenchCase],
     repetitions: int,
-) -> BenchReport:
+    output: BenchFormat,
+) -> None:
+    """Rows that are done are shown also if a later one fails: they may have taken hours."""
     from datetime import UTC, datetime
 
     from k2cli.bench.measure import RowDone, measure
@@ -91,16 +92,20 @@ def _measured(
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
     rows: list[BenchRow] = []
-    for event in measure(CompletionSource(client, model), cases, repetitions):
-        if isinstance(event, RowDone):
-            rows.append(event.row)
-        else:
-            which = f"run {event.index} of {event.of}" if event.index else "warm-up"
-            note(f"{event.case.name}: {which}: {event.sample.tokens_per_second:.2f} t/s")
-    described = _described(target.run) if target.run is not None else None
-    return BenchReport(
-        model.name, client.base, tuple(rows), described, describe_environment(), started
-    )
+    try:
+        for event in measure(CompletionSource(client, model), cases, repetitions):
+            if isinstance(event, RowDone):
+                rows.append(event.row)
+            else:
+                which = f"run {event.index} of {event.of}" if event.index else "warm-up"
+                note(f"{event.case.name}: {which}: {event.sample.tokens_per_second:.2f} t/s")
+    finally:
+        if rows:
+            run = _described(target.run) if target.run is not None else None
+            environment = describe_environment()
+            _print(
+                BenchReport(model.name, client.base, tuple(rows), run, environment, started), output
+            )
 
 
 def _described(run: RunRecord) -> RunDescription:

@@ -21,7 +21,7 @@ from k2cli.bench.prompts import PromptMaker
 from k2cli.bench.report import BenchReport, BenchRow, RunDescription, Sample, mean_and_deviation
 from k2cli.errors import K2Error, UsageError
 from k2cli.runtime.protocol import Finished, Generate, PromptProgress, Tokens
-from k2cli.server.engine_client import EngineEvent
+from k2cli.server.engine_client import EngineEvent, EngineUnavailable
 from k2cli.server.served import ServedModel
 from k2cli.ui.bench_table import BenchLine, bench_markdown
 from tests.server.commands import run_k2
@@ -205,6 +205,21 @@ class CountingEngine(ScriptedEngine):
         prefill, decode = len(request.prompt) / PREFILL_RATE, (count - 1) / DECODE_RATE
         prompt_tokens = len(request.prompt)
         yield Finished(name, "length", prompt_tokens, count, 0, 0.0, prefill, decode)
+
+
+def test_a_run_lost_between_two_rows_leaves_the_first() -> None:
+    class Mortal(CountingEngine):
+        async def submit(self, request: Generate) -> AsyncIterator[EngineEvent]:
+            if len(self.submitted) == 2:
+                raise EngineUnavailable("rank 1 was lost")
+            async for event in super().submit(request):
+                yield event
+
+    with serving(Mortal(), ServedModel("toy", context_length=120)) as url:
+        done = run_k2("bench", "--url", url, "-p", "8", "-n", "4", "-r", "1", "-o", "json")
+    assert done.returncode == 5
+    assert "rank 1 was lost" in done.stderr
+    assert [row["test"] for row in json.loads(done.stdout)["rows"]] == ["pp8"]
 
 
 def test_the_command_measures_by_the_servers_clock() -> None:
