@@ -146,6 +146,8 @@ def _local_transport(mpi: OpenMpi, scratch: Path) -> list[str]:
         "btl": f"self,{shared},tcp",
         "btl_tcp_if_include": loopback,
         f"btl_{shared}_backing_directory": str(scratch),
+        # A rank that waits would spin on a core that the computing rank could use.
+        "mpi_yield_when_idle": "1",
     }
     if mpi.major < 5:
         parameters["oob_tcp_if_include"] = loopback

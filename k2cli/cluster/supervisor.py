@@ -203,7 +203,9 @@ class Supervisor:
     async def _read_noise(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
         with contextlib.suppress(ValueError):
             while line := await stream.readline():
-                self._journal.log_line(command, line)
+                # mpirun explains at length that guards ended without MPI: they never used it.
+                if not (self._over.done() and command.program == "mpirun"):
+                    self._journal.log_line(command, line)
 
     def _handle(self, event: RunEvent) -> None:
         match event:

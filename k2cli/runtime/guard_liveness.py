@@ -32,13 +32,15 @@ class GuardConnection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     channel: AsyncChannel[LivenessMessage] = field(init=False)
+    finished: bool = False
 
     def __post_init__(self) -> None:
         self.channel = AsyncChannel(self.reader, self.writer, LivenessMessage)
 
     def send(self, message: LivenessMessage) -> None:
-        """Queue a message."""
-        self.channel.send(message)
+        """Queue a message; after ``finish`` there is nobody to hear it."""
+        if not self.finished:
+            self.channel.send(message)
 
     async def receive(self, silence_seconds: float) -> LivenessMessage:
         """The next message.
@@ -53,8 +55,9 @@ class GuardConnection:
 
     def finish(self) -> None:
         """Say that nothing more will come from this side; the other may still speak."""
-        with contextlib.suppress(OSError, RuntimeError):
-            if self.writer.can_write_eof():
+        if not self.finished and not self.writer.is_closing():
+            self.finished = True
+            with contextlib.suppress(OSError):
                 self.writer.write_eof()
 
     def close(self) -> None:

@@ -61,7 +61,7 @@ class LaunchView:
             self._bars = None
 
     def progress(self, rank: int, phase: str, done_bytes: int, total_bytes: int) -> None:
-        """A rank is in ``phase``; bytes of its own weights, 0 of 0 where there are none to count."""
+        """A rank is in ``phase``; bytes of its own weights, 0 of 0 if none count."""
         if self._bars is not None:
             self._draw(rank, phase, done_bytes, total_bytes)
         elif self._phases.get(rank) != phase:
