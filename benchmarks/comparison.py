@@ -1,0 +1,188 @@
+"""Runs two sides against each other in turns and makes rows of what was measured."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.report import Row
+from benchmarks.sides import RankFacts, Side
+from benchmarks.statistics import Answer, order_of_round, ratios, summary
+from benchmarks.work import Subject, Work
+
+Pair = tuple[Side, Side]
+
+
+def say(text: str) -> None:
+    """Progress, for whoever waits."""
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stderr.flush()
+
+
+@dataclass
+class Samples:
+    """Answers of both sides to one piece of work, round by round."""
+
+    ours: list[list[Answer]] = field(default_factory=list)
+    theirs: list[list[Answer]] = field(default_factory=list)
+
+    def equal(self) -> tuple[int, int]:
+        """How many answers were the same text, of how many."""
+        pairs = [
+            (a.content, b.content)
+            for x, y in zip(self.ours, self.theirs, strict=True)
+            for a, b in zip(x, y, strict=True)
+        ]
+        return sum(a == b for a, b in pairs), len(pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two ways of making sides, the model, the work, and how often."""
+
+    placement: str
+    subject: Subject
+    make: tuple[Callable[[], Side], Callable[[], Side]]
+    works: Sequence[Work]
+    rounds: int
+    starts: int
+    own_bytes: Sequence[int] = ()
+    """Bytes of each rank's own part; empty if reading and memory are not to be reported."""
+
+
+@contextlib.contextmanager
+def _closing(sides: Sequence[Side]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.ExitStack() as stack:
+            for side in sides:
+                stack.callback(side.close)
+
+
+def compare(comparison: Comparison) -> list[Row]:
+    """Start both sides, give both the same work in turns, end both."""
+    say(f"{comparison.subject.title}, {comparison.placement}")
+    rows = _start_rows(comparison) if comparison.starts > 1 else []
+    pair: Pair = (comparison.make[0](), comparison.make[1]())
+    with _closing(pair):
+        seconds = []
+        for side in pair:
+            seconds.append(side.start())
+            side.hold()
+        if comparison.starts == 1:
+            rows += [_start_row(comparison, [seconds[0]], [seconds[1]])]
+        if comparison.own_bytes:
+            rows += _part_rows(comparison, pair[0].facts(), pair[1].facts())
+        rows += _work_rows(comparison, pair)
+    return rows
+
+
+def _start_rows(comparison: Comparison) -> list[Row]:
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(comparison.starts):
+        for index in order_of_round(number):
+            side = comparison.make[index]()
+            with _closing([side]):
+                seconds[index].append(side.start())
+    return [_start_row(comparison, *seconds)]
+
+
+def _start_row(comparison: Comparison, ours: list[float], theirs: list[float]) -> Row:
+    return Row(
+        comparison.subject.title,
+        comparison.placement,
+        "start to first answer",
+        "s",
+        summary(ours),
+        summary(theirs),
+        ratios(ours, theirs, more_is_better=False),
+        target=1.0,
+    )
+
+
+def _part_rows(
+    comparison: Comparison, ours: Sequence[RankFacts], theirs: Sequence[RankFacts]
+) -> list[Row]:
+    """Per rank: bytes read and peak memory. Other ranks are in the range."""
+    own = comparison.own_bytes
+    readings: list[tuple[str, list[float], list[float]]] = [
+        (
+            "bytes read per rank / its own part",
+            [fact.bytes_read / part for fact, part in zip(ours, own, strict=True)],
+            [fact.bytes_read / part for fact, part in zip(theirs, own, strict=True)],
+        ),
+        (
+            "peak resident memory per rank, started",
+            [fact.peak_resident_bytes / 1e6 for fact in ours],
+            [fact.peak_resident_bytes / 1e6 for fact in theirs],
+        ),
+    ]
+    return [
+        Row(
+            comparison.subject.title,
+            comparison.placement,
+            title,
+            "x" if "own part" in title else "MB",
+            summary(a),
+            summary(b),
+            ratios(a, b, more_is_better=False),
+        )
+        for title, a, b in readings
+        if all(a) and all(b)
+    ]
+
+
+def _work_rows(comparison: Comparison, pair: Pair) -> list[Row]:
+    samples = {work.key: Samples() for work in comparison.works}
+    for work in comparison.works:  # a round that does not count: caches, code paths, buffers
+        for side in pair:
+            _ask(side, work, comparison.subject, seed=999)
+    for number in range(comparison.rounds):
+        say(f"  round {number + 1} of {comparison.rounds}")
+        for work in comparison.works:
+            found = samples[work.key]
+            for index in order_of_round(number):
+                answers = _ask(pair[index], work, comparison.subject, seed=number)
+                (found.ours, found.theirs)[index].append(answers)
+    return [
+        row for work in comparison.works for row in _rows_of(comparison, work, samples[work.key])
+    ]
+
+
+def _ask(side: Side, work: Work, subject: Subject, seed: int) -> list[Answer]:
+    side.let_go()
+    try:
+        return work.ask(side, subject, seed)
+    finally:
+        side.hold()
+
+
+def _rows_of(comparison: Comparison, work: Work, samples: Samples) -> list[Row]:
+    equal, answers = samples.equal()
+    rows = []
+    for measure in work.measures:
+        ours = [measure.read(round_) for round_ in samples.ours]
+        theirs = [measure.read(round_) for round_ in samples.theirs]
+        title = measure.title
+        if work.key == "prefill":
+            title = f"prefill, {comparison.subject.prefill_tokens} tokens"
+        rows.append(
+            Row(
+                comparison.subject.title,
+                comparison.placement,
+                title,
+                measure.unit,
+                summary(ours),
+                summary(theirs),
+                ratios(ours, theirs, more_is_better=measure.more_is_better),
+                measure.target,
+                equal,
+                answers,
+            )
+        )
+        say(f"  {title}: {rows[-1].ratio.median:.2f}")
+    return rows

@@ -1,0 +1,214 @@
+"""What is compared with what, from the command line to the files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.checkpoints import LARGE_TOY, SMALL_TOY, copy_in_float32, make_toy
+from benchmarks.comparison import Comparison, compare, say
+from benchmarks.report import Row, document, heading, into_document, table
+from benchmarks.sides import K2Engine, K2Server, MlxLibrary, MlxServer, Setting, Strategy
+from benchmarks.statistics import ratios
+from benchmarks.work import (
+    Subject,
+    Work,
+    decode,
+    english_prompt,
+    prefill,
+    second_turn,
+    toy_prompt,
+)
+
+TITLES = {
+    "single": "one",
+    "pipeline": "two, pipeline",
+    "tensor": "two, tensor",
+    "library": "one, without HTTP",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Of the command line."""
+
+    output: Path
+    quick: bool
+    rounds: int
+    only: str
+    docs: Path | None
+    models: Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write ``benchmark.md`` and ``benchmark.json``."""
+    options = _options(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    # Short-lived state lies elsewhere: run folders have sockets, whose paths must be short.
+    with tempfile.TemporaryDirectory(prefix="k2-bench-") as folder:
+        rows: list[Row] = []
+        for comparison in _comparisons(options, Path(folder)):
+            rows += compare(comparison())
+            _write(options, [*rows, *_derived(rows)])
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="scripts/benchmark-peers",
+        description="Measure k2 against mlx-lm, in turns on the same cores.",
+    )
+    parser.add_argument("--output", type=Path, default=Path(".k2/benchmarks"), metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true", help="small toy only; under 3 minutes")
+    parser.add_argument("--rounds", type=int, help="how often each work is measured")
+    parser.add_argument("--only", default="", metavar="TEXT", help="comparisons whose name has it")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="put the table into this file")
+    parser.add_argument("--models", type=Path, help="where checkpoints are kept for another time")
+    given = parser.parse_args(arguments)
+    rounds = given.rounds or (2 if given.quick else 5)
+    models = given.models or given.output / "models"
+    return Options(given.output, given.quick, rounds, given.only, given.docs, models.resolve())
+
+
+def _comparisons(options: Options, folder: Path) -> list[Callable[[], Comparison]]:
+    names = ["small library", "small pipeline", "small tensor"]
+    if not options.quick:
+        names += [f"large {kind}" for kind in TITLES]
+        names += ["demo library", "demo single", "demo pipeline"]
+    chosen = [name for name in names if options.only in name]
+    return [partial(_comparison, options, folder, name) for name in chosen]
+
+
+def _comparison(options: Options, folder: Path, name: str) -> Comparison:
+    model_name, kind = name.split()
+    model, subject = _model(options, model_name)
+    strategy: Strategy = "single" if kind == "library" else kind  # type: ignore[assignment]
+    scratch = folder / name.replace(" ", "-")
+    scratch.mkdir()
+    setting = Setting(model, strategy, scratch)
+    make: Any = (partial(K2Server, setting), partial(MlxServer, setting))
+    placement = TITLES[kind]
+    if kind == "library":
+        make = (partial(K2Engine, setting), partial(MlxLibrary, setting))
+    if model_name == "demo" and kind == "pipeline":
+        # mlx-lm has no pipeline for this architecture, and three KV heads are not to be halved.
+        make = (make[0], partial(MlxServer, Setting(model, "single", scratch)))
+        placement = "two, pipeline, against one of mlx-lm"
+    return Comparison(
+        placement,
+        subject,
+        make,
+        _works(model_name, kind, quick=options.quick),
+        options.rounds,
+        starts=0 if kind == "library" else min(3, options.rounds),
+        own_bytes=_own_bytes(setting) if model_name == "large" and kind != "library" else (),
+    )
+
+
+def _works(model_name: str, kind: str, *, quick: bool) -> list[Work]:
+    batch = 1.5 if kind == "pipeline" else 1.05
+    works = [decode(1, 1.0), decode(4, batch)]
+    if not quick:
+        works.append(decode(8, batch))
+    if model_name != "demo":
+        works.append(prefill(1.0))
+    if kind != "library":
+        works.append(second_turn(1.0))
+    return works
+
+
+def _model(options: Options, name: str) -> tuple[Path, Subject]:
+    """The checkpoint, made if it is not there, and what to ask of it."""
+    options.models.mkdir(parents=True, exist_ok=True)
+    match name:
+        case "small":
+            folder = make_toy(options.models / "toy-k2-small", SMALL_TOY)
+            prefill_tokens = 512 if options.quick else 2048
+            return folder, Subject("toy K2, small", toy_prompt, 48, prefill_tokens)
+        case "large":
+            folder = make_toy(options.models / "toy-k2-large", LARGE_TOY)
+            return folder, Subject("toy K2, large", toy_prompt, 32, 256)
+        case _:
+            return _demo(options), Subject("demo", english_prompt, 24, 96)
+
+
+def _demo(options: Options) -> Path:
+    from k2cli.models.fetch import fetch
+
+    target = options.models / "demo"
+    if not (target / "config.json").is_file():
+        downloaded = options.models / "demo.downloaded"
+        shutil.rmtree(downloaded, ignore_errors=True)
+        fetch("demo", destination=downloaded, on_event=lambda _: None)
+        copy_in_float32(downloaded, target)
+        shutil.rmtree(downloaded)
+    return target
+
+
+def _own_bytes(setting: Setting) -> list[int]:
+    from tests.runtime.rank_pool import assignments
+
+    parts = assignments(setting.model, setting.strategy, setting.ranks)
+    return list(parts[0].expected_weights_bytes)
+
+
+def _derived(rows: Sequence[Row]) -> list[Row]:
+    """k2's pipeline of two against k2 on one rank: what overlapping the prefill gains."""
+    found = []
+    for row in rows:
+        if row.placement != TITLES["pipeline"] or not row.work.startswith("prefill"):
+            continue
+        alone = [
+            other
+            for other in rows
+            if other.work == row.work
+            and other.model == row.model
+            and other.placement in (TITLES["single"], TITLES["library"])
+        ]
+        if alone:
+            one = alone[-1].ours
+            samples = ratios(row.ours.samples, one.samples, more_is_better=True)
+            title = f"{row.work}: k2 on two against k2 on one"
+            found.append(
+                Row(row.model, "two / one", title, row.unit, row.ours, one, samples, target=1.6)
+            )
+    return found
+
+
+def _write(options: Options, rows: Sequence[Row]) -> None:
+    settings = {"rounds": options.rounds, "quick": options.quick, "only": options.only}
+    text = f"{heading(settings)}\n\n{table(rows)}"
+    _replace(options.output / "benchmark.md", f"{text}\n")
+    _replace(options.output / "benchmark.json", json.dumps(document(rows, settings), indent=1))
+    if options.docs is not None:
+        _replace(options.docs, into_document(options.docs.read_text(), text))
+    say(f"wrote {options.output / 'benchmark.md'}")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def run() -> int:
+    """``main``, with errors as one line."""
+    from k2cli.errors import K2Error
+
+    try:
+        return main()
+    except K2Error as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        return error.exit_code
+    except RuntimeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1

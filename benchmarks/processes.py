@@ -1,0 +1,126 @@
+"""Processes of the two programs: started, tied to cores, held still, read, and ended by pid."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import psutil
+
+START_LIMIT_SECONDS = 180.0
+
+
+def environment(added: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, without k2's own settings."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("K2_")} | (added or {})
+
+
+def start(
+    arguments: Sequence[str],
+    log: Path,
+    added_environment: dict[str, str] | None = None,
+    **options: object,
+) -> subprocess.Popen[bytes]:
+    """Start a program whose output goes into ``log``."""
+    with log.open("ab") as output:
+        process: subprocess.Popen[bytes] = subprocess.Popen(
+            list(arguments),
+            env=environment(added_environment),
+            stderr=output,
+            **{"stdin": subprocess.DEVNULL, "stdout": output} | options,  # type: ignore[call-overload]
+        )
+        return process
+
+
+def wait_until(
+    condition: Callable[[], bool], what: str, processes: Iterable[subprocess.Popen[bytes]] = ()
+) -> None:
+    """Poll until it holds.
+
+    Raises:
+        RuntimeError: if a process ended instead, or time is up.
+    """
+    watched = list(processes)
+    deadline = time.monotonic() + START_LIMIT_SECONDS
+    while not condition():
+        if ended := [process for process in watched if process.poll() is not None]:
+            raise RuntimeError(f"waiting for {what}: it exited with {ended[0].returncode}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"waiting for {what}: nothing after {START_LIMIT_SECONDS:.0f} s")
+        time.sleep(0.02)
+
+
+def accepts(port: int) -> bool:
+    """Whether something listens on a port of the loopback address."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+        return True
+    return False
+
+
+def cores() -> list[int]:
+    """Cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def pin(pid: int, rank: int) -> None:
+    """Tie all threads of a process to the core of its rank; where the system can do that."""
+    available = cores()
+    if available:
+        core = available[rank % len(available)]
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(task.name), {core})
+
+
+def hold(pids: Iterable[int]) -> None:
+    """Stop processes in their tracks, so that they take nothing from what is measured."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def let_go(pids: Iterable[int]) -> None:
+    """Let them go on."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def end(pids: Iterable[int]) -> None:
+    """End processes and their children by pid, and see that they are gone."""
+    found: list[psutil.Process] = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            found += [process, *process.children(recursive=True)]
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(found, timeout=15)
+    if alive:
+        raise RuntimeError(f"still alive: {[process.pid for process in alive]}")
+
+
+def bytes_read(pid: int) -> int:
+    """Bytes that a process has asked the kernel to read so far; 0 where /proc has no such thing."""
+    path = Path(f"/proc/{pid}/io")
+    return _field(path, "rchar") if path.exists() else 0
+
+
+def peak_resident_bytes(pid: int) -> int:
+    """The most memory that a process has had resident; 0 where /proc has no such thing."""
+    path = Path(f"/proc/{pid}/status")
+    return _field(path, "VmHWM") * 1024 if path.exists() else 0
+
+
+def _field(path: Path, name: str) -> int:
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return int(value.split()[0])
+    return 0
