@@ -259,6 +259,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
     assert prompts(engine)[1] == "<user>Count<assistant>One, two<user>Go on<assistant>"
 
 
+def test_ctrl_c_ends_a_one_shot(engine: ScriptedEngine, url: str) -> None:
+    engine.enqueue([tokens("One, two"), Hang()])
+    terminal = Terminal("chat", "--url", url, "-p", "Count")
+    try:
+        terminal.expect("One, two")
+        terminal.type("\x03")
+        assert terminal.close() == 130
+    finally:
+        terminal.end()
+    assert engine.cancellation.wait(5)
+
+
 def test_a_failing_server_ends_the_answer_and_not_the_chat(
     engine: ScriptedEngine, terminal: Terminal
 ) -> None:

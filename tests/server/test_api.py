@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from k2cli.runtime.protocol import PromptProgress, RequestFailed, TokenLogprob, Tokens
+from k2cli.server import streaming
 from k2cli.server.served import ServedModel, load_served_model
 from tests.server.scripted import (
     EngineUnavailable,
@@ -194,11 +195,15 @@ def test_progress_in_a_stream(engine: ScriptedEngine, url: str) -> None:
     assert events[-1] == "data: [DONE]"
 
 
-def test_queue_position_while_others_are_served(engine: ScriptedEngine, url: str) -> None:
-    engine.enqueue([2.5, Tokens("", encode("a")), finished(1)])
+def test_while_others_are_served(
+    engine: ScriptedEngine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_SECONDS", 0.5)
+    engine.enqueue([3.4, Tokens("", encode("a")), finished(1)])
     body = {"messages": QUESTION, "stream_options": {"include_progress": True}}
     events = events_of(url, body)
     assert events[0]["k2"] == {"queue_position": 1}
+    assert events[1] == ": waiting"
 
 
 def test_extensions_template_arguments_and_tools(engine: ScriptedEngine, url: str) -> None:
