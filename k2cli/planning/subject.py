@@ -6,7 +6,7 @@ The only part of planning that reads the model's files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import UsageError
@@ -17,7 +17,10 @@ from k2cli.planning.plan import Mark
 from k2cli.planning.stored import stored_bytes_of_config
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
     from k2cli.sharding.footprint import ModelFacts
+    from k2cli.sharding.trace import StoredShapes
 
 DEFAULT_CONTEXT_LENGTH = 32_768
 MAX_CONTEXT_LENGTH = 100_000_000
@@ -32,7 +35,7 @@ class Subject:
 
     reference: str
     config: dict[str, Any]
-    stored: Mapping[str, tuple[str, tuple[int, ...]]] | None
+    stored: StoredShapes | None
     stored_bytes: int
     stored_mark: Mark
     facts: ModelFacts
@@ -49,6 +52,12 @@ class Demand:
 
 
 def read_subject(reference: str) -> Subject:
+    """Read what is known of a model: config, headers if there are any, traced facts.
+
+    Raises:
+        UsageError: if the reference or the config makes no sense.
+        K2Error: if files cannot be read or contradict each other.
+    """
     from k2cli.models.checkpoint import read_checkpoint
     from k2cli.models.reference import config_source
     from k2cli.sharding.architectures import model_classes
@@ -58,19 +67,48 @@ def read_subject(reference: str) -> Subject:
     checkpoint = read_checkpoint(folder)
     config = checkpoint.config
     _, arguments = model_classes(config)
-    names = {field.name for field in fields(arguments)} if hasattr(
-        arguments, "__dataclass_fields__") else set()  # fmt: skip
-    if "text_config" in names:
-        names |= {"kv_lora_rank"} & set(config.get("text_config") or {})
-    check_config(config, str(folder / "config.json"), frozenset(names))
-    stored = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()} or None
+    names = _argument_names(arguments, config)
+    check_config(config, str(folder / "config.json"), names)
+    stored: StoredShapes | None = {
+        name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()
+    } or None
     facts = model_facts(config, stored)
+    mark: Mark = "exact"
     if stored is None:
         stored_bytes, mark = stored_bytes_of_config(config, facts.model)
     else:
-        stored_bytes, mark = checkpoint.stored_bytes, "exact"
+        stored_bytes, stored = checkpoint.stored_bytes, _as_loaded(facts.model, stored)
     shape = activation_shape(config)
     return Subject(reference, config, stored, stored_bytes, mark, facts, shape)
+
+
+def _argument_names(arguments: type[Any], config: Mapping[str, Any]) -> frozenset[str]:
+    """The fields of an architecture's arguments, those of a nested text model included."""
+    if not is_dataclass(arguments):
+        return frozenset()
+    names = {field.name for field in fields(arguments)}
+    nested = config.get("text_config")
+    if "text_config" in names and isinstance(nested, Mapping):
+        names |= {"kv_lora_rank"} & nested.keys()
+    return frozenset(names)
+
+
+def _as_loaded(model: nn.Module, stored: StoredShapes) -> StoredShapes:
+    """Shapes under the names that loading gives them, so that they are renamed once only.
+
+    An original of K2 has 139,583 tensors, of which loading makes 2,000; each placement that is
+    tried would stack its experts again.
+    """
+    from mlx.utils import tree_flatten
+
+    from k2cli.sharding.trace import STORED_TYPES
+
+    parameters = dict(tree_flatten(model.parameters()))
+    if parameters.keys() == stored.keys():
+        return stored
+    names = {dtype: name for name, dtype in STORED_TYPES.items() if not name.startswith("F8")}
+    names |= {STORED_TYPES["F32"]: "F32", STORED_TYPES["U8"]: "U8"}
+    return {name: (names[value.dtype], value.shape) for name, value in parameters.items()}
 
 
 def choose_context(wanted: int | None, config: Mapping[str, Any]) -> int:

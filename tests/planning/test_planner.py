@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.checkpoint import read_checkpoint
@@ -18,7 +20,9 @@ from k2cli.planning.hardware import NodeMemory, parse_hardware, this_machine
 from k2cli.planning.plan import Plan, plan_from_json, plan_to_json
 from k2cli.planning.planner import make_plan
 from k2cli.planning.split import balanced_split
+from k2cli.sharding.assemble import assemble
 from k2cli.units import GB, GIB
+from tests.quantization import originals
 
 CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs"
 K2 = str(CONFIGS / "k2-mlx-4bit")
@@ -124,6 +128,19 @@ def test_a_checkpoints_headers_decide(toy_k2: Path) -> None:
     # Stored in float32 and packed integers, and torch_dtype says float32: nothing is cast.
     assert sum(weights(plan)) == checkpoint.stored_bytes
     assert plan.marks["stored_bytes"] == "exact"
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_an_original_plans_to_what_loading_it_holds(tmp_path: Path, fp8: bool) -> None:
+    source = originals.kimi(tmp_path / "source", fp8=fp8)
+    plan = make_plan(str(source), parse_hardware("2x m3-ultra-512"), strategy="pipeline")
+    opened: dict[str, Any] = {}
+    for file in source.glob("*.safetensors"):
+        opened |= mx.load(str(file))
+    loaded = assemble(read_checkpoint(source).config, opened, "bfloat16")
+    held = sum(value.nbytes for _, value in tree_flatten(loaded.parameters()))
+    assert sum(weights(plan)) == held
+    assert plan.model.stored_bytes == read_checkpoint(source).stored_bytes
 
 
 def test_ranks_of_one_machine_share_its_limit(toy_k2: Path) -> None:

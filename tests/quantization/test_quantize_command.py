@@ -52,7 +52,7 @@ def test_mistakes_are_usage_errors(tmp_path: Path) -> None:
 
 def test_interrupt_leaves_no_half_checkpoint(tmp_path: Path) -> None:
     source = originals.llama(
-        tmp_path / "source", hidden_size=2048, intermediate_size=8192, num_hidden_layers=6
+        tmp_path / "source", hidden_size=1024, intermediate_size=4096, num_hidden_layers=6
     )
     command = [sys.executable, "-m", "k2cli", "quantize", str(source), "--to"]
     running = subprocess.Popen(
