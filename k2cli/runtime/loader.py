@@ -1,7 +1,9 @@
-"""Loads a rank's part of a checkpoint: lazily opened, cut, then evaluated tensor by tensor.
+"""Loads a rank's part of a checkpoint: lazily opened, cut, then read tensor by tensor.
 
-Only the tensors of the rank's own part are ever read. Each is evaluated by itself, so that the
-memory in use never exceeds what is loaded plus one tensor and what it is made from.
+A parameter that is a stored tensor, or a slice of one, is read by ranges of its file into memory
+of its own. One that is made of stored tensors in another way (experts stacked, fp8 expanded) is
+evaluated by mlx, which then reads those tensors whole. Either way one parameter at a time, so that
+the memory in use never exceeds what is loaded, plus one parameter and what it is made from.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import Checkpoint, read_checkpoint
+from k2cli.models.checkpoint import DTYPE_BITS, Checkpoint, StoredTensor, read_checkpoint
 from k2cli.runtime.protocol import Assignment, HeldTensor
-from k2cli.sharding.assemble import assemble
+from k2cli.runtime.tensor_reader import TensorReader, can_read
+from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.placement import Placement, RankPlacement
+from k2cli.sharding.slices import AxisSlice, part_slices
 from k2cli.sharding.stage import Stage
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import cut, parameters, trace_model
@@ -27,11 +31,26 @@ from k2cli.sharding.trace import cut, parameters, trace_model
 
 @dataclass(frozen=True, slots=True)
 class LoadedPart:
-    """A rank's part, evaluated, and the list of what it holds."""
+    """A rank's part, evaluated, and the list of what it holds.
+
+    ``bytes_read`` is what was asked of the files, beside their headers; ``bytes_over_read`` is how
+    much of it is in no parameter (``tensor_reader`` says why). For parameters that mlx evaluates,
+    the whole of what the slice is cut from counts as read.
+    """
 
     stage: Stage
     held: list[HeldTensor]
     weights_bytes: int
+    bytes_read: int = 0
+    bytes_over_read: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """The part of a stored tensor that a parameter is."""
+
+    tensor: StoredTensor
+    part: AxisSlice
 
 
 def placement_of(assignment: Assignment) -> Placement:
@@ -63,6 +82,20 @@ def _open_tensors(checkpoint: Checkpoint) -> dict[str, mx.array]:
     return {name: tensors[name] for name in checkpoint.tensors}
 
 
+@dataclass(frozen=True, slots=True)
+class _OpenPart:
+    """A rank's part before it is read.
+
+    ``origins`` are those of the parameters that can be read by ranges, by the parameter's name;
+    ``whole_sizes`` are those of the whole model's parameters as stored: bytes, and bytes of one
+    element.
+    """
+
+    stage: Stage
+    origins: dict[str, _Origin]
+    whole_sizes: dict[str, tuple[int, int]]
+
+
 def load_part(
     assignment: Assignment, group: Any | None, on_bytes: Callable[[int, int], None]
 ) -> LoadedPart:
@@ -70,15 +103,15 @@ def load_part(
 
     Args:
         group: the MLX group; None for a single rank.
-        on_bytes: called after each tensor with (bytes done, bytes in all).
+        on_bytes: called with (bytes done, bytes in all) after each tensor and within large ones;
+            there from another thread, while this one waits.
 
     Raises:
         K2Error: if the checkpoint cannot be read, or is not the one planned for.
     """
     checkpoint = read_checkpoint(Path(assignment.model_path))
-    model = assemble(checkpoint.config, _open_tensors(checkpoint), assignment.dtype)
-    group = group or StandInGroup(0, 1)
-    stage = cut(checkpoint.config, model, placement_of(assignment), group)
+    opened = _open_part(checkpoint, assignment, group or StandInGroup(0, 1))
+    model = opened.stage.model
     total = sum(value.nbytes for value in parameters(model).values())
     expected = assignment.expected_weights_bytes[assignment.rank]
     if total != expected:
@@ -87,30 +120,125 @@ def load_part(
             f"the plan says {expected}",
             "plan again: k2 plan-memory MODEL",
         )
-    _evaluate(model, total, on_bytes)
+    read, taken = _read(opened, lambda done: on_bytes(done, total))
     held = [
         HeldTensor(name, list(value.shape), str(value.dtype), value.nbytes)
         for name, value in parameters(model).items()
     ]
-    return LoadedPart(stage, held, total)
+    return LoadedPart(opened.stage, held, total, read, read - taken)
 
 
-def _evaluate(model: nn.Module, total: int, on_bytes: Callable[[int, int], None]) -> None:
-    """Read and compute the parameters, one by one, into arrays that own no more than themselves."""
-    done = 0
+def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _OpenPart:
+    """Assemble and cut the model, lazily, and find out what its parameters are made of."""
+    tensors = _open_tensors(checkpoint)
+    model = assemble(checkpoint.config, tensors)
+    stored_as = {id(array): checkpoint.tensors[name] for name, array in tensors.items()}
+    whole = parameters(model)
+    unchanged = {
+        name: stored_as[id(array)] for name, array in whole.items() if id(array) in stored_as
+    }
+    whole_sizes = {name: (array.nbytes, array.itemsize) for name, array in whole.items()}
+    if assignment.dtype != "checkpoint":
+        cast(model, FLOAT_TYPES[assignment.dtype])
+    whole = parameters(model)
+    stage = cut(checkpoint.config, model, placement_of(assignment), group)
+    part = parameters(stage.model)
+    if assignment.strategy == "tensor":
+        slices = part_slices(
+            checkpoint.config, trace_whole(assignment), placement_of(assignment), group
+        )
+    else:
+        slices = {
+            name: AxisSlice.whole(name, array.shape)
+            for name, array in part.items()
+            if array is whole.get(name)
+        }
+    origins = {
+        name: _Origin(unchanged[taken.source], taken)
+        for name, taken in slices.items()
+        if taken.source in unchanged
+        and can_read(unchanged[taken.source])
+        and taken.result_shape == tuple(part[name].shape)
+    }
+    return _OpenPart(stage, origins, whole_sizes)
+
+
+def _read(opened: _OpenPart, on_bytes: Callable[[int], None]) -> tuple[int, int]:
+    """Read the parameters, one by one; returns the bytes read and those of them that were taken."""
+    model = opened.stage.model
+    done = read = taken = 0
+    with TensorReader() as reader:
+        for name, *further_names in _places(model):
+            origin = opened.origins.get(name)
+            value = _parameter(model, name)
+            if origin is None:
+                whole, item = opened.whole_sizes.get(name, (value.nbytes, value.itemsize))
+                read, taken = read + whole, taken + value.size * item
+                value = _evaluated(value)
+            else:
+                value = _read_one(reader, origin, value.dtype, done, on_bytes)
+            for place in (name, *further_names):
+                _replace(model, place, value)
+            done += value.nbytes
+            on_bytes(done)
+    return read + reader.bytes_read, taken + reader.bytes_taken
+
+
+def _evaluated(value: mx.array) -> mx.array:
+    """A parameter that mlx reads and computes."""
+    # A slice may be a view that keeps its whole source alive: make it an array of its own.
+    owned = mx.contiguous(value)
+    mx.eval(owned)
+    return owned
+
+
+def _read_one(
+    reader: TensorReader,
+    origin: _Origin,
+    dtype: mx.Dtype,
+    done: int,
+    on_bytes: Callable[[int], None],
+) -> mx.array:
+    """A parameter that is read by ranges, cast if it has another type than it is stored with."""
+    stored_bits = DTYPE_BITS[origin.tensor.dtype]
+    value = reader.read(
+        origin.tensor,
+        origin.part,
+        lambda filled: on_bytes(done + filled * dtype.size * 8 // stored_bits),
+    )
+    if value.dtype != dtype:
+        value = value.astype(dtype)
+        mx.eval(value)
+    return value
+
+
+def _places(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter: several where one array stands in several places.
+
+    Only names: whoever holds the arrays keeps what is replaced in memory.
+    """
+    names: dict[int, list[str]] = {}
     for name, value in tree_flatten(model.parameters()):
-        # A slice may be a view that keeps its whole source alive: make it an array of its own.
-        owned = mx.contiguous(value)
-        mx.eval(owned)
-        _replace(model, name, owned)
-        done += owned.nbytes
-        on_bytes(done, total)
+        names.setdefault(id(value), []).append(name)
+    return list(names.values())
 
 
-def _replace(model: nn.Module, name: str, value: mx.array) -> None:
-    """Put one parameter back by its dotted name."""
+def _owner(model: nn.Module, name: str) -> tuple[Any, Any]:
+    """What holds a parameter, and under which key, by its dotted name."""
     *path, last = name.split(".")
     owner: Any = model
     for step in path:
         owner = owner[int(step)] if isinstance(owner, list | tuple) else owner[step]
-    owner[int(last) if isinstance(owner, list) else last] = value
+    return owner, int(last) if isinstance(owner, list) else last
+
+
+def _parameter(model: nn.Module, name: str) -> mx.array:
+    owner, key = _owner(model, name)
+    value: mx.array = owner[key]
+    return value
+
+
+def _replace(model: nn.Module, name: str, value: mx.array) -> None:
+    """Put one parameter back by its dotted name."""
+    owner, key = _owner(model, name)
+    owner[key] = value

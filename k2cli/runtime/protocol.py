@@ -138,13 +138,17 @@ class LoadProgress(Message, tag=True, frozen=True):
 
 
 class RankReady(Message, tag=True, frozen=True):
-    """A rank has loaded, and proven, its part. All in bytes, measured by the rank."""
+    """A rank has loaded, and proven, its part. All in bytes, measured by the rank.
+
+    ``bytes_read`` is what it asked of the checkpoint's files, beside their headers.
+    """
 
     rank: int
     weights_bytes: int
     active_memory_bytes: int
     peak_memory_bytes: int
     load_seconds: float
+    bytes_read: int = 0
 
 
 class RunReady(Message, tag=True, frozen=True):

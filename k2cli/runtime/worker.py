@@ -139,6 +139,7 @@ class Rank:
                 active_memory_bytes=mx.get_active_memory(),
                 peak_memory_bytes=mx.get_peak_memory(),
                 load_seconds=time.monotonic() - started,
+                bytes_read=part.bytes_read,
             )
         )
         self._report("checking")

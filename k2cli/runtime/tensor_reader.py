@@ -1,0 +1,330 @@
+"""Reads parts of stored tensors by ranges of their files, straight into MLX's own memory.
+
+mlx reads a tensor whole or not at all. But it also reads from any Python file object, and then
+asks that object to fill the array's memory. So a tensor's part is offered to it as a safetensors
+file that exists nowhere: a header that describes the part, and data that is fetched from the real
+file's ranges when mlx asks. Nothing is copied and nothing is held twice; element types that Python
+does not know (bfloat16) need no care.
+
+How the ranges are read follows from where they lie:
+
+* Slices along leading axes are a few long ranges: read directly, some threads at a time.
+* Slices along the last axis are a piece of each row. Where the gaps between the pieces are long,
+  each piece is a read of its own. Where they are short (K2's expert rows have 1,024 bytes), whole
+  rows are read, a block at a time, and the pieces copied out of them. A disk reads pages of 4 to
+  16 KiB, so it would read the gaps in any case; and a system call per piece costs 1.25 us, twelve
+  times what reading and copying its row does. These gaps are the reader's over-read: with two
+  ranks each piece of 512 bytes costs the reading of 1,024.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self, cast
+
+import mlx.core as mx
+
+from k2cli.errors import InternalError, K2Error
+from k2cli.models.checkpoint import DTYPE_BITS, StoredTensor
+from k2cli.sharding.slices import AxisSlice, Run
+
+_READABLE_TYPES = frozenset(
+    ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32")
+)
+"""Element types whose bytes mlx holds as they are in the file."""
+
+THREADS = 4
+_JOB_BYTES = 16_777_216
+"""What one thread reads at a time, and after which progress is told."""
+
+_BLOCK_BYTES = 1_048_576
+"""Rows that are read to copy pieces out of them; fits a processor's cache."""
+
+_SHORTEST_GAP_BYTES = 32_768
+"""A gap worth not reading: from here on the disk reads less too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a slice's bytes lie in its tensor: in each of ``rows`` rows the ``pieces``.
+
+    ``pieces`` are half-open ranges of bytes within a row of ``row_bytes``.
+    """
+
+    rows: int
+    row_bytes: int
+    pieces: tuple[Run, ...]
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes of one row that belong to the slice."""
+        return sum(past_last - first for first, past_last in self.pieces)
+
+    @property
+    def reads_whole_rows(self) -> bool:
+        """Whether rows are read with the gaps between their pieces."""
+        if self.rows == 1 or self.row_bytes > _BLOCK_BYTES:
+            return False
+        starts = [first for first, _ in self.pieces] + [self.row_bytes + self.pieces[0][0]]
+        ends = [past_last for _, past_last in self.pieces]
+        gaps = [start - end for start, end in zip(starts[1:], ends, strict=True)]
+        return min(gaps) < _SHORTEST_GAP_BYTES
+
+
+def can_read(tensor: StoredTensor) -> bool:
+    """Whether mlx holds such a tensor as it is stored."""
+    return tensor.dtype in _READABLE_TYPES and tensor.nbytes > 0
+
+
+def layout_of(tensor: StoredTensor, part: AxisSlice) -> Layout:
+    """Where a slice of a stored tensor lies in it, in bytes."""
+    item_bytes = DTYPE_BITS[tensor.dtype] // 8
+    shape = tensor.shape or (1,)
+    if part.is_whole:
+        return Layout(1, tensor.nbytes, ((0, tensor.nbytes),))
+    inner = item_bytes * prod(shape[part.axis + 1 :])
+    pieces = tuple((first * inner, past_last * inner) for first, past_last in part.runs)
+    return Layout(prod(shape[: part.axis]), shape[part.axis] * inner, pieces)
+
+
+class TensorReader:
+    """Reads slices of stored tensors into arrays; a context manager that closes its files.
+
+    Attributes:
+        bytes_read: what was asked of the files so far.
+        bytes_taken: how much of that the arrays hold; the rest was over-read.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self.bytes_taken = 0
+        self._descriptors: dict[Path, int] = {}
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="reader")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read(
+        self, tensor: StoredTensor, part: AxisSlice, on_bytes: Callable[[int], None]
+    ) -> mx.array:
+        """A slice of a stored tensor, evaluated.
+
+        Args:
+            tensor: one that ``can_read``.
+            part: a slice of an array of the tensor's shape.
+            on_bytes: told, from time to time, how many bytes of the slice are there.
+
+        Raises:
+            K2Error: if the file cannot be read or is shorter than its header says.
+        """
+
+        def fill(target: memoryview) -> None:
+            self._fill(target, tensor, layout_of(tensor, part), on_bytes)
+
+        file = _PartFile(tensor.dtype, part.result_shape, fill)
+        arrays = mx.load(cast(BinaryIO, file), format="safetensors")
+        if file.error is not None:
+            raise file.error
+        assert isinstance(arrays, dict)
+        array = arrays["part"]
+        mx.eval(array)
+        self.bytes_taken += array.nbytes
+        return array
+
+    def _fill(
+        self,
+        target: memoryview,
+        tensor: StoredTensor,
+        layout: Layout,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        ranges = _Ranges(self._open(tensor.file), tensor, layout)
+        if target.nbytes <= _JOB_BYTES:
+            self.bytes_read += sum(job() for job, _ in ranges.jobs(target))
+            return
+        pending = [(self._pool.submit(job), filled) for job, filled in ranges.jobs(target)]
+        done = 0
+        try:
+            for future, filled in pending:
+                self.bytes_read += future.result()
+                done += filled
+                on_bytes(done)
+        finally:
+            # The memory is mlx's: no thread may write to it once this has returned.
+            for future, _ in pending:
+                if not future.cancel():
+                    future.exception()
+
+    def _open(self, file: Path) -> int:
+        if file not in self._descriptors:
+            try:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise K2Error(f"cannot read {file}: {error.strerror}") from error
+        return self._descriptors[file]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranges:
+    """The reads that a slice of one tensor takes. Every one returns the bytes that it asked for."""
+
+    descriptor: int
+    tensor: StoredTensor
+    layout: Layout
+
+    def jobs(self, target: memoryview) -> Iterator[tuple[Callable[[], int], int]]:
+        """Reads that together fill ``target``, each with its share of it in bytes."""
+        layout = self.layout
+        many_rows = max(1, _JOB_BYTES // layout.row_bytes)
+        read = self._read_rows if layout.reads_whole_rows else self._read_pieces
+        for first in range(0, layout.rows, many_rows):
+            past_last = min(first + many_rows, layout.rows)
+            part = target[first * layout.taken_bytes : past_last * layout.taken_bytes]
+            if layout.row_bytes <= _JOB_BYTES:
+                yield partial(read, first, past_last, part), part.nbytes
+            else:
+                yield from self._long_jobs(first, part)
+
+    def _long_jobs(self, row: int, target: memoryview) -> Iterator[tuple[Callable[[], int], int]]:
+        """One row, whose pieces may each be longer than a job."""
+        filled = 0
+        for start, end in self.layout.pieces:
+            for low in range(start, end, _JOB_BYTES):
+                length = min(_JOB_BYTES, end - low)
+                part = target[filled : filled + length]
+                yield partial(self._read_into, row * self.layout.row_bytes + low, part), length
+                filled += length
+
+    def _read_pieces(self, first: int, past_last: int, target: memoryview) -> int:
+        """Read each piece of the rows by itself."""
+        filled = 0
+        for row in range(first, past_last):
+            for start, end in self.layout.pieces:
+                part = target[filled : filled + end - start]
+                filled += self._read_into(row * self.layout.row_bytes + start, part)
+        return filled
+
+    def _read_rows(self, first: int, past_last: int, target: memoryview) -> int:
+        """Read the rows whole, by the block, and copy their pieces out."""
+        import numpy as np
+
+        row_bytes = self.layout.row_bytes
+        start, end = self.layout.pieces[0][0], self.layout.pieces[-1][1]
+        block_rows = min(max(1, _BLOCK_BYTES // row_bytes), past_last - first)
+        block = np.empty((block_rows, row_bytes), np.uint8)
+        rows = np.frombuffer(target, np.uint8).reshape(-1, self.layout.taken_bytes)
+        read = 0
+        for low in range(0, past_last - first, block_rows):
+            count = min(block_rows, past_last - first - low)
+            # From the first row's first piece to the last row's last: what is around is not ours.
+            length = (count - 1) * row_bytes + end - start
+            flat = block.reshape(-1).data[start : start + length]
+            read += self._read_into((first + low) * row_bytes + start, flat)
+            column = 0
+            for piece_start, piece_end in self.layout.pieces:
+                past_column = column + piece_end - piece_start
+                rows[low : low + count, column:past_column] = block[:count, piece_start:piece_end]
+                column = past_column
+        return read
+
+    def _read_into(self, position: int, target: memoryview) -> int:
+        """Fill ``target`` from ``position`` of the tensor on."""
+        done = 0
+        while done < target.nbytes:
+            try:
+                offset = self.tensor.offset + position + done
+                count = os.preadv(self.descriptor, [target[done:]], offset)
+            except OSError as error:
+                raise K2Error(f"cannot read {self.tensor.file}: {error.strerror}") from error
+            if count == 0:
+                raise K2Error(
+                    f"{self.tensor.file} is cut short: it ends within '{self.tensor.name}'",
+                    "download it again",
+                )
+            done += count
+        return done
+
+
+class _PartFile:
+    """What mlx takes for a safetensors file with one tensor, ``part``.
+
+    mlx calls ``readinto`` for the data on a thread of its own, where an exception would end the
+    process; so it is kept in ``error``.
+    """
+
+    closed = False
+
+    def __init__(
+        self, dtype: str, shape: tuple[int, ...], fill: Callable[[memoryview], None]
+    ) -> None:
+        self._nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
+        entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [0, self._nbytes]}
+        header = json.dumps({"part": entry}).encode()
+        self._prefix = struct.pack("<Q", len(header)) + header
+        self._fill = fill
+        self._position = 0
+        self.error: BaseException | None = None
+
+    def readable(self) -> bool:
+        """As of a file."""
+        return True
+
+    def seekable(self) -> bool:
+        """As of a file."""
+        return True
+
+    def tell(self) -> int:
+        """The position, as of a file."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position, as of a file."""
+        end = len(self._prefix) + self._nbytes
+        origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: end}
+        self._position = origins[whence] + offset
+        return self._position
+
+    def read(self, count: int = -1) -> bytes:
+        """Part of the header; mlx reads data by ``readinto``."""
+        end = None if count < 0 else self._position + count
+        piece = self._prefix[self._position : end]
+        self._position += len(piece)
+        return piece
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill a buffer from the position on: with header, or with all of the data."""
+        target = memoryview(buffer).cast("B")
+        length = target.nbytes
+        if length == 0:
+            return 0
+        if self._position < len(self._prefix):
+            target[:] = self._prefix[self._position : self._position + length]
+        elif self.error is None:
+            try:
+                if (self._position, length) != (len(self._prefix), self._nbytes):
+                    raise InternalError("mlx did not ask for a tensor's data in one piece")
+                self._fill(target)
+            except BaseException as error:  # raised again by the reader, on its own thread
+                self.error = error
+        self._position += length
+        return length
