@@ -144,16 +144,15 @@ def _placement_lines(plan: PlanView) -> list[str]:
     placement = plan.placement
     if placement.strategy == "single":
         return [f"single: all {placement.layer_count} layers on {plan.nodes[0].name}"]
-    why = f" ({plan.reason})" if plan.reason else ""
     if placement.strategy == "tensor":
-        return [
-            f"tensor: a slice of all {placement.layer_count} layers on each of "
-            f"{placement.size} ranks{why}"
-        ]
-    stages = ", ".join(
-        f"rank {part.rank} {part.layers[0]}-{part.layers[1] - 1}" for part in placement.ranks
-    )
-    return [f"pipeline{why}:", f"  layers: {stages}"]
+        how = f"a slice of all {placement.layer_count} layers on each of {placement.size} ranks"
+    else:
+        how = ", ".join(
+            f"layers {part.layers[0]}-{part.layers[1] - 1} on rank {part.rank}"
+            for part in reversed(placement.ranks)
+        )
+    why = f"; {plan.reason}" if plan.reason else ""
+    return textwrap.wrap(f"{placement.strategy}: {how}{why}", _WIDTH, subsequent_indent="  ")
 
 
 def _count(parameters: int) -> str:
