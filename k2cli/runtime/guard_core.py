@@ -7,6 +7,7 @@ The guards of the leader and of the followers differ in whom they report to; the
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -151,22 +152,22 @@ class Guard(ABC):
         rank = self.assignment.rank
         self.emit(LogLine(rank, self.assignment.nodes[rank], source, text))
 
-    async def start_rank(self, started: asyncio.Event) -> None:
-        """Start the rank and everything that watches it; sets ``started`` once it runs."""
+    async def start_rank(self) -> bool:
+        """Start the rank and everything that watches it; returns whether it runs."""
         try:
             self.rank = await RankProcess.start(self.bootstrap, self._worker)
         except OSError as error:
             self.fail(self.failure(f"it cannot be started: {error}"))
-            return
-        started.set()
+            return False
         for work in (self._read_lines, self._read_messages, self._watch, self._beat, self._reap):
             self.spawn(work(self.rank))
+        return True
 
-    def started_event(self, guard_pid: int) -> GuardStarted:
+    def started_event(self) -> GuardStarted:
         """What the launcher is told of this guard."""
-        assert self.rank is not None
         node = self.assignment.nodes[self.assignment.rank]
-        return GuardStarted(self.assignment.rank, node, guard_pid, self.rank.pid)
+        rank_pid = self.rank.pid if self.rank is not None else 0
+        return GuardStarted(self.assignment.rank, node, os.getpid(), rank_pid)
 
     async def _read_lines(self, rank: RankProcess) -> None:
         async for line in rank.lines():
@@ -174,13 +175,14 @@ class Guard(ABC):
 
     async def _read_messages(self, rank: RankProcess) -> None:
         try:
-            while True:
-                message = await rank.channel.receive()
+            async for message in rank.messages():
                 if isinstance(message, Fatal):
                     self._note_fatal(rank, message)
                 else:
                     self.on_rank_message(message)
         except ConnectionLost as error:
+            if "protocol" in str(error):
+                self.log(f"the rank's last message is lost: {error}")
             # Its exit tells more; but a rank that has closed its socket and lives is of no use.
             if not await rank.gone_within(WEAK_CAUSE_SECONDS) and not self.ending:
                 rank.verdict = f"its connection to its guard broke: {error}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import Any
 
 from k2cli.errors import ClusterError
@@ -32,6 +31,7 @@ class FollowerGuard(Guard):
     def __init__(self, bootstrap: Bootstrap, worker: str) -> None:
         super().__init__(bootstrap, worker)
         self._leader: GuardConnection | None = None
+        self._connected = asyncio.Event()
         self._leader_gone = asyncio.Event()
         self._ordered = asyncio.Event()
         # What happens before the leader's guard is reached is told once it is.
@@ -43,9 +43,8 @@ class FollowerGuard(Guard):
         Returns:
             0 if the leader's guard gave the order to end, 5 if it is gone.
         """
-        started = asyncio.Event()
-        await self.start_rank(started)
-        self.spawn(self._talk_to_leader(started))
+        await self.start_rank()
+        self.spawn(self._talk_to_leader())
         ending = await self.wait_for_ending()
         await self.end_rank(ending)
         await self._take_leave()
@@ -53,27 +52,25 @@ class FollowerGuard(Guard):
         return 0 if self._ordered.is_set() else ClusterError.exit_code
 
     async def _take_leave(self) -> None:
-        """Tell the leader's guard that the rank is gone, and let it be the first to exit.
+        """Tell the leader's guard what happened, and let it be the first to exit.
 
         mpirun takes the exit of one guard for the failure of its run, and ends the others.
         """
-        if self._leader is None or self._leader_gone.is_set():
+        # A rank may fail before the leader's guard is reached: its failure must not be lost.
+        await self._unless_leader_gone(self._connected, _LAST_WORD_SECONDS)
+        if self._leader is None:
             return
-        limits = (
-            (self._ordered.wait, _LAST_WORD_SECONDS),
-            (
-                self._leader_gone.wait,
-                _LEADER_ENDS_SECONDS,
-            ),
-        )
-        for wait, seconds in limits:
-            gone = asyncio.ensure_future(self._leader_gone.wait())
-            other = asyncio.ensure_future(wait())
-            await asyncio.wait([gone, other], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            gone.cancel()
-            other.cancel()
-            self._leader.finish()
+        await self._unless_leader_gone(self._ordered, _LAST_WORD_SECONDS)
+        self._leader.finish()
+        await self._unless_leader_gone(self._leader_gone, _LEADER_ENDS_SECONDS)
         self._leader.close()
+
+    async def _unless_leader_gone(self, event: asyncio.Event, limit_seconds: float) -> None:
+        """Wait for an event, the loss of the leader's guard, or the time limit."""
+        waits = [asyncio.ensure_future(each.wait()) for each in (event, self._leader_gone)]
+        await asyncio.wait(waits, timeout=limit_seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
 
     def emit(self, event: Any) -> None:
         """Tell the leader's guard."""
@@ -89,14 +86,14 @@ class FollowerGuard(Guard):
         else:
             self.log(f"unexpected {type(message).__name__} from a follower rank")
 
-    async def _talk_to_leader(self, started: asyncio.Event) -> None:
-        await started.wait()
+    async def _talk_to_leader(self) -> None:
         try:
             leader = await connect_to_leader(self.bootstrap)
-            leader.send(self.started_event(os.getpid()))
+            leader.send(self.started_event())
             for event in self._waiting:
                 leader.send(event)
             self._leader = leader
+            self._connected.set()
             self.spawn(self._report(leader))
             while True:
                 self._obey(await leader.receive(self.deadlines.liveness))

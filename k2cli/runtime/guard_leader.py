@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 from typing import Any
 
@@ -84,10 +83,8 @@ class LeaderGuard(Guard):
         except (OSError, ClusterError) as error:
             self.fail(self.failure(str(error), of_rank=False))
             return
-        started = asyncio.Event()
-        await self.start_rank(started)
-        if started.is_set():
-            self.emit(self.started_event(os.getpid()))
+        if await self.start_rank():
+            self.emit(self.started_event())
             self.spawn(self._expect_guards())
             self.spawn(self._announce())
             if self._api is not None:
@@ -120,7 +117,7 @@ class LeaderGuard(Guard):
             self.log(f"the guard of rank {rank} did not confirm that its rank is gone")
         self.emit(RunEnded(ending.cause, ending.failed))
         await self._launcher.flush(_FLUSH_SECONDS)
-        self._liveness.close()
+        await self._liveness.close()
         if self.bootstrap.scratch_directory is not None and ending.failed:
             shutil.rmtree(self.bootstrap.scratch_directory, ignore_errors=True)
         # Lets the other guards see that the connection closed before mpirun sees this one exit.

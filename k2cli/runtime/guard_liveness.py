@@ -92,6 +92,7 @@ class LivenessServer:
         self._finished: set[int] = set()
         self._change = asyncio.Event()
         self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(self) -> None:
         """Open the port.
@@ -127,17 +128,27 @@ class LivenessServer:
                     await self._change.wait()
         return set(self._connections) - self._finished
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the port and all connections."""
         if self._server is not None:
             self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for connection in self._connections.values():
             connection.close()
+        await asyncio.sleep(0)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = GuardConnection(reader, writer)
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._converse(GuardConnection(reader, writer)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _converse(self, connection: GuardConnection) -> None:
         try:
-            await authenticate_stream(reader, writer, self._bootstrap.secret, accepting=True)
+            await authenticate_stream(
+                connection.reader, connection.writer, self._bootstrap.secret, accepting=True
+            )
             hello = await connection.receive(self._bootstrap.deadlines.liveness)
             rank = self._admit(hello, connection)
         except ConnectionLost as error:
@@ -191,5 +202,9 @@ async def connect_to_leader(bootstrap: Bootstrap) -> GuardConnection:
         raise ConnectionLost(
             f"the leader's guard at {host}:{port} did not answer within {limit:.0f} s"
         ) from None
-    await authenticate_stream(reader, writer, bootstrap.secret, accepting=False)
+    try:
+        await authenticate_stream(reader, writer, bootstrap.secret, accepting=False)
+    except ConnectionLost:
+        writer.close()
+        raise
     return GuardConnection(reader, writer)

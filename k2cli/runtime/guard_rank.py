@@ -93,6 +93,7 @@ class RankProcess:
         self.verdict: str | None = None
         self._memory_was_high = False
         self._output_ended = asyncio.Event()
+        self._messages_ended = asyncio.Event()
 
     @classmethod
     async def start(cls, bootstrap: Bootstrap, worker: str) -> RankProcess:
@@ -170,12 +171,26 @@ class RankProcess:
         )
 
     async def wait(self) -> int:
-        """Wait until the rank is gone and what it wrote last is read; returns its exit status."""
+        """Wait until the rank is gone and all that it said is read; returns its exit status."""
         status = await self._process.wait()
         # A grandchild may hold the pipe open: do not wait for the end of the output for ever.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._output_ended.wait(), _DRAIN_SECONDS)
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                await self._messages_ended.wait()
+                await self._output_ended.wait()
         return status
+
+    async def messages(self) -> AsyncIterator[RankMessage]:
+        """What the rank tells its guard.
+
+        Raises:
+            ConnectionLost: when the rank closes the connection, or breaks the protocol.
+        """
+        try:
+            while True:
+                yield await self.channel.receive()
+        finally:
+            self._messages_ended.set()
 
     def kill(self) -> None:
         """SIGKILL, which also ends a process that is stopped."""

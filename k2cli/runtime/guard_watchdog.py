@@ -26,6 +26,8 @@ def phase_deadline(phase: Phase, deadlines: Deadlines) -> float:
             return deadlines.load_stall
         case "warming up":
             return deadlines.warmup_stall
+        case "waiting":
+            return deadlines.peer_stall
         case "idle" | "busy" | "ending":
             return deadlines.step_stall
 

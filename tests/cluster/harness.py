@@ -44,13 +44,17 @@ class SupervisedRun:
         return next(run for run in list_runs() if run.run_id == self.run_id)
 
     def wait_ready(self, seconds: float = 60.0) -> RunRecord:
-        wait_until(lambda: self.record.state != "starting" and self._settled(), seconds, "ready")
+        wait_until(self._settled, seconds, "ready")
         record = self.record
         assert record.state == "ready", f"{record.cause}\n{record.log_file.read_text()}"
         return record
 
     def _settled(self) -> bool:
-        return self.record.state in ("ready", "failed", "stopped", "lost", "orphaned")
+        record = self.record
+        # A scripted leader does not wait for its followers.
+        if record.state == "ready":
+            return all(rank.weights_bytes for rank in record.ranks)
+        return record.state in ("failed", "stopped", "lost", "orphaned")
 
     def processes(self) -> list[psutil.Process]:
         """Guards, ranks and mpirun."""

@@ -52,7 +52,7 @@ def _fail(how: str, link: Channel[GuardMessage]) -> None:
             sys.stderr.write("about to exit with status 3\n")
             os._exit(3)
         case "fatal":
-            link.send(Fatal("tensor x has 3 elements, expected 4", kind="coverage"))
+            link.send(Fatal("tensor x has 3 elements, expected 4", kind="memory"))
             os._exit(1)
         case "hang":
             time.sleep(3600)
@@ -91,9 +91,7 @@ def main() -> None:
     for name in ("--run", "--rank", "--guard-fd", "--progress-fd"):
         parser.add_argument(name, required=True)
     options = parser.parse_args()
-    link: Channel[GuardMessage] = Channel(
-        socket.socket(fileno=int(options.guard_fd)), GuardMessage
-    )
+    link: Channel[GuardMessage] = Channel(socket.socket(fileno=int(options.guard_fd)), GuardMessage)
     page = ProgressPage(int(options.progress_fd))
     start = link.receive()
     assert isinstance(start, Start)

@@ -1,0 +1,115 @@
+"""Whatever is killed or stopped, nothing of the run is left, and ``ps`` tells the truth."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from k2cli.cluster import agent
+from k2cli.cluster.launchers import Backend
+from k2cli.runtime.protocol import Deadlines
+from tests.cluster.harness import supervised
+
+pytestmark = pytest.mark.ranks
+
+# A killed process shows at once; one that is stopped shows only after these.
+SHORT = Deadlines(liveness=3.0, stopped=2.0, step_stall=4.0)
+TARGETS = ("launcher", "guard-0", "guard-1", "rank-0", "rank-1")
+
+
+def _table() -> list[tuple[Backend, str, signal.Signals]]:
+    rows: list[tuple[Backend, str, signal.Signals]] = []
+    for backend in ("mpi", "ring"):
+        rows += [(backend, who, signal.SIGKILL) for who in TARGETS]
+    rows.append(("mpi", "mpirun", signal.SIGKILL))
+    rows += [("mpi", who, signal.SIGSTOP) for who in ("rank-0", "rank-1", "guard-0", "mpirun")]
+    rows.append(("ring", "guard-1", signal.SIGSTOP))
+    return rows
+
+
+@pytest.mark.parametrize(("backend", "who", "number"), _table())
+def test_nothing_survives(backend: Backend, who: str, number: signal.Signals) -> None:
+    with supervised(backend, deadlines=SHORT) as run:
+        run.wait_ready()
+        os.kill(run.pid_of(who), number)
+        run.wait_gone()
+        if who == "launcher":
+            run.supervisor.wait(5)
+        else:
+            assert run.supervisor.wait(20) == 5
+        record = run.record
+    assert record.state == ("lost" if who == "launcher" else "failed")
+    assert record.ended is not None
+    if "-" in who:
+        assert record.failure is not None
+        assert record.failure.rank == int(who[-1])
+        assert record.cause.startswith(f"rank {who[-1]} on localhost failed: ")
+    if who.startswith("rank"):
+        assert record.failure is not None
+        assert record.failure.exit_status == -signal.SIGKILL
+        assert record.failure.last_lines[0] == f"rank {who[-1]} of 2 says hello"
+    assert not agent.scratch_path(run.run_id).exists()
+    assert not list(record.folder.glob("bootstrap*"))
+    assert not (record.folder / "launch.json").exists()
+
+
+@pytest.mark.parametrize("backend", ["local", "mpi", "ring"])
+def test_sigterm_to_the_launcher_stops_in_good_order(backend: Backend) -> None:
+    with supervised(backend, size=1 if backend == "local" else 2) as run:
+        ready = run.wait_ready()
+        assert [rank.weights_bytes for rank in ready.ranks] == [1000, 1001][: len(ready.ranks)]
+        run.supervisor.terminate()
+        assert run.supervisor.wait(20) == 0
+        assert not run.processes()
+    assert run.record.state == "stopped"
+    assert (run.record.folder / "supervisor.out").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("how", "cause", "status"),
+    [
+        ("exit", "it exited with status 3", 3),
+        ("fatal", "tensor x has 3 elements, expected 4", 1),
+        ("term", "it was killed by SIGSEGV", -signal.SIGSEGV),
+        ("hang", "it made no progress for", -signal.SIGKILL),
+    ],
+)
+def test_a_rank_that_fails_while_loading_is_named(how: str, cause: str, status: int) -> None:
+    deadlines = Deadlines(load_stall=1.5)
+    with supervised("ring", deadlines=deadlines, environment={"SCRIPT_FAIL": how}) as run:
+        assert run.supervisor.wait(30) == 5
+        assert not run.processes()
+    record = run.record
+    assert record.state == "failed"
+    assert record.failure is not None
+    assert (record.failure.rank, record.failure.exit_status) == (1, status)
+    assert record.failure.cause.startswith(cause)
+
+
+def test_a_supervisor_that_cannot_start_mpirun_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An mpirun that ends at once, with its reason on stderr."""
+    program = tmp_path / "mpirun"
+    program.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && { echo "mpirun (Open MPI) 4.1.6"; exit 0; }\n'
+        "echo no slots for you >&2; exit 7\n"
+    )
+    program.chmod(0o755)
+    library = agent.facts().libmpi
+    assert library is not None
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libmpi.so.40").symlink_to(library)
+    (tmp_path / "bin").mkdir()
+    program = program.rename(tmp_path / "bin" / "mpirun")
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    with supervised("mpi") as run:
+        assert run.supervisor.wait(30) == 5
+    failure = run.record.failure
+    assert failure is not None
+    assert failure.cause == "mpirun exited with status 7"
+    assert failure.last_lines == ("no slots for you",)
