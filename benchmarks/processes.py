@@ -78,6 +78,17 @@ def pin(pid: int, rank: int) -> None:
                 os.sched_setaffinity(int(task.name), {core})
 
 
+def prefer(pid: int, niceness: int) -> None:
+    """Put the scheduling group (Linux: the session) of a process before those of others.
+
+    Ranks wait for one another by spinning. On a machine with other work each wait may last until
+    the other side has a core again, so that what is measured is the other work.
+    """
+    group = Path(f"/proc/{pid}/autogroup")
+    if niceness and group.exists():
+        group.write_text(str(niceness))
+
+
 def hold(pids: Iterable[int]) -> None:
     """Stop processes in their tracks, so that they take nothing from what is measured."""
     for pid in pids:

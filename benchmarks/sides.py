@@ -36,6 +36,12 @@ class Setting:
     folder: Path
     context_length: int = 4096
     concurrency: int = 8
+    niceness: int = 0
+
+    def tie(self, pid: int, rank: int) -> None:
+        """Tie a process to the core of its rank, with the priority that all measured ones get."""
+        processes.pin(pid, rank)
+        processes.prefer(pid, self.niceness)
 
     @property
     def ranks(self) -> int:
@@ -119,8 +125,8 @@ class K2Server:
         _first_answer(self)
         seconds = time.perf_counter() - started
         for rank in self._ranks():
-            processes.pin(rank["guard_pid"], rank["rank"])
-            processes.pin(rank["rank_pid"], rank["rank"])
+            self.setting.tie(rank["guard_pid"], rank["rank"])
+            self.setting.tie(rank["rank_pid"], rank["rank"])
         return seconds
 
     def _k2(self, *arguments: str) -> str:
@@ -202,7 +208,7 @@ class MlxServer:
         _first_answer(self)
         seconds = time.perf_counter() - started
         for rank, process in enumerate(self._processes):
-            processes.pin(process.pid, rank)
+            self.setting.tie(process.pid, rank)
         return seconds
 
     def _listens(self) -> bool:
@@ -263,7 +269,7 @@ class K2Engine:
         _first_answer(self)
         seconds = time.perf_counter() - started
         for number, rank in enumerate(self._pool.ranks):
-            processes.pin(rank.process.pid, number)
+            self.setting.tie(rank.process.pid, number)
         return seconds
 
     def facts(self) -> list[RankFacts]:
@@ -355,7 +361,7 @@ class MlxLibrary:
         )
         _first_answer(self)
         seconds = time.perf_counter() - started
-        processes.pin(self._process.pid, 0)
+        self.setting.tie(self._process.pid, 0)
         return seconds
 
     def facts(self) -> list[RankFacts]:
