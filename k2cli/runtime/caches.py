@@ -68,6 +68,29 @@ class CacheTable:
                 cache.extend(_merge([other]))
         into.rows.append(sequence)
 
+    def open_together(self, lengths: list[int]) -> LayerCaches:
+        """Fresh merged caches for prompts of these lengths, padded on the left to the longest."""
+        singles = [self.stage.make_local_cache() for _ in lengths]
+        caches = [_merge(list(layer)) for layer in zip(*singles, strict=True)]
+        longest = max(lengths)
+        for cache in caches:
+            cache.prepare(left_padding=[longest - length for length in lengths])
+        return caches
+
+    def join_together(self, batch: int, sequences: list[int], caches: LayerCaches) -> None:
+        """Make sequences with merged caches the last rows of a batch."""
+        for sequence in sequences:
+            self.sequences.pop(sequence)
+        if batch not in self.batches:
+            self.batches[batch] = Batch(list(sequences), caches)
+            return
+        into = self.batches[batch]
+        if len(into.rows) == 1:
+            into.caches = [_merge([cache]) for cache in into.caches]
+        for cache, other in zip(into.caches, caches, strict=True):
+            cache.extend(other)
+        into.rows += sequences
+
     def leave(self, batch: int, sequence: int, keep_as: int | None, move_to: int | None) -> None:
         """Take a sequence out of a batch: drop its cache, keep it as a prefix, or move it."""
         source = self.batches[batch]

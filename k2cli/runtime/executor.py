@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from k2cli.runtime.caches import CacheTable, LayerCaches
+from k2cli.runtime.progress import Phase
 from k2cli.runtime.protocol import (
     CloseSequence,
     Decision,
@@ -25,6 +26,7 @@ from k2cli.runtime.protocol import (
     LeaveBatch,
     OpenSequence,
     Prefill,
+    PrefillTogether,
     Quit,
     Tick,
 )
@@ -55,13 +57,16 @@ class Executor:
     """One rank's model part and all its caches."""
 
     def __init__(
-        self, stage: Stage, group: Any | None, on_layer: Callable[[], None] = lambda: None
+        self,
+        stage: Stage,
+        group: Any | None,
+        advance: Callable[[Phase], None] = lambda phase: None,
     ) -> None:
-        """``on_layer`` is called whenever a layer's work of a step is known to be done."""
+        """``advance`` is called whenever a layer's work is done, and before waiting for a peer."""
         self.stage = stage
         self.caches = CacheTable(stage)
         self._group = group
-        self._on_layer = on_layer
+        self._advance = advance
         self._transfers = mx.new_stream(mx.cpu)
         self._departing: mx.array | None = None
 
@@ -82,6 +87,8 @@ class Executor:
                 return self._decode(decision, chosen)
             case Prefill(sequence=sequence, tokens=tokens):
                 self._prefill(mx.array([tokens], dtype=mx.int32), self.caches.sequences[sequence])
+            case PrefillTogether():
+                self._prefill_together(decision)
             case OpenSequence(sequence=sequence, prefix=prefix, kept_tokens=kept_tokens):
                 self.caches.open(sequence, prefix, kept_tokens)
             case CloseSequence(sequence=sequence, keep_as=keep_as):
@@ -97,14 +104,23 @@ class Executor:
         return StepResult()
 
     def _prefill(self, tokens: mx.array, caches: LayerCaches) -> None:
-        arrived = self._receive(*tokens.shape)
+        rows, length = tokens.shape
+        arrived = self._receive(rows, length)
         output = self.stage.forward(tokens, self.stage.complete(caches), arrived)
         # Layer by layer: bounds each evaluation, and shows the guard that work gets on.
         for entry in caches:
             mx.eval(entry.state)
-            self._on_layer()
+            self._advance("busy")
         if not self.stage.is_last:
             self._send(output)
+
+    def _prefill_together(self, decision: PrefillTogether) -> None:
+        lengths = [len(tokens) for tokens in decision.tokens]
+        longest = max(lengths)
+        padded = [[0] * (longest - len(tokens)) + tokens for tokens in decision.tokens]
+        caches = self.caches.open_together(lengths)
+        self._prefill(mx.array(padded, dtype=mx.int32), caches)
+        self.caches.join_together(decision.batch, decision.sequences, caches)
 
     def _decode(self, step: Decode, chosen: mx.array | None) -> StepResult:
         batch = self.caches.batches[step.batch]
@@ -135,14 +151,16 @@ class Executor:
             stream=self._transfers,
         )
         # Waited for here, outside any GPU command buffer: a GPU must not wait for a network.
+        self._advance("waiting")
         mx.eval(arrived)
+        self._advance("busy")
         return arrived
 
     def _send(self, output: mx.array) -> None:
         """Start sending hidden states ``[rows, length, width]`` to the next stage."""
         assert self._group is not None
         mx.eval(output)
-        self._on_layer()
+        self._advance("busy")
         self._departing = mx.distributed.send(
             output, self._group.rank() - 1, group=self._group, stream=self._transfers
         )

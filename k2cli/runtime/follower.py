@@ -7,7 +7,14 @@ import mlx.core as mx
 from k2cli.errors import ClusterError
 from k2cli.runtime.executor import Executor, StepResult
 from k2cli.runtime.progress import ProgressPage
-from k2cli.runtime.protocol import Decision, Decode, Prefill, Quit, StepDigest
+from k2cli.runtime.protocol import (
+    Decision,
+    Decode,
+    Prefill,
+    PrefillTogether,
+    Quit,
+    StepDigest,
+)
 from k2cli.runtime.wire import Channel
 
 _IDLE_SECONDS = 0.5
@@ -23,7 +30,7 @@ def follow(channel: Channel[Decision], executor: Executor, page: ProgressPage, r
     expected_step: int | None = None
     while True:
         decision = channel.receive(_IDLE_SECONDS)
-        page.advance("busy" if isinstance(decision, Prefill | Decode) else "idle")
+        page.advance("busy" if isinstance(decision, Prefill | PrefillTogether | Decode) else "idle")
         if decision is None:
             continue
         if expected_step is not None and decision.step != expected_step:

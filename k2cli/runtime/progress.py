@@ -14,7 +14,11 @@ import tempfile
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Phase = Literal["initialising", "loading", "checking", "warming up", "idle", "busy", "ending"]
+Phase = Literal[
+    "initialising", "loading", "checking", "warming up", "idle", "busy", "waiting", "ending"
+]
+"""``waiting`` is for another rank's part of a step; that rank's own guard watches it."""
+
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _LAYOUT = struct.Struct("=QQ")

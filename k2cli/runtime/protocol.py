@@ -38,6 +38,7 @@ class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load_stall: float = 120.0
     warmup_stall: float = 600.0
     step_stall: float = 10.0
+    peer_stall: float = 60.0
     stopped: float = 8.0
     stop_grace: float = 3.0
 
@@ -372,6 +373,19 @@ class Prefill(Message, tag=True, frozen=True):
     tokens: list[int]
 
 
+class PrefillTogether(Message, tag=True, frozen=True):
+    """Compute several whole prompts at once, and make their sequences rows of a decode batch.
+
+    ``tokens[i]`` is the prompt of ``sequences[i]`` without its last token; none is empty, and the
+    sequences are fresh.
+    """
+
+    step: int
+    batch: int
+    sequences: list[int]
+    tokens: list[list[int]]
+
+
 class JoinBatch(Message, tag=True, frozen=True):
     """Make a sequence the last row of a decode batch, which is made if there is none."""
 
@@ -437,6 +451,7 @@ class Quit(Message, tag=True, frozen=True):
 Decision = (
     OpenSequence
     | Prefill
+    | PrefillTogether
     | JoinBatch
     | Decode
     | LeaveBatch

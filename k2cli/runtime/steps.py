@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from k2cli.runtime.control import Followers
 from k2cli.runtime.executor import Executor, StepResult
-from k2cli.runtime.protocol import Decision, Decode, Prefill
+from k2cli.runtime.protocol import Decision, Decode, Prefill, PrefillTogether
 from k2cli.runtime.requests import Running
 
 
@@ -32,7 +32,7 @@ class Step:
     @property
     def computes(self) -> bool:
         """Whether it is work for the stages, not only for their books."""
-        return isinstance(self.decision, Prefill | Decode)
+        return isinstance(self.decision, Prefill | PrefillTogether | Decode)
 
 
 def choose_tokens(rows: Sequence[Running], logits: mx.array) -> mx.array:

@@ -22,7 +22,7 @@ import traceback
 from typing import Any, Literal
 
 from k2cli.errors import ClusterError, K2Error
-from k2cli.runtime.progress import ProgressPage
+from k2cli.runtime.progress import Phase, ProgressPage
 from k2cli.runtime.protocol import (
     Assignment,
     Cancel,
@@ -97,6 +97,7 @@ class Rank:
         self._start = start
         self._assignment: Assignment = start.assignment
         self._last_progress = 0.0
+        self._warm = False
 
     def live(self) -> None:
         """Load, prove, serve; returns after an ordered shutdown."""
@@ -156,7 +157,7 @@ class Rank:
         channel = connect_to_leader(endpoint, rank, self._start.secret, timeout)
         group, part = self._load()
         channel.send(Holdings(rank, part.held))
-        executor = Executor(part.stage, group, lambda: self._page.advance("busy"))
+        executor = Executor(part.stage, group, self._page.advance)
         self._page.advance("warming up")
         threading.Thread(target=self._obey_shutdown, daemon=True).start()
         follow(channel, executor, self._page, rank)
@@ -190,7 +191,7 @@ class Rank:
         self._gather(followers)
         group, part = self._load()
         self._check_coverage(followers, part)
-        executor = Executor(part.stage, group, self._advance_busy)
+        executor = Executor(part.stage, group, self._advance)
         engine = Engine(
             executor,
             followers,
@@ -200,18 +201,18 @@ class Rank:
             concurrency=self._assignment.concurrency,
             prefill_chunk_tokens=self._assignment.prefill_chunk_tokens,
         )
-        self._phase: Literal["warming up", "busy"] = "warming up"
         self._report("warming up")
         sing(engine, followers, self._assignment.size, deadlines.warmup_stall)
-        self._phase = "busy"
+        self._warm = True
         self._page.advance("idle")
         self._link.send(EngineReady())
         self._serve(engine)
         followers.close()
         engine.quit()
 
-    def _advance_busy(self) -> None:
-        self._page.advance(self._phase)
+    def _advance(self, phase: Phase) -> None:
+        """Kernels may be compiled during warm-up: only after it is a step known to be short."""
+        self._page.advance(phase if self._warm else "warming up")
 
     def _gather(self, followers: Any) -> None:
         if self._assignment.size == 1:

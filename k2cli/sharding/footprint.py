@@ -30,19 +30,53 @@ def weights_bytes(stage: Stage) -> int:
     return sum(value.nbytes for value in trace.parameters(stage.model).values())
 
 
-def kv_cache_bytes(stage: Stage, context_length: int) -> int:
+def kv_cache_bytes(stage: Stage, context_length: int, chunk_tokens: int = 512) -> int:
     """Bytes of one sequence's cache on this rank once it holds ``context_length`` tokens.
 
-    Feeds the model's own cache objects lazily; their allocation steps are included.
+    One token is run through the stage lazily, which tells the shapes of what every layer keeps;
+    fresh cache objects of the model's own kinds are then fed zeros of these shapes, in chunks as
+    a prefill does. Their allocation steps and windows are so included.
     """
     cache = stage.make_cache()
-    tokens = mx.zeros((1, context_length), dtype=mx.int32)
-    arrived = None
-    if not stage.is_first:
-        arrived = mx.zeros((1, context_length, stage.width), dtype=stage.dtype)
+    tokens = mx.zeros((1, 1), dtype=mx.int32)
+    arrived = None if stage.is_first else mx.zeros((1, 1, stage.width), dtype=stage.dtype)
     with trace.without_collectives():
         stage.forward(tokens, cache, arrived)
-    return sum(int(entry.nbytes) for entry in stage.local(cache))
+    used = stage.local(cache)
+    fresh = stage.make_local_cache()
+    return sum(
+        _filled_bytes(entry, sample, context_length, chunk_tokens)
+        for entry, sample in zip(fresh, used, strict=True)
+    )
+
+
+def _filled_bytes(entry: Any, sample: Any, context_length: int, chunk_tokens: int) -> int:
+    """Bytes of a fresh cache entry after a whole context; ``sample`` has seen one token."""
+    parts = getattr(entry, "caches", None)
+    if parts is not None:  # a CacheList
+        return sum(
+            _filled_bytes(part, other, context_length, chunk_tokens)
+            for part, other in zip(parts, sample.caches, strict=True)
+        )
+    keys, values = getattr(sample, "keys", None), getattr(sample, "values", None)
+    if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
+        return int(sample.nbytes)  # recurrent state: does not grow with the context
+    window = getattr(entry, "max_size", None)
+    if window is None:
+        chunk_tokens = context_length
+    else:
+        # A rotating cache goes round: whole chunks beyond a few windows change nothing.
+        beyond = context_length - window - 3 * chunk_tokens
+        context_length -= max(0, beyond // chunk_tokens * chunk_tokens)
+    for first in range(0, context_length, chunk_tokens):
+        length = min(chunk_tokens, context_length - first)
+        entry.update_and_fetch(*(_zeros(part, length) for part in (keys, values)))
+    return int(entry.nbytes)
+
+
+def _zeros(sample: mx.array, length: int) -> mx.array:
+    """Keys or values ``[1, heads, length, width]`` like a sample's."""
+    return mx.zeros((1, sample.shape[1], length, sample.shape[3]), dtype=sample.dtype)
 
 
 def footprints(

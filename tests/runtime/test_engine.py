@@ -121,7 +121,8 @@ def test_a_second_turn_reuses_the_first(pool: RankPool) -> None:
 
 def test_the_cache_evicts_all_the_time_and_stays_right(pool: RankPool) -> None:
     """Many conversations in turn, of more tokens together than the plan has room for."""
-    starts = [_prompt(200, 500 + index) for index in range(24)]
+    # A cache grows in steps of 256 tokens, so 20 of them are more than the 4,096 of the plan.
+    starts = [_prompt(30, 500 + index) for index in range(20)]
     expected = [pool.generate(start, 6, use_prefix_cache=False) for start in starts]
     for _ in range(2):
         names = [pool.submit(start, 6) for start in starts]

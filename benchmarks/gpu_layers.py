@@ -1,0 +1,238 @@
+"""k2's engine against mlx-lm on one GPU: some full-width layers of K2, and a whole small model.
+
+    python -m benchmarks.gpu_layers --config CONFIG_JSON --layers 6
+    python -m benchmarks.gpu_layers --checkpoint FOLDER
+
+Both run in this process, on the very same arrays, in turn (A B B A ...), after a warm-up that
+compiles every kernel. K2's layers get random 4-bit weights: their values do not matter to speed,
+except that the router must spread tokens over the experts, which random weights do. Prints one
+JSON document: medians and every sample, in tokens per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from k2cli.models.checkpoint import read_checkpoint
+from k2cli.runtime.control import Followers
+from k2cli.runtime.engine import Engine
+from k2cli.runtime.executor import Executor
+from k2cli.runtime.protocol import Finished, Generate, Tokens
+from k2cli.sharding.assemble import assemble
+from k2cli.sharding.stage import Stage, cut_stage
+from k2cli.sharding.trace import layer_count
+
+PART_ELEMENTS = 2**28
+
+
+def _random_like(value: mx.array, scale: float) -> mx.array:
+    """Random data, made in parts: one call may not have more than about 2^31 elements."""
+    parts = []
+    for first in range(0, value.size, PART_ELEMENTS):
+        count = min(PART_ELEMENTS, value.size - first)
+        if value.dtype == mx.uint32:
+            bits = mx.random.randint(-(2**31), 2**31 - 1, (count,), dtype=mx.int32)
+            parts.append(bits.view(mx.uint32))
+        else:
+            parts.append((mx.random.normal((count,)) * scale).astype(value.dtype))
+        mx.eval(parts[-1])
+    return (
+        mx.concatenate(parts).reshape(value.shape)
+        if len(parts) > 1
+        else parts[0].reshape(value.shape)
+    )
+
+
+def random_layers(config: dict[str, Any], layers: int) -> nn.Module:
+    """A model of that many layers with random weights in the config's quantization."""
+    model = assemble({**config, "num_hidden_layers": layers}, None)
+    mx.random.seed(0)
+    for name, value in tree_flatten(model.parameters()):
+        if name.endswith("biases"):
+            continue
+        scale = 0.002 if name.endswith("scales") else 0.02
+        filled = _random_like(value, scale)
+        if "norm" in name:
+            filled = mx.ones_like(filled)
+        mx.eval(filled)
+        model.load_weights([(name, filled)], strict=False)
+        if name.endswith("scales"):
+            biases = (-7.5 * filled).astype(filled.dtype)
+            mx.eval(biases)
+            model.load_weights([(name.removesuffix("scales") + "biases", biases)], strict=False)
+    return model
+
+
+class K2:
+    """k2's engine in this process, one rank."""
+
+    def __init__(self, stage: Stage, chunk_tokens: int) -> None:
+        self._messages: list[tuple[float, Any]] = []
+        self._engine = Engine(
+            Executor(stage, None),
+            Followers(lambda rank, cause: None),
+            lambda message: self._messages.append((time.perf_counter(), message)),
+            size=1,
+            context_length=8192,
+            concurrency=8,
+            prefill_chunk_tokens=chunk_tokens,
+        )
+        self._count = 0
+
+    def run(self, prompts: list[list[int]], count: int) -> tuple[float, float, list[list[int]]]:
+        """(seconds to the first token, seconds for the others, tokens by prompt)."""
+        self._messages.clear()
+        started = time.perf_counter()
+        names = []
+        for prompt in prompts:
+            self._count += 1
+            names.append(str(self._count))
+            self._engine.accept(Generate(names[-1], prompt, count, use_prefix_cache=False))
+        while self._engine.busy:
+            self._engine.advance()
+        tokens: dict[str, list[int]] = {name: [] for name in names}
+        first = end = 0.0
+        for at, message in self._messages:
+            if isinstance(message, Tokens):
+                first = first or at
+                tokens[message.request_id] += message.tokens
+            elif isinstance(message, Finished):
+                end = at
+        return first - started, end - first, list(tokens.values())
+
+
+def mlx_lm_run(model: nn.Module, prompt: list[int], count: int) -> tuple[float, float, list[int]]:
+    """The same by mlx-lm's own ``generate_step``."""
+    from mlx_lm.generate import generate_step
+
+    started = time.perf_counter()
+    tokens: list[int] = []
+    first = 0.0
+    for token, _ in generate_step(mx.array(prompt), model, max_tokens=count):
+        first = first or time.perf_counter()
+        tokens.append(int(token))
+    return first - started, time.perf_counter() - first, tokens
+
+
+def mlx_lm_batch(model: nn.Module, prompts: list[list[int]], count: int) -> float:
+    """Tokens per second of mlx-lm's continuous batching, the prefill of all prompts included."""
+    from mlx_lm.generate import BatchGenerator
+
+    started = time.perf_counter()
+    generator = BatchGenerator(model, max_tokens=count, stop_tokens=[])
+    generator.insert(prompts)
+    produced = 0
+    while produced < count * len(prompts):
+        responses = generator.next()
+        new = responses[1] if isinstance(responses, tuple) else responses
+        produced += len(new)
+    generator.close()
+    return produced / (time.perf_counter() - started)
+
+
+def _interleaved(
+    ours: Callable[[], float], theirs: Callable[[], float], rounds: int
+) -> dict[str, Any]:
+    """Both in turn; medians, every sample, and the median of the ratios round by round."""
+    samples: dict[str, list[float]] = {"k2": [], "mlx-lm": []}
+    for index in range(rounds):
+        pair = [("k2", ours), ("mlx-lm", theirs)]
+        for name, run in pair if index % 2 == 0 else reversed(pair):
+            samples[name].append(run())
+    ratios = [k2 / peer for k2, peer in zip(samples["k2"], samples["mlx-lm"], strict=True)]
+    return {
+        "k2": statistics.median(samples["k2"]),
+        "mlx_lm": statistics.median(samples["mlx-lm"]),
+        "ratio": statistics.median(ratios),
+        "samples": samples,
+    }
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def measure(model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every figure for one model."""
+    # mlx-lm's own package is imported whole here, after k2's light import of its models.
+    for name in [name for name in sys.modules if name == "mlx_lm"]:
+        del sys.modules[name]
+    import mlx_lm.generate  # noqa: F401
+
+    engine = K2(cut_stage(model, 0, layer_count(model)), arguments.chunk)
+    short = [int(token) for token in mx.random.randint(10, 1000, (16,)).tolist()]
+    long = [int(token) for token in mx.random.randint(10, 1000, (arguments.prompt + 1,)).tolist()]
+    many = [[*short[:-1], 20 + index] for index in range(8)]
+    results: dict[str, Any] = {}
+    _note("warming up")
+    ours, theirs = engine.run([short], 16)[2][0], mlx_lm_run(model, short, 16)[2]
+    results["same_tokens"] = ours == theirs
+    engine.run([long], 2)
+    mlx_lm_run(model, long, 2)
+    engine.run(many, 8)
+    mlx_lm_batch(model, many, 8)
+    count = arguments.tokens
+    _note("measuring")
+    results["decode_tokens_per_second"] = _interleaved(
+        lambda: (count - 1) / engine.run([short], count)[1],
+        lambda: (count - 1) / mlx_lm_run(model, short, count)[1],
+        arguments.rounds,
+    )
+    results["prefill_tokens_per_second"] = _interleaved(
+        lambda: arguments.prompt / engine.run([long], 1)[0],
+        lambda: arguments.prompt / mlx_lm_run(model, long, 1)[0],
+        arguments.rounds,
+    )
+    results["decode_8_requests_tokens_per_second"] = _interleaved(
+        lambda: 8 * count / sum(engine.run(many, count)[:2]),
+        lambda: mlx_lm_batch(model, many, count),
+        arguments.rounds,
+    )
+    results["peak_memory_bytes"] = mx.get_peak_memory()
+    return results
+
+
+def main() -> None:
+    """Read the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="checkpoint")
+    arguments = parser.parse_args()
+    if arguments.checkpoint:
+        checkpoint = read_checkpoint(arguments.checkpoint)
+        weights: dict[str, mx.array] = {}
+        for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+            weights.update(mx.load(str(file)))  # type: ignore[arg-type]
+        model = assemble(checkpoint.config, weights, arguments.dtype)
+    else:
+        model = random_layers(json.loads(arguments.config.read_text()), arguments.layers)
+    mx.eval(model.parameters())
+    weights_bytes = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    device = mx.device_info() if mx.default_device().type == mx.DeviceType.gpu else {"cpu": True}
+    results = measure(model, arguments)
+    json.dump(
+        {"device": str(device), "weights_bytes": weights_bytes, **results}, sys.stdout, indent=1
+    )
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()
