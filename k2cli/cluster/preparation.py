@@ -22,7 +22,7 @@ from k2cli.cluster.nodes import LOCALHOST, Node, node_named
 from k2cli.cluster.openmpi import find_openmpi
 from k2cli.cluster.runs import RankRecord, RunRecord, new_run_id, prune_records, save_record
 from k2cli.cluster.specification import RunSpecification, save_specification
-from k2cli.errors import ClusterError, DoesNotFitError, UsageError
+from k2cli.errors import DoesNotFitError, K2Error, UsageError
 from k2cli.planning.plan import NodeBudget, Plan, plan_from_json, plan_to_json
 from k2cli.runtime.protocol import Deadlines, HttpEndpoint
 from k2cli.units import format_bytes
@@ -66,8 +66,8 @@ def prepare_run(request: LaunchRequest) -> PreparedRun:
     Raises:
         UsageError: for a request that makes no sense.
         DoesNotFitError: if the plan does not fit and ``force`` is not set.
-        ClusterError: if a node cannot be reached, or a port is taken.
-        K2Error: if the model is not on this machine.
+        ClusterError: if a node cannot be reached.
+        K2Error: if the model is not on this machine, or the port is taken.
     """
     from k2cli.models.reference import local_checkpoint
 
@@ -260,7 +260,7 @@ def _http_port(leader: Node, host: str, wanted: int | None) -> int:
     holder = leader.port_holder(host, wanted)
     if holder is not None:
         free = leader.choose_port(host, DEFAULT_HTTP_PORT)
-        raise ClusterError(
+        raise K2Error(
             f"port {wanted} of {leader.name} cannot be used: {holder}", f"--port {free}"
         )
     return wanted
