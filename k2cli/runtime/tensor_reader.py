@@ -22,6 +22,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,6 +53,9 @@ _BLOCK_BYTES = 1_048_576
 
 _SHORTEST_GAP_BYTES = 32_768
 """A gap worth not reading: from here on the disk reads less too."""
+
+
+_RELEASE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +147,19 @@ class TensorReader:
             self._fill(target, tensor, layout_of(tensor, part), on_bytes)
 
         file = _PartFile(tensor.dtype, part.result_shape, fill)
+        released = threading.Event()
+        watch = weakref.ref(file, lambda _: released.set())
         arrays = mx.load(cast(BinaryIO, file), format="safetensors")
-        if file.error is not None:
-            raise file.error
         assert isinstance(arrays, dict)
         array = arrays["part"]
         mx.eval(array)
+        if file.error is not None:
+            raise file.error
+        del file
+        # mlx's thread lets go of the file a moment later, for which it needs the interpreter: if
+        # that were ending by then, the process would abort.
+        released.wait(_RELEASE_SECONDS)
+        del watch
         self.bytes_taken += array.nbytes
         return array
 
