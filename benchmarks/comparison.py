@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.report import Row
-from benchmarks.sides import RankFacts, Side
+from benchmarks.sides import Side
 from benchmarks.statistics import Answer, order_of_round, ratios, summary
 from benchmarks.work import Subject, Work
 
@@ -49,8 +49,6 @@ class Comparison:
     works: Sequence[Work]
     rounds: int
     starts: int
-    own_bytes: Sequence[int] = ()
-    """Bytes of each rank's own part; empty if reading and memory are not to be reported."""
 
 
 @contextlib.contextmanager
@@ -75,8 +73,6 @@ def compare(comparison: Comparison) -> list[Row]:
             side.hold()
         if comparison.starts == 1:
             rows += [_start_row(comparison, [seconds[0]], [seconds[1]])]
-        if comparison.own_bytes:
-            rows += _part_rows(comparison, pair[0].facts(), pair[1].facts())
         rows += _work_rows(comparison, pair)
     return rows
 
@@ -102,38 +98,6 @@ def _start_row(comparison: Comparison, ours: list[float], theirs: list[float]) -
         ratios(ours, theirs, more_is_better=False),
         target=1.0,
     )
-
-
-def _part_rows(
-    comparison: Comparison, ours: Sequence[RankFacts], theirs: Sequence[RankFacts]
-) -> list[Row]:
-    """Per rank: bytes read and peak memory. Other ranks are in the range."""
-    own = comparison.own_bytes
-    readings: list[tuple[str, list[float], list[float]]] = [
-        (
-            "bytes read per rank / its own part",
-            [fact.bytes_read / part for fact, part in zip(ours, own, strict=True)],
-            [fact.bytes_read / part for fact, part in zip(theirs, own, strict=True)],
-        ),
-        (
-            "peak resident memory per rank, started",
-            [fact.peak_resident_bytes / 1e6 for fact in ours],
-            [fact.peak_resident_bytes / 1e6 for fact in theirs],
-        ),
-    ]
-    return [
-        Row(
-            comparison.subject.title,
-            comparison.placement,
-            title,
-            "x" if "own part" in title else "MB",
-            summary(a),
-            summary(b),
-            ratios(a, b, more_is_better=False),
-        )
-        for title, a, b in readings
-        if all(a) and all(b)
-    ]
 
 
 def _work_rows(comparison: Comparison, pair: Pair) -> list[Row]:

@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import processes
 from benchmarks.checkpoints import LARGE_TOY, SMALL_TOY, copy_in_float32, make_toy
 from benchmarks.comparison import Comparison, compare, say
+from benchmarks.loading import loading_rows
 from benchmarks.report import Row, document, heading, into_document, table
 from benchmarks.sides import K2Engine, K2Server, MlxLibrary, MlxServer, Setting, Strategy
 from benchmarks.statistics import ratios
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Short-lived state lies elsewhere: run folders have sockets, whose paths must be short.
     with tempfile.TemporaryDirectory(prefix="k2-bench-") as folder:
         rows: list[Row] = []
-        for comparison in _comparisons(options, Path(folder)):
-            rows += compare(comparison())
+        for measure in _measurements(options, Path(folder)):
+            rows += measure()
             _write(options, [*rows, *_derived(rows)])
     return 0
 
@@ -96,22 +97,30 @@ def _options(arguments: Sequence[str] | None) -> Options:
     )
 
 
-def _comparisons(options: Options, folder: Path) -> list[Callable[[], Comparison]]:
+def _measurements(options: Options, folder: Path) -> list[Callable[[], list[Row]]]:
     names = ["small library", "small pipeline", "small tensor"]
     if not options.quick:
         names += [f"large {kind}" for kind in TITLES]
         names += ["demo library", "demo single", "demo pipeline"]
+        names += ["load single", "load pipeline", "load tensor"]
     chosen = [name for name in names if options.only in name]
-    return [partial(_comparison, options, folder, name) for name in chosen]
+    return [partial(_measure, options, folder, *name.split()) for name in chosen]
 
 
-def _comparison(options: Options, folder: Path, name: str) -> Comparison:
-    model_name, kind = name.split()
-    model, subject = _model(options, model_name)
-    strategy: Strategy = "single" if kind == "library" else kind  # type: ignore[assignment]
-    scratch = folder / name.replace(" ", "-")
+def _measure(options: Options, folder: Path, model_name: str, kind: str) -> list[Row]:
+    scratch = folder / f"{model_name}-{kind}"
     scratch.mkdir()
+    strategy: Strategy = "single" if kind == "library" else kind  # type: ignore[assignment]
+    model, subject = _model(options, "large" if model_name == "load" else model_name)
     setting = Setting(model, strategy, scratch, niceness=options.niceness)
+    if model_name == "load":
+        return loading_rows(subject.title, TITLES[kind], setting)
+    return compare(_comparison(options, setting, subject, model_name, kind))
+
+
+def _comparison(
+    options: Options, setting: Setting, subject: Subject, model_name: str, kind: str
+) -> Comparison:
     make: Any = (partial(K2Server, setting), partial(MlxServer, setting))
     placement = TITLES[kind]
     if kind == "library":
@@ -127,7 +136,6 @@ def _comparison(options: Options, folder: Path, name: str) -> Comparison:
         _works(model_name, kind, quick=options.quick),
         options.rounds,
         starts=0 if kind == "library" else min(3, options.rounds),
-        own_bytes=_own_bytes(setting) if model_name == "large" and kind != "library" else (),
     )
 
 
@@ -169,13 +177,6 @@ def _demo(options: Options) -> Path:
         copy_in_float32(downloaded, target)
         shutil.rmtree(downloaded)
     return target
-
-
-def _own_bytes(setting: Setting) -> list[int]:
-    from tests.runtime.rank_pool import assignments
-
-    parts = assignments(setting.model, setting.strategy, setting.ranks)
-    return list(parts[0].expected_weights_bytes)
 
 
 def _derived(rows: Sequence[Row]) -> list[Row]:

@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -127,6 +129,33 @@ def peak_resident_bytes(pid: int) -> int:
     """The most memory that a process has had resident; 0 where /proc has no such thing."""
     path = Path(f"/proc/{pid}/status")
     return _field(path, "VmHWM") * 1024 if path.exists() else 0
+
+
+@dataclass(frozen=True, slots=True)
+class BareProgram:
+    """What importing a program's modules costs, before it does anything."""
+
+    bytes_read: int
+    peak_resident_bytes: int
+
+
+def bare_program(*modules: str) -> BareProgram:
+    """Measure it in a process of its own."""
+    code = (
+        f"import {', '.join(modules)}, os, sys; from benchmarks import processes as p; "
+        "sys.stdout.write(f'{p.bytes_read(os.getpid())} {p.peak_resident_bytes(os.getpid())}')"
+    )
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment({"PYTHONPATH": root}),
+        capture_output=True,
+        text=True,
+        timeout=START_LIMIT_SECONDS,
+        check=True,
+    )
+    read, peak = done.stdout.split()[-2:]
+    return BareProgram(int(read), int(peak))
 
 
 def _field(path: Path, name: str) -> int:

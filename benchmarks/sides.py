@@ -51,7 +51,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class RankFacts:
-    """What starting cost one rank: bytes read of files, bytes resident at most."""
+    """What loading cost one rank: bytes read of the checkpoint, and memory at most."""
 
     bytes_read: int
     peak_resident_bytes: int
@@ -64,10 +64,6 @@ class Side(Protocol):
 
     def start(self) -> float:
         """Start it and return the seconds until it had answered a first request."""
-        ...
-
-    def facts(self) -> list[RankFacts]:
-        """Of each rank, since it was started."""
         ...
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
@@ -146,16 +142,6 @@ class K2Server:
         ranks: list[dict[str, Any]] = record["ranks"]
         return ranks
 
-    def facts(self) -> list[RankFacts]:
-        """Bytes read are the rank's own count where it has one, else the system's."""
-        return [
-            RankFacts(
-                rank.get("bytes_read") or processes.bytes_read(rank["rank_pid"]),
-                processes.peak_resident_bytes(rank["rank_pid"]),
-            )
-            for rank in self._ranks()
-        ]
-
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
         """Over HTTP."""
         extra = {"k2": {"ignore_stop_tokens": True}}
@@ -215,9 +201,13 @@ class MlxServer:
         return processes.accepts(self._port)
 
     def facts(self) -> list[RankFacts]:
-        """By the system's count."""
+        """By the system's counts, less those of the program that has loaded nothing."""
+        bare = processes.bare_program("mlx_lm.server")
         return [
-            RankFacts(processes.bytes_read(process.pid), processes.peak_resident_bytes(process.pid))
+            RankFacts(
+                processes.bytes_read(process.pid) - bare.bytes_read,
+                processes.peak_resident_bytes(process.pid) - bare.peak_resident_bytes,
+            )
             for process in self._processes
         ]
 
@@ -273,16 +263,15 @@ class K2Engine:
         return seconds
 
     def facts(self) -> list[RankFacts]:
-        """Of each rank."""
+        """Bytes read by the rank's own count, memory as for the other program."""
         assert self._pool is not None
+        bare = processes.bare_program("k2cli.runtime.engine", "k2cli.runtime.loader")
         found = []
         for rank in self._pool.ranks:
             ready = [message for message in rank.seen if isinstance(message, RankReady)]
-            pid = rank.process.pid
-            own = getattr(ready[0], "bytes_read", 0) if ready else 0
-            found.append(
-                RankFacts(own or processes.bytes_read(pid), processes.peak_resident_bytes(pid))
-            )
+            message = ready[0] if ready else rank.wait_for(RankReady)
+            peak = processes.peak_resident_bytes(rank.process.pid)
+            found.append(RankFacts(message.bytes_read, peak - bare.peak_resident_bytes))
         return found
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
@@ -363,12 +352,6 @@ class MlxLibrary:
         seconds = time.perf_counter() - started
         self.setting.tie(self._process.pid, 0)
         return seconds
-
-    def facts(self) -> list[RankFacts]:
-        """By the system's count."""
-        assert self._process is not None
-        pid = self._process.pid
-        return [RankFacts(processes.bytes_read(pid), processes.peak_resident_bytes(pid))]
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
         """One line out, one line back."""

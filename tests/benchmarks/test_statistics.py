@@ -1,0 +1,69 @@
+"""Rates are read off answers as their definitions say."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.report import BEGIN, END, Row, into_document, table
+from benchmarks.statistics import (
+    Answer,
+    decode_rate,
+    order_of_round,
+    prefill_rate,
+    ratios,
+    summary,
+    whole_rate,
+)
+
+
+def _answer(first: float, interval: float, tokens: int, per_token: int = 1) -> Answer:
+    marks = tuple((first + n * interval, (n + 1) * per_token) for n in range(tokens))
+    return Answer(16, tokens, marks, "text")
+
+
+def test_decode_rate_of_one_answer_leaves_out_the_first_token() -> None:
+    assert decode_rate([_answer(5.0, 0.1, 11)]) == pytest.approx(10.0)
+
+
+def test_decode_rate_counts_only_while_all_are_answered() -> None:
+    early, late = _answer(0.0, 0.1, 41), _answer(1.0, 0.05, 41, per_token=4)
+    # From 1.0 to 3.0: 20 tokens of the one, 40 of the other.
+    assert decode_rate([early, late]) == pytest.approx(30.0)
+
+
+def test_answers_that_do_not_overlap_have_no_common_rate() -> None:
+    assert decode_rate([_answer(0.0, 0.1, 5), _answer(9.0, 0.1, 5)]) == 0.0
+
+
+def test_rates_from_sending() -> None:
+    answers = [_answer(1.0, 0.5, 3), _answer(2.0, 1.0, 3)]
+    assert whole_rate(answers) == pytest.approx(6 / 4.0)
+    assert prefill_rate(answers) == pytest.approx(32 / 2.0)
+
+
+def test_ratio_above_one_is_always_in_favour_of_k2() -> None:
+    assert ratios([2.0, 3.0], [1.0, 1.0], more_is_better=True).median == 2.5
+    assert ratios([2.0], [1.0], more_is_better=False).median == 0.5
+
+
+def test_order_alternates() -> None:
+    assert [order_of_round(n)[0] for n in range(4)] == [0, 1, 0, 1]
+
+
+def _row(ratio: float, target: float | None) -> Row:
+    one = summary([10.0])
+    return Row("m", "one", "decode", "tok/s", one, one, summary([ratio]), target, 3, 4)
+
+
+def test_table_says_whether_a_target_is_met() -> None:
+    lines = table([_row(0.9, 1.0), _row(1.6, 1.5), _row(1.0, None)]).splitlines()[2:]
+    assert "| 1.00 missed | 3 of 4 |" in lines[0]
+    assert "| 1.50 met |" in lines[1]
+    assert "met" not in lines[2]
+
+
+def test_table_goes_between_its_marks_and_nowhere_else() -> None:
+    page = f"before\n{BEGIN}\nold\n{END}\nafter \\1\n"
+    assert into_document(page, "new \\1") == f"before\n{BEGIN}\n\nnew \\1\n\n{END}\nafter \\1\n"
+    with pytest.raises(ValueError, match="one"):
+        into_document("no marks", "new")
