@@ -30,6 +30,9 @@ def plan_memory(
     dtype: Annotated[
         str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")
     ] = "auto",
+    head: Annotated[
+        str, typer.Option(help="Output head of tensor slices: auto, replicated or sharded.")
+    ] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON, whether it fits or not.")
     ] = False,
@@ -60,6 +63,7 @@ def plan_memory(
         context_length=context,
         concurrency=concurrency,
         dtype=dtype,
+        head=head,
     )
     if save is not None:
         save_plan(plan, save)

@@ -13,7 +13,13 @@ from k2cli.planning.memory import RUNTIME_BYTES, node_budget
 from k2cli.planning.plan import NodeBudget
 from k2cli.planning.split import balanced_split
 from k2cli.planning.subject import ITEM_BYTES, Demand, Subject
-from k2cli.sharding.placement import Placement, RankPlacement, Strategy, even_split
+from k2cli.sharding.placement import (
+    HeadPlacement,
+    Placement,
+    RankPlacement,
+    Strategy,
+    even_split,
+)
 
 if TYPE_CHECKING:
     from k2cli.sharding.footprint import RankFootprint
@@ -52,15 +58,35 @@ def single(subject: Subject, nodes: Sequence[NodeMemory], demand: Demand) -> Can
 
 
 def tensor(subject: Subject, nodes: Sequence[NodeMemory], demand: Demand) -> Candidate:
-    return _whole_layers(subject, nodes, demand, "tensor")
+    return _whole_layers(subject, nodes, demand, "tensor", _head(subject, len(nodes), demand))
+
+
+def _head(subject: Subject, ranks: int, demand: Demand) -> HeadPlacement:
+    """Cut the head too wherever it can be: less to hold, and to read for every token."""
+    from k2cli.sharding.head import can_shard_head
+
+    if demand.head == "replicated":
+        return "replicated"
+    if can_shard_head(subject.facts.model, ranks):
+        return "sharded"
+    if demand.head == "sharded":
+        raise UsageError(
+            f"the head of {subject.config['model_type']} cannot be cut into {ranks} equal parts",
+            "--head replicated",
+        )
+    return "replicated"
 
 
 def _whole_layers(
-    subject: Subject, nodes: Sequence[NodeMemory], demand: Demand, strategy: Strategy
+    subject: Subject,
+    nodes: Sequence[NodeMemory],
+    demand: Demand,
+    strategy: Strategy,
+    head: HeadPlacement = "replicated",
 ) -> Candidate:
     count = subject.facts.layer_count
     ranks = tuple(RankPlacement(rank, node.name, (0, count)) for rank, node in enumerate(nodes))
-    return _traced(subject, nodes, demand, Placement(strategy, ranks))
+    return _traced(subject, nodes, demand, Placement(strategy, ranks, head))
 
 
 def pipeline(subject: Subject, nodes: Sequence[NodeMemory], demand: Demand) -> Candidate:

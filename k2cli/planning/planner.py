@@ -25,6 +25,7 @@ from k2cli.planning.subject import (
 MAX_CONCURRENCY = 4096
 
 _STRATEGIES = ("auto", "single", "pipeline", "tensor")
+_HEADS = ("auto", "replicated", "sharded")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 WantedStrategy = Literal["auto", "single", "pipeline", "tensor"]
@@ -38,6 +39,7 @@ def make_plan(
     context_length: int | None = None,
     concurrency: int = 1,
     dtype: str = "auto",
+    head: str = "auto",
 ) -> Plan:
     """Plan a model on nodes; a plan that does not fit is returned too, with ``fits`` false.
 
@@ -50,18 +52,20 @@ def make_plan(
             less.
         concurrency: sequences that are held at a time.
         dtype: ``auto`` is the checkpoint's float type, and float32 where a node computes on CPU.
+        head: ``auto`` cuts the head too in tensor parallelism, where it can be cut.
 
     Raises:
         UsageError: for a request or config that makes no sense, with the value; where the wanted
             strategy is impossible, with the numbers.
         K2Error: if the model's files cannot be read.
     """
-    _check_request(nodes, strategy, concurrency, dtype)
+    _check_request(nodes, strategy, concurrency, dtype, head)
     subject = read_subject(model)
     demand = Demand(
         choose_context(context_length, subject.config),
         concurrency,
         choose_dtype(dtype, subject, nodes),
+        head,
     )
     shared = share_machines(nodes)
     chosen, reason = _choose(subject, shared, demand, strategy)
@@ -84,11 +88,16 @@ def make_plan(
 
 
 def _check_request(
-    nodes: Sequence[NodeMemory], strategy: str, concurrency: int, dtype: str
+    nodes: Sequence[NodeMemory], strategy: str, concurrency: int, dtype: str, head: str
 ) -> None:
     if not nodes:
         raise UsageError("a plan needs at least one node", "--hardware '2x m3-ultra-512'")
-    for name, value, allowed in (("parallel", strategy, _STRATEGIES), ("dtype", dtype, _DTYPES)):
+    choices = (
+        ("parallel", strategy, _STRATEGIES),
+        ("dtype", dtype, _DTYPES),
+        ("head", head, _HEADS),
+    )
+    for name, value, allowed in choices:
         if value not in allowed:
             raise UsageError(f"--{name} '{value}' is none of {', '.join(allowed)}")
     if strategy == "single" and len(nodes) > 1:

@@ -44,11 +44,12 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a plan must have room for."""
+    """What a plan must have room for, and how it may place the head."""
 
     context_length: int
     concurrency: int
     dtype: str
+    head: str = "auto"
 
 
 def read_subject(reference: str) -> Subject:

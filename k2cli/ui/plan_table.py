@@ -88,6 +88,8 @@ class PlacementView(Protocol):
     @property
     def strategy(self) -> str: ...
     @property
+    def head(self) -> str: ...
+    @property
     def ranks(self) -> Sequence[PartView]: ...
     @property
     def size(self) -> int: ...
@@ -145,7 +147,8 @@ def _placement_lines(plan: PlanView) -> list[str]:
     if placement.strategy == "single":
         return [f"single: all {placement.layer_count} layers on {plan.nodes[0].name}"]
     if placement.strategy == "tensor":
-        how = f"a slice of all {placement.layer_count} layers on each of {placement.size} ranks"
+        what = "layers and the head" if placement.head == "sharded" else "layers"
+        how = f"a slice of all {placement.layer_count} {what} on each of {placement.size} ranks"
     else:
         how = ", ".join(
             f"layers {part.layers[0]}-{part.layers[1] - 1} on rank {part.rank}"

@@ -53,12 +53,22 @@ def test_k2_on_one_machine_does_not_fit_and_says_by_how_much() -> None:
     assert plan.marks["limit_bytes"] == "assumed"
 
 
-def test_k2_by_tensor_on_two_replicates_head_and_cache() -> None:
+@pytest.mark.parametrize(
+    ("head", "placed", "weights_bytes"),
+    [
+        ("auto", "sharded", 289_552_964_608),
+        ("sharded", "sharded", 289_552_964_608),
+        ("replicated", "replicated", 289_883_266_048),
+    ],
+)
+def test_k2_by_tensor_on_two_replicates_the_cache(
+    head: str, placed: str, weights_bytes: int
+) -> None:
     nodes = parse_hardware("2x m3-ultra-512")
-    plan = make_plan(K2, nodes, strategy="tensor", context_length=131_072)
-    assert weights(plan) == [289_883_266_048] * 2
+    plan = make_plan(K2, nodes, strategy="tensor", context_length=131_072, head=head)
+    assert plan.placement.head == placed
+    assert weights(plan) == [weights_bytes] * 2
     assert [node.kv_cache_bytes for node in plan.nodes] == [9_210_691_584] * 2
-    assert plan.placement.head == "replicated"
     assert plan.fits
 
 
