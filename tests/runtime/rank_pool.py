@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,17 @@ class Outcome:
 class RankPool:
     """The ranks of one run on this machine; ring for two or more."""
 
-    def __init__(self, assignments: Sequence[Assignment], folder: Path) -> None:
+    def __init__(
+        self,
+        assignments: Sequence[Assignment],
+        folder: Path,
+        *,
+        worker: str = "k2cli.runtime.worker",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.assignments = assignments
+        self.worker = worker
+        self.environment = dict(environment or {})
         self.folder = folder
         self.ranks: list[RankProcess] = []
         self.outcomes: dict[str, Outcome] = {}
@@ -116,14 +125,18 @@ class RankPool:
         ours, theirs = socket.socketpair()
         page = ProgressPage.create()
         command = [
-            sys.executable, "-m", "k2cli.runtime.worker", "--run", assignment.run_id,
+            sys.executable, "-m", self.worker, "--run", assignment.run_id,
             "--rank", str(assignment.rank), "--guard-fd", str(theirs.fileno()),
             "--progress-fd", str(page.fileno()),
         ]  # fmt: skip
-        environment = _process_kind() | {
-            "MLX_RANK": str(assignment.rank),
-            "MLX_HOSTFILE": str(hostfile),
-        }
+        environment = (
+            _process_kind()
+            | self.environment
+            | {
+                "MLX_RANK": str(assignment.rank),
+                "MLX_HOSTFILE": str(hostfile),
+            }
+        )
         process = subprocess.Popen(
             command,
             env=environment,
