@@ -39,6 +39,7 @@ class LaunchRequest:
     backend: str = "auto"
     parallel: str = "auto"
     dtype: str = "auto"
+    head: str = "auto"
     context_length: int | None = None
     concurrency: int | None = None
     host: str = "127.0.0.1"
@@ -94,6 +95,7 @@ def _read_plan(request: LaunchRequest) -> Plan | None:
         "--dtype": request.dtype != "auto",
         "--context": request.context_length is not None,
         "--concurrency": request.concurrency is not None,
+        "--head": request.head != "auto",
     }
     for option, given in contradicting.items():
         if given:
@@ -126,18 +128,22 @@ def _node_names(request: LaunchRequest, plan: Plan | None) -> Sequence[str]:
 def _make_plan(request: LaunchRequest, folder: Path, nodes: Sequence[Node]) -> Plan:
     from dataclasses import replace
 
-    from k2cli.planning.planner import make_plan
+    from k2cli.planning.planner import make_plan, make_roomy_plan
 
-    known = {node.name: node for node in nodes}
-    memory = {name: node.memory() for name, node in known.items()}
-    plan = make_plan(
-        str(folder),
-        [memory[node.name] for node in nodes],
-        strategy=request.parallel,
-        context_length=request.context_length,
-        concurrency=request.concurrency or 1,
-        dtype=request.dtype,
-    )
+    known = {node.name: node.memory() for node in {node.name: node for node in nodes}.values()}
+    memory = [known[node.name] for node in nodes]
+    wishes = {"strategy": request.parallel, "dtype": request.dtype, "head": request.head}
+    context = request.context_length
+    if request.concurrency is None:
+        plan = make_roomy_plan(str(folder), memory, context_length=context, **wishes)
+    else:
+        plan = make_plan(
+            str(folder),
+            memory,
+            context_length=context,
+            concurrency=request.concurrency,
+            **wishes,
+        )
     return replace(plan, model=replace(plan.model, reference=request.model))
 
 
@@ -260,9 +266,7 @@ def _http_port(leader: Node, host: str, wanted: int | None) -> int:
     holder = leader.port_holder(host, wanted)
     if holder is not None:
         free = leader.choose_port(host, DEFAULT_HTTP_PORT)
-        raise K2Error(
-            f"port {wanted} of {leader.name} cannot be used: {holder}", f"--port {free}"
-        )
+        raise K2Error(f"port {wanted} of {leader.name} cannot be used: {holder}", f"--port {free}")
     return wanted
 
 

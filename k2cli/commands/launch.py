@@ -42,6 +42,14 @@ class FloatType(StrEnum):
     float16 = "float16"
 
 
+class Head(StrEnum):
+    """Whether tensor slices cut the vocabulary-sized head too."""
+
+    auto = "auto"
+    replicated = "replicated"
+    sharded = "sharded"
+
+
 def launch(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Alias, Hub repository, folder or .gguf file.")
@@ -64,8 +72,11 @@ def launch(
         int | None, typer.Option(help="Tokens per sequence. Default: as in plan-memory.")
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(help="Sequences held at a time. Default: 1.")
+        int | None, typer.Option(help="Sequences held at a time. Default: what fits, at most 8.")
     ] = None,
+    head: Annotated[
+        Head, typer.Option(help="Output head of tensor slices; auto: sharded where it can be.")
+    ] = Head.auto,
     host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(help="Port of the API. Default: 8080 or the next free one.")
@@ -106,6 +117,7 @@ def launch(
         backend=backend,
         parallel=parallel,
         dtype=dtype,
+        head=head,
         context_length=context,
         concurrency=concurrency,
         host=host,

@@ -87,6 +87,47 @@ def make_plan(
     )
 
 
+ROOMY_CONCURRENCY = (8, 4, 2)
+"""Sequences that a launch makes room for if nobody says how many, as far as they fit."""
+
+
+def make_roomy_plan(
+    model: str,
+    nodes: Sequence[NodeMemory],
+    *,
+    strategy: WantedStrategy | str = "auto",
+    context_length: int | None = None,
+    dtype: str = "auto",
+    head: str = "auto",
+) -> Plan:
+    """``make_plan`` for as many sequences as fit, up to 8, without a smaller prefill chunk.
+
+    A request without a token limit may come to fill the whole context, so with room for a single
+    sequence, requests would have to wait for each other.
+    """
+
+    def plan_for(concurrency: int) -> Plan:
+        return make_plan(
+            model,
+            nodes,
+            strategy=strategy,
+            context_length=context_length,
+            concurrency=concurrency,
+            dtype=dtype,
+            head=head,
+        )
+
+    alone = plan_for(1)
+    if not alone.fits:
+        return alone
+    for concurrency in ROOMY_CONCURRENCY:
+        plan = plan_for(concurrency)
+        same_chunk = plan.request.prefill_chunk_tokens >= alone.request.prefill_chunk_tokens
+        if plan.fits and same_chunk and plan.placement == alone.placement:
+            return plan
+    return alone
+
+
 def _check_request(
     nodes: Sequence[NodeMemory], strategy: str, concurrency: int, dtype: str, head: str
 ) -> None:
