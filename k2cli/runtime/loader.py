@@ -1,9 +1,10 @@
 """Loads a rank's part of a checkpoint: lazily opened, cut, then read tensor by tensor.
 
-A parameter that is a stored tensor, or a slice of one, is read by ranges of its file into memory
-of its own. One that is made of stored tensors in another way (experts stacked, fp8 expanded) is
-evaluated by mlx, which then reads those tensors whole. Either way one parameter at a time, so that
-the memory in use never exceeds what is loaded, plus one parameter and what it is made from.
+A parameter that is a slice of a stored tensor, or a large one whole, is read by ranges of its file
+into memory of its own. One that is made of stored tensors in another way (experts stacked, fp8
+expanded) is evaluated by mlx, which then reads those tensors whole. Either way one parameter at a
+time, so that the memory in use never exceeds what is loaded, plus one parameter and what it is made
+from.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mlx.utils import tree_flatten
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import DTYPE_BITS, Checkpoint, StoredTensor, read_checkpoint
 from k2cli.runtime.protocol import Assignment, HeldTensor
-from k2cli.runtime.tensor_reader import TensorReader, can_read
+from k2cli.runtime.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, part_slices
@@ -86,7 +87,7 @@ def _open_tensors(checkpoint: Checkpoint) -> dict[str, mx.array]:
 class _OpenPart:
     """A rank's part before it is read.
 
-    ``origins`` are those of the parameters that can be read by ranges, by the parameter's name;
+    ``origins`` are those of the parameters to read by ranges, by the parameter's name;
     ``whole_sizes`` are those of the whole model's parameters as stored: bytes, and bytes of one
     element.
     """
@@ -157,7 +158,7 @@ def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _O
         name: _Origin(unchanged[taken.source], taken)
         for name, taken in slices.items()
         if taken.source in unchanged
-        and can_read(unchanged[taken.source])
+        and suits(unchanged[taken.source], taken)
         and taken.result_shape == tuple(part[name].shape)
     }
     return _OpenPart(stage, origins, whole_sizes)

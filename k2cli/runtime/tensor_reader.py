@@ -85,9 +85,15 @@ class Layout:
         return min(gaps) < _SHORTEST_GAP_BYTES
 
 
-def can_read(tensor: StoredTensor) -> bool:
-    """Whether mlx holds such a tensor as it is stored."""
-    return tensor.dtype in _READABLE_TYPES and tensor.nbytes > 0
+def suits(tensor: StoredTensor, part: AxisSlice) -> bool:
+    """Whether a slice is better read here than by mlx.
+
+    mlx must hold such elements as they are stored. Whole tensors it reads as fast; what is gained
+    there is that progress is told within large ones, while a small one costs 0.2 ms more.
+    """
+    if tensor.dtype not in _READABLE_TYPES or tensor.nbytes == 0:
+        return False
+    return not part.is_whole or tensor.nbytes > _JOB_BYTES
 
 
 def layout_of(tensor: StoredTensor, part: AxisSlice) -> Layout:
@@ -135,7 +141,7 @@ class TensorReader:
         """A slice of a stored tensor, evaluated.
 
         Args:
-            tensor: one that ``can_read``.
+            tensor: of elements that mlx holds as they are stored; not empty.
             part: a slice of an array of the tensor's shape.
             on_bytes: told, from time to time, how many bytes of the slice are there.
 

@@ -150,6 +150,20 @@ def test_parts_are_cast_as_mlx_casts(checkpoint: Path, strategy: str, size: int)
     _check(assignments(checkpoint, strategy, size, dtype="float32")[-1])
 
 
+def test_a_slice_never_has_its_whole_in_memory(toy_k2: Path) -> None:
+    for assignment in assignments(toy_k2, "tensor", 2, dtype="checkpoint"):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        part = _load(assignment)
+        assert mx.get_peak_memory() - before < part.weights_bytes + 65_536
+        largest = max(tensor.nbytes for tensor in part.held)
+        mx.reset_peak_memory()
+        del part
+        before = mx.get_active_memory()
+        cast = _load(msgspec.structs.replace(assignment, dtype="float32"))
+        assert mx.get_peak_memory() - before < cast.weights_bytes + largest + 65_536
+
+
 def test_slices_of_leading_axes_are_read_alone(tmp_path: Path) -> None:
     """With rows long enough, a rank of two reads what it holds and no more."""
     config = QWEN3 | {

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from k2cli.sharding.placement import Placement, RankPlacement
+from k2cli.sharding.placement import HeadPlacement, Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, follow, part_slices
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import parameters, trace_model, trace_rank
@@ -90,11 +90,12 @@ def test_what_cannot_be_exported_makes_everything_unknown_and_errors_pass() -> N
         follow(uneven, {"x": mx.zeros((4, 4))})
 
 
+@pytest.mark.parametrize("head", ["replicated", "sharded"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_all_of_k2_is_found_without_allocating_any_of_it(size: int) -> None:
+def test_all_of_k2_is_found_without_allocating_any_of_it(size: int, head: HeadPlacement) -> None:
     config: dict[str, Any] = json.loads((CONFIGS / "k2-mlx-4bit" / "config.json").read_text())
     parts = tuple(RankPlacement(rank, f"n{rank}", (0, 61)) for rank in range(size))
-    placement = Placement("tensor", parts)
+    placement = Placement("tensor", parts, head)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     ranks = [
