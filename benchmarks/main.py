@@ -18,7 +18,7 @@ from benchmarks import processes
 from benchmarks.checkpoints import LARGE_TOY, SMALL_TOY, copy_in_float32, make_toy
 from benchmarks.comparison import Comparison, compare, say
 from benchmarks.loading import loading_rows
-from benchmarks.report import Row, document, heading, into_document, table
+from benchmarks.report import Row, document, heading, into_document, merged, rows_of, table
 from benchmarks.sides import K2Engine, K2Server, MlxLibrary, MlxServer, Setting, Strategy
 from benchmarks.statistics import ratios
 from benchmarks.work import (
@@ -59,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     processes.prefer(os.getpid(), options.niceness)
     # Short-lived state lies elsewhere: run folders have sockets, whose paths must be short.
     with tempfile.TemporaryDirectory(prefix="k2-bench-") as folder:
-        rows: list[Row] = []
+        rows: list[Row] = _earlier_rows(options)
         for measure in _measurements(options, Path(folder)):
-            rows += measure()
-            _write(options, [*rows, *_derived(rows)])
+            rows = merged(rows, measure())
+            _write(options, merged(rows, _derived(rows)))
     return 0
 
 
@@ -74,7 +74,12 @@ def _options(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--output", type=Path, default=Path(".k2/benchmarks"), metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="small toy only; under 3 minutes")
     parser.add_argument("--rounds", type=int, help="how often each work is measured")
-    parser.add_argument("--only", default="", metavar="TEXT", help="comparisons whose name has it")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="only comparisons whose name has it; other rows in FOLDER stay",
+    )
     parser.add_argument("--docs", type=Path, metavar="FILE", help="put the table into this file")
     parser.add_argument("--models", type=Path, help="where checkpoints are kept for another time")
     parser.add_argument(
@@ -95,6 +100,12 @@ def _options(arguments: Sequence[str] | None) -> Options:
         models.resolve(),
         given.niceness,
     )
+
+
+def _earlier_rows(options: Options) -> list[Row]:
+    """With ``--only``, what an earlier run into the same folder has measured of the rest."""
+    path = options.output / "benchmark.json"
+    return rows_of(json.loads(path.read_text())) if options.only and path.is_file() else []
 
 
 def _measurements(options: Options, folder: Path) -> list[Callable[[], list[Row]]]:

@@ -115,6 +115,25 @@ def heading(options: dict[str, Any]) -> str:
     )
 
 
+def rows_of(found: dict[str, Any]) -> list[Row]:
+    """The rows of a document."""
+    rows = []
+    for fields in found["rows"]:
+        summaries = {
+            name: Summary(**fields[name] | {"samples": tuple(fields[name]["samples"])})
+            for name in ("ours", "theirs", "ratio")
+        }
+        rows.append(Row(**fields | summaries))
+    return rows
+
+
+def merged(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Earlier rows, each replaced by the new one of the same work, and the new ones after them."""
+    new = {(row.model, row.placement, row.work): row for row in rows}
+    kept = [new.pop((row.model, row.placement, row.work), row) for row in earlier]
+    return [*kept, *new.values()]
+
+
 def into_document(text: str, generated: str) -> str:
     """Replace what stands between the two marks.
 

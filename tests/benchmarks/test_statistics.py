@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
-from benchmarks.report import BEGIN, END, Row, into_document, table
+from benchmarks.report import (
+    BEGIN,
+    END,
+    Row,
+    document,
+    into_document,
+    merged,
+    rows_of,
+    table,
+)
 from benchmarks.statistics import (
     Answer,
     decode_rate,
@@ -67,3 +79,11 @@ def test_table_goes_between_its_marks_and_nowhere_else() -> None:
     assert into_document(page, "new \\1") == f"before\n{BEGIN}\n\nnew \\1\n\n{END}\nafter \\1\n"
     with pytest.raises(ValueError, match="one"):
         into_document("no marks", "new")
+
+
+def test_a_part_measured_again_replaces_its_rows_and_no_others() -> None:
+    old = [_row(0.9, 1.0), replace(_row(0.8, None), work="prefill")]
+    read = rows_of(json.loads(json.dumps(document(old, {}))))
+    assert read == old
+    new = [_row(1.2, 1.0), replace(_row(1.0, None), model="other")]
+    assert merged(read, new) == [new[0], old[1], new[1]]
