@@ -36,10 +36,11 @@ from k2cli.runtime.steps import Step, StepQueue
 # While answers are running, a prompt chunk may hold them up for about this long; and in any case
 # a chunk should not last so long that a cancellation or a watchdog has to wait for it.
 STALL_SECONDS = 0.5
-CHUNK_SECONDS = 5.0
+CHUNK_SECONDS = 2.5
 LEAST_CHUNK_TOKENS = 32
-# The first chunk of a run, before its rate is known.
-FIRST_CHUNK_TOKENS = 512
+# The first chunk of a run, before its rate is known: 512 tokens of the demo model take a CPU a
+# minute, and the watchdog gives a step ten seconds.
+FIRST_CHUNK_TOKENS = LEAST_CHUNK_TOKENS
 
 
 class Engine:
