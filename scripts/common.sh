@@ -96,5 +96,6 @@ install_k2() {
   say "installing k2 into .venv (the first time takes a minute or two)"
   printf '$ pip install --editable "%s"\n' "$target"
   .venv/bin/python -m pip install --quiet --editable "$target"
+  rm -rf k2cli.egg-info  # a leftover of the build; what counts lies in .venv
   printf '%s' "$wanted" >"$marker"
 }
