@@ -72,12 +72,16 @@ def describe_status(status: int) -> str:
 
 
 def rank_to_blame(command: GuardCommand, last_lines: Sequence[str]) -> int | None:
-    """The rank whose guard ended first, from what mpirun said last; None if that is not told."""
+    """The rank whose guard ended first, of those that a process brought up; None if none did.
+
+    Where mpirun says that one of its processes ended, and no guard has reported anything, it was
+    the leader's: it alone reports, and the others only followed it.
+    """
     if len(command.ranks) == 1:
         return command.ranks[0]
-    match = re.search(r"process rank (\d+) with PID", " ".join(last_lines))
-    rank = int(match.group(1)) if match else None
-    return rank if rank in command.ranks else None
+    said = " ".join(last_lines)
+    ended = re.search(r"process rank \d+ with PID|Process name: \[\S+,\d+\]", said)
+    return command.ranks[0] if ended else None
 
 
 def describe_exit(command: GuardCommand, status: int, rank: int | None) -> str:
@@ -95,7 +99,10 @@ def failure_of(record: RunRecord) -> ClusterError:
     failure = record.failure
     if failure is None or failure.rank is None:
         return ClusterError(f"{record.run_id} failed: {record.cause}", hint)
-    status = "" if failure.exit_status is None else f" ({describe_status(failure.exit_status)})"
+    status = ""
+    if failure.exit_status is not None:
+        words = describe_status(failure.exit_status)
+        status = "" if words.split()[-1] in failure.cause else f" ({words})"
     return ClusterError(
         f"rank {failure.rank} on {failure.node} failed{status}: {failure.cause}", hint
     )

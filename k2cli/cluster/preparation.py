@@ -204,7 +204,7 @@ def _write_run(
             folder=folder,
             backend=backend,
             model_name=model_name,
-            http=HttpEndpoint(request.host, port, api_key),
+            http=HttpEndpoint(request.host, port, api_key, next_port_will_do=request.port is None),
             deadlines=request.deadlines,
             scratch=str(scratch) if scratch else None,
         ),

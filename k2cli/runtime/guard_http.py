@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import socket
 from collections.abc import Iterator
@@ -19,38 +20,51 @@ from k2cli.runtime.guard_bridge import EngineBridge
 from k2cli.runtime.protocol import Bootstrap, HttpEndpoint
 
 _CLOSE_SECONDS = 2
+_PORTS_TRIED = 100
 
 
-def api_url(endpoint: HttpEndpoint, node: str) -> str:
+def api_url(host: str, port: int, node: str) -> str:
     """The address to give to a client: a wildcard host is replaced by the node's name."""
-    host = endpoint.host
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
         if address.is_unspecified:
             host = node
         elif address.version == 6:
             host = f"[{host}]"
-    return f"http://{host}:{endpoint.port}"
+    return f"http://{host}:{port}"
 
 
-def _listen(endpoint: HttpEndpoint) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(128)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ClusterError(
-            f"the API cannot listen on {endpoint.host}:{endpoint.port}: {error.strerror or error}"
-        ) from error
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
     return listener
+
+
+def _take_port(endpoint: HttpEndpoint) -> tuple[socket.socket, int]:
+    """Bind the endpoint's port, or a later one if that will do and the first is taken by now.
+
+    Raises:
+        ClusterError: if no port can be had.
+    """
+    last = endpoint.port + (_PORTS_TRIED if endpoint.next_port_will_do else 0)
+    for port in range(endpoint.port, last + 1):
+        try:
+            return _listen(endpoint.host, port), port
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or port == last:
+                raise ClusterError(
+                    f"the API cannot listen on {endpoint.host}:{port}: {error.strerror or error}"
+                ) from error
+    raise AssertionError("the last port either binds or raises")
 
 
 def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> Any:
@@ -98,16 +112,17 @@ class ApiServer:
         self._endpoint = endpoint
         self._listener: socket.socket | None = None
         self._server: Any = None
-        self.url = api_url(endpoint, bootstrap.assignment.nodes[0])
+        self.url = ""
         self.answering = asyncio.Event()
 
     def bind(self) -> None:
-        """Take the port.
+        """Take the port, which decides ``url``.
 
         Raises:
             ClusterError: if it is taken, or the address is not this machine's.
         """
-        self._listener = _listen(self._endpoint)
+        self._listener, port = _take_port(self._endpoint)
+        self.url = api_url(self._endpoint.host, port, self._bootstrap.assignment.nodes[0])
 
     async def serve(self) -> None:
         """Serve until ``close``.

@@ -44,11 +44,15 @@ class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the leader's guard serves the API. ``api_key`` None means no key is asked for."""
+    """Where the leader's guard serves the API. ``api_key`` None means no key is asked for.
+
+    ``next_port_will_do``: the user named no port, so one that was taken meanwhile is passed over.
+    """
 
     host: str
     port: int
     api_key: str | None = None
+    next_port_will_do: bool = False
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

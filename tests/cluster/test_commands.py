@@ -139,7 +139,7 @@ def test_a_rank_killed_at_work_breaks_off_its_requests_and_ends_the_launch(toy_k
         assert "rank 1 on localhost failed" in received
         assert process.wait(GONE_SECONDS) == 5
     message = "".join(lines)
-    assert "error: rank 1 on localhost failed (was killed by SIGKILL)" in message
+    assert "error: rank 1 on localhost failed: it was killed by SIGKILL" in message
     assert f"hint: k2 logs {run['run_id']}" in message
     assert agent.processes_of_run(run["run_id"]) == []
     assert runs()[0]["failure"]["exit_status"] == -signal.SIGKILL

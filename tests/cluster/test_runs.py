@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from k2cli.cluster.runs import (
     read_record,
     save_record,
 )
+from k2cli.cluster.stopping import stop_run
 from k2cli.errors import K2Error
 
 
@@ -95,6 +97,20 @@ def test_without_a_supervisor_but_with_processes_a_run_is_orphaned() -> None:
         assert agent.kill_run(record.run_id) == []
         assert process.wait(5) == -9
     assert list_runs()[0].state == "lost"
+
+
+def test_stopping_an_orphaned_run_ends_what_remains() -> None:
+    record = replace(make_record(), pid=2**22 + 1)
+    save_record(record)
+    command = [sys.executable, "-X", "k2cli.runtime", "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen([*command, "--run", record.run_id]) as process:
+        while not agent.processes_of_run(record.run_id):
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGSTOP)
+        report = stop_run(list_runs()[0])
+        assert process.wait(5) == -9
+    assert (report.state, report.killed) == ("stopped", 1)
+    assert list_runs()[0].state == "stopped"
 
 
 def test_a_shell_that_mentions_a_run_is_not_part_of_it() -> None:
