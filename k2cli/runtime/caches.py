@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import zlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,29 +33,41 @@ class Batch:
 
 @dataclass(slots=True)
 class CacheTable:
-    """All caches of a rank."""
+    """All caches of a rank, and which tokens they are of: the keys that ranks must agree on."""
 
     stage: Stage
     sequences: dict[int, LayerCaches] = field(default_factory=dict)
     batches: dict[int, Batch] = field(default_factory=dict)
     prefixes: dict[int, LayerCaches] = field(default_factory=dict)
+    _tokens: dict[int, array[int]] = field(default_factory=dict)
+    _prefix_tokens: dict[int, array[int]] = field(default_factory=dict)
 
     def open(self, sequence: int, prefix: int | None, kept_tokens: int) -> None:
         """A cache for a sequence: empty, or a copy of the first tokens of a kept prefix."""
         if prefix is None:
+            self._tokens[sequence] = array("i")
             self.sequences[sequence] = self.stage.make_local_cache()
             return
+        self._tokens[sequence] = self._prefix_tokens[prefix][:kept_tokens]
         caches = copy.deepcopy(self.prefixes[prefix])
         for cache in caches:
             if cache.size() > kept_tokens:
                 cache.trim(cache.size() - kept_tokens)
         self.sequences[sequence] = caches
 
+    def feed(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Note that a sequence's cache now holds these tokens too."""
+        self._tokens[sequence].extend(tokens)
+
     def close(self, sequence: int, keep_as: int | None) -> None:
         """Drop a sequence's cache, or keep it as a prefix."""
-        caches = self.sequences.pop(sequence)
+        self._settle(sequence, self.sequences.pop(sequence), keep_as)
+
+    def _settle(self, sequence: int, caches: LayerCaches, keep_as: int | None) -> None:
+        tokens = self._tokens.pop(sequence)
         if keep_as is not None:
             self.prefixes[keep_as] = caches
+            self._prefix_tokens[keep_as] = tokens
 
     def join(self, batch: int, sequence: int) -> None:
         """Make a sequence the last row of a batch."""
@@ -102,11 +117,11 @@ class CacheTable:
             wanted = keep_as is not None or move_to is not None
             own = [cache.extract(row) for cache in source.caches] if wanted else []
             self._remove_row(source, row)
-        if keep_as is not None:
-            self.prefixes[keep_as] = own
-        elif move_to is not None:
+        if move_to is not None:
             self.sequences[sequence] = own
             self.join(move_to, sequence)
+        else:
+            self._settle(sequence, own, keep_as)
 
     @staticmethod
     def _remove_row(source: Batch, row: int) -> None:
@@ -121,22 +136,30 @@ class CacheTable:
 
     def drop_prefix(self, prefix: int) -> None:
         """Forget a kept prefix."""
-        del self.prefixes[prefix]
+        del self.prefixes[prefix], self._prefix_tokens[prefix]
         mx.clear_cache()
 
     def digest(self, step: int) -> str:
         """SHA-256 (hex, 16 digits) over what this rank believes to hold after a step.
 
-        Equal on every rank: it covers the step, ids and row order, never sizes in bytes, which
-        differ between stages.
+        Equal on every rank: it covers the step, the tokens of every sequence and kept prefix, and
+        the rows of every batch; never sizes in bytes, which differ between stages.
         """
         state = (
             step,
-            sorted(self.sequences),
+            [(sequence, *_checksum(self._tokens[sequence])) for sequence in sorted(self._tokens)],
             sorted((batch, tuple(entry.rows)) for batch, entry in self.batches.items()),
-            sorted(self.prefixes),
+            [
+                (prefix, *_checksum(tokens))
+                for prefix, tokens in sorted(self._prefix_tokens.items())
+            ],
         )
         return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
+def _checksum(tokens: array[int]) -> tuple[int, int]:
+    """How many tokens, and which: their CRC-32."""
+    return len(tokens), zlib.crc32(tokens)
 
 
 def _merge(caches: list[Any]) -> Any:

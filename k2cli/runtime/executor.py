@@ -86,6 +86,7 @@ class Executor:
             case Decode():
                 return self._decode(decision, chosen)
             case Prefill(sequence=sequence, tokens=tokens):
+                self.caches.feed(sequence, tokens)
                 self._prefill(mx.array([tokens], dtype=mx.int32), self.caches.sequences[sequence])
             case PrefillTogether():
                 self._prefill_together(decision)
@@ -118,12 +119,16 @@ class Executor:
         lengths = [len(tokens) for tokens in decision.tokens]
         longest = max(lengths)
         padded = [[0] * (longest - len(tokens)) + tokens for tokens in decision.tokens]
+        for sequence, tokens in zip(decision.sequences, decision.tokens, strict=True):
+            self.caches.feed(sequence, tokens)
         caches = self.caches.open_together(lengths)
         self._prefill(mx.array(padded, dtype=mx.int32), caches)
         self.caches.join_together(decision.batch, decision.sequences, caches)
 
     def _decode(self, step: Decode, chosen: mx.array | None) -> StepResult:
         batch = self.caches.batches[step.batch]
+        for sequence, token in zip(batch.rows, step.tokens, strict=False):
+            self.caches.feed(sequence, [token])
         tokens = mx.array(step.tokens, dtype=mx.int32) if chosen is None else chosen
         arrived = self._receive(tokens.size, 1)
         output = self.stage.forward(tokens[:, None], self.stage.complete(batch.caches), arrived)
