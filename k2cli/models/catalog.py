@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,17 @@ class WheelSource:
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """One alias. ``config_folder`` holds the model's shape where k2 carries it."""
+    """One alias. ``config_folder`` holds the model's shape where k2 carries it.
+
+    ``sampling`` are the makers' suggestions, where the files themselves have none.
+    """
 
     alias: str
     description: str
     source: HubSource | WheelSource
     stored_bytes: int | None
     config_folder: Path | None
+    sampling: Mapping[str, float]
 
 
 @functools.cache
@@ -65,4 +70,5 @@ def _entry(alias: str, fields: dict[str, Any]) -> CatalogEntry:
         source,
         fields.get("stored_bytes"),
         _FOLDER / "configs" / config if config else None,
+        fields.get("sampling", {}),
     )

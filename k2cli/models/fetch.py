@@ -185,6 +185,7 @@ def _convert(gguf: Path, folder: Path, source: dict[str, Any], on_event: OnEvent
         gguf,
         folder,
         progress=lambda done, total: on_event(BytesDone(done, total)),
+        sampling=source.get("sampling"),
         extra_files={SOURCE_NAME: json.dumps(source, indent=1) + "\n"},
     )
 

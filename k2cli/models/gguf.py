@@ -7,7 +7,7 @@ is the same model and no larger. The folder appears at once and complete, or not
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ def convert_gguf(
     *,
     progress: Progress | None = None,
     extra_files: dict[str, str] | None = None,
+    sampling: Mapping[str, float] | None = None,
 ) -> Path:
     """Convert ``path`` into a new checkpoint at ``folder`` and return the folder.
 
@@ -57,6 +58,7 @@ def convert_gguf(
         folder: where the checkpoint goes; must not exist.
         progress: told of the bytes of the GGUF that are converted.
         extra_files: further text files for the folder, by name.
+        sampling: suggestions such as ``temperature``, for generation_config.json.
 
     Raises:
         K2Error: if the file is damaged or of a kind that cannot be imported, or the disk is full.
@@ -75,6 +77,7 @@ def convert_gguf(
         ]
         config = llama_config(file, shape, names) | _quantization(conversions)
         documents = {"config.json": config} | tokenizer_files(file, shape.vocabulary)
+        documents["generation_config.json"] |= dict(sampling or {})
         specs = [spec for conversion in conversions for spec in conversion.specs]
         with folder_being_made(folder) as temporary:
             for name, document in documents.items():

@@ -117,7 +117,8 @@ def conversion_source(reference: ModelReference) -> dict[str, Any] | None:
     A digest where the catalog pins one, else the file's path, size and time of change.
     """
     if reference.entry is not None and isinstance(reference.entry.source, WheelSource):
-        return {"sha256": reference.entry.source.member_sha256}
+        digest = reference.entry.source.member_sha256
+        return {"sha256": digest, "sampling": dict(reference.entry.sampling)}
     if reference.path is None or not reference.path.is_file():
         return None
     status = reference.path.stat()

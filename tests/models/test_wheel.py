@@ -103,7 +103,7 @@ def test_another_file_than_the_pinned_one_is_refused(
 @pytest.fixture
 def packed(source: catalog.WheelSource, monkeypatch: pytest.MonkeyPatch) -> catalog.WheelSource:
     """The wheel as an alias of the catalog, ``pack``."""
-    entry = catalog.CatalogEntry("pack", "for tests", source, None, None)
+    entry = catalog.CatalogEntry("pack", "for tests", source, None, None, {"temperature": 0.5})
     monkeypatch.setitem(catalog.catalog(), "pack", entry)
     return source
 
