@@ -174,7 +174,7 @@ def _model(options: Options, name: str) -> tuple[Path, Subject]:
             folder = make_toy(options.models / "toy-k2-large", LARGE_TOY)
             return folder, Subject("toy K2, large", toy_prompt, 32, 256)
         case _:
-            return _demo(options), Subject("demo", english_prompt, 24, 96)
+            return _demo(options), Subject("demo", english_prompt, 12, 96)
 
 
 def _demo(options: Options) -> Path:

@@ -188,6 +188,8 @@ class MlxServer:
                     command,
                     setting.folder / f"mlx-{rank}.log",
                     environment if setting.ranks > 1 else None,
+                    # As k2's guards: else it would start with the priority of this process.
+                    start_new_session=True,
                 )
             )
         processes.wait_until(self._listens, "mlx_lm.server", self._processes)
@@ -347,6 +349,7 @@ class MlxLibrary:
             {"PYTHONPATH": str(_ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         _first_answer(self)
         seconds = time.perf_counter() - started
