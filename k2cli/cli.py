@@ -84,14 +84,13 @@ def _report_bug(error: Exception) -> int:
     if debug_enabled():
         sys.stderr.write(report)
     path = state_directory() / "crash.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report)
-    print_error(
-        InternalError(
-            f"internal error: {type(error).__name__}: {error}",
-            f"the traceback is in {path}; K2_DEBUG=1 shows it",
-        )
-    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(report)
+        where = f"the traceback is in {path}; K2_DEBUG=1 shows it"
+    except OSError as failure:
+        where = f"K2_DEBUG=1 shows the traceback; {path} cannot be written: {failure.strerror}"
+    print_error(InternalError(f"internal error: {type(error).__name__}: {error}", where))
     return InternalError.exit_code
 
 
