@@ -57,13 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     processes.prefer(os.getpid(), options.niceness)
+    try:
+        _measure_all(options)
+    finally:
+        # The group is the whole session: the shell that this was started from, too.
+        if options.niceness:
+            processes.reset_preference(os.getpid())
+    return 0
+
+
+def _measure_all(options: Options) -> None:
     # Short-lived state lies elsewhere: run folders have sockets, whose paths must be short.
     with tempfile.TemporaryDirectory(prefix="k2-bench-") as folder:
         rows: list[Row] = _earlier_rows(options)
         for measure in _measurements(options, Path(folder)):
             rows = merged(rows, measure())
             _write(options, merged(rows, _derived(rows)))
-    return 0
 
 
 def _options(arguments: Sequence[str] | None) -> Options:

@@ -91,6 +91,13 @@ def prefer(pid: int, niceness: int) -> None:
         group.write_text(str(niceness))
 
 
+def reset_preference(pid: int) -> None:
+    """Give a scheduling group its usual place again."""
+    group = Path(f"/proc/{pid}/autogroup")
+    if group.exists():
+        group.write_text("0")
+
+
 def hold(pids: Iterable[int]) -> None:
     """Stop processes in their tracks, so that they take nothing from what is measured."""
     for pid in pids:
