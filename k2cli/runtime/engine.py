@@ -38,6 +38,11 @@ from k2cli.runtime.steps import Step, StepQueue
 STALL_SECONDS = 0.5
 CHUNK_SECONDS = 2.5
 LEAST_CHUNK_TOKENS = 32
+# In a pipeline a prompt is cut into several chunks per stage, so that stages overlap: with m
+# chunks, s stages take (m + s - 1) / m times one stage's work. A chunk of fewer tokens than this
+# is not worth reading the weights for.
+CHUNKS_PER_STAGE = 4
+LEAST_OVERLAP_TOKENS = 256
 # The first chunk of a run, before its rate is known: 512 tokens of the demo model take a CPU a
 # minute, and the watchdog gives a step ten seconds.
 FIRST_CHUNK_TOKENS = LEAST_CHUNK_TOKENS
@@ -74,12 +79,12 @@ class Engine:
         self._context_length = context_length
         self._chunk = prefill_chunk_tokens
         self._looks_ahead = size == 1
+        self._stages = stages
         self._window = 2 if self._looks_ahead else stages
         self._turn = 0
         self._prefill_credit = prefill_chunk_tokens
         self._prefill_rate = 0.0
         self._last_started: dict[int, int] = {}
-        self._last_completion = 0.0
 
     # --- what the worker calls -------------------------------------------------------------------
 
@@ -147,6 +152,8 @@ class Engine:
             self._turn = 0
             self._prefill_credit = self._chunk_tokens()
         if prefilling and (not ready or self._prefill_credit > 0):
+            if self._looks_ahead and self._queue.computing:
+                return False  # a chunk is computed at once: tokens must not wait for it
             self._start_prefill()
             return True
         if not ready:
@@ -172,11 +179,18 @@ class Engine:
             self._start_prefill_together(together)
             return
         row = self._roster.prefilling[0]
-        count = min(row.prefill_left, limit)
+        count = min(row.prefill_left, limit, self._overlapping_chunk(row))
         tokens = row.request.prompt[row.computed : row.computed + count]
         row.computed += count
         self._prefill_credit -= count
         self._queue.submit(Prefill(self.next_number, row.sequence, tokens), [row])
+
+    def _overlapping_chunk(self, row: Running) -> int:
+        """The largest chunk of a prompt that still keeps all pipeline stages at work on it."""
+        if self._stages == 1:
+            return row.prefill_left
+        pieces = CHUNKS_PER_STAGE * self._stages
+        return max(LEAST_OVERLAP_TOKENS, -(-len(row.request.prompt) // pieces))
 
     def _short_prompts(self, limit: int) -> list[Running]:
         """Fresh prompts for the first one's batch that fit one chunk together, with padding."""
@@ -239,20 +253,18 @@ class Engine:
         now = time.monotonic()
         match step.decision:
             case Prefill(tokens=tokens):
-                self._prefilled(step, len(tokens), now)
+                self._prefilled(step, len(tokens))
             case PrefillTogether(tokens=prompts):
-                self._prefilled(step, len(prompts) * max(map(len, prompts)), now)
+                self._prefilled(step, len(prompts) * max(map(len, prompts)))
             case Decode(step=number):
                 assert step.result is not None
                 if step.result.state_digest:
                     self._agreement.expect(number, step.result.state_digest)
                 self._decoded(step, now)
-        self._last_completion = now
 
-    def _prefilled(self, step: Step, count: int, now: float) -> None:
-        elapsed = now - max(self._last_completion, step.rows[0].started_at)
-        if elapsed > 0:
-            rate = count / elapsed
+    def _prefilled(self, step: Step, count: int) -> None:
+        if step.seconds > 0:
+            rate = count / step.seconds
             self._prefill_rate = 0.5 * (self._prefill_rate or rate) + 0.5 * rate
         for row in step.rows:
             if not row.ended:

@@ -108,6 +108,7 @@ class Executor:
         rows, length = tokens.shape
         arrived = self._receive(rows, length)
         output = self.stage.forward(tokens, self.stage.complete(caches), arrived)
+        self._wait_for(arrived)
         # Layer by layer: bounds each evaluation, and shows the guard that work gets on.
         for entry in caches:
             mx.eval(entry.state)
@@ -132,6 +133,7 @@ class Executor:
         tokens = mx.array(step.tokens, dtype=mx.int32) if chosen is None else chosen
         arrived = self._receive(tokens.size, 1)
         output = self.stage.forward(tokens[:, None], self.stage.complete(batch.caches), arrived)
+        self._wait_for(arrived)
         computed = output[:, -1] if self.stage.is_last else output
         if not self.stage.is_last:
             self._send(computed)
@@ -144,22 +146,27 @@ class Executor:
         )
 
     def _receive(self, rows: int, length: int) -> mx.array | None:
-        """Hidden states from the stage before: ``[rows, length, width]``."""
+        """Hidden states from the stage before, lazily: ``[rows, length, width]``."""
         if self.stage.is_first:
             return None
         assert self._group is not None
-        arrived = mx.distributed.recv(
+        return mx.distributed.recv(
             (rows, length, self.stage.width),
             self.stage.dtype,
             self._group.rank() + 1,
             group=self._group,
             stream=self._transfers,
         )
-        # Waited for here, outside any GPU command buffer: a GPU must not wait for a network.
-        self._advance("waiting")
-        mx.eval(arrived)
-        self._advance("busy")
-        return arrived
+
+    def _wait_for(self, arrived: mx.array | None) -> None:
+        """Wait for hidden states, once the work on them has been laid out.
+
+        They are waited for here and not inside that work: a GPU must not wait for a network.
+        """
+        if arrived is not None:
+            self._advance("waiting")
+            mx.eval(arrived)
+            self._advance("busy")
 
     def _send(self, output: mx.array) -> None:
         """Start sending hidden states ``[rows, length, width]`` to the next stage."""

@@ -8,6 +8,7 @@ can be on their way, and every stage has work.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +23,16 @@ from k2cli.runtime.requests import Running
 
 @dataclass(slots=True)
 class Step:
-    """A decision, the requests that it computes, and what came of it."""
+    """A decision, the requests that it computes, and what came of it.
+
+    ``seconds`` is how long it took here to carry it out; of a decode, to lay it out.
+    """
 
     decision: Decision
     rows: list[Running] = field(default_factory=list)
     result: StepResult | None = None
     chosen: mx.array | None = None
+    seconds: float = 0.0
 
     @property
     def computes(self) -> bool:
@@ -119,7 +124,9 @@ class StepQueue:
         return result
 
     def _carry_out(self, step: Step, chosen: mx.array | None) -> None:
+        started = time.monotonic()
         step.result = self._executor.carry_out(step.decision, chosen)
+        step.seconds = time.monotonic() - started
         if step.result.logits is not None and step.rows:
             step.chosen = choose_tokens(step.rows, step.result.logits)
             mx.async_eval(step.chosen)  # type: ignore[no-untyped-call]
