@@ -10,6 +10,7 @@ import pytest
 
 from k2cli.errors import UsageError
 from k2cli.sharding.assemble import build
+from k2cli.sharding.footprint import kv_cache_bytes
 from k2cli.sharding.stage import Stage, cut_stage, make_cache
 from k2cli.sharding.trace import parameters
 
@@ -119,6 +120,25 @@ def test_stages_together_hold_every_parameter_once(name: str) -> None:
     assert first | last == set(parameters(build(config)))
     # Only an embedding that also is the head may be on both.
     assert all("emb" in key or "wte" in key for key in first & last)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("context", [40, 60])
+def test_planned_cache_bytes_are_those_of_filled_caches(name: str, context: int) -> None:
+    """Chunk by chunk as a prefill does, in stages that hold one layer and the others."""
+    config, chunk = CONFIGS[name], 16
+    count = config.get("num_hidden_layers") or config["n_layer"]
+    stages = _stages(config, _parameters(config), [0, 1, count])
+    caches = [stage.make_cache() for stage in stages]
+    for first in range(0, context, chunk):
+        hidden = None
+        tokens = mx.array([[7] * min(chunk, context - first)])
+        for stage, cache in zip(stages, caches, strict=True):
+            hidden = stage.forward(tokens, cache, hidden)
+            mx.eval(hidden)
+    for stage, cache in zip(stages, caches, strict=True):
+        held = sum(int(entry.nbytes) for entry in stage.local(cache))
+        assert kv_cache_bytes(stage, context, chunk) == held
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:
