@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -67,6 +68,16 @@ def _isolated_test(
     with pytest.MonkeyPatch.context() as patch:
         _isolate(patch, tmp_path_factory.mktemp("k2"))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_reaches_children() -> None:
+    """Undo an ignored SIGINT, which a shell gives to what it runs in the background.
+
+    Programs that tests start would inherit it, and could not be interrupted.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --- leftovers ----------------------------------------------------------------------------------
