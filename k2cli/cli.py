@@ -75,6 +75,15 @@ def _first_paragraph(function: Callable[..., object]) -> str:
     return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
 
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: compiled modules turn it into one of their own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _report_bug(error: Exception) -> int:
     """Write the traceback where the user can find it, and say one line."""
     from k2cli.settings import debug_enabled, state_directory
@@ -110,4 +119,4 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        sys.exit(_report_bug(error))
+        sys.exit(EXIT_INTERRUPTED if _is_interrupt(error) else _report_bug(error))

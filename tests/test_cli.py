@@ -146,3 +146,21 @@ def test_a_reader_that_goes_away_is_no_crash() -> None:
         process.wait(timeout=60)
     assert "Traceback" not in errors
     assert "internal error" not in errors
+
+
+def test_an_interrupt_that_a_compiled_module_swallowed_is_still_an_interrupt() -> None:
+    """mlx's initialisation turns Ctrl-C into an ImportError with the interrupt as its cause."""
+    program = """
+from k2cli import cli
+def interrupted(**_):
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as interrupt:
+        raise ImportError("while initializing the extension") from interrupt
+cli.build_app = lambda: interrupted
+cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, "")

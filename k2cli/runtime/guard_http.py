@@ -112,6 +112,7 @@ class ApiServer:
         self._endpoint = endpoint
         self._listener: socket.socket | None = None
         self._server: Any = None
+        self._closing = False
         self.url = ""
         self.answering = asyncio.Event()
 
@@ -132,6 +133,8 @@ class ApiServer:
         """
         assert self._listener is not None
         self._server = await asyncio.to_thread(_build_server, self._bootstrap, self._bridge)
+        if self._closing:
+            return  # while it was made; the listener is closed already
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
         while not self._server.started and not serving.done():
             await asyncio.sleep(0.01)
@@ -140,7 +143,8 @@ class ApiServer:
 
     async def close(self) -> None:
         """Stop taking requests and give the open ones a moment to send what they have."""
-        if self._server is not None and self.answering.is_set():
+        self._closing = True
+        if self._server is not None:
             self._server.should_exit = True
             await asyncio.sleep(0)
         elif self._listener is not None:

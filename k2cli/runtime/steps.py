@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -102,7 +102,7 @@ class StepQueue:
                 return
         self._steps.append(step)
 
-    def complete(self, on_other: Callable[[], None] = lambda: None) -> Step | None:
+    def complete(self) -> Step | None:
         """Complete the oldest computing step, and all that was decided before it."""
         while self._steps:
             step = self._steps.popleft()
@@ -110,7 +110,6 @@ class StepQueue:
                 self._carry_out(step, None)
             if step.computes:
                 return step
-            on_other()
         return None
 
     def now(self, decision: Decision) -> StepResult:

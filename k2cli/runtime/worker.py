@@ -318,8 +318,6 @@ def _kind_of(error: BaseException, text: str) -> _FatalKind:
     """What an error most likely comes of, by what MLX's back ends are known to say."""
     if isinstance(error, MemoryError):
         return "memory"
-    if isinstance(error, ConnectionLost):
-        return "lost peer"
     return next((kind for mark, kind in _MARKS if mark in text.lower()), "internal")
 
 
@@ -327,6 +325,8 @@ def _fatal(error: BaseException) -> Fatal:
     """The last message of a rank."""
     if isinstance(error, K2Error):
         return Fatal(f"{error.message} ({error.hint})" if error.hint else error.message)
+    if isinstance(error, ConnectionLost):
+        return Fatal(f"lost a control connection: {error}", kind="lost peer")
     text = f"{type(error).__name__}: {error}"
     return Fatal(text, "".join(traceback.format_exception(error)), _kind_of(error, text))
 
@@ -348,7 +348,6 @@ def main() -> None:
         link.start_listening(start.deadlines)
         Rank(link, page, start).live()
     except BaseException as error:
-        sys.stderr.write("".join(traceback.format_exception(error)))
         link.send(_fatal(error))
         _end(1)
     page.advance("ending")
