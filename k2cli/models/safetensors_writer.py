@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from k2cli.models.checkpoint import DTYPE_BITS, INDEX_NAME
 
@@ -69,20 +69,38 @@ def _shards(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
     return shards
 
 
-def _write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[NDArray[Any]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    at = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [at, at + spec.nbytes],
+class HeaderEntry(Protocol):
+    """What a header says of a tensor; ``dtype`` is the format's name."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def safetensors_header(tensors: Sequence[HeaderEntry]) -> bytes:
+    """Length and JSON of a safetensors header, padded so that data is aligned to 8 bytes."""
+    fields: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    position = 0
+    for tensor in tensors:
+        fields[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
         }
-        at += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # aligned data can be mapped
+        position += tensor.nbytes
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[NDArray[Any]]) -> None:
     with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.write(safetensors_header(specs))
         for spec in specs:
             data = next(arrays).tobytes()
             if len(data) != spec.nbytes:

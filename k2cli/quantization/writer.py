@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from k2cli.models.checkpoint import INDEX_NAME
+from k2cli.models.safetensors_writer import safetensors_header
 
 MAX_SHARD_BYTES = 5 << 30
 """mlx-lm's own limit: 5 GiB, though it calls them GB."""
@@ -113,7 +112,7 @@ class ShardWriter:
 
     def _reserve(self, number: int, shard: Sequence[OutputTensor]) -> None:
         file = self._files[number]
-        header = shard_header(shard)
+        header = safetensors_header(shard)
         size = len(header)
         for tensor in shard:
             self._places[tensor.name] = _Place(number, size, tensor.nbytes)
@@ -136,19 +135,3 @@ def cut_shards(tensors: Iterable[OutputTensor], shard_bytes: int) -> list[list[O
         shards[-1].append(tensor)
         size += tensor.nbytes
     return shards
-
-
-def shard_header(tensors: Sequence[OutputTensor]) -> bytes:
-    """Length and JSON of a safetensors header, padded so that data is aligned to 8 bytes."""
-    fields: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    position = 0
-    for tensor in tensors:
-        fields[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.nbytes],
-        }
-        position += tensor.nbytes
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
