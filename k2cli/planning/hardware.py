@@ -37,10 +37,13 @@ _THIS = ("this", "localhost")
 
 @dataclass(frozen=True, slots=True)
 class NodeMemory:
-    """One machine's memory, in bytes.
+    """One machine: its memory in bytes, and how fast it reads and computes where that is known.
 
     ``limit_bytes`` is what MLX may use there; ``limit_mark`` and ``limit_source`` say how it is
     known. Nodes of one name are ranks on one machine and share its limit: see ``share_machines``.
+    ``chip`` is an identifier of the catalog, empty for others. Bandwidth is the chip's peak;
+    ``gpu_flops_per_second`` counts multiplications and additions in 16-bit floats, as published.
+    ``price_usd`` is the last list price of the cheapest configuration with this memory.
     """
 
     name: str
@@ -49,6 +52,10 @@ class NodeMemory:
     limit_mark: Mark
     backend: Backend
     limit_source: str = ""
+    chip: str = ""
+    bandwidth_bytes_per_second: int | None = None
+    gpu_flops_per_second: int | None = None
+    price_usd: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
