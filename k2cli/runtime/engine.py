@@ -78,9 +78,9 @@ class Engine:
         )
         self._context_length = context_length
         self._chunk = prefill_chunk_tokens
-        self._looks_ahead = size == 1
         self._stages = stages
-        self._window = 2 if self._looks_ahead else stages
+        # Two where there is one stage: while one step is computed, the next is laid out.
+        self._window = max(2, stages)
         self._turn = 0
         self._prefill_credit = prefill_chunk_tokens
         self._prefill_rate = 0.0
@@ -111,15 +111,18 @@ class Engine:
         self._roster.end_cancelled()
         self._roster.admit()
         self._roster.balance([b for b in self._roster.batches if not self._queue.decodes_of(b)])
-        while self._queue.computing < self._window and self._start_step():
-            pass
-        step = self._queue.complete()
-        if step is not None:
-            self._completed(step)
+        self._start_steps()
+        step = self._queue.lay_out()
+        if step is None:
+            return
+        if step.chosen is not None:
+            self._start_steps()  # now its batch can have a step ahead
+        self._queue.complete()
+        self._completed(step)
 
     def tick(self) -> None:
         """Tell the followers that nothing is to be done."""
-        self._queue.complete()  # what is left of it are entries in the books
+        self._queue.lay_out()  # what is left of it are entries in the books
         self._agreement.check()
         self.now(Tick(self._queue.next_number))
 
@@ -138,6 +141,10 @@ class Engine:
 
     # --- starting steps --------------------------------------------------------------------------
 
+    def _start_steps(self) -> None:
+        while self._queue.computing < self._window and self._start_step():
+            pass
+
     def _start_step(self) -> bool:
         """Decide one computing step; False if there is nothing that can start now.
 
@@ -152,7 +159,7 @@ class Engine:
             self._turn = 0
             self._prefill_credit = self._chunk_tokens()
         if prefilling and (not ready or self._prefill_credit > 0):
-            if self._looks_ahead and self._queue.computing:
+            if self._stages == 1 and self._queue.computing:
                 return False  # a chunk is computed at once: tokens must not wait for it
             self._start_prefill()
             return True
@@ -228,8 +235,8 @@ class Engine:
         if not in_flight:
             return True
         return (
-            self._looks_ahead
-            and len(in_flight) == 1
+            len(in_flight) == 1
+            and in_flight[0].chosen is not None
             and in_flight[0].rows == rows
             and not any(row.sampler.needs_history for row in rows)
         )
@@ -238,13 +245,23 @@ class Engine:
         rows = list(self._roster.batches[batch])
         in_flight = self._queue.decodes_of(batch)
         chosen = in_flight[-1].chosen if in_flight else None
-        tokens = [] if in_flight else [row.next_input for row in rows]
+        ahead = chosen is not None
+        tokens = [] if ahead else [row.next_input for row in rows]
+        told = [row.unannounced_input for row in rows]
         for row in rows:
             row.steps += 1
             row.computed += 1
+            row.unannounced = ahead
         number = self.next_number
         self._last_started[batch] = number
-        decision = Decode(number, batch, tokens, state_digest=self._agreement.is_due(number))
+        decision = Decode(
+            number,
+            batch,
+            tokens,
+            state_digest=self._agreement.is_due(number),
+            ahead=ahead,
+            told=told if any(token >= 0 for token in told) else [],
+        )
         self._queue.submit(decision, rows, chosen)
 
     # --- completing steps ------------------------------------------------------------------------

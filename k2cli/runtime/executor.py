@@ -69,6 +69,7 @@ class Executor:
         self._advance = advance
         self._transfers = mx.new_stream(mx.cpu)
         self._departing: mx.array | None = None
+        self._fed: mx.array | None = None
 
     @property
     def is_pipeline(self) -> bool:
@@ -79,8 +80,8 @@ class Executor:
         """Do what the leader decided.
 
         Args:
-            chosen: int32 ``[rows]``; tokens of a Decode that are not computed yet, in place of
-                the decision's own. Only a run of one rank can look ahead so.
+            chosen: uint32 ``[rows]``, lazy, on the leader: the inputs of a Decode that was decided
+                ahead.
         """
         match decision:
             case Decode():
@@ -96,8 +97,12 @@ class Executor:
                 self.caches.close(sequence, keep_as)
             case JoinBatch(batch=batch, sequence=sequence):
                 self.caches.join(batch, sequence)
-            case LeaveBatch(batch=batch, sequence=sequence, keep_as=keep_as, move_to=move_to):
-                self.caches.leave(batch, sequence, keep_as, move_to)
+            case LeaveBatch():
+                if decision.told >= 0:
+                    self.caches.feed(decision.sequence, [decision.told])
+                self.caches.leave(
+                    decision.batch, decision.sequence, decision.keep_as, decision.move_to
+                )
             case DropPrefix(prefix=prefix):
                 self.caches.drop_prefix(prefix)
             case Tick() | Quit():
@@ -128,12 +133,20 @@ class Executor:
 
     def _decode(self, step: Decode, chosen: mx.array | None) -> StepResult:
         batch = self.caches.batches[step.batch]
-        for sequence, token in zip(batch.rows, step.tokens, strict=False):
-            self.caches.feed(sequence, [token])
-        tokens = mx.array(step.tokens, dtype=mx.int32) if chosen is None else chosen
-        arrived = self._receive(tokens.size, 1)
-        output = self.stage.forward(tokens[:, None], self.stage.complete(batch.caches), arrived)
-        self._wait_for(arrived)
+        for tokens in (step.told, step.tokens):
+            for sequence, token in zip(batch.rows, tokens, strict=False):
+                if token >= 0:
+                    self.caches.feed(sequence, [token])
+        inputs = (
+            self._inputs_ahead(len(batch.rows), chosen)
+            if step.ahead
+            else mx.array(step.tokens, dtype=mx.int32)
+        )
+        arrived = self._receive(inputs.size, 1)
+        output = self.stage.forward(inputs[:, None], self.stage.complete(batch.caches), arrived)
+        self._wait_for(
+            inputs if step.ahead and self.is_pipeline and self.stage.is_first else arrived
+        )
         computed = output[:, -1] if self.stage.is_last else output
         if not self.stage.is_last:
             self._send(computed)
@@ -144,6 +157,35 @@ class Executor:
             computed_digest=array_digest(digest_of) if step.digest else "",
             state_digest=self.caches.digest(step.step) if step.state_digest else "",
         )
+
+    def feed_ahead(self, chosen: mx.array) -> None:
+        """The leader of a pipeline: hand the inputs of a step decided ahead to the first stage.
+
+        Args:
+            chosen: uint32 ``[rows]``, lazy.
+        """
+        assert self._group is not None
+        self._fed = mx.distributed.send(
+            chosen, self._group.size() - 1, group=self._group, stream=self._transfers
+        )
+        mx.async_eval(self._fed)  # type: ignore[no-untyped-call]
+
+    def _inputs_ahead(self, rows: int, chosen: mx.array | None) -> mx.array:
+        """The inputs of a step decided ahead, lazily: uint32 ``[rows]``.
+
+        In tensor parallelism they come as a sum over ranks to which only the leader adds anything.
+        In a pipeline only the first stage has a use for them; elsewhere their shape is enough.
+        """
+        nothing = mx.zeros((rows,), dtype=mx.uint32)
+        if self._group is None or self._group.size() == 1:
+            assert chosen is not None
+            return chosen
+        if not self.is_pipeline:
+            own = nothing if chosen is None else chosen
+            return mx.distributed.all_sum(own, group=self._group)
+        if not self.stage.is_first:
+            return nothing
+        return mx.distributed.recv((rows,), mx.uint32, 0, group=self._group, stream=self._transfers)
 
     def _receive(self, rows: int, length: int) -> mx.array | None:
         """Hidden states from the stage before, lazily: ``[rows, length, width]``."""
@@ -159,7 +201,7 @@ class Executor:
         )
 
     def _wait_for(self, arrived: mx.array | None) -> None:
-        """Wait for hidden states, once the work on them has been laid out.
+        """Wait for what another rank sends, once the work on it has been laid out.
 
         They are waited for here and not inside that work: a GPU must not wait for a network.
         """

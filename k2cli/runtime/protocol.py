@@ -401,6 +401,9 @@ class JoinBatch(Message, tag=True, frozen=True):
 class Decode(Message, tag=True, frozen=True):
     """Compute one token per row of a batch, and the logits after it.
 
+    ``tokens`` are the inputs, one per row. With ``ahead`` it is empty: the inputs are what the
+    leader chooses in this batch's step before, which is still being computed, and they come over
+    the MLX group; ``told`` of a later decision says which they were (-1: nothing to tell).
     ``digest`` asks for digests of what the rank computed (the canary), ``state_digest`` for one
     of what it holds (the periodic check).
     """
@@ -410,12 +413,15 @@ class Decode(Message, tag=True, frozen=True):
     tokens: list[int]
     digest: bool = False
     state_digest: bool = False
+    ahead: bool = False
+    told: list[int] = []
 
 
 class LeaveBatch(Message, tag=True, frozen=True):
     """Take a sequence out of a batch: into another batch, or for good.
 
-    ``keep_as`` keeps its KV cache as a prefix of that id.
+    ``keep_as`` keeps its KV cache as a prefix of that id. ``told`` is the input of its last step
+    if that was decided ahead, else -1.
     """
 
     step: int
@@ -423,6 +429,7 @@ class LeaveBatch(Message, tag=True, frozen=True):
     sequence: int
     keep_as: int | None = None
     move_to: int | None = None
+    told: int = -1
 
 
 class CloseSequence(Message, tag=True, frozen=True):

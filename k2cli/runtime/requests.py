@@ -29,7 +29,8 @@ class Running:
 
     ``computed`` counts the tokens whose keys and values the ranks hold, or will hold once every
     step that was decided is carried out. ``steps`` counts the decode steps that were decided.
-    Times are of the monotonic clock.
+    ``unannounced`` says that the last of them was decided ahead: no decision has named its input
+    yet. Times are of the monotonic clock.
     """
 
     request: Generate
@@ -41,6 +42,7 @@ class Running:
     cached: int = 0
     computed: int = 0
     steps: int = 0
+    unannounced: bool = False
     generated: list[int] = field(default_factory=list)
     batch: int | None = None
     first_token_at: float | None = None
@@ -62,6 +64,14 @@ class Running:
     def next_input(self) -> int:
         """The token that the next decode step takes; the one before must have been completed."""
         return self.generated[-1] if self.generated else self.request.prompt[-1]
+
+    @property
+    def unannounced_input(self) -> int:
+        """The input of a step decided ahead, now that it is known; -1: nothing to tell."""
+        position = self.computed - 1 - len(self.request.prompt)
+        if not self.unannounced or position >= len(self.generated):
+            return -1
+        return self.generated[position]
 
     @property
     def held_tokens(self) -> list[int]:

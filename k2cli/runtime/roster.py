@@ -176,7 +176,9 @@ class Roster:
             self.batches[target].append(row)
             row.batch = target
             number = self._sender.next_number
-            self._sender.submit(LeaveBatch(number, source, row.sequence, move_to=target))
+            told = row.unannounced_input
+            self._sender.submit(LeaveBatch(number, source, row.sequence, move_to=target, told=told))
+            row.unannounced = False
             return
 
     def end(self, row: Running, reason: FinishReason) -> None:
@@ -200,7 +202,8 @@ class Roster:
             self._sender.submit(CloseSequence(number, row.sequence, keep_as))
         else:
             self.batches[row.batch].remove(row)
-            self._sender.submit(LeaveBatch(number, row.batch, row.sequence, keep_as))
+            told = row.unannounced_input
+            self._sender.submit(LeaveBatch(number, row.batch, row.sequence, keep_as, told=told))
         self._evict()
 
     def _keep(self, row: Running) -> int | None:

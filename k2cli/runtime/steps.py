@@ -4,6 +4,10 @@ A run of one rank, and tensor parallelism, carry a decision out as it is sent; t
 decode chooses stay lazy until they are read. In a pipeline the leader is the last stage, so its
 own part of a decision is put off until the stages before it have had theirs: several decisions
 can be on their way, and every stage has work.
+
+A decode may be decided *ahead*, while the step that chooses its inputs is still being computed:
+the chosen tokens go to the other ranks through the MLX group as they are, without a detour through
+this program, and every rank lays the next step out meanwhile.
 """
 
 from __future__ import annotations
@@ -100,17 +104,27 @@ class StepQueue:
             self._carry_out(step, chosen)
             if not step.computes:
                 return
+        elif chosen is not None:
+            self._executor.feed_ahead(chosen)
         self._steps.append(step)
 
-    def complete(self) -> Step | None:
-        """Complete the oldest computing step, and all that was decided before it."""
+    def lay_out(self) -> Step | None:
+        """Carry out the oldest computing step, and all that was decided before it.
+
+        It stays in flight until ``complete`` is called.
+        """
         while self._steps:
-            step = self._steps.popleft()
+            step = self._steps[0]
             if step.result is None:
                 self._carry_out(step, None)
             if step.computes:
                 return step
+            self._steps.popleft()
         return None
+
+    def complete(self) -> None:
+        """The oldest computing step, which was laid out, is no longer in flight."""
+        self._steps.popleft()
 
     def now(self, decision: Decision) -> StepResult:
         """Send a decision out and carry it out here at once; nothing may be in flight."""
