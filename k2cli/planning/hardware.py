@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from k2cli.errors import UsageError
-from k2cli.planning.plan import Mark
+from k2cli.planning.marks import Mark
 from k2cli.units import GIB
 
 Backend = Literal["metal", "cuda", "cpu"]

@@ -9,18 +9,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from k2cli.errors import UsageError
+from k2cli.planning.marks import Mark
 from k2cli.sharding.placement import Placement
 
 SCHEMA_VERSION = 1
-
-Mark = Literal["exact", "modelled", "assumed"]
-"""How a number came about: traced or read, computed by a model, or taken as given."""
-
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:

@@ -12,7 +12,8 @@ from typing import Literal
 from k2cli.errors import UsageError
 from k2cli.planning.candidates import Candidate, pipeline, preference, single, tensor
 from k2cli.planning.hardware import NodeMemory, share_machines
-from k2cli.planning.plan import Mark, Plan, PlannedModel, PlannedRequest
+from k2cli.planning.marks import Mark
+from k2cli.planning.plan import Plan, PlannedModel, PlannedRequest
 from k2cli.planning.stored import describe_quantization
 from k2cli.planning.subject import (
     Demand,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from k2cli.planning.plan import Mark
+from k2cli.planning.marks import Mark
 
 if TYPE_CHECKING:
     import mlx.nn as nn

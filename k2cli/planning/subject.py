@@ -13,7 +13,7 @@ from k2cli.errors import UsageError
 from k2cli.planning.activation import ActivationShape, activation_shape
 from k2cli.planning.config_check import check_config, model_context_length
 from k2cli.planning.hardware import NodeMemory
-from k2cli.planning.plan import Mark
+from k2cli.planning.marks import Mark
 from k2cli.planning.stored import stored_bytes_of_config
 
 if TYPE_CHECKING:
