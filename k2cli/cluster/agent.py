@@ -246,39 +246,64 @@ def is_alive(pid: int, create_time: float) -> bool:
 # --- the same, asked for over ssh ---------------------------------------------------------------
 
 
-def _write_from_stdin(run_id: str, name: str) -> None:
-    write_private(run_id, name, sys.stdin.buffer.read())
-
-
 def _memory() -> Any:
     from k2cli.planning.hardware import this_machine
 
     return this_machine()
 
 
+def _software(model_folder: str | None = None) -> Any:
+    from k2cli.cluster.doctor.software import software
+
+    return software(model_folder)
+
+
+# A verb and what answers it: a function of strings whose result msgspec can encode.
 _VERBS: dict[str, Callable[..., Any]] = {
     "facts": facts,
     "memory": _memory,
     "free-ports": lambda count: free_ports(int(count)),
     "port-holder": lambda host, port: port_holder(host, int(port)),
     "choose-port": lambda host, first: choose_port(host, int(first)),
-    "write": _write_from_stdin,
+    "write": write_private,
     "remove-bootstraps": remove_bootstraps,
     "processes": processes_of_run,
     "kill": kill_run,
     "remove-folder": lambda path: shutil.rmtree(path, ignore_errors=True),
+    "software": _software,
 }
+# Verbs that get what comes over stdin as their last argument, in bytes.
+_WITH_INPUT = frozenset({"write"})
+_UNKNOWN_VERB_STATUS = 64
+
+
+def answer(verb: str, arguments: Sequence[str], input: bytes = b"") -> bytes:
+    """Carry out one verb here.
+
+    Returns:
+        Its result as JSON.
+
+    Raises:
+        KeyError: if there is no such verb.
+        OSError: if the verb cannot be carried out.
+    """
+    function = _VERBS[verb]
+    extra = (input,) if verb in _WITH_INPUT else ()
+    return msgspec.json.encode(function(*arguments, *extra))
 
 
 def main() -> None:
-    """Carry out one verb and write its result to stdout as JSON."""
+    """Carry out the verb of the command line and write its result to stdout as JSON."""
     verb, *arguments = sys.argv[1:]
+    if verb not in _VERBS:
+        sys.stderr.write(f"k2 {__version__} knows no '{verb}' here\n")
+        sys.exit(_UNKNOWN_VERB_STATUS)
     try:
-        result = _VERBS[verb](*arguments)
+        result = answer(verb, arguments, sys.stdin.buffer.read() if verb in _WITH_INPUT else b"")
     except OSError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(1)
-    os.write(1, msgspec.json.encode(result) + b"\n")
+    os.write(1, result + b"\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Nodes: the machines of a cluster, as the launcher uses them.
 
-``LocalNode`` is this machine, ``SshNode`` one that OpenSSH reaches without a password. Both answer
+``LocalNode`` is this machine, ``ssh.SshNode`` one that OpenSSH reaches. Both answer
 the same questions through ``cluster.agent``; the launcher does not know which is which.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -27,10 +26,9 @@ from k2cli.errors import ClusterError
 
 LOCALHOST = "localhost"
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-_CALL_SECONDS = 20.0
+CALL_SECONDS = 20.0
 # One line of a guard may carry the last lines of a rank.
 _STREAM_LIMIT_BYTES = 4 * 2**20
-_SSH_FAILED = 255
 T = TypeVar("T")
 
 
@@ -60,7 +58,7 @@ class Node(Protocol):
         self,
         arguments: Sequence[str],
         input: bytes | None = None,
-        timeout_seconds: float = _CALL_SECONDS,
+        timeout_seconds: float = CALL_SECONDS,
     ) -> Completed:
         """Run a command to its end, within the time limit."""
         ...
@@ -69,6 +67,15 @@ class Node(Protocol):
         self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:
         """Start a command in a session of its own, with pipes for stdin, stdout and stderr."""
+        ...
+
+    @property
+    def python(self) -> str:
+        """The interpreter that runs k2 there: for guards, ranks and the agent."""
+        ...
+
+    def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
+        """Have a verb of ``cluster.agent`` carried out there; its answer, which is a ``kind``."""
         ...
 
     def address(self) -> str:
@@ -126,9 +133,10 @@ def python_environment() -> dict[str, str]:
     return environment
 
 
-async def _start(
+async def start_process(
     arguments: Sequence[str], environment: Mapping[str, str] | None, folder: Path | None, what: str
 ) -> asyncio.subprocess.Process:
+    """Start a process in a session of its own, with pipes; ``what`` names it if it cannot be."""
     try:
         return await asyncio.create_subprocess_exec(
             *arguments,
@@ -145,9 +153,10 @@ async def _start(
         raise ClusterError(f"{what} cannot be started: {error}") from error
 
 
-def _run(
+def run_process(
     arguments: Sequence[str], input: bytes | None, timeout_seconds: float, node: str
 ) -> Completed:
+    """Run a process of this machine to its end, for a node."""
     try:
         done = subprocess.run(
             list(arguments),
@@ -162,27 +171,49 @@ def _run(
     return Completed(done.returncode, done.stdout, done.stderr)
 
 
+def decode_answer(node: str, verb: str, answer: bytes, kind: Any) -> Any:
+    """Check what the agent answered.
+
+    Raises:
+        ClusterError: if it is not a ``kind``.
+    """
+    try:
+        return msgspec.json.decode(answer, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ClusterError(f"node {node} gave no sense to '{verb}': {error}") from error
+
+
 class LocalNode:
     """This machine."""
 
     name = LOCALHOST
     is_local = True
+    python = sys.executable
+
+    def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
+        """In this process, through the same JSON as elsewhere."""
+        try:
+            encoded = agent.answer(verb, arguments, input or b"")
+        except OSError as error:
+            raise ClusterError(f"this machine could not do '{verb}': {error}") from error
+        result: T = decode_answer(self.name, verb, encoded, kind)
+        return result
 
     def run(
         self,
         arguments: Sequence[str],
         input: bytes | None = None,
-        timeout_seconds: float = _CALL_SECONDS,
+        timeout_seconds: float = CALL_SECONDS,
     ) -> Completed:
         """Run a command to its end."""
-        return _run(arguments, input, timeout_seconds, self.name)
+        return run_process(arguments, input, timeout_seconds, self.name)
 
     async def start(
         self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:
         """Start a command; ``environment`` is added to that of k2."""
         whole = {**python_environment(), **(environment or {})}
-        return await _start(arguments, whole, Path("/"), arguments[0])
+        return await start_process(arguments, whole, Path("/"), arguments[0])
 
     def address(self) -> str:
         """The loopback address: right only while every node is this machine."""
@@ -235,126 +266,12 @@ class LocalNode:
         return agent.kill_run(run_id)
 
 
-class SshNode:
-    """A machine that ``ssh NAME`` reaches without asking anything.
-
-    It needs the same k2 under the same path of Python.
-    """
-
-    is_local = False
-
-    def __init__(self, name: str, python: str = sys.executable) -> None:
-        self.name = name
-        self._python = python
-
-    def _ssh(self, arguments: Sequence[str]) -> list[str]:
-        options = {
-            "BatchMode": "yes",
-            "ConnectTimeout": "10",
-            "ServerAliveInterval": "3",
-            "ServerAliveCountMax": "3",
-        }
-        given = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
-        # ssh hands one string to the remote shell: only here is anything quoted.
-        return ["ssh", *given, "-T", "--", self.name, shlex.join(arguments)]
-
-    def run(
-        self,
-        arguments: Sequence[str],
-        input: bytes | None = None,
-        timeout_seconds: float = _CALL_SECONDS,
-    ) -> Completed:
-        """Run a command there to its end."""
-        done = _run(self._ssh(arguments), input, timeout_seconds, self.name)
-        if done.status == _SSH_FAILED:
-            reason = done.stderr.decode(errors="replace").strip().splitlines()
-            raise ClusterError(
-                f"node {self.name} cannot be reached: {reason[-1] if reason else 'ssh failed'}",
-                f"ssh {self.name} true",
-            )
-        return done
-
-    async def start(
-        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
-    ) -> asyncio.subprocess.Process:
-        """Start a command there; ``environment`` must hold no secret."""
-        settings = [f"{name}={value}" for name, value in (environment or {}).items()]
-        remote = ["env", *settings, *arguments] if settings else list(arguments)
-        return await _start(self._ssh(remote), None, None, "ssh")
-
-    def address(self) -> str:
-        """The host name that ssh's configuration gives for this name, as an IP address."""
-        done = _run(["ssh", "-G", "--", self.name], None, _CALL_SECONDS, self.name)
-        fields = dict(
-            line.split(" ", 1) for line in done.stdout.decode().splitlines() if " " in line
-        )
-        host = fields.get("hostname", self.name)
-        try:
-            return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-        except OSError as error:
-            raise ClusterError(f"node {self.name}: unknown host {host} ({error})") from error
-
-    def _ask(self, kind: type[T] | Any, *verb: str, input: bytes | None = None) -> T:
-        command = [self._python, "-P", "-m", "k2cli.cluster.agent", *verb]
-        done = self.run(command, input)
-        if done.status != 0:
-            reason = done.stderr.decode(errors="replace").strip().splitlines()
-            raise ClusterError(
-                f"node {self.name} could not do '{verb[0]}': {reason[-1] if reason else 'failed'}",
-                f"is the same k2 installed there under {self._python}?",
-            )
-        try:
-            answer: T = msgspec.json.decode(done.stdout, type=kind)
-        except msgspec.MsgspecError as error:
-            raise ClusterError(f"node {self.name} gave no sense to '{verb[0]}': {error}") from error
-        return answer
-
-    def facts(self) -> NodeFacts:
-        """Versions and paths there."""
-        return self._ask(NodeFacts, "facts")
-
-    def memory(self) -> Any:
-        """As MLX sees it there, under this node's name."""
-        from dataclasses import replace
-
-        from k2cli.planning.hardware import NodeMemory
-
-        found: NodeMemory = self._ask(NodeMemory, "memory")
-        return replace(found, name=self.name)
-
-    def write_file(self, run_id: str, name: str, data: bytes) -> None:
-        """Through ssh's stdin, so that no secret is on a command line."""
-        self._ask(None, "write", run_id, name, input=data)
-
-    def remove_bootstraps(self, run_id: str) -> None:
-        """What guards have not read."""
-        self._ask(None, "remove-bootstraps", run_id)
-
-    def free_ports(self, count: int) -> list[int]:
-        """Of all addresses there."""
-        return self._ask(list[int], "free-ports", str(count))
-
-    def port_holder(self, host: str, port: int) -> str | None:
-        """Named where that system lets its user see it."""
-        return self._ask(str | None, "port-holder", host, str(port))
-
-    def choose_port(self, host: str, first: int) -> int:
-        """On that address there."""
-        return self._ask(int, "choose-port", host, str(first))
-
-    def processes_of_run(self, run_id: str) -> list[RunProcess]:
-        """By their command lines there."""
-        return self._ask(list[RunProcess], "processes", run_id)
-
-    def kill_run(self, run_id: str) -> list[RunProcess]:
-        """And wait until they are gone there."""
-        return self._ask(list[RunProcess], "kill", run_id)
-
-
 def node_named(name: str) -> Node:
     """The node that a user's name stands for."""
     if name.lower() in _LOCAL_NAMES or name == socket.gethostname():
         return LocalNode()
+    from k2cli.cluster.ssh import SshNode  # which builds on this module
+
     return SshNode(name)
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from k2cli.cluster import openmpi
 from k2cli.cluster.launchers import choose_backend, direct_commands, mpi_commands
-from k2cli.cluster.nodes import LocalNode, SshNode
+from k2cli.cluster.nodes import LocalNode
 from k2cli.cluster.openmpi import OpenMpi, find_openmpi
+from k2cli.cluster.ssh import SshNode
 from k2cli.errors import ClusterError, UsageError
 
 HERE = LocalNode()

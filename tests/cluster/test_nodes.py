@@ -12,7 +12,8 @@ import pytest
 
 from k2cli.cluster import agent
 from k2cli.cluster.agent import NodeFacts
-from k2cli.cluster.nodes import LocalNode, SshNode, addresses, node_named
+from k2cli.cluster.nodes import LocalNode, addresses, node_named
+from k2cli.cluster.ssh import SshNode
 from k2cli.errors import ClusterError
 
 FAKE_SSH = """#!/bin/sh
