@@ -50,7 +50,7 @@ def plan_memory(
     Example: k2 plan-memory k2-thinking --hardware '2x m3-ultra-512' --context 131072
     """
     from k2cli.errors import DoesNotFitError
-    from k2cli.planning.hardware import parse_hardware
+    from k2cli.planning.hardware_spec import parse_hardware
     from k2cli.planning.plan import plan_to_json, save_plan
     from k2cli.planning.planner import make_plan
     from k2cli.ui.output import print_json

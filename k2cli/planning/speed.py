@@ -1,17 +1,37 @@
 """How fast a placement will be: tokens per second as a band, with the terms that it is made of.
 
-Pure arithmetic over the traced work of the model (``work.py``), the machines' published figures
-and constants that were fitted to public measurements (docs/speed-model.md).
+Pure arithmetic over the traced work of the model (``work.py``), the machines' rates and constants
+that were fitted to public measurements (docs/speed-model.md) or measured by the owner.
+
+One request alone passes all stages of a pipeline one after the other; several keep all of them at
+work. Tensor ranks work at the same time and wait for each other at every collective. Whether a
+collective is fast or slow is not known before it is measured: 26 and 200 us have both been
+published for RDMA over Thunderbolt 5. The default lies between, and the band covers both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from k2cli.planning.chips import chips
 from k2cli.planning.hardware import NodeMemory
+from k2cli.planning.speed_constants import LinkRates, SpeedConstants, fitted_constants
+from k2cli.planning.timing import (
+    DecodeTime,
+    NodeRates,
+    StageWork,
+    decode_time,
+    prefill_time,
+    stage_of,
+)
 from k2cli.planning.work import ModelWork
 from k2cli.sharding.placement import Placement
+
+GREATEST_RATIO = 2.0
+"""Of a band's high to its low: a wider one tells a buyer nothing. Where more than that is unknown
+(slow collectives on many layers), the band is cut to it on both sides alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +59,7 @@ class SpeedEstimate:
 
     ``decode_tokens_per_second`` is that of one request alone; the aggregate is of all
     ``concurrency`` requests together. Prefill and time to first token are of one request alone,
-    its prompt not cached.
+    its prompt not cached. ``source`` says whose constants were used.
     """
 
     decode_tokens_per_second: Band
@@ -47,23 +67,21 @@ class SpeedEstimate:
     time_to_first_token_seconds: Band
     aggregate_decode_tokens_per_second: Band
     terms: tuple[SpeedTerm, ...]
+    source: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class SpeedConstants:
-    """What was fitted, or measured on the owner's machines."""
-
-    source: str
-
-
-def speed_obstacle(nodes: Sequence[NodeMemory]) -> str | None:
+def speed_obstacle(
+    nodes: Sequence[NodeMemory], constants: SpeedConstants | None = None
+) -> str | None:
     """Why no speed can be predicted for these machines, or None."""
+    constants = constants or fitted_constants()
     for node in nodes:
-        if node.bandwidth_bytes_per_second is None:
-            return f"the memory bandwidth of {node.name} is not known"
-        if node.gpu_flops_per_second is None:
-            return f"the speed of the GPU of {node.name} is not known"
-    return "no constants have been fitted yet"
+        if constants.rates(node) is None:
+            return (
+                f"the memory bandwidth and compute of {node.name} are not known; "
+                "measure them with: k2 bench --calibrate"
+            )
+    return None
 
 
 def predict_speed(
@@ -93,5 +111,231 @@ def predict_speed(
         collective_seconds: seconds of one small collective between the ranks; a default by back
             end if None, and then the band covers what has been published for it.
         constants: fitted ones of the package if None, or calibrated ones.
+
+    Raises:
+        ValueError: if ``work`` is not cut as the placement says.
     """
-    return None  # until the fit is in: speed_obstacle says so
+    constants = constants or fitted_constants()
+    wanted_slices = placement.size if placement.strategy == "tensor" else 1
+    if work.slices != wanted_slices:
+        raise ValueError(f"work is cut into {work.slices} slices, expected {wanted_slices}")
+    rates = [constants.rates(node) for node in nodes]
+    known = [each for each in rates if each is not None]
+    if len(known) != len(rates):
+        return None
+    link = _link(constants, nodes, backend, placement.size, collective_seconds)
+    run = _Run(work, placement, tuple(node.name for node in nodes), tuple(known), link)
+    prompt = prompt_tokens or context_length
+    return SpeedEstimate(
+        decode_tokens_per_second=_band(
+            lambda latency: 1 / run.decode_seconds(context_length, latency),
+            link,
+            constants.decode_spread,
+        ),
+        prefill_tokens_per_second=_band(
+            lambda latency: prompt / run.prefill_seconds(prompt, chunk_tokens, latency),
+            link,
+            constants.prefill_spread,
+        ),
+        time_to_first_token_seconds=_band(
+            lambda latency: run.first_token_seconds(prompt, chunk_tokens, latency),
+            link,
+            constants.prefill_spread,
+        ),
+        aggregate_decode_tokens_per_second=_band(
+            lambda latency: concurrency / run.round_seconds(context_length, concurrency, latency),
+            link,
+            constants.decode_spread,
+        ),
+        terms=_terms(run, nodes, context_length, prompt, constants),
+        source=constants.source,
+    )
+
+
+def decode_layer_seconds(
+    work: ModelWork,
+    node: NodeMemory,
+    context_length: int,
+    constants: SpeedConstants | None = None,
+) -> tuple[list[float], float] | None:
+    """Seconds of each layer, and of norm and head, for one token on a machine; None if unknown.
+
+    What a search for the fastest split of a pipeline adds up.
+    """
+    rates = (constants or fitted_constants()).rates(node)
+    if rates is None:
+        return None
+    layers = [
+        decode_time(StageWork(((layer, 1),), None), rates, context_length).seconds
+        for layer in work.layers
+    ]
+    return layers, decode_time(StageWork((), work.head), rates, context_length).seconds
+
+
+def _link(
+    constants: SpeedConstants,
+    nodes: Sequence[NodeMemory],
+    backend: str,
+    ranks: int,
+    collective_seconds: float | None,
+) -> LinkRates:
+    if ranks == 1 or len({node.name for node in nodes}) == 1:
+        link = constants.links["local"]
+    elif backend in ("jaccl", "ring", "mpi"):
+        link = constants.links[backend]
+    else:
+        known = chips()
+        rdma = all(node.chip in known and known[node.chip].thunderbolt_rdma for node in nodes)
+        link = constants.links["jaccl" if rdma else "ring"]
+    if collective_seconds is None:
+        return link
+    given = collective_seconds
+    return LinkRates(given, given, given, link.bytes_per_second)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A placement with what it is made of; times in seconds, ``latency`` of one collective."""
+
+    work: ModelWork
+    placement: Placement
+    machines: tuple[str, ...]
+    rates: tuple[NodeRates, ...]
+    link: LinkRates
+
+    def stage(self, rank: int) -> StageWork:
+        return stage_of(self.work, self.placement.ranks[rank].layers)
+
+    @property
+    def is_pipeline(self) -> bool:
+        return self.placement.strategy == "pipeline"
+
+    def _together(self, rank: int) -> NodeRates:
+        """Rates while all ranks compute: those on one machine share it."""
+        return self.rates[rank].shared_by(self.machines.count(self.machines[rank]))
+
+    def slowest(self, context_length: int, rows: int = 1) -> DecodeTime:
+        """Of single or tensor: the rank that the others wait for."""
+        times = [
+            decode_time(self.stage(rank), self._together(rank), context_length, rows)
+            for rank in range(self.placement.size)
+        ]
+        return max(times, key=lambda time: time.seconds)
+
+    def stages(self, context_length: int, rows: int = 1) -> list[DecodeTime]:
+        """Of a pipeline: each stage while it computes alone."""
+        return [
+            decode_time(self.stage(rank), self.rates[rank], context_length, rows)
+            for rank in range(self.placement.size)
+        ]
+
+    def exchange_seconds(self, tokens: int, latency: float) -> float:
+        """What travels for a step over so many tokens: hidden states, or partial sums."""
+        if self.placement.size == 1:
+            return 0.0
+        one = latency + tokens * self.work.hidden_bytes / self.link.bytes_per_second
+        if self.is_pipeline:
+            # From stage to stage, and the chosen token back to the first.
+            return one * (self.placement.size - 1) + latency
+        return one * self.work.collectives
+
+    def decode_seconds(self, context_length: int, latency: float) -> float:
+        """One token of one request alone."""
+        exchange = self.exchange_seconds(1, latency)
+        if self.is_pipeline:
+            return exchange + sum(time.seconds for time in self.stages(context_length))
+        return exchange + self.slowest(context_length).seconds
+
+    def round_seconds(self, context_length: int, concurrency: int, latency: float) -> float:
+        """One token of each of so many requests. A pipeline works on several groups at a time."""
+        if not self.is_pipeline:
+            exchange = self.exchange_seconds(concurrency, latency)
+            return exchange + self.slowest(context_length, concurrency).seconds
+        groups = min(concurrency, self.placement.size)
+        rows = math.ceil(concurrency / groups)
+        times = [time.seconds for time in self.stages(context_length, rows)]
+        through = sum(times) + self.exchange_seconds(rows, latency)
+        busiest = max(
+            sum(time for time, name in zip(times, self.machines, strict=True) if name == machine)
+            for machine in set(self.machines)
+        )
+        return max(through, groups * (busiest + latency))
+
+    def prefill_seconds(self, prompt_tokens: int, chunk_tokens: int, latency: float) -> float:
+        """A prompt of one request, chunk by chunk. The stages of a pipeline overlap."""
+        ranks = range(self.placement.size)
+        stages = [(self.stage(rank), self._together(rank)) for rank in ranks]
+        total = others = 0.0
+        for done in range(0, prompt_tokens, chunk_tokens):
+            count = min(chunk_tokens, prompt_tokens - done)
+            times = [prefill_time(stage, rates, count, done).seconds for stage, rates in stages]
+            slowest = max(times)
+            others = sum(times) - slowest if self.is_pipeline else 0.0
+            total += slowest + self.exchange_seconds(count, latency)
+        return total + others
+
+    def first_token_seconds(self, prompt_tokens: int, chunk_tokens: int, latency: float) -> float:
+        """Until the first token of an answer: the prompt less its last token, and one step."""
+        prefill = self.prefill_seconds(prompt_tokens, chunk_tokens, latency)
+        return prefill + self.decode_seconds(prompt_tokens, latency)
+
+
+def _band(figure: Callable[[float], float], link: LinkRates, spread: float) -> Band:
+    """What is expected, widened by what the constants do not explain and the link may do."""
+    expected = figure(link.collective_seconds)
+    others = [figure(link.collective_seconds_low), figure(link.collective_seconds_high)]
+    below = spread + math.log(expected / min(expected, *others))
+    above = spread + math.log(max(expected, *others) / expected)
+    most = math.log(GREATEST_RATIO)
+    if below + above > most:
+        below, above = (part * most / (below + above) for part in (below, above))
+    return Band(expected * math.exp(-below), expected, expected * math.exp(above))
+
+
+def _terms(
+    run: _Run,
+    nodes: Sequence[NodeMemory],
+    context_length: int,
+    prompt_tokens: int,
+    constants: SpeedConstants,
+) -> tuple[SpeedTerm, ...]:
+    """The parts of a decoded token's time, and of a prompt's."""
+    times = run.stages(context_length) if run.is_pipeline else [run.slowest(context_length)]
+    work = run.work
+    latency = run.link.collective_seconds
+    hops = run.placement.size if run.is_pipeline and run.placement.size > 1 else work.collectives
+    flops = sum(layer.dense_flops + layer.expert_flops for layer in work.layers) * work.slices
+    source = constants.source
+    terms = [
+        SpeedTerm("weights read per token", sum(t.weights_bytes for t in times), "B", "traced"),
+        SpeedTerm(
+            f"cache read per token at {context_length:,} tokens",
+            sum(t.cache_bytes for t in times),
+            "B",
+            "traced",
+        ),
+        *_bandwidth_terms(run, nodes, source),
+        SpeedTerm("reading", sum(t.memory_seconds for t in times), "s", "bytes over bandwidth"),
+        SpeedTerm(
+            "attention over the context", sum(t.attention_seconds for t in times), "s", source
+        ),
+        SpeedTerm("fixed cost of the layers", sum(t.fixed_seconds for t in times), "s", source),
+        SpeedTerm("messages between ranks per token", float(hops), "", "traced"),
+        SpeedTerm("seconds per message", latency, "s", "assumed; see docs/speed-model.md"),
+        SpeedTerm("waiting for messages", run.exchange_seconds(1, latency), "s", "product"),
+        SpeedTerm("operations per token of a prompt", float(flops), "FLOP", "traced"),
+    ]
+    return tuple(terms)
+
+
+def _bandwidth_terms(run: _Run, nodes: Sequence[NodeMemory], source: str) -> list[SpeedTerm]:
+    terms = []
+    for name in dict.fromkeys(run.machines):
+        rank = run.machines.index(name)
+        peak = nodes[rank].bandwidth_bytes_per_second
+        reached = run.rates[rank].read_bytes_per_second
+        share = f"{reached / peak:.0%} of {peak / 1e9:.0f} GB/s; " if peak else ""
+        terms.append(SpeedTerm(f"bandwidth of {name}", reached, "B/s", share + source))
+        compute = run.rates[rank].dense_flops_per_second
+        terms.append(SpeedTerm(f"compute of {name}", compute, "FLOP/s", source))
+    return terms

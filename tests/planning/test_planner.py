@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.planning.hardware import NodeMemory, parse_hardware, this_machine
+from k2cli.planning.hardware import NodeMemory, this_machine
+from k2cli.planning.hardware_spec import parse_hardware
 from k2cli.planning.plan import Plan, plan_from_json, plan_to_json
 from k2cli.planning.planner import make_plan
 from k2cli.planning.split import balanced_split
@@ -118,7 +119,7 @@ def test_the_full_k2_needs_little_memory_to_plan() -> None:
     script = (
         "import psutil, sys\n"
         "from k2cli.planning.planner import make_plan\n"
-        "from k2cli.planning.hardware import parse_hardware\n"
+        "from k2cli.planning.hardware_spec import parse_hardware\n"
         "make_plan(sys.argv[1], parse_hardware('2x m3-ultra-512'), context_length=262144)\n"
         "print(psutil.Process().memory_info().rss)\n"
         "assert not {'transformers', 'huggingface_hub', 'torch'} & set(sys.modules)\n"
