@@ -266,9 +266,14 @@ class LocalNode:
         return agent.kill_run(run_id)
 
 
+def is_this_machine(name: str) -> bool:
+    """Whether a user's name stands for the machine that k2 runs on."""
+    return name.lower() in _LOCAL_NAMES or name == socket.gethostname()
+
+
 def node_named(name: str) -> Node:
     """The node that a user's name stands for."""
-    if name.lower() in _LOCAL_NAMES or name == socket.gethostname():
+    if is_this_machine(name):
         return LocalNode()
     from k2cli.cluster.ssh import SshNode  # which builds on this module
 

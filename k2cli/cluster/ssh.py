@@ -31,9 +31,9 @@ class SshNode:
 
     is_local = False
 
-    def __init__(self, name: str, python: str = sys.executable) -> None:
+    def __init__(self, name: str, python: str | None = None) -> None:
         self.name = name
-        self.python = python
+        self.python = python or sys.executable
 
     def _ssh(self, arguments: Sequence[str]) -> list[str]:
         options = {

@@ -7,7 +7,7 @@ None, and a check says so instead of guessing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -63,6 +63,8 @@ class MachineFacts:
     thunderbolt_ports: tuple[ThunderboltPort, ...] = ()
     rdma_devices: tuple[str, ...] = ()
     gpu_cores: int | None = None
+    # Address -> bits of its network; an address that is missing has an unknown network.
+    prefix_lengths: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def thunderbolt_peers(self) -> dict[str, str]:

@@ -50,6 +50,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
         interfaces=interfaces,
         interface_kinds=kinds,
         rdma_devices=tuple((raw.text("infiniband") or "").split()),
+        prefix_lengths=_prefix_lengths(raw.text("ip")),
     )
 
 
@@ -133,6 +134,12 @@ def _interfaces(
         for entry in up
     }
     return addresses, kinds
+
+
+def _prefix_lengths(text: str | None) -> dict[str, int]:
+    entries = json.loads(text) if text else []
+    found = [a for entry in entries for a in entry.get("addr_info", []) if "local" in a]
+    return {address["local"]: int(address["prefixlen"]) for address in found}
 
 
 def _addresses(entry: dict[str, Any]) -> tuple[str, ...]:

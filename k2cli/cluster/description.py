@@ -1,0 +1,255 @@
+"""The description of a cluster: its machines and how they are linked, saved by name.
+
+``k2 cluster init`` writes one by asking the machines; planning, launching and the doctor read it.
+It says what the machines are and not how they are at the moment: that is asked anew each time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from k2cli.cluster.hostfile import Hostfile
+from k2cli.cluster.nodes import LOCALHOST, LocalNode, Node, is_this_machine
+from k2cli.errors import ClusterError, UsageError
+from k2cli.planning.chips import chip_of_device
+from k2cli.planning.hardware import Backend, NodeMemory
+from k2cli.planning.marks import Mark
+from k2cli.settings import config_directory
+from k2cli.units import GIB
+
+SCHEMA_VERSION = 1
+LinkKind = Literal["thunderbolt", "ethernet", "wifi", "other"]
+InterfaceKind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ClusterNode(msgspec.Struct, frozen=True):
+    """One machine. ``name`` is what ssh calls it; ``localhost`` is the machine of the description.
+
+    ``memory_bytes`` and ``limit_bytes`` are 0 if it was never asked (an imported hostfile).
+    ``interfaces`` maps each interface that was up to its addresses. ``python`` is the interpreter
+    that runs k2 there, None if k2 was not there.
+    """
+
+    name: str
+    hostname: str = ""
+    os: str = ""
+    chip: str = ""
+    memory_bytes: int = 0
+    limit_bytes: int = 0
+    limit_mark: Mark = "assumed"
+    backend: Backend = "cpu"
+    bandwidth_bytes_per_second: int | None = None
+    interfaces: dict[str, tuple[str, ...]] = {}
+    interface_kinds: dict[str, InterfaceKind] = {}
+    rdma_devices: tuple[str, ...] = ()
+    python: str | None = None
+    limit_source: str = ""
+    gpu_cores: int | None = None
+
+
+class Link(msgspec.Struct, frozen=True):
+    """A way between two nodes: a cable, or a network that both are on.
+
+    An address is None where the interface has none that the other end can use: RDMA over
+    Thunderbolt needs none.
+    """
+
+    first: str
+    second: str
+    kind: LinkKind
+    first_interface: str
+    first_address: str | None
+    second_interface: str
+    second_address: str | None
+    rdma: bool = False
+    first_rdma_device: str | None = None
+    second_rdma_device: str | None = None
+
+    def turned(self) -> Link:
+        """The same link, seen from the other end."""
+        return Link(
+            self.second,
+            self.first,
+            self.kind,
+            self.second_interface,
+            self.second_address,
+            self.first_interface,
+            self.first_address,
+            self.rdma,
+            self.second_rdma_device,
+            self.first_rdma_device,
+        )
+
+
+class Cluster(msgspec.Struct, frozen=True):
+    """Machines and their links. ``hostfile`` is MLX's, kept whole if that is where it is from."""
+
+    name: str
+    nodes: tuple[ClusterNode, ...]
+    links: tuple[Link, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+    hostfile: Hostfile | None = None
+
+    def node(self, name: str) -> ClusterNode | None:
+        """The node of that name, if there is one."""
+        wanted = LOCALHOST if is_this_machine(name) else name
+        return next((node for node in self.nodes if node.name == wanted), None)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def clusters_directory() -> Path:
+    """One JSON file per cluster, named by it."""
+    return config_directory() / "clusters"
+
+
+def cluster_path(name: str) -> Path:
+    """Where the cluster of that name is saved.
+
+    Raises:
+        UsageError: if it cannot be the name of a cluster.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"'{name}' cannot be the name of a cluster",
+            "letters, digits, '.', '_' and '-', for example --name studios",
+        )
+    return clusters_directory() / f"{name}.json"
+
+
+def list_clusters() -> list[str]:
+    """The names of all saved clusters, sorted."""
+    return sorted(path.stem for path in clusters_directory().glob("*.json"))
+
+
+def load_cluster(name: str | None = None) -> Cluster:
+    """Read a cluster; without a name, the only one that there is.
+
+    Raises:
+        UsageError: if there is none of that name, or none or several where no name is given.
+        ClusterError: if its file is damaged.
+    """
+    name = name if name is not None else _only_cluster()
+    path = cluster_path(name)
+    try:
+        cluster = msgspec.json.decode(path.read_bytes(), type=Cluster)
+    except FileNotFoundError:
+        raise UsageError(f"there is no cluster '{name}'", _known_clusters()) from None
+    except OSError as error:
+        raise ClusterError(f"{path} cannot be read: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise ClusterError(
+            f"{path} is not a description of a cluster: {error}",
+            f"make it anew: k2 cluster init HOST HOST --name {name}",
+        ) from error
+    if cluster.schema_version > SCHEMA_VERSION:
+        raise ClusterError(f"{path} was written by a newer k2", "update k2 on this machine")
+    return cluster
+
+
+def _only_cluster() -> str:
+    names = list_clusters()
+    if len(names) == 1:
+        return names[0]
+    problem = "there are several clusters" if names else "there is no cluster yet"
+    raise UsageError(f"{problem}, so say which one is meant", _known_clusters())
+
+
+def _known_clusters() -> str:
+    names = list_clusters()
+    if names:
+        return f"there is {', '.join(names)}"
+    return "describe your machines first: k2 cluster init HOST HOST --name NAME"
+
+
+def save_cluster(cluster: Cluster) -> Path:
+    """Write a cluster's file, whole or not at all.
+
+    Raises:
+        ClusterError: if it cannot be written.
+    """
+    path = cluster_path(cluster.name)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n")
+        partial.replace(path)
+    except OSError as error:
+        raise ClusterError(f"{path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def remove_cluster(name: str) -> None:
+    """Forget a cluster; nothing is changed on its machines.
+
+    Raises:
+        UsageError: if there is none of that name.
+    """
+    try:
+        cluster_path(name).unlink()
+    except FileNotFoundError:
+        raise UsageError(f"there is no cluster '{name}'", _known_clusters()) from None
+
+
+# --- what others make of it ---------------------------------------------------------------------
+
+
+def node_memory(cluster: Cluster) -> list[NodeMemory]:
+    """The machines as planning takes them, in the order of the cluster.
+
+    Raises:
+        ClusterError: if a machine was never asked what it has.
+    """
+    return [_memory_of(node, cluster.name) for node in cluster.nodes]
+
+
+def _memory_of(node: ClusterNode, cluster: str) -> NodeMemory:
+    if node.memory_bytes <= 0:
+        raise ClusterError(
+            f"it is not known how much memory {node.name} has",
+            f"k2 cluster refresh {cluster}",
+        )
+    chip = chip_of_device(node.chip)
+    memory_gib = node.memory_bytes // GIB
+    cores = node.gpu_cores or (chip.usual_gpu_cores(memory_gib) if chip else 0)
+    bandwidth = node.bandwidth_bytes_per_second
+    if bandwidth is None and chip is not None:
+        bandwidth = chip.bandwidth_bytes_per_second(cores, memory_gib)
+    return NodeMemory(
+        node.name,
+        node.memory_bytes,
+        node.limit_bytes,
+        node.limit_mark,
+        node.backend,
+        node.limit_source or f"as asked for the cluster {cluster}",
+        chip=chip.identifier if chip else "",
+        bandwidth_bytes_per_second=bandwidth,
+        gpu_flops_per_second=chip.flops_per_second(cores) if chip else None,
+    )
+
+
+def node_named_in(cluster: Cluster, name: str) -> Node:
+    """The node of a cluster, with the interpreter that the description has for it.
+
+    Raises:
+        UsageError: if the cluster has none of that name.
+    """
+    from k2cli.cluster.ssh import SshNode
+
+    node = cluster.node(name)
+    if node is None:
+        names = ", ".join(node.name for node in cluster.nodes)
+        raise UsageError(f"cluster {cluster.name} has no node '{name}'", f"it has {names}")
+    return LocalNode() if is_this_machine(node.name) else SshNode(node.name, python=node.python)
+
+
+def cluster_nodes(cluster: Cluster) -> list[Node]:
+    """All nodes of a cluster, in its order."""
+    return [node_named_in(cluster, node.name) for node in cluster.nodes]

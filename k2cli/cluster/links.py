@@ -1,0 +1,216 @@
+"""Links between machines: found in what the machines say of themselves, and chosen for a back end.
+
+A Thunderbolt cable is known by the domain UUIDs at its ends. Everything else is told by addresses:
+two machines with addresses in one network can reach each other by these interfaces, as far as one
+can know without trying; the doctor tries.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+
+from k2cli.cluster.description import Cluster, Link, LinkKind
+from k2cli.cluster.doctor.facts import MachineFacts, thunderbolt_links
+from k2cli.cluster.hostfile import Host, Hostfile
+from k2cli.errors import ClusterError, UsageError
+
+_SPEED_ORDER: tuple[LinkKind, ...] = ("thunderbolt", "ethernet", "other", "wifi")
+# Where a machine does not say how long its networks' prefixes are.
+_USUAL_PREFIX = {4: 24, 6: 64}
+RDMA_BACKENDS = ("jaccl", "jaccl-ring")
+
+
+# --- finding ------------------------------------------------------------------------------------
+
+
+def detect_links(machines: Mapping[str, MachineFacts]) -> tuple[Link, ...]:
+    """All links between the machines, the fastest of each pair first."""
+    cables = thunderbolt_links(machines)
+    found = [_cable(machines, *cable) for cable in cables]
+    cabled = {(name, interface) for cable in cables for name, interface in _ends(cable)}
+    joined = {frozenset((cable[0], cable[2])) for cable in cables}
+    for first, second in combinations(machines, 2):
+        for link in _networks(machines, first, second):
+            ends = {(first, link.first_interface), (second, link.second_interface)}
+            bridged = link.kind == "thunderbolt" and frozenset((first, second)) not in joined
+            if not ends & cabled and not bridged:
+                found.append(link)
+    order = {pair: index for index, pair in enumerate(combinations(machines, 2))}
+    return tuple(sorted(found, key=lambda link: (order[link.first, link.second], _slowness(link))))
+
+
+def _ends(cable: tuple[str, str, str, str]) -> tuple[tuple[str, str], tuple[str, str]]:
+    return (cable[0], cable[1]), (cable[2], cable[3])
+
+
+def _cable(
+    machines: Mapping[str, MachineFacts], first: str, interface: str, second: str, other: str
+) -> Link:
+    pairs = _in_one_network(machines[first], interface, machines[second], other)
+    addresses = next(pairs, (None, None))
+    devices = (f"rdma_{interface}", f"rdma_{other}")
+    rdma = (
+        devices[0] in machines[first].rdma_devices and devices[1] in machines[second].rdma_devices
+    )
+    named = devices if rdma else (None, None)
+    return Link(
+        first, second, "thunderbolt", interface, addresses[0], other, addresses[1], rdma, *named
+    )
+
+
+def _networks(machines: Mapping[str, MachineFacts], first: str, second: str) -> Iterator[Link]:
+    one, two = machines[first], machines[second]
+    for interface in one.interfaces:
+        for other in two.interfaces:
+            kinds = (one.interface_kinds.get(interface), two.interface_kinds.get(other))
+            if "loopback" in kinds:
+                continue
+            addresses = next(_in_one_network(one, interface, two, other), None)
+            if addresses is not None:
+                kind = _slower_kind(kinds)
+                yield Link(first, second, kind, interface, addresses[0], other, addresses[1])
+
+
+def _in_one_network(
+    one: MachineFacts, interface: str, two: MachineFacts, other: str
+) -> Iterator[tuple[str, str]]:
+    for address in one.interfaces.get(interface, ()):
+        for peer in two.interfaces.get(other, ()):
+            # Both have it: each has a network of its own by that name (docker0).
+            if address != peer and _network(one, address) == _network(two, peer):
+                yield address, peer
+
+
+def _network(machine: MachineFacts, address: str) -> object:
+    version = 6 if ":" in address else 4
+    prefix = machine.prefix_lengths.get(address, _USUAL_PREFIX[version])
+    return ipaddress.ip_interface(f"{address}/{prefix}").network
+
+
+def _slower_kind(kinds: tuple[str | None, str | None]) -> LinkKind:
+    known = [kind for kind in _SPEED_ORDER if kind in kinds]
+    if len(known) == 2 and "thunderbolt" in known:
+        return "other"  # a bridge of the two: as fast as nobody knows
+    return known[-1] if known else "other"
+
+
+def _slowness(link: Link) -> tuple[bool, int, bool]:
+    return not link.rdma, _SPEED_ORDER.index(link.kind), link.first_address is None
+
+
+# --- choosing -----------------------------------------------------------------------------------
+
+
+def links_between(cluster: Cluster, first: str, second: str, backend: str = "") -> list[Link]:
+    """Links of two nodes that a back end can use, the fastest first, seen from ``first``.
+
+    ``jaccl`` needs RDMA; ``ring`` and ``mpi`` need addresses.
+    """
+    found = [
+        link if link.first == first else link.turned()
+        for link in cluster.links
+        if {link.first, link.second} == {first, second}
+    ]
+    if backend in RDMA_BACKENDS:
+        found = [link for link in found if link.rdma]
+    elif backend:
+        found = [link for link in found if link.first_address and link.second_address]
+    return sorted(found, key=_slowness)
+
+
+def best_links(cluster: Cluster, backend: str = "") -> list[Link]:
+    """The fastest link of each pair of nodes that the back end can use; a pair may have none."""
+    names = [node.name for node in cluster.nodes]
+    pairs = (links_between(cluster, one, two, backend) for one, two in combinations(names, 2))
+    return [links[0] for links in pairs if links]
+
+
+def common_addresses(cluster: Cluster) -> dict[str, str]:
+    """One address per node at which every other node reaches it, by the fastest such links.
+
+    Empty if there is no kind of link that joins all pairs.
+    """
+    names = [node.name for node in cluster.nodes]
+    for kind in _SPEED_ORDER:
+        found: dict[str, set[str]] = {}
+        for one in names:
+            others = [name for name in names if name != one]
+            sets = [_addresses_towards(cluster, one, other, kind) for other in others]
+            found[one] = set.intersection(*sets) if sets else set()
+        if names and all(found.values()):
+            return {name: min(addresses) for name, addresses in found.items()}
+    return {}
+
+
+def _addresses_towards(cluster: Cluster, one: str, other: str, kind: LinkKind) -> set[str]:
+    links = links_between(cluster, one, other, "ring")
+    return {link.first_address for link in links if link.kind == kind and link.first_address}
+
+
+# --- MLX's hostfile -----------------------------------------------------------------------------
+
+
+def to_hostfile(cluster: Cluster, backend: str = "") -> Hostfile:
+    """The cluster as MLX's hostfile; one that was imported is given back as it came.
+
+    Args:
+        cluster: the cluster.
+        backend: ``jaccl``, ``ring``, ``mpi``, or empty for the imported one or the best there is.
+
+    Raises:
+        ClusterError: if two nodes have no link that the back end can use.
+    """
+    if cluster.hostfile is not None and backend in ("", cluster.hostfile.backend):
+        return cluster.hostfile
+    if backend not in ("", "jaccl", "ring", "mpi"):
+        raise UsageError(f"'{backend}' is no back end of a hostfile", "jaccl, ring or mpi")
+    names = [node.name for node in cluster.nodes]
+    backend = backend or _best_backend(cluster)
+    rdma = [_rdma_row(cluster, name) if backend == "jaccl" else () for name in names]
+    hosts = [
+        Host(_ssh_name(cluster, name), _ring_addresses(cluster, index, backend), rdma[index])
+        for index, name in enumerate(names)
+    ]
+    return Hostfile(tuple(hosts), backend)
+
+
+def _ssh_name(cluster: Cluster, name: str) -> str:
+    # "localhost" means another machine to whoever gets the file.
+    node = cluster.node(name)
+    return node.hostname if node and name == "localhost" and node.hostname else name
+
+
+def _best_backend(cluster: Cluster) -> str:
+    pairs = len(cluster.nodes) * (len(cluster.nodes) - 1) // 2
+    return "jaccl" if pairs and len(best_links(cluster, "jaccl")) == pairs else "ring"
+
+
+def _rdma_row(cluster: Cluster, name: str) -> tuple[str | None, ...]:
+    row: list[str | None] = []
+    for other in cluster.nodes:
+        links = [] if other.name == name else links_between(cluster, name, other.name, "jaccl")
+        if other.name != name and not links:
+            raise ClusterError(
+                f"there is no RDMA link between {name} and {other.name}", "--backend ring"
+            )
+        row.append(links[0].first_rdma_device if links else None)
+    return tuple(row)
+
+
+def _ring_addresses(cluster: Cluster, rank: int, backend: str) -> tuple[str, ...]:
+    """Where a rank listens: its left neighbour connects to it there."""
+    names = [node.name for node in cluster.nodes]
+    if len(names) == 1:
+        return ("127.0.0.1",)
+    common = common_addresses(cluster)
+    if backend != "ring" and names[rank] in common:
+        return (common[names[rank]],)
+    links = links_between(cluster, names[rank], names[rank - 1], "ring")
+    if not links:
+        raise ClusterError(
+            f"no network is known that joins {names[rank]} and {names[rank - 1]}",
+            f"k2 doctor {cluster.name}",
+        )
+    return (str(links[0].first_address),)
