@@ -61,6 +61,7 @@ class Engine:
         context_length: int,
         concurrency: int,
         prefill_chunk_tokens: int,
+        looks_ahead: bool = True,
     ) -> None:
         stages = size if executor.is_pipeline else 1
         self._queue = StepQueue(executor, followers)
@@ -79,8 +80,9 @@ class Engine:
         self._context_length = context_length
         self._chunk = prefill_chunk_tokens
         self._stages = stages
+        self._looks_ahead = looks_ahead
         # Two where there is one stage: while one step is computed, the next is laid out.
-        self._window = max(2, stages)
+        self._window = max(2 if looks_ahead else 1, stages)
         self._turn = 0
         self._prefill_credit = prefill_chunk_tokens
         self._prefill_rate = 0.0
@@ -235,7 +237,8 @@ class Engine:
         if not in_flight:
             return True
         return (
-            len(in_flight) == 1
+            self._looks_ahead
+            and len(in_flight) == 1
             and in_flight[0].chosen is not None
             and in_flight[0].rows == rows
             and not any(row.sampler.needs_history for row in rows)

@@ -60,7 +60,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``layers[r]`` is rank r's half-open range of decoder layers. ``dtype`` is ``checkpoint`` or
     the name of the float type that weights are cast to. ``expected_weights_bytes[r]`` is what the
-    plan says that rank r holds; loading fails if it holds anything else.
+    plan says that rank r holds; loading fails if it holds anything else. ``looks_ahead`` is None
+    where ``runtime.lookahead`` is to decide.
     """
 
     run_id: str
@@ -80,6 +81,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ring_hosts: list[list[str]] | None = None
     wired_limit_bytes: int | None = None
     cache_limit_bytes: int | None = None
+    looks_ahead: bool | None = None
 
 
 class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

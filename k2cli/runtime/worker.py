@@ -185,6 +185,7 @@ class Rank:
         from k2cli.runtime.control import Followers
         from k2cli.runtime.engine import Engine
         from k2cli.runtime.executor import Executor
+        from k2cli.runtime.lookahead import looks_ahead
 
         deadlines = self._start.deadlines
         followers = Followers(self._lost_follower)
@@ -200,6 +201,7 @@ class Rank:
             context_length=self._assignment.context_length,
             concurrency=self._assignment.concurrency,
             prefill_chunk_tokens=self._assignment.prefill_chunk_tokens,
+            looks_ahead=looks_ahead(self._assignment),
         )
         self._report("warming up")
         sing(engine, followers, self._assignment.size, deadlines.warmup_stall)
