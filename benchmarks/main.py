@@ -50,6 +50,7 @@ class Options:
     docs: Path | None
     models: Path
     niceness: int
+    cores_per_node: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,6 +98,13 @@ def _options(arguments: Sequence[str] | None) -> Options:
         default=0,
         help="of both programs against other work on a shared machine, such as -10; needs root",
     )
+    parser.add_argument(
+        "--cores-per-node",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cores that rank 0 and its HTTP server share, and those of each other rank",
+    )
     given = parser.parse_args(arguments)
     rounds = given.rounds or (2 if given.quick else 5)
     models = given.models or given.output / "models"
@@ -108,6 +116,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
         given.docs,
         models.resolve(),
         given.niceness,
+        given.cores_per_node,
     )
 
 
@@ -132,7 +141,13 @@ def _measure(options: Options, folder: Path, model_name: str, kind: str) -> list
     scratch.mkdir()
     strategy: Strategy = "single" if kind == "library" else kind  # type: ignore[assignment]
     model, subject = _model(options, "large" if model_name == "load" else model_name)
-    setting = Setting(model, strategy, scratch, niceness=options.niceness)
+    setting = Setting(
+        model,
+        strategy,
+        scratch,
+        niceness=options.niceness,
+        cores_per_node=options.cores_per_node,
+    )
     if model_name == "load":
         return loading_rows(subject.title, TITLES[kind], setting)
     return compare(_comparison(options, setting, subject, model_name, kind))
@@ -229,6 +244,7 @@ def _write(options: Options, rows: Sequence[Row]) -> None:
         "only": options.only,
     }
     settings["niceness"] = options.niceness
+    settings["cores_per_node"] = options.cores_per_node
     text = f"{heading(settings)}\n\n{table(rows)}"
     _replace(options.output / "benchmark.md", f"{text}\n")
     _replace(options.output / "benchmark.json", json.dumps(document(rows, settings), indent=1))

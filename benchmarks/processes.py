@@ -70,14 +70,15 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
-def pin(pid: int, rank: int) -> None:
-    """Tie all threads of a process to the core of its rank; where the system can do that."""
+def pin(pid: int, rank: int, cores_per_node: int = 1) -> None:
+    """Tie all threads of a process to the cores of its rank; where the system can do that."""
     available = cores()
     if available:
-        core = available[rank % len(available)]
+        first = rank * cores_per_node
+        chosen = {available[(first + n) % len(available)] for n in range(cores_per_node)}
         for task in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(task.name), {core})
+                os.sched_setaffinity(int(task.name), chosen)
 
 
 def prefer(pid: int, niceness: int) -> None:

@@ -111,7 +111,7 @@ def heading(options: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return (
         f"{found['cpu']}, {found['cores']} cores, {found['system']}; {versions}; "
-        f"{options['rounds']} rounds."
+        f"{options['rounds']} rounds, {options.get('cores_per_node', 1)} core(s) per node."
     )
 
 

@@ -37,10 +37,11 @@ class Setting:
     context_length: int = 4096
     concurrency: int = 8
     niceness: int = 0
+    cores_per_node: int = 1
 
     def tie(self, pid: int, rank: int) -> None:
         """Tie a process to the core of its rank, with the priority that all measured ones get."""
-        processes.pin(pid, rank)
+        processes.pin(pid, rank, self.cores_per_node)
         processes.prefer(pid, self.niceness)
 
     @property
@@ -253,6 +254,7 @@ class K2Engine:
             context_length=setting.context_length,
             concurrency=setting.concurrency,
             prefill_chunk_tokens=2048,
+            nodes=["localhost"] * setting.ranks,
         )
         self._tokenizer = Tokenizer.load(setting.model)
         self._pool = RankPool(parts, setting.folder)
