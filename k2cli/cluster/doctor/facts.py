@@ -44,7 +44,8 @@ class MachineFacts:
     ``limit_bytes`` is what MLX may use there, ``limit_mark`` and ``limit_source`` how that is
     known. ``interfaces`` maps each interface that is up to its addresses (IPv4 first, no link-local
     IPv6); ``interface_kinds`` has all of its keys. ``thunderbolt_peers`` maps an interface to the
-    domain UUID of the Mac behind it.
+    domain UUID of the Mac behind it. ``bridges`` has the members of each bridge, ``rdma_states``
+    the port state of each RDMA device (``PORT_ACTIVE``).
     """
 
     hostname: str
@@ -63,6 +64,8 @@ class MachineFacts:
     thunderbolt_ports: tuple[ThunderboltPort, ...] = ()
     rdma_devices: tuple[str, ...] = ()
     gpu_cores: int | None = None
+    bridges: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rdma_states: Mapping[str, str] = field(default_factory=dict)
     # Address -> bits of its network; an address that is missing has an unknown network.
     prefix_lengths: Mapping[str, int] = field(default_factory=dict)
 

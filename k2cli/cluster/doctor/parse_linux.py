@@ -33,7 +33,8 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
     memory = _memory_bytes(raw, software)
     gpu = _gpu(raw)
     limit, mark, source, backend = _limit(memory, gpu, software)
-    interfaces, kinds = _interfaces(raw, software)
+    entries = _interface_entries(raw)
+    interfaces, kinds = _interfaces(entries, software)
     release = os_release(raw.text("os-release") or "")
     return MachineFacts(
         hostname=(raw.text("hostname") or "").strip(),
@@ -50,7 +51,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
         interfaces=interfaces,
         interface_kinds=kinds,
         rdma_devices=tuple((raw.text("infiniband") or "").split()),
-        prefix_lengths=_prefix_lengths(raw.text("ip")),
+        prefix_lengths=_prefix_lengths(entries or []),
     )
 
 
@@ -111,35 +112,46 @@ def _cpu(text: str) -> str:
     return text.partition(":")[2].strip() or "unknown processor"
 
 
-def _interfaces(
-    raw: RawProbes, software: Software | None
-) -> tuple[dict[str, tuple[str, ...]], dict[str, InterfaceKind]]:
+def _interface_entries(raw: RawProbes) -> list[dict[str, Any]] | None:
+    """Interfaces that are up, as ``ip`` describes them; None where there is no ``ip``."""
     text = raw.text("ip")
     if text is None:
+        return None
+    try:
+        entries: list[dict[str, Any]] = json.loads(text)
+    except ValueError as error:
+        raise ClusterError(f"node {raw.node}: ip printed no JSON: {error}") from None
+    return [entry for entry in entries if "UP" in entry.get("flags", [])]
+
+
+def _interfaces(
+    entries: list[dict[str, Any]] | None, software: Software | None
+) -> tuple[dict[str, tuple[str, ...]], dict[str, InterfaceKind]]:
+    if entries is None:
         known = software.interfaces if software is not None else {}
         addresses = {name: _ordered(list(found)) for name, found in known.items()}
         return addresses, {name: _kind(name, "", None) for name in addresses}
-    try:
-        entries = json.loads(text)
-    except ValueError as error:
-        raise ClusterError(
-            f"node {raw.node}: 'ip -json address' printed no JSON: {error}"
-        ) from None
-    up = [entry for entry in entries if "UP" in entry.get("flags", [])]
-    addresses = {entry["ifname"]: _addresses(entry) for entry in up}
+    addresses = {entry["ifname"]: _addresses(entry) for entry in entries}
     kinds = {
         entry["ifname"]: _kind(
             entry["ifname"], entry.get("link_type", ""), entry.get("linkinfo", {}).get("info_kind")
         )
-        for entry in up
+        for entry in entries
     }
     return addresses, kinds
 
 
-def _prefix_lengths(text: str | None) -> dict[str, int]:
-    entries = json.loads(text) if text else []
-    found = [a for entry in entries for a in entry.get("addr_info", []) if "local" in a]
+def _prefix_lengths(entries: list[dict[str, Any]]) -> dict[str, int]:
+    found = [a for entry in entries for a in entry.get("addr_info", []) if "prefixlen" in a]
     return {address["local"]: int(address["prefixlen"]) for address in found}
+
+
+def _bridges(entries: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    owners = {entry["master"] for entry in entries if "master" in entry}
+    return {
+        owner: tuple(e["ifname"] for e in entries if e.get("master") == owner)
+        for owner in sorted(owners)
+    }
 
 
 def _addresses(entry: dict[str, Any]) -> tuple[str, ...]:

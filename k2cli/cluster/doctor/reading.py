@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import msgspec
 
-from k2cli.cluster.doctor import parse_linux
+from k2cli.cluster.doctor import parse_linux, parse_macos
 from k2cli.cluster.doctor.facts import Condition, Examination, MachineFacts, Software
 from k2cli.cluster.doctor.probes import RawProbes
 from k2cli.errors import ClusterError
@@ -58,11 +58,13 @@ def _software(raw: RawProbes) -> tuple[Software | None, str | None]:
 
 
 def _machine(raw: RawProbes, software: Software | None) -> MachineFacts:
-    return parse_linux.machine(raw, software)
+    parse = parse_macos.machine if raw.system == "Darwin" else parse_linux.machine
+    return parse(raw, software)
 
 
 def _condition(raw: RawProbes, software: Software | None) -> Condition:
-    found = parse_linux.condition(raw)
+    read = parse_macos.condition if raw.system == "Darwin" else parse_linux.condition
+    found = read(raw)
     offset = clock_offset(raw, software)
     if offset is not None:
         found = replace(found, clock_offset_seconds=offset[0], clock_error_seconds=offset[1])
