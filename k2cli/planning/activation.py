@@ -128,6 +128,37 @@ def activation_demand(
     )
 
 
+def decode_demand(
+    shape: ActivationShape,
+    *,
+    backend: Backend,
+    context_length: int,
+    concurrency: int,
+    itemsize: int,
+    slices: int = 1,
+    samples: bool = True,
+) -> ActivationDemand:
+    """Model one rank's peak while all sequences decode one token at a full context.
+
+    Latent attention stays in the latent space for a single token: it makes scores and a masked
+    copy of them, and expands nothing. Arguments are those of ``activation_demand``.
+    """
+    heads = ceil(shape.heads / slices)
+    rows = concurrency
+    scores = heads * rows * context_length * itemsize
+    if shape.latent:
+        attention = 2 * scores
+    else:
+        fused = backend != "cpu" and shape.head_size in _FUSED_HEAD_SIZES
+        attention = 4 * rows * heads * shape.head_size * itemsize + (0 if fused else scores)
+    return ActivationDemand(
+        attention,
+        _feed_forward_bytes(shape, rows, itemsize, slices),
+        4 * rows * shape.hidden * itemsize,
+        _logits_bytes(shape, concurrency, itemsize) if samples else 0,
+    )
+
+
 def _attention_bytes(
     shape: ActivationShape, backend: Backend, heads: int, chunk: int, context: int, itemsize: int
 ) -> int:

@@ -1,40 +1,57 @@
-"""Placements with their ledgers: each is traced, and given the largest prefill chunk that fits."""
+"""Placements with their ledgers and speeds, each with a prefill chunk that fits.
+
+Everything is taken from traced profiles; nothing here traces a placement, so that thousands can
+be looked at. ``planner`` traces the one that is chosen.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import permutations
+from typing import Any
 
 from k2cli.errors import UsageError
-from k2cli.planning.activation import PREFILL_CHUNKS, activation_demand
+from k2cli.planning.activation import activation_demand, decode_demand
+from k2cli.planning.demand import Demand
 from k2cli.planning.hardware import NodeMemory
-from k2cli.planning.memory import RUNTIME_BYTES, node_budget
+from k2cli.planning.memory import communication_bytes, node_budget
 from k2cli.planning.plan import NodeBudget
-from k2cli.planning.split import balanced_split
-from k2cli.planning.subject import ITEM_BYTES, Demand, Subject
-from k2cli.sharding.placement import (
-    HeadPlacement,
-    Placement,
-    RankPlacement,
-    Strategy,
-    even_split,
-)
-
-if TYPE_CHECKING:
-    from k2cli.sharding.footprint import RankFootprint
+from k2cli.planning.speed import SpeedEstimate, predict_speed
+from k2cli.planning.split import best_split
+from k2cli.planning.stages import StageBytes, stage_bytes, stage_seconds, stage_totals
+from k2cli.planning.subject import ITEM_BYTES
+from k2cli.planning.traced import Slices, TracedModel
+from k2cli.sharding.placement import Placement, RankPlacement, Strategy
 
 GOOD_CHUNK_TOKENS = 512
 """A prefill chunk that keeps a GPU busy; a strategy that allows less is second choice."""
 
+SLOWER_SPLIT = 1.02
+"""How much slower a pipeline's slowest stage may become for the sake of a larger prefill chunk."""
+
+MOST_ORDERS = 24
+"""Orders of unlike nodes that are all tried; of more, only those with different ends."""
+
+EXCHANGE_PROMPT_TOKENS, EXCHANGE_ANSWER_TOKENS = 2000, 500
+"""The exchange by which placements are compared: a prompt and an answer of everyday lengths."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A placement with its ledger."""
+    """A placement with its ledger; ``nodes`` and ``budgets`` are in rank order.
+
+    ``slowest_seconds`` is the time of a pipeline's slowest stage for one token, 0 for others, and
+    in no unit where the nodes' speeds are unknown.
+    """
 
     placement: Placement
+    nodes: tuple[NodeMemory, ...]
     chunk_tokens: int
     budgets: tuple[NodeBudget, ...]
+    speed: SpeedEstimate | None
+    slowest_seconds: float = 0.0
 
     @property
     def headroom_bytes(self) -> int:
@@ -46,169 +63,294 @@ class Candidate:
         """Whether no node is over its limit."""
         return self.headroom_bytes >= 0
 
-
-def preference(candidate: Candidate) -> tuple[bool, int, int]:
-    """Fits first; then a good prefill chunk; then room. A pipeline wins ties: it stands first."""
-    chunk = min(candidate.chunk_tokens, GOOD_CHUNK_TOKENS)
-    return candidate.fits, chunk, 0 if candidate.fits else candidate.headroom_bytes
-
-
-def single(subject: Subject, nodes: Sequence[NodeMemory], demand: Demand) -> Candidate:
-    return _whole_layers(subject, nodes, demand, "single")
-
-
-def tensor(subject: Subject, nodes: Sequence[NodeMemory], demand: Demand) -> Candidate:
-    return _whole_layers(subject, nodes, demand, "tensor", _head(subject, len(nodes), demand))
+    @property
+    def exchange_seconds(self) -> float | None:
+        """What an everyday exchange is expected to take; None if no speed is predicted."""
+        if self.speed is None:
+            return None
+        prefill = self.speed.prefill_tokens_per_second.expected
+        aggregate = self.speed.aggregate_decode_tokens_per_second.expected
+        single = self.speed.decode_tokens_per_second.expected
+        rate = aggregate if aggregate > single else single
+        return EXCHANGE_PROMPT_TOKENS / prefill + EXCHANGE_ANSWER_TOKENS / rate
 
 
-def _head(subject: Subject, ranks: int, demand: Demand) -> HeadPlacement:
-    """Cut the head too wherever it can be: less to hold, and to read for every token."""
-    from k2cli.sharding.head import can_shard_head
-
-    if demand.head == "replicated":
-        return "replicated"
-    if can_shard_head(subject.facts.model, ranks):
-        return "sharded"
-    if demand.head == "sharded":
-        raise UsageError(
-            f"the head of {subject.config['model_type']} cannot be cut into {ranks} equal parts",
-            "--head replicated",
-        )
-    return "replicated"
+def preference(of: Candidate) -> tuple[bool, int, float, int]:
+    """Fits first; then a good prefill chunk; then speed; then room. Of equals the first wins."""
+    chunk = min(of.chunk_tokens, GOOD_CHUNK_TOKENS)
+    seconds = of.exchange_seconds
+    room = 0 if of.fits else of.headroom_bytes
+    return of.fits, chunk, 0.0 if seconds is None else -seconds, room
 
 
-def _whole_layers(
-    subject: Subject,
-    nodes: Sequence[NodeMemory],
-    demand: Demand,
-    strategy: Strategy,
-    head: HeadPlacement = "replicated",
-) -> Candidate:
-    count = subject.facts.layer_count
-    ranks = tuple(RankPlacement(rank, node.name, (0, count)) for rank, node in enumerate(nodes))
-    return _traced(subject, nodes, demand, Placement(strategy, ranks, head))
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What candidates have in common: the model, the machines (limits shared), the demand.
+
+    Without ``timed`` no speed is predicted, and of splits that fit any will do.
+    """
+
+    model: TracedModel
+    nodes: tuple[NodeMemory, ...]
+    demand: Demand
+    timed: bool = True
 
 
-def pipeline(subject: Subject, nodes: Sequence[NodeMemory], demand: Demand) -> Candidate:
-    """The even split, or the one that fills all stages equally if only that fits."""
-    count = subject.facts.layer_count
-    if count < len(nodes):
+def candidate(ground: Ground, strategy: Strategy) -> Candidate:
+    """The best candidate of a strategy.
+
+    Raises:
+        UsageError: if the strategy is impossible for this model or number of nodes.
+    """
+    return pipeline(ground) if strategy == "pipeline" else whole_layers(ground, strategy)
+
+
+def fits_somehow(ground: Ground, strategy: Strategy) -> bool:
+    """Whether a strategy fits with the smallest prefill chunk: what searches for limits ask."""
+    small = replace(ground.demand, chunk_tokens=ground.demand.chunks[-1])
+    return candidate(replace(ground, demand=small, timed=False), strategy).fits
+
+
+# --- single and tensor --------------------------------------------------------------------------
+
+
+def whole_layers(ground: Ground, strategy: Strategy) -> Candidate:
+    """All layers on the one node, or a slice of each on every node; the largest chunk that fits."""
+    slices = ground.model.slices(len(ground.nodes) if strategy == "tensor" else 1)
+    count = slices.profile.layer_count
+    ranks = tuple(
+        RankPlacement(rank, node.name, (0, count)) for rank, node in enumerate(ground.nodes)
+    )
+    placement = Placement(strategy, ranks, slices.head)
+    for chunk in ground.demand.chunks:
+        budgets = _budgets(ground, slices, placement, ground.nodes, chunk)
+        if all(budget.headroom_bytes >= 0 for budget in budgets):
+            break
+    return _finished(ground, slices, placement, ground.nodes, chunk, budgets)
+
+
+# --- pipeline -----------------------------------------------------------------------------------
+
+
+def pipeline(ground: Ground) -> Candidate:
+    """The split, the order of nodes and the chunk whose slowest stage is fastest within memory."""
+    whole = ground.model.slices(1)
+    count, stages = whole.profile.layer_count, len(ground.nodes)
+    if count < stages:
         raise UsageError(
             f"a pipeline needs a layer per node: the model has {count} layers, "
-            f"there are {len(nodes)} nodes"
+            f"there are {stages} nodes"
         )
-    even = _staged(subject, nodes, demand, even_split(count, len(nodes)))
-    if even.fits and even.chunk_tokens >= min(GOOD_CHUNK_TOKENS, demand.context_length):
-        return even
-    ranges = _balanced_ranges(subject, nodes, demand, even)
-    if ranges is None or ranges == tuple(part.layers for part in even.placement.ranks):
-        return even
-    return max((even, _staged(subject, nodes, demand, ranges)), key=preference)
-
-
-def _staged(
-    subject: Subject,
-    nodes: Sequence[NodeMemory],
-    demand: Demand,
-    ranges: Sequence[tuple[int, int]],
-) -> Candidate:
+    demand = ground.demand
+    held = stage_bytes(whole, demand.context_length, demand.concurrency)
+    orders = node_orders(ground.nodes) if demand.free_order else [ground.nodes]
+    seconds = {
+        node: stage_seconds(whole, node, demand.context_length) if ground.timed else 0.0
+        for node in ground.nodes
+    }
+    found = [
+        (chunk, *best)
+        for chunk in demand.chunks
+        if (best := _best_order(ground, whole, held, seconds, orders, chunk)) is not None
+    ]
+    chunk, order, slowest, ranges = _choose_chunk(found) if found else _least_over(
+        ground, whole, held, orders)  # fmt: skip
     ranks = tuple(
         RankPlacement(rank, node.name, layers)
-        for rank, (node, layers) in enumerate(zip(nodes, ranges, strict=True))
+        for rank, (node, layers) in enumerate(zip(order, reversed(ranges), strict=True))
     )
-    return _traced(subject, nodes, demand, Placement("pipeline", ranks))
+    placement = Placement("pipeline", ranks)
+    if ground.timed:
+        ground.model.check_stages([part.layers[0] for part in ranks[:-1]])
+    budgets = _budgets(ground, whole, placement, order, chunk)
+    done = _finished(ground, whole, placement, order, chunk, budgets)
+    return replace(done, slowest_seconds=slowest)
 
 
-def _balanced_ranges(
-    subject: Subject, nodes: Sequence[NodeMemory], demand: Demand, even: Candidate
-) -> tuple[tuple[int, int], ...] | None:
-    from k2cli.sharding.stage import anatomy
-    from k2cli.sharding.trace import parameters
+_Found = tuple[tuple[NodeMemory, ...], float, tuple[tuple[int, int], ...]]
+"""Nodes in rank order, the cost of the costliest stage, layer ranges with the first stage first."""
 
-    parts = anatomy(subject.facts.model)
-    weights = [sum(v.nbytes for v in parameters(layer).values()) for layer in parts.layers]
-    cache = sum(budget.kv_cache_bytes for budget in even.budgets) // len(weights)
-    embeddings = sum(
-        sum(v.nbytes for v in parameters(parent[name]).values())
-        for parent, name in parts.embeddings
+
+def _choose_chunk(found: Sequence[tuple[int, *_Found]]) -> tuple[int, *_Found]:
+    """The largest chunk among the good ones that costs no speed; else the largest there is."""
+    good = [entry for entry in found if entry[0] >= GOOD_CHUNK_TOKENS]
+    if not good:
+        return found[0]
+    bound = min(entry[2] for entry in good) * SLOWER_SPLIT
+    return next(entry for entry in good if entry[2] <= bound)
+
+
+def _best_order(
+    ground: Ground,
+    whole: Slices,
+    held: StageBytes,
+    seconds: dict[NodeMemory, Any],
+    orders: Sequence[tuple[NodeMemory, ...]],
+    chunk: int,
+) -> _Found | None:
+    """The fastest split within memory over all orders of nodes, for one prefill chunk."""
+    import numpy as np
+
+    totals = {node: _totals(ground, whole, held, node, chunk) for node in ground.nodes}
+    costs = {
+        node: np.where(totals[node] <= node.limit_bytes, seconds[node], np.inf)
+        for node in ground.nodes
+    }
+    # Of equally fast splits the one that leaves every node the same room: a small share of time.
+    prefer = {
+        node: seconds[node] * (1 + 1e-6 * (totals[node] / max(node.limit_bytes, 1)) ** 2)
+        for node in ground.nodes
+    }
+    return _over_orders(orders, costs, prefer)
+
+
+def _least_over(
+    ground: Ground, whole: Slices, held: StageBytes, orders: Sequence[tuple[NodeMemory, ...]]
+) -> tuple[int, *_Found]:
+    """Where nothing fits: the split that lacks least on the node that lacks most."""
+    chunk = ground.demand.chunks[-1]
+    over = {
+        node: (_totals(ground, whole, held, node, chunk) - node.limit_bytes).astype(float)
+        for node in ground.nodes
+    }
+    found = _over_orders(orders, over, {node: matrix * 0 for node, matrix in over.items()})
+    assert found is not None  # every range has a finite cost, and there is a layer per node
+    order, _, ranges = found
+    return chunk, order, 0.0, ranges
+
+
+def _over_orders(
+    orders: Sequence[tuple[NodeMemory, ...]],
+    costs: dict[NodeMemory, Any],
+    preferences: dict[NodeMemory, Any],
+) -> _Found | None:
+    best: _Found | None = None
+    for order in orders:
+        stages = tuple(reversed(order))
+        split = best_split([costs[n] for n in stages], [preferences[n] for n in stages])
+        if split is not None and (best is None or split[0] < best[1] * (1 - 1e-9)):
+            best = (order, *split)
+    return best
+
+
+def _totals(ground: Ground, whole: Slices, held: StageBytes, node: NodeMemory, chunk: int) -> Any:
+    activation = partial(_activation, ground, node, chunk, 1)
+    return stage_totals(
+        held,
+        max(activation(samples=False)),
+        max(activation(samples=True)),
+        _communication(ground, whole, "pipeline", chunk),
     )
-    outputs = sum(
-        sum(v.nbytes for v in parameters(parent[name]).values()) for parent, name in parts.outputs
-    ) + (embeddings if parts.tied else 0)
-    # Room for layers: the limit without what does not depend on where the cut is.
-    smallest = _activations(subject, nodes, demand, even.placement, PREFILL_CHUNKS[-1])
-    capacities = [
-        node.limit_bytes - RUNTIME_BYTES - peak for node, peak in zip(nodes, smallest, strict=True)
-    ]
-    layer_bytes = [size + int(cache * 1.05) for size in weights]
-    return balanced_split(layer_bytes, capacities, embeddings, outputs)
 
 
-# --- the ledger of a placement ------------------------------------------------------------------
+def node_orders(nodes: Sequence[NodeMemory]) -> list[tuple[NodeMemory, ...]]:
+    """Orders of nodes that could differ, the given one first.
+
+    Nodes that differ in their name only are the same. Of many unlike nodes only those orders are
+    kept that differ in who comes first and last, who hold head and embedding.
+    """
+    kinds = {node: (node.backend, node.limit_bytes, node.bandwidth_bytes_per_second,
+                    node.gpu_flops_per_second) for node in nodes}  # fmt: skip
+    orders: dict[tuple[object, ...], tuple[NodeMemory, ...]] = {}
+    if len(nodes) <= 4:  # 4! is MOST_ORDERS
+        for order in permutations(nodes):
+            orders.setdefault(tuple(kinds[node] for node in order), order)
+        return list(orders.values())
+    orders[tuple(kinds[node] for node in nodes)] = tuple(nodes)
+    firsts = {kinds[node]: node for node in reversed(nodes)}
+    for first in firsts.values():
+        rest = list(nodes)
+        rest.remove(first)
+        for last in {kinds[node]: node for node in rest}.values():
+            middle = list(rest)
+            middle.remove(last)
+            order = (first, *middle, last)
+            orders.setdefault(tuple(kinds[node] for node in order), order)
+    return list(orders.values())[:MOST_ORDERS]
 
 
-def _traced(
-    subject: Subject, nodes: Sequence[NodeMemory], demand: Demand, placement: Placement
+# --- the ledger and speed of a placement --------------------------------------------------------
+
+
+def _budgets(
+    ground: Ground,
+    slices: Slices,
+    placement: Placement,
+    nodes: Sequence[NodeMemory],
+    chunk: int,
+) -> tuple[NodeBudget, ...]:
+    profile = slices.profile
+    cache = profile.cache_bytes(ground.demand.context_length)
+    communication = _communication(ground, slices, placement.strategy, chunk)
+    names = [node.name for node in nodes]
+    budgets = []
+    for node, part in zip(nodes, placement.ranks, strict=True):
+        first, past_last = part.layers
+        samples = past_last == profile.layer_count
+        prefill, decode = _activation(ground, node, chunk, slices.count, samples=samples)
+        budget = node_budget(
+            node,
+            sharers=names.count(node.name),
+            layer_weights_bytes=sum(profile.layer_bytes[first:past_last]),
+            edge_weights_bytes=profile.edges_bytes(first, past_last),
+            kv_cache_bytes=sum(cache[first:past_last]) * ground.demand.concurrency,
+            prefill_activation_bytes=prefill,
+            decode_activation_bytes=decode,
+            communication=communication,
+            layers=past_last - first,
+        )
+        budgets.append(budget)
+    return tuple(budgets)
+
+
+def _activation(
+    ground: Ground, node: NodeMemory, chunk: int, slices: int, *, samples: bool
+) -> tuple[int, int]:
+    """Peaks of prefill and of decode on a node."""
+    demand, subject = ground.demand, ground.model.subject
+    itemsize = ITEM_BYTES[ground.model.dtype]
+    common: dict[str, Any] = {
+        "backend": node.backend,
+        "context_length": demand.context_length,
+        "concurrency": demand.concurrency,
+        "itemsize": itemsize,
+        "slices": slices,
+        "samples": samples,
+    }
+    prefill = activation_demand(subject.shape, chunk_tokens=chunk, **common)
+    return prefill.peak_bytes, decode_demand(subject.shape, **common).peak_bytes
+
+
+def _communication(ground: Ground, slices: Slices, strategy: str, chunk: int) -> int:
+    shape, itemsize = ground.model.subject.shape, ITEM_BYTES[ground.model.dtype]
+    tokens = max(min(chunk, ground.demand.context_length), ground.demand.concurrency)
+    logits = shape.vocabulary * itemsize * ground.demand.concurrency
+    return communication_bytes(
+        strategy,
+        len(ground.nodes),
+        tokens,
+        shape.hidden * itemsize,
+        logits if slices.head == "sharded" else 0,
+    )
+
+
+def _finished(
+    ground: Ground,
+    slices: Slices,
+    placement: Placement,
+    nodes: Sequence[NodeMemory],
+    chunk: int,
+    budgets: tuple[NodeBudget, ...],
 ) -> Candidate:
-    """Trace a placement and give it the largest prefill chunk that has room."""
-    from k2cli.sharding.footprint import footprints
-
-    held = footprints(
-        subject.config,
+    demand = ground.demand
+    speed = None if slices.work is None or not ground.timed else predict_speed(
+        slices.work,
         placement,
+        nodes,
+        backend=demand.backend,
         context_length=demand.context_length,
         concurrency=demand.concurrency,
-        stored=subject.stored,
-        dtype=demand.dtype,
-    )
-    useful = [chunk for chunk in PREFILL_CHUNKS if chunk <= demand.context_length]
-    for chunk in useful or PREFILL_CHUNKS[-1:]:
-        candidate = _budgeted(subject, nodes, demand, placement, held, chunk)
-        if candidate.fits:
-            break
-    return candidate
-
-
-def _budgeted(
-    subject: Subject,
-    nodes: Sequence[NodeMemory],
-    demand: Demand,
-    placement: Placement,
-    held: Sequence[RankFootprint],
-    chunk: int,
-) -> Candidate:
-    peaks = _activations(subject, nodes, demand, placement, chunk)
-    budgets = tuple(
-        node_budget(
-            node,
-            weights_bytes=rank.weights_bytes,
-            kv_cache_bytes=rank.kv_cache_bytes,
-            activation_bytes=peak,
-            layers=part.layers[1] - part.layers[0],
-        )
-        for node, rank, part, peak in zip(nodes, held, placement.ranks, peaks, strict=True)
-    )
-    return Candidate(placement, chunk, budgets)
-
-
-def _activations(
-    subject: Subject,
-    nodes: Sequence[NodeMemory],
-    demand: Demand,
-    placement: Placement,
-    chunk: int,
-) -> list[int]:
-    slices = placement.size if placement.strategy == "tensor" else 1
-    return [
-        activation_demand(
-            subject.shape,
-            backend=node.backend,
-            chunk_tokens=chunk,
-            context_length=demand.context_length,
-            concurrency=demand.concurrency,
-            itemsize=ITEM_BYTES[demand.dtype],
-            slices=slices,
-            samples=part.layers[1] == placement.layer_count,
-        ).peak_bytes
-        for node, part in zip(nodes, placement.ranks, strict=True)
-    ]
+        chunk_tokens=min(chunk, demand.context_length),
+        collective_seconds=demand.collective_seconds,
+    )  # fmt: skip
+    return Candidate(placement, tuple(nodes), chunk, budgets, speed)

@@ -15,9 +15,11 @@ import msgspec
 
 from k2cli.errors import UsageError
 from k2cli.planning.marks import Mark
+from k2cli.planning.speed import SpeedEstimate
 from k2cli.sharding.placement import Placement
 
 SCHEMA_VERSION = 1
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
@@ -41,6 +43,26 @@ class PlannedRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Breakdown:
+    """What the sums of a ledger are made of, in bytes.
+
+    Weights are those of layers and of edges (embedding, norm and head); activation is the larger
+    of prefill and decode; overhead is communication, runtime, slack and cache growth together.
+    ``os_reserve_bytes`` is memory that the limit leaves to the operating system.
+    """
+
+    layer_weights_bytes: int
+    edge_weights_bytes: int
+    prefill_activation_bytes: int
+    decode_activation_bytes: int
+    communication_bytes: int
+    runtime_bytes: int
+    allocator_slack_bytes: int
+    cache_growth_bytes: int
+    os_reserve_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class NodeBudget:
     """The ledger of one rank's machine; all in bytes. ``weights_bytes`` is held, not stored.
 
@@ -58,13 +80,51 @@ class NodeBudget:
     headroom_bytes: int
     backend: str = ""
     limit_source: str = ""
+    breakdown: Breakdown | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A placement that was compared: what it would give, or why it is impossible.
+
+    ``headroom_bytes`` is that of its tightest node. Speeds are expected tokens per second, None
+    where they cannot be predicted. ``verdict`` says in a few words why it was chosen or not.
+    """
+
+    name: str
+    possible: bool
+    fits: bool
+    chosen: bool
+    verdict: str
+    prefill_chunk_tokens: int = 0
+    headroom_bytes: int = 0
+    decode_tokens_per_second: float | None = None
+    prefill_tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One change that makes the plan fit; it was planned, and has room for ``headroom_bytes``.
+
+    ``options`` are the flags of ``plan-memory`` that make the change, in place of those given.
+    ``command`` is what else is to be done, on the machines themselves.
+    """
+
+    kind: str
+    change: str
+    options: dict[str, str]
+    headroom_bytes: int
+    decode_tokens_per_second: float | None = None
+    command: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that ``launch`` needs to know and that the user is shown before.
 
-    ``reason`` says in one sentence why the strategy is what it is.
+    ``reason`` says in one sentence why the strategy is what it is. ``max_context_length`` is for
+    the asked concurrency, ``max_concurrency`` for the asked context, each with the prefill chunk
+    as small as need be; 0 if nothing fits.
     """
 
     model: PlannedModel
@@ -72,7 +132,13 @@ class Plan:
     placement: Placement
     nodes: tuple[NodeBudget, ...]
     fits: bool
+    max_context_length: int = 0
+    max_concurrency: int = 0
+    speed: SpeedEstimate | None = None
+    speed_note: str = ""
     marks: dict[str, Mark] = field(default_factory=dict)
+    advice: tuple[Advice, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
     reason: str = ""
     schema_version: int = SCHEMA_VERSION
 

@@ -1,35 +1,209 @@
-"""Makes a plan: chooses where the model goes, and says why.
+"""Makes a plan: compares where the model could go, chooses, and says why.
 
 Weights and KV cache come from tracing and are exact; activation and overhead are modelled; the
-limit is what the hardware says, or is assumed.
+limit is what the hardware says, or is assumed. Speed is predicted as a band.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from k2cli.errors import UsageError
-from k2cli.planning.candidates import Candidate, pipeline, preference, single, tensor
+from k2cli.planning.candidates import Candidate, Ground, candidate, preference
+from k2cli.planning.demand import Demand, check_amounts, check_choices, check_nodes
 from k2cli.planning.hardware import NodeMemory, share_machines
+from k2cli.planning.limits import max_concurrency, max_context_length
 from k2cli.planning.marks import Mark
-from k2cli.planning.plan import Plan, PlannedModel, PlannedRequest
+from k2cli.planning.plan import Alternative, Plan, PlannedModel, PlannedRequest
+from k2cli.planning.reasons import alternatives, reason
+from k2cli.planning.speed import speed_obstacle
 from k2cli.planning.stored import describe_quantization
-from k2cli.planning.subject import (
-    Demand,
-    Subject,
-    choose_context,
-    choose_dtype,
-    read_subject,
-)
-
-MAX_CONCURRENCY = 4096
-
-_STRATEGIES = ("auto", "single", "pipeline", "tensor")
-_HEADS = ("auto", "replicated", "sharded")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+from k2cli.planning.subject import Subject, choose_context, choose_dtype, read_subject
+from k2cli.planning.traced import TracedModel
+from k2cli.sharding.placement import Strategy
 
 WantedStrategy = Literal["auto", "single", "pipeline", "tensor"]
+
+ROOMY_CONCURRENCY = (8, 4, 2)
+"""Sequences that a launch makes room for if nobody says how many, as far as they fit."""
+
+_MOST_TRACED_RANKS = 4
+"""Ranks of the chosen placement that are traced once more; of more, the ends and their neighbours,
+since the others differ only in which layers they hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a user asked of a plan, as it was given; None and ``auto`` leave it to k2.
+
+    ``context_length`` is in tokens per sequence: the model's maximum or 32,768 if None, whichever
+    is less. ``dtype`` ``auto`` is the checkpoint's float type, and float32 where a node computes
+    on its CPU. ``head`` ``auto`` cuts the head too in tensor parallelism, where it can be cut.
+    ``backend`` and ``collective_seconds`` concern the predicted speed.
+    """
+
+    strategy: WantedStrategy | str = "auto"
+    context_length: int | None = None
+    concurrency: int = 1
+    dtype: str = "auto"
+    head: str = "auto"
+    chunk_tokens: int | None = None
+    backend: str = "auto"
+    collective_seconds: float | None = None
+    free_order: bool = False
+
+
+class Planner:
+    """Plans one model; asked again, with other wishes or machines, it reuses what it has traced.
+
+    Raises:
+        UsageError: for a reference or config that makes no sense.
+        K2Error: if the model's files cannot be read.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.subject = read_subject(model)
+        self._traced: dict[tuple[str, str], TracedModel] = {}
+
+    def ground(self, nodes: Sequence[NodeMemory], wishes: Wishes) -> Ground:
+        """What candidates start from.
+
+        Raises:
+            UsageError: for wishes that make no sense, with the value.
+        """
+        check_choices(parallel=wishes.strategy, dtype=wishes.dtype, head=wishes.head,
+                      backend=wishes.backend)  # fmt: skip
+        check_nodes(nodes, wishes.strategy)
+        check_amounts(wishes.concurrency, wishes.chunk_tokens, wishes.collective_seconds)
+        dtype = choose_dtype(wishes.dtype, self.subject, nodes)
+        demand = Demand(
+            choose_context(wishes.context_length, self.subject.config),
+            wishes.concurrency,
+            wishes.chunk_tokens,
+            wishes.backend,
+            wishes.collective_seconds,
+            wishes.free_order,
+        )
+        return Ground(self._model(dtype, wishes.head), tuple(share_machines(nodes)), demand)
+
+    def plan(self, nodes: Sequence[NodeMemory], wishes: Wishes, *, limits: bool = True) -> Plan:
+        """Plan on nodes; a plan that does not fit is returned too, with ``fits`` false.
+
+        Args:
+            nodes: one per rank, rank 0 first unless ``wishes.free_order``. Nodes of one name are
+                ranks on one machine and share its limit.
+            limits: also find the longest context and the most sequences.
+
+        Raises:
+            UsageError: for a request that makes no sense; where the wanted strategy is
+                impossible, with the numbers.
+        """
+        ground = self.ground(nodes, wishes)
+        found, obstacles = _compare(ground, strategies_for(wishes.strategy, len(nodes)))
+        chosen = max(found, key=preference)
+        compared = alternatives(chosen, found, obstacles)
+        plan = self._plan(ground, chosen, compared, asked=wishes.strategy != "auto")
+        if not limits:
+            return plan
+        possible = [each.placement.strategy for each in found]
+        return replace(
+            plan,
+            max_context_length=max_context_length(ground, possible),
+            max_concurrency=max_concurrency(ground, possible),
+        )
+
+    def _model(self, dtype: str, head: str) -> TracedModel:
+        if (dtype, head) not in self._traced:
+            self._traced[dtype, head] = TracedModel(self.subject, dtype, head)
+        return self._traced[dtype, head]
+
+    def _plan(
+        self,
+        ground: Ground,
+        chosen: Candidate,
+        compared: tuple[Alternative, ...],
+        *,
+        asked: bool,
+    ) -> Plan:
+        subject, demand = self.subject, ground.demand
+        note = "" if chosen.speed is not None else speed_obstacle(chosen.nodes)
+        return Plan(
+            model=PlannedModel(
+                reference=self.model,
+                parameters=subject.facts.parameter_count,
+                stored_bytes=subject.stored_bytes,
+                architecture=str(subject.config["model_type"]),
+                quantization=describe_quantization(subject.config),
+            ),
+            request=PlannedRequest(
+                demand.context_length, demand.concurrency, ground.model.dtype, chosen.chunk_tokens
+            ),
+            placement=chosen.placement,
+            nodes=chosen.budgets,
+            fits=chosen.fits,
+            speed=chosen.speed,
+            speed_note=note or "",
+            marks=_marks(subject, chosen),
+            alternatives=compared,
+            reason="asked for" if asked and len(ground.nodes) > 1 else reason(compared),
+        )
+
+
+def strategies_for(wanted: str, nodes: int) -> list[Strategy]:
+    """The strategies to compare, the preferred of equals first."""
+    if nodes == 1:
+        return ["single"]
+    if wanted == "pipeline":
+        return ["pipeline"]
+    return ["tensor"] if wanted == "tensor" else ["pipeline", "tensor"]
+
+
+def _compare(
+    ground: Ground, strategies: Sequence[Strategy]
+) -> tuple[list[Candidate], dict[Strategy, str]]:
+    """A candidate of every strategy that is possible, and what is in the way of the others."""
+    found: list[Candidate] = []
+    obstacles: dict[Strategy, str] = {}
+    failure: UsageError | None = None
+    for strategy in strategies:
+        try:
+            found.append(candidate(ground, strategy))
+        except UsageError as error:
+            obstacles[strategy], failure = error.message, failure or error
+    if not found:
+        assert failure is not None
+        raise UsageError("; ".join(obstacles.values()), failure.hint)
+    return found, obstacles
+
+
+def _marks(subject: Subject, chosen: Candidate) -> dict[str, Mark]:
+    uncertain = [node.limit_mark for node in chosen.nodes if node.limit_mark != "exact"]
+    limit = uncertain[0] if uncertain else "exact"
+    marks: dict[str, Mark] = {
+        "parameters": "exact",
+        "stored_bytes": subject.stored_mark,
+        "weights_bytes": "exact",
+        "kv_cache_bytes": "exact",
+        "activation_bytes": "modelled",
+        "prefill_activation_bytes": "modelled",
+        "decode_activation_bytes": "modelled",
+        "communication_bytes": "modelled",
+        "runtime_bytes": "assumed",
+        "allocator_slack_bytes": "assumed",
+        "cache_growth_bytes": "modelled",
+        "overhead_bytes": "assumed",
+        "os_reserve_bytes": limit,
+        "memory_bytes": "exact",
+        "limit_bytes": limit,
+        "max_context_length": "modelled",
+        "max_concurrency": "modelled",
+    }
+    if chosen.speed is not None:
+        marks["speed"] = "modelled"
+    return marks
 
 
 def make_plan(
@@ -41,55 +215,17 @@ def make_plan(
     concurrency: int = 1,
     dtype: str = "auto",
     head: str = "auto",
+    backend: str = "auto",
 ) -> Plan:
-    """Plan a model on nodes; a plan that does not fit is returned too, with ``fits`` false.
-
-    Args:
-        model: a model reference. A folder with only a ``config.json`` is enough.
-        nodes: one per rank, rank 0 first. Nodes of one name are ranks on one machine and share
-            its limit.
-        strategy: ``auto`` chooses by what is possible and fits, and says why in ``plan.reason``.
-        context_length: tokens per sequence; the model's maximum or 32,768 if None, whichever is
-            less.
-        concurrency: sequences that are held at a time.
-        dtype: ``auto`` is the checkpoint's float type, and float32 where a node computes on CPU.
-        head: ``auto`` cuts the head too in tensor parallelism, where it can be cut.
+    """Plan a model on nodes, the first of which leads; see ``Planner.plan`` and ``Wishes``.
 
     Raises:
         UsageError: for a request or config that makes no sense, with the value; where the wanted
             strategy is impossible, with the numbers.
         K2Error: if the model's files cannot be read.
     """
-    _check_request(nodes, strategy, concurrency, dtype, head)
-    subject = read_subject(model)
-    demand = Demand(
-        choose_context(context_length, subject.config),
-        concurrency,
-        choose_dtype(dtype, subject, nodes),
-        head,
-    )
-    shared = share_machines(nodes)
-    chosen, reason = _choose(subject, shared, demand, strategy)
-    request = PlannedRequest(demand.context_length, concurrency, demand.dtype, chosen.chunk_tokens)
-    return Plan(
-        model=PlannedModel(
-            reference=model,
-            parameters=subject.facts.parameter_count,
-            stored_bytes=subject.stored_bytes,
-            architecture=str(subject.config["model_type"]),
-            quantization=describe_quantization(subject.config),
-        ),
-        request=request,
-        placement=chosen.placement,
-        nodes=chosen.budgets,
-        fits=chosen.fits,
-        marks=_marks(subject, shared),
-        reason=reason,
-    )
-
-
-ROOMY_CONCURRENCY = (8, 4, 2)
-"""Sequences that a launch makes room for if nobody says how many, as far as they fit."""
+    wishes = Wishes(strategy, context_length, concurrency, dtype, head, backend=backend)
+    return Planner(model).plan(nodes, wishes)
 
 
 def make_roomy_plan(
@@ -100,119 +236,21 @@ def make_roomy_plan(
     context_length: int | None = None,
     dtype: str = "auto",
     head: str = "auto",
+    backend: str = "auto",
 ) -> Plan:
     """``make_plan`` for as many sequences as fit, up to 8, without a smaller prefill chunk.
 
     A request without a token limit may come to fill the whole context, so with room for a single
     sequence, requests would have to wait for each other.
     """
-
-    def plan_for(concurrency: int) -> Plan:
-        return make_plan(
-            model,
-            nodes,
-            strategy=strategy,
-            context_length=context_length,
-            concurrency=concurrency,
-            dtype=dtype,
-            head=head,
-        )
-
-    alone = plan_for(1)
+    planner = Planner(model)
+    wishes = Wishes(strategy, context_length, 1, dtype, head, backend=backend)
+    alone = planner.plan(nodes, wishes)
     if not alone.fits:
         return alone
     for concurrency in ROOMY_CONCURRENCY:
-        plan = plan_for(concurrency)
+        plan = planner.plan(nodes, replace(wishes, concurrency=concurrency))
         same_chunk = plan.request.prefill_chunk_tokens >= alone.request.prefill_chunk_tokens
-        if plan.fits and same_chunk and plan.placement == alone.placement:
+        if plan.fits and same_chunk and plan.placement.strategy == alone.placement.strategy:
             return plan
     return alone
-
-
-def _check_request(
-    nodes: Sequence[NodeMemory], strategy: str, concurrency: int, dtype: str, head: str
-) -> None:
-    if not nodes:
-        raise UsageError("a plan needs at least one node", "--hardware '2x m3-ultra-512'")
-    choices = (
-        ("parallel", strategy, _STRATEGIES),
-        ("dtype", dtype, _DTYPES),
-        ("head", head, _HEADS),
-    )
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise UsageError(f"--{name} '{value}' is none of {', '.join(allowed)}")
-    if strategy == "single" and len(nodes) > 1:
-        raise UsageError(
-            f"--parallel single runs on one node, not on {len(nodes)}", "name one node only"
-        )
-    if not 1 <= concurrency <= MAX_CONCURRENCY:
-        raise UsageError(f"concurrency must be between 1 and {MAX_CONCURRENCY}, not {concurrency}")
-
-
-def _marks(subject: Subject, nodes: Sequence[NodeMemory]) -> dict[str, Mark]:
-    uncertain = [node.limit_mark for node in nodes if node.limit_mark != "exact"]
-    return {
-        "parameters": "exact",
-        "stored_bytes": subject.stored_mark,
-        "weights_bytes": "exact",
-        "kv_cache_bytes": "exact",
-        "activation_bytes": "modelled",
-        "overhead_bytes": "assumed",
-        "memory_bytes": "exact",
-        "limit_bytes": uncertain[0] if uncertain else "exact",
-    }
-
-
-# --- choosing a strategy ------------------------------------------------------------------------
-
-
-def _choose(
-    subject: Subject, nodes: Sequence[NodeMemory], demand: Demand, strategy: str
-) -> tuple[Candidate, str]:
-    if len(nodes) == 1:
-        return single(subject, nodes, demand), "there is one node"
-    if strategy == "pipeline":
-        return pipeline(subject, nodes, demand), "asked for"
-    if strategy == "tensor":
-        _refuse_tensor(subject, len(nodes))
-        return tensor(subject, nodes, demand), "asked for"
-    obstacles: list[str] = []
-    candidates: list[Candidate] = []
-    for attempt in (pipeline, tensor):
-        try:
-            if attempt is tensor:
-                _refuse_tensor(subject, len(nodes))
-            candidates.append(attempt(subject, nodes, demand))
-        except UsageError as error:
-            obstacles.append(error.message)
-    if not candidates:
-        raise UsageError("; ".join(obstacles))
-    chosen = max(candidates, key=preference)
-    return chosen, _explain(chosen, candidates, obstacles)
-
-
-def _explain(chosen: Candidate, candidates: Sequence[Candidate], obstacles: Sequence[str]) -> str:
-    name = chosen.placement.strategy
-    if obstacles:
-        return obstacles[0]
-    (other,) = (each for each in candidates if each is not chosen)
-    rival = other.placement.strategy
-    if not chosen.fits:
-        return f"neither fits; {name} lacks least"
-    if not other.fits:
-        return f"{rival} does not fit"
-    if preference(other)[1] < preference(chosen)[1]:
-        return (
-            f"it has room for prefill chunks of {chosen.chunk_tokens} tokens, "
-            f"{rival} for {other.chunk_tokens}"
-        )
-    return "a pipeline exchanges least between nodes"
-
-
-def _refuse_tensor(subject: Subject, ranks: int) -> None:
-    from k2cli.sharding.footprint import tensor_obstacle
-
-    obstacle = tensor_obstacle(subject.config, ranks)
-    if obstacle is not None:
-        raise UsageError(f"tensor parallelism is not possible: {obstacle}", "--parallel pipeline")

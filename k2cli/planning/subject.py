@@ -42,16 +42,6 @@ class Subject:
     shape: ActivationShape
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a plan must have room for, and how it may place the head."""
-
-    context_length: int
-    concurrency: int
-    dtype: str
-    head: str = "auto"
-
-
 def read_subject(reference: str) -> Subject:
     """Read what is known of a model: config, headers if there are any, traced facts.
 

@@ -45,17 +45,19 @@ def kv_cache_bytes(stage: Stage, context_length: int, chunk_tokens: int = 512) -
     used = stage.local(cache)
     fresh = stage.make_local_cache()
     return sum(
-        _filled_bytes(entry, sample, context_length, chunk_tokens)
+        filled_cache_bytes(entry, sample, context_length, chunk_tokens)
         for entry, sample in zip(fresh, used, strict=True)
     )
 
 
-def _filled_bytes(entry: Any, sample: Any, context_length: int, chunk_tokens: int) -> int:
+def filled_cache_bytes(
+    entry: Any, sample: Any, context_length: int, chunk_tokens: int = 512
+) -> int:
     """Bytes of a fresh cache entry after a whole context; ``sample`` has seen one token."""
     parts = getattr(entry, "caches", None)
     if parts is not None:  # a CacheList
         return sum(
-            _filled_bytes(part, other, context_length, chunk_tokens)
+            filled_cache_bytes(part, other, context_length, chunk_tokens)
             for part, other in zip(parts, sample.caches, strict=True)
         )
     keys, values = getattr(sample, "keys", None), getattr(sample, "values", None)

@@ -1,0 +1,122 @@
+"""What each part of a model holds, so that any cut of it is a sum: the fast side of ``footprint``.
+
+Tracing a placement rank by rank takes tenths of a second; a search for the best one, or for the
+longest context, asks for thousands. A profile is traced once, from the whole model or from one
+tensor slice of it, and answers for every range of layers and every context. What it answers is
+what ``footprint`` traces (tests/sharding/test_profile.py holds the two against each other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from k2cli.sharding import trace
+from k2cli.sharding.footprint import filled_cache_bytes
+from k2cli.sharding.stage import anatomy, make_cache
+
+
+@dataclass(slots=True)
+class Profile:
+    """Bytes of a whole model, or of one tensor slice, part by part.
+
+    ``embedding_bytes`` are on the first stage, ``output_bytes`` (norm and head) on the last, which
+    also holds ``tied_bytes`` of the embedding where that is the head too; ``common_bytes`` are
+    outside of all of these, on every stage.
+    """
+
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    output_bytes: int
+    tied_bytes: int
+    common_bytes: int
+    _model: nn.Module
+    _samples: Sequence[Any]
+    _kinds: tuple[str, ...]
+    _caches: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def layer_count(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layer_bytes)
+
+    def edges_bytes(self, first: int, past_last: int) -> int:
+        """What a stage of these layers holds beside them."""
+        edges = self.common_bytes
+        if first == 0:
+            edges += self.embedding_bytes
+        if past_last == self.layer_count:
+            edges += self.output_bytes + (self.tied_bytes if first else 0)
+        return edges
+
+    def weights_bytes(self, first: int, past_last: int) -> int:
+        """What a stage of these layers holds, half-open, with embedding and head as they fall."""
+        return sum(self.layer_bytes[first:past_last]) + self.edges_bytes(first, past_last)
+
+    def weights_before(self) -> list[int]:
+        """Bytes of the layers before each one, and of all: ``layer_count + 1`` numbers."""
+        return list(accumulate(self.layer_bytes, initial=0))
+
+    def cache_bytes(self, context_length: int) -> tuple[int, ...]:
+        """Bytes that each layer's cache of one sequence takes once it holds a whole context."""
+        if context_length not in self._caches:
+            fresh = make_cache(self._model)
+            by_kind: dict[str, int] = {}
+            for entry, sample, kind in zip(fresh, self._samples, self._kinds, strict=False):
+                if kind not in by_kind:
+                    by_kind[kind] = filled_cache_bytes(entry, sample, context_length)
+            self._caches[context_length] = tuple(by_kind[kind] for kind in self._kinds)
+        return self._caches[context_length]
+
+
+def profile_model(model: nn.Module) -> Profile:
+    """Profile a lazily assembled model, which may be a tensor slice. Nothing is evaluated.
+
+    Raises:
+        UsageError: if the model has no list of decoder layers.
+    """
+    parts = anatomy(model)
+    seen: set[int] = set()
+    layers = tuple(_new_bytes(layer, seen) for layer in parts.layers)
+    sizes = [_new_bytes(parent[name], seen) for parent, name in parts.embeddings]
+    largest = max(sizes, default=0)
+    outputs = sum(_new_bytes(parent[name], seen) for parent, name in parts.outputs)
+    everything = sum(value.nbytes for value in trace.parameters(model).values())
+    common = everything - sum(layers) - sum(sizes) - outputs
+    samples = _used_caches(model)[: len(layers)]
+    kinds = tuple(_kind(entry) for entry in samples)
+    tied = largest if parts.tied else 0
+    return Profile(layers, sum(sizes), outputs, tied, common, model, samples, kinds)
+
+
+def _new_bytes(module: nn.Module, seen: set[int]) -> int:
+    """Bytes of a module's parameters that no part before it has."""
+    new = {id(value): value.nbytes for value in trace.parameters(module).values()}
+    fresh = sum(size for identity, size in new.items() if identity not in seen)
+    seen |= new.keys()
+    return fresh
+
+
+def _used_caches(model: nn.Module) -> list[Any]:
+    """Cache entries after one token, lazily: they tell the shapes of what each layer keeps."""
+    cache = make_cache(model)
+    with trace.without_collectives():
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+    return cache
+
+
+def _kind(entry: Any) -> str:
+    """Entries of one kind take the same bytes for the same context."""
+    parts = getattr(entry, "caches", None)
+    if parts is not None:  # a CacheList
+        return f"[{', '.join(_kind(part) for part in parts)}]"
+    keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
+    if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
+        return f"{type(entry).__name__} {entry.nbytes}"
+    shapes = f"{keys.shape} {keys.dtype} {values.shape} {values.dtype}"
+    return f"{type(entry).__name__} {shapes} {getattr(entry, 'max_size', None)}"
