@@ -1,0 +1,226 @@
+"""What computing really takes beside weights and KV cache: MLX's own peak over a grid.
+
+    python -m benchmarks.activation_grid --config CONFIG_JSON --layers 6
+    python -m benchmarks.activation_grid --checkpoint FOLDER --dtype float32
+
+For every chunk and context, the peak of memory while k2's executor computes the last chunk of a
+prompt of that length; for every number of rows and context, the peak of a decode step. The cache
+before it is filled with zeros of the right shape, whose values memory does not depend on. Prints
+one JSON document, with what ``planning.activation`` says of each point beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from benchmarks.gpu_layers import random_layers
+from k2cli.models.checkpoint import read_checkpoint
+from k2cli.planning.activation import activation_demand, activation_shape, decode_demand
+from k2cli.runtime.executor import Executor
+from k2cli.runtime.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
+from k2cli.sharding.assemble import assemble
+from k2cli.sharding.stage import cut_stage
+from k2cli.sharding.trace import layer_count
+
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement. ``chunk`` is 1 in decode; ``rows`` sequences have ``context`` tokens each.
+
+    ``peak_bytes`` is beside weights and cache, ``modelled_bytes`` what the planner says of it, the
+    copy of one layer's growing cache (``growth_bytes``) not included.
+    """
+
+    phase: str
+    chunk: int
+    context: int
+    rows: int
+    peak_bytes: int
+    cache_bytes: int
+    growth_bytes: int
+    modelled_bytes: int
+
+
+class Grid:
+    """Measures points on one model with a given backend of the activation model."""
+
+    def __init__(self, model: Any, config: dict[str, Any], backend: Any, itemsize: int) -> None:
+        self._stage = cut_stage(model, 0, layer_count(model))
+        self._shape = activation_shape(config)
+        self._backend = backend
+        self._itemsize = itemsize
+        self._weights = sum(v.nbytes for _, v in tree_flatten(model.parameters()))
+        self._step = 0
+
+    def _number(self) -> int:
+        self._step += 1
+        return self._step
+
+    def _filled(self, executor: Executor, sequence: int, tokens: int) -> None:
+        """A sequence whose cache holds so many tokens."""
+        executor.carry_out(OpenSequence(self._number(), sequence))
+        executor.carry_out(Prefill(self._number(), sequence, [1] * min(_PROBE_TOKENS, tokens)))
+        for cache in executor.caches.sequences[sequence]:
+            keys, values, offset = cache.state
+            wide = [
+                mx.zeros((*part.shape[:2], tokens, part.shape[3]), part.dtype)
+                for part in (keys, values)
+            ]
+            mx.eval(wide)
+            cache.state = (*wide, tokens if isinstance(offset, int) else offset)
+
+    def prefill(self, chunk: int, context: int) -> Point:
+        """The last chunk of a prompt of ``context`` tokens."""
+        executor = Executor(self._stage, None)
+        before = context - chunk
+        if before:
+            self._filled(executor, 1, before)
+        else:
+            executor.carry_out(OpenSequence(self._number(), 1))
+        _start()
+        executor.carry_out(Prefill(self._number(), 1, [1] * chunk))
+        caches = executor.caches.sequences[1]
+        modelled = activation_demand(
+            self._shape,
+            backend=self._backend,
+            chunk_tokens=chunk,
+            context_length=context,
+            concurrency=1,
+            itemsize=self._itemsize,
+        ).peak_bytes
+        return self._point("prefill", chunk, context, 1, caches, modelled)
+
+    def decode(self, rows: int, context: int) -> Point:
+        """Two decode steps of a batch, whose sequences then have ``context`` tokens each."""
+        executor = Executor(self._stage, None)
+        for row in range(rows):
+            self._filled(executor, row, context - 2)
+            executor.carry_out(JoinBatch(self._number(), 0, row))
+            mx.eval([cache.state for cache in executor.caches.batches[0].caches])
+        _start()
+        for _ in range(2):
+            result = executor.carry_out(Decode(self._number(), 0, [1] * rows))
+            mx.eval(result.logits)
+        caches = executor.caches.batches[0].caches
+        modelled = decode_demand(
+            self._shape,
+            backend=self._backend,
+            context_length=context,
+            concurrency=rows,
+            itemsize=self._itemsize,
+        ).peak_bytes
+        point = self._point("decode", 1, context, rows, caches, modelled)
+        for row in range(rows):
+            executor.carry_out(LeaveBatch(self._number(), 0, row))
+        return point
+
+    def _point(
+        self, phase: str, chunk: int, context: int, rows: int, caches: list[Any], modelled: int
+    ) -> Point:
+        peak = mx.get_peak_memory()
+        held = sum(cache.nbytes for cache in caches)
+        return Point(
+            phase,
+            chunk,
+            context,
+            rows,
+            peak - self._weights - held,
+            held,
+            held // len(caches),
+            modelled,
+        )
+
+
+def _start() -> None:
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+
+
+def points(
+    grid: Grid, chunks: Sequence[int], contexts: Sequence[int], rows: Sequence[int], most: int
+) -> Iterator[Point]:
+    """Every point whose modelled need is at most ``most`` bytes."""
+    for context in contexts:
+        for chunk in (chunk for chunk in chunks if chunk <= context):
+            modelled = activation_demand(
+                grid._shape, backend=grid._backend, chunk_tokens=chunk, context_length=context,
+                concurrency=1, itemsize=grid._itemsize,
+            ).peak_bytes  # fmt: skip
+            if modelled <= most:
+                yield grid.prefill(chunk, context)
+        for count in rows:
+            modelled = decode_demand(
+                grid._shape, backend=grid._backend, context_length=context, concurrency=count,
+                itemsize=grid._itemsize,
+            ).peak_bytes  # fmt: skip
+            if modelled <= most and count * context <= 8 * 32_768:
+                yield grid.decode(count, context)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    """Read the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--dtype", default="checkpoint")
+    parser.add_argument("--chunks", type=_numbers, default=[32, 128, 512, 2048])
+    parser.add_argument("--contexts", type=_numbers, default=[512, 2048, 8192, 32768])
+    parser.add_argument("--rows", type=_numbers, default=[1, 4, 8])
+    parser.add_argument("--most-bytes", type=int, default=4 * 10**9)
+    parser.add_argument("--label", default="")
+    given = parser.parse_args()
+    if given.checkpoint:
+        checkpoint = read_checkpoint(given.checkpoint)
+        weights: dict[str, mx.array] = {}
+        for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+            weights.update(mx.load(str(file)))  # type: ignore[arg-type]
+        config = checkpoint.config
+        model = assemble(config, weights, given.dtype)
+        weights.clear()
+    else:
+        config = json.loads(given.config.read_text())
+        model = random_layers(config, given.layers)
+    mx.eval(model.parameters())
+    backend = "cuda" if mx.cuda.is_available() else "metal" if mx.metal.is_available() else "cpu"
+    probe = model(mx.array([[1]], mx.int32))
+    mx.eval(probe)
+    grid = Grid(model, config, backend, probe.dtype.size)
+    found = []
+    for point in points(grid, given.chunks, given.contexts, given.rows, given.most_bytes):
+        found.append(asdict(point))
+        sys.stderr.write(
+            f"{point.phase} chunk {point.chunk} context {point.context} rows {point.rows}: "
+            f"{point.peak_bytes / 1e6:.1f} MB, modelled {point.modelled_bytes / 1e6:.1f} "
+            f"+ {point.growth_bytes / 1e6:.1f} MB\n"
+        )
+    document = {
+        "label": given.label or str(given.config or given.checkpoint),
+        "backend": backend,
+        "layers": layer_count(model),
+        "itemsize": probe.dtype.size,
+        "shape": asdict(grid._shape),
+        "points": found,
+    }
+    json.dump(document, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()
