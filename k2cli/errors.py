@@ -5,6 +5,7 @@ K2Error                 1   the work failed
 ├── DoesNotFitError     3   the model does not fit in memory
 ├── NotAuthorisedError  4   a Hub or an API refused the credentials
 ├── ClusterError        5   a node or a rank failed
+│   └── NodeAccessError 4   ssh refused the credentials for a node
 └── InternalError      70   a bug in k2
 
 Exit status 130 (interrupted) has no class: Python's KeyboardInterrupt is it.
@@ -55,6 +56,12 @@ class ClusterError(K2Error):
     """A node could not be reached, or a rank or guard failed."""
 
     exit_code = 5
+
+
+class NodeAccessError(ClusterError):
+    """A node is there, but ssh did not let the user in."""
+
+    exit_code = 4
 
 
 class InternalError(K2Error):

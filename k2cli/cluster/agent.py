@@ -274,7 +274,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
 }
 # Verbs that get what comes over stdin as their last argument, in bytes.
 _WITH_INPUT = frozenset({"write"})
-_UNKNOWN_VERB_STATUS = 64
+UNKNOWN_VERB_STATUS = 64
 
 
 def answer(verb: str, arguments: Sequence[str], input: bytes = b"") -> bytes:
@@ -297,7 +297,7 @@ def main() -> None:
     verb, *arguments = sys.argv[1:]
     if verb not in _VERBS:
         sys.stderr.write(f"k2 {__version__} knows no '{verb}' here\n")
-        sys.exit(_UNKNOWN_VERB_STATUS)
+        sys.exit(UNKNOWN_VERB_STATUS)
     try:
         result = answer(verb, arguments, sys.stdin.buffer.read() if verb in _WITH_INPUT else b"")
     except OSError as error:

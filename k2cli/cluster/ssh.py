@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
+import functools
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from k2cli.cluster.agent import NodeFacts, RunProcess
-from k2cli.cluster.nodes import (
-    CALL_SECONDS,
-    Completed,
-    decode_answer,
-    run_process,
-    start_process,
-)
+from k2cli import __version__
+from k2cli.cluster.agent import UNKNOWN_VERB_STATUS, NodeFacts, RunProcess
+from k2cli.cluster.interpreter import find_interpreter
+from k2cli.cluster.nodes import CALL_SECONDS, Completed, decode_answer, start_process
+from k2cli.cluster.ssh_connection import connection_to
 from k2cli.errors import ClusterError
 
-_SSH_FAILED = 255
 T = TypeVar("T")
+# What a shell and env say of a program that is not there, or cannot be run.
+_NOT_RUN = (126, 127)
 
 
 class SshNode:
     """A machine that ``ssh NAME`` reaches without asking anything.
 
-    It needs the same k2 under the same path of Python.
+    Args:
+        name: as ssh knows it: a Host of its configuration, a host name, or ``user@host``.
+        python: the interpreter that runs k2 there; looked for if it is not given, or is gone.
+        address: where other nodes reach it; by default what ssh's configuration says.
     """
 
     is_local = False
 
-    def __init__(self, name: str, python: str | None = None) -> None:
+    def __init__(self, name: str, python: str | None = None, address: str | None = None) -> None:
         self.name = name
-        self.python = python or sys.executable
+        self._python = python
+        self._address = address
 
-    def _ssh(self, arguments: Sequence[str]) -> list[str]:
-        options = {
-            "BatchMode": "yes",
-            "ConnectTimeout": "10",
-            "ServerAliveInterval": "3",
-            "ServerAliveCountMax": "3",
-        }
-        given = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
-        # ssh hands one string to the remote shell: only here is anything quoted.
-        return ["ssh", *given, "-T", "--", self.name, shlex.join(arguments)]
+    @property
+    def python(self) -> str:
+        """The interpreter that runs k2 there.
+
+        Raises:
+            ClusterError: if this version of k2 is not there.
+        """
+        if self._python is None:
+            self._python = find_interpreter(self.name, self.run)
+        return self._python
 
     def run(
         self,
@@ -52,48 +53,52 @@ class SshNode:
         input: bytes | None = None,
         timeout_seconds: float = CALL_SECONDS,
     ) -> Completed:
-        """Run a command there to its end."""
-        done = run_process(self._ssh(arguments), input, timeout_seconds, self.name)
-        if done.status == _SSH_FAILED:
-            reason = done.stderr.decode(errors="replace").strip().splitlines()
-            raise ClusterError(
-                f"node {self.name} cannot be reached: {reason[-1] if reason else 'ssh failed'}",
-                f"ssh {self.name} true",
-            )
-        return done
+        """Run a command there to its end, in the home folder."""
+        return connection_to(self.name).run(arguments, input, timeout_seconds)
 
     async def start(
         self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:
-        """Start a command there; ``environment`` must hold no secret."""
+        """Start a command there, over a connection of its own; no secret in ``environment``."""
         settings = [f"{name}={value}" for name, value in (environment or {}).items()]
         remote = ["env", *settings, *arguments] if settings else list(arguments)
-        return await start_process(self._ssh(remote), None, None, "ssh")
+        command = await asyncio.to_thread(connection_to(self.name).command, remote)
+        return await start_process(command, None, None, "ssh")
 
     def address(self) -> str:
-        """The host name that ssh's configuration gives for this name, as an IP address."""
-        done = run_process(["ssh", "-G", "--", self.name], None, CALL_SECONDS, self.name)
-        fields = dict(
-            line.split(" ", 1) for line in done.stdout.decode().splitlines() if " " in line
-        )
-        host = fields.get("hostname", self.name)
-        try:
-            return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-        except OSError as error:
-            raise ClusterError(f"node {self.name}: unknown host {host} ({error})") from error
+        """The address of the chosen link, else that of the host name in ssh's configuration."""
+        if self._address is None:
+            host = connection_to(self.name).configuration.get("hostname", self.name)
+            self._address = _resolved(self.name, host)
+        return self._address
 
     def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
         """Through ``python -m k2cli.cluster.agent`` there."""
-        command = [self.python, "-P", "-m", "k2cli.cluster.agent", verb, *arguments]
-        done = self.run(command, input)
+        done = self._run_agent(verb, arguments, input)
+        if done.status in _NOT_RUN:  # the environment was moved or removed since it was found
+            self._python = None
+            done = self._run_agent(verb, arguments, input)
         if done.status != 0:
-            reason = done.stderr.decode(errors="replace").strip().splitlines()
-            raise ClusterError(
-                f"node {self.name} could not do '{verb}': {reason[-1] if reason else 'failed'}",
-                f"is the same k2 installed there under {self.python}?",
-            )
+            raise self._agent_error(verb, done)
         result: T = decode_answer(self.name, verb, done.stdout, kind)
         return result
+
+    def _run_agent(self, verb: str, arguments: Sequence[str], input: bytes | None) -> Completed:
+        return self.run([self.python, "-P", "-m", "k2cli.cluster.agent", verb, *arguments], input)
+
+    def _agent_error(self, verb: str, done: Completed) -> ClusterError:
+        reason = done.stderr.decode(errors="replace").strip()
+        prepare = f"k2 cluster prepare --nodes {self.name}"
+        if done.status == UNKNOWN_VERB_STATUS:
+            return ClusterError(
+                f"node {self.name} has another k2 than this machine's {__version__}", prepare
+            )
+        if "No module named" in reason and "k2cli" in reason:
+            return ClusterError(f"k2 is not installed on node {self.name}", prepare)
+        if "No space left on device" in reason:
+            return ClusterError(f"the disk of node {self.name} is full", f"ssh {self.name} df -h")
+        last = reason.splitlines()[-1] if reason else f"status {done.status}"
+        return ClusterError(f"node {self.name} could not do '{verb}': {last}", prepare)
 
     def facts(self) -> NodeFacts:
         """Versions and paths there."""
@@ -135,3 +140,11 @@ class SshNode:
     def kill_run(self, run_id: str) -> list[RunProcess]:
         """And wait until they are gone there."""
         return self.ask(list[RunProcess], "kill", run_id)
+
+
+@functools.cache
+def _resolved(node: str, host: str) -> str:
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ClusterError(f"node {node}: unknown host {host} ({error})") from error
