@@ -258,6 +258,18 @@ def _software(model_folder: str | None = None) -> Any:
     return software(model_folder)
 
 
+def _reach(targets: str) -> Any:
+    from k2cli.cluster.doctor.reach_probe import Target, try_targets
+
+    return try_targets(msgspec.json.decode(targets, type=list[Target]))
+
+
+def _disk_speed(folder: str) -> Any:
+    from k2cli.cluster.doctor.disk_probe import read_speed
+
+    return read_speed(folder)
+
+
 # A verb and what answers it: a function of strings whose result msgspec can encode.
 _VERBS: dict[str, Callable[..., Any]] = {
     "facts": facts,
@@ -271,6 +283,8 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "kill": kill_run,
     "remove-folder": lambda path: shutil.rmtree(path, ignore_errors=True),
     "software": _software,
+    "reach": _reach,
+    "disk-speed": _disk_speed,
 }
 # Verbs that get what comes over stdin as their last argument, in bytes.
 _WITH_INPUT = frozenset({"write"})

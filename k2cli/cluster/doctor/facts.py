@@ -184,12 +184,16 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """All that is known of one node. ``failure`` says why nothing is, if nothing is."""
+    """All that is known of one node.
+
+    ``failure`` says why nothing is known, if nothing is, and ``failure_hint`` what mends that.
+    """
 
     node: str
     machine: MachineFacts | None = None
     software: Software | None = None
     condition: Condition = Condition()
     failure: str | None = None
+    failure_hint: str | None = None
     software_failure: str | None = None
     machine_failure: str | None = None

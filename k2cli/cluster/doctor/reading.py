@@ -28,7 +28,7 @@ def machine_facts(raw: RawProbes) -> MachineFacts:
 def examine(raw: RawProbes) -> Examination:
     """All that the probes of a node tell; what could not be read is said in its place."""
     if raw.failure is not None:
-        return Examination(raw.node, failure=raw.failure)
+        return Examination(raw.node, failure=raw.failure, failure_hint=raw.hint)
     software, software_failure = _software(raw)
     try:
         machine, machine_failure = _machine(raw, software), None
@@ -39,9 +39,8 @@ def examine(raw: RawProbes) -> Examination:
         machine,
         software,
         _condition(raw, software),
-        None,
-        software_failure,
-        machine_failure,
+        software_failure=software_failure,
+        machine_failure=machine_failure,
     )
 
 

@@ -1,0 +1,274 @@
+"""Measures between and on nodes: who reaches whom, what links do, how fast disks read.
+
+Everything runs on the nodes themselves, all nodes at once where that does not disturb the figures,
+and within time limits. A measurement that fails is a result that says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+import msgspec
+
+from k2cli.cluster.description import Link
+from k2cli.cluster.doctor.disk_probe import DiskReading
+from k2cli.cluster.doctor.facts import MachineFacts
+from k2cli.cluster.doctor.link_probe import Figures, Specification
+from k2cli.cluster.doctor.reach_probe import Answer, Listening, Target
+from k2cli.cluster.doctor.results import DiskSpeed, LinkBackend, LinkMeasurement, Reach
+from k2cli.cluster.nodes import Node
+from k2cli.errors import ClusterError
+
+_LISTEN_SECONDS = 30.0
+_LINK_LIMIT_SECONDS = 15
+# What ssh and a Python that imports mlx need beside the measurement itself.
+_START_SECONDS = 15.0
+_SKIPPED_KINDS = frozenset({"loopback", "other"})
+
+
+# --- reachability -------------------------------------------------------------------------------
+
+
+def measure_reach(
+    nodes: Sequence[Node], machines: Mapping[str, MachineFacts], links: Sequence[Link]
+) -> tuple[Reach, ...]:
+    """Try every address of every node from every other, both ways.
+
+    Args:
+        nodes: at least two, on which k2 answers.
+        machines: what they are, by name.
+        links: pairs of addresses that are on one network; those are expected to work.
+    """
+    return asyncio.run(_measure_reach(nodes, machines, links))
+
+
+async def _measure_reach(
+    nodes: Sequence[Node], machines: Mapping[str, MachineFacts], links: Sequence[Link]
+) -> tuple[Reach, ...]:
+    listeners = await asyncio.gather(*(_listen(node) for node in nodes))
+    try:
+        told = {
+            node.name: await _listening(process)
+            for node, process in zip(nodes, listeners, strict=True)
+            if process is not None
+        }
+        expected = {pair for link in links for pair in _address_pairs(link)}
+        tries = [
+            asyncio.to_thread(_try, source, target.name, machines, told.get(target.name), expected)
+            for source, target in permutations(nodes, 2)
+        ]
+        return tuple(reach for found in await asyncio.gather(*tries) for reach in found)
+    finally:
+        for process in listeners:
+            if process is not None:
+                await _end(process)
+
+
+def _address_pairs(link: Link) -> list[tuple[str, str, str]]:
+    """(from, to, address there), both ways."""
+    found = []
+    for each in (link, link.turned()):
+        if each.second_address is not None:
+            found.append((each.first, each.second, each.second_address))
+    return found
+
+
+async def _listen(node: Node) -> asyncio.subprocess.Process | None:
+    module = "k2cli.cluster.doctor.reach_probe"
+    try:
+        return await node.start([node.python, "-P", "-m", module, str(_LISTEN_SECONDS)])
+    except ClusterError:
+        return None  # every try towards it will say that there is no listener
+
+
+async def _listening(process: asyncio.subprocess.Process) -> Listening | None:
+    assert process.stdout is not None
+    try:
+        line = await asyncio.wait_for(process.stdout.readline(), _START_SECONDS)
+        return msgspec.json.decode(line, type=Listening)
+    except (TimeoutError, msgspec.MsgspecError):
+        return None
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Its stdin's end tells it to go; over ssh too."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), 5.0)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def _try(
+    source: Node,
+    target: str,
+    machines: Mapping[str, MachineFacts],
+    listening: Listening | None,
+    expected: set[tuple[str, str, str]],
+) -> list[Reach]:
+    owners = {
+        address: interface
+        for interface, addresses in machines[target].interfaces.items()
+        for address in addresses
+        if machines[target].interface_kinds.get(interface) not in _SKIPPED_KINDS
+        or (source.name, target, address) in expected
+    }
+    if listening is None:
+        reason = "k2's listener did not start there"
+        return [
+            Reach(source.name, target, address, None, owner, True, error=reason)
+            for address, owner in owners.items()
+        ]
+    targets = [
+        Target(address, port, listening.word)
+        for address in owners
+        if (port := listening.port_v6 if ":" in address else listening.port) is not None
+    ]
+    try:
+        answers: list[Answer] = source.ask(
+            list[Answer], "reach", msgspec.json.encode(targets).decode()
+        )
+    except ClusterError as error:
+        answers = [Answer(each.address, error=error.message) for each in targets]
+    mine = _interfaces_by_address(machines[source.name])
+    return [
+        Reach(
+            source.name,
+            target,
+            answer.address,
+            mine.get(answer.local or ""),
+            owners[answer.address],
+            (source.name, target, answer.address) in expected,
+            answer.seconds,
+            answer.error,
+        )
+        for answer in answers
+    ]
+
+
+def _interfaces_by_address(machine: MachineFacts) -> dict[str, str]:
+    return {
+        address: interface
+        for interface, addresses in machine.interfaces.items()
+        for address in addresses
+    }
+
+
+# --- links --------------------------------------------------------------------------------------
+
+
+def measure_links(
+    nodes: Mapping[str, Node], links: Sequence[Link], backend: LinkBackend
+) -> tuple[LinkMeasurement, ...]:
+    """Measure links one after the other: two at once would share what they measure.
+
+    Where MLX fails, plain TCP is tried, so that a slow cable and a wrong mlx can be told apart.
+    """
+    found = []
+    for link in links:
+        first, second = nodes[link.first], nodes[link.second]
+        measured = _measure_link(first, second, link, backend)
+        if measured.error is not None and backend != "tcp" and link.first_address:
+            plain = _measure_link(first, second, link, "tcp")
+            if plain.error is None:
+                figures = (
+                    f"plain TCP works: {1e6 * (plain.latency_seconds or 0):.0f} us one way, "
+                    f"{(plain.bytes_per_second or 0) / 1e9:.2f} GB/s"
+                )
+                measured = replace(measured, error=f"{measured.error} ({figures})")
+        found.append(measured)
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What one rank of a measurement gave: figures, or why there are none."""
+
+    figures: Figures | None
+    error: str
+
+
+def _measure_link(first: Node, second: Node, link: Link, backend: LinkBackend) -> LinkMeasurement:
+    addresses = (link.first_address or "", link.second_address or "")
+    outcome = LinkMeasurement(
+        link.first, link.second, backend, addresses[0], addresses[1], link.kind
+    )
+    try:
+        ports = (first.free_ports(1)[0], second.free_ports(1)[0])
+    except ClusterError as error:
+        return replace(outcome, error=error.message)
+    devices = (
+        ((None, link.first_rdma_device), (link.second_rdma_device, None))
+        if backend == "jaccl"
+        else ()
+    )
+    placed = tuple(
+        f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        for address, port in zip(addresses, ports, strict=True)
+    )
+    with ThreadPoolExecutor(2) as pool:
+        sides = [
+            pool.submit(
+                _run_rank, node, Specification(backend, rank, placed, _LINK_LIMIT_SECONDS, devices)
+            )
+            for rank, node in enumerate((first, second))
+        ]
+        results = [side.result() for side in sides]
+    figures = results[0].figures
+    if figures is None or results[1].figures is None:
+        names = (link.first, link.second)
+        errors = [f"{n}: {r.error}" for n, r in zip(names, results, strict=True) if r.error]
+        return replace(outcome, error="; ".join(errors))
+    return replace(
+        outcome,
+        all_reduce_seconds=figures.all_reduce_seconds,
+        latency_seconds=figures.latency_seconds,
+        bytes_per_second=figures.bytes_per_second,
+    )
+
+
+def _run_rank(node: Node, specification: Specification) -> _Side:
+    text = msgspec.json.encode(specification).decode()
+    command = [node.python, "-P", "-m", "k2cli.cluster.doctor.link_probe", text]
+    try:
+        done = node.run(command, timeout_seconds=_LINK_LIMIT_SECONDS + _START_SECONDS)
+    except ClusterError as error:
+        return _Side(None, error.message)
+    if done.status == 0:
+        return _Side(msgspec.json.decode(done.stdout, type=Figures), "")
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    if done.status < 0 or done.status == 128 + 14 or not lines:  # SIGALRM, there or through a shell
+        return _Side(None, f"no peer within {_LINK_LIMIT_SECONDS} s")
+    return _Side(None, lines[-1])
+
+
+# --- disks --------------------------------------------------------------------------------------
+
+
+def measure_disks(nodes: Sequence[Node], folders: Mapping[str, str]) -> dict[str, DiskSpeed]:
+    """Read on all nodes at once: each has its own disk.
+
+    Args:
+        nodes: those on which k2 answers.
+        folders: by node, the folder whose largest checkpoint file is read.
+    """
+    chosen = [node for node in nodes if node.name in folders]
+    with ThreadPoolExecutor(max(1, len(chosen))) as pool:
+        found = pool.map(lambda node: _disk_speed(node, folders[node.name]), chosen)
+        return {node.name: speed for node, speed in zip(chosen, found, strict=True)}
+
+
+def _disk_speed(node: Node, folder: str) -> DiskSpeed:
+    try:
+        reading: DiskReading = node.ask(DiskReading, "disk-speed", folder)
+    except ClusterError as error:
+        return DiskSpeed(folder, 0, 0.0, False, error.message)
+    return DiskSpeed(
+        reading.path, reading.read_bytes, reading.seconds, reading.uncached, reading.error
+    )
