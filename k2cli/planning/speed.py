@@ -3,10 +3,8 @@
 Pure arithmetic over the traced work of the model (``work.py``), the machines' rates and constants
 that were fitted to public measurements (docs/speed-model.md) or measured by the owner.
 
-One request alone passes all stages of a pipeline one after the other; several keep all of them at
-work. Tensor ranks work at the same time and wait for each other at every collective. Whether a
-collective is fast or slow is not known before it is measured: 26 and 200 us have both been
-published for RDMA over Thunderbolt 5. The default lies between, and the band covers both.
+Whether a collective is fast or slow is not known before it is measured: 26 and 200 us have both
+been published for RDMA over Thunderbolt 5. The default lies between, and the band covers both.
 """
 
 from __future__ import annotations
@@ -17,15 +15,9 @@ from dataclasses import dataclass
 
 from k2cli.planning.chips import chips
 from k2cli.planning.hardware import NodeMemory
+from k2cli.planning.placed import PlacedRun
 from k2cli.planning.speed_constants import LinkRates, SpeedConstants, fitted_constants
-from k2cli.planning.timing import (
-    DecodeTime,
-    NodeRates,
-    StageWork,
-    decode_time,
-    prefill_time,
-    stage_of,
-)
+from k2cli.planning.timing import StageWork, decode_time
 from k2cli.planning.work import ModelWork
 from k2cli.sharding.placement import Placement
 
@@ -59,7 +51,8 @@ class SpeedEstimate:
 
     ``decode_tokens_per_second`` is that of one request alone; the aggregate is of all
     ``concurrency`` requests together. Prefill and time to first token are of one request alone,
-    its prompt not cached. ``source`` says whose constants were used.
+    its prompt not cached; as in ``k2 bench``, prefill is the prompt over the time to its answer's
+    first token. ``source`` says whose constants were used.
     """
 
     decode_tokens_per_second: Band
@@ -124,32 +117,30 @@ def predict_speed(
     if len(known) != len(rates):
         return None
     link = _link(constants, nodes, backend, placement.size, collective_seconds)
-    run = _Run(work, placement, tuple(node.name for node in nodes), tuple(known), link)
+    run = PlacedRun(work, placement, tuple(node.name for node in nodes), tuple(known), link)
     prompt = prompt_tokens or context_length
+    decode, prefill = constants.decode_spread, _prefill_spread(constants, nodes)
     return SpeedEstimate(
-        decode_tokens_per_second=_band(
-            lambda latency: 1 / run.decode_seconds(context_length, latency),
-            link,
-            constants.decode_spread,
+        speed_band(lambda run: 1 / run.decode_seconds(context_length), run, decode),
+        speed_band(
+            lambda run: prompt / run.first_token_seconds(prompt, chunk_tokens), run, prefill
         ),
-        prefill_tokens_per_second=_band(
-            lambda latency: prompt / run.prefill_seconds(prompt, chunk_tokens, latency),
-            link,
-            constants.prefill_spread,
+        speed_band(lambda run: run.first_token_seconds(prompt, chunk_tokens), run, prefill),
+        speed_band(
+            lambda run: concurrency / run.round_seconds(context_length, concurrency), run, decode
         ),
-        time_to_first_token_seconds=_band(
-            lambda latency: run.first_token_seconds(prompt, chunk_tokens, latency),
-            link,
-            constants.prefill_spread,
-        ),
-        aggregate_decode_tokens_per_second=_band(
-            lambda latency: concurrency / run.round_seconds(context_length, concurrency, latency),
-            link,
-            constants.decode_spread,
-        ),
-        terms=_terms(run, nodes, context_length, prompt, constants),
+        terms=_terms(run, nodes, context_length, constants),
         source=constants.source,
     )
+
+
+def _prefill_spread(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> float:
+    """Wide where the speed of the neural accelerators is that of another chip of the family."""
+    known = chips()
+    assumed = constants.measured is None and any(
+        node.chip in known and known[node.chip].matrix_speedup != 1 for node in nodes
+    )
+    return math.log(GREATEST_RATIO) / 2 if assumed else constants.prefill_spread
 
 
 def decode_layer_seconds(
@@ -193,97 +184,18 @@ def _link(
     return LinkRates(given, given, given, link.bytes_per_second)
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A placement with what it is made of; times in seconds, ``latency`` of one collective."""
+def speed_band(figure: Callable[[PlacedRun], float], run: PlacedRun, spread: float) -> Band:
+    """What is expected, widened by what the constants do not explain and what is not known.
 
-    work: ModelWork
-    placement: Placement
-    machines: tuple[str, ...]
-    rates: tuple[NodeRates, ...]
-    link: LinkRates
+    Not known are the link, and attention over a long context, which few have published: half and
+    twice the fitted speed.
 
-    def stage(self, rank: int) -> StageWork:
-        return stage_of(self.work, self.placement.ranks[rank].layers)
-
-    @property
-    def is_pipeline(self) -> bool:
-        return self.placement.strategy == "pipeline"
-
-    def _together(self, rank: int) -> NodeRates:
-        """Rates while all ranks compute: those on one machine share it."""
-        return self.rates[rank].shared_by(self.machines.count(self.machines[rank]))
-
-    def slowest(self, context_length: int, rows: int = 1) -> DecodeTime:
-        """Of single or tensor: the rank that the others wait for."""
-        times = [
-            decode_time(self.stage(rank), self._together(rank), context_length, rows)
-            for rank in range(self.placement.size)
-        ]
-        return max(times, key=lambda time: time.seconds)
-
-    def stages(self, context_length: int, rows: int = 1) -> list[DecodeTime]:
-        """Of a pipeline: each stage while it computes alone."""
-        return [
-            decode_time(self.stage(rank), self.rates[rank], context_length, rows)
-            for rank in range(self.placement.size)
-        ]
-
-    def exchange_seconds(self, tokens: int, latency: float) -> float:
-        """What travels for a step over so many tokens: hidden states, or partial sums."""
-        if self.placement.size == 1:
-            return 0.0
-        one = latency + tokens * self.work.hidden_bytes / self.link.bytes_per_second
-        if self.is_pipeline:
-            # From stage to stage, and the chosen token back to the first.
-            return one * (self.placement.size - 1) + latency
-        return one * self.work.collectives
-
-    def decode_seconds(self, context_length: int, latency: float) -> float:
-        """One token of one request alone."""
-        exchange = self.exchange_seconds(1, latency)
-        if self.is_pipeline:
-            return exchange + sum(time.seconds for time in self.stages(context_length))
-        return exchange + self.slowest(context_length).seconds
-
-    def round_seconds(self, context_length: int, concurrency: int, latency: float) -> float:
-        """One token of each of so many requests. A pipeline works on several groups at a time."""
-        if not self.is_pipeline:
-            exchange = self.exchange_seconds(concurrency, latency)
-            return exchange + self.slowest(context_length, concurrency).seconds
-        groups = min(concurrency, self.placement.size)
-        rows = math.ceil(concurrency / groups)
-        times = [time.seconds for time in self.stages(context_length, rows)]
-        through = sum(times) + self.exchange_seconds(rows, latency)
-        busiest = max(
-            sum(time for time, name in zip(times, self.machines, strict=True) if name == machine)
-            for machine in set(self.machines)
-        )
-        return max(through, groups * (busiest + latency))
-
-    def prefill_seconds(self, prompt_tokens: int, chunk_tokens: int, latency: float) -> float:
-        """A prompt of one request, chunk by chunk. The stages of a pipeline overlap."""
-        ranks = range(self.placement.size)
-        stages = [(self.stage(rank), self._together(rank)) for rank in ranks]
-        total = others = 0.0
-        for done in range(0, prompt_tokens, chunk_tokens):
-            count = min(chunk_tokens, prompt_tokens - done)
-            times = [prefill_time(stage, rates, count, done).seconds for stage, rates in stages]
-            slowest = max(times)
-            others = sum(times) - slowest if self.is_pipeline else 0.0
-            total += slowest + self.exchange_seconds(count, latency)
-        return total + others
-
-    def first_token_seconds(self, prompt_tokens: int, chunk_tokens: int, latency: float) -> float:
-        """Until the first token of an answer: the prompt less its last token, and one step."""
-        prefill = self.prefill_seconds(prompt_tokens, chunk_tokens, latency)
-        return prefill + self.decode_seconds(prompt_tokens, latency)
-
-
-def _band(figure: Callable[[float], float], link: LinkRates, spread: float) -> Band:
-    """What is expected, widened by what the constants do not explain and the link may do."""
-    expected = figure(link.collective_seconds)
-    others = [figure(link.collective_seconds_low), figure(link.collective_seconds_high)]
+    Args:
+        figure: the speed, or a time, of a run.
+        spread: half the band's width for a known link, as a natural logarithm.
+    """
+    expected = figure(run)
+    others = (figure(run.slower()), figure(run.faster()))
     below = spread + math.log(expected / min(expected, *others))
     above = spread + math.log(max(expected, *others) / expected)
     most = math.log(GREATEST_RATIO)
@@ -293,10 +205,9 @@ def _band(figure: Callable[[float], float], link: LinkRates, spread: float) -> B
 
 
 def _terms(
-    run: _Run,
+    run: PlacedRun,
     nodes: Sequence[NodeMemory],
     context_length: int,
-    prompt_tokens: int,
     constants: SpeedConstants,
 ) -> tuple[SpeedTerm, ...]:
     """The parts of a decoded token's time, and of a prompt's."""
@@ -322,13 +233,13 @@ def _terms(
         SpeedTerm("fixed cost of the layers", sum(t.fixed_seconds for t in times), "s", source),
         SpeedTerm("messages between ranks per token", float(hops), "", "traced"),
         SpeedTerm("seconds per message", latency, "s", "assumed; see docs/speed-model.md"),
-        SpeedTerm("waiting for messages", run.exchange_seconds(1, latency), "s", "product"),
+        SpeedTerm("waiting for messages", run.exchange_seconds(1), "s", "product"),
         SpeedTerm("operations per token of a prompt", float(flops), "FLOP", "traced"),
     ]
     return tuple(terms)
 
 
-def _bandwidth_terms(run: _Run, nodes: Sequence[NodeMemory], source: str) -> list[SpeedTerm]:
+def _bandwidth_terms(run: PlacedRun, nodes: Sequence[NodeMemory], source: str) -> list[SpeedTerm]:
     terms = []
     for name in dict.fromkeys(run.machines):
         rank = run.machines.index(name)

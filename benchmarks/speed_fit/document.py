@@ -1,0 +1,236 @@
+"""docs/speed-model.md and the package's speed_constants.toml, from the outcome of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from benchmarks.speed_fit.evaluate import Prediction, Spreads, Summary, summarise
+from benchmarks.speed_fit.model import COLLECTIVE, ENGINES, PRIORS, SHARES, Constants, link_of
+from benchmarks.speed_fit.outcome import Outcome
+from benchmarks.speed_fit.rows import QUANTITIES, Unusable
+
+_INTRODUCTION = """# How fast it will be: the speed model and how well it predicts
+
+Written by `scripts/fit-speed-model`, like the constants that `plan-memory` uses
+(`k2cli/planning/speed_constants.toml`); do not edit. A test runs the fit again and compares.
+
+## The model
+
+The time of one token of one request, on one machine:
+
+    (weights read + cache read) / (bandwidth x share)
+      + attention over the context / (FLOPs x share) + layers x fixed cost
+
+and the time of one chunk of a prompt:
+
+    weights read / (bandwidth x share) + operations / (FLOPs x share)
+      + attention / (FLOPs x share) + layers x fixed cost
+
+* **Weights read** are traced from mlx-lm's own classes: all of attention, shared experts, norms and
+  head; of the routed experts those that a step's tokens choose, `1 - (1 - chosen/experts)^tokens`
+  of them if choices are even and independent.
+* **Cache read** is traced too: per layer what its cache keeps for a token, at most its window.
+* **Bandwidth and FLOPs** are the published ones of the chip; the *shares* are fitted. Chips of two
+  dies (Ultra) have a share of bandwidth of their own.
+* **Fixed cost** is what a layer costs beside its bytes: launching its many small operations. A
+  layer with experts has more of them.
+* **A pipeline** adds up its stages for one request, plus one message per stage and the token's way
+  back. With several requests all stages work at a time, and the slowest one decides.
+* **Tensor ranks** share every layer's bytes and wait for each other once per collective; how many
+  there are is traced. Seconds per collective are an input (`collective_seconds`); the default is
+  fitted within what has been published for RDMA over Thunderbolt 5, 26 to 200 us, and 300 us are
+  taken for TCP over Thunderbolt.
+* **The band** is what is expected times and divided by e^spread: what nine of ten rows err by when
+  no row of their source was fitted to. It is widened to cover the published range of collectives
+  and half and twice the fitted speed of attention, then limited to a high of twice the low. For
+  the prefill of M5 chips it always has that width: the figure for their neural accelerators is
+  Apple's for M5 alone.
+
+Engines differ: k2 computes with MLX, so `plan-memory` uses the constants of MLX rows (mlx-lm, exo,
+oMLX and others that run mlx-lm's models). llama.cpp's rows have constants of their own and show
+that the model itself holds; nothing in k2 uses them.
+"""
+
+_RULES = """## Rows, and which were fitted to
+
+The rows are published measurements on Apple machines, one figure each, with their sources, in
+`benchmarks/speed_fit/measurements.csv`. One is used unless its source states no speed, no format,
+or no parallelism where more than one is possible; unless the model's shapes are not public or
+mlx-lm has no such model; unless it was paged, streamed from an SSD, speculative, or run on a
+cache that is obsolete; unless its prompt had fewer than 128 tokens. Where no context is stated,
+512 tokens are assumed.
+
+Fixed before the first fit: rows of a kind (engine, decode or prefill, one machine or several) are
+ordered by the SHA-256 of their id; the first, third, fifth and so on are fitted to, the others are
+**held out**. As neighbours of one table resemble each other, two harder checks are made on all
+rows: five folds, and leaving out every source as a whole.
+"""
+
+_MISSING = """## What this does not show
+
+* No prefill over several machines, no M5 and no decode beyond 16,384 tokens of a model with full
+  latent attention has been published in a form that could be used. There the model is arithmetic.
+* Contexts are assumed where a source is silent, and 5 of the several-machine rows are of one chart.
+* Memory pressure is not modelled: a plan that does not fit has no speed.
+* What you measure yourself is better: `k2 bench --calibrate` replaces these constants.
+"""
+
+
+def document(outcome: Outcome) -> str:
+    """The whole page."""
+    parts = [
+        _INTRODUCTION,
+        _RULES,
+        _results(outcome),
+        _constants(outcome.constants, outcome.spreads),
+        _table("## Rows held out: predicted by constants that never saw them", outcome.held_out),
+        _table("## Rows fitted to", outcome.fitted),
+        _unusable(outcome.unusable),
+        _MISSING,
+    ]
+    return "\n".join(parts)
+
+
+def _results(outcome: Outcome) -> str:
+    kinds: list[tuple[str, Callable[[Prediction], bool]]] = [
+        ("all", lambda one: True),
+        ("MLX, decode", lambda one: _is(one, "mlx", "decode")),
+        ("MLX, prefill", lambda one: _is(one, "mlx", "prefill")),
+        ("MLX, several machines", lambda one: one.row.run.placement.size > 1),
+        ("llama.cpp, decode", lambda one: _is(one, "llama.cpp", "decode")),
+        ("llama.cpp, prefill", lambda one: _is(one, "llama.cpp", "prefill")),
+    ]
+    lines = [
+        "## Results",
+        "",
+        "Wanted of rows that the fit did not see: at least 80 % inside the band, a band's high at",
+        "most twice its low, and a median error of at most 30 %.",
+        "",
+        "| rows | held out: figures | inside | median error | widest band |"
+        " five folds: inside | median error | without own source: inside | median error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, wanted in kinds:
+        held, folds, sources = (
+            _summary(filter(wanted, rows))
+            for rows in (outcome.held_out, outcome.folds, outcome.sources)
+        )
+        lines.append(
+            f"| {name} | {held.count} | {held.inside:.0%} | {held.median_error:.1%} | "
+            f"{held.widest:.2f} | {folds.inside:.0%} | {folds.median_error:.1%} | "
+            f"{sources.inside:.0%} | {sources.median_error:.1%} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _is(one: Prediction, engine: str, quantity: str) -> bool:
+    return one.row.engine == engine and one.row.quantity == quantity
+
+
+def _summary(rows: Iterable[Prediction]) -> Summary:
+    return summarise(list(rows))
+
+
+def _constants(constants: Constants, spreads: Spreads) -> str:
+    lines = [
+        "## Constants",
+        "",
+        "Before (a prior, fixed beforehand, that counts little where rows tell) and after.",
+        "",
+        "| constant | before | MLX | llama.cpp |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in SHARES:
+        values = [_value(name, constants[f"{engine}.{name}"]) for engine in ENGINES]
+        before = _value(name, PRIORS[f"mlx.{name}"].value)
+        lines.append(f"| {_NAMES[name]} | {before} | {values[0]} | {values[1]} |")
+    before = _value(COLLECTIVE, PRIORS[COLLECTIVE].value)
+    lines += [
+        f"| a collective over RDMA | {before} | {_value(COLLECTIVE, constants[COLLECTIVE])} | |",
+        *(
+            f"| spread of {quantity} | | "
+            + " | ".join(f"{spreads[engine, quantity]:.3f}" for engine in ENGINES)
+            + " |"
+            for quantity in QUANTITIES
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_NAMES = {
+    "bandwidth_one_die": "share of bandwidth, one die",
+    "bandwidth_two_dies": "share of bandwidth, two dies",
+    "dense_compute": "share of FLOPs, dense matrices",
+    "expert_compute": "share of FLOPs, experts",
+    "attention_compute": "share of FLOPs, attention",
+    "dense_layer_seconds": "fixed cost of a layer without experts",
+    "expert_layer_seconds": "fixed cost of a layer with experts",
+}
+
+
+def _value(name: str, value: float) -> str:
+    return f"{value * 1e6:.0f} us" if "seconds" in name else f"{value:.1%}"
+
+
+def _table(title: str, predictions: Sequence[Prediction]) -> str:
+    lines = [
+        title,
+        "",
+        "Tokens per second. `*`: something was assumed, see `measurements.csv`.",
+        "",
+        "| row | model | on | tokens before | figure | published | predicted | band | error | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in sorted(predictions, key=lambda each: (each.row.row, each.row.quantity)):
+        row = one.row
+        tokens = row.context_length if row.quantity == "decode" else row.prompt_tokens
+        lines.append(
+            f"| [{row.row}]({row.source}){'*' if row.assumed else ''} | {row.published_model} | "
+            f"{row.where} | {tokens:,} | {row.quantity} | {row.value:.4g} | {one.expected:.4g} | "
+            f"{one.low:.3g} to {one.high:.3g} | {one.error:+.0%} | "
+            f"{'' if one.inside else 'outside'} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _unusable(rows: Sequence[Unusable]) -> str:
+    lines = [
+        "## Rows that cannot be used, and why",
+        "",
+        "| row | model | why |",
+        "| --- | --- | --- |",
+    ]
+    for row in rows:
+        linked = f"[{row.row}]({row.source})" if row.source.startswith("http") else row.row
+        lines.append(f"| {linked} | {row.published_model} | {row.reason} |")
+    return "\n".join([*lines, ""])
+
+
+def constants_toml(outcome: Outcome, fitted_on: str) -> str:
+    """The package's constants."""
+    lines = [
+        "# Written by scripts/fit-speed-model; docs/speed-model.md says from what, and how well it",
+        "# predicts. Shares are of a chip's published peaks, seconds of a layer or collective.",
+        f'fitted_on = "{fitted_on}"',
+        f'digest = "{outcome.digest}"',
+        "",
+        "[mlx]",
+        *(f"{name} = {outcome.constants[f'mlx.{name}']:.3g}" for name in SHARES),
+    ]
+    for backend in ("local", "jaccl", "ring", "mpi"):
+        link = link_of(outcome.constants, backend)
+        lines += [
+            "",
+            f"[links.{backend}]",
+            f"collective_seconds_low = {link.collective_seconds_low:.3g}",
+            f"collective_seconds = {link.collective_seconds:.3g}",
+            f"collective_seconds_high = {link.collective_seconds_high:.3g}",
+            f"bytes_per_second = {link.bytes_per_second:.3g}",
+        ]
+    lines += [
+        "",
+        "[band]",
+        *(f"{name}_spread = {outcome.spreads['mlx', name]}" for name in QUANTITIES),
+    ]
+    return "\n".join([*lines, ""])

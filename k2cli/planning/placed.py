@@ -1,0 +1,132 @@
+"""How long a placement takes: the ranks' times put together as the engine runs them.
+
+One request alone passes all stages of a pipeline one after the other; several keep all of them at
+work. Tensor ranks work at the same time and wait for each other at every collective.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from k2cli.planning.speed_constants import LinkRates
+from k2cli.planning.timing import (
+    DecodeTime,
+    NodeRates,
+    StageWork,
+    decode_time,
+    prefill_time,
+    stage_of,
+)
+from k2cli.planning.work import ModelWork
+from k2cli.sharding.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRun:
+    """A placement with what it is made of; all times in seconds, of one request alone unless said.
+
+    ``parts`` are what the ranks compute; made from ``work`` if not given.
+    """
+
+    work: ModelWork
+    placement: Placement
+    machines: tuple[str, ...]
+    rates: tuple[NodeRates, ...]
+    link: LinkRates
+    parts: tuple[StageWork, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            parts = tuple(stage_of(self.work, part.layers) for part in self.placement.ranks)
+            object.__setattr__(self, "parts", parts)
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether each rank computes some of the layers."""
+        return self.placement.strategy == "pipeline"
+
+    def _together(self, rank: int) -> NodeRates:
+        """Rates while all ranks compute: those on one machine share it."""
+        return self.rates[rank].shared_by(self.machines.count(self.machines[rank]))
+
+    def slower(self) -> PlacedRun:
+        """The same, if the link is as slow as has been seen and attention half as fast."""
+        return self._changed(self.link.collective_seconds_high, 0.5)
+
+    def faster(self) -> PlacedRun:
+        """The same, if the link is as fast as has been seen and attention twice as fast."""
+        return self._changed(self.link.collective_seconds_low, 2.0)
+
+    def _changed(self, latency: float, attention: float) -> PlacedRun:
+        rates = tuple(
+            replace(each, attention_flops_per_second=each.attention_flops_per_second * attention)
+            for each in self.rates
+        )
+        return replace(self, rates=rates, link=replace(self.link, collective_seconds=latency))
+
+    def slowest(self, context_length: int, rows: int = 1) -> DecodeTime:
+        """Of single or tensor: the rank that the others wait for."""
+        times = [
+            decode_time(self.parts[rank], self._together(rank), context_length, rows)
+            for rank in range(self.placement.size)
+        ]
+        return max(times, key=lambda time: time.seconds)
+
+    def stages(self, context_length: int, rows: int = 1) -> list[DecodeTime]:
+        """Of a pipeline: each stage while it computes alone."""
+        return [
+            decode_time(self.parts[rank], self.rates[rank], context_length, rows)
+            for rank in range(self.placement.size)
+        ]
+
+    def exchange_seconds(self, tokens: int) -> float:
+        """What travels for a step over so many tokens: hidden states, or partial sums."""
+        if self.placement.size == 1:
+            return 0.0
+        latency = self.link.collective_seconds
+        one = latency + tokens * self.work.hidden_bytes / self.link.bytes_per_second
+        if self.is_pipeline:
+            # From stage to stage, and the chosen token back to the first.
+            return one * (self.placement.size - 1) + latency
+        return one * self.work.collectives
+
+    def decode_seconds(self, context_length: int) -> float:
+        """One token of one request alone."""
+        exchange = self.exchange_seconds(1)
+        if self.is_pipeline:
+            return exchange + sum(time.seconds for time in self.stages(context_length))
+        return exchange + self.slowest(context_length).seconds
+
+    def round_seconds(self, context_length: int, concurrency: int) -> float:
+        """One token of each of so many requests. A pipeline works on several groups at a time."""
+        if not self.is_pipeline:
+            exchange = self.exchange_seconds(concurrency)
+            return exchange + self.slowest(context_length, concurrency).seconds
+        groups = min(concurrency, self.placement.size)
+        rows = math.ceil(concurrency / groups)
+        times = [time.seconds for time in self.stages(context_length, rows)]
+        through = sum(times) + self.exchange_seconds(rows)
+        busiest = max(
+            sum(time for time, name in zip(times, self.machines, strict=True) if name == machine)
+            for machine in set(self.machines)
+        )
+        return max(through, groups * (busiest + self.link.collective_seconds))
+
+    def prefill_seconds(self, prompt_tokens: int, chunk_tokens: int) -> float:
+        """A prompt of one request, chunk by chunk. The stages of a pipeline overlap."""
+        ranks = range(self.placement.size)
+        stages = [(self.parts[rank], self._together(rank)) for rank in ranks]
+        total = others = 0.0
+        for done in range(0, prompt_tokens, chunk_tokens):
+            count = min(chunk_tokens, prompt_tokens - done)
+            times = [prefill_time(stage, rates, count, done).seconds for stage, rates in stages]
+            slowest = max(times)
+            others = sum(times) - slowest if self.is_pipeline else 0.0
+            total += slowest + self.exchange_seconds(count)
+        return total + others
+
+    def first_token_seconds(self, prompt_tokens: int, chunk_tokens: int) -> float:
+        """Until the first token of an answer: the prompt less its last token, and one step."""
+        prefill = self.prefill_seconds(prompt_tokens, chunk_tokens)
+        return prefill + self.decode_seconds(prompt_tokens)
