@@ -49,6 +49,23 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * unit)
 
 
+_LATENCY_UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_LATENCY_PATTERN = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-zµ]+)\s*")
+
+
+def parse_latency(text: str) -> float:
+    """Read a short duration with its unit, such as ``26us`` or ``0.3 ms``, as seconds.
+
+    Raises:
+        UsageError: if the text is no duration, or has no unit.
+    """
+    match = _LATENCY_PATTERN.fullmatch(text)
+    unit = _LATENCY_UNITS.get(match.group(2)) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"'{text}' is not a latency", "write for example 26us or 0.3ms")
+    return float(match.group(1)) * unit
+
+
 def format_duration(seconds: float) -> str:
     """Render a duration: ``850 ms``, ``12.3 s``, ``4 min 05 s``, ``2 h 03 min``."""
     if seconds < 1:

@@ -1,38 +1,66 @@
-"""``k2 plan-memory``: will the model fit, and where does the memory go?"""
+"""``k2 plan-memory``: will the model fit, where does the memory go, and how fast will it be?"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from k2cli.planning.hardware import NodeMemory
+    from k2cli.planning.plan import Plan
+    from k2cli.planning.planner import Planner, Wishes
 
 
 def plan_memory(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Alias, Hub repository or folder; a config.json is enough."
+            metavar="MODEL", help="Alias, Hub repository, folder or .gguf; a config is enough."
         ),
     ],
     hardware: Annotated[
-        str,
-        typer.Option(help="Machines: '2x m3-ultra-512', 'm3-ultra-512 + m4-max-128', 'this'."),
-    ] = "this",
+        str | None,
+        typer.Option(
+            help="Machines: '2x m3-ultra-512', 'm3-ultra-512 + m4-max-128', 'this' (default)."
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="The machines of a cluster, as they were asked.")
+    ] = None,
     parallel: Annotated[
         str, typer.Option(help="How to divide the model: auto, single, pipeline or tensor.")
+    ] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="What connects the ranks: auto, mpi, ring or jaccl.")
     ] = "auto",
     context: Annotated[
         int | None,
         typer.Option(help="Tokens per sequence. Default: the model's maximum, at most 32768."),
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Sequences held at a time.")] = 1,
+    chunk: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a prompt per step. Default: the largest of use that fits."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")
     ] = "auto",
     head: Annotated[
         str, typer.Option(help="Output head of tensor slices: auto, replicated or sharded.")
     ] = "auto",
+    collective_latency: Annotated[
+        str | None,
+        typer.Option(help="One small message between ranks, if it was measured: 26us."),
+    ] = None,
+    shop: Annotated[
+        bool, typer.Option("--shop", help="List machines that run it, cheapest first.")
+    ] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw memory and speed against context.")
+    ] = False,
+    svg: Annotated[Path | None, typer.Option(help="Draw the plan into an SVG file.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON, whether it fits or not.")
     ] = False,
@@ -43,37 +71,145 @@ def plan_memory(
         bool, typer.Option("--explain", help="Say where each number is from.")
     ] = False,
 ) -> None:
-    """Plan a model's memory on one or more machines, before loading or buying anything.
+    """Plan a model's memory and speed on one or more machines, before loading or buying anything.
 
     Exits with 0 if it fits and 3 if it does not.
 
     Example: k2 plan-memory k2-thinking --hardware '2x m3-ultra-512' --context 131072
     """
-    from k2cli.errors import DoesNotFitError
-    from k2cli.planning.hardware_spec import parse_hardware
-    from k2cli.planning.plan import plan_to_json, save_plan
-    from k2cli.planning.planner import make_plan
-    from k2cli.ui.output import print_json
-    from k2cli.ui.plan_table import print_plan, print_plan_hints, shortfalls
+    from k2cli.planning.advice import advised_plan
+    from k2cli.planning.planner import Planner, Wishes
+    from k2cli.units import parse_latency
 
-    plan = make_plan(
-        model,
-        parse_hardware(hardware),
+    wishes = Wishes(
         strategy=parallel,
         context_length=context,
         concurrency=concurrency,
         dtype=dtype,
         head=head,
+        chunk_tokens=chunk,
+        backend=backend,
+        collective_seconds=None
+        if collective_latency is None
+        else parse_latency(collective_latency),
+        free_order=cluster is None,
     )
+    if shop:
+        _refuse_beside_shop(hardware, cluster, plot, svg, save)
+        _shop(Planner(model), wishes, as_json=as_json)
+        return
+    nodes = _machines(hardware, cluster)
+    planner = Planner(model)
+    plan = advised_plan(planner, nodes, wishes)
+    given = {
+        "--hardware": hardware, "--cluster": cluster, "--parallel": parallel,
+        "--backend": backend, "--context": context, "--concurrency": concurrency,
+        "--chunk": chunk, "--dtype": dtype, "--head": head,
+        "--collective-latency": collective_latency,
+    }  # fmt: skip
+    _write(planner, nodes, wishes, plan, save=save, svg=svg)
+    _show(planner, nodes, wishes, plan, given, as_json=as_json, explain=explain, plot=plot)
+    _finish(plan, save)
+
+
+def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
+    from k2cli.cluster.description import load_cluster, node_memory
+    from k2cli.errors import UsageError
+    from k2cli.planning.hardware_spec import parse_hardware
+
+    if cluster is None:
+        return parse_hardware(hardware if hardware is not None else "this")
+    if hardware is not None:
+        raise UsageError("--hardware and --cluster both name machines", "leave out one of them")
+    return node_memory(load_cluster(cluster))
+
+
+def _refuse_beside_shop(
+    hardware: str | None, cluster: str | None, plot: bool, svg: Path | None, save: Path | None
+) -> None:
+    from k2cli.errors import UsageError
+
+    beside = {
+        "--hardware": hardware is not None,
+        "--cluster": cluster is not None,
+        "--plot": plot,
+        "--svg": svg is not None,
+        "--save": save is not None,
+    }
+    for option, given in beside.items():
+        if given:
+            raise UsageError(
+                f"{option} is about one plan, --shop about many", f"leave out {option}"
+            )
+
+
+def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
+    from k2cli.errors import DoesNotFitError
+    from k2cli.planning.shop import shop
+    from k2cli.ui.output import print_json
+    from k2cli.ui.shop_table import print_shop
+
+    result = shop(planner, wishes)
+    if as_json:
+        print_json(result)
+    else:
+        print_shop(result)
+    if not result.offers:
+        raise DoesNotFitError(
+            f"{planner.model} fits on no machines of the catalog", "a shorter --context, fewer bits"
+        )
+
+
+def _write(
+    planner: Planner,
+    nodes: list[NodeMemory],
+    wishes: Wishes,
+    plan: Plan,
+    *,
+    save: Path | None,
+    svg: Path | None,
+) -> None:
+    from k2cli.planning.curve import context_curve
+    from k2cli.planning.plan import save_plan
+    from k2cli.ui.plan_svg import save_svg
+
     if save is not None:
         save_plan(plan, save)
+    if svg is not None:
+        save_svg(plan, context_curve(planner, nodes, wishes, plan), svg)
+
+
+def _show(
+    planner: Planner,
+    nodes: list[NodeMemory],
+    wishes: Wishes,
+    plan: Plan,
+    given: dict[str, str | int | None],
+    *,
+    as_json: bool,
+    explain: bool,
+    plot: bool,
+) -> None:
+    from k2cli.planning.curve import context_curve
+    from k2cli.planning.plan import plan_to_json
+    from k2cli.ui.output import print_json
+    from k2cli.ui.plan_plot import print_plot
+    from k2cli.ui.plan_table import can_print_unicode, print_plan
+
     if as_json:
         print_json(plan_to_json(plan))
-    else:
-        print_plan(plan, explain=explain)
+        return
+    unset = (None, "auto", 1)
+    command = {option: str(value) for option, value in given.items() if value not in unset}
+    print_plan(plan, command=command, explain=explain)
+    if plot:
+        print_plot(context_curve(planner, nodes, wishes, plan), unicode=can_print_unicode())
+
+
+def _finish(plan: Plan, save: Path | None) -> None:
+    from k2cli.errors import DoesNotFitError
+    from k2cli.ui.plan_table import print_plan_hints, shortfalls
+
     if not plan.fits:
-        raise DoesNotFitError(
-            f"{model} does not fit: {shortfalls(plan)}",
-            "a shorter --context, fewer bits, or more machines in --hardware",
-        )
+        raise DoesNotFitError(f"{plan.model.reference} does not fit: {shortfalls(plan)}")
     print_plan_hints(plan, saved_as=save)

@@ -28,9 +28,6 @@ from k2cli.sharding.placement import Placement, RankPlacement, Strategy
 GOOD_CHUNK_TOKENS = 512
 """A prefill chunk that keeps a GPU busy; a strategy that allows less is second choice."""
 
-SLOWER_SPLIT = 1.02
-"""How much slower a pipeline's slowest stage may become for the sake of a larger prefill chunk."""
-
 MOST_ORDERS = 24
 """Orders of unlike nodes that are all tried; of more, only those with different ends."""
 
@@ -51,6 +48,7 @@ class Candidate:
     chunk_tokens: int
     budgets: tuple[NodeBudget, ...]
     speed: SpeedEstimate | None
+    concurrency: int
     slowest_seconds: float = 0.0
 
     @property
@@ -65,14 +63,16 @@ class Candidate:
 
     @property
     def exchange_seconds(self) -> float | None:
-        """What an everyday exchange is expected to take; None if no speed is predicted."""
+        """What everyday exchanges are expected to take, one with each sequence, all at a time.
+
+        Prompts are computed one after the other; None if no speed is predicted.
+        """
         if self.speed is None:
             return None
         prefill = self.speed.prefill_tokens_per_second.expected
-        aggregate = self.speed.aggregate_decode_tokens_per_second.expected
-        single = self.speed.decode_tokens_per_second.expected
-        rate = aggregate if aggregate > single else single
-        return EXCHANGE_PROMPT_TOKENS / prefill + EXCHANGE_ANSWER_TOKENS / rate
+        together = self.speed.aggregate_decode_tokens_per_second.expected
+        one = EXCHANGE_PROMPT_TOKENS / prefill + EXCHANGE_ANSWER_TOKENS / together
+        return self.concurrency * one
 
 
 def preference(of: Candidate) -> tuple[bool, int, float, int]:
@@ -153,8 +153,27 @@ def pipeline(ground: Ground) -> Candidate:
         for chunk in demand.chunks
         if (best := _best_order(ground, whole, held, seconds, orders, chunk)) is not None
     ]
-    chunk, order, slowest, ranges = _choose_chunk(found) if found else _least_over(
-        ground, whole, held, orders)  # fmt: skip
+    if not found:
+        return _staged(ground, whole, *_least_over(ground, whole, held, orders))
+    good = [entry for entry in found if entry[0] >= GOOD_CHUNK_TOKENS] or found[:1]
+    if not ground.timed:
+        good = good[:1]
+    # The largest chunk comes first and wins among equals.
+    return max((_staged(ground, whole, *entry) for entry in good), key=preference)
+
+
+_Found = tuple[tuple[NodeMemory, ...], float, tuple[tuple[int, int], ...]]
+"""Nodes in rank order, the cost of the costliest stage, layer ranges with the first stage first."""
+
+
+def _staged(
+    ground: Ground,
+    whole: Slices,
+    chunk: int,
+    order: tuple[NodeMemory, ...],
+    slowest: float,
+    ranges: tuple[tuple[int, int], ...],
+) -> Candidate:
     ranks = tuple(
         RankPlacement(rank, node.name, layers)
         for rank, (node, layers) in enumerate(zip(order, reversed(ranges), strict=True))
@@ -165,19 +184,6 @@ def pipeline(ground: Ground) -> Candidate:
     budgets = _budgets(ground, whole, placement, order, chunk)
     done = _finished(ground, whole, placement, order, chunk, budgets)
     return replace(done, slowest_seconds=slowest)
-
-
-_Found = tuple[tuple[NodeMemory, ...], float, tuple[tuple[int, int], ...]]
-"""Nodes in rank order, the cost of the costliest stage, layer ranges with the first stage first."""
-
-
-def _choose_chunk(found: Sequence[tuple[int, *_Found]]) -> tuple[int, *_Found]:
-    """The largest chunk among the good ones that costs no speed; else the largest there is."""
-    good = [entry for entry in found if entry[0] >= GOOD_CHUNK_TOKENS]
-    if not good:
-        return found[0]
-    bound = min(entry[2] for entry in good) * SLOWER_SPLIT
-    return next(entry for entry in good if entry[2] <= bound)
 
 
 def _best_order(
@@ -353,4 +359,4 @@ def _finished(
         chunk_tokens=min(chunk, demand.context_length),
         collective_seconds=demand.collective_seconds,
     )  # fmt: skip
-    return Candidate(placement, tuple(nodes), chunk, budgets, speed)
+    return Candidate(placement, tuple(nodes), chunk, budgets, speed, demand.concurrency)

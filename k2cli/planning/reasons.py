@@ -58,7 +58,7 @@ def _why_not(each: Candidate, chosen: Candidate) -> str:
         return f"room for prefill chunks of {each.chunk_tokens} only"
     if each.exchange_seconds is None or chosen.exchange_seconds is None:
         return "exchanges more between nodes"
-    return f"an exchange takes {each.exchange_seconds / chosen.exchange_seconds:.2f} times as long"
+    return f"takes {each.exchange_seconds / chosen.exchange_seconds:.2f} times as long for the same"
 
 
 def _why(chosen: Candidate, rivals: Sequence[Candidate]) -> str:
@@ -79,9 +79,10 @@ def _why(chosen: Candidate, rivals: Sequence[Candidate]) -> str:
         )
     if chosen.exchange_seconds is None or rival.exchange_seconds is None:
         return "a pipeline exchanges least between nodes"
+    requests = "a request" if chosen.concurrency == 1 else f"{chosen.concurrency} requests"
     return (
-        f"sooner done with {EXCHANGE_PROMPT_TOKENS:,} tokens of prompt and "
-        f"{EXCHANGE_ANSWER_TOKENS} of answer: {chosen.exchange_seconds:.0f} s, "
+        f"sooner done with {requests} of {EXCHANGE_PROMPT_TOKENS:,} tokens with an answer of "
+        f"{EXCHANGE_ANSWER_TOKENS}: {chosen.exchange_seconds:.0f} s, "
         f"{name} {rival.exchange_seconds:.0f} s (predicted)"
     )
 

@@ -1,7 +1,7 @@
-"""A plan for people: a table of the nodes in one unit, a bar per node, and a verdict.
+"""A plan for people: a table of the nodes in one unit, a bar per node, speed, and a verdict.
 
-Made to be read at 80 columns. What is needed of a plan is declared here as protocols, since ui
-imports no domain. All but the ``print_`` functions return lines of plain text.
+Made to be read at 80 columns, on a terminal and in a pipe. All but the ``print_`` functions return
+lines of plain text.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from k2cli.ui.output import note, print_text
-from k2cli.units import GB, MB, format_bytes, format_gib
+from k2cli.ui.output import note, print_text, stdout_console
+from k2cli.ui.plan_bars import bar_lines, short_name
+from k2cli.ui.plan_explain import explanation_lines
+from k2cli.ui.plan_views import AdviceView, BandView, BudgetView, PlanView
+from k2cli.units import GB, MB, format_bytes, format_duration
 
 _COLUMNS = (
     ("weights", "weights_bytes"),
@@ -25,119 +27,18 @@ _COLUMNS = (
     ("limit", "limit_bytes"),
     ("headroom", "headroom_bytes"),
 )
-_PARTS = ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes")
-_UNICODE_CELLS, _ASCII_CELLS = "█▓▒░·", "#=+:."
 _WIDTH = 80
-_NAME_WIDTH = 14
-_BAR_WIDTH = 60
 
 
-class BudgetView(Protocol):
-    """One rank's ledger, in bytes."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def limit_bytes(self) -> int: ...
-    @property
-    def total_bytes(self) -> int: ...
-    @property
-    def headroom_bytes(self) -> int: ...
-    @property
-    def limit_source(self) -> str: ...
-
-
-class ModelView(Protocol):
-    """What is planned."""
-
-    @property
-    def reference(self) -> str: ...
-    @property
-    def parameters(self) -> int: ...
-    @property
-    def stored_bytes(self) -> int: ...
-    @property
-    def quantization(self) -> str: ...
-
-
-class RequestView(Protocol):
-    """What there must be room for."""
-
-    @property
-    def context_length(self) -> int: ...
-    @property
-    def concurrency(self) -> int: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def prefill_chunk_tokens(self) -> int: ...
-
-
-class PartView(Protocol):
-    """One rank's layers, half-open."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def layers(self) -> tuple[int, int]: ...
-
-
-class PlacementView(Protocol):
-    """A strategy and its parts."""
-
-    @property
-    def strategy(self) -> str: ...
-    @property
-    def head(self) -> str: ...
-    @property
-    def ranks(self) -> Sequence[PartView]: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def layer_count(self) -> int: ...
-
-
-class PlanView(Protocol):
-    """A plan, as far as it is shown."""
-
-    @property
-    def model(self) -> ModelView: ...
-    @property
-    def request(self) -> RequestView: ...
-    @property
-    def placement(self) -> PlacementView: ...
-    @property
-    def nodes(self) -> Sequence[BudgetView]: ...
-    @property
-    def fits(self) -> bool: ...
-    @property
-    def marks(self) -> Mapping[str, str]: ...
-    @property
-    def reason(self) -> str: ...
-
-
-def plan_lines(plan: PlanView, *, unicode: bool = True) -> list[str]:
-    """The whole report: model, request, placement, table, bars, verdict."""
-    return [
-        *_headline(plan),
-        "",
-        *_table(plan.nodes),
-        "",
-        *_bars(plan.nodes, _UNICODE_CELLS if unicode else _ASCII_CELLS),
-        "",
-        verdict(plan),
-    ]
-
-
-def _headline(plan: PlanView) -> list[str]:
+def headline(plan: PlanView) -> list[str]:
+    """What is planned: model, request, placement; the first line is the model's name."""
     model, request = plan.model, plan.request
-    sequences = "1 sequence" if request.concurrency == 1 else f"{request.concurrency} sequences"
     return [
         model.reference,
         f"{_count(model.parameters)} parameters, {format_bytes(model.stored_bytes)} stored, "
         f"quantization: {model.quantization}",
-        f"{sequences} of {request.context_length:,} tokens in {request.dtype}, "
-        f"prefill in chunks of {request.prefill_chunk_tokens}",
+        f"{_sequences(request.concurrency)} of {request.context_length:,} tokens in "
+        f"{request.dtype}, prefill in chunks of {request.prefill_chunk_tokens}",
         *_placement_lines(plan),
     ]
 
@@ -170,7 +71,7 @@ def _table(nodes: Sequence[BudgetView]) -> list[str]:
     largest = max(node.total_bytes for node in nodes)
     unit, name = (GB, "GB") if largest >= 10 * GB else (MB, "MB")
     rows = [
-        [_short(node.name)] + [f"{getattr(node, field) / unit:.1f}" for _, field in _COLUMNS]
+        [short_name(node.name)] + [f"{getattr(node, field) / unit:.1f}" for _, field in _COLUMNS]
         for node in nodes
     ]
     header = [f"node ({name})", *(title for title, _ in _COLUMNS)]
@@ -184,30 +85,8 @@ def _table(nodes: Sequence[BudgetView]) -> list[str]:
     ]
 
 
-def _short(name: str) -> str:
-    """Long names lose their middle, which says least: both ends tell machines apart."""
-    if len(name) <= _NAME_WIDTH:
-        return name
-    return f"{name[: _NAME_WIDTH - 8]}…{name[-7:]}"
-
-
-def _bars(nodes: Sequence[BudgetView], cells: str) -> list[str]:
-    """Bytes in proportion; the mark ``|`` is the limit. All bars have one scale."""
-    scale = max(max(node.total_bytes, node.limit_bytes) for node in nodes)
-    lines = []
-    for node in nodes:
-        bar = ""
-        filled = 0
-        for field, cell in zip(_PARTS, cells, strict=False):
-            filled += getattr(node, field)
-            bar += cell * (round(filled / scale * _BAR_WIDTH) - len(bar))
-        limit = round(node.limit_bytes / scale * _BAR_WIDTH)
-        bar = bar.ljust(limit, cells[-1])
-        bar = bar[:limit] + "|" + bar[limit:]
-        lines.append(f"{_short(node.name).ljust(_NAME_WIDTH)}  {bar}")
-    legend = ("weights", "KV", "activation", "overhead", "free")
-    keys = "  ".join(f"{cell} {title}" for cell, title in zip(cells, legend, strict=True))
-    return [*lines, f"{' ' * _NAME_WIDTH}  {keys}  | limit"]
+def _sequences(count: int) -> str:
+    return "1 sequence" if count == 1 else f"{count} sequences"
 
 
 def verdict(plan: PlanView) -> str:
@@ -228,51 +107,118 @@ def shortfalls(plan: PlanView) -> str:
     )
 
 
-_ORIGINS = {
-    "stored_bytes": "the checkpoint as stored: from its headers, or from the config alone",
-    "weights_bytes": "held once loaded: mlx-lm's model traced from config and headers, in {dtype}",
-    "kv_cache_bytes": "mlx-lm's own cache, traced: {sequences} x {context:,} tokens in {dtype}",
-    "activation_bytes": "peak of prefill in chunks of {chunk} tokens, by k2's model of attention",
-    "overhead_bytes": "Python and MLX, allocator slack, one layer's cache while it grows",
-}
+def speed_lines(plan: PlanView) -> list[str]:
+    """The predicted speed as a band, and how far context and concurrency could go.
+
+    Nothing of a plan that does not fit: it has no speed.
+    """
+    lines = []
+    if plan.fits and plan.speed is not None:
+        speed, request = plan.speed, plan.request
+        lines += [
+            f"{'predicted':<16}{'low':>12}{'expected':>12}{'high':>12}",
+            _rate("decode", speed.decode_tokens_per_second, "tokens/s, one sequence"),
+        ]
+        if request.concurrency > 1:
+            what = f"tokens/s, all {request.concurrency}"
+            lines.append(_rate("  together", speed.aggregate_decode_tokens_per_second, what))
+        lines += [
+            _rate("prefill", speed.prefill_tokens_per_second, "tokens/s"),
+            _row("first token", map(format_duration, _figures(speed.time_to_first_token_seconds)),
+                 f"after {request.context_length:,} tokens"),
+        ]  # fmt: skip
+    elif plan.fits and plan.speed_note:
+        lines += textwrap.wrap(f"no speed predicted: {plan.speed_note}", _WIDTH)
+    return [*lines, *_limit_lines(plan)]
 
 
-def explanation_lines(plan: PlanView) -> list[str]:
-    """Where each number is from and how sure it is."""
-    values = {
-        "dtype": plan.request.dtype,
-        "sequences": plan.request.concurrency,
-        "context": plan.request.context_length,
-        "chunk": plan.request.prefill_chunk_tokens,
-    }
-    rows = [
-        (field.removesuffix("_bytes").replace("_", " "), plan.marks.get(field, ""), origin)
-        for field, origin in _ORIGINS.items()
+def _figures(band: BandView) -> tuple[float, float, float]:
+    return band.low, band.expected, band.high
+
+
+def _rate(title: str, band: BandView, unit: str) -> str:
+    return _row(title, (rate_text(value) for value in _figures(band)), unit)
+
+
+def _row(title: str, cells: Iterable[str], unit: str) -> str:
+    return f"{title:<16}" + "".join(f"{cell:>12}" for cell in cells) + f"  {unit}"
+
+
+def rate_text(value: float) -> str:
+    """Tokens per second with three figures: ``9.04``, ``24.1``, ``1,240``."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _limit_lines(plan: PlanView) -> list[str]:
+    request = plan.request
+    if not plan.fits or not plan.max_context_length:
+        return []
+    sequences = _sequences(request.concurrency)
+    return [
+        f"room for up to {plan.max_context_length:,} tokens of context with {sequences},",
+        f"or up to {plan.max_concurrency:,} sequences of {request.context_length:,} tokens",
     ]
-    lines = ["where the numbers are from"]
-    for title, mark, origin in rows:
-        lines += _wrapped(title, mark, origin.format(**values))
-    mark = plan.marks.get("limit_bytes", "")
-    limits = dict.fromkeys((node.name, node.limit_bytes, node.limit_source) for node in plan.nodes)
-    for name, limit, source in limits:
-        lines += _wrapped("limit", mark, f"{name}: {format_gib(limit)}, {source}")
+
+
+def advice_lines(plan: PlanView, command: Mapping[str, str]) -> list[str]:
+    """What would make the plan fit, each with the command that plans it.
+
+    Args:
+        command: options of the command that was given, to be given again but for the change.
+    """
+    if plan.fits:
+        return []
+    if not plan.advice:
+        return ["nothing that k2 can change alone makes it fit: see --shop"]
+    lines = ["what would make it fit (each planned):"]
+    for advice in plan.advice:
+        lines += _one_advice(plan.model.reference, advice, command)
     return lines
 
 
-def _wrapped(title: str, mark: str, text: str) -> list[str]:
-    first = f"  {title:<11} {mark:<9} "
-    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+def _one_advice(model: str, advice: AdviceView, command: Mapping[str, str]) -> list[str]:
+    gains = [f"{format_bytes(advice.headroom_bytes)} to spare"]
+    if advice.decode_tokens_per_second is not None:
+        gains.append(f"decode {rate_text(advice.decode_tokens_per_second)} tokens/s")
+    text = f"{advice.change}: {', '.join(gains)}"
+    lines = textwrap.wrap(text, _WIDTH, initial_indent="- ", subsequent_indent="  ")
+    if advice.command:
+        lines.append(f"    {advice.command}")
+    if advice.options:
+        lines.append(f"    {plan_command(model, {**command, **advice.options})}")
+    return lines
 
 
-def print_plan(plan: PlanView, *, explain: bool = False) -> None:
+def plan_command(model: str, options: Mapping[str, str]) -> str:
+    """A command to copy."""
+    words = ["k2", "plan-memory", model]
+    for name, value in options.items():
+        words += [name, value]
+    return shlex.join(words)
+
+
+def print_plan(plan: PlanView, *, command: Mapping[str, str], explain: bool = False) -> None:
     """Write the report to stdout, and where its numbers are from if asked."""
-    encoding = (sys.stdout.encoding or "ascii").lower().replace("-", "")
-    for line in plan_lines(plan, unicode=encoding.startswith("utf")):
-        print_text(line)
+    _print_block([*headline(plan), "", *_table(plan.nodes), ""])
+    for line in bar_lines(plan.nodes, unicode=can_print_unicode()):
+        stdout_console().print(line)
+    blocks = [speed_lines(plan), [verdict(plan)], advice_lines(plan, command)]
     if explain:
-        print_text()
-        for line in explanation_lines(plan):
-            print_text(line)
+        blocks.append(explanation_lines(plan))
+    for block in blocks:
+        if block:
+            _print_block(["", *block])
+
+
+def can_print_unicode() -> bool:
+    """Whether stdout takes more than ASCII."""
+    encoding = (sys.stdout.encoding or "ascii").lower().replace("-", "")
+    return encoding.startswith("utf")
+
+
+def _print_block(lines: Sequence[str]) -> None:
+    for line in lines:
+        print_text(line)
 
 
 def print_plan_hints(plan: PlanView, *, saved_as: Path | None) -> None:

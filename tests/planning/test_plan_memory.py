@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,17 +32,31 @@ def k2(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def without_speeds(text: str) -> str:
+    """Predicted figures change with the fit of the speed model; everything else is held."""
+    text = re.sub(r"(speed, and what it is made of\n).*?\n\n", r"\1\n", text, flags=re.DOTALL)
+    text = re.sub(r"^((?:decode|prefill|first token) ).*(?=  )", r"\1", text, flags=re.MULTILINE)
+    return re.sub(r"[\d.,]+(?= (?:s|tokens/s|times)\b)", "#", text)
+
+
 @pytest.mark.parametrize(
     ("transcript", "arguments", "exit_code"),
     [
         ("two-m3-ultra", ["--hardware", "2x m3-ultra-512", "--context", "131072"], 0),
         ("one-m3-ultra", ["--hardware", "m3-ultra-512", "--explain"], 3),
+        ("four-sequences", ["--hardware", "2x m3-ultra-512", "--concurrency", "4", "--explain"], 0),
+        (
+            "uneven",
+            ["--hardware", "m3-ultra-512 + m3-ultra-256", "--parallel", "pipeline"],
+            0,
+        ),
         ("tensor-four", ["--hardware", "4x m2-ultra-192", "--parallel", "tensor"], 0),
     ],
 )
 def test_transcript(transcript: str, arguments: list[str], exit_code: int) -> None:
     done = k2("plan-memory", K2, *arguments)
-    assert done.stdout == (PLANS / f"{transcript}.txt").read_text(encoding="utf-8")
+    expected = (PLANS / f"{transcript}.txt").read_text(encoding="utf-8")
+    assert without_speeds(done.stdout) == without_speeds(expected)
     assert done.returncode == exit_code
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
 

@@ -1,0 +1,65 @@
+"""Memory and speed against context, on given machines: what ``--plot`` and ``--svg`` draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from k2cli.errors import K2Error
+from k2cli.planning.config_check import model_context_length
+from k2cli.planning.hardware import NodeMemory
+from k2cli.planning.plan import NodeBudget, Plan
+from k2cli.planning.planner import Planner, Wishes
+from k2cli.planning.speed import Band
+
+SHORTEST_CONTEXT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """A plan at one context: the ledger of its tightest node, and the predicted speed."""
+
+    context_length: int
+    budget: NodeBudget
+    prefill_chunk_tokens: int
+    fits: bool
+    decode_tokens_per_second: Band | None
+    prefill_tokens_per_second: Band | None
+
+
+def context_curve(
+    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, plan: Plan
+) -> tuple[CurvePoint, ...]:
+    """Plan at every power of two up to the model's maximum, and at the asked context.
+
+    The strategy is that of ``plan``; the prefill chunk is chosen anew at each point.
+    """
+    strategy = plan.placement.strategy
+    most = model_context_length(planner.subject.config) or plan.request.context_length
+    contexts = {plan.request.context_length, most}
+    context = min(SHORTEST_CONTEXT, most)
+    while context < most:
+        contexts.add(context)
+        context *= 2
+    points = []
+    for length in sorted(contexts):
+        try:
+            at = planner.plan(
+                nodes, replace(wishes, context_length=length, strategy=strategy), limits=False
+            )
+        except K2Error:
+            continue
+        points.append(_point(at))
+    return tuple(points)
+
+
+def _point(plan: Plan) -> CurvePoint:
+    speed = plan.speed
+    return CurvePoint(
+        plan.request.context_length,
+        min(plan.nodes, key=lambda node: node.headroom_bytes),
+        plan.request.prefill_chunk_tokens,
+        plan.fits,
+        None if speed is None else speed.decode_tokens_per_second,
+        None if speed is None else speed.prefill_tokens_per_second,
+    )

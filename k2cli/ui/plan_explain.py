@@ -1,0 +1,127 @@
+"""Where the numbers of a plan are from: the terms of memory and speed, and what was compared."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from k2cli.ui.plan_views import AlternativeView, BudgetView, PlanView, SpeedTermView
+from k2cli.units import GB, KB, MB, TB, format_bytes, format_duration, format_gib
+
+_WIDTH = 80
+
+# Term of the breakdown or the ledger, field, mark, and where it is from.
+_TERMS = (
+    ("layers", "layer_weights_bytes", "weights_bytes",
+     "decoder layers once loaded: mlx-lm's model traced from config and headers, in {dtype}"),
+    ("edges", "edge_weights_bytes", "weights_bytes", "embedding, norm and head, as they fall"),
+    ("KV cache", "kv_cache_bytes", "kv_cache_bytes",
+     "mlx-lm's own cache, traced: {sequences} x {context:,} tokens"),
+    ("prefill", "prefill_activation_bytes", "prefill_activation_bytes",
+     "peak while the last {chunk} tokens of a full context are computed"),
+    ("decode", "decode_activation_bytes", "decode_activation_bytes",
+     "peak of a decode step; only the larger of prefill and decode counts"),
+    ("messages", "communication_bytes", "communication_bytes",
+     "buffers of what travels between ranks"),
+    ("runtime", "runtime_bytes", "runtime_bytes",
+     "Python, MLX and its kernels, tokenizer, of rank and guard"),
+    ("slack", "allocator_slack_bytes", "allocator_slack_bytes",
+     "what the allocator keeps beside cache and activations"),
+    ("growth", "cache_growth_bytes", "cache_growth_bytes",
+     "one layer's cache, copied while it grows"),
+    ("total", "total_bytes", "", ""),
+    ("limit", "limit_bytes", "limit_bytes", "{limit}, {source}"),
+    ("system", "os_reserve_bytes", "os_reserve_bytes", "memory that the limit leaves"),
+    ("headroom", "headroom_bytes", "", ""),
+)  # fmt: skip
+
+
+def explanation_lines(plan: PlanView) -> list[str]:
+    """Terms of memory on the tightest node, terms of speed, and the placements compared."""
+    node = min(plan.nodes, key=lambda each: each.headroom_bytes)
+    lines = [f"memory on {node.name}, where the numbers are from", *_memory_lines(plan, node)]
+    stored = plan.marks.get("stored_bytes", "")
+    lines += _term_lines("stored", format_bytes(plan.model.stored_bytes), stored,
+                         "the checkpoint: from its headers, or from the config alone")  # fmt: skip
+    if plan.speed is not None:
+        lines += ["", "speed, and what it is made of", *_speed_lines(plan.speed.terms)]
+    if len(plan.alternatives) > 1:
+        lines += ["", "placements compared", *_alternative_lines(plan.alternatives)]
+    return lines
+
+
+def _memory_lines(plan: PlanView, node: BudgetView) -> list[str]:
+    values = {
+        "dtype": plan.request.dtype,
+        "sequences": plan.request.concurrency,
+        "context": plan.request.context_length,
+        "chunk": plan.request.prefill_chunk_tokens,
+        "limit": format_gib(node.limit_bytes),
+        "source": node.limit_source or "as given",
+    }
+    lines = []
+    for title, field, mark, origin in _TERMS:
+        # Plans of older versions have no breakdown.
+        holder = node if hasattr(node, field) else node.breakdown
+        if holder is not None:
+            size = format_bytes(getattr(holder, field))
+            lines += _term_lines(title, size, plan.marks.get(mark, ""), origin.format(**values))
+    return lines
+
+
+def _term_lines(title: str, size: str, mark: str, text: str) -> list[str]:
+    first = f"  {title:<9}{size:>10}  {mark:<9} "
+    if not text:
+        return [first.rstrip()]
+    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+
+
+def _speed_lines(terms: Sequence[SpeedTermView]) -> list[str]:
+    lines = []
+    for term in terms:
+        first = f"  {term.name:<42}{_quantity(term.value, term.unit):>14}  "
+        lines += textwrap.wrap(
+            term.source, _WIDTH, initial_indent=first, subsequent_indent=" " * 6
+        ) or [first.rstrip()]
+    return lines
+
+
+def _quantity(value: float, unit: str) -> str:
+    """A figure in the unit that suits it: ``10.1 GB``, ``34.7 ms``, ``20.6 TFLOP/s``."""
+    if unit == "s":
+        return format_duration(value) if value >= 1 else _small_seconds(value)
+    if not unit:
+        return f"{value:,.0f}"
+    for size, prefix in ((TB, "T"), (GB, "G"), (MB, "M"), (KB, "k")):
+        if value >= size:
+            return f"{value / size:.1f} {prefix}{unit}"
+    return f"{value:.0f} {unit}"
+
+
+def _small_seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def _alternative_lines(alternatives: Sequence[AlternativeView]) -> list[str]:
+    lines = [
+        f"  {'':<10}{'chunk':>6}{'headroom':>11}{'decode':>9}{'prefill':>9}   (tokens/s, expected)"
+    ]
+    for each in alternatives:
+        lines += _alternative(each)
+    return lines
+
+
+def _alternative(each: AlternativeView) -> list[str]:
+    figures = f"{'impossible':>16}" if not each.possible else (
+        f"{each.prefill_chunk_tokens:>6}{format_bytes(each.headroom_bytes):>11}"
+        f"{_rate(each.decode_tokens_per_second):>9}{_rate(each.prefill_tokens_per_second):>9}"
+    )  # fmt: skip
+    what = ("chosen: " if each.chosen else "") + each.verdict
+    return [
+        f"  {each.name:<10}{figures}",
+        *textwrap.wrap(what, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6),
+    ]
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else f"{value:,.1f}"

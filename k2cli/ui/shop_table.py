@@ -1,0 +1,78 @@
+"""Machines that run a model, cheapest first, as a table at 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from k2cli.ui.output import print_text
+from k2cli.ui.plan_views import BandView, OfferView, ShopView
+from k2cli.units import format_bytes
+
+_WIDTH = 80
+MOST_OFFERS = 16
+"""Offers that are shown; ``--json`` has all of them."""
+
+
+def shop_lines(result: ShopView) -> list[str]:
+    """Headline, table and notes."""
+    sequences = "1 sequence" if result.concurrency == 1 else f"{result.concurrency} sequences"
+    lines = [
+        *textwrap.wrap(
+            f"machines that hold {result.model} with {sequences} of "
+            f"{result.context_length:,} tokens",
+            _WIDTH,
+        ),
+        "",
+    ]
+    if not result.offers:
+        return [*lines, "none of the catalog: fewer bits or a shorter context would help"]
+    shown = result.offers[:MOST_OFFERS]
+    width = min(34, max(len(offer.hardware) for offer in shown))
+    lines.append(f"{'USD':>7}  {'machines':<{width}}  {'decode':>9} {'prefill':>7} {'spare':>8}")
+    for offer in shown:
+        lines += _offer_lines(offer, width)
+    hidden = len(result.offers) - len(shown)
+    if hidden:
+        lines.append(f"{'':>7}  ... and {hidden} more: --shop --json lists all")
+    return [*lines, "", *_notes(shown)]
+
+
+def _offer_lines(offer: OfferView, width: int) -> list[str]:
+    price = "?" if offer.price_usd is None else f"{offer.price_usd:,}"
+    mark = "*" if offer.withdrawn else " "
+    names = textwrap.wrap(offer.hardware, width)
+    prefill = offer.prefill_tokens_per_second
+    figures = (
+        f"{_span(offer.decode_tokens_per_second):>9} "
+        f"{'' if prefill is None else f'{prefill.expected:,.0f}':>7} "
+        f"{format_bytes(offer.headroom_bytes):>8}"
+    )
+    first = f"{price:>7}{mark} {names[0]:<{width}}  {figures}  {offer.strategy}"
+    return [first.rstrip(), *(f"{'':>9}{name}" for name in names[1:])]
+
+
+def _span(band: BandView | None) -> str:
+    """The low and the high end of a rate."""
+    if band is None:
+        return "unknown"
+    digits = 0 if band.high >= 20 else 1
+    return f"{band.low:,.{digits}f}-{band.high:,.{digits}f}"
+
+
+def _notes(offers: Sequence[OfferView]) -> list[str]:
+    dates = [offer.price_date for offer in offers if offer.price_date]
+    notes = ["decode and prefill: predicted tokens/s of one sequence at this context"]
+    if dates:
+        notes.append(f"USD: list prices as last known ({min(dates)} to {max(dates)}), without tax")
+    if any(offer.withdrawn for offer in offers):
+        notes.append("*: no longer sold new, in whole or in part; its last list price")
+    if any(offer.price_usd is None for offer in offers):
+        notes.append("?: no price is known for a machine of it")
+    return notes
+
+
+def print_shop(result: ShopView) -> None:
+    """Write the offers to stdout."""
+    for line in shop_lines(result):
+        print_text(line)
