@@ -23,6 +23,7 @@ _COMMANDS = (
     ("download", "download"),
     ("plan-memory", "plan_memory"),
     ("quantize", "quantize"),
+    ("doctor", "doctor"),
     ("launch", "launch"),
     ("ps", "ps"),
     ("logs", "logs"),

@@ -18,6 +18,9 @@ MACOS_RESERVE_BYTES = 8 * GIB
 SLOW_DISK_BYTES_PER_SECOND = 1_000_000_000
 """Internal SSDs of Apple silicon Macs read several GB/s; 300 GB at 1 GB/s take five minutes."""
 
+FULL_DISK_BYTES = 100_000_000
+"""A run writes its record, bootstrap files and a log."""
+
 NETWORK_FILESYSTEMS = frozenset(
     {"nfs", "nfs4", "smbfs", "cifs", "smb3", "afpfs", "webdav", "9p", "ceph", "fuse.sshfs", "sshfs"}
 )
@@ -43,14 +46,18 @@ def clock(situation: Situation) -> Iterable[CheckResult]:
 def leftovers(situation: Situation) -> Iterable[CheckResult]:
     """No process of an ended run holds memory, found by the runs' own marks."""
     for node, software in situation.software.items():
-        runs = {use.run_id for use in software.processes if use.run_id is not None}
-        dead = sorted(run for run in runs if run not in situation.live_runs)
-        for run in sorted(runs & situation.live_runs):
+        runs = sorted({use.run_id for use in software.processes if use.run_id is not None})
+        for run in runs:
             held = _held(software, run)
-            yield CheckResult("warn", "runs", node, f"run {run} holds {held}", f"k2 stop {run}")
-        for run in dead:
-            detail = f"left over from run {run}: holds {_held(software, run)}"
-            yield CheckResult("fail", "leftovers", node, detail, "k2 cluster clean")
+            if run in situation.live_runs:
+                yield CheckResult("warn", "runs", node, f"{run} holds {held}", f"k2 stop {run}")
+            elif run in situation.ended_runs:
+                detail = f"left over from {run}, which has ended: {held}"
+                yield CheckResult("fail", "leftovers", node, detail, "k2 cluster clean")
+            else:
+                detail = f"{run}, which was not launched from here, holds {held}"
+                hint = "k2 cluster clean, if it is nobody's"
+                yield CheckResult("warn", "runs", node, detail, hint)
         if not runs:
             yield CheckResult("pass", "leftovers", node, "no process of a run")
 
@@ -144,10 +151,9 @@ def disk(situation: Situation) -> Iterable[CheckResult]:
             hint = "put the model on an internal disk and give its path"
             yield CheckResult("fail", "disk", node, detail, hint)
             continue
-        need = situation.needs.get(node)
-        if need is not None and volume.free_bytes < need.weights_bytes // 100:
-            detail = f"{free} free on {volume.mount_point}: logs and caches need more"
-            yield CheckResult("warn", "disk", node, detail, on_node(node, "df -h"))
+        if volume.free_bytes < FULL_DISK_BYTES:
+            detail = f"{free} free on {volume.mount_point}: too little even for logs"
+            yield CheckResult("fail", "disk", node, detail, on_node(node, "df -h"))
         else:
             yield CheckResult("pass", "disk", node, f"{free} free on {volume.mount_point}")
 

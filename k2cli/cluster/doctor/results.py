@@ -98,9 +98,10 @@ class DiskSpeed:
 class Situation:
     """Everything that the checks read.
 
-    ``reference`` is the software of the launching machine. ``needs`` maps a node to what a plan
+        ``reference`` is the software of the launching machine, ``live_runs`` and ``ended_runs`` are
+        those of its records. ``needs`` maps a node to what a plan
     wants there; empty without a plan. ``reaches``, ``links`` and ``disks`` are None if they were
-    not measured.
+        not measured.
     """
 
     nodes: tuple[Examination, ...]
@@ -108,6 +109,7 @@ class Situation:
     needs: Mapping[str, Need] = field(default_factory=dict)
     backend: str = "auto"
     live_runs: frozenset[str] = frozenset()
+    ended_runs: frozenset[str] = frozenset()
     reaches: tuple[Reach, ...] | None = None
     links: tuple[LinkMeasurement, ...] | None = None
     disks: Mapping[str, DiskSpeed] | None = None

@@ -1,0 +1,126 @@
+"""``k2 doctor``: are these machines fit to run a model together?"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from k2cli.cluster.doctor.examination import Report, Wishes
+    from k2cli.cluster.nodes import Node
+
+
+class Backend(StrEnum):
+    """Back ends that a run could use."""
+
+    auto = "auto"
+    mpi = "mpi"
+    ring = "ring"
+    jaccl = "jaccl"
+
+
+def doctor(
+    cluster: Annotated[
+        str | None,
+        typer.Argument(metavar="CLUSTER", help="A cluster of 'k2 cluster'. Default: the only one."),
+    ] = None,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="A,B", help="SSH names, instead of a cluster.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only what is checked before every launch.")
+    ] = False,
+    backend: Annotated[
+        Backend, typer.Option(help="The back end to check for; what it lacks is then a failure.")
+    ] = Backend.auto,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Check for a plan that plan-memory saved.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Folder on the nodes that the model is in."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Save what was found, without names and addresses."),
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Check a recording instead of machines.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check nodes: access, versions, memory, disks, sleep, links and RDMA, with what mends each.
+
+    Changes nothing on the nodes. Exits with 5 if a check fails, and with 0 if all pass or warn.
+
+    Example: k2 doctor --nodes localhost,studio2
+    """
+    from k2cli.errors import ClusterError
+    from k2cli.ui.doctor_view import print_report, report_document
+    from k2cli.ui.output import note, print_json
+
+    if replay is not None:
+        report = _replayed(replay, cluster, nodes)
+    else:
+        wishes = _wishes(quick, backend, plan, model)
+        report = _examined(_nodes(cluster, nodes), wishes)
+    if json:
+        print_json(report_document(report))
+    else:
+        print_report(report)
+    if record is not None:
+        from k2cli.cluster.doctor.recording import record as write_recording
+
+        note(f"recorded in {write_recording(report, record).parent}; look at it before sending it")
+    if report.failed:
+        raise typer.Exit(ClusterError.exit_code)
+
+
+def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
+    from k2cli.cluster.doctor.recording import replay
+    from k2cli.errors import UsageError
+
+    if cluster is not None or nodes is not None:
+        raise UsageError(
+            f"--replay has its own nodes, '{cluster or nodes}' is not needed",
+            f"k2 doctor --replay {folder}",
+        )
+    return replay(folder)
+
+
+def _wishes(quick: bool, backend: Backend, plan: Path | None, model: str | None) -> Wishes:
+    from k2cli.cluster.doctor.examination import Wishes, read_plan
+
+    read = read_plan(plan) if plan is not None else None
+    return Wishes(quick=quick, backend=backend.value, model_folder=model, plan=read)
+
+
+def _examined(nodes: list[Node], wishes: Wishes) -> Report:
+    from k2cli.cluster.doctor.examination import examine_nodes
+    from k2cli.ui.output import note
+
+    return examine_nodes(nodes, wishes, tell=note)
+
+
+def _nodes(cluster: str | None, nodes: str | None) -> list[Node]:
+    from k2cli.cluster.description import cluster_nodes, list_clusters, load_cluster
+    from k2cli.cluster.nodes import LocalNode, node_named
+    from k2cli.errors import UsageError
+
+    if cluster is not None and nodes is not None:
+        raise UsageError(
+            f"cluster '{cluster}' and --nodes {nodes} contradict each other",
+            f"k2 doctor {cluster}",
+        )
+    if nodes is not None:
+        names = [name.strip() for name in nodes.split(",") if name.strip()]
+        if not names:
+            raise UsageError(f"--nodes '{nodes}' names no node", "--nodes localhost,studio2")
+        distinct = {node.name: node for node in map(node_named, names)}
+        return list(distinct.values())
+    if cluster is None and not list_clusters():
+        return [LocalNode()]
+    return cluster_nodes(load_cluster(cluster))
