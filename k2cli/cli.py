@@ -31,6 +31,7 @@ _COMMANDS = (
     ("chat", "chat"),
     ("bench", "bench"),
 )
+_GROUPS = ("cluster",)
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,6 +70,9 @@ def build_app() -> typer.Typer:
         command = getattr(module, module_name)
         # Said in full, or else the list of commands cuts it off in the middle.
         app.command(name, short_help=_first_paragraph(command))(command)
+    for name in _GROUPS:
+        module = importlib.import_module(f"k2cli.commands.{name}")
+        app.add_typer(getattr(module, name), name=name)
     return app
 
 

@@ -21,6 +21,7 @@ import msgspec
 import psutil
 
 from k2cli import __version__
+from k2cli.cluster.activity import activity
 from k2cli.cluster.openmpi import find_libmpi
 from k2cli.settings import runs_directory
 
@@ -279,6 +280,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "choose-port": lambda host, first: choose_port(host, int(first)),
     "write": write_private,
     "remove-bootstraps": remove_bootstraps,
+    "activity": lambda: activity(MARK),
     "processes": processes_of_run,
     "kill": kill_run,
     "remove-folder": lambda path: shutil.rmtree(path, ignore_errors=True),

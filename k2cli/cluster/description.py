@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from k2cli.cluster.hostfile import Hostfile
-from k2cli.cluster.nodes import LOCALHOST, LocalNode, Node, is_this_machine
+from k2cli.cluster.nodes import LOCALHOST, LocalNode, Node, is_this_machine, node_named
 from k2cli.errors import ClusterError, UsageError
 from k2cli.planning.chips import chip_of_device
 from k2cli.planning.hardware import Backend, NodeMemory
@@ -241,15 +242,51 @@ def node_named_in(cluster: Cluster, name: str) -> Node:
     Raises:
         UsageError: if the cluster has none of that name.
     """
+    from k2cli.cluster.links import common_addresses  # which builds on this module
     from k2cli.cluster.ssh import SshNode
 
     node = cluster.node(name)
     if node is None:
         names = ", ".join(node.name for node in cluster.nodes)
         raise UsageError(f"cluster {cluster.name} has no node '{name}'", f"it has {names}")
-    return LocalNode() if is_this_machine(node.name) else SshNode(node.name, python=node.python)
+    if is_this_machine(node.name):
+        return LocalNode()
+    return SshNode(node.name, node.python, common_addresses(cluster).get(node.name))
 
 
 def cluster_nodes(cluster: Cluster) -> list[Node]:
     """All nodes of a cluster, in its order."""
     return [node_named_in(cluster, node.name) for node in cluster.nodes]
+
+
+def chosen_nodes(name: str | None, nodes: str | None) -> tuple[Cluster | None, list[Node]]:
+    """What a command line means: the machines given, else those of a cluster.
+
+    Args:
+        name: of a cluster; None for the only one.
+        nodes: names for ssh, separated by commas.
+
+    Raises:
+        UsageError: if both are given, or what is given does not exist.
+    """
+    if nodes is None:
+        cluster = load_cluster(name)
+        return cluster, cluster_nodes(cluster)
+    if name is not None:
+        raise UsageError("a cluster and --nodes are both given, so say which is meant")
+    names = [part.strip() for part in nodes.split(",") if part.strip()]
+    if not names:
+        raise UsageError(f"--nodes '{nodes}' names no machine", "--nodes a,b")
+    return None, [node_named(part) for part in dict.fromkeys(names)]
+
+
+def remember_interpreters(cluster: Cluster, pythons: Mapping[str, str]) -> Cluster:
+    """Save which interpreter runs k2 on each node."""
+    known = [
+        msgspec.structs.replace(node, python=pythons.get(node.name, node.python))
+        for node in cluster.nodes
+    ]
+    changed = msgspec.structs.replace(cluster, nodes=tuple(known))
+    if changed != cluster:
+        save_cluster(changed)
+    return changed

