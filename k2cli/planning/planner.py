@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from k2cli.errors import UsageError
+from k2cli.errors import InternalError, UsageError
 from k2cli.planning.candidates import Candidate, Ground, candidate, preference
 from k2cli.planning.demand import Demand, check_amounts, check_choices, check_nodes
 from k2cli.planning.hardware import NodeMemory, share_machines
@@ -30,7 +30,7 @@ ROOMY_CONCURRENCY = (8, 4, 2)
 """Sequences that a launch makes room for if nobody says how many, as far as they fit."""
 
 _MOST_TRACED_RANKS = 4
-"""Ranks of the chosen placement that are traced once more; of more, the ends and their neighbours,
+"""Ranks of the chosen placement that are traced once more; of more, the last one and the first few,
 since the others differ only in which layers they hold."""
 
 
@@ -95,7 +95,8 @@ class Planner:
         Args:
             nodes: one per rank, rank 0 first unless ``wishes.free_order``. Nodes of one name are
                 ranks on one machine and share its limit.
-            limits: also find the longest context and the most sequences.
+            limits: also find the longest context and the most sequences, and trace the chosen
+                placement rank by rank: for the plan that is shown, not for those compared to it.
 
         Raises:
             UsageError: for a request that makes no sense; where the wanted strategy is
@@ -104,6 +105,8 @@ class Planner:
         ground = self.ground(nodes, wishes)
         found, obstacles = _compare(ground, strategies_for(wishes.strategy, len(nodes)))
         chosen = max(found, key=preference)
+        if limits:
+            check_traced(ground, chosen)
         compared = alternatives(chosen, found, obstacles)
         plan = self._plan(ground, chosen, compared, asked=wishes.strategy != "auto")
         if not limits:
@@ -177,6 +180,32 @@ def _compare(
         assert failure is not None
         raise UsageError("; ".join(obstacles.values()), failure.hint)
     return found, obstacles
+
+
+def check_traced(ground: Ground, chosen: Candidate) -> None:
+    """Cut the model as the placement says, as its ranks will, and compare what they hold.
+
+    Raises:
+        UsageError: if the model cannot be cut so.
+        InternalError: if a rank would hold other bytes than were planned.
+    """
+    from k2cli.sharding.footprint import kv_cache_bytes, weights_bytes
+    from k2cli.sharding.trace import trace_rank
+
+    subject, demand = ground.model.subject, ground.demand
+    ranks = range(chosen.placement.size)
+    for rank in {*ranks[: _MOST_TRACED_RANKS - 1], ranks[-1]}:
+        stage = trace_rank(
+            subject.config, chosen.placement, rank, stored=subject.stored, dtype=ground.model.dtype
+        )
+        cache = kv_cache_bytes(stage, demand.context_length) * demand.concurrency
+        held = weights_bytes(stage), cache
+        budget = chosen.budgets[rank]
+        if held != (budget.weights_bytes, budget.kv_cache_bytes):
+            raise InternalError(
+                f"rank {rank} of {subject.config['model_type']} holds {held} bytes of weights and "
+                f"cache, planned were {budget.weights_bytes}, {budget.kv_cache_bytes}"
+            )
 
 
 def _marks(subject: Subject, chosen: Candidate) -> dict[str, Mark]:

@@ -30,6 +30,12 @@ _COLUMNS = (
 _WIDTH = 80
 
 
+def plan_lines(plan: PlanView, *, unicode: bool = True) -> list[str]:
+    """The report as plain lines: model, request, placement, table, bars, verdict."""
+    bars = (line.plain for line in bar_lines(plan.nodes, unicode=unicode))
+    return [*headline(plan), "", *_table(plan.nodes), "", *bars, "", verdict(plan)]
+
+
 def headline(plan: PlanView) -> list[str]:
     """What is planned: model, request, placement; the first line is the model's name."""
     model, request = plan.model, plan.request
