@@ -59,11 +59,13 @@ def rdma_obstacle(situation: Situation, links: Sequence[Link]) -> str | None:
     for name, software in situation.software.items():
         if "jaccl" not in software.backends:
             return f"mlx on {name} has no JACCL"
+    bad = [result for result in rdma(situation) if result.status in ("warn", "fail", "skip")]
+    if bad:
+        return f"{bad[0].node}: {bad[0].detail}"
     for one, two in combinations([node.node for node in situation.nodes], 2):
         if not any(link.rdma and {link.first, link.second} == {one, two} for link in links):
             return f"no RDMA link joins {one} and {two}"
-    bad = [result for result in rdma(situation) if result.status in ("warn", "fail", "skip")]
-    return f"{bad[0].node}: {bad[0].detail}" if bad else None
+    return None
 
 
 def mpi_obstacle(situation: Situation) -> str | None:

@@ -95,6 +95,10 @@ def mpi(situation: Situation) -> Iterable[CheckResult]:
     """Open MPI of the same major version, with its library, where the run would use it."""
     wanted = situation.backend == "mpi"
     bad: Status = "fail" if wanted else "warn"
+    if not wanted and all(each.mpirun is None for each in situation.software.values()):
+        if len(situation.software) > 1:
+            yield CheckResult("skip", "mpirun", None, "no node has it; MLX's ring needs none")
+        return
     majors: dict[str, str] = {}
     for node, each in situation.software.items():
         install = on_node(node, "pip install 'k2cli[mpi]'") + ", or use --backend ring"

@@ -11,6 +11,7 @@ from k2cli.cluster.description import Link
 from k2cli.cluster.doctor.advice import (
     Recommendation,
     Setting,
+    mpi_obstacle,
     recommended_backend,
     recommended_settings,
 )
@@ -220,4 +221,6 @@ def _backends_to_measure(situation: Situation, links: Sequence[Link]) -> list[Li
         wanted = recommended_backend(situation, links).backend
     if wanted == "jaccl":
         return ["jaccl"]
-    return ["ring"]
+    if situation.backend == "auto" and mpi_obstacle(situation) is None:
+        return ["ring", "mpi"]
+    return ["mpi"] if wanted == "mpi" else ["ring"]

@@ -19,14 +19,19 @@ from typing import Any, Literal
 
 import msgspec
 
-WARM_UP = 10
+from k2cli.cluster.openmpi import find_libmpi
+
+WARM_UP = 5
 ROUNDS = 50
+ROUNDS_SECONDS = 0.5
+"""At most so many rounds, and fewer over a link on which they would take longer than this."""
+
 SMALL_BYTES = 8192
 """Near the hidden state of one token: 14,336 bytes for K2 in bfloat16."""
 _FIRST_BYTES = 2**20
 _BIG_BYTES = 2**28
-_BIG_SECONDS = 0.4
-_BIG_ROUNDS = 3
+_BIG_SECONDS = 0.3
+_BIG_ROUNDS = 2
 _SOCKET_SECONDS = 10.0
 
 
@@ -72,6 +77,9 @@ def _join(specification: Specification, folder: str) -> Any:
             MLX_JACCL_COORDINATOR=specification.addresses[0],
             MLX_IBV_DEVICES=devices,
         )
+    elif libmpi := find_libmpi():
+        # Without it MLX makes every rank a group of its own.
+        _configure(MLX_MPI_LIBNAME=str(libmpi))
     import mlx.core as mx
 
     group = mx.distributed.init(strict=True, backend=specification.backend)
@@ -117,8 +125,8 @@ def _measure_group(group: Any) -> Figures:
         return int(agreed_on)
 
     token = mx.zeros((1,), dtype=mx.float32)
-    all_reduce = _median(reduce)
-    ping = _median(lambda: exchange(token, token))
+    all_reduce = _median(reduce, agreed)
+    ping = _median(lambda: exchange(token, token), agreed)
 
     def send_big(count: int) -> float:
         big = mx.zeros((count // 4,), dtype=mx.float32)
@@ -145,10 +153,11 @@ def _timed(action: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _median(action: Callable[[], None]) -> float:
-    for _ in range(WARM_UP):
-        action()
-    return statistics.median(_timed(action) for _ in range(ROUNDS))
+def _median(action: Callable[[], None], agreed: Callable[[int], int]) -> float:
+    """Median time of a round; how many rounds there are, both ranks must know."""
+    warm = min(_timed(action) for _ in range(WARM_UP))
+    rounds = agreed(max(3, min(ROUNDS, int(ROUNDS_SECONDS / max(warm, 1e-6)))))
+    return statistics.median(_timed(action) for _ in range(rounds))
 
 
 # --- without MLX --------------------------------------------------------------------------------
@@ -175,7 +184,7 @@ def _measure_tcp(specification: Specification) -> Figures:
                 return value
             return int.from_bytes(_receive(connection, 8), "big")
 
-        ping = _median(lambda: exchange(1))
+        ping = _median(lambda: exchange(1), agreed)
         rate = _rate(lambda count: _timed(lambda: exchange(count)), agreed, ping)
         return Figures(None, ping / 2, rate)
 

@@ -7,24 +7,30 @@ and within time limits. A measurement that fails is a result that says why.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import permutations
+from pathlib import Path
 
 import msgspec
 
+from k2cli.cluster import agent
 from k2cli.cluster.description import Link
 from k2cli.cluster.doctor.disk_probe import DiskReading
 from k2cli.cluster.doctor.facts import MachineFacts
 from k2cli.cluster.doctor.link_probe import Figures, Specification
 from k2cli.cluster.doctor.reach_probe import Answer, Listening, Target
 from k2cli.cluster.doctor.results import DiskSpeed, LinkBackend, LinkMeasurement, Reach
-from k2cli.cluster.nodes import Node
+from k2cli.cluster.nodes import LocalNode, Node
+from k2cli.cluster.openmpi import find_openmpi, mpirun_arguments
 from k2cli.errors import ClusterError
 
 _LISTEN_SECONDS = 30.0
-_LINK_LIMIT_SECONDS = 15
+_LINK_LIMIT_SECONDS = 20
 # What ssh and a Python that imports mlx need beside the measurement itself.
 _START_SECONDS = 15.0
 _SKIPPED_KINDS = frozenset({"loopback", "other"})
@@ -170,20 +176,28 @@ def measure_links(
 
     Where MLX fails, plain TCP is tried, so that a slow cable and a wrong mlx can be told apart.
     """
-    found = []
-    for link in links:
-        first, second = nodes[link.first], nodes[link.second]
-        measured = _measure_link(first, second, link, backend)
-        if measured.error is not None and backend != "tcp" and link.first_address:
-            plain = _measure_link(first, second, link, "tcp")
-            if plain.error is None:
-                figures = (
-                    f"plain TCP works: {1e6 * (plain.latency_seconds or 0):.0f} us one way, "
-                    f"{(plain.bytes_per_second or 0) / 1e9:.2f} GB/s"
-                )
-                measured = replace(measured, error=f"{measured.error} ({figures})")
-        found.append(measured)
-    return tuple(found)
+    return tuple(
+        _with_plain_tcp(_measure_link(nodes[link.first], nodes[link.second], link, backend), nodes)
+        for link in links
+    )
+
+
+def _with_plain_tcp(measured: LinkMeasurement, nodes: Mapping[str, Node]) -> LinkMeasurement:
+    if measured.error is None or measured.backend == "tcp" or not measured.first_address:
+        return measured
+    first, second = nodes[measured.first], nodes[measured.second]
+    link = Link(
+        measured.first, measured.second, "other", "", measured.first_address, "",
+        measured.second_address,
+    )  # fmt: skip
+    plain = _measure_link(first, second, link, "tcp")
+    if plain.error is not None:
+        return measured
+    figures = (
+        f"plain TCP works: {1e6 * (plain.latency_seconds or 0):.0f} us one way, "
+        f"{(plain.bytes_per_second or 0) / 1e9:.2f} GB/s"
+    )
+    return replace(measured, error=f"{measured.error} ({figures})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,31 +214,16 @@ def _measure_link(first: Node, second: Node, link: Link, backend: LinkBackend) -
         link.first, link.second, backend, addresses[0], addresses[1], link.kind
     )
     try:
-        ports = (first.free_ports(1)[0], second.free_ports(1)[0])
+        sides = (
+            _run_by_mpirun(first, second, link)
+            if backend == "mpi"
+            else _run_both(first, second, link, backend)
+        )
     except ClusterError as error:
         return replace(outcome, error=error.message)
-    devices = (
-        ((None, link.first_rdma_device), (link.second_rdma_device, None))
-        if backend == "jaccl"
-        else ()
-    )
-    placed = tuple(
-        f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-        for address, port in zip(addresses, ports, strict=True)
-    )
-    with ThreadPoolExecutor(2) as pool:
-        sides = [
-            pool.submit(
-                _run_rank, node, Specification(backend, rank, placed, _LINK_LIMIT_SECONDS, devices)
-            )
-            for rank, node in enumerate((first, second))
-        ]
-        results = [side.result() for side in sides]
-    figures = results[0].figures
-    if figures is None or results[1].figures is None:
-        names = (link.first, link.second)
-        errors = [f"{n}: {r.error}" for n, r in zip(names, results, strict=True) if r.error]
-        return replace(outcome, error="; ".join(errors))
+    figures = sides[0].figures
+    if figures is None or any(side.figures is None for side in sides):
+        return replace(outcome, error="; ".join(side.error for side in sides if side.error))
     return replace(
         outcome,
         all_reduce_seconds=figures.all_reduce_seconds,
@@ -233,19 +232,68 @@ def _measure_link(first: Node, second: Node, link: Link, backend: LinkBackend) -
     )
 
 
-def _run_rank(node: Node, specification: Specification) -> _Side:
+def _run_both(first: Node, second: Node, link: Link, backend: LinkBackend) -> list[_Side]:
+    """Both ranks directly, each on its node."""
+    ports = (first.free_ports(1)[0], second.free_ports(1)[0])
+    devices = ((None, link.first_rdma_device), (link.second_rdma_device, None))
+    placed = tuple(
+        f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        for address, port in zip(
+            (link.first_address or "", link.second_address or ""), ports, strict=True
+        )
+    )
+    specifications = [
+        Specification(
+            backend, rank, placed, _LINK_LIMIT_SECONDS, devices if backend == "jaccl" else ()
+        )
+        for rank in range(2)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(_run_rank, (first, second), specifications))
+
+
+def _run_by_mpirun(first: Node, second: Node, link: Link) -> list[_Side]:
+    """Both ranks by one mpirun on this machine; its output has each rank's figures."""
+    mpi = find_openmpi()
+    hosts = None if first.is_local and second.is_local else [first.name, second.name]
+    specification = Specification("mpi", 0, (), _LINK_LIMIT_SECONDS)
+    with tempfile.TemporaryDirectory(
+        prefix="k2-mpi-", dir=agent.scratch_path("x").parent
+    ) as folder:
+        arguments = mpirun_arguments(mpi, hosts, 2, Path(folder), is_root=os.geteuid() == 0)
+        if hosts is not None:
+            arguments += ["--mca", "btl_tcp_if_include", _subnet(link)]
+        return [_run_rank(LocalNode(), specification, arguments, first.python)]
+
+
+def _subnet(link: Link) -> str:
+    """The network of a link, so that MPI uses that and no other interface of either node."""
+    addresses = [
+        int(ipaddress.ip_address(a or "")) for a in (link.first_address, link.second_address)
+    ]
+    shared = 32 - (addresses[0] ^ addresses[1]).bit_length()
+    return str(ipaddress.ip_network((addresses[0], min(shared, 30)), strict=False))
+
+
+def _run_rank(
+    node: Node,
+    specification: Specification,
+    before: Sequence[str] = (),
+    python: str | None = None,
+) -> _Side:
     text = msgspec.json.encode(specification).decode()
-    command = [node.python, "-P", "-m", "k2cli.cluster.doctor.link_probe", text]
+    program = [python or node.python, "-P", "-m", "k2cli.cluster.doctor.link_probe", text]
+    command = [*before, *program]
     try:
         done = node.run(command, timeout_seconds=_LINK_LIMIT_SECONDS + _START_SECONDS)
     except ClusterError as error:
         return _Side(None, error.message)
     if done.status == 0:
-        return _Side(msgspec.json.decode(done.stdout, type=Figures), "")
+        return _Side(msgspec.json.decode(done.stdout.splitlines()[0], type=Figures), "")
     lines = done.stderr.decode(errors="replace").strip().splitlines()
     if done.status < 0 or done.status == 128 + 14 or not lines:  # SIGALRM, there or through a shell
-        return _Side(None, f"no peer within {_LINK_LIMIT_SECONDS} s")
-    return _Side(None, lines[-1])
+        return _Side(None, f"{node.name} waited {_LINK_LIMIT_SECONDS} s in vain")
+    return _Side(None, f"{node.name}: {lines[-1]}")
 
 
 # --- disks --------------------------------------------------------------------------------------

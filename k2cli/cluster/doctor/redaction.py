@@ -21,11 +21,19 @@ _UUID = re.compile(r"\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\b")
 _GUID = re.compile(r"\b(?:0x)?[0-9A-Fa-f]{16}\b|\b[0-9A-Fa-f]{4}(?::[0-9A-Fa-f]{4}){3}\b(?!:)")
 _IPV4 = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(?![\w:])")
-_HOME = re.compile(r"(/(?:Users|home)/)([^/\s\"',]+)")
-_VOLUME = re.compile(r"(/Volumes/)([^/\"\n]+)")
+_HOME = re.compile(r"/(?:Users|home)/[^\s\"',:;]+")
+_VOLUME = re.compile(r"/Volumes/[^\"\n]+")
 _AT = re.compile(r"\b[\w.+-]+@[\w.-]+")
 _DOMAIN = re.compile(r"\b([\w-]+)\.(local|lan|home|internal|localdomain|ts\.net)\b")
-_SHARED_HOMES = frozenset({"Shared", "Guest"})
+# Parts of paths that say nothing about their owner; others get pseudonyms.
+_PLAIN_PART = re.compile(
+    r"|Users|home|root|Volumes|System|Library|Frameworks|Versions|Data|Shared|usr|opt|var|tmp|mnt|"
+    r"srv|data|bin|sbin|lib|lib64|local|share|homebrew|Cellar|Caskroom|miniforge3?|\.local|\.k2|"
+    r"\.cache|huggingface|hub|env|envs|venv|\.venv|k2|models|demo|\d+(?:\.\d+)*|"
+    r"[Pp]ython[\d.]*(?:\.framework)?|mpirun|libmpi[\w.]*|\w+-linux-gnu|open-?mpi|"
+    r"model[\w-]*\.safetensors|site-packages|(?:user|volume|folder)-\d+"
+)
+_PATH_FIELDS = frozenset({"path", "python", "mpirun", "libmpi", "mount_point"})
 
 _PLAIN_PROCESS = re.compile(
     r"(python[\d.]*|Python|mpirun|orted|prted|k2|ollama|LM Studio|kernel_task|WindowServer|sshd)"
@@ -99,8 +107,8 @@ class Redactor:
 
     def text(self, text: str, *, names: bool = True) -> str:
         """Any text: addresses, identifiers, paths of homes, and all known names if wanted."""
-        text = _HOME.sub(self._home, text)
-        text = _VOLUME.sub(self._volume, text)
+        for pattern in (_HOME, _VOLUME):
+            text = pattern.sub(lambda match: self.path(match.group(0)), text)
         text = _AT.sub("user@host", text)
         text = _UUID.sub(self._uuid, text)
         text = _MAC.sub(self._mac, text)
@@ -123,14 +131,18 @@ class Redactor:
             flags=re.IGNORECASE,
         )
 
-    def _home(self, match: re.Match[str]) -> str:
-        user = match.group(2)
-        if user in _SHARED_HOMES or re.fullmatch(r"user-\d+", user):
-            return match.group(0)
-        return match.group(1) + self.know_name("user", user)
-
-    def _volume(self, match: re.Match[str]) -> str:
-        return match.group(1) + self._pseudonym("volume", match.group(2), "volume-{}")
+    def path(self, path: str) -> str:
+        """A path whose parts are either everybody's or pseudonyms."""
+        parts = path.split("/")
+        for index, part in enumerate(parts):
+            before = parts[index - 1] if index else ""
+            if before in ("Users", "home") and not _PLAIN_PART.fullmatch(part):
+                parts[index] = self.know_name("user", part)
+            elif before == "Volumes" and not _PLAIN_PART.fullmatch(part):
+                parts[index] = self._pseudonym("volume", part, "volume-{}")
+            elif not _PLAIN_PART.fullmatch(part):
+                parts[index] = self._pseudonym("folder", part, "folder-{}")
+        return "/".join(parts)
 
     def _domain(self, match: re.Match[str]) -> str:
         if re.fullmatch(r"(?:node|host)-\d+", match.group(1)):
@@ -250,6 +262,9 @@ class Redactor:
                 process["name"] = self._pseudonym("process", str(process["name"]), "process-{}")
             if process.get("run_id"):
                 process["run_id"] = self.run_id(process["run_id"])
+        for owner in (value, value.get("volume") or {}):
+            for field in _PATH_FIELDS & owner.keys():
+                owner[field] = self.path(owner[field]) if owner[field] else owner[field]
         named = value.get("interfaces", {})
         value["interfaces"] = {self.interface(name): each for name, each in named.items()}
         return value
@@ -290,6 +305,8 @@ class Redactor:
     def _field(self, key: str, value: Any) -> Any:
         if isinstance(value, str) and key in ("interface", "target_interface"):
             return self.interface(value)
+        if isinstance(value, str) and key in _PATH_FIELDS:
+            return self.path(value)
         return self.document(value)
 
 
