@@ -14,10 +14,11 @@ import importlib.metadata
 import io
 import tomllib
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import k2cli
-from k2cli.cluster.self_report import package_digest
+from k2cli.cluster.self_report import files_digest, package_files
 from k2cli.errors import ClusterError
 
 _TAG = "py3-none-any"
@@ -25,15 +26,22 @@ _TAG = "py3-none-any"
 _DATE = (1980, 1, 1, 0, 0, 0)
 
 
+@cache
 def own_digest() -> str:
-    """Digest of the code that runs here."""
-    return package_digest(_package())
+    """Digest of the code that runs here, as it was when this process first asked."""
+    return files_digest(_package_files())
 
 
 def _package() -> Path:
     return Path(k2cli.__file__).resolve().parent
 
 
+@cache
+def _package_files() -> dict[str, bytes]:
+    return package_files(_package())
+
+
+@cache
 def build_own_wheel() -> tuple[str, bytes]:
     """Make the wheel.
 
@@ -54,15 +62,6 @@ def build_own_wheel() -> tuple[str, bytes]:
     files[f"{info}/entry_points.txt"] = b"[console_scripts]\nk2 = k2cli.cli:main\n"
     files[f"{info}/RECORD"] = _record(files, f"{info}/RECORD").encode()
     return f"{name}-0{own_digest()}-{_TAG}.whl", _zip(files)
-
-
-def _package_files() -> dict[str, bytes]:
-    package = _package()
-    return {
-        path.relative_to(package).as_posix(): path.read_bytes()
-        for path in sorted(package.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
-    }
 
 
 def _metadata() -> str:

@@ -7,9 +7,12 @@ changes nothing, and what runs from the old one goes on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import secrets
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from k2cli.cluster.interpreter import MANAGED_PYTHON, find_interpreter
 from k2cli.cluster.nodes import Completed, Node
 from k2cli.cluster.own_wheel import build_own_wheel, own_digest
 from k2cli.errors import ClusterError, UsageError
+from k2cli.units import format_bytes, format_duration
 
 OLDEST_PYTHON = (3, 11)
 _NEWEST_PYTHON_MINOR = 14
@@ -34,6 +38,7 @@ _INSTALL_SECONDS = 1800.0
 # A wheel of 60 MB over a slow Wi-Fi.
 _COPY_BYTES_PER_SECOND = 500_000
 _AT_ONCE = 8
+_SECONDS_BETWEEN_STEPS = 10.0
 _TOOL_FOLDERS = (".local/bin", ".cargo/bin", "/opt/homebrew/bin", "/usr/local/bin", "/usr/bin")
 Status = Literal["ready", "installed", "failed"]
 
@@ -199,19 +204,21 @@ def _versions(report: Report) -> str:
 
 def _install(node: Node, wheels: Path | None, on_step: OnStep) -> str:
     """A new environment, put in place once it works; returns its interpreter's path."""
-    uv, base = _tools(node, on_step)
+    with _said(node, "looking for uv and Python", on_step):
+        uv, base = _tools(node)
     name = f"{__version__}-{own_digest()[:8]}-{secrets.token_hex(3)}"
     environment = f"{_FOLDER}/envs/{name}"
     incoming = f"{_FOLDER}/incoming/{name}"
     _must(node, node.run(["mkdir", "-p", incoming, f"{_FOLDER}/envs"]), "make a folder")
     try:
         wheel = _copy_wheels(node, incoming, wheels, on_step)
-        on_step(Step(node.name, f"making an environment with {base or 'a Python of uv'}"))
-        _make_environment(node, uv, base, environment)
-        on_step(Step(node.name, "installing"))
-        _install_into(node, uv, environment, f"{incoming}/{wheel}", incoming if wheels else None)
-        on_step(Step(node.name, "trying it"))
-        return _switch(node, name)
+        with _said(node, f"making an environment with {base or 'a Python of uv'}", on_step):
+            _make_environment(node, uv, base, environment)
+        with _said(node, "installing", on_step):
+            source = incoming if wheels else None
+            _install_into(node, uv, environment, f"{incoming}/{wheel}", source)
+        with _said(node, "trying it", on_step):
+            return _switch(node, name)
     except BaseException:
         node.run(["rm", "-rf", environment], timeout_seconds=_ENVIRONMENT_SECONDS)
         raise
@@ -219,9 +226,29 @@ def _install(node: Node, wheels: Path | None, on_step: OnStep) -> str:
         node.run(["rm", "-rf", incoming], timeout_seconds=_ENVIRONMENT_SECONDS)
 
 
-def _tools(node: Node, on_step: OnStep) -> tuple[str | None, str | None]:
+@contextlib.contextmanager
+def _said(node: Node, text: str, on_step: OnStep) -> Iterator[None]:
+    """Say that something begins, and that it goes on."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        started = time.monotonic()
+        while not done.wait(_SECONDS_BETWEEN_STEPS):
+            so_far = format_duration(time.monotonic() - started)
+            on_step(Step(node.name, f"{text}, {so_far} so far"))
+
+    on_step(Step(node.name, text))
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _tools(node: Node) -> tuple[str | None, str | None]:
     """uv there, and a Python that is new enough; at least one of the two."""
-    on_step(Step(node.name, "looking for uv and Python"))
     path = _search_path(node)
     uv = _first_that_runs(node, path, ["uv"], "--version")
     own = sys.version_info.minor
@@ -267,11 +294,13 @@ def _plain_python(node: Node, path: Sequence[str]) -> str | None:
 def _copy_wheels(node: Node, folder: str, wheels: Path | None, on_step: OnStep) -> str:
     """Copy k2's own wheel, and the given ones; returns the name of k2's."""
     name, data = build_own_wheel()
-    _copy(node, f"{folder}/{name}", data)
     given = sorted(wheels.glob("*.whl")) if wheels else []
-    for index, path in enumerate(given, start=1):
-        on_step(Step(node.name, f"copying {path.name} ({index} of {len(given)})"))
-        _copy(node, f"{folder}/{path.name}", path.read_bytes())
+    given = [path for path in given if not path.name.startswith("k2cli-")]
+    total = len(data) + sum(path.stat().st_size for path in given)
+    with _said(node, f"copying {len(given) + 1} wheels, {format_bytes(total)}", on_step):
+        _copy(node, f"{folder}/{name}", data)
+        for path in given:
+            _copy(node, f"{folder}/{path.name}", path.read_bytes())
     return name
 
 

