@@ -274,12 +274,13 @@ def make_roomy_plan(
     """
     planner = Planner(model)
     wishes = Wishes(strategy, context_length, 1, dtype, head, backend=backend)
-    alone = planner.plan(nodes, wishes)
+    alone = planner.plan(nodes, wishes, limits=False)
     if not alone.fits:
-        return alone
+        return planner.plan(nodes, wishes)
     for concurrency in ROOMY_CONCURRENCY:
-        plan = planner.plan(nodes, replace(wishes, concurrency=concurrency))
+        roomy = replace(wishes, concurrency=concurrency)
+        plan = planner.plan(nodes, roomy, limits=False)
         same_chunk = plan.request.prefill_chunk_tokens >= alone.request.prefill_chunk_tokens
         if plan.fits and same_chunk and plan.placement.strategy == alone.placement.strategy:
-            return plan
-    return alone
+            return planner.plan(nodes, roomy)
+    return planner.plan(nodes, wishes)

@@ -39,30 +39,34 @@ def plan_lines(plan: PlanView, *, unicode: bool = True) -> list[str]:
 def headline(plan: PlanView) -> list[str]:
     """What is planned: model, request, placement; the first line is the model's name."""
     model, request = plan.model, plan.request
-    return [
-        model.reference,
+    lines = [
         f"{_count(model.parameters)} parameters, {format_bytes(model.stored_bytes)} stored, "
         f"quantization: {model.quantization}",
         f"{_sequences(request.concurrency)} of {request.context_length:,} tokens in "
         f"{request.dtype}, prefill in chunks of {request.prefill_chunk_tokens}",
-        *_placement_lines(plan),
+        _placement_text(plan),
     ]
+    wrapped = (textwrap.wrap(line, _WIDTH, subsequent_indent="  ") for line in lines)
+    return [model.reference, *(line for part in wrapped for line in part)]
 
 
-def _placement_lines(plan: PlanView) -> list[str]:
+def _placement_text(plan: PlanView) -> str:
     placement = plan.placement
     if placement.strategy == "single":
-        return [f"single: all {placement.layer_count} layers on {plan.nodes[0].name}"]
+        return f"single: all {placement.layer_count} layers on {plan.nodes[0].name}"
     if placement.strategy == "tensor":
         what = "layers and the head" if placement.head == "sharded" else "layers"
         how = f"a slice of all {placement.layer_count} {what} on each of {placement.size} ranks"
     else:
+        names = [node.name for node in plan.nodes]
+        unique = len(set(names)) == len(names)
         how = ", ".join(
-            f"layers {part.layers[0]}-{part.layers[1] - 1} on rank {part.rank}"
+            f"layers {part.layers[0]}-{part.layers[1] - 1} on "
+            + (names[part.rank] if unique else f"rank {part.rank}")
             for part in reversed(placement.ranks)
         )
     why = f"; {plan.reason}" if plan.reason else ""
-    return textwrap.wrap(f"{placement.strategy}: {how}{why}", _WIDTH, subsequent_indent="  ")
+    return f"{placement.strategy}: {how}{why}"
 
 
 def _count(parameters: int) -> str:
@@ -191,16 +195,21 @@ def _one_advice(model: str, advice: AdviceView, command: Mapping[str, str]) -> l
     if advice.command:
         lines.append(f"    {advice.command}")
     if advice.options:
-        lines.append(f"    {plan_command(model, {**command, **advice.options})}")
+        lines += plan_command(model, {**command, **advice.options})
     return lines
 
 
-def plan_command(model: str, options: Mapping[str, str]) -> str:
-    """A command to copy."""
-    words = ["k2", "plan-memory", model]
+def plan_command(model: str, options: Mapping[str, str]) -> list[str]:
+    """A command to copy, indented, and continued on further lines where it is long."""
+    lines = [f"    k2 plan-memory {shlex.quote(model)}"]
     for name, value in options.items():
-        words += [name, value]
-    return shlex.join(words)
+        option = f"{name} {shlex.quote(value)}"
+        if len(lines[-1]) + len(option) + 3 > _WIDTH:
+            lines[-1] += " \\"
+            lines.append(f"      {option}")
+        else:
+            lines[-1] += f" {option}"
+    return lines
 
 
 def print_plan(plan: PlanView, *, command: Mapping[str, str], explain: bool = False) -> None:

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from k2cli.cluster.description import Cluster, ClusterNode
 from k2cli.planning.plan import plan_from_json
+from k2cli.units import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = ROOT / "tests" / "data" / "plans"
@@ -78,6 +81,25 @@ def test_json_is_on_stdout_whether_it_fits_or_not(tmp_path: Path) -> None:
             "name", "memory_bytes", "limit_bytes", "weights_bytes", "kv_cache_bytes",
             "activation_bytes", "overhead_bytes", "total_bytes", "headroom_bytes",
         }  # fmt: skip
+
+
+def test_the_machines_of_a_cluster_are_planned_in_their_order(tmp_path: Path) -> None:
+    macs = [
+        ClusterNode(
+            name, chip="Apple M3 Ultra", memory_bytes=memory * GIB,
+            limit_bytes=memory * GIB * 9 // 10, limit_mark="exact", backend="metal",
+        )
+        for name, memory in (("attic", 256), ("cellar", 512))
+    ]  # fmt: skip
+    folder = tmp_path / "clusters"
+    folder.mkdir()
+    (folder / "home.json").write_bytes(msgspec.json.encode(Cluster("home", tuple(macs))))
+    done = k2("plan-memory", K2, "--cluster", "home", "--json", K2_CONFIG_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert [part["node"] for part in plan["placement"]["ranks"]] == ["attic", "cellar"]
+    assert plan["marks"]["limit_bytes"] == "exact"
+    assert plan["speed"]["decode_tokens_per_second"]["expected"] > 1
 
 
 def test_the_default_is_this_machine_and_a_hint_comes_on_stderr(toy_k2: Path) -> None:
