@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from k2cli.planning.chips import chips
 from k2cli.planning.placed import PlacedRun
+from k2cli.planning.rates import NodeRates
 from k2cli.planning.speed_constants import LinkRates
-from k2cli.planning.timing import NodeRates
 from k2cli.planning.work import LayerWork, ModelWork, model_work
 from k2cli.sharding.placement import Placement, RankPlacement, even_split
 
@@ -127,7 +127,7 @@ def _observation(row: dict[str, str], quantity: Quantity, prompt: int) -> Observ
     )
 
 
-_NO_RATES = NodeRates(*[math.nan] * 7)
+_NO_RATES = NodeRates(*[math.nan] * 6)
 _NO_LINK = LinkRates(*[math.nan] * 4)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from k2cli.planning.chips import chip_of_device
 from k2cli.planning.marks import Mark
+from k2cli.planning.rates import MeasuredSpeed
 from k2cli.units import GIB
 
 Backend = Literal["metal", "cuda", "cpu"]
@@ -34,6 +35,7 @@ class NodeMemory:
     ``chip`` is an identifier of the catalog, empty for others. Bandwidth is the chip's peak;
     ``gpu_flops_per_second`` counts multiplications and additions in 16-bit floats, as published.
     ``price_usd`` is the last list price of the cheapest configuration with this memory.
+    ``measured`` is what the owner calibrated; it then counts instead of the published figures.
     """
 
     name: str
@@ -46,6 +48,7 @@ class NodeMemory:
     bandwidth_bytes_per_second: int | None = None
     gpu_flops_per_second: int | None = None
     price_usd: int | None = None
+    measured: MeasuredSpeed | None = None
 
 
 def share_machines(nodes: Sequence[NodeMemory]) -> list[NodeMemory]:

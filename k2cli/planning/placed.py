@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from k2cli.planning.rates import NodeRates
 from k2cli.planning.speed_constants import LinkRates
 from k2cli.planning.timing import (
     DecodeTime,
-    NodeRates,
     StageWork,
     decode_time,
     prefill_time,
@@ -20,6 +20,10 @@ from k2cli.planning.timing import (
 )
 from k2cli.planning.work import ModelWork
 from k2cli.sharding.placement import Placement
+
+# As in runtime/engine.py: a pipeline cuts a prompt so that its stages overlap.
+CHUNKS_PER_STAGE = 4
+LEAST_OVERLAP_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,10 @@ class PlacedRun:
     def prefill_seconds(self, prompt_tokens: int, chunk_tokens: int) -> float:
         """A prompt of one request, chunk by chunk. The stages of a pipeline overlap."""
         ranks = range(self.placement.size)
+        if self.is_pipeline:
+            pieces = CHUNKS_PER_STAGE * self.placement.size
+            overlapping = max(LEAST_OVERLAP_TOKENS, -(-prompt_tokens // pieces))
+            chunk_tokens = min(chunk_tokens, overlapping)
         stages = [(self.parts[rank], self._together(rank)) for rank in ranks]
         total = others = 0.0
         for done in range(0, prompt_tokens, chunk_tokens):

@@ -129,16 +129,25 @@ def predict_speed(
         speed_band(
             lambda run: concurrency / run.round_seconds(context_length, concurrency), run, decode
         ),
-        terms=_terms(run, nodes, context_length, constants),
-        source=constants.source,
+        terms=_terms(run, nodes, context_length, _source(constants, nodes)),
+        source=_source(constants, nodes),
     )
+
+
+def _source(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> str:
+    """Whose constants: the package's, or what was measured on these machines."""
+    found = dict.fromkeys(
+        constants.source if node.measured is None else node.measured.source for node in nodes
+    )
+    return "; ".join(found)
 
 
 def _prefill_spread(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> float:
     """Wide where the speed of the neural accelerators is that of another chip of the family."""
     known = chips()
-    assumed = constants.measured is None and any(
-        node.chip in known and known[node.chip].matrix_speedup != 1 for node in nodes
+    assumed = any(
+        node.measured is None and node.chip in known and known[node.chip].matrix_speedup != 1
+        for node in nodes
     )
     return math.log(GREATEST_RATIO) / 2 if assumed else constants.prefill_spread
 
@@ -178,6 +187,9 @@ def _link(
         known = chips()
         rdma = all(node.chip in known and known[node.chip].thunderbolt_rdma for node in nodes)
         link = constants.links["jaccl" if rdma else "ring"]
+    measured = [node.measured.collective_seconds for node in nodes if node.measured is not None]
+    if collective_seconds is None and len(measured) == len(nodes):
+        collective_seconds = measured[0]
     if collective_seconds is None:
         return link
     given = collective_seconds
@@ -208,7 +220,7 @@ def _terms(
     run: PlacedRun,
     nodes: Sequence[NodeMemory],
     context_length: int,
-    constants: SpeedConstants,
+    source: str,
 ) -> tuple[SpeedTerm, ...]:
     """The parts of a decoded token's time, and of a prompt's."""
     times = run.stages(context_length) if run.is_pipeline else [run.slowest(context_length)]
@@ -216,7 +228,6 @@ def _terms(
     latency = run.link.collective_seconds
     hops = run.placement.size if run.is_pipeline and run.placement.size > 1 else work.collectives
     flops = sum(layer.dense_flops + layer.expert_flops for layer in work.layers) * work.slices
-    source = constants.source
     terms = [
         SpeedTerm("weights read per token", sum(t.weights_bytes for t in times), "B", "traced"),
         SpeedTerm(

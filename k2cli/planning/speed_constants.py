@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.planning.hardware import NodeMemory
-from k2cli.planning.timing import NodeRates
+from k2cli.planning.rates import NodeRates
 
 CONSTANTS_FILE = Path(__file__).parent / "speed_constants.toml"
 
@@ -53,8 +53,7 @@ class LinkRates:
 class SpeedConstants:
     """Everything that a prediction needs beside the work and the machines.
 
-    ``measured`` are absolute rates of the machines that were calibrated; they then stand for
-    ``shares``. ``decode_spread`` and ``prefill_spread`` are half widths of the bands, as natural
+    ``decode_spread`` and ``prefill_spread`` are half widths of the bands, as natural
     logarithms of the ratio to what is expected.
     """
 
@@ -63,12 +62,11 @@ class SpeedConstants:
     links: Mapping[str, LinkRates]
     decode_spread: float
     prefill_spread: float
-    measured: NodeRates | None = None
 
     def rates(self, node: NodeMemory) -> NodeRates | None:
         """What a machine achieves; None if it is neither calibrated nor known."""
-        if self.measured is not None:
-            return self.measured
+        if node.measured is not None:
+            return node.measured.rates
         peak, flops = node.bandwidth_bytes_per_second, node.gpu_flops_per_second
         if peak is None or flops is None:
             return None

@@ -11,36 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from k2cli.planning.rates import NodeRates
 from k2cli.planning.work import LayerWork, ModelWork
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRates:
-    """What a machine achieves, per second, and what a layer costs beside its bytes, in seconds.
-
-    ``dense``, ``expert`` and ``attention`` are operations per second of a prompt's matrices that
-    all tokens share, of matrices that the tokens are spread over, and of attention.
-    """
-
-    read_bytes_per_second: float
-    dense_flops_per_second: float
-    expert_flops_per_second: float
-    attention_flops_per_second: float
-    dense_layer_seconds: float
-    expert_layer_seconds: float
-    step_seconds: float = 0.0
-
-    def shared_by(self, ranks: int) -> NodeRates:
-        """The rates of one of several ranks that compute at the same time on one machine."""
-        return NodeRates(
-            self.read_bytes_per_second / ranks,
-            self.dense_flops_per_second / ranks,
-            self.expert_flops_per_second / ranks,
-            self.attention_flops_per_second / ranks,
-            self.dense_layer_seconds,
-            self.expert_layer_seconds,
-            self.step_seconds,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +70,7 @@ def decode_time(
         cache,
         max((weights + cache) / rates.read_bytes_per_second, compute),
         rows * pairs / rates.attention_flops_per_second,
-        _fixed_seconds(stage, rates) + (rates.step_seconds if stage.head else 0.0),
+        _fixed_seconds(stage, rates),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from k2cli.planning.hardware import NodeMemory, this_machine
 from k2cli.planning.hardware_spec import parse_hardware
+from k2cli.planning.rates import MeasuredSpeed, NodeRates
 from k2cli.planning.speed import (
     Band,
     SpeedEstimate,
@@ -16,8 +17,6 @@ from k2cli.planning.speed import (
     predict_speed,
     speed_obstacle,
 )
-from k2cli.planning.speed_constants import fitted_constants
-from k2cli.planning.timing import NodeRates
 from k2cli.planning.work import LayerWork, ModelWork, model_work
 from k2cli.sharding.placement import Placement, RankPlacement, Strategy, even_split
 
@@ -196,13 +195,11 @@ def test_an_unknown_machine_has_no_speed_and_the_reason_names_it() -> None:
     assert "localhost are not known" in obstacle
     assert "k2 bench --calibrate" in obstacle
     rates = NodeRates(10e9, 1e11, 1e11, 1e11, 1e-4, 1e-4)
-    measured = dataclasses.replace(fitted_constants(), measured=rates, source="measured")
-    assert speed_obstacle([node], measured) is None
-    found = predict_speed(
-        work, placement, [node], backend="local", context_length=1, constants=measured
-    )
+    measured = dataclasses.replace(node, measured=MeasuredSpeed(rates, None, "measured today"))
+    assert speed_obstacle([measured]) is None
+    found = predict_speed(work, placement, [measured], backend="local", context_length=1)
     assert found is not None
-    assert found.source == "measured"
+    assert found.source == "measured today"
 
 
 def test_experts_of_a_step_are_those_that_its_tokens_choose() -> None:

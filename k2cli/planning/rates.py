@@ -1,0 +1,44 @@
+"""What a machine achieves: the rates by which work becomes time. A leaf of planning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRates:
+    """What a machine achieves, per second, and what a layer costs beside its bytes, in seconds.
+
+    ``dense``, ``expert`` and ``attention`` are operations per second of a prompt's matrices that
+    all tokens share, of matrices that the tokens are spread over, and of attention.
+    """
+
+    read_bytes_per_second: float
+    dense_flops_per_second: float
+    expert_flops_per_second: float
+    attention_flops_per_second: float
+    dense_layer_seconds: float
+    expert_layer_seconds: float
+
+    def shared_by(self, ranks: int) -> NodeRates:
+        """The rates of one of several ranks that compute at the same time on one machine."""
+        return NodeRates(
+            self.read_bytes_per_second / ranks,
+            self.dense_flops_per_second / ranks,
+            self.expert_flops_per_second / ranks,
+            self.attention_flops_per_second / ranks,
+            self.dense_layer_seconds,
+            self.expert_layer_seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSpeed:
+    """What ``k2 bench --calibrate`` found of a machine and of the link between its run's ranks.
+
+    ``collective_seconds`` is None after a run of one rank. ``source`` says when and with what.
+    """
+
+    rates: NodeRates
+    collective_seconds: float | None
+    source: str
