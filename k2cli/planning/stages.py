@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from k2cli.planning.traced import Slices
 
 
+_MOST_BYTES = 2**58
+"""More than any machine has, and little enough for sums of it to stay within 64 bits: a config may
+describe a model that is larger. Budgets are of Python's integers, so that it still does not fit."""
+
+
 @dataclass(frozen=True, slots=True)
 class StageBytes:
     """Weights and cache of all stages, ``int64 [layers + 1, layers + 1]``, whatever the node."""
@@ -38,17 +43,18 @@ def stage_bytes(whole: Slices, context_length: int, concurrency: int) -> StageBy
     weights[0, :] += profile.embedding_bytes
     weights[:, -1] += profile.output_bytes
     weights[1:, -1] += profile.tied_bytes
-    cache = _ranges(list(accumulate(profile.cache_bytes(context_length), initial=0)))
+    caches = [size * concurrency for size in profile.cache_bytes(context_length)]
+    cache = _ranges(list(accumulate(caches, initial=0)))
     positions = np.arange(size)
     layers = np.maximum(positions[None, :] - positions[:, None], 1)
-    return StageBytes(weights, cache * concurrency, layers)
+    return StageBytes(weights, cache, layers)
 
 
 def _ranges(before: list[int]) -> Any:
     """From sums before each position to sums of each range."""
     import numpy as np
 
-    sums = np.array(before, dtype=np.int64)
+    sums = np.array([min(size, _MOST_BYTES) for size in before], dtype=np.int64)
     return sums[None, :] - sums[:, None]
 
 
@@ -58,8 +64,8 @@ def stage_totals(
     """What every stage takes in all, ``int64 [layers + 1, layers + 1]``; the last stage samples."""
     import numpy as np
 
-    activation = np.full_like(held.weights, activation_bytes)
-    activation[:, -1] = last_activation_bytes
+    activation = np.full_like(held.weights, min(activation_bytes, _MOST_BYTES))
+    activation[:, -1] = min(last_activation_bytes, _MOST_BYTES)
     overhead = overhead_bytes(held.cache, activation, held.layers, communication)
     return held.weights + held.cache + activation + overhead
 

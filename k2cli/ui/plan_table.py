@@ -137,9 +137,21 @@ def speed_lines(plan: PlanView) -> list[str]:
             _row("first token", map(format_duration, _figures(speed.time_to_first_token_seconds)),
                  f"after {request.context_length:,} tokens"),
         ]  # fmt: skip
+        lines += _message_lines(plan)
     elif plan.fits and plan.speed_note:
         lines += textwrap.wrap(f"no speed predicted: {plan.speed_note}", _WIDTH)
     return [*lines, *_limit_lines(plan)]
+
+
+def _message_lines(plan: PlanView) -> list[str]:
+    """What the speed takes messages between nodes to cost, which nobody knows before measuring."""
+    assert plan.speed is not None
+    found = [term for term in plan.speed.terms if term.name == "seconds per message"]
+    if plan.placement.size == 1 or not found:
+        return []
+    return [
+        f"taking {found[0].value * 1e6:,.0f} us per message between nodes (--collective-latency)"
+    ]
 
 
 def _figures(band: BandView) -> tuple[float, float, float]:
