@@ -113,15 +113,13 @@ def model_work(
         UsageError: if the config makes no model, or it cannot be cut so.
     """
     from k2cli.sharding.activity import model_activity
-    from k2cli.sharding.stage import anatomy
     from k2cli.sharding.tensor import StandInGroup, slice_model
     from k2cli.sharding.trace import trace_model
 
     model = trace_model(config, stored, dtype)
-    tied = anatomy(model).tied
     if slices > 1:
         slice_model(config, model, StandInGroup(0, slices), head)
-    return work_of_activity(config, model_activity(model, tied=tied), slices)
+    return work_of_activity(config, model_activity(model), slices)
 
 
 def work_of_activity(

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from k2cli.errors import UsageError
 from k2cli.sharding import trace
 from k2cli.sharding.architectures import models_module
+from k2cli.sharding.head import ShardedHead
 from k2cli.sharding.stage import anatomy, make_cache
 
 
@@ -58,12 +59,8 @@ class ModelActivity:
     hidden_bytes: int
 
 
-def model_activity(model: nn.Module, *, tied: bool | None = None) -> ModelActivity:
+def model_activity(model: nn.Module) -> ModelActivity:
     """Run one token through a whole, lazily assembled model, which may be a tensor slice.
-
-    Args:
-        tied: whether the embedding is the head too. Must be told of a slice whose head is cut,
-            which no longer looks like one.
 
     Raises:
         UsageError: if the model has no list of decoder layers, or cannot run a token.
@@ -85,7 +82,8 @@ def model_activity(model: nn.Module, *, tied: bool | None = None) -> ModelActivi
         for layer, entry in zip(parts.layers, entries, strict=True)
     )
     outputs = [parent[name] for parent, name in parts.outputs]
-    if parts.tied if tied is None else tied:
+    # A head that is cut is no linear layer any more, but a head all the same.
+    if parts.tied and not any(isinstance(module, ShardedHead) for module in outputs):
         embeddings = [parent[name] for parent, name in parts.embeddings]
         outputs += [max(embeddings, key=lambda module: int(module.weight.size))]
     width = _hidden_width(parts.embeddings)
