@@ -40,6 +40,8 @@ _COPY_BYTES_PER_SECOND = 500_000
 _AT_ONCE = 8
 _SECONDS_BETWEEN_STEPS = 10.0
 _TOOL_FOLDERS = (".local/bin", ".cargo/bin", "/opt/homebrew/bin", "/usr/local/bin", "/usr/bin")
+# Trust what the machine trusts, as pip does: a company's proxy has a certificate of its own.
+_UV_SETTINGS = ("UV_NATIVE_TLS=1", "UV_SYSTEM_CERTS=1")
 Status = Literal["ready", "installed", "failed"]
 
 
@@ -313,7 +315,7 @@ def _copy(node: Node, path: str, data: bytes) -> None:
 def _make_environment(node: Node, uv: str | None, base: str | None, environment: str) -> None:
     wanted = base or f"{sys.version_info.major}.{sys.version_info.minor}"
     if uv is not None:
-        command = [uv, "venv", "--quiet", "--python", wanted, environment]
+        command = ["env", *_UV_SETTINGS, uv, "venv", "--quiet", "--python", wanted, environment]
     else:
         command = [wanted, "-m", "venv", environment]
     done = node.run(command, timeout_seconds=_ENVIRONMENT_SECONDS if base else _INSTALL_SECONDS)
@@ -330,7 +332,7 @@ def _install_into(
 ) -> None:
     python = f"{environment}/bin/python"
     if uv is not None:
-        command = [uv, "pip", "install", "--quiet", "--python", python]
+        command = ["env", *_UV_SETTINGS, uv, "pip", "install", "--quiet", "--python", python]
     else:
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     source = ["--no-index", "--find-links", wheels] if wheels else []
