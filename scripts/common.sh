@@ -53,7 +53,8 @@ need_packages() {
   [ ${#missing[@]} -eq 0 ] && return 0
   if [ "$(id -u)" -eq 0 ]; then
     say "installing Debian packages: ${missing[*]}"
-    if apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+    # RUNLEVEL=1: no service that a package brings, such as sshd, is started on this machine.
+    if apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
       apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null; then
       return 0
     fi

@@ -1,0 +1,384 @@
+"""The lab itself: brings hosts up, runs things there, and takes everything down again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab import home
+from lab.errors import LabError
+from lab.link import DEVICE, Link
+from lab.namespaces import (
+    LabProcess,
+    end_host,
+    enter_command,
+    processes,
+    run_ip,
+    start_host,
+)
+from lab.requirements import find_program, missing_requirements
+from lab.state import HostState, LabState, is_alive, lab_folder, locked, read_state, save_state
+
+CONSOLE = "console"
+ETHERNET = "eth0"
+_SECONDS = 20.0
+_MAXIMUM_HOSTS = 20
+_LISTENING, _SSH_PORT = "0A", "0016"  # proc(5), /proc/net/tcp
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host of the lab: its SSH name and host name, and its address on each network."""
+
+    name: str
+    addresses: Mapping[str, str]
+    folder: Path
+    state: HostState
+
+    @property
+    def address(self) -> str:
+        """On the link."""
+        return self.addresses[DEVICE]
+
+    @property
+    def home(self) -> Path:
+        """Its home folder, as seen from outside."""
+        return self.folder / "home"
+
+
+def _addresses(index: int, networks: Sequence[str]) -> dict[str, str]:
+    """Host ``index`` (0 the first, -1 the console) on each network."""
+    number = 254 if index < 0 else index + 1
+    return {network: f"10.88.{subnet}.{number}" for subnet, network in enumerate(networks)}
+
+
+def host_names(count: int) -> list[str]:
+    """``k2a``, ``k2b``, and so on."""
+    return [f"k2{chr(ord('a') + index)}" for index in range(count)]
+
+
+class Lab:
+    """Hosts that are up. Made by ``Lab.up`` and ``Lab.attach``."""
+
+    def __init__(self, folder: Path, state: LabState) -> None:
+        self.folder = folder
+        self.name = state.name
+        self._state = state
+        self.networks = tuple(state.networks)
+        self.console = self._host(state.console, -1)
+        self.hosts = tuple(self._host(host, index) for index, host in enumerate(state.hosts))
+        self.link = Link(self)
+        self._parents: list[subprocess.Popen[bytes]] = []
+        self._owner: int | None = None
+
+    def _host(self, state: HostState, index: int) -> Host:
+        addresses = _addresses(index, self.networks)
+        return Host(state.name, addresses, self.folder / state.name, state)
+
+    # --- up and down ----------------------------------------------------------------------------
+
+    @classmethod
+    def up(
+        cls,
+        name: str = "default",
+        hosts: int = 2,
+        *,
+        ethernet: bool = False,
+        share: Sequence[Path] = (),
+        tied: bool = False,
+    ) -> Lab:
+        """Bring a lab up, or take the one of that name that is up and like that.
+
+        Args:
+            name: of the lab; several can be up side by side.
+            hosts: how many, beside the console.
+            ethernet: join them by a second network, ``eth0``, to which their names lead then.
+            share: folders that hosts must see although they lie below /tmp, /run or /dev/shm,
+                which each host has of its own.
+            tied: end with this process, however it ends.
+
+        Raises:
+            LabError: if the machine lacks something, or a host does not start.
+        """
+        if missing := missing_requirements():
+            raise LabError(*missing[0])
+        if not 1 <= hosts <= _MAXIMUM_HOSTS:
+            raise LabError(f"{hosts} hosts are not between 1 and {_MAXIMUM_HOSTS}")
+        folder = lab_folder(name)
+        networks = [DEVICE, ETHERNET] if ethernet else [DEVICE]
+        with locked():
+            state = read_state(folder)
+            if state is not None and _is_like(state, networks, hosts):
+                lab = cls(folder, state)
+                lab.start_sshd()
+                return lab
+            _clear(folder)
+            return _build(cls, folder, name, networks, hosts, list(share), tied)
+
+    @classmethod
+    def attach(cls, name: str = "default") -> Lab:
+        """The lab of that name.
+
+        Raises:
+            LabError: if it is not up.
+        """
+        folder = lab_folder(name)
+        state = read_state(folder)
+        if state is None or not all(is_alive(host) for host in [state.console, *state.hosts]):
+            raise LabError(f"lab '{name}' is not up", f"scripts/lab up --name {name}")
+        return cls(folder, state)
+
+    def down(self) -> None:
+        """End every process of the lab and remove its folder."""
+        with locked():
+            _clear(self.folder)
+        for parent in self._parents:
+            parent.wait(_SECONDS)
+        if self._owner is not None:
+            os.close(self._owner)
+            self._owner = None
+
+    # --- hosts ----------------------------------------------------------------------------------
+
+    def host(self, which: int | str) -> Host:
+        """A host by number or name; ``console`` is the place from which one looks on.
+
+        Raises:
+            LabError: if there is none.
+        """
+        if which == CONSOLE:
+            return self.console
+        for index, host in enumerate(self.hosts):
+            if which in (index, host.name):
+                return host
+        names = ", ".join([host.name for host in self.hosts] + [CONSOLE])
+        raise LabError(f"lab '{self.name}' has no host '{which}'", f"one of {names}")
+
+    def command(
+        self,
+        host: int | str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        folder: str = home.HOME,
+    ) -> list[str]:
+        """The command line that runs ``arguments`` on a host, whoever starts it."""
+        whole = {**home.environment(), **(environment or {})}
+        return enter_command(self.host(host).state, arguments, whole, folder)
+
+    def exec(
+        self,
+        host: int | str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        input: str | None = None,
+        timeout_seconds: float = 60.0,
+        folder: str = home.HOME,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on a host to its end; its output is kept, its status not judged."""
+        return subprocess.run(
+            self.command(host, arguments, environment, folder),
+            input=input if input is not None else "",
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_seconds,
+            start_new_session=True,
+        )
+
+    def start(
+        self,
+        host: int | str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        output: int | None = subprocess.PIPE,
+        folder: str = home.HOME,
+    ) -> subprocess.Popen[bytes]:
+        """Start a command on a host, in a session of its own, stderr and stdout together."""
+        return subprocess.Popen(
+            self.command(host, arguments, environment, folder),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def processes(self, host: int | str) -> list[LabProcess]:
+        """Everything that runs on a host, but for the host's own services."""
+        return [found for found in processes(self.host(host).state) if not found.is_service]
+
+    def all_processes(self, host: int | str) -> list[LabProcess]:
+        """Everything that runs on a host, its services too."""
+        return processes(self.host(host).state)
+
+    def process_count(self, host: int | str) -> int:
+        """How many processes run on a host beside its own services; exact."""
+        return len(self.processes(host))
+
+    # --- the link -------------------------------------------------------------------------------
+
+    def link_down(self, host: str | None = None) -> None:
+        """Pull the cable at one host, or at all."""
+        self.link.down(host)
+
+    def link_up(self, host: str | None = None) -> None:
+        """Put it back."""
+        self.link.up(host)
+
+    # --- sshd -----------------------------------------------------------------------------------
+
+    def start_sshd(self, host: int | str | None = None) -> None:
+        """Start sshd where it does not run, and wait until it listens.
+
+        Raises:
+            LabError: if it does not.
+        """
+        for found in self.hosts if host is None else [self.host(host)]:
+            if not _ssh_listens(found.state):
+                _start_sshd(self, found)
+
+    def mend(self) -> None:
+        """A good link, and sshd everywhere; ends what else still runs."""
+        self.link.set()
+        self.link.up()
+        for host in self.hosts:
+            for found in self.processes(host.name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(found.pid, signal.SIGKILL)
+        self.start_sshd()
+
+
+def _is_like(state: LabState, networks: list[str], hosts: int) -> bool:
+    alive = all(is_alive(host) for host in [state.console, *state.hosts])
+    return alive and state.networks == networks and len(state.hosts) == hosts
+
+
+def _clear(folder: Path) -> None:
+    state = read_state(folder)
+    if state is not None:
+        for host in [*state.hosts, state.console]:
+            end_host(host)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def _build(
+    kind: type[Lab],
+    folder: Path,
+    name: str,
+    networks: list[str],
+    count: int,
+    share: list[Path],
+    tied: bool,
+) -> Lab:
+    names = host_names(count)
+    folder.mkdir(parents=True)
+    folder.chmod(0o700)
+    _write_all_files(folder, names, networks)
+    owner_read, owner = os.pipe() if tied else (None, None)
+    started: list[HostState] = []
+    parents: list[subprocess.Popen[bytes]] = []
+    try:
+        for host in [CONSOLE, *names]:
+            orders = home.mount_orders(folder / host, share)
+            state, parent = start_host(host, orders, folder / host, owner_read)
+            started.append(state)
+            parents.append(parent)
+            # Saved one by one, so that nothing is forgotten if this process is killed now.
+            save_state(folder, LabState(name, networks, started[0], started[1:]))
+    except BaseException:
+        _clear(folder)
+        raise
+    finally:
+        if owner_read is not None:
+            os.close(owner_read)
+    lab = kind(folder, LabState(name, networks, started[0], started[1:]))
+    lab._parents, lab._owner = parents, owner
+    try:
+        _join(lab)
+        lab.start_sshd()
+    except BaseException:
+        lab.down()
+        raise
+    return lab
+
+
+def _write_all_files(folder: Path, names: list[str], networks: list[str]) -> None:
+    user_key = folder / "user_key"
+    home.make_key(user_key, "k2 lab")
+    addresses = {name: _addresses(index, networks) for index, name in enumerate(names)}
+    addresses[CONSOLE] = _addresses(-1, networks)
+    keys = {}
+    for name in names:
+        (folder / name / "ssh").mkdir(parents=True)
+        keys[name] = home.make_key(folder / name / "ssh" / "host_key", name)
+    known = home.known_hosts(
+        keys, {name: [name, f"{name}.{DEVICE}", *addresses[name].values()] for name in names}
+    )
+    # The first network is the link; names lead to the last one, as a Mac's lead to its Ethernet.
+    lines = ["127.0.0.1 localhost"]
+    lines += [f"{found[networks[-1]]} {name}" for name, found in addresses.items()]
+    lines += [f"{found[DEVICE]} {name}.{DEVICE}" for name, found in addresses.items()]
+    hosts = "\n".join(lines) + "\n"
+    for name in [*names, CONSOLE]:
+        home.write_files(folder / name, name, user_key, known, hosts)
+
+
+def _join(lab: Lab) -> None:
+    """Plug every host into a bridge of the console, one per network."""
+    console = lab.console
+    begin = ["link set lo up"]
+    for network in lab.networks:
+        begin += [
+            f"link add {network} type bridge",
+            f"address add {console.addresses[network]}/24 dev {network}",
+            f"link set {network} up",
+        ]
+        for host in lab.hosts:
+            port = f"{host.name}-{network}"
+            begin += [
+                f"link add {port} mtu 9000 type veth peer name {network} mtu 9000"
+                f" netns {host.state.pid}",
+                f"link set {port} master {network} up",
+            ]
+    run_ip(console.state, begin)
+    for host in lab.hosts:
+        commands = ["link set lo up"]
+        for network, address in host.addresses.items():
+            commands += [f"address add {address}/24 dev {network}", f"link set {network} up"]
+        run_ip(host.state, commands)
+
+
+# --- sshd ---------------------------------------------------------------------------------------
+
+
+def _ssh_listens(host: HostState) -> bool:
+    for line in Path(f"/proc/{host.pid}/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == _LISTENING and fields[1].endswith(f":{_SSH_PORT}"):
+            return True
+    return False
+
+
+def _start_sshd(lab: Lab, host: Host) -> None:
+    program = find_program("sshd") or "/usr/sbin/sshd"
+    log = f"{home.HOME}/../lab-ssh/sshd.log"
+    done = lab.exec(host.name, [program, "-f", home.SSHD_CONFIG, "-E", os.path.normpath(log)])
+    until = time.monotonic() + _SECONDS
+    while done.returncode == 0 and time.monotonic() < until:
+        if _ssh_listens(host.state):
+            return
+        time.sleep(0.01)
+    path = host.folder / "ssh" / "sshd.log"
+    said = path.read_text(errors="replace") if path.is_file() else done.stderr
+    raise LabError(f"sshd of {host.name} did not start: {said.strip()[-300:]}")
