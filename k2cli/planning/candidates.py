@@ -255,9 +255,8 @@ def node_orders(nodes: Sequence[NodeMemory]) -> list[tuple[NodeMemory, ...]]:
     Nodes that differ in their name only are the same. Of many unlike nodes only those orders are
     kept that differ in who comes first and last, who hold head and embedding.
     """
-    kinds = {node: (node.backend, node.limit_bytes, node.bandwidth_bytes_per_second,
-                    node.gpu_flops_per_second) for node in nodes}  # fmt: skip
-    orders: dict[tuple[object, ...], tuple[NodeMemory, ...]] = {}
+    kinds = {node: replace(node, name="") for node in nodes}
+    orders: dict[tuple[NodeMemory, ...], tuple[NodeMemory, ...]] = {}
     if len(nodes) <= 4:  # 4! is MOST_ORDERS
         for order in permutations(nodes):
             orders.setdefault(tuple(kinds[node] for node in order), order)

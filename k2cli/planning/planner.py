@@ -17,7 +17,7 @@ from k2cli.planning.hardware import NodeMemory, share_machines
 from k2cli.planning.limits import max_concurrency, max_context_length
 from k2cli.planning.marks import Mark
 from k2cli.planning.plan import Alternative, Plan, PlannedModel, PlannedRequest
-from k2cli.planning.reasons import alternatives, reason
+from k2cli.planning.reasons import alternatives, fits_alone, reason
 from k2cli.planning.speed import speed_obstacle
 from k2cli.planning.stored import describe_quantization
 from k2cli.planning.subject import Subject, choose_context, choose_dtype, read_subject
@@ -108,6 +108,8 @@ class Planner:
         if limits:
             check_traced(ground, chosen)
         compared = alternatives(chosen, found, obstacles)
+        if limits and wishes.strategy == "auto":
+            compared += _alone(ground)
         plan = self._plan(ground, chosen, compared, asked=wishes.strategy != "auto")
         if not limits:
             return plan
@@ -180,6 +182,19 @@ def _compare(
         assert failure is not None
         raise UsageError("; ".join(obstacles.values()), failure.hint)
     return found, obstacles
+
+
+def _alone(ground: Ground) -> tuple[Alternative, ...]:
+    """The largest of several machines by itself, if it has room for everything.
+
+    It is not chosen, since more machines were named; but who is about to buy them should know.
+    """
+    names = {node.name for node in ground.nodes}
+    if len(ground.nodes) == 1 or len(names) < len(ground.nodes):
+        return ()
+    largest = max(ground.nodes, key=lambda node: node.limit_bytes)
+    single = candidate(replace(ground, nodes=(largest,)), "single")
+    return (fits_alone(single),) if single.fits else ()
 
 
 def check_traced(ground: Ground, chosen: Candidate) -> None:

@@ -30,24 +30,34 @@ def alternatives(
     )
 
 
+def fits_alone(single: Candidate) -> Alternative:
+    """A machine that would do without the others."""
+    return _described(single, chosen=False, verdict=f"fits {single.nodes[0].name} alone")
+
+
 def _without_prefix(obstacle: str) -> str:
     return obstacle.removeprefix("tensor parallelism is not possible: ")
 
 
 def _alternative(each: Candidate, chosen: Candidate, rivals: Sequence[Candidate]) -> Alternative:
+    why = _why(chosen, rivals) if each is chosen else _why_not(each, chosen)
+    return _described(each, chosen=each is chosen, verdict=why)
+
+
+def _described(each: Candidate, *, chosen: bool, verdict: str) -> Alternative:
     speed = each.speed
+    decode = None if speed is None else speed.decode_tokens_per_second.expected
+    prefill = None if speed is None else speed.prefill_tokens_per_second.expected
     return Alternative(
         name=each.placement.strategy,
         possible=True,
         fits=each.fits,
-        chosen=each is chosen,
-        verdict=_why(chosen, rivals) if each is chosen else _why_not(each, chosen),
+        chosen=chosen,
+        verdict=verdict,
         prefill_chunk_tokens=each.chunk_tokens,
         headroom_bytes=each.headroom_bytes,
-        decode_tokens_per_second=None if speed is None else speed.decode_tokens_per_second.expected,
-        prefill_tokens_per_second=None
-        if speed is None
-        else speed.prefill_tokens_per_second.expected,
+        decode_tokens_per_second=decode,
+        prefill_tokens_per_second=prefill,
     )
 
 

@@ -140,7 +140,7 @@ def speed_lines(plan: PlanView) -> list[str]:
         lines += _message_lines(plan)
     elif plan.fits and plan.speed_note:
         lines += textwrap.wrap(f"no speed predicted: {plan.speed_note}", _WIDTH)
-    return [*lines, *_limit_lines(plan)]
+    return [*lines, *_limit_lines(plan), *_alone_lines(plan)]
 
 
 def _message_lines(plan: PlanView) -> list[str]:
@@ -171,10 +171,20 @@ def rate_text(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
+def _alone_lines(plan: PlanView) -> list[str]:
+    """That one of several machines would do, if so."""
+    for each in plan.alternatives:
+        if each.name == "single" and not each.chosen:
+            rate = each.decode_tokens_per_second
+            speed = "" if rate is None else f", decode {rate_text(rate)} tokens/s"
+            return [f"it also {each.verdict}{speed}"]
+    return []
+
+
 def _limit_lines(plan: PlanView) -> list[str]:
     request = plan.request
     if not plan.fits or not plan.max_context_length:
-        return []
+        return []  # a plan of an older version has no limits
     sequences = _sequences(request.concurrency)
     return [
         f"room for up to {plan.max_context_length:,} tokens of context with {sequences},",

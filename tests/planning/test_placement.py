@@ -135,6 +135,15 @@ def test_unlike_machines_hold_layers_by_their_speed(k2: Planner) -> None:
     assert [part.node for part in plan.placement.ranks] == ["slow", "fast"]  # as they were named
 
 
+def test_a_machine_that_would_do_alone_is_named(k2: Planner) -> None:
+    nodes = [machine("small", 400 * GB), machine("large", 900 * GB)]
+    plan = k2.plan(nodes, Wishes(context_length=4096))
+    assert plan.placement.size == 2
+    assert plan.alternatives[-1].verdict == "fits large alone"
+    smaller = k2.plan([nodes[0], machine("half", 400 * GB)], Wishes(context_length=4096))
+    assert {each.name for each in smaller.alternatives} == {"pipeline", "tensor"}
+
+
 # --- limits -------------------------------------------------------------------------------------
 
 
