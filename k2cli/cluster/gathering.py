@@ -23,26 +23,36 @@ _AT_ONCE = 16
 class NodeAsked:
     """A machine's answer: what it is, or why that is not known.
 
-    ``python`` runs this version of k2 there; if it is None, ``problem`` says what is missing.
+    ``python`` runs this version of k2 there; if it is None, ``error`` says what is missing.
     """
 
     name: str
     facts: MachineFacts | None
     python: str | None = None
-    problem: str | None = None
-    hint: str | None = None
+    error: ClusterError | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, in words."""
+        return self.error.message if self.error else None
+
+    @property
+    def hint(self) -> str | None:
+        """What mends it."""
+        return self.error.hint if self.error else None
 
 
 def ask_machine(node: Node) -> NodeAsked:
     """Ask one machine what it is, whether or not it has k2."""
     try:
+        node.run(["true"])  # says in full why a machine cannot be reached
         facts = machine_facts(collect(node, quick=True))
     except ClusterError as error:
-        return NodeAsked(node.name, None, None, error.message, error.hint)
+        return NodeAsked(node.name, None, None, error)
     try:
         return NodeAsked(node.name, facts, node.python)
     except ClusterError as error:
-        return NodeAsked(node.name, facts, None, error.message, error.hint)
+        return NodeAsked(node.name, facts, None, error)
 
 
 def ask_machines(nodes: Sequence[Node]) -> Iterator[NodeAsked]:
@@ -103,8 +113,8 @@ def gather(
 
 
 def _unanswered(failed: Sequence[NodeAsked]) -> ClusterError:
-    if len(failed) == 1:
-        return ClusterError(failed[0].problem or "", failed[0].hint)
+    if len(failed) == 1 and failed[0].error is not None:
+        return failed[0].error
     names = ", ".join(answer.name for answer in failed)
     reasons = "; ".join(answer.problem or "" for answer in failed)
     return ClusterError(f"{len(failed)} machines do not answer ({names}): {reasons}")
