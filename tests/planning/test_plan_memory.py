@@ -37,6 +37,7 @@ def k2(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def without_speeds(text: str) -> str:
     """Predicted figures change with the fit of the speed model; everything else is held."""
+    text = re.sub(r"sooner\s+done.*?\(predicted\)", "sooner", text, flags=re.DOTALL)
     text = re.sub(r"(speed, and what it is made of\n).*?\n\n", r"\1\n", text, flags=re.DOTALL)
     text = re.sub(r"^((?:decode|prefill|first token) ).*(?=  )", r"\1", text, flags=re.MULTILINE)
     return re.sub(r"[\d.,]+(?= (?:s|tokens/s|times)\b)", "#", text)
