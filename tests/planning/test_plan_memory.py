@@ -40,6 +40,7 @@ def without_speeds(text: str) -> str:
     text = re.sub(r"sooner\s+done.*?\(predicted\)", "sooner", text, flags=re.DOTALL)
     text = re.sub(r"(speed, and what it is made of\n).*?\n\n", r"\1\n", text, flags=re.DOTALL)
     text = re.sub(r"^((?:decode|prefill|first token) ).*(?=  )", r"\1", text, flags=re.MULTILINE)
+    text = re.sub(r"^(  (?:tensor|pipeline) .*B) .*", r"\1", text, flags=re.MULTILINE)
     return re.sub(r"[\d.,]+(?= (?:s|tokens/s|times)\b)", "#", text)
 
 
