@@ -26,6 +26,8 @@ class NodeView(Protocol):
     def limit_bytes(self) -> int: ...
     @property
     def backend(self) -> str: ...
+    @property
+    def python(self) -> str | None: ...
 
 
 class LinkView(Protocol):
@@ -191,7 +193,7 @@ def _details(
     )
     lines = [f"{node.chip}, {node.os}", f"{memory} ({node.backend})"]
     if activities is None:
-        return lines
+        return lines if node.python else [*lines, "this k2 is not installed there"]
     activity = activities.get(node.name)
     if activity is None:
         return [*lines, (problems or {}).get(node.name, "did not answer")]
