@@ -44,6 +44,10 @@ def plan_memory(
         int | None,
         typer.Option(help="Tokens of a prompt per step. Default: the largest of use that fits."),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Plan what k2 quantize would make of it: 4bit, 3bit, 4bit-g32."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")
     ] = "auto",
@@ -96,20 +100,20 @@ def plan_memory(
     )
     if shop:
         _refuse_beside_shop(hardware, cluster, plot, svg, save)
-        _shop(Planner(model), wishes, as_json=as_json)
+        _shop(Planner(model, quantize), wishes, as_json=as_json)
         return
     nodes = _machines(hardware, cluster)
-    planner = Planner(model)
+    planner = Planner(model, quantize)
     plan = advised_plan(planner, nodes, wishes)
     given = {
         "--hardware": hardware, "--cluster": cluster, "--parallel": parallel,
         "--backend": backend, "--context": context, "--concurrency": concurrency,
-        "--chunk": chunk, "--dtype": dtype, "--head": head,
+        "--quantize": quantize, "--chunk": chunk, "--dtype": dtype, "--head": head,
         "--collective-latency": collective_latency,
     }  # fmt: skip
     _write(planner, nodes, wishes, plan, save=save, svg=svg)
     _show(planner, nodes, wishes, plan, given, as_json=as_json, explain=explain, plot=plot)
-    _finish(plan, save)
+    _finish(plan, save, quantize)
 
 
 def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
@@ -206,10 +210,14 @@ def _show(
         print_plot(context_curve(planner, nodes, wishes, plan), unicode=can_print_unicode())
 
 
-def _finish(plan: Plan, save: Path | None) -> None:
+def _finish(plan: Plan, save: Path | None, quantize: str | None) -> None:
     from k2cli.errors import DoesNotFitError
+    from k2cli.planning.quantized import parse_recipe, quantize_command
     from k2cli.ui.plan_table import print_plan_hints, shortfalls
 
     if not plan.fits:
         raise DoesNotFitError(f"{plan.model.reference} does not fit: {shortfalls(plan)}")
-    print_plan_hints(plan, saved_as=save)
+    first = ""
+    if quantize is not None:
+        first = quantize_command(plan.model.reference, parse_recipe(quantize))
+    print_plan_hints(plan, saved_as=save, first=first)

@@ -10,11 +10,18 @@ from dataclasses import replace
 
 from k2cli.errors import K2Error
 from k2cli.planning.chips import chips
-from k2cli.planning.hardware import NodeMemory
+from k2cli.planning.hardware import NodeMemory, share_machines
 from k2cli.planning.hardware_spec import catalog_node
 from k2cli.planning.plan import Advice, Plan
 from k2cli.planning.planner import Planner, Wishes
-from k2cli.units import GIB, MIB, format_gib
+from k2cli.planning.quantized import (
+    BITS,
+    UniformRecipe,
+    obstacle_to_quantizing,
+    parse_recipe,
+    quantize_command,
+)
+from k2cli.units import GIB, MIB, format_bytes, format_gib
 
 SHORTEST_CONTEXT = 1024
 """A context that is shorter helps nobody, and is not advised."""
@@ -60,6 +67,7 @@ def advise(
         lambda: _raised_limit(planner, nodes, wishes),
         lambda: _fewer_sequences(planner, nodes, wishes, plan),
         lambda: _shorter_context(planner, nodes, wishes, plan),
+        lambda: _fewer_bits(planner, nodes, wishes),
         lambda: _larger_machines(planner, nodes, wishes),
         lambda: _more_machines(planner, nodes, wishes),
     )
@@ -164,6 +172,31 @@ def _shorter_context(
     return _advice(
         "context", f"a context of {context:,} tokens", {"--context": str(context)}, fitting
     )
+
+
+def _fewer_bits(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:
+    """The most bits that fit, if the model can be quantized by k2 and is not yet that small."""
+    if planner.quantize is None and obstacle_to_quantizing(planner.subject.config):
+        return None
+    given = BITS[0] + 1 if planner.quantize is None else parse_recipe(planner.quantize).bits
+    limits = sum(node.limit_bytes for node in share_machines(nodes))
+    weights = planner.subject.facts.parameter_count
+    for bits in BITS:
+        recipe = UniformRecipe(bits)
+        # What is surely too much is not traced.
+        if bits >= given or weights * bits / 8 > limits:
+            continue
+        plan = _fitting(Planner(planner.model, str(recipe)), nodes, wishes)
+        if plan is not None:
+            return _advice(
+                "quantize",
+                f"{bits} bits, {format_bytes(plan.model.stored_bytes)} instead of "
+                f"{format_bytes(planner.subject.stored_bytes)}",
+                {"--quantize": str(recipe)},
+                plan,
+                quantize_command(planner.model, recipe),
+            )
+    return None
 
 
 def _larger_machines(

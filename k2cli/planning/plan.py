@@ -23,13 +23,17 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """What is planned. ``stored_bytes`` is the size of the checkpoint as stored on disk or Hub."""
+    """What is planned. ``stored_bytes`` is the size of the checkpoint as stored on disk or Hub.
+
+    ``quantize`` is the recipe by which it is yet to be quantized, empty if it is planned as it is.
+    """
 
     reference: str
     parameters: int
     stored_bytes: int
     architecture: str = ""
     quantization: str = ""
+    quantize: str = ""
 
 
 @dataclass(frozen=True, slots=True)

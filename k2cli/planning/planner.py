@@ -58,14 +58,18 @@ class Wishes:
 class Planner:
     """Plans one model; asked again, with other wishes or machines, it reuses what it has traced.
 
+    Args:
+        quantize: a recipe such as ``4bit``, to plan the checkpoint that ``k2 quantize`` would make.
+
     Raises:
         UsageError: for a reference or config that makes no sense.
         K2Error: if the model's files cannot be read.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, quantize: str | None = None) -> None:
         self.model = model
-        self.subject = read_subject(model)
+        self.quantize = quantize
+        self.subject = read_subject(model, quantize)
         self._traced: dict[tuple[str, str], TracedModel] = {}
 
     def ground(self, nodes: Sequence[NodeMemory], wishes: Wishes) -> Ground:
@@ -142,6 +146,7 @@ class Planner:
                 stored_bytes=subject.stored_bytes,
                 architecture=str(subject.config["model_type"]),
                 quantization=describe_quantization(subject.config),
+                quantize=self.quantize or "",
             ),
             request=PlannedRequest(
                 demand.context_length, demand.concurrency, ground.model.dtype, chosen.chunk_tokens

@@ -42,8 +42,11 @@ class Subject:
     shape: ActivationShape
 
 
-def read_subject(reference: str) -> Subject:
+def read_subject(reference: str, quantize: str | None = None) -> Subject:
     """Read what is known of a model: config, headers if there are any, traced facts.
+
+    Args:
+        quantize: a recipe such as ``4bit``, to plan the checkpoint that ``k2 quantize`` would make.
 
     Raises:
         UsageError: if the reference or the config makes no sense.
@@ -70,7 +73,12 @@ def read_subject(reference: str) -> Subject:
     else:
         stored_bytes, stored = checkpoint.stored_bytes, _as_loaded(facts.model, stored)
     shape = activation_shape(config)
-    return Subject(reference, config, stored, stored_bytes, mark, facts, shape)
+    subject = Subject(reference, config, stored, stored_bytes, mark, facts, shape)
+    if quantize is None:
+        return subject
+    from k2cli.planning.quantized import parse_recipe, quantized_subject
+
+    return quantized_subject(subject, parse_recipe(quantize))
 
 
 def _argument_names(arguments: type[Any], config: Mapping[str, Any]) -> frozenset[str]:
@@ -90,16 +98,21 @@ def _as_loaded(model: nn.Module, stored: StoredShapes) -> StoredShapes:
     An original of K2 has 139,583 tensors, of which loading makes 2,000; each placement that is
     tried would stack its experts again.
     """
+    loaded = shapes_of(model)
+    return stored if loaded.keys() == stored.keys() else loaded
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """A traced model's parameters as headers describe them."""
     from mlx.utils import tree_flatten
 
     from k2cli.sharding.trace import STORED_TYPES
 
-    parameters = dict(tree_flatten(model.parameters()))
-    if parameters.keys() == stored.keys():
-        return stored
     names = {dtype: name for name, dtype in STORED_TYPES.items() if not name.startswith("F8")}
     names |= {STORED_TYPES["F32"]: "F32", STORED_TYPES["U8"]: "U8"}
-    return {name: (names[value.dtype], value.shape) for name, value in parameters.items()}
+    return {
+        name: (names[value.dtype], value.shape) for name, value in tree_flatten(model.parameters())
+    }
 
 
 def choose_context(wanted: int | None, config: Mapping[str, Any]) -> int:

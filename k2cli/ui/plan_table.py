@@ -258,9 +258,11 @@ def _print_block(lines: Sequence[str]) -> None:
         print_text(line)
 
 
-def print_plan_hints(plan: PlanView, *, saved_as: Path | None) -> None:
-    """Say on stderr which command comes next."""
-    if saved_as is not None:
+def print_plan_hints(plan: PlanView, *, saved_as: Path | None, first: str = "") -> None:
+    """Say on stderr which command comes next; ``first`` is one that has to come before."""
+    if first:
+        note(f"next: {first}")
+    elif saved_as is not None:
         note(f"next: k2 launch {shlex.quote(plan.model.reference)} --plan {saved_as}")
     elif all(node.name == "localhost" for node in plan.nodes):
         nodes = ",".join(node.name for node in plan.nodes)

@@ -257,6 +257,16 @@ def test_advice_is_what_fits_when_it_is_planned(
         assert min(node.headroom_bytes for node in again.nodes) == advice.headroom_bytes
 
 
+def test_fewer_bits_are_advised_of_what_can_be_quantized() -> None:
+    wishes = Wishes(context_length=32_768)
+    two = advised_plan(Planner("k2-instruct"), parse_hardware("2x m3-ultra-512"), wishes)
+    assert [advice.options for advice in two.advice] == [{"--quantize": "6bit"}]
+    again = Planner("k2-instruct", "6bit").plan(parse_hardware("2x m3-ultra-512"), wishes)
+    assert again.fits
+    more = Planner("k2-instruct", "8bit").plan(parse_hardware("2x m3-ultra-512"), wishes)
+    assert not more.fits
+
+
 def replanned(planner: Planner, hardware: str, wishes: Wishes, options: dict[str, str]) -> Plan:
     """Plan once more with the flags of an advice."""
     changes: dict[str, Any] = {}
