@@ -1,0 +1,203 @@
+"""``python -m lab.reliability``: runs the table of faults and writes docs/reliability.md.
+
+Every trial's outcome is kept in a file of JSON lines as soon as it is there, so that a table can
+be put together from several sittings; a later trial of the same row replaces an earlier one. What
+has not been run is said in the table, and no figure in it comes from anywhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import msgspec
+
+from lab.errors import LabError
+from lab.faults import ALL, FAULTS, Fault
+from lab.laboratory import Lab
+from lab.state import ROOT
+from lab.trial import SEEN_SECONDS, Outcome, try_fault
+
+STRATEGIES = ("pipeline", "tensor")
+_NAMES = {"ring": "ring", "mpi4": "Open MPI 4.1", "mpi5": "Open MPI 5.0"}
+_HEAD = """\
+# Reliability
+
+What happens when something breaks while k2 runs a model over two machines, measured by
+`python -m lab.reliability` in the two-host lab (`scripts/lab`): two sets of Linux namespaces on one
+machine, each with its own sshd, home, processes and address, launched from the first over the
+system's `ssh`, with real ranks that run a toy of Kimi K2 on MLX's CPU back end. No Mac was used.
+
+Each row is one trial: `k2 launch` on `k2a` over `k2a,k2b`, the fault at the stage named, then:
+
+- **seen**: seconds from the fault until the cause stands on the user's terminal, or in `k2 ps`
+  where the run was detached (asked for in a loop: each look takes a third of a second);
+- **exit**: of `k2 launch`;
+- **gone**: seconds until no process of the run was left on either host, counted by PID namespace;
+  after a cut link each host is on its own, and is counted while cut off;
+- **result**: *ok* if the exit status and the words were right, the user saw it within
+  {limit:.0f} s, and, once the hosts reached each other again, no process, secret or lock was left.
+
+{machine}
+"""
+
+
+def _machine(when: str, load: str) -> str:
+    cores = os.cpu_count() or 1
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return (
+        f"Measured on {when} on a virtual machine with {cores} cores ({model}), Linux "
+        f"{platform.release().split('-')[0]}, Python {platform.python_version()}; "
+        f"{load}. Times on an idle machine are shorter; the deadlines (8 s without a sign of life) "
+        "are the defaults."
+    )
+
+
+# --- outcomes -----------------------------------------------------------------------------------
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """The latest outcome of each row that was tried."""
+    if not path.is_file():
+        return []
+    found = [msgspec.json.decode(line, type=Outcome) for line in path.read_bytes().splitlines()]
+    return list({(o.fault, o.backend, o.strategy): o for o in found}.values())
+
+
+def _keep(path: Path, outcome: Outcome) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(asdict(outcome)) + b"\n")
+
+
+# --- the document -------------------------------------------------------------------------------
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.1f}"
+
+
+def _gone(outcome: Outcome) -> str:
+    times = [_seconds(outcome.gone_seconds.get(host)) for host in ("k2a", "k2b")]
+    return " / ".join(times)
+
+
+def _row(fault: Fault, backend: str, strategy: str, outcome: Outcome | None) -> str:
+    start = f"| {fault.what} | {_NAMES[backend]} | {strategy} |"
+    if outcome is None:
+        return f"{start} | | | | not run |"
+    result = "ok" if outcome.passed else f"**{'; '.join(outcome.problems)[:160]}**"
+    told = outcome.said.removeprefix("error: ")[:110].replace("|", "/")
+    seen = _seconds(outcome.seen_seconds)
+    return f"{start} {seen} | {outcome.exit_status} | {_gone(outcome)} | {told} | {result} |"
+
+
+def document(outcomes: Sequence[Outcome], when: str, load: str) -> str:
+    """The whole of docs/reliability.md."""
+    known = {(o.fault, o.backend, o.strategy): o for o in outcomes}
+    rows = [
+        (fault, backend, strategy, known.get((fault.name, backend, strategy)))
+        for fault in FAULTS
+        for backend in ALL
+        if backend in fault.backends
+        for strategy in STRATEGIES
+    ]
+    run = [outcome for *_, outcome in rows if outcome is not None]
+    lines = [_HEAD.format(limit=SEEN_SECONDS, machine=_machine(when, load))]
+    lines.append(
+        f"{len(run)} of {len(rows)} rows were run, {sum(o.passed for o in run)} of them ok.\n"
+    )
+    lines.append("| fault | back end | placement | seen | exit | gone k2a / k2b | told | result |")
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    lines += [_row(*row) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def _model(lab: Lab) -> Path:
+    from k2cli.models.toy import build_toy_k2
+
+    folder = lab.folder / "models" / "toy-k2"
+    if not folder.is_dir():
+        folder.parent.mkdir(exist_ok=True)
+        build_toy_k2(folder)
+    return folder
+
+
+def _chosen(options: argparse.Namespace) -> list[tuple[Fault, str, str]]:
+    return [
+        (fault, backend, strategy)
+        for backend in options.backend
+        for strategy in options.strategy
+        for fault in FAULTS
+        if backend in fault.backends and (not options.fault or fault.name in options.fault)
+    ]
+
+
+def _run(options: argparse.Namespace, results: Path) -> int:
+    done = {(o.fault, o.backend, o.strategy) for o in read_outcomes(results) if o.passed}
+    failed = 0
+    until = time.monotonic() + options.minutes * 60
+    lab = Lab.up(f"reliability-{os.getpid()}", tied=True)
+    try:
+        model = _model(lab)
+        for fault, backend, strategy in _chosen(options):
+            if time.monotonic() > until:
+                sys.stdout.write("out of time\n")
+                break
+            if options.resume and (fault.name, backend, strategy) in done:
+                continue
+            outcome = try_fault(lab, fault, model, backend, strategy)
+            _keep(results, outcome)
+            failed += not outcome.passed
+            sys.stdout.write(f"{_row(fault, backend, strategy, outcome)}\n")
+            sys.stdout.flush()
+    finally:
+        lab.down()
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 if every trial was as it should be."""
+    parser = argparse.ArgumentParser(prog="python -m lab.reliability")
+    parser.add_argument("--docs", type=Path, help="write this document from the results")
+    parser.add_argument("--results", type=Path, default=ROOT / ".k2" / "reliability.jsonl")
+    parser.add_argument("--backend", nargs="*", choices=ALL, default=list(ALL))
+    parser.add_argument("--strategy", nargs="*", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--fault", nargs="*", choices=[fault.name for fault in FAULTS])
+    parser.add_argument("--minutes", type=float, default=240, help="start no trial after that")
+    parser.add_argument("--resume", action="store_true", help="only what is not ok yet")
+    parser.add_argument("--only-docs", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--load", default="nothing else ran", help="what else ran, for the document"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        failed = 0 if options.only_docs else _run(options, options.results)
+    except LabError as error:
+        sys.stderr.write(f"error: {error.message}\nhint: {error.hint}\n")
+        return 1
+    if options.docs is not None:
+        when = time.strftime("%Y-%m-%d")
+        text = document(read_outcomes(options.results), when, options.load)
+        options.docs.write_text(text)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

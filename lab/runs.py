@@ -1,0 +1,203 @@
+"""A real ``k2 launch`` in the lab, from k2a over k2a and k2b, and what can be done to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lab.errors import LabError
+from lab.laboratory import Lab
+from lab.namespaces import LabProcess
+
+_CLIENT = Path(__file__).with_name("client.py")
+_POLL_SECONDS = 0.02
+LEADER, FOLLOWER = "k2a", "k2b"
+_HOST_OF_RANK = (LEADER, FOLLOWER)
+# Debian's Open MPI before the wheel's.
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether it came true in time."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+class Talk:
+    """A process on a host, and what it says, with the time of each line."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.lines: list[tuple[float, str]] = []
+        self.ended_at: float | None = None
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for raw in self.process.stdout:
+            self.lines.append((time.monotonic(), raw.decode(errors="replace").rstrip()))
+        self.process.wait()
+        self.ended_at = time.monotonic()
+
+    @property
+    def text(self) -> str:
+        """Everything said so far."""
+        return "\n".join(line for _, line in list(self.lines))
+
+    def said(self, words: str) -> bool:
+        """Whether a line holds these words."""
+        return any(words in line for _, line in list(self.lines))
+
+    def wait_said(self, words: str, seconds: float) -> None:
+        """Until a line holds these words.
+
+        Raises:
+            LabError: if that does not happen.
+        """
+        if not wait_for(lambda: self.said(words) or self.ended_at is not None, seconds) or (
+            not self.said(words)
+        ):
+            raise LabError(f"'{words}' was not said within {seconds:.0f} s: {self.text[-2000:]}")
+
+    def wait_end(self, seconds: float) -> int | None:
+        """Its exit status; None if it lives on."""
+        wait_for(lambda: self.ended_at is not None, seconds)
+        return self.process.returncode if self.ended_at is not None else None
+
+    def close(self) -> None:
+        """Wait until its output is closed; what still lives is ended by ``Lab.mend``."""
+        self._reader.join(10)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+class LabRun:
+    """One launch.
+
+    Args:
+        lab: where.
+        model: folder of a checkpoint, visible on all hosts.
+        backend: ``ring``, ``mpi4`` (Debian's Open MPI) or ``mpi5`` (the wheel's).
+        strategy: ``pipeline`` or ``tensor``.
+        detach: leave a supervisor behind.
+        options: more options of ``k2 launch``.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        model: Path,
+        backend: str,
+        strategy: str,
+        *,
+        detach: bool = False,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        self.lab = lab
+        self.backend = backend
+        kind = "mpi" if backend.startswith("mpi") else backend
+        command = [sys.executable, "-m", "k2cli", "launch", str(model), "--nodes", "k2a,k2b"]
+        command += ["--backend", kind, "--parallel", strategy, "--port", "8080"]
+        command += ["--context", "4096", "--concurrency", "1", *options]
+        if detach:
+            command.append("--detach")
+        settings = {"PATH": _SYSTEM_PATH} if backend == "mpi4" else {}
+        self.talk = Talk(lab.start(LEADER, command, settings))
+        self.client: Talk | None = None
+
+    # --- its processes --------------------------------------------------------------------------
+
+    def _find(self, host: str, test: Callable[[str], bool], what: str) -> LabProcess:
+        until = time.monotonic() + 5.0
+        while True:
+            for found in self.lab.processes(host):
+                if test(found.command):
+                    return found
+            if time.monotonic() > until:
+                raise LabError(f"there is no {what} on {host}")
+            time.sleep(_POLL_SECONDS)
+
+    def pid(self, who: str) -> int:
+        """From outside: ``launcher``, ``supervisor``, ``mpirun``, ``guard-0``, ``rank-1``, ..."""
+        kind, _, number = who.partition("-")
+        if kind in ("guard", "rank"):
+            module = "k2cli.runtime.guard" if kind == "guard" else "k2cli.runtime.worker"
+            host = _HOST_OF_RANK[int(number)]
+            # mpirun's own command line holds the guard's.
+            return self._find(
+                host, lambda line: module in line and "mpirun" not in line.split()[0], who
+            ).pid
+        tests: dict[str, Callable[[str], bool]] = {
+            "launcher": lambda line: "-m k2cli launch" in line and "nsenter" not in line,
+            "supervisor": lambda line: "k2cli.cluster.supervisor" in line,
+            "mpirun": lambda line: line.split()[0].endswith(("mpirun", "prterun")),
+        }
+        return self._find(LEADER, tests[kind], who).pid
+
+    def kill(self, who: str, number: signal.Signals) -> None:
+        """Send one of its processes a signal."""
+        os.kill(self.pid(who), number)
+
+    # --- its stages -----------------------------------------------------------------------------
+
+    def wait_stage(self, stage: str) -> None:
+        """Until the run is ``started``, ``initialising``, ``loading``, ``ready``, or in ``prefill``
+        or ``decode`` of a request.
+
+        Raises:
+            LabError: if it does not get there.
+        """
+        match stage:
+            case "started":
+                self.talk.wait_said("run ", 60)
+            case "initialising" | "loading":
+                self.talk.wait_said(f"rank 1 on {FOLLOWER}: {stage}", 60)
+            case "ready":
+                self._wait_ready()
+            case "prefill":
+                self._wait_ready()
+                self.ask(words=3000, most=8)
+                time.sleep(0.3)
+            case "decode":
+                self._wait_ready()
+                self.ask(words=4, most=4000).wait_said("first", 30)
+
+    def _wait_ready(self) -> None:
+        self.talk.wait_said("ready: ", 90)
+
+    def ask(self, words: int, most: int) -> Talk:
+        """Start a streamed request from k2a."""
+        command = [sys.executable, "-I", str(_CLIENT), "8080", str(words), str(most)]
+        self.client = Talk(self.lab.start(LEADER, command))
+        return self.client
+
+    def state(self) -> str:
+        """What ``k2 ps`` on k2a says of it."""
+        import json
+
+        command = [sys.executable, "-m", "k2cli", "ps", "--json"]
+        with contextlib.suppress(ValueError, KeyError, IndexError, subprocess.TimeoutExpired):
+            answer = json.loads(self.lab.exec(LEADER, command, timeout_seconds=30).stdout)
+            return str(answer["runs"][0]["state"])
+        return "unknown"
+
+    def close(self) -> None:
+        """End what is left of it."""
+        for host in self.lab.hosts:
+            for found in self.lab.processes(host.name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(found.pid, signal.SIGKILL)
+        for talk in filter(None, (self.talk, self.client)):
+            talk.close()

@@ -1,0 +1,191 @@
+"""One fault against one run: does it, watches, and says how long everything took."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lab.errors import LabError
+from lab.faults import Fault
+from lab.home import HOME
+from lab.laboratory import Lab
+from lab.runs import LEADER, LabRun, wait_for
+
+SEEN_SECONDS = 15.0
+# How long the watcher goes on after that, to tell how late it was.
+_PATIENCE_SECONDS = 60.0
+_GONE_SECONDS = 30.0
+# What a host may keep of a run: its record and log where it was launched; nothing that is secret.
+_LEFT = [
+    *("find", "/dev/shm", "/tmp", "-mindepth", "1", "-maxdepth", "1"),
+    *("(", "-name", "k2-*", "-o", "-name", "ompi*", "-o", "-name", "prte*", ")"),
+    *("-not", "-name", "k2-ssh-*"),
+]
+_LEFT_IN_STATE = [
+    *("(", "-name", "bootstrap*", "-o", "-name", "launch.json", "-o", "-name", "api-key"),
+    *("-o", "-name", "*.lock", ")", "-type", "f"),
+]
+
+
+@dataclass
+class Outcome:
+    """What one trial has shown. Times in seconds since the fault; None: not within the limit.
+
+    ``gone_seconds`` by host; where the hosts did not reach each other, the second host's counts
+    from the fault too, and is measured while it is cut off.
+    """
+
+    fault: str
+    backend: str
+    strategy: str
+    exit_status: int | None = None
+    seen_seconds: float | None = None
+    gone_seconds: dict[str, float | None] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    client: str = ""
+    said: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all was as the table asks."""
+        return not self.problems
+
+
+def try_fault(lab: Lab, fault: Fault, model: Path, backend: str, strategy: str) -> Outcome:
+    """Launch, break, watch, mend, and look for what is left."""
+    outcome = Outcome(fault.name, backend, strategy)
+    run: LabRun | None = None
+    try:
+        if fault.stage == "before":
+            fault.act(lab, None)
+        began = time.monotonic()
+        run = LabRun(lab, model, backend, strategy, detach=fault.detach)
+        if fault.stage != "before":
+            run.wait_stage(fault.stage)
+            if fault.detach:
+                run.talk.wait_end(30)
+            began = time.monotonic()
+            fault.act(lab, run)
+        _watch(lab, run, fault, outcome, began)
+    except LabError as error:
+        outcome.problems.append(error.message)
+    finally:
+        if fault.mend is not None:
+            fault.mend(lab)
+        lab.link.set()
+        lab.link.up()
+        lab.start_sshd()
+        _look_for_leftovers(lab, fault, outcome)
+        if run is not None:
+            run.close()
+        lab.mend()
+        _forget(lab)
+    return outcome
+
+
+def _watch(lab: Lab, run: LabRun, fault: Fault, outcome: Outcome, began: float) -> None:
+    talk = run.talk
+    waiting = {host.name for host in lab.hosts}
+    states: list[str] = []
+
+    def look() -> bool:
+        now = time.monotonic() - began
+        for name in sorted(waiting):
+            # On k2a the launcher itself is the last to go.
+            if not [p for p in lab.processes(name) if not _is_other(p.command)]:
+                outcome.gone_seconds[name] = now
+                waiting.discard(name)
+        if outcome.seen_seconds is None:
+            _look_at_user(run, fault, outcome, began, states)
+        return not waiting and (talk.ended_at is not None) and outcome.seen_seconds is not None
+
+    wait_for(look, _PATIENCE_SECONDS)
+    for name in waiting:
+        outcome.gone_seconds[name] = None
+    outcome.exit_status = talk.wait_end(1)
+    outcome.said = _last_words(talk.text, fault.says)
+    if run.client is not None:
+        run.client.wait_end(5)
+        outcome.client = run.client.lines[-1][1] if run.client.lines else ""
+    _judge(fault, talk.text, outcome)
+
+
+def _is_other(command: str) -> bool:
+    """Not part of the run: the client of a request, ``k2 ps``, the holder of a port."""
+    return "client.py" in command or " ps --json" in command or "create_server" in command
+
+
+def _look_at_user(
+    run: LabRun, fault: Fault, outcome: Outcome, began: float, states: list[str]
+) -> None:
+    """When the user first sees it: the cause on the terminal, or in ``k2 ps`` if detached."""
+    if fault.detach:
+        states.append(run.state())
+        if states[-1] in fault.states:
+            outcome.seen_seconds = time.monotonic() - began
+        return
+    later = [
+        (at, line)
+        for at, line in list(run.talk.lines)
+        if at >= began and (not fault.says or any(words in line for words in fault.says))
+    ]
+    if later and fault.says:
+        outcome.seen_seconds = later[0][0] - began
+    elif run.talk.ended_at is not None:
+        outcome.seen_seconds = run.talk.ended_at - began
+
+
+def _last_words(text: str, says: tuple[str, ...]) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    told = errors or [line for line in lines if any(words in line for words in says)] or lines
+    return told[-1] if told else ""
+
+
+def _judge(fault: Fault, text: str, outcome: Outcome) -> None:
+    problems = outcome.problems
+    if outcome.exit_status not in fault.exits:
+        problems.append(f"exit {outcome.exit_status}, expected {fault.exits}")
+    if outcome.seen_seconds is None or outcome.seen_seconds > SEEN_SECONDS:
+        problems.append(f"the user saw it after {outcome.seen_seconds} s")
+    if fault.says and not any(words in text for words in fault.says):
+        problems.append(f"none of {fault.says} was said: {outcome.said}")
+    if "Traceback" in outcome.said:
+        problems.append("a traceback was shown")
+
+
+def _look_for_leftovers(lab: Lab, fault: Fault, outcome: Outcome) -> None:
+    """Once the hosts reach each other again: no process, no secret, no lock."""
+
+    def empty() -> bool:
+        return not any(
+            not _is_other(found.command) for host in lab.hosts for found in lab.processes(host.name)
+        )
+
+    if not wait_for(empty, _GONE_SECONDS):
+        for host in lab.hosts:
+            outcome.left += [f"{host.name}: {p.command[:100]}" for p in lab.processes(host.name)]
+        outcome.problems.append(f"left: {outcome.left}")
+    if outcome.exit_status in (137, -9):
+        # Nobody was left to clean up; the next command that looks does.
+        with suppress(OSError):
+            lab.exec(LEADER, ["python", "-m", "k2cli", "ps"])
+    for host in lab.hosts:
+        found = lab.exec(host.name, _LEFT).stdout.split()
+        state = f"{HOME}/.local/state/k2"
+        found += lab.exec(host.name, ["find", state, *_LEFT_IN_STATE]).stdout.split()
+        if found:
+            outcome.left += [f"{host.name}:{path}" for path in found]
+            outcome.problems.append(f"files left on {host.name}: {' '.join(found)}")
+
+
+def _forget(lab: Lab) -> None:
+    """The next trial starts as on fresh machines."""
+    for host in lab.hosts:
+        lab.exec(host.name, ["rm", "-rf", f"{HOME}/.local/state/k2"])
+        found = lab.exec(host.name, _LEFT).stdout.split()
+        if found:
+            lab.exec(host.name, ["rm", "-rf", *found])
