@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import k2cli
 from k2cli.cluster.own_wheel import build_own_wheel
 from k2cli.cluster.provision import wanted_versions
 from lab import Lab
@@ -23,7 +25,8 @@ TARGET = ["cluster", "prepare", "--nodes", "k2b"]
 
 
 def _k2(lab: Lab, *arguments: str, seconds: float = 60.0) -> subprocess.CompletedProcess[str]:
-    return lab.exec("k2a", [*K2, *arguments], timeout_seconds=seconds)
+    environment = {"PYTHONPATH": os.environ["PYTHONPATH"]}
+    return lab.exec("k2a", [*K2, *arguments], environment, timeout_seconds=seconds)
 
 
 def _restart_sshd(lab: Lab) -> None:
@@ -113,7 +116,17 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code as it is now: an edit in the middle of the test would make another k2 of it."""
+    package = Path(k2cli.__file__).parent
+    shutil.copytree(package, tmp_path / "k2cli", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(package.parent / "pyproject.toml", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
 @pytest.mark.soak
+@pytest.mark.usefixtures("still")
 def test_a_bare_host_becomes_usable_by_one_command(bare: Lab, wheels: Path) -> None:
     done = _k2(bare, *TARGET)
     assert done.returncode == 5
@@ -121,7 +134,7 @@ def test_a_bare_host_becomes_usable_by_one_command(bare: Lab, wheels: Path) -> N
     _k2(bare, "cluster", "init", "k2a", "k2b", "--name", "pair")
     # Killed in the middle, it leaves nothing in the way of the next one.
     command = [*K2, "cluster", "prepare", "pair", "--wheels", str(wheels)]
-    killed = bare.start("k2a", command)
+    killed = bare.start("k2a", command, {"PYTHONPATH": os.environ["PYTHONPATH"]})
     time.sleep(6)
     for found in bare.processes("k2a"):
         os.kill(found.pid, signal.SIGKILL)
