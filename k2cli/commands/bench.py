@@ -10,10 +10,12 @@ import typer
 from k2cli.commands._target import ApiKeyOption, ModelArgument, Target, UrlOption, resolve_target
 
 if TYPE_CHECKING:
+    from k2cli.bench.calibrate import Calibrated
     from k2cli.bench.cases import BenchCase
     from k2cli.bench.report import BenchReport, BenchRow, RunDescription
     from k2cli.chat.client import ApiClient, ModelInfo
     from k2cli.cluster.runs import RunRecord
+    from k2cli.planning.plan import Plan
     from k2cli.ui.bench_table import BenchLine
 
 
@@ -49,6 +51,13 @@ def bench(
     output: Annotated[
         BenchFormat, typer.Option("--output", "-o", help="Format of the result.")
     ] = BenchFormat.md,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Choose the sizes, and let plan-memory predict these machines from the result.",
+        ),
+    ] = False,
 ) -> None:
     """Measure prompt processing (pp) and generation (tg) of a served model.
 
@@ -61,6 +70,9 @@ def bench(
     from k2cli.bench.cases import check_context, make_cases, parse_sizes
     from k2cli.chat.client import ApiClient
 
+    if calibrate:
+        _calibrate(model, url, api_key, repetitions, output)
+        return
     cases = make_cases(
         parse_sizes(prompt, "-p"),
         parse_sizes(generate, "-n"),
@@ -85,27 +97,97 @@ def _measure_and_print(
     """Rows that are done are shown also if a later one fails: they may have taken hours."""
     from datetime import UTC, datetime
 
-    from k2cli.bench.measure import RowDone, measure
-    from k2cli.bench.report import BenchReport, describe_environment
-    from k2cli.chat.client import CompletionSource
-    from k2cli.ui.output import note
-
     started = datetime.now(UTC).isoformat(timespec="seconds")
     rows: list[BenchRow] = []
     try:
-        for event in measure(CompletionSource(client, model), cases, repetitions):
-            if isinstance(event, RowDone):
-                rows.append(event.row)
-            else:
-                which = f"run {event.index} of {event.of}" if event.index else "warm-up"
-                note(f"{event.case.name}: {which}: {event.sample.tokens_per_second:.2f} t/s")
+        _measure(client, model, cases, repetitions, rows)
     finally:
         if rows:
-            run = _described(target.run) if target.run is not None else None
-            environment = describe_environment()
-            _print(
-                BenchReport(model.name, client.base, tuple(rows), run, environment, started), output
-            )
+            _print(_report(client, model, target, rows, started), output)
+
+
+def _measure(
+    client: ApiClient,
+    model: ModelInfo,
+    cases: list[BenchCase],
+    repetitions: int,
+    rows: list[BenchRow],
+) -> None:
+    """Append a row for each case, and say how it goes."""
+    from k2cli.bench.measure import RowDone, measure
+    from k2cli.chat.client import CompletionSource
+    from k2cli.ui.output import note
+
+    for event in measure(CompletionSource(client, model), cases, repetitions):
+        if isinstance(event, RowDone):
+            rows.append(event.row)
+        else:
+            which = f"run {event.index} of {event.of}" if event.index else "warm-up"
+            note(f"{event.case.name}: {which}: {event.sample.tokens_per_second:.2f} t/s")
+
+
+def _report(
+    client: ApiClient, model: ModelInfo, target: Target, rows: list[BenchRow], started: str
+) -> BenchReport:
+    from k2cli.bench.report import BenchReport, describe_environment
+
+    run = _described(target.run) if target.run is not None else None
+    return BenchReport(model.name, client.base, tuple(rows), run, describe_environment(), started)
+
+
+def _calibrate(
+    model: str | None, url: str | None, api_key: str | None, repetitions: int, output: BenchFormat
+) -> None:
+    """Measure a run of this machine, solve for the rates of its machines, and keep them."""
+    from datetime import UTC, datetime
+
+    from k2cli.bench.calibrate import (
+        PROBE,
+        calibrate_run,
+        calibrated_members,
+        calibration_cases,
+    )
+    from k2cli.bench.report import mean_and_deviation
+    from k2cli.chat.client import ApiClient
+    from k2cli.cluster.nodes import node_named
+    from k2cli.errors import UsageError
+    from k2cli.ui.bench_table import calibration_lines
+    from k2cli.ui.output import note
+
+    target = resolve_target(model, url, api_key)
+    if target.run is None:
+        raise UsageError(
+            f"--calibrate needs a run of this machine, whose plan is known, not {url}",
+            "k2 bench --calibrate",
+        )
+    run = target.run
+    plan = _plan_of(run)
+    nodes = {name: node_named(name).memory() for name in run.nodes}
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    with ApiClient(target.url, target.api_key) as client:
+        info = client.pick_model(target.model)
+        probe: list[BenchRow] = []
+        _measure(client, info, [PROBE], 1, probe)
+        rate, _ = mean_and_deviation(probe[0].rates)
+        cases = calibration_cases(rate, info.context_length, plan.request.concurrency)
+        rows: list[BenchRow] = []
+        _measure(client, info, cases, repetitions, rows)
+        by_rank = [nodes[rank.node] for rank in run.ranks]
+        calibrated = calibrate_run(plan, by_rank, run.backend, rows)
+        _print(_report(client, info, target, rows, started), output, calibrated)
+    for line in calibration_lines(calibrated_members(calibrated)):
+        note(line)
+
+
+def _plan_of(run: RunRecord) -> Plan:
+    from k2cli.errors import K2Error
+    from k2cli.planning.plan import plan_from_json
+
+    path = run.folder / "plan.json"
+    try:
+        return plan_from_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise K2Error(f"the plan of run {run.run_id} cannot be read: {error.strerror}") from error
 
 
 def _described(run: RunRecord) -> RunDescription:
@@ -120,7 +202,8 @@ def _described(run: RunRecord) -> RunDescription:
     )
 
 
-def _print(report: BenchReport, output: BenchFormat) -> None:
+def _print(report: BenchReport, output: BenchFormat, calibrated: Calibrated | None = None) -> None:
+    from k2cli.bench.calibrate import calibrated_members
     from k2cli.bench.formats import to_csv, to_json_lines, to_sql
     from k2cli.bench.report import report_document
     from k2cli.ui.bench_table import bench_markdown
@@ -128,7 +211,8 @@ def _print(report: BenchReport, output: BenchFormat) -> None:
 
     match output:
         case BenchFormat.json:
-            print_json(report_document(report))
+            more = {} if calibrated is None else {"calibration": calibrated_members(calibrated)}
+            print_json(report_document(report) | more)
         case BenchFormat.jsonl:
             print_text(to_json_lines(report))
         case BenchFormat.csv:

@@ -82,6 +82,7 @@ def plan_memory(
     Example: k2 plan-memory k2-thinking --hardware '2x m3-ultra-512' --context 131072
     """
     from k2cli.planning.advice import advised_plan
+    from k2cli.planning.calibrated import with_calibration
     from k2cli.planning.planner import Planner, Wishes
     from k2cli.units import parse_latency
 
@@ -102,7 +103,7 @@ def plan_memory(
         _refuse_beside_shop(hardware, cluster, plot, svg, save)
         _shop(Planner(model, quantize), wishes, as_json=as_json)
         return
-    nodes = _machines(hardware, cluster)
+    nodes = with_calibration(_machines(hardware, cluster), backend)
     planner = Planner(model, quantize)
     plan = advised_plan(planner, nodes, wishes)
     given = {

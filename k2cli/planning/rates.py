@@ -11,6 +11,7 @@ class NodeRates:
 
     ``dense``, ``expert`` and ``attention`` are operations per second of a prompt's matrices that
     all tokens share, of matrices that the tokens are spread over, and of attention.
+    ``rows_share`` is what several requests' tokens, decoded together, reach of a prompt's rates.
     """
 
     read_bytes_per_second: float
@@ -19,6 +20,7 @@ class NodeRates:
     attention_flops_per_second: float
     dense_layer_seconds: float
     expert_layer_seconds: float
+    rows_share: float = 1.0
 
     def shared_by(self, ranks: int) -> NodeRates:
         """The rates of one of several ranks that compute at the same time on one machine."""
@@ -29,6 +31,7 @@ class NodeRates:
             self.attention_flops_per_second / ranks,
             self.dense_layer_seconds,
             self.expert_layer_seconds,
+            self.rows_share,
         )
 
 

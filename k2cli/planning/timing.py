@@ -57,10 +57,12 @@ def decode_time(
     """One token for each of ``rows`` sequences, all at the same context.
 
     Matrices of several rows are computed while weights are read, so the longer of the two counts.
+    A single row has kernels of its own, which do little but read.
     """
     weights = sum(count * layer.weights_read(rows) for layer, count in stage.all)
     cache = rows * sum(count * layer.cache_read(context_length) for layer, count in stage.layers)
-    compute = rows * sum(count * _matrix_seconds(layer, rates) for layer, count in stage.all)
+    matrices = sum(count * _matrix_seconds(layer, rates) for layer, count in stage.all)
+    compute = rows * matrices / rates.rows_share if rows > 1 else 0.0
     pairs = sum(
         count * layer.decode_pair_flops * _attended(layer, context_length)
         for layer, count in stage.layers

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +52,19 @@ def bench_markdown(lines: Sequence[BenchLine]) -> str:
         for column, width in enumerate(widths)
     ]
     return "\n".join([row(header), row(rules), *(row(texts) for texts in cells)])
+
+
+def calibration_lines(members: Mapping[str, Any]) -> list[str]:
+    """What a calibration found, from its JSON: rates, and how well the model says the figures."""
+    rates = members["rates"]
+    lines = [
+        f"reads {rates['read_bytes_per_second'] / 1e9:.3g} GB/s, computes "
+        f"{rates['dense_flops_per_second'] / 1e12:.3g} TFLOP/s, "
+        f"{rates['dense_layer_seconds'] * 1e6:.0f} us per layer beside that"
+    ]
+    if members["collective_seconds"] is not None:
+        lines.append(f"{members['collective_seconds'] * 1e6:.0f} us per message between ranks")
+    worst = max(abs(figure["model_error"]) for figure in members["figures"])
+    lines.append(f"with these the model is at most {worst:.0%} off what was measured")
+    lines.append(f"kept in {members['file']}; k2 plan-memory uses it for these machines")
+    return lines

@@ -1,0 +1,102 @@
+"""The owner's calibrations: one file in the user's configuration, one entry per group of machines.
+
+An entry belongs to the machines of a run (their names and memory) and what connected them. Plans
+for the very same machines then use it; plans for others use the fitted constants.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from k2cli.errors import K2Error
+from k2cli.planning.hardware import NodeMemory
+from k2cli.planning.rates import MeasuredSpeed, NodeRates
+from k2cli.settings import config_directory
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedMachines:
+    """What was found. ``machines`` are name and memory in bytes of each rank's, sorted."""
+
+    machines: tuple[tuple[str, int], ...]
+    backend: str
+    model: str
+    measured_on: str
+    rates: NodeRates
+    collective_seconds: float | None
+
+    def of(self, machines: tuple[tuple[str, int], ...], backend: str) -> bool:
+        """Whether it is about these machines; ``auto`` stands for any back end."""
+        return self.machines == machines and backend in ("auto", self.backend)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    entries: tuple[CalibratedMachines, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+
+def calibration_file() -> Path:
+    """Where calibrations are kept."""
+    return config_directory() / "calibration.json"
+
+
+def machines_of(nodes: Sequence[NodeMemory]) -> tuple[tuple[str, int], ...]:
+    """What a calibration is kept under, with the back end."""
+    return tuple(sorted((node.name, node.memory_bytes) for node in nodes))
+
+
+def save_calibration(entry: CalibratedMachines) -> Path:
+    """Keep an entry in place of an older one of the same machines and back end.
+
+    Raises:
+        K2Error: if the file cannot be read or written.
+    """
+    path = calibration_file()
+    others = [each for each in _read(path) if not each.of(entry.machines, entry.backend)]
+    data = msgspec.json.format(msgspec.json.encode(_File((*others, entry))), indent=1)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data + b"\n")
+        partial.replace(path)
+    except OSError as error:
+        raise K2Error(f"{path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def with_calibration(nodes: Sequence[NodeMemory], backend: str = "auto") -> list[NodeMemory]:
+    """The machines with what was measured of them, if it was; the newest entry counts.
+
+    Raises:
+        K2Error: if the file of calibrations is damaged.
+    """
+    machines = machines_of(nodes)
+    fitting = [each for each in _read(calibration_file()) if each.of(machines, backend)]
+    if not fitting:
+        return list(nodes)
+    entry = fitting[-1]
+    source = f"measured on {entry.measured_on} with {entry.model} by k2 bench --calibrate"
+    measured = MeasuredSpeed(entry.rates, entry.collective_seconds, source)
+    return [replace(node, measured=measured) for node in nodes]
+
+
+def _read(path: Path) -> tuple[CalibratedMachines, ...]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise K2Error(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        found = msgspec.json.decode(data, type=_File)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise K2Error(f"{path} is damaged: {error}", f"rm {path}") from error
+    return found.entries if found.schema_version == SCHEMA_VERSION else ()
