@@ -220,9 +220,6 @@ def _memory_of(node: ClusterNode, cluster: str) -> NodeMemory:
     chip = chip_of_device(node.chip)
     memory_gib = node.memory_bytes // GIB
     cores = node.gpu_cores or (chip.usual_gpu_cores(memory_gib) if chip else 0)
-    bandwidth = node.bandwidth_bytes_per_second
-    if bandwidth is None and chip is not None:
-        bandwidth = chip.bandwidth_bytes_per_second(cores, memory_gib)
     return NodeMemory(
         node.name,
         node.memory_bytes,
@@ -231,7 +228,7 @@ def _memory_of(node: ClusterNode, cluster: str) -> NodeMemory:
         node.backend,
         node.limit_source or f"as asked for the cluster {cluster}",
         chip=chip.identifier if chip else "",
-        bandwidth_bytes_per_second=bandwidth,
+        bandwidth_bytes_per_second=node.bandwidth_bytes_per_second,
         gpu_flops_per_second=chip.flops_per_second(cores) if chip else None,
     )
 

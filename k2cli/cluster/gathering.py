@@ -15,6 +15,8 @@ from k2cli.cluster.hostfile import Hostfile
 from k2cli.cluster.links import detect_links
 from k2cli.cluster.nodes import Node, node_named
 from k2cli.errors import ClusterError, UsageError
+from k2cli.planning.chips import chip_of_device
+from k2cli.units import GIB
 
 _AT_ONCE = 16
 
@@ -131,7 +133,7 @@ def describe_node(name: str, facts: MachineFacts, python: str | None) -> Cluster
         limit_bytes=facts.limit_bytes,
         limit_mark=facts.limit_mark,
         backend=facts.backend,
-        bandwidth_bytes_per_second=facts.bandwidth_bytes_per_second,
+        bandwidth_bytes_per_second=facts.bandwidth_bytes_per_second or _chip_bandwidth(facts),
         interfaces={name: tuple(found) for name, found in facts.interfaces.items()},
         interface_kinds=dict(facts.interface_kinds),
         rdma_devices=tuple(facts.rdma_devices),
@@ -139,6 +141,16 @@ def describe_node(name: str, facts: MachineFacts, python: str | None) -> Cluster
         limit_source=facts.limit_source,
         gpu_cores=facts.gpu_cores,
     )
+
+
+def _chip_bandwidth(facts: MachineFacts) -> int | None:
+    """The peak of its chip as the catalog has it, or None for others."""
+    chip = chip_of_device(facts.chip)
+    if chip is None:
+        return None
+    memory_gib = facts.memory_bytes // GIB
+    cores = facts.gpu_cores or chip.usual_gpu_cores(memory_gib)
+    return chip.bandwidth_bytes_per_second(cores, memory_gib)
 
 
 def imported(name: str, hostfile: Hostfile) -> Cluster:

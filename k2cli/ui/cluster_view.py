@@ -28,6 +28,8 @@ class NodeView(Protocol):
     def backend(self) -> str: ...
     @property
     def python(self) -> str | None: ...
+    @property
+    def bandwidth_bytes_per_second(self) -> int | None: ...
 
 
 class LinkView(Protocol):
@@ -191,7 +193,9 @@ def _details(
     memory = (
         f"{format_gib(node.memory_bytes)} of memory, MLX may use {format_gib(node.limit_bytes)}"
     )
-    lines = [f"{node.chip}, {node.os}", f"{memory} ({node.backend})"]
+    bandwidth = node.bandwidth_bytes_per_second
+    speed = f", reads {format_bytes(bandwidth)}/s" if bandwidth else ""
+    lines = [f"{node.chip}, {node.os}", f"{memory} ({node.backend}){speed}"]
     if activities is None:
         return lines if node.python else [*lines, "this k2 is not installed there"]
     activity = activities.get(node.name)

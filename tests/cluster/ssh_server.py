@@ -1,6 +1,7 @@
 """A real sshd on this machine for tests, with a client configuration and a home of its own.
 
-Hosts: ``b`` is the server. The others reach it, or not, each with a fault of its own: ``stranger``
+Hosts: ``b`` is the server, and ``behind`` the same through a jump over ``b``. The others fail each
+in its own way: ``stranger``
 (host key unknown), ``changed`` (another host key known), ``denied`` (wrong key), ``nobody`` (a
 port that nothing listens on).
 """
@@ -44,6 +45,7 @@ class Server:
         known = f"  UserKnownHostsFile {self.folder}/known_hosts\n  HostKeyAlias b\n"
         (self.folder / "config").write_text(
             f"Host b\n{more}{common}{known}"
+            f"Host behind\n{common}{known}  ProxyJump b\n"
             f"Host stranger\n{common}  UserKnownHostsFile {self.folder}/none\n"
             f"Host denied\n{common.replace('/key', '/wrong')}{known}"
             f"Host nobody\n  HostName 127.0.0.1\n  Port 9\n"

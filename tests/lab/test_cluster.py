@@ -21,6 +21,10 @@ from lab import Lab
 
 pytestmark = pytest.mark.lab
 K2 = [sys.executable, "-m", "k2cli"]
+# In the host's own view of the disk; python3 is a link to one of these.
+PYTHONS = "$(ls -d /usr/bin/python3.?? /usr/local/bin/python3.?? 2>/dev/null)"
+HIDE_PYTHONS = f"for path in {PYTHONS}; do mount --bind /dev/null $path; done"
+SHOW_PYTHONS = f"for path in {PYTHONS}; do umount $path; done"
 TARGET = ["cluster", "prepare", "--nodes", "k2b"]
 
 
@@ -84,6 +88,12 @@ def test_a_bare_host_says_what_is_missing_and_a_full_disk_says_so(bare: Lab) -> 
     done = _k2(bare, "cluster", "init", "k2b", "--name", "bare")
     assert done.returncode == 0, done.stderr
     assert "k2 is not installed on node k2b; k2 cluster prepare --nodes k2b" in done.stderr
+    hidden = bare.exec("k2b", ["sh", "-c", HIDE_PYTHONS])
+    assert hidden.returncode == 0, hidden.stderr
+    done = _k2(bare, *TARGET)
+    assert done.returncode == 5
+    assert "node k2b has no Python 3.11 or newer, and no uv to fetch one" in done.stderr
+    bare.exec("k2b", ["sh", "-c", SHOW_PYTHONS])
     bare.exec("k2b", ["mkdir", "-p", ".k2/incoming"])
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", ".k2/incoming"]
     assert bare.exec("k2b", mount).returncode == 0
