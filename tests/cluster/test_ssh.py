@@ -34,8 +34,9 @@ def _sockets() -> list[Path]:
 
 
 async def test_commands_share_a_connection_that_ends_with_the_work(ssh_server: Server) -> None:
-    node = SshNode("b")
+    node = SshNode("b", python="/gone/python")  # and another one is found
     assert node.facts().k2_version == __version__
+    assert node.python != "/gone/python"
     (path,) = _sockets()
     assert path.exists()
     assert path.parent.stat().st_mode & 0o777 == 0o700
@@ -105,12 +106,6 @@ def test_a_command_that_takes_too_long_is_given_up(ssh_server: Server) -> None:
     with pytest.raises(ClusterError, match="node b did not answer within 1 s to 'sleep'"):
         node.run(["sleep", "5"], timeout_seconds=1)
     assert node.run(["printf", "on"]).stdout == b"on"
-
-
-def test_an_interpreter_that_is_gone_is_looked_for_again(ssh_server: Server) -> None:
-    node = SshNode("b", python="/gone/python")
-    assert node.facts().k2_version == __version__
-    assert node.python != "/gone/python"
 
 
 def test_a_node_without_k2_says_so(ssh_server: Server, tmp_path: Path) -> None:
