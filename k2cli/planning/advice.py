@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from k2cli.errors import K2Error
+from k2cli.planning.candidates import GOOD_CHUNK_TOKENS
 from k2cli.planning.chips import chips
 from k2cli.planning.hardware import NodeMemory, share_machines
 from k2cli.planning.hardware_spec import catalog_node
+from k2cli.planning.limits import max_context_length
 from k2cli.planning.plan import Advice, Plan
-from k2cli.planning.planner import Planner, Wishes
+from k2cli.planning.planner import Planner, Wishes, strategies_for
 from k2cli.planning.quantized import (
     BITS,
     UniformRecipe,
@@ -125,9 +127,12 @@ def _raised_limit(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes)
     widest = _fitting(planner, most, wishes)
     if widest is None:
         return None
-    needed = {budget.name: budget.total_bytes for budget in widest.nodes}
+    needed: dict[int, int] = {}  # the same for all Macs of one memory size: one thing to remember
+    for node in nodes:
+        total = max(budget.total_bytes for budget in widest.nodes if budget.name == node.name)
+        needed[node.memory_bytes] = max(needed.get(node.memory_bytes, 0), total)
     raised = [
-        replace(node, limit_bytes=max(node.limit_bytes, -(-needed[node.name] // GIB) * GIB))
+        replace(node, limit_bytes=max(node.limit_bytes, -(-needed[node.memory_bytes] // GIB) * GIB))
         for node in nodes
     ]
     plan = _fitting(planner, raised, wishes)
@@ -165,13 +170,20 @@ def _fewer_sequences(
 def _shorter_context(
     planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, plan: Plan
 ) -> Advice | None:
-    context = plan.max_context_length // CONTEXT_STEP * CONTEXT_STEP
-    if not SHORTEST_CONTEXT <= context < plan.request.context_length:
-        return None
-    fitting = _fitting(planner, nodes, replace(wishes, context_length=context))
-    return _advice(
-        "context", f"a context of {context:,} tokens", {"--context": str(context)}, fitting
-    )
+    """The longest context that leaves room for a good prefill chunk; for any chunk if none does."""
+    possible = [each.name for each in plan.alternatives if each.possible]
+    strategies = [each for each in strategies_for(wishes.strategy, len(nodes)) if each in possible]
+    good = replace(wishes, chunk_tokens=wishes.chunk_tokens or GOOD_CHUNK_TOKENS)
+    for longest in (
+        max_context_length(planner.ground(nodes, good), strategies),
+        plan.max_context_length,
+    ):
+        context = longest // CONTEXT_STEP * CONTEXT_STEP
+        if SHORTEST_CONTEXT <= context < plan.request.context_length:
+            fitting = _fitting(planner, nodes, replace(wishes, context_length=context))
+            what = f"a context of {context:,} tokens"
+            return _advice("context", what, {"--context": str(context)}, fitting)
+    return None
 
 
 def _fewer_bits(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:

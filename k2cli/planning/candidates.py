@@ -87,13 +87,15 @@ def preference(of: Candidate) -> tuple[bool, int, float, int]:
 class Ground:
     """What candidates have in common: the model, the machines (limits shared), the demand.
 
-    Without ``timed`` no speed is predicted, and of splits that fit any will do.
+    Without ``timed`` no speed is predicted, and of splits that fit any will do; with
+    ``unfit_speed`` a speed is also predicted of what does not fit, for the record.
     """
 
     model: TracedModel
     nodes: tuple[NodeMemory, ...]
     demand: Demand
     timed: bool = True
+    unfit_speed: bool = True
 
 
 def candidate(ground: Ground, strategy: Strategy) -> Candidate:
@@ -348,14 +350,17 @@ def _finished(
     budgets: tuple[NodeBudget, ...],
 ) -> Candidate:
     demand = ground.demand
-    speed = None if slices.work is None or not ground.timed else predict_speed(
-        slices.work,
-        placement,
-        nodes,
-        backend=demand.backend,
-        context_length=demand.context_length,
-        concurrency=demand.concurrency,
-        chunk_tokens=min(chunk, demand.context_length),
-        collective_seconds=demand.collective_seconds,
-    )  # fmt: skip
+    fits = all(budget.headroom_bytes >= 0 for budget in budgets)
+    speed = None
+    if slices.work is not None and ground.timed and (fits or ground.unfit_speed):
+        speed = predict_speed(
+            slices.work,
+            placement,
+            nodes,
+            backend=demand.backend,
+            context_length=demand.context_length,
+            concurrency=demand.concurrency,
+            chunk_tokens=min(chunk, demand.context_length),
+            collective_seconds=demand.collective_seconds,
+        )
     return Candidate(placement, tuple(nodes), chunk, budgets, speed, demand.concurrency)

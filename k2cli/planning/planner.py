@@ -99,14 +99,15 @@ class Planner:
         Args:
             nodes: one per rank, rank 0 first unless ``wishes.free_order``. Nodes of one name are
                 ranks on one machine and share its limit.
-            limits: also find the longest context and the most sequences, and trace the chosen
-                placement rank by rank: for the plan that is shown, not for those compared to it.
+            limits: also find the longest context and the most sequences, trace the chosen
+                placement rank by rank, and predict a speed even if it does not fit: for the plan
+                that is shown, not for those that are tried on the way.
 
         Raises:
             UsageError: for a request that makes no sense; where the wanted strategy is
                 impossible, with the numbers.
         """
-        ground = self.ground(nodes, wishes)
+        ground = replace(self.ground(nodes, wishes), unfit_speed=limits)
         found, obstacles = _compare(ground, strategies_for(wishes.strategy, len(nodes)))
         chosen = max(found, key=preference)
         if limits:

@@ -54,6 +54,6 @@ def decode_band(point: CurvePointView) -> BandView:
     return point.decode_tokens_per_second
 
 
-def has_speed(points: Sequence[CurvePointView]) -> bool:
-    """Whether a speed was predicted at every context."""
-    return all(point.decode_tokens_per_second is not None for point in points)
+def with_speed(points: Sequence[CurvePointView]) -> list[CurvePointView]:
+    """The points that have a predicted speed: those that fit, on machines whose speed is known."""
+    return [point for point in points if point.decode_tokens_per_second is not None]

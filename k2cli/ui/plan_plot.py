@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from rich.text import Text
 
-from k2cli.ui.curves import between, context_text, decode_band, has_speed, positions, rounded_up
+from k2cli.ui.curves import between, context_text, decode_band, positions, rounded_up, with_speed
 from k2cli.ui.curves import stacked as stacked_parts
 from k2cli.ui.output import print_text, stdout_console
 from k2cli.ui.plan_bars import PARTS
@@ -27,8 +27,9 @@ def plot_lines(points: Sequence[CurvePointView], *, unicode: bool = True) -> lis
     """Both charts, one above the other; the speed's only where it is known."""
     glyphs = _UNICODE if unicode else _ASCII
     lines = _memory_chart(points, glyphs)
-    if has_speed(points):
-        lines += [Text(), *_speed_chart(points, glyphs)]
+    timed = with_speed(points)
+    if len(timed) > 1:
+        lines += [Text(), *_speed_chart(timed, glyphs)]
     return lines
 
 

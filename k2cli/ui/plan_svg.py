@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from k2cli.errors import UsageError
-from k2cli.ui.curves import context_text, decode_band, has_speed, positions, rounded_up, stacked
+from k2cli.ui.curves import context_text, decode_band, positions, rounded_up, stacked, with_speed
 from k2cli.ui.plan_bars import PARTS, short_name
 from k2cli.ui.plan_table import headline, rate_text, verdict
 from k2cli.ui.plan_views import BandView, BudgetView, CurvePointView, PlanView
@@ -37,8 +37,9 @@ def plan_svg(plan: PlanView, points: Sequence[CurvePointView]) -> str:
     if len(points) > 1:
         drawn, y = _memory_chart(points, y + 24)
         body += drawn
-        if has_speed(points):
-            drawn, y = _speed_chart(points, y + 24)
+        timed = with_speed(points)
+        if len(timed) > 1:
+            drawn, y = _speed_chart(timed, y + 24)
             body += drawn
     title = escape(f"{plan.model.reference}: {verdict(plan)}")
     return "\n".join(

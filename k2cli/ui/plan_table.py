@@ -109,12 +109,15 @@ def verdict(plan: PlanView) -> str:
 
 
 def shortfalls(plan: PlanView) -> str:
-    """What is missing on each node that is over its limit."""
-    return ", ".join(
-        f"{node.name} lacks {format_bytes(-node.headroom_bytes)}"
-        for node in plan.nodes
-        if node.headroom_bytes < 0
+    """What is missing on the nodes that are over their limits; of many, on the worst."""
+    over = sorted(
+        (node for node in plan.nodes if node.headroom_bytes < 0),
+        key=lambda node: node.headroom_bytes,
     )
+    named = over if len(over) <= 2 else over[:1]
+    lacking = [f"{node.name} lacks {format_bytes(-node.headroom_bytes)}" for node in named]
+    others = len(over) - len(named)
+    return ", ".join(lacking) + (f", {others} others lack less" if others else "")
 
 
 def speed_lines(plan: PlanView) -> list[str]:
@@ -188,7 +191,8 @@ def _limit_lines(plan: PlanView) -> list[str]:
     sequences = _sequences(request.concurrency)
     return [
         f"room for up to {plan.max_context_length:,} tokens of context with {sequences},",
-        f"or up to {plan.max_concurrency:,} sequences of {request.context_length:,} tokens",
+        f"or up to {plan.max_concurrency:,} sequences of {request.context_length:,} tokens, "
+        "in smaller chunks if need be",
     ]
 
 
@@ -239,7 +243,7 @@ def print_plan(plan: PlanView, *, command: Mapping[str, str], explain: bool = Fa
     _print_block([*headline(plan), "", *_table(plan.nodes), ""])
     for line in bar_lines(plan.nodes, unicode=can_print_unicode()):
         stdout_console().print(line)
-    blocks = [speed_lines(plan), [verdict(plan)], advice_lines(plan, command)]
+    blocks = [speed_lines(plan), textwrap.wrap(verdict(plan), _WIDTH), advice_lines(plan, command)]
     if explain:
         blocks.append(explanation_lines(plan))
     for block in blocks:
