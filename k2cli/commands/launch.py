@@ -208,7 +208,7 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
 
 
 def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
-    from k2cli.runtime.protocol import LoadProgress, LogLine, RankReady, RunReady
+    from k2cli.runtime.protocol import LoadProgress, LogLine, RankFailed, RankReady, RunReady
 
     match event:
         case LoadProgress():
@@ -217,6 +217,8 @@ def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
             view.rank_ready(event.rank, event.weights_bytes, event.load_seconds)
         case RunReady():
             view.ready(record.run_id, record.model_name, event.url)
+        case RankFailed():
+            view.failed(event.rank, event.cause)
         case LogLine():
             view.line(event.node, event.rank, event.text)
 

@@ -28,6 +28,7 @@ class LaunchView:
         self._log = log
         self._phases: dict[int, str] = {}
         self._tasks: dict[int, TaskID] = {}
+        self._told_failure = False
         console = stderr_console()
         self._bars = (
             Progress(
@@ -95,6 +96,13 @@ class LaunchView:
         """The API answers."""
         self.end_progress()
         note(f"\nready: {model_name} at {url}/v1 (run {run_id})")
+
+    def failed(self, rank: int, cause: str) -> None:
+        """A rank has failed: said at once, since a node that is cut off holds up the end."""
+        if not self._told_failure:
+            self._told_failure = True
+            self.end_progress()
+            note(f"{self._who(rank)} failed: {cause}; ending the run on every node")
 
     def line(self, node: str, rank: int, text: str) -> None:
         """A line of the log."""
