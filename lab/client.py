@@ -40,6 +40,7 @@ def main() -> None:
     port, words, most = (int(part) for part in sys.argv[1:])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     body = {"prompt": "word " * words, "max_tokens": most, "stream": True}
+    body["temperature"] = 0.0
     try:
         headers = {"Content-Type": "application/json"}
         connection.request("POST", "/v1/completions", json.dumps(body), headers)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lab.home import HOME, make_key
 from lab.laboratory import Lab
-from lab.namespaces import processes
-from lab.runs import FOLLOWER, LEADER, LabRun
+from lab.namespaces import listens, processes
+from lab.runs import FOLLOWER, LEADER, LabRun, wait_for
 from lab.state import ROOT
 
 STATE = f"{HOME}/.local/state"
@@ -158,7 +158,8 @@ def _old_host_key(lab: Lab) -> None:
 
 
 def _take_port(lab: Lab, run: LabRun | None) -> None:
-    lab.exec(LEADER, ["setsid", "--fork", sys.executable, "-c", _PORT_HOLDER])
+    lab.start_background(LEADER, [sys.executable, "-c", _PORT_HOLDER])
+    wait_for(lambda: listens(lab.host(LEADER).state, 8080), 10)
 
 
 def _mpiruns() -> list[str]:

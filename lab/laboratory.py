@@ -19,6 +19,7 @@ from lab.namespaces import (
     LabProcess,
     end_host,
     enter_command,
+    listens,
     processes,
     run_ip,
     start_host,
@@ -30,7 +31,7 @@ CONSOLE = "console"
 ETHERNET = "eth0"
 _SECONDS = 20.0
 _MAXIMUM_HOSTS = 20
-_LISTENING, _SSH_PORT = "0A", "0016"  # proc(5), /proc/net/tcp
+_SSH_PORT = 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class Lab:
         self.hosts = tuple(self._host(host, index) for index, host in enumerate(state.hosts))
         self.link = Link(self)
         self._parents: list[subprocess.Popen[bytes]] = []
+        self._background: list[subprocess.Popen[bytes]] = []
         self._owner: int | None = None
 
     def _host(self, state: HostState, index: int) -> Host:
@@ -138,7 +140,10 @@ class Lab:
     def down(self) -> None:
         """End every process of the lab and remove its folder."""
         with locked():
+            _end([*self._state.hosts, self._state.console])
             _clear(self.folder)
+        for process in self._background:
+            process.wait(_SECONDS)
         for parent in self._parents:
             parent.wait(_SECONDS)
         if self._owner is not None:
@@ -211,6 +216,10 @@ class Lab:
             start_new_session=True,
         )
 
+    def start_background(self, host: int | str, arguments: Sequence[str]) -> None:
+        """Start something whose output nobody wants; ``mend`` ends it."""
+        self._background.append(self.start(host, arguments, output=subprocess.DEVNULL))
+
     def processes(self, host: int | str) -> list[LabProcess]:
         """Everything that runs on a host, but for the host's own services."""
         return [found for found in processes(self.host(host).state) if not found.is_service]
@@ -242,7 +251,7 @@ class Lab:
             LabError: if it does not.
         """
         for found in self.hosts if host is None else [self.host(host)]:
-            if not _ssh_listens(found.state):
+            if not listens(found.state, _SSH_PORT):
                 _start_sshd(self, found)
 
     def mend(self) -> None:
@@ -253,6 +262,9 @@ class Lab:
             for found in self.processes(host.name):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(found.pid, signal.SIGKILL)
+        for process in self._background:
+            process.wait(_SECONDS)
+        self._background.clear()
         self.start_sshd()
 
 
@@ -261,11 +273,15 @@ def _is_like(state: LabState, networks: list[str], hosts: int) -> bool:
     return alive and state.networks == networks and len(state.hosts) == hosts
 
 
+def _end(hosts: Sequence[HostState]) -> None:
+    for host in hosts:
+        end_host(host)
+
+
 def _clear(folder: Path) -> None:
     state = read_state(folder)
     if state is not None:
-        for host in [*state.hosts, state.console]:
-            end_host(host)
+        _end([*state.hosts, state.console])
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -362,21 +378,13 @@ def _join(lab: Lab) -> None:
 # --- sshd ---------------------------------------------------------------------------------------
 
 
-def _ssh_listens(host: HostState) -> bool:
-    for line in Path(f"/proc/{host.pid}/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == _LISTENING and fields[1].endswith(f":{_SSH_PORT}"):
-            return True
-    return False
-
-
 def _start_sshd(lab: Lab, host: Host) -> None:
     program = find_program("sshd") or "/usr/sbin/sshd"
     log = f"{home.HOME}/../lab-ssh/sshd.log"
     done = lab.exec(host.name, [program, "-f", home.SSHD_CONFIG, "-E", os.path.normpath(log)])
     until = time.monotonic() + _SECONDS
     while done.returncode == 0 and time.monotonic() < until:
-        if _ssh_listens(host.state):
+        if listens(host.state, _SSH_PORT):
             return
         time.sleep(0.01)
     path = host.folder / "ssh" / "sshd.log"

@@ -26,6 +26,7 @@ from lab.state import HostState, is_alive, start_time
 _INIT = Path(__file__).with_name("init.py")
 _START_SECONDS = 20.0
 _END_SECONDS = 10.0
+_LISTENING = "0A"  # proc(5), /proc/net/tcp
 _NAMESPACES = ("--net", "--uts", "--mount", "--pid", "--ipc")
 
 
@@ -180,3 +181,16 @@ def _look_at(pid: int, namespace: str) -> LabProcess | None:
         return None
     command = b" ".join(words).decode(errors="replace") or f"[{status['Name']}]"
     return LabProcess(pid, int(status["NSpid"].split()[-1]), command.strip(), state == "T")
+
+
+def listens(host: HostState, port: int) -> bool:
+    """Whether something in the host's network listens on a TCP port, IPv4."""
+    lines = Path(f"/proc/{host.pid}/net/tcp").read_text().splitlines()[1:]
+    fields = [line.split() for line in lines]
+    return any(f[3] == _LISTENING and f[1].endswith(f":{port:04X}") for f in fields)
+
+
+def mount_points(host: HostState) -> list[str]:
+    """Where something is mounted in a host."""
+    lines = Path(f"/proc/{host.pid}/mounts").read_text().splitlines()
+    return [line.split()[1].replace("\\040", " ") for line in lines]

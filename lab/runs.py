@@ -92,7 +92,8 @@ class LabRun:
         backend: ``ring``, ``mpi4`` (Debian's Open MPI) or ``mpi5`` (the wheel's).
         strategy: ``pipeline`` or ``tensor``.
         detach: leave a supervisor behind.
-        options: more options of ``k2 launch``.
+        nodes: one per rank, as the user names them.
+        host: where it is launched.
     """
 
     def __init__(
@@ -103,18 +104,19 @@ class LabRun:
         strategy: str,
         *,
         detach: bool = False,
-        options: tuple[str, ...] = (),
+        nodes: str = "k2a,k2b",
+        host: str = LEADER,
     ) -> None:
         self.lab = lab
         self.backend = backend
         kind = "mpi" if backend.startswith("mpi") else backend
-        command = [sys.executable, "-m", "k2cli", "launch", str(model), "--nodes", "k2a,k2b"]
+        command = [sys.executable, "-m", "k2cli", "launch", str(model), "--nodes", nodes]
         command += ["--backend", kind, "--parallel", strategy, "--port", "8080"]
-        command += ["--context", "4096", "--concurrency", "1", *options]
+        command += ["--context", "4096", "--concurrency", "1"]
         if detach:
             command.append("--detach")
         settings = {"PATH": _SYSTEM_PATH} if backend == "mpi4" else {}
-        self.talk = Talk(lab.start(LEADER, command, settings))
+        self.talk = Talk(lab.start(host, command, settings))
         self.client: Talk | None = None
 
     # --- its processes --------------------------------------------------------------------------
@@ -192,6 +194,12 @@ class LabRun:
             answer = json.loads(self.lab.exec(LEADER, command, timeout_seconds=30).stdout)
             return str(answer["runs"][0]["state"])
         return "unknown"
+
+    def wait_gone(self, seconds: float) -> bool:
+        """Whether nothing runs on any host in time."""
+        return wait_for(
+            lambda: not any(self.lab.process_count(host.name) for host in self.lab.hosts), seconds
+        )
 
     def close(self) -> None:
         """End what is left of it."""

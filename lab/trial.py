@@ -10,7 +10,8 @@ from pathlib import Path
 from lab.errors import LabError
 from lab.faults import Fault
 from lab.home import HOME
-from lab.laboratory import Lab
+from lab.laboratory import Host, Lab
+from lab.namespaces import mount_points
 from lab.runs import LEADER, LabRun, wait_for
 
 SEEN_SECONDS = 15.0
@@ -21,7 +22,7 @@ _GONE_SECONDS = 30.0
 _LEFT = [
     *("find", "/dev/shm", "/tmp", "-mindepth", "1", "-maxdepth", "1"),
     *("(", "-name", "k2-*", "-o", "-name", "ompi*", "-o", "-name", "prte*", ")"),
-    *("-not", "-name", "k2-ssh-*"),
+    *("-not", "-name", "k2-ssh-*", "-type", "d"),
 ]
 _LEFT_IN_STATE = [
     *("(", "-name", "bootstrap*", "-o", "-name", "launch.json", "-o", "-name", "api-key"),
@@ -174,7 +175,7 @@ def _look_for_leftovers(lab: Lab, fault: Fault, outcome: Outcome) -> None:
         with suppress(OSError):
             lab.exec(LEADER, ["python", "-m", "k2cli", "ps"])
     for host in lab.hosts:
-        found = lab.exec(host.name, _LEFT).stdout.split()
+        found = _scratch(lab, host)
         state = f"{HOME}/.local/state/k2"
         found += lab.exec(host.name, ["find", state, *_LEFT_IN_STATE]).stdout.split()
         if found:
@@ -186,6 +187,15 @@ def _forget(lab: Lab) -> None:
     """The next trial starts as on fresh machines."""
     for host in lab.hosts:
         lab.exec(host.name, ["rm", "-rf", f"{HOME}/.local/state/k2"])
-        found = lab.exec(host.name, _LEFT).stdout.split()
-        if found:
+        if found := _scratch(lab, host):
             lab.exec(host.name, ["rm", "-rf", *found])
+
+
+def _scratch(lab: Lab, host: Host) -> list[str]:
+    """Folders of runs in memory and in /tmp; nothing that is mounted there from outside."""
+    mounted = mount_points(host.state)
+    return [
+        path
+        for path in lab.exec(host.name, _LEFT).stdout.split()
+        if not any(point == path or point.startswith(f"{path}/") for point in mounted)
+    ]

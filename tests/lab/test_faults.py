@@ -1,0 +1,57 @@
+"""Faults of machines and links, each once, with real ranks; ``lab.reliability`` runs them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lab import Lab
+from lab.faults import FAULTS, fault_named
+from lab.trial import try_fault
+
+pytestmark = [pytest.mark.lab, pytest.mark.ranks, pytest.mark.timeout(180)]
+
+# Each kind once, over both back ends and both placements; the short ones first.
+SELECTION = [
+    ("k2-missing", "ring", "pipeline"),
+    ("host-key", "ring", "pipeline"),
+    ("disk-full", "ring", "pipeline"),
+    ("port-taken", "ring", "pipeline"),
+    ("mpirun-missing", "mpi4", "pipeline"),
+    ("ctrl-c-initialising", "ring", "pipeline"),
+    ("ctrl-c-twice-ready", "mpi5", "tensor"),
+    ("hangup", "ring", "pipeline"),
+    ("launcher-kill", "mpi5", "pipeline"),
+    ("supervisor-kill", "ring", "tensor"),
+    ("mpirun-kill", "mpi4", "pipeline"),
+    ("guard-1-kill", "ring", "pipeline"),
+    ("rank-1-kill-early", "ring", "tensor"),
+    ("rank-1-stop", "mpi5", "pipeline"),
+    ("sshd-kill", "ring", "pipeline"),
+    ("link-down-decode", "mpi5", "tensor"),
+    ("link-silent", "ring", "pipeline"),
+]
+
+
+@pytest.mark.parametrize(("name", "backend", "strategy"), SELECTION)
+def test_a_fault_ends_the_run_everywhere(
+    lab: Lab, toy_k2: Path, name: str, backend: str, strategy: str
+) -> None:
+    outcome = try_fault(lab, fault_named(name), toy_k2, backend, strategy)
+    assert outcome.passed, outcome
+    assert all(seconds is not None for seconds in outcome.gone_seconds.values()), outcome
+    if fault_named(name).stage == "decode":
+        assert outcome.client.startswith("end error: "), outcome
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("strategy", ["pipeline", "tensor"])
+@pytest.mark.parametrize("backend", ["ring", "mpi4", "mpi5"])
+def test_every_fault(lab: Lab, toy_k2: Path, fault: object, backend: str, strategy: str) -> None:
+    found = fault_named(getattr(fault, "name", ""))
+    if backend not in found.backends:
+        pytest.skip(f"{found.name} makes no sense with {backend}")
+    outcome = try_fault(lab, found, toy_k2, backend, strategy)
+    assert outcome.passed, outcome

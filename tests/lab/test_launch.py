@@ -1,0 +1,92 @@
+"""``k2 launch`` from one host over two, by SSH names and a real sshd: the answer of one rank alone.
+
+The demo model runs as a pipeline; it has nine attention heads, so that the toy of Kimi K2 stands in
+for it where a layer is cut in two.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lab import Lab
+from lab.runs import LabRun
+
+pytestmark = [pytest.mark.lab, pytest.mark.ranks, pytest.mark.timeout(180)]
+QUESTION = "What is the capital of France?"
+# Run on k2a: a greedy answer of the model that is served there.
+ASK = """
+import json, sys, urllib.request
+body = {"messages": [{"role": "user", "content": sys.argv[1]}], "temperature": 0,
+        "max_tokens": 16}
+request = urllib.request.Request(
+    "http://127.0.0.1:8080/v1/chat/completions", json.dumps(body).encode(),
+    {"Content-Type": "application/json"})
+answer = json.load(urllib.request.urlopen(request, timeout=60))
+print(json.dumps(answer["choices"][0]["message"]["content"]))
+"""
+_single: dict[Path, str] = {}
+
+
+def _answer(lab: Lab) -> str:
+    done = lab.exec("k2a", [sys.executable, "-c", ASK, QUESTION], timeout_seconds=90)
+    assert done.returncode == 0, done.stderr
+    return str(json.loads(done.stdout))
+
+
+def _launch(lab: Lab, model: Path, nodes: str, backend: str, strategy: str) -> tuple[str, str]:
+    """Launch, ask, and stop; returns the answer and what the launcher said."""
+    run = LabRun(lab, model, backend, strategy, detach=True, nodes=nodes)
+    try:
+        assert run.talk.wait_end(90) == 0, run.talk.text
+        answer = _answer(lab)
+        stopped = lab.exec("k2a", [sys.executable, "-m", "k2cli", "stop", "--all"])
+        assert stopped.returncode == 0, stopped.stderr
+        assert run.wait_gone(10), [lab.processes(host.name) for host in lab.hosts]
+    finally:
+        run.close()
+    return answer, run.talk.text
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "strategy"),
+    [
+        ("demo_checkpoint", "ring", "pipeline"),
+        ("demo_checkpoint", "mpi5", "pipeline"),
+        ("toy_k2", "mpi4", "pipeline"),
+        ("toy_k2", "ring", "tensor"),
+        ("toy_k2", "mpi5", "tensor"),
+    ],
+)
+def test_two_hosts_answer_like_one_rank(
+    lab: Lab, request: pytest.FixtureRequest, name: str, backend: str, strategy: str
+) -> None:
+    model = request.getfixturevalue(name)
+    if model not in _single:
+        _single[model], _ = _launch(lab, model, "k2a", "local", "single")
+    answer, said = _launch(lab, model, "k2a,k2b", backend, strategy)
+    assert answer == _single[model]
+    assert len(answer) > 8
+    if name == "demo_checkpoint":
+        assert "Paris" in answer
+    assert "rank 1 on k2b: loaded" in said
+    # Only the host that launched keeps a record of the run.
+    folder = "/run/home/.local/state/k2/runs"
+    assert lab.exec("k2b", ["find", folder, "-type", "f"]).stdout == ""
+
+
+def test_one_machine_launches_on_two_others(lab: Lab, toy_k2: Path) -> None:
+    """From the console, which has no rank: the API is the leader's."""
+    run = LabRun(lab, toy_k2, "ring", "pipeline", detach=True, host="console")
+    try:
+        assert run.talk.wait_end(90) == 0, run.talk.text
+        assert _answer(lab)
+        assert "rank 0 on k2a: loaded" in run.talk.text
+        stopped = lab.exec("console", [sys.executable, "-m", "k2cli", "stop", "--all"])
+        assert stopped.returncode == 0, stopped.stderr
+        assert run.wait_gone(10)
+    finally:
+        run.close()
