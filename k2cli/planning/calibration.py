@@ -147,6 +147,7 @@ def _start(
         "dense_layer": rates.dense_layer_seconds,
         "expert_layer_share": rates.expert_layer_seconds / rates.dense_layer_seconds,
         "rows_share": rates.rows_share,
+        "decode_attention_share": rates.decode_attention_share,
     }
     free = _KNOWN_SPREAD if known else _UNKNOWN_SPREAD
     fixed = _KNOWN_SPREAD if known else _FIXED_SPREAD
@@ -158,6 +159,7 @@ def _start(
         "dense_layer": fixed,
         "expert_layer_share": _RATIO_SPREAD,
         "rows_share": _FIXED_SPREAD,
+        "decode_attention_share": _FIXED_SPREAD,
     }
     if run.placement.size > 1:
         start["collective"] = run.link.collective_seconds
@@ -174,6 +176,7 @@ def _with(run: PlacedRun, at: Mapping[str, float]) -> PlacedRun:
         dense_layer_seconds=at["dense_layer"],
         expert_layer_seconds=at["dense_layer"] * at["expert_layer_share"],
         rows_share=at["rows_share"],
+        decode_attention_share=at["decode_attention_share"],
     )
     link: LinkRates = run.link
     if "collective" in at:

@@ -11,7 +11,8 @@ class NodeRates:
 
     ``dense``, ``expert`` and ``attention`` are operations per second of a prompt's matrices that
     all tokens share, of matrices that the tokens are spread over, and of attention.
-    ``rows_share`` is what several requests' tokens, decoded together, reach of a prompt's rates.
+    ``rows_share`` is what several requests' tokens, decoded together, reach of a prompt's rates,
+    ``decode_attention_share`` what a single token's attention reaches of a prompt's.
     """
 
     read_bytes_per_second: float
@@ -21,6 +22,7 @@ class NodeRates:
     dense_layer_seconds: float
     expert_layer_seconds: float
     rows_share: float = 1.0
+    decode_attention_share: float = 1.0
 
     def shared_by(self, ranks: int) -> NodeRates:
         """The rates of one of several ranks that compute at the same time on one machine."""
@@ -32,6 +34,7 @@ class NodeRates:
             self.dense_layer_seconds,
             self.expert_layer_seconds,
             self.rows_share,
+            self.decode_attention_share,
         )
 
 

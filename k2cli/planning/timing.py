@@ -71,7 +71,7 @@ def decode_time(
         weights,
         cache,
         max((weights + cache) / rates.read_bytes_per_second, compute),
-        rows * pairs / rates.attention_flops_per_second,
+        rows * pairs / (rates.attention_flops_per_second * rates.decode_attention_share),
         _fixed_seconds(stage, rates),
     )
 

@@ -1,0 +1,80 @@
+"""``k2 bench --calibrate``: which sizes it takes, and the way from a run to ``plan-memory``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from k2cli.bench.calibrate import calibration_cases, figures_of
+from k2cli.bench.cases import BenchCase, check_context
+from k2cli.bench.report import BenchRow, Sample
+from k2cli.errors import UsageError
+from k2cli.planning.calibration import MeasuredFigure
+from tests.server.commands import run_k2
+
+
+@pytest.mark.parametrize("rate", [1.0, 5.0, 220.0, 2000.0, 1e6])
+@pytest.mark.parametrize("context", [98, 512, 2048, 131_072, None])
+def test_sizes_suit_the_speed_and_the_context(rate: float, context: int | None) -> None:
+    cases = calibration_cases(rate, context, 2)
+    check_context(cases, context)
+    assert [case.kind for case in cases] == ["pp", "pp", "tg", "tg", "tg"]
+    short, long = cases[0].tokens, cases[1].tokens
+    assert 32 <= short <= long / 2
+    assert long <= max(64, rate * 6)
+    assert [case.depth for case in cases[2:]] == [short, long, short]
+    assert len(calibration_cases(rate, context, 1)) == 4
+
+
+def test_a_context_that_is_too_short_is_refused() -> None:
+    with pytest.raises(UsageError, match="a context of 64 tokens is too short"):
+        calibration_cases(100.0, 64, 1)
+
+
+def test_figures_are_medians_in_the_middle_of_what_was_generated() -> None:
+    samples = tuple(Sample(rate, 1.0, 1.0) for rate in (90.0, 100.0, 10.0))
+    rows = [
+        BenchRow(BenchCase("pp", 64), "server", samples),
+        BenchRow(BenchCase("tg", 32, 64, 2), "client", samples),
+    ]
+    assert figures_of(rows) == [
+        MeasuredFigure("prefill", 64, 1, 90.0),
+        MeasuredFigure("decode", 80, 2, 90.0),
+    ]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_calibrated_machine_is_predicted(
+    toy_k2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("K2_CONFIG_DIR", str(tmp_path / "config"))
+    plan = ("plan-memory", str(toy_k2), "--context", "128", "--json", "--hardware")
+    before = json.loads(run_k2(*plan, "this").stdout)
+    assert before["speed"] is None
+    assert "k2 bench --calibrate" in before["speed_note"]
+    launched = run_k2("launch", str(toy_k2), "--context", "130", "--detach")
+    assert launched.returncode == 0, launched.stderr
+    try:
+        done = run_k2("bench", "--calibrate", "-r", "1", "-o", "json")
+    finally:
+        run_k2("stop", "--all")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["calibration"]
+    assert found["file"] == str(tmp_path / "config" / "calibration.json")
+    assert found["collective_seconds"] is None
+    assert all(value > 0 for value in found["rates"].values())
+    assert len(found["figures"]) >= 4
+    assert "k2 plan-memory uses it for these machines" in done.stderr
+    speed = json.loads(run_k2(*plan, "this").stdout)["speed"]
+    assert "by k2 bench --calibrate" in speed["source"]
+    band = speed["decode_tokens_per_second"]
+    assert 0 < band["low"] < band["expected"] < band["high"] <= 2.001 * band["low"]
+
+
+def test_a_server_without_a_plan_cannot_be_calibrated() -> None:
+    done = run_k2("bench", "--url", "http://127.0.0.1:9", "--calibrate")
+    assert done.returncode == 2
+    assert "--calibrate needs a run of this machine" in done.stderr
