@@ -7,6 +7,7 @@ work. Tensor ranks work at the same time and wait for each other at every collec
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from k2cli.planning.rates import NodeRates
@@ -111,28 +112,33 @@ class PlacedRun:
         rows = math.ceil(concurrency / groups)
         times = [time.seconds for time in self.stages(context_length, rows)]
         through = sum(times) + self.exchange_seconds(rows)
-        busiest = max(
-            sum(time for time, name in zip(times, self.machines, strict=True) if name == machine)
-            for machine in set(self.machines)
-        )
+        busiest = self._busiest(times)
         return max(through, groups * (busiest + self.link.collective_seconds))
 
     def prefill_seconds(self, prompt_tokens: int, chunk_tokens: int) -> float:
         """A prompt of one request, chunk by chunk. The stages of a pipeline overlap."""
-        ranks = range(self.placement.size)
         if self.is_pipeline:
             pieces = CHUNKS_PER_STAGE * self.placement.size
             overlapping = max(LEAST_OVERLAP_TOKENS, -(-prompt_tokens // pieces))
             chunk_tokens = min(chunk_tokens, overlapping)
-        stages = [(self.parts[rank], self._together(rank)) for rank in ranks]
-        total = others = 0.0
+        total = filling = 0.0
         for done in range(0, prompt_tokens, chunk_tokens):
             count = min(chunk_tokens, prompt_tokens - done)
-            times = [prefill_time(stage, rates, count, done).seconds for stage, rates in stages]
-            slowest = max(times)
-            others = sum(times) - slowest if self.is_pipeline else 0.0
-            total += slowest + self.exchange_seconds(count)
-        return total + others
+            times = [
+                prefill_time(stage, rates, count, done).seconds
+                for stage, rates in zip(self.parts, self.rates, strict=True)
+            ]
+            busiest = self._busiest(times)
+            filling = sum(times) - busiest if self.is_pipeline else 0.0
+            total += busiest + self.exchange_seconds(count)
+        return total + filling
+
+    def _busiest(self, times: Sequence[float]) -> float:
+        """Of the ranks' times, each computing alone: ranks on one machine take turns."""
+        return max(
+            sum(time for time, name in zip(times, self.machines, strict=True) if name == machine)
+            for machine in set(self.machines)
+        )
 
     def first_token_seconds(self, prompt_tokens: int, chunk_tokens: int) -> float:
         """Until the first token of an answer: the prompt less its last token, and one step."""
