@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from k2cli.sharding.architectures import models_module
 from k2cli.sharding.stage import Stage
 
 LayerCaches = list[Any]
@@ -160,6 +161,35 @@ class CacheTable:
 def _checksum(tokens: array[int]) -> tuple[int, int]:
     """How many tokens, and which: their CRC-32."""
     return len(tokens), zlib.crc32(tokens)
+
+
+def make_room(caches: LayerCaches, tokens: int) -> None:
+    """Let plain caches grow for so many more tokens, one layer at a time.
+
+    mlx-lm's caches grow by copying, in the middle of a step. A GPU runs behind the program, and
+    would hold the old and the new copy of every layer at once: measured on CUDA, a decode step
+    that made four layers grow took four times what one layer takes.
+    """
+    kinds = models_module("cache")
+    for cache in caches:
+        if type(cache) is kinds.KVCache:
+            used = cache.offset
+        elif type(cache) is kinds.BatchKVCache:
+            used = cache._idx
+        else:
+            continue
+        if cache.keys is None or used + tokens <= cache.keys.shape[2]:
+            continue
+        more = -(-tokens // cache.step) * cache.step
+        cache.keys = _extended(cache.keys, used, more)
+        cache.values = _extended(cache.values, used, more)
+        mx.eval(cache.keys, cache.values)
+
+
+def _extended(held: mx.array, used: int, more: int) -> mx.array:
+    rows, heads, _, width = held.shape
+    room = mx.zeros((rows, heads, more, width), held.dtype)
+    return mx.concatenate([held[..., :used, :], room], axis=2)
 
 
 def _merge(caches: list[Any]) -> Any:

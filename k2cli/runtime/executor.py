@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from k2cli.runtime.caches import CacheTable, LayerCaches
+from k2cli.runtime.caches import CacheTable, LayerCaches, make_room
 from k2cli.runtime.progress import Phase
 from k2cli.runtime.protocol import (
     CloseSequence,
@@ -111,6 +111,7 @@ class Executor:
 
     def _prefill(self, tokens: mx.array, caches: LayerCaches) -> None:
         rows, length = tokens.shape
+        make_room(caches, length)
         arrived = self._receive(rows, length)
         output = self.stage.forward(tokens, self.stage.complete(caches), arrived)
         self._wait_for(arrived)
@@ -142,6 +143,7 @@ class Executor:
             if step.ahead
             else mx.array(step.tokens, dtype=mx.int32)
         )
+        make_room(batch.caches, 1)
         arrived = self._receive(inputs.size, 1)
         output = self.stage.forward(inputs[:, None], self.stage.complete(batch.caches), arrived)
         self._wait_for(
