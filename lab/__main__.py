@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lab.errors import LabError
+from lab.faults import CONDITIONS, mend_condition
 from lab.laboratory import Lab
 from lab.state import lab_folder, labs_directory, read_state
 
@@ -93,6 +94,18 @@ def _link(options: argparse.Namespace) -> int:
     return 0
 
 
+def _fault(options: argparse.Namespace) -> int:
+    lab = Lab.attach(options.name)
+    fault = CONDITIONS[options.fault]
+    if options.mend:
+        mend_condition(lab, fault)
+        _say(f"mended: {fault.what}; everything that ran on the hosts was ended")
+    else:
+        fault.act(lab, None)
+        _say(f"{fault.what}; scripts/lab fault {options.fault} --mend --name {lab.name} mends it")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/lab", description="Several hosts on one Linux.")
     parts = parser.add_subparsers(required=True)
@@ -113,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     execute.add_argument("host")
     execute.add_argument("arguments", nargs=argparse.REMAINDER)
     part("status", "what is up, and what runs there", _status, None)
+    fault = part("fault", "break something that stays broken until mended", _fault)
+    fault.add_argument("fault", choices=sorted(CONDITIONS))
+    fault.add_argument("--mend", action="store_true", help="put it right again")
     link = part("link", "how the link behaves; without options as it should", _link)
     link.add_argument("--latency-ms", type=float, default=0.0)
     link.add_argument("--rate-mbit", type=float, default=0.0)

@@ -182,10 +182,10 @@ def _signals() -> list[Fault]:
         Fault("supervisor-kill", "SIGKILL of the supervisor", "ready",
               _kill("supervisor", signal.SIGKILL), (0,), detach=True),
         Fault("mpirun-kill", "SIGKILL of mpirun", "ready", _kill("mpirun", signal.SIGKILL),
-              says=("mpirun", "rank", "guard"), backends=MPI),
+              says=("mpirun was killed",), backends=MPI),
     ]  # fmt: skip
-    for number, host in enumerate((LEADER, FOLLOWER)):
-        says = (f"rank {number} on",)
+    for number, (host, node) in enumerate(((LEADER, "localhost"), (FOLLOWER, FOLLOWER))):
+        says = (f"rank {number} on {node} failed",)
         rows.append(
             Fault(f"guard-{number}-kill", f"SIGKILL of {host}'s guard", "ready",
                   _kill(f"guard-{number}", signal.SIGKILL), says=says)
@@ -200,7 +200,7 @@ def _signals() -> list[Fault]:
 
 
 def _links() -> list[Fault]:
-    says = ("k2b", "rank 1")
+    says = ("rank 1 on k2b failed",)
     rows = [
         Fault("sshd-kill", "sshd of k2b and its sessions killed", "ready", _end_sshd,
               says=says),
@@ -256,6 +256,20 @@ def _terminal() -> list[Fault]:
 
 
 FAULTS: tuple[Fault, ...] = (*_signals(), *_links(), *_before(), *_terminal())
+
+# What can be broken without a run, and stays broken until it is mended: for ``scripts/lab fault``.
+CONDITIONS: dict[str, Fault] = {
+    **{fault.name: fault for fault in FAULTS if fault.stage == "before"},
+    **{fault.name.removesuffix("-decode"): fault for fault in FAULTS
+       if fault.act in (_end_sshd, _link_down, _silence)},
+}  # fmt: skip
+
+
+def mend_condition(lab: Lab, fault: Fault) -> None:
+    """Put right what a condition has broken."""
+    if fault.mend is not None:
+        fault.mend(lab)
+    lab.mend()
 
 
 def fault_named(name: str) -> Fault:

@@ -34,6 +34,10 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
+def _is_python(command: str) -> bool:
+    return Path(command.split()[0]).name.startswith("python")
+
+
 class Talk:
     """A process on a host, and what it says, with the time of each line."""
 
@@ -137,10 +141,8 @@ class LabRun:
         if kind in ("guard", "rank"):
             module = "k2cli.runtime.guard" if kind == "guard" else "k2cli.runtime.worker"
             host = _HOST_OF_RANK[int(number)]
-            # mpirun's own command line holds the guard's.
-            return self._find(
-                host, lambda line: module in line and "mpirun" not in line.split()[0], who
-            ).pid
+            # mpirun's own command line, also under its other names, holds the guard's.
+            return self._find(host, lambda line: module in line and _is_python(line), who).pid
         tests: dict[str, Callable[[str], bool]] = {
             "launcher": lambda line: "-m k2cli launch" in line and "nsenter" not in line,
             "supervisor": lambda line: "k2cli.cluster.supervisor" in line,

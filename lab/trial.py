@@ -111,7 +111,8 @@ def _watch(lab: Lab, run: LabRun, fault: Fault, outcome: Outcome, began: float) 
     if run.client is not None:
         run.client.wait_end(5)
         outcome.client = run.client.lines[-1][1] if run.client.lines else ""
-    _judge(fault, talk.text, outcome)
+    later = [line for at, line in talk.lines if at >= began]
+    _judge(fault, "\n".join(later), outcome)
 
 
 def _is_other(command: str) -> bool:
