@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from k2cli.cluster.activity import Activity
@@ -14,11 +13,10 @@ from k2cli.cluster.doctor.reading import machine_facts
 from k2cli.cluster.hostfile import Hostfile
 from k2cli.cluster.links import detect_links
 from k2cli.cluster.nodes import Node, node_named
+from k2cli.cluster.parallel import in_parallel
 from k2cli.errors import ClusterError, UsageError
 from k2cli.planning.chips import chip_of_device
 from k2cli.units import GIB
-
-_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +57,7 @@ def ask_machine(node: Node) -> NodeAsked:
 
 def ask_machines(nodes: Sequence[Node]) -> Iterator[NodeAsked]:
     """Ask all of them, yielding each answer as it comes."""
-    with ThreadPoolExecutor(min(_AT_ONCE, max(len(nodes), 1))) as pool:
-        for future in as_completed([pool.submit(ask_machine, node) for node in nodes]):
-            yield future.result()
+    yield from in_parallel(ask_machine, nodes)
 
 
 def nodes_of_names(names: Sequence[str]) -> list[Node]:
@@ -161,25 +157,15 @@ def imported(name: str, hostfile: Hostfile) -> Cluster:
 
 def activities(cluster: Cluster) -> tuple[dict[str, Activity], dict[str, str]]:
     """What runs on each machine, and for those that do not say, why."""
-    nodes = cluster_nodes(cluster)
-    with ThreadPoolExecutor(min(_AT_ONCE, max(len(nodes), 1))) as pool:
-        answers = list(pool.map(_activity, nodes))
-    found = {
-        node.name: answer
-        for node, answer in zip(nodes, answers, strict=True)
-        if isinstance(answer, Activity)
-    }
-    problems = {
-        node.name: answer
-        for node, answer in zip(nodes, answers, strict=True)
-        if isinstance(answer, str)
-    }
+    answers = dict(in_parallel(_activity, cluster_nodes(cluster)))
+    found = {name: answer for name, answer in answers.items() if isinstance(answer, Activity)}
+    problems = {name: answer for name, answer in answers.items() if isinstance(answer, str)}
     return found, problems
 
 
-def _activity(node: Node) -> Activity | str:
+def _activity(node: Node) -> tuple[str, Activity | str]:
     try:
         found: Activity = node.ask(Activity, "activity")
     except ClusterError as error:
-        return error.message
-    return found
+        return node.name, error.message
+    return node.name, found

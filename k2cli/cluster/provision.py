@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +26,7 @@ from k2cli.cluster import self_report
 from k2cli.cluster.interpreter import MANAGED_PYTHON, find_interpreter
 from k2cli.cluster.nodes import Completed, Node
 from k2cli.cluster.own_wheel import build_own_wheel, own_digest
+from k2cli.cluster.parallel import in_parallel
 from k2cli.errors import ClusterError, UsageError
 from k2cli.units import format_bytes, format_duration
 
@@ -37,7 +37,6 @@ _ENVIRONMENT_SECONDS = 120.0
 _INSTALL_SECONDS = 1800.0
 # A wheel of 60 MB over a slow Wi-Fi.
 _COPY_BYTES_PER_SECOND = 500_000
-_AT_ONCE = 8
 _SECONDS_BETWEEN_STEPS = 10.0
 _TOOL_FOLDERS = (".local/bin", ".cargo/bin", "/opt/homebrew/bin", "/usr/local/bin", "/usr/bin")
 # Trust what the machine trusts, as pip does: a company's proxy has a certificate of its own.
@@ -145,7 +144,7 @@ def prepare(
     dry_run: bool = False,
     on_step: OnStep = lambda _: None,
 ) -> Iterator[Prepared]:
-    """Make nodes ready, all at once; yields each in the order given.
+    """Make nodes ready, all at once; yields each as it is done.
 
     Args:
         nodes: the machines; nothing is done on this one.
@@ -159,10 +158,9 @@ def prepare(
     """
     if wheels is not None and not list(wheels.glob("*.whl")):
         raise UsageError(f"there are no wheels in {wheels}", _wheels_command(wheels))
-    with ThreadPoolExecutor(min(_AT_ONCE, max(len(nodes), 1))) as pool:
-        yield from pool.map(
-            lambda node: _prepare_or_say_why(node, wheels, force, dry_run, on_step), nodes
-        )
+    yield from in_parallel(
+        lambda node: _prepare_or_say_why(node, wheels, force, dry_run, on_step), nodes
+    )
 
 
 def _wheels_command(folder: Path) -> str:

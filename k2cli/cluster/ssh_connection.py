@@ -18,7 +18,7 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from k2cli.cluster.nodes import CALL_SECONDS, Completed
@@ -157,24 +157,60 @@ def _run_ssh(node: str, arguments: Sequence[str], input: bytes | None, seconds: 
     # Not a pipe for stderr: older versions of ssh keep it open in the background.
     with tempfile.TemporaryFile() as errors:
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 ["ssh", *arguments],
-                input=input if input is not None else b"",
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                timeout=seconds,
                 # Ctrl-C is k2's: it must still be able to clean up over this connection.
                 start_new_session=True,
             )
-        except subprocess.TimeoutExpired:
-            raise TimeoutError from None
         except OSError as error:
             raise ClusterError(
                 f"node {node} cannot be reached: ssh does not run here ({error.strerror})",
                 "install the OpenSSH client",
             ) from error
+        output = _finish(process, input, seconds)
+        if process.returncode < 0:
+            raise ClusterError(f"the command on node {node} was given up")
         errors.seek(0)
-        return Completed(done.returncode, done.stdout, errors.read())
+        return Completed(process.returncode, output, errors.read())
+
+
+def _finish(process: subprocess.Popen[bytes], input: bytes | None, seconds: float) -> bytes:
+    """Wait for a command, known to ``end_running_commands``; its stdout."""
+    with process, _known(process):
+        try:
+            return process.communicate(input if input is not None else b"", timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+# --- commands that run --------------------------------------------------------------------------
+
+_running: set[subprocess.Popen[bytes]] = set()
+_running_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _known(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    with _running_lock:
+        _running.add(process)
+    try:
+        yield
+    finally:
+        with _running_lock:
+            _running.discard(process)
+
+
+def end_running_commands() -> None:
+    """Give up what other threads wait for on nodes; they get a ``ClusterError``."""
+    with _running_lock:
+        for process in _running:
+            process.kill()
 
 
 # --- one connection per node --------------------------------------------------------------------

@@ -45,6 +45,8 @@ def prepare(
         show_prepared(result)
     if found is not None and not dry_run:
         remember_interpreters(found, {r.node: r.python for r in results if r.python})
+    order = [node.name for node in chosen]
+    results.sort(key=lambda result: order.index(result.node))
     if json:
         print_json({"schema_version": 1, "nodes": results})
     failed = [result.node for result in results if result.status == "failed"]
