@@ -243,11 +243,18 @@ def _terms(
         ),
         SpeedTerm("fixed cost of the layers", sum(t.fixed_seconds for t in times), "s", source),
         SpeedTerm("messages between ranks per token", float(hops), "", "traced"),
-        SpeedTerm("seconds per message", latency, "s", "assumed; see docs/speed-model.md"),
+        SpeedTerm("seconds per message", latency, "s", _latency_source(run.link)),
         SpeedTerm("waiting for messages", run.exchange_seconds(1), "s", "product"),
         SpeedTerm("operations per token of a prompt", float(flops), "FLOP", "traced"),
     ]
     return tuple(terms)
+
+
+def _latency_source(link: LinkRates) -> str:
+    low, high = link.collective_seconds_low, link.collective_seconds_high
+    if low == high:
+        return "given, or measured by k2 bench --calibrate"
+    return f"assumed, between {low * 1e6:.0f} and {high * 1e6:.0f} us; see docs/speed-model.md"
 
 
 def _bandwidth_terms(run: PlacedRun, nodes: Sequence[NodeMemory], source: str) -> list[SpeedTerm]:

@@ -72,7 +72,8 @@ def model_activity(model: nn.Module) -> ModelActivity:
     try:
         with _recorded_experts(routed), _counted_collectives(calls):
             output = model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
-    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
+            RuntimeError) as error:  # fmt: skip
         name = type(model).__module__.rpartition(".")[2]
         raise UsageError(f"{name} could not be traced for its speed: {error}") from error
     # Some models have more caches than layers, or fewer: only those that pair up are attributed.

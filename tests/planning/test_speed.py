@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from k2cli.planning.hardware import NodeMemory, this_machine
 from k2cli.planning.hardware_spec import parse_hardware
@@ -17,15 +20,21 @@ from k2cli.planning.speed import (
     predict_speed,
     speed_obstacle,
 )
-from k2cli.planning.work import LayerWork, ModelWork, model_work
-from k2cli.sharding.placement import Placement, RankPlacement, Strategy, even_split
+from k2cli.planning.work import CacheWork, LayerWork, ModelWork, model_work
+from k2cli.sharding.placement import HeadPlacement, Placement, RankPlacement, Strategy, even_split
 
+_MACHINES = ["m3-ultra-512", "m1-ultra-128", "m4-max-128", "m5-max-128", "m1-8"]
 CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs"
 
 
 def _config(name: str) -> dict[str, object]:
     found: dict[str, object] = json.loads((CONFIGS / name / "config.json").read_text())
     return found
+
+
+@functools.cache
+def _k2(slices: int = 1, head: HeadPlacement = "replicated") -> ModelWork:
+    return model_work(_config("k2-thinking"), slices=slices, head=head)
 
 
 def _placed(strategy: Strategy, nodes: list[NodeMemory], layers: int) -> Placement:
@@ -49,7 +58,7 @@ def _predict(
 ) -> SpeedEstimate:
     nodes = parse_hardware(hardware)
     slices = len(nodes) if strategy == "tensor" else 1
-    work = model_work(_config("k2-thinking"), slices=slices)
+    work = _k2(slices)
     placement = _placed(strategy, nodes, len(work.layers))
     found = predict_speed(
         work,
@@ -83,8 +92,7 @@ def test_the_work_of_k2_is_what_its_config_says() -> None:
 
 
 def test_a_tensor_slice_halves_what_is_cut_and_calls_collectives() -> None:
-    whole = model_work(_config("k2-thinking"))
-    half = model_work(_config("k2-thinking"), slices=2, head="sharded")
+    whole, half = _k2(), _k2(2, "sharded")
     assert half.head.dense_bytes == pytest.approx(whole.head.dense_bytes / 2, rel=1e-3)
     assert half.layers[5].expert_bytes * 2 == whole.layers[5].expert_bytes
     assert half.layers[5].dense_bytes * 2 > whole.layers[5].dense_bytes  # latents are on both
@@ -175,7 +183,7 @@ def test_terms_add_up_to_a_token() -> None:
 
 def test_layers_add_up_to_a_stage() -> None:
     (node,) = parse_hardware("m3-ultra-512")
-    work = model_work(_config("k2-thinking"))
+    work = _k2()
     found = decode_layer_seconds(work, node, 4096)
     assert found is not None
     layers, head = found
@@ -229,3 +237,61 @@ def test_windows_and_states_bound_what_is_read() -> None:
     layer = model_work(mamba).layers[0]
     assert layer.cache_read(1) == layer.cache_read(10_000) > 0
     assert layer.pair_flops == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    strategy=st.sampled_from(["single", "pipeline", "tensor"]),
+    machines=st.lists(st.sampled_from(_MACHINES), min_size=1, max_size=4),
+    experts=st.sampled_from([0, 16, 384]),
+    context=st.integers(1, 200_000),
+    concurrency=st.integers(1, 64),
+)
+def test_more_work_is_never_faster_and_a_faster_machine_never_slower(
+    strategy: Strategy, machines: list[str], experts: int, context: int, concurrency: int
+) -> None:
+    nodes = parse_hardware(" + ".join(machines[:1] if strategy == "single" else machines))
+    if strategy == "pipeline" and len(nodes) == 1:
+        strategy = "single"
+    slices = len(nodes) if strategy == "tensor" else 1
+    layer = LayerWork(
+        dense_bytes=10**8, expert_bytes=10**9 if experts else 0, experts=experts,
+        experts_per_token=4 if experts else 0, dense_flops=4 * 10**8, expert_flops=10**8,
+        pair_flops=40_000, decode_pair_flops=140_000, expand_flops=10**7,
+        cache=(CacheWork(1152, None),),
+    )  # fmt: skip
+    work = ModelWork((layer,) * 8, LayerWork(10**9), 14_336, 16 if slices > 1 else 0, slices)
+    placement = _placed(strategy, nodes, 8)
+
+    def predict(nodes: list[NodeMemory], context: int) -> SpeedEstimate:
+        found = predict_speed(
+            work, placement, nodes, backend="ring", context_length=context,
+            concurrency=concurrency, prompt_tokens=min(context, 20_000),
+        )  # fmt: skip
+        assert found is not None
+        return found
+
+    base, longer = predict(nodes, context), predict(nodes, 2 * context)
+    faster = predict(
+        [
+            dataclasses.replace(
+                node, bandwidth_bytes_per_second=2 * (node.bandwidth_bytes_per_second or 0)
+            )
+            for node in nodes
+        ],
+        context,
+    )
+    slack = 1 + 1e-9
+    for band in _bands(base):
+        assert 0 < band.low <= band.expected <= band.high <= 2.000001 * band.low
+    decode = base.decode_tokens_per_second.expected
+    assert longer.decode_tokens_per_second.expected <= decode * slack
+    assert decode <= faster.decode_tokens_per_second.expected * slack
+    assert (
+        base.time_to_first_token_seconds.expected
+        <= longer.time_to_first_token_seconds.expected * slack
+    )
+    assert (
+        base.aggregate_decode_tokens_per_second.expected
+        <= faster.aggregate_decode_tokens_per_second.expected * slack
+    )
