@@ -100,6 +100,22 @@ def _slowness(link: Link) -> tuple[bool, int, bool]:
     return not link.rdma, _SPEED_ORDER.index(link.kind), link.first_address is None
 
 
+def same_machines(cluster: Cluster) -> list[tuple[str, str]]:
+    """Pairs of nodes that have the same addresses: one machine under two names."""
+    found = {
+        node.name: {
+            address
+            for interface, addresses in node.interfaces.items()
+            if node.interface_kinds.get(interface) != "loopback"
+            for address in addresses
+        }
+        for node in cluster.nodes
+    }
+    return [
+        (one, two) for one, two in combinations(found, 2) if found[one] and found[one] == found[two]
+    ]
+
+
 # --- choosing -----------------------------------------------------------------------------------
 
 

@@ -268,7 +268,9 @@ class LocalNode:
 
 def is_this_machine(name: str) -> bool:
     """Whether a user's name stands for the machine that k2 runs on."""
-    return name.lower() in _LOCAL_NAMES or name == socket.gethostname()
+    own = socket.gethostname().lower()
+    # A Mac calls itself Name.local, and its owner does not.
+    return name.lower() in _LOCAL_NAMES | {own, own.removesuffix(".local")}
 
 
 def node_named(name: str) -> Node:

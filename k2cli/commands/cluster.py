@@ -39,9 +39,10 @@ def init(
     """
     from k2cli.cluster.description import cluster_path, save_cluster
     from k2cli.cluster.gathering import gather
+    from k2cli.cluster.links import same_machines
     from k2cli.errors import UsageError
     from k2cli.ui.cluster_view import print_cluster, show_answer
-    from k2cli.ui.output import note, print_json
+    from k2cli.ui.output import note, print_json, warn
 
     if cluster_path(name).exists() and not force:
         raise UsageError(
@@ -50,6 +51,8 @@ def init(
     note(f"asking {', '.join(hosts)}")
     found = gather(name, hosts, show_answer)
     path = save_cluster(found)
+    for pair in same_machines(found):
+        warn(f"{' and '.join(pair)} have the same addresses: is that one machine under two names?")
     if json:
         print_json({"schema_version": found.schema_version, "cluster": found})
     else:

@@ -24,7 +24,13 @@ from k2cli.cluster.description import (
 from k2cli.cluster.doctor.facts import InterfaceKind, MachineFacts, ThunderboltPort
 from k2cli.cluster.gathering import describe_node, imported
 from k2cli.cluster.hostfile import format_hostfile, parse_hostfile, read_hostfile
-from k2cli.cluster.links import best_links, common_addresses, detect_links, to_hostfile
+from k2cli.cluster.links import (
+    best_links,
+    common_addresses,
+    detect_links,
+    same_machines,
+    to_hostfile,
+)
 from k2cli.errors import ClusterError, UsageError
 from k2cli.units import GIB
 
@@ -97,6 +103,11 @@ def test_networks_that_only_look_alike_are_no_links() -> None:
     # Thunderbolt Bridge gives out addresses by itself: without a cable they mean nothing.
     apart = {name: _mac(name, {"bridge0": f"169.254.1.{ord(name)}/16"}, {}) for name in "ab"}
     assert detect_links(apart) == ()
+
+
+def test_one_machine_under_two_names_is_noticed() -> None:
+    assert same_machines(_cluster(PAIR)) == []
+    assert same_machines(_cluster(PAIR | {"again": PAIR["b"]})) == [("b", "again")]
 
 
 def test_rdma_needs_no_address_and_the_ring_does() -> None:
