@@ -69,11 +69,20 @@ def speed_obstacle(
     """Why no speed can be predicted for these machines, or None."""
     constants = constants or fitted_constants()
     for node in nodes:
-        if constants.rates(node) is None:
-            return (
-                f"the memory bandwidth and compute of {node.name} are not known; "
-                "measure them with: k2 bench --calibrate"
+        if constants.rates(node) is not None:
+            continue
+        missing = [
+            f"{name} (say {key}=)" if node.chip else name
+            for name, key, value in (
+                ("memory bandwidth", "bandwidth", node.bandwidth_bytes_per_second),
+                ("compute", "flops", node.gpu_flops_per_second),
             )
+            if value is None
+        ]
+        return (
+            f"{' and '.join(missing)} of {node.name} not known; "
+            "measure it there with: k2 bench --calibrate"
+        )
     return None
 
 

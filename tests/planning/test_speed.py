@@ -200,8 +200,12 @@ def test_an_unknown_machine_has_no_speed_and_the_reason_names_it() -> None:
     assert predict_speed(work, placement, [node], backend="local", context_length=1) is None
     obstacle = speed_obstacle([node])
     assert obstacle is not None
-    assert "localhost are not known" in obstacle
+    assert "memory bandwidth and compute of localhost not known" in obstacle
     assert "k2 bench --calibrate" in obstacle
+    assert speed_obstacle(parse_hardware("m6-16")) == (
+        "compute (say flops=) of m6-16 not known; measure it there with: k2 bench --calibrate"
+    )
+    assert speed_obstacle(parse_hardware("m6-16:flops=8T")) is None
     rates = NodeRates(10e9, 1e11, 1e11, 1e11, 1e-4, 1e-4)
     measured = dataclasses.replace(node, measured=MeasuredSpeed(rates, None, "measured today"))
     assert speed_obstacle([measured]) is None
