@@ -41,7 +41,7 @@ _SECONDS_BETWEEN_STEPS = 10.0
 _TOOL_FOLDERS = (".local/bin", ".cargo/bin", "/opt/homebrew/bin", "/usr/local/bin", "/usr/bin")
 # Trust what the machine trusts, as pip does: a company's proxy has a certificate of its own.
 _UV_SETTINGS = ("UV_NATIVE_TLS=1", "UV_SYSTEM_CERTS=1")
-Status = Literal["ready", "installed", "failed"]
+Status = Literal["ready", "installed", "missing", "failed"]
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -64,7 +64,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What became of a node. ``python`` runs k2 there, unless it failed."""
+    """What became of a node. ``python`` runs k2 there; None if it is missing, or it failed."""
 
     node: str
     status: Status
@@ -186,7 +186,7 @@ def _prepare(
     if report is not None and lack is None and not force:
         return Prepared(node.name, "ready", report.executable, _versions(report))
     if dry_run:
-        return Prepared(node.name, "failed", None, lack or "would be installed anew")
+        return Prepared(node.name, "missing", None, lack or "would be installed anew")
     python = _install(node, wheels, on_step)
     installed = report_of(node, python)
     still = missing(installed)
@@ -292,6 +292,9 @@ def _first_that_runs(
 
 
 def _plain_python(node: Node, path: Sequence[str]) -> str | None:
+    if node.run(["uname", "-s"]).stdout.strip() == b"Darwin":
+        # Apple's is 3.9, or only asks on the screen whether to install the developer tools.
+        path = [folder for folder in path if folder != "/usr/bin"]
     python = _first_that_runs(node, path, ["python3", "python"], "--version")
     report = report_of(node, python) if python else None
     return python if report is not None and report.python[:2] >= OLDEST_PYTHON else None
