@@ -49,7 +49,7 @@ def machine(name: str, limit: int, bandwidth: int = 800 * GB) -> NodeMemory:
     )  # fmt: skip
 
 
-quick = settings(deadline=None, database=None, max_examples=15)
+quick = settings(deadline=None, database=None, max_examples=10)
 sizes = st.integers(LAYER_BYTES, LAYERS * LAYER_BYTES)
 speeds = st.sampled_from([200 * GB, 400 * GB, 800 * GB])
 machines = st.lists(st.tuples(sizes, speeds), min_size=1, max_size=3).map(
@@ -261,8 +261,7 @@ def test_fewer_bits_are_advised_of_what_can_be_quantized() -> None:
     wishes = Wishes(context_length=32_768)
     two = advised_plan(Planner("k2-instruct"), parse_hardware("2x m3-ultra-512"), wishes)
     assert [advice.options for advice in two.advice] == [{"--quantize": "6bit"}]
-    again = Planner("k2-instruct", "6bit").plan(parse_hardware("2x m3-ultra-512"), wishes)
-    assert again.fits
+    assert two.advice[0].headroom_bytes > 0
     more = Planner("k2-instruct", "8bit").plan(parse_hardware("2x m3-ultra-512"), wishes)
     assert not more.fits
 
