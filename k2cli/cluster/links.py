@@ -156,8 +156,12 @@ def common_addresses(cluster: Cluster) -> dict[str, str]:
             sets = [_addresses_towards(cluster, one, other, kind) for other in others]
             found[one] = set.intersection(*sets) if sets else set()
         if names and all(found.values()):
-            return {name: min(addresses) for name, addresses in found.items()}
+            return {name: min(addresses, key=_plainness) for name, addresses in found.items()}
     return {}
+
+
+def _plainness(address: str) -> tuple[bool, str]:
+    return ":" in address, address  # IPv4 first; the same one each time
 
 
 def _addresses_towards(cluster: Cluster, one: str, other: str, kind: LinkKind) -> set[str]:
