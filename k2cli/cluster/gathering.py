@@ -123,7 +123,7 @@ def describe_node(name: str, facts: MachineFacts, python: str | None) -> Cluster
     return ClusterNode(
         name=name,
         hostname=facts.hostname,
-        os=f"{facts.os_name} {facts.os_version}" if facts.os_name == "macos" else facts.os_version,
+        os=f"macOS {facts.os_version}" if facts.os_name == "macos" else facts.os_version,
         chip=facts.chip,
         memory_bytes=facts.memory_bytes,
         limit_bytes=facts.limit_bytes,

@@ -11,6 +11,7 @@ import pytest
 from mlx._distributed_utils.common import Host as MlxHost
 from mlx._distributed_utils.common import Hostfile as MlxHostfile
 
+from k2cli.cluster.activity import Activity, RunHere
 from k2cli.cluster.description import (
     Cluster,
     cluster_nodes,
@@ -32,6 +33,7 @@ from k2cli.cluster.links import (
     to_hostfile,
 )
 from k2cli.errors import ClusterError, UsageError
+from k2cli.ui.cluster_view import print_cluster
 from k2cli.units import GIB
 
 
@@ -228,3 +230,27 @@ def test_damaged_foreign_and_missing_descriptions_are_told_apart() -> None:
     with pytest.raises(ClusterError, match="not known how much memory a has") as raised:
         node_memory(bare)
     assert raised.value.hint == "k2 cluster refresh bare"
+
+
+def test_a_pair_of_macs_as_it_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = _cluster(PAIR)
+    running = {"a": Activity((RunHere("k2-thinking-1a2b", 2, 290_000_000_000),))}
+    print_cluster(cluster, running, {"b": "node b cannot be reached: Connection refused"})
+    assert capsys.readouterr().out == DRAWN
+
+
+DRAWN = """\
+macs: 2 nodes, MLX may use 928.0 GiB in all
+
+● a (a.local)
+│ Apple M3 Ultra, macOS 26.3
+│ 512.0 GiB of memory, MLX may use 464.0 GiB (metal), reads 819.0 GB/s
+│ runs k2-thinking-1a2b: 2 processes, 290.0 GB
+├─ thunderbolt, RDMA: en5 192.168.0.1 ── en4 192.168.0.2 → b
+├─ ethernet: en0 10.0.1.1 ── en0 10.0.2.2 → b
+
+● b (b.local)
+│ Apple M3 Ultra, macOS 26.3
+│ 512.0 GiB of memory, MLX may use 464.0 GiB (metal), reads 819.0 GB/s
+│ node b cannot be reached: Connection refused
+"""
