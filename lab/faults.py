@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def end_sshd(lab: Lab, host: str) -> None:
     """SIGKILL a host's sshd, with every session of it."""
     for found in processes(lab.host(host).state):
         if found.command.startswith("sshd: "):
-            os.kill(found.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(found.pid, signal.SIGKILL)
+    wait_for(lambda: not listens(lab.host(host).state, 22), 5)
 
 
 def _end_sshd(lab: Lab, run: LabRun | None) -> None:
@@ -228,7 +231,7 @@ def _before() -> list[Fault]:
               says=("k2 is not installed on node k2b", "No module named"),
               mend=_uncover(FOLLOWER, [str(ROOT / "k2cli")])),
         Fault("host-key", "k2b's host key has changed", "before", _change_host_key,
-              says=("key",), mend=_old_host_key),
+              exits=(4,), says=("key",), mend=_old_host_key),
         Fault("port-taken", "the API's port is taken", "before", _take_port, exits=(1, 5),
               says=("port 8080",)),
         Fault("mpirun-missing", "no mpirun", "before", _hide_mpirun, exits=(5,),
