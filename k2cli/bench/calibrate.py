@@ -85,10 +85,14 @@ def figures_of(rows: Sequence[BenchRow]) -> list[MeasuredFigure]:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What came of it, and the file that it is kept in."""
+    """What came of it, and the file that it is kept in.
+
+    ``variation`` is the largest difference between repetitions of one case, relative to them.
+    """
 
     found: Calibration
     figures: tuple[MeasuredFigure, ...]
+    variation: float
     file: Path
 
 
@@ -136,7 +140,8 @@ def calibrate_run(
         rates=found.rates,
         collective_seconds=found.collective_seconds,
     )
-    return Calibrated(found, figures, save_calibration(entry))
+    variation = max((max(row.rates) - min(row.rates)) / min(row.rates) for row in rows)
+    return Calibrated(found, figures, variation, save_calibration(entry))
 
 
 def calibrated_members(calibrated: Calibrated) -> dict[str, Any]:
@@ -148,5 +153,6 @@ def calibrated_members(calibrated: Calibrated) -> dict[str, Any]:
             {**asdict(figure), "model_error": error}
             for figure, error in zip(calibrated.figures, calibrated.found.errors, strict=True)
         ],
+        "variation": calibrated.variation,
         "file": str(calibrated.file),
     }

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_MUCH_VARIATION = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class BenchLine:
@@ -66,5 +68,10 @@ def calibration_lines(members: Mapping[str, Any]) -> list[str]:
         lines.append(f"{members['collective_seconds'] * 1e6:.0f} us per message between ranks")
     worst = max(abs(figure["model_error"]) for figure in members["figures"])
     lines.append(f"with these the model is at most {worst:.0%} off what was measured")
+    if members["variation"] > _MUCH_VARIATION:
+        lines.append(
+            f"repetitions differ by up to {members['variation']:.0%}: calibrate again when the "
+            "machines have nothing else to do"
+        )
     lines.append(f"kept in {members['file']}; k2 plan-memory uses it for these machines")
     return lines
