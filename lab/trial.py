@@ -18,6 +18,7 @@ SEEN_SECONDS = 15.0
 # How long the watcher goes on after that, to tell how late it was.
 _PATIENCE_SECONDS = 60.0
 _GONE_SECONDS = 30.0
+_KILLED = (137, -9)
 # What a host may keep of a run: its record and log where it was launched; nothing that is secret.
 _LEFT = [
     *("find", "/dev/shm", "/tmp", "-mindepth", "1", "-maxdepth", "1"),
@@ -107,7 +108,7 @@ def _watch(lab: Lab, run: LabRun, fault: Fault, outcome: Outcome, began: float) 
     for name in waiting:
         outcome.gone_seconds[name] = None
     outcome.exit_status = talk.wait_end(1)
-    outcome.said = _last_words(talk.text, fault.says)
+    outcome.said = _told(fault, talk.text, outcome.exit_status, states)
     if run.client is not None:
         run.client.wait_end(5)
         outcome.client = run.client.lines[-1][1] if run.client.lines else ""
@@ -138,6 +139,12 @@ def _look_at_user(
         outcome.seen_seconds = later[0][0] - began
     elif run.talk.ended_at is not None:
         outcome.seen_seconds = run.talk.ended_at - began
+
+
+def _told(fault: Fault, text: str, status: int | None, states: list[str]) -> str:
+    if fault.detach:
+        return f"k2 ps: {states[-1]}" if states else ""
+    return "" if status in _KILLED else _last_words(text, fault.says)
 
 
 def _last_words(text: str, says: tuple[str, ...]) -> str:
@@ -171,7 +178,7 @@ def _look_for_leftovers(lab: Lab, fault: Fault, outcome: Outcome) -> None:
         for host in lab.hosts:
             outcome.left += [f"{host.name}: {p.command[:100]}" for p in lab.processes(host.name)]
         outcome.problems.append(f"left: {outcome.left}")
-    if outcome.exit_status in (137, -9):
+    if outcome.exit_status in _KILLED:
         # Nobody was left to clean up; the next command that looks does.
         with suppress(OSError):
             lab.exec(LEADER, ["python", "-m", "k2cli", "ps"])
