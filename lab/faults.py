@@ -231,7 +231,7 @@ def _before() -> list[Fault]:
               says=("k2 is not installed on node k2b", "No module named"),
               mend=_uncover(FOLLOWER, [str(ROOT / "k2cli")])),
         Fault("host-key", "k2b's host key has changed", "before", _change_host_key,
-              exits=(4,), says=("key",), mend=_old_host_key),
+              exits=(5,), says=("host key",), mend=_old_host_key),
         Fault("port-taken", "the API's port is taken", "before", _take_port, exits=(1, 5),
               says=("port 8080",)),
         Fault("mpirun-missing", "no mpirun", "before", _hide_mpirun, exits=(5,),
