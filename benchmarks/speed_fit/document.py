@@ -68,11 +68,17 @@ rows: five folds, and leaving out every source as a whole.
 
 _MISSING = """## What this does not show
 
-* No prefill over several machines, no M5 and no decode beyond 16,384 tokens of a model with full
-  latent attention has been published in a form that could be used. There the model is arithmetic.
-* Contexts are assumed where a source is silent, and 5 of the several-machine rows are of one chart.
+* No prefill over several machines, no M5, and no decode beyond 1,280 tokens by a model whose latent
+  attention reads all of its context has been published in a form that could be used. There the
+  model is arithmetic.
+* Contexts are assumed where a source is silent, and six of the twelve figures of several machines
+  are of one chart.
 * Memory pressure is not modelled: a plan that does not fit has no speed.
-* What you measure yourself is better: `k2 bench --calibrate` replaces these constants.
+* What you measure yourself is better. `k2 bench --calibrate` measures a run of yours at two prompt
+  lengths, generates after each, and with two requests at a time; the model is then solved for the
+  rates at which it says what was measured. They are kept in `calibration.json` of k2's
+  configuration, under the machines' names and memory and the back end, and `plan-memory` uses them
+  for exactly these. Do it when the machines are idle: it says by how much repetitions differed.
 """
 
 
