@@ -8,8 +8,9 @@ environment that ``k2 cluster prepare`` makes first.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
+from typing import Protocol
 
 import msgspec
 
@@ -29,7 +30,12 @@ except ImportError:
     version = None
 print(json.dumps({"k2": version, "path": sys.executable, "python": list(sys.version_info[:3])}))
 """
-Run = Callable[[Sequence[str]], Completed]
+
+
+class Run(Protocol):
+    """Runs a command on the node: ``SshNode.run``."""
+
+    def __call__(self, arguments: Sequence[str], input: bytes | None = None, /) -> Completed: ...
 
 
 class Interpreter(msgspec.Struct, frozen=True):
@@ -40,14 +46,21 @@ class Interpreter(msgspec.Struct, frozen=True):
     k2: str | None
 
 
+def last_line(output: bytes) -> bytes:
+    """The answer: before it stands what the user's start-up files print on every login."""
+    lines = output.splitlines()
+    return lines[-1] if lines else b""
+
+
 def look_at(run: Run, python: str) -> Interpreter | None:
     """What that interpreter is, or None if it does not run there."""
-    done = run([python, "-P", "-c", _PROGRAM])
+    # By stdin: not every shell takes a line break in an argument.
+    done = run([python, "-P", "-"], _PROGRAM.encode())
     if done.status != 0:
         return None
     try:
-        return msgspec.json.decode(done.stdout.splitlines()[-1], type=Interpreter)
-    except (msgspec.MsgspecError, IndexError):
+        return msgspec.json.decode(last_line(done.stdout), type=Interpreter)
+    except msgspec.MsgspecError:
         return None
 
 
@@ -72,7 +85,7 @@ def _places(run: Run) -> Iterator[str]:
 
 def _k2_of_login_shell(run: Run) -> str | None:
     """Where a terminal there would find k2: asked of the user's own shell, as a login shell."""
-    shell = run(["printenv", "SHELL"]).stdout.decode(errors="replace").strip()
+    shell = last_line(run(["printenv", "SHELL"]).stdout).decode(errors="replace")
     if not shell.startswith("/"):
         return None
     lines = run([shell, "-l", "-c", "command -v k2"]).stdout.decode(errors="replace").splitlines()
@@ -86,7 +99,7 @@ def _interpreter_of(run: Run, script: str) -> str | None:
     Where its path is long or has spaces, the first line names ``/bin/sh`` and the second the
     interpreter: ``'''exec' "/the path/python" "$0" "$@"``.
     """
-    lines = run(["head", "-n", "2", script]).stdout.decode(errors="replace").splitlines()
+    lines = run(["head", "-n", "2", script]).stdout.decode(errors="replace").splitlines()[-2:]
     if not lines or not lines[0].startswith("#!"):
         return None
     first = lines[0][2:].strip()

@@ -23,7 +23,7 @@ import msgspec
 
 from k2cli import __version__
 from k2cli.cluster import self_report
-from k2cli.cluster.interpreter import MANAGED_PYTHON, find_interpreter
+from k2cli.cluster.interpreter import MANAGED_PYTHON, find_interpreter, last_line
 from k2cli.cluster.nodes import Completed, Node
 from k2cli.cluster.own_wheel import build_own_wheel, own_digest
 from k2cli.cluster.parallel import in_parallel
@@ -102,7 +102,7 @@ def report_of(node: Node, python: str) -> Report | None:
     if done.status != 0:
         return None
     try:
-        return msgspec.json.decode(done.stdout, type=Report)
+        return msgspec.json.decode(last_line(done.stdout), type=Report)
     except msgspec.MsgspecError:
         return None
 
@@ -273,7 +273,7 @@ def _tools(node: Node) -> tuple[str | None, str | None]:
 
 def _search_path(node: Node) -> list[str]:
     """Where a terminal there would look, then the usual places."""
-    shell = node.run(["printenv", "SHELL"]).stdout.decode(errors="replace").strip()
+    shell = last_line(node.run(["printenv", "SHELL"]).stdout).decode(errors="replace")
     lines: list[str] = []
     if shell.startswith("/"):
         # printenv and not $PATH, which is a list in fish.
@@ -292,7 +292,7 @@ def _first_that_runs(
 
 
 def _plain_python(node: Node, path: Sequence[str]) -> str | None:
-    if node.run(["uname", "-s"]).stdout.strip() == b"Darwin":
+    if last_line(node.run(["uname", "-s"]).stdout) == b"Darwin":
         # Apple's is 3.9, or only asks on the screen whether to install the developer tools.
         path = [folder for folder in path if folder != "/usr/bin"]
     python = _first_that_runs(node, path, ["python3", "python"], "--version")

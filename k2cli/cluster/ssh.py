@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from k2cli import __version__
 from k2cli.cluster.agent import UNKNOWN_VERB_STATUS, NodeFacts, RunProcess
-from k2cli.cluster.interpreter import find_interpreter
+from k2cli.cluster.interpreter import find_interpreter, last_line
 from k2cli.cluster.nodes import CALL_SECONDS, Completed, decode_answer, start_process
 from k2cli.cluster.ssh_connection import connection_to
 from k2cli.errors import ClusterError
@@ -80,7 +80,7 @@ class SshNode:
             done = self._run_agent(verb, arguments, input)
         if done.status != 0:
             raise self._agent_error(verb, done)
-        result: T = decode_answer(self.name, verb, done.stdout, kind)
+        result: T = decode_answer(self.name, verb, last_line(done.stdout), kind)
         return result
 
     def _run_agent(self, verb: str, arguments: Sequence[str], input: bytes | None) -> Completed:

@@ -87,6 +87,15 @@ def test_a_users_habits_for_working_by_hand_are_not_in_the_way(ssh_server: Serve
     assert SshNode("b").run(["printf", "x"]).stdout == b"x"
 
 
+def test_a_shell_that_greets_every_login_is_understood(ssh_server: Server) -> None:
+    greeting = ssh_server.home / "greeting"
+    greeting.write_text("Welcome!\n/not/a/path\n")
+    try:
+        assert SshNode("b").facts().k2_version == __version__
+    finally:
+        greeting.unlink()
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_stuck_connection_is_replaced(ssh_server: Server, how: signal.Signals) -> None:
     node = SshNode("b")
