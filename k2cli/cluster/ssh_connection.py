@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from k2cli.cluster.nodes import CALL_SECONDS, Completed
@@ -59,6 +60,8 @@ class Connection:
         self._lock = threading.Lock()
         self._sessions = threading.BoundedSemaphore(_SESSIONS)
         self._socket: Path | None = None
+        # What the user's start-up files there print on every login, before any command's output.
+        self._greeting = b""
 
     @functools.cached_property
     def configuration(self) -> dict[str, str]:
@@ -101,7 +104,7 @@ class Connection:
         if done.status == SSH_FAILED:
             self._abandon(socket)
             raise ssh_error(self.node, done.stderr.decode(errors="replace"))
-        return done
+        return replace(done, stdout=done.stdout.removeprefix(self._greeting))
 
     def _connect(self) -> Path:
         """Connect unless that is done; says clearly why it cannot be."""
@@ -118,6 +121,7 @@ class Connection:
                 raise timed_out(self.node, _CONNECT_LIMIT_SECONDS) from None
             if done.status == SSH_FAILED:
                 raise ssh_error(self.node, done.stderr.decode(errors="replace"))
+            self._greeting = done.stdout
             self._socket = socket
             return socket
 

@@ -92,6 +92,7 @@ def test_a_shell_that_greets_every_login_is_understood(ssh_server: Server) -> No
     greeting.write_text("Welcome!\n/not/a/path\n")
     try:
         assert SshNode("b").facts().k2_version == __version__
+        assert SshNode("b").run(["printf", "%s", "a\nb"]).stdout == b"a\nb"
     finally:
         greeting.unlink()
 
