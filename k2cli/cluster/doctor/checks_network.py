@@ -31,8 +31,8 @@ SLOW_ALL_REDUCE_SECONDS = 0.002
 """A tensor-parallel token needs about two all-reduces per layer: 2 ms each are 0.25 s for K2."""
 
 _PRIVACY = (
-    "System Settings > Privacy & Security > Local Network: allow the terminal (and sshd's "
-    "programs), on both Macs"
+    "System Settings > Privacy & Security > Local Network: allow the program that k2 was started "
+    "from (docs/doctor.md)"
 )
 
 

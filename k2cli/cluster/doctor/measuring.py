@@ -260,9 +260,14 @@ def _run_by_mpirun(first: Node, second: Node, link: Link) -> list[_Side]:
     with tempfile.TemporaryDirectory(
         prefix="k2-mpi-", dir=agent.scratch_path("x").parent
     ) as folder:
-        arguments = mpirun_arguments(mpi, hosts, 2, Path(folder), is_root=os.geteuid() == 0)
-        if hosts is not None:
-            arguments += ["--mca", "btl_tcp_if_include", _subnet(link)]
+        arguments = mpirun_arguments(
+            mpi,
+            Path(folder),
+            remote=hosts is not None,
+            networks=[_subnet(link)] if hosts is not None else [],
+            is_root=os.geteuid() == 0,
+        )
+        arguments += ["-np", "2", *(["--host", ",".join(hosts)] if hosts is not None else [])]
         return [_run_rank(LocalNode(), specification, arguments, first.python)]
 
 
