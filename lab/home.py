@@ -43,6 +43,7 @@ PrintMotd no
 MaxStartups 100
 MaxSessions 100
 SetEnv PYTHONPATH={root}
+PermitUserEnvironment PATH
 Subsystem sftp internal-sftp
 """
 _SSH = """\
@@ -69,6 +70,20 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+
+
+def login_path(folder: Path, first: Path | None) -> None:
+    """What a command over ssh finds as its PATH on the host of ``folder``.
+
+    Args:
+        folder: the host's, see ``write_files``.
+        first: put before sshd's own; None for that alone.
+    """
+    path = folder / "home" / ".ssh" / "environment"
+    if first is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(f"PATH={first}:{_PATH}\n")
 
 
 def make_key(path: Path, comment: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.home import login_path
 from lab.laboratory import Lab
 from lab.namespaces import LabProcess
 
@@ -120,6 +121,9 @@ class LabRun:
         if detach:
             command.append("--detach")
         settings = {"PATH": _SYSTEM_PATH} if backend == "mpi4" else {}
+        for found in lab.hosts:
+            # Both versions on every host: the same one must be first on the PATH of all.
+            login_path(found.folder, Path(sys.executable).parent if backend == "mpi5" else None)
         self.talk = Talk(lab.start(host, command, settings))
         self.client: Talk | None = None
 
