@@ -25,6 +25,7 @@ _OWN_FOLDERS = {
     "/tmp": "mode=1777",
     "/run": "mode=755",
     "/dev/shm": "mode=1777",
+    "/var/tmp": "mode=1777",
 }
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # PidFile: with /dev/null sshd would delete that device when it ends.
@@ -157,7 +158,7 @@ def mount_orders(folder: Path, share: list[Path]) -> dict[str, Any]:
     ]
     return {
         "keep": keep,
-        "tmpfs": _OWN_FOLDERS,
+        "tmpfs": {path: how for path, how in _OWN_FOLDERS.items() if Path(path).is_dir()},
         "folders": ["/run/sshd", "/run/lock"],
         "bind": [
             *etc,

@@ -102,7 +102,7 @@ class Lab:
             name: of the lab; several can be up side by side.
             hosts: how many, beside the console.
             ethernet: join them by a second network, ``eth0``, to which their names lead then.
-            share: folders that hosts must see although they lie below /tmp, /run or /dev/shm,
+            share: folders that hosts must see although they lie below /tmp, /run, /var/tmp, ...,
                 which each host has of its own.
             tied: end with this process, however it ends.
 

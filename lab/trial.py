@@ -25,6 +25,7 @@ _LEFT = [
     *("(", "-name", "k2-*", "-o", "-name", "ompi*", "-o", "-name", "prte*", ")"),
     *("-not", "-name", "k2-ssh-*", "-type", "d"),
 ]
+_LOCKS = "/var/tmp/k2-locks"
 _LEFT_IN_STATE = [
     *("(", "-name", "bootstrap*", "-o", "-name", "launch.json", "-o", "-name", "api-key"),
     *("-o", "-name", "*.lock", ")", "-type", "f"),
@@ -186,6 +187,10 @@ def _look_for_leftovers(lab: Lab, fault: Fault, outcome: Outcome) -> None:
         found = _scratch(lab, host)
         state = f"{HOME}/.local/state/k2"
         found += lab.exec(host.name, ["find", state, *_LEFT_IN_STATE]).stdout.split()
+        if outcome.exit_status not in _KILLED and not fault.detach:
+            # Nobody could release the lock of a launcher that was killed: the next launch finds
+            # it stale and takes it away.
+            found += lab.exec(host.name, ["find", _LOCKS, "-type", "f"]).stdout.split()
         if found:
             outcome.left += [f"{host.name}:{path}" for path in found]
             outcome.problems.append(f"files left on {host.name}: {' '.join(found)}")
@@ -195,6 +200,7 @@ def _forget(lab: Lab) -> None:
     """The next trial starts as on fresh machines."""
     for host in lab.hosts:
         lab.exec(host.name, ["rm", "-rf", f"{HOME}/.local/state/k2"])
+        lab.exec(host.name, ["find", _LOCKS, "-type", "f", "-delete"])
         if found := _scratch(lab, host):
             lab.exec(host.name, ["rm", "-rf", *found])
 

@@ -33,8 +33,8 @@ def test_each_host_is_a_machine_of_its_own(lab: Lab) -> None:
             assert (done.returncode, done.stderr) == (0, "")
             assert done.stdout.split()[:2] == [host.name, "/run/home"]
             assert int(done.stdout.split()[2]) < 10_000  # a process id of that host's own
-    lab.exec("k2a", ["touch", "/tmp/here", "/dev/shm/here", "here"])
-    there = lab.exec("k2b", ["ls", "/tmp/here", "/dev/shm/here", "here"])
+    lab.exec("k2a", ["touch", "/tmp/here", "/dev/shm/here", "/var/tmp/here", "here"])
+    there = lab.exec("k2b", ["ls", "/tmp/here", "/dev/shm/here", "/var/tmp/here", "here"])
     assert there.stdout == ""
     assert not Path("/dev/shm/here").exists()
     settings = lab.exec("k2a", ["env"]).stdout
