@@ -156,6 +156,26 @@ def disk(situation: Situation) -> Iterable[CheckResult]:
             yield CheckResult("fail", "disk", node, detail, on_node(node, "df -h"))
         else:
             yield CheckResult("pass", "disk", node, f"{free} free on {volume.mount_point}")
+        yield from _state_disk(node, software)
+
+
+def _state_disk(node: str, software: Software) -> Iterable[CheckResult]:
+    """Runs are recorded beside the models or elsewhere; a full volume there stops a launch."""
+    volume = software.state_volume
+    if volume is None or volume.free_bytes >= FULL_DISK_BYTES:
+        return
+    detail = f"{format_bytes(volume.free_bytes)} free for runs and logs in {volume.path}"
+    yield CheckResult("fail", "disk", node, detail, on_node(node, f"df -h {volume.mount_point}"))
+
+
+def load(situation: Situation) -> Iterable[CheckResult]:
+    """A machine that is busy with something else makes every measurement too bad."""
+    for node, software in situation.software.items():
+        average, cores = software.load_average, software.cores
+        if average is None or cores is None or average <= cores:
+            continue
+        detail = f"{average:.1f} programs at work on {cores} cores: it will be slow"
+        yield CheckResult("warn", "load", node, detail, on_node(node, "top"))
 
 
 def disk_speed(situation: Situation) -> Iterable[CheckResult]:

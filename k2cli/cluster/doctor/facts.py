@@ -138,6 +138,8 @@ class Software(msgspec.Struct, frozen=True):
     ``time`` is that machine's clock in seconds since 1970. ``limit_bytes`` is what MLX may use, as
     ``planning.hardware.this_machine`` finds it there. ``backends`` are the distributed back ends
     that its mlx was built with, without MPI, whose library is found at run time (``libmpi``).
+    ``volume`` is that of the models, ``state_volume`` that of runs and their logs;
+    ``load_average`` is the last minute's.
     """
 
     k2_version: str
@@ -161,6 +163,9 @@ class Software(msgspec.Struct, frozen=True):
     processes: tuple[ProcessUse, ...]
     interfaces: dict[str, tuple[str, ...]] = {}
     mpi_error: str | None = None
+    state_volume: Volume | None = None
+    load_average: float | None = None
+    cores: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

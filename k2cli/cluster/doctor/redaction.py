@@ -262,7 +262,7 @@ class Redactor:
                 process["name"] = self._pseudonym("process", str(process["name"]), "process-{}")
             if process.get("run_id"):
                 process["run_id"] = self.run_id(process["run_id"])
-        for owner in (value, value.get("volume") or {}):
+        for owner in (value, value.get("volume") or {}, value.get("state_volume") or {}):
             for field in _PATH_FIELDS & owner.keys():
                 owner[field] = self.path(owner[field]) if owner[field] else owner[field]
         named = value.get("interfaces", {})

@@ -14,6 +14,7 @@ CHECKS: tuple[Check, ...] = (
     Check("clock", "clocks agree", checks_machine.clock),
     Check("leftovers", "no process of an ended run", checks_machine.leftovers),
     Check("memory", "free memory and who holds it", checks_machine.memory),
+    Check("load", "nothing else keeps the cores busy", checks_machine.load),
     Check("GPU limit", "what MLX may use", checks_machine.gpu_limit),
     Check("disk", "the models' volume", checks_machine.disk),
     Check("disk speed", "reading the checkpoint", checks_machine.disk_speed, quick=False),

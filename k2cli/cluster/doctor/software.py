@@ -23,7 +23,7 @@ from k2cli import __version__
 from k2cli.cluster.agent import MARK
 from k2cli.cluster.doctor.facts import ProcessUse, Software, Volume
 from k2cli.cluster.openmpi import find_libmpi, find_mpirun
-from k2cli.settings import models_directory
+from k2cli.settings import models_directory, runs_directory
 
 _BIGGEST = 5
 _MPIRUN_SECONDS = 10
@@ -64,6 +64,9 @@ def software(model_folder: str | None = None) -> Software:
         processes=_processes(),
         interfaces=_interfaces(),
         mpi_error=mpi_error,
+        state_volume=volume_of(runs_directory()),
+        load_average=psutil.getloadavg()[0],
+        cores=psutil.cpu_count(),
     )
 
 
