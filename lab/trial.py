@@ -190,7 +190,7 @@ def _look_for_leftovers(lab: Lab, fault: Fault, outcome: Outcome) -> None:
         if outcome.exit_status not in _KILLED and not fault.detach:
             # Nobody could release the lock of a launcher that was killed: the next launch finds
             # it stale and takes it away.
-            found += lab.exec(host.name, ["find", _LOCKS, "-type", "f"]).stdout.split()
+            found += lab.exec(host.name, ["find", _LOCKS, "-name", "*.json"]).stdout.split()
         if found:
             outcome.left += [f"{host.name}:{path}" for path in found]
             outcome.problems.append(f"files left on {host.name}: {' '.join(found)}")
@@ -200,7 +200,7 @@ def _forget(lab: Lab) -> None:
     """The next trial starts as on fresh machines."""
     for host in lab.hosts:
         lab.exec(host.name, ["rm", "-rf", f"{HOME}/.local/state/k2"])
-        lab.exec(host.name, ["find", _LOCKS, "-type", "f", "-delete"])
+        lab.exec(host.name, ["find", _LOCKS, "-name", "*.json", "-delete"])
         if found := _scratch(lab, host):
             lab.exec(host.name, ["rm", "-rf", *found])
 
