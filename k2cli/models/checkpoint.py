@@ -85,7 +85,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 raise K2Error(f"tensor '{name}' is in both {tensors[name].file} and {file}")
             tensors[name] = tensor
     if weight_map is not None:
-        _check_index(folder, weight_map, tensors)
+        check_index(folder / INDEX_NAME, weight_map, tensors)
     return Checkpoint(folder, config, tensors, sum(t.nbytes for t in tensors.values()))
 
 
@@ -161,7 +161,20 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX_NAME
     if not path.is_file():
         return None
-    weight_map = read_json_object(path).get("weight_map")
+    weight_map = weight_map_of(path, read_json_object(path))
+    for file in set(weight_map.values()):
+        if not (folder / file).is_file():
+            raise K2Error(f"{path} names {file}, which is not there", "download it again")
+    return weight_map
+
+
+def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
+    """Which file holds which tensor, of an index. ``path`` is for messages.
+
+    Raises:
+        K2Error: if it does not say so, or names what is no safetensors file's name.
+    """
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
     ):
@@ -170,18 +183,19 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         # A name with a path in it could point anywhere on this machine.
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise K2Error(f"{path}: '{file}' is not the name of a safetensors file")
-        if not (folder / file).is_file():
-            raise K2Error(f"{path} names {file}, which is not there", "download it again")
     return weight_map
 
 
-def _check_index(
-    folder: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]
-) -> None:
+def check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+    """Each tensor that an index names must be in the file that it names.
+
+    Raises:
+        K2Error: naming the first that is not.
+    """
     for name, file in weight_map.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.file.name != file:
-            raise K2Error(f"{folder / INDEX_NAME}: tensor '{name}' is not in {file}")
+            raise K2Error(f"{path}: tensor '{name}' is not in {file}")
 
 
 def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
@@ -194,9 +208,44 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            header, data_start = _read_header(file, stream.read(8), size, stream)
+            length = header_length(file, stream.read(8), size)
+            return tensors_of_header(file, stream.read(length), size)
     except OSError as error:
         raise K2Error(f"cannot read {file}: {error.strerror}") from error
+
+
+def header_length(file: Path, prefix: bytes, size: int) -> int:
+    """Bytes of a safetensors file's header after the 8 of its ``prefix``; ``size`` is the file's.
+
+    Raises:
+        K2Error: if the file cannot hold such a header.
+    """
+    if len(prefix) < 8:
+        raise K2Error(f"{file} is cut short: {size} bytes hold no header", "download it again")
+    (length,) = struct.unpack("<Q", prefix[:8])
+    if length > MAX_HEADER_BYTES:
+        raise K2Error(f"{file} is no safetensors file: its header would have {length} bytes")
+    if 8 + length > size:
+        raise K2Error(
+            f"{file} is cut short: its header has {length} bytes, the file {size}",
+            "download it again",
+        )
+    return int(length)
+
+
+def tensors_of_header(file: Path, text: bytes, size: int) -> dict[str, StoredTensor]:
+    """The tensors that a header's JSON describes; ``size`` is that of the file that it heads.
+
+    Raises:
+        K2Error: if it is malformed, or does not describe exactly the bytes that follow it.
+    """
+    try:
+        header = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise K2Error(f"{file}: the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise K2Error(f"{file}: the header is not a JSON object")
+    data_start = 8 + len(text)
     tensors = [
         _tensor(file, name, fields, data_start)
         for name, fields in header.items()
@@ -205,26 +254,6 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_layout(file, tensors, data_start, size)
     return {tensor.name: tensor for tensor in tensors}
-
-
-def _read_header(file: Path, prefix: bytes, size: int, stream: Any) -> tuple[dict[str, Any], int]:
-    if len(prefix) < 8:
-        raise K2Error(f"{file} is cut short: {size} bytes hold no header", "download it again")
-    (length,) = struct.unpack("<Q", prefix)
-    if length > MAX_HEADER_BYTES:
-        raise K2Error(f"{file} is no safetensors file: its header would have {length} bytes")
-    if 8 + length > size:
-        raise K2Error(
-            f"{file} is cut short: its header has {length} bytes, the file {size}",
-            "download it again",
-        )
-    try:
-        header = json.loads(stream.read(length), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise K2Error(f"{file}: the header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise K2Error(f"{file}: the header is not a JSON object")
-    return header, 8 + length
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

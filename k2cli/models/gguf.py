@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
+from k2cli.models.checkpoint import Checkpoint, StoredTensor
 from k2cli.models.files import folder_being_made
 from k2cli.models.gguf_blocks import (
     EXPANDED_TYPES,
@@ -64,18 +65,7 @@ def convert_gguf(
         K2Error: if the file is damaged or of a kind that cannot be imported, or the disk is full.
     """
     with GgufFile(path) as file:
-        architecture = file.metadata.get("general.architecture")
-        if architecture != "llama":
-            raise K2Error(
-                f"{path} is of the architecture '{architecture}'; k2 imports GGUF files of 'llama'",
-                "give an MLX or Hugging Face checkpoint of this model instead",
-            )
-        shape = llama_shape(file)
-        names = llama_names(file, shape)
-        conversions = [
-            _plan(file, file.tensors[name], target, shape) for name, target in names.items()
-        ]
-        config = llama_config(file, shape, names) | _quantization(conversions)
+        shape, conversions, config = _planned(file)
         documents = {"config.json": config} | tokenizer_files(file, shape.vocabulary)
         documents["generation_config.json"] |= dict(sampling or {})
         specs = [spec for conversion in conversions for spec in conversion.specs]
@@ -88,6 +78,38 @@ def convert_gguf(
             arrays = _arrays(file, conversions, shape, progress or (lambda done, total: None))
             write_safetensors(temporary, specs, arrays)
     return folder
+
+
+def gguf_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that ``convert_gguf`` would make, from the file's header alone.
+
+    Raises:
+        K2Error: as ``convert_gguf``.
+    """
+    with GgufFile(path) as file:
+        _, conversions, config = _planned(file)
+    specs = [spec for conversion in conversions for spec in conversion.specs]
+    # Nothing is stored under these names yet, so there is no place to read them from.
+    tensors = {
+        spec.name: StoredTensor(spec.name, spec.dtype, spec.shape, spec.nbytes, path, 0)
+        for spec in specs
+    }
+    return Checkpoint(path, config, tensors, sum(spec.nbytes for spec in specs))
+
+
+def _planned(file: GgufFile) -> tuple[LlamaShape, list[_Conversion], dict[str, Any]]:
+    """What becomes of each tensor, and the config."""
+    architecture = file.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise K2Error(
+            f"{file.path} is of the architecture '{architecture}'; k2 imports GGUF files of "
+            "'llama'",
+            "give an MLX or Hugging Face checkpoint of this model instead",
+        )
+    shape = llama_shape(file)
+    names = llama_names(file, shape)
+    conversions = [_plan(file, file.tensors[name], target, shape) for name, target in names.items()]
+    return shape, conversions, llama_config(file, shape, names) | _quantization(conversions)
 
 
 def _plan(file: GgufFile, tensor: GgufTensor, target: str, shape: LlamaShape) -> _Conversion:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,12 @@ SAFE_PATTERNS = (
     "vocab.txt", "merges.txt", "LICENSE*", "README.md",
 )  # fmt: skip
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
+
+_READ_TIMEOUT_SECONDS = 20.0
+_RANGE_SECONDS = 120.0
+_RETRIES = 2
+_PASSING_FAILURES = (408, 429, 500, 502, 503, 504)
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 Progress = Callable[[int, int], None]
 
@@ -107,6 +115,100 @@ def download_config(repo: str, revision: str | None = None) -> Path:
     if not (folder / "config.json").is_file():
         raise K2Error(f"{repo} has no config.json", "name a repository that holds a model")
     return folder
+
+
+def file_names(repo: str, revision: str | None) -> list[str]:
+    """The names of all files of a repository.
+
+    Raises:
+        NotAuthorisedError, K2Error: as ``list_repo``.
+    """
+    import huggingface_hub
+
+    with _errors(repo, revision):
+        names: list[str] = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
+    return names
+
+
+def read_range(
+    repo: str, revision: str | None, name: str, first: int, count: int
+) -> tuple[bytes, int]:
+    """At most ``count`` bytes of a file, from byte ``first`` on, and the size of the file.
+
+    No more than that is received or kept, whatever the server sends. (The library's own reader of
+    headers keeps all of an answer that ignores the range: 5 GB for a shard.)
+
+    Raises:
+        NotAuthorisedError, K2Error: as ``list_repo``; also if the server serves no such range, or
+            stops in the middle of it.
+    """
+    import httpx2
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    url = huggingface_hub.hf_hub_url(repo, name, revision=revision)
+    what = f"{repo}/{name}"
+    with _errors(repo, revision):
+        for attempt in range(_RETRIES):
+            try:
+                return _read_range(url, what, first, count)
+            except httpx2.TransportError:
+                pass  # a connection that failed or broke off may do better
+            except errors.HfHubHTTPError as error:
+                if getattr(error.response, "status_code", 0) not in _PASSING_FAILURES:
+                    raise
+            time.sleep(0.25 * 2**attempt)
+        return _read_range(url, what, first, count)
+
+
+def _read_range(url: str, what: str, first: int, count: int) -> tuple[bytes, int]:
+    # The library's http_stream_backoff would do, but cannot bear an error while a body is read.
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # lazily exported
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    wanted = {"range": f"bytes={first}-{first + count - 1}", "accept-encoding": "identity"}
+    with get_session().stream(
+        "GET", url, headers={**build_hf_headers(), **wanted}, timeout=_READ_TIMEOUT_SECONDS
+    ) as response:
+        hf_raise_for_status(response)
+        size = _size_of_file(response, what, first)
+        data = _bounded(response.iter_raw(), count, what)
+    if len(data) < min(count, max(0, size - first)):
+        raise K2Error(f"the Hub's answer for {what} broke off", "try again")
+    return data, size
+
+
+def _size_of_file(response: Any, what: str, first: int) -> int:
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+    if response.status_code == 206 and match is not None and int(match[1]) == first:
+        return int(match[3])
+    length = response.headers.get("content-length", "")
+    if response.status_code == 200 and first == 0 and length.isdecimal():
+        return int(length)  # the range is ignored: what is beyond it is not received
+    raise K2Error(
+        f"the Hub does not serve a part of {what}", "check HF_ENDPOINT, or run k2 download"
+    )
+
+
+def _bounded(chunks: Iterator[bytes], count: int, what: str) -> bytes:
+    deadline = time.monotonic() + _RANGE_SECONDS
+    parts: list[bytes] = []
+    missing = count
+    for chunk in chunks:
+        parts.append(chunk[:missing])
+        missing -= len(parts[-1])
+        if missing <= 0:
+            break
+        if time.monotonic() > deadline:
+            raise K2Error(
+                f"the Hub sent {count - missing} of {count} bytes of {what} in "
+                f"{_RANGE_SECONDS:.0f} s",
+                "try again on a faster network",
+            )
+    return b"".join(parts)
 
 
 def cached_folder(repo: str, revision: str | None = None) -> Path | None:

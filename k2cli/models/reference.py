@@ -143,7 +143,7 @@ def local_checkpoint(text: str) -> Path:
         K2Error: if the model is not here yet; the hint is the command that fetches it.
     """
     reference = parse_reference(text)
-    folder = _present_folder(reference)
+    folder = present_folder(reference)
     if folder is None:
         raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
     if not (folder / "config.json").is_file():
@@ -154,31 +154,7 @@ def local_checkpoint(text: str) -> Path:
     return folder
 
 
-def config_source(text: str) -> Path:
-    """A folder with at least the ``config.json`` of ``text``: the checkpoint's own if it is here.
-
-    Falls back on the shape that k2 carries for an alias, then on the Hub (config.json alone).
-
-    Raises:
-        UsageError: if ``text`` is no reference.
-        K2Error: if no config can be had.
-    """
-    reference = parse_reference(text)
-    folder = _present_folder(reference)
-    if folder is not None and (folder / "config.json").is_file():
-        return folder
-    if reference.kind == "local" and folder is not None:
-        raise K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
-    if reference.entry is not None and reference.entry.config_folder is not None:
-        return reference.entry.config_folder
-    if reference.repo is None:
-        raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
-    from k2cli.models import hub
-
-    return hub.download_config(reference.repo, reference.revision)
-
-
-def _present_folder(reference: ModelReference) -> Path | None:
+def present_folder(reference: ModelReference) -> Path | None:
     """The reference's folder if it is on this machine, as far as its name tells."""
     if reference.path is not None and reference.path.is_dir():
         return reference.path

@@ -52,17 +52,15 @@ def read_subject(reference: str, quantize: str | None = None) -> Subject:
         UsageError: if the reference or the config makes no sense.
         K2Error: if files cannot be read or contradict each other.
     """
-    from k2cli.models.checkpoint import read_checkpoint
-    from k2cli.models.reference import config_source
+    from k2cli.models.inspection import inspect_model
     from k2cli.sharding.architectures import model_classes
     from k2cli.sharding.footprint import model_facts
 
-    folder = config_source(reference)
-    checkpoint = read_checkpoint(folder)
+    checkpoint = inspect_model(reference)
     config = checkpoint.config
     _, arguments = model_classes(config)
     names = _argument_names(arguments, config)
-    check_config(config, str(folder / "config.json"), names)
+    check_config(config, str(checkpoint.folder / "config.json"), names)
     stored: StoredShapes | None = {
         name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()
     } or None

@@ -1,9 +1,15 @@
-"""A Hub on this machine for the real client: one repository, and the refusals there can be."""
+"""A Hub on this machine for the real client: one repository, the refusals and faults there can be.
+
+A file may have a fault: ``ignores ranges``, ``breaks off`` (in the middle of an answer),
+``redirects`` (to another path, as the Hub does to its store), ``refuses`` (403) or ``fails once``
+(503, then as it should).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +29,8 @@ REFUSALS = {
 class _Handler(BaseHTTPRequestHandler):
     files: dict[str, bytes]
     requested: list[str]
+    faults: dict[str, str]
+    sent: list[int]
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -45,6 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in self.files]
             document = {"id": "mock/model", "modelId": "mock/model", "sha": COMMIT}
             self._send_json(document | {"siblings": siblings, "tags": [], "private": False}, body)
+        elif path.startswith("/store/"):
+            self._send_file(path.split("/", 2)[2], body)
         elif path.startswith("/mock/model/resolve/"):
             self._send_file(path.split("/", 5)[5], body)
         else:
@@ -65,16 +75,45 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"", body, {"X-Error-Code": "EntryNotFound"})
             return
         headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        self._send(200, data, body, headers)
+        fault = self.faults.get(name, "")
+        if fault == "refuses":
+            self._send(403, b"{}", body, {})
+        elif fault == "fails once":
+            del self.faults[name]
+            self._send(503, b"", body, {})
+        elif fault == "redirects" and not self.path.startswith("/store/"):
+            self._send(302, b"", body, headers | {"Location": f"/store/{name}"})
+        else:
+            self._send_part(data, body, headers, fault)
 
-    def _send(self, status: int, data: bytes, body: bool, headers: dict[str, str]) -> None:
+    def _send_part(self, data: bytes, body: bool, headers: dict[str, str], fault: str) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None or fault == "ignores ranges":
+            self._send(200, data, body, headers, fault)
+            return
+        first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        self._send(206, data[first : last + 1], body, headers, fault)
+
+    def _send(
+        self, status: int, data: bytes, body: bool, headers: dict[str, str], fault: str = ""
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if body:
-            self.wfile.write(data)
+        if not body:
+            return
+        if fault == "breaks off":
+            data = data[: len(data) // 2]
+            self.close_connection = True
+        try:
+            for start in range(0, len(data), 2**16):
+                self.wfile.write(data[start : start + 2**16])
+                self.sent.append(len(data[start : start + 2**16]))
+        except OSError:
+            self.close_connection = True  # the client had enough
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Say nothing."""
@@ -85,15 +124,26 @@ def _etag(data: bytes) -> str:
 
 
 @contextmanager
-def mock_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def mock_hub(folder: Path, faults: dict[str, str] | None = None) -> Iterator[tuple[str, list[str]]]:
     """Serve ``folder`` as ``mock/model``; gives the address and the list of requests."""
+    with counting_hub(folder, faults) as (address, requested, _):
+        yield address, requested
+
+
+@contextmanager
+def counting_hub(
+    folder: Path, faults: dict[str, str] | None = None
+) -> Iterator[tuple[str, list[str], list[int]]]:
+    """``mock_hub`` that also gives the sizes of all pieces of bodies that were sent."""
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    handler = type("Handler", (_Handler,), {"files": files, "requested": []})
+    state = {"files": files, "requested": [], "faults": dict(faults or {}), "sent": []}
+    handler = type("Handler", (_Handler,), state)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", handler.requested  # type: ignore[attr-defined]
+        address = f"http://127.0.0.1:{server.server_port}"
+        yield address, handler.requested, handler.sent  # type: ignore[attr-defined]
     finally:
         server.shutdown()
         server.server_close()

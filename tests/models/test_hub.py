@@ -22,7 +22,7 @@ _SCRIPT = """
 import json, sys
 from pathlib import Path
 from k2cli.errors import K2Error
-from k2cli.models import reference
+from k2cli.models.inspection import inspect_model
 from k2cli.models.fetch import BytesDone, fetch
 progress = []
 def note(event):
@@ -33,7 +33,7 @@ if "destination" in options:
     options["destination"] = Path(options["destination"])
 try:
     if options.pop("only_config", False):
-        print(json.dumps({"path": str(reference.config_source(sys.argv[1]))}))
+        print(json.dumps({"path": str(inspect_model(sys.argv[1]).folder)}))
         sys.exit()
     got = fetch(sys.argv[1], on_event=note, **options)
 except K2Error as error:

@@ -10,7 +10,8 @@ import pytest
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.catalog import HubSource, WheelSource, catalog
 from k2cli.models.checkpoint import read_config
-from k2cli.models.reference import config_source, local_checkpoint, parse_reference
+from k2cli.models.inspection import inspect_model
+from k2cli.models.reference import local_checkpoint, parse_reference
 from k2cli.settings import models_directory
 
 
@@ -74,7 +75,7 @@ def test_a_model_that_is_not_here_tells_how_to_fetch_it(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(K2Error, match=r"no \.safetensors files"):
         local_checkpoint(str(folder))
-    assert config_source(str(folder)) == folder
+    assert inspect_model(str(folder)).folder == folder
 
 
 def test_a_folder_that_k2_did_not_convert_is_not_the_demo() -> None:
@@ -99,4 +100,4 @@ def test_every_entry_of_the_catalog_is_usable() -> None:
 
 
 def test_the_shape_of_k2_needs_no_download() -> None:
-    assert read_config(config_source("k2-thinking"))["model_type"] == "kimi_k2"
+    assert inspect_model("k2-thinking").config["model_type"] == "kimi_k2"

@@ -1,0 +1,53 @@
+"""What can be known of a model without its weights: its config, and its tensors if headers tell.
+
+The best source that there is: the checkpoint on this machine, a GGUF file's header, the shape that
+k2 carries for an alias, or the headers of a repository on the Hub.
+"""
+
+from __future__ import annotations
+
+from k2cli.errors import K2Error, NotAuthorisedError
+from k2cli.models.catalog import HubSource, catalog
+from k2cli.models.checkpoint import Checkpoint, read_checkpoint
+from k2cli.models.reference import ModelReference, parse_reference, present_folder
+
+
+def inspect_model(text: str) -> Checkpoint:
+    """Config and tensors of a model reference; no tensors where only its config is known.
+
+    Raises:
+        UsageError: if ``text`` is no reference.
+        NotAuthorisedError: if the Hub refuses.
+        K2Error: if nothing can be had, or what is there is damaged.
+    """
+    reference = parse_reference(text)
+    folder = present_folder(reference)
+    if folder is not None and (folder / "config.json").is_file():
+        return read_checkpoint(folder)
+    if reference.kind == "local" and folder is not None:
+        raise K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
+    if reference.path is not None:
+        from k2cli.models.gguf import gguf_checkpoint
+
+        return gguf_checkpoint(reference.path)
+    if reference.entry is not None and reference.entry.config_folder is not None:
+        return read_checkpoint(reference.entry.config_folder)
+    if reference.repo is None:
+        raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
+    return _from_hub(reference, reference.repo)
+
+
+def _from_hub(reference: ModelReference, repo: str) -> Checkpoint:
+    from k2cli.models.remote import remote_checkpoint
+
+    try:
+        return remote_checkpoint(repo, reference.revision)
+    except NotAuthorisedError:
+        raise
+    except K2Error:
+        # Without the Hub, a repository whose shape k2 carries can still be planned.
+        for entry in catalog().values():
+            known = isinstance(entry.source, HubSource) and entry.source.repo == repo
+            if known and entry.config_folder is not None and reference.revision is None:
+                return read_checkpoint(entry.config_folder)
+        raise
