@@ -43,7 +43,7 @@ def recommended_backend(situation: Situation, links: Sequence[Link]) -> Recommen
         return Recommendation("jaccl", "every pair of nodes is joined by Thunderbolt with RDMA")
     measured = _fastest(situation.links or ())
     if measured is not None:
-        return Recommendation(measured.backend, _because(measured))
+        return Recommendation(measured.backend, f"{_because(measured)}; no RDMA: {obstacle}")
     without_mpi = mpi_obstacle(situation)
     if without_mpi is None:
         return Recommendation("mpi", f"all nodes have Open MPI of one version; no RDMA: {obstacle}")
@@ -75,9 +75,10 @@ def mpi_obstacle(situation: Situation) -> str | None:
         software = node.software
         if software is None:
             return f"k2 does not answer on {node.node}"
-        if software.mpi_version is None or software.libmpi is None:
+        version = software.mpi_version_with(situation.reference)
+        if version is None or software.libmpi is None:
             return f"{node.node} has no Open MPI"
-        majors.add(software.mpi_version.split(".")[0])
+        majors.add(version.split(".")[0])
     return None if len(majors) <= 1 else "different major versions of Open MPI"
 
 

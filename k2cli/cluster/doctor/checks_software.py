@@ -111,7 +111,7 @@ def mpi(situation: Situation) -> Iterable[CheckResult]:
             detail = f"{each.mpirun} is there without the library that mlx loads"
             yield CheckResult(bad, "mpirun", node, detail, install)
         else:
-            majors[node] = each.mpi_version
+            majors[node] = each.mpi_version_with(situation.reference) or each.mpi_version
     if len({each.split(".")[0] for each in majors.values()}) > 1:
         detail = f"different major versions do not work together: {spread(majors)}"
         hint = "install the same Open MPI on all nodes, or use --backend ring"

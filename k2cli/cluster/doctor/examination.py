@@ -11,7 +11,6 @@ from k2cli.cluster.description import Link
 from k2cli.cluster.doctor.advice import (
     Recommendation,
     Setting,
-    mpi_obstacle,
     recommended_backend,
     recommended_settings,
 )
@@ -22,7 +21,6 @@ from k2cli.cluster.doctor.registry import run_checks
 from k2cli.cluster.doctor.results import (
     CheckResult,
     LinkBackend,
-    LinkMeasurement,
     Need,
     Situation,
 )
@@ -183,11 +181,10 @@ def _measured(
     machines = {node.name: situation.machines[node.name] for node in able}
     situation = replace(situation, reaches=measure_reach(able, machines, links))
     chosen = _links_to_measure(situation, links)
-    measured: list[LinkMeasurement] = []
-    for backend in _backends_to_measure(situation, links):
-        tell(f"measuring {len(chosen)} link(s) with {backend}")
-        measured += measure_links({node.name: node for node in able}, chosen, backend)
-    return replace(situation, links=tuple(measured))
+    backend = _backend_to_measure(situation, links)
+    tell(f"measuring {len(chosen)} link(s) with {backend}")
+    measured = measure_links({node.name: node for node in able}, chosen, backend)
+    return replace(situation, links=measured)
 
 
 def _model_folders(situation: Situation, given: str | None) -> dict[str, str]:
@@ -214,13 +211,9 @@ def _links_to_measure(situation: Situation, links: Sequence[Link]) -> list[Link]
     return list(chosen.values())
 
 
-def _backends_to_measure(situation: Situation, links: Sequence[Link]) -> list[LinkBackend]:
-    """The one that a run would use, or those that ``auto`` has to choose from."""
+def _backend_to_measure(situation: Situation, links: Sequence[Link]) -> LinkBackend:
+    """JACCL where it would be used; else the ring, which is TCP as MPI between machines is."""
     wanted = situation.backend
     if wanted == "auto":
         wanted = recommended_backend(situation, links).backend
-    if wanted == "jaccl":
-        return ["jaccl"]
-    if situation.backend == "auto" and mpi_obstacle(situation) is None:
-        return ["ring", "mpi"]
-    return ["mpi"] if wanted == "mpi" else ["ring"]
+    return "jaccl" if wanted == "jaccl" else "ring"

@@ -139,7 +139,8 @@ class Software(msgspec.Struct, frozen=True):
     ``planning.hardware.this_machine`` finds it there. ``backends`` are the distributed back ends
     that its mlx was built with, without MPI, whose library is found at run time (``libmpi``).
     ``volume`` is that of the models, ``state_volume`` that of runs and their logs;
-    ``load_average`` is the last minute's.
+    ``mpi_versions`` are those of every mpirun that was found; ``load_average`` is the last
+    minute's.
     """
 
     k2_version: str
@@ -164,8 +165,14 @@ class Software(msgspec.Struct, frozen=True):
     interfaces: dict[str, tuple[str, ...]] = {}
     mpi_error: str | None = None
     state_volume: Volume | None = None
+    mpi_versions: dict[str, str] = {}
     load_average: float | None = None
     cores: int | None = None
+
+    def mpi_version_with(self, launching: Software | None) -> str | None:
+        """The Open MPI that a run uses here: the launching machine's path, if it is one here."""
+        path = launching.mpirun if launching is not None else None
+        return self.mpi_versions.get(path or "", self.mpi_version)
 
 
 @dataclass(frozen=True, slots=True)

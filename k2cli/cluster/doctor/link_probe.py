@@ -19,8 +19,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from k2cli.cluster.openmpi import find_libmpi
-
 WARM_UP = 5
 ROUNDS = 50
 ROUNDS_SECONDS = 0.5
@@ -41,7 +39,7 @@ class Specification(msgspec.Struct, frozen=True):
     ``rdma_devices[i][j]`` is the device by which rank i reaches rank j, for JACCL.
     """
 
-    backend: Literal["ring", "mpi", "jaccl", "tcp"]
+    backend: Literal["ring", "jaccl", "tcp"]
     rank: int
     addresses: tuple[str, ...]
     limit_seconds: int
@@ -77,9 +75,6 @@ def _join(specification: Specification, folder: str) -> Any:
             MLX_JACCL_COORDINATOR=specification.addresses[0],
             MLX_IBV_DEVICES=devices,
         )
-    elif libmpi := find_libmpi():
-        # Without it MLX makes every rank a group of its own.
-        _configure(MLX_MPI_LIBNAME=str(libmpi))
     import mlx.core as mx
 
     group = mx.distributed.init(strict=True, backend=specification.backend)
@@ -230,7 +225,7 @@ def main() -> None:
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.stderr.flush()
-        os._exit(1)  # MPI's finalizer would wait for the other rank
+        os._exit(1)  # a back end's finalizer may wait for the other rank
     os.write(1, msgspec.json.encode(figures) + b"\n")
 
 

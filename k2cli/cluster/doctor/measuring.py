@@ -7,26 +7,20 @@ and within time limits. A measurement that fails is a result that says why.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import permutations
-from pathlib import Path
 
 import msgspec
 
-from k2cli.cluster import agent
 from k2cli.cluster.description import Link
 from k2cli.cluster.doctor.disk_probe import DiskReading
 from k2cli.cluster.doctor.facts import MachineFacts
 from k2cli.cluster.doctor.link_probe import Figures, Specification
 from k2cli.cluster.doctor.reach_probe import Answer, Listening, Target
 from k2cli.cluster.doctor.results import DiskSpeed, LinkBackend, LinkMeasurement, Reach
-from k2cli.cluster.nodes import LocalNode, Node
-from k2cli.cluster.openmpi import find_openmpi, mpirun_arguments
+from k2cli.cluster.nodes import Node
 from k2cli.errors import ClusterError
 
 _LISTEN_SECONDS = 30.0
@@ -214,11 +208,7 @@ def _measure_link(first: Node, second: Node, link: Link, backend: LinkBackend) -
         link.first, link.second, backend, addresses[0], addresses[1], link.kind
     )
     try:
-        sides = (
-            _run_by_mpirun(first, second, link)
-            if backend == "mpi"
-            else _run_both(first, second, link, backend)
-        )
+        sides = _run_both(first, second, link, backend)
     except ClusterError as error:
         return replace(outcome, error=error.message)
     figures = sides[0].figures
@@ -252,43 +242,15 @@ def _run_both(first: Node, second: Node, link: Link, backend: LinkBackend) -> li
         return list(pool.map(_run_rank, (first, second), specifications))
 
 
-def _run_by_mpirun(first: Node, second: Node, link: Link) -> list[_Side]:
-    """Both ranks by one mpirun on this machine; its output has each rank's figures."""
-    mpi = find_openmpi()
-    hosts = None if first.is_local and second.is_local else [first.name, second.name]
-    specification = Specification("mpi", 0, (), _LINK_LIMIT_SECONDS)
-    with tempfile.TemporaryDirectory(
-        prefix="k2-mpi-", dir=agent.scratch_path("x").parent
-    ) as folder:
-        arguments = mpirun_arguments(
-            mpi,
-            Path(folder),
-            remote=hosts is not None,
-            networks=[_subnet(link)] if hosts is not None else [],
-            is_root=os.geteuid() == 0,
-        )
-        arguments += ["-np", "2", *(["--host", ",".join(hosts)] if hosts is not None else [])]
-        return [_run_rank(LocalNode(), specification, arguments, first.python)]
+def _run_rank(node: Node, specification: Specification) -> _Side:
+    return _run(node, _program(node, msgspec.json.encode(specification).decode()))
 
 
-def _subnet(link: Link) -> str:
-    """The network of a link, so that MPI uses that and no other interface of either node."""
-    addresses = [
-        int(ipaddress.ip_address(a or "")) for a in (link.first_address, link.second_address)
-    ]
-    shared = 32 - (addresses[0] ^ addresses[1]).bit_length()
-    return str(ipaddress.ip_network((addresses[0], min(shared, 30)), strict=False))
+def _program(node: Node, specification: str) -> list[str]:
+    return [node.python, "-P", "-m", "k2cli.cluster.doctor.link_probe", specification]
 
 
-def _run_rank(
-    node: Node,
-    specification: Specification,
-    before: Sequence[str] = (),
-    python: str | None = None,
-) -> _Side:
-    text = msgspec.json.encode(specification).decode()
-    program = [python or node.python, "-P", "-m", "k2cli.cluster.doctor.link_probe", text]
-    command = [*before, *program]
+def _run(node: Node, command: Sequence[str]) -> _Side:
     try:
         done = node.run(command, timeout_seconds=_LINK_LIMIT_SECONDS + _START_SECONDS)
     except ClusterError as error:

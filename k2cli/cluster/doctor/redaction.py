@@ -265,6 +265,8 @@ class Redactor:
         for owner in (value, value.get("volume") or {}, value.get("state_volume") or {}):
             for field in _PATH_FIELDS & owner.keys():
                 owner[field] = self.path(owner[field]) if owner[field] else owner[field]
+        mpi = value.get("mpi_versions", {})
+        value["mpi_versions"] = {self.path(path): version for path, version in mpi.items()}
         named = value.get("interfaces", {})
         value["interfaces"] = {self.interface(name): each for name, each in named.items()}
         return value

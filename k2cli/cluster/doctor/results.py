@@ -14,7 +14,7 @@ from k2cli.cluster.doctor.facts import Examination, MachineFacts, Software
 from k2cli.cluster.nodes import LOCALHOST
 
 Status = Literal["pass", "warn", "fail", "skip"]
-LinkBackend = Literal["ring", "mpi", "jaccl", "tcp"]
+LinkBackend = Literal["ring", "jaccl", "tcp"]
 
 
 @dataclass(frozen=True, slots=True)

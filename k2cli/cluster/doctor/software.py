@@ -65,6 +65,7 @@ def software(model_folder: str | None = None) -> Software:
         interfaces=_interfaces(),
         mpi_error=mpi_error,
         state_volume=volume_of(runs_directory()),
+        mpi_versions=_mpi_versions(mpirun, mpi_version),
         load_average=psutil.getloadavg()[0],
         cores=psutil.cpu_count(),
     )
@@ -113,6 +114,16 @@ def _mpi_version(mpirun: Path | None) -> tuple[str | None, str | None]:
     if match:
         return match.group(1), None
     return None, f"not Open MPI: {said.splitlines()[0] if said else 'it says nothing'}"
+
+
+def _mpi_versions(first: Path | None, version: str | None) -> dict[str, str]:
+    """The mpirun that is found first, and that beside this Python."""
+    found = {str(first): version} if first is not None and version is not None else {}
+    beside = Path(sys.executable).parent / "mpirun"
+    if str(beside) not in found and beside.is_file():
+        other = _mpi_version(beside)[0]
+        found |= {str(beside): other} if other is not None else {}
+    return found
 
 
 def volume_of(folder: Path) -> Volume | None:

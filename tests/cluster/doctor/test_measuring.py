@@ -15,7 +15,6 @@ from k2cli.cluster.doctor.probes import collect
 from k2cli.cluster.doctor.reading import machine_facts
 from k2cli.cluster.doctor.results import LinkBackend
 from k2cli.cluster.nodes import LocalNode
-from k2cli.cluster.openmpi import find_libmpi
 
 
 class Named(LocalNode):
@@ -67,10 +66,8 @@ def test_an_address_without_a_machine_does_not_answer() -> None:
     assert {(r.address, r.error is None) for r in reaches} == {("240.0.0.1", False)}
 
 
-@pytest.mark.parametrize("backend", ["ring", "mpi", "tcp"])
+@pytest.mark.parametrize("backend", ["ring", "tcp"])
 def test_a_link_is_measured_under_its_back_end(backend: LinkBackend) -> None:
-    if backend == "mpi" and find_libmpi() is None:
-        pytest.skip("there is no Open MPI here")
     nodes, _ = _pair()
     [measured] = measure_links({node.name: node for node in nodes}, [_loopback()], backend)
     assert measured.error is None
