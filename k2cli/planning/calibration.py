@@ -23,6 +23,9 @@ from k2cli.sharding.placement import Placement
 
 MEASURED_SPREAD = 0.04
 """What repeated measurements of one thing differ by, as a logarithm."""
+CONCURRENT_SPREAD = 0.3
+"""The same for several requests at a time, of which the model knows less: ranks that share a
+machine, kernels for a few rows. What one request alone does must not be bent to it."""
 _KNOWN_SPREAD, _UNKNOWN_SPREAD, _RATIO_SPREAD, _FIXED_SPREAD = 0.3, 2.0, 0.4, 1.0
 _ROUNDS = 60
 _STEP = 1e-5
@@ -90,7 +93,7 @@ def calibrate(
             math.log(_speed(tried, one, chunk_tokens) / one.tokens_per_second) for one in figures
         ]
 
-    found = _most_likely(errors, start, spread)
+    found = _most_likely(errors, certainty, start, spread)
     tried = _with(run, found)
     return Calibration(
         rates=tried.rates[0],
@@ -189,6 +192,7 @@ def _with(run: PlacedRun, at: Mapping[str, float]) -> PlacedRun:
 
 def _most_likely(
     errors: Callable[[Mapping[str, float]], list[float]],
+    certainty: Sequence[float],
     start: Mapping[str, float],
     spread: Mapping[str, float],
 ) -> dict[str, float]:
@@ -199,7 +203,7 @@ def _most_likely(
         return {name: start[name] * math.exp(x) for name, x in zip(names, at, strict=True)}
 
     def residuals(at: Sequence[float]) -> list[float]:
-        own = [error / MEASURED_SPREAD for error in errors(values(at))]
+        own = [error / by for error, by in zip(errors(values(at)), certainty, strict=True)]
         return own + [x / spread[name] for name, x in zip(names, at, strict=True)]
 
     at = [0.0] * len(names)
