@@ -93,6 +93,9 @@ def calibrate(
             math.log(_speed(tried, one, chunk_tokens) / one.tokens_per_second) for one in figures
         ]
 
+    certainty = [
+        CONCURRENT_SPREAD if figure.concurrency > 1 else MEASURED_SPREAD for figure in figures
+    ]
     found = _most_likely(errors, certainty, start, spread)
     tried = _with(run, found)
     return Calibration(
