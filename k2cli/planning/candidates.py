@@ -144,6 +144,11 @@ def pipeline(ground: Ground) -> Candidate:
             f"there are {stages} nodes"
         )
     demand = ground.demand
+    caches = len(whole.profile.cache_bytes(1))
+    if caches != count:
+        raise UsageError(
+            f"a pipeline needs a cache per layer: the model shares {caches} among {count} layers"
+        )
     held = stage_bytes(whole, demand.context_length, demand.concurrency)
     orders = node_orders(ground.nodes) if demand.free_order else [ground.nodes]
     seconds = {

@@ -211,7 +211,7 @@ def check_traced(ground: Ground, chosen: Candidate) -> None:
         InternalError: if a rank would hold other bytes than were planned.
     """
     from k2cli.sharding.footprint import kv_cache_bytes, weights_bytes
-    from k2cli.sharding.trace import trace_rank
+    from k2cli.sharding.trace import running_model, trace_rank
 
     subject, demand = ground.model.subject, ground.demand
     ranks = range(chosen.placement.size)
@@ -219,7 +219,8 @@ def check_traced(ground: Ground, chosen: Candidate) -> None:
         stage = trace_rank(
             subject.config, chosen.placement, rank, stored=subject.stored, dtype=ground.model.dtype
         )
-        cache = kv_cache_bytes(stage, demand.context_length) * demand.concurrency
+        with running_model(subject.config["model_type"], "run as planned"):
+            cache = kv_cache_bytes(stage, demand.context_length) * demand.concurrency
         held = weights_bytes(stage), cache
         budget = chosen.budgets[rank]
         if held != (budget.weights_bytes, budget.kv_cache_bytes):

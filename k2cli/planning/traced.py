@@ -72,11 +72,14 @@ class TracedModel:
             UsageError: if its layers exchange more than one array there.
         """
         from k2cli.sharding.stage import hidden_at
+        from k2cli.sharding.trace import running_model
 
+        kind = self.subject.config["model_type"]
         for layer in first_layers:
             if layer not in self._stages:
                 try:
-                    hidden_at(self.subject.facts.model, layer)
+                    with running_model(kind, f"cut before layer {layer}"):
+                        hidden_at(self.subject.facts.model, layer)
                     self._stages[layer] = None
                 except UsageError as error:
                     self._stages[layer] = error
@@ -86,14 +89,15 @@ class TracedModel:
     def _trace(self, count: int) -> Slices:
         from k2cli.sharding.profile import profile_model
         from k2cli.sharding.tensor import StandInGroup, slice_model
-        from k2cli.sharding.trace import trace_model
+        from k2cli.sharding.trace import running_model, trace_model
 
         subject = self.subject
         head = self._head_placement(count)
         model = trace_model(subject.config, subject.stored, self.dtype)
         if count > 1:
             slice_model(subject.config, model, StandInGroup(0, count), head)
-        return Slices(count, head, profile_model(model), self._work(model, count))
+        with running_model(subject.config["model_type"], "traced"):
+            return Slices(count, head, profile_model(model), self._work(model, count))
 
     def _work(self, model: nn.Module, count: int) -> ModelWork | None:
         from k2cli.sharding.activity import model_activity

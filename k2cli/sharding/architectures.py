@@ -12,9 +12,11 @@ This is the only module of k2 that names mlx_lm.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.util
+import io
 import sys
 import types
 from collections.abc import Mapping
@@ -93,10 +95,24 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
         raise UsageError(f"config.json has model_type '{config['model_type']}', which is no name")
     path = _package_folder() / "models" / f"{name}.py"
     if path.is_file():
-        module = models_module(name)
+        module = _imported(name)
         if hasattr(module, "Model") and hasattr(module, "ModelArgs"):
             return module.Model, module.ModelArgs
     raise UsageError(
         f"model_type '{config['model_type']}' is not one that the installed mlx-lm can run",
         "pip install -U mlx-lm, or choose a model of a supported architecture",
     )
+
+
+def _imported(name: str) -> types.ModuleType:
+    """The module of an architecture, or why it cannot be had.
+
+    Some need a package that mlx-lm does not install; olmo's even prints so and exits.
+    """
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            return models_module(name)
+    except (ImportError, SystemExit) as error:
+        reason = told.getvalue().strip() or str(error)
+        raise UsageError(f"mlx-lm's {name} cannot be used here: {reason}") from error

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from k2cli.errors import K2Error
+from k2cli.errors import K2Error, UsageError
 from k2cli.sharding.assemble import assemble
 from k2cli.sharding.placement import Placement
 from k2cli.sharding.stage import Stage, anatomy, cut_stage
@@ -81,6 +81,27 @@ def trace_rank(
     """One rank's part, lazily."""
     model = trace_model(config, stored, dtype)
     return cut(config, model, placement, StandInGroup(rank, placement.size))
+
+
+MODEL_FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What a model's own code raises when a config, a back end or a cut is not what it expects."""
+
+
+@contextlib.contextmanager
+def running_model(model_type: object, attempt: str) -> Iterator[None]:
+    """While mlx-lm's code for a model runs, a failure of it is a refusal and no fault of k2's.
+
+    Raises:
+        UsageError: saying what was attempted, and the model's own words.
+    """
+    try:
+        yield
+    except MODEL_FAILURES as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"mlx-lm's {model_type} model cannot be {attempt}: {reason}") from error
 
 
 @contextlib.contextmanager
