@@ -62,7 +62,7 @@ def _status(options: argparse.Namespace) -> int:
     directory = labs_directory()
     names = [options.name] if options.name else []
     if not names and directory.is_dir():
-        names = sorted(path.name for path in directory.iterdir())
+        names = sorted(path.name for path in directory.iterdir() if read_state(path) is not None)
     for name in names:
         try:
             lab = Lab.attach(name)

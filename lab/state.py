@@ -73,7 +73,7 @@ def read_state(folder: Path) -> LabState | None:
     """The lab of a folder, running or not; None if there is none."""
     try:
         return msgspec.json.decode((folder / _STATE_NAME).read_bytes(), type=LabState)
-    except (FileNotFoundError, msgspec.MsgspecError):
+    except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError):
         return None
 
 
