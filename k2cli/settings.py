@@ -38,6 +38,27 @@ def runs_directory() -> Path:
     return state_directory() / "runs"
 
 
+def locks_directory() -> Path:
+    """Which runs have this machine, whoever started them: one place for all its users.
+
+    ``K2_STATE_DIR`` moves it too. ``/var/tmp`` is not cleared while a run lasts, unlike ``/tmp``.
+    """
+    if value := os.environ.get("K2_STATE_DIR"):
+        return Path(value) / "locks"
+    return Path("/var/tmp/k2-locks")
+
+
+def scratch_directories(run_id: str) -> tuple[Path, ...]:
+    """Short paths for a run's sockets and MPI's files: in memory first, where there is that."""
+    return tuple(Path(base) / f"k2-{run_id}" for base in ("/dev/shm", "/tmp"))
+
+
+def scratch_directory(run_id: str) -> Path:
+    """The one of them that this machine uses."""
+    first, second = scratch_directories(run_id)
+    return first if os.access(first.parent, os.W_OK) else second
+
+
 def models_directory() -> Path:
     """One folder per model that k2 converted or downloaded by alias."""
     return data_directory() / "models"

@@ -1,4 +1,4 @@
-"""What runs of k2 do on a node right now: answered by the agent, shown by ``k2 cluster show``."""
+"""What runs of k2 do on a node right now, as its processes tell."""
 
 from __future__ import annotations
 
@@ -40,3 +40,16 @@ def activity(mark: str) -> Activity:
 def _run_of(command: list[str]) -> str | None:
     position = command.index("--run") if "--run" in command else len(command)
     return command[position + 1] if position + 1 < len(command) else None
+
+
+def is_alive(pid: int, create_time: float) -> bool:
+    """Whether the process that was started then under that id still runs."""
+    try:
+        process = psutil.Process(pid)
+        # psutil rounds to clock ticks; a process id is not reused within a second of its start.
+        same = abs(process.create_time() - create_time) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True

@@ -22,8 +22,8 @@ import psutil
 
 from k2cli import __version__
 from k2cli.cluster.activity import activity
-from k2cli.cluster.openmpi import find_libmpi
-from k2cli.settings import runs_directory
+from k2cli.cluster.openmpi import find_libmpi, find_mpirun, mpi_major
+from k2cli.settings import runs_directory, scratch_directories, scratch_directory
 
 MARK = "k2cli.runtime"
 # Below what Linux and macOS give to outgoing connections, so that none takes a port in between.
@@ -38,6 +38,8 @@ class NodeFacts(msgspec.Struct, frozen=True):
     python: str
     runs_directory: str
     libmpi: str | None
+    mpirun: str | None = None
+    mpi_major: int | None = None
 
 
 class RunProcess(msgspec.Struct, frozen=True):
@@ -50,8 +52,14 @@ class RunProcess(msgspec.Struct, frozen=True):
 def facts() -> NodeFacts:
     """Versions and paths of this node."""
     libmpi = find_libmpi()
+    mpirun = find_mpirun()
     return NodeFacts(
-        __version__, sys.executable, str(runs_directory()), str(libmpi) if libmpi else None
+        __version__,
+        sys.executable,
+        str(runs_directory()),
+        str(libmpi) if libmpi else None,
+        str(mpirun) if mpirun else None,
+        mpi_major(mpirun) if mpirun else None,
     )
 
 
@@ -173,6 +181,7 @@ def remove_bootstraps(run_id: str) -> None:
     Where the run was launched from, its record stays there.
     """
     folder = run_folder(run_id)
+    remove_scratch(run_id)
     for path in folder.glob("bootstrap-*.json"):
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -181,9 +190,7 @@ def remove_bootstraps(run_id: str) -> None:
 
 def scratch_path(run_id: str) -> Path:
     """A short path for MPI's sockets and shared memory: in memory where the system has that."""
-    shared = Path("/dev/shm")
-    base = shared if os.access(shared, os.W_OK) else Path("/tmp")
-    return base / f"k2-{run_id}"
+    return scratch_directory(run_id)
 
 
 def make_scratch(run_id: str) -> Path:
@@ -191,6 +198,12 @@ def make_scratch(run_id: str) -> Path:
     path = scratch_path(run_id)
     path.mkdir(mode=0o700)
     return path
+
+
+def remove_scratch(run_id: str) -> None:
+    """Remove a run's folders of sockets and shared memory."""
+    for path in scratch_directories(run_id):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # --- processes ----------------------------------------------------------------------------------
@@ -214,14 +227,14 @@ def _belongs(command: Sequence[str], run_id: str) -> bool:
     return run_id in command and any(part.startswith(MARK) for part in command)
 
 
-def kill_run(run_id: str) -> list[RunProcess]:
-    """SIGKILL every process of a run on this node, and wait until they are gone.
+def kill_run(run_id: str, spared: int | str = 0) -> list[RunProcess]:
+    """SIGKILL every process of a run on this node but ``spared``, and wait until they are gone.
 
     Returns:
         What is still there: only what hangs in the kernel, or is another user's.
     """
     until = time.monotonic() + _KILL_SECONDS
-    while (left := processes_of_run(run_id)) and time.monotonic() < until:
+    while (left := _others(run_id, int(spared))) and time.monotonic() < until:
         for process in left:
             try:
                 psutil.Process(process.pid).kill()
@@ -231,17 +244,58 @@ def kill_run(run_id: str) -> list[RunProcess]:
     return left
 
 
-def is_alive(pid: int, create_time: float) -> bool:
-    """Whether the process that was started then under that id still runs."""
-    try:
-        process = psutil.Process(pid)
-        # psutil rounds to clock ticks; a process id is not reused within a second of its start.
-        same = abs(process.create_time() - create_time) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
+def _others(run_id: str, spared: int) -> list[RunProcess]:
+    return [process for process in processes_of_run(run_id) if process.pid != spared]
+
+
+# --- locks, which are in cluster.lock_files ------------------------------------------------
+
+
+def count_processes(run_id: str) -> int:
+    """How many processes of a run live here."""
+    return len(processes_of_run(run_id))
+
+
+def _lock_take(share: str, input: bytes) -> Any:
+    from k2cli.cluster.lock_files import Claim, take
+
+    return take(msgspec.json.decode(input, type=Claim), count_processes, share=share == "1")
+
+
+def _lock_renew(run_id: str, pid: str, create_time: str) -> Any:
+    from k2cli.cluster.lock_files import renew
+
+    return renew(run_id, int(pid), float(create_time))
+
+
+def _locks() -> Any:
+    from k2cli.cluster.lock_files import list_locks
+
+    return list_locks(count_processes)
+
+
+def _lock_release(run_id: str) -> None:
+    from k2cli.cluster.lock_files import release
+
+    release(run_id)
+
+
+def _clean(live: str) -> Any:
+    from k2cli.cluster.cleaning_here import clean_here
+
+    return clean_here(frozenset(filter(None, live.split(","))))
+
+
+def _checkpoint(reference: str, folder: str) -> Any:
+    from k2cli.cluster.model_there import find_checkpoint
+
+    return find_checkpoint(reference, folder)
+
+
+def _networks() -> Any:
+    from k2cli.cluster.networks import own_networks
+
+    return own_networks()
 
 
 # --- the same, asked for over ssh ---------------------------------------------------------------
@@ -283,13 +337,20 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "activity": lambda: activity(MARK),
     "processes": processes_of_run,
     "kill": kill_run,
+    "lock-take": _lock_take,
+    "lock-renew": _lock_renew,
+    "lock-release": _lock_release,
+    "locks": _locks,
+    "clean": _clean,
+    "checkpoint": _checkpoint,
+    "networks": _networks,
     "remove-folder": lambda path: shutil.rmtree(path, ignore_errors=True),
     "software": _software,
     "reach": _reach,
     "disk-speed": _disk_speed,
 }
 # Verbs that get what comes over stdin as their last argument, in bytes.
-_WITH_INPUT = frozenset({"write"})
+_WITH_INPUT = frozenset({"write"}) | {"lock-take"}
 UNKNOWN_VERB_STATUS = 64
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from msgspec.structs import replace
 
 from k2cli.cluster.launchers import Backend
-from k2cli.cluster.nodes import Node, addresses
-from k2cli.cluster.openmpi import find_libmpi
+from k2cli.cluster.nodes import Node
+from k2cli.cluster.openmpi import OpenMpi, find_libmpi
+from k2cli.cluster.routes import Routes
 from k2cli.errors import ClusterError, UsageError
 from k2cli.planning.plan import Plan
 from k2cli.runtime.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
@@ -22,49 +23,58 @@ def make_bootstraps(
     plan: Plan,
     *,
     run_id: str,
-    folder: Path,
+    folders: Mapping[str, str],
     backend: Backend,
+    routes: Routes,
     model_name: str,
     http: HttpEndpoint,
     deadlines: Deadlines,
     scratch: str | None,
+    environment: Mapping[str, str] | None = None,
+    restarts: bool = False,
 ) -> list[Bootstrap]:
     """One bootstrap per rank, with ports that are free now and a fresh secret.
+
+    ``folders`` are the model's by node, ``environment`` is added to that of every rank.
 
     Raises:
         UsageError: if the plan asks for a float type that does not exist.
         ClusterError: if a node cannot be asked, or lacks what the back end needs.
     """
-    common = _assignment_of_leader(run_id, folder, nodes, backend, plan)
-    reached = addresses(nodes)
-    liveness_port, ring = _ports(nodes, reached)
+    common = _assignment_of_leader(run_id, folders, nodes, backend, plan)
+    liveness_port, coordinator_port, ring = _ports(nodes, routes.ring)
     environments = _environments(nodes, backend)
+    coordinator = f"{routes.reached[0]}:{coordinator_port}" if backend == "jaccl" else None
     secret = secrets.token_hex(32)
     return [
         Bootstrap(
             assignment=replace(
                 common,
                 rank=rank,
+                model_path=folders[node.name],
+                jaccl_devices=routes.rdma,
+                jaccl_coordinator=coordinator,
                 ring_hosts=ring if backend == "ring" else None,
                 wired_limit_bytes=plan.nodes[rank].limit_bytes,
                 cache_limit_bytes=plan.nodes[rank].overhead_bytes,
             ),
             secret=secret,
-            liveness_host=reached[0],
+            liveness_host=routes.reached[0],
             liveness_port=liveness_port,
             model_name=model_name,
             http=http if rank == 0 else None,
-            environment=environments[node.name],
+            environment={**(environment or {}), **environments[node.name]},
             deadlines=deadlines,
             # The leader's guard can remove the folder only where mpirun made it.
             scratch_directory=scratch if rank == 0 and node.is_local else None,
+            restarts=restarts,
         )
         for rank, node in enumerate(nodes)
     ]
 
 
 def _assignment_of_leader(
-    run_id: str, folder: Path, nodes: Sequence[Node], backend: Backend, plan: Plan
+    run_id: str, folders: Mapping[str, str], nodes: Sequence[Node], backend: Backend, plan: Plan
 ) -> Assignment:
     return Assignment(
         run_id=run_id,
@@ -72,7 +82,7 @@ def _assignment_of_leader(
         size=len(nodes),
         nodes=[node.name for node in nodes],
         backend=backend,
-        model_path=str(folder),
+        model_path=folders[nodes[0].name],
         strategy=plan.placement.strategy,
         layers=[part.layers for part in plan.placement.ranks],
         dtype=_float_type(plan.request.dtype),
@@ -92,20 +102,20 @@ def _float_type(name: str) -> Literal["float32", "bfloat16", "float16"]:
             raise UsageError(f"the plan's dtype '{name}' is none of float32, bfloat16, float16")
 
 
-def _ports(nodes: Sequence[Node], reached: Sequence[str]) -> tuple[int, list[list[str]]]:
-    """The liveness port on the leader's node, and one ring address per rank; all different."""
+def _ports(nodes: Sequence[Node], reached: Sequence[str]) -> tuple[int, int, list[list[str]]]:
+    """Two ports on the leader's node (liveness, coordinator) and one ring address per rank."""
     leader = nodes[0].name
     names = [node.name for node in nodes]
     known = {node.name: node for node in nodes}
     ports = {
-        name: iter(node.free_ports(names.count(name) + (name == leader)))
+        name: iter(node.free_ports(names.count(name) + 2 * (name == leader)))
         for name, node in known.items()
     }
-    liveness_port = next(ports[leader])
+    liveness_port, coordinator_port = next(ports[leader]), next(ports[leader])
     ring = [
         [f"{address}:{next(ports[name])}"] for name, address in zip(names, reached, strict=True)
     ]
-    return liveness_port, ring
+    return liveness_port, coordinator_port, ring
 
 
 def _environments(nodes: Sequence[Node], backend: Backend) -> dict[str, dict[str, str]]:
@@ -133,3 +143,30 @@ def _libmpi_of(node: Node) -> str | None:
     if own is not None and node.run(["test", "-f", str(own)]).status == 0:
         return str(own)
     return node.facts().libmpi
+
+
+def mpi_prefixes(nodes: Sequence[Node], mpi: OpenMpi) -> dict[str, str]:
+    """Where each node has the Open MPI that its ranks load; "" is this machine.
+
+    Raises:
+        ClusterError: if a node has none, or one of another major version, which cannot talk to
+            this machine's.
+    """
+    found = {"": str(mpi.mpirun.parent.parent)}
+    for name, node in {node.name: node for node in nodes}.items():
+        if node.is_local or node.run(["test", "-x", str(mpi.mpirun)]).status == 0:
+            found[name] = found[""]
+            continue
+        facts = node.facts()
+        if facts.mpirun is None:
+            raise ClusterError(
+                f"node {name} has no mpirun",
+                f"k2 cluster prepare --nodes {name}; or --backend ring",
+            )
+        if facts.mpi_major != mpi.major:
+            raise ClusterError(
+                f"node {name} has Open MPI {facts.mpi_major}, this machine {mpi.major}",
+                "install the same major version on both; or --backend ring",
+            )
+        found[name] = str(Path(facts.mpirun).parent.parent)
+    return found

@@ -15,7 +15,15 @@ import psutil
 from k2cli.cluster.launchers import GuardCommand
 from k2cli.cluster.logs import MAX_LOG_BYTES, LogEntry, format_entry
 from k2cli.cluster.outcome import Outcome
-from k2cli.cluster.runs import RankRecord, RunRecord, RunState, remove_leftovers, save_record
+from k2cli.cluster.runs import (
+    AttemptRecord,
+    FailureRecord,
+    RankRecord,
+    RunRecord,
+    RunState,
+    remove_leftovers,
+    save_record,
+)
 from k2cli.runtime.protocol import (
     GuardStarted,
     LoadProgress,
@@ -25,6 +33,7 @@ from k2cli.runtime.protocol import (
     RunEnded,
     RunEvent,
     RunReady,
+    RunRestarting,
 )
 
 EVENTS_NAME = "events.jsonl"
@@ -43,6 +52,7 @@ class Journal:
     def __init__(self, record: RunRecord) -> None:
         self.record = record
         self._log = record.log_file.open("a", encoding="utf-8")
+        self._began = time.time()
         self._events = (record.folder / EVENTS_NAME).open("ab")
         self._last: defaultdict[tuple[int, ...], deque[str]] = defaultdict(
             lambda: deque(maxlen=_KEPT_LINES)
@@ -69,8 +79,9 @@ class Journal:
         match event:
             case GuardStarted():
                 self._set_rank(event.rank, guard_pid=event.guard_pid, rank_pid=event.rank_pid)
-            case LoadProgress() if self.record.state == "starting":
-                self.set_state("loading")
+            case LoadProgress() if self.record.state in ("starting", "restarting"):
+                # The cause of the last failure stays until the run is ready again.
+                self.set_state("loading", self.record.cause)
             case RankReady():
                 self._set_rank(
                     event.rank,
@@ -80,11 +91,24 @@ class Journal:
                     load_seconds=event.load_seconds,
                 )
             case RunReady():
-                self._save(replace(self.record, state="ready", url=event.url))
+                self._save(replace(self.record, state="ready", url=event.url, cause=""))
             case RankFailed():
-                self._say(f"rank {event.rank} on {event.node} failed: {event.cause}")
+                self.say(f"rank {event.rank} on {event.node} failed: {event.cause}")
             case RunEnded():
-                self._say(f"run ended: {event.cause}")
+                self.say(f"run ended: {event.cause}")
+
+    def restarting(self, event: RunRestarting, failure: FailureRecord | None) -> None:
+        """An attempt has failed, and another one follows."""
+        self._events.write(_encoder.encode(event) + b"\n")
+        self._events.flush()
+        self.say(
+            f"attempt {event.attempt - 1} failed: {event.cause}; the next in "
+            f"{event.delay_seconds:.0f} s"
+        )
+        ended = AttemptRecord(event.attempt - 1, self._began, time.time(), event.cause, failure)
+        attempts = (*self.record.attempts, ended)
+        self._save(replace(self.record, state="restarting", cause=event.cause, attempts=attempts))
+        self._began = time.time() + event.delay_seconds
 
     def close(self, outcome: Outcome, left: dict[str, str]) -> RunRecord:
         """Write the final record; ``left`` is what could not be ended, by node."""
@@ -92,7 +116,7 @@ class Journal:
         for node, problem in left.items():
             cause += f"; on {node}: {problem}"
         state: RunState = "failed" if outcome.has_failed else "stopped"
-        self._say(f"{state}: {cause}")
+        self.say(f"{state}: {cause}")
         remove_leftovers(self.record)
         self._save(
             replace(
@@ -132,7 +156,7 @@ class Journal:
         """What a process wrote last, outside the protocol."""
         return tuple(self._last[command.ranks])
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self._write_line(LogEntry(time.time(), "launcher", "-", text))
 
     def _write_line(self, entry: LogEntry) -> None:

@@ -1,8 +1,9 @@
 """Launcher back ends: what to start where so that every rank has its guard.
 
-``local`` and ``ring`` start each guard directly on its node; ``mpi`` lets mpirun start them all.
-Either way the first process carries the conversation with the leader's guard on its stdin and
-stdout. Nothing here starts anything: command lines out, decided from values.
+Guards are started the same way for every back end: directly on their nodes. ``mpi`` adds an mpirun,
+whose processes (``runtime.seat``) hand their places in the MPI job to the guards; so a guard, its
+conversation with the launcher and the API's port do not hang on mpirun. Nothing here starts
+anything: command lines out, decided from values.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from k2cli.cluster.agent import MARK
 from k2cli.cluster.nodes import Node
 from k2cli.cluster.openmpi import OpenMpi, find_mpirun, mpirun_arguments
 from k2cli.errors import UsageError
 
-Backend = Literal["local", "mpi", "ring"]
+Backend = Literal["local", "mpi", "ring", "jaccl"]
 DEFAULT_WORKER = "k2cli.runtime.worker"
 BOOTSTRAP_NAME = "bootstrap-{rank}.json"
+# mpirun runs where the launcher does.
+MPIRUN_NODE = "localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +58,19 @@ def choose_backend(wanted: str, nodes: Sequence[Node]) -> Backend:
                     f"--backend local starts one rank, not {len(nodes)}", "--backend ring"
                 )
             return "local"
-        case "mpi" | "ring":
+        case "mpi" | "ring" | "jaccl":
             # A group of one needs no back end, and MPI none of its trouble.
             return wanted if len(nodes) > 1 else "local"
         case _:
-            raise UsageError(f"--backend '{wanted}' is none of auto, local, mpi, ring")
+            raise UsageError(f"--backend '{wanted}' is none of auto, local, mpi, ring, jaccl")
 
 
 def guard_arguments(
-    run_id: str, rank: int | None, worker: str = DEFAULT_WORKER, python: str = sys.executable
+    run_id: str, rank: int, worker: str = DEFAULT_WORKER, python: str = sys.executable
 ) -> list[str]:
-    """The command line of a guard; under mpirun it learns its rank from there."""
+    """The command line of a guard."""
     arguments = [python, "-P", "-m", "k2cli.runtime.guard", "--run", run_id]
-    arguments += ["--bootstrap", BOOTSTRAP_NAME]
-    if rank is not None:
-        arguments += ["--rank", str(rank)]
+    arguments += ["--bootstrap", BOOTSTRAP_NAME, "--rank", str(rank)]
     if worker != DEFAULT_WORKER:
         arguments += ["--worker-module", worker]
     return arguments
@@ -77,29 +79,43 @@ def guard_arguments(
 def direct_commands(
     run_id: str, nodes: Sequence[Node], worker: str = DEFAULT_WORKER
 ) -> list[GuardCommand]:
-    """One guard per rank, each started on its own node."""
+    """One guard per rank, each started on its own node by that node's Python."""
     return [
-        GuardCommand(node.name, (rank,), tuple(guard_arguments(run_id, rank, worker)))
+        GuardCommand(node.name, (rank,), tuple(guard_arguments(run_id, rank, worker, node.python)))
         for rank, node in enumerate(nodes)
     ]
 
 
-def mpi_commands(
-    run_id: str, nodes: Sequence[Node], mpi: OpenMpi, scratch: Path, worker: str = DEFAULT_WORKER
-) -> list[GuardCommand]:
-    """One mpirun on this machine for all guards.
+def mpi_command(
+    run_id: str,
+    nodes: Sequence[Node],
+    mpi: OpenMpi,
+    scratch: Path,
+    *,
+    networks: Sequence[str] = (),
+) -> GuardCommand:
+    """The mpirun on this machine that gives every rank its place in the MPI job.
 
-    Raises:
-        UsageError: if a name repeats with others between: mpirun numbers ranks node by node.
+    Args:
+        run_id: the run.
+        nodes: one per rank; mpirun numbers its processes in this order.
+        mpi: the one found.
+        scratch: a folder with a short path for its files.
+        networks: ``10.0.0.0/24``, ...: what ranks may use between nodes; empty for any.
     """
-    names = [node.name for node in nodes]
-    if names != sorted(names, key=names.index):
-        raise UsageError(
-            f"with --backend mpi a repeated node stands beside itself, unlike in {','.join(names)}",
-            f"--nodes {','.join(sorted(names, key=names.index))}",
-        )
-    hosts = None if all(node.is_local for node in nodes) else names
-    is_root = os.geteuid() == 0
-    before = mpirun_arguments(mpi, hosts, len(nodes), scratch, is_root=is_root)
-    arguments = (*before, *guard_arguments(run_id, None, worker))
-    return [GuardCommand("localhost", tuple(range(len(nodes))), arguments)]
+    is_remote = not all(node.is_local for node in nodes)
+    arguments = mpirun_arguments(
+        mpi, scratch, remote=is_remote, networks=networks, is_root=os.geteuid() == 0
+    )
+    # A setting that mpirun passes on: the mark of the run on its daemons' command lines.
+    arguments += ["--prtemca" if mpi.major >= 5 else "--mca", MARK, run_id]
+    for rank, node in enumerate(nodes):
+        if rank > 0:
+            arguments.append(":")
+        arguments += ["-np", "1"]
+        if is_remote:
+            arguments += ["--host", node.name]
+        # Each node's own Python: paths may differ from machine to machine.
+        arguments += [node.python, "-P", "-m", "k2cli.runtime.seat"]
+        arguments += ["--run", run_id, "--rank", str(rank)]
+    return GuardCommand(MPIRUN_NODE, (), tuple(arguments))

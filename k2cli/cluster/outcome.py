@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from k2cli.cluster.launchers import GuardCommand
 from k2cli.cluster.runs import FailureRecord, RunRecord
@@ -48,6 +48,16 @@ class Outcome:
         """An end by itself; ``cause`` speaks of ``rank`` as "it" where one is to blame."""
         whole = cause if rank is None else f"rank {rank} on {node} failed: {cause}"
         return cls(whole, FailureRecord(cause, rank, node, exit_status, tuple(last_lines)), wait)
+
+    def after(self, failures: int, first_cause: str) -> Outcome:
+        """The same at the end of a run that was given up after several failures."""
+        if first_cause == self.cause:
+            return replace(self, cause=f"{self.cause} ({failures} failures in a row)")
+        return replace(
+            self,
+            cause=f"{first_cause}; given up after {failures} failures in a row, "
+            f"at last: {self.cause}",
+        )
 
     @classmethod
     def of_failure(cls, event: RankFailed) -> Outcome:
@@ -103,6 +113,8 @@ def failure_of(record: RunRecord) -> ClusterError:
     if failure.exit_status is not None:
         words = describe_status(failure.exit_status)
         status = "" if words.split()[-1] in failure.cause else f" ({words})"
+    if record.attempts:
+        return ClusterError(f"{record.run_id} failed{status}: {record.cause}", hint)
     return ClusterError(
         f"rank {failure.rank} on {failure.node} failed{status}: {failure.cause}", hint
     )

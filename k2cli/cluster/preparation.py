@@ -8,18 +8,25 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import secrets
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from k2cli.cluster import agent
-from k2cli.cluster.bootstraps import make_bootstraps
-from k2cli.cluster.launchers import DEFAULT_WORKER, Backend, choose_backend
+from k2cli.cluster.bootstraps import make_bootstraps, mpi_prefixes
+from k2cli.cluster.description import Cluster, load_cluster
+from k2cli.cluster.launchers import DEFAULT_WORKER
+from k2cli.cluster.locks import Say, release_locks, take_locks
+from k2cli.cluster.model_there import model_folders
 from k2cli.cluster.nodes import LOCALHOST, Node, node_named
 from k2cli.cluster.openmpi import find_openmpi
+from k2cli.cluster.readiness import Choice, check_nodes
+from k2cli.cluster.restarting import RestartPolicy
+from k2cli.cluster.routes import Routes, find_routes
 from k2cli.cluster.runs import RankRecord, RunRecord, new_run_id, prune_records, save_record
 from k2cli.cluster.specification import RunSpecification, save_specification
 from k2cli.errors import DoesNotFitError, K2Error, UsageError
@@ -47,6 +54,11 @@ class LaunchRequest:
     api_key: str | None = None
     plan_file: Path | None = None
     force: bool = False
+    cluster: str | None = None
+    share: bool = False
+    wait_seconds: float = 0.0
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
+    fast_synch: bool = False
     deadlines: Deadlines = field(default_factory=Deadlines)
     worker: str = DEFAULT_WORKER
 
@@ -61,26 +73,59 @@ class PreparedRun:
     generated_api_key: bool
 
 
-def prepare_run(request: LaunchRequest) -> PreparedRun:
-    """Decide everything about a run and write its folder.
+def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> PreparedRun:
+    """Decide everything about a run, take its machines, and write its folder.
+
+    Args:
+        request: what the user asked for.
+        say: told what is waited for, and what is amiss without being in the way.
 
     Raises:
         UsageError: for a request that makes no sense.
         DoesNotFitError: if the plan does not fit and ``force`` is not set.
-        ClusterError: if a node cannot be reached.
+        ClusterError: if a node cannot be reached, is not fit for a run, or belongs to another one.
         K2Error: if the model is not on this machine, or the port is taken.
     """
     from k2cli.models.reference import local_checkpoint
 
     folder = local_checkpoint(request.model).resolve()
     given_plan = _read_plan(request)
-    nodes = [node_named(name) for name in _node_names(request, given_plan)]
-    backend = choose_backend(request.backend, nodes)
-    if backend == "mpi":
-        find_openmpi()
+    cluster = load_cluster(request.cluster) if request.cluster is not None else None
+    nodes = [node_named(name) for name in _node_names(request, given_plan, cluster)]
+    choice = check_nodes(nodes, request.backend, say, force=request.force)
     plan = given_plan or _make_plan(request, folder, nodes)
     _check_plan(plan, folder, nodes, force=request.force)
-    return _write_run(request, folder, nodes, backend, plan)
+    folders = {node.name: str(folder) for node in nodes}
+    if not all(node.is_local for node in nodes):
+        folders = model_folders(nodes, _seen_from_everywhere(request.model), folder)
+    routes = find_routes(nodes, choice.backend, cluster)
+    run_id = new_run_id(_served_name(request.model, folder))
+    take_locks(
+        nodes,
+        run_id,
+        _needs(nodes, plan),
+        share=request.share,
+        wait_seconds=request.wait_seconds,
+        say=say,
+    )
+    try:
+        return _write_run(request, run_id, folder, folders, nodes, choice, routes, plan)
+    except BaseException:
+        release_locks(nodes, run_id)
+        raise
+
+
+def _needs(nodes: Sequence[Node], plan: Plan) -> dict[str, tuple[int, int]]:
+    """Bytes that the ranks of each node need together, and bytes that it has."""
+    needs: dict[str, tuple[int, int]] = {}
+    for node, budget in zip(nodes, plan.nodes, strict=True):
+        before = needs.get(node.name, (0, 0))[0]
+        needs[node.name] = (before + budget.total_bytes, budget.limit_bytes)
+    return needs
+
+
+def _seen_from_everywhere(reference: str) -> str:
+    return str(Path(reference).absolute()) if _is_path(reference) else reference
 
 
 # --- the plan -----------------------------------------------------------------------------------
@@ -106,13 +151,17 @@ def _read_plan(request: LaunchRequest) -> Plan | None:
         raise UsageError(f"the plan {path} cannot be read: {error.strerror}") from error
 
 
-def _node_names(request: LaunchRequest, plan: Plan | None) -> Sequence[str]:
+def _node_names(
+    request: LaunchRequest, plan: Plan | None, cluster: Cluster | None
+) -> Sequence[str]:
     if request.nodes is not None:
         if not all(request.nodes):
             raise UsageError(f"--nodes '{','.join(request.nodes)}' has an empty name")
         if odd := [name for name in request.nodes if name.startswith("-") or " " in name]:
             raise UsageError(f"'{odd[0]}' is no name of a node")
         return request.nodes
+    if cluster is not None:
+        return [node.name for node in cluster.nodes]
     if plan is None:
         return [LOCALHOST]
     names = [part.node for part in plan.placement.ranks]
@@ -184,34 +233,49 @@ def _does_not_fit(plan: Plan) -> DoesNotFitError:
 
 
 def _write_run(
-    request: LaunchRequest, folder: Path, nodes: Sequence[Node], backend: Backend, plan: Plan
+    request: LaunchRequest,
+    run_id: str,
+    folder: Path,
+    folders: Mapping[str, str],
+    nodes: Sequence[Node],
+    choice: Choice,
+    routes: Routes,
+    plan: Plan,
 ) -> PreparedRun:
-    leader = nodes[0]
-    port = _http_port(leader, request.host, request.port)
+    port = _http_port(nodes[0], request.host, request.port)
     api_key, generated = _api_key(request)
     model_name = _served_name(request.model, folder)
     prune_records()
-    run_id = new_run_id(model_name)
-    scratch = agent.make_scratch(run_id) if backend == "mpi" else None
+    prefixes = mpi_prefixes(nodes, find_openmpi()) if choice.backend == "mpi" else {}
+    scratch = agent.make_scratch(run_id) if choice.backend == "mpi" else None
+    environment = {"MLX_METAL_FAST_SYNCH": "1"} if request.fast_synch else {}
     specification = RunSpecification(
         run_id=run_id,
         nodes=[node.name for node in nodes],
-        backend=backend,
+        backend=choice.backend,
         bootstraps=make_bootstraps(
             nodes,
             plan,
             run_id=run_id,
-            folder=folder,
-            backend=backend,
+            folders=folders,
+            backend=choice.backend,
+            routes=routes,
             model_name=model_name,
             http=HttpEndpoint(request.host, port, api_key, next_port_will_do=request.port is None),
             deadlines=request.deadlines,
             scratch=str(scratch) if scratch else None,
+            environment=environment,
+            restarts=request.restart.mode != "never",
         ),
         worker=request.worker,
         scratch=str(scratch) if scratch else None,
+        networks=routes.networks,
+        mpi_prefixes=prefixes,
+        restart=request.restart,
+        locked=True,
     )
-    record = _record(request, specification, plan, model_name, port)
+    settings = _settings(choice, routes, specification)
+    record = _record(request, specification, plan, model_name, port, settings)
     agent.write_private(run_id, "plan.json", plan_to_json(plan))
     if api_key is not None:
         agent.write_private(run_id, "api-key", api_key.encode())
@@ -220,18 +284,38 @@ def _write_run(
     return PreparedRun(record, plan, specification, generated)
 
 
+def _settings(choice: Choice, routes: Routes, specification: RunSpecification) -> dict[str, str]:
+    """What the run sets beside what was asked for, in words."""
+    settings = {"backend": f"{choice.backend}: {choice.reason}"}
+    if routes.words:
+        settings["addresses"] = "; ".join(routes.words)
+    if choice.backend == "mpi" and routes.networks:
+        settings["btl_tcp_if_include"] = ",".join(routes.networks)
+    if routes.rdma is not None:
+        settings["rdma devices"] = str(routes.rdma)
+    for name, value in specification.bootstraps[0].environment.items():
+        settings[name] = value
+    if not any(node.is_local for node in map(node_named, specification.nodes)):
+        return settings
+    limit = specification.bootstraps[0].assignment.wired_limit_bytes
+    if sys.platform == "darwin" and limit is not None:
+        settings["wired limit"] = format_bytes(limit)
+    return settings
+
+
 def _record(
     request: LaunchRequest,
     specification: RunSpecification,
     plan: Plan,
     model_name: str,
     port: int,
+    settings: dict[str, str],
 ) -> RunRecord:
     own = psutil.Process()
     return RunRecord(
         run_id=specification.run_id,
         # A path must mean the same to a command that is given in another folder.
-        model=str(Path(request.model).absolute()) if _is_path(request.model) else request.model,
+        model=_seen_from_everywhere(request.model),
         model_name=model_name,
         state="starting",
         backend=specification.backend,
@@ -244,6 +328,8 @@ def _record(
         # Until a supervisor takes over, this process answers for the run.
         pid=own.pid,
         pid_create_time=own.create_time(),
+        restart=request.restart.mode,
+        settings=settings,
     )
 
 

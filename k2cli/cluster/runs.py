@@ -17,7 +17,9 @@ from typing import Literal
 
 import msgspec
 
-from k2cli.cluster.agent import is_alive, scratch_path
+from k2cli.cluster.activity import is_alive
+from k2cli.cluster.agent import remove_scratch
+from k2cli.cluster.locks import release_locks
 from k2cli.cluster.nodes import node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.settings import runs_directory
@@ -25,9 +27,19 @@ from k2cli.settings import runs_directory
 SCHEMA_VERSION = 1
 KEPT_RECORDS = 20
 RunState = Literal[
-    "starting", "loading", "ready", "stopping", "stopped", "failed", "lost", "orphaned"
+    "starting",
+    "loading",
+    "ready",
+    "restarting",
+    "stopping",
+    "stopped",
+    "failed",
+    "lost",
+    "orphaned",
 ]
-LIVE_STATES: frozenset[RunState] = frozenset({"starting", "loading", "ready", "stopping"})
+LIVE_STATES: frozenset[RunState] = frozenset(
+    {"starting", "loading", "ready", "restarting", "stopping"}
+)
 _LAUNCH_HINT = "k2 launch MODEL --detach"
 
 
@@ -57,10 +69,25 @@ class FailureRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """An attempt that failed and was followed by another one. Times as in ``RunRecord``."""
+
+    number: int
+    began: float
+    ended: float
+    cause: str
+    failure: FailureRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """One run. Times are seconds since the epoch; ``pid`` is the supervisor's.
 
-    States: ``starting``, ``loading``, ``ready``, ``stopping`` while it lives; ``stopped`` after an
+    ``settings`` are what the run has set beside what was asked for, and why: the back end's
+    reason, the addresses and interfaces, environment variables and limits by node.
+
+    States: ``starting``, ``loading``, ``ready``, ``stopping`` while it lives, and ``restarting``
+    between a failure and the next attempt; ``stopped`` after an
     order, ``failed`` by itself; ``lost`` if the supervisor was killed, and ``orphaned`` if it was
     and processes of the run remain.
     """
@@ -82,6 +109,9 @@ class RunRecord:
     ended: float | None = None
     cause: str = ""
     failure: FailureRecord | None = None
+    restart: str = "never"
+    attempts: tuple[AttemptRecord, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
     schema_version: int = field(default=SCHEMA_VERSION)
 
     @property
@@ -170,6 +200,7 @@ def _truth(record: RunRecord) -> RunRecord:
         return replace(record, state="orphaned", cause=cause)
     lost = replace(record, state="lost", cause="the launcher was killed", ended=time.time())
     remove_leftovers(lost)
+    release_locks([node_named(name) for name in record.nodes], record.run_id)
     save_record(lost)
     return lost
 
@@ -180,7 +211,7 @@ def remove_leftovers(record: RunRecord) -> None:
         (record.folder / name).unlink(missing_ok=True)
     for path in record.folder.glob("bootstrap-*.json"):
         path.unlink(missing_ok=True)
-    shutil.rmtree(scratch_path(record.run_id), ignore_errors=True)
+    remove_scratch(record.run_id)
 
 
 def list_runs() -> list[RunRecord]:

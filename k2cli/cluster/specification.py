@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.cluster.agent import write_private
+from k2cli.cluster.restarting import RestartPolicy
 from k2cli.errors import ClusterError
 from k2cli.runtime.protocol import Bootstrap, Deadlines
 
@@ -21,7 +22,9 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One bootstrap per rank, in rank order, and how to start the guards.
 
     ``nodes`` are names, one per rank. ``scratch`` is mpirun's folder on this machine. ``worker``
-    is the module that is a rank.
+    is the module that is a rank. ``networks`` are what MPI may use between machines.
+    ``mpi_prefixes`` says where each node has its Open MPI; "" is this machine. ``locked``: locks
+    of its nodes were taken, and are the supervisor's to give back.
     """
 
     run_id: str
@@ -30,6 +33,10 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bootstraps: list[Bootstrap]
     worker: str
     scratch: str | None = None
+    networks: list[str] = []
+    mpi_prefixes: dict[str, str] = {}
+    restart: RestartPolicy = RestartPolicy()
+    locked: bool = False
 
     @property
     def deadlines(self) -> Deadlines:

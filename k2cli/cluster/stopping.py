@@ -8,7 +8,8 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from k2cli.cluster.agent import is_alive
+from k2cli.cluster.activity import is_alive
+from k2cli.cluster.locks import release_locks
 from k2cli.cluster.nodes import node_named
 from k2cli.cluster.runs import RunRecord, RunState, read_record, remove_leftovers, save_record
 from k2cli.errors import ClusterError
@@ -50,6 +51,8 @@ def stop_run(record: RunRecord) -> StopReport:
             problems.append(error.message)
         else:
             problems += [f"process {process.pid} on {name} could not be ended" for process in left]
+    if not problems:
+        release_locks([node_named(name) for name in record.nodes], record.run_id)
     if problems:
         raise ClusterError(f"{record.run_id} is not stopped: {'; '.join(problems)}", "k2 ps")
     return StopReport(record.run_id, _settle(record), killed, was_live)

@@ -12,26 +12,42 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
+from k2cli.cluster.agent import RunProcess
 from k2cli.cluster.journal import Journal
-from k2cli.cluster.launchers import GuardCommand, direct_commands, mpi_commands
-from k2cli.cluster.nodes import Node, node_named
-from k2cli.cluster.openmpi import find_openmpi
+from k2cli.cluster.launchers import GuardCommand, direct_commands
+from k2cli.cluster.locks import release_locks, renew_locks
+from k2cli.cluster.mpi_start import prepare_mpirun
+from k2cli.cluster.nodes import LocalNode, Node, node_named
 from k2cli.cluster.outcome import Outcome, describe_exit, rank_to_blame
+from k2cli.cluster.restarting import Attempts, renewed
 from k2cli.cluster.runs import RunRecord, read_record
 from k2cli.cluster.specification import RunSpecification, read_specification
 from k2cli.errors import ClusterError, K2Error
-from k2cli.runtime.protocol import Heartbeat, RankFailed, RunEnded, RunEvent, RunReady, StopRun
+from k2cli.runtime.protocol import (
+    Bootstrap,
+    Heartbeat,
+    NextAttempt,
+    RankFailed,
+    RunEnded,
+    RunEvent,
+    RunReady,
+    RunRestarting,
+    StopRun,
+)
 
 Listener = Callable[[RunEvent], None]
 # After the last event, the processes have this long to leave by themselves.
 _EXIT_SECONDS = 2.0
 _DRAIN_SECONDS = 2.0
+# A guard that ends its attempt: the ranks' SIGTERM and SIGKILL, and the followers' word.
+_GUARD_ENDS_SECONDS = 10.0
 # Beyond the ranks' own grace: the guards' SIGTERM, SIGKILL and checks.
 _STOP_MARGIN_SECONDS = 8.0
 # Longer than this between two beats, and it was this process that did not run.
@@ -63,7 +79,17 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard_at: float | None = None
         self._stop_cause: str | None = None
+        self._stop_asked = asyncio.Event()
         self._root: RankFailed | None = None
+        self._bootstraps = specification.bootstraps
+        self._attempts = Attempts(specification.restart)
+        self._number = 1
+        self._leader: tuple[GuardCommand, asyncio.subprocess.Process] | None = None
+        # Of the leader's guard: it has ended its attempt, and every rank with it.
+        self._guard_ended = asyncio.Event()
+        self._started_at = self._loop.time()
+        self._ready_at: float | None = None
+        self._tasks_started = False
 
     # --- from outside ---------------------------------------------------------------------------
 
@@ -72,6 +98,7 @@ class Supervisor:
         if self._stop_cause is not None:
             return
         self._stop_cause = cause
+        self._stop_asked.set()
         self._journal.set_state("stopping", cause)
         self._tell(StopRun(cause))
         limit = self._deadlines.stop_grace + _STOP_MARGIN_SECONDS
@@ -87,51 +114,170 @@ class Supervisor:
         self._finish(Outcome.stopped(self._stop_cause or "forced", wait=False))
 
     async def run(self) -> RunRecord:
-        """Carry the run to its end.
+        """Carry the run to its end, over as many attempts as its restart policy allows.
 
         Returns:
             The final record: ``stopped`` or ``failed``, with every process gone, or with the
             cause saying what could not be ended.
         """
         self._journal.take_over()
+        await asyncio.to_thread(self._renew_locks)
+        while True:
+            outcome = self._settle(await self._attempt())
+            delay = self._delay_after(outcome)
+            if delay is None:
+                break
+            await self._pause(outcome, delay)
+            if self._stop_cause is not None:
+                outcome = Outcome.stopped(self._stop_cause)
+                break
+        if outcome.has_failed and self._attempts.failures > 1:
+            outcome = outcome.after(self._attempts.failures, self._attempts.first_cause)
+        left = await self._end_everything(outcome)
+        await asyncio.to_thread(self._release_locks)
+        return self._journal.close(outcome, left)
+
+    # --- attempts -------------------------------------------------------------------------------
+
+    async def _attempt(self) -> Outcome:
+        self._over = self._loop.create_future()
+        self._root, self._ready_at = None, None
+        self._guard_ended.clear()
         try:
             await self._start()
-            outcome = await self._over
+            return await self._over
         except ClusterError as error:
             outcome = Outcome.failed(error.message, wait=False)
-        left = await self._end_everything(outcome)
-        outcome = self._settle(outcome)
-        return self._journal.close(outcome, left)
+            self._finish(outcome)
+            return outcome
+
+    def _delay_after(self, outcome: Outcome) -> float | None:
+        if not outcome.has_failed or self._stop_cause is not None:
+            return None
+        served = self._loop.time() - self._ready_at if self._ready_at is not None else 0.0
+        return self._attempts.failed(outcome.cause, served)
+
+    async def _pause(self, outcome: Outcome, delay_seconds: float) -> None:
+        """Clear what is left of an attempt, and wait, while the API says why it does not answer."""
+        number = self._number + 1
+        event = RunRestarting(outcome.cause, number, delay_seconds)
+        self._journal.restarting(event, outcome.failure)
+        self._listener(event)
+        kept = await self._keep_leader(outcome)
+        await self._kill_others(kept)
+        self._number = number
+        try:
+            await asyncio.to_thread(self._renew, outcome.cause, kept=kept)
+            if not kept:
+                await self._start_leader()
+        except ClusterError as error:
+            self._journal.say(f"between attempts: {error.message}")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop_asked.wait(), delay_seconds)
+
+    async def _keep_leader(self, outcome: Outcome) -> bool:
+        """Whether the leader's guard has ended its attempt in good order and goes on."""
+        if self._leader is None or not outcome.wait:
+            return False
+        if not self._guard_ended.is_set():
+            self._tell(StopRun(outcome.cause, failed=True))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._guard_ended.wait(), _GUARD_ENDS_SECONDS)
+        return self._guard_ended.is_set() and self._leader[1].returncode is None
+
+    async def _kill_others(self, kept: bool) -> None:
+        """End what is left of an attempt on every node, but for a leader's guard that is kept."""
+        leader = self._leader if kept else None
+        self._kill_own(spared=leader)
+        spared = self._journal.record.ranks[0].guard_pid if kept else None
+        await asyncio.gather(*(self._clear(node, spared) for node in self._nodes.values()))
+        self._processes = [leader] if leader is not None else []
+        self._leader = leader
+
+    def _renew(self, cause: str, *, kept: bool) -> None:
+        """New secret and ports for the next attempt."""
+        url = self._journal.record.url
+        self._bootstraps = renewed(
+            self._bootstraps,
+            lambda name, count: self._nodes[name].free_ports(count),
+            http_port=int(url.rpartition(":")[2]) if url else None,
+        )
+        if not kept:
+            self._write_bootstrap(0, replace(self._bootstraps[0], hold=cause))
+        self._renew_locks()
+
+    async def _start_leader(self) -> None:
+        """The leader's guard alone, to answer for the run until the next attempt."""
+        command = self._guards()[0]
+        await self._start_process(command, leads=True)
 
     # --- start ----------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        specification = self._specification
-        for rank, name in enumerate(specification.nodes):
-            content = _encoder.encode(specification.bootstraps[rank])
-            await asyncio.to_thread(
-                self._nodes[name].write_file,
-                specification.run_id,
-                f"bootstrap-{rank}.json",
-                content,
+        ranks = range(len(self._bootstraps))
+        goes_on = self._leader is not None and self._leader[1].returncode is None
+        if self._number > 1 and not goes_on:
+            self._leader, self._processes = None, []
+        await asyncio.gather(
+            *(
+                asyncio.to_thread(self._write_bootstrap, rank, self._bootstraps[rank])
+                for rank in ranks
+                if rank > 0 or not goes_on
             )
-        for command in self._commands():
-            process = await self._nodes[command.node].start(command.arguments)
-            self._processes.append((command, process))
-            self._watch(command, process, leads=0 in command.ranks)
+        )
+        self._started_at = self._loop.time()
+        if goes_on:
+            self._tell(NextAttempt(self._bootstraps[0]))
+        else:
+            self._heard_at = None
+        for command in self._guards()[int(goes_on) :]:
+            await self._start_process(command, leads=0 in command.ranks)
+        if self._specification.backend == "mpi" and self._specification.scratch is not None:
+            await self._start_mpirun(Path(self._specification.scratch))
         if self._stop_cause is not None:
             self._tell(StopRun(self._stop_cause))
-        self._spawn(self._beat())
-        self._spawn(self._listen_for_silence())
+        if not self._tasks_started:
+            self._tasks_started = True
+            self._spawn(self._beat())
+            self._spawn(self._listen_for_silence())
 
-    def _commands(self) -> list[GuardCommand]:
+    def _write_bootstrap(self, rank: int, bootstrap: Bootstrap) -> None:
+        node = self._nodes[self._specification.nodes[rank]]
+        name = f"bootstrap-{rank}.json"
+        node.write_file(self._specification.run_id, name, _encoder.encode(bootstrap))
+
+    def _guards(self) -> list[GuardCommand]:
         specification = self._specification
-        nodes: list[Node] = [self._nodes[name] for name in specification.nodes]
-        run_id, worker = specification.run_id, specification.worker
-        if specification.backend == "mpi" and specification.scratch is not None:
-            scratch = Path(specification.scratch)
-            return mpi_commands(run_id, nodes, find_openmpi(), scratch, worker)
-        return direct_commands(run_id, nodes, worker)
+        nodes = [self._nodes[name] for name in specification.nodes]
+        return direct_commands(specification.run_id, nodes, specification.worker)
+
+    async def _start_mpirun(self, scratch: Path) -> None:
+        specification = self._specification
+        nodes = [self._nodes[name] for name in specification.nodes]
+        remote = not all(node.is_local for node in nodes)
+        command, environment = await asyncio.to_thread(
+            prepare_mpirun,
+            specification.run_id,
+            nodes,
+            scratch,
+            networks=specification.networks,
+            prefixes=specification.mpi_prefixes if remote else None,
+        )
+        await self._start_process(command, environment)
+
+    async def _start_process(
+        self,
+        command: GuardCommand,
+        environment: Mapping[str, str] | None = None,
+        *,
+        leads: bool = False,
+    ) -> None:
+        node = self._nodes[command.node] if command.ranks else LocalNode()
+        process = await node.start(command.arguments, environment)
+        self._processes.append((command, process))
+        if leads:
+            self._leader = (command, process)
+        self._watch(command, process, leads=leads)
 
     def _watch(
         self, command: GuardCommand, process: asyncio.subprocess.Process, *, leads: bool
@@ -145,7 +291,7 @@ class Supervisor:
         ]
         if not leads and process.stdin is not None:
             process.stdin.close()
-        self._spawn(self._await_exit(command, process, readers))
+        self._spawn(self._await_exit(command, process, readers, None if leads else self._over))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -159,8 +305,8 @@ class Supervisor:
 
     # --- the conversation with the leader's guard -----------------------------------------------
 
-    def _tell(self, message: Heartbeat | StopRun) -> None:
-        if self._processes and (stdin := self._processes[0][1].stdin) and not stdin.is_closing():
+    def _tell(self, message: Heartbeat | StopRun | NextAttempt) -> None:
+        if self._leader and (stdin := self._leader[1].stdin) and not stdin.is_closing():
             stdin.write(_encoder.encode(message) + b"\n")
 
     async def _beat(self) -> None:
@@ -170,23 +316,22 @@ class Supervisor:
 
     async def _listen_for_silence(self) -> None:
         """The leader's guard sends a heartbeat a second; one that does not is as good as gone."""
-        started = looked_at = self._loop.time()
+        looked_at = self._loop.time()
         while True:
             await asyncio.sleep(0.25)
             now = self._loop.time()
             if now - looked_at > _OWN_PAUSE_SECONDS:
-                started = now
+                self._started_at = now
                 self._heard_at = now if self._heard_at is not None else None
             looked_at = now
             if self._heard_at is None:
-                limit, since = self._deadlines.initialisation, started
+                limit, since = self._deadlines.initialisation, self._started_at
             else:
                 limit, since = self._deadlines.liveness, self._heard_at
-            if now - since > limit:
+            if now - since > limit and not self._over.done():
                 cause = f"its guard was silent for {limit:.0f} s"
                 node = self._specification.nodes[0]
                 self._finish(Outcome.failed(cause, rank=0, node=node, wait=False))
-                return
 
     async def _read_events(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
         with contextlib.suppress(ValueError):  # a line beyond the stream's limit: not ours
@@ -212,10 +357,13 @@ class Supervisor:
             case RankFailed() if self._root is None and not self.stopping:
                 self._root = event
             case RunEnded(cause=cause, failed=failed):
+                self._guard_ended.set()
                 ended = Outcome.failed(cause) if failed else Outcome.stopped(cause)
                 self._finish(ended)
             case RunReady() if self.stopping:
                 return
+            case RunReady():
+                self._ready_at = self._loop.time()
         self._journal.note(event)
         self._listener(event)
 
@@ -230,15 +378,18 @@ class Supervisor:
         command: GuardCommand,
         process: asyncio.subprocess.Process,
         readers: list[asyncio.Task[None]],
+        attempt: asyncio.Future[Outcome] | None,
     ) -> None:
+        """Take the end of a process for that of its attempt; the leader's guard has no one."""
         status = await process.wait()
         # What it said last may explain it; a grandchild may hold the pipe open for longer.
         await asyncio.wait(readers, timeout=_DRAIN_SECONDS)
         if 0 not in command.ranks:
             # The guard of rank 0 sees the loss too, and knows more.
             await asyncio.sleep(_DRAIN_SECONDS)
-        if not self._over.done():
-            self._finish(self._outcome_of_exit(command, status))
+        over = attempt if attempt is not None else self._over
+        if not over.done():
+            over.set_result(self._outcome_of_exit(command, status))
 
     def _outcome_of_exit(self, command: GuardCommand, status: int) -> Outcome:
         if self._stop_cause is not None:
@@ -267,6 +418,8 @@ class Supervisor:
     async def _end_everything(self, outcome: Outcome) -> dict[str, str]:
         """Give the processes a moment, then end them; returns what could not be ended, by node."""
         self._journal.set_state("stopping", outcome.cause)
+        if self._specification.restart.mode != "never":
+            self._tell(StopRun(outcome.cause, outcome.has_failed))
         if self._processes and outcome.wait:
             waits = [asyncio.create_task(process.wait()) for _, process in self._processes]
             _, pending = await asyncio.wait(waits, timeout=_EXIT_SECONDS)
@@ -279,22 +432,41 @@ class Supervisor:
             name: problem for name, problem in zip(self._nodes, results, strict=True) if problem
         }
 
-    def _kill_own(self) -> None:
+    def _kill_own(self, spared: tuple[GuardCommand, Any] | None = None) -> None:
         """SIGKILL the sessions that this process has started."""
-        for _, process in self._processes:
-            if process.returncode is None:
+        for started in self._processes:
+            process = started[1]
+            if process.returncode is None and started is not spared:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
 
-    async def _clear(self, node: Node) -> str:
-        """End what is left of the run on a node and check it; returns what is wrong, or nothing."""
+    async def _clear(self, node: Node, spared: int | None = None) -> str:
+        """End what is left of the run on a node and check it; returns what is wrong, or nothing.
+
+        ``spared`` is the process id of the leader's guard, if that stays.
+        """
         run_id = self._specification.run_id
+        name = self._specification.nodes[0]
+        kept = [str(spared)] if spared is not None and node is self._nodes[name] else []
         try:
-            left = await asyncio.to_thread(node.kill_run, run_id)
+            left: list[RunProcess] = await asyncio.to_thread(
+                node.ask, list[RunProcess], "kill", run_id, *kept
+            )
             await asyncio.to_thread(node.remove_bootstraps, run_id)
         except ClusterError as error:
             return error.message
         return ", ".join(f"process {process.pid} could not be ended" for process in left)
+
+    # --- locks ----------------------------------------------------------------------------------
+
+    def _renew_locks(self) -> None:
+        """Say on every node that it is this process now that has them, and that it lives."""
+        if self._specification.locked:
+            renew_locks(list(self._nodes.values()), self._specification.run_id)
+
+    def _release_locks(self) -> None:
+        if self._specification.locked:
+            release_locks(list(self._nodes.values()), self._specification.run_id)
 
     async def _stop_tasks(self) -> None:
         for task in self._tasks:

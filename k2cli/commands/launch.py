@@ -22,6 +22,14 @@ class Backend(StrEnum):
     local = "local"
     mpi = "mpi"
     ring = "ring"
+    jaccl = "jaccl"
+
+
+class Restart(StrEnum):
+    """What to do when a run fails."""
+
+    never = "never"
+    on_failure = "on-failure"
 
 
 class Parallel(StrEnum):
@@ -61,8 +69,12 @@ def launch(
             help="One node per rank, rank 0 first; a name may repeat. Default: localhost.",
         ),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A cluster of k2 cluster init: its nodes and links."),
+    ] = None,
     backend: Annotated[
-        Backend, typer.Option(help="auto: mpi where there is mpirun, else ring.")
+        Backend, typer.Option(help="auto: what links and nodes are best for; it says why.")
     ] = Backend.auto,
     parallel: Annotated[Parallel, typer.Option(help="How to divide the model.")] = Parallel.auto,
     dtype: Annotated[
@@ -95,8 +107,26 @@ def launch(
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Return once the API answers; it goes on.")
     ] = False,
+    restart: Annotated[
+        Restart,
+        typer.Option(help="on-failure: start again, until it has failed three times in a row."),
+    ] = Restart.never,
+    wait: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Wait so long for nodes that other runs have."),
+    ] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Use nodes beside other runs, if the memory of all fits")
+    ] = False,
+    fast_synch: Annotated[
+        bool,
+        typer.Option(
+            "--fast-synch",
+            help="Set MLX_METAL_FAST_SYNCH: less time per token on Macs; GPUs have hung with it.",
+        ),
+    ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Launch even if the plan does not fit.")
+        bool, typer.Option("--force", help="Launch even if the plan does not fit or a check fails.")
     ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the run as JSON once it is ready.")
@@ -110,6 +140,7 @@ def launch(
     Example: k2 launch demo --nodes localhost,localhost --parallel pipeline --detach
     """
     from k2cli.cluster.preparation import LaunchRequest
+    from k2cli.cluster.restarting import RestartPolicy
 
     request = LaunchRequest(
         model=model,
@@ -125,15 +156,29 @@ def launch(
         api_key=api_key,
         plan_file=plan,
         force=force,
+        cluster=cluster,
+        restart=RestartPolicy(mode=restart.value),
+        wait_seconds=_checked_wait(wait),
+        share=share,
+        fast_synch=fast_synch,
     )
     _launch(request, detach=detach, as_json=json)
+
+
+def _checked_wait(seconds: float | None) -> float:
+    from k2cli.errors import UsageError
+
+    if seconds is not None and not seconds > 0:
+        raise UsageError(f"--wait {seconds:g} is no time to wait", "--wait 600")
+    return seconds or 0.0
 
 
 def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
     from k2cli.cluster.preparation import prepare_run
     from k2cli.ui.launch_view import LaunchView
+    from k2cli.ui.output import note
 
-    prepared = prepare_run(request)
+    prepared = prepare_run(request, note)
     _show_plan(prepared)
     record = prepared.record
     names = [rank.node for rank in record.ranks]
@@ -152,7 +197,9 @@ def _show_plan(prepared: PreparedRun) -> None:
         note(line)
     if not prepared.plan.fits:
         warn("the plan does not fit; launching all the same (--force)")
-    note(f"\nrun {prepared.record.run_id}: {prepared.record.backend} back end")
+    note(f"\nrun {prepared.record.run_id}:")
+    for name, value in prepared.record.settings.items():
+        note(f"  {name}: {value}")
     if prepared.generated_api_key:
         note(f"the API asks for the key in {prepared.record.api_key_file}")
 
@@ -208,7 +255,14 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
 
 
 def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
-    from k2cli.runtime.protocol import LoadProgress, LogLine, RankFailed, RankReady, RunReady
+    from k2cli.runtime.protocol import (
+        LoadProgress,
+        LogLine,
+        RankFailed,
+        RankReady,
+        RunReady,
+        RunRestarting,
+    )
 
     match event:
         case LoadProgress():
@@ -219,6 +273,8 @@ def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
             view.ready(record.run_id, record.model_name, event.url)
         case RankFailed():
             view.failed(event.rank, event.cause)
+        case RunRestarting():
+            view.restarting(event.cause, event.attempt, event.delay_seconds)
         case LogLine():
             view.line(event.node, event.rank, event.text)
 
@@ -241,6 +297,8 @@ def _print_ready(record: RunRecord) -> None:
             "url": record.url,
             "pid": record.pid,
             "ranks": record.ranks,
+            "backend": record.backend,
+            "settings": record.settings,
             "log": str(record.log_file),
         }
     )

@@ -1,7 +1,7 @@
 """The guard process: parent of one rank, on the rank's node. Plain Python; no mlx in it.
 
-Started by the launcher, over ssh or by mpirun, as
-``python -m k2cli.runtime.guard --run ID --bootstrap NAME [--rank R]``; nobody imports it. What it
+Started by the launcher, directly or over ssh, as
+``python -m k2cli.runtime.guard --run ID --bootstrap NAME --rank R``; nobody imports it. What it
 is to do lies in its bootstrap file, which it deletes once read. It ends its rank and itself when
 the run is over, when it is told to, and when whoever it reports to is gone.
 """
@@ -17,16 +17,12 @@ import sys
 import msgspec
 
 from k2cli.errors import K2Error, UsageError
-from k2cli.runtime.guard_core import Guard
 from k2cli.runtime.guard_follower import FollowerGuard
+from k2cli.runtime.guard_host import LeaderHost
 from k2cli.runtime.guard_launcher import LauncherPipe
-from k2cli.runtime.guard_leader import LeaderGuard
 from k2cli.runtime.guard_rank import DEFAULT_WORKER
 from k2cli.runtime.protocol import Bootstrap
 from k2cli.settings import runs_directory
-
-# Where an MPI launcher tells a process its rank: Open MPI, then anything with PMI.
-_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 
 
 def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -35,18 +31,9 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--bootstrap", required=True, help="file name, in the run's folder; {rank} is replaced"
     )
-    parser.add_argument("--rank", type=int, help="default: what mpirun says")
+    parser.add_argument("--rank", type=int, required=True, help="the rank that it guards")
     parser.add_argument("--worker-module", default=DEFAULT_WORKER, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
-
-
-def _own_rank(given: int | None) -> int:
-    if given is not None:
-        return given
-    for name in _RANK_VARIABLES:
-        if value := os.environ.get(name):
-            return int(value)
-    raise UsageError("this guard was not told its rank", "start it with --rank or by mpirun")
 
 
 def read_bootstrap(run_id: str, name: str, rank: int) -> Bootstrap:
@@ -68,18 +55,13 @@ def read_bootstrap(run_id: str, name: str, rank: int) -> Bootstrap:
     return bootstrap
 
 
-def _install_signals(guard: Guard) -> None:
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, guard.terminated)
-
-
 async def _live(bootstrap: Bootstrap, worker: str) -> int:
-    guard: Guard
+    guard: LeaderHost | FollowerGuard
     if bootstrap.assignment.rank == 0:
-        guard = LeaderGuard(bootstrap, worker, await LauncherPipe.open())
+        guard = LeaderHost(bootstrap, worker, await LauncherPipe.open())
     else:
         guard = FollowerGuard(bootstrap, worker)
-    _install_signals(guard)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, guard.terminated)
     return await guard.run()
 
 
@@ -90,8 +72,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     options = _parse_arguments(sys.argv[1:])
     try:
-        rank = _own_rank(options.rank)
-        bootstrap = read_bootstrap(options.run, options.bootstrap, rank)
+        bootstrap = read_bootstrap(options.run, options.bootstrap, options.rank)
     except K2Error as error:
         sys.stderr.write(f"guard: {error.message}\n")
         sys.exit(error.exit_code)

@@ -81,6 +81,11 @@ class EngineBridge:
         if (queue := self._open.get(event.request_id)) is not None:
             queue.put_nowait(event)
 
+    def begin_again(self, cause: str) -> None:
+        """A new attempt has started after a failure."""
+        self._state = "starting"
+        self._cause = f"the model is being loaded again: {cause}"
+
     def end(self, cause: str, *, failed: bool) -> None:
         """The engine is gone, or about to go: every open request ends with ``cause``."""
         self._state = "failed" if failed else "stopping"

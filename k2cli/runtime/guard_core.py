@@ -7,7 +7,9 @@ The guards of the leader and of the followers differ in whom they report to; the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shutil
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -15,8 +17,9 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from k2cli.errors import K2Error
+from k2cli.errors import ClusterError, K2Error
 from k2cli.runtime.guard_rank import RankProcess, describe
+from k2cli.runtime.guard_seat import Seat
 from k2cli.runtime.guard_watchdog import INTERVAL_SECONDS, StallWatch
 from k2cli.runtime.protocol import (
     Bootstrap,
@@ -28,10 +31,12 @@ from k2cli.runtime.protocol import (
     RankMessage,
 )
 from k2cli.runtime.wire import ConnectionLost
+from k2cli.settings import locks_directory, scratch_directories
 
-# A symptom (a lost peer, a SIGTERM that mpirun sends to the others) waits this long for its cause
+# A symptom (a lost peer, an mpirun that ends all because of one) waits this long for its cause
 # to be reported by somebody else.
 WEAK_CAUSE_SECONDS = 1.0
+_RENEW_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Guard(ABC):
         self.assignment = bootstrap.assignment
         self.deadlines = bootstrap.deadlines
         self.rank: RankProcess | None = None
+        self._seat: Seat | None = None
         self._worker = worker
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -68,10 +74,6 @@ class Guard(ABC):
     @abstractmethod
     def on_rank_message(self, message: RankMessage) -> None:
         """Deal with a message from the rank other than Fatal."""
-
-    @abstractmethod
-    async def run(self) -> int:
-        """Live; returns the exit status of the guard."""
 
     # --- ending ---------------------------------------------------------------------------------
 
@@ -115,7 +117,7 @@ class Guard(ABC):
         )
 
     def terminated(self) -> None:
-        """SIGTERM came: by hand, or from an mpirun that lost another guard."""
+        """SIGTERM came, by hand: a launcher sends its orders over the connection."""
         failure = self.failure("its guard received SIGTERM", of_rank=False)
         self.spawn(self.fail_weakly(failure))
 
@@ -154,14 +156,62 @@ class Guard(ABC):
 
     async def start_rank(self) -> bool:
         """Start the rank and everything that watches it; returns whether it runs."""
+        job: dict[str, str] | None = None
+        if self.assignment.backend == "mpi":
+            job = await self._take_seat()
+            if job is None:
+                return False
         try:
-            self.rank = await RankProcess.start(self.bootstrap, self._worker)
+            self.rank = await RankProcess.start(self.bootstrap, self._worker, job)
         except OSError as error:
             self.fail(self.failure(f"it cannot be started: {error}"))
             return False
         for work in (self._read_lines, self._read_messages, self._watch, self._beat, self._reap):
             self.spawn(work(self.rank))
+        self.spawn(self._renew_lock())
         return True
+
+    async def _renew_lock(self) -> None:
+        """Show that the run lives, to others who want this machine; see ``cluster.lock_files``."""
+        path = locks_directory() / f"{self.assignment.run_id}.json"
+        while not self.ending:
+            with contextlib.suppress(OSError):  # another user's, or none: nothing depends on it
+                os.utime(path)
+            await asyncio.sleep(_RENEW_SECONDS)
+
+    async def _take_seat(self) -> dict[str, str] | None:
+        """Wait for mpirun's process on this node; None if there is no use in waiting any more."""
+        self._seat = seat = Seat(self.assignment.run_id, self.assignment.rank)
+        taking = asyncio.ensure_future(seat.take())
+        limit = self.deadlines.initialisation
+        either: list[asyncio.Future[Any]] = [taking, self._ending]
+        await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if not taking.done():
+            taking.cancel()
+            if not self.ending:
+                cause = f"mpirun did not start its process within {limit:.0f} s"
+                self.fail(self.failure(cause, of_rank=False))
+            return None
+        try:
+            job = taking.result()
+        except ClusterError as error:
+            self.fail(self.failure(error.message, of_rank=False))
+            return None
+        self.spawn(self._watch_seat(seat))
+        return None if self.ending else job
+
+    async def _watch_seat(self, seat: Seat) -> None:
+        await seat.lost.wait()
+        if not self.ending:
+            await self.fail_weakly(self.failure("mpirun ended its process", of_rank=False))
+
+    def leave_job(self) -> None:
+        """Let mpirun's process go, and remove what a launcher that is gone cannot."""
+        if self._seat is not None:
+            self._seat.leave()
+            if self.ending and self._ending.result().failed:
+                for path in scratch_directories(self.assignment.run_id):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def started_event(self) -> GuardStarted:
         """What the launcher is told of this guard."""

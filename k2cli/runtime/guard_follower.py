@@ -36,6 +36,8 @@ class FollowerGuard(Guard):
         self._ordered = asyncio.Event()
         # What happens before the leader's guard is reached is told once it is.
         self._waiting: list[LivenessMessage] = []
+        # May come before the rank has started.
+        self._endpoint: ControlEndpoint | None = None
 
     async def run(self) -> int:
         """Live until the run ends.
@@ -43,19 +45,18 @@ class FollowerGuard(Guard):
         Returns:
             0 if the leader's guard gave the order to end, 5 if it is gone.
         """
-        await self.start_rank()
         self.spawn(self._talk_to_leader())
+        if await self.start_rank():
+            self._announce()
         ending = await self.wait_for_ending()
         await self.end_rank(ending)
         await self._take_leave()
+        self.leave_job()
         self.cancel_tasks()
         return 0 if self._ordered.is_set() else ClusterError.exit_code
 
     async def _take_leave(self) -> None:
-        """Tell the leader's guard what happened, and let it be the first to exit.
-
-        mpirun takes the exit of one guard for the failure of its run, and ends the others.
-        """
+        """Tell the leader's guard what happened, and let it be the first to exit."""
         # A rank may fail before the leader's guard is reached: its failure must not be lost.
         await self._unless_leader_gone(self._connected, _LAST_WORD_SECONDS)
         if self._leader is None:
@@ -78,6 +79,12 @@ class FollowerGuard(Guard):
             self._leader.send(event)
         else:
             self._waiting.append(event)
+
+    def _announce(self) -> None:
+        """Say which process the rank is, and send it what came while it was being started."""
+        self.emit(self.started_event())
+        if self.rank is not None and self._endpoint is not None:
+            self.rank.send(self._endpoint)
 
     def on_rank_message(self, message: RankMessage) -> None:
         """Pass on what a follower may say."""
@@ -115,6 +122,7 @@ class FollowerGuard(Guard):
                 self._ordered.set()
                 self.end(cause, failed=failed)
             case ControlEndpoint():
+                self._endpoint = message
                 if self.rank is not None:
                     self.rank.send(message)
             case Heartbeat():

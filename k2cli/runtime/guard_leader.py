@@ -1,16 +1,13 @@
-"""The guard of rank 0: hub between launcher, other guards, leader rank and HTTP clients."""
+"""The guard of rank 0 in one attempt: hub between launcher, other guards, rank and HTTP clients."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import shutil
 from typing import Any
 
 from k2cli.errors import ClusterError
-from k2cli.runtime.guard_bridge import EngineBridge
 from k2cli.runtime.guard_core import Ending, Guard
-from k2cli.runtime.guard_http import ApiServer
+from k2cli.runtime.guard_front import ApiFront
 from k2cli.runtime.guard_launcher import LauncherPipe
 from k2cli.runtime.guard_liveness import LivenessServer
 from k2cli.runtime.protocol import (
@@ -37,130 +34,91 @@ from k2cli.runtime.protocol import (
     StopRun,
     Tokens,
 )
-from k2cli.runtime.wire import ConnectionLost
 
 _FOLLOWERS_END_SECONDS = 3.0
 _FLUSH_SECONDS = 1.0
-_CONNECTIONS_CLOSE_SECONDS = 0.2
 
 
 class LeaderGuard(Guard):
-    """The leader's guard. Made by ``LeaderGuard.create``."""
+    """One attempt of a run, seen by its leader's guard.
 
-    def __init__(self, bootstrap: Bootstrap, worker: str, launcher: LauncherPipe) -> None:
+    Args:
+        bootstrap: of this attempt.
+        worker: module that is the rank.
+        launcher: where events go.
+        front: the API, which outlives the attempt.
+    """
+
+    def __init__(
+        self, bootstrap: Bootstrap, worker: str, launcher: LauncherPipe, front: ApiFront
+    ) -> None:
         super().__init__(bootstrap, worker)
         self._launcher = launcher
-        self._heard_at = asyncio.get_running_loop().time()
         self._liveness = LivenessServer(
             bootstrap, self._on_guard_message, self._on_guard_lost, self.log
         )
-        self._bridge = EngineBridge(self._send_to_rank)
-        self._api: ApiServer | None = None
-        self._api_closed = asyncio.Event()
-        if bootstrap.http is not None:
-            self._api = ApiServer(bootstrap, bootstrap.http, self._bridge)
+        self._front = front
         self._engine_ready = asyncio.Event()
 
-    async def run(self) -> int:
-        """Live until the run ends.
-
-        Returns:
-            0 after an order to stop, 5 if the run failed.
-        """
-        for work in (self._obey_launcher, self._watch_launcher, self._beat_guards):
-            self.spawn(work())
+    async def run(self) -> Ending:
+        """Live until the attempt ends, and say how it did."""
+        self.spawn(self._beat_guards())
         await self._start()
         ending = await self.wait_for_ending()
         await self._end(ending)
         self.cancel_tasks()
-        return ClusterError.exit_code if ending.failed else 0
+        return ending
 
     async def _start(self) -> None:
         try:
             await self._liveness.listen()
-            if self._api is not None:
-                self._api.bind()
+            self._front.open()
         except (OSError, ClusterError) as error:
             self.fail(self.failure(str(error), of_rank=False))
             return
+        self.spawn(self._expect_guards())
+        self.spawn(self._front.follow())
         if await self.start_rank():
             self.emit(self.started_event())
-            self.spawn(self._expect_guards())
             self.spawn(self._announce())
-            if self._api is not None:
-                self.spawn(self._serve(self._api))
-
-    async def _serve(self, api: ApiServer) -> None:
-        try:
-            await api.serve()
-        finally:
-            self._api_closed.set()
 
     async def _announce(self) -> None:
         """Say that the run is ready once the engine is and the API answers."""
         await self._engine_ready.wait()
-        if self._api is not None:
-            await self._api.answering.wait()
+        await self._front.answering()
         if not self.ending:
-            self._bridge.ready()
-            self.emit(RunReady(self._api.url if self._api is not None else ""))
+            self._front.bridge.ready()
+            self.emit(RunReady(self._front.url))
 
     # --- the end --------------------------------------------------------------------------------
 
     async def _end(self, ending: Ending) -> None:
         self._liveness.broadcast(StopRun(ending.cause, ending.failed))
-        self._bridge.end(ending.cause, failed=ending.failed)
+        self._front.bridge.end(ending.cause, failed=ending.failed)
         _, left, _ = await asyncio.gather(
-            self.end_rank(ending), self._wait_for_guards(ending), self._close_api()
+            self.end_rank(ending), self._wait_for_guards(ending), self._close_front(ending)
         )
         for rank in left:
             self.log(f"the guard of rank {rank} did not confirm that its rank is gone")
         self.emit(RunEnded(ending.cause, ending.failed))
         await self._launcher.flush(_FLUSH_SECONDS)
         await self._liveness.close()
-        if self.bootstrap.scratch_directory is not None and ending.failed:
-            shutil.rmtree(self.bootstrap.scratch_directory, ignore_errors=True)
-        # Lets the other guards see that the connection closed before mpirun sees this one exit.
-        await asyncio.sleep(_CONNECTIONS_CLOSE_SECONDS)
+        self.leave_job()
+
+    async def _close_front(self, ending: Ending) -> None:
+        """The API, unless it has to answer for the run until the next attempt."""
+        if not (ending.failed and self.bootstrap.restarts):
+            await self._front.close()
 
     async def _wait_for_guards(self, ending: Ending) -> set[int]:
         grace_seconds = 0.0 if ending.failed else self.deadlines.stop_grace
         return await self._liveness.all_finished(grace_seconds + _FOLLOWERS_END_SECONDS)
-
-    async def _close_api(self) -> None:
-        if self._api is None:
-            return
-        await self._api.close()
-        if self._api.answering.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._api_closed.wait(), _FOLLOWERS_END_SECONDS)
 
     # --- launcher -------------------------------------------------------------------------------
 
     def emit(self, event: Any) -> None:
         """Tell the launcher."""
         self._launcher.send(event)
-
-    async def _obey_launcher(self) -> None:
-        loop = asyncio.get_running_loop()
-        reason = "it closed the connection"
-        try:
-            async for message in self._launcher.messages():
-                self._heard_at = loop.time()
-                if isinstance(message, StopRun):
-                    self.end(message.cause, failed=message.failed)
-        except ConnectionLost as error:
-            reason = str(error)
-        self.end(f"the launcher is gone: {reason}", failed=True)
-
-    async def _watch_launcher(self) -> None:
-        loop = asyncio.get_running_loop()
-        while not self.ending:
-            self._launcher.send(Heartbeat())
-            await asyncio.sleep(self.deadlines.heartbeat_interval)
-            if loop.time() - self._heard_at > self.deadlines.liveness:
-                silence = f"it was silent for {self.deadlines.liveness:.0f} s"
-                self.end(f"the launcher is gone: {silence}", failed=True)
 
     # --- the other guards -----------------------------------------------------------------------
 
@@ -194,7 +152,8 @@ class LeaderGuard(Guard):
 
     # --- the leader rank ------------------------------------------------------------------------
 
-    def _send_to_rank(self, message: Generate | Cancel) -> None:
+    def send_to_rank(self, message: Generate | Cancel) -> None:
+        """A request of the API."""
         if self.rank is not None:
             self.rank.send(message)
 
@@ -204,7 +163,7 @@ class LeaderGuard(Guard):
             case LoadProgress() | RankReady():
                 self.emit(message)
             case PromptProgress() | Tokens() | Finished() | RequestFailed():
-                self._bridge.deliver(message)
+                self._front.bridge.deliver(message)
             case ControlListening(port=port):
                 self._liveness.broadcast(ControlEndpoint(self.bootstrap.liveness_host, port))
             case EngineReady():

@@ -20,7 +20,13 @@ from k2cli.runtime.protocol import (
     Heartbeat,
     LivenessMessage,
 )
-from k2cli.runtime.wire import AsyncChannel, ConnectionLost, authenticate_stream
+from k2cli.runtime.wire import (
+    AsyncChannel,
+    ConnectionLost,
+    authenticate_stream,
+    open_stream,
+    serve_stream,
+)
 
 _RETRY_SECONDS = 0.2
 
@@ -101,7 +107,7 @@ class LivenessServer:
             OSError: if it is taken.
         """
         host, port = self._bootstrap.liveness_host, self._bootstrap.liveness_port
-        self._server = await asyncio.start_server(self._accept, host, port)
+        self._server = await serve_stream(self._accept, host, port)
 
     @property
     def missing(self) -> set[int]:
@@ -194,7 +200,7 @@ async def connect_to_leader(bootstrap: Bootstrap) -> GuardConnection:
         async with asyncio.timeout(limit):
             while True:
                 try:
-                    reader, writer = await asyncio.open_connection(host, port)
+                    reader, writer = await open_stream(host, port)
                     break
                 except OSError:
                     await asyncio.sleep(_RETRY_SECONDS)

@@ -16,14 +16,22 @@ import socket
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import msgspec
 import psutil
 
 from k2cli.runtime.progress import ProgressPage
-from k2cli.runtime.protocol import Bootstrap, Fatal, GuardMessage, RankMessage, Shutdown, Start
-from k2cli.runtime.wire import AsyncChannel
+from k2cli.runtime.protocol import (
+    Assignment,
+    Bootstrap,
+    Fatal,
+    GuardMessage,
+    RankMessage,
+    Shutdown,
+    Start,
+)
+from k2cli.runtime.wire import AsyncChannel, open_stream
 
 DEFAULT_WORKER = "k2cli.runtime.worker"
 KEPT_LINES = 20
@@ -66,10 +74,26 @@ def rank_arguments(bootstrap: Bootstrap, worker: str, guard_fd: int, progress_fd
     ]
 
 
-def _ring_hostfile(hosts: list[list[str]]) -> int:
-    """MLX's hostfile as a descriptor of a file without a name, which nobody need remove."""
+def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, bytes]]:
+    """What MLX wants in a rank's environment to join its group: values, and contents of files.
+
+    The names are those of ``mlx/_distributed_utils/launch.py`` (``launch_ring``,
+    ``launch_jaccl``); MPI needs none of them.
+    """
+    rank = {"MLX_RANK": str(assignment.rank)}
+    if assignment.backend == "ring" and assignment.ring_hosts is not None:
+        return rank, {"MLX_HOSTFILE": msgspec.json.encode(assignment.ring_hosts)}
+    if assignment.backend == "jaccl" and assignment.jaccl_coordinator is not None:
+        coordinator = {"MLX_JACCL_COORDINATOR": assignment.jaccl_coordinator}
+        devices = msgspec.json.encode(assignment.jaccl_devices)
+        return rank | coordinator, {"MLX_IBV_DEVICES": devices}
+    return {}, {}
+
+
+def _nameless_file(content: bytes) -> int:
+    """A descriptor of a file without a name, which nobody need remove."""
     with tempfile.TemporaryFile() as file:
-        file.write(msgspec.json.encode(hosts))
+        file.write(content)
         file.flush()
         file.seek(0)
         return os.dup(file.fileno())
@@ -96,8 +120,10 @@ class RankProcess:
         self._messages_ended = asyncio.Event()
 
     @classmethod
-    async def start(cls, bootstrap: Bootstrap, worker: str) -> RankProcess:
-        """Start the rank and tell it what it is.
+    async def start(
+        cls, bootstrap: Bootstrap, worker: str, job: Mapping[str, str] | None = None
+    ) -> RankProcess:
+        """Start the rank and tell it what it is; ``job`` is what makes it part of an MPI job.
 
         Raises:
             OSError: if the process cannot be started.
@@ -105,12 +131,14 @@ class RankProcess:
         ours, theirs = socket.socketpair()
         page = ProgressPage.create()
         assignment = bootstrap.assignment
-        environment = {**os.environ, **bootstrap.environment, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, **(job or {}), **bootstrap.environment}
+        environment["PYTHONUNBUFFERED"] = "1"
         inherited = [theirs.fileno(), page.fileno()]
-        if assignment.backend == "ring" and assignment.ring_hosts is not None:
-            inherited.append(_ring_hostfile(assignment.ring_hosts))
-            environment["MLX_HOSTFILE"] = f"/dev/fd/{inherited[-1]}"
-            environment["MLX_RANK"] = str(assignment.rank)
+        settings, files = group_settings(assignment)
+        environment |= settings
+        for name, content in files.items():
+            inherited.append(_nameless_file(content))
+            environment[name] = f"/dev/fd/{inherited[-1]}"
         try:
             process = await asyncio.create_subprocess_exec(
                 *rank_arguments(bootstrap, worker, theirs.fileno(), page.fileno()),
@@ -125,7 +153,7 @@ class RankProcess:
             theirs.close()
             for descriptor in inherited[2:]:
                 os.close(descriptor)
-        reader, writer = await asyncio.open_connection(sock=ours)
+        reader, writer = await open_stream(connection=ours)
         rank = cls(process, AsyncChannel(reader, writer, RankMessage), page)
         control_host = bootstrap.liveness_host
         rank.send(Start(assignment, bootstrap.secret, bootstrap.deadlines, control_host))

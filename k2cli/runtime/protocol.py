@@ -81,6 +81,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ring_hosts: list[list[str]] | None = None
     wired_limit_bytes: int | None = None
     cache_limit_bytes: int | None = None
+    jaccl_devices: list[list[str | list[str] | None]] | None = None
+    jaccl_coordinator: str | None = None
     looks_ahead: bool | None = None
 
 
@@ -90,6 +92,9 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``secret`` (hex) authenticates every TCP connection of the run. ``http`` is set for rank 0
     only. ``environment`` is added to the rank's environment. ``scratch_directory`` is a folder on
     the leader's node that the leader's guard removes last, in case the launcher no longer can.
+
+    ``restarts``: after a failure the leader's guard stays, answers 503, and waits for a
+    ``NextAttempt``. ``hold`` is the cause of the last failure, for a fresh guard that begins there.
     """
 
     assignment: Assignment
@@ -101,6 +106,8 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     environment: dict[str, str] = {}
     deadlines: Deadlines = Deadlines()
     scratch_directory: str | None = None
+    restarts: bool = False
+    hold: str | None = None
 
 
 # --- launcher -> leader's guard -----------------------------------------------------------------
@@ -113,14 +120,21 @@ class Heartbeat(Message, tag=True, frozen=True):
 class StopRun(Message, tag=True, frozen=True):
     """End the run. ``cause`` is shown to clients whose request it breaks off.
 
-    ``failed`` True: something is broken, so ranks are ended without the polite part.
+    ``failed`` True: something is broken, so ranks are ended without the polite part; a guard of a
+    run that ``restarts`` then stays for the next attempt.
     """
 
     cause: str
     failed: bool = False
 
 
-LauncherMessage = Heartbeat | StopRun
+class NextAttempt(Message, tag=True, frozen=True):
+    """Begin again after a failure, with what the bootstrap says; the API's port stays."""
+
+    bootstrap: Bootstrap
+
+
+LauncherMessage = Heartbeat | StopRun | NextAttempt
 
 
 # --- leader's guard -> launcher (followers' events are passed on by the leader's guard) ----------
@@ -193,8 +207,24 @@ class RunEnded(Message, tag=True, frozen=True):
     failed: bool
 
 
+class RunRestarting(Message, tag=True, frozen=True):
+    """Written by the supervisor: attempt ``attempt`` begins in ``delay_seconds``."""
+
+    cause: str
+    attempt: int
+    delay_seconds: float
+
+
 RunEvent = (
-    Heartbeat | GuardStarted | LoadProgress | RankReady | RunReady | LogLine | RankFailed | RunEnded
+    Heartbeat
+    | GuardStarted
+    | LoadProgress
+    | RankReady
+    | RunReady
+    | LogLine
+    | RankFailed
+    | RunEnded
+    | RunRestarting
 )
 
 

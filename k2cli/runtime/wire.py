@@ -8,11 +8,13 @@ label per direction), so that neither a stranger nor a replay becomes a peer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import os
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -140,6 +142,66 @@ def authenticate(
         raise ConnectionLost(f"authentication failed: {error}") from error
     if not hmac.compare_digest(answer, _proof(secret, their_role, ours, theirs)):
         raise ConnectionLost("the peer does not know the run's secret")
+
+
+class _KeepingProtocol(asyncio.StreamReaderProtocol):
+    """A stream whose reader gets all that the peer has sent, whatever became of the connection.
+
+    asyncio drops what has arrived and is not read yet if a *write* fails: a heartbeat to a peer
+    that has just exited would take the peer's last message with it.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, connected: Callable[..., None] | None = None
+    ) -> None:
+        super().__init__(reader, connected)
+        self._kept_reader = reader
+        self._descriptor = -1
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Remember the socket, which is still open when ``connection_lost`` is called."""
+        self._descriptor = transport.get_extra_info("socket").fileno()
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Read what is left; then it is the end of the stream, and not an error."""
+        if exc is not None:
+            with contextlib.suppress(OSError):
+                while chunk := os.read(self._descriptor, 2**16):
+                    self._kept_reader.feed_data(chunk)
+        super().connection_lost(None)
+
+
+async def open_stream(
+    host: str | None = None, port: int | None = None, *, connection: socket.socket | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """``asyncio.open_connection``, but nothing that the peer has sent is lost.
+
+    Raises:
+        OSError: if there is no connection.
+    """
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    protocol = _KeepingProtocol(reader)
+    if connection is not None:
+        transport, _ = await loop.create_connection(lambda: protocol, sock=connection)
+    else:
+        transport, _ = await loop.create_connection(lambda: protocol, host or "", port or 0)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def serve_stream(
+    accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], None], host: str, port: int
+) -> asyncio.Server:
+    """``asyncio.start_server`` with the same promise.
+
+    Raises:
+        OSError: if the port is taken.
+    """
+    loop = asyncio.get_running_loop()
+    return await loop.create_server(
+        lambda: _KeepingProtocol(asyncio.StreamReader(), accept), host, port
+    )
 
 
 class AsyncChannel(Generic[T]):

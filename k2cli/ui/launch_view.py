@@ -104,6 +104,13 @@ class LaunchView:
             self.end_progress()
             note(f"{self._who(rank)} failed: {cause}; ending the run on every node")
 
+    def restarting(self, cause: str, attempt: int, delay_seconds: float) -> None:
+        """The run has failed, and begins anew."""
+        self._told_failure = False
+        self._phases.clear()
+        self.end_progress()
+        note(f"{cause}; attempt {attempt} begins in {format_duration(max(delay_seconds, 1))}")
+
     def line(self, node: str, rank: int, text: str) -> None:
         """A line of the log."""
         if self._log:

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from k2cli.cluster import agent
+from k2cli.cluster.activity import is_alive
 from tests.cluster.harness import GONE_SECONDS, wait_until
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
@@ -103,7 +104,7 @@ def test_a_detached_run_from_launch_to_stop(
     (report,) = json.loads(stopped.stdout)["stopped"]
     assert (report["state"], report["killed"]) == ("stopped", 0)
     assert agent.processes_of_run(run["run_id"]) == []
-    assert not agent.is_alive(document["pid"], run["pid_create_time"])
+    assert not is_alive(document["pid"], run["pid_create_time"])
     logs = [json.loads(line) for line in k2("logs", "--json").stdout.splitlines()]
     assert logs[-1]["text"] == "stopped: stopped"
     # What mpirun has to say at an ordered end is no news.

@@ -25,7 +25,7 @@ def _table() -> list[tuple[Backend, str, signal.Signals]]:
     for backend in ("mpi", "ring"):
         rows += [(backend, who, signal.SIGKILL) for who in TARGETS]
     rows.append(("mpi", "mpirun", signal.SIGKILL))
-    rows += [("mpi", who, signal.SIGSTOP) for who in ("rank-0", "rank-1", "guard-0", "mpirun")]
+    rows += [("mpi", who, signal.SIGSTOP) for who in ("rank-0", "rank-1", "guard-0")]
     rows.append(("ring", "guard-1", signal.SIGSTOP))
     return rows
 
@@ -54,6 +54,17 @@ def test_nothing_survives(backend: Backend, who: str, number: signal.Signals) ->
     assert not agent.scratch_path(run.run_id).exists()
     assert not list(record.folder.glob("bootstrap*"))
     assert not (record.folder / "launch.json").exists()
+
+
+def test_a_stopped_mpirun_is_in_nobody_s_way() -> None:
+    """It has started what it had to; whoever ends the run ends it too."""
+    with supervised("mpi", deadlines=SHORT) as run:
+        run.wait_ready()
+        os.kill(run.pid_of("mpirun"), signal.SIGSTOP)
+        run.supervisor.terminate()
+        assert run.supervisor.wait(20) == 0
+        assert not run.processes()
+    assert run.record.state == "stopped"
 
 
 @pytest.mark.parametrize("backend", ["local", "mpi", "ring"])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from k2cli.cluster import openmpi
-from k2cli.cluster.launchers import choose_backend, direct_commands, mpi_commands
+from k2cli.cluster.launchers import choose_backend, direct_commands, mpi_command
+from k2cli.cluster.mpi_remote import daemon_command, split_host
 from k2cli.cluster.nodes import LocalNode
 from k2cli.cluster.openmpi import OpenMpi, find_openmpi
 from k2cli.cluster.ssh import SshNode
@@ -25,8 +26,8 @@ def test_a_single_rank_needs_no_back_end() -> None:
     ] * 4
     with pytest.raises(UsageError, match="starts one rank, not 2"):
         choose_backend("local", [HERE, HERE])
-    with pytest.raises(UsageError, match="jaccl"):
-        choose_backend("jaccl", [HERE, HERE])
+    with pytest.raises(UsageError, match="nccl"):
+        choose_backend("nccl", [HERE, HERE])
 
 
 def test_auto_takes_the_ring_where_there_is_no_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,20 +41,20 @@ def test_auto_takes_the_ring_where_there_is_no_mpirun(monkeypatch: pytest.Monkey
 
 
 def test_direct_guards_know_their_rank_and_no_secret() -> None:
-    first, second = direct_commands("demo-1", [HERE, SshNode("b")])
+    first, second = direct_commands("demo-1", [HERE, SshNode("b", "/b/python")])
     assert (first.node, second.node) == ("localhost", "b")
     assert second.arguments == (
-        *(sys.executable, "-P", "-m", "k2cli.runtime.guard", "--run", "demo-1"),
+        *("/b/python", "-P", "-m", "k2cli.runtime.guard", "--run", "demo-1"),
         *("--bootstrap", "bootstrap-{rank}.json", "--rank", "1"),
     )
 
 
 def test_mpirun_on_this_machine_keeps_to_it() -> None:
-    (five,) = mpi_commands("demo-1", [HERE, HERE], OpenMpi(Path("/m/mpirun"), 5), SCRATCH)
-    (four,) = mpi_commands("demo-1", [HERE, HERE], OpenMpi(Path("/m/mpirun"), 4), SCRATCH)
+    five = mpi_command("demo-1", [HERE, HERE], OpenMpi(Path("/m/mpirun"), 5), SCRATCH)
+    four = mpi_command("demo-1", [HERE, HERE], OpenMpi(Path("/m/mpirun"), 4), SCRATCH)
     for command in (five, four):
-        assert command.ranks == (0, 1)
-        assert "--rank" not in command.arguments
+        assert command.program == "mpirun"
+        assert command.arguments.count("k2cli.runtime.seat") == 2
         assert ("--allow-run-as-root" in command.arguments) == (os.geteuid() == 0)
         assert command.arguments[command.arguments.index("btl_tcp_if_include") + 1] in ("lo", "lo0")
         assert "--host" not in command.arguments
@@ -62,13 +63,28 @@ def test_mpirun_on_this_machine_keeps_to_it() -> None:
     assert ":OVERSUBSCRIBE" in five.arguments
 
 
-def test_mpirun_over_ssh_gets_hosts_in_rank_order() -> None:
-    nodes = [SshNode("a"), SshNode("a"), SshNode("b")]
-    (command,) = mpi_commands("demo-1", nodes, OpenMpi(Path("/m/mpirun"), 5), SCRATCH)
-    assert command.arguments[command.arguments.index("--host") + 1] == "a:2,b:1"
-    with pytest.raises(UsageError, match="a,b,a") as raised:
-        mpi_commands("demo-1", [nodes[0], nodes[2], nodes[0]], OpenMpi(Path("/m"), 5), SCRATCH)
-    assert raised.value.hint == "--nodes a,a,b"
+def test_mpirun_between_machines_starts_each_node_s_python_in_rank_order() -> None:
+    nodes = [SshNode("a", "/a/python"), SshNode("b", "/b/python"), SshNode("a", "/a/python")]
+    networks = ["10.0.0.0/24", "10.0.1.0/24"]
+    mpi = OpenMpi(Path("/m/mpirun"), 5)
+    command = mpi_command("demo-1", nodes, mpi, SCRATCH, networks=networks)
+    contexts = " ".join(command.arguments).split(" : ")
+    seats = [
+        f"-np 1 --host {name} /{name}/python -P -m k2cli.runtime.seat --run demo-1 --rank {rank}"
+        for rank, name in enumerate("aba")
+    ]
+    assert contexts[0].endswith(seats[0])
+    assert contexts[1:] == seats[1:]
+    assert "--mca btl_tcp_if_include 10.0.0.0/24,10.0.1.0/24" in contexts[0]
+
+
+def test_mpirun_s_daemon_is_started_where_the_node_has_it() -> None:
+    command = ["PATH=/opt/a/bin:$PATH", ";", "/opt/a/bin/orted", "-mca", "x", "/opt/abc"]
+    assert daemon_command(command, "/opt/a", "/usr") == (
+        "PATH=/usr/bin:$PATH ; /usr/bin/orted -mca x /opt/abc"
+    )
+    assert daemon_command(command, "/opt/a", "") == " ".join(command)
+    assert split_host(["-x", "k2b", "orted", "-d"]) == ("k2b", ["orted", "-d"])
 
 
 def _program(folder: Path, version: str) -> None:

@@ -1,0 +1,90 @@
+"""How the ranks of a launch reach each other: the chosen links as each back end wants them told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from k2cli.cluster.description import Cluster
+from k2cli.cluster.launchers import Backend
+from k2cli.cluster.links import common_addresses, to_hostfile
+from k2cli.cluster.networks import link_networks
+from k2cli.cluster.nodes import Node, addresses
+from k2cli.errors import ClusterError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """One entry per rank where it is a list. ``words`` say which interfaces are used.
+
+    ``reached`` is where the guards and the leader rank are reached, ``ring`` where each rank
+    listens for the one before it, ``rdma`` each rank's device towards each other rank.
+    """
+
+    reached: list[str]
+    ring: list[str]
+    rdma: list[list[str | list[str] | None]] | None = None
+    networks: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+
+
+def find_routes(nodes: Sequence[Node], backend: Backend, cluster: Cluster | None) -> Routes:
+    """Choose addresses, and devices for JACCL: by the cluster's description, else by ssh's names.
+
+    Raises:
+        UsageError: if JACCL is wanted, and there is no description that says which devices.
+        ClusterError: if no link joins two nodes that need one, or a node cannot be asked.
+    """
+    described = _described(nodes, cluster)
+    if backend == "jaccl" and described is None:
+        raise UsageError(
+            "--backend jaccl needs a described cluster: which RDMA device leads where",
+            f"k2 cluster init {' '.join(node.name for node in nodes)} --name NAME, then --cluster",
+        )
+    reached, ring = _addresses(nodes, backend, described)
+    if all(node.is_local for node in nodes):
+        return Routes(reached, ring)
+    networks, words = link_networks(nodes, reached)
+    rdma = None
+    if backend == "jaccl" and described is not None:
+        hosts = to_hostfile(described, "jaccl").hosts
+        rdma = [[_listed(device) for device in host.rdma] for host in hosts]
+    return Routes(reached, ring, rdma, networks, words)
+
+
+def _described(nodes: Sequence[Node], cluster: Cluster | None) -> Cluster | None:
+    """The cluster with just these nodes, in rank order; None if one is not in it, or repeats."""
+    names = [node.name for node in nodes]
+    if cluster is None or len(set(names)) < len(names):
+        return None
+    found = [described for name in names if (described := cluster.node(name)) is not None]
+    if len(found) < len(names):
+        return None
+    same = [node.name for node in cluster.nodes] == [node.name for node in found]
+    return msgspec.structs.replace(
+        cluster, nodes=tuple(found), hostfile=cluster.hostfile if same else None
+    )
+
+
+def _addresses(
+    nodes: Sequence[Node], backend: Backend, cluster: Cluster | None
+) -> tuple[list[str], list[str]]:
+    common = common_addresses(cluster) if cluster is not None else {}
+    if cluster is not None and len(common) == len(nodes):
+        reached = [common[node.name] for node in nodes]
+    else:
+        reached = addresses(nodes)
+    if backend != "ring" or cluster is None or len(nodes) < 2:
+        return reached, reached
+    try:
+        hosts = to_hostfile(cluster, "ring").hosts
+    except ClusterError:
+        return reached, reached  # a description without addresses: ssh's names will do
+    ring = [host.ips[0] if host.ips else at for host, at in zip(hosts, reached, strict=True)]
+    return reached, ring
+
+
+def _listed(device: str | tuple[str, ...] | None) -> str | list[str] | None:
+    return list(device) if isinstance(device, tuple) else device

@@ -1,0 +1,81 @@
+"""The guard's side of a seat in an MPI job: waits for mpirun's process, and lets it go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+
+from k2cli.errors import ClusterError
+from k2cli.runtime.wire import AsyncChannel, ConnectionLost
+from k2cli.settings import scratch_directory
+
+
+def seat_path(run_id: str, rank: int) -> str:
+    """Where the guard of a rank waits for its seat: a socket in a folder of this user's alone."""
+    return str(scratch_directory(run_id) / f"seat-{rank}")
+
+
+def _private_folder(run_id: str) -> None:
+    """Make the folder, or take the one that another guard or mpirun has made.
+
+    Raises:
+        ClusterError: if it is another user's, or open to others.
+    """
+    folder = scratch_directory(run_id)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise ClusterError(f"{folder} is not a folder of this user's alone")
+
+
+class Seat:
+    """One rank's place in the MPI job. ``take`` once, ``leave`` at the end."""
+
+    def __init__(self, run_id: str, rank: int) -> None:
+        self._run_id = run_id
+        self._rank = rank
+        self._server: asyncio.Server | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._environment: asyncio.Future[dict[str, str]] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self.lost = asyncio.Event()
+
+    async def take(self) -> dict[str, str]:
+        """Wait for mpirun's process; returns the environment that makes a rank part of the job.
+
+        Raises:
+            ClusterError: if the socket cannot be made.
+        """
+        _private_folder(self._run_id)
+        path = seat_path(self._run_id, self._rank)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # of the attempt before
+        try:
+            self._server = await asyncio.start_unix_server(self._accept, path)
+        except OSError as error:
+            raise ClusterError(f"cannot listen at {path}: {error}") from error
+        return await self._environment
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._writer is not None:
+            writer.close()
+            return
+        self._writer = writer
+        channel: AsyncChannel[dict[str, str]] = AsyncChannel(reader, writer, dict[str, str])
+        with contextlib.suppress(ConnectionLost):
+            environment = await channel.receive()
+            if not self._environment.done():
+                self._environment.set_result(environment)
+            await reader.read()  # says nothing more; ends when it does
+        self.lost.set()
+
+    def leave(self) -> None:
+        """Let mpirun's process go."""
+        if self._server is not None:
+            self._server.close()
+        if self._writer is not None:
+            self._writer.close()
