@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from k2cli.cluster.activity import Activity
+from k2cli.cluster.activity import Activity, RunHere
 from k2cli.cluster.description import Cluster, ClusterNode, cluster_nodes
 from k2cli.cluster.doctor.facts import MachineFacts
 from k2cli.cluster.doctor.probes import collect
 from k2cli.cluster.doctor.reading import machine_facts
 from k2cli.cluster.hostfile import Hostfile
 from k2cli.cluster.links import detect_links
+from k2cli.cluster.lock_files import Lock
 from k2cli.cluster.nodes import Node, node_named
 from k2cli.cluster.parallel import in_parallel
 from k2cli.errors import ClusterError, UsageError
@@ -155,17 +156,26 @@ def imported(name: str, hostfile: Hostfile) -> Cluster:
     return Cluster(name, tuple(ClusterNode(node) for node in names), hostfile=hostfile)
 
 
-def activities(cluster: Cluster) -> tuple[dict[str, Activity], dict[str, str]]:
+@dataclass(frozen=True, slots=True)
+class NodeBusy:
+    """What lives on a node of runs, and which runs have locked it."""
+
+    runs: tuple[RunHere, ...] = ()
+    locks: tuple[Lock, ...] = ()
+
+
+def activities(cluster: Cluster) -> tuple[dict[str, NodeBusy], dict[str, str]]:
     """What runs on each machine, and for those that do not say, why."""
     answers = dict(in_parallel(_activity, cluster_nodes(cluster)))
-    found = {name: answer for name, answer in answers.items() if isinstance(answer, Activity)}
+    found = {name: answer for name, answer in answers.items() if isinstance(answer, NodeBusy)}
     problems = {name: answer for name, answer in answers.items() if isinstance(answer, str)}
     return found, problems
 
 
-def _activity(node: Node) -> tuple[str, Activity | str]:
+def _activity(node: Node) -> tuple[str, NodeBusy | str]:
     try:
-        found: Activity = node.ask(Activity, "activity")
+        running: Activity = node.ask(Activity, "activity")
+        locks: tuple[Lock, ...] = node.ask(tuple[Lock, ...], "locks")
     except ClusterError as error:
         return node.name, error.message
-    return node.name, found
+    return node.name, NodeBusy(running.runs, locks)

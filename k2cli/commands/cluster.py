@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from k2cli.commands.cluster_clean import clean
 from k2cli.commands.cluster_prepare import prepare
 
 _HELP = "Describe your machines, make them ready, and see what runs there."
@@ -181,6 +182,7 @@ for _name, _command in (
     ("show", show),
     ("list", list_),
     ("prepare", prepare),
+    ("clean", clean),
     ("refresh", refresh),
     ("import", import_),
     ("export", export),

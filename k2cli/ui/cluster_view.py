@@ -75,11 +75,33 @@ class RunView(Protocol):
     def resident_bytes(self) -> int: ...
 
 
+class ClaimView(Protocol):
+    """Whose a lock is."""
+
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def user(self) -> str: ...
+    @property
+    def host(self) -> str: ...
+
+
+class LockView(Protocol):
+    """A lock, and what it is worth."""
+
+    @property
+    def claim(self) -> ClaimView: ...
+    @property
+    def state(self) -> str: ...
+
+
 class ActivityView(Protocol):
-    """What runs on a machine."""
+    """What runs on a machine, and who has it."""
 
     @property
     def runs(self) -> Sequence[RunView]: ...
+    @property
+    def locks(self) -> Sequence[LockView]: ...
 
 
 class FactsView(Protocol):
@@ -126,6 +148,60 @@ class PreparedView(Protocol):
     def detail(self) -> str: ...
     @property
     def hint(self) -> str | None: ...
+
+
+class ClearedView(Protocol):
+    """What was left of a run."""
+
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def ended_processes(self) -> int: ...
+    @property
+    def remaining(self) -> Sequence[str]: ...
+    @property
+    def removed_lock(self) -> bool: ...
+    @property
+    def removed_files(self) -> bool: ...
+
+
+class CleanView(Protocol):
+    """What was done on a machine."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def cleared(self) -> Sequence[ClearedView]: ...
+    @property
+    def spared(self) -> Sequence[str]: ...
+    @property
+    def problem(self) -> str: ...
+
+
+def print_cleaning(reports: Sequence[CleanView]) -> None:
+    """What was ended and removed on each machine, what was not, and what lives there."""
+    for report in reports:
+        if report.problem:
+            print_text(f"{report.node}: {report.problem}")
+        for run in report.cleared:
+            print_text(f"{report.node}: {run.run_id}: {_cleared(run)}")
+            for process in run.remaining:
+                print_text(f"  could not be ended: {process}")
+        for run_id in report.spared:
+            print_text(f"{report.node}: {run_id} lives, and was left alone")
+        if not (report.problem or report.cleared or report.spared):
+            print_text(f"{report.node}: nothing was left")
+
+
+def _cleared(run: ClearedView) -> str:
+    done = [f"ended {run.ended_processes} processes"] if run.ended_processes else []
+    removed = [what for what, is_so in _removed(run) if is_so]
+    done += [f"removed {' and '.join(removed)}"] if removed else []
+    return ", ".join(done) or "nothing could be done"
+
+
+def _removed(run: ClearedView) -> list[tuple[str, bool]]:
+    return [("its lock", run.removed_lock), ("its files", run.removed_files)]
 
 
 def show_step(step: StepView) -> None:
@@ -201,9 +277,15 @@ def _details(
     activity = activities.get(node.name)
     if activity is None:
         return [*lines, (problems or {}).get(node.name, "did not answer")]
-    if not activity.runs:
-        return [*lines, "nothing runs"]
-    return [*lines, *(_run(run) for run in activity.runs)]
+    lines += [_lock(lock) for lock in activity.locks]
+    lines += [_run(run) for run in activity.runs]
+    return lines if activity.runs or activity.locks else [*lines, "nothing runs"]
+
+
+def _lock(lock: LockView) -> str:
+    claim = lock.claim
+    state = "" if lock.state == "held" else f", {lock.state}: k2 cluster clean"
+    return f"taken by {claim.run_id} of {claim.user} from {claim.host}{state}"
 
 
 def _run(run: RunView) -> str:

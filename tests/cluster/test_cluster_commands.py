@@ -87,6 +87,11 @@ def test_a_node_that_has_all_of_it_is_left_as_it_is(ssh_server: Server) -> None:
     assert missing(None) == "nothing is installed"
 
 
+def test_cleaning_a_machine_where_nothing_was_left(ssh_server: Server) -> None:
+    (report,) = json.loads(_k2("clean", "--nodes", "b", "--json"))["nodes"]
+    assert (report["node"], report["problem"], report["cleared"]) == ("b", "", [])
+
+
 def test_prepare_refuses_what_it_cannot_mean(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there are no wheels in"):
         _k2("prepare", "--nodes", "b", "--wheels", str(tmp_path))

@@ -11,7 +11,7 @@ import pytest
 from mlx._distributed_utils.common import Host as MlxHost
 from mlx._distributed_utils.common import Hostfile as MlxHostfile
 
-from k2cli.cluster.activity import Activity, RunHere
+from k2cli.cluster.activity import RunHere
 from k2cli.cluster.description import (
     Cluster,
     cluster_nodes,
@@ -23,7 +23,7 @@ from k2cli.cluster.description import (
     save_cluster,
 )
 from k2cli.cluster.doctor.facts import InterfaceKind, MachineFacts, ThunderboltPort
-from k2cli.cluster.gathering import describe_node, imported
+from k2cli.cluster.gathering import NodeBusy, describe_node, imported
 from k2cli.cluster.hostfile import format_hostfile, parse_hostfile, read_hostfile
 from k2cli.cluster.links import (
     best_links,
@@ -32,6 +32,7 @@ from k2cli.cluster.links import (
     same_machines,
     to_hostfile,
 )
+from k2cli.cluster.lock_files import Claim, Lock
 from k2cli.errors import ClusterError, UsageError
 from k2cli.ui.cluster_view import print_cluster
 from k2cli.units import GIB
@@ -234,7 +235,8 @@ def test_damaged_foreign_and_missing_descriptions_are_told_apart() -> None:
 
 def test_a_pair_of_macs_as_it_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     cluster = _cluster(PAIR)
-    running = {"a": Activity((RunHere("k2-thinking-1a2b", 2, 290_000_000_000),))}
+    lock = Lock(Claim("k2-thinking-1a2b", "eve", "c.local", 7, 0.0), "held")
+    running = {"a": NodeBusy((RunHere("k2-thinking-1a2b", 2, 290_000_000_000),), (lock,))}
     print_cluster(cluster, running, {"b": "node b cannot be reached: Connection refused"})
     assert capsys.readouterr().out == DRAWN
 
@@ -245,6 +247,7 @@ macs: 2 nodes, MLX may use 928.0 GiB in all
 ● a (a.local)
 │ Apple M3 Ultra, macOS 26.3
 │ 512.0 GiB of memory, MLX may use 464.0 GiB (metal), reads 819.0 GB/s
+│ taken by k2-thinking-1a2b of eve from c.local
 │ runs k2-thinking-1a2b: 2 processes, 290.0 GB
 ├─ thunderbolt, RDMA: en5 192.168.0.1 ── en4 192.168.0.2 → b
 ├─ ethernet: en0 10.0.1.1 ── en0 10.0.2.2 → b

@@ -1,0 +1,44 @@
+"""``k2 cluster clean``: end what runs that are gone have left on the machines of a cluster."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def clean(
+    name: Annotated[
+        str | None, typer.Argument(help="The cluster; not needed if there is only one.")
+    ] = None,
+    nodes: Annotated[
+        str | None, typer.Option("--nodes", help="These machines instead of a cluster: a,b")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """End what runs that are gone have left on the machines, and free their locks.
+
+    Runs that live are spared. What is left is known by the run's own marks: its id beside
+    k2cli.runtime on a command line, its lock, its folder.
+
+    Example: k2 cluster clean studios
+    """
+    from k2cli.cluster.cleaning import clean as clean_nodes
+    from k2cli.cluster.description import chosen_nodes
+    from k2cli.errors import ClusterError
+    from k2cli.ui.cluster_view import print_cleaning
+    from k2cli.ui.output import print_json
+
+    _, chosen = chosen_nodes(name, nodes)
+    reports = clean_nodes(chosen)
+    if json:
+        print_json({"schema_version": 1, "nodes": reports})
+    else:
+        print_cleaning(reports)
+    left = [
+        report.node
+        for report in reports
+        if report.problem or any(run.remaining for run in report.cleared)
+    ]
+    if left:
+        raise ClusterError(f"not clean: {', '.join(left)}")
