@@ -78,7 +78,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "",
         f"Written by `scripts/soak runtime`; measured on {', '.join(dates)}.",
         f"Machine: {'; '.join(machines)}.",
-        f"{len(results)} rounds in all, {failures} not as expected.",
+        f"{len(results)} faults in all, {failures} not as expected.",
         "",
         "| fault | how | expected |",
         "| --- | --- | --- |",

@@ -1,7 +1,14 @@
 """Puts faults into real ranks, for tests: Python imports this by itself where it is on the path.
 
-Only ranks are touched. The sampler of requests with seed 666 raises. Rank 1 reports a wrong digest
-of what it holds from when the file named by ``FAULTY_RANKS_LIE`` exists.
+Only ranks are touched. The sampler of requests with seed 666 raises. What else goes wrong is in
+the environment:
+
+* ``FAULTY_RANKS_LIE``: rank 1 reports a wrong digest of what it holds while this file exists;
+* ``FAULTY_RANKS_HOLDINGS``: rank 1 misses its first tensor (``missing``), or claims one of rank
+  0's too (``twice``);
+* ``FAULTY_RANKS_CANARY``: rank 1 computes something else;
+* ``FAULTY_RANKS_TRACE``: no fault; rank 0 writes down, in this file, which batch each decode step
+  that it carries out is of, and of which batches steps are in flight.
 """
 
 from __future__ import annotations
@@ -34,8 +41,56 @@ def _lie_about_state(trigger: str) -> None:
     CacheTable.digest = digest
 
 
+def _lie_about_holdings(how: str) -> None:
+    from dataclasses import replace
+
+    from k2cli.runtime import loader
+    from k2cli.runtime.protocol import HeldTensor
+
+    original = loader.load_part
+
+    def load_part(*arguments):  # type: ignore[no-untyped-def]
+        part = original(*arguments)
+        extra = HeldTensor("model.norm.weight", [64], "float32", 256)
+        return replace(part, held=part.held[1:] if how == "missing" else [*part.held, extra])
+
+    loader.load_part = load_part
+
+
+def _sing_out_of_tune() -> None:
+    from k2cli.runtime import executor
+
+    executor.array_digest = lambda value: "0" * 16
+
+
+def _trace(file: str) -> None:
+    from k2cli.runtime.protocol import Decode
+    from k2cli.runtime.steps import StepQueue
+
+    original = StepQueue._carry_out
+
+    def carry_out(self, step, chosen):  # type: ignore[no-untyped-def]
+        if isinstance(step.decision, Decode) and step.rows:
+            flying = sorted(
+                {s.decision.batch for s in self._steps if isinstance(s.decision, Decode)}
+            )
+            with open(file, "a") as trace:
+                trace.write(f"{step.decision.batch} {','.join(map(str, flying))}\n")
+        return original(self, step, chosen)
+
+    StepQueue._carry_out = carry_out
+
+
 if "k2cli.runtime.worker" in sys.orig_argv:
+    _rank = sys.orig_argv[sys.orig_argv.index("--rank") + 1]
+    _wanted = {name: os.environ.get(f"FAULTY_RANKS_{name}") for name in
+               ("LIE", "HOLDINGS", "CANARY", "TRACE")}  # fmt: skip
     _break_sampler()
-    trigger = os.environ.get("FAULTY_RANKS_LIE")
-    if trigger and sys.orig_argv[sys.orig_argv.index("--rank") + 1] == "1":
-        _lie_about_state(trigger)
+    if _rank == "1" and _wanted["LIE"]:
+        _lie_about_state(_wanted["LIE"])
+    if _rank == "1" and _wanted["HOLDINGS"]:
+        _lie_about_holdings(_wanted["HOLDINGS"])
+    if _rank == "1" and _wanted["CANARY"]:
+        _sing_out_of_tune()
+    if _rank == "0" and _wanted["TRACE"]:
+        _trace(_wanted["TRACE"])
