@@ -436,7 +436,7 @@ class Supervisor:
         """SIGKILL the sessions that this process has started."""
         for started in self._processes:
             process = started[1]
-            if process.returncode is None and started is not spared:
+            if process.returncode is None and (spared is None or process is not spared[1]):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
 
