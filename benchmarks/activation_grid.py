@@ -226,7 +226,7 @@ def main() -> None:
         "backend": backend,
         "layers": layer_count(model),
         "itemsize": probe.dtype.size,
-        "shape": asdict(grid._shape),
+        "config": config,
         "points": found,
     }
     json.dump(document, sys.stdout, indent=1)

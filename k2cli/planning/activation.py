@@ -1,21 +1,23 @@
 """How much memory computing takes beside weights and KV cache: modelled, per back end.
 
 The peak is in prefill. Two things decide it: what attention materialises per chunk of the prompt
-and token of context, and what the feed-forward part makes of a chunk.
+and token of context, and what the feed-forward part makes of a chunk. Each back end keeps so many
+copies of each such array at its peak as ``COPIES`` says, fitted to MLX's own peaks over a grid of
+chunks and contexts (docs/memory-model.md has every point; ``scripts/memory-model`` measures and
+writes it). Parts are added up: mlx frees an array when its last user has run, and keeps several
+operations in flight.
 
-*Latent attention* (MLA; DeepSeek-V3, Kimi K2) in mlx-lm makes scores ``[heads, chunk, context]``,
-a masked copy of them, and expands keys and values from the latent, on every back end:
-``2·heads·chunk·itemsize + 2·heads·(nope + v)·itemsize`` bytes per token of context. Measured: one
-full-width K2 layer on the CPU, chunk 2048, context 8192: 4.821 GB against 4.83; DeepSeek-V3 on
-Metal 1.2526 MB per token against 1.2499 (mlx-lm PR 839).
+*Latent attention* (MLA; DeepSeek-V3, Kimi K2) in mlx-lm makes scores ``[heads, chunk, context]``
+with a masked copy, and expands keys and values from the latent. Where the projection that does so
+is quantized, the CPU and CUDA first copy the latent for every head, for keys and for values. On
+Metal they do not: DeepSeek-V3 took 1.2526 MB per token of context there (mlx-lm PR 839), two
+copies of scores and of the expanded pair are 1.2499.
 
 *Ordinary attention* is fused on Metal and CUDA for the head sizes that their kernels have; where
-it is not (always on the CPU), scores and a mask are materialised, once.
+it is not (always on the CPU, and for float32 on CUDA) scores and a mask are materialised, once.
 
-Parts are added up, not maximised over: mlx frees an array when its last user has run, and keeps
-several operations in flight. Measured on the CPU with small models of both kinds: 0.79 to 1.06 of
-what is modelled here and the copy of one layer's cache that ``memory.overhead_bytes`` counts
-(tests/planning/test_activation.py measures again).
+A cache grows by copying, one layer at a time, before a step and not during it: the peak is the
+step's or that copy (``memory.overhead_bytes``), not their sum.
 """
 
 from __future__ import annotations
@@ -36,11 +38,45 @@ _FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
+class Copies:
+    """How often each array of a layer exists at the peak of prefill, on one back end.
+
+    ``latent`` is of the latent copied for every head, where its projection is quantized.
+    ``hidden`` and ``inner`` are of arrays of the model's and the feed-forward part's width, per
+    token of the chunk; ``expert_hidden`` and ``expert_inner`` the same per chosen expert.
+    """
+
+    scores: float
+    expanded: float
+    latent: float
+    hidden: float
+    inner: float
+    expert_hidden: float
+    expert_inner: float
+
+
+COPIES: dict[str, dict[str, Copies]] = {
+    "latent": {
+        "cpu": Copies(2.04, 1.0, 2.0, 7.5, 0.0, 3.8, 1.5),
+        "cuda": Copies(0.97, 1.0, 2.0, 0.0, 0.0, 8.2, 0.0),
+        # Not measured: the arrays that mlx-lm's code names, and those of the CPU's feed-forward.
+        "metal": Copies(2.0, 2.0, 0.0, 7.5, 0.0, 3.8, 1.5),
+    },
+    "grouped": {
+        "cpu": Copies(1.03, 0.0, 0.0, 13.2, 2.0, 3.8, 1.5),
+        "cuda": Copies(1.03, 0.0, 0.0, 0.0, 4.6, 3.5, 4.6),
+        "metal": Copies(1.03, 0.0, 0.0, 13.2, 2.0, 3.8, 1.5),
+    },
+}
+"""By kind of attention and back end. ``cpu`` and ``cuda`` are fitted, ``metal`` is modelled."""
+
+
+@dataclass(frozen=True, slots=True)
 class ActivationShape:
     """The widths that decide activation memory, of the whole model.
 
-    ``latent`` says that attention is MLA; ``expanded_size`` is then the width of one head's
-    expanded key and value together. ``experts`` is 0 for a dense model.
+    ``latent_size`` is the width of MLA's latent, 0 for other attention; ``expanded_size`` is then
+    the width of one head's expanded key and value together. ``experts`` is 0 for a dense model.
     """
 
     hidden: int
@@ -51,8 +87,9 @@ class ActivationShape:
     expert_intermediate: int = 0
     experts: int = 0
     experts_per_token: int = 0
-    latent: bool = False
+    latent_size: int = 0
     expanded_size: int = 0
+    quantized: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +116,6 @@ def activation_shape(config: Mapping[str, Any]) -> ActivationShape:
     hidden = width_field(config) or 1
     heads = heads_field(config) or max(1, hidden // 128)
     experts = first_field(text, ("n_routed_experts", "num_experts", "num_local_experts")) or 0
-    latent = text.get("kv_lora_rank") is not None
     intermediate = first_field(text, ("intermediate_size", "n_inner")) or 4 * hidden
     nope = first_field(text, ("qk_nope_head_dim",)) or 0
     value = first_field(text, ("v_head_dim",)) or 0
@@ -92,8 +128,9 @@ def activation_shape(config: Mapping[str, Any]) -> ActivationShape:
         expert_intermediate=first_field(text, ("moe_intermediate_size",)) or intermediate,
         experts=experts,
         experts_per_token=first_field(text, ("num_experts_per_tok",)) or 1,
-        latent=latent,
+        latent_size=first_field(text, ("kv_lora_rank",)) or 0,
         expanded_size=nope + value,
+        quantized=any(part.get("quantization") is not None for part in (config, text)),
     )
 
 
@@ -120,10 +157,11 @@ def activation_demand(
     """
     chunk = min(chunk_tokens, context_length)
     heads = ceil(shape.heads / slices)
+    copies = COPIES["latent" if shape.latent_size else "grouped"][backend]
     return ActivationDemand(
-        _attention_bytes(shape, backend, heads, chunk, context_length, itemsize),
-        _feed_forward_bytes(shape, chunk, itemsize, slices),
-        4 * chunk * shape.hidden * itemsize,
+        _attention_bytes(shape, backend, copies, heads, chunk, context_length, itemsize),
+        _feed_forward_bytes(shape, copies, chunk, itemsize, slices),
+        int(copies.hidden * chunk * shape.hidden * itemsize),
         _logits_bytes(shape, concurrency, itemsize) if samples else 0,
     )
 
@@ -145,43 +183,56 @@ def decode_demand(
     """
     heads = ceil(shape.heads / slices)
     rows = concurrency
+    copies = COPIES["latent" if shape.latent_size else "grouped"][backend]
     scores = heads * rows * context_length * itemsize
-    if shape.latent:
+    if shape.latent_size:
         attention = 2 * scores
     else:
-        fused = backend != "cpu" and shape.head_size in _FUSED_HEAD_SIZES
-        attention = 4 * rows * heads * shape.head_size * itemsize + (0 if fused else scores)
+        projections = 4 * rows * heads * shape.head_size * itemsize
+        attention = projections + (0 if _is_fused(shape, backend, itemsize) else scores)
     return ActivationDemand(
         attention,
-        _feed_forward_bytes(shape, rows, itemsize, slices),
+        _feed_forward_bytes(shape, copies, rows, itemsize, slices),
         4 * rows * shape.hidden * itemsize,
         _logits_bytes(shape, concurrency, itemsize) if samples else 0,
     )
 
 
+def _is_fused(shape: ActivationShape, backend: Backend, itemsize: int) -> bool:
+    """Whether scores are never written to memory."""
+    if backend == "cuda" and itemsize == _FLOAT32_BYTES:
+        return False
+    return backend != "cpu" and shape.head_size in _FUSED_HEAD_SIZES
+
+
 def _attention_bytes(
-    shape: ActivationShape, backend: Backend, heads: int, chunk: int, context: int, itemsize: int
+    shape: ActivationShape,
+    backend: Backend,
+    copies: Copies,
+    heads: int,
+    chunk: int,
+    context: int,
+    itemsize: int,
 ) -> int:
-    scores = heads * chunk * context * itemsize
-    if shape.latent:
-        expanded = heads * shape.expanded_size * context * itemsize
-        return 2 * (scores + expanded)
-    projections = 4 * chunk * heads * shape.head_size * itemsize
-    if backend != "cpu" and shape.head_size in _FUSED_HEAD_SIZES:
-        return projections
-    mask = chunk * context
-    return scores + mask + projections
+    scores = copies.scores * heads * chunk * context * itemsize
+    if shape.latent_size:
+        expanded = copies.expanded * heads * shape.expanded_size * context * itemsize
+        latent = copies.latent * heads * shape.latent_size * context * itemsize
+        return int(scores + expanded + (latent if shape.quantized else 0))
+    if _is_fused(shape, backend, itemsize):
+        return 0
+    return int(scores)
 
 
-def _feed_forward_bytes(shape: ActivationShape, chunk: int, itemsize: int, slices: int) -> int:
-    dense = chunk * 3 * ceil(shape.intermediate / slices) * itemsize
+def _feed_forward_bytes(
+    shape: ActivationShape, copies: Copies, chunk: int, itemsize: int, slices: int
+) -> int:
     if not shape.experts:
-        return dense
-    # Tokens are gathered once per chosen expert, and put back in order; the router scores all
-    # experts in float32.
-    rows = chunk * shape.experts_per_token
-    chosen = rows * (3 * ceil(shape.expert_intermediate / slices) + 3 * shape.hidden) * itemsize
-    return max(dense, chosen + 3 * chunk * shape.experts * _FLOAT32_BYTES)
+        return int(copies.inner * chunk * ceil(shape.intermediate / slices) * itemsize)
+    # Tokens are gathered once per chosen expert, and put back in order.
+    rows = chunk * shape.experts_per_token * itemsize
+    inner = ceil(shape.expert_intermediate / slices)
+    return int(rows * (copies.expert_hidden * shape.hidden + copies.expert_inner * inner))
 
 
 def _logits_bytes(shape: ActivationShape, concurrency: int, itemsize: int) -> int:

@@ -30,12 +30,21 @@ def overhead_bytes(
 ) -> int:
     """What a rank needs beside weights, cache and activations (modelled).
 
-    The runtime, send and receive buffers, the allocator's slack, and the copy of one layer's cache
-    that exists while mlx-lm grows it: it concatenates old and new, layer by layer.
+    The runtime, send and receive buffers, the allocator's slack, and what growing takes.
     """
     slack = slack_bytes(kv_cache_bytes, activation_bytes)
-    growth = kv_cache_bytes // layers
+    growth = growth_bytes(kv_cache_bytes, activation_bytes, layers)
     return RUNTIME_BYTES + communication_bytes + slack + growth
+
+
+def growth_bytes(kv_cache_bytes: int, activation_bytes: int, layers: int) -> int:
+    """What the copy of one layer's cache, made before a step, takes beyond what steps take.
+
+    Old and new exist together while a cache grows, layer by layer (``runtime.caches.make_room``);
+    activations do not exist then.
+    """
+    beyond = kv_cache_bytes // layers - activation_bytes
+    return (beyond + abs(beyond)) // 2  # its positive part, of arrays too
 
 
 def communication_bytes(
@@ -85,7 +94,7 @@ def node_budget(
         communication_bytes=communication,
         runtime_bytes=RUNTIME_BYTES,
         allocator_slack_bytes=slack_bytes(kv_cache_bytes, activation),
-        cache_growth_bytes=kv_cache_bytes // layers,
+        cache_growth_bytes=growth_bytes(kv_cache_bytes, activation, layers),
         os_reserve_bytes=max(node.memory_bytes // sharers - node.limit_bytes, 0),
     )
     return NodeBudget(

@@ -1,0 +1,175 @@
+"""The page that holds the activation model against what MLX measured: docs/memory-model.md.
+
+    scripts/memory-model                       # write the page from the recorded measurements
+    scripts/memory-model --check               # does the page say what the model says now?
+    python -m benchmarks.activation_grid ...   # measure: its output belongs into benchmarks/data
+
+Every point is a peak of ``mx.get_peak_memory`` beside weights and cache. It is compared with the
+step's peak or, if that is more, the copy of one layer's growing cache, which is made before the
+step. Where the measurement was taken while caches still grew inside a step, the two are added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k2cli.planning.activation import COPIES, activation_demand, activation_shape, decode_demand
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "benchmarks" / "data" / "activation"
+PAGE = ROOT / "docs" / "memory-model.md"
+MARK = "<!-- made by scripts/memory-model -->"
+TOLERANCE = 0.10
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One point, measured and modelled, in bytes."""
+
+    phase: str
+    chunk: int
+    context: int
+    rows: int
+    measured_bytes: int
+    modelled_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Modelled / measured: above 1, the plan asks for more than is needed."""
+        return self.modelled_bytes / self.measured_bytes
+
+
+def recordings() -> list[dict[str, Any]]:
+    """Every recorded grid, by file name."""
+    return [json.loads(path.read_text()) for path in sorted(DATA.glob("*.json"))]
+
+
+def compared(recording: dict[str, Any]) -> Iterator[Compared]:
+    """The points of one grid beside what the model says of them."""
+    shape = activation_shape(recording["config"])
+    for point in recording["points"]:
+        common: dict[str, Any] = {
+            "backend": recording["backend"],
+            "context_length": point["context"],
+            "concurrency": point["rows"],
+            "itemsize": recording["itemsize"],
+        }
+        prefill = point["phase"] == "prefill"
+        if not prefill and recording.get("growth_in_step", False):
+            continue  # a GPU held every layer's copy at once; the engine no longer makes them so
+        if prefill:
+            step = activation_demand(
+                shape, chunk_tokens=point["chunk"], samples=False, **common
+            ).peak_bytes
+        else:
+            step = decode_demand(shape, **common).peak_bytes
+        growth = point["growth_bytes"]
+        inside = recording.get("growth_in_step", False)
+        modelled = step + growth if inside else max(step, growth)
+        yield Compared(
+            point["phase"],
+            point["chunk"],
+            point["context"],
+            point["rows"],
+            point["peak_bytes"],
+            modelled,
+        )
+
+
+def share_within(points: Sequence[Compared], tolerance: float = TOLERANCE) -> float:
+    """The share of points whose ratio is that near to 1."""
+    return sum(abs(point.ratio - 1) <= tolerance for point in points) / len(points)
+
+
+def _summary_row(recording: dict[str, Any], phase: str, points: list[Compared]) -> str:
+    ratios = [point.ratio for point in points]
+    return (
+        f"| {recording['backend']} | {recording['label']} | {phase} | {len(points)} "
+        f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} "
+        f"| {share_within(points):.0%} |"
+    )
+
+
+def _point_row(recording: dict[str, Any], point: Compared) -> str:
+    return (
+        f"| {recording['backend']} | {recording['label']} | {point.phase} | {point.chunk} "
+        f"| {point.context} | {point.rows} | {point.measured_bytes / 1e6:,.1f} "
+        f"| {point.modelled_bytes / 1e6:,.1f} | {point.ratio:.2f} |"
+    )
+
+
+def _copies_rows() -> Iterator[str]:
+    for kind, backends in COPIES.items():
+        for backend, copies in backends.items():
+            numbers = " | ".join(
+                f"{getattr(copies, name):g}"
+                for name in (
+                    "scores", "expanded", "latent", "hidden", "inner", "expert_hidden",
+                    "expert_inner",
+                )
+            )  # fmt: skip
+            yield f"| {kind} | {backend} | {numbers} |"
+
+
+def tables() -> str:
+    """Everything below the mark of the page."""
+    summary, points = [], []
+    for recording in recordings():
+        found = list(compared(recording))
+        for phase in ("prefill", "decode"):
+            if chosen := [point for point in found if point.phase == phase]:
+                summary.append(_summary_row(recording, phase, chosen))
+        points += [_point_row(recording, point) for point in found]
+    return "\n".join(
+        [
+            MARK,
+            "",
+            "## Copies of each array at the peak of prefill",
+            "",
+            "| attention | back end | scores | expanded | latent per head | hidden | inner "
+            "| expert hidden | expert inner |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            *_copies_rows(),
+            "",
+            "## Modelled against measured",
+            "",
+            "Ratio is modelled / measured.",
+            "",
+            "| back end | model | phase | points | median | range | within 10 % |",
+            "| --- | --- | --- | ---: | ---: | --- | ---: |",
+            *summary,
+            "",
+            "## Every point",
+            "",
+            "| back end | model | phase | chunk | context | rows | measured, MB | modelled, MB "
+            "| ratio |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            *points,
+            "",
+        ]
+    )
+
+
+def page() -> str:
+    """The whole page: what people wrote above the mark, and the tables."""
+    return PAGE.read_text().split(MARK)[0] + tables()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page, or say whether it is what would be written."""
+    parser = argparse.ArgumentParser(prog="scripts/memory-model", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if it differs")
+    given = parser.parse_args(arguments)
+    text = page()
+    if given.check:
+        return int(PAGE.read_text() != text)
+    PAGE.write_text(text)
+    sys.stderr.write(f"wrote {PAGE.relative_to(ROOT)}\n")
+    return 0
