@@ -150,7 +150,7 @@ def _attention(config: Mapping[str, Any], slices: int) -> _Attention:
     text = text_config(config)
     heads = ceil(shape.heads / slices)
     chosen = first_field(text, ("index_topk",))
-    if not shape.latent:
+    if not shape.latent_size:
         both = 4 * heads * shape.head_size  # scores and values, a multiplication and an addition
         return _Attention(both, both, 0, chosen)
     latent = first_field(text, ("kv_lora_rank",)) or 0
