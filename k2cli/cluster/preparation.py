@@ -93,7 +93,7 @@ def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> Prepare
     cluster = load_cluster(request.cluster) if request.cluster is not None else None
     nodes = [node_named(name) for name in _node_names(request, given_plan, cluster)]
     choice = check_nodes(nodes, request.backend, say, force=request.force)
-    plan = given_plan or _make_plan(request, folder, nodes)
+    plan = given_plan or _make_plan(request, folder, nodes, choice.backend)
     _check_plan(plan, folder, nodes, force=request.force)
     folders = {node.name: str(folder) for node in nodes}
     if not all(node.is_local for node in nodes):
@@ -174,14 +174,23 @@ def _node_names(
     return names
 
 
-def _make_plan(request: LaunchRequest, folder: Path, nodes: Sequence[Node]) -> Plan:
+def _make_plan(
+    request: LaunchRequest, folder: Path, nodes: Sequence[Node], backend: str
+) -> Plan:
     from dataclasses import replace
 
+    from k2cli.planning.calibrated import with_calibration
     from k2cli.planning.planner import make_plan, make_roomy_plan
 
     known = {node.name: node.memory() for node in {node.name: node for node in nodes}.values()}
-    memory = [known[node.name] for node in nodes]
-    wishes = {"strategy": request.parallel, "dtype": request.dtype, "head": request.head}
+    link = "auto" if backend == "local" else backend
+    memory = with_calibration([known[node.name] for node in nodes], link)
+    wishes = {
+        "strategy": request.parallel,
+        "dtype": request.dtype,
+        "head": request.head,
+        "backend": link,
+    }
     context = request.context_length
     if request.concurrency is None:
         plan = make_roomy_plan(str(folder), memory, context_length=context, **wishes)
