@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lab.errors import LabError
 from lab.home import HOME, make_key
 from lab.laboratory import Lab
 from lab.namespaces import listens, processes
@@ -72,7 +73,10 @@ def _kill(who: str, number: signal.Signals) -> Act:
 def _interrupt_twice(lab: Lab, run: LabRun | None) -> None:
     assert run is not None
     run.kill("launcher", signal.SIGINT)
-    run.talk.wait_said("again", 5)
+    if not wait_for(lambda: run.talk.said("again") or run.talk.ended_at is not None, 5):
+        raise LabError("Ctrl-C was not answered within 5 s")
+    if run.talk.ended_at is not None:
+        return  # it had nothing to wait for
     run.kill("launcher", signal.SIGINT)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import msgspec
 
 from k2cli.cluster.agent import kill_run
 from k2cli.cluster.journal import EVENTS_NAME
-from k2cli.cluster.nodes import python_environment
+from k2cli.cluster.locks import release_locks
+from k2cli.cluster.nodes import node_named, python_environment
 from k2cli.cluster.outcome import describe_status, failure_of
 from k2cli.cluster.preparation import PreparedRun
 from k2cli.cluster.runs import RunRecord, read_record, remove_leftovers, save_record
@@ -46,6 +49,34 @@ def launch_here(
     if record.state == "failed":
         raise failure_of(record)
     return record
+
+
+@contextmanager
+def owned(prepared: PreparedRun, say: Callable[[str], None]) -> Iterator[None]:
+    """What was prepared is put away again if nobody has carried it out to its end.
+
+    Such as after a Ctrl-C that comes before the supervisor hears it, or a view that fails.
+    """
+    try:
+        yield
+    except BaseException:
+        record = read_record(prepared.record.folder)
+        if record is None or (record.live and record.pid == os.getpid()):
+            say(f"stopping {prepared.record.run_id}")
+            _put_away(prepared)
+        raise
+
+
+def _put_away(prepared: PreparedRun) -> None:
+    record = read_record(prepared.record.folder) or prepared.record
+    nodes = [node_named(name) for name in record.nodes]
+    for node in nodes:
+        with suppress(ClusterError):  # its guards end by themselves
+            node.kill_run(record.run_id)
+            node.remove_bootstraps(record.run_id)
+    release_locks(nodes, record.run_id)
+    remove_leftovers(record)
+    save_record(replace(record, state="stopped", cause="interrupted", ended=time.time()))
 
 
 def launch_detached(prepared: PreparedRun, listener: Listener) -> RunRecord:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from k2cli.cluster.launchers import GuardCommand
+from k2cli.cluster.nodes import LOCALHOST
 from k2cli.cluster.runs import FailureRecord, RunRecord
 from k2cli.errors import ClusterError
 from k2cli.runtime.protocol import RankFailed
+
+# Of ssh: the connection was lost, or the process at its other end was killed.
+_SSH_LOST = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,26 +84,17 @@ def describe_status(status: int) -> str:
         return f"was killed by signal {-status}"
 
 
-def rank_to_blame(command: GuardCommand, last_lines: Sequence[str]) -> int | None:
-    """The rank whose guard ended first, of those that a process brought up; None if none did.
-
-    Where mpirun says that one of its processes ended, and no guard has reported anything, it was
-    the leader's: it alone reports, and the others only followed it.
-    """
-    if len(command.ranks) == 1:
-        return command.ranks[0]
-    said = " ".join(last_lines)
-    ended = re.search(r"process rank \d+ with PID|Process name: \[\S+,\d+\]", said)
-    return command.ranks[0] if ended else None
+def lost_connection(command: GuardCommand, status: int) -> bool:
+    """Whether a guard's end is that of ssh: its node is lost, or it was killed there."""
+    return status == _SSH_LOST and bool(command.ranks) and command.node != LOCALHOST
 
 
-def describe_exit(command: GuardCommand, status: int, rank: int | None) -> str:
+def describe_exit(command: GuardCommand, status: int) -> str:
     """What it means that a process which should outlive the run has ended."""
-    if command.program != "mpirun":
-        return f"its guard {describe_status(status)}"
-    if rank is None:
-        return f"mpirun {describe_status(status)}"
-    return f"its guard ended, and mpirun {describe_status(status)}"
+    if lost_connection(command, status):
+        return f"the ssh connection to its guard ended (status {status})"
+    program = "mpirun" if command.program == "mpirun" else "its guard"
+    return f"{program} {describe_status(status)}"
 
 
 def failure_of(record: RunRecord) -> ClusterError:

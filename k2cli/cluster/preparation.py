@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,8 @@ def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> Prepare
     try:
         return _write_run(request, run_id, folder, folders, nodes, choice, routes, plan)
     except BaseException:
+        agent.remove_scratch(run_id)
+        shutil.rmtree(agent.run_folder(run_id), ignore_errors=True)
         release_locks(nodes, run_id)
         raise
 
@@ -174,9 +177,7 @@ def _node_names(
     return names
 
 
-def _make_plan(
-    request: LaunchRequest, folder: Path, nodes: Sequence[Node], backend: str
-) -> Plan:
+def _make_plan(request: LaunchRequest, folder: Path, nodes: Sequence[Node], backend: str) -> Plan:
     from dataclasses import replace
 
     from k2cli.planning.calibrated import with_calibration

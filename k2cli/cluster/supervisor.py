@@ -25,7 +25,7 @@ from k2cli.cluster.launchers import GuardCommand, direct_commands
 from k2cli.cluster.locks import release_locks, renew_locks
 from k2cli.cluster.mpi_start import prepare_mpirun
 from k2cli.cluster.nodes import LocalNode, Node, node_named
-from k2cli.cluster.outcome import Outcome, describe_exit, rank_to_blame
+from k2cli.cluster.outcome import Outcome, describe_exit, lost_connection
 from k2cli.cluster.restarting import Attempts, renewed
 from k2cli.cluster.runs import RunRecord, read_record
 from k2cli.cluster.specification import RunSpecification, read_specification
@@ -81,6 +81,8 @@ class Supervisor:
         self._stop_cause: str | None = None
         self._stop_asked = asyncio.Event()
         self._root: RankFailed | None = None
+        # What became of mpirun or of a node, seen from here.
+        self._witnessed: Outcome | None = None
         self._bootstraps = specification.bootstraps
         self._attempts = Attempts(specification.restart)
         self._number = 1
@@ -141,7 +143,7 @@ class Supervisor:
 
     async def _attempt(self) -> Outcome:
         self._over = self._loop.create_future()
-        self._root, self._ready_at = None, None
+        self._root, self._witnessed, self._ready_at = None, None, None
         self._guard_ended.clear()
         try:
             await self._start()
@@ -289,7 +291,8 @@ class Supervisor:
             asyncio.create_task(output(command, process.stdout)),
             asyncio.create_task(self._read_noise(command, process.stderr)),
         ]
-        if not leads and process.stdin is not None:
+        if not command.ranks and process.stdin is not None:
+            # A guard's stays open as long as this process lives: its sign that somebody does.
             process.stdin.close()
         self._spawn(self._await_exit(command, process, readers, None if leads else self._over))
 
@@ -382,22 +385,31 @@ class Supervisor:
     ) -> None:
         """Take the end of a process for that of its attempt; the leader's guard has no one."""
         status = await process.wait()
+        over = attempt if attempt is not None else self._over
+        if not over.done():
+            self._note_exit(command, status)
         # What it said last may explain it; a grandchild may hold the pipe open for longer.
         await asyncio.wait(readers, timeout=_DRAIN_SECONDS)
         if 0 not in command.ranks:
             # The guard of rank 0 sees the loss too, and knows more.
             await asyncio.sleep(_DRAIN_SECONDS)
-        over = attempt if attempt is not None else self._over
         if not over.done():
             over.set_result(self._outcome_of_exit(command, status))
+
+    def _note_exit(self, command: GuardCommand, status: int) -> None:
+        """Keep an exit that explains what other ranks report of it."""
+        mpirun_killed = command.program == "mpirun" and status < 0
+        node_lost = lost_connection(command, status) and self._root is None
+        if mpirun_killed or node_lost:
+            self._witnessed = self._witnessed or self._outcome_of_exit(command, status)
 
     def _outcome_of_exit(self, command: GuardCommand, status: int) -> Outcome:
         if self._stop_cause is not None:
             return Outcome.stopped(self._stop_cause)
         last_lines = self._journal.last_lines(command)
-        rank = rank_to_blame(command, last_lines)
+        rank = command.ranks[0] if command.ranks else None
         return Outcome.failed(
-            describe_exit(command, status, rank),
+            describe_exit(command, status),
             rank=rank,
             node=self._specification.nodes[rank] if rank is not None else None,
             exit_status=status,
@@ -408,6 +420,10 @@ class Supervisor:
         """Prefer what the user asked for, then the first failure that a guard has reported."""
         if self._stop_cause is not None:
             return Outcome.stopped(self._stop_cause)
+        seen = self._witnessed.failure if self._witnessed is not None else None
+        if self._witnessed and seen and (self._root is None or seen.rank != self._root.rank):
+            # mpirun was killed, or a node lost, and other ranks have only followed.
+            return self._witnessed
         if self._root is not None:
             return Outcome.of_failure(self._root)
         if not outcome.has_failed:

@@ -174,19 +174,20 @@ def _checked_wait(seconds: float | None) -> float:
 
 
 def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
+    from k2cli.cluster.launching import owned
     from k2cli.cluster.preparation import prepare_run
     from k2cli.ui.launch_view import LaunchView
     from k2cli.ui.output import note
 
     prepared = prepare_run(request, note)
-    _show_plan(prepared)
-    record = prepared.record
-    names = [rank.node for rank in record.ranks]
-    with LaunchView(names, log=not detach) as view:
-        if detach:
-            _detach(prepared, view, as_json=as_json)
-        else:
-            _stay(prepared, view, as_json=as_json)
+    names = [rank.node for rank in prepared.record.ranks]
+    with owned(prepared, note):
+        _show_plan(prepared)
+        with LaunchView(names, log=not detach) as view:
+            if detach:
+                _detach(prepared, view, as_json=as_json)
+            else:
+                _stay(prepared, view, as_json=as_json)
 
 
 def _show_plan(prepared: PreparedRun) -> None:

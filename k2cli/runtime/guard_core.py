@@ -15,6 +15,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from k2cli.errors import ClusterError, K2Error
@@ -172,11 +173,10 @@ class Guard(ABC):
         return True
 
     async def _renew_lock(self) -> None:
-        """Show that the run lives, to others who want this machine; see ``cluster.lock_files``."""
-        path = locks_directory() / f"{self.assignment.run_id}.json"
+        """Show that the run lives, to others who want this machine."""
         while not self.ending:
             with contextlib.suppress(OSError):  # another user's, or none: nothing depends on it
-                os.utime(path)
+                os.utime(self._lock_path)
             await asyncio.sleep(_RENEW_SECONDS)
 
     async def _take_seat(self) -> dict[str, str] | None:
@@ -205,13 +205,26 @@ class Guard(ABC):
         if not self.ending:
             await self.fail_weakly(self.failure("mpirun ended its process", of_rank=False))
 
-    def leave_job(self) -> None:
+    def leave_job(self, *, in_reach: bool = True) -> None:
         """Let mpirun's process go, and remove what a launcher that is gone cannot."""
         if self._seat is not None:
             self._seat.leave()
-            if self.ending and self._ending.result().failed:
-                for path in scratch_directories(self.assignment.run_id):
-                    shutil.rmtree(path, ignore_errors=True)
+            if not in_reach:
+                self._seat.end_daemons()
+        if not (self.ending and self._ending.result().failed):
+            return
+        if self._seat is not None:
+            for path in scratch_directories(self.assignment.run_id):
+                shutil.rmtree(path, ignore_errors=True)
+        if not self.bootstrap.restarts:
+            # The launcher may be gone, or this node out of its reach.
+            with contextlib.suppress(OSError):
+                self._lock_path.unlink(missing_ok=True)
+
+    @property
+    def _lock_path(self) -> Path:
+        """The run's lock on this machine; see ``cluster.lock_files``."""
+        return locks_directory() / f"{self.assignment.run_id}.json"
 
     def started_event(self) -> GuardStarted:
         """What the launcher is told of this guard."""

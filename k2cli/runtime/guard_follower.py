@@ -7,6 +7,7 @@ from typing import Any
 
 from k2cli.errors import ClusterError
 from k2cli.runtime.guard_core import Guard
+from k2cli.runtime.guard_launcher import until_stdin_ends
 from k2cli.runtime.guard_liveness import GuardConnection, connect_to_leader
 from k2cli.runtime.protocol import (
     Bootstrap,
@@ -46,12 +47,13 @@ class FollowerGuard(Guard):
             0 if the leader's guard gave the order to end, 5 if it is gone.
         """
         self.spawn(self._talk_to_leader())
+        self.spawn(self._watch_launcher())
         if await self.start_rank():
             self._announce()
         ending = await self.wait_for_ending()
         await self.end_rank(ending)
         await self._take_leave()
-        self.leave_job()
+        self.leave_job(in_reach=self._ordered.is_set())
         self.cancel_tasks()
         return 0 if self._ordered.is_set() else ClusterError.exit_code
 
@@ -92,6 +94,17 @@ class FollowerGuard(Guard):
             self.emit(message)
         else:
             self.log(f"unexpected {type(message).__name__} from a follower rank")
+
+    async def _watch_launcher(self) -> None:
+        """Until the leader's guard is reached, only the launcher can tell that there is no run.
+
+        It keeps this process's stdin open as long as it lives. Afterwards the leader's guard is
+        the one that judges it.
+        """
+        await until_stdin_ends()
+        if not self._connected.is_set():
+            self._leader_gone.set()
+            self.end("the launcher is gone: it closed the connection", failed=True)
 
     async def _talk_to_leader(self) -> None:
         try:

@@ -90,3 +90,13 @@ class LauncherPipe:
             if loop.time() > until:
                 return
             await asyncio.sleep(0.02)
+
+
+async def until_stdin_ends() -> None:
+    """Wait until the launcher closes a guard's stdin, or is gone; what it says is not read."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
+    source = os.fdopen(os.dup(0), "rb", buffering=0)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), source)
+    while await reader.read(_MAX_LINE_BYTES):
+        pass

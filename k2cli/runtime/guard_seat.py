@@ -7,9 +7,15 @@ import contextlib
 import os
 import stat
 
+import psutil
+
 from k2cli.errors import ClusterError
 from k2cli.runtime.wire import AsyncChannel, ConnectionLost
 from k2cli.settings import scratch_directory
+
+# Beside the environment that a seat hands over: the process id of the seat's parent.
+PARENT_NAME = "K2_SEAT_PARENT"
+_LAUNCHERS = frozenset({"mpirun", "prterun", "mpiexec", "orterun"})
 
 
 def seat_path(run_id: str, rank: int) -> str:
@@ -42,6 +48,7 @@ class Seat:
         self._environment: asyncio.Future[dict[str, str]] = (
             asyncio.get_running_loop().create_future()
         )
+        self._parent = 0
         self.lost = asyncio.Event()
 
     async def take(self) -> dict[str, str]:
@@ -68,6 +75,7 @@ class Seat:
         channel: AsyncChannel[dict[str, str]] = AsyncChannel(reader, writer, dict[str, str])
         with contextlib.suppress(ConnectionLost):
             environment = await channel.receive()
+            self._parent = int(environment.pop(PARENT_NAME, "0"))
             if not self._environment.done():
                 self._environment.set_result(environment)
             await reader.read()  # says nothing more; ends when it does
@@ -79,3 +87,17 @@ class Seat:
             self._server.close()
         if self._writer is not None:
             self._writer.close()
+
+    def end_daemons(self) -> None:
+        """SIGKILL the daemons by which mpirun started the seat from another machine.
+
+        For when that machine is out of reach: a daemon notices it only when TCP gives up, after
+        many minutes. They carry the run's id on their command lines; where mpirun itself is the
+        seat's parent, the launcher that started it ends it.
+        """
+        with contextlib.suppress(psutil.Error, ValueError):
+            parent = psutil.Process(self._parent)
+            for process in (parent, *parent.parents()):
+                if process.name() in _LAUNCHERS or self._run_id not in process.cmdline():
+                    return
+                process.kill()

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 
-from k2cli.runtime.guard_seat import seat_path
+from k2cli.runtime.guard_seat import PARENT_NAME, seat_path
 from k2cli.runtime.wire import frame
 
 _RETRY_SECONDS = 0.05
@@ -62,7 +62,7 @@ def main() -> None:
         sys.stderr.write(f"mpirun calls this process rank {number}, planned was {options.rank}\n")
         sys.exit(1)
     connection = _connect(seat_path(options.run, options.rank))
-    connection.sendall(frame(job_environment()))
+    connection.sendall(frame({**job_environment(), PARENT_NAME: str(os.getppid())}))
     with contextlib.suppress(OSError):
         connection.recv(1)
     # What is not an MPI program leaves without MPI's farewell.

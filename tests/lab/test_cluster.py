@@ -52,9 +52,14 @@ def bare(lab: Lab) -> Iterator[Lab]:
     kept = [line for line in text.splitlines() if "PYTHONPATH" not in line]
     config.write_text("\n".join(kept) + "\n")
     _restart_sshd(lab)
+    # An environment that has k2 installed from its sources finds it without a PYTHONPATH too.
+    sources = str(Path(k2cli.__file__).resolve().parent)
+    hidden = lab.exec("k2b", ["mount", "-t", "tmpfs", "none", sources])
+    assert hidden.returncode == 0, hidden.stderr
     try:
         yield lab
     finally:
+        lab.exec("k2b", ["umount", sources])
         lab.exec("k2b", ["rm", "-rf", ".k2"])
         lab.exec("k2a", ["rm", "-rf", ".config/k2"])
         config.write_text(text)
