@@ -1,0 +1,60 @@
+"""What is prepared is put away, and a guard without a launcher does not wait for its leader."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import msgspec
+import pytest
+
+from k2cli.cluster import agent
+from k2cli.cluster.launchers import guard_arguments
+from k2cli.cluster.launching import owned
+from k2cli.cluster.nodes import python_environment
+from k2cli.cluster.preparation import PreparedRun
+from k2cli.cluster.runs import read_record
+from k2cli.settings import runs_directory
+from tests.cluster.harness import SCRIPTED, prepare_scripted
+
+
+def test_ctrl_c_before_the_start_leaves_a_record_and_no_secret() -> None:
+    specification = prepare_scripted("mpi")
+    folder = runs_directory() / specification.run_id
+    record = read_record(folder)
+    assert record is not None
+    assert (folder / "launch.json").is_file()
+    prepared = PreparedRun(record, None, specification, False)  # type: ignore[arg-type]
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt), owned(prepared, said.append):
+        raise KeyboardInterrupt
+    assert said == [f"stopping {specification.run_id}"]
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+    assert not agent.scratch_path(specification.run_id).exists()
+    left = read_record(folder)
+    assert left is not None
+    assert (left.state, left.cause) == ("stopped", "interrupted")
+
+
+@pytest.mark.ranks
+def test_a_follower_that_never_met_its_leader_ends_with_the_launcher() -> None:
+    """Its own deadline for the leader's guard is a minute."""
+    specification = prepare_scripted("ring")
+    bootstrap = msgspec.json.encode(specification.bootstraps[1])
+    agent.write_private(specification.run_id, "bootstrap-1.json", bootstrap)
+    guard = subprocess.Popen(
+        guard_arguments(specification.run_id, 1, SCRIPTED),
+        stdin=subprocess.PIPE,
+        env={**os.environ, **python_environment()},
+        start_new_session=True,
+    )
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            guard.wait(3)
+        assert guard.stdin is not None
+        guard.stdin.close()
+        assert guard.wait(20) == 5
+        assert not agent.processes_of_run(specification.run_id)
+    finally:
+        agent.kill_run(specification.run_id)
+        guard.wait(5)
