@@ -28,7 +28,7 @@ _TERMS = (
     ("slack", "allocator_slack_bytes", "allocator_slack_bytes",
      "what the allocator keeps beside cache and activations"),
     ("growth", "cache_growth_bytes", "cache_growth_bytes",
-     "one layer's cache, copied while it grows"),
+     "a growing layer's cache is copied: what that takes beyond activations"),
     ("total", "total_bytes", "", ""),
     ("limit", "limit_bytes", "limit_bytes", "{limit}, {source}"),
     ("system", "os_reserve_bytes", "os_reserve_bytes", "memory that the limit leaves"),

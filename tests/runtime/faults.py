@@ -213,7 +213,7 @@ def _drop_in_queue(run: Served) -> None:
 
 def _malformed(field_name: str, **changes: Any) -> Callable[[Served], None]:
     def send(run: Served) -> None:
-        answer = run.post(changes.pop("prompt", [301]), **changes)
+        answer = run.post(**{"prompt": [301], **changes})
         assert 400 <= answer.status_code < 500, answer.text
         assert field_name in answer.text
 
