@@ -55,7 +55,7 @@ def _launch(lab: Lab, model: Path, nodes: str, backend: str, strategy: str) -> t
     ("name", "backend", "strategy"),
     [
         ("demo_checkpoint", "ring", "pipeline"),
-        ("demo_checkpoint", "mpi5", "pipeline"),
+        pytest.param("demo_checkpoint", "mpi5", "pipeline", marks=pytest.mark.soak),
         ("toy_k2", "mpi4", "tensor"),
         pytest.param("toy_k2", "ring", "tensor", marks=pytest.mark.soak),
         pytest.param("toy_k2", "mpi5", "tensor", marks=pytest.mark.soak),
