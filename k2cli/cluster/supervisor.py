@@ -136,7 +136,7 @@ class Supervisor:
         if outcome.has_failed and self._attempts.failures > 1:
             outcome = outcome.after(self._attempts.failures, self._attempts.first_cause)
         left = await self._end_everything(outcome)
-        await asyncio.to_thread(self._release_locks)
+        await asyncio.to_thread(self._release_locks, left)
         return self._journal.close(outcome, left)
 
     # --- attempts -------------------------------------------------------------------------------
@@ -480,9 +480,11 @@ class Supervisor:
         if self._specification.locked:
             renew_locks(list(self._nodes.values()), self._specification.run_id)
 
-    def _release_locks(self) -> None:
+    def _release_locks(self, left: Mapping[str, str]) -> None:
+        """But where something is ``left``: such a node is out of reach, or not yet another's."""
         if self._specification.locked:
-            release_locks(list(self._nodes.values()), self._specification.run_id)
+            nodes = [node for name, node in self._nodes.items() if name not in left]
+            release_locks(nodes, self._specification.run_id)
 
     async def _stop_tasks(self) -> None:
         for task in self._tasks:
