@@ -1,0 +1,81 @@
+"""A checkpoint of the 4-bit Kimi K2 whose headers are exact and whose data are holes.
+
+Names, shapes and element types are those of k2's own trace of the model; files are sparse, so that
+578 GB take a few hundred kB of disk. Planners that read headers and sizes see what they would see
+of the published files; what is written in them nobody reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from k2cli.models.checkpoint import INDEX_NAME
+from k2cli.models.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, safetensors_header
+
+MODEL = "k2-instruct-4bit"
+
+
+@dataclass(frozen=True, slots=True)
+class SparseCheckpoint:
+    """What was written, to hold the planners' answers against."""
+
+    folder: str
+    tensors: int
+    shards: int
+    weights_bytes: int
+    parameters: int
+
+
+def write_sparse_k2(folder: Path) -> SparseCheckpoint:
+    """Write config, index and sparse shards of at most 5 GB into ``folder``, which is made."""
+    from k2cli.planning.subject import read_subject, shapes_of
+
+    subject = read_subject(MODEL)
+    shapes = shapes_of(subject.facts.model)
+    specs = [TensorSpec(name, dtype, shape) for name, (dtype, shape) in shapes.items()]
+    folder.mkdir(parents=True)
+    config = subject.config
+    if "quantization" in config:
+        config = config | {"quantization_config": config["quantization"]}  # as mlx-lm writes it
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    shards = into_shards(specs)
+    total = sum(spec.nbytes for spec in specs)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_sparse(folder / name, shard)
+        weight_map.update({spec.name: name for spec in shard})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    return SparseCheckpoint(
+        str(folder), len(specs), len(shards), total, subject.facts.parameter_count
+    )
+
+
+def into_shards(
+    specs: list[TensorSpec], limit_bytes: int = MAX_SHARD_BYTES
+) -> list[list[TensorSpec]]:
+    """Divide tensors, in order, into files of at most ``limit_bytes`` each."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > limit_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def _write_sparse(path: Path, specs: list[TensorSpec]) -> None:
+    header = safetensors_header(specs)
+    path.write_bytes(header)
+    os.truncate(path, len(header) + sum(spec.nbytes for spec in specs))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(asdict(write_sparse_k2(Path(sys.argv[1])))))
