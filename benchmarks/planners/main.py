@@ -221,7 +221,8 @@ def page(answers: Sequence[Answer], truth: Mapping[str, Any], load: float) -> st
 
 <!-- made by scripts/compare-planners -->
 
-The 4-bit Kimi K2 as `mlx-lm` stores it: {truth["tensors"]:,} tensors in {truth["shards"]} files,
+The 4-bit Kimi K2, its headers made of k2's trace of mlx-lm's classes (so whoever reads headers must
+agree with k2 about weights): {truth["tensors"]:,} tensors in {truth["shards"]} files,
 {truth["weights_bytes"]:,} bytes. Headers are exact, data are holes. Asked: one sequence of
 {CONTEXT:,} tokens. Each planner ran once, one at a time, on {os.cpu_count()} CPU cores
 ({platform.system()} {platform.machine()}, load {load:.1f} before the runs, so that wall time holds
@@ -237,7 +238,8 @@ Not asked:
 
 What they answer differs: k2 tries every placement on two machines and models activation, overhead,
 speed and headroom; the others' weights and cache are for one machine or all together. k2's KV is
-that of the fullest rank. Its aim is 3 s and 250 MB.
+that of the fullest rank. Its aim is 3 s and 250 MB. The folder only imitates a published repository:
+a wrong figure here may be one that the real files would not cause.
 """
 
 
