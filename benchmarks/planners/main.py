@@ -238,8 +238,8 @@ Not asked:
 
 What they answer differs: k2 tries every placement on two machines and models activation, overhead,
 speed and headroom; the others' weights and cache are for one machine or all together. k2's KV is
-that of the fullest rank. Its aim is 3 s and 250 MB. The folder only imitates a published repository:
-a wrong figure here may be one that the real files would not cause.
+that of the fullest rank. Its aim is 3 s and 250 MB. The folder only imitates a published
+repository: a wrong figure here may be one that the real files would not cause.
 """
 
 
