@@ -22,12 +22,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from benchmarks.gpu_layers import random_layers
-from k2cli.models.checkpoint import read_checkpoint
+from benchmarks.gpu_layers import loaded, random_layers
 from k2cli.planning.activation import activation_demand, activation_shape, decode_demand
 from k2cli.runtime.executor import Executor
 from k2cli.runtime.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
-from k2cli.sharding.assemble import assemble, cast
+from k2cli.sharding.assemble import cast
 from k2cli.sharding.stage import cut_stage
 from k2cli.sharding.trace import layer_count
 
@@ -196,13 +195,7 @@ def main() -> None:
     parser.add_argument("--label", default="")
     given = parser.parse_args()
     if given.checkpoint:
-        checkpoint = read_checkpoint(given.checkpoint)
-        weights: dict[str, mx.array] = {}
-        for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-            weights.update(mx.load(str(file)))  # type: ignore[arg-type]
-        config = checkpoint.config
-        model = assemble(config, weights, given.dtype)
-        weights.clear()
+        model, config = loaded(given.checkpoint, given.dtype)
     else:
         config = json.loads(given.config.read_text())
         model = random_layers(config, given.layers)

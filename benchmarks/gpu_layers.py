@@ -74,6 +74,15 @@ def random_layers(config: dict[str, Any], layers: int) -> nn.Module:
     return model
 
 
+def loaded(folder: Path, dtype: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A checkpoint's model, whole, and its config."""
+    checkpoint = read_checkpoint(folder)
+    weights: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+        weights.update(mx.load(str(file)))  # type: ignore[arg-type]
+    return assemble(checkpoint.config, weights, dtype), checkpoint.config
+
+
 class K2:
     """k2's engine in this process, one rank."""
 
@@ -218,11 +227,7 @@ def main() -> None:
     parser.add_argument("--measure", default="decode,prefill,decode_8_requests")
     arguments = parser.parse_args()
     if arguments.checkpoint:
-        checkpoint = read_checkpoint(arguments.checkpoint)
-        weights: dict[str, mx.array] = {}
-        for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-            weights.update(mx.load(str(file)))  # type: ignore[arg-type]
-        model = assemble(checkpoint.config, weights, arguments.dtype)
+        model, _ = loaded(arguments.checkpoint, arguments.dtype)
     else:
         model = random_layers(json.loads(arguments.config.read_text()), arguments.layers)
     mx.eval(model.parameters())
