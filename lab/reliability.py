@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -139,6 +140,16 @@ def _model(lab: Lab) -> Path:
     return folder
 
 
+def _commit() -> str:
+    """Of the code that is tried; empty outside a checkout."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def _chosen(options: argparse.Namespace) -> list[tuple[Fault, str, str]]:
     return [
         (fault, backend, strategy)
@@ -152,6 +163,7 @@ def _chosen(options: argparse.Namespace) -> list[tuple[Fault, str, str]]:
 def _run(options: argparse.Namespace, results: Path) -> int:
     done = {(o.fault, o.backend, o.strategy) for o in read_outcomes(results) if o.passed}
     failed = 0
+    commit = _commit()
     until = time.monotonic() + options.minutes * 60
     lab = Lab.up(f"reliability-{os.getpid()}", tied=True)
     try:
@@ -163,6 +175,7 @@ def _run(options: argparse.Namespace, results: Path) -> int:
             if options.resume and (fault.name, backend, strategy) in done:
                 continue
             outcome = try_fault(lab, fault, model, backend, strategy)
+            outcome.commit, outcome.measured_at = commit, time.strftime("%Y-%m-%d %H:%M")
             _keep(results, outcome)
             failed += not outcome.passed
             sys.stdout.write(f"{_row(fault, backend, strategy, outcome)}\n")

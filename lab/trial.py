@@ -37,12 +37,15 @@ class Outcome:
     """What one trial has shown. Times in seconds since the fault; None: not within the limit.
 
     ``gone_seconds`` by host; where the hosts did not reach each other, the second host's counts
-    from the fault too, and is measured while it is cut off.
+    from the fault too, and is measured while it is cut off. ``commit`` is the code's, and
+    ``measured_at`` the local time as ``2026-11-23 13:05``.
     """
 
     fault: str
     backend: str
     strategy: str
+    commit: str = ""
+    measured_at: str = ""
     exit_status: int | None = None
     seen_seconds: float | None = None
     gone_seconds: dict[str, float | None] = field(default_factory=dict)
