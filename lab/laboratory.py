@@ -254,14 +254,18 @@ class Lab:
             if not listens(found.state, _SSH_PORT):
                 _start_sshd(self, found)
 
+    def end_processes(self) -> None:
+        """SIGKILL everything on the hosts and the console but the lab's own services."""
+        for host in [*self.hosts, self.console]:
+            for found in self.processes(host.name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(found.pid, signal.SIGKILL)
+
     def mend(self) -> None:
         """A good link, and sshd everywhere; ends what else still runs."""
         self.link.set()
         self.link.up()
-        for host in self.hosts:
-            for found in self.processes(host.name):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(found.pid, signal.SIGKILL)
+        self.end_processes()
         for process in self._background:
             process.wait(_SECONDS)
         self._background.clear()

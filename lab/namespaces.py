@@ -24,6 +24,7 @@ from lab.requirements import find_program
 from lab.state import HostState, is_alive, start_time
 
 _INIT = Path(__file__).with_name("init.py")
+_RELAY = Path(__file__).with_name("relay.py")
 _START_SECONDS = 20.0
 _END_SECONDS = 10.0
 _LISTENING = "0A"  # proc(5), /proc/net/tcp
@@ -41,9 +42,10 @@ class LabProcess:
 
     @property
     def is_service(self) -> bool:
-        """Part of the host itself: init, sshd and its sessions, a shared ssh connection."""
+        """Part of the host: init, sshd and its sessions, a shared ssh connection, the relay."""
         words = self.command
-        return self.inner_pid == 1 or words.startswith("sshd: ") or words.endswith("[mux]")
+        own = self.inner_pid == 1 or f"{_RELAY} " in words
+        return own or words.startswith("sshd: ") or words.endswith("[mux]")
 
 
 def _program(name: str) -> str:

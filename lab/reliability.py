@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +24,11 @@ from lab.errors import LabError
 from lab.faults import ALL, FAULTS, Fault
 from lab.laboratory import Lab
 from lab.state import ROOT
+from lab.stories import STORIES, Story, try_story
 from lab.trial import SEEN_SECONDS, Outcome, try_fault
 
+Row = Fault | Story
+ROWS: tuple[Row, ...] = (*FAULTS, *STORIES)
 STRATEGIES = ("pipeline", "tensor")
 _NAMES = {"ring": "ring", "mpi4": "Open MPI 4.1", "mpi5": "Open MPI 5.0"}
 _HEAD = """\
@@ -49,7 +53,7 @@ Each row is one trial: `k2 launch` on `k2a` over `k2a,k2b`, the fault at the sta
 """
 
 
-def _machine(when: str, load: str) -> str:
+def _machine(load: str, run: Sequence[Outcome]) -> str:
     cores = os.cpu_count() or 1
     model = next(
         (
@@ -59,12 +63,24 @@ def _machine(when: str, load: str) -> str:
         ),
         platform.machine(),
     )
+    days = sorted({outcome.measured_at[:10] for outcome in run} - {""})
+    when = " and ".join(days) or "a day not noted"
     return (
         f"Measured on {when} on a virtual machine with {cores} cores ({model}), Linux "
-        f"{platform.release().split('-')[0]}, Python {platform.python_version()}; "
-        f"{load}. Times on an idle machine are shorter; the deadlines (8 s without a sign of life) "
-        "are the defaults."
+        f"{platform.release().split('-')[0]}, Python {platform.python_version()}; {load}. Times on "
+        "an idle machine are shorter; the deadlines (8 s without a sign of life) are the defaults. "
+        f"{_versions(run)}"
     )
+
+
+def _versions(run: Sequence[Outcome]) -> str:
+    """Which rows are of which commit, in words."""
+    counts = Counter(outcome.commit for outcome in run)
+    parts = []
+    for commit, count in counts.items():
+        times = sorted(o.measured_at[11:] for o in run if o.commit == commit)
+        parts.append(f"{count} of {commit or 'a state not noted'} ({times[0]} to {times[-1]})")
+    return f"Rows by the commit that was tried: {', '.join(parts)}." if parts else ""
 
 
 # --- outcomes -----------------------------------------------------------------------------------
@@ -96,28 +112,29 @@ def _gone(outcome: Outcome) -> str:
     return " / ".join(times)
 
 
-def _row(fault: Fault, backend: str, strategy: str, outcome: Outcome | None) -> str:
+def _row(fault: Row, backend: str, strategy: str, outcome: Outcome | None) -> str:
     start = f"| {fault.what} | {_NAMES[backend]} | {strategy} |"
     if outcome is None:
         return f"{start} | | | | not run |"
     result = "ok" if outcome.passed else f"**{'; '.join(outcome.problems)[:160]}**"
-    told = outcome.said.removeprefix("error: ")[:110].replace("|", "/")
+    told = outcome.said.removeprefix("error: ").replace(f"{Path(sys.executable).parent}/", "")
+    told = told[:110].replace("|", "/")
     seen = _seconds(outcome.seen_seconds)
     return f"{start} {seen} | {outcome.exit_status} | {_gone(outcome)} | {told} | {result} |"
 
 
-def document(outcomes: Sequence[Outcome], when: str, load: str) -> str:
+def document(outcomes: Sequence[Outcome], load: str) -> str:
     """The whole of docs/reliability.md."""
     known = {(o.fault, o.backend, o.strategy): o for o in outcomes}
     rows = [
         (fault, backend, strategy, known.get((fault.name, backend, strategy)))
-        for fault in FAULTS
+        for fault in ROWS
         for backend in ALL
         if backend in fault.backends
         for strategy in STRATEGIES
     ]
     run = [outcome for *_, outcome in rows if outcome is not None]
-    lines = [_HEAD.format(limit=SEEN_SECONDS, machine=_machine(when, load))]
+    lines = [_HEAD.format(limit=SEEN_SECONDS, machine=_machine(load, run))]
     lines.append(
         f"{len(run)} of {len(rows)} rows were run, {sum(o.passed for o in run)} of them ok.\n"
     )
@@ -150,14 +167,20 @@ def _commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _chosen(options: argparse.Namespace) -> list[tuple[Fault, str, str]]:
+def _chosen(options: argparse.Namespace) -> list[tuple[Row, str, str]]:
     return [
         (fault, backend, strategy)
         for backend in options.backend
         for strategy in options.strategy
-        for fault in FAULTS
+        for fault in ROWS
         if backend in fault.backends and (not options.fault or fault.name in options.fault)
     ]
+
+
+def _try(lab: Lab, row: Row, model: Path, backend: str, strategy: str) -> Outcome:
+    if isinstance(row, Story):
+        return try_story(lab, row, model, backend, strategy)
+    return try_fault(lab, row, model, backend, strategy)
 
 
 def _run(options: argparse.Namespace, results: Path) -> int:
@@ -174,7 +197,7 @@ def _run(options: argparse.Namespace, results: Path) -> int:
                 break
             if options.resume and (fault.name, backend, strategy) in done:
                 continue
-            outcome = try_fault(lab, fault, model, backend, strategy)
+            outcome = _try(lab, fault, model, backend, strategy)
             outcome.commit, outcome.measured_at = commit, time.strftime("%Y-%m-%d %H:%M")
             _keep(results, outcome)
             failed += not outcome.passed
@@ -192,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / ".k2" / "reliability.jsonl")
     parser.add_argument("--backend", nargs="*", choices=ALL, default=list(ALL))
     parser.add_argument("--strategy", nargs="*", choices=STRATEGIES, default=list(STRATEGIES))
-    parser.add_argument("--fault", nargs="*", choices=[fault.name for fault in FAULTS])
+    parser.add_argument("--fault", nargs="*", choices=[fault.name for fault in ROWS])
     parser.add_argument("--minutes", type=float, default=240, help="start no trial after that")
     parser.add_argument("--resume", action="store_true", help="only what is not ok yet")
     parser.add_argument("--only-docs", action="store_true", help="run nothing")
@@ -206,8 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error.message}\nhint: {error.hint}\n")
         return 1
     if options.docs is not None:
-        when = time.strftime("%Y-%m-%d")
-        text = document(read_outcomes(options.results), when, options.load)
+        text = document(read_outcomes(options.results), options.load)
         options.docs.write_text(text)
     return 1 if failed else 0
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lab.errors import LabError
@@ -51,8 +51,9 @@ class Talk:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for raw in self.process.stdout:
-            self.lines.append((time.monotonic(), raw.decode(errors="replace").rstrip()))
+        with self.process.stdout as output:
+            for raw in output:
+                self.lines.append((time.monotonic(), raw.decode(errors="replace").rstrip()))
         self.process.wait()
         self.ended_at = time.monotonic()
 
@@ -61,20 +62,27 @@ class Talk:
         """Everything said so far."""
         return "\n".join(line for _, line in list(self.lines))
 
+    def times_said(self, words: str, since: float = 0.0) -> list[float]:
+        """When lines with these words were said, after that monotonic time."""
+        return [at for at, line in list(self.lines) if at >= since and words in line]
+
     def said(self, words: str) -> bool:
         """Whether a line holds these words."""
-        return any(words in line for _, line in list(self.lines))
+        return bool(self.times_said(words))
 
-    def wait_said(self, words: str, seconds: float) -> None:
-        """Until a line holds these words.
+    def wait_said(self, words: str, seconds: float, *, times: int = 1, since: float = 0.0) -> float:
+        """Until so many lines hold these words; returns when the last of them was said.
 
         Raises:
             LabError: if that does not happen.
         """
-        if not wait_for(lambda: self.said(words) or self.ended_at is not None, seconds) or (
-            not self.said(words)
-        ):
+
+        def said() -> bool:
+            return len(self.times_said(words, since)) >= times
+
+        if not wait_for(lambda: said() or self.ended_at is not None, seconds) or not said():
             raise LabError(f"'{words}' was not said within {seconds:.0f} s: {self.text[-2000:]}")
+        return self.times_said(words, since)[times - 1]
 
     def wait_end(self, seconds: float) -> int | None:
         """Its exit status; None if it lives on."""
@@ -82,10 +90,8 @@ class Talk:
         return self.process.returncode if self.ended_at is not None else None
 
     def close(self) -> None:
-        """Wait until its output is closed; what still lives is ended by ``Lab.mend``."""
+        """Wait for its end; what still lives is ended by ``Lab.end_processes``."""
         self._reader.join(10)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
 
 
 class LabRun:
@@ -99,6 +105,8 @@ class LabRun:
         detach: leave a supervisor behind.
         nodes: one per rank, as the user names them.
         host: where it is launched.
+        port: of the API, on the leader's host.
+        options: more of ``k2 launch``.
     """
 
     def __init__(
@@ -111,13 +119,15 @@ class LabRun:
         detach: bool = False,
         nodes: str = "k2a,k2b",
         host: str = LEADER,
+        port: int = 8080,
+        options: Sequence[str] = (),
     ) -> None:
         self.lab = lab
         self.backend = backend
         kind = "mpi" if backend.startswith("mpi") else backend
         command = [sys.executable, "-m", "k2cli", "launch", str(model), "--nodes", nodes]
-        command += ["--backend", kind, "--parallel", strategy, "--port", "8080"]
-        command += ["--context", "4096", "--concurrency", "1"]
+        command += ["--backend", kind, "--parallel", strategy, "--port", str(port)]
+        command += ["--context", "4096", "--concurrency", "1", *options]
         if detach:
             command.append("--detach")
         settings = {"PATH": _SYSTEM_PATH} if backend == "mpi4" else {}
@@ -173,21 +183,26 @@ class LabRun:
             case "initialising" | "loading":
                 self.talk.wait_said(f"rank 1 on {FOLLOWER}: {stage}", 60)
             case "ready":
-                self._wait_ready()
+                self.wait_ready()
             case "prefill":
-                self._wait_ready()
+                self.wait_ready()
                 self.ask(words=3000, most=8)
                 time.sleep(0.3)
             case "decode":
-                self._wait_ready()
+                self.wait_ready()
                 self.ask(words=4, most=4000).wait_said("first", 30)
 
-    def _wait_ready(self) -> None:
-        self.talk.wait_said("ready: ", 90)
+    def wait_ready(self, times: int = 1) -> None:
+        """Until it has said so many times that the API answers.
 
-    def ask(self, words: int, most: int) -> Talk:
+        Raises:
+            LabError: if it does not.
+        """
+        self.talk.wait_said("ready: ", 90, times=times)
+
+    def ask(self, words: int, most: int, port: int = 8080) -> Talk:
         """Start a streamed request from k2a."""
-        command = [sys.executable, "-I", str(_CLIENT), "8080", str(words), str(most)]
+        command = [sys.executable, "-I", str(_CLIENT), str(port), str(words), str(most)]
         self.client = Talk(self.lab.start(LEADER, command))
         return self.client
 
@@ -209,9 +224,6 @@ class LabRun:
 
     def close(self) -> None:
         """End what is left of it."""
-        for host in self.lab.hosts:
-            for found in self.lab.processes(host.name):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(found.pid, signal.SIGKILL)
+        self.lab.end_processes()
         for talk in filter(None, (self.talk, self.client)):
             talk.close()

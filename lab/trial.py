@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,8 +64,7 @@ class Outcome:
 def try_fault(lab: Lab, fault: Fault, model: Path, backend: str, strategy: str) -> Outcome:
     """Launch, break, watch, mend, and look for what is left."""
     outcome = Outcome(fault.name, backend, strategy)
-    run: LabRun | None = None
-    try:
+    with cleared(lab, outcome, locks=not fault.detach, mend=fault.mend):
         if fault.stage == "before":
             fault.act(lab, None)
         began = time.monotonic()
@@ -76,20 +76,59 @@ def try_fault(lab: Lab, fault: Fault, model: Path, backend: str, strategy: str) 
             began = time.monotonic()
             fault.act(lab, run)
         _watch(lab, run, fault, outcome, began)
+    return outcome
+
+
+@contextmanager
+def cleared(
+    lab: Lab,
+    outcome: Outcome,
+    *,
+    locks: bool = True,
+    mend: Callable[[Lab], None] | None = None,
+) -> Iterator[None]:
+    """Around a trial: mends the lab after it, notes what is left, and ends and removes that.
+
+    Args:
+        lab: where.
+        outcome: takes what is amiss, also a trial that could not be carried out.
+        locks: whether no lock may be left either.
+        mend: puts right what ``Lab.mend`` does not.
+    """
+    try:
+        yield
     except LabError as error:
         outcome.problems.append(error.message)
     finally:
-        if fault.mend is not None:
-            fault.mend(lab)
+        if mend is not None:
+            mend(lab)
         lab.link.set()
         lab.link.up()
         lab.start_sshd()
-        _look_for_leftovers(lab, fault, outcome)
-        if run is not None:
-            run.close()
+        _look_for_leftovers(lab, outcome, locks=locks)
         lab.mend()
         _forget(lab)
-    return outcome
+
+
+def note_when_gone(lab: Lab, outcome: Outcome, began: float) -> None:
+    """Wait until nothing of a run is left on either host; note the seconds since ``began``."""
+    waiting = {host.name for host in lab.hosts}
+
+    def look() -> bool:
+        _note_gone(lab, outcome, waiting, began)
+        return not waiting
+
+    wait_for(look, _PATIENCE_SECONDS)
+    outcome.gone_seconds.update(dict.fromkeys(waiting))
+
+
+def _note_gone(lab: Lab, outcome: Outcome, waiting: set[str], began: float) -> None:
+    now = time.monotonic() - began
+    for name in sorted(waiting):
+        # On k2a the launcher itself is the last to go.
+        if not [p for p in lab.processes(name) if not _is_other(p.command)]:
+            outcome.gone_seconds[name] = now
+            waiting.discard(name)
 
 
 def _watch(lab: Lab, run: LabRun, fault: Fault, outcome: Outcome, began: float) -> None:
@@ -98,19 +137,13 @@ def _watch(lab: Lab, run: LabRun, fault: Fault, outcome: Outcome, began: float) 
     states: list[str] = []
 
     def look() -> bool:
-        now = time.monotonic() - began
-        for name in sorted(waiting):
-            # On k2a the launcher itself is the last to go.
-            if not [p for p in lab.processes(name) if not _is_other(p.command)]:
-                outcome.gone_seconds[name] = now
-                waiting.discard(name)
+        _note_gone(lab, outcome, waiting, began)
         if outcome.seen_seconds is None:
             _look_at_user(run, fault, outcome, began, states)
         return not waiting and (talk.ended_at is not None) and outcome.seen_seconds is not None
 
     wait_for(look, _PATIENCE_SECONDS)
-    for name in waiting:
-        outcome.gone_seconds[name] = None
+    outcome.gone_seconds.update(dict.fromkeys(waiting))
     outcome.exit_status = talk.wait_end(1)
     outcome.said = _told(fault, talk.text, outcome.exit_status, states)
     if run.client is not None:
@@ -170,27 +203,28 @@ def _judge(fault: Fault, text: str, outcome: Outcome) -> None:
         problems.append("a traceback was shown")
 
 
-def _look_for_leftovers(lab: Lab, fault: Fault, outcome: Outcome) -> None:
+def _look_for_leftovers(lab: Lab, outcome: Outcome, *, locks: bool) -> None:
     """Once the hosts reach each other again: no process, no secret, no lock."""
+    hosts = [*lab.hosts, lab.console]
 
     def empty() -> bool:
         return not any(
-            not _is_other(found.command) for host in lab.hosts for found in lab.processes(host.name)
+            not _is_other(found.command) for host in hosts for found in lab.processes(host.name)
         )
 
     if not wait_for(empty, _GONE_SECONDS):
-        for host in lab.hosts:
+        for host in hosts:
             outcome.left += [f"{host.name}: {p.command[:100]}" for p in lab.processes(host.name)]
         outcome.problems.append(f"left: {outcome.left}")
     if outcome.exit_status in _KILLED:
         # Nobody was left to clean up; the next command that looks does.
         with suppress(OSError):
             lab.exec(LEADER, ["python", "-m", "k2cli", "ps"])
-    for host in lab.hosts:
+    for host in hosts:
         found = _scratch(lab, host)
         state = f"{HOME}/.local/state/k2"
         found += lab.exec(host.name, ["find", state, *_LEFT_IN_STATE]).stdout.split()
-        if outcome.exit_status not in _KILLED and not fault.detach:
+        if outcome.exit_status not in _KILLED and locks:
             # Nobody could release the lock of a launcher that was killed: the next launch finds
             # it stale and takes it away.
             found += lab.exec(host.name, ["find", _LOCKS, "-name", "*.json"]).stdout.split()
@@ -201,7 +235,7 @@ def _look_for_leftovers(lab: Lab, fault: Fault, outcome: Outcome) -> None:
 
 def _forget(lab: Lab) -> None:
     """The next trial starts as on fresh machines."""
-    for host in lab.hosts:
+    for host in [*lab.hosts, lab.console]:
         lab.exec(host.name, ["rm", "-rf", f"{HOME}/.local/state/k2"])
         lab.exec(host.name, ["find", _LOCKS, "-name", "*.json", "-delete"])
         if found := _scratch(lab, host):
