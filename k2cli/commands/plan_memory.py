@@ -46,7 +46,9 @@ def plan_memory(
     ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(help="Plan what k2 quantize would make of it: 4bit, 3bit, 4bit-g32."),
+        typer.Option(
+            help="Plan what k2 quantize --recipe makes of it: 4bit, 3bit-g32, mxfp4."
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")
@@ -213,12 +215,12 @@ def _show(
 
 def _finish(plan: Plan, save: Path | None, quantize: str | None) -> None:
     from k2cli.errors import DoesNotFitError
-    from k2cli.planning.quantized import parse_recipe, quantize_command
+    from k2cli.planning.quantized import quantize_command
     from k2cli.ui.plan_table import print_plan_hints, shortfalls
 
     if not plan.fits:
         raise DoesNotFitError(f"{plan.model.reference} does not fit: {shortfalls(plan)}")
     first = ""
     if quantize is not None:
-        first = quantize_command(plan.model.reference, parse_recipe(quantize))
+        first = quantize_command(plan.model.reference, quantize)
     print_plan_hints(plan, saved_as=save, first=first)

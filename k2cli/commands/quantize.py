@@ -18,11 +18,19 @@ def quantize(
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FOLDER", help="The new checkpoint's folder.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = 4,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="All in one word, as plan-memory --quantize: 4bit, 3bit-g32, mxfp4."),
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8. Default: 4.")
+    ] = None,
     group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
-    ] = 64,
-    mode: Annotated[str, typer.Option(help="Kind of quantization: affine.")] = "affine",
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128. Default: 64.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="affine (default), mxfp4, mxfp8 or nvfp4.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how big it would become; write nothing.")
     ] = False,
@@ -33,25 +41,25 @@ def quantize(
     The result is what mlx_lm.convert makes, byte for byte, in little memory. Router, norms and
     other small tensors stay as they are. The new folder appears only once it is complete.
 
-    Example: k2 quantize ./Kimi-K2-Instruct --to ./Kimi-K2-4bit --bits 4 --group-size 64
+    Example: k2 quantize ./Kimi-K2-Instruct --to ./Kimi-K2-4bit --recipe 4bit
     """
     from k2cli.errors import UsageError
     from k2cli.models.reference import local_checkpoint
     from k2cli.quantization.convert import quantize as run
     from k2cli.quantization.events import BytesDone, QuantizationResult
-    from k2cli.quantization.recipe import Recipe
+    from k2cli.quantization.recipe import chosen_recipe
     from k2cli.ui.output import print_json
     from k2cli.ui.progress import ByteProgress
 
-    recipe = Recipe(bits, group_size, mode)
-    suggestion = Path(f"{Path(source).name}-{bits}bit")
+    wanted = chosen_recipe(recipe, bits, group_size, mode)
+    suggestion = Path(f"{Path(source).name}-{wanted}")
     if to is None and not dry_run:
         raise UsageError("--to FOLDER is missing", f"k2 quantize {source} --to {suggestion}")
     folder = local_checkpoint(source)
     with ByteProgress() as progress:
         if not dry_run:
-            progress.step(f"quantizing {source} to {bits} bits, group size {group_size}")
-        for event in run(folder, to or suggestion, recipe, dry_run=dry_run):
+            progress.step(f"quantizing {source} to {wanted}")
+        for event in run(folder, to or suggestion, wanted, dry_run=dry_run):
             if isinstance(event, BytesDone):
                 progress.advance(event.done_bytes, event.total_bytes)
             elif isinstance(event, QuantizationResult):

@@ -16,13 +16,8 @@ from k2cli.planning.hardware_spec import catalog_node
 from k2cli.planning.limits import max_context_length
 from k2cli.planning.plan import Advice, Plan
 from k2cli.planning.planner import Planner, Wishes, strategies_for
-from k2cli.planning.quantized import (
-    BITS,
-    UniformRecipe,
-    obstacle_to_quantizing,
-    parse_recipe,
-    quantize_command,
-)
+from k2cli.planning.quantized import quantize_command
+from k2cli.sharding.recipe import BITS, Recipe, obstacle_to_quantizing, parse_recipe
 from k2cli.units import GIB, MIB, format_bytes, format_gib
 
 SHORTEST_CONTEXT = 1024
@@ -186,29 +181,41 @@ def _shorter_context(
     return None
 
 
-def _fewer_bits(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:
+def _fewer_bits(
+    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, least: int = min(BITS)
+) -> Advice | None:
     """The most bits that fit, if the model can be quantized by k2 and is not yet that small."""
-    if planner.quantize is None and obstacle_to_quantizing(planner.subject.config):
-        return None
-    given = BITS[0] + 1 if planner.quantize is None else parse_recipe(planner.quantize).bits
-    limits = sum(node.limit_bytes for node in share_machines(nodes))
-    weights = planner.subject.facts.parameter_count
-    for bits in BITS:
-        recipe = UniformRecipe(bits)
-        # What is surely too much is not traced.
-        if bits >= given or weights * bits / 8 > limits:
+    for recipe in _recipes_with_fewer_bits(planner, nodes):
+        if recipe.bits < least:
             continue
-        plan = _fitting(Planner(planner.model, str(recipe)), nodes, wishes)
+        smaller = planner.quantized(recipe)
+        plan = _fitting(smaller, nodes, wishes)
         if plan is not None:
             return _advice(
                 "quantize",
-                f"{bits} bits, {format_bytes(plan.model.stored_bytes)} instead of "
-                f"{format_bytes(planner.subject.stored_bytes)}",
+                f"{recipe.bits} bits, {_sizes(smaller, planner)}",
                 {"--quantize": str(recipe)},
                 plan,
                 quantize_command(planner.model, recipe),
             )
     return None
+
+
+def _sizes(smaller: Planner, planner: Planner) -> str:
+    before, after = planner.subject.stored_bytes, smaller.subject.stored_bytes
+    return f"{format_bytes(after)} instead of {format_bytes(before)}"
+
+
+def _recipes_with_fewer_bits(planner: Planner, nodes: Sequence[NodeMemory]) -> list[Recipe]:
+    """Recipes whose weights might fit, most bits first."""
+    if planner.quantize is None and obstacle_to_quantizing(planner.subject.config):
+        return []
+    given = max(BITS) + 1 if planner.quantize is None else parse_recipe(planner.quantize).bits
+    limits = sum(node.limit_bytes for node in share_machines(nodes))
+    weights = planner.subject.facts.parameter_count
+    fewer = [bits for bits in sorted(BITS, reverse=True) if bits < given]
+    # What is surely too much is not traced.
+    return [Recipe(bits) for bits in fewer if weights * bits / 8 <= limits]
 
 
 def _larger_machines(

@@ -23,6 +23,7 @@ from k2cli.planning.stored import describe_quantization
 from k2cli.planning.subject import Subject, choose_context, choose_dtype, read_subject
 from k2cli.planning.traced import TracedModel
 from k2cli.sharding.placement import Strategy
+from k2cli.sharding.recipe import Recipe
 
 WantedStrategy = Literal["auto", "single", "pipeline", "tensor"]
 
@@ -71,6 +72,14 @@ class Planner:
         self.quantize = quantize
         self.subject = read_subject(model, quantize)
         self._traced: dict[tuple[str, str], TracedModel] = {}
+        self._quantized: dict[str, Planner] = {}
+
+    def quantized(self, recipe: Recipe) -> Planner:
+        """A planner of the same model as ``k2 quantize`` would make it, from the original."""
+        name = str(recipe)
+        if name not in self._quantized:
+            self._quantized[name] = Planner(self.model, name)
+        return self._quantized[name]
 
     def ground(self, nodes: Sequence[NodeMemory], wishes: Wishes) -> Ground:
         """What candidates start from.

@@ -74,7 +74,8 @@ def read_subject(reference: str, quantize: str | None = None) -> Subject:
     subject = Subject(reference, config, stored, stored_bytes, mark, facts, shape)
     if quantize is None:
         return subject
-    from k2cli.planning.quantized import parse_recipe, quantized_subject
+    from k2cli.planning.quantized import quantized_subject
+    from k2cli.sharding.recipe import parse_recipe
 
     return quantized_subject(subject, parse_recipe(quantize))
 

@@ -23,7 +23,7 @@ from k2cli.quantization.events import (
     QuantizationEvent,
     QuantizationResult,
 )
-from k2cli.quantization.recipe import Recipe
+from k2cli.sharding.recipe import Recipe
 from k2cli.units import format_bytes
 
 if TYPE_CHECKING:

@@ -1,32 +1,25 @@
-"""What to quantize to. So far one recipe: the same bits for every module that can be quantized."""
+"""The recipe that a command line asks for: in one word, or by its parts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from k2cli.errors import UsageError
-
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-MODES = ("affine",)
+from k2cli.sharding.recipe import Recipe, parse_recipe, recipe_of
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Uniform affine quantization: each group of weights in a row shares a scale and a bias.
+def chosen_recipe(
+    text: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str | None = None,
+) -> Recipe:
+    """A recipe from ``--recipe``, or from ``--bits``, ``--group-size`` and ``--mode``.
 
     Raises:
-        UsageError: for bits, a group size or a mode that MLX has no kernels for.
+        UsageError: if both are given, or MLX has no kernels for what is.
     """
-
-    bits: int = 4
-    group_size: int = 64
-    mode: str = "affine"
-
-    def __post_init__(self) -> None:
-        checks = (("bits", self.bits, BITS), ("group-size", self.group_size, GROUP_SIZES),
-                  ("mode", self.mode, MODES))  # fmt: skip
-        for name, value, allowed in checks:
-            if value not in allowed:
-                options = ", ".join(map(str, allowed))
-                raise UsageError(f"--{name} {value} is not possible", f"one of {options}")
+    if text is None:
+        return recipe_of(bits, group_size, mode or "affine")
+    for option, value in (("--bits", bits), ("--group-size", group_size), ("--mode", mode)):
+        if value is not None:
+            raise UsageError(f"--recipe and {option} both say what to make", f"leave out {option}")
+    return parse_recipe(text)

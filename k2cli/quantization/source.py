@@ -21,9 +21,14 @@ from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import Checkpoint, StoredTensor
-from k2cli.quantization.recipe import Recipe
 from k2cli.quantization.writer import OutputTensor
-from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
+from k2cli.sharding.assemble import assemble
+from k2cli.sharding.recipe import (
+    Recipe,
+    cast_to_conversion_type,
+    obstacle_to_quantizing,
+    quantize_lazily,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,11 +97,9 @@ def plan_conversion(checkpoint: Checkpoint, recipe: Recipe) -> Conversion:
         for path, value in tree_flatten(model.parameters())
         if id(value) in stored_of
     }
-    dtype = _conversion_dtype(checkpoint.config)
-    if dtype is not None:
-        cast(model, dtype)
+    cast_to_conversion_type(checkpoint.config, model)
     before = {path: value.dtype for path, value in tree_flatten(model.parameters())}
-    applied, overrides = _quantize(model, recipe)
+    applied, overrides = quantize_lazily(model, recipe)
     steps = _steps(model, applied, before, origins)
     config = _new_config(checkpoint.config, recipe, overrides, model)
     return Conversion(steps, config, checkpoint.stored_bytes, _count_parameters(model))
@@ -108,25 +111,11 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     Raises:
         K2Error: unless the weights are floats, or fp8 that loading dequantizes.
     """
-    config = checkpoint.config
-    own = config.get("quantization")
-    hint = "quantize the original, unquantized checkpoint"
-    if own is not None:
+    obstacle = obstacle_to_quantizing(checkpoint.config)
+    if obstacle is not None:
         raise K2Error(
-            f"{checkpoint.folder} is already quantized: {own.get('bits')} bits, "
-            f"group size {own.get('group_size')}",
-            hint,
+            f"{checkpoint.folder} is {obstacle}", "quantize the original, unquantized checkpoint"
         )
-    text = config.get("text_config") or {}
-    original = config.get("quantization_config") or text.get("quantization_config") or {}
-    method = original.get("quant_method")
-    is_mxfp8 = original.get("scale_fmt") == "ue8m0" and original.get("weight_block_size") == [
-        32,
-        32,
-    ]
-    if original and (method != "fp8" or is_mxfp8):
-        name = "mxfp8" if is_mxfp8 else method or "an unknown method"
-        raise K2Error(f"{checkpoint.folder} is already quantized, by {name}", hint)
 
 
 def _open(checkpoint: Checkpoint) -> dict[str, mx.array]:
@@ -140,40 +129,6 @@ def _open(checkpoint: Checkpoint) -> dict[str, mx.array]:
             raise K2Error(f"MLX cannot read {file}: {error}") from error
         opened.update(tensors)
     return {name: opened[name] for name in checkpoint.tensors}
-
-
-def _conversion_dtype(config: Mapping[str, Any]) -> mx.Dtype | None:
-    """The float type to cast to, by mlx-lm's rule; None keeps each tensor's own."""
-    name = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
-    return FLOAT_TYPES.get(name) if isinstance(name, str) else None
-
-
-def _quantize(
-    model: nn.Module, recipe: Recipe
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Quantize lazily, in place.
-
-    Returns:
-        What was applied to each module, and those of them that differ from the recipe.
-    """
-    uniform = {"group_size": recipe.group_size, "bits": recipe.bits, "mode": recipe.mode}
-    of_model = getattr(model, "quant_predicate", None)
-    applied: dict[str, dict[str, Any]] = {}
-    overrides: dict[str, dict[str, Any]] = {}
-
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % recipe.group_size:
-            return False
-        decision: bool | dict[str, Any] = of_model(path, module) if of_model else True
-        if isinstance(decision, dict):
-            overrides[path] = decision
-            applied[path] = {**uniform, **decision}
-        elif decision:
-            applied[path] = uniform
-        return decision
-
-    nn.quantize(model, recipe.group_size, recipe.bits, mode=recipe.mode, class_predicate=predicate)
-    return applied, overrides
 
 
 def _steps(
@@ -223,9 +178,7 @@ def _new_config(
     model: nn.Module,
 ) -> dict[str, Any]:
     """The config as mlx-lm writes it: sorted, its quantization under both names."""
-    quantization = {
-        "group_size": recipe.group_size, "bits": recipe.bits, "mode": recipe.mode, **overrides,
-    }  # fmt: skip
+    quantization = {**recipe.settings, **overrides}
     dropped = {"_name_or_path", "vision_config"}
     if "vision_tower" in getattr(model, "model", {}):
         dropped.discard("vision_config")

@@ -11,34 +11,47 @@ from k2cli.errors import K2Error, UsageError
 from k2cli.models.checkpoint import read_checkpoint
 from k2cli.planning.hardware_spec import parse_hardware
 from k2cli.planning.planner import Planner, Wishes
-from k2cli.planning.quantized import UniformRecipe, parse_recipe
 from k2cli.quantization.convert import quantize
-from k2cli.quantization.recipe import Recipe
+from k2cli.quantization.recipe import chosen_recipe
+from k2cli.sharding.recipe import BITS, FIXED_MODES, GROUP_SIZES, Recipe, parse_recipe
 from tests.quantization import originals
 
 NODES = "2x m3-ultra-512"
+EVERY_RECIPE = [
+    *(Recipe(bits, group_size) for bits in BITS for group_size in GROUP_SIZES),
+    *(Recipe(*sizes, mode) for mode, sizes in FIXED_MODES.items()),
+]
+
+
+def quantized(source: Path, folder: Path, recipe: str) -> Path:
+    """The checkpoint that ``k2 quantize --recipe`` makes."""
+    for _ in quantize(source, folder, chosen_recipe(recipe)):
+        pass
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8", "llama"])
-@pytest.mark.parametrize("recipe", ["4bit-g32", "3bit"])
-def test_a_plan_is_of_the_checkpoint_that_is_then_written(
-    tmp_path: Path, kind: str, recipe: str
-) -> None:
+def test_a_plan_is_of_the_checkpoint_that_is_then_written(tmp_path: Path, kind: str) -> None:
+    """Every recipe, tensor by tensor: names, types, shapes and bytes."""
     source = tmp_path / "source"
     if kind == "llama":
         originals.llama(source)
     else:
         originals.kimi(source, fp8=kind == "fp8")
+    for recipe in EVERY_RECIPE[:: 4 if kind == "bfloat16" else 1]:
+        planned = Planner(str(source), str(recipe)).subject
+        made = read_checkpoint(quantized(source, tmp_path / str(recipe), str(recipe)))
+        assert planned.stored == {n: (t.dtype, t.shape) for n, t in made.tensors.items()}, recipe
+        assert planned.stored_bytes == made.stored_bytes, recipe
+
+
+@pytest.mark.parametrize("recipe", ["4bit-g32", "3bit", "mxfp4", "nvfp4", "mxfp8"])
+def test_a_plan_before_and_after_quantizing_is_the_same(tmp_path: Path, recipe: str) -> None:
+    source = originals.kimi(tmp_path / "source", fp8=True)
     planned = Planner(str(source), recipe)
-    parsed = parse_recipe(recipe)
-    for _ in quantize(source, tmp_path / "made", Recipe(parsed.bits, parsed.group_size)):
-        pass
-    made = Planner(str(tmp_path / "made"))
-    assert planned.subject.stored_bytes == read_checkpoint(tmp_path / "made").stored_bytes
+    made = Planner(str(quantized(source, tmp_path / "made", recipe)))
     assert planned.subject.facts.parameter_count == made.subject.facts.parameter_count
-    # 192 columns do not divide into two times groups of 64.
-    strategies = ["pipeline"] if kind == "llama" else ["pipeline", "tensor"]
-    for strategy in strategies:
+    for strategy in ("pipeline", "tensor"):
         wishes = Wishes(strategy, 256)
         ahead, afterwards = (each.plan(parse_hardware(NODES), wishes) for each in (planned, made))
         assert ahead.nodes == afterwards.nodes
@@ -59,9 +72,11 @@ def test_what_is_quantized_is_not_quantized_again(reference: str) -> None:
 
 
 def test_recipes_are_read_as_they_are_written() -> None:
-    for recipe in (UniformRecipe(4), UniformRecipe(3, 32)):
+    for recipe in EVERY_RECIPE:
         assert parse_recipe(str(recipe)) == recipe
     assert parse_recipe("4") == parse_recipe("4-bit") == parse_recipe("4bit-g64")
+    assert chosen_recipe("mxfp4") == chosen_recipe(mode="mxfp4") == Recipe(4, 32, "mxfp4")
+    assert chosen_recipe() == chosen_recipe(bits=4) == Recipe()
 
 
 @pytest.mark.parametrize(
@@ -69,9 +84,17 @@ def test_recipes_are_read_as_they_are_written() -> None:
     [
         ("", "'' is no recipe"), ("four", "'four' is no recipe"), ("7bit", "7 bits are not"),
         ("4bit-g48", "groups of 48 are not"), ("9" * 400, "is no recipe"),
+        ("mxfp6", "'mxfp6' is no recipe"),
     ],
 )  # fmt: skip
 def test_other_recipes_are_refused(text: str, message: str) -> None:
     wrong: Any = pytest.raises(UsageError, match=message)
     with wrong:
         parse_recipe(text)
+
+
+def test_a_recipe_is_said_once() -> None:
+    with pytest.raises(UsageError, match="--recipe and --bits both say"):
+        chosen_recipe("4bit", bits=4)
+    with pytest.raises(UsageError, match="mxfp4 in 8 bits"):
+        chosen_recipe(bits=8, mode="mxfp4")

@@ -16,13 +16,13 @@ from k2cli.models.checkpoint import read_checkpoint
 from k2cli.models.toy import ToyShape, build_toy_k2
 from k2cli.quantization.convert import quantize
 from k2cli.quantization.events import BytesDone, LayerQuantized, QuantizationResult
-from k2cli.quantization.recipe import Recipe
+from k2cli.sharding.recipe import Recipe, parse_recipe
 from tests.quantization import originals
 
 MLX_LM_SECONDS = 240
 
 
-def convert_with_mlx_lm(source: Path, destination: Path, bits: int, group_size: int) -> Path:
+def convert_with_mlx_lm(source: Path, destination: Path, recipe: Recipe) -> Path:
     """The reference: mlx-lm's own conversion, in a process of its own."""
     script = (
         "import sys, mlx_lm.utils as u\n"
@@ -34,11 +34,11 @@ def convert_with_mlx_lm(source: Path, destination: Path, bits: int, group_size: 
         "u.load_tokenizer = lambda *a, **k: T()\n"
         "u.create_model_card = lambda *a, **k: None\n"
         "convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=int(sys.argv[3]),\n"
-        "        q_group_size=int(sys.argv[4]))\n"
+        "        q_group_size=int(sys.argv[4]), q_mode=sys.argv[5])\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", script, str(source), str(destination)]
     done = subprocess.run(
-        [*command, str(bits), str(group_size)],
+        [*command, str(recipe.bits), str(recipe.group_size), recipe.mode],
         capture_output=True, text=True, timeout=MLX_LM_SECONDS, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -75,22 +75,22 @@ def source_named(name: str, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "bits", "group_size"),
+    ("name", "recipe"),
     [
-        ("llama-bf16", 4, 64),
-        ("llama-f16-tied", 3, 128),
-        ("toy-float32", 4, 32),
-        ("kimi-bf16", 6, 64),
-        ("kimi-fp8", 4, 64),
+        ("llama-bf16", "mxfp8"),
+        ("llama-bf16", "nvfp4"),
+        ("llama-f16-tied", "3bit-g128"),
+        ("toy-float32", "4bit-g32"),
+        ("kimi-bf16", "6bit"),
+        ("kimi-fp8", "4bit"),
+        ("kimi-fp8", "mxfp4"),
     ],
 )
-def test_equals_mlx_lm_byte_for_byte(tmp_path: Path, name: str, bits: int, group_size: int) -> None:
+def test_equals_mlx_lm_byte_for_byte(tmp_path: Path, name: str, recipe: str) -> None:
     source = source_named(name, tmp_path / "source")
-    expected = convert_with_mlx_lm(source, tmp_path / "expected", bits, group_size)
+    expected = convert_with_mlx_lm(source, tmp_path / "expected", parse_recipe(recipe))
     # Pieces that end in the middle of a tensor.
-    events = convert_with_k2(
-        source, tmp_path / "made", Recipe(bits, group_size), piece_bytes=10_000
-    )
+    events = convert_with_k2(source, tmp_path / "made", parse_recipe(recipe), piece_bytes=10_000)
     made, reference = tensor_bytes(tmp_path / "made"), tensor_bytes(expected)
     assert made.keys() == reference.keys()
     assert [name for name in made if made[name] != reference[name]] == []

@@ -23,7 +23,7 @@ def k2(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_quantizes_an_original_and_tells_it_in_json(tmp_path: Path) -> None:
     source = originals.kimi(tmp_path / "source", fp8=True)
     made = tmp_path / "made"
-    options = ("--to", str(made), "--bits", "4", "--group-size", "64", "--json")
+    options = ("--to", str(made), "--recipe", "4bit", "--json")
     dry = k2("quantize", str(source), *options, "--dry-run")
     assert not made.exists()
     done = k2("quantize", str(source), *options)
@@ -44,7 +44,8 @@ def test_quantizes_an_original_and_tells_it_in_json(tmp_path: Path) -> None:
 
 def test_mistakes_are_usage_errors(tmp_path: Path) -> None:
     source = originals.llama(tmp_path / "source")
-    for options in (["--bits", "7", "--to", "x"], ["--mode", "nf4", "--to", "x"], []):
+    for options in (["--bits", "7", "--to", "x"], ["--mode", "nf4", "--to", "x"], [],
+                    ["--recipe", "4bit", "--bits", "4", "--to", "x"]):  # fmt: skip
         done = k2("quantize", str(source), *options)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
