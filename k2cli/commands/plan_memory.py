@@ -120,7 +120,6 @@ def plan_memory(
 
 
 def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
-    from k2cli.cluster.description import load_cluster, node_memory
     from k2cli.errors import UsageError
     from k2cli.planning.hardware_spec import parse_hardware
 
@@ -128,6 +127,8 @@ def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
         return parse_hardware(hardware if hardware is not None else "this")
     if hardware is not None:
         raise UsageError("--hardware and --cluster both name machines", "leave out one of them")
+    from k2cli.cluster.description import load_cluster, node_memory
+
     return node_memory(load_cluster(cluster))
 
 
@@ -176,13 +177,14 @@ def _write(
     save: Path | None,
     svg: Path | None,
 ) -> None:
-    from k2cli.planning.curve import context_curve
     from k2cli.planning.plan import save_plan
-    from k2cli.ui.plan_svg import save_svg
 
     if save is not None:
         save_plan(plan, save)
     if svg is not None:
+        from k2cli.planning.curve import context_curve
+        from k2cli.ui.plan_svg import save_svg
+
         save_svg(plan, context_curve(planner, nodes, wishes, plan), svg)
 
 
@@ -197,10 +199,8 @@ def _show(
     explain: bool,
     plot: bool,
 ) -> None:
-    from k2cli.planning.curve import context_curve
     from k2cli.planning.plan import plan_to_json
     from k2cli.ui.output import print_json
-    from k2cli.ui.plan_plot import print_plot
     from k2cli.ui.plan_table import can_print_unicode, print_plan
 
     if as_json:
@@ -210,6 +210,9 @@ def _show(
     command = {option: str(value) for option, value in given.items() if value not in unset}
     print_plan(plan, command=command, explain=explain)
     if plot:
+        from k2cli.planning.curve import context_curve
+        from k2cli.ui.plan_plot import print_plot
+
         print_plot(context_curve(planner, nodes, wishes, plan), unicode=can_print_unicode())
 
 

@@ -213,6 +213,9 @@ def _bounded(chunks: Iterator[bytes], count: int, what: str) -> bytes:
 
 def cached_folder(repo: str, revision: str | None = None) -> Path | None:
     """The repository's folder in the Hub library's cache, without asking the network."""
+    # Loading the library's client takes as long as planning a model: not where there is nothing.
+    if not (cache_directory() / "--".join(("models", *repo.split("/")))).is_dir():
+        return None
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

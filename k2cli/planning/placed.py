@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from k2cli.planning.rates import NodeRates
 from k2cli.planning.speed_constants import LinkRates
@@ -112,7 +113,7 @@ class PlacedRun:
         rows = math.ceil(concurrency / groups)
         times = [time.seconds for time in self.stages(context_length, rows)]
         through = sum(times) + self.exchange_seconds(rows)
-        busiest = self._busiest(times)
+        busiest = max(self._by_machine(times))
         return max(through, groups * (busiest + self.link.collective_seconds))
 
     def prefill_seconds(self, prompt_tokens: int, chunk_tokens: int) -> float:
@@ -121,24 +122,71 @@ class PlacedRun:
             pieces = CHUNKS_PER_STAGE * self.placement.size
             overlapping = max(LEAST_OVERLAP_TOKENS, -(-prompt_tokens // pieces))
             chunk_tokens = min(chunk_tokens, overlapping)
-        total = filling = 0.0
-        for done in range(0, prompt_tokens, chunk_tokens):
-            count = min(chunk_tokens, prompt_tokens - done)
-            times = [
-                prefill_time(stage, rates, count, done).seconds
+        whole, rest = divmod(prompt_tokens, chunk_tokens)
+        total = self._chunks_seconds(whole, chunk_tokens)
+        done, last = (whole - 1) * chunk_tokens, chunk_tokens
+        if rest:
+            done, last = whole * chunk_tokens, rest
+            total += max(self._chunk_seconds(rest, done)) + self.exchange_seconds(rest)
+        if not self.is_pipeline:
+            return total
+        # The other stages still have to take in the last chunk, or had to be filled by the first.
+        times = self._chunk_seconds(last, done)
+        return total + sum(times) - max(times)
+
+    def _chunks_seconds(self, count: int, chunk_tokens: int) -> float:
+        """The busiest machine's time for so many whole chunks, one after the other.
+
+        A machine's time for a chunk is linear in what comes before it, between the chunks at which
+        a window of attention is full. So 4,000 chunks cost no more to add up than four.
+        """
+        full = {
+            min(max(math.ceil(layer.window_tokens / chunk_tokens - 0.5), 0), count)
+            for part in self.parts
+            for layer, _ in part.layers
+            if layer.window_tokens is not None
+        }
+        bounds = sorted({0, count, *full})
+        busiest = sum(
+            self._linear_seconds(first, past_last, chunk_tokens)
+            for first, past_last in pairwise(bounds)
+        )
+        return busiest + count * self.exchange_seconds(chunk_tokens)
+
+    def _linear_seconds(self, first: int, past_last: int, chunk_tokens: int) -> float:
+        """The sum over chunks of the busiest machine's time, each machine's being linear.
+
+        The machine that is busiest at both ends is so between them; else halves are looked at.
+        """
+        count = past_last - first
+        begin = self._chunk_seconds(chunk_tokens, first * chunk_tokens)
+        if count == 1:
+            return max(begin)
+        end = self._chunk_seconds(chunk_tokens, (past_last - 1) * chunk_tokens)
+        busiest = begin.index(max(begin))
+        if end[busiest] == max(end):
+            return (begin[busiest] + end[busiest]) * count / 2
+        middle = first + count // 2
+        return sum(
+            self._linear_seconds(a, b, chunk_tokens)
+            for a, b in ((first, middle), (middle, past_last))
+        )
+
+    def _chunk_seconds(self, tokens: int, done: int) -> list[float]:
+        """What a chunk takes on each machine: ranks on one machine take turns."""
+        return self._by_machine(
+            [
+                prefill_time(stage, rates, tokens, done).seconds
                 for stage, rates in zip(self.parts, self.rates, strict=True)
             ]
-            busiest = self._busiest(times)
-            filling = sum(times) - busiest if self.is_pipeline else 0.0
-            total += busiest + self.exchange_seconds(count)
-        return total + filling
-
-    def _busiest(self, times: Sequence[float]) -> float:
-        """Of the ranks' times, each computing alone: ranks on one machine take turns."""
-        return max(
-            sum(time for time, name in zip(times, self.machines, strict=True) if name == machine)
-            for machine in set(self.machines)
         )
+
+    def _by_machine(self, times: Sequence[float]) -> list[float]:
+        """Ranks' times, each computing alone, added up by machine."""
+        return [
+            sum(time for time, name in zip(times, self.machines, strict=True) if name == machine)
+            for machine in dict.fromkeys(self.machines)
+        ]
 
     def first_token_seconds(self, prompt_tokens: int, chunk_tokens: int) -> float:
         """Until the first token of an answer: the prompt less its last token, and one step."""

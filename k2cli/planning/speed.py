@@ -129,12 +129,11 @@ def predict_speed(
     run = PlacedRun(work, placement, tuple(node.name for node in nodes), tuple(known), link)
     prompt = prompt_tokens or context_length
     decode, prefill = constants.decode_spread, _prefill_spread(constants, nodes)
+    first = speed_band(lambda run: run.first_token_seconds(prompt, chunk_tokens), run, prefill)
     return SpeedEstimate(
         speed_band(lambda run: 1 / run.decode_seconds(context_length), run, decode),
-        speed_band(
-            lambda run: prompt / run.first_token_seconds(prompt, chunk_tokens), run, prefill
-        ),
-        speed_band(lambda run: run.first_token_seconds(prompt, chunk_tokens), run, prefill),
+        Band(prompt / first.high, prompt / first.expected, prompt / first.low),
+        first,
         speed_band(
             lambda run: concurrency / run.round_seconds(context_length, concurrency), run, decode
         ),
