@@ -3,7 +3,7 @@
 Two real ranks under guards, started by ``k2 launch`` and spoken to over HTTP, with other requests
 (the witnesses) running all the while. Either the witnesses get the very text of a quiet run, or
 the run ends everywhere, with an error that names the cause. ``test_faults.py`` runs each fault
-once; ``python -m tests.runtime.soak`` runs all of them on every placement and back end, in rounds.
+once; ``scripts/soak runtime`` runs all of them on every placement and back end, in rounds.
 """
 
 from __future__ import annotations

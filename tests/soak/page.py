@@ -1,0 +1,147 @@
+"""Where soaks leave what they measured: a file of JSON lines each, and their part of docs/soak.md.
+
+A file of results outlives an interrupted soak, and the page is always made of the whole file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+_HEAD = """\
+# Long runs
+
+What `scripts/soak` measured: two real ranks of a toy of Kimi K2 (float32, MLX's CPU back end) on
+one machine, started by `k2 launch` and spoken to over HTTP. Times are of that machine, with
+whatever else ran on it; that nothing is left, and that answers are right, is of every machine.
+"""
+
+
+@contextmanager
+def workplace() -> Iterator[tuple[Path, Path]]:
+    """A folder for this soak, which k2 keeps all of its state in, and a toy of Kimi K2 there."""
+    from k2cli.models.toy import build_toy_k2
+
+    with tempfile.TemporaryDirectory(prefix="k2-soak-") as temporary:
+        folder = Path(temporary)
+        for kind in ("config", "state", "data"):
+            os.environ[f"K2_{kind.upper()}_DIR"] = str(folder / kind)
+        build_toy_k2(folder / "toy-k2")
+        yield folder, folder / "toy-k2"
+
+
+def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that all soaks have."""
+    parser = argparse.ArgumentParser(
+        prog=f"scripts/soak {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    results = ROOT / ".k2" / "soak" / f"{name}.jsonl"
+    parser.add_argument("--results", type=Path, default=results, help="%(default)s")
+    parser.add_argument("--resume", action="store_true", help="add to earlier results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "soak.md", help="%(default)s")
+    return parser
+
+
+def begin(options: argparse.Namespace) -> None:
+    """Make room for results; earlier ones are forgotten unless this soak goes on from them."""
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    if not options.resume:
+        options.results.unlink(missing_ok=True)
+
+
+def note(options: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Add one result to the file, with the day, the commit and the machine it was measured on."""
+    stamped = row | {"date": datetime.date.today().isoformat(), "commit": commit(),
+                     "machine": machine()}  # fmt: skip
+    with options.results.open("a") as file:
+        file.write(json.dumps(stamped) + "\n")
+
+
+def results_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All results so far."""
+    return [json.loads(line) for line in options.results.read_text().splitlines()]
+
+
+def say(line: str) -> None:
+    """Progress, for whoever watches."""
+    sys.stderr.write(line + "\n")
+
+
+def machine() -> str:
+    """This machine in words."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = os.cpu_count()
+    return f"{platform.system()} {platform.machine()}, {cores} cores, {memory / 2**30:.0f} GiB"
+
+
+def commit() -> str:
+    """The commit that is checked out; empty where there is no git."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=ROOT, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def measured(results: Sequence[dict[str, Any]], command: str) -> str:
+    """The sentence that says when, where and of what the figures are."""
+
+    def all_of(key: str) -> str:
+        return ", ".join(sorted({row[key] for row in results if row.get(key)}))
+
+    return (
+        f"Written by `{command}`; measured on {all_of('date')} at {all_of('commit') or 'no commit'}"
+        f" on {all_of('machine')}."
+    )
+
+
+def paragraph(text: str) -> list[str]:
+    """Prose as lines of the page."""
+    return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def table(header: str, rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table; ``header`` is its first line without the outer bars."""
+    columns = header.count("|") + 1
+    lines = [f"| {header} |", f"|{' --- |' * columns}"]
+    return lines + [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+
+
+def write_section(page: Path, title: str, lines: Sequence[str]) -> None:
+    """Replace one section of the page, or add it; the others stay as they are."""
+    before = page.read_text() if page.exists() else ""
+    sections = re.split(r"^## ", before, flags=re.MULTILINE)[1:]
+    by_title = {section.partition("\n")[0]: section.partition("\n")[2] for section in sections}
+    by_title[title] = "\n" + "\n".join(lines) + "\n"
+    texts = [f"## {name}\n\n{text.strip()}\n" for name, text in by_title.items()]
+    page.write_text("\n".join([_HEAD, *texts]))
+
+
+def write_failures(results: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
+    """What was not as expected, in its own words; nothing if all was."""
+    failed = [row for row in results if row["error"]]
+    if not failed:
+        return []
+    said = [
+        f"* {', '.join(str(row[key]) for key in keys)}: {' '.join(row['error'].split())}"
+        for row in failed
+    ]
+    return ["", "Not as expected:", "", *said]
