@@ -74,10 +74,11 @@ def page(results: list[dict[str, Any]]) -> list[str]:
     failures = sum(bool(result["error"]) for result in results)
     lines = [
         *paragraph(
-            "While a fault happens, three other clients ask for greedy answers, over and over. "
-            "They must get the very text of a quiet run; or the run must end everywhere, with an error "
-            "that names the cause, to clients and in `k2 ps`. “Seconds” is from the fault until no "
-            "process of the run was left: the median and the longest."
+            "While a fault happens, three other clients ask for greedy answers, over and "
+            "over. They must get the very text of a quiet run; or the run must end "
+            "everywhere, with an error that names the cause, to clients and in `k2 ps`. "
+            "“Seconds” is from the fault until no process of the run was left: the median and "
+            "the longest."
         ),
         "",
         *paragraph(

@@ -224,13 +224,14 @@ def page(results: list[dict[str, Any]]) -> list[str]:
     ends = [row["end_seconds"] for row in results if row["end_seconds"] is not None]
     lines = [
         *paragraph(
-            "Each round launches two ranks, half of the time detached, and sends SIGKILL to one to "
-            "three of the run's processes at once, drawn by seed: within "
+            "Each round launches two ranks, half of the time detached, and sends SIGKILL to "
+            "one to three of the run's processes at once, drawn by seed: within "
             f"{STARTING_SECONDS:.0f} s of the start, or while {CLIENTS} clients are being "
-            f"answered. A round is as expected if within {GONE_SECONDS} s no process of the run is left, the "
-            "command ended by itself with the right status, every client was told, `k2 ps` does "
-            "not call the run alive, and no secret, scratch folder or listener remains. Seconds until "
-            "the last process was gone: the median and the longest."
+            f"answered. A round is as expected if within {GONE_SECONDS} s no process of the "
+            "run is left, the command ended by itself with the right status, every client was "
+            "told, `k2 ps` does not call the run alive, and no secret, scratch folder or "
+            "listener remains. Seconds until the last process was gone: the median and the "
+            "longest."
         ),
         "",
         *paragraph(

@@ -317,11 +317,11 @@ def page(results: list[dict[str, Any]]) -> list[str]:
     failed = sum(len(kind["failed"]) for row in results for kind in row["kinds"].values())
     lines = [
         *paragraph(
-            "Clients draw what they ask, by seed, from a mix; the run has room for 4 sequences of "
-            f"{CONTEXT} tokens. Greedy answers must be those of a quiet run, a rank must stay "
-            "within its plan, and `/health` must be 200 at the end. Times are median, 95th percentile and "
-            "longest, in seconds; memory is the most that was resident in that tenth of the time, "
-            "in MB."
+            "Clients draw what they ask, by seed, from a mix; the run has room for 4 "
+            f"sequences of {CONTEXT} tokens. Greedy answers must be those of a quiet run, a "
+            "rank must stay within its plan, and `/health` must be 200 at the end. Times are "
+            "median, 95th percentile and longest, in seconds; memory is the most that was "
+            "resident in that tenth of the time, in MB."
         ),
         "",
         *paragraph(
