@@ -77,11 +77,14 @@ class CacheTable:
             self.batches[batch] = Batch([sequence], caches)
             return
         into = self.batches[batch]
-        if len(into.rows) == 1:
-            into.caches = [_merge([a, b]) for a, b in zip(into.caches, caches, strict=True)]
-        else:
-            for cache, other in zip(into.caches, caches, strict=True):
-                cache.extend(_merge([other]))
+        alone = len(into.rows) == 1
+        for layer, cache in enumerate(into.caches):
+            if alone:
+                into.caches[layer] = _merge([cache, caches[layer]])
+            else:
+                cache.extend(_merge([caches[layer]]))
+            caches[layer] = None
+            mx.eval(into.caches[layer].state)
         into.rows.append(sequence)
 
     def open_together(self, lengths: list[int]) -> LayerCaches:
@@ -115,25 +118,12 @@ class CacheTable:
             own = source.caches
             del self.batches[batch]
         else:
-            wanted = keep_as is not None or move_to is not None
-            own = [cache.extract(row) for cache in source.caches] if wanted else []
-            self._remove_row(source, row)
+            own = _take_out(source, row, wanted=keep_as is not None or move_to is not None)
         if move_to is not None:
             self.sequences[sequence] = own
             self.join(move_to, sequence)
         else:
             self._settle(sequence, own, keep_as)
-
-    @staticmethod
-    def _remove_row(source: Batch, row: int) -> None:
-        rest = [index for index in range(len(source.rows)) if index != row]
-        if len(rest) == 1:
-            # A single sequence needs no padding and no mask: its plain cache is faster.
-            source.caches = [cache.extract(rest[0]) for cache in source.caches]
-        else:
-            for cache in source.caches:
-                cache.filter(rest)
-        source.rows = [source.rows[index] for index in rest]
 
     def drop_prefix(self, prefix: int) -> None:
         """Forget a kept prefix."""
@@ -163,6 +153,27 @@ def _checksum(tokens: array[int]) -> tuple[int, int]:
     return len(tokens), zlib.crc32(tokens)
 
 
+def _take_out(source: Batch, row: int, *, wanted: bool) -> LayerCaches:
+    """Remove a row from a batch of several; returns its own caches if they are wanted.
+
+    Layer by layer, and at once: what is lazily cut out of a batch holds the whole batch.
+    """
+    rest = [index for index in range(len(source.rows)) if index != row]
+    own: LayerCaches = []
+    for layer, cache in enumerate(source.caches):
+        if wanted:
+            own.append(cache.extract(row))
+            mx.eval(own[-1].state)
+        if len(rest) == 1:
+            # A single sequence needs no padding and no mask: its plain cache is faster.
+            source.caches[layer] = cache.extract(rest[0])
+        else:
+            cache.filter(rest)
+        mx.eval(source.caches[layer].state)
+    source.rows = [source.rows[index] for index in rest]
+    return own
+
+
 def make_room(caches: LayerCaches, tokens: int) -> None:
     """Let plain caches grow for so many more tokens, one layer at a time.
 
@@ -180,7 +191,8 @@ def make_room(caches: LayerCaches, tokens: int) -> None:
             continue
         if cache.keys is None or used + tokens <= cache.keys.shape[2]:
             continue
-        more = -(-tokens // cache.step) * cache.step
+        # To a whole number of steps, as admission counts; mlx-lm would add to what was merged.
+        more = -(-(used + tokens) // cache.step) * cache.step - used
         cache.keys = _extended(cache.keys, used, more)
         cache.values = _extended(cache.values, used, more)
         mx.eval(cache.keys, cache.values)

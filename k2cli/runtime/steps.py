@@ -142,4 +142,5 @@ class StepQueue:
         step.seconds = time.monotonic() - started
         if step.result.logits is not None and step.rows:
             step.chosen = choose_tokens(step.rows, step.result.logits)
-            mx.async_eval(step.chosen)  # type: ignore[no-untyped-call]
+            # The logits too: no token may come of them, and yet every rank must do every sum.
+            mx.async_eval(step.chosen, step.result.logits)  # type: ignore[no-untyped-call]
