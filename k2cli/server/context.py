@@ -71,9 +71,12 @@ async def respond(
     request: Request,
     body: GenerationBodyT,
     prepare: Callable[[GenerationBodyT, ServerTokenizer, ServedModel], Prepared],
-    make_shape: Callable[[ServerContext, Prepared], Shape],
+    make_shape: Callable[[str, str, Callable[[int], str], bool], Shape],
 ) -> Response:
     """Generate an answer, streamed or whole.
+
+    Args:
+        make_shape: a class of ``server.shapes``.
 
     Raises:
         ApiError: with the HTTP status, if the request fails before an answer has begun.
@@ -82,7 +85,9 @@ async def respond(
     prepared = await asyncio.to_thread(prepare, body, context.tokenizer, context.served)
     # Only now: a request that is wrong is told so even while no run is ready.
     context.require_ready()
-    shape = make_shape(context, prepared)
+    scored = prepared.generate.sampling.top_logprobs is not None
+    name, request_id = context.served.name, prepared.generate.request_id
+    shape = make_shape(request_id, name, context.token_text, scored)
     assembler = TextAssembler(context.tokenizer.stream(), prepared.stops)
     generation = Generation(context.engine, prepared, context.line, request.receive)
     generation.start()

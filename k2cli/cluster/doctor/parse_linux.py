@@ -146,14 +146,6 @@ def _prefix_lengths(entries: list[dict[str, Any]]) -> dict[str, int]:
     return {address["local"]: int(address["prefixlen"]) for address in found}
 
 
-def _bridges(entries: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
-    owners = {entry["master"] for entry in entries if "master" in entry}
-    return {
-        owner: tuple(e["ifname"] for e in entries if e.get("master") == owner)
-        for owner in sorted(owners)
-    }
-
-
 def _addresses(entry: dict[str, Any]) -> tuple[str, ...]:
     usable = [a["local"] for a in entry.get("addr_info", []) if a.get("scope") != "link"]
     return _ordered(usable)

@@ -98,11 +98,6 @@ class Redactor:
         given = self._given.setdefault(kind, {})
         return int(given.setdefault(value, str(len(given) + 1)))
 
-    def is_pseudonym(self, text: str) -> bool:
-        """Whether a text is one that this redactor gave out."""
-        given = {value for kind in self._given.values() for value in kind.values()}
-        return text in given or text in self._names.values()
-
     # --- text -----------------------------------------------------------------------------------
 
     def text(self, text: str, *, names: bool = True) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,11 +21,11 @@ import psutil
 from k2cli import __version__
 from k2cli.cluster.agent import MARK
 from k2cli.cluster.doctor.facts import ProcessUse, Software, Volume
-from k2cli.cluster.openmpi import find_libmpi, find_mpirun
+from k2cli.cluster.openmpi import find_libmpi, find_mpirun, version_text
+from k2cli.errors import ClusterError
 from k2cli.settings import models_directory, runs_directory
 
 _BIGGEST = 5
-_MPIRUN_SECONDS = 10
 # As ``cluster.runs.new_run_id`` makes them.
 _RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9a-f]{4}")
 
@@ -100,16 +99,9 @@ def _mpi_version(mpirun: Path | None) -> tuple[str | None, str | None]:
     if mpirun is None:
         return None, None
     try:
-        done = subprocess.run(
-            [str(mpirun), "--version"],
-            capture_output=True,
-            text=True,
-            timeout=_MPIRUN_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return None, str(error)
-    said = (done.stdout or done.stderr).strip()
+        said = version_text(mpirun).strip()
+    except ClusterError as error:
+        return None, str(error.__cause__)
     match = re.search(r"Open ?MPI\)? v?(\d+(?:\.\d+)*)", said)
     if match:
         return match.group(1), None

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from k2cli.server.context import ServerContext, read_body, respond
-from k2cli.server.prepare import Prepared, prepare_chat
+from k2cli.server.context import read_body, respond
+from k2cli.server.prepare import prepare_chat
 from k2cli.server.schemas import ChatCompletionBody
 from k2cli.server.shapes import ChatShape
 
 router = APIRouter()
 
 
-def _shape(context: ServerContext, prepared: Prepared) -> ChatShape:
-    scored = prepared.generate.sampling.top_logprobs is not None
-    name = context.served.name
-    return ChatShape(prepared.generate.request_id, name, context.token_text, scored)
-
-
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     body = await read_body(request, ChatCompletionBody)
-    return await respond(request, body, prepare_chat, _shape)
+    return await respond(request, body, prepare_chat, ChatShape)

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from k2cli.server.context import ServerContext, read_body, respond
-from k2cli.server.prepare import Prepared, prepare_completion
+from k2cli.server.context import read_body, respond
+from k2cli.server.prepare import prepare_completion
 from k2cli.server.schemas import CompletionBody
 from k2cli.server.shapes import CompletionShape
 
 router = APIRouter()
 
 
-def _shape(context: ServerContext, prepared: Prepared) -> CompletionShape:
-    scored = prepared.generate.sampling.top_logprobs is not None
-    name = context.served.name
-    return CompletionShape(prepared.generate.request_id, name, context.token_text, scored)
-
-
 @router.post("/v1/completions")
 async def create_completion(request: Request) -> Response:
     """Continue a prompt."""
     body = await read_body(request, CompletionBody)
-    return await respond(request, body, prepare_completion, _shape)
+    return await respond(request, body, prepare_completion, CompletionShape)
