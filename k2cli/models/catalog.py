@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).parent
+_OVERRIDES = ("quantization", "max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,9 @@ class WheelSource:
 class CatalogEntry:
     """One alias. ``config_folder`` holds the model's shape where k2 carries it.
 
-    ``sampling`` are the makers' suggestions, where the files themselves have none.
+    ``overrides`` are fields in which this checkpoint's config differs from the carried shape: the
+    quantization of an MLX conversion, a longer context. ``sampling`` are the makers' suggestions,
+    where the files themselves have none.
     """
 
     alias: str
@@ -48,6 +51,8 @@ class CatalogEntry:
     stored_bytes: int | None
     config_folder: Path | None
     sampling: Mapping[str, float]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    size_source: str | None = None
 
 
 @functools.cache
@@ -71,4 +76,29 @@ def _entry(alias: str, fields: dict[str, Any]) -> CatalogEntry:
         fields.get("stored_bytes"),
         _FOLDER / "configs" / config if config else None,
         fields.get("sampling", {}),
+        {name: fields[name] for name in _OVERRIDES if name in fields},
+        fields.get("size_source"),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Where the shape of a folder of ``configs`` is from, and what was published of it.
+
+    ``published_parameters`` is the published count, as precise as it was published, and
+    ``published_in`` where; both are None where only the shape is known.
+    """
+
+    source: str
+    published_parameters: int | None
+    published_in: str | None
+
+
+@functools.cache
+def shapes() -> dict[str, Shape]:
+    """What is known of the carried shapes, by the name of their folder."""
+    table = tomllib.loads((_FOLDER / "configs" / "sources.toml").read_text(encoding="utf-8"))
+    return {
+        name: Shape(fields["source"], fields.get("parameters"), fields.get("published_in"))
+        for name, fields in table.items()
+    }

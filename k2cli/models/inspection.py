@@ -6,8 +6,11 @@ k2 carries for an alias, or the headers of a repository on the Hub.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from k2cli.errors import K2Error, NotAuthorisedError
-from k2cli.models.catalog import HubSource, catalog
+from k2cli.models.catalog import CatalogEntry, HubSource, catalog
 from k2cli.models.checkpoint import Checkpoint, read_checkpoint
 from k2cli.models.reference import ModelReference, parse_reference, present_folder
 
@@ -31,7 +34,7 @@ def inspect_model(text: str) -> Checkpoint:
 
         return gguf_checkpoint(reference.path)
     if reference.entry is not None and reference.entry.config_folder is not None:
-        return read_checkpoint(reference.entry.config_folder)
+        return _carried(reference.entry, reference.entry.config_folder)
     if reference.repo is None:
         raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
     return _from_hub(reference, reference.repo)
@@ -49,5 +52,17 @@ def _from_hub(reference: ModelReference, repo: str) -> Checkpoint:
         for entry in catalog().values():
             known = isinstance(entry.source, HubSource) and entry.source.repo == repo
             if known and entry.config_folder is not None and reference.revision is None:
-                return read_checkpoint(entry.config_folder)
+                return _carried(entry, entry.config_folder)
         raise
+
+
+def _carried(entry: CatalogEntry, folder: Path) -> Checkpoint:
+    """The shape that k2 carries, as the checkpoint of this entry has it."""
+    checkpoint = read_checkpoint(folder)
+    changes = dict(entry.overrides)
+    config = checkpoint.config
+    if "text_config" in config and "max_position_embeddings" in changes:
+        length = changes.pop("max_position_embeddings")
+        text = {**config["text_config"], "max_position_embeddings": length}
+        config = {**config, "text_config": text}
+    return replace(checkpoint, config={**config, **changes})

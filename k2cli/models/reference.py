@@ -26,6 +26,9 @@ _REPO_PATTERN = re.compile(
 )
 
 
+_SHOWN_NAMES, _SHOWN_CHARACTERS = 4, 100
+"""In messages: as many names of models at most, and of what was typed."""
+
 SOURCE_NAME = "k2-source.json"
 """In a folder that k2 converted: what it was converted from."""
 
@@ -90,14 +93,30 @@ def _check_local(text: str, path: Path) -> None:
 
 
 def _unknown(text: str) -> UsageError:
-    names = list(catalog())
-    close = difflib.get_close_matches(text.lower(), names, n=1)
-    guess = f"did you mean '{close[0]}'? " if close else ""
+    shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+    close = _close_names(text.lower())
+    if close:
+        quoted = ", ".join(f"'{name}'" for name in close[:_SHOWN_NAMES])
+        more = f" or one of {len(close) - _SHOWN_NAMES} more" if len(close) > _SHOWN_NAMES else ""
+        guess = f"did you mean {quoted}{more}? "
+    else:
+        families = dict.fromkeys(name.partition("-")[0].partition(".")[0] for name in catalog())
+        guess = f"names that k2 knows start with {', '.join(families)}; "
     return UsageError(
-        f"there is no model '{text}'",
-        f"{guess}known names: {', '.join(names)}; or give owner/name of a Hub repository, "
-        "a checkpoint folder or a .gguf file",
+        f"there is no model '{shown}'",
+        f"{guess}also owner/name of a Hub repository, a checkpoint folder or a .gguf file",
     )
+
+
+def _close_names(text: str) -> list[str]:
+    """Names that start or end as ``text`` does, else those spelt much like it."""
+    names = list(catalog())
+    if len(text) > 1 and (starts := [name for name in names if name.startswith(text)]):
+        return starts
+    last = text.rpartition("/")[2]
+    return difflib.get_close_matches(last, names, n=_SHOWN_NAMES) or [
+        name for name in names if last.endswith(f"-{name}")
+    ]
 
 
 def converted_folder(reference: ModelReference) -> Path | None:

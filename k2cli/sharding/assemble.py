@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import mlx.core as mx
@@ -92,21 +93,52 @@ def _checked(quantization: Any) -> dict[str, Any]:
     return dict(quantization)
 
 
-def _ignored_by_original(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Whether a compressed-tensors config leaves a module (by its MLX path) unquantized."""
+def _left_unquantized(config: Mapping[str, Any]) -> list[str] | None:
+    """What a checkpoint that its makers packed themselves leaves as it was; None if none says so.
+
+    compressed-tensors lists it as ``ignore``: names, or regular expressions after ``re:``;
+    mxfp4 as ``modules_to_not_convert``: names with wildcards. MLX conversions of such checkpoints
+    keep the list beside their own ``quantization``.
+    """
     original = config.get("quantization_config") or (config.get("text_config") or {}).get(
-        "quantization_config", {}
+        "quantization_config"
     )
-    patterns = list(original.get("ignore") or [])
+    if not isinstance(original, Mapping):
+        return None
+    method = original.get("quant_method")
+    field = {"compressed-tensors": "ignore", "mxfp4": "modules_to_not_convert"}.get(str(method))
+    patterns = original.get(field) if field else None
+    if patterns is None:
+        return None
+    if not isinstance(patterns, list) or not all(isinstance(each, str) for each in patterns):
+        raise UsageError(f"config.json: quantization_config.{field} must be a list of names")
+    return patterns
+
+
+def _ignored_by_original(patterns: list[str]) -> Callable[[str], bool]:
+    """Whether patterns of the makers leave a module (by its MLX path) unquantized.
+
+    Raises:
+        UsageError: for a regular expression that is none.
+    """
+    try:
+        expressions = [re.compile(each[3:]) for each in patterns if each.startswith("re:")]
+    except re.error as error:
+        raise UsageError(
+            f"config.json: quantization_config.ignore has '{error.pattern!s}', "
+            f"which is no regular expression: {error.msg}"
+        ) from error
+    names = [each for each in patterns if not each.startswith("re:")]
 
     def ignored(path: str) -> bool:
         name = path.replace(".switch_mlp.", ".experts.0.")
         name = name.removeprefix("language_model.")
-        for pattern in patterns:
-            if pattern.startswith("re:"):
-                if re.match(pattern[3:], name):
-                    return True
-            elif name == pattern or name.endswith("." + pattern):
+        if any(expression.match(name) for expression in expressions):
+            return True
+        for pattern in names:
+            if name == pattern or name.endswith("." + pattern):
+                return True
+            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*"):
                 return True
         return not patterns or "embed_tokens" in name
 
@@ -123,8 +155,10 @@ def _predicate_without_weights(
     """Which modules are quantized, when only the config is known: mlx_lm.convert's own rule."""
     group_size = int(quantization["group_size"])
     of_model = getattr(model, "quant_predicate", None)
-    is_original = "quantization" not in config
-    ignored = _ignored_by_original(config) if is_original else None
+    patterns = _left_unquantized(config)
+    if patterns is None and "quantization" not in config:
+        patterns = []
+    ignored = _ignored_by_original(patterns) if patterns is not None else None
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in quantization:
@@ -132,9 +166,11 @@ def _predicate_without_weights(
             return dict(entry) if isinstance(entry, Mapping) else bool(entry)
         if not _can_quantize(module, group_size):
             return False
+        decision: bool | dict[str, Any] = of_model(path, module) if of_model is not None else True
         if ignored is not None:
-            return not ignored(path)
-        return of_model(path, module) if of_model is not None else True
+            # What a model wants packed otherwise, its router above all, makers do not pack at all.
+            return decision is True and not ignored(path)
+        return decision
 
     return predicate
 

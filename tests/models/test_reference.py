@@ -42,14 +42,17 @@ def test_an_alias_wins_over_a_folder_of_its_name(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("k2-thinkng", "did you mean 'k2-thinking'"),
-        ("nothing", "known names: demo, "),
-        ("", "known names"),
-        ("a/b/c", "known names"),
-        ("-x/y", "known names"),
+        ("Qwen3", "did you mean 'qwen3-235b', 'qwen3-235b-4bit', "),
+        ("kimi-k3", "did you mean 'k3'"),
+        ("deepseek-v3.1-8bit", "'deepseek-v3.1-4bit'"),
+        ("nothing", "names that k2 knows start with demo, k2, k3, deepseek, "),
+        ("", "names that k2 knows"),
+        ("a/b/c", "names that k2 knows"),
+        ("-x/y", "names that k2 knows"),
         ("./absent", "check the path"),
         ("absent.gguf", "check the path"),
-        ("x" * 5000, "known names"),
-        ("nul\0byte", "known names"),
+        ("x" * 5000, "names that k2 knows"),
+        ("nul\0byte", "names that k2 knows"),
     ],
 )
 def test_what_is_no_reference_is_a_usage_error(text: str, reason: str) -> None:
@@ -94,9 +97,7 @@ def test_every_entry_of_the_catalog_is_usable() -> None:
         if isinstance(entry.source, HubSource):
             assert parse_reference(entry.source.repo).kind == "hub"
         if entry.config_folder is not None:
-            config = read_config(entry.config_folder)
-            text = config.get("text_config", config)
-            assert (text["num_hidden_layers"], text["hidden_size"]) == (61, 7168)
+            assert isinstance(read_config(entry.config_folder)["model_type"], str)
 
 
 def test_the_shape_of_k2_needs_no_download() -> None:
