@@ -132,7 +132,10 @@ def enter_command(
     """The command line that runs ``arguments`` in a host, with that environment only."""
     settings = [f"{name}={value}" for name, value in environment.items()]
     enter = [_program("nsenter"), "--target", str(host.pid), *_NAMESPACES, "--"]
-    return [*enter, "/usr/bin/env", "-i", f"--chdir={folder}", *settings, *arguments]
+    # A shell lets what it starts in the background ignore SIGINT, and nohup SIGHUP: a host's
+    # programs are none of that shell's.
+    default = ["--default-signal=INT", "--default-signal=HUP"]
+    return [*enter, "/usr/bin/env", "-i", *default, f"--chdir={folder}", *settings, *arguments]
 
 
 def run_ip(host: HostState, commands: Sequence[str]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -224,8 +223,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--load", default="nothing else ran", help="what else ran, for the document"
     )
     options = parser.parse_args(arguments)
-    # A shell lets what it starts in the background ignore Ctrl-C, and all that starts from there.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         failed = 0 if options.only_docs else _run(options, options.results)
     except LabError as error:

@@ -8,11 +8,14 @@ addresses for the ring, and per rank the RDMA devices towards it (null for itsel
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
 
 from k2cli.errors import UsageError
+
+_SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(=|$)", re.ASCII)
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -29,6 +32,12 @@ class Hostfile(msgspec.Struct, frozen=True):
     hosts: tuple[Host, ...]
     backend: str = ""
     envs: tuple[str, ...] = ()
+
+
+def rank_environment(hostfile: Hostfile) -> dict[str, str]:
+    """What ``envs`` sets for every rank; a name alone is empty, as for MLX's launcher."""
+    parts = (text.partition("=") for text in hostfile.envs)
+    return {name: value for name, _, value in parts}
 
 
 def read_hostfile(path: Path) -> Hostfile:
@@ -67,6 +76,9 @@ def parse_hostfile(text: bytes, source: str) -> Hostfile:
 def _check(hostfile: Hostfile, source: str) -> None:
     if not hostfile.hosts:
         raise UsageError(f"{source} names no host")
+    for text in hostfile.envs:
+        if _SETTING.match(text) is None:
+            raise UsageError(f"{source}: '{text}' in envs is no NAME=value")
     for host in hostfile.hosts:
         if not host.ssh or host.ssh.startswith("-"):
             raise UsageError(f"{source}: '{host.ssh}' cannot be the name of a host")

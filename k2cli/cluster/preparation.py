@@ -20,6 +20,7 @@ import psutil
 from k2cli.cluster import agent
 from k2cli.cluster.bootstraps import make_bootstraps, mpi_prefixes
 from k2cli.cluster.description import Cluster, load_cluster
+from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.launchers import DEFAULT_WORKER
 from k2cli.cluster.locks import Say, release_locks, take_locks
 from k2cli.cluster.model_there import model_folders
@@ -110,7 +111,10 @@ def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> Prepare
         say=say,
     )
     try:
-        return _write_run(request, run_id, folder, folders, nodes, choice, routes, plan)
+        environment = _environment(request, cluster)
+        return _write_run(
+            request, run_id, folder, folders, nodes, choice, routes, plan, environment
+        )
     except BaseException:
         agent.remove_scratch(run_id)
         shutil.rmtree(agent.run_folder(run_id), ignore_errors=True)
@@ -251,6 +255,7 @@ def _write_run(
     choice: Choice,
     routes: Routes,
     plan: Plan,
+    environment: Mapping[str, str],
 ) -> PreparedRun:
     port = _http_port(nodes[0], request.host, request.port)
     api_key, generated = _api_key(request)
@@ -258,7 +263,6 @@ def _write_run(
     prune_records()
     prefixes = mpi_prefixes(nodes, find_openmpi()) if choice.backend == "mpi" else {}
     scratch = agent.make_scratch(run_id) if choice.backend == "mpi" else None
-    environment = {"MLX_METAL_FAST_SYNCH": "1"} if request.fast_synch else {}
     specification = RunSpecification(
         run_id=run_id,
         nodes=[node.name for node in nodes],
@@ -292,6 +296,15 @@ def _write_run(
     save_specification(specification)
     save_record(record)
     return PreparedRun(record, plan, specification, generated)
+
+
+def _environment(request: LaunchRequest, cluster: Cluster | None) -> dict[str, str]:
+    """What every rank gets in its environment: of an imported hostfile, and of the options."""
+    hostfile = cluster.hostfile if cluster is not None else None
+    environment = rank_environment(hostfile) if hostfile is not None else {}
+    if request.fast_synch:
+        environment["MLX_METAL_FAST_SYNCH"] = "1"
+    return environment
 
 
 def _settings(choice: Choice, routes: Routes, specification: RunSpecification) -> dict[str, str]:
