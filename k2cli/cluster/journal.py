@@ -120,7 +120,12 @@ class Journal:
         remove_leftovers(self.record)
         self._save(
             replace(
-                self.record, state=state, cause=cause, failure=outcome.failure, ended=time.time()
+                self.record,
+                state=state,
+                cause=cause,
+                failure=outcome.failure,
+                left=left,
+                ended=time.time(),
             )
         )
         self._log.close()

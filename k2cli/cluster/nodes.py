@@ -63,6 +63,10 @@ class Node(Protocol):
         """Run a command to its end, within the time limit."""
         ...
 
+    def reach(self, seconds: float) -> None:
+        """Make sure that commands get there and answers back, and wait no longer than this."""
+        ...
+
     async def start(
         self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:
@@ -207,6 +211,9 @@ class LocalNode:
     ) -> Completed:
         """Run a command to its end."""
         return run_process(arguments, input, timeout_seconds, self.name)
+
+    def reach(self, seconds: float) -> None:
+        """Here we are."""
 
     async def start(
         self, arguments: Sequence[str], environment: Mapping[str, str] | None = None

@@ -100,6 +100,8 @@ def describe_exit(command: GuardCommand, status: int) -> str:
 def failure_of(record: RunRecord) -> ClusterError:
     """The error that says why a run has failed, and where to read on."""
     hint = f"k2 logs {record.run_id}"
+    if record.left:
+        hint += f", and once it can be reached: k2 cluster clean --nodes {','.join(record.left)}"
     failure = record.failure
     if failure is None or failure.rank is None:
         return ClusterError(f"{record.run_id} failed: {record.cause}", hint)

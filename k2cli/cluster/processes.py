@@ -20,6 +20,7 @@ from k2cli.cluster.attempt import Attempt
 from k2cli.cluster.journal import Journal
 from k2cli.cluster.launchers import GuardCommand
 from k2cli.cluster.nodes import Node
+from k2cli.cluster.outcome import lost_connection
 from k2cli.runtime.protocol import Heartbeat, NextAttempt, RunEvent, StopRun
 
 # After the last event, the processes have this long to leave by themselves.
@@ -152,6 +153,12 @@ class Processes:
         for wait in pending:
             wait.cancel()
 
+    def nodes_left_well(self) -> set[str]:
+        """Nodes whose guards have all ended, and whose connections have told so."""
+        guards = [started for started in self._all if started.command.ranks]
+        doubtful = {started.command.node for started in guards if not _has_told_its_end(started)}
+        return {started.command.node for started in guards} - doubtful
+
     def kill(self, *, spare_leader: bool = False) -> None:
         """SIGKILL their sessions, but for the leader's guard if that stays."""
         for started in self._all:
@@ -171,3 +178,8 @@ class Processes:
         for started in self._all:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(started.process.wait(), _DRAIN_SECONDS)
+
+
+def _has_told_its_end(started: _Started) -> bool:
+    status = started.process.returncode
+    return status is not None and status >= 0 and not lost_connection(started.command, status)

@@ -84,7 +84,8 @@ class RunRecord:
     """One run. Times are seconds since the epoch; ``pid`` is the supervisor's.
 
     ``settings`` are what the run has set beside what was asked for, and why: the back end's
-    reason, the addresses and interfaces, environment variables and limits by node.
+    reason, the addresses and interfaces, environment variables and limits by node. ``left`` is
+    what could not be ended or looked at when it ended, by node.
 
     States: ``starting``, ``loading``, ``ready``, ``stopping`` while it lives, and ``restarting``
     between a failure and the next attempt; ``stopped`` after an
@@ -112,6 +113,7 @@ class RunRecord:
     restart: str = "never"
     attempts: tuple[AttemptRecord, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
     schema_version: int = field(default=SCHEMA_VERSION)
 
     @property

@@ -56,6 +56,10 @@ class SshNode:
         """Run a command there to its end, in the home folder."""
         return connection_to(self.name).run(arguments, input, timeout_seconds)
 
+    def reach(self, seconds: float) -> None:
+        """Over the shared connection, or a new one."""
+        connection_to(self.name).reach(seconds)
+
     async def start(
         self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:

@@ -18,6 +18,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ _CONNECT_SECONDS = 10
 # Over a jump host two connections are made, each with a name to look up and a key to agree on.
 _CONNECT_LIMIT_SECONDS = 25.0
 _CONTROL_SECONDS = 2.0
+_LEAST_SECONDS = 0.5
 _PERSIST_SECONDS = 20
 # sshd lets ten sessions share a connection (MaxSessions); some are left for who comes from outside.
 _SESSIONS = 8
@@ -92,33 +94,55 @@ class Connection:
         Raises:
             ClusterError: if the node cannot be reached, is lost, or needs longer.
         """
-        socket = self._connect()
+        try:
+            return self._run_over(self._connect(), arguments, input, seconds)
+        except TimeoutError:
+            raise ClusterError(
+                f"node {self.node} did not answer within {seconds:.0f} s to '{arguments[0]}'"
+            ) from None
+
+    def _run_over(
+        self, socket: Path, arguments: Sequence[str], input: bytes | None, seconds: float
+    ) -> Completed:
         with self._sessions:
             try:
                 done = _run_ssh(self.node, self.command(arguments, socket)[1:], input, seconds)
             except TimeoutError:
                 self._abandon(socket)
-                raise ClusterError(
-                    f"node {self.node} did not answer within {seconds:.0f} s to '{arguments[0]}'"
-                ) from None
+                raise
         if done.status == SSH_FAILED:
             self._abandon(socket)
             raise ssh_error(self.node, done.stderr.decode(errors="replace"))
         return replace(done, stdout=done.stdout.removeprefix(self._greeting))
 
-    def _connect(self) -> Path:
+    def reach(self, seconds: float) -> None:
+        """Make sure that commands get through, within a time that is shorter than ssh's own.
+
+        A connection that exists says nothing: over a link that loses everything silently it looks
+        alive until ssh has waited in vain for several of its own signs of life.
+
+        Raises:
+            ClusterError: if the node does not answer in time, or cannot be reached.
+        """
+        until = time.monotonic() + seconds
+        socket = self._connect(seconds)
+        left = max(until - time.monotonic(), _LEAST_SECONDS)
+        try:
+            self._run_over(socket, ["true"], None, left)
+        except TimeoutError:
+            raise timed_out(self.node, seconds) from None
+
+    def _connect(self, limit_seconds: float = _CONNECT_LIMIT_SECONDS) -> Path:
         """Connect unless that is done; says clearly why it cannot be."""
         with self._lock:
             if self._socket is not None:
                 return self._socket
             socket = _socket_folder() / secrets.token_hex(6)
             try:
-                done = _run_ssh(
-                    self.node, self.command(["true"], socket)[1:], None, _CONNECT_LIMIT_SECONDS
-                )
+                done = _run_ssh(self.node, self.command(["true"], socket)[1:], None, limit_seconds)
             except TimeoutError:
                 _end_master(self.node, socket, "exit")
-                raise timed_out(self.node, _CONNECT_LIMIT_SECONDS) from None
+                raise timed_out(self.node, limit_seconds) from None
             if done.status == SSH_FAILED:
                 raise ssh_error(self.node, done.stderr.decode(errors="replace"))
             self._greeting = done.stdout

@@ -19,7 +19,7 @@ import msgspec
 from msgspec.structs import replace
 
 from k2cli.cluster.attempt import Attempt
-from k2cli.cluster.clearing import clear_nodes
+from k2cli.cluster.clearing import Reaching
 from k2cli.cluster.journal import Journal
 from k2cli.cluster.launchers import GuardCommand, direct_commands
 from k2cli.cluster.locks import release_locks, renew_locks
@@ -91,9 +91,7 @@ class Supervisor:
         self._journal.set_state("stopping", cause)
         self._processes.tell(StopRun(cause))
         limit = self._deadlines.stop_grace + _STOP_MARGIN_SECONDS
-        asyncio.get_running_loop().call_later(
-            limit, self._finish, Outcome.stopped(cause, wait=False)
-        )
+        asyncio.get_running_loop().call_later(limit, self._finish, Outcome.stopped(cause))
 
     @property
     def stopping(self) -> bool:
@@ -102,7 +100,8 @@ class Supervisor:
 
     def force(self) -> None:
         """Do not wait for anybody: SIGKILL everything now."""
-        self._finish(Outcome.stopped(self._stop_cause or "forced", wait=False))
+        self._finish(Outcome.stopped(self._stop_cause or "forced"))
+        self._processes.kill()
 
     async def run(self) -> RunRecord:
         """Carry the run to its end, over as many attempts as its restart policy allows.
@@ -179,10 +178,12 @@ class Supervisor:
 
     async def _kill_others(self, kept: bool) -> None:
         """End what is left of an attempt on every node, but for a leader's guard that is kept."""
+        reaching = Reaching(self._nodes)
+        answered = self._processes.nodes_left_well()
         self._processes.kill(spare_leader=kept)
         pid = self._journal.record.ranks[0].guard_pid if kept else None
         spared = {self._specification.nodes[0]: pid} if pid is not None else {}
-        await clear_nodes(self._nodes, self._specification.run_id, spared)
+        await reaching.clear(self._specification.run_id, answered=answered, spared=spared)
         self._processes.forget(but_leader=kept)
 
     def _renew(self, cause: str, *, kept: bool) -> None:
@@ -296,10 +297,12 @@ class Supervisor:
         self._journal.set_state("stopping", outcome.cause)
         if self._specification.restart.mode != "never":
             self._processes.tell(StopRun(outcome.cause, outcome.has_failed))
+        reaching = Reaching(self._nodes)
         if outcome.wait:
             await self._processes.wait_for_exit()
+        answered = self._processes.nodes_left_well()
         self._processes.kill()
-        left = await clear_nodes(self._nodes, self._specification.run_id)
+        left = await reaching.clear(self._specification.run_id, answered=answered)
         for task in self._tasks:
             task.cancel()
         await self._processes.reap()

@@ -227,7 +227,7 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
     from k2cli.cluster.runs import read_record
     from k2cli.errors import ClusterError
     from k2cli.runtime.protocol import RunReady
-    from k2cli.ui.output import note
+    from k2cli.ui.output import note, warn
 
     interrupted = False
 
@@ -251,6 +251,8 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
         _show_last_lines(read_record(prepared.record.folder))
         raise
     note(f"{record.run_id} {record.state}")
+    for name, problem in record.left.items():
+        warn(f"on {name}: {problem}; to be sure: k2 cluster clean --nodes {name}")
     if interrupted:
         raise KeyboardInterrupt
 

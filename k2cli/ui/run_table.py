@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from k2cli.ui.output import note, print_text
@@ -42,6 +42,8 @@ class RunView(Protocol):
     def cause(self) -> str: ...
     @property
     def live(self) -> bool: ...
+    @property
+    def left(self) -> Mapping[str, str]: ...
 
 
 _HEADINGS = ("RUN", "MODEL", "STATE", "RANKS", "WEIGHTS", "AGE", "URL")
@@ -57,7 +59,7 @@ def print_runs(runs: Sequence[RunView]) -> None:
     print_text(_line(_HEADINGS, widths))
     for run, row in zip(runs, rows, strict=True):
         print_text(_line(row, widths))
-        if run.cause and run.state not in ("ready", "stopped"):
+        if run.cause and (run.left or run.state not in ("ready", "stopped")):
             print_text(f"  {run.cause}")
 
 
