@@ -46,9 +46,7 @@ def plan_memory(
     ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(
-            help="Plan what k2 quantize --recipe makes of it: 4bit, 3bit-g32, mxfp4."
-        ),
+        typer.Option(help="Plan what k2 quantize --recipe makes of it: 4bit, 3bit-g32, mxfp4."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")
@@ -153,7 +151,7 @@ def _refuse_beside_shop(
 
 def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
     from k2cli.errors import DoesNotFitError
-    from k2cli.planning.shop import shop
+    from k2cli.planning.shop import recipe_for_the_catalog, shop
     from k2cli.ui.output import print_json
     from k2cli.ui.shop_table import print_shop
 
@@ -163,8 +161,10 @@ def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
     else:
         print_shop(result)
     if not result.offers:
+        recipe = recipe_for_the_catalog(planner, wishes)
         raise DoesNotFitError(
-            f"{planner.model} fits on no machines of the catalog", "a shorter --context, fewer bits"
+            f"{planner.model} fits on no machines of the catalog",
+            "try a shorter --context" if recipe is None else f"add --quantize {recipe}",
         )
 
 
@@ -213,7 +213,8 @@ def _show(
         from k2cli.planning.curve import context_curve
         from k2cli.ui.plan_plot import print_plot
 
-        print_plot(context_curve(planner, nodes, wishes, plan), unicode=can_print_unicode())
+        curve = context_curve(planner, nodes, wishes, plan)
+        print_plot(curve, plan.request.context_length, unicode=can_print_unicode())
 
 
 def _finish(plan: Plan, save: Path | None, quantize: str | None) -> None:

@@ -5,7 +5,7 @@ Quantized KV caches are not advised: k2's engine does not run them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from k2cli.errors import K2Error
@@ -28,6 +28,10 @@ CONTEXT_STEP = 1024
 
 MOST_MACHINES = 4
 """Machines that are advised at most: beyond that links, not memory, are the question."""
+
+GOOD_BITS = 4
+"""Bits of a weight below which answers become noticeably worse: more machines are advised rather
+than fewer bits than this."""
 
 MACOS_SHARE = 0.04
 MACOS_BYTES = 16 * GIB
@@ -68,13 +72,18 @@ def advise(
         lambda: _larger_machines(planner, nodes, wishes),
         lambda: _more_machines(planner, nodes, wishes),
     )
-    found = (kind() for kind in kinds)
-    return tuple(advice for advice in found if advice is not None)
+    found = [advice for kind in kinds if (advice := kind()) is not None]
+    if not any(advice.kind in ("machine", "node") for advice in found):
+        both = _fewer_bits_on_other_machines(planner, nodes, wishes, found)
+        found += [both] if both is not None else []
+    return tuple(found)
 
 
 def _fitting(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Plan | None:
     """The plan, if it fits; None too where it is impossible."""
     try:
+        if not planner.ground(nodes, wishes).could_fit:
+            return None
         plan = planner.plan(nodes, wishes, limits=False)
     except K2Error:
         return None
@@ -181,28 +190,75 @@ def _shorter_context(
     return None
 
 
-def _fewer_bits(
-    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, least: int = min(BITS)
-) -> Advice | None:
+def _fewer_bits(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:
     """The most bits that fit, if the model can be quantized by k2 and is not yet that small."""
-    for recipe in _recipes_with_fewer_bits(planner, nodes):
-        if recipe.bits < least:
+    recipe, plan = most_bits(planner, nodes, wishes)
+    if recipe is None or plan is None:
+        return None
+    return _advice(
+        "quantize",
+        f"{recipe.bits} bits, {_sizes(planner, plan)}",
+        {"--quantize": str(recipe)},
+        plan,
+        quantize_command(planner.model, recipe),
+    )
+
+
+def _fewer_bits_on_other_machines(
+    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, found: Sequence[Advice]
+) -> Advice | None:
+    """Both at once, where other machines alone do not do: few machines, and not too few bits.
+
+    Nothing if fewer bits alone already keep ``GOOD_BITS``.
+    """
+    alone = [parse_recipe(each.options["--quantize"]).bits for each in found
+             if each.kind == "quantize"]  # fmt: skip
+    most = max(alone, default=0)
+    best: Advice | None = None
+    for machines in _other_machines(nodes):
+        if most >= GOOD_BITS:
+            break
+        recipe, plan = most_bits(planner, machines, _for_several(wishes), above=most)
+        if recipe is None or plan is None:
             continue
-        smaller = planner.quantized(recipe)
-        plan = _fitting(smaller, nodes, wishes)
-        if plan is not None:
-            return _advice(
-                "quantize",
-                f"{recipe.bits} bits, {_sizes(smaller, planner)}",
-                {"--quantize": str(recipe)},
-                plan,
-                quantize_command(planner.model, recipe),
-            )
-    return None
+        most, text = recipe.bits, hardware_text(machines) or ""
+        best = _advice(
+            "quantize and machines",
+            f"{recipe.bits} bits on {text}, {_sizes(planner, plan)}",
+            {"--quantize": str(recipe), "--hardware": text, **_several(wishes)},
+            plan,
+            quantize_command(planner.model, recipe),
+        )
+    return best
 
 
-def _sizes(smaller: Planner, planner: Planner) -> str:
-    before, after = planner.subject.stored_bytes, smaller.subject.stored_bytes
+def _other_machines(nodes: Sequence[NodeMemory]) -> Iterator[list[NodeMemory]]:
+    """More machines, larger ones of the same chip, or both; the fewest first, then the smallest."""
+    if hardware_text(nodes) is None or len({node.chip for node in nodes}) != 1:
+        return
+    chip = chips()[nodes[0].chip]
+    largest = max(node.memory_bytes for node in nodes)
+    sizes = [size for size in sorted(chip.memory_gib) if size * GIB >= largest]
+    for count in range(len(nodes), MOST_MACHINES + 1):
+        for size in sizes:
+            if count > len(nodes) or size * GIB > largest:
+                yield numbered([catalog_node(chip, size)] * count)
+
+
+def most_bits(
+    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, above: int = 0
+) -> tuple[Recipe | None, Plan | None]:
+    """The recipe of most bits, more than ``above``, that fits, with its plan."""
+    for recipe in _recipes_with_fewer_bits(planner, nodes):
+        if recipe.bits > above:
+            plan = _fitting(Planner(planner.model, str(recipe)), nodes, wishes)
+            if plan is not None:
+                return recipe, plan
+    return None, None
+
+
+def _sizes(planner: Planner, smaller: Plan) -> str:
+    before, after = planner.subject.stored_bytes, smaller.model.stored_bytes
     return f"{format_bytes(after)} instead of {format_bytes(before)}"
 
 
@@ -213,9 +269,11 @@ def _recipes_with_fewer_bits(planner: Planner, nodes: Sequence[NodeMemory]) -> l
     given = max(BITS) + 1 if planner.quantize is None else parse_recipe(planner.quantize).bits
     limits = sum(node.limit_bytes for node in share_machines(nodes))
     weights = planner.subject.facts.parameter_count
-    fewer = [bits for bits in sorted(BITS, reverse=True) if bits < given]
-    # What is surely too much is not traced.
-    return [Recipe(bits) for bits in fewer if weights * bits / 8 <= limits]
+    fewer = [Recipe(bits) for bits in sorted(BITS, reverse=True) if bits < given]
+    # What is surely too much is not traced: a scale and a bias of 16 bits each go with a group.
+    return [
+        recipe for recipe in fewer if weights * (recipe.bits + 32 / recipe.group_size) / 8 <= limits
+    ]
 
 
 def _larger_machines(
@@ -241,16 +299,25 @@ def _more_machines(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes
     """More machines like the last one."""
     if hardware_text(nodes) is None:
         return None
-    strategy = "auto" if wishes.strategy == "single" else wishes.strategy
     for count in range(len(nodes) + 1, MOST_MACHINES + 1):
         machines = numbered([*nodes, *[nodes[-1]] * (count - len(nodes))])
-        plan = _fitting(planner, machines, replace(wishes, strategy=strategy))
+        plan = _fitting(planner, machines, _for_several(wishes))
         if plan is not None:
             text = hardware_text(machines) or ""
             more = count - len(nodes)
             what = "another machine" if more == 1 else f"{more} more machines"
-            return _advice("node", f"{what}: {text}", {"--hardware": text}, plan)
+            options = {"--hardware": text, **_several(wishes)}
+            return _advice("node", f"{what}: {text}", options, plan)
     return None
+
+
+def _for_several(wishes: Wishes) -> Wishes:
+    """Wishes that several machines can be planned by."""
+    return replace(wishes, strategy="auto") if wishes.strategy == "single" else wishes
+
+
+def _several(wishes: Wishes) -> dict[str, str]:
+    return {"--parallel": "auto"} if wishes.strategy == "single" else {}
 
 
 # --- machines as --hardware writes them ---------------------------------------------------------

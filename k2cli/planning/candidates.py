@@ -97,6 +97,16 @@ class Ground:
     timed: bool = True
     unfit_speed: bool = True
 
+    @property
+    def could_fit(self) -> bool:
+        """Whether the machines together have room for the weights, which they hold at least once.
+
+        A quick look before anything is placed: most of what is tried for advice fails it.
+        """
+        whole = self.model.slices(1).profile
+        needed = whole.weights_bytes(0, whole.layer_count)
+        return needed <= sum(node.limit_bytes for node in self.nodes)
+
 
 def candidate(ground: Ground, strategy: Strategy) -> Candidate:
     """The best candidate of a strategy.

@@ -26,6 +26,7 @@ class PlannedModel:
     """What is planned. ``stored_bytes`` is the size of the checkpoint as stored on disk or Hub.
 
     ``quantize`` is the recipe by which it is yet to be quantized, empty if it is planned as it is.
+    ``context_length`` is the most tokens that its config says it is made for, 0 if it says none.
     """
 
     reference: str
@@ -34,6 +35,7 @@ class PlannedModel:
     architecture: str = ""
     quantization: str = ""
     quantize: str = ""
+    context_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)

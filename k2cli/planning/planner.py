@@ -12,6 +12,7 @@ from typing import Literal
 
 from k2cli.errors import InternalError, UsageError
 from k2cli.planning.candidates import Candidate, Ground, candidate, preference
+from k2cli.planning.config_check import model_context_length
 from k2cli.planning.demand import Demand, check_amounts, check_choices, check_nodes
 from k2cli.planning.hardware import NodeMemory, share_machines
 from k2cli.planning.limits import max_concurrency, max_context_length
@@ -23,7 +24,6 @@ from k2cli.planning.stored import describe_quantization
 from k2cli.planning.subject import Subject, choose_context, choose_dtype, read_subject
 from k2cli.planning.traced import TracedModel
 from k2cli.sharding.placement import Strategy
-from k2cli.sharding.recipe import Recipe
 
 WantedStrategy = Literal["auto", "single", "pipeline", "tensor"]
 
@@ -72,14 +72,6 @@ class Planner:
         self.quantize = quantize
         self.subject = read_subject(model, quantize)
         self._traced: dict[tuple[str, str], TracedModel] = {}
-        self._quantized: dict[str, Planner] = {}
-
-    def quantized(self, recipe: Recipe) -> Planner:
-        """A planner of the same model as ``k2 quantize`` would make it, from the original."""
-        name = str(recipe)
-        if name not in self._quantized:
-            self._quantized[name] = Planner(self.model, name)
-        return self._quantized[name]
 
     def ground(self, nodes: Sequence[NodeMemory], wishes: Wishes) -> Ground:
         """What candidates start from.
@@ -157,6 +149,7 @@ class Planner:
                 architecture=str(subject.config["model_type"]),
                 quantization=describe_quantization(subject.config),
                 quantize=self.quantize or "",
+                context_length=model_context_length(subject.config) or 0,
             ),
             request=PlannedRequest(
                 demand.context_length, demand.concurrency, ground.model.dtype, chosen.chunk_tokens

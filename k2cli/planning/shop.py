@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
 from k2cli.errors import K2Error
-from k2cli.planning.advice import hardware_text, numbered
+from k2cli.planning.advice import hardware_text, most_bits, numbered
 from k2cli.planning.candidates import GOOD_CHUNK_TOKENS, fits_somehow
 from k2cli.planning.chips import chips
 from k2cli.planning.hardware import NodeMemory
@@ -20,6 +20,7 @@ from k2cli.planning.hardware_spec import catalog_node
 from k2cli.planning.plan import Plan
 from k2cli.planning.planner import Planner, Wishes
 from k2cli.planning.speed import Band
+from k2cli.sharding.recipe import Recipe
 from k2cli.units import GIB
 
 MOST_MACHINES = 4
@@ -84,6 +85,16 @@ def shop(planner: Planner, wishes: Wishes) -> ShopResult:
     return ShopResult(
         planner.model, ground.demand.context_length, wishes.concurrency, tuple(offers)
     )
+
+
+def recipe_for_the_catalog(planner: Planner, wishes: Wishes) -> Recipe | None:
+    """The recipe of most bits with which some machines of the catalog hold the model, or None.
+
+    What to shop for where nothing holds it as it is.
+    """
+    kinds = [catalog_node(chip, size) for chip in chips().values() for size in chip.memory_gib]
+    largest = max(kinds, key=lambda kind: kind.limit_bytes)
+    return most_bits(planner, numbered([largest] * MOST_MACHINES), wishes)[0]
 
 
 def _rank(offer: Offer) -> tuple[bool, int, float]:

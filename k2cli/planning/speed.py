@@ -266,13 +266,21 @@ def _latency_source(link: LinkRates) -> str:
 
 
 def _bandwidth_terms(run: PlacedRun, nodes: Sequence[NodeMemory], source: str) -> list[SpeedTerm]:
-    terms = []
+    """What each machine reaches; of several that are alike, once."""
+    kinds: dict[tuple[object, ...], list[int]] = {}
     for name in dict.fromkeys(run.machines):
         rank = run.machines.index(name)
+        kinds.setdefault((run.rates[rank], nodes[rank].bandwidth_bytes_per_second), []).append(rank)
+    terms = []
+    for ranks in kinds.values():
+        rank = ranks[0]
+        each = f"{run.machines[rank]}" if len(ranks) == 1 else "each machine"
+        if 1 < len(ranks) < len(run.machines):
+            each = f"each {run.machines[rank].partition('/')[0]}"
         peak = nodes[rank].bandwidth_bytes_per_second
         reached = run.rates[rank].read_bytes_per_second
         share = f"{reached / peak:.0%} of {peak / 1e9:.0f} GB/s; " if peak else ""
-        terms.append(SpeedTerm(f"bandwidth of {name}", reached, "B/s", share + source))
+        terms.append(SpeedTerm(f"bandwidth of {each}", reached, "B/s", share + source))
         compute = run.rates[rank].dense_flops_per_second
-        terms.append(SpeedTerm(f"compute of {name}", compute, "FLOP/s", source))
+        terms.append(SpeedTerm(f"compute of {each}", compute, "FLOP/s", source))
     return terms

@@ -42,9 +42,10 @@ def explanation_lines(plan: PlanView) -> list[str]:
     lines = [f"memory on {node.name}, where the numbers are from", *_memory_lines(plan, node)]
     stored = plan.marks.get("stored_bytes", "")
     lines += _term_lines("stored", format_bytes(plan.model.stored_bytes), stored,
-                         "the checkpoint: from its headers, or from the config alone")  # fmt: skip
+                         "the checkpoint's tensors, on disk or on the Hub")  # fmt: skip
     if plan.speed is not None:
-        lines += ["", "speed, and what it is made of", *_speed_lines(plan.speed.terms)]
+        lines += ["", "speed, and what it is made of"]
+        lines += _speed_lines(plan.speed.terms, plan.speed.source)
     if len(plan.alternatives) > 1:
         lines += ["", "placements compared", *_alternative_lines(plan.alternatives)]
     return lines
@@ -76,14 +77,20 @@ def _term_lines(title: str, size: str, mark: str, text: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
 
 
-def _speed_lines(terms: Sequence[SpeedTermView]) -> list[str]:
+def _speed_lines(terms: Sequence[SpeedTermView], constants: str) -> list[str]:
+    """A line per term; whose constants they are is said once, below."""
     lines = []
     for term in terms:
         first = f"  {term.name:<42}{_quantity(term.value, term.unit):>14}  "
-        lines += textwrap.wrap(
-            term.source, _WIDTH, initial_indent=first, subsequent_indent=" " * 6
-        ) or [first.rstrip()]
-    return lines
+        source = term.source.replace(constants, "[1]") if constants else term.source
+        lines += textwrap.wrap(source, _WIDTH, initial_indent=first, subsequent_indent=" " * 6) or [
+            first.rstrip()
+        ]
+    if not constants:
+        return lines
+    return lines + textwrap.wrap(
+        constants, _WIDTH, initial_indent="  [1] ", subsequent_indent=" " * 6
+    )
 
 
 def _quantity(value: float, unit: str) -> str:

@@ -23,17 +23,23 @@ _UNICODE, _ASCII = ("█▓▒░", "─", "░", "●"), ("#=+:", "-", ":", "o"
 _STYLES = ("blue", "green", "yellow", "magenta")
 
 
-def plot_lines(points: Sequence[CurvePointView], *, unicode: bool = True) -> list[Text]:
-    """Both charts, one above the other; the speed's only where it is known."""
+def plot_lines(points: Sequence[CurvePointView], asked: int, *, unicode: bool = True) -> list[Text]:
+    """Both charts, one above the other; the speed's only where it is known.
+
+    Args:
+        asked: the context of the plan, which is marked on the axis.
+    """
     glyphs = _UNICODE if unicode else _ASCII
-    lines = _memory_chart(points, glyphs)
+    lines = _memory_chart(points, asked, glyphs)
     timed = with_speed(points)
     if len(timed) > 1:
-        lines += [Text(), *_speed_chart(timed, glyphs)]
+        lines += [Text(), *_speed_chart(timed, asked, glyphs)]
     return lines
 
 
-def _memory_chart(points: Sequence[CurvePointView], glyphs: tuple[str, ...]) -> list[Text]:
+def _memory_chart(
+    points: Sequence[CurvePointView], asked: int, glyphs: tuple[str, ...]
+) -> list[Text]:
     cells, line, *_ = glyphs
     most = max(max(point.budget.total_bytes, point.budget.limit_bytes) for point in points)
     unit, name = (GB, "GB") if most >= 10 * GB else (MB, "MB")
@@ -56,11 +62,13 @@ def _memory_chart(points: Sequence[CurvePointView], glyphs: tuple[str, ...]) -> 
         cells, _STYLES, ("weights", "KV", "activation", "overhead"), strict=True
     ):
         legend.append(glyph, style).append(f" {what}  ")
-    legend.append(line, "bold red").append(" limit")
-    return [Text(title), *_grid(top, cell), *_axis(points), legend]
+    legend.append(line, "bold red").append(" limit  ").append("^", "bold").append(" asked")
+    return [Text(title), *_grid(top, cell), *_axis(points, asked), legend]
 
 
-def _speed_chart(points: Sequence[CurvePointView], glyphs: tuple[str, ...]) -> list[Text]:
+def _speed_chart(
+    points: Sequence[CurvePointView], asked: int, glyphs: tuple[str, ...]
+) -> list[Text]:
     *_, band, dot = glyphs
     top = rounded_up(max(decode_band(point).high for point in points))
 
@@ -74,8 +82,8 @@ def _speed_chart(points: Sequence[CurvePointView], glyphs: tuple[str, ...]) -> l
 
     title = "predicted decode speed of one sequence against context (tokens/s)"
     legend = Text(" " * _MARGIN).append(dot, "bold blue").append(" expected  ")
-    legend.append(band, "blue").append(" low to high")
-    return [Text(title), *_grid(top, cell), *_axis(points), legend]
+    legend.append(band, "blue").append(" low to high  ").append("^", "bold").append(" asked")
+    return [Text(title), *_grid(top, cell), *_axis(points, asked), legend]
 
 
 def _grid(top: float, cell: Callable[[float, float, float], tuple[str, str]]) -> list[Text]:
@@ -92,8 +100,17 @@ def _grid(top: float, cell: Callable[[float, float, float], tuple[str, str]]) ->
     return lines
 
 
-def _axis(points: Sequence[CurvePointView]) -> list[Text]:
-    """The base line and, below, as many contexts as have room."""
+def _axis(points: Sequence[CurvePointView], asked: int) -> list[Text]:
+    """The base line with the asked context and, below, as many contexts as have room."""
+    base = Text(f"{' ' * (_MARGIN - 1)}+")
+    marked = [
+        round(at * (_COLUMNS - 1))
+        for at, point in zip(positions(points), points, strict=True)
+        if point.context_length == asked
+    ]
+    for column in range(_COLUMNS):
+        is_asked = column in marked
+        base.append("^" if is_asked else "-", "bold" if is_asked else "")
     labels = [" "] * (_COLUMNS + 6)
     free_from = 0
     for at, point in zip(positions(points), points, strict=True):
@@ -103,11 +120,11 @@ def _axis(points: Sequence[CurvePointView]) -> list[Text]:
             labels[start : start + len(text)] = text
             free_from = start + len(text) + 1
     margin = " " * (_MARGIN - 1)
-    return [Text(f"{margin}+{'-' * _COLUMNS}"), Text(f"{margin} {''.join(labels).rstrip()}")]
+    return [base, Text(f"{margin} {''.join(labels).rstrip()}")]
 
 
-def print_plot(points: Sequence[CurvePointView], *, unicode: bool) -> None:
-    """Write both charts to stdout."""
+def print_plot(points: Sequence[CurvePointView], asked: int, *, unicode: bool) -> None:
+    """Write both charts to stdout; see ``plot_lines``."""
     print_text()
-    for line in plot_lines(points, unicode=unicode):
+    for line in plot_lines(points, asked, unicode=unicode):
         stdout_console().print(line)

@@ -35,11 +35,12 @@ def plan_svg(plan: PlanView, points: Sequence[CurvePointView]) -> str:
     drawn, y = _bars(plan.nodes, y)
     body += drawn
     if len(points) > 1:
-        drawn, y = _memory_chart(points, y + 24)
+        asked = plan.request.context_length
+        drawn, y = _memory_chart(points, asked, y + 24)
         body += drawn
         timed = with_speed(points)
         if len(timed) > 1:
-            drawn, y = _speed_chart(timed, y + 24)
+            drawn, y = _speed_chart(timed, asked, y + 24)
             body += drawn
     title = escape(f"{plan.model.reference}: {verdict(plan)}")
     return "\n".join(
@@ -154,6 +155,17 @@ class _Frame:
         )
         return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
 
+    def asked(self, points: Sequence[CurvePointView], context_length: int) -> list[str]:
+        """A line across at the context that was asked for."""
+        for x, point in zip(self.xs, points, strict=True):
+            if point.context_length == context_length:
+                label = f"asked: {context_text(context_length)}"
+                return [
+                    _line(x, self.top, x, self.bottom, _INK),
+                    _text(x - 6, self.top - 6, label, size=11, anchor="end"),
+                ]
+        return []
+
     def axes(self, points: Sequence[CurvePointView], title: str) -> list[str]:
         drawn = [_text(_MARGIN, self.top - 16, title, weight="600")]
         for quarter in range(5):
@@ -173,7 +185,9 @@ class _Frame:
         return drawn
 
 
-def _memory_chart(points: Sequence[CurvePointView], y: float) -> tuple[list[str], float]:
+def _memory_chart(
+    points: Sequence[CurvePointView], asked: int, y: float
+) -> tuple[list[str], float]:
     most = max(max(point.budget.total_bytes, point.budget.limit_bytes) for point in points)
     unit, name = (GB, "GB") if most >= 10 * GB else (MB, "MB")
     frame = _Frame(points, rounded_up(most / unit), y)
@@ -185,17 +199,19 @@ def _memory_chart(points: Sequence[CurvePointView], y: float) -> tuple[list[str]
         lower = upper
     limits = [point.budget.limit_bytes / unit for point in points]
     drawn.append(frame.curve(limits, _LIMIT))
+    drawn += frame.asked(points, asked)
     drawn.append(_text(frame.right + 8, frame.y(limits[-1]) + 4, "limit", colour=_LIMIT))
     return drawn, frame.bottom + 34
 
 
-def _speed_chart(points: Sequence[CurvePointView], y: float) -> tuple[list[str], float]:
+def _speed_chart(points: Sequence[CurvePointView], asked: int, y: float) -> tuple[list[str], float]:
     bands: list[BandView] = [decode_band(point) for point in points]
     frame = _Frame(points, rounded_up(max(band.high for band in bands)), y)
     title = "Predicted decode speed of one sequence against context (tokens/s)"
     drawn = frame.axes(points, title)
     drawn.append(frame.area([b.low for b in bands], [b.high for b in bands], "#cfdcee"))
     drawn.append(frame.curve([band.expected for band in bands], _COLOURS[0]))
+    drawn += frame.asked(points, asked)
     last = bands[-1]
     drawn.append(_text(frame.right + 8, frame.y(last.expected) + 4, rate_text(last.expected)))
     return drawn, frame.bottom + 34

@@ -15,7 +15,7 @@ from pathlib import Path
 from k2cli.ui.output import note, print_text, stdout_console
 from k2cli.ui.plan_bars import bar_lines, short_name
 from k2cli.ui.plan_explain import explanation_lines
-from k2cli.ui.plan_views import AdviceView, BandView, BudgetView, PlanView
+from k2cli.ui.plan_views import AdviceView, BandView, PlanView
 from k2cli.units import GB, MB, format_bytes, format_duration
 
 _COLUMNS = (
@@ -28,12 +28,14 @@ _COLUMNS = (
     ("headroom", "headroom_bytes"),
 )
 _WIDTH = 80
+_CLOSE_SHARE = 0.02
+"""Of a limit: less headroom than this hangs on how well the limit is known."""
 
 
 def plan_lines(plan: PlanView, *, unicode: bool = True) -> list[str]:
     """The report as plain lines: model, request, placement, table, bars, verdict."""
     bars = (line.plain for line in bar_lines(plan.nodes, unicode=unicode))
-    return [*headline(plan), "", *_table(plan.nodes), "", *bars, "", verdict(plan)]
+    return [*headline(plan), "", *_table(plan), "", *bars, "", verdict(plan)]
 
 
 def headline(plan: PlanView) -> list[str]:
@@ -76,7 +78,9 @@ def _count(parameters: int) -> str:
     return str(parameters)
 
 
-def _table(nodes: Sequence[BudgetView]) -> list[str]:
+def _table(plan: PlanView) -> list[str]:
+    """A row per node, and how well each column is known."""
+    nodes = plan.nodes
     # Small models would be all zeros in GB.
     largest = max(node.total_bytes for node in nodes)
     unit, name = (GB, "GB") if largest >= 10 * GB else (MB, "MB")
@@ -85,12 +89,15 @@ def _table(nodes: Sequence[BudgetView]) -> list[str]:
         for node in nodes
     ]
     header = [f"node ({name})", *(title for title, _ in _COLUMNS)]
+    marks = ["", *(plan.marks.get(field, "") for _, field in _COLUMNS)]
+    if any(marks):
+        rows.append(marks)
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     return [
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in (header, *rows)
     ]
 
@@ -106,6 +113,19 @@ def verdict(plan: PlanView) -> str:
         where = "" if len(plan.nodes) == 1 else f" on {tightest.name}"
         return f"fits, with {format_bytes(tightest.headroom_bytes)} to spare{where}"
     return "does not fit: " + shortfalls(plan)
+
+
+def caution_lines(plan: PlanView) -> list[str]:
+    """What to check first where a plan fits only narrowly, under a limit that is assumed."""
+    tightest = min(plan.nodes, key=lambda node: node.headroom_bytes / max(node.limit_bytes, 1))
+    close = 0 <= tightest.headroom_bytes < _CLOSE_SHARE * tightest.limit_bytes
+    if not close or plan.marks.get("limit_bytes") == "exact":
+        return []
+    return textwrap.wrap(
+        f"that is little, and the limit is {plan.marks.get('limit_bytes', 'assumed')}: check it on "
+        "such a machine before you rely on it",
+        _WIDTH,
+    )
 
 
 def shortfalls(plan: PlanView) -> str:
@@ -189,8 +209,10 @@ def _limit_lines(plan: PlanView) -> list[str]:
     if not plan.fits or not plan.max_context_length:
         return []  # a plan of an older version has no limits
     sequences = _sequences(request.concurrency)
+    own = plan.max_context_length == plan.model.context_length
+    context = f"{plan.max_context_length:,} tokens of context" + (", the model's most," * own)
     return [
-        f"room for up to {plan.max_context_length:,} tokens of context with {sequences},",
+        f"room for up to {context} with {sequences},",
         f"or up to {plan.max_concurrency:,} sequences of {request.context_length:,} tokens, "
         "in smaller chunks if need be",
     ]
@@ -205,7 +227,8 @@ def advice_lines(plan: PlanView, command: Mapping[str, str]) -> list[str]:
     if plan.fits:
         return []
     if not plan.advice:
-        return ["nothing that k2 can change alone makes it fit: see --shop"]
+        return ["nothing that k2 can change makes it fit there; machines that hold it:",
+                *plan_command(plan.model.reference, _shop_options(command))]  # fmt: skip
     lines = ["what would make it fit (each planned):"]
     for advice in plan.advice:
         lines += _one_advice(plan.model.reference, advice, command)
@@ -221,15 +244,24 @@ def _one_advice(model: str, advice: AdviceView, command: Mapping[str, str]) -> l
     if advice.command:
         lines.append(f"    {advice.command}")
     if advice.options:
-        lines += plan_command(model, {**command, **advice.options})
+        # Machines of the catalog take the place of a cluster's.
+        kept = {k: v for k, v in command.items()
+                if k != "--cluster" or "--hardware" not in advice.options}  # fmt: skip
+        lines += plan_command(model, {**kept, **advice.options})
     return lines
+
+
+def _shop_options(command: Mapping[str, str]) -> dict[str, str]:
+    """What is asked of the machines, without the machines."""
+    kept = ("--context", "--concurrency", "--quantize")
+    return {name: command[name] for name in kept if name in command} | {"--shop": ""}
 
 
 def plan_command(model: str, options: Mapping[str, str]) -> list[str]:
     """A command to copy, indented, and continued on further lines where it is long."""
     lines = [f"    k2 plan-memory {shlex.quote(model)}"]
     for name, value in options.items():
-        option = f"{name} {shlex.quote(value)}"
+        option = f"{name} {shlex.quote(value)}" if value else name
         if len(lines[-1]) + len(option) + 3 > _WIDTH:
             lines[-1] += " \\"
             lines.append(f"      {option}")
@@ -240,10 +272,11 @@ def plan_command(model: str, options: Mapping[str, str]) -> list[str]:
 
 def print_plan(plan: PlanView, *, command: Mapping[str, str], explain: bool = False) -> None:
     """Write the report to stdout, and where its numbers are from if asked."""
-    _print_block([*headline(plan), "", *_table(plan.nodes), ""])
+    _print_block([*headline(plan), "", *_table(plan), ""])
     for line in bar_lines(plan.nodes, unicode=can_print_unicode()):
         stdout_console().print(line)
-    blocks = [speed_lines(plan), textwrap.wrap(verdict(plan), _WIDTH), advice_lines(plan, command)]
+    said = [*textwrap.wrap(verdict(plan), _WIDTH), *caution_lines(plan)]
+    blocks = [speed_lines(plan), said, advice_lines(plan, command)]
     if explain:
         blocks.append(explanation_lines(plan))
     for block in blocks:

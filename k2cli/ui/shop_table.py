@@ -26,7 +26,7 @@ def shop_lines(result: ShopView) -> list[str]:
         "",
     ]
     if not result.offers:
-        return [*lines, "none of the catalog: fewer bits or a shorter context would help"]
+        return [*lines, "none of the catalog"]
     shown = result.offers[:MOST_OFFERS]
     width = min(34, max(len(offer.hardware) for offer in shown))
     lines.append(f"{'USD':>7}  {'machines':<{width}}  {'decode':>9} {'prefill':>7} {'spare':>8}")
