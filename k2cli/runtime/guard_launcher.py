@@ -1,6 +1,6 @@
 """The leader's guard's line to the launcher: JSON lines on its own stdin and stdout.
 
-mpirun or ssh carries them. Nothing here ever blocks: if the launcher does not read, log lines are
+ssh carries them from another node. Nothing here ever blocks: if the launcher does not read, log lines are
 dropped and counted, everything else waits in memory.
 """
 

@@ -3,7 +3,8 @@
 Four conversations, each with its own union of message types:
 
 * ``launcher``: launcher <-> leader's guard (``LauncherMessage`` down, ``RunEvent`` up): JSON lines
-  over the guard's stdin and stdout, which ssh or mpirun carries;
+  over the guard's stdin and stdout, which ssh carries from
+  another node;
 * ``liveness``: leader's guard <-> a follower's guard (``LivenessMessage``): TCP, authenticated;
 * ``rank``: a guard <-> its rank (``GuardMessage`` down, ``RankMessage`` up): an inherited socket
   pair. The requests among them are in ``requests``;
