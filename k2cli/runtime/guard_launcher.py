@@ -1,7 +1,7 @@
 """The leader's guard's line to the launcher: JSON lines on its own stdin and stdout.
 
-ssh carries them from another node. Nothing here ever blocks: if the launcher does not read, log lines are
-dropped and counted, everything else waits in memory.
+ssh carries them from another node. Nothing here ever blocks: if the launcher does not read, log
+lines are dropped and counted, everything else waits in memory.
 """
 
 from __future__ import annotations
