@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from k2cli.commands._options import AsJson, ClusterName
 from k2cli.commands.cluster_clean import clean
 from k2cli.commands.cluster_prepare import prepare
 
@@ -21,18 +22,17 @@ cluster = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Name = Annotated[str | None, typer.Argument(help="The cluster; not needed if there is only one.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
 
 def init(
     hosts: Annotated[
         list[str],
-        typer.Argument(help="Machines by their names for ssh; this one is localhost."),
+        typer.Argument(
+            metavar="HOST", help="Machines by their names for ssh; this one is localhost."
+        ),
     ],
     name: Annotated[str, typer.Option("--name", help="What to call the cluster.")] = "default",
     force: Annotated[bool, typer.Option("--force", help="Replace one of that name.")] = False,
-    json: Json = False,
+    json: AsJson = False,
 ) -> None:
     """Describe a cluster by asking its machines: memory, chip, networks, Thunderbolt, RDMA.
 
@@ -61,7 +61,7 @@ def init(
     note(f"saved as {path}; next: k2 doctor {name}")
 
 
-def refresh(name: Name = None, json: Json = False) -> None:
+def refresh(name: ClusterName = None, json: AsJson = False) -> None:
     """Ask the machines of a cluster again: after an update, new cables, more memory.
 
     Example: k2 cluster refresh studios
@@ -81,8 +81,8 @@ def refresh(name: Name = None, json: Json = False) -> None:
 
 
 def show(
-    name: Name = None,
-    json: Json = False,
+    name: ClusterName = None,
+    json: AsJson = False,
     offline: Annotated[
         bool, typer.Option("--offline", help="Do not ask the machines what runs there.")
     ] = False,
@@ -105,7 +105,7 @@ def show(
         print_cluster(found, running, problems)
 
 
-def list_(json: Json = False) -> None:
+def list_(json: AsJson = False) -> None:
     """List the clusters that are described on this machine.
 
     Example: k2 cluster list
@@ -122,7 +122,7 @@ def list_(json: Json = False) -> None:
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="A hostfile of mlx.launch (JSON).")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A hostfile of mlx.launch (JSON).")],
     name: Annotated[str, typer.Option("--name", help="What to call the cluster.")] = "default",
     force: Annotated[bool, typer.Option("--force", help="Replace one of that name.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the machines.")] = False,
@@ -148,7 +148,7 @@ def import_(
 
 
 def export(
-    name: Name = None,
+    name: ClusterName = None,
     backend: Annotated[
         str, typer.Option("--backend", help="For ring, jaccl or mpi; by default the best there is.")
     ] = "",
@@ -165,7 +165,7 @@ def export(
     print_text(format_hostfile(to_hostfile(load_cluster(name), backend)))
 
 
-def remove(name: Annotated[str, typer.Argument(help="The cluster.")]) -> None:
+def remove(name: Annotated[str, typer.Argument(metavar="CLUSTER", help="The cluster.")]) -> None:
     """Forget a cluster; nothing is changed on its machines.
 
     Example: k2 cluster remove studios

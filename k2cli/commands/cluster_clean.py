@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from k2cli.commands._options import AsJson, ClusterName, NodeNames
 
 
-def clean(
-    name: Annotated[
-        str | None, typer.Argument(help="The cluster; not needed if there is only one.")
-    ] = None,
-    nodes: Annotated[
-        str | None, typer.Option("--nodes", help="These machines instead of a cluster: a,b")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
+def clean(name: ClusterName = None, nodes: NodeNames = None, json: AsJson = False) -> None:
     """End what runs that are gone have left on the machines, and free their locks.
 
     Runs that live are spared. What is left is known by the run's own marks: its id beside

@@ -7,22 +7,23 @@ from typing import Annotated
 
 import typer
 
-Name = Annotated[str | None, typer.Argument(help="The cluster; not needed if there is only one.")]
-Nodes = Annotated[
-    str | None, typer.Option("--nodes", help="These machines instead of a cluster: a,b")
-]
+from k2cli.commands._options import AsJson, ClusterName, NodeNames
 
 
 def prepare(
-    name: Name = None,
-    nodes: Nodes = None,
+    name: ClusterName = None,
+    nodes: NodeNames = None,
     wheels: Annotated[
         Path | None,
-        typer.Option("--wheels", help="Install from this folder, where there is no internet."),
+        typer.Option(
+            "--wheels",
+            metavar="FOLDER",
+            help="Install from this folder, where there is no internet.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Install anew in any case.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Install this very k2, with the mlx and mlx-lm of this machine, on the other machines.
 
