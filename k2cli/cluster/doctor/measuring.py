@@ -112,30 +112,14 @@ def _try(
     listening: Listening | None,
     expected: set[tuple[str, str, str]],
 ) -> list[Reach]:
-    owners = {
-        address: interface
-        for interface, addresses in machines[target].interfaces.items()
-        for address in addresses
-        if machines[target].interface_kinds.get(interface) not in _SKIPPED_KINDS
-        or (source.name, target, address) in expected
-    }
+    wanted = {address for one, other, address in expected if (one, other) == (source.name, target)}
+    owners = _tried_addresses(machines[target], wanted)
     if listening is None:
         reason = "k2's listener did not start there"
         return [
             Reach(source.name, target, address, None, owner, True, error=reason)
             for address, owner in owners.items()
         ]
-    targets = [
-        Target(address, port, listening.word)
-        for address in owners
-        if (port := listening.port_v6 if ":" in address else listening.port) is not None
-    ]
-    try:
-        answers: list[Answer] = source.ask(
-            list[Answer], "reach", msgspec.json.encode(targets).decode()
-        )
-    except ClusterError as error:
-        answers = [Answer(each.address, error=error.message) for each in targets]
     mine = _interfaces_by_address(machines[source.name])
     return [
         Reach(
@@ -144,12 +128,38 @@ def _try(
             answer.address,
             mine.get(answer.local or ""),
             owners[answer.address],
-            (source.name, target, answer.address) in expected,
+            answer.address in wanted,
             answer.seconds,
             answer.error,
         )
-        for answer in answers
+        for answer in _answers(source, listening, list(owners))
     ]
+
+
+def _tried_addresses(machine: MachineFacts, wanted: set[str]) -> dict[str, str]:
+    """Addresses of a machine that are worth trying, each with its interface."""
+    return {
+        address: interface
+        for interface, addresses in machine.interfaces.items()
+        for address in addresses
+        if machine.interface_kinds.get(interface) not in _SKIPPED_KINDS or address in wanted
+    }
+
+
+def _answers(source: Node, listening: Listening, addresses: Sequence[str]) -> list[Answer]:
+    """What came of connecting to each address from ``source``; why not, if it cannot be asked."""
+    targets = [
+        Target(address, port, listening.word)
+        for address in addresses
+        if (port := listening.port_v6 if ":" in address else listening.port) is not None
+    ]
+    try:
+        answers: list[Answer] = source.ask(
+            list[Answer], "reach", msgspec.json.encode(targets).decode()
+        )
+    except ClusterError as error:
+        return [Answer(each.address, error=error.message) for each in targets]
+    return answers
 
 
 def _interfaces_by_address(machine: MachineFacts) -> dict[str, str]:
