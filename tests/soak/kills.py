@@ -80,12 +80,12 @@ class Launched:
             if self.detached and command[-2:] == ["k2cli.cluster.supervisor", str(self.folder)]:
                 found["supervisor"] = process.pid
         for part in agent.processes_of_run(self.run_id):
+            program = Path(part.command.split()[0]).name
             module = re.search(r"-m k2cli\.runtime\.(\w+) .*--rank (\d+)", part.command)
-            if "mpirun" in part.command.split()[0] or module is None:
+            if program.startswith("python") and module is not None:
+                found[f"{module[1].replace('worker', 'rank')} {module[2]}"] = part.pid
+            else:  # Open MPI's; version 5 calls its mpirun prterun
                 found["mpirun"] = part.pid
-            else:
-                kind = module[1].replace("worker", "rank")
-                found[f"{kind} {module[2]}"] = part.pid
         return found
 
 
