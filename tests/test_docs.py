@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from k2cli import errors
-from k2cli.cli import _COMMANDS
+from k2cli.cli import _COMMANDS, build_app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -48,13 +47,8 @@ def _promised_flags(command: str) -> list[str]:
 
 @pytest.mark.parametrize("command", [name for name, _ in _COMMANDS])
 def test_every_promised_flag_exists(command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "k2cli", command, "--help"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    offered = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", done.stdout))
+    shown = CliRunner().invoke(build_app(), [command, "--help"]).stdout
+    offered = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", shown))
     promised = _promised_flags(command)
     assert promised
     assert set(promised) <= offered
