@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ def weights_bytes(stage: Stage) -> int:
 
 
 def kv_cache_bytes(stage: Stage, context_length: int, chunk_tokens: int = 512) -> int:
-    """Bytes of one sequence's cache on this rank once it holds ``context_length`` tokens.
+    """Bytes of one sequence's cache on this rank, at most, until ``context_length`` tokens.
 
     One token is run through the stage lazily, which tells the shapes of what every layer keeps;
     fresh cache objects of the model's own kinds are then fed zeros of these shapes, in chunks as
@@ -53,7 +54,11 @@ def kv_cache_bytes(stage: Stage, context_length: int, chunk_tokens: int = 512) -
 def filled_cache_bytes(
     entry: Any, sample: Any, context_length: int, chunk_tokens: int = 512
 ) -> int:
-    """Bytes of a fresh cache entry after a whole context; ``sample`` has seen one token."""
+    """The most bytes of a fresh cache entry on its way to a whole context.
+
+    Args:
+        sample: an entry of the same kind that has seen one token.
+    """
     parts = getattr(entry, "caches", None)
     if parts is not None:  # a CacheList
         return sum(
@@ -65,15 +70,32 @@ def filled_cache_bytes(
         return int(sample.nbytes)  # recurrent state: does not grow with the context
     window = getattr(entry, "max_size", None)
     if window is None:
-        chunk_tokens = context_length
-    else:
-        # A rotating cache goes round: whole chunks beyond a few windows change nothing.
-        beyond = context_length - window - 3 * chunk_tokens
-        context_length -= max(0, beyond // chunk_tokens * chunk_tokens)
-    for first in range(0, context_length, chunk_tokens):
-        length = min(chunk_tokens, context_length - first)
-        entry.update_and_fetch(*(_zeros(part, length) for part in (keys, values)))
-    return int(entry.nbytes)
+        return _most_bytes(entry, sample, [context_length])
+    # A rotating cache goes round: whole chunks beyond a few windows change nothing.
+    beyond = context_length - window - 3 * chunk_tokens
+    context_length -= max(0, beyond // chunk_tokens * chunk_tokens)
+    # It holds a whole chunk beside its window, and grows by a step for the first token of an
+    # answer: more, each time, than once it has come round.
+    return max(
+        _most_bytes(copy.copy(entry), sample, lengths)
+        for lengths in (
+            _chunks(context_length, chunk_tokens),
+            [*_chunks(context_length - 1, chunk_tokens), 1],
+        )
+    )
+
+
+def _chunks(tokens: int, chunk_tokens: int) -> list[int]:
+    return [min(chunk_tokens, tokens - first) for first in range(0, tokens, chunk_tokens)]
+
+
+def _most_bytes(entry: Any, sample: Any, lengths: list[int]) -> int:
+    """Feed zeros of a sample's shape; what the entry holds at most."""
+    most = 0
+    for length in lengths:
+        entry.update_and_fetch(*(_zeros(part, length) for part in (sample.keys, sample.values)))
+        most = max(most, int(entry.nbytes))
+    return most
 
 
 def _zeros(sample: mx.array, length: int) -> mx.array:

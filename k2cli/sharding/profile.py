@@ -63,7 +63,7 @@ class Profile:
         return list(accumulate(self.layer_bytes, initial=0))
 
     def cache_bytes(self, context_length: int) -> tuple[int, ...]:
-        """Bytes that each layer's cache of one sequence takes once it holds a whole context."""
+        """Bytes that each layer's cache of one sequence takes, at most, until a whole context."""
         if context_length not in self._caches:
             fresh = make_cache(self._model)
             by_kind: dict[str, int] = {}

@@ -169,56 +169,6 @@ def test_limits_are_where_it_stops_fitting(
         assert plan.max_concurrency == 4096 or not fits(concurrency=plan.max_concurrency + 1)
 
 
-@quick
-@given(
-    machines,
-    st.integers(1, 262_144),
-    st.integers(1, 64),
-    st.sampled_from(["context_length", "concurrency"]),
-    st.integers(1, 10_000),
-)
-def test_more_of_context_or_concurrency_never_needs_less(
-    small: Planner,
-    nodes: list[NodeMemory],
-    context_length: int,
-    concurrency: int,
-    what: str,
-    more: int,
-) -> None:
-    asked = {"context_length": context_length, "concurrency": concurrency}
-    most = {"context_length": 262_144, "concurrency": 4096}
-    harder = {**asked, what: min(asked[what] + more, most[what])}
-    wishes = [Wishes("auto", chunk_tokens=64, **each) for each in (asked, harder)]
-    if candidate(small.ground(nodes, wishes[1]), strategy_of(nodes)).fits:
-        assert candidate(small.ground(nodes, wishes[0]), strategy_of(nodes)).fits
-    roomy = [replace(node, limit_bytes=10**13) for node in nodes]
-    less, greater = (
-        sum(budget.total_bytes for budget in small.plan(roomy, each, limits=False).nodes)
-        for each in wishes
-    )
-    assert less <= greater
-
-
-def strategy_of(nodes: list[NodeMemory]) -> Any:
-    return "single" if len(nodes) == 1 else "pipeline"
-
-
-@quick
-@given(machines, st.integers(0, 2), st.integers(1, 5 * LAYER_BYTES), st.booleans())
-def test_more_memory_never_makes_a_fit_fail(
-    small: Planner, nodes: list[NodeMemory], which: int, more: int, free: bool
-) -> None:
-    wishes = Wishes("auto", CONTEXT, free_order=free)
-    larger = list(nodes)
-    place = which % len(nodes)
-    limit = nodes[place].limit_bytes + more
-    larger[place] = replace(nodes[place], memory_bytes=limit, limit_bytes=limit)
-    plan = small.plan(nodes, wishes, limits=False)
-    if plan.fits:
-        assert small.plan(larger, wishes, limits=False).fits
-        assert all(node.total_bytes <= node.limit_bytes for node in plan.nodes)
-
-
 # --- advice -------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error, UsageError
@@ -185,73 +183,6 @@ def test_default_context_is_the_models_but_at_most_32768(toy_k2: Path, tmp_path:
 def test_a_plan_survives_its_json() -> None:
     plan = make_plan(K2, parse_hardware("2x m3-ultra-512"))
     assert plan_from_json(plan_to_json(plan), "plan.json") == plan
-
-
-# --- properties ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """K2 with eight layers, and everything else as it is."""
-    return edited(tmp_path_factory.mktemp("small"), num_hidden_layers=8)
-
-
-LAYER_BYTES = 9_600_000_000
-sizes = st.integers(LAYER_BYTES, 12 * LAYER_BYTES)
-settings.register_profile("k2", deadline=None, database=None)
-quick = settings(
-    settings.get_profile("k2"),
-    max_examples=12,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-@quick
-@given(st.lists(sizes, min_size=1, max_size=4), st.sampled_from([4096, 100_000]))
-def test_layers_add_up_and_totals_are_sums(small: str, limits: list[int], context: int) -> None:
-    nodes = [machine(f"node{i}", size) for i, size in enumerate(limits)]
-    plan = make_plan(small, nodes, context_length=context)
-    covered = [layer for part in plan.placement.ranks for layer in range(*part.layers)]
-    if plan.placement.strategy == "pipeline":
-        assert sorted(covered) == list(range(8))
-    for node in plan.nodes:
-        parts = (
-            node.weights_bytes, node.kv_cache_bytes, node.activation_bytes, node.overhead_bytes
-        )  # fmt: skip
-        assert node.total_bytes == sum(parts)
-        assert node.headroom_bytes == node.limit_bytes - node.total_bytes
-    assert plan.fits == all(node.headroom_bytes >= 0 for node in plan.nodes)
-
-
-@quick
-@given(st.lists(sizes, min_size=1, max_size=3), st.integers(0, 2), st.integers(1, 5 * LAYER_BYTES))
-def test_more_memory_never_makes_a_fit_fail(
-    small: str, limits: list[int], which: int, more: int
-) -> None:
-    nodes = [machine(f"node{i}", size) for i, size in enumerate(limits)]
-    larger = list(nodes)
-    place = which % len(nodes)
-    larger[place] = machine(nodes[place].name, nodes[place].limit_bytes + more)
-    if make_plan(small, nodes, context_length=8192).fits:
-        assert make_plan(small, larger, context_length=8192).fits
-
-
-@quick
-@given(
-    st.sampled_from(["single", "pipeline", "tensor"]),
-    st.lists(st.integers(1, 262_144), min_size=2, max_size=2),
-)
-def test_longer_context_never_needs_less(small: str, strategy: str, contexts: list[int]) -> None:
-    nodes = [machine(f"node{i}", 900 * GB) for i in range(1 if strategy == "single" else 2)]
-    shorter, longer = (
-        make_plan(small, nodes, strategy=strategy, context_length=context)
-        for context in sorted(contexts)
-    )
-    for less, more in zip(shorter.nodes, longer.nodes, strict=True):
-        assert less.kv_cache_bytes <= more.kv_cache_bytes
-        assert less.weights_bytes == more.weights_bytes
-        if shorter.request.prefill_chunk_tokens == longer.request.prefill_chunk_tokens:
-            assert less.total_bytes <= more.total_bytes
 
 
 # --- nonsense -----------------------------------------------------------------------------------

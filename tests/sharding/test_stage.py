@@ -124,21 +124,24 @@ def test_stages_together_hold_every_parameter_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("context", [40, 60])
-def test_planned_cache_bytes_are_those_of_filled_caches(name: str, context: int) -> None:
-    """Chunk by chunk as a prefill does, in stages that hold one layer and the others."""
+def test_planned_cache_bytes_are_the_most_that_is_held(name: str, context: int) -> None:
+    """A prompt chunk by chunk, with and without a token of an answer, in stages of all sizes."""
     config, chunk = CONFIGS[name], 16
     count = config.get("num_hidden_layers") or config["n_layer"]
     stages = _stages(config, _parameters(config), [0, 1, count])
-    caches = [stage.make_cache() for stage in stages]
-    for first in range(0, context, chunk):
-        hidden = None
-        tokens = mx.array([[7] * min(chunk, context - first)])
-        for stage, cache in zip(stages, caches, strict=True):
-            hidden = stage.forward(tokens, cache, hidden)
-            mx.eval(hidden)
-    for stage, cache in zip(stages, caches, strict=True):
-        held = sum(int(entry.nbytes) for entry in stage.local(cache))
-        assert kv_cache_bytes(stage, context, chunk) == held
+    most = [dict.fromkeys(range(count), 0) for _ in stages]
+    for prompt in (context, context - 1):
+        caches = [stage.make_cache() for stage in stages]
+        lengths = [min(chunk, prompt - first) for first in range(0, prompt, chunk)]
+        for length in [*lengths, *[1] * (context - prompt)]:
+            hidden = None
+            for stage, cache, seen in zip(stages, caches, most, strict=True):
+                hidden = stage.forward(mx.array([[7] * length]), cache, hidden)
+                mx.eval(hidden)
+                for index, entry in enumerate(stage.local(cache)):
+                    seen[index] = max(seen[index], int(entry.nbytes))
+    held = [sum(seen.values()) for seen in most]
+    assert [kv_cache_bytes(stage, context, chunk) for stage in stages] == held
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:
