@@ -53,6 +53,9 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
     results = ROOT / ".k2" / "soak" / f"{name}.jsonl"
     parser.add_argument("--results", type=Path, default=results, help="%(default)s")
     parser.add_argument("--resume", action="store_true", help="add to earlier results")
+    parser.add_argument(
+        "--beside", default="nothing else", help="what else ran on the machine, for the page"
+    )
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "soak.md", help="%(default)s")
     return parser
 
@@ -66,8 +69,12 @@ def begin(options: argparse.Namespace) -> None:
 
 def note(options: argparse.Namespace, row: dict[str, Any]) -> None:
     """Add one result to the file, with the day, the commit and the machine it was measured on."""
-    stamped = row | {"date": datetime.date.today().isoformat(), "commit": commit(),
-                     "machine": machine()}  # fmt: skip
+    stamped = row | {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "beside": options.beside,
+    }
     with options.results.open("a") as file:
         file.write(json.dumps(stamped) + "\n")
 
@@ -109,7 +116,7 @@ def measured(results: Sequence[dict[str, Any]], command: str) -> str:
 
     return (
         f"Written by `{command}`; measured on {all_of('date')} at {all_of('commit') or 'no commit'}"
-        f" on {all_of('machine')}."
+        f" on {all_of('machine')}, with {all_of('beside')} beside it."
     )
 
 
