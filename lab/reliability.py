@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -49,6 +51,11 @@ Each row is one trial: `k2 launch` on `k2a` over `k2a,k2b`, the fault at the sta
 - **result**: *ok* if the exit status and the words were right, the user saw it within
   {limit:.0f} s, and, once the hosts reached each other again, no process, secret or lock was left.
 
+The last rows are longer: a second user, on a third machine, launches on nodes that are taken
+(*seen*: until that launch says by whom; *exit*: of that launch; *gone*: after `k2 stop`), and a run
+that starts again twice on its port and answers there, before it is given up (*seen*: the longest of
+three; *gone*: after the last).
+
 {machine}
 """
 
@@ -65,12 +72,13 @@ def _machine(load: str, run: Sequence[Outcome]) -> str:
     )
     days = sorted({outcome.measured_at[:10] for outcome in run} - {""})
     when = " and ".join(days) or "a day not noted"
-    return (
+    text = (
         f"Measured on {when} on a virtual machine with {cores} cores ({model}), Linux "
         f"{platform.release().split('-')[0]}, Python {platform.python_version()}; {load}. Times on "
         "an idle machine are shorter; the deadlines (8 s without a sign of life) are the defaults. "
         f"{_versions(run)}"
     )
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def _versions(run: Sequence[Outcome]) -> str:
@@ -123,6 +131,28 @@ def _row(fault: Row, backend: str, strategy: str, outcome: Outcome | None) -> st
     return f"{start} {seen} | {outcome.exit_status} | {_gone(outcome)} | {told} | {result} |"
 
 
+def _count(run: Sequence[Outcome], rows: int) -> str:
+    return f"{len(run)} of {rows} rows were run, {sum(o.passed for o in run)} of them ok."
+
+
+def _longest(run: Sequence[Outcome]) -> str:
+    """What took longest among the rows that are ok, in words."""
+    seen = sorted(o.seen_seconds for o in run if o.passed and o.seen_seconds is not None)
+    gone = sorted(
+        seconds
+        for o in run
+        for seconds in o.gone_seconds.values()
+        if o.passed and seconds is not None
+    )
+    if not seen or not gone:
+        return ""
+    return (
+        f"In these the user saw the cause after {statistics.median(seen):.1f} s (median) to "
+        f"{seen[-1]:.1f} s, and a host was free of the run after {statistics.median(gone):.1f} s "
+        f"to {gone[-1]:.1f} s."
+    )
+
+
 def document(outcomes: Sequence[Outcome], load: str) -> str:
     """The whole of docs/reliability.md."""
     known = {(o.fault, o.backend, o.strategy): o for o in outcomes}
@@ -135,9 +165,7 @@ def document(outcomes: Sequence[Outcome], load: str) -> str:
     ]
     run = [outcome for *_, outcome in rows if outcome is not None]
     lines = [_HEAD.format(limit=SEEN_SECONDS, machine=_machine(load, run))]
-    lines.append(
-        f"{len(run)} of {len(rows)} rows were run, {sum(o.passed for o in run)} of them ok.\n"
-    )
+    lines.append(textwrap.fill(f"{_count(run, len(rows))} {_longest(run)}", 100) + "\n")
     lines.append("| fault | back end | placement | seen | exit | gone k2a / k2b | told | result |")
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     lines += [_row(*row) for row in rows]

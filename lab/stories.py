@@ -149,7 +149,7 @@ def _comes_back(lab: Lab, model: Path, outcome: Outcome) -> None:
 
 STORIES: tuple[Story, ...] = (
     Story("second-user", "a second user launches on the same nodes", _refused),
-    Story("second-user-waits", "the same with `--wait`, until the first has stopped", _waits),
+    Story("second-user-waits", "a second user with `--wait`, until the first has stopped", _waits),
     Story(
         "restart",
         "SIGKILL of k2b's rank three times, with `--restart on-failure`",
