@@ -6,6 +6,7 @@ from what grows with the context, and two requests at a time what rows share.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -69,30 +70,49 @@ def _bounded(tokens: float, most: int) -> int:
 def figures_of(rows: Sequence[BenchRow]) -> list[MeasuredFigure]:
     """What was measured, for the solver. The context of generation is that in its middle.
 
-    Medians: a moment in which the machine did something else should not count.
+    Medians: a moment in which the machine did something else should not count. How much
+    repetitions differ goes along, so that the solver trusts a noisy figure less.
     """
     figures = []
     for row in rows:
         case = row.case
-        rate = statistics.median(row.rates)
+        rate, deviation = statistics.median(row.rates), deviation_of(row.rates)
         if case.kind == "pp":
-            figures.append(MeasuredFigure("prefill", case.tokens, case.concurrency, rate))
+            figures.append(
+                MeasuredFigure("prefill", case.tokens, case.concurrency, rate, deviation)
+            )
         else:
             middle = case.prompt_tokens + case.tokens // 2
-            figures.append(MeasuredFigure("decode", middle, case.concurrency, rate))
+            figures.append(MeasuredFigure("decode", middle, case.concurrency, rate, deviation))
     return figures
+
+
+def deviation_of(rates: Sequence[float]) -> float:
+    """What repetitions differ by: the standard deviation of their logarithms, by quartiles.
+
+    Quartiles, since one repetition that something else fell into says nothing of the others; 0 for
+    fewer than three. The quartiles of a normal distribution are 1.349 deviations apart.
+    """
+    if len(rates) < 3:
+        return 0.0
+    low, _, high = statistics.quantiles(map(math.log, rates), n=4, method="inclusive")
+    return (high - low) / 1.349
 
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
     """What came of it, and the file that it is kept in.
 
-    ``variation`` is the largest difference between repetitions of one case, relative to them.
+    ``variation`` is the largest difference between repetitions of one case, relative to them;
+    ``deviation`` the largest standard deviation of a case, less what single ones did. ``noisy``
+    names the cases that deviate by more than a machine does that has nothing else to do.
     """
 
     found: Calibration
     figures: tuple[MeasuredFigure, ...]
     variation: float
+    deviation: float
+    noisy: tuple[str, ...]
     file: Path
 
 
@@ -110,7 +130,12 @@ def calibrate_run(
     Raises:
         K2Error: if the model's files cannot be read, or the calibration cannot be kept.
     """
-    from k2cli.planning.calibrated import CalibratedMachines, machines_of, save_calibration
+    from k2cli.planning.calibrated import (
+        NOISY_DEVIATION,
+        CalibratedMachines,
+        machines_of,
+        save_calibration,
+    )
     from k2cli.planning.subject import read_subject
     from k2cli.planning.work import model_work
 
@@ -132,6 +157,7 @@ def calibrate_run(
         chunk_tokens=plan.request.prefill_chunk_tokens,
         figures=figures,
     )
+    deviation = max(figure.deviation for figure in figures)
     entry = CalibratedMachines(
         machines=machines_of(nodes),
         backend=backend,
@@ -139,9 +165,15 @@ def calibrate_run(
         measured_on=datetime.now(UTC).date().isoformat(),
         rates=found.rates,
         collective_seconds=found.collective_seconds,
+        deviation=deviation,
     )
     variation = max((max(row.rates) - min(row.rates)) / min(row.rates) for row in rows)
-    return Calibrated(found, figures, variation, save_calibration(entry))
+    noisy = tuple(
+        row.case.name
+        for row, figure in zip(rows, figures, strict=True)
+        if figure.deviation > NOISY_DEVIATION
+    )
+    return Calibrated(found, figures, variation, deviation, noisy, save_calibration(entry))
 
 
 def calibrated_members(calibrated: Calibrated) -> dict[str, Any]:
@@ -154,5 +186,7 @@ def calibrated_members(calibrated: Calibrated) -> dict[str, Any]:
             for figure, error in zip(calibrated.figures, calibrated.found.errors, strict=True)
         ],
         "variation": calibrated.variation,
+        "deviation": calibrated.deviation,
+        "noisy": list(calibrated.noisy),
         "file": str(calibrated.file),
     }

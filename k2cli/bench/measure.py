@@ -97,22 +97,30 @@ class RowDone:
 
 
 def measure(
-    target: BenchTarget, cases: Sequence[BenchCase], repetitions: int
+    target: BenchTarget, cases: Sequence[BenchCase], repetitions: int, *, in_turns: bool = False
 ) -> Iterator[RepetitionDone | RowDone]:
     """Measure each case ``repetitions`` times.
+
+    Args:
+        in_turns: take the cases in turns, one repetition of each at a time, so that a minute in
+            which the machine was busy falls on all of them and not on one. Rows come at the end.
 
     Raises:
         K2Error: if a request fails, or a measurement has no meaning.
     """
     prompts = PromptMaker(target.tokenize)
-    for case in cases:
-        samples = []
+    together = [list(cases)] if in_turns else [[case] for case in cases]
+    for group in together:
+        samples: dict[BenchCase, list[Sample]] = {case: [] for case in group}
+        clocks: dict[BenchCase, Clock] = {}
         for index in range(repetitions + 1):
-            clock, sample = _repetition(target, prompts, case)
-            if index > 0:
-                samples.append(sample)
-            yield RepetitionDone(case, index, repetitions, sample)
-        yield RowDone(BenchRow(case, clock, tuple(samples)))
+            for case in group:
+                clocks[case], sample = _repetition(target, prompts, case)
+                if index > 0:
+                    samples[case].append(sample)
+                yield RepetitionDone(case, index, repetitions, sample)
+        for case in group:
+            yield RowDone(BenchRow(case, clocks[case], tuple(samples[case])))
 
 
 def _repetition(target: BenchTarget, prompts: PromptMaker, case: BenchCase) -> tuple[Clock, Sample]:

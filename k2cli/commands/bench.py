@@ -112,13 +112,15 @@ def _measure(
     cases: list[BenchCase],
     repetitions: int,
     rows: list[BenchRow],
+    *,
+    in_turns: bool = False,
 ) -> None:
     """Append a row for each case, and say how it goes."""
     from k2cli.bench.measure import RowDone, measure
     from k2cli.chat.client import CompletionSource
     from k2cli.ui.output import note
 
-    for event in measure(CompletionSource(client, model), cases, repetitions):
+    for event in measure(CompletionSource(client, model), cases, repetitions, in_turns=in_turns):
         if isinstance(event, RowDone):
             rows.append(event.row)
         else:
@@ -171,7 +173,7 @@ def _calibrate(
         rate, _ = mean_and_deviation(probe[0].rates)
         cases = calibration_cases(rate, info.context_length, plan.request.concurrency)
         rows: list[BenchRow] = []
-        _measure(client, info, cases, repetitions, rows)
+        _measure(client, info, cases, repetitions, rows, in_turns=True)
         by_rank = [nodes[rank.node] for rank in run.ranks]
         calibrated = calibrate_run(plan, by_rank, run.backend, rows)
         _print(_report(client, info, target, rows, started), output, calibrated)

@@ -20,10 +20,16 @@ from k2cli.settings import config_directory
 
 SCHEMA_VERSION = 1
 
+NOISY_DEVIATION = 0.1
+"""Repetitions on a machine with nothing else to do differ by a few percent."""
+
 
 @dataclass(frozen=True, slots=True)
 class CalibratedMachines:
-    """What was found. ``machines`` are name and memory in bytes of each rank's, sorted."""
+    """What was found. ``machines`` are name and memory in bytes of each rank's, sorted.
+
+    ``deviation`` is what repetitions differed by: see ``MeasuredSpeed``.
+    """
 
     machines: tuple[tuple[str, int], ...]
     backend: str
@@ -31,6 +37,7 @@ class CalibratedMachines:
     measured_on: str
     rates: NodeRates
     collective_seconds: float | None
+    deviation: float = 0.0
 
     def of(self, machines: tuple[tuple[str, int], ...], backend: str) -> bool:
         """Whether it is about these machines; ``auto`` stands for any back end."""
@@ -84,7 +91,9 @@ def with_calibration(nodes: Sequence[NodeMemory], backend: str = "auto") -> list
         return list(nodes)
     entry = fitting[-1]
     source = f"measured on {entry.measured_on} with {entry.model} by k2 bench --calibrate"
-    measured = MeasuredSpeed(entry.rates, entry.collective_seconds, source)
+    if entry.deviation > NOISY_DEVIATION:
+        source += f" while the machine was busy (repetitions differed by {entry.deviation:.0%})"
+    measured = MeasuredSpeed(entry.rates, entry.collective_seconds, source, entry.deviation)
     return [replace(node, measured=measured) for node in nodes]
 
 

@@ -36,12 +36,14 @@ class MeasuredFigure:
     """Tokens per second of all ``concurrency`` requests together.
 
     ``tokens`` are those in the cache (decode), or of the prompt (prefill, until the first token).
+    ``deviation`` is what repetitions differed by, as the standard deviation of their logarithms.
     """
 
     kind: Literal["decode", "prefill"]
     tokens: int
     concurrency: int
     tokens_per_second: float
+    deviation: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ def calibrate(
         ]
 
     certainty = [
-        CONCURRENT_SPREAD if figure.concurrency > 1 else MEASURED_SPREAD for figure in figures
+        max(CONCURRENT_SPREAD if one.concurrency > 1 else MEASURED_SPREAD, one.deviation)
+        for one in figures
     ]
     found = _most_likely(errors, certainty, start, spread)
     tried = _with(run, found)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2cli.errors import UsageError
+from k2cli.models.checkpoint import shown
 
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "model_dim")
@@ -22,6 +23,7 @@ _LARGEST: Mapping[str, int] = {
     **dict.fromkeys(_HEADS, 2**16),
     **dict.fromkeys(_CONTEXTS, 2**31 - 1),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner"), 2**22),
+    **dict.fromkeys(("ffn_hidden_size", "expert_ffn_hidden_size"), 2**22),
     **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), 2**16),
     **dict.fromkeys(("n_shared_experts", "num_experts_per_tok", "num_key_value_heads"), 2**16),
     **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 2**16),
@@ -35,7 +37,8 @@ time that tracing can take."""
 _MAY_BE_ZERO = frozenset({"n_shared_experts", "first_k_dense_replace", "sliding_window"})
 _REQUIRED = (_LAYERS, _WIDTHS, ("vocab_size",))
 _LATENT_ATTENTION = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-                     "num_attention_heads", "intermediate_size")  # fmt: skip
+                     "num_attention_heads")  # fmt: skip
+_DENSE_WIDTHS = ("intermediate_size", "ffn_hidden_size")
 _EXPERTS = ("moe_intermediate_size", "num_experts_per_tok")
 _NUMBERS = ("rope_theta", "rms_norm_eps", "routed_scaling_factor")
 _MAX_NESTING = 32
@@ -97,6 +100,8 @@ def check_config(config: Mapping[str, Any], source: str, argument_names: frozens
             raise UsageError(f"{source} lacks {names[0]}", _HINT)
     if "kv_lora_rank" in argument_names:
         _require(text, _LATENT_ATTENTION, source)
+        if all(text.get(name) is None for name in _DENSE_WIDTHS):
+            raise UsageError(f"{source} lacks {_DENSE_WIDTHS[0]}", _HINT)
         if text.get("n_routed_experts") is not None:
             _require(text, _EXPERTS, source)
     _check_experts(text, source)
@@ -119,7 +124,7 @@ def _check_values(fields: Mapping[str, Any], source: str) -> None:
         if name in _LARGEST and value is not None:
             _check_integer(name, value, source)
         if name in _NUMBERS and value is not None and not _is_positive_number(value):
-            raise UsageError(f"{source}: {name} must be a positive number, not {value!r}")
+            raise UsageError(f"{source}: {name} must be a positive number, not {shown(value)}")
 
 
 def _check_integer(name: str, value: Any, source: str) -> None:
@@ -131,20 +136,12 @@ def _check_integer(name: str, value: Any, source: str) -> None:
             _check_integer(name, item, source)
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"{source}: {name} must be an integer, not {_shown(value)}")
+        raise UsageError(f"{source}: {name} must be an integer, not {shown(value)}")
     smallest = 0 if name in _MAY_BE_ZERO else 1
     if not smallest <= value <= _LARGEST[name]:
         raise UsageError(
-            f"{source}: {name} must be between {smallest} and {_LARGEST[name]}, not {_shown(value)}"
+            f"{source}: {name} must be between {smallest} and {_LARGEST[name]}, not {shown(value)}"
         )
-
-
-def _shown(value: Any) -> str:
-    # str() of an int of thousands of digits raises; JSON may hold one.
-    if isinstance(value, int) and abs(value) > 10**30:
-        return f"a number of about {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _is_positive_number(value: Any) -> bool:
@@ -162,11 +159,11 @@ def _check_quantization(quantization: Any, source: str) -> None:
     if quantization is None:
         return
     if not isinstance(quantization, Mapping):
-        raise UsageError(f"{source}: quantization must be an object, not {_shown(quantization)}")
+        raise UsageError(f"{source}: quantization must be an object, not {shown(quantization)}")
     for name, allowed in (("bits", (2, 3, 4, 5, 6, 8)), ("group_size", (16, 32, 64, 128))):
         value = quantization.get(name)
         if isinstance(value, bool) or value not in allowed:
             options = ", ".join(map(str, allowed))
             raise UsageError(
-                f"{source}: quantization.{name} must be one of {options}, not {_shown(value)}"
+                f"{source}: quantization.{name} must be one of {options}, not {shown(value)}"
             )

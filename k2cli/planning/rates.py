@@ -42,9 +42,11 @@ class NodeRates:
 class MeasuredSpeed:
     """What ``k2 bench --calibrate`` found of a machine and of the link between its run's ranks.
 
-    ``collective_seconds`` is None after a run of one rank. ``source`` says when and with what.
+    ``collective_seconds`` is None after a run of one rank. ``source`` says when and with what;
+    ``deviation`` is what repetitions differed by, as the standard deviation of their logarithms.
     """
 
     rates: NodeRates
     collective_seconds: float | None
     source: str
+    deviation: float = 0.0

@@ -128,7 +128,9 @@ def predict_speed(
     link = _link(constants, nodes, backend, placement.size, collective_seconds)
     run = PlacedRun(work, placement, tuple(node.name for node in nodes), tuple(known), link)
     prompt = prompt_tokens or context_length
-    decode, prefill = constants.decode_spread, _prefill_spread(constants, nodes)
+    noise = max((node.measured.deviation for node in nodes if node.measured), default=0.0)
+    decode = max(constants.decode_spread, noise)
+    prefill = max(_prefill_spread(constants, nodes), noise)
     first = speed_band(lambda run: run.first_token_seconds(prompt, chunk_tokens), run, prefill)
     return SpeedEstimate(
         speed_band(lambda run: 1 / run.decode_seconds(context_length), run, decode),

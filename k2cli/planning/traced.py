@@ -78,7 +78,8 @@ class TracedModel:
         for layer in first_layers:
             if layer not in self._stages:
                 try:
-                    with running_model(kind, f"cut before layer {layer}"):
+                    attempt = f"cut before layer {layer}, as its layers share more than one array"
+                    with running_model(kind, attempt):
                         hidden_at(self.subject.facts.model, layer)
                     self._stages[layer] = None
                 except UsageError as error:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_MUCH_VARIATION = 0.2
-
 
 @dataclass(frozen=True, slots=True)
 class BenchLine:
@@ -68,10 +66,13 @@ def calibration_lines(members: Mapping[str, Any]) -> list[str]:
         lines.append(f"{members['collective_seconds'] * 1e6:.0f} us per message between ranks")
     worst = max(abs(figure["model_error"]) for figure in members["figures"])
     lines.append(f"with these the model is at most {worst:.0%} off what was measured")
-    if members["variation"] > _MUCH_VARIATION:
+    if members["noisy"]:
         lines.append(
-            f"repetitions differ by up to {members['variation']:.0%}: calibrate again when the "
-            "machines have nothing else to do"
+            f"the machines were busy: repetitions of {', '.join(members['noisy'])} differ by "
+            f"{members['deviation']:.0%}; predictions are as much less certain. Calibrate again "
+            "when there is nothing else to do"
         )
+    elif members["deviation"]:
+        lines.append(f"repetitions differ by {members['deviation']:.1%}: the machines were quiet")
     lines.append(f"kept in {members['file']}; k2 plan-memory uses it for these machines")
     return lines

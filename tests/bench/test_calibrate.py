@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from k2cli.bench.calibrate import calibration_cases, figures_of
+from k2cli.bench.calibrate import calibration_cases, deviation_of, figures_of
 from k2cli.bench.cases import BenchCase, check_context
+from k2cli.bench.measure import RepetitionDone, RowDone, measure
 from k2cli.bench.report import BenchRow, Sample
 from k2cli.errors import UsageError
+from k2cli.planning.calibrated import NOISY_DEVIATION
 from k2cli.planning.calibration import MeasuredFigure
+from tests.bench.test_bench import Clockwork
 from tests.server.commands import run_k2
 
 
@@ -34,15 +37,31 @@ def test_a_context_that_is_too_short_is_refused() -> None:
 
 
 def test_figures_are_medians_in_the_middle_of_what_was_generated() -> None:
-    samples = tuple(Sample(rate, 1.0, 1.0) for rate in (90.0, 100.0, 10.0))
+    samples = tuple(Sample(rate, 1.0, 1.0) for rate in (90.0, 100.0, 10.0, 91.0, 89.0))
     rows = [
         BenchRow(BenchCase("pp", 64), "server", samples),
         BenchRow(BenchCase("tg", 32, 64, 2), "client", samples),
     ]
+    deviation = deviation_of([90.0, 100.0, 10.0, 91.0, 89.0])
     assert figures_of(rows) == [
-        MeasuredFigure("prefill", 64, 1, 90.0),
-        MeasuredFigure("decode", 80, 2, 90.0),
+        MeasuredFigure("prefill", 64, 1, 90.0, deviation),
+        MeasuredFigure("decode", 80, 2, 90.0, deviation),
     ]
+
+
+def test_one_disturbed_repetition_is_no_noise_and_a_busy_machine_is() -> None:
+    assert deviation_of([90.0, 100.0, 10.0, 91.0, 89.0]) < NOISY_DEVIATION
+    assert deviation_of([90.0, 60.0, 40.0, 100.0, 89.0]) > NOISY_DEVIATION
+    assert deviation_of([50.0, 100.0]) == 0.0  # too few to tell
+
+
+def test_cases_are_measured_in_turns() -> None:
+    cases = [BenchCase("pp", 20), BenchCase("tg", 8)]
+    events = list(measure(Clockwork(), cases, 2, in_turns=True))
+    order = [event.case.kind for event in events if isinstance(event, RepetitionDone)]
+    assert order == ["pp", "tg"] * 3
+    rows = [event.row for event in events if isinstance(event, RowDone)]
+    assert [(row.case, len(row.samples)) for row in rows] == [(case, 2) for case in cases]
 
 
 @pytest.mark.ranks
