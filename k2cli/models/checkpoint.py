@@ -133,16 +133,32 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _check_config(path: Path, config: dict[str, Any], *, required_model_type: bool) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) and (required_model_type or model_type is not None):
-        raise K2Error(f"{path}: model_type must be a string, not {model_type!r}")
+        raise K2Error(f"{path}: model_type must be a string, not {shown(model_type)}")
     for name in _POSITIVE_INTEGERS:
         value = config.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _MAX_DIMENSION:
-            raise K2Error(f"{path}: {name} must be a positive integer, not {value!r}")
+        # Some architectures give one number per layer.
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(_is_size(each) for each in values):
+            raise K2Error(f"{path}: {name} must be a positive integer, not {shown(value)}")
     for name in ("quantization", "quantization_config", "rope_scaling"):
         if config.get(name) is not None and not isinstance(config[name], dict):
-            raise K2Error(f"{path}: {name} must be an object, not {config[name]!r}")
+            raise K2Error(f"{path}: {name} must be an object, not {shown(config[name])}")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MAX_DIMENSION
+
+
+def shown(value: object) -> str:
+    """Any value of a JSON document for a message, at most 60 characters of it."""
+    # str() of an int of thousands of digits raises; JSON may hold one.
+    if isinstance(value, int) and abs(value) > 10**30:
+        return f"a number of about {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # one inside a list
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def end_tokens(path: Path, value: object) -> list[int]:
@@ -153,7 +169,9 @@ def end_tokens(path: Path, value: object) -> list[int]:
     """
     tokens: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
-        raise K2Error(f"{path}: eos_token_id must be an integer or a list of them, not {value!r}")
+        raise K2Error(
+            f"{path}: eos_token_id must be an integer or a list of them, not {shown(value)}"
+        )
     return tokens
 
 
@@ -269,11 +287,11 @@ def _tensor(file: Path, name: str, fields: Any, data_start: int) -> StoredTensor
         raise K2Error(f"{where} is not described by an object")
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise K2Error(f"{where} has the unknown dtype {dtype!r}")
+        raise K2Error(f"{where} has the unknown dtype {shown(dtype)}")
     if not _is_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise K2Error(f"{where} has the shape {shape!r}")
+        raise K2Error(f"{where} has the shape {shown(shape)}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise K2Error(f"{where} has the data_offsets {offsets!r}")
+        raise K2Error(f"{where} has the data_offsets {shown(offsets)}")
     bits = prod(shape) * DTYPE_BITS[dtype]
     nbytes = offsets[1] - offsets[0]
     if bits != nbytes * 8:

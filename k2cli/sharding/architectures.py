@@ -26,6 +26,10 @@ from typing import Any
 from k2cli.errors import K2Error, UsageError
 
 
+_CLASSES = ("Model", "ModelArgs")
+"""What every file of an architecture has; loading takes them by these names."""
+
+
 @functools.cache
 def _package_folder() -> Path:
     spec = importlib.util.find_spec("mlx_lm")
@@ -79,9 +83,17 @@ def module_name(config: Mapping[str, Any]) -> str:
 
 
 def supported_model_types() -> list[str]:
-    """Every model type that mlx-lm has a class for, sorted."""
-    files = {path.stem for path in (_package_folder() / "models").glob("*.py")}
-    return sorted(files | set(_literals("MODEL_REMAPPING")))
+    """Every model type that mlx-lm has a class for, sorted. Nothing is imported."""
+    folder = _package_folder() / "models"
+    defining = {path.stem for path in folder.glob("*.py") if _defines_model(path)}
+    renamed = {old for old, new in _literals("MODEL_REMAPPING").items() if new in defining}
+    return sorted(defining | renamed)
+
+
+def _defines_model(path: Path) -> bool:
+    """Whether a file of the folder is a model's: helpers lie beside them."""
+    source = path.read_text(encoding="utf-8")
+    return all(f"class {name}" in source or f" {name}\n" in source for name in _CLASSES)
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:

@@ -6,14 +6,16 @@ word when they do not divide; so the obstacles are looked for first, and named w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import UsageError
-from k2cli.sharding.head import shard_head
+from k2cli.sharding.head import can_shard_head, shard_head
 from k2cli.sharding.placement import HeadPlacement
 
 
@@ -58,6 +60,20 @@ def tensor_obstacle(config: Mapping[str, Any], model: nn.Module, ranks: int) -> 
     return None
 
 
+@contextlib.contextmanager
+def _unevaluated() -> Iterator[None]:
+    """While slices are only traced, a model that evaluates them as it cuts does not.
+
+    mlx-lm's muse_spark evaluates chunks of its experts, which planned would be the whole model.
+    """
+    evaluate = mx.eval
+    mx.eval = lambda *_: None
+    try:
+        yield
+    finally:
+        mx.eval = evaluate
+
+
 def slice_model(
     config: Mapping[str, Any],
     model: nn.Module,
@@ -75,9 +91,12 @@ def slice_model(
     obstacle = tensor_obstacle(config, model, ranks)
     if obstacle is None:
         try:
-            model.shard(group)
-            if head == "sharded":
-                shard_head(model, group)
+            with _unevaluated() if isinstance(group, StandInGroup) else contextlib.nullcontext():
+                whole = head == "sharded" and can_shard_head(model, ranks)
+                model.shard(group)
+                # Some, Qwen3.5 for one, cut their head themselves.
+                if head == "sharded" and (can_shard_head(model, ranks) or not whole):
+                    shard_head(model, group)
             return
         except ValueError as error:
             # mx.split: a dimension, or its number of quantization groups, does not divide.

@@ -1,0 +1,351 @@
+"""The page of every architecture that mlx-lm has: does it plan, and how? docs/architectures.md.
+
+    scripts/architecture-table              # write the page from the recorded configs
+    scripts/architecture-table --check      # does the page say what the planner says now?
+    scripts/architecture-table --collect    # record the configs anew (needs transformers)
+
+The configs are recorded in benchmarks/data/architectures.json, each with where it is from: a shape
+that k2 carries, the defaults of transformers' config class (for most the sizes of the first
+published model), those of mlx-lm's own, or sizes made up for want of these. All of them are cut
+to a few layers. What is planned is what k2 does for a user, on two machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import resource
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from k2cli.errors import K2Error
+from k2cli.planning.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "benchmarks" / "data" / "architectures.json"
+PAGE = ROOT / "docs" / "architectures.md"
+MACHINES, ONE_MACHINE = "2x m3-ultra-512", "m3-ultra-512"
+LAYERS = 8
+_MOST_BYTES = 6 * 2**30
+"""Address space of the collection: an architecture that evaluates what it builds ends it, not
+the machine."""
+
+_LAYER_FIELDS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+
+MADE_UP: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "head_dim": 32,
+    "rms_norm_eps": 1e-5, "layer_norm_eps": 1e-5, "norm_eps": 1e-5, "layer_norm_epsilon": 1e-5,
+    "layernorm_epsilon": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
+    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "n_routed_experts": 4,
+    "n_shared_experts": 1, "num_shared_experts": 1, "moe_intermediate_size": 64,
+    "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+    "v_head_dim": 32, "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_group": 1,
+    "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "sliding_window": 64,
+    "d_model": 128, "n_layers": 4, "n_heads": 4, "n_layer": 4, "n_embd": 128, "n_head": 4,
+    "n_positions": 4096, "n_ctx": 4096, "num_layers": 4,
+}  # fmt: skip
+"""Sizes under the names that most architectures give them."""
+
+GUESSES: dict[str, Any] = {
+    "mlp_only_layers": [], "decoder_sparse_step": 1, "hidden_dim": 128, "num_kv_reuse_layers": 2,
+    "num_heads": 4, "num_kv_heads": 2, "post_norm": False, "qk_norm": True,
+    "sliding_window_layers": [1], "conv_window": 2, "group_norm_size": 1, "layer_group_size": 2,
+    "is_moe_layer": [False] + [True] * 7, "layer_types": ["full_attention"] * 8,
+    "partial_rotary_factor": 0.5, "rotary_emb_base": 10000, "rotary_pct": 0.25, "moe_topk": 2,
+    "num_shared_expert": 1, "use_mixed_mlp_moe": False, "use_qk_norm": True, "use_cla": False,
+    "cla_share_factor": 2, "linear_attn_config": {
+        "full_attn_layers": [4, 8], "kda_layers": [1, 2, 3, 5, 6, 7], "head_dim": 32,
+        "num_heads": 4, "short_conv_kernel_size": 4,
+    },
+    "block_dim": 128, "block_size": 128, "n_kv_heads": 2, "ffn_hidden_size": 256,
+    "expert_ffn_hidden_size": 64, "zero_expert_num": 0, "mla_scale_q_lora": True,
+    "mla_scale_kv_lora": True, "dim_model_base": 128, "scale_depth": 1.4, "scale_emb": 12.0,
+    "shared_intermediate_size": 256, "rotary_dim": 16, "dense_attention_every_n_layers": 2,
+    "ff_intermediate_size": 256, "gegelu_limit": 20.0, "a_low_rank_dim": 32, "v_low_rank_dim": 32,
+    "gate_low_rank_dim": 32, "decay_low_rank_dim": 32, "num_attention_groups": 2,
+    "num_transformer_layers": 4, "model_dim": 128, "ffn_dim_divisor": 8,
+    "num_query_heads": [4] * 4, "ffn_multipliers": [2.0] * 4, "hybrid_layer_pattern": [0, 1] * 4,
+    "add_swa_attention_sink_bias": False, "add_full_attention_sink_bias": False,
+    "sliding_window_size": 64, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+    "swa_head_dim": 32, "swa_v_head_dim": 32, "swa_rope_theta": 10000.0,
+    "rope_local_base_freq": 10000.0, "rope_parameters": {"rope_theta": 10000.0},
+    "use_sliding_window": False, "rope_traditional": False, "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+    "conv_L_cache": 3, "conv_bias": False, "full_attn_idxs": [1, 3], "conv_dim": 128,
+    "block_ff_dim": 256, "block_multiple_of": 64, "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False, "rope_scaling": None, "layernorm_num_groups": 1,
+    "hidden_act": "silu", "swiglu_limits": None, "num_dense_layers": 1, "use_expert_bias": True,
+    "first_k_dense_replace": 1, "model_max_length": 4096, "time_step_limit": [0.001, 0.1],
+}  # fmt: skip
+"""Values for what a class of mlx-lm demands and neither transformers nor ``MADE_UP`` has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the planner says of an architecture: the forms that it can run in, or why not.
+
+    ``obstacles`` are by form; ``refusal`` is set if no plan can be made at all.
+    """
+
+    forms: tuple[str, ...]
+    obstacles: tuple[tuple[str, str], ...]
+    refusal: str | None
+
+
+def examine(config: Mapping[str, Any]) -> Outcome:
+    """Plan a config on two machines, and on one if two are not possible.
+
+    Raises:
+        Exception: whatever is no ``K2Error``: a fault of k2's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        try:
+            compared = _plan(folder, MACHINES).alternatives
+            forms = tuple(sorted({each.name for each in compared if each.possible}))
+            obstacles = [(each.name, each.verdict) for each in compared if not each.possible]
+        except K2Error as error:
+            refusal = error.message
+            try:
+                _plan(folder, ONE_MACHINE)
+            except K2Error:
+                return Outcome((), (), _words(refusal, folder))
+            forms, obstacles = ("single",), []
+            for form in ("pipeline", "tensor"):
+                obstacles.append((form, _obstacle(folder, form)))
+    return Outcome(forms, tuple((form, _words(why, folder)) for form, why in obstacles), None)
+
+
+def _plan(folder: str, machines: str, strategy: str = "auto") -> Plan:
+    from k2cli.planning.hardware_spec import parse_hardware
+    from k2cli.planning.planner import make_plan
+
+    return make_plan(folder, parse_hardware(machines), strategy=strategy)
+
+
+def _obstacle(folder: str, form: str) -> str:
+    try:
+        _plan(folder, MACHINES, form)
+    except K2Error as error:
+        return error.message.removeprefix("tensor parallelism is not possible: ")
+    return "does not fit"
+
+
+def _words(message: str, folder: str) -> str:
+    return " ".join(message.replace(f"{folder}/", "").split())
+
+
+def recorded() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Recorded configs by model type, each with where it is from."""
+    document = json.loads(DATA.read_text(encoding="utf-8"))
+    return {name: (entry["from"], entry["config"]) for name, entry in document.items()}
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+_INTRODUCTION = """\
+# Architectures
+
+<!-- made by scripts/architecture-table -->
+
+Every model type that the installed mlx-lm has a file for, planned on two machines. `pipeline` and
+`tensor` say how k2 can divide it, or why not; each of them also runs on one machine. Sizes are
+those of the config named in the last column, cut to a few layers; that a tensor cut does not divide
+there says something of those sizes, not of every model of the type.
+"""
+
+
+def page(outcomes: Mapping[str, Outcome]) -> str:
+    """The whole page."""
+    origins = {name: origin for name, (origin, _) in recorded().items()}
+    planned = {name: each for name, each in outcomes.items() if each.refusal is None}
+    refused = {name: each for name, each in outcomes.items() if each.refusal is not None}
+    lines = [_INTRODUCTION, f"{len(planned)} plan, {len(refused)} do not.", ""]
+    lines += ["## Those that plan", "", "| Model type | Pipeline | Tensor | Sizes of |"]
+    lines += ["| --- | --- | --- | --- |"]
+    for name, each in planned.items():
+        lines.append(f"| `{name}` | {_form(each, 'pipeline')} | {_form(each, 'tensor')} "
+                     f"| {origins[name]} |")  # fmt: skip
+    lines += [
+        "",
+        "## Those that do not",
+        "",
+        "| Model type | Why | Sizes of |",
+        "| --- | --- | --- |",
+    ]
+    for name, each in refused.items():
+        assert each.refusal is not None
+        lines.append(f"| `{name}` | {_cell(each.refusal)} | {origins[name]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _form(outcome: Outcome, form: str) -> str:
+    if form in outcome.forms:
+        return "yes"
+    return _cell(dict(outcome.obstacles).get(form, "no"))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# --- recording ----------------------------------------------------------------------------------
+
+
+def collect() -> dict[str, dict[str, Any]]:
+    """For every model type the first config that plans, of those that are known of it."""
+    from k2cli.sharding.architectures import supported_model_types
+
+    document = {}
+    resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
+    for model_type in supported_model_types():
+        document[model_type] = _choose(model_type)
+        print(model_type, document[model_type]["from"], file=sys.stderr)  # noqa: T201
+    return document
+
+
+def _choose(model_type: str) -> dict[str, Any]:
+    first: dict[str, Any] | None = None
+    for origin, config in _known(model_type):
+        for candidate in (_cut(config, LAYERS), config):
+            filled, outcome = _filled(candidate)
+            made_up = "" if filled == candidate or origin == "made up" else ", some made up"
+            entry = {"from": origin + made_up, "config": filled}
+            first = first or entry
+            if outcome.refusal is None:
+                return entry
+    assert first is not None
+    return first
+
+
+def _filled(config: Mapping[str, Any]) -> tuple[dict[str, Any], Outcome]:
+    """A config with what its class demands beyond it, and what becomes of it."""
+    filled = dict(config)
+    for _ in range(6):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            outcome = examine(filled)
+        missing = re.search(r"(\w+)\.__init__\(\) missing .*?: (.*)", outcome.refusal or "")
+        if missing is None:
+            return filled, outcome
+        nested = missing[1].startswith("Text") and isinstance(filled.get("text_config"), dict)
+        place = dict(filled["text_config"]) if nested else filled
+        for name in re.findall(r"'(\w+)'", missing[2]):
+            if name in {**MADE_UP, **GUESSES} and name not in place:
+                place[name] = {**MADE_UP, **GUESSES}[name]
+        if nested:
+            filled["text_config"] = place
+    return filled, outcome
+
+
+def _known(model_type: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Configs of a model type, the most real first."""
+    for folder in sorted((ROOT / "k2cli" / "models" / "configs").glob("*/config.json")):
+        config = json.loads(folder.read_text())
+        if config["model_type"] == model_type:
+            yield f"{folder.parent.name}, as k2 carries it", config
+    if (config := _of_transformers(model_type)) is not None:
+        yield "transformers' defaults", config
+    if (config := _of_mlx_lm(model_type)) is not None:
+        yield "mlx-lm's defaults", config
+    yield "made up", {**MADE_UP, "model_type": model_type}
+    text = {**MADE_UP, "model_type": "deepseek_v3" if model_type == "kimi_vl" else model_type}
+    yield "made up", {"model_type": model_type, "text_config": text}
+
+
+def _of_transformers(model_type: str) -> dict[str, Any] | None:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = json.loads(CONFIG_MAPPING[model_type]().to_json_string(use_diff=False))
+    except Exception as error:  # any class of some hundred may want arguments of its own
+        print(f"{model_type}: transformers: {error!r}"[:200], file=sys.stderr)  # noqa: T201
+        return None
+    config["model_type"] = model_type
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            for name in ("vision_config", "audio_config", "id2label", "label2id"):
+                part.pop(name, None)
+            rope = part.get("rope_parameters")
+            if isinstance(rope, dict) and "rope_theta" in rope:
+                part.setdefault("rope_theta", rope["rope_theta"])
+            part.setdefault("rope_scaling", None)
+    return _plain(config)
+
+
+def _of_mlx_lm(model_type: str) -> dict[str, Any] | None:
+    from k2cli.sharding.architectures import model_classes
+
+    try:
+        _, arguments = model_classes({"model_type": model_type})
+    except K2Error:
+        return None
+    if not is_dataclass(arguments):
+        return None
+    defaults = {
+        each.name: each.default
+        for each in fields(arguments)
+        if each.default is not MISSING and isinstance(each.default, int | float | str | bool)
+    }
+    return {**MADE_UP, **defaults, "model_type": model_type}
+
+
+def _plain(value: Any) -> Any:
+    """Without what only transformers itself reads, so that the record stays small."""
+    dropped = ("transformers_version", "_name_or_path", "architectures", "chunk_size_feed_forward",
+               "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type",
+               "return_dict", "use_cache", "initializer_range")  # fmt: skip
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items() if key not in dropped}
+    return value
+
+
+def _cut(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The same sizes with fewer layers; lists with an entry per layer are cut too."""
+    count = next((config[n] for n in _LAYER_FIELDS if isinstance(config.get(n), int)), None)
+    if count is None or count <= layers:
+        kept = dict(config)
+        if isinstance(kept.get("text_config"), dict):
+            kept["text_config"] = _cut(kept["text_config"], layers)
+        return kept
+    return {key: _cut_field(key, value, count, layers) for key, value in config.items()}
+
+
+def _cut_field(key: str, value: Any, count: int, layers: int) -> Any:
+    if key in _LAYER_FIELDS:
+        return layers
+    if isinstance(value, list) and len(value) == count:
+        return value[:layers]
+    if isinstance(value, list) and value and all(isinstance(each, int) for each in value):
+        # Numbers of layers, as Kimi's linear_attn_config has them.
+        return [each for each in value if each <= layers] if max(value) <= count else value
+    if isinstance(value, dict):
+        return {name: _cut_field(name, each, count, layers) for name, each in value.items()}
+    return value
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the page or the record, or compare the page; 1 if it is not up to date."""
+    if list(arguments) == ["--collect"]:
+        lines = [f"{json.dumps(name)}: {json.dumps(each)}" for name, each in collect().items()]
+        DATA.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        return 0
+    text = page({name: examine(config) for name, (_, config) in recorded().items()})
+    if list(arguments) == ["--check"]:
+        return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text)
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
