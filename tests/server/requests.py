@@ -1,0 +1,41 @@
+"""What tests of the HTTP API ask, and how."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+
+from k2cli.server.served import ServedModel
+from tests.server.scripted import LetterTokenizer, ScriptedEngine
+
+SERVED = ServedModel("toy", context_length=200, created=1_700_000_000, max_body_bytes=20_000)
+QUESTION: list[Any] = [{"role": "user", "content": "Capital of France?"}]
+CHAT = "/v1/chat/completions"
+
+
+def encode(text: str) -> list[int]:
+    return LetterTokenizer().encode(text)
+
+
+def prompt_of(engine: ScriptedEngine) -> str:
+    return LetterTokenizer().decode(engine.submitted[-1].prompt)
+
+
+def post(url: str, body: Any, path: str = CHAT, **headers: str) -> httpx.Response:
+    content = body if isinstance(body, bytes | str) else json.dumps(body)
+    return httpx.post(f"{url}{path}", content=content, headers=headers, timeout=10)
+
+
+def events_of(url: str, body: dict[str, Any], path: str = CHAT) -> list[Any]:
+    """The events of a stream; ``[DONE]`` and comments as strings."""
+    events: list[Any] = []
+    with httpx.stream("POST", f"{url}{path}", json={**body, "stream": True}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                events.append(json.loads(line[6:]))
+            elif line:
+                events.append(line)
+    return events
