@@ -2,7 +2,9 @@
 
 Every so many steps a decision asks for a digest of the state after it: the step's number, the
 ids of sequences and prefixes, and who is in which row of which batch. A follower that differs
-would compute wrong text without any error; so a difference ends the run.
+would compute wrong text without any error; so a difference ends the run. In tensor parallelism
+a mark of the step is summed over the ranks as well: it shows whether their sums are still of the
+same things.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from k2cli.runtime.control import Followers
 from k2cli.runtime.protocol import StepDigest
 
 STEPS_BETWEEN = 32
+_BUG = (
+    "this is a bug in k2 or a damaged machine; the run ended before it could give more wrong text"
+)
 
 
 @dataclass(slots=True)
@@ -31,8 +36,14 @@ class Agreement:
         """Whether a decision with this number should ask for a digest."""
         return self.size > 1 and step % STEPS_BETWEEN == 0
 
-    def expect(self, step: int, digest: str) -> None:
-        """The leader's own digest after a step."""
+    def expect(self, step: int, digest: str, *, in_step: bool) -> None:
+        """The leader's own digest after a step, and whether the ranks' sums are of one step.
+
+        Raises:
+            ClusterError: if they are not.
+        """
+        if not in_step:
+            raise ClusterError(f"the ranks' sums are out of step (seen in step {step})", _BUG)
         self._own[step] = digest
 
     def check(self) -> None:
@@ -58,8 +69,7 @@ class Agreement:
                 raise ClusterError(
                     f"rank {answer.rank} disagrees with the leader about the state after step "
                     f"{answer.step} ({answer.state} against {self._own[answer.step]})",
-                    "this is a bug in k2 or a damaged machine; the run ended before it could "
-                    "give wrong text",
+                    _BUG,
                 )
             self._count(answer.step)
 

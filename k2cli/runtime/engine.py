@@ -279,7 +279,8 @@ class Engine:
             case Decode(step=number):
                 assert step.result is not None
                 if step.result.state_digest:
-                    self._agreement.expect(number, step.result.state_digest)
+                    in_step = step.result.in_step is None or bool(step.result.in_step.item())
+                    self._agreement.expect(number, step.result.state_digest, in_step=in_step)
                 self._decoded(step, now)
 
     def _prefilled(self, step: Step, count: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from k2cli.errors import UsageError
 from k2cli.runtime.caches import CacheTable, LayerCaches, make_room
 from k2cli.runtime.progress import Phase
 from k2cli.runtime.protocol import (
@@ -30,7 +31,7 @@ from k2cli.runtime.protocol import (
     Quit,
     Tick,
 )
-from k2cli.sharding.stage import Stage
+from k2cli.sharding.stage import Stage, hidden_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +39,34 @@ class StepResult:
     """What a decision gave on this rank.
 
     ``logits`` is ``[rows, vocabulary]`` after a Decode on ranks that have the head; lazy on the
-    leader. The digests are empty unless they were asked for.
+    leader. The digests are empty unless they were asked for. ``in_step``, lazy too, says whether
+    the ranks still add up what belongs together (a bool; see ``_in_step``).
     """
 
     logits: mx.array | None = None
+    in_step: mx.array | None = None
     arrived_digest: str = ""
     computed_digest: str = ""
     state_digest: str = ""
+
+    @property
+    def to_compute(self) -> list[mx.array]:
+        """What is still lazy, in the order in which every rank must compute it."""
+        return [array for array in (self.logits, self.in_step) if array is not None]
 
 
 def array_digest(value: mx.array) -> str:
     """SHA-256 (hex, 16 digits) over the bytes of an array."""
     flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
     return hashlib.sha256(bytes(np.asarray(flat))).hexdigest()[:16]
+
+
+def _hidden_of(stage: Stage) -> tuple[int, mx.Dtype]:
+    """Width and dtype of what tensor ranks add up; of no use where layers exchange several."""
+    try:
+        return hidden_at(stage.model, 0)
+    except UsageError:
+        return 1, mx.float32
 
 
 class Executor:
@@ -70,6 +86,7 @@ class Executor:
         self._transfers = mx.new_stream(mx.cpu)
         self._departing: mx.array | None = None
         self._fed: mx.array | None = None
+        self._hidden: tuple[int, mx.Dtype] | None = None
 
     @property
     def is_pipeline(self) -> bool:
@@ -155,10 +172,28 @@ class Executor:
         digest_of = mx.argmax(computed, axis=-1) if self.stage.is_last else computed
         return StepResult(
             logits=computed if self.stage.is_last else None,
+            in_step=self._in_step(step.step, computed) if step.state_digest else None,
             arrived_digest="" if arrived is None or not step.digest else array_digest(arrived),
             computed_digest=array_digest(digest_of) if step.digest else "",
             state_digest=self.caches.digest(step.step) if step.state_digest else "",
         )
+
+    def _in_step(self, step: int, computed: mx.array) -> mx.array | None:
+        """In tensor parallelism: whether a sum over ranks of this step's mark is what it must be.
+
+        Sums are paired by nothing but their order. A rank that did one too many or too few would
+        add up what does not belong together from then on, without any error, and compute wrong
+        text; this sum shows it, since its terms are known. It comes after all else of the step,
+        and has the size of the others: of another size it would stall instead.
+        """
+        if self._group is None or self._group.size() == 1 or self.is_pipeline:
+            return None
+        width, dtype = self._hidden = self._hidden or _hidden_of(self.stage)
+        size = self._group.size()
+        # Integers up to 256 are exact in every float type that hidden states have.
+        mark = step % (256 // size) + 1
+        own = mx.depends(mx.full((len(computed), 1, width), mark, dtype=dtype), computed)
+        return mx.all(mx.distributed.all_sum(own, group=self._group) == size * mark)
 
     def feed_ahead(self, chosen: mx.array) -> None:
         """The leader of a pipeline: hand the inputs of a step decided ahead to the first stage.

@@ -55,7 +55,7 @@ def follow(channel: Channel[Decision], executor: Executor, page: ProgressPage, r
         result = executor.carry_out(decision)
         if result.logits is not None:
             # In tensor parallelism the sums over ranks are part of computing the logits.
-            mx.async_eval(result.logits)  # type: ignore[no-untyped-call]
+            mx.async_eval(*result.to_compute)  # type: ignore[no-untyped-call]
             _wait_for(computing)
             computing = result.logits
         if isinstance(decision, Decode) and (decision.digest or decision.state_digest):

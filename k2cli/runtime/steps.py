@@ -132,8 +132,7 @@ class StepQueue:
         self._number += 1
         self._followers.send(decision)
         result = self._executor.carry_out(decision)
-        if result.logits is not None:
-            mx.eval(result.logits)
+        mx.eval(*result.to_compute)
         return result
 
     def _carry_out(self, step: Step, chosen: mx.array | None) -> None:
@@ -143,4 +142,4 @@ class StepQueue:
         if step.result.logits is not None and step.rows:
             step.chosen = choose_tokens(step.rows, step.result.logits)
             # The logits too: no token may come of them, and yet every rank must do every sum.
-            mx.async_eval(step.chosen, step.result.logits)  # type: ignore[no-untyped-call]
+            mx.async_eval(step.chosen, *step.result.to_compute)  # type: ignore[no-untyped-call]

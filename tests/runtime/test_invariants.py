@@ -19,9 +19,12 @@ import mlx.core as mx
 import msgspec
 import psutil
 import pytest
+from mlx.utils import tree_flatten
 
 from k2cli.errors import ClusterError
 from k2cli.models.checkpoint import read_checkpoint
+from k2cli.planning.activation import activation_shape, decode_demand
+from k2cli.planning.memory import slack_bytes
 from k2cli.runtime.control import Followers
 from k2cli.runtime.engine import Engine
 from k2cli.runtime.executor import Executor
@@ -37,9 +40,11 @@ from k2cli.runtime.protocol import (
     Hello,
     RankMessage,
     RequestFailed,
+    Sampling,
     Tick,
 )
 from k2cli.runtime.wire import Channel, ConnectionLost, authenticate
+from k2cli.sharding.footprint import kv_cache_bytes
 from k2cli.sharding.tensor import StandInGroup
 from tests.cluster.harness import supervised
 from tests.runtime.faults import FAULTY_RANKS
@@ -51,6 +56,13 @@ def _prompt(length: int, seed: int) -> list[int]:
 
 
 # --- 1: the leader decides -----------------------------------------------------------------------
+
+
+def _faulty(**faults: str) -> dict[str, str]:
+    paths = [str(FAULTY_RANKS), os.environ["PYTHONPATH"]]
+    return {"PYTHONPATH": os.pathsep.join(paths)} | {
+        f"FAULTY_RANKS_{name}": value for name, value in faults.items()
+    }
 
 
 class _Unused:
@@ -183,10 +195,7 @@ def test_a_follower_is_sent_token_ids_and_no_hidden_states(toy_k2: Path, tmp_pat
 def test_with_two_requests_both_stages_have_steps_in_flight(toy_k2: Path, tmp_path: Path) -> None:
     """By the leader's own books: while it works on one batch, the other is with the follower."""
     trace = tmp_path / "trace"
-    environment = {
-        "PYTHONPATH": os.pathsep.join([str(FAULTY_RANKS), os.environ["PYTHONPATH"]]),
-        "FAULTY_RANKS_TRACE": str(trace),
-    }
+    environment = _faulty(TRACE=str(trace))
     parts = assignments(toy_k2, "pipeline", 2, concurrency=4)
     with running(RankPool(parts, tmp_path, environment=environment)) as pool:
         names = [pool.submit([300 + n, 301], 60, use_prefix_cache=False) for n in range(2)]
@@ -196,6 +205,38 @@ def test_with_two_requests_both_stages_have_steps_in_flight(toy_k2: Path, tmp_pa
     overlapping = [batch for batch, flying in steps if flying == "0,1"]
     assert len(overlapping) >= 0.9 * len(steps)
     assert {overlapping.count("0"), overlapping.count("1")} <= set(range(50, 61))
+
+
+# --- 5 and 6: ranks stay in step, or the run ends -----------------------------------------------
+
+
+@pytest.mark.ranks
+def test_a_step_whose_token_nobody_takes_leaves_tensor_ranks_in_step(
+    toy_k2: Path, tmp_path: Path
+) -> None:
+    """A request alone in its batch fails in its sampler: its logits are of no use to anybody."""
+    parts = assignments(toy_k2, "tensor", 2)
+    with running(RankPool(parts, tmp_path, environment=_faulty())) as pool:
+        quiet = pool.generate([301, 302], 16, use_prefix_cache=False)
+        broken = pool.submit([310], 16, Sampling(seed=666, temperature=0.5))
+        assert "the sampler of this request is broken" in str(pool.outcome(broken).error)
+        assert pool.generate([301, 302], 16, use_prefix_cache=False) == quiet
+
+
+@pytest.mark.ranks
+def test_tensor_ranks_whose_sums_are_of_different_steps_end_the_run(
+    toy_k2: Path, tmp_path: Path
+) -> None:
+    """A leader that leaves sums out where it has no use for them: silent, but for this check.
+
+    With steps decided ahead it stalls instead, which is the watchdog's business.
+    """
+    parts = assignments(toy_k2, "tensor", 2, looks_ahead=False)
+    with running(RankPool(parts, tmp_path, environment=_faulty(SUMS="1"))) as pool:
+        assert len(pool.generate([301, 302], 70)) == 70
+        pool.outcome(pool.submit([310], 16, Sampling(seed=666, temperature=0.5)))
+        with pytest.raises(RuntimeError, match="the ranks' sums are out of step"):
+            pool.generate([301, 302], 70)
 
 
 # --- 8: loading proves itself -------------------------------------------------------------------
@@ -236,10 +277,7 @@ def test_a_rank_reads_its_own_part_tensor_by_tensor(toy_k2: Path) -> None:
 def test_a_part_that_is_not_right_is_refused_before_ready(
     strategy: str, name: str, value: str, message: str, toy_k2: Path, tmp_path: Path
 ) -> None:
-    environment = {
-        "PYTHONPATH": os.pathsep.join([str(FAULTY_RANKS), os.environ["PYTHONPATH"]]),
-        f"FAULTY_RANKS_{name}": value,
-    }
+    environment = _faulty(**{name: value})
     pool = RankPool(assignments(toy_k2, strategy, 2), tmp_path, environment=environment)
     with pytest.raises(RuntimeError, match=message), running(pool):
         pytest.fail("it became ready")
@@ -287,3 +325,33 @@ def test_what_does_not_fit_waits_or_is_refused_with_the_numbers(
         engine.advance()
     finished = [message for message in told if isinstance(message, Finished)]
     assert len(finished) + len(refused) == 270
+
+
+def test_requests_that_come_and_go_stay_within_the_planned_cache(
+    idle_engine: tuple[Engine, list[RankMessage]],
+) -> None:
+    engine, told = idle_engine
+    stage = engine._queue._executor.stage
+    weights = sum(value.nbytes for _, value in tree_flatten(stage.model.parameters()))
+    planned = kv_cache_bytes(stage, CONTEXT) * CONCURRENCY
+    step = decode_demand(
+        activation_shape(vars(stage.model.args)),
+        backend="cpu",
+        context_length=CONTEXT,
+        concurrency=CONCURRENCY,
+        itemsize=4,
+    ).peak_bytes
+    # The plan's own numbers: cache, allocator's slack, and a step with its masks and logits.
+    most = planned + slack_bytes(planned, step) + step
+    choose = random.Random(1)
+    for number in range(12):
+        length = choose.choice([20, CONTEXT // 3, CONTEXT // 2, 3 * CONTEXT // 4])
+        engine.accept(Generate(f"m{number}", _prompt(length, number), choose.choice([2, 9, 24])))
+    held = []
+    while engine.busy:
+        engine.advance()
+        held.append(mx.get_active_memory() - weights)
+    ended = {message.request_id for message in told if isinstance(message, Finished)}
+    assert {f"m{number}" for number in range(12)} <= ended
+    assert max(held) <= most
+    assert max(held) > planned // 2  # the bound was put to a test

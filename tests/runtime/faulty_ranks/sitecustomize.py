@@ -7,6 +7,7 @@ the environment:
 * ``FAULTY_RANKS_HOLDINGS``: rank 1 misses its first tensor (``missing``), or claims one of rank
   0's too (``twice``);
 * ``FAULTY_RANKS_CANARY``: rank 1 computes something else;
+* ``FAULTY_RANKS_SUMS``: rank 0 does not compute what it has no use for;
 * ``FAULTY_RANKS_TRACE``: no fault; rank 0 writes down, in this file, which batch each decode step
   that it carries out is of, and of which batches steps are in flight.
 """
@@ -63,6 +64,12 @@ def _sing_out_of_tune() -> None:
     executor.array_digest = lambda value: "0" * 16
 
 
+def _leave_sums_out() -> None:
+    from k2cli.runtime.executor import StepResult
+
+    StepResult.to_compute = property(lambda self: [] if self.in_step is None else [self.in_step])
+
+
 def _trace(file: str) -> None:
     from k2cli.runtime.protocol import Decode
     from k2cli.runtime.steps import StepQueue
@@ -84,7 +91,7 @@ def _trace(file: str) -> None:
 if "k2cli.runtime.worker" in sys.orig_argv:
     _rank = sys.orig_argv[sys.orig_argv.index("--rank") + 1]
     _wanted = {name: os.environ.get(f"FAULTY_RANKS_{name}") for name in
-               ("LIE", "HOLDINGS", "CANARY", "TRACE")}  # fmt: skip
+               ("LIE", "HOLDINGS", "CANARY", "SUMS", "TRACE")}  # fmt: skip
     _break_sampler()
     if _rank == "1" and _wanted["LIE"]:
         _lie_about_state(_wanted["LIE"])
@@ -92,5 +99,7 @@ if "k2cli.runtime.worker" in sys.orig_argv:
         _lie_about_holdings(_wanted["HOLDINGS"])
     if _rank == "1" and _wanted["CANARY"]:
         _sing_out_of_tune()
+    if _rank == "0" and _wanted["SUMS"]:
+        _leave_sums_out()
     if _rank == "0" and _wanted["TRACE"]:
         _trace(_wanted["TRACE"])
