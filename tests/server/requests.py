@@ -25,7 +25,8 @@ def prompt_of(engine: ScriptedEngine) -> str:
 
 def post(url: str, body: Any, path: str = CHAT, **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes | str) else json.dumps(body)
-    return httpx.post(f"{url}{path}", content=content, headers=headers, timeout=10)
+    # Not one certificate is needed, and reading all of them takes 25 ms of CPU.
+    return httpx.post(f"{url}{path}", content=content, headers=headers, timeout=10, verify=False)
 
 
 def events_of(url: str, body: dict[str, Any], path: str = CHAT) -> list[Any]:

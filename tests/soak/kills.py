@@ -32,7 +32,7 @@ import psutil
 
 from k2cli.cluster import agent
 from k2cli.settings import runs_directory, scratch_directories
-from tests.runtime.faults import GONE_SECONDS, SECONDS, k2
+from tests.runtime.faults import GONE_SECONDS, NO_CERTIFICATES, SECONDS, k2
 from tests.soak.page import (
     begin,
     measured,
@@ -131,7 +131,9 @@ def _ask(url: str) -> str:
     body = {"prompt": [301, 302], "max_tokens": 900, "k2": {"ignore_stop_tokens": True}}
     while True:
         try:
-            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=SECONDS)
+            answer = httpx.post(
+                f"{url}/v1/completions", json=body, timeout=SECONDS, verify=NO_CERTIFICATES
+            )
         except httpx.ReadTimeout:
             raise AssertionError(f"a client was told nothing for {SECONDS} s") from None
         except httpx.TransportError as error:
