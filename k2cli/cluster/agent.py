@@ -292,6 +292,12 @@ def _checkpoint(reference: str, folder: str) -> Any:
     return find_checkpoint(reference, folder)
 
 
+def _checkpoint_heads(reference: str) -> Any:
+    from k2cli.cluster.model_here import checkpoint_heads
+
+    return checkpoint_heads(reference)
+
+
 def _networks() -> Any:
     from k2cli.cluster.networks import own_networks
 
@@ -343,6 +349,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "locks": _locks,
     "clean": _clean,
     "checkpoint": _checkpoint,
+    "checkpoint-heads": _checkpoint_heads,
     "networks": _networks,
     "remove-folder": lambda path: shutil.rmtree(path, ignore_errors=True),
     "software": _software,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2cli.cluster.model_here import ModelHere, is_path
 from k2cli.cluster.nodes import Node
 from k2cli.errors import ClusterError, K2Error
 
@@ -44,7 +45,9 @@ def find_checkpoint(reference: str, folder: str) -> ModelThere:
             found = local_checkpoint(text).resolve()
             return ModelThere(str(found), checkpoint_digest(found))
         except K2Error as error:
-            problem = problem or error.message
+            # The folder is the launcher's; of the two it is the reference that the user knows.
+            if text == reference or not problem:
+                problem = error.message
     return ModelThere(problem=problem)
 
 
@@ -65,49 +68,58 @@ def checkpoint_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def model_folders(nodes: Sequence[Node], reference: str, folder: Path) -> dict[str, str]:
+def model_folders(nodes: Sequence[Node], reference: str, here: ModelHere) -> dict[str, str]:
     """Each node's folder of the model, by name; all of them hold the same checkpoint.
 
     Args:
         nodes: of the ranks.
         reference: what the user called the model; a path is given as it is seen from everywhere.
-        folder: the checkpoint on this machine, which the plan was made from.
+        here: the checkpoint that the plan was made from.
 
     Raises:
         ClusterError: naming the node that lacks it or has another one, and the command that helps.
     """
     known = {node.name: node for node in nodes}
+    folder = here.folder
     own = checkpoint_digest(folder)
     with ThreadPoolExecutor(_NODES_AT_ONCE) as pool:
         found = dict(
             zip(
                 known,
-                pool.map(lambda node: _ask(node, reference, folder), known.values()),
+                pool.map(lambda node: _ask(node, reference, here), known.values()),
                 strict=True,
             )
         )
+    lender = found[here.lender].folder if here.lender is not None else ""
+    source = f"node {here.lender} in {lender}" if lender else f"this machine in {folder}"
     for name, there in found.items():
         if there.problem:
             raise ClusterError(
                 f"node {name} cannot load {reference}: {there.problem}",
-                _command(name, reference, folder),
+                _command(name, reference, here, lender),
             )
         if there.digest != own:
             raise ClusterError(
-                f"node {name} has another {reference} in {there.folder} than this machine in "
-                f"{folder}: config or tensors differ",
-                _command(name, reference, folder),
+                f"node {name} has another {reference} in {there.folder} than {source}: "
+                "config or tensors differ",
+                _command(name, reference, here, lender),
             )
     return {name: there.folder for name, there in found.items()}
 
 
-def _ask(node: Node, reference: str, folder: Path) -> ModelThere:
+def _ask(node: Node, reference: str, here: ModelHere) -> ModelThere:
+    if here.lender is not None:
+        # No rank may ever load the stand-in, which holds no weights.
+        return node.ask(ModelThere, "checkpoint", reference, reference)
     if node.is_local:
-        return ModelThere(str(folder), checkpoint_digest(folder))
-    return node.ask(ModelThere, "checkpoint", reference, str(folder))
+        return ModelThere(str(here.folder), checkpoint_digest(here.folder))
+    return node.ask(ModelThere, "checkpoint", reference, str(here.folder))
 
 
-def _command(name: str, reference: str, folder: Path) -> str:
+def _command(name: str, reference: str, here: ModelHere, lender: str) -> str:
+    folder = here.folder
+    if is_path(reference) and here.lender is not None:
+        return f"ssh {here.lender} rsync -a {lender}/ {name}:{lender}/"
     if reference.startswith("/"):
         return f"rsync -a {folder}/ {name}:{folder}/"
     return f"ssh {name} k2 download {reference}"

@@ -23,6 +23,7 @@ from k2cli.cluster.description import Cluster, load_cluster
 from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.launchers import DEFAULT_WORKER
 from k2cli.cluster.locks import Say, release_locks, take_locks
+from k2cli.cluster.model_here import ModelHere, is_path, model_here
 from k2cli.cluster.model_there import model_folders
 from k2cli.cluster.nodes import LOCALHOST, Node, node_named
 from k2cli.cluster.openmpi import find_openmpi
@@ -86,20 +87,30 @@ def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> Prepare
         UsageError: for a request that makes no sense.
         DoesNotFitError: if the plan does not fit and ``force`` is not set.
         ClusterError: if a node cannot be reached, is not fit for a run, or belongs to another one.
-        K2Error: if the model is not on this machine, or the port is taken.
+        K2Error: if the model is neither here nor on the first node, or the port is taken.
     """
-    from k2cli.models.reference import local_checkpoint
-
-    folder = local_checkpoint(request.model).resolve()
     given_plan = _read_plan(request)
     cluster = load_cluster(request.cluster) if request.cluster is not None else None
     nodes = [node_named(name) for name in _node_names(request, given_plan, cluster)]
+    with model_here(request.model, nodes) as here:
+        return _prepare(request, here, given_plan, cluster, nodes, say)
+
+
+def _prepare(
+    request: LaunchRequest,
+    here: ModelHere,
+    given_plan: Plan | None,
+    cluster: Cluster | None,
+    nodes: Sequence[Node],
+    say: Say,
+) -> PreparedRun:
+    folder = here.folder
     choice = check_nodes(nodes, request.backend, say, force=request.force)
     plan = given_plan or _make_plan(request, folder, nodes, choice.backend)
     _check_plan(plan, folder, nodes, force=request.force)
     folders = {node.name: str(folder) for node in nodes}
     if not all(node.is_local for node in nodes):
-        folders = model_folders(nodes, _seen_from_everywhere(request.model), folder)
+        folders = model_folders(nodes, _seen_from_everywhere(request.model), here)
     routes = find_routes(nodes, choice.backend, cluster)
     run_id = new_run_id(_served_name(request.model, folder))
     take_locks(
@@ -132,7 +143,9 @@ def _needs(nodes: Sequence[Node], plan: Plan) -> dict[str, tuple[int, int]]:
 
 
 def _seen_from_everywhere(reference: str) -> str:
-    return str(Path(reference).absolute()) if _is_path(reference) else reference
+    if reference.startswith("~"):  # each machine has its own home
+        return reference
+    return str(Path(reference).absolute()) if is_path(reference) else reference
 
 
 # --- the plan -----------------------------------------------------------------------------------
@@ -356,15 +369,9 @@ def _record(
     )
 
 
-def _is_path(reference: str) -> bool:
-    from k2cli.models.reference import parse_reference
-
-    return parse_reference(reference).path is not None
-
-
 def _served_name(reference: str, folder: Path) -> str:
     """What clients call the model: the reference, or the folder's name for a path."""
-    return folder.name if _is_path(reference) else reference
+    return folder.name if is_path(reference) else reference
 
 
 def _http_port(leader: Node, host: str, wanted: int | None) -> int:

@@ -8,6 +8,7 @@ import pytest
 
 from lab import Lab
 from lab.faults import fault_named
+from lab.stories import story_named, try_story
 from lab.trial import try_fault
 
 pytestmark = [pytest.mark.lab, pytest.mark.ranks, pytest.mark.timeout(180)]
@@ -44,3 +45,19 @@ def test_a_fault_ends_the_run_everywhere(
     assert all(seconds is not None for seconds in outcome.gone_seconds.values()), outcome
     if fault_named(name).stage == "decode":
         assert outcome.client.startswith("end error: "), outcome
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "strategy"),
+    [
+        ("second-user-waits", "ring", "pipeline"),
+        # tests/cluster restarts runs on one machine.
+        pytest.param("restart", "mpi5", "tensor", marks=pytest.mark.soak),
+    ],
+)
+def test_what_takes_longer_than_one_fault(
+    lab: Lab, toy_k2: Path, name: str, backend: str, strategy: str
+) -> None:
+    outcome = try_story(lab, story_named(name), toy_k2, backend, strategy)
+    assert outcome.passed, outcome
+    assert all(seconds is not None for seconds in outcome.gone_seconds.values()), outcome

@@ -80,7 +80,9 @@ def test_two_hosts_answer_like_one_rank(
 
 
 def test_one_machine_launches_on_two_others(lab: Lab, toy_k2: Path) -> None:
-    """From the console, which has no rank: the API is the leader's."""
+    """From the console, which has no rank and no model: the API is the leader's."""
+    hidden = str(toy_k2.parent)
+    lab.exec("console", ["mount", "-t", "tmpfs", "none", hidden])
     run = LabRun(lab, toy_k2, "ring", "pipeline", detach=True, host="console")
     try:
         assert run.talk.wait_end(90) == 0, run.talk.text
@@ -91,3 +93,4 @@ def test_one_machine_launches_on_two_others(lab: Lab, toy_k2: Path) -> None:
         assert run.wait_gone(10)
     finally:
         run.close()
+        lab.exec("console", ["umount", hidden])
