@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import msgspec
 import psutil
 
+from k2cli.runtime.kernel_record import KernelRecord
 from k2cli.runtime.progress import ProgressPage
 from k2cli.runtime.protocol import (
     Assignment,
@@ -107,8 +108,12 @@ class RankProcess:
         process: asyncio.subprocess.Process,
         channel: AsyncChannel[RankMessage],
         page: ProgressPage,
+        kernel: KernelRecord,
     ) -> None:
         self._process = process
+        self._kernel = kernel
+        self._kernel_says = ""
+        self._killed_here = False
         self._view = psutil.Process(process.pid)
         self.channel = channel
         self.page = page
@@ -139,6 +144,7 @@ class RankProcess:
         for name, content in files.items():
             inherited.append(_nameless_file(content))
             environment[name] = f"/dev/fd/{inherited[-1]}"
+        kernel = KernelRecord()
         try:
             process = await asyncio.create_subprocess_exec(
                 *rank_arguments(bootstrap, worker, theirs.fileno(), page.fileno()),
@@ -154,7 +160,7 @@ class RankProcess:
             for descriptor in inherited[2:]:
                 os.close(descriptor)
         reader, writer = await open_stream(connection=ours)
-        rank = cls(process, AsyncChannel(reader, writer, RankMessage), page)
+        rank = cls(process, AsyncChannel(reader, writer, RankMessage), page, kernel)
         control_host = bootstrap.liveness_host
         rank.send(Start(assignment, bootstrap.secret, bootstrap.deadlines, control_host))
         return rank
@@ -206,7 +212,20 @@ class RankProcess:
             async with asyncio.timeout(_DRAIN_SECONDS):
                 await self._messages_ended.wait()
                 await self._output_ended.wait()
+        if status == -signal.SIGKILL and not self._killed_here:
+            await asyncio.to_thread(self._ask_kernel)
+        self._kernel.close()
         return status
+
+    def _ask_kernel(self) -> None:
+        counted = self._kernel.has_counted
+        kill = self._kernel.kill_of(self.pid, suspected=counted or self._memory_was_high)
+        if kill is not None:
+            self._kernel_says = f"likely out of memory: {kill}"
+        elif counted:
+            self._kernel_says = (
+                "perhaps for want of memory: the kernel has killed a process of its control group"
+            )
 
     async def messages(self) -> AsyncIterator[RankMessage]:
         """What the rank tells its guard.
@@ -222,6 +241,7 @@ class RankProcess:
 
     def kill(self) -> None:
         """SIGKILL, which also ends a process that is stopped."""
+        self._killed_here = True
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -271,6 +291,8 @@ class RankProcess:
             return self.fatal.error
         if status is None:
             return "it does not react"
+        if self._kernel_says:
+            return f"it was killed (SIGKILL), {self._kernel_says}"
         if status == -signal.SIGKILL and self._memory_was_high:
             return "it was killed (SIGKILL), perhaps because the machine ran out of memory"
         if status < 0:

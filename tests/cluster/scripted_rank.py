@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 from k2cli.runtime.progress import ProgressPage
 from k2cli.runtime.protocol import (
@@ -58,6 +59,11 @@ def _fail(how: str, link: Channel[GuardMessage]) -> None:
             time.sleep(3600)
         case "term":
             os.kill(os.getpid(), signal.SIGSEGV)
+        case "memory":
+            Path(os.environ["SCRIPT_CGROUP"], "cgroup.procs").write_text(str(os.getpid()))
+            held = []
+            while True:
+                held.append(bytearray(2**20))
 
 
 def _answer(link: Channel[GuardMessage], request: Generate) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,45 @@ def test_a_rank_that_fails_while_loading_is_named(how: str, cause: str, status: 
     assert record.failure is not None
     assert (record.failure.rank, record.failure.exit_status) == (1, status)
     assert record.failure.cause.startswith(cause)
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group with room for 24 MiB."""
+    root = Path("/sys/fs/cgroup")
+    unified = (root / "cgroup.controllers").exists()
+    group = (root if unified else root / "memory") / f"k2-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error.strerror}")
+    try:
+        limit = group / ("memory.max" if unified else "memory.limit_in_bytes")
+        log = os.access("/dev/kmsg", os.R_OK)
+        first = os.readlink("/proc/self/ns/pid") == "pid:[4026531836]"
+        if not (limit.exists() and log and first):
+            pytest.skip("no limits of memory for groups, or the kernel's log is not of this system")
+        limit.write_text(str(24 * 2**20))
+        yield group
+    finally:
+        group.rmdir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux'")
+def test_a_rank_that_the_kernel_kills_for_memory_is_said_to_be(small_group: Path) -> None:
+    environment = {"SCRIPT_FAIL": "memory", "SCRIPT_CGROUP": str(small_group)}
+    with supervised("local", size=1, environment=environment) as run:
+        assert run.supervisor.wait(30) == 5
+        failure = run.record.failure
+    assert failure is not None
+    assert failure.exit_status == -signal.SIGKILL
+    said = re.fullmatch(
+        r"it was killed \(SIGKILL\), likely out of memory: the kernel killed pid (\d+) "
+        r"\(\S+, .*B resident, its control group was at its limit\)",
+        failure.cause,
+    )
+    assert said is not None, failure.cause
+    assert int(said[1]) == run.record.ranks[0].rank_pid
 
 
 def test_a_supervisor_that_cannot_start_mpirun_says_so(

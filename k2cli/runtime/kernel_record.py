@@ -1,0 +1,223 @@
+"""What the kernel wrote down about a process that it killed for want of memory.
+
+Linux counts such kills for each control group and writes each into its log; macOS writes a report
+for every "jetsam event". Parsers are functions of text, tried on published text; ``KernelRecord``
+reads what this machine has, on the node of the rank and at the time of its death. Where nothing can
+be read, nothing is said.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from k2cli.units import KIB, MIB, format_bytes
+
+# "Out of memory: Killed process 7 (python) total-vm:9kB, anon-rss:5kB, …": one line since Linux
+# 5.0; before, it began with "Killed process".
+_KILLED = re.compile(r"(?P<why>.*?)[Kk]illed process (?P<pid>\d+) \((?P<name>.*)\),? (?P<sizes>.*)")
+_RESIDENT = re.compile(r"(?:anon|file|shmem)-rss:(\d+)kB")
+# Of a record of /dev/kmsg: "level,sequence,microseconds,flags;text", Documentation/ABI/testing.
+_KMSG_PREFIX = re.compile(r"^\d+,\d+,\d+,[^;]*;")
+# Reasons of macOS's memorystatus that are not about memory.
+_OTHER_REASONS = frozenset({"vnode-limit", "idle-exit"})
+_REPORT_FOLDERS = (
+    Path("/Library/Logs/DiagnosticReports"),
+    Path.home() / "Library/Logs/DiagnosticReports",
+)
+_MOST_REPORT_BYTES = 32 * MIB
+# PROC_PID_INIT_INO of the kernel: its log has the process ids of this namespace.
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"
+_JOURNAL_SECONDS = 2.0
+_POLL_SECONDS = 0.1
+# The kernel sends the signal before it writes its line; macOS writes its report some time after.
+_LINUX_PATIENCE_SECONDS = 1.0
+_MACOS_PATIENCE_SECONDS = 3.0
+_LEAST_PATIENCE_SECONDS = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemoryKill:
+    """One process that the kernel has ended. ``why``: what was short, or the kernel's own word."""
+
+    pid: int
+    name: str
+    resident_bytes: int
+    why: str
+
+    def __str__(self) -> str:
+        parts = (self.name, f"{format_bytes(self.resident_bytes)} resident", self.why)
+        return f"the kernel killed pid {self.pid} ({', '.join(filter(None, parts))})"
+
+
+# --- parsers ------------------------------------------------------------------------------------
+
+
+def find_in_log(lines: Iterable[str], pid: int) -> OutOfMemoryKill | None:
+    """The kill of a process in lines of Linux' kernel log, whatever stands before each text."""
+    for line in lines:
+        found = _KILLED.match(line)
+        if found and int(found["pid"]) == pid:
+            resident = sum(int(size) for size in _RESIDENT.findall(found["sizes"])) * KIB
+            return OutOfMemoryKill(pid, found["name"], resident, _shortage(found["why"]))
+    return None
+
+
+def _shortage(text: str) -> str:
+    if "cgroup out of memory" in text:
+        return "its control group was at its limit"
+    return "the machine had none left" if "Out of memory" in text else ""
+
+
+def find_in_jetsam_report(text: str, pid: int) -> OutOfMemoryKill | None:
+    """The kill of a process in macOS's JetsamEvent report: a line of JSON, then a document of JSON.
+
+    Processes that were killed, and no others, have a ``reason``. What is no such report has none.
+    """
+    head, _, body = text.partition("\n")
+    try:
+        report = msgspec.json.decode(body if body.strip() else head)
+        page_bytes = report["memoryStatus"]["pageSize"]
+        processes = [entry for entry in report["processes"] if entry.get("pid") == pid]
+        for entry in processes:
+            reason = entry.get("reason")
+            if reason and reason not in _OTHER_REASONS:
+                resident = int(entry.get("rpages", 0)) * int(page_bytes)
+                return OutOfMemoryKill(pid, str(entry.get("name", "")), resident, str(reason))
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return None
+
+
+def counted_kills(text: str) -> int | None:
+    """``oom_kill`` of a group's ``memory.events`` (cgroup v2) or ``memory.oom_control`` (v1)."""
+    found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def counter_file(membership: str, root: Path = Path("/sys/fs/cgroup")) -> Path | None:
+    """Where the counter of a process is whose ``/proc/PID/cgroup`` says this; None without one."""
+    unified = None
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            return root / "memory" / path.lstrip("/") / "memory.oom_control"
+        if not controllers:
+            unified = root / path.lstrip("/") / "memory.events"
+    return unified
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+class KernelRecord:
+    """What the kernel writes down from now on: made before a process starts, asked at its end."""
+
+    def __init__(self) -> None:
+        self._began = time.time()
+        self._log = _open_log() if sys.platform == "linux" else None
+        self._kills = _count()
+
+    def close(self) -> None:
+        """Give the log back."""
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
+
+    @property
+    def has_counted(self) -> bool:
+        """Whether the kernel has killed a process of our control group meanwhile."""
+        return self._kills is not None and (_count() or 0) > self._kills
+
+    def kill_of(self, pid: int, *, suspected: bool) -> OutOfMemoryKill | None:
+        """What is written of the kill of a process.
+
+        Args:
+            pid: as this process knows it.
+            suspected: something else speaks for it, so that it is worth a wait: 3 s at most.
+        """
+        if sys.platform == "linux" and not _knows_our_process_ids():
+            return None
+        patience = _LINUX_PATIENCE_SECONDS if sys.platform == "linux" else _MACOS_PATIENCE_SECONDS
+        until = time.monotonic() + (patience if suspected else _LEAST_PATIENCE_SECONDS)
+        while True:
+            found = self._look(pid)
+            if found is not None or time.monotonic() >= until:
+                return found
+            time.sleep(_POLL_SECONDS)
+
+    def _look(self, pid: int) -> OutOfMemoryKill | None:
+        if sys.platform == "darwin":
+            reports = (find_in_jetsam_report(text, pid) for text in _reports(self._began))
+            return next((kill for kill in reports if kill is not None), None)
+        if self._log is not None:
+            return find_in_log(_new_lines(self._log), pid)
+        return find_in_log(_journal(self._began), pid)
+
+
+def _count() -> int | None:
+    with suppress(OSError, ValueError):
+        path = counter_file(Path("/proc/self/cgroup").read_text())
+        return counted_kills(path.read_text()) if path is not None else None
+    return None
+
+
+def _knows_our_process_ids() -> bool:
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid") == _FIRST_PID_NAMESPACE
+    return False
+
+
+def _open_log() -> int | None:
+    """The kernel's log from its end on; None if this user may not read it."""
+    with suppress(OSError):
+        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+        os.lseek(log, 0, os.SEEK_END)
+        return log
+    return None
+
+
+def _new_lines(log: int) -> Iterator[str]:
+    while True:
+        try:
+            record = os.read(log, 8192)
+        except BrokenPipeError:
+            continue  # older records were overwritten; the next read goes on with what there is
+        except OSError:
+            return  # there is no more
+        yield _KMSG_PREFIX.sub("", record.decode(errors="replace").splitlines()[0])
+
+
+def _journal(since: float) -> list[str]:
+    """The kernel's log where only the journal may be read; nothing where there is none."""
+    command = ["journalctl", "-k", "-q", "--no-pager", "-o", "short-unix", f"--since=@{since:.0f}"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_JOURNAL_SECONDS
+        )
+        return done.stdout.decode(errors="replace").splitlines()
+    return []
+
+
+def _reports(since: float) -> Iterator[str]:
+    """JetsamEvent reports of that time and later, newest first."""
+    dated: list[tuple[float, Any]] = []
+    for folder in _REPORT_FOLDERS:
+        with suppress(OSError):
+            dated += [(path.stat().st_mtime, path) for path in folder.glob("JetsamEvent-*.ips")]
+    for when, path in sorted(dated, reverse=True):
+        if when < since:
+            return
+        with suppress(OSError):
+            if path.stat().st_size <= _MOST_REPORT_BYTES:
+                yield path.read_text(errors="replace")
