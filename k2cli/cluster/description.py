@@ -271,10 +271,8 @@ def chosen_nodes(name: str | None, nodes: str | None) -> tuple[Cluster | None, l
         return cluster, cluster_nodes(cluster)
     if name is not None:
         raise UsageError("a cluster and --nodes are both given, so say which is meant")
-    names = [part.strip() for part in nodes.split(",") if part.strip()]
-    if not names:
-        raise UsageError(f"--nodes '{nodes}' names no machine", "--nodes a,b")
-    return None, [node_named(part) for part in dict.fromkeys(names)]
+    named = [node_named(part.strip()) for part in nodes.split(",")]
+    return None, list({node.name: node for node in named}.values())
 
 
 def remember_interpreters(cluster: Cluster, pythons: Mapping[str, str]) -> Cluster:

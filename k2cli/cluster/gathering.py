@@ -69,8 +69,6 @@ def nodes_of_names(names: Sequence[str]) -> list[Node]:
     """
     nodes: list[Node] = []
     for name in names:
-        if not name or name.startswith("-") or any(c.isspace() or c == "," for c in name):
-            raise UsageError(f"'{name}' cannot be the name of a host", "k2 cluster init HOST HOST")
         node = node_named(name)
         if node.name in [known.name for known in nodes]:
             raise UsageError(f"'{name}' names a machine that is already in the list")

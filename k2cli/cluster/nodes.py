@@ -281,7 +281,11 @@ def is_this_machine(name: str) -> bool:
 
 
 def node_named(name: str) -> Node:
-    """The node that a user's name stands for."""
+    """The node that a user's name stands for.
+
+    Raises:
+        UsageError: if it cannot be a name.
+    """
     if is_this_machine(name):
         return LocalNode()
     from k2cli.cluster.ssh import SshNode  # which builds on this module

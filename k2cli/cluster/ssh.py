@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -13,11 +14,12 @@ from k2cli.cluster.agent import UNKNOWN_VERB_STATUS, NodeFacts, RunProcess
 from k2cli.cluster.interpreter import find_interpreter, last_line
 from k2cli.cluster.nodes import CALL_SECONDS, Completed, decode_answer, start_process
 from k2cli.cluster.ssh_connection import connection_to
-from k2cli.errors import ClusterError
+from k2cli.errors import ClusterError, UsageError
 
 T = TypeVar("T")
 # What a shell and env say of a program that is not there, or cannot be run.
 _NOT_RUN = (126, 127)
+_NAME = re.compile(r"[^-\s,\x00-\x1f\x7f][^\s,\x00-\x1f\x7f]*")
 
 
 class SshNode:
@@ -27,11 +29,17 @@ class SshNode:
         name: as ssh knows it: a Host of its configuration, a host name, or ``user@host``.
         python: the interpreter that runs k2 there; looked for if it is not given, or is gone.
         address: where other nodes reach it; by default what ssh's configuration says.
+
+    Raises:
+        UsageError: if the name is empty, begins with ``-``, or holds a space or a comma.
     """
 
     is_local = False
 
     def __init__(self, name: str, python: str | None = None, address: str | None = None) -> None:
+        # ssh would take "-x" for an option.
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"'{name}' is no name of a node", "names for ssh: a,b")
         self.name = name
         self._python = python
         self._address = address

@@ -106,21 +106,9 @@ def _examined(nodes: list[Node], wishes: Wishes) -> Report:
 
 
 def _nodes(cluster: str | None, nodes: str | None) -> list[Node]:
-    from k2cli.cluster.description import cluster_nodes, list_clusters, load_cluster
-    from k2cli.cluster.nodes import LocalNode, node_named
-    from k2cli.errors import UsageError
+    from k2cli.cluster.description import chosen_nodes, list_clusters
+    from k2cli.cluster.nodes import LocalNode
 
-    if cluster is not None and nodes is not None:
-        raise UsageError(
-            f"cluster '{cluster}' and --nodes {nodes} contradict each other",
-            f"k2 doctor {cluster}",
-        )
-    if nodes is not None:
-        names = [name.strip() for name in nodes.split(",") if name.strip()]
-        if not names:
-            raise UsageError(f"--nodes '{nodes}' names no node", "--nodes localhost,studio2")
-        distinct = {node.name: node for node in map(node_named, names)}
-        return list(distinct.values())
-    if cluster is None and not list_clusters():
+    if cluster is None and nodes is None and not list_clusters():
         return [LocalNode()]
-    return cluster_nodes(load_cluster(cluster))
+    return chosen_nodes(cluster, nodes)[1]

@@ -66,7 +66,7 @@ def test_a_hostfile_comes_back_with_its_environment(tmp_path: Path) -> None:
         (("denied", "localhost"), NodeAccessError, "did not let you in"),
         (("nobody", "stranger"), ClusterError, r"2 machines do not answer \(nobody, stranger\)"),
         (("b", "b"), UsageError, "'b' names a machine that is already in the list"),
-        (("a b",), UsageError, "'a b' cannot be the name of a host"),
+        (("a b",), UsageError, "'a b' is no name of a node"),
     ],
 )
 def test_a_cluster_of_machines_that_do_not_answer_is_not_saved(
@@ -97,8 +97,16 @@ def test_prepare_refuses_what_it_cannot_mean(tmp_path: Path) -> None:
         _k2("prepare", "--nodes", "b", "--wheels", str(tmp_path))
     with pytest.raises(UsageError, match="both given"):
         _k2("prepare", "pair", "--nodes", "b")
-    with pytest.raises(UsageError, match="names no machine"):
+    with pytest.raises(UsageError, match="is no name of a node"):
         _k2("prepare", "--nodes", ",")
+
+
+@pytest.mark.parametrize("name", ["-x", "-oProxyCommand=x", "b\n-x"])
+def test_what_ssh_would_take_for_an_option_never_reaches_it(name: str) -> None:
+    for arguments in (["prepare", f"--nodes=b,{name}"], ["clean", f"--nodes={name}"],
+                      ["init", "--", "b", name]):  # fmt: skip
+        with pytest.raises(UsageError, match=f"'{name}' is no name of a node"):
+            _k2(*arguments)
 
 
 def test_the_wheel_is_this_very_code_and_fits_its_record(tmp_path: Path) -> None:
