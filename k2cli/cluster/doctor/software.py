@@ -21,7 +21,7 @@ import psutil
 from k2cli import __version__
 from k2cli.cluster.agent import MARK
 from k2cli.cluster.doctor.facts import ProcessUse, Software, Volume
-from k2cli.cluster.openmpi import find_libmpi, find_mpirun, version_text
+from k2cli.cluster.openmpi import find_libmpi, find_mpirun, version_of
 from k2cli.errors import ClusterError
 from k2cli.settings import models_directory, runs_directory
 
@@ -99,13 +99,9 @@ def _mpi_version(mpirun: Path | None) -> tuple[str | None, str | None]:
     if mpirun is None:
         return None, None
     try:
-        said = version_text(mpirun).strip()
+        return version_of(mpirun), None
     except ClusterError as error:
-        return None, str(error.__cause__)
-    match = re.search(r"Open ?MPI\)? v?(\d+(?:\.\d+)*)", said)
-    if match:
-        return match.group(1), None
-    return None, f"not Open MPI: {said.splitlines()[0] if said else 'it says nothing'}"
+        return None, error.message.removeprefix(f"{mpirun} ")
 
 
 def _mpi_versions(first: Path | None, version: str | None) -> dict[str, str]:
