@@ -270,8 +270,13 @@ def chosen_nodes(name: str | None, nodes: str | None) -> tuple[Cluster | None, l
         cluster = load_cluster(name)
         return cluster, cluster_nodes(cluster)
     if name is not None:
-        raise UsageError("a cluster and --nodes are both given, so say which is meant")
-    named = [node_named(part.strip()) for part in nodes.split(",")]
+        raise UsageError(
+            f"a cluster, {name}, and --nodes {nodes} are both given, so say which is meant"
+        )
+    names = [part.strip() for part in nodes.split(",")]
+    if not all(names):
+        raise UsageError(f"--nodes '{nodes}' has an empty name", "--nodes a,b")
+    named = [node_named(name) for name in names]
     return None, list({node.name: node for node in named}.values())
 
 

@@ -97,7 +97,7 @@ def test_prepare_refuses_what_it_cannot_mean(tmp_path: Path) -> None:
         _k2("prepare", "--nodes", "b", "--wheels", str(tmp_path))
     with pytest.raises(UsageError, match="both given"):
         _k2("prepare", "pair", "--nodes", "b")
-    with pytest.raises(UsageError, match="is no name of a node"):
+    with pytest.raises(UsageError, match="has an empty name"):
         _k2("prepare", "--nodes", ",")
 
 
