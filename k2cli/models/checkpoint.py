@@ -82,7 +82,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     for file in files:
         for name, tensor in read_safetensors_header(file).items():
             if name in tensors:
-                raise K2Error(f"tensor '{name}' is in both {tensors[name].file} and {file}")
+                raise K2Error(f"tensor {shown(name)} is in both {tensors[name].file} and {file}")
             tensors[name] = tensor
     if weight_map is not None:
         check_index(folder / INDEX_NAME, weight_map, tensors)
@@ -200,7 +200,7 @@ def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
     for file in set(weight_map.values()):
         # A name with a path in it could point anywhere on this machine.
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise K2Error(f"{path}: '{file}' is not the name of a safetensors file")
+            raise K2Error(f"{path}: {shown(file)} is not the name of a safetensors file")
     return weight_map
 
 
@@ -213,7 +213,7 @@ def check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Store
     for name, file in weight_map.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.file.name != file:
-            raise K2Error(f"{path}: tensor '{name}' is not in {file}")
+            raise K2Error(f"{path}: tensor {shown(name)} is not in {file}")
 
 
 def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
@@ -282,7 +282,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(file: Path, name: str, fields: Any, data_start: int) -> StoredTensor:
-    where = f"{file}: tensor '{name}'"
+    where = f"{file}: tensor {shown(name)}"
     if not isinstance(fields, dict):
         raise K2Error(f"{where} is not described by an object")
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
@@ -315,7 +315,7 @@ def _check_layout(file: Path, tensors: list[StoredTensor], data_start: int, size
     for tensor in tensors:
         if tensor.offset != end:
             problem = "overlaps the one before it" if tensor.offset < end else "leaves a gap"
-            raise K2Error(f"{file}: tensor '{tensor.name}' {problem} at byte {tensor.offset}")
+            raise K2Error(f"{file}: tensor {shown(tensor.name)} {problem} at byte {tensor.offset}")
         end += tensor.nbytes
     if end > size:
         raise K2Error(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import Checkpoint, StoredTensor
+from k2cli.models.checkpoint import Checkpoint, StoredTensor, shown
 from k2cli.models.files import folder_being_made
 from k2cli.models.gguf_blocks import (
     EXPANDED_TYPES,
@@ -102,7 +102,7 @@ def _planned(file: GgufFile) -> tuple[LlamaShape, list[_Conversion], dict[str, A
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
         raise K2Error(
-            f"{file.path} is of the architecture '{architecture}'; k2 imports GGUF files of "
+            f"{file.path} is of the architecture {shown(architecture)}; k2 imports GGUF files of "
             "'llama'",
             "give an MLX or Hugging Face checkpoint of this model instead",
         )
@@ -120,7 +120,7 @@ def _plan(file: GgufFile, tensor: GgufTensor, target: str, shape: LlamaShape) ->
         return _Conversion(tensor, (TensorSpec(target, "F16", tensor.shape),))
     if kind not in PACKED_BITS:
         known = ", ".join((*PLAIN_TYPES, *PACKED_BITS, *EXPANDED_TYPES))
-        raise K2Error(f"{file.path}: '{tensor.name}' is {kind}, k2 imports {known}")
+        raise K2Error(f"{file.path}: {shown(tensor.name)} is {kind}, k2 imports {known}")
     rows, columns = tensor.shape
     module = target.removesuffix(".weight")
     groups = (rows, columns // GROUP_SIZE)
@@ -181,5 +181,5 @@ def _converted(file: GgufFile, tensor: GgufTensor, shape: LlamaShape) -> tuple[N
         if tensor.type_name in EXPANDED_TYPES:
             return (expand(tensor.type_name, raw),)
     except OverflowError as error:
-        raise K2Error(f"{file.path} is damaged: in '{tensor.name}', {error}") from error
+        raise K2Error(f"{file.path} is damaged: in {shown(tensor.name)}, {error}") from error
     return (raw,)

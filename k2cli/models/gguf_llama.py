@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
+from k2cli.models.checkpoint import shown
 from k2cli.models.gguf_reader import GgufFile, GgufTensor
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def llama_names(file: GgufFile, shape: LlamaShape) -> dict[str, str]:
         expected = shape.expected(module, kind)
         if tensor.shape != expected:
             raise K2Error(
-                f"{file.path}: '{tensor.name}' has the shape {list(tensor.shape)}, "
+                f"{file.path}: {shown(tensor.name)} has the shape {list(tensor.shape)}, "
                 f"its metadata says {list(expected)}"
             )
         names[tensor.name] = f"{module}.{kind}"
@@ -162,7 +163,7 @@ def _module(file: GgufFile, tensor: GgufTensor, shape: LlamaShape) -> tuple[str,
             return f"model.layers.{layer}.{part}", match[3]
     elif (match := _TOP_PATTERN.fullmatch(tensor.name)) and match[1] in _TOP_PARTS:
         return _TOP_PARTS[match[1]], "weight"
-    raise K2Error(f"{file.path} has the tensor '{tensor.name}', unknown in a llama model")
+    raise K2Error(f"{file.path} has the tensor {shown(tensor.name)}, unknown in a llama model")
 
 
 def _check_complete(file: GgufFile, shape: LlamaShape, names: Mapping[str, str]) -> None:
@@ -200,7 +201,9 @@ def _rope_scaling(file: GgufFile, head_size: int, theta: float) -> dict[str, Any
         factor = _number(file, "llama.rope.scaling.factor", 1.0)
         return {"rope_type": "linear", "type": "linear", "factor": factor}
     if kind != "none":
-        raise K2Error(f"{file.path} uses the RoPE scaling '{kind}', which k2 cannot import yet")
+        raise K2Error(
+            f"{file.path} uses the RoPE scaling {shown(kind)}, which k2 cannot import yet"
+        )
     factors = file.tensors.get(ROPE_FACTORS)
     return None if factors is None else _llama3_scaling(file, factors, head_size, theta)
 
@@ -216,7 +219,7 @@ def _llama3_scaling(
     import numpy as np
 
     if tensor.type_name != "F32" or tensor.shape != (head_size // 2,):
-        raise K2Error(f"{file.path}: '{tensor.name}' is not {head_size // 2} float32 factors")
+        raise K2Error(f"{file.path}: {shown(tensor.name)} is not {head_size // 2} float32 factors")
     table = np.frombuffer(file.data(tensor), "<f4")
     factor, low, high, context = round(float(table.max()), 4), 1.0, 4.0, 8192
     for index, stored in enumerate(table):

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from k2cli.errors import K2Error
+from k2cli.models.checkpoint import shown
 
 _MAX_STRING_BYTES = 2**26
 _MAX_COUNT = 2**24
@@ -162,7 +163,9 @@ class _HeaderReader:
         name = self._string()
         dimension_count = self._scalar("<I")
         if dimension_count > 8:
-            raise K2Error(f"{self._path} is damaged: '{name}' has {dimension_count} dimensions")
+            raise K2Error(
+                f"{self._path} is damaged: {shown(name)} has {dimension_count} dimensions"
+            )
         dimensions = tuple(self._scalar("<Q") for _ in range(dimension_count))
         return name, dimensions[::-1], self._scalar("<I"), self._scalar("<Q")
 
@@ -176,7 +179,7 @@ class _HeaderReader:
         tensors: dict[str, GgufTensor] = {}
         for name, shape, type_number, offset in infos:
             if name in tensors:
-                raise K2Error(f"{self._path} is damaged: '{name}' occurs twice")
+                raise K2Error(f"{self._path} is damaged: {shown(name)} occurs twice")
             tensors[name] = self._tensor(name, shape, type_number, data_start + offset)
         self._check_overlap(tensors)
         return tensors
@@ -185,17 +188,17 @@ class _HeaderReader:
         self, name: str, shape: tuple[int, ...], type_number: int, offset: int
     ) -> GgufTensor:
         if type_number not in TENSOR_TYPES:
-            raise K2Error(f"{self._path}: '{name}' has the unknown tensor type {type_number}")
+            raise K2Error(f"{self._path}: {shown(name)} has the unknown tensor type {type_number}")
         type_name, block_elements, block_bytes = TENSOR_TYPES[type_number]
         if not shape or shape[-1] % block_elements:
             raise K2Error(
-                f"{self._path} is damaged: '{name}' of shape {list(shape)} "
+                f"{self._path} is damaged: {shown(name)} of shape {list(shape)} "
                 f"does not divide into {type_name} blocks of {block_elements}"
             )
         nbytes = prod(shape) // block_elements * block_bytes
         if offset + nbytes > len(self._data):
             raise K2Error(
-                f"{self._path} is cut short: '{name}' ends at byte {offset + nbytes}, "
+                f"{self._path} is cut short: {shown(name)} ends at byte {offset + nbytes}, "
                 f"the file at {len(self._data)}",
                 "download it again",
             )
@@ -206,7 +209,7 @@ class _HeaderReader:
         for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
             if tensor.offset < end:
                 raise K2Error(
-                    f"{self._path} is damaged: '{tensor.name}' overlaps the tensor before it"
+                    f"{self._path} is damaged: {shown(tensor.name)} overlaps the tensor before it"
                 )
             end = tensor.offset + tensor.nbytes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from k2cli.errors import K2Error
+from k2cli.models.checkpoint import shown
 from k2cli.models.gguf_reader import GgufFile
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's token types
@@ -65,10 +66,12 @@ def _tokenizer(file: GgufFile, tokens: list[str], added: list[dict[str, Any]]) -
     model = file.metadata.get("tokenizer.ggml.model")
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     if model != "gpt2":
-        raise K2Error(f"{file.path} has a '{model}' tokenizer; k2 imports byte-level BPE ('gpt2')")
+        raise K2Error(
+            f"{file.path} has a {shown(model)} tokenizer; k2 imports byte-level BPE ('gpt2')"
+        )
     if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         known = ", ".join(sorted(_PRE_TOKENIZERS))
-        raise K2Error(f"{file.path} cuts text by the rule '{pre}'; k2 knows {known}")
+        raise K2Error(f"{file.path} cuts text by the rule {shown(pre)}; k2 knows {known}")
     merges = [merge.split(" ") for merge in _strings(file, "tokenizer.ggml.merges")]
     if any(len(merge) != 2 for merge in merges):
         raise K2Error(f"{file.path} has a merge that is not of two tokens")

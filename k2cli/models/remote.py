@@ -53,12 +53,17 @@ def remote_checkpoint(repo: str, revision: str | None = None) -> Checkpoint:
     kept = _kept_file(repo, commit)
     tensors = _read_kept(kept)
     if tensors is None:
-        tensors = _read_headers(repo, commit)
+        tensors = read_headers(repo, commit)
         _keep(kept, tensors)
     return Checkpoint(folder, config, tensors, sum(t.nbytes for t in tensors.values()))
 
 
-def _read_headers(repo: str, commit: str) -> dict[str, StoredTensor]:
+def read_headers(repo: str, commit: str) -> dict[str, StoredTensor]:
+    """All tensors of a repository at a commit, by range requests; nothing is kept.
+
+    Raises:
+        K2Error: if the Hub cannot be reached, or a header is malformed.
+    """
     names = hub.file_names(repo, commit)
     path = Path(repo) / INDEX_NAME
     weight_map = None

@@ -25,6 +25,11 @@ from typing import Any
 
 from k2cli.errors import K2Error, UsageError
 
+MODEL_FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What a model's own code raises when a config, a back end or a cut is not what it expects."""
 
 _CLASSES = ("Model", "ModelArgs")
 """What every file of an architecture has; loading takes them by these names."""
@@ -75,6 +80,10 @@ def module_name(config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures") or ()
     if isinstance(architectures, str):
         architectures = (architectures,)
+    if not isinstance(architectures, list | tuple) or not all(
+        isinstance(each, str) for each in architectures
+    ):
+        raise UsageError("config.json: architectures must be a list of names")
     by_architecture = _literals("MODEL_ARCHITECTURE_REMAPPING")
     for architecture in architectures:
         if (model_type, architecture) in by_architecture:

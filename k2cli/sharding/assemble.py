@@ -59,6 +59,9 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not original:
         return None
     method = original.get("quant_method")
+    for field in ("quant_method", "format"):
+        if not isinstance(original.get(field), str | None):
+            raise UsageError(f"config.json: quantization_config.{field} must be a string")
     fixed = {
         ("compressed-tensors", "pack-quantized"): (32, 4, "affine"),
         ("compressed-tensors", "mxfp4-pack-quantized"): (32, 4, "mxfp4"),

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import UsageError
+from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.head import can_shard_head, shard_head
 from k2cli.sharding.placement import HeadPlacement
 
@@ -98,7 +99,8 @@ def slice_model(
                 if head == "sharded" and (can_shard_head(model, ranks) or not whole):
                     shard_head(model, group)
             return
-        except ValueError as error:
-            # mx.split: a dimension, or its number of quantization groups, does not divide.
+        except MODEL_FAILURES as error:
+            # mx.split: a dimension, or its number of quantization groups, does not divide; or the
+            # model lacks a part that its own cutting takes for granted.
             obstacle = f"{config.get('model_type')} cannot be cut into {ranks} slices: {error}"
     raise UsageError(f"tensor parallelism is not possible: {obstacle}", "use --parallel pipeline")

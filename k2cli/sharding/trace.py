@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error, UsageError
+from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.assemble import assemble
 from k2cli.sharding.placement import Placement
 from k2cli.sharding.stage import Stage, anatomy, cut_stage
@@ -81,13 +82,6 @@ def trace_rank(
     """One rank's part, lazily."""
     model = trace_model(config, stored, dtype)
     return cut(config, model, placement, StandInGroup(rank, placement.size))
-
-
-MODEL_FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError,
-    RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-"""What a model's own code raises when a config, a back end or a cut is not what it expects."""
 
 
 @contextlib.contextmanager

@@ -136,6 +136,15 @@ def counting_hub(
 ) -> Iterator[tuple[str, list[str], list[int]]]:
     """``mock_hub`` that also gives the sizes of all pieces of bodies that were sent."""
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    with hub_of(files, faults) as served:
+        yield served
+
+
+@contextmanager
+def hub_of(
+    files: dict[str, bytes], faults: dict[str, str] | None = None
+) -> Iterator[tuple[str, list[str], list[int]]]:
+    """``counting_hub`` of files in memory; what is changed in ``files`` is served from then on."""
     state = {"files": files, "requested": [], "faults": dict(faults or {}), "sent": []}
     handler = type("Handler", (_Handler,), state)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
