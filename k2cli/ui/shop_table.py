@@ -64,7 +64,8 @@ def _notes(offers: Sequence[OfferView]) -> list[str]:
     dates = [offer.price_date for offer in offers if offer.price_date]
     notes = ["decode and prefill: predicted tokens/s of one sequence at this context"]
     if dates:
-        notes.append(f"USD: list prices as last known ({min(dates)} to {max(dates)}), without tax")
+        span = " to ".join(sorted({min(dates), max(dates)}))
+        notes.append(f"USD: list prices as last known ({span}), without tax")
     if any(offer.withdrawn for offer in offers):
         notes.append("*: no longer sold new, in whole or in part; its last list price")
     if any(offer.price_usd is None for offer in offers):
