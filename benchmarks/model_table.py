@@ -90,15 +90,16 @@ def trace(entry: CatalogEntry) -> Traced:
 def _whole(folder: Path) -> tuple[int, int]:
     """Parameters, and growth of the cache with the context: windows and fixed states left out."""
     from k2cli.models.checkpoint import read_config
-    from k2cli.sharding.footprint import parameter_count
+    from k2cli.sharding.assemble import FLOAT_TYPES, build, cast
     from k2cli.sharding.profile import profile_model
-    from k2cli.sharding.trace import trace_model
+    from k2cli.sharding.trace import parameters
 
-    config = read_config(folder)
-    profile = profile_model(trace_model(config, dtype="bfloat16"))
+    model = build(read_config(folder))
+    count = sum(value.size for value in parameters(model).values())
+    cast(model, FLOAT_TYPES["bfloat16"], everything=True)
+    profile = profile_model(model)
     shorter, longer = (sum(profile.cache_bytes(length)) for length in _KV_CONTEXTS)
-    growth = (longer - shorter) // (_KV_CONTEXTS[1] - _KV_CONTEXTS[0])
-    return parameter_count(config), growth
+    return count, (longer - shorter) // (_KV_CONTEXTS[1] - _KV_CONTEXTS[0])
 
 
 @functools.cache

@@ -116,7 +116,7 @@ def _require(text: Mapping[str, Any], names: tuple[str, ...], source: str) -> No
         if text.get(name) is None:
             raise UsageError(f"{source} lacks {name}", _HINT)
         if isinstance(text[name], list):
-            raise UsageError(f"{source}: {name} must be an integer, not a list")
+            raise UsageError(f"{source}: {name} must be an integer, not {shown(text[name])}")
 
 
 def _check_values(fields: Mapping[str, Any], source: str) -> None:
@@ -133,6 +133,8 @@ def _check_integer(name: str, value: Any, source: str) -> None:
         if len(value) > _LARGEST[_LAYERS[0]]:
             raise UsageError(f"{source}: {name} has {len(value)} entries")
         for item in value:
+            if isinstance(item, list):
+                raise UsageError(f"{source}: {name} must hold integers, not {shown(value)}")
             _check_integer(name, item, source)
         return
     if isinstance(value, bool) or not isinstance(value, int):
