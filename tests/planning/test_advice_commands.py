@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from k2cli.cli import main
 from k2cli.cluster.description import Cluster, ClusterNode
 from k2cli.units import GIB
+from tests.planning.commands import k2_here
 
 CONFIGS = Path(__file__).resolve().parents[2] / "k2cli" / "models" / "configs"
 
@@ -27,17 +26,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
     return folder
-
-
-def k2(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    """Exit code and output of the program, in this process."""
-    monkeypatch.setattr(sys, "argv", ["k2", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    code = ended.value.code
-    return (0 if code is None else int(code)), *capsys.readouterr()
 
 
 def advised(output: str) -> list[list[str]]:
@@ -63,22 +51,19 @@ def advised(output: str) -> list[list[str]]:
     ],
 )
 def test_every_advised_command_plans_what_fits(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], model: str, options: str, pieces: int,
-) -> None:  # fmt: skip
+    models: Path, tmp_path: Path, model: str, options: str, pieces: int
+) -> None:
     mac = ClusterNode(
         "attic", chip="Apple M4 Max", memory_bytes=64 * GIB, limit_bytes=60 * GIB,
         limit_mark="exact", backend="metal", bandwidth_bytes_per_second=546_000_000_000,
     )  # fmt: skip
     (tmp_path / "clusters").mkdir()
     (tmp_path / "clusters" / "home.json").write_bytes(msgspec.json.encode(Cluster("home", (mac,))))
-    monkeypatch.setenv("K2_CONFIG_DIR", str(tmp_path))
-    code, output, _ = k2(
-        ["plan-memory", str(models / model), *shlex.split(options)], monkeypatch, capsys
-    )
-    assert code == 3
-    commands = advised(output)
-    assert len(commands) >= pieces, output
+    asked = ["plan-memory", str(models / model), *shlex.split(options)]
+    done = k2_here(*asked, K2_CONFIG_DIR=str(tmp_path))
+    assert done.returncode == 3
+    commands = advised(done.stdout)
+    assert len(commands) >= pieces, done.stdout
     for command in commands:
-        again, said, complaint = k2(command, monkeypatch, capsys)
-        assert again == 0, (command, said, complaint)
+        again = k2_here(*command, K2_CONFIG_DIR=str(tmp_path))
+        assert again.returncode == 0, (command, again.stdout, again.stderr)

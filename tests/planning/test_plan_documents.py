@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from tests.planning.test_plan_memory import K2, ROOT, k2
+from tests.planning.commands import ROOT, k2_here
+from tests.planning.test_plan_memory import K2, k2
 
 DOCS = ROOT / "docs"
 
@@ -32,7 +33,7 @@ def test_schemas_are_those_of_the_types() -> None:
     ],
 )
 def test_json_is_as_its_schema_says(arguments: list[str], exit_code: int) -> None:
-    done = k2("plan-memory", K2, "--json", *arguments)
+    done = k2_here("plan-memory", K2, "--json", *arguments)
     assert done.returncode == exit_code
     plan = json.loads(done.stdout)
     schema = json.loads((DOCS / "plan.schema.json").read_text())
@@ -46,7 +47,7 @@ def test_json_is_as_its_schema_says(arguments: list[str], exit_code: int) -> Non
 
 
 def test_the_shops_json_is_as_its_schema_says() -> None:
-    done = k2("plan-memory", K2, "--shop", "--json")
+    done = k2_here("plan-memory", K2, "--shop", "--json")
     assert done.returncode == 0
     schema = json.loads((DOCS / "shop.schema.json").read_text())
     jsonschema.validate(json.loads(done.stdout), schema)
@@ -64,7 +65,7 @@ def odd_name(tmp_path: Path) -> Path:
 def test_the_picture_is_whole_and_needs_nothing_beside_it(odd_name: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.svg"
     for hardware, exit_code in (("2x m3-ultra-512", 0), ("m3-ultra-512", 3)):
-        done = k2("plan-memory", str(odd_name), "--hardware", hardware, "--svg", str(path))
+        done = k2_here("plan-memory", str(odd_name), "--hardware", hardware, "--svg", str(path))
         assert done.returncode == exit_code
         root = ElementTree.parse(path).getroot()
         kinds = {element.tag.rpartition("}")[2] for element in root.iter()}
@@ -126,7 +127,7 @@ def test_a_terminal_gets_colours() -> None:
     ],
 )
 def test_mistakes_with_the_new_options_are_usage_errors(arguments: list[str], told: str) -> None:
-    done = k2("plan-memory", K2, *arguments)
+    done = k2_here("plan-memory", K2, *arguments)
     assert done.returncode == 2
     assert told in done.stderr
     assert done.stdout == ""

@@ -15,8 +15,8 @@ import pytest
 from k2cli.cluster.description import Cluster, ClusterNode
 from k2cli.planning.plan import plan_from_json
 from k2cli.units import GIB
+from tests.planning.commands import ROOT, k2_here
 
-ROOT = Path(__file__).resolve().parents[2]
 PLANS = ROOT / "tests" / "data" / "plans"
 K2 = "tests/data/configs/k2-mlx-4bit"
 
@@ -59,7 +59,7 @@ def without_speeds(text: str) -> str:
     ],
 )
 def test_transcript(transcript: str, arguments: list[str], exit_code: int) -> None:
-    done = k2("plan-memory", K2, *arguments)
+    done = k2_here("plan-memory", K2, *arguments)
     expected = (PLANS / f"{transcript}.txt").read_text(encoding="utf-8")
     assert without_speeds(done.stdout) == without_speeds(expected)
     assert done.returncode == exit_code
@@ -69,7 +69,7 @@ def test_transcript(transcript: str, arguments: list[str], exit_code: int) -> No
 def test_json_is_on_stdout_whether_it_fits_or_not(tmp_path: Path) -> None:
     for hardware, exit_code in (("2x m3-ultra-512", 0), ("m3-ultra-512", 3)):
         saved = tmp_path / "plan.json"
-        done = k2(
+        done = k2_here(
             "plan-memory", K2, "--hardware", hardware, "--json", "--save", str(saved)
         )  # fmt: skip
         assert done.returncode == exit_code
@@ -97,7 +97,7 @@ def test_the_machines_of_a_cluster_are_planned_in_their_order(tmp_path: Path) ->
     folder = tmp_path / "clusters"
     folder.mkdir()
     (folder / "home.json").write_bytes(msgspec.json.encode(Cluster("home", tuple(macs))))
-    done = k2("plan-memory", K2, "--cluster", "home", "--json", K2_CONFIG_DIR=str(tmp_path))
+    done = k2_here("plan-memory", K2, "--cluster", "home", "--json", K2_CONFIG_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert [part["node"] for part in plan["placement"]["ranks"]] == ["attic", "cellar"]
@@ -106,7 +106,7 @@ def test_the_machines_of_a_cluster_are_planned_in_their_order(tmp_path: Path) ->
 
 
 def test_the_default_is_this_machine_and_a_hint_comes_on_stderr(toy_k2: Path) -> None:
-    done = k2("plan-memory", str(toy_k2))
+    done = k2_here("plan-memory", str(toy_k2))
     assert done.returncode == 0
     assert "on localhost" in done.stdout
     assert f"next: k2 launch {toy_k2}" in done.stderr
@@ -133,7 +133,7 @@ def test_a_terminal_without_utf8_gets_ascii_bars() -> None:
     ],
 )
 def test_mistakes_are_usage_errors(arguments: list[str], told: str) -> None:
-    done = k2("plan-memory", *arguments)
+    done = k2_here("plan-memory", *arguments)
     assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr
