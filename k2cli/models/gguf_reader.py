@@ -102,7 +102,10 @@ class _HeaderReader:
 
     def read(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         if self._bytes(4) != b"GGUF":
-            raise K2Error(f"{self._path} is not a GGUF file")
+            raise K2Error(
+                f"{self._path} is not a GGUF file: it starts with {self._data[:4]!r}",
+                "give a .gguf file that is whole, or a checkpoint folder",
+            )
         version = self._scalar("<I")
         if version not in (2, 3):
             detail = " (big-endian)" if version in (2 << 24, 3 << 24) else ""

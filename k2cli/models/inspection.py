@@ -47,12 +47,18 @@ def _from_hub(reference: ModelReference, repo: str) -> Checkpoint:
         return remote_checkpoint(repo, reference.revision)
     except NotAuthorisedError:
         raise
-    except K2Error:
+    except K2Error as error:
         # Without the Hub, a repository whose shape k2 carries can still be planned.
         for entry in catalog().values():
             known = isinstance(entry.source, HubSource) and entry.source.repo == repo
             if known and entry.config_folder is not None and reference.revision is None:
                 return _carried(entry, entry.config_folder)
+        if reference.entry is not None:
+            hint = f"; {error.hint}" if error.hint else ""
+            error.hint = (
+                f"k2 carries no shape of '{reference.entry.alias}': a plan reads it from the Hub, "
+                f"once{hint}"
+            )
         raise
 
 

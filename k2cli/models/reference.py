@@ -67,6 +67,8 @@ def parse_reference(text: str) -> ModelReference:
         return ModelReference(text, "alias")
     path = Path(text).expanduser()
     if text and _exists(path):
+        if path.name == "config.json" and path.is_file():
+            path = path.parent  # a bare config is a checkpoint of which nothing else is here
         _check_local(text, path)
         return ModelReference(text, "local", path=path)
     if text.startswith((".", "/", "~")) or text.endswith((".gguf", "/")):

@@ -58,7 +58,7 @@ def _parse_term(term: str, spec: str) -> tuple[int, NodeMemory]:
     machine, *settings = re.split("[:,]", term.strip())
     match = _TERM_PATTERN.fullmatch(machine.strip())
     if match is None:
-        raise UsageError(f"'{spec}' is not a hardware specification", _EXAMPLE)
+        raise _malformed(machine.strip(), spec)
     count = int(match.group(1)) if match.group(1) else 1
     if count == 0:
         raise UsageError(f"'{term.strip()}' counts no machine", _EXAMPLE)
@@ -70,6 +70,18 @@ def _parse_term(term: str, spec: str) -> tuple[int, NodeMemory]:
             raise UsageError("gpu= belongs to a chip of the catalog, not to this machine")
         return count, _overridden(this_machine(), wanted)
     return count, _overridden(_catalog_machine(name, match.group(2), cores), wanted)
+
+
+def _malformed(machine: str, spec: str) -> UsageError:
+    """What is wrong with a term: its number, if that is it."""
+    counted = re.match(r"(\S+?)\s*[xX×*]\s*[A-Za-z]", machine)
+    if counted and re.match(r"[-+.]?\d", counted[1]):
+        number = counted[1] if len(counted[1]) < 30 else f"{counted[1][:30]}..."
+        return UsageError(
+            f"{number} machines are none that k2 plans: 1 to {_MAX_MACHINES}", _EXAMPLE
+        )
+    whole = f" in '{spec}'" if machine != spec.strip() else ""
+    return UsageError(f"'{machine}'{whole} is not a hardware specification", _EXAMPLE)
 
 
 def _catalog_machine(name: str, written: str, cores: int | None) -> NodeMemory:

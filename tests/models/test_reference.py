@@ -62,9 +62,15 @@ def test_what_is_no_reference_is_a_usage_error(text: str, reason: str) -> None:
 
 
 def test_a_file_of_another_kind_is_a_usage_error(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "weights.bin").write_text("{}")
     with pytest.raises(UsageError, match=r"not a \.gguf file"):
-        parse_reference("./config.json")
+        parse_reference("./weights.bin")
+
+
+def test_a_bare_config_is_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert parse_reference("./config.json").path == Path(".")
+    assert inspect_model("config.json").config == {"model_type": "llama"}
 
 
 def test_a_model_that_is_not_here_tells_how_to_fetch_it(tmp_path: Path) -> None:
@@ -98,6 +104,16 @@ def test_every_entry_of_the_catalog_is_usable() -> None:
             assert parse_reference(entry.source.repo).kind == "hub"
         if entry.config_folder is not None:
             assert isinstance(read_config(entry.config_folder)["model_type"], str)
+
+
+def test_a_name_without_a_shape_says_that_it_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(K2Error) as caught:
+        inspect_model("glm-5.2")
+    assert "zai-org/GLM-5.2" in caught.value.message
+    assert "k2 carries no shape of 'glm-5.2'" in str(caught.value.hint)
 
 
 def test_the_shape_of_k2_needs_no_download() -> None:
