@@ -217,7 +217,9 @@ def check_traced(ground: Ground, chosen: Candidate) -> None:
 
     subject, demand = ground.model.subject, ground.demand
     ranks = range(chosen.placement.size)
-    for rank in {*ranks[: _MOST_TRACED_RANKS - 1], ranks[-1]}:
+    # What rank 0 of tensor slices holds was traced to begin with: another one has to hold as much.
+    checked = ranks[-1:] if chosen.placement.strategy == "tensor" else ranks
+    for rank in {*checked[: _MOST_TRACED_RANKS - 1], checked[-1]}:
         stage = trace_rank(
             subject.config, chosen.placement, rank, stored=subject.stored, dtype=ground.model.dtype
         )

@@ -94,7 +94,10 @@ class TracedModel:
 
         subject = self.subject
         head = self._head_placement(count)
-        model = trace_model(subject.config, subject.stored, self.dtype)
+        if count == 1 and _is_of(subject.facts.model, self.dtype):
+            model = subject.facts.model  # tracing it once more would give the same
+        else:
+            model = trace_model(subject.config, subject.stored, self.dtype)
         if count > 1:
             slice_model(subject.config, model, StandInGroup(0, count), head)
         with running_model(subject.config["model_type"], "traced"):
@@ -124,3 +127,19 @@ class TracedModel:
                 "--head replicated",
             )
         return "replicated"
+
+
+def _is_of(model: nn.Module, dtype: str) -> bool:
+    """Whether a traced model has a float type already, as far as it would be cast to it."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from k2cli.sharding.assemble import FLOAT_TYPES
+
+    keep = getattr(model, "cast_predicate", None)
+    return all(
+        value.dtype == FLOAT_TYPES[dtype]
+        or not mx.issubdtype(value.dtype, mx.floating)
+        or (keep is not None and not keep(path))
+        for path, value in tree_flatten(model.parameters())
+    )
