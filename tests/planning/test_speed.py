@@ -178,7 +178,7 @@ def test_terms_add_up_to_a_token() -> None:
     )
     assert 1 / seconds == pytest.approx(estimate.decode_tokens_per_second.expected)
     assert terms["weights read per token"].value == pytest.approx(34.3e9, rel=0.01)
-    assert "68% of 819 GB/s" in terms["bandwidth of m3-ultra-512/1"].source
+    assert "68% of 819 GB/s" in terms["bandwidth of each machine"].source
 
 
 def test_layers_add_up_to_a_stage() -> None:
