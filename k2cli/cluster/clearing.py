@@ -10,12 +10,8 @@ import asyncio
 from collections.abc import Collection, Mapping
 
 from k2cli.cluster.agent import RunProcess
-from k2cli.cluster.nodes import Node
+from k2cli.cluster.nodes import REACH_SECONDS, Node
 from k2cli.errors import ClusterError
-
-# For a node of which nothing else says that it can be reached. A new connection takes about half a
-# second in a local network, and twice that over a jump host.
-_REACH_SECONDS = 4.0
 
 
 class Reaching:
@@ -64,7 +60,7 @@ class Reaching:
 async def _reach(node: Node) -> str:
     """Why a node does not answer; empty if it does."""
     try:
-        await asyncio.to_thread(node.reach, _REACH_SECONDS)
+        await asyncio.to_thread(node.reach, REACH_SECONDS)
     except ClusterError as error:
         return error.message
     return ""

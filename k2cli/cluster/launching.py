@@ -79,23 +79,27 @@ def _put_away(prepared: PreparedRun) -> None:
     save_record(replace(record, state="stopped", cause="interrupted", ended=time.time()))
 
 
-def launch_detached(prepared: PreparedRun, listener: Listener) -> RunRecord:
+def launch_detached(
+    prepared: PreparedRun, listener: Listener, on_interrupt: Callable[[bool], None]
+) -> RunRecord:
     """Leave a supervisor behind that carries out the run; returns once the API answers.
 
     Args:
         prepared: the run.
         listener: hears the events up to then, but for log lines.
+        on_interrupt: called at each Ctrl-C, with whether it is the first.
 
     Raises:
         ClusterError: if the run failed before.
-        KeyboardInterrupt: after Ctrl-C; the run is stopped then.
+        KeyboardInterrupt: after Ctrl-C; the run is stopped then, at the second one by force.
     """
     folder = prepared.record.folder
     supervisor = _start_supervisor(folder)
     try:
         return _wait_until_ready(folder, supervisor, listener)
     except KeyboardInterrupt:
-        _stop(supervisor, prepared.record.run_id)
+        on_interrupt(True)
+        _stop(supervisor, prepared.record.run_id, on_interrupt)
         raise
 
 
@@ -145,10 +149,17 @@ def _failure(folder: Path, supervisor: subprocess.Popen[bytes]) -> ClusterError:
     return ClusterError(cause, "k2 ps")
 
 
-def _stop(supervisor: subprocess.Popen[bytes], run_id: str) -> None:
+def _stop(
+    supervisor: subprocess.Popen[bytes], run_id: str, on_interrupt: Callable[[bool], None]
+) -> None:
     supervisor.send_signal(signal.SIGTERM)
     try:
-        supervisor.wait(_STOP_SECONDS)
+        try:
+            supervisor.wait(_STOP_SECONDS)
+        except KeyboardInterrupt:
+            on_interrupt(False)
+            supervisor.send_signal(signal.SIGINT)
+            supervisor.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:
         supervisor.kill()
         supervisor.wait()

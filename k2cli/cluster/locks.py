@@ -17,11 +17,16 @@ from k2cli.errors import ClusterError
 from k2cli.units import format_bytes, format_duration
 
 _POLL_SECONDS = 2.0
+_SAY_SECONDS = 30.0
 Say = Callable[[str], None]
 
 
 class BusyError(ClusterError):
-    """A machine belongs to another run."""
+    """A machine belongs to another run: ``holder`` is that run's id."""
+
+    def __init__(self, message: str, hint: str, holder: str) -> None:
+        super().__init__(message, hint)
+        self.holder = holder
 
 
 def take_locks(
@@ -51,7 +56,7 @@ def take_locks(
         ClusterError: if a node cannot be asked.
     """
     until = time.monotonic() + wait_seconds
-    said = ""
+    said, say_again_at = "", 0.0
     while True:
         try:
             _take_all(nodes, run_id, needs, share=share, say=say)
@@ -59,9 +64,9 @@ def take_locks(
             left = until - time.monotonic()
             if left <= 0:
                 raise
-            if error.message != said:
+            if error.holder != said or time.monotonic() >= say_again_at:
                 say(f"waiting up to {format_duration(left)}: {error.message}")
-                said = error.message
+                said, say_again_at = error.holder, time.monotonic() + _SAY_SECONDS
             # Not all that wait should come at once.
             time.sleep(min(left, _POLL_SECONDS * random.uniform(0.5, 1.0)))
         else:
@@ -115,7 +120,8 @@ def _busy(node: Node, claim: Claim, holders: Sequence[Lock], *, share: bool) -> 
     who = f"{owner.run_id} of {owner.user}, launched on {owner.host}"
     if lock.state == "left over":
         clean = f"k2 cluster clean --nodes {node.name}"
-        return BusyError(f"node {node.name} has processes left over of {who}", clean)
+        message = f"node {node.name} has processes left over of {who}"
+        return BusyError(message, clean, owner.run_id)
     since = format_duration(max(time.time() - owner.created, 1))
     message = f"node {node.name} is in use by {who} {since} ago"
     if share:
@@ -124,10 +130,9 @@ def _busy(node: Node, claim: Claim, holders: Sequence[Lock], *, share: bool) -> 
             f", and both do not fit: {format_bytes(used)} + {format_bytes(claim.bytes)} "
             f"of {format_bytes(claim.limit_bytes)}"
         )
-        return BusyError(message, "--wait waits for its end")
-    return BusyError(
-        message, f"--wait, or --share if both fit; k2 stop {owner.run_id} on {owner.host} ends it"
-    )
+        return BusyError(message, "--wait waits for its end", owner.run_id)
+    hint = f"--wait, or --share if both fit; k2 stop {owner.run_id} on {owner.host} ends it"
+    return BusyError(message, hint, owner.run_id)
 
 
 def renew_locks(nodes: Sequence[Node], run_id: str) -> None:

@@ -27,6 +27,9 @@ from k2cli.errors import ClusterError
 LOCALHOST = "localhost"
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 CALL_SECONDS = 20.0
+# For a node of which nothing else says that it can be reached. A new connection takes about half a
+# second in a local network, and twice that over a jump host.
+REACH_SECONDS = 4.0
 # One line of a guard may carry the last lines of a rank.
 _STREAM_LIMIT_BYTES = 4 * 2**20
 T = TypeVar("T")

@@ -111,6 +111,7 @@ def failure_of(record: RunRecord) -> ClusterError:
         status = "" if words.split()[-1] in failure.cause else f" ({words})"
     if record.attempts:
         return ClusterError(f"{record.run_id} failed{status}: {record.cause}", hint)
+    also = "".join(f"; {problem}" for node, problem in record.left.items() if node == failure.node)
     return ClusterError(
-        f"rank {failure.rank} on {failure.node} failed{status}: {failure.cause}", hint
+        f"rank {failure.rank} on {failure.node} failed{status}: {failure.cause}{also}", hint
     )

@@ -20,7 +20,7 @@ import msgspec
 from k2cli.cluster.activity import is_alive
 from k2cli.cluster.agent import remove_scratch
 from k2cli.cluster.locks import release_locks
-from k2cli.cluster.nodes import node_named
+from k2cli.cluster.nodes import REACH_SECONDS, node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.settings import runs_directory
 
@@ -175,7 +175,10 @@ def remaining_processes(record: RunRecord) -> dict[str, list[str]]:
     Raises:
         ClusterError: if a node cannot be asked.
     """
-    found = {name: node_named(name).processes_of_run(record.run_id) for name in record.nodes}
+    nodes = {name: node_named(name) for name in record.nodes}
+    for node in nodes.values():
+        node.reach(REACH_SECONDS)
+    found = {name: node.processes_of_run(record.run_id) for name, node in nodes.items()}
     return {
         name: [f"{process.pid} {process.command}" for process in processes]
         for name, processes in found.items()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from k2cli.cluster.activity import is_alive
 from k2cli.cluster.locks import release_locks
-from k2cli.cluster.nodes import node_named
+from k2cli.cluster.nodes import REACH_SECONDS, node_named
 from k2cli.cluster.runs import RunRecord, RunState, read_record, remove_leftovers, save_record
 from k2cli.errors import ClusterError
 
@@ -41,21 +42,44 @@ def stop_run(record: RunRecord) -> StopReport:
     if is_alive(record.pid, record.pid_create_time) and was_live:
         _ask_supervisor(record)
     killed = 0
-    problems = []
+    problems, unreached = [], []
+    doubtful = _not_reached_before(record)
     for name in record.nodes:
         node = node_named(name)
         try:
+            if name in doubtful:
+                node.reach(REACH_SECONDS)
             killed += len(node.processes_of_run(record.run_id))
             left = node.kill_run(record.run_id)
         except ClusterError as error:
             problems.append(error.message)
+            unreached.append(name)
         else:
             problems += [f"process {process.pid} on {name} could not be ended" for process in left]
     if not problems:
         release_locks([node_named(name) for name in record.nodes], record.run_id)
     if problems:
-        raise ClusterError(f"{record.run_id} is not stopped: {'; '.join(problems)}", "k2 ps")
+        raise ClusterError(
+            f"it is not sure that nothing is left of {record.run_id}: {'; '.join(problems)}",
+            _look_again(unreached) if unreached else "k2 ps",
+        )
     return StopReport(record.run_id, _settle(record), killed, was_live)
+
+
+def _not_reached_before(record: RunRecord) -> Collection[str]:
+    """Nodes that need not be waited for again for as long as for others."""
+    if record.state == "orphaned":
+        return record.nodes
+    latest = read_record(record.folder)
+    return latest.left if latest is not None else ()
+
+
+def _look_again(nodes: Sequence[str]) -> str:
+    names = ",".join(nodes)
+    return (
+        "a guard that has lost its leader ends what is there by itself; "
+        f"to be sure, once it can be reached: k2 cluster clean --nodes {names}"
+    )
 
 
 def _ask_supervisor(record: RunRecord) -> None:

@@ -347,7 +347,8 @@ def supervise(
     Args:
         folder: the run's folder.
         listener: hears every event of the run but heartbeats.
-        on_interrupt: called at each SIGINT, with whether it is the first. None ignores SIGINT.
+        on_interrupt: called at each SIGINT, with whether it is the first. None ignores SIGINT
+            until the run is being stopped, and does not wait any longer then.
 
     Returns:
         The final record.
@@ -365,10 +366,14 @@ def supervise(
             else:
                 supervisor.force()
 
+        def insist() -> None:
+            if supervisor.stopping:
+                supervisor.force()
+
         if on_interrupt is not None:
             loop.add_signal_handler(signal.SIGINT, interrupted)
         else:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            loop.add_signal_handler(signal.SIGINT, insist)
         loop.add_signal_handler(signal.SIGTERM, supervisor.stop, "stopped")
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             loop.add_signal_handler(signal.SIGHUP, supervisor.stop, "the terminal was closed")

@@ -212,7 +212,11 @@ def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
     from k2cli.ui.output import note
 
     try:
-        record = launch_detached(prepared, lambda event: _show(event, prepared.record, view))
+        record = launch_detached(
+            prepared,
+            lambda event: _show(event, prepared.record, view),
+            lambda first: _say_interrupted(view, first=first),
+        )
     except ClusterError:
         view.end_progress()
         _show_last_lines(read_record(prepared.record.folder))
@@ -241,8 +245,7 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
     def on_interrupt(first: bool) -> None:
         nonlocal interrupted
         interrupted = True
-        view.end_progress()
-        note("\nstopping; Ctrl-C again to force" if first else "\nforcing")
+        _say_interrupted(view, first=first)
 
     try:
         record = launch_here(prepared, on_event, on_interrupt)
@@ -255,6 +258,13 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
         warn(f"on {name}: {problem}; to be sure: k2 cluster clean --nodes {name}")
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _say_interrupted(view: LaunchView, *, first: bool) -> None:
+    from k2cli.ui.output import note
+
+    view.end_progress()
+    note("\nstopping; Ctrl-C again to force" if first else "\nforcing")
 
 
 def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:

@@ -26,18 +26,29 @@ def stop(
     """
     from k2cli.cluster.runs import SCHEMA_VERSION
     from k2cli.cluster.stopping import stop_run
-    from k2cli.ui.output import note, print_json
+    from k2cli.errors import ClusterError
+    from k2cli.ui.output import note, print_error, print_json
 
-    reports = []
-    for record in _chosen(run, all_runs=all_runs):
+    reports, failed = [], []
+    chosen = _chosen(run, all_runs=all_runs)
+    for record in chosen:
         note(f"stopping {record.run_id} ({record.state})")
-        reports.append(stop_run(record))
+        try:
+            reports.append(stop_run(record))
+        except ClusterError as error:
+            if len(chosen) == 1:
+                raise
+            print_error(error)  # the others are to be stopped all the same
+            failed.append(record.run_id)
+            continue
         if not json:
             _say(reports[-1])
     if json:
         print_json({"schema_version": SCHEMA_VERSION, "stopped": reports})
-    elif not reports:
+    elif not chosen:
         note("nothing to stop")
+    if failed:
+        raise ClusterError(f"not stopped: {', '.join(failed)}", "k2 ps")
 
 
 def _chosen(run: str | None, *, all_runs: bool) -> list[RunRecord]:

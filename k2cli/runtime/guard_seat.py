@@ -73,7 +73,8 @@ class Seat:
             return
         self._writer = writer
         channel: AsyncChannel[dict[str, str]] = AsyncChannel(reader, writer, dict[str, str])
-        with contextlib.suppress(ConnectionLost):
+        # Cancelled at the guard's end; asyncio would log that as an error, in the run's log.
+        with contextlib.suppress(ConnectionLost, asyncio.CancelledError):
             environment = await channel.receive()
             self._parent = int(environment.pop(PARENT_NAME, "0"))
             if not self._environment.done():
