@@ -197,7 +197,7 @@ def _fewer_bits(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -
         return None
     return _advice(
         "quantize",
-        f"{recipe.bits} bits, {_sizes(planner, plan)}",
+        f"{recipe.bits} bits, {format_bytes(plan.model.stored_bytes)}",
         {"--quantize": str(recipe)},
         plan,
         quantize_command(planner.model, recipe),
@@ -224,7 +224,7 @@ def _fewer_bits_on_other_machines(
         most, text = recipe.bits, hardware_text(machines) or ""
         best = _advice(
             "quantize and machines",
-            f"{recipe.bits} bits on {text}, {_sizes(planner, plan)}",
+            f"{recipe.bits} bits, {format_bytes(plan.model.stored_bytes)}, on {text}",
             {"--quantize": str(recipe), "--hardware": text, **_several(wishes)},
             plan,
             quantize_command(planner.model, recipe),
@@ -255,11 +255,6 @@ def most_bits(
             if plan is not None:
                 return recipe, plan
     return None, None
-
-
-def _sizes(planner: Planner, smaller: Plan) -> str:
-    before, after = planner.subject.stored_bytes, smaller.model.stored_bytes
-    return f"{format_bytes(after)} instead of {format_bytes(before)}"
 
 
 def _recipes_with_fewer_bits(planner: Planner, nodes: Sequence[NodeMemory]) -> list[Recipe]:
