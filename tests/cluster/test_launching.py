@@ -10,10 +10,11 @@ import pytest
 
 from k2cli.cluster import agent
 from k2cli.cluster.launchers import guard_arguments
-from k2cli.cluster.launching import owned
+from k2cli.cluster.launching import launch_detached, owned
 from k2cli.cluster.nodes import python_environment
 from k2cli.cluster.preparation import PreparedRun
 from k2cli.cluster.runs import read_record
+from k2cli.runtime.protocol import RunEvent
 from k2cli.settings import runs_directory
 from tests.cluster.harness import SCRIPTED, prepare_scripted
 
@@ -34,6 +35,26 @@ def test_ctrl_c_before_the_start_leaves_a_record_and_no_secret() -> None:
     left = read_record(folder)
     assert left is not None
     assert (left.state, left.cause) == ("stopped", "interrupted")
+
+
+@pytest.mark.ranks
+def test_ctrl_c_before_a_detached_run_is_ready_stops_it_and_says_so() -> None:
+    specification = prepare_scripted("ring")
+    record = read_record(runs_directory() / specification.run_id)
+    assert record is not None
+    prepared = PreparedRun(record, None, specification, False)  # type: ignore[arg-type]
+    said: list[bool] = []
+
+    def interrupt(event: RunEvent) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        launch_detached(prepared, interrupt, said.append)
+    assert said == [True]
+    left = read_record(record.folder)
+    assert left is not None
+    assert (left.state, left.left) == ("stopped", {})
+    assert not agent.processes_of_run(specification.run_id)
 
 
 @pytest.mark.ranks

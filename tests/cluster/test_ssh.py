@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+import socket
 from pathlib import Path
 
 import psutil
 import pytest
 
 from k2cli import __version__
-from k2cli.cluster import ssh_connection
+from k2cli.cluster import clearing, ssh_connection
+from k2cli.cluster.nodes import LocalNode
 from k2cli.cluster.ssh import SshNode
 from k2cli.cluster.ssh_connection import close_connections
 from k2cli.errors import ClusterError, NodeAccessError
@@ -116,6 +118,31 @@ def test_a_command_that_takes_too_long_is_given_up(ssh_server: Server) -> None:
     with pytest.raises(ClusterError, match="node b did not answer within 1 s to 'sleep'"):
         node.run(["sleep", "5"], timeout_seconds=1)
     assert node.run(["printf", "on"]).stdout == b"on"
+
+
+async def test_nobody_waits_long_for_a_node_that_does_not_answer(
+    ssh_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port that takes connections and says nothing: as a link that loses everything looks."""
+    monkeypatch.setattr(clearing, "REACH_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        with (ssh_server.folder / "config").open("a") as file:
+            file.write(f"Host mute\n  HostName 127.0.0.1\n  Port {mute.getsockname()[1]}\n")
+        with pytest.raises(ClusterError, match="it did not answer within 1 s"):
+            SshNode("mute").reach(1)
+        nodes = {"mute": SshNode("mute"), "b": SshNode("b"), "localhost": LocalNode()}
+        left = await clearing.Reaching(nodes).clear("demo-1", answered={"b"})
+    assert left == {
+        "mute": "node mute cannot be reached: it did not answer within 1 s; "
+        "its guard ends what is there"
+    }
+    # A connection that was there and does not answer any more is another matter than a new one.
+    (path,) = _sockets()
+    (master,) = [p for p in _masters() if str(path) in " ".join(p.cmdline())]
+    master.send_signal(signal.SIGSTOP)
+    with pytest.raises(ClusterError, match=r"node b cannot be reached: .* within 1 s"):
+        SshNode("b").reach(1)
+    master.kill()
 
 
 def test_a_node_without_k2_says_so(ssh_server: Server, tmp_path: Path) -> None:
