@@ -89,6 +89,34 @@ GUESSES: dict[str, Any] = {
 }  # fmt: skip
 """Values for what a class of mlx-lm demands and neither transformers nor ``MADE_UP`` has."""
 
+PATCHES: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_routed_experts": 160, "n_shared_experts": 2},
+    "exaone4": {"sliding_window_pattern": "LLLG"},
+    "gear": {"layer_types": ["full_attention"] * 4},
+    "gpt_bigcode": {"n_inner": 8192},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4},
+    "hunyuan": {"rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"}},
+    "lfm2": {"full_attn_idxs": [2, 5], "layer_types": None},
+    "lfm2_moe": {"full_attn_idxs": [2, 5], "layer_types": None},
+    "lfm2-vl": {"text_config": {**MADE_UP, "model_type": "lfm2", "full_attn_idxs": [1, 3]}},
+    "longcat_flash": {"attention_method": "MLA", "zero_expert_type": "identity"},
+    "longcat_flash_ngram": {"attention_method": "MLA", "zero_expert_type": "identity"},
+    "mamba2": {"time_step_limit": [0.0, 1e9]},
+    "mellum": {"num_experts": 64},
+    "minicpm3": {"rope_scaling": {
+        "short_factor": [1.0] * 16, "long_factor": [1.0] * 16, "type": "longrope",
+        "original_max_position_embeddings": 32768,
+    }},
+    "openelm": {"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4},
+    "plamo": {"num_attention_heads": 16},
+    "spark2_5": {"rope_parameters": {
+        "full_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    }},
+}  # fmt: skip
+"""What defaults leave out or say in a form that mlx-lm does not read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -218,7 +246,7 @@ def _choose(model_type: str) -> dict[str, Any]:
     first: dict[str, Any] | None = None
     for origin, config in _known(model_type):
         for candidate in (_cut(config, LAYERS), config):
-            filled, outcome = _filled(candidate)
+            filled, outcome = _filled({**candidate, **PATCHES.get(model_type, {})})
             made_up = "" if filled == candidate or origin == "made up" else ", some made up"
             entry = {"from": origin + made_up, "config": filled}
             first = first or entry

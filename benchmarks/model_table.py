@@ -27,9 +27,9 @@ FAMILIES = {
     "DeepSeek": ("deepseek",),
     "GLM": ("glm",),
     "Qwen": ("qwen",),
-    "Llama": ("llama", "nemotron"),
+    "Llama": ("llama", "nemotron-70b"),
     "MiniMax": ("minimax",),
-    "gpt-oss": ("gpt-oss",),
+    "Others": ("gpt-oss", "nemotron-3", "mimo"),
     "To try k2 with": ("demo",),
 }
 """Headings, and what the aliases under them start with."""
@@ -106,12 +106,16 @@ def _whole(folder: Path) -> tuple[int, int]:
 def _sizes(folder: Path, quantization: tuple[tuple[str, Any], ...]) -> tuple[int, int]:
     """Bytes held, and bytes stored as far as the config tells."""
     from k2cli.models.checkpoint import read_config
-    from k2cli.planning.stored import stored_bytes_of_config
+    from k2cli.planning.stored import original_quantization, stored_bytes_of_config
+    from k2cli.sharding.assemble import config_dtype
     from k2cli.sharding.trace import parameters, trace_model
 
     config = read_config(folder)
     if quantization:
         config["quantization"] = dict(quantization)
+    elif original_quantization(config) is None and "quantization" not in config:
+        size = _whole(folder)[0] * config_dtype(config).size
+        return size, size
     model = trace_model(config)
     stored, _ = stored_bytes_of_config(config, model)
     return sum(value.nbytes for value in parameters(model).values()), stored

@@ -35,11 +35,15 @@ _LARGEST: Mapping[str, int] = {
 time that tracing can take."""
 
 _MAY_BE_ZERO = frozenset({"n_shared_experts", "first_k_dense_replace", "sliding_window"})
-_REQUIRED = (_LAYERS, _WIDTHS, ("vocab_size",))
+_ZERO_IN_LISTS = frozenset({"moe_layer_freq"})
+"""Said once for all layers it is every how many; layer by layer, whether that one has experts."""
+
+_REQUIRED: tuple[tuple[str, ...], ...] = (_LAYERS, _WIDTHS, ("vocab_size",))
 _LATENT_ATTENTION = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
                      "num_attention_heads")  # fmt: skip
 _DENSE_WIDTHS = ("intermediate_size", "ffn_hidden_size")
-_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok")
+_EXPERTS = (("moe_intermediate_size", "expert_ffn_hidden_size"),
+            ("num_experts_per_tok", "moe_topk"))  # fmt: skip
 _NUMBERS = ("rope_theta", "rms_norm_eps", "routed_scaling_factor")
 _MAX_NESTING = 32
 
@@ -96,19 +100,24 @@ def check_config(config: Mapping[str, Any], source: str, argument_names: frozens
     if text is not config:
         _check_values(text, f"{source}, text_config")
     for names in _REQUIRED:
-        if all(text.get(name) is None for name in names):
-            raise UsageError(f"{source} lacks {names[0]}", _HINT)
+        _require_one(text, names, source)
     if "kv_lora_rank" in argument_names:
         _require(text, _LATENT_ATTENTION, source)
-        if all(text.get(name) is None for name in _DENSE_WIDTHS):
-            raise UsageError(f"{source} lacks {_DENSE_WIDTHS[0]}", _HINT)
+        _require_one(text, _DENSE_WIDTHS, source)
         if text.get("n_routed_experts") is not None:
-            _require(text, _EXPERTS, source)
+            for names in _EXPERTS:
+                _require_one(text, names, source)
     _check_experts(text, source)
     _check_quantization(config.get("quantization"), source)
 
 
 _HINT = "take config.json from the model's repository"
+
+
+def _require_one(text: Mapping[str, Any], names: tuple[str, ...], source: str) -> None:
+    """One of several names for the same; the first is the one that is missed."""
+    if all(text.get(name) is None for name in names):
+        raise UsageError(f"{source} lacks {names[0]}", _HINT)
 
 
 def _require(text: Mapping[str, Any], names: tuple[str, ...], source: str) -> None:
@@ -135,7 +144,8 @@ def _check_integer(name: str, value: Any, source: str) -> None:
         for item in value:
             if isinstance(item, list):
                 raise UsageError(f"{source}: {name} must hold integers, not {shown(value)}")
-            _check_integer(name, item, source)
+            if item != 0 or isinstance(item, bool) or name not in _ZERO_IN_LISTS:
+                _check_integer(name, item, source)
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise UsageError(f"{source}: {name} must be an integer, not {shown(value)}")

@@ -11,6 +11,7 @@ from benchmarks import model_table
 from k2cli.errors import UsageError
 from k2cli.models.catalog import CatalogEntry, HubSource, catalog, shapes
 from k2cli.models.inspection import inspect_model
+from k2cli.planning.config_check import check_config, text_config
 
 NOT_IN_MLX_LM = {"deepseek-v4-flash", "deepseek-v4-pro"}
 """Shapes that k2 carries to say at once that they cannot run."""
@@ -76,6 +77,19 @@ def test_sizes_are_those_that_were_published(entry: CatalogEntry) -> None:
         # gpt-oss was published in GiB with one decimal.
         tenth = 2**30 / 10 if entry.alias.startswith("gpt-oss") else 0
         assert abs(off) <= max(allowed, tenth)
+
+
+def test_a_published_config_is_not_refused_before_it_is_traced() -> None:
+    for entry in TRACED:
+        config = inspect_model(entry.alias).config
+        names = frozenset({"kv_lora_rank"} & text_config(config).keys())
+        check_config(config, entry.alias, names)
+
+
+def test_every_name_stands_under_one_heading() -> None:
+    starts = [start for family in model_table.FAMILIES.values() for start in family]
+    for alias in catalog():
+        assert sum(alias.startswith(start) for start in starts) == 1, alias
 
 
 @pytest.mark.parametrize("alias", sorted(NOT_IN_MLX_LM))
