@@ -308,7 +308,8 @@ def _of_transformers(model_type: str) -> dict[str, Any] | None:
             if isinstance(rope, dict) and "rope_theta" in rope:
                 part.setdefault("rope_theta", rope["rope_theta"])
             part.setdefault("rope_scaling", None)
-    return _plain(config)
+    plain: dict[str, Any] = _plain(config)
+    return plain
 
 
 def _of_mlx_lm(model_type: str) -> dict[str, Any] | None:
