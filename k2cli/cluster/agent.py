@@ -280,10 +280,10 @@ def _lock_release(run_id: str) -> None:
     release(run_id)
 
 
-def _clean(live: str) -> Any:
+def _clean(live: str, gone: str) -> Any:
     from k2cli.cluster.cleaning_here import clean_here
 
-    return clean_here(frozenset(filter(None, live.split(","))))
+    return clean_here(*(frozenset(filter(None, names.split(","))) for names in (live, gone)))
 
 
 def _checkpoint(reference: str, folder: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from k2cli.cluster.cleaning_here import Cleaning, Cleared
 from k2cli.cluster.nodes import Node
-from k2cli.cluster.runs import list_runs
+from k2cli.cluster.runs import RunRecord, list_runs
 from k2cli.errors import ClusterError
 
 _NODES_AT_ONCE = 8
@@ -30,15 +30,17 @@ def clean(nodes: Sequence[Node]) -> list[CleanReport]:
     A run lives if its supervisor does, for runs launched here; else if it has shown a sign of life
     on the node within the last minute.
     """
-    live = ",".join(record.run_id for record in list_runs() if record.live)
+    records = list_runs()
     known = list({node.name: node for node in nodes}.values())
     with ThreadPoolExecutor(_NODES_AT_ONCE) as pool:
-        return list(pool.map(lambda node: _clean(node, live), known))
+        return list(pool.map(lambda node: _clean(node, records), known))
 
 
-def _clean(node: Node, live: str) -> CleanReport:
+def _clean(node: Node, records: Sequence[RunRecord]) -> CleanReport:
+    live = ",".join(record.run_id for record in records if record.live)
+    gone = ",".join(r.run_id for r in records if not r.live and node.name in r.nodes)
     try:
-        found: Cleaning = node.ask(Cleaning, "clean", live)
+        found: Cleaning = node.ask(Cleaning, "clean", live, gone)
     except ClusterError as error:
         return CleanReport(node.name, problem=error.message)
     return CleanReport(node.name, found.cleared, found.spared)

@@ -37,14 +37,20 @@ class Cleaning(msgspec.Struct, frozen=True):
     spared: tuple[str, ...] = ()
 
 
-def clean_here(live: frozenset[str]) -> Cleaning:
-    """Clear this machine; ``live`` are runs that the asking machine knows to live."""
+def clean_here(live: frozenset[str], gone: frozenset[str] = frozenset()) -> Cleaning:
+    """Clear this machine.
+
+    Args:
+        live: runs that the asking machine has launched and knows to live.
+        gone: those that it knows to be over, whatever their locks here still say.
+    """
     locks = {lock.claim.run_id: lock for lock in list_locks(agent.count_processes)}
     running = {run.run_id for run in activity(agent.MARK).runs}
     known = set(locks) | {path.name for path in _folders()}
     cleared, spared = [], []
     for run_id in sorted(running | known):
-        if run_id in live or run_id not in known or _is_held(locks.get(run_id)):
+        not_ours = run_id not in known or _is_held(locks.get(run_id))
+        if run_id in live or (not_ours and run_id not in gone):
             if run_id in running:
                 spared.append(run_id)
             continue

@@ -284,7 +284,7 @@ def _details(
 
 def _lock(lock: LockView) -> str:
     claim = lock.claim
-    state = "" if lock.state == "held" else f", {lock.state}: k2 cluster clean"
+    state = "" if lock.state == "held" else f", {lock.state}: k2 cluster clean ends what is left"
     return f"taken by {claim.run_id} of {claim.user} from {claim.host}{state}"
 
 

@@ -15,6 +15,7 @@ from k2cli.cluster.agent import processes_of_run
 from k2cli.cluster.lock_files import Claim, judge, lock_path
 from k2cli.cluster.locks import BusyError, release_locks, take_locks
 from k2cli.cluster.nodes import LocalNode
+from k2cli.cluster.runs import RankRecord, RunRecord, save_record
 
 HERE = [LocalNode(), LocalNode()]
 NEEDS = {"localhost": (60, 100)}
@@ -88,3 +89,20 @@ def test_cleaning_removes_what_is_stale_and_nothing_that_lives(tmp_path: Path) -
     assert report.cleared[0].removed_lock
     assert lock_files.lock_path("demo-1").exists()
     assert processes_of_run("far-1") == []
+
+
+def test_who_has_launched_a_run_knows_better_than_its_lock_that_it_is_over() -> None:
+    """On another machine the lock of a launcher that was killed looks fresh for a minute."""
+    for run_id in ("far-1", "far-2"):
+        lock_path(run_id).parent.mkdir(parents=True, exist_ok=True)
+        lock_path(run_id).write_bytes(msgspec.json.encode(Claim(run_id, "jane", "laptop", 1, 0.0)))
+    (report,) = cleaning.clean(HERE)
+    assert report.cleared == ()
+    record = RunRecord(
+        "far-1", "demo", "demo", "failed", "ring", "pipeline", 8, (RankRecord(0, "localhost"),), 1.0
+    )
+    record.folder.mkdir(parents=True)
+    save_record(record)
+    (report,) = cleaning.clean(HERE)
+    assert [run.run_id for run in report.cleared] == ["far-1"]
+    assert lock_path("far-2").exists()

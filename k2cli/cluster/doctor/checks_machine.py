@@ -53,10 +53,11 @@ def leftovers(situation: Situation) -> Iterable[CheckResult]:
                 yield CheckResult("warn", "runs", node, f"{run} holds {held}", f"k2 stop {run}")
             elif run in situation.ended_runs:
                 detail = f"left over from {run}, which has ended: {held}"
-                yield CheckResult("fail", "leftovers", node, detail, "k2 cluster clean")
+                clean = f"k2 cluster clean --nodes {node}"
+                yield CheckResult("fail", "leftovers", node, detail, clean)
             else:
                 detail = f"{run}, which was not launched from here, holds {held}"
-                hint = "k2 cluster clean, if it is nobody's"
+                hint = f"k2 cluster clean --nodes {node}, if it is nobody's"
                 yield CheckResult("warn", "runs", node, detail, hint)
         if not runs:
             yield CheckResult("pass", "leftovers", node, "no process of a run")
