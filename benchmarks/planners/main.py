@@ -109,7 +109,7 @@ def found(pattern: tuple[str, int] | None, output: str) -> int | None:
 
 
 def last_words(output: str) -> str:
-    """The last line of an output that names an error, else that has words, cut to 160 characters."""
+    """The last line of an output that names an error, else that has words: 160 characters."""
     lines = [re.sub(r"[│╭╰─╮╯|`]+", " ", line).strip() for line in output.splitlines()]
     said = [line for line in lines if re.search(r"[A-Za-z]{3}", line)]
     errors = [line for line in said if re.search(r"error:|unsupported|unavailable", line, re.I)]
