@@ -16,12 +16,16 @@ import socket
 import sys
 import time
 
+import psutil
+
 from k2cli.runtime.guard_seat import PARENT_NAME, seat_path
 from k2cli.runtime.wire import frame
 
 _RETRY_SECONDS = 0.05
-# The guard is started at the same time; its own deadline is the one that reports.
-_LIMIT_SECONDS = 120.0
+_LOOK_SECONDS = 1.0
+# Without a guard for so long, a seat leaves, and mpirun with it: with guard and launcher killed,
+# nobody else would end them. A guard that comes at all is started at the same time.
+_LIMIT_SECONDS = 20.0
 _PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "ORTE_", "OPAL_", "UCX_")
 _NAMES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
@@ -35,8 +39,21 @@ def job_environment() -> dict[str, str]:
     }
 
 
-def _connect(path: str) -> socket.socket:
-    until = time.monotonic() + _LIMIT_SECONDS
+def _guard_is_here(run_id: str, rank: int) -> bool:
+    """Whether the guard of this rank lives on this machine."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = process.cmdline()
+            mine = run_id in command and "k2cli.runtime.guard" in command
+            if mine and command[command.index("--rank") + 1] == str(rank):
+                return True
+    return False
+
+
+def _connect(run_id: str, rank: int) -> socket.socket:
+    """Wait for the guard, as long as there is one, or may still come."""
+    path = seat_path(run_id, rank)
+    last_seen = looked = time.monotonic()
     while True:
         connection = socket.socket(socket.AF_UNIX)
         try:
@@ -44,7 +61,11 @@ def _connect(path: str) -> socket.socket:
             return connection
         except OSError as error:
             connection.close()
-            if time.monotonic() > until:
+            now = time.monotonic()
+            if now - looked > _LOOK_SECONDS:
+                looked = now
+                last_seen = now if _guard_is_here(run_id, rank) else last_seen
+            if now - last_seen > _LIMIT_SECONDS:
                 sys.stderr.write(f"no guard waits at {path}: {error}\n")
                 sys.exit(1)
             time.sleep(_RETRY_SECONDS)
@@ -61,7 +82,7 @@ def main() -> None:
     if number != str(options.rank):
         sys.stderr.write(f"mpirun calls this process rank {number}, planned was {options.rank}\n")
         sys.exit(1)
-    connection = _connect(seat_path(options.run, options.rank))
+    connection = _connect(options.run, options.rank)
     connection.sendall(frame({**job_environment(), PARENT_NAME: str(os.getppid())}))
     with contextlib.suppress(OSError):
         connection.recv(1)
