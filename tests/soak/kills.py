@@ -10,6 +10,7 @@ that no lock is in its way.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -71,7 +72,8 @@ class Launched:
 
     def processes(self) -> dict[str, int]:
         """What can be killed now, by name: ``supervisor``, ``guard 1``, ``mpirun`` and so on."""
-        found = {"launcher": self.command.pid} if not self.detached else {}
+        ours = not self.detached and self.command.poll() is None
+        found = {"launcher": self.command.pid} if ours else {}
         for process in psutil.process_iter():
             try:
                 command = process.cmdline()
@@ -208,7 +210,8 @@ def one_round(toy: Path, strategy: str, backend: str, draw: random.Random) -> di
             alive = launched.processes()
             row["killed"] = sorted(draw.sample(sorted(alive), min(len(alive), draw.randint(1, 3))))
             for name in row["killed"]:
-                os.kill(alive[name], signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # the one before took it along
+                    os.kill(alive[name], signal.SIGKILL)
             row["end_seconds"] = _over(launched, row["killed"])
         except (AssertionError, OSError, subprocess.TimeoutExpired, TimeoutError) as failure:
             row["error"] = f"{type(failure).__name__}: {failure}"[:500]
