@@ -143,12 +143,16 @@ def write_section(page: Path, title: str, lines: Sequence[str]) -> None:
 
 
 def write_failures(results: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
-    """What was not as expected, in its own words; nothing if all was."""
+    """What was not as expected, in its own words; nothing if all was.
+
+    A row may be given a ``mended`` by hand, which says what became of it.
+    """
     failed = [row for row in results if row["error"]]
     if not failed:
         return []
     said = [
         f"* {', '.join(str(row[key]) for key in keys)}: {' '.join(row['error'].split())}"
+        + (f". {row['mended']}" if row.get("mended") else "")
         for row in failed
     ]
     return ["", "Not as expected:", "", *said]
