@@ -35,6 +35,7 @@ from k2cli.runtime.protocol import (
     RunReady,
     RunRestarting,
 )
+from k2cli.units import format_bytes, format_duration
 
 EVENTS_NAME = "events.jsonl"
 _KEPT_LINES = 20
@@ -83,19 +84,29 @@ class Journal:
                 # The cause of the last failure stays until the run is ready again.
                 self.set_state("loading", self.record.cause)
             case RankReady():
-                self._set_rank(
-                    event.rank,
-                    weights_bytes=event.weights_bytes,
-                    active_memory_bytes=event.active_memory_bytes,
-                    peak_memory_bytes=event.peak_memory_bytes,
-                    load_seconds=event.load_seconds,
-                )
+                self._note_loaded(event)
             case RunReady():
+                self.say(f"ready: {event.url}")
                 self._save(replace(self.record, state="ready", url=event.url, cause=""))
             case RankFailed():
                 self.say(f"rank {event.rank} on {event.node} failed: {event.cause}")
             case RunEnded():
                 self.say(f"run ended: {event.cause}")
+
+    def _note_loaded(self, event: RankReady) -> None:
+        self._set_rank(
+            event.rank,
+            weights_bytes=event.weights_bytes,
+            active_memory_bytes=event.active_memory_bytes,
+            peak_memory_bytes=event.peak_memory_bytes,
+            load_seconds=event.load_seconds,
+        )
+        size, duration = format_bytes(event.weights_bytes), format_duration(event.load_seconds)
+        self.say(f"rank {event.rank} on {self._node_of(event.rank)} loaded {size} in {duration}")
+
+    def _node_of(self, rank: int) -> str:
+        ranks = self.record.ranks
+        return ranks[rank].node if rank < len(ranks) else "an unknown node"
 
     def restarting(self, event: RunRestarting, failure: FailureRecord | None) -> None:
         """An attempt has failed, and another one follows."""
