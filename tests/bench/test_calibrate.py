@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def test_figures_are_medians_in_the_middle_of_what_was_generated() -> None:
         MeasuredFigure("prefill", 64, 1, 90.0, deviation),
         MeasuredFigure("decode", 80, 2, 90.0, deviation),
     ]
+
+
+def test_prompts_before_answers_count_as_prompts_too() -> None:
+    prompts = tuple(Sample(64 / seconds, seconds, seconds) for seconds in (1.0, 9.0))
+    answers = tuple(Sample(8.0, 4.0, seconds) for seconds in (1.0, 1.1))
+    rows = [
+        BenchRow(BenchCase("pp", 64), "server", prompts),
+        BenchRow(BenchCase("tg", 32, 64), "server", answers),
+        BenchRow(BenchCase("tg", 32, 64, 2), "client", answers),
+        BenchRow(BenchCase("tg", 32, 128), "server", answers),
+    ]
+    figure = figures_of(rows)[0]
+    assert figure.tokens_per_second == statistics.median([64, 64 / 9, 64, 64 / 1.1])
 
 
 def test_one_disturbed_repetition_is_no_noise_and_a_busy_machine_is() -> None:
