@@ -102,7 +102,8 @@ def check_config(config: Mapping[str, Any], source: str, argument_names: frozens
     for names in _REQUIRED:
         _require_one(text, names, source)
     if "kv_lora_rank" in argument_names:
-        _require(text, _LATENT_ATTENTION, source)
+        for name in _LATENT_ATTENTION:
+            _require_one(text, (name,), source)
         _require_one(text, _DENSE_WIDTHS, source)
         if text.get("n_routed_experts") is not None:
             for names in _EXPERTS:
@@ -116,16 +117,11 @@ _HINT = "take config.json from the model's repository"
 
 def _require_one(text: Mapping[str, Any], names: tuple[str, ...], source: str) -> None:
     """One of several names for the same; the first is the one that is missed."""
-    if all(text.get(name) is None for name in names):
+    given = [name for name in names if text.get(name) is not None]
+    if not given:
         raise UsageError(f"{source} lacks {names[0]}", _HINT)
-
-
-def _require(text: Mapping[str, Any], names: tuple[str, ...], source: str) -> None:
-    for name in names:
-        if text.get(name) is None:
-            raise UsageError(f"{source} lacks {name}", _HINT)
-        if isinstance(text[name], list):
-            raise UsageError(f"{source}: {name} must be an integer, not {shown(text[name])}")
+    if isinstance(text[given[0]], list):
+        raise UsageError(f"{source}: {given[0]} must be an integer, not {shown(text[given[0]])}")
 
 
 def _check_values(fields: Mapping[str, Any], source: str) -> None:
