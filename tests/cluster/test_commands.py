@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,7 +149,6 @@ def test_a_stopped_real_rank_ends_the_run(toy_k2: Path) -> None:
     done = k2("launch", str(toy_k2), "--nodes", "localhost,localhost", "--detach")
     assert done.returncode == 0, done.stderr
     (run,) = runs()
-    time.sleep(3)  # an idle run is not taken for a stalled one
     os.kill(run["ranks"][0]["rank_pid"], signal.SIGSTOP)
     wait_until(lambda: not agent.processes_of_run(run["run_id"]), GONE_SECONDS, "the end")
     wait_until(lambda: runs()[0]["state"] == "failed", 10, "the record's end")

@@ -27,31 +27,64 @@ def test_failures_add_up_unless_a_run_has_served_for_long() -> None:
     assert Attempts(RestartPolicy()).failed("x", 1e6) is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["ring", "mpi"])
-def test_a_run_comes_back_on_its_port_and_is_given_up_in_the_end(
-    backend: str, toy_k2: Path
-) -> None:
+def launch(toy: Path, backend: str) -> str:
+    """A run of two ranks that is restarted; its URL."""
     options = ("--nodes", "localhost,localhost", "--backend", backend, "--context", "256")
-    done = k2("launch", str(toy_k2), *options, "--restart", "on-failure", "--detach", "--json")
+    done = k2("launch", str(toy), *options, "--restart", "on-failure", "--detach", "--json")
     assert done.returncode == 0, done.stderr
-    url = json.loads(done.stdout)["url"]
-    for failures, who in enumerate(("rank_pid", "guard_pid"), start=1):
-        (run,) = runs()
-        os.kill(run["ranks"][1 if who == "rank_pid" else 0][who], signal.SIGKILL)
-        wait_until(lambda count=failures: len(runs()[0]["attempts"]) == count, 30, "the pause")
-        if failures == 1:
-            answer = httpx.get(f"{url}/health")
-            assert answer.status_code == 503
-            assert "rank 1 on localhost failed" in answer.json()["cause"]
-        wait_until(lambda: runs()[0]["state"] == "ready", 60, "the next attempt")
-        assert runs()[0]["url"] == url
-        assert httpx.get(f"{url}/health").status_code == 200
+    return str(json.loads(done.stdout)["url"])
+
+
+def kill(rank: int, process: str) -> None:
+    """SIGKILL, and wait until the run has taken note."""
     (run,) = runs()
-    os.kill(run["ranks"][1]["rank_pid"], signal.SIGKILL)
-    wait_until(lambda: runs()[0]["state"] == "failed", 30, "the end")
-    assert (
-        "given up after 3 failures" in runs()[0]["cause"]
-        or "3 failures in a row" in (runs()[0]["cause"])
+    os.kill(run["ranks"][rank][process], signal.SIGKILL)
+    count = len(run["attempts"]) + 1
+    wait_until(
+        lambda: len(runs()[0]["attempts"]) == count or runs()[0]["state"] == "failed", 30, "the end"
     )
+
+
+def wait_again(url: str) -> None:
+    """Until the run serves again, where it did."""
+    wait_until(lambda: runs()[0]["state"] == "ready", 60, "the next attempt")
+    assert runs()[0]["url"] == url
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def assert_told_why(url: str) -> None:
+    """In the pause the API answers, with the cause."""
+    answer = httpx.get(f"{url}/health")
+    assert answer.status_code == 503
+    assert "rank 1 on localhost failed" in answer.json()["cause"]
+
+
+@pytest.mark.slow
+def test_a_run_comes_back_on_its_port_and_is_given_up_in_the_end(toy_k2: Path) -> None:
+    url = launch(toy_k2, "ring")
+    kill(1, "rank_pid")
+    assert_told_why(url)
+    wait_again(url)
+    kill(0, "guard_pid")
+    wait_again(url)
+    kill(1, "rank_pid")
+    (run,) = runs()
+    assert run["state"] == "failed"
+    assert "given up after 3 failures" in run["cause"] or "3 failures in a row" in run["cause"]
+    assert agent.processes_of_run(run["run_id"]) == []
+
+
+@pytest.mark.slow
+def test_under_mpi_a_run_comes_back_after_its_leading_guard_and_is_stopped_in_a_pause(
+    toy_k2: Path,
+) -> None:
+    url = launch(toy_k2, "mpi")
+    kill(0, "guard_pid")
+    wait_again(url)
+    kill(1, "rank_pid")
+    assert_told_why(url)
+    assert runs()[0]["state"] == "restarting"
+    assert k2("stop").returncode == 0
+    (run,) = runs()
+    assert run["state"] == "stopped"
     assert agent.processes_of_run(run["run_id"]) == []
