@@ -13,15 +13,16 @@ import pytest
 from tests.runtime.rank_pool import RankPool, assignments, running
 
 MAX_TOKENS = 64
-# The demo does seven tokens a second on this back end: a part of the same for every day, all of it
-# in the long tier.
-FEW_TOKENS = 16
+# The demo does seven tokens a second on this back end, and no more of a prompt: a part of the same
+# for every day, all of it in the long tier.
+FEW_TOKENS = 8
+FEW_TEXTS = 3
 TEXTS = [
     "The capital of France is",
+    "水在摄氏一百度",
+    "List three uses of copper: " * 6,  # more than one chunk
     "def fibonacci(n):\n    ",
     "Once upon a time in a village by the sea",
-    "水在摄氏一百度",
-    "List three uses of copper: " * 6,
 ]
 
 # Runs in a process of its own: stock mlx-lm, imported whole.
@@ -42,16 +43,16 @@ json.dump(result, sys.stdout)
 """
 
 
-def _prompts(checkpoint: Path) -> list[list[int]]:
+def _prompts(checkpoint: Path, texts: int = len(TEXTS)) -> list[list[int]]:
     from k2cli.models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(checkpoint)
-    return [tokenizer.encode(text) for text in TEXTS]
+    return [tokenizer.encode(text) for text in TEXTS[:texts]]
 
 
 @functools.cache
-def _reference(checkpoint: Path, count: int) -> list[list[int]]:
-    prompts = json.dumps(_prompts(checkpoint))
+def _reference(checkpoint: Path, count: int, texts: int = len(TEXTS)) -> list[list[int]]:
+    prompts = json.dumps(_prompts(checkpoint, texts))
     command = [sys.executable, "-c", _REFERENCE, str(checkpoint), prompts, str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -65,21 +66,32 @@ def toy_reference(toy_k2: Path) -> list[list[int]]:
 
 
 def _tokens(
-    checkpoint: Path, folder: Path, strategy: str, size: int, count: int = MAX_TOKENS
+    checkpoint: Path,
+    folder: Path,
+    strategy: str,
+    size: int,
+    count: int = MAX_TOKENS,
+    texts: int = len(TEXTS),
 ) -> list[list[int]]:
     pool = RankPool(assignments(checkpoint, strategy, size), folder)
     with running(pool):
-        return [pool.generate(prompt, count) for prompt in _prompts(checkpoint)]
+        return [pool.generate(prompt, count) for prompt in _prompts(checkpoint, texts)]
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("count", [FEW_TOKENS, pytest.param(MAX_TOKENS, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("count", "texts"),
+    [
+        pytest.param(FEW_TOKENS, FEW_TEXTS, id="few"),
+        pytest.param(MAX_TOKENS, len(TEXTS), id="all", marks=pytest.mark.soak),
+    ],
+)
 @pytest.mark.parametrize(("strategy", "size"), [("single", 1), ("pipeline", 2)])
 def test_demo_tokens_equal_mlx_lm(
-    strategy: str, size: int, count: int, demo_checkpoint: Path, tmp_path: Path
+    strategy: str, size: int, count: int, texts: int, demo_checkpoint: Path, tmp_path: Path
 ) -> None:
-    expected = _reference(demo_checkpoint, count)
-    assert _tokens(demo_checkpoint, tmp_path, strategy, size, count) == expected
+    expected = _reference(demo_checkpoint, count, texts)
+    assert _tokens(demo_checkpoint, tmp_path, strategy, size, count, texts) == expected
 
 
 @pytest.mark.ranks
