@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +30,7 @@ from k2cli.runtime.engine import Engine
 from k2cli.runtime.executor import Executor
 from k2cli.runtime.protocol import Finished, Generate, Tokens
 from k2cli.sharding.assemble import assemble
-from k2cli.sharding.stage import Stage, cut_stage
+from k2cli.sharding.stage import Stage, cut_stage, make_cache
 from k2cli.sharding.trace import layer_count
 
 PART_ELEMENTS = 2**28
@@ -134,6 +134,21 @@ def mlx_lm_run(model: nn.Module, prompt: list[int], count: int) -> tuple[float, 
     return first - started, time.perf_counter() - first, tokens
 
 
+def plain_loop(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """The likeliest token, step by step, by the model and its caches alone.
+
+    ``generate_step`` takes the maximum after it has rounded log probabilities to the model's type:
+    in bfloat16 neighbouring logits become equal so, and its tokens may differ from these.
+    """
+    cache = make_cache(model)
+    model(mx.array([prompt[:-1]]), cache=cache)
+    tokens = [prompt[-1]]
+    for _ in range(count):
+        logits = model(mx.array([tokens[-1:]]), cache=cache)
+        tokens.append(int(cast(int, mx.argmax(logits[0, -1]).item())))
+    return tokens[1:]
+
+
 def mlx_lm_batch(model: nn.Module, prompts: list[list[int]], count: int) -> float:
     """Tokens per second of mlx-lm's continuous batching, the prefill of all prompts included."""
     from mlx_lm.generate import BatchGenerator
@@ -189,6 +204,7 @@ def measure(model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
     _note("warming up")
     ours, theirs = engine.run([short], 16)[2][0], mlx_lm_run(model, short, 16)[2]
     results["same_tokens"] = ours == theirs
+    results["same_tokens_as_plain_loop"] = ours == plain_loop(model, short, 16)
     pairs: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
         "decode": (
             lambda: (count - 1) / engine.run([short], count)[1],

@@ -6,7 +6,8 @@
 
 Every point is a peak of ``mx.get_peak_memory`` beside weights and cache. It is compared with the
 step's peak or, if that is more, the copy of one layer's growing cache, which is made before the
-step. Where the measurement was taken while caches still grew inside a step, the two are added.
+step. Of phases that were measured while caches still grew inside a step (``growth_in_step``), the
+two are added.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def compared(recording: dict[str, Any]) -> Iterator[Compared]:
             "itemsize": recording["itemsize"],
         }
         prefill = point["phase"] == "prefill"
-        if not prefill and recording.get("growth_in_step", False):
+        inside = point["phase"] in recording.get("growth_in_step", ())
+        if not prefill and inside:
             continue  # a GPU held every layer's copy at once; the engine no longer makes them so
         if prefill:
             step = activation_demand(
@@ -71,7 +73,6 @@ def compared(recording: dict[str, Any]) -> Iterator[Compared]:
         else:
             step = decode_demand(shape, **common).peak_bytes
         growth = point["growth_bytes"]
-        inside = recording.get("growth_in_step", False)
         modelled = step + growth if inside else max(step, growth)
         yield Compared(
             point["phase"],
