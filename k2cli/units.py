@@ -66,6 +66,22 @@ def parse_latency(text: str) -> float:
     return float(match.group(1)) * unit
 
 
+_TOKEN_UNITS = {"": 1, "k": KIB, "m": MIB}
+_TOKENS_PATTERN = re.compile(r"\s*(-?\d{1,12})\s*([kKmM]?)\s*")
+
+
+def parse_tokens(text: str) -> int:
+    """Read a number of tokens: ``131072``, or ``128k`` as models' names count, in steps of 1024.
+
+    Raises:
+        UsageError: if the text is no whole number.
+    """
+    match = _TOKENS_PATTERN.fullmatch(text)
+    if match is None:
+        raise UsageError(f"'{text}' is not a number of tokens", "write for example 131072 or 128k")
+    return int(match.group(1)) * _TOKEN_UNITS[match.group(2).lower()]
+
+
 def format_duration(seconds: float) -> str:
     """Render a duration: ``850 ms``, ``12.3 s``, ``4 min 05 s``, ``2 h 03 min``."""
     if seconds < 1:

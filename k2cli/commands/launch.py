@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli.units import parse_tokens
+
 if TYPE_CHECKING:
     from k2cli.cluster.preparation import LaunchRequest, PreparedRun
     from k2cli.cluster.runs import RunRecord
@@ -81,7 +83,12 @@ def launch(
         FloatType, typer.Option(help="Float type; auto: the model's, float32 on a CPU.")
     ] = FloatType.auto,
     context: Annotated[
-        int | None, typer.Option(help="Tokens per sequence. Default: as in plan-memory.")
+        int | None,
+        typer.Option(
+            parser=parse_tokens,
+            metavar="TOKENS",
+            help="Tokens per sequence. Default: as in plan-memory.",
+        ),
     ] = None,
     concurrency: Annotated[
         int | None, typer.Option(help="Sequences held at a time. Default: what fits, at most 8.")

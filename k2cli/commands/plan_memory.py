@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli.units import parse_tokens
+
 if TYPE_CHECKING:
     from k2cli.planning.hardware import NodeMemory
     from k2cli.planning.plan import Plan
@@ -37,7 +39,11 @@ def plan_memory(
     ] = "auto",
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens per sequence. Default: the model's maximum, at most 32768."),
+        typer.Option(
+            parser=parse_tokens,
+            metavar="TOKENS",
+            help="Tokens per sequence, such as 131072 or 128k. Default: the model's, at most 32768.",
+        ),
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Sequences held at a time.")] = 1,
     chunk: Annotated[
