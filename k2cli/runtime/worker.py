@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, Literal
 
 from k2cli.errors import ClusterError, K2Error
@@ -29,6 +30,7 @@ from k2cli.runtime.protocol import (
     ControlEndpoint,
     ControlListening,
     Deadlines,
+    Decision,
     EngineReady,
     Fatal,
     Generate,
@@ -40,10 +42,12 @@ from k2cli.runtime.protocol import (
     RankReady,
     Shutdown,
     Start,
+    Tick,
 )
 from k2cli.runtime.wire import Channel, ConnectionLost
 
 _IDLE_SECONDS = 0.5
+_LAST_RANK_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 
 
@@ -118,14 +122,15 @@ class Rank:
             self._last_progress = now
             self._link.send(LoadProgress(self._assignment.rank, phase, done, total))
 
-    def _load(self) -> tuple[Any, Any]:
-        """Join the group and load this rank's part."""
+    def _load(self, meet: Callable[[], None]) -> tuple[Any, Any]:
+        """Join the group, once ``meet`` returns, and load this rank's part."""
         import mlx.core as mx
 
         from k2cli.runtime.group import join_group
         from k2cli.runtime.loader import load_part
 
         self._report("initialising")
+        meet()
         group = join_group(self._assignment)
         _set_memory_limits(self._assignment)
         started = time.monotonic()
@@ -155,12 +160,26 @@ class Rank:
         timeout = self._start.deadlines.initialisation
         rank = self._assignment.rank
         channel = connect_to_leader(endpoint, rank, self._start.secret, timeout)
-        group, part = self._load()
+        group, part = self._load(lambda: self._wait_for_leader(channel))
         channel.send(Holdings(rank, part.held))
         executor = Executor(part.stage, group, self._page.advance)
         self._page.advance("warming up")
         threading.Thread(target=self._obey_shutdown, daemon=True).start()
         follow(channel, executor, self._page, rank)
+
+    def _wait_for_leader(self, channel: Channel[Decision]) -> None:
+        """Until the leader joins the group too.
+
+        In MLX's ring the last rank calls the leader first, all others wait to be called; a call
+        that comes too early is made again only after a whole second.
+        """
+        deadline = time.monotonic() + self._start.deadlines.initialisation
+        while channel.receive(_IDLE_SECONDS) is None:
+            if time.monotonic() > deadline:
+                raise ClusterError("the leader did not come to join the group in time")
+            self._page.advance("initialising")
+        if self._assignment.rank == self._assignment.size - 1:
+            time.sleep(_LAST_RANK_SECONDS)
 
     def _wait_for_endpoint(self) -> ControlEndpoint:
         deadline = time.monotonic() + self._start.deadlines.initialisation
@@ -190,7 +209,7 @@ class Rank:
         deadlines = self._start.deadlines
         followers = Followers(self._lost_follower)
         self._gather(followers)
-        group, part = self._load()
+        group, part = self._load(lambda: followers.send(Tick(0)))
         self._check_coverage(followers, part)
         executor = Executor(part.stage, group, self._advance)
         engine = Engine(
