@@ -42,7 +42,7 @@ def plan_memory(
         typer.Option(
             parser=parse_tokens,
             metavar="TOKENS",
-            help="Tokens per sequence, such as 131072 or 128k. Default: the model's, at most 32768.",
+            help="Tokens per sequence, as 131072 or 128k. Default: the model's, at most 32768.",
         ),
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Sequences held at a time.")] = 1,

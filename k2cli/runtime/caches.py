@@ -162,16 +162,24 @@ def _take_out(source: Batch, row: int, *, wanted: bool) -> LayerCaches:
     own: LayerCaches = []
     for layer, cache in enumerate(source.caches):
         if wanted:
-            own.append(cache.extract(row))
+            own.append(_extracted(cache, row))
             mx.eval(own[-1].state)
         if len(rest) == 1:
             # A single sequence needs no padding and no mask: its plain cache is faster.
-            source.caches[layer] = cache.extract(rest[0])
+            source.caches[layer] = _extracted(cache, rest[0])
         else:
             cache.filter(rest)
         mx.eval(source.caches[layer].state)
     source.rows = [source.rows[index] for index in rest]
     return own
+
+
+def _extracted(cache: Any, row: int) -> Any:
+    """One row's own cache; mlx-lm cannot take one out of a batch that holds nothing yet."""
+    kinds = models_module("cache")
+    if type(cache) is kinds.BatchKVCache and cache.keys is None:
+        return kinds.KVCache()
+    return cache.extract(row)
 
 
 def make_room(caches: LayerCaches, tokens: int) -> None:
