@@ -78,9 +78,7 @@ def parse_tokens(text: str) -> int:
     """
     match = _TOKENS_PATTERN.fullmatch(text)
     if match is None:
-        raise UsageError(
-            f"'{text}' is not a number of tokens", "--context 131072, or --context 128k"
-        )
+        raise UsageError(f"'{text}' is not a number of tokens", "write for example 131072 or 128k")
     return int(match.group(1)) * _TOKEN_UNITS[match.group(2).lower()]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.units import parse_tokens
+from k2cli.commands._options import context_tokens
 
 if TYPE_CHECKING:
     from k2cli.cluster.preparation import LaunchRequest, PreparedRun
@@ -85,7 +85,7 @@ def launch(
     context: Annotated[
         int | None,
         typer.Option(
-            parser=parse_tokens,
+            parser=context_tokens,
             metavar="TOKENS",
             help="Tokens per sequence. Default: as in plan-memory.",
         ),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.units import parse_tokens
+from k2cli.commands._options import context_tokens
 
 if TYPE_CHECKING:
     from k2cli.planning.hardware import NodeMemory
@@ -40,7 +40,7 @@ def plan_memory(
     context: Annotated[
         int | None,
         typer.Option(
-            parser=parse_tokens,
+            parser=context_tokens,
             metavar="TOKENS",
             help="Tokens per sequence, as 131072 or 128k. Default: the model's, at most 32768.",
         ),

@@ -89,12 +89,19 @@ class CacheTable:
 
     def open_together(self, lengths: list[int]) -> LayerCaches:
         """Fresh merged caches for prompts of these lengths, padded on the left to the longest."""
-        singles = [self.stage.make_local_cache() for _ in lengths]
-        caches = [_merge(list(layer)) for layer in zip(*singles, strict=True)]
+        caches = self._merged(len(lengths))
         longest = max(lengths)
         for cache in caches:
             cache.prepare(left_padding=[longest - length for length in lengths])
         return caches
+
+    def _merged(self, rows: int) -> LayerCaches:
+        singles = [self.stage.make_local_cache() for _ in range(rows)]
+        return [_merge(list(layer)) for layer in zip(*singles, strict=True)]
+
+    def _empty(self, rows: int) -> LayerCaches:
+        """Of a batch of so many rows that holds nothing; plain caches for a single one."""
+        return self.stage.make_local_cache() if rows == 1 else self._merged(rows)
 
     def join_together(self, batch: int, sequences: list[int], caches: LayerCaches) -> None:
         """Make sequences with merged caches the last rows of a batch."""
@@ -117,6 +124,10 @@ class CacheTable:
         if len(source.rows) == 1:
             own = source.caches
             del self.batches[batch]
+        elif not any(self._tokens[one] for one in source.rows):
+            # mlx-lm cannot cut a row out of a batch that holds nothing yet.
+            source.rows.remove(sequence)
+            own, source.caches = self._empty(1), self._empty(len(source.rows))
         else:
             own = _take_out(source, row, wanted=keep_as is not None or move_to is not None)
         if move_to is not None:
@@ -162,24 +173,16 @@ def _take_out(source: Batch, row: int, *, wanted: bool) -> LayerCaches:
     own: LayerCaches = []
     for layer, cache in enumerate(source.caches):
         if wanted:
-            own.append(_extracted(cache, row))
+            own.append(cache.extract(row))
             mx.eval(own[-1].state)
         if len(rest) == 1:
             # A single sequence needs no padding and no mask: its plain cache is faster.
-            source.caches[layer] = _extracted(cache, rest[0])
+            source.caches[layer] = cache.extract(rest[0])
         else:
             cache.filter(rest)
         mx.eval(source.caches[layer].state)
     source.rows = [source.rows[index] for index in rest]
     return own
-
-
-def _extracted(cache: Any, row: int) -> Any:
-    """One row's own cache; mlx-lm cannot take one out of a batch that holds nothing yet."""
-    kinds = models_module("cache")
-    if type(cache) is kinds.BatchKVCache and cache.keys is None:
-        return kinds.KVCache()
-    return cache.extract(row)
 
 
 def make_room(caches: LayerCaches, tokens: int) -> None:
