@@ -24,6 +24,14 @@ _HTTP_CODES = {
     404: ("unknown_url", "there is no such route"),
     405: ("method_not_allowed", "this route does not take that method"),
 }
+# Fields of OpenAI's API that would change the answer, and that k2 has not.
+_NOT_OFFERED = {
+    "audio": "answers are text",
+    "function_call": "it was replaced by 'tool_choice'",
+    "functions": "it was replaced by 'tools'",
+    "moderation": "nothing here judges texts",
+    "web_search_options": "this server reaches nothing beyond its ranks",
+}
 
 
 class ApiError(Exception):
@@ -89,6 +97,9 @@ def validation_failure(error: ValidationError) -> ApiError:
     param = _field_path(first["loc"])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['msg']}", code="invalid_json")
+    if first["type"] == "extra_forbidden" and param in _NOT_OFFERED:
+        message = f"'{param}' is not supported: {_NOT_OFFERED[param]}"
+        return invalid(message, param, "unsupported_parameter")
     if first["type"] == "extra_forbidden":
         return invalid(f"unknown field '{param}'", param, "unknown_parameter")
     reason = first["msg"].removeprefix("Value error, ")

@@ -95,7 +95,7 @@ def prepare_chat(
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     tools = None if body.tool_choice == "none" else body.tools
     prompt = conversation_tokens(
-        body.messages, tools, body.chat_template_kwargs, tokenizer, generation_prompt=True
+        body.messages, tools, body.template_arguments, tokenizer, generation_prompt=True
     )
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return _prepare(body, prompt, "messages", limit, logprobs, tokenizer, served)
@@ -136,7 +136,7 @@ def prepare_tokenize(
     return conversation_tokens(
         body.messages or [],
         body.tools,
-        body.chat_template_kwargs,
+        body.template_arguments,
         tokenizer,
         generation_prompt=generation_prompt,
     )
@@ -145,7 +145,7 @@ def prepare_tokenize(
 def conversation_tokens(
     messages: Sequence[Message],
     tools: list[dict[str, Any]] | None,
-    template_arguments: dict[str, Any] | None,
+    template_arguments: dict[str, Any],
     tokenizer: ServerTokenizer,
     *,
     generation_prompt: bool,
@@ -158,7 +158,7 @@ def conversation_tokens(
     turns = [message.for_template() for message in messages]
     try:
         return tokenizer.chat_tokens(
-            turns, tools, add_generation_prompt=generation_prompt, **(template_arguments or {})
+            turns, tools, add_generation_prompt=generation_prompt, **template_arguments
         )
     except K2Error as error:
         raise invalid(error.message, "messages") from error

@@ -4,6 +4,7 @@ Types and ranges are checked here, so that nothing malformed ever reaches a rank
 fields: those that k2 honours; those of OpenAI's API that change nothing about the answer, which
 are taken and ignored (``_Ignored``); all others, which are refused by name, since an option that
 is silently ignored is a wrong answer that looks right. ``null`` means absent, as with OpenAI.
+docs/api.md lists every field of OpenAI's with its kind.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ _TEMPLATE_RESERVED = frozenset({"self", "messages", "tools", "add_generation_pro
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        # Also of fields that are not known: some clients spell out all that they do not use.
+        if not isinstance(value, dict):
+            return value
+        return {name: member for name, member in value.items() if member is not None}
+
 
 class _Ignored(_Body):
     """Fields of OpenAI's API without influence on what this server computes."""
@@ -38,6 +47,7 @@ class _Ignored(_Body):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     prediction: Any = None
 
@@ -97,6 +107,7 @@ StopStrings = Annotated[list[str], PlainValidator(_stop_strings)]
 Prompt = Annotated[str | list[int], PlainValidator(_prompt)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class Message(BaseModel):
@@ -109,6 +120,8 @@ class Message(BaseModel):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    # What the model thought: templates of models that go on thinking after a tool's result want it.
+    reasoning_content: str | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -123,7 +136,7 @@ class Message(BaseModel):
             "role": "system" if self.role == "developer" else self.role,
             "content": self.content or "",
         }
-        for member in ("name", "tool_calls", "tool_call_id"):
+        for member in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
             if (value := getattr(self, member)) is not None:
                 turn[member] = value
         return turn
@@ -204,6 +217,8 @@ class _Templated(_Body):
 
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -211,6 +226,23 @@ class _Templated(_Body):
         if taken := _TEMPLATE_RESERVED & set(value or ()):
             raise ValueError(f"'{min(taken)}' cannot be set here")
         return value
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """Variables for the chat template, which does not see those that it does not use.
+
+        An effort is also what switches thinking on or off, in a template that has such a switch:
+        ``thinking`` in those of Kimi K2.5 and DeepSeek V3.1, ``enable_thinking`` in those of
+        Qwen3 and GLM 4.5. What ``chat_template_kwargs`` sets has the last word.
+        """
+        arguments: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            thinks = self.reasoning_effort != "none"
+            arguments = {"thinking": thinks, "enable_thinking": thinks}
+            arguments["reasoning_effort"] = self.reasoning_effort
+        if self.verbosity is not None:
+            arguments["verbosity"] = self.verbosity
+        return arguments | (self.chat_template_kwargs or {})
 
 
 class ChatCompletionBody(GenerationBody, _Templated):
@@ -229,8 +261,6 @@ class ChatCompletionBody(GenerationBody, _Templated):
     parallel_tool_calls: Any = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
 
     @field_validator("tool_choice")
     @classmethod
