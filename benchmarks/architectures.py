@@ -2,7 +2,7 @@
 
     scripts/architecture-table              # write the page from the recorded configs
     scripts/architecture-table --check      # does the page say what the planner says now?
-    scripts/architecture-table --collect    # record the configs anew (needs transformers)
+    scripts/architecture-table --collect [TYPE...]    # record configs anew (needs transformers)
 
 The configs are recorded in benchmarks/data/architectures.json, each with where it is from: a shape
 that k2 carries, the defaults of transformers' config class (for most the sizes of the first
@@ -91,15 +91,28 @@ GUESSES: dict[str, Any] = {
 
 PATCHES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0}},
-    "deepseek_v2": {"num_experts_per_tok": 6, "n_routed_experts": 160, "n_shared_experts": 2},
+    "deepseek_v2": {
+        "num_experts_per_tok": 6, "n_routed_experts": 160, "n_shared_experts": 2,
+        "rope_scaling": {
+            "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
+            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn",
+        },
+    },
     "exaone4": {"sliding_window_pattern": "LLLG"},
     "gear": {"layer_types": ["full_attention"] * 4},
     "gpt_bigcode": {"n_inner": 8192},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"] * 4, "time_step_limit": [0.0, 1e9],
+        "mamba_n_heads": 128, "mamba_d_head": 64,
+    },
     "hunyuan": {"rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"}},
     "lfm2": {"full_attn_idxs": [2, 5], "layer_types": None},
     "lfm2_moe": {"full_attn_idxs": [2, 5], "layer_types": None},
-    "lfm2-vl": {"text_config": {**MADE_UP, "model_type": "lfm2", "full_attn_idxs": [1, 3]}},
+    "lfm2-vl": {"text_config": {
+        **MADE_UP, "model_type": "lfm2", "full_attn_idxs": [1, 3], "conv_bias": False,
+        "conv_L_cache": 3, "block_dim": 128, "block_ff_dim": 256, "block_multiple_of": 64,
+        "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False,
+    }},
     "longcat_flash": {"attention_method": "MLA", "zero_expert_type": "identity"},
     "longcat_flash_ngram": {"attention_method": "MLA", "zero_expert_type": "identity"},
     "mamba2": {"time_step_limit": [0.0, 1e9]},
@@ -108,6 +121,9 @@ PATCHES: dict[str, dict[str, Any]] = {
         "short_factor": [1.0] * 16, "long_factor": [1.0] * 16, "type": "longrope",
         "original_max_position_embeddings": 32768,
     }},
+    "nemotron-nas": {"block_configs": [
+        {"attention": {"n_heads_in_group": 8}, "ffn": {"ffn_mult": 2.625}},
+    ] * LAYERS},
     "openelm": {"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4},
     "plamo": {"num_attention_heads": 16},
     "spark2_5": {"rope_parameters": {
@@ -230,13 +246,17 @@ def _cell(text: str) -> str:
 # --- recording ----------------------------------------------------------------------------------
 
 
-def collect() -> dict[str, dict[str, Any]]:
-    """For every model type the first config that plans, of those that are known of it."""
+def collect(only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """For every model type, or ``only`` some, the first config that plans of those known of it."""
     from k2cli.sharding.architectures import supported_model_types
 
-    document = {}
+    document: dict[str, dict[str, Any]] = {}
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
     for model_type in supported_model_types():
+        if only and model_type not in only:
+            origin, config = recorded()[model_type]
+            document[model_type] = {"from": origin, "config": config}
+            continue
         document[model_type] = _choose(model_type)
         print(model_type, document[model_type]["from"], file=sys.stderr)  # noqa: T201
     return document
@@ -263,12 +283,12 @@ def _filled(config: Mapping[str, Any]) -> tuple[dict[str, Any], Outcome]:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             outcome = examine(filled)
-        missing = re.search(r"(\w+)\.__init__\(\) missing .*?: (.*)", outcome.refusal or "")
+        missing = re.search(r"(text_config in )?config\.json lacks (.*)", outcome.refusal or "")
         if missing is None:
             return filled, outcome
-        nested = missing[1].startswith("Text") and isinstance(filled.get("text_config"), dict)
+        nested = missing[1] is not None
         place = dict(filled["text_config"]) if nested else filled
-        for name in re.findall(r"'(\w+)'", missing[2]):
+        for name in re.findall(r"\w+", missing[2]):
             if name in {**MADE_UP, **GUESSES} and name not in place:
                 place[name] = {**MADE_UP, **GUESSES}[name]
         if nested:
@@ -302,6 +322,8 @@ def _of_transformers(model_type: str) -> dict[str, Any] | None:
     config["model_type"] = model_type
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
+            if isinstance(part.get("num_kv_shared_layers"), int):
+                part["num_kv_shared_layers"] = min(part["num_kv_shared_layers"], 2)
             for name in ("vision_config", "audio_config", "id2label", "label2id"):
                 part.pop(name, None)
             rope = part.get("rope_parameters")
@@ -365,8 +387,9 @@ def _cut_field(key: str, value: Any, count: int, layers: int) -> Any:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the page or the record, or compare the page; 1 if it is not up to date."""
-    if list(arguments) == ["--collect"]:
-        lines = [f"{json.dumps(name)}: {json.dumps(each)}" for name, each in collect().items()]
+    if arguments and arguments[0] == "--collect":
+        entries = collect(arguments[1:]).items()
+        lines = [f"{json.dumps(name)}: {json.dumps(each)}" for name, each in entries]
         DATA.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         return 0
     text = page({name: examine(config) for name, (_, config) in recorded().items()})

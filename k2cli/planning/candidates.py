@@ -157,7 +157,8 @@ def pipeline(ground: Ground) -> Candidate:
     caches = len(whole.profile.cache_bytes(1))
     if caches != count:
         raise UsageError(
-            f"a pipeline needs a cache per layer: the model shares {caches} among {count} layers"
+            f"a pipeline needs a cache per layer: the model has {caches} caches for {count} layers",
+            "use --parallel single",
         )
     held = stage_bytes(whole, demand.context_length, demand.concurrency)
     orders = node_orders(ground.nodes) if demand.free_order else [ground.nodes]
@@ -315,7 +316,7 @@ def _budgets(
             sharers=names.count(node.name),
             layer_weights_bytes=sum(profile.layer_bytes[first:past_last]),
             edge_weights_bytes=profile.edges_bytes(first, past_last),
-            kv_cache_bytes=sum(cache[first:past_last]) * ground.demand.concurrency,
+            kv_cache_bytes=sum(_held(cache, placement, part.layers)) * ground.demand.concurrency,
             prefill_activation_bytes=prefill,
             decode_activation_bytes=decode,
             communication=communication,
@@ -323,6 +324,11 @@ def _budgets(
         )
         budgets.append(budget)
     return tuple(budgets)
+
+
+def _held(cache: tuple[int, ...], placement: Placement, layers: tuple[int, int]) -> tuple[int, ...]:
+    """The cache entries of a rank: those of its layers, all of them where it has all layers."""
+    return cache[slice(*layers)] if placement.strategy == "pipeline" else cache
 
 
 def _activation(

@@ -188,7 +188,11 @@ def _compare(
             obstacles[strategy], failure = error.message, failure or error
     if not found:
         assert failure is not None
-        raise UsageError("; ".join(obstacles.values()), failure.hint)
+        undivided = len(strategies) > 1
+        raise UsageError(
+            "; ".join(dict.fromkeys(obstacles.values())),
+            "name one machine: there it need not be divided" if undivided else failure.hint,
+        )
     return found, obstacles
 
 
@@ -223,7 +227,7 @@ def check_traced(ground: Ground, chosen: Candidate) -> None:
         stage = trace_rank(
             subject.config, chosen.placement, rank, stored=subject.stored, dtype=ground.model.dtype
         )
-        with running_model(subject.config["model_type"], "run as planned"):
+        with running_model(subject.config, "run as planned"):
             cache = kv_cache_bytes(stage, demand.context_length) * demand.concurrency
         held = weights_bytes(stage), cache
         budget = chosen.budgets[rank]

@@ -72,15 +72,11 @@ class TracedModel:
             UsageError: if its layers exchange more than one array there.
         """
         from k2cli.sharding.stage import hidden_at
-        from k2cli.sharding.trace import running_model
 
-        kind = self.subject.config["model_type"]
         for layer in first_layers:
             if layer not in self._stages:
                 try:
-                    attempt = f"cut before layer {layer}, as its layers share more than one array"
-                    with running_model(kind, attempt):
-                        hidden_at(self.subject.facts.model, layer)
+                    hidden_at(self.subject.facts.model, layer)
                     self._stages[layer] = None
                 except UsageError as error:
                     self._stages[layer] = error
@@ -100,7 +96,7 @@ class TracedModel:
             model = trace_model(subject.config, subject.stored, self.dtype)
         if count > 1:
             slice_model(subject.config, model, StandInGroup(0, count), head)
-        with running_model(subject.config["model_type"], "traced"):
+        with running_model(subject.config, "traced"):
             return Slices(count, head, profile_model(model), self._work(model, count))
 
     def _work(self, model: nn.Module, count: int) -> ModelWork | None:

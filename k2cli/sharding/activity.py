@@ -17,9 +17,10 @@ import mlx.nn as nn
 
 from k2cli.errors import UsageError
 from k2cli.sharding import trace
-from k2cli.sharding.architectures import models_module
+from k2cli.sharding.architectures import MODEL_FAILURES, models_module
+from k2cli.sharding.failures import why_failed
 from k2cli.sharding.head import ShardedHead
-from k2cli.sharding.stage import anatomy, make_cache
+from k2cli.sharding.stage import anatomy, embedding_size, make_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,11 @@ def model_activity(model: nn.Module) -> ModelActivity:
     try:
         with _recorded_experts(routed), _counted_collectives(calls):
             output = model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
-            RuntimeError) as error:  # fmt: skip
+    except MODEL_FAILURES as error:
         name = type(model).__module__.rpartition(".")[2]
-        raise UsageError(f"{name} could not be traced for its speed: {error}") from error
+        raise UsageError(
+            f"{name} could not be traced for its speed: {why_failed(error, {})}"
+        ) from error
     # Some models have more caches than layers, or fewer: only those that pair up are attributed.
     entries = cache if len(cache) == len(parts.layers) else [None] * len(parts.layers)
     layers = tuple(
@@ -86,7 +88,7 @@ def model_activity(model: nn.Module) -> ModelActivity:
     # A head that is cut is no linear layer any more, but a head all the same.
     if parts.tied and not any(isinstance(module, ShardedHead) for module in outputs):
         embeddings = [parent[name] for parent, name in parts.embeddings]
-        outputs += [max(embeddings, key=lambda module: int(module.weight.size))]
+        outputs += [max(embeddings, key=embedding_size)]
     width = _hidden_width(parts.embeddings)
     return ModelActivity(
         layers, _activity(outputs, routed, None), calls[0], width * output.dtype.size

@@ -136,4 +136,7 @@ def _imported(name: str) -> types.ModuleType:
             return models_module(name)
     except (ImportError, SystemExit) as error:
         reason = told.getvalue().strip() or str(error)
-        raise UsageError(f"mlx-lm's {name} cannot be used here: {reason}") from error
+        raise UsageError(
+            f"mlx-lm's {name} model needs a package that is not installed here; "
+            f'mlx-lm says "{reason}"'
+        ) from error

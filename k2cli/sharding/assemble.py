@@ -17,7 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import K2Error, UsageError
-from k2cli.sharding.architectures import model_classes
+from k2cli.sharding.architectures import MODEL_FAILURES, model_classes
+from k2cli.sharding.failures import why_failed
 
 FLOAT_TYPES: Mapping[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -35,10 +36,10 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     model_class, arguments_class = model_classes(config)
     try:
         return model_class(arguments_class.from_dict(dict(config)))
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ArithmeticError,
-            IndexError, RuntimeError, OverflowError) as error:  # fmt: skip
+    except MODEL_FAILURES as error:
         raise UsageError(
-            f"config.json does not describe a {config.get('model_type')} model: {error}"
+            f"config.json does not describe a {config.get('model_type')} model: "
+            f"{why_failed(error, config)}"
         ) from error
 
 

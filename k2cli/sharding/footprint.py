@@ -124,8 +124,8 @@ def footprints(
     result = []
     for rank in range(placement.size):
         stage = trace.trace_rank(config, placement, rank, stored=stored, dtype=dtype)
-        weights = weights_bytes(stage)
         cache = kv_cache_bytes(stage, context_length) * concurrency
+        weights = weights_bytes(stage)  # after a run, which may have changed their type
         result.append(RankFootprint(rank, weights, cache))
     return result
 

@@ -63,11 +63,14 @@ class Profile:
         return list(accumulate(self.layer_bytes, initial=0))
 
     def cache_bytes(self, context_length: int) -> tuple[int, ...]:
-        """Bytes that each layer's cache of one sequence takes, at most, until a whole context."""
+        """Bytes that each entry of one sequence's cache takes, at most, until a whole context.
+
+        Most models have an entry per layer; only those can be cut into stages.
+        """
         if context_length not in self._caches:
             fresh = make_cache(self._model)
             by_kind: dict[str, int] = {}
-            for entry, sample, kind in zip(fresh, self._samples, self._kinds, strict=False):
+            for entry, sample, kind in zip(fresh, self._samples, self._kinds, strict=True):
                 if kind not in by_kind:
                     by_kind[kind] = filled_cache_bytes(entry, sample, context_length)
             self._caches[context_length] = tuple(by_kind[kind] for kind in self._kinds)
@@ -81,6 +84,8 @@ def profile_model(model: nn.Module) -> Profile:
         UsageError: if the model has no list of decoder layers.
     """
     parts = anatomy(model)
+    # First of all: gemma3n turns some of its weights to float32 when it runs, and keeps them so.
+    samples = _used_caches(model)
     seen: set[int] = set()
     layers = tuple(_new_bytes(layer, seen) for layer in parts.layers)
     sizes = [_new_bytes(parent[name], seen) for parent, name in parts.embeddings]
@@ -88,7 +93,6 @@ def profile_model(model: nn.Module) -> Profile:
     outputs = sum(_new_bytes(parent[name], seen) for parent, name in parts.outputs)
     everything = sum(value.nbytes for value in trace.parameters(model).values())
     common = everything - sum(layers) - sum(sizes) - outputs
-    samples = _used_caches(model)[: len(layers)]
     kinds = tuple(_kind(entry) for entry in samples)
     tied = largest if parts.tied else 0
     return Profile(layers, sum(sizes), outputs, tied, common, model, samples, kinds)

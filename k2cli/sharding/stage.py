@@ -12,6 +12,7 @@ Nothing real is wrapped, so the parameters keep the names that they have in the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,74 +21,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import UsageError
-from k2cli.sharding.architectures import models_module
-
-
-class AbsentLayer(nn.Module):
-    """A decoder layer that another stage holds: passes hidden states through.
-
-    It answers for the plain attributes of the layer that it replaces (``use_sliding``,
-    ``is_linear``), because the model's forward code may ask for them.
-    """
-
-    def __init__(self, replaced: nn.Module) -> None:
-        super().__init__()
-        for name, value in vars(replaced).items():
-            if isinstance(value, bool | int | float | str) and not name.startswith("_"):
-                setattr(self, name, value)
-
-    def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
-        return hidden
-
-
-class ArrivalLayer(AbsentLayer):
-    """Replaces the hidden states by those that arrived: ``[batch, length, hidden]``."""
-
-    arrived: mx.array | None
-
-    def __init__(self, replaced: nn.Module) -> None:
-        super().__init__(replaced)
-        object.__setattr__(self, "arrived", None)
-
-    def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
-        return hidden if self.arrived is None else self.arrived
-
-
-class DepartureLayer(AbsentLayer):
-    """Keeps the hidden states that go to the next stage: ``[batch, length, hidden]``."""
-
-    departing: mx.array | None
-
-    def __init__(self, replaced: nn.Module) -> None:
-        super().__init__(replaced)
-        object.__setattr__(self, "departing", None)
-
-    def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
-        object.__setattr__(self, "departing", hidden)
-        return hidden
-
-
-class AbsentEmbedding(nn.Module):
-    """Stands for an embedding that another stage holds: zeros of the right shape and type."""
-
-    def __init__(self, width: int, dtype: mx.Dtype) -> None:
-        super().__init__()
-        self.width = width
-        self.dtype = dtype
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return mx.zeros((*tokens.shape, self.width), dtype=self.dtype)
-
-    def as_linear(self, hidden: mx.array) -> mx.array:
-        """The tied head, which this stage does not have either."""
-        return hidden
-
-
-class AbsentModule(nn.Module):
-    """Stands for a norm or a head that another stage holds: the identity."""
-
-    def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
-        return hidden
+from k2cli.sharding.absent import (
+    AbsentEmbedding,
+    AbsentLayer,
+    AbsentModule,
+    ArrivalLayer,
+    DepartureLayer,
+    NotHeldHere,
+    WitnessLayer,
+)
+from k2cli.sharding.architectures import MODEL_FAILURES, models_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +40,7 @@ class Anatomy:
     ``spine`` are the modules from the model down to the one that holds the list of layers;
     ``layers_path`` is that list's dotted name. ``embeddings`` and ``outputs`` are (parent,
     attribute) of the modules that only the first and only the last stage needs; ``tied`` says
-    that the embedding also is the head.
+    that the embedding also is the head. A module that holds nothing but embeddings is one.
     """
 
     spine: tuple[nn.Module, ...]
@@ -152,29 +95,92 @@ def anatomy(model: nn.Module) -> Anatomy:
         for name, child in parent.children().items():
             if name == names[depth] or not isinstance(child, nn.Module):
                 continue
-            (embeddings if isinstance(child, _EMBEDDINGS) else outputs).append((parent, name))
-    tied = not any(isinstance(parent[name], _LINEARS) for parent, name in outputs)
+            (embeddings if _is_embedding(child) else outputs).append((parent, name))
+    rows = {module.weight.shape[0] for parent, name in embeddings
+            for module in parent[name].modules() if isinstance(module, _EMBEDDINGS)}  # fmt: skip
+    tied = not any(_is_head(parent[name], rows) for parent, name in outputs)
     layers = spine[-1][names[-1]]
     return Anatomy(spine, ".".join(names), layers, tuple(embeddings), tuple(outputs), tied)
 
 
+def _is_embedding(module: nn.Module) -> bool:
+    """An embedding, or a module around one (phixtral's ``embd``)."""
+    holding = [each for each in module.modules() if any(map(_is_array, each.values()))]
+    return bool(holding) and all(isinstance(each, _EMBEDDINGS) for each in holding)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, mx.array)
+
+
+def _is_head(module: nn.Module, rows: set[int]) -> bool:
+    """A linear layer, or a module around one that is as high as an embedding (its own head)."""
+    return isinstance(module, _LINEARS) or any(
+        isinstance(each, _LINEARS) and each.weight.shape[0] in rows for each in module.modules()
+    )
+
+
+def embedding_size(module: nn.Module) -> int:
+    """Elements of an embedding, or of those that a module holds."""
+    return sum(int(each.weight.size) for each in module.modules() if isinstance(each, _EMBEDDINGS))
+
+
 def hidden_at(model: nn.Module, layer: int) -> tuple[int, mx.Dtype]:
-    """Width and dtype of the hidden states that enter a layer, by a lazy trial with one token."""
+    """Width and dtype of the hidden states that enter a layer, by a lazy trial with one token.
+
+    Raises:
+        UsageError: if more than hidden states passes from layer to layer, so that a pipeline
+            cannot be cut there; it says what.
+    """
     layers = anatomy(model).layers
     original = layers[layer]
     probe = DepartureLayer(original)
-    layers[layer] = probe
+    cause: BaseException | None = None
+    try:
+        _try_with(model, layer, probe)
+    except MODEL_FAILURES as error:
+        cause = error
+    departing = probe.departing
+    if cause is None and isinstance(departing, mx.array):
+        return departing.shape[-1], departing.dtype
+    alone = "--parallel tensor" if hasattr(model, "shard") else "--parallel single"
+    raise UsageError(
+        f"mlx-lm's {type(model).__module__.rpartition('.')[2]} cannot be cut into pipeline stages "
+        f"before layer {layer}: {_what_else_passes(model, layer, cause)}",
+        f"use {alone}",
+    ) from cause
+
+
+def _try_with(model: nn.Module, layer: int, stand_in: nn.Module) -> None:
+    """Run one token lazily with a layer replaced."""
+    layers = anatomy(model).layers
+    original = layers[layer]
+    layers[layer] = stand_in
     try:
         model(mx.zeros((1, 1), dtype=mx.int32), cache=make_cache(model))
     finally:
         layers[layer] = original
-    if not isinstance(probe.departing, mx.array) or probe.departing.ndim != 3:
-        raise UsageError(
-            f"the layers of {type(model).__module__.rpartition('.')[2]} exchange more than one "
-            "array of hidden states, so it cannot be cut into pipeline stages",
-            "use --parallel tensor or a single node",
+
+
+def _what_else_passes(model: nn.Module, layer: int, cause: BaseException | None) -> str:
+    """What a layer gives to the rest of its model beside one array of hidden states."""
+    if isinstance(cause, NotHeldHere):
+        return (
+            f"the model reads {cause} of its layers, which a rank does not have of those that "
+            "another one holds"
         )
-    return probe.departing.shape[-1], probe.departing.dtype
+    witness = WitnessLayer(anatomy(model).layers[layer])
+    with contextlib.suppress(*MODEL_FAILURES):
+        _try_with(model, layer, witness)
+    if witness.handed_on > 1:
+        return (
+            f"each layer hands {witness.handed_on} values on to the next, where k2's stages "
+            "exchange one array of hidden states"
+        )
+    return (
+        "later layers use more of it than its hidden states (keys and values, for one), which "
+        "k2's stages do not exchange"
+    )
 
 
 def make_cache(model: nn.Module) -> list[Any]:
@@ -212,12 +218,16 @@ class Stage:
         return self.past_last == self.layer_count
 
     def local(self, cache: Sequence[Any]) -> Sequence[Any]:
-        """The entries of a cache that this stage fills."""
-        return cache[self.first : self.past_last]
+        """The entries of a cache that this stage fills.
+
+        They are the layers' own in a pipeline. A whole model has all of them, and may have more
+        than layers: longcat_flash_ngram keeps one for its embedding, iquestloopcoder two a layer.
+        """
+        return cache if self.is_first and self.is_last else cache[self.first : self.past_last]
 
     def make_local_cache(self) -> list[Any]:
         """Fresh entries for one sequence, of the layers that this stage holds."""
-        return make_cache(self.model)[self.first : self.past_last]
+        return list(self.local(make_cache(self.model)))
 
     def make_cache(self) -> list[Any]:
         """A cache for one sequence, with an entry for every layer of the model."""
@@ -309,7 +319,7 @@ def cut_stage(model: nn.Module, first: int, past_last: int) -> Stage:
 def _remove_embeddings(parts: Anatomy, *, keep_token_embedding: bool) -> None:
     """Drop the embeddings; the largest stays where it is the head too."""
     modules = [parent[name] for parent, name in parts.embeddings]
-    largest = max(modules, key=lambda module: int(module.weight.size), default=None)
+    largest = max(modules, key=embedding_size, default=None)
     for (parent, name), module in zip(parts.embeddings, modules, strict=True):
         if keep_token_embedding and module is largest:
             continue

@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from k2cli.errors import UsageError
 from k2cli.sharding.architectures import MODEL_FAILURES
+from k2cli.sharding.failures import why_failed
 from k2cli.sharding.head import can_shard_head, shard_head
 from k2cli.sharding.placement import HeadPlacement
 
@@ -50,7 +51,7 @@ def tensor_obstacle(config: Mapping[str, Any], model: nn.Module, ranks: int) -> 
         return None
     name = config.get("model_type")
     if not hasattr(model, "shard"):
-        return f"mlx-lm has no tensor parallelism for {name}; use --parallel pipeline"
+        return f"mlx-lm has no tensor parallelism for {name}"
     text = _text(config)
     counts = {"attention heads": text.get("num_attention_heads")}
     if not text.get("kv_lora_rank"):  # MLA keeps one latent for all heads
@@ -102,5 +103,6 @@ def slice_model(
         except MODEL_FAILURES as error:
             # mx.split: a dimension, or its number of quantization groups, does not divide; or the
             # model lacks a part that its own cutting takes for granted.
-            obstacle = f"{config.get('model_type')} cannot be cut into {ranks} slices: {error}"
+            reason = why_failed(error, config)
+            obstacle = f"{config.get('model_type')} cannot be cut into {ranks} slices: {reason}"
     raise UsageError(f"tensor parallelism is not possible: {obstacle}", "use --parallel pipeline")

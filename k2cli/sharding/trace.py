@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from k2cli.errors import K2Error, UsageError
 from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.assemble import assemble
+from k2cli.sharding.failures import why_failed
 from k2cli.sharding.placement import Placement
 from k2cli.sharding.stage import Stage, anatomy, cut_stage
 from k2cli.sharding.tensor import StandInGroup, slice_model
@@ -85,17 +86,19 @@ def trace_rank(
 
 
 @contextlib.contextmanager
-def running_model(model_type: object, attempt: str) -> Iterator[None]:
+def running_model(config: Mapping[str, Any], attempt: str) -> Iterator[None]:
     """While mlx-lm's code for a model runs, a failure of it is a refusal and no fault of k2's.
 
     Raises:
-        UsageError: saying what was attempted, and the model's own words.
+        UsageError: saying what was attempted, and what the model's code missed.
     """
     try:
         yield
     except MODEL_FAILURES as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"mlx-lm's {model_type} model cannot be {attempt}: {reason}") from error
+        raise UsageError(
+            f"mlx-lm's {config.get('model_type')} model cannot be {attempt}: "
+            f"{why_failed(error, config)}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -19,6 +20,16 @@ DIVIDED_BOTH_WAYS = {
 """Those that people run on several machines, at their published sizes."""
 
 
+WORDS_OF_PYTHON = re.compile(
+    r"\w+Error\b|object has no|has no attribute|NoneType|to unpack|unpacked|positional argument|"
+    r"__\w+__|unexpected keyword|arg is an empty|out of range|not in list|not subscriptable|"
+    r"not iterable|not callable|unsupported operand|not supported between|unhashable|"
+    r"must be real number|invalid literal|division by zero|\[[a-z]\w+\] |<class|Array split|"
+    r"array initialization|Shapes .* cannot be broadcast|Layer'|Traceback"
+)
+"""What exceptions of Python and of MLX say, which tells a user nothing."""
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Outcome]:
     """Filled by the tests of single architectures, for the page."""
@@ -34,8 +45,10 @@ def test_it_plans_or_says_why_not(
     model_type: str, outcomes: dict[str, Outcome], capfd: pytest.CaptureFixture[str]
 ) -> None:
     outcome = outcomes[model_type] = examine(RECORDED[model_type][1])
-    if outcome.refusal is not None:
-        assert len(outcome.refusal) > 20
+    said = [outcome.refusal] if outcome.refusal is not None else [w for _, w in outcome.obstacles]
+    for message in said:
+        assert len(message) > 20
+        assert (found := WORDS_OF_PYTHON.search(message)) is None, (found, message)
     if model_type in DIVIDED_BOTH_WAYS:
         assert {"pipeline", "tensor"} <= set(outcome.forms), outcome
     assert capfd.readouterr().out == ""  # an architecture's own print is not k2's answer
@@ -43,7 +56,7 @@ def test_it_plans_or_says_why_not(
 
 def test_most_plan(outcomes: dict[str, Outcome]) -> None:
     refused = [name for name, outcome in outcomes.items() if outcome.refusal is not None]
-    assert len(refused) <= 0.1 * len(outcomes)
+    assert len(refused) <= 0.05 * len(outcomes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the page is what a machine without Metal says")

@@ -58,9 +58,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
         "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, **COMMON,
     },
+    "exaone4, asks layers for what is inside them": {
+        "model_type": "exaone4", "num_hidden_layers": 6, "head_dim": 8, "rope_theta": 1e4,
+        "rope_scaling": None, "tie_word_embeddings": False, "sliding_window": 6,
+        "sliding_window_pattern": "LLG", **COMMON,
+    },
+    "gptj, layers called by keyword": {
+        "model_type": "gptj", "n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 4,
+        "n_positions": 64, "layer_norm_epsilon": 1e-5, "vocab_size": 96, "rotary_dim": 8,
+    },
+    "phixtral, embedding and head within modules": {
+        "model_type": "phixtral", "num_vocab": 96, "model_dim": 32, "num_heads": 4,
+        "num_layers": 4, "rotary_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+
+TWO_CACHES_A_LAYER = {
+    "model_type": "iquestloopcoder", "num_hidden_layers": 3, "head_dim": 8, "loop_num": 2,
+    "loop_window_size": 6, "tie_word_embeddings": False, **COMMON,
 }  # fmt: skip
 
 TOKENS = [[5, 9, 2, 44, 17, 3, 80, 21, 6, 33], [7], [95], [12]]
+
+
+def _layer_count(config: dict[str, Any]) -> int:
+    names = ("num_hidden_layers", "n_layer", "num_layers")
+    return int(next(config[name] for name in names if name in config))
 
 
 def _parameters(config: dict[str, Any]) -> list[tuple[str, mx.array]]:
@@ -104,17 +127,26 @@ def test_stages_give_the_logits_of_the_whole_model(name: str) -> None:
     # GatherMM of the CPU back end wants float32, which the random parameters are.
     weights = _parameters(config)
     expected = _whole(config, weights)
-    count = config.get("num_hidden_layers") or config["n_layer"]
+    count = _layer_count(config)
     for bounds in ([0, 1, count], [0, count - 1, count], [0, 1, 2, 3, count]):
         outputs = _through(_stages(config, weights, bounds))
         for got, wanted in zip(outputs, expected, strict=True):
             assert mx.array_equal(got, wanted), f"{name} cut at {bounds}"
 
 
+def test_a_whole_model_keeps_more_caches_than_layers() -> None:
+    weights = _parameters(TWO_CACHES_A_LAYER)
+    expected = _whole(TWO_CACHES_A_LAYER, weights)
+    for logits, others in zip(
+        expected, _through(_stages(TWO_CACHES_A_LAYER, weights, [0, 3])), strict=True
+    ):
+        assert mx.array_equal(logits, others)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_stages_together_hold_every_parameter_once(name: str) -> None:
     config = CONFIGS[name]
-    count = config.get("num_hidden_layers") or config["n_layer"]
+    count = _layer_count(config)
     stages = _stages(config, _parameters(config), [0, 2, count])
     first, last = (set(parameters(stage.model)) for stage in stages)
     assert first | last == set(parameters(build(config)))
@@ -127,7 +159,7 @@ def test_stages_together_hold_every_parameter_once(name: str) -> None:
 def test_planned_cache_bytes_are_the_most_that_is_held(name: str, context: int) -> None:
     """A prompt chunk by chunk, with and without a token of an answer, in stages of all sizes."""
     config, chunk = CONFIGS[name], 16
-    count = config.get("num_hidden_layers") or config["n_layer"]
+    count = _layer_count(config)
     stages = _stages(config, _parameters(config), [0, 1, count])
     most = [dict.fromkeys(range(count), 0) for _ in stages]
     for prompt in (context, context - 1):
