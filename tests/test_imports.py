@@ -51,12 +51,12 @@ ONLY_IN = {
     "typer": {"cli.py", "commands/"},
     "rich": {"ui/", "commands/"},
     "prompt_toolkit": {"ui/"},
-    "fastapi": {"server/"},
+    "starlette": {"server/"},
     "uvicorn": {"server/", "runtime/"},
 }
 
 HEAVY = {
-    "fastapi", "httpx", "huggingface_hub", "jinja2", "mlx", "mlx_lm", "numpy", "prompt_toolkit",
+    "httpx", "huggingface_hub", "jinja2", "mlx", "mlx_lm", "numpy", "prompt_toolkit",
     "starlette", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 

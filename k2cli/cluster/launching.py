@@ -25,7 +25,7 @@ from k2cli.cluster.supervisor import Listener, supervise
 from k2cli.errors import ClusterError
 from k2cli.runtime.protocol import RunEvent
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.02
 _STOP_SECONDS = 25.0
 
 

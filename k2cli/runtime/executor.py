@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
-import numpy as np
 
 from k2cli.errors import UsageError
 from k2cli.runtime.caches import CacheTable, LayerCaches, make_room
@@ -32,6 +31,9 @@ from k2cli.runtime.protocol import (
     Tick,
 )
 from k2cli.sharding.stage import Stage, hidden_at
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ class StepResult:
 def array_digest(value: mx.array) -> str:
     """SHA-256 (hex, 16 digits) over the bytes of an array."""
     flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
-    return hashlib.sha256(bytes(np.asarray(flat))).hexdigest()[:16]
+    # Its type stub does not say so, but an mlx array gives out its memory.
+    return hashlib.sha256(cast("Buffer", flat)).hexdigest()[:16]
 
 
 def _hidden_of(stage: Stage) -> tuple[int, mx.Dtype]:

@@ -20,9 +20,9 @@ from k2cli.runtime.protocol import (
     Heartbeat,
     LivenessMessage,
 )
-from k2cli.runtime.wire import (
+from k2cli.runtime.wire import ConnectionLost
+from k2cli.runtime.wire_streams import (
     AsyncChannel,
-    ConnectionLost,
     authenticate_stream,
     open_stream,
     serve_stream,

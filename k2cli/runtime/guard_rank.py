@@ -32,7 +32,7 @@ from k2cli.runtime.protocol import (
     Shutdown,
     Start,
 )
-from k2cli.runtime.wire import AsyncChannel, open_stream
+from k2cli.runtime.wire_streams import AsyncChannel, open_stream
 
 DEFAULT_WORKER = "k2cli.runtime.worker"
 KEPT_LINES = 20

@@ -10,7 +10,8 @@ import stat
 import psutil
 
 from k2cli.errors import ClusterError
-from k2cli.runtime.wire import AsyncChannel, ConnectionLost
+from k2cli.runtime.wire import ConnectionLost
+from k2cli.runtime.wire_streams import AsyncChannel
 from k2cli.settings import scratch_directory
 
 # Beside the environment that a seat hands over: the process id of the seat's parent.

@@ -6,12 +6,13 @@ again and forget is decided here and sent as decisions, so that it is the same o
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
+# One token, as the directory keeps it.
+_TOKEN = "q"
+_TOKEN_BYTES = 8
 # Below this many tokens, a copy of a cache costs about what computing it again would.
 LEAST_REUSE_TOKENS = 8
 
@@ -30,7 +31,7 @@ class PrefixDirectory:
     def __init__(self, *, whole_only: bool) -> None:
         """``whole_only``: caches cannot be cut back, so only a whole prefix can be used again."""
         self._whole_only = whole_only
-        self._entries: dict[int, NDArray[np.int64]] = {}
+        self._entries: dict[int, bytes] = {}
         self._next_id = 0
 
     def __len__(self) -> int:
@@ -38,11 +39,11 @@ class PrefixDirectory:
 
     def tokens(self) -> int:
         """Tokens that all kept prefixes hold together, in allocation steps of the cache."""
-        return sum(cache_tokens(len(entry)) for entry in self._entries.values())
+        return sum(cache_tokens(len(entry) // _TOKEN_BYTES) for entry in self._entries.values())
 
     def best(self, prompt: Sequence[int]) -> Hit | None:
         """The kept prefix that saves most of a prompt; at least its last token is left to do."""
-        wanted = np.asarray(prompt, dtype=np.int64)[:-1]
+        wanted = _kept(prompt[:-1])
         hits = [Hit(prefix, self._shared(entry, wanted)) for prefix, entry in self._entries.items()]
         best = max(hits, key=lambda hit: hit.tokens, default=None)
         if best is None or best.tokens < LEAST_REUSE_TOKENS:
@@ -50,31 +51,28 @@ class PrefixDirectory:
         self._entries[best.prefix] = self._entries.pop(best.prefix)  # now the most recent
         return best
 
-    def _shared(self, entry: NDArray[np.int64], wanted: NDArray[np.int64]) -> int:
-        length = min(len(entry), len(wanted))
-        differing = np.flatnonzero(entry[:length] != wanted[:length])
-        shared = int(differing[0]) if len(differing) else length
-        return shared if not self._whole_only or shared == len(entry) else 0
+    def _shared(self, entry: bytes, wanted: bytes) -> int:
+        shared = _common_bytes(entry, wanted) // _TOKEN_BYTES
+        return shared if not self._whole_only or shared * _TOKEN_BYTES == len(entry) else 0
 
     def redundant(self, tokens: Sequence[int]) -> Iterator[int]:
         """Kept prefixes that a new one of these tokens would contain."""
-        wanted = np.asarray(tokens, dtype=np.int64)
+        wanted = _kept(tokens)
         for prefix, entry in self._entries.items():
-            if len(entry) <= len(wanted) and np.array_equal(entry, wanted[: len(entry)]):
+            if wanted.startswith(entry):
                 yield prefix
 
     def has(self, tokens: Sequence[int]) -> bool:
         """Whether a kept prefix already contains all of these tokens."""
-        wanted = np.asarray(tokens, dtype=np.int64)
+        wanted = _kept(tokens)
         return not self._whole_only and any(
-            len(entry) >= len(wanted) and np.array_equal(entry[: len(wanted)], wanted)
-            for entry in self._entries.values()
+            entry.startswith(wanted) for entry in self._entries.values()
         )
 
     def add(self, tokens: Sequence[int]) -> int:
         """Keep these tokens; the id under which every rank must keep their cache."""
         self._next_id += 1
-        self._entries[self._next_id] = np.asarray(tokens, dtype=np.int64)
+        self._entries[self._next_id] = _kept(tokens)
         return self._next_id
 
     def oldest(self) -> int | None:
@@ -84,6 +82,23 @@ class PrefixDirectory:
     def remove(self, prefix: int) -> None:
         """Forget a prefix."""
         del self._entries[prefix]
+
+
+def _kept(tokens: Sequence[int]) -> bytes:
+    return array(_TOKEN, tokens).tobytes()
+
+
+def _common_bytes(one: bytes, other: bytes) -> int:
+    """How many bytes the two begin with in common."""
+    same, limit = 0, min(len(one), len(other))
+    while same < limit:
+        # Halve what is left until it is equal: each byte is compared about twice.
+        middle = (same + limit + 1) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            limit = middle - 1
+    return same
 
 
 def cache_tokens(tokens: int, step: int = 256) -> int:

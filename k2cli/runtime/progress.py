@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -42,6 +41,8 @@ class ProgressPage:
     @classmethod
     def create(cls) -> ProgressPage:
         """A fresh page (steps 0, initialising) that no name in the file system leads to."""
+        import tempfile  # for guards only: a rank need not wait for it
+
         with tempfile.TemporaryFile() as file:
             file.truncate(_LAYOUT.size)
             return cls(os.dup(file.fileno()))

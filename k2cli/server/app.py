@@ -6,9 +6,10 @@ answers 503 with the cause. There is no CORS header: a web page elsewhere has no
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Route
 
-from k2cli import __version__
 from k2cli.server.auth import Gatekeeper
 from k2cli.server.context import ServerContext
 from k2cli.server.engine_client import EngineClient
@@ -17,8 +18,17 @@ from k2cli.server.prepare import ServerTokenizer
 from k2cli.server.routes import chat, completions, health, models, tokenize
 from k2cli.server.served import ServedModel
 
+_ROUTES = (
+    Route("/v1/chat/completions", chat.create_chat_completion, methods=["POST"]),
+    Route("/v1/completions", completions.create_completion, methods=["POST"]),
+    Route("/v1/models", models.list_models),
+    Route("/v1/models/{name:path}", models.get_model),
+    Route("/v1/tokenize", tokenize.tokenize, methods=["POST"]),
+    Route("/health", health.health),
+)
 
-def create_app(engine: EngineClient, tokenizer: ServerTokenizer, served: ServedModel) -> FastAPI:
+
+def create_app(engine: EngineClient, tokenizer: ServerTokenizer, served: ServedModel) -> Starlette:
     """Build the application.
 
     Args:
@@ -26,12 +36,8 @@ def create_app(engine: EngineClient, tokenizer: ServerTokenizer, served: ServedM
         tokenizer: of the served model (``models.tokenizer.Tokenizer``).
         served: name, limits, defaults and API key.
     """
-    app = FastAPI(
-        title="k2", version=__version__, openapi_url=None, docs_url=None, redirect_slashes=False
-    )
+    app = Starlette(routes=_ROUTES, middleware=[Middleware(Gatekeeper, served=served)])
+    app.router.redirect_slashes = False
     app.state.context = ServerContext(engine, tokenizer, served)
-    for module in (chat, completions, models, tokenize, health):
-        app.include_router(module.router)
     install_error_handlers(app)
-    app.add_middleware(Gatekeeper, served=served)
     return app

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 
 from k2cli.runtime.protocol import RequestFailed
 
@@ -116,7 +116,7 @@ def _field_path(location: tuple[int | str, ...]) -> str:
     return path.removeprefix(".")
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def install_error_handlers(app: Starlette) -> None:
     """Make the application answer every failure in OpenAI's form."""
 
     async def on_api_error(request: Request, error: Exception) -> JSONResponse:

@@ -6,17 +6,15 @@ tool calls and reasoning out of that text is not there yet.
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from k2cli.server.context import read_body, respond
 from k2cli.server.prepare import prepare_chat
 from k2cli.server.schemas import ChatCompletionBody
 from k2cli.server.shapes import ChatShape
 
-router = APIRouter()
 
-
-@router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     body = await read_body(request, ChatCompletionBody)

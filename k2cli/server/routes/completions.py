@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from k2cli.server.context import read_body, respond
 from k2cli.server.prepare import prepare_completion
 from k2cli.server.schemas import CompletionBody
 from k2cli.server.shapes import CompletionShape
 
-router = APIRouter()
 
-
-@router.post("/v1/completions")
 async def create_completion(request: Request) -> Response:
     """Continue a prompt."""
     body = await read_body(request, CompletionBody)

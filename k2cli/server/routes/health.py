@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from k2cli.server.context import context_of
 
-router = APIRouter()
 
-
-@router.get("/health")
 async def health(request: Request) -> JSONResponse:
     """The state of the run, and why it is not ready, if it is not."""
     context = context_of(request)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from k2cli.server.context import context_of
 from k2cli.server.prepare import check_model
 from k2cli.server.served import ServedModel
-
-router = APIRouter()
 
 
 def _described(served: ServedModel) -> dict[str, Any]:
@@ -23,15 +22,13 @@ def _described(served: ServedModel) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models")
-async def list_models(request: Request) -> dict[str, Any]:
+async def list_models(request: Request) -> JSONResponse:
     """The served model, as a list of one."""
-    return {"object": "list", "data": [_described(context_of(request).served)]}
+    return JSONResponse({"object": "list", "data": [_described(context_of(request).served)]})
 
 
-@router.get("/v1/models/{name:path}")
-async def get_model(request: Request, name: str) -> dict[str, Any]:
+async def get_model(request: Request) -> JSONResponse:
     """The served model by its name."""
     served = context_of(request).served
-    check_model(name, served)
-    return _described(served)
+    check_model(request.path_params["name"], served)
+    return JSONResponse(_described(served))
