@@ -52,7 +52,7 @@ def plan_memory(
     ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(help="Plan what k2 quantize --recipe makes of it: 4bit, 3bit-g32, mxfp4."),
+        typer.Option(help="Plan what k2 quantize --recipe makes of it: 4bit, mxfp4, mixed_3_6."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")

@@ -20,7 +20,9 @@ def quantize(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="All in one word, as plan-memory --quantize: 4bit, 3bit-g32, mxfp4."),
+        typer.Option(
+            help="In one word, as plan-memory --quantize: 4bit, 3bit-g32, mxfp4, mixed_3_6."
+        ),
     ] = None,
     bits: Annotated[
         int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8. Default: 4.")

@@ -261,7 +261,9 @@ def _recipes_with_fewer_bits(planner: Planner, nodes: Sequence[NodeMemory]) -> l
     """Recipes whose weights might fit, most bits first."""
     if planner.quantize is None and obstacle_to_quantizing(planner.subject.config):
         return []
-    given = max(BITS) + 1 if planner.quantize is None else parse_recipe(planner.quantize).bits
+    given = max(BITS) + 1
+    if planner.quantize is not None:
+        given = parse_recipe(planner.quantize).most_bits_below
     limits = sum(node.limit_bytes for node in share_machines(nodes))
     weights = planner.subject.facts.parameter_count
     fewer = [Recipe(bits) for bits in sorted(BITS, reverse=True) if bits < given]

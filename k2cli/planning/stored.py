@@ -36,9 +36,12 @@ def describe_quantization(config: Mapping[str, Any]) -> str:
     own = config.get("quantization")
     if isinstance(own, Mapping):
         mode = own.get("mode", "affine")
-        mixed = any(isinstance(value, Mapping) for value in own.values())
-        text = f"{own.get('bits')}-bit {mode}, group {own.get('group_size')}"
-        return f"{text}, mixed" if mixed else text
+        modules = [value for value in own.values() if isinstance(value, Mapping)]
+        group = f"{mode}, group {own.get('group_size')}"
+        bits = sorted({bits for each in modules if isinstance(bits := each.get("bits"), int)})
+        if len(bits) > 1:  # modules have their own, as with a mixed recipe
+            return f"{', '.join(map(str, bits[:-1]))} and {bits[-1]} bit {group}"
+        return f"{own.get('bits')}-bit {group}{', mixed' if modules else ''}"
     original = original_quantization(config)
     if original is None:
         return "none"

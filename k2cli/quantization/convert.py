@@ -101,6 +101,7 @@ def _result(
         bits=recipe.bits,
         group_size=recipe.group_size,
         mode=recipe.mode,
+        recipe=str(recipe),
         tensors=len(conversion.tensors),
         quantized_modules=sum(step.quantization is not None for step in conversion.steps),
         bits_per_weight=round(conversion.stored_bytes * 8 / conversion.total_parameters, 3),

@@ -29,6 +29,7 @@ class QuantizationResult:
     """The new checkpoint, or with ``dry_run`` what it would be.
 
     ``peak_memory_bytes`` counts arrays and read buffers, not Python itself; 0 in a dry run.
+    ``bits`` is what the config says for all modules; a mixed ``recipe`` gives each its own.
     """
 
     path: str
@@ -41,6 +42,7 @@ class QuantizationResult:
     quantized_modules: int = 0
     bits_per_weight: float = 0.0
     mode: str = "affine"
+    recipe: str = ""
     dry_run: bool = False
     schema_version: int = SCHEMA_VERSION
 

@@ -8,7 +8,7 @@ quantized, whose rows divide into groups, and that the model's ``quant_predicate
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +29,26 @@ FIXED_MODES: Mapping[str, tuple[int, int]] = {"mxfp4": (4, 32), "mxfp8": (8, 32)
 MODES = ("affine", *FIXED_MODES)
 _DEFAULT_BITS, _DEFAULT_GROUP_SIZE = 4, 64
 _AFFINE = re.compile(r"(\d{1,3})(?:-?bits?)?(?:-g(?:roup-?)?(\d{1,4}))?", re.IGNORECASE)
-_EXAMPLES = "write for example 4bit, 3bit-g32 or mxfp4"
+_MIXED_GROUP = re.compile(r"(mixed_\d_\d)(?:-g(?:roup-?)?(\d{1,4}))?", re.IGNORECASE)
+_EXAMPLES = "write for example 4bit, 3bit-g32, mxfp4 or mixed_3_6"
+
+MIXED: Mapping[str, tuple[int, int]] = {
+    "mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6),
+}  # fmt: skip
+"""mlx-lm's mixed recipes by name (``mlx_lm.convert --quant-predicate``): the bits of most modules,
+and those of the head and of values and down projections in the layers that matter most."""
+
+_VALUE_NAMES = ("v_proj", "v_a_proj", "v_b_proj")
+_Decision = bool | dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The same quantization for every module that can have one.
+    """One quantization for every module that can have one, or a mix of two.
 
     In ``affine`` each group of weights in a row shares a scale and a bias; the other modes are
-    floats of a few bits that share a scale.
+    floats of a few bits that share a scale. ``mixed`` names one of ``MIXED``; ``bits`` is then
+    what the config says beside the bits of each module, and no module has it.
 
     Raises:
         UsageError: for bits, a group size or a mode that MLX has no kernels for.
@@ -46,6 +57,7 @@ class Recipe:
     bits: int = _DEFAULT_BITS
     group_size: int = _DEFAULT_GROUP_SIZE
     mode: str = "affine"
+    mixed: str = ""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -66,8 +78,18 @@ class Recipe:
         """As ``parse_recipe`` reads it."""
         if self.mode in FIXED_MODES:
             return self.mode
-        group = "" if self.group_size == _DEFAULT_GROUP_SIZE else f"-g{self.group_size}"
-        return f"{self.bits}bit{group}"
+        if self.mixed:
+            return self.mixed + self._group_suffix
+        return f"{self.bits}bit{self._group_suffix}"
+
+    @property
+    def _group_suffix(self) -> str:
+        return "" if self.group_size == _DEFAULT_GROUP_SIZE else f"-g{self.group_size}"
+
+    @property
+    def most_bits_below(self) -> int:
+        """Recipes of one number of bits are smaller than this one if theirs is less."""
+        return MIXED[self.mixed][0] + 1 if self.mixed else self.bits
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -89,12 +111,17 @@ def parse_recipe(text: str) -> Recipe:
     word = text.strip().lower()
     if word in FIXED_MODES:
         return recipe_of(mode=word)
-    match = _AFFINE.fullmatch(word)
-    if match is None:
+    mixed = _MIXED_GROUP.fullmatch(word)
+    match = mixed or _AFFINE.fullmatch(word)
+    if match is None or (mixed is not None and mixed[1] not in MIXED):
         shown = text if len(text) <= 40 else f"{text[:40]}..."
-        raise UsageError(f"'{shown}' is no recipe to quantize by", _EXAMPLES)
+        hint = f"mixed recipes are {', '.join(MIXED)}" if mixed is not None else _EXAMPLES
+        raise UsageError(f"'{shown}' is no recipe to quantize by", hint)
+    group_size = int(match[2] or _DEFAULT_GROUP_SIZE)
     try:
-        return Recipe(int(match.group(1)), int(match.group(2) or _DEFAULT_GROUP_SIZE))
+        if mixed is not None:
+            return Recipe(group_size=group_size, mixed=mixed[1])
+        return Recipe(int(match[1]), group_size)
     except UsageError as error:
         raise UsageError(f"recipe '{text}': {error.message}", error.hint) from error
 
@@ -156,17 +183,21 @@ def quantize_lazily(
 
     Returns:
         What was applied to each module, and those of them that differ from the recipe.
+
+    Raises:
+        UsageError: for a mixed recipe, if the model has none of the modules that it goes by.
     """
     import mlx.nn as nn
 
-    of_model = getattr(model, "quant_predicate", None)
+    # As in mlx-lm, a mixed recipe decides alone, also for what the model would keep finer.
+    of_model = _mixture(model, recipe) if recipe.mixed else getattr(model, "quant_predicate", None)
     applied: dict[str, dict[str, Any]] = {}
     overrides: dict[str, dict[str, Any]] = {}
 
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    def predicate(path: str, module: nn.Module) -> _Decision:
         if not hasattr(module, "to_quantized") or module.weight.shape[-1] % recipe.group_size:
             return False
-        decision: bool | dict[str, Any] = of_model(path, module) if of_model else True
+        decision: _Decision = of_model(path, module) if of_model else True
         if isinstance(decision, dict):
             overrides[path] = decision
             # What a model wants kept finer is affine if it does not say otherwise, as in MLX.
@@ -177,3 +208,34 @@ def quantize_lazily(
 
     nn.quantize(model, recipe.group_size, recipe.bits, mode=recipe.mode, class_predicate=predicate)
     return applied, overrides
+
+
+def _mixture(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], _Decision]:
+    """How a mixed recipe quantizes each module: the rule of mlx-lm 0.32's ``convert.py``.
+
+    More bits go to the head, and in the first and last eighth of the layers and every third one
+    between them to values and down projections; llama.cpp's Q4_K_M chooses alike.
+    """
+    downs = [path for path, _ in model.named_modules() if "down_proj" in path]
+    if not downs:
+        raise UsageError(
+            f"{recipe.mixed} gives its bits by modules named down_proj, of which "
+            f"{type(model).__module__.rpartition('.')[2]} has none",
+            "take a recipe of one number of bits, such as 4bit",
+        )
+    names = downs[0].split(".")
+    position = next((i for i, name in enumerate(names) if name.isdigit()), len(names) - 1)
+    low, high = MIXED[recipe.mixed]
+    layers = len(model.layers)
+
+    def decide(path: str, _: nn.Module) -> _Decision:
+        parts = path.split(".")
+        index = int(parts[position]) if len(parts) > position and parts[position].isdigit() else 0
+        eighth = layers // 8
+        matters = index < eighth or index >= 7 * layers // 8 or (index - eighth) % 3 == 2
+        finer = "lm_head" in path or (
+            matters and any(name in path for name in (*_VALUE_NAMES, "down_proj"))
+        )
+        return {**recipe.settings, "bits": high if finer else low}
+
+    return decide

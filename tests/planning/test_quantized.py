@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from k2cli.planning.hardware_spec import parse_hardware
 from k2cli.planning.planner import Planner, Wishes
 from k2cli.quantization.convert import quantize
 from k2cli.quantization.recipe import chosen_recipe
-from k2cli.sharding.recipe import BITS, FIXED_MODES, GROUP_SIZES, Recipe, parse_recipe
+from k2cli.sharding.recipe import BITS, FIXED_MODES, GROUP_SIZES, MIXED, Recipe, parse_recipe
 from tests.quantization import originals
 
 NODES = "2x m3-ultra-512"
 EVERY_RECIPE = [
     *(Recipe(bits, group_size) for bits in BITS for group_size in GROUP_SIZES),
     *(Recipe(*sizes, mode) for mode, sizes in FIXED_MODES.items()),
+    *(Recipe(group_size=32, mixed=name) for name in MIXED),
 ]
 
 
@@ -45,7 +47,7 @@ def test_a_plan_is_of_the_checkpoint_that_is_then_written(tmp_path: Path, kind: 
         assert planned.stored_bytes == made.stored_bytes, recipe
 
 
-@pytest.mark.parametrize("recipe", ["4bit-g32", "3bit", "mxfp4", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("recipe", ["4bit-g32", "3bit", "mxfp4", "nvfp4", "mxfp8", "mixed_2_6"])
 def test_a_plan_before_and_after_quantizing_is_the_same(tmp_path: Path, recipe: str) -> None:
     source = originals.kimi(tmp_path / "source", fp8=True)
     planned = Planner(str(source), recipe)
@@ -84,13 +86,21 @@ def test_recipes_are_read_as_they_are_written() -> None:
     [
         ("", "'' is no recipe"), ("four", "'four' is no recipe"), ("7bit", "7 bits are not"),
         ("4bit-g48", "groups of 48 are not"), ("9" * 400, "is no recipe"),
-        ("mxfp6", "'mxfp6' is no recipe"),
+        ("mxfp6", "'mxfp6' is no recipe"), ("mixed_5_6", "'mixed_5_6' is no recipe"),
     ],
 )  # fmt: skip
 def test_other_recipes_are_refused(text: str, message: str) -> None:
     wrong: Any = pytest.raises(UsageError, match=message)
     with wrong:
         parse_recipe(text)
+
+
+def test_a_mixed_recipe_wants_modules_by_the_names_it_knows(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_ctx": 64, "n_embd": 64, "n_head": 4, "n_layer": 2,
+              "n_positions": 64, "layer_norm_epsilon": 1e-5, "vocab_size": 96}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="named down_proj, of which gpt2 has none"):
+        Planner(str(tmp_path), "mixed_3_6")
 
 
 def test_a_recipe_is_said_once() -> None:

@@ -34,11 +34,12 @@ def convert_with_mlx_lm(source: Path, destination: Path, recipe: Recipe) -> Path
         "u.load_tokenizer = lambda *a, **k: T()\n"
         "u.create_model_card = lambda *a, **k: None\n"
         "convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=int(sys.argv[3]),\n"
-        "        q_group_size=int(sys.argv[4]), q_mode=sys.argv[5])\n"
+        "        q_group_size=int(sys.argv[4]), q_mode=sys.argv[5],\n"
+        "        quant_predicate=sys.argv[6] or None)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", script, str(source), str(destination)]
     done = subprocess.run(
-        [*command, str(recipe.bits), str(recipe.group_size), recipe.mode],
+        [*command, str(recipe.bits), str(recipe.group_size), recipe.mode, recipe.mixed],
         capture_output=True, text=True, timeout=MLX_LM_SECONDS, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -84,6 +85,8 @@ def source_named(name: str, folder: Path) -> Path:
         ("kimi-bf16", "6bit"),
         ("kimi-fp8", "4bit"),
         ("kimi-fp8", "mxfp4"),
+        ("llama-f16-tied", "mixed_2_6-g32"),
+        ("kimi-fp8", "mixed_3_6"),
     ],
 )
 def test_equals_mlx_lm_byte_for_byte(tmp_path: Path, name: str, recipe: str) -> None:
