@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 import k2cli
-from k2cli.cluster import agent
+from k2cli.cluster import agent, ports
 from k2cli.cluster.agent import NodeFacts, RunProcess
 from k2cli.errors import ClusterError
 
@@ -252,16 +252,16 @@ class LocalNode:
 
     def free_ports(self, count: int) -> list[int]:
         """Of all addresses."""
-        return agent.free_ports(count)
+        return ports.free_ports(count)
 
     def port_holder(self, host: str, port: int) -> str | None:
         """Named where the system lets us see it."""
-        return agent.port_holder(host, port)
+        return ports.port_holder(host, port)
 
     def choose_port(self, host: str, first: int) -> int:
         """On that address."""
         try:
-            return agent.choose_port(host, first)
+            return ports.choose_port(host, first)
         except OSError as error:
             raise ClusterError(
                 f"'{host}' is no address of this machine: {error.strerror}", "--host 127.0.0.1"
@@ -307,7 +307,7 @@ def addresses(nodes: Sequence[Node]) -> list[str]:
         return [node.address() for node in nodes]
     there = remote.address()
     try:
-        here = agent.address_towards(there)
+        here = ports.address_towards(there)
     except OSError as error:
         raise ClusterError(f"there is no route to node {remote.name}: {error}") from error
     return [here if node.is_local else node.address() for node in nodes]

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import psutil
 
-from k2cli.cluster import agent
+from k2cli.cluster import agent, ports
 from k2cli.cluster.launchers import Backend
 from k2cli.cluster.nodes import LocalNode
+from k2cli.cluster.restarting import RestartPolicy
 from k2cli.cluster.runs import RankRecord, RunRecord, list_runs, new_run_id, save_record
 from k2cli.cluster.specification import RunSpecification, save_specification
 from k2cli.runtime.protocol import Assignment, Bootstrap, Deadlines
@@ -84,7 +85,7 @@ class SupervisedRun:
 
 
 def _specification(
-    backend: Backend, size: int, deadlines: Deadlines, worker: str
+    backend: Backend, size: int, deadlines: Deadlines, worker: str, restart: RestartPolicy
 ) -> RunSpecification:
     run_id = new_run_id("scripted")
     environment = {}
@@ -92,7 +93,7 @@ def _specification(
     if backend == "mpi":
         environment["MLX_MPI_LIBNAME"] = str(LocalNode().facts().libmpi)
         scratch = str(agent.make_scratch(run_id))
-    (port,) = agent.free_ports(1)
+    (port,) = ports.free_ports(1)
     bootstraps = [
         Bootstrap(
             assignment=Assignment(
@@ -122,14 +123,18 @@ def _specification(
         for rank in range(size)
     ]
     names = ["localhost"] * size
-    return RunSpecification(run_id, names, backend, bootstraps, worker, scratch)
+    return RunSpecification(run_id, names, backend, bootstraps, worker, scratch, restart=restart)
 
 
 def prepare_scripted(
-    backend: Backend, size: int = 2, deadlines: Deadlines | None = None
+    backend: Backend,
+    size: int = 2,
+    deadlines: Deadlines | None = None,
+    restart: RestartPolicy | None = None,
 ) -> RunSpecification:
     """Write the folder of a run whose ranks are scripted."""
-    specification = _specification(backend, size, deadlines or Deadlines(), SCRIPTED)
+    policy = restart or RestartPolicy()
+    specification = _specification(backend, size, deadlines or Deadlines(), SCRIPTED, policy)
     own = psutil.Process()
     record = RunRecord(
         run_id=specification.run_id,
@@ -155,9 +160,10 @@ def supervised(
     size: int = 2,
     deadlines: Deadlines | None = None,
     environment: dict[str, str] | None = None,
+    restart: RestartPolicy | None = None,
 ) -> Iterator[SupervisedRun]:
     """A scripted run under a supervisor process; whatever is left of it is ended at exit."""
-    specification = prepare_scripted(backend, size, deadlines)
+    specification = prepare_scripted(backend, size, deadlines, restart)
     folder = agent.run_folder(specification.run_id)
     with (folder / "supervisor.out").open("wb") as output:
         supervisor = subprocess.Popen(

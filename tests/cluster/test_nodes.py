@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from k2cli.cluster import agent
+from k2cli.cluster import agent, ports
 from k2cli.cluster.agent import NodeFacts
 from k2cli.cluster.nodes import LocalNode, addresses, node_named
 from k2cli.cluster.ssh import SshNode
@@ -43,20 +43,20 @@ def test_names_of_this_machine_need_no_ssh() -> None:
 
 
 def test_free_ports_are_different_and_below_those_of_outgoing_connections() -> None:
-    ports = agent.free_ports(50)
-    assert len(set(ports)) == 50
-    assert max(ports) < 32_768
+    found = ports.free_ports(50)
+    assert len(set(found)) == 50
+    assert max(found) < 32_768
 
 
 def test_a_taken_port_is_refused_with_its_holder() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        holder = agent.port_holder("127.0.0.1", port)
+        holder = ports.port_holder("127.0.0.1", port)
         assert holder is not None
         assert str(os.getpid()) in holder
-        assert agent.choose_port("127.0.0.1", port) != port
-    assert agent.port_holder("127.0.0.1", port) is None
-    holder = agent.port_holder("192.0.2.1", port)
+        assert ports.choose_port("127.0.0.1", port) != port
+    assert ports.port_holder("127.0.0.1", port) is None
+    holder = ports.port_holder("192.0.2.1", port)
     assert holder is not None
     assert "no address of this machine" in holder
     with pytest.raises(ClusterError, match=r"192\.0\.2\.1"):

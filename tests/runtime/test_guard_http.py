@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from k2cli.cluster import agent
+from k2cli.cluster import ports
 from k2cli.errors import ClusterError
 from k2cli.runtime.guard_http import _take_port, api_url
 from k2cli.runtime.protocol import HttpEndpoint
@@ -27,7 +27,7 @@ def test_a_wildcard_is_no_address_for_a_client(host: str, url: str) -> None:
 
 
 def test_a_port_taken_meanwhile_is_passed_over_unless_it_was_asked_for() -> None:
-    (port,) = agent.free_ports(1)
+    (port,) = ports.free_ports(1)
     with socket.create_server(("127.0.0.1", port)):
         with pytest.raises(ClusterError, match=f"cannot listen on 127.0.0.1:{port}"):
             _take_port(HttpEndpoint("127.0.0.1", port))

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from k2cli.cluster import agent
+from k2cli.cluster import agent, ports
 from k2cli.errors import UsageError
 from k2cli.runtime.guard_liveness import LivenessServer, connect_to_leader
 from k2cli.runtime.guard_rank import MAX_LINE_CHARACTERS, split_lines
@@ -68,7 +68,7 @@ async def test_lines_are_whole_bounded_and_harmless() -> None:
 async def _server(
     heard: list[Any], lost: list[Any], log: list[str]
 ) -> AsyncIterator[tuple[LivenessServer, int]]:
-    (port,) = agent.free_ports(1)
+    (port,) = ports.free_ports(1)
 
     def on_message(rank: int, message: LivenessMessage) -> None:
         heard.append(message)
@@ -140,7 +140,7 @@ async def test_strangers_and_second_guards_are_refused() -> None:
 
 
 async def test_a_leader_that_never_comes_is_not_waited_for_for_ever() -> None:
-    (port,) = agent.free_ports(1)
+    (port,) = ports.free_ports(1)
     with pytest.raises(ConnectionLost, match="did not answer within 2 s"):
         await connect_to_leader(_bootstrap(1, port=port))
 
