@@ -1,4 +1,4 @@
-"""From a command line to a run that can be started: plan, ports, secrets, bootstraps, record.
+"""From a request to a run that can be started: locks, ports, secrets, bootstraps, record.
 
 Everything that can be wrong with a launch before a process exists is found here.
 """
@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -21,49 +21,23 @@ from k2cli.cluster import agent
 from k2cli.cluster.bootstraps import make_bootstraps, mpi_prefixes
 from k2cli.cluster.description import Cluster, load_cluster
 from k2cli.cluster.hostfile import rank_environment
-from k2cli.cluster.launchers import DEFAULT_WORKER
+from k2cli.cluster.launch_plan import check_plan, make_launch_plan, read_plan
+from k2cli.cluster.launch_request import LaunchRequest, node_names
 from k2cli.cluster.locks import Say, release_locks, take_locks
 from k2cli.cluster.model_here import ModelHere, is_path, model_here
 from k2cli.cluster.model_there import model_folders
 from k2cli.cluster.nodes import LOCALHOST, Node, node_named
 from k2cli.cluster.openmpi import find_openmpi
 from k2cli.cluster.readiness import Choice, check_nodes
-from k2cli.cluster.restarting import RestartPolicy
 from k2cli.cluster.routes import Routes, find_routes
 from k2cli.cluster.runs import RankRecord, RunRecord, new_run_id, prune_records, save_record
 from k2cli.cluster.specification import RunSpecification, save_specification
-from k2cli.errors import DoesNotFitError, K2Error, UsageError
-from k2cli.planning.plan import NodeBudget, Plan, plan_from_json, plan_to_json
-from k2cli.runtime.protocol import Deadlines, HttpEndpoint
+from k2cli.errors import K2Error, UsageError
+from k2cli.planning.plan import Plan, plan_to_json
+from k2cli.runtime.protocol import HttpEndpoint
 from k2cli.units import format_bytes
 
 DEFAULT_HTTP_PORT = 8080
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchRequest:
-    """What the user asked for. None and ``auto`` leave it to k2."""
-
-    model: str
-    nodes: tuple[str, ...] | None = None
-    backend: str = "auto"
-    parallel: str = "auto"
-    dtype: str = "auto"
-    head: str = "auto"
-    context_length: int | None = None
-    concurrency: int | None = None
-    host: str = "127.0.0.1"
-    port: int | None = None
-    api_key: str | None = None
-    plan_file: Path | None = None
-    force: bool = False
-    cluster: str | None = None
-    share: bool = False
-    wait_seconds: float = 0.0
-    restart: RestartPolicy = field(default_factory=RestartPolicy)
-    fast_synch: bool = False
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    worker: str = DEFAULT_WORKER
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +63,9 @@ def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> Prepare
         ClusterError: if a node cannot be reached, is not fit for a run, or belongs to another one.
         K2Error: if the model is neither here nor on the first node, or the port is taken.
     """
-    given_plan = _read_plan(request)
+    given_plan = read_plan(request)
     cluster = load_cluster(request.cluster) if request.cluster is not None else None
-    nodes = [node_named(name) for name in _node_names(request, given_plan, cluster)]
+    nodes = [node_named(name) for name in node_names(request, given_plan, cluster)]
     with model_here(request.model, nodes) as here:
         return _prepare(request, here, given_plan, cluster, nodes, say)
 
@@ -106,8 +80,8 @@ def _prepare(
 ) -> PreparedRun:
     folder = here.folder
     choice = check_nodes(nodes, request.backend, say, force=request.force)
-    plan = given_plan or _make_plan(request, folder, nodes, choice.backend)
-    _check_plan(plan, folder, nodes, force=request.force)
+    plan = given_plan or make_launch_plan(request, folder, nodes, choice.backend)
+    check_plan(plan, folder, nodes, force=request.force)
     folders = {node.name: str(folder) for node in nodes}
     if not all(node.is_local for node in nodes):
         folders = model_folders(nodes, _seen_from_everywhere(request.model), here)
@@ -146,114 +120,6 @@ def _seen_from_everywhere(reference: str) -> str:
     if reference.startswith("~"):  # each machine has its own home
         return reference
     return str(Path(reference).absolute()) if is_path(reference) else reference
-
-
-# --- the plan -----------------------------------------------------------------------------------
-
-
-def _read_plan(request: LaunchRequest) -> Plan | None:
-    path = request.plan_file
-    if path is None:
-        return None
-    contradicting = {
-        "--parallel": request.parallel != "auto",
-        "--dtype": request.dtype != "auto",
-        "--context": request.context_length is not None,
-        "--concurrency": request.concurrency is not None,
-        "--head": request.head != "auto",
-    }
-    for option, given in contradicting.items():
-        if given:
-            raise UsageError(f"{option} is decided by the plan {path}", f"leave out {option}")
-    try:
-        return plan_from_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UsageError(f"the plan {path} cannot be read: {error.strerror}") from error
-
-
-def _node_names(
-    request: LaunchRequest, plan: Plan | None, cluster: Cluster | None
-) -> Sequence[str]:
-    if request.nodes is not None:
-        if not all(request.nodes):
-            raise UsageError(f"--nodes '{','.join(request.nodes)}' has an empty name")
-        if odd := [name for name in request.nodes if name.startswith("-") or " " in name]:
-            raise UsageError(f"'{odd[0]}' is no name of a node")
-        return request.nodes
-    if cluster is not None:
-        return [node.name for node in cluster.nodes]
-    if plan is None:
-        return [LOCALHOST]
-    names = [part.node for part in plan.placement.ranks]
-    if any("/" in name for name in names):
-        # Names such as m3-ultra-512/1 are machines of the catalog.
-        raise UsageError(
-            f"the plan is for {', '.join(names)}, which are no machines of yours",
-            f"--nodes {','.join([LOCALHOST] * len(names))}",
-        )
-    return names
-
-
-def _make_plan(request: LaunchRequest, folder: Path, nodes: Sequence[Node], backend: str) -> Plan:
-    from dataclasses import replace
-
-    from k2cli.planning.calibrated import with_calibration
-    from k2cli.planning.planner import make_plan, make_roomy_plan
-
-    known = {node.name: node.memory() for node in {node.name: node for node in nodes}.values()}
-    link = "auto" if backend == "local" else backend
-    memory = with_calibration([known[node.name] for node in nodes], link)
-    wishes = {
-        "strategy": request.parallel,
-        "dtype": request.dtype,
-        "head": request.head,
-        "backend": link,
-    }
-    context = request.context_length
-    if request.concurrency is None:
-        plan = make_roomy_plan(str(folder), memory, context_length=context, **wishes)
-    else:
-        plan = make_plan(
-            str(folder),
-            memory,
-            context_length=context,
-            concurrency=request.concurrency,
-            **wishes,
-        )
-    return replace(plan, model=replace(plan.model, reference=request.model))
-
-
-def _check_plan(plan: Plan, folder: Path, nodes: Sequence[Node], *, force: bool) -> None:
-    if plan.placement.size != len(nodes):
-        raise UsageError(
-            f"the plan is for {plan.placement.size} rank(s), and {len(nodes)} node(s) are named"
-        )
-    layers = _layer_count(folder)
-    if layers is not None and layers != plan.placement.layer_count:
-        raise UsageError(
-            f"the plan places {plan.placement.layer_count} layers, the model has {layers}",
-            f"k2 plan-memory {plan.model.reference} --hardware SPEC --save plan.json",
-        )
-    if not plan.fits and not force:
-        raise _does_not_fit(plan)
-
-
-def _layer_count(folder: Path) -> int | None:
-    from k2cli.models.checkpoint import read_config
-
-    config = read_config(folder)
-    count = (config.get("text_config") or config).get("num_hidden_layers")
-    return count if isinstance(count, int) else None
-
-
-def _does_not_fit(plan: Plan) -> DoesNotFitError:
-    worst: NodeBudget = min(plan.nodes, key=lambda node: node.headroom_bytes)
-    return DoesNotFitError(
-        f"{plan.model.reference} does not fit: {worst.name} needs "
-        f"{format_bytes(worst.total_bytes)} and has {format_bytes(worst.limit_bytes)} "
-        f"({format_bytes(-worst.headroom_bytes)} too little)",
-        "a smaller --context, more nodes, a smaller quantization; or --force to try all the same",
-    )
 
 
 # --- the run's folder ---------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import typer
 from k2cli.commands._options import context_tokens
 
 if TYPE_CHECKING:
-    from k2cli.cluster.preparation import LaunchRequest, PreparedRun
+    from k2cli.cluster.launch_request import LaunchRequest
+    from k2cli.cluster.preparation import PreparedRun
     from k2cli.cluster.runs import RunRecord
     from k2cli.runtime.protocol import RunEvent
     from k2cli.ui.launch_view import LaunchView
@@ -146,7 +147,7 @@ def launch(
 
     Example: k2 launch demo --nodes localhost,localhost --parallel pipeline --detach
     """
-    from k2cli.cluster.preparation import LaunchRequest
+    from k2cli.cluster.launch_request import LaunchRequest
     from k2cli.cluster.restarting import RestartPolicy
 
     request = LaunchRequest(
