@@ -23,7 +23,8 @@ from k2cli.planning.timing import (
 from k2cli.planning.work import ModelWork
 from k2cli.sharding.placement import Placement
 
-# As in runtime/engine.py: a pipeline cuts a prompt so that its stages overlap.
+# As in runtime/engine.py: a pipeline cuts a prompt so that its stages overlap. The engine may find
+# out that smaller chunks are worth it; until it has, it takes these.
 CHUNKS_PER_STAGE = 4
 LEAST_OVERLAP_TOKENS = 256
 

@@ -28,8 +28,8 @@ from k2cli.runtime.protocol import (
     StepDigest,
 )
 
-_PROMPT = [1, 2, 3]
-_DECODED_TOKENS = 2
+_PROMPT = [1, 2]
+_DECODED_TOKENS = 1
 _SEQUENCE = 0
 _BATCH = 0
 

@@ -16,6 +16,7 @@ from typing import cast
 from k2cli.runtime.agreement import Agreement
 from k2cli.runtime.control import Followers
 from k2cli.runtime.executor import Executor, StepResult
+from k2cli.runtime.pace import LEAST_TOKENS, PrefillPace
 from k2cli.runtime.protocol import (
     Cancel,
     Decision,
@@ -37,12 +38,10 @@ from k2cli.runtime.steps import Step, StepQueue
 # a chunk should not last so long that a cancellation or a watchdog has to wait for it.
 STALL_SECONDS = 0.5
 CHUNK_SECONDS = 2.5
-LEAST_CHUNK_TOKENS = 32
+LEAST_CHUNK_TOKENS = LEAST_TOKENS
 # In a pipeline a prompt is cut into several chunks per stage, so that stages overlap: with m
-# chunks, s stages take (m + s - 1) / m times one stage's work. A chunk of fewer tokens than this
-# is not worth reading the weights for.
+# chunks, s stages take (m + s - 1) / m times one stage's work.
 CHUNKS_PER_STAGE = 4
-LEAST_OVERLAP_TOKENS = 256
 # The first chunk of a run, before its rate is known: 512 tokens of the demo model take a CPU a
 # minute, and the watchdog gives a step ten seconds.
 FIRST_CHUNK_TOKENS = LEAST_CHUNK_TOKENS
@@ -86,6 +85,7 @@ class Engine:
         self._turn = 0
         self._prefill_credit = prefill_chunk_tokens
         self._prefill_rate = 0.0
+        self._pace = PrefillPace()
         self._last_started: dict[int, int] = {}
 
     # --- what the worker calls -------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Engine:
         if self._stages == 1:
             return row.prefill_left
         pieces = CHUNKS_PER_STAGE * self._stages
-        return max(LEAST_OVERLAP_TOKENS, -(-len(row.request.prompt) // pieces))
+        return max(self._pace.least_tokens, -(-len(row.request.prompt) // pieces))
 
     def _short_prompts(self, limit: int) -> list[Running]:
         """Fresh prompts for the first one's batch that fit one chunk together, with padding."""
@@ -284,6 +284,7 @@ class Engine:
                 self._decoded(step, now)
 
     def _prefilled(self, step: Step, count: int) -> None:
+        self._pace.observe(count, step.seconds - step.waited_seconds)
         if step.seconds > 0:
             rate = count / step.seconds
             self._prefill_rate = 0.5 * (self._prefill_rate or rate) + 0.5 * rate

@@ -8,6 +8,7 @@ a stream of their own, so that sending one step's does not hold up computing the
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -86,6 +87,8 @@ class Executor:
         self.caches = CacheTable(stage)
         self._group = group
         self._advance = advance
+        # For other ranks' hidden states, since the start.
+        self.waited_seconds = 0.0
         self._transfers = mx.new_stream(mx.cpu)
         self._departing: mx.array | None = None
         self._fed: mx.array | None = None
@@ -247,7 +250,9 @@ class Executor:
         """
         if arrived is not None:
             self._advance("waiting")
+            since = time.monotonic()
             mx.eval(arrived)
+            self.waited_seconds += time.monotonic() - since
             self._advance("busy")
 
     def _send(self, output: mx.array) -> None:

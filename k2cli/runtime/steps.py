@@ -29,7 +29,8 @@ from k2cli.runtime.requests import Running
 class Step:
     """A decision, the requests that it computes, and what came of it.
 
-    ``seconds`` is how long it took here to carry it out; of a decode, to lay it out.
+    ``seconds`` is how long it took here to carry it out; of a decode, to lay it out. Of these
+    ``waited_seconds`` were spent waiting for another rank's part.
     """
 
     decision: Decision
@@ -37,6 +38,7 @@ class Step:
     result: StepResult | None = None
     chosen: mx.array | None = None
     seconds: float = 0.0
+    waited_seconds: float = 0.0
 
     @property
     def computes(self) -> bool:
@@ -136,9 +138,10 @@ class StepQueue:
         return result
 
     def _carry_out(self, step: Step, chosen: mx.array | None) -> None:
-        started = time.monotonic()
+        started, waited = time.monotonic(), self._executor.waited_seconds
         step.result = self._executor.carry_out(step.decision, chosen)
         step.seconds = time.monotonic() - started
+        step.waited_seconds = self._executor.waited_seconds - waited
         if step.result.logits is not None and step.rows:
             step.chosen = choose_tokens(step.rows, step.result.logits)
             # The logits too: no token may come of them, and yet every rank must do every sum.
