@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.comparison import say
+from benchmarks.k2_sides import K2Engine
+from benchmarks.mlx_sides import MlxServer
 from benchmarks.report import Row
-from benchmarks.sides import K2Engine, MlxServer, RankFacts, Setting
+from benchmarks.sides import RankFacts, Setting
 from benchmarks.statistics import ratios, summary
-
-MOST_READ = 1.02
-"""A rank may read so many times its own part."""
 
 
 def loading_rows(title: str, placement: str, setting: Setting) -> list[Row]:

@@ -17,9 +17,11 @@ from typing import Any
 from benchmarks import processes
 from benchmarks.checkpoints import LARGE_TOY, SMALL_TOY, copy_in_float32, make_toy
 from benchmarks.comparison import Comparison, compare, say
+from benchmarks.k2_sides import K2Engine, K2Server
 from benchmarks.loading import loading_rows
+from benchmarks.mlx_sides import MlxLibrary, MlxServer
 from benchmarks.report import Row, document, heading, into_document, merged, rows_of, table
-from benchmarks.sides import K2Engine, K2Server, MlxLibrary, MlxServer, Setting, Strategy
+from benchmarks.sides import Setting, Strategy
 from benchmarks.statistics import ratios
 from benchmarks.work import (
     Subject,

@@ -63,11 +63,6 @@ def first_field(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None
     return None
 
 
-def layer_field(config: Mapping[str, Any]) -> int | None:
-    """Number of decoder layers as the config says."""
-    return first_field(text_config(config), _LAYERS)
-
-
 def width_field(config: Mapping[str, Any]) -> int | None:
     """Width of the hidden states as the config says."""
     return first_field(text_config(config), _WIDTHS)
