@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,71 +19,86 @@ from k2cli.planning.plan import Plan
 from k2cli.runtime.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
 
 
-def make_bootstraps(
-    nodes: Sequence[Node],
-    plan: Plan,
-    *,
-    run_id: str,
-    folders: Mapping[str, str],
-    backend: Backend,
-    routes: Routes,
-    model_name: str,
-    http: HttpEndpoint,
-    deadlines: Deadlines,
-    scratch: str | None,
-    environment: Mapping[str, str] | None = None,
-    restarts: bool = False,
-) -> list[Bootstrap]:
-    """One bootstrap per rank, with ports that are free now and a fresh secret.
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What is decided about a run before a guard is told of it.
 
-    ``folders`` are the model's by node, ``environment`` is added to that of every rank.
+    ``folders`` are the model's by node, ``environment`` is added to that of every rank, ``scratch``
+    is mpirun's folder on this machine.
+    """
+
+    run_id: str
+    nodes: Sequence[Node]
+    plan: Plan
+    backend: Backend
+    routes: Routes
+    folders: Mapping[str, str]
+    model_name: str
+    http: HttpEndpoint
+    deadlines: Deadlines
+    scratch: str | None
+    environment: Mapping[str, str]
+    restarts: bool
+
+
+def make_bootstraps(run: Decided) -> list[Bootstrap]:
+    """One bootstrap per rank, with ports that are free now and a fresh secret.
 
     Raises:
         UsageError: if the plan asks for a float type that does not exist.
         ClusterError: if a node cannot be asked, or lacks what the back end needs.
     """
-    common = _assignment_of_leader(run_id, folders, nodes, backend, plan)
-    liveness_port, coordinator_port, ring = _ports(nodes, routes.ring)
-    environments = _environments(nodes, backend)
-    coordinator = f"{routes.reached[0]}:{coordinator_port}" if backend == "jaccl" else None
+    assignments, liveness_port = _assignments(run)
+    environments = _environments(run.nodes, run.backend)
     secret = secrets.token_hex(32)
     return [
         Bootstrap(
-            assignment=replace(
-                common,
-                rank=rank,
-                model_path=folders[node.name],
-                jaccl_devices=routes.rdma,
-                jaccl_coordinator=coordinator,
-                ring_hosts=ring if backend == "ring" else None,
-                wired_limit_bytes=plan.nodes[rank].limit_bytes,
-                cache_limit_bytes=plan.nodes[rank].overhead_bytes,
-            ),
+            assignment=assignment,
             secret=secret,
-            liveness_host=routes.reached[0],
+            liveness_host=run.routes.reached[0],
             liveness_port=liveness_port,
-            model_name=model_name,
-            http=http if rank == 0 else None,
-            environment={**(environment or {}), **environments[node.name]},
-            deadlines=deadlines,
+            model_name=run.model_name,
+            http=run.http if assignment.rank == 0 else None,
+            environment={**run.environment, **environments[node.name]},
+            deadlines=run.deadlines,
             # The leader's guard can remove the folder only where mpirun made it.
-            scratch_directory=scratch if rank == 0 and node.is_local else None,
-            restarts=restarts,
+            scratch_directory=run.scratch if assignment.rank == 0 and node.is_local else None,
+            restarts=run.restarts,
         )
-        for rank, node in enumerate(nodes)
+        for assignment, node in zip(assignments, run.nodes, strict=True)
     ]
 
 
-def _assignment_of_leader(
-    run_id: str, folders: Mapping[str, str], nodes: Sequence[Node], backend: Backend, plan: Plan
-) -> Assignment:
+def _assignments(run: Decided) -> tuple[list[Assignment], int]:
+    """What each rank is to hold and whom it meets where; and the port of liveness."""
+    liveness_port, coordinator_port, ring = _ports(run.nodes, run.routes.ring)
+    coordinator = f"{run.routes.reached[0]}:{coordinator_port}" if run.backend == "jaccl" else None
+    common = _assignment_of_leader(run)
+    assignments = [
+        replace(
+            common,
+            rank=rank,
+            model_path=run.folders[node.name],
+            jaccl_devices=run.routes.rdma,
+            jaccl_coordinator=coordinator,
+            ring_hosts=ring if run.backend == "ring" else None,
+            wired_limit_bytes=run.plan.nodes[rank].limit_bytes,
+            cache_limit_bytes=run.plan.nodes[rank].overhead_bytes,
+        )
+        for rank, node in enumerate(run.nodes)
+    ]
+    return assignments, liveness_port
+
+
+def _assignment_of_leader(run: Decided) -> Assignment:
+    plan = run.plan
     return Assignment(
-        run_id=run_id,
+        run_id=run.run_id,
         rank=0,
-        size=len(nodes),
-        nodes=[node.name for node in nodes],
-        backend=backend,
-        model_path=folders[nodes[0].name],
+        size=len(run.nodes),
+        nodes=[node.name for node in run.nodes],
+        backend=run.backend,
+        model_path=run.folders[run.nodes[0].name],
         strategy=plan.placement.strategy,
         layers=[part.layers for part in plan.placement.ranks],
         dtype=_float_type(plan.request.dtype),

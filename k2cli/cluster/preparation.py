@@ -18,11 +18,12 @@ from pathlib import Path
 import psutil
 
 from k2cli.cluster import agent
-from k2cli.cluster.bootstraps import make_bootstraps, mpi_prefixes
+from k2cli.cluster.bootstraps import Decided, make_bootstraps, mpi_prefixes
 from k2cli.cluster.description import Cluster, load_cluster
 from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.launch_plan import check_plan, make_launch_plan, read_plan
 from k2cli.cluster.launch_request import LaunchRequest, node_names
+from k2cli.cluster.launchers import Backend
 from k2cli.cluster.locks import Say, release_locks, take_locks
 from k2cli.cluster.model_here import ModelHere, is_path, model_here
 from k2cli.cluster.model_there import model_folders
@@ -96,10 +97,10 @@ def _prepare(
         say=say,
     )
     try:
-        environment = _environment(request, cluster)
-        return _write_run(
-            request, run_id, folder, folders, nodes, choice, routes, plan, environment
+        decided, generated = _decide(
+            request, run_id, folder, folders, nodes, choice.backend, routes, plan, cluster
         )
+        return _write_run(request, decided, choice, generated_key=generated)
     except BaseException:
         agent.remove_scratch(run_id)
         shutil.rmtree(agent.run_folder(run_id), ignore_errors=True)
@@ -125,56 +126,62 @@ def _seen_from_everywhere(reference: str) -> str:
 # --- the run's folder ---------------------------------------------------------------------------
 
 
-def _write_run(
+def _decide(
     request: LaunchRequest,
     run_id: str,
     folder: Path,
     folders: Mapping[str, str],
     nodes: Sequence[Node],
-    choice: Choice,
+    backend: Backend,
     routes: Routes,
     plan: Plan,
-    environment: Mapping[str, str],
-) -> PreparedRun:
+    cluster: Cluster | None,
+) -> tuple[Decided, bool]:
+    """All that guards are told, and whether the API's key was made up here."""
     port = _http_port(nodes[0], request.host, request.port)
     api_key, generated = _api_key(request)
-    model_name = _served_name(request.model, folder)
+    decided = Decided(
+        run_id=run_id,
+        nodes=nodes,
+        plan=plan,
+        backend=backend,
+        routes=routes,
+        folders=folders,
+        model_name=_served_name(request.model, folder),
+        http=HttpEndpoint(request.host, port, api_key, next_port_will_do=request.port is None),
+        deadlines=request.deadlines,
+        scratch=str(agent.make_scratch(run_id)) if backend == "mpi" else None,
+        environment=_environment(request, cluster),
+        restarts=request.restart.mode != "never",
+    )
+    return decided, generated
+
+
+def _write_run(
+    request: LaunchRequest, decided: Decided, choice: Choice, *, generated_key: bool
+) -> PreparedRun:
     prune_records()
-    prefixes = mpi_prefixes(nodes, find_openmpi()) if choice.backend == "mpi" else {}
-    scratch = agent.make_scratch(run_id) if choice.backend == "mpi" else None
+    run_id, nodes, routes, plan = decided.run_id, decided.nodes, decided.routes, decided.plan
     specification = RunSpecification(
         run_id=run_id,
         nodes=[node.name for node in nodes],
-        backend=choice.backend,
-        bootstraps=make_bootstraps(
-            nodes,
-            plan,
-            run_id=run_id,
-            folders=folders,
-            backend=choice.backend,
-            routes=routes,
-            model_name=model_name,
-            http=HttpEndpoint(request.host, port, api_key, next_port_will_do=request.port is None),
-            deadlines=request.deadlines,
-            scratch=str(scratch) if scratch else None,
-            environment=environment,
-            restarts=request.restart.mode != "never",
-        ),
+        backend=decided.backend,
+        bootstraps=make_bootstraps(decided),
         worker=request.worker,
-        scratch=str(scratch) if scratch else None,
+        scratch=decided.scratch,
         networks=routes.networks,
-        mpi_prefixes=prefixes,
+        mpi_prefixes=mpi_prefixes(nodes, find_openmpi()) if decided.backend == "mpi" else {},
         restart=request.restart,
         locked=True,
     )
     settings = _settings(choice, routes, specification)
-    record = _record(request, specification, plan, model_name, port, settings)
+    record = _record(request, specification, decided, settings)
     agent.write_private(run_id, "plan.json", plan_to_json(plan))
-    if api_key is not None:
-        agent.write_private(run_id, "api-key", api_key.encode())
+    if decided.http.api_key is not None:
+        agent.write_private(run_id, "api-key", decided.http.api_key.encode())
     save_specification(specification)
     save_record(record)
-    return PreparedRun(record, plan, specification, generated)
+    return PreparedRun(record, plan, specification, generated_key)
 
 
 def _environment(request: LaunchRequest, cluster: Cluster | None) -> dict[str, str]:
@@ -208,9 +215,7 @@ def _settings(choice: Choice, routes: Routes, specification: RunSpecification) -
 def _record(
     request: LaunchRequest,
     specification: RunSpecification,
-    plan: Plan,
-    model_name: str,
-    port: int,
+    decided: Decided,
     settings: dict[str, str],
 ) -> RunRecord:
     own = psutil.Process()
@@ -218,15 +223,15 @@ def _record(
         run_id=specification.run_id,
         # A path must mean the same to a command that is given in another folder.
         model=_seen_from_everywhere(request.model),
-        model_name=model_name,
+        model_name=decided.model_name,
         state="starting",
         backend=specification.backend,
-        strategy=plan.placement.strategy,
-        context_length=plan.request.context_length,
+        strategy=decided.plan.placement.strategy,
+        context_length=decided.plan.request.context_length,
         ranks=tuple(RankRecord(rank, name) for rank, name in enumerate(specification.nodes)),
         created=time.time(),
         host=request.host,
-        port=port,
+        port=decided.http.port,
         # Until a supervisor takes over, this process answers for the run.
         pid=own.pid,
         pid_create_time=own.create_time(),

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 from msgspec.structs import replace
 
-from k2cli.runtime.protocol import Bootstrap
+from k2cli.runtime.protocol import Assignment, Bootstrap, HttpEndpoint
 
 Mode = Literal["never", "on-failure"]
 
@@ -77,41 +77,50 @@ def renewed(
         http_port: the port that the API got, if it is known.
         hold: for a fresh guard of the leader: the cause to answer with until it is told to begin.
     """
-    names = bootstraps[0].assignment.nodes
+    liveness_port, ring, coordinator = _new_addresses(bootstraps[0].assignment, free_ports)
+    secret = secrets.token_hex(32)
+    return [
+        replace(
+            bootstrap,
+            assignment=replace(
+                bootstrap.assignment, ring_hosts=ring, jaccl_coordinator=coordinator
+            ),
+            secret=secret,
+            liveness_port=liveness_port,
+            http=_on_port(bootstrap.http, http_port),
+            hold=hold,
+        )
+        for bootstrap in bootstraps
+    ]
+
+
+def _new_addresses(
+    assignment: Assignment, free_ports: Callable[[str, int], list[int]]
+) -> tuple[int, list[list[str]] | None, str | None]:
+    """A port for liveness, and the addresses of ring and coordinator with new ports, if any."""
+    names = assignment.nodes
     leader = names[0]
     ports = {
         name: iter(free_ports(name, names.count(name) + 2 * (name == leader)))
         for name in dict.fromkeys(names)
     }
     liveness_port, coordinator_port = next(ports[leader]), next(ports[leader])
-    old_ring = bootstraps[0].assignment.ring_hosts
     ring = None
-    if old_ring is not None:
+    if assignment.ring_hosts is not None:
         ring = [
             [_with_port(address, next(ports[name])) for address in addresses]
-            for name, addresses in zip(names, old_ring, strict=True)
+            for name, addresses in zip(names, assignment.ring_hosts, strict=True)
         ]
-    coordinator = bootstraps[0].assignment.jaccl_coordinator
+    coordinator = assignment.jaccl_coordinator
     if coordinator is not None:
         coordinator = _with_port(coordinator, coordinator_port)
-    secret = secrets.token_hex(32)
-    made = []
-    for bootstrap in bootstraps:
-        http = bootstrap.http
-        if http is not None and http_port is not None:
-            http = replace(http, port=http_port, next_port_will_do=False)
-        assignment = replace(bootstrap.assignment, ring_hosts=ring, jaccl_coordinator=coordinator)
-        made.append(
-            replace(
-                bootstrap,
-                assignment=assignment,
-                secret=secret,
-                liveness_port=liveness_port,
-                http=http,
-                hold=hold,
-            )
-        )
-    return made
+    return liveness_port, ring, coordinator
+
+
+def _on_port(http: HttpEndpoint | None, port: int | None) -> HttpEndpoint | None:
+    if http is None or port is None:
+        return http
+    return replace(http, port=port, next_port_will_do=False)
 
 
 def _with_port(address: str, port: int) -> str:
