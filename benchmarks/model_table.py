@@ -96,7 +96,7 @@ def _whole(folder: Path) -> tuple[int, int]:
 
     model = build(read_config(folder))
     count = sum(value.size for value in parameters(model).values())
-    cast(model, FLOAT_TYPES["bfloat16"], everything=True)
+    cast(model, FLOAT_TYPES["bfloat16"], kept=())
     profile = profile_model(model)
     shorter, longer = (sum(profile.cache_bytes(length)) for length in _KV_CONTEXTS)
     return count, (longer - shorter) // (_KV_CONTEXTS[1] - _KV_CONTEXTS[0])
@@ -105,15 +105,17 @@ def _whole(folder: Path) -> tuple[int, int]:
 @functools.cache
 def _sizes(folder: Path, quantization: tuple[tuple[str, Any], ...]) -> tuple[int, int]:
     """Bytes held, and bytes stored as far as the config tells."""
+    from k2cli.models.catalog import unsaid_fields
     from k2cli.models.checkpoint import read_config
     from k2cli.planning.stored import original_quantization, stored_bytes_of_config
     from k2cli.sharding.assemble import config_dtype
     from k2cli.sharding.trace import parameters, trace_model
 
-    config = read_config(folder)
+    unsaid = unsaid_fields(folder.name)
+    config = {**read_config(folder), **unsaid}
     if quantization:
         config["quantization"] = dict(quantization)
-    elif original_quantization(config) is None and "quantization" not in config:
+    elif original_quantization(config) is None and "quantization" not in config and not unsaid:
         size = _whole(folder)[0] * config_dtype(config).size
         return size, size
     model = trace_model(config)

@@ -81,17 +81,23 @@ def _entry(alias: str, fields: dict[str, Any]) -> CatalogEntry:
     )
 
 
+FLOAT32_FIELD = "k2_float32"
+"""Where the config of a carried shape says which parameters are float32: a field of k2's own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Where the shape of a folder of ``configs`` is from, and what was published of it.
 
     ``published_parameters`` is the published count, as precise as it was published, and
-    ``published_in`` where; both are None where only the shape is known.
+    ``published_in`` where; both are None where only the shape is known. ``float32`` are parts of
+    the names of parameters that its checkpoints keep in float32, which no config says.
     """
 
     source: str
     published_parameters: int | None
     published_in: str | None
+    float32: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -99,6 +105,17 @@ def shapes() -> dict[str, Shape]:
     """What is known of the carried shapes, by the name of their folder."""
     table = tomllib.loads((_FOLDER / "configs" / "sources.toml").read_text(encoding="utf-8"))
     return {
-        name: Shape(fields["source"], fields.get("parameters"), fields.get("published_in"))
+        name: Shape(
+            fields["source"],
+            fields.get("parameters"),
+            fields.get("published_in"),
+            tuple(fields.get("float32", ())),
+        )
         for name, fields in table.items()
     }
+
+
+def unsaid_fields(shape: str) -> dict[str, Any]:
+    """What no config.json says and k2 knows of a carried shape, as fields for its config."""
+    float32 = shapes()[shape].float32
+    return {FLOAT32_FIELD: list(float32)} if float32 else {}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from k2cli.errors import K2Error, NotAuthorisedError
-from k2cli.models.catalog import CatalogEntry, HubSource, catalog
+from k2cli.models.catalog import CatalogEntry, HubSource, catalog, unsaid_fields
 from k2cli.models.checkpoint import Checkpoint, read_checkpoint
 from k2cli.models.reference import ModelReference, parse_reference, present_folder
 
@@ -71,4 +71,4 @@ def _carried(entry: CatalogEntry, folder: Path) -> Checkpoint:
         length = changes.pop("max_position_embeddings")
         text = {**config["text_config"], "max_position_embeddings": length}
         config = {**config, "text_config": text}
-    return replace(checkpoint, config={**config, **changes})
+    return replace(checkpoint, config={**config, **unsaid_fields(folder.name), **changes})

@@ -160,7 +160,10 @@ def pipeline(ground: Ground) -> Candidate:
             f"a pipeline needs a cache per layer: the model has {caches} caches for {count} layers",
             "use --parallel single",
         )
-    held = stage_bytes(whole, demand.context_length, demand.concurrency)
+    held = {
+        chunk: stage_bytes(whole, demand.context_length, demand.concurrency, chunk)
+        for chunk in demand.chunks
+    }
     orders = node_orders(ground.nodes) if demand.free_order else [ground.nodes]
     seconds = {
         node: stage_seconds(whole, node, demand.context_length) if ground.timed else 0.0
@@ -169,10 +172,10 @@ def pipeline(ground: Ground) -> Candidate:
     found = [
         (chunk, *best)
         for chunk in demand.chunks
-        if (best := _best_order(ground, whole, held, seconds, orders, chunk)) is not None
+        if (best := _best_order(ground, whole, held[chunk], seconds, orders, chunk)) is not None
     ]
     if not found:
-        return _staged(ground, whole, *_least_over(ground, whole, held, orders))
+        return _staged(ground, whole, *_least_over(ground, whole, held[demand.chunks[-1]], orders))
     good = [entry for entry in found if entry[0] >= GOOD_CHUNK_TOKENS] or found[:1]
     if not ground.timed:
         good = good[:1]
@@ -303,7 +306,7 @@ def _budgets(
     chunk: int,
 ) -> tuple[NodeBudget, ...]:
     profile = slices.profile
-    cache = profile.cache_bytes(ground.demand.context_length)
+    cache = profile.cache_bytes(ground.demand.context_length, chunk)
     communication = _communication(ground, slices, placement.strategy, chunk)
     names = [node.name for node in nodes]
     budgets = []

@@ -228,8 +228,8 @@ def check_traced(ground: Ground, chosen: Candidate) -> None:
             subject.config, chosen.placement, rank, stored=subject.stored, dtype=ground.model.dtype
         )
         with running_model(subject.config, "run as planned"):
-            cache = kv_cache_bytes(stage, demand.context_length) * demand.concurrency
-        held = weights_bytes(stage), cache
+            cache = kv_cache_bytes(stage, demand.context_length, chosen.chunk_tokens)
+        held = weights_bytes(stage), cache * demand.concurrency
         budget = chosen.budgets[rank]
         if held != (budget.weights_bytes, budget.kv_cache_bytes):
             raise InternalError(

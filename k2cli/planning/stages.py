@@ -32,7 +32,9 @@ class StageBytes:
     layers: Any
 
 
-def stage_bytes(whole: Slices, context_length: int, concurrency: int) -> StageBytes:
+def stage_bytes(
+    whole: Slices, context_length: int, concurrency: int, chunk_tokens: int
+) -> StageBytes:
     """Weights and cache bytes of every stage that the whole model could be cut to."""
     import numpy as np
 
@@ -43,7 +45,7 @@ def stage_bytes(whole: Slices, context_length: int, concurrency: int) -> StageBy
     weights[0, :] += profile.embedding_bytes
     weights[:, -1] += profile.output_bytes
     weights[1:, -1] += profile.tied_bytes
-    caches = [size * concurrency for size in profile.cache_bytes(context_length)]
+    caches = [size * concurrency for size in profile.cache_bytes(context_length, chunk_tokens)]
     cache = _ranges(list(accumulate(caches, initial=0)))
     positions = np.arange(size)
     layers = np.maximum(positions[None, :] - positions[:, None], 1)

@@ -19,6 +19,7 @@ from k2cli.errors import UsageError
 from k2cli.sharding import trace
 from k2cli.sharding.architectures import MODEL_FAILURES, models_module
 from k2cli.sharding.failures import why_failed
+from k2cli.sharding.footprint import cache_window
 from k2cli.sharding.head import ShardedHead
 from k2cli.sharding.stage import anatomy, embedding_size, make_cache
 
@@ -150,7 +151,7 @@ def _cache_parts(entry: Any) -> tuple[tuple[CachePart, ...], int]:
     per_token = sum(
         part.shape[1] * part.shape[3] * part.dtype.size for part in (keys, values) if part.ndim == 4
     )
-    return (CachePart(per_token, getattr(entry, "max_size", None)),), 0
+    return (CachePart(per_token, cache_window(entry)),), 0
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ FLOAT_TYPES: Mapping[str, mx.Dtype] = {
     "bfloat16": mx.bfloat16,
     "float16": mx.float16,
 }
+_FLOAT32_FIELD = "k2_float32"  # models.catalog writes it
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -233,16 +234,19 @@ def _quantize(
         raise UsageError(f"config.json's quantization cannot be applied: {error}") from error
 
 
-def cast(model: nn.Module, dtype: mx.Dtype, *, everything: bool = False) -> None:
+def cast(model: nn.Module, dtype: mx.Dtype, *, kept: tuple[str, ...] | None = None) -> None:
     """Cast floating parameters, scales included, lazily and in place.
 
     Parameters that the model wants kept (its ``cast_predicate``: the router's correction bias)
-    stay as they are, unless ``everything``.
+    stay as they are; or, if given, those whose names have a part that is in ``kept``.
     """
-    keep = getattr(model, "cast_predicate", None)
+    casts = getattr(model, "cast_predicate", None)
 
     def convert(path: str, value: mx.array) -> mx.array:
-        wanted = everything or keep is None or keep(path)
+        if kept is not None:
+            wanted = not any(part in path for part in kept)
+        else:
+            wanted = casts is None or casts(path)
         return value.astype(dtype) if wanted and mx.issubdtype(value.dtype, mx.floating) else value
 
     from mlx.utils import tree_map_with_path
@@ -258,6 +262,19 @@ def config_dtype(config: Mapping[str, Any]) -> mx.Dtype:
         if isinstance(name, str) and name.removeprefix("torch.") in FLOAT_TYPES:
             return FLOAT_TYPES[name.removeprefix("torch.")]
     return mx.bfloat16
+
+
+def _kept_float32(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Parts of names of parameters that are known to be float32 in a checkpoint without headers.
+
+    The catalog knows it of some shapes; a config.json does not say so.
+    """
+    named = config.get(_FLOAT32_FIELD)
+    return tuple(named) if isinstance(named, list) and all(map(_is_text, named)) else ()
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def assemble(
@@ -280,7 +297,7 @@ def assemble(
     model = build(config)
     if weights is None:
         _quantize(model, config, None)
-        cast(model, config_dtype(config), everything=True)
+        cast(model, config_dtype(config), kept=_kept_float32(config))
     else:
         sanitized = _sanitize(model, dict(weights))
         _quantize(model, config, sanitized)

@@ -17,6 +17,10 @@ from k2cli.sharding.tensor import tensor_obstacle as _tensor_obstacle
 from k2cli.sharding.trace import StoredShapes
 
 
+CHUNK_TOKENS = 512
+"""Prefill chunk where none is said. Caches with a window hold a whole one beside it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankFootprint:
     """What one rank holds, in bytes. ``kv_cache_bytes`` is for all sequences together."""
@@ -31,7 +35,7 @@ def weights_bytes(stage: Stage) -> int:
     return sum(value.nbytes for value in trace.parameters(stage.model).values())
 
 
-def kv_cache_bytes(stage: Stage, context_length: int, chunk_tokens: int = 512) -> int:
+def kv_cache_bytes(stage: Stage, context_length: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
     """Bytes of one sequence's cache on this rank, at most, until ``context_length`` tokens.
 
     One token is run through the stage lazily, which tells the shapes of what every layer keeps;
@@ -51,8 +55,17 @@ def kv_cache_bytes(stage: Stage, context_length: int, chunk_tokens: int = 512) -
     )
 
 
+def cache_window(entry: Any) -> int | None:
+    """Tokens beyond which a cache entry forgets the oldest; None if it does not.
+
+    Rotating caches have a ``max_size``; those of chunked attention (Llama 4) a ``chunk_size``.
+    """
+    window = getattr(entry, "max_size", None) or getattr(entry, "chunk_size", None)
+    return window if isinstance(window, int) else None
+
+
 def filled_cache_bytes(
-    entry: Any, sample: Any, context_length: int, chunk_tokens: int = 512
+    entry: Any, sample: Any, context_length: int, chunk_tokens: int = CHUNK_TOKENS
 ) -> int:
     """The most bytes of a fresh cache entry on its way to a whole context.
 
@@ -68,10 +81,10 @@ def filled_cache_bytes(
     keys, values = getattr(sample, "keys", None), getattr(sample, "values", None)
     if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
         return int(sample.nbytes)  # recurrent state: does not grow with the context
-    window = getattr(entry, "max_size", None)
+    window = cache_window(entry)
     if window is None:
         return _most_bytes(entry, sample, [context_length])
-    # A rotating cache goes round: whole chunks beyond a few windows change nothing.
+    # Such a cache goes round: whole chunks beyond a few windows change nothing.
     beyond = context_length - window - 3 * chunk_tokens
     context_length -= max(0, beyond // chunk_tokens * chunk_tokens)
     # It holds a whole chunk beside its window, and grows by a step for the first token of an
@@ -90,9 +103,11 @@ def _chunks(tokens: int, chunk_tokens: int) -> list[int]:
 
 
 def _most_bytes(entry: Any, sample: Any, lengths: list[int]) -> int:
-    """Feed zeros of a sample's shape; what the entry holds at most."""
+    """Feed zeros of a sample's shape, as a model does; what the entry holds at most."""
     most = 0
+    forget = getattr(entry, "maybe_trim_front", lambda: None)
     for length in lengths:
+        forget()  # Llama 4 calls it before every pass
         entry.update_and_fetch(*(_zeros(part, length) for part in (sample.keys, sample.values)))
         most = max(most, int(entry.nbytes))
     return most

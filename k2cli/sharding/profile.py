@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.sharding import trace
-from k2cli.sharding.footprint import filled_cache_bytes
+from k2cli.sharding.footprint import CHUNK_TOKENS, cache_window, filled_cache_bytes
 from k2cli.sharding.stage import anatomy, make_cache
 
 
@@ -38,7 +38,7 @@ class Profile:
     _model: nn.Module
     _samples: Sequence[Any]
     _kinds: tuple[str, ...]
-    _caches: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    _caches: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def layer_count(self) -> int:
@@ -62,19 +62,25 @@ class Profile:
         """Bytes of the layers before each one, and of all: ``layer_count + 1`` numbers."""
         return list(accumulate(self.layer_bytes, initial=0))
 
-    def cache_bytes(self, context_length: int) -> tuple[int, ...]:
+    def cache_bytes(self, context_length: int, chunk_tokens: int = CHUNK_TOKENS) -> tuple[int, ...]:
         """Bytes that each entry of one sequence's cache takes, at most, until a whole context.
 
-        Most models have an entry per layer; only those can be cut into stages.
+        Most models have an entry per layer; only those can be cut into stages. ``chunk_tokens`` of
+        prefill count where a cache has a window.
         """
-        if context_length not in self._caches:
+        key = context_length, chunk_tokens if self._has_windows else 0
+        if key not in self._caches:
             fresh = make_cache(self._model)
             by_kind: dict[str, int] = {}
             for entry, sample, kind in zip(fresh, self._samples, self._kinds, strict=True):
                 if kind not in by_kind:
-                    by_kind[kind] = filled_cache_bytes(entry, sample, context_length)
-            self._caches[context_length] = tuple(by_kind[kind] for kind in self._kinds)
-        return self._caches[context_length]
+                    by_kind[kind] = filled_cache_bytes(entry, sample, context_length, chunk_tokens)
+            self._caches[key] = tuple(by_kind[kind] for kind in self._kinds)
+        return self._caches[key]
+
+    @property
+    def _has_windows(self) -> bool:
+        return any(_windows(entry) for entry in self._samples)
 
 
 def profile_model(model: nn.Module) -> Profile:
@@ -114,6 +120,10 @@ def _used_caches(model: nn.Module) -> list[Any]:
     return cache
 
 
+def _windows(entry: Any) -> bool:
+    return any(cache_window(part) for part in getattr(entry, "caches", (entry,)))
+
+
 def _kind(entry: Any) -> str:
     """Entries of one kind take the same bytes for the same context."""
     parts = getattr(entry, "caches", None)
@@ -123,4 +133,4 @@ def _kind(entry: Any) -> str:
     if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
         return f"{type(entry).__name__} {entry.nbytes}"
     shapes = f"{keys.shape} {keys.dtype} {values.shape} {values.dtype}"
-    return f"{type(entry).__name__} {shapes} {getattr(entry, 'max_size', None)}"
+    return f"{type(entry).__name__} {shapes} {cache_window(entry)}"

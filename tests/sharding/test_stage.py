@@ -63,6 +63,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": None, "tie_word_embeddings": False, "sliding_window": 6,
         "sliding_window_pattern": "LLG", **COMMON,
     },
+    "llama4, attention in chunks": {
+        "model_type": "llama4", "text_config": {
+            "model_type": "llama4_text", "num_hidden_layers": 5, "head_dim": 8, "rope_theta": 1e4,
+            "rope_scaling": None, "attention_bias": False, "attention_chunk_size": 20,
+            "interleave_moe_layer_step": 2, "intermediate_size_mlp": 64, "num_experts_per_tok": 1,
+            "num_local_experts": 4, "use_qk_norm": True, **COMMON,
+        },
+    },
     "gptj, layers called by keyword": {
         "model_type": "gptj", "n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 4,
         "n_positions": 64, "layer_norm_epsilon": 1e-5, "vocab_size": 96, "rotary_dim": 8,
@@ -83,7 +91,8 @@ TOKENS = [[5, 9, 2, 44, 17, 3, 80, 21, 6, 33], [7], [95], [12]]
 
 def _layer_count(config: dict[str, Any]) -> int:
     names = ("num_hidden_layers", "n_layer", "num_layers")
-    return int(next(config[name] for name in names if name in config))
+    text = config.get("text_config", config)
+    return int(next(text[name] for name in names if name in text))
 
 
 def _parameters(config: dict[str, Any]) -> list[tuple[str, mx.array]]:
