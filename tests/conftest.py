@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -127,6 +129,15 @@ def _cache_directory() -> Path:
     return ROOT / ".k2" / "tests"
 
 
+@contextlib.contextmanager
+def cache_lock() -> Iterator[None]:
+    """Held while the kept models are made: test processes beside one another need them at once."""
+    _cache_directory().mkdir(parents=True, exist_ok=True)
+    with (_cache_directory() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _converter_digest() -> str:
     """Identify the code that makes the demo model: a change of it must not be hidden by a cache."""
     digest = hashlib.sha256()
@@ -140,7 +151,8 @@ def _download_demo(folder: Path) -> None:
     from k2cli.errors import K2Error
     from k2cli.models.fetch import fetch
 
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         fetch("demo", destination=partial, on_event=lambda _: None)
     except K2Error as error:
@@ -149,12 +161,7 @@ def _download_demo(folder: Path) -> None:
         if os.environ.get("CI"):
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
-    try:
-        partial.rename(folder)
-    except OSError:
-        # Another test session was quicker; its folder is as good.
-        if not (folder / "config.json").is_file():
-            raise
+    partial.rename(folder)
 
 
 def _drop_old_models(keep: Path) -> None:
@@ -171,10 +178,10 @@ def demo_checkpoint(_isolated_session: None) -> Path:
     Skips, or fails in CI, where it is not cached and cannot be downloaded.
     """
     folder = _cache_directory() / f"demo-{_converter_digest()}"
-    if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _download_demo(folder)
-        _drop_old_models(folder)
+    with cache_lock():
+        if not (folder / "config.json").is_file():
+            _download_demo(folder)
+            _drop_old_models(folder)
     return folder
 
 

