@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from k2cli.models.checkpoint import read_checkpoint
 from k2cli.runtime.control import Followers
 from k2cli.runtime.engine import Engine
 from k2cli.runtime.executor import Executor
-from k2cli.runtime.protocol import Finished, Generate, Tokens
+from k2cli.runtime.protocol import Finished, Generate, RankMessage, Tokens
 from k2cli.sharding.assemble import assemble
 from k2cli.sharding.stage import Stage, cut_stage, make_cache
 from k2cli.sharding.trace import layer_count
@@ -91,13 +91,17 @@ class K2:
         self._engine = Engine(
             Executor(stage, None),
             Followers(lambda rank, cause: None),
-            lambda message: self._messages.append((time.perf_counter(), message)),
+            self._hear,
             size=1,
             context_length=8192,
             concurrency=8,
             prefill_chunk_tokens=chunk_tokens,
         )
         self._count = 0
+
+    def _hear(self, messages: Sequence[RankMessage]) -> None:
+        now = time.perf_counter()
+        self._messages += [(now, message) for message in messages]
 
     def run(self, prompts: list[list[int]], count: int) -> tuple[float, float, list[list[int]]]:
         """(seconds to the first token, seconds for the others, tokens by prompt)."""

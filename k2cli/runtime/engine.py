@@ -10,7 +10,7 @@ within one step. An error inside one request's sampling ends that request and no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from k2cli.runtime.agreement import Agreement
@@ -54,7 +54,7 @@ class Engine:
         self,
         executor: Executor,
         followers: Followers,
-        send: Callable[[RankMessage], None],
+        send: Callable[[Sequence[RankMessage]], None],
         *,
         size: int,
         context_length: int,
@@ -66,10 +66,11 @@ class Engine:
         self._queue = StepQueue(executor, followers)
         self._agreement = Agreement(followers, size)
         self._send = send
+        self._unsent: list[RankMessage] = []
         self._plain_caches = executor.stage.has_plain_caches
         self._roster = Roster(
             self._queue,
-            send,
+            self._unsent.append,
             context_length=context_length,
             concurrency=concurrency,
             batches=stages,
@@ -101,6 +102,7 @@ class Engine:
             self._roster.enqueue(message)
         else:
             self._roster.cancel(message.request_id)
+        self._send_all()
 
     def advance(self) -> None:
         """Keep as many steps in flight as there are stages, and complete the oldest.
@@ -114,6 +116,7 @@ class Engine:
         self._roster.admit()
         self._roster.balance([b for b in self._roster.batches if not self._queue.decodes_of(b)])
         self._start_steps()
+        self._send_all()  # of the step before: the next one did not wait for it
         step = self._queue.lay_out()
         if step is None:
             return
@@ -121,6 +124,14 @@ class Engine:
             self._start_steps()  # now its batch can have a step ahead
         self._queue.complete()
         self._completed(step)
+        if not self.busy:
+            self._send_all()
+
+    def _send_all(self) -> None:
+        """What has come up for the guard, at once: the guard wakes up once for it."""
+        if self._unsent:
+            self._send(self._unsent)
+            self._unsent.clear()
 
     def tick(self) -> None:
         """Tell the followers that nothing is to be done."""
@@ -130,6 +141,7 @@ class Engine:
 
     def quit(self) -> None:
         """Tell the followers to end."""
+        self._send_all()
         self._queue.submit(Quit(self._queue.next_number))
 
     def now(self, decision: Decision) -> StepResult:
@@ -182,6 +194,7 @@ class Engine:
 
     def _start_prefill(self) -> None:
         """Compute a chunk of the first prompt, or several short prompts whole."""
+        self._send_all()  # a chunk takes long, and may be computed at once
         limit = self._chunk_tokens()
         together = self._short_prompts(limit)
         if len(together) > 1:
@@ -292,7 +305,7 @@ class Engine:
             if not row.ended:
                 total = len(row.request.prompt)
                 done = min(row.computed, total)
-                self._send(PromptProgress(row.request.request_id, done, total, row.cached))
+                self._unsent.append(PromptProgress(row.request.request_id, done, total, row.cached))
 
     def _decoded(self, step: Step, now: float) -> None:
         assert step.chosen is not None
@@ -323,7 +336,8 @@ class Engine:
             row.failure = error
             self._roster.fail(row)
             return
-        self._send(Tokens(request.request_id, [token], [] if logprob is None else [logprob]))
+        scores = [] if logprob is None else [logprob]
+        self._unsent.append(Tokens(request.request_id, [token], scores))
         full = len(request.prompt) + len(row.generated) >= self._context_length
         if full or len(row.generated) >= request.max_tokens:
             self._roster.end(row, "length")

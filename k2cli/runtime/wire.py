@@ -56,14 +56,14 @@ class Channel(Generic[T]):
         """For selectors."""
         return self._socket.fileno()
 
-    def send(self, message: Any) -> None:
-        """Send one message.
+    def send(self, *messages: Any) -> None:
+        """Send messages, all at once.
 
         Raises:
             ConnectionLost: if the peer is gone.
         """
         try:
-            self._socket.sendall(frame(message))
+            self._socket.sendall(b"".join(map(frame, messages)))
         except OSError as error:
             raise ConnectionLost(str(error)) from error
 

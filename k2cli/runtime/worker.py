@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from k2cli.errors import ClusterError, K2Error
@@ -62,9 +62,13 @@ class GuardLink:
 
     def send(self, message: RankMessage) -> None:
         """Tell the guard; a guard that is gone ends this process."""
+        self.send_all([message])
+
+    def send_all(self, messages: Sequence[RankMessage]) -> None:
+        """Tell the guard several things at once."""
         try:
             with self._lock:
-                self._channel.send(message)
+                self._channel.send(*messages)
         except ConnectionLost:
             os._exit(1)
 
@@ -215,7 +219,7 @@ class Rank:
         engine = Engine(
             executor,
             followers,
-            self._link.send,
+            self._link.send_all,
             size=self._assignment.size,
             context_length=self._assignment.context_length,
             concurrency=self._assignment.concurrency,

@@ -233,10 +233,10 @@ def test_tensor_ranks_whose_sums_are_of_different_steps_end_the_run(
     """
     parts = assignments(toy_k2, "tensor", 2, looks_ahead=False)
     with running(RankPool(parts, tmp_path, environment=_faulty(SUMS="1"))) as pool:
-        assert len(pool.generate([301, 302], 70)) == 70
+        assert len(pool.generate([301, 302], 40)) == 40
         pool.outcome(pool.submit([310], 16, Sampling(seed=666, temperature=0.5)))
         with pytest.raises(RuntimeError, match="the ranks' sums are out of step"):
-            pool.generate([301, 302], 70)
+            pool.generate([301, 302], 40)
 
 
 # --- 8: loading proves itself -------------------------------------------------------------------
@@ -298,7 +298,7 @@ def idle_engine(toy_k2: Path) -> Iterator[tuple[Engine, list[RankMessage]]]:
     engine = Engine(
         Executor(part.stage, None),
         Followers(lambda rank, cause: None),
-        told.append,
+        told.extend,
         size=1,
         context_length=CONTEXT,
         concurrency=CONCURRENCY,
