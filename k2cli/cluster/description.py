@@ -6,6 +6,7 @@ It says what the machines are and not how they are at the moment: that is asked 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -278,6 +279,16 @@ def chosen_nodes(name: str | None, nodes: str | None) -> tuple[Cluster | None, l
         raise UsageError(f"--nodes '{nodes}' has an empty name", "--nodes a,b")
     named = [node_named(name) for name in names]
     return None, list({node.name: node for node in named}.values())
+
+
+def recorded_interpreter(name: str) -> str | None:
+    """Which interpreter ran k2 on a machine when it was described last, if it was."""
+    for cluster in list_clusters():
+        with contextlib.suppress(ClusterError):  # a damaged file is told where it is asked for
+            node = load_cluster(cluster).node(name)
+            if node is not None and node.python is not None:
+                return node.python
+    return None
 
 
 def remember_interpreters(cluster: Cluster, pythons: Mapping[str, str]) -> Cluster:

@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import msgspec
 
 from k2cli import __version__
+from k2cli.cluster import self_report
 from k2cli.cluster.nodes import Completed
+from k2cli.cluster.own_wheel import own_digest
 from k2cli.errors import ClusterError
 
 # Relative to the home folder, in which sshd starts a command.
 MANAGED_PYTHON = ".k2/env/bin/python"
 _USUAL_COMMANDS = (".local/bin/k2", "/opt/homebrew/bin/k2", "/usr/local/bin/k2")
-_PROGRAM = """
-import json, sys
-try:
-    import k2cli
-    version = k2cli.__version__
-except ImportError:
-    version = None
-print(json.dumps({"k2": version, "path": sys.executable, "python": list(sys.version_info[:3])}))
-"""
 
 
 class Run(Protocol):
@@ -38,12 +31,14 @@ class Run(Protocol):
     def __call__(self, arguments: Sequence[str], input: bytes | None = None, /) -> Completed: ...
 
 
-class Interpreter(msgspec.Struct, frozen=True):
-    """A Python on a node: its path, version, and the version of k2 that it imports, if any."""
+class Report(msgspec.Struct, frozen=True):
+    """What an interpreter on a node has: see ``self_report``. ``k2`` is the version, if any."""
 
-    path: str
+    executable: str
     python: tuple[int, int, int]
     k2: str | None
+    digest: str | None
+    packages: dict[str, str | None]
 
 
 def last_line(output: bytes) -> bytes:
@@ -52,25 +47,26 @@ def last_line(output: bytes) -> bytes:
     return lines[-1] if lines else b""
 
 
-def look_at(run: Run, python: str) -> Interpreter | None:
-    """What that interpreter is, or None if it does not run there."""
-    # By stdin: not every shell takes a line break in an argument.
-    done = run([python, "-P", "-"], _PROGRAM.encode())
+def report_of(run: Run, python: str) -> Report | None:
+    """What that interpreter has, or None if it does not run there."""
+    # By stdin: nothing need be installed there, and not every shell takes a line break in an
+    # argument. Without -P, which Pythons before 3.11 do not know.
+    done = run([python, "-"], Path(self_report.__file__).read_bytes())
     if done.status != 0:
         return None
     try:
-        return msgspec.json.decode(last_line(done.stdout), type=Interpreter)
+        return msgspec.json.decode(last_line(done.stdout), type=Report)
     except msgspec.MsgspecError:
         return None
 
 
-def interpreters(run: Run) -> Iterator[Interpreter]:
-    """Pythons that a node has in the places where k2 may be, in the order of preference."""
+def _reports(run: Run) -> Iterator[Report]:
+    """Of Pythons in the places where k2 may be, in the order of preference."""
     seen: set[str] = set()
     for place in _places(run):
-        found = look_at(run, place)
-        if found is not None and found.path not in seen:
-            seen.add(found.path)
+        found = report_of(run, place)
+        if found is not None and found.executable not in seen:
+            seen.add(found.executable)
             yield found
 
 
@@ -108,19 +104,28 @@ def _interpreter_of(run: Run, script: str) -> str | None:
     return first if first.startswith("/") and " " not in first else None
 
 
-def find_interpreter(node: str, run: Run) -> str:
-    """The path of the Python there that imports this version of k2.
+def find_interpreter(node: str, run: Run, recorded: str | None = None) -> Report:
+    """The Python there that imports this version of k2.
+
+    Args:
+        node: its name, for people.
+        run: runs a command there.
+        recorded: where it was when somebody looked last; taken if it has this very code, which is
+            one command where looking everywhere takes up to ten.
 
     Raises:
-        ClusterError: if there is none; says whether Python, k2, or only this version is missing.
+        ClusterError: if there is none; says whether k2 or only this version is missing.
     """
-    found: list[Interpreter] = []
-    for interpreter in interpreters(run):
-        if interpreter.k2 == __version__:
-            return interpreter.path
-        found.append(interpreter)
+    known = report_of(run, recorded) if recorded is not None else None
+    if known is not None and (known.k2, known.digest) == (__version__, own_digest()):
+        return known
+    found: list[Report] = []
+    for report in _reports(run):
+        if report.k2 == __version__:
+            return report
+        found.append(report)
     hint = f"k2 cluster prepare --nodes {node}"
-    others = sorted({interpreter.k2 for interpreter in found if interpreter.k2})
+    others = sorted({report.k2 for report in found if report.k2})
     if others:
         raise ClusterError(
             f"node {node} has k2 {', '.join(others)}, and this machine {__version__}", hint

@@ -19,11 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
 from k2cli import __version__
-from k2cli.cluster import self_report
-from k2cli.cluster.interpreter import MANAGED_PYTHON, find_interpreter, last_line
+from k2cli.cluster.interpreter import MANAGED_PYTHON, Report, find_interpreter, last_line, report_of
 from k2cli.cluster.nodes import Completed, Node
 from k2cli.cluster.own_wheel import build_own_wheel, own_digest
 from k2cli.cluster.parallel import in_parallel
@@ -42,16 +39,6 @@ _TOOL_FOLDERS = (".local/bin", ".cargo/bin", "/opt/homebrew/bin", "/usr/local/bi
 # Trust what the machine trusts, as pip does: a company's proxy has a certificate of its own.
 _UV_SETTINGS = ("UV_NATIVE_TLS=1", "UV_SYSTEM_CERTS=1")
 Status = Literal["ready", "installed", "missing", "failed"]
-
-
-class Report(msgspec.Struct, frozen=True):
-    """What an interpreter has: see ``self_report``."""
-
-    executable: str
-    python: tuple[int, int, int]
-    k2: str | None
-    digest: str | None
-    packages: dict[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +82,6 @@ def _own(package: str) -> str | None:
         return None
 
 
-def report_of(node: Node, python: str) -> Report | None:
-    """What an interpreter on a node has, or None if it does not run."""
-    program = Path(self_report.__file__).read_bytes()
-    done = node.run([python, "-"], program)
-    if done.status != 0:
-        return None
-    try:
-        return msgspec.json.decode(last_line(done.stdout), type=Report)
-    except msgspec.MsgspecError:
-        return None
-
-
 def missing(report: Report | None) -> str | None:
     """What an environment lacks to run with this machine, or None if it is the same."""
     if report is None:
@@ -123,11 +98,11 @@ def missing(report: Report | None) -> str | None:
 
 def state_of(node: Node) -> tuple[Report | None, str | None]:
     """The environment that k2 would use there, and what it lacks."""
-    managed = report_of(node, MANAGED_PYTHON)
+    managed = report_of(node.run, MANAGED_PYTHON)
     if managed is not None:
         return managed, missing(managed)
     try:
-        found = report_of(node, find_interpreter(node.name, node.run))
+        found = find_interpreter(node.name, node.run)
     except ClusterError as error:
         return None, error.message
     return found, missing(found)
@@ -188,7 +163,7 @@ def _prepare(
     if dry_run:
         return Prepared(node.name, "missing", None, lack or "would be installed anew")
     python = _install(node, wheels, on_step)
-    installed = report_of(node, python)
+    installed = report_of(node.run, python)
     still = missing(installed)
     if installed is None or still is not None:
         raise ClusterError(f"node {node.name}: after the installation {still}")
@@ -296,7 +271,7 @@ def _plain_python(node: Node, path: Sequence[str]) -> str | None:
         # Apple's is 3.9, or only asks on the screen whether to install the developer tools.
         path = [folder for folder in path if folder != "/usr/bin"]
     python = _first_that_runs(node, path, ["python3", "python"], "--version")
-    report = report_of(node, python) if python else None
+    report = report_of(node.run, python) if python else None
     return python if report is not None and report.python[:2] >= OLDEST_PYTHON else None
 
 

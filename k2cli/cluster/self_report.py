@@ -58,4 +58,6 @@ def report() -> Dict[str, Any]:  # noqa: UP006  # runs on 3.8 too
 
 
 if __name__ == "__main__":
+    if sys.path[0] == "":  # the home folder, where a folder may be called k2cli too
+        del sys.path[0]
     os.write(1, json.dumps(report()).encode())

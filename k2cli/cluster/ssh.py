@@ -52,7 +52,10 @@ class SshNode:
             ClusterError: if this version of k2 is not there.
         """
         if self._python is None:
-            self._python = find_interpreter(self.name, self.run)
+            from k2cli.cluster.description import recorded_interpreter  # which builds on nodes
+
+            recorded = recorded_interpreter(self.name)
+            self._python = find_interpreter(self.name, self.run, recorded).executable
         return self._python
 
     def run(

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from k2cli import __version__
 from k2cli.cli import build_app
 from k2cli.cluster import self_report
+from k2cli.cluster.interpreter import report_of
 from k2cli.cluster.own_wheel import build_own_wheel, own_digest
-from k2cli.cluster.provision import missing, report_of
+from k2cli.cluster.provision import missing
 from k2cli.cluster.ssh import SshNode
 from k2cli.errors import ClusterError, K2Error, NodeAccessError, UsageError
 from tests.cluster.ssh_server import Server
@@ -83,7 +84,7 @@ def test_a_node_that_has_all_of_it_is_left_as_it_is(ssh_server: Server) -> None:
     assert node["status"] == "ready"
     assert f"k2 {__version__}" in node["detail"]
     assert not (ssh_server.home / ".k2").exists()
-    assert report_of(SshNode("b"), "/no/python") is None
+    assert report_of(SshNode("b").run, "/no/python") is None
     assert missing(None) == "nothing is installed"
 
 

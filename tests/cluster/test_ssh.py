@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from k2cli import __version__
 from k2cli.cluster import clearing, ssh_connection
-from k2cli.cluster.nodes import LocalNode
+from k2cli.cluster.description import Cluster, ClusterNode, recorded_interpreter, save_cluster
+from k2cli.cluster.interpreter import find_interpreter
+from k2cli.cluster.nodes import Completed, LocalNode
 from k2cli.cluster.ssh import SshNode
 from k2cli.cluster.ssh_connection import close_connections
 from k2cli.errors import ClusterError, NodeAccessError
@@ -143,6 +149,28 @@ async def test_nobody_waits_long_for_a_node_that_does_not_answer(
     with pytest.raises(ClusterError, match=r"node b cannot be reached: .* within 1 s"):
         SshNode("b").reach(1)
     master.kill()
+
+
+def test_a_recorded_interpreter_is_tried_first_and_not_believed(
+    ssh_server: Server, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def run(arguments: Sequence[str], input: bytes | None = None, /) -> Completed:
+        asked.append(arguments[0])
+        return SshNode("b").run(arguments, input)
+
+    found = find_interpreter("b", run, sys.executable)
+    assert (found.executable, found.k2, asked) == (sys.executable, __version__, [sys.executable])
+    another = tmp_path / "python"
+    report = json.dumps({**msgspec.to_builtins(found), "digest": "older"})
+    another.write_text(f"#!/bin/sh\necho '{report}'\n")
+    another.chmod(0o755)
+    assert find_interpreter("b", run, str(another)) == found
+    assert asked[1] == str(another)
+    save_cluster(Cluster("pair", (ClusterNode("a"), ClusterNode("b", python=str(another)))))
+    assert recorded_interpreter("b") == str(another)
+    assert SshNode("b").python == sys.executable
 
 
 def test_a_node_without_k2_says_so(ssh_server: Server, tmp_path: Path) -> None:
