@@ -145,6 +145,7 @@ def test_a_rank_killed_at_work_breaks_off_its_requests_and_ends_the_launch(toy_k
     assert runs()[0]["failure"]["exit_status"] == -signal.SIGKILL
 
 
+@pytest.mark.soak  # every day with a follower, in tests/runtime/test_faults.py
 def test_a_stopped_real_rank_ends_the_run(toy_k2: Path) -> None:
     done = k2("launch", str(toy_k2), "--nodes", "localhost,localhost", "--detach")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import pytest
 
 from k2cli.cluster import agent
 from k2cli.cluster.restarting import Attempts, RestartPolicy
-from tests.cluster.harness import wait_until
+from tests.cluster.harness import supervised, wait_until
 from tests.cluster.test_commands import k2, runs
 
 pytestmark = pytest.mark.ranks
@@ -59,7 +59,35 @@ def assert_told_why(url: str) -> None:
     assert "rank 1 on localhost failed" in answer.json()["cause"]
 
 
+def test_whatever_ends_it_a_run_comes_back_and_is_given_up_after_three_failures() -> None:
+    """With scripted ranks and short pauses, over the ring."""
+    policy = RestartPolicy("on-failure", first_delay_seconds=0.3, factor=1.0)
+    with supervised("ring", restart=policy) as run:
+        for who in ("rank-1", "guard-0", "rank-0"):
+            run.wait_ready()
+            count = len(run.record.attempts) + 1
+            os.kill(run.pid_of(who), signal.SIGKILL)
+            wait_until(
+                lambda count=count: (
+                    len(run.record.attempts) == count or run.record.state == "failed"
+                ),
+                30,
+                "the end",
+            )
+        assert run.supervisor.wait(20) == 5
+        assert not run.processes()
+        record = run.record
+    assert record.state == "failed"
+    assert "3 failures in a row" in record.cause
+    causes = [attempt.cause for attempt in record.attempts]
+    assert [cause[:24] for cause in causes] == [
+        "rank 1 on localhost fail",
+        "rank 0 on localhost fail",
+    ]
+
+
 @pytest.mark.slow
+@pytest.mark.soak  # it waits out both pauses
 def test_a_run_comes_back_on_its_port_and_is_given_up_in_the_end(toy_k2: Path) -> None:
     url = launch(toy_k2, "ring")
     kill(1, "rank_pid")

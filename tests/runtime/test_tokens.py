@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,12 @@ from tests.runtime.rank_pool import RankPool, assignments, running
 
 MAX_TOKENS = 64
 # The demo does seven tokens a second on this back end, and no more of a prompt: a part of the same
-# for every day, all of it in the long tier.
-FEW_TOKENS = 8
-FEW_TEXTS = 3
+# for every day, in chunks small enough that there are several; all of it in the long tier.
+FEW_TOKENS = 6
+FEW_TEXTS = 2
+FEW_CHUNK_TOKENS = 4
+# For placements that two cores are slow at; what the first of them differ in, later ones do too.
+SOME_TOKENS = 24
 TEXTS = [
     "The capital of France is",
     "水在摄氏一百度",
@@ -72,44 +76,63 @@ def _tokens(
     size: int,
     count: int = MAX_TOKENS,
     texts: int = len(TEXTS),
+    **changes: Any,
 ) -> list[list[int]]:
-    pool = RankPool(assignments(checkpoint, strategy, size), folder)
+    pool = RankPool(assignments(checkpoint, strategy, size, **changes), folder)
     with running(pool):
         return [pool.generate(prompt, count) for prompt in _prompts(checkpoint, texts)]
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("count", "texts"),
+    ("count", "texts", "chunk"),
     [
-        pytest.param(FEW_TOKENS, FEW_TEXTS, id="few"),
-        pytest.param(MAX_TOKENS, len(TEXTS), id="all", marks=pytest.mark.soak),
+        pytest.param(FEW_TOKENS, FEW_TEXTS, FEW_CHUNK_TOKENS, id="few"),
+        pytest.param(MAX_TOKENS, len(TEXTS), 32, id="all", marks=pytest.mark.soak),
     ],
 )
 @pytest.mark.parametrize(("strategy", "size"), [("single", 1), ("pipeline", 2)])
 def test_demo_tokens_equal_mlx_lm(
-    strategy: str, size: int, count: int, texts: int, demo_checkpoint: Path, tmp_path: Path
+    strategy: str,
+    size: int,
+    count: int,
+    texts: int,
+    chunk: int,
+    demo_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     expected = _reference(demo_checkpoint, count, texts)
-    assert _tokens(demo_checkpoint, tmp_path, strategy, size, count, texts) == expected
+    changes = {"prefill_chunk_tokens": chunk}
+    assert _tokens(demo_checkpoint, tmp_path, strategy, size, count, texts, **changes) == expected
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("strategy", "size"), [("single", 1), ("pipeline", 2), ("tensor", 2), ("pipeline", 5)]
+    ("strategy", "size", "count"),
+    [
+        ("single", 1, MAX_TOKENS),
+        ("pipeline", 2, MAX_TOKENS),
+        ("tensor", 2, MAX_TOKENS),
+        ("pipeline", 5, SOME_TOKENS),
+    ],
 )
 def test_toy_k2_tokens_equal_mlx_lm(
-    strategy: str, size: int, toy_k2: Path, toy_reference: list[list[int]], tmp_path: Path
+    strategy: str,
+    size: int,
+    count: int,
+    toy_k2: Path,
+    toy_reference: list[list[int]],
+    tmp_path: Path,
 ) -> None:
+    expected = [tokens[:count] for tokens in toy_reference]
     # A toy that repeats one token would prove little.
-    assert all(len(set(tokens)) > 5 for tokens in toy_reference)
-    assert _tokens(toy_k2, tmp_path, strategy, size) == toy_reference
+    assert all(len(set(tokens)) > 5 for tokens in expected)
+    assert _tokens(toy_k2, tmp_path, strategy, size, count) == expected
 
 
 @pytest.mark.ranks
 def test_toy_k2_tokens_with_the_head_cut(
     toy_k2: Path, toy_reference: list[list[int]], tmp_path: Path
 ) -> None:
-    pool = RankPool(assignments(toy_k2, "tensor", 2, head="sharded"), tmp_path)
-    with running(pool):
-        assert [pool.generate(p, MAX_TOKENS) for p in _prompts(toy_k2)] == toy_reference
+    expected = [tokens[:SOME_TOKENS] for tokens in toy_reference]
+    assert _tokens(toy_k2, tmp_path, "tensor", 2, SOME_TOKENS, head="sharded") == expected
