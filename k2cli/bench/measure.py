@@ -13,7 +13,7 @@ Two things that a client can only measure indirectly:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -87,6 +87,7 @@ class RepetitionDone:
     index: int
     of: int
     sample: Sample
+    clock: Clock = "client"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +98,21 @@ class RowDone:
 
 
 def measure(
-    target: BenchTarget, cases: Sequence[BenchCase], repetitions: int, *, in_turns: bool = False
+    target: BenchTarget,
+    cases: Sequence[BenchCase],
+    repetitions: int,
+    *,
+    in_turns: bool = False,
+    warm_up: bool = True,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[RepetitionDone | RowDone]:
     """Measure each case ``repetitions`` times.
 
     Args:
         in_turns: take the cases in turns, one repetition of each at a time, so that a minute in
             which the machine was busy falls on all of them and not on one. Rows come at the end.
+        warm_up: run each case once unmeasured first.
+        enough: asked after each repetition, whether to leave out the others.
 
     Raises:
         K2Error: if a request fails, or a measurement has no meaning.
@@ -113,12 +122,14 @@ def measure(
     for group in together:
         samples: dict[BenchCase, list[Sample]] = {case: [] for case in group}
         clocks: dict[BenchCase, Clock] = {}
-        for index in range(repetitions + 1):
+        for index in range(0 if warm_up else 1, repetitions + 1):
+            if index > 1 and enough():
+                break
             for case in group:
                 clocks[case], sample = _repetition(target, prompts, case)
                 if index > 0:
                     samples[case].append(sample)
-                yield RepetitionDone(case, index, repetitions, sample)
+                yield RepetitionDone(case, index, repetitions, sample, clocks[case])
         for case in group:
             yield RowDone(BenchRow(case, clocks[case], tuple(samples[case])))
 
@@ -149,8 +160,11 @@ def _complete(
 ) -> list[CompletionTimes]:
     """Run as many requests at a time as the case has clients."""
     asked = [prompts.make(prompt_tokens) for _ in range(case.concurrency)]
-    with ThreadPoolExecutor(case.concurrency, thread_name_prefix="bench") as pool:
-        finished = list(pool.map(lambda prompt: target.complete(prompt, tokens), asked))
+    if case.concurrency == 1:  # in this thread: Ctrl-C need not wait for the answer
+        finished = [target.complete(asked[0], tokens)]
+    else:
+        with ThreadPoolExecutor(case.concurrency, thread_name_prefix="bench") as pool:
+            finished = list(pool.map(lambda prompt: target.complete(prompt, tokens), asked))
     if cached := sum(one.cached_tokens for one in finished):
         raise K2Error(f"{case.name}: the server took {cached} prompt tokens from a cache")
     return finished

@@ -11,6 +11,7 @@ from k2cli.commands._target import ApiKeyOption, ModelArgument, Target, UrlOptio
 
 if TYPE_CHECKING:
     from k2cli.bench.calibrate import Calibrated
+    from k2cli.bench.calibration_rounds import Rounds
     from k2cli.bench.cases import BenchCase
     from k2cli.bench.report import BenchReport, BenchRow, RunDescription
     from k2cli.chat.client import ApiClient, ModelInfo
@@ -55,7 +56,7 @@ def bench(
         bool,
         typer.Option(
             "--calibrate",
-            help="Choose the sizes, and let plan-memory predict these machines from the result.",
+            help="Measure a run for a minute or two; plan-memory then predicts its machines by it.",
         ),
     ] = False,
 ) -> None:
@@ -112,15 +113,13 @@ def _measure(
     cases: list[BenchCase],
     repetitions: int,
     rows: list[BenchRow],
-    *,
-    in_turns: bool = False,
 ) -> None:
     """Append a row for each case, and say how it goes."""
     from k2cli.bench.measure import RowDone, measure
     from k2cli.chat.client import CompletionSource
     from k2cli.ui.output import note
 
-    for event in measure(CompletionSource(client, model), cases, repetitions, in_turns=in_turns):
+    for event in measure(CompletionSource(client, model), cases, repetitions):
         if isinstance(event, RowDone):
             rows.append(event.row)
         else:
@@ -143,26 +142,14 @@ def _calibrate(
     """Measure a run of this machine, solve for the rates of its machines, and keep them."""
     from datetime import UTC, datetime
 
-    from k2cli.bench.calibrate import (
-        PROBE,
-        calibrate_run,
-        calibrated_members,
-        calibration_cases,
-    )
-    from k2cli.bench.report import mean_and_deviation
+    from k2cli.bench.calibrate import calibrate_run, calibrated_members
+    from k2cli.bench.calibration_rounds import PROBE, Rounds, calibration_schedule
     from k2cli.chat.client import ApiClient
     from k2cli.cluster.nodes import node_named
-    from k2cli.errors import UsageError
     from k2cli.ui.bench_table import calibration_lines
     from k2cli.ui.output import note
 
-    target = resolve_target(model, url, api_key)
-    if target.run is None:
-        raise UsageError(
-            f"--calibrate needs a run of this machine, whose plan is known, not {url}",
-            "k2 bench --calibrate",
-        )
-    run = target.run
+    target, run = _own_run(model, url, api_key)
     plan = _plan_of(run)
     nodes = {name: node_named(name).memory() for name in run.nodes}
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -170,15 +157,71 @@ def _calibrate(
         info = client.pick_model(target.model)
         probe: list[BenchRow] = []
         _measure(client, info, [PROBE], 1, probe)
-        rate, _ = mean_and_deviation(probe[0].rates)
-        cases = calibration_cases(rate, info.context_length, plan.request.concurrency)
-        rows: list[BenchRow] = []
-        _measure(client, info, cases, repetitions, rows, in_turns=True)
+        rounds = Rounds(
+            calibration_schedule(
+                probe[0], info.context_length, plan.request.concurrency, repetitions
+            )
+        )
+        interrupted = _measure_rounds(client, info, rounds)
         by_rank = [nodes[rank.node] for rank in run.ranks]
+        rows = list(rounds.rows())
         calibrated = calibrate_run(plan, by_rank, run.backend, rows)
         _print(_report(client, info, target, rows, started), output, calibrated)
     for line in calibration_lines(calibrated_members(calibrated)):
         note(line)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _own_run(model: str | None, url: str | None, api_key: str | None) -> tuple[Target, RunRecord]:
+    from k2cli.errors import UsageError
+
+    target = resolve_target(model, url, api_key)
+    if target.run is None:
+        raise UsageError(
+            f"--calibrate needs a run of this machine, whose plan is known, not {url}",
+            "k2 bench --calibrate",
+        )
+    return target, target.run
+
+
+def _measure_rounds(client: ApiClient, model: ModelInfo, rounds: Rounds) -> bool:
+    """Measure round after round, and say how it goes; whether Ctrl-C has ended it early.
+
+    Raises:
+        KeyboardInterrupt: if too little was measured to be kept.
+    """
+    from k2cli.bench.calibration_rounds import LEAST_ROUNDS
+    from k2cli.bench.measure import RepetitionDone, measure
+    from k2cli.chat.client import CompletionSource
+    from k2cli.ui.output import note
+    from k2cli.units import format_duration
+
+    plan = rounds.schedule
+    plural = "" if plan.rounds == 1 else "s"
+    note(
+        f"calibrating with {', '.join(case.name for case in plan.cases)}: {plan.rounds} round{plural} in "
+        f"about {format_duration(plan.expected_seconds)}, at most "
+        f"{format_duration(plan.most_seconds)}"
+    )
+    source = CompletionSource(client, model)
+    try:
+        for event in measure(source, plan.cases, plan.rounds, in_turns=True, warm_up=False,
+                             enough=rounds.enough):  # fmt: skip
+            if isinstance(event, RepetitionDone):
+                rounds.add(event)
+                note(
+                    f"round {event.index} of {event.of}: {event.case.name}: "
+                    f"{event.sample.tokens_per_second:.2f} t/s, "
+                    f"{format_duration(rounds.seconds_left)} left"
+                )
+    except KeyboardInterrupt:
+        if rounds.complete < LEAST_ROUNDS:
+            note(f"stopped after {rounds.complete} rounds, too few to keep: nothing is changed")
+            raise
+        note(f"stopped after {rounds.complete} rounds, which are kept")
+        return True
+    return False
 
 
 def _plan_of(run: RunRecord) -> Plan:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from k2cli.errors import K2Error
@@ -45,18 +45,27 @@ class MeasuredFigure:
     tokens_per_second: float
     deviation: float = 0.0
 
+    @property
+    def name(self) -> str:
+        """``decode at 64 tokens``, with how many requests if there are several."""
+        several = f", {self.concurrency} requests" if self.concurrency > 1 else ""
+        return f"{self.kind} at {self.tokens} tokens{several}"
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """Rates of each machine of the run, which are taken to be alike, and what they reproduce.
 
     ``collective_seconds`` is None for one rank. ``errors`` are of the model at these rates against
-    each figure: 0.1 is ten percent too fast.
+    each figure: 0.1 is ten percent too fast. ``spread`` says of each value by what share another
+    calibration of the same machines is likely to differ: one standard deviation, from the noise of
+    the figures and from how far they determine it.
     """
 
     rates: NodeRates
     collective_seconds: float | None
     errors: tuple[float, ...]
+    spread: Mapping[str, float] = field(default_factory=dict)
 
 
 def calibrate(
@@ -82,12 +91,7 @@ def calibrate(
     constants = constants or fitted_constants()
     if {figure.kind for figure in figures} != {"decode", "prefill"}:
         raise K2Error("a calibration needs figures of decode and of prefill")
-    link = constants.links["local" if len({n.name for n in nodes}) == 1 else _link_name(backend)]
-    names = tuple(node.name for node in nodes)
-    unset = NodeRates(*[1.0] * 6)
-    run = PlacedRun(work, placement, names, (unset,) * len(names), link)
-    known = constants.rates(replace(nodes[0], measured=None))
-    start, spread = _start(run, known or _guess(work, figures, constants), known is not None)
+    run, start, likely = _before(work, placement, nodes, backend, figures, constants)
 
     def errors(at: Mapping[str, float]) -> list[float]:
         tried = _with(run, at)
@@ -99,13 +103,39 @@ def calibrate(
         max(CONCURRENT_SPREAD if one.concurrency > 1 else MEASURED_SPREAD, one.deviation)
         for one in figures
     ]
-    found = _most_likely(errors, certainty, start, spread)
+    found, spread = _most_likely(errors, certainty, start, likely)
     tried = _with(run, found)
     return Calibration(
         rates=tried.rates[0],
         collective_seconds=tried.link.collective_seconds if placement.size > 1 else None,
         errors=tuple(math.expm1(error) for error in errors(found)),
+        spread={name: spread[short] for short, name in _STATED.items() if short in spread},
     )
+
+
+_STATED = {
+    "read": "read_bytes_per_second",
+    "dense": "dense_flops_per_second",
+    "dense_layer": "dense_layer_seconds",
+    "collective": "collective_seconds",
+}
+"""Unknowns that are shown, by their names in JSON. The others are shares of these."""
+
+
+def _before(
+    work: ModelWork,
+    placement: Placement,
+    nodes: Sequence[NodeMemory],
+    backend: str,
+    figures: Sequence[MeasuredFigure],
+    constants: SpeedConstants,
+) -> tuple[PlacedRun, dict[str, float], dict[str, float]]:
+    """The run with rates to be found, where to start, and how far from there they may be."""
+    link = constants.links["local" if len({n.name for n in nodes}) == 1 else _link_name(backend)]
+    names = tuple(node.name for node in nodes)
+    run = PlacedRun(work, placement, names, (NodeRates(*[1.0] * 6),) * len(names), link)
+    known = constants.rates(replace(nodes[0], measured=None))
+    return run, *_start(run, known or _guess(work, figures, constants), known is not None)
 
 
 def _link_name(backend: str) -> str:
@@ -201,8 +231,12 @@ def _most_likely(
     certainty: Sequence[float],
     start: Mapping[str, float],
     spread: Mapping[str, float],
-) -> dict[str, float]:
-    """Gauss-Newton with step halving; a handful of unknowns, so no numpy is needed."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Gauss-Newton with step halving; a handful of unknowns, so no numpy is needed.
+
+    Returns:
+        Each unknown's value, and the standard deviation of its logarithm.
+    """
     names = list(start)
 
     def values(at: Sequence[float]) -> dict[str, float]:
@@ -216,7 +250,7 @@ def _most_likely(
     current = residuals(at)
     for _ in range(_ROUNDS):
         slopes = [_slope(residuals, at, current, index) for index in range(len(names))]
-        normal = [[_dot(one, other) for other in slopes] for one in slopes]
+        normal = _normal(slopes)
         change = _solve(normal, [_dot(one, current) for one in slopes])
         moved = _shorter_until_better(residuals, at, current, change)
         if moved is None:
@@ -225,7 +259,15 @@ def _most_likely(
         at, current = moved
         if gained - _dot(current, current) < 1e-9 * gained:
             break
-    return values(at)
+    normal = _normal([_slope(residuals, at, current, index) for index in range(len(names))])
+    return values(at), {
+        name: math.sqrt(_solve(normal, [float(i == index) for i in range(len(names))])[index])
+        for index, name in enumerate(names)
+    }
+
+
+def _normal(slopes: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[_dot(one, other) for other in slopes] for one in slopes]
 
 
 def _slope(

@@ -16,7 +16,6 @@ from k2cli.sharding.stage import Stage
 from k2cli.sharding.tensor import tensor_obstacle as _tensor_obstacle
 from k2cli.sharding.trace import StoredShapes
 
-
 CHUNK_TOKENS = 512
 """Prefill chunk where none is said. Caches with a window hold a whole one beside it."""
 

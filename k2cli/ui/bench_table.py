@@ -56,14 +56,17 @@ def bench_markdown(lines: Sequence[BenchLine]) -> str:
 
 def calibration_lines(members: Mapping[str, Any]) -> list[str]:
     """What a calibration found, from its JSON: rates, and how well the model says the figures."""
-    rates = members["rates"]
+    rates, spread = members["rates"], members["spread"]
+    within = {name: f"(+- {share:.0%})" for name, share in spread.items()}
     lines = [
-        f"reads {rates['read_bytes_per_second'] / 1e9:.3g} GB/s, computes "
-        f"{rates['dense_flops_per_second'] / 1e12:.3g} TFLOP/s, "
-        f"{rates['dense_layer_seconds'] * 1e6:.0f} us per layer beside that"
+        f"reads {rates['read_bytes_per_second'] / 1e9:.3g} GB/s {within['read_bytes_per_second']}, "
+        f"computes {rates['dense_flops_per_second'] / 1e12:.3g} TFLOP/s "
+        f"{within['dense_flops_per_second']}, {rates['dense_layer_seconds'] * 1e6:.0f} us "
+        f"{within['dense_layer_seconds']} per layer beside that"
     ]
     if members["collective_seconds"] is not None:
-        lines.append(f"{members['collective_seconds'] * 1e6:.0f} us per message between ranks")
+        seconds = members["collective_seconds"]
+        lines.append(f"{seconds * 1e6:.0f} us {within['collective_seconds']} per message of ranks")
     worst = max(abs(figure["model_error"]) for figure in members["figures"])
     lines.append(f"with these the model is at most {worst:.0%} off what was measured")
     if members["noisy"]:
@@ -74,5 +77,7 @@ def calibration_lines(members: Mapping[str, Any]) -> list[str]:
         )
     elif members["deviation"]:
         lines.append(f"repetitions differ by {members['deviation']:.1%}: the machines were quiet")
+    else:
+        lines.append("too few repetitions to tell how quiet the machines were")
     lines.append(f"kept in {members['file']}; k2 plan-memory uses it for these machines")
     return lines

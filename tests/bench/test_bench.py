@@ -89,6 +89,10 @@ class Clockwork:
         self._cached = cached
         self._lock = threading.Lock()
 
+    @property
+    def now(self) -> float:
+        return self._now
+
     def tokenize(self, text: str) -> list[int]:
         return list(text.encode())
 

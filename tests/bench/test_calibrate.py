@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 
 import pytest
 
-from k2cli.bench.calibrate import calibration_cases, deviation_of, figures_of
+from k2cli.bench.calibrate import deviation_of, figures_of
+from k2cli.bench.calibration_rounds import (
+    BUDGET_SECONDS,
+    PROBE,
+    Rounds,
+    calibration_cases,
+    calibration_schedule,
+)
 from k2cli.bench.cases import BenchCase, check_context
 from k2cli.bench.measure import RepetitionDone, RowDone, measure
 from k2cli.bench.report import BenchRow, Sample
 from k2cli.errors import UsageError
 from k2cli.planning.calibrated import NOISY_DEVIATION
-from k2cli.planning.calibration import MeasuredFigure
 from tests.bench.test_bench import Clockwork
 from tests.server.commands import run_k2
 
@@ -22,45 +27,77 @@ from tests.server.commands import run_k2
 @pytest.mark.parametrize("rate", [1.0, 5.0, 220.0, 2000.0, 1e6])
 @pytest.mark.parametrize("context", [98, 512, 2048, 131_072, None])
 def test_sizes_suit_the_speed_and_the_context(rate: float, context: int | None) -> None:
-    cases = calibration_cases(rate, context, 2)
+    cases = calibration_cases(rate, rate / 2, context, 2)
     check_context(cases, context)
-    assert [case.kind for case in cases] == ["pp", "pp", "tg", "tg", "tg"]
-    short, long = cases[0].tokens, cases[1].tokens
-    assert 32 <= short <= long / 2
+    assert [(case.kind, case.concurrency) for case in cases] == [("tg", 1), ("tg", 1), ("tg", 2)]
+    short, long, beside = (case.depth for case in cases)
+    assert 32 <= short == beside <= long / 2
     assert long <= max(64, rate * 6)
-    assert [case.depth for case in cases[2:]] == [short, long, short]
-    assert len(calibration_cases(rate, context, 1)) == 4
+    assert 16 <= cases[0].tokens <= max(16, min(rate, 32))
+    assert len(calibration_cases(rate, rate, context, 1)) == 2
 
 
 def test_a_context_that_is_too_short_is_refused() -> None:
     with pytest.raises(UsageError, match="a context of 64 tokens is too short"):
-        calibration_cases(100.0, 64, 1)
+        calibration_cases(100.0, 10.0, 64, 1)
+
+
+def probed(prefill: float, decode: float) -> BenchRow:
+    return BenchRow(PROBE, "server", (Sample(decode, 1.0, PROBE.prompt_tokens / prefill),))
+
+
+def test_rounds_fit_the_budget_and_are_said_before() -> None:
+    quick, slow = (calibration_schedule(probed(*rates), 2048, 2, 5)
+                   for rates in ((2000.0, 50.0), (10.0, 8.0)))  # fmt: skip
+    assert quick.rounds == 5
+    assert 3 <= slow.rounds < 5
+    for each in (quick, slow):
+        assert each.expected_seconds <= BUDGET_SECONDS
+        assert each.most_seconds == max(60.0, 1.5 * each.expected_seconds)
+    assert calibration_schedule(probed(10.0, 8.0), 2048, 2, 1).rounds == 1
+    crawling = calibration_schedule(probed(1.0, 1.0), 2048, 2, 5)
+    assert crawling.rounds == 3  # fewer cannot tell noise from speed
+    assert crawling.most_seconds == 1.5 * crawling.expected_seconds > BUDGET_SECONDS
+
+
+def test_no_round_begins_that_would_last_too_long() -> None:
+    """A server that has become slow since it was probed is given up on, with rows."""
+    clock = Clockwork()
+    schedule = calibration_schedule(probed(2000.0, 100.0), 2048, 2, 5)
+    rounds = Rounds(schedule, lambda: 4 * clock.now)
+    events = measure(
+        clock, rounds.schedule.cases, 5, in_turns=True, warm_up=False, enough=rounds.enough
+    )
+    for event in events:
+        if isinstance(event, RepetitionDone):
+            rounds.add(event)
+    assert 1 <= rounds.complete < 5
+    assert 4 * clock.now <= rounds.schedule.most_seconds
+    assert [len(row.samples) for row in rounds.rows()] == [rounds.complete] * 3
+
+
+def test_an_interrupted_round_does_not_count() -> None:
+    rounds = Rounds(calibration_schedule(probed(500.0, 50.0), 2048, 2, 5))
+    assert rounds.rows() == []
+    for index, case in [(1, 0), (1, 1), (1, 2), (2, 0)]:
+        sample = Sample(index, 1.0, 1.0)
+        rounds.add(RepetitionDone(rounds.schedule.cases[case], index, 5, sample, "server"))
+    assert rounds.complete == 1
+    assert [row.rates for row in rounds.rows()] == [[1], [1], [1]]
 
 
 def test_figures_are_medians_in_the_middle_of_what_was_generated() -> None:
-    samples = tuple(Sample(rate, 1.0, 1.0) for rate in (90.0, 100.0, 10.0, 91.0, 89.0))
+    samples = tuple(Sample(rate, 1.0, 64 / rate) for rate in (90.0, 100.0, 10.0, 91.0, 89.0))
     rows = [
-        BenchRow(BenchCase("pp", 64), "server", samples),
+        BenchRow(BenchCase("tg", 32, 64), "server", samples),
         BenchRow(BenchCase("tg", 32, 64, 2), "client", samples),
     ]
     deviation = deviation_of([90.0, 100.0, 10.0, 91.0, 89.0])
-    assert figures_of(rows) == [
-        MeasuredFigure("prefill", 64, 1, 90.0, deviation),
-        MeasuredFigure("decode", 80, 2, 90.0, deviation),
-    ]
-
-
-def test_prompts_before_answers_count_as_prompts_too() -> None:
-    prompts = tuple(Sample(64 / seconds, seconds, seconds) for seconds in (1.0, 9.0))
-    answers = tuple(Sample(8.0, 4.0, seconds) for seconds in (1.0, 1.1))
-    rows = [
-        BenchRow(BenchCase("pp", 64), "server", prompts),
-        BenchRow(BenchCase("tg", 32, 64), "server", answers),
-        BenchRow(BenchCase("tg", 32, 64, 2), "client", answers),
-        BenchRow(BenchCase("tg", 32, 128), "server", answers),
-    ]
-    figure = figures_of(rows)[0]
-    assert figure.tokens_per_second == statistics.median([64, 64 / 9, 64, 64 / 1.1])
+    assert [(f.kind, f.tokens, f.concurrency, round(f.tokens_per_second, 6)) for f in
+            figures_of(rows)] == [
+        ("prefill", 64, 1, 90.0), ("decode", 80, 1, 90.0), ("decode", 80, 2, 90.0),
+    ]  # fmt: skip
+    assert all(f.deviation == pytest.approx(deviation) for f in figures_of(rows))
 
 
 def test_one_disturbed_repetition_is_no_noise_and_a_busy_machine_is() -> None:
@@ -100,6 +137,8 @@ def test_a_calibrated_machine_is_predicted(
     assert found["collective_seconds"] is None
     assert all(value > 0 for value in found["rates"].values())
     assert len(found["figures"]) >= 4
+    assert all(0 < share < 3 for share in found["spread"].values())
+    assert "1 round in about" in done.stderr
     assert "k2 plan-memory uses it for these machines" in done.stderr
     speed = json.loads(run_k2(*plan, "this").stdout)["speed"]
     assert "by k2 bench --calibrate" in speed["source"]
