@@ -30,7 +30,7 @@ SELECTION = [
     ("rank-1-kill-early", "ring", "tensor"),
     ("sshd-kill", "ring", "pipeline"),
     ("link-down-decode", "mpi5", "tensor"),
-    # A stopped rank is in tests/cluster too; a silent link ends as a cut one does.
+    # A stopped rank is in tests/runtime too; a silent link ends as a cut one does.
     pytest.param("rank-1-stop", "mpi5", "pipeline", marks=pytest.mark.soak),
     pytest.param("link-silent", "ring", "pipeline", marks=pytest.mark.soak),
 ]

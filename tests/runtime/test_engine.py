@@ -122,10 +122,11 @@ def test_a_second_turn_reuses_the_first(pool: RankPool) -> None:
 def test_the_cache_evicts_all_the_time_and_stays_right(pool: RankPool) -> None:
     """Many conversations in turn, of more tokens together than the plan has room for."""
     # A cache grows in steps of 256 tokens, so 20 of them are more than the 4,096 of the plan.
-    starts = [_prompt(30, 500 + index) for index in range(20)]
-    expected = [pool.generate(start, 6, use_prefix_cache=False) for start in starts]
+    starts = [_prompt(12, 500 + index) for index in range(20)]
+    fresh = [pool.submit(start, 4, use_prefix_cache=False) for start in starts]
+    expected = [pool.outcome(name).tokens for name in fresh]
     for _ in range(2):
-        names = [pool.submit(start, 6) for start in starts]
+        names = [pool.submit(start, 4) for start in starts]
         assert [pool.outcome(name).tokens for name in names] == expected
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.runtime.faults import CONTEXT, FATAL, HARMLESS, Fault, Served, serving
 
+STOPPED, KILLED, WRONG_DIGEST = FATAL
+
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 
@@ -51,17 +53,13 @@ def test_a_malformed_request_is_refused_by_name(
     assert field in answer.text
 
 
-@pytest.mark.parametrize(
-    ("fault", "backend", "strategy"),
-    [
-        pytest.param(fault, *combination, id=f"{fault.name}-{combination[0]}-{combination[1]}")
-        for fault, combination in zip(
-            FATAL, [("ring", "pipeline"), ("mpi", "tensor"), ("mpi", "pipeline")], strict=True
-        )
-    ],
-)
-def test_the_run_ends_everywhere_and_names_the_cause(
-    fault: Fault, backend: str, strategy: str, toy_k2: Path, tmp_path: Path
-) -> None:
-    with serving(toy_k2, backend, strategy, tmp_path) as run:
-        run.ended_by(fault.do, fault.cause)
+@pytest.mark.shared_state
+def test_the_run_ends_everywhere_and_names_the_cause(served: Served) -> None:
+    """Last of those that share a run: a wrong digest in the pipeline, a killed rank by tensor."""
+    fault = WRONG_DIGEST if served.trigger.name.endswith("pipeline") else KILLED
+    served.ended_by(fault.do, fault.cause)
+
+
+def test_a_follower_stopped_for_ever_ends_the_run(toy_k2: Path, tmp_path: Path) -> None:
+    with serving(toy_k2, "ring", "pipeline", tmp_path) as run:
+        run.ended_by(STOPPED.do, STOPPED.cause)
