@@ -11,13 +11,16 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from k2cli import __version__
-from k2cli.errors import EXIT_INTERRUPTED, InternalError, K2Error
+from k2cli.errors import EXIT_INTERRUPTED, InternalError, K2Error, UsageError
+
+_PARSER_ERROR: type[Any] = typer.BadParameter.__mro__[1]
+"""The parser's ``UsageError``, which typer does not export."""
 
 _COMMANDS = (
     ("download", "download"),
@@ -108,10 +111,32 @@ def _report_bug(error: Exception) -> int:
     return InternalError.exit_code
 
 
+def run_command_line(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line, by default this process's; returns its exit code.
+
+    Raises:
+        UsageError: for a command line that makes no sense.
+        BaseException: whatever a command raises.
+    """
+    try:
+        # Not standalone: the parser would report wrong values itself, without saying them.
+        code = build_app()(args=arguments, prog_name="k2", standalone_mode=False)
+    except _PARSER_ERROR as error:
+        from k2cli.commands._mistakes import said_of
+
+        if type(error).__name__ == "NoArgsIsHelpError":  # ``k2`` alone: its message is the help
+            error.show()
+            return UsageError.exit_code
+        raise said_of(error) from error
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    return code if isinstance(code, int) else 0
+
+
 def main() -> None:
     """Run the command line and exit."""
     try:
-        build_app()(prog_name="k2")
+        sys.exit(run_command_line())
     except K2Error as error:
         from k2cli.ui.output import print_error
 

@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import typer
 
 from k2cli import __version__
-from k2cli.cli import _COMMANDS
+from k2cli.cli import _COMMANDS, build_app, run_command_line
+from k2cli.commands._mistakes import EXAMPLES
+from k2cli.errors import UsageError
 from k2cli.settings import state_directory
 
 HELP_TRANSCRIPT = Path(__file__).parent / "data" / "help.txt"
@@ -166,3 +170,54 @@ cli.main()
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def _kinds(option: Any) -> tuple[Any, ...]:
+    """``int`` of ``int | None``."""
+    annotation = option.type_descriptor.annotation
+    return get_args(annotation) or (annotation,)
+
+
+def _number_options() -> list[tuple[tuple[str, ...], Any]]:
+    """Every option of every command that takes a number, from the application itself."""
+    found: list[tuple[tuple[str, ...], Any]] = []
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), typer.main.get_command(build_app()))]
+    while waiting:
+        path, command = waiting.pop()
+        waiting += [
+            ((*path, name), each) for name, each in getattr(command, "commands", {}).items()
+        ]
+        for option in command.params:
+            own_words = option.type_descriptor.parameter_info.parser is not None
+            if {int, float} & set(_kinds(option)) and not own_words:
+                found.append((path, option))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "option"), _number_options(), ids=lambda each: getattr(each, "name", None)
+)
+def test_a_wrong_number_is_named_with_one_that_is_right(path: tuple[str, ...], option: Any) -> None:
+    name = max(option.opts, key=len)
+    below = [f"{option.min - 1:g}"] if option.min is not None else []
+    above = [f"{option.max + 1:g}"] if option.max is not None else []
+    beyond = ["9" * 5000] if float not in _kinds(option) else []
+    for value in ("many", "", *beyond, *below, *above):
+        with pytest.raises(UsageError) as caught:
+            run_command_line([*path, f"{name}={value}"])
+        assert name in caught.value.message
+        assert value[:20] in caught.value.message
+        assert len(caught.value.message) < 160
+        assert caught.value.hint == f"k2 {' '.join(path)} {name} {EXAMPLES[name]}"
+    example = float(EXAMPLES[name])
+    assert (option.min or 0) <= example <= (option.max or example)
+
+
+def test_a_wrong_choice_and_a_wrong_name_are_named() -> None:
+    done = k2("launch", "demo", "--parallel", "foo")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--parallel 'foo' is not one of 'auto', 'single'" in done.stderr
+    assert done.stderr.endswith("hint: k2 launch --parallel auto\n")
+    done = k2("plan-memory", "demo", "--nope")
+    assert done.stderr.startswith("error: no such option: --nope")
+    assert done.stderr.endswith("hint: k2 plan-memory --help\n")

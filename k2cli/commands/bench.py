@@ -200,7 +200,8 @@ def _measure_rounds(client: ApiClient, model: ModelInfo, rounds: Rounds) -> bool
     plan = rounds.schedule
     plural = "" if plan.rounds == 1 else "s"
     note(
-        f"calibrating with {', '.join(case.name for case in plan.cases)}: {plan.rounds} round{plural} in "
+        f"calibrating with {', '.join(case.name for case in plan.cases)}: "
+        f"{plan.rounds} round{plural} in "
         f"about {format_duration(plan.expected_seconds)}, at most "
         f"{format_duration(plan.most_seconds)}"
     )

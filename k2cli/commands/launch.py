@@ -92,14 +92,16 @@ def launch(
         ),
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(help="Sequences held at a time. Default: what fits, at most 8.")
+        int | None,
+        typer.Option(min=1, help="Sequences held at a time. Default: what fits, at most 8."),
     ] = None,
     head: Annotated[
         Head, typer.Option(help="Output head of tensor slices; auto: sharded where it can be.")
     ] = Head.auto,
     host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(help="Port of the API. Default: 8080 or the next free one.")
+        int | None,
+        typer.Option(min=1, max=65535, help="Port of the API. Default: 8080 or the next free one."),
     ] = None,
     api_key: Annotated[
         str | None,
@@ -121,7 +123,7 @@ def launch(
     ] = Restart.never,
     wait: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Wait so long for nodes that other runs have."),
+        typer.Option(metavar="SECONDS", min=0, help="Wait so long for nodes that other runs have."),
     ] = None,
     share: Annotated[
         bool, typer.Option("--share", help="Use nodes beside other runs, if the memory of all fits")

@@ -45,10 +45,12 @@ def plan_memory(
             help="Tokens per sequence, as 131072 or 128k. Default: the model's, at most 32768.",
         ),
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Sequences held at a time.")] = 1,
+    concurrency: Annotated[int, typer.Option(min=1, help="Sequences held at a time.")] = 1,
     chunk: Annotated[
         int | None,
-        typer.Option(help="Tokens of a prompt per step. Default: the largest of use that fits."),
+        typer.Option(
+            min=1, help="Tokens of a prompt per step. Default: the largest of use that fits."
+        ),
     ] = None,
     quantize: Annotated[
         str | None,

@@ -64,7 +64,10 @@ def check_amounts(
         UsageError: naming the value and what is possible.
     """
     if not 1 <= concurrency <= MAX_CONCURRENCY:
-        raise UsageError(f"concurrency must be between 1 and {MAX_CONCURRENCY}, not {concurrency}")
+        raise UsageError(
+            f"concurrency must be between 1 and {MAX_CONCURRENCY}, not {concurrency}",
+            "--concurrency 4",
+        )
     if chunk_tokens is not None and not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS:
         raise UsageError(
             f"--chunk must be between 1 and {MAX_CHUNK_TOKENS} tokens, not {chunk_tokens}"
