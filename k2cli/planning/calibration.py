@@ -99,11 +99,7 @@ def calibrate(
             math.log(_speed(tried, one, chunk_tokens) / one.tokens_per_second) for one in figures
         ]
 
-    certainty = [
-        max(CONCURRENT_SPREAD if one.concurrency > 1 else MEASURED_SPREAD, one.deviation)
-        for one in figures
-    ]
-    found, spread = _most_likely(errors, certainty, start, likely)
+    found, spread = _most_likely(errors, [_certainty(one) for one in figures], start, likely)
     tried = _with(run, found)
     return Calibration(
         rates=tried.rates[0],
@@ -111,6 +107,10 @@ def calibrate(
         errors=tuple(math.expm1(error) for error in errors(found)),
         spread={name: spread[short] for short, name in _STATED.items() if short in spread},
     )
+
+
+def _certainty(of: MeasuredFigure) -> float:
+    return max(CONCURRENT_SPREAD if of.concurrency > 1 else MEASURED_SPREAD, of.deviation)
 
 
 _STATED = {

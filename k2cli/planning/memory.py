@@ -82,10 +82,7 @@ def node_budget(
         sharers: ranks on that machine.
         edge_weights_bytes: embedding, norm and head as far as this rank holds them.
     """
-    weights = layer_weights_bytes + edge_weights_bytes
     activation = max(prefill_activation_bytes, decode_activation_bytes)
-    overhead = overhead_bytes(kv_cache_bytes, activation, layers, communication)
-    total = weights + kv_cache_bytes + activation + overhead
     breakdown = Breakdown(
         layer_weights_bytes=layer_weights_bytes,
         edge_weights_bytes=edge_weights_bytes,
@@ -97,12 +94,22 @@ def node_budget(
         cache_growth_bytes=growth_bytes(kv_cache_bytes, activation, layers),
         os_reserve_bytes=max(node.memory_bytes // sharers - node.limit_bytes, 0),
     )
+    overhead = overhead_bytes(kv_cache_bytes, activation, layers, communication)
+    return _budget(node, kv_cache_bytes, activation, overhead, breakdown)
+
+
+def _budget(
+    node: NodeMemory, cache_bytes: int, activation: int, overhead: int, breakdown: Breakdown
+) -> NodeBudget:
+    """The sums, beside what the node has."""
+    weights = breakdown.layer_weights_bytes + breakdown.edge_weights_bytes
+    total = weights + cache_bytes + activation + overhead
     return NodeBudget(
         name=node.name,
         memory_bytes=node.memory_bytes,
         limit_bytes=node.limit_bytes,
         weights_bytes=weights,
-        kv_cache_bytes=kv_cache_bytes,
+        kv_cache_bytes=cache_bytes,
         activation_bytes=activation,
         overhead_bytes=overhead,
         total_bytes=total,

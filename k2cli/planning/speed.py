@@ -118,15 +118,9 @@ def predict_speed(
         ValueError: if ``work`` is not cut as the placement says.
     """
     constants = constants or fitted_constants()
-    wanted_slices = placement.size if placement.strategy == "tensor" else 1
-    if work.slices != wanted_slices:
-        raise ValueError(f"work is cut into {work.slices} slices, expected {wanted_slices}")
-    rates = [constants.rates(node) for node in nodes]
-    known = [each for each in rates if each is not None]
-    if len(known) != len(rates):
+    run = _placed_run(work, placement, nodes, backend, collective_seconds, constants)
+    if run is None:
         return None
-    link = _link(constants, nodes, backend, placement.size, collective_seconds)
-    run = PlacedRun(work, placement, tuple(node.name for node in nodes), tuple(known), link)
     prompt = prompt_tokens or context_length
     noise = max((node.measured.deviation for node in nodes if node.measured), default=0.0)
     decode = max(constants.decode_spread, noise)
@@ -142,6 +136,26 @@ def predict_speed(
         terms=_terms(run, nodes, context_length, _source(constants, nodes)),
         source=_source(constants, nodes),
     )
+
+
+def _placed_run(
+    work: ModelWork,
+    placement: Placement,
+    nodes: Sequence[NodeMemory],
+    backend: str,
+    collective_seconds: float | None,
+    constants: SpeedConstants,
+) -> PlacedRun | None:
+    """The placement with the rates of its machines and links; None if one's are not known."""
+    slices = placement.size if placement.strategy == "tensor" else 1
+    if work.slices != slices:
+        raise ValueError(f"work is cut into {work.slices} slices, expected {slices}")
+    rates = [constants.rates(node) for node in nodes]
+    known = tuple(each for each in rates if each is not None)
+    if len(known) != len(rates):
+        return None
+    link = _link(constants, nodes, backend, placement.size, collective_seconds)
+    return PlacedRun(work, placement, tuple(node.name for node in nodes), known, link)
 
 
 def _source(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> str:

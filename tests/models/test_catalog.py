@@ -28,7 +28,7 @@ UNEXPLAINED = {"k3": 0.005}
 narrower space are packed would explain. Its config does not say."""
 
 EXACT = re.compile(
-    r"glm-4\.7-[468]bit|glm-5-bf16|nemotron-(70b|3-nano-30b)-\dbit|minimax-m2\.[15]-\dbit"
+    r"glm-4\.7-[468]bit|glm-5-(bf16|mxfp8)|nemotron-(70b|3-nano-30b)-\dbit|minimax-m2\.[15]-\dbit"
 )
 """Published to the byte, as the sum over their tensors: met to the byte."""
 
