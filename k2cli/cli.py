@@ -128,8 +128,8 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
             error.show()
             return UsageError.exit_code
         raise said_of(error) from error
-    except typer.Abort:
-        raise KeyboardInterrupt from None
+    except typer.Abort as error:
+        raise K2Error("the input ended before an answer came") from error
     return code if isinstance(code, int) else 0
 
 
