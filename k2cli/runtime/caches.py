@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import time
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from k2cli.sharding.architectures import models_module
 from k2cli.sharding.stage import Stage
 
 LayerCaches = list[Any]
+_LET_GO_SECONDS = 0.01
 
 
 @dataclass(slots=True)
@@ -193,6 +195,7 @@ def make_room(caches: LayerCaches, tokens: int) -> None:
     that made four layers grow took four times what one layer takes.
     """
     kinds = models_module("cache")
+    patient = mx.default_device() == mx.gpu
     for cache in caches:
         if type(cache) is kinds.KVCache:
             used = cache.offset
@@ -204,9 +207,26 @@ def make_room(caches: LayerCaches, tokens: int) -> None:
             continue
         # To a whole number of steps, as admission counts; mlx-lm would add to what was merged.
         more = -(-(used + tokens) // cache.step) * cache.step - used
+        held = mx.get_active_memory() - cache.keys.nbytes - cache.values.nbytes
         cache.keys = _extended(cache.keys, used, more)
         cache.values = _extended(cache.values, used, more)
         mx.eval(cache.keys, cache.values)
+        if patient:
+            patient = _let_go(held + cache.keys.nbytes + cache.values.nbytes)
+
+
+def _let_go(expected_bytes: int) -> bool:
+    """Wait until a GPU has given back the copy that it has no more use for; whether it has.
+
+    It does so from a thread of its own, after the result is there. It never does if the copy is
+    also a kept prefix's.
+    """
+    deadline = time.monotonic() + _LET_GO_SECONDS
+    while mx.get_active_memory() > expected_bytes:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.0001)
+    return True
 
 
 def _extended(held: mx.array, used: int, more: int) -> mx.array:
