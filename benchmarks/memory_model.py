@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.planning.activation import COPIES, activation_demand, activation_shape, decode_demand
+from k2cli.units import MB
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "benchmarks" / "data" / "activation"
 PAGE = ROOT / "docs" / "memory-model.md"
 MARK = "<!-- made by scripts/memory-model -->"
 TOLERANCE = 0.10
+# A plan keeps 600 MB per rank for what is not modelled, the back end's own buffers among it.
+SMALL_BYTES = 50 * MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +87,15 @@ def compared(recording: dict[str, Any]) -> Iterator[Compared]:
         )
 
 
-def share_within(points: Sequence[Compared], tolerance: float = TOLERANCE) -> float:
-    """The share of points whose ratio is that near to 1."""
-    return sum(abs(point.ratio - 1) <= tolerance for point in points) / len(points)
+def share_within(points: Sequence[Compared], small_bytes: int = 0) -> float:
+    """The share of points that are modelled to ``TOLERANCE``, or to so many bytes."""
+    near = [
+        point
+        for point in points
+        if abs(point.ratio - 1) <= TOLERANCE
+        or abs(point.modelled_bytes - point.measured_bytes) <= small_bytes
+    ]
+    return len(near) / len(points)
 
 
 def _summary_row(recording: dict[str, Any], phase: str, points: list[Compared]) -> str:
@@ -94,7 +103,7 @@ def _summary_row(recording: dict[str, Any], phase: str, points: list[Compared]) 
     return (
         f"| {recording['backend']} | {recording['label']} | {phase} | {len(points)} "
         f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} "
-        f"| {share_within(points):.0%} |"
+        f"| {share_within(points):.0%} | {share_within(points, SMALL_BYTES):.0%} |"
     )
 
 
@@ -143,8 +152,8 @@ def tables() -> str:
             "",
             "Ratio is modelled / measured.",
             "",
-            "| back end | model | phase | points | median | range | within 10 % |",
-            "| --- | --- | --- | ---: | ---: | --- | ---: |",
+            "| back end | model | phase | points | median | range | within 10 % | or 50 MB |",
+            "| --- | --- | --- | ---: | ---: | --- | ---: | ---: |",
             *summary,
             "",
             "## Every point",

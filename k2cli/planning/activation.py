@@ -179,13 +179,17 @@ def decode_demand(
     """Model one rank's peak while all sequences decode one token at a full context.
 
     Latent attention stays in the latent space for a single token: it makes scores and a masked
-    copy of them, and expands nothing. Arguments are those of ``activation_demand``.
+    copy of them, and expands nothing. CUDA makes four copies of the scores, and one of the latent
+    vectors in use, which are a part of a larger buffer (measured: docs/memory-model.md). Arguments
+    are those of ``activation_demand``.
     """
     heads = ceil(shape.heads / slices)
     rows = concurrency
     copies = COPIES["latent" if shape.latent_size else "grouped"][backend]
     scores = heads * rows * context_length * itemsize
-    if shape.latent_size:
+    if shape.latent_size and backend == "cuda":
+        attention = 4 * scores + rows * context_length * shape.latent_size * itemsize
+    elif shape.latent_size:
         attention = 2 * scores
     else:
         projections = 4 * rows * heads * shape.head_size * itemsize

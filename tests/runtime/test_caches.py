@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
+
 from k2cli.runtime.caches import CacheTable, _let_go
 from k2cli.runtime.loader import load_part
 from tests.runtime.rank_pool import assignments
