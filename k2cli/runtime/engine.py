@@ -116,7 +116,7 @@ class Engine:
         self._roster.admit()
         self._roster.balance([b for b in self._roster.batches if not self._queue.decodes_of(b)])
         self._start_steps()
-        self._send_all()  # of the step before: the next one did not wait for it
+        self._send_all()
         step = self._queue.lay_out()
         if step is None:
             return
@@ -124,8 +124,8 @@ class Engine:
             self._start_steps()  # now its batch can have a step ahead
         self._queue.complete()
         self._completed(step)
-        if not self.busy:
-            self._send_all()
+        # Before the next step is laid out: MLX may hold that up until most of it is computed.
+        self._send_all()
 
     def _send_all(self) -> None:
         """What has come up for the guard, at once: the guard wakes up once for it."""
@@ -194,7 +194,7 @@ class Engine:
 
     def _start_prefill(self) -> None:
         """Compute a chunk of the first prompt, or several short prompts whole."""
-        self._send_all()  # a chunk takes long, and may be computed at once
+        self._send_all()  # a chunk may be computed at once, and takes long
         limit = self._chunk_tokens()
         together = self._short_prompts(limit)
         if len(together) > 1:
