@@ -7,8 +7,9 @@ Two things that a client can only measure indirectly:
 
 * prompt processing at a depth d is the difference between prompts of d + n and of d tokens, both
   timed in every repetition;
-* the speed of concurrent requests is all their tokens over the time from the first one's start
-  (pp) or first token (tg) to the last one's end.
+* the speed of concurrent requests is that of all their prompts from the first one's start to the
+  last one's first token (pp), and of the tokens that came while all of them were being answered
+  (tg): one that has its first token early waits meanwhile for the others' prompts.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ class CompletionTimes(Protocol):
     @property
     def last_token_at(self) -> float:
         """When its last token was announced."""
+        ...
+
+    @property
+    def token_times(self) -> Sequence[float]:
+        """When each token was announced; empty if the server does not count them."""
         ...
 
     @property
@@ -138,9 +144,7 @@ def _repetition(target: BenchTarget, prompts: PromptMaker, case: BenchCase) -> t
     finished = _complete(target, prompts, case.prompt_tokens, case.generated_tokens, case)
     clock: Clock = "server" if _server_times(finished) else "client"
     if case.kind == "tg":
-        seconds = _decode_seconds(finished)
-        # With several requests the first tokens of all but the first fall into the window too.
-        counted = case.concurrency * case.generated_tokens - 1
+        counted, seconds = _decoded(finished, case.generated_tokens)
     else:
         seconds = _prefill_seconds(finished)
         if case.depth:
@@ -181,7 +185,15 @@ def _prefill_seconds(finished: Sequence[CompletionTimes]) -> float:
     return max(one.first_token_at for one in finished) - min(one.started_at for one in finished)
 
 
-def _decode_seconds(finished: Sequence[CompletionTimes]) -> float:
+def _decoded(finished: Sequence[CompletionTimes], generated: int) -> tuple[int, float]:
+    """Tokens, and the seconds in which they came: while all requests were being answered."""
     if (times := _server_times(finished)) is not None:
-        return times.decode_seconds
-    return max(one.last_token_at for one in finished) - min(one.first_token_at for one in finished)
+        return generated - 1, times.decode_seconds
+    begin = max(one.first_token_at for one in finished)
+    end = min(one.last_token_at for one in finished)
+    together = sum(begin < moment <= end for one in finished for moment in one.token_times)
+    if together:
+        return together, end - begin
+    # They did not meet, or nobody counted: all there is, the first token of the first left out.
+    begin = min(one.first_token_at for one in finished)
+    return len(finished) * generated - 1, max(one.last_token_at for one in finished) - begin

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -93,7 +93,8 @@ class Timings:
 class Completion:
     """One finished completion and when things happened, by the client's monotonic clock.
 
-    ``first_token_at`` and ``last_token_at`` are when the first and last token were announced.
+    ``first_token_at`` and ``last_token_at`` are when the first and last token were announced;
+    ``token_times`` has every token, of a server that counts them, and is empty otherwise.
     """
 
     started_at: float
@@ -104,6 +105,7 @@ class Completion:
     completion_tokens: int
     cached_tokens: int
     timings: Timings | None
+    token_times: tuple[float, ...] = ()
 
 
 def api_base(url: str) -> str:
@@ -217,14 +219,18 @@ class ApiClient:
             "k2": {"cache": False, "ignore_stop_tokens": True},
         }
         started_at = time.monotonic()
-        token_times: list[float] = []
+        announced: list[float] = []
+        counted: list[float] = []
         ended: Ended | None = None
         for event in self._stream("completions", body, progress=model.is_k2):
             if isinstance(event, Ended):
                 ended = event
             elif isinstance(event, Delta) or event.completion_tokens is not None:
-                token_times.append(time.monotonic())
-        return _completion(started_at, token_times, time.monotonic(), ended, tokens)
+                announced.append(time.monotonic())
+            if isinstance(event, Progress) and event.completion_tokens is not None:
+                counted += [announced[-1]] * (event.completion_tokens - len(counted))
+        done = _completion(started_at, announced, time.monotonic(), ended, tokens)
+        return replace(done, token_times=tuple(counted))
 
     def _stream(
         self, route: str, body: dict[str, Any], *, progress: bool
@@ -341,17 +347,17 @@ def _chunk_events(chunk: dict[str, Any]) -> Iterator[StreamEvent]:
 
 
 def _completion(
-    started_at: float, token_times: list[float], ended_at: float, ended: Ended | None, asked: int
+    started_at: float, announced: list[float], ended_at: float, ended: Ended | None, asked: int
 ) -> Completion:
     usage = ended.usage if ended else {}
     generated = usage.get("completion_tokens")
-    if ended is None or not token_times or generated != asked:
+    if ended is None or not announced or generated != asked:
         raise K2Error(f"the server generated {generated or 0} tokens where {asked} were asked for")
     times = usage.get("timings")
     return Completion(
         started_at=started_at,
-        first_token_at=token_times[0],
-        last_token_at=token_times[-1],
+        first_token_at=announced[0],
+        last_token_at=announced[-1],
         ended_at=ended_at,
         prompt_tokens=int(usage["prompt_tokens"]),
         completion_tokens=generated,

@@ -79,6 +79,7 @@ class Times:
     last_token_at: float
     cached_tokens: int = 0
     timings: None = None
+    token_times: tuple[float, ...] = ()
 
 
 class Clockwork:
@@ -123,6 +124,32 @@ def test_rates_by_the_clients_clock(case: BenchCase, rate: float) -> None:
     row = events[-1]
     assert isinstance(row, RowDone)
     assert (row.row.clock, len(row.row.samples)) == ("client", 1)
+
+
+class Staggered:
+    """Answers two requests at ten tokens a second each; the second one's prompt takes a second."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._lock = threading.Lock()
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def complete(self, prompt: list[int], tokens: int) -> Times:
+        with self._lock:
+            first = float(self._asked % 2)
+            self._asked += 1
+        # The first one waits for the second one's prompt after its first token.
+        later = [1.0 + 0.1 * (index + 1) for index in range(tokens - 1)]
+        return Times(0.0, first, later[-1], token_times=(first, *later))
+
+
+def test_answers_at_once_are_measured_while_all_are_being_answered() -> None:
+    events = list(measure(Staggered(), [BenchCase("tg", 20, concurrency=2)], 1))
+    row = events[-1]
+    assert isinstance(row, RowDone)
+    assert row.row.samples[0].tokens_per_second == pytest.approx(20.0)
 
 
 def test_what_has_no_meaning_is_refused() -> None:
