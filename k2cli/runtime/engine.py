@@ -16,7 +16,7 @@ from typing import cast
 from k2cli.runtime.agreement import Agreement
 from k2cli.runtime.control import Followers
 from k2cli.runtime.executor import Executor, StepResult
-from k2cli.runtime.pace import ASSUMED_TOKENS, PrefillPace
+from k2cli.runtime.pace import LEAST_TOKENS, PrefillPace
 from k2cli.runtime.protocol import (
     Cancel,
     Decision,
@@ -38,12 +38,10 @@ from k2cli.runtime.steps import Step, StepQueue
 # a chunk should not last so long that a cancellation or a watchdog has to wait for it.
 STALL_SECONDS = 0.5
 CHUNK_SECONDS = 2.5
-LEAST_CHUNK_TOKENS = 32
+LEAST_CHUNK_TOKENS = LEAST_TOKENS
 # In a pipeline a prompt is cut into several chunks per stage, so that stages overlap: with m
-# chunks, s stages take (m + s - 1) / m times one stage's work. Into more of them where small chunks
-# have been seen to cost no more.
+# chunks, s stages take (m + s - 1) / m times one stage's work.
 CHUNKS_PER_STAGE = 4
-SMALL_CHUNKS_PER_STAGE = 8
 # The first chunk of a run, before its rate is known: 512 tokens of the demo model take a CPU a
 # minute, and the watchdog gives a step ten seconds.
 FIRST_CHUNK_TOKENS = LEAST_CHUNK_TOKENS
@@ -213,9 +211,8 @@ class Engine:
         """The largest chunk of a prompt that still keeps all pipeline stages at work on it."""
         if self._stages == 1:
             return row.prefill_left
-        least = self._pace.least_tokens
-        per_stage = CHUNKS_PER_STAGE if least >= ASSUMED_TOKENS else SMALL_CHUNKS_PER_STAGE
-        return max(least, -(-len(row.request.prompt) // (per_stage * self._stages)))
+        pieces = CHUNKS_PER_STAGE * self._stages
+        return max(self._pace.least_tokens, -(-len(row.request.prompt) // pieces))
 
     def _short_prompts(self, limit: int) -> list[Running]:
         """Fresh prompts for the first one's batch that fit one chunk together, with padding."""

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 
 # What a size that has not been seen is taken for: enough tokens to hide the reading of weights.
 ASSUMED_TOKENS = 256
-LEAST_TOKENS = 16
+LEAST_TOKENS = 32
 # A token of the smaller chunk may cost this much more than one of a larger chunk.
 _TOLERANCE = 1.15
 _KEPT = 5
