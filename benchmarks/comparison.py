@@ -104,10 +104,12 @@ def _work_rows(comparison: Comparison, pair: Pair) -> list[Row]:
     samples = {work.key: Samples() for work in comparison.works}
     for work in comparison.works:  # a round that does not count: caches, code paths, buffers
         for side in pair:
-            _ask(side, work, comparison.subject, seed=999)
+            _ask(side, work, comparison.subject.at_first, seed=999)
     for number in range(comparison.rounds):
         say(f"  round {number + 1} of {comparison.rounds}")
         for work in comparison.works:
+            if number >= comparison.subject.rounds_of(work, comparison.rounds):
+                continue
             found = samples[work.key]
             for index in order_of_round(number):
                 answers = _ask(pair[index], work, comparison.subject, seed=number)
@@ -132,7 +134,7 @@ def _rows_of(comparison: Comparison, work: Work, samples: Samples) -> list[Row]:
         ours = [measure.read(round_) for round_ in samples.ours]
         theirs = [measure.read(round_) for round_ in samples.theirs]
         title = measure.title
-        if work.key == "prefill":
+        if work.is_long:
             title = f"prefill, {comparison.subject.prefill_tokens} tokens"
         rows.append(
             Row(

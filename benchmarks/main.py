@@ -20,9 +20,9 @@ from benchmarks.comparison import Comparison, compare, say
 from benchmarks.k2_sides import K2Engine, K2Server
 from benchmarks.loading import loading_rows
 from benchmarks.mlx_sides import MlxLibrary, MlxServer
+from benchmarks.overlap import OVERLAP, TITLES, overlap_rows
 from benchmarks.report import Row, document, heading, into_document, merged, rows_of, table
 from benchmarks.sides import Setting, Strategy
-from benchmarks.statistics import ratios
 from benchmarks.work import (
     Subject,
     Work,
@@ -32,13 +32,6 @@ from benchmarks.work import (
     second_turn,
     toy_prompt,
 )
-
-TITLES = {
-    "single": "one",
-    "pipeline": "two, pipeline",
-    "tensor": "two, tensor",
-    "library": "one, without HTTP",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +68,7 @@ def _measure_all(options: Options) -> None:
         rows: list[Row] = _earlier_rows(options)
         for measure in _measurements(options, Path(folder)):
             rows = merged(rows, measure())
-            _write(options, merged(rows, _derived(rows)))
+            _write(options, merged(rows, overlap_rows(rows)))
 
 
 def _options(arguments: Sequence[str] | None) -> Options:
@@ -125,7 +118,9 @@ def _options(arguments: Sequence[str] | None) -> Options:
 def _earlier_rows(options: Options) -> list[Row]:
     """With ``--only``, what an earlier run into the same folder has measured of the rest."""
     path = options.output / "benchmark.json"
-    return rows_of(json.loads(path.read_text())) if options.only and path.is_file() else []
+    if not options.only or not path.is_file():
+        return []
+    return [row for row in rows_of(json.loads(path.read_text())) if row.placement != OVERLAP]
 
 
 def _measurements(options: Options, folder: Path) -> list[Callable[[], list[Row]]]:
@@ -195,12 +190,17 @@ def _model(options: Options, name: str) -> tuple[Path, Subject]:
         case "small":
             folder = make_toy(options.models / "toy-k2-small", SMALL_TOY)
             prefill_tokens = 512 if options.quick else 2048
-            return folder, Subject("toy K2, small", toy_prompt, 48, prefill_tokens)
+            return folder, Subject(
+                "toy K2, small", toy_prompt, 48, prefill_tokens, prefill_tokens // 2
+            )
         case "large":
             folder = make_toy(options.models / "toy-k2-large", LARGE_TOY)
-            return folder, Subject("toy K2, large", toy_prompt, 32, 256)
+            # A minute each: two of them, one for each order of the programs.
+            return folder, Subject(
+                "toy K2, large", toy_prompt, 32, 2048, 128, long_rounds=2, first_tokens=256
+            )
         case _:
-            return _demo(options), Subject("demo", english_prompt, 12, 96)
+            return _demo(options), Subject("demo", english_prompt, 12, 96, 48)
 
 
 def _demo(options: Options) -> Path:
@@ -214,29 +214,6 @@ def _demo(options: Options) -> Path:
         copy_in_float32(downloaded, target)
         shutil.rmtree(downloaded)
     return target
-
-
-def _derived(rows: Sequence[Row]) -> list[Row]:
-    """k2's pipeline of two against k2 on one rank: what overlapping the prefill gains."""
-    found = []
-    for row in rows:
-        if row.placement != TITLES["pipeline"] or not row.work.startswith("prefill"):
-            continue
-        alone = [
-            other
-            for other in rows
-            if other.work == row.work
-            and other.model == row.model
-            and other.placement in (TITLES["single"], TITLES["library"])
-        ]
-        if alone:
-            one = alone[-1].ours
-            samples = ratios(row.ours.samples, one.samples, more_is_better=True)
-            title = f"{row.work}: k2 on two against k2 on one"
-            found.append(
-                Row(row.model, "two / one", title, row.unit, row.ours, one, samples, target=1.6)
-            )
-    return found
 
 
 def _write(options: Options, rows: Sequence[Row]) -> None:

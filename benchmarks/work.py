@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.checkpoints import word_prompt
 from benchmarks.client import Ask, Message
@@ -30,12 +30,28 @@ _ENGLISH = (
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model under test, as far as the work depends on it. ``prompt`` takes (tokens, seed)."""
+    """A model under test, as far as the work depends on it. ``prompt`` takes (tokens, seed).
+
+    ``question_tokens`` has the first turn of a chat. ``long_rounds`` is how often at most the long
+    prompt counts, where it takes a minute; ``first_tokens`` is how much of it does before.
+    """
 
     title: str
     prompt: Callable[[int, int], str]
     decode_tokens: int
     prefill_tokens: int
+    question_tokens: int
+    long_rounds: int | None = None
+    first_tokens: int | None = None
+
+    @property
+    def at_first(self) -> Subject:
+        """For the round that does not count."""
+        return replace(self, prefill_tokens=self.first_tokens or self.prefill_tokens)
+
+    def rounds_of(self, work: Work, rounds: int) -> int:
+        """How many of the rounds a piece of work takes part in."""
+        return min(rounds, self.long_rounds or rounds) if work.is_long else rounds
 
 
 def english_prompt(tokens: int, seed: int) -> str:
@@ -61,11 +77,12 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Something to ask of a side, and what to read off its answers."""
+    """Something to ask of a side, and what to read off its answers; ``is_long``: a long prompt."""
 
     key: str
     ask: Callable[[Side, Subject, int], list[Answer]]
     measures: tuple[Measure, ...]
+    is_long: bool = False
 
 
 def decode(requests: int, target: float) -> Work:
@@ -90,14 +107,14 @@ def prefill(target: float) -> Work:
         return side.ask([Ask(subject.prompt(subject.prefill_tokens, seed * 100 + 50), 1)])
 
     measure = Measure("prefill", "tok/s", True, prefill_rate, target)
-    return Work("prefill", ask, (measure,))
+    return Work("prefill", ask, (measure,), is_long=True)
 
 
 def second_turn(target: float) -> Work:
     """A long question, a short answer, a short question: the wait for the second answer."""
 
     def ask(side: Side, subject: Subject, seed: int) -> list[Answer]:
-        question = subject.prompt(subject.prefill_tokens // 2, seed * 100 + 60)
+        question = subject.prompt(subject.question_tokens, seed * 100 + 60)
         turns: list[Message] = [{"role": "user", "content": question}]
         (answer,) = side.ask([Ask(tuple(turns), 16)])
         turns.append({"role": "assistant", "content": answer.content})

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.overlap import OVERLAP, TITLES, overlap_rows
 from benchmarks.report import (
     BEGIN,
     END,
@@ -26,6 +27,7 @@ from benchmarks.statistics import (
     summary,
     whole_rate,
 )
+from benchmarks.work import Subject, decode, english_prompt, prefill
 
 
 def _answer(first: float, interval: float, tokens: int, per_token: int = 1) -> Answer:
@@ -87,3 +89,34 @@ def test_a_part_measured_again_replaces_its_rows_and_no_others() -> None:
     assert read == old
     new = [_row(1.2, 1.0), replace(_row(1.0, None), model="other")]
     assert merged(read, new) == [new[0], old[1], new[1]]
+
+
+def _prefill_row(kind: str, *rates: float) -> Row:
+    ours = summary(rates)
+    return Row("m", TITLES[kind], "prefill, 2048 tokens", "tok/s", ours, ours, summary([1.0]), 1.0)
+
+
+def test_two_ranks_are_compared_with_one_where_rounds_are_as_many(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, other, two = (
+        _prefill_row("single", 30.0, 30.0),
+        _prefill_row("library", 30.0, 32.0, 40.0),
+        _prefill_row("pipeline", 60.0, 48.0, 64.0),
+    )
+    (row,) = overlap_rows([one, other, two])
+    assert (row.placement, row.ratio.samples) == (OVERLAP, (2.0, 1.5, 1.6))
+    assert capsys.readouterr().err == ""
+    # As when a part was measured again with --only and another number of rounds.
+    assert overlap_rows([one, two]) == []
+    assert "3 rounds, 2" in capsys.readouterr().err
+    assert overlap_rows([two]) == []
+
+
+def test_a_long_prompt_takes_part_in_fewer_rounds() -> None:
+    subject = Subject("m", english_prompt, 8, 2048, 128, long_rounds=2, first_tokens=256)
+    assert subject.rounds_of(prefill(1.0), 5) == 2
+    assert subject.rounds_of(prefill(1.0), 1) == 1
+    assert subject.rounds_of(decode(1, 1.0), 5) == 5
+    assert subject.at_first.prefill_tokens == 256
+    assert replace(subject, long_rounds=None).rounds_of(prefill(1.0), 5) == 5
