@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import mlx.core as mx
+
 from k2cli.runtime.agreement import Agreement
 from k2cli.runtime.control import Followers
 from k2cli.runtime.executor import Executor, StepResult
-from k2cli.runtime.pace import LEAST_TOKENS, PrefillPace
+from k2cli.runtime.pace import ChunkBounds, PrefillPace
 from k2cli.runtime.protocol import (
     Cancel,
     Decision,
@@ -34,17 +36,9 @@ from k2cli.runtime.requests import Running
 from k2cli.runtime.roster import Roster
 from k2cli.runtime.steps import Step, StepQueue
 
-# While answers are running, a prompt chunk may hold them up for about this long; and in any case
-# a chunk should not last so long that a cancellation or a watchdog has to wait for it.
-STALL_SECONDS = 0.5
-CHUNK_SECONDS = 2.5
-LEAST_CHUNK_TOKENS = LEAST_TOKENS
 # In a pipeline a prompt is cut into several chunks per stage, so that stages overlap: with m
 # chunks, s stages take (m + s - 1) / m times one stage's work.
 CHUNKS_PER_STAGE = 4
-# The first chunk of a run, before its rate is known: 512 tokens of the demo model take a CPU a
-# minute, and the watchdog gives a step ten seconds.
-FIRST_CHUNK_TOKENS = LEAST_CHUNK_TOKENS
 
 
 class Engine:
@@ -78,7 +72,11 @@ class Engine:
             plain_caches=self._plain_caches,
         )
         self._context_length = context_length
-        self._chunk = prefill_chunk_tokens
+        self._bounds = ChunkBounds(
+            prefill_chunk_tokens,
+            executor.stage.past_last - executor.stage.first,
+            on_gpu=mx.default_device() == mx.gpu,
+        )
         self._stages = stages
         self._looks_ahead = looks_ahead
         # Two where there is one stage: while one step is computed, the next is laid out.
@@ -186,17 +184,22 @@ class Engine:
 
     def _chunk_tokens(self) -> int:
         """Tokens of the next prompt chunk: the plan's, or less if that would take too long."""
-        if not self._prefill_rate:
-            return min(self._chunk, FIRST_CHUNK_TOKENS)
-        answering = any(self._roster.batches.values())
-        affordable = int(self._prefill_rate * (STALL_SECONDS if answering else CHUNK_SECONDS))
-        return max(LEAST_CHUNK_TOKENS, min(self._chunk, affordable))
+        prefilling = self._roster.prefilling
+        context = prefilling[0].computed if prefilling else 0
+        bounded = self._bounds.answering if self._answering else self._bounds.alone
+        return bounded(self._prefill_rate, context)
+
+    @property
+    def _answering(self) -> bool:
+        return any(self._roster.batches.values())
 
     def _start_prefill(self) -> None:
         """Compute a chunk of the first prompt, or several short prompts whole."""
         self._send_all()  # a chunk may be computed at once, and takes long
         limit = self._chunk_tokens()
-        together = self._short_prompts(limit)
+        together = self._short_prompts(
+            limit if self._answering else self._bounds.together(self._prefill_rate)
+        )
         if len(together) > 1:
             self._start_prefill_together(together)
             return

@@ -1,11 +1,21 @@
-"""How small a prompt chunk is worth computing, from chunks that were seen."""
+"""How small and how large a prompt chunk should be, from chunks that were seen."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k2cli.runtime.pace import ASSUMED_TOKENS, LEAST_TOKENS, PrefillPace
+from k2cli.runtime.pace import (
+    ASSUMED_TOKENS,
+    FIRST_CHUNK_TOKENS,
+    LEAST_TOKENS,
+    ChunkBounds,
+    PrefillPace,
+)
+
+PLAN_TOKENS = 2048
+GPU = ChunkBounds(PLAN_TOKENS, layers=61, on_gpu=True)
+CPU = ChunkBounds(PLAN_TOKENS, layers=61, on_gpu=False)
 
 
 def _paced(*chunks: tuple[int, float]) -> PrefillPace:
@@ -42,3 +52,64 @@ def test_a_disturbed_chunk_changes_nothing() -> None:
 @given(st.lists(st.tuples(st.integers(1, 8192), st.floats(0, 100)), max_size=40))
 def test_always_within_its_bounds(chunks: list[tuple[int, float]]) -> None:
     assert LEAST_TOKENS <= _paced(*chunks).least_tokens <= ASSUMED_TOKENS
+
+
+def test_a_first_chunk_is_small_and_later_ones_follow_the_rate() -> None:
+    assert GPU.alone(0.0, 0) == GPU.answering(0.0, 0) == GPU.together(0.0) == FIRST_CHUNK_TOKENS
+    assert GPU.alone(100.0, 0) == 1000
+    assert GPU.answering(100.0, 0) == 50
+    assert GPU.together(100.0) == 250
+
+
+def test_no_chunk_is_larger_than_the_memory_of_the_plan() -> None:
+    small = ChunkBounds(48, layers=61, on_gpu=True)
+    assert {small.alone(1e6, 0), small.answering(1e6, 0), small.together(1e6)} == {48}
+    assert small.alone(100.0, 200_000) == small.answering(10.0, 200_000) == 48
+
+
+def test_a_cpu_gains_nothing_from_large_chunks_of_a_short_context() -> None:
+    assert GPU.alone(1000.0, 1024) == PLAN_TOKENS
+    assert CPU.alone(1000.0, 1024) == 512
+    assert CPU.alone(1000.0, 100_000) == PLAN_TOKENS
+
+
+def test_few_layers_are_not_left_without_a_sign_of_life_for_long() -> None:
+    few = ChunkBounds(PLAN_TOKENS, layers=2, on_gpu=True)
+    assert few.alone(100.0, 0) == 200
+    # Not even where a long context asks for more: 2.5 s a layer at the rate seen.
+    assert few.alone(10.0, 100_000) == 50
+
+
+def test_chunks_do_not_shrink_away_as_the_context_grows() -> None:
+    """Each chunk expands its whole context anew: K2's work in GFLOP, on 6,400 GFLOP/s."""
+    for choose in (GPU.alone, GPU.answering):
+        rate, context = 0.0, 0
+        while context < 100_000:
+            tokens = choose(rate, context)
+            expanding = 1.0 * context
+            rest = tokens * (64 + 0.0025 * context)
+            rate = tokens / ((expanding + rest) / 6400)
+            context += tokens
+            assert rest / (expanding + rest) > 0.3
+        assert tokens > 400
+
+
+def test_running_answers_are_held_up_longer_only_where_they_are_anyway() -> None:
+    assert GPU.answering(200.0, 20_000) == 100
+    assert GPU.answering(10.0, 20_000) == 20_000 // 128
+    assert GPU.answering(10.0, 2_000) == LEAST_TOKENS
+
+
+@given(
+    st.integers(LEAST_TOKENS, 8192),
+    st.integers(1, 100),
+    st.booleans(),
+    st.floats(0, 1e6),
+    st.integers(0, 10**6),
+)
+def test_chunks_are_always_within_their_bounds(
+    most_tokens: int, layers: int, on_gpu: bool, rate: float, context: int
+) -> None:
+    bounds = ChunkBounds(most_tokens, layers, on_gpu=on_gpu)
+    chosen = (bounds.alone(rate, context), bounds.answering(rate, context), bounds.together(rate))
+    assert all(LEAST_TOKENS <= tokens <= most_tokens for tokens in chosen)
