@@ -204,7 +204,8 @@ class Engine:
             self._start_prefill_together(together)
             return
         row = self._roster.prefilling[0]
-        count = min(row.prefill_left, limit, self._overlapping_chunk(row))
+        wanted = min(limit, self._overlapping_chunk(row))
+        count = self._bounds.share(row.prefill_left, wanted)
         tokens = row.request.prompt[row.computed : row.computed + count]
         row.computed += count
         self._prefill_credit -= count
@@ -258,6 +259,7 @@ class Engine:
             and in_flight[0].chosen is not None
             and in_flight[0].rows == rows
             and not any(row.sampler.needs_history for row in rows)
+            and self._queue.may_look_ahead(batch)
         )
 
     def _start_decode(self, batch: int) -> None:

@@ -100,6 +100,25 @@ def test_running_answers_are_held_up_longer_only_where_they_are_anyway() -> None
     assert GPU.answering(10.0, 2_000) == LEAST_TOKENS
 
 
+def test_a_prompt_is_cut_evenly_and_without_a_small_rest() -> None:
+    assert GPU.share(2047, 256) == 256
+    assert GPU.share(255, 245) == 255
+    assert GPU.share(2047, 300) == 293
+    assert GPU.share(10, 256) == 10
+    # But never beyond the plan's memory.
+    assert GPU.share(PLAN_TOKENS + 100, PLAN_TOKENS) == (PLAN_TOKENS + 100) // 2
+
+
+@given(st.integers(1, 10**6), st.integers(1, 8192), st.integers(LEAST_TOKENS, 8192))
+def test_a_share_is_never_larger_than_planned_nor_much_larger_than_wanted(
+    left: int, wanted: int, most_tokens: int
+) -> None:
+    bounds = ChunkBounds(most_tokens, layers=1, on_gpu=False)
+    share = bounds.share(left, min(wanted, most_tokens))
+    assert 1 <= share <= min(left, most_tokens)
+    assert share <= max(1.25 * wanted, 1) + 1
+
+
 @given(
     st.integers(LEAST_TOKENS, 8192),
     st.integers(1, 100),
