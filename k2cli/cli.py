@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +36,8 @@ _COMMANDS = (
     ("bench", "bench"),
 )
 _GROUPS = ("cluster",)
+_READ_PLAINLY = frozenset({"launch", "ps", "logs", "stop"})
+"""Commands whose plain lines do without typer's parser."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -79,6 +82,19 @@ def build_app() -> typer.Typer:
     return app
 
 
+def _plain_call(words: Sequence[str]) -> Callable[[], object] | None:
+    """The call that a plain command line means; None if typer has to read it."""
+    name = words[0] if words else ""
+    if name not in _READ_PLAINLY:
+        return None
+    from k2cli.commands._plain import plain_arguments
+
+    module_name = dict(_COMMANDS)[name]
+    command = getattr(importlib.import_module(f"k2cli.commands.{module_name}"), module_name)
+    arguments = plain_arguments(command, words[1:])
+    return partial(command, **arguments) if arguments is not None else None
+
+
 def _first_paragraph(function: Callable[..., object]) -> str:
     return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
@@ -118,9 +134,13 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         UsageError: for a command line that makes no sense.
         BaseException: whatever a command raises.
     """
+    words = sys.argv[1:] if arguments is None else arguments
     try:
+        if (plain := _plain_call(words)) is not None:
+            code = plain()
+            return code if isinstance(code, int) else 0
         # Not standalone: the parser would report wrong values itself, without saying them.
-        code = build_app()(args=arguments, prog_name="k2", standalone_mode=False)
+        code = build_app()(args=list(words), prog_name="k2", standalone_mode=False)
     except _PARSER_ERROR as error:
         from k2cli.commands._mistakes import said_of
 
@@ -128,6 +148,8 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
             error.show()
             return UsageError.exit_code
         raise said_of(error) from error
+    except typer.Exit as end:
+        return end.exit_code
     except typer.Abort as error:
         raise K2Error("the input ended before an answer came") from error
     return code if isinstance(code, int) else 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +17,11 @@ import typer
 from k2cli import __version__
 from k2cli.cli import _COMMANDS, build_app, run_command_line
 from k2cli.commands._mistakes import EXAMPLES
+from k2cli.commands._plain import plain_arguments
+from k2cli.commands.launch import launch
+from k2cli.commands.logs import logs
+from k2cli.commands.ps import ps
+from k2cli.commands.stop import stop
 from k2cli.errors import UsageError
 from k2cli.settings import state_directory
 
@@ -221,3 +228,61 @@ def test_a_wrong_choice_and_a_wrong_name_are_named() -> None:
     done = k2("plan-memory", "demo", "--nope")
     assert done.stderr.startswith("error: no such option: --nope")
     assert done.stderr.endswith("hint: k2 plan-memory --help\n")
+
+
+PLAIN = [
+    (launch, "demo"),
+    (launch, "/a/b --nodes a,b --backend ring --parallel pipeline --context 4k --detach --json"),
+    (launch, "./m.gguf -d --concurrency 8 --port 8080 --wait 1.5 --restart on-failure --share"),
+    (launch, "--plan=p.json demo --dtype float16 --head sharded --host 0.0.0.0 --force"),
+    (ps, ""),
+    (ps, "--json"),
+    (logs, "-f demo-12ab"),
+    (stop, "--all"),
+    (stop, "demo-12ab --json"),
+]
+NOT_PLAIN = [
+    (launch, ""),
+    (launch, "demo more"),
+    (launch, "demo -h"),
+    (launch, "demo --port 70000"),
+    (launch, "demo --port x"),
+    (launch, "demo --port -1"),
+    (launch, "demo --port"),
+    (launch, "demo --backend carrier-pigeon"),
+    (launch, "demo --detach=yes"),
+    (launch, "demo --context 4q"),
+    (launch, "demo --json --json"),
+    (launch, "-- demo"),
+    (launch, "demo --nodes="),
+    (ps, "--jsn"),
+]
+
+
+@pytest.mark.parametrize(("command", "line"), PLAIN)
+def test_a_plain_line_means_what_typer_makes_of_it(
+    command: Callable[..., None], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("K2_API_KEY", raising=False)
+    read: list[dict[str, Any]] = []
+
+    @functools.wraps(command)
+    def recorded(**arguments: Any) -> None:
+        read.append(arguments)
+
+    app = typer.Typer()
+    app.command()(recorded)
+    app(args=line.split(), standalone_mode=False)
+    assert plain_arguments(command, line.split()) == read[0]
+
+
+@pytest.mark.parametrize(("command", "line"), NOT_PLAIN)
+def test_any_other_line_is_left_to_typer(command: Callable[..., None], line: str) -> None:
+    assert plain_arguments(command, line.split()) is None
+
+
+def test_a_line_that_leaves_something_to_the_environment_is_left_to_typer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("K2_API_KEY", "secret")
+    assert plain_arguments(launch, ["demo"]) is None

@@ -106,6 +106,7 @@ def _assignment_of_leader(run: Decided) -> Assignment:
         concurrency=plan.request.concurrency,
         prefill_chunk_tokens=plan.request.prefill_chunk_tokens,
         expected_weights_bytes=[node.weights_bytes for node in plan.nodes],
+        expected_cache_bytes=[node.kv_cache_bytes for node in plan.nodes],
         head=plan.placement.head,
     )
 

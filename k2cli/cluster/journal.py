@@ -16,6 +16,7 @@ from k2cli.cluster.launchers import GuardCommand
 from k2cli.cluster.logs import MAX_LOG_BYTES, LogEntry, format_entry
 from k2cli.cluster.outcome import Outcome
 from k2cli.cluster.runs import (
+    EVENTS_NAME,
     AttemptRecord,
     FailureRecord,
     RankRecord,
@@ -37,7 +38,6 @@ from k2cli.runtime.protocol import (
 )
 from k2cli.units import format_bytes, format_duration
 
-EVENTS_NAME = "events.jsonl"
 _KEPT_LINES = 20
 _MAX_LINE_CHARACTERS = 4000
 _encoder = msgspec.json.Encoder()

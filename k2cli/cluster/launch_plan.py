@@ -43,6 +43,8 @@ def make_launch_plan(
 ) -> Plan:
     """A plan for the memory that the nodes have, of the model whose headers are in ``folder``.
 
+    That it is what each rank will hold, the ranks see to before they load.
+
     Raises:
         K2Error: if the model cannot be planned, or a node cannot be asked.
     """
@@ -60,13 +62,16 @@ def make_launch_plan(
     }
     context = request.context_length
     if request.concurrency is None:
-        plan = make_roomy_plan(str(folder), memory, context_length=context, **wishes)
+        plan = make_roomy_plan(
+            str(folder), memory, context_length=context, trace_chosen=False, **wishes
+        )
     else:
         plan = make_plan(
             str(folder),
             memory,
             context_length=context,
             concurrency=request.concurrency,
+            trace_chosen=False,
             **wishes,
         )
     return replace(plan, model=replace(plan.model, reference=request.model))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from k2cli.cluster.description import Cluster
 from k2cli.cluster.launchers import DEFAULT_WORKER
 from k2cli.cluster.nodes import LOCALHOST
 from k2cli.cluster.restarting import RestartPolicy
 from k2cli.errors import UsageError
-from k2cli.planning.plan import Plan
 from k2cli.runtime.protocol import Deadlines
+
+if TYPE_CHECKING:
+    from k2cli.cluster.description import Cluster
+    from k2cli.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,16 +14,23 @@ from pathlib import Path
 import msgspec
 
 from k2cli.cluster.agent import kill_run
-from k2cli.cluster.journal import EVENTS_NAME
 from k2cli.cluster.locks import release_locks
-from k2cli.cluster.nodes import node_named, python_environment
+from k2cli.cluster.nodes import node_named
 from k2cli.cluster.outcome import describe_status, failure_of
 from k2cli.cluster.preparation import PreparedRun
-from k2cli.cluster.runs import RunRecord, read_record, remove_leftovers, save_record
-from k2cli.cluster.supervisor import Listener, supervise
+from k2cli.cluster.runs import (
+    EVENTS_NAME,
+    LOG_NAME,
+    RunRecord,
+    read_record,
+    remove_leftovers,
+    save_record,
+)
+from k2cli.cluster.standby import Standby, start_supervisor
 from k2cli.errors import ClusterError
 from k2cli.runtime.protocol import RunEvent
 
+Listener = Callable[[RunEvent], None]
 _POLL_SECONDS = 0.02
 _STOP_SECONDS = 25.0
 
@@ -45,6 +51,8 @@ def launch_here(
     Raises:
         ClusterError: if the run failed.
     """
+    from k2cli.cluster.supervisor import supervise
+
     record = supervise(prepared.record.folder, listener, on_interrupt)
     if record.state == "failed":
         raise failure_of(record)
@@ -80,7 +88,10 @@ def _put_away(prepared: PreparedRun) -> None:
 
 
 def launch_detached(
-    prepared: PreparedRun, listener: Listener, on_interrupt: Callable[[bool], None]
+    prepared: PreparedRun,
+    listener: Listener,
+    on_interrupt: Callable[[bool], None],
+    standby: Standby | None = None,
 ) -> RunRecord:
     """Leave a supervisor behind that carries out the run; returns once the API answers.
 
@@ -88,32 +99,22 @@ def launch_detached(
         prepared: the run.
         listener: hears the events up to then, but for log lines.
         on_interrupt: called at each Ctrl-C, with whether it is the first.
+        standby: the supervisor, if it was started already.
 
     Raises:
         ClusterError: if the run failed before.
         KeyboardInterrupt: after Ctrl-C; the run is stopped then, at the second one by force.
     """
     folder = prepared.record.folder
-    supervisor = _start_supervisor(folder)
+    supervisor = standby.take() if standby is not None else None
+    if supervisor is None:
+        supervisor = start_supervisor(folder, log=folder / LOG_NAME)
     try:
         return _wait_until_ready(folder, supervisor, listener)
     except KeyboardInterrupt:
         on_interrupt(True)
         _stop(supervisor, prepared.record.run_id, on_interrupt)
         raise
-
-
-def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:
-    with (folder / "supervisor.log").open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "k2cli.cluster.supervisor", str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            cwd="/",
-            env=python_environment(),
-        )
 
 
 def _wait_until_ready(
@@ -138,7 +139,7 @@ def _failure(folder: Path, supervisor: subprocess.Popen[bytes]) -> ClusterError:
         return failure_of(record)
     if record is not None and record.state == "stopped":
         return ClusterError(f"{record.run_id} was stopped before it was ready: {record.cause}")
-    said = (folder / "supervisor.log").read_text(errors="replace").strip().splitlines()
+    said = (folder / LOG_NAME).read_text(errors="replace").strip().splitlines()
     cause = f"the supervisor ended ({describe_status(supervisor.returncode)})"
     if said:
         cause += f": {said[-1]}"

@@ -6,7 +6,6 @@ the same questions through ``cluster.agent``; the launcher does not know which i
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -23,6 +22,9 @@ import k2cli
 from k2cli.cluster import agent, ports
 from k2cli.cluster.agent import NodeFacts, RunProcess
 from k2cli.errors import ClusterError
+
+if TYPE_CHECKING:
+    import asyncio
 
 LOCALHOST = "localhost"
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -144,6 +146,8 @@ async def start_process(
     arguments: Sequence[str], environment: Mapping[str, str] | None, folder: Path | None, what: str
 ) -> asyncio.subprocess.Process:
     """Start a process in a session of its own, with pipes; ``what`` names it if it cannot be."""
+    import asyncio  # for supervisors only: a command need not wait for it
+
     try:
         return await asyncio.create_subprocess_exec(
             *arguments,

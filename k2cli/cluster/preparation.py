@@ -1,6 +1,6 @@
 """From a request to a run that can be started: locks, ports, secrets, bootstraps, record.
 
-Everything that can be wrong with a launch before a process exists is found here.
+Everything that can be wrong with a launch before a process of it does anything is found here.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from k2cli.cluster import agent
 from k2cli.cluster.bootstraps import Decided, make_bootstraps, mpi_prefixes
-from k2cli.cluster.description import Cluster, load_cluster
-from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.launch_plan import check_plan, make_launch_plan, read_plan
 from k2cli.cluster.launch_request import LaunchRequest, node_names
 from k2cli.cluster.launchers import Backend
@@ -31,12 +30,16 @@ from k2cli.cluster.nodes import LOCALHOST, Node, node_named
 from k2cli.cluster.openmpi import find_openmpi
 from k2cli.cluster.readiness import Choice, check_nodes
 from k2cli.cluster.routes import Routes, find_routes
-from k2cli.cluster.runs import RankRecord, RunRecord, new_run_id, prune_records, save_record
+from k2cli.cluster.run_id import new_run_id
+from k2cli.cluster.runs import RankRecord, RunRecord, prune_records, save_record
 from k2cli.cluster.specification import RunSpecification, save_specification
 from k2cli.errors import K2Error, UsageError
 from k2cli.planning.plan import Plan, plan_to_json
 from k2cli.runtime.protocol import HttpEndpoint
 from k2cli.units import format_bytes
+
+if TYPE_CHECKING:
+    from k2cli.cluster.description import Cluster
 
 DEFAULT_HTTP_PORT = 8080
 
@@ -51,12 +54,15 @@ class PreparedRun:
     generated_api_key: bool
 
 
-def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> PreparedRun:
+def prepare_run(
+    request: LaunchRequest, say: Say = lambda text: None, run_id: str | None = None
+) -> PreparedRun:
     """Decide everything about a run, take its machines, and write its folder.
 
     Args:
         request: what the user asked for.
         say: told what is waited for, and what is amiss without being in the way.
+        run_id: what the run is to be called, if that is decided already.
 
     Raises:
         UsageError: for a request that makes no sense.
@@ -65,10 +71,18 @@ def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> Prepare
         K2Error: if the model is neither here nor on the first node, or the port is taken.
     """
     given_plan = read_plan(request)
-    cluster = load_cluster(request.cluster) if request.cluster is not None else None
+    cluster = _cluster_of(request)
     nodes = [node_named(name) for name in node_names(request, given_plan, cluster)]
     with model_here(request.model, nodes) as here:
-        return _prepare(request, here, given_plan, cluster, nodes, say)
+        return _prepare(request, here, given_plan, cluster, nodes, say, run_id)
+
+
+def _cluster_of(request: LaunchRequest) -> Cluster | None:
+    if request.cluster is None:
+        return None
+    from k2cli.cluster.description import load_cluster
+
+    return load_cluster(request.cluster)
 
 
 def _prepare(
@@ -78,6 +92,7 @@ def _prepare(
     cluster: Cluster | None,
     nodes: Sequence[Node],
     say: Say,
+    run_id: str | None,
 ) -> PreparedRun:
     folder = here.folder
     choice = check_nodes(nodes, request.backend, say, force=request.force)
@@ -87,7 +102,7 @@ def _prepare(
     if not all(node.is_local for node in nodes):
         folders = model_folders(nodes, _seen_from_everywhere(request.model), here)
     routes = find_routes(nodes, choice.backend, cluster)
-    run_id = new_run_id(_served_name(request.model, folder))
+    run_id = run_id or new_run_id(_served_name(request.model, folder))
     take_locks(
         nodes,
         run_id,
@@ -186,8 +201,11 @@ def _write_run(
 
 def _environment(request: LaunchRequest, cluster: Cluster | None) -> dict[str, str]:
     """What every rank gets in its environment: of an imported hostfile, and of the options."""
-    hostfile = cluster.hostfile if cluster is not None else None
-    environment = rank_environment(hostfile) if hostfile is not None else {}
+    environment: dict[str, str] = {}
+    if cluster is not None and cluster.hostfile is not None:
+        from k2cli.cluster.hostfile import rank_environment
+
+        environment |= rank_environment(cluster.hostfile)
     if request.fast_synch:
         environment["MLX_METAL_FAST_SYNCH"] = "1"
     return environment

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from k2cli.cluster.description import Cluster
 from k2cli.cluster.launchers import Backend
-from k2cli.cluster.links import common_addresses, to_hostfile
-from k2cli.cluster.networks import link_networks
 from k2cli.cluster.nodes import Node, addresses
 from k2cli.errors import ClusterError, UsageError
+
+if TYPE_CHECKING:
+    from k2cli.cluster.description import Cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,13 @@ def find_routes(nodes: Sequence[Node], backend: Backend, cluster: Cluster | None
     reached, ring = _addresses(nodes, backend, described)
     if all(node.is_local for node in nodes):
         return Routes(reached, ring)
+    from k2cli.cluster.networks import link_networks
+
     networks, words = link_networks(nodes, reached)
     rdma = None
     if backend == "jaccl" and described is not None:
+        from k2cli.cluster.links import to_hostfile
+
         hosts = to_hostfile(described, "jaccl").hosts
         rdma = [[_listed(device) for device in host.rdma] for host in hosts]
     return Routes(reached, ring, rdma, networks, words)
@@ -71,12 +76,17 @@ def _described(nodes: Sequence[Node], cluster: Cluster | None) -> Cluster | None
 def _addresses(
     nodes: Sequence[Node], backend: Backend, cluster: Cluster | None
 ) -> tuple[list[str], list[str]]:
-    common = common_addresses(cluster) if cluster is not None else {}
-    if cluster is not None and len(common) == len(nodes):
+    if cluster is None:
+        reached = addresses(nodes)
+        return reached, reached
+    from k2cli.cluster.links import common_addresses, to_hostfile
+
+    common = common_addresses(cluster)
+    if len(common) == len(nodes):
         reached = [common[node.name] for node in nodes]
     else:
         reached = addresses(nodes)
-    if backend != "ring" or cluster is None or len(nodes) < 2:
+    if backend != "ring" or len(nodes) < 2:
         return reached, reached
     try:
         hosts = to_hostfile(cluster, "ring").hosts

@@ -7,8 +7,6 @@ supervisor still lives: if not, the record's state is what it was, not what is.
 from __future__ import annotations
 
 import os
-import re
-import secrets
 import shutil
 import time
 from dataclasses import dataclass, field, replace
@@ -26,6 +24,8 @@ from k2cli.settings import runs_directory
 
 SCHEMA_VERSION = 1
 KEPT_RECORDS = 20
+EVENTS_NAME = "events.jsonl"
+LOG_NAME = "supervisor.log"
 RunState = Literal[
     "starting",
     "loading",
@@ -141,15 +141,6 @@ class RunRecord:
     def nodes(self) -> tuple[str, ...]:
         """Names of the nodes, each once."""
         return tuple(dict.fromkeys(rank.node for rank in self.ranks))
-
-
-def new_run_id(model_name: str) -> str:
-    """A readable id that no run has yet, such as ``demo-3f9a``."""
-    words = re.sub(r"[^a-z0-9]+", "-", model_name.rsplit("/", 1)[-1].lower()).strip("-")
-    while True:
-        run_id = f"{words[:24].strip('-') or 'run'}-{secrets.token_hex(2)}"
-        if not (runs_directory() / run_id).exists():
-            return run_id
 
 
 def save_record(record: RunRecord) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
+import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -29,8 +29,10 @@ from k2cli.cluster.outcome import Outcome
 from k2cli.cluster.processes import Processes
 from k2cli.cluster.pulse import Pulse
 from k2cli.cluster.restarting import Attempts, renewed
-from k2cli.cluster.runs import RunRecord, read_record
+from k2cli.cluster.runs import LOG_NAME, RunRecord, read_record
+from k2cli.cluster.signals import obey_signals
 from k2cli.cluster.specification import RunSpecification, read_specification
+from k2cli.cluster.warm_guards import STANDBY, WarmGuards, called_up, stand_by
 from k2cli.errors import ClusterError, K2Error
 from k2cli.runtime.protocol import (
     Bootstrap,
@@ -59,16 +61,22 @@ class Supervisor:
         specification: what to start.
         record: the run's record as prepared.
         listener: hears every event but heartbeats, in order.
+        warm: guards of the first attempt that stand by already.
     """
 
     def __init__(
-        self, specification: RunSpecification, record: RunRecord, listener: Listener
+        self,
+        specification: RunSpecification,
+        record: RunRecord,
+        listener: Listener,
+        warm: WarmGuards | None = None,
     ) -> None:
         self._specification = specification
         self._deadlines = specification.deadlines
         self._nodes = {name: node_named(name) for name in specification.nodes}
         self._journal = Journal(record)
         self._listener = listener
+        self._warm = warm or {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop_cause: str | None = None
         self._stop_asked = asyncio.Event()
@@ -237,7 +245,8 @@ class Supervisor:
         return direct_commands(specification.run_id, nodes, specification.worker)
 
     async def _start_process(self, guard: GuardCommand) -> None:
-        await self._processes.start(self._nodes[guard.node], guard)
+        warm = called_up(self._warm.pop(guard.ranks[0], None))
+        await self._processes.start(self._nodes[guard.node], guard, started=warm)
 
     async def _start_mpirun(self, scratch: Path) -> None:
         specification = self._specification
@@ -326,13 +335,16 @@ class Supervisor:
 
 
 async def _supervise(
-    folder: Path, listener: Listener, interrupts: Callable[[Supervisor], None]
+    folder: Path,
+    listener: Listener,
+    on_interrupt: Callable[[bool], None] | None,
+    warm: WarmGuards | None = None,
 ) -> RunRecord:
     record = read_record(folder)
     if record is None:
         raise ClusterError(f"{folder} holds no run")
-    supervisor = Supervisor(read_specification(folder), record, listener)
-    interrupts(supervisor)
+    supervisor = Supervisor(read_specification(folder), record, listener, warm)
+    obey_signals(supervisor, on_interrupt)
     return await supervisor.run()
 
 
@@ -341,56 +353,42 @@ def supervise(
 ) -> RunRecord:
     """Run a prepared run to its end in this process, and obey this process's signals meanwhile.
 
-    SIGTERM and SIGHUP stop the run in good order. So does the first SIGINT, if ``on_interrupt`` is
-    given; the second SIGINT does not wait.
-
     Args:
         folder: the run's folder.
         listener: hears every event of the run but heartbeats.
-        on_interrupt: called at each SIGINT, with whether it is the first. None ignores SIGINT
-            until the run is being stopped, and does not wait any longer then.
+        on_interrupt: see ``signals.obey_signals``.
 
     Returns:
         The final record.
     """
+    return asyncio.run(_supervise(folder, listener, on_interrupt))
 
-    def install(supervisor: Supervisor) -> None:
-        loop = asyncio.get_running_loop()
 
-        def interrupted() -> None:
-            first = not supervisor.stopping
-            if on_interrupt is not None:
-                on_interrupt(first)
-            if first:
-                supervisor.stop("interrupted")
-            else:
-                supervisor.force()
-
-        def insist() -> None:
-            if supervisor.stopping:
-                supervisor.force()
-
-        if on_interrupt is not None:
-            loop.add_signal_handler(signal.SIGINT, interrupted)
-        else:
-            loop.add_signal_handler(signal.SIGINT, insist)
-        loop.add_signal_handler(signal.SIGTERM, supervisor.stop, "stopped")
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            loop.add_signal_handler(signal.SIGHUP, supervisor.stop, "the terminal was closed")
-        # Ctrl-Z would look like a launcher that died.
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-
-    return asyncio.run(_supervise(folder, listener, install))
+async def _supervise_from_standby(folder: Path, size: int) -> RunRecord | None:
+    """Stand by until the run is prepared, then be its supervisor; None if there is none."""
+    warm = await stand_by(folder, size)
+    if warm is None:
+        return None
+    with (folder / LOG_NAME).open("ab") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    return await _supervise(folder, lambda event: None, None, warm)
 
 
 def main() -> None:
-    """Be the supervisor that ``launch --detach`` leaves behind."""
+    """Be the supervisor that ``launch --detach`` leaves behind: ``[--standby=SIZE] RUN_FOLDER``."""
+    *options, folder = sys.argv[1:]
+    record: RunRecord | None
     try:
-        record = supervise(Path(sys.argv[1]), lambda event: None)
+        if options:
+            size = int(options[0].removeprefix(STANDBY))
+            record = asyncio.run(_supervise_from_standby(Path(folder), size))
+        else:
+            record = supervise(Path(folder), lambda event: None)
     except K2Error as error:
         sys.stderr.write(f"{error.message}\n")
         sys.exit(error.exit_code)
-    sys.exit(ClusterError.exit_code if record.state == "failed" else 0)
+    sys.exit(ClusterError.exit_code if record is not None and record.state == "failed" else 0)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,14 @@ class Planner:
         )
         return Ground(self._model(dtype, wishes.head), tuple(share_machines(nodes)), demand)
 
-    def plan(self, nodes: Sequence[NodeMemory], wishes: Wishes, *, limits: bool = True) -> Plan:
+    def plan(
+        self,
+        nodes: Sequence[NodeMemory],
+        wishes: Wishes,
+        *,
+        limits: bool = True,
+        trace_chosen: bool = True,
+    ) -> Plan:
         """Plan on nodes; a plan that does not fit is returned too, with ``fits`` false.
 
         Args:
@@ -103,6 +110,8 @@ class Planner:
             limits: also find the longest context and the most sequences, trace the chosen
                 placement rank by rank, and predict a speed even if it does not fit: for the plan
                 that is shown, not for those that are tried on the way.
+            trace_chosen: False leaves the tracing rank by rank to the ranks themselves, which hold
+                what they are about to load against the plan.
 
         Raises:
             UsageError: for a request that makes no sense; where the wanted strategy is
@@ -111,7 +120,7 @@ class Planner:
         ground = replace(self.ground(nodes, wishes), unfit_speed=limits)
         found, obstacles = _compare(ground, strategies_for(wishes.strategy, len(nodes)))
         chosen = max(found, key=preference)
-        if limits:
+        if limits and trace_chosen:
             check_traced(ground, chosen)
         compared = alternatives(chosen, found, obstacles)
         if limits and wishes.strategy == "auto":
@@ -275,6 +284,7 @@ def make_plan(
     dtype: str = "auto",
     head: str = "auto",
     backend: str = "auto",
+    trace_chosen: bool = True,
 ) -> Plan:
     """Plan a model on nodes, the first of which leads; see ``Planner.plan`` and ``Wishes``.
 
@@ -284,7 +294,7 @@ def make_plan(
         K2Error: if the model's files cannot be read.
     """
     wishes = Wishes(strategy, context_length, concurrency, dtype, head, backend=backend)
-    return Planner(model).plan(nodes, wishes)
+    return Planner(model).plan(nodes, wishes, trace_chosen=trace_chosen)
 
 
 def make_roomy_plan(
@@ -296,6 +306,7 @@ def make_roomy_plan(
     dtype: str = "auto",
     head: str = "auto",
     backend: str = "auto",
+    trace_chosen: bool = True,
 ) -> Plan:
     """``make_plan`` for as many sequences as fit, up to 8, without a smaller prefill chunk.
 
@@ -306,11 +317,11 @@ def make_roomy_plan(
     wishes = Wishes(strategy, context_length, 1, dtype, head, backend=backend)
     alone = planner.plan(nodes, wishes, limits=False)
     if not alone.fits:
-        return planner.plan(nodes, wishes)
+        return planner.plan(nodes, wishes, trace_chosen=trace_chosen)
     for concurrency in ROOMY_CONCURRENCY:
         roomy = replace(wishes, concurrency=concurrency)
         plan = planner.plan(nodes, roomy, limits=False)
         same_chunk = plan.request.prefill_chunk_tokens >= alone.request.prefill_chunk_tokens
         if plan.fits and same_chunk and plan.placement.strategy == alone.placement.strategy:
-            return planner.plan(nodes, roomy)
-    return planner.plan(nodes, wishes)
+            return planner.plan(nodes, roomy, trace_chosen=trace_chosen)
+    return planner.plan(nodes, wishes, trace_chosen=trace_chosen)

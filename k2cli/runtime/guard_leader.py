@@ -10,6 +10,7 @@ from k2cli.runtime.guard_core import Ending, Guard
 from k2cli.runtime.guard_front import ApiFront
 from k2cli.runtime.guard_launcher import LauncherPipe
 from k2cli.runtime.guard_liveness import LivenessServer
+from k2cli.runtime.guard_spawn import SpawnedRank
 from k2cli.runtime.protocol import (
     Bootstrap,
     Cancel,
@@ -47,12 +48,18 @@ class LeaderGuard(Guard):
         worker: module that is the rank.
         launcher: where events go.
         front: the API, which outlives the attempt.
+        warm: the rank, if it stands by already.
     """
 
     def __init__(
-        self, bootstrap: Bootstrap, worker: str, launcher: LauncherPipe, front: ApiFront
+        self,
+        bootstrap: Bootstrap,
+        worker: str,
+        launcher: LauncherPipe,
+        front: ApiFront,
+        warm: SpawnedRank | None = None,
     ) -> None:
-        super().__init__(bootstrap, worker)
+        super().__init__(bootstrap, worker, warm)
         self._launcher = launcher
         self._liveness = LivenessServer(
             bootstrap, self._on_guard_message, self._on_guard_lost, self.log

@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import os
 import re
 import signal
-import socket
-import sys
-import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 
-import msgspec
 import psutil
 
+from k2cli.runtime.guard_spawn import SpawnedRank, spawn_rank
 from k2cli.runtime.kernel_record import KernelRecord
 from k2cli.runtime.progress import ProgressPage
 from k2cli.runtime.protocol import (
-    Assignment,
     Bootstrap,
     Fatal,
     GuardMessage,
@@ -34,70 +28,16 @@ from k2cli.runtime.protocol import (
 )
 from k2cli.runtime.wire_streams import AsyncChannel, open_stream
 
-DEFAULT_WORKER = "k2cli.runtime.worker"
 KEPT_LINES = 20
 MAX_LINE_CHARACTERS = 4000
 _TERMINATE_SECONDS = 1.0
 _KILL_SECONDS = 5.0
 _DRAIN_SECONDS = 0.5
-_PR_SET_PDEATHSIG = 1
 # Above this share of the machine's memory a SIGKILL is likely the kernel's.
 _HIGH_MEMORY_SHARE = 0.6
 _LOW_AVAILABLE_SHARE = 0.05
 # A log line goes to a terminal sooner or later, and must not steer it.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-
-
-def _die_with_guard() -> Callable[[], None] | None:
-    """What the child calls between fork and exec, so that it cannot outlive its guard (Linux)."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    guard = os.getpid()
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != guard:
-            os._exit(1)
-
-    return prepare
-
-
-def rank_arguments(bootstrap: Bootstrap, worker: str, guard_fd: int, progress_fd: int) -> list[str]:
-    """The command line of a rank. It always contains ``k2cli.runtime`` and the run's id."""
-    assignment = bootstrap.assignment
-    # A test's rank is another module; the mark of the run must be on its command line all the same.
-    mark = [] if worker.startswith("k2cli.runtime") else ["-X", "k2cli.runtime"]
-    return [
-        *(sys.executable, "-P", *mark, "-m", worker),
-        *("--run", assignment.run_id, "--rank", str(assignment.rank)),
-        *("--guard-fd", str(guard_fd), "--progress-fd", str(progress_fd)),
-    ]
-
-
-def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, bytes]]:
-    """What MLX wants in a rank's environment to join its group: values, and contents of files.
-
-    The names are those of ``mlx/_distributed_utils/launch.py`` (``launch_ring``,
-    ``launch_jaccl``); MPI needs none of them.
-    """
-    rank = {"MLX_RANK": str(assignment.rank)}
-    if assignment.backend == "ring" and assignment.ring_hosts is not None:
-        return rank, {"MLX_HOSTFILE": msgspec.json.encode(assignment.ring_hosts)}
-    if assignment.backend == "jaccl" and assignment.jaccl_coordinator is not None:
-        coordinator = {"MLX_JACCL_COORDINATOR": assignment.jaccl_coordinator}
-        devices = msgspec.json.encode(assignment.jaccl_devices)
-        return rank | coordinator, {"MLX_IBV_DEVICES": devices}
-    return {}, {}
-
-
-def _nameless_file(content: bytes) -> int:
-    """A descriptor of a file without a name, which nobody need remove."""
-    with tempfile.TemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        file.seek(0)
-        return os.dup(file.fileno())
 
 
 class RankProcess:
@@ -126,43 +66,33 @@ class RankProcess:
 
     @classmethod
     async def start(
-        cls, bootstrap: Bootstrap, worker: str, job: Mapping[str, str] | None = None
+        cls,
+        bootstrap: Bootstrap,
+        worker: str,
+        job: Mapping[str, str] | None = None,
+        warm: SpawnedRank | None = None,
     ) -> RankProcess:
-        """Start the rank and tell it what it is; ``job`` is what makes it part of an MPI job.
+        """Start the rank and tell it what it is.
+
+        Args:
+            job: what makes it part of an MPI job.
+            warm: the rank, if it was started before there was a bootstrap.
 
         Raises:
             OSError: if the process cannot be started.
         """
-        ours, theirs = socket.socketpair()
-        page = ProgressPage.create()
         assignment = bootstrap.assignment
-        environment = {**os.environ, **(job or {}), **bootstrap.environment}
-        environment["PYTHONUNBUFFERED"] = "1"
-        inherited = [theirs.fileno(), page.fileno()]
-        settings, files = group_settings(assignment)
-        environment |= settings
-        for name, content in files.items():
-            inherited.append(_nameless_file(content))
-            environment[name] = f"/dev/fd/{inherited[-1]}"
-        kernel = KernelRecord()
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *rank_arguments(bootstrap, worker, theirs.fileno(), page.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                pass_fds=inherited,
-                env=environment,
-                preexec_fn=_die_with_guard(),
-            )
-        finally:
-            theirs.close()
-            for descriptor in inherited[2:]:
-                os.close(descriptor)
-        reader, writer = await open_stream(connection=ours)
-        rank = cls(process, AsyncChannel(reader, writer, RankMessage), page, kernel)
+        spawned = warm or await spawn_rank(
+            assignment.run_id, assignment.rank, worker, bootstrap, job
+        )
+        environment = spawned.environment_of(bootstrap)
+        reader, writer = await open_stream(connection=spawned.connection)
+        channel: AsyncChannel[RankMessage] = AsyncChannel(reader, writer, RankMessage)
+        rank = cls(spawned.process, channel, spawned.page, spawned.kernel)
         control_host = bootstrap.liveness_host
-        rank.send(Start(assignment, bootstrap.secret, bootstrap.deadlines, control_host))
+        rank.send(
+            Start(assignment, bootstrap.secret, bootstrap.deadlines, control_host, environment)
+        )
         return rank
 
     @property

@@ -23,11 +23,12 @@ from k2cli.models.checkpoint import DTYPE_BITS, Checkpoint, StoredTensor, read_c
 from k2cli.runtime.protocol import Assignment, HeldTensor
 from k2cli.runtime.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
+from k2cli.sharding.footprint import kv_cache_bytes
 from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, part_slices
 from k2cli.sharding.stage import Stage
 from k2cli.sharding.tensor import StandInGroup
-from k2cli.sharding.trace import cut, parameters, trace_model
+from k2cli.sharding.trace import cut, parameters, running_model, trace_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +115,37 @@ def load_part(
     opened = _open_part(checkpoint, assignment, group or StandInGroup(0, 1))
     model = opened.stage.model
     total = sum(value.nbytes for value in parameters(model).values())
-    expected = assignment.expected_weights_bytes[assignment.rank]
-    if total != expected:
-        raise K2Error(
-            f"{checkpoint.folder} makes {total} bytes for rank {assignment.rank}, "
-            f"the plan says {expected}",
-            "plan again: k2 plan-memory MODEL",
-        )
+    _check_planned(checkpoint, assignment, opened.stage, total)
     read, taken = _read(opened, lambda done: on_bytes(done, total))
     held = [
         HeldTensor(name, list(value.shape), str(value.dtype), value.nbytes)
         for name, value in parameters(model).items()
     ]
     return LoadedPart(opened.stage, held, total, read, read - taken)
+
+
+def _check_planned(
+    checkpoint: Checkpoint, assignment: Assignment, stage: Stage, weights_bytes: int
+) -> None:
+    """Hold a part that is not read yet against what the plan says of this rank: exact bytes.
+
+    Raises:
+        K2Error: if they differ.
+    """
+    rank = assignment.rank
+    held = [("weights", weights_bytes, assignment.expected_weights_bytes[rank])]
+    if assignment.expected_cache_bytes:
+        with running_model(checkpoint.config, "run as planned"):
+            each = kv_cache_bytes(stage, assignment.context_length, assignment.prefill_chunk_tokens)
+        cache_bytes = each * assignment.concurrency
+        held.append(("KV cache", cache_bytes, assignment.expected_cache_bytes[rank]))
+    for what, found, expected in held:
+        if found != expected:
+            raise K2Error(
+                f"{checkpoint.folder} makes {found} bytes of {what} for rank {rank}, "
+                f"the plan says {expected}",
+                "plan again: k2 plan-memory MODEL",
+            )
 
 
 def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _OpenPart:

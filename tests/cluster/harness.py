@@ -17,7 +17,8 @@ from k2cli.cluster import agent, ports
 from k2cli.cluster.launchers import Backend
 from k2cli.cluster.nodes import LocalNode
 from k2cli.cluster.restarting import RestartPolicy
-from k2cli.cluster.runs import RankRecord, RunRecord, list_runs, new_run_id, save_record
+from k2cli.cluster.run_id import new_run_id
+from k2cli.cluster.runs import RankRecord, RunRecord, list_runs, save_record
 from k2cli.cluster.specification import RunSpecification, save_specification
 from k2cli.runtime.protocol import Assignment, Bootstrap, Deadlines
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from k2cli.cluster import agent
+from k2cli.cluster.run_id import new_run_id
 from k2cli.cluster.runs import (
     KEPT_RECORDS,
     RankRecord,
@@ -20,7 +21,6 @@ from k2cli.cluster.runs import (
     RunState,
     find_run,
     list_runs,
-    new_run_id,
     prune_records,
     read_record,
     save_record,

@@ -26,7 +26,7 @@ from k2cli.errors import ClusterError
 from k2cli.settings import models_directory, runs_directory
 
 _BIGGEST = 5
-# As ``cluster.runs.new_run_id`` makes them.
+# As ``cluster.run_id.new_run_id`` makes them.
 _RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9a-f]{4}")
 
 

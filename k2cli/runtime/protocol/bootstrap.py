@@ -38,8 +38,9 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``layers[r]`` is rank r's half-open range of decoder layers. ``dtype`` is ``checkpoint`` or
     the name of the float type that weights are cast to. ``expected_weights_bytes[r]`` is what the
-    plan says that rank r holds; loading fails if it holds anything else. ``looks_ahead`` is None
-    where ``runtime.lookahead`` is to decide.
+    plan says that rank r holds, and ``expected_cache_bytes[r]`` what its caches may come to, where
+    that is known; loading fails if either is anything else. ``looks_ahead`` is None where
+    ``runtime.lookahead`` is to decide.
     """
 
     run_id: str
@@ -55,6 +56,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     concurrency: int
     prefill_chunk_tokens: int
     expected_weights_bytes: list[int]
+    expected_cache_bytes: list[int] = msgspec.field(default_factory=list)
     head: Literal["replicated", "sharded"] = "replicated"
     ring_hosts: list[list[str]] | None = None
     wired_limit_bytes: int | None = None
