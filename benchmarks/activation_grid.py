@@ -4,9 +4,14 @@
     python -m benchmarks.activation_grid --checkpoint FOLDER --dtype float32
 
 For every chunk and context, the peak of memory while k2's executor computes the last chunk of a
-prompt of that length; for every number of rows and context, the peak of a decode step. The cache
+prompt of that length; for every number of rows and context, the peak of decode steps. The cache
 before it is filled with zeros of the right shape, whose values memory does not depend on. Prints
 one JSON document, with what ``planning.activation`` says of each point beside it.
+
+MLX holds what a step reads until the GPU has done with it. How much that is depends on how far the
+GPU is behind the program, which differs from run to run with a few layers, while with a whole
+model it is always behind. So on CUDA a kernel that only waits keeps the GPU busy while a step is
+laid out: the peak is then the largest there can be, and the same in every run.
 """
 
 from __future__ import annotations
@@ -20,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from benchmarks.gpu_layers import loaded, random_layers
-from k2cli.planning.activation import activation_demand, activation_shape, decode_demand
+from k2cli.planning.activation import ActivationShape, activation_demand, activation_shape
+from k2cli.planning.activation_decode import decode_demand
+from k2cli.planning.hardware import Backend
 from k2cli.runtime.executor import Executor
 from k2cli.runtime.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
 from k2cli.sharding.assemble import cast
@@ -32,6 +38,13 @@ from k2cli.sharding.trace import layer_count
 
 _PROBE_TOKENS = 8
 _DECODE_STEPS = 4
+# Longer than laying a step out takes, on a GPU of at most 2 GHz.
+_BUSY_CYCLES = 200_000_000
+_BUSY = """
+long long started = clock64();
+while (clock64() - started < cycles[0]) {}
+out[0] = 1.0f;
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +73,10 @@ class Grid:
         self._shape = activation_shape(config)
         self._backend = backend
         self._itemsize = itemsize
-        self._weights = sum(v.nbytes for _, v in tree_flatten(model.parameters()))
+        self._layers = layer_count(model)
+        mx.synchronize()
+        # With what the allocator rounds up, which a plan counts as slack.
+        self._weights = mx.get_active_memory()
         self._step = 0
 
     def _number(self) -> int:
@@ -112,17 +128,17 @@ class Grid:
             executor.carry_out(JoinBatch(self._number(), 0, row))
             mx.eval([cache.state for cache in executor.caches.batches[0].caches])
         _start()
-        for _ in range(_DECODE_STEPS):
+        for step in range(_DECODE_STEPS):
+            # Not before the first: growing waits for the GPU.
+            waiting = _keep_busy() if step and self._backend == "cuda" else None
             result = executor.carry_out(Decode(self._number(), 0, [1] * rows))
-            mx.eval(result.logits)
+            mx.async_eval(result.logits)  # type: ignore[no-untyped-call]
+            mx.synchronize()
+            del result, waiting
         caches = executor.caches.batches[0].caches
-        modelled = decode_demand(
-            self._shape,
-            backend=self._backend,
-            context_length=context,
-            concurrency=rows,
-            itemsize=self._itemsize,
-        ).peak_bytes
+        modelled = modelled_decode_bytes(
+            self._shape, self._backend, context, rows, self._itemsize, self._layers
+        )
         point = self._point("decode", 1, context, rows, caches, modelled)
         for row in range(rows):
             executor.carry_out(LeaveBatch(self._number(), 0, row))
@@ -145,6 +161,38 @@ class Grid:
         )
 
 
+def modelled_decode_bytes(
+    shape: ActivationShape, backend: Backend, context: int, rows: int, itemsize: int, layers: int
+) -> int:
+    """The planner's word on a decode step, without the sampler's copies of the logits."""
+    demand = decode_demand(
+        shape,
+        backend=backend,
+        context_length=context,
+        concurrency=rows,
+        itemsize=itemsize,
+        layers=layers,
+        samples=False,
+    )
+    return demand.peak_bytes + rows * shape.vocabulary * itemsize
+
+
+def _keep_busy() -> mx.array:
+    """Start a kernel that does nothing for a tenth of a second."""
+    kernel: Any = mx.fast.cuda_kernel(
+        name="busy", input_names=["cycles"], output_names=["out"], source=_BUSY
+    )
+    (out,) = kernel(
+        inputs=[mx.array([_BUSY_CYCLES], mx.int64)],
+        grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+        output_shapes=[(1,)],
+        output_dtypes=[mx.float32],
+    )
+    mx.async_eval(out)  # type: ignore[no-untyped-call]
+    return out  # type: ignore[no-any-return]
+
+
 def _start() -> None:
     mx.synchronize()
     mx.clear_cache()
@@ -165,10 +213,9 @@ def points(
                 # Where a GPU computes while the program goes on, no two runs are alike.
                 yield max((grid.prefill(chunk, context) for _ in range(3)), key=_peak)
         for count in rows:
-            modelled = decode_demand(
-                grid._shape, backend=grid._backend, context_length=context, concurrency=count,
-                itemsize=grid._itemsize,
-            ).peak_bytes  # fmt: skip
+            modelled = modelled_decode_bytes(
+                grid._shape, grid._backend, context, count, grid._itemsize, grid._layers
+            )
             if modelled <= most and count * context <= 8 * 32_768:
                 yield max((grid.decode(count, context) for _ in range(3)), key=_peak)
 

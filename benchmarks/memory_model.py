@@ -6,8 +6,7 @@
 
 Every point is a peak of ``mx.get_peak_memory`` beside weights and cache. It is compared with the
 step's peak or, if that is more, the copy of one layer's growing cache, which is made before the
-step. Of phases that were measured while caches still grew inside a step (``growth_in_step``), the
-two are added.
+step.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2cli.planning.activation import COPIES, activation_demand, activation_shape, decode_demand
+from benchmarks.activation_grid import modelled_decode_bytes
+from k2cli.planning.activation import COPIES, activation_demand, activation_shape
 from k2cli.units import MB
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,17 +66,16 @@ def compared(recording: dict[str, Any]) -> Iterator[Compared]:
             "itemsize": recording["itemsize"],
         }
         prefill = point["phase"] == "prefill"
-        inside = point["phase"] in recording.get("growth_in_step", ())
-        if not prefill and inside:
-            continue  # a GPU held every layer's copy at once; the engine no longer makes them so
         if prefill:
             step = activation_demand(
                 shape, chunk_tokens=point["chunk"], samples=False, **common
             ).peak_bytes
         else:
-            step = decode_demand(shape, **common).peak_bytes
-        growth = point["growth_bytes"]
-        modelled = step + growth if inside else max(step, growth)
+            step = modelled_decode_bytes(
+                shape, recording["backend"], point["context"], point["rows"],
+                recording["itemsize"], recording["layers"],
+            )  # fmt: skip
+        modelled = max(step, point["growth_bytes"])
         yield Compared(
             point["phase"],
             point["chunk"],

@@ -1,11 +1,11 @@
-"""How much memory computing takes beside weights and KV cache: modelled, per back end.
+"""How much memory prefill takes beside weights and KV cache: modelled, per back end.
 
-The peak is in prefill. Two things decide it: what attention materialises per chunk of the prompt
-and token of context, and what the feed-forward part makes of a chunk. Each back end keeps so many
-copies of each such array at its peak as ``COPIES`` says, fitted to MLX's own peaks over a grid of
-chunks and contexts (docs/memory-model.md has every point; ``scripts/memory-model`` measures and
-writes it). Parts are added up: mlx frees an array when its last user has run, and keeps several
-operations in flight.
+Decode, which takes less, is in ``planning.activation_decode``. Two things decide it: what attention
+materialises per chunk of the prompt and token of context, and what the feed-forward part makes of a
+chunk. Each back end keeps so many copies of each such array at its peak as ``COPIES`` says, fitted
+to MLX's own peaks over a grid of chunks and contexts (docs/memory-model.md has every point;
+``scripts/memory-model`` writes it). Parts are added up: mlx frees an array when its last user has
+run, and keeps several operations in flight.
 
 *Latent attention* (MLA; DeepSeek-V3, Kimi K2) in mlx-lm makes scores ``[heads, chunk, context]``
 with a masked copy, and expands keys and values from the latent. Where the projection that does so
@@ -35,6 +35,7 @@ PREFILL_CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)
 
 _FUSED_HEAD_SIZES = frozenset({64, 80, 128})
 _FLOAT32_BYTES = 4
+_PAGE_BYTES = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ COPIES: dict[str, dict[str, Copies]] = {
     },
     "grouped": {
         "cpu": Copies(1.03, 0.0, 0.0, 13.2, 2.0, 3.8, 1.5),
-        "cuda": Copies(1.03, 0.0, 0.0, 0.0, 4.6, 3.5, 4.6),
+        "cuda": Copies(1.03, 0.0, 0.0, 5.5, 3.0, 3.4, 3.0),
         "metal": Copies(1.03, 0.0, 0.0, 13.2, 2.0, 3.8, 1.5),
     },
 }
@@ -158,55 +159,39 @@ def activation_demand(
     chunk = min(chunk_tokens, context_length)
     heads = ceil(shape.heads / slices)
     copies = COPIES["latent" if shape.latent_size else "grouped"][backend]
+    hidden = chunk * shape.hidden * itemsize
+    if backend == "cuda":
+        hidden = allocated_bytes(hidden)
     return ActivationDemand(
         _attention_bytes(shape, backend, copies, heads, chunk, context_length, itemsize),
-        _feed_forward_bytes(shape, copies, chunk, itemsize, slices),
-        int(copies.hidden * chunk * shape.hidden * itemsize),
-        _logits_bytes(shape, concurrency, itemsize) if samples else 0,
+        feed_forward_bytes(shape, copies, chunk, itemsize, slices),
+        int(_hidden_copies(shape, backend, copies, itemsize) * hidden),
+        logits_bytes(shape, concurrency, itemsize) if samples else 0,
     )
 
 
-def decode_demand(
-    shape: ActivationShape,
-    *,
-    backend: Backend,
-    context_length: int,
-    concurrency: int,
-    itemsize: int,
-    slices: int = 1,
-    samples: bool = True,
-) -> ActivationDemand:
-    """Model one rank's peak while all sequences decode one token at a full context.
-
-    Latent attention stays in the latent space for a single token: it makes scores and a masked
-    copy of them, and expands nothing. CUDA makes four copies of the scores, and one of the latent
-    vectors in use, which are a part of a larger buffer (measured: docs/memory-model.md). Arguments
-    are those of ``activation_demand``.
-    """
-    heads = ceil(shape.heads / slices)
-    rows = concurrency
-    copies = COPIES["latent" if shape.latent_size else "grouped"][backend]
-    scores = heads * rows * context_length * itemsize
-    if shape.latent_size and backend == "cuda":
-        attention = 4 * scores + rows * context_length * shape.latent_size * itemsize
-    elif shape.latent_size:
-        attention = 2 * scores
-    else:
-        projections = 4 * rows * heads * shape.head_size * itemsize
-        attention = projections + (0 if _is_fused(shape, backend, itemsize) else scores)
-    return ActivationDemand(
-        attention,
-        _feed_forward_bytes(shape, copies, rows, itemsize, slices),
-        4 * rows * shape.hidden * itemsize,
-        _logits_bytes(shape, concurrency, itemsize) if samples else 0,
-    )
-
-
-def _is_fused(shape: ActivationShape, backend: Backend, itemsize: int) -> bool:
+def is_fused(shape: ActivationShape, backend: Backend, itemsize: int) -> bool:
     """Whether scores are never written to memory."""
     if backend == "cuda" and itemsize == _FLOAT32_BYTES:
         return False
     return backend != "cpu" and shape.head_size in _FUSED_HEAD_SIZES
+
+
+def _hidden_copies(
+    shape: ActivationShape, backend: Backend, copies: Copies, itemsize: int
+) -> float:
+    """Where CUDA makes scores, it lays queries, keys and values out anew for it."""
+    laid_out = (
+        backend == "cuda" and not shape.latent_size and not is_fused(shape, backend, itemsize)
+    )
+    return copies.hidden + (3 if laid_out else 0)
+
+
+def allocated_bytes(size_bytes: int) -> int:
+    """What MLX's GPU back ends take for so many bytes: whole pages, or below one a power of two."""
+    if size_bytes >= _PAGE_BYTES:
+        return ceil(size_bytes / _PAGE_BYTES) * _PAGE_BYTES
+    return 1 << max(0, size_bytes - 1).bit_length()
 
 
 def _attention_bytes(
@@ -223,12 +208,12 @@ def _attention_bytes(
         expanded = copies.expanded * heads * shape.expanded_size * context * itemsize
         latent = copies.latent * heads * shape.latent_size * context * itemsize
         return int(scores + expanded + (latent if shape.quantized else 0))
-    if _is_fused(shape, backend, itemsize):
+    if is_fused(shape, backend, itemsize):
         return 0
     return int(scores)
 
 
-def _feed_forward_bytes(
+def feed_forward_bytes(
     shape: ActivationShape, copies: Copies, chunk: int, itemsize: int, slices: int
 ) -> int:
     if not shape.experts:
@@ -239,6 +224,6 @@ def _feed_forward_bytes(
     return int(rows * (copies.expert_hidden * shape.hidden + copies.expert_inner * inner))
 
 
-def _logits_bytes(shape: ActivationShape, concurrency: int, itemsize: int) -> int:
+def logits_bytes(shape: ActivationShape, concurrency: int, itemsize: int) -> int:
     """One row per sequence, since k2 samples after a step of one token, and two float32 copies."""
     return shape.vocabulary * concurrency * (itemsize + 2 * _FLOAT32_BYTES)

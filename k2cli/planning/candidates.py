@@ -13,7 +13,8 @@ from itertools import permutations
 from typing import Any
 
 from k2cli.errors import UsageError
-from k2cli.planning.activation import activation_demand, decode_demand
+from k2cli.planning.activation import activation_demand
+from k2cli.planning.activation_decode import decode_demand
 from k2cli.planning.demand import Demand
 from k2cli.planning.hardware import NodeMemory
 from k2cli.planning.memory import communication_bytes, node_budget
@@ -261,7 +262,9 @@ def _over_orders(
 
 
 def _totals(ground: Ground, whole: Slices, held: StageBytes, node: NodeMemory, chunk: int) -> Any:
-    activation = partial(_activation, ground, node, chunk, 1)
+    # As many layers as a stage could have: what a few more hold is little.
+    layers = whole.profile.layer_count
+    activation = partial(_activation, ground, node, chunk, 1, layers=layers)
     return stage_totals(
         held,
         max(activation(samples=False)),
@@ -313,7 +316,9 @@ def _budgets(
     for node, part in zip(nodes, placement.ranks, strict=True):
         first, past_last = part.layers
         samples = past_last == profile.layer_count
-        prefill, decode = _activation(ground, node, chunk, slices.count, samples=samples)
+        prefill, decode = _activation(
+            ground, node, chunk, slices.count, samples=samples, layers=past_last - first
+        )
         budget = node_budget(
             node,
             sharers=names.count(node.name),
@@ -335,7 +340,7 @@ def _held(cache: tuple[int, ...], placement: Placement, layers: tuple[int, int])
 
 
 def _activation(
-    ground: Ground, node: NodeMemory, chunk: int, slices: int, *, samples: bool
+    ground: Ground, node: NodeMemory, chunk: int, slices: int, *, samples: bool, layers: int
 ) -> tuple[int, int]:
     """Peaks of prefill and of decode on a node."""
     demand, subject = ground.demand, ground.model.subject
@@ -349,7 +354,8 @@ def _activation(
         "samples": samples,
     }
     prefill = activation_demand(subject.shape, chunk_tokens=chunk, **common)
-    return prefill.peak_bytes, decode_demand(subject.shape, **common).peak_bytes
+    decode = decode_demand(subject.shape, layers=layers, **common)
+    return prefill.peak_bytes, decode.peak_bytes
 
 
 def _communication(ground: Ground, slices: Slices, strategy: str, chunk: int) -> int:

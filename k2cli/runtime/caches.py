@@ -138,6 +138,11 @@ class CacheTable:
         else:
             self._settle(sequence, own, keep_as)
 
+    def batch_bytes(self, batch: int) -> int:
+        """What a batch's caches take; 0 if there is no such batch yet."""
+        entry = self.batches.get(batch)
+        return sum(cache.nbytes for cache in entry.caches) if entry else 0
+
     def drop_prefix(self, prefix: int) -> None:
         """Forget a kept prefix."""
         del self.prefixes[prefix], self._prefix_tokens[prefix]
@@ -205,6 +210,8 @@ def make_room(caches: LayerCaches, tokens: int) -> None:
             continue
         if cache.keys is None or used + tokens <= cache.keys.shape[2]:
             continue
+        if patient:
+            mx.synchronize()  # what a step in flight holds must not pass for the old copy
         # To a whole number of steps, as admission counts; mlx-lm would add to what was merged.
         more = -(-(used + tokens) // cache.step) * cache.step - used
         held = mx.get_active_memory() - cache.keys.nbytes - cache.values.nbytes

@@ -89,6 +89,7 @@ class Executor:
         self._advance = advance
         # For other ranks' hidden states, since the start.
         self.waited_seconds = 0.0
+        self._on_gpu = mx.default_device() == mx.gpu
         self._transfers = mx.new_stream(mx.cpu)
         self._departing: mx.array | None = None
         self._fed: mx.array | None = None
@@ -141,6 +142,8 @@ class Executor:
         # Layer by layer: bounds each evaluation, and shows the guard that work gets on.
         for entry in caches:
             mx.eval(entry.state)
+            if self._on_gpu:
+                mx.synchronize()  # a GPU gives back what a layer took only some time after it
             self._advance("busy")
         if not self.stage.is_last:
             self._send(output)

@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from k2cli.runtime.control import Followers
 from k2cli.runtime.executor import Executor, StepResult
+from k2cli.runtime.lookahead import CopyWatch, device_limit_bytes
 from k2cli.runtime.protocol import Decision, Decode, Prefill, PrefillTogether
 from k2cli.runtime.requests import Running
 
@@ -70,6 +71,7 @@ class StepQueue:
         self._executor = executor
         self._followers = followers
         self._deferred = executor.is_pipeline
+        self._watch = CopyWatch(device_limit_bytes())
         self._steps: deque[Step] = deque()
         self._number = 0
 
@@ -90,6 +92,12 @@ class StepQueue:
             for step in self._steps
             if isinstance(step.decision, Decode) and step.decision.batch == batch
         ]
+
+    def may_look_ahead(self, batch: int) -> bool:
+        """Whether a batch's next decode may be laid out while this one is being computed."""
+        if not self._watch.watches:
+            return True
+        return self._watch.allows(self._executor.caches.batch_bytes(batch), mx.get_active_memory())
 
     def submit(
         self, decision: Decision, rows: Sequence[Running] = (), chosen: mx.array | None = None
@@ -139,6 +147,7 @@ class StepQueue:
 
     def _carry_out(self, step: Step, chosen: mx.array | None) -> None:
         started, waited = time.monotonic(), self._executor.waited_seconds
+        before_bytes = mx.get_active_memory()
         step.result = self._executor.carry_out(step.decision, chosen)
         step.seconds = time.monotonic() - started
         step.waited_seconds = self._executor.waited_seconds - waited
@@ -146,3 +155,6 @@ class StepQueue:
             step.chosen = choose_tokens(step.rows, step.result.logits)
             # The logits too: no token may come of them, and yet every rank must do every sum.
             mx.async_eval(step.chosen, *step.result.to_compute)  # type: ignore[no-untyped-call]
+        if self._watch.watches and isinstance(step.decision, Decode) and step.decision.ahead:
+            cache_bytes = self._executor.caches.batch_bytes(step.decision.batch)
+            self._watch.observe(cache_bytes, mx.get_active_memory() - before_bytes)

@@ -65,10 +65,10 @@ def test_peak_of_decode_is_what_mlx_measures(grid: Grid, rows: int) -> None:
 def test_recorded_grids_agree_with_the_model_and_the_page() -> None:
     for recording in recordings():
         found = list(compared(recording))
-        if recording["itemsize"] == 2 or recording["backend"] == "cpu":
-            assert share_within(found, SMALL_BYTES) == 1, recording["label"]
-            prefill = [point for point in found if point.phase == "prefill"]
-            assert share_within(prefill) >= 0.9, recording["label"]
+        assert share_within(found, SMALL_BYTES) == 1, recording["label"]
+        # One of 24 points that the fit has not seen is a length that asks for less workspace.
+        least = 0.95 if "not fitted" in recording["label"] else 1
+        assert share_within(found) >= least, recording["label"]
     assert PAGE.read_text() == page(), "run scripts/memory-model"
 
 

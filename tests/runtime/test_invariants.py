@@ -23,7 +23,8 @@ from mlx.utils import tree_flatten
 
 from k2cli.errors import ClusterError
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.planning.activation import activation_shape, decode_demand
+from k2cli.planning.activation import activation_shape
+from k2cli.planning.activation_decode import decode_demand
 from k2cli.planning.memory import slack_bytes
 from k2cli.runtime.control import Followers
 from k2cli.runtime.engine import Engine

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from k2cli.runtime import lookahead
-from k2cli.runtime.lookahead import looks_ahead
+from k2cli.runtime.lookahead import CopyWatch, looks_ahead
+from k2cli.units import GB
 from tests.runtime.rank_pool import RankPool, assignments, running
 
 
@@ -33,6 +34,31 @@ def test_tensor_slices_look_ahead_where_they_have_cores_to_spare(
     monkeypatch.setattr(lookahead, "usable_cores", lambda: cores)
     parts = assignments(toy_k2, strategy, len(nodes), nodes=nodes)
     assert looks_ahead(parts[0]) is expected
+
+
+def test_a_gpu_that_copies_caches_for_a_step_ahead_gets_none_with_large_caches() -> None:
+    watch = CopyWatch(limit_bytes=100 * GB)
+    assert watch.allows(cache_bytes=40 * GB, active_bytes=50 * GB)  # room to find out
+    watch.observe(cache_bytes=40 * GB, grown_bytes=41 * GB)
+    assert not watch.allows(cache_bytes=40 * GB, active_bytes=50 * GB)
+    assert not watch.allows(cache_bytes=1 * GB, active_bytes=50 * GB)
+    assert watch.allows(cache_bytes=GB // 10, active_bytes=99 * GB)  # small enough to copy
+
+
+def test_a_step_ahead_needs_room_for_a_copy_until_caches_were_seen_not_to_be_copied() -> None:
+    watch = CopyWatch(limit_bytes=100 * GB)
+    assert not watch.allows(cache_bytes=40 * GB, active_bytes=70 * GB)
+    assert watch.allows(cache_bytes=20 * GB, active_bytes=70 * GB)
+    watch.observe(cache_bytes=20 * GB, grown_bytes=GB)
+    assert watch.allows(cache_bytes=40 * GB, active_bytes=70 * GB)
+    assert not watch.allows(cache_bytes=41 * GB, active_bytes=70 * GB)
+
+
+def test_the_cpu_is_not_watched() -> None:
+    watch = CopyWatch(limit_bytes=0)
+    watch.observe(cache_bytes=40 * GB, grown_bytes=41 * GB)
+    assert not watch.watches
+    assert watch.allows(cache_bytes=40 * GB, active_bytes=99 * GB)
 
 
 @pytest.mark.ranks
