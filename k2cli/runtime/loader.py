@@ -23,6 +23,7 @@ from k2cli.models.checkpoint import DTYPE_BITS, Checkpoint, StoredTensor, read_c
 from k2cli.runtime.protocol import Assignment, HeldTensor
 from k2cli.runtime.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
+from k2cli.sharding.coverage import WholeModel, describe_whole
 from k2cli.sharding.footprint import kv_cache_bytes
 from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, part_slices
@@ -33,7 +34,7 @@ from k2cli.sharding.trace import cut, parameters, running_model, trace_model
 
 @dataclass(frozen=True, slots=True)
 class LoadedPart:
-    """A rank's part, evaluated, and the list of what it holds.
+    """A rank's part, evaluated, and the list of what it holds; ``whole`` is what all hold together.
 
     ``bytes_read`` is what was asked of the files, beside their headers; ``bytes_over_read`` is how
     much of it is in no parameter (``tensor_reader`` says why). For parameters that mlx evaluates,
@@ -41,6 +42,7 @@ class LoadedPart:
     """
 
     stage: Stage
+    whole: WholeModel
     held: list[HeldTensor]
     weights_bytes: int
     bytes_read: int = 0
@@ -66,7 +68,7 @@ def placement_of(assignment: Assignment) -> Placement:
 
 
 def trace_whole(assignment: Assignment) -> nn.Module:
-    """The whole model as the checkpoint's headers describe it, lazily: what coverage is held to."""
+    """The whole model as the checkpoint's headers describe it, lazily."""
     checkpoint = read_checkpoint(Path(assignment.model_path))
     stored = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
     return trace_model(checkpoint.config, stored, assignment.dtype)
@@ -94,6 +96,7 @@ class _OpenPart:
     """
 
     stage: Stage
+    whole: WholeModel
     origins: dict[str, _Origin]
     whole_sizes: dict[str, tuple[int, int]]
 
@@ -121,7 +124,7 @@ def load_part(
         HeldTensor(name, list(value.shape), str(value.dtype), value.nbytes)
         for name, value in parameters(model).items()
     ]
-    return LoadedPart(opened.stage, held, total, read, read - taken)
+    return LoadedPart(opened.stage, opened.whole, held, total, read, read - taken)
 
 
 def _check_planned(
@@ -161,6 +164,7 @@ def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _O
     if assignment.dtype != "checkpoint":
         cast(model, FLOAT_TYPES[assignment.dtype])
     whole = parameters(model)
+    described = describe_whole(model)
     stage = cut(checkpoint.config, model, placement_of(assignment), group)
     part = parameters(stage.model)
     if assignment.strategy == "tensor":
@@ -180,7 +184,7 @@ def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _O
         and suits(unchanged[taken.source], taken)
         and taken.result_shape == tuple(part[name].shape)
     }
-    return _OpenPart(stage, origins, whole_sizes)
+    return _OpenPart(stage, described, origins, whole_sizes)
 
 
 def _read(opened: _OpenPart, on_bytes: Callable[[int], None]) -> tuple[int, int]:

@@ -254,7 +254,7 @@ class Rank:
 
     def _check_coverage(self, followers: Any, part: Any) -> None:
         """Wait for every rank's list of what it holds, and hold them against the checkpoint."""
-        from k2cli.runtime.loader import placement_of, trace_whole
+        from k2cli.runtime.loader import placement_of
         from k2cli.sharding.coverage import check_coverage
 
         held = {0: part.held}
@@ -270,7 +270,7 @@ class Rank:
         shapes = [
             {tensor.name: tuple(tensor.shape) for tensor in held[rank]} for rank in sorted(held)
         ]
-        check_coverage(trace_whole(self._assignment), placement_of(self._assignment), shapes)
+        check_coverage(part.whole, placement_of(self._assignment), shapes)
 
     def _shutdown_asked(self) -> bool:
         with contextlib.suppress(queue.Empty):

@@ -30,6 +30,24 @@ class _Names:
     tied_embedding: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class WholeModel:
+    """What the ranks have to hold together: made by ``describe_whole``."""
+
+    shapes: Shapes
+    names: _Names
+
+
+def describe_whole(model: nn.Module) -> WholeModel:
+    """Note what a model holds, before it is cut; lazily opened tensors will do.
+
+    Args:
+        model: the whole model, as the checkpoint's headers describe it.
+    """
+    shapes = {name: tuple(value.shape) for name, value in parameters(model).items()}
+    return WholeModel(shapes, _names(model))
+
+
 def _names(model: nn.Module) -> _Names:
     parts = anatomy(model)
     modules = [parent[name] for parent, name in parts.embeddings]
@@ -64,11 +82,11 @@ def _adds_up(whole: tuple[int, ...], parts: Sequence[tuple[int, ...]]) -> bool:
     return len(differing) == 1 and parts[0][differing[0]] * len(parts) == whole[differing[0]]
 
 
-def check_coverage(model: nn.Module, placement: Placement, held: Sequence[Shapes]) -> int:
+def check_coverage(whole_model: WholeModel, placement: Placement, held: Sequence[Shapes]) -> int:
     """Prove that the ranks hold the model as placed.
 
     Args:
-        model: the whole model, traced from the checkpoint's headers and not cut.
+        whole_model: what there is to hold.
         held: per rank, the shapes of the tensors that it has loaded.
 
     Returns:
@@ -77,8 +95,7 @@ def check_coverage(model: nn.Module, placement: Placement, held: Sequence[Shapes
     Raises:
         ClusterError: naming tensors that are missing, misplaced, misshapen or unknown.
     """
-    whole = {name: tuple(value.shape) for name, value in parameters(model).items()}
-    names = _names(model)
+    whole, names = whole_model.shapes, whole_model.names
     problems: list[str] = []
     for name, shape in whole.items():
         wanted = _holders(name, placement, names)

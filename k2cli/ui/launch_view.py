@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-
-from k2cli.ui.output import note, stderr_console
+from k2cli.ui.output import note, stderr_console, stderr_is_plain
 from k2cli.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class LaunchView:
@@ -29,18 +31,7 @@ class LaunchView:
         self._phases: dict[int, str] = {}
         self._tasks: dict[int, TaskID] = {}
         self._told_failure = False
-        console = stderr_console()
-        self._bars = (
-            Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.fields[figures]}", markup=False),
-                console=console,
-                transient=True,
-            )
-            if console.is_terminal and os.environ.get("TERM") != "dumb"
-            else None
-        )
+        self._bars = None if stderr_is_plain() else _bars()
 
     def __enter__(self) -> LaunchView:
         if self._bars is not None:
@@ -118,6 +109,22 @@ class LaunchView:
 
     def _who(self, rank: int) -> str:
         return f"rank {rank} on {self._nodes[rank]}"
+
+
+def _bars() -> Progress | None:
+    """A bar per rank, on a terminal that can draw one."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = stderr_console()
+    if not console.is_terminal or os.environ.get("TERM") == "dumb":
+        return None
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+        console=console,
+        transient=True,
+    )
 
 
 def print_last_lines(lines: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from k2cli.errors import ClusterError
 from k2cli.sharding.assemble import build
-from k2cli.sharding.coverage import check_coverage
+from k2cli.sharding.coverage import check_coverage, describe_whole
 from k2cli.sharding.placement import Placement, RankPlacement, Strategy, even_split
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import cut, parameters
@@ -41,7 +41,7 @@ def _held(placement: Placement) -> Held:
 )
 def test_what_was_placed_is_proven(strategy: Strategy, size: int) -> None:
     placement = _placement(strategy, size)
-    proven = check_coverage(build(CONFIG), placement, _held(placement))
+    proven = check_coverage(describe_whole(build(CONFIG)), placement, _held(placement))
     assert proven == len(parameters(build(CONFIG)))
 
 
@@ -50,7 +50,7 @@ def test_a_layer_that_no_stage_loaded_is_named() -> None:
     held = _held(placement)
     held[1] = {name: shape for name, shape in held[1].items() if ".layers.1." not in name}
     with pytest.raises(ClusterError, match=r"model\.layers\.1\..* held by ranks \[\]"):
-        check_coverage(build(CONFIG), placement, held)
+        check_coverage(describe_whole(build(CONFIG)), placement, held)
 
 
 def test_two_ranks_that_split_differently_are_found() -> None:
@@ -58,7 +58,7 @@ def test_two_ranks_that_split_differently_are_found() -> None:
     other = Placement("pipeline", (RankPlacement(0, "n0", (3, 5)), RankPlacement(1, "n1", (0, 3))))
     held = [_held(placement)[0], _held(other)[1]]
     with pytest.raises(ClusterError, match=r"layers\.2\..*held by ranks \[0, 1\]"):
-        check_coverage(build(CONFIG), placement, held)
+        check_coverage(describe_whole(build(CONFIG)), placement, held)
 
 
 def test_a_slice_that_does_not_add_up_is_found() -> None:
@@ -67,7 +67,7 @@ def test_a_slice_that_does_not_add_up_is_found() -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     held[1][name] = (held[1][name][0] // 2, *held[1][name][1:])
     with pytest.raises(ClusterError, match=name):
-        check_coverage(build(CONFIG), placement, held)
+        check_coverage(describe_whole(build(CONFIG)), placement, held)
 
 
 def test_tensors_that_the_model_does_not_have_are_found() -> None:
@@ -75,4 +75,4 @@ def test_tensors_that_the_model_does_not_have_are_found() -> None:
     held = _held(placement)
     held[0]["model.layers.0.backdoor.weight"] = (1,)
     with pytest.raises(ClusterError, match="backdoor"):
-        check_coverage(build(CONFIG), placement, held)
+        check_coverage(describe_whole(build(CONFIG)), placement, held)
