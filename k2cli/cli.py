@@ -12,7 +12,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -36,8 +35,6 @@ _COMMANDS = (
     ("bench", "bench"),
 )
 _GROUPS = ("cluster",)
-_READ_PLAINLY = frozenset({"launch", "ps", "logs", "stop"})
-"""Commands whose plain lines do without typer's parser."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,8 +54,8 @@ def _root(
     """Run trillion-parameter open models on a few Apple Silicon machines of your own."""
 
 
-def build_app() -> typer.Typer:
-    """The application with all its commands."""
+def build_app(only: str | None = None) -> typer.Typer:
+    """The application with all its commands, or with ``only`` that one: building takes time."""
     app = typer.Typer(
         name="k2",
         no_args_is_help=True,
@@ -72,27 +69,24 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for name, module_name in _COMMANDS:
+        if only not in (None, name):
+            continue
         module = importlib.import_module(f"k2cli.commands.{module_name}")
         command = getattr(module, module_name)
         # Said in full, or else the list of commands cuts it off in the middle.
         app.command(name, short_help=_first_paragraph(command))(command)
     for name in _GROUPS:
+        if only not in (None, name):
+            continue
         module = importlib.import_module(f"k2cli.commands.{name}")
         app.add_typer(getattr(module, name), name=name)
     return app
 
 
-def _plain_call(words: Sequence[str]) -> Callable[[], object] | None:
-    """The call that a plain command line means; None if typer has to read it."""
-    name = words[0] if words else ""
-    if name not in _READ_PLAINLY:
-        return None
-    from k2cli.commands._plain import plain_arguments
-
-    module_name = dict(_COMMANDS)[name]
-    command = getattr(importlib.import_module(f"k2cli.commands.{module_name}"), module_name)
-    arguments = plain_arguments(command, words[1:])
-    return partial(command, **arguments) if arguments is not None else None
+def _only(words: Sequence[str]) -> str | None:
+    """The command that a line begins with; None if all of them have to be known."""
+    name = words[0] if words else None
+    return name if name in {*dict(_COMMANDS), *_GROUPS} else None
 
 
 def _first_paragraph(function: Callable[..., object]) -> str:
@@ -136,11 +130,8 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        if (plain := _plain_call(words)) is not None:
-            code = plain()
-            return code if isinstance(code, int) else 0
         # Not standalone: the parser would report wrong values itself, without saying them.
-        code = build_app()(args=list(words), prog_name="k2", standalone_mode=False)
+        code = build_app(_only(words))(args=list(words), prog_name="k2", standalone_mode=False)
     except _PARSER_ERROR as error:
         from k2cli.commands._mistakes import said_of
 
@@ -148,8 +139,6 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
             error.show()
             return UsageError.exit_code
         raise said_of(error) from error
-    except typer.Exit as end:
-        return end.exit_code
     except typer.Abort as error:
         raise K2Error("the input ended before an answer came") from error
     return code if isinstance(code, int) else 0

@@ -30,19 +30,19 @@ EXAMPLES: Mapping[str, str] = {
 
 _KINDS = {"int": "a whole number", "float": "a number"}
 _LONGEST = 60
+_CHOICES = " is not one of "
 
 
 def said_of(error: Exception) -> UsageError:
     """A parser's usage error in k2's words, with a hint that can be copied."""
     command = str(getattr(getattr(error, "ctx", None), "command_path", None) or "k2")
     parameter = getattr(error, "param", None)
-    cause: Any = error.__cause__
-    if isinstance(error, typer.BadParameter) and parameter is not None and cause is not None:
-        details = cause.errors()[0] if hasattr(cause, "errors") else {}
+    if isinstance(error, typer.BadParameter) and parameter is not None:
+        said = str(error.message)
         name = _name(parameter)
-        message = _wrong_value(name, details)
+        message = _wrong_value(name, parameter.type, said)
         if message is not None:
-            return UsageError(message, f"{command} {_example(name, details)}")
+            return UsageError(message, f"{command} {_example(name, said)}")
     message = str(error.format_message() if hasattr(error, "format_message") else error)
     return UsageError(f"{message[:1].lower()}{message[1:].removesuffix('.')}", f"{command} --help")
 
@@ -50,34 +50,32 @@ def said_of(error: Exception) -> UsageError:
 def _name(parameter: Any) -> str:
     """``--repetitions`` of an option; of an argument the name that the usage line has."""
     names = [name for name in parameter.opts if name.startswith("-")]
-    return max(names, key=len) if names else str(parameter.make_metavar()).strip("[]{}")
+    return max(names, key=len) if names else str(parameter.human_readable_name).strip("[]{}")
 
 
-def _wrong_value(name: str, details: Mapping[str, Any]) -> str | None:
-    kind, bounds = str(details.get("type", "")), details.get("ctx", {})
-    value = str(details.get("input"))
-    value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
-    for prefix, words in _KINDS.items():
-        if kind.startswith(prefix):
-            return f"{name} '{value}' is not {words}"
-    if value == "nan":  # neither too small nor too large
-        return f"{name} 'nan' is not a number"
-    if kind == "greater_than_equal":
-        return f"{name} {value} is too small: the least is {bounds['ge']:g}"
-    if kind == "less_than_equal":
-        return f"{name} {value} is too large: the most is {bounds['le']:g}"
-    if kind == "value_error":
-        return f"{name} {str(details['msg']).removeprefix('Value error, ').removesuffix('.')}"
+def _wrong_value(name: str, kind: Any, said: str) -> str | None:
+    """What is wrong with a value; ``said`` is the parser's sentence, which begins with it."""
+    value, not_valid, _ = said.rpartition(" is not a valid ")
+    if not_valid:
+        words = _KINDS.get(str(kind.name).partition(" ")[0])
+        return f"{name} '{_shortened(value[1:-1])}' is not {words}" if words else None
+    value, beyond, _ = said.partition(" is not in the range ")
+    if beyond and kind.min is not None and float(value) < kind.min:
+        return f"{name} {_shortened(value)} is too small: the least is {kind.min:g}"
+    if beyond:
+        return f"{name} {_shortened(value)} is too large: the most is {kind.max:g}"
+    if _CHOICES in said:
+        return f"{name} {said.removesuffix('.')}"
     return None
 
 
-def _example(name: str, details: Mapping[str, Any]) -> str:
+def _shortened(value: str) -> str:
+    return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+
+
+def _example(name: str, said: str) -> str:
     """The option with a value that it takes."""
-    bounds = details.get("ctx", {})
     if name in EXAMPLES:
         return f"{name} {EXAMPLES[name]}"
-    for bound in ("ge", "le"):
-        if bound in bounds:
-            return f"{name} {bounds[bound]}"
-    choices = str(details.get("msg", "")).partition("is not one of ")[2].rstrip(".")
+    choices = said.partition(_CHOICES)[2].rstrip(".")
     return f"{name} {choices.partition(',')[0].strip(chr(39))}" if choices else "--help"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
@@ -43,6 +44,7 @@ def chat(
     from k2cli.chat.client import ApiClient, GenerationOptions
     from k2cli.chat.session import ChatSession
 
+    temperature = _checked_temperature(temperature)
     question = _question(prompt, interactive=not as_json)
     target = resolve_target(model, url, api_key)
     options = GenerationOptions(max_tokens, temperature, seed)
@@ -54,6 +56,15 @@ def chat(
             _answer_as_json(session, question)
         else:
             _answer(session, question)
+
+
+def _checked_temperature(temperature: float | None) -> float | None:
+    """The parser lets ``nan`` through: it is neither too small nor too large."""
+    from k2cli.errors import UsageError
+
+    if temperature is not None and math.isnan(temperature):
+        raise UsageError("--temperature 'nan' is not a number", "k2 chat --temperature 0.7")
+    return temperature
 
 
 def _question(prompt: str | None, *, interactive: bool) -> str | None:
