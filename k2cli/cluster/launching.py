@@ -21,6 +21,7 @@ from k2cli.cluster.preparation import PreparedRun
 from k2cli.cluster.runs import (
     EVENTS_NAME,
     LOG_NAME,
+    Listener,
     RunRecord,
     read_record,
     remove_leftovers,
@@ -30,7 +31,6 @@ from k2cli.cluster.standby import Standby, start_supervisor
 from k2cli.errors import ClusterError
 from k2cli.runtime.protocol import RunEvent
 
-Listener = Callable[[RunEvent], None]
 _POLL_SECONDS = 0.02
 _STOP_SECONDS = 25.0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -20,12 +21,15 @@ from k2cli.cluster.agent import remove_scratch
 from k2cli.cluster.locks import release_locks
 from k2cli.cluster.nodes import REACH_SECONDS, node_named
 from k2cli.errors import ClusterError, K2Error
+from k2cli.runtime.protocol import RunEvent
 from k2cli.settings import runs_directory
 
 SCHEMA_VERSION = 1
 KEPT_RECORDS = 20
 EVENTS_NAME = "events.jsonl"
 LOG_NAME = "supervisor.log"
+Listener = Callable[[RunEvent], None]
+"""Hears what happens in a run."""
 RunState = Literal[
     "starting",
     "loading",

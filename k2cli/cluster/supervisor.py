@@ -29,7 +29,7 @@ from k2cli.cluster.outcome import Outcome
 from k2cli.cluster.processes import Processes
 from k2cli.cluster.pulse import Pulse
 from k2cli.cluster.restarting import Attempts, renewed
-from k2cli.cluster.runs import LOG_NAME, RunRecord, read_record
+from k2cli.cluster.runs import LOG_NAME, Listener, RunRecord, read_record
 from k2cli.cluster.signals import obey_signals
 from k2cli.cluster.specification import RunSpecification, read_specification
 from k2cli.cluster.warm_guards import STANDBY, WarmGuards, called_up, stand_by
@@ -46,7 +46,6 @@ from k2cli.runtime.protocol import (
     StopRun,
 )
 
-Listener = Callable[[RunEvent], None]
 # A guard that ends its attempt: the ranks' SIGTERM and SIGKILL, and the followers' word.
 _GUARD_ENDS_SECONDS = 10.0
 # Beyond the ranks' own grace: the guards' SIGTERM, SIGKILL and checks.

@@ -95,7 +95,7 @@ class ActivationShape:
 
 @dataclass(frozen=True, slots=True)
 class ActivationDemand:
-    """Bytes at the peak of prefill on one rank, by cause."""
+    """Bytes at the peak of a step of prefill or decode on one rank, by cause."""
 
     attention_bytes: int
     feed_forward_bytes: int
