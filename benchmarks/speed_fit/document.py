@@ -219,7 +219,8 @@ def constants_toml(outcome: Outcome, fitted_on: str) -> str:
     """The package's constants."""
     lines = [
         "# Written by scripts/fit-speed-model; docs/design/speed-model.md says from what, and",
-        "# how well it predicts. Shares are of a chip's published peaks, seconds of a layer or collective.",
+        "# how well it predicts. Shares are of a chip's published peaks, seconds of a layer or a",
+        "# collective.",
         f'fitted_on = "{fitted_on}"',
         f'digest = "{outcome.digest}"',
         "",
