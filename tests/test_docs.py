@@ -19,7 +19,8 @@ from k2cli.cli import _COMMANDS, build_app
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FLAG = r"(?<![\w-])--?[a-z][\w-]*"
-CONTRACTS = (ROOT / "docs" / "reference" / "contracts.md").read_text()
+REFERENCE = ROOT / "docs" / "reference"
+CONTRACTS = (REFERENCE / "contracts.md").read_text()
 
 
 def test_command_reference_is_current() -> None:
@@ -46,6 +47,15 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
 
 def test_documents_are_finished() -> None:
     assert [path.name for path in DOCUMENTS if re.search(r"@@|TODO|FIXME", path.read_text())] == []
+
+
+def test_every_environment_variable_is_documented() -> None:
+    page = (REFERENCE / "configuration.md").read_text()
+    named: set[str] = set()
+    for path in (ROOT / "k2cli").rglob("*.py"):
+        named |= set(re.findall(r'"(K2_[A-Z_]+)"', path.read_text()))
+    assert named
+    assert {name for name in named if f"`{name}`" not in page} == set()
 
 
 def _promised_flags(command: str) -> list[str]:
@@ -96,7 +106,8 @@ def test_every_command_that_is_shown_can_be_typed() -> None:
 
 
 def test_exit_codes_are_those_of_the_error_tree() -> None:
-    rows = re.findall(r"^\| (\d+) \| .* \| `(\w+)` \|$", CONTRACTS, re.MULTILINE)
+    page = (REFERENCE / "exit-codes.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| .* \| `(\w+)` \|$", page, re.MULTILINE)
     assert {name: int(code) for code, name in rows} == {
         cls.__name__: cls.exit_code for cls in (errors.K2Error, *errors.K2Error.__subclasses__())
     }
