@@ -22,6 +22,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from k2cli.cluster.run_processes import run_of
+
 ROOT = Path(__file__).resolve().parent.parent
 SESSION_MARK = "K2_TEST_SESSION"
 OLD_MODEL_SECONDS = 24 * 3600
@@ -87,7 +89,7 @@ def _ctrl_c_reaches_children() -> None:
 
 def _belongs_to(process: psutil.Process, mark: str) -> bool:
     try:
-        if not any("k2cli.runtime" in part for part in process.cmdline()):
+        if run_of(process.cmdline()) is None:
             return False
         alive = process.status() != psutil.STATUS_ZOMBIE
         return alive and process.environ().get(SESSION_MARK) == mark

@@ -7,6 +7,8 @@ from collections import defaultdict
 import msgspec
 import psutil
 
+from k2cli.cluster.run_processes import run_of
+
 
 class RunHere(msgspec.Struct, frozen=True):
     """The processes of one run on one node, and the memory that they hold."""
@@ -22,24 +24,18 @@ class Activity(msgspec.Struct, frozen=True):
     runs: tuple[RunHere, ...] = ()
 
 
-def activity(mark: str) -> Activity:
-    """Look at this machine's processes; those of runs have ``mark`` on their command lines."""
+def activity() -> Activity:
+    """Look for processes of runs on this machine."""
     found: dict[str, list[int]] = defaultdict(list)
     for process in psutil.process_iter():
         try:
-            command = process.cmdline()
-            run_id = _run_of(command) if any(part.startswith(mark) for part in command) else None
+            run_id = run_of(process.cmdline())
             if run_id is not None and process.status() != psutil.STATUS_ZOMBIE:
                 found[run_id].append(int(process.memory_info().rss))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # gone meanwhile, or another user's
     runs = (RunHere(run, len(sizes), sum(sizes)) for run, sizes in sorted(found.items()))
     return Activity(tuple(runs))
-
-
-def _run_of(command: list[str]) -> str | None:
-    position = command.index("--run") if "--run" in command else len(command)
-    return command[position + 1] if position + 1 < len(command) else None
 
 
 def is_alive(pid: int, create_time: float) -> bool:

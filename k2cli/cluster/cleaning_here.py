@@ -1,6 +1,6 @@
 """Clears one machine of what runs that are gone have left: for the agent.
 
-A run is known by its own marks: its id beside ``k2cli.runtime`` on a command line, its lock, its
+A run is known by its own marks: its id beside ``--k2-run`` on a command line, its lock, its
 folder. Nothing is ended by a program's name, nor anything of a run that this user's k2 on this
 machine does not know of: such as one with another ``K2_STATE_DIR``.
 """
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import msgspec
 
-from k2cli.cluster import agent
 from k2cli.cluster.activity import activity
 from k2cli.cluster.lock_files import Lock, list_locks, release
+from k2cli.cluster.run_folder import remove_bootstraps, run_folder
+from k2cli.cluster.run_processes import count_processes, kill_run, processes_of_run
 from k2cli.cluster.runs import read_record
 from k2cli.settings import runs_directory, scratch_directories
 
@@ -44,8 +45,8 @@ def clean_here(live: frozenset[str], gone: frozenset[str] = frozenset()) -> Clea
         live: runs that the asking machine has launched and knows to live.
         gone: those that it knows to be over, whatever their locks here still say.
     """
-    locks = {lock.claim.run_id: lock for lock in list_locks(agent.count_processes)}
-    running = {run.run_id for run in activity(agent.MARK).runs}
+    locks = {lock.claim.run_id: lock for lock in list_locks(count_processes)}
+    running = {run.run_id for run in activity().runs}
     known = set(locks) | {path.name for path in _folders()}
     cleared, spared = [], []
     for run_id in sorted(running | known):
@@ -71,8 +72,8 @@ def _is_held(lock: Lock | None) -> bool:
 
 def _clear(run_id: str, lock: Lock | None) -> Cleared | None:
     """End and remove what is left of a run; None if nothing is."""
-    before = agent.processes_of_run(run_id)
-    left = agent.kill_run(run_id) if before else []
+    before = processes_of_run(run_id)
+    left = kill_run(run_id) if before else []
     files = _remove_files(run_id)
     if lock is not None and not left:
         with suppress(OSError):  # another user's
@@ -90,10 +91,10 @@ def _clear(run_id: str, lock: Lock | None) -> Cleared | None:
 
 def _remove_files(run_id: str) -> bool:
     """Scratch folders and unread secrets; a record of a run stays, and what belongs to it."""
-    folder = agent.run_folder(run_id)
+    folder = run_folder(run_id)
     scratch = any(path.exists() for path in scratch_directories(run_id))
     unread = list(folder.glob("bootstrap-*.json")) if folder.is_dir() else []
-    agent.remove_bootstraps(run_id)
+    remove_bootstraps(run_id)
     record = read_record(folder) if folder.is_dir() else None
     abandoned = folder.is_dir() and record is None and not any(folder.glob("run.json"))
     if abandoned:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Mapping
 
-from k2cli.cluster.agent import RunProcess
 from k2cli.cluster.nodes import REACH_SECONDS, Node
+from k2cli.cluster.run_processes import RunProcess
 from k2cli.errors import ClusterError
 
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from k2cli.cluster.agent import MARK
 from k2cli.cluster.nodes import Node
 from k2cli.cluster.openmpi import OpenMpi, find_mpirun, mpirun_arguments
+from k2cli.cluster.run_processes import MPI_SETTING
 from k2cli.errors import UsageError
+from k2cli.settings import RUN_OPTION
 
 Backend = Literal["local", "mpi", "ring", "jaccl"]
 DEFAULT_WORKER = "k2cli.runtime.worker"
@@ -69,7 +70,7 @@ def guard_arguments(
     run_id: str, rank: int, worker: str = DEFAULT_WORKER, python: str = sys.executable
 ) -> list[str]:
     """The command line of a guard."""
-    arguments = [python, "-P", "-m", "k2cli.runtime.guard", "--run", run_id]
+    arguments = [python, "-P", "-m", "k2cli.runtime.guard", RUN_OPTION, run_id]
     arguments += ["--bootstrap", BOOTSTRAP_NAME, "--rank", str(rank)]
     if worker != DEFAULT_WORKER:
         arguments += ["--worker-module", worker]
@@ -107,8 +108,8 @@ def mpi_command(
     arguments = mpirun_arguments(
         mpi, scratch, remote=is_remote, networks=networks, is_root=os.geteuid() == 0
     )
-    # A setting that mpirun passes on: the mark of the run on its daemons' command lines.
-    arguments += ["--prtemca" if mpi.major >= 5 else "--mca", MARK, run_id]
+    # mpirun passes it on: the mark of the run on its daemons' command lines.
+    arguments += ["--prtemca" if mpi.major >= 5 else "--mca", MPI_SETTING, run_id]
     for rank, node in enumerate(nodes):
         if rank > 0:
             arguments.append(":")
@@ -117,5 +118,5 @@ def mpi_command(
             arguments += ["--host", node.name]
         # Each node's own Python: paths may differ from machine to machine.
         arguments += [node.python, "-P", "-m", "k2cli.runtime.seat"]
-        arguments += ["--run", run_id, "--rank", str(rank)]
+        arguments += [RUN_OPTION, run_id, "--rank", str(rank)]
     return GuardCommand(MPIRUN_NODE, (), tuple(arguments))

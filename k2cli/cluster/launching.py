@@ -13,11 +13,11 @@ from pathlib import Path
 
 import msgspec
 
-from k2cli.cluster.agent import kill_run
 from k2cli.cluster.locks import release_locks
 from k2cli.cluster.nodes import node_named
 from k2cli.cluster.outcome import describe_status, failure_of
 from k2cli.cluster.preparation import PreparedRun
+from k2cli.cluster.run_processes import kill_run
 from k2cli.cluster.runs import (
     EVENTS_NAME,
     LOG_NAME,

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import msgspec
 
 import k2cli
-from k2cli.cluster import agent, ports
-from k2cli.cluster.agent import NodeFacts, RunProcess
+from k2cli.cluster import agent, node_facts, ports, run_folder, run_processes
+from k2cli.cluster.node_facts import NodeFacts
+from k2cli.cluster.run_processes import RunProcess
 from k2cli.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class LocalNode:
 
     def facts(self) -> NodeFacts:
         """Of this process."""
-        return agent.facts()
+        return node_facts.facts()
 
     def memory(self) -> Any:
         """As MLX sees it."""
@@ -246,13 +247,13 @@ class LocalNode:
     def write_file(self, run_id: str, name: str, data: bytes) -> None:
         """Into the run's folder."""
         try:
-            agent.write_private(run_id, name, data)
+            run_folder.write_private(run_id, name, data)
         except OSError as error:
             raise ClusterError(f"the run's folder cannot be written: {error}") from error
 
     def remove_bootstraps(self, run_id: str) -> None:
         """What guards have not read."""
-        agent.remove_bootstraps(run_id)
+        run_folder.remove_bootstraps(run_id)
 
     def free_ports(self, count: int) -> list[int]:
         """Of all addresses."""
@@ -273,11 +274,11 @@ class LocalNode:
 
     def processes_of_run(self, run_id: str) -> list[RunProcess]:
         """By their command lines."""
-        return agent.processes_of_run(run_id)
+        return run_processes.processes_of_run(run_id)
 
     def kill_run(self, run_id: str) -> list[RunProcess]:
         """And wait until they are gone."""
-        return agent.kill_run(run_id)
+        return run_processes.kill_run(run_id)
 
 
 def is_this_machine(name: str) -> bool:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from k2cli.cluster import agent
 from k2cli.cluster.bootstraps import Decided, make_bootstraps, mpi_prefixes
 from k2cli.cluster.launch_plan import check_plan, make_launch_plan, read_plan
 from k2cli.cluster.launch_request import LaunchRequest, node_names
@@ -30,6 +29,7 @@ from k2cli.cluster.nodes import LOCALHOST, Node, node_named
 from k2cli.cluster.openmpi import find_openmpi
 from k2cli.cluster.readiness import Choice, check_nodes
 from k2cli.cluster.routes import Routes, find_routes
+from k2cli.cluster.run_folder import make_scratch, remove_scratch, run_folder, write_private
 from k2cli.cluster.run_id import new_run_id
 from k2cli.cluster.runs import RankRecord, RunRecord, prune_records, save_record
 from k2cli.cluster.specification import RunSpecification, save_specification
@@ -117,8 +117,8 @@ def _prepare(
         )
         return _write_run(request, decided, choice, generated_key=generated)
     except BaseException:
-        agent.remove_scratch(run_id)
-        shutil.rmtree(agent.run_folder(run_id), ignore_errors=True)
+        remove_scratch(run_id)
+        shutil.rmtree(run_folder(run_id), ignore_errors=True)
         release_locks(nodes, run_id)
         raise
 
@@ -165,7 +165,7 @@ def _decide(
         model_name=_served_name(request.model, folder),
         http=HttpEndpoint(request.host, port, api_key, next_port_will_do=request.port is None),
         deadlines=request.deadlines,
-        scratch=str(agent.make_scratch(run_id)) if backend == "mpi" else None,
+        scratch=str(make_scratch(run_id)) if backend == "mpi" else None,
         environment=_environment(request, cluster),
         restarts=request.restart.mode != "never",
     )
@@ -191,9 +191,9 @@ def _write_run(
     )
     settings = _settings(choice, routes, specification)
     record = _record(request, specification, decided, settings)
-    agent.write_private(run_id, "plan.json", plan_to_json(plan))
+    write_private(run_id, "plan.json", plan_to_json(plan))
     if decided.http.api_key is not None:
-        agent.write_private(run_id, "api-key", decided.http.api_key.encode())
+        write_private(run_id, "api-key", decided.http.api_key.encode())
     save_specification(specification)
     save_record(record)
     return PreparedRun(record, plan, specification, generated_key)

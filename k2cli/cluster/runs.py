@@ -17,9 +17,9 @@ from typing import Literal
 import msgspec
 
 from k2cli.cluster.activity import is_alive
-from k2cli.cluster.agent import remove_scratch
 from k2cli.cluster.locks import release_locks
 from k2cli.cluster.nodes import REACH_SECONDS, node_named
+from k2cli.cluster.run_folder import remove_scratch
 from k2cli.errors import ClusterError, K2Error
 from k2cli.runtime.protocol import RunEvent
 from k2cli.settings import runs_directory

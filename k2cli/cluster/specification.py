@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from k2cli.cluster.agent import write_private
 from k2cli.cluster.restarting import RestartPolicy
+from k2cli.cluster.run_folder import write_private
 from k2cli.errors import ClusterError
 from k2cli.runtime.protocol import Bootstrap, Deadlines
 

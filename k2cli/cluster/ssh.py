@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from k2cli import __version__
-from k2cli.cluster.agent import UNKNOWN_VERB_STATUS, NodeFacts, RunProcess
 from k2cli.cluster.interpreter import find_interpreter, last_line
+from k2cli.cluster.node_facts import UNKNOWN_VERB_STATUS, NodeFacts
 from k2cli.cluster.nodes import CALL_SECONDS, Completed, decode_answer, start_process
+from k2cli.cluster.run_processes import RunProcess
 from k2cli.cluster.ssh_connection import connection_to
 from k2cli.errors import ClusterError, UsageError
 

@@ -9,7 +9,7 @@ def clean(name: ClusterName = None, nodes: NodeNames = None, json: AsJson = Fals
     """End what runs that are gone have left on the machines, and free their locks.
 
     Runs that live are spared. What is left is known by the run's own marks: its id beside
-    k2cli.runtime on a command line, its lock, its folder.
+    --k2-run on a command line, its lock, its folder.
 
     Example: k2 cluster clean studios
     """

@@ -1,7 +1,7 @@
 """The guard process: parent of one rank, on the rank's node. Plain Python; no mlx in it.
 
 Started by the launcher, directly or over ssh, as
-``python -m k2cli.runtime.guard --run ID --bootstrap NAME --rank R``; nobody imports it. What it
+``python -m k2cli.runtime.guard --k2-run ID --bootstrap NAME --rank R``; nobody imports it. What it
 is to do lies in its bootstrap file, which it deletes once read. It ends its rank and itself when
 the run is over, when it is told to, and when whoever it reports to is gone.
 
@@ -27,12 +27,12 @@ from k2cli.runtime.guard_host import LeaderHost
 from k2cli.runtime.guard_launcher import LauncherPipe
 from k2cli.runtime.guard_spawn import DEFAULT_WORKER, SpawnedRank, spawn_rank
 from k2cli.runtime.protocol import Bootstrap
-from k2cli.settings import runs_directory
+from k2cli.settings import RUN_OPTION, runs_directory
 
 
 def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="k2cli.runtime.guard", description="A guard of k2.")
-    parser.add_argument("--run", required=True, help="id of the run")
+    parser.add_argument(RUN_OPTION, dest="run", required=True, help="id of the run")
     parser.add_argument(
         "--bootstrap", required=True, help="file name, in the run's folder; {rank} is replaced"
     )

@@ -21,6 +21,7 @@ import msgspec
 from k2cli.runtime.kernel_record import KernelRecord
 from k2cli.runtime.progress import ProgressPage
 from k2cli.runtime.protocol import Assignment, Bootstrap
+from k2cli.settings import RUN_OPTION
 
 DEFAULT_WORKER = "k2cli.runtime.worker"
 _PR_SET_PDEATHSIG = 1
@@ -109,12 +110,10 @@ def _die_with_guard() -> Callable[[], None] | None:
 def rank_arguments(
     run_id: str, rank: int, worker: str, guard_fd: int, progress_fd: int
 ) -> list[str]:
-    """The command line of a rank. It always contains ``k2cli.runtime`` and the run's id."""
-    # A test's rank is another module; the mark of the run must be on its command line all the same.
-    mark = [] if worker.startswith("k2cli.runtime") else ["-X", "k2cli.runtime"]
+    """The command line of a rank, with the mark of its run."""
     return [
-        *(sys.executable, "-P", *mark, "-m", worker),
-        *("--run", run_id, "--rank", str(rank)),
+        *(sys.executable, "-P", "-m", worker),
+        *(RUN_OPTION, run_id, "--rank", str(rank)),
         *("--guard-fd", str(guard_fd), "--progress-fd", str(progress_fd)),
     ]
 

@@ -15,11 +15,13 @@ import signal
 import socket
 import sys
 import time
+from itertools import pairwise
 
 import psutil
 
 from k2cli.runtime.guard_seat import PARENT_NAME, seat_path
 from k2cli.runtime.wire import frame
+from k2cli.settings import RUN_OPTION
 
 _RETRY_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
@@ -44,8 +46,9 @@ def _guard_is_here(run_id: str, rank: int) -> bool:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             command = process.cmdline()
-            mine = run_id in command and "k2cli.runtime.guard" in command
-            if mine and command[command.index("--rank") + 1] == str(rank):
+            pairs = set(pairwise(command))
+            # Of the processes of a rank only the guard is given a bootstrap.
+            if {(RUN_OPTION, run_id), ("--rank", str(rank))} <= pairs and "--bootstrap" in command:
                 return True
     return False
 
@@ -75,7 +78,7 @@ def main() -> None:
     """Hand over the environment, and stay until the guard closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="k2cli.runtime.seat")
-    parser.add_argument("--run", required=True, help="id of the run")
+    parser.add_argument(RUN_OPTION, dest="run", required=True, help="id of the run")
     parser.add_argument("--rank", required=True, type=int, help="the rank planned for this seat")
     options = parser.parse_args()
     number = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMIX_RANK", ""))

@@ -45,6 +45,7 @@ from k2cli.runtime.protocol import (
     Tick,
 )
 from k2cli.runtime.wire import Channel, ConnectionLost
+from k2cli.settings import RUN_OPTION
 
 _IDLE_SECONDS = 0.5
 _LAST_RANK_SECONDS = 0.05
@@ -371,7 +372,7 @@ def main() -> None:
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="k2cli.runtime.worker")
-    parser.add_argument("--run", required=True, help="id of the run, the mark of its processes")
+    parser.add_argument(RUN_OPTION, required=True, help="id of the run")
     parser.add_argument("--rank", required=True, type=int)
     parser.add_argument("--guard-fd", required=True, type=int)
     parser.add_argument("--progress-fd", required=True, type=int)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from k2cli.cluster import agent, ports
+from k2cli.cluster import ports, run_folder, run_processes
 from k2cli.cluster.launchers import Backend
 from k2cli.cluster.nodes import LocalNode
 from k2cli.cluster.restarting import RestartPolicy
@@ -61,7 +61,7 @@ class SupervisedRun:
     def processes(self) -> list[psutil.Process]:
         """Guards, ranks and mpirun."""
         found = []
-        for process in agent.processes_of_run(self.run_id):
+        for process in run_processes.processes_of_run(self.run_id):
             try:
                 found.append(psutil.Process(process.pid))
             except psutil.NoSuchProcess:
@@ -93,7 +93,7 @@ def _specification(
     scratch = None
     if backend == "mpi":
         environment["MLX_MPI_LIBNAME"] = str(LocalNode().facts().libmpi)
-        scratch = str(agent.make_scratch(run_id))
+        scratch = str(run_folder.make_scratch(run_id))
     (port,) = ports.free_ports(1)
     bootstraps = [
         Bootstrap(
@@ -165,7 +165,7 @@ def supervised(
 ) -> Iterator[SupervisedRun]:
     """A scripted run under a supervisor process; whatever is left of it is ended at exit."""
     specification = prepare_scripted(backend, size, deadlines, restart)
-    folder = agent.run_folder(specification.run_id)
+    folder = run_folder.run_folder(specification.run_id)
     with (folder / "supervisor.out").open("wb") as output:
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "k2cli.cluster.supervisor", str(folder)],
@@ -189,4 +189,4 @@ def supervised(
             except subprocess.TimeoutExpired:
                 supervisor.kill()
                 supervisor.wait(5)
-        agent.kill_run(run.run_id)
+        run_processes.kill_run(run.run_id)

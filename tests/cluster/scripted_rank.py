@@ -33,6 +33,7 @@ from k2cli.runtime.protocol import (
     Tokens,
 )
 from k2cli.runtime.wire import Channel, ConnectionLost
+from k2cli.settings import RUN_OPTION
 
 WEIGHTS_BYTES = 1000
 
@@ -94,7 +95,7 @@ def _serve(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--run", "--rank", "--guard-fd", "--progress-fd"):
+    for name in (RUN_OPTION, "--rank", "--guard-fd", "--progress-fd"):
         parser.add_argument(name, required=True)
     options = parser.parse_args()
     link: Channel[GuardMessage] = Channel(socket.socket(fileno=int(options.guard_fd)), GuardMessage)

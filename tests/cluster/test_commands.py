@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from k2cli.cluster import agent
+from k2cli.cluster import run_processes
 from k2cli.cluster.activity import is_alive
 from tests.cluster.harness import GONE_SECONDS, wait_until
 
@@ -102,7 +102,7 @@ def test_a_detached_run_from_launch_to_stop(
     assert stopped.returncode == 0, stopped.stderr
     (report,) = json.loads(stopped.stdout)["stopped"]
     assert (report["state"], report["killed"]) == ("stopped", 0)
-    assert agent.processes_of_run(run["run_id"]) == []
+    assert run_processes.processes_of_run(run["run_id"]) == []
     assert not is_alive(document["pid"], run["pid_create_time"])
     logs = [json.loads(line) for line in k2("logs", "--json").stdout.splitlines()]
     assert logs[-1]["text"] == "stopped: stopped"
@@ -120,7 +120,7 @@ def test_ctrl_c_stops_a_run_in_the_foreground(toy_k2: Path) -> None:
         assert process.wait(30) == 130
     assert "stopping; Ctrl-C again to force\n" in lines
     assert runs()[0]["state"] == "stopped"
-    assert agent.processes_of_run(runs()[0]["run_id"]) == []
+    assert run_processes.processes_of_run(runs()[0]["run_id"]) == []
 
 
 def test_a_rank_killed_at_work_breaks_off_its_requests_and_ends_the_launch(toy_k2: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_rank_killed_at_work_breaks_off_its_requests_and_ends_the_launch(toy_k
     message = "".join(lines)
     assert "error: rank 1 on localhost failed: it was killed by SIGKILL" in message
     assert f"hint: k2 logs {run['run_id']}" in message
-    assert agent.processes_of_run(run["run_id"]) == []
+    assert run_processes.processes_of_run(run["run_id"]) == []
     assert runs()[0]["failure"]["exit_status"] == -signal.SIGKILL
 
 
@@ -151,7 +151,7 @@ def test_a_stopped_real_rank_ends_the_run(toy_k2: Path) -> None:
     assert done.returncode == 0, done.stderr
     (run,) = runs()
     os.kill(run["ranks"][0]["rank_pid"], signal.SIGSTOP)
-    wait_until(lambda: not agent.processes_of_run(run["run_id"]), GONE_SECONDS, "the end")
+    wait_until(lambda: not run_processes.processes_of_run(run["run_id"]), GONE_SECONDS, "the end")
     wait_until(lambda: runs()[0]["state"] == "failed", 10, "the record's end")
     assert runs()[0]["failure"]["rank"] == 0
     listed = k2("ps").stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from k2cli.cluster import agent
+from k2cli.cluster import node_facts, run_folder
 from k2cli.cluster.launchers import Backend
 from k2cli.runtime.protocol import Deadlines
 from tests.cluster.harness import supervised
@@ -54,7 +54,7 @@ def test_nothing_survives(backend: Backend, who: str, number: signal.Signals) ->
         assert record.failure is not None
         assert record.failure.exit_status == -signal.SIGKILL
         assert record.failure.last_lines[0] == f"rank {who[-1]} of 2 says hello"
-    assert not agent.scratch_path(run.run_id).exists()
+    assert not run_folder.scratch_path(run.run_id).exists()
     assert not list(record.folder.glob("bootstrap*"))
     assert not (record.folder / "launch.json").exists()
 
@@ -153,7 +153,7 @@ def test_a_supervisor_that_cannot_start_mpirun_says_so(
         "echo no slots for you >&2; exit 7\n"
     )
     program.chmod(0o755)
-    library = agent.facts().libmpi
+    library = node_facts.facts().libmpi
     assert library is not None
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "libmpi.so.40").symlink_to(library)

@@ -44,7 +44,7 @@ def test_direct_guards_know_their_rank_and_no_secret() -> None:
     first, second = direct_commands("demo-1", [HERE, SshNode("b", "/b/python")])
     assert (first.node, second.node) == ("localhost", "b")
     assert second.arguments == (
-        *("/b/python", "-P", "-m", "k2cli.runtime.guard", "--run", "demo-1"),
+        *("/b/python", "-P", "-m", "k2cli.runtime.guard", "--k2-run", "demo-1"),
         *("--bootstrap", "bootstrap-{rank}.json", "--rank", "1"),
     )
 
@@ -70,7 +70,7 @@ def test_mpirun_between_machines_starts_each_node_s_python_in_rank_order() -> No
     command = mpi_command("demo-1", nodes, mpi, SCRATCH, networks=networks)
     contexts = " ".join(command.arguments).split(" : ")
     seats = [
-        f"-np 1 --host {name} /{name}/python -P -m k2cli.runtime.seat --run demo-1 --rank {rank}"
+        f"-np 1 --host {name} /{name}/python -P -m k2cli.runtime.seat --k2-run demo-1 --rank {rank}"
         for rank, name in enumerate("aba")
     ]
     assert contexts[0].endswith(seats[0])

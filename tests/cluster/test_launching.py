@@ -8,7 +8,7 @@ import subprocess
 import msgspec
 import pytest
 
-from k2cli.cluster import agent
+from k2cli.cluster import run_folder, run_processes
 from k2cli.cluster.launchers import guard_arguments
 from k2cli.cluster.launching import launch_detached, owned
 from k2cli.cluster.nodes import python_environment
@@ -31,7 +31,7 @@ def test_ctrl_c_before_the_start_leaves_a_record_and_no_secret() -> None:
         raise KeyboardInterrupt
     assert said == [f"stopping {specification.run_id}"]
     assert [path.name for path in folder.iterdir()] == ["run.json"]
-    assert not agent.scratch_path(specification.run_id).exists()
+    assert not run_folder.scratch_path(specification.run_id).exists()
     left = read_record(folder)
     assert left is not None
     assert (left.state, left.cause) == ("stopped", "interrupted")
@@ -54,7 +54,7 @@ def test_ctrl_c_before_a_detached_run_is_ready_stops_it_and_says_so() -> None:
     left = read_record(record.folder)
     assert left is not None
     assert (left.state, left.left) == ("stopped", {})
-    assert not agent.processes_of_run(specification.run_id)
+    assert not run_processes.processes_of_run(specification.run_id)
 
 
 @pytest.mark.ranks
@@ -62,7 +62,7 @@ def test_a_follower_that_never_met_its_leader_ends_with_the_launcher() -> None:
     """Its own deadline for the leader's guard is a minute."""
     specification = prepare_scripted("ring")
     bootstrap = msgspec.json.encode(specification.bootstraps[1])
-    agent.write_private(specification.run_id, "bootstrap-1.json", bootstrap)
+    run_folder.write_private(specification.run_id, "bootstrap-1.json", bootstrap)
     guard = subprocess.Popen(
         guard_arguments(specification.run_id, 1, SCRIPTED),
         stdin=subprocess.PIPE,
@@ -75,7 +75,7 @@ def test_a_follower_that_never_met_its_leader_ends_with_the_launcher() -> None:
         assert guard.stdin is not None
         guard.stdin.close()
         assert guard.wait(20) == 5
-        assert not agent.processes_of_run(specification.run_id)
+        assert not run_processes.processes_of_run(specification.run_id)
     finally:
-        agent.kill_run(specification.run_id)
+        run_processes.kill_run(specification.run_id)
         guard.wait(5)

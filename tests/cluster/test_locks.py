@@ -11,10 +11,10 @@ import msgspec
 import pytest
 
 from k2cli.cluster import cleaning, lock_files, locks
-from k2cli.cluster.agent import processes_of_run
 from k2cli.cluster.lock_files import Claim, judge, lock_path
 from k2cli.cluster.locks import BusyError, release_locks, take_locks
 from k2cli.cluster.nodes import LocalNode
+from k2cli.cluster.run_processes import processes_of_run
 from k2cli.cluster.runs import RankRecord, RunRecord, save_record
 
 HERE = [LocalNode(), LocalNode()]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from k2cli.cluster import agent, ports
-from k2cli.cluster.agent import NodeFacts
+from k2cli.cluster import node_facts, ports, run_folder
+from k2cli.cluster.node_facts import NodeFacts
 from k2cli.cluster.nodes import LocalNode, addresses, node_named
 from k2cli.cluster.ssh import SshNode
 from k2cli.cluster.ssh_connection import close_connections
@@ -65,7 +65,7 @@ def test_a_taken_port_is_refused_with_its_holder() -> None:
 
 def test_files_of_a_run_are_private() -> None:
     LocalNode().write_file("demo-1", "bootstrap-0.json", b"{}")
-    path = agent.run_folder("demo-1") / "bootstrap-0.json"
+    path = run_folder.run_folder("demo-1") / "bootstrap-0.json"
     assert path.stat().st_mode & 0o777 == 0o600
     LocalNode().remove_bootstraps("demo-1")
     assert not path.parent.exists()
@@ -88,12 +88,12 @@ def test_commands_have_a_time_limit() -> None:
 @pytest.mark.usefixtures("_ssh")
 async def test_a_node_over_ssh_answers_as_this_machine_does() -> None:
     node = SshNode("b")
-    assert node.facts() == agent.facts()
+    assert node.facts() == node_facts.facts()
     assert isinstance(node.facts(), NodeFacts)
     assert len(node.free_ports(2)) == 2
     assert node.port_holder("127.0.0.1", node.choose_port("127.0.0.1", 8080)) is None
     node.write_file("demo-1", "bootstrap-0.json", b"secret 'quoted' $HOME")
-    path = agent.run_folder("demo-1") / "bootstrap-0.json"
+    path = run_folder.run_folder("demo-1") / "bootstrap-0.json"
     assert path.read_bytes() == b"secret 'quoted' $HOME"
     node.remove_bootstraps("demo-1")
     assert not path.exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from k2cli.cluster import agent
+from k2cli.cluster import run_processes
 from k2cli.cluster.restarting import Attempts, RestartPolicy
 from tests.cluster.harness import supervised, wait_until
 from tests.cluster.test_commands import k2, runs
@@ -99,7 +99,7 @@ def test_a_run_comes_back_on_its_port_and_is_given_up_in_the_end(toy_k2: Path) -
     (run,) = runs()
     assert run["state"] == "failed"
     assert "given up after 3 failures" in run["cause"] or "3 failures in a row" in run["cause"]
-    assert agent.processes_of_run(run["run_id"]) == []
+    assert run_processes.processes_of_run(run["run_id"]) == []
 
 
 @pytest.mark.slow
@@ -115,4 +115,4 @@ def test_under_mpi_a_run_comes_back_after_its_leading_guard_and_is_stopped_in_a_
     assert k2("stop").returncode == 0
     (run,) = runs()
     assert run["state"] == "stopped"
-    assert agent.processes_of_run(run["run_id"]) == []
+    assert run_processes.processes_of_run(run["run_id"]) == []

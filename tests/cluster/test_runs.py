@@ -12,7 +12,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from k2cli.cluster import agent
+from k2cli.cluster import run_processes
 from k2cli.cluster.run_id import new_run_id
 from k2cli.cluster.runs import (
     KEPT_RECORDS,
@@ -27,6 +27,7 @@ from k2cli.cluster.runs import (
 )
 from k2cli.cluster.stopping import stop_run
 from k2cli.errors import K2Error
+from k2cli.settings import RUN_OPTION
 
 
 def make_record(state: RunState = "ready", *, age: float = 0.0) -> RunRecord:
@@ -86,15 +87,14 @@ def test_without_a_supervisor_a_run_is_lost() -> None:
 def test_without_a_supervisor_but_with_processes_a_run_is_orphaned() -> None:
     record = replace(make_record(), pid=2**22 + 1)
     save_record(record)
-    # As a guard's command line would have it; Python ignores -X options that it does not know.
-    command = [sys.executable, "-X", "k2cli.runtime", "-c", "import time; time.sleep(60)"]
-    with subprocess.Popen([*command, "--run", record.run_id]) as process:
-        while not agent.processes_of_run(record.run_id):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen([*command, RUN_OPTION, record.run_id]) as process:
+        while not run_processes.processes_of_run(record.run_id):
             time.sleep(0.01)
         (orphaned,) = list_runs()
         assert orphaned.state == "orphaned"
         assert "1 process(es) remain on localhost" in orphaned.cause
-        assert agent.kill_run(record.run_id) == []
+        assert run_processes.kill_run(record.run_id) == []
         assert process.wait(5) == -9
     assert list_runs()[0].state == "lost"
 
@@ -102,22 +102,15 @@ def test_without_a_supervisor_but_with_processes_a_run_is_orphaned() -> None:
 def test_stopping_an_orphaned_run_ends_what_remains() -> None:
     record = replace(make_record(), pid=2**22 + 1)
     save_record(record)
-    command = [sys.executable, "-X", "k2cli.runtime", "-c", "import time; time.sleep(60)"]
-    with subprocess.Popen([*command, "--run", record.run_id]) as process:
-        while not agent.processes_of_run(record.run_id):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen([*command, RUN_OPTION, record.run_id]) as process:
+        while not run_processes.processes_of_run(record.run_id):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGSTOP)
         report = stop_run(list_runs()[0])
         assert process.wait(5) == -9
     assert (report.state, report.killed) == ("stopped", 1)
     assert list_runs()[0].state == "stopped"
-
-
-def test_a_shell_that_mentions_a_run_is_not_part_of_it() -> None:
-    script = "import time; time.sleep(60)  # pgrep -f 'k2cli.runtime --run demo-1234'"
-    with subprocess.Popen([sys.executable, "-c", script]) as process:
-        assert agent.processes_of_run("demo-1234") == []
-        process.kill()
 
 
 def test_old_records_are_removed_and_live_ones_kept() -> None:

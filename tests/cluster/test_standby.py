@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from k2cli.cluster import agent
+from k2cli.cluster import run_processes
 from k2cli.cluster.launch_request import LaunchRequest
 from k2cli.cluster.launching import launch_detached
 from k2cli.cluster.nodes import python_environment
@@ -34,7 +34,7 @@ with standing_by(LaunchRequest("demo", nodes=("localhost", "localhost"), backend
 
 
 def standing(run_id: str) -> list[str]:
-    return [process.command for process in agent.processes_of_run(run_id)]
+    return [process.command for process in run_processes.processes_of_run(run_id)]
 
 
 def test_a_launch_that_comes_to_nothing_leaves_no_process_and_no_folder() -> None:
@@ -77,7 +77,7 @@ def test_a_launch_uses_what_stands_by_and_does_without_what_is_gone(
         assert standby.run_id is not None
         run_id = standby.run_id
         wait_until(lambda: len(standing(run_id)) == 4, SECONDS, "two guards and two ranks")
-        before = {process.pid for process in agent.processes_of_run(run_id)}
+        before = {process.pid for process in run_processes.processes_of_run(run_id)}
         prepared = prepare_run(request, run_id=run_id)
         _kill(lost, standby, run_id)
         record = launch_detached(prepared, lambda event: None, lambda first: None, standby)
@@ -86,7 +86,7 @@ def test_a_launch_uses_what_stands_by_and_does_without_what_is_gone(
         ranks = {rank.rank_pid for rank in record.ranks}
         kept = {"nobody": 2, "a guard": 1, "the supervisor": 0}[lost]
         assert len(ranks & before) == kept
-        assert len(agent.processes_of_run(run_id)) == 4
+        assert len(run_processes.processes_of_run(run_id)) == 4
     finally:
         stop_run(record)
     assert standing(run_id) == []
@@ -94,7 +94,7 @@ def test_a_launch_uses_what_stands_by_and_does_without_what_is_gone(
 
 def _kill(lost: str, standby: object, run_id: str) -> None:
     if lost == "a guard":
-        guards = [p for p in agent.processes_of_run(run_id) if "runtime.guard" in p.command]
+        guards = [p for p in run_processes.processes_of_run(run_id) if "runtime.guard" in p.command]
         os.kill(guards[-1].pid, signal.SIGKILL)
         wait_until(lambda: len(standing(run_id)) == 2, SECONDS, "the end of a guard and its rank")
     elif lost == "the supervisor":

@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from k2cli.cluster import agent
+from k2cli.cluster import run_processes
 
 CONTEXT = 1024
 CONCURRENCY = 4
@@ -161,7 +161,7 @@ class Served:
             time.sleep(0.5)
             fault(self)
             started = time.monotonic()
-            while agent.processes_of_run(self.run_id):
+            while run_processes.processes_of_run(self.run_id):
                 assert time.monotonic() - started < GONE_SECONDS, "processes are left"
                 time.sleep(0.05)
             seconds = time.monotonic() - started

@@ -36,6 +36,7 @@ from k2cli.runtime.protocol import (
     Tokens,
 )
 from k2cli.runtime.wire import Channel, ConnectionLost
+from k2cli.settings import RUN_OPTION
 
 SECRET = "5e" * 32
 _numbers = itertools.count(1)
@@ -125,7 +126,7 @@ class RankPool:
         ours, theirs = socket.socketpair()
         page = ProgressPage.create()
         command = [
-            sys.executable, "-m", self.worker, "--run", assignment.run_id,
+            sys.executable, "-m", self.worker, RUN_OPTION, assignment.run_id,
             "--rank", str(assignment.rank), "--guard-fd", str(theirs.fileno()),
             "--progress-fd", str(page.fileno()),
         ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from k2cli.cluster import agent, ports
+from k2cli.cluster import ports, run_folder
 from k2cli.errors import UsageError
 from k2cli.runtime.guard_liveness import LivenessServer, connect_to_leader
 from k2cli.runtime.guard_rank import MAX_LINE_CHARACTERS, split_lines
@@ -148,10 +148,10 @@ async def test_a_leader_that_never_comes_is_not_waited_for_for_ever() -> None:
 def test_a_bootstrap_is_read_once_and_only_by_its_rank() -> None:
     from k2cli.runtime.guard import read_bootstrap
 
-    agent.write_private("demo-1", "bootstrap-1.json", msgspec.json.encode(_bootstrap(1)))
+    run_folder.write_private("demo-1", "bootstrap-1.json", msgspec.json.encode(_bootstrap(1)))
     assert read_bootstrap("demo-1", "bootstrap-{rank}.json", 1) == _bootstrap(1)
     with pytest.raises(UsageError, match="not a bootstrap file"):
         read_bootstrap("demo-1", "bootstrap-{rank}.json", 1)
-    agent.write_private("demo-1", "bootstrap-0.json", msgspec.json.encode(_bootstrap(1)))
+    run_folder.write_private("demo-1", "bootstrap-0.json", msgspec.json.encode(_bootstrap(1)))
     with pytest.raises(UsageError, match="is for rank 1"):
         read_bootstrap("demo-1", "bootstrap-{rank}.json", 0)

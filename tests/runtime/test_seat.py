@@ -10,6 +10,7 @@ import time
 import pytest
 
 from k2cli.cluster.openmpi import find_mpirun
+from k2cli.settings import RUN_OPTION
 
 # The seat as it is, with shorter waits than its 20 s: nobody else ends it where launcher and guard
 # were killed while a run starts.
@@ -28,11 +29,11 @@ def test_mpirun_and_seat_outlive_their_guard_by_the_limit_only() -> None:
     run = f"seat-{os.getpid()}"
     # What a guard shows of itself to a seat that looks for it, and no more.
     guard = subprocess.Popen(
-        [sys.executable, "-c", "input()", "k2cli.runtime.guard", run, "--rank", "0"],
+        [sys.executable, "-c", "input()", RUN_OPTION, run, "--rank", "0", "--bootstrap"],
         stdin=subprocess.PIPE,
     )
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    seat = [sys.executable, "-c", SEAT, "--run", run, "--rank", "0"]
+    seat = [sys.executable, "-c", SEAT, RUN_OPTION, run, "--rank", "0"]
     job = subprocess.Popen(
         [mpirun, *root, "-np", "1", *seat],
         stdin=subprocess.DEVNULL,

@@ -7,11 +7,9 @@ would run there.
 from __future__ import annotations
 
 import platform
-import re
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,13 @@ from typing import Any
 import psutil
 
 from k2cli import __version__
-from k2cli.cluster.agent import MARK
 from k2cli.cluster.doctor.facts import ProcessUse, Software, Volume
 from k2cli.cluster.openmpi import find_libmpi, find_mpirun, version_of
+from k2cli.cluster.run_processes import run_of
 from k2cli.errors import ClusterError
 from k2cli.settings import models_directory, runs_directory
 
 _BIGGEST = 5
-# As ``cluster.run_id.new_run_id`` makes them.
-_RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9a-f]{4}")
 
 
 def software(model_folder: str | None = None) -> Software:
@@ -156,16 +152,9 @@ def _processes() -> tuple[ProcessUse, ...]:
 
 def _run_of(process: psutil.Process) -> str | None:
     try:
-        return run_of_command(process.cmdline())
+        return run_of(process.cmdline())
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return None
-
-
-def run_of_command(command: Sequence[str]) -> str | None:
-    """The run that a guard or rank belongs to, by its whole arguments; None for anything else."""
-    if not any(part.startswith(MARK) for part in command):
-        return None
-    return next((part for part in command if _RUN_ID.fullmatch(part)), None)
 
 
 def _interfaces() -> dict[str, tuple[str, ...]]:
