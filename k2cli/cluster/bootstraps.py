@@ -61,8 +61,6 @@ def make_bootstraps(run: Decided) -> list[Bootstrap]:
             http=run.http if assignment.rank == 0 else None,
             environment={**run.environment, **environments[node.name]},
             deadlines=run.deadlines,
-            # The leader's guard can remove the folder only where mpirun made it.
-            scratch_directory=run.scratch if assignment.rank == 0 and node.is_local else None,
             restarts=run.restarts,
         )
         for assignment, node in zip(assignments, run.nodes, strict=True)

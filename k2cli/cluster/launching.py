@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.cluster.locks import release_locks
-from k2cli.cluster.nodes import node_named
+from k2cli.cluster.nodes import node_named, python_environment
 from k2cli.cluster.outcome import describe_status, failure_of
 from k2cli.cluster.preparation import PreparedRun
 from k2cli.cluster.run_processes import kill_run
@@ -27,7 +28,6 @@ from k2cli.cluster.runs import (
     remove_leftovers,
     save_record,
 )
-from k2cli.cluster.standby import Standby, start_supervisor
 from k2cli.errors import ClusterError
 from k2cli.runtime.protocol import RunEvent
 
@@ -88,10 +88,7 @@ def _put_away(prepared: PreparedRun) -> None:
 
 
 def launch_detached(
-    prepared: PreparedRun,
-    listener: Listener,
-    on_interrupt: Callable[[bool], None],
-    standby: Standby | None = None,
+    prepared: PreparedRun, listener: Listener, on_interrupt: Callable[[bool], None]
 ) -> RunRecord:
     """Leave a supervisor behind that carries out the run; returns once the API answers.
 
@@ -99,22 +96,33 @@ def launch_detached(
         prepared: the run.
         listener: hears the events up to then, but for log lines.
         on_interrupt: called at each Ctrl-C, with whether it is the first.
-        standby: the supervisor, if it was started already.
 
     Raises:
         ClusterError: if the run failed before.
         KeyboardInterrupt: after Ctrl-C; the run is stopped then, at the second one by force.
     """
     folder = prepared.record.folder
-    supervisor = standby.take() if standby is not None else None
-    if supervisor is None:
-        supervisor = start_supervisor(folder, log=folder / LOG_NAME)
+    supervisor = _start_supervisor(folder)
     try:
         return _wait_until_ready(folder, supervisor, listener)
     except KeyboardInterrupt:
         on_interrupt(True)
         _stop(supervisor, prepared.record.run_id, on_interrupt)
         raise
+
+
+def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the supervisor of a run as a process that outlives this one."""
+    with (folder / LOG_NAME).open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "k2cli.cluster.supervisor", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            cwd="/",
+            env=python_environment(),
+        )
 
 
 def _wait_until_ready(

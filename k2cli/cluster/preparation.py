@@ -1,6 +1,6 @@
 """From a request to a run that can be started: locks, ports, secrets, bootstraps, record.
 
-Everything that can be wrong with a launch before a process of it does anything is found here.
+Everything that can be wrong with a launch before a process of it exists is found here.
 """
 
 from __future__ import annotations
@@ -54,15 +54,12 @@ class PreparedRun:
     generated_api_key: bool
 
 
-def prepare_run(
-    request: LaunchRequest, say: Say = lambda text: None, run_id: str | None = None
-) -> PreparedRun:
+def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> PreparedRun:
     """Decide everything about a run, take its machines, and write its folder.
 
     Args:
         request: what the user asked for.
         say: told what is waited for, and what is amiss without being in the way.
-        run_id: what the run is to be called, if that is decided already.
 
     Raises:
         UsageError: for a request that makes no sense.
@@ -74,7 +71,7 @@ def prepare_run(
     cluster = _cluster_of(request)
     nodes = [node_named(name) for name in node_names(request, given_plan, cluster)]
     with model_here(request.model, nodes) as here:
-        return _prepare(request, here, given_plan, cluster, nodes, say, run_id)
+        return _prepare(request, here, given_plan, cluster, nodes, say)
 
 
 def _cluster_of(request: LaunchRequest) -> Cluster | None:
@@ -92,7 +89,6 @@ def _prepare(
     cluster: Cluster | None,
     nodes: Sequence[Node],
     say: Say,
-    run_id: str | None,
 ) -> PreparedRun:
     folder = here.folder
     choice = check_nodes(nodes, request.backend, say, force=request.force)
@@ -102,7 +98,7 @@ def _prepare(
     if not all(node.is_local for node in nodes):
         folders = model_folders(nodes, _seen_from_everywhere(request.model), here)
     routes = find_routes(nodes, choice.backend, cluster)
-    run_id = run_id or new_run_id(_served_name(request.model, folder))
+    run_id = new_run_id(_served_name(request.model, folder))
     take_locks(
         nodes,
         run_id,

@@ -70,25 +70,21 @@ class Processes:
         node: Node,
         command: GuardCommand,
         environment: Mapping[str, str] | None = None,
-        *,
-        started: asyncio.subprocess.Process | None = None,
     ) -> None:
         """Start a process on a node. That of rank 0 is the one that ``tell`` talks to.
 
         Args:
             environment: added to that of k2.
-            started: the process, if it runs already.
 
         Raises:
             ClusterError: if it cannot be started.
         """
-        process = started or await node.start(command.arguments, environment)
-        begun = _Started(command, process)
-        self._all.append(begun)
+        started = _Started(command, await node.start(command.arguments, environment))
+        self._all.append(started)
         leads = 0 in command.ranks
         if leads:
-            self._leader = begun
-        self._watch(begun, leads=leads)
+            self._leader = started
+        self._watch(started, leads=leads)
 
     @property
     def leader_lives(self) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -29,10 +28,9 @@ from k2cli.cluster.outcome import Outcome
 from k2cli.cluster.processes import Processes
 from k2cli.cluster.pulse import Pulse
 from k2cli.cluster.restarting import Attempts, renewed
-from k2cli.cluster.runs import LOG_NAME, Listener, RunRecord, read_record
+from k2cli.cluster.runs import Listener, RunRecord, read_record
 from k2cli.cluster.signals import obey_signals
 from k2cli.cluster.specification import RunSpecification, read_specification
-from k2cli.cluster.warm_guards import STANDBY, WarmGuards, called_up, stand_by
 from k2cli.errors import ClusterError, K2Error
 from k2cli.runtime.protocol import (
     Bootstrap,
@@ -60,22 +58,16 @@ class Supervisor:
         specification: what to start.
         record: the run's record as prepared.
         listener: hears every event but heartbeats, in order.
-        warm: guards of the first attempt that stand by already.
     """
 
     def __init__(
-        self,
-        specification: RunSpecification,
-        record: RunRecord,
-        listener: Listener,
-        warm: WarmGuards | None = None,
+        self, specification: RunSpecification, record: RunRecord, listener: Listener
     ) -> None:
         self._specification = specification
         self._deadlines = specification.deadlines
         self._nodes = {name: node_named(name) for name in specification.nodes}
         self._journal = Journal(record)
         self._listener = listener
-        self._warm = warm or {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop_cause: str | None = None
         self._stop_asked = asyncio.Event()
@@ -244,8 +236,7 @@ class Supervisor:
         return direct_commands(specification.run_id, nodes, specification.worker)
 
     async def _start_process(self, guard: GuardCommand) -> None:
-        warm = called_up(self._warm.pop(guard.ranks[0], None))
-        await self._processes.start(self._nodes[guard.node], guard, started=warm)
+        await self._processes.start(self._nodes[guard.node], guard)
 
     async def _start_mpirun(self, scratch: Path) -> None:
         specification = self._specification
@@ -334,15 +325,12 @@ class Supervisor:
 
 
 async def _supervise(
-    folder: Path,
-    listener: Listener,
-    on_interrupt: Callable[[bool], None] | None,
-    warm: WarmGuards | None = None,
+    folder: Path, listener: Listener, on_interrupt: Callable[[bool], None] | None
 ) -> RunRecord:
     record = read_record(folder)
     if record is None:
         raise ClusterError(f"{folder} holds no run")
-    supervisor = Supervisor(read_specification(folder), record, listener, warm)
+    supervisor = Supervisor(read_specification(folder), record, listener)
     obey_signals(supervisor, on_interrupt)
     return await supervisor.run()
 
@@ -363,31 +351,14 @@ def supervise(
     return asyncio.run(_supervise(folder, listener, on_interrupt))
 
 
-async def _supervise_from_standby(folder: Path, size: int) -> RunRecord | None:
-    """Stand by until the run is prepared, then be its supervisor; None if there is none."""
-    warm = await stand_by(folder, size)
-    if warm is None:
-        return None
-    with (folder / LOG_NAME).open("ab") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
-    return await _supervise(folder, lambda event: None, None, warm)
-
-
 def main() -> None:
-    """Be the supervisor that ``launch --detach`` leaves behind: ``[--standby=SIZE] RUN_FOLDER``."""
-    *options, folder = sys.argv[1:]
-    record: RunRecord | None
+    """Be the supervisor that ``launch --detach`` leaves behind."""
     try:
-        if options:
-            size = int(options[0].removeprefix(STANDBY))
-            record = asyncio.run(_supervise_from_standby(Path(folder), size))
-        else:
-            record = supervise(Path(folder), lambda event: None)
+        record = supervise(Path(sys.argv[1]), lambda event: None)
     except K2Error as error:
         sys.stderr.write(f"{error.message}\n")
         sys.exit(error.exit_code)
-    sys.exit(ClusterError.exit_code if record is not None and record.state == "failed" else 0)
+    sys.exit(ClusterError.exit_code if record.state == "failed" else 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from k2cli.cluster.launch_request import LaunchRequest
     from k2cli.cluster.preparation import PreparedRun
     from k2cli.cluster.runs import RunRecord
-    from k2cli.cluster.standby import Standby
     from k2cli.runtime.protocol import RunEvent
     from k2cli.ui.launch_view import LaunchView
 
@@ -185,25 +184,18 @@ def _checked_wait(seconds: float | None) -> float:
 
 
 def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
-    from k2cli.cluster.standby import standing_by
-
-    with standing_by(request, detach=detach) as standby:
-        _carry_out(request, standby, detach=detach, as_json=as_json)
-
-
-def _carry_out(request: LaunchRequest, standby: Standby, *, detach: bool, as_json: bool) -> None:
     from k2cli.cluster.launching import owned
     from k2cli.cluster.preparation import prepare_run
     from k2cli.ui.launch_view import LaunchView
     from k2cli.ui.output import note
 
-    prepared = prepare_run(request, note, standby.run_id)
+    prepared = prepare_run(request, note)
     names = [rank.node for rank in prepared.record.ranks]
     with owned(prepared, note):
         _show_plan(prepared)
         with LaunchView(names, log=not detach) as view:
             if detach:
-                _detach(prepared, view, standby, as_json=as_json)
+                _detach(prepared, view, as_json=as_json)
             else:
                 _stay(prepared, view, as_json=as_json)
 
@@ -223,7 +215,7 @@ def _show_plan(prepared: PreparedRun) -> None:
         note(f"the API asks for the key in {prepared.record.api_key_file}")
 
 
-def _detach(prepared: PreparedRun, view: LaunchView, standby: Standby, *, as_json: bool) -> None:
+def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
     from k2cli.cluster.launching import launch_detached
     from k2cli.cluster.runs import read_record
     from k2cli.errors import ClusterError
@@ -234,7 +226,6 @@ def _detach(prepared: PreparedRun, view: LaunchView, standby: Standby, *, as_jso
             prepared,
             lambda event: _show(event, prepared.record, view),
             lambda first: _say_interrupted(view, first=first),
-            standby,
         )
     except ClusterError:
         view.end_progress()

@@ -6,6 +6,7 @@ be looked at. ``planner`` traces the one that is chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,11 +39,7 @@ EXCHANGE_PROMPT_TOKENS, EXCHANGE_ANSWER_TOKENS = 2000, 500
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A placement with its ledger; ``nodes`` and ``budgets`` are in rank order.
-
-    ``slowest_seconds`` is the time of a pipeline's slowest stage for one token, 0 for others, and
-    in no unit where the nodes' speeds are unknown.
-    """
+    """A placement with its ledger; ``nodes`` and ``budgets`` are in rank order."""
 
     placement: Placement
     nodes: tuple[NodeMemory, ...]
@@ -50,7 +47,6 @@ class Candidate:
     budgets: tuple[NodeBudget, ...]
     speed: SpeedEstimate | None
     concurrency: int
-    slowest_seconds: float = 0.0
 
     @property
     def headroom_bytes(self) -> int:
@@ -184,8 +180,8 @@ def pipeline(ground: Ground) -> Candidate:
     return max((_staged(ground, whole, *entry) for entry in good), key=preference)
 
 
-_Found = tuple[tuple[NodeMemory, ...], float, tuple[tuple[int, int], ...]]
-"""Nodes in rank order, the cost of the costliest stage, layer ranges with the first stage first."""
+_Found = tuple[tuple[NodeMemory, ...], tuple[tuple[int, int], ...]]
+"""Nodes in rank order, and layer ranges with the first stage first."""
 
 
 def _staged(
@@ -193,7 +189,6 @@ def _staged(
     whole: Slices,
     chunk: int,
     order: tuple[NodeMemory, ...],
-    slowest: float,
     ranges: tuple[tuple[int, int], ...],
 ) -> Candidate:
     ranks = tuple(
@@ -204,8 +199,7 @@ def _staged(
     if ground.timed:
         ground.model.check_stages([part.layers[0] for part in ranks[:-1]])
     budgets = _budgets(ground, whole, placement, order, chunk)
-    done = _finished(ground, whole, placement, order, chunk, budgets)
-    return replace(done, slowest_seconds=slowest)
+    return _finished(ground, whole, placement, order, chunk, budgets)
 
 
 def _best_order(
@@ -243,8 +237,7 @@ def _least_over(
     }
     found = _over_orders(orders, over, {node: matrix * 0 for node, matrix in over.items()})
     assert found is not None  # every range has a finite cost, and there is a layer per node
-    order, _, ranges = found
-    return chunk, order, 0.0, ranges
+    return chunk, *found
 
 
 def _over_orders(
@@ -253,11 +246,13 @@ def _over_orders(
     preferences: dict[NodeMemory, Any],
 ) -> _Found | None:
     best: _Found | None = None
+    least = math.inf
     for order in orders:
         stages = tuple(reversed(order))
         split = best_split([costs[n] for n in stages], [preferences[n] for n in stages])
-        if split is not None and (best is None or split[0] < best[1] * (1 - 1e-9)):
-            best = (order, *split)
+        if split is not None and split[0] < least * (1 - 1e-9):
+            least, ranges = split
+            best = (order, ranges)
     return best
 
 

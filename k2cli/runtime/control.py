@@ -17,7 +17,6 @@ from k2cli.errors import ClusterError
 from k2cli.runtime.protocol import (
     ControlEndpoint,
     Decision,
-    FollowerFailed,
     FollowerMessage,
     Hello,
 )
@@ -92,9 +91,7 @@ class Followers:
         try:
             while True:
                 message = self._channels[rank].receive()
-                if isinstance(message, FollowerFailed):
-                    self._on_loss(rank, message.error)
-                elif message is not None:
+                if message is not None:
                     self.inbox.put(message)
         except ConnectionLost as error:
             if not self._closing:

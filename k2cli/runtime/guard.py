@@ -4,17 +4,12 @@ Started by the launcher, directly or over ssh, as
 ``python -m k2cli.runtime.guard --k2-run ID --bootstrap NAME --rank R``; nobody imports it. What it
 is to do lies in its bootstrap file, which it deletes once read. It ends its rank and itself when
 the run is over, when it is told to, and when whoever it reports to is gone.
-
-With ``--standby`` it is started while the launch is still being planned: guard and rank import what
-they need, and the guard waits for a byte on its stdin before it reads its bootstrap. If stdin ends
-instead, so do they.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 import signal
 import sys
@@ -25,7 +20,7 @@ from k2cli.errors import K2Error, UsageError
 from k2cli.runtime.guard_follower import FollowerGuard
 from k2cli.runtime.guard_host import LeaderHost
 from k2cli.runtime.guard_launcher import LauncherPipe
-from k2cli.runtime.guard_spawn import DEFAULT_WORKER, SpawnedRank, spawn_rank
+from k2cli.runtime.guard_spawn import DEFAULT_WORKER
 from k2cli.runtime.protocol import Bootstrap
 from k2cli.settings import RUN_OPTION, runs_directory
 
@@ -37,7 +32,6 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--bootstrap", required=True, help="file name, in the run's folder; {rank} is replaced"
     )
     parser.add_argument("--rank", type=int, required=True, help="the rank that it guards")
-    parser.add_argument("--standby", action="store_true", help="wait for a byte on stdin first")
     parser.add_argument("--worker-module", default=DEFAULT_WORKER, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -61,41 +55,12 @@ def read_bootstrap(run_id: str, name: str, rank: int) -> Bootstrap:
     return bootstrap
 
 
-async def _stand_by(options: argparse.Namespace) -> SpawnedRank | None:
-    """Start the rank, and wait for the launch to be prepared.
-
-    Returns:
-        The rank; None if there will be no run.
-    """
-    called = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    warm = await spawn_rank(options.run, options.rank, options.worker_module)
-    loop.add_reader(0, called.set)
-    await called.wait()
-    loop.remove_reader(0)
-    # One byte and no more: what follows is for whoever reads the launcher's messages.
-    if os.read(0, 1):
-        return warm
-    with contextlib.suppress(ProcessLookupError):
-        warm.process.kill()
-    await warm.process.wait()
-    return None
-
-
-async def _live(options: argparse.Namespace) -> int:
-    warm: SpawnedRank | None = None
-    if options.standby and (warm := await _stand_by(options)) is None:
-        return 0
-    try:
-        bootstrap = read_bootstrap(options.run, options.bootstrap, options.rank)
-    except K2Error as error:
-        sys.stderr.write(f"guard: {error.message}\n")
-        return error.exit_code
+async def _live(bootstrap: Bootstrap, worker: str) -> int:
     guard: LeaderHost | FollowerGuard
     if bootstrap.assignment.rank == 0:
-        guard = LeaderHost(bootstrap, options.worker_module, await LauncherPipe.open(), warm)
+        guard = LeaderHost(bootstrap, worker, await LauncherPipe.open())
     else:
-        guard = FollowerGuard(bootstrap, options.worker_module, warm)
+        guard = FollowerGuard(bootstrap, worker)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, guard.terminated)
     return await guard.run()
 
@@ -105,7 +70,13 @@ def main() -> None:
     # Ctrl-C and a closed terminal are the launcher's to deal with.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    status = asyncio.run(_live(_parse_arguments(sys.argv[1:])))
+    options = _parse_arguments(sys.argv[1:])
+    try:
+        bootstrap = read_bootstrap(options.run, options.bootstrap, options.rank)
+    except K2Error as error:
+        sys.stderr.write(f"guard: {error.message}\n")
+        sys.exit(error.exit_code)
+    status = asyncio.run(_live(bootstrap, options.worker_module))
     sys.stderr.flush()
     # A thread that still reads a tokenizer or an open pipe must not keep the process.
     os._exit(status)

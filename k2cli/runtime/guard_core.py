@@ -21,7 +21,6 @@ from typing import Any
 from k2cli.errors import ClusterError, K2Error
 from k2cli.runtime.guard_rank import RankProcess, describe
 from k2cli.runtime.guard_seat import Seat
-from k2cli.runtime.guard_spawn import SpawnedRank
 from k2cli.runtime.guard_watchdog import INTERVAL_SECONDS, StallWatch
 from k2cli.runtime.protocol import (
     Bootstrap,
@@ -55,17 +54,15 @@ class Guard(ABC):
     Args:
         bootstrap: what the launcher left for it.
         worker: module that is the rank.
-        warm: the rank, if it stands by already.
     """
 
-    def __init__(self, bootstrap: Bootstrap, worker: str, warm: SpawnedRank | None = None) -> None:
+    def __init__(self, bootstrap: Bootstrap, worker: str) -> None:
         self.bootstrap = bootstrap
         self.assignment = bootstrap.assignment
         self.deadlines = bootstrap.deadlines
         self.rank: RankProcess | None = None
         self._seat: Seat | None = None
         self._worker = worker
-        self._warm = warm
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -166,7 +163,7 @@ class Guard(ABC):
             if job is None:
                 return False
         try:
-            self.rank = await RankProcess.start(self.bootstrap, self._worker, job, self._warm)
+            self.rank = await RankProcess.start(self.bootstrap, self._worker, job)
         except OSError as error:
             self.fail(self.failure(f"it cannot be started: {error}"))
             return False

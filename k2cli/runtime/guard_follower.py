@@ -9,7 +9,6 @@ from k2cli.errors import ClusterError
 from k2cli.runtime.guard_core import Guard
 from k2cli.runtime.guard_launcher import until_stdin_ends
 from k2cli.runtime.guard_liveness import GuardConnection, connect_to_leader
-from k2cli.runtime.guard_spawn import SpawnedRank
 from k2cli.runtime.protocol import (
     Bootstrap,
     ControlEndpoint,
@@ -30,8 +29,8 @@ _LEADER_ENDS_SECONDS = 8.0
 class FollowerGuard(Guard):
     """One follower's guard."""
 
-    def __init__(self, bootstrap: Bootstrap, worker: str, warm: SpawnedRank | None = None) -> None:
-        super().__init__(bootstrap, worker, warm)
+    def __init__(self, bootstrap: Bootstrap, worker: str) -> None:
+        super().__init__(bootstrap, worker)
         self._leader: GuardConnection | None = None
         self._connected = asyncio.Event()
         self._leader_gone = asyncio.Event()

@@ -16,7 +16,6 @@ from k2cli.runtime.guard_core import Ending
 from k2cli.runtime.guard_front import ApiFront
 from k2cli.runtime.guard_launcher import LauncherPipe
 from k2cli.runtime.guard_leader import LeaderGuard
-from k2cli.runtime.guard_spawn import SpawnedRank
 from k2cli.runtime.protocol import (
     Bootstrap,
     Cancel,
@@ -39,17 +38,9 @@ class LeaderHost:
         bootstrap: of the first attempt, or of the one that a fresh guard waits for.
         worker: module that is the rank.
         launcher: the line to the launcher.
-        warm: the rank of the first attempt, if it stands by already.
     """
 
-    def __init__(
-        self,
-        bootstrap: Bootstrap,
-        worker: str,
-        launcher: LauncherPipe,
-        warm: SpawnedRank | None = None,
-    ) -> None:
-        self._warm = warm
+    def __init__(self, bootstrap: Bootstrap, worker: str, launcher: LauncherPipe) -> None:
         self._bootstrap = bootstrap
         self._worker = worker
         self._launcher = launcher
@@ -103,8 +94,7 @@ class LeaderHost:
             bootstrap = found
 
     async def _attempt(self, bootstrap: Bootstrap) -> Ending:
-        warm, self._warm = self._warm, None
-        self._guard = LeaderGuard(bootstrap, self._worker, self._launcher, self._front, warm)
+        self._guard = LeaderGuard(bootstrap, self._worker, self._launcher, self._front)
         if self._next.done() and isinstance(early := self._next.result(), Ending):
             self._guard.end(early.cause, failed=early.failed)
         try:

@@ -10,7 +10,6 @@ from k2cli.runtime.guard_core import Ending, Guard
 from k2cli.runtime.guard_front import ApiFront
 from k2cli.runtime.guard_launcher import LauncherPipe
 from k2cli.runtime.guard_liveness import LivenessServer
-from k2cli.runtime.guard_spawn import SpawnedRank
 from k2cli.runtime.protocol import (
     Bootstrap,
     Cancel,
@@ -48,18 +47,12 @@ class LeaderGuard(Guard):
         worker: module that is the rank.
         launcher: where events go.
         front: the API, which outlives the attempt.
-        warm: the rank, if it stands by already.
     """
 
     def __init__(
-        self,
-        bootstrap: Bootstrap,
-        worker: str,
-        launcher: LauncherPipe,
-        front: ApiFront,
-        warm: SpawnedRank | None = None,
+        self, bootstrap: Bootstrap, worker: str, launcher: LauncherPipe, front: ApiFront
     ) -> None:
-        super().__init__(bootstrap, worker, warm)
+        super().__init__(bootstrap, worker)
         self._launcher = launcher
         self._liveness = LivenessServer(
             bootstrap, self._on_guard_message, self._on_guard_lost, self.log

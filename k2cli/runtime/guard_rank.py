@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 
 import psutil
 
-from k2cli.runtime.guard_spawn import SpawnedRank, spawn_rank
+from k2cli.runtime.guard_spawn import spawn_rank
 from k2cli.runtime.kernel_record import KernelRecord
 from k2cli.runtime.progress import ProgressPage
 from k2cli.runtime.protocol import (
@@ -66,33 +66,22 @@ class RankProcess:
 
     @classmethod
     async def start(
-        cls,
-        bootstrap: Bootstrap,
-        worker: str,
-        job: Mapping[str, str] | None = None,
-        warm: SpawnedRank | None = None,
+        cls, bootstrap: Bootstrap, worker: str, job: Mapping[str, str] | None = None
     ) -> RankProcess:
         """Start the rank and tell it what it is.
 
         Args:
             job: what makes it part of an MPI job.
-            warm: the rank, if it was started before there was a bootstrap.
 
         Raises:
             OSError: if the process cannot be started.
         """
-        assignment = bootstrap.assignment
-        spawned = warm or await spawn_rank(
-            assignment.run_id, assignment.rank, worker, bootstrap, job
-        )
-        environment = spawned.environment_of(bootstrap)
+        spawned = await spawn_rank(bootstrap, worker, job)
         reader, writer = await open_stream(connection=spawned.connection)
         channel: AsyncChannel[RankMessage] = AsyncChannel(reader, writer, RankMessage)
         rank = cls(spawned.process, channel, spawned.page, spawned.kernel)
         control_host = bootstrap.liveness_host
-        rank.send(
-            Start(assignment, bootstrap.secret, bootstrap.deadlines, control_host, environment)
-        )
+        rank.send(Start(bootstrap.assignment, bootstrap.secret, bootstrap.deadlines, control_host))
         return rank
 
     @property

@@ -1,8 +1,4 @@
-"""Starts the process of a rank: for a bootstrap, or on standby, before there is one.
-
-A rank on standby has imported what it needs, and waits for its ``Start``. It holds nothing of a
-model and no port; it ends as any rank does when its guard is gone.
-"""
+"""Start the process of a rank: its command line, its environment, what it inherits."""
 
 from __future__ import annotations
 
@@ -29,38 +25,21 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class SpawnedRank:
-    """A rank's process, which has not been told yet what it is.
-
-    ``connection`` is this end of its socket pair, ``settings`` a descriptor of the nameless file
-    that it has inherited for MLX's description of its group.
-    """
+    """A rank's process, and ``connection``, the guard's end of its socket pair."""
 
     process: asyncio.subprocess.Process
     connection: socket.socket
     page: ProgressPage
     kernel: KernelRecord
-    settings: int
-
-    def environment_of(self, bootstrap: Bootstrap) -> dict[str, str]:
-        """What a rank that was on standby has to add to its environment."""
-        try:
-            return environment_of(bootstrap, self.settings)
-        finally:
-            os.close(self.settings)
 
 
 async def spawn_rank(
-    run_id: str,
-    rank: int,
-    worker: str,
-    bootstrap: Bootstrap | None = None,
-    job: Mapping[str, str] | None = None,
+    bootstrap: Bootstrap, worker: str, job: Mapping[str, str] | None = None
 ) -> SpawnedRank:
     """Start the process of a rank.
 
     Args:
         worker: the module that is the rank.
-        bootstrap: of its run; without one it is on standby.
         job: the environment that makes it part of an MPI job.
 
     Raises:
@@ -68,28 +47,29 @@ async def spawn_rank(
     """
     ours, theirs = socket.socketpair()
     page = ProgressPage.create()
-    settings = _nameless_file()
-    environment = {**os.environ, **(job or {})}
-    if bootstrap is not None:
-        environment |= environment_of(bootstrap, settings)
+    inherited = [theirs.fileno(), page.fileno()]
+    settings, files = group_settings(bootstrap.assignment)
+    environment = {**os.environ, **(job or {}), **bootstrap.environment, **settings}
     environment["PYTHONUNBUFFERED"] = "1"
+    for name, content in files.items():
+        inherited.append(_nameless_file(content))
+        environment[name] = f"/dev/fd/{inherited[-1]}"
     kernel = KernelRecord()
     try:
         process = await asyncio.create_subprocess_exec(
-            *rank_arguments(run_id, rank, worker, theirs.fileno(), page.fileno()),
+            *rank_arguments(bootstrap.assignment, worker, theirs.fileno(), page.fileno()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            pass_fds=[theirs.fileno(), page.fileno(), settings],
+            pass_fds=inherited,
             env=environment,
             preexec_fn=_die_with_guard(),
         )
-    except OSError:
-        os.close(settings)
-        raise
     finally:
         theirs.close()
-    return SpawnedRank(process, ours, page, kernel, settings)
+        for descriptor in inherited[2:]:
+            os.close(descriptor)
+    return SpawnedRank(process, ours, page, kernel)
 
 
 def _die_with_guard() -> Callable[[], None] | None:
@@ -108,12 +88,12 @@ def _die_with_guard() -> Callable[[], None] | None:
 
 
 def rank_arguments(
-    run_id: str, rank: int, worker: str, guard_fd: int, progress_fd: int
+    assignment: Assignment, worker: str, guard_fd: int, progress_fd: int
 ) -> list[str]:
     """The command line of a rank, with the mark of its run."""
     return [
         *(sys.executable, "-P", "-m", worker),
-        *(RUN_OPTION, run_id, "--rank", str(rank)),
+        *(RUN_OPTION, assignment.run_id, "--rank", str(assignment.rank)),
         *("--guard-fd", str(guard_fd), "--progress-fd", str(progress_fd)),
     ]
 
@@ -134,21 +114,9 @@ def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, by
     return {}, {}
 
 
-def environment_of(bootstrap: Bootstrap, settings: int) -> dict[str, str]:
-    """What a bootstrap adds to the environment of its rank.
-
-    Args:
-        settings: a descriptor of the nameless file, which is filled.
-    """
-    values, files = group_settings(bootstrap.assignment)
-    for name, content in files.items():
-        # The rank shares the position in the file on some systems: it stays at the start.
-        os.pwrite(settings, content, 0)
-        values[name] = f"/dev/fd/{settings}"
-    return {**bootstrap.environment, **values}
-
-
-def _nameless_file() -> int:
-    """A descriptor of an empty file without a name, which nobody need remove."""
+def _nameless_file(content: bytes) -> int:
+    """Return a descriptor of a file without a name, which need not be removed."""
     with tempfile.TemporaryFile() as file:
+        # On some systems the rank shares the position in the file: pwrite leaves it at the start.
+        os.pwrite(file.fileno(), content, 0)
         return os.dup(file.fileno())

@@ -357,16 +357,6 @@ def _fatal(error: BaseException) -> Fatal:
     return Fatal(text, "".join(traceback.format_exception(error)), _kind_of(error, text))
 
 
-def _import_all(*, leads: bool) -> None:
-    """What every rank needs, before it knows its part: a rank on standby has the time."""
-    from k2cli.runtime import executor, group, loader  # noqa: F401
-
-    if leads:
-        from k2cli.runtime import canary, engine, lookahead  # noqa: F401
-    else:
-        from k2cli.runtime import follower  # noqa: F401
-
-
 def main() -> None:
     """Entry point; never returns."""
     _die_with_parent()
@@ -380,9 +370,7 @@ def main() -> None:
     link = GuardLink(arguments.guard_fd)
     page = ProgressPage(arguments.progress_fd)
     try:
-        _import_all(leads=arguments.rank == 0)
         start = link.receive_start()
-        os.environ.update(start.environment)
         link.start_listening(start.deadlines)
         Rank(link, page, start).live()
     except BaseException as error:

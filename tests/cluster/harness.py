@@ -119,7 +119,6 @@ def _specification(
             model_name="scripted",
             environment=environment,
             deadlines=deadlines,
-            scratch_directory=scratch if rank == 0 else None,
         )
         for rank in range(size)
     ]

@@ -79,7 +79,7 @@ class Launched:
                 command = process.cmdline()
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-            if self.detached and {"k2cli.cluster.supervisor", str(self.folder)} <= set(command):
+            if self.detached and command[-2:] == ["k2cli.cluster.supervisor", str(self.folder)]:
                 found["supervisor"] = process.pid
         for part in run_processes.processes_of_run(self.run_id):
             program = Path(part.command.split()[0]).name

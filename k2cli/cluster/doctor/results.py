@@ -135,7 +135,6 @@ class Check:
     """A check of the registry. ``quick`` ones also run before a launch, from few probes."""
 
     name: str
-    about: str
     run: Callable[[Situation], Iterable[CheckResult]]
     quick: bool = True
 

@@ -70,8 +70,7 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file that the launcher leaves for a guard (mode 0600; the guard deletes it).
 
     ``secret`` (hex) authenticates every TCP connection of the run. ``http`` is set for rank 0
-    only. ``environment`` is added to the rank's environment. ``scratch_directory`` is a folder on
-    the leader's node that the leader's guard removes last, in case the launcher no longer can.
+    only. ``environment`` is added to the rank's environment.
 
     ``restarts``: after a failure the leader's guard stays, answers 503, and waits for a
     ``NextAttempt``. ``hold`` is the cause of the last failure, for a fresh guard that begins there.
@@ -85,6 +84,5 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     http: HttpEndpoint | None = None
     environment: dict[str, str] = {}
     deadlines: Deadlines = Deadlines()
-    scratch_directory: str | None = None
     restarts: bool = False
     hold: str | None = None

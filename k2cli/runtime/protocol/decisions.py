@@ -160,11 +160,4 @@ class StepDigest(Message, tag=True, frozen=True):
     state: str = ""
 
 
-class FollowerFailed(Message, tag=True, frozen=True):
-    """A follower cannot go on."""
-
-    rank: int
-    error: str
-
-
-FollowerMessage = Hello | Holdings | StepDigest | FollowerFailed | Heartbeat
+FollowerMessage = Hello | Holdings | StepDigest | Heartbeat

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
-
 from k2cli.runtime.protocol.bootstrap import Assignment, Deadlines
 from k2cli.runtime.protocol.launcher import LoadProgress, RankReady
 from k2cli.runtime.protocol.liveness import ControlEndpoint
@@ -21,17 +19,12 @@ from k2cli.runtime.protocol.requests import (
 
 
 class Start(Message, tag=True, frozen=True):
-    """First message to a rank. ``secret`` (hex) is for the control connections.
-
-    ``environment`` is what the rank has to add to its own before it joins its group: a rank that
-    was started on standby could not be given it.
-    """
+    """First message to a rank. ``secret`` (hex) is for the control connections."""
 
     assignment: Assignment
     secret: str
     deadlines: Deadlines
     control_host: str
-    environment: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class Shutdown(Message, tag=True, frozen=True):
