@@ -27,7 +27,7 @@ from k2cli.models.gguf_llama import LlamaShape, llama_config, llama_names, llama
 from k2cli.models.gguf_llama import original_rows as llama_original_rows
 from k2cli.models.gguf_reader import GgufFile, GgufTensor
 from k2cli.models.gguf_tokenizer import tokenizer_files
-from k2cli.models.safetensors_writer import TensorSpec, write_safetensors
+from k2cli.models.safetensors import TensorSpec, write_safetensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from k2cli.errors import UsageError
 from k2cli.models.files import folder_being_made
 from k2cli.models.kimi_template import CHAT_TEMPLATE
-from k2cli.models.safetensors_writer import TensorSpec, write_safetensors
+from k2cli.models.safetensors import TensorSpec, write_safetensors
 from k2cli.models.toy_vocabulary import (
     VOCABULARY_SIZE,
     ranks_file,
