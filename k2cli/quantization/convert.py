@@ -30,7 +30,7 @@ from k2cli.units import format_bytes
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from k2cli.quantization.source import Conversion, Step
+    from k2cli.quantization.plan import Conversion, Step
 
 PIECE_BYTES = 64 << 20
 _SHARD_BYTES = 5 << 30  # the limit of mlx-lm, which calls it 5 GB
@@ -68,7 +68,7 @@ def quantize(
         K2Error: if the source is quantized already or not readable, the destination holds
             something, or the disk has no room.
     """
-    from k2cli.quantization.source import plan_conversion
+    from k2cli.quantization.plan import plan_conversion
 
     checkpoint = read_checkpoint(source)
     if not checkpoint.tensors:
@@ -211,7 +211,7 @@ def _write_rows(
     import mlx.core as mx
     import numpy as np
 
-    from k2cli.quantization.source import STREAMED_TYPES
+    from k2cli.quantization.plan import STREAMED_TYPES
 
     assert step.stored is not None
     array = mx.array(np.frombuffer(data, dtype=np.uint8)).view(STREAMED_TYPES[step.stored.dtype])

@@ -16,7 +16,6 @@ from typing import Any
 
 from k2cli.errors import K2Error
 from k2cli.files import write_atomically
-from k2cli.models import hub
 from k2cli.models.checkpoint import (
     INDEX_NAME,
     Checkpoint,
@@ -27,6 +26,7 @@ from k2cli.models.checkpoint import (
     tensors_of_header,
     weight_map_of,
 )
+from k2cli.models.sources import hub
 from k2cli.settings import data_directory
 
 FIRST_READ_BYTES = 32 * 1024
