@@ -15,7 +15,7 @@ from benchmarks import processes
 from benchmarks.client import ANSWER_LIMIT_SECONDS, Ask, ask_all
 from benchmarks.sides import RankFacts, Setting, answer_of, encode, first_answer
 from benchmarks.statistics import Answer
-from k2cli.models.tokenizer import Tokenizer
+from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.runtime.protocol import PromptProgress, RankReady, Tokens
 from tests.runtime.rank_pool import RankPool, assignments, free_ports
 

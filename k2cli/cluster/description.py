@@ -7,7 +7,6 @@ It says what the machines are and not how they are at the moment: that is asked 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 from k2cli.cluster.hostfile import Hostfile
 from k2cli.cluster.nodes import LOCALHOST, LocalNode, Node, is_this_machine, node_named
 from k2cli.errors import ClusterError, UsageError
+from k2cli.files import write_atomically
 from k2cli.planning.chips import chip_of_device
 from k2cli.planning.hardware import Backend, NodeMemory
 from k2cli.planning.marks import Mark
@@ -178,11 +178,10 @@ def save_cluster(cluster: Cluster) -> Path:
         ClusterError: if it cannot be written.
     """
     path = cluster_path(cluster.name)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n")
-        partial.replace(path)
+        data = msgspec.json.format(msgspec.json.encode(cluster), indent=1)
+        write_atomically(path, data + b"\n")
     except OSError as error:
         raise ClusterError(f"{path} cannot be written: {error.strerror}") from error
     return path

@@ -21,6 +21,7 @@ import msgspec
 import psutil
 
 from k2cli.cluster.activity import is_alive
+from k2cli.files import write_atomically
 from k2cli.settings import locks_directory
 
 FRESH_SECONDS = 60.0
@@ -113,10 +114,7 @@ def _locks(folder: Path, count: Callable[[str], int]) -> list[Lock]:
 
 
 def _write(path: Path, claim: Claim) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(msgspec.json.encode(claim))
-    partial.chmod(0o644)
-    partial.replace(path)
+    write_atomically(path, msgspec.json.encode(claim), 0o644)
 
 
 def list_locks(count: Callable[[str], int]) -> list[Lock]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
+from k2cli.files import write_atomically
 from k2cli.settings import runs_directory, scratch_directories, scratch_directory
 
 
@@ -18,11 +18,7 @@ def write_private(run_id: str, name: str, data: bytes) -> None:
     """Write a file of a run, readable by its owner only, whole or not at all."""
     folder = run_folder(run_id)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = folder / f".{name}.{os.getpid()}"
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    partial.replace(folder / name)
+    write_atomically(folder / name, data, 0o600)
 
 
 def remove_bootstraps(run_id: str) -> None:

@@ -6,7 +6,6 @@ supervisor still lives: if not, the record's state is what it was, not what is.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from k2cli.cluster.locks import release_locks
 from k2cli.cluster.nodes import REACH_SECONDS, node_named
 from k2cli.cluster.run_folder import remove_scratch
 from k2cli.errors import ClusterError, K2Error
+from k2cli.files import write_atomically
 from k2cli.runtime.protocol import RunEvent
 from k2cli.settings import runs_directory
 
@@ -149,10 +149,8 @@ class RunRecord:
 
 def save_record(record: RunRecord) -> None:
     """Write the record, whole or not at all."""
-    path = record.folder / "run.json"
-    partial = path.with_name(f".run.json.{os.getpid()}")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-    partial.replace(path)
+    data = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    write_atomically(record.folder / "run.json", data + b"\n")
 
 
 def read_record(folder: Path) -> RunRecord | None:

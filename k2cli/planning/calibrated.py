@@ -6,7 +6,6 @@ for the very same machines then use it; plans for others use the fitted constant
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.errors import K2Error
+from k2cli.files import write_atomically
 from k2cli.planning.hardware import NodeMemory
 from k2cli.planning.rates import MeasuredSpeed, NodeRates
 from k2cli.settings import config_directory
@@ -69,11 +69,9 @@ def save_calibration(entry: CalibratedMachines) -> Path:
     path = calibration_file()
     others = [each for each in _read(path) if not each.of(entry.machines, entry.backend)]
     data = msgspec.json.format(msgspec.json.encode(_File((*others, entry))), indent=1)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data + b"\n")
-        partial.replace(path)
+        write_atomically(path, data + b"\n")
     except OSError as error:
         raise K2Error(f"{path} cannot be written: {error.strerror}") from error
     return path

@@ -6,7 +6,6 @@ a field may be added, none is renamed without a new ``SCHEMA_VERSION``.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import msgspec
 
 from k2cli.errors import UsageError
+from k2cli.files import write_atomically
 from k2cli.planning.marks import Mark
 from k2cli.planning.speed import SpeedEstimate
 from k2cli.sharding.placement import Placement
@@ -160,12 +160,9 @@ def save_plan(plan: Plan, path: Path) -> None:
     Raises:
         UsageError: if the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(plan_to_json(plan))
-        os.replace(partial, path)
+        write_atomically(path, plan_to_json(plan))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 

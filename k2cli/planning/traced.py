@@ -100,7 +100,7 @@ class TracedModel:
             return Slices(count, head, profile_model(model), self._work(model, count))
 
     def _work(self, model: nn.Module, count: int) -> ModelWork | None:
-        from k2cli.sharding.activity import model_activity
+        from k2cli.sharding.token_cost import model_activity
 
         try:
             activity = model_activity(model)

@@ -18,8 +18,8 @@ from k2cli.planning.activation import ActivationShape, activation_shape
 from k2cli.planning.config_check import first_field, text_config
 
 if TYPE_CHECKING:
-    from k2cli.sharding.activity import Activity, ModelActivity
     from k2cli.sharding.placement import HeadPlacement
+    from k2cli.sharding.token_cost import Activity, ModelActivity
     from k2cli.sharding.trace import StoredShapes
 
 
@@ -112,8 +112,8 @@ def model_work(
     Raises:
         UsageError: if the config makes no model, or it cannot be cut so.
     """
-    from k2cli.sharding.activity import model_activity
     from k2cli.sharding.tensor import StandInGroup, slice_model
+    from k2cli.sharding.token_cost import model_activity
     from k2cli.sharding.trace import trace_model
 
     model = trace_model(config, stored, dtype)

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from k2cli.sharding.architectures import models_module
+from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.sharding.stage import Stage
 
 LayerCaches = list[Any]
@@ -199,7 +199,7 @@ def make_room(caches: LayerCaches, tokens: int) -> None:
     would hold the old and the new copy of every layer at once: measured on CUDA, a decode step
     that made four layers grow took four times what one layer takes.
     """
-    kinds = models_module("cache")
+    kinds = mlx_lm_module("models.cache")
     patient = mx.default_device() == mx.gpu
     for cache in caches:
         if type(cache) is kinds.KVCache:

@@ -75,7 +75,7 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> Any:
     """
     import uvicorn
 
-    from k2cli.models.tokenizer import Tokenizer
+    from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
     from k2cli.server.served import load_served_model
 

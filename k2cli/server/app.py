@@ -33,7 +33,7 @@ def create_app(engine: EngineClient, tokenizer: ServerTokenizer, served: ServedM
 
     Args:
         engine: where requests go; its ``state`` is asked anew for each of them.
-        tokenizer: of the served model (``models.tokenizer.Tokenizer``).
+        tokenizer: of the served model (``models.text.tokenizer.Tokenizer``).
         served: name, limits, defaults and API key.
     """
     app = Starlette(routes=_ROUTES, middleware=[Middleware(Gatekeeper, served=served)])

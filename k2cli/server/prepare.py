@@ -27,7 +27,7 @@ from k2cli.server.text import TokenTextStream
 
 
 class ServerTokenizer(Protocol):
-    """What the server needs of ``models.tokenizer.Tokenizer``."""
+    """What the server needs of ``models.text.tokenizer.Tokenizer``."""
 
     @property
     def stop_tokens(self) -> frozenset[int]:

@@ -16,8 +16,8 @@ import mlx.nn as nn
 
 from k2cli.errors import UsageError
 from k2cli.sharding.architectures import MODEL_FAILURES
-from k2cli.sharding.failures import why_failed
 from k2cli.sharding.head import can_shard_head, shard_head
+from k2cli.sharding.model_errors import why_failed
 from k2cli.sharding.placement import HeadPlacement
 
 

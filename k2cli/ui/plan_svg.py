@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 from k2cli.errors import UsageError
+from k2cli.files import write_atomically
 from k2cli.ui.curves import context_text, decode_band, positions, rounded_up, stacked, with_speed
 from k2cli.ui.plan_bars import PARTS, short_name
 from k2cli.ui.plan_table import headline, rate_text, verdict
@@ -223,10 +223,7 @@ def save_svg(plan: PlanView, points: Sequence[CurvePointView], path: Path) -> No
     Raises:
         UsageError: if the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(plan_svg(plan, points), encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, plan_svg(plan, points))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror}") from error

@@ -48,7 +48,7 @@ json.dump(result, sys.stdout)
 
 
 def _prompts(checkpoint: Path, texts: int = len(TEXTS)) -> list[list[int]]:
-    from k2cli.models.tokenizer import Tokenizer
+    from k2cli.models.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(checkpoint)
     return [tokenizer.encode(text) for text in TEXTS[:texts]]

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from k2cli.models.tokenizer import Tokenizer
+from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.runtime.protocol import TokenLogprob, Tokens
 from k2cli.server.served import load_served_model
 from tests.server.scripted import Hang, ScriptedEngine, finished, serving

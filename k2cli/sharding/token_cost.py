@@ -16,11 +16,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import UsageError
+from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.sharding import trace
-from k2cli.sharding.architectures import MODEL_FAILURES, models_module
-from k2cli.sharding.failures import why_failed
+from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.footprint import cache_window
 from k2cli.sharding.head import ShardedHead
+from k2cli.sharding.model_errors import why_failed
 from k2cli.sharding.stage import anatomy, embedding_size, make_cache
 
 
@@ -157,7 +158,7 @@ def _cache_parts(entry: Any) -> tuple[tuple[CachePart, ...], int]:
 @contextlib.contextmanager
 def _recorded_experts(routed: dict[int, int]) -> Iterator[None]:
     """Note, for every stack of experts that is called, how many of them one token is given."""
-    module = models_module("switch_layers")
+    module = mlx_lm_module("models.switch_layers")
     kinds = (module.SwitchLinear, module.QuantizedSwitchLinear)
     originals = [kind.__call__ for kind in kinds]
 

@@ -14,8 +14,8 @@ import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
 from k2cli.errors import K2Error
-from k2cli.models.tiktoken_bpe import build_tokenizer, byte_letters, special_tokens
-from k2cli.models.tokenizer import Tokenizer
+from k2cli.models.text.tiktoken_bpe import build_tokenizer, byte_letters, special_tokens
+from k2cli.models.text.tokenizer import Tokenizer
 from tests.models.prompts import TEXTS, random_text
 
 # Moonshot's own pattern, as the Python file of its repositories gives it to tiktoken.

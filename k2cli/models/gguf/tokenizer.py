@@ -10,7 +10,7 @@ from typing import Any
 
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import shown
-from k2cli.models.gguf_reader import GgufFile
+from k2cli.models.gguf.reader import GgufFile
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's token types
 

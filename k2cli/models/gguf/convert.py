@@ -1,6 +1,6 @@
 """Converts a GGUF file into an MLX checkpoint folder.
 
-Tensors whose quantization MLX shares stay packed bit for bit (see ``gguf_blocks``), so the result
+Tensors whose quantization MLX shares stay packed bit for bit (see ``gguf.blocks``), so the result
 is the same model and no larger. The folder appears at once and complete, or not at all.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import Checkpoint, StoredTensor, shown
 from k2cli.models.files import folder_being_made
-from k2cli.models.gguf_blocks import (
+from k2cli.models.gguf.blocks import (
     EXPANDED_TYPES,
     GROUP_SIZE,
     PACKED_BITS,
@@ -23,11 +23,11 @@ from k2cli.models.gguf_blocks import (
     expand,
     repack,
 )
-from k2cli.models.gguf_llama import LlamaShape, llama_config, llama_names, llama_shape
-from k2cli.models.gguf_llama import original_rows as llama_original_rows
-from k2cli.models.gguf_reader import GgufFile, GgufTensor
-from k2cli.models.gguf_tokenizer import tokenizer_files
-from k2cli.models.safetensors_writer import TensorSpec, write_safetensors
+from k2cli.models.gguf.llama import LlamaShape, llama_config, llama_names, llama_shape
+from k2cli.models.gguf.llama import original_rows as llama_original_rows
+from k2cli.models.gguf.reader import GgufFile, GgufTensor
+from k2cli.models.gguf.tokenizer import tokenizer_files
+from k2cli.models.safetensors import TensorSpec, write_safetensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

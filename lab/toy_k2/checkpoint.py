@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import UsageError
 from k2cli.models.files import folder_being_made
-from k2cli.models.kimi_template import CHAT_TEMPLATE
-from k2cli.models.safetensors_writer import TensorSpec, write_safetensors
-from k2cli.models.toy_vocabulary import (
+from k2cli.models.safetensors import TensorSpec, write_safetensors
+from lab.toy_k2.template import CHAT_TEMPLATE
+from lab.toy_k2.vocabulary import (
     VOCABULARY_SIZE,
     ranks_file,
     special_id,

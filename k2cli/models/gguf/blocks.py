@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from k2cli.models.gguf_reader import TENSOR_TYPES
+from k2cli.models.gguf.reader import TENSOR_TYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import shown
-from k2cli.models.gguf_reader import GgufFile, GgufTensor
+from k2cli.models.gguf.reader import GgufFile, GgufTensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

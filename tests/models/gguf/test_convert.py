@@ -17,11 +17,11 @@ from gguf import GGMLQuantizationType as Type
 from mlx_lm.utils import load_model
 
 from k2cli.errors import K2Error
-from k2cli.models import gguf as importer
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.models.gguf_blocks import EXPANDED_TYPES, PACKED_BITS, expand, repack
-from k2cli.models.gguf_reader import GgufFile
-from k2cli.models.tokenizer import Tokenizer
+from k2cli.models.gguf.blocks import EXPANDED_TYPES, PACKED_BITS, expand, repack
+from k2cli.models.gguf.convert import convert_gguf
+from k2cli.models.gguf.reader import GgufFile
+from k2cli.models.text.tokenizer import Tokenizer
 from tests.models.gguf_files import (
     HEAD,
     KEY_VALUE_HEADS,
@@ -76,9 +76,7 @@ def _tensor(folder: Path, name: str) -> Any:
 
 def test_float_weights_come_back_in_the_originals_order(tmp_path: Path) -> None:
     weights = original_weights()
-    folder = importer.convert_gguf(
-        write_llama(tmp_path / "m.gguf", weights), tmp_path / "converted"
-    )
+    folder = convert_gguf(write_llama(tmp_path / "m.gguf", weights), tmp_path / "converted")
     for part, name in (("attn_q", "q_proj"), ("attn_k", "k_proj"), ("attn_v", "v_proj")):
         ours = np.array(_tensor(folder, f"model.layers.1.self_attn.{name}.weight"))
         assert np.array_equal(ours, weights[f"blk.1.{part}.weight"])
@@ -102,8 +100,8 @@ def test_packed_model_computes_what_the_expanded_one_does(tmp_path: Path) -> Non
         for name, weight in weights.items()
     }
     plain = write_llama(tmp_path / "plain.gguf", rounded)
-    first = importer.convert_gguf(packed, tmp_path / "packed")
-    second = importer.convert_gguf(plain, tmp_path / "plain")
+    first = convert_gguf(packed, tmp_path / "packed")
+    second = convert_gguf(plain, tmp_path / "plain")
     config = json.loads((first / "config.json").read_text())
     assert config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
     assert config["tie_word_embeddings"] is False
@@ -118,7 +116,7 @@ def test_biases_of_attention_follow_their_rows(tmp_path: Path) -> None:
         for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
             size = weights[f"blk.{layer}.{part}.weight"].shape[0]
             weights[f"blk.{layer}.{part}.bias"] = random.normal(size=size).astype(np.float32)
-    folder = importer.convert_gguf(write_llama(tmp_path / "m.gguf", weights), tmp_path / "out")
+    folder = convert_gguf(write_llama(tmp_path / "m.gguf", weights), tmp_path / "out")
     ours = np.array(_tensor(folder, "model.layers.0.self_attn.k_proj.bias"))
     assert np.array_equal(ours, weights["blk.0.attn_k.bias"])
     assert read_checkpoint(folder).config["attention_bias"] is True
@@ -133,20 +131,18 @@ def test_llama3_rope_factors_become_its_scaling(tmp_path: Path) -> None:
     blend = np.clip((context / wavelengths - low) / (high - low), 0, 1)
     factors = (1 / ((1 - blend) / factor + blend)).astype(np.float32)
     weights = original_weights() | {"rope_freqs.weight": factors}
-    folder = importer.convert_gguf(write_llama(tmp_path / "m.gguf", weights), tmp_path / "out")
+    folder = convert_gguf(write_llama(tmp_path / "m.gguf", weights), tmp_path / "out")
     model, _ = load_model(folder)
     periods = np.array(model.layers[0].self_attn.rope._freqs)
     np.testing.assert_allclose(periods, factors / frequencies, rtol=1e-4)
 
     odd = weights | {"rope_freqs.weight": factors[::-1].copy()}
     with pytest.raises(K2Error, match="not llama 3's"):
-        importer.convert_gguf(write_llama(tmp_path / "odd.gguf", odd), tmp_path / "odd")
+        convert_gguf(write_llama(tmp_path / "odd.gguf", odd), tmp_path / "odd")
 
 
 def test_tokenizer_of_the_file(tmp_path: Path) -> None:
-    folder = importer.convert_gguf(
-        write_llama(tmp_path / "m.gguf", original_weights()), tmp_path / "out"
-    )
+    folder = convert_gguf(write_llama(tmp_path / "m.gguf", original_weights()), tmp_path / "out")
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.encode("abcd<|end|>hg") == [8, 9, 10, 7, 6]
     assert tokenizer.stop_tokens == {10}
@@ -172,7 +168,7 @@ def test_what_cannot_be_imported_is_named(
 ) -> None:
     path = write_llama(tmp_path / "m.gguf", original_weights(), **options)
     with pytest.raises(K2Error, match=reason):
-        importer.convert_gguf(path, tmp_path / "out")
+        convert_gguf(path, tmp_path / "out")
     assert sorted(child.name for child in tmp_path.iterdir()) == ["m.gguf"]
 
 
@@ -180,14 +176,14 @@ def test_missing_and_foreign_tensors_are_named(tmp_path: Path) -> None:
     weights = original_weights()
     del weights["blk.1.ffn_up.weight"]
     with pytest.raises(K2Error, match=r"lacks 1 tensors, the first is 'blk\.1\.ffn_up\.weight'"):
-        importer.convert_gguf(write_llama(tmp_path / "a.gguf", weights), tmp_path / "out")
+        convert_gguf(write_llama(tmp_path / "a.gguf", weights), tmp_path / "out")
     weights = original_weights() | {"blk.0.mystery.weight": np.ones(4, np.float32)}
     with pytest.raises(K2Error, match="mystery"):
-        importer.convert_gguf(write_llama(tmp_path / "b.gguf", weights), tmp_path / "out")
+        convert_gguf(write_llama(tmp_path / "b.gguf", weights), tmp_path / "out")
     weights = original_weights()
     weights["blk.0.attn_k.weight"] = weights["blk.0.attn_k.weight"][: KEY_VALUE_HEADS * 32]
     with pytest.raises(K2Error, match="its metadata says"):
-        importer.convert_gguf(write_llama(tmp_path / "c.gguf", weights), tmp_path / "out")
+        convert_gguf(write_llama(tmp_path / "c.gguf", weights), tmp_path / "out")
 
 
 def test_damaged_headers_raise_k2_errors_only(tmp_path: Path) -> None:
@@ -200,7 +196,7 @@ def test_damaged_headers_raise_k2_errors_only(tmp_path: Path) -> None:
     for cut in [0, 3, 4, 8, 23, 24, *range(30, header, 37), header, len(whole) - 1]:
         damaged.write_bytes(whole[:cut])
         with pytest.raises(K2Error, match=r"cut short|empty|not a GGUF|has the shape"):
-            importer.convert_gguf(damaged, tmp_path / "out")
+            convert_gguf(damaged, tmp_path / "out")
     messages: list[str] = []
     for _ in range(400):
         changed = bytearray(whole)
@@ -208,7 +204,7 @@ def test_damaged_headers_raise_k2_errors_only(tmp_path: Path) -> None:
             changed[random_bytes.randrange(header)] = random_bytes.randrange(256)
         damaged.write_bytes(changed)
         try:
-            importer.convert_gguf(damaged, tmp_path / "out")
+            convert_gguf(damaged, tmp_path / "out")
         except K2Error as error:
             messages.append(error.message)
         else:
@@ -237,8 +233,8 @@ def test_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        importer.convert_gguf(path, tmp_path / "out", progress=interrupt)
+        convert_gguf(path, tmp_path / "out", progress=interrupt)
     assert sorted(child.name for child in tmp_path.iterdir()) == ["m.gguf"]
-    importer.convert_gguf(path, tmp_path / "out")
+    convert_gguf(path, tmp_path / "out")
     with pytest.raises(K2Error, match="already exists"):
-        importer.convert_gguf(path, tmp_path / "out")
+        convert_gguf(path, tmp_path / "out")

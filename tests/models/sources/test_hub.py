@@ -23,7 +23,7 @@ import json, sys
 from pathlib import Path
 from k2cli.errors import K2Error
 from k2cli.models.inspection import inspect_model
-from k2cli.models.fetch import BytesDone, fetch
+from k2cli.models.sources.download import BytesDone, fetch
 progress = []
 def note(event):
     if isinstance(event, BytesDone):

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import Checkpoint, StoredTensor
-from k2cli.quantization.writer import OutputTensor
+from k2cli.models.safetensors import TensorSpec
 from k2cli.sharding.assemble import assemble
 from k2cli.sharding.recipe import (
     Recipe,
@@ -54,7 +54,7 @@ class Step:
     """
 
     path: str
-    outputs: list[OutputTensor]
+    outputs: list[TensorSpec]
     dtype: mx.Dtype
     quantization: dict[str, Any] | None = None
     stored: StoredTensor | None = None
@@ -71,7 +71,7 @@ class Conversion:
     total_parameters: int
 
     @property
-    def tensors(self) -> list[OutputTensor]:
+    def tensors(self) -> list[TensorSpec]:
         """All tensors of the new checkpoint, in order."""
         return [tensor for step in self.steps for tensor in step.outputs]
 
@@ -167,8 +167,8 @@ def _streamable(tensor: StoredTensor | None) -> StoredTensor | None:
     return tensor if usable else None
 
 
-def _output(name: str, array: mx.array) -> OutputTensor:
-    return OutputTensor(name, _FORMAT_NAMES[array.dtype], tuple(array.shape), array.nbytes)
+def _output(name: str, array: mx.array) -> TensorSpec:
+    return TensorSpec(name, _FORMAT_NAMES[array.dtype], tuple(array.shape))
 
 
 def _new_config(

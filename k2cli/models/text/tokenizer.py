@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import end_tokens, read_json_object
-from k2cli.models.tiktoken_bpe import (
+from k2cli.models.text.tiktoken_bpe import (
     build_tokenizer,
     byte_letters,
     find_vocabulary,
@@ -22,7 +22,7 @@ from k2cli.models.tiktoken_bpe import (
 if TYPE_CHECKING:
     import tokenizers
 
-    from k2cli.models.chat_template import ChatTemplate
+    from k2cli.models.text.chat_template import ChatTemplate
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -114,7 +114,7 @@ class Tokenizer:
 
     def _template(self, *, with_tools: bool) -> ChatTemplate:
         if with_tools not in self._templates:
-            from k2cli.models.chat_template import ChatTemplate, read_chat_template
+            from k2cli.models.text.chat_template import ChatTemplate, read_chat_template
 
             source = read_chat_template(self._folder, self._config, with_tools=with_tools)
             if source is None:

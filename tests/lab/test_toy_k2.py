@@ -15,8 +15,8 @@ from mlx_lm.utils import load_model
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.models.tokenizer import Tokenizer
-from k2cli.models.toy import ToyShape, build_toy_k2
+from k2cli.models.text.tokenizer import Tokenizer
+from lab.toy_k2.checkpoint import ToyShape, build_toy_k2
 from tests.conftest import ROOT
 from tests.models.prompts import PROMPTS
 

@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from typing import Any
 
-from k2cli.models.tiktoken_bpe import K2_PATTERN, RESERVED_SPECIAL_TOKENS
+from k2cli.models.text.tiktoken_bpe import K2_PATTERN, RESERVED_SPECIAL_TOKENS
 
 RANK_COUNT = 768
 VOCABULARY_SIZE = RANK_COUNT + RESERVED_SPECIAL_TOKENS

