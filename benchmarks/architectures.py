@@ -1,4 +1,4 @@
-"""The page of every architecture that mlx-lm has: does it plan, and how? docs/architectures.md.
+"""Make docs/measurements/architectures.md: for each architecture of mlx-lm, whether it plans.
 
     scripts/architecture-table              # write the page from the recorded configs
     scripts/architecture-table --check      # does the page say what the planner says now?
@@ -31,7 +31,7 @@ from k2cli.planning.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "benchmarks" / "data" / "architectures.json"
-PAGE = ROOT / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "measurements" / "architectures.md"
 MACHINES, ONE_MACHINE = "2x m3-ultra-512", "m3-ultra-512"
 _MOST_BYTES = 6 * 2**30
 """Address space of the collection: an architecture that evaluates what it builds ends it, not

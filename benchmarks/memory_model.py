@@ -1,4 +1,4 @@
-"""The page that holds the activation model against what MLX measured: docs/memory-model.md.
+"""Make docs/design/memory-model.md, which compares the activation model with measured peaks.
 
     scripts/memory-model                       # write the page from the recorded measurements
     scripts/memory-model --check               # does the page say what the model says now?
@@ -26,7 +26,7 @@ from k2cli.units import MB
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "benchmarks" / "data" / "activation"
-PAGE = ROOT / "docs" / "memory-model.md"
+PAGE = ROOT / "docs" / "design" / "memory-model.md"
 MARK = "<!-- made by scripts/memory-model -->"
 TOLERANCE = 0.10
 # A plan keeps 600 MB per rank for what is not modelled, the back end's own buffers among it.

@@ -1,4 +1,4 @@
-"""The page of all models that k2 knows by name: docs/models.md.
+"""The page of all models that k2 knows by name: docs/measurements/models.md.
 
     scripts/model-table            # write the page
     scripts/model-table --check    # does the page say what the catalog says now?
@@ -20,7 +20,7 @@ from k2cli.errors import K2Error
 from k2cli.models.catalog import CatalogEntry, HubSource, catalog, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs" / "measurements" / "models.md"
 
 FAMILIES = {
     "Kimi": ("k2", "k3"),

@@ -1,4 +1,4 @@
-"""``python -m lab.reliability``: runs the table of faults and writes docs/reliability.md.
+"""Run the table of faults and write docs/measurements/reliability.md (``-m lab.reliability``).
 
 Every trial's outcome is kept in a file of JSON lines as soon as it is there, so that a table can
 be put together from several sittings; a later trial of the same row replaces an earlier one. What
@@ -154,7 +154,7 @@ def _longest(run: Sequence[Outcome]) -> str:
 
 
 def document(outcomes: Sequence[Outcome], load: str) -> str:
-    """The whole of docs/reliability.md."""
+    """The whole of docs/measurements/reliability.md."""
     known = {(o.fault, o.backend, o.strategy): o for o in outcomes}
     rows = [
         (fault, backend, strategy, known.get((fault.name, backend, strategy)))

@@ -85,18 +85,21 @@ make_environment() {
 digest() { "$PWD/.venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'; }
 
 # Installs this checkout with the given extras ("dev,mpi", or empty), unless that was done before.
+# With "dev" among them, in the versions of constraints.txt; else in the newest that k2 allows.
 install_k2() {
-  local extras=$1 target=. wanted marker
+  local extras=$1 target=. wanted marker constraints=""
+  case ",$extras," in *,dev,*) constraints=constraints.txt ;; esac
   [ -n "$extras" ] && target=".[$extras]"
   marker=.venv/installed-${extras//,/-}
-  wanted=$({ cat pyproject.toml; pwd; } | digest)
+  wanted=$({ cat pyproject.toml ${constraints:+"$constraints"}; pwd; } | digest)
   if [ "$(cat "$marker" 2>/dev/null)" = "$wanted" ]; then
     echo "k2 is installed in .venv"
     return
   fi
   say "installing k2 into .venv (the first time takes a minute or two)"
-  printf '$ pip install --editable "%s"\n' "$target"
-  .venv/bin/python -m pip install --quiet --editable "$target"
+  set -- ${constraints:+--constraint "$constraints"} --editable "$target"
+  printf '$ pip install %s\n' "$(quoted "$@")"
+  .venv/bin/python -m pip install --quiet "$@"
   rm -rf k2cli.egg-info  # a leftover of the build; what counts lies in .venv
   printf '%s' "$wanted" >"$marker"
 }

@@ -1,9 +1,11 @@
-"""The documents are true where a program can tell: modules, links, flags and exit codes."""
+"""Check what a program can check in the documents: links, commands, flags and exit codes."""
 
 from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,21 +17,26 @@ from k2cli import errors
 from k2cli.cli import _COMMANDS, build_app
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FLAG = r"(?<![\w-])--?[a-z][\w-]*"
-CONTRACTS = (ROOT / "docs" / "contracts.md").read_text()
+REFERENCE = ROOT / "docs" / "reference"
+CONTRACTS = (REFERENCE / "contracts.md").read_text()
 
 
-def test_architecture_lists_every_module_and_no_other() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    section = page.split("## Modules", 1)[1]
-    listed = set(re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE))
-    present = {
-        path.relative_to(ROOT / "k2cli").as_posix()
-        for path in (ROOT / "k2cli").rglob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert listed == present
+def test_command_reference_is_current() -> None:
+    command = [sys.executable, "scripts/commands-reference", "--check"]
+    done = subprocess.run(command, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, "run scripts/commands-reference"
+
+
+def test_index_lists_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if path.name != "README.md"]
+    assert [
+        path.name
+        for path in pages
+        if f"]({path.relative_to(ROOT / 'docs').as_posix()})" not in index
+    ] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -40,6 +47,15 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
 
 def test_documents_are_finished() -> None:
     assert [path.name for path in DOCUMENTS if re.search(r"@@|TODO|FIXME", path.read_text())] == []
+
+
+def test_every_environment_variable_is_documented() -> None:
+    page = (REFERENCE / "configuration.md").read_text()
+    named: set[str] = set()
+    for path in (ROOT / "k2cli").rglob("*.py"):
+        named |= set(re.findall(r'"(K2_[A-Z_]+)"', path.read_text()))
+    assert named
+    assert {name for name in named if f"`{name}`" not in page} == set()
 
 
 def _promised_flags(command: str) -> list[str]:
@@ -90,7 +106,8 @@ def test_every_command_that_is_shown_can_be_typed() -> None:
 
 
 def test_exit_codes_are_those_of_the_error_tree() -> None:
-    rows = re.findall(r"^\| (\d+) \| .* \| `(\w+)` \|$", CONTRACTS, re.MULTILINE)
+    page = (REFERENCE / "exit-codes.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| .* \| `(\w+)` \|$", page, re.MULTILINE)
     assert {name: int(code) for code, name in rows} == {
         cls.__name__: cls.exit_code for cls in (errors.K2Error, *errors.K2Error.__subclasses__())
     }

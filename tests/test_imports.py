@@ -1,7 +1,7 @@
 """The architecture as a test: who may import whom, and what must not be imported early.
 
-The table is that of docs/architecture.md. Imports inside functions count for the direction of
-imports; for the cost of start-up only those at a module's top do.
+The table is that of docs/design/architecture.md. Imports inside functions count for the direction
+of imports; for the cost of start-up only those at a module's top do.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ UNSAFE = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpic
 
 
 def test_every_invariant_names_tests_that_exist() -> None:
-    page = (ROOT / "docs" / "invariants.md").read_text()
+    page = (ROOT / "docs" / "design" / "invariants.md").read_text()
     rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", page, re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 11))
     for number, cell in rows:

@@ -1,4 +1,4 @@
-"""The page that holds k2's planner beside others: docs/planner-comparison.md.
+"""Make docs/measurements/planner-comparison.md, which compares k2's planner with others.
 
     scripts/compare-planners                       # install, run, write the page
     scripts/compare-planners --environments DIR    # keep the planners' environments, or use them
@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.planners.hub import MODEL_ID, local_hub
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "planner-comparison.md"
+PAGE = ROOT / "docs" / "measurements" / "planner-comparison.md"
 CONTEXT = 131_072
 KV_BYTES = 61 * (512 + 64) * 2 * CONTEXT
 """Latent and rotary key of 61 layers in bfloat16: K2's config.json."""
@@ -267,7 +267,7 @@ repository: a wrong figure here may be one that the real files would not cause.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Ask all planners and write the page."""
-    parser = argparse.ArgumentParser(description="Write docs/planner-comparison.md.")
+    parser = argparse.ArgumentParser(description="Write docs/measurements/planner-comparison.md.")
     parser.add_argument("--environments", type=Path, help="where planners are or get installed")
     parser.add_argument("--output", type=Path, default=PAGE)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""docs/speed-model.md and the package's speed_constants.toml, from the outcome of a fit."""
+"""Make docs/design/speed-model.md and the package's speed_constants.toml from a fit."""
 
 from __future__ import annotations
 
@@ -218,8 +218,9 @@ def _unusable(rows: Sequence[Unusable]) -> str:
 def constants_toml(outcome: Outcome, fitted_on: str) -> str:
     """The package's constants."""
     lines = [
-        "# Written by scripts/fit-speed-model; docs/speed-model.md says from what, and how well it",
-        "# predicts. Shares are of a chip's published peaks, seconds of a layer or collective.",
+        "# Written by scripts/fit-speed-model; docs/design/speed-model.md says from what, and",
+        "# how well it predicts. Shares are of a chip's published peaks, seconds of a layer or a",
+        "# collective.",
         f'fitted_on = "{fitted_on}"',
         f'digest = "{outcome.digest}"',
         "",

@@ -14,7 +14,7 @@ from benchmarks.speed_fit.evaluate import summarise
 from benchmarks.speed_fit.outcome import run_fit
 from k2cli.planning.speed_constants import CONSTANTS_FILE
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "speed-model.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "design" / "speed-model.md"
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

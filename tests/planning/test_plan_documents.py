@@ -16,7 +16,7 @@ import pytest
 from tests.planning.commands import ROOT, k2_here
 from tests.planning.test_plan_memory import K2, k2
 
-DOCS = ROOT / "docs"
+REFERENCE = ROOT / "docs" / "reference"
 
 
 def test_schemas_are_those_of_the_types() -> None:
@@ -36,7 +36,7 @@ def test_json_is_as_its_schema_says(arguments: list[str], exit_code: int) -> Non
     done = k2_here("plan-memory", K2, "--json", *arguments)
     assert done.returncode == exit_code
     plan = json.loads(done.stdout)
-    schema = json.loads((DOCS / "plan.schema.json").read_text())
+    schema = json.loads((REFERENCE / "plan.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(plan, schema)
     assert plan["fits"] == (exit_code == 0)
@@ -49,7 +49,7 @@ def test_json_is_as_its_schema_says(arguments: list[str], exit_code: int) -> Non
 def test_the_shops_json_is_as_its_schema_says() -> None:
     done = k2_here("plan-memory", K2, "--shop", "--json")
     assert done.returncode == 0
-    schema = json.loads((DOCS / "shop.schema.json").read_text())
+    schema = json.loads((REFERENCE / "shop.schema.json").read_text())
     jsonschema.validate(json.loads(done.stdout), schema)
 
 

@@ -1,4 +1,4 @@
-"""Invariants of the runtime that no other test shows; docs/invariants.md has all ten."""
+"""Invariants of the runtime that no other test shows; docs/design/invariants.md has all ten."""
 
 from __future__ import annotations
 

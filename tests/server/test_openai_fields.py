@@ -1,4 +1,4 @@
-"""Every field that OpenAI's client offers does what docs/api.md says, sent by that client."""
+"""Send every field that OpenAI's client offers and compare with docs/reference/api.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k2cli.server.schemas import Message
 from tests.server.requests import QUESTION, post, prompt_of
 from tests.server.scripted import ScriptedEngine
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "api.md").read_text()
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 # A value other than the default, for fields whose kind alone says what follows.
 VALUES: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Where soaks leave what they measured: a file of JSON lines each, and their part of docs/soak.md.
+"""Write what soaks measured: a file of JSON lines each, and a part of docs/measurements/soak.md.
 
 A file of results outlives an interrupted soak, and the page is always made of the whole file.
 """
@@ -56,7 +56,8 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--beside", default="nothing else", help="what else ran on the machine, for the page"
     )
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "soak.md", help="%(default)s")
+    page = ROOT / "docs" / "measurements" / "soak.md"
+    parser.add_argument("--docs", type=Path, default=page, help="%(default)s")
     return parser
 
 
