@@ -44,6 +44,9 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"models", "sharding", "server"},
 }
 
+# Part -> what else it may import under TYPE_CHECKING: ui names the types of the values it shows.
+ALLOWED_FOR_TYPING = {"ui": DOMAINS}
+
 # Third-party module -> where alone it may be imported; an entry ending in a slash is a folder.
 ONLY_IN = {
     "huggingface_hub": {"models/sources/hub.py"},
@@ -68,12 +71,13 @@ ENTRY_POINTS = {"runtime.worker", "runtime.guard"}
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """One imported name: ``module`` in full, ``top`` if it happens when the file is imported."""
+    """One imported name: ``top`` if run when the file is imported, ``typing`` if never run."""
 
     path: Path
     line: int
     module: str
     top: bool
+    typing: bool
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(PACKAGE)}:{self.line} imports {self.module}"
@@ -95,10 +99,10 @@ def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
-def _walk(node: ast.AST, top: bool, typing: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
+def _walk(node: ast.AST, top: bool, typing: bool = False) -> Iterator[tuple[ast.stmt, bool, bool]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
-            yield child, top and not typing
+            yield child, top and not typing, typing
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             yield from _walk(child, False, typing)
         else:
@@ -121,8 +125,8 @@ def _names(node: ast.stmt, path: Path) -> list[str]:
 def imports_of(path: Path) -> tuple[Import, ...]:
     tree = ast.parse(path.read_text())
     return tuple(
-        Import(path, node.lineno, name, top)
-        for node, top in _walk(tree, True)
+        Import(path, node.lineno, name, top, typing)
+        for node, top, typing in _walk(tree, True)
         for name in _names(node, path)
     )
 
@@ -154,6 +158,8 @@ def test_import_direction() -> None:
         if target_part in {source_part, "__version__"} | LEAVES:
             continue
         allowed = ALLOWED[source_part]
+        if item.typing:
+            allowed = allowed | ALLOWED_FOR_TYPING.get(source_part, set())
         one_module = any(target == entry or target.startswith(f"{entry}.") for entry in allowed)
         if target_part not in allowed and not one_module:
             wrong.append(str(item))

@@ -28,7 +28,7 @@ Begin with """ to write several lines, and end with """. Ctrl-C stops an answer.
 
 
 class Terminal(Protocol):
-    """What the chat needs of ``ui.chat_terminal.ChatTerminal``."""
+    """What the chat needs of ``ui.chat.terminal.ChatTerminal``."""
 
     def read_line(self, *, continued: bool = False) -> str:
         """One line of the user's; raises KeyboardInterrupt or EOFError."""

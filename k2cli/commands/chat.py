@@ -89,7 +89,7 @@ def _question(prompt: str | None, *, interactive: bool) -> str | None:
 def _talk(session: ChatSession) -> None:
     from k2cli.chat.interactive import Chat
     from k2cli.settings import state_directory
-    from k2cli.ui.chat_terminal import ChatTerminal
+    from k2cli.ui.chat.terminal import ChatTerminal
 
     Chat(session, ChatTerminal(state_directory() / "chat-history")).run()
 
@@ -97,7 +97,7 @@ def _talk(session: ChatSession) -> None:
 def _answer(session: ChatSession, question: str) -> None:
     from k2cli.chat.client import Delta, Progress
     from k2cli.chat.figures import figures_line, progress_line
-    from k2cli.ui.stream import AnswerWriter, StatusLine, dim_note
+    from k2cli.ui.chat.stream import AnswerWriter, StatusLine, dim_note
 
     writer, status = AnswerWriter(), StatusLine()
     try:

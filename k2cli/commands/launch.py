@@ -202,7 +202,7 @@ def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
 
 def _show_plan(prepared: PreparedRun) -> None:
     from k2cli.ui.output import note, warn
-    from k2cli.ui.plan_table import plan_lines
+    from k2cli.ui.plan.table import plan_lines
 
     for line in plan_lines(prepared.plan):
         note(line)

@@ -161,7 +161,7 @@ def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
     from k2cli.errors import DoesNotFitError
     from k2cli.planning.shop import recipe_for_the_catalog, shop
     from k2cli.ui.output import print_json
-    from k2cli.ui.shop_table import print_shop
+    from k2cli.ui.plan.shop import print_shop
 
     result = shop(planner, wishes)
     if as_json:
@@ -191,7 +191,7 @@ def _write(
         save_plan(plan, save)
     if svg is not None:
         from k2cli.planning.curve import context_curve
-        from k2cli.ui.plan_svg import save_svg
+        from k2cli.ui.plan.svg import save_svg
 
         save_svg(plan, context_curve(planner, nodes, wishes, plan), svg)
 
@@ -209,7 +209,7 @@ def _show(
 ) -> None:
     from k2cli.planning.plan import plan_to_json
     from k2cli.ui.output import print_json
-    from k2cli.ui.plan_table import can_print_unicode, print_plan
+    from k2cli.ui.plan.table import can_print_unicode, print_plan
 
     if as_json:
         print_json(plan_to_json(plan))
@@ -219,7 +219,7 @@ def _show(
     print_plan(plan, command=command, explain=explain)
     if plot:
         from k2cli.planning.curve import context_curve
-        from k2cli.ui.plan_plot import print_plot
+        from k2cli.ui.plan.plot import print_plot
 
         curve = context_curve(planner, nodes, wishes, plan)
         print_plot(curve, plan.request.context_length, unicode=can_print_unicode())
@@ -228,7 +228,7 @@ def _show(
 def _finish(plan: Plan, save: Path | None, quantize: str | None) -> None:
     from k2cli.errors import DoesNotFitError
     from k2cli.planning.quantized import quantize_command
-    from k2cli.ui.plan_table import print_plan_hints, shortfalls
+    from k2cli.ui.plan.table import print_plan_hints, shortfalls
 
     if not plan.fits:
         raise DoesNotFitError(f"{plan.model.reference} does not fit: {shortfalls(plan)}")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from k2cli.ui.markdown import MarkdownStyler
+from k2cli.ui.chat.markdown import MarkdownStyler
 
 ANSWER = """# Title
 Some **bold** text, `code **not bold**` and 2 * 3 ** 4.

@@ -1,21 +1,25 @@
-"""Machines that run a model, cheapest first, as a table at 80 columns."""
+"""Table of machines that can run a model, cheapest first, 80 columns wide."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from k2cli.ui.output import print_text
-from k2cli.ui.plan_views import BandView, OfferView, ShopView
 from k2cli.units import format_bytes
+
+if TYPE_CHECKING:
+    from k2cli.planning.shop import Offer, ShopResult
+    from k2cli.planning.speed import Band
 
 _WIDTH = 80
 MOST_OFFERS = 16
-"""Offers that are shown; ``--json`` has all of them."""
+"""Limit of offers in the table; ``--json`` lists all of them."""
 
 
-def shop_lines(result: ShopView) -> list[str]:
-    """Headline, table and notes."""
+def shop_lines(result: ShopResult) -> list[str]:
+    """Format headline, table and notes."""
     sequences = "1 sequence" if result.concurrency == 1 else f"{result.concurrency} sequences"
     lines = [
         *textwrap.wrap(
@@ -38,7 +42,7 @@ def shop_lines(result: ShopView) -> list[str]:
     return [*lines, "", *_notes(shown)]
 
 
-def _offer_lines(offer: OfferView, width: int) -> list[str]:
+def _offer_lines(offer: Offer, width: int) -> list[str]:
     price = "?" if offer.price_usd is None else f"{offer.price_usd:,}"
     mark = "*" if offer.withdrawn else " "
     names = textwrap.wrap(offer.hardware, width)
@@ -52,15 +56,15 @@ def _offer_lines(offer: OfferView, width: int) -> list[str]:
     return [first.rstrip(), *(f"{'':>9}{name}" for name in names[1:])]
 
 
-def _span(band: BandView | None) -> str:
-    """The low and the high end of a rate."""
+def _span(band: Band | None) -> str:
+    """Format the low and the high end of a rate."""
     if band is None:
         return "unknown"
     digits = 0 if band.high >= 20 else 1
     return f"{band.low:,.{digits}f}-{band.high:,.{digits}f}"
 
 
-def _notes(offers: Sequence[OfferView]) -> list[str]:
+def _notes(offers: Sequence[Offer]) -> list[str]:
     dates = [offer.price_date for offer in offers if offer.price_date]
     notes = ["decode and prefill: predicted tokens/s of one sequence at this context"]
     if dates:
@@ -73,7 +77,7 @@ def _notes(offers: Sequence[OfferView]) -> list[str]:
     return notes
 
 
-def print_shop(result: ShopView) -> None:
-    """Write the offers to stdout."""
+def print_shop(result: ShopResult) -> None:
+    """Print the offers to stdout."""
     for line in shop_lines(result):
         print_text(line)

@@ -1,8 +1,8 @@
-"""Markdown that is styled while it streams: every character is written once and never redrawn.
+"""Styling of streamed Markdown: every character is written once and never redrawn.
 
-The text stays as the model wrote it, markers and all; headings, code and emphasis only get a
-style. Redrawing a whole answer at each token costs time that grows with its square, and doubles
-lines with wide letters, which K2's Chinese has.
+The text stays as the model wrote it, including markers; headings, code and emphasis only get a
+style. Redrawing the whole answer at each token would take time quadratic in its length, and would
+repeat lines that contain wide characters, such as Chinese.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ _BOLD, _CODE = "1", "36"
 
 @dataclass(slots=True)
 class MarkdownStyler:
-    """Adds terminal styles to a stream of text. Characters that could be a marker wait for the
-    next ones; ``finish`` gives what still waits, and ends the style.
+    """Filter that adds terminal styles to a stream of text.
+
+    Characters that could begin a marker are held back until the next ones arrive; ``finish``
+    returns those still held back, and resets the style.
     """
 
     _waiting: str = ""
@@ -30,12 +32,12 @@ class MarkdownStyler:
     _bold: bool = False
 
     def push(self, text: str) -> str:
-        """The styled text that is now certain."""
+        """Add text; return the styled text that can be written now."""
         self._waiting += text
         return "".join(self._styled(final=False))
 
     def finish(self) -> str:
-        """The rest of the answer."""
+        """Return the held-back text and a reset of the style."""
         rest = "".join(self._styled(final=True))
         return rest + ("\x1b[0m" if self._shown_style else "")
 
@@ -53,7 +55,7 @@ class MarkdownStyler:
     def _in_style(self, marker: str) -> str:
         before = self._style()
         self._apply(marker)
-        # A marker has the style of what it encloses, at both of its ends.
+        # Opening and closing markers both have the style of the text that they enclose.
         style = max(before, self._style(), key=len) if marker in ("**", "`") else self._style()
         if style == self._shown_style:
             return marker
@@ -62,7 +64,7 @@ class MarkdownStyler:
         return change + marker
 
     def _apply(self, marker: str) -> None:
-        """Let a marker or character change what the text is."""
+        """Update the parser state for a marker or character."""
         at_start, self._line_start = self._line_start, self._line_start and marker == " "
         match marker:
             case "\n":
@@ -85,7 +87,7 @@ class MarkdownStyler:
 
 
 def _marker(text: str, position: int, *, final: bool) -> str | None:
-    """The next marker or single character; None if it takes more text to tell."""
+    """Return the next marker or single character, or None if more text is needed to decide."""
     rest = text[position : position + len(_FENCE)]
     for marker in (_FENCE, "**"):
         if rest.startswith(marker):

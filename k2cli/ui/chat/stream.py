@@ -1,8 +1,8 @@
-"""Answers on the terminal as they come, and the line that says what the server is doing.
+"""Streamed answers on the terminal, and a status line for the state of the server.
 
-The answer goes to stdout and everything else to stderr, so that a pipe carries the answer only:
-plain, byte for byte what the model wrote. On a terminal it is styled, and control characters are
-taken out, since a model's text must not be able to move the cursor or set the window title.
+The answer goes to stdout and everything else to stderr, so that a pipe carries the answer only,
+byte for byte as the model wrote it. On a terminal the answer is styled, and control characters are
+removed, because a model's text must not move the cursor or set the window title.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TextIO
 
 from rich.text import Text
 
-from k2cli.ui.markdown import MarkdownStyler
+from k2cli.ui.chat.markdown import MarkdownStyler
 from k2cli.ui.output import stderr_console, stdout_console
 
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -20,7 +20,7 @@ _CLEAR_LINE = "\r\x1b[2K"
 
 
 class AnswerWriter:
-    """Writes one answer to stdout, piece by piece."""
+    """Writer of one answer to stdout, piece by piece."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -31,7 +31,7 @@ class AnswerWriter:
         self._last = "\n"
 
     def write(self, text: str) -> None:
-        """More of the answer."""
+        """Write more of the answer."""
         if self._terminal:
             text = text.translate(_CONTROL)
         if text:
@@ -39,7 +39,7 @@ class AnswerWriter:
             self._put(self._styler.push(text) if self._styler else text)
 
     def finish(self) -> None:
-        """End the answer, with a line break if it has none."""
+        """End the answer, and add a line break if it does not end with one."""
         rest = self._styler.finish() if self._styler else ""
         self._put(rest + ("" if self._last == "\n" else "\n"))
 
@@ -49,7 +49,7 @@ class AnswerWriter:
 
 
 class StatusLine:
-    """One line on stderr that is replaced in place, and only where stderr is a terminal."""
+    """One line on stderr that is rewritten in place; shown only if stderr is a terminal."""
 
     def __init__(self) -> None:
         self._shown = ""
@@ -62,7 +62,7 @@ class StatusLine:
             self._put(_CLEAR_LINE + text)
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Erase the line."""
         if self._shown:
             self._shown = ""
             self._put(_CLEAR_LINE)
@@ -74,5 +74,5 @@ class StatusLine:
 
 
 def dim_note(text: str) -> None:
-    """A line of figures on stderr that need not catch the eye."""
+    """Print a line on stderr in dim style."""
     stderr_console().print(Text(text, style="dim"))

@@ -1,21 +1,31 @@
-"""Memory and speed against context, drawn with characters at 80 columns.
+"""Text charts of memory and speed against context, 80 columns wide.
 
-Plotting libraries for terminals draw lines and points; what is wanted here are stacked bytes with
-a limit across, and a band, from few cells, and the same in a pipe and in ASCII.
+Terminal plotting libraries draw lines and points. These charts need stacked areas with a limit
+line, and a band, in few cells, and must look the same in a pipe and in ASCII.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from k2cli.ui.curves import between, context_text, decode_band, positions, rounded_up, with_speed
-from k2cli.ui.curves import stacked as stacked_parts
 from k2cli.ui.output import print_text, stdout_console
-from k2cli.ui.plan_bars import PARTS
-from k2cli.ui.plan_views import CurvePointView
+from k2cli.ui.plan.bars import PARTS
+from k2cli.ui.plan.curves import (
+    between,
+    context_text,
+    decode_band,
+    positions,
+    rounded_up,
+    stacked,
+    with_speed,
+)
 from k2cli.units import GB, MB
+
+if TYPE_CHECKING:
+    from k2cli.planning.curve import CurvePoint
 
 _COLUMNS, _ROWS = 64, 12
 _MARGIN = 10
@@ -23,11 +33,11 @@ _UNICODE, _ASCII = ("█▓▒░", "─", "░", "●"), ("#=+:", "-", ":", "o"
 _STYLES = ("blue", "green", "yellow", "magenta")
 
 
-def plot_lines(points: Sequence[CurvePointView], asked: int, *, unicode: bool = True) -> list[Text]:
-    """Both charts, one above the other; the speed's only where it is known.
+def plot_lines(points: Sequence[CurvePoint], asked: int, *, unicode: bool = True) -> list[Text]:
+    """Draw the memory chart and, if speed is known, the speed chart below it.
 
     Args:
-        asked: the context of the plan, which is marked on the axis.
+        asked: the context length of the plan, marked on the axis.
     """
     glyphs = _UNICODE if unicode else _ASCII
     lines = _memory_chart(points, asked, glyphs)
@@ -37,14 +47,12 @@ def plot_lines(points: Sequence[CurvePointView], asked: int, *, unicode: bool = 
     return lines
 
 
-def _memory_chart(
-    points: Sequence[CurvePointView], asked: int, glyphs: tuple[str, ...]
-) -> list[Text]:
+def _memory_chart(points: Sequence[CurvePoint], asked: int, glyphs: tuple[str, ...]) -> list[Text]:
     cells, line, *_ = glyphs
     most = max(max(point.budget.total_bytes, point.budget.limit_bytes) for point in points)
     unit, name = (GB, "GB") if most >= 10 * GB else (MB, "MB")
     top = rounded_up(most / unit)
-    sums = [stacked_parts(PARTS[: count + 1]) for count in range(len(PARTS))]
+    sums = [stacked(PARTS[: count + 1]) for count in range(len(PARTS))]
 
     def cell(at: float, low: float, high: float) -> tuple[str, str]:
         middle = (low + high) / 2
@@ -66,9 +74,7 @@ def _memory_chart(
     return [Text(title), *_grid(top, cell), *_axis(points, asked), legend]
 
 
-def _speed_chart(
-    points: Sequence[CurvePointView], asked: int, glyphs: tuple[str, ...]
-) -> list[Text]:
+def _speed_chart(points: Sequence[CurvePoint], asked: int, glyphs: tuple[str, ...]) -> list[Text]:
     *_, band, dot = glyphs
     top = rounded_up(max(decode_band(point).high for point in points))
 
@@ -87,7 +93,7 @@ def _speed_chart(
 
 
 def _grid(top: float, cell: Callable[[float, float, float], tuple[str, str]]) -> list[Text]:
-    """Rows from the top down; ``cell`` says what is at a position between two heights."""
+    """Draw rows from the top down; ``cell`` returns glyph and style between two heights."""
     lines = []
     for row in reversed(range(_ROWS)):
         low, high = row * top / _ROWS, (row + 1) * top / _ROWS
@@ -100,8 +106,8 @@ def _grid(top: float, cell: Callable[[float, float, float], tuple[str, str]]) ->
     return lines
 
 
-def _axis(points: Sequence[CurvePointView], asked: int) -> list[Text]:
-    """The base line with the asked context and, below, as many contexts as have room."""
+def _axis(points: Sequence[CurvePoint], asked: int) -> list[Text]:
+    """Draw the base line with the asked context, and below it as many labels as have room."""
     base = Text(f"{' ' * (_MARGIN - 1)}+")
     marked = [
         round(at * (_COLUMNS - 1))
@@ -123,8 +129,8 @@ def _axis(points: Sequence[CurvePointView], asked: int) -> list[Text]:
     return [base, Text(f"{margin} {''.join(labels).rstrip()}")]
 
 
-def print_plot(points: Sequence[CurvePointView], asked: int, *, unicode: bool) -> None:
-    """Write both charts to stdout; see ``plot_lines``."""
+def print_plot(points: Sequence[CurvePoint], asked: int, *, unicode: bool) -> None:
+    """Print the charts of ``plot_lines`` to stdout."""
     print_text()
     for line in plot_lines(points, asked, unicode=unicode):
         stdout_console().print(line)

@@ -1,16 +1,20 @@
-"""Where the numbers of a plan are from: the terms of memory and speed, and what was compared."""
+"""Origins of a plan's numbers: terms of memory and speed, and the placements compared."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from k2cli.ui.plan_views import AlternativeView, BudgetView, PlanView, SpeedTermView
 from k2cli.units import GB, KB, MB, TB, format_bytes, format_duration, format_gib
+
+if TYPE_CHECKING:
+    from k2cli.planning.plan import Alternative, NodeBudget, Plan
+    from k2cli.planning.speed import SpeedTerm
 
 _WIDTH = 80
 
-# Term of the breakdown or the ledger, field, mark, and where it is from.
+# Title, field of the node's budget or its breakdown, key in the plan's marks, origin.
 _TERMS = (
     ("layers", "layer_weights_bytes", "weights_bytes",
      "decoder layers once loaded: mlx-lm's model traced from config and headers, in {dtype}"),
@@ -36,8 +40,8 @@ _TERMS = (
 )  # fmt: skip
 
 
-def explanation_lines(plan: PlanView) -> list[str]:
-    """Terms of memory on the tightest node, terms of speed, and the placements compared."""
+def explanation_lines(plan: Plan) -> list[str]:
+    """Explain memory on the tightest node, the predicted speed, and the placements compared."""
     node = min(plan.nodes, key=lambda each: each.headroom_bytes)
     lines = [f"memory on {node.name}, where the numbers are from", *_memory_lines(plan, node)]
     stored = plan.marks.get("stored_bytes", "")
@@ -51,7 +55,7 @@ def explanation_lines(plan: PlanView) -> list[str]:
     return lines
 
 
-def _memory_lines(plan: PlanView, node: BudgetView) -> list[str]:
+def _memory_lines(plan: Plan, node: NodeBudget) -> list[str]:
     values = {
         "dtype": plan.request.dtype,
         "sequences": plan.request.concurrency,
@@ -62,7 +66,7 @@ def _memory_lines(plan: PlanView, node: BudgetView) -> list[str]:
     }
     lines = []
     for title, field, mark, origin in _TERMS:
-        # Plans of older versions have no breakdown.
+        # Plans written by older versions have no breakdown.
         holder = node if hasattr(node, field) else node.breakdown
         if holder is not None:
             size = format_bytes(getattr(holder, field))
@@ -77,8 +81,8 @@ def _term_lines(title: str, size: str, mark: str, text: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
 
 
-def _speed_lines(terms: Sequence[SpeedTermView], constants: str) -> list[str]:
-    """A line per term; whose constants they are is said once, below."""
+def _speed_lines(terms: Sequence[SpeedTerm], constants: str) -> list[str]:
+    """Format each term; the source of the constants is written once, as footnote [1]."""
     lines = []
     for term in terms:
         first = f"  {term.name:<42}{_quantity(term.value, term.unit):>14}  "
@@ -94,7 +98,7 @@ def _speed_lines(terms: Sequence[SpeedTermView], constants: str) -> list[str]:
 
 
 def _quantity(value: float, unit: str) -> str:
-    """A figure in the unit that suits it: ``10.1 GB``, ``34.7 ms``, ``20.6 TFLOP/s``."""
+    """Format a figure with a fitting prefix: ``10.1 GB``, ``34.7 ms``, ``20.6 TFLOP/s``."""
     if unit == "s":
         return format_duration(value) if value >= 1 else _small_seconds(value)
     if not unit:
@@ -109,7 +113,7 @@ def _small_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
-def _alternative_lines(alternatives: Sequence[AlternativeView]) -> list[str]:
+def _alternative_lines(alternatives: Sequence[Alternative]) -> list[str]:
     lines = [
         f"  {'':<10}{'chunk':>6}{'headroom':>11}{'decode':>9}{'prefill':>9}   (tokens/s, expected)"
     ]
@@ -118,7 +122,7 @@ def _alternative_lines(alternatives: Sequence[AlternativeView]) -> list[str]:
     return lines
 
 
-def _alternative(each: AlternativeView) -> list[str]:
+def _alternative(each: Alternative) -> list[str]:
     figures = f"{'impossible':>16}" if not each.possible else (
         f"{each.prefill_chunk_tokens:>6}{format_bytes(each.headroom_bytes):>11}"
         f"{_rate(each.decode_tokens_per_second):>9}{_rate(each.prefill_tokens_per_second):>9}"

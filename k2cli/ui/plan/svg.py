@@ -1,18 +1,29 @@
-"""A plan as a picture: an SVG file that needs nothing beside it, for a page, a mail or an issue."""
+"""Self-contained SVG picture of a plan, for a web page, a mail or an issue."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from k2cli.errors import UsageError
 from k2cli.files import write_atomically
-from k2cli.ui.curves import context_text, decode_band, positions, rounded_up, stacked, with_speed
-from k2cli.ui.plan_bars import PARTS, short_name
-from k2cli.ui.plan_table import headline, rate_text, verdict
-from k2cli.ui.plan_views import BandView, BudgetView, CurvePointView, PlanView
+from k2cli.ui.plan.bars import PARTS, short_name
+from k2cli.ui.plan.curves import (
+    context_text,
+    decode_band,
+    positions,
+    rounded_up,
+    stacked,
+    with_speed,
+)
+from k2cli.ui.plan.table import headline, rate_text, verdict
 from k2cli.units import GB, MB, format_bytes
+
+if TYPE_CHECKING:
+    from k2cli.planning.curve import CurvePoint
+    from k2cli.planning.plan import NodeBudget, Plan
 
 _WIDTH, _MARGIN = 880, 32
 _INNER = _WIDTH - 2 * _MARGIN
@@ -24,11 +35,11 @@ _BAR_LEFT, _BAR_HEIGHT, _BAR_STEP = 190, 24, 40
 _CHART_HEIGHT = 190
 
 
-def plan_svg(plan: PlanView, points: Sequence[CurvePointView]) -> str:
-    """The picture: what is planned, a bar per node, memory and speed against context.
+def plan_svg(plan: Plan, points: Sequence[CurvePoint]) -> str:
+    """Draw the plan: headline, a bar per node, and charts of memory and speed against context.
 
     Args:
-        points: from short to long contexts; charts are left out if there are fewer than two.
+        points: from short to long contexts; the charts are left out if there are fewer than two.
     """
     body = [*_head(plan)]
     y = 64.0 + 22 * len(headline(plan))
@@ -80,7 +91,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float 
     )
 
 
-def _head(plan: PlanView) -> list[str]:
+def _head(plan: Plan) -> list[str]:
     name, *rest = headline(plan)
     lines = [_text(_MARGIN, 44, name, size=19, weight="600")]
     lines += [
@@ -91,8 +102,8 @@ def _head(plan: PlanView) -> list[str]:
     return lines
 
 
-def _bars(nodes: Sequence[BudgetView], y: float) -> tuple[list[str], float]:
-    """A bar per node, to one scale, with its limit across; and the legend."""
+def _bars(nodes: Sequence[NodeBudget], y: float) -> tuple[list[str], float]:
+    """Draw a bar per node, to one scale, with its limit, and the legend below."""
     width = _WIDTH - _MARGIN - _BAR_LEFT - 90
     scale = width / max(max(node.total_bytes, node.limit_bytes) for node in nodes)
     drawn = []
@@ -133,9 +144,9 @@ def _legend(y: float) -> list[str]:
 
 
 class _Frame:
-    """The axes of one chart: context across, by logarithm; a quantity up, from 0."""
+    """Axes of one chart: context on a log scale across, a quantity from 0 upwards."""
 
-    def __init__(self, points: Sequence[CurvePointView], top: float, y: float) -> None:
+    def __init__(self, points: Sequence[CurvePoint], top: float, y: float) -> None:
         self.left, self.right = _MARGIN + 60.0, _WIDTH - _MARGIN - 70.0
         self.top, self.bottom, self.most = y + 30, y + 30 + _CHART_HEIGHT, top
         self.xs = [self.left + at * (self.right - self.left) for at in positions(points)]
@@ -155,8 +166,8 @@ class _Frame:
         )
         return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
 
-    def asked(self, points: Sequence[CurvePointView], context_length: int) -> list[str]:
-        """A line across at the context that was asked for."""
+    def asked(self, points: Sequence[CurvePoint], context_length: int) -> list[str]:
+        """Draw a vertical line at the context that was asked for."""
         for x, point in zip(self.xs, points, strict=True):
             if point.context_length == context_length:
                 label = f"asked: {context_text(context_length)}"
@@ -166,7 +177,7 @@ class _Frame:
                 ]
         return []
 
-    def axes(self, points: Sequence[CurvePointView], title: str) -> list[str]:
+    def axes(self, points: Sequence[CurvePoint], title: str) -> list[str]:
         drawn = [_text(_MARGIN, self.top - 16, title, weight="600")]
         for quarter in range(5):
             value = self.most * quarter / 4
@@ -185,9 +196,7 @@ class _Frame:
         return drawn
 
 
-def _memory_chart(
-    points: Sequence[CurvePointView], asked: int, y: float
-) -> tuple[list[str], float]:
+def _memory_chart(points: Sequence[CurvePoint], asked: int, y: float) -> tuple[list[str], float]:
     most = max(max(point.budget.total_bytes, point.budget.limit_bytes) for point in points)
     unit, name = (GB, "GB") if most >= 10 * GB else (MB, "MB")
     frame = _Frame(points, rounded_up(most / unit), y)
@@ -204,8 +213,8 @@ def _memory_chart(
     return drawn, frame.bottom + 34
 
 
-def _speed_chart(points: Sequence[CurvePointView], asked: int, y: float) -> tuple[list[str], float]:
-    bands: list[BandView] = [decode_band(point) for point in points]
+def _speed_chart(points: Sequence[CurvePoint], asked: int, y: float) -> tuple[list[str], float]:
+    bands = [decode_band(point) for point in points]
     frame = _Frame(points, rounded_up(max(band.high for band in bands)), y)
     title = "Predicted decode speed of one sequence against context (tokens/s)"
     drawn = frame.axes(points, title)
@@ -217,8 +226,8 @@ def _speed_chart(points: Sequence[CurvePointView], asked: int, y: float) -> tupl
     return drawn, frame.bottom + 34
 
 
-def save_svg(plan: PlanView, points: Sequence[CurvePointView], path: Path) -> None:
-    """Write the picture to a file, whole or not at all.
+def save_svg(plan: Plan, points: Sequence[CurvePoint], path: Path) -> None:
+    """Write the picture to a file, atomically.
 
     Raises:
         UsageError: if the file cannot be written.

@@ -1,12 +1,14 @@
-"""A bar of each node's memory: coloured on a terminal, told apart by its cells elsewhere."""
+"""Bars of each node's memory: parts differ by colour on a terminal and by character elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from k2cli.ui.plan_views import BudgetView
+if TYPE_CHECKING:
+    from k2cli.planning.plan import NodeBudget
 
 PARTS = ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes")
 _LEGEND = ("weights", "KV", "activation", "overhead", "free")
@@ -18,14 +20,14 @@ _BAR_WIDTH = 60
 
 
 def short_name(name: str, width: int = NAME_WIDTH) -> str:
-    """Long names lose their middle, which says least: both ends tell machines apart."""
+    """Shorten a long name by cutting out its middle; machines usually differ at the ends."""
     if len(name) <= width:
         return name
     return f"{name[: width - 8]}…{name[-7:]}"
 
 
-def bar_lines(nodes: Sequence[BudgetView], *, unicode: bool = True) -> list[Text]:
-    """Bytes in proportion, one scale for all nodes; the mark ``|`` is the limit. At 80 columns."""
+def bar_lines(nodes: Sequence[NodeBudget], *, unicode: bool = True) -> list[Text]:
+    """Draw a bar per node, all to one scale, with ``|`` at the limit; fits 80 columns."""
     cells = _UNICODE_CELLS if unicode else _ASCII_CELLS
     scale = max(max(node.total_bytes, node.limit_bytes) for node in nodes)
     lines = [_bar(node, scale, cells) for node in nodes]
@@ -35,7 +37,7 @@ def bar_lines(nodes: Sequence[BudgetView], *, unicode: bool = True) -> list[Text
     return [*lines, legend.append("| limit")]
 
 
-def _bar(node: BudgetView, scale: int, cells: str) -> Text:
+def _bar(node: NodeBudget, scale: int, cells: str) -> Text:
     line = Text(f"{short_name(node.name).ljust(NAME_WIDTH)}  ")
     limit = round(node.limit_bytes / scale * _BAR_WIDTH)
     filled = position = 0

@@ -1,7 +1,7 @@
-"""A plan for people: a table of the nodes in one unit, a bar per node, speed, and a verdict.
+"""Text report of a plan: a table of nodes, a bar per node, speed, and a verdict.
 
-Made to be read at 80 columns, on a terminal and in a pipe. All but the ``print_`` functions return
-lines of plain text.
+The report fits 80 columns, on a terminal and in a pipe. All functions return lines of plain text,
+except those named ``print_``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from k2cli.ui.output import note, print_text, stdout_console
-from k2cli.ui.plan_bars import bar_lines, short_name
-from k2cli.ui.plan_explain import explanation_lines
-from k2cli.ui.plan_views import AdviceView, BandView, PlanView
+from k2cli.ui.plan.bars import bar_lines, short_name
+from k2cli.ui.plan.explain import explanation_lines
 from k2cli.units import GB, MB, format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from k2cli.planning.plan import Advice, Plan
+    from k2cli.planning.speed import Band
 
 _COLUMNS = (
     ("weights", "weights_bytes"),
@@ -29,17 +33,17 @@ _COLUMNS = (
 )
 _WIDTH = 80
 _CLOSE_SHARE = 0.02
-"""Of a limit: less headroom than this hangs on how well the limit is known."""
+"""Share of the limit; with less headroom than this, an error in an assumed limit matters."""
 
 
-def plan_lines(plan: PlanView, *, unicode: bool = True) -> list[str]:
-    """The report as plain lines: model, request, placement, table, bars, verdict."""
+def plan_lines(plan: Plan, *, unicode: bool = True) -> list[str]:
+    """Format the report without speed and advice: headline, table, bars, verdict."""
     bars = (line.plain for line in bar_lines(plan.nodes, unicode=unicode))
     return [*headline(plan), "", *_table(plan), "", *bars, "", verdict(plan)]
 
 
-def headline(plan: PlanView) -> list[str]:
-    """What is planned: model, request, placement; the first line is the model's name."""
+def headline(plan: Plan) -> list[str]:
+    """Describe model, request and placement; the first line is the model's name."""
     model, request = plan.model, plan.request
     lines = [
         f"{_count(model.parameters)} parameters, {format_bytes(model.stored_bytes)} stored, "
@@ -52,7 +56,7 @@ def headline(plan: PlanView) -> list[str]:
     return [model.reference, *(line for part in wrapped for line in part)]
 
 
-def _placement_text(plan: PlanView) -> str:
+def _placement_text(plan: Plan) -> str:
     placement = plan.placement
     if placement.strategy == "single":
         return f"single: all {placement.layer_count} layers on {plan.nodes[0].name}"
@@ -78,10 +82,10 @@ def _count(parameters: int) -> str:
     return str(parameters)
 
 
-def _table(plan: PlanView) -> list[str]:
-    """A row per node, and how well each column is known."""
+def _table(plan: Plan) -> list[str]:
+    """Format a row per node, and a last row with the certainty of each column."""
     nodes = plan.nodes
-    # Small models would be all zeros in GB.
+    # In GB, a small model's table would show only zeros.
     largest = max(node.total_bytes for node in nodes)
     unit, name = (GB, "GB") if largest >= 10 * GB else (MB, "MB")
     rows = [
@@ -106,8 +110,8 @@ def _sequences(count: int) -> str:
     return "1 sequence" if count == 1 else f"{count} sequences"
 
 
-def verdict(plan: PlanView) -> str:
-    """One line: fits, with the least headroom; or not, with what is missing where."""
+def verdict(plan: Plan) -> str:
+    """Summarize in one line: the smallest headroom if the plan fits, else the shortfalls."""
     if plan.fits:
         tightest = min(plan.nodes, key=lambda node: node.headroom_bytes)
         where = "" if len(plan.nodes) == 1 else f" on {tightest.name}"
@@ -115,8 +119,8 @@ def verdict(plan: PlanView) -> str:
     return "does not fit: " + shortfalls(plan)
 
 
-def caution_lines(plan: PlanView) -> list[str]:
-    """What to check first where a plan fits only narrowly, under a limit that is assumed."""
+def caution_lines(plan: Plan) -> list[str]:
+    """Warn if the plan fits only narrowly under a limit that is not exactly known."""
     tightest = min(plan.nodes, key=lambda node: node.headroom_bytes / max(node.limit_bytes, 1))
     close = 0 <= tightest.headroom_bytes < _CLOSE_SHARE * tightest.limit_bytes
     if not close or plan.marks.get("limit_bytes") == "exact":
@@ -128,8 +132,8 @@ def caution_lines(plan: PlanView) -> list[str]:
     )
 
 
-def shortfalls(plan: PlanView) -> str:
-    """What is missing on the nodes that are over their limits; of many, on the worst."""
+def shortfalls(plan: Plan) -> str:
+    """List the missing bytes of nodes over their limits; of more than two, only the worst."""
     over = sorted(
         (node for node in plan.nodes if node.headroom_bytes < 0),
         key=lambda node: node.headroom_bytes,
@@ -140,10 +144,10 @@ def shortfalls(plan: PlanView) -> str:
     return ", ".join(lacking) + (f", {others} others lack less" if others else "")
 
 
-def speed_lines(plan: PlanView) -> list[str]:
-    """The predicted speed as a band, and how far context and concurrency could go.
+def speed_lines(plan: Plan) -> list[str]:
+    """Format the predicted speeds, and the largest context and concurrency that would fit.
 
-    Nothing of a plan that does not fit: it has no speed.
+    A plan that does not fit has neither, so nothing is returned for it.
     """
     lines = []
     if plan.fits and plan.speed is not None:
@@ -166,8 +170,8 @@ def speed_lines(plan: PlanView) -> list[str]:
     return [*lines, *_limit_lines(plan), *_alone_lines(plan)]
 
 
-def _message_lines(plan: PlanView) -> list[str]:
-    """What the speed takes messages between nodes to cost, which nobody knows before measuring."""
+def _message_lines(plan: Plan) -> list[str]:
+    """State the assumed latency of a message between nodes, which only measuring can tell."""
     assert plan.speed is not None
     found = [term for term in plan.speed.terms if term.name == "seconds per message"]
     if plan.placement.size == 1 or not found:
@@ -177,11 +181,11 @@ def _message_lines(plan: PlanView) -> list[str]:
     ]
 
 
-def _figures(band: BandView) -> tuple[float, float, float]:
+def _figures(band: Band) -> tuple[float, float, float]:
     return band.low, band.expected, band.high
 
 
-def _rate(title: str, band: BandView, unit: str) -> str:
+def _rate(title: str, band: Band, unit: str) -> str:
     return _row(title, (rate_text(value) for value in _figures(band)), unit)
 
 
@@ -190,12 +194,12 @@ def _row(title: str, cells: Iterable[str], unit: str) -> str:
 
 
 def rate_text(value: float) -> str:
-    """Tokens per second with three figures: ``9.04``, ``24.1``, ``1,240``."""
+    """Format tokens per second: ``9.04``, ``24.1``, ``1,240``."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def _alone_lines(plan: PlanView) -> list[str]:
-    """That one of several machines would do, if so."""
+def _alone_lines(plan: Plan) -> list[str]:
+    """State that a single machine would be enough, if the planner found one."""
     for each in plan.alternatives:
         if each.name == "single" and not each.chosen:
             rate = each.decode_tokens_per_second
@@ -204,10 +208,10 @@ def _alone_lines(plan: PlanView) -> list[str]:
     return []
 
 
-def _limit_lines(plan: PlanView) -> list[str]:
+def _limit_lines(plan: Plan) -> list[str]:
     request = plan.request
     if not plan.fits or not plan.max_context_length:
-        return []  # a plan of an older version has no limits
+        return []  # plans written by older versions have no limits
     sequences = _sequences(request.concurrency)
     own = plan.max_context_length == plan.model.context_length
     context = f"{plan.max_context_length:,} tokens of context" + (", the model's most," * own)
@@ -218,11 +222,11 @@ def _limit_lines(plan: PlanView) -> list[str]:
     ]
 
 
-def advice_lines(plan: PlanView, command: Mapping[str, str]) -> list[str]:
-    """What would make the plan fit, each with the command that plans it.
+def advice_lines(plan: Plan, command: Mapping[str, str]) -> list[str]:
+    """List changes that would make the plan fit, each with the command that plans it.
 
     Args:
-        command: options of the command that was given, to be given again but for the change.
+        command: options of the command given; each advice replaces some of them.
     """
     if plan.fits:
         return []
@@ -235,7 +239,7 @@ def advice_lines(plan: PlanView, command: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _one_advice(model: str, advice: AdviceView, command: Mapping[str, str]) -> list[str]:
+def _one_advice(model: str, advice: Advice, command: Mapping[str, str]) -> list[str]:
     gains = [f"{format_bytes(advice.headroom_bytes)} to spare"]
     if advice.decode_tokens_per_second is not None:
         gains.append(f"decode {rate_text(advice.decode_tokens_per_second)} tokens/s")
@@ -244,7 +248,7 @@ def _one_advice(model: str, advice: AdviceView, command: Mapping[str, str]) -> l
     if advice.command:
         lines.append(f"    {advice.command}")
     if advice.options:
-        # Machines of the catalog take the place of a cluster's.
+        # --hardware names machines of the catalog and replaces --cluster.
         kept = {k: v for k, v in command.items()
                 if k != "--cluster" or "--hardware" not in advice.options}  # fmt: skip
         lines += plan_command(model, {**kept, **advice.options})
@@ -252,13 +256,13 @@ def _one_advice(model: str, advice: AdviceView, command: Mapping[str, str]) -> l
 
 
 def _shop_options(command: Mapping[str, str]) -> dict[str, str]:
-    """What is asked of the machines, without the machines."""
+    """Keep the options of the request, drop those that name machines, and add ``--shop``."""
     kept = ("--context", "--concurrency", "--quantize")
     return {name: command[name] for name in kept if name in command} | {"--shop": ""}
 
 
 def plan_command(model: str, options: Mapping[str, str]) -> list[str]:
-    """A command to copy, indented, and continued on further lines where it is long."""
+    """Format a ``k2 plan-memory`` command to copy, indented, and wrapped if it is long."""
     lines = [f"    k2 plan-memory {shlex.quote(model)}"]
     for name, value in options.items():
         option = f"{name} {shlex.quote(value)}" if value else name
@@ -270,8 +274,8 @@ def plan_command(model: str, options: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def print_plan(plan: PlanView, *, command: Mapping[str, str], explain: bool = False) -> None:
-    """Write the report to stdout, and where its numbers are from if asked."""
+def print_plan(plan: Plan, *, command: Mapping[str, str], explain: bool = False) -> None:
+    """Print the report to stdout; ``explain`` adds the origins of its numbers."""
     _print_block([*headline(plan), "", *_table(plan), ""])
     for line in bar_lines(plan.nodes, unicode=can_print_unicode()):
         stdout_console().print(line)
@@ -285,7 +289,7 @@ def print_plan(plan: PlanView, *, command: Mapping[str, str], explain: bool = Fa
 
 
 def can_print_unicode() -> bool:
-    """Whether stdout takes more than ASCII."""
+    """Return True if stdout is encoded in UTF-8 or another UTF."""
     encoding = (sys.stdout.encoding or "ascii").lower().replace("-", "")
     return encoding.startswith("utf")
 
@@ -295,8 +299,8 @@ def _print_block(lines: Sequence[str]) -> None:
         print_text(line)
 
 
-def print_plan_hints(plan: PlanView, *, saved_as: Path | None, first: str = "") -> None:
-    """Say on stderr which command comes next; ``first`` is one that has to come before."""
+def print_plan_hints(plan: Plan, *, saved_as: Path | None, first: str = "") -> None:
+    """Print the next command on stderr; ``first`` is one that must run before a launch."""
     if first:
         note(f"next: {first}")
     elif saved_as is not None:

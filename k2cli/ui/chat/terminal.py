@@ -1,4 +1,4 @@
-"""The terminal of an interactive chat: line editing, the streamed answer, notes and figures."""
+"""Terminal of an interactive chat: line editing, the streamed answer, notes and figures."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k2cli.errors import K2Error
+from k2cli.ui.chat.stream import AnswerWriter, StatusLine, dim_note
 from k2cli.ui.output import note, print_error
-from k2cli.ui.stream import AnswerWriter, StatusLine, dim_note
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -17,7 +17,7 @@ _CONTINUED = "... "
 
 
 class ChatTerminal:
-    """Talks to the user of a chat. Question and answer history is kept in ``history_file``."""
+    """Terminal of one chat; the lines that the user enters are kept in ``history_file``."""
 
     def __init__(self, history_file: Path) -> None:
         self._history_file = history_file
@@ -26,7 +26,7 @@ class ChatTerminal:
         self._status = StatusLine()
 
     def read_line(self, *, continued: bool = False) -> str:
-        """One line, or several if they were pasted together.
+        """Read one line, or several if they were pasted together.
 
         Raises:
             KeyboardInterrupt: for Ctrl-C.
@@ -37,13 +37,13 @@ class ChatTerminal:
         return self._session.prompt(_CONTINUED if continued else PROMPT)
 
     def _open(self) -> PromptSession[str]:
-        # prompt_toolkit takes 0.2 s to import, and one-shot chats have no use for it.
+        # Importing prompt_toolkit takes 0.2 s, and one-shot chats do not need it.
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory
         from prompt_toolkit.output import create_output
 
         self._history_file.parent.mkdir(parents=True, exist_ok=True)
-        # What people ask is theirs alone.
+        # The history is private to the user.
         self._history_file.touch(mode=0o600, exist_ok=True)
         return PromptSession(
             history=FileHistory(str(self._history_file)),
@@ -51,31 +51,31 @@ class ChatTerminal:
         )
 
     def status(self, text: str) -> None:
-        """What the server is doing before the answer begins."""
+        """Show the state of the server before the answer begins."""
         self._status.show(text)
 
     def answer_text(self, text: str) -> None:
-        """More of the answer."""
+        """Write more of the answer."""
         self._status.clear()
         if self._writer is None:
             self._writer = AnswerWriter()
         self._writer.write(text)
 
     def answer_end(self) -> None:
-        """The answer is complete or broken off."""
+        """Finish an answer that is complete or was interrupted."""
         self._status.clear()
         if self._writer is not None:
             self._writer.finish()
             self._writer = None
 
     def figures(self, text: str) -> None:
-        """Speed and sizes of the answer."""
+        """Show speed and token counts of the answer."""
         dim_note(text)
 
     def note(self, text: str) -> None:
-        """Tell the user something."""
+        """Show a message."""
         note(text)
 
     def error(self, error: K2Error) -> None:
-        """Show a failure; the chat goes on."""
+        """Show an error; the chat continues."""
         print_error(error)
