@@ -80,9 +80,11 @@ def standing_by(request: LaunchRequest, *, detach: bool) -> Iterator[Standby]:
 
 
 def _suits(request: LaunchRequest) -> bool:
-    """Whether every rank will be here, on a back end that asks nothing of its environment."""
+    """Whether every rank will be here, on a transport that asks nothing of its environment."""
     nodes = request.nodes or ()
-    decided = request.backend in ("local", "ring") or (request.backend == "auto" and len(nodes) < 2)
+    decided = request.transport in ("local", "ring") or (
+        request.transport == "auto" and len(nodes) < 2
+    )
     elsewhere = request.cluster is not None or request.plan_file is not None
     return (
         decided

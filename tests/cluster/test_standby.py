@@ -27,7 +27,7 @@ _HOLD = """
 import sys, time
 from k2cli.cluster.launch_request import LaunchRequest
 from k2cli.cluster.standby import standing_by
-with standing_by(LaunchRequest("demo", nodes=("localhost", "localhost"), backend="ring"), detach=True) as standby:
+with standing_by(LaunchRequest("demo", nodes=("localhost", "localhost"), transport="ring"), detach=True) as standby:
     print(standby.run_id, flush=True)
     time.sleep(60)
 """  # noqa: E501
@@ -38,7 +38,7 @@ def standing(run_id: str) -> list[str]:
 
 
 def test_a_launch_that_comes_to_nothing_leaves_no_process_and_no_folder() -> None:
-    request = LaunchRequest("demo", nodes=TWO, backend="ring")
+    request = LaunchRequest("demo", nodes=TWO, transport="ring")
     with standing_by(request, detach=True) as standby:
         assert standby.run_id is not None
         run_id = standby.run_id
@@ -72,7 +72,7 @@ def test_a_launcher_killed_while_it_plans_leaves_no_process() -> None:
 def test_a_launch_uses_what_stands_by_and_does_without_what_is_gone(
     lost: str, toy_k2: Path
 ) -> None:
-    request = LaunchRequest(str(toy_k2), nodes=TWO, backend="ring", context_length=512)
+    request = LaunchRequest(str(toy_k2), nodes=TWO, transport="ring", context_length=512)
     with standing_by(request, detach=True) as standby:
         assert standby.run_id is not None
         run_id = standby.run_id
@@ -107,7 +107,7 @@ def _kill(lost: str, standby: object, run_id: str) -> None:
     "request_",
     [
         LaunchRequest("demo", nodes=TWO),  # perhaps by mpirun, whose ranks get its environment
-        LaunchRequest("demo", nodes=("localhost", "elsewhere"), backend="ring"),
+        LaunchRequest("demo", nodes=("localhost", "elsewhere"), transport="ring"),
         LaunchRequest("demo", cluster="home"),
         LaunchRequest("demo", plan_file=Path("plan.json")),
         LaunchRequest("demo", wait_seconds=60),
