@@ -60,7 +60,7 @@ def compared(recording: dict[str, Any]) -> Iterator[Compared]:
     shape = activation_shape(recording["config"])
     for point in recording["points"]:
         common: dict[str, Any] = {
-            "backend": recording["backend"],
+            "device": recording["backend"],
             "context_length": point["context"],
             "concurrency": point["rows"],
             "itemsize": recording["itemsize"],

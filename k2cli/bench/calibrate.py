@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from k2cli.bench.report import BenchRow
+from k2cli.choices import Transport
 from k2cli.planning.calibration import Calibration, MeasuredFigure, calibrate
 
 if TYPE_CHECKING:
@@ -76,14 +77,14 @@ class Calibrated:
 
 
 def calibrate_run(
-    plan: Plan, nodes: Sequence[NodeMemory], backend: str, rows: Sequence[BenchRow]
+    plan: Plan, nodes: Sequence[NodeMemory], transport: Transport, rows: Sequence[BenchRow]
 ) -> Calibrated:
     """Solve for the rates of a run's machines, and keep them for ``plan-memory``.
 
     Args:
         plan: the run's.
         nodes: its machines as they are, by rank.
-        backend: what connects its ranks.
+        transport: what connects its ranks.
         rows: the measurements of ``calibration_rounds.calibration_cases``.
 
     Raises:
@@ -96,14 +97,14 @@ def calibrate_run(
         _work_of(plan),
         plan.placement,
         nodes,
-        backend=backend,
+        transport=transport,
         chunk_tokens=plan.request.prefill_chunk_tokens,
         figures=figures,
     )
     deviation = max(figure.deviation for figure in figures)
     variation = max((max(row.rates) - min(row.rates)) / min(row.rates) for row in rows)
     noisy = tuple(each.name for each in figures if each.deviation > NOISY_DEVIATION)
-    file = save_calibration(_entry(plan, nodes, backend, found, deviation))
+    file = save_calibration(_entry(plan, nodes, transport, found, deviation))
     return Calibrated(found, figures, variation, deviation, noisy, len(rows[0].samples), file)
 
 
@@ -124,13 +125,17 @@ def _work_of(plan: Plan) -> ModelWork:
 
 
 def _entry(
-    plan: Plan, nodes: Sequence[NodeMemory], backend: str, found: Calibration, deviation: float
+    plan: Plan,
+    nodes: Sequence[NodeMemory],
+    transport: Transport,
+    found: Calibration,
+    deviation: float,
 ) -> CalibratedMachines:
     from k2cli.planning.calibrated import CalibratedMachines, machines_of
 
     return CalibratedMachines(
         machines=machines_of(nodes),
-        backend=backend,
+        backend=transport,
         model=plan.model.reference,
         measured_on=datetime.now(UTC).date().isoformat(),
         rates=found.rates,

@@ -6,15 +6,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from msgspec.structs import replace
 
-from k2cli.cluster.launchers import Backend
+from k2cli.choices import Transport
 from k2cli.cluster.nodes import Node
 from k2cli.cluster.openmpi import OpenMpi, find_libmpi
 from k2cli.cluster.routes import Routes
-from k2cli.errors import ClusterError, UsageError
+from k2cli.errors import ClusterError
 from k2cli.planning.plan import Plan
 from k2cli.runtime.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
 
@@ -30,7 +29,7 @@ class Decided:
     run_id: str
     nodes: Sequence[Node]
     plan: Plan
-    backend: Backend
+    transport: Transport
     routes: Routes
     folders: Mapping[str, str]
     model_name: str
@@ -46,10 +45,10 @@ def make_bootstraps(run: Decided) -> list[Bootstrap]:
 
     Raises:
         UsageError: if the plan asks for a float type that does not exist.
-        ClusterError: if a node cannot be asked, or lacks what the back end needs.
+        ClusterError: if a node cannot be asked, or lacks what the transport needs.
     """
     assignments, liveness_port = _assignments(run)
-    environments = _environments(run.nodes, run.backend)
+    environments = _environments(run.nodes, run.transport)
     secret = secrets.token_hex(32)
     return [
         Bootstrap(
@@ -70,7 +69,9 @@ def make_bootstraps(run: Decided) -> list[Bootstrap]:
 def _assignments(run: Decided) -> tuple[list[Assignment], int]:
     """What each rank is to hold and whom it meets where; and the port of liveness."""
     liveness_port, coordinator_port, ring = _ports(run.nodes, run.routes.ring)
-    coordinator = f"{run.routes.reached[0]}:{coordinator_port}" if run.backend == "jaccl" else None
+    coordinator = (
+        f"{run.routes.reached[0]}:{coordinator_port}" if run.transport == "jaccl" else None
+    )
     common = _assignment_of_leader(run)
     assignments = [
         replace(
@@ -79,7 +80,7 @@ def _assignments(run: Decided) -> tuple[list[Assignment], int]:
             model_path=run.folders[node.name],
             jaccl_devices=run.routes.rdma,
             jaccl_coordinator=coordinator,
-            ring_hosts=ring if run.backend == "ring" else None,
+            ring_hosts=ring if run.transport == "ring" else None,
             wired_limit_bytes=run.plan.nodes[rank].limit_bytes,
             cache_limit_bytes=run.plan.nodes[rank].overhead_bytes,
         )
@@ -95,11 +96,11 @@ def _assignment_of_leader(run: Decided) -> Assignment:
         rank=0,
         size=len(run.nodes),
         nodes=[node.name for node in run.nodes],
-        backend=run.backend,
+        transport=run.transport,
         model_path=run.folders[run.nodes[0].name],
         strategy=plan.placement.strategy,
         layers=[part.layers for part in plan.placement.ranks],
-        dtype=_float_type(plan.request.dtype),
+        dtype=plan.request.dtype,
         context_length=plan.request.context_length,
         concurrency=plan.request.concurrency,
         prefill_chunk_tokens=plan.request.prefill_chunk_tokens,
@@ -107,14 +108,6 @@ def _assignment_of_leader(run: Decided) -> Assignment:
         expected_cache_bytes=[node.kv_cache_bytes for node in plan.nodes],
         head=plan.placement.head,
     )
-
-
-def _float_type(name: str) -> Literal["float32", "bfloat16", "float16"]:
-    match name:
-        case "float32" | "bfloat16" | "float16":
-            return name
-        case _:
-            raise UsageError(f"the plan's dtype '{name}' is none of float32, bfloat16, float16")
 
 
 def _ports(nodes: Sequence[Node], reached: Sequence[str]) -> tuple[int, int, list[list[str]]]:
@@ -133,10 +126,10 @@ def _ports(nodes: Sequence[Node], reached: Sequence[str]) -> tuple[int, int, lis
     return liveness_port, coordinator_port, ring
 
 
-def _environments(nodes: Sequence[Node], backend: Backend) -> dict[str, dict[str, str]]:
+def _environments(nodes: Sequence[Node], transport: Transport) -> dict[str, dict[str, str]]:
     """What the ranks of each node need in their environment."""
     known = {node.name: node for node in nodes}
-    if backend != "mpi":
+    if transport != "mpi":
         return {name: {} for name in known}
     found = {name: _libmpi_of(node) for name, node in known.items()}
     for name, path in found.items():

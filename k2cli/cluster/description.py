@@ -14,12 +14,13 @@ from typing import Literal
 
 import msgspec
 
+from k2cli.choices import Device
 from k2cli.cluster.hostfile import Hostfile
 from k2cli.cluster.nodes import LOCALHOST, LocalNode, Node, is_this_machine, node_named
 from k2cli.errors import ClusterError, UsageError
 from k2cli.files import write_atomically
 from k2cli.planning.chips import chip_of_device
-from k2cli.planning.hardware import Backend, NodeMemory
+from k2cli.planning.hardware import NodeMemory
 from k2cli.planning.marks import Mark
 from k2cli.settings import config_directory
 from k2cli.units import GIB
@@ -45,7 +46,7 @@ class ClusterNode(msgspec.Struct, frozen=True):
     memory_bytes: int = 0
     limit_bytes: int = 0
     limit_mark: Mark = "assumed"
-    backend: Backend = "cpu"
+    device: Device = msgspec.field(default="cpu", name="backend")
     bandwidth_bytes_per_second: int | None = None
     interfaces: dict[str, tuple[str, ...]] = {}
     interface_kinds: dict[str, InterfaceKind] = {}
@@ -225,7 +226,7 @@ def _memory_of(node: ClusterNode, cluster: str) -> NodeMemory:
         node.memory_bytes,
         node.limit_bytes,
         node.limit_mark,
-        node.backend,
+        node.device,
         node.limit_source or f"as asked for the cluster {cluster}",
         chip=chip.identifier if chip else "",
         bandwidth_bytes_per_second=node.bandwidth_bytes_per_second,

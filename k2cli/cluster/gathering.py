@@ -127,7 +127,7 @@ def describe_node(name: str, facts: MachineFacts, python: str | None) -> Cluster
         memory_bytes=facts.memory_bytes,
         limit_bytes=facts.limit_bytes,
         limit_mark=facts.limit_mark,
-        backend=facts.backend,
+        device=facts.backend,
         bandwidth_bytes_per_second=facts.bandwidth_bytes_per_second or _chip_bandwidth(facts),
         interfaces={name: tuple(found) for name, found in facts.interfaces.items()},
         interface_kinds=dict(facts.interface_kinds),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from k2cli.choices import Transport, WantedTransport
 from k2cli.cluster.launch_request import LaunchRequest
 from k2cli.cluster.nodes import Node
 from k2cli.errors import DoesNotFitError, UsageError
@@ -39,7 +41,7 @@ def read_plan(request: LaunchRequest) -> Plan | None:
 
 
 def make_launch_plan(
-    request: LaunchRequest, folder: Path, nodes: Sequence[Node], backend: str
+    request: LaunchRequest, folder: Path, nodes: Sequence[Node], transport: Transport
 ) -> Plan:
     """A plan for the memory that the nodes have, of the model whose headers are in ``folder``.
 
@@ -52,13 +54,13 @@ def make_launch_plan(
     from k2cli.planning.planner import make_plan, make_roomy_plan
 
     known = {node.name: node.memory() for node in {node.name: node for node in nodes}.values()}
-    link = "auto" if backend == "local" else backend
+    link: WantedTransport = "auto" if transport == "local" else transport
     memory = with_calibration([known[node.name] for node in nodes], link)
-    wishes = {
+    wishes: dict[str, Any] = {
         "strategy": request.parallel,
         "dtype": request.dtype,
         "head": request.head,
-        "backend": link,
+        "transport": link,
     }
     context = request.context_length
     if request.concurrency is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from k2cli.choices import Head, Parallel, WantedFloatType, WantedTransport
 from k2cli.cluster.launchers import DEFAULT_WORKER
 from k2cli.cluster.nodes import LOCALHOST
 from k2cli.cluster.restarting import RestartPolicy
@@ -24,10 +25,10 @@ class LaunchRequest:
 
     model: str
     nodes: tuple[str, ...] | None = None
-    backend: str = "auto"
-    parallel: str = "auto"
-    dtype: str = "auto"
-    head: str = "auto"
+    transport: WantedTransport = "auto"
+    parallel: Parallel = "auto"
+    dtype: WantedFloatType = "auto"
+    head: Head = "auto"
     context_length: int | None = None
     concurrency: int | None = None
     host: str = "127.0.0.1"

@@ -1,9 +1,9 @@
-"""Launcher back ends: what to start where so that every rank has its guard.
+"""Command lines that start every rank's guard, and mpirun.
 
-Guards are started the same way for every back end: directly on their nodes. ``mpi`` adds an mpirun,
-whose processes (``runtime.seat``) hand their places in the MPI job to the guards; so a guard, its
-conversation with the launcher and the API's port do not hang on mpirun. Nothing here starts
-anything: command lines out, decided from values.
+Guards are started the same way for every transport: directly on their nodes. ``mpi`` adds an
+mpirun, whose processes (``runtime.seat``) hand their places in the MPI job to the guards; so a
+guard, its conversation with the launcher and the API's port do not hang on mpirun. Nothing here
+starts anything: command lines out, decided from values.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from k2cli.choices import Transport, WantedTransport
 from k2cli.cluster.nodes import Node
 from k2cli.cluster.openmpi import OpenMpi, find_mpirun, mpirun_arguments
 from k2cli.cluster.run_processes import MPI_SETTING
 from k2cli.errors import UsageError
 from k2cli.settings import RUN_OPTION
 
-Backend = Literal["local", "mpi", "ring", "jaccl"]
 DEFAULT_WORKER = "k2cli.runtime.worker"
 BOOTSTRAP_NAME = "bootstrap-{rank}.json"
 # mpirun runs where the launcher does.
@@ -42,11 +41,11 @@ class GuardCommand:
         return "mpirun" if Path(self.arguments[0]).name == "mpirun" else "the guard"
 
 
-def choose_backend(wanted: str, nodes: Sequence[Node]) -> Backend:
-    """Resolve ``auto``: no back end for one rank, MPI where there is an mpirun, else the ring.
+def choose_transport(wanted: WantedTransport, nodes: Sequence[Node]) -> Transport:
+    """Resolve ``auto``: ``local`` for one rank, MPI where there is an mpirun, else the ring.
 
     Raises:
-        UsageError: if the back end wanted cannot start that many ranks, or does not exist.
+        UsageError: if the transport wanted cannot start that many ranks.
     """
     match wanted:
         case "auto":
@@ -60,10 +59,8 @@ def choose_backend(wanted: str, nodes: Sequence[Node]) -> Backend:
                 )
             return "local"
         case "mpi" | "ring" | "jaccl":
-            # A group of one needs no back end, and MPI none of its trouble.
+            # A group of one needs no transport, and MPI none of its trouble.
             return wanted if len(nodes) > 1 else "local"
-        case _:
-            raise UsageError(f"--backend '{wanted}' is none of auto, local, mpi, ring, jaccl")
 
 
 def guard_arguments(

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from k2cli.choices import Transport
 from k2cli.cluster.bootstraps import Decided, make_bootstraps, mpi_prefixes
 from k2cli.cluster.launch_plan import check_plan, make_launch_plan, read_plan
 from k2cli.cluster.launch_request import LaunchRequest, node_names
-from k2cli.cluster.launchers import Backend
 from k2cli.cluster.locks import Say, release_locks, take_locks
 from k2cli.cluster.model_here import ModelHere, is_path, model_here
 from k2cli.cluster.model_there import model_folders
@@ -91,13 +91,13 @@ def _prepare(
     say: Say,
 ) -> PreparedRun:
     folder = here.folder
-    choice = check_nodes(nodes, request.backend, say, force=request.force)
-    plan = given_plan or make_launch_plan(request, folder, nodes, choice.backend)
+    choice = check_nodes(nodes, request.transport, say, force=request.force)
+    plan = given_plan or make_launch_plan(request, folder, nodes, choice.transport)
     check_plan(plan, folder, nodes, force=request.force)
     folders = {node.name: str(folder) for node in nodes}
     if not all(node.is_local for node in nodes):
         folders = model_folders(nodes, _seen_from_everywhere(request.model), here)
-    routes = find_routes(nodes, choice.backend, cluster)
+    routes = find_routes(nodes, choice.transport, cluster)
     run_id = new_run_id(_served_name(request.model, folder))
     take_locks(
         nodes,
@@ -109,7 +109,7 @@ def _prepare(
     )
     try:
         decided, generated = _decide(
-            request, run_id, folder, folders, nodes, choice.backend, routes, plan, cluster
+            request, run_id, folder, folders, nodes, choice.transport, routes, plan, cluster
         )
         return _write_run(request, decided, choice, generated_key=generated)
     except BaseException:
@@ -143,7 +143,7 @@ def _decide(
     folder: Path,
     folders: Mapping[str, str],
     nodes: Sequence[Node],
-    backend: Backend,
+    transport: Transport,
     routes: Routes,
     plan: Plan,
     cluster: Cluster | None,
@@ -155,13 +155,13 @@ def _decide(
         run_id=run_id,
         nodes=nodes,
         plan=plan,
-        backend=backend,
+        transport=transport,
         routes=routes,
         folders=folders,
         model_name=_served_name(request.model, folder),
         http=HttpEndpoint(request.host, port, api_key, next_port_will_do=request.port is None),
         deadlines=request.deadlines,
-        scratch=str(make_scratch(run_id)) if backend == "mpi" else None,
+        scratch=str(make_scratch(run_id)) if transport == "mpi" else None,
         environment=_environment(request, cluster),
         restarts=request.restart.mode != "never",
     )
@@ -176,12 +176,12 @@ def _write_run(
     specification = RunSpecification(
         run_id=run_id,
         nodes=[node.name for node in nodes],
-        backend=decided.backend,
+        transport=decided.transport,
         bootstraps=make_bootstraps(decided),
         worker=request.worker,
         scratch=decided.scratch,
         networks=routes.networks,
-        mpi_prefixes=mpi_prefixes(nodes, find_openmpi()) if decided.backend == "mpi" else {},
+        mpi_prefixes=mpi_prefixes(nodes, find_openmpi()) if decided.transport == "mpi" else {},
         restart=request.restart,
         locked=True,
     )
@@ -209,10 +209,10 @@ def _environment(request: LaunchRequest, cluster: Cluster | None) -> dict[str, s
 
 def _settings(choice: Choice, routes: Routes, specification: RunSpecification) -> dict[str, str]:
     """What the run sets beside what was asked for, in words."""
-    settings = {"backend": f"{choice.backend}: {choice.reason}"}
+    settings = {"backend": f"{choice.transport}: {choice.reason}"}
     if routes.words:
         settings["addresses"] = "; ".join(routes.words)
-    if choice.backend == "mpi" and routes.networks:
+    if choice.transport == "mpi" and routes.networks:
         settings["btl_tcp_if_include"] = ",".join(routes.networks)
     if routes.rdma is not None:
         settings["rdma devices"] = str(routes.rdma)
@@ -239,7 +239,7 @@ def _record(
         model=_seen_from_everywhere(request.model),
         model_name=decided.model_name,
         state="starting",
-        backend=specification.backend,
+        backend=specification.transport,
         strategy=decided.plan.placement.strategy,
         context_length=decided.plan.request.context_length,
         ranks=tuple(RankRecord(rank, name) for rank, name in enumerate(specification.nodes)),

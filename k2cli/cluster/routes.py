@@ -1,4 +1,4 @@
-"""How the ranks of a launch reach each other: the chosen links as each back end wants them told."""
+"""The addresses by which the ranks of a launch reach each other, for each transport."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from k2cli.cluster.launchers import Backend
+from k2cli.choices import Transport
 from k2cli.cluster.nodes import Node, addresses
 from k2cli.errors import ClusterError, UsageError
 
@@ -31,7 +31,7 @@ class Routes:
     words: list[str] = field(default_factory=list)
 
 
-def find_routes(nodes: Sequence[Node], backend: Backend, cluster: Cluster | None) -> Routes:
+def find_routes(nodes: Sequence[Node], transport: Transport, cluster: Cluster | None) -> Routes:
     """Choose addresses, and devices for JACCL: by the cluster's description, else by ssh's names.
 
     Raises:
@@ -39,19 +39,19 @@ def find_routes(nodes: Sequence[Node], backend: Backend, cluster: Cluster | None
         ClusterError: if no link joins two nodes that need one, or a node cannot be asked.
     """
     described = _described(nodes, cluster)
-    if backend == "jaccl" and described is None:
+    if transport == "jaccl" and described is None:
         raise UsageError(
             "--backend jaccl needs a described cluster: which RDMA device leads where",
             f"k2 cluster init {' '.join(node.name for node in nodes)} --name NAME, then --cluster",
         )
-    reached, ring = _addresses(nodes, backend, described)
+    reached, ring = _addresses(nodes, transport, described)
     if all(node.is_local for node in nodes):
         return Routes(reached, ring)
     from k2cli.cluster.networks import link_networks
 
     networks, words = link_networks(nodes, reached)
     rdma = None
-    if backend == "jaccl" and described is not None:
+    if transport == "jaccl" and described is not None:
         from k2cli.cluster.links import to_hostfile
 
         hosts = to_hostfile(described, "jaccl").hosts
@@ -74,7 +74,7 @@ def _described(nodes: Sequence[Node], cluster: Cluster | None) -> Cluster | None
 
 
 def _addresses(
-    nodes: Sequence[Node], backend: Backend, cluster: Cluster | None
+    nodes: Sequence[Node], transport: Transport, cluster: Cluster | None
 ) -> tuple[list[str], list[str]]:
     if cluster is None:
         reached = addresses(nodes)
@@ -86,7 +86,7 @@ def _addresses(
         reached = [common[node.name] for node in nodes]
     else:
         reached = addresses(nodes)
-    if backend != "ring" or len(nodes) < 2:
+    if transport != "ring" or len(nodes) < 2:
         return reached, reached
     try:
         hosts = to_hostfile(cluster, "ring").hosts

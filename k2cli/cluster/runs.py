@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from k2cli.choices import Transport
 from k2cli.cluster.activity import is_alive
 from k2cli.cluster.locks import release_locks
 from k2cli.cluster.nodes import REACH_SECONDS, node_named
@@ -87,7 +88,7 @@ class AttemptRecord:
 class RunRecord:
     """One run. Times are seconds since the epoch; ``pid`` is the supervisor's.
 
-    ``settings`` are what the run has set beside what was asked for, and why: the back end's
+    ``settings`` are what the run has set beside what was asked for, and why: the transport's
     reason, the addresses and interfaces, environment variables and limits by node. ``left`` is
     what could not be ended or looked at when it ended, by node.
 
@@ -101,7 +102,7 @@ class RunRecord:
     model: str
     model_name: str
     state: RunState
-    backend: str
+    backend: Transport
     strategy: str
     context_length: int
     ranks: tuple[RankRecord, ...]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2cli.choices import Transport
 from k2cli.cluster.restarting import RestartPolicy
 from k2cli.cluster.run_folder import write_private
 from k2cli.errors import ClusterError
@@ -29,7 +30,7 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     run_id: str
     nodes: list[str]
-    backend: str
+    transport: Transport
     bootstraps: list[Bootstrap]
     worker: str
     scratch: str | None = None

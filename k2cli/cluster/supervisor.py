@@ -216,7 +216,7 @@ class Supervisor:
             self._processes.tell(NextAttempt(self._bootstraps[0]))
         for command in self._guards()[int(goes_on) :]:
             await self._start_process(command)
-        if self._specification.backend == "mpi" and self._specification.scratch is not None:
+        if self._specification.transport == "mpi" and self._specification.scratch is not None:
             await self._start_mpirun(Path(self._specification.scratch))
         if self._stop_cause is not None:
             self._processes.tell(StopRun(self._stop_cause))

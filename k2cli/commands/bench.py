@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands._target import ApiKeyOption, ModelArgument, Target, UrlOption, resolve_target
+from k2cli.commands.target import ApiKeyOption, ModelArgument, Target, UrlOption, resolve_target
 
 if TYPE_CHECKING:
     from k2cli.bench.calibrate import Calibrated
@@ -241,7 +241,7 @@ def _described(run: RunRecord) -> RunDescription:
 
     return RunDescription(
         run_id=run.run_id,
-        backend=run.backend,
+        transport=run.backend,
         strategy=run.strategy,
         context_length=run.context_length,
         nodes=tuple(rank.node for rank in run.ranks),

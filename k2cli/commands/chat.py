@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands._target import ApiKeyOption, ModelArgument, UrlOption, resolve_target
+from k2cli.commands.target import ApiKeyOption, ModelArgument, UrlOption, resolve_target
 
 if TYPE_CHECKING:
     from k2cli.chat.session import ChatSession

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from k2cli.commands._options import AsJson, ClusterName
 from k2cli.commands.cluster_clean import clean
 from k2cli.commands.cluster_prepare import prepare
+from k2cli.commands.options import AsJson, ClusterName
 
 _HELP = "Describe your machines, make them ready, and see what runs there."
 
@@ -149,7 +149,7 @@ def import_(
 
 def export(
     name: ClusterName = None,
-    backend: Annotated[
+    transport: Annotated[
         str, typer.Option("--backend", help="For ring, jaccl or mpi; by default the best there is.")
     ] = "",
 ) -> None:
@@ -162,7 +162,7 @@ def export(
     from k2cli.cluster.links import to_hostfile
     from k2cli.ui.output import print_text
 
-    print_text(format_hostfile(to_hostfile(load_cluster(name), backend)))
+    print_text(format_hostfile(to_hostfile(load_cluster(name), transport)))
 
 
 def remove(name: Annotated[str, typer.Argument(metavar="CLUSTER", help="The cluster.")]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from k2cli.commands._options import AsJson, ClusterName, NodeNames
+from k2cli.commands.options import AsJson, ClusterName, NodeNames
 
 
 def clean(name: ClusterName = None, nodes: NodeNames = None, json: AsJson = False) -> None:

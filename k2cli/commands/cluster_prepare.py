@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from k2cli.commands._options import AsJson, ClusterName, NodeNames
+from k2cli.commands.options import AsJson, ClusterName, NodeNames
 
 
 def prepare(

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli.choices import WantedTransport
+
 if TYPE_CHECKING:
     from k2cli.cluster.doctor.examination import Report, Wishes
     from k2cli.cluster.nodes import Node
-
-
-class Backend(StrEnum):
-    """Back ends that a run could use."""
-
-    auto = "auto"
-    mpi = "mpi"
-    ring = "ring"
-    jaccl = "jaccl"
 
 
 def doctor(
@@ -33,9 +25,12 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Only what is checked before every launch.")
     ] = False,
-    backend: Annotated[
-        Backend, typer.Option(help="The back end to check for; what it lacks is then a failure.")
-    ] = Backend.auto,
+    transport: Annotated[
+        WantedTransport,
+        typer.Option(
+            "--backend", help="The transport to check for; what it lacks is then a failure."
+        ),
+    ] = "auto",
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Check for a plan that plan-memory saved.")
     ] = None,
@@ -65,7 +60,7 @@ def doctor(
     if replay is not None:
         report = _replayed(replay, cluster, nodes)
     else:
-        wishes = _wishes(quick, backend, plan, model)
+        wishes = _wishes(quick, transport, plan, model)
         report = _examined(_nodes(cluster, nodes), wishes)
     if json:
         print_json(report_document(report))
@@ -91,11 +86,13 @@ def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
     return replay(folder)
 
 
-def _wishes(quick: bool, backend: Backend, plan: Path | None, model: str | None) -> Wishes:
+def _wishes(
+    quick: bool, transport: WantedTransport, plan: Path | None, model: str | None
+) -> Wishes:
     from k2cli.cluster.doctor.examination import Wishes, read_plan
 
     read = read_plan(plan) if plan is not None else None
-    return Wishes(quick=quick, backend=backend.value, model_folder=model, plan=read)
+    return Wishes(quick=quick, transport=transport, model_folder=model, plan=read)
 
 
 def _examined(nodes: list[Node], wishes: Wishes) -> Report:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands._options import context_tokens
+from k2cli.commands.options import (
+    Concurrency,
+    Context,
+    FloatType,
+    Head,
+    Parallel,
+    Transport,
+)
 
 if TYPE_CHECKING:
     from k2cli.cluster.launch_request import LaunchRequest
@@ -18,47 +25,11 @@ if TYPE_CHECKING:
     from k2cli.ui.launch_view import LaunchView
 
 
-class Backend(StrEnum):
-    """How ranks are started and reach each other."""
-
-    auto = "auto"
-    local = "local"
-    mpi = "mpi"
-    ring = "ring"
-    jaccl = "jaccl"
-
-
 class Restart(StrEnum):
     """What to do when a run fails."""
 
     never = "never"
     on_failure = "on-failure"
-
-
-class Parallel(StrEnum):
-    """How the model is divided."""
-
-    auto = "auto"
-    single = "single"
-    pipeline = "pipeline"
-    tensor = "tensor"
-
-
-class FloatType(StrEnum):
-    """Float type of weights that are not quantized, activations and cache."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Head(StrEnum):
-    """Whether tensor slices cut the vocabulary-sized head too."""
-
-    auto = "auto"
-    replicated = "replicated"
-    sharded = "sharded"
 
 
 def launch(
@@ -76,28 +47,12 @@ def launch(
         str | None,
         typer.Option(metavar="NAME", help="A cluster of k2 cluster init: its nodes and links."),
     ] = None,
-    backend: Annotated[
-        Backend, typer.Option(help="auto: what links and nodes are best for; it says why.")
-    ] = Backend.auto,
-    parallel: Annotated[Parallel, typer.Option(help="How to divide the model.")] = Parallel.auto,
-    dtype: Annotated[
-        FloatType, typer.Option(help="Float type; auto: the model's, float32 on a CPU.")
-    ] = FloatType.auto,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            parser=context_tokens,
-            metavar="TOKENS",
-            help="Tokens per sequence. Default: as in plan-memory.",
-        ),
-    ] = None,
-    concurrency: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sequences held at a time. Default: what fits, at most 8."),
-    ] = None,
-    head: Annotated[
-        Head, typer.Option(help="Output head of tensor slices; auto: sharded where it can be.")
-    ] = Head.auto,
+    transport: Transport = "auto",
+    parallel: Parallel = "auto",
+    dtype: FloatType = "auto",
+    context: Context = None,
+    concurrency: Concurrency = None,
+    head: Head = "auto",
     host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
     port: Annotated[
         int | None,
@@ -155,7 +110,7 @@ def launch(
     request = LaunchRequest(
         model=model,
         nodes=tuple(name.strip() for name in nodes.split(",")) if nodes is not None else None,
-        backend=backend,
+        transport=transport,
         parallel=parallel,
         dtype=dtype,
         head=head,

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands._options import context_tokens
+from k2cli.commands.options import (
+    Concurrency,
+    Context,
+    FloatType,
+    Head,
+    Parallel,
+    Transport,
+)
 
 if TYPE_CHECKING:
     from k2cli.planning.hardware import NodeMemory
@@ -31,21 +38,10 @@ def plan_memory(
     cluster: Annotated[
         str | None, typer.Option(help="The machines of a cluster, as they were asked.")
     ] = None,
-    parallel: Annotated[
-        str, typer.Option(help="How to divide the model: auto, single, pipeline or tensor.")
-    ] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="What connects the ranks: auto, mpi, ring or jaccl.")
-    ] = "auto",
-    context: Annotated[
-        int | None,
-        typer.Option(
-            parser=context_tokens,
-            metavar="TOKENS",
-            help="Tokens per sequence, as 131072 or 128k. Default: the model's, at most 32768.",
-        ),
-    ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Sequences held at a time.")] = 1,
+    parallel: Parallel = "auto",
+    transport: Transport = "auto",
+    context: Context = None,
+    concurrency: Concurrency = None,
     chunk: Annotated[
         int | None,
         typer.Option(
@@ -56,12 +52,8 @@ def plan_memory(
         str | None,
         typer.Option(help="Plan what k2 quantize --recipe makes of it: 4bit, mxfp4, mixed_3_6."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")
-    ] = "auto",
-    head: Annotated[
-        str, typer.Option(help="Output head of tensor slices: auto, replicated or sharded.")
-    ] = "auto",
+    dtype: FloatType = "auto",
+    head: Head = "auto",
     collective_latency: Annotated[
         str | None,
         typer.Option(help="One small message between ranks, if it was measured: 26us."),
@@ -97,11 +89,11 @@ def plan_memory(
     wishes = Wishes(
         strategy=parallel,
         context_length=context,
-        concurrency=concurrency,
+        concurrency=concurrency or 1,
         dtype=dtype,
         head=head,
         chunk_tokens=chunk,
-        backend=backend,
+        transport=transport,
         collective_seconds=None
         if collective_latency is None
         else parse_latency(collective_latency),
@@ -111,12 +103,12 @@ def plan_memory(
         _refuse_beside_shop(hardware, cluster, plot, svg, save)
         _shop(Planner(model, quantize), wishes, as_json=as_json)
         return
-    nodes = with_calibration(_machines(hardware, cluster), backend)
+    nodes = with_calibration(_machines(hardware, cluster), transport)
     planner = Planner(model, quantize)
     plan = advised_plan(planner, nodes, wishes)
     given = {
         "--hardware": hardware, "--cluster": cluster, "--parallel": parallel,
-        "--backend": backend, "--context": context, "--concurrency": concurrency,
+        "--backend": transport, "--context": context, "--concurrency": concurrency,
         "--quantize": quantize, "--chunk": chunk, "--dtype": dtype, "--head": head,
         "--collective-latency": collective_latency,
     }  # fmt: skip

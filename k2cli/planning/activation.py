@@ -1,8 +1,8 @@
-"""How much memory prefill takes beside weights and KV cache: modelled, per back end.
+"""How much memory prefill takes beside weights and KV cache: modelled, per device.
 
 Decode, which takes less, is in ``planning.activation_decode``. Two things decide it: what attention
 materialises per chunk of the prompt and token of context, and what the feed-forward part makes of a
-chunk. Each back end keeps so many copies of each such array at its peak as ``COPIES`` says, fitted
+chunk. Each device keeps so many copies of each such array at its peak as ``COPIES`` says, fitted
 to MLX's own peaks over a grid of chunks and contexts (docs/memory-model.md has every point;
 ``scripts/memory-model`` writes it). Parts are added up: mlx frees an array when its last user has
 run, and keeps several operations in flight.
@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from k2cli.choices import Device
 from k2cli.planning.config_check import first_field, heads_field, text_config, width_field
-from k2cli.planning.hardware import Backend
 
 PREFILL_CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)
 """Tokens of a prompt that one step computes, largest first; the first is mlx-lm's own default."""
@@ -40,7 +40,7 @@ _PAGE_BYTES = 16384
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """How often each array of a layer exists at the peak of prefill, on one back end.
+    """How often each array of a layer exists at the peak of prefill, on one device.
 
     ``latent`` is of the latent copied for every head, where its projection is quantized.
     ``hidden`` and ``inner`` are of arrays of the model's and the feed-forward part's width, per
@@ -69,7 +69,7 @@ COPIES: dict[str, dict[str, Copies]] = {
         "metal": Copies(1.03, 0.0, 0.0, 13.2, 2.0, 3.8, 1.5),
     },
 }
-"""By kind of attention and back end. ``cpu`` and ``cuda`` are fitted, ``metal`` is modelled."""
+"""By kind of attention and device. ``cpu`` and ``cuda`` are fitted, ``metal`` is modelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def activation_shape(config: Mapping[str, Any]) -> ActivationShape:
 def activation_demand(
     shape: ActivationShape,
     *,
-    backend: Backend,
+    device: Device,
     chunk_tokens: int,
     context_length: int,
     concurrency: int,
@@ -158,32 +158,28 @@ def activation_demand(
     """
     chunk = min(chunk_tokens, context_length)
     heads = ceil(shape.heads / slices)
-    copies = COPIES["latent" if shape.latent_size else "grouped"][backend]
+    copies = COPIES["latent" if shape.latent_size else "grouped"][device]
     hidden = chunk * shape.hidden * itemsize
-    if backend == "cuda":
+    if device == "cuda":
         hidden = allocated_bytes(hidden)
     return ActivationDemand(
-        _attention_bytes(shape, backend, copies, heads, chunk, context_length, itemsize),
+        _attention_bytes(shape, device, copies, heads, chunk, context_length, itemsize),
         feed_forward_bytes(shape, copies, chunk, itemsize, slices),
-        int(_hidden_copies(shape, backend, copies, itemsize) * hidden),
+        int(_hidden_copies(shape, device, copies, itemsize) * hidden),
         logits_bytes(shape, concurrency, itemsize) if samples else 0,
     )
 
 
-def is_fused(shape: ActivationShape, backend: Backend, itemsize: int) -> bool:
+def is_fused(shape: ActivationShape, device: Device, itemsize: int) -> bool:
     """Whether scores are never written to memory."""
-    if backend == "cuda" and itemsize == _FLOAT32_BYTES:
+    if device == "cuda" and itemsize == _FLOAT32_BYTES:
         return False
-    return backend != "cpu" and shape.head_size in _FUSED_HEAD_SIZES
+    return device != "cpu" and shape.head_size in _FUSED_HEAD_SIZES
 
 
-def _hidden_copies(
-    shape: ActivationShape, backend: Backend, copies: Copies, itemsize: int
-) -> float:
+def _hidden_copies(shape: ActivationShape, device: Device, copies: Copies, itemsize: int) -> float:
     """Where CUDA makes scores, it lays queries, keys and values out anew for it."""
-    laid_out = (
-        backend == "cuda" and not shape.latent_size and not is_fused(shape, backend, itemsize)
-    )
+    laid_out = device == "cuda" and not shape.latent_size and not is_fused(shape, device, itemsize)
     return copies.hidden + (3 if laid_out else 0)
 
 
@@ -196,7 +192,7 @@ def allocated_bytes(size_bytes: int) -> int:
 
 def _attention_bytes(
     shape: ActivationShape,
-    backend: Backend,
+    device: Device,
     copies: Copies,
     heads: int,
     chunk: int,
@@ -208,7 +204,7 @@ def _attention_bytes(
         expanded = copies.expanded * heads * shape.expanded_size * context * itemsize
         latent = copies.latent * heads * shape.latent_size * context * itemsize
         return int(scores + expanded + (latent if shape.quantized else 0))
-    if is_fused(shape, backend, itemsize):
+    if is_fused(shape, device, itemsize):
         return 0
     return int(scores)
 

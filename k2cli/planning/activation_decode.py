@@ -1,4 +1,4 @@
-"""How much memory a decode step takes beside weights and KV cache: modelled, per back end.
+"""How much memory a decode step takes beside weights and KV cache: modelled, per device.
 
 On the CPU, and as far as is known on Metal, arrays are given back as soon as their last user has
 run, and the peak is that of one layer. CUDA is different: MLX hands operations over in graphs of
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 
+from k2cli.choices import Device
 from k2cli.planning.activation import (
     COPIES,
     ActivationDemand,
@@ -30,7 +31,6 @@ from k2cli.planning.activation import (
     is_fused,
     logits_bytes,
 )
-from k2cli.planning.hardware import Backend
 from k2cli.units import MIB
 
 # From so many chosen experts on, mlx-lm sorts tokens by expert, in a copy.
@@ -72,7 +72,7 @@ _CUDA_COPIES = {
 def decode_demand(
     shape: ActivationShape,
     *,
-    backend: Backend,
+    device: Device,
     context_length: int,
     concurrency: int,
     itemsize: int,
@@ -92,7 +92,7 @@ def decode_demand(
     """
     heads = ceil(shape.heads / slices)
     logits = logits_bytes(shape, concurrency, itemsize) if samples else 0
-    if backend == "cuda":
+    if device == "cuda":
         held = min(layers, _HELD_LAYERS[_kind(shape)])
         attention, feed_forward, hidden = _cuda_layer(
             shape, heads, concurrency, context_length, itemsize, slices
@@ -104,10 +104,10 @@ def decode_demand(
         attention = 2 * scores
     else:
         attention = 4 * concurrency * heads * shape.head_size * itemsize
-        attention += 0 if is_fused(shape, backend, itemsize) else scores
+        attention += 0 if is_fused(shape, device, itemsize) else scores
     return ActivationDemand(
         attention,
-        feed_forward_bytes(shape, COPIES[_kind(shape)][backend], concurrency, itemsize, slices),
+        feed_forward_bytes(shape, COPIES[_kind(shape)][device], concurrency, itemsize, slices),
         4 * concurrency * shape.hidden * itemsize,
         logits,
     )

@@ -122,7 +122,7 @@ def _other_strategy(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishe
 
 def _raised_limit(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:
     """Macs let the GPU have more of their memory until the next reboot."""
-    if any(node.backend != "metal" for node in nodes):
+    if any(node.device != "metal" for node in nodes):
         return None
     most = [
         replace(node, limit_bytes=max(node.limit_bytes, raisable_limit(node.memory_bytes)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2cli.choices import Transport, WantedTransport
 from k2cli.errors import K2Error
 from k2cli.files import write_atomically
 from k2cli.planning.hardware import NodeMemory
@@ -28,20 +29,21 @@ NOISY_DEVIATION = 0.1
 class CalibratedMachines:
     """What was found. ``machines`` are name and memory in bytes of each rank's, sorted.
 
-    ``deviation`` is what repetitions differed by: see ``MeasuredSpeed``.
+    ``backend`` is the run's transport. ``deviation`` is what repetitions differed by: see
+    ``MeasuredSpeed``.
     """
 
     machines: tuple[tuple[str, int], ...]
-    backend: str
+    backend: Transport
     model: str
     measured_on: str
     rates: NodeRates
     collective_seconds: float | None
     deviation: float = 0.0
 
-    def of(self, machines: tuple[tuple[str, int], ...], backend: str) -> bool:
-        """Whether it is about these machines; ``auto`` stands for any back end."""
-        return self.machines == machines and backend in ("auto", self.backend)
+    def of(self, machines: tuple[tuple[str, int], ...], transport: WantedTransport) -> bool:
+        """Whether it is about these machines; ``auto`` stands for any transport."""
+        return self.machines == machines and transport in ("auto", self.backend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +58,12 @@ def calibration_file() -> Path:
 
 
 def machines_of(nodes: Sequence[NodeMemory]) -> tuple[tuple[str, int], ...]:
-    """What a calibration is kept under, with the back end."""
+    """Key of a calibration, with the transport."""
     return tuple(sorted((node.name, node.memory_bytes) for node in nodes))
 
 
 def save_calibration(entry: CalibratedMachines) -> Path:
-    """Keep an entry in place of an older one of the same machines and back end.
+    """Keep an entry in place of an older one of the same machines and transport.
 
     Raises:
         K2Error: if the file cannot be read or written.
@@ -77,14 +79,16 @@ def save_calibration(entry: CalibratedMachines) -> Path:
     return path
 
 
-def with_calibration(nodes: Sequence[NodeMemory], backend: str = "auto") -> list[NodeMemory]:
+def with_calibration(
+    nodes: Sequence[NodeMemory], transport: WantedTransport = "auto"
+) -> list[NodeMemory]:
     """The machines with what was measured of them, if it was; the newest entry counts.
 
     Raises:
         K2Error: if the file of calibrations is damaged.
     """
     machines = machines_of(nodes)
-    fitting = [each for each in _read(calibration_file()) if each.of(machines, backend)]
+    fitting = [each for each in _read(calibration_file()) if each.of(machines, transport)]
     if not fitting:
         return list(nodes)
     entry = fitting[-1]

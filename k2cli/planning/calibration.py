@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from k2cli.choices import Transport
 from k2cli.errors import K2Error
 from k2cli.planning.hardware import NodeMemory
 from k2cli.planning.placed import PlacedRun
@@ -73,7 +74,7 @@ def calibrate(
     placement: Placement,
     nodes: Sequence[NodeMemory],
     *,
-    backend: str,
+    transport: Transport,
     chunk_tokens: int,
     figures: Sequence[MeasuredFigure],
     constants: SpeedConstants | None = None,
@@ -91,7 +92,7 @@ def calibrate(
     constants = constants or fitted_constants()
     if {figure.kind for figure in figures} != {"decode", "prefill"}:
         raise K2Error("a calibration needs figures of decode and of prefill")
-    run, start, likely = _before(work, placement, nodes, backend, figures, constants)
+    run, start, likely = _before(work, placement, nodes, transport, figures, constants)
 
     def errors(at: Mapping[str, float]) -> list[float]:
         tried = _with(run, at)
@@ -126,20 +127,20 @@ def _before(
     work: ModelWork,
     placement: Placement,
     nodes: Sequence[NodeMemory],
-    backend: str,
+    transport: Transport,
     figures: Sequence[MeasuredFigure],
     constants: SpeedConstants,
 ) -> tuple[PlacedRun, dict[str, float], dict[str, float]]:
     """The run with rates to be found, where to start, and how far from there they may be."""
-    link = constants.links["local" if len({n.name for n in nodes}) == 1 else _link_name(backend)]
+    link = constants.links["local" if len({n.name for n in nodes}) == 1 else _link_name(transport)]
     names = tuple(node.name for node in nodes)
     run = PlacedRun(work, placement, names, (NodeRates(*[1.0] * 6),) * len(names), link)
     known = constants.rates(replace(nodes[0], measured=None))
     return run, *_start(run, known or _guess(work, figures, constants), known is not None)
 
 
-def _link_name(backend: str) -> str:
-    return backend if backend in ("jaccl", "ring", "mpi") else "ring"
+def _link_name(transport: Transport) -> str:
+    return transport if transport in ("jaccl", "ring", "mpi") else "ring"
 
 
 def _speed(run: PlacedRun, figure: MeasuredFigure, chunk_tokens: int) -> float:

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import permutations
 from typing import Any
 
+from k2cli.choices import Strategy
 from k2cli.errors import UsageError
 from k2cli.planning.activation import activation_demand
 from k2cli.planning.activation_decode import decode_demand
@@ -25,7 +26,7 @@ from k2cli.planning.split import best_split
 from k2cli.planning.stages import StageBytes, stage_bytes, stage_seconds, stage_totals
 from k2cli.planning.subject import ITEM_BYTES
 from k2cli.planning.traced import Slices, TracedModel
-from k2cli.sharding.placement import Placement, RankPlacement, Strategy
+from k2cli.sharding.placement import Placement, RankPlacement
 
 GOOD_CHUNK_TOKENS = 512
 """A prefill chunk that keeps a GPU busy; a strategy that allows less is second choice."""
@@ -341,7 +342,7 @@ def _activation(
     demand, subject = ground.demand, ground.model.subject
     itemsize = ITEM_BYTES[ground.model.dtype]
     common: dict[str, Any] = {
-        "backend": node.backend,
+        "device": node.device,
         "context_length": demand.context_length,
         "concurrency": demand.concurrency,
         "itemsize": itemsize,
@@ -353,7 +354,7 @@ def _activation(
     return prefill.peak_bytes, decode.peak_bytes
 
 
-def _communication(ground: Ground, slices: Slices, strategy: str, chunk: int) -> int:
+def _communication(ground: Ground, slices: Slices, strategy: Strategy, chunk: int) -> int:
     shape, itemsize = ground.model.subject.shape, ITEM_BYTES[ground.model.dtype]
     tokens = max(min(chunk, ground.demand.context_length), ground.demand.concurrency)
     logits = shape.vocabulary * itemsize * ground.demand.concurrency
@@ -382,7 +383,7 @@ def _finished(
             slices.work,
             placement,
             nodes,
-            backend=demand.backend,
+            transport=demand.transport,
             context_length=demand.context_length,
             concurrency=demand.concurrency,
             chunk_tokens=min(chunk, demand.context_length),

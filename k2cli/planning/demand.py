@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from k2cli.choices import Parallel, WantedTransport
 from k2cli.errors import UsageError
 from k2cli.planning.activation import PREFILL_CHUNKS
 from k2cli.planning.hardware import NodeMemory
@@ -12,26 +13,19 @@ from k2cli.planning.hardware import NodeMemory
 MAX_CONCURRENCY = 4096
 MAX_CHUNK_TOKENS = 65_536
 
-_CHOICES = {
-    "parallel": ("auto", "single", "pipeline", "tensor"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "head": ("auto", "replicated", "sharded"),
-    "backend": ("auto", "local", "mpi", "ring", "jaccl"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a plan must have room for, and how fast what connects its ranks is.
 
-    ``chunk_tokens`` is None to choose the prefill chunk. ``backend`` and ``collective_seconds``
+    ``chunk_tokens`` is None to choose the prefill chunk. ``transport`` and ``collective_seconds``
     only concern the predicted speed. ``free_order`` says that the first node need not lead.
     """
 
     context_length: int
     concurrency: int = 1
     chunk_tokens: int | None = None
-    backend: str = "auto"
+    transport: WantedTransport = "auto"
     collective_seconds: float | None = None
     free_order: bool = False
 
@@ -42,17 +36,6 @@ class Demand:
             return (self.chunk_tokens,)
         useful = tuple(chunk for chunk in PREFILL_CHUNKS if chunk <= self.context_length)
         return useful or PREFILL_CHUNKS[-1:]
-
-
-def check_choices(**choices: str) -> None:
-    """Refuse a value that an option does not have.
-
-    Raises:
-        UsageError: naming option and value.
-    """
-    for name, value in choices.items():
-        if value not in _CHOICES[name]:
-            raise UsageError(f"--{name} '{value}' is none of {', '.join(_CHOICES[name])}")
 
 
 def check_amounts(
@@ -79,7 +62,7 @@ def check_amounts(
         )
 
 
-def check_nodes(nodes: Sequence[NodeMemory], strategy: str) -> None:
+def check_nodes(nodes: Sequence[NodeMemory], strategy: Parallel) -> None:
     """Refuse no machines, or several for one.
 
     Raises:

@@ -11,14 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from k2cli.choices import Device
 from k2cli.planning.chips import chip_of_device
 from k2cli.planning.marks import Mark
 from k2cli.planning.rates import MeasuredSpeed
 from k2cli.units import GIB
-
-Backend = Literal["metal", "cuda", "cpu"]
 
 OS_RESERVE_SHARE = 0.06
 OS_RESERVE_BYTES = GIB
@@ -42,7 +41,7 @@ class NodeMemory:
     memory_bytes: int
     limit_bytes: int
     limit_mark: Mark
-    backend: Backend
+    device: Device
     limit_source: str = ""
     chip: str = ""
     bandwidth_bytes_per_second: int | None = None

@@ -113,7 +113,7 @@ def catalog_node(chip: Chip, memory_gib: int, gpu_cores: int | None = None) -> N
         memory_bytes=memory_gib * GIB,
         limit_bytes=limit,
         limit_mark="assumed",
-        backend="metal",
+        device="metal",
         limit_source=source,
         chip=chip.identifier,
         bandwidth_bytes_per_second=chip.bandwidth_bytes_per_second(cores, memory_gib),
@@ -154,7 +154,7 @@ def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
     if "memory" in settings:
         memory = _size(settings["memory"], "memory")
         limit, source = apple_gpu_limit(max(1, memory // GIB))
-        if node.backend != "metal":
+        if node.device != "metal":
             limit, source = min(node.limit_bytes, memory), node.limit_source
         node = replace(
             node,

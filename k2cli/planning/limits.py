@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from k2cli.choices import Strategy
 from k2cli.errors import UsageError
 from k2cli.planning.candidates import Ground, fits_somehow
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.demand import MAX_CONCURRENCY
 from k2cli.planning.subject import MAX_CONTEXT_LENGTH
-from k2cli.sharding.placement import Strategy
 
 
 def greatest(fits: Callable[[int], bool], most: int) -> int:

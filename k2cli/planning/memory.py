@@ -114,7 +114,7 @@ def _budget(
         overhead_bytes=overhead,
         total_bytes=total,
         headroom_bytes=node.limit_bytes - total,
-        backend=node.backend,
+        backend=node.device,
         limit_source=node.limit_source,
         breakdown=breakdown,
     )

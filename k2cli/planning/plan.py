@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from k2cli.choices import FloatType
 from k2cli.errors import UsageError
 from k2cli.files import write_atomically
 from k2cli.planning.marks import Mark
@@ -44,7 +45,7 @@ class PlannedRequest:
 
     context_length: int
     concurrency: int
-    dtype: str = "bfloat16"
+    dtype: FloatType = "bfloat16"
     prefill_chunk_tokens: int = 512
 
 
@@ -72,7 +73,7 @@ class Breakdown:
 class NodeBudget:
     """The ledger of one rank's machine; all in bytes. ``weights_bytes`` is held, not stored.
 
-    ``backend`` and ``limit_source`` say what computes there and how the limit is known.
+    ``backend`` is the machine's ``Device``; ``limit_source`` says how the limit is known.
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from k2cli.choices import Strategy
 from k2cli.planning.candidates import (
     EXCHANGE_ANSWER_TOKENS,
     EXCHANGE_PROMPT_TOKENS,
@@ -11,7 +12,6 @@ from k2cli.planning.candidates import (
     Candidate,
 )
 from k2cli.planning.plan import Alternative
-from k2cli.sharding.placement import Strategy
 from k2cli.units import format_bytes
 
 

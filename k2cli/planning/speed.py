@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from k2cli.choices import WantedTransport
 from k2cli.planning.chips import chips
 from k2cli.planning.hardware import NodeMemory
 from k2cli.planning.placed import PlacedRun
@@ -91,7 +92,7 @@ def predict_speed(
     placement: Placement,
     nodes: Sequence[NodeMemory],
     *,
-    backend: str,
+    transport: WantedTransport,
     context_length: int,
     concurrency: int = 1,
     prompt_tokens: int | None = None,
@@ -106,7 +107,7 @@ def predict_speed(
             placement has ranks, else uncut. Tracing it costs a few tenths of a second; this
             function is arithmetic and can be called for many contexts and splits.
         nodes: one per rank, rank 0 first.
-        backend: what connects the ranks: ``local``, ``mpi``, ``ring``, ``jaccl`` or ``auto``.
+        transport: what connects the ranks: ``local``, ``mpi``, ``ring``, ``jaccl`` or ``auto``.
         context_length: tokens that are in the cache when a token is generated.
         prompt_tokens: length of the prompt; ``context_length`` if None.
         chunk_tokens: tokens of the prompt per prefill step.
@@ -118,7 +119,7 @@ def predict_speed(
         ValueError: if ``work`` is not cut as the placement says.
     """
     constants = constants or fitted_constants()
-    run = _placed_run(work, placement, nodes, backend, collective_seconds, constants)
+    run = _placed_run(work, placement, nodes, transport, collective_seconds, constants)
     if run is None:
         return None
     prompt = prompt_tokens or context_length
@@ -142,7 +143,7 @@ def _placed_run(
     work: ModelWork,
     placement: Placement,
     nodes: Sequence[NodeMemory],
-    backend: str,
+    transport: WantedTransport,
     collective_seconds: float | None,
     constants: SpeedConstants,
 ) -> PlacedRun | None:
@@ -154,7 +155,7 @@ def _placed_run(
     known = tuple(each for each in rates if each is not None)
     if len(known) != len(rates):
         return None
-    link = _link(constants, nodes, backend, placement.size, collective_seconds)
+    link = _link(constants, nodes, transport, placement.size, collective_seconds)
     return PlacedRun(work, placement, tuple(node.name for node in nodes), known, link)
 
 
@@ -199,14 +200,14 @@ def decode_layer_seconds(
 def _link(
     constants: SpeedConstants,
     nodes: Sequence[NodeMemory],
-    backend: str,
+    transport: WantedTransport,
     ranks: int,
     collective_seconds: float | None,
 ) -> LinkRates:
     if ranks == 1 or len({node.name for node in nodes}) == 1:
         link = constants.links["local"]
-    elif backend in ("jaccl", "ring", "mpi"):
-        link = constants.links[backend]
+    elif transport in ("jaccl", "ring", "mpi"):
+        link = constants.links[transport]
     else:
         known = chips()
         rdma = all(node.chip in known and known[node.chip].thunderbolt_rdma for node in nodes)

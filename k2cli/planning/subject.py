@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from k2cli.choices import FloatType, WantedFloatType
 from k2cli.errors import UsageError
 from k2cli.planning.activation import ActivationShape, activation_shape
 from k2cli.planning.config_check import check_config, model_context_length
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT_LENGTH = 32_768
 MAX_CONTEXT_LENGTH = 100_000_000
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_STORED_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+ITEM_BYTES: dict[FloatType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED_FLOATS: dict[str, FloatType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +131,18 @@ def choose_context(wanted: int | None, config: Mapping[str, Any]) -> int:
     return wanted
 
 
-def choose_dtype(wanted: str, subject: Subject, nodes: Sequence[NodeMemory]) -> str:
+def choose_dtype(
+    wanted: WantedFloatType, subject: Subject, nodes: Sequence[NodeMemory]
+) -> FloatType:
     if wanted != "auto":
         return wanted
-    if any(node.backend == "cpu" for node in nodes):
+    if any(node.device == "cpu" for node in nodes):
         return "float32"
     text = subject.config.get("text_config") or {}
     for source in (subject.config, text):
         name = source.get("torch_dtype") or source.get("dtype")
-        if isinstance(name, str) and name.removeprefix("torch.") in ITEM_BYTES:
-            return name.removeprefix("torch.")
-    stored = [dtype for dtype, _ in (subject.stored or {}).values() if dtype in _STORED_FLOATS]
+        for dtype in ITEM_BYTES:
+            if name in (dtype, f"torch.{dtype}"):
+                return dtype
+    stored = [name for name, _ in (subject.stored or {}).values() if name in _STORED_FLOATS]
     return _STORED_FLOATS[max(set(stored), key=stored.count)] if stored else "bfloat16"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from k2cli.choices import FloatType, Head, HeadPlacement
 from k2cli.errors import UsageError
 from k2cli.planning.subject import Subject
 from k2cli.planning.work import ModelWork, work_of_activity
-from k2cli.sharding.placement import HeadPlacement
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -42,7 +42,7 @@ class TracedModel:
         head: ``auto``, ``replicated`` or ``sharded``, for tensor slices.
     """
 
-    def __init__(self, subject: Subject, dtype: str, head: str = "auto") -> None:
+    def __init__(self, subject: Subject, dtype: FloatType, head: Head = "auto") -> None:
         self.subject = subject
         self.dtype = dtype
         self._head = head

@@ -18,7 +18,7 @@ from k2cli.planning.activation import ActivationShape, activation_shape
 from k2cli.planning.config_check import first_field, text_config
 
 if TYPE_CHECKING:
-    from k2cli.sharding.placement import HeadPlacement
+    from k2cli.choices import HeadPlacement
     from k2cli.sharding.token_cost import Activity, ModelActivity
     from k2cli.sharding.trace import StoredShapes
 

@@ -16,21 +16,21 @@ def join_group(assignment: Assignment) -> Any | None:
     Holds the GIL while it waits for its peers: only the guard can end it meanwhile.
 
     Raises:
-        ClusterError: if the back end is missing, or its group has another size or rank.
+        ClusterError: if the transport is missing, or its group has another size or rank.
     """
     if assignment.size == 1:
         return None
     try:
-        group = mx.distributed.init(strict=True, backend=assignment.backend)
+        group = mx.distributed.init(strict=True, backend=assignment.transport)
     except RuntimeError as error:
         raise ClusterError(
-            f"the {assignment.backend} back end did not start on "
+            f"the {assignment.transport} back end did not start on "
             f"{assignment.nodes[assignment.rank]}: {error}"
         ) from error
     if (group.rank(), group.size()) != (assignment.rank, assignment.size):
         # MPI without its real library makes every rank a group of its own, without a word.
         raise ClusterError(
-            f"{assignment.backend} made this rank {group.rank()} of {group.size()}, "
+            f"{assignment.transport} made this rank {group.rank()} of {group.size()}, "
             f"planned was {assignment.rank} of {assignment.size}"
         )
     return group

@@ -158,7 +158,7 @@ class Guard(ABC):
     async def start_rank(self) -> bool:
         """Start the rank and everything that watches it; returns whether it runs."""
         job: dict[str, str] | None = None
-        if self.assignment.backend == "mpi":
+        if self.assignment.transport == "mpi":
             job = await self._take_seat()
             if job is None:
                 return False

@@ -105,9 +105,9 @@ def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, by
     ``launch_jaccl``); MPI needs none of them.
     """
     rank = {"MLX_RANK": str(assignment.rank)}
-    if assignment.backend == "ring" and assignment.ring_hosts is not None:
+    if assignment.transport == "ring" and assignment.ring_hosts is not None:
         return rank, {"MLX_HOSTFILE": msgspec.json.encode(assignment.ring_hosts)}
-    if assignment.backend == "jaccl" and assignment.jaccl_coordinator is not None:
+    if assignment.transport == "jaccl" and assignment.jaccl_coordinator is not None:
         coordinator = {"MLX_JACCL_COORDINATOR": assignment.jaccl_coordinator}
         devices = msgspec.json.encode(assignment.jaccl_devices)
         return rank | coordinator, {"MLX_IBV_DEVICES": devices}

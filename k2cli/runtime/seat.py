@@ -1,6 +1,6 @@
 """A seat in an MPI job: what mpirun starts in a rank's place, ``python -m k2cli.runtime.seat``.
 
-A rank is the child of its guard, and guards are started the same way whatever the back end, so
+A rank is the child of its guard, and guards are started the same way whatever the transport, so
 that they outlive mpirun and restarts. What makes a process part of an MPI job is its environment:
 the seat hands its own to the guard on the same node, which starts the rank with it, and then waits
 until the guard lets it go.

@@ -111,7 +111,7 @@ def _details(
     )
     bandwidth = node.bandwidth_bytes_per_second
     speed = f", reads {format_bytes(bandwidth)}/s" if bandwidth else ""
-    lines = [f"{node.chip}, {node.os}", f"{memory} ({node.backend}){speed}"]
+    lines = [f"{node.chip}, {node.os}", f"{memory} ({node.device}){speed}"]
     if activities is None:
         return lines if node.python else [*lines, "this k2 is not installed there"]
     activity = activities.get(node.name)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from k2cli.choices import Transport
 from k2cli.cluster import ports, run_folder, run_processes
-from k2cli.cluster.launchers import Backend
 from k2cli.cluster.nodes import LocalNode
 from k2cli.cluster.restarting import RestartPolicy
 from k2cli.cluster.run_id import new_run_id
@@ -86,12 +86,12 @@ class SupervisedRun:
 
 
 def _specification(
-    backend: Backend, size: int, deadlines: Deadlines, worker: str, restart: RestartPolicy
+    transport: Transport, size: int, deadlines: Deadlines, worker: str, restart: RestartPolicy
 ) -> RunSpecification:
     run_id = new_run_id("scripted")
     environment = {}
     scratch = None
-    if backend == "mpi":
+    if transport == "mpi":
         environment["MLX_MPI_LIBNAME"] = str(LocalNode().facts().libmpi)
         scratch = str(run_folder.make_scratch(run_id))
     (port,) = ports.free_ports(1)
@@ -102,7 +102,7 @@ def _specification(
                 rank=rank,
                 size=size,
                 nodes=["localhost"] * size,
-                backend=backend,
+                transport=transport,
                 model_path="/nowhere",
                 strategy="pipeline",
                 layers=[],
@@ -111,7 +111,7 @@ def _specification(
                 concurrency=1,
                 prefill_chunk_tokens=128,
                 expected_weights_bytes=[],
-                ring_hosts=[["127.0.0.1:1"]] * size if backend == "ring" else None,
+                ring_hosts=[["127.0.0.1:1"]] * size if transport == "ring" else None,
             ),
             secret="5e" * 32,
             liveness_host="127.0.0.1",
@@ -123,25 +123,25 @@ def _specification(
         for rank in range(size)
     ]
     names = ["localhost"] * size
-    return RunSpecification(run_id, names, backend, bootstraps, worker, scratch, restart=restart)
+    return RunSpecification(run_id, names, transport, bootstraps, worker, scratch, restart=restart)
 
 
 def prepare_scripted(
-    backend: Backend,
+    transport: Transport,
     size: int = 2,
     deadlines: Deadlines | None = None,
     restart: RestartPolicy | None = None,
 ) -> RunSpecification:
     """Write the folder of a run whose ranks are scripted."""
     policy = restart or RestartPolicy()
-    specification = _specification(backend, size, deadlines or Deadlines(), SCRIPTED, policy)
+    specification = _specification(transport, size, deadlines or Deadlines(), SCRIPTED, policy)
     own = psutil.Process()
     record = RunRecord(
         run_id=specification.run_id,
         model="scripted",
         model_name="scripted",
         state="starting",
-        backend=backend,
+        backend=transport,
         strategy="pipeline",
         context_length=128,
         ranks=tuple(RankRecord(rank, "localhost") for rank in range(size)),
@@ -156,14 +156,14 @@ def prepare_scripted(
 
 @contextmanager
 def supervised(
-    backend: Backend,
+    transport: Transport,
     size: int = 2,
     deadlines: Deadlines | None = None,
     environment: dict[str, str] | None = None,
     restart: RestartPolicy | None = None,
 ) -> Iterator[SupervisedRun]:
     """A scripted run under a supervisor process; whatever is left of it is ended at exit."""
-    specification = prepare_scripted(backend, size, deadlines, restart)
+    specification = prepare_scripted(transport, size, deadlines, restart)
     folder = run_folder.run_folder(specification.run_id)
     with (folder / "supervisor.out").open("wb") as output:
         supervisor = subprocess.Popen(

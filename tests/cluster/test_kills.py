@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from k2cli.choices import Transport
 from k2cli.cluster import node_facts, run_folder
-from k2cli.cluster.launchers import Backend
 from k2cli.runtime.protocol import Deadlines
 from tests.cluster.harness import supervised
 
@@ -23,19 +23,19 @@ SHORT = Deadlines(liveness=3.0, stopped=2.0, step_stall=4.0)
 TARGETS = ("launcher", "guard-0", "guard-1", "rank-0", "rank-1")
 
 
-def _table() -> list[tuple[Backend, str, signal.Signals]]:
-    rows: list[tuple[Backend, str, signal.Signals]] = []
-    for backend in ("mpi", "ring"):
-        rows += [(backend, who, signal.SIGKILL) for who in TARGETS]
+def _table() -> list[tuple[Transport, str, signal.Signals]]:
+    rows: list[tuple[Transport, str, signal.Signals]] = []
+    for transport in ("mpi", "ring"):
+        rows += [(transport, who, signal.SIGKILL) for who in TARGETS]
     rows.append(("mpi", "mpirun", signal.SIGKILL))
     rows += [("mpi", who, signal.SIGSTOP) for who in ("rank-0", "rank-1", "guard-0")]
     rows.append(("ring", "guard-1", signal.SIGSTOP))
     return rows
 
 
-@pytest.mark.parametrize(("backend", "who", "number"), _table())
-def test_nothing_survives(backend: Backend, who: str, number: signal.Signals) -> None:
-    with supervised(backend, deadlines=SHORT) as run:
+@pytest.mark.parametrize(("transport", "who", "number"), _table())
+def test_nothing_survives(transport: Transport, who: str, number: signal.Signals) -> None:
+    with supervised(transport, deadlines=SHORT) as run:
         run.wait_ready()
         os.kill(run.pid_of(who), number)
         run.wait_gone()
@@ -70,9 +70,9 @@ def test_a_stopped_mpirun_is_in_nobody_s_way() -> None:
     assert run.record.state == "stopped"
 
 
-@pytest.mark.parametrize("backend", ["local", "mpi", "ring"])
-def test_sigterm_to_the_launcher_stops_in_good_order(backend: Backend) -> None:
-    with supervised(backend, size=1 if backend == "local" else 2) as run:
+@pytest.mark.parametrize("transport", ["local", "mpi", "ring"])
+def test_sigterm_to_the_launcher_stops_in_good_order(transport: Transport) -> None:
+    with supervised(transport, size=1 if transport == "local" else 2) as run:
         ready = run.wait_ready()
         assert [rank.weights_bytes for rank in ready.ranks] == [1000, 1001][: len(ready.ranks)]
         run.supervisor.terminate()

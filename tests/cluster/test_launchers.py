@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from k2cli.cluster import openmpi
-from k2cli.cluster.launchers import choose_backend, direct_commands, mpi_command
+from k2cli.cluster.launchers import choose_transport, direct_commands, mpi_command
 from k2cli.cluster.mpi_remote import daemon_command, split_host
 from k2cli.cluster.nodes import LocalNode
 from k2cli.cluster.openmpi import OpenMpi, find_openmpi
@@ -20,20 +20,18 @@ HERE = LocalNode()
 SCRATCH = Path("/tmp/k2-x")
 
 
-def test_a_single_rank_needs_no_back_end() -> None:
-    assert [choose_backend(name, [HERE]) for name in ("auto", "local", "ring", "mpi")] == [
+def test_a_single_rank_needs_no_transport() -> None:
+    assert [choose_transport(name, [HERE]) for name in ("auto", "local", "ring", "mpi")] == [
         "local"
     ] * 4
     with pytest.raises(UsageError, match="starts one rank, not 2"):
-        choose_backend("local", [HERE, HERE])
-    with pytest.raises(UsageError, match="nccl"):
-        choose_backend("nccl", [HERE, HERE])
+        choose_transport("local", [HERE, HERE])
 
 
 def test_auto_takes_the_ring_where_there_is_no_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert choose_backend("auto", [HERE, HERE]) == "ring"
+    assert choose_transport("auto", [HERE, HERE]) == "ring"
     with pytest.raises(ClusterError, match="no mpirun") as raised:
         find_openmpi()
     assert raised.value.hint is not None

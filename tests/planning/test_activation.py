@@ -79,7 +79,7 @@ def k2_demand(chunk: int, slices: int) -> int:
         "moe_intermediate_size": 2048, "n_routed_experts": 384, "num_experts_per_tok": 8,
     }  # fmt: skip
     return activation_demand(
-        activation_shape(config), backend="metal", chunk_tokens=chunk, context_length=131_072,
+        activation_shape(config), device="metal", chunk_tokens=chunk, context_length=131_072,
         concurrency=1, itemsize=2, slices=slices,
     ).attention_bytes  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_metal_agrees_with_the_published_series_of_deepseek_v3() -> None:
 
     def attention_and_cache(context: int) -> int:
         demand = activation_demand(
-            shape, backend="metal", chunk_tokens=2048, context_length=context, concurrency=1,
+            shape, device="metal", chunk_tokens=2048, context_length=context, concurrency=1,
             itemsize=2,
         )  # fmt: skip
         return demand.attention_bytes + context * cache_bytes_per_token

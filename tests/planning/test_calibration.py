@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from k2cli.choices import Strategy
 from k2cli.errors import K2Error
 from k2cli.planning.calibrated import (
     CalibratedMachines,
@@ -20,7 +21,7 @@ from k2cli.planning.hardware_spec import parse_hardware
 from k2cli.planning.rates import MeasuredSpeed, NodeRates
 from k2cli.planning.speed import predict_speed
 from k2cli.planning.work import ModelWork, model_work
-from k2cli.sharding.placement import Placement, RankPlacement, Strategy, even_split
+from k2cli.sharding.placement import Placement, RankPlacement, even_split
 
 CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs"
 K2 = json.loads((CONFIGS / "k2-thinking" / "config.json").read_text())
@@ -35,7 +36,7 @@ def _placement(strategy: Strategy, nodes: list[NodeMemory]) -> Placement:
 
 
 def _figures(
-    work: ModelWork, placement: Placement, nodes: list[NodeMemory], backend: str
+    work: ModelWork, placement: Placement, nodes: list[NodeMemory], transport: str
 ) -> list[MeasuredFigure]:
     """What machines of these very rates would measure: the model is right, its rates unknown."""
     figures = []
@@ -44,7 +45,7 @@ def _figures(
             work,
             placement,
             nodes,
-            backend=backend,
+            transport=transport,
             context_length=tokens,
             concurrency=concurrency,
         )
@@ -58,7 +59,7 @@ def _figures(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "spec", "backend"),
+    ("strategy", "spec", "transport"),
     [
         ("single", "m3-ultra-512", "local"),
         ("pipeline", "2x m3-ultra-512", "ring"),
@@ -66,7 +67,7 @@ def _figures(
     ],
 )
 def test_rates_that_say_what_was_measured_are_found(
-    strategy: Strategy, spec: str, backend: str
+    strategy: Strategy, spec: str, transport: str
 ) -> None:
     nodes = parse_hardware(spec)
     true = [
@@ -81,16 +82,16 @@ def test_rates_that_say_what_was_measured_are_found(
         work,
         placement,
         nodes,
-        backend=backend,
+        transport=transport,
         chunk_tokens=512,
-        figures=_figures(work, placement, true, backend),
+        figures=_figures(work, placement, true, transport),
     )
     assert max(map(abs, found.errors)) < 0.05
     measured = MeasuredSpeed(found.rates, found.collective_seconds, "found")
     told = [dataclasses.replace(node, measured=measured) for node in nodes]
     for context in (2000, 16_000):
         wanted, got = (
-            predict_speed(work, placement, each, backend=backend, context_length=context)
+            predict_speed(work, placement, each, transport=transport, context_length=context)
             for each in (true, told)
         )
         assert wanted is not None
@@ -109,16 +110,16 @@ def test_an_unknown_machine_is_calibrated_from_its_figures_alone() -> None:
         node, measured=MeasuredSpeed(NodeRates(8e9, 3e11, 2e11, 1e11, 1e-3, 2e-3), None, "")
     )
     figures = _figures(work, placement, [true], "local")
-    found = calibrate(work, placement, [node], backend="local", chunk_tokens=512, figures=figures)
+    found = calibrate(work, placement, [node], transport="local", chunk_tokens=512, figures=figures)
     assert max(map(abs, found.errors)) < 0.05
     assert found.collective_seconds is None
     assert found.rates.read_bytes_per_second == pytest.approx(8e9, rel=0.2)
     with pytest.raises(K2Error, match="needs figures of decode and of prefill"):
-        calibrate(work, placement, [node], backend="local", chunk_tokens=512, figures=figures[:1])
+        calibrate(work, placement, [node], transport="local", chunk_tokens=512, figures=figures[:1])
 
 
-def _entry(nodes: list[NodeMemory], backend: str, day: str) -> CalibratedMachines:
-    return CalibratedMachines(machines_of(nodes), backend, "k2-thinking", day, SLOW_MAC, 1e-4)
+def _entry(nodes: list[NodeMemory], transport: str, day: str) -> CalibratedMachines:
+    return CalibratedMachines(machines_of(nodes), transport, "k2-thinking", day, SLOW_MAC, 1e-4)
 
 
 def test_a_calibration_is_used_for_its_own_machines_and_replaced_by_a_newer_one(
@@ -131,8 +132,8 @@ def test_a_calibration_is_used_for_its_own_machines_and_replaced_by_a_newer_one(
     save_calibration(_entry(nodes, "jaccl", "2026-11-02"))
     assert save_calibration(_entry(nodes, "ring", "2026-11-03")) == calibration_file()
 
-    def source(nodes: list[NodeMemory], backend: str) -> str | None:
-        measured = with_calibration(nodes, backend)[0].measured
+    def source(nodes: list[NodeMemory], transport: str) -> str | None:
+        measured = with_calibration(nodes, transport)[0].measured
         return None if measured is None else measured.source
 
     assert "2026-11-03 with k2-thinking" in (source(nodes, "ring") or "")

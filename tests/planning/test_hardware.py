@@ -16,7 +16,7 @@ def test_machines_of_the_catalog_have_gib_and_names_of_their_own() -> None:
     assert nodes[0].memory_bytes == 512 * GIB
     assert nodes[0].limit_bytes == 498_216_210_000
     assert {node.limit_mark for node in nodes} == {"assumed"}
-    assert {node.backend for node in nodes} == {"metal"}
+    assert {node.device for node in nodes} == {"metal"}
 
 
 def test_every_option_of_every_chip_parses_and_has_a_limit_within_its_memory() -> None:

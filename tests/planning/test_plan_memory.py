@@ -89,7 +89,7 @@ def test_the_machines_of_a_cluster_are_planned_in_their_order(tmp_path: Path) ->
     macs = [
         ClusterNode(
             name, chip="Apple M3 Ultra", memory_bytes=memory * GIB,
-            limit_bytes=memory * GIB * 9 // 10, limit_mark="exact", backend="metal",
+            limit_bytes=memory * GIB * 9 // 10, limit_mark="exact", device="metal",
             bandwidth_bytes_per_second=819_000_000_000,
         )
         for name, memory in (("attic", 256), ("cellar", 512))

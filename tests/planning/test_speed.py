@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2cli.choices import HeadPlacement, Strategy
 from k2cli.planning.hardware import NodeMemory, this_machine
 from k2cli.planning.hardware_spec import parse_hardware
 from k2cli.planning.rates import MeasuredSpeed, NodeRates
@@ -21,7 +22,7 @@ from k2cli.planning.speed import (
     speed_obstacle,
 )
 from k2cli.planning.work import CacheWork, LayerWork, ModelWork, model_work
-from k2cli.sharding.placement import HeadPlacement, Placement, RankPlacement, Strategy, even_split
+from k2cli.sharding.placement import Placement, RankPlacement, even_split
 
 _MACHINES = ["m3-ultra-512", "m1-ultra-128", "m4-max-128", "m5-max-128", "m1-8"]
 CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs"
@@ -52,7 +53,7 @@ def _predict(
     strategy: Strategy,
     hardware: str,
     *,
-    backend: str = "jaccl",
+    transport: str = "jaccl",
     context: int = 1024,
     **more: Any,
 ) -> SpeedEstimate:
@@ -64,7 +65,7 @@ def _predict(
         work,
         placement,
         nodes,
-        backend=backend,
+        transport=transport,
         context_length=context,
         **more,
     )
@@ -101,12 +102,12 @@ def test_a_tensor_slice_halves_what_is_cut_and_calls_collectives() -> None:
     nodes = parse_hardware("2x m3-ultra-512")
     placement = _placed("tensor", nodes, 61)
     with pytest.raises(ValueError, match="cut into 1 slices, expected 2"):
-        predict_speed(whole, placement, nodes, backend="jaccl", context_length=1)
+        predict_speed(whole, placement, nodes, transport="jaccl", context_length=1)
 
 
 def test_k2_on_two_machines_is_predicted_as_published() -> None:
     """15 tok/s by pipeline (mlx-lm), 21.6 by tensor (exo): rows M001 and M005 of the fit's data."""
-    pipeline = _predict("pipeline", "2x m3-ultra-512", backend="ring").decode_tokens_per_second
+    pipeline = _predict("pipeline", "2x m3-ultra-512", transport="ring").decode_tokens_per_second
     tensor = _predict("tensor", "2x m3-ultra-512").decode_tokens_per_second
     assert pipeline.low < 15 < pipeline.high
     assert tensor.low < 21.6 < tensor.high
@@ -145,7 +146,7 @@ def test_what_makes_it_slower_is_predicted_to() -> None:
     assert decode(slow) < decode(base) < decode(fast)
     # A known link leaves less unknown than what has been published of links.
     assert _width(fast.decode_tokens_per_second) < _width(base.decode_tokens_per_second)
-    assert decode(_predict("tensor", "2x m3-ultra-512", backend="ring")) < decode(slow)
+    assert decode(_predict("tensor", "2x m3-ultra-512", transport="ring")) < decode(slow)
     # The slowest machine of a tensor group decides; of a pipeline every one counts.
     assert decode(_predict("tensor", "m3-ultra-512 + m1-ultra-128")) < decode(base)
     # Several requests: together faster than one, each slower than alone.
@@ -165,7 +166,7 @@ def _width(band: Band) -> float:
 
 
 def test_terms_add_up_to_a_token() -> None:
-    estimate = _predict("pipeline", "2x m3-ultra-512", backend="ring")
+    estimate = _predict("pipeline", "2x m3-ultra-512", transport="ring")
     terms = {term.name: term for term in estimate.terms}
     seconds = sum(
         terms[name].value
@@ -188,7 +189,7 @@ def test_layers_add_up_to_a_stage() -> None:
     assert found is not None
     layers, head = found
     placement = _placed("single", [node], 61)
-    whole = predict_speed(work, placement, [node], backend="local", context_length=4096)
+    whole = predict_speed(work, placement, [node], transport="local", context_length=4096)
     assert whole is not None
     assert 1 / (sum(layers) + head) == pytest.approx(whole.decode_tokens_per_second.expected)
 
@@ -197,7 +198,7 @@ def test_an_unknown_machine_has_no_speed_and_the_reason_names_it() -> None:
     node = dataclasses.replace(this_machine(), bandwidth_bytes_per_second=None)
     work = model_work(_config("k2-mlx-4bit"))
     placement = _placed("single", [node], 61)
-    assert predict_speed(work, placement, [node], backend="local", context_length=1) is None
+    assert predict_speed(work, placement, [node], transport="local", context_length=1) is None
     obstacle = speed_obstacle([node])
     assert obstacle is not None
     assert "memory bandwidth and compute of localhost not known" in obstacle
@@ -209,7 +210,7 @@ def test_an_unknown_machine_has_no_speed_and_the_reason_names_it() -> None:
     rates = NodeRates(10e9, 1e11, 1e11, 1e11, 1e-4, 1e-4)
     measured = dataclasses.replace(node, measured=MeasuredSpeed(rates, None, "measured today"))
     assert speed_obstacle([measured]) is None
-    found = predict_speed(work, placement, [measured], backend="local", context_length=1)
+    found = predict_speed(work, placement, [measured], transport="local", context_length=1)
     assert found is not None
     assert found.source == "measured today"
 
@@ -269,7 +270,7 @@ def test_more_work_is_never_faster_and_a_faster_machine_never_slower(
 
     def predict(nodes: list[NodeMemory], context: int) -> SpeedEstimate:
         found = predict_speed(
-            work, placement, nodes, backend="ring", context_length=context,
+            work, placement, nodes, transport="ring", context_length=context,
             concurrency=concurrency, prompt_tokens=min(context, 20_000),
         )  # fmt: skip
         assert found is not None

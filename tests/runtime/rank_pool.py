@@ -242,7 +242,7 @@ def assignments(
         "run_id": f"test-{os.getpid()}",
         "size": size,
         "nodes": [f"n{rank}" for rank in range(size)],
-        "backend": "ring" if size > 1 else "local",
+        "transport": "ring" if size > 1 else "local",
         "model_path": str(checkpoint),
         "strategy": strategy,
         "layers": list(layers),

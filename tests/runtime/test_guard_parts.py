@@ -32,7 +32,7 @@ def _bootstrap(rank: int = 0, secret: str = "5e" * 32, port: int = 0) -> Bootstr
         rank=rank,
         size=2,
         nodes=["a", "b"],
-        backend="ring",
+        transport="ring",
         model_path="/nowhere",
         strategy="pipeline",
         layers=[],

@@ -337,7 +337,7 @@ def test_requests_that_come_and_go_stay_within_the_planned_cache(
     planned = kv_cache_bytes(stage, CONTEXT) * CONCURRENCY
     step = decode_demand(
         activation_shape(vars(stage.model.args)),
-        backend="cpu",
+        device="cpu",
         context_length=CONTEXT,
         concurrency=CONCURRENCY,
         itemsize=4,

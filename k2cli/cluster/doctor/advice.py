@@ -1,4 +1,4 @@
-"""Which back end to use and with which settings, from what the doctor found, and why."""
+"""Advice on the transport and settings of a run, from what the doctor found."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from k2cli.choices import Transport, WantedTransport
 from k2cli.cluster.description import Link
 from k2cli.cluster.doctor.checks_network import rdma
 from k2cli.cluster.doctor.results import LinkMeasurement, Situation
@@ -13,9 +14,9 @@ from k2cli.cluster.doctor.results import LinkMeasurement, Situation
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """A back end (``local``, ``jaccl``, ``mpi`` or ``ring``), and the reason in one sentence."""
+    """A transport (``backend`` in JSON), and the reason in one sentence."""
 
-    backend: str
+    backend: Transport
     reason: str
 
 
@@ -28,8 +29,8 @@ class Setting:
     reason: str
 
 
-def recommended_backend(situation: Situation, links: Sequence[Link]) -> Recommendation:
-    """The back end for ranks on these nodes.
+def recommended_transport(situation: Situation, links: Sequence[Link]) -> Recommendation:
+    """Choose the transport for ranks on these nodes.
 
     Args:
         situation: what was found; measured links are compared if they are there.
@@ -42,7 +43,7 @@ def recommended_backend(situation: Situation, links: Sequence[Link]) -> Recommen
     if obstacle is None:
         return Recommendation("jaccl", "every pair of nodes is joined by Thunderbolt with RDMA")
     measured = _fastest(situation.links or ())
-    if measured is not None:
+    if measured is not None and measured.backend != "tcp":
         return Recommendation(measured.backend, f"{_because(measured)}; no RDMA: {obstacle}")
     without_mpi = mpi_obstacle(situation)
     if without_mpi is None:
@@ -57,7 +58,7 @@ def rdma_obstacle(situation: Situation, links: Sequence[Link]) -> str | None:
         if node.node not in macs:
             return f"{node.node} is no Mac"
     for name, software in situation.software.items():
-        if "jaccl" not in software.backends:
+        if "jaccl" not in software.transports:
             return f"mlx on {name} has no JACCL"
     bad = [result for result in rdma(situation) if result.status in ("warn", "fail", "skip")]
     if bad:
@@ -83,14 +84,14 @@ def mpi_obstacle(situation: Situation) -> str | None:
 
 
 def _fastest(measured: Sequence[LinkMeasurement]) -> LinkMeasurement | None:
-    """The slowest link of each back end counts; of the back ends the fastest."""
+    """Rate each transport by its slowest link, and return that link of the fastest."""
     slowest: dict[str, LinkMeasurement] = {}
     failed = {each.backend for each in measured if each.all_reduce_seconds is None}
     for each in measured:
         worst = slowest.get(each.backend)
         if worst is None or _seconds(each) > _seconds(worst):
             slowest[each.backend] = each
-    usable = [each for backend, each in slowest.items() if backend not in failed]
+    usable = [each for transport, each in slowest.items() if transport not in failed]
     return min(usable, key=_seconds, default=None)
 
 
@@ -104,15 +105,15 @@ def _because(measured: LinkMeasurement) -> str:
 
 
 def recommended_settings(
-    situation: Situation, backend: str, links: Sequence[Link]
+    situation: Situation, transport: WantedTransport, links: Sequence[Link]
 ) -> tuple[Setting, ...]:
-    """Settings for a run on these nodes with this back end, each with its reason.
+    """Settings for a run on these nodes with this transport, each with its reason.
 
     Sources: MLX's documentation of JACCL and MLX_METAL_FAST_SYNCH; ml-explore/mlx#4438 (180 us per
     crossing without it, 4 us with), #3142 and #3830 (GPUs wedged with it).
     """
     settings = []
-    if situation.macs and backend != "local":
+    if situation.macs and transport != "local":
         settings.append(
             Setting(
                 "MLX_METAL_FAST_SYNCH",
@@ -121,7 +122,7 @@ def recommended_settings(
                 "until a restart (mlx#3142, mlx#3830): set it yourself to try it",
             )
         )
-    if backend == "mpi":
+    if transport == "mpi":
         settings += _interface_settings(situation, links)
     return tuple(settings)
 

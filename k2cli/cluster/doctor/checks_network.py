@@ -104,7 +104,7 @@ def firewall(situation: Situation) -> Iterable[CheckResult]:
 
 
 def links(situation: Situation) -> Iterable[CheckResult]:
-    """What the links do under the back end that would be used."""
+    """Check what was measured of the links."""
     for each in situation.links or ():
         name = f"{each.first} - {each.second}"
         if each.error is not None:
@@ -144,7 +144,7 @@ def _slow_hint(link: LinkMeasurement) -> str:
 
 def rdma(situation: Situation) -> Iterable[CheckResult]:
     """RDMA over Thunderbolt, where Macs are joined by it: system, switch, port and bridge."""
-    wanted = situation.backend == "jaccl"
+    wanted = situation.transport == "jaccl"
     bad: Status = "fail" if wanted else "warn"
     macs = situation.macs
     joined = thunderbolt_links(macs)

@@ -93,7 +93,7 @@ def version_key(text: str) -> tuple[int, ...]:
 
 def mpi(situation: Situation) -> Iterable[CheckResult]:
     """Open MPI of the same major version, with its library, where the run would use it."""
-    wanted = situation.backend == "mpi"
+    wanted = situation.transport == "mpi"
     bad: Status = "fail" if wanted else "warn"
     if not wanted and all(each.mpirun is None for each in situation.software.values()):
         if len(situation.software) > 1:

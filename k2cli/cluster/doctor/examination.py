@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from k2cli.choices import LinkTransport, WantedTransport
 from k2cli.cluster.description import Link
 from k2cli.cluster.doctor.advice import (
     Recommendation,
     Setting,
-    recommended_backend,
     recommended_settings,
+    recommended_transport,
 )
 from k2cli.cluster.doctor.measuring import measure_disks, measure_links, measure_reach
 from k2cli.cluster.doctor.probes import RawProbes, collect
@@ -20,7 +21,6 @@ from k2cli.cluster.doctor.reading import examine
 from k2cli.cluster.doctor.registry import run_checks
 from k2cli.cluster.doctor.results import (
     CheckResult,
-    LinkBackend,
     Need,
     Situation,
 )
@@ -36,13 +36,13 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What to examine. ``backend`` is the one that a run would use, or ``auto``.
+    """What to examine. ``transport`` is the one that a run would use, or ``auto``.
 
     ``model_folder`` is a checkpoint or a folder of models on the nodes; None is k2's own.
     """
 
     quick: bool = False
-    backend: str = "auto"
+    transport: WantedTransport = "auto"
     model_folder: str | None = None
     plan: Plan | None = None
 
@@ -75,7 +75,7 @@ def examine_nodes(nodes: Sequence[Node], wishes: Wishes, tell: Tell = lambda _: 
     """
     tell(f"asking {len(nodes)} node(s)")
     probes = collect_all(nodes, quick=wishes.quick, model_folder=wishes.model_folder)
-    situation = situation_of(probes, _needs(nodes, wishes.plan), wishes.backend)
+    situation = situation_of(probes, _needs(nodes, wishes.plan), wishes.transport)
     situation = _with_own_state(situation)
     links = detect_links(situation.machines)
     if not wishes.quick:
@@ -93,9 +93,11 @@ def report_on(
     """The checks' results and the advice, from a situation alone."""
     results = tuple(run_checks(situation, quick=quick))
     readable = len(situation.machines) == len(situation.nodes)
-    chosen = recommended_backend(situation, links) if readable else None
-    backend = situation.backend if situation.backend != "auto" or not chosen else chosen.backend
-    settings = recommended_settings(situation, backend, links) if chosen else ()
+    chosen = recommended_transport(situation, links) if readable else None
+    transport = (
+        situation.transport if situation.transport != "auto" or not chosen else chosen.backend
+    )
+    settings = recommended_settings(situation, transport, links) if chosen else ()
     return Report(situation, results, links, chosen, settings, tuple(probes), quick)
 
 
@@ -110,10 +112,10 @@ def collect_all(
 
 
 def situation_of(
-    probes: Sequence[RawProbes], needs: Mapping[str, Need], backend: str = "auto"
+    probes: Sequence[RawProbes], needs: Mapping[str, Need], transport: WantedTransport = "auto"
 ) -> Situation:
     """What probes tell, without anything measured."""
-    return Situation(tuple(examine(raw) for raw in probes), needs=needs, backend=backend)
+    return Situation(tuple(examine(raw) for raw in probes), needs=needs, transport=transport)
 
 
 def _with_own_state(situation: Situation) -> Situation:
@@ -181,9 +183,9 @@ def _measured(
     machines = {node.name: situation.machines[node.name] for node in able}
     situation = replace(situation, reaches=measure_reach(able, machines, links))
     chosen = _links_to_measure(situation, links)
-    backend = _backend_to_measure(situation, links)
-    tell(f"measuring {len(chosen)} link(s) with {backend}")
-    measured = measure_links({node.name: node for node in able}, chosen, backend)
+    transport = _transport_to_measure(situation, links)
+    tell(f"measuring {len(chosen)} link(s) with {transport}")
+    measured = measure_links({node.name: node for node in able}, chosen, transport)
     return replace(situation, links=measured)
 
 
@@ -211,9 +213,9 @@ def _links_to_measure(situation: Situation, links: Sequence[Link]) -> list[Link]
     return list(chosen.values())
 
 
-def _backend_to_measure(situation: Situation, links: Sequence[Link]) -> LinkBackend:
+def _transport_to_measure(situation: Situation, links: Sequence[Link]) -> LinkTransport:
     """JACCL where it would be used; else the ring, which is TCP as MPI between machines is."""
-    wanted = situation.backend
+    wanted = situation.transport
     if wanted == "auto":
-        wanted = recommended_backend(situation, links).backend
+        wanted = recommended_transport(situation, links).backend
     return "jaccl" if wanted == "jaccl" else "ring"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from k2cli.planning.hardware import Backend
+from k2cli.choices import Device
 from k2cli.planning.marks import Mark
 
 InterfaceKind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
@@ -42,10 +42,11 @@ class MachineFacts:
     """What a machine is. Sizes in bytes.
 
     ``limit_bytes`` is what MLX may use there, ``limit_mark`` and ``limit_source`` how that is
-    known. ``interfaces`` maps each interface that is up to its addresses (IPv4 first, no link-local
-    IPv6); ``interface_kinds`` has all of its keys. ``thunderbolt_peers`` maps an interface to the
-    domain UUID of the Mac behind it. ``bridges`` has the members of each bridge, ``rdma_states``
-    the port state of each RDMA device (``PORT_ACTIVE``).
+    known, ``backend`` its device. ``interfaces`` maps each interface that is up to its addresses
+    (IPv4 first, no link-local IPv6); ``interface_kinds`` has all of its keys.
+    ``thunderbolt_peers`` maps an interface to the domain UUID of the Mac behind it. ``bridges`` has
+    the members of each bridge, ``rdma_states`` the port state of each RDMA device
+    (``PORT_ACTIVE``).
     """
 
     hostname: str
@@ -57,7 +58,7 @@ class MachineFacts:
     limit_bytes: int
     limit_mark: Mark
     limit_source: str
-    backend: Backend
+    backend: Device
     bandwidth_bytes_per_second: int | None
     interfaces: Mapping[str, tuple[str, ...]]
     interface_kinds: Mapping[str, InterfaceKind]
@@ -136,7 +137,7 @@ class Software(msgspec.Struct, frozen=True):
     """What k2 on the node says of its environment; answered by the agent's verb ``software``.
 
     ``time`` is that machine's clock in seconds since 1970. ``limit_bytes`` is what MLX may use, as
-    ``planning.hardware.this_machine`` finds it there. ``backends`` are the distributed back ends
+    ``planning.hardware.this_machine`` finds it there. ``transports`` are those
     that its mlx was built with, without MPI, whose library is found at run time (``libmpi``).
     ``volume`` is that of the models, ``state_volume`` that of runs and their logs;
     ``mpi_versions`` are those of every mpirun that was found; ``load_average`` is the last
@@ -153,8 +154,8 @@ class Software(msgspec.Struct, frozen=True):
     limit_bytes: int | None
     limit_mark: Mark
     limit_source: str
-    backend: Backend | None
-    backends: tuple[str, ...]
+    device: Device | None = msgspec.field(name="backend")
+    transports: tuple[str, ...] = msgspec.field(name="backends")
     available_bytes: int
     mpirun: str | None
     mpi_version: str | None

@@ -15,9 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
+
+from k2cli.choices import LinkTransport
 
 WARM_UP = 5
 ROUNDS = 50
@@ -39,7 +41,7 @@ class Specification(msgspec.Struct, frozen=True):
     ``rdma_devices[i][j]`` is the device by which rank i reaches rank j, for JACCL.
     """
 
-    backend: Literal["ring", "jaccl", "tcp"]
+    transport: LinkTransport
     rank: int
     addresses: tuple[str, ...]
     limit_seconds: int
@@ -56,7 +58,7 @@ class Figures(msgspec.Struct, frozen=True):
 
 def measure(specification: Specification) -> Figures:
     """Join and measure; the figures are those of this rank."""
-    if specification.backend == "tcp":
+    if specification.transport == "tcp":
         return _measure_tcp(specification)
     with tempfile.TemporaryDirectory(prefix="k2-link-") as folder:
         group = _join(specification, folder)
@@ -65,10 +67,10 @@ def measure(specification: Specification) -> Figures:
 
 def _join(specification: Specification, folder: str) -> Any:
     """Set what MLX reads from its environment, and join."""
-    if specification.backend == "ring":
+    if specification.transport == "ring":
         hosts = [[address] for address in specification.addresses]
         _configure(MLX_RANK=str(specification.rank), MLX_HOSTFILE=_file(folder, "hosts", hosts))
-    elif specification.backend == "jaccl":
+    elif specification.transport == "jaccl":
         devices = _file(folder, "devices", specification.rdma_devices)
         _configure(
             MLX_RANK=str(specification.rank),
@@ -77,9 +79,9 @@ def _join(specification: Specification, folder: str) -> Any:
         )
     import mlx.core as mx
 
-    group = mx.distributed.init(strict=True, backend=specification.backend)
+    group = mx.distributed.init(strict=True, backend=specification.transport)
     if group.size() != 2:
-        raise RuntimeError(f"{specification.backend} made a group of {group.size()}, not 2")
+        raise RuntimeError(f"{specification.transport} made a group of {group.size()}, not 2")
     return group
 
 

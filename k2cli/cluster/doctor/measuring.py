@@ -14,12 +14,13 @@ from itertools import permutations
 
 import msgspec
 
+from k2cli.choices import LinkTransport
 from k2cli.cluster.description import Link
 from k2cli.cluster.doctor.disk_probe import DiskReading
 from k2cli.cluster.doctor.facts import MachineFacts
 from k2cli.cluster.doctor.link_probe import Figures, Specification
 from k2cli.cluster.doctor.reach_probe import Answer, Listening, Target
-from k2cli.cluster.doctor.results import DiskSpeed, LinkBackend, LinkMeasurement, Reach
+from k2cli.cluster.doctor.results import DiskSpeed, LinkMeasurement, Reach
 from k2cli.cluster.nodes import Node
 from k2cli.errors import ClusterError
 
@@ -174,14 +175,16 @@ def _interfaces_by_address(machine: MachineFacts) -> dict[str, str]:
 
 
 def measure_links(
-    nodes: Mapping[str, Node], links: Sequence[Link], backend: LinkBackend
+    nodes: Mapping[str, Node], links: Sequence[Link], transport: LinkTransport
 ) -> tuple[LinkMeasurement, ...]:
     """Measure links one after the other: two at once would share what they measure.
 
     Where MLX fails, plain TCP is tried, so that a slow cable and a wrong mlx can be told apart.
     """
     return tuple(
-        _with_plain_tcp(_measure_link(nodes[link.first], nodes[link.second], link, backend), nodes)
+        _with_plain_tcp(
+            _measure_link(nodes[link.first], nodes[link.second], link, transport), nodes
+        )
         for link in links
     )
 
@@ -212,13 +215,15 @@ class _Side:
     error: str
 
 
-def _measure_link(first: Node, second: Node, link: Link, backend: LinkBackend) -> LinkMeasurement:
+def _measure_link(
+    first: Node, second: Node, link: Link, transport: LinkTransport
+) -> LinkMeasurement:
     addresses = (link.first_address or "", link.second_address or "")
     outcome = LinkMeasurement(
-        link.first, link.second, backend, addresses[0], addresses[1], link.kind
+        link.first, link.second, transport, addresses[0], addresses[1], link.kind
     )
     try:
-        sides = _run_both(first, second, link, backend)
+        sides = _run_both(first, second, link, transport)
     except ClusterError as error:
         return replace(outcome, error=error.message)
     figures = sides[0].figures
@@ -232,7 +237,7 @@ def _measure_link(first: Node, second: Node, link: Link, backend: LinkBackend) -
     )
 
 
-def _run_both(first: Node, second: Node, link: Link, backend: LinkBackend) -> list[_Side]:
+def _run_both(first: Node, second: Node, link: Link, transport: LinkTransport) -> list[_Side]:
     """Both ranks directly, each on its node."""
     ports = (first.free_ports(1)[0], second.free_ports(1)[0])
     devices = ((None, link.first_rdma_device), (link.second_rdma_device, None))
@@ -244,7 +249,7 @@ def _run_both(first: Node, second: Node, link: Link, backend: LinkBackend) -> li
     )
     specifications = [
         Specification(
-            backend, rank, placed, _LINK_LIMIT_SECONDS, devices if backend == "jaccl" else ()
+            transport, rank, placed, _LINK_LIMIT_SECONDS, devices if transport == "jaccl" else ()
         )
         for rank in range(2)
     ]

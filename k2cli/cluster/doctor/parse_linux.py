@@ -6,10 +6,11 @@ import json
 import re
 from typing import Any
 
+from k2cli.choices import Device
 from k2cli.cluster.doctor.facts import Condition, InterfaceKind, MachineFacts, OsName, Software
 from k2cli.cluster.doctor.probes import RawProbes
 from k2cli.errors import ClusterError
-from k2cli.planning.hardware import OS_RESERVE_BYTES, OS_RESERVE_SHARE, Backend
+from k2cli.planning.hardware import OS_RESERVE_BYTES, OS_RESERVE_SHARE
 from k2cli.units import MIB
 
 _OS: OsName = "linux"
@@ -32,7 +33,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
     """
     memory = _memory_bytes(raw, software)
     gpu = _gpu(raw)
-    limit, mark, source, backend = _limit(memory, gpu, software)
+    limit, mark, source, device = _limit(memory, gpu, software)
     entries = _interface_entries(raw)
     interfaces, kinds = _interfaces(entries, software)
     release = os_release(raw.text("os-release") or "")
@@ -46,7 +47,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
         limit_bytes=limit,
         limit_mark=mark,
         limit_source=source,
-        backend=backend,
+        backend=device,
         bandwidth_bytes_per_second=None,
         interfaces=interfaces,
         interface_kinds=kinds,
@@ -98,10 +99,10 @@ def _gpu(raw: RawProbes) -> tuple[str, int] | None:
 
 def _limit(
     memory: int, gpu: tuple[str, int] | None, software: Software | None
-) -> tuple[int, Any, str, Backend]:
+) -> tuple[int, Any, str, Device]:
     """What MLX may use: as mlx there says, else as the planner assumes for such a machine."""
-    if software is not None and software.limit_bytes is not None and software.backend is not None:
-        return software.limit_bytes, software.limit_mark, software.limit_source, software.backend
+    if software is not None and software.limit_bytes is not None and software.device is not None:
+        return software.limit_bytes, software.limit_mark, software.limit_source, software.device
     if gpu is not None:
         return gpu[1], "assumed", "the GPU's memory; mlx there could not be asked", "cuda"
     reserve = max(OS_RESERVE_BYTES, int(memory * OS_RESERVE_SHARE))

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from k2cli import __version__
+from k2cli.choices import WantedTransport
 from k2cli.cluster.doctor.examination import Report, report_on, situation_of
 from k2cli.cluster.doctor.facts import Software
 from k2cli.cluster.doctor.probes import ProbeOutput, RawProbes, System
@@ -52,7 +53,7 @@ class Manifest(msgspec.Struct, frozen=True):
     nodes: tuple[RecordedNode, ...]
     schema_version: int = SCHEMA_VERSION
     k2_version: str = ""
-    backend: str = "auto"
+    transport: WantedTransport = msgspec.field(default="auto", name="backend")
     quick: bool = False
     reference: Software | None = None
     needs: dict[str, Need] = {}
@@ -127,7 +128,7 @@ def _manifest(report: Report, nodes: tuple[RecordedNode, ...], redactor: Redacto
     document = {
         "nodes": msgspec.to_builtins(nodes),
         "k2_version": __version__,
-        "backend": situation.backend,
+        "backend": situation.transport,
         "quick": report.quick,
         "live_runs": [redactor.run_id(run) for run in sorted(situation.live_runs)],
         "ended_runs": [redactor.run_id(run) for run in sorted(situation.ended_runs)],
@@ -145,7 +146,7 @@ def replay(folder: Path) -> Report:
     """
     manifest = _read_manifest(folder)
     probes = [_read_node(node, folder) for node in manifest.nodes]
-    situation = situation_of(probes, manifest.needs, manifest.backend)
+    situation = situation_of(probes, manifest.needs, manifest.transport)
     return report_on(
         _with_measured(situation, manifest),
         detect_links(situation.machines),

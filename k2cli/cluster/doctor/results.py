@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from k2cli.choices import LinkTransport, WantedTransport
 from k2cli.cluster.doctor.facts import Examination, MachineFacts, Software
 from k2cli.cluster.nodes import LOCALHOST
 
 Status = Literal["pass", "warn", "fail", "skip"]
-LinkBackend = Literal["ring", "jaccl", "tcp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class LinkMeasurement:
-    """What a link does under a back end, between two ranks; times are medians in seconds.
+    """What a link does under a transport (``backend``); times are medians in seconds.
 
     ``all_reduce_seconds`` is of one small all-reduce, ``latency_seconds`` half of a ping-pong,
     ``bytes_per_second`` of big messages one way. ``error`` says why there are no figures.
@@ -67,7 +67,7 @@ class LinkMeasurement:
 
     first: str
     second: str
-    backend: LinkBackend
+    backend: LinkTransport
     first_address: str
     second_address: str
     kind: str
@@ -107,7 +107,7 @@ class Situation:
     nodes: tuple[Examination, ...]
     reference: Software | None = None
     needs: Mapping[str, Need] = field(default_factory=dict)
-    backend: str = "auto"
+    transport: WantedTransport = "auto"
     live_runs: frozenset[str] = frozenset()
     ended_runs: frozenset[str] = frozenset()
     reaches: tuple[Reach, ...] | None = None

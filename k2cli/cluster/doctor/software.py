@@ -48,8 +48,8 @@ def software(model_folder: str | None = None) -> Software:
         limit_bytes=limit.limit_bytes if limit else None,
         limit_mark=limit.limit_mark if limit else "assumed",
         limit_source=limit.limit_source if limit else "",
-        backend=limit.backend if limit else None,
-        backends=_backends() if limit else (),
+        device=limit.device if limit else None,
+        transports=_transports() if limit else (),
         available_bytes=int(memory.available),
         mpirun=str(mpirun) if mpirun else None,
         mpi_version=mpi_version,
@@ -83,7 +83,7 @@ def _limit() -> tuple[Any, str | None]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _backends() -> tuple[str, ...]:
+def _transports() -> tuple[str, ...]:
     import mlx.core as mx
 
     names = ("ring", "jaccl", "nccl")

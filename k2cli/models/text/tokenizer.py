@@ -32,12 +32,12 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        tokenizer: tokenizers.Tokenizer,
         folder: Path,
         config: dict[str, Any],
         stop_tokens: frozenset[int],
     ) -> None:
-        self._backend = backend
+        self._tokenizer = tokenizer
         self._folder = folder
         self._config = config
         self._special = _special_texts(config)
@@ -54,13 +54,13 @@ class Tokenizer:
         """
         path = folder / "tokenizer_config.json"
         config = read_json_object(path) if path.is_file() else {}
-        backend = _load_backend(folder, config)
-        return cls(backend, folder, config, _stop_tokens(folder, config, backend))
+        tokenizer = _load_tokenizer(folder, config)
+        return cls(tokenizer, folder, config, _stop_tokens(folder, config, tokenizer))
 
     @property
     def vocabulary_size(self) -> int:
         """Number of tokens with special ones; a model's head may be larger, for padding."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text. Special tokens that the text spells out become themselves.
@@ -72,15 +72,15 @@ class Tokenizer:
             text.encode()  # the library's own complaint would be a TypeError
         except UnicodeEncodeError as error:
             raise K2Error("the text is not valid Unicode: it has a lone surrogate") from error
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text, such as ``<|im_end|>``; None if there is none."""
-        return self._backend.token_to_id(token)
+        return self._tokenizer.token_to_id(token)
 
     def chat_prompt(
         self,
@@ -110,7 +110,7 @@ class Tokenizer:
 
     def stream(self, skip_special_tokens: bool = True) -> TokenStream:
         """A new incremental decoder for one answer."""
-        return TokenStream(self._backend, skip_special_tokens)
+        return TokenStream(self._tokenizer, skip_special_tokens)
 
     def _template(self, *, with_tools: bool) -> ChatTemplate:
         if with_tools not in self._templates:
@@ -132,15 +132,15 @@ class TokenStream:
     What all ``push`` and the final ``finish`` return, joined, is what ``decode`` gives for all.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
         from tokenizers import decoders
 
-        self._backend = backend
+        self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         if self._byte_level:
             self._letters = {letter: value for value, letter in enumerate(byte_letters())}
-            self._special = _special_ids(backend) if skip_special_tokens else frozenset()
+            self._special = _special_ids(tokenizer) if skip_special_tokens else frozenset()
             self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         else:
             self._steps = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
@@ -152,7 +152,7 @@ class TokenStream:
         if self._byte_level:
             return self._utf8.decode(self._bytes(token_id))
         self._ids.append(token_id)
-        text = self._steps.step(self._backend, token_id) or ""
+        text = self._steps.step(self._tokenizer, token_id) or ""
         self._emitted += text
         return text
 
@@ -160,11 +160,11 @@ class TokenStream:
         """The rest: what was held back because more bytes might have followed."""
         if self._byte_level:
             return self._utf8.decode(b"", final=True)
-        text = self._backend.decode(self._ids, skip_special_tokens=self._skip)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
         return text[len(self._emitted) :]
 
     def _bytes(self, token_id: int) -> bytes:
-        token = self._backend.id_to_token(token_id)
+        token = self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._special:
             return b""
         try:
@@ -173,18 +173,18 @@ class TokenStream:
             return token.encode()
 
 
-def _special_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
-    added = backend.get_added_tokens_decoder()
+def _special_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
+    added = tokenizer.get_added_tokens_decoder()
     return frozenset(number for number, token in added.items() if token.special)
 
 
-def _load_backend(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer as Backend
+def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
 
     path = folder / "tokenizer.json"
     if path.is_file():
         try:
-            return Backend.from_file(str(path))
+            return tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
             raise K2Error(f"{path} is not a tokenizer: {error}", "download it again") from error
     vocabulary = find_vocabulary(folder)
@@ -216,7 +216,7 @@ def _special_texts(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _stop_tokens(
-    folder: Path, config: dict[str, Any], backend: tokenizers.Tokenizer
+    folder: Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer
 ) -> frozenset[int]:
     """Every end that a file of the checkpoint names.
 
@@ -224,7 +224,7 @@ def _stop_tokens(
     """
     stops: set[int] = set()
     end = _special_texts(config).get("eos_token")
-    if end is not None and (number := backend.token_to_id(end)) is not None:
+    if end is not None and (number := tokenizer.token_to_id(end)) is not None:
         stops.add(number)
     for name in ("config.json", "generation_config.json"):
         path = folder / name

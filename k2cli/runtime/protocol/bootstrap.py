@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from k2cli.choices import FloatType, HeadPlacement, Strategy, Transport
+
 
 class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Time limits in seconds after which something silent is taken for dead."""
@@ -47,17 +49,17 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rank: int
     size: int
     nodes: list[str]
-    backend: Literal["local", "mpi", "ring", "jaccl"]
+    transport: Transport
     model_path: str
-    strategy: Literal["single", "pipeline", "tensor"]
+    strategy: Strategy
     layers: list[tuple[int, int]]
-    dtype: Literal["checkpoint", "float32", "bfloat16", "float16"]
+    dtype: FloatType | Literal["checkpoint"]
     context_length: int
     concurrency: int
     prefill_chunk_tokens: int
     expected_weights_bytes: list[int]
     expected_cache_bytes: list[int] = msgspec.field(default_factory=list)
-    head: Literal["replicated", "sharded"] = "replicated"
+    head: HeadPlacement = "replicated"
     ring_hosts: list[list[str]] | None = None
     wired_limit_bytes: int | None = None
     cache_limit_bytes: int | None = None

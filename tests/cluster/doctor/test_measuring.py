@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from k2cli.choices import LinkTransport
 from k2cli.cluster.description import Link
 from k2cli.cluster.doctor import disk_probe
 from k2cli.cluster.doctor.facts import MachineFacts
 from k2cli.cluster.doctor.measuring import measure_disks, measure_links, measure_reach
 from k2cli.cluster.doctor.probes import collect
 from k2cli.cluster.doctor.reading import machine_facts
-from k2cli.cluster.doctor.results import LinkBackend
 from k2cli.cluster.nodes import LocalNode
 
 
@@ -66,14 +66,14 @@ def test_an_address_without_a_machine_does_not_answer() -> None:
     assert {(r.address, r.error is None) for r in reaches} == {("240.0.0.1", False)}
 
 
-@pytest.mark.parametrize("backend", ["ring", "tcp"])
-def test_a_link_is_measured_under_its_back_end(backend: LinkBackend) -> None:
+@pytest.mark.parametrize("transport", ["ring", "tcp"])
+def test_a_link_is_measured_with_its_transport(transport: LinkTransport) -> None:
     nodes, _ = _pair()
-    [measured] = measure_links({node.name: node for node in nodes}, [_loopback()], backend)
+    [measured] = measure_links({node.name: node for node in nodes}, [_loopback()], transport)
     assert measured.error is None
     assert measured.latency_seconds is not None
     assert measured.bytes_per_second is not None
-    assert (measured.all_reduce_seconds is not None) == (backend != "tcp")
+    assert (measured.all_reduce_seconds is not None) == (transport != "tcp")
 
 
 def test_a_back_end_that_mlx_lacks_is_told_apart_from_a_bad_link() -> None:

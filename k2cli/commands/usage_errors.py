@@ -33,7 +33,7 @@ _LONGEST = 60
 _CHOICES = " is not one of "
 
 
-def said_of(error: Exception) -> UsageError:
+def usage_error_from(error: Exception) -> UsageError:
     """A parser's usage error in k2's words, with a hint that can be copied."""
     command = str(getattr(getattr(error, "ctx", None), "command_path", None) or "k2")
     parameter = getattr(error, "param", None)
