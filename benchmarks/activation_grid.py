@@ -28,10 +28,10 @@ import mlx.core as mx
 
 from benchmarks.gpu_layers import loaded, random_layers
 from k2cli.choices import Device
-from k2cli.planning.activation import ActivationShape, activation_demand, activation_shape
-from k2cli.planning.activation_decode import decode_demand
-from k2cli.runtime.executor import Executor
-from k2cli.runtime.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
+from k2cli.planning.memory.decode import decode_demand
+from k2cli.planning.memory.prefill import ActivationShape, activation_demand, activation_shape
+from k2cli.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
+from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import cast
 from k2cli.sharding.stage import cut_stage
 from k2cli.sharding.trace import layer_count

@@ -22,7 +22,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from k2cli.cluster.run_processes import run_of
+from k2cli.agent.run_processes import run_of
+from tests.support.ssh_fixture import running_ssh_server, ssh_server  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 SESSION_MARK = "K2_TEST_SESSION"

@@ -18,34 +18,41 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "k2cli"
 
-# Part of k2cli -> what else of k2cli it may import. A part is a folder or a top-level module; an
-# entry with a dot is one module of another folder. Everything may import itself and the leaves.
-LEAVES = {"choices", "errors", "files", "mlx_lm_package", "units", "settings", "__init__"}
-DOMAINS = {"models", "planning", "quantization", "cluster", "chat", "bench"}
+# Part of k2cli -> other parts that it may import. A part is a folder or a top-level module; an
+# entry with a dot is one module or folder inside a part. Everything may import itself and a leaf.
+LEAVES = {"errors", "units", "settings", "files", "choices", "mlx_lm_package", "__init__"}
 ALLOWED: dict[str, set[str]] = {
-    "__init__": set(),
-    "choices": set(),
-    "errors": set(),
-    "files": set(),
-    "mlx_lm_package": set(),
-    "units": set(),
-    "settings": set(),
+    **{leaf: set[str]() for leaf in LEAVES},
     "__main__": {"cli"},
     "cli": {"commands", "ui"},
-    "commands": DOMAINS | {"ui", "runtime.protocol", "sharding.recipe"},
-    "ui": set(),
-    "models": set(),
+    "protocol": set(),
     "sharding": set(),
+    "models": set(),
+    "client": set(),
+    "ui": set(),  # but the types of values that it shows, for typing only
+    "chat": {"client"},
     "planning": {"models", "sharding"},
-    "quantization": {"models", "planning", "sharding"},
-    "cluster": {"models", "planning", "runtime.protocol"},
-    "chat": set(),
-    "bench": {"models", "planning"},
-    "server": {"runtime.protocol", "models.text"},
-    "runtime": {"models", "sharding", "server"},
-}
+    "quantization": {"models", "sharding"},
+    "bench": {"planning", "client", "cluster", "nodes", "agent", "runs"},
+    "agent": {"models", "planning.hardware"},
+    "nodes": {"agent", "planning.hardware"},
+    "cluster": {"nodes", "agent", "planning.hardware"},
+    "runs": {"cluster", "nodes", "agent", "protocol"},
+    "doctor": {"runs", "cluster", "nodes", "agent", "planning.plan", "planning.hardware"},
+    "launch": {"doctor", "runs", "cluster", "nodes", "agent", "planning", "models", "protocol"},
+    "supervisor": {"launch", "runs", "cluster", "nodes", "agent", "protocol"},
+    "server": {"protocol"},
+    "guard": {"server", "protocol", "models.text", "agent.locks"},
+    "rank": {"protocol", "sharding", "models"},
+    "commands": {
+        "ui", "client", "chat", "planning", "quantization", "bench", "nodes", "cluster", "runs",
+        "doctor", "launch", "supervisor", "models", "sharding", "protocol",
+    },
+}  # fmt: skip
 
 # Part -> what else it may import under TYPE_CHECKING: ui names the types of the values it shows.
+DOMAINS = {"planning", "quantization", "cluster", "nodes", "agent", "runs", "doctor", "launch",
+           "supervisor", "bench", "chat", "client", "protocol", "sharding"}  # fmt: skip
 ALLOWED_FOR_TYPING = {"ui": DOMAINS}
 
 # Third-party module -> where alone it may be imported; an entry ending in a slash is a folder.
@@ -58,7 +65,7 @@ ONLY_IN = {
     "rich": {"ui/", "commands/"},
     "prompt_toolkit": {"ui/"},
     "starlette": {"server/"},
-    "uvicorn": {"server/", "runtime/"},
+    "uvicorn": {"server/", "guard/"},
 }
 
 HEAVY = {
@@ -67,7 +74,7 @@ HEAVY = {
 }  # fmt: skip
 
 # Started with ``python -m``, and imported by nothing.
-ENTRY_POINTS = {"runtime.worker", "runtime.guard"}
+ENTRY_POINTS = {"rank.main", "guard.main", "guard.mpi_slot_process", "supervisor.supervisor"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,7 @@ def _names(node: ast.stmt, path: Path) -> list[str]:
     assert isinstance(node, ast.ImportFrom)
     assert node.level == 0, f"{path}:{node.lineno} is a relative import"
     assert node.module is not None
-    # ``from k2cli.runtime import protocol`` imports the module k2cli.runtime.protocol.
+    # ``from k2cli.runtime import protocol`` imports the module k2cli.protocol.
     if node.module == "k2cli" or (PACKAGE.parent / node.module.replace(".", "/")).is_dir():
         return [f"{node.module}.{alias.name}" for alias in node.names]
     return [node.module]
@@ -186,7 +193,7 @@ def test_only_ui_prints() -> None:
     """Guards and ranks talk over their standard streams; everybody else leaves output to ui."""
     wrong = []
     for path in _sources():
-        if _inside(path, {"ui/", "runtime/"}):
+        if _inside(path, {"ui/", "guard/", "rank/", "agent/"}):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             prints = isinstance(node, ast.Call) and ast.unparse(node.func) == "print"

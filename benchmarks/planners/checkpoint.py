@@ -32,7 +32,7 @@ class SparseCheckpoint:
 
 def write_sparse_k2(folder: Path) -> SparseCheckpoint:
     """Write config, index and sparse shards of at most 5 GB into ``folder``, which is made."""
-    from k2cli.planning.subject import read_subject, shapes_of
+    from k2cli.planning.model import read_subject, shapes_of
 
     subject = read_subject(MODEL)
     shapes = shapes_of(subject.facts.model)

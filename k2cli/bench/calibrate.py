@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from k2cli.bench.report import BenchRow
 from k2cli.choices import Transport
-from k2cli.planning.calibration import Calibration, MeasuredFigure, calibrate
+from k2cli.planning.speed.calibrate import Calibration, MeasuredFigure, calibrate
 
 if TYPE_CHECKING:
-    from k2cli.planning.calibrated import CalibratedMachines
-    from k2cli.planning.hardware import NodeMemory
+    from k2cli.planning.hardware.machine import NodeMemory
     from k2cli.planning.plan import Plan
-    from k2cli.planning.work import ModelWork
+    from k2cli.planning.speed.calibrations import CalibratedMachines
+    from k2cli.planning.speed.work import ModelWork
 
 
 def figures_of(rows: Sequence[BenchRow]) -> list[MeasuredFigure]:
@@ -90,7 +90,7 @@ def calibrate_run(
     Raises:
         K2Error: if the model's files cannot be read, or the calibration cannot be kept.
     """
-    from k2cli.planning.calibrated import NOISY_DEVIATION, save_calibration
+    from k2cli.planning.speed.calibrations import NOISY_DEVIATION, save_calibration
 
     figures = tuple(figures_of(rows))
     found = calibrate(
@@ -110,8 +110,8 @@ def calibrate_run(
 
 def _work_of(plan: Plan) -> ModelWork:
     """What a token costs in the placement of a run."""
-    from k2cli.planning.subject import read_subject
-    from k2cli.planning.work import model_work
+    from k2cli.planning.model import read_subject
+    from k2cli.planning.speed.work import model_work
 
     subject = read_subject(plan.model.reference)
     placement = plan.placement
@@ -131,7 +131,7 @@ def _entry(
     found: Calibration,
     deviation: float,
 ) -> CalibratedMachines:
-    from k2cli.planning.calibrated import CalibratedMachines, machines_of
+    from k2cli.planning.speed.calibrations import CalibratedMachines, machines_of
 
     return CalibratedMachines(
         machines=machines_of(nodes),

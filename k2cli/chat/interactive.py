@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Protocol
 
-from k2cli.chat.client import Delta, Progress, StreamEvent
 from k2cli.chat.figures import figures_line, progress_line
 from k2cli.chat.session import ChatSession
+from k2cli.client.client import Delta, Progress, StreamEvent
 from k2cli.errors import K2Error
 
 _QUOTES = '"""'

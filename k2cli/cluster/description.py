@@ -16,11 +16,11 @@ import msgspec
 
 from k2cli.choices import Device
 from k2cli.cluster.hostfile import Hostfile
-from k2cli.cluster.nodes import LOCALHOST, LocalNode, Node, is_this_machine, node_named
 from k2cli.errors import ClusterError, UsageError
 from k2cli.files import write_atomically
-from k2cli.planning.chips import chip_of_device
-from k2cli.planning.hardware import NodeMemory
+from k2cli.nodes.node import LOCALHOST, LocalNode, Node, is_this_machine, node_named
+from k2cli.planning.hardware.chips import chip_of_device
+from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.marks import Mark
 from k2cli.settings import config_directory
 from k2cli.units import GIB
@@ -241,7 +241,7 @@ def node_named_in(cluster: Cluster, name: str) -> Node:
         UsageError: if the cluster has none of that name.
     """
     from k2cli.cluster.links import common_addresses  # which builds on this module
-    from k2cli.cluster.ssh import SshNode
+    from k2cli.nodes.ssh import SshNode
 
     node = cluster.node(name)
     if node is None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 from k2cli.cluster.description import Cluster, Link, LinkKind
-from k2cli.cluster.doctor.facts import MachineFacts, thunderbolt_links
+from k2cli.cluster.facts.machine import MachineFacts, thunderbolt_links
 from k2cli.cluster.hostfile import Host, Hostfile
 from k2cli.errors import ClusterError, UsageError
 

@@ -41,8 +41,8 @@ def chat(
 
     Example: k2 chat -p 'What is the capital of France?' --temperature 0
     """
-    from k2cli.chat.client import ApiClient, GenerationOptions
     from k2cli.chat.session import ChatSession
+    from k2cli.client.client import ApiClient, GenerationOptions
 
     temperature = _checked_temperature(temperature)
     question = _question(prompt, interactive=not as_json)
@@ -95,8 +95,8 @@ def _talk(session: ChatSession) -> None:
 
 
 def _answer(session: ChatSession, question: str) -> None:
-    from k2cli.chat.client import Delta, Progress
     from k2cli.chat.figures import figures_line, progress_line
+    from k2cli.client.client import Delta, Progress
     from k2cli.ui.chat.stream import AnswerWriter, StatusLine, dim_note
 
     writer, status = AnswerWriter(), StatusLine()

@@ -10,8 +10,8 @@ import typer
 from k2cli.choices import WantedTransport
 
 if TYPE_CHECKING:
-    from k2cli.cluster.doctor.examination import Report, Wishes
-    from k2cli.cluster.nodes import Node
+    from k2cli.doctor.examination import Report, Wishes
+    from k2cli.nodes.node import Node
 
 
 def doctor(
@@ -67,7 +67,7 @@ def doctor(
     else:
         print_report(report)
     if record is not None:
-        from k2cli.cluster.doctor.recording import record as write_recording
+        from k2cli.doctor.recording import record as write_recording
 
         note(f"recorded in {write_recording(report, record).parent}; look at it before sending it")
     if report.failed:
@@ -75,7 +75,7 @@ def doctor(
 
 
 def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
-    from k2cli.cluster.doctor.recording import replay
+    from k2cli.doctor.recording import replay
     from k2cli.errors import UsageError
 
     if cluster is not None or nodes is not None:
@@ -89,14 +89,14 @@ def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
 def _wishes(
     quick: bool, transport: WantedTransport, plan: Path | None, model: str | None
 ) -> Wishes:
-    from k2cli.cluster.doctor.examination import Wishes, read_plan
+    from k2cli.doctor.examination import Wishes, read_plan
 
     read = read_plan(plan) if plan is not None else None
     return Wishes(quick=quick, transport=transport, model_folder=model, plan=read)
 
 
 def _examined(nodes: list[Node], wishes: Wishes) -> Report:
-    from k2cli.cluster.doctor.examination import examine_nodes
+    from k2cli.doctor.examination import examine_nodes
     from k2cli.ui.output import note
 
     return examine_nodes(nodes, wishes, tell=note)
@@ -104,7 +104,7 @@ def _examined(nodes: list[Node], wishes: Wishes) -> Report:
 
 def _nodes(cluster: str | None, nodes: str | None) -> list[Node]:
     from k2cli.cluster.description import chosen_nodes, list_clusters
-    from k2cli.cluster.nodes import LocalNode
+    from k2cli.nodes.node import LocalNode
 
     if cluster is None and nodes is None and not list_clusters():
         return [LocalNode()]

@@ -18,10 +18,10 @@ from k2cli.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from k2cli.cluster.launch_request import LaunchRequest
-    from k2cli.cluster.preparation import PreparedRun
-    from k2cli.cluster.runs import RunRecord
-    from k2cli.runtime.protocol import RunEvent
+    from k2cli.launch.prepare import PreparedRun
+    from k2cli.launch.request import LaunchRequest
+    from k2cli.protocol import RunEvent
+    from k2cli.runs.record import RunRecord
     from k2cli.ui.launch_view import LaunchView
 
 
@@ -104,8 +104,8 @@ def launch(
 
     Example: k2 launch demo --nodes localhost,localhost --parallel pipeline --detach
     """
-    from k2cli.cluster.launch_request import LaunchRequest
-    from k2cli.cluster.restarting import RestartPolicy
+    from k2cli.launch.request import LaunchRequest
+    from k2cli.launch.restart_policy import RestartPolicy
 
     request = LaunchRequest(
         model=model,
@@ -139,8 +139,8 @@ def _checked_wait(seconds: float | None) -> float:
 
 
 def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
-    from k2cli.cluster.launching import owned
-    from k2cli.cluster.preparation import prepare_run
+    from k2cli.launch.prepare import prepare_run
+    from k2cli.supervisor.start import owned
     from k2cli.ui.launch_view import LaunchView
     from k2cli.ui.output import note
 
@@ -171,9 +171,9 @@ def _show_plan(prepared: PreparedRun) -> None:
 
 
 def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
-    from k2cli.cluster.launching import launch_detached
-    from k2cli.cluster.runs import read_record
     from k2cli.errors import ClusterError
+    from k2cli.runs.record import read_record
+    from k2cli.supervisor.start import launch_detached
     from k2cli.ui.output import note
 
     try:
@@ -192,10 +192,10 @@ def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
 
 
 def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
-    from k2cli.cluster.launching import launch_here
-    from k2cli.cluster.runs import read_record
     from k2cli.errors import ClusterError
-    from k2cli.runtime.protocol import RunReady
+    from k2cli.protocol import RunReady
+    from k2cli.runs.record import read_record
+    from k2cli.supervisor.start import launch_here
     from k2cli.ui.output import note, warn
 
     interrupted = False
@@ -233,7 +233,7 @@ def _say_interrupted(view: LaunchView, *, first: bool) -> None:
 
 
 def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
-    from k2cli.runtime.protocol import (
+    from k2cli.protocol import (
         LoadProgress,
         LogLine,
         RankFailed,

@@ -17,7 +17,7 @@ from k2cli.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from k2cli.planning.hardware import NodeMemory
+    from k2cli.planning.hardware.machine import NodeMemory
     from k2cli.planning.plan import Plan
     from k2cli.planning.planner import Planner, Wishes
 
@@ -82,8 +82,8 @@ def plan_memory(
     Example: k2 plan-memory k2-thinking --hardware '2x m3-ultra-512' --context 131072
     """
     from k2cli.planning.advice import advised_plan
-    from k2cli.planning.calibrated import with_calibration
     from k2cli.planning.planner import Planner, Wishes
+    from k2cli.planning.speed.calibrations import with_calibration
     from k2cli.units import parse_latency
 
     wishes = Wishes(
@@ -119,7 +119,7 @@ def plan_memory(
 
 def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
     from k2cli.errors import UsageError
-    from k2cli.planning.hardware_spec import parse_hardware
+    from k2cli.planning.hardware.spec import parse_hardware
 
     if cluster is None:
         return parse_hardware(hardware if hardware is not None else "this")

@@ -12,7 +12,7 @@ import typer
 from k2cli.errors import ClusterError, K2Error
 
 if TYPE_CHECKING:
-    from k2cli.cluster.runs import RunRecord
+    from k2cli.runs.record import RunRecord
 
 ModelArgument = Annotated[
     str | None,
@@ -52,7 +52,7 @@ def resolve_target(model: str | None, url: str | None, api_key: str | None) -> T
 
 
 def _run_serving(model: str | None) -> RunRecord:
-    from k2cli.cluster.runs import find_run, list_runs
+    from k2cli.runs.record import find_run, list_runs
 
     try:
         newest = find_run()

@@ -16,7 +16,7 @@ from k2cli.choices import FloatType
 from k2cli.errors import UsageError
 from k2cli.files import write_atomically
 from k2cli.planning.marks import Mark
-from k2cli.planning.speed import SpeedEstimate
+from k2cli.planning.speed.estimate import SpeedEstimate
 from k2cli.sharding.placement import Placement
 
 SCHEMA_VERSION = 1

@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 
 from k2cli.choices import FloatType, Head, Parallel, Strategy, WantedFloatType, WantedTransport
 from k2cli.errors import InternalError, UsageError
-from k2cli.planning.candidates import Candidate, Ground, candidate, preference
 from k2cli.planning.config_check import model_context_length
-from k2cli.planning.demand import Demand, check_amounts, check_nodes
-from k2cli.planning.hardware import NodeMemory, share_machines
-from k2cli.planning.limits import max_concurrency, max_context_length
+from k2cli.planning.hardware.machine import NodeMemory, share_machines
 from k2cli.planning.marks import Mark
+from k2cli.planning.memory.stored import describe_quantization
+from k2cli.planning.model import Subject, choose_context, choose_dtype, read_subject
 from k2cli.planning.plan import Alternative, Plan, PlannedModel, PlannedRequest
-from k2cli.planning.reasons import alternatives, fits_alone, reason
-from k2cli.planning.speed import speed_obstacle
-from k2cli.planning.stored import describe_quantization
-from k2cli.planning.subject import Subject, choose_context, choose_dtype, read_subject
-from k2cli.planning.traced import TracedModel
+from k2cli.planning.request import Demand, check_amounts, check_nodes
+from k2cli.planning.search.candidates import Candidate, Ground, candidate, preference
+from k2cli.planning.search.limits import max_concurrency, max_context_length
+from k2cli.planning.search.reasons import alternatives, fits_alone, reason
+from k2cli.planning.search.traced_model import TracedModel
+from k2cli.planning.speed.estimate import speed_obstacle
 
 ROOMY_CONCURRENCY = (8, 4, 2)
 """Sequences that a launch makes room for if nobody says how many, as far as they fit."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from k2cli.runtime.protocol import TokenLogprob
+from k2cli.protocol import TokenLogprob
 
 
 class TokenTextStream(Protocol):

@@ -9,13 +9,13 @@ from k2cli.ui.output import note, print_text, warn
 from k2cli.units import format_bytes, format_gib
 
 if TYPE_CHECKING:
-    from k2cli.cluster.activity import RunHere
-    from k2cli.cluster.cleaning import CleanReport
-    from k2cli.cluster.cleaning_here import Cleared
+    from k2cli.agent.activity import RunHere
+    from k2cli.agent.clean import Cleared
+    from k2cli.agent.locks import Lock
     from k2cli.cluster.description import Cluster, ClusterNode, Link
-    from k2cli.cluster.gathering import NodeAsked, NodeBusy
-    from k2cli.cluster.lock_files import Lock
-    from k2cli.cluster.provision import Prepared, Step
+    from k2cli.cluster.discovery import NodeAsked, NodeBusy
+    from k2cli.nodes.install import Prepared, Step
+    from k2cli.runs.clean import CleanReport
 
 
 def print_cleaning(reports: Sequence[CleanReport]) -> None:

@@ -11,8 +11,8 @@ import msgspec
 from k2cli.ui.output import print_text, stdout_console
 
 if TYPE_CHECKING:
-    from k2cli.cluster.doctor.examination import Report
-    from k2cli.cluster.doctor.results import CheckResult
+    from k2cli.doctor.examination import Report
+    from k2cli.doctor.results import CheckResult
 
 SCHEMA_VERSION = 1
 _WIDTH = 80

@@ -10,7 +10,7 @@ from k2cli.ui.output import note, print_text
 from k2cli.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
-    from k2cli.cluster.runs import RunRecord
+    from k2cli.runs.record import RunRecord
 
 _HEADINGS = ("RUN", "MODEL", "STATE", "RANKS", "WEIGHTS", "AGE", "URL")
 

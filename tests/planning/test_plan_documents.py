@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
+from tests.commands.test_plan_memory import K2, k2
 from tests.planning.commands import ROOT, k2_here
-from tests.planning.test_plan_memory import K2, k2
 
 REFERENCE = ROOT / "docs" / "reference"
 

@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.planning.hardware import NodeMemory, this_machine
-from k2cli.planning.hardware_spec import parse_hardware
+from k2cli.planning.hardware.machine import NodeMemory, this_machine
+from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.plan import Plan, plan_from_json, plan_to_json
 from k2cli.planning.planner import make_plan
 from k2cli.sharding.assemble import assemble
@@ -119,7 +119,7 @@ def test_the_full_k2_needs_little_memory_to_plan(hardware: str) -> None:
         "import re, resource, sys\n"
         "from k2cli.planning.advice import advised_plan\n"
         "from k2cli.planning.curve import context_curve\n"
-        "from k2cli.planning.hardware_spec import parse_hardware\n"
+        "from k2cli.planning.hardware.spec import parse_hardware\n"
         "from k2cli.planning.planner import Planner, Wishes\n"
         "planner, nodes = Planner(sys.argv[1]), parse_hardware(sys.argv[2])\n"
         "wishes = Wishes(context_length=262144, free_order=True)\n"

@@ -10,7 +10,7 @@ import pytest
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.planning.hardware_spec import parse_hardware
+from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.planner import Planner, Wishes
 from k2cli.quantization.convert import quantize
 from k2cli.sharding.recipe import (

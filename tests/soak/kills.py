@@ -31,9 +31,8 @@ from typing import Any
 import httpx
 import psutil
 
-from k2cli.cluster import run_processes
+from k2cli.agent import run_processes
 from k2cli.settings import runs_directory, scratch_directories
-from tests.runtime.faults import GONE_SECONDS, NO_CERTIFICATES, SECONDS, k2
 from tests.soak.page import (
     begin,
     measured,
@@ -47,6 +46,7 @@ from tests.soak.page import (
     write_failures,
     write_section,
 )
+from tests.support.faults import GONE_SECONDS, NO_CERTIFICATES, SECONDS, k2
 
 TITLE = "Kills at random moments"
 STRATEGIES = ("pipeline", "tensor")
@@ -79,7 +79,7 @@ class Launched:
                 command = process.cmdline()
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-            if self.detached and command[-2:] == ["k2cli.cluster.supervisor", str(self.folder)]:
+            if self.detached and command[-2:] == ["k2cli.supervisor.supervisor", str(self.folder)]:
                 found["supervisor"] = process.pid
         for part in run_processes.processes_of_run(self.run_id):
             program = Path(part.command.split()[0]).name

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from k2cli.planning.curve import CurvePoint
-    from k2cli.planning.speed import Band
+    from k2cli.planning.speed.estimate import Band
 
 
 def positions(points: Sequence[CurvePoint]) -> list[float]:

@@ -10,7 +10,7 @@ from k2cli.units import GB, KB, MB, TB, format_bytes, format_duration, format_gi
 
 if TYPE_CHECKING:
     from k2cli.planning.plan import Alternative, NodeBudget, Plan
-    from k2cli.planning.speed import SpeedTerm
+    from k2cli.planning.speed.estimate import SpeedTerm
 
 _WIDTH = 80
 

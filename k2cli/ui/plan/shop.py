@@ -11,7 +11,7 @@ from k2cli.units import format_bytes
 
 if TYPE_CHECKING:
     from k2cli.planning.shop import Offer, ShopResult
-    from k2cli.planning.speed import Band
+    from k2cli.planning.speed.estimate import Band
 
 _WIDTH = 80
 MOST_OFFERS = 16

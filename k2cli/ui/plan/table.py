@@ -20,7 +20,7 @@ from k2cli.units import GB, MB, format_bytes, format_duration
 
 if TYPE_CHECKING:
     from k2cli.planning.plan import Advice, Plan
-    from k2cli.planning.speed import Band
+    from k2cli.planning.speed.estimate import Band
 
 _COLUMNS = (
     ("weights", "weights_bytes"),
