@@ -27,11 +27,11 @@ from typing import Any
 import mlx.core as mx
 
 from benchmarks.gpu_layers import loaded, random_layers
-from k2cli.planning.activation import ActivationShape, activation_demand, activation_shape
-from k2cli.planning.activation_decode import decode_demand
-from k2cli.planning.hardware import Backend
-from k2cli.runtime.executor import Executor
-from k2cli.runtime.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
+from k2cli.choices import Device
+from k2cli.planning.memory.decode import decode_demand
+from k2cli.planning.memory.prefill import ActivationShape, activation_demand, activation_shape
+from k2cli.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
+from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import cast
 from k2cli.sharding.stage import cut_stage
 from k2cli.sharding.trace import layer_count
@@ -66,12 +66,12 @@ class Point:
 
 
 class Grid:
-    """Measures points on one model with a given backend of the activation model."""
+    """Measures points on one model with a given device of the activation model."""
 
-    def __init__(self, model: Any, config: dict[str, Any], backend: Any, itemsize: int) -> None:
+    def __init__(self, model: Any, config: dict[str, Any], device: Any, itemsize: int) -> None:
         self._stage = cut_stage(model, 0, layer_count(model))
         self._shape = activation_shape(config)
-        self._backend = backend
+        self._device = device
         self._itemsize = itemsize
         self._layers = layer_count(model)
         mx.synchronize()
@@ -109,7 +109,7 @@ class Grid:
         caches = executor.caches.sequences[1]
         modelled = activation_demand(
             self._shape,
-            backend=self._backend,
+            device=self._device,
             chunk_tokens=chunk,
             context_length=context,
             concurrency=1,
@@ -130,14 +130,14 @@ class Grid:
         _start()
         for step in range(_DECODE_STEPS):
             # Not before the first: growing waits for the GPU.
-            waiting = _keep_busy() if step and self._backend == "cuda" else None
+            waiting = _keep_busy() if step and self._device == "cuda" else None
             result = executor.carry_out(Decode(self._number(), 0, [1] * rows))
             mx.async_eval(result.logits)  # type: ignore[no-untyped-call]
             mx.synchronize()
             del result, waiting
         caches = executor.caches.batches[0].caches
         modelled = modelled_decode_bytes(
-            self._shape, self._backend, context, rows, self._itemsize, self._layers
+            self._shape, self._device, context, rows, self._itemsize, self._layers
         )
         point = self._point("decode", 1, context, rows, caches, modelled)
         for row in range(rows):
@@ -162,12 +162,12 @@ class Grid:
 
 
 def modelled_decode_bytes(
-    shape: ActivationShape, backend: Backend, context: int, rows: int, itemsize: int, layers: int
+    shape: ActivationShape, device: Device, context: int, rows: int, itemsize: int, layers: int
 ) -> int:
     """The planner's word on a decode step, without the sampler's copies of the logits."""
     demand = decode_demand(
         shape,
-        backend=backend,
+        device=device,
         context_length=context,
         concurrency=rows,
         itemsize=itemsize,
@@ -206,7 +206,7 @@ def points(
     for context in contexts:
         for chunk in (chunk for chunk in chunks if chunk <= context):
             modelled = activation_demand(
-                grid._shape, backend=grid._backend, chunk_tokens=chunk, context_length=context,
+                grid._shape, device=grid._device, chunk_tokens=chunk, context_length=context,
                 concurrency=1, itemsize=grid._itemsize,
             ).peak_bytes  # fmt: skip
             if modelled <= most:
@@ -214,7 +214,7 @@ def points(
                 yield max((grid.prefill(chunk, context) for _ in range(3)), key=_peak)
         for count in rows:
             modelled = modelled_decode_bytes(
-                grid._shape, grid._backend, context, count, grid._itemsize, grid._layers
+                grid._shape, grid._device, context, count, grid._itemsize, grid._layers
             )
             if modelled <= most and count * context <= 8 * 32_768:
                 yield max((grid.decode(count, context) for _ in range(3)), key=_peak)
@@ -249,10 +249,10 @@ def main() -> None:
         if given.dtype != "checkpoint":
             cast(model, getattr(mx, given.dtype))
     mx.eval(model.parameters())
-    backend = "cuda" if mx.cuda.is_available() else "metal" if mx.metal.is_available() else "cpu"
+    device = "cuda" if mx.cuda.is_available() else "metal" if mx.metal.is_available() else "cpu"
     probe = model(mx.array([[1]], mx.int32))
     mx.eval(probe)
-    grid = Grid(model, config, backend, probe.dtype.size)
+    grid = Grid(model, config, device, probe.dtype.size)
     found = []
     for point in points(grid, given.chunks, given.contexts, given.rows, given.most_bytes):
         found.append(asdict(point))
@@ -263,7 +263,7 @@ def main() -> None:
         )
     document = {
         "label": given.label or str(given.config or given.checkpoint),
-        "backend": backend,
+        "backend": device,
         "layers": layer_count(model),
         "itemsize": probe.dtype.size,
         "config": config,

@@ -77,7 +77,7 @@ def examine(config: Mapping[str, Any]) -> Outcome:
 
 
 def _plan(folder: str, machines: str, strategy: str = "auto") -> Plan:
-    from k2cli.planning.hardware_spec import parse_hardware
+    from k2cli.planning.hardware.spec import parse_hardware
     from k2cli.planning.planner import make_plan
 
     return make_plan(folder, parse_hardware(machines), strategy=strategy)

@@ -25,10 +25,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.runtime.control import Followers
-from k2cli.runtime.engine import Engine
-from k2cli.runtime.executor import Executor
-from k2cli.runtime.protocol import Finished, Generate, RankMessage, Tokens
+from k2cli.protocol import Finished, Generate, RankMessage, Tokens
+from k2cli.rank.control import Followers
+from k2cli.rank.engine.engine import Engine
+from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import assemble
 from k2cli.sharding.stage import Stage, cut_stage, make_cache
 from k2cli.sharding.trace import layer_count

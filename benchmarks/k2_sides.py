@@ -15,9 +15,9 @@ from benchmarks import processes
 from benchmarks.client import ANSWER_LIMIT_SECONDS, Ask, ask_all
 from benchmarks.sides import RankFacts, Setting, answer_of, encode, first_answer
 from benchmarks.statistics import Answer
-from k2cli.models.tokenizer import Tokenizer
-from k2cli.runtime.protocol import PromptProgress, RankReady, Tokens
-from tests.runtime.rank_pool import RankPool, assignments, free_ports
+from k2cli.models.text.tokenizer import Tokenizer
+from k2cli.protocol import PromptProgress, RankReady, Tokens
+from tests.support.rank_pool import RankPool, assignments, free_ports
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,7 +127,7 @@ class K2Engine:
     def facts(self) -> list[RankFacts]:
         """Bytes read by the rank's own count, memory as for the other program."""
         assert self._pool is not None
-        bare = processes.bare_program("k2cli.runtime.engine", "k2cli.runtime.loader")
+        bare = processes.bare_program("k2cli.rank.engine.engine", "k2cli.rank.loader")
         found = []
         for rank in self._pool.ranks:
             ready = [message for message in rank.seen if isinstance(message, RankReady)]

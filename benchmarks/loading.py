@@ -46,7 +46,7 @@ def _facts(side: K2Engine | MlxServer) -> list[RankFacts]:
 
 
 def _own_bytes(setting: Setting) -> list[int]:
-    from tests.runtime.rank_pool import assignments
+    from tests.support.rank_pool import assignments
 
     parts = assignments(setting.model, setting.strategy, setting.ranks)
     return list(parts[0].expected_weights_bytes)

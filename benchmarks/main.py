@@ -204,7 +204,7 @@ def _model(options: Options, name: str) -> tuple[Path, Subject]:
 
 
 def _demo(options: Options) -> Path:
-    from k2cli.models.fetch import fetch
+    from k2cli.models.sources.download import fetch
 
     target = options.models / "demo"
     if not (target / "config.json").is_file():

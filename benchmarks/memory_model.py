@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.activation_grid import modelled_decode_bytes
-from k2cli.planning.activation import COPIES, activation_demand, activation_shape
+from k2cli.planning.memory.prefill import COPIES, activation_demand, activation_shape
 from k2cli.units import MB
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ def compared(recording: dict[str, Any]) -> Iterator[Compared]:
     shape = activation_shape(recording["config"])
     for point in recording["points"]:
         common: dict[str, Any] = {
-            "backend": recording["backend"],
+            "device": recording["backend"],
             "context_length": point["context"],
             "concurrency": point["rows"],
             "itemsize": recording["itemsize"],

@@ -15,8 +15,8 @@ from benchmarks import processes
 from benchmarks.client import ANSWER_LIMIT_SECONDS, Ask, ask_all
 from benchmarks.sides import RankFacts, Setting, answer_of, encode, first_answer
 from benchmarks.statistics import Answer
-from k2cli.models.tokenizer import Tokenizer
-from tests.runtime.rank_pool import free_ports
+from k2cli.models.text.tokenizer import Tokenizer
+from tests.support.rank_pool import free_ports
 
 _ROOT = Path(__file__).resolve().parents[1]
 

@@ -108,7 +108,7 @@ def _sizes(folder: Path, quantization: tuple[tuple[str, Any], ...]) -> tuple[int
     """Bytes held, and bytes stored as far as the config tells."""
     from k2cli.models.catalog import unsaid_fields
     from k2cli.models.checkpoint import read_config
-    from k2cli.planning.stored import original_quantization, stored_bytes_of_config
+    from k2cli.planning.memory.stored import original_quantization, stored_bytes_of_config
     from k2cli.sharding.assemble import config_dtype
     from k2cli.sharding.trace import parameters, trace_model
 

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from benchmarks import processes
 from benchmarks.client import Ask
 from benchmarks.statistics import Answer
-from k2cli.models.tokenizer import Tokenizer
+from k2cli.models.text.tokenizer import Tokenizer
 
 Strategy = Literal["single", "pipeline", "tensor"]
 

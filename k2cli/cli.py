@@ -133,12 +133,12 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         # Not standalone: the parser would report wrong values itself, without saying them.
         code = build_app(_only(words))(args=list(words), prog_name="k2", standalone_mode=False)
     except _PARSER_ERROR as error:
-        from k2cli.commands._mistakes import said_of
+        from k2cli.commands.usage_errors import usage_error_from
 
         if type(error).__name__ == "NoArgsIsHelpError":  # ``k2`` alone: its message is the help
             error.show()
             return UsageError.exit_code
-        raise said_of(error) from error
+        raise usage_error_from(error) from error
     except typer.Abort as error:
         raise K2Error("the input ended before an answer came") from error
     return code if isinstance(code, int) else 0

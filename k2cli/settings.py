@@ -1,4 +1,4 @@
-"""Where k2 keeps things, and the environment variables that it reads.
+"""Where k2 keeps things, the mark of its processes, and the environment variables that it reads.
 
 Directories follow the XDG base directory rules, on macOS too. ``K2_CONFIG_DIR``, ``K2_STATE_DIR``
 and ``K2_DATA_DIR`` override them one by one; tests set all three.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+
+# The mark of the processes of a run on their command lines; the run's id follows it.
+RUN_OPTION = "--k2-run"
 
 
 def _directory(override: str, xdg: str, fallback: str) -> Path:

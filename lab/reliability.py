@@ -179,7 +179,7 @@ def document(outcomes: Sequence[Outcome], load: str) -> str:
 
 
 def _model(lab: Lab) -> Path:
-    from k2cli.models.toy import build_toy_k2
+    from lab.toy_k2.checkpoint import build_toy_k2
 
     folder = lab.folder / "models" / "toy-k2"
     if not folder.is_dir():

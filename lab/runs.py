@@ -153,13 +153,13 @@ class LabRun:
         """From outside: ``launcher``, ``supervisor``, ``mpirun``, ``guard-0``, ``rank-1``, ..."""
         kind, _, number = who.partition("-")
         if kind in ("guard", "rank"):
-            module = "k2cli.runtime.guard" if kind == "guard" else "k2cli.runtime.worker"
+            module = "k2cli.guard.main" if kind == "guard" else "k2cli.rank.main"
             host = _HOST_OF_RANK[int(number)]
             # mpirun's own command line, also under its other names, holds the guard's.
             return self._find(host, lambda line: module in line and _is_python(line), who).pid
         tests: dict[str, Callable[[str], bool]] = {
             "launcher": lambda line: "-m k2cli launch" in line and "nsenter" not in line,
-            "supervisor": lambda line: "k2cli.cluster.supervisor" in line,
+            "supervisor": lambda line: "k2cli.supervisor.supervisor" in line,
             "mpirun": lambda line: line.split()[0].endswith(("mpirun", "prterun")),
         }
         return self._find(LEADER, tests[kind], who).pid

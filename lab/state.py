@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2cli.files import write_atomically
 from lab.errors import LabError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,9 +80,7 @@ def read_state(folder: Path) -> LabState | None:
 
 def save_state(folder: Path, state: LabState) -> None:
     """Write it whole or not at all."""
-    partial = folder / f".{_STATE_NAME}"
-    partial.write_bytes(msgspec.json.encode(state))
-    partial.replace(folder / _STATE_NAME)
+    write_atomically(folder / _STATE_NAME, msgspec.json.encode(state))
 
 
 @contextmanager

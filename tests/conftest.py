@@ -22,6 +22,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from k2cli.agent.run_processes import run_of
+from tests.support.ssh_fixture import running_ssh_server, ssh_server  # noqa: F401
+
 ROOT = Path(__file__).resolve().parent.parent
 SESSION_MARK = "K2_TEST_SESSION"
 OLD_MODEL_SECONDS = 24 * 3600
@@ -87,7 +90,7 @@ def _ctrl_c_reaches_children() -> None:
 
 def _belongs_to(process: psutil.Process, mark: str) -> bool:
     try:
-        if not any("k2cli.runtime" in part for part in process.cmdline()):
+        if run_of(process.cmdline()) is None:
             return False
         alive = process.status() != psutil.STATUS_ZOMBIE
         return alive and process.environ().get(SESSION_MARK) == mark
@@ -141,7 +144,7 @@ def cache_lock() -> Iterator[None]:
 def _converter_digest() -> str:
     """Identify the code that makes the demo model: a change of it must not be hidden by a cache."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "k2cli" / "models").glob("*.py")):
+    for path in sorted((ROOT / "k2cli" / "models").rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -149,7 +152,7 @@ def _converter_digest() -> str:
 def _download_demo(folder: Path) -> None:
     """Let k2 itself fetch and convert the demo model into ``folder``, whole or not at all."""
     from k2cli.errors import K2Error
-    from k2cli.models.fetch import fetch
+    from k2cli.models.sources.download import fetch
 
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -188,7 +191,7 @@ def demo_checkpoint(_isolated_session: None) -> Path:
 @pytest.fixture(scope="session")
 def toy_k2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a seeded toy of the ``kimi_k2`` architecture with K2's kind of tokenizer."""
-    from k2cli.models.toy import build_toy_k2
+    from lab.toy_k2.checkpoint import build_toy_k2
 
     folder = tmp_path_factory.mktemp("models") / "toy-k2"
     build_toy_k2(folder)

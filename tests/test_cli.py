@@ -14,7 +14,7 @@ import typer
 
 from k2cli import __version__
 from k2cli.cli import _COMMANDS, build_app, run_command_line
-from k2cli.commands._mistakes import EXAMPLES
+from k2cli.commands.usage_errors import EXAMPLES
 from k2cli.errors import UsageError
 from k2cli.settings import state_directory
 

@@ -18,41 +18,54 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "k2cli"
 
-# Part of k2cli -> what else of k2cli it may import. A part is a folder or a top-level module; an
-# entry with a dot is one module of another folder. Everything may import itself and the leaves.
-LEAVES = {"errors", "units", "settings", "__init__"}
-DOMAINS = {"models", "planning", "quantization", "cluster", "chat", "bench"}
+# Part of k2cli -> other parts that it may import. A part is a folder or a top-level module; an
+# entry with a dot is one module or folder inside a part. Everything may import itself and a leaf.
+LEAVES = {"errors", "units", "settings", "files", "choices", "mlx_lm_package", "__init__"}
 ALLOWED: dict[str, set[str]] = {
-    "__init__": set(),
-    "errors": set(),
-    "units": set(),
-    "settings": set(),
+    **{leaf: set[str]() for leaf in LEAVES},
     "__main__": {"cli"},
     "cli": {"commands", "ui"},
-    "commands": DOMAINS | {"ui", "runtime.protocol"},
-    "ui": set(),
-    "models": set(),
+    "protocol": set(),
     "sharding": set(),
+    "models": set(),
+    "client": set(),
+    "ui": set(),  # but the types of values that it shows, for typing only
+    "chat": {"client"},
     "planning": {"models", "sharding"},
-    "quantization": {"models", "planning", "sharding"},
-    "cluster": {"models", "planning", "runtime.protocol"},
-    "chat": set(),
-    "bench": {"models", "planning"},
-    "server": {"runtime.protocol", "models.tokenizer"},
-    "runtime": {"models", "sharding", "server"},
-}
+    "quantization": {"models", "sharding"},
+    "bench": {"planning", "client", "cluster", "nodes", "agent", "runs"},
+    "agent": {"models", "planning.hardware"},
+    "nodes": {"agent", "planning.hardware"},
+    "cluster": {"nodes", "agent", "planning.hardware"},
+    "runs": {"cluster", "nodes", "agent", "protocol"},
+    "doctor": {"runs", "cluster", "nodes", "agent", "planning.plan", "planning.hardware"},
+    "launch": {"doctor", "runs", "cluster", "nodes", "agent", "planning", "models", "protocol"},
+    "supervisor": {"launch", "runs", "cluster", "nodes", "agent", "protocol"},
+    "server": {"protocol"},
+    "guard": {"server", "protocol", "models.text", "agent.locks"},
+    "rank": {"protocol", "sharding", "models"},
+    "commands": {
+        "ui", "client", "chat", "planning", "quantization", "bench", "nodes", "cluster", "runs",
+        "doctor", "launch", "supervisor", "models", "sharding", "protocol",
+    },
+}  # fmt: skip
+
+# Part -> what else it may import under TYPE_CHECKING: ui names the types of the values it shows.
+DOMAINS = {"planning", "quantization", "cluster", "nodes", "agent", "runs", "doctor", "launch",
+           "supervisor", "bench", "chat", "client", "protocol", "sharding"}  # fmt: skip
+ALLOWED_FOR_TYPING = {"ui": DOMAINS}
 
 # Third-party module -> where alone it may be imported; an entry ending in a slash is a folder.
 ONLY_IN = {
-    "huggingface_hub": {"models/hub.py"},
-    "mlx_lm": {"sharding/architectures.py"},
+    "huggingface_hub": {"models/sources/hub.py"},
+    "mlx_lm": {"mlx_lm_package.py"},
     "transformers": set[str](),
     "torch": set[str](),
     "typer": {"cli.py", "commands/"},
     "rich": {"ui/", "commands/"},
     "prompt_toolkit": {"ui/"},
     "starlette": {"server/"},
-    "uvicorn": {"server/", "runtime/"},
+    "uvicorn": {"server/", "guard/"},
 }
 
 HEAVY = {
@@ -61,17 +74,18 @@ HEAVY = {
 }  # fmt: skip
 
 # Started with ``python -m``, and imported by nothing.
-ENTRY_POINTS = {"runtime.worker", "runtime.guard"}
+ENTRY_POINTS = {"rank.main", "guard.main", "guard.mpi_slot_process", "supervisor.supervisor"}
 
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """One imported name: ``module`` in full, ``top`` if it happens when the file is imported."""
+    """One imported name: ``top`` if run when the file is imported, ``typing`` if never run."""
 
     path: Path
     line: int
     module: str
     top: bool
+    typing: bool
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(PACKAGE)}:{self.line} imports {self.module}"
@@ -93,10 +107,10 @@ def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
-def _walk(node: ast.AST, top: bool, typing: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
+def _walk(node: ast.AST, top: bool, typing: bool = False) -> Iterator[tuple[ast.stmt, bool, bool]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
-            yield child, top and not typing
+            yield child, top and not typing, typing
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             yield from _walk(child, False, typing)
         else:
@@ -109,7 +123,7 @@ def _names(node: ast.stmt, path: Path) -> list[str]:
     assert isinstance(node, ast.ImportFrom)
     assert node.level == 0, f"{path}:{node.lineno} is a relative import"
     assert node.module is not None
-    # ``from k2cli.runtime import protocol`` imports the module k2cli.runtime.protocol.
+    # ``from k2cli.runtime import protocol`` imports the module k2cli.protocol.
     if node.module == "k2cli" or (PACKAGE.parent / node.module.replace(".", "/")).is_dir():
         return [f"{node.module}.{alias.name}" for alias in node.names]
     return [node.module]
@@ -119,8 +133,8 @@ def _names(node: ast.stmt, path: Path) -> list[str]:
 def imports_of(path: Path) -> tuple[Import, ...]:
     tree = ast.parse(path.read_text())
     return tuple(
-        Import(path, node.lineno, name, top)
-        for node, top in _walk(tree, True)
+        Import(path, node.lineno, name, top, typing)
+        for node, top, typing in _walk(tree, True)
         for name in _names(node, path)
     )
 
@@ -152,6 +166,8 @@ def test_import_direction() -> None:
         if target_part in {source_part, "__version__"} | LEAVES:
             continue
         allowed = ALLOWED[source_part]
+        if item.typing:
+            allowed = allowed | ALLOWED_FOR_TYPING.get(source_part, set())
         one_module = any(target == entry or target.startswith(f"{entry}.") for entry in allowed)
         if target_part not in allowed and not one_module:
             wrong.append(str(item))
@@ -177,7 +193,7 @@ def test_only_ui_prints() -> None:
     """Guards and ranks talk over their standard streams; everybody else leaves output to ui."""
     wrong = []
     for path in _sources():
-        if _inside(path, {"ui/", "runtime/"}):
+        if _inside(path, {"ui/", "guard/", "rank/", "agent/"}):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             prints = isinstance(node, ast.Call) and ast.unparse(node.func) == "print"

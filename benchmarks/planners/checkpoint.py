@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from k2cli.models.checkpoint import INDEX_NAME
-from k2cli.models.safetensors_writer import TensorSpec, into_shards, safetensors_header, shard_name
+from k2cli.models.safetensors import TensorSpec, into_shards, safetensors_header, shard_name
 
 MODEL = "k2-instruct-4bit"
 
@@ -32,7 +32,7 @@ class SparseCheckpoint:
 
 def write_sparse_k2(folder: Path) -> SparseCheckpoint:
     """Write config, index and sparse shards of at most 5 GB into ``folder``, which is made."""
-    from k2cli.planning.subject import read_subject, shapes_of
+    from k2cli.planning.model import read_subject, shapes_of
 
     subject = read_subject(MODEL)
     shapes = shapes_of(subject.facts.model)

@@ -1,4 +1,4 @@
-"""Make docs/design/speed-model.md and the package's speed_constants.toml from a fit."""
+"""Make docs/design/speed-model.md and the package's constants.toml from a fit."""
 
 from __future__ import annotations
 

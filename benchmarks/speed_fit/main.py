@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.speed_fit.document import constants_toml, document
 from benchmarks.speed_fit.evaluate import summarise
 from benchmarks.speed_fit.outcome import run_fit
-from k2cli.planning.speed_constants import CONSTANTS_FILE
+from k2cli.planning.speed.constants import CONSTANTS_FILE
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "design" / "speed-model.md"
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.speed_fit.rows import CHUNK_TOKENS, Observation
-from k2cli.planning.placed import PlacedRun
-from k2cli.planning.speed import Band, speed_band
-from k2cli.planning.speed_constants import LinkRates, Shares, effective_rates
+from k2cli.planning.speed.constants import LinkRates, Shares, effective_rates
+from k2cli.planning.speed.estimate import Band, speed_band
+from k2cli.planning.speed.placement_time import PlacedRun
 
 SHARES = (
     "bandwidth_one_die",

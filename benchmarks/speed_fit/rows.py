@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from k2cli.planning.chips import chips
-from k2cli.planning.placed import PlacedRun
-from k2cli.planning.rates import NodeRates
-from k2cli.planning.speed_constants import LinkRates
-from k2cli.planning.work import LayerWork, ModelWork, model_work
+from k2cli.planning.hardware.chips import chips
+from k2cli.planning.speed.constants import LinkRates
+from k2cli.planning.speed.placement_time import PlacedRun
+from k2cli.planning.speed.rates import NodeRates
+from k2cli.planning.speed.work import LayerWork, ModelWork, model_work
 from k2cli.sharding.placement import Placement, RankPlacement, even_split
 
 FOLDER = Path(__file__).parent

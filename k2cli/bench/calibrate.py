@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from k2cli.bench.report import BenchRow
-from k2cli.planning.calibration import Calibration, MeasuredFigure, calibrate
+from k2cli.choices import Transport
+from k2cli.planning.speed.calibrate import Calibration, MeasuredFigure, calibrate
 
 if TYPE_CHECKING:
-    from k2cli.planning.calibrated import CalibratedMachines
-    from k2cli.planning.hardware import NodeMemory
+    from k2cli.planning.hardware.machine import NodeMemory
     from k2cli.planning.plan import Plan
-    from k2cli.planning.work import ModelWork
+    from k2cli.planning.speed.calibrations import CalibratedMachines
+    from k2cli.planning.speed.work import ModelWork
 
 
 def figures_of(rows: Sequence[BenchRow]) -> list[MeasuredFigure]:
@@ -76,41 +77,41 @@ class Calibrated:
 
 
 def calibrate_run(
-    plan: Plan, nodes: Sequence[NodeMemory], backend: str, rows: Sequence[BenchRow]
+    plan: Plan, nodes: Sequence[NodeMemory], transport: Transport, rows: Sequence[BenchRow]
 ) -> Calibrated:
     """Solve for the rates of a run's machines, and keep them for ``plan-memory``.
 
     Args:
         plan: the run's.
         nodes: its machines as they are, by rank.
-        backend: what connects its ranks.
+        transport: what connects its ranks.
         rows: the measurements of ``calibration_rounds.calibration_cases``.
 
     Raises:
         K2Error: if the model's files cannot be read, or the calibration cannot be kept.
     """
-    from k2cli.planning.calibrated import NOISY_DEVIATION, save_calibration
+    from k2cli.planning.speed.calibrations import NOISY_DEVIATION, save_calibration
 
     figures = tuple(figures_of(rows))
     found = calibrate(
         _work_of(plan),
         plan.placement,
         nodes,
-        backend=backend,
+        transport=transport,
         chunk_tokens=plan.request.prefill_chunk_tokens,
         figures=figures,
     )
     deviation = max(figure.deviation for figure in figures)
     variation = max((max(row.rates) - min(row.rates)) / min(row.rates) for row in rows)
     noisy = tuple(each.name for each in figures if each.deviation > NOISY_DEVIATION)
-    file = save_calibration(_entry(plan, nodes, backend, found, deviation))
+    file = save_calibration(_entry(plan, nodes, transport, found, deviation))
     return Calibrated(found, figures, variation, deviation, noisy, len(rows[0].samples), file)
 
 
 def _work_of(plan: Plan) -> ModelWork:
     """What a token costs in the placement of a run."""
-    from k2cli.planning.subject import read_subject
-    from k2cli.planning.work import model_work
+    from k2cli.planning.model import read_subject
+    from k2cli.planning.speed.work import model_work
 
     subject = read_subject(plan.model.reference)
     placement = plan.placement
@@ -124,13 +125,17 @@ def _work_of(plan: Plan) -> ModelWork:
 
 
 def _entry(
-    plan: Plan, nodes: Sequence[NodeMemory], backend: str, found: Calibration, deviation: float
+    plan: Plan,
+    nodes: Sequence[NodeMemory],
+    transport: Transport,
+    found: Calibration,
+    deviation: float,
 ) -> CalibratedMachines:
-    from k2cli.planning.calibrated import CalibratedMachines, machines_of
+    from k2cli.planning.speed.calibrations import CalibratedMachines, machines_of
 
     return CalibratedMachines(
         machines=machines_of(nodes),
-        backend=backend,
+        backend=transport,
         model=plan.model.reference,
         measured_on=datetime.now(UTC).date().isoformat(),
         rates=found.rates,

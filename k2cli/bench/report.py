@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from k2cli import __version__
 from k2cli.bench.cases import BenchCase
+from k2cli.choices import Transport
 
 SCHEMA_VERSION = 1
 Clock = Literal["server", "client"]
@@ -56,7 +57,7 @@ class RunDescription:
     """The run that was measured, if it is one of this machine's."""
 
     run_id: str
-    backend: str
+    transport: Transport
     strategy: str
     context_length: int
     nodes: tuple[str, ...]
@@ -80,7 +81,7 @@ class BenchReport:
             return self.url
         ranks = len(self.run.nodes)
         count = f"{ranks} rank{'s' if ranks > 1 else ''}"
-        return f"{self.run.strategy}, {count}, {self.run.backend}"
+        return f"{self.run.strategy}, {count}, {self.run.transport}"
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -147,7 +148,7 @@ def report_members(report: BenchReport) -> dict[str, Any]:
         if run is None
         else {
             "run_id": run.run_id,
-            "backend": run.backend,
+            "backend": run.transport,
             "strategy": run.strategy,
             "context_length": run.context_length,
             "ranks": len(run.nodes),

@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Protocol
 
-from k2cli.chat.client import Delta, Progress, StreamEvent
 from k2cli.chat.figures import figures_line, progress_line
 from k2cli.chat.session import ChatSession
+from k2cli.client.client import Delta, Progress, StreamEvent
 from k2cli.errors import K2Error
 
 _QUOTES = '"""'
@@ -28,7 +28,7 @@ Begin with """ to write several lines, and end with """. Ctrl-C stops an answer.
 
 
 class Terminal(Protocol):
-    """What the chat needs of ``ui.chat_terminal.ChatTerminal``."""
+    """What the chat needs of ``ui.chat.terminal.ChatTerminal``."""
 
     def read_line(self, *, continued: bool = False) -> str:
         """One line of the user's; raises KeyboardInterrupt or EOFError."""

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from k2cli.chat.client import (
+from k2cli.client.client import (
     Delta,
     Ended,
     GenerationOptions,

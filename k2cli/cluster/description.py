@@ -7,7 +7,6 @@ It says what the machines are and not how they are at the moment: that is asked 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import Literal
 
 import msgspec
 
+from k2cli.choices import Device
 from k2cli.cluster.hostfile import Hostfile
-from k2cli.cluster.nodes import LOCALHOST, LocalNode, Node, is_this_machine, node_named
 from k2cli.errors import ClusterError, UsageError
-from k2cli.planning.chips import chip_of_device
-from k2cli.planning.hardware import Backend, NodeMemory
+from k2cli.files import write_atomically
+from k2cli.nodes.node import LOCALHOST, LocalNode, Node, is_this_machine, node_named
+from k2cli.planning.hardware.chips import chip_of_device
+from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.marks import Mark
 from k2cli.settings import config_directory
 from k2cli.units import GIB
@@ -45,7 +46,7 @@ class ClusterNode(msgspec.Struct, frozen=True):
     memory_bytes: int = 0
     limit_bytes: int = 0
     limit_mark: Mark = "assumed"
-    backend: Backend = "cpu"
+    device: Device = msgspec.field(default="cpu", name="backend")
     bandwidth_bytes_per_second: int | None = None
     interfaces: dict[str, tuple[str, ...]] = {}
     interface_kinds: dict[str, InterfaceKind] = {}
@@ -178,11 +179,10 @@ def save_cluster(cluster: Cluster) -> Path:
         ClusterError: if it cannot be written.
     """
     path = cluster_path(cluster.name)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n")
-        partial.replace(path)
+        data = msgspec.json.format(msgspec.json.encode(cluster), indent=1)
+        write_atomically(path, data + b"\n")
     except OSError as error:
         raise ClusterError(f"{path} cannot be written: {error.strerror}") from error
     return path
@@ -226,7 +226,7 @@ def _memory_of(node: ClusterNode, cluster: str) -> NodeMemory:
         node.memory_bytes,
         node.limit_bytes,
         node.limit_mark,
-        node.backend,
+        node.device,
         node.limit_source or f"as asked for the cluster {cluster}",
         chip=chip.identifier if chip else "",
         bandwidth_bytes_per_second=node.bandwidth_bytes_per_second,
@@ -241,7 +241,7 @@ def node_named_in(cluster: Cluster, name: str) -> Node:
         UsageError: if the cluster has none of that name.
     """
     from k2cli.cluster.links import common_addresses  # which builds on this module
-    from k2cli.cluster.ssh import SshNode
+    from k2cli.nodes.ssh import SshNode
 
     node = cluster.node(name)
     if node is None:

@@ -1,4 +1,4 @@
-"""Links between machines: found in what the machines say of themselves, and chosen for a back end.
+"""Links between machines: found in what the machines say of themselves, and chosen for a transport.
 
 A Thunderbolt cable is known by the domain UUIDs at its ends. Everything else is told by addresses:
 two machines with addresses in one network can reach each other by these interfaces, as far as one
@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 from k2cli.cluster.description import Cluster, Link, LinkKind
-from k2cli.cluster.doctor.facts import MachineFacts, thunderbolt_links
+from k2cli.cluster.facts.machine import MachineFacts, thunderbolt_links
 from k2cli.cluster.hostfile import Host, Hostfile
 from k2cli.errors import ClusterError, UsageError
 
 _SPEED_ORDER: tuple[LinkKind, ...] = ("thunderbolt", "ethernet", "other", "wifi")
 # Where a machine does not say how long its networks' prefixes are.
 _USUAL_PREFIX = {4: 24, 6: 64}
-RDMA_BACKENDS = ("jaccl", "jaccl-ring")
+RDMA_TRANSPORTS = ("jaccl", "jaccl-ring")
 
 
 # --- finding ------------------------------------------------------------------------------------
@@ -119,8 +119,8 @@ def same_machines(cluster: Cluster) -> list[tuple[str, str]]:
 # --- choosing -----------------------------------------------------------------------------------
 
 
-def links_between(cluster: Cluster, first: str, second: str, backend: str = "") -> list[Link]:
-    """Links of two nodes that a back end can use, the fastest first, seen from ``first``.
+def links_between(cluster: Cluster, first: str, second: str, transport: str = "") -> list[Link]:
+    """Links of two nodes that a transport can use, the fastest first, seen from ``first``.
 
     ``jaccl`` needs RDMA; ``ring`` and ``mpi`` need addresses.
     """
@@ -129,17 +129,17 @@ def links_between(cluster: Cluster, first: str, second: str, backend: str = "") 
         for link in cluster.links
         if {link.first, link.second} == {first, second}
     ]
-    if backend in RDMA_BACKENDS:
+    if transport in RDMA_TRANSPORTS:
         found = [link for link in found if link.rdma]
-    elif backend:
+    elif transport:
         found = [link for link in found if link.first_address and link.second_address]
     return sorted(found, key=_slowness)
 
 
-def best_links(cluster: Cluster, backend: str = "") -> list[Link]:
-    """The fastest link of each pair of nodes that the back end can use; a pair may have none."""
+def best_links(cluster: Cluster, transport: str = "") -> list[Link]:
+    """The fastest link of each pair of nodes that the transport can use; a pair may have none."""
     names = [node.name for node in cluster.nodes]
-    pairs = (links_between(cluster, one, two, backend) for one, two in combinations(names, 2))
+    pairs = (links_between(cluster, one, two, transport) for one, two in combinations(names, 2))
     return [links[0] for links in pairs if links]
 
 
@@ -172,28 +172,28 @@ def _addresses_towards(cluster: Cluster, one: str, other: str, kind: LinkKind) -
 # --- MLX's hostfile -----------------------------------------------------------------------------
 
 
-def to_hostfile(cluster: Cluster, backend: str = "") -> Hostfile:
+def to_hostfile(cluster: Cluster, transport: str = "") -> Hostfile:
     """The cluster as MLX's hostfile; one that was imported is given back as it came.
 
     Args:
         cluster: the cluster.
-        backend: ``jaccl``, ``ring``, ``mpi``, or empty for the imported one or the best there is.
+        transport: ``jaccl``, ``ring``, ``mpi``, or empty for the imported one or the best there is.
 
     Raises:
-        ClusterError: if two nodes have no link that the back end can use.
+        ClusterError: if two nodes have no link that the transport can use.
     """
-    if cluster.hostfile is not None and backend in ("", cluster.hostfile.backend):
+    if cluster.hostfile is not None and transport in ("", cluster.hostfile.backend):
         return cluster.hostfile
-    if backend not in ("", "jaccl", "ring", "mpi"):
-        raise UsageError(f"'{backend}' is no back end of a hostfile", "jaccl, ring or mpi")
+    if transport not in ("", "jaccl", "ring", "mpi"):
+        raise UsageError(f"'{transport}' is no back end of a hostfile", "jaccl, ring or mpi")
     names = [node.name for node in cluster.nodes]
-    backend = backend or _best_backend(cluster)
-    rdma = [_rdma_row(cluster, name) if backend == "jaccl" else () for name in names]
+    transport = transport or _best_transport(cluster)
+    rdma = [_rdma_row(cluster, name) if transport == "jaccl" else () for name in names]
     hosts = [
-        Host(_ssh_name(cluster, name), _ring_addresses(cluster, index, backend), rdma[index])
+        Host(_ssh_name(cluster, name), _ring_addresses(cluster, index, transport), rdma[index])
         for index, name in enumerate(names)
     ]
-    return Hostfile(tuple(hosts), backend)
+    return Hostfile(tuple(hosts), transport)
 
 
 def _ssh_name(cluster: Cluster, name: str) -> str:
@@ -202,7 +202,7 @@ def _ssh_name(cluster: Cluster, name: str) -> str:
     return node.hostname if node and name == "localhost" and node.hostname else name
 
 
-def _best_backend(cluster: Cluster) -> str:
+def _best_transport(cluster: Cluster) -> str:
     pairs = len(cluster.nodes) * (len(cluster.nodes) - 1) // 2
     return "jaccl" if pairs and len(best_links(cluster, "jaccl")) == pairs else "ring"
 
@@ -219,13 +219,13 @@ def _rdma_row(cluster: Cluster, name: str) -> tuple[str | None, ...]:
     return tuple(row)
 
 
-def _ring_addresses(cluster: Cluster, rank: int, backend: str) -> tuple[str, ...]:
+def _ring_addresses(cluster: Cluster, rank: int, transport: str) -> tuple[str, ...]:
     """Where a rank listens: its left neighbour connects to it there."""
     names = [node.name for node in cluster.nodes]
     if len(names) == 1:
         return ("127.0.0.1",)
     common = common_addresses(cluster)
-    if backend != "ring" and names[rank] in common:
+    if transport != "ring" and names[rank] in common:
         return (common[names[rank]],)
     links = links_between(cluster, names[rank], names[rank - 1], "ring")
     if not links:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands._target import ApiKeyOption, ModelArgument, Target, UrlOption, resolve_target
+from k2cli.commands.target import ApiKeyOption, ModelArgument, Target, UrlOption, resolve_target
 
 if TYPE_CHECKING:
     from k2cli.bench.calibrate import Calibrated
     from k2cli.bench.calibration_rounds import Rounds
     from k2cli.bench.cases import BenchCase
     from k2cli.bench.report import BenchReport, BenchRow, RunDescription
-    from k2cli.chat.client import ApiClient, ModelInfo
-    from k2cli.cluster.runs import RunRecord
+    from k2cli.client.client import ApiClient, ModelInfo
     from k2cli.planning.plan import Plan
+    from k2cli.runs.record import RunRecord
     from k2cli.ui.bench_table import BenchLine
 
 
@@ -69,7 +69,7 @@ def bench(
     Example: k2 bench -p 512,2048 -n 128 -d 0,4096 -r 3 -o json
     """
     from k2cli.bench.cases import check_context, make_cases, parse_sizes
-    from k2cli.chat.client import ApiClient
+    from k2cli.client.client import ApiClient
 
     if calibrate:
         _calibrate(model, url, api_key, repetitions, output)
@@ -116,7 +116,7 @@ def _measure(
 ) -> None:
     """Append a row for each case, and say how it goes."""
     from k2cli.bench.measure import RowDone, measure
-    from k2cli.chat.client import CompletionSource
+    from k2cli.client.client import CompletionSource
     from k2cli.ui.output import note
 
     for event in measure(CompletionSource(client, model), cases, repetitions):
@@ -144,8 +144,8 @@ def _calibrate(
 
     from k2cli.bench.calibrate import calibrate_run, calibrated_members
     from k2cli.bench.calibration_rounds import PROBE, Rounds, calibration_schedule
-    from k2cli.chat.client import ApiClient
-    from k2cli.cluster.nodes import node_named
+    from k2cli.client.client import ApiClient
+    from k2cli.nodes.node import node_named
     from k2cli.ui.bench_table import calibration_lines
     from k2cli.ui.output import note
 
@@ -193,7 +193,7 @@ def _measure_rounds(client: ApiClient, model: ModelInfo, rounds: Rounds) -> bool
     """
     from k2cli.bench.calibration_rounds import LEAST_ROUNDS
     from k2cli.bench.measure import RepetitionDone, measure
-    from k2cli.chat.client import CompletionSource
+    from k2cli.client.client import CompletionSource
     from k2cli.ui.output import note
     from k2cli.units import format_duration
 
@@ -241,7 +241,7 @@ def _described(run: RunRecord) -> RunDescription:
 
     return RunDescription(
         run_id=run.run_id,
-        backend=run.backend,
+        transport=run.backend,
         strategy=run.strategy,
         context_length=run.context_length,
         nodes=tuple(rank.node for rank in run.ranks),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands._target import ApiKeyOption, ModelArgument, UrlOption, resolve_target
+from k2cli.commands.target import ApiKeyOption, ModelArgument, UrlOption, resolve_target
 
 if TYPE_CHECKING:
     from k2cli.chat.session import ChatSession
@@ -41,8 +41,8 @@ def chat(
 
     Example: k2 chat -p 'What is the capital of France?' --temperature 0
     """
-    from k2cli.chat.client import ApiClient, GenerationOptions
     from k2cli.chat.session import ChatSession
+    from k2cli.client.client import ApiClient, GenerationOptions
 
     temperature = _checked_temperature(temperature)
     question = _question(prompt, interactive=not as_json)
@@ -89,15 +89,15 @@ def _question(prompt: str | None, *, interactive: bool) -> str | None:
 def _talk(session: ChatSession) -> None:
     from k2cli.chat.interactive import Chat
     from k2cli.settings import state_directory
-    from k2cli.ui.chat_terminal import ChatTerminal
+    from k2cli.ui.chat.terminal import ChatTerminal
 
     Chat(session, ChatTerminal(state_directory() / "chat-history")).run()
 
 
 def _answer(session: ChatSession, question: str) -> None:
-    from k2cli.chat.client import Delta, Progress
     from k2cli.chat.figures import figures_line, progress_line
-    from k2cli.ui.stream import AnswerWriter, StatusLine, dim_note
+    from k2cli.client.client import Delta, Progress
+    from k2cli.ui.chat.stream import AnswerWriter, StatusLine, dim_note
 
     writer, status = AnswerWriter(), StatusLine()
     try:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from k2cli.commands._options import AsJson, ClusterName
 from k2cli.commands.cluster_clean import clean
 from k2cli.commands.cluster_prepare import prepare
+from k2cli.commands.options import AsJson, ClusterName
 
 _HELP = "Describe your machines, make them ready, and see what runs there."
 
@@ -39,7 +39,7 @@ def init(
     Example: k2 cluster init localhost studio-2 --name studios
     """
     from k2cli.cluster.description import cluster_path, save_cluster
-    from k2cli.cluster.gathering import gather
+    from k2cli.cluster.discovery import gather
     from k2cli.cluster.links import same_machines
     from k2cli.errors import UsageError
     from k2cli.ui.cluster_view import print_cluster, show_answer
@@ -67,7 +67,7 @@ def refresh(name: ClusterName = None, json: AsJson = False) -> None:
     Example: k2 cluster refresh studios
     """
     from k2cli.cluster.description import load_cluster, save_cluster
-    from k2cli.cluster.gathering import gather
+    from k2cli.cluster.discovery import gather
     from k2cli.ui.cluster_view import print_cluster, show_answer
     from k2cli.ui.output import print_json
 
@@ -92,7 +92,7 @@ def show(
     Example: k2 cluster show studios
     """
     from k2cli.cluster.description import load_cluster
-    from k2cli.cluster.gathering import activities
+    from k2cli.cluster.discovery import activities
     from k2cli.ui.cluster_view import print_cluster
     from k2cli.ui.output import print_json
 
@@ -132,7 +132,7 @@ def import_(
     Example: k2 cluster import hosts.json --name studios
     """
     from k2cli.cluster.description import cluster_path, save_cluster
-    from k2cli.cluster.gathering import gather, imported
+    from k2cli.cluster.discovery import gather, imported
     from k2cli.cluster.hostfile import read_hostfile
     from k2cli.errors import UsageError
     from k2cli.ui.cluster_view import print_cluster, show_answer
@@ -149,7 +149,7 @@ def import_(
 
 def export(
     name: ClusterName = None,
-    backend: Annotated[
+    transport: Annotated[
         str, typer.Option("--backend", help="For ring, jaccl or mpi; by default the best there is.")
     ] = "",
 ) -> None:
@@ -162,7 +162,7 @@ def export(
     from k2cli.cluster.links import to_hostfile
     from k2cli.ui.output import print_text
 
-    print_text(format_hostfile(to_hostfile(load_cluster(name), backend)))
+    print_text(format_hostfile(to_hostfile(load_cluster(name), transport)))
 
 
 def remove(name: Annotated[str, typer.Argument(metavar="CLUSTER", help="The cluster.")]) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from k2cli.commands._options import AsJson, ClusterName, NodeNames
+from k2cli.commands.options import AsJson, ClusterName, NodeNames
 
 
 def clean(name: ClusterName = None, nodes: NodeNames = None, json: AsJson = False) -> None:
     """End what runs that are gone have left on the machines, and free their locks.
 
     Runs that live are spared. What is left is known by the run's own marks: its id beside
-    k2cli.runtime on a command line, its lock, its folder.
+    --k2-run on a command line, its lock, its folder.
 
     Example: k2 cluster clean studios
     """
-    from k2cli.cluster.cleaning import clean as clean_nodes
     from k2cli.cluster.description import chosen_nodes
     from k2cli.errors import ClusterError
+    from k2cli.runs.clean import clean as clean_nodes
     from k2cli.ui.cluster_view import print_cleaning
     from k2cli.ui.output import print_json
 

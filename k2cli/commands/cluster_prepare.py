@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from k2cli.commands._options import AsJson, ClusterName, NodeNames
+from k2cli.commands.options import AsJson, ClusterName, NodeNames
 
 
 def prepare(
@@ -32,8 +32,8 @@ def prepare(
     Example: k2 cluster prepare --nodes studio-2
     """
     from k2cli.cluster.description import chosen_nodes, remember_interpreters
-    from k2cli.cluster.provision import prepare as prepare_nodes
     from k2cli.errors import ClusterError
+    from k2cli.nodes.install import prepare as prepare_nodes
     from k2cli.ui.cluster_view import show_prepared, show_step
     from k2cli.ui.output import print_json
 

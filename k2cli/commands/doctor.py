@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli.choices import WantedTransport
+
 if TYPE_CHECKING:
-    from k2cli.cluster.doctor.examination import Report, Wishes
-    from k2cli.cluster.nodes import Node
-
-
-class Backend(StrEnum):
-    """Back ends that a run could use."""
-
-    auto = "auto"
-    mpi = "mpi"
-    ring = "ring"
-    jaccl = "jaccl"
+    from k2cli.doctor.examination import Report, Wishes
+    from k2cli.nodes.node import Node
 
 
 def doctor(
@@ -33,9 +25,12 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Only what is checked before every launch.")
     ] = False,
-    backend: Annotated[
-        Backend, typer.Option(help="The back end to check for; what it lacks is then a failure.")
-    ] = Backend.auto,
+    transport: Annotated[
+        WantedTransport,
+        typer.Option(
+            "--backend", help="The transport to check for; what it lacks is then a failure."
+        ),
+    ] = "auto",
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Check for a plan that plan-memory saved.")
     ] = None,
@@ -65,14 +60,14 @@ def doctor(
     if replay is not None:
         report = _replayed(replay, cluster, nodes)
     else:
-        wishes = _wishes(quick, backend, plan, model)
+        wishes = _wishes(quick, transport, plan, model)
         report = _examined(_nodes(cluster, nodes), wishes)
     if json:
         print_json(report_document(report))
     else:
         print_report(report)
     if record is not None:
-        from k2cli.cluster.doctor.recording import record as write_recording
+        from k2cli.doctor.recording import record as write_recording
 
         note(f"recorded in {write_recording(report, record).parent}; look at it before sending it")
     if report.failed:
@@ -80,7 +75,7 @@ def doctor(
 
 
 def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
-    from k2cli.cluster.doctor.recording import replay
+    from k2cli.doctor.recording import replay
     from k2cli.errors import UsageError
 
     if cluster is not None or nodes is not None:
@@ -91,15 +86,17 @@ def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
     return replay(folder)
 
 
-def _wishes(quick: bool, backend: Backend, plan: Path | None, model: str | None) -> Wishes:
-    from k2cli.cluster.doctor.examination import Wishes, read_plan
+def _wishes(
+    quick: bool, transport: WantedTransport, plan: Path | None, model: str | None
+) -> Wishes:
+    from k2cli.doctor.examination import Wishes, read_plan
 
     read = read_plan(plan) if plan is not None else None
-    return Wishes(quick=quick, backend=backend.value, model_folder=model, plan=read)
+    return Wishes(quick=quick, transport=transport, model_folder=model, plan=read)
 
 
 def _examined(nodes: list[Node], wishes: Wishes) -> Report:
-    from k2cli.cluster.doctor.examination import examine_nodes
+    from k2cli.doctor.examination import examine_nodes
     from k2cli.ui.output import note
 
     return examine_nodes(nodes, wishes, tell=note)
@@ -107,7 +104,7 @@ def _examined(nodes: list[Node], wishes: Wishes) -> Report:
 
 def _nodes(cluster: str | None, nodes: str | None) -> list[Node]:
     from k2cli.cluster.description import chosen_nodes, list_clusters
-    from k2cli.cluster.nodes import LocalNode
+    from k2cli.nodes.node import LocalNode
 
     if cluster is None and nodes is None and not list_clusters():
         return [LocalNode()]

@@ -30,7 +30,7 @@ def download(
 
     Example: k2 download demo
     """
-    from k2cli.models.fetch import BytesDone, StepStarted, fetch
+    from k2cli.models.sources.download import BytesDone, StepStarted, fetch
     from k2cli.ui.output import note, print_json, print_text
     from k2cli.ui.progress import ByteProgress
 

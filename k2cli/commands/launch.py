@@ -8,25 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands._options import context_tokens
+from k2cli.commands.options import (
+    Concurrency,
+    Context,
+    FloatType,
+    Head,
+    Parallel,
+    Transport,
+)
 
 if TYPE_CHECKING:
-    from k2cli.cluster.launch_request import LaunchRequest
-    from k2cli.cluster.preparation import PreparedRun
-    from k2cli.cluster.runs import RunRecord
-    from k2cli.cluster.standby import Standby
-    from k2cli.runtime.protocol import RunEvent
+    from k2cli.launch.prepare import PreparedRun
+    from k2cli.launch.request import LaunchRequest
+    from k2cli.protocol import RunEvent
+    from k2cli.runs.record import RunRecord
     from k2cli.ui.launch_view import LaunchView
-
-
-class Backend(StrEnum):
-    """How ranks are started and reach each other."""
-
-    auto = "auto"
-    local = "local"
-    mpi = "mpi"
-    ring = "ring"
-    jaccl = "jaccl"
 
 
 class Restart(StrEnum):
@@ -34,32 +30,6 @@ class Restart(StrEnum):
 
     never = "never"
     on_failure = "on-failure"
-
-
-class Parallel(StrEnum):
-    """How the model is divided."""
-
-    auto = "auto"
-    single = "single"
-    pipeline = "pipeline"
-    tensor = "tensor"
-
-
-class FloatType(StrEnum):
-    """Float type of weights that are not quantized, activations and cache."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Head(StrEnum):
-    """Whether tensor slices cut the vocabulary-sized head too."""
-
-    auto = "auto"
-    replicated = "replicated"
-    sharded = "sharded"
 
 
 def launch(
@@ -77,28 +47,12 @@ def launch(
         str | None,
         typer.Option(metavar="NAME", help="A cluster of k2 cluster init: its nodes and links."),
     ] = None,
-    backend: Annotated[
-        Backend, typer.Option(help="auto: what links and nodes are best for; it says why.")
-    ] = Backend.auto,
-    parallel: Annotated[Parallel, typer.Option(help="How to divide the model.")] = Parallel.auto,
-    dtype: Annotated[
-        FloatType, typer.Option(help="Float type; auto: the model's, float32 on a CPU.")
-    ] = FloatType.auto,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            parser=context_tokens,
-            metavar="TOKENS",
-            help="Tokens per sequence. Default: as in plan-memory.",
-        ),
-    ] = None,
-    concurrency: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sequences held at a time. Default: what fits, at most 8."),
-    ] = None,
-    head: Annotated[
-        Head, typer.Option(help="Output head of tensor slices; auto: sharded where it can be.")
-    ] = Head.auto,
+    transport: Transport = "auto",
+    parallel: Parallel = "auto",
+    dtype: FloatType = "auto",
+    context: Context = None,
+    concurrency: Concurrency = None,
+    head: Head = "auto",
     host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
     port: Annotated[
         int | None,
@@ -150,13 +104,13 @@ def launch(
 
     Example: k2 launch demo --nodes localhost,localhost --parallel pipeline --detach
     """
-    from k2cli.cluster.launch_request import LaunchRequest
-    from k2cli.cluster.restarting import RestartPolicy
+    from k2cli.launch.request import LaunchRequest
+    from k2cli.launch.restart_policy import RestartPolicy
 
     request = LaunchRequest(
         model=model,
         nodes=tuple(name.strip() for name in nodes.split(",")) if nodes is not None else None,
-        backend=backend,
+        transport=transport,
         parallel=parallel,
         dtype=dtype,
         head=head,
@@ -185,32 +139,25 @@ def _checked_wait(seconds: float | None) -> float:
 
 
 def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
-    from k2cli.cluster.standby import standing_by
-
-    with standing_by(request, detach=detach) as standby:
-        _carry_out(request, standby, detach=detach, as_json=as_json)
-
-
-def _carry_out(request: LaunchRequest, standby: Standby, *, detach: bool, as_json: bool) -> None:
-    from k2cli.cluster.launching import owned
-    from k2cli.cluster.preparation import prepare_run
+    from k2cli.launch.prepare import prepare_run
+    from k2cli.supervisor.start import owned
     from k2cli.ui.launch_view import LaunchView
     from k2cli.ui.output import note
 
-    prepared = prepare_run(request, note, standby.run_id)
+    prepared = prepare_run(request, note)
     names = [rank.node for rank in prepared.record.ranks]
     with owned(prepared, note):
         _show_plan(prepared)
         with LaunchView(names, log=not detach) as view:
             if detach:
-                _detach(prepared, view, standby, as_json=as_json)
+                _detach(prepared, view, as_json=as_json)
             else:
                 _stay(prepared, view, as_json=as_json)
 
 
 def _show_plan(prepared: PreparedRun) -> None:
     from k2cli.ui.output import note, warn
-    from k2cli.ui.plan_table import plan_lines
+    from k2cli.ui.plan.table import plan_lines
 
     for line in plan_lines(prepared.plan):
         note(line)
@@ -223,10 +170,10 @@ def _show_plan(prepared: PreparedRun) -> None:
         note(f"the API asks for the key in {prepared.record.api_key_file}")
 
 
-def _detach(prepared: PreparedRun, view: LaunchView, standby: Standby, *, as_json: bool) -> None:
-    from k2cli.cluster.launching import launch_detached
-    from k2cli.cluster.runs import read_record
+def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
     from k2cli.errors import ClusterError
+    from k2cli.runs.record import read_record
+    from k2cli.supervisor.start import launch_detached
     from k2cli.ui.output import note
 
     try:
@@ -234,7 +181,6 @@ def _detach(prepared: PreparedRun, view: LaunchView, standby: Standby, *, as_jso
             prepared,
             lambda event: _show(event, prepared.record, view),
             lambda first: _say_interrupted(view, first=first),
-            standby,
         )
     except ClusterError:
         view.end_progress()
@@ -246,10 +192,10 @@ def _detach(prepared: PreparedRun, view: LaunchView, standby: Standby, *, as_jso
 
 
 def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
-    from k2cli.cluster.launching import launch_here
-    from k2cli.cluster.runs import read_record
     from k2cli.errors import ClusterError
-    from k2cli.runtime.protocol import RunReady
+    from k2cli.protocol import RunReady
+    from k2cli.runs.record import read_record
+    from k2cli.supervisor.start import launch_here
     from k2cli.ui.output import note, warn
 
     interrupted = False
@@ -287,7 +233,7 @@ def _say_interrupted(view: LaunchView, *, first: bool) -> None:
 
 
 def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
-    from k2cli.runtime.protocol import (
+    from k2cli.protocol import (
         LoadProgress,
         LogLine,
         RankFailed,

@@ -25,9 +25,9 @@ def logs(
 
     Example: k2 logs -f -n 20
     """
-    from k2cli.cluster.logs import follow as follow_log
-    from k2cli.cluster.logs import last_lines, parse_entry
-    from k2cli.cluster.runs import find_run
+    from k2cli.runs.log import follow as follow_log
+    from k2cli.runs.log import last_lines, parse_entry
+    from k2cli.runs.record import find_run
     from k2cli.ui.output import print_json_line, print_text
 
     record = find_run(run, live=False)

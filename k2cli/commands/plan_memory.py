@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands._options import context_tokens
+from k2cli.commands.options import (
+    Concurrency,
+    Context,
+    FloatType,
+    Head,
+    Parallel,
+    Transport,
+)
 
 if TYPE_CHECKING:
-    from k2cli.planning.hardware import NodeMemory
+    from k2cli.planning.hardware.machine import NodeMemory
     from k2cli.planning.plan import Plan
     from k2cli.planning.planner import Planner, Wishes
 
@@ -31,21 +38,10 @@ def plan_memory(
     cluster: Annotated[
         str | None, typer.Option(help="The machines of a cluster, as they were asked.")
     ] = None,
-    parallel: Annotated[
-        str, typer.Option(help="How to divide the model: auto, single, pipeline or tensor.")
-    ] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="What connects the ranks: auto, mpi, ring or jaccl.")
-    ] = "auto",
-    context: Annotated[
-        int | None,
-        typer.Option(
-            parser=context_tokens,
-            metavar="TOKENS",
-            help="Tokens per sequence, as 131072 or 128k. Default: the model's, at most 32768.",
-        ),
-    ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Sequences held at a time.")] = 1,
+    parallel: Parallel = "auto",
+    transport: Transport = "auto",
+    context: Context = None,
+    concurrency: Concurrency = None,
     chunk: Annotated[
         int | None,
         typer.Option(
@@ -56,12 +52,8 @@ def plan_memory(
         str | None,
         typer.Option(help="Plan what k2 quantize --recipe makes of it: 4bit, mxfp4, mixed_3_6."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")
-    ] = "auto",
-    head: Annotated[
-        str, typer.Option(help="Output head of tensor slices: auto, replicated or sharded.")
-    ] = "auto",
+    dtype: FloatType = "auto",
+    head: Head = "auto",
     collective_latency: Annotated[
         str | None,
         typer.Option(help="One small message between ranks, if it was measured: 26us."),
@@ -90,18 +82,18 @@ def plan_memory(
     Example: k2 plan-memory k2-thinking --hardware '2x m3-ultra-512' --context 131072
     """
     from k2cli.planning.advice import advised_plan
-    from k2cli.planning.calibrated import with_calibration
     from k2cli.planning.planner import Planner, Wishes
+    from k2cli.planning.speed.calibrations import with_calibration
     from k2cli.units import parse_latency
 
     wishes = Wishes(
         strategy=parallel,
         context_length=context,
-        concurrency=concurrency,
+        concurrency=concurrency or 1,
         dtype=dtype,
         head=head,
         chunk_tokens=chunk,
-        backend=backend,
+        transport=transport,
         collective_seconds=None
         if collective_latency is None
         else parse_latency(collective_latency),
@@ -111,12 +103,12 @@ def plan_memory(
         _refuse_beside_shop(hardware, cluster, plot, svg, save)
         _shop(Planner(model, quantize), wishes, as_json=as_json)
         return
-    nodes = with_calibration(_machines(hardware, cluster), backend)
+    nodes = with_calibration(_machines(hardware, cluster), transport)
     planner = Planner(model, quantize)
     plan = advised_plan(planner, nodes, wishes)
     given = {
         "--hardware": hardware, "--cluster": cluster, "--parallel": parallel,
-        "--backend": backend, "--context": context, "--concurrency": concurrency,
+        "--backend": transport, "--context": context, "--concurrency": concurrency,
         "--quantize": quantize, "--chunk": chunk, "--dtype": dtype, "--head": head,
         "--collective-latency": collective_latency,
     }  # fmt: skip
@@ -127,7 +119,7 @@ def plan_memory(
 
 def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
     from k2cli.errors import UsageError
-    from k2cli.planning.hardware_spec import parse_hardware
+    from k2cli.planning.hardware.spec import parse_hardware
 
     if cluster is None:
         return parse_hardware(hardware if hardware is not None else "this")
@@ -161,7 +153,7 @@ def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
     from k2cli.errors import DoesNotFitError
     from k2cli.planning.shop import recipe_for_the_catalog, shop
     from k2cli.ui.output import print_json
-    from k2cli.ui.shop_table import print_shop
+    from k2cli.ui.plan.shop import print_shop
 
     result = shop(planner, wishes)
     if as_json:
@@ -191,7 +183,7 @@ def _write(
         save_plan(plan, save)
     if svg is not None:
         from k2cli.planning.curve import context_curve
-        from k2cli.ui.plan_svg import save_svg
+        from k2cli.ui.plan.svg import save_svg
 
         save_svg(plan, context_curve(planner, nodes, wishes, plan), svg)
 
@@ -209,7 +201,7 @@ def _show(
 ) -> None:
     from k2cli.planning.plan import plan_to_json
     from k2cli.ui.output import print_json
-    from k2cli.ui.plan_table import can_print_unicode, print_plan
+    from k2cli.ui.plan.table import can_print_unicode, print_plan
 
     if as_json:
         print_json(plan_to_json(plan))
@@ -219,7 +211,7 @@ def _show(
     print_plan(plan, command=command, explain=explain)
     if plot:
         from k2cli.planning.curve import context_curve
-        from k2cli.ui.plan_plot import print_plot
+        from k2cli.ui.plan.plot import print_plot
 
         curve = context_curve(planner, nodes, wishes, plan)
         print_plot(curve, plan.request.context_length, unicode=can_print_unicode())
@@ -228,7 +220,7 @@ def _show(
 def _finish(plan: Plan, save: Path | None, quantize: str | None) -> None:
     from k2cli.errors import DoesNotFitError
     from k2cli.planning.quantized import quantize_command
-    from k2cli.ui.plan_table import print_plan_hints, shortfalls
+    from k2cli.ui.plan.table import print_plan_hints, shortfalls
 
     if not plan.fits:
         raise DoesNotFitError(f"{plan.model.reference} does not fit: {shortfalls(plan)}")

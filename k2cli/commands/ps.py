@@ -16,7 +16,7 @@ def ps(
 
     Example: k2 ps --json
     """
-    from k2cli.cluster.runs import SCHEMA_VERSION, list_runs
+    from k2cli.runs.record import SCHEMA_VERSION, list_runs
     from k2cli.ui.output import print_json
     from k2cli.ui.run_table import print_runs
 

@@ -49,7 +49,7 @@ def quantize(
     from k2cli.models.reference import local_checkpoint
     from k2cli.quantization.convert import quantize as run
     from k2cli.quantization.events import BytesDone, QuantizationResult
-    from k2cli.quantization.recipe import chosen_recipe
+    from k2cli.sharding.recipe import chosen_recipe
     from k2cli.ui.output import print_json
     from k2cli.ui.progress import ByteProgress
 

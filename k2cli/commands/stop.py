@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from k2cli.cluster.runs import RunRecord
-    from k2cli.cluster.stopping import StopReport
+    from k2cli.runs.record import RunRecord
+    from k2cli.runs.stop import StopReport
 
 
 def stop(
@@ -24,9 +24,9 @@ def stop(
 
     Example: k2 stop --all
     """
-    from k2cli.cluster.runs import SCHEMA_VERSION
-    from k2cli.cluster.stopping import stop_run
     from k2cli.errors import ClusterError
+    from k2cli.runs.record import SCHEMA_VERSION
+    from k2cli.runs.stop import stop_run
     from k2cli.ui.output import note, print_error, print_json
 
     reports, failed = [], []
@@ -52,8 +52,8 @@ def stop(
 
 
 def _chosen(run: str | None, *, all_runs: bool) -> list[RunRecord]:
-    from k2cli.cluster.runs import find_run, list_runs
     from k2cli.errors import UsageError
+    from k2cli.runs.record import find_run, list_runs
 
     if run is not None and all_runs:
         raise UsageError(f"'{run}' and --all contradict each other", f"k2 stop {run}")

@@ -30,7 +30,7 @@ def inspect_model(text: str) -> Checkpoint:
     if reference.kind == "local" and folder is not None:
         raise K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
     if reference.path is not None:
-        from k2cli.models.gguf import gguf_checkpoint
+        from k2cli.models.gguf.convert import gguf_checkpoint
 
         return gguf_checkpoint(reference.path)
     if reference.entry is not None and reference.entry.config_folder is not None:
@@ -41,7 +41,7 @@ def inspect_model(text: str) -> Checkpoint:
 
 
 def _from_hub(reference: ModelReference, repo: str) -> Checkpoint:
-    from k2cli.models.remote import remote_checkpoint
+    from k2cli.models.sources.hub_headers import remote_checkpoint
 
     try:
         return remote_checkpoint(repo, reference.revision)

@@ -184,6 +184,6 @@ def present_folder(reference: ModelReference) -> Path | None:
         return folder if is_conversion_of(folder, source) else None
     if reference.repo is None:
         return None
-    from k2cli.models import hub
+    from k2cli.models.sources import hub
 
     return hub.cached_folder(reference.repo, reference.revision)

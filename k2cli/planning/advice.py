@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from k2cli.errors import K2Error
-from k2cli.planning.candidates import GOOD_CHUNK_TOKENS
-from k2cli.planning.chips import chips
-from k2cli.planning.hardware import NodeMemory, share_machines
-from k2cli.planning.hardware_spec import catalog_node
-from k2cli.planning.limits import max_context_length
+from k2cli.planning.hardware.chips import chips
+from k2cli.planning.hardware.machine import NodeMemory, share_machines
+from k2cli.planning.hardware.spec import catalog_node
 from k2cli.planning.plan import Advice, Plan
 from k2cli.planning.planner import Planner, Wishes, strategies_for
 from k2cli.planning.quantized import quantize_command
+from k2cli.planning.search.candidates import GOOD_CHUNK_TOKENS
+from k2cli.planning.search.limits import max_context_length
 from k2cli.sharding.recipe import BITS, Recipe, obstacle_to_quantizing, parse_recipe
 from k2cli.units import GIB, MIB, format_bytes, format_gib
 
@@ -122,7 +122,7 @@ def _other_strategy(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishe
 
 def _raised_limit(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:
     """Macs let the GPU have more of their memory until the next reboot."""
-    if any(node.backend != "metal" for node in nodes):
+    if any(node.device != "metal" for node in nodes):
         return None
     most = [
         replace(node, limit_bytes=max(node.limit_bytes, raisable_limit(node.memory_bytes)))

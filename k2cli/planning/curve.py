@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from k2cli.errors import K2Error
 from k2cli.planning.config_check import model_context_length
-from k2cli.planning.hardware import NodeMemory
+from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.plan import NodeBudget, Plan
 from k2cli.planning.planner import Planner, Wishes
-from k2cli.planning.speed import Band
+from k2cli.planning.speed.estimate import Band
 
 SHORTEST_CONTEXT = 1024
 

@@ -6,16 +6,17 @@ a field may be added, none is renamed without a new ``SCHEMA_VERSION``.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from k2cli.choices import FloatType
 from k2cli.errors import UsageError
+from k2cli.files import write_atomically
 from k2cli.planning.marks import Mark
-from k2cli.planning.speed import SpeedEstimate
+from k2cli.planning.speed.estimate import SpeedEstimate
 from k2cli.sharding.placement import Placement
 
 SCHEMA_VERSION = 1
@@ -44,7 +45,7 @@ class PlannedRequest:
 
     context_length: int
     concurrency: int
-    dtype: str = "bfloat16"
+    dtype: FloatType = "bfloat16"
     prefill_chunk_tokens: int = 512
 
 
@@ -72,7 +73,7 @@ class Breakdown:
 class NodeBudget:
     """The ledger of one rank's machine; all in bytes. ``weights_bytes`` is held, not stored.
 
-    ``backend`` and ``limit_source`` say what computes there and how the limit is known.
+    ``backend`` is the machine's ``Device``; ``limit_source`` says how the limit is known.
     """
 
     name: str
@@ -160,12 +161,9 @@ def save_plan(plan: Plan, path: Path) -> None:
     Raises:
         UsageError: if the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(plan_to_json(plan))
-        os.replace(partial, path)
+        write_atomically(path, plan_to_json(plan))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from k2cli.choices import FloatType, Head, Parallel, Strategy, WantedFloatType, WantedTransport
 from k2cli.errors import InternalError, UsageError
-from k2cli.planning.candidates import Candidate, Ground, candidate, preference
 from k2cli.planning.config_check import model_context_length
-from k2cli.planning.demand import Demand, check_amounts, check_choices, check_nodes
-from k2cli.planning.hardware import NodeMemory, share_machines
-from k2cli.planning.limits import max_concurrency, max_context_length
+from k2cli.planning.hardware.machine import NodeMemory, share_machines
 from k2cli.planning.marks import Mark
+from k2cli.planning.memory.stored import describe_quantization
+from k2cli.planning.model import Subject, choose_context, choose_dtype, read_subject
 from k2cli.planning.plan import Alternative, Plan, PlannedModel, PlannedRequest
-from k2cli.planning.reasons import alternatives, fits_alone, reason
-from k2cli.planning.speed import speed_obstacle
-from k2cli.planning.stored import describe_quantization
-from k2cli.planning.subject import Subject, choose_context, choose_dtype, read_subject
-from k2cli.planning.traced import TracedModel
-from k2cli.sharding.placement import Strategy
-
-WantedStrategy = Literal["auto", "single", "pipeline", "tensor"]
+from k2cli.planning.request import Demand, check_amounts, check_nodes
+from k2cli.planning.search.candidates import Candidate, Ground, candidate, preference
+from k2cli.planning.search.limits import max_concurrency, max_context_length
+from k2cli.planning.search.reasons import alternatives, fits_alone, reason
+from k2cli.planning.search.traced_model import TracedModel
+from k2cli.planning.speed.estimate import speed_obstacle
 
 ROOMY_CONCURRENCY = (8, 4, 2)
 """Sequences that a launch makes room for if nobody says how many, as far as they fit."""
@@ -42,16 +39,16 @@ class Wishes:
     ``context_length`` is in tokens per sequence: the model's maximum or 32,768 if None, whichever
     is less. ``dtype`` ``auto`` is the checkpoint's float type, and float32 where a node computes
     on its CPU. ``head`` ``auto`` cuts the head too in tensor parallelism, where it can be cut.
-    ``backend`` and ``collective_seconds`` concern the predicted speed.
+    ``transport`` and ``collective_seconds`` concern the predicted speed.
     """
 
-    strategy: WantedStrategy | str = "auto"
+    strategy: Parallel = "auto"
     context_length: int | None = None
     concurrency: int = 1
-    dtype: str = "auto"
-    head: str = "auto"
+    dtype: WantedFloatType = "auto"
+    head: Head = "auto"
     chunk_tokens: int | None = None
-    backend: str = "auto"
+    transport: WantedTransport = "auto"
     collective_seconds: float | None = None
     free_order: bool = False
 
@@ -71,7 +68,7 @@ class Planner:
         self.model = model
         self.quantize = quantize
         self.subject = read_subject(model, quantize)
-        self._traced: dict[tuple[str, str], TracedModel] = {}
+        self._traced: dict[tuple[FloatType, Head], TracedModel] = {}
 
     def ground(self, nodes: Sequence[NodeMemory], wishes: Wishes) -> Ground:
         """What candidates start from.
@@ -79,8 +76,6 @@ class Planner:
         Raises:
             UsageError: for wishes that make no sense, with the value.
         """
-        check_choices(parallel=wishes.strategy, dtype=wishes.dtype, head=wishes.head,
-                      backend=wishes.backend)  # fmt: skip
         check_nodes(nodes, wishes.strategy)
         check_amounts(wishes.concurrency, wishes.chunk_tokens, wishes.collective_seconds)
         dtype = choose_dtype(wishes.dtype, self.subject, nodes)
@@ -88,7 +83,7 @@ class Planner:
             choose_context(wishes.context_length, self.subject.config),
             wishes.concurrency,
             wishes.chunk_tokens,
-            wishes.backend,
+            wishes.transport,
             wishes.collective_seconds,
             wishes.free_order,
         )
@@ -135,7 +130,7 @@ class Planner:
             max_concurrency=max_concurrency(ground, possible),
         )
 
-    def _model(self, dtype: str, head: str) -> TracedModel:
+    def _model(self, dtype: FloatType, head: Head) -> TracedModel:
         if (dtype, head) not in self._traced:
             self._traced[dtype, head] = TracedModel(self.subject, dtype, head)
         return self._traced[dtype, head]
@@ -174,7 +169,7 @@ class Planner:
         )
 
 
-def strategies_for(wanted: str, nodes: int) -> list[Strategy]:
+def strategies_for(wanted: Parallel, nodes: int) -> list[Strategy]:
     """The strategies to compare, the preferred of equals first."""
     if nodes == 1:
         return ["single"]
@@ -278,12 +273,12 @@ def make_plan(
     model: str,
     nodes: Sequence[NodeMemory],
     *,
-    strategy: WantedStrategy | str = "auto",
+    strategy: Parallel = "auto",
     context_length: int | None = None,
     concurrency: int = 1,
-    dtype: str = "auto",
-    head: str = "auto",
-    backend: str = "auto",
+    dtype: WantedFloatType = "auto",
+    head: Head = "auto",
+    transport: WantedTransport = "auto",
     trace_chosen: bool = True,
 ) -> Plan:
     """Plan a model on nodes, the first of which leads; see ``Planner.plan`` and ``Wishes``.
@@ -293,7 +288,7 @@ def make_plan(
             strategy is impossible, with the numbers.
         K2Error: if the model's files cannot be read.
     """
-    wishes = Wishes(strategy, context_length, concurrency, dtype, head, backend=backend)
+    wishes = Wishes(strategy, context_length, concurrency, dtype, head, transport=transport)
     return Planner(model).plan(nodes, wishes, trace_chosen=trace_chosen)
 
 
@@ -301,11 +296,11 @@ def make_roomy_plan(
     model: str,
     nodes: Sequence[NodeMemory],
     *,
-    strategy: WantedStrategy | str = "auto",
+    strategy: Parallel = "auto",
     context_length: int | None = None,
-    dtype: str = "auto",
-    head: str = "auto",
-    backend: str = "auto",
+    dtype: WantedFloatType = "auto",
+    head: Head = "auto",
+    transport: WantedTransport = "auto",
     trace_chosen: bool = True,
 ) -> Plan:
     """``make_plan`` for as many sequences as fit, up to 8, without a smaller prefill chunk.
@@ -314,7 +309,7 @@ def make_roomy_plan(
     sequence, requests would have to wait for each other.
     """
     planner = Planner(model)
-    wishes = Wishes(strategy, context_length, 1, dtype, head, backend=backend)
+    wishes = Wishes(strategy, context_length, 1, dtype, head, transport=transport)
     alone = planner.plan(nodes, wishes, limits=False)
     if not alone.fits:
         return planner.plan(nodes, wishes, trace_chosen=trace_chosen)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
-from k2cli.planning.subject import Subject, shapes_of
+from k2cli.planning.model import Subject, shapes_of
 from k2cli.sharding.recipe import Recipe, obstacle_to_quantizing
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from itertools import combinations_with_replacement
 
 from k2cli.errors import K2Error
 from k2cli.planning.advice import hardware_text, most_bits, numbered
-from k2cli.planning.candidates import GOOD_CHUNK_TOKENS, fits_somehow
-from k2cli.planning.chips import chips
-from k2cli.planning.hardware import NodeMemory
-from k2cli.planning.hardware_spec import catalog_node
+from k2cli.planning.hardware.chips import chips
+from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.hardware.spec import catalog_node
 from k2cli.planning.plan import Plan
 from k2cli.planning.planner import Planner, Wishes
-from k2cli.planning.speed import Band
+from k2cli.planning.search.candidates import GOOD_CHUNK_TOKENS, fits_somehow
+from k2cli.planning.speed.estimate import Band
 from k2cli.sharding.recipe import Recipe
 from k2cli.units import GIB
 

@@ -10,13 +10,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import StoredTensor, read_checkpoint
+from k2cli.models.checkpoint import INDEX_NAME, StoredTensor, read_checkpoint
 from k2cli.models.files import folder_being_made
+from k2cli.models.safetensors import ShardWriter
 from k2cli.quantization.events import (
     BytesDone,
     LayerQuantized,
@@ -29,10 +30,10 @@ from k2cli.units import format_bytes
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from k2cli.quantization.source import Conversion, Step
-    from k2cli.quantization.writer import ShardWriter
+    from k2cli.quantization.plan import Conversion, Step
 
 PIECE_BYTES = 64 << 20
+_SHARD_BYTES = 5 << 30  # the limit of mlx-lm, which calls it 5 GB
 _CACHE_BYTES = 256 << 20
 _DISK_MARGIN_BYTES = 64 << 20
 
@@ -67,7 +68,7 @@ def quantize(
         K2Error: if the source is quantized already or not readable, the destination holds
             something, or the disk has no room.
     """
-    from k2cli.quantization.source import plan_conversion
+    from k2cli.quantization.plan import plan_conversion
 
     checkpoint = read_checkpoint(source)
     if not checkpoint.tensors:
@@ -153,11 +154,9 @@ def _write_tensors(
     folder: Path, conversion: Conversion, piece_bytes: int
 ) -> Generator[QuantizationEvent, None, int]:
     """Write all tensors and the index; returns the size of the largest read buffer."""
-    from k2cli.quantization.writer import ShardWriter
-
     total, done, largest = conversion.stored_bytes, 0, 0
-    with ShardWriter(folder, conversion.tensors) as writer:
-        writer.write_index(conversion.total_parameters)
+    with ShardWriter(folder, conversion.tensors, _SHARD_BYTES) as writer:
+        _write_index(folder, conversion, writer.file_names)
         yield BytesDone(0, total)
         for step in conversion.steps:
             for written, buffered in _pieces(step, writer, piece_bytes):
@@ -212,7 +211,7 @@ def _write_rows(
     import mlx.core as mx
     import numpy as np
 
-    from k2cli.quantization.source import STREAMED_TYPES
+    from k2cli.quantization.plan import STREAMED_TYPES
 
     assert step.stored is not None
     array = mx.array(np.frombuffer(data, dtype=np.uint8)).view(STREAMED_TYPES[step.stored.dtype])
@@ -245,6 +244,15 @@ def _bytes_of(array: mx.array) -> memoryview:
     flat = mx.contiguous(array.reshape(-1))
     raw: Any = flat if flat.dtype == mx.uint8 else flat.view(mx.uint8)
     return memoryview(raw)
+
+
+def _write_index(folder: Path, conversion: Conversion, file_names: Mapping[str, str]) -> None:
+    metadata = {
+        "total_size": conversion.stored_bytes,
+        "total_parameters": conversion.total_parameters,
+    }
+    index = {"metadata": metadata, "weight_map": dict(sorted(file_names.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=4), encoding="utf-8")
 
 
 def _write_config(folder: Path, conversion: Conversion) -> None:

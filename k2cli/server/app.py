@@ -13,10 +13,10 @@ from starlette.routing import Route
 from k2cli.server.auth import Gatekeeper
 from k2cli.server.context import ServerContext
 from k2cli.server.engine_client import EngineClient
+from k2cli.server.engine_request import ServerTokenizer
 from k2cli.server.errors import install_error_handlers
-from k2cli.server.prepare import ServerTokenizer
 from k2cli.server.routes import chat, completions, health, models, tokenize
-from k2cli.server.served import ServedModel
+from k2cli.server.served_model import ServedModel
 
 _ROUTES = (
     Route("/v1/chat/completions", chat.create_chat_completion, methods=["POST"]),
@@ -33,7 +33,7 @@ def create_app(engine: EngineClient, tokenizer: ServerTokenizer, served: ServedM
 
     Args:
         engine: where requests go; its ``state`` is asked anew for each of them.
-        tokenizer: of the served model (``models.tokenizer.Tokenizer``).
+        tokenizer: of the served model (``models.text.tokenizer.Tokenizer``).
         served: name, limits, defaults and API key.
     """
     app = Starlette(routes=_ROUTES, middleware=[Middleware(Gatekeeper, served=served)])

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from k2cli.server.errors import ApiError
-from k2cli.server.served import ServedModel
+from k2cli.server.served_model import ServedModel
 
 # Probes (systemd, load balancers) have no key, and the answer gives nothing away but the state.
 _OPEN_PATHS = frozenset({"/health"})

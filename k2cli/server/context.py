@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from k2cli.server.engine_client import EngineClient
+from k2cli.server.engine_request import Prepared, ServerTokenizer
 from k2cli.server.errors import CLIENT_CLOSED_REQUEST, unavailable, validation_failure
 from k2cli.server.generation import ClientGone, Ended, Generation, WaitingLine, answer
-from k2cli.server.prepare import Prepared, ServerTokenizer
 from k2cli.server.schemas import GenerationBody
-from k2cli.server.served import ServedModel
+from k2cli.server.served_model import ServedModel
 from k2cli.server.shapes import Shape
 from k2cli.server.streaming import EventStreamResponse, EventWriter, event_stream
 from k2cli.server.text import Piece, ScoredToken, TextAssembler

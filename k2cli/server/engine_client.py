@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Literal, Protocol
 
-from k2cli.runtime.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
+from k2cli.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
 
 EngineState = Literal["starting", "ready", "stopping", "failed"]
 EngineEvent = PromptProgress | Tokens | Finished | RequestFailed

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from k2cli.runtime.protocol import RequestFailed
+from k2cli.protocol import RequestFailed
 
 # Nothing receives it: the client has closed the connection. nginx logs such requests so.
 CLIENT_CLOSED_REQUEST = 499

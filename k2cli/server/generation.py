@@ -16,10 +16,10 @@ from typing import Any
 
 from starlette.types import Receive
 
-from k2cli.runtime.protocol import Finished, PromptProgress, RequestFailed, Tokens
+from k2cli.protocol import Finished, PromptProgress, RequestFailed, Tokens
 from k2cli.server.engine_client import EngineClient, EngineEvent, EngineUnavailable
+from k2cli.server.engine_request import Prepared
 from k2cli.server.errors import engine_failure, unavailable
-from k2cli.server.prepare import Prepared
 from k2cli.server.text import Piece, TextAssembler
 from k2cli.server.usage import usage
 

@@ -18,7 +18,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from k2cli.runtime.protocol import PromptProgress
+from k2cli.protocol import PromptProgress
 from k2cli.server.errors import ApiError
 from k2cli.server.generation import AnswerEvent, ClientGone, Ended, Generation, Idle, answer
 from k2cli.server.schemas import GenerationBody

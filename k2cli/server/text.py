@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from k2cli.runtime.protocol import TokenLogprob
+from k2cli.protocol import TokenLogprob
 
 
 class TokenTextStream(Protocol):
-    """The detokenizer of one answer (``models.tokenizer.TokenStream``)."""
+    """The detokenizer of one answer (``models.text.tokenizer.TokenStream``)."""
 
     def push(self, token_id: int, /) -> str:
         """The text that this token makes certain; may be empty."""

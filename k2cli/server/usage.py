@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from k2cli.runtime.protocol import Finished
+from k2cli.protocol import Finished
 
 
 def _rate(count: int, seconds: float) -> float | None:

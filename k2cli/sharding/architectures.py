@@ -1,12 +1,7 @@
-"""mlx-lm's model classes, found and imported without the rest of mlx-lm.
+"""Model classes of mlx-lm, found by a config's model type.
 
-``import mlx_lm`` runs its ``__init__``, which imports transformers (1.5 to 4 s) and lowers the
-process's limit on open files. The model definitions need neither. So a bare package of the same
-name is registered that only knows the folder; ``mlx_lm.models.*`` then import as usual (0.1 s).
-The table of renamed model types lives in mlx-lm's ``utils.py``; it is read as a literal from the
-source, so that it is never a copy that can grow old.
-
-This is the only module of k2 that names mlx_lm.
+The table of renamed model types is read as a literal from the source of mlx-lm's ``utils.py``, so
+that it is always that of the installed version.
 """
 
 from __future__ import annotations
@@ -14,17 +9,15 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import importlib
-import importlib.util
 import io
 import re
-import sys
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from k2cli.errors import K2Error, UsageError
+from k2cli.errors import UsageError
+from k2cli.mlx_lm_package import mlx_lm_folder, mlx_lm_module
 
 MODEL_FAILURES = (
     ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError,
@@ -37,26 +30,13 @@ _CLASSES = ("Model", "ModelArgs")
 
 
 @functools.cache
-def _package_folder() -> Path:
-    spec = importlib.util.find_spec("mlx_lm")
-    if spec is None or not spec.submodule_search_locations:
-        raise K2Error("mlx-lm is not installed", "pip install k2cli")
-    if "mlx_lm" not in sys.modules:
-        package = types.ModuleType("mlx_lm")
-        package.__path__ = list(spec.submodule_search_locations)
-        package.__spec__ = spec
-        sys.modules["mlx_lm"] = package
-    return Path(spec.submodule_search_locations[0])
-
-
-@functools.cache
 def _literals(name: str) -> dict[Any, Any]:
     """A module-level dict literal of mlx-lm's ``utils.py``, without running that module.
 
     Only the assignment is parsed, from its name at the start of a line to its closing brace at the
     start of a line: the whole file takes 40 ms in every process of a run.
     """
-    source = (_package_folder() / "utils.py").read_text(encoding="utf-8")
+    source = (mlx_lm_folder() / "utils.py").read_text(encoding="utf-8")
     found = re.search(rf"^{name}\b[^=\n]*= (\{{.*?^\}})", source, re.MULTILINE | re.DOTALL)
     value = ast.literal_eval(found[1] if found else _assigned(source, name))
     assert isinstance(value, dict)
@@ -71,12 +51,6 @@ def _assigned(source: str, name: str) -> ast.expr:
         ):
             return node.value
     return ast.Dict([], [])
-
-
-def models_module(name: str) -> types.ModuleType:
-    """``mlx_lm.models.<name>``, for instance ``cache`` or ``base``."""
-    _package_folder()
-    return importlib.import_module(f"mlx_lm.models.{name}")
 
 
 def module_name(config: Mapping[str, Any]) -> str:
@@ -104,7 +78,7 @@ def module_name(config: Mapping[str, Any]) -> str:
 
 def supported_model_types() -> list[str]:
     """Every model type that mlx-lm has a class for, sorted. Nothing is imported."""
-    folder = _package_folder() / "models"
+    folder = mlx_lm_folder() / "models"
     defining = {path.stem for path in folder.glob("*.py") if _defines_model(path)}
     renamed = {old for old, new in _literals("MODEL_REMAPPING").items() if new in defining}
     return sorted(defining | renamed)
@@ -125,7 +99,7 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
     name = module_name(config)
     if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
         raise UsageError(f"config.json has model_type '{config['model_type']}', which is no name")
-    path = _package_folder() / "models" / f"{name}.py"
+    path = mlx_lm_folder() / "models" / f"{name}.py"
     if path.is_file():
         module = _imported(name)
         if hasattr(module, "Model") and hasattr(module, "ModelArgs"):
@@ -144,7 +118,7 @@ def _imported(name: str) -> types.ModuleType:
     told = io.StringIO()
     try:
         with contextlib.redirect_stdout(told):
-            return models_module(name)
+            return mlx_lm_module(f"models.{name}")
     except (ImportError, SystemExit) as error:
         reason = told.getvalue().strip() or str(error)
         raise UsageError(

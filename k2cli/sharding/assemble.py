@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.sharding.architectures import MODEL_FAILURES, model_classes
-from k2cli.sharding.failures import why_failed
+from k2cli.sharding.model_errors import why_failed
 
 FLOAT_TYPES: Mapping[str, mx.Dtype] = {
     "float32": mx.float32,

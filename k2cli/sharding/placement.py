@@ -7,10 +7,8 @@ highest rank is the first stage (embedding).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Strategy = Literal["single", "pipeline", "tensor"]
-HeadPlacement = Literal["replicated", "sharded"]
+from k2cli.choices import HeadPlacement, Strategy
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import UsageError
-from k2cli.sharding.absent import (
+from k2cli.mlx_lm_package import mlx_lm_module
+from k2cli.sharding.architectures import MODEL_FAILURES
+from k2cli.sharding.stand_ins import (
     AbsentEmbedding,
     AbsentLayer,
     AbsentModule,
@@ -30,7 +32,6 @@ from k2cli.sharding.absent import (
     NotHeldHere,
     WitnessLayer,
 )
-from k2cli.sharding.architectures import MODEL_FAILURES, models_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,7 @@ def _what_else_passes(model: nn.Module, layer: int, cause: BaseException | None)
 
 def make_cache(model: nn.Module) -> list[Any]:
     """A fresh cache entry per decoder layer, of the kinds that the model wants."""
-    entries: list[Any] = models_module("cache").make_prompt_cache(model)
+    entries: list[Any] = mlx_lm_module("models.cache").make_prompt_cache(model)
     return entries
 
 
@@ -254,7 +255,7 @@ class Stage:
 
         Only those can be cut back to any earlier token.
         """
-        plain = models_module("cache").KVCache
+        plain = mlx_lm_module("models.cache").KVCache
         return all(type(entry) is plain for entry in make_cache(self.model))
 
     @property

@@ -14,11 +14,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from k2cli.choices import HeadPlacement
 from k2cli.errors import UsageError
 from k2cli.sharding.architectures import MODEL_FAILURES
-from k2cli.sharding.failures import why_failed
 from k2cli.sharding.head import can_shard_head, shard_head
-from k2cli.sharding.placement import HeadPlacement
+from k2cli.sharding.model_errors import why_failed
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from k2cli.errors import K2Error, UsageError
 from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.assemble import assemble
-from k2cli.sharding.failures import why_failed
+from k2cli.sharding.model_errors import why_failed
 from k2cli.sharding.placement import Placement
 from k2cli.sharding.stage import Stage, anatomy, cut_stage
 from k2cli.sharding.tensor import StandInGroup, slice_model

@@ -1,4 +1,4 @@
-"""A benchmark as a Markdown table, which is also readable as it is."""
+"""Markdown table of a benchmark, and text summary of a calibration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class BenchLine:
-    """One line of the table: figures with their deviation, None where there is none."""
+    """One line of the table; a figure is a mean and its deviation, None if it has none."""
 
     model: str
     placement: str
@@ -25,7 +25,7 @@ def _figure(value: tuple[float, float | None], scale: float, digits: int) -> str
 
 
 def bench_markdown(lines: Sequence[BenchLine]) -> str:
-    """The table; figures are aligned to the right."""
+    """Format the table, with figures aligned to the right."""
     header = ("model", "placement", "test", "t/s", "ttft (ms)")
     cells = [
         (
@@ -55,7 +55,7 @@ def bench_markdown(lines: Sequence[BenchLine]) -> str:
 
 
 def calibration_lines(members: Mapping[str, Any]) -> list[str]:
-    """What a calibration found, from its JSON: rates, and how well the model says the figures."""
+    """Summarize a calibration from its JSON members: rates, model error, and noise."""
     rates, spread = members["rates"], members["spread"]
     within = {name: f"(+- {share:.0%})" for name, share in spread.items()}
     lines = [

@@ -1,185 +1,25 @@
-"""A cluster as text: its machines, the links between them, and what runs there."""
+"""Text views of clusters: machines, links, running runs, preparation and cleaning."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from k2cli.ui.output import note, print_text, warn
 from k2cli.units import format_bytes, format_gib
 
-
-class NodeView(Protocol):
-    """One machine."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def hostname(self) -> str: ...
-    @property
-    def os(self) -> str: ...
-    @property
-    def chip(self) -> str: ...
-    @property
-    def memory_bytes(self) -> int: ...
-    @property
-    def limit_bytes(self) -> int: ...
-    @property
-    def backend(self) -> str: ...
-    @property
-    def python(self) -> str | None: ...
-    @property
-    def bandwidth_bytes_per_second(self) -> int | None: ...
+if TYPE_CHECKING:
+    from k2cli.agent.activity import RunHere
+    from k2cli.agent.clean import Cleared
+    from k2cli.agent.locks import Lock
+    from k2cli.cluster.description import Cluster, ClusterNode, Link
+    from k2cli.cluster.discovery import NodeAsked, NodeBusy
+    from k2cli.nodes.install import Prepared, Step
+    from k2cli.runs.clean import CleanReport
 
 
-class LinkView(Protocol):
-    """One link."""
-
-    @property
-    def first(self) -> str: ...
-    @property
-    def second(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def first_interface(self) -> str: ...
-    @property
-    def first_address(self) -> str | None: ...
-    @property
-    def second_interface(self) -> str: ...
-    @property
-    def second_address(self) -> str | None: ...
-    @property
-    def rdma(self) -> bool: ...
-
-
-class ClusterView(Protocol):
-    """A cluster."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def nodes(self) -> Sequence[NodeView]: ...
-    @property
-    def links(self) -> Sequence[LinkView]: ...
-
-
-class RunView(Protocol):
-    """A run on a machine."""
-
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def processes(self) -> int: ...
-    @property
-    def resident_bytes(self) -> int: ...
-
-
-class ClaimView(Protocol):
-    """Whose a lock is."""
-
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def user(self) -> str: ...
-    @property
-    def host(self) -> str: ...
-
-
-class LockView(Protocol):
-    """A lock, and what it is worth."""
-
-    @property
-    def claim(self) -> ClaimView: ...
-    @property
-    def state(self) -> str: ...
-
-
-class ActivityView(Protocol):
-    """What runs on a machine, and who has it."""
-
-    @property
-    def runs(self) -> Sequence[RunView]: ...
-    @property
-    def locks(self) -> Sequence[LockView]: ...
-
-
-class FactsView(Protocol):
-    """What a machine says of itself."""
-
-    @property
-    def chip(self) -> str: ...
-    @property
-    def memory_bytes(self) -> int: ...
-    @property
-    def limit_bytes(self) -> int: ...
-
-
-class AnswerView(Protocol):
-    """A machine's answer, or why there is none."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def facts(self) -> FactsView | None: ...
-    @property
-    def problem(self) -> str | None: ...
-    @property
-    def hint(self) -> str | None: ...
-
-
-class StepView(Protocol):
-    """Something begins on a machine."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-
-
-class PreparedView(Protocol):
-    """What became of a machine."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def detail(self) -> str: ...
-    @property
-    def hint(self) -> str | None: ...
-
-
-class ClearedView(Protocol):
-    """What was left of a run."""
-
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def ended_processes(self) -> int: ...
-    @property
-    def remaining(self) -> Sequence[str]: ...
-    @property
-    def removed_lock(self) -> bool: ...
-    @property
-    def removed_files(self) -> bool: ...
-
-
-class CleanView(Protocol):
-    """What was done on a machine."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def cleared(self) -> Sequence[ClearedView]: ...
-    @property
-    def spared(self) -> Sequence[str]: ...
-    @property
-    def problem(self) -> str: ...
-
-
-def print_cleaning(reports: Sequence[CleanView]) -> None:
-    """What was ended and removed on each machine, what was not, and what lives there."""
+def print_cleaning(reports: Sequence[CleanReport]) -> None:
+    """Print the processes ended, files removed and live runs spared on each machine."""
     for report in reports:
         if report.problem:
             print_text(f"{report.node}: {report.problem}")
@@ -193,31 +33,31 @@ def print_cleaning(reports: Sequence[CleanView]) -> None:
             print_text(f"{report.node}: nothing was left")
 
 
-def _cleared(run: ClearedView) -> str:
+def _cleared(run: Cleared) -> str:
     done = [f"ended {run.ended_processes} processes"] if run.ended_processes else []
     removed = [what for what, is_so in _removed(run) if is_so]
     done += [f"removed {' and '.join(removed)}"] if removed else []
     return ", ".join(done) or "nothing could be done"
 
 
-def _removed(run: ClearedView) -> list[tuple[str, bool]]:
+def _removed(run: Cleared) -> list[tuple[str, bool]]:
     return [("its lock", run.removed_lock), ("its files", run.removed_files)]
 
 
-def show_step(step: StepView) -> None:
-    """A line on stderr when something begins."""
+def show_step(step: Step) -> None:
+    """Print a line on stderr when a step of preparing a machine begins."""
     note(f"{step.node}: {step.text}")
 
 
-def show_prepared(result: PreparedView) -> None:
-    """A line on stderr when a machine is ready, or is not."""
+def show_prepared(result: Prepared) -> None:
+    """Print on stderr that a machine is ready, or the reason that it is not."""
     note(f"{result.node}: {result.status}: {result.detail}")
     if result.hint:
         note(f"  hint: {result.hint}")
 
 
-def show_answer(answer: AnswerView) -> None:
-    """A machine has answered, or not: one line on stderr, and what is missing there."""
+def show_answer(answer: NodeAsked) -> None:
+    """Print on stderr the facts of a machine that answered, and warn if k2 is missing there."""
     if answer.facts is not None:
         facts = answer.facts
         size = f"{format_gib(facts.memory_bytes)} of memory"
@@ -227,16 +67,16 @@ def show_answer(answer: AnswerView) -> None:
 
 
 def print_cluster(
-    cluster: ClusterView,
-    activities: Mapping[str, ActivityView] | None = None,
+    cluster: Cluster,
+    activities: Mapping[str, NodeBusy] | None = None,
     problems: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw a cluster: a block per machine, and what joins it to the next ones.
+    """Print a cluster: a block per machine, with its links to the machines after it.
 
     Args:
         cluster: the cluster.
-        activities: per node what runs there; None for a node that did not say.
-        problems: per node why it did not.
+        activities: runs and locks by node, without the nodes that did not answer.
+        problems: by node, the reason that it did not answer.
     """
     known = [node for node in cluster.nodes if node.memory_bytes]
     total = sum(node.limit_bytes for node in known)
@@ -255,13 +95,13 @@ def print_cluster(
             print_text("no network is known that joins these machines")
 
 
-def _title(node: NodeView) -> str:
+def _title(node: ClusterNode) -> str:
     return node.name if node.hostname in ("", node.name) else f"{node.name} ({node.hostname})"
 
 
 def _details(
-    node: NodeView,
-    activities: Mapping[str, ActivityView] | None,
+    node: ClusterNode,
+    activities: Mapping[str, NodeBusy] | None,
     problems: Mapping[str, str] | None,
 ) -> list[str]:
     if not node.memory_bytes:
@@ -271,7 +111,7 @@ def _details(
     )
     bandwidth = node.bandwidth_bytes_per_second
     speed = f", reads {format_bytes(bandwidth)}/s" if bandwidth else ""
-    lines = [f"{node.chip}, {node.os}", f"{memory} ({node.backend}){speed}"]
+    lines = [f"{node.chip}, {node.os}", f"{memory} ({node.device}){speed}"]
     if activities is None:
         return lines if node.python else [*lines, "this k2 is not installed there"]
     activity = activities.get(node.name)
@@ -282,25 +122,25 @@ def _details(
     return lines if activity.runs or activity.locks else [*lines, "nothing runs"]
 
 
-def _lock(lock: LockView) -> str:
+def _lock(lock: Lock) -> str:
     claim = lock.claim
     state = "" if lock.state == "held" else f", {lock.state}: k2 cluster clean ends what is left"
     return f"taken by {claim.run_id} of {claim.user} from {claim.host}{state}"
 
 
-def _run(run: RunView) -> str:
+def _run(run: RunHere) -> str:
     return f"runs {run.run_id}: {run.processes} processes, {format_bytes(run.resident_bytes)}"
 
 
-def _link(link: LinkView) -> str:
+def _link(link: Link) -> str:
     kind = f"{link.kind}, RDMA" if link.rdma else link.kind
     here = " ".join(filter(None, [link.first_interface, link.first_address]))
     there = " ".join(filter(None, [link.second_interface, link.second_address]))
     return f"{kind}: {here} ── {there} → {link.second}"
 
 
-def print_cluster_names(clusters: Sequence[ClusterView]) -> None:
-    """One line per cluster."""
+def print_cluster_names(clusters: Sequence[Cluster]) -> None:
+    """Print one line per cluster."""
     if not clusters:
         note("no clusters; describe your machines with: k2 cluster init HOST HOST --name NAME")
     for cluster in clusters:

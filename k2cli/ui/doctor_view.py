@@ -1,14 +1,18 @@
-"""What the doctor found, for people on 80 columns and as a JSON document."""
+"""Findings of the doctor, as text of 80 columns and as a JSON document."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from k2cli.ui.output import print_text, stdout_console
+
+if TYPE_CHECKING:
+    from k2cli.doctor.examination import Report
+    from k2cli.doctor.results import CheckResult
 
 SCHEMA_VERSION = 1
 _WIDTH = 80
@@ -16,88 +20,8 @@ _MARKS = {"pass": "ok", "warn": "warn", "fail": "FAIL", "skip": "-"}
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
-class ResultView(Protocol):
-    """One finding."""
-
-    @property
-    def status(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def node(self) -> str | None: ...
-    @property
-    def detail(self) -> str: ...
-    @property
-    def hint(self) -> str | None: ...
-
-
-class RecommendationView(Protocol):
-    """A back end and why."""
-
-    @property
-    def backend(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-
-
-class SettingView(Protocol):
-    """A setting and why."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def value(self) -> str | None: ...
-    @property
-    def reason(self) -> str: ...
-
-
-class ExaminationView(Protocol):
-    """One node."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def machine(self) -> Any: ...
-    @property
-    def software(self) -> Any: ...
-    @property
-    def condition(self) -> Any: ...
-    @property
-    def failure(self) -> str | None: ...
-
-
-class SituationView(Protocol):
-    """What the checks read."""
-
-    @property
-    def nodes(self) -> Sequence[ExaminationView]: ...
-    @property
-    def reaches(self) -> Sequence[Any] | None: ...
-    @property
-    def links(self) -> Sequence[Any] | None: ...
-    @property
-    def disks(self) -> Mapping[str, Any] | None: ...
-
-
-class ReportView(Protocol):
-    """Everything."""
-
-    @property
-    def situation(self) -> SituationView: ...
-    @property
-    def results(self) -> Sequence[ResultView]: ...
-    @property
-    def links(self) -> Sequence[Any]: ...
-    @property
-    def recommendation(self) -> RecommendationView | None: ...
-    @property
-    def settings(self) -> Sequence[SettingView]: ...
-    @property
-    def failed(self) -> bool: ...
-
-
-def print_report(report: ReportView) -> None:
-    """One block per finding, what mends it below it, and a verdict at the end."""
+def print_report(report: Report) -> None:
+    """Print each finding with its remedy below it, the recommendations, and a summary."""
     for status, label, text, hint in _merged(report.results):
         _print_finding(status, label, text)
         if hint:
@@ -111,12 +35,12 @@ def print_report(report: ReportView) -> None:
     print_text(_verdict(report.results))
 
 
-def _reason(report: ReportView) -> str:
+def _reason(report: Report) -> str:
     return report.recommendation.reason if report.recommendation is not None else ""
 
 
-def _merged(results: Sequence[ResultView]) -> list[tuple[str, str, str, str | None]]:
-    """Findings that say the same of several nodes become one line that names them."""
+def _merged(results: Sequence[CheckResult]) -> list[tuple[str, str, str, str | None]]:
+    """Merge findings that are equal but for the node into one that names all the nodes."""
     merged: dict[tuple[str, str, str, str | None], list[str]] = {}
     for result in results:
         key = (result.status, result.name, result.detail, result.hint)
@@ -137,7 +61,7 @@ def _print_finding(status: str, label: str, text: str) -> None:
 
 
 def _print_hint(hint: str) -> None:
-    # A command is not broken: it is there to be copied.
+    # Commands are not wrapped, so that they can be copied.
     print_text(f"{'':15}mend:  {hint}")
 
 
@@ -151,14 +75,14 @@ def _print_wrapped(label: str, text: str) -> None:
         print_text(f"{'':22}{line}")
 
 
-def _verdict(results: Sequence[ResultView]) -> str:
+def _verdict(results: Sequence[CheckResult]) -> str:
     counts = {status: sum(r.status == status for r in results) for status in _MARKS}
     parts = [f"{counts['fail']} failed", f"{counts['warn']} warned", f"{counts['pass']} passed"]
     return ", ".join(parts)
 
 
-def report_document(report: ReportView) -> dict[str, Any]:
-    """The report as ``--json`` prints it; docs/contracts.md has its fields."""
+def report_document(report: Report) -> dict[str, Any]:
+    """Return the report as printed by ``--json``; docs/contracts.md lists its fields."""
     situation = report.situation
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -185,6 +109,6 @@ def report_document(report: ReportView) -> dict[str, Any]:
     return built
 
 
-def _worst(results: Sequence[ResultView]) -> str:
+def _worst(results: Sequence[CheckResult]) -> str:
     found = {result.status for result in results}
     return next((status for status in ("fail", "warn") if status in found), "pass")

@@ -1,6 +1,6 @@
-"""What ``k2 launch`` shows on stderr: each rank's way to readiness, then the merged log.
+"""Display of ``k2 launch`` on stderr: the loading progress of each rank, then the merged log.
 
-On a terminal one bar per rank; elsewhere a line whenever a rank enters a new phase.
+A terminal shows one bar per rank; otherwise a line is printed when a rank enters a new phase.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class LaunchView:
-    """Progress of one launch; a context manager, so that the terminal is left in order.
+    """Display of one launch; a context manager that restores the terminal.
 
     Args:
         nodes: the node of each rank, in rank order.
-        log: whether log lines are shown.
+        log: True to show log lines.
     """
 
     def __init__(self, nodes: Sequence[str], *, log: bool) -> None:
@@ -47,13 +47,13 @@ class LaunchView:
         self.end_progress()
 
     def end_progress(self) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
 
     def progress(self, rank: int, phase: str, done_bytes: int, total_bytes: int) -> None:
-        """A rank is in ``phase``; bytes of its own weights, 0 of 0 if none count."""
+        """Show the phase of a rank; the bytes are of its own weights, 0 of 0 if not counted."""
         if self._bars is not None:
             self._draw(rank, phase, done_bytes, total_bytes)
         elif self._phases.get(rank) != phase:
@@ -77,33 +77,33 @@ class LaunchView:
         )
 
     def rank_ready(self, rank: int, weights_bytes: int, load_seconds: float) -> None:
-        """A rank has loaded its part."""
+        """Report that a rank has loaded its weights."""
         duration = format_duration(load_seconds)
         note(f"{self._who(rank)}: loaded {format_bytes(weights_bytes)} in {duration}")
         if self._bars is not None and rank in self._tasks:
             self._bars.update(self._tasks[rank], completed=1, total=1, figures="loaded")
 
     def ready(self, run_id: str, model_name: str, url: str) -> None:
-        """The API answers."""
+        """Report that the API answers."""
         self.end_progress()
         note(f"\nready: {model_name} at {url}/v1 (run {run_id})")
 
     def failed(self, rank: int, cause: str) -> None:
-        """A rank has failed: said at once, since a node that is cut off holds up the end."""
+        """Report a failed rank at once, because an unreachable node delays the end of the run."""
         if not self._told_failure:
             self._told_failure = True
             self.end_progress()
             note(f"{self._who(rank)} failed: {cause}; ending the run on every node")
 
     def restarting(self, cause: str, attempt: int, delay_seconds: float) -> None:
-        """The run has failed, and begins anew."""
+        """Report that the run has failed and will start again."""
         self._told_failure = False
         self._phases.clear()
         self.end_progress()
         note(f"{cause}; attempt {attempt} begins in {format_duration(max(delay_seconds, 1))}")
 
     def line(self, node: str, rank: int, text: str) -> None:
-        """A line of the log."""
+        """Show a line of the log."""
         if self._log:
             note(f"{node} {rank} | {text}")
 
@@ -112,7 +112,7 @@ class LaunchView:
 
 
 def _bars() -> Progress | None:
-    """A bar per rank, on a terminal that can draw one."""
+    """Return a display for bars, or None if the terminal cannot draw them."""
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = stderr_console()
@@ -128,7 +128,7 @@ def _bars() -> Progress | None:
 
 
 def print_last_lines(lines: Sequence[str]) -> None:
-    """What a rank wrote before it failed."""
+    """Print the last lines that a rank wrote before it failed."""
     if lines:
         note("\nits last lines:")
         for line in lines:

@@ -1,4 +1,4 @@
-"""Progress in bytes on stderr: a bar on a terminal, an occasional plain line elsewhere."""
+"""Progress in bytes on stderr: a bar on a terminal, a plain line every 10 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ByteProgress:
-    """Shows one step after the other. Use it in a ``with`` statement."""
+    """Display of successive steps, for use in a ``with`` statement."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -42,14 +42,14 @@ class ByteProgress:
         self._end_bar()
 
     def step(self, text: str) -> None:
-        """A new step begins: one line that stays."""
+        """Begin a new step, and print its text as a permanent line."""
         self._end_bar()
         self._text = text
         self._last_line_seconds = time.monotonic()
         note(text)
 
     def advance(self, done_bytes: int, total_bytes: int) -> None:
-        """So much of the step is done; ``total_bytes`` is 0 if unknown."""
+        """Update the progress of the step; ``total_bytes`` is 0 if unknown."""
         if stderr_console().is_terminal:
             self._draw(done_bytes, total_bytes)
             return

@@ -1,56 +1,22 @@
-"""The list of runs, as ``k2 ps`` shows it."""
+"""Table of runs, as ``k2 ps`` prints it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from k2cli.ui.output import note, print_text
 from k2cli.units import format_bytes, format_duration
 
-
-class RankView(Protocol):
-    """One rank."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def weights_bytes(self) -> int: ...
-
-
-class RunView(Protocol):
-    """One run."""
-
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def model_name(self) -> str: ...
-    @property
-    def state(self) -> str: ...
-    @property
-    def strategy(self) -> str: ...
-    @property
-    def backend(self) -> str: ...
-    @property
-    def ranks(self) -> Sequence[RankView]: ...
-    @property
-    def url(self) -> str: ...
-    @property
-    def created(self) -> float: ...
-    @property
-    def cause(self) -> str: ...
-    @property
-    def live(self) -> bool: ...
-    @property
-    def left(self) -> Mapping[str, str]: ...
-
+if TYPE_CHECKING:
+    from k2cli.runs.record import RunRecord
 
 _HEADINGS = ("RUN", "MODEL", "STATE", "RANKS", "WEIGHTS", "AGE", "URL")
 
 
-def print_runs(runs: Sequence[RunView]) -> None:
-    """One line per run; the cause of a run that has failed stands below its line."""
+def print_runs(runs: Sequence[RunRecord]) -> None:
+    """Print one line per run; the cause of a failed run follows on the next line."""
     if not runs:
         note("no runs; start one with: k2 launch MODEL --detach")
         return
@@ -63,7 +29,7 @@ def print_runs(runs: Sequence[RunView]) -> None:
             print_text(f"  {run.cause}")
 
 
-def _row(run: RunView) -> tuple[str, ...]:
+def _row(run: RunRecord) -> tuple[str, ...]:
     weights = sum(rank.weights_bytes for rank in run.ranks)
     placement = f"{len(run.ranks)} {run.strategy}" if len(run.ranks) > 1 else "1"
     return (

@@ -19,8 +19,8 @@ from k2cli.bench.cases import BenchCase, check_context
 from k2cli.bench.measure import RepetitionDone, RowDone, measure
 from k2cli.bench.report import BenchRow, Sample
 from k2cli.errors import UsageError
-from k2cli.planning.calibrated import NOISY_DEVIATION
-from tests.bench.test_bench import Clockwork
+from k2cli.planning.speed.calibrations import NOISY_DEVIATION
+from tests.commands.test_bench import Clockwork
 from tests.server.commands import run_k2
 
 

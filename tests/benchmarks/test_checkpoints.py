@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.checkpoints import SMALL_TOY, make_toy, word_prompt, words
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.models.tokenizer import Tokenizer
+from k2cli.models.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from benchmarks.speed_fit.evaluate import summarise
 from benchmarks.speed_fit.main import DOCUMENT
 from benchmarks.speed_fit.outcome import Outcome, run_fit
 from benchmarks.speed_fit.rows import read_rows, split_rows
-from k2cli.planning.speed_constants import CONSTANTS_FILE
+from k2cli.planning.speed.constants import CONSTANTS_FILE
 
 
 @pytest.fixture(scope="module")

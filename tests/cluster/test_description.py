@@ -11,7 +11,8 @@ import pytest
 from mlx._distributed_utils.common import Host as MlxHost
 from mlx._distributed_utils.common import Hostfile as MlxHostfile
 
-from k2cli.cluster.activity import RunHere
+from k2cli.agent.activity import RunHere
+from k2cli.agent.locks import Claim, Lock
 from k2cli.cluster.description import (
     Cluster,
     cluster_nodes,
@@ -22,8 +23,8 @@ from k2cli.cluster.description import (
     remove_cluster,
     save_cluster,
 )
-from k2cli.cluster.doctor.facts import InterfaceKind, MachineFacts, ThunderboltPort
-from k2cli.cluster.gathering import NodeBusy, describe_node, imported
+from k2cli.cluster.discovery import NodeBusy, describe_node, imported
+from k2cli.cluster.facts.machine import InterfaceKind, MachineFacts, ThunderboltPort
 from k2cli.cluster.hostfile import format_hostfile, parse_hostfile, read_hostfile
 from k2cli.cluster.links import (
     best_links,
@@ -32,7 +33,6 @@ from k2cli.cluster.links import (
     same_machines,
     to_hostfile,
 )
-from k2cli.cluster.lock_files import Claim, Lock
 from k2cli.errors import ClusterError, UsageError
 from k2cli.ui.cluster_view import print_cluster
 from k2cli.units import GIB
@@ -61,7 +61,7 @@ def _mac(name: str, addresses: dict[str, str], cables: dict[str, tuple[str, str]
         limit_bytes=464 * GIB,
         limit_mark="exact",
         limit_source="asked",
-        backend="metal",
+        device="metal",
         bandwidth_bytes_per_second=None,
         interfaces={"lo0": ("127.0.0.1",)}
         | {interface: (text.split("/")[0],) for interface, text in addresses.items()},

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import k2cli
-from k2cli.cluster.own_wheel import build_own_wheel
-from k2cli.cluster.provision import wanted_versions
+from k2cli.agent.own_wheel import build_own_wheel
+from k2cli.nodes.install import wanted_versions
 from lab import Lab
 
 pytestmark = pytest.mark.lab
@@ -176,7 +176,7 @@ def test_a_bare_host_becomes_usable_by_one_command(bare: Lab, wheels: Path) -> N
 @pytest.mark.soak
 def test_a_link_that_falls_silent_is_noticed(lab: Lab) -> None:
     program = (
-        "from k2cli.cluster.ssh import SshNode; n = SshNode('k2b'); n.run(['true']);"
+        "from k2cli.nodes.ssh import SshNode; n = SshNode('k2b'); n.run(['true']);"
         "print('up', flush=True); input(); n.run(['sleep', '60'], timeout_seconds=90)"
     )
     watching = subprocess.Popen(

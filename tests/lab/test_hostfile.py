@@ -21,9 +21,9 @@ RANK = "tests.lab.environment_rank"
 MLX = "from mlx._distributed_utils.launch import main; main()"
 K2 = """
 import sys
-from k2cli.cluster.launching import launch_here
-from k2cli.cluster.launch_request import LaunchRequest
-from k2cli.cluster.preparation import prepare_run
+from k2cli.supervisor.start import launch_here
+from k2cli.launch.request import LaunchRequest
+from k2cli.launch.prepare import prepare_run
 model, backend, rank = sys.argv[1:]
 request = LaunchRequest(model, cluster="pair", backend=backend, worker=rank, force=True)
 launch_here(prepare_run(request), print, lambda first: None)

@@ -29,7 +29,7 @@ answer = json.load(urllib.request.urlopen(request, timeout=60))
 print(json.dumps(answer["choices"][0]["message"]["content"]))
 """
 _single: dict[Path, str] = {}
-# mlx-lm's too, see tests/runtime/test_tokens.py; to launch it once more for that takes ten seconds.
+# mlx-lm's too, see tests/rank/test_tokens.py; to launch it once more for that takes ten seconds.
 DEMO_ANSWER = "The capital of France is Paris."
 
 

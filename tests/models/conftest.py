@@ -9,7 +9,7 @@ import pytest
 
 from k2cli.errors import K2Error
 from k2cli.models.catalog import WheelSource, catalog
-from k2cli.models.wheel import fetch_member
+from k2cli.models.sources.wheel import fetch_member
 from tests.conftest import _cache_directory, cache_lock
 
 

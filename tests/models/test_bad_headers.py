@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import DTYPE_BITS, StoredTensor, read_safetensors_header
-from k2cli.models.gguf import gguf_checkpoint
-from k2cli.models.remote import read_headers
+from k2cli.models.gguf.convert import gguf_checkpoint
+from k2cli.models.sources.hub_headers import read_headers
 from tests.models.gguf_files import original_weights, write_llama
 from tests.models.mock_hub import hub_of
 

@@ -17,7 +17,7 @@ import regex
 from mlx_lm.utils import load_model
 
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.models.tokenizer import Tokenizer
+from k2cli.models.text.tokenizer import Tokenizer
 from tests.models.gguf_files import interleaved
 from tests.models.prompts import PROMPTS, TEXTS, random_text
 

@@ -55,7 +55,7 @@ def test_every_advised_command_plans_what_fits(
 ) -> None:
     mac = ClusterNode(
         "attic", chip="Apple M4 Max", memory_bytes=64 * GIB, limit_bytes=60 * GIB,
-        limit_mark="exact", backend="metal", bandwidth_bytes_per_second=546_000_000_000,
+        limit_mark="exact", device="metal", bandwidth_bytes_per_second=546_000_000_000,
     )  # fmt: skip
     (tmp_path / "clusters").mkdir()
     (tmp_path / "clusters" / "home.json").write_bytes(msgspec.json.encode(Cluster("home", (mac,))))

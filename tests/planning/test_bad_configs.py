@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from benchmarks.architectures import recorded
 from k2cli.errors import InternalError, K2Error
-from k2cli.planning.hardware_spec import parse_hardware
+from k2cli.planning.hardware.spec import parse_hardware
+from k2cli.planning.model import read_subject
 from k2cli.planning.planner import make_plan
-from k2cli.planning.subject import read_subject
 
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 ARCHITECTURES = (

@@ -11,13 +11,13 @@ import mlx.core as mx
 import pytest
 
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.planning.hardware_spec import parse_hardware
+from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.planner import make_plan
-from k2cli.runtime.loader import load_part
+from k2cli.rank.loader import load_part
 from k2cli.sharding.footprint import kv_cache_bytes
 from k2cli.sharding.tensor import StandInGroup
 from tests.quantization import originals
-from tests.runtime.rank_pool import assignments
+from tests.support.rank_pool import assignments
 
 
 def compressed(folder: Path) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from k2cli.errors import K2Error
-from k2cli.models.gguf import convert_gguf
-from k2cli.planning.hardware_spec import parse_hardware
+from k2cli.models.gguf.convert import convert_gguf
+from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.planner import make_plan
 from tests.models.conftest import demo_gguf  # noqa: F401 - a fixture
 

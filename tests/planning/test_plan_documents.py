@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
+from tests.commands.test_plan_memory import K2, k2
 from tests.planning.commands import ROOT, k2_here
-from tests.planning.test_plan_memory import K2, k2
 
 REFERENCE = ROOT / "docs" / "reference"
 
@@ -121,7 +121,7 @@ def test_a_terminal_gets_colours() -> None:
         (["--cluster", "nowhere"], "no cluster 'nowhere'"),
         (["--collective-latency", "26"], "'26' is not a latency"),
         (["--collective-latency", "5s"], "cannot be meant"),
-        (["--backend", "carrier-pigeon"], "'carrier-pigeon' is none of"),
+        (["--backend", "carrier-pigeon"], "'carrier-pigeon' is not one of"),
         (["--chunk", "0"], "--chunk 0 is too small: the least is 1"),
         (["--svg", "/no/such/folder/plan.svg", "--hardware", "2x m3-ultra-512"], "cannot write"),
     ],

@@ -16,8 +16,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2cli.planning.hardware import NodeMemory
-from k2cli.planning.hardware_spec import parse_hardware
+from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.plan import Plan
 from k2cli.planning.planner import Planner, Wishes
 

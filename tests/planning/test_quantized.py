@@ -10,11 +10,18 @@ import pytest
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.planning.hardware_spec import parse_hardware
+from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.planner import Planner, Wishes
 from k2cli.quantization.convert import quantize
-from k2cli.quantization.recipe import chosen_recipe
-from k2cli.sharding.recipe import BITS, FIXED_MODES, GROUP_SIZES, MIXED, Recipe, parse_recipe
+from k2cli.sharding.recipe import (
+    BITS,
+    FIXED_MODES,
+    GROUP_SIZES,
+    MIXED,
+    Recipe,
+    chosen_recipe,
+    parse_recipe,
+)
 from tests.quantization import originals
 
 NODES = "2x m3-ultra-512"

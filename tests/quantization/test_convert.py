@@ -13,10 +13,10 @@ import pytest
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.models.toy import ToyShape, build_toy_k2
 from k2cli.quantization.convert import quantize
 from k2cli.quantization.events import BytesDone, LayerQuantized, QuantizationResult
 from k2cli.sharding.recipe import Recipe, parse_recipe
+from lab.toy_k2.checkpoint import ToyShape, build_toy_k2
 from tests.quantization import originals
 
 MLX_LM_SECONDS = 240

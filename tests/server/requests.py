@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from k2cli.server.served import ServedModel
+from k2cli.server.served_model import ServedModel
 from tests.server.scripted import LetterTokenizer, ScriptedEngine
 
 SERVED = ServedModel("toy", context_length=200, created=1_700_000_000, max_body_bytes=20_000)

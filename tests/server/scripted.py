@@ -17,10 +17,10 @@ from typing import Any
 import uvicorn
 
 from k2cli.errors import K2Error
-from k2cli.runtime.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
+from k2cli.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
 from k2cli.server.app import create_app
 from k2cli.server.engine_client import EngineEvent, EngineState, EngineUnavailable
-from k2cli.server.served import ServedModel
+from k2cli.server.served_model import ServedModel
 
 START_SECONDS = 10
 END_OF_TURN = 1

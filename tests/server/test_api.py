@@ -9,9 +9,9 @@ import httpx
 import openai
 import pytest
 
-from k2cli.runtime.protocol import PromptProgress, TokenLogprob, Tokens
+from k2cli.protocol import PromptProgress, TokenLogprob, Tokens
 from k2cli.server import streaming
-from k2cli.server.served import load_served_model
+from k2cli.server.served_model import load_served_model
 from tests.server.requests import QUESTION, encode, events_of, post, prompt_of
 from tests.server.scripted import (
     Hang,

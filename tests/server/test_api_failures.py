@@ -11,8 +11,8 @@ import httpx
 import openai
 import pytest
 
-from k2cli.runtime.protocol import RequestFailed, Tokens
-from k2cli.server.served import ServedModel
+from k2cli.protocol import RequestFailed, Tokens
+from k2cli.server.served_model import ServedModel
 from tests.server.requests import CHAT, QUESTION, encode, events_of, post
 from tests.server.scripted import (
     EngineUnavailable,

@@ -8,9 +8,9 @@ import httpx
 import openai
 import pytest
 
-from k2cli.models.tokenizer import Tokenizer
-from k2cli.runtime.protocol import TokenLogprob, Tokens
-from k2cli.server.served import load_served_model
+from k2cli.models.text.tokenizer import Tokenizer
+from k2cli.protocol import TokenLogprob, Tokens
+from k2cli.server.served_model import load_served_model
 from tests.server.scripted import Hang, ScriptedEngine, finished, serving
 
 ANSWER = "The capital is Paris 🇫🇷.\n巴黎是首都，naïve café.\n\nEND of it"

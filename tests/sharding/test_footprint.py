@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from k2cli.choices import Strategy
 from k2cli.errors import K2Error, UsageError
 from k2cli.sharding.footprint import footprints, parameter_count, tensor_obstacle
-from k2cli.sharding.placement import Placement, RankPlacement, Strategy, even_split
+from k2cli.sharding.placement import Placement, RankPlacement, even_split
 from k2cli.sharding.trace import trace_model
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"

@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from k2cli.sharding.placement import HeadPlacement, Placement, RankPlacement
+from k2cli.choices import HeadPlacement
+from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, follow, part_slices
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import parameters, trace_model, trace_rank

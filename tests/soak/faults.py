@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.runtime.faults import FATAL, FAULTS, HARMLESS, Fault, serving
 from tests.soak.page import (
     begin,
     measured,
@@ -27,6 +26,7 @@ from tests.soak.page import (
     write_failures,
     write_section,
 )
+from tests.support.faults import FATAL, FAULTS, HARMLESS, Fault, serving
 
 TITLE = "What faults do to other requests"
 COMBINATIONS = tuple(itertools.product(("pipeline", "tensor"), ("mpi", "ring")))

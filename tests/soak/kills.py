@@ -31,9 +31,8 @@ from typing import Any
 import httpx
 import psutil
 
-from k2cli.cluster import agent
+from k2cli.agent import run_processes
 from k2cli.settings import runs_directory, scratch_directories
-from tests.runtime.faults import GONE_SECONDS, NO_CERTIFICATES, SECONDS, k2
 from tests.soak.page import (
     begin,
     measured,
@@ -47,6 +46,7 @@ from tests.soak.page import (
     write_failures,
     write_section,
 )
+from tests.support.faults import GONE_SECONDS, NO_CERTIFICATES, SECONDS, k2
 
 TITLE = "Kills at random moments"
 STRATEGIES = ("pipeline", "tensor")
@@ -79,9 +79,9 @@ class Launched:
                 command = process.cmdline()
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-            if self.detached and {"k2cli.cluster.supervisor", str(self.folder)} <= set(command):
+            if self.detached and command[-2:] == ["k2cli.supervisor.supervisor", str(self.folder)]:
                 found["supervisor"] = process.pid
-        for part in agent.processes_of_run(self.run_id):
+        for part in run_processes.processes_of_run(self.run_id):
             program = Path(part.command.split()[0]).name
             module = re.search(r"-m k2cli\.runtime\.(\w+) .*--rank (\d+)", part.command)
             if program.startswith("python") and module is not None:
@@ -146,7 +146,7 @@ def _ask(url: str) -> str:
 
 def _left(launched: Launched) -> list[str]:
     """What is still there of a run that is over; looked at after ``k2 ps``, as its user would."""
-    left = [f"process {process.pid}" for process in agent.processes_of_run(launched.run_id)]
+    left = [f"process {process.pid}" for process in run_processes.processes_of_run(launched.run_id)]
     left += [str(path) for path in scratch_directories(launched.run_id) if path.exists()]
     left += [path.name for path in launched.folder.glob("bootstrap*")]
     if (launched.folder / "launch.json").exists():
@@ -161,7 +161,7 @@ def _left(launched: Launched) -> list[str]:
 def _over(launched: Launched, killed: list[str]) -> float:
     """Wait for the end of it all. Returns seconds until no process of the run was left."""
     started = time.monotonic()
-    while agent.processes_of_run(launched.run_id) or "supervisor" in launched.processes():
+    while run_processes.processes_of_run(launched.run_id) or "supervisor" in launched.processes():
         assert time.monotonic() - started < GONE_SECONDS, f"left: {launched.processes()}"
         time.sleep(0.05)
     seconds = time.monotonic() - started
@@ -185,7 +185,7 @@ def _clear(launched: Launched) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    agent.kill_run(launched.run_id)
+    run_processes.kill_run(launched.run_id)
     launched.command.wait(GONE_SECONDS)
     assert launched.command.stderr is not None
     launched.command.stderr.close()

@@ -25,7 +25,6 @@ import httpx
 import psutil
 
 from k2cli.settings import runs_directory
-from tests.runtime.faults import CONTEXT, k2, serving
 from tests.soak.mix import KINDS, Answer, Mix, client
 from tests.soak.page import (
     begin,
@@ -40,6 +39,7 @@ from tests.soak.page import (
     write_failures,
     write_section,
 )
+from tests.support.faults import CONTEXT, k2, serving
 
 TITLE = "Long loads"
 SLICES = 10

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from tests.runtime.faults import CONTEXT, NO_CERTIFICATES, SECONDS, WITNESSES, Served
+from tests.support.faults import CONTEXT, NO_CERTIFICATES, SECONDS, WITNESSES, Served
 
 
 @dataclass

@@ -34,7 +34,7 @@ depend on the machine.
 @contextmanager
 def workplace() -> Iterator[tuple[Path, Path]]:
     """A folder for this soak, which k2 keeps all of its state in, and a toy of Kimi K2 there."""
-    from k2cli.models.toy import build_toy_k2
+    from lab.toy_k2.checkpoint import build_toy_k2
 
     with tempfile.TemporaryDirectory(prefix="k2-soak-") as temporary:
         folder = Path(temporary)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from k2cli.server.context import read_body, respond
-from k2cli.server.prepare import prepare_chat
+from k2cli.server.engine_request import prepare_chat
 from k2cli.server.schemas import ChatCompletionBody
 from k2cli.server.shapes import ChatShape
 

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from k2cli.server.context import read_body, respond
-from k2cli.server.prepare import prepare_completion
+from k2cli.server.engine_request import prepare_completion
 from k2cli.server.schemas import CompletionBody
 from k2cli.server.shapes import CompletionShape
 

@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from k2cli.server.context import context_of
-from k2cli.server.prepare import check_model
-from k2cli.server.served import ServedModel
+from k2cli.server.engine_request import check_model
+from k2cli.server.served_model import ServedModel
 
 
 def _described(served: ServedModel) -> dict[str, Any]:

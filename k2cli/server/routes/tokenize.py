@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from k2cli.server.context import context_of, read_body
-from k2cli.server.prepare import prepare_tokenize
+from k2cli.server.engine_request import prepare_tokenize
 from k2cli.server.schemas import TokenizeBody
 
 

@@ -1,0 +1,235 @@
+"""One rank of a measurement: what a link does under MLX's own communication.
+
+Started as ``python -m k2cli.agent.link SPECIFICATION`` on both nodes, by the doctor.
+It joins a group of two and times small all-reduces, ping-pong and big messages. Joining holds
+Python's lock until the peer is there, so a timer of the kernel ends a process that waits in vain.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from k2cli.choices import LinkTransport
+
+WARM_UP = 5
+ROUNDS = 50
+ROUNDS_SECONDS = 0.5
+"""At most so many rounds, and fewer over a link on which they would take longer than this."""
+
+SMALL_BYTES = 8192
+"""Near the hidden state of one token: 14,336 bytes for K2 in bfloat16."""
+_FIRST_BYTES = 2**20
+_BIG_BYTES = 2**28
+_BIG_SECONDS = 0.3
+_BIG_ROUNDS = 2
+_SOCKET_SECONDS = 10.0
+
+
+class Specification(msgspec.Struct, frozen=True):
+    """What to measure. ``addresses`` are ``host:port`` by rank.
+
+    ``rdma_devices[i][j]`` is the device by which rank i reaches rank j, for JACCL.
+    """
+
+    transport: LinkTransport
+    rank: int
+    addresses: tuple[str, ...]
+    limit_seconds: int
+    rdma_devices: tuple[tuple[str | None, ...], ...] = ()
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """Medians in seconds, and bytes per second one way; what was not measured is None."""
+
+    all_reduce_seconds: float | None
+    latency_seconds: float | None
+    bytes_per_second: float | None
+
+
+def measure(specification: Specification) -> Figures:
+    """Join and measure; the figures are those of this rank."""
+    if specification.transport == "tcp":
+        return _measure_tcp(specification)
+    with tempfile.TemporaryDirectory(prefix="k2-link-") as folder:
+        group = _join(specification, folder)
+        return _measure_group(group)
+
+
+def _join(specification: Specification, folder: str) -> Any:
+    """Set what MLX reads from its environment, and join."""
+    if specification.transport == "ring":
+        hosts = [[address] for address in specification.addresses]
+        _configure(MLX_RANK=str(specification.rank), MLX_HOSTFILE=_file(folder, "hosts", hosts))
+    elif specification.transport == "jaccl":
+        devices = _file(folder, "devices", specification.rdma_devices)
+        _configure(
+            MLX_RANK=str(specification.rank),
+            MLX_JACCL_COORDINATOR=specification.addresses[0],
+            MLX_IBV_DEVICES=devices,
+        )
+    import mlx.core as mx
+
+    group = mx.distributed.init(strict=True, backend=specification.transport)
+    if group.size() != 2:
+        raise RuntimeError(f"{specification.transport} made a group of {group.size()}, not 2")
+    return group
+
+
+def _configure(**values: str) -> None:
+    os.environ.update(values)
+
+
+def _file(folder: str, name: str, content: object) -> str:
+    path = os.path.join(folder, f"{name}.json")
+    with open(path, "wb") as file:
+        file.write(msgspec.json.encode(content))
+    return path
+
+
+def _measure_group(group: Any) -> Figures:
+    import mlx.core as mx
+
+    stream, rank = mx.cpu, group.rank()
+    small = mx.zeros((SMALL_BYTES // 4,), dtype=mx.float32)
+    mx.eval(small)
+
+    def reduce() -> None:
+        mx.eval(mx.distributed.all_sum(small, group=group, stream=stream))
+
+    def exchange(message: Any, answer: Any) -> None:
+        """Rank 0 sends and waits for the answer, rank 1 the other way round."""
+        if rank == 0:
+            mx.eval(mx.distributed.send(message, 1, group=group, stream=stream))
+            mx.eval(mx.distributed.recv_like(answer, 1, group=group, stream=stream))
+        else:
+            mx.eval(mx.distributed.recv_like(message, 0, group=group, stream=stream))
+            mx.eval(mx.distributed.send(answer, 0, group=group, stream=stream))
+
+    def agreed(value: int) -> int:
+        """Rank 0's value on both ranks."""
+        mine = mx.array(value if rank == 0 else 0, dtype=mx.int32)
+        agreed_on: Any = mx.distributed.all_sum(mine, group=group, stream=stream).item()
+        return int(agreed_on)
+
+    token = mx.zeros((1,), dtype=mx.float32)
+    all_reduce = _median(reduce, agreed)
+    ping = _median(lambda: exchange(token, token), agreed)
+
+    def send_big(count: int) -> float:
+        big = mx.zeros((count // 4,), dtype=mx.float32)
+        mx.eval(big)
+        return _timed(lambda: exchange(big, token))
+
+    rate = _rate(send_big, agreed, ping)
+    return Figures(all_reduce, ping / 2, rate)
+
+
+def _rate(send_big: Callable[[int], float], agreed: Callable[[int], int], ping: float) -> float:
+    """Bytes per second one way, of messages that take some tenths of a second."""
+    first = max(send_big(_FIRST_BYTES) - ping, 1e-6)
+    wanted = int(_FIRST_BYTES * _BIG_SECONDS / first)
+    # Whole MiB, so that the agreed number is small and exact.
+    mebibytes = agreed(max(1, min(_BIG_BYTES, wanted) // 2**20))
+    seconds = min(send_big(mebibytes * 2**20) for _ in range(_BIG_ROUNDS))
+    return mebibytes * 2**20 / max(seconds - ping / 2, 1e-6)
+
+
+def _timed(action: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def _median(action: Callable[[], None], agreed: Callable[[int], int]) -> float:
+    """Median time of a round; how many rounds there are, both ranks must know."""
+    warm = min(_timed(action) for _ in range(WARM_UP))
+    rounds = agreed(max(3, min(ROUNDS, int(ROUNDS_SECONDS / max(warm, 1e-6)))))
+    return statistics.median(_timed(action) for _ in range(rounds))
+
+
+# --- without MLX --------------------------------------------------------------------------------
+
+
+def _measure_tcp(specification: Specification) -> Figures:
+    """The same over plain TCP, where MLX cannot: an upper bound for its ring."""
+    connection = _meet(specification)
+    with connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(_SOCKET_SECONDS)
+
+        def exchange(count: int) -> None:
+            if specification.rank == 0:
+                connection.sendall(bytes(count))
+                _receive(connection, 1)
+            else:
+                _receive(connection, count)
+                connection.sendall(b"\0")
+
+        def agreed(value: int) -> int:
+            if specification.rank == 0:
+                connection.sendall(value.to_bytes(8, "big"))
+                return value
+            return int.from_bytes(_receive(connection, 8), "big")
+
+        ping = _median(lambda: exchange(1), agreed)
+        rate = _rate(lambda count: _timed(lambda: exchange(count)), agreed, ping)
+        return Figures(None, ping / 2, rate)
+
+
+def _meet(specification: Specification) -> socket.socket:
+    """Rank 1 listens at its address, rank 0 connects to it."""
+    host, _, port = specification.addresses[1].rpartition(":")
+    address = (host.strip("[]"), int(port))
+    if specification.rank == 1:
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        with socket.create_server(address, family=family) as listener:
+            listener.settimeout(specification.limit_seconds)
+            return listener.accept()[0]
+    until = time.monotonic() + specification.limit_seconds
+    while True:
+        try:
+            return socket.create_connection(address, 2.0)
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
+def _receive(connection: socket.socket, count: int) -> bytes:
+    parts, left = [], count
+    while left:
+        part = connection.recv(min(left, 2**20))
+        if not part:
+            raise ConnectionError("the other side has gone")
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def main() -> None:
+    """Measure, and write the figures to stdout as JSON."""
+    specification = msgspec.json.decode(sys.argv[1], type=Specification)
+    # The default action of SIGALRM ends the process whatever its threads wait for.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(specification.limit_seconds)
+    try:
+        figures = measure(specification)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.flush()
+        os._exit(1)  # a back end's finalizer may wait for the other rank
+    os.write(1, msgspec.json.encode(figures) + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What k2 says of the machine that it runs on: versions, memory and who holds it, MPI, volume.
+
+Answered through the agent, so it runs on the node itself, in the very environment in which a rank
+would run there.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from k2cli import __version__
+from k2cli.agent.openmpi import find_libmpi, find_mpirun, version_of
+from k2cli.agent.run_processes import run_of
+from k2cli.cluster.facts.machine import ProcessUse, Software, Volume
+from k2cli.errors import ClusterError
+from k2cli.settings import models_directory, runs_directory
+
+_BIGGEST = 5
+
+
+def software(model_folder: str | None = None) -> Software:
+    """Everything about this environment. Imports mlx.
+
+    Args:
+        model_folder: the folder whose volume is looked at; k2's folder of models by default.
+    """
+    memory = psutil.virtual_memory()
+    limit, mlx_error = _limit()
+    mpirun = find_mpirun()
+    mpi_version, mpi_error = _mpi_version(mpirun)
+    libmpi = find_libmpi()
+    return Software(
+        k2_version=__version__,
+        python=sys.executable,
+        python_version=platform.python_version(),
+        mlx_version=_version("mlx"),
+        mlx_lm_version=_version("mlx-lm"),
+        mlx_error=mlx_error,
+        memory_bytes=limit.memory_bytes if limit else int(memory.total),
+        limit_bytes=limit.limit_bytes if limit else None,
+        limit_mark=limit.limit_mark if limit else "assumed",
+        limit_source=limit.limit_source if limit else "",
+        device=limit.device if limit else None,
+        transports=_transports() if limit else (),
+        available_bytes=int(memory.available),
+        mpirun=str(mpirun) if mpirun else None,
+        mpi_version=mpi_version,
+        libmpi=str(libmpi) if libmpi else None,
+        volume=volume_of(Path(model_folder) if model_folder else models_directory()),
+        time=time.time(),
+        processes=_processes(),
+        interfaces=_interfaces(),
+        mpi_error=mpi_error,
+        state_volume=volume_of(runs_directory()),
+        mpi_versions=_mpi_versions(mpirun, mpi_version),
+        load_average=psutil.getloadavg()[0],
+        cores=psutil.cpu_count(),
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _limit() -> tuple[Any, str | None]:
+    """This machine as the planner sees it, or why mlx does not load here."""
+    from k2cli.planning.hardware.machine import this_machine
+
+    try:
+        return this_machine(), None
+    except (ImportError, OSError, RuntimeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _transports() -> tuple[str, ...]:
+    import mlx.core as mx
+
+    names = ("ring", "jaccl", "nccl")
+    return tuple(name for name in names if mx.distributed.is_available(name))
+
+
+def _mpi_version(mpirun: Path | None) -> tuple[str | None, str | None]:
+    """Version of Open MPI, or why there is none."""
+    if mpirun is None:
+        return None, None
+    try:
+        return version_of(mpirun), None
+    except ClusterError as error:
+        return None, error.message.removeprefix(f"{mpirun} ")
+
+
+def _mpi_versions(first: Path | None, version: str | None) -> dict[str, str]:
+    """The mpirun that is found first, and that beside this Python."""
+    found = {str(first): version} if first is not None and version is not None else {}
+    beside = Path(sys.executable).parent / "mpirun"
+    if str(beside) not in found and beside.is_file():
+        other = _mpi_version(beside)[0]
+        found |= {str(beside): other} if other is not None else {}
+    return found
+
+
+def volume_of(folder: Path) -> Volume | None:
+    """The volume that a folder is on, or will be on once it is made."""
+    existing = folder.expanduser().absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    existing = existing.resolve()
+    try:
+        usage = psutil.disk_usage(str(existing))
+        mounts = psutil.disk_partitions(all=True)
+    except OSError:
+        return None
+    under = [mount for mount in mounts if _is_under(existing, Path(mount.mountpoint))]
+    # Of several mounts on one point the last hides the others.
+    best = max(enumerate(under), key=lambda item: (len(item[1].mountpoint), item[0]), default=None)
+    point, kind = (best[1].mountpoint, best[1].fstype) if best else ("/", "")
+    return Volume(str(folder), point, kind, int(usage.free), int(usage.total))
+
+
+def _is_under(path: Path, mount: Path) -> bool:
+    return path == mount or mount in path.parents
+
+
+def _processes() -> tuple[ProcessUse, ...]:
+    """Processes of runs, and then the biggest others."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            # A zombie has no memory and no command line: it sorts to the end by itself.
+            resident = int(process.memory_info().rss)
+            found.append((resident, process, process.name()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    uses: list[ProcessUse] = []
+    for resident, process, name in sorted(found, key=lambda item: -item[0]):
+        run_id = _run_of(process)
+        if run_id is not None or sum(use.run_id is None for use in uses) < _BIGGEST:
+            uses.append(ProcessUse(process.pid, name, resident, run_id))
+    return tuple(sorted(uses, key=lambda use: (use.run_id is None, -use.resident_bytes)))
+
+
+def _run_of(process: psutil.Process) -> str | None:
+    try:
+        return run_of(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def _interfaces() -> dict[str, tuple[str, ...]]:
+    """Interfaces that are up, with their IP addresses; for systems without ``ip``."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        name: tuple(
+            address.address.split("%")[0] for address in addresses if address.family in families
+        )
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in up
+    }

@@ -1,0 +1,179 @@
+"""Makes the description of a cluster by asking its machines, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from k2cli.agent.activity import Activity, RunHere
+from k2cli.agent.locks import Lock
+from k2cli.cluster.description import Cluster, ClusterNode, cluster_nodes
+from k2cli.cluster.facts.machine import MachineFacts
+from k2cli.cluster.facts.probes import collect
+from k2cli.cluster.facts.reading import machine_facts
+from k2cli.cluster.hostfile import Hostfile
+from k2cli.cluster.links import detect_links
+from k2cli.errors import ClusterError, UsageError
+from k2cli.nodes.node import Node, node_named
+from k2cli.nodes.parallel import in_parallel
+from k2cli.planning.hardware.chips import chip_of_device
+from k2cli.units import GIB
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAsked:
+    """A machine's answer: what it is, or why that is not known.
+
+    ``python`` runs this version of k2 there; if it is None, ``error`` says what is missing.
+    """
+
+    name: str
+    facts: MachineFacts | None
+    python: str | None = None
+    error: ClusterError | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, in words."""
+        return self.error.message if self.error else None
+
+    @property
+    def hint(self) -> str | None:
+        """What mends it."""
+        return self.error.hint if self.error else None
+
+
+def ask_machine(node: Node) -> NodeAsked:
+    """Ask one machine what it is, whether or not it has k2."""
+    try:
+        node.run(["true"])  # says in full why a machine cannot be reached
+        facts = machine_facts(collect(node, quick=True))
+    except ClusterError as error:
+        return NodeAsked(node.name, None, None, error)
+    try:
+        return NodeAsked(node.name, facts, node.python)
+    except ClusterError as error:
+        return NodeAsked(node.name, facts, None, error)
+
+
+def ask_machines(nodes: Sequence[Node]) -> Iterator[NodeAsked]:
+    """Ask all of them, yielding each answer as it comes."""
+    yield from in_parallel(ask_machine, nodes)
+
+
+def nodes_of_names(names: Sequence[str]) -> list[Node]:
+    """The machines that a user's names stand for.
+
+    Raises:
+        UsageError: if there is none, or one is named twice or cannot be a name for ssh.
+    """
+    nodes: list[Node] = []
+    for name in names:
+        node = node_named(name)
+        if node.name in [known.name for known in nodes]:
+            raise UsageError(f"'{name}' names a machine that is already in the list")
+        nodes.append(node)
+    if not nodes:
+        raise UsageError("no host is named", "k2 cluster init localhost HOST --name NAME")
+    return nodes
+
+
+def gather(
+    name: str,
+    hosts: Sequence[str],
+    on_answer: Callable[[NodeAsked], None] = lambda _: None,
+    hostfile: Hostfile | None = None,
+) -> Cluster:
+    """Describe the cluster of the machines with these names for ssh.
+
+    Args:
+        name: the cluster's.
+        hosts: names for ssh; every name of this machine is ``localhost``.
+        on_answer: called with each machine's answer as it comes.
+        hostfile: MLX's, if that is where the hosts are from.
+
+    Raises:
+        UsageError: if a name is unusable.
+        ClusterError: if a machine does not say what it is; names all that do not.
+    """
+    nodes = nodes_of_names(hosts)
+    answers: dict[str, NodeAsked] = {}
+    for answer in ask_machines(nodes):
+        on_answer(answer)
+        answers[answer.name] = answer
+    machines = {node.name: answers[node.name].facts for node in nodes}
+    known = {node: facts for node, facts in machines.items() if facts is not None}
+    if len(known) < len(nodes):
+        raise _unanswered([answers[node.name] for node in nodes if node.name not in known])
+    described = (describe_node(node, known[node], answers[node].python) for node in known)
+    return Cluster(name, tuple(described), detect_links(known), hostfile=hostfile)
+
+
+def _unanswered(failed: Sequence[NodeAsked]) -> ClusterError:
+    if len(failed) == 1 and failed[0].error is not None:
+        return failed[0].error
+    names = ", ".join(answer.name for answer in failed)
+    reasons = "; ".join(answer.problem or "" for answer in failed)
+    return ClusterError(f"{len(failed)} machines do not answer ({names}): {reasons}")
+
+
+def describe_node(name: str, facts: MachineFacts, python: str | None) -> ClusterNode:
+    """A machine's entry in the description."""
+    return ClusterNode(
+        name=name,
+        hostname=facts.hostname,
+        os=f"macOS {facts.os_version}" if facts.os_name == "macos" else facts.os_version,
+        chip=facts.chip,
+        memory_bytes=facts.memory_bytes,
+        limit_bytes=facts.limit_bytes,
+        limit_mark=facts.limit_mark,
+        device=facts.backend,
+        bandwidth_bytes_per_second=facts.bandwidth_bytes_per_second or _chip_bandwidth(facts),
+        interfaces={name: tuple(found) for name, found in facts.interfaces.items()},
+        interface_kinds=dict(facts.interface_kinds),
+        rdma_devices=tuple(facts.rdma_devices),
+        python=python,
+        limit_source=facts.limit_source,
+        gpu_cores=facts.gpu_cores,
+    )
+
+
+def _chip_bandwidth(facts: MachineFacts) -> int | None:
+    """The peak of its chip as the catalog has it, or None for others."""
+    chip = chip_of_device(facts.chip)
+    if chip is None:
+        return None
+    memory_gib = facts.memory_bytes // GIB
+    cores = facts.gpu_cores or chip.usual_gpu_cores(memory_gib)
+    return chip.bandwidth_bytes_per_second(cores, memory_gib)
+
+
+def imported(name: str, hostfile: Hostfile) -> Cluster:
+    """A cluster as a hostfile has it, without asking anybody: nothing is known of its memory."""
+    names = dict.fromkeys(node_named(host.ssh).name for host in hostfile.hosts)
+    return Cluster(name, tuple(ClusterNode(node) for node in names), hostfile=hostfile)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeBusy:
+    """What lives on a node of runs, and which runs have locked it."""
+
+    runs: tuple[RunHere, ...] = ()
+    locks: tuple[Lock, ...] = ()
+
+
+def activities(cluster: Cluster) -> tuple[dict[str, NodeBusy], dict[str, str]]:
+    """What runs on each machine, and for those that do not say, why."""
+    answers = dict(in_parallel(_activity, cluster_nodes(cluster)))
+    found = {name: answer for name, answer in answers.items() if isinstance(answer, NodeBusy)}
+    problems = {name: answer for name, answer in answers.items() if isinstance(answer, str)}
+    return found, problems
+
+
+def _activity(node: Node) -> tuple[str, NodeBusy | str]:
+    try:
+        running: Activity = node.ask(Activity, "activity")
+        locks: tuple[Lock, ...] = node.ask(tuple[Lock, ...], "locks")
+    except ClusterError as error:
+        return node.name, error.message
+    return node.name, NodeBusy(running.runs, locks)

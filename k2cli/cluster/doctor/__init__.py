@@ -1,1 +1,0 @@
-"""``k2 doctor``: what a cluster's machines are and whether they are fit to run a model."""

@@ -1,0 +1,1 @@
+"""Facts about machines: probes, and the parsers of what they print."""

@@ -1,0 +1,212 @@
+"""What the doctor knows of a machine, as values: what it is, what is installed, how it is now.
+
+Parsers make these of raw probe output, checks read them. Everything that a probe could not tell is
+None, and a check says so instead of guessing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from k2cli.choices import Device
+from k2cli.planning.marks import Mark
+
+InterfaceKind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
+OsName = Literal["macos", "linux"]
+
+
+@dataclass(frozen=True, slots=True)
+class ThunderboltPort:
+    """One Thunderbolt port of a Mac.
+
+    ``domain`` is the port's own domain UUID, ``peer_domain`` that of the Mac at the cable's other
+    end: two ports are joined if each has the other's. ``interface`` is the network interface of
+    the port (``en5``), ``speed`` what macOS reports (``80 Gb/s``; ``Up to 120 Gb/s`` while idle).
+    """
+
+    receptacle: str
+    interface: str | None
+    domain: str | None
+    peer_domain: str | None
+    peer_name: str | None
+    speed: str
+    through_device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MachineFacts:
+    """What a machine is. Sizes in bytes.
+
+    ``limit_bytes`` is what MLX may use there, ``limit_mark`` and ``limit_source`` how that is
+    known, ``backend`` its device. ``interfaces`` maps each interface that is up to its addresses
+    (IPv4 first, no link-local IPv6); ``interface_kinds`` has all of its keys.
+    ``thunderbolt_peers`` maps an interface to the domain UUID of the Mac behind it. ``bridges`` has
+    the members of each bridge, ``rdma_states`` the port state of each RDMA device
+    (``PORT_ACTIVE``).
+    """
+
+    hostname: str
+    os_name: OsName
+    os_version: str
+    model: str | None
+    chip: str
+    memory_bytes: int
+    limit_bytes: int
+    limit_mark: Mark
+    limit_source: str
+    backend: Device
+    bandwidth_bytes_per_second: int | None
+    interfaces: Mapping[str, tuple[str, ...]]
+    interface_kinds: Mapping[str, InterfaceKind]
+    thunderbolt_ports: tuple[ThunderboltPort, ...] = ()
+    rdma_devices: tuple[str, ...] = ()
+    gpu_cores: int | None = None
+    bridges: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rdma_states: Mapping[str, str] = field(default_factory=dict)
+    # Address -> bits of its network; an address that is missing has an unknown network.
+    prefix_lengths: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def thunderbolt_peers(self) -> dict[str, str]:
+        """Interface -> domain UUID of the Mac at the other end of its cable."""
+        return {
+            port.interface: port.peer_domain
+            for port in self.thunderbolt_ports
+            if port.interface and port.peer_domain
+        }
+
+    @property
+    def thunderbolt_domains(self) -> dict[str, str]:
+        """Interface -> the port's own domain UUID."""
+        return {
+            port.interface: port.domain
+            for port in self.thunderbolt_ports
+            if port.interface and port.domain
+        }
+
+
+def thunderbolt_links(
+    machines: Mapping[str, MachineFacts],
+) -> list[tuple[str, str, str, str]]:
+    """Cables between the given machines.
+
+    Returns:
+        ``(first node, its interface, second node, its interface)``, each cable once, in the order
+        of the nodes given.
+    """
+    owners = {
+        domain: (name, interface)
+        for name, facts in machines.items()
+        for interface, domain in facts.thunderbolt_domains.items()
+    }
+    order = list(machines)
+    found: set[tuple[str, str, str, str]] = set()
+    for name, facts in machines.items():
+        for interface, peer in facts.thunderbolt_peers.items():
+            if peer not in owners or owners[peer][0] == name:
+                continue
+            ends = sorted([(name, interface), owners[peer]], key=lambda end: order.index(end[0]))
+            found.add((*ends[0], *ends[1]))
+    return sorted(found, key=lambda link: (order.index(link[0]), order.index(link[2]), link[1]))
+
+
+class ProcessUse(msgspec.Struct, frozen=True):
+    """A process that holds memory; ``run_id`` if it is a guard or rank of a run of k2."""
+
+    pid: int
+    name: str
+    resident_bytes: int
+    run_id: str | None = None
+
+
+class Volume(msgspec.Struct, frozen=True):
+    """The volume that a folder of models is on. ``filesystem`` as the system names it."""
+
+    path: str
+    mount_point: str
+    filesystem: str
+    free_bytes: int
+    total_bytes: int
+
+
+class Software(msgspec.Struct, frozen=True):
+    """What k2 on the node says of its environment; answered by the agent's verb ``software``.
+
+    ``time`` is that machine's clock in seconds since 1970. ``limit_bytes`` is what MLX may use, as
+    ``planning.hardware.this_machine`` finds it there. ``transports`` are those
+    that its mlx was built with, without MPI, whose library is found at run time (``libmpi``).
+    ``volume`` is that of the models, ``state_volume`` that of runs and their logs;
+    ``mpi_versions`` are those of every mpirun that was found; ``load_average`` is the last
+    minute's.
+    """
+
+    k2_version: str
+    python: str
+    python_version: str
+    mlx_version: str | None
+    mlx_lm_version: str | None
+    mlx_error: str | None
+    memory_bytes: int
+    limit_bytes: int | None
+    limit_mark: Mark
+    limit_source: str
+    device: Device | None = msgspec.field(name="backend")
+    transports: tuple[str, ...] = msgspec.field(name="backends")
+    available_bytes: int
+    mpirun: str | None
+    mpi_version: str | None
+    libmpi: str | None
+    volume: Volume | None
+    time: float
+    processes: tuple[ProcessUse, ...]
+    interfaces: dict[str, tuple[str, ...]] = {}
+    mpi_error: str | None = None
+    state_volume: Volume | None = None
+    mpi_versions: dict[str, str] = {}
+    load_average: float | None = None
+    cores: int | None = None
+
+    def mpi_version_with(self, launching: Software | None) -> str | None:
+        """The Open MPI that a run uses here: the launching machine's path, if it is one here."""
+        path = launching.mpirun if launching is not None else None
+        return self.mpi_versions.get(path or "", self.mpi_version)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """How a machine is at the moment, as far as its own commands tell; None where they do not.
+
+    ``clock_offset_seconds`` is that machine's clock less this one's, known to within
+    ``clock_error_seconds``. ``sleep_minutes`` is 0 if it never sleeps.
+    """
+
+    available_bytes: int | None = None
+    wired_limit_mib: int | None = None
+    sleep_minutes: int | None = None
+    sleep_prevented_by: str | None = None
+    firewall: Literal["on", "off", "block-all"] | None = None
+    rdma_enabled: bool | None = None
+    clock_offset_seconds: float | None = None
+    clock_error_seconds: float | None = None
+    on_battery: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """All that is known of one node.
+
+    ``failure`` says why nothing is known, if nothing is, and ``failure_hint`` what mends that.
+    """
+
+    node: str
+    machine: MachineFacts | None = None
+    software: Software | None = None
+    condition: Condition = Condition()
+    failure: str | None = None
+    failure_hint: str | None = None
+    software_failure: str | None = None
+    machine_failure: str | None = None

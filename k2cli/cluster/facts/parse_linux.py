@@ -1,0 +1,168 @@
+"""What the probes of a Linux machine say, as values. Pure: raw output in, facts out."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from k2cli.choices import Device
+from k2cli.cluster.facts.machine import Condition, InterfaceKind, MachineFacts, OsName, Software
+from k2cli.cluster.facts.probes import RawProbes
+from k2cli.errors import ClusterError
+from k2cli.planning.hardware.machine import OS_RESERVE_BYTES, OS_RESERVE_SHARE
+from k2cli.units import MIB
+
+_OS: OsName = "linux"
+# Names that udev and the kernel give: wl* wireless, thunderbolt* the IP-over-Thunderbolt driver.
+_KINDS_BY_NAME: tuple[tuple[str, InterfaceKind], ...] = (
+    ("wl", "wifi"),
+    ("thunderbolt", "thunderbolt"),
+    ("tb", "thunderbolt"),
+    ("docker", "other"),
+    ("virbr", "other"),
+)
+_ETHERNET_DRIVERS = frozenset({"", "veth", "vlan", "bond", "macvlan", "ipvlan", "team"})
+
+
+def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
+    """What the machine is.
+
+    Raises:
+        ClusterError: if its memory is not known.
+    """
+    memory = _memory_bytes(raw, software)
+    gpu = _gpu(raw)
+    limit, mark, source, device = _limit(memory, gpu, software)
+    entries = _interface_entries(raw)
+    interfaces, kinds = _interfaces(entries, software)
+    release = os_release(raw.text("os-release") or "")
+    return MachineFacts(
+        hostname=(raw.text("hostname") or "").strip(),
+        os_name=_OS,
+        os_version=" ".join(filter(None, [release.get("NAME"), release.get("VERSION_ID")])),
+        model=None,
+        chip=gpu[0] if gpu else _cpu(raw.text("cpuinfo") or ""),
+        memory_bytes=memory,
+        limit_bytes=limit,
+        limit_mark=mark,
+        limit_source=source,
+        backend=device,
+        bandwidth_bytes_per_second=None,
+        interfaces=interfaces,
+        interface_kinds=kinds,
+        rdma_devices=tuple((raw.text("infiniband") or "").split()),
+        prefix_lengths=_prefix_lengths(entries or []),
+    )
+
+
+def condition(raw: RawProbes) -> Condition:
+    """How the machine is now, without its clock."""
+    available = meminfo(raw.text("meminfo") or "").get("MemAvailable")
+    return Condition(available_bytes=available)
+
+
+def os_release(text: str) -> dict[str, str]:
+    """``/etc/os-release``: lines of ``NAME=value`` or ``NAME="value"``."""
+    pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return {name: value.strip().strip('"') for name, value in pairs}
+
+
+def meminfo(text: str) -> dict[str, int]:
+    """``/proc/meminfo`` in bytes; its ``kB`` are 1024 bytes."""
+    found = re.findall(r"^(\S+):\s+(\d+) kB$", text, re.MULTILINE)
+    return {name: int(value) * 1024 for name, value in found}
+
+
+def _memory_bytes(raw: RawProbes, software: Software | None) -> int:
+    """Physical memory, or the control group's limit where that is less (containers)."""
+    memory = meminfo(raw.text("meminfo") or "").get("MemTotal")
+    if memory is None:
+        if software is None:
+            raise ClusterError(f"node {raw.node} does not say how much memory it has")
+        return software.memory_bytes
+    for name in ("cgroup", "cgroup-v1"):
+        text = (raw.text(name) or "").strip()
+        if text.isdigit():
+            memory = min(memory, int(text))
+    return memory
+
+
+def _gpu(raw: RawProbes) -> tuple[str, int] | None:
+    """Name and memory in bytes of the first NVIDIA GPU; nvidia-smi counts in MiB."""
+    lines = (raw.text("nvidia-smi") or "").strip().splitlines()
+    fields = [field.strip() for field in lines[0].split(",")] if lines else []
+    if len(fields) < 2 or not fields[1].isdigit():
+        return None
+    return fields[0], int(fields[1]) * MIB
+
+
+def _limit(
+    memory: int, gpu: tuple[str, int] | None, software: Software | None
+) -> tuple[int, Any, str, Device]:
+    """What MLX may use: as mlx there says, else as the planner assumes for such a machine."""
+    if software is not None and software.limit_bytes is not None and software.device is not None:
+        return software.limit_bytes, software.limit_mark, software.limit_source, software.device
+    if gpu is not None:
+        return gpu[1], "assumed", "the GPU's memory; mlx there could not be asked", "cuda"
+    reserve = max(OS_RESERVE_BYTES, int(memory * OS_RESERVE_SHARE))
+    return memory - reserve, "assumed", "memory less what the system is assumed to keep", "cpu"
+
+
+def _cpu(text: str) -> str:
+    return text.partition(":")[2].strip() or "unknown processor"
+
+
+def _interface_entries(raw: RawProbes) -> list[dict[str, Any]] | None:
+    """Interfaces that are up, as ``ip`` describes them; None where there is no ``ip``."""
+    text = raw.text("ip")
+    if text is None:
+        return None
+    try:
+        entries: list[dict[str, Any]] = json.loads(text)
+    except ValueError as error:
+        raise ClusterError(f"node {raw.node}: ip printed no JSON: {error}") from None
+    return [entry for entry in entries if "UP" in entry.get("flags", [])]
+
+
+def _interfaces(
+    entries: list[dict[str, Any]] | None, software: Software | None
+) -> tuple[dict[str, tuple[str, ...]], dict[str, InterfaceKind]]:
+    if entries is None:
+        known = software.interfaces if software is not None else {}
+        addresses = {name: _ordered(list(found)) for name, found in known.items()}
+        return addresses, {name: _kind(name, "", None) for name in addresses}
+    addresses = {entry["ifname"]: _addresses(entry) for entry in entries}
+    kinds = {
+        entry["ifname"]: _kind(
+            entry["ifname"], entry.get("link_type", ""), entry.get("linkinfo", {}).get("info_kind")
+        )
+        for entry in entries
+    }
+    return addresses, kinds
+
+
+def _prefix_lengths(entries: list[dict[str, Any]]) -> dict[str, int]:
+    found = [a for entry in entries for a in entry.get("addr_info", []) if "prefixlen" in a]
+    return {address["local"]: int(address["prefixlen"]) for address in found}
+
+
+def _addresses(entry: dict[str, Any]) -> tuple[str, ...]:
+    usable = [a["local"] for a in entry.get("addr_info", []) if a.get("scope") != "link"]
+    return _ordered(usable)
+
+
+def _ordered(addresses: list[str]) -> tuple[str, ...]:
+    """IPv4 first; link-local IPv6 left out, since it needs an interface to be said with it."""
+    kept = [address for address in addresses if not address.lower().startswith("fe80")]
+    return tuple(sorted(kept, key=lambda address: ":" in address))
+
+
+def _kind(name: str, link_type: str, driver: str | None) -> InterfaceKind:
+    if link_type == "loopback" or name == "lo":
+        return "loopback"
+    for prefix, kind in _KINDS_BY_NAME:
+        if name.startswith(prefix):
+            return kind
+    plain = name.startswith(("en", "eth")) if not link_type else link_type == "ether"
+    return "ethernet" if plain and (driver or "") in _ETHERNET_DRIVERS else "other"

@@ -1,0 +1,319 @@
+"""What the probes of a Mac say, as values. Pure: raw output in, facts out.
+
+The forms read here are those of macOS 26 and 27 on Apple silicon; tests/doctor/data names
+the public records that they were taken from.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from k2cli.cluster.facts.machine import (
+    Condition,
+    InterfaceKind,
+    MachineFacts,
+    Software,
+    ThunderboltPort,
+)
+from k2cli.cluster.facts.probes import RawProbes
+from k2cli.errors import ClusterError
+from k2cli.planning.hardware.chips import apple_gpu_limit, chip_of_device
+from k2cli.planning.marks import Mark
+from k2cli.units import GIB, MIB
+
+Firewall = Literal["on", "off", "block-all"]
+
+
+def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
+    """What the Mac is.
+
+    Raises:
+        ClusterError: if its memory is not known.
+    """
+    kernel = sysctl(raw.text("sysctl") or "")
+    profile = _profile(raw)
+    hardware = _first(profile, "SPHardwareDataType")
+    memory = int(kernel["hw.memsize"]) if kernel.get("hw.memsize", "").isdigit() else None
+    if memory is None:
+        raise ClusterError(f"node {raw.node} does not say how much memory it has")
+    chip = kernel.get("machdep.cpu.brand_string") or str(hardware.get("chip_type", "Apple silicon"))
+    cores = _gpu_cores(profile)
+    limit, mark, source = _limit(memory, kernel, software)
+    ports = hardware_ports(raw.text("networksetup") or "")
+    interfaces = ifconfig(raw.text("ifconfig") or "")
+    used = {each.name: each for each in interfaces if each.usable}
+    return MachineFacts(
+        hostname=(raw.text("hostname") or "").strip(),
+        os_name="macos",
+        os_version=sw_vers(raw.text("sw_vers") or "").get("ProductVersion", ""),
+        model=kernel.get("hw.model") or hardware.get("machine_model"),
+        chip=chip,
+        memory_bytes=memory,
+        limit_bytes=limit,
+        limit_mark=mark,
+        limit_source=source,
+        backend="metal",
+        bandwidth_bytes_per_second=_bandwidth(chip, cores, memory),
+        interfaces={name: each.addresses for name, each in used.items()},
+        interface_kinds={name: _kind(name, ports.get(name)) for name in used},
+        thunderbolt_ports=thunderbolt_ports(profile, ports),
+        rdma_devices=ibv_devices(raw.text("ibv_devices") or ""),
+        gpu_cores=cores,
+        prefix_lengths=_prefix_lengths(used.values()),
+        bridges={each.name: each.members for each in interfaces if each.members},
+        rdma_states=ibv_devinfo(raw.text("ibv_devinfo") or ""),
+    )
+
+
+def condition(raw: RawProbes) -> Condition:
+    """How the Mac is now, without its clock."""
+    kernel = sysctl(raw.text("sysctl") or "")
+    limit = kernel.get("iogpu.wired_limit_mb", "")
+    minutes, prevented = sleep_setting(raw.text("pmset") or "")
+    power = raw.text("pmset-power")
+    return Condition(
+        available_bytes=available_memory(raw.text("vm_stat") or ""),
+        wired_limit_mib=int(limit) if limit.isdigit() else None,
+        sleep_minutes=minutes,
+        sleep_prevented_by=prevented,
+        firewall=firewall(raw.text("firewall"), raw.text("firewall-block-all")),
+        rdma_enabled=rdma_enabled(raw),
+        on_battery=None if power is None else "Battery Power" in power.partition("\n")[0],
+    )
+
+
+# --- one command each ---------------------------------------------------------------------------
+
+
+def sysctl(text: str) -> dict[str, str]:
+    """``name: value`` lines."""
+    pairs = (line.partition(":") for line in text.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def sw_vers(text: str) -> dict[str, str]:
+    """``ProductVersion: 26.2`` and the like."""
+    return sysctl(text)
+
+
+def hardware_ports(text: str) -> dict[str, str]:
+    """Interface -> name of its hardware port, from ``networksetup -listallhardwareports``."""
+    pairs = re.findall(r"^Hardware Port: (.+)\n\s*Device: (\S+)", text, re.MULTILINE)
+    return {device: port.strip() for port, device in pairs}
+
+
+def ibv_devices(text: str) -> tuple[str, ...]:
+    """Names of RDMA devices; below the two lines of heading each line is one."""
+    return tuple(line.split()[0] for line in text.splitlines() if line.strip().startswith("rdma_"))
+
+
+def ibv_devinfo(text: str) -> dict[str, str]:
+    """RDMA device -> state of its port, such as ``PORT_ACTIVE``."""
+    found = re.findall(r"hca_id:\s*(\S+).*?\bstate:\s*(\S+)", text, re.DOTALL)
+    return dict(found)
+
+
+def available_memory(text: str) -> int | None:
+    """What a program can get at once: free, speculative and inactive pages, in bytes."""
+    page = re.search(r"page size of (\d+) bytes", text)
+    pages = {
+        name: int(count)
+        for name, count in re.findall(r"^Pages (free|speculative|inactive):\s+(\d+)\.", text, re.M)
+    }
+    if page is None or "free" not in pages or "inactive" not in pages:
+        return None
+    return int(page.group(1)) * sum(pages.values())
+
+
+def sleep_setting(text: str) -> tuple[int | None, str | None]:
+    """Minutes until the Mac sleeps (0: never), and what keeps it awake for now."""
+    if re.search(r"^\s*SleepDisabled\s+1\b", text, re.MULTILINE):
+        return 0, None
+    match = re.search(r"^\s*sleep\s+(\d+)(?:\s+\(sleep prevented by (.*?)\))?", text, re.MULTILINE)
+    return (int(match.group(1)), match.group(2)) if match else (None, None)
+
+
+def firewall(state: str | None, block_all: str | None) -> Firewall | None:
+    """From ``socketfilterfw --getglobalstate`` (``State = 0``, 1, or 2: block all)."""
+    match = re.search(r"State = (\d)", state or "")
+    if match is None:
+        return None
+    if match.group(1) == "0":
+        return "off"
+    blocked = re.search(r"block all.*\b(enabled|on)\b", (block_all or "").lower())
+    return "block-all" if match.group(1) == "2" or blocked else "on"
+
+
+def rdma_enabled(raw: RawProbes) -> bool | None:
+    """``rdma_ctl status`` says ``enabled`` or ``disabled``; before macOS 26.2 there is none."""
+    said = (raw.text("rdma_ctl") or "").strip().lower()
+    if said.startswith("enabled") or said.endswith(" enabled"):
+        return True
+    return False if "disabled" in said else None
+
+
+# --- interfaces ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """An interface as ``ifconfig`` shows it. ``active`` is None where there is no such line."""
+
+    name: str
+    up: bool
+    active: bool | None
+    networks: tuple[str, ...]
+    members: tuple[str, ...]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Without prefix lengths."""
+        return tuple(network.partition("/")[0] for network in self.networks)
+
+    @property
+    def usable(self) -> bool:
+        """Up, and connected or addressed. A connected port need not have an address yet."""
+        return self.up and (bool(self.active) or bool(self.networks))
+
+
+def ifconfig(text: str) -> list[Interface]:
+    """Every interface of ``ifconfig -a``."""
+    blocks = re.split(r"^(?=[a-z]+\d+: flags=)", text, flags=re.MULTILINE)
+    return [_interface(block) for block in blocks if re.match(r"[a-z]+\d+: flags=", block)]
+
+
+def _interface(block: str) -> Interface:
+    flags = re.match(r"(\w+): flags=\w+<(.*?)>", block)
+    status = re.search(r"^\s*status: (\w+)", block, re.MULTILINE)
+    return Interface(
+        name=block.partition(":")[0],
+        up=flags is not None and "UP" in flags.group(2).split(","),
+        active=None if status is None else status.group(1) == "active",
+        networks=tuple(_networks(block)),
+        members=tuple(re.findall(r"^\s*member: (\S+)", block, re.MULTILINE)),
+    )
+
+
+def _networks(block: str) -> Iterator[str]:
+    """IPv4 first; a link-local IPv6 address means nothing without its interface."""
+    four = r"^\s*inet (\S+)(?: --> \S+)? netmask (0x[0-9a-f]{8})"
+    for address, mask in re.findall(four, block, re.MULTILINE):
+        prefix = ipaddress.ip_network(f"0.0.0.0/{ipaddress.ip_address(int(mask, 16))}").prefixlen
+        yield f"{address}/{prefix}"
+    for address, prefix in re.findall(r"^\s*inet6 (\S+) prefixlen (\d+)", block, re.MULTILINE):
+        if "%" not in address and not address.startswith("fe80"):
+            yield f"{address}/{prefix}"
+
+
+def _prefix_lengths(interfaces: Iterable[Interface]) -> dict[str, int]:
+    pairs = (network.split("/") for each in interfaces for network in each.networks)
+    return {address: int(length) for address, length in pairs}
+
+
+def _kind(name: str, port: str | None) -> InterfaceKind:
+    if name.startswith("lo"):
+        return "loopback"
+    if port is None:
+        return "other"
+    if port.startswith("Thunderbolt"):
+        return "thunderbolt"
+    if port in ("Wi-Fi", "AirPort"):
+        return "wifi"
+    known = re.match(r"Ethernet|.*\bLAN\b|.*Ethernet", port)
+    return "ethernet" if known else "other"
+
+
+# --- system_profiler ----------------------------------------------------------------------------
+
+
+def _profile(raw: RawProbes) -> Mapping[str, Any]:
+    try:
+        found = json.loads(raw.text("system_profiler") or "{}")
+    except ValueError as error:
+        raise ClusterError(f"node {raw.node}: system_profiler printed no JSON: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _first(profile: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    entries = profile.get(kind) or [{}]
+    return entries[0] if isinstance(entries[0], dict) else {}
+
+
+def thunderbolt_ports(
+    profile: Mapping[str, Any], ports: Mapping[str, str]
+) -> tuple[ThunderboltPort, ...]:
+    """The Mac's own ports, by receptacle, and the Mac behind each.
+
+    Args:
+        profile: the answer of ``system_profiler -json SPThunderboltDataType``.
+        ports: interface -> hardware port, as ``hardware_ports`` returns it.
+    """
+    interfaces = {port: name for name, port in ports.items()}
+    found = []
+    for bus in profile.get("SPThunderboltDataType", []):
+        tag = bus.get("receptacle_1_tag")
+        if not isinstance(tag, dict) or "receptacle_id_key" not in tag:
+            continue
+        receptacle = str(tag["receptacle_id_key"])
+        peer, through = _peer(bus.get("_items", []))
+        found.append(
+            ThunderboltPort(
+                receptacle=receptacle,
+                interface=interfaces.get(f"Thunderbolt {receptacle}"),
+                domain=bus.get("domain_uuid_key"),
+                peer_domain=peer.get("domain_uuid_key"),
+                peer_name=peer.get("device_name_key") or peer.get("_name"),
+                speed=str(tag.get("current_speed_key", "")),
+                through_device=through,
+            )
+        )
+    return tuple(sorted(found, key=lambda port: port.receptacle))
+
+
+def _peer(items: list[Any], through: str | None = None) -> tuple[Mapping[str, Any], str | None]:
+    """The Mac behind a port: at the cable's end, or behind a dock."""
+    for item in items:
+        if not isinstance(item, dict):
+            continue
+        is_mac = "domain_uuid_key" in item or str(item.get("device_name_key", "")).startswith("Mac")
+        if is_mac:
+            return item, through
+        nested, device = _peer(item.get("_items", []), str(item.get("_name", "a device")))
+        if nested:
+            return nested, device
+    return {}, None
+
+
+def _gpu_cores(profile: Mapping[str, Any]) -> int | None:
+    for display in profile.get("SPDisplaysDataType", []):
+        cores = str(display.get("sppci_cores", ""))
+        if cores.isdigit():
+            return int(cores)
+    return None
+
+
+def _bandwidth(chip_name: str, cores: int | None, memory: int) -> int | None:
+    """Peak memory bandwidth by the catalog, in bytes per second."""
+    chip = chip_of_device(chip_name)
+    if chip is None:
+        return None
+    known = cores if cores in chip.gpu_cores else chip.usual_gpu_cores(memory // GIB)
+    return chip.bandwidth_bytes_per_second(known or chip.gpu_cores[-1], memory // GIB)
+
+
+def _limit(
+    memory: int, kernel: Mapping[str, str], software: Software | None
+) -> tuple[int, Mark, str]:
+    """What MLX may use: as Metal there says, else the sysctl, else as such Macs have logged."""
+    if software is not None and software.limit_bytes is not None:
+        return software.limit_bytes, software.limit_mark, software.limit_source
+    set_to = kernel.get("iogpu.wired_limit_mb", "0")
+    if set_to.isdigit() and int(set_to) > 0:
+        return int(set_to) * MIB, "exact", "iogpu.wired_limit_mb"
+    limit, source = apple_gpu_limit(memory // GIB)
+    return limit, "assumed", source

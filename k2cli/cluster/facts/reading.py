@@ -1,0 +1,101 @@
+"""From raw probes to what the doctor knows of a node, whatever its system."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import msgspec
+
+from k2cli.cluster.facts import parse_linux, parse_macos
+from k2cli.cluster.facts.machine import Condition, Examination, MachineFacts, Software
+from k2cli.cluster.facts.probes import RawProbes
+from k2cli.errors import ClusterError
+
+
+def machine_facts(raw: RawProbes) -> MachineFacts:
+    """What a machine is.
+
+    Raises:
+        ClusterError: if it could not be reached, or does not say what it must.
+    """
+    if raw.failure is not None:
+        raise ClusterError(raw.failure, raw.hint)
+    found, _ = _software(raw)
+    return _machine(raw, found)
+
+
+def examine(raw: RawProbes) -> Examination:
+    """All that the probes of a node tell; what could not be read is said in its place."""
+    if raw.failure is not None:
+        return Examination(raw.node, failure=raw.failure, failure_hint=raw.hint)
+    software, software_failure = _software(raw)
+    try:
+        machine, machine_failure = _machine(raw, software), None
+    except ClusterError as error:
+        machine, machine_failure = None, error.message
+    return Examination(
+        raw.node,
+        machine,
+        software,
+        _condition(raw, software),
+        software_failure=software_failure,
+        machine_failure=machine_failure,
+    )
+
+
+def _software(raw: RawProbes) -> tuple[Software | None, str | None]:
+    output = raw.outputs.get("k2")
+    if output is None:
+        return None, "k2 was not asked"
+    if output.status != 0:
+        return None, output.stderr.strip() or "k2 did not answer"
+    try:
+        return msgspec.json.decode(output.stdout, type=Software), None
+    except msgspec.MsgspecError as error:
+        return None, f"k2 there answers in another form: {error}"
+
+
+def _machine(raw: RawProbes, software: Software | None) -> MachineFacts:
+    parse = parse_macos.machine if raw.system == "Darwin" else parse_linux.machine
+    return parse(raw, software)
+
+
+def _condition(raw: RawProbes, software: Software | None) -> Condition:
+    read = parse_macos.condition if raw.system == "Darwin" else parse_linux.condition
+    found = read(raw)
+    offset = clock_offset(raw, software)
+    if offset is not None:
+        found = replace(found, clock_offset_seconds=offset[0], clock_error_seconds=offset[1])
+    return found
+
+
+def clock_offset(raw: RawProbes, software: Software | None) -> tuple[float, float] | None:
+    """That machine's clock less this one's, and how well it is known, in seconds.
+
+    The answer was given at some moment between sending the question and getting the answer, so the
+    error is half of that, and of the clock's own resolution. The better of the two probes counts.
+    """
+    found = []
+    date = raw.outputs.get("date")
+    if date is not None and date.status == 0:
+        text = date.stdout.strip()
+        try:
+            # Without a fraction (macOS) the true time is anywhere within that second.
+            whole = "." not in text
+            found.append(_offset(float(text) + 0.5 * whole, date.started, date.ended, 0.5 * whole))
+        except ValueError:
+            pass  # said by the check: the clock is not known
+    output = raw.outputs.get("k2")
+    if software is not None and output is not None:
+        found.append(_offset(software.time, output.started, output.ended, 0.0))
+    return min(found, key=lambda item: item[1], default=None)
+
+
+def _offset(there: float, started: float, ended: float, resolution: float) -> tuple[float, float]:
+    return there - (started + ended) / 2, (ended - started) / 2 + resolution
+
+
+def machines(probes: Mapping[str, RawProbes]) -> dict[str, MachineFacts]:
+    """``machine_facts`` of several nodes, by name."""
+    return {name: machine_facts(raw) for name, raw in probes.items()}

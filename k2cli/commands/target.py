@@ -1,0 +1,78 @@
+"""Which server a client command means: the one of ``--url``, or a run of this machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k2cli.errors import ClusterError, K2Error
+
+if TYPE_CHECKING:
+    from k2cli.runs.record import RunRecord
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="The model to use. Default: what the run serves."),
+]
+UrlOption = Annotated[
+    str | None, typer.Option(help="Server, such as http://127.0.0.1:8080. Default: a live run.")
+]
+ApiKeyOption = Annotated[
+    str | None, typer.Option(envvar="K2_API_KEY", help="Key of the API, if it asks for one.")
+]
+_LAUNCH_HINT = "k2 launch demo --detach"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server and how to use it. ``run`` is None for a server that was given by its URL."""
+
+    url: str
+    api_key: str | None
+    model: str | None
+    run: RunRecord | None = None
+
+
+def resolve_target(model: str | None, url: str | None, api_key: str | None) -> Target:
+    """Find the server.
+
+    Raises:
+        K2Error: if no run is live, or none of them serves the model, or it is not ready yet.
+    """
+    if url is not None:
+        return Target(url, api_key, model)
+    run = _run_serving(model)
+    if run.state != "ready":
+        raise ClusterError(f"run {run.run_id} is {run.state}, not ready", "k2 ps")
+    return Target(run.url, api_key or _key_of(run), run.model_name, run)
+
+
+def _run_serving(model: str | None) -> RunRecord:
+    from k2cli.runs.record import find_run, list_runs
+
+    try:
+        newest = find_run()
+    except K2Error as error:
+        raise type(error)(error.message, _LAUNCH_HINT) from error
+    if model is None:
+        return newest
+    live = [run for run in list_runs() if run.live]
+    for run in live:
+        if model in (run.model, run.model_name, run.run_id) or _same_folder(model, run.model):
+            return run
+    serving = ", ".join(sorted({run.model_name for run in live}))
+    message = f"no live run serves '{model}'; there is {serving}"
+    raise K2Error(message, f"k2 launch {model} --detach")
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return os.path.exists(one) and Path(one).resolve() == Path(other).resolve()
+
+
+def _key_of(run: RunRecord) -> str | None:
+    path = run.api_key_file
+    return path.read_text().strip() if path is not None else None

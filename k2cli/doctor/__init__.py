@@ -1,0 +1,1 @@
+"""The examination of a cluster: checks over recorded facts."""

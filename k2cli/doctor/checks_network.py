@@ -1,0 +1,219 @@
+"""Checks between machines: who reaches whom, how fast, RDMA and what stands in its way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from k2cli.cluster.facts.machine import MachineFacts, ThunderboltPort, thunderbolt_links
+from k2cli.doctor.checks_software import version_key
+from k2cli.doctor.results import (
+    CheckResult,
+    LinkMeasurement,
+    Reach,
+    Situation,
+    Status,
+    on_node,
+)
+from k2cli.planning.hardware.chips import chip_of_device
+
+RDMA_MACOS = (26, 2)
+"""RDMA over Thunderbolt came with macOS 26.2 (MLX's documentation of distributed communication)."""
+
+THUNDERBOLT_5_GBPS = 80
+"""Speed of a Thunderbolt 5 link. macOS lists RDMA devices for Thunderbolt 4 ports too, over which
+nothing works (exo-explore/exo#1813)."""
+
+NO_RDMA_PORTS = {"Mac15,14": "en2"}
+"""Model -> interface of the port beside Ethernet, which has no RDMA (exo-explore/exo#1551)."""
+
+SLOW_ALL_REDUCE_SECONDS = 0.002
+"""A tensor-parallel token needs about two all-reduces per layer: 2 ms each are 0.25 s for K2."""
+
+_PRIVACY = (
+    "System Settings > Privacy & Security > Local Network: allow the program that k2 was started "
+    "from (docs/doctor.md)"
+)
+
+
+# --- reachability -------------------------------------------------------------------------------
+
+
+def reach(situation: Situation) -> Iterable[CheckResult]:
+    """Each address of each node is reachable from each other one that is on its network."""
+    pairs = sorted({(each.source, each.target) for each in situation.reaches or ()})
+    for source, target in pairs:
+        tried = [r for r in situation.reaches or () if (r.source, r.target) == (source, target)]
+        yield from _pair(situation, source, target, tried)
+
+
+def _pair(
+    situation: Situation, source: str, target: str, tried: list[Reach]
+) -> Iterator[CheckResult]:
+    name = f"{source} to {target}"
+    worked = [each for each in tried if each.error is None]
+    failed = [each for each in tried if each.error is not None and each.expected]
+    if not worked:
+        error = next((each.error for each in tried), "no address was tried")
+        detail = f"none of {len(tried)} address(es) answers: {error}"
+        yield CheckResult(
+            "fail", "reach", name, detail, _reach_hint(situation, source, target, error)
+        )
+        return
+    listed = ", ".join(
+        f"{each.address} through {each.interface or '?'} {1000 * (each.seconds or 0):.1f} ms"
+        for each in worked
+    )
+    yield CheckResult("pass", "reach", name, listed)
+    for each in failed:
+        detail = f"{each.address} ({each.target_interface}) does not answer: {each.error}"
+        mend = _reach_hint(situation, source, target, each.error)
+        yield CheckResult("warn", "reach", name, detail, mend)
+
+
+def _reach_hint(situation: Situation, source: str, target: str, error: str | None) -> str:
+    macs = situation.macs
+    if source in macs and error is not None and "No route to host" in error:
+        return _PRIVACY
+    if target in macs:
+        return on_node(target, f"{_FIREWALL} --listapps") + ", and allow python"
+    return on_node(target, "sudo nft list ruleset") + ", and look at the cable"
+
+
+_FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
+
+
+def firewall(situation: Situation) -> Iterable[CheckResult]:
+    """A firewall that refuses incoming connections stops ranks from meeting."""
+    for node in situation.nodes:
+        state = node.condition.firewall
+        if state == "off":
+            yield CheckResult("pass", "firewall", node.node, "off")
+        elif state == "block-all":
+            command = on_node(node.node, f"sudo {_FIREWALL} --setblockall off")
+            detail = "blocks all incoming connections"
+            yield CheckResult("fail", "firewall", node.node, detail, command)
+        elif state == "on":
+            python = node.software.python if node.software else "the node's python"
+            command = on_node(node.node, f"sudo {_FIREWALL} --add {python} --unblockapp {python}")
+            detail = "on: it may refuse the ranks' connections, as it does unsigned programs'"
+            yield CheckResult("warn", "firewall", node.node, detail, command)
+
+
+# --- links --------------------------------------------------------------------------------------
+
+
+def links(situation: Situation) -> Iterable[CheckResult]:
+    """Check what was measured of the links."""
+    for each in situation.links or ():
+        name = f"{each.first} - {each.second}"
+        if each.error is not None:
+            detail = f"{each.backend} over {each.kind}: {each.error}"
+            yield CheckResult("fail", "link", name, detail, "mend what 'reach' shows first")
+            continue
+        slow = (each.all_reduce_seconds or 0) > SLOW_ALL_REDUCE_SECONDS or each.kind == "wifi"
+        hint = _slow_hint(each) if slow else None
+        yield CheckResult("warn" if slow else "pass", "link", name, link_figures(each), hint)
+
+
+def link_figures(link: LinkMeasurement) -> str:
+    """``ring over ethernet: all-reduce 210 us, one way 95 us, 1.17 GB/s``."""
+    parts = []
+    if link.all_reduce_seconds is not None:
+        parts.append(f"all-reduce {_micro(link.all_reduce_seconds)}")
+    if link.latency_seconds is not None:
+        parts.append(f"one way {_micro(link.latency_seconds)}")
+    if link.bytes_per_second is not None:
+        parts.append(f"{link.bytes_per_second / 1e9:.2f} GB/s")
+    note = f" ({link.note})" if link.note else ""
+    return f"{link.backend} over {link.kind}: {', '.join(parts)}{note}"
+
+
+def _micro(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us" if seconds < 0.01 else f"{seconds * 1e3:.0f} ms"
+
+
+def _slow_hint(link: LinkMeasurement) -> str:
+    if link.kind == "wifi":
+        return "join the machines with a cable: Thunderbolt, or else Ethernet"
+    return "use pipeline and not tensor parallelism over this link: k2 launch --parallel pipeline"
+
+
+# --- RDMA ---------------------------------------------------------------------------------------
+
+
+def rdma(situation: Situation) -> Iterable[CheckResult]:
+    """RDMA over Thunderbolt, where Macs are joined by it: system, switch, port and bridge."""
+    wanted = situation.transport == "jaccl"
+    bad: Status = "fail" if wanted else "warn"
+    macs = situation.macs
+    joined = thunderbolt_links(macs)
+    ends = {(name, i) for a, ai, b, bi in joined for name, i in ((a, ai), (b, bi))}
+    for name, machine in macs.items():
+        used = [port for port in machine.thunderbolt_ports if (name, port.interface) in ends]
+        if used or wanted:
+            yield from _rdma_of(situation, name, machine, used, bad)
+    if wanted and len(macs) < len(situation.machines):
+        others = ", ".join(name for name in situation.machines if name not in macs)
+        yield CheckResult("fail", "RDMA", None, f"{others}: only Macs have it", "--backend ring")
+
+
+def _rdma_of(
+    situation: Situation, name: str, mac: MachineFacts, used: list[ThunderboltPort], bad: Status
+) -> Iterator[CheckResult]:
+    chip = chip_of_device(mac.chip)
+    if chip is not None and not chip.thunderbolt_rdma:
+        detail = f"{mac.chip} has no Thunderbolt 5, and without it there is no RDMA"
+        yield CheckResult("skip" if bad == "warn" else bad, "RDMA", name, detail, "--backend ring")
+        return
+    if version_key(mac.os_version) < RDMA_MACOS:
+        detail = f"macOS {mac.os_version} has none: it came with 26.2"
+        hint = on_node(name, "sudo softwareupdate --install --all")
+        yield CheckResult(bad, "RDMA", name, detail, hint)
+        return
+    condition = next(each.condition for each in situation.nodes if each.node == name)
+    if condition.rdma_enabled is False or not mac.rdma_devices:
+        detail = "RDMA is not enabled" if condition.rdma_enabled is False else "no RDMA devices"
+        hint = f"start {name} into Recovery, open Terminal there: rdma_ctl enable; then restart"
+        yield CheckResult(bad, "RDMA", name, detail, hint)
+        return
+    problems = [each for port in used for each in port_problems(mac, port)]
+    for detail, hint in problems:
+        yield CheckResult(bad, "RDMA", name, detail, hint.format(node=name))
+    if used and not problems:
+        ports = ", ".join(f"rdma_{port.interface} at {port.speed}" for port in used)
+        yield CheckResult("pass", "RDMA", name, f"enabled, {ports}")
+    elif not used:
+        yield CheckResult(bad, "RDMA", name, "no Thunderbolt cable to another node", "plug one in")
+
+
+def port_problems(mac: MachineFacts, port: ThunderboltPort) -> list[tuple[str, str]]:
+    """What is wrong with a port that is to carry RDMA, each with what mends it."""
+    found: list[tuple[str, str]] = []
+    where = f"receptacle {port.receptacle} ({port.interface})"
+    if NO_RDMA_PORTS.get(mac.model or "") == port.interface:
+        found.append(
+            (f"{where}, the port beside Ethernet, has no RDMA", "move the cable to another port")
+        )
+    speed = link_gbps(port.speed)
+    if speed is not None and speed < THUNDERBOLT_5_GBPS:
+        found.append((f"{where} runs at {speed} Gb/s, RDMA needs 80", "use a Thunderbolt 5 cable"))
+    if port.through_device is not None:
+        found.append((f"{where} goes through {port.through_device}", "join the Macs directly"))
+    device = f"rdma_{port.interface}"
+    if device not in mac.rdma_devices:
+        found.append((f"there is no {device} for {where}", "restart {node}, then ibv_devices"))
+    elif mac.rdma_states.get(device, "PORT_ACTIVE") != "PORT_ACTIVE":
+        state = mac.rdma_states[device]
+        found.append((f"{device} is {state}", "look at the cable; ssh {node} ibv_devinfo"))
+    bridge = next((name for name, each in mac.bridges.items() if port.interface in each), None)
+    if bridge is not None:
+        hint = f"ssh -t {{node}} sudo ifconfig {bridge} deletem {port.interface}"
+        found.append((f"{where} is a member of {bridge}, which takes its traffic", hint))
+    return found
+
+
+def link_gbps(speed: str) -> int | None:
+    """``80 Gb/s`` is 80; ``Up to 120 Gb/s`` is what a port could, and no link: None."""
+    match = re.fullmatch(r"(\d+) Gb/s", speed.strip())
+    return int(match.group(1)) if match else None

@@ -1,0 +1,292 @@
+"""What every guard does with its rank: start it, watch it, hear it, end it.
+
+The guards of the leader and of the followers differ in whom they report to; they are in
+``guard_leader`` and ``guard_follower``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k2cli.errors import ClusterError, K2Error
+from k2cli.guard.mpi_slot import Seat
+from k2cli.guard.rank_process import RankProcess, describe
+from k2cli.guard.watchdog import INTERVAL_SECONDS, StallWatch
+from k2cli.protocol import (
+    Bootstrap,
+    Fatal,
+    GuardStarted,
+    Heartbeat,
+    LogLine,
+    RankFailed,
+    RankMessage,
+)
+from k2cli.protocol.wire import ConnectionLost
+from k2cli.settings import locks_directory, scratch_directories
+
+# A symptom (a lost peer, an mpirun that ends all because of one) waits this long for its cause
+# to be reported by somebody else.
+WEAK_CAUSE_SECONDS = 1.0
+_RENEW_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why the run ends. ``failed`` False: somebody asked for it."""
+
+    cause: str
+    failed: bool
+
+
+class Guard(ABC):
+    """One guard and its rank.
+
+    Args:
+        bootstrap: what the launcher left for it.
+        worker: module that is the rank.
+    """
+
+    def __init__(self, bootstrap: Bootstrap, worker: str) -> None:
+        self.bootstrap = bootstrap
+        self.assignment = bootstrap.assignment
+        self.deadlines = bootstrap.deadlines
+        self.rank: RankProcess | None = None
+        self._seat: Seat | None = None
+        self._worker = worker
+        self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- what leader and follower do differently ------------------------------------------------
+
+    @abstractmethod
+    def emit(self, event: Any) -> None:
+        """Pass an event on, towards the launcher."""
+
+    @abstractmethod
+    def on_rank_message(self, message: RankMessage) -> None:
+        """Deal with a message from the rank other than Fatal."""
+
+    # --- ending ---------------------------------------------------------------------------------
+
+    @property
+    def ending(self) -> bool:
+        """Whether the run is being ended."""
+        return self._ending.done()
+
+    def end(self, cause: str, *, failed: bool) -> None:
+        """End the run; the first cause counts."""
+        if not self._ending.done():
+            self._ending.set_result(Ending(cause, failed))
+
+    async def wait_for_ending(self) -> Ending:
+        """Wait until the run has to end."""
+        return await self._ending
+
+    def fail(self, failure: RankFailed) -> None:
+        """Report a failure and end the run."""
+        if self.ending and not self._ending.result().failed:
+            self.log(f"while stopping: rank {failure.rank}: {failure.cause}")
+            return
+        self.emit(failure)
+        self.end(f"rank {failure.rank} on {failure.node} failed: {failure.cause}", failed=True)
+
+    async def fail_weakly(self, failure: RankFailed) -> None:
+        """Report what may be only a symptom, once its cause had the time to be reported."""
+        if not self.ending:
+            await asyncio.wait([self._ending], timeout=WEAK_CAUSE_SECONDS)
+        self.fail(failure)
+
+    def failure(self, cause: str, *, of_rank: bool = True) -> RankFailed:
+        """A failure of this guard's rank, or of the guard itself."""
+        rank = self.rank if of_rank else None
+        return RankFailed(
+            self.assignment.rank,
+            self.assignment.nodes[self.assignment.rank],
+            cause,
+            exit_status=rank.exit_status if rank else None,
+            last_lines=list(rank.last_lines) if rank else [],
+        )
+
+    def terminated(self) -> None:
+        """SIGTERM came, by hand: a launcher sends its orders over the connection."""
+        failure = self.failure("its guard received SIGTERM", of_rank=False)
+        self.spawn(self.fail_weakly(failure))
+
+    # --- tasks ----------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside; if it raises, the run fails."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, K2Error):
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                self.log(line)
+        cause = error.message if isinstance(error, K2Error) else describe(error)
+        self.fail(self.failure(cause, of_rank=False))
+
+    def cancel_tasks(self) -> None:
+        """Stop everything that ``spawn`` started."""
+        for task in list(self._tasks):
+            task.cancel()
+
+    # --- the rank -------------------------------------------------------------------------------
+
+    def log(self, text: str) -> None:
+        """One line of the guard's own."""
+        self._log_line("guard", text)
+
+    def _log_line(self, source: Any, text: str) -> None:
+        rank = self.assignment.rank
+        self.emit(LogLine(rank, self.assignment.nodes[rank], source, text))
+
+    async def start_rank(self) -> bool:
+        """Start the rank and everything that watches it; returns whether it runs."""
+        job: dict[str, str] | None = None
+        if self.assignment.transport == "mpi":
+            job = await self._take_seat()
+            if job is None:
+                return False
+        try:
+            self.rank = await RankProcess.start(self.bootstrap, self._worker, job)
+        except OSError as error:
+            self.fail(self.failure(f"it cannot be started: {error}"))
+            return False
+        for work in (self._read_lines, self._read_messages, self._watch, self._beat, self._reap):
+            self.spawn(work(self.rank))
+        self.spawn(self._renew_lock())
+        return True
+
+    async def _renew_lock(self) -> None:
+        """Show that the run lives, to others who want this machine."""
+        while not self.ending:
+            with contextlib.suppress(OSError):  # another user's, or none: nothing depends on it
+                os.utime(self._lock_path)
+            await asyncio.sleep(_RENEW_SECONDS)
+
+    async def _take_seat(self) -> dict[str, str] | None:
+        """Wait for mpirun's process on this node; None if there is no use in waiting any more."""
+        self._seat = seat = Seat(self.assignment.run_id, self.assignment.rank)
+        taking = asyncio.ensure_future(seat.take())
+        limit = self.deadlines.initialisation
+        either: list[asyncio.Future[Any]] = [taking, self._ending]
+        await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if not taking.done():
+            taking.cancel()
+            if not self.ending:
+                cause = f"mpirun did not start its process within {limit:.0f} s"
+                self.fail(self.failure(cause, of_rank=False))
+            return None
+        try:
+            job = taking.result()
+        except ClusterError as error:
+            self.fail(self.failure(error.message, of_rank=False))
+            return None
+        self.spawn(self._watch_seat(seat))
+        return None if self.ending else job
+
+    async def _watch_seat(self, seat: Seat) -> None:
+        await seat.lost.wait()
+        if not self.ending:
+            await self.fail_weakly(self.failure("mpirun ended its process", of_rank=False))
+
+    def leave_job(self, *, in_reach: bool = True) -> None:
+        """Let mpirun's process go, and remove what a launcher that is gone cannot."""
+        if self._seat is not None:
+            self._seat.leave()
+            if not in_reach:
+                self._seat.end_daemons()
+        if not (self.ending and self._ending.result().failed):
+            return
+        if self._seat is not None:
+            for path in scratch_directories(self.assignment.run_id):
+                shutil.rmtree(path, ignore_errors=True)
+        if not self.bootstrap.restarts:
+            # The launcher may be gone, or this node out of its reach.
+            with contextlib.suppress(OSError):
+                self._lock_path.unlink(missing_ok=True)
+
+    @property
+    def _lock_path(self) -> Path:
+        """The run's lock on this machine; see ``cluster.lock_files``."""
+        return locks_directory() / f"{self.assignment.run_id}.json"
+
+    def started_event(self) -> GuardStarted:
+        """What the launcher is told of this guard."""
+        node = self.assignment.nodes[self.assignment.rank]
+        rank_pid = self.rank.pid if self.rank is not None else 0
+        return GuardStarted(self.assignment.rank, node, os.getpid(), rank_pid)
+
+    async def _read_lines(self, rank: RankProcess) -> None:
+        async for line in rank.lines():
+            self._log_line("rank", line)
+
+    async def _read_messages(self, rank: RankProcess) -> None:
+        try:
+            async for message in rank.messages():
+                if isinstance(message, Fatal):
+                    self._note_fatal(rank, message)
+                else:
+                    self.on_rank_message(message)
+        except ConnectionLost as error:
+            if "protocol" in str(error):
+                self.log(f"the rank's last message is lost: {error}")
+            # Its exit tells more; but a rank that has closed its socket and lives is of no use.
+            if not await rank.gone_within(WEAK_CAUSE_SECONDS) and not self.ending:
+                rank.verdict = f"its connection to its guard broke: {error}"
+                rank.kill()
+
+    def _note_fatal(self, rank: RankProcess, fatal: Fatal) -> None:
+        rank.fatal = fatal
+        for line in fatal.traceback.splitlines():
+            self._log_line("rank", line)
+
+    async def _watch(self, rank: RankProcess) -> None:
+        watch = StallWatch(self.deadlines, time.monotonic())
+        while rank.exit_status is None and not self.ending:
+            await asyncio.sleep(INTERVAL_SECONDS)
+            verdict = watch.observe(time.monotonic(), rank.page.read(), stopped=rank.is_stopped())
+            if verdict is not None and not self.ending:
+                rank.verdict = verdict
+                rank.kill()
+                return
+
+    async def _beat(self, rank: RankProcess) -> None:
+        while rank.exit_status is None:
+            rank.send(Heartbeat())
+            await asyncio.sleep(self.deadlines.heartbeat_interval)
+
+    async def _reap(self, rank: RankProcess) -> None:
+        await rank.wait()
+        if self.ending:
+            return
+        failure = self.failure(rank.cause_of_exit())
+        if rank.exit_is_symptom():
+            await self.fail_weakly(failure)
+        else:
+            self.fail(failure)
+
+    async def end_rank(self, ending: Ending) -> bool:
+        """End the rank, politely unless the run has failed; returns whether it is gone."""
+        if self.rank is None:
+            return True
+        grace_seconds = 0.0 if ending.failed else self.deadlines.stop_grace
+        gone = await self.rank.end(grace_seconds=grace_seconds)
+        if not gone:
+            self.log(f"rank process {self.rank.pid} did not end after SIGKILL")
+        return gone

@@ -1,0 +1,144 @@
+"""The guard of a follower rank: obeys the leader's guard, and ends everything if it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from k2cli.errors import ClusterError
+from k2cli.guard.base import Guard
+from k2cli.guard.liveness import GuardConnection, connect_to_leader
+from k2cli.guard.supervisor_pipe import until_stdin_ends
+from k2cli.protocol import (
+    Bootstrap,
+    ControlEndpoint,
+    Heartbeat,
+    LivenessMessage,
+    LoadProgress,
+    RankMessage,
+    RankReady,
+    RankStatus,
+    StopRun,
+)
+from k2cli.protocol.wire import ConnectionLost
+
+_LAST_WORD_SECONDS = 3.0
+_LEADER_ENDS_SECONDS = 8.0
+
+
+class FollowerGuard(Guard):
+    """One follower's guard."""
+
+    def __init__(self, bootstrap: Bootstrap, worker: str) -> None:
+        super().__init__(bootstrap, worker)
+        self._leader: GuardConnection | None = None
+        self._connected = asyncio.Event()
+        self._leader_gone = asyncio.Event()
+        self._ordered = asyncio.Event()
+        # What happens before the leader's guard is reached is told once it is.
+        self._waiting: list[LivenessMessage] = []
+        # May come before the rank has started.
+        self._endpoint: ControlEndpoint | None = None
+
+    async def run(self) -> int:
+        """Live until the run ends.
+
+        Returns:
+            0 if the leader's guard gave the order to end, 5 if it is gone.
+        """
+        self.spawn(self._talk_to_leader())
+        self.spawn(self._watch_launcher())
+        if await self.start_rank():
+            self._announce()
+        ending = await self.wait_for_ending()
+        await self.end_rank(ending)
+        await self._take_leave()
+        self.leave_job(in_reach=self._ordered.is_set())
+        self.cancel_tasks()
+        return 0 if self._ordered.is_set() else ClusterError.exit_code
+
+    async def _take_leave(self) -> None:
+        """Tell the leader's guard what happened, and let it be the first to exit."""
+        # A rank may fail before the leader's guard is reached: its failure must not be lost.
+        await self._unless_leader_gone(self._connected, _LAST_WORD_SECONDS)
+        if self._leader is None:
+            return
+        await self._unless_leader_gone(self._ordered, _LAST_WORD_SECONDS)
+        self._leader.finish()
+        await self._unless_leader_gone(self._leader_gone, _LEADER_ENDS_SECONDS)
+        self._leader.close()
+
+    async def _unless_leader_gone(self, event: asyncio.Event, limit_seconds: float) -> None:
+        """Wait for an event, the loss of the leader's guard, or the time limit."""
+        waits = [asyncio.ensure_future(each.wait()) for each in (event, self._leader_gone)]
+        await asyncio.wait(waits, timeout=limit_seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+    def emit(self, event: Any) -> None:
+        """Tell the leader's guard."""
+        if self._leader is not None:
+            self._leader.send(event)
+        else:
+            self._waiting.append(event)
+
+    def _announce(self) -> None:
+        """Say which process the rank is, and send it what came while it was being started."""
+        self.emit(self.started_event())
+        if self.rank is not None and self._endpoint is not None:
+            self.rank.send(self._endpoint)
+
+    def on_rank_message(self, message: RankMessage) -> None:
+        """Pass on what a follower may say."""
+        if isinstance(message, LoadProgress | RankReady):
+            self.emit(message)
+        else:
+            self.log(f"unexpected {type(message).__name__} from a follower rank")
+
+    async def _watch_launcher(self) -> None:
+        """Until the leader's guard is reached, only the launcher can tell that there is no run.
+
+        It keeps this process's stdin open as long as it lives. Afterwards the leader's guard is
+        the one that judges it.
+        """
+        await until_stdin_ends()
+        if not self._connected.is_set():
+            self._leader_gone.set()
+            self.end("the launcher is gone: it closed the connection", failed=True)
+
+    async def _talk_to_leader(self) -> None:
+        try:
+            leader = await connect_to_leader(self.bootstrap)
+            leader.send(self.started_event())
+            for event in self._waiting:
+                leader.send(event)
+            self._leader = leader
+            self._connected.set()
+            self.spawn(self._report(leader))
+            while True:
+                self._obey(await leader.receive(self.deadlines.liveness))
+        except ConnectionLost as error:
+            self._leader_gone.set()
+            self.end(f"the leader's guard is gone: {error}", failed=True)
+
+    async def _report(self, leader: GuardConnection) -> None:
+        while True:
+            if self.rank is not None:
+                progress = self.rank.page.read()
+                leader.send(RankStatus(self.assignment.rank, progress.steps, progress.phase))
+            leader.send(Heartbeat())
+            await asyncio.sleep(self.deadlines.heartbeat_interval)
+
+    def _obey(self, message: LivenessMessage) -> None:
+        match message:
+            case StopRun(cause=cause, failed=failed):
+                self._ordered.set()
+                self.end(cause, failed=failed)
+            case ControlEndpoint():
+                self._endpoint = message
+                if self.rank is not None:
+                    self.rank.send(message)
+            case Heartbeat():
+                pass
+            case _:
+                self.log(f"unexpected {type(message).__name__} from the leader's guard")

@@ -1,0 +1,172 @@
+"""The guard of rank 0 in one attempt: hub between launcher, other guards, rank and HTTP clients."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from k2cli.errors import ClusterError
+from k2cli.guard.base import Ending, Guard
+from k2cli.guard.front import ApiFront
+from k2cli.guard.liveness import LivenessServer
+from k2cli.guard.supervisor_pipe import LauncherPipe
+from k2cli.protocol import (
+    Bootstrap,
+    Cancel,
+    ControlEndpoint,
+    ControlListening,
+    EngineReady,
+    Finished,
+    Generate,
+    GuardStarted,
+    Heartbeat,
+    LivenessMessage,
+    LoadProgress,
+    LogLine,
+    PromptProgress,
+    RankFailed,
+    RankMessage,
+    RankReady,
+    RankStatus,
+    RequestFailed,
+    RunEnded,
+    RunReady,
+    StopRun,
+    Tokens,
+)
+
+_FOLLOWERS_END_SECONDS = 3.0
+_FLUSH_SECONDS = 1.0
+
+
+class LeaderGuard(Guard):
+    """One attempt of a run, seen by its leader's guard.
+
+    Args:
+        bootstrap: of this attempt.
+        worker: module that is the rank.
+        launcher: where events go.
+        front: the API, which outlives the attempt.
+    """
+
+    def __init__(
+        self, bootstrap: Bootstrap, worker: str, launcher: LauncherPipe, front: ApiFront
+    ) -> None:
+        super().__init__(bootstrap, worker)
+        self._launcher = launcher
+        self._liveness = LivenessServer(
+            bootstrap, self._on_guard_message, self._on_guard_lost, self.log
+        )
+        self._front = front
+        self._engine_ready = asyncio.Event()
+
+    async def run(self) -> Ending:
+        """Live until the attempt ends, and say how it did."""
+        self.spawn(self._beat_guards())
+        await self._start()
+        ending = await self.wait_for_ending()
+        await self._end(ending)
+        self.cancel_tasks()
+        return ending
+
+    async def _start(self) -> None:
+        try:
+            await self._liveness.listen()
+            self._front.open()
+        except (OSError, ClusterError) as error:
+            self.fail(self.failure(str(error), of_rank=False))
+            return
+        self.spawn(self._expect_guards())
+        self.spawn(self._front.follow())
+        if await self.start_rank():
+            self.emit(self.started_event())
+            self.spawn(self._announce())
+
+    async def _announce(self) -> None:
+        """Say that the run is ready once the engine is and the API answers."""
+        await self._engine_ready.wait()
+        await self._front.answering()
+        if not self.ending:
+            self._front.bridge.ready()
+            self.emit(RunReady(self._front.url))
+
+    # --- the end --------------------------------------------------------------------------------
+
+    async def _end(self, ending: Ending) -> None:
+        self._liveness.broadcast(StopRun(ending.cause, ending.failed))
+        self._front.bridge.end(ending.cause, failed=ending.failed)
+        _, left, _ = await asyncio.gather(
+            self.end_rank(ending), self._wait_for_guards(ending), self._close_front(ending)
+        )
+        for rank in left:
+            self.log(f"the guard of rank {rank} did not confirm that its rank is gone")
+        self.emit(RunEnded(ending.cause, ending.failed))
+        await self._launcher.flush(_FLUSH_SECONDS)
+        await self._liveness.close()
+        self.leave_job()
+
+    async def _close_front(self, ending: Ending) -> None:
+        """The API, unless it has to answer for the run until the next attempt."""
+        if not (ending.failed and self.bootstrap.restarts):
+            await self._front.close()
+
+    async def _wait_for_guards(self, ending: Ending) -> set[int]:
+        grace_seconds = 0.0 if ending.failed else self.deadlines.stop_grace
+        return await self._liveness.all_finished(grace_seconds + _FOLLOWERS_END_SECONDS)
+
+    # --- launcher -------------------------------------------------------------------------------
+
+    def emit(self, event: Any) -> None:
+        """Tell the launcher."""
+        self._launcher.send(event)
+
+    # --- the other guards -----------------------------------------------------------------------
+
+    async def _beat_guards(self) -> None:
+        while True:
+            self._liveness.broadcast(Heartbeat())
+            await asyncio.sleep(self.deadlines.heartbeat_interval)
+
+    async def _expect_guards(self) -> None:
+        await asyncio.sleep(self.deadlines.initialisation)
+        for rank in sorted(self._liveness.missing):
+            self._on_guard_lost(
+                rank, f"it did not connect within {self.deadlines.initialisation:.0f} s"
+            )
+
+    def _on_guard_message(self, rank: int, message: LivenessMessage) -> None:
+        match message:
+            case RankFailed():
+                self.fail(message)
+            case GuardStarted() | LoadProgress() | RankReady() | LogLine():
+                self.emit(message)
+            case RankStatus() | Heartbeat():
+                pass
+            case _:
+                self.log(f"unexpected {type(message).__name__} from the guard of rank {rank}")
+
+    def _on_guard_lost(self, rank: int, reason: str) -> None:
+        if not self.ending:
+            node = self.assignment.nodes[rank]
+            self.fail(RankFailed(rank, node, f"its guard is gone: {reason}"))
+
+    # --- the leader rank ------------------------------------------------------------------------
+
+    def send_to_rank(self, message: Generate | Cancel) -> None:
+        """A request of the API."""
+        if self.rank is not None:
+            self.rank.send(message)
+
+    def on_rank_message(self, message: RankMessage) -> None:
+        """Pass on, to launcher, followers or the HTTP request that waits for it."""
+        match message:
+            case LoadProgress() | RankReady():
+                self.emit(message)
+            case PromptProgress() | Tokens() | Finished() | RequestFailed():
+                self._front.bridge.deliver(message)
+            case ControlListening(port=port):
+                self._liveness.broadcast(ControlEndpoint(self.bootstrap.liveness_host, port))
+            case EngineReady():
+                self._engine_ready.set()
+            case _:
+                self.log(f"unexpected {type(message).__name__} from the leader rank")

@@ -1,0 +1,169 @@
+"""The leader's guard from its start to its end, over all attempts of a run.
+
+It holds what outlives an attempt: the line to the launcher and the API's port. After a failure of
+a run that restarts, the API answers 503 with the cause until the launcher orders the next attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from k2cli.errors import ClusterError
+from k2cli.guard.base import Ending
+from k2cli.guard.engine_bridge import EngineBridge
+from k2cli.guard.front import ApiFront
+from k2cli.guard.leader import LeaderGuard
+from k2cli.guard.supervisor_pipe import LauncherPipe
+from k2cli.protocol import (
+    Bootstrap,
+    Cancel,
+    Generate,
+    Heartbeat,
+    NextAttempt,
+    RankFailed,
+    RunEnded,
+    StopRun,
+)
+from k2cli.protocol.wire import ConnectionLost
+
+_FLUSH_SECONDS = 1.0
+
+
+class LeaderHost:
+    """The leader's guard.
+
+    Args:
+        bootstrap: of the first attempt, or of the one that a fresh guard waits for.
+        worker: module that is the rank.
+        launcher: the line to the launcher.
+    """
+
+    def __init__(self, bootstrap: Bootstrap, worker: str, launcher: LauncherPipe) -> None:
+        self._bootstrap = bootstrap
+        self._worker = worker
+        self._launcher = launcher
+        self._loop = asyncio.get_running_loop()
+        self._heard_at = self._loop.time()
+        self._front = ApiFront(bootstrap, EngineBridge(self._send_to_rank))
+        self._guard: LeaderGuard | None = None
+        # The next attempt, or how the run ends without one.
+        self._next: asyncio.Future[Bootstrap | Ending] = self._loop.create_future()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def run(self) -> int:
+        """Live until the run ends.
+
+        Returns:
+            0 after an order to stop, 5 if the run failed.
+        """
+        for work in (self._obey_launcher(), self._watch_launcher()):
+            self._spawn(work)
+        ending = await self._attempts()
+        self._front.bridge.end(ending.cause, failed=ending.failed)
+        await self._front.close()
+        await self._launcher.flush(_FLUSH_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        return ClusterError.exit_code if ending.failed else 0
+
+    def terminated(self) -> None:
+        """SIGTERM came."""
+        if self._guard is not None:
+            self._guard.terminated()
+        else:
+            self._end(Ending("the leader's guard received SIGTERM", failed=True))
+
+    # --- attempts -------------------------------------------------------------------------------
+
+    async def _attempts(self) -> Ending:
+        bootstrap = self._bootstrap
+        if bootstrap.hold is not None and not self._open_early(bootstrap):
+            return Ending("the API cannot be served", failed=True)
+        while True:
+            if bootstrap.hold is None:
+                ending = await self._attempt(bootstrap)
+                if not (ending.failed and bootstrap.restarts):
+                    return ending
+            found = await self._next
+            if isinstance(found, Ending):
+                return found
+            self._next = self._loop.create_future()
+            self._front.bridge.begin_again(self._front.bridge.cause)
+            bootstrap = found
+
+    async def _attempt(self, bootstrap: Bootstrap) -> Ending:
+        self._guard = LeaderGuard(bootstrap, self._worker, self._launcher, self._front)
+        if self._next.done() and isinstance(early := self._next.result(), Ending):
+            self._guard.end(early.cause, failed=early.failed)
+        try:
+            return await self._guard.run()
+        finally:
+            self._guard = None
+
+    def _open_early(self, bootstrap: Bootstrap) -> bool:
+        """Answer 503 before there is an attempt; returns whether the port could be had."""
+        self._front.bridge.end(bootstrap.hold or "", failed=True)
+        try:
+            self._front.open()
+        except ClusterError as error:
+            node = bootstrap.assignment.nodes[0]
+            self._launcher.send(RankFailed(0, node, error.message))
+            self._launcher.send(RunEnded(error.message, failed=True))
+            return False
+        return True
+
+    def _send_to_rank(self, message: Generate | Cancel) -> None:
+        if self._guard is not None:
+            self._guard.send_to_rank(message)
+
+    # --- launcher -------------------------------------------------------------------------------
+
+    def _end(self, ending: Ending) -> None:
+        """End the attempt and the run."""
+        if not self._next.done():
+            self._next.set_result(ending)
+        if self._guard is not None:
+            self._guard.end(ending.cause, failed=ending.failed)
+
+    async def _obey_launcher(self) -> None:
+        reason = "it closed the connection"
+        try:
+            async for message in self._launcher.messages():
+                self._heard_at = self._loop.time()
+                match message:
+                    case StopRun(cause=cause, failed=True) if self._goes_on():
+                        assert self._guard is not None
+                        self._guard.end(cause, failed=True)
+                    case StopRun(cause=cause, failed=failed):
+                        self._end(Ending(cause, failed))
+                    case NextAttempt(bootstrap=bootstrap) if not self._next.done():
+                        self._next.set_result(bootstrap)
+                    case _:
+                        pass
+        except ConnectionLost as error:
+            reason = str(error)
+        self._end(Ending(f"the launcher is gone: {reason}", failed=True))
+
+    def _goes_on(self) -> bool:
+        """Whether the failure of the attempt that runs now is not the end."""
+        return self._guard is not None and self._guard.bootstrap.restarts
+
+    async def _watch_launcher(self) -> None:
+        deadlines = self._bootstrap.deadlines
+        while True:
+            self._launcher.send(Heartbeat())
+            await asyncio.sleep(deadlines.heartbeat_interval)
+            if self._loop.time() - self._heard_at > deadlines.liveness:
+                silence = f"it was silent for {deadlines.liveness:.0f} s"
+                self._end(Ending(f"the launcher is gone: {silence}", failed=True))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._end(Ending(f"internal error: {type(error).__name__}: {error}", failed=True))

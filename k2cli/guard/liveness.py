@@ -1,0 +1,216 @@
+"""The authenticated connections between the leader's guard and the other guards.
+
+Each side sends at least a heartbeat a second; silence for the liveness deadline means that the
+other is gone, whatever the state of its TCP connection. Orders (stop, where to connect) go down,
+everything that a follower's guard knows goes up. A follower half-closes its direction once its
+rank is gone: the leader's guard waits for that before it calls the run ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from k2cli.protocol import (
+    Bootstrap,
+    ControlEndpoint,
+    GuardStarted,
+    Heartbeat,
+    LivenessMessage,
+)
+from k2cli.protocol.wire import ConnectionLost
+from k2cli.protocol.wire_streams import (
+    AsyncChannel,
+    authenticate_stream,
+    open_stream,
+    serve_stream,
+)
+
+_RETRY_SECONDS = 0.2
+
+
+@dataclass(slots=True)
+class GuardConnection:
+    """One authenticated connection to another guard."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    channel: AsyncChannel[LivenessMessage] = field(init=False)
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.channel = AsyncChannel(self.reader, self.writer, LivenessMessage)
+
+    def send(self, message: LivenessMessage) -> None:
+        """Queue a message; after ``finish`` there is nobody to hear it."""
+        if not self.finished:
+            self.channel.send(message)
+
+    async def receive(self, silence_seconds: float) -> LivenessMessage:
+        """The next message.
+
+        Raises:
+            ConnectionLost: if the other guard is gone, or silent for longer than that.
+        """
+        try:
+            return await asyncio.wait_for(self.channel.receive(), silence_seconds)
+        except TimeoutError:
+            raise ConnectionLost(f"it was silent for {silence_seconds:.0f} s") from None
+
+    def finish(self) -> None:
+        """Say that nothing more will come from this side; the other may still speak."""
+        if not self.finished and not self.writer.is_closing():
+            self.finished = True
+            with contextlib.suppress(OSError):
+                self.writer.write_eof()
+
+    def close(self) -> None:
+        """Close both directions."""
+        self.channel.close()
+
+
+class LivenessServer:
+    """The leader's guard's side: one connection per follower.
+
+    Args:
+        bootstrap: address, secret and deadlines.
+        on_message: called with a follower's rank and each message that is not a heartbeat.
+        on_lost: called with the rank and the reason once per follower whose guard is gone.
+        log: one line about a connection that was refused.
+    """
+
+    def __init__(
+        self,
+        bootstrap: Bootstrap,
+        on_message: Callable[[int, LivenessMessage], None],
+        on_lost: Callable[[int, str], None],
+        log: Callable[[str], None],
+    ) -> None:
+        self._bootstrap = bootstrap
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._log = log
+        self._expected = set(range(1, bootstrap.assignment.size))
+        self._connections: dict[int, GuardConnection] = {}
+        self._endpoint: ControlEndpoint | None = None
+        self._finished: set[int] = set()
+        self._change = asyncio.Event()
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def listen(self) -> None:
+        """Open the port.
+
+        Raises:
+            OSError: if it is taken.
+        """
+        host, port = self._bootstrap.liveness_host, self._bootstrap.liveness_port
+        self._server = await serve_stream(self._accept, host, port)
+
+    @property
+    def missing(self) -> set[int]:
+        """Ranks whose guards have not connected yet."""
+        return self._expected - set(self._connections) - self._finished
+
+    def broadcast(self, message: LivenessMessage) -> None:
+        """Send to all guards; those that connect later hear of the control endpoint too."""
+        if isinstance(message, ControlEndpoint):
+            self._endpoint = message
+        for connection in self._connections.values():
+            connection.send(message)
+
+    async def all_finished(self, timeout_seconds: float) -> set[int]:
+        """Wait until every connected follower has said that its rank is gone, or is gone itself.
+
+        Returns:
+            The ranks that did neither in time.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                while set(self._connections) - self._finished:
+                    self._change.clear()
+                    await self._change.wait()
+        return set(self._connections) - self._finished
+
+    async def close(self) -> None:
+        """Close the port and all connections."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for connection in self._connections.values():
+            connection.close()
+        await asyncio.sleep(0)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._converse(GuardConnection(reader, writer)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _converse(self, connection: GuardConnection) -> None:
+        try:
+            await authenticate_stream(
+                connection.reader, connection.writer, self._bootstrap.secret, accepting=True
+            )
+            hello = await connection.receive(self._bootstrap.deadlines.liveness)
+            rank = self._admit(hello, connection)
+        except ConnectionLost as error:
+            self._log(f"a connection to the liveness port was refused: {error}")
+            connection.close()
+            return
+        self._on_message(rank, hello)
+        if self._endpoint is not None:
+            connection.send(self._endpoint)
+        await self._serve(rank, connection)
+
+    def _admit(self, hello: LivenessMessage, connection: GuardConnection) -> int:
+        if not isinstance(hello, GuardStarted) or hello.rank not in self.missing:
+            raise ConnectionLost("its first message was not that of a missing guard")
+        self._connections[hello.rank] = connection
+        return hello.rank
+
+    async def _serve(self, rank: int, connection: GuardConnection) -> None:
+        reason = ""
+        try:
+            while True:
+                message = await connection.receive(self._bootstrap.deadlines.liveness)
+                if not isinstance(message, Heartbeat):
+                    self._on_message(rank, message)
+        except ConnectionLost as error:
+            reason = str(error)
+        finally:
+            self._finished.add(rank)
+            self._change.set()
+        self._on_lost(rank, reason)
+
+
+async def connect_to_leader(bootstrap: Bootstrap) -> GuardConnection:
+    """Connect a follower's guard to the leader's, which may not listen yet.
+
+    Raises:
+        ConnectionLost: if that does not succeed within the initialisation deadline, or the other
+            side does not know the run's secret.
+    """
+    host, port = bootstrap.liveness_host, bootstrap.liveness_port
+    limit = bootstrap.deadlines.initialisation
+    try:
+        async with asyncio.timeout(limit):
+            while True:
+                try:
+                    reader, writer = await open_stream(host, port)
+                    break
+                except OSError:
+                    await asyncio.sleep(_RETRY_SECONDS)
+    except TimeoutError:
+        raise ConnectionLost(
+            f"the leader's guard at {host}:{port} did not answer within {limit:.0f} s"
+        ) from None
+    try:
+        await authenticate_stream(reader, writer, bootstrap.secret, accepting=False)
+    except ConnectionLost:
+        writer.close()
+        raise
+    return GuardConnection(reader, writer)

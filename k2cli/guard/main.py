@@ -1,0 +1,86 @@
+"""The guard process: parent of one rank, on the rank's node. Plain Python; no mlx in it.
+
+Started by the launcher, directly or over ssh, as
+``python -m k2cli.guard.main --k2-run ID --bootstrap NAME --rank R``; nobody imports it. What it
+is to do lies in its bootstrap file, which it deletes once read. It ends its rank and itself when
+the run is over, when it is told to, and when whoever it reports to is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+
+import msgspec
+
+from k2cli.errors import K2Error, UsageError
+from k2cli.guard.follower import FollowerGuard
+from k2cli.guard.leader_session import LeaderHost
+from k2cli.guard.spawn import DEFAULT_WORKER
+from k2cli.guard.supervisor_pipe import LauncherPipe
+from k2cli.protocol import Bootstrap
+from k2cli.settings import RUN_OPTION, runs_directory
+
+
+def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="k2cli.guard.main", description="A guard of k2.")
+    parser.add_argument(RUN_OPTION, dest="run", required=True, help="id of the run")
+    parser.add_argument(
+        "--bootstrap", required=True, help="file name, in the run's folder; {rank} is replaced"
+    )
+    parser.add_argument("--rank", type=int, required=True, help="the rank that it guards")
+    parser.add_argument("--worker-module", default=DEFAULT_WORKER, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def read_bootstrap(run_id: str, name: str, rank: int) -> Bootstrap:
+    """Read the bootstrap file of a rank, and delete it: it holds the run's secret.
+
+    Raises:
+        UsageError: if there is none, or it is another rank's or another run's.
+    """
+    path = runs_directory() / run_id / name.format(rank=rank)
+    try:
+        content = path.read_bytes()
+        path.unlink()
+        bootstrap = msgspec.json.decode(content, type=Bootstrap)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UsageError(f"{path} is not a bootstrap file: {error}") from error
+    assignment = bootstrap.assignment
+    if (assignment.run_id, assignment.rank) != (run_id, rank):
+        raise UsageError(f"{path} is for rank {assignment.rank} of run {assignment.run_id}")
+    return bootstrap
+
+
+async def _live(bootstrap: Bootstrap, worker: str) -> int:
+    guard: LeaderHost | FollowerGuard
+    if bootstrap.assignment.rank == 0:
+        guard = LeaderHost(bootstrap, worker, await LauncherPipe.open())
+    else:
+        guard = FollowerGuard(bootstrap, worker)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, guard.terminated)
+    return await guard.run()
+
+
+def main() -> None:
+    """Be a guard."""
+    # Ctrl-C and a closed terminal are the launcher's to deal with.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    options = _parse_arguments(sys.argv[1:])
+    try:
+        bootstrap = read_bootstrap(options.run, options.bootstrap, options.rank)
+    except K2Error as error:
+        sys.stderr.write(f"guard: {error.message}\n")
+        sys.exit(error.exit_code)
+    status = asyncio.run(_live(bootstrap, options.worker_module))
+    sys.stderr.flush()
+    # A thread that still reads a tokenizer or an open pipe must not keep the process.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

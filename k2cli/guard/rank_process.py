@@ -1,0 +1,258 @@
+"""A rank as its guard sees it: start it, read what it says, end it, and say why it ended.
+
+The rank inherits two descriptors: one end of a socket pair for messages, and its progress page.
+It dies with its guard: by PR_SET_PDEATHSIG on Linux, and because its socket closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+
+import psutil
+
+from k2cli.guard.oom_evidence import KernelRecord
+from k2cli.guard.spawn import spawn_rank
+from k2cli.protocol import (
+    Bootstrap,
+    Fatal,
+    GuardMessage,
+    RankMessage,
+    Shutdown,
+    Start,
+)
+from k2cli.protocol.progress_page import ProgressPage
+from k2cli.protocol.wire_streams import AsyncChannel, open_stream
+
+KEPT_LINES = 20
+MAX_LINE_CHARACTERS = 4000
+_TERMINATE_SECONDS = 1.0
+_KILL_SECONDS = 5.0
+_DRAIN_SECONDS = 0.5
+# Above this share of the machine's memory a SIGKILL is likely the kernel's.
+_HIGH_MEMORY_SHARE = 0.6
+_LOW_AVAILABLE_SHARE = 0.05
+# A log line goes to a terminal sooner or later, and must not steer it.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+class RankProcess:
+    """A running rank. Made by ``RankProcess.start``."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        channel: AsyncChannel[RankMessage],
+        page: ProgressPage,
+        kernel: KernelRecord,
+    ) -> None:
+        self._process = process
+        self._kernel = kernel
+        self._kernel_says = ""
+        self._killed_here = False
+        self._view = psutil.Process(process.pid)
+        self.channel = channel
+        self.page = page
+        self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self.fatal: Fatal | None = None
+        self.verdict: str | None = None
+        self._memory_was_high = False
+        self._output_ended = asyncio.Event()
+        self._messages_ended = asyncio.Event()
+
+    @classmethod
+    async def start(
+        cls, bootstrap: Bootstrap, worker: str, job: Mapping[str, str] | None = None
+    ) -> RankProcess:
+        """Start the rank and tell it what it is.
+
+        Args:
+            job: what makes it part of an MPI job.
+
+        Raises:
+            OSError: if the process cannot be started.
+        """
+        spawned = await spawn_rank(bootstrap, worker, job)
+        reader, writer = await open_stream(connection=spawned.connection)
+        channel: AsyncChannel[RankMessage] = AsyncChannel(reader, writer, RankMessage)
+        rank = cls(spawned.process, channel, spawned.page, spawned.kernel)
+        control_host = bootstrap.liveness_host
+        rank.send(Start(bootstrap.assignment, bootstrap.secret, bootstrap.deadlines, control_host))
+        return rank
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """As in subprocess: negative for a signal, None while it runs."""
+        return self._process.returncode
+
+    def send(self, message: GuardMessage) -> None:
+        """Queue a message for the rank; a rank that is gone shows elsewhere."""
+        self.channel.send(message)
+
+    async def lines(self) -> AsyncIterator[str]:
+        """What the rank writes to stdout and stderr, line by line; very long lines are cut."""
+        assert self._process.stdout is not None
+        try:
+            async for line in split_lines(self._process.stdout):
+                self.last_lines.append(line)
+                yield line
+        finally:
+            self._output_ended.set()
+
+    def is_stopped(self) -> bool:
+        """Whether a signal stopped the process; also takes note of its memory."""
+        try:
+            self._note_memory()
+            return self._view.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        except psutil.Error:
+            return False
+
+    def _note_memory(self) -> None:
+        memory = psutil.virtual_memory()
+        resident = self._view.memory_info().rss
+        self._memory_was_high = resident > _HIGH_MEMORY_SHARE * memory.total or (
+            memory.available < _LOW_AVAILABLE_SHARE * memory.total
+        )
+
+    async def wait(self) -> int:
+        """Wait until the rank is gone and all that it said is read; returns its exit status."""
+        status = await self._process.wait()
+        # A grandchild may hold the pipe open: do not wait for the end of the output for ever.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                await self._messages_ended.wait()
+                await self._output_ended.wait()
+        if status == -signal.SIGKILL and not self._killed_here:
+            await asyncio.to_thread(self._ask_kernel)
+        self._kernel.close()
+        return status
+
+    def _ask_kernel(self) -> None:
+        counted = self._kernel.has_counted
+        kill = self._kernel.kill_of(self.pid, suspected=counted or self._memory_was_high)
+        if kill is not None:
+            self._kernel_says = f"likely out of memory: {kill}"
+        elif counted:
+            self._kernel_says = (
+                "perhaps for want of memory: the kernel has killed a process of its control group"
+            )
+
+    async def messages(self) -> AsyncIterator[RankMessage]:
+        """What the rank tells its guard.
+
+        Raises:
+            ConnectionLost: when the rank closes the connection, or breaks the protocol.
+        """
+        try:
+            while True:
+                yield await self.channel.receive()
+        finally:
+            self._messages_ended.set()
+
+    def kill(self) -> None:
+        """SIGKILL, which also ends a process that is stopped."""
+        self._killed_here = True
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # asyncio knows whether the process was already waited for, so the pid cannot be another's.
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    async def end(self, *, grace_seconds: float) -> bool:
+        """End the rank: Shutdown and ``grace_seconds``, then SIGTERM, then SIGKILL.
+
+        Args:
+            grace_seconds: 0 skips the polite part, for a run that has failed.
+
+        Returns:
+            Whether it is gone. Only a process that hangs in the kernel is not.
+        """
+        if grace_seconds > 0:
+            self.send(Shutdown())
+            if await self.gone_within(grace_seconds):
+                return True
+        self._signal(signal.SIGTERM)
+        if await self.gone_within(_TERMINATE_SECONDS):
+            return True
+        self.kill()
+        return await self.gone_within(_KILL_SECONDS)
+
+    async def gone_within(self, seconds: float) -> bool:
+        """Wait that long for the process to end; returns whether it has."""
+        try:
+            await asyncio.wait_for(self._process.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def exit_is_symptom(self) -> bool:
+        """Whether the cause of this end is likely another rank's or guard's."""
+        if self.fatal is not None:
+            return self.fatal.kind == "lost peer"
+        return self.verdict is None and self.exit_status == -signal.SIGTERM
+
+    def cause_of_exit(self) -> str:
+        """Why the rank ended, as far as can be told, in one sentence about "it"."""
+        status = self.exit_status
+        if self.verdict is not None:
+            return self.verdict
+        if self.fatal is not None:
+            return self.fatal.error
+        if status is None:
+            return "it does not react"
+        if self._kernel_says:
+            return f"it was killed (SIGKILL), {self._kernel_says}"
+        if status == -signal.SIGKILL and self._memory_was_high:
+            return "it was killed (SIGKILL), perhaps because the machine ran out of memory"
+        if status < 0:
+            return f"it was killed by {signal_name(-status)}"
+        return f"it exited with status {status}"
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9; the number itself where it has no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+async def split_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines of a stream, ended by newline or carriage return; empty ones are left out.
+
+    A line of any length costs bounded memory: it is cut at ``MAX_LINE_CHARACTERS``.
+    """
+    pending = b""
+    cut = False
+    while chunk := await stream.read(2**16):
+        *complete, rest = chunk.replace(b"\r", b"\n").split(b"\n")
+        for part in complete:
+            if (text := _shown(pending + part)) and not cut:
+                yield text
+            pending, cut = b"", False
+        pending = b"" if cut else pending + rest
+        if len(pending) > MAX_LINE_CHARACTERS:
+            yield _shown(pending)
+            pending, cut = b"", True
+    if text := _shown(pending):
+        yield text
+
+
+def _shown(line: bytes) -> str:
+    text = _CONTROL_CHARACTERS.sub("", line.decode(errors="replace")).rstrip()
+    return text if len(text) <= MAX_LINE_CHARACTERS else text[:MAX_LINE_CHARACTERS] + " [cut]"
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}"

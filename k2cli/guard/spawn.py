@@ -1,0 +1,122 @@
+"""Start the process of a rank: its command line, its environment, what it inherits."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from k2cli.guard.oom_evidence import KernelRecord
+from k2cli.protocol import Assignment, Bootstrap
+from k2cli.protocol.progress_page import ProgressPage
+from k2cli.settings import RUN_OPTION
+
+DEFAULT_WORKER = "k2cli.rank.main"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnedRank:
+    """A rank's process, and ``connection``, the guard's end of its socket pair."""
+
+    process: asyncio.subprocess.Process
+    connection: socket.socket
+    page: ProgressPage
+    kernel: KernelRecord
+
+
+async def spawn_rank(
+    bootstrap: Bootstrap, worker: str, job: Mapping[str, str] | None = None
+) -> SpawnedRank:
+    """Start the process of a rank.
+
+    Args:
+        worker: the module that is the rank.
+        job: the environment that makes it part of an MPI job.
+
+    Raises:
+        OSError: if the process cannot be started.
+    """
+    ours, theirs = socket.socketpair()
+    page = ProgressPage.create()
+    inherited = [theirs.fileno(), page.fileno()]
+    settings, files = group_settings(bootstrap.assignment)
+    environment = {**os.environ, **(job or {}), **bootstrap.environment, **settings}
+    environment["PYTHONUNBUFFERED"] = "1"
+    for name, content in files.items():
+        inherited.append(_nameless_file(content))
+        environment[name] = f"/dev/fd/{inherited[-1]}"
+    kernel = KernelRecord()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *rank_arguments(bootstrap.assignment, worker, theirs.fileno(), page.fileno()),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            pass_fds=inherited,
+            env=environment,
+            preexec_fn=_die_with_guard(),
+        )
+    finally:
+        theirs.close()
+        for descriptor in inherited[2:]:
+            os.close(descriptor)
+    return SpawnedRank(process, ours, page, kernel)
+
+
+def _die_with_guard() -> Callable[[], None] | None:
+    """What the child calls between fork and exec, so that it cannot outlive its guard (Linux)."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    guard = os.getpid()
+
+    def prepare() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != guard:
+            os._exit(1)
+
+    return prepare
+
+
+def rank_arguments(
+    assignment: Assignment, worker: str, guard_fd: int, progress_fd: int
+) -> list[str]:
+    """The command line of a rank, with the mark of its run."""
+    return [
+        *(sys.executable, "-P", "-m", worker),
+        *(RUN_OPTION, assignment.run_id, "--rank", str(assignment.rank)),
+        *("--guard-fd", str(guard_fd), "--progress-fd", str(progress_fd)),
+    ]
+
+
+def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, bytes]]:
+    """What MLX wants in a rank's environment to join its group: values, and content of a file.
+
+    The names are those of ``mlx/_distributed_utils/launch.py`` (``launch_ring``,
+    ``launch_jaccl``); MPI needs none of them.
+    """
+    rank = {"MLX_RANK": str(assignment.rank)}
+    if assignment.transport == "ring" and assignment.ring_hosts is not None:
+        return rank, {"MLX_HOSTFILE": msgspec.json.encode(assignment.ring_hosts)}
+    if assignment.transport == "jaccl" and assignment.jaccl_coordinator is not None:
+        coordinator = {"MLX_JACCL_COORDINATOR": assignment.jaccl_coordinator}
+        devices = msgspec.json.encode(assignment.jaccl_devices)
+        return rank | coordinator, {"MLX_IBV_DEVICES": devices}
+    return {}, {}
+
+
+def _nameless_file(content: bytes) -> int:
+    """Return a descriptor of a file without a name, which need not be removed."""
+    with tempfile.TemporaryFile() as file:
+        # On some systems the rank shares the position in the file: pwrite leaves it at the start.
+        os.pwrite(file.fileno(), content, 0)
+        return os.dup(file.fileno())

@@ -1,0 +1,102 @@
+"""The leader's guard's line to the launcher: JSON lines on its own stdin and stdout.
+
+ssh carries them from another node. Nothing here ever blocks: if the launcher does not read, log
+lines are dropped and counted, everything else waits in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from k2cli.protocol import LauncherMessage, LogLine, RunEvent
+from k2cli.protocol.wire import ConnectionLost
+
+_MAX_LINE_BYTES = 2**20
+_MAX_WAITING_BYTES = 4 * 2**20
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[LauncherMessage] = msgspec.json.Decoder(LauncherMessage)
+
+
+class LauncherPipe:
+    """Messages from the launcher, events to it. Made by ``LauncherPipe.open``."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.WriteTransport) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._dropped_lines = 0
+
+    @classmethod
+    async def open(cls) -> LauncherPipe:
+        """Take over stdin and stdout of this process.
+
+        What would be printed by accident goes to stderr from here on, so that it cannot break an
+        event in two.
+        """
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
+        source = os.fdopen(os.dup(0), "rb", buffering=0)
+        target = os.fdopen(os.dup(1), "wb", buffering=0)
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), source)
+        writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, target)
+        # Never hold back: a launcher that is slow to read must not stop the guard.
+        writer.set_write_buffer_limits(high=2**40)
+        return cls(reader, writer)
+
+    def send(self, event: RunEvent) -> None:
+        """Queue an event; a launcher that is gone shows in ``messages``."""
+        if self._writer.is_closing():
+            return
+        if isinstance(event, LogLine) and self._is_full():
+            self._dropped_lines += 1
+            return
+        if self._dropped_lines and isinstance(event, LogLine):
+            note = f"[{self._dropped_lines} log lines dropped: the launcher did not keep up]"
+            self._dropped_lines = 0
+            self._write(LogLine(event.rank, event.node, "guard", note))
+        self._write(event)
+
+    def _write(self, event: RunEvent) -> None:
+        self._writer.write(_encoder.encode(event) + b"\n")
+
+    def _is_full(self) -> bool:
+        return self._writer.get_write_buffer_size() > _MAX_WAITING_BYTES
+
+    async def messages(self) -> AsyncIterator[LauncherMessage]:
+        """What the launcher says, until it is gone.
+
+        Raises:
+            ConnectionLost: if it says something that is no message.
+        """
+        try:
+            while line := await self._reader.readline():
+                yield _decoder.decode(line)
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise ConnectionLost(f"the launcher broke the protocol: {error}") from error
+        except OSError:
+            return
+
+    async def flush(self, timeout_seconds: float) -> None:
+        """Wait until the launcher has taken what was sent, or the time is up."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_seconds
+        while self._writer.get_write_buffer_size() and not self._writer.is_closing():
+            if loop.time() > until:
+                return
+            await asyncio.sleep(0.02)
+
+
+async def until_stdin_ends() -> None:
+    """Wait until the launcher closes a guard's stdin, or is gone; what it says is not read."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
+    source = os.fdopen(os.dup(0), "rb", buffering=0)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), source)
+    while await reader.read(_MAX_LINE_BYTES):
+        pass

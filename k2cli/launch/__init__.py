@@ -1,0 +1,1 @@
+"""Launches: from a request to a run whose folder is written."""

@@ -1,0 +1,118 @@
+"""The plan of a launch: read from a file, or made for the nodes, and held against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from k2cli.choices import Transport, WantedTransport
+from k2cli.errors import DoesNotFitError, UsageError
+from k2cli.launch.request import LaunchRequest
+from k2cli.nodes.node import Node
+from k2cli.planning.plan import NodeBudget, Plan, plan_from_json
+from k2cli.units import format_bytes
+
+
+def read_plan(request: LaunchRequest) -> Plan | None:
+    """The plan that the request names, or None if it names none.
+
+    Raises:
+        UsageError: if it cannot be read, or an option contradicts it.
+    """
+    path = request.plan_file
+    if path is None:
+        return None
+    contradicting = {
+        "--parallel": request.parallel != "auto",
+        "--dtype": request.dtype != "auto",
+        "--context": request.context_length is not None,
+        "--concurrency": request.concurrency is not None,
+        "--head": request.head != "auto",
+    }
+    for option, given in contradicting.items():
+        if given:
+            raise UsageError(f"{option} is decided by the plan {path}", f"leave out {option}")
+    try:
+        return plan_from_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UsageError(f"the plan {path} cannot be read: {error.strerror}") from error
+
+
+def make_launch_plan(
+    request: LaunchRequest, folder: Path, nodes: Sequence[Node], transport: Transport
+) -> Plan:
+    """A plan for the memory that the nodes have, of the model whose headers are in ``folder``.
+
+    That it is what each rank will hold, the ranks see to before they load.
+
+    Raises:
+        K2Error: if the model cannot be planned, or a node cannot be asked.
+    """
+    from k2cli.planning.planner import make_plan, make_roomy_plan
+    from k2cli.planning.speed.calibrations import with_calibration
+
+    known = {node.name: node.memory() for node in {node.name: node for node in nodes}.values()}
+    link: WantedTransport = "auto" if transport == "local" else transport
+    memory = with_calibration([known[node.name] for node in nodes], link)
+    wishes: dict[str, Any] = {
+        "strategy": request.parallel,
+        "dtype": request.dtype,
+        "head": request.head,
+        "transport": link,
+    }
+    context = request.context_length
+    if request.concurrency is None:
+        plan = make_roomy_plan(
+            str(folder), memory, context_length=context, trace_chosen=False, **wishes
+        )
+    else:
+        plan = make_plan(
+            str(folder),
+            memory,
+            context_length=context,
+            concurrency=request.concurrency,
+            trace_chosen=False,
+            **wishes,
+        )
+    return replace(plan, model=replace(plan.model, reference=request.model))
+
+
+def check_plan(plan: Plan, folder: Path, nodes: Sequence[Node], *, force: bool) -> None:
+    """Refuse a plan for other nodes or another model, and one that does not fit.
+
+    Raises:
+        UsageError: if it is for another number of nodes or of layers.
+        DoesNotFitError: if it does not fit and ``force`` is not set.
+    """
+    if plan.placement.size != len(nodes):
+        raise UsageError(
+            f"the plan is for {plan.placement.size} rank(s), and {len(nodes)} node(s) are named"
+        )
+    layers = _layer_count(folder)
+    if layers is not None and layers != plan.placement.layer_count:
+        raise UsageError(
+            f"the plan places {plan.placement.layer_count} layers, the model has {layers}",
+            f"k2 plan-memory {plan.model.reference} --hardware SPEC --save plan.json",
+        )
+    if not plan.fits and not force:
+        raise _does_not_fit(plan)
+
+
+def _layer_count(folder: Path) -> int | None:
+    from k2cli.models.checkpoint import read_config
+
+    config = read_config(folder)
+    count = (config.get("text_config") or config).get("num_hidden_layers")
+    return count if isinstance(count, int) else None
+
+
+def _does_not_fit(plan: Plan) -> DoesNotFitError:
+    worst: NodeBudget = min(plan.nodes, key=lambda node: node.headroom_bytes)
+    return DoesNotFitError(
+        f"{plan.model.reference} does not fit: {worst.name} needs "
+        f"{format_bytes(worst.total_bytes)} and has {format_bytes(worst.limit_bytes)} "
+        f"({format_bytes(-worst.headroom_bytes)} too little)",
+        "a smaller --context, more nodes, a smaller quantization; or --force to try all the same",
+    )

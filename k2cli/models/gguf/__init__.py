@@ -1,0 +1,1 @@
+"""Reading and conversion of GGUF files."""

@@ -1,0 +1,148 @@
+"""A repository's checkpoint by its headers alone: config, index and the start of each shard.
+
+What ``read_checkpoint`` learns of a folder is learnt of a repository on the Hub by range requests,
+with the same checks. It costs kilobytes for an MLX conversion; an original with a tensor per expert
+has headers of some megabytes. A commit never changes, so what was read is kept for good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from k2cli.errors import K2Error
+from k2cli.files import write_atomically
+from k2cli.models.checkpoint import (
+    INDEX_NAME,
+    Checkpoint,
+    StoredTensor,
+    check_index,
+    header_length,
+    read_config,
+    tensors_of_header,
+    weight_map_of,
+)
+from k2cli.models.sources import hub
+from k2cli.settings import data_directory
+
+FIRST_READ_BYTES = 32 * 1024
+"""Read at once of each shard; the rest of a longer header takes a second request."""
+
+_PARALLEL_REQUESTS = 8
+_MAX_INDEX_BYTES = 50_000_000
+_MAX_SHARDS = 4096
+_LAYOUT = 1
+
+
+def remote_checkpoint(repo: str, revision: str | None = None) -> Checkpoint:
+    """The config and tensors of a repository; ``file`` of a tensor is a name in the repository.
+
+    A repository without safetensors gives no tensors and 0 bytes.
+
+    Raises:
+        NotAuthorisedError: if it is gated or private.
+        K2Error: if it does not exist, the Hub cannot be reached, or a header is malformed.
+    """
+    folder = hub.download_config(repo, revision)
+    config, commit = read_config(folder), folder.name
+    kept = _kept_file(repo, commit)
+    tensors = _read_kept(kept)
+    if tensors is None:
+        tensors = read_headers(repo, commit)
+        _keep(kept, tensors)
+    return Checkpoint(folder, config, tensors, sum(t.nbytes for t in tensors.values()))
+
+
+def read_headers(repo: str, commit: str) -> dict[str, StoredTensor]:
+    """All tensors of a repository at a commit, by range requests; nothing is kept.
+
+    Raises:
+        K2Error: if the Hub cannot be reached, or a header is malformed.
+    """
+    names = hub.file_names(repo, commit)
+    path = Path(repo) / INDEX_NAME
+    weight_map = None
+    if INDEX_NAME in names:
+        weight_map = weight_map_of(path, _read_index(repo, commit))
+        files = sorted(set(weight_map.values()))
+        absent = [file for file in files if file not in names]
+        if absent:
+            raise K2Error(f"{path} names {absent[0]}, which the repository does not have")
+    else:
+        # Other folders of a repository hold other things; mlx-lm's rule for names comes first.
+        own = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+        files = sorted(name for name in own if name.startswith("model")) or sorted(own)
+    if len(files) > _MAX_SHARDS:
+        raise K2Error(f"{repo} has {len(files)} safetensors files, k2 reads at most {_MAX_SHARDS}")
+    tensors: dict[str, StoredTensor] = {}
+    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+        for part in pool.map(lambda name: _read_header(repo, commit, name), files):
+            for name, tensor in part.items():
+                if name in tensors:
+                    raise K2Error(f"tensor '{name}' is in both {tensors[name].file} and its copy")
+                tensors[name] = tensor
+    if weight_map is not None:
+        check_index(path, weight_map, tensors)
+    return tensors
+
+
+def _read_index(repo: str, commit: str) -> dict[str, Any]:
+    data, size = hub.read_range(repo, commit, INDEX_NAME, 0, _MAX_INDEX_BYTES)
+    path = Path(repo) / INDEX_NAME
+    if size > _MAX_INDEX_BYTES:
+        raise K2Error(f"{path} is larger than {_MAX_INDEX_BYTES} bytes")
+    try:
+        index = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise K2Error(f"{path} is not JSON: {error}") from error
+    if not isinstance(index, dict):
+        raise K2Error(f"{path} must hold a JSON object, not {type(index).__name__}")
+    return index
+
+
+def _read_header(repo: str, commit: str, name: str) -> dict[str, StoredTensor]:
+    file = Path(repo) / name
+    data, size = hub.read_range(repo, commit, name, 0, FIRST_READ_BYTES)
+    length = header_length(file, data[:8], size)
+    text = data[8 : 8 + length]
+    if len(text) < length:
+        more, _ = hub.read_range(repo, commit, name, len(data), length - len(text))
+        text += more
+    return tensors_of_header(file, text, size)
+
+
+# --- what is kept -------------------------------------------------------------------------------
+
+
+def _kept_file(repo: str, commit: str) -> Path:
+    return data_directory() / "headers" / f"{repo.replace('/', '--')}@{commit}.json.gz"
+
+
+def _read_kept(path: Path) -> dict[str, StoredTensor] | None:
+    """What an earlier call kept; None if there is nothing, or something that is not whole."""
+    try:
+        with gzip.open(path, "rb") as stream:
+            document = json.load(stream)
+        if document["layout"] != _LAYOUT:
+            return None
+        return {
+            name: StoredTensor(name, dtype, tuple(shape), nbytes, Path(file), offset)
+            for name, (dtype, shape, nbytes, file, offset) in document["tensors"].items()
+        }
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _keep(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Keep it, whole or not at all; a disk that refuses costs a second reading, nothing else."""
+    entries = {
+        t.name: (t.dtype, t.shape, t.nbytes, t.file.as_posix(), t.offset) for t in tensors.values()
+    }
+    document = {"layout": _LAYOUT, "tensors": entries}
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, gzip.compress(json.dumps(document).encode(), 5))

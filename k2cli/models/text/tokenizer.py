@@ -1,0 +1,234 @@
+"""Text to tokens and back, and conversations to prompts, for any checkpoint folder.
+
+Reads ``tokenizer.json``, or K2's vocabulary in tiktoken's format; runs no code of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k2cli.errors import K2Error
+from k2cli.models.checkpoint import end_tokens, read_json_object
+from k2cli.models.text.tiktoken_bpe import (
+    build_tokenizer,
+    byte_letters,
+    find_vocabulary,
+    read_ranks,
+    special_tokens,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from k2cli.models.text.chat_template import ChatTemplate
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template. ``Tokenizer.load`` makes one."""
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        folder: Path,
+        config: dict[str, Any],
+        stop_tokens: frozenset[int],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._folder = folder
+        self._config = config
+        self._special = _special_texts(config)
+        self._templates: dict[bool, ChatTemplate] = {}
+        self.stop_tokens = stop_tokens
+        """The tokens after which an answer is complete."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read the tokenizer of a checkpoint.
+
+        Raises:
+            K2Error: if the folder has none, or its files are damaged.
+        """
+        path = folder / "tokenizer_config.json"
+        config = read_json_object(path) if path.is_file() else {}
+        tokenizer = _load_tokenizer(folder, config)
+        return cls(tokenizer, folder, config, _stop_tokens(folder, config, tokenizer))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens with special ones; a model's head may be larger, for padding."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text. Special tokens that the text spells out become themselves.
+
+        Raises:
+            K2Error: if the text is no valid Unicode (a lone surrogate).
+        """
+        try:
+            text.encode()  # the library's own complaint would be a TypeError
+        except UnicodeEncodeError as error:
+            raise K2Error("the text is not valid Unicode: it has a lone surrogate") from error
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text, such as ``<|im_end|>``; None if there is none."""
+        return self._tokenizer.token_to_id(token)
+
+    def chat_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> str:
+        """The conversation as the text that the model was trained on.
+
+        Raises:
+            K2Error: if the model has no chat template, or it refuses the messages.
+        """
+        template = self._template(with_tools=bool(tools))
+        return template.render(messages, tools, add_generation_prompt, template_arguments)
+
+    def chat_tokens(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> list[int]:
+        """``chat_prompt`` as token ids; the template writes the special tokens itself."""
+        prompt = self.chat_prompt(messages, tools, add_generation_prompt, **template_arguments)
+        return self.encode(prompt)
+
+    def stream(self, skip_special_tokens: bool = True) -> TokenStream:
+        """A new incremental decoder for one answer."""
+        return TokenStream(self._tokenizer, skip_special_tokens)
+
+    def _template(self, *, with_tools: bool) -> ChatTemplate:
+        if with_tools not in self._templates:
+            from k2cli.models.text.chat_template import ChatTemplate, read_chat_template
+
+            source = read_chat_template(self._folder, self._config, with_tools=with_tools)
+            if source is None:
+                raise K2Error(
+                    f"the model in {self._folder} has no chat template",
+                    "send a plain prompt to /v1/completions instead",
+                )
+            self._templates[with_tools] = ChatTemplate(source, self._special)
+        return self._templates[with_tools]
+
+
+class TokenStream:
+    """Token by token to text; never half a character. ``Tokenizer.stream`` makes one.
+
+    What all ``push`` and the final ``finish`` return, joined, is what ``decode`` gives for all.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+        from tokenizers import decoders
+
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        if self._byte_level:
+            self._letters = {letter: value for value, letter in enumerate(byte_letters())}
+            self._special = _special_ids(tokenizer) if skip_special_tokens else frozenset()
+            self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        else:
+            self._steps = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
+            self._ids: list[int] = []
+            self._emitted = ""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now that ``token_id`` follows; may be empty."""
+        if self._byte_level:
+            return self._utf8.decode(self._bytes(token_id))
+        self._ids.append(token_id)
+        text = self._steps.step(self._tokenizer, token_id) or ""
+        self._emitted += text
+        return text
+
+    def finish(self) -> str:
+        """The rest: what was held back because more bytes might have followed."""
+        if self._byte_level:
+            return self._utf8.decode(b"", final=True)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        return text[len(self._emitted) :]
+
+    def _bytes(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._special:
+            return b""
+        try:
+            return bytes([self._letters[letter] for letter in token])
+        except KeyError:  # an added token with a letter outside the table is its own text
+            return token.encode()
+
+
+def _special_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(number for number, token in added.items() if token.special)
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise K2Error(f"{path} is not a tokenizer: {error}", "download it again") from error
+    vocabulary = find_vocabulary(folder)
+    if vocabulary is None:
+        raise K2Error(f"{folder} has neither tokenizer.json nor tiktoken.model")
+    if config.get("tokenizer_class") != "TikTokenTokenizer":
+        # Other families ship the same kind of file but cut text by other patterns.
+        raise K2Error(
+            f"{vocabulary} belongs to the tokenizer {config.get('tokenizer_class')!r}; "
+            "k2 knows the pattern of 'TikTokenTokenizer' (Kimi) only",
+            "use a conversion of the model that has a tokenizer.json",
+        )
+    ranks = read_ranks(vocabulary)
+    named = config.get("added_tokens_decoder", {})
+    if not isinstance(named, dict):
+        raise K2Error(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is no object")
+    return build_tokenizer(ranks, special_tokens(vocabulary, len(ranks), named))
+
+
+def _special_texts(config: dict[str, Any]) -> dict[str, str]:
+    """``bos_token`` and the like, which are a text or an object with ``content``."""
+    texts: dict[str, str] = {}
+    for name in _SPECIAL_NAMES:
+        value = config.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            texts[name] = content
+    return texts
+
+
+def _stop_tokens(
+    folder: Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer
+) -> frozenset[int]:
+    """Every end that a file of the checkpoint names.
+
+    K2's config says [EOS], its generation config <|im_end|>: either one ends an answer.
+    """
+    stops: set[int] = set()
+    end = _special_texts(config).get("eos_token")
+    if end is not None and (number := tokenizer.token_to_id(end)) is not None:
+        stops.add(number)
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        if path.is_file():
+            value: Any = read_json_object(path).get("eos_token_id")
+            stops.update(end_tokens(path, value))
+    return frozenset(stops)

@@ -1,0 +1,1 @@
+"""Nodes: how a machine is asked."""

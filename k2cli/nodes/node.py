@@ -1,0 +1,320 @@
+"""Nodes: the machines of a cluster, as the launcher uses them.
+
+``LocalNode`` is this machine, ``ssh.SshNode`` one that OpenSSH reaches. Both answer
+the same questions through ``cluster.agent``; the launcher does not know which is which.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import msgspec
+
+import k2cli
+from k2cli.agent import facts as node_facts
+from k2cli.agent import main as agent
+from k2cli.agent import ports, run_folder, run_processes
+from k2cli.agent.facts import NodeFacts
+from k2cli.agent.run_processes import RunProcess
+from k2cli.errors import ClusterError
+
+if TYPE_CHECKING:
+    import asyncio
+
+LOCALHOST = "localhost"
+_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+CALL_SECONDS = 20.0
+# For a node of which nothing else says that it can be reached. A new connection takes about half a
+# second in a local network, and twice that over a jump host.
+REACH_SECONDS = 4.0
+# One line of a guard may carry the last lines of a rank.
+_STREAM_LIMIT_BYTES = 4 * 2**20
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A finished command."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+
+class Node(Protocol):
+    """One machine. What cannot be done raises ``ClusterError`` naming the node."""
+
+    @property
+    def name(self) -> str:
+        """As the user wrote it; every name of this machine is ``localhost``."""
+        ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is the machine that launches."""
+        ...
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        input: bytes | None = None,
+        timeout_seconds: float = CALL_SECONDS,
+    ) -> Completed:
+        """Run a command to its end, within the time limit."""
+        ...
+
+    def reach(self, seconds: float) -> None:
+        """Make sure that commands get there and answers back, and wait no longer than this."""
+        ...
+
+    async def start(
+        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> asyncio.subprocess.Process:
+        """Start a command in a session of its own, with pipes for stdin, stdout and stderr."""
+        ...
+
+    @property
+    def python(self) -> str:
+        """The interpreter that runs k2 there: for guards, ranks and the agent."""
+        ...
+
+    def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
+        """Have a verb of ``cluster.agent`` carried out there; its answer, which is a ``kind``."""
+        ...
+
+    def address(self) -> str:
+        """Where other nodes reach this one."""
+        ...
+
+    def facts(self) -> NodeFacts:
+        """Versions and paths there."""
+        ...
+
+    def memory(self) -> Any:
+        """Its ``planning.hardware.NodeMemory``."""
+        ...
+
+    def write_file(self, run_id: str, name: str, data: bytes) -> None:
+        """Write a file into the run's folder there, readable by its owner only."""
+        ...
+
+    def remove_bootstraps(self, run_id: str) -> None:
+        """Remove what guards that never started have left unread."""
+        ...
+
+    def free_ports(self, count: int) -> list[int]:
+        """Ports that nothing listens on there."""
+        ...
+
+    def port_holder(self, host: str, port: int) -> str | None:
+        """None if that port is free there, else who holds it."""
+        ...
+
+    def choose_port(self, host: str, first: int) -> int:
+        """The first free port there from ``first`` on."""
+        ...
+
+    def processes_of_run(self, run_id: str) -> list[RunProcess]:
+        """Processes of a run that live there."""
+        ...
+
+    def kill_run(self, run_id: str) -> list[RunProcess]:
+        """SIGKILL them all; returns what is left."""
+        ...
+
+
+def python_environment() -> dict[str, str]:
+    """This process's environment, with which a Python in any folder finds this very k2cli."""
+    environment = dict(os.environ)
+    given = environment.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [str(Path(path).resolve()) for path in given if path]
+    root = str(Path(k2cli.__file__).resolve().parent.parent)
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    if root not in paths and root not in installed:
+        paths.insert(0, root)
+    if paths:
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
+
+
+async def start_process(
+    arguments: Sequence[str], environment: Mapping[str, str] | None, folder: Path | None, what: str
+) -> asyncio.subprocess.Process:
+    """Start a process in a session of its own, with pipes; ``what`` names it if it cannot be."""
+    import asyncio  # for supervisors only: a command need not wait for it
+
+    try:
+        return await asyncio.create_subprocess_exec(
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+            cwd=folder,
+            limit=_STREAM_LIMIT_BYTES,
+            # Ctrl-C in the launcher's terminal is the launcher's alone.
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ClusterError(f"{what} cannot be started: {error}") from error
+
+
+def run_process(
+    arguments: Sequence[str], input: bytes | None, timeout_seconds: float, node: str
+) -> Completed:
+    """Run a process of this machine to its end, for a node."""
+    try:
+        done = subprocess.run(
+            list(arguments),
+            input=input if input is not None else b"",
+            capture_output=True,
+            timeout=timeout_seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"node {node} did not answer within {timeout_seconds:.0f} s") from None
+    except OSError as error:
+        raise ClusterError(f"{arguments[0]} does not run on {node}: {error}") from error
+    return Completed(done.returncode, done.stdout, done.stderr)
+
+
+def decode_answer(node: str, verb: str, answer: bytes, kind: Any) -> Any:
+    """Check what the agent answered.
+
+    Raises:
+        ClusterError: if it is not a ``kind``.
+    """
+    try:
+        return msgspec.json.decode(answer, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ClusterError(f"node {node} gave no sense to '{verb}': {error}") from error
+
+
+class LocalNode:
+    """This machine."""
+
+    name = LOCALHOST
+    is_local = True
+    python = sys.executable
+
+    def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
+        """In this process, through the same JSON as elsewhere."""
+        try:
+            encoded = agent.answer(verb, arguments, input or b"")
+        except OSError as error:
+            raise ClusterError(f"this machine could not do '{verb}': {error}") from error
+        result: T = decode_answer(self.name, verb, encoded, kind)
+        return result
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        input: bytes | None = None,
+        timeout_seconds: float = CALL_SECONDS,
+    ) -> Completed:
+        """Run a command to its end."""
+        return run_process(arguments, input, timeout_seconds, self.name)
+
+    def reach(self, seconds: float) -> None:
+        """Here we are."""
+
+    async def start(
+        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> asyncio.subprocess.Process:
+        """Start a command; ``environment`` is added to that of k2."""
+        whole = {**python_environment(), **(environment or {})}
+        return await start_process(arguments, whole, Path("/"), arguments[0])
+
+    def address(self) -> str:
+        """The loopback address: right only while every node is this machine."""
+        return "127.0.0.1"
+
+    def facts(self) -> NodeFacts:
+        """Of this process."""
+        return node_facts.facts()
+
+    def memory(self) -> Any:
+        """As MLX sees it."""
+        from k2cli.planning.hardware.machine import this_machine
+
+        return this_machine(self.name)
+
+    def write_file(self, run_id: str, name: str, data: bytes) -> None:
+        """Into the run's folder."""
+        try:
+            run_folder.write_private(run_id, name, data)
+        except OSError as error:
+            raise ClusterError(f"the run's folder cannot be written: {error}") from error
+
+    def remove_bootstraps(self, run_id: str) -> None:
+        """What guards have not read."""
+        run_folder.remove_bootstraps(run_id)
+
+    def free_ports(self, count: int) -> list[int]:
+        """Of all addresses."""
+        return ports.free_ports(count)
+
+    def port_holder(self, host: str, port: int) -> str | None:
+        """Named where the system lets us see it."""
+        return ports.port_holder(host, port)
+
+    def choose_port(self, host: str, first: int) -> int:
+        """On that address."""
+        try:
+            return ports.choose_port(host, first)
+        except OSError as error:
+            raise ClusterError(
+                f"'{host}' is no address of this machine: {error.strerror}", "--host 127.0.0.1"
+            ) from error
+
+    def processes_of_run(self, run_id: str) -> list[RunProcess]:
+        """By their command lines."""
+        return run_processes.processes_of_run(run_id)
+
+    def kill_run(self, run_id: str) -> list[RunProcess]:
+        """And wait until they are gone."""
+        return run_processes.kill_run(run_id)
+
+
+def is_this_machine(name: str) -> bool:
+    """Whether a user's name stands for the machine that k2 runs on."""
+    own = socket.gethostname().lower()
+    # A Mac calls itself Name.local, and its owner does not.
+    return name.lower() in _LOCAL_NAMES | {own, own.removesuffix(".local")}
+
+
+def node_named(name: str) -> Node:
+    """The node that a user's name stands for.
+
+    Raises:
+        UsageError: if it cannot be a name.
+    """
+    if is_this_machine(name):
+        return LocalNode()
+    from k2cli.nodes.ssh import SshNode  # which builds on this module
+
+    return SshNode(name)
+
+
+def addresses(nodes: Sequence[Node]) -> list[str]:
+    """Where each node is reached by the others, in the order given.
+
+    Raises:
+        ClusterError: if a name cannot be resolved.
+    """
+    remote = next((node for node in nodes if not node.is_local), None)
+    if remote is None:
+        return [node.address() for node in nodes]
+    there = remote.address()
+    try:
+        here = ports.address_towards(there)
+    except OSError as error:
+        raise ClusterError(f"there is no route to node {remote.name}: {error}") from error
+    return [here if node.is_local else node.address() for node in nodes]

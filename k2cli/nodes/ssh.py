@@ -1,0 +1,166 @@
+"""A node that OpenSSH reaches without asking anything."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from k2cli import __version__
+from k2cli.agent.facts import UNKNOWN_VERB_STATUS, NodeFacts
+from k2cli.agent.run_processes import RunProcess
+from k2cli.errors import ClusterError, UsageError
+from k2cli.nodes.interpreter import find_interpreter, last_line
+from k2cli.nodes.node import CALL_SECONDS, Completed, decode_answer, start_process
+from k2cli.nodes.ssh_connection import connection_to
+
+T = TypeVar("T")
+# What a shell and env say of a program that is not there, or cannot be run.
+_NOT_RUN = (126, 127)
+_NAME = re.compile(r"[^-\s,\x00-\x1f\x7f][^\s,\x00-\x1f\x7f]*")
+
+
+class SshNode:
+    """A machine that ``ssh NAME`` reaches without asking anything.
+
+    Args:
+        name: as ssh knows it: a Host of its configuration, a host name, or ``user@host``.
+        python: the interpreter that runs k2 there; looked for if it is not given, or is gone.
+        address: where other nodes reach it; by default what ssh's configuration says.
+
+    Raises:
+        UsageError: if the name is empty, begins with ``-``, or holds a space or a comma.
+    """
+
+    is_local = False
+
+    def __init__(self, name: str, python: str | None = None, address: str | None = None) -> None:
+        # ssh would take "-x" for an option.
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"'{name}' is no name of a node", "names for ssh: a,b")
+        self.name = name
+        self._python = python
+        self._address = address
+
+    @property
+    def python(self) -> str:
+        """The interpreter that runs k2 there.
+
+        Raises:
+            ClusterError: if this version of k2 is not there.
+        """
+        if self._python is None:
+            from k2cli.cluster.description import recorded_interpreter  # which builds on nodes
+
+            recorded = recorded_interpreter(self.name)
+            self._python = find_interpreter(self.name, self.run, recorded).executable
+        return self._python
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        input: bytes | None = None,
+        timeout_seconds: float = CALL_SECONDS,
+    ) -> Completed:
+        """Run a command there to its end, in the home folder."""
+        return connection_to(self.name).run(arguments, input, timeout_seconds)
+
+    def reach(self, seconds: float) -> None:
+        """Over the shared connection, or a new one."""
+        connection_to(self.name).reach(seconds)
+
+    async def start(
+        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> asyncio.subprocess.Process:
+        """Start a command there, over a connection of its own; no secret in ``environment``."""
+        settings = [f"{name}={value}" for name, value in (environment or {}).items()]
+        remote = ["env", *settings, *arguments] if settings else list(arguments)
+        command = await asyncio.to_thread(connection_to(self.name).command, remote)
+        return await start_process(command, None, None, "ssh")
+
+    def address(self) -> str:
+        """The address of the chosen link, else that of the host name in ssh's configuration."""
+        if self._address is None:
+            host = connection_to(self.name).configuration.get("hostname", self.name)
+            self._address = _resolved(self.name, host)
+        return self._address
+
+    def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
+        """Through ``python -m k2cli.agent.main`` there."""
+        done = self._run_agent(verb, arguments, input)
+        if done.status in _NOT_RUN:  # the environment was moved or removed since it was found
+            self._python = None
+            done = self._run_agent(verb, arguments, input)
+        if done.status != 0:
+            raise self._agent_error(verb, done)
+        result: T = decode_answer(self.name, verb, last_line(done.stdout), kind)
+        return result
+
+    def _run_agent(self, verb: str, arguments: Sequence[str], input: bytes | None) -> Completed:
+        return self.run([self.python, "-P", "-m", "k2cli.agent.main", verb, *arguments], input)
+
+    def _agent_error(self, verb: str, done: Completed) -> ClusterError:
+        reason = done.stderr.decode(errors="replace").strip()
+        prepare = f"k2 cluster prepare --nodes {self.name}"
+        if done.status == UNKNOWN_VERB_STATUS:
+            return ClusterError(
+                f"node {self.name} has another k2 than this machine's {__version__}", prepare
+            )
+        if "No module named" in reason and "k2cli" in reason:
+            return ClusterError(f"k2 is not installed on node {self.name}", prepare)
+        if "No space left on device" in reason:
+            return ClusterError(f"the disk of node {self.name} is full", f"ssh {self.name} df -h")
+        last = reason.splitlines()[-1] if reason else f"status {done.status}"
+        return ClusterError(f"node {self.name} could not do '{verb}': {last}", prepare)
+
+    def facts(self) -> NodeFacts:
+        """Versions and paths there."""
+        return self.ask(NodeFacts, "facts")
+
+    def memory(self) -> Any:
+        """As MLX sees it there, under this node's name."""
+        from dataclasses import replace
+
+        from k2cli.planning.hardware.machine import NodeMemory
+
+        found: NodeMemory = self.ask(NodeMemory, "memory")
+        return replace(found, name=self.name)
+
+    def write_file(self, run_id: str, name: str, data: bytes) -> None:
+        """Through ssh's stdin, so that no secret is on a command line."""
+        self.ask(None, "write", run_id, name, input=data)
+
+    def remove_bootstraps(self, run_id: str) -> None:
+        """What guards have not read."""
+        self.ask(None, "remove-bootstraps", run_id)
+
+    def free_ports(self, count: int) -> list[int]:
+        """Of all addresses there."""
+        return self.ask(list[int], "free-ports", str(count))
+
+    def port_holder(self, host: str, port: int) -> str | None:
+        """Named where that system lets its user see it."""
+        return self.ask(str | None, "port-holder", host, str(port))
+
+    def choose_port(self, host: str, first: int) -> int:
+        """On that address there."""
+        return self.ask(int, "choose-port", host, str(first))
+
+    def processes_of_run(self, run_id: str) -> list[RunProcess]:
+        """By their command lines there."""
+        return self.ask(list[RunProcess], "processes", run_id)
+
+    def kill_run(self, run_id: str) -> list[RunProcess]:
+        """And wait until they are gone there."""
+        return self.ask(list[RunProcess], "kill", run_id)
+
+
+@functools.cache
+def _resolved(node: str, host: str) -> str:
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ClusterError(f"node {node}: unknown host {host} ({error})") from error

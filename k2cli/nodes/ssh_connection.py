@@ -1,0 +1,291 @@
+"""The connection to a node: the system's ``ssh`` with the user's own configuration.
+
+Commands to a node share one connection, so that the second costs milliseconds. It belongs to this
+process: its socket has a name that nobody else knows, it ends with the process, and ssh itself
+ends it some seconds after its last use if the process was killed. Long-lived commands get a
+connection of their own, which nothing here can cut.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import secrets
+import shlex
+import stat
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from k2cli.errors import ClusterError
+from k2cli.nodes.node import CALL_SECONDS, Completed
+from k2cli.nodes.ssh_errors import ssh_error, timed_out
+
+_CONNECT_SECONDS = 10
+# Over a jump host two connections are made, each with a name to look up and a key to agree on.
+_CONNECT_LIMIT_SECONDS = 25.0
+_CONTROL_SECONDS = 2.0
+_LEAST_SECONDS = 0.5
+_PERSIST_SECONDS = 20
+# sshd lets ten sessions share a connection (MaxSessions); some are left for who comes from outside.
+_SESSIONS = 8
+SSH_FAILED = 255
+# A Unix socket's path has room for 104 bytes on macOS, and ssh appends 17 while it makes it.
+_LONGEST_SOCKET_PATH = 104 - 1 - 17
+
+_OPTIONS = {
+    "BatchMode": "yes",
+    "ConnectTimeout": str(_CONNECT_SECONDS),
+    "ServerAliveInterval": "3",
+    "ServerAliveCountMax": "3",
+    "LogLevel": "ERROR",
+    # What a user may have set for working by hand, and what would be in the way here.
+    "RemoteCommand": "none",
+    "RequestTTY": "no",
+    "ClearAllForwardings": "yes",
+    "PermitLocalCommand": "no",
+    "ForwardX11": "no",
+}
+
+
+class Connection:
+    """The connection to one node. May be used from several threads."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self._lock = threading.Lock()
+        self._sessions = threading.BoundedSemaphore(_SESSIONS)
+        self._socket: Path | None = None
+        # What the user's start-up files there print on every login, before any command's output.
+        self._greeting = b""
+
+    @functools.cached_property
+    def configuration(self) -> dict[str, str]:
+        """What ssh's configuration says of the node: ``hostname``, ``user``, ``proxyjump``, …"""
+        done = _run_ssh(self.node, ["-G", "--", self.node], None, CALL_SECONDS)
+        lines = done.stdout.decode(errors="replace").splitlines()
+        return {key: value for key, _, value in (line.partition(" ") for line in lines)}
+
+    def command(self, arguments: Sequence[str], socket: Path | None = None) -> list[str]:
+        """The ssh command that runs ``arguments`` there; without a socket, a connection apart."""
+        return ["ssh", *self._options(socket), "-T", "--", self.node, shlex.join(arguments)]
+
+    def _options(self, socket: Path | None) -> list[str]:
+        options = dict(_OPTIONS)
+        # "no" would also take a key that has changed; "accept-new" is what is meant by it.
+        if self.configuration.get("stricthostkeychecking") in ("no", "off", "false"):
+            options["StrictHostKeyChecking"] = "accept-new"
+        if socket is None:
+            options |= {"ControlMaster": "no", "ControlPath": "none"}
+        else:
+            persist = {"ControlMaster": "auto", "ControlPersist": str(_PERSIST_SECONDS)}
+            options |= persist | {"ControlPath": str(socket)}
+        return [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+
+    def run(self, arguments: Sequence[str], input: bytes | None, seconds: float) -> Completed:
+        """Run a command there to its end.
+
+        Raises:
+            ClusterError: if the node cannot be reached, is lost, or needs longer.
+        """
+        try:
+            return self._run_over(self._connect(), arguments, input, seconds)
+        except TimeoutError:
+            raise ClusterError(
+                f"node {self.node} did not answer within {seconds:.0f} s to '{arguments[0]}'"
+            ) from None
+
+    def _run_over(
+        self, socket: Path, arguments: Sequence[str], input: bytes | None, seconds: float
+    ) -> Completed:
+        with self._sessions:
+            try:
+                done = _run_ssh(self.node, self.command(arguments, socket)[1:], input, seconds)
+            except TimeoutError:
+                self._abandon(socket)
+                raise
+        if done.status == SSH_FAILED:
+            self._abandon(socket)
+            raise ssh_error(self.node, done.stderr.decode(errors="replace"))
+        return replace(done, stdout=done.stdout.removeprefix(self._greeting))
+
+    def reach(self, seconds: float) -> None:
+        """Make sure that commands get through, within a time that is shorter than ssh's own.
+
+        A connection that exists says nothing: over a link that loses everything silently it looks
+        alive until ssh has waited in vain for several of its own signs of life.
+
+        Raises:
+            ClusterError: if the node does not answer in time, or cannot be reached.
+        """
+        until = time.monotonic() + seconds
+        socket = self._connect(seconds)
+        left = max(until - time.monotonic(), _LEAST_SECONDS)
+        try:
+            self._run_over(socket, ["true"], None, left)
+        except TimeoutError:
+            raise timed_out(self.node, seconds) from None
+
+    def _connect(self, limit_seconds: float = _CONNECT_LIMIT_SECONDS) -> Path:
+        """Connect unless that is done; says clearly why it cannot be."""
+        with self._lock:
+            if self._socket is not None:
+                return self._socket
+            socket = _socket_folder() / secrets.token_hex(6)
+            try:
+                done = _run_ssh(self.node, self.command(["true"], socket)[1:], None, limit_seconds)
+            except TimeoutError:
+                _end_master(self.node, socket, "exit")
+                raise timed_out(self.node, limit_seconds) from None
+            if done.status == SSH_FAILED:
+                raise ssh_error(self.node, done.stderr.decode(errors="replace"))
+            self._greeting = done.stdout
+            self._socket = socket
+            return socket
+
+    def _abandon(self, socket: Path) -> None:
+        """Let the next command make a new connection; what still runs over this one may go on."""
+        with self._lock:
+            if self._socket == socket:
+                self._socket = None
+                _end_master(self.node, socket, "stop")
+
+    def close(self) -> None:
+        """End the shared connection."""
+        with self._lock:
+            socket, self._socket = self._socket, None
+        if socket is not None:
+            _end_master(self.node, socket, "exit")
+
+
+def _end_master(node: str, socket: Path, how: str) -> None:
+    """Ask the process that holds the connection; one that does not answer loses its socket."""
+    if not socket.exists():
+        return
+    with contextlib.suppress(TimeoutError, ClusterError):
+        _run_ssh(
+            node, ["-O", how, "-o", f"ControlPath={socket}", "--", node], None, _CONTROL_SECONDS
+        )
+    socket.unlink(missing_ok=True)
+
+
+def _run_ssh(node: str, arguments: Sequence[str], input: bytes | None, seconds: float) -> Completed:
+    """Run ssh.
+
+    Raises:
+        TimeoutError: if it takes longer.
+        ClusterError: if there is no ssh.
+    """
+    # Not a pipe for stderr: older versions of ssh keep it open in the background.
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(
+                ["ssh", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                # Ctrl-C is k2's: it must still be able to clean up over this connection.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ClusterError(
+                f"node {node} cannot be reached: ssh does not run here ({error.strerror})",
+                "install the OpenSSH client",
+            ) from error
+        output = _finish(process, input, seconds)
+        if process.returncode < 0:
+            raise ClusterError(f"the command on node {node} was given up")
+        errors.seek(0)
+        return Completed(process.returncode, output, errors.read())
+
+
+def _finish(process: subprocess.Popen[bytes], input: bytes | None, seconds: float) -> bytes:
+    """Wait for a command, known to ``end_running_commands``; its stdout."""
+    with process, _known(process):
+        try:
+            return process.communicate(input if input is not None else b"", timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+# --- commands that run --------------------------------------------------------------------------
+
+_running: set[subprocess.Popen[bytes]] = set()
+_running_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _known(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    with _running_lock:
+        _running.add(process)
+    try:
+        yield
+    finally:
+        with _running_lock:
+            _running.discard(process)
+
+
+def end_running_commands() -> None:
+    """Give up what other threads wait for on nodes; they get a ``ClusterError``."""
+    with _running_lock:
+        for process in _running:
+            process.kill()
+
+
+# --- one connection per node --------------------------------------------------------------------
+
+_connections: dict[str, Connection] = {}
+_connections_lock = threading.Lock()
+
+
+def connection_to(node: str) -> Connection:
+    """This process's connection to a node."""
+    with _connections_lock:
+        if not _connections:
+            atexit.register(close_connections, os.getpid())
+        return _connections.setdefault(node, Connection(node))
+
+
+def close_connections(owner: int | None = None) -> None:
+    """End all connections of this process; ``owner`` guards against doing so in a fork."""
+    if owner is not None and owner != os.getpid():
+        return
+    with _connections_lock:
+        ended = list(_connections.values())
+        _connections.clear()
+    threads = [threading.Thread(target=connection.close) for connection in ended]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@functools.cache
+def _socket_folder() -> Path:
+    """A folder for the sockets, of this user alone, with a short path."""
+    bases = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
+    for base in filter(None, bases):
+        folder = Path(base) / f"k2-ssh-{os.geteuid()}"
+        if len(os.fsencode(folder)) + 13 <= _LONGEST_SOCKET_PATH and _make_private(folder):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="k2-", dir="/tmp"))
+
+
+def _make_private(folder: Path) -> bool:
+    """Whether the folder is there, and nobody else can have put anything into it."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError:
+        return False
+    own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    return own and not status.st_mode & 0o077

@@ -1,0 +1,203 @@
+"""``--hardware``: ``2x m3-ultra-512 + m4-max-128:bandwidth=546GB/s``, read into machines."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import replace
+
+from k2cli.errors import UsageError
+from k2cli.planning.hardware.chips import Chip, apple_gpu_limit, chips, never_made
+from k2cli.planning.hardware.machine import NodeMemory, this_machine
+from k2cli.units import GIB, parse_bytes
+
+_TERM_PATTERN = re.compile(r"(?:(\d{1,6})\s*[xX×*]\s*)?([A-Za-z][\w.\- ]*?)")
+_CHIP_PATTERN = re.compile(r"(?P<chip>.+?)-(?P<memory>\d{1,6})(?:gb|gib)?")
+_FLOPS_PATTERN = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*T(?:FLOPS?|FLOP/s)?", re.IGNORECASE)
+_MAX_MACHINES = 64
+_MAX_LENGTH = 4096
+_EXAMPLE = "write for example --hardware '2x m3-ultra-512' or --hardware this"
+_THIS = ("this", "localhost")
+_KEYS = ("memory", "limit", "bandwidth", "flops", "gpu")
+
+
+def parse_hardware(spec: str) -> list[NodeMemory]:
+    """Read a specification such as ``2x m3-ultra-512``, ``m3-ultra-512 + m4-max-128``, ``this``.
+
+    A machine may be followed by what differs from the catalog, each after a colon or comma:
+    ``limit=120GiB`` (what the GPU may use), ``memory=128GiB``, ``bandwidth=546GB/s``,
+    ``flops=18.4TFLOPS``, ``gpu=40`` (cores).
+
+    Returns:
+        One entry per rank. Machines of the catalog get names of their own (``m3-ultra-512/1``);
+        ``2x this`` are two ranks on this machine, under one name.
+
+    Raises:
+        UsageError: if a term is malformed, counts no machine, or names an unknown chip, memory
+            option or key; the message says what there is.
+    """
+    if len(spec) > _MAX_LENGTH:
+        raise UsageError(f"--hardware is {len(spec)} characters long", _EXAMPLE)
+    counted = [_parse_term(term, spec) for term in spec.split("+")]
+    total = sum(count for count, _ in counted)
+    if total > _MAX_MACHINES:
+        raise UsageError(f"'{spec}' names {total} machines, at most {_MAX_MACHINES} are planned")
+    machines = [node for count, node in counted for _ in range(count)]
+    numbered: list[NodeMemory] = []
+    for index, node in enumerate(machines):
+        same = sum(other.name == node.name for other in machines)
+        if node.name == _THIS[1] or same == 1:
+            numbered.append(node)
+        else:
+            nth = sum(other.name == node.name for other in machines[: index + 1])
+            numbered.append(replace(node, name=f"{node.name}/{nth}"))
+    return numbered
+
+
+def _parse_term(term: str, spec: str) -> tuple[int, NodeMemory]:
+    machine, *settings = re.split("[:,]", term.strip())
+    match = _TERM_PATTERN.fullmatch(machine.strip())
+    if match is None:
+        raise _malformed(machine.strip(), spec)
+    count = int(match.group(1)) if match.group(1) else 1
+    if count == 0:
+        raise UsageError(f"'{term.strip()}' counts no machine", _EXAMPLE)
+    name = re.sub(r"[\s_]+", "-", match.group(2).strip().lower())
+    wanted = _settings(settings, term.strip())
+    cores = _positive(wanted.pop("gpu"), "gpu") if "gpu" in wanted else None
+    if name in _THIS:
+        if cores is not None:
+            raise UsageError("gpu= belongs to a chip of the catalog, not to this machine")
+        return count, _overridden(this_machine(), wanted)
+    return count, _overridden(_catalog_machine(name, match.group(2), cores), wanted)
+
+
+def _malformed(machine: str, spec: str) -> UsageError:
+    """What is wrong with a term: its number, if that is it."""
+    counted = re.match(r"(\S+?)\s*[xX×*]\s*[A-Za-z]", machine)
+    if counted and re.match(r"[-+.]?\d", counted[1]):
+        number = counted[1] if len(counted[1]) < 30 else f"{counted[1][:30]}..."
+        return UsageError(
+            f"{number} machines are none that k2 plans: 1 to {_MAX_MACHINES}", _EXAMPLE
+        )
+    whole = f" in '{spec}'" if machine != spec.strip() else ""
+    return UsageError(f"'{machine}'{whole} is not a hardware specification", _EXAMPLE)
+
+
+def _catalog_machine(name: str, written: str, cores: int | None) -> NodeMemory:
+    match = _CHIP_PATTERN.fullmatch(name)
+    identifier = match.group("chip") if match else name
+    chip = chips().get(identifier)
+    if chip is None:
+        hint = never_made(identifier) or _similar(name)
+        raise UsageError(f"unknown hardware '{written}'", hint)
+    options = ", ".join(f"{chip.identifier}-{size}" for size in chip.memory_gib)
+    if match is None:
+        raise UsageError(f"'{written}' does not say how much memory it has", f"one of {options}")
+    size = int(match.group("memory"))
+    if size not in chip.memory_gib:
+        raise UsageError(f"there is no {chip.name} with {size} GB of memory", f"one of {options}")
+    if cores is not None and cores not in chip.gpu_cores:
+        sizes = " or ".join(f"gpu={each}" for each in chip.gpu_cores)
+        raise UsageError(f"there is no {chip.name} with {cores} GPU cores", f"{sizes}")
+    return catalog_node(chip, size, cores)
+
+
+def catalog_node(chip: Chip, memory_gib: int, gpu_cores: int | None = None) -> NodeMemory:
+    """A machine of the catalog as it would be planned, before it is there to be asked."""
+    limit, source = apple_gpu_limit(memory_gib)
+    cores = gpu_cores or chip.usual_gpu_cores(memory_gib)
+    sold = chip.sold(memory_gib)
+    return NodeMemory(
+        name=f"{chip.identifier}-{memory_gib}",
+        memory_bytes=memory_gib * GIB,
+        limit_bytes=limit,
+        limit_mark="assumed",
+        device="metal",
+        limit_source=source,
+        chip=chip.identifier,
+        bandwidth_bytes_per_second=chip.bandwidth_bytes_per_second(cores, memory_gib),
+        gpu_flops_per_second=chip.flops_per_second(cores),
+        price_usd=sold.price_usd if sold is not None and sold.gpu_cores == cores else None,
+    )
+
+
+def _similar(name: str) -> str:
+    machines = [f"{c.identifier}-{size}" for c in chips().values() for size in c.memory_gib]
+    close = difflib.get_close_matches(name, machines, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known chips: {', '.join(chips())}, each with its memory, as in m3-ultra-512; or this"
+
+
+# --- what a machine's description is followed by ------------------------------------------------
+
+
+def _settings(parts: list[str], term: str) -> dict[str, str]:
+    settings: dict[str, str] = {}
+    for part in parts:
+        key, separator, value = (piece.strip() for piece in part.partition("="))
+        if key not in _KEYS or not separator:
+            raise UsageError(
+                f"'{part.strip()}' in '{term}' is no setting of a machine",
+                f"known ones are {', '.join(f'{key}=' for key in _KEYS)}, "
+                "as in m4-max-128:bandwidth=546GB/s",
+            )
+        if key in settings:
+            raise UsageError(f"'{term}' says {key}= twice")
+        settings[key] = value
+    return settings
+
+
+def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
+    """The machine with what the user knows better."""
+    if "memory" in settings:
+        memory = _size(settings["memory"], "memory")
+        limit, source = apple_gpu_limit(max(1, memory // GIB))
+        if node.device != "metal":
+            limit, source = min(node.limit_bytes, memory), node.limit_source
+        node = replace(
+            node,
+            memory_bytes=memory,
+            limit_bytes=min(limit, memory),
+            limit_mark="assumed",
+            limit_source=source,
+            price_usd=None,
+        )
+    if "limit" in settings:
+        limit = _size(settings["limit"], "limit")
+        if limit > node.memory_bytes:
+            raise UsageError(
+                f"limit={settings['limit']} is more than the {node.memory_bytes // GIB} GiB of "
+                f"{node.name}"
+            )
+        node = replace(
+            node, limit_bytes=limit, limit_mark="assumed", limit_source="given in --hardware"
+        )
+    if "bandwidth" in settings:
+        text = re.sub(r"\s*(/s|ps)$", "", settings["bandwidth"], flags=re.IGNORECASE)
+        node = replace(node, bandwidth_bytes_per_second=_size(text, "bandwidth"))
+    if "flops" in settings:
+        match = _FLOPS_PATTERN.fullmatch(settings["flops"])
+        if match is None or float(match.group(1)) == 0:
+            raise UsageError(
+                f"flops={settings['flops']} is no speed of a GPU", "write for example flops=18.4T"
+            )
+        node = replace(node, gpu_flops_per_second=round(float(match.group(1)) * 1e12))
+    return node
+
+
+def _size(text: str, key: str) -> int:
+    try:
+        size = parse_bytes(text)
+    except UsageError as error:
+        raise UsageError(f"{key}={text} is not a size", error.hint) from error
+    if not 0 < size < 2**60:
+        raise UsageError(f"{key}={text} is no possible size", "write for example 128GiB")
+    return size
+
+
+def _positive(text: str, key: str) -> int:
+    if not text.isdecimal() or len(text) > 6 or int(text) == 0:
+        raise UsageError(f"{key}={text} is not a number of cores", f"{key}=40")
+    return int(text)

@@ -1,0 +1,225 @@
+"""How much memory prefill takes beside weights and KV cache: modelled, per device.
+
+Decode, which takes less, is in ``planning.activation_decode``. Two things decide it: what attention
+materialises per chunk of the prompt and token of context, and what the feed-forward part makes of a
+chunk. Each device keeps so many copies of each such array at its peak as ``COPIES`` says, fitted
+to MLX's own peaks over a grid of chunks and contexts (docs/memory-model.md has every point;
+``scripts/memory-model`` writes it). Parts are added up: mlx frees an array when its last user has
+run, and keeps several operations in flight.
+
+*Latent attention* (MLA; DeepSeek-V3, Kimi K2) in mlx-lm makes scores ``[heads, chunk, context]``
+with a masked copy, and expands keys and values from the latent. Where the projection that does so
+is quantized, the CPU and CUDA first copy the latent for every head, for keys and for values. On
+Metal they do not: DeepSeek-V3 took 1.2526 MB per token of context there (mlx-lm PR 839), two
+copies of scores and of the expanded pair are 1.2499.
+
+*Ordinary attention* is fused on Metal and CUDA for the head sizes that their kernels have; where
+it is not (always on the CPU, and for float32 on CUDA) scores and a mask are materialised, once.
+
+A cache grows by copying, one layer at a time, before a step and not during it: the peak is the
+step's or that copy (``memory.overhead_bytes``), not their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from k2cli.choices import Device
+from k2cli.planning.config_check import first_field, heads_field, text_config, width_field
+
+PREFILL_CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)
+"""Tokens of a prompt that one step computes, largest first; the first is mlx-lm's own default."""
+
+_FUSED_HEAD_SIZES = frozenset({64, 80, 128})
+_FLOAT32_BYTES = 4
+_PAGE_BYTES = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """How often each array of a layer exists at the peak of prefill, on one device.
+
+    ``latent`` is of the latent copied for every head, where its projection is quantized.
+    ``hidden`` and ``inner`` are of arrays of the model's and the feed-forward part's width, per
+    token of the chunk; ``expert_hidden`` and ``expert_inner`` the same per chosen expert.
+    """
+
+    scores: float
+    expanded: float
+    latent: float
+    hidden: float
+    inner: float
+    expert_hidden: float
+    expert_inner: float
+
+
+COPIES: dict[str, dict[str, Copies]] = {
+    "latent": {
+        "cpu": Copies(2.04, 1.0, 2.0, 7.5, 0.0, 3.8, 1.5),
+        "cuda": Copies(0.97, 1.0, 2.0, 0.0, 0.0, 8.2, 0.0),
+        # Not measured: the arrays that mlx-lm's code names, and those of the CPU's feed-forward.
+        "metal": Copies(2.0, 2.0, 0.0, 7.5, 0.0, 3.8, 1.5),
+    },
+    "grouped": {
+        "cpu": Copies(1.03, 0.0, 0.0, 13.2, 2.0, 3.8, 1.5),
+        "cuda": Copies(1.03, 0.0, 0.0, 5.5, 3.0, 3.4, 3.0),
+        "metal": Copies(1.03, 0.0, 0.0, 13.2, 2.0, 3.8, 1.5),
+    },
+}
+"""By kind of attention and device. ``cpu`` and ``cuda`` are fitted, ``metal`` is modelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationShape:
+    """The widths that decide activation memory, of the whole model.
+
+    ``latent_size`` is the width of MLA's latent, 0 for other attention; ``expanded_size`` is then
+    the width of one head's expanded key and value together. ``experts`` is 0 for a dense model.
+    """
+
+    hidden: int
+    heads: int
+    head_size: int
+    vocabulary: int
+    intermediate: int
+    expert_intermediate: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    latent_size: int = 0
+    expanded_size: int = 0
+    quantized: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationDemand:
+    """Bytes at the peak of a step of prefill or decode on one rank, by cause."""
+
+    attention_bytes: int
+    feed_forward_bytes: int
+    hidden_bytes: int
+    logits_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it: see the module's text on why not the largest."""
+        parts = (
+            self.attention_bytes, self.feed_forward_bytes, self.hidden_bytes, self.logits_bytes
+        )  # fmt: skip
+        return sum(parts)
+
+
+def activation_shape(config: Mapping[str, Any]) -> ActivationShape:
+    """Read the widths from a checked config."""
+    text = text_config(config)
+    hidden = width_field(config) or 1
+    heads = heads_field(config) or max(1, hidden // 128)
+    experts = first_field(text, ("n_routed_experts", "num_experts", "num_local_experts")) or 0
+    intermediate = first_field(text, ("intermediate_size", "n_inner")) or 4 * hidden
+    nope = first_field(text, ("qk_nope_head_dim",)) or 0
+    value = first_field(text, ("v_head_dim",)) or 0
+    return ActivationShape(
+        hidden=hidden,
+        heads=heads,
+        head_size=first_field(text, ("head_dim",)) or max(1, hidden // heads),
+        vocabulary=first_field(text, ("vocab_size",)) or 1,
+        intermediate=intermediate,
+        expert_intermediate=first_field(text, ("moe_intermediate_size",)) or intermediate,
+        experts=experts,
+        experts_per_token=first_field(text, ("num_experts_per_tok",)) or 1,
+        latent_size=first_field(text, ("kv_lora_rank",)) or 0,
+        expanded_size=nope + value,
+        quantized=any(part.get("quantization") is not None for part in (config, text)),
+    )
+
+
+def activation_demand(
+    shape: ActivationShape,
+    *,
+    device: Device,
+    chunk_tokens: int,
+    context_length: int,
+    concurrency: int,
+    itemsize: int,
+    slices: int = 1,
+    samples: bool = True,
+) -> ActivationDemand:
+    """Model one rank's peak while it prefills the last chunk of a full context.
+
+    Args:
+        chunk_tokens: tokens of the prompt per step; one prompt is prefilled at a time.
+        context_length: tokens in the cache at the end, per sequence.
+        concurrency: sequences that decode together.
+        itemsize: bytes per element of activations and cache.
+        slices: ranks that share each layer (tensor parallelism); 1 otherwise.
+        samples: whether this rank computes logits.
+    """
+    chunk = min(chunk_tokens, context_length)
+    heads = ceil(shape.heads / slices)
+    copies = COPIES["latent" if shape.latent_size else "grouped"][device]
+    hidden = chunk * shape.hidden * itemsize
+    if device == "cuda":
+        hidden = allocated_bytes(hidden)
+    return ActivationDemand(
+        _attention_bytes(shape, device, copies, heads, chunk, context_length, itemsize),
+        feed_forward_bytes(shape, copies, chunk, itemsize, slices),
+        int(_hidden_copies(shape, device, copies, itemsize) * hidden),
+        logits_bytes(shape, concurrency, itemsize) if samples else 0,
+    )
+
+
+def is_fused(shape: ActivationShape, device: Device, itemsize: int) -> bool:
+    """Whether scores are never written to memory."""
+    if device == "cuda" and itemsize == _FLOAT32_BYTES:
+        return False
+    return device != "cpu" and shape.head_size in _FUSED_HEAD_SIZES
+
+
+def _hidden_copies(shape: ActivationShape, device: Device, copies: Copies, itemsize: int) -> float:
+    """Where CUDA makes scores, it lays queries, keys and values out anew for it."""
+    laid_out = device == "cuda" and not shape.latent_size and not is_fused(shape, device, itemsize)
+    return copies.hidden + (3 if laid_out else 0)
+
+
+def allocated_bytes(size_bytes: int) -> int:
+    """What MLX's GPU back ends take for so many bytes: whole pages, or below one a power of two."""
+    if size_bytes >= _PAGE_BYTES:
+        return ceil(size_bytes / _PAGE_BYTES) * _PAGE_BYTES
+    return 1 << max(0, size_bytes - 1).bit_length()
+
+
+def _attention_bytes(
+    shape: ActivationShape,
+    device: Device,
+    copies: Copies,
+    heads: int,
+    chunk: int,
+    context: int,
+    itemsize: int,
+) -> int:
+    scores = copies.scores * heads * chunk * context * itemsize
+    if shape.latent_size:
+        expanded = copies.expanded * heads * shape.expanded_size * context * itemsize
+        latent = copies.latent * heads * shape.latent_size * context * itemsize
+        return int(scores + expanded + (latent if shape.quantized else 0))
+    if is_fused(shape, device, itemsize):
+        return 0
+    return int(scores)
+
+
+def feed_forward_bytes(
+    shape: ActivationShape, copies: Copies, chunk: int, itemsize: int, slices: int
+) -> int:
+    if not shape.experts:
+        return int(copies.inner * chunk * ceil(shape.intermediate / slices) * itemsize)
+    # Tokens are gathered once per chosen expert, and put back in order.
+    rows = chunk * shape.experts_per_token * itemsize
+    inner = ceil(shape.expert_intermediate / slices)
+    return int(rows * (copies.expert_hidden * shape.hidden + copies.expert_inner * inner))
+
+
+def logits_bytes(shape: ActivationShape, concurrency: int, itemsize: int) -> int:
+    """One row per sequence, since k2 samples after a step of one token, and two float32 copies."""
+    return shape.vocabulary * concurrency * (itemsize + 2 * _FLOAT32_BYTES)

@@ -1,0 +1,148 @@
+"""What a plan is about: the model as far as its config and headers tell, and what it must hold.
+
+The only part of planning that reads the model's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from k2cli.choices import FloatType, WantedFloatType
+from k2cli.errors import UsageError
+from k2cli.planning.config_check import check_config, model_context_length
+from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.marks import Mark
+from k2cli.planning.memory.prefill import ActivationShape, activation_shape
+from k2cli.planning.memory.stored import stored_bytes_of_config
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from k2cli.sharding.footprint import ModelFacts
+    from k2cli.sharding.trace import StoredShapes
+
+DEFAULT_CONTEXT_LENGTH = 32_768
+MAX_CONTEXT_LENGTH = 100_000_000
+
+ITEM_BYTES: dict[FloatType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED_FLOATS: dict[str, FloatType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is subject of the model before it is placed."""
+
+    reference: str
+    config: dict[str, Any]
+    stored: StoredShapes | None
+    stored_bytes: int
+    stored_mark: Mark
+    facts: ModelFacts
+    shape: ActivationShape
+
+
+def read_subject(reference: str, quantize: str | None = None) -> Subject:
+    """Read what is known of a model: config, headers if there are any, traced facts.
+
+    Args:
+        quantize: a recipe such as ``4bit``, to plan the checkpoint that ``k2 quantize`` would make.
+
+    Raises:
+        UsageError: if the reference or the config makes no sense.
+        K2Error: if files cannot be read or contradict each other.
+    """
+    from k2cli.models.inspection import inspect_model
+    from k2cli.sharding.architectures import model_classes
+    from k2cli.sharding.footprint import model_facts
+
+    checkpoint = inspect_model(reference)
+    config = checkpoint.config
+    _, arguments = model_classes(config)
+    names = _argument_names(arguments, config)
+    check_config(config, str(checkpoint.folder / "config.json"), names)
+    stored: StoredShapes | None = {
+        name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()
+    } or None
+    facts = model_facts(config, stored)
+    mark: Mark = "exact"
+    if stored is None:
+        stored_bytes, mark = stored_bytes_of_config(config, facts.model)
+    else:
+        stored_bytes, stored = checkpoint.stored_bytes, _as_loaded(facts.model, stored)
+    shape = activation_shape(config)
+    subject = Subject(reference, config, stored, stored_bytes, mark, facts, shape)
+    if quantize is None:
+        return subject
+    from k2cli.planning.quantized import quantized_subject
+    from k2cli.sharding.recipe import parse_recipe
+
+    return quantized_subject(subject, parse_recipe(quantize))
+
+
+def _argument_names(arguments: type[Any], config: Mapping[str, Any]) -> frozenset[str]:
+    """The fields of an architecture's arguments, those of a nested text model included."""
+    if not is_dataclass(arguments):
+        return frozenset()
+    names = {field.name for field in fields(arguments)}
+    nested = config.get("text_config")
+    if "text_config" in names and isinstance(nested, Mapping):
+        names |= {"kv_lora_rank"} & nested.keys()
+    return frozenset(names)
+
+
+def _as_loaded(model: nn.Module, stored: StoredShapes) -> StoredShapes:
+    """Shapes under the names that loading gives them, so that they are renamed once only.
+
+    An original of K2 has 139,583 tensors, of which loading makes 2,000; each placement that is
+    tried would stack its experts again.
+    """
+    loaded = shapes_of(model)
+    return stored if loaded.keys() == stored.keys() else loaded
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """A traced model's parameters as headers describe them."""
+    from mlx.utils import tree_flatten
+
+    from k2cli.sharding.trace import STORED_TYPES
+
+    names = {dtype: name for name, dtype in STORED_TYPES.items() if not name.startswith("F8")}
+    names |= {STORED_TYPES["F32"]: "F32", STORED_TYPES["U8"]: "U8"}
+    return {
+        name: (names[value.dtype], value.shape) for name, value in tree_flatten(model.parameters())
+    }
+
+
+def choose_context(wanted: int | None, config: Mapping[str, Any]) -> int:
+    most = model_context_length(config)
+    if wanted is None:
+        return min(most or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
+    if wanted < 1:
+        raise UsageError(f"a context of {wanted} tokens holds nothing", "--context 32768")
+    if most is not None and wanted > most:
+        raise UsageError(
+            f"a context of {wanted:,} tokens is beyond this model's maximum of {most:,}",
+            f"--context {most}",
+        )
+    if wanted > MAX_CONTEXT_LENGTH:
+        raise UsageError(f"a context of {wanted:,} tokens is beyond {MAX_CONTEXT_LENGTH:,}")
+    return wanted
+
+
+def choose_dtype(
+    wanted: WantedFloatType, subject: Subject, nodes: Sequence[NodeMemory]
+) -> FloatType:
+    if wanted != "auto":
+        return wanted
+    if any(node.device == "cpu" for node in nodes):
+        return "float32"
+    text = subject.config.get("text_config") or {}
+    for source in (subject.config, text):
+        name = source.get("torch_dtype") or source.get("dtype")
+        for dtype in ITEM_BYTES:
+            if name in (dtype, f"torch.{dtype}"):
+                return dtype
+    stored = [name for name, _ in (subject.stored or {}).values() if name in _STORED_FLOATS]
+    return _STORED_FLOATS[max(set(stored), key=stored.count)] if stored else "bfloat16"

@@ -1,0 +1,141 @@
+"""A model as placements use it: traced once whole, and once for each number of tensor slices.
+
+Everything that planning does with a model of a given float type goes through one of these, so a
+plan with its advice, its limits and its alternatives costs a few traces, not hundreds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from k2cli.choices import FloatType, Head, HeadPlacement
+from k2cli.errors import UsageError
+from k2cli.planning.model import Subject
+from k2cli.planning.speed.work import ModelWork, work_of_activity
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from k2cli.sharding.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """The model cut into ``count`` tensor slices (1: whole), as each rank holds it.
+
+    ``work`` is None if what a token costs could not be traced: then no speed is predicted.
+    """
+
+    count: int
+    head: HeadPlacement
+    profile: Profile
+    work: ModelWork | None
+
+
+class TracedModel:
+    """A subject in the float type of a demand, traced as often as it is asked for something new.
+
+    Args:
+        subject: what is planned.
+        dtype: of activations and cache.
+        head: ``auto``, ``replicated`` or ``sharded``, for tensor slices.
+    """
+
+    def __init__(self, subject: Subject, dtype: FloatType, head: Head = "auto") -> None:
+        self.subject = subject
+        self.dtype = dtype
+        self._head = head
+        self._slices: dict[int, Slices | UsageError] = {}
+        self._stages: dict[int, UsageError | None] = {}
+
+    def slices(self, count: int) -> Slices:
+        """The model in so many tensor slices.
+
+        Raises:
+            UsageError: if it cannot be cut so, with the numbers.
+        """
+        if count not in self._slices:
+            try:
+                self._slices[count] = self._trace(count)
+            except UsageError as error:
+                self._slices[count] = error
+        found = self._slices[count]
+        if isinstance(found, UsageError):
+            raise found
+        return found
+
+    def check_stages(self, first_layers: list[int]) -> None:
+        """Make sure that the model can be cut before each of these layers.
+
+        Raises:
+            UsageError: if its layers exchange more than one array there.
+        """
+        from k2cli.sharding.stage import hidden_at
+
+        for layer in first_layers:
+            if layer not in self._stages:
+                try:
+                    hidden_at(self.subject.facts.model, layer)
+                    self._stages[layer] = None
+                except UsageError as error:
+                    self._stages[layer] = error
+            if (obstacle := self._stages[layer]) is not None:
+                raise obstacle
+
+    def _trace(self, count: int) -> Slices:
+        from k2cli.sharding.profile import profile_model
+        from k2cli.sharding.tensor import StandInGroup, slice_model
+        from k2cli.sharding.trace import running_model, trace_model
+
+        subject = self.subject
+        head = self._head_placement(count)
+        if count == 1 and _is_of(subject.facts.model, self.dtype):
+            model = subject.facts.model  # tracing it once more would give the same
+        else:
+            model = trace_model(subject.config, subject.stored, self.dtype)
+        if count > 1:
+            slice_model(subject.config, model, StandInGroup(0, count), head)
+        with running_model(subject.config, "traced"):
+            return Slices(count, head, profile_model(model), self._work(model, count))
+
+    def _work(self, model: nn.Module, count: int) -> ModelWork | None:
+        from k2cli.sharding.token_cost import model_activity
+
+        try:
+            activity = model_activity(model)
+        except UsageError:
+            return None
+        return work_of_activity(self.subject.config, activity, count)
+
+    def _head_placement(self, count: int) -> HeadPlacement:
+        """Cut the head too wherever it can be: less to hold, and to read for every token."""
+        from k2cli.sharding.head import can_shard_head
+
+        if count == 1 or self._head == "replicated":
+            return "replicated"
+        if can_shard_head(self.subject.facts.model, count):
+            return "sharded"
+        if self._head == "sharded":
+            raise UsageError(
+                f"the head of {self.subject.config['model_type']} cannot be cut into {count} "
+                "equal parts",
+                "--head replicated",
+            )
+        return "replicated"
+
+
+def _is_of(model: nn.Module, dtype: str) -> bool:
+    """Whether a traced model has a float type already, as far as it would be cast to it."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from k2cli.sharding.assemble import FLOAT_TYPES
+
+    keep = getattr(model, "cast_predicate", None)
+    return all(
+        value.dtype == FLOAT_TYPES[dtype]
+        or not mx.issubdtype(value.dtype, mx.floating)
+        or (keep is not None and not keep(path))
+        for path, value in tree_flatten(model.parameters())
+    )

@@ -1,0 +1,113 @@
+"""The owner's calibrations: one file in the user's configuration, one entry per group of machines.
+
+An entry belongs to the machines of a run (their names and memory) and what connected them. Plans
+for the very same machines then use it; plans for others use the fitted constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from k2cli.choices import Transport, WantedTransport
+from k2cli.errors import K2Error
+from k2cli.files import write_atomically
+from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.speed.rates import MeasuredSpeed, NodeRates
+from k2cli.settings import config_directory
+
+SCHEMA_VERSION = 1
+
+NOISY_DEVIATION = 0.1
+"""Repetitions on a machine with nothing else to do differ by a few percent."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedMachines:
+    """What was found. ``machines`` are name and memory in bytes of each rank's, sorted.
+
+    ``backend`` is the run's transport. ``deviation`` is what repetitions differed by: see
+    ``MeasuredSpeed``.
+    """
+
+    machines: tuple[tuple[str, int], ...]
+    backend: Transport
+    model: str
+    measured_on: str
+    rates: NodeRates
+    collective_seconds: float | None
+    deviation: float = 0.0
+
+    def of(self, machines: tuple[tuple[str, int], ...], transport: WantedTransport) -> bool:
+        """Whether it is about these machines; ``auto`` stands for any transport."""
+        return self.machines == machines and transport in ("auto", self.backend)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    entries: tuple[CalibratedMachines, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+
+def calibration_file() -> Path:
+    """Where calibrations are kept."""
+    return config_directory() / "calibration.json"
+
+
+def machines_of(nodes: Sequence[NodeMemory]) -> tuple[tuple[str, int], ...]:
+    """Key of a calibration, with the transport."""
+    return tuple(sorted((node.name, node.memory_bytes) for node in nodes))
+
+
+def save_calibration(entry: CalibratedMachines) -> Path:
+    """Keep an entry in place of an older one of the same machines and transport.
+
+    Raises:
+        K2Error: if the file cannot be read or written.
+    """
+    path = calibration_file()
+    others = [each for each in _read(path) if not each.of(entry.machines, entry.backend)]
+    data = msgspec.json.format(msgspec.json.encode(_File((*others, entry))), indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data + b"\n")
+    except OSError as error:
+        raise K2Error(f"{path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def with_calibration(
+    nodes: Sequence[NodeMemory], transport: WantedTransport = "auto"
+) -> list[NodeMemory]:
+    """The machines with what was measured of them, if it was; the newest entry counts.
+
+    Raises:
+        K2Error: if the file of calibrations is damaged.
+    """
+    machines = machines_of(nodes)
+    fitting = [each for each in _read(calibration_file()) if each.of(machines, transport)]
+    if not fitting:
+        return list(nodes)
+    entry = fitting[-1]
+    source = f"measured on {entry.measured_on} with {entry.model} by k2 bench --calibrate"
+    if entry.deviation > NOISY_DEVIATION:
+        source += f" while the machine was busy (repetitions differed by {entry.deviation:.0%})"
+    measured = MeasuredSpeed(entry.rates, entry.collective_seconds, source, entry.deviation)
+    return [replace(node, measured=measured) for node in nodes]
+
+
+def _read(path: Path) -> tuple[CalibratedMachines, ...]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise K2Error(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        found = msgspec.json.decode(data, type=_File)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise K2Error(f"{path} is damaged: {error}", f"rm {path}") from error
+    return found.entries if found.schema_version == SCHEMA_VERSION else ()

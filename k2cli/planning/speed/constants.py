@@ -1,0 +1,103 @@
+"""The constants of the speed model: fitted ones of the package, or measured on one's machines.
+
+``constants.toml`` is written by scripts/fit-speed-model from public measurements of Apple
+machines; docs/speed-model.md shows how well they predict. ``k2 bench --calibrate`` measures the
+owner's machines instead (``calibration.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.speed.rates import NodeRates
+
+CONSTANTS_FILE = Path(__file__).parent / "constants.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What part of a machine's published peaks is reached, and the fixed seconds per layer.
+
+    Chips of two dies (Ultra) reach less of their bandwidth than others.
+    """
+
+    bandwidth_one_die: float
+    bandwidth_two_dies: float
+    dense_compute: float
+    expert_compute: float
+    attention_compute: float
+    dense_layer_seconds: float
+    expert_layer_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRates:
+    """One kind of connection between ranks: seconds of a small collective, bytes per second.
+
+    ``low`` and ``high`` bound what has been published for it.
+    """
+
+    collective_seconds_low: float
+    collective_seconds: float
+    collective_seconds_high: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedConstants:
+    """Everything that a prediction needs beside the work and the machines.
+
+    ``decode_spread`` and ``prefill_spread`` are half widths of the bands, as natural
+    logarithms of the ratio to what is expected.
+    """
+
+    source: str
+    shares: Shares
+    links: Mapping[str, LinkRates]
+    decode_spread: float
+    prefill_spread: float
+
+    def rates(self, node: NodeMemory) -> NodeRates | None:
+        """What a machine achieves; None if it is neither calibrated nor known."""
+        if node.measured is not None:
+            return node.measured.rates
+        peak, flops = node.bandwidth_bytes_per_second, node.gpu_flops_per_second
+        if peak is None or flops is None:
+            return None
+        return effective_rates(self.shares, peak, flops, two_dies=node.chip.endswith("-ultra"))
+
+
+def effective_rates(shares: Shares, peak: float, flops: float, *, two_dies: bool) -> NodeRates:
+    """Published peaks (bytes and operations per second) as what is reached of them."""
+    share = shares.bandwidth_two_dies if two_dies else shares.bandwidth_one_die
+    return NodeRates(
+        read_bytes_per_second=peak * share,
+        dense_flops_per_second=flops * shares.dense_compute,
+        expert_flops_per_second=flops * shares.expert_compute,
+        attention_flops_per_second=flops * shares.attention_compute,
+        dense_layer_seconds=shares.dense_layer_seconds,
+        expert_layer_seconds=shares.expert_layer_seconds,
+    )
+
+
+def constants_of_table(table: Mapping[str, Any]) -> SpeedConstants:
+    """Read the tables of ``constants.toml``."""
+    return SpeedConstants(
+        source=f"fitted to public measurements, {table['fitted_on']} (docs/speed-model.md)",
+        shares=Shares(**table["mlx"]),
+        links={name: LinkRates(**fields) for name, fields in table["links"].items()},
+        decode_spread=table["band"]["decode_spread"],
+        prefill_spread=table["band"]["prefill_spread"],
+    )
+
+
+@functools.cache
+def fitted_constants() -> SpeedConstants:
+    """The constants that come with k2."""
+    return constants_of_table(tomllib.loads(CONSTANTS_FILE.read_text(encoding="utf-8")))

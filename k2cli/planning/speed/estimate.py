@@ -1,0 +1,303 @@
+"""How fast a placement will be: tokens per second as a band, with the terms that it is made of.
+
+Pure arithmetic over the traced work of the model (``work.py``), the machines' rates and constants
+that were fitted to public measurements (docs/speed-model.md) or measured by the owner.
+
+Whether a collective is fast or slow is not known before it is measured: 26 and 200 us have both
+been published for RDMA over Thunderbolt 5. The default lies between, and the band covers both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from k2cli.choices import WantedTransport
+from k2cli.planning.hardware.chips import chips
+from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.speed.constants import LinkRates, SpeedConstants, fitted_constants
+from k2cli.planning.speed.placement_time import PlacedRun
+from k2cli.planning.speed.step_time import StageWork, decode_time
+from k2cli.planning.speed.work import ModelWork
+from k2cli.sharding.placement import Placement
+
+GREATEST_RATIO = 2.0
+"""Of a band's high to its low: a wider one tells a buyer nothing. Where more than that is unknown
+(slow collectives on many layers), the band is cut to it on both sides alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A figure that is not known exactly; ``low <= expected <= high``, all in the same unit."""
+
+    low: float
+    expected: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedTerm:
+    """One part of a prediction, for people: ``value`` in ``unit``, and where it comes from."""
+
+    name: str
+    value: float
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedEstimate:
+    """Predicted speed of one placement at one context.
+
+    ``decode_tokens_per_second`` is that of one request alone; the aggregate is of all
+    ``concurrency`` requests together. Prefill and time to first token are of one request alone,
+    its prompt not cached; as in ``k2 bench``, prefill is the prompt over the time to its answer's
+    first token. ``source`` says whose constants were used.
+    """
+
+    decode_tokens_per_second: Band
+    prefill_tokens_per_second: Band
+    time_to_first_token_seconds: Band
+    aggregate_decode_tokens_per_second: Band
+    terms: tuple[SpeedTerm, ...]
+    source: str = ""
+
+
+def speed_obstacle(
+    nodes: Sequence[NodeMemory], constants: SpeedConstants | None = None
+) -> str | None:
+    """Why no speed can be predicted for these machines, or None."""
+    constants = constants or fitted_constants()
+    for node in nodes:
+        if constants.rates(node) is not None:
+            continue
+        missing = [
+            f"{name} (say {key}=)" if node.chip else name
+            for name, key, value in (
+                ("memory bandwidth", "bandwidth", node.bandwidth_bytes_per_second),
+                ("compute", "flops", node.gpu_flops_per_second),
+            )
+            if value is None
+        ]
+        return (
+            f"{' and '.join(missing)} of {node.name} not known; "
+            "measure it there with: k2 bench --calibrate"
+        )
+    return None
+
+
+def predict_speed(
+    work: ModelWork,
+    placement: Placement,
+    nodes: Sequence[NodeMemory],
+    *,
+    transport: WantedTransport,
+    context_length: int,
+    concurrency: int = 1,
+    prompt_tokens: int | None = None,
+    chunk_tokens: int = 512,
+    collective_seconds: float | None = None,
+    constants: SpeedConstants | None = None,
+) -> SpeedEstimate | None:
+    """Predict the speed of a placement; None if ``speed_obstacle`` knows why that is impossible.
+
+    Args:
+        work: from ``work.model_work(subject.config, ...)``, cut into as many slices as a tensor
+            placement has ranks, else uncut. Tracing it costs a few tenths of a second; this
+            function is arithmetic and can be called for many contexts and splits.
+        nodes: one per rank, rank 0 first.
+        transport: what connects the ranks: ``local``, ``mpi``, ``ring``, ``jaccl`` or ``auto``.
+        context_length: tokens that are in the cache when a token is generated.
+        prompt_tokens: length of the prompt; ``context_length`` if None.
+        chunk_tokens: tokens of the prompt per prefill step.
+        collective_seconds: seconds of one small collective between the ranks; a default by back
+            end if None, and then the band covers what has been published for it.
+        constants: fitted ones of the package if None, or calibrated ones.
+
+    Raises:
+        ValueError: if ``work`` is not cut as the placement says.
+    """
+    constants = constants or fitted_constants()
+    run = _placed_run(work, placement, nodes, transport, collective_seconds, constants)
+    if run is None:
+        return None
+    prompt = prompt_tokens or context_length
+    noise = max((node.measured.deviation for node in nodes if node.measured), default=0.0)
+    decode = max(constants.decode_spread, noise)
+    prefill = max(_prefill_spread(constants, nodes), noise)
+    first = speed_band(lambda run: run.first_token_seconds(prompt, chunk_tokens), run, prefill)
+    return SpeedEstimate(
+        speed_band(lambda run: 1 / run.decode_seconds(context_length), run, decode),
+        Band(prompt / first.high, prompt / first.expected, prompt / first.low),
+        first,
+        speed_band(
+            lambda run: concurrency / run.round_seconds(context_length, concurrency), run, decode
+        ),
+        terms=_terms(run, nodes, context_length, _source(constants, nodes)),
+        source=_source(constants, nodes),
+    )
+
+
+def _placed_run(
+    work: ModelWork,
+    placement: Placement,
+    nodes: Sequence[NodeMemory],
+    transport: WantedTransport,
+    collective_seconds: float | None,
+    constants: SpeedConstants,
+) -> PlacedRun | None:
+    """The placement with the rates of its machines and links; None if one's are not known."""
+    slices = placement.size if placement.strategy == "tensor" else 1
+    if work.slices != slices:
+        raise ValueError(f"work is cut into {work.slices} slices, expected {slices}")
+    rates = [constants.rates(node) for node in nodes]
+    known = tuple(each for each in rates if each is not None)
+    if len(known) != len(rates):
+        return None
+    link = _link(constants, nodes, transport, placement.size, collective_seconds)
+    return PlacedRun(work, placement, tuple(node.name for node in nodes), known, link)
+
+
+def _source(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> str:
+    """Whose constants: the package's, or what was measured on these machines."""
+    found = dict.fromkeys(
+        constants.source if node.measured is None else node.measured.source for node in nodes
+    )
+    return "; ".join(found)
+
+
+def _prefill_spread(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> float:
+    """Wide where the speed of the neural accelerators is that of another chip of the family."""
+    known = chips()
+    assumed = any(
+        node.measured is None and node.chip in known and known[node.chip].matrix_speedup != 1
+        for node in nodes
+    )
+    return math.log(GREATEST_RATIO) / 2 if assumed else constants.prefill_spread
+
+
+def decode_layer_seconds(
+    work: ModelWork,
+    node: NodeMemory,
+    context_length: int,
+    constants: SpeedConstants | None = None,
+) -> tuple[list[float], float] | None:
+    """Seconds of each layer, and of norm and head, for one token on a machine; None if unknown.
+
+    What a search for the fastest split of a pipeline adds up.
+    """
+    rates = (constants or fitted_constants()).rates(node)
+    if rates is None:
+        return None
+    layers = [
+        decode_time(StageWork(((layer, 1),), None), rates, context_length).seconds
+        for layer in work.layers
+    ]
+    return layers, decode_time(StageWork((), work.head), rates, context_length).seconds
+
+
+def _link(
+    constants: SpeedConstants,
+    nodes: Sequence[NodeMemory],
+    transport: WantedTransport,
+    ranks: int,
+    collective_seconds: float | None,
+) -> LinkRates:
+    if ranks == 1 or len({node.name for node in nodes}) == 1:
+        link = constants.links["local"]
+    elif transport in ("jaccl", "ring", "mpi"):
+        link = constants.links[transport]
+    else:
+        known = chips()
+        rdma = all(node.chip in known and known[node.chip].thunderbolt_rdma for node in nodes)
+        link = constants.links["jaccl" if rdma else "ring"]
+    measured = [node.measured.collective_seconds for node in nodes if node.measured is not None]
+    if collective_seconds is None and len(measured) == len(nodes):
+        collective_seconds = measured[0]
+    if collective_seconds is None:
+        return link
+    given = collective_seconds
+    return LinkRates(given, given, given, link.bytes_per_second)
+
+
+def speed_band(figure: Callable[[PlacedRun], float], run: PlacedRun, spread: float) -> Band:
+    """What is expected, widened by what the constants do not explain and what is not known.
+
+    Not known are the link, and attention over a long context, which few have published: half and
+    twice the fitted speed.
+
+    Args:
+        figure: the speed, or a time, of a run.
+        spread: half the band's width for a known link, as a natural logarithm.
+    """
+    expected = figure(run)
+    others = (figure(run.slower()), figure(run.faster()))
+    below = spread + math.log(expected / min(expected, *others))
+    above = spread + math.log(max(expected, *others) / expected)
+    most = math.log(GREATEST_RATIO)
+    if below + above > most:
+        below, above = (part * most / (below + above) for part in (below, above))
+    return Band(expected * math.exp(-below), expected, expected * math.exp(above))
+
+
+def _terms(
+    run: PlacedRun,
+    nodes: Sequence[NodeMemory],
+    context_length: int,
+    source: str,
+) -> tuple[SpeedTerm, ...]:
+    """The parts of a decoded token's time, and of a prompt's."""
+    times = run.stages(context_length) if run.is_pipeline else [run.slowest(context_length)]
+    work = run.work
+    latency = run.link.collective_seconds
+    hops = run.placement.size if run.is_pipeline and run.placement.size > 1 else work.collectives
+    flops = sum(layer.dense_flops + layer.expert_flops for layer in work.layers) * work.slices
+    terms = [
+        SpeedTerm("weights read per token", sum(t.weights_bytes for t in times), "B", "traced"),
+        SpeedTerm(
+            f"cache read per token at {context_length:,} tokens",
+            sum(t.cache_bytes for t in times),
+            "B",
+            "traced",
+        ),
+        *_bandwidth_terms(run, nodes, source),
+        SpeedTerm("reading", sum(t.memory_seconds for t in times), "s", "bytes over bandwidth"),
+        SpeedTerm(
+            "attention over the context", sum(t.attention_seconds for t in times), "s", source
+        ),
+        SpeedTerm("fixed cost of the layers", sum(t.fixed_seconds for t in times), "s", source),
+        SpeedTerm("messages between ranks per token", float(hops), "", "traced"),
+        SpeedTerm("seconds per message", latency, "s", _latency_source(run.link)),
+        SpeedTerm("waiting for messages", run.exchange_seconds(1), "s", "product"),
+        SpeedTerm("operations per token of a prompt", float(flops), "FLOP", "traced"),
+    ]
+    return tuple(terms)
+
+
+def _latency_source(link: LinkRates) -> str:
+    low, high = link.collective_seconds_low, link.collective_seconds_high
+    if low == high:
+        return "given, or measured by k2 bench --calibrate"
+    return f"assumed, between {low * 1e6:.0f} and {high * 1e6:.0f} us; see docs/speed-model.md"
+
+
+def _bandwidth_terms(run: PlacedRun, nodes: Sequence[NodeMemory], source: str) -> list[SpeedTerm]:
+    """What each machine reaches; of several that are alike, once."""
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for name in dict.fromkeys(run.machines):
+        rank = run.machines.index(name)
+        kinds.setdefault((run.rates[rank], nodes[rank].bandwidth_bytes_per_second), []).append(rank)
+    terms = []
+    for ranks in kinds.values():
+        rank = ranks[0]
+        each = f"{run.machines[rank]}" if len(ranks) == 1 else "each machine"
+        if 1 < len(ranks) < len(run.machines):
+            each = f"each {run.machines[rank].partition('/')[0]}"
+        peak = nodes[rank].bandwidth_bytes_per_second
+        reached = run.rates[rank].read_bytes_per_second
+        share = f"{reached / peak:.0%} of {peak / 1e9:.0f} GB/s; " if peak else ""
+        terms.append(SpeedTerm(f"bandwidth of {each}", reached, "B/s", share + source))
+        compute = run.rates[rank].dense_flops_per_second
+        terms.append(SpeedTerm(f"compute of {each}", compute, "FLOP/s", source))
+    return terms

@@ -1,0 +1,186 @@
+"""What a token costs to compute: bytes to read and operations, per layer, from the traced model.
+
+Exact where the trace knows: which parameters a step reads (of a mixture of experts the chosen
+ones only), what the cache holds at a context, how many collectives a slice calls. The operations
+of attention follow from the widths in the config, as mlx-lm computes it: latent attention (MLA)
+expands keys and values from the whole context for every chunk of a prompt, and stays in the
+latent space for a single token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from k2cli.planning.config_check import first_field, text_config
+from k2cli.planning.memory.prefill import ActivationShape, activation_shape
+
+if TYPE_CHECKING:
+    from k2cli.choices import HeadPlacement
+    from k2cli.sharding.token_cost import Activity, ModelActivity
+    from k2cli.sharding.trace import StoredShapes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheWork:
+    """Cache bytes that one token reads per token of context, at most ``window_tokens`` of them."""
+
+    bytes_per_token: int
+    window_tokens: int | None
+
+    def read_bytes(self, context_length: int) -> int:
+        """Bytes read for one token after ``context_length`` others."""
+        seen = context_length if self.window_tokens is None else self.window_tokens
+        return self.bytes_per_token * min(seen, context_length)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """What one layer, or norm and head together, costs on one rank.
+
+    ``dense_bytes`` are read in every step whatever the tokens; of ``expert_bytes`` the share of
+    the experts that a step's tokens choose. Operations count two for each weight that a token is
+    multiplied with: ``dense_flops`` and ``expert_flops`` per token. Attention: ``pair_flops`` per
+    token of a prompt and token that it sees, ``decode_pair_flops`` the same in decode, and
+    ``expand_flops`` per token of context for every chunk of a prompt. ``window_tokens`` bounds
+    what a token of a prompt sees, None if nothing does.
+    """
+
+    dense_bytes: int
+    expert_bytes: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    dense_flops: int = 0
+    expert_flops: int = 0
+    pair_flops: int = 0
+    decode_pair_flops: int = 0
+    expand_flops: int = 0
+    cache: tuple[CacheWork, ...] = ()
+    state_bytes: int = 0
+    window_tokens: int | None = None
+
+    def weights_read(self, tokens: int) -> float:
+        """Bytes of weights that a step over so many tokens reads: dense ones and chosen experts.
+
+        Experts are taken to be chosen independently and evenly.
+        """
+        if not self.experts:
+            return float(self.dense_bytes + self.expert_bytes)
+        untouched = (1 - self.experts_per_token / self.experts) ** tokens
+        return self.dense_bytes + self.expert_bytes * (1 - untouched)
+
+    def cache_read(self, context_length: int) -> int:
+        """Bytes of cache and state that one token reads after ``context_length`` others."""
+        return self.state_bytes + sum(part.read_bytes(context_length) for part in self.cache)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWork:
+    """The work of a whole model, cut into ``slices`` tensor slices (1: not cut), on one rank.
+
+    ``head`` is what the last stage computes once per sampled token: final norm and head.
+    ``hidden_bytes`` is what one token's hidden state takes on its way to the next stage;
+    ``collectives`` is how many each token's pass calls.
+    """
+
+    layers: tuple[LayerWork, ...]
+    head: LayerWork
+    hidden_bytes: int
+    collectives: int
+    slices: int
+
+
+def model_work(
+    config: Mapping[str, Any],
+    *,
+    stored: StoredShapes | None = None,
+    dtype: str = "checkpoint",
+    slices: int = 1,
+    head: HeadPlacement = "replicated",
+) -> ModelWork:
+    """Trace what a token costs. K2 takes a few tenths of a second.
+
+    Args:
+        config: a checked config.
+        stored: shapes from the checkpoint's headers, if there are any.
+        dtype: of activations and cache; ``checkpoint`` keeps the stored float types.
+        slices: ranks that share each layer (tensor parallelism).
+        head: whether the head is cut too.
+
+    Raises:
+        UsageError: if the config makes no model, or it cannot be cut so.
+    """
+    from k2cli.sharding.tensor import StandInGroup, slice_model
+    from k2cli.sharding.token_cost import model_activity
+    from k2cli.sharding.trace import trace_model
+
+    model = trace_model(config, stored, dtype)
+    if slices > 1:
+        slice_model(config, model, StandInGroup(0, slices), head)
+    return work_of_activity(config, model_activity(model), slices)
+
+
+def work_of_activity(
+    config: Mapping[str, Any], activity: ModelActivity, slices: int = 1
+) -> ModelWork:
+    """Add the operations of attention, which only the config tells, to what was traced."""
+    attention = _attention(config, slices)
+    head = activity.head
+    return ModelWork(
+        layers=tuple(_layer_work(layer, attention) for layer in activity.layers),
+        head=LayerWork(head.dense_bytes, dense_flops=2 * head.dense_weights),
+        hidden_bytes=activity.hidden_bytes,
+        collectives=activity.collectives,
+        slices=slices,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    pair_flops: int
+    decode_pair_flops: int
+    expand_flops: int
+    chosen_tokens: int | None  # sparse attention: what a token of an answer attends to
+
+
+def _attention(config: Mapping[str, Any], slices: int) -> _Attention:
+    shape: ActivationShape = activation_shape(config)
+    text = text_config(config)
+    heads = ceil(shape.heads / slices)
+    chosen = first_field(text, ("index_topk",))
+    if not shape.latent_size:
+        both = 4 * heads * shape.head_size  # scores and values, a multiplication and an addition
+        return _Attention(both, both, 0, chosen)
+    latent = first_field(text, ("kv_lora_rank",)) or 0
+    rope = first_field(text, ("qk_rope_head_dim",)) or 0
+    return _Attention(
+        2 * heads * (shape.expanded_size + rope),
+        2 * heads * (2 * latent + rope),
+        2 * heads * latent * shape.expanded_size,
+        chosen,
+    )
+
+
+def _layer_work(layer: Activity, attention: _Attention) -> LayerWork:
+    cache = tuple(CacheWork(part.bytes_per_token, part.window_tokens) for part in layer.cache)
+    if attention.chosen_tokens is not None and cache:
+        # Sparse attention reads what the indexer chose; the indexer's own keys are read whole.
+        cache = (CacheWork(cache[0].bytes_per_token, attention.chosen_tokens), *cache[1:])
+    attends = bool(layer.cache)
+    per_expert = layer.expert_weights // max(layer.experts, 1)
+    return LayerWork(
+        dense_bytes=layer.dense_bytes,
+        expert_bytes=layer.expert_bytes,
+        experts=layer.experts,
+        experts_per_token=layer.experts_per_token,
+        dense_flops=2 * layer.dense_weights,
+        expert_flops=2 * per_expert * layer.experts_per_token,
+        pair_flops=attention.pair_flops if attends else 0,
+        decode_pair_flops=attention.decode_pair_flops if attends else 0,
+        expand_flops=attention.expand_flops if attends else 0,
+        cache=cache,
+        state_bytes=layer.state_bytes,
+        window_tokens=layer.cache[0].window_tokens if layer.cache else None,
+    )

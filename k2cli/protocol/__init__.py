@@ -1,0 +1,144 @@
+"""Every message that launcher, guards and ranks exchange, and nothing else.
+
+Four conversations, each with its own union of message types:
+
+* ``launcher``: launcher <-> leader's guard (``LauncherMessage`` down, ``RunEvent`` up): JSON lines
+  over the guard's stdin and stdout, which ssh carries from
+  another node;
+* ``liveness``: leader's guard <-> a follower's guard (``LivenessMessage``): TCP, authenticated;
+* ``rank``: a guard <-> its rank (``GuardMessage`` down, ``RankMessage`` up): an inherited socket
+  pair. The requests among them are in ``requests``;
+* ``decisions``: leader rank <-> a follower rank (``Decision`` out, ``FollowerMessage`` back): TCP,
+  authenticated. Every decision carries the step that it applies to.
+
+``bootstrap`` is the file that a guard starts from. Others import all names from here.
+
+Messages are msgspec structs: decoding checks the schema, unknown fields are refused, and nothing
+is ever unpickled. Framing and authentication are in ``runtime.wire``.
+"""
+
+from __future__ import annotations
+
+from k2cli.protocol.bootstrap import (
+    Assignment,
+    Bootstrap,
+    Deadlines,
+    HttpEndpoint,
+)
+from k2cli.protocol.decisions import (
+    CloseSequence,
+    Decision,
+    Decode,
+    DropPrefix,
+    FollowerMessage,
+    HeldTensor,
+    Hello,
+    Holdings,
+    JoinBatch,
+    LeaveBatch,
+    OpenSequence,
+    Prefill,
+    PrefillTogether,
+    Quit,
+    StepDigest,
+    Tick,
+)
+from k2cli.protocol.launcher import (
+    GuardStarted,
+    LauncherMessage,
+    LoadProgress,
+    LogLine,
+    NextAttempt,
+    RankFailed,
+    RankReady,
+    RunEnded,
+    RunEvent,
+    RunReady,
+    RunRestarting,
+    StopRun,
+)
+from k2cli.protocol.liveness import (
+    ControlEndpoint,
+    LivenessMessage,
+    RankStatus,
+)
+from k2cli.protocol.message import (
+    Heartbeat,
+    Message,
+)
+from k2cli.protocol.rank import (
+    ControlListening,
+    EngineReady,
+    Fatal,
+    GuardMessage,
+    RankMessage,
+    Shutdown,
+    Start,
+)
+from k2cli.protocol.requests import (
+    Cancel,
+    Finished,
+    FinishReason,
+    Generate,
+    PromptProgress,
+    RequestFailed,
+    Sampling,
+    TokenLogprob,
+    Tokens,
+)
+
+__all__ = [
+    "Assignment",
+    "Bootstrap",
+    "Cancel",
+    "CloseSequence",
+    "ControlEndpoint",
+    "ControlListening",
+    "Deadlines",
+    "Decision",
+    "Decode",
+    "DropPrefix",
+    "EngineReady",
+    "Fatal",
+    "FinishReason",
+    "Finished",
+    "FollowerMessage",
+    "Generate",
+    "GuardMessage",
+    "GuardStarted",
+    "Heartbeat",
+    "HeldTensor",
+    "Hello",
+    "Holdings",
+    "HttpEndpoint",
+    "JoinBatch",
+    "LauncherMessage",
+    "LeaveBatch",
+    "LivenessMessage",
+    "LoadProgress",
+    "LogLine",
+    "Message",
+    "NextAttempt",
+    "OpenSequence",
+    "Prefill",
+    "PrefillTogether",
+    "PromptProgress",
+    "Quit",
+    "RankFailed",
+    "RankMessage",
+    "RankReady",
+    "RankStatus",
+    "RequestFailed",
+    "RunEnded",
+    "RunEvent",
+    "RunReady",
+    "RunRestarting",
+    "Sampling",
+    "Shutdown",
+    "Start",
+    "StepDigest",
+    "StopRun",
+    "Tick",
+    "TokenLogprob",
+    "Tokens",
+]

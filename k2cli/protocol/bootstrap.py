@@ -1,0 +1,90 @@
+"""What a guard is told before it starts: its rank's part of the plan, time limits, the API."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from k2cli.choices import FloatType, HeadPlacement, Strategy, Transport
+
+
+class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Time limits in seconds after which something silent is taken for dead."""
+
+    heartbeat_interval: float = 1.0
+    liveness: float = 8.0
+    initialisation: float = 60.0
+    load_stall: float = 120.0
+    warmup_stall: float = 600.0
+    step_stall: float = 10.0
+    peer_stall: float = 60.0
+    stopped: float = 8.0
+    stop_grace: float = 3.0
+
+
+class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the leader's guard serves the API. ``api_key`` None means no key is asked for.
+
+    ``next_port_will_do``: the user named no port, so one that was taken meanwhile is passed over.
+    """
+
+    host: str
+    port: int
+    api_key: str | None = None
+    next_port_will_do: bool = False
+
+
+class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank is to be: the part of the plan that concerns the ranks.
+
+    ``layers[r]`` is rank r's half-open range of decoder layers. ``dtype`` is ``checkpoint`` or
+    the name of the float type that weights are cast to. ``expected_weights_bytes[r]`` is what the
+    plan says that rank r holds, and ``expected_cache_bytes[r]`` what its caches may come to, where
+    that is known; loading fails if either is anything else. ``looks_ahead`` is None where
+    ``runtime.lookahead`` is to decide.
+    """
+
+    run_id: str
+    rank: int
+    size: int
+    nodes: list[str]
+    transport: Transport
+    model_path: str
+    strategy: Strategy
+    layers: list[tuple[int, int]]
+    dtype: FloatType | Literal["checkpoint"]
+    context_length: int
+    concurrency: int
+    prefill_chunk_tokens: int
+    expected_weights_bytes: list[int]
+    expected_cache_bytes: list[int] = msgspec.field(default_factory=list)
+    head: HeadPlacement = "replicated"
+    ring_hosts: list[list[str]] | None = None
+    wired_limit_bytes: int | None = None
+    cache_limit_bytes: int | None = None
+    jaccl_devices: list[list[str | list[str] | None]] | None = None
+    jaccl_coordinator: str | None = None
+    looks_ahead: bool | None = None
+
+
+class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file that the launcher leaves for a guard (mode 0600; the guard deletes it).
+
+    ``secret`` (hex) authenticates every TCP connection of the run. ``http`` is set for rank 0
+    only. ``environment`` is added to the rank's environment.
+
+    ``restarts``: after a failure the leader's guard stays, answers 503, and waits for a
+    ``NextAttempt``. ``hold`` is the cause of the last failure, for a fresh guard that begins there.
+    """
+
+    assignment: Assignment
+    secret: str
+    liveness_host: str
+    liveness_port: int
+    model_name: str
+    http: HttpEndpoint | None = None
+    environment: dict[str, str] = {}
+    deadlines: Deadlines = Deadlines()
+    restarts: bool = False
+    hold: str | None = None

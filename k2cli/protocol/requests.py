@@ -1,0 +1,88 @@
+"""A client's request on its way from the API to the leader rank, and what becomes of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from k2cli.protocol.message import Message
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    top_logprobs: int | None = None
+
+
+class Generate(Message, tag=True, frozen=True):
+    """A validated request for the leader rank. ``stop_tokens`` end it and are not returned."""
+
+    request_id: str
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    stop_tokens: list[int] = msgspec.field(default_factory=list)
+    use_prefix_cache: bool = True
+
+
+class Cancel(Message, tag=True, frozen=True):
+    """Nobody wants the rest of this request."""
+
+    request_id: str
+
+
+class PromptProgress(Message, tag=True, frozen=True):
+    """Prompt tokens computed so far. ``cached`` of them were reused."""
+
+    request_id: str
+    done: int
+    total: int
+    cached: int = 0
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Natural-log probability of the chosen token and of the best alternatives."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class Tokens(Message, tag=True, frozen=True):
+    """Newly generated token ids, in order; ``logprobs`` is as long, or empty if not asked for."""
+
+    request_id: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
+
+
+class Finished(Message, tag=True, frozen=True):
+    """The request is over. Durations in seconds; prefill includes the first token."""
+
+    request_id: str
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+
+
+class RequestFailed(Message, tag=True, frozen=True):
+    """The request ended by an error of its own; the engine goes on."""
+
+    request_id: str
+    error: str
+    kind: Literal["invalid", "capacity", "internal"] = "internal"

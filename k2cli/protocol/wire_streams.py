@@ -1,0 +1,150 @@
+"""``runtime.wire`` over asyncio's streams, for guards.
+
+Apart from it because a rank, which has no use for asyncio, would import it at each start (30 ms).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, Generic
+
+import msgspec
+
+from k2cli.protocol.wire import (
+    LENGTH,
+    MAX_FRAME_BYTES,
+    NONCE_BYTES,
+    ConnectionLost,
+    T,
+    frame,
+    proof,
+)
+
+
+class _KeepingProtocol(asyncio.StreamReaderProtocol):
+    """A stream whose reader gets all that the peer has sent, whatever became of the connection.
+
+    asyncio drops what has arrived and is not read yet if a *write* fails: a heartbeat to a peer
+    that has just exited would take the peer's last message with it.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, connected: Callable[..., None] | None = None
+    ) -> None:
+        super().__init__(reader, connected)
+        self._kept_reader = reader
+        self._descriptor = -1
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Remember the socket, which is still open when ``connection_lost`` is called."""
+        self._descriptor = transport.get_extra_info("socket").fileno()
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Read what is left; then it is the end of the stream, and not an error."""
+        if exc is not None:
+            with contextlib.suppress(OSError):
+                while chunk := os.read(self._descriptor, 2**16):
+                    self._kept_reader.feed_data(chunk)
+        super().connection_lost(None)
+
+
+async def open_stream(
+    host: str | None = None, port: int | None = None, *, connection: socket.socket | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """``asyncio.open_connection``, but nothing that the peer has sent is lost.
+
+    Raises:
+        OSError: if there is no connection.
+    """
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    protocol = _KeepingProtocol(reader)
+    if connection is not None:
+        transport, _ = await loop.create_connection(lambda: protocol, sock=connection)
+    else:
+        transport, _ = await loop.create_connection(lambda: protocol, host or "", port or 0)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def serve_stream(
+    accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], None], host: str, port: int
+) -> asyncio.Server:
+    """``asyncio.start_server`` with the same promise.
+
+    Raises:
+        OSError: if the port is taken.
+    """
+    loop = asyncio.get_running_loop()
+    return await loop.create_server(
+        lambda: _KeepingProtocol(asyncio.StreamReader(), accept), host, port
+    )
+
+
+class AsyncChannel(Generic[T]):
+    """``wire.Channel`` over asyncio's streams."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, receives: Any
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
+
+    def send(self, message: Any) -> None:
+        """Queue one message for sending; a lost peer shows at the next ``receive``."""
+        if not self._writer.is_closing():
+            self._writer.write(frame(message))
+
+    async def receive(self) -> T:
+        """The next message.
+
+        Raises:
+            ConnectionLost: if the peer is gone or broke the protocol.
+        """
+        try:
+            (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+            if size > MAX_FRAME_BYTES:
+                raise ConnectionLost(f"a frame of {size} bytes is too long")
+            return self._decoder.decode(await self._reader.readexactly(size))
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise ConnectionLost("the peer closed the connection") from error
+        except msgspec.MsgspecError as error:
+            raise ConnectionLost(f"a message breaks the protocol: {error}") from error
+
+    def close(self) -> None:
+        """Close the connection; never raises."""
+        self._writer.close()
+
+
+async def authenticate_stream(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    secret: str,
+    *,
+    accepting: bool,
+    timeout_seconds: float = 5.0,
+) -> None:
+    """``wire.authenticate`` over asyncio's streams.
+
+    Raises:
+        ConnectionLost: if the peer does not know the secret, or does not answer in time.
+    """
+    ours = os.urandom(NONCE_BYTES)
+    my_role, their_role = (b"accept", b"connect") if accepting else (b"connect", b"accept")
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            writer.write(ours)
+            theirs = await reader.readexactly(NONCE_BYTES)
+            writer.write(proof(secret, my_role, theirs, ours))
+            answer = await reader.readexactly(hashlib.sha256().digest_size)
+    except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+        raise ConnectionLost(f"authentication failed: {error}") from error
+    if not hmac.compare_digest(answer, proof(secret, their_role, ours, theirs)):
+        raise ConnectionLost("the peer does not know the run's secret")

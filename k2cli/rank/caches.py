@@ -1,0 +1,246 @@
+"""The KV caches of one rank: of sequences in prefill, of decode batches, of kept prefixes.
+
+Every entry is a list of mlx-lm cache objects, one per decoder layer that this rank holds. Caches
+of single sequences are merged when they join a batch, cut out again when they leave it, and
+copied (lazily: arrays are shared until one is written to) when a kept prefix is used again. What
+happens when is decided by the leader; here it is only carried out.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from k2cli.mlx_lm_package import mlx_lm_module
+from k2cli.sharding.stage import Stage
+
+LayerCaches = list[Any]
+_LET_GO_SECONDS = 0.01
+
+
+@dataclass(slots=True)
+class Batch:
+    """Sequences that decode together: their ids by row, and their merged caches."""
+
+    rows: list[int]
+    caches: LayerCaches
+
+
+@dataclass(slots=True)
+class CacheTable:
+    """All caches of a rank, and which tokens they are of: the keys that ranks must agree on."""
+
+    stage: Stage
+    sequences: dict[int, LayerCaches] = field(default_factory=dict)
+    batches: dict[int, Batch] = field(default_factory=dict)
+    prefixes: dict[int, LayerCaches] = field(default_factory=dict)
+    _tokens: dict[int, array[int]] = field(default_factory=dict)
+    _prefix_tokens: dict[int, array[int]] = field(default_factory=dict)
+
+    def open(self, sequence: int, prefix: int | None, kept_tokens: int) -> None:
+        """A cache for a sequence: empty, or a copy of the first tokens of a kept prefix."""
+        if prefix is None:
+            self._tokens[sequence] = array("i")
+            self.sequences[sequence] = self.stage.make_local_cache()
+            return
+        self._tokens[sequence] = self._prefix_tokens[prefix][:kept_tokens]
+        caches = copy.deepcopy(self.prefixes[prefix])
+        for cache in caches:
+            if cache.size() > kept_tokens:
+                cache.trim(cache.size() - kept_tokens)
+        self.sequences[sequence] = caches
+
+    def feed(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Note that a sequence's cache now holds these tokens too."""
+        self._tokens[sequence].extend(tokens)
+
+    def close(self, sequence: int, keep_as: int | None) -> None:
+        """Drop a sequence's cache, or keep it as a prefix."""
+        self._settle(sequence, self.sequences.pop(sequence), keep_as)
+
+    def _settle(self, sequence: int, caches: LayerCaches, keep_as: int | None) -> None:
+        tokens = self._tokens.pop(sequence)
+        if keep_as is not None:
+            self.prefixes[keep_as] = caches
+            self._prefix_tokens[keep_as] = tokens
+
+    def join(self, batch: int, sequence: int) -> None:
+        """Make a sequence the last row of a batch."""
+        caches = self.sequences.pop(sequence)
+        if batch not in self.batches:
+            self.batches[batch] = Batch([sequence], caches)
+            return
+        into = self.batches[batch]
+        alone = len(into.rows) == 1
+        for layer, cache in enumerate(into.caches):
+            if alone:
+                into.caches[layer] = _merge([cache, caches[layer]])
+            else:
+                cache.extend(_merge([caches[layer]]))
+            caches[layer] = None
+            mx.eval(into.caches[layer].state)
+        into.rows.append(sequence)
+
+    def open_together(self, lengths: list[int]) -> LayerCaches:
+        """Fresh merged caches for prompts of these lengths, padded on the left to the longest."""
+        caches = self._merged(len(lengths))
+        longest = max(lengths)
+        for cache in caches:
+            cache.prepare(left_padding=[longest - length for length in lengths])
+        return caches
+
+    def _merged(self, rows: int) -> LayerCaches:
+        singles = [self.stage.make_local_cache() for _ in range(rows)]
+        return [_merge(list(layer)) for layer in zip(*singles, strict=True)]
+
+    def _empty(self, rows: int) -> LayerCaches:
+        """Of a batch of so many rows that holds nothing; plain caches for a single one."""
+        return self.stage.make_local_cache() if rows == 1 else self._merged(rows)
+
+    def join_together(self, batch: int, sequences: list[int], caches: LayerCaches) -> None:
+        """Make sequences with merged caches the last rows of a batch."""
+        for sequence in sequences:
+            self.sequences.pop(sequence)
+        if batch not in self.batches:
+            self.batches[batch] = Batch(list(sequences), caches)
+            return
+        into = self.batches[batch]
+        if len(into.rows) == 1:
+            into.caches = [_merge([cache]) for cache in into.caches]
+        for cache, other in zip(into.caches, caches, strict=True):
+            cache.extend(other)
+        into.rows += sequences
+
+    def leave(self, batch: int, sequence: int, keep_as: int | None, move_to: int | None) -> None:
+        """Take a sequence out of a batch: drop its cache, keep it as a prefix, or move it."""
+        source = self.batches[batch]
+        row = source.rows.index(sequence)
+        if len(source.rows) == 1:
+            own = source.caches
+            del self.batches[batch]
+        elif not any(self._tokens[one] for one in source.rows):
+            # mlx-lm cannot cut a row out of a batch that holds nothing yet.
+            source.rows.remove(sequence)
+            own, source.caches = self._empty(1), self._empty(len(source.rows))
+        else:
+            own = _take_out(source, row, wanted=keep_as is not None or move_to is not None)
+        if move_to is not None:
+            self.sequences[sequence] = own
+            self.join(move_to, sequence)
+        else:
+            self._settle(sequence, own, keep_as)
+
+    def batch_bytes(self, batch: int) -> int:
+        """What a batch's caches take; 0 if there is no such batch yet."""
+        entry = self.batches.get(batch)
+        return sum(cache.nbytes for cache in entry.caches) if entry else 0
+
+    def drop_prefix(self, prefix: int) -> None:
+        """Forget a kept prefix."""
+        del self.prefixes[prefix], self._prefix_tokens[prefix]
+        mx.clear_cache()
+
+    def digest(self, step: int) -> str:
+        """SHA-256 (hex, 16 digits) over what this rank believes to hold after a step.
+
+        Equal on every rank: it covers the step, the tokens of every sequence and kept prefix, and
+        the rows of every batch; never sizes in bytes, which differ between stages.
+        """
+        state = (
+            step,
+            [(sequence, *_checksum(self._tokens[sequence])) for sequence in sorted(self._tokens)],
+            sorted((batch, tuple(entry.rows)) for batch, entry in self.batches.items()),
+            [
+                (prefix, *_checksum(tokens))
+                for prefix, tokens in sorted(self._prefix_tokens.items())
+            ],
+        )
+        return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
+def _checksum(tokens: array[int]) -> tuple[int, int]:
+    """How many tokens, and which: their CRC-32."""
+    return len(tokens), zlib.crc32(tokens)
+
+
+def _take_out(source: Batch, row: int, *, wanted: bool) -> LayerCaches:
+    """Remove a row from a batch of several; returns its own caches if they are wanted.
+
+    Layer by layer, and at once: what is lazily cut out of a batch holds the whole batch.
+    """
+    rest = [index for index in range(len(source.rows)) if index != row]
+    own: LayerCaches = []
+    for layer, cache in enumerate(source.caches):
+        if wanted:
+            own.append(cache.extract(row))
+            mx.eval(own[-1].state)
+        if len(rest) == 1:
+            # A single sequence needs no padding and no mask: its plain cache is faster.
+            source.caches[layer] = cache.extract(rest[0])
+        else:
+            cache.filter(rest)
+        mx.eval(source.caches[layer].state)
+    source.rows = [source.rows[index] for index in rest]
+    return own
+
+
+def make_room(caches: LayerCaches, tokens: int) -> None:
+    """Let plain caches grow for so many more tokens, one layer at a time.
+
+    mlx-lm's caches grow by copying, in the middle of a step. A GPU runs behind the program, and
+    would hold the old and the new copy of every layer at once: measured on CUDA, a decode step
+    that made four layers grow took four times what one layer takes.
+    """
+    kinds = mlx_lm_module("models.cache")
+    patient = mx.default_device() == mx.gpu
+    for cache in caches:
+        if type(cache) is kinds.KVCache:
+            used = cache.offset
+        elif type(cache) is kinds.BatchKVCache:
+            used = cache._idx
+        else:
+            continue
+        if cache.keys is None or used + tokens <= cache.keys.shape[2]:
+            continue
+        if patient:
+            mx.synchronize()  # what a step in flight holds must not pass for the old copy
+        # To a whole number of steps, as admission counts; mlx-lm would add to what was merged.
+        more = -(-(used + tokens) // cache.step) * cache.step - used
+        held = mx.get_active_memory() - cache.keys.nbytes - cache.values.nbytes
+        cache.keys = _extended(cache.keys, used, more)
+        cache.values = _extended(cache.values, used, more)
+        mx.eval(cache.keys, cache.values)
+        if patient:
+            patient = _let_go(held + cache.keys.nbytes + cache.values.nbytes)
+
+
+def _let_go(expected_bytes: int) -> bool:
+    """Wait until a GPU has given back the copy that it has no more use for; whether it has.
+
+    It does so from a thread of its own, after the result is there. It never does if the copy is
+    also a kept prefix's.
+    """
+    deadline = time.monotonic() + _LET_GO_SECONDS
+    while mx.get_active_memory() > expected_bytes:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.0001)
+    return True
+
+
+def _extended(held: mx.array, used: int, more: int) -> mx.array:
+    rows, heads, _, width = held.shape
+    room = mx.zeros((rows, heads, more, width), held.dtype)
+    return mx.concatenate([held[..., :used, :], room], axis=2)
+
+
+def _merge(caches: list[Any]) -> Any:
+    return type(caches[0]).merge(caches)

@@ -1,0 +1,136 @@
+"""The control connections: how the leader's decisions reach the followers.
+
+The leader rank listens on a port of its own choice, which the guards pass on; each follower
+connects, proves that it knows the run's secret and says which rank it is. Decisions go out in
+order to all followers; what comes back is read by a thread per follower.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from k2cli.errors import ClusterError
+from k2cli.protocol import (
+    ControlEndpoint,
+    Decision,
+    FollowerMessage,
+    Hello,
+)
+from k2cli.protocol.wire import Channel, ConnectionLost, authenticate, frame
+
+
+class Followers:
+    """The leader's side: one channel per follower, one inbox for all of them."""
+
+    def __init__(self, on_loss: Callable[[int, str], None]) -> None:
+        """``on_loss`` is called from a thread with (rank, cause) when a follower is lost."""
+        self._channels: dict[int, Channel[FollowerMessage]] = {}
+        self._sockets: dict[int, socket.socket] = {}
+        self._on_loss = on_loss
+        self._closing = False
+        self.inbox: queue.Queue[FollowerMessage] = queue.Queue()
+
+    @staticmethod
+    def listen(host: str) -> socket.socket:
+        """A listening socket on a free port of an address of this machine.
+
+        Raises:
+            ClusterError: if the address is not one of this machine's.
+        """
+        try:
+            return socket.create_server((host, 0))
+        except OSError as error:
+            raise ClusterError(f"cannot listen on {host}: {error}") from error
+
+    def accept(
+        self, listener: socket.socket, count: int, secret: str, timeout_seconds: float
+    ) -> None:
+        """Wait for all followers.
+
+        Raises:
+            ClusterError: naming the ranks that did not come in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        with listener:
+            while len(self._channels) < count:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    missing = sorted(set(range(1, count + 1)) - self._channels.keys())
+                    raise ClusterError(
+                        f"rank {', '.join(map(str, missing))} did not connect to the leader "
+                        f"within {timeout_seconds:.0f} s"
+                    )
+                listener.settimeout(remaining)
+                try:
+                    connection, _ = listener.accept()
+                except TimeoutError:
+                    continue
+                self._admit(connection, secret, count)
+
+    def _admit(self, connection: socket.socket, secret: str, count: int) -> None:
+        try:
+            authenticate(connection, secret, accepting=True)
+            channel: Channel[FollowerMessage] = Channel(connection, FollowerMessage)
+            hello = channel.receive(timeout_seconds=5.0)
+        except ConnectionLost:
+            connection.close()  # a stranger, or a follower that will fail on its own side
+            return
+        if not isinstance(hello, Hello) or not 1 <= hello.rank <= count:
+            channel.close()
+            return
+        self._channels[hello.rank] = channel
+        self._sockets[hello.rank] = connection
+        name = f"follower-{hello.rank}"
+        threading.Thread(target=self._read, args=(hello.rank,), name=name, daemon=True).start()
+
+    def _read(self, rank: int) -> None:
+        try:
+            while True:
+                message = self._channels[rank].receive()
+                if message is not None:
+                    self.inbox.put(message)
+        except ConnectionLost as error:
+            if not self._closing:
+                self._on_loss(rank, str(error))
+
+    def send(self, decision: Decision) -> None:
+        """Send a decision to every follower.
+
+        Raises:
+            ConnectionLost: if one is gone.
+        """
+        if not self._sockets:
+            return
+        data = frame(decision)
+        for connection in self._sockets.values():
+            try:
+                connection.sendall(data)
+            except OSError as error:
+                raise ConnectionLost(str(error)) from error
+
+    def close(self) -> None:
+        """Part in good order: from now on, a follower that goes is not a loss."""
+        self._closing = True
+
+
+def connect_to_leader(
+    endpoint: ControlEndpoint, rank: int, secret: str, timeout_seconds: float
+) -> Channel[Decision]:
+    """A follower's side.
+
+    Raises:
+        ClusterError: if the leader cannot be reached, or is not the leader of this run.
+    """
+    where = f"{endpoint.host}:{endpoint.port}"
+    try:
+        connection = socket.create_connection((endpoint.host, endpoint.port), timeout_seconds)
+        authenticate(connection, secret, accepting=False)
+    except (OSError, ConnectionLost) as error:
+        raise ClusterError(f"rank {rank} cannot reach the leader at {where}: {error}") from error
+    channel: Channel[Decision] = Channel(connection, Decision)
+    channel.send(Hello(rank))
+    return channel

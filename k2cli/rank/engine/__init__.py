@@ -1,0 +1,1 @@
+"""The scheduler of the leader rank: requests, steps and sampling."""

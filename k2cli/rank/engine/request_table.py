@@ -1,0 +1,237 @@
+"""The leader's books: who waits, who is in prefill, who decodes in which batch, what is kept.
+
+Admission by memory, the balance between batches and the fate of finished caches are settled
+here; each change is handed to ``decide``, which sends it to all ranks in order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from k2cli.protocol import (
+    CloseSequence,
+    Decision,
+    DropPrefix,
+    FinishReason,
+    Generate,
+    JoinBatch,
+    LeaveBatch,
+    OpenSequence,
+    PromptProgress,
+    RankMessage,
+    RequestFailed,
+)
+from k2cli.rank.engine.admission import (
+    MAX_BATCH_ROWS,
+    MAX_WAITING,
+    Budget,
+    choose_batch,
+    used_tokens,
+    worst_case_tokens,
+)
+from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, PrefixDirectory
+from k2cli.rank.engine.requests import Running, Waiting
+from k2cli.rank.engine.sampling import Sampler
+
+
+class Sender(Protocol):
+    """Numbers decisions and sends them to all ranks, in order."""
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next decision must bear."""
+
+    def submit(self, decision: Decision) -> None:
+        """Send a decision."""
+
+
+class Roster:
+    """Requests by what has become of them, and the prefixes that are kept for later ones."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        tell: Callable[[RankMessage], None],
+        *,
+        context_length: int,
+        concurrency: int,
+        batches: int,
+        can_batch: bool,
+        plain_caches: bool,
+    ) -> None:
+        """``batches`` run side by side; without ``can_batch`` each holds one request only."""
+        self._sender = sender
+        self._tell = tell
+        self._context_length = context_length
+        self._budget = Budget(
+            tokens=worst_case_tokens(context_length, 0, context_length) * concurrency,
+            batches=batches if can_batch else max(batches, concurrency),
+            rows_per_batch=MAX_BATCH_ROWS if can_batch else 1,
+        )
+        self._prefixes = PrefixDirectory(whole_only=not plain_caches)
+        self._next_sequence = 0
+        self.waiting: deque[Waiting] = deque()
+        self.prefilling: deque[Running] = deque()
+        self.batches: dict[int, list[Running]] = {b: [] for b in range(self._budget.batches)}
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody is here."""
+        return not (self.waiting or self.prefilling or any(self.batches.values()))
+
+    def _admitted(self) -> list[Running]:
+        return [*self.prefilling, *(row for rows in self.batches.values() for row in rows)]
+
+    def enqueue(self, request: Generate) -> None:
+        """Let a request wait for its turn, or refuse it with the numbers."""
+        worst = worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
+        if not request.prompt or len(request.prompt) >= self._context_length:
+            error = (
+                f"the prompt has {len(request.prompt)} tokens, "
+                f"the context holds {self._context_length}"
+            )
+            self._tell(RequestFailed(request.request_id, error, "invalid"))
+        elif worst > self._budget.tokens:
+            error = f"the request may need {worst} tokens, the plan holds {self._budget.tokens}"
+            self._tell(RequestFailed(request.request_id, error, "capacity"))
+        elif len(self.waiting) >= MAX_WAITING:
+            error = f"{len(self.waiting)} requests are waiting, the queue holds {MAX_WAITING}"
+            self._tell(RequestFailed(request.request_id, error, "capacity"))
+        else:
+            self.waiting.append(Waiting(request, time.monotonic()))
+
+    def cancel(self, request_id: str) -> None:
+        """Mark a request as cancelled, or let it go if it still waits."""
+        for row in self._admitted():
+            if row.request.request_id == request_id:
+                row.cancelled = True
+                return
+        for waiting in self.waiting:
+            if waiting.request.request_id == request_id:
+                self.waiting.remove(waiting)
+                self._tell(waiting.cancelled())
+                return
+
+    def end_cancelled(self) -> None:
+        """End everyone who was cancelled."""
+        for row in [row for row in self._admitted() if row.cancelled]:
+            self.end(row, "cancelled")
+
+    def admit(self) -> None:
+        """Let in, first come first served, whoever the plan's memory has room for."""
+        while self.waiting:
+            request = self.waiting[0].request
+            worst = worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
+            batch = choose_batch(self._worst_cases(), worst, self._budget)
+            if batch is None:
+                return
+            row = self._open(self.waiting.popleft(), worst)
+            row.batch = batch
+            self.prefilling.append(row)
+            self._evict()
+
+    def _open(self, waiting: Waiting, worst: int) -> Running:
+        request = waiting.request
+        self._next_sequence += 1
+        hit = self._prefixes.best(request.prompt) if request.use_prefix_cache else None
+        row = Running(
+            request,
+            self._next_sequence,
+            Sampler(request.sampling, request.prompt),
+            worst,
+            waiting.since,
+            time.monotonic(),
+        )
+        if hit is not None:
+            row.cached = row.computed = hit.tokens
+        prefix = None if hit is None else hit.prefix
+        number = self._sender.next_number
+        self._sender.submit(OpenSequence(number, row.sequence, prefix, row.cached))
+        prompt = len(request.prompt)
+        self._tell(PromptProgress(request.request_id, row.cached, prompt, row.cached))
+        return row
+
+    def join(self, row: Running) -> None:
+        """Its prompt is computed: a request becomes a row of its batch."""
+        self.prefilling.remove(row)
+        assert row.batch is not None
+        self.batches[row.batch].append(row)
+        self._sender.submit(JoinBatch(self._sender.next_number, row.batch, row.sequence))
+
+    def balance(self, quiet: list[int]) -> None:
+        """Move a request from a full batch to an empty one, so that no stage runs dry.
+
+        Args:
+            quiet: batches that have no step in flight; only these may change so.
+        """
+        expected = self._worst_cases()
+        for source in quiet:
+            target = min(quiet, key=lambda batch: len(expected[batch]))
+            if len(self.batches[source]) < 2 or len(expected[source]) - len(expected[target]) < 2:
+                continue
+            row = self.batches[source].pop()
+            self.batches[target].append(row)
+            row.batch = target
+            number = self._sender.next_number
+            told = row.unannounced_input
+            self._sender.submit(LeaveBatch(number, source, row.sequence, move_to=target, told=told))
+            row.unannounced = False
+            return
+
+    def end(self, row: Running, reason: FinishReason) -> None:
+        """Report a request's end, and keep its cache as a prefix if that is of use."""
+        completion = len(row.generated) - (reason == "stop")
+        self._release(row, keep=row.request.use_prefix_cache)
+        self._tell(row.finished(reason, completion))
+
+    def fail(self, row: Running) -> None:
+        """Report a request that failed by itself."""
+        self._release(row, keep=False)
+        self._tell(RequestFailed(row.request.request_id, f"sampling failed: {row.failure}"))
+
+    def _release(self, row: Running, *, keep: bool) -> None:
+        row.ended = True
+        assert row.batch is not None
+        keep_as = self._keep(row) if keep else None
+        number = self._sender.next_number
+        if row in self.prefilling:
+            self.prefilling.remove(row)
+            self._sender.submit(CloseSequence(number, row.sequence, keep_as))
+        else:
+            self.batches[row.batch].remove(row)
+            told = row.unannounced_input
+            self._sender.submit(LeaveBatch(number, row.batch, row.sequence, keep_as, told=told))
+        self._evict()
+
+    def _keep(self, row: Running) -> int | None:
+        """The id under which a sequence's cache is kept, if it is worth it."""
+        tokens = row.held_tokens
+        if len(tokens) < LEAST_REUSE_TOKENS or self._prefixes.has(tokens):
+            return None
+        for prefix in list(self._prefixes.redundant(tokens)):
+            self._drop(prefix)
+        return self._prefixes.add(tokens)
+
+    def _drop(self, prefix: int) -> None:
+        self._prefixes.remove(prefix)
+        self._sender.submit(DropPrefix(self._sender.next_number, prefix))
+
+    def _evict(self) -> None:
+        """Forget the prefixes used least recently until running requests have their room."""
+        used = used_tokens(self._worst_cases())
+        while used + self._prefixes.tokens() > self._budget.tokens:
+            oldest = self._prefixes.oldest()
+            if oldest is None:
+                return
+            self._drop(oldest)
+
+    def _worst_cases(self) -> dict[int, list[int]]:
+        """Worst cases per batch; a sequence in prefill counts where it will join."""
+        worst = {b: [row.worst_case_tokens for row in rows] for b, rows in self.batches.items()}
+        for row in self.prefilling:
+            assert row.batch is not None
+            worst[row.batch].append(row.worst_case_tokens)
+        return worst

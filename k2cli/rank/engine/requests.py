@@ -1,0 +1,94 @@
+"""A request on its way through the engine: what is done of it, and what it reports at its end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from k2cli.protocol import Finished, FinishReason, Generate
+from k2cli.rank.engine.sampling import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that has not been admitted. ``since`` is of the monotonic clock."""
+
+    request: Generate
+    since: float
+
+    def cancelled(self) -> Finished:
+        """The report of a request that nobody waited for."""
+        waited = time.monotonic() - self.since
+        prompt = len(self.request.prompt)
+        return Finished(self.request.request_id, "cancelled", prompt, 0, 0, waited, 0.0, 0.0)
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A request that was admitted: a sequence, in prefill while ``batch`` is None.
+
+    ``computed`` counts the tokens whose keys and values the ranks hold, or will hold once every
+    step that was decided is carried out. ``steps`` counts the decode steps that were decided.
+    ``unannounced`` says that the last of them was decided ahead: no decision has named its input
+    yet. Times are of the monotonic clock.
+    """
+
+    request: Generate
+    sequence: int
+    sampler: Sampler
+    worst_case_tokens: int
+    queued_at: float
+    started_at: float
+    cached: int = 0
+    computed: int = 0
+    steps: int = 0
+    unannounced: bool = False
+    generated: list[int] = field(default_factory=list)
+    batch: int | None = None
+    first_token_at: float | None = None
+    cancelled: bool = False
+    ended: bool = False
+    failure: Exception | None = None
+
+    @property
+    def prefill_left(self) -> int:
+        """Prompt tokens still to compute before the first decode step, which takes the last."""
+        return max(0, len(self.request.prompt) - 1 - self.computed)
+
+    @property
+    def wants_steps(self) -> bool:
+        """Whether another decode step is of use."""
+        return not self.ended and self.steps < self.request.max_tokens
+
+    @property
+    def next_input(self) -> int:
+        """The token that the next decode step takes; the one before must have been completed."""
+        return self.generated[-1] if self.generated else self.request.prompt[-1]
+
+    @property
+    def unannounced_input(self) -> int:
+        """The input of a step decided ahead, now that it is known; -1: nothing to tell."""
+        position = self.computed - 1 - len(self.request.prompt)
+        if not self.unannounced or position >= len(self.generated):
+            return -1
+        return self.generated[position]
+
+    @property
+    def held_tokens(self) -> list[int]:
+        """The tokens whose keys and values the ranks hold."""
+        return [*self.request.prompt, *self.generated][: self.computed]
+
+    def finished(self, reason: FinishReason, completion_tokens: int) -> Finished:
+        """The report at the end."""
+        now = time.monotonic()
+        first = self.first_token_at or now
+        return Finished(
+            self.request.request_id,
+            reason,
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=completion_tokens,
+            cached_tokens=self.cached,
+            queue_seconds=self.started_at - self.queued_at,
+            prefill_seconds=first - self.started_at,
+            decode_seconds=now - first,
+        )

@@ -1,0 +1,160 @@
+"""Steps in flight: decisions that were sent, and are or will be carried out on the leader.
+
+A run of one rank, and tensor parallelism, carry a decision out as it is sent; the tokens that a
+decode chooses stay lazy until they are read. In a pipeline the leader is the last stage, so its
+own part of a decision is put off until the stages before it have had theirs: several decisions
+can be on their way, and every stage has work.
+
+A decode may be decided *ahead*, while the step that chooses its inputs is still being computed:
+the chosen tokens go to the other ranks through the MLX group as they are, without a detour through
+this program, and every rank lays the next step out meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from k2cli.protocol import Decision, Decode, Prefill, PrefillTogether
+from k2cli.rank.control import Followers
+from k2cli.rank.engine.lookahead import CopyWatch, device_limit_bytes
+from k2cli.rank.engine.requests import Running
+from k2cli.rank.executor import Executor, StepResult
+
+
+@dataclass(slots=True)
+class Step:
+    """A decision, the requests that it computes, and what came of it.
+
+    ``seconds`` is how long it took here to carry it out; of a decode, to lay it out. Of these
+    ``waited_seconds`` were spent waiting for another rank's part.
+    """
+
+    decision: Decision
+    rows: list[Running] = field(default_factory=list)
+    result: StepResult | None = None
+    chosen: mx.array | None = None
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+    @property
+    def computes(self) -> bool:
+        """Whether it is work for the stages, not only for their books."""
+        return isinstance(self.decision, Prefill | PrefillTogether | Decode)
+
+
+def choose_tokens(rows: Sequence[Running], logits: mx.array) -> mx.array:
+    """The next token of every row, lazily: ``[rows]``.
+
+    A row whose sampler raises is marked as failed and gets token 0, which nobody will see.
+    """
+    if all(row.sampler.is_plain for row in rows):
+        return mx.argmax(logits, axis=-1)
+    picks = []
+    for index, row in enumerate(rows):
+        try:
+            picks.append(row.sampler.pick(logits[index]).astype(mx.uint32))
+        except Exception as error:  # whatever it is, it must not reach another request
+            row.failure = error
+            picks.append(mx.array(0, dtype=mx.uint32))
+    return mx.stack(picks)
+
+
+class StepQueue:
+    """Sends decisions to the followers, and carries them out here, in the same order."""
+
+    def __init__(self, executor: Executor, followers: Followers) -> None:
+        self._executor = executor
+        self._followers = followers
+        self._deferred = executor.is_pipeline
+        self._watch = CopyWatch(device_limit_bytes())
+        self._steps: deque[Step] = deque()
+        self._number = 0
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next decision must bear."""
+        return self._number + 1
+
+    @property
+    def computing(self) -> int:
+        """Computing steps that have not been completed."""
+        return sum(step.computes for step in self._steps)
+
+    def decodes_of(self, batch: int) -> list[Step]:
+        """The decode steps of a batch that have not been completed, oldest first."""
+        return [
+            step
+            for step in self._steps
+            if isinstance(step.decision, Decode) and step.decision.batch == batch
+        ]
+
+    def may_look_ahead(self, batch: int) -> bool:
+        """Whether a batch's next decode may be laid out while this one is being computed."""
+        if not self._watch.watches:
+            return True
+        return self._watch.allows(self._executor.caches.batch_bytes(batch), mx.get_active_memory())
+
+    def submit(
+        self, decision: Decision, rows: Sequence[Running] = (), chosen: mx.array | None = None
+    ) -> None:
+        """Send a decision out, and carry it out here unless that must wait.
+
+        Raises:
+            ConnectionLost: if a follower is gone.
+        """
+        self._number += 1
+        self._followers.send(decision)
+        step = Step(decision, list(rows))
+        if not self._deferred:
+            self._carry_out(step, chosen)
+            if not step.computes:
+                return
+        elif chosen is not None:
+            self._executor.feed_ahead(chosen)
+        self._steps.append(step)
+
+    def lay_out(self) -> Step | None:
+        """Carry out the oldest computing step, and all that was decided before it.
+
+        It stays in flight until ``complete`` is called.
+        """
+        while self._steps:
+            step = self._steps[0]
+            if step.result is None:
+                self._carry_out(step, None)
+            if step.computes:
+                return step
+            self._steps.popleft()
+        return None
+
+    def complete(self) -> None:
+        """The oldest computing step, which was laid out, is no longer in flight."""
+        self._steps.popleft()
+
+    def now(self, decision: Decision) -> StepResult:
+        """Send a decision out and carry it out here at once; nothing may be in flight."""
+        assert not self._steps
+        self._number += 1
+        self._followers.send(decision)
+        result = self._executor.carry_out(decision)
+        mx.eval(*result.to_compute)
+        return result
+
+    def _carry_out(self, step: Step, chosen: mx.array | None) -> None:
+        started, waited = time.monotonic(), self._executor.waited_seconds
+        before_bytes = mx.get_active_memory()
+        step.result = self._executor.carry_out(step.decision, chosen)
+        step.seconds = time.monotonic() - started
+        step.waited_seconds = self._executor.waited_seconds - waited
+        if step.result.logits is not None and step.rows:
+            step.chosen = choose_tokens(step.rows, step.result.logits)
+            # The logits too: no token may come of them, and yet every rank must do every sum.
+            mx.async_eval(step.chosen, *step.result.to_compute)  # type: ignore[no-untyped-call]
+        if self._watch.watches and isinstance(step.decision, Decode) and step.decision.ahead:
+            cache_bytes = self._executor.caches.batch_bytes(step.decision.batch)
+            self._watch.observe(cache_bytes, mx.get_active_memory() - before_bytes)

@@ -1,0 +1,99 @@
+"""The last check before a run is called ready: a prompt through all ranks, with equal digests.
+
+In a pipeline each rank digests the hidden states that it was handed and that it sent on; every
+hand-over must arrive as it departed. In tensor parallelism every rank computes the logits of the
+whole model from its slices and from sums over all ranks; all must choose the same token. The
+canary also warms the kernels up. It is short: on a CPU each of its tokens takes as long as one of
+an answer, and everybody waits for it.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import cast
+
+import mlx.core as mx
+
+from k2cli.errors import ClusterError
+from k2cli.protocol import (
+    Decode,
+    JoinBatch,
+    LeaveBatch,
+    OpenSequence,
+    Prefill,
+    StepDigest,
+)
+from k2cli.rank.control import Followers
+from k2cli.rank.engine.engine import Engine
+from k2cli.rank.executor import StepResult
+
+_PROMPT = [1, 2]
+_DECODED_TOKENS = 1
+_SEQUENCE = 0
+_BATCH = 0
+
+
+def sing(engine: Engine, followers: Followers, size: int, timeout_seconds: float) -> None:
+    """Run the canary on all ranks, before any request.
+
+    Raises:
+        ClusterError: if digests differ, logits are not finite, or a rank does not answer.
+    """
+    engine.now(OpenSequence(engine.next_number, _SEQUENCE))
+    engine.now(Prefill(engine.next_number, _SEQUENCE, _PROMPT))
+    engine.now(JoinBatch(engine.next_number, _BATCH, _SEQUENCE))
+    token = _PROMPT[-1] + 1
+    for _ in range(_DECODED_TOKENS):
+        number = engine.next_number
+        result = engine.now(Decode(number, _BATCH, [token], digest=True, state_digest=True))
+        compare(result, _collect(followers, size, number, timeout_seconds))
+        assert result.logits is not None
+        token = _checked_argmax(result.logits)
+    engine.now(LeaveBatch(engine.next_number, _BATCH, _SEQUENCE))
+
+
+def _checked_argmax(logits: mx.array) -> int:
+    if not bool(mx.all(mx.isfinite(logits.astype(mx.float32))).item()):
+        raise ClusterError(
+            "the canary prompt gave logits that are not finite",
+            "the checkpoint or the chosen --dtype is not usable; try --dtype float32",
+        )
+    return cast(int, mx.argmax(logits).item())
+
+
+def _collect(
+    followers: Followers, size: int, step: int, timeout_seconds: float
+) -> dict[int, StepDigest]:
+    digests: dict[int, StepDigest] = {}
+    deadline = time.monotonic() + timeout_seconds
+    while len(digests) < size - 1:
+        try:
+            message = followers.inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            missing = sorted(set(range(1, size)) - digests.keys())
+            raise ClusterError(f"rank {missing} did not answer the canary prompt") from None
+        if isinstance(message, StepDigest) and message.step == step:
+            digests[message.rank] = message
+    return digests
+
+
+def compare(leader: StepResult, followers: dict[int, StepDigest]) -> None:
+    """Check the digests of one step; pure.
+
+    Raises:
+        ClusterError: naming the two ranks that disagree.
+    """
+    arrived = {0: leader.arrived_digest} | {r: d.arrived for r, d in followers.items()}
+    computed = {0: leader.computed_digest} | {r: d.computed for r, d in followers.items()}
+    for rank in sorted(followers):
+        if followers[rank].state != leader.state_digest:
+            raise ClusterError(f"canary failed: rank {rank} holds other sequences than rank 0")
+        pipeline = arrived[rank - 1] != ""
+        expected = arrived[rank - 1] if pipeline else computed[0]
+        if computed[rank] != expected:
+            what = "sent other hidden states than arrived at" if pipeline else "disagrees with"
+            raise ClusterError(
+                f"canary failed: rank {rank} {what} rank {rank - 1 if pipeline else 0}",
+                "check that every node has the same checkpoint, mlx and mlx-lm",
+            )

@@ -1,0 +1,1 @@
+"""Runs: their records, logs and ends."""

@@ -1,0 +1,46 @@
+"""Finds and ends what runs that are gone have left on the nodes of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from k2cli.agent.clean import Cleaning, Cleared
+from k2cli.errors import ClusterError
+from k2cli.nodes.node import Node
+from k2cli.runs.record import RunRecord, list_runs
+
+_NODES_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CleanReport:
+    """One node. ``problem`` is why it could not be asked; empty if it could."""
+
+    node: str
+    cleared: tuple[Cleared, ...] = ()
+    spared: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def clean(nodes: Sequence[Node]) -> list[CleanReport]:
+    """Clear all nodes at once, each once; runs that live are spared.
+
+    A run lives if its supervisor does, for runs launched here; else if it has shown a sign of life
+    on the node within the last minute.
+    """
+    records = list_runs()
+    known = list({node.name: node for node in nodes}.values())
+    with ThreadPoolExecutor(_NODES_AT_ONCE) as pool:
+        return list(pool.map(lambda node: _clean(node, records), known))
+
+
+def _clean(node: Node, records: Sequence[RunRecord]) -> CleanReport:
+    live = ",".join(record.run_id for record in records if record.live)
+    gone = ",".join(r.run_id for r in records if not r.live and node.name in r.nodes)
+    try:
+        found: Cleaning = node.ask(Cleaning, "clean", live, gone)
+    except ClusterError as error:
+        return CleanReport(node.name, problem=error.message)
+    return CleanReport(node.name, found.cleared, found.spared)

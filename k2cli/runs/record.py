@@ -1,0 +1,265 @@
+"""Records of runs: one folder each, and what ``ps`` may truthfully say about them.
+
+A record is written by the supervisor of its run alone. Whoever reads it checks whether that
+supervisor still lives: if not, the record's state is what it was, not what is.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from k2cli.agent.activity import is_alive
+from k2cli.agent.run_folder import remove_scratch
+from k2cli.choices import Transport
+from k2cli.errors import ClusterError, K2Error
+from k2cli.files import write_atomically
+from k2cli.nodes.locks import release_locks
+from k2cli.nodes.node import REACH_SECONDS, node_named
+from k2cli.protocol import RunEvent
+from k2cli.settings import runs_directory
+
+SCHEMA_VERSION = 1
+KEPT_RECORDS = 20
+EVENTS_NAME = "events.jsonl"
+LOG_NAME = "supervisor.log"
+Listener = Callable[[RunEvent], None]
+"""Hears what happens in a run."""
+RunState = Literal[
+    "starting",
+    "loading",
+    "ready",
+    "restarting",
+    "stopping",
+    "stopped",
+    "failed",
+    "lost",
+    "orphaned",
+]
+LIVE_STATES: frozenset[RunState] = frozenset(
+    {"starting", "loading", "ready", "restarting", "stopping"}
+)
+_LAUNCH_HINT = "k2 launch MODEL --detach"
+
+
+@dataclass(frozen=True, slots=True)
+class RankRecord:
+    """What is known of one rank; bytes as measured by the rank, 0 until it has loaded."""
+
+    rank: int
+    node: str
+    guard_pid: int | None = None
+    rank_pid: int | None = None
+    weights_bytes: int = 0
+    active_memory_bytes: int = 0
+    peak_memory_bytes: int = 0
+    load_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FailureRecord:
+    """The root cause of a failed run. ``rank`` is None where no single rank is to blame."""
+
+    cause: str
+    rank: int | None = None
+    node: str | None = None
+    exit_status: int | None = None
+    last_lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """An attempt that failed and was followed by another one. Times as in ``RunRecord``."""
+
+    number: int
+    began: float
+    ended: float
+    cause: str
+    failure: FailureRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run. Times are seconds since the epoch; ``pid`` is the supervisor's.
+
+    ``settings`` are what the run has set beside what was asked for, and why: the transport's
+    reason, the addresses and interfaces, environment variables and limits by node. ``left`` is
+    what could not be ended or looked at when it ended, by node.
+
+    States: ``starting``, ``loading``, ``ready``, ``stopping`` while it lives, and ``restarting``
+    between a failure and the next attempt; ``stopped`` after an
+    order, ``failed`` by itself; ``lost`` if the supervisor was killed, and ``orphaned`` if it was
+    and processes of the run remain.
+    """
+
+    run_id: str
+    model: str
+    model_name: str
+    state: RunState
+    backend: Transport
+    strategy: str
+    context_length: int
+    ranks: tuple[RankRecord, ...]
+    created: float
+    host: str = ""
+    port: int = 0
+    url: str = ""
+    pid: int = 0
+    pid_create_time: float = 0.0
+    ended: float | None = None
+    cause: str = ""
+    failure: FailureRecord | None = None
+    restart: str = "never"
+    attempts: tuple[AttemptRecord, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    @property
+    def live(self) -> bool:
+        """Whether it may still serve, or is about to."""
+        return self.state in LIVE_STATES
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this run is kept."""
+        return runs_directory() / self.run_id
+
+    @property
+    def log_file(self) -> Path:
+        """The merged log of all ranks and guards."""
+        return self.folder / "run.log"
+
+    @property
+    def api_key_file(self) -> Path | None:
+        """The file with the API's key; None if the API asks for none."""
+        path = self.folder / "api-key"
+        return path if path.is_file() else None
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the nodes, each once."""
+        return tuple(dict.fromkeys(rank.node for rank in self.ranks))
+
+
+def save_record(record: RunRecord) -> None:
+    """Write the record, whole or not at all."""
+    data = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    write_atomically(record.folder / "run.json", data + b"\n")
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record as last written; None if the folder has none that this k2 can read."""
+    try:
+        record = msgspec.json.decode((folder / "run.json").read_bytes(), type=RunRecord)
+    except (OSError, msgspec.MsgspecError, ValueError):
+        return None
+    return record if record.schema_version == SCHEMA_VERSION else None
+
+
+def remaining_processes(record: RunRecord) -> dict[str, list[str]]:
+    """Command lines of what lives of a run, by node, where there is any.
+
+    Raises:
+        ClusterError: if a node cannot be asked.
+    """
+    nodes = {name: node_named(name) for name in record.nodes}
+    for node in nodes.values():
+        node.reach(REACH_SECONDS)
+    found = {name: node.processes_of_run(record.run_id) for name, node in nodes.items()}
+    return {
+        name: [f"{process.pid} {process.command}" for process in processes]
+        for name, processes in found.items()
+        if processes
+    }
+
+
+def _truth(record: RunRecord) -> RunRecord:
+    """The record as it is now: a supervisor that is gone cannot have updated it."""
+    if record.state not in LIVE_STATES and record.state != "orphaned":
+        return record
+    if record.state in LIVE_STATES and is_alive(record.pid, record.pid_create_time):
+        return record
+    again = read_record(record.folder)
+    if again is not None and again.state not in LIVE_STATES and again.state != "orphaned":
+        return again  # it ended between our two looks
+    try:
+        remaining = remaining_processes(record)
+    except ClusterError as error:
+        return replace(record, state="orphaned", cause=f"launcher gone; {error.message}")
+    if remaining:
+        count = sum(len(processes) for processes in remaining.values())
+        cause = f"launcher gone; {count} process(es) remain on {', '.join(remaining)}"
+        return replace(record, state="orphaned", cause=cause)
+    lost = replace(record, state="lost", cause="the launcher was killed", ended=time.time())
+    remove_leftovers(lost)
+    release_locks([node_named(name) for name in record.nodes], record.run_id)
+    save_record(lost)
+    return lost
+
+
+def remove_leftovers(record: RunRecord) -> None:
+    """Remove what only a live run needs: its secrets, its key, and mpirun's folder."""
+    for name in ("launch.json", "api-key"):
+        (record.folder / name).unlink(missing_ok=True)
+    for path in record.folder.glob("bootstrap-*.json"):
+        path.unlink(missing_ok=True)
+    remove_scratch(record.run_id)
+
+
+def list_runs() -> list[RunRecord]:
+    """All recorded runs, newest first, each in the state that it is in now."""
+    directory = runs_directory()
+    if not directory.is_dir():
+        return []
+    records = [read_record(folder) for folder in directory.iterdir() if folder.is_dir()]
+    known = sorted((r for r in records if r is not None), key=lambda r: r.created, reverse=True)
+    return [_truth(record) for record in known]
+
+
+def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:
+    """The run that a user means: by its id or the beginning of it, else the most recent one.
+
+    Args:
+        run_id: what the user typed, or None.
+        live: without an id, only runs that live count.
+
+    Raises:
+        K2Error: if there is none, or the beginning fits several.
+    """
+    runs = list_runs()
+    if run_id is not None:
+        return _by_name(run_id, runs)
+    candidates = [run for run in runs if run.live] if live else runs
+    if candidates:
+        return candidates[0]
+    if live and runs and runs[0].state == "failed":
+        raise K2Error(
+            f"no run is live; the last one, {runs[0].run_id}, failed: {runs[0].cause}",
+            f"k2 logs {runs[0].run_id}, then k2 launch {runs[0].model} --detach",
+        )
+    raise K2Error("no run is live" if live else "there is no run yet", _LAUNCH_HINT)
+
+
+def _by_name(run_id: str, runs: list[RunRecord]) -> RunRecord:
+    exact = [run for run in runs if run.run_id == run_id]
+    begun = exact or [run for run in runs if run_id and run.run_id.startswith(run_id)]
+    if len(begun) == 1:
+        return begun[0]
+    if begun:
+        names = ", ".join(run.run_id for run in begun)
+        raise K2Error(f"'{run_id}' is the beginning of several runs: {names}", "k2 ps")
+    raise K2Error(f"there is no run '{run_id}'", f"k2 ps; or {_LAUNCH_HINT}")
+
+
+def prune_records() -> None:
+    """Remove the folders of all but the most recent ended runs."""
+    ended = [run for run in list_runs() if not run.live and run.state != "orphaned"]
+    for run in ended[KEPT_RECORDS:]:
+        shutil.rmtree(run.folder, ignore_errors=True)

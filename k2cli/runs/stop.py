@@ -1,0 +1,104 @@
+"""Ends runs from outside: asks the supervisor, then makes sure."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from k2cli.agent.activity import is_alive
+from k2cli.errors import ClusterError
+from k2cli.nodes.locks import release_locks
+from k2cli.nodes.node import REACH_SECONDS, node_named
+from k2cli.runs.record import RunRecord, RunState, read_record, remove_leftovers, save_record
+
+# A supervisor needs the ranks' grace, then SIGTERM, SIGKILL and a look at every node.
+_SUPERVISOR_SECONDS = 20.0
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """What became of one run. ``killed`` counts processes that did not leave by themselves."""
+
+    run_id: str
+    state: RunState
+    killed: int
+    was_live: bool
+
+
+def stop_run(record: RunRecord) -> StopReport:
+    """Stop a run and verify that no process of it is left on any node.
+
+    A run that has ended already is checked all the same.
+
+    Raises:
+        ClusterError: if something is left, or a node cannot be asked.
+    """
+    was_live = record.live
+    if is_alive(record.pid, record.pid_create_time) and was_live:
+        _ask_supervisor(record)
+    killed = 0
+    problems, unreached = [], []
+    doubtful = _not_reached_before(record)
+    for name in record.nodes:
+        node = node_named(name)
+        try:
+            if name in doubtful:
+                node.reach(REACH_SECONDS)
+            killed += len(node.processes_of_run(record.run_id))
+            left = node.kill_run(record.run_id)
+        except ClusterError as error:
+            problems.append(error.message)
+            unreached.append(name)
+        else:
+            problems += [f"process {process.pid} on {name} could not be ended" for process in left]
+    if not problems:
+        release_locks([node_named(name) for name in record.nodes], record.run_id)
+    if problems:
+        raise ClusterError(
+            f"it is not sure that nothing is left of {record.run_id}: {'; '.join(problems)}",
+            _look_again(unreached) if unreached else "k2 ps",
+        )
+    return StopReport(record.run_id, _settle(record), killed, was_live)
+
+
+def _not_reached_before(record: RunRecord) -> Collection[str]:
+    """Nodes that need not be waited for again for as long as for others."""
+    if record.state == "orphaned":
+        return record.nodes
+    latest = read_record(record.folder)
+    return latest.left if latest is not None else ()
+
+
+def _look_again(nodes: Sequence[str]) -> str:
+    names = ",".join(nodes)
+    return (
+        "a guard that has lost its leader ends what is there by itself; "
+        f"to be sure, once it can be reached: k2 cluster clean --nodes {names}"
+    )
+
+
+def _ask_supervisor(record: RunRecord) -> None:
+    """SIGTERM, and SIGKILL if that does not end it in time."""
+    for number, seconds in ((signal.SIGTERM, _SUPERVISOR_SECONDS), (signal.SIGKILL, 5.0)):
+        with suppress(ProcessLookupError):
+            os.kill(record.pid, number)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if not is_alive(record.pid, record.pid_create_time):
+                return
+            time.sleep(_POLL_SECONDS)
+
+
+def _settle(record: RunRecord) -> RunState:
+    """The state that the supervisor has left; if it was killed, ours: nothing is left of it."""
+    latest = read_record(record.folder) or record
+    if latest.live or latest.state == "orphaned":
+        latest = replace(latest, state="stopped", cause="stopped", ended=time.time())
+        remove_leftovers(latest)
+        save_record(latest)
+    return latest.state

@@ -1,0 +1,241 @@
+"""From a checked request body to what the engine is asked: prompt tokens, sampling, limits.
+
+Everything that can be wrong with a request is found here, before the engine sees it. Functions
+are pure but for the tokenizer; encoding a long prompt takes long enough that routes call them in
+a thread.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from k2cli.errors import K2Error
+from k2cli.protocol import Generate, Sampling
+from k2cli.server.errors import ApiError, invalid
+from k2cli.server.schemas import (
+    ChatCompletionBody,
+    CompletionBody,
+    GenerationBody,
+    Message,
+    TokenizeBody,
+)
+from k2cli.server.served_model import ServedModel
+from k2cli.server.text import TokenTextStream
+
+
+class ServerTokenizer(Protocol):
+    """What the server needs of ``models.text.tokenizer.Tokenizer``."""
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids are below this."""
+        ...
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of plain text."""
+        ...
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        ...
+
+    def chat_tokens(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> list[int]:
+        """Token ids of a conversation in the model's chat template."""
+        ...
+
+    def stream(self) -> TokenTextStream:
+        """A detokenizer for one answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that is fit for the engine, and the stop strings, which the engine never sees."""
+
+    generate: Generate
+    stops: Sequence[str]
+
+
+def check_model(name: str | None, served: ServedModel) -> None:
+    """Only the served model may be named; nothing is ever loaded on request.
+
+    Raises:
+        ApiError: 404 for any other name.
+    """
+    if name is not None and name != served.name:
+        message = f"the model '{name}' is not served here; '{served.name}' is"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def prepare_chat(
+    body: ChatCompletionBody, tokenizer: ServerTokenizer, served: ServedModel
+) -> Prepared:
+    """Check a chat request against model and tokenizer.
+
+    Raises:
+        ApiError: with status 400 or 404.
+    """
+    check_model(body.model, served)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    tools = None if body.tool_choice == "none" else body.tools
+    prompt = conversation_tokens(
+        body.messages, tools, body.template_arguments, tokenizer, generation_prompt=True
+    )
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return _prepare(body, prompt, "messages", limit, logprobs, tokenizer, served)
+
+
+def prepare_completion(
+    body: CompletionBody, tokenizer: ServerTokenizer, served: ServedModel
+) -> Prepared:
+    """Check a plain completion against model and tokenizer.
+
+    Raises:
+        ApiError: with status 400 or 404.
+    """
+    check_model(body.model, served)
+    if isinstance(body.prompt, str):
+        prompt = tokenizer.encode(body.prompt, add_special_tokens=True)
+    else:
+        prompt = body.prompt
+        _check_token_ids(prompt, "prompt", tokenizer.vocabulary_size)
+    return _prepare(body, prompt, "prompt", body.max_tokens, body.logprobs, tokenizer, served)
+
+
+def prepare_tokenize(
+    body: TokenizeBody, tokenizer: ServerTokenizer, served: ServedModel
+) -> list[int]:
+    """Token ids of a conversation or a text.
+
+    Raises:
+        ApiError: with status 400 or 404.
+    """
+    check_model(body.model, served)
+    if (body.messages is None) == (body.prompt is None):
+        raise invalid("give either messages or a prompt", "messages")
+    if body.prompt is not None:
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        return tokenizer.encode(body.prompt, add_special_tokens=special)
+    generation_prompt = True if body.add_generation_prompt is None else body.add_generation_prompt
+    return conversation_tokens(
+        body.messages or [],
+        body.tools,
+        body.template_arguments,
+        tokenizer,
+        generation_prompt=generation_prompt,
+    )
+
+
+def conversation_tokens(
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None,
+    template_arguments: dict[str, Any],
+    tokenizer: ServerTokenizer,
+    *,
+    generation_prompt: bool,
+) -> list[int]:
+    """Apply the chat template.
+
+    Raises:
+        ApiError: 400 if there is no template, or it refuses these messages.
+    """
+    turns = [message.for_template() for message in messages]
+    try:
+        return tokenizer.chat_tokens(
+            turns, tools, add_generation_prompt=generation_prompt, **template_arguments
+        )
+    except K2Error as error:
+        raise invalid(error.message, "messages") from error
+
+
+def _check_token_ids(tokens: Sequence[int], param: str, vocabulary_size: int) -> None:
+    for token in tokens:
+        if not 0 <= token < vocabulary_size:
+            message = f"{param}: {token} is no token id; they are below {vocabulary_size}"
+            raise invalid(message, param)
+
+
+def _token_budget(
+    prompt_tokens: int, asked: int | None, prompt_param: str, context_length: int
+) -> int:
+    """How many tokens may be generated.
+
+    Raises:
+        ApiError: 400 if the prompt, or the prompt and what was asked for, exceeds the context.
+    """
+    if prompt_tokens == 0:
+        raise invalid(f"{prompt_param} has no tokens", prompt_param)
+    left = context_length - prompt_tokens
+    code = "context_length_exceeded"
+    if left < 1:
+        message = (
+            f"the prompt has {prompt_tokens} tokens, and the context of {context_length} must "
+            "hold it and at least one more"
+        )
+        raise invalid(message, prompt_param, code)
+    if asked is not None and asked > left:
+        message = (
+            f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}, together "
+            f"{prompt_tokens + asked}, and the context is {context_length}"
+        )
+        raise invalid(message, "max_tokens", code)
+    return left if asked is None else asked
+
+
+def _prepare(
+    body: GenerationBody,
+    prompt: list[int],
+    prompt_param: str,
+    max_tokens: int | None,
+    logprobs: int | None,
+    tokenizer: ServerTokenizer,
+    served: ServedModel,
+) -> Prepared:
+    budget = _token_budget(len(prompt), max_tokens, prompt_param, served.context_length)
+    _check_token_ids(list(body.logit_bias or ()), "logit_bias", tokenizer.vocabulary_size)
+    stop_tokens = [] if body.extensions.ignore_stop_tokens else sorted(tokenizer.stop_tokens)
+    generate = Generate(
+        request_id=uuid.uuid4().hex,
+        prompt=prompt,
+        max_tokens=budget,
+        sampling=_sampling(body, logprobs, served),
+        stop_tokens=stop_tokens,
+        use_prefix_cache=body.extensions.cache is not False,
+    )
+    return Prepared(generate, body.stop)
+
+
+def _sampling(body: GenerationBody, logprobs: int | None, served: ServedModel) -> Sampling:
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    # -1 is how other servers spell "off".
+    top_k = served.default_top_k if body.top_k is None else max(body.top_k, 0)
+    return Sampling(
+        temperature=given(body.temperature, served.default_temperature),
+        top_p=given(body.top_p, served.default_top_p),
+        top_k=top_k,
+        min_p=given(body.min_p, 0.0),
+        seed=body.seed,
+        repetition_penalty=given(body.repetition_penalty, 1.0),
+        presence_penalty=given(body.presence_penalty, 0.0),
+        frequency_penalty=given(body.frequency_penalty, 0.0),
+        logit_bias=body.logit_bias or {},
+        top_logprobs=logprobs,
+    )

@@ -1,0 +1,197 @@
+"""What a model reads and multiplies for one token, layer by layer, found by running it lazily.
+
+One token goes through the traced model, so that what cannot be seen in the shapes of parameters is
+seen in use: how many experts a token is given, what each layer keeps in its cache, and how many
+collectives a sliced model calls. Nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from k2cli.errors import UsageError
+from k2cli.mlx_lm_package import mlx_lm_module
+from k2cli.sharding import trace
+from k2cli.sharding.architectures import MODEL_FAILURES
+from k2cli.sharding.footprint import cache_window
+from k2cli.sharding.head import ShardedHead
+from k2cli.sharding.model_errors import why_failed
+from k2cli.sharding.stage import anatomy, embedding_size, make_cache
+
+
+@dataclass(frozen=True, slots=True)
+class CachePart:
+    """Keys and values of one cache: bytes per token of context, and the window if it has one."""
+
+    bytes_per_token: int
+    window_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What one layer, or the head, holds and uses.
+
+    ``dense_weights`` counts weights that every token is multiplied with, ``expert_weights`` those
+    of all ``experts`` together, of which a token is given ``experts_per_token``. ``state_bytes``
+    is a recurrent state, read and written for every token.
+    """
+
+    dense_bytes: int
+    dense_weights: int
+    expert_bytes: int = 0
+    expert_weights: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    cache: tuple[CachePart, ...] = ()
+    state_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelActivity:
+    """All layers, the head (final norm, head), and the collectives of one token's pass."""
+
+    layers: tuple[Activity, ...]
+    head: Activity
+    collectives: int
+    hidden_bytes: int
+
+
+def model_activity(model: nn.Module) -> ModelActivity:
+    """Run one token through a whole, lazily assembled model, which may be a tensor slice.
+
+    Raises:
+        UsageError: if the model has no list of decoder layers, or cannot run a token.
+    """
+    parts = anatomy(model)
+    cache = make_cache(model)
+    routed: dict[int, int] = {}
+    calls = [0]
+    try:
+        with _recorded_experts(routed), _counted_collectives(calls):
+            output = model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+    except MODEL_FAILURES as error:
+        name = type(model).__module__.rpartition(".")[2]
+        raise UsageError(
+            f"{name} could not be traced for its speed: {why_failed(error, {})}"
+        ) from error
+    # Some models have more caches than layers, or fewer: only those that pair up are attributed.
+    entries = cache if len(cache) == len(parts.layers) else [None] * len(parts.layers)
+    layers = tuple(
+        _activity([layer], routed, entry)
+        for layer, entry in zip(parts.layers, entries, strict=True)
+    )
+    outputs = [parent[name] for parent, name in parts.outputs]
+    # A head that is cut is no linear layer any more, but a head all the same.
+    if parts.tied and not any(isinstance(module, ShardedHead) for module in outputs):
+        embeddings = [parent[name] for parent, name in parts.embeddings]
+        outputs += [max(embeddings, key=embedding_size)]
+    width = _hidden_width(parts.embeddings)
+    return ModelActivity(
+        layers, _activity(outputs, routed, None), calls[0], width * output.dtype.size
+    )
+
+
+def _hidden_width(embeddings: Iterable[tuple[nn.Module, str]]) -> int:
+    widths = [
+        parent[name](mx.zeros((1, 1), dtype=mx.int32)).shape[-1] for parent, name in embeddings
+    ]
+    return max(widths, default=0)
+
+
+def _activity(modules: Iterable[nn.Module], routed: dict[int, int], entry: Any) -> Activity:
+    dense_bytes = dense_weights = expert_bytes = expert_weights = experts = per_token = 0
+    seen: set[int] = set()
+    for module in (inner for outer in modules for _, inner in outer.named_modules()):
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        held = sum(value.nbytes for value in module.values() if isinstance(value, mx.array))
+        count = _weights(module)
+        if id(module) in routed:
+            expert_bytes += held
+            expert_weights += count
+            experts = max(experts, int(module["weight"].shape[0]))
+            per_token = max(per_token, routed[id(module)])
+        else:
+            dense_bytes += held
+            dense_weights += count
+    cache, state = _cache_parts(entry)
+    return Activity(
+        dense_bytes, dense_weights, expert_bytes, expert_weights, experts, per_token, cache, state
+    )
+
+
+def _weights(module: nn.Module) -> int:
+    """Number of weights of a matrix, quantized or not; norms multiply next to nothing."""
+    weight = module.get("weight")
+    if not isinstance(weight, mx.array) or weight.ndim < 2:
+        return 0
+    bits = vars(module).get("bits")
+    if "scales" in module and isinstance(bits, int):
+        return int(weight.size) * 32 // bits
+    return int(weight.size)
+
+
+def _cache_parts(entry: Any) -> tuple[tuple[CachePart, ...], int]:
+    """What a layer's cache reads per token of context, and its state that does not grow."""
+    if entry is None:
+        return (), 0
+    parts = getattr(entry, "caches", None)
+    if parts is not None:  # a CacheList
+        inner = [_cache_parts(part) for part in parts]
+        return tuple(each for cache, _ in inner for each in cache), sum(s for _, s in inner)
+    keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
+    if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
+        return (), int(entry.nbytes)
+    per_token = sum(
+        part.shape[1] * part.shape[3] * part.dtype.size for part in (keys, values) if part.ndim == 4
+    )
+    return (CachePart(per_token, cache_window(entry)),), 0
+
+
+@contextlib.contextmanager
+def _recorded_experts(routed: dict[int, int]) -> Iterator[None]:
+    """Note, for every stack of experts that is called, how many of them one token is given."""
+    module = mlx_lm_module("models.switch_layers")
+    kinds = (module.SwitchLinear, module.QuantizedSwitchLinear)
+    originals = [kind.__call__ for kind in kinds]
+
+    def recording(original: Any) -> Any:
+        def call(self: nn.Module, x: mx.array, indices: mx.array, *rest: Any, **named: Any) -> Any:
+            routed[id(self)] = int(indices.size)
+            return original(self, x, indices, *rest, **named)
+
+        return call
+
+    for kind, original in zip(kinds, originals, strict=True):
+        kind.__call__ = recording(original)
+    try:
+        yield
+    finally:
+        for kind, original in zip(kinds, originals, strict=True):
+            kind.__call__ = original
+
+
+@contextlib.contextmanager
+def _counted_collectives(calls: list[int]) -> Iterator[None]:
+    """Collectives give the shape of their result, and are counted."""
+    with trace.without_collectives():
+        names = ("all_sum", "all_gather")
+        stand_ins = [getattr(mx.distributed, name) for name in names]
+
+        def counting(stand_in: Any) -> Any:
+            def call(*arguments: Any, **named: Any) -> Any:
+                calls[0] += 1
+                return stand_in(*arguments, **named)
+
+            return call
+
+        for name, stand_in in zip(names, stand_ins, strict=True):
+            setattr(mx.distributed, name, counting(stand_in))
+        yield

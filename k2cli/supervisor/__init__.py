@@ -1,0 +1,1 @@
+"""The supervisor: starts the processes of a run, watches them and ends them."""

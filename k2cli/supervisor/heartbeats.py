@@ -1,0 +1,68 @@
+"""Heartbeats between a supervisor and the leader's guard: each tells the other that it lives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from k2cli.protocol import Deadlines, Heartbeat
+
+_LOOK_SECONDS = 0.25
+# Longer than this between two looks, and it was this process that did not run.
+_OWN_PAUSE_SECONDS = 3.0
+
+
+class Pulse:
+    """The heartbeats of one run, from its first attempt to its last.
+
+    Args:
+        deadlines: of the run.
+        tell: sends a heartbeat to the guard.
+        silent: called with the limit, in seconds, as long as the guard is silent beyond it.
+    """
+
+    def __init__(
+        self,
+        deadlines: Deadlines,
+        tell: Callable[[Heartbeat], None],
+        silent: Callable[[float], None],
+    ) -> None:
+        self._deadlines = deadlines
+        self._tell = tell
+        self._silent = silent
+        self._loop = asyncio.get_running_loop()
+        self._started_at = self._loop.time()
+        self._heard_at: float | None = None
+
+    def started(self, *, anew: bool) -> None:
+        """An attempt begins; ``anew``: with a guard that was not heard yet."""
+        self._started_at = self._loop.time()
+        if anew:
+            self._heard_at = None
+
+    def heard(self) -> None:
+        """Anything that the guard says is a sign of life."""
+        self._heard_at = self._loop.time()
+
+    async def beat(self) -> None:
+        """Send heartbeats until cancelled."""
+        while True:
+            self._tell(Heartbeat())
+            await asyncio.sleep(self._deadlines.heartbeat_interval)
+
+    async def listen(self) -> None:
+        """The guard sends a heartbeat a second; one that does not is as good as gone."""
+        looked_at = self._loop.time()
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            now = self._loop.time()
+            if now - looked_at > _OWN_PAUSE_SECONDS:
+                self._started_at = now
+                self._heard_at = now if self._heard_at is not None else None
+            looked_at = now
+            if self._heard_at is None:
+                limit, since = self._deadlines.initialisation, self._started_at
+            else:
+                limit, since = self._deadlines.liveness, self._heard_at
+            if now - since > limit:
+                self._silent(limit)

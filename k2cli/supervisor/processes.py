@@ -1,0 +1,188 @@
+"""The processes that a supervisor has started: guards, here or through ssh, and an mpirun.
+
+They are started, read, waited for and killed here; what their words and their ends mean for the
+run is for others to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from k2cli.launch.guard_commands import GuardCommand
+from k2cli.nodes.node import Node
+from k2cli.protocol import Heartbeat, NextAttempt, RunEvent, StopRun
+from k2cli.supervisor.attempt import Attempt
+from k2cli.supervisor.journal import Journal
+from k2cli.supervisor.outcome import lost_connection
+
+# After the last event, the processes have this long to leave by themselves.
+_EXIT_SECONDS = 2.0
+_DRAIN_SECONDS = 2.0
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[RunEvent] = msgspec.json.Decoder(RunEvent)
+Spawn = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Started:
+    """A process and what was started."""
+
+    command: GuardCommand
+    process: asyncio.subprocess.Process
+
+
+class Processes:
+    """The processes of one run that are children of this one.
+
+    Args:
+        journal: gets every line that is not of the protocol.
+        hear: gets every event of the leader's guard.
+        current: the attempt that is under way: the leader's guard may outlive several.
+        spawn: starts a task whose failure does not get lost.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        hear: Callable[[RunEvent], None],
+        current: Callable[[], Attempt],
+        spawn: Spawn,
+    ) -> None:
+        self._journal = journal
+        self._hear = hear
+        self._current = current
+        self._spawn = spawn
+        self._all: list[_Started] = []
+        self._leader: _Started | None = None
+
+    # --- start and conversation -----------------------------------------------------------------
+
+    async def start(
+        self,
+        node: Node,
+        command: GuardCommand,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start a process on a node. That of rank 0 is the one that ``tell`` talks to.
+
+        Args:
+            environment: added to that of k2.
+
+        Raises:
+            ClusterError: if it cannot be started.
+        """
+        started = _Started(command, await node.start(command.arguments, environment))
+        self._all.append(started)
+        leads = 0 in command.ranks
+        if leads:
+            self._leader = started
+        self._watch(started, leads=leads)
+
+    @property
+    def leader_lives(self) -> bool:
+        """Whether the leader's guard was started and has not ended."""
+        return self._leader is not None and self._leader.process.returncode is None
+
+    def tell(self, message: Heartbeat | StopRun | NextAttempt) -> None:
+        """Say something to the leader's guard, if it still listens."""
+        if self._leader and (stdin := self._leader.process.stdin) and not stdin.is_closing():
+            stdin.write(_encoder.encode(message) + b"\n")
+
+    # --- watching -------------------------------------------------------------------------------
+
+    def _watch(self, started: _Started, *, leads: bool) -> None:
+        command, process = started.command, started.process
+        assert process.stdout is not None
+        assert process.stderr is not None
+        output = self._read_events if leads else self._read_noise
+        readers = [
+            asyncio.create_task(output(command, process.stdout)),
+            asyncio.create_task(self._read_noise(command, process.stderr)),
+        ]
+        if not command.ranks and process.stdin is not None:
+            # A guard's stays open as long as this process lives: its sign that somebody does.
+            process.stdin.close()
+        self._spawn(self._await_exit(started, readers, None if leads else self._current()))
+
+    async def _read_events(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
+        with contextlib.suppress(ValueError):  # a line beyond the stream's limit: not ours
+            while line := await stream.readline():
+                try:
+                    event = _decoder.decode(line)
+                except msgspec.MsgspecError:
+                    self._journal.log_line(command, line)
+                    continue
+                self._hear(event)
+
+    async def _read_noise(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
+        with contextlib.suppress(ValueError):
+            while line := await stream.readline():
+                # mpirun explains at length that guards ended without MPI: they never used it.
+                if not (self._current().is_over and command.program == "mpirun"):
+                    self._journal.log_line(command, line)
+
+    async def _await_exit(
+        self, started: _Started, readers: list[asyncio.Task[None]], attempt: Attempt | None
+    ) -> None:
+        """Take the end of a process for that of its attempt; the leader's guard has no one."""
+        command = started.command
+        status = await started.process.wait()
+        attempt = attempt if attempt is not None else self._current()
+        if not attempt.is_over:
+            attempt.note_exit(command, status)
+        # What it said last may explain it; a grandchild may hold the pipe open for longer.
+        await asyncio.wait(readers, timeout=_DRAIN_SECONDS)
+        if 0 not in command.ranks:
+            # The guard of rank 0 sees the loss too, and knows more.
+            await asyncio.sleep(_DRAIN_SECONDS)
+        attempt.finish_by_exit(command, status)
+
+    # --- the end --------------------------------------------------------------------------------
+
+    async def wait_for_exit(self) -> None:
+        """Give them a moment to leave by themselves."""
+        if not self._all:
+            return
+        waits = [asyncio.create_task(started.process.wait()) for started in self._all]
+        _, pending = await asyncio.wait(waits, timeout=_EXIT_SECONDS)
+        for wait in pending:
+            wait.cancel()
+
+    def nodes_left_well(self) -> set[str]:
+        """Nodes whose guards have all ended, and whose connections have told so."""
+        guards = [started for started in self._all if started.command.ranks]
+        doubtful = {started.command.node for started in guards if not _has_told_its_end(started)}
+        return {started.command.node for started in guards} - doubtful
+
+    def kill(self, *, spare_leader: bool = False) -> None:
+        """SIGKILL their sessions, but for the leader's guard if that stays."""
+        for started in self._all:
+            spared = spare_leader and started is self._leader
+            if started.process.returncode is None and not spared:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(started.process.pid, signal.SIGKILL)
+
+    def forget(self, *, but_leader: bool = False) -> None:
+        """The processes of an attempt that is over; not the leader's guard if that stays."""
+        if not but_leader:
+            self._leader = None
+        self._all = [self._leader] if self._leader is not None else []
+
+    async def reap(self) -> None:
+        """Take note of the ends of those that were killed."""
+        for started in self._all:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(started.process.wait(), _DRAIN_SECONDS)
+
+
+def _has_told_its_end(started: _Started) -> bool:
+    status = started.process.returncode
+    return status is not None and status >= 0 and not lost_connection(started.command, status)

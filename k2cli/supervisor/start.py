@@ -1,0 +1,195 @@
+"""Starts a prepared run: in this process, or under a supervisor that is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from k2cli.agent.run_processes import kill_run
+from k2cli.errors import ClusterError
+from k2cli.launch.prepare import PreparedRun
+from k2cli.nodes.locks import release_locks
+from k2cli.nodes.node import node_named, python_environment
+from k2cli.protocol import RunEvent
+from k2cli.runs.record import (
+    EVENTS_NAME,
+    LOG_NAME,
+    Listener,
+    RunRecord,
+    read_record,
+    remove_leftovers,
+    save_record,
+)
+from k2cli.supervisor.outcome import describe_status, failure_of
+
+_POLL_SECONDS = 0.02
+_STOP_SECONDS = 25.0
+
+
+def launch_here(
+    prepared: PreparedRun, listener: Listener, on_interrupt: Callable[[bool], None]
+) -> RunRecord:
+    """Carry out a run in this process until it ends.
+
+    Args:
+        prepared: the run.
+        listener: hears its events.
+        on_interrupt: called at each Ctrl-C, with whether it is the first.
+
+    Returns:
+        The final record of a run that was stopped.
+
+    Raises:
+        ClusterError: if the run failed.
+    """
+    from k2cli.supervisor.supervisor import supervise
+
+    record = supervise(prepared.record.folder, listener, on_interrupt)
+    if record.state == "failed":
+        raise failure_of(record)
+    return record
+
+
+@contextmanager
+def owned(prepared: PreparedRun, say: Callable[[str], None]) -> Iterator[None]:
+    """What was prepared is put away again if nobody has carried it out to its end.
+
+    Such as after a Ctrl-C that comes before the supervisor hears it, or a view that fails.
+    """
+    try:
+        yield
+    except BaseException:
+        record = read_record(prepared.record.folder)
+        if record is None or (record.live and record.pid == os.getpid()):
+            say(f"stopping {prepared.record.run_id}")
+            _put_away(prepared)
+        raise
+
+
+def _put_away(prepared: PreparedRun) -> None:
+    record = read_record(prepared.record.folder) or prepared.record
+    nodes = [node_named(name) for name in record.nodes]
+    for node in nodes:
+        with suppress(ClusterError):  # its guards end by themselves
+            node.kill_run(record.run_id)
+            node.remove_bootstraps(record.run_id)
+    release_locks(nodes, record.run_id)
+    remove_leftovers(record)
+    save_record(replace(record, state="stopped", cause="interrupted", ended=time.time()))
+
+
+def launch_detached(
+    prepared: PreparedRun, listener: Listener, on_interrupt: Callable[[bool], None]
+) -> RunRecord:
+    """Leave a supervisor behind that carries out the run; returns once the API answers.
+
+    Args:
+        prepared: the run.
+        listener: hears the events up to then, but for log lines.
+        on_interrupt: called at each Ctrl-C, with whether it is the first.
+
+    Raises:
+        ClusterError: if the run failed before.
+        KeyboardInterrupt: after Ctrl-C; the run is stopped then, at the second one by force.
+    """
+    folder = prepared.record.folder
+    supervisor = _start_supervisor(folder)
+    try:
+        return _wait_until_ready(folder, supervisor, listener)
+    except KeyboardInterrupt:
+        on_interrupt(True)
+        _stop(supervisor, prepared.record.run_id, on_interrupt)
+        raise
+
+
+def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the supervisor of a run as a process that outlives this one."""
+    with (folder / LOG_NAME).open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "k2cli.supervisor.supervisor", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            cwd="/",
+            env=python_environment(),
+        )
+
+
+def _wait_until_ready(
+    folder: Path, supervisor: subprocess.Popen[bytes], listener: Listener
+) -> RunRecord:
+    events = _EventFile(folder / EVENTS_NAME)
+    while True:
+        ended = supervisor.poll() is not None
+        for event in events.new():
+            listener(event)
+        record = read_record(folder)
+        if record is not None and record.state == "ready":
+            return record
+        if ended:
+            raise _failure(folder, supervisor)
+        time.sleep(_POLL_SECONDS)
+
+
+def _failure(folder: Path, supervisor: subprocess.Popen[bytes]) -> ClusterError:
+    record = read_record(folder)
+    if record is not None and record.state == "failed":
+        return failure_of(record)
+    if record is not None and record.state == "stopped":
+        return ClusterError(f"{record.run_id} was stopped before it was ready: {record.cause}")
+    said = (folder / LOG_NAME).read_text(errors="replace").strip().splitlines()
+    cause = f"the supervisor ended ({describe_status(supervisor.returncode)})"
+    if said:
+        cause += f": {said[-1]}"
+    if record is not None:
+        kill_run(record.run_id)
+        remove_leftovers(record)
+        save_record(replace(record, state="failed", cause=cause, ended=time.time()))
+    return ClusterError(cause, "k2 ps")
+
+
+def _stop(
+    supervisor: subprocess.Popen[bytes], run_id: str, on_interrupt: Callable[[bool], None]
+) -> None:
+    supervisor.send_signal(signal.SIGTERM)
+    try:
+        try:
+            supervisor.wait(_STOP_SECONDS)
+        except KeyboardInterrupt:
+            on_interrupt(False)
+            supervisor.send_signal(signal.SIGINT)
+            supervisor.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        supervisor.kill()
+        supervisor.wait()
+        kill_run(run_id)
+
+
+class _EventFile:
+    """Reads the events that a supervisor has appended since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._decoder: msgspec.json.Decoder[RunEvent] = msgspec.json.Decoder(RunEvent)
+
+    def new(self) -> list[RunEvent]:
+        """Events written whole since the last call."""
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [self._decoder.decode(line) for line in whole.splitlines()]

@@ -1,0 +1,365 @@
+"""The supervisor of one run: from its first attempt to its last, and to the end of what is left.
+
+``k2 launch`` runs it in its own process; with ``--detach`` it is a process of its own,
+``python -m k2cli.supervisor.supervisor RUN_FOLDER``. It alone writes the run's record, and it does
+not call a run ended before every node has confirmed that no process of it is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from k2cli.errors import ClusterError, K2Error
+from k2cli.launch.guard_commands import GuardCommand, direct_commands
+from k2cli.launch.mpi import prepare_mpirun
+from k2cli.launch.restart_policy import Attempts, renewed
+from k2cli.launch.specification import RunSpecification, read_specification
+from k2cli.nodes.locks import release_locks, renew_locks
+from k2cli.nodes.node import LocalNode, node_named
+from k2cli.protocol import (
+    Bootstrap,
+    Heartbeat,
+    NextAttempt,
+    RankFailed,
+    RunEnded,
+    RunEvent,
+    RunReady,
+    RunRestarting,
+    StopRun,
+)
+from k2cli.runs.record import Listener, RunRecord, read_record
+from k2cli.supervisor.attempt import Attempt
+from k2cli.supervisor.end_processes import Reaching
+from k2cli.supervisor.heartbeats import Pulse
+from k2cli.supervisor.journal import Journal
+from k2cli.supervisor.outcome import Outcome
+from k2cli.supervisor.processes import Processes
+from k2cli.supervisor.signals import obey_signals
+
+# A guard that ends its attempt: the ranks' SIGTERM and SIGKILL, and the followers' word.
+_GUARD_ENDS_SECONDS = 10.0
+# Beyond the ranks' own grace: the guards' SIGTERM, SIGKILL and checks.
+_STOP_MARGIN_SECONDS = 8.0
+_encoder = msgspec.json.Encoder()
+
+
+class Supervisor:
+    """One run, from its specification to its end.
+
+    Args:
+        specification: what to start.
+        record: the run's record as prepared.
+        listener: hears every event but heartbeats, in order.
+    """
+
+    def __init__(
+        self, specification: RunSpecification, record: RunRecord, listener: Listener
+    ) -> None:
+        self._specification = specification
+        self._deadlines = specification.deadlines
+        self._nodes = {name: node_named(name) for name in specification.nodes}
+        self._journal = Journal(record)
+        self._listener = listener
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stop_cause: str | None = None
+        self._stop_asked = asyncio.Event()
+        self._bootstraps = specification.bootstraps
+        self._attempts = Attempts(specification.restart)
+        self._number = 1
+        self._attempt = self._new_attempt()
+        self._processes = Processes(self._journal, self._hear, lambda: self._attempt, self._spawn)
+        self._pulse = Pulse(self._deadlines, self._processes.tell, self._silent)
+        self._tasks_started = False
+
+    # --- from outside ---------------------------------------------------------------------------
+
+    def stop(self, cause: str) -> None:
+        """End the run in good order; a second call is the same as the first."""
+        if self._stop_cause is not None:
+            return
+        self._stop_cause = cause
+        self._stop_asked.set()
+        self._journal.set_state("stopping", cause)
+        self._processes.tell(StopRun(cause))
+        limit = self._deadlines.stop_grace + _STOP_MARGIN_SECONDS
+        asyncio.get_running_loop().call_later(limit, self._finish, Outcome.stopped(cause))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether ``stop`` was called."""
+        return self._stop_cause is not None
+
+    def force(self) -> None:
+        """Do not wait for anybody: SIGKILL everything now."""
+        self._finish(Outcome.stopped(self._stop_cause or "forced"))
+        self._processes.kill()
+
+    async def run(self) -> RunRecord:
+        """Carry the run to its end, over as many attempts as its restart policy allows.
+
+        Returns:
+            The final record: ``stopped`` or ``failed``, with every process gone, or with the
+            cause saying what could not be ended.
+        """
+        self._journal.take_over()
+        await asyncio.to_thread(self._renew_locks)
+        while True:
+            outcome = await self._try_once()
+            delay = self._delay_after(outcome)
+            if delay is None:
+                break
+            await self._pause(outcome, delay)
+            if self._stop_cause is not None:
+                outcome = Outcome.stopped(self._stop_cause)
+                break
+            self._attempt = self._new_attempt()
+        if outcome.has_failed and self._attempts.failures > 1:
+            outcome = outcome.after(self._attempts.failures, self._attempts.first_cause)
+        left = await self._end_everything(outcome)
+        await asyncio.to_thread(self._release_locks, left)
+        return self._journal.close(outcome, left)
+
+    # --- attempts -------------------------------------------------------------------------------
+
+    def _new_attempt(self) -> Attempt:
+        return Attempt(self._specification.nodes, self._journal)
+
+    async def _try_once(self) -> Outcome:
+        """An attempt from its start to its end; what the user asked for is what it ended for."""
+        try:
+            await self._start()
+        except ClusterError as error:
+            self._finish(Outcome.failed(error.message, wait=False))
+        outcome = await self._attempt.outcome()
+        return outcome if self._stop_cause is None else Outcome.stopped(self._stop_cause)
+
+    def _delay_after(self, outcome: Outcome) -> float | None:
+        if not outcome.has_failed or self._stop_cause is not None:
+            return None
+        return self._attempts.failed(outcome.cause, self._attempt.served_seconds)
+
+    async def _pause(self, outcome: Outcome, delay_seconds: float) -> None:
+        """Clear what is left of an attempt, and wait, while the API says why it does not answer."""
+        number = self._number + 1
+        event = RunRestarting(outcome.cause, number, delay_seconds)
+        self._journal.restarting(event, outcome.failure)
+        self._listener(event)
+        kept = await self._keep_leader(outcome)
+        await self._kill_others(kept)
+        self._number = number
+        try:
+            await asyncio.to_thread(self._renew, outcome.cause, kept=kept)
+            if not kept:
+                await self._start_process(self._guards()[0])
+        except ClusterError as error:
+            self._journal.say(f"between attempts: {error.message}")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop_asked.wait(), delay_seconds)
+
+    async def _keep_leader(self, outcome: Outcome) -> bool:
+        """Whether the leader's guard has ended its attempt in good order and goes on."""
+        if not self._processes.leader_lives or not outcome.wait:
+            return False
+        ended = self._attempt.guard_ended
+        if not ended.is_set():
+            self._processes.tell(StopRun(outcome.cause, failed=True))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), _GUARD_ENDS_SECONDS)
+        return ended.is_set() and self._processes.leader_lives
+
+    async def _kill_others(self, kept: bool) -> None:
+        """End what is left of an attempt on every node, but for a leader's guard that is kept."""
+        reaching = Reaching(self._nodes)
+        answered = self._processes.nodes_left_well()
+        self._processes.kill(spare_leader=kept)
+        pid = self._journal.record.ranks[0].guard_pid if kept else None
+        spared = {self._specification.nodes[0]: pid} if pid is not None else {}
+        await reaching.clear(self._specification.run_id, answered=answered, spared=spared)
+        self._processes.forget(but_leader=kept)
+
+    def _renew(self, cause: str, *, kept: bool) -> None:
+        """New secret and ports for the next attempt."""
+        url = self._journal.record.url
+        self._bootstraps = renewed(
+            self._bootstraps,
+            lambda name, count: self._nodes[name].free_ports(count),
+            http_port=int(url.rpartition(":")[2]) if url else None,
+        )
+        if not kept:
+            # For a leader's guard alone, to answer for the run until the next attempt.
+            self._write_bootstrap(0, replace(self._bootstraps[0], hold=cause))
+        self._renew_locks()
+
+    # --- start ----------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        goes_on = self._processes.leader_lives
+        if not goes_on:
+            self._processes.forget()
+        await asyncio.gather(
+            *(
+                asyncio.to_thread(self._write_bootstrap, rank, bootstrap)
+                for rank, bootstrap in enumerate(self._bootstraps)
+                if rank > 0 or not goes_on
+            )
+        )
+        self._pulse.started(anew=not goes_on)
+        if goes_on:
+            self._processes.tell(NextAttempt(self._bootstraps[0]))
+        for command in self._guards()[int(goes_on) :]:
+            await self._start_process(command)
+        if self._specification.transport == "mpi" and self._specification.scratch is not None:
+            await self._start_mpirun(Path(self._specification.scratch))
+        if self._stop_cause is not None:
+            self._processes.tell(StopRun(self._stop_cause))
+        if not self._tasks_started:
+            self._tasks_started = True
+            self._spawn(self._pulse.beat())
+            self._spawn(self._pulse.listen())
+
+    def _write_bootstrap(self, rank: int, bootstrap: Bootstrap) -> None:
+        node = self._nodes[self._specification.nodes[rank]]
+        name = f"bootstrap-{rank}.json"
+        node.write_file(self._specification.run_id, name, _encoder.encode(bootstrap))
+
+    def _guards(self) -> list[GuardCommand]:
+        specification = self._specification
+        nodes = [self._nodes[name] for name in specification.nodes]
+        return direct_commands(specification.run_id, nodes, specification.worker)
+
+    async def _start_process(self, guard: GuardCommand) -> None:
+        await self._processes.start(self._nodes[guard.node], guard)
+
+    async def _start_mpirun(self, scratch: Path) -> None:
+        specification = self._specification
+        nodes = [self._nodes[name] for name in specification.nodes]
+        remote = not all(node.is_local for node in nodes)
+        command, environment = await asyncio.to_thread(
+            prepare_mpirun,
+            specification.run_id,
+            nodes,
+            scratch,
+            networks=specification.networks,
+            prefixes=specification.mpi_prefixes if remote else None,
+        )
+        await self._processes.start(LocalNode(), command, environment)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._finish(Outcome.failed(f"internal error: {type(error).__name__}: {error}"))
+
+    # --- what the leader's guard says -----------------------------------------------------------
+
+    def _silent(self, limit_seconds: float) -> None:
+        cause = f"its guard was silent for {limit_seconds:.0f} s"
+        node = self._specification.nodes[0]
+        self._finish(Outcome.failed(cause, rank=0, node=node, wait=False))
+
+    def _hear(self, event: RunEvent) -> None:
+        self._pulse.heard()
+        match event:
+            case Heartbeat():
+                return
+            case RankFailed() if not self.stopping:
+                self._attempt.rank_failed(event)
+            case RunEnded(cause=cause, failed=failed):
+                self._attempt.guard_ended.set()
+                self._finish(Outcome.failed(cause) if failed else Outcome.stopped(cause))
+            case RunReady() if self.stopping:
+                return
+            case RunReady():
+                self._attempt.ready()
+        self._journal.note(event)
+        self._listener(event)
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def _finish(self, outcome: Outcome) -> None:
+        self._attempt.finish(outcome)
+
+    async def _end_everything(self, outcome: Outcome) -> dict[str, str]:
+        """Give the processes a moment, then end them; returns what could not be ended, by node."""
+        self._journal.set_state("stopping", outcome.cause)
+        if self._specification.restart.mode != "never":
+            self._processes.tell(StopRun(outcome.cause, outcome.has_failed))
+        reaching = Reaching(self._nodes)
+        if outcome.wait:
+            await self._processes.wait_for_exit()
+        answered = self._processes.nodes_left_well()
+        self._processes.kill()
+        left = await reaching.clear(self._specification.run_id, answered=answered)
+        for task in self._tasks:
+            task.cancel()
+        await self._processes.reap()
+        return left
+
+    # --- locks ----------------------------------------------------------------------------------
+
+    def _renew_locks(self) -> None:
+        """Say on every node that it is this process now that has them, and that it lives."""
+        if self._specification.locked:
+            renew_locks(list(self._nodes.values()), self._specification.run_id)
+
+    def _release_locks(self, left: Mapping[str, str]) -> None:
+        """But where something is ``left``: such a node is out of reach, or not yet another's."""
+        if self._specification.locked:
+            nodes = [node for name, node in self._nodes.items() if name not in left]
+            release_locks(nodes, self._specification.run_id)
+
+
+# --- as a process, or inside one ----------------------------------------------------------------
+
+
+async def _supervise(
+    folder: Path, listener: Listener, on_interrupt: Callable[[bool], None] | None
+) -> RunRecord:
+    record = read_record(folder)
+    if record is None:
+        raise ClusterError(f"{folder} holds no run")
+    supervisor = Supervisor(read_specification(folder), record, listener)
+    obey_signals(supervisor, on_interrupt)
+    return await supervisor.run()
+
+
+def supervise(
+    folder: Path, listener: Listener, on_interrupt: Callable[[bool], None] | None = None
+) -> RunRecord:
+    """Run a prepared run to its end in this process, and obey this process's signals meanwhile.
+
+    Args:
+        folder: the run's folder.
+        listener: hears every event of the run but heartbeats.
+        on_interrupt: see ``signals.obey_signals``.
+
+    Returns:
+        The final record.
+    """
+    return asyncio.run(_supervise(folder, listener, on_interrupt))
+
+
+def main() -> None:
+    """Be the supervisor that ``launch --detach`` leaves behind."""
+    try:
+        record = supervise(Path(sys.argv[1]), lambda event: None)
+    except K2Error as error:
+        sys.stderr.write(f"{error.message}\n")
+        sys.exit(error.exit_code)
+    sys.exit(ClusterError.exit_code if record.state == "failed" else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Views of a chat: line editing, the streamed answer, and its styling."""

@@ -1,0 +1,78 @@
+"""Streamed answers on the terminal, and a status line for the state of the server.
+
+The answer goes to stdout and everything else to stderr, so that a pipe carries the answer only,
+byte for byte as the model wrote it. On a terminal the answer is styled, and control characters are
+removed, because a model's text must not move the cursor or set the window title.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from rich.text import Text
+
+from k2cli.ui.chat.markdown import MarkdownStyler
+from k2cli.ui.output import stderr_console, stdout_console
+
+_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_CLEAR_LINE = "\r\x1b[2K"
+
+
+class AnswerWriter:
+    """Writer of one answer to stdout, piece by piece."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        console = stdout_console()
+        self._terminal = self._stream.isatty()
+        styled = self._terminal and console.is_terminal and not console.no_color
+        self._styler = MarkdownStyler() if styled else None
+        self._last = "\n"
+
+    def write(self, text: str) -> None:
+        """Write more of the answer."""
+        if self._terminal:
+            text = text.translate(_CONTROL)
+        if text:
+            self._last = text[-1]
+            self._put(self._styler.push(text) if self._styler else text)
+
+    def finish(self) -> None:
+        """End the answer, and add a line break if it does not end with one."""
+        rest = self._styler.finish() if self._styler else ""
+        self._put(rest + ("" if self._last == "\n" else "\n"))
+
+    def _put(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+class StatusLine:
+    """One line on stderr that is rewritten in place; shown only if stderr is a terminal."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+        self._active = stderr_console().is_terminal
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        if self._active and text != self._shown:
+            self._shown = text
+            self._put(_CLEAR_LINE + text)
+
+    def clear(self) -> None:
+        """Erase the line."""
+        if self._shown:
+            self._shown = ""
+            self._put(_CLEAR_LINE)
+
+    @staticmethod
+    def _put(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def dim_note(text: str) -> None:
+    """Print a line on stderr in dim style."""
+    stderr_console().print(Text(text, style="dim"))

@@ -1,0 +1,102 @@
+"""``k2 doctor`` on this machine, with its real commands, and from recordings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from k2cli.cli import build_app
+from k2cli.errors import K2Error
+
+DATA = Path(__file__).resolve().parents[1] / "doctor" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CONFIG", "STATE", "DATA"):
+        monkeypatch.setenv(f"K2_{name}_DIR", str(tmp_path / name.lower()))
+
+
+def _k2(*arguments: str) -> Result:
+    return CliRunner().invoke(build_app(), ["doctor", *arguments])
+
+
+def test_this_machine_with_its_own_commands(tmp_path: Path) -> None:
+    """Recorded while it is examined; the recording gives the same findings."""
+    done = _k2("--json", "--record", str(tmp_path / "out"))
+    document = json.loads(done.stdout)
+    assert document["schema_version"] == 1
+    [node] = document["nodes"]
+    assert node["machine"]["memory_bytes"] > 0
+    assert node["software"]["mlx_version"]
+    found = {check["name"]: check["status"] for check in document["checks"]}
+    assert found["ssh"] == found["mlx version"] == found["clock"] == "pass"
+    assert found["disk speed"] == "skip"  # no model in the folder of this test
+    assert document["recommendation"]["backend"] == "local"
+    assert done.exit_code == (5 if document["status"] == "fail" else 0)
+    again = json.loads(_k2("--json", "--replay", str(tmp_path / "out")).stdout)
+    assert [check["status"] for check in again["checks"]] == [
+        check["status"] for check in document["checks"]
+    ]
+
+
+def test_a_node_that_cannot_be_reached_is_a_finding_with_its_mending() -> None:
+    done = _k2("--quick", "--nodes", "localhost,no-such-host.invalid")
+    assert done.exit_code == 5
+    assert "FAIL  ssh" in done.stdout
+    assert "no-such-host.invalid" in done.stdout
+    assert "mend:" in done.stdout
+    assert "ok    ssh             localhost" in done.stdout
+
+
+def test_for_people_it_fits_80_columns() -> None:
+    done = _k2("--replay", str(DATA / "m5-max-pair-as-published"))
+    assert done.exit_code == 5
+    lines = done.stdout.splitlines()
+    # What is to be copied into a shell is not broken.
+    assert all(len(line) <= 80 for line in lines if "mend:" not in line)
+    assert lines[-1] == "2 failed, 2 warned, 5 passed"
+
+
+def test_warnings_alone_exit_with_0() -> None:
+    done = _k2("--replay", str(DATA / "healthy-pair"))
+    assert done.exit_code == 0
+    assert "back end:             jaccl" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("here", "--nodes", "there"),
+        ("--nodes", ","),
+        ("--nodes", "a", "--replay", str(DATA / "healthy-pair")),
+        ("--replay", str(DATA)),
+        ("--plan", "/no/such/plan"),
+        ("no-such-cluster",),
+    ],
+)
+def test_wrong_command_lines_say_what_is_wrong(arguments: tuple[str, ...]) -> None:
+    done = _k2(*arguments)
+    assert isinstance(done.exception, K2Error)
+    assert done.exception.exit_code == 2
+    assert any(argument in done.exception.message for argument in arguments)
+
+
+def test_a_recording_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    done = _k2("--replay", str(DATA / "healthy-pair"), "--record", str(tmp_path))
+    assert isinstance(done.exception, K2Error)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_recording_names_no_file_outside_of_it(tmp_path: Path) -> None:
+    text = (DATA / "healthy-pair/manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(
+        text.replace("node-1/hostname.txt", "../../../etc/passwd")
+    )
+    done = _k2("--replay", str(tmp_path))
+    assert isinstance(done.exception, K2Error)
+    assert "outside" in done.exception.message

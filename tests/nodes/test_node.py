@@ -1,0 +1,106 @@
+"""What nodes do for the launcher."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from k2cli.agent import facts as node_facts
+from k2cli.agent import ports, run_folder
+from k2cli.agent.facts import NodeFacts
+from k2cli.errors import ClusterError
+from k2cli.nodes.node import LocalNode, addresses, node_named
+from k2cli.nodes.ssh import SshNode
+from k2cli.nodes.ssh_connection import close_connections
+
+FAKE_SSH = """#!/bin/sh
+# An ssh that "connects" to this machine: what follows the name is for a shell.
+while [ "$1" != -- ]; do shift; done
+exec sh -c "$3"
+"""
+
+
+@pytest.fixture
+def _ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    path = tmp_path / "ssh"
+    path.write_text(FAKE_SSH)
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    yield
+    close_connections()
+
+
+def test_names_of_this_machine_need_no_ssh() -> None:
+    for name in ("localhost", "127.0.0.1", "LOCALHOST", socket.gethostname()):
+        assert node_named(name).name == "localhost"
+    assert not node_named("studio-2").is_local
+    assert addresses([LocalNode(), LocalNode()]) == ["127.0.0.1"] * 2
+
+
+def test_free_ports_are_different_and_below_those_of_outgoing_connections() -> None:
+    found = ports.free_ports(50)
+    assert len(set(found)) == 50
+    assert max(found) < 32_768
+
+
+def test_a_taken_port_is_refused_with_its_holder() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        holder = ports.port_holder("127.0.0.1", port)
+        assert holder is not None
+        assert str(os.getpid()) in holder
+        assert ports.choose_port("127.0.0.1", port) != port
+    assert ports.port_holder("127.0.0.1", port) is None
+    holder = ports.port_holder("192.0.2.1", port)
+    assert holder is not None
+    assert "no address of this machine" in holder
+    with pytest.raises(ClusterError, match=r"192\.0\.2\.1"):
+        LocalNode().choose_port("192.0.2.1", 8080)
+
+
+def test_files_of_a_run_are_private() -> None:
+    LocalNode().write_file("demo-1", "bootstrap-0.json", b"{}")
+    path = run_folder.run_folder("demo-1") / "bootstrap-0.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    LocalNode().remove_bootstraps("demo-1")
+    assert not path.parent.exists()
+
+
+async def test_a_local_process_talks_over_pipes_in_a_session_of_its_own() -> None:
+    program = "import os; print(os.getsid(0) == os.getpid(), input())"
+    process = await LocalNode().start([sys.executable, "-c", program])
+    output, _ = await asyncio.wait_for(process.communicate(b"hello\n"), 20)
+    assert output == b"True hello\n"
+    with pytest.raises(ClusterError, match="cannot be started"):
+        await LocalNode().start(["/no/such/program"])
+
+
+def test_commands_have_a_time_limit() -> None:
+    with pytest.raises(ClusterError, match="did not answer"):
+        LocalNode().run(["sleep", "30"], timeout_seconds=0.2)
+
+
+@pytest.mark.usefixtures("_ssh")
+async def test_a_node_over_ssh_answers_as_this_machine_does() -> None:
+    node = SshNode("b")
+    assert node.facts() == node_facts.facts()
+    assert isinstance(node.facts(), NodeFacts)
+    assert len(node.free_ports(2)) == 2
+    assert node.port_holder("127.0.0.1", node.choose_port("127.0.0.1", 8080)) is None
+    node.write_file("demo-1", "bootstrap-0.json", b"secret 'quoted' $HOME")
+    path = run_folder.run_folder("demo-1") / "bootstrap-0.json"
+    assert path.read_bytes() == b"secret 'quoted' $HOME"
+    node.remove_bootstraps("demo-1")
+    assert not path.exists()
+    assert node.processes_of_run("demo-1") == []
+    assert node.kill_run("demo-1") == []
+    assert node.memory().name == "b"
+    process = await node.start(["printf", "%s", "a b'c"], {"K2_X": "1"})
+    output, _ = await asyncio.wait_for(process.communicate(), 20)
+    assert output == b"a b'c"

@@ -1,0 +1,115 @@
+"""The activation model against MLX's own peak, on the CPU back end, and the page that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from benchmarks.activation_grid import Grid, Point
+from benchmarks.memory_model import (
+    PAGE,
+    SMALL_BYTES,
+    TOLERANCE,
+    compared,
+    page,
+    recordings,
+    share_within,
+)
+from k2cli.planning.memory.prefill import activation_demand, activation_shape
+from k2cli.sharding.assemble import build, cast
+from tests.quantization.originals import KIMI, LLAMA
+
+COMMON = {"num_hidden_layers": 3, "vocab_size": 1000, "max_position_embeddings": 65536}
+# Other shapes than those that the model was fitted to (benchmarks/data/activation).
+SHAPES: dict[str, dict[str, Any]] = {
+    "grouped queries": LLAMA
+    | {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 2,
+       "intermediate_size": 1024},
+    "latent attention": KIMI
+    | {"hidden_size": 384, "num_attention_heads": 6, "moe_intermediate_size": 256,
+       "n_routed_experts": 8, "num_experts_per_tok": 4},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def grid(request: pytest.FixtureRequest) -> Iterator[Grid]:
+    config = SHAPES[request.param] | COMMON
+    model = build(config)
+    cast(model, mx.float32)
+    mx.eval(model.parameters())
+    yield Grid(model, config, "cpu", 4)
+    mx.clear_cache()
+
+
+def need_bytes(point: Point) -> int:
+    return max(point.modelled_bytes, point.growth_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chunk", "context"), [(64, 1024), (256, 1024), (32, 3072)])
+def test_peak_of_prefill_is_what_mlx_measures(grid: Grid, chunk: int, context: int) -> None:
+    point = grid.prefill(chunk, context)
+    assert need_bytes(point) == pytest.approx(point.peak_bytes, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 5])
+def test_peak_of_decode_is_what_mlx_measures(grid: Grid, rows: int) -> None:
+    point = grid.decode(rows, 1500)
+    assert need_bytes(point) == pytest.approx(point.peak_bytes, rel=TOLERANCE)
+
+
+def test_recorded_grids_agree_with_the_model_and_the_page() -> None:
+    for recording in recordings():
+        found = list(compared(recording))
+        assert share_within(found, SMALL_BYTES) == 1, recording["label"]
+        # One of 24 points that the fit has not seen is a length that asks for less workspace.
+        least = 0.95 if "not fitted" in recording["label"] else 1
+        assert share_within(found) >= least, recording["label"]
+    assert PAGE.read_text() == page(), "run scripts/memory-model"
+
+
+def k2_demand(chunk: int, slices: int) -> int:
+    config = {
+        "hidden_size": 7168, "num_attention_heads": 64, "kv_lora_rank": 512, "vocab_size": 163840,
+        "qk_nope_head_dim": 128, "v_head_dim": 128, "intermediate_size": 18432,
+        "moe_intermediate_size": 2048, "n_routed_experts": 384, "num_experts_per_tok": 8,
+    }  # fmt: skip
+    return activation_demand(
+        activation_shape(config), device="metal", chunk_tokens=chunk, context_length=131_072,
+        concurrency=1, itemsize=2, slices=slices,
+    ).attention_bytes  # fmt: skip
+
+
+def test_k2_in_numbers() -> None:
+    # The table of published and derived figures: 77.3 GB at once, 38.7 and 12.9 GB by tensor.
+    assert k2_demand(2048, 1) == 131_072 * (2 * 64 * 2048 * 2 + 2 * 64 * 256 * 2)
+    assert round(k2_demand(2048, 1) / 1e9, 1) == 77.3
+    assert round(k2_demand(2048, 2) / 1e9, 1) == 38.7
+    assert round(k2_demand(512, 2) / 1e9, 1) == 12.9
+
+
+def test_metal_agrees_with_the_published_series_of_deepseek_v3() -> None:
+    """mlx-lm PR 839: peaks of 383.2, 388.3 and 398.6 GB at 4k, 8k and 16k tokens of prompt."""
+    shape = activation_shape(
+        {
+            "hidden_size": 7168, "num_attention_heads": 128, "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128, "v_head_dim": 128, "intermediate_size": 18432,
+            "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8,
+            "vocab_size": 129280,
+        }
+    )  # fmt: skip
+    cache_bytes_per_token = 61 * 576 * 2
+
+    def attention_and_cache(context: int) -> int:
+        demand = activation_demand(
+            shape, device="metal", chunk_tokens=2048, context_length=context, concurrency=1,
+            itemsize=2,
+        )  # fmt: skip
+        return demand.attention_bytes + context * cache_bytes_per_token
+
+    grown = attention_and_cache(16384) - attention_and_cache(4096)
+    assert grown == pytest.approx(398.6e9 - 383.2e9, rel=0.02)

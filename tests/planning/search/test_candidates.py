@@ -1,0 +1,267 @@
+"""Chosen placements against all others, limits against their neighbours, advice against itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import combinations, permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from k2cli.planning.advice import advised_plan, hardware_text, raisable_limit
+from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.hardware.spec import parse_hardware
+from k2cli.planning.memory.ledger import node_budget
+from k2cli.planning.plan import Plan
+from k2cli.planning.planner import Planner, Wishes
+from k2cli.planning.search.candidates import Ground, candidate
+from k2cli.planning.shop import shop
+from k2cli.planning.speed.estimate import decode_layer_seconds
+from k2cli.units import GB, GIB
+
+CONFIGS = Path(__file__).resolve().parents[2] / "data" / "configs"
+LAYER_BYTES = 9_600_000_000
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    """K2 with six layers, and everything else as it is."""
+    folder = tmp_path_factory.mktemp("small")
+    config = json.loads((CONFIGS / "k2-mlx-4bit" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
+    return Planner(str(folder))
+
+
+@pytest.fixture(scope="module")
+def k2() -> Planner:
+    return Planner(str(CONFIGS / "k2-mlx-4bit"))
+
+
+def machine(name: str, limit: int, bandwidth: int = 800 * GB) -> NodeMemory:
+    return NodeMemory(
+        name, limit, limit, "exact", "metal", chip="m3-ultra",
+        bandwidth_bytes_per_second=bandwidth, gpu_flops_per_second=20 * 10**12,
+    )  # fmt: skip
+
+
+quick = settings(deadline=None, database=None, max_examples=10)
+sizes = st.integers(LAYER_BYTES, LAYERS * LAYER_BYTES)
+speeds = st.sampled_from([200 * GB, 400 * GB, 800 * GB])
+machines = st.lists(st.tuples(sizes, speeds), min_size=1, max_size=3).map(
+    lambda pairs: [machine(f"n{i}", *pair) for i, pair in enumerate(pairs)]
+)
+CHUNK, CONTEXT = 128, 20_000
+
+
+# --- the split ----------------------------------------------------------------------------------
+
+
+@quick
+@given(machines.filter(lambda nodes: len(nodes) > 1), st.booleans())
+def test_no_split_or_order_of_a_pipeline_has_a_faster_slowest_stage(
+    small: Planner, nodes: list[NodeMemory], free: bool
+) -> None:
+    wishes = Wishes("pipeline", CONTEXT, concurrency=2, chunk_tokens=CHUNK, free_order=free)
+    ground = small.ground(nodes, wishes)
+    found = candidate(ground, "pipeline")
+    orders = list(permutations(nodes)) if free else [tuple(nodes)]
+    possible = [
+        slowest
+        for order in orders
+        for ranges in splits(len(nodes))
+        if (slowest := slowest_seconds(ground, order, ranges)) is not None
+    ]
+    assert found.fits == bool(possible)
+    if possible:
+        ranges = [part.layers for part in reversed(found.placement.ranks)]
+        chosen = slowest_seconds(ground, found.nodes, ranges)
+        assert chosen == pytest.approx(min(possible), rel=1e-9)
+
+
+def splits(stages: int) -> list[list[tuple[int, int]]]:
+    """Every split, first stage first."""
+    return [
+        list(zip((0, *cut), (*cut, LAYERS), strict=True))
+        for cut in combinations(range(1, LAYERS), stages - 1)
+    ]
+
+
+def slowest_seconds(
+    ground: Ground, order: tuple[NodeMemory, ...], ranges: list[tuple[int, int]]
+) -> float | None:
+    """The slowest stage of a split, stage by stage and without matrices; None if it is too big."""
+    whole = ground.model.slices(1)
+    slowest = 0.0
+    for node, (first, past_last) in zip(reversed(order), ranges, strict=True):
+        sample = candidate(replace(ground, nodes=(node,)), "single").budgets[0].breakdown
+        assert sample is not None
+        assert whole.work is not None
+        last = past_last == LAYERS
+        budget = node_budget(
+            node,
+            sharers=1,
+            layer_weights_bytes=sum(whole.profile.layer_bytes[first:past_last]),
+            edge_weights_bytes=whole.profile.edges_bytes(first, past_last),
+            kv_cache_bytes=2 * sum(whole.profile.cache_bytes(CONTEXT)[first:past_last]),
+            prefill_activation_bytes=sample.prefill_activation_bytes - (0 if last else logits(2)),
+            decode_activation_bytes=sample.decode_activation_bytes - (0 if last else logits(2)),
+            communication=2 * len(order) * CHUNK * 7168 * 2,
+            layers=past_last - first,
+        )
+        if budget.headroom_bytes < 0:
+            return None
+        times = decode_layer_seconds(whole.work, node, CONTEXT)
+        assert times is not None
+        layers, head = times
+        slowest = max(slowest, sum(layers[first:past_last]) + (head if last else 0.0))
+    return slowest
+
+
+def logits(rows: int) -> int:
+    """What the stage that samples needs beside the others: one row each, and two float32 copies."""
+    return 163_840 * rows * (2 + 2 * 4)
+
+
+def test_unlike_machines_hold_layers_by_their_speed(k2: Planner) -> None:
+    nodes = [machine("slow", 500 * GB, 400 * GB), machine("fast", 500 * GB, 800 * GB)]
+    plan = k2.plan(nodes, Wishes("pipeline", 4096))
+    held = {part.node: part.layers[1] - part.layers[0] for part in plan.placement.ranks}
+    assert 1.5 < held["fast"] / held["slow"] < 2.5
+    assert [part.node for part in plan.placement.ranks] == ["slow", "fast"]  # as they were named
+
+
+def test_a_machine_that_would_do_alone_is_named(k2: Planner) -> None:
+    nodes = [machine("small", 400 * GB), machine("large", 900 * GB)]
+    plan = k2.plan(nodes, Wishes(context_length=4096))
+    assert plan.placement.size == 2
+    assert plan.alternatives[-1].verdict == "fits large alone"
+    smaller = k2.plan([nodes[0], machine("half", 400 * GB)], Wishes(context_length=4096))
+    assert {each.name for each in smaller.alternatives} == {"pipeline", "tensor"}
+
+
+# --- limits -------------------------------------------------------------------------------------
+
+
+@quick
+@given(machines, st.sampled_from(["auto", "pipeline"]))
+def test_limits_are_where_it_stops_fitting(
+    small: Planner, nodes: list[NodeMemory], strategy: str
+) -> None:
+    wishes = Wishes(strategy if len(nodes) > 1 else "auto", 4096, free_order=True)
+    plan = small.plan(nodes, wishes)
+
+    def fits(**changes: Any) -> bool:
+        return small.plan(nodes, replace(wishes, **changes), limits=False).fits
+
+    assert plan.fits == (plan.max_context_length >= 4096) == (plan.max_concurrency >= 1)
+    if plan.max_context_length:
+        assert fits(context_length=plan.max_context_length)
+        assert plan.max_context_length == 262_144 or not fits(
+            context_length=plan.max_context_length + 1
+        )
+    if plan.max_concurrency:
+        assert fits(concurrency=plan.max_concurrency)
+        assert plan.max_concurrency == 4096 or not fits(concurrency=plan.max_concurrency + 1)
+
+
+# --- advice -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hardware", "wishes", "kinds"),
+    [
+        ("m3-ultra-512", Wishes(context_length=131_072), ["node"]),
+        (
+            "2x m3-ultra-512",
+            Wishes(context_length=262_144, concurrency=32),
+            ["concurrency", "context", "node"],
+        ),
+        (
+            "2x m3-ultra-512",
+            Wishes("tensor", context_length=131_072, concurrency=22),
+            ["strategy", "limit", "concurrency", "context", "node"],
+        ),
+        ("2x m3-ultra-256", Wishes(context_length=32_768), ["machine", "node"]),
+        (
+            "2x m3-ultra-512",
+            Wishes(context_length=262_144, chunk_tokens=16_384),
+            ["chunk", "context", "node"],
+        ),
+    ],
+)
+def test_advice_is_what_fits_when_it_is_planned(
+    k2: Planner, hardware: str, wishes: Wishes, kinds: list[str]
+) -> None:
+    wishes = replace(wishes, free_order=True)
+    plan = advised_plan(k2, parse_hardware(hardware), wishes)
+    assert not plan.fits
+    assert [advice.kind for advice in plan.advice] == kinds
+    for advice in plan.advice:
+        again = replanned(k2, hardware, wishes, advice.options)
+        assert again.fits
+        assert min(node.headroom_bytes for node in again.nodes) == advice.headroom_bytes
+
+
+def test_fewer_bits_are_advised_of_what_can_be_quantized() -> None:
+    wishes = Wishes(context_length=32_768)
+    two = advised_plan(Planner("k2-instruct"), parse_hardware("2x m3-ultra-512"), wishes)
+    assert [advice.options for advice in two.advice] == [{"--quantize": "6bit"}]
+    assert two.advice[0].headroom_bytes > 0
+    more = Planner("k2-instruct", "8bit").plan(parse_hardware("2x m3-ultra-512"), wishes)
+    assert not more.fits
+
+
+def replanned(planner: Planner, hardware: str, wishes: Wishes, options: dict[str, str]) -> Plan:
+    """Plan once more with the flags of an advice."""
+    changes: dict[str, Any] = {}
+    for option, value in options.items():
+        match option:
+            case "--hardware":
+                hardware = value
+            case "--parallel":
+                changes["strategy"] = value
+            case "--context":
+                changes["context_length"] = int(value)
+            case "--chunk":
+                changes["chunk_tokens"] = int(value)
+            case "--concurrency":
+                changes["concurrency"] = int(value)
+            case _:
+                pytest.fail(f"unknown option {option}")
+    return planner.plan(parse_hardware(hardware), replace(wishes, **changes), limits=False)
+
+
+def test_a_raised_limit_leaves_memory_to_macos() -> None:
+    for size in (96 * GIB, 512 * GIB):
+        assert size * 0.8 < raisable_limit(size) <= size - 16 * GIB
+
+
+def test_machines_are_written_as_they_are_read() -> None:
+    for text in ("2x m3-ultra-512", "m4-max-128 + 3x m3-ultra-256", "m3-ultra-512:limit=490GiB"):
+        assert hardware_text(parse_hardware(text)) == text
+    assert hardware_text(parse_hardware("this")) is None
+
+
+# --- the shop -----------------------------------------------------------------------------------
+
+
+def test_the_shop_offers_what_fits_cheapest_first(k2: Planner) -> None:
+    wishes = Wishes(context_length=32_768, free_order=True)
+    result = shop(k2, wishes)
+    prices = [offer.price_usd for offer in result.offers]
+    known = [price for price in prices if price is not None]
+    assert known == sorted(known)
+    assert prices[: len(known)] == known
+    assert len(result.offers) > 4
+    for offer in result.offers:
+        plan = k2.plan(parse_hardware(offer.hardware), wishes, limits=False)
+        assert plan.fits
+        assert len(plan.nodes) == offer.machines
+        assert plan.placement.strategy == offer.strategy
+    # No longer sold, and marked so.
+    assert next(o for o in result.offers if o.hardware == "2x m3-ultra-512").withdrawn

@@ -1,0 +1,33 @@
+"""What becomes of caches when sequences join and leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from k2cli.rank.caches import CacheTable, _let_go
+from k2cli.rank.loader import load_part
+from tests.support.rank_pool import assignments
+
+
+def test_sequences_that_hold_nothing_yet_leave_a_batch(toy_k2: Path) -> None:
+    """Prompts of one token, cancelled before the first step."""
+    [assignment] = assignments(toy_k2, "single", 1)
+    table = CacheTable(load_part(assignment, None, lambda done, total: None).stage)
+    for sequence in range(3):
+        table.open(sequence, None, 0)
+        table.join(0, sequence)
+    table.leave(0, 0, None, None)
+    table.leave(0, 1, None, 1)
+    assert {batch: entry.rows for batch, entry in table.batches.items()} == {0: [2], 1: [1]}
+    assert all(cache.empty() for entry in table.batches.values() for cache in entry.caches)
+
+
+def test_a_copy_that_is_never_given_back_is_not_waited_for_long() -> None:
+    # A GPU gives back what a cache has outgrown a little late; a kept prefix's it never does.
+    held = mx.zeros((1024,))
+    mx.eval(held)
+    active = mx.get_active_memory()
+    assert _let_go(active)
+    assert not _let_go(active - held.nbytes)

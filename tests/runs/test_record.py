@@ -1,0 +1,121 @@
+"""Records of runs, and what is said of runs whose supervisor is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from k2cli.agent import run_processes
+from k2cli.errors import K2Error
+from k2cli.runs.record import (
+    KEPT_RECORDS,
+    RankRecord,
+    RunRecord,
+    RunState,
+    find_run,
+    list_runs,
+    prune_records,
+    read_record,
+    save_record,
+)
+from k2cli.runs.run_id import new_run_id
+from k2cli.runs.stop import stop_run
+from k2cli.settings import RUN_OPTION
+
+
+def make_record(state: RunState = "ready", *, age: float = 0.0) -> RunRecord:
+    """A recorded run that this process supervises."""
+    own = psutil.Process()
+    record = RunRecord(
+        run_id=new_run_id("HuggingFaceTB/SmolLM2 135M"),
+        model="demo",
+        model_name="demo",
+        state=state,
+        backend="local",
+        strategy="single",
+        context_length=128,
+        ranks=(RankRecord(0, "localhost"),),
+        created=time.time() - age,
+        pid=own.pid,
+        pid_create_time=own.create_time(),
+    )
+    record.folder.mkdir(parents=True)
+    save_record(record)
+    return record
+
+
+def test_a_record_survives_the_way_to_disk_and_back() -> None:
+    record = make_record()
+    assert record.run_id.startswith("smollm2-135m-")
+    assert read_record(record.folder) == record
+    assert list_runs() == [record]
+    assert find_run() == record
+    assert find_run(record.run_id[:10]) == record
+
+
+def test_newest_first_and_damaged_records_are_left_out() -> None:
+    old, new = make_record(age=100), make_record(age=1)
+    (old.folder.parent / "broken").mkdir()
+    (old.folder.parent / "broken" / "run.json").write_text("{")
+    assert [run.run_id for run in list_runs()] == [new.run_id, old.run_id]
+    with pytest.raises(K2Error, match="several runs"):
+        find_run("smollm2")
+
+
+def test_without_a_supervisor_a_run_is_lost() -> None:
+    # A process that lives, but is younger than the run's supervisor: its id was used again.
+    record = replace(make_record(), pid=os.getpid(), pid_create_time=time.time() - 1e6)
+    save_record(record)
+    (record.folder / "launch.json").write_text("secret")
+    (lost,) = list_runs()
+    assert lost.state == "lost"
+    assert lost.ended is not None
+    assert not (record.folder / "launch.json").exists()
+    assert list_runs() == [lost]
+    with pytest.raises(K2Error, match="no run is live"):
+        find_run()
+    assert find_run(live=False) == lost
+
+
+def test_without_a_supervisor_but_with_processes_a_run_is_orphaned() -> None:
+    record = replace(make_record(), pid=2**22 + 1)
+    save_record(record)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen([*command, RUN_OPTION, record.run_id]) as process:
+        while not run_processes.processes_of_run(record.run_id):
+            time.sleep(0.01)
+        (orphaned,) = list_runs()
+        assert orphaned.state == "orphaned"
+        assert "1 process(es) remain on localhost" in orphaned.cause
+        assert run_processes.kill_run(record.run_id) == []
+        assert process.wait(5) == -9
+    assert list_runs()[0].state == "lost"
+
+
+def test_stopping_an_orphaned_run_ends_what_remains() -> None:
+    record = replace(make_record(), pid=2**22 + 1)
+    save_record(record)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen([*command, RUN_OPTION, record.run_id]) as process:
+        while not run_processes.processes_of_run(record.run_id):
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGSTOP)
+        report = stop_run(list_runs()[0])
+        assert process.wait(5) == -9
+    assert (report.state, report.killed) == ("stopped", 1)
+    assert list_runs()[0].state == "stopped"
+
+
+def test_old_records_are_removed_and_live_ones_kept() -> None:
+    live = make_record(age=10_000)
+    ended = [make_record("stopped", age=float(age)) for age in range(KEPT_RECORDS + 3)]
+    prune_records()
+    kept = {run.run_id for run in list_runs()}
+    assert kept == {live.run_id, *(run.run_id for run in ended[:KEPT_RECORDS])}
