@@ -61,7 +61,7 @@ def _mac(name: str, addresses: dict[str, str], cables: dict[str, tuple[str, str]
         limit_bytes=464 * GIB,
         limit_mark="exact",
         limit_source="asked",
-        device="metal",
+        backend="metal",
         bandwidth_bytes_per_second=None,
         interfaces={"lo0": ("127.0.0.1",)}
         | {interface: (text.split("/")[0],) for interface, text in addresses.items()},
