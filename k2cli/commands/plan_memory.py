@@ -212,7 +212,7 @@ def _show(
 
 def _finish(plan: Plan, save: Path | None, quantize: str | None) -> None:
     from k2cli.errors import DoesNotFitError
-    from k2cli.planning.quantized import quantize_command
+    from k2cli.planning.model import quantize_command
     from k2cli.ui.plan.table import print_plan_hints, shortfalls
 
     if not plan.fits:
