@@ -22,3 +22,9 @@ WantedTransport = Literal["auto", Transport]
 Parallel = Literal["auto", Strategy]
 WantedFloatType = Literal["auto", FloatType]
 Head = Literal["auto", HeadPlacement]
+
+
+Certainty = Literal["exact", "modelled", "assumed"]
+
+
+"""How a number came about: traced or read, computed by a model, or taken as given."""

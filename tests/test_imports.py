@@ -9,9 +9,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,7 @@ HEAVY = {
 }  # fmt: skip
 
 # Started with ``python -m``, and imported by nothing.
-ENTRY_POINTS = {"rank.main", "guard.main", "guard.mpi_slot_process", "supervisor.supervisor"}
+ENTRY_POINTS = {"rank.main", "guard.main", "guard.mpi_slot_process"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,32 @@ def _inside(path: Path, places: set[str]) -> bool:
 
 def test_every_part_is_in_the_table() -> None:
     assert {_part(_module_name(path)) for path in _sources()} <= set(ALLOWED)
+
+
+def _imports_between_files() -> dict[Path, set[Path]]:
+    """Every file of k2cli -> the files that it imports when run, inside functions or not."""
+    return {
+        path: {
+            found
+            for item in imports_of(path)
+            if not item.typing and (found := _path_of(item.module)) not in (None, path)
+        }
+        for path in _sources()
+    }
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    try:
+        TopologicalSorter(_imports_between_files()).prepare()
+    except CycleError as error:
+        circle = " -> ".join(path.relative_to(PACKAGE).as_posix() for path in error.args[1])
+        pytest.fail(f"imports in a circle: {circle}")
+
+
+def test_no_folder_is_crowded() -> None:
+    modules = Counter(path.parent for path in _sources() if path.name != "__init__.py")
+    crowded = {folder.name: count for folder, count in modules.items() if count > 20}
+    assert not crowded
 
 
 def test_import_direction() -> None:

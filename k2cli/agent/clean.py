@@ -17,7 +17,6 @@ from k2cli.agent.activity import activity
 from k2cli.agent.locks import Lock, list_locks, release
 from k2cli.agent.run_folder import remove_bootstraps, run_folder
 from k2cli.agent.run_processes import count_processes, kill_run, processes_of_run
-from k2cli.runs.record import read_record
 from k2cli.settings import runs_directory, scratch_directories
 
 
@@ -95,8 +94,7 @@ def _remove_files(run_id: str) -> bool:
     scratch = any(path.exists() for path in scratch_directories(run_id))
     unread = list(folder.glob("bootstrap-*.json")) if folder.is_dir() else []
     remove_bootstraps(run_id)
-    record = read_record(folder) if folder.is_dir() else None
-    abandoned = folder.is_dir() and record is None and not any(folder.glob("run.json"))
+    abandoned = folder.is_dir() and not (folder / "run.json").exists()
     if abandoned:
         shutil.rmtree(folder, ignore_errors=True)
     return bool(scratch or unread or abandoned)

@@ -55,13 +55,13 @@ def _clean(live: str, gone: str) -> Any:
 
 
 def _checkpoint(reference: str, folder: str) -> Any:
-    from k2cli.launch.model_copies import find_checkpoint
+    from k2cli.agent.model import find_checkpoint
 
     return find_checkpoint(reference, folder)
 
 
 def _checkpoint_heads(reference: str) -> Any:
-    from k2cli.launch.model_source import checkpoint_heads
+    from k2cli.agent.model import checkpoint_heads
 
     return checkpoint_heads(reference)
 

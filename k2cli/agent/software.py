@@ -14,12 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 from k2cli import __version__
 from k2cli.agent.openmpi import find_libmpi, find_mpirun, version_of
 from k2cli.agent.run_processes import run_of
-from k2cli.cluster.facts.machine import ProcessUse, Software, Volume
+from k2cli.choices import Certainty, Device
 from k2cli.errors import ClusterError
 from k2cli.settings import models_directory, runs_directory
 
@@ -168,3 +169,65 @@ def _interfaces() -> dict[str, tuple[str, ...]]:
         for name, addresses in psutil.net_if_addrs().items()
         if name in up
     }
+
+
+class ProcessUse(msgspec.Struct, frozen=True):
+    """A process that holds memory; ``run_id`` if it is a guard or rank of a run of k2."""
+
+    pid: int
+    name: str
+    resident_bytes: int
+    run_id: str | None = None
+
+
+class Volume(msgspec.Struct, frozen=True):
+    """The volume that a folder of models is on. ``filesystem`` as the system names it."""
+
+    path: str
+    mount_point: str
+    filesystem: str
+    free_bytes: int
+    total_bytes: int
+
+
+class Software(msgspec.Struct, frozen=True):
+    """What k2 on the node says of its environment; answered by the agent's verb ``software``.
+
+    ``time`` is that machine's clock in seconds since 1970. ``limit_bytes`` is what MLX may use, as
+    ``planning.hardware.this_machine`` finds it there. ``transports`` are those
+    that its mlx was built with, without MPI, whose library is found at run time (``libmpi``).
+    ``volume`` is that of the models, ``state_volume`` that of runs and their logs;
+    ``mpi_versions`` are those of every mpirun that was found; ``load_average`` is the last
+    minute's.
+    """
+
+    k2_version: str
+    python: str
+    python_version: str
+    mlx_version: str | None
+    mlx_lm_version: str | None
+    mlx_error: str | None
+    memory_bytes: int
+    limit_bytes: int | None
+    limit_mark: Certainty
+    limit_source: str
+    device: Device | None = msgspec.field(name="backend")
+    transports: tuple[str, ...] = msgspec.field(name="backends")
+    available_bytes: int
+    mpirun: str | None
+    mpi_version: str | None
+    libmpi: str | None
+    volume: Volume | None
+    time: float
+    processes: tuple[ProcessUse, ...]
+    interfaces: dict[str, tuple[str, ...]] = {}
+    mpi_error: str | None = None
+    state_volume: Volume | None = None
+    mpi_versions: dict[str, str] = {}
+    load_average: float | None = None
+    cores: int | None = None
+
+    def mpi_version_with(self, launching: Software | None) -> str | None:
+        """The Open MPI that a run uses here: the launching machine's path, if it is one here."""
+        path = launching.mpirun if launching is not None else None
+        return self.mpi_versions.get(path or "", self.mpi_version)

@@ -6,22 +6,19 @@ It says what the machines are and not how they are at the moment: that is asked 
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from k2cli.choices import Device
+from k2cli.choices import Certainty, Device
 from k2cli.cluster.hostfile import Hostfile
 from k2cli.errors import ClusterError, UsageError
 from k2cli.files import write_atomically
-from k2cli.nodes.node import LOCALHOST, LocalNode, Node, is_this_machine, node_named
+from k2cli.nodes.node import LOCALHOST, is_this_machine
 from k2cli.planning.hardware.chips import chip_of_device
 from k2cli.planning.hardware.machine import NodeMemory
-from k2cli.planning.marks import Mark
 from k2cli.settings import config_directory
 from k2cli.units import GIB
 
@@ -45,7 +42,7 @@ class ClusterNode(msgspec.Struct, frozen=True):
     chip: str = ""
     memory_bytes: int = 0
     limit_bytes: int = 0
-    limit_mark: Mark = "assumed"
+    limit_mark: Certainty = "assumed"
     device: Device = msgspec.field(default="cpu", name="backend")
     bandwidth_bytes_per_second: int | None = None
     interfaces: dict[str, tuple[str, ...]] = {}
@@ -232,72 +229,3 @@ def _memory_of(node: ClusterNode, cluster: str) -> NodeMemory:
         bandwidth_bytes_per_second=node.bandwidth_bytes_per_second,
         gpu_flops_per_second=chip.flops_per_second(cores) if chip else None,
     )
-
-
-def node_named_in(cluster: Cluster, name: str) -> Node:
-    """The node of a cluster, with the interpreter that the description has for it.
-
-    Raises:
-        UsageError: if the cluster has none of that name.
-    """
-    from k2cli.cluster.links import common_addresses  # which builds on this module
-    from k2cli.nodes.ssh import SshNode
-
-    node = cluster.node(name)
-    if node is None:
-        names = ", ".join(node.name for node in cluster.nodes)
-        raise UsageError(f"cluster {cluster.name} has no node '{name}'", f"it has {names}")
-    if is_this_machine(node.name):
-        return LocalNode()
-    return SshNode(node.name, node.python, common_addresses(cluster).get(node.name))
-
-
-def cluster_nodes(cluster: Cluster) -> list[Node]:
-    """All nodes of a cluster, in its order."""
-    return [node_named_in(cluster, node.name) for node in cluster.nodes]
-
-
-def chosen_nodes(name: str | None, nodes: str | None) -> tuple[Cluster | None, list[Node]]:
-    """What a command line means: the machines given, else those of a cluster.
-
-    Args:
-        name: of a cluster; None for the only one.
-        nodes: names for ssh, separated by commas.
-
-    Raises:
-        UsageError: if both are given, or what is given does not exist.
-    """
-    if nodes is None:
-        cluster = load_cluster(name)
-        return cluster, cluster_nodes(cluster)
-    if name is not None:
-        raise UsageError(
-            f"a cluster, {name}, and --nodes {nodes} are both given, so say which is meant"
-        )
-    names = [part.strip() for part in nodes.split(",")]
-    if not all(names):
-        raise UsageError(f"--nodes '{nodes}' has an empty name", "--nodes a,b")
-    named = [node_named(name) for name in names]
-    return None, list({node.name: node for node in named}.values())
-
-
-def recorded_interpreter(name: str) -> str | None:
-    """Which interpreter ran k2 on a machine when it was described last, if it was."""
-    for cluster in list_clusters():
-        with contextlib.suppress(ClusterError):  # a damaged file is told where it is asked for
-            node = load_cluster(cluster).node(name)
-            if node is not None and node.python is not None:
-                return node.python
-    return None
-
-
-def remember_interpreters(cluster: Cluster, pythons: Mapping[str, str]) -> Cluster:
-    """Save which interpreter runs k2 on each node."""
-    known = [
-        msgspec.structs.replace(node, python=pythons.get(node.name, node.python))
-        for node in cluster.nodes
-    ]
-    changed = msgspec.structs.replace(cluster, nodes=tuple(known))
-    if changed != cluster:
-        save_cluster(changed)
-    return changed

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 from k2cli.agent.activity import Activity, RunHere
 from k2cli.agent.locks import Lock
-from k2cli.cluster.description import Cluster, ClusterNode, cluster_nodes
+from k2cli.cluster.description import Cluster, ClusterNode
 from k2cli.cluster.facts.machine import MachineFacts
 from k2cli.cluster.facts.probes import collect
 from k2cli.cluster.facts.reading import machine_facts
 from k2cli.cluster.hostfile import Hostfile
 from k2cli.cluster.links import detect_links
+from k2cli.cluster.node_lookup import cluster_nodes, node_named
 from k2cli.errors import ClusterError, UsageError
-from k2cli.nodes.node import Node, node_named
+from k2cli.nodes.node import Node
 from k2cli.nodes.parallel import in_parallel
 from k2cli.planning.hardware.chips import chip_of_device
 from k2cli.units import GIB

@@ -20,7 +20,6 @@ from k2cli.agent.reach import Answer, Listening, Target
 from k2cli.choices import LinkTransport
 from k2cli.cluster.description import Link
 from k2cli.cluster.facts.machine import MachineFacts
-from k2cli.doctor.results import DiskSpeed, LinkMeasurement, Reach
 from k2cli.errors import ClusterError
 from k2cli.nodes.node import Node
 
@@ -302,3 +301,58 @@ def _disk_speed(node: Node, folder: str) -> DiskSpeed:
     return DiskSpeed(
         reading.path, reading.read_bytes, reading.seconds, reading.uncached, reading.error
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """One try to connect from a node to an address of another, over TCP.
+
+    ``interface`` is the one that the connection left through, ``expected`` whether both ends have
+    an address on one network, so that it ought to work. ``error`` is None if it did.
+    """
+
+    source: str
+    target: str
+    address: str
+    interface: str | None
+    target_interface: str
+    expected: bool
+    seconds: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkMeasurement:
+    """What a link does under a transport (``backend``); times are medians in seconds.
+
+    ``all_reduce_seconds`` is of one small all-reduce, ``latency_seconds`` half of a ping-pong,
+    ``bytes_per_second`` of big messages one way. ``error`` says why there are no figures.
+    """
+
+    first: str
+    second: str
+    backend: LinkTransport
+    first_address: str
+    second_address: str
+    kind: str
+    all_reduce_seconds: float | None = None
+    latency_seconds: float | None = None
+    bytes_per_second: float | None = None
+    note: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    """How fast a node read the checkpoint's own files, as far as possible without the cache."""
+
+    path: str
+    read_bytes: int
+    seconds: float
+    uncached: bool
+    error: str | None = None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """None if nothing was read."""
+        return self.read_bytes / self.seconds if self.read_bytes and self.seconds else None

@@ -145,7 +145,7 @@ def _calibrate(
     from k2cli.bench.calibrate import calibrate_run, calibrated_members
     from k2cli.bench.calibration_rounds import PROBE, Rounds, calibration_schedule
     from k2cli.client.client import ApiClient
-    from k2cli.nodes.node import node_named
+    from k2cli.cluster.node_lookup import node_named
     from k2cli.ui.bench_table import calibration_lines
     from k2cli.ui.output import note
 

@@ -13,7 +13,7 @@ def clean(name: ClusterName = None, nodes: NodeNames = None, json: AsJson = Fals
 
     Example: k2 cluster clean studios
     """
-    from k2cli.cluster.description import chosen_nodes
+    from k2cli.cluster.node_lookup import chosen_nodes
     from k2cli.errors import ClusterError
     from k2cli.runs.clean import clean as clean_nodes
     from k2cli.ui.cluster_view import print_cleaning

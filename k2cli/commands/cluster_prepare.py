@@ -31,7 +31,7 @@ def prepare(
 
     Example: k2 cluster prepare --nodes studio-2
     """
-    from k2cli.cluster.description import chosen_nodes, remember_interpreters
+    from k2cli.cluster.node_lookup import chosen_nodes, remember_interpreters
     from k2cli.errors import ClusterError
     from k2cli.nodes.install import prepare as prepare_nodes
     from k2cli.ui.cluster_view import show_prepared, show_step

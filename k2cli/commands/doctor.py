@@ -103,8 +103,9 @@ def _examined(nodes: list[Node], wishes: Wishes) -> Report:
 
 
 def _nodes(cluster: str | None, nodes: str | None) -> list[Node]:
-    from k2cli.cluster.description import chosen_nodes, list_clusters
-    from k2cli.nodes.node import LocalNode
+    from k2cli.cluster.description import list_clusters
+    from k2cli.cluster.node_lookup import chosen_nodes
+    from k2cli.nodes.local import LocalNode
 
     if cluster is None and nodes is None and not list_clusters():
         return [LocalNode()]

@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands.options import (
-    Concurrency,
-    Context,
-    FloatType,
-    Head,
-    Parallel,
-    Transport,
-)
+from k2cli.commands import options
 
 if TYPE_CHECKING:
     from k2cli.launch.prepare import PreparedRun
@@ -47,12 +40,12 @@ def launch(
         str | None,
         typer.Option(metavar="NAME", help="A cluster of k2 cluster init: its nodes and links."),
     ] = None,
-    transport: Transport = "auto",
-    parallel: Parallel = "auto",
-    dtype: FloatType = "auto",
-    context: Context = None,
-    concurrency: Concurrency = None,
-    head: Head = "auto",
+    transport: options.Transport = "auto",
+    parallel: options.Parallel = "auto",
+    dtype: options.FloatType = "auto",
+    context: options.Context = None,
+    concurrency: options.Concurrency = None,
+    head: options.Head = "auto",
     host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
     port: Annotated[
         int | None,

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands.options import (
-    Concurrency,
-    Context,
-    FloatType,
-    Head,
-    Parallel,
-    Transport,
-)
+from k2cli.commands import options
 
 if TYPE_CHECKING:
     from k2cli.planning.hardware.machine import NodeMemory
@@ -38,10 +31,10 @@ def plan_memory(
     cluster: Annotated[
         str | None, typer.Option(help="The machines of a cluster, as they were asked.")
     ] = None,
-    parallel: Parallel = "auto",
-    transport: Transport = "auto",
-    context: Context = None,
-    concurrency: Concurrency = None,
+    parallel: options.Parallel = "auto",
+    transport: options.Transport = "auto",
+    context: options.Context = None,
+    concurrency: options.Concurrency = None,
     chunk: Annotated[
         int | None,
         typer.Option(
@@ -52,8 +45,8 @@ def plan_memory(
         str | None,
         typer.Option(help="Plan what k2 quantize --recipe makes of it: 4bit, mxfp4, mixed_3_6."),
     ] = None,
-    dtype: FloatType = "auto",
-    head: Head = "auto",
+    dtype: options.FloatType = "auto",
+    head: options.Head = "auto",
     collective_latency: Annotated[
         str | None,
         typer.Option(help="One small message between ranks, if it was measured: 26us."),
@@ -219,7 +212,7 @@ def _show(
 
 def _finish(plan: Plan, save: Path | None, quantize: str | None) -> None:
     from k2cli.errors import DoesNotFitError
-    from k2cli.planning.quantized import quantize_command
+    from k2cli.planning.model import quantize_command
     from k2cli.ui.plan.table import print_plan_hints, shortfalls
 
     if not plan.fits:

@@ -8,8 +8,9 @@ from itertools import combinations
 
 from k2cli.choices import Transport, WantedTransport
 from k2cli.cluster.description import Link
+from k2cli.cluster.measure import LinkMeasurement
 from k2cli.doctor.checks_network import rdma
-from k2cli.doctor.results import LinkMeasurement, Situation
+from k2cli.doctor.results import Situation
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from k2cli.cluster.facts.machine import Examination, MachineFacts, ProcessUse, Software
+from k2cli.agent.software import ProcessUse, Software
+from k2cli.cluster.facts.machine import Examination, MachineFacts
 from k2cli.doctor.results import CheckResult, Situation, on_node
 from k2cli.units import GIB, MIB, format_bytes
 

@@ -6,15 +6,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 from k2cli.cluster.facts.machine import MachineFacts, ThunderboltPort, thunderbolt_links
+from k2cli.cluster.measure import LinkMeasurement, Reach
 from k2cli.doctor.checks_software import version_key
-from k2cli.doctor.results import (
-    CheckResult,
-    LinkMeasurement,
-    Reach,
-    Situation,
-    Status,
-    on_node,
-)
+from k2cli.doctor.results import CheckResult, Situation, Status, on_node
 from k2cli.planning.hardware.chips import chip_of_device
 
 RDMA_MACOS = (26, 2)

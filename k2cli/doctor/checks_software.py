@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from k2cli.cluster.facts.machine import Software
+from k2cli.agent.software import Software
 from k2cli.doctor.results import CheckResult, Situation, Status, on_node, spread
 
 _PREPARE = "k2 cluster prepare --nodes {node}"

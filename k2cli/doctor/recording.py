@@ -14,13 +14,14 @@ from typing import Any
 import msgspec
 
 from k2cli import __version__
+from k2cli.agent.software import Software
 from k2cli.choices import WantedTransport
-from k2cli.cluster.facts.machine import Software
 from k2cli.cluster.facts.probes import ProbeOutput, RawProbes, System
 from k2cli.cluster.links import detect_links
+from k2cli.cluster.measure import DiskSpeed, LinkMeasurement, Reach
 from k2cli.doctor.examination import Report, report_on, situation_of
 from k2cli.doctor.redaction import Redactor, names_in
-from k2cli.doctor.results import DiskSpeed, LinkMeasurement, Need, Reach, Situation
+from k2cli.doctor.results import Need, Situation
 from k2cli.errors import K2Error, UsageError
 
 SCHEMA_VERSION = 1

@@ -6,66 +6,16 @@ all safetensors headers are: names, types, shapes and places of every tensor.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import msgspec
-
-from k2cli.errors import ClusterError, K2Error
-from k2cli.launch.model_source import ModelHere, is_path
+from k2cli.agent.model import ModelThere, checkpoint_digest
+from k2cli.errors import ClusterError
+from k2cli.launch.model_source import ModelHere
+from k2cli.models.reference import is_path
 from k2cli.nodes.node import Node
 
 _NODES_AT_ONCE = 8
-
-
-class ModelThere(msgspec.Struct, frozen=True):
-    """A node's checkpoint: its folder and the digest of config and headers, or what is wrong."""
-
-    folder: str = ""
-    digest: str = ""
-    problem: str = ""
-
-
-def find_checkpoint(reference: str, folder: str) -> ModelThere:
-    """On a node: the model of that reference in its own store, else the folder of the launcher."""
-    from k2cli.models.reference import local_checkpoint
-
-    problem = ""
-    for text in (
-        dict.fromkeys((folder, reference))
-        if reference.startswith("/")
-        else (
-            reference,
-            folder,
-        )
-    ):
-        try:
-            found = local_checkpoint(text).resolve()
-            return ModelThere(str(found), checkpoint_digest(found))
-        except K2Error as error:
-            # The folder is the launcher's; of the two it is the reference that the user knows.
-            if text == reference or not problem:
-                problem = error.message
-    return ModelThere(problem=problem)
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """Of the config and every tensor's name, type, shape and place.
-
-    Raises:
-        K2Error: if the checkpoint is damaged.
-    """
-    from k2cli.models.checkpoint import read_checkpoint
-
-    checkpoint = read_checkpoint(folder)
-    digest = hashlib.sha256(msgspec.json.encode(checkpoint.config, order="deterministic"))
-    for name in sorted(checkpoint.tensors):
-        tensor = checkpoint.tensors[name]
-        place = (name, tensor.dtype, tensor.shape, tensor.file.name, tensor.offset, tensor.nbytes)
-        digest.update(msgspec.json.encode(place))
-    return digest.hexdigest()
 
 
 def model_folders(nodes: Sequence[Node], reference: str, here: ModelHere) -> dict[str, str]:

@@ -14,12 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
+from k2cli.agent.model import CheckpointHeads
 from k2cli.errors import ClusterError, K2Error
+from k2cli.models.reference import is_path
 from k2cli.nodes.node import Node
-
-_WHOLE = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,50 +26,6 @@ class ModelHere:
 
     folder: Path
     lender: str | None = None
-
-
-class FileHead(msgspec.Struct, frozen=True):
-    """A file's name, its size in bytes, and as much of its start as planning reads."""
-
-    name: str
-    size: int
-    head: bytes
-
-
-class CheckpointHeads(msgspec.Struct, frozen=True):
-    """A node's checkpoint without data: its folder there and its files, or what is wrong."""
-
-    folder: str = ""
-    files: tuple[FileHead, ...] = ()
-    problem: str = ""
-
-
-def is_path(reference: str) -> bool:
-    """Whether a model is meant by its folder or file, here or, if it is not here, on a node."""
-    from k2cli.models.reference import parse_reference
-
-    return reference.startswith(("/", "~")) or parse_reference(reference).path is not None
-
-
-def checkpoint_heads(reference: str) -> CheckpointHeads:
-    """On a node: the headers of the model of that reference."""
-    from k2cli.models.checkpoint import read_checkpoint
-    from k2cli.models.reference import local_checkpoint
-
-    try:
-        folder = local_checkpoint(reference).resolve()
-        checkpoint = read_checkpoint(folder)
-    except K2Error as error:
-        return CheckpointHeads(problem=error.message)
-    whole = [folder / name for name in _WHOLE if (folder / name).is_file()]
-    heads = [FileHead(path.name, path.stat().st_size, path.read_bytes()) for path in whole]
-    for path in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-        with path.open("rb") as file:
-            # The header's length stands first, in eight bytes; it was checked above.
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            heads.append(FileHead(path.name, path.stat().st_size, file.read(8 + length)))
-    return CheckpointHeads(str(folder), tuple(heads))
 
 
 @contextmanager

@@ -21,17 +21,19 @@ import psutil
 from k2cli.agent.openmpi import find_openmpi
 from k2cli.agent.run_folder import make_scratch, remove_scratch, run_folder, write_private
 from k2cli.choices import Transport
+from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import K2Error, UsageError
 from k2cli.launch.backend import Choice, check_nodes
 from k2cli.launch.bootstraps import Decided, make_bootstraps, mpi_prefixes
 from k2cli.launch.model_copies import model_folders
-from k2cli.launch.model_source import ModelHere, is_path, model_here
+from k2cli.launch.model_source import ModelHere, model_here
 from k2cli.launch.plan import check_plan, make_launch_plan, read_plan
 from k2cli.launch.request import LaunchRequest, node_names
 from k2cli.launch.routes import Routes, find_routes
 from k2cli.launch.specification import RunSpecification, save_specification
+from k2cli.models.reference import is_path
 from k2cli.nodes.locks import Say, release_locks, take_locks
-from k2cli.nodes.node import LOCALHOST, Node, node_named
+from k2cli.nodes.node import LOCALHOST, Node
 from k2cli.planning.plan import Plan, plan_to_json
 from k2cli.protocol import HttpEndpoint
 from k2cli.runs.record import RankRecord, RunRecord, prune_records, save_record

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from k2cli.agent.networks import Network
 from k2cli.choices import Transport
 from k2cli.errors import ClusterError, UsageError
 from k2cli.nodes.node import Node, addresses
@@ -47,7 +48,6 @@ def find_routes(nodes: Sequence[Node], transport: Transport, cluster: Cluster | 
     reached, ring = _addresses(nodes, transport, described)
     if all(node.is_local for node in nodes):
         return Routes(reached, ring)
-    from k2cli.agent.networks import link_networks
 
     networks, words = link_networks(nodes, reached)
     rdma = None
@@ -98,3 +98,32 @@ def _addresses(
 
 def _listed(device: str | tuple[str, ...] | None) -> str | list[str] | None:
     return list(device) if isinstance(device, tuple) else device
+
+
+def link_networks(nodes: Sequence[Node], reached: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The networks by which nodes reach each other, and the same in words.
+
+    Args:
+        nodes: one per rank.
+        reached: the address of each.
+
+    Returns:
+        Networks in CIDR notation, each once, and ``node: interface address`` for each node. Both
+        are empty if an address is not one that its machine knows itself by (behind NAT).
+
+    Raises:
+        ClusterError: if a node cannot be asked.
+    """
+    networks: list[str] = []
+    words: list[str] = []
+    for name, (node, address) in {
+        node.name: (node, address) for node, address in zip(nodes, reached, strict=True)
+    }.items():
+        there: list[Network] = node.ask(list[Network], "networks")
+        own = [each for each in there if each.address == address]
+        if not own:
+            return [], []
+        if own[0].network not in networks:
+            networks.append(own[0].network)
+        words.append(f"{name}: {own[0].interface} {address}")
+    return networks, words

@@ -187,3 +187,10 @@ def present_folder(reference: ModelReference) -> Path | None:
     from k2cli.models.sources import hub
 
     return hub.cached_folder(reference.repo, reference.revision)
+
+
+def is_path(reference: str) -> bool:
+    """Whether a model is meant by its folder or file, here or, if it is not here, on a node."""
+    from k2cli.models.reference import parse_reference
+
+    return reference.startswith(("/", "~")) or parse_reference(reference).path is not None

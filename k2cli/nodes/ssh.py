@@ -30,6 +30,7 @@ class SshNode:
         name: as ssh knows it: a Host of its configuration, a host name, or ``user@host``.
         python: the interpreter that runs k2 there; looked for if it is not given, or is gone.
         address: where other nodes reach it; by default what ssh's configuration says.
+        recorded_python: the interpreter that ran k2 there before, which is tried first.
 
     Raises:
         UsageError: if the name is empty, begins with ``-``, or holds a space or a comma.
@@ -37,13 +38,20 @@ class SshNode:
 
     is_local = False
 
-    def __init__(self, name: str, python: str | None = None, address: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: str | None = None,
+        address: str | None = None,
+        recorded_python: str | None = None,
+    ) -> None:
         # ssh would take "-x" for an option.
         if not _NAME.fullmatch(name):
             raise UsageError(f"'{name}' is no name of a node", "names for ssh: a,b")
         self.name = name
         self._python = python
         self._address = address
+        self._recorded_python = recorded_python
 
     @property
     def python(self) -> str:
@@ -53,10 +61,8 @@ class SshNode:
             ClusterError: if this version of k2 is not there.
         """
         if self._python is None:
-            from k2cli.cluster.description import recorded_interpreter  # which builds on nodes
-
-            recorded = recorded_interpreter(self.name)
-            self._python = find_interpreter(self.name, self.run, recorded).executable
+            found = find_interpreter(self.name, self.run, self._recorded_python)
+            self._python = found.executable
         return self._python
 
     def run(

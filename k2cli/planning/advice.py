@@ -12,9 +12,9 @@ from k2cli.errors import K2Error
 from k2cli.planning.hardware.chips import chips
 from k2cli.planning.hardware.machine import NodeMemory, share_machines
 from k2cli.planning.hardware.spec import catalog_node
+from k2cli.planning.model import quantize_command
 from k2cli.planning.plan import Advice, Plan
 from k2cli.planning.planner import Planner, Wishes, strategies_for
-from k2cli.planning.quantized import quantize_command
 from k2cli.planning.search.candidates import GOOD_CHUNK_TOKENS
 from k2cli.planning.search.limits import max_context_length
 from k2cli.sharding.recipe import BITS, Recipe, obstacle_to_quantizing, parse_recipe

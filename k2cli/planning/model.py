@@ -5,17 +5,18 @@ The only part of planning that reads the model's files.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from k2cli.choices import FloatType, WantedFloatType
-from k2cli.errors import UsageError
+from k2cli.choices import Certainty, FloatType, WantedFloatType
+from k2cli.errors import K2Error, UsageError
 from k2cli.planning.config_check import check_config, model_context_length
 from k2cli.planning.hardware.machine import NodeMemory
-from k2cli.planning.marks import Mark
 from k2cli.planning.memory.prefill import ActivationShape, activation_shape
 from k2cli.planning.memory.stored import stored_bytes_of_config
+from k2cli.sharding.recipe import Recipe, obstacle_to_quantizing
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -38,7 +39,7 @@ class Subject:
     config: dict[str, Any]
     stored: StoredShapes | None
     stored_bytes: int
-    stored_mark: Mark
+    stored_mark: Certainty
     facts: ModelFacts
     shape: ActivationShape
 
@@ -66,7 +67,7 @@ def read_subject(reference: str, quantize: str | None = None) -> Subject:
         name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()
     } or None
     facts = model_facts(config, stored)
-    mark: Mark = "exact"
+    mark: Certainty = "exact"
     if stored is None:
         stored_bytes, mark = stored_bytes_of_config(config, facts.model)
     else:
@@ -75,7 +76,6 @@ def read_subject(reference: str, quantize: str | None = None) -> Subject:
     subject = Subject(reference, config, stored, stored_bytes, mark, facts, shape)
     if quantize is None:
         return subject
-    from k2cli.planning.quantized import quantized_subject
     from k2cli.sharding.recipe import parse_recipe
 
     return quantized_subject(subject, parse_recipe(quantize))
@@ -146,3 +146,55 @@ def choose_dtype(
                 return dtype
     stored = [name for name, _ in (subject.stored or {}).values() if name in _STORED_FLOATS]
     return _STORED_FLOATS[max(set(stored), key=stored.count)] if stored else "bfloat16"
+
+
+def quantize_command(model: str, recipe: Recipe | str) -> str:
+    """The command that makes the checkpoint."""
+    return f"k2 quantize {shlex.quote(model)} --to FOLDER --recipe {shlex.quote(str(recipe))}"
+
+
+def quantized_subject(subject: Subject, recipe: Recipe) -> Subject:
+    """The subject that the converted checkpoint would be.
+
+    Raises:
+        K2Error: if ``k2 quantize`` would refuse it.
+    """
+    import mlx.core as mx
+
+    from k2cli.sharding.footprint import model_facts
+    from k2cli.sharding.recipe import cast_to_conversion_type, quantize_lazily
+    from k2cli.sharding.trace import trace_model
+
+    obstacle = obstacle_to_quantizing(subject.config)
+    if obstacle is not None:
+        raise K2Error(
+            f"{subject.reference} cannot be quantized: it is {obstacle}",
+            "name the original, unquantized model",
+        )
+    model = trace_model(subject.config, subject.stored)
+    cast_to_conversion_type(subject.config, model)
+    _, overrides = quantize_lazily(model, recipe)
+    config = _without_original_quantization(subject.config)
+    config["quantization"] = {**recipe.settings, **overrides}
+    shapes = shapes_of(model)
+    stored_bytes = sum(value.nbytes for value in _leaves(model))
+    mx.clear_cache()
+    facts = replace(model_facts(config, shapes), parameter_count=subject.facts.parameter_count)
+    return replace(
+        subject, config=config, stored=shapes, stored_bytes=stored_bytes, facts=facts,
+        stored_mark="exact",
+    )  # fmt: skip
+
+
+def _without_original_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    text = kept.get("text_config")
+    if isinstance(text, Mapping):
+        kept["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
+    return kept
+
+
+def _leaves(model: nn.Module) -> list[Any]:
+    from mlx.utils import tree_flatten
+
+    return [value for _, value in tree_flatten(model.parameters())]

@@ -12,10 +12,9 @@ from typing import Any
 
 import msgspec
 
-from k2cli.choices import FloatType
+from k2cli.choices import Certainty, FloatType
 from k2cli.errors import UsageError
 from k2cli.files import write_atomically
-from k2cli.planning.marks import Mark
 from k2cli.planning.speed.estimate import SpeedEstimate
 from k2cli.sharding.placement import Placement
 
@@ -143,7 +142,7 @@ class Plan:
     max_concurrency: int = 0
     speed: SpeedEstimate | None = None
     speed_note: str = ""
-    marks: dict[str, Mark] = field(default_factory=dict)
+    marks: dict[str, Certainty] = field(default_factory=dict)
     advice: tuple[Advice, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     reason: str = ""

@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from k2cli.choices import FloatType, Head, Parallel, Strategy, WantedFloatType, WantedTransport
+from k2cli.choices import (
+    Certainty,
+    FloatType,
+    Head,
+    Parallel,
+    Strategy,
+    WantedFloatType,
+    WantedTransport,
+)
 from k2cli.errors import InternalError, UsageError
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.hardware.machine import NodeMemory, share_machines
-from k2cli.planning.marks import Mark
 from k2cli.planning.memory.stored import describe_quantization
 from k2cli.planning.model import Subject, choose_context, choose_dtype, read_subject
 from k2cli.planning.plan import Alternative, Plan, PlannedModel, PlannedRequest
@@ -242,10 +249,10 @@ def check_traced(ground: Ground, chosen: Candidate) -> None:
             )
 
 
-def _marks(subject: Subject, chosen: Candidate) -> dict[str, Mark]:
+def _marks(subject: Subject, chosen: Candidate) -> dict[str, Certainty]:
     uncertain = [node.limit_mark for node in chosen.nodes if node.limit_mark != "exact"]
     limit = uncertain[0] if uncertain else "exact"
-    marks: dict[str, Mark] = {
+    marks: dict[str, Certainty] = {
         "parameters": "exact",
         "stored_bytes": subject.stored_mark,
         "weights_bytes": "exact",

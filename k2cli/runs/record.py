@@ -18,10 +18,11 @@ import msgspec
 from k2cli.agent.activity import is_alive
 from k2cli.agent.run_folder import remove_scratch
 from k2cli.choices import Transport
+from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.files import write_atomically
 from k2cli.nodes.locks import release_locks
-from k2cli.nodes.node import REACH_SECONDS, node_named
+from k2cli.nodes.node import REACH_SECONDS
 from k2cli.protocol import RunEvent
 from k2cli.settings import runs_directory
 

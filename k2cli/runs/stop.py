@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from k2cli.agent.activity import is_alive
+from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
 from k2cli.nodes.locks import release_locks
-from k2cli.nodes.node import REACH_SECONDS, node_named
+from k2cli.nodes.node import REACH_SECONDS
 from k2cli.runs.record import RunRecord, RunState, read_record, remove_leftovers, save_record
 
 # A supervisor needs the ranks' grace, then SIGTERM, SIGKILL and a look at every node.

@@ -15,10 +15,11 @@ from pathlib import Path
 import msgspec
 
 from k2cli.agent.run_processes import kill_run
+from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
 from k2cli.launch.prepare import PreparedRun
 from k2cli.nodes.locks import release_locks
-from k2cli.nodes.node import node_named, python_environment
+from k2cli.nodes.node import python_environment
 from k2cli.protocol import RunEvent
 from k2cli.runs.record import (
     EVENTS_NAME,

@@ -17,13 +17,14 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.launch.guard_commands import GuardCommand, direct_commands
 from k2cli.launch.mpi import prepare_mpirun
 from k2cli.launch.restart_policy import Attempts, renewed
 from k2cli.launch.specification import RunSpecification, read_specification
+from k2cli.nodes.local import LocalNode
 from k2cli.nodes.locks import release_locks, renew_locks
-from k2cli.nodes.node import LocalNode, node_named
 from k2cli.protocol import (
     Bootstrap,
     Heartbeat,

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from k2cli.agent.activity import RunHere, activity
@@ -18,11 +19,11 @@ from k2cli.agent.openmpi import OpenMpi
 from k2cli.agent.run_processes import kill_run, processes_of_run, run_of
 from k2cli.guard.spawn import rank_arguments
 from k2cli.launch.guard_commands import guard_arguments, mpi_command
-from k2cli.nodes.node import LocalNode
+from k2cli.nodes.local import LocalNode
 from k2cli.runs.record import list_runs, save_record
 from k2cli.runs.stop import stop_run
 from tests.runs.test_record import make_record
-from tests.support.harness import wait_until
+from tests.support.harness import prepare_scripted, wait_until
 
 SECONDS = 10.0
 SLEEP = "import time; time.sleep(60)\n"
@@ -124,9 +125,11 @@ def test_a_process_that_mentions_the_mark_in_one_argument_is_left_alone(mention:
 
 
 def test_what_k2_starts_carries_the_mark_whatever_its_modules_are_called() -> None:
+    specification = prepare_scripted("ring", 1)
+    assignment = msgspec.structs.replace(specification.bootstraps[0].assignment, run_id=RUN)
     for worker in ("k2cli.runtime.worker", "other_rank"):
         assert run_of(_renamed(guard_arguments(RUN, 0, worker))) == RUN
-        assert run_of(_renamed(rank_arguments(RUN, 0, worker, 7, 8))) == RUN
+        assert run_of(_renamed(rank_arguments(assignment, worker, 7, 8))) == RUN
     for major in (4, 5):
         mpirun = OpenMpi(Path("/m/mpirun"), major)
         command = _renamed(mpi_command(RUN, [LocalNode()], mpirun, Path("/tmp/x")).arguments)

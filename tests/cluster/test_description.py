@@ -15,7 +15,6 @@ from k2cli.agent.activity import RunHere
 from k2cli.agent.locks import Claim, Lock
 from k2cli.cluster.description import (
     Cluster,
-    cluster_nodes,
     cluster_path,
     list_clusters,
     load_cluster,
@@ -33,6 +32,7 @@ from k2cli.cluster.links import (
     same_machines,
     to_hostfile,
 )
+from k2cli.cluster.node_lookup import cluster_nodes
 from k2cli.errors import ClusterError, UsageError
 from k2cli.ui.cluster_view import print_cluster
 from k2cli.units import GIB
@@ -61,7 +61,7 @@ def _mac(name: str, addresses: dict[str, str], cables: dict[str, tuple[str, str]
         limit_bytes=464 * GIB,
         limit_mark="exact",
         limit_source="asked",
-        device="metal",
+        backend="metal",
         bandwidth_bytes_per_second=None,
         interfaces={"lo0": ("127.0.0.1",)}
         | {interface: (text.split("/")[0],) for interface, text in addresses.items()},

@@ -14,7 +14,7 @@ from k2cli.cluster.facts.machine import MachineFacts
 from k2cli.cluster.facts.probes import collect
 from k2cli.cluster.facts.reading import machine_facts
 from k2cli.cluster.measure import measure_disks, measure_links, measure_reach
-from k2cli.nodes.node import LocalNode
+from k2cli.nodes.local import LocalNode
 
 
 class Named(LocalNode):

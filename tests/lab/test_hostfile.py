@@ -25,7 +25,7 @@ from k2cli.supervisor.start import launch_here
 from k2cli.launch.request import LaunchRequest
 from k2cli.launch.prepare import prepare_run
 model, backend, rank = sys.argv[1:]
-request = LaunchRequest(model, cluster="pair", backend=backend, worker=rank, force=True)
+request = LaunchRequest(model, cluster="pair", transport=backend, worker=rank, force=True)
 launch_here(prepare_run(request), print, lambda first: None)
 """
 RDMA: dict[str, list[list[Any]]] = {

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from k2cli.agent.model import checkpoint_digest
 from k2cli.errors import ClusterError, K2Error
-from k2cli.launch.model_copies import checkpoint_digest, model_folders
+from k2cli.launch.model_copies import model_folders
 from k2cli.launch.model_source import ModelHere, model_here
-from k2cli.nodes.node import LocalNode
+from k2cli.nodes.local import LocalNode
 from k2cli.planning.planner import make_plan
 
 

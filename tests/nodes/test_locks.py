@@ -14,8 +14,8 @@ from k2cli.agent import locks as lock_files
 from k2cli.agent.locks import Claim, judge, lock_path
 from k2cli.agent.run_processes import processes_of_run
 from k2cli.nodes import locks
+from k2cli.nodes.local import LocalNode
 from k2cli.nodes.locks import BusyError, release_locks, take_locks
-from k2cli.nodes.node import LocalNode
 from k2cli.runs import clean as cleaning
 from k2cli.runs.record import RankRecord, RunRecord, save_record
 

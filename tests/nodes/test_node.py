@@ -14,8 +14,10 @@ import pytest
 from k2cli.agent import facts as node_facts
 from k2cli.agent import ports, run_folder
 from k2cli.agent.facts import NodeFacts
+from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
-from k2cli.nodes.node import LocalNode, addresses, node_named
+from k2cli.nodes.local import LocalNode
+from k2cli.nodes.node import addresses
 from k2cli.nodes.ssh import SshNode
 from k2cli.nodes.ssh_connection import close_connections
 

@@ -14,11 +14,13 @@ import psutil
 import pytest
 
 from k2cli import __version__
-from k2cli.cluster.description import Cluster, ClusterNode, recorded_interpreter, save_cluster
+from k2cli.cluster.description import Cluster, ClusterNode, save_cluster
+from k2cli.cluster.node_lookup import recorded_interpreter
 from k2cli.errors import ClusterError, NodeAccessError
 from k2cli.nodes import ssh_connection
 from k2cli.nodes.interpreter import find_interpreter
-from k2cli.nodes.node import Completed, LocalNode
+from k2cli.nodes.local import LocalNode
+from k2cli.nodes.node import Completed
 from k2cli.nodes.ssh import SshNode
 from k2cli.nodes.ssh_connection import close_connections
 from k2cli.supervisor import end_processes as clearing

@@ -83,7 +83,7 @@ class Launched:
                 found["supervisor"] = process.pid
         for part in run_processes.processes_of_run(self.run_id):
             program = Path(part.command.split()[0]).name
-            module = re.search(r"-m k2cli\.runtime\.(\w+) .*--rank (\d+)", part.command)
+            module = re.search(r"-m k2cli\.(guard|rank)\.main .*--rank (\d+)", part.command)
             if program.startswith("python") and module is not None:
                 found[f"{module[1].replace('worker', 'rank')} {module[2]}"] = part.pid
             else:  # Open MPI's; version 5 calls its mpirun prterun

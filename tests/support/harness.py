@@ -17,7 +17,7 @@ from k2cli.agent import ports, run_folder, run_processes
 from k2cli.choices import Transport
 from k2cli.launch.restart_policy import RestartPolicy
 from k2cli.launch.specification import RunSpecification, save_specification
-from k2cli.nodes.node import LocalNode
+from k2cli.nodes.local import LocalNode
 from k2cli.protocol import Assignment, Bootstrap, Deadlines
 from k2cli.runs.record import RankRecord, RunRecord, list_runs, save_record
 from k2cli.runs.run_id import new_run_id

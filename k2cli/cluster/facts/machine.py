@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import msgspec
-
-from k2cli.choices import Device
-from k2cli.planning.marks import Mark
+from k2cli.agent.software import Software
+from k2cli.choices import Certainty, Device
 
 InterfaceKind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
 OsName = Literal["macos", "linux"]
@@ -56,7 +54,7 @@ class MachineFacts:
     chip: str
     memory_bytes: int
     limit_bytes: int
-    limit_mark: Mark
+    limit_mark: Certainty
     limit_source: str
     backend: Device
     bandwidth_bytes_per_second: int | None
@@ -112,68 +110,6 @@ def thunderbolt_links(
             ends = sorted([(name, interface), owners[peer]], key=lambda end: order.index(end[0]))
             found.add((*ends[0], *ends[1]))
     return sorted(found, key=lambda link: (order.index(link[0]), order.index(link[2]), link[1]))
-
-
-class ProcessUse(msgspec.Struct, frozen=True):
-    """A process that holds memory; ``run_id`` if it is a guard or rank of a run of k2."""
-
-    pid: int
-    name: str
-    resident_bytes: int
-    run_id: str | None = None
-
-
-class Volume(msgspec.Struct, frozen=True):
-    """The volume that a folder of models is on. ``filesystem`` as the system names it."""
-
-    path: str
-    mount_point: str
-    filesystem: str
-    free_bytes: int
-    total_bytes: int
-
-
-class Software(msgspec.Struct, frozen=True):
-    """What k2 on the node says of its environment; answered by the agent's verb ``software``.
-
-    ``time`` is that machine's clock in seconds since 1970. ``limit_bytes`` is what MLX may use, as
-    ``planning.hardware.this_machine`` finds it there. ``transports`` are those
-    that its mlx was built with, without MPI, whose library is found at run time (``libmpi``).
-    ``volume`` is that of the models, ``state_volume`` that of runs and their logs;
-    ``mpi_versions`` are those of every mpirun that was found; ``load_average`` is the last
-    minute's.
-    """
-
-    k2_version: str
-    python: str
-    python_version: str
-    mlx_version: str | None
-    mlx_lm_version: str | None
-    mlx_error: str | None
-    memory_bytes: int
-    limit_bytes: int | None
-    limit_mark: Mark
-    limit_source: str
-    device: Device | None = msgspec.field(name="backend")
-    transports: tuple[str, ...] = msgspec.field(name="backends")
-    available_bytes: int
-    mpirun: str | None
-    mpi_version: str | None
-    libmpi: str | None
-    volume: Volume | None
-    time: float
-    processes: tuple[ProcessUse, ...]
-    interfaces: dict[str, tuple[str, ...]] = {}
-    mpi_error: str | None = None
-    state_volume: Volume | None = None
-    mpi_versions: dict[str, str] = {}
-    load_average: float | None = None
-    cores: int | None = None
-
-    def mpi_version_with(self, launching: Software | None) -> str | None:
-        """The Open MPI that a run uses here: the launching machine's path, if it is one here."""
-        path = launching.mpirun if launching is not None else None
-        return self.mpi_versions.get(path or "", self.mpi_version)
 
 
 @dataclass(frozen=True, slots=True)

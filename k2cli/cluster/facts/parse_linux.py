@@ -6,8 +6,9 @@ import json
 import re
 from typing import Any
 
+from k2cli.agent.software import Software
 from k2cli.choices import Device
-from k2cli.cluster.facts.machine import Condition, InterfaceKind, MachineFacts, OsName, Software
+from k2cli.cluster.facts.machine import Condition, InterfaceKind, MachineFacts, OsName
 from k2cli.cluster.facts.probes import RawProbes
 from k2cli.errors import ClusterError
 from k2cli.planning.hardware.machine import OS_RESERVE_BYTES, OS_RESERVE_SHARE

@@ -13,17 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from k2cli.cluster.facts.machine import (
-    Condition,
-    InterfaceKind,
-    MachineFacts,
-    Software,
-    ThunderboltPort,
-)
+from k2cli.agent.software import Software
+from k2cli.choices import Certainty
+from k2cli.cluster.facts.machine import Condition, InterfaceKind, MachineFacts, ThunderboltPort
 from k2cli.cluster.facts.probes import RawProbes
 from k2cli.errors import ClusterError
 from k2cli.planning.hardware.chips import apple_gpu_limit, chip_of_device
-from k2cli.planning.marks import Mark
 from k2cli.units import GIB, MIB
 
 Firewall = Literal["on", "off", "block-all"]
@@ -308,7 +303,7 @@ def _bandwidth(chip_name: str, cores: int | None, memory: int) -> int | None:
 
 def _limit(
     memory: int, kernel: Mapping[str, str], software: Software | None
-) -> tuple[int, Mark, str]:
+) -> tuple[int, Certainty, str]:
     """What MLX may use: as Metal there says, else the sysctl, else as such Macs have logged."""
     if software is not None and software.limit_bytes is not None:
         return software.limit_bytes, software.limit_mark, software.limit_source

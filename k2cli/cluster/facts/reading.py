@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import msgspec
 
+from k2cli.agent.software import Software
 from k2cli.cluster.facts import parse_linux, parse_macos
-from k2cli.cluster.facts.machine import Condition, Examination, MachineFacts, Software
+from k2cli.cluster.facts.machine import Condition, Examination, MachineFacts
 from k2cli.cluster.facts.probes import RawProbes
 from k2cli.errors import ClusterError
 

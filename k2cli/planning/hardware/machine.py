@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from k2cli.choices import Device
+from k2cli.choices import Certainty, Device
 from k2cli.planning.hardware.chips import chip_of_device
-from k2cli.planning.marks import Mark
 from k2cli.planning.speed.rates import MeasuredSpeed
 from k2cli.units import GIB
 
@@ -40,7 +39,7 @@ class NodeMemory:
     name: str
     memory_bytes: int
     limit_bytes: int
-    limit_mark: Mark
+    limit_mark: Certainty
     device: Device
     limit_source: str = ""
     chip: str = ""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from k2cli.planning.marks import Mark
+from k2cli.choices import Certainty
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -61,7 +61,7 @@ def _block(original: Mapping[str, Any]) -> tuple[int, int]:
     return 128, 128
 
 
-def stored_bytes_of_config(config: Mapping[str, Any], model: nn.Module) -> tuple[int, Mark]:
+def stored_bytes_of_config(config: Mapping[str, Any], model: nn.Module) -> tuple[int, Certainty]:
     """Bytes that the checkpoint of this config takes on disk.
 
     Args:

@@ -23,8 +23,8 @@ from k2cli.planning.speed.step_time import (
 from k2cli.planning.speed.work import ModelWork
 from k2cli.sharding.placement import Placement
 
-# As in rank/engine/engine.py: a pipeline cuts a prompt so that its stages overlap. The engine may find
-# out that smaller chunks are worth it; until it has, it takes these.
+# As in rank/engine/engine.py: a pipeline cuts a prompt so that its stages overlap. The engine may
+# find that smaller chunks are worth it; until then it takes these.
 CHUNKS_PER_STAGE = 4
 LEAST_OVERLAP_TOKENS = 256
 
