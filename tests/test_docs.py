@@ -18,7 +18,7 @@ from k2cli.cli import _COMMANDS, build_app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-DOCUMENTED = ("scripts", "benchmarks", "lab", "tests")
+DOCUMENTED = ("k2cli", "scripts", "benchmarks", "lab", "tests")
 FLAG = r"(?<![\w-])--?[a-z][\w-]*"
 REFERENCE = ROOT / "docs" / "reference"
 CONTRACTS = (REFERENCE / "contracts.md").read_text()
