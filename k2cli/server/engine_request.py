@@ -47,19 +47,29 @@ class ServerTokenizer(Protocol):
         """Text of token ids."""
         ...
 
-    def chat_tokens(
+    def encode_within(
+        self, text: str, max_tokens: int, add_special_tokens: bool = False
+    ) -> list[int] | None:
+        """Encode a text; None may stand for one that has more tokens than that."""
+        ...
+
+    def chat_prompt(
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **template_arguments: Any,
-    ) -> list[int]:
-        """Token ids of a conversation in the model's chat template."""
+    ) -> str:
+        """Render a conversation in the model's chat template."""
         ...
 
     def stream(self) -> TokenTextStream:
         """A detokenizer for one answer."""
         ...
+
+
+MAX_COUNTED_TOKENS = 2**20
+"""Tokens up to which ``/v1/tokenize`` counts, whatever the context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +104,10 @@ def prepare_chat(
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     tools = None if body.tool_choice == "none" else body.tools
-    prompt = conversation_tokens(
+    text = conversation_text(
         body.messages, tools, body.template_arguments, tokenizer, generation_prompt=True
     )
+    prompt = _encode(text, "messages", tokenizer, served.context_length)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return _prepare(body, prompt, "messages", limit, logprobs, tokenizer, served)
 
@@ -111,7 +122,9 @@ def prepare_completion(
     """
     check_model(body.model, served)
     if isinstance(body.prompt, str):
-        prompt = tokenizer.encode(body.prompt, add_special_tokens=True)
+        prompt = _encode(
+            body.prompt, "prompt", tokenizer, served.context_length, add_special_tokens=True
+        )
     else:
         prompt = body.prompt
         _check_token_ids(prompt, "prompt", tokenizer.vocabulary_size)
@@ -129,27 +142,29 @@ def prepare_tokenize(
     check_model(body.model, served)
     if (body.messages is None) == (body.prompt is None):
         raise invalid("give either messages or a prompt", "messages")
+    most = max(served.context_length, MAX_COUNTED_TOKENS)
     if body.prompt is not None:
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        return tokenizer.encode(body.prompt, add_special_tokens=special)
+        return _encode(body.prompt, "prompt", tokenizer, most, add_special_tokens=special)
     generation_prompt = True if body.add_generation_prompt is None else body.add_generation_prompt
-    return conversation_tokens(
+    text = conversation_text(
         body.messages or [],
         body.tools,
         body.template_arguments,
         tokenizer,
         generation_prompt=generation_prompt,
     )
+    return _encode(text, "messages", tokenizer, most)
 
 
-def conversation_tokens(
+def conversation_text(
     messages: Sequence[Message],
     tools: list[dict[str, Any]] | None,
     template_arguments: dict[str, Any],
     tokenizer: ServerTokenizer,
     *,
     generation_prompt: bool,
-) -> list[int]:
+) -> str:
     """Apply the chat template.
 
     Raises:
@@ -157,11 +172,29 @@ def conversation_tokens(
     """
     turns = [message.for_template() for message in messages]
     try:
-        return tokenizer.chat_tokens(
+        return tokenizer.chat_prompt(
             turns, tools, add_generation_prompt=generation_prompt, **template_arguments
         )
     except K2Error as error:
         raise invalid(error.message, "messages") from error
+
+
+def _encode(
+    text: str,
+    param: str,
+    tokenizer: ServerTokenizer,
+    max_tokens: int,
+    *,
+    add_special_tokens: bool = False,
+) -> list[int]:
+    try:
+        tokens = tokenizer.encode_within(text, max_tokens, add_special_tokens)
+    except K2Error as error:
+        raise invalid(error.message, param) from error
+    if tokens is None:
+        message = f"the prompt has more than {max_tokens} tokens, which is the limit"
+        raise invalid(message, param, "context_length_exceeded")
+    return tokens
 
 
 def _check_token_ids(tokens: Sequence[int], param: str, vocabulary_size: int) -> None:

@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     PlainValidator,
     field_validator,
@@ -23,6 +24,10 @@ from pydantic import (
 
 MAX_STOP_STRINGS = 4
 MAX_TOP_LOGPROBS = 20
+MAX_MESSAGES = 16_384
+MAX_PARTS = 16_384
+MAX_TOOLS = 1024
+MAX_BIASES = 16_384
 _TEMPLATE_RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt"})
 
 
@@ -56,6 +61,8 @@ def _joined_text(content: Any) -> Any:
     """Content parts as one string; anything but text is refused."""
     if not isinstance(content, list):
         return content
+    if len(content) > MAX_PARTS:
+        raise ValueError(f"has {len(content)} parts, and the most are {MAX_PARTS}")
     texts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -98,6 +105,8 @@ def _string_keys_to_ids(value: Any) -> Any:
     """JSON has no integer keys."""
     if not isinstance(value, dict):
         return value
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"has {len(value)} members, and the most are {MAX_BIASES}")
     if not all(key.isdecimal() and len(key) < 10 for key in value):
         raise ValueError("its keys must be token ids")
     return {int(key): bias for key, bias in value.items()}
@@ -107,6 +116,8 @@ StopStrings = Annotated[list[str], PlainValidator(_stop_strings)]
 Prompt = Annotated[str | list[int], PlainValidator(_prompt)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+# FailFast: the second wrong member of a million says nothing more than the first.
+Objects = Annotated[list[dict[str, Any]], FailFast(), Field(max_length=MAX_TOOLS)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -118,7 +129,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_joined_text)] = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
     # What the model thought: templates of models that go on thinking after a tool's result want it.
     reasoning_content: str | None = None
@@ -140,6 +151,9 @@ class Message(BaseModel):
             if (value := getattr(self, member)) is not None:
                 turn[member] = value
         return turn
+
+
+Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class StreamOptions(_Body):
@@ -215,7 +229,7 @@ class GenerationBody(_Ignored):
 class _Templated(_Body):
     """Members that decide what the chat template makes of a conversation."""
 
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
@@ -253,7 +267,7 @@ class ChatCompletionBody(GenerationBody, _Templated):
     refused.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -284,7 +298,7 @@ class TokenizeBody(_Templated):
     """``POST /v1/tokenize``: either messages or a prompt."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     prompt: str | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None

@@ -60,19 +60,24 @@ class LetterTokenizer:
         data = b"".join(token.to_bytes(2, "little") for token in ids)
         return data.decode("utf-16-le", errors="replace")
 
-    def chat_tokens(
+    def encode_within(
+        self, text: str, max_tokens: int, add_special_tokens: bool = False
+    ) -> list[int] | None:
+        return self.encode(text, add_special_tokens)
+
+    def chat_prompt(
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **template_arguments: Any,
-    ) -> list[int]:
+    ) -> str:
         if messages[0]["role"] == "tool":
             raise K2Error("the chat template refuses a tool's message first")
         text = "".join(f"<{turn['role']}>{turn['content']}" for turn in messages)
         text += f"<tools:{len(tools)}>" if tools else ""
         text += "".join(f"<{name}={value}>" for name, value in template_arguments.items())
-        return self.encode(text + ("<assistant>" if add_generation_prompt else ""))
+        return text + ("<assistant>" if add_generation_prompt else "")
 
     def stream(self) -> LetterStream:
         return LetterStream()

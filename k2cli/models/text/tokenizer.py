@@ -7,6 +7,7 @@ checkpoint is run.
 from __future__ import annotations
 
 import codecs
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 
     from k2cli.models.text.chat_template import ChatTemplate
 
+# Bytes of a text before NFC per byte after it, at most: Unicode's table of normalization expansion
+# (UAX #15) has 3 for UTF-8; one more for safety.
+_NFC_SHRINKS = 4
+_SLICE_LETTERS = 2**18
+# A cut through a word can make this many tokens more than the word has.
+_CUT_TOKENS = 64
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -62,6 +69,47 @@ class Tokenizer:
     def vocabulary_size(self) -> int:
         """Number of tokens, special ones included; a padded head may be larger."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def longest_token_bytes(self) -> int | None:
+        """The most bytes of a text that one token can stand for; None if there is no such limit.
+
+        Only known for byte-level tokenizers, which drop nothing: a normalizer other than NFC, or an
+        added token that strips the spaces beside it, can make any number of bytes disappear.
+        """
+        from tokenizers import decoders, normalizers
+
+        tokenizer = self._tokenizer
+        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+            return None
+        if not isinstance(tokenizer.normalizer, normalizers.NFC | None):
+            return None
+        added = tokenizer.get_added_tokens_decoder().values()
+        if any(token.lstrip or token.rstrip for token in added):
+            return None
+        # In a byte-level vocabulary a letter is a byte; added tokens are plain text.
+        longest = max(map(len, tokenizer.get_vocab(with_added_tokens=False)), default=1)
+        longest = max([longest, *(len(token.content.encode()) for token in added)])
+        return longest if tokenizer.normalizer is None else longest * _NFC_SHRINKS
+
+    def encode_within(
+        self, text: str, max_tokens: int, add_special_tokens: bool = False
+    ) -> list[int] | None:
+        """Encode a text, or return None once it is certain that it has more tokens than the limit.
+
+        A text of B bytes has at least B / ``longest_token_bytes`` tokens, so that one which is much
+        too long is not read at all. Of others that are long, slices are counted first.
+        """
+        longest = self.longest_token_bytes if len(text) > max_tokens else None
+        if longest is not None and len(text.encode(errors="replace")) > max_tokens * longest:
+            return None
+        if len(text) > _SLICE_LETTERS:
+            count = 0
+            for begin in range(0, len(text), _SLICE_LETTERS):
+                count += len(self.encode(text[begin : begin + _SLICE_LETTERS])) - _CUT_TOKENS
+                if count > max_tokens:
+                    return None
+        return self.encode(text, add_special_tokens)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Encode a text. Special tokens written in the text are recognised.

@@ -1,0 +1,172 @@
+"""Limits of an HTTP connection: how many there may be, and how long a client may take to ask.
+
+uvicorn bounds neither. Without these limits, idle or half-sent connections use up the guard's
+files, and the run ends although nobody meant it any harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEADER_SECONDS = 15.0
+"""From the first byte of a connection, or the end of the response before, to the whole header."""
+
+BODY_SECONDS = 60.0
+"""From the header to the end of the body: 32 MiB take 3 s over a network of 100 Mbit/s."""
+
+PROBE_SECONDS = 5.0
+"""Between two probes of a client that has closed its sending side."""
+
+MAX_CONNECTIONS = 1024
+RESERVED_FILES = 96
+"""Files that connections of clients never use: the guard's own pipes, sockets, logs and modules."""
+
+WANTED_FILES = 8192
+_PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+    b'Connection: close\r\nContent-Length: 126\r\n\r\n{"error": {"message": "too many '
+    b'connections are open; try again later", "type": "server_error", "param": null, "code": null}}\n'
+)
+
+
+def raise_file_limit() -> int:
+    """Raise the limit on open files as far as is allowed and useful.
+
+    Returns:
+        The limit that holds now.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if wanted > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):  # macOS refuses more than its kern.maxfilesperproc
+            return soft
+        return wanted
+    return soft
+
+
+@dataclass(slots=True)
+class ConnectionLimits:
+    """How many connections may be open, in total and from one address that is not loopback."""
+
+    total: int
+    per_address: int
+    addresses: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def for_files(cls, file_limit: int) -> ConnectionLimits:
+        """Leave enough files for the guard itself."""
+        total = max(8, min(MAX_CONNECTIONS, file_limit - RESERVED_FILES))
+        return cls(total, max(4, total // 2))
+
+    def admits(self, address: str) -> bool:
+        """Return True if one more connection from that address may be open."""
+        if self.addresses.total() >= self.total:
+            return False
+        loopback = address.startswith("127.") or address in ("::1", "")
+        return loopback or self.addresses[address] < self.per_address
+
+
+def connection_class(limits: ConnectionLimits) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP/1.1 protocol with these limits."""
+
+    class LimitedConnection(H11Protocol):
+        """One connection of a client."""
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self._deadline: asyncio.TimerHandle | None = None
+            self._address: str | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            peer = transport.get_extra_info("peername")
+            address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
+            super().connection_made(transport)
+            if not limits.admits(address):
+                transport.write(_BUSY)
+                transport.close()
+                return
+            self._address = address
+            limits.addresses[address] += 1
+            self._allow(HEADER_SECONDS)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._allow(None)
+            if self._address is not None:
+                limits.addresses[self._address] -= 1
+                limits.addresses += Counter()  # forget addresses without connections
+                self._address = None
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            before = self.cycle
+            super().data_received(data)
+            self._watch(before)
+
+        def _watch(self, before: Any) -> None:
+            cycle = self.cycle
+            if cycle is None or cycle.response_complete:
+                return  # a header is still coming in: its deadline holds
+            if not cycle.more_body:
+                self._allow(None)
+            elif cycle is not before:
+                self._allow(BODY_SECONDS)
+
+        def on_response_complete(self) -> None:
+            before = self.cycle
+            self._allow(HEADER_SECONDS)
+            super().on_response_complete()
+            if self.cycle is not before:  # a pipelined request, which has begun already
+                self._watch(before)
+
+        def eof_received(self) -> bool:  # type: ignore[override]
+            """Keep the sending side open while an answer is due.
+
+            A client that has closed both sides looks the same, but resets the connection when
+            something is sent to it: an interim response is, again and again, until one has begun.
+            """
+            cycle = self.cycle
+            if cycle is None or cycle.response_complete or cycle.more_body:
+                return False
+            cycle.keep_alive = False
+            self._probe()
+            return True
+
+        def _probe(self) -> None:
+            cycle = self.cycle
+            if self.transport.is_closing() or cycle.response_complete:
+                return
+            if not cycle.response_started and self.conn.their_http_version == b"1.1":
+                self.transport.write(_PROBE)
+            self._deadline = self.loop.call_later(PROBE_SECONDS, self._probe)
+
+        def _allow(self, seconds: float | None) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._deadline = None if seconds is None else self.loop.call_later(seconds, self._expire)
+
+        def _expire(self) -> None:
+            self._deadline = None
+            if self.transport.is_closing():
+                return
+            cycle = self.cycle
+            if cycle is not None and not cycle.response_complete:
+                self.transport.abort()  # in the middle of a body: there is nobody to answer
+            elif self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
+                self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n\r\n")
+                self.transport.close()
+            else:
+                self.transport.close()
+
+    return LimitedConnection
