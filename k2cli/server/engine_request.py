@@ -63,7 +63,7 @@ class ServerTokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class EngineRequest:
     """A request that is fit for the engine, and the stop strings, which the engine never sees."""
 
     generate: Generate
@@ -81,9 +81,9 @@ def check_model(name: str | None, served: ServedModel) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def prepare_chat(
+def chat_request(
     body: ChatCompletionBody, tokenizer: ServerTokenizer, served: ServedModel
-) -> Prepared:
+) -> EngineRequest:
     """Check a chat request against model and tokenizer.
 
     Raises:
@@ -98,12 +98,12 @@ def prepare_chat(
         body.messages, tools, body.template_arguments, tokenizer, generation_prompt=True
     )
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _prepare(body, prompt, "messages", limit, logprobs, tokenizer, served)
+    return _build(body, prompt, "messages", limit, logprobs, tokenizer, served)
 
 
-def prepare_completion(
+def completion_request(
     body: CompletionBody, tokenizer: ServerTokenizer, served: ServedModel
-) -> Prepared:
+) -> EngineRequest:
     """Check a plain completion against model and tokenizer.
 
     Raises:
@@ -115,12 +115,10 @@ def prepare_completion(
     else:
         prompt = body.prompt
         _check_token_ids(prompt, "prompt", tokenizer.vocabulary_size)
-    return _prepare(body, prompt, "prompt", body.max_tokens, body.logprobs, tokenizer, served)
+    return _build(body, prompt, "prompt", body.max_tokens, body.logprobs, tokenizer, served)
 
 
-def prepare_tokenize(
-    body: TokenizeBody, tokenizer: ServerTokenizer, served: ServedModel
-) -> list[int]:
+def tokenize_body(body: TokenizeBody, tokenizer: ServerTokenizer, served: ServedModel) -> list[int]:
     """Token ids of a conversation or a text.
 
     Raises:
@@ -198,7 +196,7 @@ def _token_budget(
     return left if asked is None else asked
 
 
-def _prepare(
+def _build(
     body: GenerationBody,
     prompt: list[int],
     prompt_param: str,
@@ -206,7 +204,7 @@ def _prepare(
     logprobs: int | None,
     tokenizer: ServerTokenizer,
     served: ServedModel,
-) -> Prepared:
+) -> EngineRequest:
     budget = _token_budget(len(prompt), max_tokens, prompt_param, served.context_length)
     _check_token_ids(list(body.logit_bias or ()), "logit_bias", tokenizer.vocabulary_size)
     stop_tokens = [] if body.extensions.ignore_stop_tokens else sorted(tokenizer.stop_tokens)
@@ -218,7 +216,7 @@ def _prepare(
         stop_tokens=stop_tokens,
         use_prefix_cache=body.extensions.cache is not False,
     )
-    return Prepared(generate, body.stop)
+    return EngineRequest(generate, body.stop)
 
 
 def _sampling(body: GenerationBody, logprobs: int | None, served: ServedModel) -> Sampling:
