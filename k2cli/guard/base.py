@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.errors import ClusterError, K2Error
-from k2cli.guard.mpi_slot import Seat
+from k2cli.guard.mpi_slot import MpiSlot
 from k2cli.guard.rank_process import RankProcess, describe
 from k2cli.guard.watchdog import INTERVAL_SECONDS, StallWatch
 from k2cli.protocol import (
@@ -30,6 +30,7 @@ from k2cli.protocol import (
     LogLine,
     RankFailed,
     RankMessage,
+    RankStatus,
 )
 from k2cli.protocol.wire import ConnectionLost
 from k2cli.settings import locks_directory, scratch_directories
@@ -61,7 +62,7 @@ class Guard(ABC):
         self.assignment = bootstrap.assignment
         self.deadlines = bootstrap.deadlines
         self.rank: RankProcess | None = None
-        self._seat: Seat | None = None
+        self._mpi_slot: MpiSlot | None = None
         self._worker = worker
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,7 +101,7 @@ class Guard(ABC):
         self.emit(failure)
         self.end(f"rank {failure.rank} on {failure.node} failed: {failure.cause}", failed=True)
 
-    async def fail_weakly(self, failure: RankFailed) -> None:
+    async def fail_unless_explained(self, failure: RankFailed) -> None:
         """Report what may be only a symptom, once its cause had the time to be reported."""
         if not self.ending:
             await asyncio.wait([self._ending], timeout=WEAK_CAUSE_SECONDS)
@@ -117,10 +118,10 @@ class Guard(ABC):
             last_lines=list(rank.last_lines) if rank else [],
         )
 
-    def terminated(self) -> None:
+    def on_sigterm(self) -> None:
         """SIGTERM came, by hand: a launcher sends its orders over the connection."""
         failure = self.failure("its guard received SIGTERM", of_rank=False)
-        self.spawn(self.fail_weakly(failure))
+        self.spawn(self.fail_unless_explained(failure))
 
     # --- tasks ----------------------------------------------------------------------------------
 
@@ -159,7 +160,7 @@ class Guard(ABC):
         """Start the rank and everything that watches it; returns whether it runs."""
         job: dict[str, str] | None = None
         if self.assignment.transport == "mpi":
-            job = await self._take_seat()
+            job = await self._take_mpi_slot()
             if job is None:
                 return False
         try:
@@ -167,7 +168,10 @@ class Guard(ABC):
         except OSError as error:
             self.fail(self.failure(f"it cannot be started: {error}"))
             return False
-        for work in (self._read_lines, self._read_messages, self._watch, self._beat, self._reap):
+        for work in (
+            *(self._read_lines, self._read_messages, self._watch, self._send_heartbeats),
+            self._wait_for_exit,
+        ):
             self.spawn(work(self.rank))
         self.spawn(self._renew_lock())
         return True
@@ -179,10 +183,10 @@ class Guard(ABC):
                 os.utime(self._lock_path)
             await asyncio.sleep(_RENEW_SECONDS)
 
-    async def _take_seat(self) -> dict[str, str] | None:
+    async def _take_mpi_slot(self) -> dict[str, str] | None:
         """Wait for mpirun's process on this node; None if there is no use in waiting any more."""
-        self._seat = seat = Seat(self.assignment.run_id, self.assignment.rank)
-        taking = asyncio.ensure_future(seat.take())
+        self._mpi_slot = slot = MpiSlot(self.assignment.run_id, self.assignment.rank)
+        taking = asyncio.ensure_future(slot.take())
         limit = self.deadlines.initialisation
         either: list[asyncio.Future[Any]] = [taking, self._ending]
         await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
@@ -197,23 +201,24 @@ class Guard(ABC):
         except ClusterError as error:
             self.fail(self.failure(error.message, of_rank=False))
             return None
-        self.spawn(self._watch_seat(seat))
+        self.spawn(self._watch_mpi_slot(slot))
         return None if self.ending else job
 
-    async def _watch_seat(self, seat: Seat) -> None:
-        await seat.lost.wait()
+    async def _watch_mpi_slot(self, slot: MpiSlot) -> None:
+        await slot.lost.wait()
         if not self.ending:
-            await self.fail_weakly(self.failure("mpirun ended its process", of_rank=False))
+            failure = self.failure("mpirun ended its process", of_rank=False)
+            await self.fail_unless_explained(failure)
 
-    def leave_job(self, *, in_reach: bool = True) -> None:
+    def release_resources(self, *, in_reach: bool = True) -> None:
         """Let mpirun's process go, and remove what a launcher that is gone cannot."""
-        if self._seat is not None:
-            self._seat.leave()
+        if self._mpi_slot is not None:
+            self._mpi_slot.leave()
             if not in_reach:
-                self._seat.end_daemons()
+                self._mpi_slot.end_daemons()
         if not (self.ending and self._ending.result().failed):
             return
-        if self._seat is not None:
+        if self._mpi_slot is not None:
             for path in scratch_directories(self.assignment.run_id):
                 shutil.rmtree(path, ignore_errors=True)
         if not self.bootstrap.restarts:
@@ -231,6 +236,12 @@ class Guard(ABC):
         node = self.assignment.nodes[self.assignment.rank]
         rank_pid = self.rank.pid if self.rank is not None else 0
         return GuardStarted(self.assignment.rank, node, os.getpid(), rank_pid)
+
+    def rank_status(self, rank: RankProcess) -> RankStatus:
+        """Return the progress and memory of the rank, as last seen from outside."""
+        progress, mlx_bytes = rank.page.read(), rank.page.read_mlx_bytes()
+        number, resident_bytes = self.assignment.rank, rank.resident_bytes
+        return RankStatus(number, progress.steps, progress.phase, resident_bytes, mlx_bytes)
 
     async def _read_lines(self, rank: RankProcess) -> None:
         async for line in rank.lines():
@@ -266,18 +277,18 @@ class Guard(ABC):
                 rank.kill()
                 return
 
-    async def _beat(self, rank: RankProcess) -> None:
+    async def _send_heartbeats(self, rank: RankProcess) -> None:
         while rank.exit_status is None:
             rank.send(Heartbeat())
             await asyncio.sleep(self.deadlines.heartbeat_interval)
 
-    async def _reap(self, rank: RankProcess) -> None:
+    async def _wait_for_exit(self, rank: RankProcess) -> None:
         await rank.wait()
         if self.ending:
             return
         failure = self.failure(rank.cause_of_exit())
         if rank.exit_is_symptom():
-            await self.fail_weakly(failure)
+            await self.fail_unless_explained(failure)
         else:
             self.fail(failure)
 

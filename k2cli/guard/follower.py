@@ -8,7 +8,7 @@ from typing import Any
 from k2cli.errors import ClusterError
 from k2cli.guard.base import Guard
 from k2cli.guard.liveness import GuardConnection, connect_to_leader
-from k2cli.guard.supervisor_pipe import until_stdin_ends
+from k2cli.guard.supervisor_pipe import wait_until_stdin_closes
 from k2cli.protocol import (
     Bootstrap,
     ControlEndpoint,
@@ -17,7 +17,6 @@ from k2cli.protocol import (
     LoadProgress,
     RankMessage,
     RankReady,
-    RankStatus,
     StopRun,
 )
 from k2cli.protocol.wire import ConnectionLost
@@ -47,13 +46,13 @@ class FollowerGuard(Guard):
             0 if the leader's guard gave the order to end, 5 if it is gone.
         """
         self.spawn(self._talk_to_leader())
-        self.spawn(self._watch_launcher())
+        self.spawn(self._watch_supervisor())
         if await self.start_rank():
             self._announce()
         ending = await self.wait_for_ending()
         await self.end_rank(ending)
         await self._take_leave()
-        self.leave_job(in_reach=self._ordered.is_set())
+        self.release_resources(in_reach=self._ordered.is_set())
         self.cancel_tasks()
         return 0 if self._ordered.is_set() else ClusterError.exit_code
 
@@ -95,13 +94,13 @@ class FollowerGuard(Guard):
         else:
             self.log(f"unexpected {type(message).__name__} from a follower rank")
 
-    async def _watch_launcher(self) -> None:
+    async def _watch_supervisor(self) -> None:
         """Until the leader's guard is reached, only the launcher can tell that there is no run.
 
         It keeps this process's stdin open as long as it lives. Afterwards the leader's guard is
         the one that judges it.
         """
-        await until_stdin_ends()
+        await wait_until_stdin_closes()
         if not self._connected.is_set():
             self._leader_gone.set()
             self.end("the launcher is gone: it closed the connection", failed=True)
@@ -124,8 +123,7 @@ class FollowerGuard(Guard):
     async def _report(self, leader: GuardConnection) -> None:
         while True:
             if self.rank is not None:
-                progress = self.rank.page.read()
-                leader.send(RankStatus(self.assignment.rank, progress.steps, progress.phase))
+                leader.send(self.rank_status(self.rank))
             leader.send(Heartbeat())
             await asyncio.sleep(self.deadlines.heartbeat_interval)
 

@@ -11,11 +11,11 @@ from collections.abc import Coroutine
 from typing import Any
 
 from k2cli.errors import ClusterError
+from k2cli.guard.api_server import ApiServer
 from k2cli.guard.base import Ending
 from k2cli.guard.engine_bridge import EngineBridge
-from k2cli.guard.front import ApiFront
 from k2cli.guard.leader import LeaderGuard
-from k2cli.guard.supervisor_pipe import LauncherPipe
+from k2cli.guard.supervisor_pipe import SupervisorPipe
 from k2cli.protocol import (
     Bootstrap,
     Cancel,
@@ -31,7 +31,7 @@ from k2cli.protocol.wire import ConnectionLost
 _FLUSH_SECONDS = 1.0
 
 
-class LeaderHost:
+class LeaderSession:
     """The leader's guard.
 
     Args:
@@ -40,13 +40,13 @@ class LeaderHost:
         launcher: the line to the launcher.
     """
 
-    def __init__(self, bootstrap: Bootstrap, worker: str, launcher: LauncherPipe) -> None:
+    def __init__(self, bootstrap: Bootstrap, worker: str, supervisor: SupervisorPipe) -> None:
         self._bootstrap = bootstrap
         self._worker = worker
-        self._launcher = launcher
+        self._supervisor = supervisor
         self._loop = asyncio.get_running_loop()
         self._heard_at = self._loop.time()
-        self._front = ApiFront(bootstrap, EngineBridge(self._send_to_rank))
+        self._api = ApiServer(bootstrap, EngineBridge(self._send_to_rank))
         self._guard: LeaderGuard | None = None
         # The next attempt, or how the run ends without one.
         self._next: asyncio.Future[Bootstrap | Ending] = self._loop.create_future()
@@ -58,20 +58,20 @@ class LeaderHost:
         Returns:
             0 after an order to stop, 5 if the run failed.
         """
-        for work in (self._obey_launcher(), self._watch_launcher()):
+        for work in (self._obey_supervisor(), self._watch_supervisor()):
             self._spawn(work)
         ending = await self._attempts()
-        self._front.bridge.end(ending.cause, failed=ending.failed)
-        await self._front.close()
-        await self._launcher.flush(_FLUSH_SECONDS)
+        self._api.bridge.end(ending.cause, failed=ending.failed)
+        await self._api.close()
+        await self._supervisor.flush(_FLUSH_SECONDS)
         for task in self._tasks:
             task.cancel()
         return ClusterError.exit_code if ending.failed else 0
 
-    def terminated(self) -> None:
+    def on_sigterm(self) -> None:
         """SIGTERM came."""
         if self._guard is not None:
-            self._guard.terminated()
+            self._guard.on_sigterm()
         else:
             self._end(Ending("the leader's guard received SIGTERM", failed=True))
 
@@ -90,11 +90,11 @@ class LeaderHost:
             if isinstance(found, Ending):
                 return found
             self._next = self._loop.create_future()
-            self._front.bridge.begin_again(self._front.bridge.cause)
+            self._api.bridge.begin_again(self._api.bridge.cause)
             bootstrap = found
 
     async def _attempt(self, bootstrap: Bootstrap) -> Ending:
-        self._guard = LeaderGuard(bootstrap, self._worker, self._launcher, self._front)
+        self._guard = LeaderGuard(bootstrap, self._worker, self._supervisor, self._api)
         if self._next.done() and isinstance(early := self._next.result(), Ending):
             self._guard.end(early.cause, failed=early.failed)
         try:
@@ -104,13 +104,13 @@ class LeaderHost:
 
     def _open_early(self, bootstrap: Bootstrap) -> bool:
         """Answer 503 before there is an attempt; returns whether the port could be had."""
-        self._front.bridge.end(bootstrap.hold or "", failed=True)
+        self._api.bridge.end(bootstrap.hold or "", failed=True)
         try:
-            self._front.open()
+            self._api.open()
         except ClusterError as error:
             node = bootstrap.assignment.nodes[0]
-            self._launcher.send(RankFailed(0, node, error.message))
-            self._launcher.send(RunEnded(error.message, failed=True))
+            self._supervisor.send(RankFailed(0, node, error.message))
+            self._supervisor.send(RunEnded(error.message, failed=True))
             return False
         return True
 
@@ -127,10 +127,10 @@ class LeaderHost:
         if self._guard is not None:
             self._guard.end(ending.cause, failed=ending.failed)
 
-    async def _obey_launcher(self) -> None:
+    async def _obey_supervisor(self) -> None:
         reason = "it closed the connection"
         try:
-            async for message in self._launcher.messages():
+            async for message in self._supervisor.messages():
                 self._heard_at = self._loop.time()
                 match message:
                     case StopRun(cause=cause, failed=True) if self._goes_on():
@@ -150,10 +150,10 @@ class LeaderHost:
         """Whether the failure of the attempt that runs now is not the end."""
         return self._guard is not None and self._guard.bootstrap.restarts
 
-    async def _watch_launcher(self) -> None:
+    async def _watch_supervisor(self) -> None:
         deadlines = self._bootstrap.deadlines
         while True:
-            self._launcher.send(Heartbeat())
+            self._supervisor.send(Heartbeat())
             await asyncio.sleep(deadlines.heartbeat_interval)
             if self._loop.time() - self._heard_at > deadlines.liveness:
                 silence = f"it was silent for {deadlines.liveness:.0f} s"

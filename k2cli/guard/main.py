@@ -18,9 +18,9 @@ import msgspec
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.guard.follower import FollowerGuard
-from k2cli.guard.leader_session import LeaderHost
+from k2cli.guard.leader_session import LeaderSession
 from k2cli.guard.spawn import DEFAULT_WORKER
-from k2cli.guard.supervisor_pipe import LauncherPipe
+from k2cli.guard.supervisor_pipe import SupervisorPipe
 from k2cli.protocol import Bootstrap
 from k2cli.settings import RUN_OPTION, runs_directory
 
@@ -56,12 +56,12 @@ def read_bootstrap(run_id: str, name: str, rank: int) -> Bootstrap:
 
 
 async def _live(bootstrap: Bootstrap, worker: str) -> int:
-    guard: LeaderHost | FollowerGuard
+    guard: LeaderSession | FollowerGuard
     if bootstrap.assignment.rank == 0:
-        guard = LeaderHost(bootstrap, worker, await LauncherPipe.open())
+        guard = LeaderSession(bootstrap, worker, await SupervisorPipe.open())
     else:
         guard = FollowerGuard(bootstrap, worker)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, guard.terminated)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, guard.on_sigterm)
     return await guard.run()
 
 

@@ -1,4 +1,4 @@
-"""The guard's side of a seat in an MPI job: waits for mpirun's process, and lets it go."""
+"""The guard's side of a slot in an MPI job: waits for mpirun's process, and lets it go."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from k2cli.protocol.wire import ConnectionLost
 from k2cli.protocol.wire_streams import AsyncChannel
 from k2cli.settings import scratch_directory
 
-# Beside the environment that a seat hands over: the process id of the seat's parent.
-PARENT_NAME = "K2_SEAT_PARENT"
+# Beside the environment that a slot hands over: the process id of the slot's parent.
+PARENT_NAME = "K2_MPI_SLOT_PARENT"
 _LAUNCHERS = frozenset({"mpirun", "prterun", "mpiexec", "orterun"})
 
 
-def seat_path(run_id: str, rank: int) -> str:
-    """Where the guard of a rank waits for its seat: a socket in a folder of this user's alone."""
-    return str(scratch_directory(run_id) / f"seat-{rank}")
+def slot_path(run_id: str, rank: int) -> str:
+    """Where the guard of a rank waits for its slot: a socket in a folder of this user's alone."""
+    return str(scratch_directory(run_id) / f"mpi-slot-{rank}")
 
 
 def _private_folder(run_id: str) -> None:
@@ -38,7 +38,7 @@ def _private_folder(run_id: str) -> None:
         raise ClusterError(f"{folder} is not a folder of this user's alone")
 
 
-class Seat:
+class MpiSlot:
     """One rank's place in the MPI job. ``take`` once, ``leave`` at the end."""
 
     def __init__(self, run_id: str, rank: int) -> None:
@@ -59,7 +59,7 @@ class Seat:
             ClusterError: if the socket cannot be made.
         """
         _private_folder(self._run_id)
-        path = seat_path(self._run_id, self._rank)
+        path = slot_path(self._run_id, self._rank)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)  # of the attempt before
         try:
@@ -91,11 +91,11 @@ class Seat:
             self._writer.close()
 
     def end_daemons(self) -> None:
-        """SIGKILL the daemons by which mpirun started the seat from another machine.
+        """SIGKILL the daemons by which mpirun started the slot from another machine.
 
         For when that machine is out of reach: a daemon notices it only when TCP gives up, after
         many minutes. They carry the run's id on their command lines; where mpirun itself is the
-        seat's parent, the launcher that started it ends it.
+        slot's parent, the launcher that started it ends it.
         """
         with contextlib.suppress(psutil.Error, ValueError):
             parent = psutil.Process(self._parent)

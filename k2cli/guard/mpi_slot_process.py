@@ -2,7 +2,7 @@
 
 A rank is the child of its guard, and guards are started the same way whatever the transport, so
 that they outlive mpirun and restarts. What makes a process part of an MPI job is its environment:
-the seat hands its own to the guard on the same node, which starts the rank with it, and then waits
+the slot hands its own to the guard on the same node, which starts the rank with it, and then waits
 until the guard lets it go.
 """
 
@@ -19,13 +19,13 @@ from itertools import pairwise
 
 import psutil
 
-from k2cli.guard.mpi_slot import PARENT_NAME, seat_path
+from k2cli.guard.mpi_slot import PARENT_NAME, slot_path
 from k2cli.protocol.wire import frame
 from k2cli.settings import RUN_OPTION
 
 _RETRY_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
-# Without a guard for so long, a seat leaves, and mpirun with it: with guard and launcher killed,
+# Without a guard for so long, a slot leaves, and mpirun with it: with guard and launcher killed,
 # nobody else would end them. A guard that comes at all is started at the same time.
 _LIMIT_SECONDS = 20.0
 _PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "ORTE_", "OPAL_", "UCX_")
@@ -55,7 +55,7 @@ def _guard_is_here(run_id: str, rank: int) -> bool:
 
 def _connect(run_id: str, rank: int) -> socket.socket:
     """Wait for the guard, as long as there is one, or may still come."""
-    path = seat_path(run_id, rank)
+    path = slot_path(run_id, rank)
     last_seen = looked = time.monotonic()
     while True:
         connection = socket.socket(socket.AF_UNIX)
@@ -79,7 +79,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="k2cli.guard.mpi_slot_process")
     parser.add_argument(RUN_OPTION, dest="run", required=True, help="id of the run")
-    parser.add_argument("--rank", required=True, type=int, help="the rank planned for this seat")
+    parser.add_argument("--rank", required=True, type=int, help="the rank planned for this slot")
     options = parser.parse_args()
     number = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMIX_RANK", ""))
     if number != str(options.rank):

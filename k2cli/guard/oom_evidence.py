@@ -1,7 +1,7 @@
 """What the kernel wrote down about a process that it killed for want of memory.
 
 Linux counts such kills for each control group and writes each into its log; macOS writes a report
-for every "jetsam event". Parsers are functions of text, tried on published text; ``KernelRecord``
+for every "jetsam event". Parsers are functions of text, tried on published text; ``OomEvidence``
 reads what this machine has, on the node of the rank and at the time of its death. Where nothing can
 be read, nothing is said.
 """
@@ -120,7 +120,7 @@ def counter_file(membership: str, root: Path = Path("/sys/fs/cgroup")) -> Path |
 # --- reading ------------------------------------------------------------------------------------
 
 
-class KernelRecord:
+class OomEvidence:
     """What the kernel writes down from now on: made before a process starts, asked at its end."""
 
     def __init__(self) -> None:
@@ -135,11 +135,11 @@ class KernelRecord:
             self._log = None
 
     @property
-    def has_counted(self) -> bool:
+    def has_counted_kill(self) -> bool:
         """Whether the kernel has killed a process of our control group meanwhile."""
         return self._kills is not None and (_count() or 0) > self._kills
 
-    def kill_of(self, pid: int, *, suspected: bool) -> OutOfMemoryKill | None:
+    def find_kill(self, pid: int, *, suspected: bool) -> OutOfMemoryKill | None:
         """What is written of the kill of a process.
 
         Args:

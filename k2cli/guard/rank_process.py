@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 
 import psutil
 
-from k2cli.guard.oom_evidence import KernelRecord
+from k2cli.guard.oom_evidence import OomEvidence
 from k2cli.guard.spawn import spawn_rank
 from k2cli.protocol import (
     Bootstrap,
@@ -48,11 +48,11 @@ class RankProcess:
         process: asyncio.subprocess.Process,
         channel: AsyncChannel[RankMessage],
         page: ProgressPage,
-        kernel: KernelRecord,
+        oom_evidence: OomEvidence,
     ) -> None:
         self._process = process
-        self._kernel = kernel
-        self._kernel_says = ""
+        self._oom_evidence = oom_evidence
+        self._oom_cause = ""
         self._killed_here = False
         self._view = psutil.Process(process.pid)
         self.channel = channel
@@ -60,6 +60,7 @@ class RankProcess:
         self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.fatal: Fatal | None = None
         self.verdict: str | None = None
+        self.resident_bytes = 0
         self._memory_was_high = False
         self._output_ended = asyncio.Event()
         self._messages_ended = asyncio.Event()
@@ -79,7 +80,7 @@ class RankProcess:
         spawned = await spawn_rank(bootstrap, worker, job)
         reader, writer = await open_stream(connection=spawned.connection)
         channel: AsyncChannel[RankMessage] = AsyncChannel(reader, writer, RankMessage)
-        rank = cls(spawned.process, channel, spawned.page, spawned.kernel)
+        rank = cls(spawned.process, channel, spawned.page, spawned.oom_evidence)
         control_host = bootstrap.liveness_host
         rank.send(Start(bootstrap.assignment, bootstrap.secret, bootstrap.deadlines, control_host))
         return rank
@@ -118,8 +119,8 @@ class RankProcess:
 
     def _note_memory(self) -> None:
         memory = psutil.virtual_memory()
-        resident = self._view.memory_info().rss
-        self._memory_was_high = resident > _HIGH_MEMORY_SHARE * memory.total or (
+        self.resident_bytes = self._view.memory_info().rss
+        self._memory_was_high = self.resident_bytes > _HIGH_MEMORY_SHARE * memory.total or (
             memory.available < _LOW_AVAILABLE_SHARE * memory.total
         )
 
@@ -132,17 +133,17 @@ class RankProcess:
                 await self._messages_ended.wait()
                 await self._output_ended.wait()
         if status == -signal.SIGKILL and not self._killed_here:
-            await asyncio.to_thread(self._ask_kernel)
-        self._kernel.close()
+            await asyncio.to_thread(self._look_for_oom_kill)
+        self._oom_evidence.close()
         return status
 
-    def _ask_kernel(self) -> None:
-        counted = self._kernel.has_counted
-        kill = self._kernel.kill_of(self.pid, suspected=counted or self._memory_was_high)
+    def _look_for_oom_kill(self) -> None:
+        counted = self._oom_evidence.has_counted_kill
+        kill = self._oom_evidence.find_kill(self.pid, suspected=counted or self._memory_was_high)
         if kill is not None:
-            self._kernel_says = f"likely out of memory: {kill}"
+            self._oom_cause = f"likely out of memory: {kill}"
         elif counted:
-            self._kernel_says = (
+            self._oom_cause = (
                 "perhaps for want of memory: the kernel has killed a process of its control group"
             )
 
@@ -210,8 +211,8 @@ class RankProcess:
             return self.fatal.error
         if status is None:
             return "it does not react"
-        if self._kernel_says:
-            return f"it was killed (SIGKILL), {self._kernel_says}"
+        if self._oom_cause:
+            return f"it was killed (SIGKILL), {self._oom_cause}"
         if status == -signal.SIGKILL and self._memory_was_high:
             return "it was killed (SIGKILL), perhaps because the machine ran out of memory"
         if status < 0:

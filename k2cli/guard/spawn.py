@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from k2cli.guard.oom_evidence import KernelRecord
+from k2cli.guard.oom_evidence import OomEvidence
 from k2cli.protocol import Assignment, Bootstrap
 from k2cli.protocol.progress_page import ProgressPage
 from k2cli.settings import RUN_OPTION
@@ -30,7 +30,7 @@ class SpawnedRank:
     process: asyncio.subprocess.Process
     connection: socket.socket
     page: ProgressPage
-    kernel: KernelRecord
+    oom_evidence: OomEvidence
 
 
 async def spawn_rank(
@@ -54,7 +54,7 @@ async def spawn_rank(
     for name, content in files.items():
         inherited.append(_nameless_file(content))
         environment[name] = f"/dev/fd/{inherited[-1]}"
-    kernel = KernelRecord()
+    oom_evidence = OomEvidence()
     try:
         process = await asyncio.create_subprocess_exec(
             *rank_arguments(bootstrap.assignment, worker, theirs.fileno(), page.fileno()),
@@ -69,7 +69,7 @@ async def spawn_rank(
         theirs.close()
         for descriptor in inherited[2:]:
             os.close(descriptor)
-    return SpawnedRank(process, ours, page, kernel)
+    return SpawnedRank(process, ours, page, oom_evidence)
 
 
 def _die_with_guard() -> Callable[[], None] | None:

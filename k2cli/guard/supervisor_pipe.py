@@ -13,17 +13,17 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from k2cli.protocol import LauncherMessage, LogLine, RunEvent
+from k2cli.protocol import LogLine, RunEvent, SupervisorMessage
 from k2cli.protocol.wire import ConnectionLost
 
 _MAX_LINE_BYTES = 2**20
 _MAX_WAITING_BYTES = 4 * 2**20
 _encoder = msgspec.json.Encoder()
-_decoder: msgspec.json.Decoder[LauncherMessage] = msgspec.json.Decoder(LauncherMessage)
+_decoder: msgspec.json.Decoder[SupervisorMessage] = msgspec.json.Decoder(SupervisorMessage)
 
 
-class LauncherPipe:
-    """Messages from the launcher, events to it. Made by ``LauncherPipe.open``."""
+class SupervisorPipe:
+    """Messages from the launcher, events to it. Made by ``SupervisorPipe.open``."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.WriteTransport) -> None:
         self._reader = reader
@@ -31,7 +31,7 @@ class LauncherPipe:
         self._dropped_lines = 0
 
     @classmethod
-    async def open(cls) -> LauncherPipe:
+    async def open(cls) -> SupervisorPipe:
         """Take over stdin and stdout of this process.
 
         What would be printed by accident goes to stderr from here on, so that it cannot break an
@@ -68,7 +68,7 @@ class LauncherPipe:
     def _is_full(self) -> bool:
         return self._writer.get_write_buffer_size() > _MAX_WAITING_BYTES
 
-    async def messages(self) -> AsyncIterator[LauncherMessage]:
+    async def messages(self) -> AsyncIterator[SupervisorMessage]:
         """What the launcher says, until it is gone.
 
         Raises:
@@ -92,7 +92,7 @@ class LauncherPipe:
             await asyncio.sleep(0.02)
 
 
-async def until_stdin_ends() -> None:
+async def wait_until_stdin_closes() -> None:
     """Wait until the launcher closes a guard's stdin, or is gone; what it says is not read."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=_MAX_LINE_BYTES)

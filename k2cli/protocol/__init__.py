@@ -2,9 +2,8 @@
 
 Four conversations, each with its own union of message types:
 
-* ``launcher``: launcher <-> leader's guard (``LauncherMessage`` down, ``RunEvent`` up): JSON lines
-  over the guard's stdin and stdout, which ssh carries from
-  another node;
+* ``supervisor``: supervisor <-> leader's guard (``SupervisorMessage`` down, ``RunEvent`` up): JSON
+  lines over the guard's stdin and stdout, which ssh carries from another node;
 * ``liveness``: leader's guard <-> a follower's guard (``LivenessMessage``): TCP, authenticated;
 * ``rank``: a guard <-> its rank (``GuardMessage`` down, ``RankMessage`` up): an inherited socket
   pair. The requests among them are in ``requests``;
@@ -43,20 +42,6 @@ from k2cli.protocol.decisions import (
     StepDigest,
     Tick,
 )
-from k2cli.protocol.launcher import (
-    GuardStarted,
-    LauncherMessage,
-    LoadProgress,
-    LogLine,
-    NextAttempt,
-    RankFailed,
-    RankReady,
-    RunEnded,
-    RunEvent,
-    RunReady,
-    RunRestarting,
-    StopRun,
-)
 from k2cli.protocol.liveness import (
     ControlEndpoint,
     LivenessMessage,
@@ -86,6 +71,20 @@ from k2cli.protocol.requests import (
     TokenLogprob,
     Tokens,
 )
+from k2cli.protocol.supervisor import (
+    GuardStarted,
+    LoadProgress,
+    LogLine,
+    NextAttempt,
+    RankFailed,
+    RankReady,
+    RunEnded,
+    RunEvent,
+    RunReady,
+    RunRestarting,
+    StopRun,
+    SupervisorMessage,
+)
 
 __all__ = [
     "Assignment",
@@ -112,7 +111,6 @@ __all__ = [
     "Holdings",
     "HttpEndpoint",
     "JoinBatch",
-    "LauncherMessage",
     "LeaveBatch",
     "LivenessMessage",
     "LoadProgress",
@@ -138,6 +136,7 @@ __all__ = [
     "Start",
     "StepDigest",
     "StopRun",
+    "SupervisorMessage",
     "Tick",
     "TokenLogprob",
     "Tokens",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from k2cli.protocol.launcher import (
+from k2cli.protocol.message import Heartbeat, Message
+from k2cli.protocol.progress_page import Phase
+from k2cli.protocol.supervisor import (
     GuardStarted,
     LoadProgress,
     LogLine,
@@ -10,7 +12,6 @@ from k2cli.protocol.launcher import (
     RankReady,
     StopRun,
 )
-from k2cli.protocol.message import Heartbeat, Message
 
 
 class ControlEndpoint(Message, tag=True, frozen=True):
@@ -21,11 +22,17 @@ class ControlEndpoint(Message, tag=True, frozen=True):
 
 
 class RankStatus(Message, tag=True, frozen=True):
-    """A follower's watchdog view, once a second: steps done and what its rank is doing."""
+    """Progress and memory of a rank, as its guard sees them from outside, once a second.
+
+    ``resident_bytes`` is the memory of the process. ``mlx_bytes`` is what MLX held at the last
+    step, 0 before MLX was loaded.
+    """
 
     rank: int
     steps: int
-    phase: str
+    phase: Phase
+    resident_bytes: int = 0
+    mlx_bytes: int = 0
 
 
 LivenessMessage = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from k2cli.protocol.bootstrap import Assignment, Deadlines
-from k2cli.protocol.launcher import LoadProgress, RankReady
 from k2cli.protocol.liveness import ControlEndpoint
 from k2cli.protocol.message import Heartbeat, Message
 from k2cli.protocol.requests import (
@@ -16,6 +15,7 @@ from k2cli.protocol.requests import (
     RequestFailed,
     Tokens,
 )
+from k2cli.protocol.supervisor import LoadProgress, RankReady
 
 
 class Start(Message, tag=True, frozen=True):

@@ -134,6 +134,7 @@ class Rank:
         from k2cli.rank.group import join_group
         from k2cli.rank.loader import load_part
 
+        self._page.measure_mlx = mx.get_active_memory
         self._report("initialising")
         meet()
         group = join_group(self._assignment)

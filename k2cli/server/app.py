@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from k2cli.server.auth import Gatekeeper
+from k2cli.server.auth import AccessControl
 from k2cli.server.context import ServerContext
 from k2cli.server.engine_client import EngineClient
 from k2cli.server.engine_request import ServerTokenizer
@@ -36,7 +36,7 @@ def create_app(engine: EngineClient, tokenizer: ServerTokenizer, served: ServedM
         tokenizer: of the served model (``models.text.tokenizer.Tokenizer``).
         served: name, limits, defaults and API key.
     """
-    app = Starlette(routes=_ROUTES, middleware=[Middleware(Gatekeeper, served=served)])
+    app = Starlette(routes=_ROUTES, middleware=[Middleware(AccessControl, served=served)])
     app.router.redirect_slashes = False
     app.state.context = ServerContext(engine, tokenizer, served)
     install_error_handlers(app)

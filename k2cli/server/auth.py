@@ -17,7 +17,7 @@ from k2cli.server.served_model import ServedModel
 _OPEN_PATHS = frozenset({"/health"})
 
 
-def key_is_right(authorization: str, api_key: str) -> bool:
+def is_right_key(authorization: str, api_key: str) -> bool:
     """Compare an ``Authorization`` header with the key in constant time."""
     scheme, _, given = authorization.partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(
@@ -32,7 +32,7 @@ def too_large(limit_bytes: int) -> ApiError:
     )
 
 
-class Gatekeeper:
+class AccessControl:
     """ASGI middleware: 401 without the right key, 413 over the body limit."""
 
     def __init__(self, app: ASGIApp, served: ServedModel) -> None:
@@ -55,7 +55,7 @@ class Gatekeeper:
         if (
             key is not None
             and scope["path"] not in _OPEN_PATHS
-            and not key_is_right(authorization, key)
+            and not is_right_key(authorization, key)
         ):
             message = "wrong API key" if authorization else "an API key is needed"
             challenge = {"WWW-Authenticate": "Bearer"}

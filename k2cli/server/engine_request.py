@@ -73,7 +73,7 @@ MAX_COUNTED_TOKENS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class EngineRequest:
     """A request that is fit for the engine, and the stop strings, which the engine never sees."""
 
     generate: Generate
@@ -91,9 +91,9 @@ def check_model(name: str | None, served: ServedModel) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def prepare_chat(
+def chat_request(
     body: ChatCompletionBody, tokenizer: ServerTokenizer, served: ServedModel
-) -> Prepared:
+) -> EngineRequest:
     """Check a chat request against model and tokenizer.
 
     Raises:
@@ -109,12 +109,12 @@ def prepare_chat(
     )
     prompt = _encode(text, "messages", tokenizer, served.context_length)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _prepare(body, prompt, "messages", limit, logprobs, tokenizer, served)
+    return _build(body, prompt, "messages", limit, logprobs, tokenizer, served)
 
 
-def prepare_completion(
+def completion_request(
     body: CompletionBody, tokenizer: ServerTokenizer, served: ServedModel
-) -> Prepared:
+) -> EngineRequest:
     """Check a plain completion against model and tokenizer.
 
     Raises:
@@ -128,12 +128,10 @@ def prepare_completion(
     else:
         prompt = body.prompt
         _check_token_ids(prompt, "prompt", tokenizer.vocabulary_size)
-    return _prepare(body, prompt, "prompt", body.max_tokens, body.logprobs, tokenizer, served)
+    return _build(body, prompt, "prompt", body.max_tokens, body.logprobs, tokenizer, served)
 
 
-def prepare_tokenize(
-    body: TokenizeBody, tokenizer: ServerTokenizer, served: ServedModel
-) -> list[int]:
+def tokenize_body(body: TokenizeBody, tokenizer: ServerTokenizer, served: ServedModel) -> list[int]:
     """Token ids of a conversation or a text.
 
     Raises:
@@ -231,7 +229,7 @@ def _token_budget(
     return left if asked is None else asked
 
 
-def _prepare(
+def _build(
     body: GenerationBody,
     prompt: list[int],
     prompt_param: str,
@@ -239,7 +237,7 @@ def _prepare(
     logprobs: int | None,
     tokenizer: ServerTokenizer,
     served: ServedModel,
-) -> Prepared:
+) -> EngineRequest:
     budget = _token_budget(len(prompt), max_tokens, prompt_param, served.context_length)
     _check_token_ids(list(body.logit_bias or ()), "logit_bias", tokenizer.vocabulary_size)
     stop_tokens = [] if body.extensions.ignore_stop_tokens else sorted(tokenizer.stop_tokens)
@@ -251,7 +249,7 @@ def _prepare(
         stop_tokens=stop_tokens,
         use_prefix_cache=body.extensions.cache is not False,
     )
-    return Prepared(generate, body.stop)
+    return EngineRequest(generate, body.stop)
 
 
 def _sampling(body: GenerationBody, logprobs: int | None, served: ServedModel) -> Sampling:

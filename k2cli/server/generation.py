@@ -18,14 +18,14 @@ from starlette.types import Receive
 
 from k2cli.protocol import Finished, PromptProgress, RequestFailed, Tokens
 from k2cli.server.engine_client import EngineClient, EngineEvent, EngineUnavailable
-from k2cli.server.engine_request import Prepared
+from k2cli.server.engine_request import EngineRequest
 from k2cli.server.errors import engine_failure, unavailable
 from k2cli.server.text import Piece, TextAssembler
 from k2cli.server.usage import usage
 
 IDLE_SECONDS = 1.0
 # After a cancel the engine still sends its account of the request, within a step.
-ACCOUNT_SECONDS = 5.0
+FINISHED_SECONDS = 5.0
 
 
 class ClientGone(Exception):
@@ -33,7 +33,7 @@ class ClientGone(Exception):
 
 
 @dataclass(slots=True)
-class WaitingLine:
+class RequestQueue:
     """Requests that the engine has not begun with, oldest first."""
 
     _requests: dict[str, None] = field(default_factory=dict)
@@ -58,13 +58,13 @@ class Generation:
     """The events of one request. ``start`` it, read with ``next``, and always ``close`` it."""
 
     def __init__(
-        self, engine: EngineClient, prepared: Prepared, line: WaitingLine, receive: Receive
+        self, engine: EngineClient, request: EngineRequest, waiting: RequestQueue, receive: Receive
     ) -> None:
-        self.prepared = prepared
+        self.request = request
         self._engine = engine
-        self._line = line
+        self._waiting = waiting
         self._receive = receive
-        self._id = prepared.generate.request_id
+        self._id = request.generate.request_id
         self._queue: asyncio.Queue[EngineEvent | Exception] = asyncio.Queue()
         self._peeked: EngineEvent | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -73,7 +73,7 @@ class Generation:
 
     def start(self) -> None:
         """Submit the request, and watch for the client to leave."""
-        self._line.join(self._id)
+        self._waiting.join(self._id)
         self._tasks = [
             asyncio.create_task(self._pump(), name=f"generation {self._id}"),
             asyncio.create_task(self._watch_client(), name=f"client of {self._id}"),
@@ -81,8 +81,8 @@ class Generation:
 
     async def _pump(self) -> None:
         try:
-            async for event in self._engine.submit(self.prepared.generate):
-                self._line.leave(self._id)
+            async for event in self._engine.submit(self.request.generate):
+                self._waiting.leave(self._id)
                 self._over = isinstance(event, Finished | RequestFailed)
                 self._queue.put_nowait(event)
             if not self._over:
@@ -92,7 +92,7 @@ class Generation:
             self._over = self._over or isinstance(error, EngineUnavailable)
             self._queue.put_nowait(error)
         finally:
-            self._line.leave(self._id)
+            self._waiting.leave(self._id)
 
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -103,7 +103,7 @@ class Generation:
     @property
     def queue_position(self) -> int | None:
         """Place in the line of requests that wait; None once the engine has begun."""
-        return self._line.position(self._id)
+        return self._waiting.position(self._id)
 
     async def next(self, timeout_seconds: float = IDLE_SECONDS) -> EngineEvent | None:
         """The next event, or None if none came in time.
@@ -130,7 +130,7 @@ class Generation:
             case _:
                 return received
 
-    async def settle(self, timeout_seconds: float = IDLE_SECONDS) -> None:
+    async def wait_for_first_event(self, timeout_seconds: float = IDLE_SECONDS) -> None:
         """Wait a little for the first event, so that a refusal can still become an HTTP status.
 
         Raises:
@@ -144,10 +144,10 @@ class Generation:
             self._cancelled = True
             self._engine.cancel(self._id)
 
-    async def account(self) -> Finished | None:
+    async def wait_for_finished(self) -> Finished | None:
         """After ``cancel``: the engine's last word about this request, if it comes in time."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ACCOUNT_SECONDS):
+            async with asyncio.timeout(FINISHED_SECONDS):
                 while True:
                     event = await self._queue.get()
                     if isinstance(event, Finished):
@@ -162,7 +162,7 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._line.leave(self._id)
+        self._waiting.leave(self._id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +219,6 @@ def _ended(finished: Finished, assembler: TextAssembler) -> Ended:
 async def _stopped(generation: Generation, assembler: TextAssembler) -> Ended:
     """A stop string is complete: the engine need not go on."""
     generation.cancel()
-    finished = await generation.account()
-    prompt_tokens = len(generation.prepared.generate.prompt)
+    finished = await generation.wait_for_finished()
+    prompt_tokens = len(generation.request.generate.prompt)
     return Ended("stop", usage(finished, prompt_tokens, assembler.tokens_used))

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from k2cli.server.context import context_of, read_body
-from k2cli.server.engine_request import prepare_tokenize
+from k2cli.server.engine_request import tokenize_body
 from k2cli.server.schemas import TokenizeBody
 
 
@@ -19,7 +19,7 @@ async def tokenize(request: Request) -> JSONResponse:
     """Token ids and their count."""
     body = await read_body(request, TokenizeBody)
     context = context_of(request)
-    tokens = await asyncio.to_thread(prepare_tokenize, body, context.tokenizer, context.served)
+    tokens = await asyncio.to_thread(tokenize_body, body, context.tokenizer, context.served)
     return JSONResponse(
         {
             "model": context.served.name,

@@ -30,7 +30,7 @@ class NextAttempt(Message, tag=True, frozen=True):
     bootstrap: Bootstrap
 
 
-LauncherMessage = Heartbeat | StopRun | NextAttempt
+SupervisorMessage = Heartbeat | StopRun | NextAttempt
 
 
 class GuardStarted(Message, tag=True, frozen=True):
