@@ -12,12 +12,17 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import ClusterError
 from k2cli.guard.engine_bridge import EngineBridge
 from k2cli.protocol import Bootstrap, HttpEndpoint
+from k2cli.settings import RUN_OPTION
+
+if TYPE_CHECKING:
+    from k2cli.server.request_reader import RequestReader
 
 _GRACEFUL_SECONDS = 2
 _CLOSE_SECONDS = 3.0
@@ -68,7 +73,7 @@ def _take_port(endpoint: HttpEndpoint) -> tuple[socket.socket, int]:
     raise AssertionError("the last port either binds or raises")
 
 
-def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> Any:
+def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> tuple[Any, RequestReader]:
     """Make the uvicorn server and its application; imports and tokenizer take over a second.
 
     Raises:
@@ -76,8 +81,15 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> Any:
     """
     import uvicorn
 
+    from k2cli.guard.http_connection import (
+        ConnectionLimits,
+        connection_class,
+        raise_file_limit,
+    )
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
+    from k2cli.server.reader_process import ReaderSettings
+    from k2cli.server.request_reader import ProcessReader
     from k2cli.server.served_model import load_served_model
 
     class GuardedServer(uvicorn.Server):
@@ -89,19 +101,35 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> Any:
 
     assignment = bootstrap.assignment
     folder = Path(assignment.model_path)
-    api_key = bootstrap.http.api_key if bootstrap.http else None
-    served = load_served_model(
-        folder, bootstrap.model_name, assignment.context_length, api_key=api_key
+    endpoint = bootstrap.http
+    assert endpoint is not None
+    served = replace(
+        load_served_model(folder, bootstrap.model_name, assignment.context_length),
+        api_key=endpoint.api_key,
+        allowed_hosts=frozenset(name.lower() for name in (endpoint.host, *endpoint.allowed_hosts)),
+        cors_origins=frozenset(endpoint.cors_origins),
     )
-    app = create_app(bridge, Tokenizer.load(folder), served)
+    reader = ProcessReader(
+        ReaderSettings(
+            str(folder),
+            served.name,
+            served.context_length,
+            served.default_temperature,
+            served.default_top_p,
+            served.default_top_k,
+        ),
+        (RUN_OPTION, assignment.run_id),
+    )
+    app = create_app(bridge, Tokenizer.load(folder), served, reader)
     config = uvicorn.Config(
         app,
+        http=connection_class(ConnectionLimits.for_files(raise_file_limit())),
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_GRACEFUL_SECONDS,
     )
-    return GuardedServer(config)
+    return GuardedServer(config), reader
 
 
 class ApiServer:
@@ -119,6 +147,7 @@ class ApiServer:
         self._endpoint = bootstrap.http
         self._listener: socket.socket | None = None
         self._server: Any = None
+        self._reader: RequestReader | None = None
         self._closing = False
         self._answering = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
@@ -136,7 +165,9 @@ class ApiServer:
         self._serving = asyncio.create_task(self._serve(self._listener))
 
     async def _serve(self, listener: socket.socket) -> None:
-        self._server = await asyncio.to_thread(_build_server, self._bootstrap, self.bridge)
+        self._server, self._reader = await asyncio.to_thread(
+            _build_server, self._bootstrap, self.bridge
+        )
         if self._closing:
             return  # ``close`` was called meanwhile and has closed the listener
         serving = asyncio.create_task(self._server.serve(sockets=[listener]))
@@ -174,3 +205,5 @@ class ApiServer:
         self._serving.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await self._serving
+        if self._reader is not None:
+            await self._reader.close()

@@ -32,8 +32,9 @@ WANTED_FILES = 8192
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
-    b'Connection: close\r\nContent-Length: 126\r\n\r\n{"error": {"message": "too many '
-    b'connections are open; try again later", "type": "server_error", "param": null, "code": null}}\n'
+    b"Connection: close\r\n\r\n"
+    b'{"error": {"message": "too many connections are open; try again later", '
+    b'"type": "server_error", "param": null, "code": "too_many_connections"}}\n'
 )
 
 
@@ -154,7 +155,9 @@ def connection_class(limits: ConnectionLimits) -> type[asyncio.Protocol]:
         def _allow(self, seconds: float | None) -> None:
             if self._deadline is not None:
                 self._deadline.cancel()
-            self._deadline = None if seconds is None else self.loop.call_later(seconds, self._expire)
+            self._deadline = (
+                None if seconds is None else self.loop.call_later(seconds, self._expire)
+            )
 
         def _expire(self) -> None:
             self._deadline = None

@@ -27,12 +27,15 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the leader's guard serves the API. ``api_key`` None means no key is asked for.
 
     ``next_port_will_do``: the user named no port, so one that was taken meanwhile is passed over.
+    ``allowed_hosts`` and ``cors_origins`` are those of ``server.served_model.ServedModel``.
     """
 
     host: str
     port: int
     api_key: str | None = None
     next_port_will_do: bool = False
+    allowed_hosts: list[str] = []
+    cors_origins: list[str] = []
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

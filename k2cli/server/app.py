@@ -1,13 +1,14 @@
 """The HTTP application: OpenAI's routes over one engine.
 
 It runs in the leader's guard, so the port outlives the ranks: while no run is ready, inference
-answers 503 with the cause. There is no CORS header: a web page elsewhere has no business here.
+answers 503 with the cause. A web page elsewhere may use it only if its origin was allowed.
 """
 
 from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from k2cli.server.auth import AccessControl
@@ -15,6 +16,8 @@ from k2cli.server.context import ServerContext
 from k2cli.server.engine_client import EngineClient
 from k2cli.server.engine_request import ServerTokenizer
 from k2cli.server.errors import install_error_handlers
+from k2cli.server.origins import OriginCheck, OriginRules
+from k2cli.server.request_reader import RequestReader
 from k2cli.server.routes import chat, completions, health, models, tokenize
 from k2cli.server.served_model import ServedModel
 
@@ -28,16 +31,34 @@ _ROUTES = (
 )
 
 
-def create_app(engine: EngineClient, tokenizer: ServerTokenizer, served: ServedModel) -> Starlette:
+def create_app(
+    engine: EngineClient,
+    tokenizer: ServerTokenizer,
+    served: ServedModel,
+    reader: RequestReader,
+) -> Starlette:
     """Build the application.
 
     Args:
         engine: where requests go; its ``state`` is asked anew for each of them.
         tokenizer: of the served model (``models.text.tokenizer.Tokenizer``).
         served: name, limits, defaults and API key.
+        reader: turns request bodies into requests for the engine.
     """
-    app = Starlette(routes=_ROUTES, middleware=[Middleware(AccessControl, served=served)])
+    middleware = [Middleware(AccessControl, served=served)]
+    if served.api_key is None:
+        rules = OriginRules(served.allowed_hosts, served.cors_origins)
+        middleware.insert(0, Middleware(OriginCheck, rules=rules))
+    if served.cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=sorted(served.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+        middleware.insert(0, cors)
+    app = Starlette(routes=_ROUTES, middleware=middleware)
     app.router.redirect_slashes = False
-    app.state.context = ServerContext(engine, tokenizer, served)
+    app.state.context = ServerContext(engine, tokenizer, served, reader)
     install_error_handlers(app)
     return app

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from k2cli.server.engine_client import EngineClient
 from k2cli.server.engine_request import ServerTokenizer
-from k2cli.server.errors import unavailable, validation_failure
+from k2cli.server.errors import unavailable
 from k2cli.server.generation import RequestQueue
-from k2cli.server.schemas import GenerationBody
+from k2cli.server.request_reader import RequestReader
 from k2cli.server.served_model import ServedModel
-
-Body = TypeVar("Body", bound=BaseModel)
-GenerationBodyT = TypeVar("GenerationBodyT", bound=GenerationBody)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +21,7 @@ class ServerContext:
     engine: EngineClient
     tokenizer: ServerTokenizer
     served: ServedModel
+    reader: RequestReader
     waiting: RequestQueue = field(default_factory=RequestQueue)
 
     def require_ready(self) -> None:
@@ -46,15 +42,3 @@ def context_of(request: Request) -> ServerContext:
     """The context of the application that handles this request."""
     context: ServerContext = request.app.state.context
     return context
-
-
-async def read_body(request: Request, model: type[Body]) -> Body:
-    """Parse the request body, whatever its content type says.
-
-    Raises:
-        ApiError: 400 that names the field.
-    """
-    try:
-        return model.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise validation_failure(error) from error

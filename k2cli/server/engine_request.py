@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from k2cli.errors import K2Error
 from k2cli.protocol import Generate, Sampling
@@ -72,12 +73,22 @@ MAX_COUNTED_TOKENS = 2**20
 """Tokens up to which ``/v1/tokenize`` counts, whatever the context."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """A request that is fit for the engine, and the stop strings, which the engine never sees."""
+class EngineRequest(msgspec.Struct, frozen=True):
+    """A request that is fit for the engine, and how its client wants the answer.
+
+    Attributes:
+        generate: what the engine is asked.
+        stops: stop strings, which the engine never sees.
+        stream: True if the answer is to be streamed.
+        wants_usage: True if the stream is to end with a usage chunk.
+        wants_progress: True if the stream is to carry ``"k2"`` objects.
+    """
 
     generate: Generate
-    stops: Sequence[str]
+    stops: list[str] = []
+    stream: bool = False
+    wants_usage: bool = False
+    wants_progress: bool = False
 
 
 def check_model(name: str | None, served: ServedModel) -> None:
@@ -249,7 +260,9 @@ def _build(
         stop_tokens=stop_tokens,
         use_prefix_cache=body.extensions.cache is not False,
     )
-    return EngineRequest(generate, body.stop)
+    return EngineRequest(
+        generate, body.stop, bool(body.stream), body.wants_usage, body.wants_progress
+    )
 
 
 def _sampling(body: GenerationBody, logprobs: int | None, served: ServedModel) -> Sampling:

@@ -18,16 +18,16 @@ import msgspec
 from pydantic import ValidationError
 
 from k2cli.errors import K2Error
-from k2cli.protocol import Generate
 from k2cli.protocol.wire import LENGTH, frame
 from k2cli.server.engine_request import (
+    EngineRequest,
     ServerTokenizer,
-    prepare_chat,
-    prepare_completion,
-    prepare_tokenize,
+    chat_request,
+    completion_request,
+    tokenize_body,
 )
 from k2cli.server.errors import ApiError, validation_failure
-from k2cli.server.schemas import ChatCompletionBody, CompletionBody, GenerationBody, TokenizeBody
+from k2cli.server.schemas import ChatCompletionBody, CompletionBody, TokenizeBody
 from k2cli.server.served_model import ServedModel
 
 RequestKind = Literal["chat", "completion", "tokenize"]
@@ -62,22 +62,9 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class ReadRequest(msgspec.Struct, frozen=True):
-    """A request that is fit for the engine, or the reason why it is not.
+    """One of: a request for the engine, token ids of a request to count them, or a refusal."""
 
-    Attributes:
-        generate: what the engine is asked; None for a request to tokenize.
-        stops: stop strings, which the engine never sees.
-        stream: True if the answer is to be streamed.
-        wants_usage: True if the stream is to end with a usage chunk.
-        wants_progress: True if the stream is to carry ``"k2"`` objects.
-        tokens: token ids, for a request to tokenize.
-    """
-
-    generate: Generate | None = None
-    stops: list[str] = []
-    stream: bool = False
-    wants_usage: bool = False
-    wants_progress: bool = False
+    engine_request: EngineRequest | None = None
     tokens: list[int] = []
     refusal: Refusal | None = None
 
@@ -87,7 +74,16 @@ def read_request(
 ) -> ReadRequest:
     """Read one request to the end. Errors of the client become a ``refusal``."""
     try:
-        return _read(unread, tokenizer, served)
+        match unread.kind:
+            case "tokenize":
+                count = TokenizeBody.model_validate_json(unread.body)
+                return ReadRequest(tokens=tokenize_body(count, tokenizer, served))
+            case "chat":
+                chat = ChatCompletionBody.model_validate_json(unread.body)
+                return ReadRequest(chat_request(chat, tokenizer, served))
+            case "completion":
+                completion = CompletionBody.model_validate_json(unread.body)
+                return ReadRequest(completion_request(completion, tokenizer, served))
     except ValidationError as error:
         refused = validation_failure(error)
     except ApiError as error:
@@ -95,30 +91,7 @@ def read_request(
     except K2Error as error:
         refused = ApiError(400, error.message)
     return ReadRequest(
-        refusal=Refusal(
-            refused.status, refused.message, refused.kind, refused.param, refused.code
-        )
-    )
-
-
-def _read(unread: UnreadRequest, tokenizer: ServerTokenizer, served: ServedModel) -> ReadRequest:
-    body: GenerationBody
-    match unread.kind:
-        case "tokenize":
-            asked = TokenizeBody.model_validate_json(unread.body)
-            return ReadRequest(tokens=prepare_tokenize(asked, tokenizer, served))
-        case "chat":
-            body = ChatCompletionBody.model_validate_json(unread.body)
-            prepared = prepare_chat(body, tokenizer, served)
-        case "completion":
-            body = CompletionBody.model_validate_json(unread.body)
-            prepared = prepare_completion(body, tokenizer, served)
-    return ReadRequest(
-        generate=prepared.generate,
-        stops=list(prepared.stops),
-        stream=bool(body.stream),
-        wants_usage=body.wants_usage,
-        wants_progress=body.wants_progress,
+        refusal=Refusal(refused.status, refused.message, refused.kind, refused.param, refused.code)
     )
 
 
@@ -132,7 +105,7 @@ def _next_frame(source: BinaryIO) -> bytes | None:
 
 
 def _frames_until_the_end(source: BinaryIO, frames: queue.SimpleQueue[bytes]) -> None:
-    """Put frames into the queue; end the process with its input, even in the middle of a request."""
+    """Put frames into the queue, and end the process with its input, whatever it is doing."""
     while (body := _next_frame(source)) is not None:
         frames.put(body)
     os._exit(0)

@@ -35,7 +35,7 @@ LONG_REQUEST_BYTES = 64 * KIB
 SHORT_SECONDS = 20.0
 LONG_SECONDS = 60.0
 START_SECONDS = 60.0
-"""Time limits: of reading a short request, a long one, and of starting (K2's tokenizer takes 2 s)."""
+"""Limits of reading a short request, a long one, and of starting (K2's tokenizer takes 2 s)."""
 
 MAX_WAITING = 16
 """Long requests that may wait for the process; further ones are refused with 429."""
@@ -71,7 +71,7 @@ def _accepted(read: ReadRequest) -> ReadRequest:
 
 
 class InlineReader:
-    """Reads requests in a thread of this process: for tests and servers that trust their clients."""
+    """Reads requests in a thread of this process, for tests of the server alone."""
 
     def __init__(self, tokenizer: ServerTokenizer, served: ServedModel) -> None:
         self._tokenizer = tokenizer
@@ -132,7 +132,11 @@ class ReaderProcess:
             answer = await asyncio.wait_for(self._exchange(unread), self._seconds)
             done = True
         except (TimeoutError, _Broken, OSError) as error:
-            why = f"took longer than {self._seconds:.0f} s" if isinstance(error, TimeoutError) else "failed"
+            why = (
+                f"took longer than {self._seconds:.0f} s"
+                if isinstance(error, TimeoutError)
+                else "failed"
+            )
             raise invalid(f"reading the request {why}", "messages", "unreadable_request") from error
         finally:
             if not done:  # also when the client has gone: what it reads is nobody's any more
@@ -153,7 +157,9 @@ class ReaderProcess:
 
     async def _exchange(self, unread: UnreadRequest) -> bytes:
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.write(frame(unread))
         await process.stdin.drain()
         try:

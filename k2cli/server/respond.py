@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from k2cli.server.context import context_of
-from k2cli.server.engine_request import EngineRequest, ServerTokenizer
 from k2cli.server.errors import CLIENT_CLOSED_REQUEST
 from k2cli.server.generation import ClientGone, Ended, Generation, answer
-from k2cli.server.schemas import GenerationBody
-from k2cli.server.served_model import ServedModel
+from k2cli.server.reader_process import RequestKind
 from k2cli.server.shapes import Shape
 from k2cli.server.streaming import EventStreamResponse, EventWriter, event_stream
 from k2cli.server.text import Piece, ScoredToken, TextAssembler
 
-GenerationBodyT = TypeVar("GenerationBodyT", bound=GenerationBody)
-
 
 async def respond(
     request: Request,
-    body: GenerationBodyT,
-    prepare: Callable[[GenerationBodyT, ServerTokenizer, ServedModel], EngineRequest],
+    kind: RequestKind,
     make_shape: Callable[[str, str, Callable[[int], str], bool], Shape],
 ) -> Response:
     """Generate an answer, streamed or whole.
@@ -38,7 +31,9 @@ async def respond(
         ApiError: with the HTTP status, if the request fails before an answer has begun.
     """
     context = context_of(request)
-    engine_request = await asyncio.to_thread(prepare, body, context.tokenizer, context.served)
+    read = await context.reader.read(kind, await request.body())
+    engine_request = read.engine_request
+    assert engine_request is not None
     # Only now: a request that is wrong is told so even while no run is ready.
     context.require_ready()
     scored = engine_request.generate.sampling.top_logprobs is not None
@@ -47,7 +42,7 @@ async def respond(
     assembler = TextAssembler(context.tokenizer.stream(), engine_request.stops)
     generation = Generation(context.engine, engine_request, context.waiting, request.receive)
     generation.start()
-    if not body.stream:
+    if not engine_request.stream:
         return await _whole(generation, assembler, shape)
     try:
         await generation.wait_for_first_event()
@@ -57,7 +52,7 @@ async def respond(
     except BaseException:
         await generation.close()
         raise
-    writer = EventWriter(shape, assembler, body)
+    writer = EventWriter(shape, assembler, engine_request)
     return EventStreamResponse(generation, event_stream(generation, assembler, writer))
 
 

@@ -15,7 +15,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     PlainValidator,
     field_validator,
@@ -116,8 +115,8 @@ StopStrings = Annotated[list[str], PlainValidator(_stop_strings)]
 Prompt = Annotated[str | list[int], PlainValidator(_prompt)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-# FailFast: the second wrong member of a million says nothing more than the first.
-Objects = Annotated[list[dict[str, Any]], FailFast(), Field(max_length=MAX_TOOLS)]
+# fail_fast: the second wrong member of a million says nothing more than the first.
+Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -153,7 +152,7 @@ class Message(BaseModel):
         return turn
 
 
-Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class StreamOptions(_Body):

@@ -25,6 +25,8 @@ class ServedModel:
         default_temperature, default_top_p, default_top_k: used where a request says nothing.
         api_key: what ``Authorization: Bearer`` must carry; None asks for nothing.
         max_body_bytes: a longer request body is refused with 413.
+        allowed_hosts: names of this server in ``Host`` headers, beside those of loopback.
+        cors_origins: origins of web pages that may use the server; ``*`` is all.
     """
 
     name: str
@@ -35,11 +37,11 @@ class ServedModel:
     default_top_k: int = 0
     api_key: str | None = field(default=None, repr=False)
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    allowed_hosts: frozenset[str] = frozenset()
+    cors_origins: frozenset[str] = frozenset()
 
 
-def load_served_model(
-    folder: Path, name: str, context_length: int, api_key: str | None = None
-) -> ServedModel:
+def load_served_model(folder: Path, name: str, context_length: int) -> ServedModel:
     """Describe a checkpoint for serving; sampling defaults come from its generation_config.json.
 
     A file that is absent, unreadable or holds something else than numbers gives the defaults of
@@ -52,7 +54,6 @@ def load_served_model(
         default_temperature=_number(suggested, "temperature", 1.0, high=2.0),
         default_top_p=_number(suggested, "top_p", 1.0, high=1.0) or 1.0,
         default_top_k=int(_number(suggested, "top_k", 0.0, high=float(2**31))),
-        api_key=api_key,
     )
 
 

@@ -19,9 +19,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from k2cli.protocol import PromptProgress
+from k2cli.server.engine_request import EngineRequest
 from k2cli.server.errors import ApiError
 from k2cli.server.generation import AnswerEvent, ClientGone, Ended, Generation, Idle, answer
-from k2cli.server.schemas import GenerationBody
 from k2cli.server.shapes import Shape
 from k2cli.server.text import Piece, TextAssembler
 
@@ -38,11 +38,11 @@ def _event(document: dict[str, Any]) -> bytes:
 class EventWriter:
     """Turns the events of one answer into the bytes of its stream."""
 
-    def __init__(self, shape: Shape, assembler: TextAssembler, body: GenerationBody) -> None:
+    def __init__(self, shape: Shape, assembler: TextAssembler, request: EngineRequest) -> None:
         self._shape = shape
         self._assembler = assembler
-        self._progress = body.wants_progress
-        self._usage = body.wants_usage
+        self._progress = request.wants_progress
+        self._usage = request.wants_usage
         self._opened = False
         self._position: int | None = None
         self._last_sent = time.monotonic()

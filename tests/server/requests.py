@@ -25,6 +25,7 @@ def prompt_of(engine: ScriptedEngine) -> str:
 
 def post(url: str, body: Any, path: str = CHAT, **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes | str) else json.dumps(body)
+    headers = {"Content-Type": "application/json", **headers}
     # Not one certificate is needed, and reading all of them takes 25 ms of CPU.
     return httpx.post(f"{url}{path}", content=content, headers=headers, timeout=10, verify=False)
 

@@ -108,7 +108,7 @@ def test_routes_methods_and_size(url: str) -> None:
         (httpx.get(f"{url}/v1/nothing"), 404),
         (httpx.get(f"{url}{CHAT}"), 405),
         (post(url, b"x" * 20_001), 413),
-        (httpx.post(f"{url}{CHAT}", content=(b"x" * 9000 for _ in range(3))), 413),
+        (httpx.post(f"{url}{CHAT}", content=(b"x" * 9000 for _ in range(3)), headers=JSON), 413),
     ]:
         assert response.status_code == status
         assert response.json()["error"]["message"]

@@ -9,14 +9,10 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from k2cli.server.context import read_body
-from k2cli.server.engine_request import chat_request
 from k2cli.server.respond import respond
-from k2cli.server.schemas import ChatCompletionBody
 from k2cli.server.shapes import ChatShape
 
 
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
-    body = await read_body(request, ChatCompletionBody)
-    return await respond(request, body, chat_request, ChatShape)
+    return await respond(request, "chat", ChatShape)

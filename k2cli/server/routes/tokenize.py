@@ -5,21 +5,16 @@ Works while no run is ready too: it needs the tokenizer only.
 
 from __future__ import annotations
 
-import asyncio
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from k2cli.server.context import context_of, read_body
-from k2cli.server.engine_request import tokenize_body
-from k2cli.server.schemas import TokenizeBody
+from k2cli.server.context import context_of
 
 
 async def tokenize(request: Request) -> JSONResponse:
     """Token ids and their count."""
-    body = await read_body(request, TokenizeBody)
     context = context_of(request)
-    tokens = await asyncio.to_thread(tokenize_body, body, context.tokenizer, context.served)
+    tokens = (await context.reader.read("tokenize", await request.body())).tokens
     return JSONResponse(
         {
             "model": context.served.name,
