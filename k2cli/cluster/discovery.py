@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from k2cli.agent.activity import Activity, RunHere
+from k2cli.agent.activity import Activity, RunActivity
 from k2cli.agent.locks import Lock
 from k2cli.cluster.description import Cluster, ClusterNode
 from k2cli.cluster.facts.machine import MachineFacts
@@ -159,7 +159,7 @@ def imported(name: str, hostfile: Hostfile) -> Cluster:
 class NodeBusy:
     """What lives on a node of runs, and which runs have locked it."""
 
-    runs: tuple[RunHere, ...] = ()
+    runs: tuple[RunActivity, ...] = ()
     locks: tuple[Lock, ...] = ()
 
 

@@ -9,7 +9,7 @@ from k2cli.ui.output import note, print_text, warn
 from k2cli.units import format_bytes, format_gib
 
 if TYPE_CHECKING:
-    from k2cli.agent.activity import RunHere
+    from k2cli.agent.activity import RunActivity
     from k2cli.agent.clean import Cleared
     from k2cli.agent.locks import Lock
     from k2cli.cluster.description import Cluster, ClusterNode, Link
@@ -128,7 +128,7 @@ def _lock(lock: Lock) -> str:
     return f"taken by {claim.run_id} of {claim.user} from {claim.host}{state}"
 
 
-def _run(run: RunHere) -> str:
+def _run(run: RunActivity) -> str:
     return f"runs {run.run_id}: {run.processes} processes, {format_bytes(run.resident_bytes)}"
 
 

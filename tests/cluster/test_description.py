@@ -11,7 +11,7 @@ import pytest
 from mlx._distributed_utils.common import Host as MlxHost
 from mlx._distributed_utils.common import Hostfile as MlxHostfile
 
-from k2cli.agent.activity import RunHere
+from k2cli.agent.activity import RunActivity
 from k2cli.agent.locks import Claim, Lock
 from k2cli.cluster.description import (
     Cluster,
@@ -236,7 +236,7 @@ def test_damaged_foreign_and_missing_descriptions_are_told_apart() -> None:
 def test_a_pair_of_macs_as_it_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     cluster = _cluster(PAIR)
     lock = Lock(Claim("k2-thinking-1a2b", "eve", "c.local", 7, 0.0), "held")
-    running = {"a": NodeBusy((RunHere("k2-thinking-1a2b", 2, 290_000_000_000),), (lock,))}
+    running = {"a": NodeBusy((RunActivity("k2-thinking-1a2b", 2, 290_000_000_000),), (lock,))}
     print_cluster(cluster, running, {"b": "node b cannot be reached: Connection refused"})
     assert capsys.readouterr().out == DRAWN
 
