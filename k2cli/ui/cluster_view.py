@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from k2cli.agent.locks import Lock
     from k2cli.cluster.description import Cluster, ClusterNode, Link
     from k2cli.cluster.discovery import NodeAsked, NodeBusy
-    from k2cli.nodes.install import Prepared, Step
+    from k2cli.nodes.install import InstallStep, Prepared
     from k2cli.runs.clean import CleanReport
 
 
@@ -44,7 +44,7 @@ def _removed(run: Cleared) -> list[tuple[str, bool]]:
     return [("its lock", run.removed_lock), ("its files", run.removed_files)]
 
 
-def show_step(step: Step) -> None:
+def show_step(step: InstallStep) -> None:
     """Print a line on stderr when a step of preparing a machine begins."""
     note(f"{step.node}: {step.text}")
 

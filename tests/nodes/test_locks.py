@@ -59,7 +59,7 @@ def test_a_lock_whose_supervisor_is_gone_is_removed_and_named() -> None:
     lock_path("old-1").write_bytes(msgspec.json.encode(claim))
     said: list[str] = []
     take_locks(HERE, "demo-1", NEEDS, say=said.append)
-    assert said == ["node localhost: removed the lock of old-1, which is gone"]
+    assert said == ["node localhost: removed the lock of old-1, which has ended"]
     assert not lock_path("old-1").exists()
 
 
