@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from k2cli.agent.clean import Cleared
     from k2cli.agent.locks import Lock
     from k2cli.cluster.description import Cluster, ClusterNode, Link
-    from k2cli.cluster.discovery import NodeAsked, NodeBusy
+    from k2cli.cluster.discovery import NodeActivity, NodeAnswer
     from k2cli.nodes.install import InstallStep, Prepared
     from k2cli.runs.clean import CleanReport
 
@@ -56,7 +56,7 @@ def show_prepared(result: Prepared) -> None:
         note(f"  hint: {result.hint}")
 
 
-def show_answer(answer: NodeAsked) -> None:
+def show_answer(answer: NodeAnswer) -> None:
     """Print on stderr the facts of a machine that answered, and warn if k2 is missing there."""
     if answer.facts is not None:
         facts = answer.facts
@@ -68,7 +68,7 @@ def show_answer(answer: NodeAsked) -> None:
 
 def print_cluster(
     cluster: Cluster,
-    activities: Mapping[str, NodeBusy] | None = None,
+    activities: Mapping[str, NodeActivity] | None = None,
     problems: Mapping[str, str] | None = None,
 ) -> None:
     """Print a cluster: a block per machine, with its links to the machines after it.
@@ -101,7 +101,7 @@ def _title(node: ClusterNode) -> str:
 
 def _details(
     node: ClusterNode,
-    activities: Mapping[str, NodeBusy] | None,
+    activities: Mapping[str, NodeActivity] | None,
     problems: Mapping[str, str] | None,
 ) -> list[str]:
     if not node.memory_bytes:
