@@ -68,7 +68,7 @@ def _probe(system: System, command: str, name: str | None = None, **options: flo
     return Probe(name or arguments[0], system, arguments, **options)  # type: ignore[arg-type]
 
 
-_FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
+FIREWALL_PROGRAM = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 
 PROBES: tuple[Probe, ...] = (
     _probe("Darwin", "hostname"),
@@ -90,8 +90,8 @@ PROBES: tuple[Probe, ...] = (
     _probe("Darwin", "vm_stat"),
     _probe("Darwin", "pmset -g", "pmset"),
     _probe("Darwin", "pmset -g ps", "pmset-power"),
-    _probe("Darwin", f"{_FIREWALL} --getglobalstate", "firewall", quick=False),
-    _probe("Darwin", f"{_FIREWALL} --getblockall", "firewall-block-all", quick=False),
+    _probe("Darwin", f"{FIREWALL_PROGRAM} --getglobalstate", "firewall", quick=False),
+    _probe("Darwin", f"{FIREWALL_PROGRAM} --getblockall", "firewall-block-all", quick=False),
     _probe("Darwin", "date -u +%s", "date"),
     _probe("Linux", "hostname"),
     _probe("Linux", "cat /etc/os-release", "os-release"),
