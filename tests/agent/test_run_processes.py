@@ -133,8 +133,8 @@ def test_what_k2_starts_carries_the_mark_whatever_its_modules_are_called() -> No
     for major in (4, 5):
         mpirun = OpenMpi(Path("/m/mpirun"), major)
         command = _renamed(mpi_command(RUN, [LocalNode()], mpirun, Path("/tmp/x")).arguments)
-        seat = command.index("-P")
-        assert run_of(command[:seat]) == run_of(command[seat:]) == RUN
+        slot = command.index("-P")
+        assert run_of(command[:slot]) == run_of(command[slot:]) == RUN
 
 
 def _renamed(command: list[str] | tuple[str, ...]) -> list[str]:
