@@ -90,8 +90,8 @@ def test_cleaning_removes_what_is_stale_and_nothing_that_lives(tmp_path: Path) -
     assert processes_of_run("far-1") == []
 
 
-def test_who_has_launched_a_run_knows_better_than_its_lock_that_it_is_over() -> None:
-    """On another machine the lock of a launcher that was killed looks fresh for a minute."""
+def test_the_launchers_record_overrides_a_fresh_lock() -> None:
+    """A killed launcher's lock looks fresh for a minute on another machine."""
     for run_id in ("far-1", "far-2"):
         lock_path(run_id).parent.mkdir(parents=True, exist_ok=True)
         lock_path(run_id).write_bytes(msgspec.json.encode(Claim(run_id, "jane", "laptop", 1, 0.0)))

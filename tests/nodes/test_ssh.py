@@ -74,7 +74,7 @@ async def test_commands_share_a_connection_that_ends_with_the_work(ssh_server: S
         ("changed", ClusterError, "another host key", "ssh-keygen"),
     ],
 )
-def test_each_failure_says_what_is_wrong_and_what_mends_it(
+def test_each_failure_has_a_cause_and_a_hint(
     ssh_server: Server, name: str, kind: type[ClusterError], message: str, hint: str
 ) -> None:
     with pytest.raises(kind, match=message) as raised:
