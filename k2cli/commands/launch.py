@@ -1,4 +1,4 @@
-"""``k2 launch``: start a model on one or more nodes, and own it."""
+"""Command ``k2 launch``: start a model on one or more nodes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Restart(StrEnum):
-    """What to do when a run fails."""
+    """Reaction to a failure of the run."""
 
     never = "never"
     on_failure = "on-failure"
@@ -33,12 +33,12 @@ def launch(
         str | None,
         typer.Option(
             metavar="A,B",
-            help="One node per rank, rank 0 first; a name may repeat. Default: localhost.",
+            help="Node of each rank, rank 0 first; a name may repeat. Default: localhost.",
         ),
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A cluster of k2 cluster init: its nodes and links."),
+        typer.Option(metavar="NAME", help="Name of a cluster made by k2 cluster init."),
     ] = None,
     transport: options.Transport = "auto",
     parallel: options.Parallel = "auto",
@@ -46,7 +46,7 @@ def launch(
     context: options.Context = None,
     concurrency: options.Concurrency = None,
     head: options.Head = "auto",
-    host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address that the API listens on.")] = "127.0.0.1",
     port: Annotated[
         int | None,
         typer.Option(min=1, max=65535, help="Port of the API. Default: 8080 or the next free one."),
@@ -55,32 +55,33 @@ def launch(
         str | None,
         typer.Option(
             envvar="K2_API_KEY",
-            help="Key that clients must send. Others on this machine can see a command line: "
-            "better set K2_API_KEY.",
+            help="Key that clients must send. Other users can see command lines, so it is safer to "
+            "set K2_API_KEY.",
         ),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A plan that plan-memory has saved.")
+        Path | None, typer.Option(metavar="FILE", help="Plan saved by plan-memory --save.")
     ] = None,
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Return once the API answers; it goes on.")
+        bool,
+        typer.Option("--detach", "-d", help="Leave the run in the background once it is ready."),
     ] = False,
     restart: Annotated[
         Restart,
-        typer.Option(help="on-failure: start again, until it has failed three times in a row."),
+        typer.Option(help="on-failure: start again; give up after three failures in a row."),
     ] = Restart.never,
     wait: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", min=0, help="Wait so long for nodes that other runs have."),
+        typer.Option(metavar="SECONDS", min=0, help="Time to wait for nodes used by other runs."),
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Use nodes beside other runs, if the memory of all fits")
+        bool, typer.Option("--share", help="Share nodes with other runs, if all fit in memory.")
     ] = False,
     fast_synch: Annotated[
         bool,
         typer.Option(
             "--fast-synch",
-            help="Set MLX_METAL_FAST_SYNCH: less time per token on Macs; GPUs have hung with it.",
+            help="Set MLX_METAL_FAST_SYNCH: faster on Macs, but GPUs have hung with it.",
         ),
     ] = False,
     force: Annotated[
@@ -127,7 +128,7 @@ def _checked_wait(seconds: float | None) -> float:
     from k2cli.errors import UsageError
 
     if seconds is not None and not seconds > 0:
-        raise UsageError(f"--wait {seconds:g} is no time to wait", "--wait 600")
+        raise UsageError(f"--wait {seconds:g} is not a positive number of seconds", "--wait 600")
     return seconds or 0.0
 
 
@@ -155,12 +156,12 @@ def _show_plan(prepared: PreparedRun) -> None:
     for line in plan_lines(prepared.plan):
         note(line)
     if not prepared.plan.fits:
-        warn("the plan does not fit; launching all the same (--force)")
+        warn("the plan does not fit; launching because of --force")
     note(f"\nrun {prepared.record.run_id}:")
     for name, value in prepared.record.settings.items():
         note(f"  {name}: {value}")
     if prepared.generated_api_key:
-        note(f"the API asks for the key in {prepared.record.api_key_file}")
+        note(f"the API key is in {prepared.record.api_key_file}")
 
 
 def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
@@ -213,7 +214,7 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
         raise
     note(f"{record.run_id} {record.state}")
     for name, problem in record.left.items():
-        warn(f"on {name}: {problem}; to be sure: k2 cluster clean --nodes {name}")
+        warn(f"on {name}: {problem}; to clean up: k2 cluster clean --nodes {name}")
     if interrupted:
         raise KeyboardInterrupt
 
@@ -222,7 +223,7 @@ def _say_interrupted(view: LaunchView, *, first: bool) -> None:
     from k2cli.ui.output import note
 
     view.end_progress()
-    note("\nstopping; Ctrl-C again to force" if first else "\nforcing")
+    note("\nstopping; Ctrl-C again to force" if first else "\nforcing the stop")
 
 
 def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:

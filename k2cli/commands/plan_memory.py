@@ -1,4 +1,4 @@
-"""``k2 plan-memory``: will the model fit, where does the memory go, and how fast will it be?"""
+"""Command ``k2 plan-memory``: predict memory use and speed of a model on given machines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def plan_memory(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Alias, Hub repository, folder or .gguf; a config is enough."
+            metavar="MODEL",
+            help="Alias, Hub repository, folder or .gguf file; a config.json is enough.",
         ),
     ],
     hardware: Annotated[
@@ -29,7 +30,7 @@ def plan_memory(
         ),
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="The machines of a cluster, as they were asked.")
+        str | None, typer.Option(help="Machines of a cluster, as recorded by k2 cluster.")
     ] = None,
     parallel: options.Parallel = "auto",
     transport: options.Transport = "auto",
@@ -38,39 +39,41 @@ def plan_memory(
     chunk: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens of a prompt per step. Default: the largest of use that fits."
+            min=1, help="Prompt tokens per step. Default: the largest useful number that fits."
         ),
     ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(help="Plan what k2 quantize --recipe makes of it: 4bit, mxfp4, mixed_3_6."),
+        typer.Option(help="Plan the model as quantized with this recipe: 4bit, mxfp4, mixed_3_6."),
     ] = None,
     dtype: options.FloatType = "auto",
     head: options.Head = "auto",
     collective_latency: Annotated[
         str | None,
-        typer.Option(help="One small message between ranks, if it was measured: 26us."),
+        typer.Option(help="Measured time of one small message between ranks, such as 26us."),
     ] = None,
     shop: Annotated[
-        bool, typer.Option("--shop", help="List machines that run it, cheapest first.")
+        bool, typer.Option("--shop", help="List machines that can run the model, cheapest first.")
     ] = False,
     plot: Annotated[
-        bool, typer.Option("--plot", help="Draw memory and speed against context.")
+        bool, typer.Option("--plot", help="Draw memory and speed against context length.")
     ] = False,
-    svg: Annotated[Path | None, typer.Option(help="Draw the plan into an SVG file.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Save a drawing of the plan to an SVG file.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON, whether it fits or not.")
     ] = False,
     save: Annotated[
-        Path | None, typer.Option(help="Write the plan to a file, for k2 launch --plan.")
+        Path | None, typer.Option(help="Save the plan to a file, for k2 launch --plan.")
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Say where each number is from.")
+        bool, typer.Option("--explain", help="Show the origin of each number.")
     ] = False,
 ) -> None:
     """Plan a model's memory and speed on one or more machines, before loading or buying anything.
 
-    Exits with 0 if it fits and 3 if it does not.
+    Exits with 0 if the model fits and 3 if it does not.
 
     Example: k2 plan-memory k2-thinking --hardware '2x m3-ultra-512' --context 131072
     """
@@ -137,9 +140,7 @@ def _refuse_beside_shop(
     }
     for option, given in beside.items():
         if given:
-            raise UsageError(
-                f"{option} is about one plan, --shop about many", f"leave out {option}"
-            )
+            raise UsageError(f"{option} cannot be used with --shop", f"leave out {option}")
 
 
 def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
@@ -156,7 +157,7 @@ def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
     if not result.offers:
         recipe = recipe_for_the_catalog(planner, wishes)
         raise DoesNotFitError(
-            f"{planner.model} fits on no machines of the catalog",
+            f"{planner.model} does not fit on any machines of the catalog",
             "try a shorter --context" if recipe is None else f"add --quantize {recipe}",
         )
 

@@ -46,7 +46,7 @@ def test_machines_are_asked_shown_exported_and_forgotten(ssh_server: Server) -> 
     drawn = _k2("show", "--offline")
     assert "pair: 2 nodes" in drawn
     assert "● b" in drawn
-    with pytest.raises(UsageError, match="there is a cluster 'pair' already"):
+    with pytest.raises(UsageError, match="cluster 'pair' already exists"):
         _k2("init", "b", "--name", "pair")
     _k2("remove", "pair")
     assert json.loads(_k2("list", "--json"))["clusters"] == []
