@@ -45,7 +45,6 @@ _DENSE_WIDTHS = ("intermediate_size", "ffn_hidden_size")
 _EXPERTS = (("moe_intermediate_size", "expert_ffn_hidden_size"),
             ("num_experts_per_tok", "moe_topk"))  # fmt: skip
 _NUMBERS = ("rope_theta", "rms_norm_eps", "routed_scaling_factor")
-_MAX_NESTING = 32
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

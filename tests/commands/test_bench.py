@@ -65,7 +65,7 @@ def test_prompts_have_the_exact_length_and_differ(letters_per_token: int) -> Non
         prompts = [maker.make(length) for _ in range(5)]
         assert {len(prompt) for prompt in prompts} == {length}
         assert length < 10 or len({tuple(prompt[:10]) for prompt in prompts}) == 5
-    with pytest.raises(K2Error, match="no prompt of 5 tokens"):
+    with pytest.raises(K2Error, match="cannot make a prompt of 5 tokens"):
         PromptMaker(lambda text: [1]).make(5)
 
 

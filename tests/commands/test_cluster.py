@@ -128,5 +128,5 @@ def test_the_wheel_is_this_very_code_and_fits_its_record(tmp_path: Path) -> None
             assert digest == "sha256=" + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
     files_there = self_report.package_files(tmp_path / "k2cli")
     assert self_report.files_digest(files_there) == own_digest()
-    assert "planning/hardware.toml" in files_there
+    assert "planning/hardware/hardware.toml" in files_there
     assert "Requires-Dist: mlx-lm" in (info / "METADATA").read_text()
