@@ -108,10 +108,11 @@ _INTRODUCTION = """\
 
 <!-- made by scripts/architecture-table -->
 
-Every model type that the installed mlx-lm has a file for, planned on two machines. `pipeline` and
-`tensor` say how k2 can divide it, or why not; each of them also runs on one machine. Sizes are
-those of the config named in the last column, cut to a few layers; that a tensor cut does not divide
-there says something of those sizes, not of every model of the type.
+This page lists every model type for which the installed mlx-lm has a file. Each was planned on two
+machines. The columns `Pipeline` and `Tensor` say whether k2 can divide it in that way, or why not;
+each type that plans also runs on one machine. The sizes are those of the config named in the last
+column, cut to a few layers. If tensor slices are not possible with these sizes, they may still be
+possible for another model of the type.
 """
 
 

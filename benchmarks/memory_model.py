@@ -29,7 +29,7 @@ DATA = ROOT / "benchmarks" / "data" / "activation"
 PAGE = ROOT / "docs" / "design" / "memory-model.md"
 MARK = "<!-- made by scripts/memory-model -->"
 TOLERANCE = 0.10
-# A plan keeps 600 MB per rank for what is not modelled, the back end's own buffers among it.
+# A plan keeps 600 MB per rank for what is not modelled, such as MLX's own buffers.
 SMALL_BYTES = 50 * MB
 
 
@@ -142,7 +142,7 @@ def tables() -> str:
             "",
             "## Copies of each array at the peak of prefill",
             "",
-            "| attention | back end | scores | expanded | latent per head | hidden | inner "
+            "| attention | device | scores | expanded | latent per head | hidden | inner "
             "| expert hidden | expert inner |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             *_copies_rows(),
@@ -151,13 +151,13 @@ def tables() -> str:
             "",
             "Ratio is modelled / measured.",
             "",
-            "| back end | model | phase | points | median | range | within 10 % | or 50 MB |",
+            "| device | model | phase | points | median | range | within 10 % | or 50 MB |",
             "| --- | --- | --- | ---: | ---: | --- | ---: | ---: |",
             *summary,
             "",
             "## Every point",
             "",
-            "| back end | model | phase | chunk | context | rows | measured, MB | modelled, MB "
+            "| device | model | phase | chunk | context | rows | measured, MB | modelled, MB "
             "| ratio |",
             "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
             *points,

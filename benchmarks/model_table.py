@@ -45,16 +45,17 @@ INTRODUCTION = """\
 `k2 plan-memory ALIAS`, `k2 download ALIAS` and `k2 launch ALIAS` take these names, in any case.
 Every other repository works as `owner/name`, and every folder or `.gguf` file as its path.
 
-- **Parameters** are counted in the traced model: the language model, without vision towers and
-  without the layers for predicting several tokens at once, which mlx-lm does not load.
-- **Stored** is what the repository's weights take on the Hub, as published; with `~` no exact size
-  was published, and it is computed from the shape. Published sizes count vision towers too.
-- **Held** is what the model takes in memory once loaded, on all machines together.
-- **KV** is what each token of context takes in the cache, at 16 bit.
-- Where there is a `-`, k2 carries no shape, since no public source of one was found: a plan then
+- **Parameters** are counted in the traced model: the language model without vision towers, and
+  without the layers that predict several tokens at once, which mlx-lm does not load.
+- **Stored** is the size of the repository's weights on the Hub, as published. With `~`, no exact
+  size was published, and the size is computed from the shape. Published sizes include vision
+  towers.
+- **Held** is the memory of the loaded model, on all machines together.
+- **KV** is the size of the cache for each token of context, at 16 bit, in bytes.
+- `-`: k2 contains no shape of this model, because no public source of one was found. A plan then
   reads the config and the headers from the Hub (some kilobytes), and needs a connection once.
-- `not in mlx-lm`: the installed mlx-lm has no class for this architecture, so that nothing of k2
-  can run it; a plan says so.
+- `not in mlx-lm`: the installed mlx-lm has no class for this architecture, so k2 cannot run it. A
+  plan says so.
 """
 
 

@@ -36,25 +36,28 @@ _NAMES = {"ring": "ring", "mpi4": "Open MPI 4.1", "mpi5": "Open MPI 5.0"}
 _HEAD = """\
 # Reliability
 
-What happens when something breaks while k2 runs a model over two machines, measured by
-`python -m lab.reliability` in the two-host lab (`scripts/lab`): two sets of Linux namespaces on one
-machine, each with its own sshd, home, processes and address, launched from the first over the
-system's `ssh`, with real ranks that run a toy of Kimi K2 on MLX's CPU back end. No Mac was used.
+This page shows what happens when something breaks while k2 runs a model over two machines. It was
+measured by `python -m lab.reliability` in the two-host lab (`scripts/lab`). The lab's hosts are two
+sets of Linux namespaces on one machine, each with its own sshd, home, processes and address. Runs
+are launched from the first host over the system's `ssh`, with real ranks that run a toy of Kimi K2
+on MLX's CPU back end. No Mac was used.
 
-Each row is one trial: `k2 launch` on `k2a` over `k2a,k2b`, the fault at the stage named, then:
+Each row is one trial: `k2 launch` on the host `k2a` with the nodes `k2a,k2b`, then the fault at the
+stage that the row names. The columns are:
 
-- **seen**: seconds from the fault until the cause stands on the user's terminal, or in `k2 ps`
-  where the run was detached (asked for in a loop: each look takes a third of a second);
-- **exit**: of `k2 launch`;
-- **gone**: seconds until no process of the run was left on either host, counted by PID namespace;
-  after a cut link each host is on its own, and is counted while cut off;
-- **result**: *ok* if the exit status and the words were right, the user saw it within
-  {limit:.0f} s, and, once the hosts reached each other again, no process, secret or lock was left.
+- **seen**: seconds from the fault until the cause is on the user's terminal, or in `k2 ps` if the
+  run was detached (it is asked in a loop; each call takes a third of a second);
+- **exit**: the exit status of `k2 launch`;
+- **gone**: seconds until no process of the run was left on each host, counted by PID namespace.
+  After a cut link each host is counted while it is cut off;
+- **told**: the error that the user saw;
+- **result**: *ok* if the exit status and the error were correct, the user saw the error within
+  {limit:.0f} s, and no process, secret or lock was left once the hosts reached each other again.
 
-The last rows are longer: a second user, on a third machine, launches on nodes that are taken
-(*seen*: until that launch says by whom; *exit*: of that launch; *gone*: after `k2 stop`), and a run
-that starts again twice on its port and answers there, before it is given up (*seen*: the longest of
-three; *gone*: after the last).
+The last rows are two longer stories. In one, a second user on a third machine launches on nodes
+that another run uses (*seen*: until that launch names the other run; *exit*: of that launch;
+*gone*: after `k2 stop`). In the other, a run starts again twice on its port and answers there,
+before it is given up (*seen*: the longest of three; *gone*: after the last).
 
 {machine}
 """
@@ -166,7 +169,7 @@ def document(outcomes: Sequence[Outcome], load: str) -> str:
     run = [outcome for *_, outcome in rows if outcome is not None]
     lines = [_HEAD.format(limit=SEEN_SECONDS, machine=_machine(load, run))]
     lines.append(textwrap.fill(f"{_count(run, len(rows))} {_longest(run)}", 100) + "\n")
-    lines.append("| fault | back end | placement | seen | exit | gone k2a / k2b | told | result |")
+    lines.append("| fault | transport | placement | seen | exit | gone k2a / k2b | told | result |")
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     lines += [_row(*row) for row in rows]
     return "\n".join(lines) + "\n"

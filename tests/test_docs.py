@@ -18,6 +18,7 @@ from k2cli.cli import _COMMANDS, build_app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCUMENTED = ("k2cli", "scripts", "benchmarks", "lab", "tests")
 FLAG = r"(?<![\w-])--?[a-z][\w-]*"
 REFERENCE = ROOT / "docs" / "reference"
 CONTRACTS = (REFERENCE / "contracts.md").read_text()
@@ -47,6 +48,25 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
 
 def test_documents_are_finished() -> None:
     assert [path.name for path in DOCUMENTS if re.search(r"@@|TODO|FIXME", path.read_text())] == []
+
+
+def test_architecture_names_every_folder() -> None:
+    page = (ROOT / "docs" / "design" / "architecture.md").read_text()
+    section = page.split("## Where to find things", 1)[1].split("\n## ", 1)[0]
+    rows = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
+    named = set(re.findall(r"`(\w+)/`", "".join(rows)))
+    files = (ROOT / "k2cli").glob("*/__init__.py")
+    assert named == {path.parent.name for path in files}
+
+
+def test_paths_of_documents_exist() -> None:
+    wrong = []
+    for folder in DOCUMENTED:
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix in ("", ".py", ".sh", ".toml"):
+                named = re.findall(r"\bdocs/[\w/.-]+\.(?:md|json)\b", path.read_text())
+                wrong += [f"{path.name}: {name}" for name in named if not (ROOT / name).exists()]
+    assert wrong == []
 
 
 def test_every_environment_variable_is_documented() -> None:

@@ -242,15 +242,21 @@ def page(answers: Sequence[Answer], truth: Mapping[str, Any], load: float) -> st
 
 <!-- made by scripts/compare-planners -->
 
-The 4-bit Kimi K2, its headers made of k2's trace of mlx-lm's classes (so whoever reads headers must
-agree with k2 about weights): {truth["tensors"]:,} tensors in {truth["shards"]} files,
-{truth["weights_bytes"]:,} bytes. Headers are exact, data are holes. Asked: one sequence of
-{CONTEXT:,} tokens. Each planner ran once, one at a time, on {os.cpu_count()} CPU cores
-({platform.system()} {platform.machine()}, load {load:.1f} before the runs, so that wall time holds
-waiting too; CPU time does not). Cold: from the start of the process to its end. Percentages are
-the error against the truth; a size within half a percent has none. A planner that reads GPUs, not
-Macs, was given as many as it has names for: the columns do not depend on them. [1] reads only the
-real Hub: its address was replaced in this planner's files by that of the local one.
+Each planner was asked about the 4-bit Kimi K2 with one sequence of {CONTEXT:,} tokens. The
+checkpoint has {truth["tensors"]:,} tensors in {truth["shards"]} files,
+{truth["weights_bytes"]:,} bytes. Its headers were made from k2's trace of mlx-lm's classes, so
+every planner that reads headers must agree with k2 about the weights. Headers are exact; the data
+are holes.
+
+* Each planner ran once, one at a time, on {os.cpu_count()} CPU cores
+  ({platform.system()} {platform.machine()}). The load before the runs was {load:.1f}, so wall time
+  includes waiting; CPU time does not.
+* **Cold** is the time from the start of the process to its end.
+* Percentages are the error against the truth. A size within half a percent has none.
+* A planner that knows GPUs and not Macs was given as many GPUs as it has names for. The columns do
+  not depend on them.
+* [1] reads only the real Hub. In its files the address of the Hub was replaced by that of a local
+  server.
 
 {table(answers, truth["weights_bytes"])}
 
@@ -258,10 +264,10 @@ Not asked:
 
 {not_asked()}
 
-What they answer differs: k2 tries every placement on two machines and models activation, overhead,
-speed and headroom; the others' weights and cache are for one machine or all together. k2's KV is
-that of the fullest rank. Its aim is 3 s and 250 MB. The folder only imitates a published
-repository: a wrong figure here may be one that the real files would not cause.
+The planners do not answer the same question. k2 tries every placement on two machines and models
+activations, overhead, speed and headroom; the others give weights and cache for one machine or for
+all together. k2's KV is that of the rank that holds most. k2's own limits are 3 s and 250 MB. The
+folder only imitates a published repository, so an error here may not occur with the real files.
 """
 
 

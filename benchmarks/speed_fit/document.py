@@ -9,10 +9,14 @@ from benchmarks.speed_fit.model import COLLECTIVE, ENGINES, PRIORS, SHARES, Cons
 from benchmarks.speed_fit.outcome import Outcome
 from benchmarks.speed_fit.rows import QUANTITIES, Unusable
 
-_INTRODUCTION = """# How fast it will be: the speed model and how well it predicts
+_INTRODUCTION = """# The speed model and how well it predicts
 
-Written by `scripts/fit-speed-model`, like the constants that `plan-memory` uses
-(`k2cli/planning/constants.toml`); do not edit. A test runs the fit again and compares.
+This page and the constants that `k2 plan-memory` uses are written by `scripts/fit-speed-model`; do
+not edit them. A test runs the fit again and compares.
+
+**Conclusion.** Of the published figures that the fit did not use, most are inside the predicted
+band, and the typical error is small; see [the results](#results). What nobody has published is less
+certain; see [what this does not show](#what-this-does-not-show).
 
 ## The model
 
@@ -27,60 +31,67 @@ and the time of one chunk of a prompt:
       + attention / (FLOPs x share) + layers x fixed cost
 
 * **Weights read** are traced from mlx-lm's own classes: all of attention, shared experts, norms and
-  head; of the routed experts those that a step's tokens choose, `1 - (1 - chosen/experts)^tokens`
-  of them if choices are even and independent.
-* **Cache read** is traced too: per layer what its cache keeps for a token, at most its window.
-* **Bandwidth and FLOPs** are the published ones of the chip; the *shares* are fitted. Chips of two
-  dies (Ultra) have a share of bandwidth of their own.
-* **Fixed cost** is what a layer costs beside its bytes: launching its many small operations. A
-  layer with experts has more of them.
-* **A pipeline** adds up its stages for one request, plus one message per stage and the token's way
-  back. With several requests all stages work at a time, and the slowest one decides.
-* **Tensor ranks** share every layer's bytes and wait for each other once per collective; how many
-  there are is traced. Seconds per collective are an input (`collective_seconds`); the default is
-  fitted within what has been published for RDMA over Thunderbolt 5, 26 to 200 us, and 300 us are
-  taken for TCP over Thunderbolt.
-* **The band** is what is expected times and divided by e^spread: what nine of ten rows err by when
-  no row of their source was fitted to. It is widened to cover the published range of collectives
-  and half and twice the fitted speed of attention, then limited to a high of twice the low. For
-  the prefill of M5 chips it always has that width: the figure for their neural accelerators is
-  Apple's for M5 alone.
+  head, and those routed experts that the tokens of a step choose. If choices are even and
+  independent, that is the fraction `1 - (1 - chosen/experts)^tokens` of the routed experts.
+* **Cache read** is traced too: for each layer, what its cache keeps for a token, at most its
+  window.
+* **Bandwidth and FLOPs** are the published figures of the chip; the *shares* are fitted. Chips with
+  two dies (Ultra) have their own share of bandwidth.
+* **Fixed cost** is the time of a layer that does not depend on its bytes: the launch of its many
+  small operations. A layer with experts has more of them.
+* **In a pipeline**, the time of one request is the sum of all stages, plus one message per stage
+  and the way of the token back. With several requests all stages work at the same time, and the
+  slowest one decides.
+* **Tensor ranks** share the bytes of every layer, and wait for each other once per collective. The
+  number of collectives is traced. Seconds per collective are an input (`--collective-latency`). The
+  default is fitted within the range that has been published for RDMA over Thunderbolt 5, 26 to 200
+  us; 300 us are assumed for TCP over Thunderbolt.
+* **The band** is the expected value multiplied and divided by e^spread. The spread is the error
+  that nine of ten rows do not exceed if no row of their source was used for the fit. The band is
+  widened to cover the published range of collectives, and half and twice the fitted speed of
+  attention; then its high is limited to twice its low. For the prefill of M5 chips it always has
+  that width, because Apple published the figure of their neural accelerators for M5 alone.
 
-Engines differ: k2 computes with MLX, so `plan-memory` uses the constants of MLX rows (mlx-lm, exo,
-oMLX and others that run mlx-lm's models). llama.cpp's rows have constants of their own and show
-that the model itself holds; nothing in k2 uses them.
+Engines differ. k2 computes with MLX, so `plan-memory` uses the constants of MLX rows (mlx-lm, exo,
+oMLX and others that run mlx-lm's models). llama.cpp's rows have constants of their own. They show
+that the form of the model is right; k2 does not use them.
 """
 
-_RULES = """## Rows, and which were fitted to
+_RULES = """## The rows, and which were used for the fit
 
 The rows are published measurements on Apple machines, one figure each, with their sources, in
-`benchmarks/speed_fit/measurements.csv`. One is used unless its source states no speed, no format,
-or no parallelism where more than one is possible; unless the model's shapes are not public or
-mlx-lm has no such model; unless it was paged, streamed from an SSD, speculative, or run on a
-cache that is obsolete; unless its prompt had fewer than 128 tokens. Where no context is stated,
-512 tokens are assumed.
+`benchmarks/speed_fit/measurements.csv`. A row is used except in these cases:
 
-Fixed before the first fit: rows of a kind (engine, decode or prefill, one machine or several) are
-ordered by the SHA-256 of their id; the first, third, fifth and so on are fitted to, the others are
-**held out**. As neighbours of one table resemble each other, two harder checks are made on all
-rows: five folds, and leaving out every source as a whole.
+* Its source states no speed, no format, or no parallelism although more than one is possible.
+* The shapes of the model are not public, or mlx-lm has no such model.
+* The model was paged, streamed from an SSD, used speculative decoding, or used an obsolete cache.
+* Its prompt had fewer than 128 tokens.
+
+If no context is stated, 512 tokens are assumed.
+
+The division of the rows was fixed before the first fit. Rows of a kind (engine, decode or prefill,
+one machine or several) are ordered by the SHA-256 of their id. The first, third, fifth and so on
+are used for the fit; the others are **held out**. Neighbouring rows of one table resemble each
+other, so two harder checks are made on all rows: five folds, and leaving out every source as a
+whole.
 """
 
 _MISSING = """## What this does not show
 
-* No prefill over several machines, no M5, and no decode beyond 1,280 tokens by a model whose latent
-  attention reads all of its context has been published in a form that could be used. There the
-  model is arithmetic.
-* Contexts are assumed where a source is silent, and six of the twelve figures of several machines
-  are of one chart.
+* No usable figure has been published for prefill over several machines, for M5, or for decode
+  beyond 1,280 tokens of a model whose latent attention reads all of its context. There the model is
+  only arithmetic.
+* Contexts are assumed if a source does not state them. Six of the twelve figures of several
+  machines are from one chart.
 * Memory pressure is not modelled: a plan that does not fit has no speed.
-* What you measure yourself is better. `k2 bench --calibrate` measures a run of yours at two prompt
-  lengths, generates after each, and with two requests at a time; the model is then solved for the
-  rates at which it says what was measured. They are kept in `calibration.json` of k2's
-  configuration, under the machines' names and memory and the back end, and `plan-memory` uses them
-  for exactly these. Do it when the machines are idle: it says before it starts how long it takes
-  (within two minutes, unless machines are very slow), and afterwards by how much repetitions
-  differed and how far another calibration is likely to be from this one.
+
+Your own measurements are better. `k2 bench --calibrate` measures one of your runs at two prompt
+lengths, generates after each, and repeats it with two requests at the same time. Then it solves the
+model for the rates that give the measured figures. It keeps them in `calibration.json` of k2's
+configuration, under the names and memory of the machines and the transport, and `plan-memory` uses
+them for exactly these machines. Do it when the machines are idle. Before it starts, it says how
+long it will take (at most two minutes, unless machines are very slow). Afterwards it says by how
+much repetitions differed, and how far another calibration is likely to be from this one.
 """
 
 
@@ -91,8 +102,8 @@ def document(outcome: Outcome) -> str:
         _RULES,
         _results(outcome),
         _constants(outcome.constants, outcome.spreads),
-        _table("## Rows held out: predicted by constants that never saw them", outcome.held_out),
-        _table("## Rows fitted to", outcome.fitted),
+        _table("## Rows held out, predicted by constants fitted without them", outcome.held_out),
+        _table("## Rows used for the fit", outcome.fitted),
         _unusable(outcome.unusable),
         _MISSING,
     ]
@@ -111,8 +122,8 @@ def _results(outcome: Outcome) -> str:
     lines = [
         "## Results",
         "",
-        "Wanted of rows that the fit did not see: at least 80 % inside the band, a band's high at",
-        "most twice its low, and a median error of at most 30 %.",
+        "Targets for rows that the fit did not use: at least 80 % inside the band, a band whose",
+        "high is at most twice its low, and a median error of at most 30 %.",
         "",
         "| rows | held out: figures | inside | median error | widest band |"
         " five folds: inside | median error | without own source: inside | median error |",
@@ -143,9 +154,10 @@ def _constants(constants: Constants, spreads: Spreads) -> str:
     lines = [
         "## Constants",
         "",
-        "Before (a prior, fixed beforehand, that counts little where rows tell) and after.",
+        "The prior was fixed before the fit and has little weight if there are rows; the other",
+        "columns are the fitted values.",
         "",
-        "| constant | before | MLX | llama.cpp |",
+        "| constant | prior | MLX | llama.cpp |",
         "| --- | --- | --- | --- |",
     ]
     for name in SHARES:

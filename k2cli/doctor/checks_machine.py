@@ -135,7 +135,7 @@ def _raise_limit(node: str, machine: MachineFacts, total: int) -> str:
         return "raising the limit would not leave macOS enough: plan for less, or more nodes"
     wanted = -(-total // MIB) + 1024
     command = on_node(node, f"sudo sysctl iogpu.wired_limit_mb={wanted}")
-    return f"{command}  (until reboot; for good: docs/doctor.md)"
+    return f"{command}  (until reboot; for good: docs/guide/doctor.md)"
 
 
 def disk(situation: Situation) -> Iterable[CheckResult]:

@@ -26,7 +26,7 @@ SLOW_ALL_REDUCE_SECONDS = 0.002
 
 _PRIVACY = (
     "System Settings > Privacy & Security > Local Network: allow the program that k2 was started "
-    "from (docs/doctor.md)"
+    "from (docs/guide/doctor.md)"
 )
 
 

@@ -1,6 +1,6 @@
-"""The names that k2 knows by heart: a short alias and where its model comes from.
+"""Catalog of models with a short alias: where each comes from and what its config holds.
 
-The table itself is data, in ``catalog.toml``, so that adding a model needs no code.
+The table is data, in ``catalog.toml``, so that adding a model needs no code.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class WheelSource:
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """One alias. ``config_folder`` holds the model's shape where k2 carries it.
+    """One alias. ``config_folder`` holds the model's config if it is shipped with k2.
 
-    ``overrides`` are fields in which this checkpoint's config differs from the carried shape: the
-    quantization of an MLX conversion, a longer context. ``sampling`` are the makers' suggestions,
-    where the files themselves have none.
+    ``overrides`` are fields in which this checkpoint's config differs from the shipped one: the
+    quantization of an MLX conversion, a longer context. ``sampling`` holds the authors' suggested
+    sampling settings if the model's own files have none.
     """
 
     alias: str
@@ -57,7 +57,7 @@ class CatalogEntry:
 
 @functools.cache
 def catalog() -> dict[str, CatalogEntry]:
-    """All entries by alias, in the order of the file."""
+    """Return all entries by alias, in the order of the file."""
     table = tomllib.loads((_FOLDER / "catalog.toml").read_text(encoding="utf-8"))
     return {alias: _entry(alias, fields) for alias, fields in table.items()}
 
@@ -82,16 +82,16 @@ def _entry(alias: str, fields: dict[str, Any]) -> CatalogEntry:
 
 
 FLOAT32_FIELD = "k2_float32"
-"""Where the config of a carried shape says which parameters are float32: a field of k2's own."""
+"""Config field of k2's own that lists the parameters stored as float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Where the shape of a folder of ``configs`` is from, and what was published of it.
+    """Origin of a config in ``configs``, and the published facts about its model.
 
-    ``published_parameters`` is the published count, as precise as it was published, and
-    ``published_in`` where; both are None where only the shape is known. ``float32`` are parts of
-    the names of parameters that its checkpoints keep in float32, which no config says.
+    ``published_parameters`` is the parameter count as precise as it was published, and
+    ``published_in`` names the publication; both are None if no count was published. ``float32``
+    lists parts of the names of parameters that checkpoints store as float32, which configs omit.
     """
 
     source: str
@@ -102,7 +102,7 @@ class Shape:
 
 @functools.cache
 def shapes() -> dict[str, Shape]:
-    """What is known of the carried shapes, by the name of their folder."""
+    """Return the origin of each shipped config, by the name of its folder."""
     table = tomllib.loads((_FOLDER / "configs" / "sources.toml").read_text(encoding="utf-8"))
     return {
         name: Shape(
@@ -116,6 +116,6 @@ def shapes() -> dict[str, Shape]:
 
 
 def unsaid_fields(shape: str) -> dict[str, Any]:
-    """What no config.json says and k2 knows of a carried shape, as fields for its config."""
+    """Return facts that config.json omits and k2 knows, as additional fields of the config."""
     float32 = shapes()[shape].float32
     return {FLOAT32_FIELD: list(float32)} if float32 else {}

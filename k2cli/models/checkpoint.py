@@ -1,8 +1,8 @@
-"""Checkpoints by their headers: which tensors a folder holds, where, and how big; and its config.
+"""Config and tensor headers of a checkpoint folder: names, types, shapes, files and offsets.
 
-The safetensors format is read here without its library, because a planner and a coverage proof
-need offsets and bytes, not data, and because a header may lie: every length and offset is checked
-against the file before it is believed.
+The safetensors format is read here without its library, because planning and the coverage check
+need offsets and sizes, not data, and because a header may be wrong: every length and offset is
+checked against the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from k2cli.errors import K2Error
 
 MAX_HEADER_BYTES = 100_000_000
-"""The limit that the format's own library has; K2's largest header is about 3 MB."""
+"""Limit of the safetensors library; the largest header of K2 has about 3 MB."""
 
 _MAX_JSON_BYTES = 50_000_000
 _MAX_DIMENSION = 2**48
@@ -31,7 +31,7 @@ DTYPE_BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-"""Bits per element by the format's name of the type."""
+"""Bits per element, by the type's name in safetensors."""
 
 _POSITIVE_INTEGERS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -41,7 +41,7 @@ _POSITIVE_INTEGERS = (
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor as stored. ``offset`` counts from the start of ``file``, in bytes."""
+    """One stored tensor. ``offset`` counts bytes from the start of ``file``."""
 
     name: str
     dtype: str
@@ -53,7 +53,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder's config and tensors. ``stored_bytes`` is the sum over the tensors."""
+    """Config and tensors of a folder. ``stored_bytes`` is the size of all tensors together."""
 
     folder: Path
     config: dict[str, Any]
@@ -62,9 +62,9 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read the config and all headers; no tensor data.
+    """Read the config and all headers, but no tensor data.
 
-    A folder without safetensors gives no tensors and 0 bytes. Where there is an index, it decides
+    A folder without safetensors gives no tensors and 0 bytes. If there is an index, it decides
     which files belong to the checkpoint.
 
     Raises:
@@ -74,7 +74,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     weight_map = _read_index(folder)
     if weight_map is None:
-        # A folder may also hold adapters; mlx-lm's own rule is that a model's files start so.
+        # A folder may also hold adapters; mlx-lm takes only files whose name starts with 'model'.
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     else:
         files = [folder / name for name in sorted(set(weight_map.values()))]
@@ -90,10 +90,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json``, with ``eos_token_id`` taken from ``generation_config.json`` if it has one.
+    """Read ``config.json``; ``eos_token_id`` of ``generation_config.json`` takes precedence.
 
     Raises:
-        K2Error: if it is missing, no JSON object, or a field that k2 relies on is of another type.
+        K2Error: if it is missing, not a JSON object, or a field that k2 uses has another type.
     """
     path = folder / "config.json"
     config = read_json_object(path)
@@ -112,10 +112,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object, at most 50 MB of it.
+    """Read a JSON file of at most 50 MB that holds an object.
 
     Raises:
-        K2Error: if it cannot be read, is too long, no JSON, or another type.
+        K2Error: if it cannot be read, is too long, or does not hold a JSON object.
     """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
@@ -150,19 +150,21 @@ def _is_size(value: object) -> bool:
 
 
 def shown(value: object) -> str:
-    """Any value of a JSON document for a message, at most 60 characters of it."""
-    # str() of an int of thousands of digits raises; JSON may hold one.
+    """Format any JSON value for a message, in at most 60 characters."""
+    # JSON may hold an integer of thousands of digits, for which str() raises.
     if isinstance(value, int) and abs(value) > 10**30:
         return f"a number of about {value.bit_length()} bits"
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # one inside a list
+    except (ValueError, RecursionError):  # such an integer inside a list
         return f"this {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def end_tokens(path: Path, value: object) -> list[int]:
-    """``eos_token_id`` as a list: configs give one, several or none. ``path`` is for messages.
+    """Return ``eos_token_id`` as a list; configs hold one, several or none.
+
+    ``path`` is for messages.
 
     Raises:
         K2Error: if it is anything else.
@@ -187,10 +189,10 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 
 
 def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
-    """Which file holds which tensor, of an index. ``path`` is for messages.
+    """Return the file name of each tensor in an index. ``path`` is for messages.
 
     Raises:
-        K2Error: if it does not say so, or names what is no safetensors file's name.
+        K2Error: if the map is missing or malformed, or a name is not that of a safetensors file.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
@@ -205,10 +207,10 @@ def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
 
 
 def check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
-    """Each tensor that an index names must be in the file that it names.
+    """Check that each tensor of an index is stored in the file that the index names.
 
     Raises:
-        K2Error: naming the first that is not.
+        K2Error: for the first tensor that is not.
     """
     for name, file in weight_map.items():
         tensor = tensors.get(name)
@@ -217,7 +219,7 @@ def check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Store
 
 
 def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, by name, in the order of their data.
+    """Read the tensors of one file, by name, in the order of their data.
 
     Raises:
         K2Error: if the file is cut short, or its header is malformed or does not describe exactly
@@ -233,7 +235,7 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def header_length(file: Path, prefix: bytes, size: int) -> int:
-    """Bytes of a safetensors file's header after the 8 of its ``prefix``; ``size`` is the file's.
+    """Return the length of a header from its 8-byte ``prefix``; ``size`` is that of the file.
 
     Raises:
         K2Error: if the file cannot hold such a header.
@@ -252,7 +254,7 @@ def header_length(file: Path, prefix: bytes, size: int) -> int:
 
 
 def tensors_of_header(file: Path, text: bytes, size: int) -> dict[str, StoredTensor]:
-    """The tensors that a header's JSON describes; ``size`` is that of the file that it heads.
+    """Parse the JSON of a header into tensors; ``size`` is that of the file.
 
     Raises:
         K2Error: if it is malformed, or does not describe exactly the bytes that follow it.
@@ -310,7 +312,7 @@ def _is_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _check_layout(file: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
-    """Tensors must follow one another without gap or overlap, and end where the file does."""
+    """Check that tensors have no gaps or overlaps and end at the end of the file."""
     end = data_start
     for tensor in tensors:
         if tensor.offset != end:

@@ -18,10 +18,10 @@ _CHUNK_BYTES = 2**20
 
 @contextlib.contextmanager
 def folder_being_made(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its name once the block ends well.
+    """Yield a temporary folder beside ``folder``, renamed to it when the block succeeds.
 
     Raises:
-        K2Error: if ``folder`` already holds something, or the disk refuses.
+        K2Error: if ``folder`` is not empty, or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise K2Error(f"{folder} already exists", "remove it or name another folder")
@@ -40,7 +40,7 @@ def folder_being_made(folder: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left of making ``folder``; call it while holding a lock."""
+    """Remove temporary folders that a killed process left behind; call it with the lock held."""
     for left in folder.parent.glob(_temporary_prefix(folder) + "*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -50,7 +50,7 @@ def _temporary_prefix(folder: Path) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The file's sha256, lower-case hex."""
+    """Return the SHA-256 of a file, as lower-case hex."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -60,10 +60,10 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``, so that two k2 do not fetch the same thing at once.
+    """Hold an exclusive lock on ``path``, so that two processes do not fetch the same model.
 
     Raises:
-        K2Error: if the lock's file cannot be made.
+        K2Error: if the lock file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,4 +72,4 @@ def locked(path: Path) -> Iterator[None]:
         raise K2Error(f"cannot write {path}: {error.strerror}") from error
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        yield  # closing the file frees the lock
+        yield  # closing the file releases the lock

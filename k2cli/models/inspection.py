@@ -1,7 +1,7 @@
-"""What can be known of a model without its weights: its config, and its tensors if headers tell.
+"""Config and tensors of a model reference, read without its weights.
 
-The best source that there is: the checkpoint on this machine, a GGUF file's header, the shape that
-k2 carries for an alias, or the headers of a repository on the Hub.
+The first source that exists is used: the checkpoint on this machine, a GGUF file's header, the
+config that k2 ships for an alias, or the headers of a repository on the Hub.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from k2cli.models.reference import ModelReference, parse_reference, present_fold
 
 
 def inspect_model(text: str) -> Checkpoint:
-    """Config and tensors of a model reference; no tensors where only its config is known.
+    """Read config and tensors of a model reference; without tensors if only its config is known.
 
     Raises:
-        UsageError: if ``text`` is no reference.
-        NotAuthorisedError: if the Hub refuses.
-        K2Error: if nothing can be had, or what is there is damaged.
+        UsageError: if ``text`` is not a model reference.
+        NotAuthorisedError: if the Hub denies access.
+        K2Error: if no source is available, or the one found is damaged.
     """
     reference = parse_reference(text)
     folder = present_folder(reference)
@@ -48,7 +48,7 @@ def _from_hub(reference: ModelReference, repo: str) -> Checkpoint:
     except NotAuthorisedError:
         raise
     except K2Error as error:
-        # Without the Hub, a repository whose shape k2 carries can still be planned.
+        # Without the Hub, a repository whose config is shipped can still be planned.
         for entry in catalog().values():
             known = isinstance(entry.source, HubSource) and entry.source.repo == repo
             if known and entry.config_folder is not None and reference.revision is None:
@@ -63,7 +63,7 @@ def _from_hub(reference: ModelReference, repo: str) -> Checkpoint:
 
 
 def _carried(entry: CatalogEntry, folder: Path) -> Checkpoint:
-    """The shape that k2 carries, as the checkpoint of this entry has it."""
+    """Return the shipped config, with the changes that this entry's checkpoint has."""
     checkpoint = read_checkpoint(folder)
     changes = dict(entry.overrides)
     config = checkpoint.config

@@ -1,8 +1,8 @@
-"""Model references: what a user may type for MODEL, and the folder that it stands for here.
+"""Model references, as a user types them for MODEL, and their folders on this machine.
 
 A reference is an alias of the catalog (``demo``), a Hub repository (``owner/name`` with an
-optional ``@revision``) or a local path (a checkpoint folder or a .gguf file). Nothing here
-downloads weights: ``local_checkpoint`` finds what is on this machine or says how to fetch it.
+optional ``@revision``) or a local path (a checkpoint folder or a .gguf file). Nothing is
+downloaded: ``local_checkpoint`` finds the folder on this machine or tells how to fetch it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from k2cli.models.catalog import CatalogEntry, HubSource, WheelSource, catalog
 from k2cli.models.checkpoint import read_json_object
 from k2cli.settings import models_directory
 
-# The Hub's own rule for names, and git's characters for a revision.
+# The Hub's rule for names, and the characters that git allows in a revision.
 _REPO_PATTERN = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?",
     re.ASCII,
@@ -27,18 +27,18 @@ _REPO_PATTERN = re.compile(
 
 
 _SHOWN_NAMES, _SHOWN_CHARACTERS = 4, 100
-"""In messages: as many names of models at most, and of what was typed."""
+"""Limits for messages: names of models, and characters of the given text."""
 
 SOURCE_NAME = "k2-source.json"
-"""In a folder that k2 converted: what it was converted from."""
+"""File in a converted folder that records its source."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelReference:
     """A parsed reference.
 
-    ``path`` is set for local ones; ``repo`` and ``revision`` for the Hub, and for an alias that
-    stands for a Hub repository.
+    ``path`` is set for local references; ``repo`` and ``revision`` for Hub repositories, and for
+    an alias of one.
     """
 
     text: str
@@ -49,15 +49,15 @@ class ModelReference:
 
     @property
     def entry(self) -> CatalogEntry | None:
-        """The catalog's entry, for an alias."""
+        """Catalog entry of an alias; None for other references."""
         return catalog()[self.text.lower()] if self.kind == "alias" else None
 
 
 def parse_reference(text: str) -> ModelReference:
-    """Decide what ``text`` names. An alias wins over a folder of that name: write ``./demo``.
+    """Parse a reference. An alias has precedence over a folder: write ``./demo`` for the folder.
 
     Raises:
-        UsageError: if it is no alias, no existing path and no Hub repository's name.
+        UsageError: if it is not an alias, an existing path or the name of a Hub repository.
     """
     if entry := catalog().get(text.lower()):
         if isinstance(entry.source, HubSource):
@@ -68,7 +68,7 @@ def parse_reference(text: str) -> ModelReference:
     path = Path(text).expanduser()
     if text and _exists(path):
         if path.name == "config.json" and path.is_file():
-            path = path.parent  # a bare config is a checkpoint of which nothing else is here
+            path = path.parent  # a config without its checkpoint
         _check_local(text, path)
         return ModelReference(text, "local", path=path)
     if text.startswith((".", "/", "~")) or text.endswith((".gguf", "/")):
@@ -81,7 +81,7 @@ def parse_reference(text: str) -> ModelReference:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name too long, or one with a NUL
+    except (OSError, ValueError):  # the name is too long or has a NUL
         return False
 
 
@@ -111,7 +111,7 @@ def _unknown(text: str) -> UsageError:
 
 
 def _close_names(text: str) -> list[str]:
-    """Names that start or end as ``text`` does, else those spelt much like it."""
+    """Return aliases that start or end with ``text``, or else are spelled similarly."""
     names = list(catalog())
     if len(text) > 1 and (starts := [name for name in names if name.startswith(text)]):
         return starts
@@ -122,20 +122,20 @@ def _close_names(text: str) -> list[str]:
 
 
 def converted_folder(reference: ModelReference) -> Path | None:
-    """Where k2 puts the checkpoint that it converts for a reference; None if it converts none."""
+    """Return the folder for a reference's converted checkpoint; None if it needs no conversion."""
     if reference.entry is not None and reference.repo is None:
         return models_directory() / reference.entry.alias
     if reference.path is not None and reference.path.is_file():
-        # Two files of one name, in different folders, must not displace one another.
+        # Files of the same name in different folders need different targets.
         place = hashlib.sha256(str(reference.path.resolve()).encode()).hexdigest()[:8]
         return models_directory() / f"{reference.path.stem}-{place}"
     return None
 
 
 def conversion_source(reference: ModelReference) -> dict[str, Any] | None:
-    """What identifies the GGUF of a reference that k2 converts; None if it converts none.
+    """Return the identity of the GGUF to convert; None if the reference needs no conversion.
 
-    A digest where the catalog pins one, else the file's path, size and time of change.
+    The identity is the digest in the catalog, or else the file's path, size and change time.
     """
     if reference.entry is not None and isinstance(reference.entry.source, WheelSource):
         digest = reference.entry.source.member_sha256
@@ -151,17 +151,17 @@ def conversion_source(reference: ModelReference) -> dict[str, Any] | None:
 
 
 def is_conversion_of(folder: Path, source: dict[str, Any]) -> bool:
-    """Whether k2 converted ``folder`` from just that GGUF."""
+    """Return True if ``folder`` was converted from that GGUF."""
     path = folder / SOURCE_NAME
     return path.is_file() and read_json_object(path) == source
 
 
 def local_checkpoint(text: str) -> Path:
-    """The folder on this machine with ``config.json`` and safetensors that ``text`` stands for.
+    """Return the checkpoint folder on this machine that ``text`` refers to.
 
     Raises:
-        UsageError: if ``text`` is no reference.
-        K2Error: if the model is not here yet; the hint is the command that fetches it.
+        UsageError: if ``text`` is not a model reference.
+        K2Error: if the model is not on this machine; the hint is the command that fetches it.
     """
     reference = parse_reference(text)
     folder = present_folder(reference)
@@ -176,7 +176,7 @@ def local_checkpoint(text: str) -> Path:
 
 
 def present_folder(reference: ModelReference) -> Path | None:
-    """The reference's folder if it is on this machine, as far as its name tells."""
+    """Return the reference's folder if it exists; its contents are not checked."""
     if reference.path is not None and reference.path.is_dir():
         return reference.path
     source, folder = conversion_source(reference), converted_folder(reference)

@@ -1,7 +1,7 @@
 """The plan: placement, byte budget per node and request; a JSON document and a contract.
 
-``plan-memory`` prints it, ``launch`` carries it out. The fields are those of docs/contracts.md;
-a field may be added, none is renamed without a new ``SCHEMA_VERSION``.
+``plan-memory`` prints it, ``launch`` carries it out. The fields are those of
+docs/reference/contracts.md; a field may be added, none is renamed without a new ``SCHEMA_VERSION``.
 """
 
 from __future__ import annotations

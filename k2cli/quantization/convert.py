@@ -1,7 +1,7 @@
-"""Carries out a planned conversion, piece by piece, into a folder that appears whole or not at all.
+"""Execution of a planned conversion, into a folder that appears complete or not at all.
 
-Memory is bounded by one piece of a tensor, or by one stack of experts where an original has to be
-restacked; never by the checkpoint.
+Memory use is bounded by one piece of a tensor, or by one stack of experts if the original stores
+experts separately, and does not depend on the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COPIED_FILES = (
     "chat_template.jinja", "chat_template.json", "generation_config.json",
     "LICENSE", "LICENSE.*", "NOTICE",
 )  # fmt: skip
-"""What goes along unchanged: tokenizer, template, licence. Never code, whatever its name."""
+"""Files copied unchanged: tokenizer, template, licence. Python files never are."""
 
 
 def quantize(
@@ -56,17 +56,17 @@ def quantize(
 ) -> Iterator[QuantizationEvent]:
     """Quantize the checkpoint in ``source`` into the new folder ``destination``.
 
-    Yields progress; the last event is the ``QuantizationResult``. Closing the iterator, or an
-    exception thrown into it, removes what was written.
+    The events report progress; the last one is the ``QuantizationResult``. Closing the iterator,
+    or an exception thrown into it, removes the files written so far.
 
     Args:
         dry_run: plan everything, check disk space, write nothing.
-        piece_bytes: how much of a tensor is read at a time.
+        piece_bytes: number of bytes of a tensor that are read at a time.
 
     Raises:
-        UsageError: if the config makes no model.
-        K2Error: if the source is quantized already or not readable, the destination holds
-            something, or the disk has no room.
+        UsageError: if no model can be built from the config.
+        K2Error: if the source is already quantized or not readable, the destination is not
+            empty, or the disk has no room.
     """
     from k2cli.quantization.plan import plan_conversion
 
@@ -133,7 +133,7 @@ def _check_disk(destination: Path, needed_bytes: int) -> None:
 
 @contextlib.contextmanager
 def _bounded_cache() -> Iterator[None]:
-    """Keep the allocator from holding on to freed arrays, and count the peak from here."""
+    """Limit the allocator's cache of freed arrays, and restart the count of peak memory."""
     import mlx.core as mx
 
     before = mx.set_cache_limit(_CACHE_BYTES)
@@ -153,7 +153,7 @@ def _peak_bytes() -> int:
 def _write_tensors(
     folder: Path, conversion: Conversion, piece_bytes: int
 ) -> Generator[QuantizationEvent, None, int]:
-    """Write all tensors and the index; returns the size of the largest read buffer."""
+    """Write all tensors and the index, and return the size of the largest read buffer."""
     total, done, largest = conversion.stored_bytes, 0, 0
     with ShardWriter(folder, conversion.tensors, _SHARD_BYTES) as writer:
         _write_index(folder, conversion, writer.file_names)
@@ -163,7 +163,7 @@ def _write_tensors(
                 done += written
                 largest = max(largest, buffered)
                 yield BytesDone(done, total)
-            # The arrays hold their data once computed: let go of it before the next step.
+            # Computed arrays keep their data: free it before the next step.
             step.arrays.clear()
             if step.quantization is not None:
                 yield LayerQuantized(
@@ -173,7 +173,7 @@ def _write_tensors(
 
 
 def _pieces(step: Step, writer: ShardWriter, piece_bytes: int) -> Iterator[tuple[int, int]]:
-    """Write one step; yields bytes written and bytes buffered for reading, per piece."""
+    """Write one step; yield the bytes written and the bytes buffered, for each piece."""
     if step.stored is None:
         yield _write_whole(step, writer), 0
         return
@@ -207,7 +207,7 @@ def _read(file: int, tensor: StoredTensor, at: int, size: int) -> bytes:
 def _write_rows(
     step: Step, writer: ShardWriter, data: bytes, first: int, count: int, rows: int
 ) -> int:
-    """Cast and quantize some rows of a tensor, and write them where they belong."""
+    """Cast and quantize some rows of a tensor, and write them to their place."""
     import mlx.core as mx
     import numpy as np
 
@@ -238,7 +238,7 @@ def _write_whole(step: Step, writer: ShardWriter) -> int:
 
 
 def _bytes_of(array: mx.array) -> memoryview:
-    """An array's elements in row-major order, as raw bytes."""
+    """Return the elements of an array in row-major order, as raw bytes."""
     import mlx.core as mx
 
     flat = mx.contiguous(array.reshape(-1))

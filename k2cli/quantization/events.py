@@ -1,4 +1,4 @@
-"""What a conversion reports while it works, and its result: for progress bars, JSON and tests."""
+"""Progress events and the result of a quantization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class BytesDone:
-    """Bytes of the new checkpoint that are written, of all that will be."""
+    """Number of bytes of the new checkpoint written so far, and in total."""
 
     done_bytes: int
     total_bytes: int
@@ -17,7 +17,7 @@ class BytesDone:
 
 @dataclass(frozen=True, slots=True)
 class LayerQuantized:
-    """A module is quantized and written."""
+    """Report of a module that is quantized and written."""
 
     path: str
     bits: int
@@ -26,10 +26,10 @@ class LayerQuantized:
 
 @dataclass(frozen=True, slots=True)
 class QuantizationResult:
-    """The new checkpoint, or with ``dry_run`` what it would be.
+    """Facts about the new checkpoint, or with ``dry_run`` about the planned one.
 
     ``peak_memory_bytes`` counts arrays and read buffers, not Python itself; 0 in a dry run.
-    ``bits`` is what the config says for all modules; a mixed ``recipe`` gives each its own.
+    ``bits`` is the config's default; a mixed ``recipe`` overrides it for each module.
     """
 
     path: str

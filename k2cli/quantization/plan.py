@@ -1,12 +1,12 @@
-"""Opens a checkpoint for quantization, lazily, and plans what becomes of each of its tensors.
+"""Plan of a checkpoint's quantization, from lazily opened tensors.
 
-The model is assembled from lazily opened tensors by the same code that loads it for running, so
-originals with Hugging Face names go through their architecture's own renaming, stacking and fp8
-dequantization. Which modules are quantized is mlx-lm's rule: those that can be, whose rows divide
-into groups, and that the model's own ``quant_predicate`` does not except. The router is none.
+The model is assembled by the same code that loads it for running, so originals with Hugging Face
+names go through their architecture's own renaming, stacking and fp8 dequantization. The choice of
+modules follows mlx-lm: those that can be quantized, whose rows divide into groups, and that the
+model's ``quant_predicate`` does not exclude. Routers are not quantized.
 
-A tensor that the model takes over as it is stored is read from its file in pieces. One that was
-renamed together with others (stacked experts, split MLA projections) is computed as a whole.
+A tensor that the model uses as it is stored is read from its file in pieces. One that is made of
+others (stacked experts, split MLA projections) is computed as a whole.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _FORMAT_NAMES: Mapping[Any, str] = {
 STREAMED_TYPES: Mapping[str, mx.Dtype] = {
     "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16,
 }  # fmt: skip
-"""Stored element types that are read in pieces."""
+"""Element types of tensors that are read in pieces."""
 
 
 @dataclass(slots=True)
 class Step:
-    """One module's or parameter's way into the new checkpoint.
+    """Conversion of one module or parameter.
 
     ``quantization`` holds group size, bits and mode, or is None for a parameter that is only
-    copied. ``stored`` is where to read it in pieces; where that is None, ``arrays`` are its lazy
-    outputs, to be computed as a whole. ``dtype`` is what floats are cast to before anything else.
+    copied. ``stored`` is the tensor to read in pieces; if it is None, ``arrays`` are the lazy
+    outputs, computed as a whole. Floats are cast to ``dtype`` before they are quantized.
     """
 
     path: str
@@ -63,7 +63,7 @@ class Step:
 
 @dataclass(slots=True)
 class Conversion:
-    """A planned conversion: steps in the order of the new files, and the new config."""
+    """Planned conversion: steps in the order of the new files, and the new config."""
 
     steps: list[Step]
     config: dict[str, Any]
@@ -82,11 +82,11 @@ class Conversion:
 
 
 def plan_conversion(checkpoint: Checkpoint, recipe: Recipe) -> Conversion:
-    """Plan a checkpoint's quantization; reads headers, no data.
+    """Plan a checkpoint's quantization from its headers, without reading data.
 
     Raises:
-        UsageError: if the config makes no model.
-        K2Error: if the checkpoint is quantized already, or its tensors are not the model's.
+        UsageError: if no model can be built from the config.
+        K2Error: if the checkpoint is already quantized, or its tensors do not fit the model.
     """
     refuse_quantized(checkpoint)
     opened = _open(checkpoint)
@@ -106,10 +106,10 @@ def plan_conversion(checkpoint: Checkpoint, recipe: Recipe) -> Conversion:
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """A second quantization would lose more and gain nothing: refuse, naming what it is.
+    """Refuse a checkpoint that is already quantized: its quality would suffer for no gain.
 
     Raises:
-        K2Error: unless the weights are floats, or fp8 that loading dequantizes.
+        K2Error: unless the weights are floats, or fp8 that is dequantized on loading.
     """
     obstacle = obstacle_to_quantizing(checkpoint.config)
     if obstacle is not None:
@@ -119,7 +119,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _open(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    """All tensors by name, lazily: nothing but headers is read."""
+    """Open all tensors lazily, by name; only headers are read."""
     files: set[Path] = {tensor.file for tensor in checkpoint.tensors.values()}
     opened: dict[str, mx.array] = {}
     for file in sorted(files):
@@ -177,7 +177,7 @@ def _new_config(
     overrides: Mapping[str, dict[str, Any]],
     model: nn.Module,
 ) -> dict[str, Any]:
-    """The config as mlx-lm writes it: sorted, its quantization under both names."""
+    """Make the config as mlx-lm writes it: sorted, with the quantization under both names."""
     quantization = {**recipe.settings, **overrides}
     dropped = {"_name_or_path", "vision_config"}
     if "vision_tower" in getattr(model, "model", {}):
@@ -189,7 +189,7 @@ def _new_config(
 
 
 def _count_parameters(model: nn.Module) -> int:
-    """Parameters as mlx-lm counts them for its index: packed weights by what they stand for."""
+    """Count parameters as mlx-lm does for its index: packed weights count unpacked."""
     total = 0
     leaves = tree_flatten(model.leaf_modules(), is_leaf=lambda node: isinstance(node, nn.Module))
     for _, module in leaves:

@@ -4,7 +4,7 @@ Types and ranges are checked here, so that nothing malformed ever reaches a rank
 fields: those that k2 honours; those of OpenAI's API that change nothing about the answer, which
 are taken and ignored (``_Ignored``); all others, which are refused by name, since an option that
 is silently ignored is a wrong answer that looks right. ``null`` means absent, as with OpenAI.
-docs/api.md lists every field of OpenAI's with its kind.
+docs/reference/api.md lists every field of OpenAI's with its kind.
 """
 
 from __future__ import annotations

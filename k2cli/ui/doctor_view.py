@@ -82,7 +82,7 @@ def _verdict(results: Sequence[CheckResult]) -> str:
 
 
 def report_document(report: Report) -> dict[str, Any]:
-    """Return the report as printed by ``--json``; docs/contracts.md lists its fields."""
+    """Return the report as printed by ``--json``; docs/reference/contracts.md lists its fields."""
     situation = report.situation
     document = {
         "schema_version": SCHEMA_VERSION,

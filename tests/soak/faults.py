@@ -74,11 +74,10 @@ def page(results: list[dict[str, Any]]) -> list[str]:
     failures = sum(bool(result["error"]) for result in results)
     lines = [
         *paragraph(
-            "While a fault happens, three other clients ask for greedy answers, over and "
-            "over. They must get the very text of a quiet run; or the run must end "
-            "everywhere, with an error that names the cause, to clients and in `k2 ps`. "
-            "“Seconds” is from the fault until no process of the run was left: the median and "
-            "the longest."
+            "During each fault, three other clients ask for greedy answers again and again. "
+            "Either they must get exactly the text of an undisturbed run, or the run must end on "
+            "all ranks, and clients and `k2 ps` must be told the cause. “Seconds” is the time "
+            "from the fault until no process of the run was left: the median and the longest."
         ),
         "",
         *paragraph(
@@ -88,7 +87,7 @@ def page(results: list[dict[str, Any]]) -> list[str]:
         "",
         *table("fault | how | expected", ((f.name, f.how, f.expected) for f in FAULTS)),
         "",
-        *table("fault | placement | back end | rounds | as expected | seconds", _rows(results)),
+        *table("fault | placement | transport | rounds | as expected | seconds", _rows(results)),
     ]
     return lines + write_failures(results, ("fault", "strategy", "backend"))
 

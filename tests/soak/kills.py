@@ -247,7 +247,7 @@ def page(results: list[dict[str, Any]]) -> list[str]:
         *table("killed, alone or with others | while | rounds | as expected | seconds",
                _rows(results)),
         "",
-        *table("placement | back end | rounds | as expected | seconds", _placements(results)),
+        *table("placement | transport | rounds | as expected | seconds", _placements(results)),
     ]  # fmt: skip
     return lines + write_failures(results, ("strategy", "backend", "while", "killed"))
 

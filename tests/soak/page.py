@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 _HEAD = """\
 # Long runs
 
-What `scripts/soak` measured: two real ranks of a toy of Kimi K2 (float32, MLX's CPU back end) on
-one machine, started by `k2 launch` and spoken to over HTTP. Times are of that machine, with
-whatever else ran on it; that nothing is left, and that answers are right, is of every machine.
+This page shows what `scripts/soak` measured: two real ranks of a toy of Kimi K2 (float32, MLX's CPU
+back end) on one machine, started by `k2 launch` and used over HTTP. Times are valid for that
+machine and for what else ran on it. That no process is left, and that answers are correct, does not
+depend on the machine.
 """
 
 

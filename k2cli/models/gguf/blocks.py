@@ -1,7 +1,7 @@
-"""llama.cpp's quantized blocks as MLX holds them.
+"""Conversion of llama.cpp's quantized blocks to the layout of MLX.
 
-Q4_0, Q4_1 and Q8_0 are affine in groups of 32 (weight = scale * q + bias), which is MLX's own
-affine mode: they are repacked bit for bit and nothing is rounded. The other types have no equal
+Q4_0, Q4_1 and Q8_0 are affine in groups of 32 (weight = scale * q + bias), as is MLX's affine
+mode, so they are repacked bit for bit and nothing is rounded. The other types have no equivalent
 in MLX and are expanded to float16.
 
 Shapes: ``raw`` is ``uint8 [rows, blocks per row * bytes per block]``; expanded weights are
@@ -30,10 +30,10 @@ PLAIN_TYPES = ("F32", "F16", "BF16")
 
 
 def repack(type_name: str, raw: Array) -> tuple[Array, Array, Array]:
-    """Blocks of a type in ``PACKED_BITS`` as MLX's weight, scales and biases.
+    """Repack blocks of a type in ``PACKED_BITS`` as MLX's weight, scales and biases.
 
     Raises:
-        OverflowError: if a bias does not fit float16 (only a damaged file does that).
+        OverflowError: if a bias does not fit float16, which happens only in damaged files.
     """
     import numpy as np
 
@@ -53,7 +53,7 @@ def repack(type_name: str, raw: Array) -> tuple[Array, Array, Array]:
 
 
 def expand(type_name: str, raw: Array) -> Array:
-    """Blocks of a type in ``EXPANDED_TYPES`` as float16 weights.
+    """Expand blocks of a type in ``EXPANDED_TYPES`` to float16 weights.
 
     Raises:
         OverflowError: if a weight does not fit float16.
@@ -73,14 +73,14 @@ def _blocks(type_name: str, raw: Array) -> Array:
 
 
 def _half(blocks: Array, at: int) -> Array:
-    """The float16 that lies at byte ``at`` of each block: ``[rows, blocks per row]``."""
+    """Read the float16 at byte ``at`` of each block: ``[rows, blocks per row]``."""
     import numpy as np
 
     return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0]
 
 
 def _shifted(scales: Array, zero: int) -> Array:
-    """-zero * scales; exact in float16, as zero is a power of two."""
+    """Return ``-zero * scales``, which is exact in float16 because zero is a power of two."""
     import numpy as np
 
     with np.errstate(over="ignore"):
@@ -104,7 +104,7 @@ def _float(blocks: Array, at: int) -> Array:
 
 
 def _fifth_bits(blocks: Array, at: int) -> Array:
-    """Bit 4 of the 32 elements of a Q5 block, from its 4 bytes at ``at``: 0 or 16."""
+    """Return bit 4 of the 32 elements of a Q5 block, as 0 or 16; its 4 bytes start at ``at``."""
     import numpy as np
 
     bits = np.unpackbits(blocks[..., at : at + 4], axis=-1, bitorder="little")
@@ -132,7 +132,7 @@ def _expand_q5_1(blocks: Array) -> Array:
 
 
 def _k_scales(packed: Array) -> tuple[Array, Array]:
-    """The eight 6-bit scales and minima in the 12 bytes of a Q4_K or Q5_K block."""
+    """Unpack the eight 6-bit scales and minima in 12 bytes of a Q4_K or Q5_K block."""
     import numpy as np
 
     low, middle, high = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
@@ -142,7 +142,7 @@ def _k_scales(packed: Array) -> tuple[Array, Array]:
 
 
 def _expand_k_affine(blocks: Array, codes: Array) -> Array:
-    """scale * code - minimum for ``codes [rows, blocks, 8, 32]`` of Q4_K and Q5_K."""
+    """Compute scale * code - minimum for ``codes [rows, blocks, 8, 32]`` of Q4_K and Q5_K."""
     scales, minima = _k_scales(blocks[..., 4:16])
     scale = (_float(blocks, 0) * scales)[..., None]
     minimum = (_float(blocks, 2) * minima)[..., None]
@@ -151,7 +151,7 @@ def _expand_k_affine(blocks: Array, codes: Array) -> Array:
 
 
 def _nibble_rows(quants: Array) -> Array:
-    """128 bytes as eight rows of 32 codes: each 32 bytes give a low row, then a high row."""
+    """Unpack 128 bytes to eight rows of 32 codes: each 32 bytes give a low and a high row."""
     import numpy as np
 
     quarters = quants.reshape(*quants.shape[:-1], 4, 32)

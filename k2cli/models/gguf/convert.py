@@ -1,7 +1,7 @@
-"""Converts a GGUF file into an MLX checkpoint folder.
+"""Conversion of a GGUF file to an MLX checkpoint folder.
 
-Tensors whose quantization MLX shares stay packed bit for bit (see ``gguf.blocks``), so the result
-is the same model and no larger. The folder appears at once and complete, or not at all.
+Tensors in a quantization that MLX also has stay packed bit for bit (see ``gguf.blocks``), so the
+result is the same model and no larger. The folder appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
+"""Callback that takes the bytes done and the total bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Conversion:
-    """One GGUF tensor and what it becomes."""
+    """One GGUF tensor and the tensors that it is converted to."""
 
     source: GgufTensor
     specs: tuple[TensorSpec, ...]
@@ -56,13 +56,13 @@ def convert_gguf(
 
     Args:
         path: the GGUF file; architecture llama.
-        folder: where the checkpoint goes; must not exist.
-        progress: told of the bytes of the GGUF that are converted.
+        folder: the new checkpoint; must not exist.
+        progress: called with the number of bytes of the GGUF that are converted.
         extra_files: further text files for the folder, by name.
-        sampling: suggestions such as ``temperature``, for generation_config.json.
+        sampling: defaults such as ``temperature``, for generation_config.json.
 
     Raises:
-        K2Error: if the file is damaged or of a kind that cannot be imported, or the disk is full.
+        K2Error: if the file is damaged or its kind is not supported, or the disk is full.
     """
     with GgufFile(path) as file:
         shape, conversions, config = _planned(file)
@@ -81,7 +81,7 @@ def convert_gguf(
 
 
 def gguf_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that ``convert_gguf`` would make, from the file's header alone.
+    """Describe the checkpoint that ``convert_gguf`` would make, from the file's header alone.
 
     Raises:
         K2Error: as ``convert_gguf``.
@@ -89,7 +89,7 @@ def gguf_checkpoint(path: Path) -> Checkpoint:
     with GgufFile(path) as file:
         _, conversions, config = _planned(file)
     specs = [spec for conversion in conversions for spec in conversion.specs]
-    # Nothing is stored under these names yet, so there is no place to read them from.
+    # These tensors are not stored yet, so they have no offset.
     tensors = {
         spec.name: StoredTensor(spec.name, spec.dtype, spec.shape, spec.nbytes, path, 0)
         for spec in specs
@@ -98,7 +98,7 @@ def gguf_checkpoint(path: Path) -> Checkpoint:
 
 
 def _planned(file: GgufFile) -> tuple[LlamaShape, list[_Conversion], dict[str, Any]]:
-    """What becomes of each tensor, and the config."""
+    """Plan the conversion of each tensor, and make the config."""
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
         raise K2Error(
@@ -135,7 +135,7 @@ def _plan(file: GgufFile, tensor: GgufTensor, target: str, shape: LlamaShape) ->
 
 
 def _quantization(conversions: list[_Conversion]) -> dict[str, Any]:
-    """mlx-lm's ``quantization`` entry: the usual bits, and each module that has others or none."""
+    """Make mlx-lm's ``quantization`` entry: the most common bits, and modules that differ."""
     bits = {
         conversion.specs[0].name.removesuffix(".weight"): PACKED_BITS.get(
             conversion.source.type_name, 0
@@ -159,7 +159,7 @@ def _quantization(conversions: list[_Conversion]) -> dict[str, Any]:
 def _arrays(
     file: GgufFile, conversions: list[_Conversion], shape: LlamaShape, progress: Progress
 ) -> Iterator[NDArray[Any]]:
-    """The data of all specs in order, one GGUF tensor at a time."""
+    """Yield the data of all specs in order; one GGUF tensor is in memory at a time."""
     total = sum(conversion.source.nbytes for conversion in conversions)
     done = 0
     for conversion in conversions:

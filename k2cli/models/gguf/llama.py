@@ -1,8 +1,8 @@
-"""The llama architecture of GGUF as mlx-lm's: names, config, and the rows of q and k.
+"""Conversion of GGUF's llama architecture to mlx-lm's: names, config, and rows of q and k.
 
-llama.cpp rotates neighbouring rows of a head (0 with 1, 2 with 3), the original and MLX rotate
-the halves (0 with head/2). Its converter therefore interleaves the rows of q and k, and this
-module puts them back. A row is a whole number of blocks, so packed rows move as they are.
+llama.cpp rotates neighbouring rows of a head (0 with 1, 2 with 3); the original and MLX rotate
+halves (0 with head/2). The converter of llama.cpp therefore interleaves the rows of q and k, and
+this module undoes that. A row is a whole number of blocks, so packed rows can be moved.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TOP_PARTS = {
     "output": "lm_head",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-"""llama 3's RoPE factors: not a weight, but the config's ``rope_scaling`` in another form."""
+"""RoPE factors of llama 3: not a weight, but another form of the config's ``rope_scaling``."""
 
 _LAYER_PATTERN = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _TOP_PATTERN = re.compile(r"(\w+)\.weight")
@@ -45,7 +45,7 @@ _TOP_PATTERN = re.compile(r"(\w+)\.weight")
 
 @dataclass(frozen=True, slots=True)
 class LlamaShape:
-    """The sizes of a llama model."""
+    """Sizes of a llama model."""
 
     layers: int
     hidden: int
@@ -56,7 +56,7 @@ class LlamaShape:
     vocabulary: int
 
     def expected(self, module: str, kind: str) -> tuple[int, ...]:
-        """The shape that the weight or bias of an MLX module must have."""
+        """Return the shape that the weight or bias of an MLX module must have."""
         rows, columns = self._matrix(module.rsplit(".", 1)[-1])
         return (rows,) if kind == "bias" or columns == 0 else (rows, columns)
 
@@ -77,10 +77,10 @@ class LlamaShape:
 
 
 def llama_shape(file: GgufFile) -> LlamaShape:
-    """Sizes from the metadata.
+    """Read the sizes from the metadata.
 
     Raises:
-        K2Error: if one is missing or makes no sense, or it is a llama variant that k2 cannot read.
+        K2Error: if one is missing or invalid, or k2 does not support this variant of llama.
     """
     hidden = _integer(file, "llama.embedding_length")
     heads = _integer(file, "llama.attention.head_count")
@@ -105,7 +105,7 @@ def llama_shape(file: GgufFile) -> LlamaShape:
 
 
 def llama_config(file: GgufFile, shape: LlamaShape, names: Mapping[str, str]) -> dict[str, Any]:
-    """``config.json`` of the model, without quantization. ``names`` is ``llama_names``' result."""
+    """Make ``config.json`` without quantization; ``names`` is the result of ``llama_names``."""
     theta = _number(file, "llama.rope.freq_base", 10000.0)
     config: dict[str, Any] = {
         "model_type": "llama",
@@ -135,10 +135,10 @@ def llama_config(file: GgufFile, shape: LlamaShape, names: Mapping[str, str]) ->
 
 
 def llama_names(file: GgufFile, shape: LlamaShape) -> dict[str, str]:
-    """GGUF's name of every tensor to mlx-lm's, in the file's order.
+    """Map the name of every tensor in the GGUF to mlx-lm's, in the file's order.
 
     Raises:
-        K2Error: if a tensor is unknown, of the wrong shape, or one is missing.
+        K2Error: if a tensor is unknown, missing, or has the wrong shape.
     """
     names: dict[str, str] = {}
     for tensor in file.tensors.values():
@@ -170,7 +170,7 @@ def _check_complete(file: GgufFile, shape: LlamaShape, names: Mapping[str, str])
     needed = ["token_embd.weight", "output_norm.weight"]
     parts = list(_LAYER_PARTS)
     needed += [f"blk.{n}.{part}.weight" for n in range(shape.layers) for part in parts]
-    # MLX's llama has biases on all projections of a kind, or on none.
+    # MLX's llama has biases on all projections of a kind or on none.
     for group in (("attn_q", "attn_k", "attn_v", "attn_output"), tuple(parts[-3:])):
         biases = [f"blk.{n}.{part}.bias" for n in range(shape.layers) for part in group]
         needed += biases if any(name in names for name in biases) else []
@@ -180,11 +180,11 @@ def _check_complete(file: GgufFile, shape: LlamaShape, names: Mapping[str, str])
 
 
 def original_rows(name: str, rows: NDArray[Any], shape: LlamaShape) -> NDArray[Any]:
-    """Undo llama.cpp's interleaving of the rows of q and k; other tensors pass through.
+    """Undo llama.cpp's interleaving of the rows of q and k; return other tensors unchanged.
 
     Args:
-        name: GGUF's name of the tensor.
-        rows: its data, one row per output, ``[rows, ...]``.
+        name: the name of the tensor in the GGUF.
+        rows: the data, one row per output, ``[rows, ...]``.
         shape: the model's sizes.
     """
     part = name.split(".")[2] if name.startswith("blk.") else ""
@@ -211,10 +211,10 @@ def _rope_scaling(file: GgufFile, head_size: int, theta: float) -> dict[str, Any
 def _llama3_scaling(
     file: GgufFile, tensor: GgufTensor, head_size: int, theta: float
 ) -> dict[str, Any]:
-    """The llama 3 rule behind a table of factors; its constants are the ones Meta published.
+    """Derive llama 3's ``rope_scaling`` from a table of factors, with Meta's constants.
 
-    The rule keeps fast frequencies, divides slow ones by ``factor``, and blends between. The
-    table's largest entry is the factor; the rest of the table must then come out the same.
+    The rule keeps high frequencies, divides low ones by ``factor``, and interpolates between. The
+    factor is the table's largest entry; the table that follows from it must equal the given one.
     """
     import numpy as np
 
@@ -249,5 +249,5 @@ def _number(file: GgufFile, key: str, default: float) -> float:
     value = file.metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise K2Error(f"{file.path}: {key} must be a positive number, not {value!r}")
-    # float32 in the file: 1e-5 must not become 9.999999747378752e-06.
+    # The file holds float32: 1e-5 must not become 9.999999747378752e-06.
     return float(f"{value:.7g}")

@@ -1,7 +1,7 @@
-"""Reads a GGUF file's header: metadata and where each tensor lies.
+"""Reader of a GGUF file's header: metadata, and the offset of each tensor.
 
 GGUF is llama.cpp's format: one file with typed metadata, tensor descriptions and data. A header
-may be cut short or lie, so every count and offset is checked against the file's size before
+may be truncated or wrong, so every count and offset is checked against the file's size before
 anything is allocated for it.
 """
 
@@ -40,7 +40,7 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
     34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
-"""Type number to name, elements per block and bytes per block."""
+"""Name, elements per block and bytes per block, by the number of the type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class GgufFile:
     """An open GGUF file, mapped into memory. Use it in a ``with`` statement.
 
     Raises:
-        K2Error: if the file is no GGUF, of another version, cut short or contradicts itself.
+        K2Error: if the file is not a GGUF, has another version, is truncated or contradicts itself.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +68,7 @@ class GgufFile:
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise K2Error(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:  # mmap's word for an empty file
+        except ValueError as error:  # mmap raises this for an empty file
             raise K2Error(f"{path} is empty", "download it again") from error
         try:
             self.metadata, self.tensors = _HeaderReader(path, self._map).read()
@@ -88,12 +88,12 @@ class GgufFile:
         self._map.close()
 
     def data(self, tensor: GgufTensor) -> bytes:
-        """The tensor's bytes as stored, copied, so that closing the file is always possible."""
+        """Copy the stored bytes of a tensor; a view would keep the file from closing."""
         return self._map[tensor.offset : tensor.offset + tensor.nbytes]
 
 
 class _HeaderReader:
-    """A cursor over the mapped header that refuses to step outside the file."""
+    """Cursor over the mapped header that raises an error at the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
@@ -142,7 +142,7 @@ class _HeaderReader:
         length: int = self._scalar("<Q")
         if length > _MAX_STRING_BYTES:
             raise K2Error(f"{self._path} is damaged: a string of {length} bytes in its header")
-        # Some vocabularies hold tokens that are no UTF-8; their exact bytes are not needed here.
+        # Some vocabularies hold tokens that are not UTF-8; their exact bytes are not needed.
         return self._bytes(length).decode("utf-8", "replace")
 
     def _value(self, kind: int, depth: int = 0) -> Any:

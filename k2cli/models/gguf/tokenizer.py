@@ -1,7 +1,7 @@
-"""The tokenizer and chat template in a GGUF's metadata, as Hugging Face's files.
+"""Conversion of a GGUF's tokenizer and chat template to Hugging Face's files.
 
-GGUF keeps the vocabulary and merges of a byte-level BPE and only the *name* of the rule that cuts
-text before merging (``tokenizer.ggml.pre``); the rules k2 knows are below.
+GGUF holds the vocabulary and merges of a byte-level BPE, but only the *name* of the rule that
+splits text before merging (``tokenizer.ggml.pre``). The supported rules are below.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from k2cli.errors import K2Error
 from k2cli.models.checkpoint import shown
 from k2cli.models.gguf.reader import GgufFile
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's token types
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types of llama.cpp
 
 _BYTE_LEVEL: dict[str, Any] = {
     "type": "ByteLevel",
@@ -41,15 +41,15 @@ _PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
     "llama-bpe": [_split(_LLAMA3_PATTERN), {**_BYTE_LEVEL, "use_regex": False}],
 }
-# A word of llama 3's vocabulary is taken whole, even where merging would not reach it.
+# A word in llama 3's vocabulary is one token, even if no sequence of merges produces it.
 _IGNORE_MERGES = frozenset({"llama-bpe"})
 
 
 def tokenizer_files(file: GgufFile, vocabulary_size: int) -> dict[str, dict[str, Any]]:
-    """``tokenizer.json``, ``tokenizer_config.json`` and ``generation_config.json``, by name.
+    """Make the tokenizer, tokenizer config and generation config, by the name of their file.
 
     Raises:
-        K2Error: if the tokenizer is of a kind that k2 does not know, or contradicts itself.
+        K2Error: if the kind of tokenizer is not supported, or it contradicts itself.
     """
     tokens = _strings(file, "tokenizer.ggml.tokens")
     if len(tokens) != vocabulary_size:

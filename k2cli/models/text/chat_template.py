@@ -1,8 +1,8 @@
-"""Renders a checkpoint's chat template in a sandbox: it is a program from a stranger.
+"""Rendering of a checkpoint's chat template, in a sandbox because it is untrusted code.
 
-The environment has what templates written for Hugging Face's library expect: its whitespace
-rules, loop controls, ``raise_exception``, ``strftime_now``, ``tojson`` that leaves text readable,
-and the ``generation`` tag, which marks the assistant's words for training and renders its body.
+The environment has what templates for Hugging Face's library expect: its whitespace rules, loop
+controls, ``raise_exception``, ``strftime_now``, a ``tojson`` without HTML escapes, and the
+``generation`` tag, which marks the assistant's text for training and renders its body.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ChatTemplate:
 
     Args:
         source: the jinja text.
-        special: names such as ``bos_token`` with their texts, which templates may use.
+        special: texts of special tokens by names such as ``bos_token``, for use in templates.
 
     Raises:
         K2Error: if the template is not valid.
@@ -49,10 +49,10 @@ class ChatTemplate:
         add_generation_prompt: bool,
         arguments: dict[str, Any],
     ) -> str:
-        """The prompt as text.
+        """Render the prompt as text.
 
         Raises:
-            K2Error: if the template refuses the messages or fails on them.
+            K2Error: if the template rejects the messages or fails.
         """
         context = {
             **self._special,
@@ -66,7 +66,7 @@ class ChatTemplate:
             return self._template.render(context)
         except jinja2.TemplateError as error:
             raise K2Error(f"the model's chat template refuses: {error}") from error
-        except Exception as error:  # its code can fail in any way, on messages it did not expect
+        except Exception as error:  # template code may raise anything on unexpected messages
             reason = f"{type(error).__name__}: {error}"
             raise K2Error(f"the model's chat template failed on the messages: {reason}") from error
 
@@ -74,12 +74,12 @@ class ChatTemplate:
 def read_chat_template(
     folder: Path, tokenizer_config: dict[str, Any], *, with_tools: bool = False
 ) -> str | None:
-    """The template's text: ``chat_template.jinja``, ``.json`` or the tokenizer config's entry.
+    """Read the template: ``chat_template.jinja``, ``.json`` or the tokenizer config's entry.
 
-    Where the entry is a list, ``with_tools`` prefers the one named ``tool_use``.
+    If the entry is a list, ``with_tools`` prefers the template named ``tool_use``.
 
     Raises:
-        K2Error: if a file cannot be read or is of another shape.
+        K2Error: if a file cannot be read or is malformed.
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
@@ -136,7 +136,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Not jinja's own, which escapes <, > and & for HTML: a model would read the escapes.
+    # jinja's own filter escapes <, > and & for HTML, and the model would see the escapes.
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -1,8 +1,8 @@
-"""K2's vocabulary file (tiktoken's format) as a ``tokenizers`` byte-level BPE.
+"""Conversion of K2's vocabulary file (tiktoken's format) to a ``tokenizers`` byte-level BPE.
 
-K2 ships its tokenizer as ranks in ``tiktoken.model`` and a Python file that would have to be run.
-The ranks are data; the two things that the Python file adds, the pattern that cuts text into words
-and the 256 reserved special tokens, are restated here, and nothing from the repository is run.
+K2 ships its tokenizer as ranks in ``tiktoken.model`` and a Python file. The file adds two things,
+the pattern that splits text into words and the 256 reserved special tokens. Both are restated
+here, so that no code of the repository is run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MAX_FILE_BYTES = 200_000_000
 _MAX_TOKEN_BYTES = 4096
 RESERVED_SPECIAL_TOKENS = 256
-"""Special tokens after the ranks; the unnamed ones are called ``<|reserved_token_ID|>``."""
+"""Number of special tokens after the ranks; unnamed ones are ``<|reserved_token_ID|>``."""
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -37,20 +37,20 @@ K2_PATTERN = "|".join(
         r"\s+",
     )
 )
-"""How K2 cuts text into words: Chinese apart, then words by case, numbers by three digits."""
+"""Pattern that splits text into words: Chinese, then words by case, numbers by three digits."""
 
 
 def find_vocabulary(folder: Path) -> Path | None:
-    """The folder's vocabulary in tiktoken's format, if it has one."""
+    """Return the path of the folder's vocabulary in tiktoken's format, if it has one."""
     named = folder / "tiktoken.model"
     return named if named.is_file() else next(iter(sorted(folder.glob("*.tiktoken"))), None)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes to rank, from lines of ``base64 rank``.
+    """Read the rank of each token from lines of ``base64 rank``.
 
     Raises:
-        K2Error: if a line is malformed, a rank or token occurs twice, or a byte has no token.
+        K2Error: if a line is malformed, a rank or token is repeated, or a byte has no token.
     """
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
@@ -85,15 +85,15 @@ def _parse_line(path: Path, number: int, line: bytes) -> tuple[bytes, int]:
 
 
 def special_tokens(path: Path, first: int, named: dict[str, Any]) -> list[dict[str, Any]]:
-    """The added tokens with the ids from ``first`` on, in ``tokenizer.json``'s form.
+    """Make the added tokens with ids from ``first`` on, in the form of ``tokenizer.json``.
 
     Args:
         path: the vocabulary, for messages.
         first: the number of ranks.
-        named: ``added_tokens_decoder`` of ``tokenizer_config.json``: id as text to fields.
+        named: ``added_tokens_decoder`` of ``tokenizer_config.json``: fields by id.
 
     Raises:
-        K2Error: if a named token lies outside the reserved ids, or has no text.
+        K2Error: if a named token is outside the reserved ids, or has no text.
     """
     past_last = first + RESERVED_SPECIAL_TOKENS
     contents: dict[int, dict[str, Any]] = {}
@@ -123,7 +123,7 @@ def special_tokens(path: Path, first: int, named: dict[str, Any]) -> list[dict[s
 def build_tokenizer(
     ranks: dict[bytes, int], added: list[dict[str, Any]], pattern: str = K2_PATTERN
 ) -> tokenizers.Tokenizer:
-    """A tokenizer that encodes as ``tiktoken.Encoding`` with these ranks and pattern does."""
+    """Build a tokenizer equivalent to ``tiktoken.Encoding`` with these ranks and pattern."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     letters = byte_letters()
@@ -131,7 +131,7 @@ def build_tokenizer(
     model = models.BPE(
         vocab={names[token]: rank for token, rank in ranks.items()},
         merges=[(names[left], names[right]) for left, right in _merges(ranks)],
-        ignore_merges=True,  # tiktoken takes a word that is a token whole
+        ignore_merges=True,  # as tiktoken: a word that is a token is not split
     )
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -151,10 +151,10 @@ def build_tokenizer(
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Merges in the order of the ranks.
+    """List the merges in the order of the ranks.
 
-    tiktoken merges any two neighbours whose union is a token, however that token came about, so
-    every way to cut a token into two tokens is a merge of its rank.
+    tiktoken merges any two neighbours whose concatenation is a token, so every way to split a
+    token into two tokens is a merge of its rank.
     """
     merges: list[tuple[bytes, bytes]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -165,9 +165,9 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def byte_letters() -> list[str]:
-    """The printable letter that stands for each byte in a byte-level vocabulary (GPT-2's table).
+    """Return GPT-2's table of the printable letter for each byte of a byte-level vocabulary.
 
-    Printable Latin-1 stands for itself; the other 68 bytes take the letters from U+0100 on.
+    Printable Latin-1 bytes map to themselves; the other 68 bytes to letters from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     letters: list[str] = []

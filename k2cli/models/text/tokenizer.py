@@ -1,6 +1,7 @@
-"""Text to tokens and back, and conversations to prompts, for any checkpoint folder.
+"""Tokenizer of a checkpoint folder: text to tokens and back, and conversations to prompts.
 
-Reads ``tokenizer.json``, or K2's vocabulary in tiktoken's format; runs no code of the checkpoint.
+Both ``tokenizer.json`` and K2's vocabulary in tiktoken's format are read. No code of the
+checkpoint is run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer and chat template. ``Tokenizer.load`` makes one."""
+    """Tokenizer and chat template of a checkpoint. Use ``Tokenizer.load`` to create one."""
 
     def __init__(
         self,
@@ -43,14 +44,14 @@ class Tokenizer:
         self._special = _special_texts(config)
         self._templates: dict[bool, ChatTemplate] = {}
         self.stop_tokens = stop_tokens
-        """The tokens after which an answer is complete."""
+        """Tokens that end an answer."""
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Read the tokenizer of a checkpoint.
 
         Raises:
-            K2Error: if the folder has none, or its files are damaged.
+            K2Error: if the folder has no tokenizer, or its files are damaged.
         """
         path = folder / "tokenizer_config.json"
         config = read_json_object(path) if path.is_file() else {}
@@ -59,27 +60,27 @@ class Tokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of tokens with special ones; a model's head may be larger, for padding."""
+        """Number of tokens, special ones included; a padded head may be larger."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text. Special tokens that the text spells out become themselves.
+        """Encode a text. Special tokens written in the text are recognised.
 
         Raises:
-            K2Error: if the text is no valid Unicode (a lone surrogate).
+            K2Error: if the text is not valid Unicode (a lone surrogate).
         """
         try:
-            text.encode()  # the library's own complaint would be a TypeError
+            text.encode()  # the library raises a TypeError
         except UnicodeEncodeError as error:
             raise K2Error("the text is not valid Unicode: it has a lone surrogate") from error
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """Decode token ids; bytes that are not UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its text, such as ``<|im_end|>``; None if there is none."""
+        """Return the id of a token such as ``<|im_end|>``; None if there is none."""
         return self._tokenizer.token_to_id(token)
 
     def chat_prompt(
@@ -89,10 +90,10 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **template_arguments: Any,
     ) -> str:
-        """The conversation as the text that the model was trained on.
+        """Render a conversation in the format that the model was trained on.
 
         Raises:
-            K2Error: if the model has no chat template, or it refuses the messages.
+            K2Error: if the model has no chat template, or the template rejects the messages.
         """
         template = self._template(with_tools=bool(tools))
         return template.render(messages, tools, add_generation_prompt, template_arguments)
@@ -104,12 +105,12 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **template_arguments: Any,
     ) -> list[int]:
-        """``chat_prompt`` as token ids; the template writes the special tokens itself."""
+        """Encode ``chat_prompt``; the template includes the special tokens."""
         prompt = self.chat_prompt(messages, tools, add_generation_prompt, **template_arguments)
         return self.encode(prompt)
 
     def stream(self, skip_special_tokens: bool = True) -> TokenStream:
-        """A new incremental decoder for one answer."""
+        """Create an incremental decoder for one answer."""
         return TokenStream(self._tokenizer, skip_special_tokens)
 
     def _template(self, *, with_tools: bool) -> ChatTemplate:
@@ -127,9 +128,9 @@ class Tokenizer:
 
 
 class TokenStream:
-    """Token by token to text; never half a character. ``Tokenizer.stream`` makes one.
+    """Incremental decoder that never returns part of a character; see ``Tokenizer.stream``.
 
-    What all ``push`` and the final ``finish`` return, joined, is what ``decode`` gives for all.
+    The results of all ``push`` and the final ``finish`` together equal that of ``decode``.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
@@ -148,7 +149,7 @@ class TokenStream:
             self._emitted = ""
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now that ``token_id`` follows; may be empty."""
+        """Add a token and return the text that is now complete, which may be empty."""
         if self._byte_level:
             return self._utf8.decode(self._bytes(token_id))
         self._ids.append(token_id)
@@ -157,7 +158,7 @@ class TokenStream:
         return text
 
     def finish(self) -> str:
-        """The rest: what was held back because more bytes might have followed."""
+        """Return the remaining text, held back because more bytes might have followed."""
         if self._byte_level:
             return self._utf8.decode(b"", final=True)
         text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
@@ -169,7 +170,7 @@ class TokenStream:
             return b""
         try:
             return bytes([self._letters[letter] for letter in token])
-        except KeyError:  # an added token with a letter outside the table is its own text
+        except KeyError:  # an added token with a letter outside the table is plain text
             return token.encode()
 
 
@@ -191,7 +192,7 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     if vocabulary is None:
         raise K2Error(f"{folder} has neither tokenizer.json nor tiktoken.model")
     if config.get("tokenizer_class") != "TikTokenTokenizer":
-        # Other families ship the same kind of file but cut text by other patterns.
+        # Other model families ship such a file but split text by other patterns.
         raise K2Error(
             f"{vocabulary} belongs to the tokenizer {config.get('tokenizer_class')!r}; "
             "k2 knows the pattern of 'TikTokenTokenizer' (Kimi) only",
@@ -205,7 +206,7 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
 
 
 def _special_texts(config: dict[str, Any]) -> dict[str, str]:
-    """``bos_token`` and the like, which are a text or an object with ``content``."""
+    """Read ``bos_token`` and others, each a text or an object with ``content``."""
     texts: dict[str, str] = {}
     for name in _SPECIAL_NAMES:
         value = config.get(name)
@@ -218,9 +219,9 @@ def _special_texts(config: dict[str, Any]) -> dict[str, str]:
 def _stop_tokens(
     folder: Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer
 ) -> frozenset[int]:
-    """Every end that a file of the checkpoint names.
+    """Collect the end tokens of all files of the checkpoint.
 
-    K2's config says [EOS], its generation config <|im_end|>: either one ends an answer.
+    K2's config names [EOS], its generation config <|im_end|>; either one ends an answer.
     """
     stops: set[int] = set()
     end = _special_texts(config).get("eos_token")

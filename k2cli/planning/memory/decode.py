@@ -11,7 +11,7 @@ the peak is the sum over layers. Two things come on top there, both measured on 
   cuBLASLt takes a workspace that depends on the length (``_WORKSPACE``);
 * rows of different lengths need a mask, which ordinary attention copies for every head.
 
-docs/memory-model.md holds all of it against what MLX measured.
+docs/design/memory-model.md holds all of it against what MLX measured.
 """
 
 from __future__ import annotations

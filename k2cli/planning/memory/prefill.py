@@ -3,7 +3,7 @@
 Decode, which takes less, is in ``planning.activation_decode``. Two things decide it: what attention
 materialises per chunk of the prompt and token of context, and what the feed-forward part makes of a
 chunk. Each device keeps so many copies of each such array at its peak as ``COPIES`` says, fitted
-to MLX's own peaks over a grid of chunks and contexts (docs/memory-model.md has every point;
+to MLX's own peaks over a grid of chunks and contexts (docs/design/memory-model.md has every point;
 ``scripts/memory-model`` writes it). Parts are added up: mlx frees an array when its last user has
 run, and keeps several operations in flight.
 

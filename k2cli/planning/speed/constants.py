@@ -1,8 +1,8 @@
 """The constants of the speed model: fitted ones of the package, or measured on one's machines.
 
 ``constants.toml`` is written by scripts/fit-speed-model from public measurements of Apple
-machines; docs/speed-model.md shows how well they predict. ``k2 bench --calibrate`` measures the
-owner's machines instead (``calibration.py``).
+machines; docs/design/speed-model.md shows how well they predict. ``k2 bench --calibrate`` measures
+the owner's machines instead (``calibration.py``).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def effective_rates(shares: Shares, peak: float, flops: float, *, two_dies: bool
 def constants_of_table(table: Mapping[str, Any]) -> SpeedConstants:
     """Read the tables of ``constants.toml``."""
     return SpeedConstants(
-        source=f"fitted to public measurements, {table['fitted_on']} (docs/speed-model.md)",
+        source=f"fitted to public measurements, {table['fitted_on']} (docs/design/speed-model.md)",
         shares=Shares(**table["mlx"]),
         links={name: LinkRates(**fields) for name, fields in table["links"].items()},
         decode_spread=table["band"]["decode_spread"],

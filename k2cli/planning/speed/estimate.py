@@ -1,7 +1,7 @@
 """How fast a placement will be: tokens per second as a band, with the terms that it is made of.
 
 Pure arithmetic over the traced work of the model (``work.py``), the machines' rates and constants
-that were fitted to public measurements (docs/speed-model.md) or measured by the owner.
+that were fitted to public measurements (docs/design/speed-model.md) or measured by the owner.
 
 Whether a collective is fast or slow is not known before it is measured: 26 and 200 us have both
 been published for RDMA over Thunderbolt 5. The default lies between, and the band covers both.
@@ -279,7 +279,8 @@ def _latency_source(link: LinkRates) -> str:
     low, high = link.collective_seconds_low, link.collective_seconds_high
     if low == high:
         return "given, or measured by k2 bench --calibrate"
-    return f"assumed, between {low * 1e6:.0f} and {high * 1e6:.0f} us; see docs/speed-model.md"
+    between = f"between {low * 1e6:.0f} and {high * 1e6:.0f} us"
+    return f"assumed, {between}; see docs/design/speed-model.md"
 
 
 def _bandwidth_terms(run: PlacedRun, nodes: Sequence[NodeMemory], source: str) -> list[SpeedTerm]:
