@@ -54,7 +54,7 @@ class Decode(Message, tag=True, frozen=True):
     ``tokens`` are the inputs, one per row. With ``ahead`` it is empty: the inputs are what the
     leader chooses in this batch's step before, which is still being computed, and they come over
     the MLX group; ``told`` of a later decision says which they were (-1: nothing to tell).
-    ``digest`` asks for digests of what the rank computed (the canary), ``state_digest`` for one
+    ``digest`` asks for digests of what the rank computed (the self-test), ``state_digest`` for one
     of what it holds (the periodic check).
     """
 

@@ -66,7 +66,7 @@ class RankReady(Message, tag=True, frozen=True):
 
 
 class RunReady(Message, tag=True, frozen=True):
-    """Coverage and canary passed on all ranks, and the API answers."""
+    """Coverage check and self-test passed on all ranks, and the API answers."""
 
     url: str
 

@@ -271,9 +271,9 @@ def test_a_rank_reads_its_own_part_tensor_by_tensor(toy_k2: Path) -> None:
     [
         ("pipeline", "HOLDINGS", "missing", "is held by"),
         ("pipeline", "HOLDINGS", "twice", "model.norm.weight"),
-        ("tensor", "CANARY", "1", "canary failed: rank 1 disagrees with rank 0"),
+        ("tensor", "SELF_TEST", "1", "self-test failed: rank 1 disagrees with rank 0"),
     ],
-    ids=["missing", "twice", "canary"],
+    ids=["missing", "twice", "self-test"],
 )
 def test_a_part_that_is_not_right_is_refused_before_ready(
     strategy: str, name: str, value: str, message: str, toy_k2: Path, tmp_path: Path

@@ -223,9 +223,9 @@ def assignments(
 ) -> list[Assignment]:
     """Assignments as the launcher makes them from a plan, for ranks on this machine."""
     from k2cli.models.checkpoint import read_checkpoint
-    from k2cli.sharding.footprint import footprints
     from k2cli.sharding.placement import Placement, RankPlacement, even_split
     from k2cli.sharding.trace import layer_count, trace_model
+    from tests.support.footprints import footprints
 
     read = read_checkpoint(checkpoint)
     stored = {name: (tensor.dtype, tensor.shape) for name, tensor in read.tensors.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from k2cli.choices import FloatType, Head, HeadPlacement
 from k2cli.errors import UsageError
 from k2cli.planning.model import Subject
-from k2cli.planning.speed.work import ModelWork, work_of_activity
+from k2cli.planning.speed.work import ModelWork, work_of_cost
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -100,13 +100,13 @@ class TracedModel:
             return Slices(count, head, profile_model(model), self._work(model, count))
 
     def _work(self, model: nn.Module, count: int) -> ModelWork | None:
-        from k2cli.sharding.token_cost import model_activity
+        from k2cli.sharding.token_cost import model_token_cost
 
         try:
-            activity = model_activity(model)
+            cost = model_token_cost(model)
         except UsageError:
             return None
-        return work_of_activity(self.subject.config, activity, count)
+        return work_of_cost(self.subject.config, cost, count)
 
     def _head_placement(self, count: int) -> HeadPlacement:
         """Cut the head too wherever it can be: less to hold, and to read for every token."""

@@ -19,7 +19,7 @@ from k2cli.planning.memory.prefill import ActivationShape, activation_shape
 
 if TYPE_CHECKING:
     from k2cli.choices import HeadPlacement
-    from k2cli.sharding.token_cost import Activity, ModelActivity
+    from k2cli.sharding.token_cost import ModelTokenCost, TokenCost
     from k2cli.sharding.trace import StoredShapes
 
 
@@ -113,26 +113,24 @@ def model_work(
         UsageError: if the config makes no model, or it cannot be cut so.
     """
     from k2cli.sharding.tensor import StandInGroup, slice_model
-    from k2cli.sharding.token_cost import model_activity
+    from k2cli.sharding.token_cost import model_token_cost
     from k2cli.sharding.trace import trace_model
 
     model = trace_model(config, stored, dtype)
     if slices > 1:
         slice_model(config, model, StandInGroup(0, slices), head)
-    return work_of_activity(config, model_activity(model), slices)
+    return work_of_cost(config, model_token_cost(model), slices)
 
 
-def work_of_activity(
-    config: Mapping[str, Any], activity: ModelActivity, slices: int = 1
-) -> ModelWork:
+def work_of_cost(config: Mapping[str, Any], cost: ModelTokenCost, slices: int = 1) -> ModelWork:
     """Add the operations of attention, which only the config tells, to what was traced."""
     attention = _attention(config, slices)
-    head = activity.head
+    head = cost.head
     return ModelWork(
-        layers=tuple(_layer_work(layer, attention) for layer in activity.layers),
+        layers=tuple(_layer_work(layer, attention) for layer in cost.layers),
         head=LayerWork(head.dense_bytes, dense_flops=2 * head.dense_weights),
-        hidden_bytes=activity.hidden_bytes,
-        collectives=activity.collectives,
+        hidden_bytes=cost.hidden_bytes,
+        collectives=cost.collectives,
         slices=slices,
     )
 
@@ -163,7 +161,7 @@ def _attention(config: Mapping[str, Any], slices: int) -> _Attention:
     )
 
 
-def _layer_work(layer: Activity, attention: _Attention) -> LayerWork:
+def _layer_work(layer: TokenCost, attention: _Attention) -> LayerWork:
     cache = tuple(CacheWork(part.bytes_per_token, part.window_tokens) for part in layer.cache)
     if attention.chosen_tokens is not None and cache:
         # Sparse attention reads what the indexer chose; the indexer's own keys are read whole.
