@@ -10,7 +10,7 @@ import typer
 from k2cli.choices import WantedTransport
 
 if TYPE_CHECKING:
-    from k2cli.doctor.examination import Report, Wishes
+    from k2cli.doctor.examination import ExaminationOptions, Report
     from k2cli.nodes.node import Node
 
 
@@ -62,8 +62,8 @@ def doctor(
     if replay is not None:
         report = _replayed(replay, cluster, nodes)
     else:
-        wishes = _wishes(quick, transport, plan, model)
-        report = _examined(_nodes(cluster, nodes), wishes)
+        options = _options(quick, transport, plan, model)
+        report = _examined(_nodes(cluster, nodes), options)
     if json:
         print_json(report_document(report))
     else:
@@ -88,20 +88,20 @@ def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
     return replay(folder)
 
 
-def _wishes(
+def _options(
     quick: bool, transport: WantedTransport, plan: Path | None, model: str | None
-) -> Wishes:
-    from k2cli.doctor.examination import Wishes, read_plan
+) -> ExaminationOptions:
+    from k2cli.doctor.examination import ExaminationOptions, read_plan
 
     read = read_plan(plan) if plan is not None else None
-    return Wishes(quick=quick, transport=transport, model_folder=model, plan=read)
+    return ExaminationOptions(quick=quick, transport=transport, model_folder=model, plan=read)
 
 
-def _examined(nodes: list[Node], wishes: Wishes) -> Report:
+def _examined(nodes: list[Node], options: ExaminationOptions) -> Report:
     from k2cli.doctor.examination import examine_nodes
     from k2cli.ui.output import note
 
-    return examine_nodes(nodes, wishes, tell=note)
+    return examine_nodes(nodes, options, tell=note)
 
 
 def _nodes(cluster: str | None, nodes: str | None) -> list[Node]:

@@ -58,10 +58,10 @@ def _examined(
     *,
     force: bool,
 ) -> Choice:
-    from k2cli.doctor.examination import Wishes, examine_nodes
+    from k2cli.doctor.examination import ExaminationOptions, examine_nodes
 
     distinct = list({node.name: node for node in nodes}.values())
-    report = examine_nodes(distinct, Wishes(quick=True, transport=wanted))
+    report = examine_nodes(distinct, ExaminationOptions(quick=True, transport=wanted))
     for result in report.results:
         if result.name == "mpirun":
             continue  # about the one on each node's PATH; a launch looks for its own there

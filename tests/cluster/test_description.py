@@ -11,7 +11,7 @@ import pytest
 from mlx._distributed_utils.common import Host as MlxHost
 from mlx._distributed_utils.common import Hostfile as MlxHostfile
 
-from k2cli.agent.activity import RunHere
+from k2cli.agent.activity import RunActivity
 from k2cli.agent.locks import Claim, Lock
 from k2cli.cluster.description import (
     Cluster,
@@ -22,7 +22,7 @@ from k2cli.cluster.description import (
     remove_cluster,
     save_cluster,
 )
-from k2cli.cluster.discovery import NodeBusy, describe_node, imported
+from k2cli.cluster.discovery import NodeActivity, cluster_from_hostfile, describe_node
 from k2cli.cluster.facts.machine import InterfaceKind, MachineFacts, ThunderboltPort
 from k2cli.cluster.hostfile import format_hostfile, parse_hostfile, read_hostfile
 from k2cli.cluster.links import (
@@ -174,7 +174,7 @@ def test_each_rank_of_a_ring_listens_towards_its_left_neighbour() -> None:
 def test_mlx_hostfiles_come_back_as_they_went(document: Any, tmp_path: Path) -> None:
     given, back = tmp_path / "given.json", tmp_path / "back.json"
     given.write_text(json.dumps(document))
-    save_cluster(imported("x", read_hostfile(given)))
+    save_cluster(cluster_from_hostfile("x", read_hostfile(given)))
     back.write_text(format_hostfile(to_hostfile(load_cluster("x"))))
     assert _read_with_mlx(back).to_json() == _read_with_mlx(given).to_json()
 
@@ -210,7 +210,7 @@ def test_clusters_are_saved_and_the_only_one_needs_no_name() -> None:
     assert list_clusters() == ["macs", "other"]
     with pytest.raises(UsageError, match="there are several clusters") as raised:
         load_cluster()
-    assert raised.value.hint == "there is macs, other"
+    assert raised.value.hint == "known clusters: macs, other"
     remove_cluster("other")
     assert list_clusters() == ["macs"]
 
@@ -227,8 +227,8 @@ def test_damaged_foreign_and_missing_descriptions_are_told_apart() -> None:
     cluster_path("macs").write_text('{"name": 3}')
     with pytest.raises(ClusterError, match="is not a description of a cluster"):
         load_cluster("macs")
-    bare = imported("bare", parse_hostfile(b'[{"ssh": "a"}]', "hosts.json"))
-    with pytest.raises(ClusterError, match="not known how much memory a has") as raised:
+    bare = cluster_from_hostfile("bare", parse_hostfile(b'[{"ssh": "a"}]', "hosts.json"))
+    with pytest.raises(ClusterError, match="the memory size of a is not known") as raised:
         node_memory(bare)
     assert raised.value.hint == "k2 cluster refresh bare"
 
@@ -236,7 +236,7 @@ def test_damaged_foreign_and_missing_descriptions_are_told_apart() -> None:
 def test_a_pair_of_macs_as_it_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     cluster = _cluster(PAIR)
     lock = Lock(Claim("k2-thinking-1a2b", "eve", "c.local", 7, 0.0), "held")
-    running = {"a": NodeBusy((RunHere("k2-thinking-1a2b", 2, 290_000_000_000),), (lock,))}
+    running = {"a": NodeActivity((RunActivity("k2-thinking-1a2b", 2, 290_000_000_000),), (lock,))}
     print_cluster(cluster, running, {"b": "node b cannot be reached: Connection refused"})
     assert capsys.readouterr().out == DRAWN
 

@@ -69,7 +69,7 @@ async def test_commands_share_a_connection_that_ends_with_the_work(ssh_server: S
     [
         ("nobody", ClusterError, "nothing answers ssh there .*Connection refused", "Remote Login"),
         ("no-such-host.invalid", ClusterError, "its name is unknown", "HostName"),
-        ("denied", NodeAccessError, r"did not let you in: .*Permission denied", "ssh-copy-id"),
+        ("denied", NodeAccessError, r"denied access: .*Permission denied", "ssh-copy-id"),
         ("stranger", ClusterError, "host key of node stranger is not known", "ssh stranger true"),
         ("changed", ClusterError, "another host key", "ssh-keygen"),
     ],

@@ -14,7 +14,7 @@ from k2cli.launch.prepare import PreparedRun
 from k2cli.nodes.node import python_environment
 from k2cli.protocol import RunEvent
 from k2cli.runs.record import read_record
-from k2cli.settings import runs_directory
+from k2cli.settings import runs_directory, scratch_directory
 from k2cli.supervisor.start import launch_detached, owned
 from tests.support.harness import SCRIPTED, prepare_scripted
 
@@ -31,7 +31,7 @@ def test_ctrl_c_before_the_start_leaves_a_record_and_no_secret() -> None:
         raise KeyboardInterrupt
     assert said == [f"stopping {specification.run_id}"]
     assert [path.name for path in folder.iterdir()] == ["run.json"]
-    assert not run_folder.scratch_path(specification.run_id).exists()
+    assert not scratch_directory(specification.run_id).exists()
     left = read_record(folder)
     assert left is not None
     assert (left.state, left.cause) == ("stopped", "interrupted")

@@ -40,7 +40,7 @@ def init(
     Example: k2 cluster init localhost studio-2 --name studios
     """
     from k2cli.cluster.description import cluster_path, save_cluster
-    from k2cli.cluster.discovery import gather
+    from k2cli.cluster.discovery import discover
     from k2cli.cluster.links import same_machines
     from k2cli.errors import UsageError
     from k2cli.ui.cluster_view import print_cluster, show_answer
@@ -51,7 +51,7 @@ def init(
             f"cluster '{name}' already exists", f"k2 cluster refresh {name}, or --force"
         )
     note(f"asking {', '.join(hosts)}")
-    found = gather(name, hosts, show_answer)
+    found = discover(name, hosts, show_answer)
     path = save_cluster(found)
     for pair in same_machines(found):
         warn(f"{' and '.join(pair)} have the same addresses and may be one machine")
@@ -68,12 +68,12 @@ def refresh(name: ClusterName = None, json: AsJson = False) -> None:
     Example: k2 cluster refresh studios
     """
     from k2cli.cluster.description import load_cluster, save_cluster
-    from k2cli.cluster.discovery import gather
+    from k2cli.cluster.discovery import discover
     from k2cli.ui.cluster_view import print_cluster, show_answer
     from k2cli.ui.output import print_json
 
     known = load_cluster(name)
-    found = gather(known.name, [node.name for node in known.nodes], show_answer, known.hostfile)
+    found = discover(known.name, [node.name for node in known.nodes], show_answer, known.hostfile)
     save_cluster(found)
     if json:
         print_json({"schema_version": found.schema_version, "cluster": found})
@@ -93,12 +93,12 @@ def show(
     Example: k2 cluster show studios
     """
     from k2cli.cluster.description import load_cluster
-    from k2cli.cluster.discovery import activities
+    from k2cli.cluster.discovery import node_activities
     from k2cli.ui.cluster_view import print_cluster
     from k2cli.ui.output import print_json
 
     found = load_cluster(name)
-    running, problems = activities(found) if not offline else (None, None)
+    running, problems = node_activities(found) if not offline else (None, None)
     if json:
         document = {"schema_version": found.schema_version, "cluster": found}
         print_json(document | {"activity": running, "problems": problems})
@@ -133,7 +133,7 @@ def import_(
     Example: k2 cluster import hosts.json --name studios
     """
     from k2cli.cluster.description import cluster_path, save_cluster
-    from k2cli.cluster.discovery import gather, imported
+    from k2cli.cluster.discovery import cluster_from_hostfile, discover
     from k2cli.cluster.hostfile import read_hostfile
     from k2cli.errors import UsageError
     from k2cli.ui.cluster_view import print_cluster, show_answer
@@ -143,9 +143,9 @@ def import_(
             f"cluster '{name}' already exists", "choose another --name, or add --force"
         )
     hostfile = read_hostfile(file)
-    bare = imported(name, hostfile)
+    bare = cluster_from_hostfile(name, hostfile)
     hosts = [node.name for node in bare.nodes]
-    found = bare if offline else gather(name, hosts, show_answer, hostfile)
+    found = bare if offline else discover(name, hosts, show_answer, hostfile)
     save_cluster(found)
     print_cluster(found)
 
