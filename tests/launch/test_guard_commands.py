@@ -11,8 +11,9 @@ import pytest
 from k2cli.agent import openmpi
 from k2cli.agent.openmpi import OpenMpi, find_openmpi
 from k2cli.errors import ClusterError, UsageError
-from k2cli.launch.guard_commands import choose_transport, direct_commands, mpi_command
+from k2cli.launch.guard_commands import direct_commands, mpi_command
 from k2cli.launch.mpi_remote import daemon_command, split_host
+from k2cli.launch.transport import choose_transport
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.ssh import SshNode
 

@@ -21,11 +21,11 @@ from k2cli.runs.record import (
     RunState,
     find_run,
     list_runs,
+    new_run_id,
     prune_records,
     read_record,
     save_record,
 )
-from k2cli.runs.run_id import new_run_id
 from k2cli.runs.stop import stop_run
 from k2cli.settings import RUN_OPTION
 

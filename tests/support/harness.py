@@ -19,8 +19,7 @@ from k2cli.launch.restart_policy import RestartPolicy
 from k2cli.launch.specification import RunSpecification, save_specification
 from k2cli.nodes.local import LocalNode
 from k2cli.protocol import Assignment, Bootstrap, Deadlines
-from k2cli.runs.record import RankRecord, RunRecord, list_runs, save_record
-from k2cli.runs.run_id import new_run_id
+from k2cli.runs.record import RankRecord, RunRecord, list_runs, new_run_id, save_record
 
 SCRIPTED = "tests.support.scripted_rank"
 GONE_SECONDS = 15.0
@@ -122,8 +121,7 @@ def _specification(
         )
         for rank in range(size)
     ]
-    names = ["localhost"] * size
-    return RunSpecification(run_id, names, transport, bootstraps, worker, scratch, restart=restart)
+    return RunSpecification(bootstraps, worker, scratch, restart=restart)
 
 
 def prepare_scripted(
