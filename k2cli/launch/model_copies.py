@@ -27,7 +27,7 @@ def find_model_copies(nodes: Sequence[Node], reference: str, source: ModelSource
         source: the checkpoint that the plan was made from.
 
     Raises:
-        ClusterError: if a node lacks the model or has another one; the hint is a command to copy it.
+        ClusterError: if a node lacks the model or has another one. The hint is how to copy it.
     """
     known = {node.name: node for node in nodes}
     own_digest = checkpoint_digest(source.folder)

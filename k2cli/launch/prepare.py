@@ -11,6 +11,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from k2cli.launch.model_copies import find_model_copies
 from k2cli.launch.model_source import locate_model
 from k2cli.launch.mpi import find_libraries, find_prefixes
 from k2cli.launch.plan import check_plan, make_launch_plan, read_plan
-from k2cli.launch.request import LaunchRequest, node_names
+from k2cli.launch.request import LaunchRequest
 from k2cli.launch.routes import find_routes
 from k2cli.launch.specification import RunDecisions, make_specification, save_specification
 from k2cli.launch.transport import check_nodes
@@ -80,7 +81,7 @@ def _choose_nodes(run: RunDecisions) -> None:
         from k2cli.cluster.description import load_cluster
 
         run.cluster = load_cluster(run.request.cluster)
-    run.nodes = [node_named(name) for name in node_names(run.request, run.plan_given, run.cluster)]
+    run.nodes = [node_named(name) for name in _node_names(run)]
 
 
 def _choose_transport(run: RunDecisions, say: Say) -> None:
@@ -182,6 +183,32 @@ def _undo(run: RunDecisions) -> None:
 
 
 # --- details ------------------------------------------------------------------------------------
+
+
+def _node_names(run: RunDecisions) -> Sequence[str]:
+    """Return the nodes of ``--nodes``, else those of the cluster or the plan, else this machine.
+
+    Raises:
+        UsageError: if a name is invalid, or the plan is for machines of the catalog.
+    """
+    if run.request.nodes is not None:
+        if not all(run.request.nodes):
+            raise UsageError(f"--nodes '{','.join(run.request.nodes)}' has an empty name")
+        if odd := [name for name in run.request.nodes if name.startswith("-") or " " in name]:
+            raise UsageError(f"'{odd[0]}' is not a valid name of a node")
+        return run.request.nodes
+    if run.cluster is not None:
+        return [node.name for node in run.cluster.nodes]
+    if run.plan_given is None:
+        return [LOCALHOST]
+    names = [part.node for part in run.plan_given.placement.ranks]
+    if any("/" in name for name in names):
+        # Names such as m3-ultra-512/1 are machines of the catalog.
+        raise UsageError(
+            f"the plan is for {', '.join(names)}, which are machines of the catalog",
+            f"--nodes {','.join([LOCALHOST] * len(names))}",
+        )
+    return names
 
 
 def _portable_reference(reference: str) -> str:
