@@ -130,7 +130,7 @@ def read_specification(folder: Path) -> RunSpecification:
     try:
         return msgspec.json.decode((folder / _NAME).read_bytes(), type=RunSpecification)
     except (OSError, msgspec.MsgspecError) as error:
-        raise ClusterError(f"{folder} holds no run that could be started: {error}") from error
+        raise ClusterError(f"{folder} contains no run that can be started: {error}") from error
 
 
 # --- bootstraps ---------------------------------------------------------------------------------

@@ -54,12 +54,12 @@ def stop_run(record: RunRecord) -> StopReport:
             problems.append(error.message)
             unreached.append(name)
         else:
-            problems += [f"process {process.pid} on {name} could not be ended" for process in left]
+            problems += [f"process {process.pid} on {name} could not be killed" for process in left]
     if not problems:
         release_locks([node_named(name) for name in record.nodes], record.run_id)
     if problems:
         raise ClusterError(
-            f"it is not sure that nothing is left of {record.run_id}: {'; '.join(problems)}",
+            f"processes of {record.run_id} may be left: {'; '.join(problems)}",
             _look_again(unreached) if unreached else "k2 ps",
         )
     return StopReport(record.run_id, _final_state(record), killed, was_live)
@@ -76,8 +76,8 @@ def _unreachable_before(record: RunRecord) -> Collection[str]:
 def _look_again(nodes: Sequence[str]) -> str:
     names = ",".join(nodes)
     return (
-        "a guard that has lost its leader ends what is there by itself; "
-        f"to be sure, once it can be reached: k2 cluster clean --nodes {names}"
+        "a guard that has lost its leader ends the processes on its node; "
+        f"to check, once the node can be reached: k2 cluster clean --nodes {names}"
     )
 
 

@@ -50,7 +50,7 @@ class RunKiller:
     async def _kill_on(self, name: str, spared: int | None, *, known: bool) -> str:
         problem = await self._tasks[name]
         if problem and not known:
-            return f"{problem}; its guard ends what is there"
+            return f"{problem}; its guard ends the processes there"
         return await _kill(self._nodes[name], self._run_id, spared)
 
 
@@ -72,4 +72,4 @@ async def _kill(node: Node, run_id: str, spared: int | None) -> str:
         await asyncio.to_thread(node.remove_bootstraps, run_id)
     except ClusterError as error:
         return error.message
-    return ", ".join(f"process {process.pid} could not be ended" for process in left)
+    return ", ".join(f"process {process.pid} could not be killed" for process in left)

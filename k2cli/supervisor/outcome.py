@@ -62,7 +62,7 @@ class Outcome:
         return replace(
             self,
             cause=f"{first_cause}; given up after {failures} failures in a row, "
-            f"at last: {self.cause}",
+            f"the last one: {self.cause}",
         )
 
     @classmethod
@@ -104,7 +104,9 @@ def error_of(record: RunRecord) -> ClusterError:
     """Return the error for a failed run: its cause, and the command that shows its log."""
     hint = f"k2 logs {record.run_id}"
     if record.left:
-        hint += f", and once it can be reached: k2 cluster clean --nodes {','.join(record.left)}"
+        hint += (
+            f", and once the node can be reached: k2 cluster clean --nodes {','.join(record.left)}"
+        )
     failure = record.failure
     if failure is None or failure.rank is None:
         return ClusterError(f"{record.run_id} failed: {record.cause}", hint)

@@ -114,9 +114,8 @@ class Processes:
         self._spawn(self._await_exit(started, readers, None if leads else self._current()))
 
     async def _read_events(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
-        with contextlib.suppress(
-            ValueError
-        ):  # a line longer than the stream's limit is not a message
+        # A line longer than the stream's limit is not a message.
+        with contextlib.suppress(ValueError):
             while line := await stream.readline():
                 try:
                     event = _decoder.decode(line)

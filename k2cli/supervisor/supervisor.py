@@ -161,7 +161,7 @@ class Supervisor:
             if not kept:
                 await self._start_process(self._guards()[0])
         except ClusterError as error:
-            self._journal.say(f"between attempts: {error.message}")
+            self._journal.say(f"preparing the next attempt failed: {error.message}")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop_asked.wait(), delay_seconds)
 
@@ -356,7 +356,7 @@ async def _supervise(
 ) -> RunRecord:
     record = read_record(folder)
     if record is None:
-        raise ClusterError(f"{folder} holds no run")
+        raise ClusterError(f"{folder} contains no run")
     supervisor = Supervisor(read_specification(folder), record, listener)
     _obey_signals(supervisor, on_interrupt)
     return await supervisor.run()

@@ -1,4 +1,4 @@
-"""What a launch plans from: headers of a node's checkpoint are as good as the checkpoint."""
+"""Test the source of a plan: a node's headers give the plan of its whole checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from k2cli.planning.planner import make_plan
 
 
 class Far(LocalNode):
-    """A node in whose view /far is a folder of this machine."""
+    """A node on which /far stands for a folder of this machine."""
 
     is_local = False
 
@@ -39,7 +39,7 @@ def test_headers_of_the_first_node_make_the_plan_of_its_checkpoint(toy_k2: Path)
         assert [path.stat().st_size for path in weights] == [
             path.stat().st_size for path in sorted(toy_k2.glob("*.safetensors"))
         ]
-        # Holes: no weights have come here.
+        # The files are sparse: no weights were sent.
         assert sum(path.stat().st_blocks * 512 for path in weights) < 200_000
         memory = [nodes[0].memory()] * 2
         sent, own = (make_plan(str(path), memory).nodes for path in (source.folder, toy_k2))

@@ -143,7 +143,7 @@ async def test_nobody_waits_long_for_a_node_that_does_not_answer(
         left = await end_processes.RunKiller("demo-1", nodes).kill(answered={"b"})
     assert left == {
         "mute": "node mute cannot be reached: it did not answer within 1 s; "
-        "its guard ends what is there"
+        "its guard ends the processes there"
     }
     # A connection that was there and does not answer any more is another matter than a new one.
     (path,) = _sockets()

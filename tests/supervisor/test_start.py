@@ -1,4 +1,4 @@
-"""What is prepared is put away, and a guard without a launcher does not wait for its leader."""
+"""Test the cleanup of prepared runs, and that a guard does not outlive its launcher."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_ctrl_c_before_a_detached_run_is_ready_stops_it_and_says_so() -> None:
 
 @pytest.mark.ranks
 def test_a_follower_that_never_met_its_leader_ends_with_the_launcher() -> None:
-    """Its own deadline for the leader's guard is a minute."""
+    """Such a guard would wait a minute for the leader's guard."""
     specification = prepare_scripted("ring")
     bootstrap = msgspec.json.encode(specification.bootstraps[1])
     run_folder.write_private(specification.run_id, "bootstrap-1.json", bootstrap)
