@@ -265,7 +265,7 @@ def _by_name(run_id: str, runs: list[RunRecord]) -> RunRecord:
         return begun[0]
     if begun:
         names = ", ".join(run.run_id for run in begun)
-        raise K2Error(f"'{run_id}' is the beginning of several ids: {names}", "k2 ps")
+        raise K2Error(f"'{run_id}' is the beginning of several runs: {names}", "k2 ps")
     raise K2Error(f"there is no run '{run_id}'", f"k2 ps; or {_LAUNCH_HINT}")
 
 
