@@ -11,8 +11,8 @@ import typer
 from k2cli.commands import options
 
 if TYPE_CHECKING:
-    from k2cli.launch.prepare import PreparedRun
     from k2cli.launch.request import LaunchRequest
+    from k2cli.launch.specification import RunDecisions
     from k2cli.protocol import RunEvent
     from k2cli.runs.record import RunRecord
     from k2cli.ui.launch_view import LaunchView
@@ -134,37 +134,37 @@ def _checked_wait(seconds: float | None) -> float:
 
 def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
     from k2cli.launch.prepare import prepare_run
-    from k2cli.supervisor.start import owned
+    from k2cli.supervisor.start import cleanup_on_error
     from k2cli.ui.launch_view import LaunchView
     from k2cli.ui.output import note
 
-    prepared = prepare_run(request, note)
-    names = [rank.node for rank in prepared.record.ranks]
-    with owned(prepared, note):
-        _show_plan(prepared)
+    run = prepare_run(request, note)
+    names = [rank.node for rank in run.record.ranks]
+    with cleanup_on_error(run.record, note):
+        _show_plan(run)
         with LaunchView(names, log=not detach) as view:
             if detach:
-                _detach(prepared, view, as_json=as_json)
+                _detach(run.record, view, as_json=as_json)
             else:
-                _stay(prepared, view, as_json=as_json)
+                _stay(run.record, view, as_json=as_json)
 
 
-def _show_plan(prepared: PreparedRun) -> None:
+def _show_plan(run: RunDecisions) -> None:
     from k2cli.ui.output import note, warn
     from k2cli.ui.plan.table import plan_lines
 
-    for line in plan_lines(prepared.plan):
+    for line in plan_lines(run.plan):
         note(line)
-    if not prepared.plan.fits:
+    if not run.plan.fits:
         warn("the plan does not fit; launching because of --force")
-    note(f"\nrun {prepared.record.run_id}:")
-    for name, value in prepared.record.settings.items():
+    note(f"\nrun {run.record.run_id}:")
+    for name, value in run.record.settings.items():
         note(f"  {name}: {value}")
-    if prepared.generated_api_key:
-        note(f"the API key is in {prepared.record.api_key_file}")
+    if run.generated_api_key:
+        note(f"the API key is in {run.record.api_key_file}")
 
 
-def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
+def _detach(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
     from k2cli.errors import ClusterError
     from k2cli.runs.record import read_record
     from k2cli.supervisor.start import launch_detached
@@ -173,19 +173,19 @@ def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
     try:
         record = launch_detached(
             prepared,
-            lambda event: _show(event, prepared.record, view),
+            lambda event: _show(event, prepared, view),
             lambda first: _say_interrupted(view, first=first),
         )
     except ClusterError:
         view.end_progress()
-        _show_last_lines(read_record(prepared.record.folder))
+        _show_last_lines(read_record(prepared.folder))
         raise
     if as_json:
         _print_ready(record)
     note(f"\nnext: k2 chat\n      k2 logs -f {record.run_id}\n      k2 stop {record.run_id}")
 
 
-def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
+def _stay(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
     from k2cli.errors import ClusterError
     from k2cli.protocol import RunReady
     from k2cli.runs.record import read_record
@@ -195,10 +195,10 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
     interrupted = False
 
     def on_event(event: RunEvent) -> None:
-        _show(event, prepared.record, view)
+        _show(event, prepared, view)
         if isinstance(event, RunReady):
             note("\nnext: k2 chat   (in another terminal; Ctrl-C here stops the run)\n")
-            if as_json and (record := read_record(prepared.record.folder)) is not None:
+            if as_json and (record := read_record(prepared.folder)) is not None:
                 _print_ready(record)
 
     def on_interrupt(first: bool) -> None:
@@ -210,7 +210,7 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
         record = launch_here(prepared, on_event, on_interrupt)
     except ClusterError:
         view.end_progress()
-        _show_last_lines(read_record(prepared.record.folder))
+        _show_last_lines(read_record(prepared.folder))
         raise
     note(f"{record.run_id} {record.state}")
     for name, problem in record.left.items():

@@ -1,4 +1,4 @@
-"""The plan of a launch: read from a file, or made for the nodes, and held against the model."""
+"""Read the plan of a launch from a file, or make it for the nodes, and check it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from k2cli.units import format_bytes
 
 
 def read_plan(request: LaunchRequest) -> Plan | None:
-    """The plan that the request names, or None if it names none.
+    """Read the plan file that the request names; None if it names none.
 
     Raises:
         UsageError: if it cannot be read, or an option contradicts it.
@@ -43,9 +43,9 @@ def read_plan(request: LaunchRequest) -> Plan | None:
 def make_launch_plan(
     request: LaunchRequest, folder: Path, nodes: Sequence[Node], transport: Transport
 ) -> Plan:
-    """A plan for the memory that the nodes have, of the model whose headers are in ``folder``.
+    """Make a plan of the model whose headers are in ``folder``, for the memory of the nodes.
 
-    That it is what each rank will hold, the ranks see to before they load.
+    The ranks check that they hold what the plan says, so the chosen placement is not traced here.
 
     Raises:
         K2Error: if the model cannot be planned, or a node cannot be asked.
@@ -80,7 +80,7 @@ def make_launch_plan(
 
 
 def check_plan(plan: Plan, folder: Path, nodes: Sequence[Node], *, force: bool) -> None:
-    """Refuse a plan for other nodes or another model, and one that does not fit.
+    """Raise an error if a plan is for other nodes or another model, or does not fit.
 
     Raises:
         UsageError: if it is for another number of nodes or of layers.
@@ -114,5 +114,5 @@ def _does_not_fit(plan: Plan) -> DoesNotFitError:
         f"{plan.model.reference} does not fit: {worst.name} needs "
         f"{format_bytes(worst.total_bytes)} and has {format_bytes(worst.limit_bytes)} "
         f"({format_bytes(-worst.headroom_bytes)} too little)",
-        "a smaller --context, more nodes, a smaller quantization; or --force to try all the same",
+        "a smaller --context, more nodes, a smaller quantization; or --force to try anyway",
     )

@@ -91,11 +91,15 @@ def test_recipes_are_read_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not a quantization recipe"), ("four", "'four' is not a quantization recipe"), ("7bit", "7 bits are not"),
-        ("4bit-g48", "groups of 48 are not"), ("9" * 400, "is not a quantization recipe"),
-        ("mxfp6", "'mxfp6' is not a quantization recipe"), ("mixed_5_6", "'mixed_5_6' is not a quantization recipe"),
+        ("", "'' is not a quantization recipe"),
+        ("four", "'four' is not a quantization recipe"),
+        ("7bit", "7 bits are not"),
+        ("4bit-g48", "groups of 48 are not"),
+        ("9" * 400, "is not a quantization recipe"),
+        ("mxfp6", "'mxfp6' is not a quantization recipe"),
+        ("mixed_5_6", "'mixed_5_6' is not a quantization recipe"),
     ],
-)  # fmt: skip
+)
 def test_other_recipes_are_refused(text: str, message: str) -> None:
     wrong: Any = pytest.raises(UsageError, match=message)
     with wrong:
