@@ -21,7 +21,16 @@ from benchmarks.k2_sides import K2Engine, K2Server
 from benchmarks.loading import loading_rows
 from benchmarks.mlx_sides import MlxLibrary, MlxServer
 from benchmarks.overlap import OVERLAP, TITLES, overlap_rows
-from benchmarks.report import Row, document, heading, into_document, merged, rows_of, table
+from benchmarks.report import (
+    Row,
+    document,
+    heading,
+    into_document,
+    merged,
+    replace_rows,
+    rows_of,
+    table,
+)
 from benchmarks.sides import Setting, Strategy
 from benchmarks.work import (
     Subject,
@@ -42,6 +51,7 @@ class Options:
     quick: bool
     rounds: int
     only: str
+    starts: bool
     docs: Path | None
     models: Path
     niceness: int
@@ -85,6 +95,9 @@ def _options(arguments: Sequence[str] | None) -> Options:
         metavar="TEXT",
         help="only comparisons whose name has it; other rows in FOLDER stay",
     )
+    parser.add_argument(
+        "--starts", action="store_true", help="only the rows of starts; other rows in FOLDER stay"
+    )
     parser.add_argument("--docs", type=Path, metavar="FILE", help="put the table into this file")
     parser.add_argument("--models", type=Path, help="where checkpoints are kept for another time")
     parser.add_argument(
@@ -108,6 +121,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
         given.quick,
         rounds,
         given.only,
+        given.starts,
         given.docs,
         models.resolve(),
         given.niceness,
@@ -118,7 +132,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
 def _earlier_rows(options: Options) -> list[Row]:
     """With ``--only``, what an earlier run into the same folder has measured of the rest."""
     path = options.output / "benchmark.json"
-    if not options.only or not path.is_file():
+    if not (options.only or options.starts) or not path.is_file():
         return []
     return [row for row in rows_of(json.loads(path.read_text())) if row.placement != OVERLAP]
 
@@ -129,6 +143,8 @@ def _measurements(options: Options, folder: Path) -> list[Callable[[], list[Row]
         names += [f"large {kind}" for kind in TITLES]
         names += ["demo library", "demo single", "demo pipeline"]
         names += ["load single", "load pipeline", "load tensor"]
+    if options.starts:
+        names = [name for name in names if not name.startswith("load") and "library" not in name]
     chosen = [name for name in names if options.only in name]
     return [partial(_measure, options, folder, *name.split()) for name in chosen]
 
@@ -165,7 +181,7 @@ def _comparison(
         placement,
         subject,
         make,
-        _works(model_name, kind, quick=options.quick),
+        [] if options.starts else _works(model_name, kind, quick=options.quick),
         options.rounds,
         starts=0 if kind == "library" else min(3, options.rounds),
     )
@@ -228,7 +244,9 @@ def _write(options: Options, rows: Sequence[Row]) -> None:
     _replace(options.output / "benchmark.md", f"{text}\n")
     _replace(options.output / "benchmark.json", json.dumps(document(rows, settings), indent=1))
     if options.docs is not None:
-        _replace(options.docs, into_document(options.docs.read_text(), text))
+        page = options.docs.read_text()
+        page = replace_rows(page, rows) if options.starts else into_document(page, text)
+        _replace(options.docs, page)
     say(f"wrote {options.output / 'benchmark.md'}")
 
 

@@ -134,6 +134,16 @@ def merged(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     return [*kept, *new.values()]
 
 
+def replace_rows(text: str, rows: Sequence[Row]) -> str:
+    """Replace the lines of these rows in a document's table, and keep its other lines."""
+    new = {_key(line): line for line in table(rows).splitlines()[2:]}
+    return "\n".join(new.get(_key(line), line) for line in text.split("\n"))
+
+
+def _key(line: str) -> tuple[str, ...]:
+    return tuple(line.split(" | ")[:3])
+
+
 def into_document(text: str, generated: str) -> str:
     """Replace what stands between the two marks.
 
