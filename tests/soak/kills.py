@@ -1,11 +1,11 @@
 """SIGKILL at random moments, and nothing left after each: ``scripts/soak kills``.
 
 Each round launches two real ranks and kills one to three of their processes, drawn by seed: the
-launcher (or, of a detached run, its supervisor), mpirun, seats, guards or ranks; while they start,
-or while requests are being answered. Then no process of the run may be left within the limit, the
-command must have ended by itself, its clients must have been told, ``k2 ps`` must not call the run
-alive, and no secret, scratch folder or listener may remain. That the next round can launch shows
-that no lock is in its way.
+launcher (or, of a detached run, its supervisor), mpirun, MPI slots, guards or ranks; while they
+start, or while requests are being answered. Then no process of the run may be left within the
+limit, the command must have ended by itself, its clients must have been told, ``k2 ps`` must not
+call the run alive, and no secret, scratch folder or listener may remain. The next round
+can launch only if no lock is in its way.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ BACKENDS = ("mpi", "ring")
 STARTING_SECONDS = 6.0
 SERVING_SECONDS = 3.0
 CLIENTS = 3
+NAMES = {
+    "k2cli.guard.main": "guard",
+    "k2cli.guard.mpi_slot_process": "MPI slot",
+    "k2cli.rank.main": "rank",
+}
 
 
 @dataclass
@@ -83,9 +88,9 @@ class Launched:
                 found["supervisor"] = process.pid
         for part in run_processes.processes_of_run(self.run_id):
             program = Path(part.command.split()[0]).name
-            module = re.search(r"-m k2cli\.(guard|rank)\.main .*--rank (\d+)", part.command)
+            module = re.search(r"-m (k2cli\.[\w.]+) .*--rank (\d+)", part.command)
             if program.startswith("python") and module is not None:
-                found[f"{module[1].replace('worker', 'rank')} {module[2]}"] = part.pid
+                found[f"{NAMES[module[1]]} {module[2]}"] = part.pid
             else:  # Open MPI's; version 5 calls its mpirun prterun
                 found["mpirun"] = part.pid
         return found
