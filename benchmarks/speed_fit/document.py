@@ -12,7 +12,7 @@ from benchmarks.speed_fit.rows import QUANTITIES, Unusable
 _INTRODUCTION = """# How fast it will be: the speed model and how well it predicts
 
 Written by `scripts/fit-speed-model`, like the constants that `plan-memory` uses
-(`k2cli/planning/constants.toml`); do not edit. A test runs the fit again and compares.
+(`k2cli/planning/speed/constants.toml`); do not edit. A test runs the fit again and compares.
 
 ## The model
 
