@@ -1,4 +1,4 @@
-"""Runs two sides against each other in turns and makes rows of what was measured."""
+"""Measure two sides in turns, and make rows of the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START_TARGET = 0.8
 
 
 def say(text: str) -> None:
-    """Progress, for whoever waits."""
+    """Write a line of progress to stderr."""
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
     sys.stderr.flush()
 
@@ -32,7 +32,7 @@ class Samples:
     theirs: list[list[Answer]] = field(default_factory=list)
 
     def equal(self) -> tuple[int, int]:
-        """How many answers were the same text, of how many."""
+        """Return the number of equal answers, and the number of all answers."""
         pairs = [
             (a.content, b.content)
             for x, y in zip(self.ours, self.theirs, strict=True)
@@ -43,7 +43,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two ways of making sides, the model, the work, and how often."""
+    """A comparison: two factories of sides, the model, the work, and the number of rounds."""
 
     placement: str
     subject: Subject

@@ -1,4 +1,4 @@
-"""What is compared with what, from the command line to the files."""
+"""The command line of the benchmarks: choose comparisons, measure, write the files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from benchmarks.work import (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Of the command line."""
+    """Options of the command line."""
 
     output: Path
     quick: bool
@@ -88,7 +88,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
     )
     parser.add_argument("--output", type=Path, default=Path(".k2/benchmarks"), metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="small toy only; under 3 minutes")
-    parser.add_argument("--rounds", type=int, help="how often each work is measured")
+    parser.add_argument("--rounds", type=int, help="number of rounds")
     parser.add_argument(
         "--only",
         default="",
@@ -99,12 +99,12 @@ def _options(arguments: Sequence[str] | None) -> Options:
         "--starts", action="store_true", help="only the rows of starts; other rows in FOLDER stay"
     )
     parser.add_argument("--docs", type=Path, metavar="FILE", help="put the table into this file")
-    parser.add_argument("--models", type=Path, help="where checkpoints are kept for another time")
+    parser.add_argument("--models", type=Path, help="folder that keeps checkpoints")
     parser.add_argument(
         "--niceness",
         type=int,
         default=0,
-        help="of both programs against other work on a shared machine, such as -10; needs root",
+        help="niceness of both programs on a shared machine, such as -10; needs root",
     )
     parser.add_argument(
         "--cores-per-node",
@@ -130,7 +130,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
 
 
 def _earlier_rows(options: Options) -> list[Row]:
-    """With ``--only``, what an earlier run into the same folder has measured of the rest."""
+    """Read the rows of an earlier run into the same folder, for ``--only`` and ``--starts``."""
     path = options.output / "benchmark.json"
     if not (options.only or options.starts) or not path.is_file():
         return []
@@ -174,7 +174,7 @@ def _comparison(
     if kind == "library":
         make = (partial(K2Engine, setting), partial(MlxLibrary, setting))
     if model_name == "demo" and kind == "pipeline":
-        # mlx-lm has no pipeline for this architecture, and three KV heads are not to be halved.
+        # mlx-lm has no pipeline for this architecture, and three KV heads cannot be halved.
         make = (make[0], partial(MlxServer, replace(setting, strategy="single")))
         placement = "two, pipeline, against one of mlx-lm"
     return Comparison(
@@ -200,7 +200,7 @@ def _works(model_name: str, kind: str, *, quick: bool) -> list[Work]:
 
 
 def _model(options: Options, name: str) -> tuple[Path, Subject]:
-    """The checkpoint, made if it is not there, and what to ask of it."""
+    """Return the checkpoint, made if it does not exist, and its subject."""
     options.models.mkdir(parents=True, exist_ok=True)
     match name:
         case "small":
@@ -257,7 +257,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def run() -> int:
-    """``main``, with errors as one line."""
+    """Run ``main``; print errors as one line."""
     from k2cli.errors import K2Error
 
     try:

@@ -1,7 +1,7 @@
 """Make docs/design/memory-model.md, which compares the activation model with measured peaks.
 
     scripts/memory-model                       # write the page from the recorded measurements
-    scripts/memory-model --check               # does the page say what the model says now?
+    scripts/memory-model --check               # 1 if the page is not up to date
     python -m benchmarks.activation_grid ...   # measure: its output belongs into benchmarks/data
 
 Every point is a peak of ``mx.get_peak_memory`` beside weights and cache. It is compared with the
@@ -29,7 +29,7 @@ DATA = ROOT / "benchmarks" / "data" / "activation"
 PAGE = ROOT / "docs" / "design" / "memory-model.md"
 MARK = "<!-- made by scripts/memory-model -->"
 TOLERANCE = 0.10
-# A plan keeps 600 MB per rank for what is not modelled, the back end's own buffers among it.
+# A plan keeps 600 MB per rank for what is not modelled, such as buffers of MLX.
 SMALL_BYTES = 50 * MB
 
 
@@ -51,12 +51,12 @@ class Compared:
 
 
 def recordings() -> list[dict[str, Any]]:
-    """Every recorded grid, by file name."""
+    """Return every recorded grid, in order of file names."""
     return [json.loads(path.read_text()) for path in sorted(DATA.glob("*.json"))]
 
 
 def compared(recording: dict[str, Any]) -> Iterator[Compared]:
-    """The points of one grid beside what the model says of them."""
+    """Yield the points of one grid with the figures of the model."""
     shape = activation_shape(recording["config"])
     for point in recording["points"]:
         common: dict[str, Any] = {
@@ -87,7 +87,7 @@ def compared(recording: dict[str, Any]) -> Iterator[Compared]:
 
 
 def share_within(points: Sequence[Compared], small_bytes: int = 0) -> float:
-    """The share of points that are modelled to ``TOLERANCE``, or to so many bytes."""
+    """Return the share of points within ``TOLERANCE``, or within ``small_bytes``, of the model."""
     near = [
         point
         for point in points
@@ -128,7 +128,7 @@ def _copies_rows() -> Iterator[str]:
 
 
 def tables() -> str:
-    """Everything below the mark of the page."""
+    """Return the part of the page below the mark."""
     summary, points = [], []
     for recording in recordings():
         found = list(compared(recording))
@@ -142,7 +142,7 @@ def tables() -> str:
             "",
             "## Copies of each array at the peak of prefill",
             "",
-            "| attention | back end | scores | expanded | latent per head | hidden | inner "
+            "| attention | device | scores | expanded | latent per head | hidden | inner "
             "| expert hidden | expert inner |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             *_copies_rows(),
@@ -151,13 +151,13 @@ def tables() -> str:
             "",
             "Ratio is modelled / measured.",
             "",
-            "| back end | model | phase | points | median | range | within 10 % | or 50 MB |",
+            "| device | model | phase | points | median | range | within 10 % | or 50 MB |",
             "| --- | --- | --- | ---: | ---: | --- | ---: | ---: |",
             *summary,
             "",
             "## Every point",
             "",
-            "| back end | model | phase | chunk | context | rows | measured, MB | modelled, MB "
+            "| device | model | phase | chunk | context | rows | measured, MB | modelled, MB "
             "| ratio |",
             "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
             *points,
@@ -167,12 +167,12 @@ def tables() -> str:
 
 
 def page() -> str:
-    """The whole page: what people wrote above the mark, and the tables."""
+    """Return the whole page: the text above the mark, and the tables."""
     return PAGE.read_text().split(MARK)[0] + tables()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page, or say whether it is what would be written."""
+    """Write the page, or compare it; 1 if it is not up to date."""
     parser = argparse.ArgumentParser(prog="scripts/memory-model", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it differs")
     given = parser.parse_args(arguments)

@@ -77,7 +77,7 @@ _MISSING = """## What this does not show
 * What you measure yourself is better. `k2 bench --calibrate` measures a run of yours at two prompt
   lengths, generates after each, and with two requests at a time; the model is then solved for the
   rates at which it says what was measured. They are kept in `calibration.json` of k2's
-  configuration, under the machines' names and memory and the back end, and `plan-memory` uses them
+  configuration, under the machines' names and memory and the transport, and `plan-memory` uses them
   for exactly these. Do it when the machines are idle: it says before it starts how long it takes
   (within two minutes, unless machines are very slow), and afterwards by how much repetitions
   differed and how far another calibration is likely to be from this one.

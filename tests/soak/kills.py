@@ -76,7 +76,7 @@ class Launched:
         return runs_directory() / self.run_id
 
     def processes(self) -> dict[str, int]:
-        """What can be killed now, by name: ``supervisor``, ``guard 1``, ``mpirun`` and so on."""
+        """Return what can be killed now, by name: ``supervisor``, ``guard 1``, ``mpirun``, ..."""
         ours = not self.detached and self.command.poll() is None
         found = {"launcher": self.command.pid} if ours else {}
         for process in psutil.process_iter():
@@ -134,7 +134,7 @@ def _wait_ready(launched: Launched) -> None:
 
 
 def _ask(url: str) -> str:
-    """Ask again and again until the run breaks; what a client is told then."""
+    """Send requests until the run breaks; return the error that the client receives."""
     body = {"prompt": [301, 302], "max_tokens": 900, "k2": {"ignore_stop_tokens": True}}
     while True:
         try:
@@ -150,7 +150,7 @@ def _ask(url: str) -> str:
 
 
 def _left(launched: Launched) -> list[str]:
-    """What is still there of a run that is over; looked at after ``k2 ps``, as its user would."""
+    """Return what is left of a run that has ended; to be called after ``k2 ps``."""
     left = [f"process {process.pid}" for process in run_processes.processes_of_run(launched.run_id)]
     left += [str(path) for path in scratch_directories(launched.run_id) if path.exists()]
     left += [path.name for path in launched.folder.glob("bootstrap*")]
@@ -164,7 +164,7 @@ def _left(launched: Launched) -> list[str]:
 
 
 def _over(launched: Launched, killed: list[str]) -> float:
-    """Wait for the end of it all. Returns seconds until no process of the run was left."""
+    """Wait for the end of the run; return the seconds until none of its processes was left."""
     started = time.monotonic()
     while run_processes.processes_of_run(launched.run_id) or "supervisor" in launched.processes():
         assert time.monotonic() - started < GONE_SECONDS, f"left: {launched.processes()}"
@@ -184,7 +184,7 @@ def _over(launched: Launched, killed: list[str]) -> float:
 
 
 def _clear(launched: Launched) -> None:
-    """Whatever a round did not end is ended here, so that the next one stands alone."""
+    """End what a round has left, so that it does not affect the next round."""
     for pid in launched.processes().values():
         try:
             os.kill(pid, signal.SIGKILL)
@@ -197,7 +197,7 @@ def _clear(launched: Launched) -> None:
 
 
 def one_round(toy: Path, strategy: str, backend: str, draw: random.Random) -> dict[str, Any]:
-    """Launch, kill, look. Returns a row of results."""
+    """Launch a run, kill processes, check, and return a row of results."""
     detached, serving = draw.random() < 0.5, draw.random() < 0.5
     wait_seconds = draw.uniform(0, SERVING_SECONDS if serving else STARTING_SECONDS)
     row: dict[str, Any] = {
@@ -215,7 +215,7 @@ def one_round(toy: Path, strategy: str, backend: str, draw: random.Random) -> di
             alive = launched.processes()
             row["killed"] = sorted(draw.sample(sorted(alive), min(len(alive), draw.randint(1, 3))))
             for name in row["killed"]:
-                with contextlib.suppress(ProcessLookupError):  # the one before took it along
+                with contextlib.suppress(ProcessLookupError):  # it ended with the previous one
                     os.kill(alive[name], signal.SIGKILL)
             row["end_seconds"] = _over(launched, row["killed"])
         except (AssertionError, OSError, subprocess.TimeoutExpired, TimeoutError) as failure:
@@ -229,7 +229,7 @@ def one_round(toy: Path, strategy: str, backend: str, draw: random.Random) -> di
 
 
 def page(results: list[dict[str, Any]]) -> list[str]:
-    """The lines of the section."""
+    """Return the lines of the section."""
     failures = sum(bool(row["error"]) for row in results)
     ends = [row["end_seconds"] for row in results if row["end_seconds"] is not None]
     lines = [
@@ -252,7 +252,7 @@ def page(results: list[dict[str, Any]]) -> list[str]:
         *table("killed, alone or with others | while | rounds | as expected | seconds",
                _rows(results)),
         "",
-        *table("placement | back end | rounds | as expected | seconds", _placements(results)),
+        *table("placement | transport | rounds | as expected | seconds", _placements(results)),
     ]  # fmt: skip
     return lines + write_failures(results, ("strategy", "backend", "while", "killed"))
 

@@ -3,7 +3,7 @@
 Two real ranks under guards, started by ``k2 launch`` and spoken to over HTTP, with other requests
 (the witnesses) running all the while. Either the witnesses get the very text of a quiet run, or
 the run ends everywhere, with an error that names the cause. ``test_faults.py`` runs each fault
-once; ``scripts/soak runtime`` runs all of them on every placement and back end, in rounds.
+once; ``scripts/soak runtime`` runs all of them on every placement and transport, in rounds.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Served:
         begun = threading.Barrier(len(WITNESSES) + 1)
 
         def witness(index: int) -> str:
-            """What a client is told whose request the fault breaks off."""
+            """Return the error of a client whose request the fault breaks off."""
             assert self.complete(WITNESSES[index]) == self.quiet[index]
             begun.wait(SECONDS)
             while True:
@@ -281,7 +281,7 @@ class Fault:
 
     @property
     def expected(self) -> str:
-        """For people."""
+        """Description of the expected result."""
         return f"the run ends: “{self.cause}”" if self.cause else "others get their very tokens"
 
 

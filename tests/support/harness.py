@@ -42,7 +42,7 @@ class SupervisedRun:
 
     @property
     def record(self) -> RunRecord:
-        """As ``k2 ps`` sees it."""
+        """Record of the run in ``k2 ps``."""
         return next(run for run in list_runs() if run.run_id == self.run_id)
 
     def wait_ready(self, seconds: float = 60.0) -> RunRecord:
@@ -69,7 +69,7 @@ class SupervisedRun:
         return found
 
     def wait_gone(self) -> None:
-        """Until no process of the run is left on this machine."""
+        """Wait until no process of the run is left on this machine."""
         wait_until(lambda: not self.processes(), GONE_SECONDS, f"the end of {self.run_id}")
 
     def pid_of(self, who: str) -> int:

@@ -83,7 +83,7 @@ class RankProcess:
 
 @dataclass
 class Outcome:
-    """What came for one request."""
+    """Messages received for one request."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
