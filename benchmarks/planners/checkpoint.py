@@ -2,7 +2,7 @@
 
 Names, shapes and element types are those of k2's own trace of the model; files are sparse, so that
 578 GB take a few hundred kB of disk. Planners that read headers and sizes see what they would see
-of the published files; what is written in them nobody reads.
+of the published files; their data are never read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODEL = "k2-instruct-4bit"
 
 @dataclass(frozen=True, slots=True)
 class SparseCheckpoint:
-    """What was written, to hold the planners' answers against."""
+    """The written checkpoint, with the true figures for the planners' answers."""
 
     folder: str
     tensors: int

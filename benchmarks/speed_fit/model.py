@@ -1,4 +1,4 @@
-"""The constants as a vector to fit, and what the speed model makes of it for a case."""
+"""The constants to fit, and the predictions of the speed model for a case."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLLECTIVE = "jaccl.collective_seconds"
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """What a constant is taken to be before any measurement: a value, and how sure that is.
+    """Prior of a constant: its value before any measurement, and its uncertainty.
 
     ``spread`` is the standard deviation of its logarithm.
     """

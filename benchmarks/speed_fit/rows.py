@@ -75,7 +75,7 @@ class Unusable:
 
 
 def read_rows() -> tuple[list[Observation], list[Unusable]]:
-    """All usable figures, and the rest with reasons."""
+    """Read the usable figures, and the others with reasons."""
     with (FOLDER / "measurements.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     usable: list[Observation] = []
@@ -172,7 +172,7 @@ def measured_work(model: str, format_name: str, slices: int) -> ModelWork:
 
 
 def split_rows(observations: list[Observation]) -> tuple[list[Observation], list[Observation]]:
-    """What to fit to, and what to check on: every second row of each stratum, by a digest.
+    """Split rows into those to fit and those held out: every second row of each stratum.
 
     The rule was fixed before any fit: rows of a stratum in the order of the SHA-256 of their id;
     the first, third, fifth... are fitted to. Both figures of a row may so fall on different sides,

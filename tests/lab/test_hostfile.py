@@ -48,7 +48,7 @@ def _files(lab: Lab) -> list[Path]:
 
 
 def _told(lab: Lab) -> list[dict[str, Any]]:
-    """What each rank has kept, ports aside: each launcher chooses its own."""
+    """Return the environment that each rank recorded, without ports, which launchers choose."""
     found = []
     for path in _files(lab):
         told = json.loads(path.read_text())
