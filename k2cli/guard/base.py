@@ -15,9 +15,9 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from k2cli.agent import locks
 from k2cli.errors import ClusterError, K2Error
 from k2cli.guard.mpi_slot import MpiSlot
 from k2cli.guard.rank_process import RankProcess, describe
@@ -33,12 +33,13 @@ from k2cli.protocol import (
     RankStatus,
 )
 from k2cli.protocol.wire import ConnectionLost
-from k2cli.settings import locks_directory, scratch_directories
+from k2cli.settings import scratch_directories
 
 # A symptom (a lost peer, an mpirun that ends all because of one) waits this long for its cause
 # to be reported by somebody else.
 WEAK_CAUSE_SECONDS = 1.0
 _RENEW_SECONDS = 15.0
+_RELEASE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ class Guard(ABC):
         """Show that the run lives, to others who want this machine."""
         while not self.ending:
             with contextlib.suppress(OSError):  # another user's, or none: nothing depends on it
-                os.utime(self._lock_path)
+                os.utime(locks.lock_path(self.assignment.run_id))
             await asyncio.sleep(_RENEW_SECONDS)
 
     async def _take_mpi_slot(self) -> dict[str, str] | None:
@@ -210,7 +211,7 @@ class Guard(ABC):
             failure = self.failure("mpirun ended its process", of_rank=False)
             await self.fail_unless_explained(failure)
 
-    def release_resources(self, *, in_reach: bool = True) -> None:
+    async def release_resources(self, *, in_reach: bool = True) -> None:
         """Let mpirun's process go, and remove what a launcher that is gone cannot."""
         if self._mpi_slot is not None:
             self._mpi_slot.leave()
@@ -223,13 +224,7 @@ class Guard(ABC):
                 shutil.rmtree(path, ignore_errors=True)
         if not self.bootstrap.restarts:
             # The launcher may be gone, or this node out of its reach.
-            with contextlib.suppress(OSError):
-                self._lock_path.unlink(missing_ok=True)
-
-    @property
-    def _lock_path(self) -> Path:
-        """The run's lock on this machine; see ``cluster.lock_files``."""
-        return locks_directory() / f"{self.assignment.run_id}.json"
+            await release_lock(self.assignment.run_id)
 
     def started_event(self) -> GuardStarted:
         """What the launcher is told of this guard."""
@@ -301,3 +296,14 @@ class Guard(ABC):
         if not gone:
             self.log(f"rank process {self.rank.pid} did not end after SIGKILL")
         return gone
+
+
+async def release_lock(run_id: str, timeout_seconds: float = _RELEASE_SECONDS) -> None:
+    """Release a run's lock on this machine, if the mutex of the locks can be had in time.
+
+    A thread that waits for the mutex goes on waiting after the time limit: the process must end
+    with ``os._exit``, which does not wait for threads.
+    """
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(timeout_seconds):
+            await asyncio.to_thread(locks.release, run_id)

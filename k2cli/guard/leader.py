@@ -105,7 +105,7 @@ class LeaderGuard(Guard):
         self.emit(RunEnded(ending.cause, ending.failed))
         await self._supervisor.flush(_FLUSH_SECONDS)
         await self._liveness.close()
-        self.release_resources()
+        await self.release_resources()
 
     async def _close_api(self, ending: Ending) -> None:
         """The API, unless it has to answer for the run until the next attempt."""

@@ -13,6 +13,7 @@ import asyncio
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import msgspec
 
@@ -55,14 +56,21 @@ def read_bootstrap(run_id: str, name: str, rank: int) -> Bootstrap:
     return bootstrap
 
 
-async def _live(bootstrap: Bootstrap, worker: str) -> int:
+async def _live(bootstrap: Bootstrap, worker: str) -> NoReturn:
+    """Guard the rank until the run ends, then exit.
+
+    The exit is in here because ``asyncio.run`` would wait for threads: one that still reads a
+    tokenizer or waits for the mutex of the locks must not keep the process.
+    """
     guard: LeaderSession | FollowerGuard
     if bootstrap.assignment.rank == 0:
         guard = LeaderSession(bootstrap, worker, await SupervisorPipe.open())
     else:
         guard = FollowerGuard(bootstrap, worker)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, guard.on_sigterm)
-    return await guard.run()
+    status = await guard.run()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main() -> None:
@@ -76,10 +84,7 @@ def main() -> None:
     except K2Error as error:
         sys.stderr.write(f"guard: {error.message}\n")
         sys.exit(error.exit_code)
-    status = asyncio.run(_live(bootstrap, options.worker_module))
-    sys.stderr.flush()
-    # A thread that still reads a tokenizer or an open pipe must not keep the process.
-    os._exit(status)
+    asyncio.run(_live(bootstrap, options.worker_module))
 
 
 if __name__ == "__main__":
