@@ -1,7 +1,7 @@
 """The HTTP application: OpenAI's routes over one engine.
 
 It runs in the leader's guard, so the port outlives the ranks: while no run is ready, inference
-answers 503 with the cause. There is no CORS header: a web page elsewhere has no business here.
+answers 503 with the cause. There are no CORS headers, so web pages of other sites get no answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def create_app(engine: EngineClient, tokenizer: ServerTokenizer, served: ServedM
     """Build the application.
 
     Args:
-        engine: where requests go; its ``state`` is asked anew for each of them.
+        engine: receives requests; its ``state`` is read for each request.
         tokenizer: of the served model (``models.text.tokenizer.Tokenizer``).
         served: name, limits, defaults and API key.
     """
