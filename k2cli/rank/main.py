@@ -151,6 +151,7 @@ class Rank:
         from k2cli.rank.group import join_group, set_memory_limits
         from k2cli.rank.loader import load_part
 
+        self._page.measure_mlx = mx.get_active_memory
         self._report("initialising")
         wait_for_peers()
         group = join_group(self._assignment)

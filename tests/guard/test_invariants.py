@@ -194,7 +194,7 @@ def test_a_follower_is_sent_token_ids_and_no_hidden_states(toy_k2: Path, tmp_pat
 
 @pytest.mark.ranks
 def test_with_two_requests_both_stages_have_steps_in_flight(toy_k2: Path, tmp_path: Path) -> None:
-    """By the leader's own books: while it works on one batch, the other is with the follower."""
+    """Read the leader's trace: while it works on one batch, the other is with the follower."""
     trace = tmp_path / "trace"
     environment = _faulty(TRACE=str(trace))
     parts = assignments(toy_k2, "pipeline", 2, concurrency=4)
@@ -244,7 +244,7 @@ def test_tensor_ranks_whose_sums_are_of_different_steps_end_the_run(
 
 
 def test_a_rank_reads_its_own_part_tensor_by_tensor(toy_k2: Path) -> None:
-    """By pipeline 1.02 times its part at most; by tensor never more than is stored.
+    """Limits of the bytes read: 1.02 times a pipeline part; for tensor, no more than is stored.
 
     What a tensor rank reads beside its part are gaps of under 32 KiB between its slices, which
     are read through (``tensor_reader``); in the toy nearly all are.
