@@ -17,9 +17,9 @@ from k2cli.models.checkpoint import read_checkpoint
 from k2cli.planning.hardware.machine import NodeMemory, this_machine
 from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.plan import Plan, plan_from_json, plan_to_json
-from k2cli.planning.planner import make_plan
 from k2cli.sharding.assemble import assemble
 from k2cli.units import GB, GIB
+from tests.planning.plans import make_plan
 from tests.quantization import originals
 
 CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs"
@@ -117,14 +117,16 @@ def test_three_machines_cannot_share_64_heads() -> None:
 def test_the_full_k2_needs_little_memory_to_plan(hardware: str) -> None:
     script = (
         "import re, resource, sys\n"
-        "from k2cli.planning.advice import advised_plan\n"
+        "from k2cli.planning.advice import advise\n"
         "from k2cli.planning.curve import context_curve\n"
         "from k2cli.planning.hardware.spec import parse_hardware\n"
-        "from k2cli.planning.planner import Planner, Wishes\n"
+        "from k2cli.planning.planner import Planner\n"
+        "from k2cli.planning.request import PlanRequest\n"
         "planner, nodes = Planner(sys.argv[1]), parse_hardware(sys.argv[2])\n"
-        "wishes = Wishes(context_length=262144, free_order=True)\n"
-        "plan = advised_plan(planner, nodes, wishes)\n"
-        "context_curve(planner, nodes, wishes, plan)\n"
+        "request = PlanRequest(context_length=262144, free_order=True)\n"
+        "plan = planner.plan(nodes, request)\n"
+        "plan.fits or advise(planner, nodes, request, plan)\n"
+        "context_curve(planner, nodes, request, plan)\n"
         # On Linux ru_maxrss begins with that of the process that started this one.
         "if sys.platform == 'linux':\n"
         "    status = open('/proc/self/status').read()\n"

@@ -24,7 +24,7 @@ from math import ceil
 from k2cli.choices import Device
 from k2cli.planning.memory.prefill import (
     COPIES,
-    ActivationDemand,
+    ActivationBytes,
     ActivationShape,
     allocated_bytes,
     feed_forward_bytes,
@@ -69,7 +69,7 @@ _CUDA_COPIES = {
 }
 
 
-def decode_demand(
+def decode_activation(
     shape: ActivationShape,
     *,
     device: Device,
@@ -79,7 +79,7 @@ def decode_demand(
     slices: int = 1,
     samples: bool = True,
     layers: int = 1,
-) -> ActivationDemand:
+) -> ActivationBytes:
     """Model one rank's peak while all sequences decode one token, up to a full context.
 
     Args:
@@ -97,7 +97,7 @@ def decode_demand(
         attention, feed_forward, hidden = _cuda_layer(
             shape, heads, concurrency, context_length, itemsize, slices
         )
-        return ActivationDemand(held * attention, held * feed_forward, held * hidden, logits)
+        return ActivationBytes(held * attention, held * feed_forward, held * hidden, logits)
     scores = heads * concurrency * context_length * itemsize
     if shape.latent_size:
         # A single token stays in the latent space: scores, a masked copy, nothing expanded.
@@ -105,7 +105,7 @@ def decode_demand(
     else:
         attention = 4 * concurrency * heads * shape.head_size * itemsize
         attention += 0 if is_fused(shape, device, itemsize) else scores
-    return ActivationDemand(
+    return ActivationBytes(
         attention,
         feed_forward_bytes(shape, COPIES[_kind(shape)][device], concurrency, itemsize, slices),
         4 * concurrency * shape.hidden * itemsize,

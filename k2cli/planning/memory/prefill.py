@@ -94,7 +94,7 @@ class ActivationShape:
 
 
 @dataclass(frozen=True, slots=True)
-class ActivationDemand:
+class ActivationBytes:
     """Bytes at the peak of a step of prefill or decode on one rank, by cause."""
 
     attention_bytes: int
@@ -135,7 +135,7 @@ def activation_shape(config: Mapping[str, Any]) -> ActivationShape:
     )
 
 
-def activation_demand(
+def prefill_activation(
     shape: ActivationShape,
     *,
     device: Device,
@@ -145,7 +145,7 @@ def activation_demand(
     itemsize: int,
     slices: int = 1,
     samples: bool = True,
-) -> ActivationDemand:
+) -> ActivationBytes:
     """Model one rank's peak while it prefills the last chunk of a full context.
 
     Args:
@@ -162,7 +162,7 @@ def activation_demand(
     hidden = chunk * shape.hidden * itemsize
     if device == "cuda":
         hidden = allocated_bytes(hidden)
-    return ActivationDemand(
+    return ActivationBytes(
         _attention_bytes(shape, device, copies, heads, chunk, context_length, itemsize),
         feed_forward_bytes(shape, copies, chunk, itemsize, slices),
         int(_hidden_copies(shape, device, copies, itemsize) * hidden),

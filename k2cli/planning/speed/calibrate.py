@@ -15,10 +15,9 @@ from typing import Literal
 
 from k2cli.choices import Transport
 from k2cli.errors import K2Error
-from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.hardware.machine import NodeMemory, NodeRates
 from k2cli.planning.speed.constants import LinkRates, SpeedConstants, fitted_constants
-from k2cli.planning.speed.placement_time import PlacedRun
-from k2cli.planning.speed.rates import NodeRates
+from k2cli.planning.speed.placement_time import PlacementTime
 from k2cli.planning.speed.work import ModelWork
 from k2cli.sharding.placement import Placement
 
@@ -130,11 +129,11 @@ def _before(
     transport: Transport,
     figures: Sequence[MeasuredFigure],
     constants: SpeedConstants,
-) -> tuple[PlacedRun, dict[str, float], dict[str, float]]:
+) -> tuple[PlacementTime, dict[str, float], dict[str, float]]:
     """The run with rates to be found, where to start, and how far from there they may be."""
     link = constants.links["local" if len({n.name for n in nodes}) == 1 else _link_name(transport)]
     names = tuple(node.name for node in nodes)
-    run = PlacedRun(work, placement, names, (NodeRates(*[1.0] * 6),) * len(names), link)
+    run = PlacementTime(work, placement, names, (NodeRates(*[1.0] * 6),) * len(names), link)
     known = constants.rates(replace(nodes[0], measured=None))
     return run, *_start(run, known or _guess(work, figures, constants), known is not None)
 
@@ -143,7 +142,7 @@ def _link_name(transport: Transport) -> str:
     return transport if transport in ("jaccl", "ring", "mpi") else "ring"
 
 
-def _speed(run: PlacedRun, figure: MeasuredFigure, chunk_tokens: int) -> float:
+def _speed(run: PlacementTime, figure: MeasuredFigure, chunk_tokens: int) -> float:
     if figure.kind == "decode":
         seconds = run.round_seconds(figure.tokens, figure.concurrency)
         return figure.concurrency / seconds
@@ -175,7 +174,7 @@ def _single(figure: MeasuredFigure) -> tuple[bool, float]:
 
 
 def _start(
-    run: PlacedRun, rates: NodeRates, known: bool
+    run: PlacementTime, rates: NodeRates, known: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Where to start, and how far from there a value is likely to be (as logarithms)."""
     dense = rates.dense_flops_per_second
@@ -207,7 +206,7 @@ def _start(
     return start, spread
 
 
-def _with(run: PlacedRun, at: Mapping[str, float]) -> PlacedRun:
+def _with(run: PlacementTime, at: Mapping[str, float]) -> PlacementTime:
     rates = NodeRates(
         read_bytes_per_second=at["read"],
         dense_flops_per_second=at["dense"],

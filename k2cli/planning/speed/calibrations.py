@@ -15,8 +15,7 @@ import msgspec
 from k2cli.choices import Transport, WantedTransport
 from k2cli.errors import K2Error
 from k2cli.files import write_atomically
-from k2cli.planning.hardware.machine import NodeMemory
-from k2cli.planning.speed.rates import MeasuredSpeed, NodeRates
+from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates
 from k2cli.settings import config_directory
 
 SCHEMA_VERSION = 1

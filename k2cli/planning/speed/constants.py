@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2cli.planning.hardware.machine import NodeMemory
-from k2cli.planning.speed.rates import NodeRates
+from k2cli.planning.hardware.machine import NodeMemory, NodeRates
 
 CONSTANTS_FILE = Path(__file__).parent / "constants.toml"
 

@@ -17,8 +17,7 @@ from k2cli.choices import WantedTransport
 from k2cli.planning.hardware.chips import chips
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.speed.constants import LinkRates, SpeedConstants, fitted_constants
-from k2cli.planning.speed.placement_time import PlacedRun
-from k2cli.planning.speed.step_time import StageWork, decode_time
+from k2cli.planning.speed.placement_time import PlacementTime, StageWork, decode_time
 from k2cli.planning.speed.work import ModelWork
 from k2cli.sharding.placement import Placement
 
@@ -146,7 +145,7 @@ def _placed_run(
     transport: WantedTransport,
     collective_seconds: float | None,
     constants: SpeedConstants,
-) -> PlacedRun | None:
+) -> PlacementTime | None:
     """The placement with the rates of its machines and links; None if one's are not known."""
     slices = placement.size if placement.strategy == "tensor" else 1
     if work.slices != slices:
@@ -156,7 +155,7 @@ def _placed_run(
     if len(known) != len(rates):
         return None
     link = _link(constants, nodes, transport, placement.size, collective_seconds)
-    return PlacedRun(work, placement, tuple(node.name for node in nodes), known, link)
+    return PlacementTime(work, placement, tuple(node.name for node in nodes), known, link)
 
 
 def _source(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> str:
@@ -221,7 +220,7 @@ def _link(
     return LinkRates(given, given, given, link.bytes_per_second)
 
 
-def speed_band(figure: Callable[[PlacedRun], float], run: PlacedRun, spread: float) -> Band:
+def speed_band(figure: Callable[[PlacementTime], float], run: PlacementTime, spread: float) -> Band:
     """What is expected, widened by what the constants do not explain and what is not known.
 
     Not known are the link, and attention over a long context, which few have published: half and
@@ -242,7 +241,7 @@ def speed_band(figure: Callable[[PlacedRun], float], run: PlacedRun, spread: flo
 
 
 def _terms(
-    run: PlacedRun,
+    run: PlacementTime,
     nodes: Sequence[NodeMemory],
     context_length: int,
     source: str,
@@ -282,7 +281,9 @@ def _latency_source(link: LinkRates) -> str:
     return f"assumed, between {low * 1e6:.0f} and {high * 1e6:.0f} us; see docs/speed-model.md"
 
 
-def _bandwidth_terms(run: PlacedRun, nodes: Sequence[NodeMemory], source: str) -> list[SpeedTerm]:
+def _bandwidth_terms(
+    run: PlacementTime, nodes: Sequence[NodeMemory], source: str
+) -> list[SpeedTerm]:
     """What each machine reaches; of several that are alike, once."""
     kinds: dict[tuple[object, ...], list[int]] = {}
     for name in dict.fromkeys(run.machines):

@@ -7,20 +7,14 @@ work. Tensor ranks work at the same time and wait for each other at every collec
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from k2cli.planning.hardware.machine import NodeRates
 from k2cli.planning.speed.constants import LinkRates
-from k2cli.planning.speed.rates import NodeRates
-from k2cli.planning.speed.step_time import (
-    DecodeTime,
-    StageWork,
-    decode_time,
-    prefill_time,
-    stage_of,
-)
-from k2cli.planning.speed.work import ModelWork
+from k2cli.planning.speed.work import LayerWork, ModelWork
 from k2cli.sharding.placement import Placement
 
 # As in rank/engine/engine.py: a pipeline cuts a prompt so that its stages overlap. The engine may
@@ -30,7 +24,123 @@ LEAST_OVERLAP_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedRun:
+class StageWork:
+    """The layers of one rank, equal ones together with their number; ``head`` if it samples."""
+
+    layers: tuple[tuple[LayerWork, int], ...]
+    head: LayerWork | None
+
+    @property
+    def all(self) -> tuple[tuple[LayerWork, int], ...]:
+        """Layers, and the head where there is one."""
+        return self.layers if self.head is None else (*self.layers, (self.head, 1))
+
+
+def stage_of(work: ModelWork, layers: tuple[int, int]) -> StageWork:
+    """The part of a model that a rank with these half-open layers computes."""
+    first, past_last = layers
+    head = work.head if past_last == len(work.layers) else None
+    return StageWork(tuple(Counter(work.layers[first:past_last]).items()), head)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTime:
+    """Seconds of one decode step, by cause, and the bytes that it reads."""
+
+    weights_bytes: float
+    cache_bytes: float
+    memory_seconds: float
+    attention_seconds: float
+    fixed_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.memory_seconds + self.attention_seconds + self.fixed_seconds
+
+
+def decode_time(
+    stage: StageWork, rates: NodeRates, context_length: int, rows: int = 1
+) -> DecodeTime:
+    """One token for each of ``rows`` sequences, all at the same context.
+
+    Matrices of several rows are computed while weights are read, so the longer of the two counts.
+    A single row has kernels of its own, which do little but read.
+    """
+    weights = sum(count * layer.weights_read(rows) for layer, count in stage.all)
+    cache = rows * sum(count * layer.cache_read(context_length) for layer, count in stage.layers)
+    matrices = sum(count * _matrix_seconds(layer, rates) for layer, count in stage.all)
+    compute = rows * matrices / rates.rows_share if rows > 1 else 0.0
+    pairs = sum(
+        count * layer.decode_pair_flops * _attended(layer, context_length)
+        for layer, count in stage.layers
+    )
+    return DecodeTime(
+        weights,
+        cache,
+        max((weights + cache) / rates.read_bytes_per_second, compute),
+        rows * pairs / (rates.attention_flops_per_second * rates.decode_attention_share),
+        _fixed_seconds(stage, rates),
+    )
+
+
+def _fixed_seconds(stage: StageWork, rates: NodeRates) -> float:
+    return sum(
+        count * (rates.expert_layer_seconds if layer.experts else rates.dense_layer_seconds)
+        for layer, count in stage.layers
+    )
+
+
+def _matrix_seconds(layer: LayerWork, rates: NodeRates) -> float:
+    """Multiplying one token with a layer's matrices, at the rates of long prompts."""
+    dense = layer.dense_flops / rates.dense_flops_per_second
+    return dense + layer.expert_flops / rates.expert_flops_per_second
+
+
+def _attended(layer: LayerWork, context_length: int) -> int:
+    windows = [part.window_tokens for part in layer.cache if part.window_tokens is not None]
+    return min([context_length, *windows])
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTime:
+    """Seconds of one chunk of a prompt, by cause."""
+
+    read_seconds: float
+    matrix_seconds: float
+    attention_seconds: float
+    fixed_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.read_seconds + self.matrix_seconds + self.attention_seconds + self.fixed_seconds
+
+
+def prefill_time(
+    stage: StageWork, rates: NodeRates, chunk_tokens: int, context_length: int
+) -> PrefillTime:
+    """A chunk of a prompt that is preceded by ``context_length`` tokens. The head is not needed."""
+    seen = context_length + chunk_tokens
+    average = context_length + chunk_tokens / 2
+    read = pairs = expanded = matrices = 0.0
+    for layer, count in stage.layers:
+        window = layer.window_tokens
+        read += count * layer.weights_read(chunk_tokens)
+        matrices += count * _matrix_seconds(layer, rates)
+        pairs += count * layer.pair_flops * (average if window is None else min(average, window))
+        expanded += count * layer.expand_flops * seen
+    return PrefillTime(
+        read / rates.read_bytes_per_second,
+        chunk_tokens * matrices,
+        chunk_tokens * pairs / rates.attention_flops_per_second
+        + expanded / rates.dense_flops_per_second,
+        _fixed_seconds(stage, rates),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementTime:
     """A placement with what it is made of; all times in seconds, of one request alone unless said.
 
     ``parts`` are what the ranks compute; made from ``work`` if not given.
@@ -57,15 +167,15 @@ class PlacedRun:
         """Rates while all ranks compute: those on one machine share it."""
         return self.rates[rank].shared_by(self.machines.count(self.machines[rank]))
 
-    def slower(self) -> PlacedRun:
+    def slower(self) -> PlacementTime:
         """The same, if the link is as slow as has been seen and attention half as fast."""
         return self._changed(self.link.collective_seconds_high, 0.5)
 
-    def faster(self) -> PlacedRun:
+    def faster(self) -> PlacementTime:
         """The same, if the link is as fast as has been seen and attention twice as fast."""
         return self._changed(self.link.collective_seconds_low, 2.0)
 
-    def _changed(self, latency: float, attention: float) -> PlacedRun:
+    def _changed(self, latency: float, attention: float) -> PlacementTime:
         rates = tuple(
             replace(each, attention_flops_per_second=each.attention_flops_per_second * attention)
             for each in self.rates
