@@ -165,7 +165,7 @@ def modelled_decode_bytes(
     shape: ActivationShape, device: Device, context: int, rows: int, itemsize: int, layers: int
 ) -> int:
     """The planner's word on a decode step, without the sampler's copies of the logits."""
-    demand = decode_activation(
+    activation = decode_activation(
         shape,
         device=device,
         context_length=context,
@@ -174,7 +174,7 @@ def modelled_decode_bytes(
         layers=layers,
         samples=False,
     )
-    return demand.peak_bytes + rows * shape.vocabulary * itemsize
+    return activation.peak_bytes + rows * shape.vocabulary * itemsize
 
 
 def _keep_busy() -> mx.array:

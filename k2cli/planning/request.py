@@ -78,7 +78,7 @@ class PlanRequest:
         if wanted is None:
             return min(most or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
         if wanted < 1:
-            raise UsageError(f"a context of {wanted} tokens holds nothing", "--context 32768")
+            raise UsageError(f"a context has at least 1 token, not {wanted}", "--context 32768")
         if most is not None and wanted > most:
             raise UsageError(
                 f"a context of {wanted:,} tokens is beyond this model's maximum of {most:,}",

@@ -1,4 +1,4 @@
-"""What holds of every plan, whatever the model and the machines: drawn by hypothesis.
+"""Properties of every plan, with models and machines drawn by hypothesis.
 
 The models are real ones of every kind of cache and layer that plans know, some with fewer layers;
 the machines have about as much memory as the model needs, so that some fit and some do not.
@@ -48,7 +48,7 @@ def planner(name: str) -> Planner:
 
 
 def weights(name: str) -> int:
-    """What the model's weights take, on no machine in particular."""
+    """Return the bytes of the model's weights, on any machine."""
     request = PlanRequest("single", 256, dtype="bfloat16")
     return planner(name).plan(parse_hardware("m3-ultra-512"), request, limits=False).nodes[
         0
@@ -57,7 +57,7 @@ def weights(name: str) -> int:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[str, tuple[NodeMemory, ...], PlanRequest]:
-    """A model, machines that together have 0.6 to 4 times its weights, and request."""
+    """A model, machines that together have 0.6 to 4 times its weights, and a request."""
     name = draw(st.sampled_from(sorted(MODELS)))
     count = draw(st.integers(1, 4))
     room = weights(name) * draw(st.floats(0.6, 4.0)) / count

@@ -1,4 +1,4 @@
-"""What ``--quantize`` plans against what ``k2 quantize`` makes, to the byte."""
+"""Plans with ``--quantize`` against the checkpoints of ``k2 quantize``, to the byte."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EVERY_RECIPE = [
 
 
 def quantized(source: Path, folder: Path, recipe: str) -> Path:
-    """The checkpoint that ``k2 quantize --recipe`` makes."""
+    """Make the checkpoint of ``k2 quantize --recipe``."""
     for _ in quantize(source, folder, chosen_recipe(recipe)):
         pass
     return folder
@@ -42,7 +42,7 @@ def quantized(source: Path, folder: Path, recipe: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8", "llama"])
 def test_a_plan_is_of_the_checkpoint_that_is_then_written(tmp_path: Path, kind: str) -> None:
-    """Every recipe, tensor by tensor: names, types, shapes and bytes."""
+    """Compare every recipe tensor by tensor: names, types, shapes and bytes."""
     source = tmp_path / "source"
     if kind == "llama":
         originals.llama(source)

@@ -34,7 +34,7 @@ def parse_hardware(spec: str) -> list[NodeMemory]:
         ``2x this`` are two ranks on this machine, under one name.
 
     Raises:
-        UsageError: if a term is malformed, counts no machine, or names an unknown chip, memory
+        UsageError: if a term is malformed, names 0 machines, or names an unknown chip, memory
             option or key; the message says what there is.
     """
     if len(spec) > _MAX_LENGTH:
@@ -53,13 +53,13 @@ def _parse_term(term: str, spec: str) -> tuple[int, NodeMemory]:
         raise _malformed(machine.strip(), spec)
     count = int(match.group(1)) if match.group(1) else 1
     if count == 0:
-        raise UsageError(f"'{term.strip()}' counts no machine", _EXAMPLE)
+        raise UsageError(f"'{term.strip()}' names 0 machines", _EXAMPLE)
     name = re.sub(r"[\s_]+", "-", match.group(2).strip().lower())
     wanted = _settings(settings, term.strip())
     cores = _positive(wanted.pop("gpu"), "gpu") if "gpu" in wanted else None
     if name in _THIS:
         if cores is not None:
-            raise UsageError("gpu= belongs to a chip of the catalog, not to this machine")
+            raise UsageError("gpu= is for chips of the catalog, not for this machine")
         return count, _overridden(this_machine(), wanted)
     return count, _overridden(_catalog_machine(name, match.group(2), cores), wanted)
 
@@ -83,7 +83,7 @@ def _catalog_machine(name: str, written: str, cores: int | None) -> NodeMemory:
         raise UsageError(f"unknown hardware '{written}'", hint)
     options = ", ".join(f"{chip.identifier}-{size}" for size in chip.memory_gib)
     if match is None:
-        raise UsageError(f"'{written}' does not say how much memory it has", f"one of {options}")
+        raise UsageError(f"'{written}' lacks the memory size", f"one of {options}")
     size = int(match.group("memory"))
     if size not in chip.memory_gib:
         raise UsageError(f"there is no {chip.name} with {size} GB of memory", f"one of {options}")
@@ -186,7 +186,7 @@ def _settings(parts: list[str], term: str) -> dict[str, str]:
                 "as in m4-max-128:bandwidth=546GB/s",
             )
         if key in settings:
-            raise UsageError(f"'{term}' says {key}= twice")
+            raise UsageError(f"'{term}' sets {key}= twice")
         settings[key] = value
     return settings
 

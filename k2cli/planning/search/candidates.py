@@ -47,7 +47,7 @@ class PlanningProblem:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Prefill chunks to consider, largest first."""
+        """The prefill chunks to consider, largest first."""
         if self.request.chunk_tokens is not None:
             return (self.request.chunk_tokens,)
         useful = tuple(chunk for chunk in PREFILL_CHUNKS if chunk <= self.context_length)

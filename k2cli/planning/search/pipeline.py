@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     infinite if the node cannot hold it. Entries with ``row >= column`` are never read."""
 
 MOST_ORDERS = 24
-"""Orders of unlike nodes that are all tried; of more, only those with different ends."""
+"""The most orders of nodes that are tried."""
 
 _MOST_BYTES = 2**58
 """More than any machine has, and small enough for sums to stay within 64 bits: a config may
@@ -92,7 +92,7 @@ def pipeline(problem: PlanningProblem) -> Candidate:
     good = [entry for entry in found if entry[0] >= GOOD_CHUNK_TOKENS] or found[:1]
     if not problem.timed:
         good = good[:1]
-    # The largest chunk comes first and wins among equals.
+    # Of equally good chunks the largest wins, since it comes first.
     return max((_staged(problem, whole, *entry) for entry in good), key=preference)
 
 
@@ -214,7 +214,7 @@ def node_orders(nodes: Sequence[NodeMemory]) -> list[tuple[NodeMemory, ...]]:
     return list(orders.values())[:MOST_ORDERS]
 
 
-# --- memory and time of all stages
+# --- memory and time of all stages --------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +291,7 @@ def stage_seconds(whole: Slices, node: NodeMemory, context_length: int) -> Any:
     return seconds
 
 
-# --- the split
+# --- the split ----------------------------------------------------------------------------------
 
 
 def best_split(

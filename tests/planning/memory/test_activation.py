@@ -1,4 +1,4 @@
-"""The activation model against MLX's own peak, on the CPU back end, and the page that shows it."""
+"""The activation model against MLX's own peak on the CPU, and the page that shows it."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ def test_metal_agrees_with_the_published_series_of_deepseek_v3() -> None:
     cache_bytes_per_token = 61 * 576 * 2
 
     def attention_and_cache(context: int) -> int:
-        demand = prefill_activation(
+        activation = prefill_activation(
             shape, device="metal", chunk_tokens=2048, context_length=context, concurrency=1,
             itemsize=2,
         )  # fmt: skip
-        return demand.attention_bytes + context * cache_bytes_per_token
+        return activation.attention_bytes + context * cache_bytes_per_token
 
     grown = attention_and_cache(16384) - attention_and_cache(4096)
     assert grown == pytest.approx(398.6e9 - 383.2e9, rel=0.02)

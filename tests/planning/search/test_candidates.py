@@ -1,4 +1,4 @@
-"""Chosen placements against all others, limits against their neighbours, advice against itself."""
+"""Tests of the search: the choice against all placements, limits against neighbours, and advice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAYERS = 6
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Planner:
-    """K2 with six layers, and everything else as it is."""
+    """K2 with only six layers."""
     folder = tmp_path_factory.mktemp("small")
     config = json.loads((CONFIGS / "k2-mlx-4bit" / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
@@ -86,7 +86,7 @@ def test_no_split_or_order_of_a_pipeline_has_a_faster_slowest_stage(
 
 
 def splits(stages: int) -> list[list[tuple[int, int]]]:
-    """Every split, first stage first."""
+    """Return every split, first stage first."""
     return [
         list(zip((0, *cut), (*cut, LAYERS), strict=True))
         for cut in combinations(range(1, LAYERS), stages - 1)
@@ -96,7 +96,7 @@ def splits(stages: int) -> list[list[tuple[int, int]]]:
 def slowest_seconds(
     problem: PlanningProblem, order: tuple[NodeMemory, ...], ranges: list[tuple[int, int]]
 ) -> float | None:
-    """The slowest stage of a split, stage by stage and without matrices; None if it is too big."""
+    """Compute a split's slowest stage without matrices; None if a stage does not fit."""
     whole = problem.traced.slices(1)
     slowest = 0.0
     for node, (first, past_last) in zip(reversed(order), ranges, strict=True):
@@ -125,7 +125,7 @@ def slowest_seconds(
 
 
 def logits(rows: int) -> int:
-    """What the stage that samples needs beside the others: one row each, and two float32 copies."""
+    """Return the bytes of the last stage's logits: a row per sequence, and two float32 copies."""
     return 163_840 * rows * (2 + 2 * 4)
 
 
@@ -224,7 +224,7 @@ def test_fewer_bits_are_advised_of_what_can_be_quantized() -> None:
 def replanned(
     planner: Planner, hardware: str, request: PlanRequest, options: dict[str, str]
 ) -> Plan:
-    """Plan once more with the flags of an advice."""
+    """Plan again with the flags of an advice."""
     changes: dict[str, Any] = {}
     for option, value in options.items():
         match option:

@@ -37,7 +37,7 @@ def _placement(strategy: Strategy, nodes: list[NodeMemory]) -> Placement:
 def _figures(
     work: ModelWork, placement: Placement, nodes: list[NodeMemory], transport: str
 ) -> list[MeasuredFigure]:
-    """What machines of these very rates would measure: the model is right, its rates unknown."""
+    """Predict the figures that machines of these rates would measure."""
     figures = []
     for tokens, concurrency in ((300, 1), (1200, 1), (300, 2)):
         found = predict_speed(

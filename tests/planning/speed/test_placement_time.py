@@ -60,7 +60,7 @@ def runs(draw: st.DrawFn) -> PlacementTime:
 
 
 def chunk_by_chunk(run: PlacementTime, prompt_tokens: int, chunk_tokens: int) -> float:
-    """The same, as the engine does it."""
+    """Add up the time of a prompt chunk by chunk, as the engine runs it."""
     if run.is_pipeline:
         pieces = CHUNKS_PER_STAGE * run.placement.size
         chunk_tokens = min(
