@@ -118,7 +118,7 @@ def predict_speed(
         ValueError: if the slices of ``work`` are not those of the placement.
     """
     constants = constants or fitted_constants()
-    run = _placed_run(work, placement, nodes, transport, collective_seconds, constants)
+    run = _placement_time(work, placement, nodes, transport, collective_seconds, constants)
     if run is None:
         return None
     prompt = prompt_tokens or context_length
@@ -138,7 +138,7 @@ def predict_speed(
     )
 
 
-def _placed_run(
+def _placement_time(
     work: ModelWork,
     placement: Placement,
     nodes: Sequence[NodeMemory],
