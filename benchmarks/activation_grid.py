@@ -28,8 +28,8 @@ import mlx.core as mx
 
 from benchmarks.gpu_layers import loaded, random_layers
 from k2cli.choices import Device
-from k2cli.planning.memory.decode import decode_demand
-from k2cli.planning.memory.prefill import ActivationShape, activation_demand, activation_shape
+from k2cli.planning.memory.decode import decode_activation
+from k2cli.planning.memory.prefill import ActivationShape, activation_shape, prefill_activation
 from k2cli.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
 from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import cast
@@ -107,7 +107,7 @@ class Grid:
         _start()
         executor.carry_out(Prefill(self._number(), 1, [1] * chunk))
         caches = executor.caches.sequences[1]
-        modelled = activation_demand(
+        modelled = prefill_activation(
             self._shape,
             device=self._device,
             chunk_tokens=chunk,
@@ -165,7 +165,7 @@ def modelled_decode_bytes(
     shape: ActivationShape, device: Device, context: int, rows: int, itemsize: int, layers: int
 ) -> int:
     """Return the planner's peak of a decode step, without the sampler's copies of logits."""
-    demand = decode_demand(
+    activation = decode_activation(
         shape,
         device=device,
         context_length=context,
@@ -174,7 +174,7 @@ def modelled_decode_bytes(
         layers=layers,
         samples=False,
     )
-    return demand.peak_bytes + rows * shape.vocabulary * itemsize
+    return activation.peak_bytes + rows * shape.vocabulary * itemsize
 
 
 def _keep_busy() -> mx.array:
@@ -205,7 +205,7 @@ def points(
     """Measure every point whose modelled need is at most ``most`` bytes."""
     for context in contexts:
         for chunk in (chunk for chunk in chunks if chunk <= context):
-            modelled = activation_demand(
+            modelled = prefill_activation(
                 grid._shape, device=grid._device, chunk_tokens=chunk, context_length=context,
                 concurrency=1, itemsize=grid._itemsize,
             ).peak_bytes  # fmt: skip

@@ -77,9 +77,10 @@ def examine(config: Mapping[str, Any]) -> Outcome:
 
 def _plan(folder: str, machines: str, strategy: str = "auto") -> Plan:
     from k2cli.planning.hardware.spec import parse_hardware
-    from k2cli.planning.planner import make_plan
+    from k2cli.planning.planner import Planner
+    from k2cli.planning.request import PlanRequest
 
-    return make_plan(folder, parse_hardware(machines), strategy=strategy)
+    return Planner(folder).plan(parse_hardware(machines), PlanRequest(strategy))
 
 
 def _obstacle(folder: str, form: str) -> str:

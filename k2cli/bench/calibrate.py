@@ -110,14 +110,14 @@ def calibrate_run(
 
 def _work_of(plan: Plan) -> ModelWork:
     """Compute the work per token in the placement of a run."""
-    from k2cli.planning.model import read_subject
+    from k2cli.planning.model import read_model
     from k2cli.planning.speed.work import model_work
 
-    subject = read_subject(plan.model.reference)
+    model = read_model(plan.model.reference)
     placement = plan.placement
     return model_work(
-        subject.config,
-        stored=subject.stored,
+        model.config,
+        stored=model.stored,
         dtype=plan.request.dtype,
         slices=placement.size if placement.strategy == "tensor" else 1,
         head=placement.head,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,8 @@ from k2cli.commands import options
 if TYPE_CHECKING:
     from k2cli.planning.hardware.machine import NodeMemory
     from k2cli.planning.plan import Plan
-    from k2cli.planning.planner import Planner, Wishes
+    from k2cli.planning.planner import Planner
+    from k2cli.planning.request import PlanRequest
 
 
 def plan_memory(
@@ -77,12 +79,12 @@ def plan_memory(
 
     Example: k2 plan-memory k2-thinking --hardware '2x m3-ultra-512' --context 131072
     """
-    from k2cli.planning.advice import advised_plan
-    from k2cli.planning.planner import Planner, Wishes
+    from k2cli.planning.planner import Planner
+    from k2cli.planning.request import PlanRequest
     from k2cli.planning.speed.calibrations import with_calibration
     from k2cli.units import parse_latency
 
-    wishes = Wishes(
+    request = PlanRequest(
         strategy=parallel,
         context_length=context,
         concurrency=concurrency or 1,
@@ -97,19 +99,23 @@ def plan_memory(
     )
     if shop:
         _refuse_beside_shop(hardware, cluster, plot, svg, save)
-        _shop(Planner(model, quantize), wishes, as_json=as_json)
+        _shop(Planner(model, quantize), request, as_json=as_json)
         return
     nodes = with_calibration(_machines(hardware, cluster), transport)
     planner = Planner(model, quantize)
-    plan = advised_plan(planner, nodes, wishes)
+    plan = planner.plan(nodes, request)
+    if not plan.fits:
+        from k2cli.planning.advice import advise
+
+        plan = replace(plan, advice=advise(planner, nodes, request, plan))
     given = {
         "--hardware": hardware, "--cluster": cluster, "--parallel": parallel,
         "--backend": transport, "--context": context, "--concurrency": concurrency,
         "--quantize": quantize, "--chunk": chunk, "--dtype": dtype, "--head": head,
         "--collective-latency": collective_latency,
     }  # fmt: skip
-    _write(planner, nodes, wishes, plan, save=save, svg=svg)
-    _show(planner, nodes, wishes, plan, given, as_json=as_json, explain=explain, plot=plot)
+    _write(planner, nodes, request, plan, save=save, svg=svg)
+    _show(planner, nodes, request, plan, given, as_json=as_json, explain=explain, plot=plot)
     _finish(plan, save, quantize)
 
 
@@ -143,21 +149,21 @@ def _refuse_beside_shop(
             raise UsageError(f"{option} cannot be used with --shop", f"leave out {option}")
 
 
-def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
+def _shop(planner: Planner, request: PlanRequest, *, as_json: bool) -> None:
     from k2cli.errors import DoesNotFitError
     from k2cli.planning.shop import recipe_for_the_catalog, shop
     from k2cli.ui.output import print_json
     from k2cli.ui.plan.shop import print_shop
 
-    result = shop(planner, wishes)
+    result = shop(planner, request)
     if as_json:
         print_json(result)
     else:
         print_shop(result)
     if not result.offers:
-        recipe = recipe_for_the_catalog(planner, wishes)
+        recipe = recipe_for_the_catalog(planner, request)
         raise DoesNotFitError(
-            f"{planner.model} does not fit on any machines of the catalog",
+            f"{planner.model.reference} does not fit on any machines of the catalog",
             "try a shorter --context" if recipe is None else f"add --quantize {recipe}",
         )
 
@@ -165,7 +171,7 @@ def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
 def _write(
     planner: Planner,
     nodes: list[NodeMemory],
-    wishes: Wishes,
+    request: PlanRequest,
     plan: Plan,
     *,
     save: Path | None,
@@ -179,13 +185,13 @@ def _write(
         from k2cli.planning.curve import context_curve
         from k2cli.ui.plan.svg import save_svg
 
-        save_svg(plan, context_curve(planner, nodes, wishes, plan), svg)
+        save_svg(plan, context_curve(planner, nodes, request, plan), svg)
 
 
 def _show(
     planner: Planner,
     nodes: list[NodeMemory],
-    wishes: Wishes,
+    request: PlanRequest,
     plan: Plan,
     given: dict[str, str | int | None],
     *,
@@ -207,7 +213,7 @@ def _show(
         from k2cli.planning.curve import context_curve
         from k2cli.ui.plan.plot import print_plot
 
-        curve = context_curve(planner, nodes, wishes, plan)
+        curve = context_curve(planner, nodes, request, plan)
         print_plot(curve, plan.request.context_length, unicode=can_print_unicode())
 
 

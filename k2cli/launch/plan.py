@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from k2cli.choices import Transport, WantedTransport
 from k2cli.errors import DoesNotFitError, UsageError
@@ -50,32 +49,25 @@ def make_launch_plan(
     Raises:
         K2Error: if the model cannot be planned, or a node cannot be asked.
     """
-    from k2cli.planning.planner import make_plan, make_roomy_plan
+    from k2cli.planning.planner import Planner
+    from k2cli.planning.request import PlanRequest
     from k2cli.planning.speed.calibrations import with_calibration
 
     known = {node.name: node.memory() for node in {node.name: node for node in nodes}.values()}
     link: WantedTransport = "auto" if transport == "local" else transport
     memory = with_calibration([known[node.name] for node in nodes], link)
-    wishes: dict[str, Any] = {
-        "strategy": request.parallel,
-        "dtype": request.dtype,
-        "head": request.head,
-        "transport": link,
-    }
-    context = request.context_length
+    planner = Planner(str(folder))
+    wanted = PlanRequest(
+        strategy=request.parallel,
+        context_length=request.context_length,
+        concurrency=request.concurrency or 1,
+        dtype=request.dtype,
+        head=request.head,
+        transport=link,
+    )
     if request.concurrency is None:
-        plan = make_roomy_plan(
-            str(folder), memory, context_length=context, trace_chosen=False, **wishes
-        )
-    else:
-        plan = make_plan(
-            str(folder),
-            memory,
-            context_length=context,
-            concurrency=request.concurrency,
-            trace_chosen=False,
-            **wishes,
-        )
+        wanted = planner.with_most_sequences(memory, wanted)
+    plan = planner.plan(memory, wanted, trace_chosen=False)
     return replace(plan, model=replace(plan.model, reference=request.model))
 
 

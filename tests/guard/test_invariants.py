@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 
 from k2cli.errors import ClusterError
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.planning.memory.decode import decode_demand
+from k2cli.planning.memory.decode import decode_activation
 from k2cli.planning.memory.ledger import slack_bytes
 from k2cli.planning.memory.prefill import activation_shape
 from k2cli.protocol import (
@@ -335,7 +335,7 @@ def test_requests_that_come_and_go_stay_within_the_planned_cache(
     stage = engine._queue._executor.stage
     weights = sum(value.nbytes for _, value in tree_flatten(stage.model.parameters()))
     planned = kv_cache_bytes(stage, CONTEXT) * CONCURRENCY
-    step = decode_demand(
+    step = decode_activation(
         activation_shape(vars(stage.model.args)),
         device="cpu",
         context_length=CONTEXT,

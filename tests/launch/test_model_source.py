@@ -12,7 +12,7 @@ from k2cli.errors import ClusterError, K2Error
 from k2cli.launch.model_copies import find_model_copies
 from k2cli.launch.model_source import ModelSource, locate_model
 from k2cli.nodes.local import LocalNode
-from k2cli.planning.planner import make_plan
+from tests.planning.plans import make_plan
 
 
 class Far(LocalNode):

@@ -102,10 +102,10 @@ def test_every_name_stands_under_one_heading() -> None:
 
 @pytest.mark.parametrize("alias", sorted(NOT_IN_MLX_LM))
 def test_an_architecture_that_mlx_lm_lacks_is_named(alias: str) -> None:
-    from k2cli.planning.model import read_subject
+    from k2cli.planning.model import read_model
 
     with pytest.raises(UsageError, match="'deepseek_v4' is not one that the installed mlx-lm"):
-        read_subject(alias)
+        read_model(alias)
 
 
 def test_aliases_with_a_shape_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
