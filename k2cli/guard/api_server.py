@@ -1,7 +1,7 @@
 """The HTTP API inside the leader's guard: uvicorn in the guard's own event loop.
 
-The port is bound before the ranks have loaded, so that a client is told the state instead of
-being refused, and it outlives the ranks.
+The port is bound before the ranks have loaded, so that a client gets the state of the run instead
+of a refused connection. The port stays open until the run's last attempt has ended.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from k2cli.errors import ClusterError
 from k2cli.guard.engine_bridge import EngineBridge
 from k2cli.protocol import Bootstrap, HttpEndpoint
 
-_CLOSE_SECONDS = 2
+_GRACEFUL_SECONDS = 2
+_CLOSE_SECONDS = 3.0
 _PORTS_TRIED = 100
 
 
 def api_url(host: str, port: int, node: str) -> str:
-    """The address to give to a client: a wildcard host is replaced by the node's name."""
+    """Return the URL to give to a client; the node's name replaces a wildcard host."""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
         if address.is_unspecified:
@@ -50,10 +51,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _take_port(endpoint: HttpEndpoint) -> tuple[socket.socket, int]:
-    """Bind the endpoint's port, or a later one if that will do and the first is taken by now.
+    """Bind the endpoint's port, or if it is taken and the endpoint allows it, a later one.
 
     Raises:
-        ClusterError: if no port can be had.
+        ClusterError: if no port can be bound.
     """
     last = endpoint.port + (_PORTS_TRIED if endpoint.next_port_will_do else 0)
     for port in range(endpoint.port, last + 1):
@@ -68,7 +69,7 @@ def _take_port(endpoint: HttpEndpoint) -> tuple[socket.socket, int]:
 
 
 def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> Any:
-    """The uvicorn server with the whole application; imports and tokenizer take a second or more.
+    """Make the uvicorn server and its application; imports and tokenizer take over a second.
 
     Raises:
         K2Error: if the checkpoint's tokenizer cannot be read.
@@ -80,7 +81,7 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> Any:
     from k2cli.server.served_model import load_served_model
 
     class GuardedServer(uvicorn.Server):
-        """A uvicorn server that leaves the guard's signal handlers alone."""
+        """A uvicorn server that does not replace the guard's signal handlers."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -98,54 +99,78 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> Any:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=_CLOSE_SECONDS,
+        timeout_graceful_shutdown=_GRACEFUL_SECONDS,
     )
     return GuardedServer(config)
 
 
 class ApiServer:
-    """The API of one run. ``bind`` first, then ``serve`` for as long as it lasts."""
+    """The API of one run, from its first attempt to its last. A run without an API has no URL.
 
-    def __init__(self, bootstrap: Bootstrap, endpoint: HttpEndpoint, bridge: EngineBridge) -> None:
+    Args:
+        bootstrap: of the first attempt.
+        bridge: carries requests to the current leader rank.
+    """
+
+    def __init__(self, bootstrap: Bootstrap, bridge: EngineBridge) -> None:
+        self.bridge = bridge
+        self.url = ""
         self._bootstrap = bootstrap
-        self._bridge = bridge
-        self._endpoint = endpoint
+        self._endpoint = bootstrap.http
         self._listener: socket.socket | None = None
         self._server: Any = None
         self._closing = False
-        self.url = ""
-        self.answering = asyncio.Event()
+        self._answering = asyncio.Event()
+        self._serving: asyncio.Task[None] | None = None
 
-    def bind(self) -> None:
-        """Take the port, which decides ``url``.
+    def open(self) -> None:
+        """Bind the port and begin to serve; do nothing if that was done.
 
         Raises:
-            ClusterError: if it is taken, or the address is not this machine's.
+            ClusterError: if the port is taken, or the address is not this machine's.
         """
+        if self._endpoint is None or self._serving is not None:
+            return
         self._listener, port = _take_port(self._endpoint)
         self.url = api_url(self._endpoint.host, port, self._bootstrap.assignment.nodes[0])
+        self._serving = asyncio.create_task(self._serve(self._listener))
 
-    async def serve(self) -> None:
-        """Serve until ``close``.
+    async def _serve(self, listener: socket.socket) -> None:
+        self._server = await asyncio.to_thread(_build_server, self._bootstrap, self.bridge)
+        if self._closing:
+            return  # ``close`` was called meanwhile and has closed the listener
+        serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        self._answering.set()
+        await serving
+
+    async def wait_until_closed(self) -> None:
+        """Wait for the end of serving.
 
         Raises:
             K2Error: if the application cannot be made from this checkpoint.
         """
-        assert self._listener is not None
-        self._server = await asyncio.to_thread(_build_server, self._bootstrap, self._bridge)
-        if self._closing:
-            return  # while it was made; the listener is closed already
-        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
-        while not self._server.started and not serving.done():
-            await asyncio.sleep(0.01)
-        self.answering.set()
-        await serving
+        if self._serving is not None:
+            await asyncio.shield(self._serving)
+
+    async def wait_until_answering(self) -> None:
+        """Wait until requests are answered; return at once for a run without an API."""
+        if self._endpoint is not None:
+            await self._answering.wait()
 
     async def close(self) -> None:
-        """Stop taking requests and give the open ones a moment to send what they have."""
+        """Stop taking requests and give open ones a moment to send what they have."""
+        if self._serving is None:
+            return
         self._closing = True
         if self._server is not None:
             self._server.should_exit = True
             await asyncio.sleep(0)
         elif self._listener is not None:
             self._listener.close()
+        if self._answering.is_set():
+            await asyncio.wait([self._serving], timeout=_CLOSE_SECONDS)
+        self._serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await self._serving

@@ -1,4 +1,4 @@
-"""The guard of rank 0 in one attempt: hub between launcher, other guards, rank and HTTP clients."""
+"""The guard of rank 0 in one attempt; connects supervisor, other guards, rank and HTTP clients."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 from k2cli.errors import ClusterError
+from k2cli.guard.api_server import ApiServer
 from k2cli.guard.base import Ending, Guard
-from k2cli.guard.front import ApiFront
 from k2cli.guard.liveness import LivenessServer
-from k2cli.guard.supervisor_pipe import LauncherPipe
+from k2cli.guard.supervisor_pipe import SupervisorPipe
 from k2cli.protocol import (
     Bootstrap,
     Cancel,
@@ -40,29 +40,31 @@ _FLUSH_SECONDS = 1.0
 
 
 class LeaderGuard(Guard):
-    """One attempt of a run, seen by its leader's guard.
+    """The leader's guard during one attempt of a run.
 
     Args:
         bootstrap: of this attempt.
-        worker: module that is the rank.
-        launcher: where events go.
-        front: the API, which outlives the attempt.
+        worker: the module to run as the rank.
+        supervisor: receives all events.
+        api: the API, which outlives the attempt.
     """
 
     def __init__(
-        self, bootstrap: Bootstrap, worker: str, launcher: LauncherPipe, front: ApiFront
+        self, bootstrap: Bootstrap, worker: str, supervisor: SupervisorPipe, api: ApiServer
     ) -> None:
         super().__init__(bootstrap, worker)
-        self._launcher = launcher
+        self._supervisor = supervisor
         self._liveness = LivenessServer(
             bootstrap, self._on_guard_message, self._on_guard_lost, self.log
         )
-        self._front = front
+        self._api = api
         self._engine_ready = asyncio.Event()
+        self.rank_statuses: dict[int, RankStatus] = {}
+        """The last status of each rank, by its number."""
 
     async def run(self) -> Ending:
-        """Live until the attempt ends, and say how it did."""
-        self.spawn(self._beat_guards())
+        """Guard the rank until the attempt ends, and return the reason."""
+        self.spawn(self._report_to_guards())
         await self._start()
         ending = await self.wait_for_ending()
         await self._end(ending)
@@ -72,59 +74,61 @@ class LeaderGuard(Guard):
     async def _start(self) -> None:
         try:
             await self._liveness.listen()
-            self._front.open()
+            self._api.open()
         except (OSError, ClusterError) as error:
             self.fail(self.failure(str(error), of_rank=False))
             return
         self.spawn(self._expect_guards())
-        self.spawn(self._front.follow())
+        self.spawn(self._api.wait_until_closed())
         if await self.start_rank():
             self.emit(self.started_event())
             self.spawn(self._announce())
 
     async def _announce(self) -> None:
-        """Say that the run is ready once the engine is and the API answers."""
+        """Report that the run is ready once the engine is ready and the API answers."""
         await self._engine_ready.wait()
-        await self._front.answering()
+        await self._api.wait_until_answering()
         if not self.ending:
-            self._front.bridge.ready()
-            self.emit(RunReady(self._front.url))
+            self._api.bridge.ready()
+            self.emit(RunReady(self._api.url))
 
     # --- the end --------------------------------------------------------------------------------
 
     async def _end(self, ending: Ending) -> None:
         self._liveness.broadcast(StopRun(ending.cause, ending.failed))
-        self._front.bridge.end(ending.cause, failed=ending.failed)
+        self._api.bridge.end(ending.cause, failed=ending.failed)
         _, left, _ = await asyncio.gather(
-            self.end_rank(ending), self._wait_for_guards(ending), self._close_front(ending)
+            self.end_rank(ending), self._wait_for_guards(ending), self._close_api(ending)
         )
         for rank in left:
             self.log(f"the guard of rank {rank} did not confirm that its rank is gone")
         self.emit(RunEnded(ending.cause, ending.failed))
-        await self._launcher.flush(_FLUSH_SECONDS)
+        await self._supervisor.flush(_FLUSH_SECONDS)
         await self._liveness.close()
-        self.leave_job()
+        await self.release_resources()
 
-    async def _close_front(self, ending: Ending) -> None:
-        """The API, unless it has to answer for the run until the next attempt."""
+    async def _close_api(self, ending: Ending) -> None:
+        """Close the API, unless it has to answer 503 until the next attempt."""
         if not (ending.failed and self.bootstrap.restarts):
-            await self._front.close()
+            await self._api.close()
 
     async def _wait_for_guards(self, ending: Ending) -> set[int]:
         grace_seconds = 0.0 if ending.failed else self.deadlines.stop_grace
         return await self._liveness.all_finished(grace_seconds + _FOLLOWERS_END_SECONDS)
 
-    # --- launcher -------------------------------------------------------------------------------
+    # --- supervisor -----------------------------------------------------------------------------
 
     def emit(self, event: Any) -> None:
-        """Tell the launcher."""
-        self._launcher.send(event)
+        """Send an event to the supervisor."""
+        self._supervisor.send(event)
 
     # --- the other guards -----------------------------------------------------------------------
 
-    async def _beat_guards(self) -> None:
+    async def _report_to_guards(self) -> None:
         while True:
             self._liveness.broadcast(Heartbeat())
+            if self.rank is not None:
+                self.rank_statuses[0] = self.rank_status(self.rank)
             await asyncio.sleep(self.deadlines.heartbeat_interval)
 
     async def _expect_guards(self) -> None:
@@ -140,7 +144,9 @@ class LeaderGuard(Guard):
                 self.fail(message)
             case GuardStarted() | LoadProgress() | RankReady() | LogLine():
                 self.emit(message)
-            case RankStatus() | Heartbeat():
+            case RankStatus():
+                self.rank_statuses[rank] = message
+            case Heartbeat():
                 pass
             case _:
                 self.log(f"unexpected {type(message).__name__} from the guard of rank {rank}")
@@ -153,17 +159,17 @@ class LeaderGuard(Guard):
     # --- the leader rank ------------------------------------------------------------------------
 
     def send_to_rank(self, message: Generate | Cancel) -> None:
-        """A request of the API."""
+        """Send a request of the API to the leader rank."""
         if self.rank is not None:
             self.rank.send(message)
 
     def on_rank_message(self, message: RankMessage) -> None:
-        """Pass on, to launcher, followers or the HTTP request that waits for it."""
+        """Send a message on to the supervisor, the followers or the HTTP request it belongs to."""
         match message:
             case LoadProgress() | RankReady():
                 self.emit(message)
             case PromptProgress() | Tokens() | Finished() | RequestFailed():
-                self._front.bridge.deliver(message)
+                self._api.bridge.deliver(message)
             case ControlListening(port=port):
                 self._liveness.broadcast(ControlEndpoint(self.bootstrap.liveness_host, port))
             case EngineReady():

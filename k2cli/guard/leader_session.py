@@ -1,7 +1,8 @@
 """The leader's guard from its start to its end, over all attempts of a run.
 
-It holds what outlives an attempt: the line to the launcher and the API's port. After a failure of
-a run that restarts, the API answers 503 with the cause until the launcher orders the next attempt.
+It holds the connection to the supervisor and the API's port, which outlive an attempt. After a
+failure of a run that restarts, the API answers 503 with the cause until the supervisor orders the
+next attempt.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Coroutine
 from typing import Any
 
 from k2cli.errors import ClusterError
+from k2cli.guard.api_server import ApiServer
 from k2cli.guard.base import Ending
 from k2cli.guard.engine_bridge import EngineBridge
-from k2cli.guard.front import ApiFront
 from k2cli.guard.leader import LeaderGuard
-from k2cli.guard.supervisor_pipe import LauncherPipe
+from k2cli.guard.supervisor_pipe import SupervisorPipe
 from k2cli.protocol import (
     Bootstrap,
     Cancel,
@@ -31,47 +32,47 @@ from k2cli.protocol.wire import ConnectionLost
 _FLUSH_SECONDS = 1.0
 
 
-class LeaderHost:
-    """The leader's guard.
+class LeaderSession:
+    """The leader's guard over all attempts of a run.
 
     Args:
-        bootstrap: of the first attempt, or of the one that a fresh guard waits for.
-        worker: module that is the rank.
-        launcher: the line to the launcher.
+        bootstrap: of the first attempt, or of the attempt that a fresh guard waits for.
+        worker: the module to run as the rank.
+        supervisor: the connection to the supervisor.
     """
 
-    def __init__(self, bootstrap: Bootstrap, worker: str, launcher: LauncherPipe) -> None:
+    def __init__(self, bootstrap: Bootstrap, worker: str, supervisor: SupervisorPipe) -> None:
         self._bootstrap = bootstrap
         self._worker = worker
-        self._launcher = launcher
+        self._supervisor = supervisor
         self._loop = asyncio.get_running_loop()
         self._heard_at = self._loop.time()
-        self._front = ApiFront(bootstrap, EngineBridge(self._send_to_rank))
+        self._api = ApiServer(bootstrap, EngineBridge(self._send_to_rank))
         self._guard: LeaderGuard | None = None
-        # The next attempt, or how the run ends without one.
+        # The bootstrap of the next attempt, or the reason to end the run without one.
         self._next: asyncio.Future[Bootstrap | Ending] = self._loop.create_future()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
-        """Live until the run ends.
+        """Serve all attempts until the run ends.
 
         Returns:
             0 after an order to stop, 5 if the run failed.
         """
-        for work in (self._obey_launcher(), self._watch_launcher()):
+        for work in (self._obey_supervisor(), self._watch_supervisor()):
             self._spawn(work)
         ending = await self._attempts()
-        self._front.bridge.end(ending.cause, failed=ending.failed)
-        await self._front.close()
-        await self._launcher.flush(_FLUSH_SECONDS)
+        self._api.bridge.end(ending.cause, failed=ending.failed)
+        await self._api.close()
+        await self._supervisor.flush(_FLUSH_SECONDS)
         for task in self._tasks:
             task.cancel()
         return ClusterError.exit_code if ending.failed else 0
 
-    def terminated(self) -> None:
-        """SIGTERM came."""
+    def on_sigterm(self) -> None:
+        """End the attempt, or the run between attempts: a user sent SIGTERM."""
         if self._guard is not None:
-            self._guard.terminated()
+            self._guard.on_sigterm()
         else:
             self._end(Ending("the leader's guard received SIGTERM", failed=True))
 
@@ -79,7 +80,7 @@ class LeaderHost:
 
     async def _attempts(self) -> Ending:
         bootstrap = self._bootstrap
-        if bootstrap.hold is not None and not self._open_early(bootstrap):
+        if bootstrap.hold is not None and not self._open_before_first_attempt(bootstrap):
             return Ending("the API cannot be served", failed=True)
         while True:
             if bootstrap.hold is None:
@@ -90,11 +91,11 @@ class LeaderHost:
             if isinstance(found, Ending):
                 return found
             self._next = self._loop.create_future()
-            self._front.bridge.begin_again(self._front.bridge.cause)
+            self._api.bridge.begin_again(self._api.bridge.cause)
             bootstrap = found
 
     async def _attempt(self, bootstrap: Bootstrap) -> Ending:
-        self._guard = LeaderGuard(bootstrap, self._worker, self._launcher, self._front)
+        self._guard = LeaderGuard(bootstrap, self._worker, self._supervisor, self._api)
         if self._next.done() and isinstance(early := self._next.result(), Ending):
             self._guard.end(early.cause, failed=early.failed)
         try:
@@ -102,15 +103,15 @@ class LeaderHost:
         finally:
             self._guard = None
 
-    def _open_early(self, bootstrap: Bootstrap) -> bool:
-        """Answer 503 before there is an attempt; returns whether the port could be had."""
-        self._front.bridge.end(bootstrap.hold or "", failed=True)
+    def _open_before_first_attempt(self, bootstrap: Bootstrap) -> bool:
+        """Answer 503 before the first attempt. Return False if the port cannot be bound."""
+        self._api.bridge.end(bootstrap.hold or "", failed=True)
         try:
-            self._front.open()
+            self._api.open()
         except ClusterError as error:
             node = bootstrap.assignment.nodes[0]
-            self._launcher.send(RankFailed(0, node, error.message))
-            self._launcher.send(RunEnded(error.message, failed=True))
+            self._supervisor.send(RankFailed(0, node, error.message))
+            self._supervisor.send(RunEnded(error.message, failed=True))
             return False
         return True
 
@@ -118,7 +119,7 @@ class LeaderHost:
         if self._guard is not None:
             self._guard.send_to_rank(message)
 
-    # --- launcher -------------------------------------------------------------------------------
+    # --- supervisor -----------------------------------------------------------------------------
 
     def _end(self, ending: Ending) -> None:
         """End the attempt and the run."""
@@ -127,13 +128,13 @@ class LeaderHost:
         if self._guard is not None:
             self._guard.end(ending.cause, failed=ending.failed)
 
-    async def _obey_launcher(self) -> None:
+    async def _obey_supervisor(self) -> None:
         reason = "it closed the connection"
         try:
-            async for message in self._launcher.messages():
+            async for message in self._supervisor.messages():
                 self._heard_at = self._loop.time()
                 match message:
-                    case StopRun(cause=cause, failed=True) if self._goes_on():
+                    case StopRun(cause=cause, failed=True) if self._will_restart():
                         assert self._guard is not None
                         self._guard.end(cause, failed=True)
                     case StopRun(cause=cause, failed=failed):
@@ -146,14 +147,14 @@ class LeaderHost:
             reason = str(error)
         self._end(Ending(f"the launcher is gone: {reason}", failed=True))
 
-    def _goes_on(self) -> bool:
-        """Whether the failure of the attempt that runs now is not the end."""
+    def _will_restart(self) -> bool:
+        """Return True if the run continues after a failure of the current attempt."""
         return self._guard is not None and self._guard.bootstrap.restarts
 
-    async def _watch_launcher(self) -> None:
+    async def _watch_supervisor(self) -> None:
         deadlines = self._bootstrap.deadlines
         while True:
-            self._launcher.send(Heartbeat())
+            self._supervisor.send(Heartbeat())
             await asyncio.sleep(deadlines.heartbeat_interval)
             if self._loop.time() - self._heard_at > deadlines.liveness:
                 silence = f"it was silent for {deadlines.liveness:.0f} s"

@@ -1,20 +1,19 @@
-"""Every message that launcher, guards and ranks exchange, and nothing else.
+"""All messages that supervisor, guards and ranks exchange.
 
-Four conversations, each with its own union of message types:
+There are four conversations, each with its own union of message types:
 
-* ``launcher``: launcher <-> leader's guard (``LauncherMessage`` down, ``RunEvent`` up): JSON lines
-  over the guard's stdin and stdout, which ssh carries from
-  another node;
+* ``supervisor``: supervisor <-> leader's guard (``SupervisorMessage`` down, ``RunEvent`` up): JSON
+  lines over the guard's stdin and stdout, which ssh carries from another node;
 * ``liveness``: leader's guard <-> a follower's guard (``LivenessMessage``): TCP, authenticated;
 * ``rank``: a guard <-> its rank (``GuardMessage`` down, ``RankMessage`` up): an inherited socket
   pair. The requests among them are in ``requests``;
 * ``decisions``: leader rank <-> a follower rank (``Decision`` out, ``FollowerMessage`` back): TCP,
   authenticated. Every decision carries the step that it applies to.
 
-``bootstrap`` is the file that a guard starts from. Others import all names from here.
+``bootstrap`` is the file that a guard starts from. Other folders import all names from here.
 
 Messages are msgspec structs: decoding checks the schema, unknown fields are refused, and nothing
-is ever unpickled. Framing and authentication are in ``runtime.wire``.
+is ever unpickled. Framing and authentication are in ``protocol.wire``.
 """
 
 from __future__ import annotations
@@ -42,20 +41,6 @@ from k2cli.protocol.decisions import (
     Quit,
     StepDigest,
     Tick,
-)
-from k2cli.protocol.launcher import (
-    GuardStarted,
-    LauncherMessage,
-    LoadProgress,
-    LogLine,
-    NextAttempt,
-    RankFailed,
-    RankReady,
-    RunEnded,
-    RunEvent,
-    RunReady,
-    RunRestarting,
-    StopRun,
 )
 from k2cli.protocol.liveness import (
     ControlEndpoint,
@@ -86,6 +71,20 @@ from k2cli.protocol.requests import (
     TokenLogprob,
     Tokens,
 )
+from k2cli.protocol.supervisor import (
+    GuardStarted,
+    LoadProgress,
+    LogLine,
+    NextAttempt,
+    RankFailed,
+    RankReady,
+    RunEnded,
+    RunEvent,
+    RunReady,
+    RunRestarting,
+    StopRun,
+    SupervisorMessage,
+)
 
 __all__ = [
     "Assignment",
@@ -112,7 +111,6 @@ __all__ = [
     "Holdings",
     "HttpEndpoint",
     "JoinBatch",
-    "LauncherMessage",
     "LeaveBatch",
     "LivenessMessage",
     "LoadProgress",
@@ -138,6 +136,7 @@ __all__ = [
     "Start",
     "StepDigest",
     "StopRun",
+    "SupervisorMessage",
     "Tick",
     "TokenLogprob",
     "Tokens",

@@ -1,8 +1,10 @@
-"""Leader's guard <-> a follower's guard."""
+"""Messages between the leader's guard and a follower's guard."""
 
 from __future__ import annotations
 
-from k2cli.protocol.launcher import (
+from k2cli.protocol.message import Heartbeat, Message
+from k2cli.protocol.progress_page import Phase
+from k2cli.protocol.supervisor import (
     GuardStarted,
     LoadProgress,
     LogLine,
@@ -10,22 +12,27 @@ from k2cli.protocol.launcher import (
     RankReady,
     StopRun,
 )
-from k2cli.protocol.message import Heartbeat, Message
 
 
 class ControlEndpoint(Message, tag=True, frozen=True):
-    """Where the leader rank waits for its followers' control connections."""
+    """The address at which the leader rank accepts its followers' control connections."""
 
     host: str
     port: int
 
 
 class RankStatus(Message, tag=True, frozen=True):
-    """A follower's watchdog view, once a second: steps done and what its rank is doing."""
+    """Progress and memory of a rank, as its guard sees them from outside, once a second.
+
+    ``resident_bytes`` is the memory of the process. ``mlx_bytes`` is what MLX held at the last
+    step, 0 before MLX was loaded.
+    """
 
     rank: int
     steps: int
-    phase: str
+    phase: Phase
+    resident_bytes: int = 0
+    mlx_bytes: int = 0
 
 
 LivenessMessage = (

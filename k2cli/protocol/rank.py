@@ -1,11 +1,10 @@
-"""A guard <-> its rank: the rank's start and end; between them, requests."""
+"""Messages between a guard and its rank: start, end, and the requests between them."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from k2cli.protocol.bootstrap import Assignment, Deadlines
-from k2cli.protocol.launcher import LoadProgress, RankReady
 from k2cli.protocol.liveness import ControlEndpoint
 from k2cli.protocol.message import Heartbeat, Message
 from k2cli.protocol.requests import (
@@ -16,6 +15,7 @@ from k2cli.protocol.requests import (
     RequestFailed,
     Tokens,
 )
+from k2cli.protocol.supervisor import LoadProgress, RankReady
 
 
 class Start(Message, tag=True, frozen=True):
@@ -28,20 +28,20 @@ class Start(Message, tag=True, frozen=True):
 
 
 class Shutdown(Message, tag=True, frozen=True):
-    """End in good order, at once."""
+    """Order to end at once."""
 
 
 GuardMessage = Start | ControlEndpoint | Generate | Cancel | Shutdown | Heartbeat
 
 
 class ControlListening(Message, tag=True, frozen=True):
-    """The leader rank has bound its control port."""
+    """The port at which the leader rank accepts control connections."""
 
     port: int
 
 
 class Fatal(Message, tag=True, frozen=True):
-    """The rank is about to exit because of this."""
+    """The error because of which the rank is about to exit."""
 
     error: str
     traceback: str = ""
@@ -49,7 +49,7 @@ class Fatal(Message, tag=True, frozen=True):
 
 
 class EngineReady(Message, tag=True, frozen=True):
-    """Leader rank only: every rank has proven its part; requests are welcome."""
+    """Sent by the leader rank once every rank has passed its checks and requests may come."""
 
 
 RankMessage = (

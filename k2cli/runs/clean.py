@@ -1,4 +1,4 @@
-"""Finds and ends what runs that are gone have left on the nodes of a cluster."""
+"""Remove the remains of ended runs from the nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NODES_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class CleanReport:
-    """One node. ``problem`` is why it could not be asked; empty if it could."""
+    """The result on one node. ``problem`` is the reason why it could not be asked, or empty."""
 
     node: str
     cleared: tuple[Cleared, ...] = ()
@@ -25,10 +25,10 @@ class CleanReport:
 
 
 def clean(nodes: Sequence[Node]) -> list[CleanReport]:
-    """Clear all nodes at once, each once; runs that live are spared.
+    """Remove the remains of ended runs from all nodes at the same time; spare live runs.
 
-    A run lives if its supervisor does, for runs launched here; else if it has shown a sign of life
-    on the node within the last minute.
+    A run that was launched here is live if its supervisor is; any other, if it has shown a sign of
+    life on the node within the last minute.
     """
     records = list_runs()
     known = list({node.name: node for node in nodes}.values())

@@ -1,7 +1,7 @@
 """The HTTP application: OpenAI's routes over one engine.
 
 It runs in the leader's guard, so the port outlives the ranks: while no run is ready, inference
-answers 503 with the cause. There is no CORS header: a web page elsewhere has no business here.
+answers 503 with the cause. There are no CORS headers, so web pages of other sites get no answers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from k2cli.server.auth import Gatekeeper
+from k2cli.server.auth import AccessControl
 from k2cli.server.context import ServerContext
 from k2cli.server.engine_client import EngineClient
 from k2cli.server.engine_request import ServerTokenizer
@@ -32,11 +32,11 @@ def create_app(engine: EngineClient, tokenizer: ServerTokenizer, served: ServedM
     """Build the application.
 
     Args:
-        engine: where requests go; its ``state`` is asked anew for each of them.
+        engine: receives requests; its ``state`` is read for each request.
         tokenizer: of the served model (``models.text.tokenizer.Tokenizer``).
         served: name, limits, defaults and API key.
     """
-    app = Starlette(routes=_ROUTES, middleware=[Middleware(Gatekeeper, served=served)])
+    app = Starlette(routes=_ROUTES, middleware=[Middleware(AccessControl, served=served)])
     app.router.redirect_slashes = False
     app.state.context = ServerContext(engine, tokenizer, served)
     install_error_handlers(app)

@@ -46,7 +46,7 @@ def test_machines_are_asked_shown_exported_and_forgotten(ssh_server: Server) -> 
     drawn = _k2("show", "--offline")
     assert "pair: 2 nodes" in drawn
     assert "● b" in drawn
-    with pytest.raises(UsageError, match="there is a cluster 'pair' already"):
+    with pytest.raises(UsageError, match="cluster 'pair' already exists"):
         _k2("init", "b", "--name", "pair")
     _k2("remove", "pair")
     assert json.loads(_k2("list", "--json"))["clusters"] == []
@@ -128,5 +128,5 @@ def test_the_wheel_is_this_very_code_and_fits_its_record(tmp_path: Path) -> None
             assert digest == "sha256=" + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
     files_there = self_report.package_files(tmp_path / "k2cli")
     assert self_report.files_digest(files_there) == own_digest()
-    assert "planning/hardware.toml" in files_there
+    assert "planning/hardware/hardware.toml" in files_there
     assert "Requires-Dist: mlx-lm" in (info / "METADATA").read_text()

@@ -1,4 +1,4 @@
-"""A seat stays as long as its guard lives, and takes mpirun with it soon after."""
+"""A slot stays as long as its guard lives, and takes mpirun with it soon after."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from k2cli.agent.openmpi import find_mpirun
 from k2cli.settings import RUN_OPTION
 
-# The seat as it is, with shorter waits than its 20 s: nobody else ends it where launcher and guard
+# The slot as it is, with shorter waits than its 20 s: nobody else ends it where launcher and guard
 # were killed while a run starts.
-SEAT = """
-from k2cli.guard import mpi_slot_process as seat
-seat._LOOK_SECONDS, seat._LIMIT_SECONDS = 0.2, 1.0
-seat.main()
+SLOT = """
+from k2cli.guard import mpi_slot_process as slot
+slot._LOOK_SECONDS, slot._LIMIT_SECONDS = 0.2, 1.0
+slot.main()
 """
 LONGER_THAN_THE_LIMIT_SECONDS = 2.5
 
@@ -26,16 +26,16 @@ def test_mpirun_and_seat_outlive_their_guard_by_the_limit_only() -> None:
     mpirun = find_mpirun()
     if mpirun is None:
         pytest.skip("needs mpirun")
-    run = f"seat-{os.getpid()}"
-    # What a guard shows of itself to a seat that looks for it, and no more.
+    run = f"mpi-slot-{os.getpid()}"
+    # What a guard shows of itself to a slot that looks for it, and no more.
     guard = subprocess.Popen(
         [sys.executable, "-c", "input()", RUN_OPTION, run, "--rank", "0", "--bootstrap"],
         stdin=subprocess.PIPE,
     )
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    seat = [sys.executable, "-c", SEAT, RUN_OPTION, run, "--rank", "0"]
+    slot = [sys.executable, "-c", SLOT, RUN_OPTION, run, "--rank", "0"]
     job = subprocess.Popen(
-        [mpirun, *root, "-np", "1", *seat],
+        [mpirun, *root, "-np", "1", *slot],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -53,4 +53,4 @@ def test_mpirun_and_seat_outlive_their_guard_by_the_limit_only() -> None:
             job.kill()
             job.communicate()
     assert job.returncode == 1
-    assert "no guard waits at" in output
+    assert "no guard listens at" in output

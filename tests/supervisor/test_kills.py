@@ -1,4 +1,4 @@
-"""Whatever is killed or stopped, nothing of the run is left, and ``ps`` tells the truth."""
+"""Kill or stop each process of a run: no process remains, and ``ps`` shows the right state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.harness import supervised
 
 pytestmark = pytest.mark.ranks
 
-# A killed process shows at once; one that is stopped shows only after these.
+# A killed process is noticed at once, a stopped one only after these deadlines.
 SHORT = Deadlines(liveness=3.0, stopped=2.0, step_stall=4.0)
 TARGETS = ("launcher", "guard-0", "guard-1", "rank-0", "rank-1")
 
@@ -60,8 +60,8 @@ def test_nothing_survives(transport: Transport, who: str, number: signal.Signals
     assert not (record.folder / "launch.json").exists()
 
 
-def test_a_stopped_mpirun_is_in_nobody_s_way() -> None:
-    """It has started what it had to; whoever ends the run ends it too."""
+def test_a_stopped_mpirun_does_not_block_the_end_of_a_run() -> None:
+    """Such an mpirun has started its processes already, and is killed at the end of the run."""
     with supervised("mpi", deadlines=SHORT) as run:
         run.wait_ready()
         os.kill(run.pid_of("mpirun"), signal.SIGSTOP)

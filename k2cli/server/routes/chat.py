@@ -1,7 +1,7 @@
-"""``POST /v1/chat/completions``.
+"""The route ``POST /v1/chat/completions``.
 
-Tools are shown to the model through its chat template; what it writes comes back as text. Parsing
-tool calls and reasoning out of that text is not there yet.
+The chat template shows tools to the model, and its output is returned as text. Tool calls and
+reasoning are not parsed out of that text yet.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from k2cli.server.context import read_body, respond
-from k2cli.server.engine_request import prepare_chat
+from k2cli.server.context import read_body
+from k2cli.server.engine_request import chat_request
+from k2cli.server.respond import respond
 from k2cli.server.schemas import ChatCompletionBody
 from k2cli.server.shapes import ChatShape
 
@@ -18,4 +19,4 @@ from k2cli.server.shapes import ChatShape
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     body = await read_body(request, ChatCompletionBody)
-    return await respond(request, body, prepare_chat, ChatShape)
+    return await respond(request, body, chat_request, ChatShape)

@@ -1,6 +1,6 @@
-"""``POST /v1/tokenize``: how many tokens a prompt is, and which, with the chat template applied.
+"""The route ``POST /v1/tokenize``: the tokens of a prompt, with the chat template applied.
 
-Works while no run is ready too: it needs the tokenizer only.
+It also answers while no run is ready, because it needs only the tokenizer.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from k2cli.server.context import context_of, read_body
-from k2cli.server.engine_request import prepare_tokenize
+from k2cli.server.engine_request import tokenize_body
 from k2cli.server.schemas import TokenizeBody
 
 
 async def tokenize(request: Request) -> JSONResponse:
-    """Token ids and their count."""
+    """Return token ids and their count."""
     body = await read_body(request, TokenizeBody)
     context = context_of(request)
-    tokens = await asyncio.to_thread(prepare_tokenize, body, context.tokenizer, context.served)
+    tokens = await asyncio.to_thread(tokenize_body, body, context.tokenizer, context.served)
     return JSONResponse(
         {
             "model": context.served.name,
