@@ -28,7 +28,7 @@ class CheckpointHeads(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
-class ModelThere(msgspec.Struct, frozen=True):
+class ModelCopy(msgspec.Struct, frozen=True):
     """A node's checkpoint: its folder and the digest of config and headers, or the problem."""
 
     folder: str = ""
@@ -57,7 +57,7 @@ def checkpoint_heads(reference: str) -> CheckpointHeads:
     return CheckpointHeads(str(folder), tuple(heads))
 
 
-def find_checkpoint(reference: str, folder: str) -> ModelThere:
+def find_checkpoint(reference: str, folder: str) -> ModelCopy:
     """Find a model in this machine's own store, or else in the folder that the launcher has it in.
 
     A reference that is a path is tried after the folder.
@@ -69,12 +69,12 @@ def find_checkpoint(reference: str, folder: str) -> ModelThere:
     for text in dict.fromkeys((folder, reference) if is_path else (reference, folder)):
         try:
             found = local_checkpoint(text).resolve()
-            return ModelThere(str(found), checkpoint_digest(found))
+            return ModelCopy(str(found), checkpoint_digest(found))
         except K2Error as error:
             # Report the problem with the reference, which the user knows, unlike the folder.
             if text == reference or not problem:
                 problem = error.message
-    return ModelThere(problem=problem)
+    return ModelCopy(problem=problem)
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -7,15 +7,13 @@ and all safetensors headers are equal: name, type, shape and position of every t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-from k2cli.agent.model import ModelThere, checkpoint_digest
+from k2cli.agent.model import ModelCopy, checkpoint_digest
 from k2cli.errors import ClusterError
 from k2cli.launch.model_source import ModelSource
 from k2cli.models.reference import is_path
 from k2cli.nodes.node import Node
-
-_NODES_AT_ONCE = 8
+from k2cli.nodes.parallel import map_in_parallel
 
 
 def find_model_copies(nodes: Sequence[Node], reference: str, source: ModelSource) -> dict[str, str]:
@@ -31,9 +29,8 @@ def find_model_copies(nodes: Sequence[Node], reference: str, source: ModelSource
     """
     known = {node.name: node for node in nodes}
     own_digest = checkpoint_digest(source.folder)
-    with ThreadPoolExecutor(_NODES_AT_ONCE) as pool:
-        answers = pool.map(lambda node: _ask(node, reference, source), known.values())
-        found = dict(zip(known, answers, strict=True))
+    copies = map_in_parallel(lambda node: _ask(node, reference, source), list(known.values()))
+    found = dict(zip(known, copies, strict=True))
     origin, origin_folder = f"this machine in {source.folder}", ""
     if source.source_node is not None and found[source.source_node].folder:
         origin_folder = found[source.source_node].folder
@@ -52,13 +49,13 @@ def find_model_copies(nodes: Sequence[Node], reference: str, source: ModelSource
     return {name: copy.folder for name, copy in found.items()}
 
 
-def _ask(node: Node, reference: str, source: ModelSource) -> ModelThere:
+def _ask(node: Node, reference: str, source: ModelSource) -> ModelCopy:
     if source.source_node is not None:
         # The folder here holds headers without weights, so no rank may load it.
-        return node.ask(ModelThere, "checkpoint", reference, reference)
+        return node.ask(ModelCopy, "checkpoint", reference, reference)
     if node.is_local:
-        return ModelThere(str(source.folder), checkpoint_digest(source.folder))
-    return node.ask(ModelThere, "checkpoint", reference, str(source.folder))
+        return ModelCopy(str(source.folder), checkpoint_digest(source.folder))
+    return node.ask(ModelCopy, "checkpoint", reference, str(source.folder))
 
 
 def _copy_command(name: str, reference: str, source: ModelSource, origin_folder: str) -> str:

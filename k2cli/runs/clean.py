@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from k2cli.agent.clean import Cleaning, Cleared
 from k2cli.errors import ClusterError
 from k2cli.nodes.node import Node
+from k2cli.nodes.parallel import map_in_parallel
 from k2cli.runs.record import RunRecord, list_runs
-
-_NODES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +30,7 @@ def clean(nodes: Sequence[Node]) -> list[CleanReport]:
     """
     records = list_runs()
     known = list({node.name: node for node in nodes}.values())
-    with ThreadPoolExecutor(_NODES_AT_ONCE) as pool:
-        return list(pool.map(lambda node: _clean(node, records), known))
+    return map_in_parallel(lambda node: _clean(node, records), known)
 
 
 def _clean(node: Node, records: Sequence[RunRecord]) -> CleanReport:
