@@ -91,9 +91,9 @@ def test_recipes_are_read_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is no recipe"), ("four", "'four' is no recipe"), ("7bit", "7 bits are not"),
-        ("4bit-g48", "groups of 48 are not"), ("9" * 400, "is no recipe"),
-        ("mxfp6", "'mxfp6' is no recipe"), ("mixed_5_6", "'mixed_5_6' is no recipe"),
+        ("", "'' is not a"), ("four", "'four' is not a"), ("7bit", "7 bits are not"),
+        ("4bit-g48", "groups of 48 are not"), ("9" * 400, "is not a quantization recipe"),
+        ("mxfp6", "'mxfp6' is not a"), ("mixed_5_6", "'mixed_5_6' is not a"),
     ],
 )  # fmt: skip
 def test_other_recipes_are_refused(text: str, message: str) -> None:
@@ -106,12 +106,12 @@ def test_a_mixed_recipe_wants_modules_by_the_names_it_knows(tmp_path: Path) -> N
     config = {"model_type": "gpt2", "n_ctx": 64, "n_embd": 64, "n_head": 4, "n_layer": 2,
               "n_positions": 64, "layer_norm_epsilon": 1e-5, "vocab_size": 96}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="named down_proj, of which gpt2 has none"):
+    with pytest.raises(UsageError, match="named down_proj, which gpt2 does not have"):
         Planner(str(tmp_path), "mixed_3_6")
 
 
 def test_a_recipe_is_said_once() -> None:
-    with pytest.raises(UsageError, match="--recipe and --bits both say"):
+    with pytest.raises(UsageError, match="--recipe and --bits contradict"):
         chosen_recipe("4bit", bits=4)
     with pytest.raises(UsageError, match="mxfp4 in 8 bits"):
         chosen_recipe(bits=8, mode="mxfp4")
