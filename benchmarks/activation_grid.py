@@ -1,4 +1,4 @@
-"""What computing really takes beside weights and KV cache: MLX's own peak over a grid.
+"""Measure memory beside weights and KV cache: MLX's peak over a grid of steps.
 
     python -m benchmarks.activation_grid --config CONFIG_JSON --layers 6
     python -m benchmarks.activation_grid --checkpoint FOLDER --dtype float32
@@ -6,12 +6,12 @@
 For every chunk and context, the peak of memory while k2's executor computes the last chunk of a
 prompt of that length; for every number of rows and context, the peak of decode steps. The cache
 before it is filled with zeros of the right shape, whose values memory does not depend on. Prints
-one JSON document, with what ``planning.activation`` says of each point beside it.
+one JSON document, with the planner's figure for each point.
 
 MLX holds what a step reads until the GPU has done with it. How much that is depends on how far the
 GPU is behind the program, which differs from run to run with a few layers, while with a whole
 model it is always behind. So on CUDA a kernel that only waits keeps the GPU busy while a step is
-laid out: the peak is then the largest there can be, and the same in every run.
+built: the peak is then the largest there can be, and the same in every run.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import mlx.core as mx
 
 from benchmarks.gpu_layers import loaded, random_layers
 from k2cli.choices import Device
-from k2cli.planning.memory.decode import decode_demand
-from k2cli.planning.memory.prefill import ActivationShape, activation_demand, activation_shape
+from k2cli.planning.memory.decode import decode_activation
+from k2cli.planning.memory.prefill import ActivationShape, activation_shape, prefill_activation
 from k2cli.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
 from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import cast
@@ -38,7 +38,7 @@ from k2cli.sharding.trace import layer_count
 
 _PROBE_TOKENS = 8
 _DECODE_STEPS = 4
-# Longer than laying a step out takes, on a GPU of at most 2 GHz.
+# Longer than building a step takes, on a GPU of at most 2 GHz.
 _BUSY_CYCLES = 200_000_000
 _BUSY = """
 long long started = clock64();
@@ -75,7 +75,7 @@ class Grid:
         self._itemsize = itemsize
         self._layers = layer_count(model)
         mx.synchronize()
-        # With what the allocator rounds up, which a plan counts as slack.
+        # Includes the rounding of the allocator, which a plan counts as slack.
         self._weights = mx.get_active_memory()
         self._step = 0
 
@@ -84,7 +84,7 @@ class Grid:
         return self._step
 
     def _filled(self, executor: Executor, sequence: int, tokens: int) -> None:
-        """A sequence whose cache holds so many tokens."""
+        """Open a sequence whose cache holds ``tokens`` tokens."""
         executor.carry_out(OpenSequence(self._number(), sequence))
         executor.carry_out(Prefill(self._number(), sequence, [1] * min(_PROBE_TOKENS, tokens)))
         for cache in executor.caches.sequences[sequence]:
@@ -97,7 +97,7 @@ class Grid:
             cache.state = (*wide, tokens if isinstance(offset, int) else offset)
 
     def prefill(self, chunk: int, context: int) -> Point:
-        """The last chunk of a prompt of ``context`` tokens."""
+        """Measure the last chunk of a prompt of ``context`` tokens."""
         executor = Executor(self._stage, None)
         before = context - chunk
         if before:
@@ -107,7 +107,7 @@ class Grid:
         _start()
         executor.carry_out(Prefill(self._number(), 1, [1] * chunk))
         caches = executor.caches.sequences[1]
-        modelled = activation_demand(
+        modelled = prefill_activation(
             self._shape,
             device=self._device,
             chunk_tokens=chunk,
@@ -118,9 +118,9 @@ class Grid:
         return self._point("prefill", chunk, context, 1, caches, modelled)
 
     def decode(self, rows: int, context: int) -> Point:
-        """Some decode steps of a batch, whose sequences then have ``context`` tokens each.
+        """Measure decode steps of a batch whose sequences then have ``context`` tokens each.
 
-        The first of them makes the cache grow.
+        The first step makes the cache grow.
         """
         executor = Executor(self._stage, None)
         for row in range(rows):
@@ -164,8 +164,8 @@ class Grid:
 def modelled_decode_bytes(
     shape: ActivationShape, device: Device, context: int, rows: int, itemsize: int, layers: int
 ) -> int:
-    """The planner's word on a decode step, without the sampler's copies of the logits."""
-    demand = decode_demand(
+    """Return the planner's peak of a decode step, without the sampler's copies of logits."""
+    activation = decode_activation(
         shape,
         device=device,
         context_length=context,
@@ -174,7 +174,7 @@ def modelled_decode_bytes(
         layers=layers,
         samples=False,
     )
-    return demand.peak_bytes + rows * shape.vocabulary * itemsize
+    return activation.peak_bytes + rows * shape.vocabulary * itemsize
 
 
 def _keep_busy() -> mx.array:
@@ -202,15 +202,15 @@ def _start() -> None:
 def points(
     grid: Grid, chunks: Sequence[int], contexts: Sequence[int], rows: Sequence[int], most: int
 ) -> Iterator[Point]:
-    """Every point whose modelled need is at most ``most`` bytes."""
+    """Measure every point whose modelled need is at most ``most`` bytes."""
     for context in contexts:
         for chunk in (chunk for chunk in chunks if chunk <= context):
-            modelled = activation_demand(
+            modelled = prefill_activation(
                 grid._shape, device=grid._device, chunk_tokens=chunk, context_length=context,
                 concurrency=1, itemsize=grid._itemsize,
             ).peak_bytes  # fmt: skip
             if modelled <= most:
-                # Where a GPU computes while the program goes on, no two runs are alike.
+                # On a GPU, which computes asynchronously, the peak differs between runs.
                 yield max((grid.prefill(chunk, context) for _ in range(3)), key=_peak)
         for count in rows:
             modelled = modelled_decode_bytes(

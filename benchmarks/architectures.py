@@ -1,7 +1,7 @@
-"""Make docs/measurements/architectures.md: for each architecture of mlx-lm, whether it plans.
+"""Make docs/measurements/architectures.md: which architectures of mlx-lm can be planned.
 
     scripts/architecture-table              # write the page from the recorded configs
-    scripts/architecture-table --check      # does the page say what the planner says now?
+    scripts/architecture-table --check      # 1 if the page is not up to date
     scripts/architecture-table --collect [TYPE...]    # record configs anew (needs transformers)
 
 The configs are recorded in benchmarks/data/architectures.json, each with where it is from: a shape
@@ -34,15 +34,14 @@ DATA = ROOT / "benchmarks" / "data" / "architectures.json"
 PAGE = ROOT / "docs" / "measurements" / "architectures.md"
 MACHINES, ONE_MACHINE = "2x m3-ultra-512", "m3-ultra-512"
 _MOST_BYTES = 6 * 2**30
-"""Address space of the collection: an architecture that evaluates what it builds ends it, not
-the machine."""
+"""Limit on address space while configs are recorded, if an architecture allocates its weights."""
 
 _LAYER_FIELDS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the planner says of an architecture: the forms that it can run in, or why not.
+    """Result of planning an architecture: the forms that it can run in, or the reasons against.
 
     ``obstacles`` are by form; ``refusal`` is set if no plan can be made at all.
     """
@@ -56,7 +55,7 @@ def examine(config: Mapping[str, Any]) -> Outcome:
     """Plan a config on two machines, and on one if two are not possible.
 
     Raises:
-        Exception: whatever is no ``K2Error``: a fault of k2's.
+        Exception: any error that is not a ``K2Error``, since that is a bug in k2.
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -78,9 +77,10 @@ def examine(config: Mapping[str, Any]) -> Outcome:
 
 def _plan(folder: str, machines: str, strategy: str = "auto") -> Plan:
     from k2cli.planning.hardware.spec import parse_hardware
-    from k2cli.planning.planner import make_plan
+    from k2cli.planning.planner import Planner
+    from k2cli.planning.request import PlanRequest
 
-    return make_plan(folder, parse_hardware(machines), strategy=strategy)
+    return Planner(folder).plan(parse_hardware(machines), PlanRequest(strategy))
 
 
 def _obstacle(folder: str, form: str) -> str:
@@ -96,7 +96,7 @@ def _words(message: str, folder: str) -> str:
 
 
 def recorded() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Recorded configs by model type, each with where it is from."""
+    """Return the recorded configs by model type, each with its origin."""
     document = json.loads(DATA.read_text(encoding="utf-8"))
     return {name: (entry["from"], entry["config"]) for name, entry in document.items()}
 
@@ -117,7 +117,7 @@ possible for another model of the type.
 
 
 def page(outcomes: Mapping[str, Outcome]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     origins = {name: origin for name, (origin, _) in recorded().items()}
     planned = {name: each for name, each in outcomes.items() if each.refusal is None}
     refused = {name: each for name, each in outcomes.items() if each.refusal is not None}
@@ -154,7 +154,7 @@ def _cell(text: str) -> str:
 
 
 def collect(only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """For every model type, or ``only`` some, the first config that plans of those known of it."""
+    """Choose for every model type, or those in ``only``, the first known config that plans."""
     from k2cli.sharding.architectures import supported_model_types
 
     document: dict[str, dict[str, Any]] = {}
@@ -184,7 +184,7 @@ def _choose(model_type: str) -> dict[str, Any]:
 
 
 def _filled(config: Mapping[str, Any]) -> tuple[dict[str, Any], Outcome]:
-    """A config with what its class demands beyond it, and what becomes of it."""
+    """Return a config with the fields that its class requires, and the result of planning it."""
     filled = dict(config)
     for _ in range(6):
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -204,7 +204,7 @@ def _filled(config: Mapping[str, Any]) -> tuple[dict[str, Any], Outcome]:
 
 
 def _known(model_type: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Configs of a model type, the most real first."""
+    """Yield configs of a model type, those of published models first."""
     for folder in sorted((ROOT / "k2cli" / "models" / "configs").glob("*/config.json")):
         config = json.loads(folder.read_text())
         if config["model_type"] == model_type:
@@ -259,7 +259,7 @@ def _of_mlx_lm(model_type: str) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """Without what only transformers itself reads, so that the record stays small."""
+    """Return a config without fields that only transformers reads, to keep the record small."""
     dropped = ("transformers_version", "_name_or_path", "architectures", "chunk_size_feed_forward",
                "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type",
                "return_dict", "use_cache", "initializer_range")  # fmt: skip

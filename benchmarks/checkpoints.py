@@ -113,7 +113,7 @@ def copy_in_float32(source: Path, target: Path, *, whole_words_only: bool = Fals
 
 
 def _silence_others(tensors: dict[str, mx.array]) -> None:
-    """Logits of bytes and special tokens become 0; the best of 512 words is always above."""
+    """Set the logits of bytes and special tokens to 0; the best of 512 words is always above."""
     import mlx.core as mx
 
     ids = mx.arange(VOCABULARY_SIZE)

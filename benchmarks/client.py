@@ -21,7 +21,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request: a prompt, or a conversation, and how many tokens are wanted."""
+    """A request: a prompt or a conversation, and the number of tokens wanted."""
 
     prompt: str | tuple[Message, ...]
     max_tokens: int
@@ -44,7 +44,7 @@ def ask_all(port: int, asks: Sequence[Ask], *, model: str, extra: dict[str, Any]
     """Send all at the same moment; wait for all answers.
 
     Raises:
-        RuntimeError: if an answer is an error or has not the number of tokens asked for.
+        RuntimeError: if an answer is an error or has another number of tokens than asked for.
     """
     gate = threading.Barrier(len(asks))
     with ThreadPoolExecutor(len(asks)) as pool:

@@ -1,4 +1,4 @@
-"""Runs two sides against each other in turns and makes rows of what was measured."""
+"""Measure two sides in turns, and make rows of the results."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from benchmarks.statistics import Answer, order_of_round, ratios, summary
 from benchmarks.work import Subject, Work
 
 Pair = tuple[Side, Side]
+START_TARGET = 0.8
+"""Below 1: without standby, a start runs its processes one after the other (decisions.md)."""
 
 
 def say(text: str) -> None:
-    """Progress, for whoever waits."""
+    """Write a line of progress to stderr."""
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
     sys.stderr.flush()
 
@@ -30,7 +32,7 @@ class Samples:
     theirs: list[list[Answer]] = field(default_factory=list)
 
     def equal(self) -> tuple[int, int]:
-        """How many answers were the same text, of how many."""
+        """Return the number of equal answers, and the number of all answers."""
         pairs = [
             (a.content, b.content)
             for x, y in zip(self.ours, self.theirs, strict=True)
@@ -41,7 +43,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two ways of making sides, the model, the work, and how often."""
+    """A comparison: two factories of sides, the model, the work, and the number of rounds."""
 
     placement: str
     subject: Subject
@@ -65,6 +67,8 @@ def compare(comparison: Comparison) -> list[Row]:
     """Start both sides, give both the same work in turns, end both."""
     say(f"{comparison.subject.title}, {comparison.placement}")
     rows = _start_rows(comparison) if comparison.starts > 1 else []
+    if not comparison.works:
+        return rows
     pair: Pair = (comparison.make[0](), comparison.make[1]())
     with _closing(pair):
         seconds = []
@@ -96,7 +100,7 @@ def _start_row(comparison: Comparison, ours: list[float], theirs: list[float]) -
         summary(ours),
         summary(theirs),
         ratios(ours, theirs, more_is_better=False),
-        target=1.0,
+        target=START_TARGET,
     )
 
 

@@ -37,7 +37,7 @@ PART_ELEMENTS = 2**28
 
 
 def _random_like(value: mx.array, scale: float) -> mx.array:
-    """Random data, made in parts: one call may not have more than about 2^31 elements."""
+    """Make random data in parts: one call may not have more than about 2^31 elements."""
     parts = []
     for first in range(0, value.size, PART_ELEMENTS):
         count = min(PART_ELEMENTS, value.size - first)
@@ -126,7 +126,7 @@ class K2:
 
 
 def mlx_lm_run(model: nn.Module, prompt: list[int], count: int) -> tuple[float, float, list[int]]:
-    """The same by mlx-lm's own ``generate_step``."""
+    """Run the same prompt with mlx-lm's ``generate_step``."""
     from mlx_lm.generate import generate_step
 
     started = time.perf_counter()
@@ -139,7 +139,7 @@ def mlx_lm_run(model: nn.Module, prompt: list[int], count: int) -> tuple[float, 
 
 
 def plain_loop(model: nn.Module, prompt: list[int], count: int) -> list[int]:
-    """The likeliest token, step by step, by the model and its caches alone.
+    """Generate greedily, step by step, with the model and its caches alone.
 
     ``generate_step`` takes the maximum after it has rounded log probabilities to the model's type:
     in bfloat16 neighbouring logits become equal so, and its tokens may differ from these.

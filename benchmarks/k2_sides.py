@@ -78,12 +78,12 @@ class K2Server:
         return ranks
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Over HTTP."""
+        """Send the requests over HTTP."""
         extra = {"k2": {"ignore_stop_tokens": True}}
         return ask_all(self._port, asks, model=self.setting.model.name, extra=extra)
 
     def hold(self) -> None:
-        """Not needed: idle ranks wait in the kernel. (And a run held still would end itself.)"""
+        """Do nothing: idle ranks wait in the kernel, and a stopped run would end itself."""
 
     def let_go(self) -> None:
         """Nothing was held."""
@@ -125,7 +125,7 @@ class K2Engine:
         return seconds
 
     def facts(self) -> list[RankFacts]:
-        """Bytes read by the rank's own count, memory as for the other program."""
+        """Return bytes read as the ranks count them, and memory as for the other program."""
         assert self._pool is not None
         bare = processes.bare_program("k2cli.rank.engine.engine", "k2cli.rank.loader")
         found = []
@@ -137,7 +137,7 @@ class K2Engine:
         return found
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Over the socket pair."""
+        """Send the requests over the socket pair."""
         assert self._pool is not None
         assert self._tokenizer is not None
         pool = self._pool
@@ -161,7 +161,7 @@ class K2Engine:
         ]
 
     def hold(self) -> None:
-        """Not needed: idle ranks wait in the kernel."""
+        """Do nothing: idle ranks wait in the kernel."""
 
     def let_go(self) -> None:
         """Nothing was held."""

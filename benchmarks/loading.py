@@ -1,4 +1,4 @@
-"""What loading costs each rank: bytes read of the checkpoint, and memory at the worst moment."""
+"""Measure the cost of loading for each rank: bytes read of the checkpoint, and peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is compared with what, from the command line to the files."""
+"""The command line of the benchmarks: choose comparisons, measure, write the files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ from benchmarks.k2_sides import K2Engine, K2Server
 from benchmarks.loading import loading_rows
 from benchmarks.mlx_sides import MlxLibrary, MlxServer
 from benchmarks.overlap import OVERLAP, TITLES, overlap_rows
-from benchmarks.report import Row, document, heading, into_document, merged, rows_of, table
+from benchmarks.report import (
+    Row,
+    document,
+    heading,
+    into_document,
+    merged,
+    replace_rows,
+    rows_of,
+    table,
+)
 from benchmarks.sides import Setting, Strategy
 from benchmarks.work import (
     Subject,
@@ -36,12 +45,13 @@ from benchmarks.work import (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Of the command line."""
+    """Options of the command line."""
 
     output: Path
     quick: bool
     rounds: int
     only: str
+    starts: bool
     docs: Path | None
     models: Path
     niceness: int
@@ -78,20 +88,23 @@ def _options(arguments: Sequence[str] | None) -> Options:
     )
     parser.add_argument("--output", type=Path, default=Path(".k2/benchmarks"), metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="small toy only; under 3 minutes")
-    parser.add_argument("--rounds", type=int, help="how often each work is measured")
+    parser.add_argument("--rounds", type=int, help="number of rounds")
     parser.add_argument(
         "--only",
         default="",
         metavar="TEXT",
         help="only comparisons whose name has it; other rows in FOLDER stay",
     )
+    parser.add_argument(
+        "--starts", action="store_true", help="only the rows of starts; other rows in FOLDER stay"
+    )
     parser.add_argument("--docs", type=Path, metavar="FILE", help="put the table into this file")
-    parser.add_argument("--models", type=Path, help="where checkpoints are kept for another time")
+    parser.add_argument("--models", type=Path, help="folder that keeps checkpoints")
     parser.add_argument(
         "--niceness",
         type=int,
         default=0,
-        help="of both programs against other work on a shared machine, such as -10; needs root",
+        help="niceness of both programs on a shared machine, such as -10; needs root",
     )
     parser.add_argument(
         "--cores-per-node",
@@ -108,6 +121,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
         given.quick,
         rounds,
         given.only,
+        given.starts,
         given.docs,
         models.resolve(),
         given.niceness,
@@ -116,9 +130,9 @@ def _options(arguments: Sequence[str] | None) -> Options:
 
 
 def _earlier_rows(options: Options) -> list[Row]:
-    """With ``--only``, what an earlier run into the same folder has measured of the rest."""
+    """Read the rows of an earlier run into the same folder, for ``--only`` and ``--starts``."""
     path = options.output / "benchmark.json"
-    if not options.only or not path.is_file():
+    if not (options.only or options.starts) or not path.is_file():
         return []
     return [row for row in rows_of(json.loads(path.read_text())) if row.placement != OVERLAP]
 
@@ -129,6 +143,8 @@ def _measurements(options: Options, folder: Path) -> list[Callable[[], list[Row]
         names += [f"large {kind}" for kind in TITLES]
         names += ["demo library", "demo single", "demo pipeline"]
         names += ["load single", "load pipeline", "load tensor"]
+    if options.starts:
+        names = [name for name in names if not name.startswith("load") and "library" not in name]
     chosen = [name for name in names if options.only in name]
     return [partial(_measure, options, folder, *name.split()) for name in chosen]
 
@@ -158,14 +174,14 @@ def _comparison(
     if kind == "library":
         make = (partial(K2Engine, setting), partial(MlxLibrary, setting))
     if model_name == "demo" and kind == "pipeline":
-        # mlx-lm has no pipeline for this architecture, and three KV heads are not to be halved.
+        # mlx-lm has no pipeline for this architecture, and three KV heads cannot be halved.
         make = (make[0], partial(MlxServer, replace(setting, strategy="single")))
         placement = "two, pipeline, against one of mlx-lm"
     return Comparison(
         placement,
         subject,
         make,
-        _works(model_name, kind, quick=options.quick),
+        [] if options.starts else _works(model_name, kind, quick=options.quick),
         options.rounds,
         starts=0 if kind == "library" else min(3, options.rounds),
     )
@@ -184,7 +200,7 @@ def _works(model_name: str, kind: str, *, quick: bool) -> list[Work]:
 
 
 def _model(options: Options, name: str) -> tuple[Path, Subject]:
-    """The checkpoint, made if it is not there, and what to ask of it."""
+    """Return the checkpoint, made if it does not exist, and its subject."""
     options.models.mkdir(parents=True, exist_ok=True)
     match name:
         case "small":
@@ -228,7 +244,9 @@ def _write(options: Options, rows: Sequence[Row]) -> None:
     _replace(options.output / "benchmark.md", f"{text}\n")
     _replace(options.output / "benchmark.json", json.dumps(document(rows, settings), indent=1))
     if options.docs is not None:
-        _replace(options.docs, into_document(options.docs.read_text(), text))
+        page = options.docs.read_text()
+        page = replace_rows(page, rows) if options.starts else into_document(page, text)
+        _replace(options.docs, page)
     say(f"wrote {options.output / 'benchmark.md'}")
 
 
@@ -239,7 +257,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def run() -> int:
-    """``main``, with errors as one line."""
+    """Run ``main``; print errors as one line."""
     from k2cli.errors import K2Error
 
     try:

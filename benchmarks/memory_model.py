@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.activation_grid import modelled_decode_bytes
-from k2cli.planning.memory.prefill import COPIES, activation_demand, activation_shape
+from k2cli.planning.memory.prefill import COPIES, activation_shape, prefill_activation
 from k2cli.units import MB
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ def compared(recording: dict[str, Any]) -> Iterator[Compared]:
         }
         prefill = point["phase"] == "prefill"
         if prefill:
-            step = activation_demand(
+            step = prefill_activation(
                 shape, chunk_tokens=point["chunk"], samples=False, **common
             ).peak_bytes
         else:

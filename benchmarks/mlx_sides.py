@@ -1,4 +1,4 @@
-"""mlx-lm as it is measured: its HTTP server on one rank or two, and its functions in a process."""
+"""mlx-lm as a side of the comparison: its HTTP server, and its functions in a process."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class MlxServer:
         return processes.accepts(self._port)
 
     def facts(self) -> list[RankFacts]:
-        """By the system's counts, less those of the program that has loaded nothing."""
+        """Return the system's counts, less those of the bare program."""
         bare = processes.bare_program("mlx_lm.server")
         return [
             RankFacts(
@@ -77,19 +77,19 @@ class MlxServer:
         ]
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Over HTTP."""
+        """Send the requests over HTTP."""
         return ask_all(self._port, asks, model="default_model", extra={})
 
     def hold(self) -> None:
-        """Idle ranks spin in a collective, ten times a second and in between."""
+        """Stop the ranks, which spin in a collective while they are idle."""
         processes.hold(process.pid for process in self._processes)
 
     def let_go(self) -> None:
-        """Go on."""
+        """Continue the ranks."""
         processes.let_go(process.pid for process in self._processes)
 
     def close(self) -> None:
-        """By pid; it ends on no other signal in time."""
+        """Kill the ranks by pid, since the server does not end in time on other signals."""
         self.let_go()
         processes.end(process.pid for process in self._processes)
         for process in self._processes:
@@ -124,7 +124,7 @@ class MlxLibrary:
         return seconds
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
-        """One line out, one line back."""
+        """Send the requests as one line and read the answers as one line."""
         assert self._process is not None
         assert self._tokenizer is not None
         prompts = [encode(self._tokenizer, ask) for ask in asks]
@@ -141,13 +141,13 @@ class MlxLibrary:
         ]
 
     def hold(self) -> None:
-        """Not needed: it waits for a line."""
+        """Do nothing: the process waits for a line."""
 
     def let_go(self) -> None:
         """Nothing was held."""
 
     def close(self) -> None:
-        """By pid."""
+        """Kill the process by pid."""
         if self._process is not None:
             processes.end([self._process.pid])
             self._process.wait(10)

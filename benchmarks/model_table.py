@@ -1,7 +1,7 @@
 """The page of all models that k2 knows by name: docs/measurements/models.md.
 
     scripts/model-table            # write the page
-    scripts/model-table --check    # does the page say what the catalog says now?
+    scripts/model-table --check    # 1 if the page is not up to date
 
 Parameters, held bytes and KV bytes per token are traced from the shapes that k2 carries; stored
 bytes are published ones where the catalog has any.
@@ -61,7 +61,7 @@ Every other repository works as `owner/name`, and every folder or `.gguf` file a
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """What a shape tells. ``stored_bytes`` is computed, in bytes."""
+    """Figures traced from a shape. ``stored_bytes`` is computed."""
 
     parameters: int
     held_bytes: int
@@ -89,7 +89,7 @@ def trace(entry: CatalogEntry) -> Traced:
 
 @functools.cache
 def _whole(folder: Path) -> tuple[int, int]:
-    """Parameters, and growth of the cache with the context: windows and fixed states left out."""
+    """Return parameters, and growth of the cache per token beyond windows and fixed states."""
     from k2cli.models.checkpoint import read_config
     from k2cli.sharding.assemble import FLOAT_TYPES, build, cast
     from k2cli.sharding.profile import profile_model
@@ -105,7 +105,7 @@ def _whole(folder: Path) -> tuple[int, int]:
 
 @functools.cache
 def _sizes(folder: Path, quantization: tuple[tuple[str, Any], ...]) -> tuple[int, int]:
-    """Bytes held, and bytes stored as far as the config tells."""
+    """Return bytes held, and bytes stored as computed from the config."""
     from k2cli.models.catalog import unsaid_fields
     from k2cli.models.checkpoint import read_config
     from k2cli.planning.memory.stored import original_quantization, stored_bytes_of_config
@@ -125,7 +125,7 @@ def _sizes(folder: Path, quantization: tuple[tuple[str, Any], ...]) -> tuple[int
 
 
 def row(entry: CatalogEntry) -> str:
-    """One alias as a row of the table."""
+    """Return the table row of one alias."""
     repo = entry.source.repo if isinstance(entry.source, HubSource) else entry.source.package
     cells: list[Any] = [f"`{entry.alias}`", repo]
     traced = None
@@ -179,7 +179,7 @@ def _shapes() -> Iterator[str]:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     lines = [INTRODUCTION]
     for family, starts in FAMILIES.items():
         lines += [f"## {family}", ""]

@@ -1,7 +1,7 @@
-"""What overlapping the prefill gains: k2's pipeline of two against k2 on one rank.
+"""Rows that show the gain of overlapping prefill: k2 on a pipeline of two against one rank.
 
 Derived from rows that were measured against mlx-lm. With ``--only`` these may be of different runs:
-they are compared only if they have as many rounds.
+they are compared only if they have the same number of rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TITLES = {
     "tensor": "two, tensor",
     "library": "one, without HTTP",
 }
-"""Of placements, as rows have them."""
+"""Titles of the placements in rows."""
 
 OVERLAP = "two / one"
 _TARGET = 1.6
@@ -26,7 +26,7 @@ _TARGET = 1.6
 
 
 def overlap_rows(rows: Sequence[Row]) -> list[Row]:
-    """A row for each prefill on two ranks of a pipeline that was measured on one rank too."""
+    """Return a row for each prefill on a two-rank pipeline that was measured on one rank too."""
     found = []
     for row in rows:
         if row.placement == TITLES["pipeline"] and row.work.startswith("prefill"):

@@ -1,4 +1,4 @@
-"""Processes of the two programs: started, tied to cores, held still, read, and ended by pid."""
+"""Start, pin, stop, continue, inspect and end the processes of the two programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START_LIMIT_SECONDS = 180.0
 
 
 def environment(added: dict[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, without k2's own settings."""
+    """Return this process's environment without k2's settings."""
     return {k: v for k, v in os.environ.items() if not k.startswith("K2_")} | (added or {})
 
 
@@ -43,10 +43,10 @@ def start(
 def wait_until(
     condition: Callable[[], bool], what: str, processes: Iterable[subprocess.Popen[bytes]] = ()
 ) -> None:
-    """Poll until it holds.
+    """Poll until the condition holds.
 
     Raises:
-        RuntimeError: if a process ended instead, or time is up.
+        RuntimeError: if a process ends first, or the time is up.
     """
     watched = list(processes)
     deadline = time.monotonic() + START_LIMIT_SECONDS
@@ -59,19 +59,19 @@ def wait_until(
 
 
 def accepts(port: int) -> bool:
-    """Whether something listens on a port of the loopback address."""
+    """Return True if a process listens on a port of the loopback address."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
         return True
     return False
 
 
 def cores() -> list[int]:
-    """Cores that this process may use."""
+    """Return the cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def pin(pid: int, rank: int, cores_per_node: int = 1) -> None:
-    """Tie all threads of a process to the cores of its rank; where the system can do that."""
+    """Pin all threads of a process to the cores of its rank, if the system supports it."""
     available = cores()
     if available:
         first = rank * cores_per_node
@@ -93,27 +93,27 @@ def prefer(pid: int, niceness: int) -> None:
 
 
 def reset_preference(pid: int) -> None:
-    """Give a scheduling group its usual place again."""
+    """Reset the priority of a scheduling group."""
     group = Path(f"/proc/{pid}/autogroup")
     if group.exists():
         group.write_text("0")
 
 
 def hold(pids: Iterable[int]) -> None:
-    """Stop processes in their tracks, so that they take nothing from what is measured."""
+    """Stop processes (SIGSTOP), so that they use no CPU while the other side is measured."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
 
 
 def let_go(pids: Iterable[int]) -> None:
-    """Let them go on."""
+    """Continue stopped processes (SIGCONT)."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
 
 
 def end(pids: Iterable[int]) -> None:
-    """End processes and their children by pid, and see that they are gone."""
+    """End processes and their children by pid, and wait until they are gone."""
     found: list[psutil.Process] = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -128,27 +128,27 @@ def end(pids: Iterable[int]) -> None:
 
 
 def bytes_read(pid: int) -> int:
-    """Bytes that a process has asked the kernel to read so far; 0 where /proc has no such thing."""
+    """Return the bytes that a process has read so far; 0 on systems without /proc."""
     path = Path(f"/proc/{pid}/io")
     return _field(path, "rchar") if path.exists() else 0
 
 
 def peak_resident_bytes(pid: int) -> int:
-    """The most memory that a process has had resident; 0 where /proc has no such thing."""
+    """Return the peak resident memory of a process; 0 on systems without /proc."""
     path = Path(f"/proc/{pid}/status")
     return _field(path, "VmHWM") * 1024 if path.exists() else 0
 
 
 @dataclass(frozen=True, slots=True)
 class BareProgram:
-    """What importing a program's modules costs, before it does anything."""
+    """Cost of importing a program's modules."""
 
     bytes_read: int
     peak_resident_bytes: int
 
 
 def bare_program(*modules: str) -> BareProgram:
-    """Measure it in a process of its own."""
+    """Measure the cost of importing modules, in a process of its own."""
     code = (
         f"import {', '.join(modules)}, os, sys; from benchmarks import processes as p; "
         "sys.stdout.write(f'{p.bytes_read(os.getpid())} {p.peak_resident_bytes(os.getpid())}')"

@@ -1,4 +1,4 @@
-"""The table and the JSON document. Pure but for reading what machine this is."""
+"""The table and the JSON document of the results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Row:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions."""
+    """Return the machine and the versions."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -64,7 +64,7 @@ def _cpu_name() -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, one line per row."""
+    """Return the Markdown table, one line per row."""
     lines = [
         "| model | ranks | work | k2 | mlx-lm | ratio (range) | target | same tokens |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -96,7 +96,7 @@ def _number(value: float) -> str:
 
 
 def document(rows: Sequence[Row], options: dict[str, Any]) -> dict[str, Any]:
-    """Everything, with the samples of every round."""
+    """Return the JSON document, with the samples of every round."""
     return {
         "schema_version": 1,
         "environment": environment(),
@@ -106,7 +106,7 @@ def document(rows: Sequence[Row], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def heading(options: dict[str, Any]) -> str:
-    """What machine, what versions, how many rounds."""
+    """Return a line with the machine, the versions and the number of rounds."""
     found = environment()
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return (
@@ -116,7 +116,7 @@ def heading(options: dict[str, Any]) -> str:
 
 
 def rows_of(found: dict[str, Any]) -> list[Row]:
-    """The rows of a document."""
+    """Return the rows of a JSON document."""
     rows = []
     for fields in found["rows"]:
         summaries = {
@@ -128,14 +128,24 @@ def rows_of(found: dict[str, Any]) -> list[Row]:
 
 
 def merged(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Earlier rows, each replaced by the new one of the same work, and the new ones after them."""
+    """Replace earlier rows by new ones of the same work, and append the other new ones."""
     new = {(row.model, row.placement, row.work): row for row in rows}
     kept = [new.pop((row.model, row.placement, row.work), row) for row in earlier]
     return [*kept, *new.values()]
 
 
+def replace_rows(text: str, rows: Sequence[Row]) -> str:
+    """Replace the lines of these rows in a document's table, and keep its other lines."""
+    new = {_key(line): line for line in table(rows).splitlines()[2:]}
+    return "\n".join(new.get(_key(line), line) for line in text.split("\n"))
+
+
+def _key(line: str) -> tuple[str, ...]:
+    return tuple(line.split(" | ")[:3])
+
+
 def into_document(text: str, generated: str) -> str:
-    """Replace what stands between the two marks.
+    """Replace the text between the two marks.
 
     Raises:
         ValueError: if the marks are missing.

@@ -1,4 +1,4 @@
-"""The two programs behind one face: start, be asked, hold still, end.
+"""The common interface of the two programs: start, ask, hold, close.
 
 ``k2_sides`` and ``mlx_sides`` have each as a server over HTTP and without.
 """
@@ -20,7 +20,7 @@ Strategy = Literal["single", "pipeline", "tensor"]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What both programs are to serve, and how. ``folder`` is for logs and state."""
+    """Model, strategy and limits for both programs. ``folder`` is for logs and state."""
 
     model: Path
     strategy: Strategy
@@ -37,13 +37,12 @@ class Setting:
 
     @property
     def ranks(self) -> int:
-        """How many there are."""
         return 1 if self.strategy == "single" else 2
 
 
 @dataclass(frozen=True, slots=True)
 class RankFacts:
-    """What loading cost one rank: bytes read of the checkpoint, and memory at most."""
+    """Cost of loading for one rank: bytes read of the checkpoint, and peak memory."""
 
     bytes_read: int
     peak_resident_bytes: int
@@ -81,13 +80,13 @@ def first_answer(side: Side) -> None:
 
 
 def encode(tokenizer: Tokenizer, ask: Ask) -> list[int]:
-    """The tokens of what is asked."""
+    """Return the prompt tokens of a request."""
     if isinstance(ask.prompt, str):
         return tokenizer.encode(ask.prompt)
     return tokenizer.chat_tokens([dict(message) for message in ask.prompt])
 
 
 def answer_of(prompt: list[int], tokens: list[int], marks: list[tuple[float, int]]) -> Answer:
-    """What ``marks`` of (seconds, tokens so far) make of these tokens."""
+    """Make an answer of tokens and ``marks`` of (seconds, tokens so far)."""
     content = " ".join(map(str, tokens))
     return Answer(len(prompt), len(tokens), tuple(marks), content)

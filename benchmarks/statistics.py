@@ -1,4 +1,4 @@
-"""From moments at which text came to rates, medians and ratios. Pure: numbers in, numbers out."""
+"""Rates, medians and ratios computed from the times at which text arrived. Pure functions."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Answer:
         return self.marks[-1][0]
 
     def tokens_until(self, seconds: float) -> float:
-        """Tokens received by then, by the share of the text that had come."""
+        """Return the tokens received by then, by the share of text that had arrived."""
         index = bisect_right(self.marks, seconds, key=lambda mark: mark[0])
         return 0.0 if index == 0 else self.tokens * self.marks[index - 1][1] / self.marks[-1][1]
 
 
 def decode_rate(answers: Sequence[Answer]) -> float:
-    """Tokens per second of all together while all of them were being answered."""
+    """Return total tokens per second while all requests were being answered."""
     begin = max(answer.first for answer in answers)
     end = min(answer.last for answer in answers)
     if end <= begin:
@@ -64,7 +64,7 @@ def first_token_seconds(answers: Sequence[Answer]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of one measure over the rounds."""
+    """Summary of one measure over the rounds."""
 
     median: float
     low: float
@@ -78,11 +78,11 @@ def summary(samples: Sequence[float]) -> Summary:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float], *, more_is_better: bool) -> Summary:
-    """How many times better k2 was, round by round: above 1 it was the better one."""
+    """Summarise the ratios of k2 to mlx-lm, round by round; above 1, k2 was better."""
     pairs = zip(ours, theirs, strict=True)
     return summary([a / b if more_is_better else b / a for a, b in pairs])
 
 
 def order_of_round(number: int) -> tuple[int, int]:
-    """Who is first: A B, B A, A B ... so that a slow drift harms both alike."""
+    """Return the order of sides: A B, B A, A B ..., so that a slow drift affects both alike."""
     return (0, 1) if number % 2 == 0 else (1, 0)

@@ -1,4 +1,4 @@
-"""The work that is measured: what is asked of both programs, and what is read off their answers."""
+"""The work that is measured: requests to both programs, and measures of their answers."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Subject:
 
     @property
     def at_first(self) -> Subject:
-        """For the round that does not count."""
+        """Subject of the warm-up round, which does not count."""
         return replace(self, prefill_tokens=self.first_tokens or self.prefill_tokens)
 
     def rounds_of(self, work: Work, rounds: int) -> int:
-        """How many of the rounds a piece of work takes part in."""
+        """Return the number of rounds that a piece of work takes part in."""
         return min(rounds, self.long_rounds or rounds) if work.is_long else rounds
 
 
@@ -66,7 +66,7 @@ def toy_prompt(tokens: int, seed: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One number read off the answers. ``target`` is what the ratio should reach."""
+    """A number computed from answers. ``target`` is the ratio that should be reached."""
 
     title: str
     unit: str
@@ -77,7 +77,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Something to ask of a side, and what to read off its answers; ``is_long``: a long prompt."""
+    """Requests to a side, and measures of the answers; ``is_long``: a long prompt."""
 
     key: str
     ask: Callable[[Side, Subject, int], list[Answer]]
@@ -86,7 +86,7 @@ class Work:
 
 
 def decode(requests: int, target: float) -> Work:
-    """So many short prompts at once, each with an answer of the same length."""
+    """Return the work of several short prompts at once, with answers of the same length."""
 
     def ask(side: Side, subject: Subject, seed: int) -> list[Answer]:
         prompts = [subject.prompt(SHORT_PROMPT_TOKENS, seed * 100 + n) for n in range(requests)]

@@ -1,4 +1,4 @@
-"""``python -m k2cli`` is ``k2``."""
+"""Entry point of ``python -m k2cli``, the same as ``k2``."""
 
 from k2cli.cli import main
 

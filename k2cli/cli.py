@@ -1,7 +1,7 @@
-"""The Typer application, and ``main``: the one place where an error becomes an exit code.
+"""Typer application, and ``main``: the one place where an error becomes an exit code.
 
-Each subcommand is a function of the same name in a module of ``k2cli.commands``. Those modules
-import nothing heavy at their top, so that help and usage errors answer at once.
+Each command is a function of the same name in a module of ``k2cli.commands``. Those modules import
+nothing heavy at their top, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def _root(
         typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Run trillion-parameter open models on a few Apple Silicon machines of your own."""
+    """Run trillion-parameter open models on a few Apple Silicon machines."""
 
 
 def build_app(only: str | None = None) -> typer.Typer:
-    """The application with all its commands, or with ``only`` that one: building takes time."""
+    """Build the application with all commands, or with ``only`` one because building is slow."""
     app = typer.Typer(
         name="k2",
         no_args_is_help=True,
@@ -64,7 +64,7 @@ def build_app(only: str | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
         epilog=(
             "Exit codes: 0 ok, 1 failed, 2 usage, 3 does not fit in memory, 4 not authorised, "
-            "5 a node or rank failed, 70 internal bug, 130 interrupted."
+            "5 a node or rank failed, 70 bug in k2, 130 interrupted."
         ),
     )
     app.callback()(_root)
@@ -73,18 +73,18 @@ def build_app(only: str | None = None) -> typer.Typer:
             continue
         module = importlib.import_module(f"k2cli.commands.{module_name}")
         command = getattr(module, module_name)
-        # Said in full, or else the list of commands cuts it off in the middle.
+        # Given in full, because typer would cut off a long line in the list of commands.
         app.command(name, short_help=_first_paragraph(command))(command)
     for name in _GROUPS:
         if only not in (None, name):
             continue
-        module = importlib.import_module(f"k2cli.commands.{name}")
+        module = importlib.import_module(f"k2cli.commands.{name}.group")
         app.add_typer(getattr(module, name), name=name)
     return app
 
 
 def _only(words: Sequence[str]) -> str | None:
-    """The command that a line begins with; None if all of them have to be known."""
+    """Return the command that a line begins with; None if all commands must be built."""
     name = words[0] if words else None
     return name if name in {*dict(_COMMANDS), *_GROUPS} else None
 
@@ -94,7 +94,7 @@ def _first_paragraph(function: Callable[..., object]) -> str:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: compiled modules turn it into one of their own."""
+    """True if Ctrl-C caused the error; compiled modules replace it by an error of their own."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -103,7 +103,7 @@ def _is_interrupt(error: BaseException | None) -> bool:
 
 
 def _report_bug(error: Exception) -> int:
-    """Write the traceback where the user can find it, and say one line."""
+    """Save the traceback to a file, print one line, and return the exit code."""
     from k2cli.settings import debug_enabled, state_directory
     from k2cli.ui.output import print_error
 
@@ -122,15 +122,15 @@ def _report_bug(error: Exception) -> int:
 
 
 def run_command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line, by default this process's; returns its exit code.
+    """Run a command line, by default this process's, and return its exit code.
 
     Raises:
-        UsageError: for a command line that makes no sense.
-        BaseException: whatever a command raises.
+        UsageError: if the command line is wrong.
+        BaseException: any error that a command raises.
     """
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        # Not standalone: the parser would report wrong values itself, without saying them.
+        # A standalone parser would report wrong values itself, without quoting them.
         code = build_app(_only(words))(args=list(words), prog_name="k2", standalone_mode=False)
     except _PARSER_ERROR as error:
         from k2cli.commands.usage_errors import usage_error_from
@@ -140,7 +140,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
             return UsageError.exit_code
         raise usage_error_from(error) from error
     except typer.Abort as error:
-        raise K2Error("the input ended before an answer came") from error
+        raise K2Error("the input ended before the question was answered") from error
     return code if isinstance(code, int) else 0
 
 
@@ -156,7 +156,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output went away (``k2 logs | head``): nothing more can be said.
+        # The reader of the output is gone (``k2 logs | head``): nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:

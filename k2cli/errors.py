@@ -1,14 +1,14 @@
-"""The error tree of k2: raised where a failure is known, caught once in ``k2cli.cli.main``.
+"""Error tree of k2: raised where a failure is detected, caught once in ``k2cli.cli.main``.
 
 K2Error                 1   the work failed
-├── UsageError          2   the command line or a file given on it is wrong
+├── UsageError          2   the command line, or a file named on it, is wrong
 ├── DoesNotFitError     3   the model does not fit in memory
 ├── NotAuthorisedError  4   a Hub or an API refused the credentials
 ├── ClusterError        5   a node or a rank failed
 │   └── NodeAccessError 4   ssh refused the credentials for a node
 └── InternalError      70   a bug in k2
 
-Exit status 130 (interrupted) has no class: Python's KeyboardInterrupt is it.
+Exit status 130 (interrupted) has no class; Python's KeyboardInterrupt stands for it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ EXIT_INTERRUPTED = 130
 
 
 class K2Error(Exception):
-    """A failure to show to the user: what failed with the user's own value, and what to do.
+    """A failure to show to the user, with a hint at the remedy.
 
     Args:
-        message: one sentence, without a full stop, holding the value that was wrong.
-        hint: a command to copy or a thing to change; printed after ``hint:``.
+        message: one sentence without a full stop that quotes the wrong value.
+        hint: a command to copy or a thing to change, printed after ``hint:``.
     """
 
     exit_code: ClassVar[int] = 1
@@ -35,7 +35,7 @@ class K2Error(Exception):
 
 
 class UsageError(K2Error):
-    """The command line, or a file named on it, is not usable."""
+    """The command line, or a file named on it, is wrong."""
 
     exit_code = 2
 
@@ -47,7 +47,7 @@ class DoesNotFitError(K2Error):
 
 
 class NotAuthorisedError(K2Error):
-    """A Hub or an HTTP API refused the credentials, or wants some."""
+    """A Hub or an HTTP API refused the credentials, or requires some."""
 
     exit_code = 4
 
@@ -59,12 +59,12 @@ class ClusterError(K2Error):
 
 
 class NodeAccessError(ClusterError):
-    """A node is there, but ssh did not let the user in."""
+    """A node is reachable, but ssh refused the user's credentials."""
 
     exit_code = 4
 
 
 class InternalError(K2Error):
-    """Something that k2 itself got wrong."""
+    """A bug in k2."""
 
     exit_code = 70

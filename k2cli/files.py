@@ -1,4 +1,4 @@
-"""Writing of files that appear complete or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes | str, mode: int | None = None) -> None:
-    """Replace a file by a complete new one, or leave it as it is.
+    """Replace a file by a complete new one, or leave it unchanged.
 
-    The data go to a temporary file in the same folder, which then takes the name. ``mode`` is set
-    whatever the umask says; None gives the permissions of any new file.
+    The data go to a temporary file in the same folder, which is then renamed. ``mode`` is set
+    regardless of the umask; None gives the default permissions of new files.
 
     Raises:
-        OSError: if the folder does not exist or the disk refuses.
+        OSError: if the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

@@ -1,10 +1,9 @@
-"""Import of single files of mlx-lm, without the rest of it.
+"""Import of single files of mlx-lm without its ``__init__``.
 
 ``import mlx_lm`` runs its ``__init__``, which imports transformers (1.5 to 4 s) and lowers the
-process's limit on open files. The model definitions need neither. So a bare package of the same
-name is registered that only knows the folder; ``mlx_lm.models.*`` then import as usual (0.1 s).
-
-No other module of k2 imports mlx_lm.
+process's limit on open files. The model definitions need neither. Therefore this module registers
+an empty package of the same name that only knows the folder; ``mlx_lm.models.*`` then import as
+usual (0.1 s). No other module of k2 imports mlx_lm.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from k2cli.errors import K2Error
 
 @functools.cache
 def mlx_lm_folder() -> Path:
-    """Register the bare package and return the folder of the installed mlx-lm.
+    """Register the empty package and return the folder of the installed mlx-lm.
 
     Raises:
         K2Error: if mlx-lm is not installed.

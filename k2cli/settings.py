@@ -1,7 +1,7 @@
-"""Where k2 keeps things, the mark of its processes, and the environment variables that it reads.
+"""Directories of k2, the mark of its processes, and its environment variables.
 
 Directories follow the XDG base directory rules, on macOS too. ``K2_CONFIG_DIR``, ``K2_STATE_DIR``
-and ``K2_DATA_DIR`` override them one by one; tests set all three.
+and ``K2_DATA_DIR`` override one directory each; tests set all three.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ def _directory(override: str, xdg: str, fallback: str) -> Path:
 
 
 def config_directory() -> Path:
-    """Clusters and the user's settings: ``~/.config/k2``."""
+    """Return the folder of clusters and the user's settings, by default ``~/.config/k2``."""
     return _directory("K2_CONFIG_DIR", "XDG_CONFIG_HOME", ".config")
 
 
 def state_directory() -> Path:
-    """Runs, their logs and crash reports: ``~/.local/state/k2``."""
+    """Return the folder of runs, logs and crash reports, by default ``~/.local/state/k2``."""
     return _directory("K2_STATE_DIR", "XDG_STATE_HOME", ".local/state")
 
 
 def data_directory() -> Path:
-    """Models that k2 itself made or converted: ``~/.local/share/k2``."""
+    """Return the folder of models that k2 converted, by default ``~/.local/share/k2``."""
     return _directory("K2_DATA_DIR", "XDG_DATA_HOME", ".local/share")
 
 
 def runs_directory() -> Path:
-    """One folder per run, named by its id."""
+    """Return the parent of the folders of runs, which are named by run id."""
     return state_directory() / "runs"
 
 
 def locks_directory() -> Path:
-    """Which runs have this machine, whoever started them: one place for all its users.
+    """Return the folder of this machine's locks, shared by all its users.
 
-    ``K2_STATE_DIR`` moves it too. ``/var/tmp`` is not cleared while a run lasts, unlike ``/tmp``.
+    ``K2_STATE_DIR`` moves it too. Unlike ``/tmp``, ``/var/tmp`` is not cleared during a run.
     """
     if value := os.environ.get("K2_STATE_DIR"):
         return Path(value) / "locks"
@@ -52,21 +52,21 @@ def locks_directory() -> Path:
 
 
 def scratch_directories(run_id: str) -> tuple[Path, ...]:
-    """Short paths for a run's sockets and MPI's files: in memory first, where there is that."""
+    """Return possible short paths for a run's sockets and MPI's files; the first is in memory."""
     return tuple(Path(base) / f"k2-{run_id}" for base in ("/dev/shm", "/tmp"))
 
 
 def scratch_directory(run_id: str) -> Path:
-    """The one of them that this machine uses."""
+    """Return the one of ``scratch_directories`` that this machine can use."""
     first, second = scratch_directories(run_id)
     return first if os.access(first.parent, os.W_OK) else second
 
 
 def models_directory() -> Path:
-    """One folder per model that k2 converted or downloaded by alias."""
+    """Return the parent of the folders of models that k2 converted or downloaded by alias."""
     return data_directory() / "models"
 
 
 def debug_enabled() -> bool:
-    """``K2_DEBUG=1`` shows tracebacks of internal errors."""
+    """True if tracebacks of internal errors are to be shown (``K2_DEBUG=1``)."""
     return os.environ.get("K2_DEBUG", "") not in ("", "0")

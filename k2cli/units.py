@@ -1,7 +1,7 @@
-"""Values with units: bytes, durations and rates, to and from text.
+"""Conversion of bytes, durations and rates to and from text.
 
-Bytes are integers everywhere; they become text here and nowhere else. GB is 10^9 bytes and GiB is
-2^30, and the two are never mixed in one figure.
+Bytes are integers everywhere, and only this module formats them. GB is 10^9 bytes and GiB is 2^30
+bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def format_bytes(count: int) -> str:
 
 
 def format_gib(count: int) -> str:
-    """Render in binary gibibytes, for limits that the system counts so: ``464.0 GiB``."""
+    """Render in gibibytes, for limits that the system counts in them: ``464.0 GiB``."""
     return f"{count / GIB:.1f} GiB"
 
 
@@ -40,7 +40,7 @@ def parse_bytes(text: str) -> int:
     """Read ``512GB``, ``464 GiB``, ``1.5TB`` or a plain number of bytes.
 
     Raises:
-        UsageError: if the text is no size, or its unit is unknown.
+        UsageError: if the text is not a size, or its unit is unknown.
     """
     match = _BYTES_PATTERN.fullmatch(text)
     unit = _BYTE_UNITS.get(match.group(2).upper()) if match else None
@@ -57,7 +57,7 @@ def parse_latency(text: str) -> float:
     """Read a short duration with its unit, such as ``26us`` or ``0.3 ms``, as seconds.
 
     Raises:
-        UsageError: if the text is no duration, or has no unit.
+        UsageError: if the text is not a duration, or has no unit.
     """
     match = _LATENCY_PATTERN.fullmatch(text)
     unit = _LATENCY_UNITS.get(match.group(2)) if match else None
@@ -71,10 +71,10 @@ _TOKENS_PATTERN = re.compile(r"\s*(-?\d{1,12})\s*([kKmM]?)\s*")
 
 
 def parse_tokens(text: str) -> int:
-    """Read a number of tokens: ``131072``, or ``128k`` as models' names count, in steps of 1024.
+    """Read a number of tokens: ``131072``, or ``128k`` in units of 1024 as in names of models.
 
     Raises:
-        UsageError: if the text is no whole number.
+        UsageError: if the text is not a whole number.
     """
     match = _TOKENS_PATTERN.fullmatch(text)
     if match is None:

@@ -2,8 +2,8 @@
 
 Each host has its own network, host name, mounts and process ids, a home folder and a real sshd;
 the hosts are joined by a link whose latency, rate, loss, silence and breaks can be chosen. Nothing
-outside is touched: no bridge, no rule and no file of the machine itself. It is no part of the
-package: ``scripts/lab`` and ``tests/lab`` use it.
+outside is touched: no bridge, no rule and no file of the machine itself. The lab is not part of
+the package: ``scripts/lab`` and ``tests/lab`` use it.
 """
 
 from lab.errors import LabError

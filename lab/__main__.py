@@ -1,4 +1,4 @@
-"""``scripts/lab``: the lab by hand."""
+"""The command line ``scripts/lab``, which controls a lab by hand."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _exec(options: argparse.Namespace) -> int:
 
 
 def _of_k2(arguments: list[str]) -> list[str]:
-    """``k2`` is this checkout's."""
+    """Replace ``k2`` by the k2 of this checkout."""
     if arguments[0] == "k2":
         return [sys.executable, "-m", "k2cli", *arguments[1:]]
     return arguments
@@ -99,10 +99,10 @@ def _fault(options: argparse.Namespace) -> int:
     fault = CONDITIONS[options.fault]
     if options.mend:
         mend_condition(lab, fault)
-        _say(f"mended: {fault.what}; everything that ran on the hosts was ended")
+        _say(f"repaired: {fault.what}; all processes on the hosts were ended")
     else:
         fault.act(lab, None)
-        _say(f"{fault.what}; scripts/lab fault {options.fault} --mend --name {lab.name} mends it")
+        _say(f"{fault.what}; scripts/lab fault {options.fault} --mend --name {lab.name} repairs it")
     return 0
 
 
@@ -114,34 +114,34 @@ def _parser() -> argparse.ArgumentParser:
         name: str, help: str, run: object, default: str | None = "default"
     ) -> argparse.ArgumentParser:
         found = parts.add_parser(name, help=help)
-        found.add_argument("--name", default=default, help="which lab")
+        found.add_argument("--name", default=default, help="name of the lab")
         found.set_defaults(run=run)
         return found
 
-    up = part("up", "bring a lab up; again changes nothing", _up)
+    up = part("up", "start a lab; no effect if it is up", _up)
     up.add_argument("--hosts", type=int, default=2)
-    up.add_argument("--ethernet", action="store_true", help="a second network, eth0, for SSH")
-    part("down", "take it down, and clean up", _down)
+    up.add_argument("--ethernet", action="store_true", help="add a second network, eth0, for SSH")
+    part("down", "stop a lab and remove its files", _down)
     execute = part("exec", "run a command on a host (k2a, k2b, ... or console)", _exec)
     execute.add_argument("host")
     execute.add_argument("arguments", nargs=argparse.REMAINDER)
-    part("status", "what is up, and what runs there", _status, None)
-    fault = part("fault", "break something that stays broken until mended", _fault)
+    part("status", "list the labs that are up, and their processes", _status, None)
+    fault = part("fault", "cause a fault that lasts until it is repaired", _fault)
     fault.add_argument("fault", choices=sorted(CONDITIONS))
-    fault.add_argument("--mend", action="store_true", help="put it right again")
-    link = part("link", "how the link behaves; without options as it should", _link)
+    fault.add_argument("--mend", action="store_true", help="repair the fault")
+    link = part("link", "set the condition of the link; without options, a good one", _link)
     link.add_argument("--latency-ms", type=float, default=0.0)
     link.add_argument("--rate-mbit", type=float, default=0.0)
     link.add_argument("--loss", type=float, default=0.0, help="0 to 1")
-    link.add_argument("--silent", action="store_true", help="lose everything, and tell nobody")
-    link.add_argument("--down", action="store_true", help="pull the cable")
-    link.add_argument("--up", action="store_true", help="put it back")
-    link.add_argument("--host", default=None, help="at this host only")
+    link.add_argument("--silent", action="store_true", help="drop all packets without an error")
+    link.add_argument("--down", action="store_true", help="disconnect the link")
+    link.add_argument("--up", action="store_true", help="connect the link again")
+    link.add_argument("--host", default=None, help="only at this host")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 with an error and a hint on stderr."""
+    """Return the exit status: 0, or 1 with an error and a hint on stderr."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)

@@ -1,7 +1,7 @@
-"""One streamed request to a run's API, from a host of the lab: when it starts, and how it ends.
+"""A client that sends one streamed request to a run's API from a host of the lab.
 
-Stands alone. Prints ``first`` with the first piece of the answer, then ``end`` and what the client
-was told.
+Imports nothing of k2. Prints ``first`` at the first piece of the answer, then ``end`` and the
+result that the client received.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _read(answer: http.client.HTTPResponse) -> str:
 
 
 def main() -> None:
-    """``client.py PORT WORDS MAX_TOKENS``: a prompt of so many words."""
+    """Run ``client.py PORT WORDS MAX_TOKENS``; the prompt has ``WORDS`` words."""
     port, words, most = (int(part) for part in sys.argv[1:])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     body = {"prompt": "word " * words, "max_tokens": most, "stream": True}

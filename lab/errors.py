@@ -1,10 +1,10 @@
-"""The one error of the lab."""
+"""The error type of the lab."""
 
 from __future__ import annotations
 
 
 class LabError(Exception):
-    """What could not be done, in one sentence, and what to do about it."""
+    """An operation of the lab that failed: a message of one sentence, and a hint."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

@@ -1,6 +1,6 @@
-"""The table of faults: what is broken, at which stage of a run, and what a user must be told.
+"""The table of faults: the fault, the stage of the run at which it happens, and the error expected.
 
-Data for the tests, which run a selection, and for ``lab.reliability``, which runs all of it.
+The tests run a selection of it, and ``lab.reliability`` all of it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ class Fault:
     """One row of the table.
 
     Attributes:
-        name: for ``scripts/lab fault``, the tests and the table.
-        what: in words.
-        stage: of the run when it happens, see ``LabRun.wait_stage``; ``before``: ahead of it.
-        act: breaks something, given the lab and the run (None if ``stage`` is ``before``).
-        mend: puts it right, as far as ``Lab.mend`` does not.
-        exits: the exit statuses of ``k2 launch`` that are right.
-        says: what its output must hold; any one of these will do.
-        backends: with which it makes sense.
-        detach: with ``--detach``; the run is looked at by ``k2 ps`` then.
-        unreachable: the hosts do not reach each other until the link is mended.
+        name: used by ``scripts/lab fault``, the tests and the table.
+        what: description for the table.
+        stage: stage of the run at which the fault happens, see ``LabRun.wait_stage``; ``before``
+            means before the launch.
+        act: function that causes the fault; its run is None if ``stage`` is ``before``.
+        mend: function that repairs what ``Lab.mend`` does not.
+        exits: accepted exit statuses of ``k2 launch``.
+        says: strings of which its output must contain at least one.
+        backends: transports for which the fault makes sense.
+        detach: launch with ``--detach``, and watch the run with ``k2 ps``.
+        unreachable: the hosts do not reach each other until the link is repaired.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Fault:
 Act = Callable[[Lab, LabRun | None], None]
 
 
-# --- what is done -------------------------------------------------------------------------------
+# --- actions --------------------------------------------------------------------------------------
 
 
 def _kill(who: str, number: signal.Signals) -> Act:
@@ -76,7 +77,7 @@ def _interrupt_twice(lab: Lab, run: LabRun | None) -> None:
     if not wait_for(lambda: run.talk.said("again") or run.talk.ended_at is not None, 5):
         raise LabError("Ctrl-C was not answered within 5 s")
     if run.talk.ended_at is not None:
-        return  # it had nothing to wait for
+        return  # the launcher had nothing to wait for
     run.kill("launcher", signal.SIGINT)
 
 
@@ -89,7 +90,7 @@ def _silence(lab: Lab, run: LabRun | None) -> None:
 
 
 def end_sshd(lab: Lab, host: str) -> None:
-    """SIGKILL a host's sshd, with every session of it."""
+    """Send SIGKILL to a host's sshd and to all its sessions."""
     for found in processes(lab.host(host).state):
         if found.command.startswith("sshd: "):
             with suppress(ProcessLookupError):
@@ -102,7 +103,7 @@ def _end_sshd(lab: Lab, run: LabRun | None) -> None:
 
 
 def _fill_disk(lab: Lab, run: LabRun | None) -> None:
-    """A full file system where k2 keeps its runs."""
+    """Mount a full file system at the folder of k2's runs."""
     lab.exec(FOLLOWER, ["mkdir", "-p", STATE])
     lab.exec(FOLLOWER, ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", STATE])
     lab.exec(FOLLOWER, ["dd", "if=/dev/zero", f"of={STATE}/full", "bs=4k"])
@@ -264,7 +265,7 @@ def _terminal() -> list[Fault]:
 
 FAULTS: tuple[Fault, ...] = (*_signals(), *_links(), *_before(), *_terminal())
 
-# What can be broken without a run, and stays broken until it is mended: for ``scripts/lab fault``.
+# Faults for ``scripts/lab fault``: they need no run, and last until they are repaired.
 CONDITIONS: dict[str, Fault] = {
     **{fault.name: fault for fault in FAULTS if fault.stage == "before"},
     **{fault.name.removesuffix("-decode"): fault for fault in FAULTS
@@ -273,16 +274,16 @@ CONDITIONS: dict[str, Fault] = {
 
 
 def mend_condition(lab: Lab, fault: Fault) -> None:
-    """Put right what a condition has broken."""
+    """Repair the fault of a condition."""
     if fault.mend is not None:
         fault.mend(lab)
     lab.mend()
 
 
 def fault_named(name: str) -> Fault:
-    """A row of the table.
+    """Return the fault with this name.
 
     Raises:
-        KeyError: if there is none of that name.
+        KeyError: if there is no such fault.
     """
     return {fault.name: fault for fault in FAULTS}[name]

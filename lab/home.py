@@ -58,7 +58,7 @@ Host *
 
 
 def environment() -> dict[str, str]:
-    """What a program started in a host finds: nothing of k2's settings outside."""
+    """Return the environment of programs in a host, without the k2 settings of this process."""
     return {
         "PATH": f"{Path(sys.executable).parent}:{_PATH}",
         "HOME": HOME,
@@ -74,11 +74,11 @@ def environment() -> dict[str, str]:
 
 
 def login_path(folder: Path, first: Path | None) -> None:
-    """What a command over ssh finds as its PATH on the host of ``folder``.
+    """Set the PATH of commands over ssh on the host of ``folder``.
 
     Args:
-        folder: the host's, see ``write_files``.
-        first: put before sshd's own; None for that alone.
+        folder: the host's folder, see ``write_files``.
+        first: put before the PATH of sshd; None for that PATH alone.
     """
     path = folder / "home" / ".ssh" / "environment"
     if first is None:
@@ -88,19 +88,19 @@ def login_path(folder: Path, first: Path | None) -> None:
 
 
 def make_key(path: Path, comment: str) -> str:
-    """Make an Ed25519 key without passphrase; returns the public line."""
+    """Make an Ed25519 key without passphrase, and return the public line."""
     for old in (path, path.with_name(f"{path.name}.pub")):
         old.unlink(missing_ok=True)
     program = find_program("ssh-keygen") or "ssh-keygen"
     arguments = [program, "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=20)
     if done.returncode != 0:
-        raise LabError(f"no key could be made: {done.stderr.strip()}")
+        raise LabError(f"ssh-keygen failed: {done.stderr.strip()}")
     return path.with_name(f"{path.name}.pub").read_text().strip()
 
 
 def known_hosts(keys: Mapping[str, str], names: Mapping[str, list[str]]) -> str:
-    """One line per host: its names and addresses, and its public key."""
+    """Return a line per host with its names, addresses and public key."""
     lines = []
     for host, key in keys.items():
         kind, value = key.split()[:2]
@@ -109,7 +109,7 @@ def known_hosts(keys: Mapping[str, str], names: Mapping[str, list[str]]) -> str:
 
 
 def write_files(folder: Path, name: str, user_key: Path, known: str, hosts: str) -> None:
-    """Write what host ``name`` gets into ``folder``: ``etc``, ``ssh`` and ``home``."""
+    """Write the files of host ``name`` into ``folder``: ``etc``, ``ssh`` and ``home``."""
     for part in ("etc", "ssh", "home/.ssh"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     accounts = Path("/etc/passwd").read_text().splitlines()
@@ -137,7 +137,7 @@ def write_files(folder: Path, name: str, user_key: Path, known: str, hosts: str)
 
 
 def mount_orders(folder: Path, share: list[Path]) -> dict[str, Any]:
-    """What ``lab.init`` mounts in a host whose files are in ``folder``.
+    """Return the mounts that ``lab.init`` makes in a host whose files are in ``folder``.
 
     Args:
         folder: as given to ``write_files``.
@@ -153,7 +153,7 @@ def mount_orders(folder: Path, share: list[Path]) -> dict[str, Any]:
     etc = [
         [str(folder / "etc" / name), f"/etc/{name}"]
         for name in ("passwd", "shadow", "hosts", "resolv.conf", "hostname")
-        # A mount needs something to lie on; a file of the machine is never made.
+        # A mount needs an existing target; files of the machine are never created.
         if Path("/etc", name).exists() and not Path("/etc", name).is_symlink()
     ]
     return {

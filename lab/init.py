@@ -1,8 +1,8 @@
-"""The first process of a host: makes its mounts, tells that it is ready, and reaps.
+"""The first process of a host: it makes the mounts, reports that it is ready, and reaps.
 
 Runs as process 1 of a new PID namespace, started by ``lab.namespaces`` with a file of
-instructions; stands alone, so that it starts in milliseconds. When it ends, however it ends, the
-kernel ends every process of the host. It ends by itself when the pipe of its owner is closed.
+instructions. It imports nothing of k2, so that it starts in milliseconds. When it ends, for any
+reason, the kernel ends every process of the host. It exits when its owner's pipe is closed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _make_target(source: str, target: str) -> None:
 
 def _make_mounts(orders: dict[str, Any]) -> None:
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
-    # What lies below a folder that is about to be covered is held open, and put back on top.
+    # Folders to keep that lie below a new mount are held open, and mounted again on top of it.
     kept = {path: os.open(path, os.O_PATH) for path in orders["keep"]}
     for target, options in orders["tmpfs"].items():
         _mount("tmpfs", target, "tmpfs", 0, options)
@@ -62,7 +62,7 @@ def _reap() -> None:
 
 
 def _serve(owner: int | None) -> None:
-    """Reap until the owner is gone; for ever without one."""
+    """Reap children until the owner is gone, or for ever without an owner."""
     read_end, write_end = os.pipe()
     os.set_blocking(read_end, False)
     os.set_blocking(write_end, False)
@@ -81,7 +81,7 @@ def _serve(owner: int | None) -> None:
 
 
 def main() -> None:
-    """``init.py ORDERS.json READY_FD [OWNER_FD]``."""
+    """Run ``init.py ORDERS.json READY_FD [OWNER_FD]``."""
     with open(sys.argv[1]) as file:
         orders = json.load(file)
     ready = int(sys.argv[2])

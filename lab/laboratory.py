@@ -1,4 +1,4 @@
-"""The lab itself: brings hosts up, runs things there, and takes everything down again."""
+"""The lab: it starts hosts, runs commands on them, and removes everything afterwards."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Host:
 
     @property
     def address(self) -> str:
-        """On the link."""
+        """Address on the link."""
         return self.addresses[DEVICE]
 
     @property
@@ -55,18 +55,18 @@ class Host:
 
 
 def _addresses(index: int, networks: Sequence[str]) -> dict[str, str]:
-    """Host ``index`` (0 the first, -1 the console) on each network."""
+    """Return the addresses of host ``index`` (0 the first, -1 the console) by network."""
     number = 254 if index < 0 else index + 1
     return {network: f"10.88.{subnet}.{number}" for subnet, network in enumerate(networks)}
 
 
 def host_names(count: int) -> list[str]:
-    """``k2a``, ``k2b``, and so on."""
+    """Return the names of the first ``count`` hosts: ``k2a``, ``k2b``, and so on."""
     return [f"k2{chr(ord('a') + index)}" for index in range(count)]
 
 
 class Lab:
-    """Hosts that are up. Made by ``Lab.up`` and ``Lab.attach``."""
+    """A lab that is up. Made by ``Lab.up`` and ``Lab.attach``."""
 
     def __init__(self, folder: Path, state: LabState) -> None:
         self.folder = folder
@@ -96,15 +96,15 @@ class Lab:
         share: Sequence[Path] = (),
         tied: bool = False,
     ) -> Lab:
-        """Bring a lab up, or take the one of that name that is up and like that.
+        """Start a lab, or attach to the lab of that name if it is up with the same options.
 
         Args:
-            name: of the lab; several can be up side by side.
-            hosts: how many, beside the console.
-            ethernet: join them by a second network, ``eth0``, to which their names lead then.
-            share: folders that hosts must see although they lie below /tmp, /run, /var/tmp, ...,
-                which each host has of its own.
-            tied: end with this process, however it ends.
+            name: name of the lab; several labs can be up at the same time.
+            hosts: number of hosts beside the console.
+            ethernet: add a second network, ``eth0``; the host names then resolve to it.
+            share: folders below /tmp, /run, /var/tmp, ... that hosts must see, although each host
+                has its own /tmp and so on.
+            tied: end the lab with this process, for whatever reason it ends.
 
         Raises:
             LabError: if the machine lacks something, or a host does not start.
@@ -126,7 +126,7 @@ class Lab:
 
     @classmethod
     def attach(cls, name: str = "default") -> Lab:
-        """The lab of that name.
+        """Return the lab of that name.
 
         Raises:
             LabError: if it is not up.
@@ -153,10 +153,10 @@ class Lab:
     # --- hosts ----------------------------------------------------------------------------------
 
     def host(self, which: int | str) -> Host:
-        """A host by number or name; ``console`` is the place from which one looks on.
+        """Return a host by number or name; ``console`` is a machine without a rank.
 
         Raises:
-            LabError: if there is none.
+            LabError: if there is no such host.
         """
         if which == CONSOLE:
             return self.console
@@ -173,7 +173,7 @@ class Lab:
         environment: Mapping[str, str] | None = None,
         folder: str = home.HOME,
     ) -> list[str]:
-        """The command line that runs ``arguments`` on a host, whoever starts it."""
+        """Return the command line that runs ``arguments`` on a host."""
         whole = {**home.environment(), **(environment or {})}
         return enter_command(self.host(host).state, arguments, whole, folder)
 
@@ -187,7 +187,7 @@ class Lab:
         timeout_seconds: float = 60.0,
         folder: str = home.HOME,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host to its end; its output is kept, its status not judged."""
+        """Run a command on a host to its end; the caller checks output and status."""
         return subprocess.run(
             self.command(host, arguments, environment, folder),
             input=input if input is not None else "",
@@ -207,7 +207,7 @@ class Lab:
         output: int | None = subprocess.PIPE,
         folder: str = home.HOME,
     ) -> subprocess.Popen[bytes]:
-        """Start a command on a host, in a session of its own, stderr and stdout together."""
+        """Start a command on a host in its own session; stderr goes to stdout."""
         return subprocess.Popen(
             self.command(host, arguments, environment, folder),
             stdin=subprocess.DEVNULL,
@@ -217,52 +217,52 @@ class Lab:
         )
 
     def start_background(self, host: int | str, arguments: Sequence[str]) -> None:
-        """Start something whose output nobody wants; ``mend`` ends it."""
+        """Start a command whose output is discarded; ``mend`` ends it."""
         self._background.append(self.start(host, arguments, output=subprocess.DEVNULL))
 
     def processes(self, host: int | str) -> list[LabProcess]:
-        """Everything that runs on a host, but for the host's own services."""
+        """Return the processes on a host without the host's own services."""
         return [found for found in processes(self.host(host).state) if not found.is_service]
 
     def all_processes(self, host: int | str) -> list[LabProcess]:
-        """Everything that runs on a host, its services too."""
+        """Return all processes on a host, its services included."""
         return processes(self.host(host).state)
 
     def process_count(self, host: int | str) -> int:
-        """How many processes run on a host beside its own services; exact."""
+        """Return the exact number of processes on a host without its own services."""
         return len(self.processes(host))
 
     # --- the link -------------------------------------------------------------------------------
 
     def link_down(self, host: str | None = None) -> None:
-        """Pull the cable at one host, or at all."""
+        """Disconnect the link at one host, or at all hosts."""
         self.link.down(host)
 
     def link_up(self, host: str | None = None) -> None:
-        """Put it back."""
+        """Connect the link again at one host, or at all hosts."""
         self.link.up(host)
 
     # --- sshd -----------------------------------------------------------------------------------
 
     def start_sshd(self, host: int | str | None = None) -> None:
-        """Start sshd where it does not run, and wait until it listens.
+        """Start sshd on hosts on which it does not run, and wait until it listens.
 
         Raises:
-            LabError: if it does not.
+            LabError: if sshd does not start.
         """
         for found in self.hosts if host is None else [self.host(host)]:
             if not listens(found.state, _SSH_PORT):
                 _start_sshd(self, found)
 
     def end_processes(self) -> None:
-        """SIGKILL everything on the hosts and the console but the lab's own services."""
+        """Send SIGKILL to all processes of hosts and console except the lab's services."""
         for host in [*self.hosts, self.console]:
             for found in self.processes(host.name):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(found.pid, signal.SIGKILL)
 
     def mend(self) -> None:
-        """A good link, and sshd everywhere; ends what else still runs."""
+        """Restore a good link and every sshd, and end all other processes."""
         self.link.set()
         self.link.up()
         self.end_processes()
@@ -314,7 +314,7 @@ def _build(
             state, parent = start_host(host, orders, folder / host, owner_read)
             started.append(state)
             parents.append(parent)
-            # Saved one by one, so that nothing is forgotten if this process is killed now.
+            # Saved after each host, so that the state is complete if this process is killed.
             save_state(folder, LabState(name, networks, started[0], started[1:]))
     except BaseException:
         _clear(folder)
@@ -345,7 +345,7 @@ def _write_all_files(folder: Path, names: list[str], networks: list[str]) -> Non
     known = home.known_hosts(
         keys, {name: [name, f"{name}.{DEVICE}", *addresses[name].values()] for name in names}
     )
-    # The first network is the link; names lead to the last one, as a Mac's lead to its Ethernet.
+    # The first network is the link; names resolve to the last one, as a Mac's to its Ethernet.
     lines = ["127.0.0.1 localhost"]
     lines += [f"{found[networks[-1]]} {name}" for name, found in addresses.items()]
     lines += [f"{found[DEVICE]} {name}.{DEVICE}" for name, found in addresses.items()]
@@ -355,7 +355,7 @@ def _write_all_files(folder: Path, names: list[str], networks: list[str]) -> Non
 
 
 def _join(lab: Lab) -> None:
-    """Plug every host into a bridge of the console, one per network."""
+    """Connect every host to a bridge on the console, one per network."""
     console = lab.console
     begin = ["link set lo up"]
     for network in lab.networks:

@@ -1,8 +1,8 @@
-"""The link that joins the hosts: up, down, and in any state of bad health.
+"""The link that joins the hosts: up, down, slow or lossy.
 
 A plain link is a pair of virtual Ethernet devices per host, on a bridge of the console. Latency,
-rate, loss and silence are the relay's: the routes between the hosts are turned to it and back
-while connections live. Both ends keep their addresses all the while.
+rate, loss and silence are made by the relay: the routes between the hosts are switched to it and
+back while connections are open. Both ends keep their addresses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Link:
 
     @property
     def relayed(self) -> bool:
-        """Whether the relay carries the packets."""
+        """True if the relay carries the packets."""
         return any(str(_RELAY) in found.command for found in processes(self._lab.console.state))
 
     def set(
@@ -53,13 +53,13 @@ class Link:
         loss: float = 0.0,
         silent: bool = False,
     ) -> None:
-        """Make the link behave like this between any two hosts, from now on.
+        """Set the condition of the link between any two hosts.
 
         Args:
-            latency_ms: one way, in milliseconds.
-            rate_mbit: in each direction, in 10^6 bit/s; 0 for no limit.
+            latency_ms: latency of one direction, in milliseconds.
+            rate_mbit: rate of each direction, in 10^6 bit/s; 0 for no limit.
             loss: share of packets that are lost, 0 to 1.
-            silent: everything is lost, and nobody is told.
+            silent: drop all packets without an error.
 
         Raises:
             LabError: if the relay does not start.
@@ -74,11 +74,11 @@ class Link:
         self._route()
 
     def down(self, host: str | None = None) -> None:
-        """Pull the cable: at one host, or at all of them."""
+        """Disconnect the link at one host, or at all hosts."""
         self._switch("down", host)
 
     def up(self, host: str | None = None) -> None:
-        """Put the cable back."""
+        """Connect the link again."""
         self._switch("up", host)
         if self.relayed:
             self._route()
@@ -99,7 +99,7 @@ class Link:
             finally:
                 os.close(descriptor)
             return
-        raise LabError("the link's relay does not listen")
+        raise LabError("the relay of the link does not read its pipe")
 
     def _start_relay(self) -> None:
         self._pipe.unlink(missing_ok=True)
@@ -119,7 +119,7 @@ class Link:
             readable, _, _ = select.select([ready], [], [], _SECONDS)
             if not readable or os.read(ready, 64) != b"ready\n":
                 said = (self._lab.folder / "relay.log").read_text(errors="replace")
-                raise LabError(f"the link's relay did not start: {said.strip()[-300:]}")
+                raise LabError(f"the relay of the link did not start: {said.strip()[-300:]}")
         finally:
             os.close(ready)
             for number in namespaces:
@@ -128,7 +128,7 @@ class Link:
             run_ip(host.state, [f"link set {_RELAY_DEVICE} mtu 9000 up"])
 
     def _spawn(self, arguments: list[str], descriptors: list[int]) -> None:
-        """In the console's PID namespace, so that it ends with the lab; nobody waits for it."""
+        """Start the relay in the console's PID namespace, so that it ends with the lab."""
         command = enter_command(self._lab.console.state, arguments, {}, "/")
         with (self._lab.folder / "relay.log").open("wb") as log:
             subprocess.run(
@@ -159,5 +159,5 @@ class Link:
         until = time.monotonic() + _SECONDS
         while self.relayed:
             if time.monotonic() > until:
-                raise LabError("the link's relay does not end")
+                raise LabError("the relay of the link does not end")
             time.sleep(0.01)

@@ -1,7 +1,7 @@
-"""Makes the namespaces of a host, enters them, and knows what runs there.
+"""Make the namespaces of a host, enter them, and list the processes there.
 
 A host is the process tree below its init. ``unshare`` and ``nsenter`` of util-linux do the system
-calls; what runs in a host is seen exactly, by the PID namespace that each process is in.
+calls. The PID namespace of each process tells exactly which host it belongs to.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAMESPACES = ("--net", "--uts", "--mount", "--pid", "--ipc")
 
 @dataclass(frozen=True, slots=True)
 class LabProcess:
-    """A process of a host; ``pid`` is as seen from outside, ``inner_pid`` as seen there."""
+    """A process of a host; ``pid`` as seen from outside, ``inner_pid`` as seen in the host."""
 
     pid: int
     inner_pid: int
@@ -42,7 +42,7 @@ class LabProcess:
 
     @property
     def is_service(self) -> bool:
-        """Part of the host: init, sshd and its sessions, a shared ssh connection, the relay."""
+        """True for services of the host: init, sshd and sessions, shared ssh, the relay."""
         words = self.command
         own = self.inner_pid == 1 or f"{_RELAY} " in words
         return own or words.startswith("sshd: ") or words.endswith("[mux]")
@@ -51,7 +51,7 @@ class LabProcess:
 def _program(name: str) -> str:
     path = find_program(name)
     if path is None:
-        raise LabError(f"there is no {name}", "scripts/lab up")
+        raise LabError(f"program {name} not found", "scripts/lab up")
     return path
 
 
@@ -61,16 +61,16 @@ def start_host(
     """Start a host's init in new namespaces.
 
     Args:
-        name: the host's.
-        orders: what ``lab.init`` is to do, without the host name.
-        folder: where its orders and what it says are kept.
-        owner: read end of a pipe; the host ends when the other end is closed. None: it stays.
+        name: name of the host.
+        orders: instructions for ``lab.init``, without the host name.
+        folder: folder for the instructions and the log of init.
+        owner: read end of a pipe; the host ends when the other end is closed. None: no owner.
 
     Returns:
-        The host, with its mounts made, and the process that it is below.
+        The host, whose mounts are made, and the parent process of its init.
 
     Raises:
-        LabError: if it does not get ready, with what it said.
+        LabError: if the host does not become ready; the message has its last output.
     """
     path = folder / "orders.json"
     path.write_text(json.dumps({**orders, "hostname": name}))
@@ -97,7 +97,7 @@ def start_host(
         process.kill()
         process.wait()
         lines = (folder / "init.log").read_text(errors="replace").strip().splitlines()
-        raise LabError(f"host {name} did not start: {lines[-1] if lines else 'it said nothing'}")
+        raise LabError(f"host {name} did not start: {lines[-1] if lines else 'no output'}")
     return _state_of(name, process.pid), process
 
 
@@ -111,10 +111,10 @@ def _state_of(name: str, parent: int) -> HostState:
 
 
 def end_host(host: HostState) -> None:
-    """SIGKILL its init, with which everything of the host ends.
+    """Send SIGKILL to a host's init, which ends all processes of the host.
 
     Raises:
-        LabError: if it is still there after the time limit.
+        LabError: if the init still exists after the time limit.
     """
     if is_alive(host):
         with contextlib.suppress(ProcessLookupError):
@@ -129,20 +129,20 @@ def end_host(host: HostState) -> None:
 def enter_command(
     host: HostState, arguments: Sequence[str], environment: Mapping[str, str], folder: str
 ) -> list[str]:
-    """The command line that runs ``arguments`` in a host, with that environment only."""
+    """Return the command line that runs ``arguments`` in a host with only this environment."""
     settings = [f"{name}={value}" for name, value in environment.items()]
     enter = [_program("nsenter"), "--target", str(host.pid), *_NAMESPACES, "--"]
-    # A shell lets what it starts in the background ignore SIGINT, and nohup SIGHUP: a host's
-    # programs are none of that shell's.
+    # Background jobs of a shell ignore SIGINT, and those of nohup SIGHUP: programs of a host must
+    # not inherit that.
     default = ["--default-signal=INT", "--default-signal=HUP"]
     return [*enter, "/usr/bin/env", "-i", *default, f"--chdir={folder}", *settings, *arguments]
 
 
 def run_ip(host: HostState, commands: Sequence[str]) -> None:
-    """Give ``ip`` its commands in a host's network, in one go.
+    """Run a batch of ``ip`` commands in a host's network.
 
     Raises:
-        LabError: if one is refused.
+        LabError: if a command fails.
     """
     nsenter = [_program("nsenter"), "--target", str(host.pid), "--net", "--"]
     done = subprocess.run(
@@ -157,7 +157,7 @@ def run_ip(host: HostState, commands: Sequence[str]) -> None:
 
 
 def processes(host: HostState) -> list[LabProcess]:
-    """Every process in the host's PID namespace but zombies, which its init is about to reap."""
+    """Return the processes in the host's PID namespace, without zombies."""
     try:
         wanted = os.readlink(f"/proc/{host.pid}/ns/pid")
     except OSError:
@@ -180,7 +180,7 @@ def _look_at(pid: int, namespace: str) -> LabProcess | None:
         )
         words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return None  # gone meanwhile, or the kernel's business alone
+        return None  # ended meanwhile, or not readable
     state = status["State"][0]
     if state in "ZX":
         return None
@@ -189,13 +189,13 @@ def _look_at(pid: int, namespace: str) -> LabProcess | None:
 
 
 def listens(host: HostState, port: int) -> bool:
-    """Whether something in the host's network listens on a TCP port, IPv4."""
+    """Return True if a process in the host's network listens on an IPv4 TCP port."""
     lines = Path(f"/proc/{host.pid}/net/tcp").read_text().splitlines()[1:]
     fields = [line.split() for line in lines]
     return any(f[3] == _LISTENING and f[1].endswith(f":{port:04X}") for f in fields)
 
 
 def mount_points(host: HostState) -> list[str]:
-    """Where something is mounted in a host."""
+    """Return the mount points of a host."""
     lines = Path(f"/proc/{host.pid}/mounts").read_text().splitlines()
     return [line.split()[1].replace("\\040", " ") for line in lines]

@@ -1,8 +1,8 @@
-"""A link in user space: carries packets between TUN devices, with latency, rate, loss and silence.
+"""A relay in user space that carries packets between TUN devices, with latency, rate and loss.
 
-Not every kernel has ``netem``. Runs beside the hosts; creates one TUN device in each host's network
-and forwards by destination address. Its settings come as lines of JSON through a named pipe, whose
-reader it is; ``{"stop": true}`` ends it. Stands alone.
+Used because not every kernel has ``netem``. Runs beside the hosts, creates one TUN device in each
+host's network and forwards by destination address. Reads its settings as lines of JSON from a named
+pipe; ``{"stop": true}`` ends it. Imports nothing of k2.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dataclasses import dataclass, field
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _CLONE_NEWNET = 0x40000000
 _PACKET_BYTES = 65536
-# What a device would queue before it drops: a rate limit must not become an endless delay.
+# The queue of a device is limited, so that a rate limit does not become an endless delay.
 _QUEUE_SECONDS = 0.25
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass
 class Settings:
-    """How the link behaves, in each direction."""
+    """Condition of the link in each direction."""
 
     latency_ms: float = 0.0
     rate_mbit: float = 0.0
@@ -59,7 +59,7 @@ def _open_tun(namespace: int, name: str) -> int:
 
 
 class Relay:
-    """Packets in, packets out, when they are due."""
+    """Forwards packets at the time when they are due."""
 
     def __init__(self, devices: dict[bytes, int]) -> None:
         self._out = devices
@@ -69,7 +69,7 @@ class Relay:
         self._count = 0
 
     def run(self, orders: int) -> None:
-        """Forward until told to stop."""
+        """Forward packets until the stop order."""
         sources = [orders, *self._out.values()]
         while not self._settings.stop:
             timeout = None
@@ -120,7 +120,7 @@ class Relay:
 
 
 def main() -> None:
-    """``relay.py PIPE DEVICE READY_FD ADDRESS=NAMESPACE_FD ...``."""
+    """Run ``relay.py PIPE DEVICE READY_FD ADDRESS=NAMESPACE_FD ...``."""
     pipe, device, ready = sys.argv[1], sys.argv[2], int(sys.argv[3])
     devices = {}
     for part in sys.argv[4:]:

@@ -1,8 +1,8 @@
 """Run the table of faults and write docs/measurements/reliability.md (``-m lab.reliability``).
 
-Every trial's outcome is kept in a file of JSON lines as soon as it is there, so that a table can
-be put together from several sittings; a later trial of the same row replaces an earlier one. What
-has not been run is said in the table, and no figure in it comes from anywhere else.
+The outcome of each trial is appended to a file of JSON lines at once, so that a table can be made
+from several sessions; a later trial of a row replaces an earlier one. The table marks rows that
+were not run, and has no figures from other sources.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _machine(load: str, run: Sequence[Outcome]) -> str:
 
 
 def _versions(run: Sequence[Outcome]) -> str:
-    """Which rows are of which commit, in words."""
+    """Describe the commits that the rows were measured at."""
     counts = Counter(outcome.commit for outcome in run)
     parts = []
     for commit, count in counts.items():
@@ -98,7 +98,7 @@ def _versions(run: Sequence[Outcome]) -> str:
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
-    """The latest outcome of each row that was tried."""
+    """Read the latest outcome of each row that was tried."""
     if not path.is_file():
         return []
     found = [msgspec.json.decode(line, type=Outcome) for line in path.read_bytes().splitlines()]
@@ -139,7 +139,7 @@ def _count(run: Sequence[Outcome], rows: int) -> str:
 
 
 def _longest(run: Sequence[Outcome]) -> str:
-    """What took longest among the rows that are ok, in words."""
+    """Describe the median and the longest times of the rows that passed."""
     seen = sorted(o.seen_seconds for o in run if o.passed and o.seen_seconds is not None)
     gone = sorted(
         seconds
@@ -157,7 +157,7 @@ def _longest(run: Sequence[Outcome]) -> str:
 
 
 def document(outcomes: Sequence[Outcome], load: str) -> str:
-    """The whole of docs/measurements/reliability.md."""
+    """Return the text of docs/measurements/reliability.md."""
     known = {(o.fault, o.backend, o.strategy): o for o in outcomes}
     rows = [
         (fault, backend, strategy, known.get((fault.name, backend, strategy)))
@@ -189,7 +189,7 @@ def _model(lab: Lab) -> Path:
 
 
 def _commit() -> str:
-    """Of the code that is tried; empty outside a checkout."""
+    """Return the commit of the tested code; empty outside a checkout."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -240,18 +240,20 @@ def _run(options: argparse.Namespace, results: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 if every trial was as it should be."""
+    """Run the command; return 0 if every trial passed."""
     parser = argparse.ArgumentParser(prog="python -m lab.reliability")
     parser.add_argument("--docs", type=Path, help="write this document from the results")
     parser.add_argument("--results", type=Path, default=ROOT / ".k2" / "reliability.jsonl")
     parser.add_argument("--backend", nargs="*", choices=ALL, default=list(ALL))
     parser.add_argument("--strategy", nargs="*", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--fault", nargs="*", choices=[fault.name for fault in ROWS])
-    parser.add_argument("--minutes", type=float, default=240, help="start no trial after that")
-    parser.add_argument("--resume", action="store_true", help="only what is not ok yet")
-    parser.add_argument("--only-docs", action="store_true", help="run nothing")
+    parser.add_argument("--minutes", type=float, default=240, help="start no trial after this time")
     parser.add_argument(
-        "--load", default="nothing else ran", help="what else ran, for the document"
+        "--resume", action="store_true", help="run only rows that have not passed yet"
+    )
+    parser.add_argument("--only-docs", action="store_true", help="run no trial")
+    parser.add_argument(
+        "--load", default="nothing else ran", help="other load on the machine, for the document"
     )
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""What the lab needs of the machine, and what of that is missing."""
+"""Requirements of the lab on the machine, and the check for missing ones."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _MORE_FOLDERS = ("/usr/sbin", "/sbin", "/usr/local/sbin")
 
 
 def find_program(name: str) -> str | None:
-    """A program's path, also where only root's PATH leads."""
+    """Return the path of a program, searched in the folders of root's PATH too."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), *_MORE_FOLDERS])
     return shutil.which(name, path=path)
 
 
 def missing_requirements() -> list[tuple[str, str]]:
-    """What is missing, each with what to do about it; empty if the lab can be built."""
+    """Return missing requirements, each with a hint; empty if the lab can be built."""
     if sys.platform != "linux":
         return [("the lab needs Linux", "run it in a Linux virtual machine, as root")]
     found: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""A real ``k2 launch`` in the lab, from k2a over k2a and k2b, and what can be done to it."""
+"""A real ``k2 launch`` in the lab, from k2a over k2a and k2b, with its processes and stages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether it came true in time."""
+    """Poll a condition; return True if it holds within the time."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
@@ -40,7 +40,7 @@ def _is_python(command: str) -> bool:
 
 
 class Talk:
-    """A process on a host, and what it says, with the time of each line."""
+    """A process on a host, and its output with the time of each line."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
@@ -59,38 +59,38 @@ class Talk:
 
     @property
     def text(self) -> str:
-        """Everything said so far."""
+        """The whole output so far."""
         return "\n".join(line for _, line in list(self.lines))
 
     def times_said(self, words: str, since: float = 0.0) -> list[float]:
-        """When lines with these words were said, after that monotonic time."""
+        """Return the times of output lines with these words, from a monotonic time on."""
         return [at for at, line in list(self.lines) if at >= since and words in line]
 
     def said(self, words: str) -> bool:
-        """Whether a line holds these words."""
+        """Return True if a line contains these words."""
         return bool(self.times_said(words))
 
     def wait_said(self, words: str, seconds: float, *, times: int = 1, since: float = 0.0) -> float:
-        """Until so many lines hold these words; returns when the last of them was said.
+        """Wait until ``times`` lines contain these words; return the time of the last of them.
 
         Raises:
-            LabError: if that does not happen.
+            LabError: if they do not come within the time, or before the process ends.
         """
 
         def said() -> bool:
             return len(self.times_said(words, since)) >= times
 
         if not wait_for(lambda: said() or self.ended_at is not None, seconds) or not said():
-            raise LabError(f"'{words}' was not said within {seconds:.0f} s: {self.text[-2000:]}")
+            raise LabError(f"'{words}' was not printed within {seconds:.0f} s: {self.text[-2000:]}")
         return self.times_said(words, since)[times - 1]
 
     def wait_end(self, seconds: float) -> int | None:
-        """Its exit status; None if it lives on."""
+        """Wait for the end; return the exit status, or None if the process is still running."""
         wait_for(lambda: self.ended_at is not None, seconds)
         return self.process.returncode if self.ended_at is not None else None
 
     def close(self) -> None:
-        """Wait for its end; what still lives is ended by ``Lab.end_processes``."""
+        """Wait for the end of the process; ``Lab.end_processes`` ends what still runs."""
         self._reader.join(10)
 
 
@@ -98,15 +98,15 @@ class LabRun:
     """One launch.
 
     Args:
-        lab: where.
+        lab: the lab.
         model: folder of a checkpoint, visible on all hosts.
         backend: ``ring``, ``mpi4`` (Debian's Open MPI) or ``mpi5`` (the wheel's).
         strategy: ``pipeline`` or ``tensor``.
-        detach: leave a supervisor behind.
-        nodes: one per rank, as the user names them.
-        host: where it is launched.
-        port: of the API, on the leader's host.
-        options: more of ``k2 launch``.
+        detach: launch with ``--detach``.
+        nodes: a node per rank, as the user names them.
+        host: host from which it is launched.
+        port: port of the API on the leader's host.
+        options: further options of ``k2 launch``.
     """
 
     def __init__(
@@ -150,12 +150,12 @@ class LabRun:
             time.sleep(_POLL_SECONDS)
 
     def pid(self, who: str) -> int:
-        """From outside: ``launcher``, ``supervisor``, ``mpirun``, ``guard-0``, ``rank-1``, ..."""
+        """Return the pid, seen from outside, of ``launcher``, ``guard-0``, ``mpirun``, ..."""
         kind, _, number = who.partition("-")
         if kind in ("guard", "rank"):
             module = "k2cli.guard.main" if kind == "guard" else "k2cli.rank.main"
             host = _HOST_OF_RANK[int(number)]
-            # mpirun's own command line, also under its other names, holds the guard's.
+            # The command line of mpirun and its daemons contains those of their children.
             return self._find(host, lambda line: module in line and _is_python(line), who).pid
         tests: dict[str, Callable[[str], bool]] = {
             "launcher": lambda line: "-m k2cli launch" in line and "nsenter" not in line,
@@ -165,17 +165,17 @@ class LabRun:
         return self._find(LEADER, tests[kind], who).pid
 
     def kill(self, who: str, number: signal.Signals) -> None:
-        """Send one of its processes a signal."""
+        """Send a signal to one of the run's processes."""
         os.kill(self.pid(who), number)
 
     # --- its stages -----------------------------------------------------------------------------
 
     def wait_stage(self, stage: str) -> None:
-        """Until the run is ``started``, ``initialising``, ``loading``, ``ready``, or in ``prefill``
+        """Wait for a stage: ``started``, ``initialising``, ``loading``, ``ready``, or ``prefill``
         or ``decode`` of a request.
 
         Raises:
-            LabError: if it does not get there.
+            LabError: if the run does not reach the stage.
         """
         match stage:
             case "started":
@@ -193,10 +193,10 @@ class LabRun:
                 self.ask(words=4, most=4000).wait_said("first", 30)
 
     def wait_ready(self, times: int = 1) -> None:
-        """Until it has said so many times that the API answers.
+        """Wait until the launcher has printed ``times`` times that the API is ready.
 
         Raises:
-            LabError: if it does not.
+            LabError: if it does not print that within the time.
         """
         self.talk.wait_said("ready: ", 90, times=times)
 
@@ -207,7 +207,7 @@ class LabRun:
         return self.client
 
     def state(self) -> str:
-        """What ``k2 ps`` on k2a says of it."""
+        """Return the state of the run in ``k2 ps`` on k2a."""
         import json
 
         command = [sys.executable, "-m", "k2cli", "ps", "--json"]
@@ -217,13 +217,13 @@ class LabRun:
         return "unknown"
 
     def wait_gone(self, seconds: float) -> bool:
-        """Whether nothing runs on any host in time."""
+        """Wait; return True if no process is left on any host within the time."""
         return wait_for(
             lambda: not any(self.lab.process_count(host.name) for host in self.lab.hosts), seconds
         )
 
     def close(self) -> None:
-        """End what is left of it."""
+        """End the processes that are left."""
         self.lab.end_processes()
         for talk in filter(None, (self.talk, self.client)):
             talk.close()

@@ -1,6 +1,6 @@
-"""Where a lab keeps what it must remember: one folder per lab, and one file that names its hosts.
+"""The stored state of labs: a folder per lab, with a file that names its hosts.
 
-Only the folder outlives a lab that was killed; namespaces and mounts end with their processes.
+If a lab is killed, only its folder remains; namespaces and mounts end with their processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STATE_NAME = "lab.json"
 
 
 class HostState(msgspec.Struct, frozen=True):
-    """A host as it was started. ``pid`` is its init's, seen from outside."""
+    """A started host. ``pid`` is the process id of its init, seen from outside."""
 
     name: str
     pid: int
@@ -29,7 +29,7 @@ class HostState(msgspec.Struct, frozen=True):
 
 
 class LabState(msgspec.Struct, frozen=True):
-    """What makes a lab; ``networks`` are interface names in the order of their subnets."""
+    """The stored state of a lab; ``networks`` are interface names in order of their subnets."""
 
     name: str
     networks: list[str]
@@ -38,25 +38,25 @@ class LabState(msgspec.Struct, frozen=True):
 
 
 def labs_directory() -> Path:
-    """The folder that holds one folder per lab."""
+    """Return the folder that holds one folder per lab."""
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(runtime) / "k2-lab"
     return ROOT / ".k2" / "lab"
 
 
 def lab_folder(name: str) -> Path:
-    """A lab's own folder.
+    """Return the folder of a lab.
 
     Raises:
-        LabError: if the name cannot be a folder's.
+        LabError: if the name is not valid as the name of a folder.
     """
     if not name or not all(letter.isalnum() or letter in "-_" for letter in name):
-        raise LabError(f"'{name}' is no name for a lab: letters, digits, - and _ only")
+        raise LabError(f"'{name}' is not a valid lab name: use only letters, digits, - and _")
     return labs_directory() / name
 
 
 def start_time(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot (proc(5), field 22); None if gone."""
+    """Return a process's start time in clock ticks since boot (proc(5), field 22); None if gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -66,12 +66,12 @@ def start_time(pid: int) -> int | None:
 
 
 def is_alive(host: HostState) -> bool:
-    """Whether the very init that was started still runs."""
+    """Return True if the same init that was started still runs."""
     return start_time(host.pid) == host.started
 
 
 def read_state(folder: Path) -> LabState | None:
-    """The lab of a folder, running or not; None if there is none."""
+    """Read the state of a folder's lab, running or not; None if there is no lab."""
     try:
         return msgspec.json.decode((folder / _STATE_NAME).read_bytes(), type=LabState)
     except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError):
@@ -79,13 +79,13 @@ def read_state(folder: Path) -> LabState | None:
 
 
 def save_state(folder: Path, state: LabState) -> None:
-    """Write it whole or not at all."""
+    """Write the state atomically."""
     write_atomically(folder / _STATE_NAME, msgspec.json.encode(state))
 
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """One ``up`` or ``down`` at a time among all labs of this folder."""
+    """Lock the folder of all labs, so that one ``up`` or ``down`` runs at a time."""
     directory = labs_directory()
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)

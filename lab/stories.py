@@ -1,7 +1,7 @@
-"""Trials that are longer than one fault: two users of one cluster, and a run that comes back.
+"""Trials of several steps: two users of one cluster, and a run that restarts.
 
-Each plays from the launch to a run that is over, as users would, and notes what was not as it
-should be. The second user sits at the console, a machine of its own that has no rank.
+Each trial lasts from the launch to the end of the run, acts as users would, and records what was
+wrong. The second user sits at the console, a machine of its own that has no rank.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Story:
     """One row of the table, as ``lab.faults.Fault`` is one.
 
     Attributes:
-        name: for the tests and the table.
-        what: in words.
-        play: does it all, and fills in the outcome; what is wrong goes to ``problems``.
-        backends: with which it makes sense.
+        name: used by the tests and the table.
+        what: description for the table.
+        play: function that runs the trial and fills in the outcome; errors go to ``problems``.
+        backends: transports for which the trial makes sense.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Story:
 
 
 def try_story(lab: Lab, story: Story, model: Path, backend: str, strategy: str) -> Outcome:
-    """Play it, and look for what is left."""
+    """Run a trial, and look for leftovers."""
     outcome = Outcome(story.name, backend, strategy)
     with cleared(lab, outcome):
         story.play(lab, model, outcome)
     return outcome
 
 
-# --- what users do ------------------------------------------------------------------------------
+# --- actions of users -----------------------------------------------------------------------------
 
 
 def _runs(lab: Lab, host: str) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def _runs(lab: Lab, host: str) -> list[dict[str, Any]]:
 
 
 def _launched(lab: Lab, model: Path, outcome: Outcome) -> tuple[LabRun, str]:
-    """The first user's run, detached and ready, and its name."""
+    """Launch the first user's run, detached; return it when ready, and its id."""
     run = LabRun(lab, model, outcome.backend, outcome.strategy, detach=True)
     if run.talk.wait_end(_READY_SECONDS) != 0:
         raise LabError(f"the first launch failed: {run.talk.text[-500:]}")
@@ -159,9 +159,9 @@ STORIES: tuple[Story, ...] = (
 
 
 def story_named(name: str) -> Story:
-    """A row of the table.
+    """Return the trial with this name.
 
     Raises:
-        KeyError: if there is none of that name.
+        KeyError: if there is no such trial.
     """
     return {story.name: story for story in STORIES}[name]

@@ -1,4 +1,4 @@
-"""One fault against one run: does it, watches, and says how long everything took."""
+"""A trial of one fault: cause it in a run, watch the run, and measure the times."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lab.namespaces import mount_points
 from lab.runs import LEADER, LabRun, wait_for
 
 SEEN_SECONDS = 15.0
-# How long the watcher goes on after that, to tell how late it was.
+# Time that the watcher goes on after that, to measure the delay.
 _PATIENCE_SECONDS = 60.0
 _GONE_SECONDS = 30.0
 _KILLED = (137, -9)
-# What a host may keep of a run: its record and log where it was launched; nothing that is secret.
+# A host may keep only the record and the log of a run, and only if it launched the run.
 _LEFT = [
     *("find", "/dev/shm", "/tmp", "-mindepth", "1", "-maxdepth", "1"),
     *("(", "-name", "k2-*", "-o", "-name", "ompi*", "-o", "-name", "prte*", ")"),
@@ -35,7 +35,7 @@ _LEFT_IN_STATE = [
 
 @dataclass
 class Outcome:
-    """What one trial has shown. Times in seconds since the fault; None: not within the limit.
+    """Result of one trial. Times are in seconds since the fault; None: not within the limit.
 
     ``gone_seconds`` by host; where the hosts did not reach each other, the second host's counts
     from the fault too, and is measured while it is cut off. ``commit`` is the code's, and
@@ -57,12 +57,12 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether all was as the table asks."""
+        """True if everything was as the table requires."""
         return not self.problems
 
 
 def try_fault(lab: Lab, fault: Fault, model: Path, backend: str, strategy: str) -> Outcome:
-    """Launch, break, watch, mend, and look for what is left."""
+    """Launch a run, cause the fault, watch, repair, and look for leftovers."""
     outcome = Outcome(fault.name, backend, strategy)
     with cleared(lab, outcome, locks=not fault.detach, mend=fault.mend):
         if fault.stage == "before":
@@ -87,13 +87,13 @@ def cleared(
     locks: bool = True,
     mend: Callable[[Lab], None] | None = None,
 ) -> Iterator[None]:
-    """Around a trial: mends the lab after it, notes what is left, and ends and removes that.
+    """Repair the lab after a trial, record leftovers, and remove them.
 
     Args:
-        lab: where.
-        outcome: takes what is amiss, also a trial that could not be carried out.
-        locks: whether no lock may be left either.
-        mend: puts right what ``Lab.mend`` does not.
+        lab: the lab.
+        outcome: receives the problems, also the error of a trial that could not be run.
+        locks: True if a lock that is left is a problem too.
+        mend: function that repairs what ``Lab.mend`` does not.
     """
     try:
         yield
@@ -111,7 +111,7 @@ def cleared(
 
 
 def note_when_gone(lab: Lab, outcome: Outcome, began: float) -> None:
-    """Wait until nothing of a run is left on either host; note the seconds since ``began``."""
+    """Wait until no process of a run is left on any host; record the seconds since ``began``."""
     waiting = {host.name for host in lab.hosts}
 
     def look() -> bool:
@@ -125,7 +125,7 @@ def note_when_gone(lab: Lab, outcome: Outcome, began: float) -> None:
 def _note_gone(lab: Lab, outcome: Outcome, waiting: set[str], began: float) -> None:
     now = time.monotonic() - began
     for name in sorted(waiting):
-        # On k2a the launcher itself is the last to go.
+        # On k2a the launcher is the last process to end.
         if not [p for p in lab.processes(name) if not _is_other(p.command)]:
             outcome.gone_seconds[name] = now
             waiting.discard(name)
@@ -154,14 +154,14 @@ def _watch(lab: Lab, run: LabRun, fault: Fault, outcome: Outcome, began: float) 
 
 
 def _is_other(command: str) -> bool:
-    """Not part of the run: the client of a request, ``k2 ps``, the holder of a port."""
+    """Return True for processes outside the run: a client, ``k2 ps``, the holder of a port."""
     return "client.py" in command or " ps --json" in command or "create_server" in command
 
 
 def _look_at_user(
     run: LabRun, fault: Fault, outcome: Outcome, began: float, states: list[str]
 ) -> None:
-    """When the user first sees it: the cause on the terminal, or in ``k2 ps`` if detached."""
+    """Record when the user first sees the cause: on the terminal, or in ``k2 ps`` if detached."""
     if fault.detach:
         states.append(run.state())
         if states[-1] in fault.states:
@@ -204,7 +204,7 @@ def _judge(fault: Fault, text: str, outcome: Outcome) -> None:
 
 
 def _look_for_leftovers(lab: Lab, outcome: Outcome, *, locks: bool) -> None:
-    """Once the hosts reach each other again: no process, no secret, no lock."""
+    """Record processes, secrets and locks that are left after the link is repaired."""
     hosts = [*lab.hosts, lab.console]
 
     def empty() -> bool:
@@ -217,7 +217,7 @@ def _look_for_leftovers(lab: Lab, outcome: Outcome, *, locks: bool) -> None:
             outcome.left += [f"{host.name}: {p.command[:100]}" for p in lab.processes(host.name)]
         outcome.problems.append(f"left: {outcome.left}")
     if outcome.exit_status in _KILLED:
-        # Nobody was left to clean up; the next command that looks does.
+        # The launcher was killed before it cleaned up; the next command cleans up instead.
         with suppress(OSError):
             lab.exec(LEADER, ["python", "-m", "k2cli", "ps"])
     for host in hosts:
@@ -225,8 +225,7 @@ def _look_for_leftovers(lab: Lab, outcome: Outcome, *, locks: bool) -> None:
         state = f"{HOME}/.local/state/k2"
         found += lab.exec(host.name, ["find", state, *_LEFT_IN_STATE]).stdout.split()
         if outcome.exit_status not in _KILLED and locks:
-            # Nobody could release the lock of a launcher that was killed: the next launch finds
-            # it stale and takes it away.
+            # The lock of a killed launcher stays until the next launch finds it stale.
             found += lab.exec(host.name, ["find", _LOCKS, "-name", "*.json"]).stdout.split()
         if found:
             outcome.left += [f"{host.name}:{path}" for path in found]
@@ -234,7 +233,7 @@ def _look_for_leftovers(lab: Lab, outcome: Outcome, *, locks: bool) -> None:
 
 
 def _forget(lab: Lab) -> None:
-    """The next trial starts as on fresh machines."""
+    """Remove k2's state, so that the next trial starts as on new machines."""
     for host in [*lab.hosts, lab.console]:
         lab.exec(host.name, ["rm", "-rf", f"{HOME}/.local/state/k2"])
         lab.exec(host.name, ["find", _LOCKS, "-name", "*.json", "-delete"])
@@ -243,7 +242,7 @@ def _forget(lab: Lab) -> None:
 
 
 def _scratch(lab: Lab, host: Host) -> list[str]:
-    """Folders of runs in memory and in /tmp; nothing that is mounted there from outside."""
+    """Return folders of runs in /dev/shm and /tmp, without mounts from outside."""
     mounted = mount_points(host.state)
     return [
         path

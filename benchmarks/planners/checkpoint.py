@@ -2,7 +2,7 @@
 
 Names, shapes and element types are those of k2's own trace of the model; files are sparse, so that
 578 GB take a few hundred kB of disk. Planners that read headers and sizes see what they would see
-of the published files; what is written in them nobody reads.
+of the published files; their data are never read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODEL = "k2-instruct-4bit"
 
 @dataclass(frozen=True, slots=True)
 class SparseCheckpoint:
-    """What was written, to hold the planners' answers against."""
+    """The written checkpoint, with the true figures for the planners' answers."""
 
     folder: str
     tensors: int
@@ -32,13 +32,13 @@ class SparseCheckpoint:
 
 def write_sparse_k2(folder: Path) -> SparseCheckpoint:
     """Write config, index and sparse shards of at most 5 GB into ``folder``, which is made."""
-    from k2cli.planning.model import read_subject, shapes_of
+    from k2cli.planning.model import read_model, shapes_of
 
-    subject = read_subject(MODEL)
-    shapes = shapes_of(subject.facts.model)
+    model = read_model(MODEL)
+    shapes = shapes_of(model.facts.model)
     specs = [TensorSpec(name, dtype, shape) for name, (dtype, shape) in shapes.items()]
     folder.mkdir(parents=True)
-    config = subject.config
+    config = model.config
     if "quantization" in config:
         config = config | {"quantization_config": config["quantization"]}  # as mlx-lm writes it
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -52,7 +52,7 @@ def write_sparse_k2(folder: Path) -> SparseCheckpoint:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index))
     return SparseCheckpoint(
-        str(folder), len(specs), len(shards), total, subject.facts.parameter_count
+        str(folder), len(specs), len(shards), total, model.facts.parameter_count
     )
 
 

@@ -42,7 +42,7 @@ GIB, GB = 2**30, 10**9
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """How a planner is asked; patterns find sizes in its output and name their unit.
+    """Command line of a planner, and patterns that find sizes in its output, with units.
 
     ``hub_in`` is the module of it in whose files the Hub's address stands.
     """
@@ -56,7 +56,7 @@ class Planner:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one run gave; sizes in bytes, ``reason`` instead of them where it did not answer."""
+    """Result of one run; sizes in bytes, or a ``reason`` if it gave no answer."""
 
     name: str
     seconds: float | None = None
@@ -162,7 +162,7 @@ def ask(planner: Planner, environment: Path, places: Mapping[str, str], hub: str
 
 
 def install(package: str, environment: Path) -> str:
-    """Make an environment with a package; gives why not, or nothing."""
+    """Make an environment with a package; return an error, or an empty string."""
     venv.create(environment, with_pip=True)
     command = [str(environment / "bin" / "python"), "-m", "pip", "install", "-q", package]
     try:
@@ -232,7 +232,7 @@ def table(answers: Sequence[Answer], weights_bytes: int) -> str:
 
 
 def not_asked() -> str:
-    """What else there is, and why it is not in the table."""
+    """Return the list of planners that are not in the table, with reasons."""
     return "\n".join(f"- {name}: {reason}" for name, reason in NOT_ASKED.items())
 
 

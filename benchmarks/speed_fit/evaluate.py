@@ -1,4 +1,4 @@
-"""How well constants predict rows that they were not fitted to."""
+"""Evaluation of the constants on rows that they were not fitted to."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Prediction:
 
     @property
     def inside(self) -> bool:
-        """Whether the published figure lies in the band."""
+        """True if the published figure lies in the band."""
         return self.low <= self.row.value <= self.high
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of a set of predictions: how many, the share inside the band, the median absolute error."""
+    """Summary of predictions: count, share inside the band, median absolute error, widest band."""
 
     count: int
     inside: float
@@ -52,7 +52,7 @@ class Summary:
 
 
 def summarise(predictions: Sequence[Prediction]) -> Summary:
-    """Figures for a set that is not empty."""
+    """Summarise a set of predictions that is not empty."""
     return Summary(
         len(predictions),
         sum(one.inside for one in predictions) / len(predictions),
@@ -64,7 +64,7 @@ def summarise(predictions: Sequence[Prediction]) -> Summary:
 def predict(
     rows: Iterable[Observation], constants: Constants, spreads: Spreads
 ) -> list[Prediction]:
-    """What ``plan-memory`` would have said of each row."""
+    """Predict each row as ``plan-memory`` would."""
     bands = (
         (row, predicted_band(row, constants, spreads[row.engine, row.quantity])) for row in rows
     )

@@ -1,4 +1,4 @@
-"""``scripts/fit-speed-model``: fit, write the constants and the page, say how it went."""
+"""The command ``scripts/fit-speed-model``: fit, write the constants and the page, report."""
 
 from __future__ import annotations
 

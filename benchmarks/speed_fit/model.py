@@ -1,4 +1,4 @@
-"""The constants as a vector to fit, and what the speed model makes of it for a case."""
+"""The constants to fit, and the predictions of the speed model for a case."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from benchmarks.speed_fit.rows import CHUNK_TOKENS, Observation
 from k2cli.planning.speed.constants import LinkRates, Shares, effective_rates
 from k2cli.planning.speed.estimate import Band, speed_band
-from k2cli.planning.speed.placement_time import PlacedRun
+from k2cli.planning.speed.placement_time import PlacementTime
 
 SHARES = (
     "bandwidth_one_die",
@@ -26,7 +26,7 @@ COLLECTIVE = "jaccl.collective_seconds"
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """What a constant is taken to be before any measurement: a value, and how sure that is.
+    """Prior of a constant: its value before any measurement, and its uncertainty.
 
     ``spread`` is the standard deviation of its logarithm.
     """
@@ -87,7 +87,7 @@ def link_of(constants: Constants, backend: str) -> LinkRates:
     return LinkRates(low, min(max(constants[COLLECTIVE], low), high), high, link.bytes_per_second)
 
 
-def run_of(one: Observation, constants: Constants) -> PlacedRun:
+def run_of(one: Observation, constants: Constants) -> PlacementTime:
     """The case as the planner would see it."""
     rates = effective_rates(
         shares_of(constants, one.engine),
@@ -109,7 +109,7 @@ def predicted_band(one: Observation, constants: Constants, spread: float) -> Ban
     return speed_band(lambda run: _speed(one, run), run_of(one, constants), spread)
 
 
-def _speed(one: Observation, run: PlacedRun) -> float:
+def _speed(one: Observation, run: PlacementTime) -> float:
     if one.quantity == "decode":
         return one.concurrency / run.round_seconds(one.context_length, one.concurrency)
     chunk = CHUNK_TOKENS[one.engine]

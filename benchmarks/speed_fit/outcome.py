@@ -1,4 +1,4 @@
-"""The whole of a fit: constants from one half of the rows, and what they say of the other."""
+"""A complete fit: constants from one half of the rows, and predictions of the other half."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.speed_fit.rows import FOLDER, Unusable, read_rows, split_rows
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """``folds`` and ``sources`` are all rows, each predicted without its fold or its source."""
+    """Result of a fit; ``folds`` and ``sources`` predict each row without its fold or source."""
 
     constants: dict[str, float]
     spreads: Spreads
@@ -25,7 +25,7 @@ class Outcome:
 
 
 def run_fit() -> Outcome:
-    """Seconds."""
+    """Run the fit and its checks; takes some seconds."""
     rows, unusable = read_rows()
     fitted, held_out = split_rows(rows)
     constants = fit(fitted)
@@ -43,6 +43,6 @@ def run_fit() -> Outcome:
 
 
 def _digest() -> str:
-    """Of the rows and models that were fitted to."""
+    """Return the digest of the files with rows and models."""
     data = b"".join((FOLDER / name).read_bytes() for name in ("measurements.csv", "models.toml"))
     return hashlib.sha256(data).hexdigest()[:16]

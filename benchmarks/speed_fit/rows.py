@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from k2cli.planning.hardware.chips import chips
+from k2cli.planning.hardware.machine import NodeRates
 from k2cli.planning.speed.constants import LinkRates
-from k2cli.planning.speed.placement_time import PlacedRun
-from k2cli.planning.speed.rates import NodeRates
+from k2cli.planning.speed.placement_time import PlacementTime
 from k2cli.planning.speed.work import LayerWork, ModelWork, model_work
 from k2cli.sharding.placement import Placement, RankPlacement, even_split
 
@@ -48,7 +48,7 @@ class Observation:
     value: float
     engine: str
     backend: str
-    run: PlacedRun
+    run: PlacementTime
     peak_bytes_per_second: int
     peak_flops_per_second: int
     two_dies: bool
@@ -75,7 +75,7 @@ class Unusable:
 
 
 def read_rows() -> tuple[list[Observation], list[Unusable]]:
-    """All usable figures, and the rest with reasons."""
+    """Read the usable figures, and the others with reasons."""
     with (FOLDER / "measurements.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     usable: list[Observation] = []
@@ -131,13 +131,13 @@ _NO_RATES = NodeRates(*[math.nan] * 6)
 _NO_LINK = LinkRates(*[math.nan] * 4)
 
 
-def _run(work: ModelWork, strategy: Any, ranks: int) -> PlacedRun:
+def _run(work: ModelWork, strategy: Any, ranks: int) -> PlacementTime:
     """The placement; rates and link are those of the constants that are tried."""
     layers = len(work.layers)
     ranges = even_split(layers, ranks) if strategy == "pipeline" else [(0, layers)] * ranks
     parts = tuple(RankPlacement(rank, f"n{rank}", ranges[rank]) for rank in range(ranks))
     names = tuple(part.node for part in parts)
-    return PlacedRun(work, Placement(strategy, parts), names, (_NO_RATES,) * ranks, _NO_LINK)
+    return PlacementTime(work, Placement(strategy, parts), names, (_NO_RATES,) * ranks, _NO_LINK)
 
 
 @functools.cache
@@ -172,7 +172,7 @@ def measured_work(model: str, format_name: str, slices: int) -> ModelWork:
 
 
 def split_rows(observations: list[Observation]) -> tuple[list[Observation], list[Observation]]:
-    """What to fit to, and what to check on: every second row of each stratum, by a digest.
+    """Split rows into those to fit and those held out: every second row of each stratum.
 
     The rule was fixed before any fit: rows of a stratum in the order of the SHA-256 of their id;
     the first, third, fifth... are fitted to. Both figures of a row may so fall on different sides,

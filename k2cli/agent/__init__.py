@@ -1,1 +1,1 @@
-"""What is done on a machine: answered in process, or over ssh as ``python -m k2cli.agent.main``."""
+"""Work on one machine: called in process, or over ssh as ``python -m k2cli.agent.main``."""

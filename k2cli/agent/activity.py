@@ -1,4 +1,4 @@
-"""What runs of k2 do on a node right now, as its processes tell."""
+"""Runs of k2 that have processes on this machine now."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import psutil
 from k2cli.agent.run_processes import run_of
 
 
-class RunHere(msgspec.Struct, frozen=True):
-    """The processes of one run on one node, and the memory that they hold."""
+class RunActivity(msgspec.Struct, frozen=True):
+    """Number of processes of one run on one node, and the memory that they hold."""
 
     run_id: str
     processes: int
@@ -19,13 +19,13 @@ class RunHere(msgspec.Struct, frozen=True):
 
 
 class Activity(msgspec.Struct, frozen=True):
-    """All runs of which something lives on a node."""
+    """All runs that have processes on a node."""
 
-    runs: tuple[RunHere, ...] = ()
+    runs: tuple[RunActivity, ...] = ()
 
 
 def activity() -> Activity:
-    """Look for processes of runs on this machine."""
+    """Find the processes of runs on this machine."""
     found: dict[str, list[int]] = defaultdict(list)
     for process in psutil.process_iter():
         try:
@@ -33,13 +33,13 @@ def activity() -> Activity:
             if run_id is not None and process.status() != psutil.STATUS_ZOMBIE:
                 found[run_id].append(int(process.memory_info().rss))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # gone meanwhile, or another user's
-    runs = (RunHere(run, len(sizes), sum(sizes)) for run, sizes in sorted(found.items()))
+            continue  # it has ended, or is another user's
+    runs = (RunActivity(run, len(sizes), sum(sizes)) for run, sizes in sorted(found.items()))
     return Activity(tuple(runs))
 
 
 def is_alive(pid: int, create_time: float) -> bool:
-    """Whether the process that was started then under that id still runs."""
+    """True if the process with this id and start time is still running."""
     try:
         process = psutil.Process(pid)
         # psutil rounds to clock ticks; a process id is not reused within a second of its start.

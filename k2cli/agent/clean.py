@@ -1,8 +1,8 @@
-"""Clears one machine of what runs that are gone have left: for the agent.
+"""Removal of processes, locks and files that ended runs have left on this machine.
 
-A run is known by its own marks: its id beside ``--k2-run`` on a command line, its lock, its
-folder. Nothing is ended by a program's name, nor anything of a run that this user's k2 on this
-machine does not know of: such as one with another ``K2_STATE_DIR``.
+A run is recognised by its id beside ``--k2-run`` on a command line, by its lock or by its folder.
+No process is ended because of its program's name, and no run that has neither a lock nor a folder
+in this user's state directory is touched: it may belong to another ``K2_STATE_DIR``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from k2cli.settings import runs_directory, scratch_directories
 
 
 class Cleared(msgspec.Struct, frozen=True):
-    """What was left of one run. ``remaining`` are processes that could not be ended."""
+    """Remains of one run. ``remaining`` lists processes that could not be ended."""
 
     run_id: str
     ended_processes: int = 0
@@ -31,18 +31,18 @@ class Cleared(msgspec.Struct, frozen=True):
 
 
 class Cleaning(msgspec.Struct, frozen=True):
-    """``spared``: runs that live, or that are not this user's or this k2's to end."""
+    """Result for one machine. ``spared`` lists runs that are alive or not known to be ended."""
 
     cleared: tuple[Cleared, ...] = ()
     spared: tuple[str, ...] = ()
 
 
-def clean_here(live: frozenset[str], gone: frozenset[str] = frozenset()) -> Cleaning:
-    """Clear this machine.
+def clean_machine(live: frozenset[str], gone: frozenset[str] = frozenset()) -> Cleaning:
+    """Remove the remains of ended runs from this machine.
 
     Args:
-        live: runs that the asking machine has launched and knows to live.
-        gone: those that it knows to be over, whatever their locks here still say.
+        live: runs that the asking machine has launched and knows to be alive.
+        gone: runs that it knows to have ended, even if their locks here are still held.
     """
     locks = {lock.claim.run_id: lock for lock in list_locks(count_processes)}
     running = {run.run_id for run in activity().runs}
@@ -70,12 +70,12 @@ def _is_held(lock: Lock | None) -> bool:
 
 
 def _clear(run_id: str, lock: Lock | None) -> Cleared | None:
-    """End and remove what is left of a run; None if nothing is."""
+    """End the processes of a run and remove its files and lock; None if there were none."""
     before = processes_of_run(run_id)
     left = kill_run(run_id) if before else []
     files = _remove_files(run_id)
     if lock is not None and not left:
-        with suppress(OSError):  # another user's
+        with suppress(OSError):  # the lock is another user's
             release(run_id)
     if not (before or files or lock):
         return None
@@ -89,7 +89,7 @@ def _clear(run_id: str, lock: Lock | None) -> Cleared | None:
 
 
 def _remove_files(run_id: str) -> bool:
-    """Scratch folders and unread secrets; a record of a run stays, and what belongs to it."""
+    """Remove scratch folders and unread bootstrap files, and the folder of a run without record."""
     folder = run_folder(run_id)
     scratch = any(path.exists() for path in scratch_directories(run_id))
     unread = list(folder.glob("bootstrap-*.json")) if folder.is_dir() else []

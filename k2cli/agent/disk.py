@@ -1,7 +1,8 @@
-"""How fast this machine reads a checkpoint's own files, past the cache where the system allows.
+"""Measurement of the speed at which this machine reads a checkpoint's own files.
 
-Linux reads with ``O_DIRECT``. macOS is asked by ``F_NOCACHE`` not to keep what is read; it may
-still give what it had kept before, so there the figure can be too good, and says so.
+On Linux ``O_DIRECT`` bypasses the page cache. On macOS ``F_NOCACHE`` keeps the data out of the
+cache, but data that were cached before may still be returned: the figure can be too high there,
+and ``DiskReading.uncached`` is False.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SMALLEST_BYTES = 2**20
 
 
 class DiskReading(msgspec.Struct, frozen=True):
-    """What was read in which time; ``error`` says why nothing was."""
+    """Number of bytes read and the time taken; ``error`` is the reason if nothing was read."""
 
     path: str
     read_bytes: int = 0
@@ -45,7 +46,7 @@ def read_speed(folder: str) -> DiskReading:
 
 
 def largest_weights(folder: Path) -> Path | None:
-    """The largest safetensors file in a folder of models or in a checkpoint."""
+    """Return the largest safetensors file in a folder of models or in a checkpoint."""
     found = [path for path in folder.rglob("*.safetensors") if path.is_file()]
     big = [path for path in found if path.stat().st_size >= _SMALLEST_BYTES]
     return max(big, key=lambda path: path.stat().st_size, default=None)
@@ -55,10 +56,10 @@ def _read(path: Path) -> DiskReading:
     descriptor, uncached = _open(path)
     try:
         size = path.stat().st_size
-        # A random place, so that a second try does not only find what the first one left.
+        # A random offset, so that a second measurement does not read what the first has cached.
         last = max(0, size - _LIMIT_BYTES) // _BLOCK_BYTES
         offset = random.randint(0, last) * _BLOCK_BYTES
-        buffer = mmap.mmap(-1, _BLOCK_BYTES)  # page-aligned, as O_DIRECT wants it
+        buffer = mmap.mmap(-1, _BLOCK_BYTES)  # page-aligned, as O_DIRECT requires
         began, total = time.perf_counter(), 0
         while total < _LIMIT_BYTES and time.perf_counter() - began < _LIMIT_SECONDS:
             count = os.preadv(descriptor, [buffer], offset)
@@ -74,7 +75,7 @@ def _read(path: Path) -> DiskReading:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """A descriptor that avoids the cache if possible, and whether it surely does."""
+    """Open a file past the cache if possible; returns the descriptor and True if that is sure."""
     if sys.platform == "linux":
         try:
             return os.open(path, os.O_RDONLY | os.O_DIRECT), True

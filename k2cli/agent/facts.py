@@ -1,4 +1,4 @@
-"""Versions and paths of this machine, which a launch needs before it starts anything here."""
+"""Versions and paths of this machine that a launch needs before it starts a process here."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from k2cli import __version__
 from k2cli.agent.openmpi import find_libmpi, find_mpirun, mpi_major
 from k2cli.settings import runs_directory
 
-# The exit status of an agent that is asked for a verb that its version of k2 does not have.
+# Exit status of an agent whose version of k2 does not have the verb.
 UNKNOWN_VERB_STATUS = 64
 
 
 class NodeFacts(msgspec.Struct, frozen=True):
-    """What a node says of itself before a launch."""
+    """Versions and paths of a node."""
 
     k2_version: str
     python: str
@@ -26,7 +26,7 @@ class NodeFacts(msgspec.Struct, frozen=True):
 
 
 def facts() -> NodeFacts:
-    """Versions and paths of this node."""
+    """Collect the versions and paths of this node."""
     libmpi = find_libmpi()
     mpirun = find_mpirun()
     return NodeFacts(

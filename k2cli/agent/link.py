@@ -1,8 +1,8 @@
-"""One rank of a measurement: what a link does under MLX's own communication.
+"""One rank of the measurement of a link with MLX's own communication.
 
-Started as ``python -m k2cli.agent.link SPECIFICATION`` on both nodes, by the doctor.
-It joins a group of two and times small all-reduces, ping-pong and big messages. Joining holds
-Python's lock until the peer is there, so a timer of the kernel ends a process that waits in vain.
+``cluster.measure`` starts ``python -m k2cli.agent.link SPECIFICATION`` on both nodes. The ranks
+join a group of two and time small all-reduces, ping-pong and big messages. Joining holds Python's
+global lock until the peer has joined, so SIGALRM ends a process that waits for too long.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from k2cli.choices import LinkTransport
 WARM_UP = 5
 ROUNDS = 50
 ROUNDS_SECONDS = 0.5
-"""At most so many rounds, and fewer over a link on which they would take longer than this."""
+"""Time limit of all rounds together: a slow link gets fewer than ``ROUNDS``."""
 
 SMALL_BYTES = 8192
-"""Near the hidden state of one token: 14,336 bytes for K2 in bfloat16."""
+"""About the size of the hidden state of one token: 14,336 bytes for K2 in bfloat16."""
 _FIRST_BYTES = 2**20
 _BIG_BYTES = 2**28
 _BIG_SECONDS = 0.3
@@ -36,9 +36,9 @@ _SOCKET_SECONDS = 10.0
 
 
 class Specification(msgspec.Struct, frozen=True):
-    """What to measure. ``addresses`` are ``host:port`` by rank.
+    """Request for a measurement. ``addresses`` are ``host:port`` by rank.
 
-    ``rdma_devices[i][j]`` is the device by which rank i reaches rank j, for JACCL.
+    ``rdma_devices[i][j]`` is the device through which rank i reaches rank j, for JACCL.
     """
 
     transport: LinkTransport
@@ -49,7 +49,7 @@ class Specification(msgspec.Struct, frozen=True):
 
 
 class Figures(msgspec.Struct, frozen=True):
-    """Medians in seconds, and bytes per second one way; what was not measured is None."""
+    """Medians in seconds, and bytes per second one way; None if not measured."""
 
     all_reduce_seconds: float | None
     latency_seconds: float | None
@@ -57,7 +57,7 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 def measure(specification: Specification) -> Figures:
-    """Join and measure; the figures are those of this rank."""
+    """Join the group and measure; returns the figures of this rank."""
     if specification.transport == "tcp":
         return _measure_tcp(specification)
     with tempfile.TemporaryDirectory(prefix="k2-link-") as folder:
@@ -66,7 +66,7 @@ def measure(specification: Specification) -> Figures:
 
 
 def _join(specification: Specification, folder: str) -> Any:
-    """Set what MLX reads from its environment, and join."""
+    """Set the variables that MLX reads from its environment, and join the group."""
     if specification.transport == "ring":
         hosts = [[address] for address in specification.addresses]
         _configure(MLX_RANK=str(specification.rank), MLX_HOSTFILE=_file(folder, "hosts", hosts))
@@ -107,7 +107,7 @@ def _measure_group(group: Any) -> Figures:
         mx.eval(mx.distributed.all_sum(small, group=group, stream=stream))
 
     def exchange(message: Any, answer: Any) -> None:
-        """Rank 0 sends and waits for the answer, rank 1 the other way round."""
+        """Send and wait for the answer on rank 0; receive and answer on rank 1."""
         if rank == 0:
             mx.eval(mx.distributed.send(message, 1, group=group, stream=stream))
             mx.eval(mx.distributed.recv_like(answer, 1, group=group, stream=stream))
@@ -116,7 +116,7 @@ def _measure_group(group: Any) -> Figures:
             mx.eval(mx.distributed.send(answer, 0, group=group, stream=stream))
 
     def agreed(value: int) -> int:
-        """Rank 0's value on both ranks."""
+        """Return rank 0's value on both ranks."""
         mine = mx.array(value if rank == 0 else 0, dtype=mx.int32)
         agreed_on: Any = mx.distributed.all_sum(mine, group=group, stream=stream).item()
         return int(agreed_on)
@@ -135,7 +135,7 @@ def _measure_group(group: Any) -> Figures:
 
 
 def _rate(send_big: Callable[[int], float], agreed: Callable[[int], int], ping: float) -> float:
-    """Bytes per second one way, of messages that take some tenths of a second."""
+    """Measure bytes per second one way, with messages that take some tenths of a second."""
     first = max(send_big(_FIRST_BYTES) - ping, 1e-6)
     wanted = int(_FIRST_BYTES * _BIG_SECONDS / first)
     # Whole MiB, so that the agreed number is small and exact.
@@ -151,7 +151,7 @@ def _timed(action: Callable[[], None]) -> float:
 
 
 def _median(action: Callable[[], None], agreed: Callable[[int], int]) -> float:
-    """Median time of a round; how many rounds there are, both ranks must know."""
+    """Measure the median time of a round; both ranks agree on the number of rounds."""
     warm = min(_timed(action) for _ in range(WARM_UP))
     rounds = agreed(max(3, min(ROUNDS, int(ROUNDS_SECONDS / max(warm, 1e-6)))))
     return statistics.median(_timed(action) for _ in range(rounds))
@@ -161,7 +161,7 @@ def _median(action: Callable[[], None], agreed: Callable[[int], int]) -> float:
 
 
 def _measure_tcp(specification: Specification) -> Figures:
-    """The same over plain TCP, where MLX cannot: an upper bound for its ring."""
+    """Measure over plain TCP, if MLX failed: an upper bound for its ring."""
     connection = _meet(specification)
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -187,7 +187,7 @@ def _measure_tcp(specification: Specification) -> Figures:
 
 
 def _meet(specification: Specification) -> socket.socket:
-    """Rank 1 listens at its address, rank 0 connects to it."""
+    """Listen at the own address on rank 1; connect to it on rank 0."""
     host, _, port = specification.addresses[1].rpartition(":")
     address = (host.strip("[]"), int(port))
     if specification.rank == 1:
@@ -210,7 +210,7 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     while left:
         part = connection.recv(min(left, 2**20))
         if not part:
-            raise ConnectionError("the other side has gone")
+            raise ConnectionError("the other rank has closed the connection")
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
@@ -219,7 +219,7 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 def main() -> None:
     """Measure, and write the figures to stdout as JSON."""
     specification = msgspec.json.decode(sys.argv[1], type=Specification)
-    # The default action of SIGALRM ends the process whatever its threads wait for.
+    # The default action of SIGALRM ends the process even if its threads are blocked.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(specification.limit_seconds)
     try:
@@ -227,7 +227,7 @@ def main() -> None:
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.stderr.flush()
-        os._exit(1)  # a back end's finalizer may wait for the other rank
+        os._exit(1)  # the transport's finalizer may wait for the other rank
     os.write(1, msgspec.json.encode(figures) + b"\n")
 
 

@@ -1,9 +1,9 @@
-"""The locks of one machine: which runs have it, as files that each run's launcher leaves there.
+"""Locks of this machine: one file per run that uses it, written by the run's launcher.
 
-A run that has a machine has it to itself, unless the next one asks to share it and the memory of
-both fits. A lock is stale if its run is provably gone: its supervisor, if that was a process of
-this machine; else if nothing of the run has shown a sign of life for a minute (guards do every
-fifteen seconds, as long as they hear from their launcher) and no process of it is here.
+A run has a machine to itself, unless the next run asks to share it and the memory of both fits.
+A lock is stale if no process of its run is left here and the run has ended: its supervisor, if it
+ran on this machine, has ended; if it ran on another one, the lock was not renewed for a minute
+(guards renew it every fifteen seconds while they hear from their supervisor).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ State = Literal["held", "stale", "left over"]
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """One run's lock. ``pid`` is its supervisor's, a process of ``host``; bytes are the plan's."""
+    """Content of a lock file. ``pid`` is the supervisor's on ``host``; bytes are the plan's."""
 
     run_id: str
     user: str
@@ -42,14 +42,14 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Lock(msgspec.Struct, frozen=True):
-    """A claim as it is found; ``left over``: its run is gone, but processes of it are here."""
+    """A claim and its state; ``left over``: the run has ended, but has processes here."""
 
     claim: Claim
     state: State
 
 
 class LockAnswer(msgspec.Struct, frozen=True):
-    """Whether the lock was taken, who has the machine, and whose stale locks were removed."""
+    """Result of a claim: the other runs on the machine, and runs whose stale lock was removed."""
 
     taken: bool
     holders: tuple[Lock, ...] = ()
@@ -57,18 +57,18 @@ class LockAnswer(msgspec.Struct, frozen=True):
 
 
 def lock_path(run_id: str) -> Path:
-    """The file of one run."""
+    """Return the path of a run's lock file."""
     return locks_directory() / f"{run_id}.json"
 
 
 @contextmanager
-def _alone() -> Iterator[Path]:
-    """Nobody else on this machine, of any user, looks at the locks meanwhile."""
+def _mutex() -> Iterator[Path]:
+    """Hold the mutex of the locks folder against all processes of all users; yields the folder."""
     folder = locks_directory()
     if not folder.is_dir():
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
-            # As /tmp is: for all users, and none may remove another's.
+            # Like /tmp: all users may write, and none may remove another user's file.
             folder.chmod(0o1777)
     path = folder / ".mutex"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -81,15 +81,14 @@ def _alone() -> Iterator[Path]:
         os.close(descriptor)
 
 
-def judge(claim: Claim, age_seconds: float, alive: bool, processes: int, *, here: bool) -> State:
-    """What a lock is worth.
+def lock_state(age_seconds: float, alive: bool, processes: int, *, here: bool) -> State:
+    """Decide whether a lock is held, stale, or left by an ended run that has processes here.
 
     Args:
-        claim: what it says.
-        age_seconds: since the run's last sign of life here.
-        alive: whether its supervisor lives; counts only if it is a process of this machine.
-        processes: of the run, on this machine.
-        here: whether the supervisor is, or was, a process of this machine.
+        age_seconds: time since the lock was renewed.
+        alive: True if its supervisor is alive; used only if ``here``.
+        processes: number of processes of the run on this machine.
+        here: True if the supervisor is, or was, a process of this machine.
     """
     if (here and alive) or (not here and age_seconds < FRESH_SECONDS):
         return "held"
@@ -105,7 +104,7 @@ def _read(path: Path, count: Callable[[str], int]) -> Lock | None:
     here = claim.host == socket.gethostname()
     alive = here and is_alive(claim.pid, claim.pid_create_time)
     age = time.time() - renewed if renewed > psutil.boot_time() else FRESH_SECONDS + 1
-    return Lock(claim, judge(claim, age, alive, count(claim.run_id), here=here))
+    return Lock(claim, lock_state(age, alive, count(claim.run_id), here=here))
 
 
 def _locks(folder: Path, count: Callable[[str], int]) -> list[Lock]:
@@ -118,24 +117,24 @@ def _write(path: Path, claim: Claim) -> None:
 
 
 def list_locks(count: Callable[[str], int]) -> list[Lock]:
-    """All locks of this machine; ``count`` tells how many processes of a run are here."""
-    with _alone() as folder:
+    """Read all locks of this machine; ``count`` counts the processes of a run here."""
+    with _mutex() as folder:
         return _locks(folder, count)
 
 
 def take(claim: Claim, count: Callable[[str], int], *, share: bool) -> LockAnswer:
-    """Take this machine for a run, if it can be had.
+    """Lock this machine for a run, if no other run has it or both may share it.
 
-    A second claim of the same run, which knows this machine by two names, adds its bytes.
+    A second claim by the same run, which knows this machine under two names, adds its bytes.
     """
-    with _alone() as folder:
+    with _mutex() as folder:
         locks = _locks(folder, count)
         own = [lock.claim for lock in locks if lock.claim.run_id == claim.run_id]
         others = [lock for lock in locks if lock.claim.run_id != claim.run_id]
         removed = []
         for lock in others:
             if lock.state == "stale":
-                with suppress(OSError):  # another user's, whose removal the folder forbids
+                with suppress(OSError):  # another user's, which the folder's mode protects
                     lock_path(lock.claim.run_id).unlink()
                 removed.append(lock.claim.run_id)
         holders = tuple(lock for lock in others if lock.state != "stale")
@@ -152,8 +151,8 @@ def _fits(claim: Claim, holders: tuple[Lock, ...]) -> bool:
 
 
 def renew(run_id: str, pid: int, create_time: float) -> bool:
-    """A sign of life, and who supervises the run now; False if the run has no lock here."""
-    with _alone():
+    """Renew a run's lock and store its present supervisor; False if it has no lock here."""
+    with _mutex():
         path = lock_path(run_id)
         try:
             claim = msgspec.json.decode(path.read_bytes(), type=Claim)
@@ -164,6 +163,6 @@ def renew(run_id: str, pid: int, create_time: float) -> bool:
 
 
 def release(run_id: str) -> None:
-    """Give this machine back."""
-    with _alone():
+    """Remove a run's lock on this machine."""
+    with _mutex():
         lock_path(run_id).unlink(missing_ok=True)

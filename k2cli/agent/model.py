@@ -1,4 +1,4 @@
-"""The model of a launch as this machine has it: headers to plan from, and a digest to compare."""
+"""Checkpoints on this machine: headers to plan from, and a digest to compare."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COPIED_WHOLE = ("config.json", "generation_config.json", "model.safetensors.ind
 
 
 class FileHead(msgspec.Struct, frozen=True):
-    """A file's name, its size in bytes, and as much of its start as planning reads."""
+    """A file's name, its size in bytes, and the part of its start that planning reads."""
 
     name: str
     size: int
@@ -21,15 +21,23 @@ class FileHead(msgspec.Struct, frozen=True):
 
 
 class CheckpointHeads(msgspec.Struct, frozen=True):
-    """A node's checkpoint without data: its folder there and its files, or what is wrong."""
+    """A node's checkpoint without data: its folder and files, or the problem."""
 
     folder: str = ""
     files: tuple[FileHead, ...] = ()
     problem: str = ""
 
 
+class ModelCopy(msgspec.Struct, frozen=True):
+    """A node's checkpoint: its folder and the digest of config and headers, or the problem."""
+
+    folder: str = ""
+    digest: str = ""
+    problem: str = ""
+
+
 def checkpoint_heads(reference: str) -> CheckpointHeads:
-    """On a node: the headers of the model of that reference."""
+    """Read the config and the headers of a model on this machine."""
     from k2cli.models.checkpoint import read_checkpoint
     from k2cli.models.reference import local_checkpoint
 
@@ -42,46 +50,35 @@ def checkpoint_heads(reference: str) -> CheckpointHeads:
     heads = [FileHead(path.name, path.stat().st_size, path.read_bytes()) for path in whole]
     for path in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         with path.open("rb") as file:
-            # The header's length stands first, in eight bytes; it was checked above.
+            # The first eight bytes are the header's length; read_checkpoint has checked it.
             length = int.from_bytes(file.read(8), "little")
             file.seek(0)
             heads.append(FileHead(path.name, path.stat().st_size, file.read(8 + length)))
     return CheckpointHeads(str(folder), tuple(heads))
 
 
-class ModelThere(msgspec.Struct, frozen=True):
-    """A node's checkpoint: its folder and the digest of config and headers, or what is wrong."""
+def find_checkpoint(reference: str, folder: str) -> ModelCopy:
+    """Find a model in this machine's own store, or else in the folder that the launcher has it in.
 
-    folder: str = ""
-    digest: str = ""
-    problem: str = ""
-
-
-def find_checkpoint(reference: str, folder: str) -> ModelThere:
-    """On a node: the model of that reference in its own store, else the folder of the launcher."""
+    A reference that is a path is tried after the folder.
+    """
     from k2cli.models.reference import local_checkpoint
 
     problem = ""
-    for text in (
-        dict.fromkeys((folder, reference))
-        if reference.startswith("/")
-        else (
-            reference,
-            folder,
-        )
-    ):
+    is_path = reference.startswith("/")
+    for text in dict.fromkeys((folder, reference) if is_path else (reference, folder)):
         try:
             found = local_checkpoint(text).resolve()
-            return ModelThere(str(found), checkpoint_digest(found))
+            return ModelCopy(str(found), checkpoint_digest(found))
         except K2Error as error:
-            # The folder is the launcher's; of the two it is the reference that the user knows.
+            # Report the problem with the reference, which the user knows, unlike the folder.
             if text == reference or not problem:
                 problem = error.message
-    return ModelThere(problem=problem)
+    return ModelCopy(problem=problem)
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Of the config and every tensor's name, type, shape and place.
+    """Compute a digest of the config and every tensor's name, type, shape and place.
 
     Raises:
         K2Error: if the checkpoint is damaged.

@@ -1,6 +1,6 @@
-"""The networks that a machine is on, by its own addresses: how a link is named to Open MPI.
+"""Networks of this machine, from its own addresses.
 
-The same network has another interface name on each machine, so a link is given as a network.
+Open MPI is given a link as a network, because its interface has another name on each machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Network(msgspec.Struct, frozen=True):
 
 
 def own_networks() -> list[Network]:
-    """All IPv4 networks of this machine."""
+    """Return all IPv4 networks of this machine."""
     found = []
     for interface, addresses in psutil.net_if_addrs().items():
         for each in addresses:

@@ -1,7 +1,7 @@
-"""Finds Open MPI and knows its flags: versions 4 and 5, the system's or the PyPI wheel's.
+"""Search for Open MPI, and the command line of its mpirun: versions 4 and 5.
 
-MLX loads the MPI library itself and by name. Unless ``MLX_MPI_LIBNAME`` leads it to the real one,
-it silently makes groups of size 1 (the wheel's ``libmpi.so`` is a linker script).
+MLX loads the MPI library itself, by name. Unless ``MLX_MPI_LIBNAME`` names the real library, MLX
+silently makes groups of size 1 (the PyPI wheel's ``libmpi.so`` is a linker script).
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _VERSION = re.compile(r"Open ?MPI\)? v?(\d+(?:\.\d+)+)")
 
 @dataclass(frozen=True, slots=True)
 class OpenMpi:
-    """An ``mpirun`` that is Open MPI's. ``major`` is 4 or 5."""
+    """An ``mpirun`` of Open MPI. ``major`` is 4 or 5."""
 
     mpirun: Path
     major: int
 
 
 def find_mpirun() -> Path | None:
-    """``mpirun`` on the PATH, beside this Python (the PyPI wheel's), or where Homebrew puts it."""
+    """Find ``mpirun`` on the PATH, beside this Python (the PyPI wheel) or in Homebrew's folder."""
     if found := shutil.which("mpirun"):
         return Path(found)
-    # A command over ssh does not have Homebrew's folders on its PATH.
+    # The PATH of a command over ssh lacks Homebrew's folders.
     places = [Path(sys.executable).parent, Path("/opt/homebrew/bin"), Path("/usr/local/bin")]
     found_there = (place / "mpirun" for place in places)
     return next((path for path in found_there if os.access(path, os.X_OK)), None)
 
 
 def find_openmpi() -> OpenMpi:
-    """The Open MPI to launch with.
+    """Find the Open MPI to launch with.
 
     Raises:
         ClusterError: if there is no mpirun, it is not Open MPI's, or its library is missing.
@@ -64,7 +64,7 @@ def find_openmpi() -> OpenMpi:
 
 @functools.cache
 def mpi_major(mpirun: Path) -> int | None:
-    """4 or 5; None if it is not Open MPI's, or does not run."""
+    """Return the major version, 4 or 5; None if it is not Open MPI's, or does not run."""
     try:
         return _major(version_of(mpirun))
     except ClusterError:
@@ -76,7 +76,7 @@ def _major(version: str) -> int:
 
 
 def version_of(mpirun: Path) -> str:
-    """The version of an Open MPI, such as ``5.0.11``.
+    """Return the version of an Open MPI, such as ``5.0.11``.
 
     Raises:
         ClusterError: if it does not run, or is not Open MPI's.
@@ -105,7 +105,7 @@ def version_of(mpirun: Path) -> str:
 
 
 def find_libmpi() -> Path | None:
-    """The real MPI library that belongs to the mpirun that was found; None without one."""
+    """Find the real MPI library that belongs to ``find_mpirun``'s mpirun."""
     mpirun = find_mpirun()
     if mpirun is None:
         return None
@@ -123,7 +123,7 @@ def find_libmpi() -> Path | None:
 
 @functools.cache
 def _library_of_linker() -> Path | None:
-    """What the dynamic linker of Linux knows."""
+    """Look the library up in the cache of Linux's dynamic linker."""
     program = shutil.which("ldconfig") or "/sbin/ldconfig"
     try:
         done = subprocess.run([program, "-p"], capture_output=True, text=True, timeout=10)
@@ -141,14 +141,14 @@ def mpirun_arguments(
     networks: Sequence[str] = (),
     is_root: bool,
 ) -> list[str]:
-    """The command line of mpirun up to the programs that it starts.
+    """Build the command line of mpirun up to the programs that it starts.
 
     Args:
-        mpi: the one found.
+        mpi: the Open MPI to use.
         scratch: a folder with a short path, for its sockets and, locally, its shared memory.
-        remote: whether a rank is on another machine.
-        networks: in CIDR notation, since the same network has another interface on each machine.
-        is_root: Open MPI refuses to run as root unless told to.
+        remote: True if a rank is on another machine.
+        networks: in CIDR notation, because a network has another interface on each machine.
+        is_root: True adds the flag without which Open MPI refuses to run as root.
     """
     five = mpi.major >= 5
     own = "--prtemca" if five else "--mca"
@@ -167,7 +167,7 @@ def mpirun_arguments(
 
 
 def _transport(mpi: OpenMpi, networks: Sequence[str]) -> dict[str, str]:
-    """TCP between machines, over the networks chosen; two ranks of one machine use it too."""
+    """Select TCP over the chosen networks, also between ranks of one machine."""
     parameters = {"pml": "ob1", "btl": "self,tcp", "mpi_yield_when_idle": "1"}
     if networks:
         parameters["btl_tcp_if_include"] = ",".join(networks)
@@ -175,7 +175,7 @@ def _transport(mpi: OpenMpi, networks: Sequence[str]) -> dict[str, str]:
 
 
 def _local_transport(mpi: OpenMpi, scratch: Path) -> dict[str, str]:
-    """Shared memory and the loopback interface, and no probing of what else there may be."""
+    """Select shared memory and the loopback interface, without probing other networks."""
     loopback = "lo" if sys.platform == "linux" else "lo0"
     shared = "sm" if mpi.major >= 5 else "vader"
     parameters = {
@@ -183,7 +183,7 @@ def _local_transport(mpi: OpenMpi, scratch: Path) -> dict[str, str]:
         "btl": f"self,{shared},tcp",
         "btl_tcp_if_include": loopback,
         f"btl_{shared}_backing_directory": str(scratch),
-        # A rank that waits would spin on a core that the computing rank could use.
+        # Otherwise a waiting rank spins on a core that the computing rank could use.
         "mpi_yield_when_idle": "1",
     }
     if mpi.major < 5:

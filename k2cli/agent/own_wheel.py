@@ -1,9 +1,8 @@
-"""A wheel of this very k2, made of its files: what ``k2 cluster prepare`` installs elsewhere.
+"""Wheel of the running k2, built from its files: ``k2 cluster prepare`` installs it on nodes.
 
-It is written here and not by a build back end, because k2 may have been installed from a wheel
-itself, with no source to build from, and because a node should get the code that runs here, and no
-other of the same version. The format is that of the packaging specification "Binary distribution
-format" (PEP 427).
+No build system is used: k2 may itself have been installed from a wheel, without source to build
+from, and a node must get exactly the code that runs here, not other code of the same version. The
+format is that of the packaging specification "Binary distribution format" (PEP 427).
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from k2cli.agent.self_report import files_digest, package_files
 from k2cli.errors import ClusterError
 
 _TAG = "py3-none-any"
-# Zip files have no earlier date; a fixed one makes equal files equal wheels.
+# The earliest date of zip files; a fixed date makes wheels of equal files equal.
 _DATE = (1980, 1, 1, 0, 0, 0)
 
 
 @cache
 def own_digest() -> str:
-    """Digest of the code that runs here, as it was when this process first asked."""
+    """Return the digest of the running code, as it was at this process's first call."""
     return files_digest(_package_files())
 
 
@@ -43,13 +42,13 @@ def _package_files() -> dict[str, bytes]:
 
 @cache
 def build_own_wheel() -> tuple[str, bytes]:
-    """Make the wheel.
+    """Build the wheel.
 
     Returns:
-        Its file name, which holds the digest of the code as a build tag, and its bytes.
+        Its file name, which has the digest of the code as build tag, and its bytes.
 
     Raises:
-        ClusterError: if neither the installed metadata nor a ``pyproject.toml`` is there.
+        ClusterError: if there is neither installed metadata nor a ``pyproject.toml``.
     """
     name = f"k2cli-{k2cli.__version__}"
     files = {f"k2cli/{path}": data for path, data in _package_files().items()}
@@ -65,7 +64,7 @@ def build_own_wheel() -> tuple[str, bytes]:
 
 
 def _metadata() -> str:
-    """The ``METADATA`` of the checkout that this is, or of what was installed."""
+    """Return ``METADATA`` made from the checkout's ``pyproject.toml``, or as installed."""
     project = _package().parent / "pyproject.toml"
     if project.is_file():
         return _project_metadata(tomllib.loads(project.read_text(encoding="utf-8")))
@@ -75,7 +74,7 @@ def _metadata() -> str:
         text = None
     if not text:
         raise ClusterError(
-            "k2 cannot be copied to other machines: what it depends on is not known here",
+            "k2 cannot be copied to other machines: its list of dependencies is missing here",
             "run it from an installed package or a checkout",
         )
     return text

@@ -1,4 +1,4 @@
-"""TCP ports of this machine, which of them are free or whose they are, and its own addresses."""
+"""TCP ports of this machine: search for free ones, and for the process that holds one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import sys
 
 import psutil
 
-# Below what Linux and macOS give to outgoing connections, so that none takes a port in between.
+# Below the ports of outgoing connections on Linux and macOS, which could take one meanwhile.
 _PORTS = range(20_000, 32_000)
 
 
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports that nothing on this machine listens on."""
+    """Find different TCP ports that no process on this machine listens on."""
     found: list[int] = []
     while len(found) < count:
         port = random.choice(_PORTS)
@@ -25,10 +25,10 @@ def free_ports(count: int) -> list[int]:
 
 
 def _can_listen(host: str, port: int) -> bool:
-    """Whether an address can be bound; an address that is not this machine's raises.
+    """True if a server could listen there; False if the port is taken or needs privileges.
 
     Raises:
-        OSError: for any other reason than that the port is taken or needs privileges.
+        OSError: for any other reason, such as an address of another machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -44,7 +44,7 @@ def _can_listen(host: str, port: int) -> bool:
 
 
 def port_holder(host: str, port: int) -> str | None:
-    """None if the port can be used; else who holds it, or why not, as far as can be told."""
+    """Return None if the port can be used, else the process that holds it or another reason."""
     try:
         if _can_listen(host, port) and not _is_answered(port):
             return None
@@ -56,7 +56,7 @@ def port_holder(host: str, port: int) -> str | None:
 
 
 def _is_answered(port: int) -> bool:
-    """macOS lets a process bind a port beside one that listens on all addresses."""
+    """True if a process listens there. macOS allows a bind beside a listener on all addresses."""
     if sys.platform == "linux":
         return False
     with socket.socket() as client:
@@ -76,12 +76,12 @@ def _listener(port: int) -> str | None:
                 command = " ".join(psutil.Process(connection.pid).cmdline())
                 return f"process {connection.pid} ({command[:80]})"
     except psutil.Error:
-        return None  # whose it is, is another user's secret
+        return None  # the process is another user's
     return None
 
 
 def choose_port(host: str, first: int) -> int:
-    """The first free port from ``first`` on.
+    """Find the first free port from ``first`` on.
 
     Raises:
         OSError: if ``host`` is no address of this machine.
@@ -93,12 +93,12 @@ def choose_port(host: str, first: int) -> int:
 
 
 def address_towards(host: str) -> str:
-    """This machine's own address on the way to ``host``.
+    """Return this machine's own address on the route to ``host``.
 
     Raises:
         OSError: if there is no route, or the name is unknown.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)  # of a datagram socket: chooses the route, sends nothing
+        probe.connect(address)  # a datagram socket only chooses the route, and sends nothing
         return str(probe.getsockname()[0])

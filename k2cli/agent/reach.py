@@ -1,7 +1,7 @@
-"""Whether addresses of one machine are reached from another: a listener there, connections here.
+"""Test of the addresses between two machines: a listener on one, connections from the other.
 
-The listener answers with a word that only the asking side and it know of, because an address may
-exist on both machines (every docker host has a 172.17.0.1), and then something else answers.
+The listener answers with a random word that the connecting side is told. An address may exist on
+both machines (every docker host has 172.17.0.1); then another program answers, without the word.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BACKLOG = 64
 
 
 class Target(msgspec.Struct, frozen=True):
-    """An address to try, and the word that is to come back."""
+    """An address to try, and the word that its listener must send."""
 
     address: str
     port: int
@@ -32,7 +32,7 @@ class Target(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What became of it: ``local`` is the own address that the connection left from."""
+    """Result of one try. ``local`` is the own address that the connection was made from."""
 
     address: str
     seconds: float | None = None
@@ -41,7 +41,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Listening(msgspec.Struct, frozen=True):
-    """Where the listener of a machine listens; ``port_v6`` is None without IPv6."""
+    """Ports and word of a machine's listener; ``port_v6`` is None without IPv6."""
 
     port: int
     word: str
@@ -49,21 +49,21 @@ class Listening(msgspec.Struct, frozen=True):
 
 
 def try_targets(targets: list[Target]) -> list[Answer]:
-    """Connect to all of them at once, each within ``CONNECT_SECONDS``."""
+    """Connect to all targets at once, each within ``CONNECT_SECONDS``."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(_try, targets))
 
 
 def _try(target: Target) -> Answer:
     try:
-        # The first connection may pay for finding the neighbour's hardware address.
+        # The first connection may include the search for the neighbour's hardware address.
         _connect(target)
         seconds, local, word = _connect(target)
     except OSError as error:
         reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
         return Answer(target.address, error=reason)
     if word != target.word:
-        return Answer(target.address, error="another machine answers there")
+        return Answer(target.address, error="another machine answers at this address")
     return Answer(target.address, seconds, local)
 
 
@@ -76,11 +76,11 @@ def _connect(target: Target) -> tuple[float, str, str]:
 
 
 def listen(seconds: float) -> None:
-    """Tell on stdout where we listen, and answer everybody until stdin closes, or for so long."""
-    signal.alarm(int(seconds) + 5)  # whatever happens, this process ends
+    """Print ``Listening`` on stdout and answer connections until stdin closes or time is up."""
+    signal.alarm(int(seconds) + 5)  # ends this process in any case
     word = secrets.token_hex(8)
     sockets = [_listener(socket.AF_INET, "0.0.0.0")]
-    with contextlib.suppress(OSError):  # no IPv6 here: told by ``port_v6``
+    with contextlib.suppress(OSError):  # no IPv6 here: ``port_v6`` is None
         sockets.append(_listener(socket.AF_INET6, "::"))
     ports = [each.getsockname()[1] for each in sockets]
     told = Listening(ports[0], word, ports[1] if len(ports) > 1 else None)

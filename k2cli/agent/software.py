@@ -1,7 +1,6 @@
-"""What k2 says of the machine that it runs on: versions, memory and who holds it, MPI, volume.
+"""Software and load of this machine: versions, memory and its biggest users, MPI, volumes.
 
-Answered through the agent, so it runs on the node itself, in the very environment in which a rank
-would run there.
+It is collected by the agent on the node itself, in the environment in which a rank would run.
 """
 
 from __future__ import annotations
@@ -27,11 +26,72 @@ from k2cli.settings import models_directory, runs_directory
 _BIGGEST = 5
 
 
+class ProcessUse(msgspec.Struct, frozen=True):
+    """A process that holds memory; ``run_id`` if it is a guard or rank of a run of k2."""
+
+    pid: int
+    name: str
+    resident_bytes: int
+    run_id: str | None = None
+
+
+class Volume(msgspec.Struct, frozen=True):
+    """The volume that a folder is on. ``filesystem`` is the system's name for its type."""
+
+    path: str
+    mount_point: str
+    filesystem: str
+    free_bytes: int
+    total_bytes: int
+
+
+class Software(msgspec.Struct, frozen=True):
+    """Environment of k2 on a node: the answer of the agent's verb ``software``.
+
+    ``time`` is the node's clock in seconds since 1970. ``limit_bytes`` is the memory that MLX may
+    use, from ``planning.hardware.machine.this_machine``. ``transports`` are those that the node's
+    mlx was built with, without MPI, whose library is found at run time (``libmpi``). ``volume``
+    holds the models, ``state_volume`` runs and their logs. ``mpi_versions`` has the version of
+    every mpirun that was found; ``load_average`` is that of the last minute.
+    """
+
+    k2_version: str
+    python: str
+    python_version: str
+    mlx_version: str | None
+    mlx_lm_version: str | None
+    mlx_error: str | None
+    memory_bytes: int
+    limit_bytes: int | None
+    limit_mark: Certainty
+    limit_source: str
+    device: Device | None = msgspec.field(name="backend")
+    transports: tuple[str, ...] = msgspec.field(name="backends")
+    available_bytes: int
+    mpirun: str | None
+    mpi_version: str | None
+    libmpi: str | None
+    volume: Volume | None
+    time: float
+    processes: tuple[ProcessUse, ...]
+    interfaces: dict[str, tuple[str, ...]] = {}
+    mpi_error: str | None = None
+    state_volume: Volume | None = None
+    mpi_versions: dict[str, str] = {}
+    load_average: float | None = None
+    cores: int | None = None
+
+    def mpi_version_with(self, launching: Software | None) -> str | None:
+        """Version of the Open MPI that a run uses here: at the launching machine's path if any."""
+        path = launching.mpirun if launching is not None else None
+        return self.mpi_versions.get(path or "", self.mpi_version)
+
+
 def software(model_folder: str | None = None) -> Software:
-    """Everything about this environment. Imports mlx.
+    """Collect everything about this environment. Imports mlx.
 
     Args:
-        model_folder: the folder whose volume is looked at; k2's folder of models by default.
+        model_folder: the folder whose volume is examined; k2's folder of models by default.
     """
     memory = psutil.virtual_memory()
     limit, mlx_error = _limit()
@@ -75,7 +135,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _limit() -> tuple[Any, str | None]:
-    """This machine as the planner sees it, or why mlx does not load here."""
+    """Return this machine as the planner sees it, or the reason that mlx does not load."""
     from k2cli.planning.hardware.machine import this_machine
 
     try:
@@ -92,7 +152,7 @@ def _transports() -> tuple[str, ...]:
 
 
 def _mpi_version(mpirun: Path | None) -> tuple[str | None, str | None]:
-    """Version of Open MPI, or why there is none."""
+    """Return the version of Open MPI, or the reason that it is unknown."""
     if mpirun is None:
         return None, None
     try:
@@ -102,7 +162,7 @@ def _mpi_version(mpirun: Path | None) -> tuple[str | None, str | None]:
 
 
 def _mpi_versions(first: Path | None, version: str | None) -> dict[str, str]:
-    """The mpirun that is found first, and that beside this Python."""
+    """Map the mpirun that is found first, and the one beside this Python, to their versions."""
     found = {str(first): version} if first is not None and version is not None else {}
     beside = Path(sys.executable).parent / "mpirun"
     if str(beside) not in found and beside.is_file():
@@ -112,7 +172,7 @@ def _mpi_versions(first: Path | None, version: str | None) -> dict[str, str]:
 
 
 def volume_of(folder: Path) -> Volume | None:
-    """The volume that a folder is on, or will be on once it is made."""
+    """Find the volume that a folder is on, or will be on once it is made."""
     existing = folder.expanduser().absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -123,7 +183,7 @@ def volume_of(folder: Path) -> Volume | None:
     except OSError:
         return None
     under = [mount for mount in mounts if _is_under(existing, Path(mount.mountpoint))]
-    # Of several mounts on one point the last hides the others.
+    # The last of several mounts on one point hides the others.
     best = max(enumerate(under), key=lambda item: (len(item[1].mountpoint), item[0]), default=None)
     point, kind = (best[1].mountpoint, best[1].fstype) if best else ("/", "")
     return Volume(str(folder), point, kind, int(usage.free), int(usage.total))
@@ -134,11 +194,11 @@ def _is_under(path: Path, mount: Path) -> bool:
 
 
 def _processes() -> tuple[ProcessUse, ...]:
-    """Processes of runs, and then the biggest others."""
+    """List the processes of runs, then the biggest other processes."""
     found = []
     for process in psutil.process_iter():
         try:
-            # A zombie has no memory and no command line: it sorts to the end by itself.
+            # A zombie has no memory and no command line, so it is sorted to the end.
             resident = int(process.memory_info().rss)
             found.append((resident, process, process.name()))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -159,7 +219,7 @@ def _run_of(process: psutil.Process) -> str | None:
 
 
 def _interfaces() -> dict[str, tuple[str, ...]]:
-    """Interfaces that are up, with their IP addresses; for systems without ``ip``."""
+    """Map interfaces that are up to their IP addresses; for systems without ``ip``."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     families = (socket.AF_INET, socket.AF_INET6)
     return {
@@ -169,65 +229,3 @@ def _interfaces() -> dict[str, tuple[str, ...]]:
         for name, addresses in psutil.net_if_addrs().items()
         if name in up
     }
-
-
-class ProcessUse(msgspec.Struct, frozen=True):
-    """A process that holds memory; ``run_id`` if it is a guard or rank of a run of k2."""
-
-    pid: int
-    name: str
-    resident_bytes: int
-    run_id: str | None = None
-
-
-class Volume(msgspec.Struct, frozen=True):
-    """The volume that a folder of models is on. ``filesystem`` as the system names it."""
-
-    path: str
-    mount_point: str
-    filesystem: str
-    free_bytes: int
-    total_bytes: int
-
-
-class Software(msgspec.Struct, frozen=True):
-    """What k2 on the node says of its environment; answered by the agent's verb ``software``.
-
-    ``time`` is that machine's clock in seconds since 1970. ``limit_bytes`` is what MLX may use, as
-    ``planning.hardware.this_machine`` finds it there. ``transports`` are those
-    that its mlx was built with, without MPI, whose library is found at run time (``libmpi``).
-    ``volume`` is that of the models, ``state_volume`` that of runs and their logs;
-    ``mpi_versions`` are those of every mpirun that was found; ``load_average`` is the last
-    minute's.
-    """
-
-    k2_version: str
-    python: str
-    python_version: str
-    mlx_version: str | None
-    mlx_lm_version: str | None
-    mlx_error: str | None
-    memory_bytes: int
-    limit_bytes: int | None
-    limit_mark: Certainty
-    limit_source: str
-    device: Device | None = msgspec.field(name="backend")
-    transports: tuple[str, ...] = msgspec.field(name="backends")
-    available_bytes: int
-    mpirun: str | None
-    mpi_version: str | None
-    libmpi: str | None
-    volume: Volume | None
-    time: float
-    processes: tuple[ProcessUse, ...]
-    interfaces: dict[str, tuple[str, ...]] = {}
-    mpi_error: str | None = None
-    state_volume: Volume | None = None
-    mpi_versions: dict[str, str] = {}
-    load_average: float | None = None
-    cores: int | None = None
-
-    def mpi_version_with(self, launching: Software | None) -> str | None:
-        """The Open MPI that a run uses here: the launching machine's path, if it is one here."""
-        path = launching.mpirun if launching is not None else None
-        return self.mpi_versions.get(path or "", self.mpi_version)

@@ -1,4 +1,4 @@
-"""What ``k2 bench --calibrate`` makes of its measurements: figures, and rates that are kept."""
+"""Calibration of ``k2 bench --calibrate``: figures from measurements, and the saved rates."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def figures_of(rows: Sequence[BenchRow]) -> list[MeasuredFigure]:
-    """What was measured, for the solver: of each case its answers, and of a single one its prompts.
+    """Convert rows to figures for the solver: decode of each case, prefill of single requests.
 
-    Prompts by the client's clock until the first token, which next to their seconds adds
-    milliseconds. The context of an answer is that in its middle. Medians: a moment in which the
-    machine did something else should not count. How much repetitions differ goes along, so that
-    the solver trusts a noisy figure less.
+    Prefill is timed by the client's clock until the first token, which adds only milliseconds. The
+    context length of a decode figure is that in the middle of the answer. Rates are medians, to
+    ignore moments in which the machine did something else. The deviation of the repetitions lets
+    the solver give noisy figures less weight.
     """
     figures = []
     for row in rows:
@@ -47,10 +47,10 @@ def _figure(
 
 
 def deviation_of(rates: Sequence[float]) -> float:
-    """What repetitions differ by: the standard deviation of their logarithms, by quartiles.
+    """Estimate the standard deviation of the rates' logarithms from quartiles.
 
-    Quartiles, since one repetition that something else fell into says nothing of the others; 0 for
-    fewer than three. The quartiles of a normal distribution are 1.349 deviations apart.
+    Quartiles ignore a single disturbed repetition. The quartiles of a normal distribution are 1.349
+    standard deviations apart. The result for fewer than three rates is 0.
     """
     if len(rates) < 3:
         return 0.0
@@ -60,11 +60,11 @@ def deviation_of(rates: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What came of it, and the file that it is kept in.
+    """A calibration, and the file that it is saved in.
 
-    ``variation`` is the largest difference between repetitions of one case, relative to them;
-    ``deviation`` the largest standard deviation of a case, less what single ones did. ``noisy``
-    names the figures that deviate by more than a machine does that has nothing else to do.
+    ``variation`` is the largest relative difference between repetitions of one case; ``deviation``
+    is the largest ``deviation_of`` a case, which ignores single outliers. ``noisy`` names the
+    figures that deviate more than those of an idle machine.
     """
 
     found: Calibration
@@ -79,16 +79,16 @@ class Calibrated:
 def calibrate_run(
     plan: Plan, nodes: Sequence[NodeMemory], transport: Transport, rows: Sequence[BenchRow]
 ) -> Calibrated:
-    """Solve for the rates of a run's machines, and keep them for ``plan-memory``.
+    """Compute the rates of a run's machines, and save them for ``plan-memory``.
 
     Args:
-        plan: the run's.
-        nodes: its machines as they are, by rank.
-        transport: what connects its ranks.
+        plan: the plan of the run.
+        nodes: the machines of the run, by rank.
+        transport: the transport between the ranks.
         rows: the measurements of ``calibration_rounds.calibration_cases``.
 
     Raises:
-        K2Error: if the model's files cannot be read, or the calibration cannot be kept.
+        K2Error: if the model's files cannot be read, or the calibration cannot be saved.
     """
     from k2cli.planning.speed.calibrations import NOISY_DEVIATION, save_calibration
 
@@ -109,15 +109,15 @@ def calibrate_run(
 
 
 def _work_of(plan: Plan) -> ModelWork:
-    """What a token costs in the placement of a run."""
-    from k2cli.planning.model import read_subject
+    """Compute the work per token in the placement of a run."""
+    from k2cli.planning.model import read_model
     from k2cli.planning.speed.work import model_work
 
-    subject = read_subject(plan.model.reference)
+    model = read_model(plan.model.reference)
     placement = plan.placement
     return model_work(
-        subject.config,
-        stored=subject.stored,
+        model.config,
+        stored=model.stored,
         dtype=plan.request.dtype,
         slices=placement.size if placement.strategy == "tensor" else 1,
         head=placement.head,
@@ -145,7 +145,7 @@ def _entry(
 
 
 def calibrated_members(calibrated: Calibrated) -> dict[str, Any]:
-    """The calibration as it appears in JSON; rates per second, times in seconds."""
+    """Return the JSON members of a calibration; rates per second, times in seconds."""
     return {
         "rates": asdict(calibrated.found.rates),
         "collective_seconds": calibrated.found.collective_seconds,

@@ -1,9 +1,9 @@
-"""What ``k2 bench --calibrate`` measures, and how long it takes for it.
+"""Cases and duration of the measurements of ``k2 bench --calibrate``.
 
-A short and a long prompt, each with an answer, tell compute from attention and reading from what
-grows with the context; two requests at a time tell what rows share. A prompt is timed where its
-answer follows, so that no case is measured for prompts alone. Cases take turns: each round is one
-repetition of all of them, and there are as many rounds as a budget of time allows.
+A short and a long prompt, each with an answer, separate the costs that grow with the context from
+those that do not. Two concurrent requests show the cost that sequences of a batch share. Prefill is
+timed in the same requests as decode, so no case is needed for prompts alone. Each round is one
+repetition of all cases, and the number of rounds depends on a time budget.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from k2cli.bench.report import BenchRow, Clock, Sample
 from k2cli.errors import UsageError
 
 PROBE = BenchCase("tg", 8, 32)
-"""The first case: how fast prompts and answers are, so that the others can be sized."""
+"""First case, whose speed determines the sizes of the others."""
 BUDGET_SECONDS = 90.0
-"""What a calibration may take, if so many rounds as tell noise from speed fit in."""
+"""Time budget of a calibration; exceeded if ``LEAST_ROUNDS`` take longer."""
 LEAST_ROUNDS = 3
 MOST_OF_EXPECTED, LEAST_LIMIT_SECONDS = 1.5, 60.0
-"""A machine that is busier than while it was probed may take so much longer than expected."""
+"""Time limit, as a multiple of the expected time, and its minimum."""
 SHORT_SECONDS, LONG_SECONDS, ANSWER_SECONDS = 1.5, 6.0, 2.0
 LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS = 32, 8192
 LEAST_ANSWER_TOKENS, MOST_ANSWER_TOKENS = 16, 32
@@ -31,7 +31,7 @@ LEAST_ANSWER_TOKENS, MOST_ANSWER_TOKENS = 16, 32
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What will be measured, and how long that takes: said before it starts."""
+    """Cases, number of rounds and expected time of one round."""
 
     cases: tuple[BenchCase, ...]
     rounds: int
@@ -39,12 +39,12 @@ class Schedule:
 
     @property
     def expected_seconds(self) -> float:
-        """If the machine stays as fast as it was when it was probed."""
+        """Expected duration, if the machine stays as fast as in the probe."""
         return self.rounds * self.round_seconds
 
     @property
     def most_seconds(self) -> float:
-        """No round is begun that would end later than this."""
+        """Time limit: no round begins that would end later."""
         return max(LEAST_LIMIT_SECONDS, MOST_OF_EXPECTED * self.expected_seconds)
 
 
@@ -55,12 +55,12 @@ def calibration_schedule(
 
     Args:
         probe: the measured ``PROBE``.
-        context_length: of the server, None if it does not say.
-        concurrency: sequences that the run holds at a time.
-        repetitions: rounds that are wanted; fewer are made if they take longer than the budget.
+        context_length: context length of the server, None if unknown.
+        concurrency: number of sequences that the run processes at the same time.
+        repetitions: requested number of rounds, reduced if they exceed the time budget.
 
     Raises:
-        UsageError: if the context is too short to measure anything in it.
+        UsageError: if the context is too short to calibrate in.
     """
     prefill = PROBE.prompt_tokens / min(probe.first_token)
     decode = max(probe.rates)
@@ -79,10 +79,10 @@ def calibration_cases(
     context_length: int | None,
     concurrency: int,
 ) -> list[BenchCase]:
-    """The cases to measure after the probe, by its figures; the others as above.
+    """Choose the cases by the speeds of the probe.
 
     Raises:
-        UsageError: if the context is too short to measure anything in it.
+        UsageError: if the context is too short to calibrate in.
     """
     answer = _bounded(
         decode_tokens_per_second * ANSWER_SECONDS, LEAST_ANSWER_TOKENS, MOST_ANSWER_TOKENS
@@ -109,7 +109,7 @@ def _bounded(tokens: float, least: int, most: int) -> int:
 
 @dataclass(slots=True)
 class Rounds:
-    """What was measured so far, and whether there is time for more."""
+    """Measurements so far, and the time left for more."""
 
     schedule: Schedule
     now: Callable[[], float] = time.monotonic
@@ -121,18 +121,18 @@ class Rounds:
         self._started = self.now()
 
     def add(self, done: RepetitionDone) -> None:
-        """Note one repetition."""
+        """Record one repetition."""
         self._samples.setdefault(done.case, []).append(done.sample)
         self._clocks[done.case] = done.clock
 
     @property
     def complete(self) -> int:
-        """Rounds in which every case was measured."""
+        """Number of rounds in which every case was measured."""
         return min(len(self._samples.get(case, ())) for case in self.schedule.cases)
 
     @property
     def seconds_left(self) -> float:
-        """Until the last round is done, at the pace so far."""
+        """Expected time until the end of the last round, at the speed so far."""
         measured = sum(map(len, self._samples.values()))
         all_of_them = self.schedule.rounds * len(self.schedule.cases)
         if not measured:
@@ -140,12 +140,12 @@ class Rounds:
         return (self.now() - self._started) / measured * (all_of_them - measured)
 
     def enough(self) -> bool:
-        """Whether another round would end after the time that was said."""
+        """True if another round would exceed the time limit."""
         used = self.now() - self._started
         return used + used / max(self.complete, 1) > self.schedule.most_seconds
 
     def rows(self) -> Sequence[BenchRow]:
-        """Of the complete rounds: every case equally often."""
+        """Return the measurements of the complete rounds, so that each case has equally many."""
         return [
             BenchRow(case, self._clocks[case], tuple(self._samples[case][: self.complete]))
             for case in self.schedule.cases

@@ -1,8 +1,7 @@
-"""What to measure: prompt processing (pp) and text generation (tg) at given sizes.
+"""Cases of a benchmark: prompt processing (pp) and text generation (tg) at given sizes.
 
-The names and the meaning of sizes follow llama-bench, so that figures can be put side by side:
-``pp512`` computes 512 prompt tokens, ``tg128`` generates 128, each after ``depth`` tokens of
-context that are not counted.
+Names and sizes follow llama-bench, so that results can be compared: ``pp512`` processes 512 prompt
+tokens, ``tg128`` generates 128, each after ``depth`` tokens of context that are not counted.
 """
 
 from __future__ import annotations
@@ -18,10 +17,7 @@ CaseKind = Literal["pp", "tg"]
 
 @dataclass(frozen=True, slots=True)
 class BenchCase:
-    """One measurement: ``tokens`` of one kind, after ``depth`` tokens, by ``concurrency`` clients.
-
-    All of them in tokens or counts.
-    """
+    """Measurement of ``tokens`` of one kind after ``depth`` tokens, by ``concurrency`` clients."""
 
     kind: CaseKind
     tokens: int
@@ -30,40 +26,40 @@ class BenchCase:
 
     @property
     def name(self) -> str:
-        """``pp512``, ``tg128 @ d4096``, ``tg128 c4``."""
+        """Name as in llama-bench: ``pp512``, ``tg128 @ d4096``, ``tg128 c4``."""
         depth = f" @ d{self.depth}" if self.depth else ""
         concurrency = f" c{self.concurrency}" if self.concurrency > 1 else ""
         return f"{self.kind}{self.tokens}{depth}{concurrency}"
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the prompt that is sent; generation needs one token to start from."""
+        """Length of the prompt to send; generation needs at least one token."""
         return self.depth + self.tokens if self.kind == "pp" else max(self.depth, 1)
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens to generate. The first one comes out of the prompt, so it is not counted."""
+        """Number of tokens to generate; the first belongs to prefill and is not counted."""
         return 1 if self.kind == "pp" else self.tokens + 1
 
     @property
     def context_tokens(self) -> int:
-        """Tokens that the context must hold."""
+        """Context length that the case needs."""
         return self.prompt_tokens + self.generated_tokens
 
 
 def parse_sizes(text: str, option: str, *, at_least: int = 0) -> list[int]:
-    """Read ``512,2048``.
+    """Parse a list of sizes such as ``512,2048``.
 
     Raises:
-        UsageError: if it is no list of whole numbers, or one is too small.
+        UsageError: if the text is not a list of whole numbers, or one is too small.
     """
     sizes = []
     for part in text.split(","):
         if not part.strip().isdecimal():
-            raise UsageError(f"'{text}' is no list of sizes for {option}", f"{option} 512,2048")
+            raise UsageError(f"'{text}' is not a list of sizes for {option}", f"{option} 512,2048")
         size = int(part)
         if size < at_least:
-            raise UsageError(f"{size} is too small for {option}; the least is {at_least}")
+            raise UsageError(f"{size} is too small for {option}; the minimum is {at_least}")
         sizes.append(size)
     return sizes
 
@@ -74,10 +70,10 @@ def make_cases(
     depths: Sequence[int],
     concurrencies: Sequence[int],
 ) -> list[BenchCase]:
-    """Every combination, in the order of llama-bench: pp before tg. A size of 0 is left out.
+    """Build all combinations in the order of llama-bench, pp before tg; sizes of 0 are left out.
 
     Raises:
-        UsageError: if nothing is left.
+        UsageError: if there are no cases.
     """
     cases = []
     for concurrency in concurrencies:
@@ -90,10 +86,10 @@ def make_cases(
 
 
 def check_context(cases: Sequence[BenchCase], context_length: int | None) -> None:
-    """Refuse sizes that the server could not hold, before anything is measured.
+    """Refuse cases that exceed the server's context, before anything is measured.
 
     Raises:
-        UsageError: naming the first such case.
+        UsageError: if a case exceeds it.
     """
     for case in cases:
         if context_length is not None and case.context_tokens > context_length:

@@ -1,4 +1,4 @@
-"""A report as CSV, JSON Lines or SQL. JSON is ``report.report_document``; md is for people."""
+"""Formats of a report for programs: CSV, JSON Lines and SQL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TABLE = "k2_bench"
 
 
 def _flat_rows(report: BenchReport) -> list[dict[str, Any]]:
-    """One flat record per row, with everything that identifies it."""
+    """Return one flat record per row, with the members that identify it."""
     common = report_members(report)
     run = common.pop("run") or {}
     environment = common.pop("environment")
@@ -41,14 +41,14 @@ def _flat_rows(report: BenchReport) -> list[dict[str, Any]]:
 
 
 def to_json_lines(report: BenchReport) -> str:
-    """One complete JSON document per row."""
+    """Format one complete JSON document per row."""
     common = report_members(report)
     documents = [{**common, **row_members(row)} for row in report.rows]
     return "\n".join(msgspec.json.encode(document).decode() for document in documents)
 
 
 def to_csv(report: BenchReport) -> str:
-    """A header and one line per row; the raw samples are JSON in the last column."""
+    """Format a header and one line per row; the last column has the raw samples as JSON."""
     rows = _flat_rows(report)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -58,7 +58,7 @@ def to_csv(report: BenchReport) -> str:
 
 
 def to_sql(report: BenchReport) -> str:
-    """A table and its rows, as SQLite and PostgreSQL read them."""
+    """Format statements that create and fill a table in SQLite or PostgreSQL."""
     rows = _flat_rows(report)
     columns = ",\n".join(f"  {name} {_sql_type(rows, name)}" for name in rows[0])
     statements = [f"CREATE TABLE IF NOT EXISTS {_TABLE} (\n{columns}\n);"]

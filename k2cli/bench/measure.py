@@ -1,15 +1,15 @@
-"""Measuring: send requests, look at the clocks, repeat.
+"""Measurement of cases: send requests, time them, repeat.
 
-Where the server sends its own timings and there is one request at a time, they are what counts;
-otherwise the client's clock is, network and all. Each case is run once unmeasured first.
+Single requests are timed by the server's own timings if it sends them. Otherwise the client's clock
+counts, which includes the network. Each case is run once unmeasured first.
 
-Two things that a client can only measure indirectly:
+Two quantities are measured indirectly:
 
 * prompt processing at a depth d is the difference between prompts of d + n and of d tokens, both
   timed in every repetition;
-* the speed of concurrent requests is that of all their prompts from the first one's start to the
-  last one's first token (pp), and of the tokens that came while all of them were being answered
-  (tg): one that has its first token early waits meanwhile for the others' prompts.
+* concurrent prompts (pp) are timed from the start of the first request to the last first token.
+  Concurrent generation (tg) counts only tokens that arrive while all requests are generating,
+  because a request that has its first token early waits for the other prompts.
 """
 
 from __future__ import annotations
@@ -17,77 +17,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from k2cli.bench.cases import BenchCase
 from k2cli.bench.prompts import PromptMaker
 from k2cli.bench.report import BenchRow, Clock, Sample
 from k2cli.errors import K2Error
 
-
-class CompletionTimings(Protocol):
-    """The server's own clock, in seconds."""
-
-    @property
-    def prefill_seconds(self) -> float:
-        """Computing the prompt and the first token."""
-        ...
-
-    @property
-    def decode_seconds(self) -> float:
-        """All tokens after the first."""
-        ...
-
-
-class CompletionTimes(Protocol):
-    """One completion; moments are of the client's monotonic clock."""
-
-    @property
-    def started_at(self) -> float:
-        """When it was asked for."""
-        ...
-
-    @property
-    def first_token_at(self) -> float:
-        """When its first token was announced."""
-        ...
-
-    @property
-    def last_token_at(self) -> float:
-        """When its last token was announced."""
-        ...
-
-    @property
-    def token_times(self) -> Sequence[float]:
-        """When each token was announced; empty if the server does not count them."""
-        ...
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that were not computed."""
-        ...
-
-    @property
-    def timings(self) -> CompletionTimings | None:
-        """By the server's clock, if it says."""
-        ...
+if TYPE_CHECKING:
+    from k2cli.client.client import Completion, Timings
 
 
 class BenchTarget(Protocol):
-    """The server that is measured."""
+    """Server to measure: a ``CompletionSource``, or a simulated server in tests."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of plain text."""
+        """Tokenize plain text without special tokens."""
         ...
 
-    def complete(self, prompt: list[int], tokens: int) -> CompletionTimes:
-        """Generate exactly so many tokens, nothing cached. Called from several threads."""
+    def complete(self, prompt: list[int], tokens: int) -> Completion:
+        """Generate exactly ``tokens`` tokens without a cache; called from several threads."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RepetitionDone:
-    """``index`` 0 is the warm-up, whose sample does not count."""
+    """End of a repetition; ``index`` 0 is the warm-up, which does not count."""
 
     case: BenchCase
     index: int
@@ -98,7 +53,7 @@ class RepetitionDone:
 
 @dataclass(frozen=True, slots=True)
 class RowDone:
-    """All repetitions of a case."""
+    """End of all repetitions of a case."""
 
     row: BenchRow
 
@@ -115,13 +70,13 @@ def measure(
     """Measure each case ``repetitions`` times.
 
     Args:
-        in_turns: take the cases in turns, one repetition of each at a time, so that a minute in
-            which the machine was busy falls on all of them and not on one. Rows come at the end.
+        in_turns: run one repetition of each case at a time, so that a busy minute of the machine
+            affects all cases and not only one. Rows come at the end.
         warm_up: run each case once unmeasured first.
-        enough: asked after each repetition, whether to leave out the others.
+        enough: called after each repetition; True skips the remaining ones.
 
     Raises:
-        K2Error: if a request fails, or a measurement has no meaning.
+        K2Error: if a request fails, or a measurement is meaningless.
     """
     prompts = PromptMaker(target.tokenize)
     together = [list(cases)] if in_turns else [[case] for case in cases]
@@ -152,7 +107,7 @@ def _repetition(target: BenchTarget, prompts: PromptMaker, case: BenchCase) -> t
         counted = case.concurrency * case.tokens
     if seconds <= 0:
         raise K2Error(
-            f"{case.name} is too short to be measured: its time came out as {seconds:.6f} s",
+            f"{case.name} is too short to be measured: it took {seconds:.6f} s",
             "choose larger sizes",
         )
     first = [one.first_token_at - one.started_at for one in finished]
@@ -161,10 +116,10 @@ def _repetition(target: BenchTarget, prompts: PromptMaker, case: BenchCase) -> t
 
 def _complete(
     target: BenchTarget, prompts: PromptMaker, prompt_tokens: int, tokens: int, case: BenchCase
-) -> list[CompletionTimes]:
-    """Run as many requests at a time as the case has clients."""
+) -> list[Completion]:
+    """Run the concurrent requests of a case."""
     asked = [prompts.make(prompt_tokens) for _ in range(case.concurrency)]
-    if case.concurrency == 1:  # in this thread: Ctrl-C need not wait for the answer
+    if case.concurrency == 1:  # in this thread, so that Ctrl-C does not wait for the answer
         finished = [target.complete(asked[0], tokens)]
     else:
         with ThreadPoolExecutor(case.concurrency, thread_name_prefix="bench") as pool:
@@ -174,19 +129,19 @@ def _complete(
     return finished
 
 
-def _server_times(finished: Sequence[CompletionTimes]) -> CompletionTimings | None:
-    """The server's clock, if it says what is wanted: it times requests one by one."""
+def _server_times(finished: Sequence[Completion]) -> Timings | None:
+    """Return the server's timings of a single request, if any; they are useless for concurrent."""
     return finished[0].timings if len(finished) == 1 else None
 
 
-def _prefill_seconds(finished: Sequence[CompletionTimes]) -> float:
+def _prefill_seconds(finished: Sequence[Completion]) -> float:
     if (times := _server_times(finished)) is not None:
         return times.prefill_seconds
     return max(one.first_token_at for one in finished) - min(one.started_at for one in finished)
 
 
-def _decoded(finished: Sequence[CompletionTimes], generated: int) -> tuple[int, float]:
-    """Tokens, and the seconds in which they came: while all requests were being answered."""
+def _decoded(finished: Sequence[Completion], generated: int) -> tuple[int, float]:
+    """Return the number of tokens generated while all requests were generating, and the seconds."""
     if (times := _server_times(finished)) is not None:
         return generated - 1, times.decode_seconds
     begin = max(one.first_token_at for one in finished)
@@ -194,6 +149,7 @@ def _decoded(finished: Sequence[CompletionTimes], generated: int) -> tuple[int, 
     together = sum(begin < moment <= end for one in finished for moment in one.token_times)
     if together:
         return together, end - begin
-    # They did not meet, or nobody counted: all there is, the first token of the first left out.
+    # The requests did not overlap, or the server does not count tokens: use all tokens but the
+    # first one of the first request.
     begin = min(one.first_token_at for one in finished)
     return len(finished) * generated - 1, max(one.last_token_at for one in finished) - begin

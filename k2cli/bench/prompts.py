@@ -1,7 +1,7 @@
-"""Prompts of an exact number of tokens, all of them different.
+"""Different prompts of an exact number of tokens.
 
-Words in random order, tokenized by the server and cut to length. No two begin alike, so a prefix
-cache has nothing to reuse even where a server has one and does not honour a request to bypass it.
+A prompt is a list of random words, tokenized by the server and cut to length. No two prompts begin
+alike, so a server with a prefix cache cannot reuse it, even if it ignores a request to bypass it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _TRIES = 8
 
 
 class PromptMaker:
-    """Makes prompts of token ids.
+    """Generator of prompts of token ids.
 
     Args:
-        tokenize: text to token ids, without special tokens; asks the server.
-        source: where randomness comes from.
+        tokenize: function of the server that tokenizes text without special tokens.
+        source: random number generator.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class PromptMaker:
         self._words = _WORD_LIST.split()
 
     def make(self, length: int) -> list[int]:
-        """A new prompt of exactly ``length`` tokens.
+        """Return a new prompt of exactly ``length`` tokens.
 
         Raises:
-            K2Error: if the server's tokenizer does not give enough tokens.
+            K2Error: if the server's tokenizer does not return enough tokens.
         """
         words = length + 8
         for _ in range(_TRIES):
@@ -53,9 +53,11 @@ class PromptMaker:
             if len(tokens) >= length:
                 return tokens[:length]
             words = max(words * 2, words * length // max(len(tokens), 1) + 8)
-        raise K2Error(f"no prompt of {length} tokens could be made")
+        raise K2Error(
+            f"cannot make a prompt of {length} tokens: the server's tokenizer returns too few"
+        )
 
     def _text(self, words: int) -> str:
-        # The first token decides whether two prompts share a prefix.
+        # Prompts with different first tokens share no prefix.
         first = f"{self._source.choice(self._words)}{self._source.randrange(10**6)}"
         return " ".join([first, *self._source.choices(self._words, k=words)])

@@ -1,4 +1,4 @@
-"""The result of a benchmark: rows with their raw samples, and what they were measured on."""
+"""Result of a benchmark: rows with their raw samples, and the run and machine measured."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Sample:
     """One repetition.
 
     Args:
-        tokens_per_second: of all concurrent requests together.
-        seconds: what was divided by.
-        first_token_seconds: from sending a request to its first token, by the client's clock;
+        tokens_per_second: total of all concurrent requests.
+        seconds: duration that the rate was computed from.
+        first_token_seconds: time from sending a request to its first token, by the client's clock;
             the mean over concurrent requests.
     """
 
@@ -35,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """A case and its samples. ``clock`` says whose clock the seconds are of."""
+    """A case and its samples; ``clock`` is the clock that measured the seconds."""
 
     case: BenchCase
     clock: Clock
@@ -54,7 +54,7 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True)
 class RunDescription:
-    """The run that was measured, if it is one of this machine's."""
+    """A measured run of this machine."""
 
     run_id: str
     transport: Transport
@@ -65,7 +65,7 @@ class RunDescription:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Everything about a benchmark."""
+    """Result of a benchmark; ``run`` is None for a server given by its URL."""
 
     model: str
     url: str
@@ -76,7 +76,7 @@ class BenchReport:
 
     @property
     def placement(self) -> str:
-        """``pipeline, 2 ranks, mpi``; the server's address where no more is known."""
+        """Placement such as ``pipeline, 2 ranks, mpi``, or the server's URL if it is unknown."""
         if self.run is None:
             return self.url
         ranks = len(self.run.nodes)
@@ -85,13 +85,13 @@ class BenchReport:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; one value has no deviation."""
+    """Compute mean and sample standard deviation, which is None for a single value."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return statistics.fmean(values), deviation
 
 
 def describe_environment() -> dict[str, str | None]:
-    """Versions and machine of this client, which is where a local run is served too."""
+    """Return versions and machine of this client, which also serves a local run."""
     return {
         "k2": __version__,
         "mlx": _version_of("mlx"),
@@ -109,7 +109,7 @@ def _version_of(package: str) -> str | None:
 
 
 def row_members(row: BenchRow) -> dict[str, Any]:
-    """A row as it appears in JSON; durations in seconds."""
+    """Return the JSON members of a row; durations in seconds."""
     rate, rate_deviation = mean_and_deviation(row.rates)
     first, first_deviation = mean_and_deviation(row.first_token)
     return {
@@ -136,7 +136,7 @@ def row_members(row: BenchRow) -> dict[str, Any]:
 
 
 def report_members(report: BenchReport) -> dict[str, Any]:
-    """What all rows of a report have in common, as it appears in JSON."""
+    """Return the JSON members that all rows of a report share."""
     run = report.run
     return {
         "schema_version": SCHEMA_VERSION,
@@ -158,5 +158,5 @@ def report_members(report: BenchReport) -> dict[str, Any]:
 
 
 def report_document(report: BenchReport) -> dict[str, Any]:
-    """The JSON document of a benchmark."""
+    """Return the JSON document of a benchmark."""
     return {**report_members(report), "rows": [row_members(row) for row in report.rows]}

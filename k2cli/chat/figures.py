@@ -1,4 +1,4 @@
-"""What an answer cost, as one line for people and one document for programs."""
+"""Statistics of an answer, as a line of text and as a JSON document."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCHEMA_VERSION = 1
 
 
 def figures_line(answer: Answer) -> str:
-    """Tokens, speed and time to first token; only what was measured or counted."""
+    """Format tokens, speed and time to first token, as far as they are known."""
     parts = []
     if (prompt_tokens := answer.usage.get("prompt_tokens")) is not None:
         parts.append(f"{prompt_tokens} prompt tokens")
@@ -21,7 +21,7 @@ def figures_line(answer: Answer) -> str:
     if (rate := answer.tokens_per_second) is not None:
         parts.append(f"{rate:.1f} tokens/s")
     if answer.first_text_seconds is not None:
-        parts.append(f"first after {format_duration(answer.first_text_seconds)}")
+        parts.append(f"first token after {format_duration(answer.first_text_seconds)}")
     parts.append(f"{format_duration(answer.total_seconds)} in all")
     if answer.finish_reason == "length":
         parts.append("cut off at the token limit")
@@ -29,16 +29,16 @@ def figures_line(answer: Answer) -> str:
 
 
 def progress_line(progress: Progress) -> str | None:
-    """What the server is doing, if the event says so."""
+    """Describe the server's progress, or return None if the event does not contain any."""
     if progress.queue_position is not None:
-        return f"waiting, number {progress.queue_position} in line"
+        return f"waiting, position {progress.queue_position} in the queue"
     if progress.prefill_total:
-        return f"reading the prompt: {progress.prefill_done} of {progress.prefill_total} tokens"
+        return f"processing the prompt: {progress.prefill_done} of {progress.prefill_total} tokens"
     return None
 
 
 def answer_document(model: str, answer: Answer, error: str | None = None) -> dict[str, Any]:
-    """The JSON document of ``k2 chat --json``. ``error`` is there if the answer broke off."""
+    """Build the document of ``k2 chat --json``; it has ``error`` only if the answer broke off."""
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": model,

@@ -1,7 +1,7 @@
-"""The interactive chat: reads lines, understands ``/commands``, streams answers.
+"""Interactive chat: reads lines, executes ``/commands``, streams answers.
 
-Ctrl-C during an answer stops that answer, here and on the server, and keeps what there is of it;
-at an empty prompt it only says how to leave. A server that fails ends the answer, not the chat.
+Ctrl-C during an answer stops it, also on the server, and keeps the partial answer; at the prompt
+it prints how to leave. A failure of the server ends the answer but not the chat.
 """
 
 from __future__ import annotations
@@ -20,43 +20,23 @@ HELP = '''\
 /help, /?        this list
 /system TEXT     set the system prompt; without TEXT, show it
 /regen           answer the last question again
-/clear           forget the conversation
-/stats           figures after each answer, on or off
+/clear           start a new conversation
+/stats           turn statistics after each answer on or off
 /exit, /bye      leave (Ctrl-D does too)
 
 Begin with """ to write several lines, and end with """. Ctrl-C stops an answer.'''
 
 
 class Terminal(Protocol):
-    """What the chat needs of ``ui.chat.terminal.ChatTerminal``."""
+    """Methods of ``ui.chat.terminal.ChatTerminal`` that the chat calls."""
 
-    def read_line(self, *, continued: bool = False) -> str:
-        """One line of the user's; raises KeyboardInterrupt or EOFError."""
-        ...
-
-    def status(self, text: str) -> None:
-        """What the server is doing."""
-        ...
-
-    def answer_text(self, text: str) -> None:
-        """More of the answer."""
-        ...
-
-    def answer_end(self) -> None:
-        """The answer is over."""
-        ...
-
-    def figures(self, text: str) -> None:
-        """What it cost."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Tell the user something."""
-        ...
-
-    def error(self, error: K2Error) -> None:
-        """Show a failure."""
-        ...
+    def read_line(self, *, continued: bool = False) -> str: ...
+    def status(self, text: str) -> None: ...
+    def answer_text(self, text: str) -> None: ...
+    def answer_end(self) -> None: ...
+    def figures(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def error(self, error: K2Error) -> None: ...
 
 
 class Chat:
@@ -116,7 +96,7 @@ class Chat:
         failure: K2Error | None = None
         stopped = False
         try:
-            # Closing tells the server to stop, whatever ends the loop.
+            # Closing the generator tells the server to stop.
             with closing(events) as stream:
                 for event in stream:
                     if isinstance(event, Delta):
@@ -144,7 +124,7 @@ class Chat:
 
     def _clear(self, argument: str) -> None:
         self._session.clear()
-        self._terminal.note("the conversation is forgotten")
+        self._terminal.note("new conversation")
 
     def _system(self, argument: str) -> None:
         if argument:
@@ -153,7 +133,7 @@ class Chat:
 
     def _stats(self, argument: str) -> None:
         self._figures = not self._figures
-        self._terminal.note(f"figures after each answer: {'on' if self._figures else 'off'}")
+        self._terminal.note(f"statistics after each answer: {'on' if self._figures else 'off'}")
 
     def _regenerate(self, argument: str) -> None:
         try:

@@ -1,7 +1,7 @@
-"""A conversation: its turns, the answer that is being streamed, and what it cost.
+"""Conversation with a model: its turns, and the current answer with its statistics.
 
-An answer that is broken off, by the user or by a lost server, stays in the conversation as far as
-it came, so that the next question can refer to it.
+A partial answer, stopped by the user or cut off by a failure, stays in the conversation, so that
+the next question can refer to it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from k2cli.client.client import (
+    ApiClient,
     Delta,
     Ended,
     GenerationOptions,
@@ -22,21 +23,11 @@ from k2cli.client.client import (
 from k2cli.errors import K2Error
 
 
-class ChatApi(Protocol):
-    """What a session needs of ``ApiClient``."""
-
-    def chat(
-        self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
-    ) -> Generator[StreamEvent]:
-        """Stream an answer."""
-        ...
-
-
 @dataclass(slots=True)
 class Answer:
-    """One answer as it grows. ``finish_reason`` stays None if it is broken off.
+    """One answer as it grows; ``finish_reason`` stays None if it breaks off.
 
-    ``first_text_seconds`` (time to first token) is the client's own clock; ``usage`` the server's.
+    ``first_text_seconds`` (time to first token) is by the client's clock.
     """
 
     text: str = ""
@@ -47,13 +38,13 @@ class Answer:
 
     @property
     def timings(self) -> dict[str, Any] | None:
-        """The server's timings, if it is one that sends them."""
+        """Timings by the server's clock, or None if it sent none."""
         times = self.usage.get("timings")
         return times if isinstance(times, dict) else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of generation: by the server's clock, or else from first text to end by ours."""
+        """Speed of generation by the server's clock, or else by the client's after first text."""
         if self.timings is not None:
             rate = self.timings.get("decode_tokens_per_second")
             return float(rate) if rate is not None else None
@@ -68,7 +59,7 @@ class Answer:
 class ChatSession:
     """A conversation with one model."""
 
-    api: ChatApi
+    api: ApiClient
     model: ModelInfo
     options: GenerationOptions = field(default_factory=GenerationOptions)
     system: str | None = None
@@ -76,7 +67,7 @@ class ChatSession:
     answer: Answer | None = None
 
     def messages(self) -> list[dict[str, str]]:
-        """The conversation as the API takes it."""
+        """Return the conversation in the form of the API."""
         first = [{"role": "system", "content": self.system}] if self.system else []
         return first + self.turns
 
@@ -86,26 +77,26 @@ class ChatSession:
         self.answer = None
 
     def ask(self, question: str) -> Generator[StreamEvent]:
-        """Put a question and stream its answer, which is in ``answer`` as far as it came.
+        """Ask a question and stream the answer; ``answer`` holds the part received so far.
 
-        Close the generator to stop the answer, here and on the server.
+        Close the generator to stop the answer, also on the server.
 
         Raises:
-            K2Error: if the server refuses or is lost.
+            K2Error: if the server refuses the request or the connection is lost.
         """
         self.turns.append({"role": "user", "content": question})
         return self._stream()
 
     def regenerate(self) -> Generator[StreamEvent]:
-        """Answer the last question again, in place of the answer that it had.
+        """Answer the last question again, and replace its answer.
 
         Raises:
-            K2Error: if there was no question, or the server refuses or is lost.
+            K2Error: if there is no question, the server refuses, or the connection is lost.
         """
         if self.turns and self.turns[-1]["role"] == "assistant":
             self.turns.pop()
         if not self.turns:
-            raise K2Error("there is no question yet to answer again")
+            raise K2Error("there is no question to answer again")
         return self._stream()
 
     def _stream(self) -> Generator[StreamEvent]:
@@ -131,5 +122,5 @@ class ChatSession:
         if answer.text or answer.finish_reason is not None:
             self.turns.append({"role": "assistant", "content": answer.text})
         else:
-            # Templates want user and assistant in turn: a question without an answer goes too.
+            # Chat templates require alternating roles, so an unanswered question is removed.
             self.turns.pop()

@@ -1,1 +1,1 @@
-"""The HTTP client of the API."""
+"""HTTP client of the API."""

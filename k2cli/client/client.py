@@ -1,8 +1,8 @@
-"""A client of an OpenAI-compatible HTTP API: what ``k2 chat`` and ``k2 bench`` talk through.
+"""Client of an OpenAI-compatible HTTP API, used by ``k2 chat`` and ``k2 bench``.
 
-It is an ordinary client and works with other servers too; what k2's own server adds (progress,
-timings, token ids in and out) is used where ``/v1/models`` says that it is k2. Failures become
-``K2Error`` here: with the server's own words, and an exit code that says whose fault it was.
+The client works with other servers too; the extensions of k2's own server (progress, timings,
+token ids in and out) are used if ``/v1/models`` names k2 as the owner. Failures become ``K2Error``
+with the server's message and an exit code for the kind of failure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
 
 CONNECT_SECONDS = 10.0
-# k2's server says something every 15 s; another one may be silent for all of a long prefill.
+# k2's server sends something every 15 s; others may send nothing during a long prefill.
 READ_SECONDS = 600.0
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _K2_OWNER = "k2"
@@ -27,7 +27,7 @@ _K2_OWNER = "k2"
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model that the server offers. ``context_length`` (tokens) is known for k2 only."""
+    """A model that the server offers; ``context_length`` (tokens) is known for k2 only."""
 
     name: str
     context_length: int | None = None
@@ -36,14 +36,14 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """What to ask for besides the prompt; None leaves it to the server."""
+    """Options of a request; None leaves the value to the server."""
 
     max_tokens: int | None = None
     temperature: float | None = None
     seed: int | None = None
 
     def members(self) -> dict[str, Any]:
-        """The request members that are set."""
+        """Return the JSON members of the options that are set."""
         values = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -54,14 +54,14 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """More text."""
+    """A piece of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the server is before and during the answer; None where it did not say."""
+    """Progress of a request; None for values that the server did not send."""
 
     queue_position: int | None = None
     prefill_done: int | None = None
@@ -71,7 +71,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The answer is complete. ``usage`` is the server's, empty if it sent none."""
+    """End of a complete answer; ``usage`` is empty if the server sent none."""
 
     finish_reason: str
     usage: dict[str, Any]
@@ -82,7 +82,7 @@ StreamEvent = Delta | Progress | Ended
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """The server's own clock for one request, in seconds."""
+    """Durations of one request by the server's clock: prefill includes the first token."""
 
     queue_seconds: float
     prefill_seconds: float
@@ -91,10 +91,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One finished completion and when things happened, by the client's monotonic clock.
+    """One finished completion with its moments by the client's monotonic clock.
 
-    ``first_token_at`` and ``last_token_at`` are when the first and last token were announced;
-    ``token_times`` has every token, of a server that counts them, and is empty otherwise.
+    ``first_token_at`` and ``last_token_at`` are the arrival times of the first and last token.
+    ``token_times`` has those of all tokens, or is empty if the server does not count tokens.
     """
 
     started_at: float
@@ -109,10 +109,10 @@ class Completion:
 
 
 def api_base(url: str) -> str:
-    """The base of the API: ``localhost:8080`` and ``http://localhost:8080/v1`` are the same.
+    """Complete an address to the base of the API: add ``http://`` and ``/v1`` if missing.
 
     Raises:
-        UsageError: if it is no HTTP address.
+        UsageError: if the text is not an HTTP address.
     """
     text = url if "://" in url else f"http://{url}"
     try:
@@ -126,7 +126,7 @@ def api_base(url: str) -> str:
 
 
 class ApiClient:
-    """A connection to one server. Close it, or use it as a context manager."""
+    """Client of one server. Close it, or use it as a context manager."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.base = api_base(url)
@@ -134,7 +134,7 @@ class ApiClient:
         self._http = httpx.Client(
             headers=headers,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-            # A proxy from the environment is for the network, not for this machine's own port.
+            # Proxies from the environment are not used for this machine's own ports.
             trust_env=httpx.URL(self.base).host not in _LOOPBACK,
             limits=httpx.Limits(max_connections=None),
         )
@@ -150,10 +150,10 @@ class ApiClient:
         self._http.close()
 
     def models(self) -> list[ModelInfo]:
-        """What the server offers.
+        """Return the models that the server offers.
 
         Raises:
-            K2Error: if it cannot be reached, or refuses.
+            K2Error: if the server cannot be reached or refuses the request.
         """
         with self._failures():
             response = self._http.get(f"{self.base}/models", timeout=CONNECT_SECONDS)
@@ -170,7 +170,7 @@ class ApiClient:
         ]
 
     def pick_model(self, name: str | None) -> ModelInfo:
-        """The model of that name, or the first one there is.
+        """Return the model of a name, or the first one if the name is None.
 
         Raises:
             K2Error: if the server has no such model.
@@ -183,7 +183,7 @@ class ApiClient:
         raise K2Error(f"{self.base} does not serve '{name}'; it serves {names}")
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of plain text, without special tokens (``POST /v1/tokenize``, k2 only).
+        """Tokenize plain text without special tokens (``POST /v1/tokenize``, k2 only).
 
         Raises:
             K2Error: if the server cannot be reached, or has no such route.
@@ -197,16 +197,18 @@ class ApiClient:
     def chat(
         self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
     ) -> Generator[StreamEvent]:
-        """Stream an answer to a conversation. Closing the iterator cancels it on the server.
+        """Stream an answer to a conversation. Closing the generator cancels it on the server.
 
         Raises:
-            K2Error: if the request is refused, or the server is lost in the middle.
+            K2Error: if the request is refused, or the connection is lost.
         """
         body = {"model": model.name, "messages": messages, **options.members()}
         return self._stream("chat/completions", body, progress=model.is_k2)
 
     def complete(self, model: ModelInfo, prompt: list[int], tokens: int) -> Completion:
-        """Generate exactly ``tokens`` tokens after a prompt of token ids, past any end, uncached.
+        """Generate exactly ``tokens`` tokens after a prompt of token ids.
+
+        Stop tokens are ignored and the prefix cache is not used (both k2 only).
 
         Raises:
             K2Error: if the request fails, or the server ends the answer early.
@@ -267,17 +269,17 @@ class ApiClient:
 
 @dataclass(frozen=True, slots=True)
 class CompletionSource:
-    """One model of one server, as a benchmark sees it."""
+    """One model of one server, as the target of a benchmark."""
 
     client: ApiClient
     model: ModelInfo
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of plain text."""
+        """Tokenize plain text without special tokens."""
         return self.client.tokenize(text)
 
     def complete(self, prompt: list[int], tokens: int) -> Completion:
-        """Generate exactly so many tokens, nothing cached."""
+        """Generate exactly ``tokens`` tokens without the prefix cache."""
         return self.client.complete(self.model, prompt, tokens)
 
 
@@ -290,7 +292,7 @@ def _failure(status: int, message: str, base: str) -> K2Error:
 
 
 def _error_message(content: bytes) -> str | None:
-    """The message of OpenAI's error object, if that is what the body is."""
+    """Return the message of an OpenAI error object, or None if the body is not one."""
     try:
         error = msgspec.json.decode(content, type=dict[str, Any]).get("error")
     except msgspec.MsgspecError:
@@ -303,14 +305,14 @@ def _decoded(content: bytes | str, base: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(content, type=dict[str, Any])
     except msgspec.MsgspecError as error:
-        raise K2Error(f"{base} does not speak OpenAI's API: {error}") from error
+        raise K2Error(f"{base} does not answer as an OpenAI API: {error}") from error
 
 
 def _events(lines: Iterator[str], base: str) -> Iterator[StreamEvent]:
     """Read server-sent events up to ``[DONE]``.
 
     Raises:
-        ClusterError: if the stream carries an error, or ends without a finish reason.
+        ClusterError: if the stream contains an error, or ends without a finish reason.
     """
     reason: str | None = None
     usage: dict[str, Any] = {}
@@ -352,7 +354,7 @@ def _completion(
     usage = ended.usage if ended else {}
     generated = usage.get("completion_tokens")
     if ended is None or not announced or generated != asked:
-        raise K2Error(f"the server generated {generated or 0} tokens where {asked} were asked for")
+        raise K2Error(f"the server generated {generated or 0} tokens instead of {asked}")
     times = usage.get("timings")
     return Completion(
         started_at=started_at,
@@ -367,7 +369,7 @@ def _completion(
 
 
 def read_timings(times: dict[str, Any]) -> Timings:
-    """The ``timings`` member of a usage object."""
+    """Decode the ``timings`` member of a usage object."""
     return Timings(
         queue_seconds=float(times["queue_seconds"]),
         prefill_seconds=float(times["prefill_seconds"]),

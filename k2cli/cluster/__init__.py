@@ -1,1 +1,1 @@
-
+"""Clusters: descriptions of machines and links, their discovery and measurement."""

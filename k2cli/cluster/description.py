@@ -1,7 +1,7 @@
-"""The description of a cluster: its machines and how they are linked, saved by name.
+"""The description of a cluster: its machines and the links between them, in a file per cluster.
 
-``k2 cluster init`` writes one by asking the machines; planning, launching and the doctor read it.
-It says what the machines are and not how they are at the moment: that is asked anew each time.
+``k2 cluster init`` writes it by asking the machines; planning, launching and the doctor read it. It
+holds only lasting facts: the present condition of the machines is asked each time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from k2cli.choices import Certainty, Device
+from k2cli.cluster.facts.machine import InterfaceKind
 from k2cli.cluster.hostfile import Hostfile
 from k2cli.errors import ClusterError, UsageError
 from k2cli.files import write_atomically
@@ -24,16 +25,15 @@ from k2cli.units import GIB
 
 SCHEMA_VERSION = 1
 LinkKind = Literal["thunderbolt", "ethernet", "wifi", "other"]
-InterfaceKind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class ClusterNode(msgspec.Struct, frozen=True):
-    """One machine. ``name`` is what ssh calls it; ``localhost`` is the machine of the description.
+    """One machine. ``name`` is its name for ssh; ``localhost`` is the machine of the description.
 
     ``memory_bytes`` and ``limit_bytes`` are 0 if it was never asked (an imported hostfile).
     ``interfaces`` maps each interface that was up to its addresses. ``python`` is the interpreter
-    that runs k2 there, None if k2 was not there.
+    that runs k2 there, None if k2 was not installed.
     """
 
     name: str
@@ -54,10 +54,10 @@ class ClusterNode(msgspec.Struct, frozen=True):
 
 
 class Link(msgspec.Struct, frozen=True):
-    """A way between two nodes: a cable, or a network that both are on.
+    """A connection of two nodes: a cable, or a network that both are on.
 
-    An address is None where the interface has none that the other end can use: RDMA over
-    Thunderbolt needs none.
+    An address is None if the interface has none that the other end can use: RDMA over Thunderbolt
+    needs none.
     """
 
     first: str
@@ -72,7 +72,7 @@ class Link(msgspec.Struct, frozen=True):
     second_rdma_device: str | None = None
 
     def turned(self) -> Link:
-        """The same link, seen from the other end."""
+        """Return the same link, seen from the other end."""
         return Link(
             self.second,
             self.first,
@@ -88,7 +88,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Cluster(msgspec.Struct, frozen=True):
-    """Machines and their links. ``hostfile`` is MLX's, kept whole if that is where it is from."""
+    """Machines and their links. ``hostfile`` is MLX's, if the cluster was imported from one."""
 
     name: str
     nodes: tuple[ClusterNode, ...]
@@ -97,7 +97,7 @@ class Cluster(msgspec.Struct, frozen=True):
     hostfile: Hostfile | None = None
 
     def node(self, name: str) -> ClusterNode | None:
-        """The node of that name, if there is one."""
+        """Return the node of that name, if there is one."""
         wanted = LOCALHOST if is_this_machine(name) else name
         return next((node for node in self.nodes if node.name == wanted), None)
 
@@ -106,12 +106,12 @@ class Cluster(msgspec.Struct, frozen=True):
 
 
 def clusters_directory() -> Path:
-    """One JSON file per cluster, named by it."""
+    """Return the folder of the descriptions: one JSON file per cluster."""
     return config_directory() / "clusters"
 
 
 def cluster_path(name: str) -> Path:
-    """Where the cluster of that name is saved.
+    """Return the path of a cluster's description.
 
     Raises:
         UsageError: if it cannot be the name of a cluster.
@@ -125,15 +125,16 @@ def cluster_path(name: str) -> Path:
 
 
 def list_clusters() -> list[str]:
-    """The names of all saved clusters, sorted."""
+    """List the names of all saved clusters, sorted."""
     return sorted(path.stem for path in clusters_directory().glob("*.json"))
 
 
 def load_cluster(name: str | None = None) -> Cluster:
-    """Read a cluster; without a name, the only one that there is.
+    """Read a cluster, by default the only one.
 
     Raises:
-        UsageError: if there is none of that name, or none or several where no name is given.
+        UsageError: if there is none of that name, or if no name is given and there is not exactly
+            one cluster.
         ClusterError: if its file is damaged.
     """
     name = name if name is not None else _only_cluster()
@@ -147,7 +148,7 @@ def load_cluster(name: str | None = None) -> Cluster:
     except msgspec.MsgspecError as error:
         raise ClusterError(
             f"{path} is not a description of a cluster: {error}",
-            f"make it anew: k2 cluster init HOST HOST --name {name}",
+            f"describe it again: k2 cluster init HOST HOST --name {name}",
         ) from error
     if cluster.schema_version > SCHEMA_VERSION:
         raise ClusterError(f"{path} was written by a newer k2", "update k2 on this machine")
@@ -159,18 +160,18 @@ def _only_cluster() -> str:
     if len(names) == 1:
         return names[0]
     problem = "there are several clusters" if names else "there is no cluster yet"
-    raise UsageError(f"{problem}, so say which one is meant", _known_clusters())
+    raise UsageError(f"{problem}: name the one to use", _known_clusters())
 
 
 def _known_clusters() -> str:
     names = list_clusters()
     if names:
-        return f"there is {', '.join(names)}"
+        return f"known clusters: {', '.join(names)}"
     return "describe your machines first: k2 cluster init HOST HOST --name NAME"
 
 
 def save_cluster(cluster: Cluster) -> Path:
-    """Write a cluster's file, whole or not at all.
+    """Write a cluster's file atomically.
 
     Raises:
         ClusterError: if it cannot be written.
@@ -186,7 +187,7 @@ def save_cluster(cluster: Cluster) -> Path:
 
 
 def remove_cluster(name: str) -> None:
-    """Forget a cluster; nothing is changed on its machines.
+    """Remove a cluster's file; nothing is changed on its machines.
 
     Raises:
         UsageError: if there is none of that name.
@@ -197,14 +198,14 @@ def remove_cluster(name: str) -> None:
         raise UsageError(f"there is no cluster '{name}'", _known_clusters()) from None
 
 
-# --- what others make of it ---------------------------------------------------------------------
+# --- memory for planning ------------------------------------------------------------------------
 
 
 def node_memory(cluster: Cluster) -> list[NodeMemory]:
-    """The machines as planning takes them, in the order of the cluster.
+    """Convert the machines to the planner's type, in the order of the cluster.
 
     Raises:
-        ClusterError: if a machine was never asked what it has.
+        ClusterError: if the memory of a machine is not known.
     """
     return [_memory_of(node, cluster.name) for node in cluster.nodes]
 
@@ -212,7 +213,7 @@ def node_memory(cluster: Cluster) -> list[NodeMemory]:
 def _memory_of(node: ClusterNode, cluster: str) -> NodeMemory:
     if node.memory_bytes <= 0:
         raise ClusterError(
-            f"it is not known how much memory {node.name} has",
+            f"the memory size of {node.name} is not known",
             f"k2 cluster refresh {cluster}",
         )
     chip = chip_of_device(node.chip)
@@ -224,7 +225,7 @@ def _memory_of(node: ClusterNode, cluster: str) -> NodeMemory:
         node.limit_bytes,
         node.limit_mark,
         node.device,
-        node.limit_source or f"as asked for the cluster {cluster}",
+        node.limit_source or f"as recorded for the cluster {cluster}",
         chip=chip.identifier if chip else "",
         bandwidth_bytes_per_second=node.bandwidth_bytes_per_second,
         gpu_flops_per_second=chip.flops_per_second(cores) if chip else None,

@@ -1,11 +1,11 @@
-"""Makes the description of a cluster by asking its machines, all at once."""
+"""Discovery of a cluster: its description and its activity, by asking all machines at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from k2cli.agent.activity import Activity, RunHere
+from k2cli.agent.activity import Activity, RunActivity
 from k2cli.agent.locks import Lock
 from k2cli.cluster.description import Cluster, ClusterNode
 from k2cli.cluster.facts.machine import MachineFacts
@@ -22,10 +22,10 @@ from k2cli.units import GIB
 
 
 @dataclass(frozen=True, slots=True)
-class NodeAsked:
-    """A machine's answer: what it is, or why that is not known.
+class NodeAnswer:
+    """A machine's answer: its facts, or ``error``, the reason that they are not known.
 
-    ``python`` runs this version of k2 there; if it is None, ``error`` says what is missing.
+    ``python`` runs this version of k2 there; if it is None, ``error`` is the reason.
     """
 
     name: str
@@ -35,38 +35,36 @@ class NodeAsked:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong, in words."""
         return self.error.message if self.error else None
 
     @property
     def hint(self) -> str | None:
-        """What mends it."""
         return self.error.hint if self.error else None
 
 
-def ask_machine(node: Node) -> NodeAsked:
-    """Ask one machine what it is, whether or not it has k2."""
+def ask_machine(node: Node) -> NodeAnswer:
+    """Ask one machine for its facts, with or without k2 installed there."""
     try:
-        node.run(["true"])  # says in full why a machine cannot be reached
+        node.run(["true"])  # raises an error with the full reason if it cannot be reached
         facts = machine_facts(collect(node, quick=True))
     except ClusterError as error:
-        return NodeAsked(node.name, None, None, error)
+        return NodeAnswer(node.name, None, None, error)
     try:
-        return NodeAsked(node.name, facts, node.python)
+        return NodeAnswer(node.name, facts, node.python)
     except ClusterError as error:
-        return NodeAsked(node.name, facts, None, error)
+        return NodeAnswer(node.name, facts, None, error)
 
 
-def ask_machines(nodes: Sequence[Node]) -> Iterator[NodeAsked]:
-    """Ask all of them, yielding each answer as it comes."""
+def ask_machines(nodes: Sequence[Node]) -> Iterator[NodeAnswer]:
+    """Ask all machines at once; yields the answers in the order of arrival."""
     yield from in_parallel(ask_machine, nodes)
 
 
-def nodes_of_names(names: Sequence[str]) -> list[Node]:
-    """The machines that a user's names stand for.
+def nodes_from_names(names: Sequence[str]) -> list[Node]:
+    """Make nodes from names that the user gave.
 
     Raises:
-        UsageError: if there is none, or one is named twice or cannot be a name for ssh.
+        UsageError: if there is no name, or one is repeated or cannot be a name for ssh.
     """
     nodes: list[Node] = []
     for name in names:
@@ -79,26 +77,26 @@ def nodes_of_names(names: Sequence[str]) -> list[Node]:
     return nodes
 
 
-def gather(
+def discover(
     name: str,
     hosts: Sequence[str],
-    on_answer: Callable[[NodeAsked], None] = lambda _: None,
+    on_answer: Callable[[NodeAnswer], None] = lambda _: None,
     hostfile: Hostfile | None = None,
 ) -> Cluster:
-    """Describe the cluster of the machines with these names for ssh.
+    """Describe a cluster by asking its machines.
 
     Args:
-        name: the cluster's.
+        name: the name of the cluster.
         hosts: names for ssh; every name of this machine is ``localhost``.
-        on_answer: called with each machine's answer as it comes.
-        hostfile: MLX's, if that is where the hosts are from.
+        on_answer: called with each machine's answer when it arrives.
+        hostfile: MLX's hostfile, if the hosts were read from one.
 
     Raises:
         UsageError: if a name is unusable.
-        ClusterError: if a machine does not say what it is; names all that do not.
+        ClusterError: if machines do not answer; names all of them.
     """
-    nodes = nodes_of_names(hosts)
-    answers: dict[str, NodeAsked] = {}
+    nodes = nodes_from_names(hosts)
+    answers: dict[str, NodeAnswer] = {}
     for answer in ask_machines(nodes):
         on_answer(answer)
         answers[answer.name] = answer
@@ -110,7 +108,7 @@ def gather(
     return Cluster(name, tuple(described), detect_links(known), hostfile=hostfile)
 
 
-def _unanswered(failed: Sequence[NodeAsked]) -> ClusterError:
+def _unanswered(failed: Sequence[NodeAnswer]) -> ClusterError:
     if len(failed) == 1 and failed[0].error is not None:
         return failed[0].error
     names = ", ".join(answer.name for answer in failed)
@@ -119,7 +117,7 @@ def _unanswered(failed: Sequence[NodeAsked]) -> ClusterError:
 
 
 def describe_node(name: str, facts: MachineFacts, python: str | None) -> ClusterNode:
-    """A machine's entry in the description."""
+    """Make a machine's entry in the description."""
     return ClusterNode(
         name=name,
         hostname=facts.hostname,
@@ -140,7 +138,7 @@ def describe_node(name: str, facts: MachineFacts, python: str | None) -> Cluster
 
 
 def _chip_bandwidth(facts: MachineFacts) -> int | None:
-    """The peak of its chip as the catalog has it, or None for others."""
+    """Return the peak bandwidth of a machine's chip, or None if the catalog lacks it."""
     chip = chip_of_device(facts.chip)
     if chip is None:
         return None
@@ -149,32 +147,32 @@ def _chip_bandwidth(facts: MachineFacts) -> int | None:
     return chip.bandwidth_bytes_per_second(cores, memory_gib)
 
 
-def imported(name: str, hostfile: Hostfile) -> Cluster:
-    """A cluster as a hostfile has it, without asking anybody: nothing is known of its memory."""
+def cluster_from_hostfile(name: str, hostfile: Hostfile) -> Cluster:
+    """Make a cluster from a hostfile without asking its machines: their memory is unknown."""
     names = dict.fromkeys(node_named(host.ssh).name for host in hostfile.hosts)
     return Cluster(name, tuple(ClusterNode(node) for node in names), hostfile=hostfile)
 
 
 @dataclass(frozen=True, slots=True)
-class NodeBusy:
-    """What lives on a node of runs, and which runs have locked it."""
+class NodeActivity:
+    """Runs that have processes on a node, and the locks on it."""
 
-    runs: tuple[RunHere, ...] = ()
+    runs: tuple[RunActivity, ...] = ()
     locks: tuple[Lock, ...] = ()
 
 
-def activities(cluster: Cluster) -> tuple[dict[str, NodeBusy], dict[str, str]]:
-    """What runs on each machine, and for those that do not say, why."""
+def node_activities(cluster: Cluster) -> tuple[dict[str, NodeActivity], dict[str, str]]:
+    """Ask each machine for its activity; returns activities and errors, by node."""
     answers = dict(in_parallel(_activity, cluster_nodes(cluster)))
-    found = {name: answer for name, answer in answers.items() if isinstance(answer, NodeBusy)}
+    found = {name: answer for name, answer in answers.items() if isinstance(answer, NodeActivity)}
     problems = {name: answer for name, answer in answers.items() if isinstance(answer, str)}
     return found, problems
 
 
-def _activity(node: Node) -> tuple[str, NodeBusy | str]:
+def _activity(node: Node) -> tuple[str, NodeActivity | str]:
     try:
         running: Activity = node.ask(Activity, "activity")
         locks: tuple[Lock, ...] = node.ask(tuple[Lock, ...], "locks")
     except ClusterError as error:
         return node.name, error.message
-    return node.name, NodeBusy(running.runs, locks)
+    return node.name, NodeActivity(running.runs, locks)

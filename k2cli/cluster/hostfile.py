@@ -1,9 +1,9 @@
 """MLX's hostfile: the JSON that ``mlx.launch`` and ``mlx.distributed_config`` read and write.
 
-k2 has descriptions of its own, which know more; this format is how clusters come from and go to
-MLX's tools. It is read as ``mlx._distributed_utils.common.Hostfile`` (mlx 0.32.4) reads it: an
-object with ``backend``, ``envs`` and ``hosts``, or a bare list of hosts; per host the name for ssh,
-addresses for the ring, and per rank the RDMA devices towards it (null for itself).
+k2's own descriptions hold more; this format imports clusters from MLX's tools and exports them. It
+is read as ``mlx._distributed_utils.common.Hostfile`` (mlx 0.32.4) reads it: an object with
+``backend``, ``envs`` and ``hosts``, or a bare list of hosts; per host the name for ssh, addresses
+for the ring, and per rank the RDMA devices towards it (null for itself).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Hostfile(msgspec.Struct, frozen=True):
 
 
 def rank_environment(hostfile: Hostfile) -> dict[str, str]:
-    """What ``envs`` sets for every rank; a name alone is empty, as for MLX's launcher."""
+    """Return the variables that ``envs`` sets; a name alone is empty, as in MLX's launcher."""
     parts = (text.partition("=") for text in hostfile.envs)
     return {name: value for name, _, value in parts}
 
@@ -44,7 +44,7 @@ def read_hostfile(path: Path) -> Hostfile:
     """Read a hostfile.
 
     Raises:
-        UsageError: if it cannot be read or is none.
+        UsageError: if it cannot be read or is not a hostfile.
     """
     try:
         text = path.read_bytes()
@@ -54,10 +54,10 @@ def read_hostfile(path: Path) -> Hostfile:
 
 
 def parse_hostfile(text: bytes, source: str) -> Hostfile:
-    """Read the text of a hostfile; ``source`` is what messages call it.
+    """Read the text of a hostfile; ``source`` names it in messages.
 
     Raises:
-        UsageError: if it is no hostfile, or has no host, or RDMA lists of the wrong length.
+        UsageError: if it is not a hostfile, or has no host, or RDMA lists of the wrong length.
     """
     try:
         document = msgspec.json.decode(text)
@@ -78,7 +78,7 @@ def _check(hostfile: Hostfile, source: str) -> None:
         raise UsageError(f"{source} names no host")
     for text in hostfile.envs:
         if _SETTING.match(text) is None:
-            raise UsageError(f"{source}: '{text}' in envs is no NAME=value")
+            raise UsageError(f"{source}: '{text}' in envs is not NAME=value")
     for host in hostfile.hosts:
         if not host.ssh or host.ssh.startswith("-"):
             raise UsageError(f"{source}: '{host.ssh}' cannot be the name of a host")
@@ -90,7 +90,7 @@ def _check(hostfile: Hostfile, source: str) -> None:
 
 
 def format_hostfile(hostfile: Hostfile) -> str:
-    """The JSON of a hostfile, in the order of keys and with the indent of MLX's own."""
+    """Format a hostfile as JSON, with the order of keys and the indent of MLX's own."""
     document = {
         "backend": hostfile.backend,
         "envs": list(hostfile.envs),

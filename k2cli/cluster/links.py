@@ -1,8 +1,8 @@
-"""Links between machines: found in what the machines say of themselves, and chosen for a transport.
+"""Links between machines: found in the machines' facts, and chosen for a transport.
 
-A Thunderbolt cable is known by the domain UUIDs at its ends. Everything else is told by addresses:
-two machines with addresses in one network can reach each other by these interfaces, as far as one
-can know without trying; the doctor tries.
+A Thunderbolt cable is recognised by the domain UUIDs at its ends. Other links follow from
+addresses: two machines with addresses in one network are assumed to reach each other through these
+interfaces. The doctor tests them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from k2cli.cluster.hostfile import Host, Hostfile
 from k2cli.errors import ClusterError, UsageError
 
 _SPEED_ORDER: tuple[LinkKind, ...] = ("thunderbolt", "ethernet", "other", "wifi")
-# Where a machine does not say how long its networks' prefixes are.
+# Assumed for an address whose prefix length is unknown.
 _USUAL_PREFIX = {4: 24, 6: 64}
 RDMA_TRANSPORTS = ("jaccl", "jaccl-ring")
 
@@ -26,7 +26,7 @@ RDMA_TRANSPORTS = ("jaccl", "jaccl-ring")
 
 
 def detect_links(machines: Mapping[str, MachineFacts]) -> tuple[Link, ...]:
-    """All links between the machines, the fastest of each pair first."""
+    """Find all links between the machines, the fastest of each pair first."""
     cables = thunderbolt_links(machines)
     found = [_cable(machines, *cable) for cable in cables]
     cabled = {(name, interface) for cable in cables for name, interface in _ends(cable)}
@@ -78,7 +78,7 @@ def _in_one_network(
 ) -> Iterator[tuple[str, str]]:
     for address in one.interfaces.get(interface, ()):
         for peer in two.interfaces.get(other, ()):
-            # Both have it: each has a network of its own by that name (docker0).
+            # An address that both have belongs to a separate network on each (docker0).
             if address != peer and _network(one, address) == _network(two, peer):
                 yield address, peer
 
@@ -92,7 +92,7 @@ def _network(machine: MachineFacts, address: str) -> object:
 def _slower_kind(kinds: tuple[str | None, str | None]) -> LinkKind:
     known = [kind for kind in _SPEED_ORDER if kind in kinds]
     if len(known) == 2 and "thunderbolt" in known:
-        return "other"  # a bridge of the two: as fast as nobody knows
+        return "other"  # a bridge between the two, of unknown speed
     return known[-1] if known else "other"
 
 
@@ -101,7 +101,7 @@ def _slowness(link: Link) -> tuple[bool, int, bool]:
 
 
 def same_machines(cluster: Cluster) -> list[tuple[str, str]]:
-    """Pairs of nodes that have the same addresses: one machine under two names."""
+    """Find pairs of nodes that have the same addresses: one machine under two names."""
     found = {
         node.name: {
             address
@@ -120,7 +120,7 @@ def same_machines(cluster: Cluster) -> list[tuple[str, str]]:
 
 
 def links_between(cluster: Cluster, first: str, second: str, transport: str = "") -> list[Link]:
-    """Links of two nodes that a transport can use, the fastest first, seen from ``first``.
+    """List the links of two nodes that a transport can use, fastest first, seen from ``first``.
 
     ``jaccl`` needs RDMA; ``ring`` and ``mpi`` need addresses.
     """
@@ -137,16 +137,16 @@ def links_between(cluster: Cluster, first: str, second: str, transport: str = ""
 
 
 def best_links(cluster: Cluster, transport: str = "") -> list[Link]:
-    """The fastest link of each pair of nodes that the transport can use; a pair may have none."""
+    """Choose for each pair of nodes the fastest link that the transport can use, if any."""
     names = [node.name for node in cluster.nodes]
     pairs = (links_between(cluster, one, two, transport) for one, two in combinations(names, 2))
     return [links[0] for links in pairs if links]
 
 
 def common_addresses(cluster: Cluster) -> dict[str, str]:
-    """One address per node at which every other node reaches it, by the fastest such links.
+    """Choose one address per node at which all others reach it, over the fastest kind of link.
 
-    Empty if there is no kind of link that joins all pairs.
+    Empty if no kind of link joins all pairs.
     """
     names = [node.name for node in cluster.nodes]
     for kind in _SPEED_ORDER:
@@ -161,7 +161,7 @@ def common_addresses(cluster: Cluster) -> dict[str, str]:
 
 
 def _plainness(address: str) -> tuple[bool, str]:
-    return ":" in address, address  # IPv4 first; the same one each time
+    return ":" in address, address  # IPv4 first; always the same one
 
 
 def _addresses_towards(cluster: Cluster, one: str, other: str, kind: LinkKind) -> set[str]:
@@ -173,11 +173,11 @@ def _addresses_towards(cluster: Cluster, one: str, other: str, kind: LinkKind) -
 
 
 def to_hostfile(cluster: Cluster, transport: str = "") -> Hostfile:
-    """The cluster as MLX's hostfile; one that was imported is given back as it came.
+    """Make MLX's hostfile for a cluster; an imported hostfile is returned unchanged.
 
     Args:
         cluster: the cluster.
-        transport: ``jaccl``, ``ring``, ``mpi``, or empty for the imported one or the best there is.
+        transport: ``jaccl``, ``ring``, ``mpi``, or empty for the imported one or the best one.
 
     Raises:
         ClusterError: if two nodes have no link that the transport can use.
@@ -185,7 +185,7 @@ def to_hostfile(cluster: Cluster, transport: str = "") -> Hostfile:
     if cluster.hostfile is not None and transport in ("", cluster.hostfile.backend):
         return cluster.hostfile
     if transport not in ("", "jaccl", "ring", "mpi"):
-        raise UsageError(f"'{transport}' is no back end of a hostfile", "jaccl, ring or mpi")
+        raise UsageError(f"'{transport}' is not a transport of a hostfile", "jaccl, ring or mpi")
     names = [node.name for node in cluster.nodes]
     transport = transport or _best_transport(cluster)
     rdma = [_rdma_row(cluster, name) if transport == "jaccl" else () for name in names]
@@ -197,7 +197,7 @@ def to_hostfile(cluster: Cluster, transport: str = "") -> Hostfile:
 
 
 def _ssh_name(cluster: Cluster, name: str) -> str:
-    # "localhost" means another machine to whoever gets the file.
+    # "localhost" is another machine for the reader of the file.
     node = cluster.node(name)
     return node.hostname if node and name == "localhost" and node.hostname else name
 
@@ -220,7 +220,7 @@ def _rdma_row(cluster: Cluster, name: str) -> tuple[str | None, ...]:
 
 
 def _ring_addresses(cluster: Cluster, rank: int, transport: str) -> tuple[str, ...]:
-    """Where a rank listens: its left neighbour connects to it there."""
+    """Return the addresses at which a rank listens for its left neighbour."""
     names = [node.name for node in cluster.nodes]
     if len(names) == 1:
         return ("127.0.0.1",)

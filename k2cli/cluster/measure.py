@@ -1,14 +1,13 @@
-"""Measures between and on nodes: who reaches whom, what links do, how fast disks read.
+"""Measurements of a cluster: reachable addresses, speed of links, and speed of disks.
 
-Everything runs on the nodes themselves, all nodes at once where that does not disturb the figures,
-and within time limits. A measurement that fails is a result that says why.
+Measurements run on the nodes themselves, within time limits, and on all nodes at once if that does
+not change the figures. A failed measurement is a result with the reason.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import permutations
 
@@ -22,12 +21,69 @@ from k2cli.cluster.description import Link
 from k2cli.cluster.facts.machine import MachineFacts
 from k2cli.errors import ClusterError
 from k2cli.nodes.node import Node
+from k2cli.nodes.parallel import map_in_parallel
 
 _LISTEN_SECONDS = 30.0
 _LINK_LIMIT_SECONDS = 20
-# What ssh and a Python that imports mlx need beside the measurement itself.
+# Time that ssh and the import of mlx need beside the measurement.
 _START_SECONDS = 15.0
 _SKIPPED_KINDS = frozenset({"loopback", "other"})
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """One try to connect from a node to an address of another, over TCP.
+
+    ``interface`` is the source's interface of the connection. ``expected`` is True if both ends
+    have an address on one network, so that it should work. ``error`` is None if it worked.
+    """
+
+    source: str
+    target: str
+    address: str
+    interface: str | None
+    target_interface: str
+    expected: bool
+    seconds: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkMeasurement:
+    """Speed of a link under a transport (``backend``); times are medians in seconds.
+
+    ``all_reduce_seconds`` is the time of one small all-reduce, ``latency_seconds`` half of a
+    ping-pong, ``bytes_per_second`` the rate of big messages one way. ``error`` is the reason if
+    there are no figures.
+    """
+
+    first: str
+    second: str
+    backend: LinkTransport
+    first_address: str
+    second_address: str
+    kind: str
+    all_reduce_seconds: float | None = None
+    latency_seconds: float | None = None
+    bytes_per_second: float | None = None
+    note: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    """Speed at which a node read the checkpoint's own files, past the cache if ``uncached``."""
+
+    path: str
+    read_bytes: int
+    seconds: float
+    uncached: bool
+    error: str | None = None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Rate of reading, or None if nothing was read."""
+        return self.read_bytes / self.seconds if self.read_bytes and self.seconds else None
 
 
 # --- reachability -------------------------------------------------------------------------------
@@ -40,8 +96,8 @@ def measure_reach(
 
     Args:
         nodes: at least two, on which k2 answers.
-        machines: what they are, by name.
-        links: pairs of addresses that are on one network; those are expected to work.
+        machines: the facts of the nodes, by name.
+        links: links whose addresses are on one network, so they are expected to work.
     """
     return asyncio.run(_measure_reach(nodes, machines, links))
 
@@ -69,7 +125,7 @@ async def _measure_reach(
 
 
 def _address_pairs(link: Link) -> list[tuple[str, str, str]]:
-    """(from, to, address there), both ways."""
+    """List ``(source, target, address of target)`` for both directions."""
     found = []
     for each in (link, link.turned()):
         if each.second_address is not None:
@@ -82,7 +138,7 @@ async def _listen(node: Node) -> asyncio.subprocess.Process | None:
     try:
         return await node.start([node.python, "-P", "-m", module, str(_LISTEN_SECONDS)])
     except ClusterError:
-        return None  # every try towards it will say that there is no listener
+        return None  # every try towards this node reports that there is no listener
 
 
 async def _listening(process: asyncio.subprocess.Process) -> Listening | None:
@@ -95,7 +151,7 @@ async def _listening(process: asyncio.subprocess.Process) -> Listening | None:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """Its stdin's end tells it to go; over ssh too."""
+    """End a listener by closing its stdin, which also works over ssh."""
     if process.stdin is not None:
         process.stdin.close()
     try:
@@ -137,7 +193,7 @@ def _try(
 
 
 def _tried_addresses(machine: MachineFacts, wanted: set[str]) -> dict[str, str]:
-    """Addresses of a machine that are worth trying, each with its interface."""
+    """Select the addresses of a machine to try, each with its interface."""
     return {
         address: interface
         for interface, addresses in machine.interfaces.items()
@@ -147,7 +203,7 @@ def _tried_addresses(machine: MachineFacts, wanted: set[str]) -> dict[str, str]:
 
 
 def _answers(source: Node, listening: Listening, addresses: Sequence[str]) -> list[Answer]:
-    """What came of connecting to each address from ``source``; why not, if it cannot be asked."""
+    """Have ``source`` connect to each address; returns an error for each if it does not answer."""
     targets = [
         Target(address, port, listening.word)
         for address in addresses
@@ -176,9 +232,9 @@ def _interfaces_by_address(machine: MachineFacts) -> dict[str, str]:
 def measure_links(
     nodes: Mapping[str, Node], links: Sequence[Link], transport: LinkTransport
 ) -> tuple[LinkMeasurement, ...]:
-    """Measure links one after the other: two at once would share what they measure.
+    """Measure links one after the other, because two at once would share the bandwidth.
 
-    Where MLX fails, plain TCP is tried, so that a slow cable and a wrong mlx can be told apart.
+    If MLX fails, plain TCP is measured too, to distinguish a bad cable from a bad mlx.
     """
     return tuple(
         _with_plain_tcp(
@@ -208,7 +264,7 @@ def _with_plain_tcp(measured: LinkMeasurement, nodes: Mapping[str, Node]) -> Lin
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """What one rank of a measurement gave: figures, or why there are none."""
+    """Result of one rank of a measurement: figures, or the reason that there are none."""
 
     figures: Figures | None
     error: str
@@ -237,7 +293,7 @@ def _measure_link(
 
 
 def _run_both(first: Node, second: Node, link: Link, transport: LinkTransport) -> list[_Side]:
-    """Both ranks directly, each on its node."""
+    """Run both ranks of a measurement, each on its node."""
     ports = (first.free_ports(1)[0], second.free_ports(1)[0])
     devices = ((None, link.first_rdma_device), (link.second_rdma_device, None))
     placed = tuple(
@@ -252,19 +308,13 @@ def _run_both(first: Node, second: Node, link: Link, transport: LinkTransport) -
         )
         for rank in range(2)
     ]
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(_run_rank, (first, second), specifications))
+    ranks = list(zip((first, second), specifications, strict=True))
+    return map_in_parallel(lambda rank: _run_rank(*rank), ranks)
 
 
 def _run_rank(node: Node, specification: Specification) -> _Side:
-    return _run(node, _program(node, msgspec.json.encode(specification).decode()))
-
-
-def _program(node: Node, specification: str) -> list[str]:
-    return [node.python, "-P", "-m", "k2cli.agent.link", specification]
-
-
-def _run(node: Node, command: Sequence[str]) -> _Side:
+    argument = msgspec.json.encode(specification).decode()
+    command = [node.python, "-P", "-m", "k2cli.agent.link", argument]
     try:
         done = node.run(command, timeout_seconds=_LINK_LIMIT_SECONDS + _START_SECONDS)
     except ClusterError as error:
@@ -273,7 +323,7 @@ def _run(node: Node, command: Sequence[str]) -> _Side:
         return _Side(msgspec.json.decode(done.stdout.splitlines()[0], type=Figures), "")
     lines = done.stderr.decode(errors="replace").strip().splitlines()
     if done.status < 0 or done.status == 128 + 14 or not lines:  # SIGALRM, there or through a shell
-        return _Side(None, f"{node.name} waited {_LINK_LIMIT_SECONDS} s in vain")
+        return _Side(None, f"{node.name} waited {_LINK_LIMIT_SECONDS} s for the other node")
     return _Side(None, f"{node.name}: {lines[-1]}")
 
 
@@ -281,16 +331,15 @@ def _run(node: Node, command: Sequence[str]) -> _Side:
 
 
 def measure_disks(nodes: Sequence[Node], folders: Mapping[str, str]) -> dict[str, DiskSpeed]:
-    """Read on all nodes at once: each has its own disk.
+    """Measure the disks of all nodes at once.
 
     Args:
-        nodes: those on which k2 answers.
+        nodes: nodes on which k2 answers.
         folders: by node, the folder whose largest checkpoint file is read.
     """
     chosen = [node for node in nodes if node.name in folders]
-    with ThreadPoolExecutor(max(1, len(chosen))) as pool:
-        found = pool.map(lambda node: _disk_speed(node, folders[node.name]), chosen)
-        return {node.name: speed for node, speed in zip(chosen, found, strict=True)}
+    speeds = map_in_parallel(lambda node: _disk_speed(node, folders[node.name]), chosen)
+    return {node.name: speed for node, speed in zip(chosen, speeds, strict=True)}
 
 
 def _disk_speed(node: Node, folder: str) -> DiskSpeed:
@@ -301,58 +350,3 @@ def _disk_speed(node: Node, folder: str) -> DiskSpeed:
     return DiskSpeed(
         reading.path, reading.read_bytes, reading.seconds, reading.uncached, reading.error
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """One try to connect from a node to an address of another, over TCP.
-
-    ``interface`` is the one that the connection left through, ``expected`` whether both ends have
-    an address on one network, so that it ought to work. ``error`` is None if it did.
-    """
-
-    source: str
-    target: str
-    address: str
-    interface: str | None
-    target_interface: str
-    expected: bool
-    seconds: float | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LinkMeasurement:
-    """What a link does under a transport (``backend``); times are medians in seconds.
-
-    ``all_reduce_seconds`` is of one small all-reduce, ``latency_seconds`` half of a ping-pong,
-    ``bytes_per_second`` of big messages one way. ``error`` says why there are no figures.
-    """
-
-    first: str
-    second: str
-    backend: LinkTransport
-    first_address: str
-    second_address: str
-    kind: str
-    all_reduce_seconds: float | None = None
-    latency_seconds: float | None = None
-    bytes_per_second: float | None = None
-    note: str = ""
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DiskSpeed:
-    """How fast a node read the checkpoint's own files, as far as possible without the cache."""
-
-    path: str
-    read_bytes: int
-    seconds: float
-    uncached: bool
-    error: str | None = None
-
-    @property
-    def bytes_per_second(self) -> float | None:
-        """None if nothing was read."""
-        return self.read_bytes / self.seconds if self.read_bytes and self.seconds else None

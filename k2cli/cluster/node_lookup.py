@@ -1,4 +1,4 @@
-"""From names to nodes: those that a user types, and those of a described cluster."""
+"""Nodes by name: names that a user types, and nodes of a described cluster."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from k2cli.nodes.ssh import SshNode
 
 
 def node_named(name: str) -> Node:
-    """The node that a user's name stands for.
+    """Make the node for a name that the user gave.
 
     Raises:
-        UsageError: if it cannot be a name.
+        UsageError: if it cannot be the name of a node.
     """
     if is_this_machine(name):
         return LocalNode()
@@ -27,10 +27,10 @@ def node_named(name: str) -> Node:
 
 
 def node_named_in(cluster: Cluster, name: str) -> Node:
-    """The node of a cluster, with the interpreter that the description has for it.
+    """Make a node of a cluster, with the interpreter and address from the description.
 
     Raises:
-        UsageError: if the cluster has none of that name.
+        UsageError: if the cluster has no node of that name.
     """
     node = cluster.node(name)
     if node is None:
@@ -42,26 +42,26 @@ def node_named_in(cluster: Cluster, name: str) -> Node:
 
 
 def cluster_nodes(cluster: Cluster) -> list[Node]:
-    """All nodes of a cluster, in its order."""
+    """Make all nodes of a cluster, in its order."""
     return [node_named_in(cluster, node.name) for node in cluster.nodes]
 
 
 def chosen_nodes(name: str | None, nodes: str | None) -> tuple[Cluster | None, list[Node]]:
-    """What a command line means: the machines given, else those of a cluster.
+    """Make the nodes that a command line names, or else those of a cluster.
 
     Args:
-        name: of a cluster; None for the only one.
+        name: the name of a cluster; None for the only one.
         nodes: names for ssh, separated by commas.
 
     Raises:
-        UsageError: if both are given, or what is given does not exist.
+        UsageError: if both are given, or the cluster does not exist.
     """
     if nodes is None:
         cluster = load_cluster(name)
         return cluster, cluster_nodes(cluster)
     if name is not None:
         raise UsageError(
-            f"a cluster, {name}, and --nodes {nodes} are both given, so say which is meant"
+            f"a cluster, {name}, and --nodes {nodes} are both given: give only one of them"
         )
     names = [part.strip() for part in nodes.split(",")]
     if not all(names):
@@ -71,9 +71,9 @@ def chosen_nodes(name: str | None, nodes: str | None) -> tuple[Cluster | None, l
 
 
 def recorded_interpreter(name: str) -> str | None:
-    """Which interpreter ran k2 on a machine when it was described last, if it was."""
+    """Look up the interpreter of k2 on a machine in the descriptions of clusters."""
     for cluster in list_clusters():
-        with contextlib.suppress(ClusterError):  # a damaged file is told where it is asked for
+        with contextlib.suppress(ClusterError):  # commands that name the cluster report the damage
             node = load_cluster(cluster).node(name)
             if node is not None and node.python is not None:
                 return node.python
@@ -81,7 +81,7 @@ def recorded_interpreter(name: str) -> str | None:
 
 
 def remember_interpreters(cluster: Cluster, pythons: Mapping[str, str]) -> Cluster:
-    """Save which interpreter runs k2 on each node."""
+    """Save the interpreters of k2 by node in the cluster's description."""
     known = [
         msgspec.structs.replace(node, python=pythons.get(node.name, node.python))
         for node in cluster.nodes

@@ -1,4 +1,4 @@
-"""``k2 bench``: how fast is it?"""
+"""Command ``k2 bench``: measure the speed of a served model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class BenchFormat(StrEnum):
-    """How to print the result."""
+    """Output format."""
 
     md = "md"
     csv = "csv"
@@ -35,36 +35,37 @@ def bench(
     url: UrlOption = None,
     api_key: ApiKeyOption = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="Prompt sizes to process, in tokens; 0 for none.")
+        str, typer.Option("--prompt", "-p", help="Numbers of prompt tokens to process; 0 for none.")
     ] = "512",
     generate: Annotated[
-        str, typer.Option("--generate", "-n", help="Tokens to generate; 0 for none.")
+        str, typer.Option("--generate", "-n", help="Numbers of tokens to generate; 0 for none.")
     ] = "128",
     depth: Annotated[
-        str, typer.Option("--depth", "-d", help="Tokens of context before what is measured.")
+        str, typer.Option("--depth", "-d", help="Tokens of context before the measured ones.")
     ] = "0",
     concurrency: Annotated[
-        str, typer.Option("--concurrency", "-c", help="Requests at a time.")
+        str, typer.Option("--concurrency", "-c", help="Numbers of concurrent requests.")
     ] = "1",
     repetitions: Annotated[
-        int, typer.Option("--repetitions", "-r", min=1, help="Measurements of each size.")
+        int, typer.Option("--repetitions", "-r", min=1, help="Measurements of each case.")
     ] = 5,
     output: Annotated[
-        BenchFormat, typer.Option("--output", "-o", help="Format of the result.")
+        BenchFormat, typer.Option("--output", "-o", help="Output format.")
     ] = BenchFormat.md,
     calibrate: Annotated[
         bool,
         typer.Option(
             "--calibrate",
-            help="Measure a run for a minute or two; plan-memory then predicts its machines by it.",
+            help="Measure a live run for a minute or two, so that plan-memory predicts its "
+            "machines better.",
         ),
     ] = False,
 ) -> None:
-    """Measure prompt processing (pp) and generation (tg) of a served model.
+    """Measure the speed of prompt processing (pp) and generation (tg) of a served model.
 
-    Sizes are lists: every combination is measured, after one run to warm up. Shown are mean and
-    standard deviation; the machine-readable formats have every sample. The prefix cache is not
-    used. Speeds are by the server's clock for single requests, by this client's for several.
+    Sizes may be lists, such as 512,2048. Every combination is measured after a warm-up. The table
+    shows mean and standard deviation; the other formats contain every sample. The prefix cache is
+    not used. Single requests are timed by the server's clock, concurrent ones by the client's.
 
     Example: k2 bench -p 512,2048 -n 128 -d 0,4096 -r 3 -o json
     """
@@ -95,7 +96,7 @@ def _measure_and_print(
     repetitions: int,
     output: BenchFormat,
 ) -> None:
-    """Rows that are done are shown also if a later one fails: they may have taken hours."""
+    """Measure all cases, and print the finished rows even if a later one fails."""
     from datetime import UTC, datetime
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -114,7 +115,7 @@ def _measure(
     repetitions: int,
     rows: list[BenchRow],
 ) -> None:
-    """Append a row for each case, and say how it goes."""
+    """Append a row for each case, and print progress."""
     from k2cli.bench.measure import RowDone, measure
     from k2cli.client.client import CompletionSource
     from k2cli.ui.output import note
@@ -139,7 +140,7 @@ def _report(
 def _calibrate(
     model: str | None, url: str | None, api_key: str | None, repetitions: int, output: BenchFormat
 ) -> None:
-    """Measure a run of this machine, solve for the rates of its machines, and keep them."""
+    """Measure a run of this machine, compute the rates of its nodes, and save them."""
     from datetime import UTC, datetime
 
     from k2cli.bench.calibrate import calibrate_run, calibrated_members
@@ -179,17 +180,17 @@ def _own_run(model: str | None, url: str | None, api_key: str | None) -> tuple[T
     target = resolve_target(model, url, api_key)
     if target.run is None:
         raise UsageError(
-            f"--calibrate needs a run of this machine, whose plan is known, not {url}",
+            f"--calibrate needs a run of this machine, because it reads the run's plan, not {url}",
             "k2 bench --calibrate",
         )
     return target, target.run
 
 
 def _measure_rounds(client: ApiClient, model: ModelInfo, rounds: Rounds) -> bool:
-    """Measure round after round, and say how it goes; whether Ctrl-C has ended it early.
+    """Measure all rounds and print progress; return True if Ctrl-C ended them early.
 
     Raises:
-        KeyboardInterrupt: if too little was measured to be kept.
+        KeyboardInterrupt: if too few rounds were measured to be saved.
     """
     from k2cli.bench.calibration_rounds import LEAST_ROUNDS
     from k2cli.bench.measure import RepetitionDone, measure
@@ -218,9 +219,9 @@ def _measure_rounds(client: ApiClient, model: ModelInfo, rounds: Rounds) -> bool
                 )
     except KeyboardInterrupt:
         if rounds.complete < LEAST_ROUNDS:
-            note(f"stopped after {rounds.complete} rounds, too few to keep: nothing is changed")
+            note(f"stopped after {rounds.complete} rounds, too few to save: nothing is changed")
             raise
-        note(f"stopped after {rounds.complete} rounds, which are kept")
+        note(f"stopped after {rounds.complete} rounds, which are saved")
         return True
     return False
 

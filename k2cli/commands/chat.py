@@ -1,4 +1,4 @@
-"""``k2 chat``: talk to a model that is being served."""
+"""Command ``k2 chat``: chat with a served model."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ def chat(
     api_key: ApiKeyOption = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="Ask this once and exit. Piped input comes before it."),
+        typer.Option("--prompt", "-p", help="Ask this and exit; piped input is put before it."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens.")
+    ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, max=2, help="0 is the same answer every time. Default: the server's."),
+        typer.Option(
+            min=0, max=2, help="Sampling temperature; 0 is deterministic. Default: the server's."
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print answer and figures as one JSON document.")
+        bool, typer.Option("--json", help="Print answer and statistics as one JSON document.")
     ] = False,
 ) -> None:
-    """Chat with a model that is being served, by k2 launch or elsewhere.
+    """Chat with a model served by k2 launch or by another server.
 
-    Without a prompt it is interactive; /help lists what it understands. The answer goes to
-    stdout, tokens per second and time to first token to stderr.
+    Without a prompt the chat is interactive; /help lists its commands. The answer goes to stdout,
+    tokens per second and time to first token to stderr.
 
     Example: k2 chat -p 'What is the capital of France?' --temperature 0
     """
@@ -51,7 +55,7 @@ def chat(
     with ApiClient(target.url, target.api_key) as client:
         session = ChatSession(client, client.pick_model(target.model), options, system)
         if question is None:
-            _talk(session)
+            _chat_on_terminal(session)
         elif as_json:
             _answer_as_json(session, question)
         else:
@@ -59,7 +63,7 @@ def chat(
 
 
 def _checked_temperature(temperature: float | None) -> float | None:
-    """The parser lets ``nan`` through: it is neither too small nor too large."""
+    """Refuse ``nan``, which the parser accepts as it is neither too small nor too large."""
     from k2cli.errors import UsageError
 
     if temperature is not None and math.isnan(temperature):
@@ -68,25 +72,25 @@ def _checked_temperature(temperature: float | None) -> float | None:
 
 
 def _question(prompt: str | None, *, interactive: bool) -> str | None:
-    """What to ask once: piped input, then the argument; None to chat on the terminal.
+    """Join piped input and the argument to one question; None means to chat on the terminal.
 
     Raises:
-        UsageError: if there is nothing to ask and no terminal to chat on.
+        UsageError: if there is no question and no terminal to chat on.
     """
     from k2cli.errors import UsageError
 
     if sys.stdin.isatty():
         if prompt is None and not interactive:
-            raise UsageError("--json answers one prompt", "give it with -p, or pipe it in")
+            raise UsageError("--json needs a prompt", "give one with -p, or pipe it in")
         return prompt
     piped = sys.stdin.buffer.read().decode(errors="replace").strip()
     question = "\n\n".join(part for part in (piped, prompt) if part)
     if not question:
-        raise UsageError("there is nothing to ask", "k2 chat -p 'What is the capital of France?'")
+        raise UsageError("there is no prompt", "k2 chat -p 'What is the capital of France?'")
     return question
 
 
-def _talk(session: ChatSession) -> None:
+def _chat_on_terminal(session: ChatSession) -> None:
     from k2cli.chat.interactive import Chat
     from k2cli.settings import state_directory
     from k2cli.ui.chat.terminal import ChatTerminal
@@ -127,7 +131,7 @@ def _answer_as_json(session: ChatSession, question: str) -> None:
             for _ in events:
                 pass
     except K2Error as error:
-        # What came of the answer is still of use, and the exit status says that it is not whole.
+        # A partial answer is still useful, and the exit status shows that it is incomplete.
         print_json(answer_document(name, session.answer or Answer(), error.message))
         raise
     print_json(answer_document(name, session.answer or Answer()))

@@ -1,4 +1,4 @@
-"""``k2 doctor``: are these machines fit to run a model together?"""
+"""Command ``k2 doctor``: check that machines can run a model together."""
 
 from __future__ import annotations
 
@@ -10,44 +10,46 @@ import typer
 from k2cli.choices import WantedTransport
 
 if TYPE_CHECKING:
-    from k2cli.doctor.examination import Report, Wishes
+    from k2cli.doctor.examination import ExaminationOptions, Report
     from k2cli.nodes.node import Node
 
 
 def doctor(
     cluster: Annotated[
         str | None,
-        typer.Argument(metavar="CLUSTER", help="A cluster of 'k2 cluster'. Default: the only one."),
+        typer.Argument(
+            metavar="CLUSTER", help="Name of a cluster; not needed if there is only one."
+        ),
     ] = None,
     nodes: Annotated[
-        str | None, typer.Option(metavar="A,B", help="SSH names, instead of a cluster.")
+        str | None, typer.Option(metavar="A,B", help="SSH names of machines, instead of a cluster.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only what is checked before every launch.")
+        bool, typer.Option("--quick", help="Run only the checks that precede every launch.")
     ] = False,
     transport: Annotated[
         WantedTransport,
         typer.Option(
-            "--backend", help="The transport to check for; what it lacks is then a failure."
+            "--backend", help="Transport to check for; an unmet requirement is then a failure."
         ),
     ] = "auto",
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Check for a plan that plan-memory saved.")
+        Path | None, typer.Option(metavar="FILE", help="Check for a plan saved by plan-memory.")
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Folder on the nodes that the model is in."),
+        typer.Option(metavar="FOLDER", help="Folder of the model on the nodes."),
     ] = None,
     record: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Save what was found, without names and addresses."),
+        typer.Option(metavar="FOLDER", help="Save the findings, without names and addresses."),
     ] = None,
     replay: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Check a recording instead of machines.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check nodes: access, versions, memory, disks, sleep, links and RDMA, with what mends each.
+    """Check access, versions, memory, disks, sleep, links and RDMA of nodes, and print remedies.
 
     Changes nothing on the nodes. Exits with 5 if a check fails, and with 0 if all pass or warn.
 
@@ -60,8 +62,8 @@ def doctor(
     if replay is not None:
         report = _replayed(replay, cluster, nodes)
     else:
-        wishes = _wishes(quick, transport, plan, model)
-        report = _examined(_nodes(cluster, nodes), wishes)
+        options = _options(quick, transport, plan, model)
+        report = _examined(_nodes(cluster, nodes), options)
     if json:
         print_json(report_document(report))
     else:
@@ -80,26 +82,26 @@ def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
 
     if cluster is not None or nodes is not None:
         raise UsageError(
-            f"--replay has its own nodes, '{cluster or nodes}' is not needed",
+            f"--replay reads nodes from the recording, so '{cluster or nodes}' cannot be given",
             f"k2 doctor --replay {folder}",
         )
     return replay(folder)
 
 
-def _wishes(
+def _options(
     quick: bool, transport: WantedTransport, plan: Path | None, model: str | None
-) -> Wishes:
-    from k2cli.doctor.examination import Wishes, read_plan
+) -> ExaminationOptions:
+    from k2cli.doctor.examination import ExaminationOptions, read_plan
 
     read = read_plan(plan) if plan is not None else None
-    return Wishes(quick=quick, transport=transport, model_folder=model, plan=read)
+    return ExaminationOptions(quick=quick, transport=transport, model_folder=model, plan=read)
 
 
-def _examined(nodes: list[Node], wishes: Wishes) -> Report:
+def _examined(nodes: list[Node], options: ExaminationOptions) -> Report:
     from k2cli.doctor.examination import examine_nodes
     from k2cli.ui.output import note
 
-    return examine_nodes(nodes, wishes, tell=note)
+    return examine_nodes(nodes, options, tell=note)
 
 
 def _nodes(cluster: str | None, nodes: str | None) -> list[Node]:

@@ -1,4 +1,4 @@
-"""``k2 download``: put a model on this machine."""
+"""Command ``k2 download``: put a model on this machine."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ def download(
         str, typer.Argument(metavar="MODEL", help="Alias, owner/name[@revision] or .gguf file.")
     ],
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="FOLDER", help="Put it into this folder.")
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Folder to put the model in.")
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be fetched.")
+        bool, typer.Option("--dry-run", help="List what would be downloaded, and stop.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Fetch a model, and convert it for MLX if it is a GGUF file.
+    """Download a model, and convert it for MLX if it is a GGUF file.
 
-    Only data is fetched (safetensors, JSON, tokenizer, templates), never code. What is already
-    here is not fetched again.
+    Only data files are downloaded (safetensors, JSON, tokenizer, templates), never code. Files
+    that are already on this machine are not downloaded again.
 
     Example: k2 download demo
     """
@@ -72,6 +72,6 @@ def _summary(fetched: Any, dry_run: bool) -> list[str]:
     if dry_run and not fetched.was_there:
         lines = [f"  {format_bytes(file.nbytes):>9}  {file.name}" for file in fetched.files]
         target = f" into {fetched.path}" if fetched.path is not None else ""
-        return [f"would fetch {fetched.model}, {size} of weights{target}:", *lines]
+        return [f"would download {fetched.model}, {size} of weights{target}:", *lines]
     state = "is already at" if fetched.was_there else "is at"
     return [f"{fetched.model} {state} {fetched.path} ({size} of weights)"]

@@ -1,4 +1,4 @@
-"""``k2 launch``: start a model on one or more nodes, and own it."""
+"""Command ``k2 launch``: start a model on one or more nodes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import typer
 from k2cli.commands import options
 
 if TYPE_CHECKING:
-    from k2cli.launch.prepare import PreparedRun
     from k2cli.launch.request import LaunchRequest
+    from k2cli.launch.specification import RunDecisions
     from k2cli.protocol import RunEvent
     from k2cli.runs.record import RunRecord
     from k2cli.ui.launch_view import LaunchView
 
 
 class Restart(StrEnum):
-    """What to do when a run fails."""
+    """Reaction to a failure of the run."""
 
     never = "never"
     on_failure = "on-failure"
@@ -33,12 +33,12 @@ def launch(
         str | None,
         typer.Option(
             metavar="A,B",
-            help="One node per rank, rank 0 first; a name may repeat. Default: localhost.",
+            help="Node of each rank, rank 0 first; a name may repeat. Default: localhost.",
         ),
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A cluster of k2 cluster init: its nodes and links."),
+        typer.Option(metavar="NAME", help="Name of a cluster made by k2 cluster init."),
     ] = None,
     transport: options.Transport = "auto",
     parallel: options.Parallel = "auto",
@@ -46,7 +46,7 @@ def launch(
     context: options.Context = None,
     concurrency: options.Concurrency = None,
     head: options.Head = "auto",
-    host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address that the API listens on.")] = "127.0.0.1",
     port: Annotated[
         int | None,
         typer.Option(min=1, max=65535, help="Port of the API. Default: 8080 or the next free one."),
@@ -55,32 +55,33 @@ def launch(
         str | None,
         typer.Option(
             envvar="K2_API_KEY",
-            help="Key that clients must send. Others on this machine can see a command line: "
-            "better set K2_API_KEY.",
+            help="Key that clients must send. Other users can see command lines, so it is safer to "
+            "set K2_API_KEY.",
         ),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A plan that plan-memory has saved.")
+        Path | None, typer.Option(metavar="FILE", help="Plan saved by plan-memory --save.")
     ] = None,
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Return once the API answers; it goes on.")
+        bool,
+        typer.Option("--detach", "-d", help="Leave the run in the background once it is ready."),
     ] = False,
     restart: Annotated[
         Restart,
-        typer.Option(help="on-failure: start again, until it has failed three times in a row."),
+        typer.Option(help="on-failure: start again; give up after three failures in a row."),
     ] = Restart.never,
     wait: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", min=0, help="Wait so long for nodes that other runs have."),
+        typer.Option(metavar="SECONDS", min=0, help="Time to wait for nodes used by other runs."),
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Use nodes beside other runs, if the memory of all fits")
+        bool, typer.Option("--share", help="Share nodes with other runs, if all fit in memory.")
     ] = False,
     fast_synch: Annotated[
         bool,
         typer.Option(
             "--fast-synch",
-            help="Set MLX_METAL_FAST_SYNCH: less time per token on Macs; GPUs have hung with it.",
+            help="Set MLX_METAL_FAST_SYNCH: faster on Macs, but GPUs have hung with it.",
         ),
     ] = False,
     force: Annotated[
@@ -127,43 +128,43 @@ def _checked_wait(seconds: float | None) -> float:
     from k2cli.errors import UsageError
 
     if seconds is not None and not seconds > 0:
-        raise UsageError(f"--wait {seconds:g} is no time to wait", "--wait 600")
+        raise UsageError(f"--wait {seconds:g} is not a positive number of seconds", "--wait 600")
     return seconds or 0.0
 
 
 def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
     from k2cli.launch.prepare import prepare_run
-    from k2cli.supervisor.start import owned
+    from k2cli.supervisor.start import cleanup_on_error
     from k2cli.ui.launch_view import LaunchView
     from k2cli.ui.output import note
 
-    prepared = prepare_run(request, note)
-    names = [rank.node for rank in prepared.record.ranks]
-    with owned(prepared, note):
-        _show_plan(prepared)
+    run = prepare_run(request, note)
+    names = [rank.node for rank in run.record.ranks]
+    with cleanup_on_error(run.record, note):
+        _show_plan(run)
         with LaunchView(names, log=not detach) as view:
             if detach:
-                _detach(prepared, view, as_json=as_json)
+                _detach(run.record, view, as_json=as_json)
             else:
-                _stay(prepared, view, as_json=as_json)
+                _stay(run.record, view, as_json=as_json)
 
 
-def _show_plan(prepared: PreparedRun) -> None:
+def _show_plan(run: RunDecisions) -> None:
     from k2cli.ui.output import note, warn
     from k2cli.ui.plan.table import plan_lines
 
-    for line in plan_lines(prepared.plan):
+    for line in plan_lines(run.plan):
         note(line)
-    if not prepared.plan.fits:
-        warn("the plan does not fit; launching all the same (--force)")
-    note(f"\nrun {prepared.record.run_id}:")
-    for name, value in prepared.record.settings.items():
+    if not run.plan.fits:
+        warn("the plan does not fit; launching because of --force")
+    note(f"\nrun {run.record.run_id}:")
+    for name, value in run.record.settings.items():
         note(f"  {name}: {value}")
-    if prepared.generated_api_key:
-        note(f"the API asks for the key in {prepared.record.api_key_file}")
+    if run.generated_api_key:
+        note(f"the API key is in {run.record.api_key_file}")
 
 
-def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
+def _detach(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
     from k2cli.errors import ClusterError
     from k2cli.runs.record import read_record
     from k2cli.supervisor.start import launch_detached
@@ -172,19 +173,19 @@ def _detach(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
     try:
         record = launch_detached(
             prepared,
-            lambda event: _show(event, prepared.record, view),
+            lambda event: _show(event, prepared, view),
             lambda first: _say_interrupted(view, first=first),
         )
     except ClusterError:
         view.end_progress()
-        _show_last_lines(read_record(prepared.record.folder))
+        _show_last_lines(read_record(prepared.folder))
         raise
     if as_json:
         _print_ready(record)
     note(f"\nnext: k2 chat\n      k2 logs -f {record.run_id}\n      k2 stop {record.run_id}")
 
 
-def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
+def _stay(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
     from k2cli.errors import ClusterError
     from k2cli.protocol import RunReady
     from k2cli.runs.record import read_record
@@ -194,10 +195,10 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
     interrupted = False
 
     def on_event(event: RunEvent) -> None:
-        _show(event, prepared.record, view)
+        _show(event, prepared, view)
         if isinstance(event, RunReady):
             note("\nnext: k2 chat   (in another terminal; Ctrl-C here stops the run)\n")
-            if as_json and (record := read_record(prepared.record.folder)) is not None:
+            if as_json and (record := read_record(prepared.folder)) is not None:
                 _print_ready(record)
 
     def on_interrupt(first: bool) -> None:
@@ -209,11 +210,11 @@ def _stay(prepared: PreparedRun, view: LaunchView, *, as_json: bool) -> None:
         record = launch_here(prepared, on_event, on_interrupt)
     except ClusterError:
         view.end_progress()
-        _show_last_lines(read_record(prepared.record.folder))
+        _show_last_lines(read_record(prepared.folder))
         raise
     note(f"{record.run_id} {record.state}")
     for name, problem in record.left.items():
-        warn(f"on {name}: {problem}; to be sure: k2 cluster clean --nodes {name}")
+        warn(f"on {name}: {problem}; to clean up: k2 cluster clean --nodes {name}")
     if interrupted:
         raise KeyboardInterrupt
 
@@ -222,7 +223,7 @@ def _say_interrupted(view: LaunchView, *, first: bool) -> None:
     from k2cli.ui.output import note
 
     view.end_progress()
-    note("\nstopping; Ctrl-C again to force" if first else "\nforcing")
+    note("\nstopping; Ctrl-C again to force" if first else "\nforcing the stop")
 
 
 def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:

@@ -1,4 +1,4 @@
-"""``k2 logs``: the merged log of a run's ranks, guards and launcher."""
+"""Command ``k2 logs``: print the merged log of a run's ranks, guards and launcher."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import typer
 
 def logs(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="A run's id or the beginning of it.")
+        str | None, typer.Argument(metavar="RUN", help="Id of a run, or the beginning of it.")
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the run ends.")
+        bool, typer.Option("--follow", "-f", help="Continue until the run ends.")
     ] = False,
     lines: Annotated[
-        int | None, typer.Option("--lines", "-n", min=0, help="Only the last lines.")
+        int | None,
+        typer.Option("--lines", "-n", min=0, help="Number of lines to show, from the end."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document per line.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print each line as a JSON document.")
+    ] = False,
 ) -> None:
-    """Show what the ranks of a run wrote, each line with its node and rank.
+    """Show the log of a run, each line with its node and rank.
 
-    Without RUN, of the most recent run, whether it lives or not.
+    Without RUN, shows the most recent run, live or ended.
 
     Example: k2 logs -f -n 20
     """

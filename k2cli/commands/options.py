@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take in the same words."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def context_tokens(text: str) -> int:
     """Parse the value of ``--context``.
 
     Raises:
-        UsageError: if it is no number of tokens.
+        UsageError: if the text is not a number of tokens.
     """
     try:
         return parse_tokens(text)
@@ -25,11 +25,11 @@ def context_tokens(text: str) -> int:
 
 ClusterName = Annotated[
     str | None,
-    typer.Argument(metavar="CLUSTER", help="The cluster; not needed if there is only one."),
+    typer.Argument(metavar="CLUSTER", help="Name of a cluster; not needed if there is only one."),
 ]
 NodeNames = Annotated[
     str | None,
-    typer.Option("--nodes", metavar="A,B", help="These machines instead of a cluster."),
+    typer.Option("--nodes", metavar="A,B", help="SSH names of machines, instead of a cluster."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -37,30 +37,41 @@ Transport = Annotated[
     choices.WantedTransport,
     typer.Option(
         "--backend",
-        help="What connects the ranks. auto: choose from links and nodes; launch says why.",
+        help="Transport between ranks. auto: choose from the nodes and links; launch prints the "
+        "reason.",
     ),
 ]
-Parallel = Annotated[choices.Parallel, typer.Option(help="How to divide the model.")]
+Parallel = Annotated[
+    choices.Parallel,
+    typer.Option(
+        help="Division of the model. pipeline: some layers per rank; tensor: a slice of every "
+        "layer per rank."
+    ),
+]
 FloatType = Annotated[
     choices.WantedFloatType,
-    typer.Option(help="Float type of activations and cache; auto: the model's, float32 on a CPU."),
+    typer.Option(
+        help="Float type of activations and KV cache. auto: the model's; float32 on a CPU."
+    ),
 ]
 Head = Annotated[
     choices.Head,
-    typer.Option(help="Output head of tensor slices; auto: sharded where it can be."),
+    typer.Option(help="Output head in tensor parallelism. auto: sharded if the model allows it."),
 ]
 Context = Annotated[
     int | None,
     typer.Option(
         parser=context_tokens,
         metavar="TOKENS",
-        help="Tokens per sequence, as 131072 or 128k. Default: the model's, at most 32768.",
+        help="Tokens per sequence, such as 131072 or 128k. Default: the model's limit, at most "
+        "32768.",
     ),
 ]
 Concurrency = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Sequences held at a time. Default: 1; k2 launch: what fits, at most 8.",
+        help="Sequences processed at the same time. Default: 1; for k2 launch as many as fit, at "
+        "most 8.",
     ),
 ]

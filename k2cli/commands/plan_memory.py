@@ -1,7 +1,8 @@
-"""``k2 plan-memory``: will the model fit, where does the memory go, and how fast will it be?"""
+"""Command ``k2 plan-memory``: predict memory use and speed of a model on given machines."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,14 +13,16 @@ from k2cli.commands import options
 if TYPE_CHECKING:
     from k2cli.planning.hardware.machine import NodeMemory
     from k2cli.planning.plan import Plan
-    from k2cli.planning.planner import Planner, Wishes
+    from k2cli.planning.planner import Planner
+    from k2cli.planning.request import PlanRequest
 
 
 def plan_memory(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Alias, Hub repository, folder or .gguf; a config is enough."
+            metavar="MODEL",
+            help="Alias, Hub repository, folder or .gguf file; a config.json is enough.",
         ),
     ],
     hardware: Annotated[
@@ -29,7 +32,7 @@ def plan_memory(
         ),
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="The machines of a cluster, as they were asked.")
+        str | None, typer.Option(help="Machines of a cluster, as recorded by k2 cluster.")
     ] = None,
     parallel: options.Parallel = "auto",
     transport: options.Transport = "auto",
@@ -38,48 +41,50 @@ def plan_memory(
     chunk: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens of a prompt per step. Default: the largest of use that fits."
+            min=1, help="Prompt tokens per step. Default: the largest useful number that fits."
         ),
     ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(help="Plan what k2 quantize --recipe makes of it: 4bit, mxfp4, mixed_3_6."),
+        typer.Option(help="Plan the model as quantized with this recipe: 4bit, mxfp4, mixed_3_6."),
     ] = None,
     dtype: options.FloatType = "auto",
     head: options.Head = "auto",
     collective_latency: Annotated[
         str | None,
-        typer.Option(help="One small message between ranks, if it was measured: 26us."),
+        typer.Option(help="Measured time of one small message between ranks, such as 26us."),
     ] = None,
     shop: Annotated[
-        bool, typer.Option("--shop", help="List machines that run it, cheapest first.")
+        bool, typer.Option("--shop", help="List machines that can run the model, cheapest first.")
     ] = False,
     plot: Annotated[
-        bool, typer.Option("--plot", help="Draw memory and speed against context.")
+        bool, typer.Option("--plot", help="Draw memory and speed against context length.")
     ] = False,
-    svg: Annotated[Path | None, typer.Option(help="Draw the plan into an SVG file.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Save a drawing of the plan to an SVG file.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON, whether it fits or not.")
     ] = False,
     save: Annotated[
-        Path | None, typer.Option(help="Write the plan to a file, for k2 launch --plan.")
+        Path | None, typer.Option(help="Save the plan to a file, for k2 launch --plan.")
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Say where each number is from.")
+        bool, typer.Option("--explain", help="Show the origin of each number.")
     ] = False,
 ) -> None:
     """Plan a model's memory and speed on one or more machines, before loading or buying anything.
 
-    Exits with 0 if it fits and 3 if it does not.
+    Exits with 0 if the model fits and 3 if it does not.
 
     Example: k2 plan-memory k2-thinking --hardware '2x m3-ultra-512' --context 131072
     """
-    from k2cli.planning.advice import advised_plan
-    from k2cli.planning.planner import Planner, Wishes
+    from k2cli.planning.planner import Planner
+    from k2cli.planning.request import PlanRequest
     from k2cli.planning.speed.calibrations import with_calibration
     from k2cli.units import parse_latency
 
-    wishes = Wishes(
+    request = PlanRequest(
         strategy=parallel,
         context_length=context,
         concurrency=concurrency or 1,
@@ -94,19 +99,23 @@ def plan_memory(
     )
     if shop:
         _refuse_beside_shop(hardware, cluster, plot, svg, save)
-        _shop(Planner(model, quantize), wishes, as_json=as_json)
+        _shop(Planner(model, quantize), request, as_json=as_json)
         return
     nodes = with_calibration(_machines(hardware, cluster), transport)
     planner = Planner(model, quantize)
-    plan = advised_plan(planner, nodes, wishes)
+    plan = planner.plan(nodes, request)
+    if not plan.fits:
+        from k2cli.planning.advice import advise
+
+        plan = replace(plan, advice=advise(planner, nodes, request, plan))
     given = {
         "--hardware": hardware, "--cluster": cluster, "--parallel": parallel,
         "--backend": transport, "--context": context, "--concurrency": concurrency,
         "--quantize": quantize, "--chunk": chunk, "--dtype": dtype, "--head": head,
         "--collective-latency": collective_latency,
     }  # fmt: skip
-    _write(planner, nodes, wishes, plan, save=save, svg=svg)
-    _show(planner, nodes, wishes, plan, given, as_json=as_json, explain=explain, plot=plot)
+    _write(planner, nodes, request, plan, save=save, svg=svg)
+    _show(planner, nodes, request, plan, given, as_json=as_json, explain=explain, plot=plot)
     _finish(plan, save, quantize)
 
 
@@ -137,26 +146,24 @@ def _refuse_beside_shop(
     }
     for option, given in beside.items():
         if given:
-            raise UsageError(
-                f"{option} is about one plan, --shop about many", f"leave out {option}"
-            )
+            raise UsageError(f"{option} cannot be used with --shop", f"leave out {option}")
 
 
-def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
+def _shop(planner: Planner, request: PlanRequest, *, as_json: bool) -> None:
     from k2cli.errors import DoesNotFitError
     from k2cli.planning.shop import recipe_for_the_catalog, shop
     from k2cli.ui.output import print_json
     from k2cli.ui.plan.shop import print_shop
 
-    result = shop(planner, wishes)
+    result = shop(planner, request)
     if as_json:
         print_json(result)
     else:
         print_shop(result)
     if not result.offers:
-        recipe = recipe_for_the_catalog(planner, wishes)
+        recipe = recipe_for_the_catalog(planner, request)
         raise DoesNotFitError(
-            f"{planner.model} fits on no machines of the catalog",
+            f"{planner.model.reference} does not fit on any machines of the catalog",
             "try a shorter --context" if recipe is None else f"add --quantize {recipe}",
         )
 
@@ -164,7 +171,7 @@ def _shop(planner: Planner, wishes: Wishes, *, as_json: bool) -> None:
 def _write(
     planner: Planner,
     nodes: list[NodeMemory],
-    wishes: Wishes,
+    request: PlanRequest,
     plan: Plan,
     *,
     save: Path | None,
@@ -178,13 +185,13 @@ def _write(
         from k2cli.planning.curve import context_curve
         from k2cli.ui.plan.svg import save_svg
 
-        save_svg(plan, context_curve(planner, nodes, wishes, plan), svg)
+        save_svg(plan, context_curve(planner, nodes, request, plan), svg)
 
 
 def _show(
     planner: Planner,
     nodes: list[NodeMemory],
-    wishes: Wishes,
+    request: PlanRequest,
     plan: Plan,
     given: dict[str, str | int | None],
     *,
@@ -206,7 +213,7 @@ def _show(
         from k2cli.planning.curve import context_curve
         from k2cli.ui.plan.plot import print_plot
 
-        curve = context_curve(planner, nodes, wishes, plan)
+        curve = context_curve(planner, nodes, request, plan)
         print_plot(curve, plan.request.context_length, unicode=can_print_unicode())
 
 

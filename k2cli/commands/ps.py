@@ -1,4 +1,4 @@
-"""``k2 ps``: what runs, and what became of what ran."""
+"""Command ``k2 ps``: list live and ended runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import typer
 def ps(
     json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON.")] = False,
 ) -> None:
-    """List runs: those that live, and the last ones that ended, with the cause.
+    """List live and recently ended runs, with the cause of each failure.
 
-    A run whose launcher was killed is shown as lost, or as orphaned if processes of it remain.
+    A run whose launcher was killed is shown as lost, or as orphaned if some of its processes are
+    still alive.
 
     Example: k2 ps --json
     """

@@ -1,4 +1,4 @@
-"""``k2 quantize``: make a smaller checkpoint of a bigger one."""
+"""Command ``k2 quantize``: convert a checkpoint into a smaller one."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ if TYPE_CHECKING:
 
 def quantize(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Folder or reference of the original.")
+        str, typer.Argument(metavar="SOURCE", help="Folder or model reference of the original.")
     ],
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="FOLDER", help="The new checkpoint's folder.")
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Folder for the new checkpoint.")
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="In one word, as plan-memory --quantize: 4bit, 3bit-g32, mxfp4, mixed_3_6."
+            help="All settings in one word, as for plan-memory --quantize: 4bit, 3bit-g32, mxfp4, "
+            "mixed_3_6."
         ),
     ] = None,
     bits: Annotated[
         int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8. Default: 4.")
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128. Default: 64.")
+        int | None, typer.Option(help="Weights per scale: 32, 64 or 128. Default: 64.")
     ] = None,
     mode: Annotated[
-        str | None, typer.Option(help="affine (default), mxfp4, mxfp8 or nvfp4.")
+        str | None, typer.Option(help="Number format: affine (default), mxfp4, mxfp8 or nvfp4.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how big it would become; write nothing.")
+        bool, typer.Option("--dry-run", help="Print the resulting size, and write nothing.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Quantize a checkpoint, tensor by tensor, into a folder of its own.
+    """Quantize a checkpoint, tensor by tensor, into a new folder.
 
-    The result is what mlx_lm.convert makes, byte for byte, in little memory. Router, norms and
-    other small tensors stay as they are. The new folder appears only once it is complete.
+    The result is byte for byte that of mlx_lm.convert, but needs little memory. Router, norms and
+    other small tensors are not quantized. The new folder appears only when it is complete.
 
     Example: k2 quantize ./Kimi-K2-Instruct --to ./Kimi-K2-4bit --recipe 4bit
     """
@@ -84,6 +85,6 @@ def _summarize(result: QuantizationResult) -> None:
         print_text(f"would write {result.path}: {sizes}")
         return
     print_text(f"{result.path}: {sizes}")
-    note(f"at most {format_bytes(result.peak_memory_bytes)} of memory for arrays")
+    note(f"peak memory of arrays: {format_bytes(result.peak_memory_bytes)}")
     note(f"\nnext: k2 plan-memory {result.path}")
     note(f"      k2 launch {result.path}")

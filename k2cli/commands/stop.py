@@ -1,4 +1,4 @@
-"""``k2 stop``: end runs, and make sure that nothing of them is left."""
+"""Command ``k2 stop``: end runs, and check that no process of them is left."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 def stop(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="A run's id or the beginning of it.")
+        str | None, typer.Argument(metavar="RUN", help="Id of a run, or the beginning of it.")
     ] = None,
-    all_runs: Annotated[bool, typer.Option("--all", help="Stop every run that lives.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print what was stopped as JSON.")] = False,
+    all_runs: Annotated[bool, typer.Option("--all", help="Stop all live runs.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the stopped runs as JSON.")] = False,
 ) -> None:
-    """Stop a run in good order, and verify on every node that no process of it is left.
+    """Stop a run, and verify on every node that none of its processes is left.
 
-    Without RUN, the only run that lives. Clients whose answers are under way get an error.
+    Without RUN, stops the only live run. Clients get an error for answers that are unfinished.
 
     Example: k2 stop --all
     """
@@ -38,11 +38,11 @@ def stop(
         except ClusterError as error:
             if len(chosen) == 1:
                 raise
-            print_error(error)  # the others are to be stopped all the same
+            print_error(error)  # the other runs are still to be stopped
             failed.append(record.run_id)
             continue
         if not json:
-            _say(reports[-1])
+            _print_report(reports[-1])
     if json:
         print_json({"schema_version": SCHEMA_VERSION, "stopped": reports})
     elif not chosen:
@@ -64,15 +64,15 @@ def _chosen(run: str | None, *, all_runs: bool) -> list[RunRecord]:
         return live
     if len(live) > 1:
         names = ", ".join(record.run_id for record in live)
-        raise UsageError(f"several runs live: {names}", f"k2 stop {live[0].run_id}, or --all")
+        raise UsageError(f"several runs are live: {names}", f"k2 stop {live[0].run_id}, or --all")
     return live or [find_run()]
 
 
-def _say(report: StopReport) -> None:
+def _print_report(report: StopReport) -> None:
     from k2cli.ui.output import print_text
 
     killed = f", {report.killed} process(es) had to be killed" if report.killed else ""
     if report.was_live or report.killed:
         print_text(f"{report.run_id}: stopped, nothing is left of it{killed}")
     else:
-        print_text(f"{report.run_id}: had ended already ({report.state}), nothing is left of it")
+        print_text(f"{report.run_id}: had already ended ({report.state}), nothing is left of it")

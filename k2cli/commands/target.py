@@ -1,4 +1,4 @@
-"""Which server a client command means: the one of ``--url``, or a run of this machine."""
+"""Choice of the server for a client command: the one of ``--url``, or a run of this machine."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="The model to use. Default: what the run serves."),
+    typer.Argument(metavar="MODEL", help="Name of the model. Default: the model of the run."),
 ]
 UrlOption = Annotated[
-    str | None, typer.Option(help="Server, such as http://127.0.0.1:8080. Default: a live run.")
+    str | None, typer.Option(help="Server, such as http://127.0.0.1:8080. Default: the live run.")
 ]
 ApiKeyOption = Annotated[
-    str | None, typer.Option(envvar="K2_API_KEY", help="Key of the API, if it asks for one.")
+    str | None, typer.Option(envvar="K2_API_KEY", help="API key, if the server requires one.")
 ]
 _LAUNCH_HINT = "k2 launch demo --detach"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server and how to use it. ``run`` is None for a server that was given by its URL."""
+    """A server, its API key and its model; ``run`` is None for a server given by its URL."""
 
     url: str
     api_key: str | None
@@ -38,10 +38,10 @@ class Target:
 
 
 def resolve_target(model: str | None, url: str | None, api_key: str | None) -> Target:
-    """Find the server.
+    """Return the server at a URL, or else the live run that serves the model.
 
     Raises:
-        K2Error: if no run is live, or none of them serves the model, or it is not ready yet.
+        K2Error: if no run is live, if none serves the model, or if the run is not ready yet.
     """
     if url is not None:
         return Target(url, api_key, model)
@@ -65,7 +65,7 @@ def _run_serving(model: str | None) -> RunRecord:
         if model in (run.model, run.model_name, run.run_id) or _same_folder(model, run.model):
             return run
     serving = ", ".join(sorted({run.model_name for run in live}))
-    message = f"no live run serves '{model}'; there is {serving}"
+    message = f"no live run serves '{model}'; live runs serve {serving}"
     raise K2Error(message, f"k2 launch {model} --detach")
 
 

@@ -1,7 +1,7 @@
-"""What is said of a wrong command line: the user's own words, and what to write instead.
+"""Messages for wrong command lines: they quote the user's value and show a correct one.
 
-The parser's errors have neither. They all pass ``k2cli.cli.main``, which brings them here, so that
-one place serves the options of all commands.
+The parser's own errors do neither. ``k2cli.cli.main`` passes all of them through here, so that one
+place serves the options of all commands.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EXAMPLES: Mapping[str, str] = {
     "--temperature": "0.7",
     "--wait": "300",
 }
-"""Values that options of numbers take: tests/test_cli.py walks these options and tries them."""
+"""Valid values of options that take numbers; tests/test_cli.py tries each of them."""
 
 _KINDS = {"int": "a whole number", "float": "a number"}
 _LONGEST = 60
@@ -34,38 +34,38 @@ _CHOICES = " is not one of "
 
 
 def usage_error_from(error: Exception) -> UsageError:
-    """A parser's usage error in k2's words, with a hint that can be copied."""
+    """Convert a usage error of the parser, with a hint that can be copied."""
     command = str(getattr(getattr(error, "ctx", None), "command_path", None) or "k2")
     parameter = getattr(error, "param", None)
     if isinstance(error, typer.BadParameter) and parameter is not None:
-        said = str(error.message)
+        text = str(error.message)
         name = _name(parameter)
-        message = _wrong_value(name, parameter.type, said)
+        message = _wrong_value(name, parameter.type, text)
         if message is not None:
-            return UsageError(message, f"{command} {_example(name, said)}")
+            return UsageError(message, f"{command} {_example(name, text)}")
     message = str(error.format_message() if hasattr(error, "format_message") else error)
     return UsageError(f"{message[:1].lower()}{message[1:].removesuffix('.')}", f"{command} --help")
 
 
 def _name(parameter: Any) -> str:
-    """``--repetitions`` of an option; of an argument the name that the usage line has."""
+    """Return the long name of an option, or the name of an argument in the usage line."""
     names = [name for name in parameter.opts if name.startswith("-")]
     return max(names, key=len) if names else str(parameter.human_readable_name).strip("[]{}")
 
 
-def _wrong_value(name: str, kind: Any, said: str) -> str | None:
-    """What is wrong with a value; ``said`` is the parser's sentence, which begins with it."""
-    value, not_valid, _ = said.rpartition(" is not a valid ")
+def _wrong_value(name: str, kind: Any, text: str) -> str | None:
+    """Rewrite the parser's sentence about a value, or return None; it begins with the value."""
+    value, not_valid, _ = text.rpartition(" is not a valid ")
     if not_valid:
         words = _KINDS.get(str(kind.name).partition(" ")[0])
         return f"{name} '{_shortened(value[1:-1])}' is not {words}" if words else None
-    value, beyond, _ = said.partition(" is not in the range ")
+    value, beyond, _ = text.partition(" is not in the range ")
     if beyond and kind.min is not None and float(value) < kind.min:
-        return f"{name} {_shortened(value)} is too small: the least is {kind.min:g}"
+        return f"{name} {_shortened(value)} is too small: the minimum is {kind.min:g}"
     if beyond:
-        return f"{name} {_shortened(value)} is too large: the most is {kind.max:g}"
-    if _CHOICES in said:
-        return f"{name} {said.removesuffix('.')}"
+        return f"{name} {_shortened(value)} is too large: the maximum is {kind.max:g}"
+    if _CHOICES in text:
+        return f"{name} {text.removesuffix('.')}"
     return None
 
 
@@ -73,9 +73,9 @@ def _shortened(value: str) -> str:
     return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
 
 
-def _example(name: str, said: str) -> str:
-    """The option with a value that it takes."""
+def _example(name: str, text: str) -> str:
+    """Return the option with a valid value."""
     if name in EXAMPLES:
         return f"{name} {EXAMPLES[name]}"
-    choices = said.partition(_CHOICES)[2].rstrip(".")
+    choices = text.partition(_CHOICES)[2].rstrip(".")
     return f"{name} {choices.partition(',')[0].strip(chr(39))}" if choices else "--help"

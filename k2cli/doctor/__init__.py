@@ -1,1 +1,1 @@
-"""The examination of a cluster: checks over recorded facts."""
+"""Examination of a cluster: checks of facts that were read from the machines or a recording."""

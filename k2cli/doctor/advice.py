@@ -1,4 +1,4 @@
-"""Advice on the transport and settings of a run, from what the doctor found."""
+"""Recommendation of a run's transport and settings, from the doctor's findings."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def recommended_transport(situation: Situation, links: Sequence[Link]) -> Recomm
     """Choose the transport for ranks on these nodes.
 
     Args:
-        situation: what was found; measured links are compared if they are there.
-        links: all links between the nodes, as ``cluster.links.detect_links`` gives them.
+        situation: the findings; measured links are compared if there are any.
+        links: all links between the nodes, from ``cluster.links.detect_links``.
     """
     names = [node.node for node in situation.nodes]
     if len(names) < 2:
-        return Recommendation("local", "one node needs no back end")
+        return Recommendation("local", "one node needs no other transport")
     obstacle = rdma_obstacle(situation, links)
     if obstacle is None:
         return Recommendation("jaccl", "every pair of nodes is joined by Thunderbolt with RDMA")
@@ -53,11 +53,11 @@ def recommended_transport(situation: Situation, links: Sequence[Link]) -> Recomm
 
 
 def rdma_obstacle(situation: Situation, links: Sequence[Link]) -> str | None:
-    """Why JACCL cannot be used between all of them; None if it can."""
+    """Return the reason that JACCL cannot connect all nodes; None if it can."""
     macs = situation.macs
     for node in situation.nodes:
         if node.node not in macs:
-            return f"{node.node} is no Mac"
+            return f"{node.node} is not a Mac"
     for name, software in situation.software.items():
         if "jaccl" not in software.transports:
             return f"mlx on {name} has no JACCL"
@@ -71,7 +71,7 @@ def rdma_obstacle(situation: Situation, links: Sequence[Link]) -> str | None:
 
 
 def mpi_obstacle(situation: Situation) -> str | None:
-    """Why MPI cannot be used between all of them; None if it can."""
+    """Return the reason that MPI cannot connect all nodes; None if it can."""
     majors = set()
     for node in situation.nodes:
         software = node.software
@@ -129,7 +129,7 @@ def recommended_settings(
 
 
 def _interface_settings(situation: Situation, links: Sequence[Link]) -> list[Setting]:
-    """MPI would try every interface that it sees, and docker's bridges do not lead anywhere."""
+    """Limit MPI to the fastest links: it would also try docker's bridges, which lead nowhere."""
     names = [node.node for node in situation.nodes]
     found: dict[frozenset[str], Link] = {}
     for link in links:

@@ -10,11 +10,11 @@ from k2cli.doctor.results import CheckResult, Situation, on_node
 from k2cli.units import GIB, MIB, format_bytes
 
 CLOCK_SKEW_SECONDS = 2.0
-"""More than this makes merged logs hard to read. Nothing in a run depends on equal clocks."""
+"""A larger difference makes merged logs hard to read. Runs do not depend on equal clocks."""
 
 MACOS_RESERVE_BYTES = 8 * GIB
-"""Left to macOS when a higher GPU limit is suggested; less has made machines unresponsive
-(ml-explore/mlx#3186 has a kernel panic at high limits)."""
+"""Memory left to macOS when a higher GPU limit is suggested; machines with less have become
+unresponsive (ml-explore/mlx#3186 reports a kernel panic at high limits)."""
 
 SLOW_DISK_BYTES_PER_SECOND = 1_000_000_000
 """Internal SSDs of Apple silicon Macs read several GB/s; 300 GB at 1 GB/s take five minutes."""
@@ -28,7 +28,7 @@ NETWORK_FILESYSTEMS = frozenset(
 
 
 def clock(situation: Situation) -> Iterable[CheckResult]:
-    """Clocks agree, as far as a question over the network can tell."""
+    """Check that clocks agree, within the error of a measurement over the network."""
     for node in situation.nodes:
         offset, error = node.condition.clock_offset_seconds, node.condition.clock_error_seconds
         if node.failure is not None or offset is None or error is None:
@@ -45,7 +45,7 @@ def clock(situation: Situation) -> Iterable[CheckResult]:
 
 
 def leftovers(situation: Situation) -> Iterable[CheckResult]:
-    """No process of an ended run holds memory, found by the runs' own marks."""
+    """Check that no process of an ended run holds memory."""
     for node, software in situation.software.items():
         runs = sorted({use.run_id for use in software.processes if use.run_id is not None})
         for run in runs:
@@ -58,7 +58,7 @@ def leftovers(situation: Situation) -> Iterable[CheckResult]:
                 yield CheckResult("fail", "leftovers", node, detail, clean)
             else:
                 detail = f"{run}, which was not launched from here, holds {held}"
-                hint = f"k2 cluster clean --nodes {node}, if it is nobody's"
+                hint = f"k2 cluster clean --nodes {node}, if no one needs it"
                 yield CheckResult("warn", "runs", node, detail, hint)
         if not runs:
             yield CheckResult("pass", "leftovers", node, "no process of a run")
@@ -71,7 +71,7 @@ def _held(software: Software, run: str) -> str:
 
 
 def memory(situation: Situation) -> Iterable[CheckResult]:
-    """What is free is enough for the plan; otherwise, who holds it."""
+    """Check that the free memory is enough for the plan; otherwise name the biggest processes."""
     for node in situation.nodes:
         available = available_bytes(node)
         if node.machine is None or available is None:
@@ -93,12 +93,12 @@ def memory(situation: Situation) -> Iterable[CheckResult]:
 
 
 def available_bytes(node: Examination) -> int | None:
-    """Memory that a program could get at once."""
+    """Return the memory that a program could get at once."""
     found = [node.condition.available_bytes]
     if node.software is not None:
         found.append(node.software.available_bytes)
     known = [each for each in found if each is not None]
-    # In a container the system's figure is that of the whole machine.
+    # In a container the system reports the whole machine's memory.
     limit = node.machine.memory_bytes if node.machine is not None else None
     return min([*known, *([limit] if limit is not None else [])]) if known else None
 
@@ -114,7 +114,7 @@ def _called(use: ProcessUse) -> str:
 
 
 def gpu_limit(situation: Situation) -> Iterable[CheckResult]:
-    """What MLX may use is enough for the plan, and how to raise it."""
+    """Check that the memory that MLX may use is enough for the plan, or tell how to raise it."""
     for node, machine in situation.machines.items():
         need = situation.needs.get(node)
         limit = format_bytes(machine.limit_bytes)
@@ -139,7 +139,7 @@ def _raise_limit(node: str, machine: MachineFacts, total: int) -> str:
 
 
 def disk(situation: Situation) -> Iterable[CheckResult]:
-    """The models' volume has room and is not on the network."""
+    """Check that the models' volume has free space and is not on the network."""
     for node, software in situation.software.items():
         volume = software.volume
         if volume is None:
@@ -162,7 +162,7 @@ def disk(situation: Situation) -> Iterable[CheckResult]:
 
 
 def _state_disk(node: str, software: Software) -> Iterable[CheckResult]:
-    """Runs are recorded beside the models or elsewhere; a full volume there stops a launch."""
+    """Check the volume of runs and logs, which may be another one: a launch fails if it is full."""
     volume = software.state_volume
     if volume is None or volume.free_bytes >= FULL_DISK_BYTES:
         return
@@ -171,17 +171,17 @@ def _state_disk(node: str, software: Software) -> Iterable[CheckResult]:
 
 
 def load(situation: Situation) -> Iterable[CheckResult]:
-    """A machine that is busy with something else makes every measurement too bad."""
+    """Warn of a machine that is busy with other programs: its measurements would be too slow."""
     for node, software in situation.software.items():
         average, cores = software.load_average, software.cores
         if average is None or cores is None or average <= cores:
             continue
-        detail = f"{average:.1f} programs at work on {cores} cores: it will be slow"
+        detail = f"{average:.1f} running programs on {cores} cores: it will be slow"
         yield CheckResult("warn", "load", node, detail, on_node(node, "top"))
 
 
 def disk_speed(situation: Situation) -> Iterable[CheckResult]:
-    """How fast the checkpoint's own files are read, and so how long loading takes."""
+    """Check the speed of reading the checkpoint's own files, which limits loading."""
     for node, found in (situation.disks or {}).items():
         rate = found.bytes_per_second
         if found.error is not None or rate is None:
@@ -201,7 +201,7 @@ def disk_speed(situation: Situation) -> Iterable[CheckResult]:
 
 
 def sleep(situation: Situation) -> Iterable[CheckResult]:
-    """A machine that serves must not fall asleep, or be on battery."""
+    """Check that a machine neither goes to sleep nor runs on battery."""
     for node in situation.nodes:
         minutes = node.condition.sleep_minutes
         if minutes is not None and minutes > 0:

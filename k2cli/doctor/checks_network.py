@@ -1,4 +1,4 @@
-"""Checks between machines: who reaches whom, how fast, RDMA and what stands in its way."""
+"""Checks between machines: reachable addresses, firewalls, speed of links, and RDMA."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import re
 from collections.abc import Iterable, Iterator
 
 from k2cli.cluster.facts.machine import MachineFacts, ThunderboltPort, thunderbolt_links
+from k2cli.cluster.facts.probes import FIREWALL_PROGRAM
 from k2cli.cluster.measure import LinkMeasurement, Reach
 from k2cli.doctor.checks_software import version_key
 from k2cli.doctor.results import CheckResult, Situation, Status, on_node
 from k2cli.planning.hardware.chips import chip_of_device
 
 RDMA_MACOS = (26, 2)
-"""RDMA over Thunderbolt came with macOS 26.2 (MLX's documentation of distributed communication)."""
+"""First macOS with RDMA over Thunderbolt (MLX's documentation of distributed communication)."""
 
 THUNDERBOLT_5_GBPS = 80
-"""Speed of a Thunderbolt 5 link. macOS lists RDMA devices for Thunderbolt 4 ports too, over which
-nothing works (exo-explore/exo#1813)."""
+"""Speed of a Thunderbolt 5 link. macOS also lists RDMA devices for Thunderbolt 4 ports, which do
+not work (exo-explore/exo#1813)."""
 
 NO_RDMA_PORTS = {"Mac15,14": "en2"}
-"""Model -> interface of the port beside Ethernet, which has no RDMA (exo-explore/exo#1551)."""
+"""Interface of the port without RDMA, beside Ethernet, by model (exo-explore/exo#1551)."""
 
 SLOW_ALL_REDUCE_SECONDS = 0.002
 """A tensor-parallel token needs about two all-reduces per layer: 2 ms each are 0.25 s for K2."""
@@ -34,7 +35,7 @@ _PRIVACY = (
 
 
 def reach(situation: Situation) -> Iterable[CheckResult]:
-    """Each address of each node is reachable from each other one that is on its network."""
+    """Check that every node reaches the addresses of the others that are on its networks."""
     pairs = sorted({(each.source, each.target) for each in situation.reaches or ()})
     for source, target in pairs:
         tried = [r for r in situation.reaches or () if (r.source, r.target) == (source, target)]
@@ -61,8 +62,8 @@ def _pair(
     yield CheckResult("pass", "reach", name, listed)
     for each in failed:
         detail = f"{each.address} ({each.target_interface}) does not answer: {each.error}"
-        mend = _reach_hint(situation, source, target, each.error)
-        yield CheckResult("warn", "reach", name, detail, mend)
+        hint = _reach_hint(situation, source, target, each.error)
+        yield CheckResult("warn", "reach", name, detail, hint)
 
 
 def _reach_hint(situation: Situation, source: str, target: str, error: str | None) -> str:
@@ -70,27 +71,26 @@ def _reach_hint(situation: Situation, source: str, target: str, error: str | Non
     if source in macs and error is not None and "No route to host" in error:
         return _PRIVACY
     if target in macs:
-        return on_node(target, f"{_FIREWALL} --listapps") + ", and allow python"
-    return on_node(target, "sudo nft list ruleset") + ", and look at the cable"
-
-
-_FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
+        return on_node(target, f"{FIREWALL_PROGRAM} --listapps") + ", and allow python"
+    return on_node(target, "sudo nft list ruleset") + ", and check the cable"
 
 
 def firewall(situation: Situation) -> Iterable[CheckResult]:
-    """A firewall that refuses incoming connections stops ranks from meeting."""
+    """Check that no firewall refuses incoming connections, which ranks need."""
     for node in situation.nodes:
         state = node.condition.firewall
         if state == "off":
             yield CheckResult("pass", "firewall", node.node, "off")
         elif state == "block-all":
-            command = on_node(node.node, f"sudo {_FIREWALL} --setblockall off")
+            command = on_node(node.node, f"sudo {FIREWALL_PROGRAM} --setblockall off")
             detail = "blocks all incoming connections"
             yield CheckResult("fail", "firewall", node.node, detail, command)
         elif state == "on":
             python = node.software.python if node.software else "the node's python"
-            command = on_node(node.node, f"sudo {_FIREWALL} --add {python} --unblockapp {python}")
-            detail = "on: it may refuse the ranks' connections, as it does unsigned programs'"
+            command = on_node(
+                node.node, f"sudo {FIREWALL_PROGRAM} --add {python} --unblockapp {python}"
+            )
+            detail = "on: it refuses unsigned programs, so it may refuse the ranks' connections"
             yield CheckResult("warn", "firewall", node.node, detail, command)
 
 
@@ -98,12 +98,12 @@ def firewall(situation: Situation) -> Iterable[CheckResult]:
 
 
 def links(situation: Situation) -> Iterable[CheckResult]:
-    """Check what was measured of the links."""
+    """Check the measurements of links."""
     for each in situation.links or ():
         name = f"{each.first} - {each.second}"
         if each.error is not None:
             detail = f"{each.backend} over {each.kind}: {each.error}"
-            yield CheckResult("fail", "link", name, detail, "mend what 'reach' shows first")
+            yield CheckResult("fail", "link", name, detail, "first fix the failures of 'reach'")
             continue
         slow = (each.all_reduce_seconds or 0) > SLOW_ALL_REDUCE_SECONDS or each.kind == "wifi"
         hint = _slow_hint(each) if slow else None
@@ -111,7 +111,7 @@ def links(situation: Situation) -> Iterable[CheckResult]:
 
 
 def link_figures(link: LinkMeasurement) -> str:
-    """``ring over ethernet: all-reduce 210 us, one way 95 us, 1.17 GB/s``."""
+    """Format figures as ``ring over ethernet: all-reduce 210 us, one way 95 us, 1.17 GB/s``."""
     parts = []
     if link.all_reduce_seconds is not None:
         parts.append(f"all-reduce {_micro(link.all_reduce_seconds)}")
@@ -137,7 +137,7 @@ def _slow_hint(link: LinkMeasurement) -> str:
 
 
 def rdma(situation: Situation) -> Iterable[CheckResult]:
-    """RDMA over Thunderbolt, where Macs are joined by it: system, switch, port and bridge."""
+    """Check RDMA over Thunderbolt between connected Macs: system, setting, ports and bridges."""
     wanted = situation.transport == "jaccl"
     bad: Status = "fail" if wanted else "warn"
     macs = situation.macs
@@ -182,7 +182,7 @@ def _rdma_of(
 
 
 def port_problems(mac: MachineFacts, port: ThunderboltPort) -> list[tuple[str, str]]:
-    """What is wrong with a port that is to carry RDMA, each with what mends it."""
+    """List the problems of a port that is used for RDMA, each with the hint that fixes it."""
     found: list[tuple[str, str]] = []
     where = f"receptacle {port.receptacle} ({port.interface})"
     if NO_RDMA_PORTS.get(mac.model or "") == port.interface:
@@ -199,7 +199,7 @@ def port_problems(mac: MachineFacts, port: ThunderboltPort) -> list[tuple[str, s
         found.append((f"there is no {device} for {where}", "restart {node}, then ibv_devices"))
     elif mac.rdma_states.get(device, "PORT_ACTIVE") != "PORT_ACTIVE":
         state = mac.rdma_states[device]
-        found.append((f"{device} is {state}", "look at the cable; ssh {node} ibv_devinfo"))
+        found.append((f"{device} is {state}", "check the cable; ssh {node} ibv_devinfo"))
     bridge = next((name for name, each in mac.bridges.items() if port.interface in each), None)
     if bridge is not None:
         hint = f"ssh -t {{node}} sudo ifconfig {bridge} deletem {port.interface}"
@@ -208,6 +208,6 @@ def port_problems(mac: MachineFacts, port: ThunderboltPort) -> list[tuple[str, s
 
 
 def link_gbps(speed: str) -> int | None:
-    """``80 Gb/s`` is 80; ``Up to 120 Gb/s`` is what a port could, and no link: None."""
+    """Parse ``80 Gb/s`` as 80; None for ``Up to 120 Gb/s``, the limit of a port without a link."""
     match = re.fullmatch(r"(\d+) Gb/s", speed.strip())
     return int(match.group(1)) if match else None

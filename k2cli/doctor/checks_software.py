@@ -1,4 +1,4 @@
-"""Checks of access and of what is installed: ssh, host keys, k2, mlx, Python, systems, MPI."""
+"""Checks of access and software: ssh, host keys, k2, mlx, Python, systems and MPI."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PREPARE = "k2 cluster prepare --nodes {node}"
 
 
 def access(situation: Situation) -> Iterable[CheckResult]:
-    """ssh without a password, to a host whose key is known."""
+    """Check that ssh needs no password and knows the host's key."""
     for node in situation.nodes:
         if node.failure is None:
-            yield CheckResult("pass", "ssh", node.node, "answers without asking anything")
+            yield CheckResult("pass", "ssh", node.node, "answers without asking for a password")
             continue
         name = "host key" if "host key" in node.failure else "ssh"
         hint = node.failure_hint or f"ssh {node.node} true"
@@ -22,7 +22,7 @@ def access(situation: Situation) -> Iterable[CheckResult]:
 
 
 def installed(situation: Situation) -> Iterable[CheckResult]:
-    """k2 answers on each node, and its mlx loads."""
+    """Check that k2 answers on each node and its mlx loads."""
     for node in situation.nodes:
         if node.failure is not None:
             continue
@@ -38,7 +38,7 @@ def installed(situation: Situation) -> Iterable[CheckResult]:
 
 
 def versions(situation: Situation) -> Iterable[CheckResult]:
-    """Same k2, mlx and mlx-lm everywhere: ranks run one program. A Python may differ."""
+    """Check that all nodes have the same k2, mlx and mlx-lm; warn if their Pythons differ."""
     yield from _same(situation, "k2 version", lambda each: each.k2_version, fatal=True)
     yield from _same(situation, "mlx version", lambda each: each.mlx_version, fatal=True)
     yield from _same(situation, "mlx-lm version", lambda each: each.mlx_lm_version, fatal=True)
@@ -68,10 +68,10 @@ def _same(
 
 
 def systems(situation: Situation) -> Iterable[CheckResult]:
-    """One kind of system, and one release of macOS: RDMA links between releases have failed."""
+    """Check for one kind of system and one macOS release: RDMA has failed between releases."""
     kinds = {node: each.os_name for node, each in situation.machines.items()}
     if len(set(kinds.values())) > 1:
-        detail = f"different systems: {spread(kinds)}; such a mixture is not tried"
+        detail = f"different systems: {spread(kinds)}; this combination is not tested"
         yield CheckResult("warn", "system", None, detail)
     releases = {node: each.os_version for node, each in situation.macs.items()}
     if len(set(releases.values())) > 1:
@@ -87,12 +87,12 @@ def systems(situation: Situation) -> Iterable[CheckResult]:
 
 
 def version_key(text: str) -> tuple[int, ...]:
-    """``26.10`` is newer than ``26.2``."""
+    """Return a key that sorts versions by number: ``26.10`` is newer than ``26.2``."""
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
 def mpi(situation: Situation) -> Iterable[CheckResult]:
-    """Open MPI of the same major version, with its library, where the run would use it."""
+    """Check that all nodes have Open MPI of one major version, with its library."""
     wanted = situation.transport == "mpi"
     bad: Status = "fail" if wanted else "warn"
     if not wanted and all(each.mpirun is None for each in situation.software.values()):

@@ -1,9 +1,8 @@
-"""Examines a cluster: probes all nodes at once, measures between them, and runs the checks."""
+"""Examination of a cluster: probes of all nodes at once, measurements, and the checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,23 +19,20 @@ from k2cli.doctor.advice import (
     recommended_transport,
 )
 from k2cli.doctor.registry import run_checks
-from k2cli.doctor.results import (
-    CheckResult,
-    Need,
-    Situation,
-)
+from k2cli.doctor.results import CheckResult, Need, Situation
 from k2cli.errors import UsageError
 from k2cli.nodes.node import LOCALHOST, Node
+from k2cli.nodes.parallel import map_in_parallel
 from k2cli.planning.plan import Plan, plan_from_json
 
 SCHEMA_VERSION = 1
-_NODES_AT_ONCE = 16
+
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What to examine. ``transport`` is the one that a run would use, or ``auto``.
+class ExaminationOptions:
+    """Extent of an examination. ``transport`` is the one that a run would use, or ``auto``.
 
     ``model_folder`` is a checkpoint or a folder of models on the nodes; None is k2's own.
     """
@@ -49,7 +45,7 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that was found. ``probes`` is what a recording keeps."""
+    """All findings of an examination, and the ``probes`` for a recording."""
 
     situation: Situation
     results: tuple[CheckResult, ...]
@@ -61,26 +57,28 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Whether any check failed."""
+        """True if any check failed."""
         return any(result.status == "fail" for result in self.results)
 
 
-def examine_nodes(nodes: Sequence[Node], wishes: Wishes, tell: Tell = lambda _: None) -> Report:
-    """Examine nodes; one that cannot be reached is a result, not an error.
+def examine_nodes(
+    nodes: Sequence[Node], options: ExaminationOptions, tell: Tell = lambda _: None
+) -> Report:
+    """Examine nodes; a node that cannot be reached is a result, not an error.
 
     Args:
-        nodes: each once.
-        wishes: how thoroughly, and for what.
-        tell: is given a line about each step that takes a while.
+        nodes: the nodes, without repetition.
+        options: the extent of the examination.
+        tell: called with a line at each step that takes some time.
     """
     tell(f"asking {len(nodes)} node(s)")
-    probes = collect_all(nodes, quick=wishes.quick, model_folder=wishes.model_folder)
-    situation = situation_of(probes, _needs(nodes, wishes.plan), wishes.transport)
+    probes = collect_all(nodes, quick=options.quick, model_folder=options.model_folder)
+    situation = situation_of(probes, _needs(nodes, options.plan), options.transport)
     situation = _with_own_state(situation)
     links = detect_links(situation.machines)
-    if not wishes.quick:
-        situation = _measured(situation, nodes, links, wishes, tell)
-    return report_on(situation, links, probes, quick=wishes.quick)
+    if not options.quick:
+        situation = _measured(situation, nodes, links, options, tell)
+    return report_on(situation, links, probes, quick=options.quick)
 
 
 def report_on(
@@ -90,7 +88,7 @@ def report_on(
     *,
     quick: bool,
 ) -> Report:
-    """The checks' results and the advice, from a situation alone."""
+    """Run the checks over a situation and add the recommendations."""
     results = tuple(run_checks(situation, quick=quick))
     readable = len(situation.machines) == len(situation.nodes)
     chosen = recommended_transport(situation, links) if readable else None
@@ -105,21 +103,20 @@ def collect_all(
     nodes: Sequence[Node], *, quick: bool = False, model_folder: str | None = None
 ) -> list[RawProbes]:
     """Probe all nodes at once."""
-    with ThreadPoolExecutor(min(_NODES_AT_ONCE, max(1, len(nodes)))) as pool:
-        return list(
-            pool.map(lambda node: collect(node, quick=quick, model_folder=model_folder), nodes)
-        )
+    return map_in_parallel(
+        lambda node: collect(node, quick=quick, model_folder=model_folder), nodes
+    )
 
 
 def situation_of(
     probes: Sequence[RawProbes], needs: Mapping[str, Need], transport: WantedTransport = "auto"
 ) -> Situation:
-    """What probes tell, without anything measured."""
+    """Make a situation from probes, without measurements."""
     return Situation(tuple(examine(raw) for raw in probes), needs=needs, transport=transport)
 
 
 def _with_own_state(situation: Situation) -> Situation:
-    """With what only the launching machine knows: its own software and records."""
+    """Add what only the launching machine knows: its own software and its records of runs."""
     from k2cli.agent.software import software as own_software
     from k2cli.runs.record import list_runs
 
@@ -131,10 +128,10 @@ def _with_own_state(situation: Situation) -> Situation:
 
 
 def read_plan(path: Path) -> Plan:
-    """A plan that ``plan-memory --save`` wrote.
+    """Read a plan that ``plan-memory --save`` wrote.
 
     Raises:
-        UsageError: if it cannot be read, or is none.
+        UsageError: if it cannot be read, or is not a plan.
     """
     try:
         return plan_from_json(path.read_bytes(), str(path))
@@ -149,10 +146,10 @@ def _needs(nodes: Sequence[Node], plan: Plan | None) -> dict[str, Need]:
 
 
 def needs_of(plan: Plan, names: Sequence[str]) -> dict[str, Need]:
-    """What a plan wants of each node.
+    """Compute the memory that a plan needs on each node.
 
     Args:
-        plan: its ranks are on nodes by name, or one rank on each of the nodes in order.
+        plan: its ranks are assigned to nodes by name, or else in the order of the nodes.
         names: names of the nodes.
     """
     by_name = all(budget.name in names for budget in plan.nodes)
@@ -170,11 +167,15 @@ def needs_of(plan: Plan, names: Sequence[str]) -> dict[str, Need]:
 
 
 def _measured(
-    situation: Situation, nodes: Sequence[Node], links: tuple[Link, ...], wishes: Wishes, tell: Tell
+    situation: Situation,
+    nodes: Sequence[Node],
+    links: tuple[Link, ...],
+    options: ExaminationOptions,
+    tell: Tell,
 ) -> Situation:
-    """The situation with what can be measured on the nodes on which k2 answers."""
+    """Add measurements of the nodes on which k2 answers."""
     able = [node for node in nodes if node.name in situation.software]
-    folders = _model_folders(situation, wishes.model_folder)
+    folders = _model_folders(situation, options.model_folder)
     tell("reading from the models' volumes")
     situation = replace(situation, disks=measure_disks(able, folders))
     if len(able) < 2:
@@ -198,7 +199,7 @@ def _model_folders(situation: Situation, given: str | None) -> dict[str, str]:
 
 
 def _links_to_measure(situation: Situation, links: Sequence[Link]) -> list[Link]:
-    """The fastest link of each pair whose addresses answered both ways."""
+    """Choose for each pair the fastest link whose addresses answered in both directions."""
     answered = {
         (reach.source, reach.target, reach.address)
         for reach in situation.reaches or ()
@@ -214,7 +215,7 @@ def _links_to_measure(situation: Situation, links: Sequence[Link]) -> list[Link]
 
 
 def _transport_to_measure(situation: Situation, links: Sequence[Link]) -> LinkTransport:
-    """JACCL where it would be used; else the ring, which is TCP as MPI between machines is."""
+    """Return JACCL if a run would use it; else the ring, which uses TCP as MPI does."""
     wanted = situation.transport
     if wanted == "auto":
         wanted = recommended_transport(situation, links).backend

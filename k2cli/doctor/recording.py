@@ -1,6 +1,6 @@
 """Recordings of an examination: a folder with every probe's output, redacted, and a manifest.
 
-A Mac owner can send one; ``k2 doctor --replay`` and the tests run the same checks from it.
+The owner of the machines can send it; ``k2 doctor --replay`` and the tests run the checks over it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 
 
 class RecordedProbe(msgspec.Struct, frozen=True):
-    """One probe; ``file`` has its output, relative to the folder."""
+    """One probe; ``file`` is the path of its output, relative to the recording's folder."""
 
     file: str
     status: int
@@ -49,7 +49,7 @@ class RecordedNode(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The recording's table of contents, and what was measured."""
+    """Table of contents of a recording, and the measurements."""
 
     nodes: tuple[RecordedNode, ...]
     schema_version: int = SCHEMA_VERSION
@@ -72,7 +72,7 @@ def record(report: Report, folder: Path, redactor: Redactor | None = None) -> Pa
         The manifest's path.
 
     Raises:
-        UsageError: if there is something in the folder already.
+        UsageError: if the folder is not empty.
         K2Error: if it cannot be written.
     """
     redactor = redactor or Redactor()
@@ -91,7 +91,7 @@ def record(report: Report, folder: Path, redactor: Redactor | None = None) -> Pa
 
 
 def _learn_names(report: Report, redactor: Redactor) -> None:
-    """Names are replaced wherever they stand, so all of them are known before anything is."""
+    """Collect all names before the first output is redacted: each may occur in any output."""
     for raw in report.probes:
         redactor.know_name("node", raw.node)
         for name in names_in([(raw.text("hostname") or "")]):
@@ -140,10 +140,10 @@ def _manifest(report: Report, nodes: tuple[RecordedNode, ...], redactor: Redacto
 
 
 def replay(folder: Path) -> Report:
-    """The report that the recorded machines give, by the checks of this k2.
+    """Run the checks of this k2 over a recording.
 
     Raises:
-        UsageError: if the folder has no recording, or not one that this k2 can read.
+        UsageError: if the folder has no recording that this k2 can read.
     """
     manifest = _read_manifest(folder)
     probes = [_read_node(node, folder) for node in manifest.nodes]
@@ -196,7 +196,7 @@ def _read_node(node: RecordedNode, folder: Path) -> RawProbes:
 def _read(folder: Path, file: str) -> str:
     path = (folder / file).resolve()
     if folder.resolve() not in path.parents:
-        raise UsageError(f"the recording in '{folder}' names a file outside of it: {file}")
+        raise UsageError(f"the recording in '{folder}' names a file outside the folder: {file}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

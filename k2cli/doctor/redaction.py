@@ -1,9 +1,8 @@
-"""Takes out of probe output what identifies its owner, and keeps what a check needs.
+"""Redaction of probe output: identifying text becomes pseudonyms, facts for checks stay.
 
-Everything is replaced by a pseudonym, the same one for the same thing in every probe of every node,
-so that the topology survives: addresses of one network stay in one network, the domain UUIDs at the
-two ends of a cable still match. Structured output keeps only the fields that are listed here;
-what is not known to be harmless goes.
+A value has the same pseudonym in every probe of every node, so the topology is preserved: addresses
+of one network stay in one network, and the domain UUIDs at the two ends of a cable still match. Of
+structured output only the fields listed here are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _HOME = re.compile(r"/(?:Users|home)/[^\s\"',:;]+")
 _VOLUME = re.compile(r"/Volumes/[^\"\n]+")
 _AT = re.compile(r"\b[\w.+-]+@[\w.-]+")
 _DOMAIN = re.compile(r"\b([\w-]+)\.(local|lan|home|internal|localdomain|ts\.net)\b")
-# Parts of paths that say nothing about their owner; others get pseudonyms.
+# Parts of paths that do not identify anyone; all others get pseudonyms.
 _PLAIN_PART = re.compile(
     r"|Users|home|root|Volumes|System|Library|Frameworks|Versions|Data|Shared|usr|opt|var|tmp|mnt|"
     r"srv|data|bin|sbin|lib|lib64|local|share|homebrew|Cellar|Caskroom|miniforge3?|\.local|\.k2|"
@@ -58,7 +57,7 @@ _DAEMONS = frozenset(
         "runningboardd",
     }
 )
-# Fields of system_profiler and of ip that are kept; everything else in them is dropped.
+# Fields of system_profiler and of ip that are kept; all others are dropped.
 _PROFILE_FIELDS = """SPHardwareDataType SPThunderboltDataType SPDisplaysDataType _items _name
     chip_type machine_model machine_name number_processors physical_memory device_name_key
     domain_uuid_key mode_key receptacle_id_key receptacle_status_key current_speed_key
@@ -67,12 +66,12 @@ _PROFILE_FIELDS = """SPHardwareDataType SPThunderboltDataType SPDisplaysDataType
 _IP_FIELDS = """ifindex ifname flags mtu operstate link_type address addr_info family local
     prefixlen scope linkinfo info_kind master"""
 _RECEPTACLE = re.compile(r"receptacle_\w+_tag")
-# Probes that name no machine and no person; words in them are not names ("Apple M3 Ultra").
+# Probes without names of machines or persons; words in them are not names ("Apple M3 Ultra").
 _NAMELESS = frozenset({"system_profiler", "sysctl", "sw_vers", "vm_stat", "meminfo", "cpuinfo"})
 
 
 class Redactor:
-    """Pseudonyms for one recording. ``key`` makes host parts of addresses unguessable."""
+    """Pseudonyms of one recording. The secret ``key`` protects the host parts of addresses."""
 
     def __init__(self, key: bytes | None = None) -> None:
         self._key = key if key is not None else secrets.token_bytes(16)
@@ -82,7 +81,7 @@ class Redactor:
     # --- pseudonyms -----------------------------------------------------------------------------
 
     def know_name(self, kind: str, name: str) -> str:
-        """Replace a name wherever it stands as a word; ``node``, ``host`` or ``user``."""
+        """Register a name of a ``node``, ``host`` or ``user`` to replace; returns its pseudonym."""
         name = name.strip()
         if not name or name == "localhost":
             return name
@@ -101,7 +100,7 @@ class Redactor:
     # --- text -----------------------------------------------------------------------------------
 
     def text(self, text: str, *, names: bool = True) -> str:
-        """Any text: addresses, identifiers, paths of homes, and all known names if wanted."""
+        """Redact addresses, identifiers and paths in any text, and names if ``names`` is True."""
         for pattern in (_HOME, _VOLUME):
             text = pattern.sub(lambda match: self.path(match.group(0)), text)
         text = _AT.sub("user@host", text)
@@ -127,7 +126,7 @@ class Redactor:
         )
 
     def path(self, path: str) -> str:
-        """A path whose parts are either everybody's or pseudonyms."""
+        """Replace all parts of a path that are not common to all machines by pseudonyms."""
         parts = path.split("/")
         for index, part in enumerate(parts):
             before = parts[index - 1] if index else ""
@@ -163,11 +162,11 @@ class Redactor:
         return f"{'0x' if value.startswith('0x') else ''}{number:016x}"
 
     def _ipv4(self, match: re.Match[str]) -> str:
-        """10.N for each /16, and within it the same common prefixes as before."""
+        """Map each /16 to 10.N, and keep the lengths of common prefixes within it."""
         try:
             address = ipaddress.IPv4Address(match.group(0))
         except ValueError:
-            return match.group(0)  # a version number with four parts
+            return match.group(0)  # a version number of four parts
         if address.is_loopback or address.is_unspecified or int(address) >> 24 in (0, 255):
             return match.group(0)
         high, low = int(address) >> 16, self._mixed(int(address))
@@ -177,7 +176,7 @@ class Redactor:
         return str(ipaddress.IPv4Address((10 << 24 | (group & 255) << 16) | low))
 
     def _mixed(self, address: int) -> int:
-        """The low 16 bits, each flipped or not depending on the bits above it and the key."""
+        """Flip each of the low 16 bits or not, depending on the bits above it and the key."""
         low = 0
         for bit in range(15, -1, -1):
             above = (address >> (bit + 1)).to_bytes(4, "big") + bytes([bit])
@@ -201,7 +200,7 @@ class Redactor:
     # --- probes ---------------------------------------------------------------------------------
 
     def probe(self, name: str, stdout: str) -> str:
-        """The output of one probe, by what is known of its form."""
+        """Redact the output of one probe according to its format."""
         if not stdout.strip():
             return stdout
         special: dict[str, Callable[[str], str]] = {
@@ -220,7 +219,7 @@ class Redactor:
         try:
             return json.dumps(change(json.loads(text)), indent=1) + "\n"
         except ValueError:
-            return "not JSON\n"  # what it is instead, nobody can vouch for
+            return "not JSON\n"  # unknown text cannot be redacted safely
 
     def _profile(self, value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
@@ -246,7 +245,7 @@ class Redactor:
         return self.interface(value) if key in ("ifname", "master") else value
 
     def interface(self, name: str) -> str:
-        """Names that systems give are kept; one that a person gave may tell who that is."""
+        """Keep names given by systems; replace others, which may identify a person."""
         if _PLAIN_INTERFACE.fullmatch(name) or re.fullmatch(r"interface-\d+", name):
             return name
         return self._pseudonym("interface", name, "interface-{}")
@@ -267,7 +266,7 @@ class Redactor:
         return value
 
     def run_id(self, run_id: str) -> str:
-        """A run's id begins with the name of its model."""
+        """Replace a run's id, which begins with the name of its model."""
         if re.fullmatch(r"run-\d{4}", run_id):
             return run_id
         return f"run-{self._number('run', run_id):04d}"
@@ -289,7 +288,7 @@ class Redactor:
         return re.sub(r"\(sleep prevented by (.*?)\)", prevented, text)
 
     def document(self, value: Any) -> Any:
-        """A JSON value: its texts redacted, interface names and run ids by their fields."""
+        """Redact the texts of a JSON value; fields for interfaces and paths have own rules."""
         if isinstance(value, Mapping):
             return {self._key_text(k): self._field(k, each) for k, each in value.items()}
         if isinstance(value, list | tuple):
@@ -308,7 +307,7 @@ class Redactor:
 
 
 def names_in(hostnames: Iterable[str]) -> list[str]:
-    """Every form in which machines name themselves: with and without the domain."""
+    """List each host name with and without its domain."""
     found: dict[str, None] = {}
     for name in hostnames:
         stripped = name.strip()

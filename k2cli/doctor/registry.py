@@ -27,6 +27,6 @@ CHECKS: tuple[Check, ...] = (
 
 
 def run_checks(situation: Situation, *, quick: bool = False) -> list[CheckResult]:
-    """Every check over one situation, in the registry's order."""
+    """Run the checks over one situation, in the registry's order."""
     chosen = [check for check in CHECKS if check.quick or not quick]
     return [result for check in chosen for result in check.run(situation)]

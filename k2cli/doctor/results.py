@@ -1,7 +1,7 @@
-"""What a check reads and what it says: the situation of a cluster, and results with their mending.
+"""Input and output of checks: the situation of a cluster, and results with hints.
 
-A check is a function of a ``Situation`` alone, so that one over recorded probes says what it would
-have said on the machines.
+A check is a pure function of a ``Situation``, so recorded probes give the same results as the
+machines.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Status = Literal["pass", "warn", "fail", "skip"]
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One finding. ``node`` is None if it is about the cluster; ``hint`` mends it.
+    """One finding. ``node`` is None if it is about the cluster; ``hint`` tells how to fix it.
 
-    ``skip`` is no verdict: what would have told was not there, and ``detail`` says what.
+    ``skip`` means that the check could not be made; ``detail`` is the reason.
     """
 
     status: Status
@@ -35,7 +35,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a plan wants of one node, in bytes; ranks on one machine are added up."""
+    """Memory that a plan needs on one node, in bytes, summed over its ranks there."""
 
     total_bytes: int
     weights_bytes: int
@@ -45,10 +45,9 @@ class Need:
 class Situation:
     """Everything that the checks read.
 
-        ``reference`` is the software of the launching machine, ``live_runs`` and ``ended_runs`` are
-        those of its records. ``needs`` maps a node to what a plan
-    wants there; empty without a plan. ``reaches``, ``links`` and ``disks`` are None if they were
-        not measured.
+    ``reference`` is the software of the launching machine; ``live_runs`` and ``ended_runs`` are
+    from its records. ``needs`` maps a node to the memory that a plan needs there, and is empty
+    without a plan. ``reaches``, ``links`` and ``disks`` are None if not measured.
     """
 
     nodes: tuple[Examination, ...]
@@ -63,23 +62,23 @@ class Situation:
 
     @property
     def machines(self) -> dict[str, MachineFacts]:
-        """Those that could be read, by node."""
+        """Machines whose facts could be read, by node."""
         return {each.node: each.machine for each in self.nodes if each.machine is not None}
 
     @property
     def software(self) -> dict[str, Software]:
-        """Of the nodes on which k2 answers."""
+        """Software of the nodes on which k2 answers."""
         return {each.node: each.software for each in self.nodes if each.software is not None}
 
     @property
     def macs(self) -> dict[str, MachineFacts]:
-        """The nodes that run macOS."""
+        """Machines that run macOS, by node."""
         return {name: each for name, each in self.machines.items() if each.os_name == "macos"}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check of the registry. ``quick`` ones also run before a launch, from few probes."""
+    """A check of the registry. ``quick`` checks also run before a launch, with fewer probes."""
 
     name: str
     run: Callable[[Situation], Iterable[CheckResult]]
@@ -87,12 +86,12 @@ class Check:
 
 
 def on_node(node: str, command: str) -> str:
-    """A command as the user types it to run it on a node; ``-t`` lets sudo ask its password."""
+    """Format a command for the user to run on a node; ``-t`` lets sudo ask for a password."""
     return command if node == LOCALHOST else f"ssh -t {node} {command}"
 
 
 def spread(values: Mapping[str, str]) -> str:
-    """``a has 1, b and c have 2``, for messages about nodes that differ."""
+    """Describe values that differ between nodes: ``a has 1, b and c have 2``."""
     holders: dict[str, list[str]] = {}
     for node, value in values.items():
         holders.setdefault(value, []).append(node)

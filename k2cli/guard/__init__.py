@@ -1,1 +1,1 @@
-"""The guard: the parent process of a rank; the leader's serves the API."""
+"""The guard: the parent process of one rank. The leader's guard also serves the API."""

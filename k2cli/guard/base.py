@@ -1,7 +1,6 @@
-"""What every guard does with its rank: start it, watch it, hear it, end it.
+"""The part common to all guards: start a rank, watch it, read its messages, end it.
 
-The guards of the leader and of the followers differ in whom they report to; they are in
-``guard_leader`` and ``guard_follower``.
+``leader`` and ``follower`` add the process that each kind of guard reports to.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from k2cli.agent import locks
 from k2cli.errors import ClusterError, K2Error
 from k2cli.guard.mpi_slot import MpiSlot
 from k2cli.guard.rank_process import RankProcess, describe
@@ -33,17 +32,18 @@ from k2cli.protocol import (
     RankStatus,
 )
 from k2cli.protocol.wire import ConnectionLost
-from k2cli.settings import locks_directory, scratch_directories
+from k2cli.settings import scratch_directories
 
-# A symptom (a lost peer, an mpirun that ends all because of one) waits this long for its cause
-# to be reported by somebody else.
+# A symptom, such as a lost peer or the end of mpirun, is reported after this time, so that another
+# guard can report the cause first.
 WEAK_CAUSE_SECONDS = 1.0
 _RENEW_SECONDS = 15.0
+_RELEASE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why the run ends. ``failed`` False: somebody asked for it."""
+    """The reason for the end of a run. ``failed`` is False if the end was requested."""
 
     cause: str
     failed: bool
@@ -53,8 +53,8 @@ class Guard(ABC):
     """One guard and its rank.
 
     Args:
-        bootstrap: what the launcher left for it.
-        worker: module that is the rank.
+        bootstrap: assignment, secret and deadlines, from the launcher.
+        worker: the module to run as the rank.
     """
 
     def __init__(self, bootstrap: Bootstrap, worker: str) -> None:
@@ -67,30 +67,30 @@ class Guard(ABC):
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # --- what leader and follower do differently ------------------------------------------------
+    # --- defined by leader and follower ---------------------------------------------------------
 
     @abstractmethod
     def emit(self, event: Any) -> None:
-        """Pass an event on, towards the launcher."""
+        """Send an event towards the supervisor."""
 
     @abstractmethod
     def on_rank_message(self, message: RankMessage) -> None:
-        """Deal with a message from the rank other than Fatal."""
+        """Handle a message from the rank other than Fatal."""
 
     # --- ending ---------------------------------------------------------------------------------
 
     @property
     def ending(self) -> bool:
-        """Whether the run is being ended."""
+        """True once the run is being ended."""
         return self._ending.done()
 
     def end(self, cause: str, *, failed: bool) -> None:
-        """End the run; the first cause counts."""
+        """End the run. Later calls do not replace the first cause."""
         if not self._ending.done():
             self._ending.set_result(Ending(cause, failed))
 
     async def wait_for_ending(self) -> Ending:
-        """Wait until the run has to end."""
+        """Wait until the run has to end, and return the reason."""
         return await self._ending
 
     def fail(self, failure: RankFailed) -> None:
@@ -102,13 +102,13 @@ class Guard(ABC):
         self.end(f"rank {failure.rank} on {failure.node} failed: {failure.cause}", failed=True)
 
     async def fail_unless_explained(self, failure: RankFailed) -> None:
-        """Report what may be only a symptom, once its cause had the time to be reported."""
+        """Wait briefly for another cause to end the run, then report this failure."""
         if not self.ending:
             await asyncio.wait([self._ending], timeout=WEAK_CAUSE_SECONDS)
         self.fail(failure)
 
     def failure(self, cause: str, *, of_rank: bool = True) -> RankFailed:
-        """A failure of this guard's rank, or of the guard itself."""
+        """Make the event for a failure of the rank, or of the guard itself."""
         rank = self.rank if of_rank else None
         return RankFailed(
             self.assignment.rank,
@@ -119,14 +119,14 @@ class Guard(ABC):
         )
 
     def on_sigterm(self) -> None:
-        """SIGTERM came, by hand: a launcher sends its orders over the connection."""
+        """Fail the run: a user sent SIGTERM. A supervisor uses the connection instead."""
         failure = self.failure("its guard received SIGTERM", of_rank=False)
         self.spawn(self.fail_unless_explained(failure))
 
     # --- tasks ----------------------------------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside; if it raises, the run fails."""
+        """Run a task in the background. The run fails if the task raises."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
@@ -142,14 +142,14 @@ class Guard(ABC):
         self.fail(self.failure(cause, of_rank=False))
 
     def cancel_tasks(self) -> None:
-        """Stop everything that ``spawn`` started."""
+        """Cancel all tasks that ``spawn`` started."""
         for task in list(self._tasks):
             task.cancel()
 
     # --- the rank -------------------------------------------------------------------------------
 
     def log(self, text: str) -> None:
-        """One line of the guard's own."""
+        """Emit a log line of the guard itself."""
         self._log_line("guard", text)
 
     def _log_line(self, source: Any, text: str) -> None:
@@ -157,7 +157,7 @@ class Guard(ABC):
         self.emit(LogLine(rank, self.assignment.nodes[rank], source, text))
 
     async def start_rank(self) -> bool:
-        """Start the rank and everything that watches it; returns whether it runs."""
+        """Start the rank and the tasks that watch it. Return True if the rank runs."""
         job: dict[str, str] | None = None
         if self.assignment.transport == "mpi":
             job = await self._take_mpi_slot()
@@ -177,14 +177,14 @@ class Guard(ABC):
         return True
 
     async def _renew_lock(self) -> None:
-        """Show that the run lives, to others who want this machine."""
+        """Keep the lock fresh, so that other launches see that the run still uses this machine."""
         while not self.ending:
-            with contextlib.suppress(OSError):  # another user's, or none: nothing depends on it
-                os.utime(self._lock_path)
+            with contextlib.suppress(OSError):  # no lock, or the lock of another user
+                os.utime(locks.lock_path(self.assignment.run_id))
             await asyncio.sleep(_RENEW_SECONDS)
 
     async def _take_mpi_slot(self) -> dict[str, str] | None:
-        """Wait for mpirun's process on this node; None if there is no use in waiting any more."""
+        """Wait for mpirun's process on this node. Return None if it failed or the run ends."""
         self._mpi_slot = slot = MpiSlot(self.assignment.run_id, self.assignment.rank)
         taking = asyncio.ensure_future(slot.take())
         limit = self.deadlines.initialisation
@@ -210,8 +210,12 @@ class Guard(ABC):
             failure = self.failure("mpirun ended its process", of_rank=False)
             await self.fail_unless_explained(failure)
 
-    def release_resources(self, *, in_reach: bool = True) -> None:
-        """Let mpirun's process go, and remove what a launcher that is gone cannot."""
+    async def release_resources(self, *, in_reach: bool = True) -> None:
+        """Release mpirun's process, and after a failure the run's files and lock on this node.
+
+        Args:
+            in_reach: False if the leader's node, where mpirun runs, cannot be reached.
+        """
         if self._mpi_slot is not None:
             self._mpi_slot.leave()
             if not in_reach:
@@ -222,17 +226,11 @@ class Guard(ABC):
             for path in scratch_directories(self.assignment.run_id):
                 shutil.rmtree(path, ignore_errors=True)
         if not self.bootstrap.restarts:
-            # The launcher may be gone, or this node out of its reach.
-            with contextlib.suppress(OSError):
-                self._lock_path.unlink(missing_ok=True)
-
-    @property
-    def _lock_path(self) -> Path:
-        """The run's lock on this machine; see ``cluster.lock_files``."""
-        return locks_directory() / f"{self.assignment.run_id}.json"
+            # The supervisor may be gone, or unable to reach this node.
+            await release_lock(self.assignment.run_id)
 
     def started_event(self) -> GuardStarted:
-        """What the launcher is told of this guard."""
+        """Make the event that reports the process ids of guard and rank."""
         node = self.assignment.nodes[self.assignment.rank]
         rank_pid = self.rank.pid if self.rank is not None else 0
         return GuardStarted(self.assignment.rank, node, os.getpid(), rank_pid)
@@ -257,7 +255,7 @@ class Guard(ABC):
         except ConnectionLost as error:
             if "protocol" in str(error):
                 self.log(f"the rank's last message is lost: {error}")
-            # Its exit tells more; but a rank that has closed its socket and lives is of no use.
+            # The exit status says more. But a rank that lives without its socket is useless.
             if not await rank.gone_within(WEAK_CAUSE_SECONDS) and not self.ending:
                 rank.verdict = f"its connection to its guard broke: {error}"
                 rank.kill()
@@ -293,7 +291,7 @@ class Guard(ABC):
             self.fail(failure)
 
     async def end_rank(self, ending: Ending) -> bool:
-        """End the rank, politely unless the run has failed; returns whether it is gone."""
+        """End the rank, with a grace period unless the run failed. Return True if it is gone."""
         if self.rank is None:
             return True
         grace_seconds = 0.0 if ending.failed else self.deadlines.stop_grace
@@ -301,3 +299,14 @@ class Guard(ABC):
         if not gone:
             self.log(f"rank process {self.rank.pid} did not end after SIGKILL")
         return gone
+
+
+async def release_lock(run_id: str, timeout_seconds: float = _RELEASE_SECONDS) -> None:
+    """Release a run's lock on this machine, if the mutex of the locks can be had in time.
+
+    A thread that waits for the mutex goes on waiting after the time limit: the process must end
+    with ``os._exit``, which does not wait for threads.
+    """
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(timeout_seconds):
+            await asyncio.to_thread(locks.release, run_id)

@@ -1,7 +1,7 @@
-"""The bridge between HTTP and the leader rank: requests go down, their events come back up.
+"""The bridge between HTTP and the leader rank: sends requests and distributes their events.
 
-It implements ``server.engine_client.EngineClient``. All of it runs in the event loop of the
-leader's guard; events are handed to the request that they belong to by its id.
+It implements ``server.engine_client.EngineClient`` in the event loop of the leader's guard. The id
+of a request tells to which open request an event belongs.
 """
 
 from __future__ import annotations
@@ -21,34 +21,32 @@ from k2cli.server.engine_client import EngineEvent, EngineState, EngineUnavailab
 
 
 class EngineBridge:
-    """One engine, as the HTTP server sees it.
+    """The engine of one run, for the HTTP server.
 
     Args:
-        send: gives a message to the leader rank.
+        send: sends a message to the leader rank.
     """
 
     def __init__(self, send: Callable[[Generate | Cancel], None]) -> None:
         self._send = send
         self._state: EngineState = "starting"
         self._cause = "the model is still loading"
-        # None in a queue means that the engine is gone.
+        # None in a queue means that the engine has ended.
         self._open: dict[str, asyncio.Queue[EngineEvent | None]] = {}
 
     @property
     def state(self) -> EngineState:
-        """Only ``ready`` means that requests can be served."""
         return self._state
 
     @property
     def cause(self) -> str:
-        """Why the state is not ``ready``; empty if it is."""
         return self._cause
 
     async def submit(self, request: Generate) -> AsyncIterator[EngineEvent]:
-        """Send the request and yield its events up to and with the last one.
+        """Send the request and yield its events, the last one included.
 
         Raises:
-            EngineUnavailable: if no engine is ready, or it ends underneath.
+            EngineUnavailable: if no engine is ready, or it ends before the request does.
         """
         if self._state != "ready":
             raise EngineUnavailable(self._cause)
@@ -65,29 +63,29 @@ class EngineBridge:
             self._open.pop(request.request_id, None)
 
     def cancel(self, request_id: str) -> None:
-        """Tell the rank that nobody wants the rest of a request; unknown ids are its to ignore."""
+        """Cancel a request. The rank ignores unknown ids."""
         if self._state == "ready":
             self._send(Cancel(request_id))
 
-    # --- the guard's side -----------------------------------------------------------------------
+    # --- called by the guard --------------------------------------------------------------------
 
     def ready(self) -> None:
-        """Every rank has proven its part."""
+        """Take requests from now on: every rank has passed its checks."""
         if self._state == "starting":
             self._state, self._cause = "ready", ""
 
     def deliver(self, event: PromptProgress | Tokens | Finished | RequestFailed) -> None:
-        """Give an event to whoever waits for it; nobody does after a client has left."""
+        """Put an event into the queue of its request. Drop it if the client has left."""
         if (queue := self._open.get(event.request_id)) is not None:
             queue.put_nowait(event)
 
     def begin_again(self, cause: str) -> None:
-        """A new attempt has started after a failure."""
+        """Refuse requests while a new attempt loads after a failure."""
         self._state = "starting"
         self._cause = f"the model is being loaded again: {cause}"
 
     def end(self, cause: str, *, failed: bool) -> None:
-        """The engine is gone, or about to go: every open request ends with ``cause``."""
+        """End every open request with ``cause``: the engine is ending or has ended."""
         self._state = "failed" if failed else "stopping"
         self._cause = cause
         for queue in self._open.values():

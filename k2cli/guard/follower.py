@@ -1,4 +1,4 @@
-"""The guard of a follower rank: obeys the leader's guard, and ends everything if it is gone."""
+"""The guard of a follower rank: follows the leader's guard, and ends the rank if that is gone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LEADER_ENDS_SECONDS = 8.0
 
 
 class FollowerGuard(Guard):
-    """One follower's guard."""
+    """The guard of one follower rank, over one attempt."""
 
     def __init__(self, bootstrap: Bootstrap, worker: str) -> None:
         super().__init__(bootstrap, worker)
@@ -34,16 +34,16 @@ class FollowerGuard(Guard):
         self._connected = asyncio.Event()
         self._leader_gone = asyncio.Event()
         self._ordered = asyncio.Event()
-        # What happens before the leader's guard is reached is told once it is.
+        # Events from before the connection to the leader's guard; sent once it exists.
         self._waiting: list[LivenessMessage] = []
-        # May come before the rank has started.
+        # May arrive before the rank has started.
         self._endpoint: ControlEndpoint | None = None
 
     async def run(self) -> int:
-        """Live until the run ends.
+        """Guard the rank until the run ends.
 
         Returns:
-            0 if the leader's guard gave the order to end, 5 if it is gone.
+            0 if the leader's guard ordered the end, 5 if it is gone.
         """
         self.spawn(self._talk_to_leader())
         self.spawn(self._watch_supervisor())
@@ -51,14 +51,14 @@ class FollowerGuard(Guard):
             self._announce()
         ending = await self.wait_for_ending()
         await self.end_rank(ending)
-        await self._take_leave()
-        self.release_resources(in_reach=self._ordered.is_set())
+        await self._report_end()
+        await self.release_resources(in_reach=self._ordered.is_set())
         self.cancel_tasks()
         return 0 if self._ordered.is_set() else ClusterError.exit_code
 
-    async def _take_leave(self) -> None:
-        """Tell the leader's guard what happened, and let it be the first to exit."""
-        # A rank may fail before the leader's guard is reached: its failure must not be lost.
+    async def _report_end(self) -> None:
+        """Send the last events to the leader's guard, and let it be the first to exit."""
+        # A rank may fail before the leader's guard is connected: the failure must not be lost.
         await self._unless_leader_gone(self._connected, _LAST_WORD_SECONDS)
         if self._leader is None:
             return
@@ -75,30 +75,30 @@ class FollowerGuard(Guard):
             wait.cancel()
 
     def emit(self, event: Any) -> None:
-        """Tell the leader's guard."""
+        """Send an event to the leader's guard, or keep it until there is a connection."""
         if self._leader is not None:
             self._leader.send(event)
         else:
             self._waiting.append(event)
 
     def _announce(self) -> None:
-        """Say which process the rank is, and send it what came while it was being started."""
+        """Report the rank's process, and send the rank the endpoint that came before it started."""
         self.emit(self.started_event())
         if self.rank is not None and self._endpoint is not None:
             self.rank.send(self._endpoint)
 
     def on_rank_message(self, message: RankMessage) -> None:
-        """Pass on what a follower may say."""
+        """Send progress and readiness on to the leader's guard."""
         if isinstance(message, LoadProgress | RankReady):
             self.emit(message)
         else:
             self.log(f"unexpected {type(message).__name__} from a follower rank")
 
     async def _watch_supervisor(self) -> None:
-        """Until the leader's guard is reached, only the launcher can tell that there is no run.
+        """End the run if the launcher is gone before the leader's guard is connected.
 
-        It keeps this process's stdin open as long as it lives. Afterwards the leader's guard is
-        the one that judges it.
+        The launcher keeps this process's stdin open as long as it lives. After the connection is
+        made, the leader's guard watches the supervisor.
         """
         await wait_until_stdin_closes()
         if not self._connected.is_set():

@@ -1,4 +1,4 @@
-"""The guard of rank 0 in one attempt: hub between launcher, other guards, rank and HTTP clients."""
+"""The guard of rank 0 in one attempt; connects supervisor, other guards, rank and HTTP clients."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _FLUSH_SECONDS = 1.0
 
 
 class LeaderGuard(Guard):
-    """One attempt of a run, seen by its leader's guard.
+    """The leader's guard during one attempt of a run.
 
     Args:
         bootstrap: of this attempt.
-        worker: module that is the rank.
-        launcher: where events go.
+        worker: the module to run as the rank.
+        supervisor: receives all events.
         api: the API, which outlives the attempt.
     """
 
@@ -60,10 +60,10 @@ class LeaderGuard(Guard):
         self._api = api
         self._engine_ready = asyncio.Event()
         self.rank_statuses: dict[int, RankStatus] = {}
-        """The last status of each rank."""
+        """The last status of each rank, by its number."""
 
     async def run(self) -> Ending:
-        """Live until the attempt ends, and say how it did."""
+        """Guard the rank until the attempt ends, and return the reason."""
         self.spawn(self._report_to_guards())
         await self._start()
         ending = await self.wait_for_ending()
@@ -85,7 +85,7 @@ class LeaderGuard(Guard):
             self.spawn(self._announce())
 
     async def _announce(self) -> None:
-        """Say that the run is ready once the engine is and the API answers."""
+        """Report that the run is ready once the engine is ready and the API answers."""
         await self._engine_ready.wait()
         await self._api.wait_until_answering()
         if not self.ending:
@@ -105,10 +105,10 @@ class LeaderGuard(Guard):
         self.emit(RunEnded(ending.cause, ending.failed))
         await self._supervisor.flush(_FLUSH_SECONDS)
         await self._liveness.close()
-        self.release_resources()
+        await self.release_resources()
 
     async def _close_api(self, ending: Ending) -> None:
-        """The API, unless it has to answer for the run until the next attempt."""
+        """Close the API, unless it has to answer 503 until the next attempt."""
         if not (ending.failed and self.bootstrap.restarts):
             await self._api.close()
 
@@ -116,10 +116,10 @@ class LeaderGuard(Guard):
         grace_seconds = 0.0 if ending.failed else self.deadlines.stop_grace
         return await self._liveness.all_finished(grace_seconds + _FOLLOWERS_END_SECONDS)
 
-    # --- launcher -------------------------------------------------------------------------------
+    # --- supervisor -----------------------------------------------------------------------------
 
     def emit(self, event: Any) -> None:
-        """Tell the launcher."""
+        """Send an event to the supervisor."""
         self._supervisor.send(event)
 
     # --- the other guards -----------------------------------------------------------------------
@@ -159,12 +159,12 @@ class LeaderGuard(Guard):
     # --- the leader rank ------------------------------------------------------------------------
 
     def send_to_rank(self, message: Generate | Cancel) -> None:
-        """A request of the API."""
+        """Send a request of the API to the leader rank."""
         if self.rank is not None:
             self.rank.send(message)
 
     def on_rank_message(self, message: RankMessage) -> None:
-        """Pass on, to launcher, followers or the HTTP request that waits for it."""
+        """Send a message on to the supervisor, the followers or the HTTP request it belongs to."""
         match message:
             case LoadProgress() | RankReady():
                 self.emit(message)

@@ -1,7 +1,8 @@
 """The leader's guard from its start to its end, over all attempts of a run.
 
-It holds what outlives an attempt: the line to the launcher and the API's port. After a failure of
-a run that restarts, the API answers 503 with the cause until the launcher orders the next attempt.
+It holds the connection to the supervisor and the API's port, which outlive an attempt. After a
+failure of a run that restarts, the API answers 503 with the cause until the supervisor orders the
+next attempt.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _FLUSH_SECONDS = 1.0
 
 
 class LeaderSession:
-    """The leader's guard.
+    """The leader's guard over all attempts of a run.
 
     Args:
-        bootstrap: of the first attempt, or of the one that a fresh guard waits for.
-        worker: module that is the rank.
-        launcher: the line to the launcher.
+        bootstrap: of the first attempt, or of the attempt that a fresh guard waits for.
+        worker: the module to run as the rank.
+        supervisor: the connection to the supervisor.
     """
 
     def __init__(self, bootstrap: Bootstrap, worker: str, supervisor: SupervisorPipe) -> None:
@@ -48,12 +49,12 @@ class LeaderSession:
         self._heard_at = self._loop.time()
         self._api = ApiServer(bootstrap, EngineBridge(self._send_to_rank))
         self._guard: LeaderGuard | None = None
-        # The next attempt, or how the run ends without one.
+        # The bootstrap of the next attempt, or the reason to end the run without one.
         self._next: asyncio.Future[Bootstrap | Ending] = self._loop.create_future()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
-        """Live until the run ends.
+        """Serve all attempts until the run ends.
 
         Returns:
             0 after an order to stop, 5 if the run failed.
@@ -69,7 +70,7 @@ class LeaderSession:
         return ClusterError.exit_code if ending.failed else 0
 
     def on_sigterm(self) -> None:
-        """SIGTERM came."""
+        """End the attempt, or the run between attempts: a user sent SIGTERM."""
         if self._guard is not None:
             self._guard.on_sigterm()
         else:
@@ -79,7 +80,7 @@ class LeaderSession:
 
     async def _attempts(self) -> Ending:
         bootstrap = self._bootstrap
-        if bootstrap.hold is not None and not self._open_early(bootstrap):
+        if bootstrap.hold is not None and not self._open_before_first_attempt(bootstrap):
             return Ending("the API cannot be served", failed=True)
         while True:
             if bootstrap.hold is None:
@@ -102,8 +103,8 @@ class LeaderSession:
         finally:
             self._guard = None
 
-    def _open_early(self, bootstrap: Bootstrap) -> bool:
-        """Answer 503 before there is an attempt; returns whether the port could be had."""
+    def _open_before_first_attempt(self, bootstrap: Bootstrap) -> bool:
+        """Answer 503 before the first attempt. Return False if the port cannot be bound."""
         self._api.bridge.end(bootstrap.hold or "", failed=True)
         try:
             self._api.open()
@@ -118,7 +119,7 @@ class LeaderSession:
         if self._guard is not None:
             self._guard.send_to_rank(message)
 
-    # --- launcher -------------------------------------------------------------------------------
+    # --- supervisor -----------------------------------------------------------------------------
 
     def _end(self, ending: Ending) -> None:
         """End the attempt and the run."""
@@ -133,7 +134,7 @@ class LeaderSession:
             async for message in self._supervisor.messages():
                 self._heard_at = self._loop.time()
                 match message:
-                    case StopRun(cause=cause, failed=True) if self._goes_on():
+                    case StopRun(cause=cause, failed=True) if self._will_restart():
                         assert self._guard is not None
                         self._guard.end(cause, failed=True)
                     case StopRun(cause=cause, failed=failed):
@@ -146,8 +147,8 @@ class LeaderSession:
             reason = str(error)
         self._end(Ending(f"the launcher is gone: {reason}", failed=True))
 
-    def _goes_on(self) -> bool:
-        """Whether the failure of the attempt that runs now is not the end."""
+    def _will_restart(self) -> bool:
+        """Return True if the run continues after a failure of the current attempt."""
         return self._guard is not None and self._guard.bootstrap.restarts
 
     async def _watch_supervisor(self) -> None:

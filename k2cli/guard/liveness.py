@@ -1,9 +1,9 @@
 """The authenticated connections between the leader's guard and the other guards.
 
-Each side sends at least a heartbeat a second; silence for the liveness deadline means that the
-other is gone, whatever the state of its TCP connection. Orders (stop, where to connect) go down,
-everything that a follower's guard knows goes up. A follower half-closes its direction once its
-rank is gone: the leader's guard waits for that before it calls the run ended.
+Each side sends at least one heartbeat a second. Silence for the liveness deadline means that the
+other guard is gone, whatever the state of its TCP connection. The leader's guard sends orders
+(stop, where to connect); a follower's guard sends all its events. A follower half-closes the
+connection once its rank is gone. The leader's guard waits for that before it reports the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RETRY_SECONDS = 0.2
 
 @dataclass(slots=True)
 class GuardConnection:
-    """One authenticated connection to another guard."""
+    """An authenticated connection to another guard."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -44,15 +44,15 @@ class GuardConnection:
         self.channel = AsyncChannel(self.reader, self.writer, LivenessMessage)
 
     def send(self, message: LivenessMessage) -> None:
-        """Queue a message; after ``finish`` there is nobody to hear it."""
+        """Queue a message; do nothing after ``finish``."""
         if not self.finished:
             self.channel.send(message)
 
     async def receive(self, silence_seconds: float) -> LivenessMessage:
-        """The next message.
+        """Return the next message.
 
         Raises:
-            ConnectionLost: if the other guard is gone, or silent for longer than that.
+            ConnectionLost: if the other guard is gone, or silent for ``silence_seconds``.
         """
         try:
             return await asyncio.wait_for(self.channel.receive(), silence_seconds)
@@ -60,7 +60,7 @@ class GuardConnection:
             raise ConnectionLost(f"it was silent for {silence_seconds:.0f} s") from None
 
     def finish(self) -> None:
-        """Say that nothing more will come from this side; the other may still speak."""
+        """Half-close: send nothing more, but still receive."""
         if not self.finished and not self.writer.is_closing():
             self.finished = True
             with contextlib.suppress(OSError):
@@ -72,13 +72,13 @@ class GuardConnection:
 
 
 class LivenessServer:
-    """The leader's guard's side: one connection per follower.
+    """The connections of the leader's guard, one per follower.
 
     Args:
         bootstrap: address, secret and deadlines.
-        on_message: called with a follower's rank and each message that is not a heartbeat.
-        on_lost: called with the rank and the reason once per follower whose guard is gone.
-        log: one line about a connection that was refused.
+        on_message: receives a follower's rank and each message except heartbeats.
+        on_lost: receives the rank and the reason, once per follower whose guard is gone.
+        log: receives one line per refused connection.
     """
 
     def __init__(
@@ -111,21 +111,21 @@ class LivenessServer:
 
     @property
     def missing(self) -> set[int]:
-        """Ranks whose guards have not connected yet."""
+        """The ranks whose guards have not connected yet."""
         return self._expected - set(self._connections) - self._finished
 
     def broadcast(self, message: LivenessMessage) -> None:
-        """Send to all guards; those that connect later hear of the control endpoint too."""
+        """Send to all guards. Guards that connect later also get the control endpoint."""
         if isinstance(message, ControlEndpoint):
             self._endpoint = message
         for connection in self._connections.values():
             connection.send(message)
 
     async def all_finished(self, timeout_seconds: float) -> set[int]:
-        """Wait until every connected follower has said that its rank is gone, or is gone itself.
+        """Wait until every connected guard has half-closed its connection or is gone.
 
         Returns:
-            The ranks that did neither in time.
+            The ranks of the others, if the time is up.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
@@ -188,10 +188,10 @@ class LivenessServer:
 
 
 async def connect_to_leader(bootstrap: Bootstrap) -> GuardConnection:
-    """Connect a follower's guard to the leader's, which may not listen yet.
+    """Connect a follower's guard to the leader's guard, which may not listen yet.
 
     Raises:
-        ConnectionLost: if that does not succeed within the initialisation deadline, or the other
+        ConnectionLost: if there is no connection within the initialisation deadline, or the other
             side does not know the run's secret.
     """
     host, port = bootstrap.liveness_host, bootstrap.liveness_port

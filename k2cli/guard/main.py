@@ -1,9 +1,9 @@
-"""The guard process: parent of one rank, on the rank's node. Plain Python; no mlx in it.
+"""The guard process: the parent of one rank, on the rank's node. It never imports mlx.
 
-Started by the launcher, directly or over ssh, as
-``python -m k2cli.guard.main --k2-run ID --bootstrap NAME --rank R``; nobody imports it. What it
-is to do lies in its bootstrap file, which it deletes once read. It ends its rank and itself when
-the run is over, when it is told to, and when whoever it reports to is gone.
+The launcher starts it, directly or over ssh, as
+``python -m k2cli.guard.main --k2-run ID --bootstrap NAME --rank R``; nothing imports it. Its
+bootstrap file holds its instructions and is deleted once read. It ends its rank and itself when the
+run is over, when it is ordered to, and when the process that it reports to is gone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import msgspec
 
@@ -31,16 +32,16 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--bootstrap", required=True, help="file name, in the run's folder; {rank} is replaced"
     )
-    parser.add_argument("--rank", type=int, required=True, help="the rank that it guards")
+    parser.add_argument("--rank", type=int, required=True, help="the rank to guard")
     parser.add_argument("--worker-module", default=DEFAULT_WORKER, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def read_bootstrap(run_id: str, name: str, rank: int) -> Bootstrap:
-    """Read the bootstrap file of a rank, and delete it: it holds the run's secret.
+    """Read the bootstrap file of a rank, and delete the file, since it holds the run's secret.
 
     Raises:
-        UsageError: if there is none, or it is another rank's or another run's.
+        UsageError: if there is no such file, or it is for another rank or run.
     """
     path = runs_directory() / run_id / name.format(rank=rank)
     try:
@@ -55,19 +56,26 @@ def read_bootstrap(run_id: str, name: str, rank: int) -> Bootstrap:
     return bootstrap
 
 
-async def _live(bootstrap: Bootstrap, worker: str) -> int:
+async def _live(bootstrap: Bootstrap, worker: str) -> NoReturn:
+    """Guard the rank until the run ends, then exit the process.
+
+    ``asyncio.run`` would first wait for threads, such as one that still reads a tokenizer or waits
+    for the mutex of the locks.
+    """
     guard: LeaderSession | FollowerGuard
     if bootstrap.assignment.rank == 0:
         guard = LeaderSession(bootstrap, worker, await SupervisorPipe.open())
     else:
         guard = FollowerGuard(bootstrap, worker)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, guard.on_sigterm)
-    return await guard.run()
+    status = await guard.run()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main() -> None:
-    """Be a guard."""
-    # Ctrl-C and a closed terminal are the launcher's to deal with.
+    """Run a guard and exit with its status."""
+    # The launcher handles Ctrl-C and a closed terminal.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     options = _parse_arguments(sys.argv[1:])
@@ -76,10 +84,7 @@ def main() -> None:
     except K2Error as error:
         sys.stderr.write(f"guard: {error.message}\n")
         sys.exit(error.exit_code)
-    status = asyncio.run(_live(bootstrap, options.worker_module))
-    sys.stderr.flush()
-    # A thread that still reads a tokenizer or an open pipe must not keep the process.
-    os._exit(status)
+    asyncio.run(_live(bootstrap, options.worker_module))
 
 
 if __name__ == "__main__":

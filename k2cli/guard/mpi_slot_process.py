@@ -1,9 +1,9 @@
-"""A slot of an MPI job: what mpirun starts in a rank's place.
+"""The process that mpirun starts in place of a rank; it occupies the rank's slot in the MPI job.
 
-A rank is the child of its guard, and guards are started the same way whatever the transport, so
-that they outlive mpirun and restarts. What makes a process part of an MPI job is its environment:
-the slot hands its own to the guard on the same node, which starts the rank with it, and then waits
-until the guard lets it go.
+A rank is a child of its guard. Guards are started in the same way for every transport, so that they
+outlive mpirun and restarts. The environment of a process makes it part of an MPI job: this process
+sends its own to the guard on the same node, which starts the rank with it. Then this process waits
+until the guard closes the connection.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from k2cli.settings import RUN_OPTION
 
 _RETRY_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
-# Without a guard for so long, a slot leaves, and mpirun with it: with guard and launcher killed,
-# nobody else would end them. A guard that comes at all is started at the same time.
+# A slot process without a guard exits after this time, and mpirun with it: if guard and launcher
+# were killed, nothing else would end them. A guard is started at the same time as mpirun.
 _LIMIT_SECONDS = 20.0
 _PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "ORTE_", "OPAL_", "UCX_")
 _NAMES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
 def job_environment() -> dict[str, str]:
-    """What of this process's environment makes it part of the MPI job."""
+    """Return the environment variables that make this process part of the MPI job."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -42,19 +42,19 @@ def job_environment() -> dict[str, str]:
 
 
 def _guard_is_here(run_id: str, rank: int) -> bool:
-    """Whether the guard of this rank lives on this machine."""
+    """Return True if the guard of this rank runs on this machine."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             command = process.cmdline()
             pairs = set(pairwise(command))
-            # Of the processes of a rank only the guard is given a bootstrap.
+            # Only the guard of a rank has the option --bootstrap.
             if {(RUN_OPTION, run_id), ("--rank", str(rank))} <= pairs and "--bootstrap" in command:
                 return True
     return False
 
 
 def _connect(run_id: str, rank: int) -> socket.socket:
-    """Wait for the guard, as long as there is one, or may still come."""
+    """Connect to the guard. Exit if there is no guard for ``_LIMIT_SECONDS``."""
     path = slot_path(run_id, rank)
     last_seen = looked = time.monotonic()
     while True:
@@ -69,13 +69,13 @@ def _connect(run_id: str, rank: int) -> socket.socket:
                 looked = now
                 last_seen = now if _guard_is_here(run_id, rank) else last_seen
             if now - last_seen > _LIMIT_SECONDS:
-                sys.stderr.write(f"no guard waits at {path}: {error}\n")
+                sys.stderr.write(f"no guard listens at {path}: {error}\n")
                 sys.exit(1)
             time.sleep(_RETRY_SECONDS)
 
 
 def main() -> None:
-    """Hand over the environment, and stay until the guard closes the connection."""
+    """Send the environment to the guard, and wait until it closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="k2cli.guard.mpi_slot_process")
     parser.add_argument(RUN_OPTION, dest="run", required=True, help="id of the run")
@@ -83,13 +83,13 @@ def main() -> None:
     options = parser.parse_args()
     number = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMIX_RANK", ""))
     if number != str(options.rank):
-        sys.stderr.write(f"mpirun calls this process rank {number}, planned was {options.rank}\n")
+        sys.stderr.write(f"mpirun gave this process rank {number} instead of {options.rank}\n")
         sys.exit(1)
     connection = _connect(options.run, options.rank)
     connection.sendall(frame({**job_environment(), PARENT_NAME: str(os.getppid())}))
     with contextlib.suppress(OSError):
         connection.recv(1)
-    # What is not an MPI program leaves without MPI's farewell.
+    # This process never called MPI_Init, so it need not finalize MPI.
     os._exit(0)
 
 

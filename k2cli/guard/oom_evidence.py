@@ -1,9 +1,9 @@
-"""What the kernel wrote down about a process that it killed for want of memory.
+"""Records of the kernel about a process that it killed because memory was short.
 
-Linux counts such kills for each control group and writes each into its log; macOS writes a report
-for every "jetsam event". Parsers are functions of text, tried on published text; ``OomEvidence``
-reads what this machine has, on the node of the rank and at the time of its death. Where nothing can
-be read, nothing is said.
+Linux counts such kills for each control group and writes each one into its log. macOS writes a
+report for every "jetsam event". The parsers are functions of text and are tested with published
+text. ``OomEvidence`` reads the records of this machine, the node of the rank, when the rank dies.
+If no record can be read, no cause is reported.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import msgspec
 from k2cli.units import KIB, MIB, format_bytes
 
 # "Out of memory: Killed process 7 (python) total-vm:9kB, anon-rss:5kB, …": one line since Linux
-# 5.0; before, it began with "Killed process".
+# 5.0. Earlier versions began the line with "Killed process".
 _KILLED = re.compile(r"(?P<why>.*?)[Kk]illed process (?P<pid>\d+) \((?P<name>.*)\),? (?P<sizes>.*)")
 _RESIDENT = re.compile(r"(?:anon|file|shmem)-rss:(\d+)kB")
-# Of a record of /dev/kmsg: "level,sequence,microseconds,flags;text", Documentation/ABI/testing.
+# A record of /dev/kmsg is "level,sequence,microseconds,flags;text": Documentation/ABI/testing.
 _KMSG_PREFIX = re.compile(r"^\d+,\d+,\d+,[^;]*;")
 # Reasons of macOS's memorystatus that are not about memory.
 _OTHER_REASONS = frozenset({"vnode-limit", "idle-exit"})
@@ -36,11 +36,11 @@ _REPORT_FOLDERS = (
     Path.home() / "Library/Logs/DiagnosticReports",
 )
 _MOST_REPORT_BYTES = 32 * MIB
-# PROC_PID_INIT_INO of the kernel: its log has the process ids of this namespace.
+# PROC_PID_INIT_INO of the kernel, whose log has the process ids of this namespace.
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 _JOURNAL_SECONDS = 2.0
 _POLL_SECONDS = 0.1
-# The kernel sends the signal before it writes its line; macOS writes its report some time after.
+# Linux sends the signal before it writes its line; macOS writes its report some time later.
 _LINUX_PATIENCE_SECONDS = 1.0
 _MACOS_PATIENCE_SECONDS = 3.0
 _LEAST_PATIENCE_SECONDS = 0.3
@@ -48,7 +48,7 @@ _LEAST_PATIENCE_SECONDS = 0.3
 
 @dataclass(frozen=True, slots=True)
 class OutOfMemoryKill:
-    """One process that the kernel has ended. ``why``: what was short, or the kernel's own word."""
+    """A process that the kernel killed. ``why`` names the shortage, or is the kernel's own word."""
 
     pid: int
     name: str
@@ -64,7 +64,7 @@ class OutOfMemoryKill:
 
 
 def find_in_log(lines: Iterable[str], pid: int) -> OutOfMemoryKill | None:
-    """The kill of a process in lines of Linux' kernel log, whatever stands before each text."""
+    """Find the kill of a process in lines of Linux' kernel log, with any prefix."""
     for line in lines:
         found = _KILLED.match(line)
         if found and int(found["pid"]) == pid:
@@ -80,9 +80,10 @@ def _shortage(text: str) -> str:
 
 
 def find_in_jetsam_report(text: str, pid: int) -> OutOfMemoryKill | None:
-    """The kill of a process in macOS's JetsamEvent report: a line of JSON, then a document of JSON.
+    """Find the kill of a process in macOS's JetsamEvent report.
 
-    Processes that were killed, and no others, have a ``reason``. What is no such report has none.
+    A report is a line of JSON and a JSON document. Only processes that were killed have a
+    ``reason``. The result is None for text that is no such report.
     """
     head, _, body = text.partition("\n")
     try:
@@ -100,13 +101,13 @@ def find_in_jetsam_report(text: str, pid: int) -> OutOfMemoryKill | None:
 
 
 def counted_kills(text: str) -> int | None:
-    """``oom_kill`` of a group's ``memory.events`` (cgroup v2) or ``memory.oom_control`` (v1)."""
+    """Read ``oom_kill`` from ``memory.events`` (cgroup v2) or ``memory.oom_control`` (v1)."""
     found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
     return int(found[1]) if found else None
 
 
 def counter_file(membership: str, root: Path = Path("/sys/fs/cgroup")) -> Path | None:
-    """Where the counter of a process is whose ``/proc/PID/cgroup`` says this; None without one."""
+    """Return the path of the file that counts kills, from the text of ``/proc/PID/cgroup``."""
     unified = None
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
@@ -121,7 +122,7 @@ def counter_file(membership: str, root: Path = Path("/sys/fs/cgroup")) -> Path |
 
 
 class OomEvidence:
-    """What the kernel writes down from now on: made before a process starts, asked at its end."""
+    """Evidence of kills since it was made. Make it before a process starts, use it at the end."""
 
     def __init__(self) -> None:
         self._began = time.time()
@@ -129,24 +130,24 @@ class OomEvidence:
         self._kills = _count()
 
     def close(self) -> None:
-        """Give the log back."""
+        """Close the kernel's log."""
         if self._log is not None:
             os.close(self._log)
             self._log = None
 
     @property
     def has_counted_kill(self) -> bool:
-        """Whether the kernel has killed a process of our control group meanwhile."""
+        """True if the kernel has since killed a process of this control group."""
         return self._kills is not None and (_count() or 0) > self._kills
 
     def find_kill(self, pid: int, *, suspected: bool) -> OutOfMemoryKill | None:
-        """What is written of the kill of a process.
+        """Find the kernel's record of the kill of a process.
 
         Args:
-            pid: as this process knows it.
-            suspected: something else speaks for it, so that it is worth a wait: 3 s at most.
+            pid: in the namespace of this process.
+            suspected: there is other evidence of a kill, so wait for the record, 3 s at most.
         """
-        if sys.platform == "linux" and not _knows_our_process_ids():
+        if sys.platform == "linux" and not _is_first_pid_namespace():
             return None
         patience = _LINUX_PATIENCE_SECONDS if sys.platform == "linux" else _MACOS_PATIENCE_SECONDS
         until = time.monotonic() + (patience if suspected else _LEAST_PATIENCE_SECONDS)
@@ -172,14 +173,14 @@ def _count() -> int | None:
     return None
 
 
-def _knows_our_process_ids() -> bool:
+def _is_first_pid_namespace() -> bool:
     with suppress(OSError):
         return os.readlink("/proc/self/ns/pid") == _FIRST_PID_NAMESPACE
     return False
 
 
 def _open_log() -> int | None:
-    """The kernel's log from its end on; None if this user may not read it."""
+    """Open the kernel's log at its end; None if this user may not read it."""
     with suppress(OSError):
         log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
         os.lseek(log, 0, os.SEEK_END)
@@ -192,14 +193,14 @@ def _new_lines(log: int) -> Iterator[str]:
         try:
             record = os.read(log, 8192)
         except BrokenPipeError:
-            continue  # older records were overwritten; the next read goes on with what there is
+            continue  # older records were overwritten; the next read returns the oldest one left
         except OSError:
-            return  # there is no more
+            return  # no more records
         yield _KMSG_PREFIX.sub("", record.decode(errors="replace").splitlines()[0])
 
 
 def _journal(since: float) -> list[str]:
-    """The kernel's log where only the journal may be read; nothing where there is none."""
+    """Read the kernel's log from the journal, if there is one."""
     command = ["journalctl", "-k", "-q", "--no-pager", "-o", "short-unix", f"--since=@{since:.0f}"]
     with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(
@@ -210,7 +211,7 @@ def _journal(since: float) -> list[str]:
 
 
 def _reports(since: float) -> Iterator[str]:
-    """JetsamEvent reports of that time and later, newest first."""
+    """Read the JetsamEvent reports since a time, newest first."""
     dated: list[tuple[float, Any]] = []
     for folder in _REPORT_FOLDERS:
         with suppress(OSError):

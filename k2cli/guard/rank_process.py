@@ -1,7 +1,7 @@
-"""A rank as its guard sees it: start it, read what it says, end it, and say why it ended.
+"""The process of a rank, for its guard: start it, read its output, end it, find why it ended.
 
 The rank inherits two descriptors: one end of a socket pair for messages, and its progress page.
-It dies with its guard: by PR_SET_PDEATHSIG on Linux, and because its socket closes.
+It dies with its guard: because its socket closes, and on Linux by PR_SET_PDEATHSIG.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ MAX_LINE_CHARACTERS = 4000
 _TERMINATE_SECONDS = 1.0
 _KILL_SECONDS = 5.0
 _DRAIN_SECONDS = 0.5
-# Above this share of the machine's memory a SIGKILL is likely the kernel's.
+# Above this share of the machine's memory, a SIGKILL likely came from the kernel.
 _HIGH_MEMORY_SHARE = 0.6
 _LOW_AVAILABLE_SHARE = 0.05
-# A log line goes to a terminal sooner or later, and must not steer it.
+# Log lines are shown in terminals and must not control them.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 class RankProcess:
-    """A running rank. Made by ``RankProcess.start``."""
+    """A running rank. Use ``RankProcess.start`` to make one."""
 
     def __init__(
         self,
@@ -69,10 +69,10 @@ class RankProcess:
     async def start(
         cls, bootstrap: Bootstrap, worker: str, job: Mapping[str, str] | None = None
     ) -> RankProcess:
-        """Start the rank and tell it what it is.
+        """Start the rank and send its assignment.
 
         Args:
-            job: what makes it part of an MPI job.
+            job: the environment variables that make it part of an MPI job.
 
         Raises:
             OSError: if the process cannot be started.
@@ -87,20 +87,19 @@ class RankProcess:
 
     @property
     def pid(self) -> int:
-        """Process id."""
         return self._process.pid
 
     @property
     def exit_status(self) -> int | None:
-        """As in subprocess: negative for a signal, None while it runs."""
+        """Exit status as in subprocess: negative for a signal, None while the process runs."""
         return self._process.returncode
 
     def send(self, message: GuardMessage) -> None:
-        """Queue a message for the rank; a rank that is gone shows elsewhere."""
+        """Queue a message for the rank; do nothing if the rank is gone."""
         self.channel.send(message)
 
     async def lines(self) -> AsyncIterator[str]:
-        """What the rank writes to stdout and stderr, line by line; very long lines are cut."""
+        """Yield the lines of the rank's stdout and stderr; very long lines are cut."""
         assert self._process.stdout is not None
         try:
             async for line in split_lines(self._process.stdout):
@@ -110,7 +109,7 @@ class RankProcess:
             self._output_ended.set()
 
     def is_stopped(self) -> bool:
-        """Whether a signal stopped the process; also takes note of its memory."""
+        """Return True if a signal stopped the process; also record the memory of the process."""
         try:
             self._note_memory()
             return self._view.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
@@ -125,9 +124,9 @@ class RankProcess:
         )
 
     async def wait(self) -> int:
-        """Wait until the rank is gone and all that it said is read; returns its exit status."""
+        """Wait until the rank is gone and its output is read, and return the exit status."""
         status = await self._process.wait()
-        # A grandchild may hold the pipe open: do not wait for the end of the output for ever.
+        # A grandchild may hold the pipe open, so the wait for the end of the output is limited.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
                 await self._messages_ended.wait()
@@ -144,11 +143,11 @@ class RankProcess:
             self._oom_cause = f"likely out of memory: {kill}"
         elif counted:
             self._oom_cause = (
-                "perhaps for want of memory: the kernel has killed a process of its control group"
+                "perhaps out of memory: the kernel has killed a process of its control group"
             )
 
     async def messages(self) -> AsyncIterator[RankMessage]:
-        """What the rank tells its guard.
+        """Yield the messages of the rank.
 
         Raises:
             ConnectionLost: when the rank closes the connection, or breaks the protocol.
@@ -160,12 +159,12 @@ class RankProcess:
             self._messages_ended.set()
 
     def kill(self) -> None:
-        """SIGKILL, which also ends a process that is stopped."""
+        """Send SIGKILL, which also ends a stopped process."""
         self._killed_here = True
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
-        # asyncio knows whether the process was already waited for, so the pid cannot be another's.
+        # asyncio knows whether the process was reaped, so the pid cannot belong to another process.
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 
@@ -173,10 +172,10 @@ class RankProcess:
         """End the rank: Shutdown and ``grace_seconds``, then SIGTERM, then SIGKILL.
 
         Args:
-            grace_seconds: 0 skips the polite part, for a run that has failed.
+            grace_seconds: 0 skips Shutdown, for a run that has failed.
 
         Returns:
-            Whether it is gone. Only a process that hangs in the kernel is not.
+            True if it is gone; False only if the process hangs in the kernel.
         """
         if grace_seconds > 0:
             self.send(Shutdown())
@@ -189,7 +188,7 @@ class RankProcess:
         return await self.gone_within(_KILL_SECONDS)
 
     async def gone_within(self, seconds: float) -> bool:
-        """Wait that long for the process to end; returns whether it has."""
+        """Wait for the process to end. Return False if the time is up."""
         try:
             await asyncio.wait_for(self._process.wait(), seconds)
         except TimeoutError:
@@ -197,20 +196,20 @@ class RankProcess:
         return True
 
     def exit_is_symptom(self) -> bool:
-        """Whether the cause of this end is likely another rank's or guard's."""
+        """Return True if another rank or guard likely caused the exit."""
         if self.fatal is not None:
             return self.fatal.kind == "lost peer"
         return self.verdict is None and self.exit_status == -signal.SIGTERM
 
     def cause_of_exit(self) -> str:
-        """Why the rank ended, as far as can be told, in one sentence about "it"."""
+        """Return the likely cause of the exit, as one sentence about "it"."""
         status = self.exit_status
         if self.verdict is not None:
             return self.verdict
         if self.fatal is not None:
             return self.fatal.error
         if status is None:
-            return "it does not react"
+            return "it does not respond"
         if self._oom_cause:
             return f"it was killed (SIGKILL), {self._oom_cause}"
         if status == -signal.SIGKILL and self._memory_was_high:
@@ -221,7 +220,7 @@ class RankProcess:
 
 
 def signal_name(number: int) -> str:
-    """``SIGKILL`` for 9; the number itself where it has no name."""
+    """Return the name of a signal, ``SIGKILL`` for 9, or its number if it has no name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -229,9 +228,9 @@ def signal_name(number: int) -> str:
 
 
 async def split_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Lines of a stream, ended by newline or carriage return; empty ones are left out.
+    """Yield the lines of a stream, ended by newline or carriage return, without empty ones.
 
-    A line of any length costs bounded memory: it is cut at ``MAX_LINE_CHARACTERS``.
+    Lines are cut at ``MAX_LINE_CHARACTERS``, so memory is bounded.
     """
     pending = b""
     cut = False
@@ -255,5 +254,5 @@ def _shown(line: bytes) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return the type and message of an exception in one line."""
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Start the process of a rank: its command line, its environment, what it inherits."""
+"""Start the process of a rank: command line, environment and inherited descriptors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class SpawnedRank:
-    """A rank's process, and ``connection``, the guard's end of its socket pair."""
+    """A started rank. ``connection`` is the guard's end of the socket pair."""
 
     process: asyncio.subprocess.Process
     connection: socket.socket
@@ -39,8 +39,8 @@ async def spawn_rank(
     """Start the process of a rank.
 
     Args:
-        worker: the module that is the rank.
-        job: the environment that makes it part of an MPI job.
+        worker: the module to run as the rank.
+        job: the environment variables that make it part of an MPI job.
 
     Raises:
         OSError: if the process cannot be started.
@@ -73,7 +73,7 @@ async def spawn_rank(
 
 
 def _die_with_guard() -> Callable[[], None] | None:
-    """What the child calls between fork and exec, so that it cannot outlive its guard (Linux)."""
+    """Make the function that ties the child's life to its guard between fork and exec (Linux)."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -90,7 +90,7 @@ def _die_with_guard() -> Callable[[], None] | None:
 def rank_arguments(
     assignment: Assignment, worker: str, guard_fd: int, progress_fd: int
 ) -> list[str]:
-    """The command line of a rank, with the mark of its run."""
+    """Return the command line of a rank, which names its run."""
     return [
         *(sys.executable, "-P", "-m", worker),
         *(RUN_OPTION, assignment.run_id, "--rank", str(assignment.rank)),
@@ -99,7 +99,7 @@ def rank_arguments(
 
 
 def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, bytes]]:
-    """What MLX wants in a rank's environment to join its group: values, and content of a file.
+    """Return the variables with which a rank joins its MLX group: values, and contents of files.
 
     The names are those of ``mlx/_distributed_utils/launch.py`` (``launch_ring``,
     ``launch_jaccl``); MPI needs none of them.
@@ -115,8 +115,8 @@ def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, by
 
 
 def _nameless_file(content: bytes) -> int:
-    """Return a descriptor of a file without a name, which need not be removed."""
+    """Return a descriptor of an unlinked file with this content."""
     with tempfile.TemporaryFile() as file:
-        # On some systems the rank shares the position in the file: pwrite leaves it at the start.
+        # pwrite leaves the file position at the start; some systems share it with the rank.
         os.pwrite(file.fileno(), content, 0)
         return os.dup(file.fileno())

@@ -1,7 +1,7 @@
-"""The leader's guard's line to the launcher: JSON lines on its own stdin and stdout.
+"""The connection between the leader's guard and the supervisor: JSON lines on stdin and stdout.
 
-ssh carries them from another node. Nothing here ever blocks: if the launcher does not read, log
-lines are dropped and counted, everything else waits in memory.
+ssh carries them from another node. Nothing here ever blocks: if the supervisor does not read, log
+lines are dropped and counted, and all other events wait in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _decoder: msgspec.json.Decoder[SupervisorMessage] = msgspec.json.Decoder(Supervi
 
 
 class SupervisorPipe:
-    """Messages from the launcher, events to it. Made by ``SupervisorPipe.open``."""
+    """Messages from the supervisor and events to it. Use ``SupervisorPipe.open`` to make one."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.WriteTransport) -> None:
         self._reader = reader
@@ -34,8 +34,7 @@ class SupervisorPipe:
     async def open(cls) -> SupervisorPipe:
         """Take over stdin and stdout of this process.
 
-        What would be printed by accident goes to stderr from here on, so that it cannot break an
-        event in two.
+        Accidental prints go to stderr from now on, so that they cannot split an event.
         """
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
@@ -45,12 +44,12 @@ class SupervisorPipe:
         sys.stdout = sys.stderr
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), source)
         writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, target)
-        # Never hold back: a launcher that is slow to read must not stop the guard.
+        # Never pause writing: a supervisor that is slow to read must not stop the guard.
         writer.set_write_buffer_limits(high=2**40)
         return cls(reader, writer)
 
     def send(self, event: RunEvent) -> None:
-        """Queue an event; a launcher that is gone shows in ``messages``."""
+        """Queue an event. ``messages`` ends if the supervisor is gone."""
         if self._writer.is_closing():
             return
         if isinstance(event, LogLine) and self._is_full():
@@ -69,10 +68,10 @@ class SupervisorPipe:
         return self._writer.get_write_buffer_size() > _MAX_WAITING_BYTES
 
     async def messages(self) -> AsyncIterator[SupervisorMessage]:
-        """What the launcher says, until it is gone.
+        """Yield the messages of the supervisor until it is gone.
 
         Raises:
-            ConnectionLost: if it says something that is no message.
+            ConnectionLost: if a line is not a valid message.
         """
         try:
             while line := await self._reader.readline():
@@ -83,7 +82,7 @@ class SupervisorPipe:
             return
 
     async def flush(self, timeout_seconds: float) -> None:
-        """Wait until the launcher has taken what was sent, or the time is up."""
+        """Wait until the supervisor has read all events, or the time is up."""
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_seconds
         while self._writer.get_write_buffer_size() and not self._writer.is_closing():
@@ -93,7 +92,7 @@ class SupervisorPipe:
 
 
 async def wait_until_stdin_closes() -> None:
-    """Wait until the launcher closes a guard's stdin, or is gone; what it says is not read."""
+    """Wait until the launcher closes a guard's stdin or is gone; ignore the content."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
     source = os.fdopen(os.dup(0), "rb", buffering=0)

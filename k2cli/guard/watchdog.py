@@ -1,8 +1,8 @@
-"""Judges from outside whether a rank still gets anywhere: the guard's watchdog.
+"""The guard's watchdog: detect from outside that a rank makes no progress.
 
-Steps completed are the heartbeat of a rank (design, invariant 6). A process that exists but whose
-step counter stands still for longer than its phase allows is as good as dead, and so is one that
-was stopped by a signal. The judgement is pure: counters and a clock in, a verdict out.
+The step counter is the heartbeat of a rank (invariant 6). A rank counts as dead if its counter does
+not change for longer than its phase allows, or if a signal has stopped it. The decision depends
+only on the counters and the clock that the caller passes in.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from k2cli.protocol.progress_page import Phase, Progress
 from k2cli.units import format_duration
 
 INTERVAL_SECONDS = 0.25
-# The guard itself did not run for this long (stopped, or the machine slept): what it then sees of
-# its rank is old, so all clocks start anew.
+# If the guard itself did not run for this long (it was stopped, or the machine slept), its view of
+# the rank is old, so all clocks restart.
 _GUARD_PAUSE_SECONDS = 3.0
 
 
 def phase_deadline(phase: Phase, deadlines: Deadlines) -> float:
-    """Seconds that a rank may spend in ``phase`` without completing a step."""
+    """Return the seconds that a rank may spend in ``phase`` without completing a step."""
     match phase:
         case "initialising":
             return deadlines.initialisation
@@ -33,11 +33,11 @@ def phase_deadline(phase: Phase, deadlines: Deadlines) -> float:
 
 
 class StallWatch:
-    """What is known of one rank's progress. Times are seconds of one monotonic clock.
+    """The observed progress of one rank. Times are seconds of one monotonic clock.
 
     Args:
-        deadlines: how long each phase may stand still.
-        now: when the rank was started.
+        deadlines: the longest time without a step, per phase.
+        now: the time at which the rank was started.
     """
 
     def __init__(self, deadlines: Deadlines, now: float) -> None:
@@ -47,7 +47,7 @@ class StallWatch:
         self._stopped_since: float | None = None
 
     def observe(self, now: float, progress: Progress, *, stopped: bool) -> str | None:
-        """Take a look; returns why the rank must be ended, or None while all is well."""
+        """Record an observation. Return the reason to end the rank, or None if all is well."""
         if now - self._looked_at > _GUARD_PAUSE_SECONDS:
             self._moved_at = now
             self._stopped_since = now if stopped else None

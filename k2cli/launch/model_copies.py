@@ -1,75 +1,66 @@
-"""Where a node has the model of a launch, and whether it is the same one: asked of its agent.
+"""Find the folder of the model on each node, and check that all nodes have the same checkpoint.
 
-The folder may lie elsewhere on every machine. Two checkpoints are taken for the same if config and
-all safetensors headers are: names, types, shapes and places of every tensor.
+The folder may be another one on every machine. Two checkpoints count as the same if their configs
+and all safetensors headers are equal: name, type, shape and position of every tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-from k2cli.agent.model import ModelThere, checkpoint_digest
+from k2cli.agent.model import ModelCopy, checkpoint_digest
 from k2cli.errors import ClusterError
-from k2cli.launch.model_source import ModelHere
+from k2cli.launch.model_source import ModelSource
 from k2cli.models.reference import is_path
 from k2cli.nodes.node import Node
+from k2cli.nodes.parallel import map_in_parallel
 
-_NODES_AT_ONCE = 8
 
-
-def model_folders(nodes: Sequence[Node], reference: str, here: ModelHere) -> dict[str, str]:
-    """Each node's folder of the model, by name; all of them hold the same checkpoint.
+def find_model_copies(nodes: Sequence[Node], reference: str, source: ModelSource) -> dict[str, str]:
+    """Return each node's folder of the model, by name; all of them hold the same checkpoint.
 
     Args:
-        nodes: of the ranks.
-        reference: what the user called the model; a path is given as it is seen from everywhere.
-        here: the checkpoint that the plan was made from.
+        nodes: those of the ranks.
+        reference: the model as the user named it, but with an absolute path.
+        source: the checkpoint that the plan was made from.
 
     Raises:
-        ClusterError: naming the node that lacks it or has another one, and the command that helps.
+        ClusterError: if a node lacks the model or has another one. The hint is how to copy it.
     """
     known = {node.name: node for node in nodes}
-    folder = here.folder
-    own = checkpoint_digest(folder)
-    with ThreadPoolExecutor(_NODES_AT_ONCE) as pool:
-        found = dict(
-            zip(
-                known,
-                pool.map(lambda node: _ask(node, reference, here), known.values()),
-                strict=True,
+    own_digest = checkpoint_digest(source.folder)
+    copies = map_in_parallel(lambda node: _ask(node, reference, source), list(known.values()))
+    found = dict(zip(known, copies, strict=True))
+    origin, origin_folder = f"this machine in {source.folder}", ""
+    if source.source_node is not None and found[source.source_node].folder:
+        origin_folder = found[source.source_node].folder
+        origin = f"node {source.source_node} in {origin_folder}"
+    for name, copy in found.items():
+        if copy.problem:
+            problem = f"node {name} cannot load {reference}: {copy.problem}"
+        elif copy.digest != own_digest:
+            problem = (
+                f"node {name} has another {reference} in {copy.folder} than {origin}: "
+                "config or tensors differ"
             )
-        )
-    lender = found[here.lender].folder if here.lender is not None else ""
-    source = f"node {here.lender} in {lender}" if lender else f"this machine in {folder}"
-    for name, there in found.items():
-        if there.problem:
-            raise ClusterError(
-                f"node {name} cannot load {reference}: {there.problem}",
-                _command(name, reference, here, lender),
-            )
-        if there.digest != own:
-            raise ClusterError(
-                f"node {name} has another {reference} in {there.folder} than {source}: "
-                "config or tensors differ",
-                _command(name, reference, here, lender),
-            )
-    return {name: there.folder for name, there in found.items()}
+        else:
+            continue
+        raise ClusterError(problem, _copy_command(name, reference, source, origin_folder))
+    return {name: copy.folder for name, copy in found.items()}
 
 
-def _ask(node: Node, reference: str, here: ModelHere) -> ModelThere:
-    if here.lender is not None:
-        # No rank may ever load the stand-in, which holds no weights.
-        return node.ask(ModelThere, "checkpoint", reference, reference)
+def _ask(node: Node, reference: str, source: ModelSource) -> ModelCopy:
+    if source.source_node is not None:
+        # The folder here holds headers without weights, so no rank may load it.
+        return node.ask(ModelCopy, "checkpoint", reference, reference)
     if node.is_local:
-        return ModelThere(str(here.folder), checkpoint_digest(here.folder))
-    return node.ask(ModelThere, "checkpoint", reference, str(here.folder))
+        return ModelCopy(str(source.folder), checkpoint_digest(source.folder))
+    return node.ask(ModelCopy, "checkpoint", reference, str(source.folder))
 
 
-def _command(name: str, reference: str, here: ModelHere, lender: str) -> str:
-    folder = here.folder
-    if is_path(reference) and here.lender is not None:
-        return f"ssh {here.lender} rsync -a {lender}/ {name}:{lender}/"
+def _copy_command(name: str, reference: str, source: ModelSource, origin_folder: str) -> str:
+    if is_path(reference) and source.source_node is not None:
+        return f"ssh {source.source_node} rsync -a {origin_folder}/ {name}:{origin_folder}/"
     if reference.startswith("/"):
-        return f"rsync -a {folder}/ {name}:{folder}/"
+        return f"rsync -a {source.folder}/ {name}:{source.folder}/"
     return f"ssh {name} k2 download {reference}"

@@ -1,7 +1,7 @@
-"""What a launch plans from: the model on this machine, or the headers that a node has of it.
+"""Find the folder that a launch plans from: the model on this machine, or headers sent by a node.
 
-Who launches from a laptop has no weights there. The first node then sends config, index and the
-start of each safetensors file; files of the same sizes, all holes but for that, stand for its
+If this machine does not have the model, the first node sends config, index and the header of each
+safetensors file. Sparse files of the same sizes, which hold only the headers, stand for the
 checkpoint here until the launch is prepared.
 """
 
@@ -21,23 +21,23 @@ from k2cli.nodes.node import Node
 
 
 @dataclass(frozen=True, slots=True)
-class ModelHere:
-    """The folder to plan from; ``lender`` is the node whose headers it holds, None for our own."""
+class ModelSource:
+    """The folder to plan from. ``source_node`` sent its headers; None if the model is here."""
 
     folder: Path
-    lender: str | None = None
+    source_node: str | None = None
 
 
 @contextmanager
-def model_here(reference: str, nodes: Sequence[Node]) -> Iterator[ModelHere]:
-    """The model to plan from, for as long as the context lasts.
+def locate_model(reference: str, nodes: Sequence[Node]) -> Iterator[ModelSource]:
+    """Find the model to plan from. The folder exists at least as long as the context.
 
     Args:
-        reference: what the user called it.
-        nodes: of the ranks. If one is this machine, the model must be here.
+        reference: the model as the user named it.
+        nodes: those of the ranks. If one is this machine, the model must be here.
 
     Raises:
-        UsageError: if the reference makes no sense.
+        UsageError: if the reference is invalid.
         K2Error: if the model is neither here nor on the first node.
     """
     from k2cli.models.reference import local_checkpoint
@@ -45,18 +45,18 @@ def model_here(reference: str, nodes: Sequence[Node]) -> Iterator[ModelHere]:
     try:
         own = local_checkpoint(reference).resolve()
     except K2Error as error:
-        # Of a word that is no reference, or of a relative path, a node knows no more.
+        # A node cannot resolve an invalid reference or a relative path either.
         elsewhere = reference.startswith(("/", "~")) or error.exit_code == K2Error.exit_code
         if any(node.is_local for node in nodes) or not elsewhere:
             raise
     else:
-        yield ModelHere(own)
+        yield ModelSource(own)
         return
     with tempfile.TemporaryDirectory(prefix="k2-heads-") as base:
-        yield ModelHere(_borrow(reference, nodes[0], Path(base)), nodes[0].name)
+        yield ModelSource(_fetch_headers(reference, nodes[0], Path(base)), nodes[0].name)
 
 
-def _borrow(reference: str, node: Node, base: Path) -> Path:
+def _fetch_headers(reference: str, node: Node, base: Path) -> Path:
     heads: CheckpointHeads = node.ask(CheckpointHeads, "checkpoint-heads", reference)
     if heads.problem:
         hint = f"ssh {node.name} k2 download {reference}"
@@ -65,7 +65,7 @@ def _borrow(reference: str, node: Node, base: Path) -> Path:
         raise ClusterError(
             f"{reference} is not on this machine, and node {node.name} says: {heads.problem}", hint
         )
-    # Named alike, since clients see that name.
+    # Clients see the folder's name, so it keeps that name here.
     folder = base / Path(heads.folder).name
     try:
         folder.mkdir()

@@ -1,9 +1,9 @@
-"""How mpirun reaches another node: ``python -m k2cli.launch.mpi_remote HOST COMMAND...``.
+"""The program that mpirun runs as ssh: ``python -m k2cli.launch.mpi_remote HOST COMMAND...``.
 
-mpirun starts its daemon on each node through a program that it takes for ssh. This one is ssh with
-k2's options, so that mpirun connects as k2 does and never asks anything; and where a node has its
-Open MPI in another place than this machine (``K2_MPI_PREFIXES``: JSON, node to prefix, our own
-under ""), the daemon is started from there, whatever the PATH of a command over ssh is.
+It runs ssh with k2's options, so that mpirun connects as k2 does and never asks for input. If a
+node has Open MPI in another folder than this machine, it starts mpirun's daemon from that folder,
+so the PATH of a command over ssh does not matter. ``K2_MPI_PREFIXES`` (JSON) maps each node to its
+folder, and "" to that of this machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PREFIXES_VARIABLE = "K2_MPI_PREFIXES"
 
 
 def daemon_command(words: Sequence[str], ours: str, theirs: str) -> str:
-    """mpirun's command for a node's shell, with its own prefix replaced by that of the node."""
+    """Return mpirun's command for a node's shell, with our prefix replaced by the node's."""
     command = " ".join(words)
     if ours and theirs and ours != theirs:
         for follows in ("/bin", "/lib"):
@@ -26,7 +26,7 @@ def daemon_command(words: Sequence[str], ours: str, theirs: str) -> str:
 
 
 def split_host(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The host and the command: mpirun puts options such as ``-x`` before the host, at most."""
+    """Split off the host; mpirun may put options without values (``-x``) before it."""
     rest = list(arguments)
     while rest and rest[0].startswith("-"):
         rest.pop(0)
@@ -34,13 +34,13 @@ def split_host(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    """Become ssh."""
+    """Replace this process by ssh."""
     from k2cli.nodes.ssh_connection import connection_to
 
     host, words = split_host(sys.argv[1:])
     prefixes: Mapping[str, str] = json.loads(os.environ.get(PREFIXES_VARIABLE, "{}"))
     command = daemon_command(words, prefixes.get("", ""), prefixes.get(host, ""))
-    # Already words for a shell, the one that ssh would have given them to.
+    # The command is already quoted for the shell that ssh starts on the node.
     arguments = [*connection_to(host).command([])[:-1], command]
     os.execvp(arguments[0], arguments)
 

@@ -1,11 +1,10 @@
-"""The plan of a launch: read from a file, or made for the nodes, and held against the model."""
+"""Read the plan of a launch from a file, or make it for the nodes, and check it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from k2cli.choices import Transport, WantedTransport
 from k2cli.errors import DoesNotFitError, UsageError
@@ -16,7 +15,7 @@ from k2cli.units import format_bytes
 
 
 def read_plan(request: LaunchRequest) -> Plan | None:
-    """The plan that the request names, or None if it names none.
+    """Read the plan file that the request names; None if it names none.
 
     Raises:
         UsageError: if it cannot be read, or an option contradicts it.
@@ -43,44 +42,37 @@ def read_plan(request: LaunchRequest) -> Plan | None:
 def make_launch_plan(
     request: LaunchRequest, folder: Path, nodes: Sequence[Node], transport: Transport
 ) -> Plan:
-    """A plan for the memory that the nodes have, of the model whose headers are in ``folder``.
+    """Make a plan of the model whose headers are in ``folder``, for the memory of the nodes.
 
-    That it is what each rank will hold, the ranks see to before they load.
+    The ranks check that they hold what the plan says, so the chosen placement is not traced here.
 
     Raises:
         K2Error: if the model cannot be planned, or a node cannot be asked.
     """
-    from k2cli.planning.planner import make_plan, make_roomy_plan
+    from k2cli.planning.planner import Planner
+    from k2cli.planning.request import PlanRequest
     from k2cli.planning.speed.calibrations import with_calibration
 
     known = {node.name: node.memory() for node in {node.name: node for node in nodes}.values()}
     link: WantedTransport = "auto" if transport == "local" else transport
     memory = with_calibration([known[node.name] for node in nodes], link)
-    wishes: dict[str, Any] = {
-        "strategy": request.parallel,
-        "dtype": request.dtype,
-        "head": request.head,
-        "transport": link,
-    }
-    context = request.context_length
+    planner = Planner(str(folder))
+    wanted = PlanRequest(
+        strategy=request.parallel,
+        context_length=request.context_length,
+        concurrency=request.concurrency or 1,
+        dtype=request.dtype,
+        head=request.head,
+        transport=link,
+    )
     if request.concurrency is None:
-        plan = make_roomy_plan(
-            str(folder), memory, context_length=context, trace_chosen=False, **wishes
-        )
-    else:
-        plan = make_plan(
-            str(folder),
-            memory,
-            context_length=context,
-            concurrency=request.concurrency,
-            trace_chosen=False,
-            **wishes,
-        )
+        wanted = planner.with_most_sequences(memory, wanted)
+    plan = planner.plan(memory, wanted, trace_chosen=False)
     return replace(plan, model=replace(plan.model, reference=request.model))
 
 
 def check_plan(plan: Plan, folder: Path, nodes: Sequence[Node], *, force: bool) -> None:
-    """Refuse a plan for other nodes or another model, and one that does not fit.
+    """Raise an error if a plan is for other nodes or another model, or does not fit.
 
     Raises:
         UsageError: if it is for another number of nodes or of layers.
@@ -114,5 +106,5 @@ def _does_not_fit(plan: Plan) -> DoesNotFitError:
         f"{plan.model.reference} does not fit: {worst.name} needs "
         f"{format_bytes(worst.total_bytes)} and has {format_bytes(worst.limit_bytes)} "
         f"({format_bytes(-worst.headroom_bytes)} too little)",
-        "a smaller --context, more nodes, a smaller quantization; or --force to try all the same",
+        "a smaller --context, more nodes, a smaller quantization; or --force to try anyway",
     )

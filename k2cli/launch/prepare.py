@@ -1,6 +1,6 @@
-"""From a request to a run that can be started: locks, ports, secrets, bootstraps, record.
+"""Prepare a run: decide everything about it, take its machines, and write its folder.
 
-Everything that can be wrong with a launch before a process of it exists is found here.
+Every error that can be found before a process of the run exists is found here.
 """
 
 from __future__ import annotations
@@ -11,254 +11,211 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
-from k2cli.agent.openmpi import find_openmpi
 from k2cli.agent.run_folder import make_scratch, remove_scratch, run_folder, write_private
-from k2cli.choices import Transport
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import K2Error, UsageError
-from k2cli.launch.backend import Choice, check_nodes
-from k2cli.launch.bootstraps import Decided, make_bootstraps, mpi_prefixes
-from k2cli.launch.model_copies import model_folders
-from k2cli.launch.model_source import ModelHere, model_here
+from k2cli.launch.model_copies import find_model_copies
+from k2cli.launch.model_source import locate_model
+from k2cli.launch.mpi import find_libraries, find_prefixes
 from k2cli.launch.plan import check_plan, make_launch_plan, read_plan
-from k2cli.launch.request import LaunchRequest, node_names
-from k2cli.launch.routes import Routes, find_routes
-from k2cli.launch.specification import RunSpecification, save_specification
+from k2cli.launch.request import LaunchRequest
+from k2cli.launch.routes import find_routes
+from k2cli.launch.specification import RunDecisions, make_specification, save_specification
+from k2cli.launch.transport import check_nodes
 from k2cli.models.reference import is_path
 from k2cli.nodes.locks import Say, release_locks, take_locks
 from k2cli.nodes.node import LOCALHOST, Node
-from k2cli.planning.plan import Plan, plan_to_json
+from k2cli.planning.plan import plan_to_json
 from k2cli.protocol import HttpEndpoint
-from k2cli.runs.record import RankRecord, RunRecord, prune_records, save_record
-from k2cli.runs.run_id import new_run_id
+from k2cli.runs.record import RankRecord, RunRecord, new_run_id, prune_records, save_record
 from k2cli.units import format_bytes
-
-if TYPE_CHECKING:
-    from k2cli.cluster.description import Cluster
 
 DEFAULT_HTTP_PORT = 8080
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedRun:
-    """A run whose folder is written and whose processes are not started yet."""
-
-    record: RunRecord
-    plan: Plan
-    specification: RunSpecification
-    generated_api_key: bool
-
-
-def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> PreparedRun:
+def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> RunDecisions:
     """Decide everything about a run, take its machines, and write its folder.
 
     Args:
         request: what the user asked for.
-        say: told what is waited for, and what is amiss without being in the way.
+        say: receives warnings, and the reason for each wait.
 
     Raises:
-        UsageError: for a request that makes no sense.
+        UsageError: if the request contradicts itself or names something unknown.
         DoesNotFitError: if the plan does not fit and ``force`` is not set.
-        ClusterError: if a node cannot be reached, is not fit for a run, or belongs to another one.
+        ClusterError: if a node cannot be reached, fails a check, or is in use by another run.
         K2Error: if the model is neither here nor on the first node, or the port is taken.
     """
-    given_plan = read_plan(request)
-    cluster = _cluster_of(request)
-    nodes = [node_named(name) for name in node_names(request, given_plan, cluster)]
-    with model_here(request.model, nodes) as here:
-        return _prepare(request, here, given_plan, cluster, nodes, say)
-
-
-def _cluster_of(request: LaunchRequest) -> Cluster | None:
-    if request.cluster is None:
-        return None
-    from k2cli.cluster.description import load_cluster
-
-    return load_cluster(request.cluster)
-
-
-def _prepare(
-    request: LaunchRequest,
-    here: ModelHere,
-    given_plan: Plan | None,
-    cluster: Cluster | None,
-    nodes: Sequence[Node],
-    say: Say,
-) -> PreparedRun:
-    folder = here.folder
-    choice = check_nodes(nodes, request.transport, say, force=request.force)
-    plan = given_plan or make_launch_plan(request, folder, nodes, choice.transport)
-    check_plan(plan, folder, nodes, force=request.force)
-    folders = {node.name: str(folder) for node in nodes}
-    if not all(node.is_local for node in nodes):
-        folders = model_folders(nodes, _seen_from_everywhere(request.model), here)
-    routes = find_routes(nodes, choice.transport, cluster)
-    run_id = new_run_id(_served_name(request.model, folder))
-    take_locks(
-        nodes,
-        run_id,
-        _needs(nodes, plan),
-        share=request.share,
-        wait_seconds=request.wait_seconds,
-        say=say,
-    )
+    run = RunDecisions(request)
+    _choose_nodes(run)
+    with locate_model(request.model, run.nodes) as run.model:
+        _choose_transport(run, say)
+        _make_plan(run)
+        _find_model_copies(run)
+    _choose_routes(run)
+    _choose_names(run)
+    _take_locks(run, say)
     try:
-        decided, generated = _decide(
-            request, run_id, folder, folders, nodes, choice.transport, routes, plan, cluster
-        )
-        return _write_run(request, decided, choice, generated_key=generated)
+        _choose_endpoint(run)
+        _choose_environments(run)
+        _write_folder(run)
     except BaseException:
-        remove_scratch(run_id)
-        shutil.rmtree(run_folder(run_id), ignore_errors=True)
-        release_locks(nodes, run_id)
+        _undo(run)
         raise
+    return run
 
 
-def _needs(nodes: Sequence[Node], plan: Plan) -> dict[str, tuple[int, int]]:
-    """Bytes that the ranks of each node need together, and bytes that it has."""
+# --- steps, in the order in which they run ------------------------------------------------------
+
+
+def _choose_nodes(run: RunDecisions) -> None:
+    """Read the plan file and the cluster that the request names, and choose one node per rank."""
+    run.plan_given = read_plan(run.request)
+    run.cluster = None
+    if run.request.cluster is not None:
+        from k2cli.cluster.description import load_cluster
+
+        run.cluster = load_cluster(run.request.cluster)
+    run.nodes = [node_named(name) for name in _node_names(run)]
+
+
+def _choose_transport(run: RunDecisions, say: Say) -> None:
+    """Check the nodes, and choose the transport by what they have."""
+    run.transport, run.transport_reason = check_nodes(
+        run.nodes, run.request.transport, say, force=run.request.force
+    )
+
+
+def _make_plan(run: RunDecisions) -> None:
+    """Make the plan unless the user gave one, and refuse one that does not fit."""
+    folder = run.model.folder
+    run.plan = run.plan_given or make_launch_plan(run.request, folder, run.nodes, run.transport)
+    check_plan(run.plan, folder, run.nodes, force=run.request.force)
+
+
+def _find_model_copies(run: RunDecisions) -> None:
+    """Find the folder of the model on each node."""
+    if all(node.is_local for node in run.nodes):
+        run.model_folders = {node.name: str(run.model.folder) for node in run.nodes}
+    else:
+        reference = _portable_reference(run.request.model)
+        run.model_folders = find_model_copies(run.nodes, reference, run.model)
+
+
+def _choose_routes(run: RunDecisions) -> None:
+    """Choose the addresses by which the ranks reach each other."""
+    run.routes = find_routes(run.nodes, run.transport, run.cluster)
+
+
+def _choose_names(run: RunDecisions) -> None:
+    """Choose the run's id, and the name that clients call the model: a path's last part."""
+    reference = run.request.model
+    run.model_name = run.model.folder.name if is_path(reference) else reference
+    run.run_id = new_run_id(run.model_name)
+
+
+def _take_locks(run: RunDecisions, say: Say) -> None:
+    """Take the lock of each node, with the bytes that the run needs there and those that it has."""
     needs: dict[str, tuple[int, int]] = {}
-    for node, budget in zip(nodes, plan.nodes, strict=True):
+    for node, budget in zip(run.nodes, run.plan.nodes, strict=True):
         before = needs.get(node.name, (0, 0))[0]
         needs[node.name] = (before + budget.total_bytes, budget.limit_bytes)
-    return needs
-
-
-def _seen_from_everywhere(reference: str) -> str:
-    if reference.startswith("~"):  # each machine has its own home
-        return reference
-    return str(Path(reference).absolute()) if is_path(reference) else reference
-
-
-# --- the run's folder ---------------------------------------------------------------------------
-
-
-def _decide(
-    request: LaunchRequest,
-    run_id: str,
-    folder: Path,
-    folders: Mapping[str, str],
-    nodes: Sequence[Node],
-    transport: Transport,
-    routes: Routes,
-    plan: Plan,
-    cluster: Cluster | None,
-) -> tuple[Decided, bool]:
-    """All that guards are told, and whether the API's key was made up here."""
-    port = _http_port(nodes[0], request.host, request.port)
-    api_key, generated = _api_key(request)
-    decided = Decided(
-        run_id=run_id,
-        nodes=nodes,
-        plan=plan,
-        transport=transport,
-        routes=routes,
-        folders=folders,
-        model_name=_served_name(request.model, folder),
-        http=HttpEndpoint(request.host, port, api_key, next_port_will_do=request.port is None),
-        deadlines=request.deadlines,
-        scratch=str(make_scratch(run_id)) if transport == "mpi" else None,
-        environment=_environment(request, cluster),
-        restarts=request.restart.mode != "never",
+    take_locks(
+        run.nodes,
+        run.run_id,
+        needs,
+        share=run.request.share,
+        wait_seconds=run.request.wait_seconds,
+        say=say,
     )
-    return decided, generated
 
 
-def _write_run(
-    request: LaunchRequest, decided: Decided, choice: Choice, *, generated_key: bool
-) -> PreparedRun:
-    prune_records()
-    run_id, nodes, routes, plan = decided.run_id, decided.nodes, decided.routes, decided.plan
-    specification = RunSpecification(
-        run_id=run_id,
-        nodes=[node.name for node in nodes],
-        transport=decided.transport,
-        bootstraps=make_bootstraps(decided),
-        worker=request.worker,
-        scratch=decided.scratch,
-        networks=routes.networks,
-        mpi_prefixes=mpi_prefixes(nodes, find_openmpi()) if decided.transport == "mpi" else {},
-        restart=request.restart,
-        locked=True,
+def _choose_endpoint(run: RunDecisions) -> None:
+    """Choose the API's port and key. A key is generated if others than this machine reach it."""
+    request = run.request
+    port = _http_port(run.nodes[0], request.host, request.port)
+    run.generated_api_key = not request.api_key and not _is_loopback(request.host)
+    api_key = f"k2-{secrets.token_urlsafe(24)}" if run.generated_api_key else request.api_key
+    run.http = HttpEndpoint(
+        request.host, port, api_key or None, next_port_will_do=request.port is None
     )
-    settings = _settings(choice, routes, specification)
-    record = _record(request, specification, decided, settings)
-    write_private(run_id, "plan.json", plan_to_json(plan))
-    if decided.http.api_key is not None:
-        write_private(run_id, "api-key", decided.http.api_key.encode())
-    save_specification(specification)
-    save_record(record)
-    return PreparedRun(record, plan, specification, generated_key)
 
 
-def _environment(request: LaunchRequest, cluster: Cluster | None) -> dict[str, str]:
-    """What every rank gets in its environment: of an imported hostfile, and of the options."""
-    environment: dict[str, str] = {}
-    if cluster is not None and cluster.hostfile is not None:
+def _choose_environments(run: RunDecisions) -> None:
+    """Collect the environment variables of the ranks: of an imported hostfile, options and MPI."""
+    common: dict[str, str] = {}
+    if run.cluster is not None and run.cluster.hostfile is not None:
         from k2cli.cluster.hostfile import rank_environment
 
-        environment |= rank_environment(cluster.hostfile)
-    if request.fast_synch:
-        environment["MLX_METAL_FAST_SYNCH"] = "1"
-    return environment
+        common |= rank_environment(run.cluster.hostfile)
+    if run.request.fast_synch:
+        common["MLX_METAL_FAST_SYNCH"] = "1"
+    run.environments = {node.name: dict(common) for node in run.nodes}
+    run.scratch, run.mpi_prefixes = None, {}
+    if run.transport == "mpi":
+        for name, library in find_libraries(run.nodes).items():
+            run.environments[name]["MLX_MPI_LIBNAME"] = library
+        run.mpi_prefixes = find_prefixes(run.nodes)
+        run.scratch = str(make_scratch(run.run_id))
 
 
-def _settings(choice: Choice, routes: Routes, specification: RunSpecification) -> dict[str, str]:
-    """What the run sets beside what was asked for, in words."""
-    settings = {"backend": f"{choice.transport}: {choice.reason}"}
-    if routes.words:
-        settings["addresses"] = "; ".join(routes.words)
-    if choice.transport == "mpi" and routes.networks:
-        settings["btl_tcp_if_include"] = ",".join(routes.networks)
-    if routes.rdma is not None:
-        settings["rdma devices"] = str(routes.rdma)
-    for name, value in specification.bootstraps[0].environment.items():
-        settings[name] = value
-    if not any(node.is_local for node in map(node_named, specification.nodes)):
-        return settings
-    limit = specification.bootstraps[0].assignment.wired_limit_bytes
-    if sys.platform == "darwin" and limit is not None:
-        settings["wired limit"] = format_bytes(limit)
-    return settings
+def _write_folder(run: RunDecisions) -> None:
+    """Write the run's folder: plan, API key, specification and record."""
+    prune_records()
+    write_private(run.run_id, "plan.json", plan_to_json(run.plan))
+    if run.http.api_key is not None:
+        write_private(run.run_id, "api-key", run.http.api_key.encode())
+    save_specification(make_specification(run))
+    run.record = _make_record(run)
+    save_record(run.record)
 
 
-def _record(
-    request: LaunchRequest,
-    specification: RunSpecification,
-    decided: Decided,
-    settings: dict[str, str],
-) -> RunRecord:
-    own = psutil.Process()
-    return RunRecord(
-        run_id=specification.run_id,
-        # A path must mean the same to a command that is given in another folder.
-        model=_seen_from_everywhere(request.model),
-        model_name=decided.model_name,
-        state="starting",
-        backend=specification.transport,
-        strategy=decided.plan.placement.strategy,
-        context_length=decided.plan.request.context_length,
-        ranks=tuple(RankRecord(rank, name) for rank, name in enumerate(specification.nodes)),
-        created=time.time(),
-        host=request.host,
-        port=decided.http.port,
-        # Until a supervisor takes over, this process answers for the run.
-        pid=own.pid,
-        pid_create_time=own.create_time(),
-        restart=request.restart.mode,
-        settings=settings,
-    )
+def _undo(run: RunDecisions) -> None:
+    """Remove what was written, and release the locks."""
+    remove_scratch(run.run_id)
+    shutil.rmtree(run_folder(run.run_id), ignore_errors=True)
+    release_locks(run.nodes, run.run_id)
 
 
-def _served_name(reference: str, folder: Path) -> str:
-    """What clients call the model: the reference, or the folder's name for a path."""
-    return folder.name if is_path(reference) else reference
+# --- details ------------------------------------------------------------------------------------
+
+
+def _node_names(run: RunDecisions) -> Sequence[str]:
+    """Return the nodes of ``--nodes``, else those of the cluster or the plan, else this machine.
+
+    Raises:
+        UsageError: if a name is invalid, or the plan is for machines of the catalog.
+    """
+    if run.request.nodes is not None:
+        if not all(run.request.nodes):
+            raise UsageError(f"--nodes '{','.join(run.request.nodes)}' has an empty name")
+        if odd := [name for name in run.request.nodes if name.startswith("-") or " " in name]:
+            raise UsageError(f"'{odd[0]}' is not a valid name of a node")
+        return run.request.nodes
+    if run.cluster is not None:
+        return [node.name for node in run.cluster.nodes]
+    if run.plan_given is None:
+        return [LOCALHOST]
+    names = [part.node for part in run.plan_given.placement.ranks]
+    if any("/" in name for name in names):
+        # Names such as m3-ultra-512/1 are machines of the catalog.
+        raise UsageError(
+            f"the plan is for {', '.join(names)}, which are machines of the catalog",
+            f"--nodes {','.join([LOCALHOST] * len(names))}",
+        )
+    return names
+
+
+def _portable_reference(reference: str) -> str:
+    """Make a relative path absolute; ``~`` stays, since each machine has its own home."""
+    if reference.startswith("~"):
+        return reference
+    return str(Path(reference).absolute()) if is_path(reference) else reference
 
 
 def _http_port(leader: Node, host: str, wanted: int | None) -> int:
@@ -273,15 +230,45 @@ def _http_port(leader: Node, host: str, wanted: int | None) -> int:
     return wanted
 
 
-def _api_key(request: LaunchRequest) -> tuple[str | None, bool]:
-    if request.api_key:
-        return request.api_key, False
-    if _is_loopback(request.host):
-        return None, False
-    return f"k2-{secrets.token_urlsafe(24)}", True
-
-
 def _is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host.lower() == LOCALHOST
+
+
+def _make_record(run: RunDecisions) -> RunRecord:
+    own = psutil.Process()
+    return RunRecord(
+        run_id=run.run_id,
+        # A path must mean the same to a command that is given in another folder.
+        model=_portable_reference(run.request.model),
+        model_name=run.model_name,
+        state="starting",
+        backend=run.transport,
+        strategy=run.plan.placement.strategy,
+        context_length=run.plan.request.context_length,
+        ranks=tuple(RankRecord(rank, node.name) for rank, node in enumerate(run.nodes)),
+        created=time.time(),
+        host=run.request.host,
+        port=run.http.port,
+        # Until a supervisor takes over, this process answers for the run.
+        pid=own.pid,
+        pid_create_time=own.create_time(),
+        restart=run.request.restart.mode,
+        settings=_settings(run),
+    )
+
+
+def _settings(run: RunDecisions) -> dict[str, str]:
+    """Describe the settings that k2 chose itself, by name."""
+    settings = {"backend": f"{run.transport}: {run.transport_reason}"}
+    if run.routes.interfaces:
+        settings["addresses"] = "; ".join(run.routes.interfaces)
+    if run.transport == "mpi" and run.routes.networks:
+        settings["btl_tcp_if_include"] = ",".join(run.routes.networks)
+    if run.routes.rdma is not None:
+        settings["rdma devices"] = str(run.routes.rdma)
+    settings |= run.environments[run.nodes[0].name]
+    if sys.platform == "darwin" and any(node.is_local for node in run.nodes):
+        settings["wired limit"] = format_bytes(run.plan.nodes[0].limit_bytes)
+    return settings

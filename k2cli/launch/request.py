@@ -1,27 +1,20 @@
-"""What a user asks of a launch, and which machines that names."""
+"""The request of a launch: the options of ``k2 launch`` as values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from k2cli.choices import Head, Parallel, WantedFloatType, WantedTransport
-from k2cli.errors import UsageError
-from k2cli.launch.guard_commands import DEFAULT_WORKER
 from k2cli.launch.restart_policy import RestartPolicy
-from k2cli.nodes.node import LOCALHOST
 from k2cli.protocol import Deadlines
 
-if TYPE_CHECKING:
-    from k2cli.cluster.description import Cluster
-    from k2cli.planning.plan import Plan
+DEFAULT_WORKER = "k2cli.rank.main"
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchRequest:
-    """What the user asked for. None and ``auto`` leave it to k2."""
+    """The options of a launch. None and ``auto`` leave the choice to k2."""
 
     model: str
     nodes: tuple[str, ...] | None = None
@@ -43,29 +36,3 @@ class LaunchRequest:
     fast_synch: bool = False
     deadlines: Deadlines = field(default_factory=Deadlines)
     worker: str = DEFAULT_WORKER
-
-
-def node_names(request: LaunchRequest, plan: Plan | None, cluster: Cluster | None) -> Sequence[str]:
-    """The nodes of ``--nodes``, else those of the cluster or the plan, else this machine.
-
-    Raises:
-        UsageError: for a name that is none, or a plan for machines of the catalog.
-    """
-    if request.nodes is not None:
-        if not all(request.nodes):
-            raise UsageError(f"--nodes '{','.join(request.nodes)}' has an empty name")
-        if odd := [name for name in request.nodes if name.startswith("-") or " " in name]:
-            raise UsageError(f"'{odd[0]}' is no name of a node")
-        return request.nodes
-    if cluster is not None:
-        return [node.name for node in cluster.nodes]
-    if plan is None:
-        return [LOCALHOST]
-    names = [part.node for part in plan.placement.ranks]
-    if any("/" in name for name in names):
-        # Names such as m3-ultra-512/1 are machines of the catalog.
-        raise UsageError(
-            f"the plan is for {', '.join(names)}, which are no machines of yours",
-            f"--nodes {','.join([LOCALHOST] * len(names))}",
-        )
-    return names

@@ -1,4 +1,4 @@
-"""The addresses by which the ranks of a launch reach each other, for each transport."""
+"""Choose the addresses by which the ranks of a launch reach each other, for each transport."""
 
 from __future__ import annotations
 
@@ -19,48 +19,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """One entry per rank where it is a list. ``words`` say which interfaces are used.
+    """Addresses and devices of a run; ``reached``, ``ring`` and ``rdma`` have one entry per rank.
 
-    ``reached`` is where the guards and the leader rank are reached, ``ring`` where each rank
-    listens for the one before it, ``rdma`` each rank's device towards each other rank.
+    ``reached`` are the addresses of the guards and the leader rank, ``ring`` those on which each
+    rank listens for the one before it, ``rdma`` each rank's device towards each other rank.
+    ``networks`` are those between the nodes, ``interfaces`` the node's interfaces in words.
     """
 
     reached: list[str]
     ring: list[str]
     rdma: list[list[str | list[str] | None]] | None = None
     networks: list[str] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
+    interfaces: list[str] = field(default_factory=list)
 
 
 def find_routes(nodes: Sequence[Node], transport: Transport, cluster: Cluster | None) -> Routes:
-    """Choose addresses, and devices for JACCL: by the cluster's description, else by ssh's names.
+    """Choose addresses, and devices for JACCL, by the cluster's description, else by ssh's names.
 
     Raises:
-        UsageError: if JACCL is wanted, and there is no description that says which devices.
-        ClusterError: if no link joins two nodes that need one, or a node cannot be asked.
+        UsageError: if JACCL is wanted without a cluster's description, which names the devices.
+        ClusterError: if two neighbours have no link, or a node cannot be asked.
     """
     described = _described(nodes, cluster)
     if transport == "jaccl" and described is None:
         raise UsageError(
-            "--backend jaccl needs a described cluster: which RDMA device leads where",
+            "--backend jaccl needs a described cluster, which names the RDMA device of each link",
             f"k2 cluster init {' '.join(node.name for node in nodes)} --name NAME, then --cluster",
         )
     reached, ring = _addresses(nodes, transport, described)
     if all(node.is_local for node in nodes):
         return Routes(reached, ring)
 
-    networks, words = link_networks(nodes, reached)
+    networks, interfaces = _link_networks(nodes, reached)
     rdma = None
     if transport == "jaccl" and described is not None:
         from k2cli.cluster.links import to_hostfile
 
         hosts = to_hostfile(described, "jaccl").hosts
-        rdma = [[_listed(device) for device in host.rdma] for host in hosts]
-    return Routes(reached, ring, rdma, networks, words)
+        rdma = [[_as_list(device) for device in host.rdma] for host in hosts]
+    return Routes(reached, ring, rdma, networks, interfaces)
 
 
 def _described(nodes: Sequence[Node], cluster: Cluster | None) -> Cluster | None:
-    """The cluster with just these nodes, in rank order; None if one is not in it, or repeats."""
+    """Return the cluster reduced to these nodes; None if it lacks one, or one repeats."""
     names = [node.name for node in nodes]
     if cluster is None or len(set(names)) < len(names):
         return None
@@ -91,17 +92,17 @@ def _addresses(
     try:
         hosts = to_hostfile(cluster, "ring").hosts
     except ClusterError:
-        return reached, reached  # a description without addresses: ssh's names will do
+        return reached, reached  # the description has no addresses
     ring = [host.ips[0] if host.ips else at for host, at in zip(hosts, reached, strict=True)]
     return reached, ring
 
 
-def _listed(device: str | tuple[str, ...] | None) -> str | list[str] | None:
+def _as_list(device: str | tuple[str, ...] | None) -> str | list[str] | None:
     return list(device) if isinstance(device, tuple) else device
 
 
-def link_networks(nodes: Sequence[Node], reached: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The networks by which nodes reach each other, and the same in words.
+def _link_networks(nodes: Sequence[Node], reached: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Find the networks by which nodes reach each other, and the interfaces that they use.
 
     Args:
         nodes: one per rank.
@@ -109,13 +110,13 @@ def link_networks(nodes: Sequence[Node], reached: Sequence[str]) -> tuple[list[s
 
     Returns:
         Networks in CIDR notation, each once, and ``node: interface address`` for each node. Both
-        are empty if an address is not one that its machine knows itself by (behind NAT).
+        are empty if an address is not one of the machine's own (behind NAT).
 
     Raises:
         ClusterError: if a node cannot be asked.
     """
     networks: list[str] = []
-    words: list[str] = []
+    interfaces: list[str] = []
     for name, (node, address) in {
         node.name: (node, address) for node, address in zip(nodes, reached, strict=True)
     }.items():
@@ -125,5 +126,5 @@ def link_networks(nodes: Sequence[Node], reached: Sequence[str]) -> tuple[list[s
             return [], []
         if own[0].network not in networks:
             networks.append(own[0].network)
-        words.append(f"{name}: {own[0].interface} {address}")
-    return networks, words
+        interfaces.append(f"{name}: {own[0].interface} {address}")
+    return networks, interfaces

@@ -1,36 +1,78 @@
-"""What a supervisor is given: everything about a run that is decided before it starts.
+"""The decisions of a launch, and the specification of a run that a supervisor is given.
 
-It lies in the run's folder as ``launch.json`` (mode 0600, it holds the run's secret) until the run
-has ended, so that ``launch --detach`` can hand a run to a supervisor in another process.
+The specification lies in the run's folder as ``launch.json`` (mode 0600, it holds the run's secret)
+until the run has ended, so that ``launch --detach`` can hand a run to a supervisor in another
+process. It holds one bootstrap per rank: the file that the rank's guard reads.
 """
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec.structs import replace
 
 from k2cli.agent.run_folder import write_private
 from k2cli.choices import Transport
 from k2cli.errors import ClusterError
 from k2cli.launch.restart_policy import RestartPolicy
-from k2cli.protocol import Bootstrap, Deadlines
+from k2cli.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
+
+if TYPE_CHECKING:
+    from k2cli.cluster.description import Cluster
+    from k2cli.launch.model_source import ModelSource
+    from k2cli.launch.request import LaunchRequest
+    from k2cli.launch.routes import Routes
+    from k2cli.nodes.node import Node
+    from k2cli.planning.plan import Plan
+    from k2cli.runs.record import RunRecord
 
 _NAME = "launch.json"
+FreePorts = Callable[[str, int], list[int]]
+"""Returns that many free ports of the node with that name."""
+
+
+@dataclass(slots=True, eq=False)
+class RunDecisions:
+    """All decisions of one launch. Each step of ``prepare_run`` sets some of the fields.
+
+    ``nodes`` has one entry per rank. ``model_folders``, ``environments`` (variables for the ranks)
+    and ``mpi_prefixes`` (where Open MPI is installed, "" for this machine) are by name of the node.
+    ``scratch`` is mpirun's folder on this machine.
+    """
+
+    request: LaunchRequest
+    plan_given: Plan | None = field(init=False)
+    cluster: Cluster | None = field(init=False)
+    nodes: Sequence[Node] = field(init=False)
+    model: ModelSource = field(init=False)
+    transport: Transport = field(init=False)
+    transport_reason: str = field(init=False)
+    plan: Plan = field(init=False)
+    model_folders: Mapping[str, str] = field(init=False)
+    routes: Routes = field(init=False)
+    model_name: str = field(init=False)
+    run_id: str = field(init=False)
+    http: HttpEndpoint = field(init=False)
+    generated_api_key: bool = field(init=False)
+    environments: dict[str, dict[str, str]] = field(init=False)
+    scratch: str | None = field(init=False)
+    mpi_prefixes: dict[str, str] = field(init=False)
+    record: RunRecord = field(init=False)
 
 
 class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One bootstrap per rank, in rank order, and how to start the guards.
 
-    ``nodes`` are names, one per rank. ``scratch`` is mpirun's folder on this machine. ``worker``
-    is the module that is a rank. ``networks`` are what MPI may use between machines.
-    ``mpi_prefixes`` says where each node has its Open MPI; "" is this machine. ``locked``: locks
-    of its nodes were taken, and are the supervisor's to give back.
+    ``worker`` is the module that a rank runs. ``scratch`` is mpirun's folder on this machine,
+    ``networks`` are those that MPI may use between machines. ``locked``: the supervisor must
+    release the locks of the nodes.
     """
 
-    run_id: str
-    nodes: list[str]
-    transport: Transport
     bootstraps: list[Bootstrap]
     worker: str
     scratch: str | None = None
@@ -40,18 +82,47 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     locked: bool = False
 
     @property
+    def run_id(self) -> str:
+        return self.bootstraps[0].assignment.run_id
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes, one per rank."""
+        return self.bootstraps[0].assignment.nodes
+
+    @property
+    def transport(self) -> Transport:
+        return self.bootstraps[0].assignment.transport
+
+    @property
     def deadlines(self) -> Deadlines:
-        """The same for all ranks."""
         return self.bootstraps[0].deadlines
 
 
+def make_specification(run: RunDecisions) -> RunSpecification:
+    """Make the specification of a run whose other decisions are made.
+
+    Raises:
+        ClusterError: if a node cannot be asked for free ports.
+    """
+    return RunSpecification(
+        bootstraps=_make_bootstraps(run),
+        worker=run.request.worker,
+        scratch=run.scratch,
+        networks=run.routes.networks,
+        mpi_prefixes=run.mpi_prefixes,
+        restart=run.request.restart,
+        locked=True,
+    )
+
+
 def save_specification(specification: RunSpecification) -> None:
-    """Write it into the run's folder."""
+    """Write the specification into the run's folder."""
     write_private(specification.run_id, _NAME, msgspec.json.encode(specification))
 
 
 def read_specification(folder: Path) -> RunSpecification:
-    """Read what ``save_specification`` wrote.
+    """Read the specification from a run's folder.
 
     Raises:
         ClusterError: if it is missing or of another version of k2.
@@ -59,4 +130,122 @@ def read_specification(folder: Path) -> RunSpecification:
     try:
         return msgspec.json.decode((folder / _NAME).read_bytes(), type=RunSpecification)
     except (OSError, msgspec.MsgspecError) as error:
-        raise ClusterError(f"{folder} holds no run that could be started: {error}") from error
+        raise ClusterError(f"{folder} contains no run that can be started: {error}") from error
+
+
+# --- bootstraps ---------------------------------------------------------------------------------
+
+
+def _make_bootstraps(run: RunDecisions) -> list[Bootstrap]:
+    """Make one bootstrap per rank, with ports that are free now and a fresh secret."""
+    names = [node.name for node in run.nodes]
+    known = {node.name: node for node in run.nodes}
+    liveness_port, coordinator_port, ring_ports = _choose_ports(
+        names, lambda name, count: known[name].free_ports(count)
+    )
+    ring = coordinator = None
+    if run.transport == "ring":
+        addresses = zip(run.routes.ring, ring_ports, strict=True)
+        ring = [[f"{address}:{port}"] for address, port in addresses]
+    elif run.transport == "jaccl":
+        coordinator = f"{run.routes.reached[0]}:{coordinator_port}"
+    secret = secrets.token_hex(32)
+    return [
+        Bootstrap(
+            assignment=_assignment(run, rank, ring, coordinator),
+            secret=secret,
+            liveness_host=run.routes.reached[0],
+            liveness_port=liveness_port,
+            model_name=run.model_name,
+            http=run.http if rank == 0 else None,
+            environment=run.environments[name],
+            deadlines=run.request.deadlines,
+            restarts=run.request.restart.mode != "never",
+        )
+        for rank, name in enumerate(names)
+    ]
+
+
+def _assignment(
+    run: RunDecisions, rank: int, ring: list[list[str]] | None, coordinator: str | None
+) -> Assignment:
+    plan = run.plan
+    return Assignment(
+        run_id=run.run_id,
+        rank=rank,
+        size=len(run.nodes),
+        nodes=[node.name for node in run.nodes],
+        transport=run.transport,
+        model_path=run.model_folders[run.nodes[rank].name],
+        strategy=plan.placement.strategy,
+        layers=[part.layers for part in plan.placement.ranks],
+        dtype=plan.request.dtype,
+        context_length=plan.request.context_length,
+        concurrency=plan.request.concurrency,
+        prefill_chunk_tokens=plan.request.prefill_chunk_tokens,
+        expected_weights_bytes=[node.weights_bytes for node in plan.nodes],
+        expected_cache_bytes=[node.kv_cache_bytes for node in plan.nodes],
+        head=plan.placement.head,
+        jaccl_devices=run.routes.rdma,
+        jaccl_coordinator=coordinator,
+        ring_hosts=ring,
+        wired_limit_bytes=plan.nodes[rank].limit_bytes,
+        cache_limit_bytes=plan.nodes[rank].overhead_bytes,
+    )
+
+
+def renew_bootstraps(
+    bootstraps: Sequence[Bootstrap], free_ports: FreePorts, http_port: int | None
+) -> list[Bootstrap]:
+    """Return the bootstraps of the next attempt: with a new secret and new ports.
+
+    Args:
+        bootstraps: those of the previous attempt, one per rank.
+        free_ports: finds free ports of a node.
+        http_port: the API's port, which stays, if it is known.
+    """
+    before = bootstraps[0].assignment
+    liveness_port, coordinator_port, ring_ports = _choose_ports(before.nodes, free_ports)
+    ring, coordinator = before.ring_hosts, before.jaccl_coordinator
+    if ring is not None:
+        ring = [
+            [_with_port(address, port) for address in addresses]
+            for addresses, port in zip(ring, ring_ports, strict=True)
+        ]
+    if coordinator is not None:
+        coordinator = _with_port(coordinator, coordinator_port)
+    secret = secrets.token_hex(32)
+    return [
+        replace(
+            bootstrap,
+            assignment=replace(
+                bootstrap.assignment, ring_hosts=ring, jaccl_coordinator=coordinator
+            ),
+            secret=secret,
+            liveness_port=liveness_port,
+            http=_on_port(bootstrap.http, http_port),
+            hold=None,
+        )
+        for bootstrap in bootstraps
+    ]
+
+
+def _choose_ports(names: Sequence[str], free_ports: FreePorts) -> tuple[int, int, list[int]]:
+    """Choose the ports for liveness and JACCL's coordinator, and a ring port for each rank."""
+    leader = names[0]
+    ports = {
+        name: iter(free_ports(name, names.count(name) + 2 * (name == leader)))
+        for name in dict.fromkeys(names)
+    }
+    liveness_port, coordinator_port = next(ports[leader]), next(ports[leader])
+    return liveness_port, coordinator_port, [next(ports[name]) for name in names]
+
+
+def _on_port(http: HttpEndpoint | None, port: int | None) -> HttpEndpoint | None:
+    if http is None or port is None:
+        return http
+    return replace(http, port=port, next_port_will_do=False)
+
+
+def _with_port(address: str, port: int) -> str:
+    return f"{address.rpartition(':')[0]}:{port}"

@@ -136,7 +136,7 @@ def _check_config(path: Path, config: dict[str, Any], *, required_model_type: bo
         raise K2Error(f"{path}: model_type must be a string, not {shown(model_type)}")
     for name in _POSITIVE_INTEGERS:
         value = config.get(name)
-        # Some architectures give one number per layer.
+        # Some architectures have one number per layer.
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(_is_size(each) for each in values):
             raise K2Error(f"{path}: {name} must be a positive integer, not {shown(value)}")
@@ -167,7 +167,7 @@ def end_tokens(path: Path, value: object) -> list[int]:
     ``path`` is for messages.
 
     Raises:
-        K2Error: if it is anything else.
+        K2Error: if it is neither an integer nor a list of integers.
     """
     tokens: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):

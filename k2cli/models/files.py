@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all, and digests of files."""
+"""Folders that are written completely or not at all, digests of files, and a lock."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def present_folder(reference: ModelReference) -> Path | None:
 
 
 def is_path(reference: str) -> bool:
-    """Whether a model is meant by its folder or file, here or, if it is not here, on a node."""
+    """True if the text is a path: one that exists here, or one that may exist on a node."""
     from k2cli.models.reference import parse_reference
 
     return reference.startswith(("/", "~")) or parse_reference(reference).path is not None

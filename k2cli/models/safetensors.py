@@ -1,6 +1,6 @@
 """Writing of safetensors checkpoints whose layout is known before their data.
 
-The place of every tensor follows from the shapes, so the files are reserved on disk in full before
+The place of every tensor follows from the shapes, so disk space for the files is reserved before
 the first byte is computed, and data may arrive tensor by tensor or in pieces of a tensor.
 """
 
@@ -45,7 +45,7 @@ def write_safetensors(
     ``arrays`` yields the data of ``specs`` in the same order; one tensor is in memory at a time.
 
     Raises:
-        ValueError: if an array has not the size that its spec says.
+        ValueError: if the size of an array differs from its spec's.
     """
     source = iter(arrays)
     with ShardWriter(folder, specs) as writer:
@@ -68,7 +68,7 @@ class _Place:
 
 
 class ShardWriter:
-    """The files of a checkpoint: reserved first, then filled in any order.
+    """Writer of a checkpoint's files: reserved first, then filled in any order.
 
     Use as a context manager: leaving it flushes the files to disk and closes them.
     ``file_names`` maps each tensor to its file, in the order of the tensors.
@@ -114,7 +114,7 @@ class ShardWriter:
         """Put ``data`` into a tensor, ``at`` bytes after its start.
 
         Raises:
-            ValueError: if it would reach beyond the tensor.
+            ValueError: if the data would reach beyond the tensor.
         """
         place = self._places[name]
         view = memoryview(data).cast("B")
@@ -161,12 +161,12 @@ def into_shards(
 
 
 def shard_name(number: int, count: int) -> str:
-    """Name of file ``number`` of ``count``, from 1 on, as the Hub's tools expect it."""
+    """Return the name of file ``number`` of ``count``, from 1, as the Hub's tools expect it."""
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def safetensors_header(tensors: Sequence[TensorSpec]) -> bytes:
-    """Length and JSON of a safetensors header, padded so that data is aligned to 8 bytes."""
+    """Make the length and JSON of a safetensors header, padded to align data to 8 bytes."""
     fields: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     position = 0
     for tensor in tensors:

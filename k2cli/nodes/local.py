@@ -1,4 +1,4 @@
-"""This machine as a node: verbs of the agent are answered in this process."""
+"""This machine as a node: the agent's verbs are called in this process."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class LocalNode:
     python = sys.executable
 
     def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
-        """In this process, through the same JSON as elsewhere."""
+        """Call a verb of the agent in this process, through the same JSON as on other nodes."""
         try:
             encoded = agent_main.answer(verb, arguments, input or b"")
         except OSError as error:
-            raise ClusterError(f"this machine could not do '{verb}': {error}") from error
+            raise ClusterError(f"'{verb}' failed on this machine: {error}") from error
         result: T = decode_answer(self.name, verb, encoded, kind)
         return result
 
@@ -51,54 +51,46 @@ class LocalNode:
         input: bytes | None = None,
         timeout_seconds: float = CALL_SECONDS,
     ) -> Completed:
-        """Run a command to its end."""
         return run_process(arguments, input, timeout_seconds, self.name)
 
     def reach(self, seconds: float) -> None:
-        """Here we are."""
+        """Return at once: this machine is always reachable."""
 
     async def start(
         self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:
-        """Start a command; ``environment`` is added to that of k2."""
+        """Start a command; ``environment`` is added to k2's own."""
         whole = {**python_environment(), **(environment or {})}
         return await start_process(arguments, whole, Path("/"), arguments[0])
 
     def address(self) -> str:
-        """The loopback address: right only while every node is this machine."""
+        """Return the loopback address, which is valid if every node is this machine."""
         return "127.0.0.1"
 
     def facts(self) -> NodeFacts:
-        """Of this process."""
         return node_facts.facts()
 
     def memory(self) -> Any:
-        """As MLX sees it."""
         from k2cli.planning.hardware.machine import this_machine
 
         return this_machine(self.name)
 
     def write_file(self, run_id: str, name: str, data: bytes) -> None:
-        """Into the run's folder."""
         try:
             run_folder.write_private(run_id, name, data)
         except OSError as error:
             raise ClusterError(f"the run's folder cannot be written: {error}") from error
 
     def remove_bootstraps(self, run_id: str) -> None:
-        """What guards have not read."""
         run_folder.remove_bootstraps(run_id)
 
     def free_ports(self, count: int) -> list[int]:
-        """Of all addresses."""
         return ports.free_ports(count)
 
     def port_holder(self, host: str, port: int) -> str | None:
-        """Named where the system lets us see it."""
         return ports.port_holder(host, port)
 
     def choose_port(self, host: str, first: int) -> int:
-        """On that address."""
         try:
             return ports.choose_port(host, first)
         except OSError as error:
@@ -107,9 +99,7 @@ class LocalNode:
             ) from error
 
     def processes_of_run(self, run_id: str) -> list[RunProcess]:
-        """By their command lines."""
         return run_processes.processes_of_run(run_id)
 
     def kill_run(self, run_id: str) -> list[RunProcess]:
-        """And wait until they are gone."""
         return run_processes.kill_run(run_id)

@@ -1,4 +1,4 @@
-"""Takes the machines of a launch, all or none, so that two launches do not meet on one."""
+"""Locks on all machines of a launch: all are taken, or none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 class BusyError(ClusterError):
-    """A machine belongs to another run: ``holder`` is that run's id."""
+    """Error for a machine that is locked by another run; ``holder`` is that run's id."""
 
     def __init__(self, message: str, hint: str, holder: str) -> None:
         super().__init__(message, hint)
@@ -38,21 +38,20 @@ def take_locks(
     wait_seconds: float = 0.0,
     say: Say = lambda text: None,
 ) -> None:
-    """Take every node, in the order of their names.
+    """Lock every node, in the order of their names.
 
-    All that were taken are given back before it waits, so that two launches cannot block each
-    other for good.
+    Locks taken so far are released before each wait, so two launches cannot deadlock.
 
     Args:
-        nodes: of the ranks; one that repeats counts once.
-        run_id: who takes them.
-        needs: node to bytes that the run needs there, and bytes that there are.
-        share: be content with what memory other runs have left.
-        wait_seconds: how long to wait for others to end.
-        say: told what it waits for, and which stale locks it has removed.
+        nodes: the nodes of the ranks; repeated ones count once.
+        run_id: the run that takes the locks.
+        needs: maps a node to the bytes that the run needs there and the bytes that exist.
+        share: True accepts nodes with other runs if the memory of both fits.
+        wait_seconds: time to wait for other runs to end.
+        say: called with a line when it waits, and for each stale lock that it removed.
 
     Raises:
-        BusyError: if another run has one of them.
+        BusyError: if another run has locked a node.
         ClusterError: if a node cannot be asked.
     """
     until = time.monotonic() + wait_seconds
@@ -67,7 +66,7 @@ def take_locks(
             if error.holder != said or time.monotonic() >= say_again_at:
                 say(f"waiting up to {format_duration(left)}: {error.message}")
                 said, say_again_at = error.holder, time.monotonic() + _SAY_SECONDS
-            # Not all that wait should come at once.
+            # A random delay, so that waiting launches do not all try at once.
             time.sleep(min(left, _POLL_SECONDS * random.uniform(0.5, 1.0)))
         else:
             return
@@ -89,7 +88,7 @@ def _take_all(
                 LockAnswer, "lock-take", str(int(share)), input=msgspec.json.encode(claim)
             )
             for removed in answer.removed:
-                say(f"node {node.name}: removed the lock of {removed}, which is gone")
+                say(f"node {node.name}: removed the lock of {removed}, which has ended")
             if not answer.taken:
                 raise _busy(node, claim, answer.holders, share=share)
             taken.append(node)
@@ -120,7 +119,7 @@ def _busy(node: Node, claim: Claim, holders: Sequence[Lock], *, share: bool) -> 
     who = f"{owner.run_id} of {owner.user}, launched on {owner.host}"
     if lock.state == "left over":
         clean = f"k2 cluster clean --nodes {node.name}"
-        message = f"node {node.name} has processes left over of {who}"
+        message = f"node {node.name} has processes left over from {who}"
         return BusyError(message, clean, owner.run_id)
     since = format_duration(max(time.time() - owner.created, 1))
     message = f"node {node.name} is in use by {who} {since} ago"
@@ -136,9 +135,9 @@ def _busy(node: Node, claim: Claim, holders: Sequence[Lock], *, share: bool) -> 
 
 
 def renew_locks(nodes: Sequence[Node], run_id: str) -> None:
-    """Say on every node that this process supervises the run and lives.
+    """Renew the run's lock on every node, with this process as its supervisor.
 
-    A node that cannot be asked is passed over: its guards say so themselves.
+    A node that cannot be asked is skipped: its guards renew the lock themselves.
     """
     own = psutil.Process()
     for node in _in_order(nodes):
@@ -146,7 +145,7 @@ def renew_locks(nodes: Sequence[Node], run_id: str) -> None:
 
 
 def release_locks(nodes: Sequence[Node], run_id: str) -> None:
-    """Give the nodes back; one that cannot be asked finds out by itself that the run is gone."""
+    """Release the locks on the nodes; on a node that cannot be asked the lock becomes stale."""
     for node in _in_order(nodes):
         _try(node, "lock-release", run_id)
 

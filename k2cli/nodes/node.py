@@ -1,7 +1,7 @@
-"""Nodes: the machines of a cluster, as the launcher uses them.
+"""The interface of a machine, and functions that its two implementations share.
 
-``LocalNode`` is this machine, ``ssh.SshNode`` one that OpenSSH reaches. Both answer
-the same questions through ``cluster.agent``; the launcher does not know which is which.
+``local.LocalNode`` is this machine, ``ssh.SshNode`` a machine that OpenSSH reaches. Both answer
+through the agent's verbs (``agent.main``).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 LOCALHOST = "localhost"
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 CALL_SECONDS = 20.0
-# For a node of which nothing else says that it can be reached. A new connection takes about half a
-# second in a local network, and twice that over a jump host.
+# Time limit of a test whether a node can be reached. A new connection takes about half a second in
+# a local network, and twice that over a jump host.
 REACH_SECONDS = 4.0
 # One line of a guard may carry the last lines of a rank.
 _STREAM_LIMIT_BYTES = 4 * 2**20
@@ -47,16 +47,16 @@ class Completed:
 
 
 class Node(Protocol):
-    """One machine. What cannot be done raises ``ClusterError`` naming the node."""
+    """One machine. Every method may raise a ``ClusterError`` that names the node."""
 
     @property
     def name(self) -> str:
-        """As the user wrote it; every name of this machine is ``localhost``."""
+        """Name as the user wrote it; every name of this machine is ``localhost``."""
         ...
 
     @property
     def is_local(self) -> bool:
-        """Whether it is the machine that launches."""
+        """True for the machine that k2 runs on."""
         ...
 
     def run(
@@ -69,7 +69,7 @@ class Node(Protocol):
         ...
 
     def reach(self, seconds: float) -> None:
-        """Make sure that commands get there and answers back, and wait no longer than this."""
+        """Verify within a time limit that commands reach the node and answers come back."""
         ...
 
     async def start(
@@ -80,23 +80,23 @@ class Node(Protocol):
 
     @property
     def python(self) -> str:
-        """The interpreter that runs k2 there: for guards, ranks and the agent."""
+        """Interpreter that runs k2 there: guards, ranks and the agent."""
         ...
 
     def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
-        """Have a verb of ``cluster.agent`` carried out there; its answer, which is a ``kind``."""
+        """Call a verb of the agent there and decode its answer as a ``kind``."""
         ...
 
     def address(self) -> str:
-        """Where other nodes reach this one."""
+        """Return the address at which other nodes reach this one."""
         ...
 
     def facts(self) -> NodeFacts:
-        """Versions and paths there."""
+        """Return the versions and paths there."""
         ...
 
     def memory(self) -> Any:
-        """Its ``planning.hardware.NodeMemory``."""
+        """Return its ``planning.hardware.machine.NodeMemory``."""
         ...
 
     def write_file(self, run_id: str, name: str, data: bytes) -> None:
@@ -104,32 +104,32 @@ class Node(Protocol):
         ...
 
     def remove_bootstraps(self, run_id: str) -> None:
-        """Remove what guards that never started have left unread."""
+        """Remove bootstrap files that no guard has read."""
         ...
 
     def free_ports(self, count: int) -> list[int]:
-        """Ports that nothing listens on there."""
+        """Find ports that no process listens on there."""
         ...
 
     def port_holder(self, host: str, port: int) -> str | None:
-        """None if that port is free there, else who holds it."""
+        """Return None if that port is free there, else the process that holds it."""
         ...
 
     def choose_port(self, host: str, first: int) -> int:
-        """The first free port there from ``first`` on."""
+        """Find the first free port there from ``first`` on."""
         ...
 
     def processes_of_run(self, run_id: str) -> list[RunProcess]:
-        """Processes of a run that live there."""
+        """Find the processes of a run there."""
         ...
 
     def kill_run(self, run_id: str) -> list[RunProcess]:
-        """SIGKILL them all; returns what is left."""
+        """Kill all processes of a run and wait until they have ended; returns those left."""
         ...
 
 
 def python_environment() -> dict[str, str]:
-    """This process's environment, with which a Python in any folder finds this very k2cli."""
+    """Return this process's environment, extended so that a Python in any folder finds k2cli."""
     environment = dict(os.environ)
     given = environment.get("PYTHONPATH", "").split(os.pathsep)
     paths = [str(Path(path).resolve()) for path in given if path]
@@ -145,8 +145,8 @@ def python_environment() -> dict[str, str]:
 async def start_process(
     arguments: Sequence[str], environment: Mapping[str, str] | None, folder: Path | None, what: str
 ) -> asyncio.subprocess.Process:
-    """Start a process in a session of its own, with pipes; ``what`` names it if it cannot be."""
-    import asyncio  # for supervisors only: a command need not wait for it
+    """Start a process in a session of its own, with pipes; ``what`` names it in errors."""
+    import asyncio  # only supervisors need it; commands start faster
 
     try:
         return await asyncio.create_subprocess_exec(
@@ -157,7 +157,7 @@ async def start_process(
             env=environment,
             cwd=folder,
             limit=_STREAM_LIMIT_BYTES,
-            # Ctrl-C in the launcher's terminal is the launcher's alone.
+            # Ctrl-C in the terminal must reach the launcher only.
             start_new_session=True,
         )
     except OSError as error:
@@ -167,7 +167,7 @@ async def start_process(
 def run_process(
     arguments: Sequence[str], input: bytes | None, timeout_seconds: float, node: str
 ) -> Completed:
-    """Run a process of this machine to its end, for a node."""
+    """Run a process of this machine to its end; ``node`` is named in errors."""
     try:
         done = subprocess.run(
             list(arguments),
@@ -183,7 +183,7 @@ def run_process(
 
 
 def decode_answer(node: str, verb: str, answer: bytes, kind: Any) -> Any:
-    """Check what the agent answered.
+    """Decode the agent's answer.
 
     Raises:
         ClusterError: if it is not a ``kind``.
@@ -191,18 +191,20 @@ def decode_answer(node: str, verb: str, answer: bytes, kind: Any) -> Any:
     try:
         return msgspec.json.decode(answer, type=kind)
     except msgspec.MsgspecError as error:
-        raise ClusterError(f"node {node} gave no sense to '{verb}': {error}") from error
+        raise ClusterError(
+            f"node {node} returned an unreadable answer to '{verb}': {error}"
+        ) from error
 
 
 def is_this_machine(name: str) -> bool:
-    """Whether a user's name stands for the machine that k2 runs on."""
+    """True if a name that the user gave means the machine that k2 runs on."""
     own = socket.gethostname().lower()
-    # A Mac calls itself Name.local, and its owner does not.
+    # A Mac's host name is Name.local; users write Name.
     return name.lower() in _LOCAL_NAMES | {own, own.removesuffix(".local")}
 
 
 def addresses(nodes: Sequence[Node]) -> list[str]:
-    """Where each node is reached by the others, in the order given.
+    """Return the address at which the others reach each node, in the order given.
 
     Raises:
         ClusterError: if a name cannot be resolved.

@@ -1,4 +1,4 @@
-"""The same question to several nodes at once, in a way that Ctrl-C can end."""
+"""Calls for several nodes at once that Ctrl-C can end."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _AT_ONCE = 16
 
 
 def in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Call a function for every item; yields the results as they come.
+    """Call a function for every item at once; yields the results in the order of completion.
 
-    Where the consumer is interrupted, or stops, commands that run on nodes are given up, so that
-    no thread is waited for longer than it needs to clean up.
+    If the consumer stops or is interrupted, or a call fails, the commands that still run on nodes
+    are ended, so that no thread takes longer than it needs to clean up.
     """
     pool = ThreadPoolExecutor(min(_AT_ONCE, max(len(items), 1)))
     futures = [pool.submit(function, item) for item in items]
@@ -31,3 +31,9 @@ def in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> It
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def map_in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Call a function for every item at once; returns the results in the order of the items."""
+    calls = in_parallel(lambda pair: (pair[0], function(pair[1])), list(enumerate(items)))
+    return [result for _, result in sorted(calls, key=lambda pair: pair[0])]

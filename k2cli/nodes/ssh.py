@@ -1,4 +1,4 @@
-"""A node that OpenSSH reaches without asking anything."""
+"""A node that OpenSSH reaches without asking for a password."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from k2cli.nodes.node import CALL_SECONDS, Completed, decode_answer, start_proce
 from k2cli.nodes.ssh_connection import connection_to
 
 T = TypeVar("T")
-# What a shell and env say of a program that is not there, or cannot be run.
+# Exit statuses of a shell and env if a program does not exist or cannot be run.
 _NOT_RUN = (126, 127)
 _NAME = re.compile(r"[^-\s,\x00-\x1f\x7f][^\s,\x00-\x1f\x7f]*")
 
 
 class SshNode:
-    """A machine that ``ssh NAME`` reaches without asking anything.
+    """A machine that ``ssh NAME`` reaches without asking for a password.
 
     Args:
-        name: as ssh knows it: a Host of its configuration, a host name, or ``user@host``.
-        python: the interpreter that runs k2 there; looked for if it is not given, or is gone.
-        address: where other nodes reach it; by default what ssh's configuration says.
+        name: a Host of ssh's configuration, a host name, or ``user@host``.
+        python: the interpreter that runs k2 there; searched for if not given or no longer there.
+        address: where other nodes reach it; by default the host name in ssh's configuration.
         recorded_python: the interpreter that ran k2 there before, which is tried first.
 
     Raises:
@@ -47,7 +47,7 @@ class SshNode:
     ) -> None:
         # ssh would take "-x" for an option.
         if not _NAME.fullmatch(name):
-            raise UsageError(f"'{name}' is no name of a node", "names for ssh: a,b")
+            raise UsageError(f"'{name}' cannot be the name of a node", "names for ssh: a,b")
         self.name = name
         self._python = python
         self._address = address
@@ -55,10 +55,10 @@ class SshNode:
 
     @property
     def python(self) -> str:
-        """The interpreter that runs k2 there.
+        """Interpreter that runs k2 there.
 
         Raises:
-            ClusterError: if this version of k2 is not there.
+            ClusterError: if this version of k2 is not installed there.
         """
         if self._python is None:
             found = find_interpreter(self.name, self.run, self._recorded_python)
@@ -75,29 +75,27 @@ class SshNode:
         return connection_to(self.name).run(arguments, input, timeout_seconds)
 
     def reach(self, seconds: float) -> None:
-        """Over the shared connection, or a new one."""
         connection_to(self.name).reach(seconds)
 
     async def start(
         self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:
-        """Start a command there, over a connection of its own; no secret in ``environment``."""
+        """Start a command there over its own connection; ``environment`` must hold no secret."""
         settings = [f"{name}={value}" for name, value in (environment or {}).items()]
         remote = ["env", *settings, *arguments] if settings else list(arguments)
         command = await asyncio.to_thread(connection_to(self.name).command, remote)
         return await start_process(command, None, None, "ssh")
 
     def address(self) -> str:
-        """The address of the chosen link, else that of the host name in ssh's configuration."""
+        """Return the given address, or else that of the host name in ssh's configuration."""
         if self._address is None:
             host = connection_to(self.name).configuration.get("hostname", self.name)
             self._address = _resolved(self.name, host)
         return self._address
 
     def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
-        """Through ``python -m k2cli.agent.main`` there."""
         done = self._run_agent(verb, arguments, input)
-        if done.status in _NOT_RUN:  # the environment was moved or removed since it was found
+        if done.status in _NOT_RUN:  # the environment has been moved or removed
             self._python = None
             done = self._run_agent(verb, arguments, input)
         if done.status != 0:
@@ -120,14 +118,13 @@ class SshNode:
         if "No space left on device" in reason:
             return ClusterError(f"the disk of node {self.name} is full", f"ssh {self.name} df -h")
         last = reason.splitlines()[-1] if reason else f"status {done.status}"
-        return ClusterError(f"node {self.name} could not do '{verb}': {last}", prepare)
+        return ClusterError(f"'{verb}' failed on node {self.name}: {last}", prepare)
 
     def facts(self) -> NodeFacts:
-        """Versions and paths there."""
         return self.ask(NodeFacts, "facts")
 
     def memory(self) -> Any:
-        """As MLX sees it there, under this node's name."""
+        """Ask for the memory that MLX may use there; it gets this node's name."""
         from dataclasses import replace
 
         from k2cli.planning.hardware.machine import NodeMemory
@@ -136,31 +133,25 @@ class SshNode:
         return replace(found, name=self.name)
 
     def write_file(self, run_id: str, name: str, data: bytes) -> None:
-        """Through ssh's stdin, so that no secret is on a command line."""
+        """Write a file of a run over ssh's stdin, so that no secret is on a command line."""
         self.ask(None, "write", run_id, name, input=data)
 
     def remove_bootstraps(self, run_id: str) -> None:
-        """What guards have not read."""
         self.ask(None, "remove-bootstraps", run_id)
 
     def free_ports(self, count: int) -> list[int]:
-        """Of all addresses there."""
         return self.ask(list[int], "free-ports", str(count))
 
     def port_holder(self, host: str, port: int) -> str | None:
-        """Named where that system lets its user see it."""
         return self.ask(str | None, "port-holder", host, str(port))
 
     def choose_port(self, host: str, first: int) -> int:
-        """On that address there."""
         return self.ask(int, "choose-port", host, str(first))
 
     def processes_of_run(self, run_id: str) -> list[RunProcess]:
-        """By their command lines there."""
         return self.ask(list[RunProcess], "processes", run_id)
 
     def kill_run(self, run_id: str) -> list[RunProcess]:
-        """And wait until they are gone there."""
         return self.ask(list[RunProcess], "kill", run_id)
 
 

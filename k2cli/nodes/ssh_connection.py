@@ -1,9 +1,9 @@
-"""The connection to a node: the system's ``ssh`` with the user's own configuration.
+"""Connections to nodes: the system's ``ssh`` with the user's own configuration.
 
-Commands to a node share one connection, so that the second costs milliseconds. It belongs to this
-process: its socket has a name that nobody else knows, it ends with the process, and ssh itself
-ends it some seconds after its last use if the process was killed. Long-lived commands get a
-connection of their own, which nothing here can cut.
+Commands to a node share one connection, so every further command takes only milliseconds. The
+connection belongs to this process: its socket has a random name, the process ends it on exit, and
+ssh ends it 20 s after its last use if the process was killed. A long-lived command gets its own
+connection, so the end of the shared one does not affect it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from k2cli.nodes.node import CALL_SECONDS, Completed
 from k2cli.nodes.ssh_errors import ssh_error, timed_out
 
 _CONNECT_SECONDS = 10
-# Over a jump host two connections are made, each with a name to look up and a key to agree on.
+# A jump host needs two connections, each with a name lookup and a key exchange.
 _CONNECT_LIMIT_SECONDS = 25.0
 _CONTROL_SECONDS = 2.0
 _LEAST_SECONDS = 0.5
 _PERSIST_SECONDS = 20
-# sshd lets ten sessions share a connection (MaxSessions); some are left for who comes from outside.
+# sshd allows ten sessions per connection (MaxSessions); two are left for other programs.
 _SESSIONS = 8
 SSH_FAILED = 255
-# A Unix socket's path has room for 104 bytes on macOS, and ssh appends 17 while it makes it.
+# A Unix socket's path may have 104 bytes on macOS, and ssh appends 17 while it makes the socket.
 _LONGEST_SOCKET_PATH = 104 - 1 - 17
 
 _OPTIONS = {
@@ -45,7 +45,7 @@ _OPTIONS = {
     "ServerAliveInterval": "3",
     "ServerAliveCountMax": "3",
     "LogLevel": "ERROR",
-    # What a user may have set for working by hand, and what would be in the way here.
+    # Overrides of settings for interactive use, which would disturb commands.
     "RemoteCommand": "none",
     "RequestTTY": "no",
     "ClearAllForwardings": "yes",
@@ -55,30 +55,30 @@ _OPTIONS = {
 
 
 class Connection:
-    """The connection to one node. May be used from several threads."""
+    """The shared connection to one node. May be used from several threads."""
 
     def __init__(self, node: str) -> None:
         self.node = node
         self._lock = threading.Lock()
         self._sessions = threading.BoundedSemaphore(_SESSIONS)
         self._socket: Path | None = None
-        # What the user's start-up files there print on every login, before any command's output.
+        # Output of the user's start-up files there, which precedes every command's output.
         self._greeting = b""
 
     @functools.cached_property
     def configuration(self) -> dict[str, str]:
-        """What ssh's configuration says of the node: ``hostname``, ``user``, ``proxyjump``, …"""
+        """ssh's configuration for the node: ``hostname``, ``user``, ``proxyjump``, …"""
         done = _run_ssh(self.node, ["-G", "--", self.node], None, CALL_SECONDS)
         lines = done.stdout.decode(errors="replace").splitlines()
         return {key: value for key, _, value in (line.partition(" ") for line in lines)}
 
     def command(self, arguments: Sequence[str], socket: Path | None = None) -> list[str]:
-        """The ssh command that runs ``arguments`` there; without a socket, a connection apart."""
+        """Build the ssh command for ``arguments``; without a socket it has its own connection."""
         return ["ssh", *self._options(socket), "-T", "--", self.node, shlex.join(arguments)]
 
     def _options(self, socket: Path | None) -> list[str]:
         options = dict(_OPTIONS)
-        # "no" would also take a key that has changed; "accept-new" is what is meant by it.
+        # "no" would also accept a changed key; users who set it mean "accept-new".
         if self.configuration.get("stricthostkeychecking") in ("no", "off", "false"):
             options["StrictHostKeyChecking"] = "accept-new"
         if socket is None:
@@ -116,10 +116,10 @@ class Connection:
         return replace(done, stdout=done.stdout.removeprefix(self._greeting))
 
     def reach(self, seconds: float) -> None:
-        """Make sure that commands get through, within a time that is shorter than ssh's own.
+        """Verify that commands reach the node, within a shorter time than ssh's own limits.
 
-        A connection that exists says nothing: over a link that loses everything silently it looks
-        alive until ssh has waited in vain for several of its own signs of life.
+        An existing connection proves nothing: if the link loses all packets silently, ssh notices
+        only after several missing keepalive answers.
 
         Raises:
             ClusterError: if the node does not answer in time, or cannot be reached.
@@ -133,7 +133,7 @@ class Connection:
             raise timed_out(self.node, seconds) from None
 
     def _connect(self, limit_seconds: float = _CONNECT_LIMIT_SECONDS) -> Path:
-        """Connect unless that is done; says clearly why it cannot be."""
+        """Return the socket of the shared connection, connecting first if there is none."""
         with self._lock:
             if self._socket is not None:
                 return self._socket
@@ -150,7 +150,7 @@ class Connection:
             return socket
 
     def _abandon(self, socket: Path) -> None:
-        """Let the next command make a new connection; what still runs over this one may go on."""
+        """Stop using a connection: commands that run over it go on, the next makes a new one."""
         with self._lock:
             if self._socket == socket:
                 self._socket = None
@@ -165,7 +165,7 @@ class Connection:
 
 
 def _end_master(node: str, socket: Path, how: str) -> None:
-    """Ask the process that holds the connection; one that does not answer loses its socket."""
+    """Ask the process that holds a connection to end it, and remove its socket in any case."""
     if not socket.exists():
         return
     with contextlib.suppress(TimeoutError, ClusterError):
@@ -182,7 +182,7 @@ def _run_ssh(node: str, arguments: Sequence[str], input: bytes | None, seconds: 
         TimeoutError: if it takes longer.
         ClusterError: if there is no ssh.
     """
-    # Not a pipe for stderr: older versions of ssh keep it open in the background.
+    # A file, because older versions of ssh keep a pipe for stderr open in the background.
     with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
@@ -190,7 +190,7 @@ def _run_ssh(node: str, arguments: Sequence[str], input: bytes | None, seconds: 
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                # Ctrl-C is k2's: it must still be able to clean up over this connection.
+                # Ctrl-C must not reach ssh: k2 still has to clean up over this connection.
                 start_new_session=True,
             )
         except OSError as error:
@@ -200,14 +200,14 @@ def _run_ssh(node: str, arguments: Sequence[str], input: bytes | None, seconds: 
             ) from error
         output = _finish(process, input, seconds)
         if process.returncode < 0:
-            raise ClusterError(f"the command on node {node} was given up")
+            raise ClusterError(f"the command on node {node} was ended")
         errors.seek(0)
         return Completed(process.returncode, output, errors.read())
 
 
 def _finish(process: subprocess.Popen[bytes], input: bytes | None, seconds: float) -> bytes:
-    """Wait for a command, known to ``end_running_commands``; its stdout."""
-    with process, _known(process):
+    """Wait for a command and return its stdout; ``end_running_commands`` can end it."""
+    with process, _registered(process):
         try:
             return process.communicate(input if input is not None else b"", timeout=seconds)[0]
         except subprocess.TimeoutExpired:
@@ -217,14 +217,14 @@ def _finish(process: subprocess.Popen[bytes], input: bytes | None, seconds: floa
                 process.kill()
 
 
-# --- commands that run --------------------------------------------------------------------------
+# --- running commands ---------------------------------------------------------------------------
 
 _running: set[subprocess.Popen[bytes]] = set()
 _running_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _known(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _registered(process: subprocess.Popen[bytes]) -> Iterator[None]:
     with _running_lock:
         _running.add(process)
     try:
@@ -235,7 +235,7 @@ def _known(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def end_running_commands() -> None:
-    """Give up what other threads wait for on nodes; they get a ``ClusterError``."""
+    """End the commands that other threads wait for; those threads get a ``ClusterError``."""
     with _running_lock:
         for process in _running:
             process.kill()
@@ -248,7 +248,7 @@ _connections_lock = threading.Lock()
 
 
 def connection_to(node: str) -> Connection:
-    """This process's connection to a node."""
+    """Return this process's connection to a node."""
     with _connections_lock:
         if not _connections:
             atexit.register(close_connections, os.getpid())
@@ -256,7 +256,7 @@ def connection_to(node: str) -> Connection:
 
 
 def close_connections(owner: int | None = None) -> None:
-    """End all connections of this process; ``owner`` guards against doing so in a fork."""
+    """End all connections of this process; does nothing in a fork of the process ``owner``."""
     if owner is not None and owner != os.getpid():
         return
     with _connections_lock:
@@ -271,7 +271,7 @@ def close_connections(owner: int | None = None) -> None:
 
 @functools.cache
 def _socket_folder() -> Path:
-    """A folder for the sockets, of this user alone, with a short path."""
+    """Make a folder for the sockets, for this user alone and with a short path."""
     bases = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
     for base in filter(None, bases):
         folder = Path(base) / f"k2-ssh-{os.geteuid()}"
@@ -281,7 +281,7 @@ def _socket_folder() -> Path:
 
 
 def _make_private(folder: Path) -> bool:
-    """Whether the folder is there, and nobody else can have put anything into it."""
+    """Make a folder; True if it exists and only this user can write to it."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()

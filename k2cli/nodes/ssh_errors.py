@@ -1,6 +1,6 @@
-"""What OpenSSH says when it fails, as errors that say what is wrong and which command mends it.
+"""Errors made from OpenSSH's messages, with the cause and a command that fixes it.
 
-ssh has one exit status for all of its failures, so its words have to be read: those of OpenSSH 8
+ssh has one exit status for all of its failures, so its messages must be read: those of OpenSSH 8
 and 9 on Linux and macOS, which are not translated.
 """
 
@@ -12,12 +12,12 @@ from collections.abc import Callable
 from k2cli.errors import ClusterError, NodeAccessError
 
 _REASON = re.compile(r"^(?:ssh|mux_client\w*|client_loop|kex_exchange_identification): ")
-# Its banner around a changed key, and other lines that are not the reason.
+# The banner around a changed key, and other lines that are not the reason.
 _NOISE = re.compile(r"^(?:@+|\s*|Warning: .*|Host key verification failed\.|debug\d: .*)$")
 
 
 def ssh_error(node: str, stderr: str) -> ClusterError:
-    """The error for what ssh wrote when it ended with status 255."""
+    """Make the error for ssh's stderr after exit status 255."""
     for pattern, make in _KINDS:
         if re.search(pattern, stderr):
             return make(node, stderr)
@@ -28,7 +28,7 @@ def ssh_error(node: str, stderr: str) -> ClusterError:
 
 
 def timed_out(node: str, seconds: float) -> ClusterError:
-    """Nothing came within the limit."""
+    """Make the error for a node that did not answer within the time limit."""
     return ClusterError(
         f"node {node} cannot be reached: it did not answer within {seconds:.0f} s",
         f"is it on, awake and on this network? Try: ssh {node} true",
@@ -63,7 +63,7 @@ def _unreachable(node: str, stderr: str) -> ClusterError:
 
 def _denied(node: str, stderr: str) -> ClusterError:
     return NodeAccessError(
-        f"node {node} did not let you in: {_reason(stderr)}",
+        f"node {node} denied access: {_reason(stderr)}",
         f"ssh-copy-id {node}, or ssh-add if your key has a passphrase",
     )
 
@@ -72,16 +72,16 @@ def _key_changed(node: str, stderr: str) -> ClusterError:
     told = re.search(r"^\s*(ssh-keygen -f .* -R .*)$", stderr, re.MULTILINE)
     forget = told.group(1).strip() if told else f"ssh-keygen -R {node}"
     return ClusterError(
-        f"node {node} shows another host key than the one known here: it was installed anew, "
-        "or something else answers in its place",
-        f"if you know why, forget the old key and look at the new one: {forget} && ssh {node}",
+        f"node {node} shows another host key than the one known here: it was reinstalled, "
+        "or another machine answers in its place",
+        f"if you know the reason, remove the old key and check the new one: {forget} && ssh {node}",
     )
 
 
 def _key_unknown(node: str, stderr: str) -> ClusterError:
     return ClusterError(
         f"the host key of node {node} is not known here",
-        f"look at it once and accept it: ssh {node} true",
+        f"check it once and accept it: ssh {node} true",
     )
 
 

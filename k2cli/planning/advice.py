@@ -1,6 +1,7 @@
-"""What would make a plan fit: the smallest change of each kind, every one of them planned again.
+"""Advice for a plan that does not fit: the smallest change of each kind that makes it fit.
 
-Quantized KV caches are not advised: k2's engine does not run them.
+Every change is planned before it is advised. Quantized KV caches are not advised, since k2's
+engine does not support them.
 """
 
 from __future__ import annotations
@@ -11,80 +12,70 @@ from dataclasses import replace
 from k2cli.errors import K2Error
 from k2cli.planning.hardware.chips import chips
 from k2cli.planning.hardware.machine import NodeMemory, share_machines
-from k2cli.planning.hardware.spec import catalog_node
+from k2cli.planning.hardware.spec import catalog_node, hardware_text, numbered
 from k2cli.planning.model import quantize_command
 from k2cli.planning.plan import Advice, Plan
-from k2cli.planning.planner import Planner, Wishes, strategies_for
+from k2cli.planning.planner import Planner
+from k2cli.planning.request import PlanRequest
 from k2cli.planning.search.candidates import GOOD_CHUNK_TOKENS
-from k2cli.planning.search.limits import max_context_length
+from k2cli.planning.search.strategies import max_context_length, strategies_for
 from k2cli.sharding.recipe import BITS, Recipe, obstacle_to_quantizing, parse_recipe
 from k2cli.units import GIB, MIB, format_bytes, format_gib
 
 SHORTEST_CONTEXT = 1024
-"""A context that is shorter helps nobody, and is not advised."""
+"""The shortest context that is advised; a shorter one is of no use."""
 
 CONTEXT_STEP = 1024
 """Advised contexts are multiples of this."""
 
 MOST_MACHINES = 4
-"""Machines that are advised at most: beyond that links, not memory, are the question."""
+"""The most machines that are advised: with more, links decide and not memory."""
 
 GOOD_BITS = 4
-"""Bits of a weight below which answers become noticeably worse: more machines are advised rather
-than fewer bits than this."""
+"""Bits of a weight below which answers become noticeably worse: k2 advises more machines before it
+advises fewer bits."""
 
 MACOS_SHARE = 0.04
 MACOS_BYTES = 16 * GIB
-"""What a raised GPU limit must leave to macOS (assumed): this share of memory, at least so much.
-Wiring more than there is can panic the kernel (mlx-lm issue 883)."""
+"""Memory that a raised GPU limit must leave to macOS (assumed): this share, and at least so many
+bytes. Wiring more than there is can panic the kernel (mlx-lm issue 883)."""
 
 _RAISABLE = "sudo sysctl iogpu.wired_limit_mb={megabytes}"
 
 
-def advised_plan(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Plan:
-    """A plan with its limits and, if it does not fit, with what would make it fit.
-
-    Raises:
-        UsageError: as ``Planner.plan``.
-    """
-    plan = planner.plan(nodes, wishes)
-    return replace(plan, advice=advise(planner, nodes, wishes, plan))
-
-
 def advise(
-    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, plan: Plan
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest, plan: Plan
 ) -> tuple[Advice, ...]:
-    """Changes that make a plan fit which does not, those that cost least first.
+    """Return changes that would make a plan fit, the cheapest first.
 
     Args:
-        planner: what made the plan; its traces are used again.
-        plan: with its limits searched (``max_context_length``, ``max_concurrency``).
+        planner: the planner that made the plan; its traces are used again.
+        plan: a plan that does not fit, with its limits (``max_context_length``,
+            ``max_concurrency``).
     """
-    if plan.fits:
-        return ()
     kinds: tuple[Callable[[], Advice | None], ...] = (
-        lambda: _smaller_chunk(planner, nodes, wishes),
-        lambda: _other_strategy(planner, nodes, wishes),
-        lambda: _raised_limit(planner, nodes, wishes),
-        lambda: _fewer_sequences(planner, nodes, wishes, plan),
-        lambda: _shorter_context(planner, nodes, wishes, plan),
-        lambda: _fewer_bits(planner, nodes, wishes),
-        lambda: _larger_machines(planner, nodes, wishes),
-        lambda: _more_machines(planner, nodes, wishes),
+        lambda: _smaller_chunk(planner, nodes, request),
+        lambda: _other_strategy(planner, nodes, request),
+        lambda: _raised_limit(planner, nodes, request),
+        lambda: _fewer_sequences(planner, nodes, request, plan),
+        lambda: _shorter_context(planner, nodes, request, plan),
+        lambda: _fewer_bits(planner, nodes, request),
+        lambda: _larger_machines(planner, nodes, request),
+        lambda: _more_machines(planner, nodes, request),
     )
     found = [advice for kind in kinds if (advice := kind()) is not None]
     if not any(advice.kind in ("machine", "node") for advice in found):
-        both = _fewer_bits_on_other_machines(planner, nodes, wishes, found)
+        both = _fewer_bits_on_other_machines(planner, nodes, request, found)
         found += [both] if both is not None else []
     return tuple(found)
 
 
-def _fitting(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Plan | None:
-    """The plan, if it fits; None too where it is impossible."""
+def _fitting(planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest) -> Plan | None:
+    """Return the plan, or None if it does not fit or is impossible."""
     try:
-        if not planner.ground(nodes, wishes).could_fit:
+        if not planner.problem(nodes, request).could_fit:
             return None
-        plan = planner.plan(nodes, wishes, limits=False)
+        plan = planner.plan(nodes, request, limits=False)
     except K2Error:
         return None
     return plan if plan.fits else None
@@ -100,38 +91,44 @@ def _advice(
     return Advice(kind, change, options, headroom, decode, command)
 
 
-def _smaller_chunk(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:
-    if wishes.chunk_tokens is None:
+def _smaller_chunk(
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest
+) -> Advice | None:
+    if request.chunk_tokens is None:
         return None
-    plan = _fitting(planner, nodes, replace(wishes, chunk_tokens=None))
+    plan = _fitting(planner, nodes, replace(request, chunk_tokens=None))
     if plan is None:
         return None
     chunk = plan.request.prefill_chunk_tokens
     return _advice("chunk", f"prefill in chunks of {chunk} tokens", {"--chunk": str(chunk)}, plan)
 
 
-def _other_strategy(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:
-    if wishes.strategy == "auto" or len(nodes) == 1:
+def _other_strategy(
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest
+) -> Advice | None:
+    if request.strategy == "auto" or len(nodes) == 1:
         return None
-    plan = _fitting(planner, nodes, replace(wishes, strategy="auto"))
+    plan = _fitting(planner, nodes, replace(request, strategy="auto"))
     if plan is None:
         return None
     strategy = plan.placement.strategy
     return _advice("strategy", f"{strategy} instead", {"--parallel": strategy}, plan)
 
 
-def _raised_limit(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:
-    """Macs let the GPU have more of their memory until the next reboot."""
+def _raised_limit(
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest
+) -> Advice | None:
+    """Advise a higher GPU limit, which a Mac keeps until it restarts."""
     if any(node.device != "metal" for node in nodes):
         return None
     most = [
         replace(node, limit_bytes=max(node.limit_bytes, raisable_limit(node.memory_bytes)))
         for node in nodes
     ]
-    widest = _fitting(planner, most, wishes)
+    widest = _fitting(planner, most, request)
     if widest is None:
         return None
-    needed: dict[int, int] = {}  # the same for all Macs of one memory size: one thing to remember
+    needed: dict[int, int] = {}  # one limit for all Macs of the same memory size
     for node in nodes:
         total = max(budget.total_bytes for budget in widest.nodes if budget.name == node.name)
         needed[node.memory_bytes] = max(needed.get(node.memory_bytes, 0), total)
@@ -139,7 +136,7 @@ def _raised_limit(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes)
         replace(node, limit_bytes=max(node.limit_bytes, -(-needed[node.memory_bytes] // GIB) * GIB))
         for node in nodes
     ]
-    plan = _fitting(planner, raised, wishes)
+    plan = _fitting(planner, raised, request)
     changed = [new for old, new in zip(nodes, raised, strict=True) if new != old]
     if plan is None or not changed:
         return None
@@ -156,43 +153,45 @@ def _raised_limit(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes)
 
 
 def raisable_limit(memory_bytes: int) -> int:
-    """How far a Mac's GPU limit can be raised while macOS keeps what it needs."""
+    """Return the highest GPU limit that leaves macOS the memory that it needs."""
     return memory_bytes - max(MACOS_BYTES, int(memory_bytes * MACOS_SHARE))
 
 
 def _fewer_sequences(
-    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, plan: Plan
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest, plan: Plan
 ) -> Advice | None:
     fewer = plan.max_concurrency
-    if not 0 < fewer < wishes.concurrency:
+    if not 0 < fewer < request.concurrency:
         return None
     what = "one sequence" if fewer == 1 else f"{fewer} sequences"
-    fitting = _fitting(planner, nodes, replace(wishes, concurrency=fewer))
+    fitting = _fitting(planner, nodes, replace(request, concurrency=fewer))
     return _advice("concurrency", f"{what} at a time", {"--concurrency": str(fewer)}, fitting)
 
 
 def _shorter_context(
-    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, plan: Plan
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest, plan: Plan
 ) -> Advice | None:
-    """The longest context that leaves room for a good prefill chunk; for any chunk if none does."""
+    """Advise the longest context with a good prefill chunk, or with any chunk if there is none."""
     possible = [each.name for each in plan.alternatives if each.possible]
-    strategies = [each for each in strategies_for(wishes.strategy, len(nodes)) if each in possible]
-    good = replace(wishes, chunk_tokens=wishes.chunk_tokens or GOOD_CHUNK_TOKENS)
+    strategies = [each for each in strategies_for(request.strategy, len(nodes)) if each in possible]
+    good = replace(request, chunk_tokens=request.chunk_tokens or GOOD_CHUNK_TOKENS)
     for longest in (
-        max_context_length(planner.ground(nodes, good), strategies),
+        max_context_length(planner.problem(nodes, good), strategies),
         plan.max_context_length,
     ):
         context = longest // CONTEXT_STEP * CONTEXT_STEP
         if SHORTEST_CONTEXT <= context < plan.request.context_length:
-            fitting = _fitting(planner, nodes, replace(wishes, context_length=context))
+            fitting = _fitting(planner, nodes, replace(request, context_length=context))
             what = f"a context of {context:,} tokens"
             return _advice("context", what, {"--context": str(context)}, fitting)
     return None
 
 
-def _fewer_bits(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:
-    """The most bits that fit, if the model can be quantized by k2 and is not yet that small."""
-    recipe, plan = most_bits(planner, nodes, wishes)
+def _fewer_bits(
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest
+) -> Advice | None:
+    """Advise the most bits that fit, if k2 can quantize the model to fewer bits than it has."""
+    recipe, plan = most_bits(planner, nodes, request)
     if recipe is None or plan is None:
         return None
     return _advice(
@@ -200,16 +199,17 @@ def _fewer_bits(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -
         f"{recipe.bits} bits, {format_bytes(plan.model.stored_bytes)}",
         {"--quantize": str(recipe)},
         plan,
-        quantize_command(planner.model, recipe),
+        quantize_command(planner.model.reference, recipe),
     )
 
 
 def _fewer_bits_on_other_machines(
-    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, found: Sequence[Advice]
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest, found: Sequence[Advice]
 ) -> Advice | None:
-    """Both at once, where other machines alone do not do: few machines, and not too few bits.
+    """Advise both changes together: few machines, and not too few bits.
 
-    Nothing if fewer bits alone already keep ``GOOD_BITS``.
+    Returns:
+        None if fewer bits alone already keep ``GOOD_BITS``, or nothing fits.
     """
     alone = [parse_recipe(each.options["--quantize"]).bits for each in found
              if each.kind == "quantize"]  # fmt: skip
@@ -218,22 +218,22 @@ def _fewer_bits_on_other_machines(
     for machines in _other_machines(nodes):
         if most >= GOOD_BITS:
             break
-        recipe, plan = most_bits(planner, machines, _for_several(wishes), above=most)
+        recipe, plan = most_bits(planner, machines, _for_several(request), above=most)
         if recipe is None or plan is None:
             continue
         most, text = recipe.bits, hardware_text(machines) or ""
         best = _advice(
             "quantize and machines",
             f"{recipe.bits} bits, {format_bytes(plan.model.stored_bytes)}, on {text}",
-            {"--quantize": str(recipe), "--hardware": text, **_several(wishes)},
+            {"--quantize": str(recipe), "--hardware": text, **_several(request)},
             plan,
-            quantize_command(planner.model, recipe),
+            quantize_command(planner.model.reference, recipe),
         )
     return best
 
 
 def _other_machines(nodes: Sequence[NodeMemory]) -> Iterator[list[NodeMemory]]:
-    """More machines, larger ones of the same chip, or both; the fewest first, then the smallest."""
+    """Yield more machines, larger ones of the same chip, or both: the fewest and smallest first."""
     if hardware_text(nodes) is None or len({node.chip for node in nodes}) != 1:
         return
     chip = chips()[nodes[0].chip]
@@ -246,37 +246,37 @@ def _other_machines(nodes: Sequence[NodeMemory]) -> Iterator[list[NodeMemory]]:
 
 
 def most_bits(
-    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, above: int = 0
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest, above: int = 0
 ) -> tuple[Recipe | None, Plan | None]:
-    """The recipe of most bits, more than ``above``, that fits, with its plan."""
+    """Return the recipe with the most bits, more than ``above``, that fits, and its plan."""
     for recipe in _recipes_with_fewer_bits(planner, nodes):
         if recipe.bits > above:
-            plan = _fitting(Planner(planner.model, str(recipe)), nodes, wishes)
+            plan = _fitting(Planner(planner.model.reference, str(recipe)), nodes, request)
             if plan is not None:
                 return recipe, plan
     return None, None
 
 
 def _recipes_with_fewer_bits(planner: Planner, nodes: Sequence[NodeMemory]) -> list[Recipe]:
-    """Recipes whose weights might fit, most bits first."""
-    if planner.quantize is None and obstacle_to_quantizing(planner.subject.config):
+    """Return recipes whose weights might fit, most bits first."""
+    if planner.quantize is None and obstacle_to_quantizing(planner.model.config):
         return []
     given = max(BITS) + 1
     if planner.quantize is not None:
         given = parse_recipe(planner.quantize).most_bits_below
     limits = sum(node.limit_bytes for node in share_machines(nodes))
-    weights = planner.subject.facts.parameter_count
+    weights = planner.model.facts.parameter_count
     fewer = [Recipe(bits) for bits in sorted(BITS, reverse=True) if bits < given]
-    # What is surely too much is not traced: a scale and a bias of 16 bits each go with a group.
+    # Recipes that are surely too large are not traced. A group has a scale and a bias of 16 bits.
     return [
         recipe for recipe in fewer if weights * (recipe.bits + 32 / recipe.group_size) / 8 <= limits
     ]
 
 
 def _larger_machines(
-    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest
 ) -> Advice | None:
-    """The same chips with the next larger memory that is enough."""
+    """Advise the same chips with the next larger memory that is enough."""
     if len({node.chip for node in nodes}) != 1 or nodes[0].chip not in chips():
         return None
     chip = chips()[nodes[0].chip]
@@ -285,79 +285,35 @@ def _larger_machines(
         if size * GIB <= largest:
             continue
         machines = numbered([catalog_node(chip, size)] * len(nodes))
-        plan = _fitting(planner, machines, wishes)
+        plan = _fitting(planner, machines, request)
         if plan is not None:
             text = hardware_text(machines) or ""
             return _advice("machine", f"{text} instead", {"--hardware": text}, plan)
     return None
 
 
-def _more_machines(planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes) -> Advice | None:
-    """More machines like the last one."""
+def _more_machines(
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest
+) -> Advice | None:
+    """Advise more machines like the last one."""
     if hardware_text(nodes) is None:
         return None
     for count in range(len(nodes) + 1, MOST_MACHINES + 1):
         machines = numbered([*nodes, *[nodes[-1]] * (count - len(nodes))])
-        plan = _fitting(planner, machines, _for_several(wishes))
+        plan = _fitting(planner, machines, _for_several(request))
         if plan is not None:
             text = hardware_text(machines) or ""
             more = count - len(nodes)
             what = "another machine" if more == 1 else f"{more} more machines"
-            options = {"--hardware": text, **_several(wishes)}
+            options = {"--hardware": text, **_several(request)}
             return _advice("node", f"{what}: {text}", options, plan)
     return None
 
 
-def _for_several(wishes: Wishes) -> Wishes:
-    """Wishes that several machines can be planned by."""
-    return replace(wishes, strategy="auto") if wishes.strategy == "single" else wishes
+def _for_several(request: PlanRequest) -> PlanRequest:
+    """Return the request without a strategy that needs a single machine."""
+    return replace(request, strategy="auto") if request.strategy == "single" else request
 
 
-def _several(wishes: Wishes) -> dict[str, str]:
-    return {"--parallel": "auto"} if wishes.strategy == "single" else {}
-
-
-# --- machines as --hardware writes them ---------------------------------------------------------
-
-
-def numbered(nodes: Sequence[NodeMemory]) -> list[NodeMemory]:
-    """Machines of the catalog with names of their own, as ``parse_hardware`` names them."""
-    plain = [node.name.partition("/")[0] for node in nodes]
-    return [
-        replace(
-            node, name=f"{name}/{plain[: i + 1].count(name)}" if plain.count(name) > 1 else name
-        )
-        for i, (node, name) in enumerate(zip(nodes, plain, strict=True))
-    ]
-
-
-def hardware_text(nodes: Sequence[NodeMemory]) -> str | None:
-    """What to write after ``--hardware`` for these machines; None if they are none of the catalog.
-
-    Only a changed limit can be written; who changed more has to write it.
-    """
-    terms: list[tuple[str, int]] = []
-    for node in nodes:
-        term = _term(node)
-        if term is None:
-            return None
-        if terms and terms[-1][0] == term:
-            terms[-1] = (term, terms[-1][1] + 1)
-        else:
-            terms.append((term, 1))
-    return " + ".join(f"{count}x {term}" if count > 1 else term for term, count in terms)
-
-
-def _term(node: NodeMemory) -> str | None:
-    chip, size = chips().get(node.chip), node.memory_bytes // GIB
-    if chip is None or size not in chip.memory_gib:
-        return None
-    listed = catalog_node(chip, size)
-    if node.name.partition("/")[0] != listed.name:
-        return None
-    same = replace(node, name=listed.name, limit_bytes=0, limit_mark="exact", limit_source="")
-    if same != replace(listed, limit_bytes=0, limit_mark="exact", limit_source=""):
-        return None
-    if node.limit_bytes == listed.limit_bytes:
-        return listed.name
-    return f"{listed.name}:limit={node.limit_bytes // GIB}GiB"
+def _several(request: PlanRequest) -> dict[str, str]:
+    return {"--parallel": "auto"} if request.strategy == "single" else {}

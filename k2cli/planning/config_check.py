@@ -1,7 +1,7 @@
-"""Whether a ``config.json`` is one to trace: sizes present, whole, positive and of this world.
+"""The check of a ``config.json`` before it is traced: sizes must be present, whole and plausible.
 
-mlx-lm's argument classes fill in what is missing (a config without ``hidden_size`` would become a
-model of 4096) and believe any number, so the fields that decide bytes are looked at before.
+mlx-lm's argument classes replace missing fields by defaults (a config without ``hidden_size`` would
+become a model of 4096) and accept any number, so the fields that decide bytes are checked first.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _LARGEST: Mapping[str, int] = {
     **dict.fromkeys(("first_k_dense_replace", "moe_layer_freq", "n_group", "topk_group"), 4096),
     "vocab_size": 2**26,
 }
-"""Integers that decide sizes, and a value beyond which no model is meant. They also bound the
-time that tracing can take."""
+"""Integers that decide sizes, with the largest plausible value. The values also limit the time that
+tracing can take."""
 
 _MAY_BE_ZERO = frozenset({"n_shared_experts", "first_k_dense_replace", "sliding_window"})
 _ZERO_IN_LISTS = frozenset({"moe_layer_freq"})
-"""Said once for all layers it is every how many; layer by layer, whether that one has experts."""
+"""A single number gives the interval of layers with experts; a list has 0 for layers without."""
 
 _REQUIRED: tuple[tuple[str, ...], ...] = (_LAYERS, _WIDTHS, ("vocab_size",))
 _LATENT_ATTENTION = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
@@ -45,17 +45,16 @@ _DENSE_WIDTHS = ("intermediate_size", "ffn_hidden_size")
 _EXPERTS = (("moe_intermediate_size", "expert_ffn_hidden_size"),
             ("num_experts_per_tok", "moe_topk"))  # fmt: skip
 _NUMBERS = ("rope_theta", "rms_norm_eps", "routed_scaling_factor")
-_MAX_NESTING = 32
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part that describes the language model: ``text_config`` where there is one."""
+    """Return the part that describes the language model: ``text_config`` if there is one."""
     nested = config.get("text_config")
     return nested if isinstance(nested, Mapping) else config
 
 
 def first_field(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    """The first of several names under which configs keep the same integer."""
+    """Return the first integer among several names that configs use for the same field."""
     for name in names:
         value = config.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -64,28 +63,28 @@ def first_field(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None
 
 
 def width_field(config: Mapping[str, Any]) -> int | None:
-    """Width of the hidden states as the config says."""
+    """Return the width of the hidden states."""
     return first_field(text_config(config), _WIDTHS)
 
 
 def heads_field(config: Mapping[str, Any]) -> int | None:
-    """Number of attention heads as the config says."""
+    """Return the number of attention heads."""
     return first_field(text_config(config), _HEADS)
 
 
 def model_context_length(config: Mapping[str, Any]) -> int | None:
-    """The longest context that the model was made for, in tokens; None if it does not say."""
+    """Return the longest context that the model supports, in tokens; None if not given."""
     return first_field(text_config(config), _CONTEXTS)
 
 
 def check_config(config: Mapping[str, Any], source: str, argument_names: frozenset[str]) -> None:
-    """Refuse a config whose sizes cannot be meant.
+    """Refuse a config with missing or implausible sizes.
 
     Args:
         config: the parsed ``config.json``.
         source: its path, for messages.
-        argument_names: fields that the architecture's own arguments have; those of latent
-            attention must then be given, not defaulted.
+        argument_names: fields of the architecture's own arguments. If those of latent attention are
+            among them, the config must give them.
 
     Raises:
         UsageError: naming the field and its value.
@@ -111,7 +110,7 @@ _HINT = "take config.json from the model's repository"
 
 
 def _require_one(text: Mapping[str, Any], names: tuple[str, ...], source: str) -> None:
-    """One of several names for the same; the first is the one that is missed."""
+    """Refuse a config without any of several names for one field; errors name the first."""
     given = [name for name in names if text.get(name) is not None]
     if not given:
         raise UsageError(f"{source} lacks {names[0]}", _HINT)

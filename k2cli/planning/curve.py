@@ -1,4 +1,4 @@
-"""Memory and speed against context, on given machines: what ``--plot`` and ``--svg`` draw."""
+"""Memory and speed against context on given machines, for ``--plot`` and ``--svg``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from k2cli.errors import K2Error
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.plan import NodeBudget, Plan
-from k2cli.planning.planner import Planner, Wishes
+from k2cli.planning.planner import Planner
+from k2cli.planning.request import PlanRequest
 from k2cli.planning.speed.estimate import Band
 
 SHORTEST_CONTEXT = 1024
@@ -28,14 +29,14 @@ class CurvePoint:
 
 
 def context_curve(
-    planner: Planner, nodes: Sequence[NodeMemory], wishes: Wishes, plan: Plan
+    planner: Planner, nodes: Sequence[NodeMemory], request: PlanRequest, plan: Plan
 ) -> tuple[CurvePoint, ...]:
-    """Plan at every power of two up to the model's maximum, and at the asked context.
+    """Plan at every power of two up to the model's maximum, and at the requested context.
 
-    The strategy is that of ``plan``; the prefill chunk is chosen anew at each point.
+    The strategy is that of ``plan``; each point has its own prefill chunk.
     """
     strategy = plan.placement.strategy
-    most = model_context_length(planner.subject.config) or plan.request.context_length
+    most = model_context_length(planner.model.config) or plan.request.context_length
     contexts = {plan.request.context_length, most}
     context = min(SHORTEST_CONTEXT, most)
     while context < most:
@@ -45,7 +46,7 @@ def context_curve(
     for length in sorted(contexts):
         try:
             at = planner.plan(
-                nodes, replace(wishes, context_length=length, strategy=strategy), limits=False
+                nodes, replace(request, context_length=length, strategy=strategy), limits=False
             )
         except K2Error:
             continue

@@ -1,19 +1,18 @@
-"""What a plan is about: the model as far as its config and headers tell, and what it must hold.
+"""The model to plan, as its config and its checkpoint's headers describe it.
 
-The only part of planning that reads the model's files.
+No other part of planning reads the model's files.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from k2cli.choices import Certainty, FloatType, WantedFloatType
-from k2cli.errors import K2Error, UsageError
-from k2cli.planning.config_check import check_config, model_context_length
-from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.choices import Certainty, FloatType
+from k2cli.errors import K2Error
+from k2cli.planning.config_check import check_config
 from k2cli.planning.memory.prefill import ActivationShape, activation_shape
 from k2cli.planning.memory.stored import stored_bytes_of_config
 from k2cli.sharding.recipe import Recipe, obstacle_to_quantizing
@@ -24,16 +23,13 @@ if TYPE_CHECKING:
     from k2cli.sharding.footprint import ModelFacts
     from k2cli.sharding.trace import StoredShapes
 
-DEFAULT_CONTEXT_LENGTH = 32_768
-MAX_CONTEXT_LENGTH = 100_000_000
-
 ITEM_BYTES: dict[FloatType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED_FLOATS: dict[str, FloatType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What is subject of the model before it is placed."""
+class ModelToPlan:
+    """The model before it is placed; ``stored`` is None if only its config is known."""
 
     reference: str
     config: dict[str, Any]
@@ -43,15 +39,27 @@ class Subject:
     facts: ModelFacts
     shape: ActivationShape
 
+    @property
+    def float_type(self) -> FloatType:
+        """The float type of the config, else the one that most stored tensors have."""
+        text = self.config.get("text_config") or {}
+        for source in (self.config, text):
+            name = source.get("torch_dtype") or source.get("dtype")
+            for dtype in ITEM_BYTES:
+                if name in (dtype, f"torch.{dtype}"):
+                    return dtype
+        stored = [name for name, _ in (self.stored or {}).values() if name in _STORED_FLOATS]
+        return _STORED_FLOATS[max(set(stored), key=stored.count)] if stored else "bfloat16"
 
-def read_subject(reference: str, quantize: str | None = None) -> Subject:
-    """Read what is known of a model: config, headers if there are any, traced facts.
+
+def read_model(reference: str, quantize: str | None = None) -> ModelToPlan:
+    """Read a model's config and headers, if there are any, and trace its facts.
 
     Args:
         quantize: a recipe such as ``4bit``, to plan the checkpoint that ``k2 quantize`` would make.
 
     Raises:
-        UsageError: if the reference or the config makes no sense.
+        UsageError: if the reference or the config is not valid.
         K2Error: if files cannot be read or contradict each other.
     """
     from k2cli.models.inspection import inspect_model
@@ -73,16 +81,16 @@ def read_subject(reference: str, quantize: str | None = None) -> Subject:
     else:
         stored_bytes, stored = checkpoint.stored_bytes, _as_loaded(facts.model, stored)
     shape = activation_shape(config)
-    subject = Subject(reference, config, stored, stored_bytes, mark, facts, shape)
+    model = ModelToPlan(reference, config, stored, stored_bytes, mark, facts, shape)
     if quantize is None:
-        return subject
+        return model
     from k2cli.sharding.recipe import parse_recipe
 
-    return quantized_subject(subject, parse_recipe(quantize))
+    return quantized_model(model, parse_recipe(quantize))
 
 
 def _argument_names(arguments: type[Any], config: Mapping[str, Any]) -> frozenset[str]:
-    """The fields of an architecture's arguments, those of a nested text model included."""
+    """Return the fields of an architecture's arguments, with those of a nested text model."""
     if not is_dataclass(arguments):
         return frozenset()
     names = {field.name for field in fields(arguments)}
@@ -93,17 +101,17 @@ def _argument_names(arguments: type[Any], config: Mapping[str, Any]) -> frozense
 
 
 def _as_loaded(model: nn.Module, stored: StoredShapes) -> StoredShapes:
-    """Shapes under the names that loading gives them, so that they are renamed once only.
+    """Return the shapes under the names that loading gives them, so that they are renamed once.
 
-    An original of K2 has 139,583 tensors, of which loading makes 2,000; each placement that is
-    tried would stack its experts again.
+    Loading turns the 139,583 tensors of K2's original into 2,000; without this, every placement
+    that is tried would stack the experts again.
     """
     loaded = shapes_of(model)
     return stored if loaded.keys() == stored.keys() else loaded
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """A traced model's parameters as headers describe them."""
+    """Describe a traced model's parameters in the form of a checkpoint's headers."""
     from mlx.utils import tree_flatten
 
     from k2cli.sharding.trace import STORED_TYPES
@@ -115,46 +123,13 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def choose_context(wanted: int | None, config: Mapping[str, Any]) -> int:
-    most = model_context_length(config)
-    if wanted is None:
-        return min(most or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
-    if wanted < 1:
-        raise UsageError(f"a context of {wanted} tokens holds nothing", "--context 32768")
-    if most is not None and wanted > most:
-        raise UsageError(
-            f"a context of {wanted:,} tokens is beyond this model's maximum of {most:,}",
-            f"--context {most}",
-        )
-    if wanted > MAX_CONTEXT_LENGTH:
-        raise UsageError(f"a context of {wanted:,} tokens is beyond {MAX_CONTEXT_LENGTH:,}")
-    return wanted
-
-
-def choose_dtype(
-    wanted: WantedFloatType, subject: Subject, nodes: Sequence[NodeMemory]
-) -> FloatType:
-    if wanted != "auto":
-        return wanted
-    if any(node.device == "cpu" for node in nodes):
-        return "float32"
-    text = subject.config.get("text_config") or {}
-    for source in (subject.config, text):
-        name = source.get("torch_dtype") or source.get("dtype")
-        for dtype in ITEM_BYTES:
-            if name in (dtype, f"torch.{dtype}"):
-                return dtype
-    stored = [name for name, _ in (subject.stored or {}).values() if name in _STORED_FLOATS]
-    return _STORED_FLOATS[max(set(stored), key=stored.count)] if stored else "bfloat16"
-
-
 def quantize_command(model: str, recipe: Recipe | str) -> str:
-    """The command that makes the checkpoint."""
+    """Return the command that makes the quantized checkpoint."""
     return f"k2 quantize {shlex.quote(model)} --to FOLDER --recipe {shlex.quote(str(recipe))}"
 
 
-def quantized_subject(subject: Subject, recipe: Recipe) -> Subject:
-    """The subject that the converted checkpoint would be.
+def quantized_model(model: ModelToPlan, recipe: Recipe) -> ModelToPlan:
+    """Return the model that ``k2 quantize`` would make.
 
     Raises:
         K2Error: if ``k2 quantize`` would refuse it.
@@ -165,23 +140,23 @@ def quantized_subject(subject: Subject, recipe: Recipe) -> Subject:
     from k2cli.sharding.recipe import cast_to_conversion_type, quantize_lazily
     from k2cli.sharding.trace import trace_model
 
-    obstacle = obstacle_to_quantizing(subject.config)
+    obstacle = obstacle_to_quantizing(model.config)
     if obstacle is not None:
         raise K2Error(
-            f"{subject.reference} cannot be quantized: it is {obstacle}",
+            f"{model.reference} cannot be quantized: it is {obstacle}",
             "name the original, unquantized model",
         )
-    model = trace_model(subject.config, subject.stored)
-    cast_to_conversion_type(subject.config, model)
-    _, overrides = quantize_lazily(model, recipe)
-    config = _without_original_quantization(subject.config)
+    traced = trace_model(model.config, model.stored)
+    cast_to_conversion_type(model.config, traced)
+    _, overrides = quantize_lazily(traced, recipe)
+    config = _without_original_quantization(model.config)
     config["quantization"] = {**recipe.settings, **overrides}
-    shapes = shapes_of(model)
-    stored_bytes = sum(value.nbytes for value in _leaves(model))
+    shapes = shapes_of(traced)
+    stored_bytes = sum(value.nbytes for value in _leaves(traced))
     mx.clear_cache()
-    facts = replace(model_facts(config, shapes), parameter_count=subject.facts.parameter_count)
+    facts = replace(model_facts(config, shapes), parameter_count=model.facts.parameter_count)
     return replace(
-        subject, config=config, stored=shapes, stored_bytes=stored_bytes, facts=facts,
+        model, config=config, stored=shapes, stored_bytes=stored_bytes, facts=facts,
         stored_mark="exact",
     )  # fmt: skip
 

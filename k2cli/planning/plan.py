@@ -1,7 +1,7 @@
-"""The plan: placement, byte budget per node and request; a JSON document and a contract.
+"""The plan: placement, byte budget per node and request, as a JSON document that is a contract.
 
-``plan-memory`` prints it, ``launch`` carries it out. The fields are those of
-docs/reference/contracts.md; a field may be added, none is renamed without a new ``SCHEMA_VERSION``.
+``plan-memory`` prints it, ``launch`` carries it out. docs/reference/contracts.md describes the
+fields; a field may be added, but none is renamed without a new ``SCHEMA_VERSION``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """What is planned. ``stored_bytes`` is the size of the checkpoint as stored on disk or Hub.
+    """The planned model. ``stored_bytes`` is the size of the checkpoint as stored on disk or Hub.
 
-    ``quantize`` is the recipe by which it is yet to be quantized, empty if it is planned as it is.
-    ``context_length`` is the most tokens that its config says it is made for, 0 if it says none.
+    ``quantize`` is the recipe by which it is yet to be quantized, empty if it is planned unchanged.
+    ``context_length`` is the most tokens that its config supports, 0 if it gives no number.
     """
 
     reference: str
@@ -40,7 +40,7 @@ class PlannedModel:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """What the plan must have room for. ``dtype`` is that of activations and KV cache."""
+    """The request that the plan has memory for. ``dtype`` is that of activations and KV cache."""
 
     context_length: int
     concurrency: int
@@ -50,7 +50,7 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """What the sums of a ledger are made of, in bytes.
+    """The items of a ledger, in bytes.
 
     Weights are those of layers and of edges (embedding, norm and head); activation is the larger
     of prefill and decode; overhead is communication, runtime, slack and cache growth together.
@@ -70,9 +70,9 @@ class Breakdown:
 
 @dataclass(frozen=True, slots=True)
 class NodeBudget:
-    """The ledger of one rank's machine; all in bytes. ``weights_bytes`` is held, not stored.
+    """The ledger of one rank's machine, in bytes. ``weights_bytes`` is in memory, not on disk.
 
-    ``backend`` is the machine's ``Device``; ``limit_source`` says how the limit is known.
+    ``backend`` is the machine's ``Device``; ``limit_source`` is the source of the limit.
     """
 
     name: str
@@ -91,10 +91,10 @@ class NodeBudget:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A placement that was compared: what it would give, or why it is impossible.
+    """A placement that was compared, possible or not.
 
-    ``headroom_bytes`` is that of its tightest node. Speeds are expected tokens per second, None
-    where they cannot be predicted. ``verdict`` says in a few words why it was chosen or not.
+    ``headroom_bytes`` is that of its tightest node. Speeds are expected tokens per second, None if
+    they cannot be predicted. ``verdict`` gives the reason for the choice in a few words.
     """
 
     name: str
@@ -110,10 +110,10 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One change that makes the plan fit; it was planned, and has room for ``headroom_bytes``.
+    """One change that makes the plan fit; it was planned, and leaves ``headroom_bytes``.
 
     ``options`` are the flags of ``plan-memory`` that make the change, in place of those given.
-    ``command`` is what else is to be done, on the machines themselves.
+    ``command`` must be run on the machines themselves.
     """
 
     kind: str
@@ -126,11 +126,11 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that ``launch`` needs to know and that the user is shown before.
+    """The plan that ``plan-memory`` shows and ``launch`` carries out.
 
-    ``reason`` says in one sentence why the strategy is what it is. ``max_context_length`` is for
-    the asked concurrency, ``max_concurrency`` for the asked context, each with the prefill chunk
-    as small as need be; 0 if nothing fits.
+    ``reason`` explains the strategy in one sentence. ``max_context_length`` is for the requested
+    concurrency, ``max_concurrency`` for the requested context, each with the prefill chunk as small
+    as necessary; 0 if nothing fits.
     """
 
     model: PlannedModel
@@ -150,12 +150,12 @@ class Plan:
 
 
 def plan_to_json(plan: Plan) -> bytes:
-    """The plan as one JSON document, indented, with a final newline."""
+    """Encode the plan as one JSON document, indented, with a final newline."""
     return msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n"
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write the plan to a file, whole or not at all.
+    """Write the plan to a file atomically.
 
     Raises:
         UsageError: if the file cannot be written.
@@ -170,8 +170,8 @@ def plan_from_json(document: bytes, source: str) -> Plan:
     """Read a plan that ``plan-memory --save`` or ``--json`` wrote.
 
     Raises:
-        UsageError: if it is no JSON, a field is missing or of the wrong type, the placement
-            contradicts itself, or its schema version is another. ``source`` names it.
+        UsageError: if it is not JSON, a field is missing or of the wrong type, the placement is
+            inconsistent, or its schema version is another. The message names ``source``.
     """
     hint = "k2 plan-memory MODEL --hardware SPEC --save plan.json"
     try:

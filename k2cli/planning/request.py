@@ -1,76 +1,95 @@
-"""What a plan must have room for, and how it may be placed: a request, once it is decided."""
+"""The request for a plan: the room that the user wants, and how the model may be placed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from k2cli.choices import Parallel, WantedTransport
+from k2cli.choices import FloatType, Head, Parallel, WantedFloatType, WantedTransport
 from k2cli.errors import UsageError
+from k2cli.planning.config_check import model_context_length
 from k2cli.planning.hardware.machine import NodeMemory
-from k2cli.planning.memory.prefill import PREFILL_CHUNKS
 
+if TYPE_CHECKING:
+    from k2cli.planning.model import ModelToPlan
+
+DEFAULT_CONTEXT_LENGTH = 32_768
+MAX_CONTEXT_LENGTH = 100_000_000
 MAX_CONCURRENCY = 4096
 MAX_CHUNK_TOKENS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """What a plan must have room for, and how fast what connects its ranks is.
+class PlanRequest:
+    """A request for a plan, as the user gave it; None and ``auto`` leave the choice to k2.
 
-    ``chunk_tokens`` is None to choose the prefill chunk. ``transport`` and ``collective_seconds``
-    only concern the predicted speed. ``free_order`` says that the first node need not lead.
+    ``context_length`` is in tokens per sequence; None takes the model's maximum or 32,768,
+    whichever is less. ``dtype`` ``auto`` is the checkpoint's float type, and float32 if a node
+    computes on its CPU. ``head`` ``auto`` cuts the head too in tensor parallelism, if it can be
+    cut. ``chunk_tokens`` is the prefill chunk. ``transport`` and ``collective_seconds`` only
+    concern the predicted speed. With ``free_order`` the first node need not lead.
     """
 
-    context_length: int
+    strategy: Parallel = "auto"
+    context_length: int | None = None
     concurrency: int = 1
+    dtype: WantedFloatType = "auto"
+    head: Head = "auto"
     chunk_tokens: int | None = None
     transport: WantedTransport = "auto"
     collective_seconds: float | None = None
     free_order: bool = False
 
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        """Prefill chunks to consider, largest first."""
-        if self.chunk_tokens is not None:
-            return (self.chunk_tokens,)
-        useful = tuple(chunk for chunk in PREFILL_CHUNKS if chunk <= self.context_length)
-        return useful or PREFILL_CHUNKS[-1:]
+    def check(self, nodes: Sequence[NodeMemory]) -> None:
+        """Refuse nonsensical amounts, no nodes, and several nodes for a strategy of one.
 
+        Raises:
+            UsageError: naming the value and what is possible.
+        """
+        if not nodes:
+            raise UsageError("a plan needs at least one node", "--hardware '2x m3-ultra-512'")
+        if self.strategy == "single" and len(nodes) > 1:
+            raise UsageError(
+                f"--parallel single runs on one node, not on {len(nodes)}", "name one node only"
+            )
+        if not 1 <= self.concurrency <= MAX_CONCURRENCY:
+            raise UsageError(
+                f"concurrency must be between 1 and {MAX_CONCURRENCY}, not {self.concurrency}",
+                "--concurrency 4",
+            )
+        if self.chunk_tokens is not None and not 1 <= self.chunk_tokens <= MAX_CHUNK_TOKENS:
+            raise UsageError(
+                f"--chunk must be between 1 and {MAX_CHUNK_TOKENS} tokens, not {self.chunk_tokens}"
+            )
+        if self.collective_seconds is not None and not 0 < self.collective_seconds <= 1:
+            raise UsageError(
+                f"a collective takes between 0 and 1 s, not {self.collective_seconds:g} s",
+                "--collective-latency 26us",
+            )
 
-def check_amounts(
-    concurrency: int, chunk_tokens: int | None, collective_seconds: float | None
-) -> None:
-    """Refuse amounts that cannot be meant.
+    def resolved_context(self, config: Mapping[str, Any]) -> int:
+        """Return the context length to plan.
 
-    Raises:
-        UsageError: naming the value and what is possible.
-    """
-    if not 1 <= concurrency <= MAX_CONCURRENCY:
-        raise UsageError(
-            f"concurrency must be between 1 and {MAX_CONCURRENCY}, not {concurrency}",
-            "--concurrency 4",
-        )
-    if chunk_tokens is not None and not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS:
-        raise UsageError(
-            f"--chunk must be between 1 and {MAX_CHUNK_TOKENS} tokens, not {chunk_tokens}"
-        )
-    if collective_seconds is not None and not 0 < collective_seconds <= 1:
-        raise UsageError(
-            f"a collective that takes {collective_seconds * 1e6:g} us cannot be meant",
-            "--collective-latency 26us",
-        )
+        Raises:
+            UsageError: if it is not positive, or beyond the maximum of the model or of k2.
+        """
+        wanted, most = self.context_length, model_context_length(config)
+        if wanted is None:
+            return min(most or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
+        if wanted < 1:
+            raise UsageError(f"a context has at least 1 token, not {wanted}", "--context 32768")
+        if most is not None and wanted > most:
+            raise UsageError(
+                f"a context of {wanted:,} tokens is beyond this model's maximum of {most:,}",
+                f"--context {most}",
+            )
+        if wanted > MAX_CONTEXT_LENGTH:
+            raise UsageError(f"a context of {wanted:,} tokens is beyond {MAX_CONTEXT_LENGTH:,}")
+        return wanted
 
-
-def check_nodes(nodes: Sequence[NodeMemory], strategy: Parallel) -> None:
-    """Refuse no machines, or several for one.
-
-    Raises:
-        UsageError: with their number.
-    """
-    if not nodes:
-        raise UsageError("a plan needs at least one node", "--hardware '2x m3-ultra-512'")
-    if strategy == "single" and len(nodes) > 1:
-        raise UsageError(
-            f"--parallel single runs on one node, not on {len(nodes)}", "name one node only"
-        )
+    def resolved_dtype(self, model: ModelToPlan, nodes: Sequence[NodeMemory]) -> FloatType:
+        """Return the float type of activations and KV cache."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if any(node.device == "cpu" for node in nodes) else model.float_type

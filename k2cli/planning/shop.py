@@ -1,8 +1,9 @@
-"""Which machines of the catalog run a model at a context and concurrency, cheapest first.
+"""The machines of the catalog that run a model as requested, cheapest first.
 
-One to four machines of a kind, and unlike pairs and triples where they are cheaper than any number
-of one kind and have room for a prefill chunk that keeps a GPU busy. Machines that are no longer
-sold are offered too, since they are bought used, and marked; their price is the last list price.
+Offers are one to four machines of a kind, and unlike pairs and triples if they are cheaper than any
+number of one kind and have memory for a prefill chunk that keeps a GPU busy. Machines that are no
+longer sold are offered too, since they are bought used, and marked; their price is the last list
+price.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
 from k2cli.errors import K2Error
-from k2cli.planning.advice import hardware_text, most_bits, numbered
+from k2cli.planning.advice import most_bits
 from k2cli.planning.hardware.chips import chips
 from k2cli.planning.hardware.machine import NodeMemory
-from k2cli.planning.hardware.spec import catalog_node
+from k2cli.planning.hardware.spec import catalog_node, hardware_text, numbered
 from k2cli.planning.plan import Plan
-from k2cli.planning.planner import Planner, Wishes
-from k2cli.planning.search.candidates import GOOD_CHUNK_TOKENS, fits_somehow
+from k2cli.planning.planner import Planner
+from k2cli.planning.request import PlanRequest
+from k2cli.planning.search.candidates import GOOD_CHUNK_TOKENS
+from k2cli.planning.search.strategies import fits_somehow
 from k2cli.planning.speed.estimate import Band
 from k2cli.sharding.recipe import Recipe
 from k2cli.units import GIB
@@ -28,18 +31,18 @@ MOST_MIXED_MACHINES = 3
 MOST_MIXED_OFFERS = 3
 MOST_MIXES_TRIED = 24
 SMALLEST_SHARE = 0.25
-"""Of mixed machines the smallest has at least this share of the largest one's memory: less adds a
-link for little."""
+"""The least memory of the smallest of mixed machines, as a share of the largest one's. A smaller
+machine would add a link for little."""
 
 WORTH_ANOTHER = 1.15
-"""A further machine is offered if it makes answers faster by this factor."""
+"""The factor by which one more machine must make answers faster to be offered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Machines that run the model as asked. ``price_usd`` is of all of them, None if unknown.
+    """Machines that run the model as requested. ``price_usd`` is their sum, None if unknown.
 
-    ``withdrawn`` says since when a machine of it is no longer sold, empty if all are;
+    ``withdrawn`` is the date since which one of them is no longer sold, empty if all are sold;
     ``price_date`` is the oldest of the prices' dates.
     """
 
@@ -66,35 +69,32 @@ class ShopResult:
     schema_version: int = 1
 
 
-def shop(planner: Planner, wishes: Wishes) -> ShopResult:
+def shop(planner: Planner, request: PlanRequest) -> ShopResult:
     """Plan the model on the machines of the catalog.
 
     Raises:
-        UsageError: for wishes that make no sense.
+        UsageError: if the request is not valid.
     """
     kinds = [
         catalog_node(chip, size) for chip in chips().values() for size in sorted(chip.memory_gib)
     ]
-    ground = planner.ground(kinds[:1], wishes)
-    # Whatever else a machine has to hold, together they hold the weights once.
-    weights = ground.model.slices(1).profile
+    problem = planner.problem(kinds[:1], request)
+    # Machines hold at least one copy of the weights together.
+    weights = problem.traced.slices(1).profile
     needed = weights.weights_bytes(0, weights.layer_count)
-    offers = [offer for kind in kinds for offer in _of_one_kind(planner, wishes, kind, needed)]
-    offers += _mixed(planner, wishes, kinds, needed, offers)
+    offers = [offer for kind in kinds for offer in _of_one_kind(planner, request, kind, needed)]
+    offers += _mixed(planner, request, kinds, needed, offers)
     offers.sort(key=_rank)
     return ShopResult(
-        planner.model, ground.demand.context_length, wishes.concurrency, tuple(offers)
+        planner.model.reference, problem.context_length, request.concurrency, tuple(offers)
     )
 
 
-def recipe_for_the_catalog(planner: Planner, wishes: Wishes) -> Recipe | None:
-    """The recipe of most bits with which some machines of the catalog hold the model, or None.
-
-    What to shop for where nothing holds it as it is.
-    """
+def recipe_for_the_catalog(planner: Planner, request: PlanRequest) -> Recipe | None:
+    """Return the recipe with the most bits that fits on machines of the catalog, or None."""
     kinds = [catalog_node(chip, size) for chip in chips().values() for size in chip.memory_gib]
     largest = max(kinds, key=lambda kind: kind.limit_bytes)
-    return most_bits(planner, numbered([largest] * MOST_MACHINES), wishes)[0]
+    return most_bits(planner, numbered([largest] * MOST_MACHINES), request)[0]
 
 
 def _rank(offer: Offer) -> tuple[bool, int, float]:
@@ -103,14 +103,14 @@ def _rank(offer: Offer) -> tuple[bool, int, float]:
 
 
 def _of_one_kind(
-    planner: Planner, wishes: Wishes, kind: NodeMemory, needed: int
+    planner: Planner, request: PlanRequest, kind: NodeMemory, needed: int
 ) -> Iterator[Offer]:
-    """The fewest machines that do, and more where that is worth it."""
+    """Yield the fewest machines that fit, and more if they are faster by ``WORTH_ANOTHER``."""
     fastest = 0.0
     for count in range(1, MOST_MACHINES + 1):
         if kind.limit_bytes * count < needed:
             continue
-        offer = _offer(planner, wishes, [kind] * count)
+        offer = _offer(planner, request, [kind] * count)
         if offer is None:
             continue
         rate = offer.decode_tokens_per_second
@@ -122,22 +122,22 @@ def _of_one_kind(
 
 def _mixed(
     planner: Planner,
-    wishes: Wishes,
+    request: PlanRequest,
     kinds: Sequence[NodeMemory],
     needed: int,
     others: Sequence[Offer],
 ) -> list[Offer]:
-    """Unlike machines that together cost less than any number of like ones, cheapest first."""
+    """Return mixed machines that cost less than any number of like ones, cheapest first."""
     bound = min((each.price_usd for each in others if each.price_usd is not None), default=None)
     mixes = sorted(_mixes(kinds, needed, bound), key=_price)
-    good = wishes
-    if wishes.chunk_tokens is None:
-        good = replace(wishes, chunk_tokens=GOOD_CHUNK_TOKENS)
+    good = request
+    if request.chunk_tokens is None:
+        good = replace(request, chunk_tokens=GOOD_CHUNK_TOKENS)
     found: list[Offer] = []
     for mix in mixes[:MOST_MIXES_TRIED]:
         if not _fits_by_pipeline(planner, good, mix):
             continue
-        offer = _offer(planner, wishes, mix)
+        offer = _offer(planner, request, mix)
         if offer is not None:
             found.append(offer)
         if len(found) == MOST_MIXED_OFFERS:
@@ -152,7 +152,7 @@ def _price(machines: Sequence[NodeMemory]) -> int:
 def _mixes(
     kinds: Sequence[NodeMemory], needed: int, bound: int | None
 ) -> Iterator[tuple[NodeMemory, ...]]:
-    """Unlike machines of known prices and speeds, below a price, that hold the weights together."""
+    """Yield mixed machines of known price and speed that hold the weights, below a price."""
     usable = [
         kind
         for kind in kinds
@@ -167,21 +167,22 @@ def _mixes(
                 yield mix
 
 
-def _fits_by_pipeline(planner: Planner, wishes: Wishes, kinds: Sequence[NodeMemory]) -> bool:
-    """A quick look, without speeds, before a mix is planned: slices of unlike machines are alike,
-    so where they fit a pipeline fits too.
+def _fits_by_pipeline(planner: Planner, request: PlanRequest, kinds: Sequence[NodeMemory]) -> bool:
+    """True if a pipeline fits: a cheap check, without speeds, before a mix is planned.
+
+    Tensor slices are of equal size on unlike machines, so if they fit, a pipeline fits too.
     """
     try:
-        return fits_somehow(planner.ground(numbered(kinds), wishes), "pipeline")
+        return fits_somehow(planner.problem(numbered(kinds), request), "pipeline")
     except K2Error:
         return False
 
 
-def _offer(planner: Planner, wishes: Wishes, kinds: Sequence[NodeMemory]) -> Offer | None:
+def _offer(planner: Planner, request: PlanRequest, kinds: Sequence[NodeMemory]) -> Offer | None:
     machines = numbered(kinds)
     try:
-        plan = planner.plan(machines, wishes, limits=False)
-    except K2Error:  # a strategy that was asked for is impossible on so many
+        plan = planner.plan(machines, request, limits=False)
+    except K2Error:  # the requested strategy is impossible on so many machines
         return None
     return _offer_of(plan, machines) if plan.fits else None
 

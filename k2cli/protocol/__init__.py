@@ -1,6 +1,6 @@
-"""Every message that launcher, guards and ranks exchange, and nothing else.
+"""All messages that supervisor, guards and ranks exchange.
 
-Four conversations, each with its own union of message types:
+There are four conversations, each with its own union of message types:
 
 * ``supervisor``: supervisor <-> leader's guard (``SupervisorMessage`` down, ``RunEvent`` up): JSON
   lines over the guard's stdin and stdout, which ssh carries from another node;
@@ -10,10 +10,10 @@ Four conversations, each with its own union of message types:
 * ``decisions``: leader rank <-> a follower rank (``Decision`` out, ``FollowerMessage`` back): TCP,
   authenticated. Every decision carries the step that it applies to.
 
-``bootstrap`` is the file that a guard starts from. Others import all names from here.
+``bootstrap`` is the file that a guard starts from. Other folders import all names from here.
 
 Messages are msgspec structs: decoding checks the schema, unknown fields are refused, and nothing
-is ever unpickled. Framing and authentication are in ``runtime.wire``.
+is ever unpickled. Framing and authentication are in ``protocol.wire``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a guard is told before it starts: its rank's part of the plan, time limits, the API."""
+"""The instructions for a guard: its rank's part of the plan, time limits, the API."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from k2cli.choices import FloatType, HeadPlacement, Strategy, Transport
 
 
 class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Time limits in seconds after which something silent is taken for dead."""
+    """Time limits in seconds after which a silent process counts as dead."""
 
     heartbeat_interval: float = 1.0
     liveness: float = 8.0
@@ -24,9 +24,9 @@ class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the leader's guard serves the API. ``api_key`` None means no key is asked for.
+    """The address of the API on the leader's guard. ``api_key`` None means that no key is needed.
 
-    ``next_port_will_do``: the user named no port, so one that was taken meanwhile is passed over.
+    ``next_port_will_do``: the user named no port, so a later one is used if this one is taken.
     ``allowed_hosts`` and ``cors_origins`` are those of ``server.served_model.ServedModel``.
     """
 
@@ -39,13 +39,13 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one rank is to be: the part of the plan that concerns the ranks.
+    """The part of the plan that one rank carries out.
 
     ``layers[r]`` is rank r's half-open range of decoder layers. ``dtype`` is ``checkpoint`` or
-    the name of the float type that weights are cast to. ``expected_weights_bytes[r]`` is what the
-    plan says that rank r holds, and ``expected_cache_bytes[r]`` what its caches may come to, where
-    that is known; loading fails if either is anything else. ``looks_ahead`` is None where
-    ``runtime.lookahead`` is to decide.
+    the name of the float type that weights are cast to. ``expected_weights_bytes[r]`` and
+    ``expected_cache_bytes[r]`` (if known) are the planned sizes of rank r's weights and caches;
+    loading fails if a size differs. ``looks_ahead`` None leaves the choice to
+    ``rank.engine.lookahead``.
     """
 
     run_id: str

@@ -1,6 +1,7 @@
-"""Leader rank <-> a follower rank: decisions out, what it holds and computed back.
+"""Messages between the leader rank and a follower rank: decisions, and the follower's answers.
 
-Every decision carries the step that it applies to.
+Every decision carries the step that it applies to. A follower reports what it holds and digests of
+what it computed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from k2cli.protocol.message import Heartbeat, Message
 
 
 class OpenSequence(Message, tag=True, frozen=True):
-    """Make a KV cache for a sequence: empty, or the first tokens of a kept prefix."""
+    """Make a KV cache for a sequence: empty, or with the first tokens of a kept prefix."""
 
     step: int
     sequence: int
@@ -30,8 +31,8 @@ class Prefill(Message, tag=True, frozen=True):
 class PrefillTogether(Message, tag=True, frozen=True):
     """Compute several whole prompts at once, and make their sequences rows of a decode batch.
 
-    ``tokens[i]`` is the prompt of ``sequences[i]`` without its last token; none is empty, and the
-    sequences are fresh.
+    ``tokens[i]`` is the prompt of ``sequences[i]`` without its last token. No prompt is empty, and
+    the sequences have no KV cache yet.
     """
 
     step: int
@@ -41,7 +42,7 @@ class PrefillTogether(Message, tag=True, frozen=True):
 
 
 class JoinBatch(Message, tag=True, frozen=True):
-    """Make a sequence the last row of a decode batch, which is made if there is none."""
+    """Make a sequence the last row of a decode batch; create the batch if there is none."""
 
     step: int
     batch: int
@@ -51,11 +52,11 @@ class JoinBatch(Message, tag=True, frozen=True):
 class Decode(Message, tag=True, frozen=True):
     """Compute one token per row of a batch, and the logits after it.
 
-    ``tokens`` are the inputs, one per row. With ``ahead`` it is empty: the inputs are what the
-    leader chooses in this batch's step before, which is still being computed, and they come over
-    the MLX group; ``told`` of a later decision says which they were (-1: nothing to tell).
-    ``digest`` asks for digests of what the rank computed (the canary), ``state_digest`` for one
-    of what it holds (the periodic check).
+    ``tokens`` are the inputs, one per row. With ``ahead`` it is empty: the inputs are the tokens
+    that the leader chooses in this batch's previous step, which is still being computed, and they
+    travel over the MLX group; ``told`` of a later decision repeats them (-1: none). ``digest`` asks
+    for digests of what the rank computed (the self-test), ``state_digest`` for a digest of the ids,
+    rows and steps that it holds (the periodic check).
     """
 
     step: int
@@ -68,10 +69,10 @@ class Decode(Message, tag=True, frozen=True):
 
 
 class LeaveBatch(Message, tag=True, frozen=True):
-    """Take a sequence out of a batch: into another batch, or for good.
+    """Move a sequence from a batch into another batch, or remove it.
 
-    ``keep_as`` keeps its KV cache as a prefix of that id. ``told`` is the input of its last step
-    if that was decided ahead, else -1.
+    ``keep_as`` keeps its KV cache as a prefix with that id. ``told`` is the input of its last step
+    if that step was decided ahead, else -1.
     """
 
     step: int
@@ -83,7 +84,7 @@ class LeaveBatch(Message, tag=True, frozen=True):
 
 
 class CloseSequence(Message, tag=True, frozen=True):
-    """Drop the KV cache of a sequence in prefill, or keep it as a prefix."""
+    """Free the KV cache of a sequence in prefill, or keep it as a prefix."""
 
     step: int
     sequence: int
@@ -91,20 +92,20 @@ class CloseSequence(Message, tag=True, frozen=True):
 
 
 class DropPrefix(Message, tag=True, frozen=True):
-    """Forget a kept prefix."""
+    """Free a kept prefix."""
 
     step: int
     prefix: int
 
 
 class Tick(Message, tag=True, frozen=True):
-    """Nothing to do; proves that leader and connection live."""
+    """Sign of life of leader and connection; nothing to compute."""
 
     step: int
 
 
 class Quit(Message, tag=True, frozen=True):
-    """The leader ends in good order."""
+    """Orderly end of the leader."""
 
     step: int
 
@@ -133,24 +134,24 @@ class HeldTensor(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(Message, tag=True, frozen=True):
-    """First message on a control connection: which follower this is."""
+    """First message on a control connection; names the follower."""
 
     rank: int
 
 
 class Holdings(Message, tag=True, frozen=True):
-    """Everything that a rank has loaded and evaluated: its part of the coverage proof."""
+    """All tensors that a rank has loaded and evaluated; the leader checks that none is missing."""
 
     rank: int
     tensors: list[HeldTensor]
 
 
 class StepDigest(Message, tag=True, frozen=True):
-    """Digests (hex) of what a rank was handed in a step and of what it computed.
+    """Digests (hex) of the input and the result of a rank's step.
 
-    In a pipeline that is the hidden states that arrived and departed; in tensor parallelism
-    nothing arrives, and the digest is of the chosen token. ``state`` is of ids, rows and steps:
-    what the rank believes to hold. Fields that were not asked for are empty.
+    In a pipeline these are the hidden states that arrived and left. In tensor parallelism nothing
+    arrives, and the result is the chosen token. ``state`` is the digest of the ids, rows and steps
+    that the rank holds. Fields that were not asked for are empty.
     """
 
     rank: int

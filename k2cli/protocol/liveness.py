@@ -1,4 +1,4 @@
-"""Leader's guard <-> a follower's guard."""
+"""Messages between the leader's guard and a follower's guard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k2cli.protocol.supervisor import (
 
 
 class ControlEndpoint(Message, tag=True, frozen=True):
-    """Where the leader rank waits for its followers' control connections."""
+    """The address at which the leader rank accepts its followers' control connections."""
 
     host: str
     port: int

@@ -1,4 +1,4 @@
-"""What all messages have in common, and the one that everybody sends."""
+"""The base class of messages, and the heartbeat that all conversations share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import msgspec
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
-    """Base of all messages; the class name is the value of ``type``."""
+    """Base of all messages. The class name is the value of ``type``."""
 
 
 class Heartbeat(Message, tag=True, frozen=True):
-    """I am alive. Also travels between guards, and from a guard to its rank."""
+    """Sign of life, between supervisor and guards, and from a guard to its rank."""

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 Phase = Literal[
     "initialising", "loading", "checking", "warming up", "idle", "busy", "waiting", "ending"
 ]
-"""``waiting`` is for another rank's part of a step; that rank's own guard watches it."""
+"""``waiting``: for the part of another rank in a step. That rank's own guard watches it."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -44,7 +44,7 @@ class ProgressPage:
     @classmethod
     def create(cls) -> ProgressPage:
         """Make a fresh page (steps 0, initialising) that has no name in the file system."""
-        import tempfile  # for guards only: a rank need not wait for it
+        import tempfile  # only guards need it, and a rank would start later
 
         with tempfile.TemporaryFile() as file:
             file.truncate(_LAYOUT.size)
@@ -70,6 +70,6 @@ class ProgressPage:
         _LAYOUT.pack_into(self._map, 0, steps + 1, PHASES.index(phase), self.measure_mlx())
 
     def close(self) -> None:
-        """Unmap the page; the other process keeps its own mapping."""
+        """Unmap the page. The other process keeps its own mapping."""
         self._map.close()
         os.close(self._descriptor)

@@ -1,4 +1,4 @@
-"""A guard <-> its rank: the rank's start and end; between them, requests."""
+"""Messages between a guard and its rank: start, end, and the requests between them."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class Start(Message, tag=True, frozen=True):
 
 
 class Shutdown(Message, tag=True, frozen=True):
-    """End in good order, at once."""
+    """Order to end at once."""
 
 
 GuardMessage = Start | ControlEndpoint | Generate | Cancel | Shutdown | Heartbeat
 
 
 class ControlListening(Message, tag=True, frozen=True):
-    """The leader rank has bound its control port."""
+    """The port at which the leader rank accepts control connections."""
 
     port: int
 
 
 class Fatal(Message, tag=True, frozen=True):
-    """The rank is about to exit because of this."""
+    """The error because of which the rank is about to exit."""
 
     error: str
     traceback: str = ""
@@ -49,7 +49,7 @@ class Fatal(Message, tag=True, frozen=True):
 
 
 class EngineReady(Message, tag=True, frozen=True):
-    """Leader rank only: every rank has proven its part; requests are welcome."""
+    """Sent by the leader rank once every rank has passed its checks and requests may come."""
 
 
 RankMessage = (

@@ -1,4 +1,4 @@
-"""A client's request on its way from the API to the leader rank, and what becomes of it."""
+"""Messages about a client's request, between the API and the leader rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """Sampling options. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -38,13 +38,13 @@ class Generate(Message, tag=True, frozen=True):
 
 
 class Cancel(Message, tag=True, frozen=True):
-    """Nobody wants the rest of this request."""
+    """Cancel a request."""
 
     request_id: str
 
 
 class PromptProgress(Message, tag=True, frozen=True):
-    """Prompt tokens computed so far. ``cached`` of them were reused."""
+    """Count of prompt tokens computed; ``cached`` of them were reused."""
 
     request_id: str
     done: int
@@ -60,7 +60,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Tokens(Message, tag=True, frozen=True):
-    """Newly generated token ids, in order; ``logprobs`` is as long, or empty if not asked for."""
+    """Newly generated token ids; ``logprobs`` has one entry per token, or none if not asked for."""
 
     request_id: str
     tokens: list[int]
@@ -68,7 +68,7 @@ class Tokens(Message, tag=True, frozen=True):
 
 
 class Finished(Message, tag=True, frozen=True):
-    """The request is over. Durations in seconds; prefill includes the first token."""
+    """Result of a completed request. Prefill seconds include the first token."""
 
     request_id: str
     reason: FinishReason
@@ -81,7 +81,7 @@ class Finished(Message, tag=True, frozen=True):
 
 
 class RequestFailed(Message, tag=True, frozen=True):
-    """The request ended by an error of its own; the engine goes on."""
+    """An error that ended one request. The engine goes on."""
 
     request_id: str
     error: str

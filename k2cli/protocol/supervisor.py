@@ -1,6 +1,6 @@
-"""Launcher <-> leader's guard: orders down, the events of a run up.
+"""Messages between the supervisor and the leader's guard: orders, and the events of a run.
 
-Followers' events are passed on by the leader's guard.
+The leader's guard also sends the events of the followers' guards on.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from k2cli.protocol.message import Heartbeat, Message
 
 
 class StopRun(Message, tag=True, frozen=True):
-    """End the run. ``cause`` is shown to clients whose request it breaks off.
+    """End the run. Clients whose request it breaks off get ``cause``.
 
-    ``failed`` True: something is broken, so ranks are ended without the polite part; a guard of a
-    run that ``restarts`` then stays for the next attempt.
+    ``failed`` True means that ranks are ended without a grace period. The leader's guard of a run
+    with ``restarts`` then stays for the next attempt.
     """
 
     cause: str
@@ -25,7 +25,7 @@ class StopRun(Message, tag=True, frozen=True):
 
 
 class NextAttempt(Message, tag=True, frozen=True):
-    """Begin again after a failure, with what the bootstrap says; the API's port stays."""
+    """Start a new attempt after a failure, with this bootstrap. The API's port stays open."""
 
     bootstrap: Bootstrap
 
@@ -34,7 +34,7 @@ SupervisorMessage = Heartbeat | StopRun | NextAttempt
 
 
 class GuardStarted(Message, tag=True, frozen=True):
-    """A guard is connected and has started its rank."""
+    """Process ids of a guard and its rank. ``rank_pid`` is 0 until the rank has started."""
 
     rank: int
     node: str
@@ -52,9 +52,9 @@ class LoadProgress(Message, tag=True, frozen=True):
 
 
 class RankReady(Message, tag=True, frozen=True):
-    """A rank has loaded, and proven, its part. All in bytes, measured by the rank.
+    """A rank has loaded and checked its part. Sizes are measured by the rank.
 
-    ``bytes_read`` is what it asked of the checkpoint's files, beside their headers.
+    ``bytes_read`` counts what it read from the checkpoint's files, without their headers.
     """
 
     rank: int
@@ -66,13 +66,13 @@ class RankReady(Message, tag=True, frozen=True):
 
 
 class RunReady(Message, tag=True, frozen=True):
-    """Coverage and canary passed on all ranks, and the API answers."""
+    """All ranks passed the coverage check and the self-test, and the API answers."""
 
     url: str
 
 
 class LogLine(Message, tag=True, frozen=True):
-    """One line that a rank or its guard wrote."""
+    """A line of output of a rank or its guard."""
 
     rank: int
     node: str
@@ -81,7 +81,7 @@ class LogLine(Message, tag=True, frozen=True):
 
 
 class RankFailed(Message, tag=True, frozen=True):
-    """A rank is gone or was ended. ``exit_status`` is negative for a signal, as in subprocess.
+    """Failure of a rank or its guard. ``exit_status`` is negative for a signal, as in subprocess.
 
     ``cause`` is one sentence for the user. The first such event of a run is the root cause.
     """
@@ -94,14 +94,14 @@ class RankFailed(Message, tag=True, frozen=True):
 
 
 class RunEnded(Message, tag=True, frozen=True):
-    """The last event: all ranks are gone. ``failed`` False after a StopRun."""
+    """The last event: all ranks are gone. ``failed`` is False if the end was ordered."""
 
     cause: str
     failed: bool
 
 
 class RunRestarting(Message, tag=True, frozen=True):
-    """Written by the supervisor: attempt ``attempt`` begins in ``delay_seconds``."""
+    """Attempt ``attempt`` starts in ``delay_seconds``. Only the supervisor writes this event."""
 
     cause: str
     attempt: int

@@ -2,8 +2,8 @@
 
 A frame is a 4-byte big-endian length and a msgpack document. A TCP connection begins with a
 challenge and response in both directions over the run's secret (HMAC-SHA256, fresh nonces, one
-label per direction), so that neither a stranger nor a replay becomes a peer. Guards speak the same
-over asyncio's streams: ``runtime.wire_streams``.
+label per direction), so that neither a stranger nor a replay becomes a peer. Guards use the same
+protocol over asyncio's streams: ``protocol.wire_streams``.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class ConnectionLost(Exception):
 
 
 def frame(message: Any) -> bytes:
-    """One message as bytes on the wire."""
+    """Encode one message as a frame."""
     body = _encoder.encode(message)
     return LENGTH.pack(len(body)) + body
 
 
 def proof(secret: str, role: bytes, theirs: bytes, ours: bytes) -> bytes:
-    """What shows one side's knowledge of the secret, for the nonces of both."""
+    """Compute the HMAC that proves knowledge of the secret, for the nonces of both sides."""
     return hmac.new(bytes.fromhex(secret), role + theirs + ours, hashlib.sha256).digest()
 
 
 class Channel(Generic[T]):
     """A blocking, framed connection that receives messages of one union type.
 
-    Sending is one ``sendall``; two threads must not send at once without a lock of their own.
+    Sending is one ``sendall``. Threads that send at the same time need a lock.
     """
 
     def __init__(self, connection: socket.socket, receives: Any) -> None:
@@ -53,11 +53,11 @@ class Channel(Generic[T]):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def fileno(self) -> int:
-        """For selectors."""
+        """Return the descriptor of the socket, for selectors."""
         return self._socket.fileno()
 
     def send(self, *messages: Any) -> None:
-        """Send messages, all at once.
+        """Send messages in one write.
 
         Raises:
             ConnectionLost: if the peer is gone.
@@ -68,7 +68,7 @@ class Channel(Generic[T]):
             raise ConnectionLost(str(error)) from error
 
     def receive(self, timeout_seconds: float | None = None) -> T | None:
-        """The next message, or None if none came whole within the time (None: wait for ever).
+        """Return the next message, or None if no whole message came in time (None: no limit).
 
         Raises:
             ConnectionLost: if the peer is gone or broke the protocol.
@@ -82,7 +82,7 @@ class Channel(Generic[T]):
             except OSError as error:
                 raise ConnectionLost(str(error)) from error
             finally:
-                # The timeout is the socket's, and would otherwise bind the next send.
+                # The timeout belongs to the socket and would also limit the next send.
                 if self._socket.fileno() >= 0:
                     self._socket.settimeout(None)
             if not chunk:
@@ -106,7 +106,7 @@ class Channel(Generic[T]):
             raise ConnectionLost(f"a message breaks the protocol: {error}") from error
 
     def close(self) -> None:
-        """Close the connection; never raises."""
+        """Close the connection. Never raises."""
         self._socket.close()
 
 
@@ -123,7 +123,7 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
 def authenticate(
     connection: socket.socket, secret: str, *, accepting: bool, timeout_seconds: float = 5.0
 ) -> None:
-    """Prove to each other that both sides know the run's secret.
+    """Prove knowledge of the run's secret to the peer, and check the proof of the peer.
 
     Raises:
         ConnectionLost: if the peer does not know it, or does not answer in time.

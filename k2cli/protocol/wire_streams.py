@@ -1,6 +1,6 @@
-"""``runtime.wire`` over asyncio's streams, for guards.
+"""The protocol of ``protocol.wire`` over asyncio's streams, for guards.
 
-Apart from it because a rank, which has no use for asyncio, would import it at each start (30 ms).
+It is a separate file because importing asyncio takes 30 ms, and a rank does not need it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from k2cli.protocol.wire import (
 
 
 class _KeepingProtocol(asyncio.StreamReaderProtocol):
-    """A stream whose reader gets all that the peer has sent, whatever became of the connection.
+    """A stream protocol that keeps received data when the connection breaks.
 
-    asyncio drops what has arrived and is not read yet if a *write* fails: a heartbeat to a peer
-    that has just exited would take the peer's last message with it.
+    asyncio drops received but unread data if a *write* fails: a heartbeat to a peer that has just
+    exited would lose the peer's last message.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class _KeepingProtocol(asyncio.StreamReaderProtocol):
         self._descriptor = -1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember the socket, which is still open when ``connection_lost`` is called."""
+        """Keep the socket, which is still open when ``connection_lost`` is called."""
         self._descriptor = transport.get_extra_info("socket").fileno()
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Read what is left; then it is the end of the stream, and not an error."""
+        """Read the remaining data, and report the end of the stream instead of an error."""
         if exc is not None:
             with contextlib.suppress(OSError):
                 while chunk := os.read(self._descriptor, 2**16):
@@ -58,10 +58,10 @@ class _KeepingProtocol(asyncio.StreamReaderProtocol):
 async def open_stream(
     host: str | None = None, port: int | None = None, *, connection: socket.socket | None = None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """``asyncio.open_connection``, but nothing that the peer has sent is lost.
+    """Open a connection like ``asyncio.open_connection``, but never lose received data.
 
     Raises:
-        OSError: if there is no connection.
+        OSError: if the connection fails.
     """
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
@@ -76,7 +76,7 @@ async def open_stream(
 async def serve_stream(
     accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], None], host: str, port: int
 ) -> asyncio.Server:
-    """``asyncio.start_server`` with the same promise.
+    """Start a server like ``asyncio.start_server``, but never lose received data.
 
     Raises:
         OSError: if the port is taken.
@@ -88,7 +88,7 @@ async def serve_stream(
 
 
 class AsyncChannel(Generic[T]):
-    """``wire.Channel`` over asyncio's streams."""
+    """A framed connection over asyncio's streams that receives messages of one union type."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, receives: Any
@@ -98,12 +98,12 @@ class AsyncChannel(Generic[T]):
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
 
     def send(self, message: Any) -> None:
-        """Queue one message for sending; a lost peer shows at the next ``receive``."""
+        """Queue one message. The next ``receive`` raises if the peer is lost."""
         if not self._writer.is_closing():
             self._writer.write(frame(message))
 
     async def receive(self) -> T:
-        """The next message.
+        """Return the next message.
 
         Raises:
             ConnectionLost: if the peer is gone or broke the protocol.
@@ -119,7 +119,7 @@ class AsyncChannel(Generic[T]):
             raise ConnectionLost(f"a message breaks the protocol: {error}") from error
 
     def close(self) -> None:
-        """Close the connection; never raises."""
+        """Close the connection. Never raises."""
         self._writer.close()
 
 
@@ -131,7 +131,7 @@ async def authenticate_stream(
     accepting: bool,
     timeout_seconds: float = 5.0,
 ) -> None:
-    """``wire.authenticate`` over asyncio's streams.
+    """Prove knowledge of the run's secret to the peer, and check the proof of the peer.
 
     Raises:
         ConnectionLost: if the peer does not know the secret, or does not answer in time.

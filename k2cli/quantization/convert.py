@@ -60,7 +60,7 @@ def quantize(
     or an exception thrown into it, removes the files written so far.
 
     Args:
-        dry_run: plan everything, check disk space, write nothing.
+        dry_run: plan and check disk space, but write nothing.
         piece_bytes: number of bytes of a tensor that are read at a time.
 
     Raises:

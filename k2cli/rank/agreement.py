@@ -1,10 +1,9 @@
-"""Watches that leader and followers agree: digests of what each believes to hold, compared.
+"""Regular comparison of digests that leader and followers make of their state.
 
-Every so many steps a decision asks for a digest of the state after it: the step's number, the
-ids of sequences and prefixes, and who is in which row of which batch. A follower that differs
-would compute wrong text without any error; so a difference ends the run. In tensor parallelism
-a mark of the step is summed over the ranks as well: it shows whether their sums are still of the
-same things.
+Every 32 steps a decision asks for a digest of the state after it: the step's number, the tokens of
+sequences and prefixes, and the sequence in each row of each batch. A follower that differs would
+compute wrong text without any error; so a difference ends the run. In tensor parallelism a known
+number is summed over the ranks as well, which detects ranks whose sums belong to different steps.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _BUG = (
 
 @dataclass(slots=True)
 class Agreement:
-    """The leader's own digests, and the answers that are still due."""
+    """The leader's own digests, and the answers of followers that are still due."""
 
     followers: Followers
     size: int
@@ -33,21 +32,21 @@ class Agreement:
     _answers: dict[int, int] = field(default_factory=dict)
 
     def is_due(self, step: int) -> bool:
-        """Whether a decision with this number should ask for a digest."""
+        """True if a decision with this number should ask for a digest."""
         return self.size > 1 and step % STEPS_BETWEEN == 0
 
     def expect(self, step: int, digest: str, *, in_step: bool) -> None:
-        """The leader's own digest after a step, and whether the ranks' sums are of one step.
+        """Record the leader's own digest after a step.
 
         Raises:
-            ClusterError: if they are not.
+            ClusterError: if the ranks' sums were not ``in_step``.
         """
         if not in_step:
             raise ClusterError(f"the ranks' sums are out of step (seen in step {step})", _BUG)
         self._own[step] = digest
 
     def check(self) -> None:
-        """Compare what followers have answered so far.
+        """Compare the digests that followers have sent so far.
 
         Raises:
             ClusterError: if a follower's state is not the leader's.
@@ -62,7 +61,7 @@ class Agreement:
                 waiting.append(message)
         for answer in waiting:
             if answer.step not in self._own:
-                # In a pipeline the early stages are ahead of the leader's own part.
+                # The first stages of a pipeline are ahead of the leader's own part.
                 self._early.append(answer)
                 continue
             if answer.state != self._own[answer.step]:

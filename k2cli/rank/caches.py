@@ -1,9 +1,9 @@
-"""The KV caches of one rank: of sequences in prefill, of decode batches, of kept prefixes.
+"""KV caches of one rank: those of sequences in prefill, of decode batches and of kept prefixes.
 
 Every entry is a list of mlx-lm cache objects, one per decoder layer that this rank holds. Caches
 of single sequences are merged when they join a batch, cut out again when they leave it, and
-copied (lazily: arrays are shared until one is written to) when a kept prefix is used again. What
-happens when is decided by the leader; here it is only carried out.
+copied (lazily: arrays are shared until one is written to) when a kept prefix is used again. The
+leader decides each of these changes; this module carries them out.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.sharding.stage import Stage
 
 LayerCaches = list[Any]
-_LET_GO_SECONDS = 0.01
+_RELEASE_SECONDS = 0.01
 
 
 @dataclass(slots=True)
 class Batch:
-    """Sequences that decode together: their ids by row, and their merged caches."""
+    """Sequences that decode together: the id of each row, and the merged caches."""
 
     rows: list[int]
     caches: LayerCaches
@@ -36,7 +36,7 @@ class Batch:
 
 @dataclass(slots=True)
 class CacheTable:
-    """All caches of a rank, and which tokens they are of: the keys that ranks must agree on."""
+    """All caches of a rank, and their tokens: the state on which ranks must agree."""
 
     stage: Stage
     sequences: dict[int, LayerCaches] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class CacheTable:
     _prefix_tokens: dict[int, array[int]] = field(default_factory=dict)
 
     def open(self, sequence: int, prefix: int | None, kept_tokens: int) -> None:
-        """A cache for a sequence: empty, or a copy of the first tokens of a kept prefix."""
+        """Make a cache for a sequence: empty, or a copy of the first tokens of a kept prefix."""
         if prefix is None:
             self._tokens[sequence] = array("i")
             self.sequences[sequence] = self.stage.make_local_cache()
@@ -59,11 +59,11 @@ class CacheTable:
         self.sequences[sequence] = caches
 
     def feed(self, sequence: int, tokens: Sequence[int]) -> None:
-        """Note that a sequence's cache now holds these tokens too."""
+        """Record tokens that a sequence's cache holds from now on."""
         self._tokens[sequence].extend(tokens)
 
     def close(self, sequence: int, keep_as: int | None) -> None:
-        """Drop a sequence's cache, or keep it as a prefix."""
+        """Release a sequence's cache, or keep it as a prefix."""
         self._settle(sequence, self.sequences.pop(sequence), keep_as)
 
     def _settle(self, sequence: int, caches: LayerCaches, keep_as: int | None) -> None:
@@ -90,7 +90,7 @@ class CacheTable:
         into.rows.append(sequence)
 
     def open_together(self, lengths: list[int]) -> LayerCaches:
-        """Fresh merged caches for prompts of these lengths, padded on the left to the longest."""
+        """Make merged caches for prompts of these lengths, padded on the left to the longest."""
         caches = self._merged(len(lengths))
         longest = max(lengths)
         for cache in caches:
@@ -102,7 +102,7 @@ class CacheTable:
         return [_merge(list(layer)) for layer in zip(*singles, strict=True)]
 
     def _empty(self, rows: int) -> LayerCaches:
-        """Of a batch of so many rows that holds nothing; plain caches for a single one."""
+        """Make empty caches for a batch; a single row gets plain caches."""
         return self.stage.make_local_cache() if rows == 1 else self._merged(rows)
 
     def join_together(self, batch: int, sequences: list[int], caches: LayerCaches) -> None:
@@ -120,7 +120,7 @@ class CacheTable:
         into.rows += sequences
 
     def leave(self, batch: int, sequence: int, keep_as: int | None, move_to: int | None) -> None:
-        """Take a sequence out of a batch: drop its cache, keep it as a prefix, or move it."""
+        """Take a sequence out of a batch: release its cache, keep it as a prefix, or move it."""
         source = self.batches[batch]
         row = source.rows.index(sequence)
         if len(source.rows) == 1:
@@ -139,20 +139,20 @@ class CacheTable:
             self._settle(sequence, own, keep_as)
 
     def batch_bytes(self, batch: int) -> int:
-        """What a batch's caches take; 0 if there is no such batch yet."""
+        """Return the bytes of a batch's caches; 0 if there is no such batch yet."""
         entry = self.batches.get(batch)
         return sum(cache.nbytes for cache in entry.caches) if entry else 0
 
     def drop_prefix(self, prefix: int) -> None:
-        """Forget a kept prefix."""
+        """Release a kept prefix."""
         del self.prefixes[prefix], self._prefix_tokens[prefix]
         mx.clear_cache()
 
     def digest(self, step: int) -> str:
-        """SHA-256 (hex, 16 digits) over what this rank believes to hold after a step.
+        """Return the SHA-256 (16 hexadecimal digits) of this rank's records after a step.
 
-        Equal on every rank: it covers the step, the tokens of every sequence and kept prefix, and
-        the rows of every batch; never sizes in bytes, which differ between stages.
+        It is equal on every rank: it covers the step, the tokens of every sequence and kept prefix,
+        and the rows of every batch; never sizes in bytes, which differ between stages.
         """
         state = (
             step,
@@ -167,14 +167,14 @@ class CacheTable:
 
 
 def _checksum(tokens: array[int]) -> tuple[int, int]:
-    """How many tokens, and which: their CRC-32."""
+    """Return the number of tokens and their CRC-32."""
     return len(tokens), zlib.crc32(tokens)
 
 
 def _take_out(source: Batch, row: int, *, wanted: bool) -> LayerCaches:
-    """Remove a row from a batch of several; returns its own caches if they are wanted.
+    """Remove a row from a batch of several; return the row's own caches if ``wanted``.
 
-    Layer by layer, and at once: what is lazily cut out of a batch holds the whole batch.
+    Each layer is evaluated at once: a lazy slice would keep the whole batch in memory.
     """
     rest = [index for index in range(len(source.rows)) if index != row]
     own: LayerCaches = []
@@ -193,14 +193,14 @@ def _take_out(source: Batch, row: int, *, wanted: bool) -> LayerCaches:
 
 
 def make_room(caches: LayerCaches, tokens: int) -> None:
-    """Let plain caches grow for so many more tokens, one layer at a time.
+    """Enlarge plain caches for ``tokens`` more tokens, one layer at a time.
 
-    mlx-lm's caches grow by copying, in the middle of a step. A GPU runs behind the program, and
-    would hold the old and the new copy of every layer at once: measured on CUDA, a decode step
-    that made four layers grow took four times what one layer takes.
+    mlx-lm's caches grow by copying in the middle of a step. A GPU runs behind the program, and
+    would hold the old and the new copy of every layer at once: measured on CUDA, a decode step in
+    which four layers grew took four times the memory of one layer.
     """
     kinds = mlx_lm_module("models.cache")
-    patient = mx.default_device() == mx.gpu
+    waits = mx.default_device() == mx.gpu
     for cache in caches:
         if type(cache) is kinds.KVCache:
             used = cache.offset
@@ -210,25 +210,24 @@ def make_room(caches: LayerCaches, tokens: int) -> None:
             continue
         if cache.keys is None or used + tokens <= cache.keys.shape[2]:
             continue
-        if patient:
-            mx.synchronize()  # what a step in flight holds must not pass for the old copy
-        # To a whole number of steps, as admission counts; mlx-lm would add to what was merged.
+        if waits:
+            mx.synchronize()  # memory of a step in flight must not be counted as the old copy
+        # Grow to whole allocation steps, as admission counts; mlx-lm adds steps to any length.
         more = -(-(used + tokens) // cache.step) * cache.step - used
         held = mx.get_active_memory() - cache.keys.nbytes - cache.values.nbytes
         cache.keys = _extended(cache.keys, used, more)
         cache.values = _extended(cache.values, used, more)
         mx.eval(cache.keys, cache.values)
-        if patient:
-            patient = _let_go(held + cache.keys.nbytes + cache.values.nbytes)
+        if waits:
+            waits = _released(held + cache.keys.nbytes + cache.values.nbytes)
 
 
-def _let_go(expected_bytes: int) -> bool:
-    """Wait until a GPU has given back the copy that it has no more use for; whether it has.
+def _released(expected_bytes: int) -> bool:
+    """Wait until the GPU has released the old copy; return False if it does not in time.
 
-    It does so from a thread of its own, after the result is there. It never does if the copy is
-    also a kept prefix's.
+    A thread of MLX releases it after the result is there, but never if a kept prefix shares it.
     """
-    deadline = time.monotonic() + _LET_GO_SECONDS
+    deadline = time.monotonic() + _RELEASE_SECONDS
     while mx.get_active_memory() > expected_bytes:
         if time.monotonic() > deadline:
             return False

@@ -1,8 +1,8 @@
-"""The control connections: how the leader's decisions reach the followers.
+"""Control connections, which carry the leader's decisions to the followers.
 
-The leader rank listens on a port of its own choice, which the guards pass on; each follower
-connects, proves that it knows the run's secret and says which rank it is. Decisions go out in
-order to all followers; what comes back is read by a thread per follower.
+The leader rank listens on a free port, which the guards pass on. Each follower connects, proves
+that it knows the run's secret and sends its rank. Decisions go to all followers in order; one
+thread per follower reads the answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from k2cli.protocol.wire import Channel, ConnectionLost, authenticate, frame
 
 
 class Followers:
-    """The leader's side: one channel per follower, one inbox for all of them."""
+    """The leader's side: a channel to each follower, and one inbox for all of them."""
 
     def __init__(self, on_loss: Callable[[int, str], None]) -> None:
         """``on_loss`` is called from a thread with (rank, cause) when a follower is lost."""
@@ -36,7 +36,7 @@ class Followers:
 
     @staticmethod
     def listen(host: str) -> socket.socket:
-        """A listening socket on a free port of an address of this machine.
+        """Open a listening socket on a free port of an address of this machine.
 
         Raises:
             ClusterError: if the address is not one of this machine's.
@@ -49,7 +49,7 @@ class Followers:
     def accept(
         self, listener: socket.socket, count: int, secret: str, timeout_seconds: float
     ) -> None:
-        """Wait for all followers.
+        """Wait until all followers have connected.
 
         Raises:
             ClusterError: naming the ranks that did not come in time.
@@ -77,7 +77,7 @@ class Followers:
             channel: Channel[FollowerMessage] = Channel(connection, FollowerMessage)
             hello = channel.receive(timeout_seconds=5.0)
         except ConnectionLost:
-            connection.close()  # a stranger, or a follower that will fail on its own side
+            connection.close()  # not of this run, or a follower that fails on its own side
             return
         if not isinstance(hello, Hello) or not 1 <= hello.rank <= count:
             channel.close()
@@ -113,14 +113,14 @@ class Followers:
                 raise ConnectionLost(str(error)) from error
 
     def close(self) -> None:
-        """Part in good order: from now on, a follower that goes is not a loss."""
+        """Stop reporting lost followers, before an ordered end."""
         self._closing = True
 
 
 def connect_to_leader(
     endpoint: ControlEndpoint, rank: int, secret: str, timeout_seconds: float
 ) -> Channel[Decision]:
-    """A follower's side.
+    """Connect a follower to the leader and send its rank.
 
     Raises:
         ClusterError: if the leader cannot be reached, or is not the leader of this run.

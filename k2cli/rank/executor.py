@@ -1,8 +1,8 @@
-"""Carries out decisions on one rank: its caches, and forward steps through its part.
+"""Execution of the leader's decisions on one rank: its caches, and forward steps of its part.
 
-Leader and followers run the same code on the same decisions in the same order; nothing here
-decides anything. Hidden states travel from the higher rank (earlier stage) to the lower one, on
-a stream of their own, so that sending one step's does not hold up computing the next.
+Leader and followers run the same code on the same decisions in the same order; this module makes no
+decisions. Hidden states travel from the higher rank (earlier stage) to the lower one, on a stream
+of their own, so that sending those of one step does not delay computing the next.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a decision gave on this rank.
+    """Result of a decision on this rank.
 
     ``logits`` is ``[rows, vocabulary]`` after a Decode on ranks that have the head; lazy on the
-    leader. The digests are empty unless they were asked for. ``in_step``, lazy too, says whether
-    the ranks still add up what belongs together (a bool; see ``_in_step``).
+    leader. The digests are empty unless the decision asked for them. ``in_step``, a lazy bool, is
+    False if the ranks' sums belong to different steps (see ``_in_step``).
     """
 
     logits: mx.array | None = None
@@ -54,19 +54,19 @@ class StepResult:
 
     @property
     def to_compute(self) -> list[mx.array]:
-        """What is still lazy, in the order in which every rank must compute it."""
+        """The lazy arrays, in the order in which every rank must compute them."""
         return [array for array in (self.logits, self.in_step) if array is not None]
 
 
 def array_digest(value: mx.array) -> str:
-    """SHA-256 (hex, 16 digits) over the bytes of an array."""
+    """Return the SHA-256 (16 hexadecimal digits) of an array's bytes."""
     flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
-    # Its type stub does not say so, but an mlx array gives out its memory.
+    # An mlx array exports a buffer, although its type stub does not say so.
     return hashlib.sha256(cast("Buffer", flat)).hexdigest()[:16]
 
 
 def _hidden_of(stage: Stage) -> tuple[int, mx.Dtype]:
-    """Width and dtype of what tensor ranks add up; of no use where layers exchange several."""
+    """Return width and dtype of what tensor ranks sum; arbitrary if layers exchange more."""
     try:
         return hidden_at(stage.model, 0)
     except UsageError:
@@ -82,12 +82,12 @@ class Executor:
         group: Any | None,
         advance: Callable[[Phase], None] = lambda phase: None,
     ) -> None:
-        """``advance`` is called whenever a layer's work is done, and before waiting for a peer."""
+        """Call ``advance`` after each layer, and before and after each wait for a peer."""
         self.stage = stage
         self.caches = CacheTable(stage)
         self._group = group
         self._advance = advance
-        # For other ranks' hidden states, since the start.
+        # Time spent waiting for other ranks' hidden states, since the start.
         self.waited_seconds = 0.0
         self._on_gpu = mx.default_device() == mx.gpu
         self._transfers = mx.new_stream(mx.cpu)
@@ -97,15 +97,15 @@ class Executor:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether hidden states go from rank to rank."""
+        """True if hidden states go from rank to rank."""
         return not (self.stage.is_first and self.stage.is_last)
 
     def carry_out(self, decision: Decision, chosen: mx.array | None = None) -> StepResult:
-        """Do what the leader decided.
+        """Carry out one decision of the leader.
 
         Args:
-            chosen: uint32 ``[rows]``, lazy, on the leader: the inputs of a Decode that was decided
-                ahead.
+            chosen: the inputs of a Decode that was decided ahead, on the leader: uint32 ``[rows]``,
+                lazy.
         """
         match decision:
             case Decode():
@@ -139,11 +139,11 @@ class Executor:
         arrived = self._receive(rows, length)
         output = self.stage.forward(tokens, self.stage.complete(caches), arrived)
         self._wait_for(arrived)
-        # Layer by layer: bounds each evaluation, and shows the guard that work gets on.
+        # Evaluate layer by layer: it limits memory, and the guard sees progress after each.
         for entry in caches:
             mx.eval(entry.state)
             if self._on_gpu:
-                mx.synchronize()  # a GPU gives back what a layer took only some time after it
+                mx.synchronize()  # a GPU frees a layer's memory only some time after it
             self._advance("busy")
         if not self.stage.is_last:
             self._send(output)
@@ -188,24 +188,25 @@ class Executor:
         )
 
     def _in_step(self, step: int, computed: mx.array) -> mx.array | None:
-        """In tensor parallelism: whether a sum over ranks of this step's mark is what it must be.
+        """Detect tensor ranks that have lost step with each other.
 
-        Sums are paired by nothing but their order. A rank that did one too many or too few would
-        add up what does not belong together from then on, without any error, and compute wrong
-        text; this sum shows it, since its terms are known. It comes after all else of the step,
-        and has the size of the others: of another size it would stall instead.
+        Collectives are matched by their order alone. A rank that ran one too many or too few would
+        add up unrelated arrays from then on, without any error, and compute wrong text. So every
+        rank contributes a number derived from the step; the result is a lazy bool, True if the sum
+        is ``size * number``. This sum comes last in the step and has the shape of the others: with
+        another shape a rank out of step would hang instead.
         """
         if self._group is None or self._group.size() == 1 or self.is_pipeline:
             return None
         width, dtype = self._hidden = self._hidden or _hidden_of(self.stage)
         size = self._group.size()
         # Integers up to 256 are exact in every float type that hidden states have.
-        mark = step % (256 // size) + 1
-        own = mx.depends(mx.full((len(computed), 1, width), mark, dtype=dtype), computed)
-        return mx.all(mx.distributed.all_sum(own, group=self._group) == size * mark)
+        number = step % (256 // size) + 1
+        own = mx.depends(mx.full((len(computed), 1, width), number, dtype=dtype), computed)
+        return mx.all(mx.distributed.all_sum(own, group=self._group) == size * number)
 
     def feed_ahead(self, chosen: mx.array) -> None:
-        """The leader of a pipeline: hand the inputs of a step decided ahead to the first stage.
+        """Send the inputs of a step decided ahead from a pipeline's leader to its first stage.
 
         Args:
             chosen: uint32 ``[rows]``, lazy.
@@ -217,10 +218,10 @@ class Executor:
         mx.async_eval(self._fed)  # type: ignore[no-untyped-call]
 
     def _inputs_ahead(self, rows: int, chosen: mx.array | None) -> mx.array:
-        """The inputs of a step decided ahead, lazily: uint32 ``[rows]``.
+        """Return the inputs of a step decided ahead, lazily: uint32 ``[rows]``.
 
-        In tensor parallelism they come as a sum over ranks to which only the leader adds anything.
-        In a pipeline only the first stage has a use for them; elsewhere their shape is enough.
+        Tensor ranks get them as a sum over ranks, to which all but the leader contribute zeros.
+        Only the first stage of a pipeline uses their values; other stages use their shape alone.
         """
         nothing = mx.zeros((rows,), dtype=mx.uint32)
         if self._group is None or self._group.size() == 1:
@@ -234,7 +235,7 @@ class Executor:
         return mx.distributed.recv((rows,), mx.uint32, 0, group=self._group, stream=self._transfers)
 
     def _receive(self, rows: int, length: int) -> mx.array | None:
-        """Hidden states from the stage before, lazily: ``[rows, length, width]``."""
+        """Receive hidden states from the previous stage, lazily: ``[rows, length, width]``."""
         if self.stage.is_first:
             return None
         assert self._group is not None
@@ -247,9 +248,9 @@ class Executor:
         )
 
     def _wait_for(self, arrived: mx.array | None) -> None:
-        """Wait for what another rank sends, once the work on it has been laid out.
+        """Wait for another rank's array after the work that uses it has been built.
 
-        They are waited for here and not inside that work: a GPU must not wait for a network.
+        Waiting here, and not inside that work, keeps the GPU from waiting for the network.
         """
         if arrived is not None:
             self._advance("waiting")

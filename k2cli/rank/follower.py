@@ -1,7 +1,7 @@
-"""A follower rank's main loop: receive a decision, carry it out, next.
+"""Main loop of a follower rank: receive a decision, carry it out, repeat.
 
-In tensor parallelism a step is laid out and started before the one before it is waited for, as on
-the leader: the leader may decide one step ahead, and the GPU must not idle while Python works.
+In tensor parallelism a follower builds and starts a step before it waits for the previous one, as
+the leader does: the leader may decide one step ahead, and the GPU must not idle while Python works.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from k2cli.protocol.wire import Channel
 from k2cli.rank.executor import Executor, StepResult
 
 _IDLE_SECONDS = 0.5
-# How long the next decision may take while a step is being computed, before that step is waited
-# for: then its end, or that there is none, shows on the progress page.
+# Time to wait for another decision while a step is being computed. After that the follower waits
+# for the step, so that the progress page shows its end, or that it hangs.
 _NEXT_SECONDS = 0.02
 
 
 def follow(channel: Channel[Decision], executor: Executor, page: ProgressPage, rank: int) -> None:
-    """Do what the leader decides until it says quit.
+    """Carry out the leader's decisions until it sends Quit.
 
     Raises:
         ClusterError: if a decision is out of order.
@@ -54,7 +54,7 @@ def follow(channel: Channel[Decision], executor: Executor, page: ProgressPage, r
             return
         result = executor.carry_out(decision)
         if result.logits is not None:
-            # In tensor parallelism the sums over ranks are part of computing the logits.
+            # The sums over tensor ranks are part of computing the logits.
             mx.async_eval(*result.to_compute)  # type: ignore[no-untyped-call]
             _wait_for(computing)
             computing = result.logits

@@ -1,4 +1,4 @@
-"""Joins a rank to its MLX group, and refuses a group that is not the one planned."""
+"""MLX set-up of a rank: its memory limits and its group."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from k2cli.errors import ClusterError
 from k2cli.protocol import Assignment
 
 
-def join_group(assignment: Assignment) -> Any | None:
-    """The MLX group of a run, or None for a single rank, which needs none.
+def set_memory_limits(assignment: Assignment) -> None:
+    """Apply the plan's limits on wired memory and on MLX's cache of freed arrays."""
+    if assignment.wired_limit_bytes is not None and mx.metal.is_available():
+        mx.set_wired_limit(assignment.wired_limit_bytes)
+    if assignment.cache_limit_bytes is not None:
+        mx.set_cache_limit(assignment.cache_limit_bytes)
 
-    Holds the GIL while it waits for its peers: only the guard can end it meanwhile.
+
+def join_group(assignment: Assignment) -> Any | None:
+    """Join the MLX group of a run; None for a single rank, which needs none.
+
+    Holds the GIL while it waits for the other ranks: only the guard can end it meanwhile.
 
     Raises:
         ClusterError: if the transport is missing, or its group has another size or rank.
@@ -24,11 +32,11 @@ def join_group(assignment: Assignment) -> Any | None:
         group = mx.distributed.init(strict=True, backend=assignment.transport)
     except RuntimeError as error:
         raise ClusterError(
-            f"the {assignment.transport} back end did not start on "
+            f"the {assignment.transport} transport did not start on "
             f"{assignment.nodes[assignment.rank]}: {error}"
         ) from error
     if (group.rank(), group.size()) != (assignment.rank, assignment.size):
-        # MPI without its real library makes every rank a group of its own, without a word.
+        # MPI without its real library silently makes every rank a group of its own.
         raise ClusterError(
             f"{assignment.transport} made this rank {group.rank()} of {group.size()}, "
             f"planned was {assignment.rank} of {assignment.size}"

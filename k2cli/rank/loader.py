@@ -1,10 +1,9 @@
-"""Loads a rank's part of a checkpoint: lazily opened, cut, then read tensor by tensor.
+"""Loading of a rank's part of a checkpoint: opened lazily, cut, then read tensor by tensor.
 
-A parameter that is a slice of a stored tensor, or a large one whole, is read by ranges of its file
-into memory of its own. One that is made of stored tensors in another way (experts stacked, fp8
-expanded) is evaluated by mlx, which then reads those tensors whole. Either way one parameter at a
-time, so that the memory in use never exceeds what is loaded, plus one parameter and what it is made
-from.
+A parameter that is a slice of a stored tensor, or a whole large one, is read by ranges of its file
+into memory of its own. A parameter that is computed from stored tensors (experts stacked, fp8
+expanded) is evaluated by mlx, which then reads those tensors whole. Parameters are loaded one at a
+time, so the memory in use never exceeds what is loaded, plus one parameter and its sources.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from k2cli.sharding.trace import cut, parameters, running_model, trace_model
 
 @dataclass(frozen=True, slots=True)
 class LoadedPart:
-    """A rank's part, evaluated, and the list of what it holds; ``whole`` is what all hold together.
+    """A rank's part, evaluated, and the list of its tensors; ``whole`` describes the whole model.
 
-    ``bytes_read`` is what was asked of the files, beside their headers; ``bytes_over_read`` is how
-    much of it is in no parameter (``tensor_reader`` says why). For parameters that mlx evaluates,
-    the whole of what the slice is cut from counts as read.
+    ``bytes_read`` counts bytes read from the files, without headers; ``bytes_over_read`` is the
+    part of them that is in no parameter (``tensor_reader`` explains it). For a parameter that mlx
+    evaluates, the whole array that it is cut from counts as read.
     """
 
     stage: Stage
@@ -51,14 +50,14 @@ class LoadedPart:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """The part of a stored tensor that a parameter is."""
+    """A slice of a stored tensor that becomes one parameter."""
 
     tensor: StoredTensor
     part: AxisSlice
 
 
 def placement_of(assignment: Assignment) -> Placement:
-    """The placement that an assignment carries out."""
+    """Return the placement that an assignment is part of."""
     ranks = zip(assignment.nodes, assignment.layers, strict=True)
     return Placement(
         assignment.strategy,
@@ -68,14 +67,14 @@ def placement_of(assignment: Assignment) -> Placement:
 
 
 def trace_whole(assignment: Assignment) -> nn.Module:
-    """The whole model as the checkpoint's headers describe it, lazily."""
+    """Build the whole model lazily from the checkpoint's headers."""
     checkpoint = read_checkpoint(Path(assignment.model_path))
     stored = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
     return trace_model(checkpoint.config, stored, assignment.dtype)
 
 
 def _open_tensors(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    """Every stored tensor, lazily: the files are opened, their headers read, nothing more."""
+    """Open every stored tensor lazily: only the headers of the files are read."""
     if not checkpoint.tensors:
         raise K2Error(f"{checkpoint.folder} holds no safetensors files")
     tensors: dict[str, mx.array] = {}
@@ -90,9 +89,9 @@ def _open_tensors(checkpoint: Checkpoint) -> dict[str, mx.array]:
 class _OpenPart:
     """A rank's part before it is read.
 
-    ``origins`` are those of the parameters to read by ranges, by the parameter's name;
-    ``whole_sizes`` are those of the whole model's parameters as stored: bytes, and bytes of one
-    element.
+    ``origins`` holds the origin of each parameter that is read by ranges, by the parameter's name;
+    ``whole_sizes`` the size of each of the whole model's parameters as stored: its bytes, and the
+    bytes of one element.
     """
 
     stage: Stage
@@ -104,15 +103,15 @@ class _OpenPart:
 def load_part(
     assignment: Assignment, group: Any | None, on_bytes: Callable[[int, int], None]
 ) -> LoadedPart:
-    """Load the part of ``assignment.rank``.
+    """Load the part of the model that ``assignment.rank`` holds.
 
     Args:
         group: the MLX group; None for a single rank.
-        on_bytes: called with (bytes done, bytes in all) after each tensor and within large ones;
-            there from another thread, while this one waits.
+        on_bytes: called with (bytes done, bytes in all) after each tensor, and from another thread
+            within large ones.
 
     Raises:
-        K2Error: if the checkpoint cannot be read, or is not the one planned for.
+        K2Error: if the checkpoint cannot be read, or differs from the plan's.
     """
     checkpoint = read_checkpoint(Path(assignment.model_path))
     opened = _open_part(checkpoint, assignment, group or StandInGroup(0, 1))
@@ -130,7 +129,7 @@ def load_part(
 def _check_planned(
     checkpoint: Checkpoint, assignment: Assignment, stage: Stage, weights_bytes: int
 ) -> None:
-    """Hold a part that is not read yet against what the plan says of this rank: exact bytes.
+    """Compare the exact bytes of a part, before it is read, with the plan's.
 
     Raises:
         K2Error: if they differ.
@@ -152,7 +151,7 @@ def _check_planned(
 
 
 def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _OpenPart:
-    """Assemble and cut the model, lazily, and find out what its parameters are made of."""
+    """Assemble and cut the model lazily, and find the origins of its parameters."""
     tensors = _open_tensors(checkpoint)
     model = assemble(checkpoint.config, tensors)
     stored_as = {id(array): checkpoint.tensors[name] for name, array in tensors.items()}
@@ -188,7 +187,7 @@ def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _O
 
 
 def _read(opened: _OpenPart, on_bytes: Callable[[int], None]) -> tuple[int, int]:
-    """Read the parameters, one by one; returns the bytes read and those of them that were taken."""
+    """Read the parameters one by one; return the bytes read, and those that parameters hold."""
     model = opened.stage.model
     done = read = taken = 0
     with TensorReader() as reader:
@@ -209,8 +208,8 @@ def _read(opened: _OpenPart, on_bytes: Callable[[int], None]) -> tuple[int, int]
 
 
 def _evaluated(value: mx.array) -> mx.array:
-    """A parameter that mlx reads and computes."""
-    # A slice may be a view that keeps its whole source alive: make it an array of its own.
+    """Let mlx read and compute a parameter."""
+    # A slice may be a view that keeps its whole source in memory: copy it.
     owned = mx.contiguous(value)
     mx.eval(owned)
     return owned
@@ -223,7 +222,7 @@ def _read_one(
     done: int,
     on_bytes: Callable[[int], None],
 ) -> mx.array:
-    """A parameter that is read by ranges, cast if it has another type than it is stored with."""
+    """Read a parameter by ranges, and cast it if it is stored with another type."""
     stored_bits = DTYPE_BITS[origin.tensor.dtype]
     value = reader.read(
         origin.tensor,
@@ -237,9 +236,9 @@ def _read_one(
 
 
 def _places(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter: several where one array stands in several places.
+    """List the names of each parameter: several if the model uses one array in several places.
 
-    Only names: whoever holds the arrays keeps what is replaced in memory.
+    The result holds no arrays, because a reference would keep a replaced array in memory.
     """
     names: dict[int, list[str]] = {}
     for name, value in tree_flatten(model.parameters()):
@@ -248,7 +247,7 @@ def _places(model: nn.Module) -> list[list[str]]:
 
 
 def _owner(model: nn.Module, name: str) -> tuple[Any, Any]:
-    """What holds a parameter, and under which key, by its dotted name."""
+    """Find a parameter by its dotted name; return the module or list that holds it, and its key."""
     *path, last = name.split(".")
     owner: Any = model
     for step in path:
@@ -263,6 +262,6 @@ def _parameter(model: nn.Module, name: str) -> mx.array:
 
 
 def _replace(model: nn.Module, name: str, value: mx.array) -> None:
-    """Put one parameter back by its dotted name."""
+    """Replace one parameter by its dotted name."""
     owner, key = _owner(model, name)
     owner[key] = value

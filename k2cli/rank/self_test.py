@@ -1,10 +1,10 @@
-"""The last check before a run is called ready: a prompt through all ranks, with equal digests.
+"""Self-test before a run is ready: a prompt that all ranks compute, with equal digests.
 
-In a pipeline each rank digests the hidden states that it was handed and that it sent on; every
-hand-over must arrive as it departed. In tensor parallelism every rank computes the logits of the
-whole model from its slices and from sums over all ranks; all must choose the same token. The
-canary also warms the kernels up. It is short: on a CPU each of its tokens takes as long as one of
-an answer, and everybody waits for it.
+In a pipeline each rank digests the hidden states that it received and that it sent; both sides of
+each transfer must be equal. In tensor parallelism every rank computes the logits of the whole model
+from its slices and from sums over all ranks; all must choose the same token. The self-test also
+compiles the kernels. It is short: on a CPU each of its tokens takes as long as a token of an
+answer, and the launch waits for it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _SEQUENCE = 0
 _BATCH = 0
 
 
-def sing(engine: Engine, followers: Followers, size: int, timeout_seconds: float) -> None:
-    """Run the canary on all ranks, before any request.
+def run_self_test(engine: Engine, followers: Followers, size: int, timeout_seconds: float) -> None:
+    """Compute a short prompt and one token on all ranks and compare them, before any request.
 
     Raises:
         ClusterError: if digests differ, logits are not finite, or a rank does not answer.
@@ -56,7 +56,7 @@ def sing(engine: Engine, followers: Followers, size: int, timeout_seconds: float
 def _checked_argmax(logits: mx.array) -> int:
     if not bool(mx.all(mx.isfinite(logits.astype(mx.float32))).item()):
         raise ClusterError(
-            "the canary prompt gave logits that are not finite",
+            "the self-test prompt gave logits that are not finite",
             "the checkpoint or the chosen --dtype is not usable; try --dtype float32",
         )
     return cast(int, mx.argmax(logits).item())
@@ -72,14 +72,14 @@ def _collect(
             message = followers.inbox.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             missing = sorted(set(range(1, size)) - digests.keys())
-            raise ClusterError(f"rank {missing} did not answer the canary prompt") from None
+            raise ClusterError(f"rank {missing} did not answer the self-test prompt") from None
         if isinstance(message, StepDigest) and message.step == step:
             digests[message.rank] = message
     return digests
 
 
 def compare(leader: StepResult, followers: dict[int, StepDigest]) -> None:
-    """Check the digests of one step; pure.
+    """Compare the digests of one step.
 
     Raises:
         ClusterError: naming the two ranks that disagree.
@@ -88,12 +88,12 @@ def compare(leader: StepResult, followers: dict[int, StepDigest]) -> None:
     computed = {0: leader.computed_digest} | {r: d.computed for r, d in followers.items()}
     for rank in sorted(followers):
         if followers[rank].state != leader.state_digest:
-            raise ClusterError(f"canary failed: rank {rank} holds other sequences than rank 0")
+            raise ClusterError(f"self-test failed: rank {rank} holds other sequences than rank 0")
         pipeline = arrived[rank - 1] != ""
         expected = arrived[rank - 1] if pipeline else computed[0]
         if computed[rank] != expected:
-            what = "sent other hidden states than arrived at" if pipeline else "disagrees with"
+            what = "sent other hidden states than reached" if pipeline else "disagrees with"
             raise ClusterError(
-                f"canary failed: rank {rank} {what} rank {rank - 1 if pipeline else 0}",
+                f"self-test failed: rank {rank} {what} rank {rank - 1 if pipeline else 0}",
                 "check that every node has the same checkpoint, mlx and mlx-lm",
             )

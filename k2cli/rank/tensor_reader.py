@@ -1,20 +1,20 @@
-"""Reads parts of stored tensors by ranges of their files, straight into MLX's own memory.
+"""Reading of parts of stored tensors by ranges of their files, straight into MLX's own memory.
 
-mlx reads a tensor whole or not at all. But it also reads from any Python file object, and then
-asks that object to fill the array's memory. So a tensor's part is offered to it as a safetensors
-file that exists nowhere: a header that describes the part, and data that is fetched from the real
-file's ranges when mlx asks. Nothing is copied and nothing is held twice; element types that Python
-does not know (bfloat16) need no care.
+mlx reads only whole tensors. But it also reads from any Python file object, and asks that object to
+fill the array's memory. So a part of a tensor is presented to mlx as a safetensors file that exists
+only as an object: a header that describes the part, and data that is read from the ranges of the
+real file when mlx asks for it. Nothing is copied or held twice, and element types that Python does
+not know (bfloat16) need no special treatment.
 
-How the ranges are read follows from where they lie:
+The position of the ranges decides the way of reading them:
 
-* Slices along leading axes are a few long ranges: read directly, some threads at a time.
-* Slices along the last axis are a piece of each row. Where the gaps between the pieces are long,
-  each piece is a read of its own. Where they are short (K2's expert rows have 1,024 bytes), whole
-  rows are read, a block at a time, and the pieces copied out of them. A disk reads pages of 4 to
-  16 KiB, so it would read the gaps in any case; and a system call per piece costs 1.25 us, twelve
-  times what reading and copying its row does. These gaps are the reader's over-read: with two
-  ranks each piece of 512 bytes costs the reading of 1,024.
+* Slices along leading axes are a few long ranges, which several threads read directly.
+* Slices along the last axis are a piece of each row. If the gaps between the pieces are long,
+  each piece is a read of its own. If they are short (K2's expert rows have 1,024 bytes), whole
+  rows are read, a block at a time, and the pieces are copied out of them. A disk reads pages of 4
+  to 16 KiB, so it would read the gaps in any case; and a system call per piece takes 1.25 us,
+  twelve times as long as reading and copying its row. These gaps are the over-read: with two ranks,
+  a piece of 512 bytes costs the reading of 1,024.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from k2cli.sharding.slices import AxisSlice, Run
 _READABLE_TYPES = frozenset(
     ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32")
 )
-"""Element types whose bytes mlx holds as they are in the file."""
+"""Element types that mlx holds in memory with the same bytes as the file."""
 
 THREADS = 4
 _JOB_BYTES = 16_777_216
-"""What one thread reads at a time, and after which progress is told."""
+"""Bytes that one thread reads at a time; progress is reported after each."""
 
 _BLOCK_BYTES = 1_048_576
-"""Rows that are read to copy pieces out of them; fits a processor's cache."""
+"""Bytes of rows that are read to copy pieces out of them; fits a processor's cache."""
 
 _SHORTEST_GAP_BYTES = 32_768
-"""A gap worth not reading: from here on the disk reads less too."""
+"""Shortest gap that is skipped: a longer gap spares the disk work too."""
 
 
 _RELEASE_SECONDS = 1.0
@@ -60,7 +60,7 @@ _RELEASE_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a slice's bytes lie in its tensor: in each of ``rows`` rows the ``pieces``.
+    """Position of a slice's bytes in its tensor: the same ``pieces`` in each of ``rows`` rows.
 
     ``pieces`` are half-open ranges of bytes within a row of ``row_bytes``.
     """
@@ -76,7 +76,7 @@ class Layout:
 
     @property
     def reads_whole_rows(self) -> bool:
-        """Whether rows are read with the gaps between their pieces."""
+        """True if rows are read with the gaps between their pieces."""
         if self.rows == 1 or self.row_bytes > _BLOCK_BYTES:
             return False
         starts = [first for first, _ in self.pieces] + [self.row_bytes + self.pieces[0][0]]
@@ -86,10 +86,10 @@ class Layout:
 
 
 def suits(tensor: StoredTensor, part: AxisSlice) -> bool:
-    """Whether a slice is better read here than by mlx.
+    """True if ``TensorReader`` should read a slice; False if mlx should read the whole tensor.
 
-    mlx must hold such elements as they are stored. Whole tensors it reads as fast; what is gained
-    there is that progress is told within large ones, while a small one costs 0.2 ms more.
+    mlx must hold the element type as it is stored. For whole tensors mlx is as fast: the reader
+    adds only progress within large ones, and costs 0.2 ms more for a small one.
     """
     if tensor.dtype not in _READABLE_TYPES or tensor.nbytes == 0:
         return False
@@ -97,7 +97,7 @@ def suits(tensor: StoredTensor, part: AxisSlice) -> bool:
 
 
 def layout_of(tensor: StoredTensor, part: AxisSlice) -> Layout:
-    """Where a slice of a stored tensor lies in it, in bytes."""
+    """Return the position of a slice in its stored tensor, in bytes."""
     item_bytes = DTYPE_BITS[tensor.dtype] // 8
     shape = tensor.shape or (1,)
     if part.is_whole:
@@ -108,11 +108,11 @@ def layout_of(tensor: StoredTensor, part: AxisSlice) -> Layout:
 
 
 class TensorReader:
-    """Reads slices of stored tensors into arrays; a context manager that closes its files.
+    """Reader of slices of stored tensors; a context manager that closes its files.
 
     Attributes:
-        bytes_read: what was asked of the files so far.
-        bytes_taken: how much of that the arrays hold; the rest was over-read.
+        bytes_read: bytes read from the files so far.
+        bytes_taken: bytes of these that the arrays hold; the rest was over-read.
     """
 
     def __init__(self) -> None:
@@ -138,12 +138,12 @@ class TensorReader:
     def read(
         self, tensor: StoredTensor, part: AxisSlice, on_bytes: Callable[[int], None]
     ) -> mx.array:
-        """A slice of a stored tensor, evaluated.
+        """Read a slice of a stored tensor and return it, evaluated.
 
         Args:
-            tensor: of elements that mlx holds as they are stored; not empty.
+            tensor: not empty, and of a type that mlx holds as it is stored.
             part: a slice of an array of the tensor's shape.
-            on_bytes: told, from time to time, how many bytes of the slice are there.
+            on_bytes: called from time to time with the number of bytes read.
 
         Raises:
             K2Error: if the file cannot be read or is shorter than its header says.
@@ -162,8 +162,8 @@ class TensorReader:
         if file.error is not None:
             raise file.error
         del file
-        # mlx's thread lets go of the file a moment later, for which it needs the interpreter: if
-        # that were ending by then, the process would abort.
+        # mlx's thread releases the file a moment later, and needs the interpreter for it. Wait, or
+        # the process aborts if the interpreter ends before that.
         released.wait(_RELEASE_SECONDS)
         del watch
         self.bytes_taken += array.nbytes
@@ -188,7 +188,7 @@ class TensorReader:
                 done += filled
                 on_bytes(done)
         finally:
-            # The memory is mlx's: no thread may write to it once this has returned.
+            # mlx owns the memory: no thread may write to it after this method has returned.
             for future, _ in pending:
                 if not future.cancel():
                     future.exception()
@@ -204,14 +204,14 @@ class TensorReader:
 
 @dataclass(frozen=True, slots=True)
 class _Ranges:
-    """The reads that a slice of one tensor takes. Every one returns the bytes that it asked for."""
+    """The read operations for a slice of one tensor. Each returns the number of bytes it read."""
 
     descriptor: int
     tensor: StoredTensor
     layout: Layout
 
     def jobs(self, target: memoryview) -> Iterator[tuple[Callable[[], int], int]]:
-        """Reads that together fill ``target``, each with its share of it in bytes."""
+        """Yield the reads that together fill ``target``, each with the bytes that it fills."""
         layout = self.layout
         many_rows = max(1, _JOB_BYTES // layout.row_bytes)
         read = self._read_rows if layout.reads_whole_rows else self._read_pieces
@@ -224,7 +224,7 @@ class _Ranges:
                 yield from self._long_jobs(first, part)
 
     def _long_jobs(self, row: int, target: memoryview) -> Iterator[tuple[Callable[[], int], int]]:
-        """One row, whose pieces may each be longer than a job."""
+        """Yield the reads of one row, whose pieces may each be longer than a job."""
         filled = 0
         for start, end in self.layout.pieces:
             for low in range(start, end, _JOB_BYTES):
@@ -234,7 +234,7 @@ class _Ranges:
                 filled += length
 
     def _read_pieces(self, first: int, past_last: int, target: memoryview) -> int:
-        """Read each piece of the rows by itself."""
+        """Read each piece of the rows with a read of its own."""
         filled = 0
         for row in range(first, past_last):
             for start, end in self.layout.pieces:
@@ -243,7 +243,7 @@ class _Ranges:
         return filled
 
     def _read_rows(self, first: int, past_last: int, target: memoryview) -> int:
-        """Read the rows whole, by the block, and copy their pieces out."""
+        """Read whole rows, a block at a time, and copy their pieces out."""
         import numpy as np
 
         row_bytes = self.layout.row_bytes
@@ -254,7 +254,7 @@ class _Ranges:
         read = 0
         for low in range(0, past_last - first, block_rows):
             count = min(block_rows, past_last - first - low)
-            # From the first row's first piece to the last row's last: what is around is not ours.
+            # Read from the first piece of the first row to the last piece of the last row.
             length = (count - 1) * row_bytes + end - start
             flat = block.reshape(-1).data[start : start + length]
             read += self._read_into((first + low) * row_bytes + start, flat)
@@ -266,7 +266,7 @@ class _Ranges:
         return read
 
     def _read_into(self, position: int, target: memoryview) -> int:
-        """Fill ``target`` from ``position`` of the tensor on."""
+        """Fill ``target`` from the tensor, beginning at ``position``."""
         done = 0
         while done < target.nbytes:
             try:
@@ -284,10 +284,10 @@ class _Ranges:
 
 
 class _PartFile:
-    """What mlx takes for a safetensors file with one tensor, ``part``.
+    """Imitation of a safetensors file with one tensor, ``part``, for mlx to read.
 
-    mlx calls ``readinto`` for the data on a thread of its own, where an exception would end the
-    process; so it is kept in ``error``.
+    mlx calls ``readinto`` on a thread of its own, on which an exception would end the process; so
+    an exception is kept in ``error``.
     """
 
     closed = False
@@ -304,33 +304,29 @@ class _PartFile:
         self.error: BaseException | None = None
 
     def readable(self) -> bool:
-        """As of a file."""
         return True
 
     def seekable(self) -> bool:
-        """As of a file."""
         return True
 
     def tell(self) -> int:
-        """The position, as of a file."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position, as of a file."""
         end = len(self._prefix) + self._nbytes
         origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: end}
         self._position = origins[whence] + offset
         return self._position
 
     def read(self, count: int = -1) -> bytes:
-        """Part of the header; mlx reads data by ``readinto``."""
+        """Return part of the header; mlx reads data by ``readinto``."""
         end = None if count < 0 else self._position + count
         piece = self._prefix[self._position : end]
         self._position += len(piece)
         return piece
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill a buffer from the position on: with header, or with all of the data."""
+        """Fill a buffer at the position, with part of the header or with all of the data."""
         target = memoryview(buffer).cast("B")
         length = target.nbytes
         if length == 0:
@@ -342,7 +338,7 @@ class _PartFile:
                 if (self._position, length) != (len(self._prefix), self._nbytes):
                     raise InternalError("mlx did not ask for a tensor's data in one piece")
                 self._fill(target)
-            except BaseException as error:  # raised again by the reader, on its own thread
+            except BaseException as error:  # the reader raises it again on its own thread
                 self.error = error
         self._position += length
         return length

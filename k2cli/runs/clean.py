@@ -1,22 +1,20 @@
-"""Finds and ends what runs that are gone have left on the nodes of a cluster."""
+"""Remove the remains of ended runs from the nodes of a cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from k2cli.agent.clean import Cleaning, Cleared
 from k2cli.errors import ClusterError
 from k2cli.nodes.node import Node
+from k2cli.nodes.parallel import map_in_parallel
 from k2cli.runs.record import RunRecord, list_runs
-
-_NODES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class CleanReport:
-    """One node. ``problem`` is why it could not be asked; empty if it could."""
+    """The result on one node. ``problem`` is the reason why it could not be asked, or empty."""
 
     node: str
     cleared: tuple[Cleared, ...] = ()
@@ -25,15 +23,14 @@ class CleanReport:
 
 
 def clean(nodes: Sequence[Node]) -> list[CleanReport]:
-    """Clear all nodes at once, each once; runs that live are spared.
+    """Remove the remains of ended runs from all nodes at the same time; spare live runs.
 
-    A run lives if its supervisor does, for runs launched here; else if it has shown a sign of life
-    on the node within the last minute.
+    A run that was launched here is live if its supervisor is; any other, if it has shown a sign of
+    life on the node within the last minute.
     """
     records = list_runs()
     known = list({node.name: node for node in nodes}.values())
-    with ThreadPoolExecutor(_NODES_AT_ONCE) as pool:
-        return list(pool.map(lambda node: _clean(node, records), known))
+    return map_in_parallel(lambda node: _clean(node, records), known)
 
 
 def _clean(node: Node, records: Sequence[RunRecord]) -> CleanReport:

@@ -1,6 +1,6 @@
-"""The merged log of a run: one line per line that a rank, a guard or mpirun wrote.
+"""The merged log of a run: one line for each line that a rank, a guard or mpirun wrote.
 
-``2026-01-31T12:00:00.123+01:00 NODE RANK | TEXT``: readable as it is, and read back for JSON.
+Its format is ``2026-01-31T12:00:00.123+01:00 NODE RANK | TEXT``.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class LogEntry:
 
 
 def format_entry(entry: LogEntry) -> str:
-    """As it stands in the file."""
+    """Return the entry as a line of the file."""
     when = datetime.fromtimestamp(entry.time).astimezone().isoformat(timespec="milliseconds")
     return f"{when} {entry.node} {entry.rank} | {entry.text}"
 
 
 def parse_entry(line: str) -> LogEntry:
-    """Read ``format_entry``'s line; what is none becomes text without a sender."""
+    """Read a line of ``format_entry``; any other line becomes the text of an unknown sender."""
     head, bar, text = line.partition(" | ")
     fields = head.split(" ")
     if bar and len(fields) == 3:
@@ -58,9 +58,9 @@ def last_lines(path: Path, count: int | None) -> Iterator[str]:
 
 
 def follow(path: Path, count: int | None, over: Callable[[], bool]) -> Iterator[str]:
-    """The last lines, then every new one until ``over`` says that no more will come.
+    """Yield the last lines, then every new one until ``over`` returns True.
 
-    A log that is rotated meanwhile is followed into its new file.
+    If the log is rotated meanwhile, continue with its new file.
     """
     while not path.is_file():
         if over():

@@ -1,11 +1,13 @@
-"""Records of runs: one folder each, and what ``ps`` may truthfully say about them.
+"""Records of runs, one folder each, and the current state of a recorded run.
 
-A record is written by the supervisor of its run alone. Whoever reads it checks whether that
-supervisor still lives: if not, the record's state is what it was, not what is.
+Only the supervisor of a run writes its record. A reader checks whether that supervisor is still
+alive: if not, the state in the record is out of date.
 """
 
 from __future__ import annotations
 
+import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -31,7 +33,7 @@ KEPT_RECORDS = 20
 EVENTS_NAME = "events.jsonl"
 LOG_NAME = "supervisor.log"
 Listener = Callable[[RunEvent], None]
-"""Hears what happens in a run."""
+"""Receives the events of a run."""
 RunState = Literal[
     "starting",
     "loading",
@@ -51,7 +53,7 @@ _LAUNCH_HINT = "k2 launch MODEL --detach"
 
 @dataclass(frozen=True, slots=True)
 class RankRecord:
-    """What is known of one rank; bytes as measured by the rank, 0 until it has loaded."""
+    """The state of one rank; bytes as measured by the rank, 0 until it has loaded."""
 
     rank: int
     node: str
@@ -65,7 +67,7 @@ class RankRecord:
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """The root cause of a failed run. ``rank`` is None where no single rank is to blame."""
+    """The root cause of a failed run. ``rank`` is None if no single rank has failed."""
 
     cause: str
     rank: int | None = None
@@ -89,14 +91,14 @@ class AttemptRecord:
 class RunRecord:
     """One run. Times are seconds since the epoch; ``pid`` is the supervisor's.
 
-    ``settings`` are what the run has set beside what was asked for, and why: the transport's
-    reason, the addresses and interfaces, environment variables and limits by node. ``left`` is
-    what could not be ended or looked at when it ended, by node.
+    ``settings`` are those that k2 chose itself: the transport with its reason, addresses and
+    interfaces, environment variables and limits. ``left`` describes the processes that could not
+    be killed, or not be checked, at the end of the run, by node.
 
-    States: ``starting``, ``loading``, ``ready``, ``stopping`` while it lives, and ``restarting``
-    between a failure and the next attempt; ``stopped`` after an
-    order, ``failed`` by itself; ``lost`` if the supervisor was killed, and ``orphaned`` if it was
-    and processes of the run remain.
+    States of a live run: ``starting``, ``loading``, ``ready``, ``stopping``, and ``restarting``
+    between a failure and the next attempt. States of an ended run: ``stopped`` by the user,
+    ``failed``, ``lost`` if the supervisor was killed, and ``orphaned`` if it was killed and
+    processes of the run remain.
     """
 
     run_id: str
@@ -124,12 +126,11 @@ class RunRecord:
 
     @property
     def live(self) -> bool:
-        """Whether it may still serve, or is about to."""
+        """True if the run serves or may still come to serve."""
         return self.state in LIVE_STATES
 
     @property
     def folder(self) -> Path:
-        """Where everything of this run is kept."""
         return runs_directory() / self.run_id
 
     @property
@@ -139,7 +140,7 @@ class RunRecord:
 
     @property
     def api_key_file(self) -> Path | None:
-        """The file with the API's key; None if the API asks for none."""
+        """The file with the API's key; None if the API requires none."""
         path = self.folder / "api-key"
         return path if path.is_file() else None
 
@@ -149,14 +150,23 @@ class RunRecord:
         return tuple(dict.fromkeys(rank.node for rank in self.ranks))
 
 
+def new_run_id(model_name: str) -> str:
+    """Return a readable id that no run has yet, such as ``demo-3f9a``."""
+    words = re.sub(r"[^a-z0-9]+", "-", model_name.rsplit("/", 1)[-1].lower()).strip("-")
+    while True:
+        run_id = f"{words[:24].strip('-') or 'run'}-{secrets.token_hex(2)}"
+        if not (runs_directory() / run_id).exists():
+            return run_id
+
+
 def save_record(record: RunRecord) -> None:
-    """Write the record, whole or not at all."""
+    """Write the record atomically."""
     data = msgspec.json.format(msgspec.json.encode(record), indent=1)
     write_atomically(record.folder / "run.json", data + b"\n")
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record as last written; None if the folder has none that this k2 can read."""
+    """Read the record of a run's folder; None if this version of k2 cannot read it."""
     try:
         record = msgspec.json.decode((folder / "run.json").read_bytes(), type=RunRecord)
     except (OSError, msgspec.MsgspecError, ValueError):
@@ -165,7 +175,7 @@ def read_record(folder: Path) -> RunRecord | None:
 
 
 def remaining_processes(record: RunRecord) -> dict[str, list[str]]:
-    """Command lines of what lives of a run, by node, where there is any.
+    """Return the command lines of the run's processes, for each node that has any.
 
     Raises:
         ClusterError: if a node cannot be asked.
@@ -181,15 +191,15 @@ def remaining_processes(record: RunRecord) -> dict[str, list[str]]:
     }
 
 
-def _truth(record: RunRecord) -> RunRecord:
-    """The record as it is now: a supervisor that is gone cannot have updated it."""
+def _current(record: RunRecord) -> RunRecord:
+    """Return the record with its current state, which a killed supervisor could not write."""
     if record.state not in LIVE_STATES and record.state != "orphaned":
         return record
     if record.state in LIVE_STATES and is_alive(record.pid, record.pid_create_time):
         return record
     again = read_record(record.folder)
     if again is not None and again.state not in LIVE_STATES and again.state != "orphaned":
-        return again  # it ended between our two looks
+        return again  # the run ended between the two reads
     try:
         remaining = remaining_processes(record)
     except ClusterError as error:
@@ -206,7 +216,7 @@ def _truth(record: RunRecord) -> RunRecord:
 
 
 def remove_leftovers(record: RunRecord) -> None:
-    """Remove what only a live run needs: its secrets, its key, and mpirun's folder."""
+    """Remove the files that only a live run needs: its secrets, its key, and mpirun's folder."""
     for name in ("launch.json", "api-key"):
         (record.folder / name).unlink(missing_ok=True)
     for path in record.folder.glob("bootstrap-*.json"):
@@ -215,24 +225,24 @@ def remove_leftovers(record: RunRecord) -> None:
 
 
 def list_runs() -> list[RunRecord]:
-    """All recorded runs, newest first, each in the state that it is in now."""
+    """Return all recorded runs with their current states, newest first."""
     directory = runs_directory()
     if not directory.is_dir():
         return []
     records = [read_record(folder) for folder in directory.iterdir() if folder.is_dir()]
     known = sorted((r for r in records if r is not None), key=lambda r: r.created, reverse=True)
-    return [_truth(record) for record in known]
+    return [_current(record) for record in known]
 
 
 def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:
-    """The run that a user means: by its id or the beginning of it, else the most recent one.
+    """Return the run with this id or beginning of an id; without an id, the most recent run.
 
     Args:
-        run_id: what the user typed, or None.
-        live: without an id, only runs that live count.
+        run_id: the argument of the user, or None.
+        live: without an id, consider only live runs.
 
     Raises:
-        K2Error: if there is none, or the beginning fits several.
+        K2Error: if there is no such run, or several ids begin like this.
     """
     runs = list_runs()
     if run_id is not None:

@@ -1,4 +1,4 @@
-"""Ends runs from outside: asks the supervisor, then makes sure."""
+"""Stop a run: signal its supervisor, then kill the processes that remain."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import REACH_SECONDS
 from k2cli.runs.record import RunRecord, RunState, read_record, remove_leftovers, save_record
 
-# A supervisor needs the ranks' grace, then SIGTERM, SIGKILL and a look at every node.
+# A supervisor needs the ranks' grace, then SIGTERM, SIGKILL and a check of every node.
 _SUPERVISOR_SECONDS = 20.0
 _POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class StopReport:
-    """What became of one run. ``killed`` counts processes that did not leave by themselves."""
+    """The result for one run. ``killed`` counts processes that did not exit by themselves."""
 
     run_id: str
     state: RunState
@@ -32,19 +32,17 @@ class StopReport:
 
 
 def stop_run(record: RunRecord) -> StopReport:
-    """Stop a run and verify that no process of it is left on any node.
-
-    A run that has ended already is checked all the same.
+    """Stop a run and verify that no process of it is left on any node, even if it has ended.
 
     Raises:
-        ClusterError: if something is left, or a node cannot be asked.
+        ClusterError: if a process is left, or a node cannot be asked.
     """
     was_live = record.live
     if is_alive(record.pid, record.pid_create_time) and was_live:
         _ask_supervisor(record)
     killed = 0
     problems, unreached = [], []
-    doubtful = _not_reached_before(record)
+    doubtful = _unreachable_before(record)
     for name in record.nodes:
         node = node_named(name)
         try:
@@ -56,19 +54,19 @@ def stop_run(record: RunRecord) -> StopReport:
             problems.append(error.message)
             unreached.append(name)
         else:
-            problems += [f"process {process.pid} on {name} could not be ended" for process in left]
+            problems += [f"process {process.pid} on {name} could not be killed" for process in left]
     if not problems:
         release_locks([node_named(name) for name in record.nodes], record.run_id)
     if problems:
         raise ClusterError(
-            f"it is not sure that nothing is left of {record.run_id}: {'; '.join(problems)}",
+            f"processes of {record.run_id} may be left: {'; '.join(problems)}",
             _look_again(unreached) if unreached else "k2 ps",
         )
-    return StopReport(record.run_id, _settle(record), killed, was_live)
+    return StopReport(record.run_id, _final_state(record), killed, was_live)
 
 
-def _not_reached_before(record: RunRecord) -> Collection[str]:
-    """Nodes that need not be waited for again for as long as for others."""
+def _unreachable_before(record: RunRecord) -> Collection[str]:
+    """Return the nodes that did not answer before, which get a shorter time limit."""
     if record.state == "orphaned":
         return record.nodes
     latest = read_record(record.folder)
@@ -78,13 +76,13 @@ def _not_reached_before(record: RunRecord) -> Collection[str]:
 def _look_again(nodes: Sequence[str]) -> str:
     names = ",".join(nodes)
     return (
-        "a guard that has lost its leader ends what is there by itself; "
-        f"to be sure, once it can be reached: k2 cluster clean --nodes {names}"
+        "a guard that has lost its leader ends the processes on its node; "
+        f"to check, once the node can be reached: k2 cluster clean --nodes {names}"
     )
 
 
 def _ask_supervisor(record: RunRecord) -> None:
-    """SIGTERM, and SIGKILL if that does not end it in time."""
+    """Send SIGTERM, and SIGKILL if the supervisor does not exit in time."""
     for number, seconds in ((signal.SIGTERM, _SUPERVISOR_SECONDS), (signal.SIGKILL, 5.0)):
         with suppress(ProcessLookupError):
             os.kill(record.pid, number)
@@ -95,8 +93,8 @@ def _ask_supervisor(record: RunRecord) -> None:
             time.sleep(_POLL_SECONDS)
 
 
-def _settle(record: RunRecord) -> RunState:
-    """The state that the supervisor has left; if it was killed, ours: nothing is left of it."""
+def _final_state(record: RunRecord) -> RunState:
+    """Return the state that the supervisor has written; if it was killed, write ``stopped``."""
     latest = read_record(record.folder) or record
     if latest.live or latest.state == "orphaned":
         latest = replace(latest, state="stopped", cause="stopped", ended=time.time())

@@ -40,7 +40,7 @@ def create_app(
     """Build the application.
 
     Args:
-        engine: where requests go; its ``state`` is asked anew for each of them.
+        engine: receives requests; its ``state`` is read for each request.
         tokenizer: of the served model (``models.text.tokenizer.Tokenizer``).
         served: name, limits, defaults and API key.
         reader: turns request bodies into requests for the engine.

@@ -1,6 +1,6 @@
-"""Who may use the API, and how much it may send: checked before a byte of the body is read.
+"""Checks of the API key and the size of the body, made before the body is read.
 
-Both checks are one ASGI layer around the application, so that no route can forget them.
+Both checks are one ASGI layer around the application, so that they apply to every route.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from k2cli.server.errors import ApiError
 from k2cli.server.served_model import ServedModel
 
-# Probes (systemd, load balancers) have no key, and the answer gives nothing away but the state.
+# Probes (systemd, load balancers) have no key, and the answer reveals only the state.
 _OPEN_PATHS = frozenset({"/health"})
 
 
 def is_right_key(authorization: str, api_key: str) -> bool:
-    """Compare an ``Authorization`` header with the key in constant time."""
+    """Compare an ``Authorization`` header with the key, in constant time."""
     scheme, _, given = authorization.partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(
         given.strip().encode("latin-1"), api_key.encode()
@@ -26,21 +26,21 @@ def is_right_key(authorization: str, api_key: str) -> bool:
 
 
 def too_large(limit_bytes: int) -> ApiError:
-    """The body is over the limit."""
+    """Make the error for a body over the limit."""
     return ApiError(
         413, f"the request body is over the limit of {limit_bytes} bytes", code="body_too_large"
     )
 
 
 class AccessControl:
-    """ASGI middleware: 401 without the right key, 413 over the body limit."""
+    """ASGI middleware: 401 without the correct key, 413 over the body limit."""
 
     def __init__(self, app: ASGIApp, served: ServedModel) -> None:
         self._app = app
         self._served = served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer it."""
+        """Pass the request on, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif (refusal := self._refusal(scope)) is not None:
@@ -66,7 +66,7 @@ class AccessControl:
         return None
 
     def _counted(self, receive: Receive) -> Receive:
-        """Count what arrives, for bodies that do not say their length."""
+        """Count received bytes, for bodies without a ``Content-Length``."""
         received = 0
 
         async def counted() -> Message:

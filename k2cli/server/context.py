@@ -1,4 +1,4 @@
-"""What the routes share: the engine, the tokenizer, the served model and the waiting line."""
+"""The objects that all routes share: engine, tokenizer, served model, waiting requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from k2cli.server.served_model import ServedModel
 
 @dataclass(frozen=True, slots=True)
 class ServerContext:
-    """One per application, at ``app.state.context``."""
+    """The shared objects of one application, stored at ``app.state.context``."""
 
     engine: EngineClient
     tokenizer: ServerTokenizer
@@ -25,20 +25,20 @@ class ServerContext:
     waiting: RequestQueue = field(default_factory=RequestQueue)
 
     def require_ready(self) -> None:
-        """Raise a 503 with the cause, unless the engine takes requests.
+        """Check that the engine takes requests.
 
         Raises:
-            ApiError: 503.
+            ApiError: 503 with the cause, if it does not.
         """
         if self.engine.state != "ready":
             raise unavailable(self.engine.cause or f"the run is {self.engine.state}")
 
     def token_text(self, token: int) -> str:
-        """Text of one token by itself, special ones too, for logprobs."""
+        """Return the text of one token alone, special tokens included, for logprobs."""
         return self.tokenizer.decode([token], skip_special_tokens=False)
 
 
 def context_of(request: Request) -> ServerContext:
-    """The context of the application that handles this request."""
+    """Return the context of the application that handles this request."""
     context: ServerContext = request.app.state.context
     return context

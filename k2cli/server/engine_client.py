@@ -1,8 +1,8 @@
-"""What the HTTP server needs of the engine: one protocol, implemented by the guard's bridge.
+"""The interface of the engine for the HTTP server, implemented by the guard's bridge.
 
 The server never talks to a rank. It submits a validated ``Generate`` and reads the messages that
-come back for it; the bridge in the leader's guard carries both over the socket to the rank, and
-raises ``EngineUnavailable`` in every open iterator when the run ends underneath.
+come back for it. The bridge in the leader's guard carries both over the socket to the rank, and
+raises ``EngineUnavailable`` in every open iterator when the run ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EngineEvent = PromptProgress | Tokens | Finished | RequestFailed
 
 
 class EngineUnavailable(Exception):
-    """There is no run that could serve this request, or it ended while it did.
+    """Error for a request that no run can serve, or whose run has ended.
 
     Args:
         cause: one sentence for the client, without a full stop.
@@ -29,30 +29,30 @@ class EngineUnavailable(Exception):
 
 
 class EngineClient(Protocol):
-    """The engine as the HTTP server sees it. Used from one asyncio event loop only."""
+    """The engine, for the HTTP server. Use it from one asyncio event loop only."""
 
     @property
     def state(self) -> EngineState:
-        """Whether requests can be served now; only ``ready`` means yes."""
+        """State of the run; requests are served only in ``ready``."""
         ...
 
     @property
     def cause(self) -> str:
-        """Why the state is not ``ready``: one sentence, without a full stop. Else empty."""
+        """Reason for a state other than ``ready``: one sentence without a full stop, or empty."""
         ...
 
     def submit(self, request: Generate) -> AsyncIterator[EngineEvent]:
-        """Send the request when first iterated; yield its events up to ``Finished`` or
-        ``RequestFailed``, which is the last one.
+        """Send the request when first iterated, and yield its events.
 
-        A cancelled request ends with ``Finished`` of reason ``cancelled``; whoever stops
-        iterating early must call ``cancel`` as well.
+        The last event is ``Finished`` or ``RequestFailed``. A cancelled request ends with
+        ``Finished`` of reason ``cancelled``. A caller that stops iterating early must also call
+        ``cancel``.
 
         Raises:
-            EngineUnavailable: from the iterator, if no run is ready, or it ends underneath.
+            EngineUnavailable: from the iterator, if no run is ready, or the run ends.
         """
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Tell the engine that nobody wants the rest. Idempotent; unknown ids are ignored."""
+        """Cancel a request. Idempotent; unknown ids are ignored."""
         ...

@@ -1,8 +1,7 @@
-"""From a checked request body to what the engine is asked: prompt tokens, sampling, limits.
+"""Make the engine's request from a parsed body: prompt tokens, sampling, limits.
 
-Everything that can be wrong with a request is found here, before the engine sees it. Functions
-are pure but for the tokenizer; encoding a long prompt takes long enough that routes call them in
-a thread.
+All checks that need the model or the tokenizer are made here, before the engine gets the request.
+Routes call these functions in a thread, because encoding a long prompt takes time.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ from k2cli.server.text import TokenTextStream
 
 
 class ServerTokenizer(Protocol):
-    """What the server needs of ``models.text.tokenizer.Tokenizer``."""
+    """The part of ``models.text.tokenizer.Tokenizer`` that the server uses."""
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        """Ids that end an answer."""
+        """The token ids that end an answer."""
         ...
 
     @property
     def vocabulary_size(self) -> int:
-        """Ids are below this."""
+        """The upper bound of token ids, exclusive."""
         ...
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of plain text."""
+        """Return the token ids of plain text."""
         ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids."""
+        """Return the text of token ids."""
         ...
 
     def encode_within(
@@ -65,7 +64,7 @@ class ServerTokenizer(Protocol):
         ...
 
     def stream(self) -> TokenTextStream:
-        """A detokenizer for one answer."""
+        """Make a detokenizer for one answer."""
         ...
 
 
@@ -92,20 +91,20 @@ class EngineRequest(msgspec.Struct, frozen=True):
 
 
 def check_model(name: str | None, served: ServedModel) -> None:
-    """Only the served model may be named; nothing is ever loaded on request.
+    """Check that a request names the served model, or none. No model is loaded on request.
 
     Raises:
         ApiError: 404 for any other name.
     """
     if name is not None and name != served.name:
-        message = f"the model '{name}' is not served here; '{served.name}' is"
+        message = f"the model '{name}' is not served here; the served model is '{served.name}'"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def chat_request(
     body: ChatCompletionBody, tokenizer: ServerTokenizer, served: ServedModel
 ) -> EngineRequest:
-    """Check a chat request against model and tokenizer.
+    """Make the engine's request from the body of a chat completion.
 
     Raises:
         ApiError: with status 400 or 404.
@@ -126,7 +125,7 @@ def chat_request(
 def completion_request(
     body: CompletionBody, tokenizer: ServerTokenizer, served: ServedModel
 ) -> EngineRequest:
-    """Check a plain completion against model and tokenizer.
+    """Make the engine's request from the body of a plain completion.
 
     Raises:
         ApiError: with status 400 or 404.
@@ -143,7 +142,7 @@ def completion_request(
 
 
 def tokenize_body(body: TokenizeBody, tokenizer: ServerTokenizer, served: ServedModel) -> list[int]:
-    """Token ids of a conversation or a text.
+    """Return the token ids of a conversation or a text.
 
     Raises:
         ApiError: with status 400 or 404.
@@ -209,17 +208,17 @@ def _encode(
 def _check_token_ids(tokens: Sequence[int], param: str, vocabulary_size: int) -> None:
     for token in tokens:
         if not 0 <= token < vocabulary_size:
-            message = f"{param}: {token} is no token id; they are below {vocabulary_size}"
+            message = f"{param}: {token} is not a token id; token ids are below {vocabulary_size}"
             raise invalid(message, param)
 
 
 def _token_budget(
     prompt_tokens: int, asked: int | None, prompt_param: str, context_length: int
 ) -> int:
-    """How many tokens may be generated.
+    """Compute the number of tokens that may be generated.
 
     Raises:
-        ApiError: 400 if the prompt, or the prompt and what was asked for, exceeds the context.
+        ApiError: 400 if the prompt, or prompt and max_tokens together, exceed the context.
     """
     if prompt_tokens == 0:
         raise invalid(f"{prompt_param} has no tokens", prompt_param)
@@ -227,8 +226,8 @@ def _token_budget(
     code = "context_length_exceeded"
     if left < 1:
         message = (
-            f"the prompt has {prompt_tokens} tokens, and the context of {context_length} must "
-            "hold it and at least one more"
+            f"the prompt has {prompt_tokens} tokens, but the context of {context_length} must hold "
+            "the prompt and at least one more token"
         )
         raise invalid(message, prompt_param, code)
     if asked is not None and asked > left:
@@ -269,7 +268,7 @@ def _sampling(body: GenerationBody, logprobs: int | None, served: ServedModel) -
     def given(value: float | None, default: float) -> float:
         return default if value is None else value
 
-    # -1 is how other servers spell "off".
+    # Other servers take -1 as "off".
     top_k = served.default_top_k if body.top_k is None else max(body.top_k, 0)
     return Sampling(
         temperature=given(body.temperature, served.default_temperature),

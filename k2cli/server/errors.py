@@ -1,7 +1,7 @@
 """Errors of the HTTP API, all of them in OpenAI's form.
 
-``{"error": {"message", "type", "param", "code"}}`` is what clients know how to show, whatever
-went wrong: a missing route, a field of the wrong type, a wrong key, an engine that is gone.
+Clients can show ``{"error": {"message", "type", "param", "code"}}``, so every failure has this
+form: a missing route, a field of the wrong type, a wrong key, an engine that has ended.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from starlette.responses import JSONResponse, Response
 
 from k2cli.protocol import RequestFailed
 
-# Nothing receives it: the client has closed the connection. nginx logs such requests so.
+# The client has closed the connection and does not receive it. nginx logs such requests with it.
 CLIENT_CLOSED_REQUEST = 499
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _HTTP_CODES = {
     404: ("unknown_url", "there is no such route"),
-    405: ("method_not_allowed", "this route does not take that method"),
+    405: ("method_not_allowed", "this route does not accept that method"),
 }
-# Fields of OpenAI's API that would change the answer, and that k2 has not.
+# Fields of OpenAI's API that would change the answer, and that k2 does not support.
 _NOT_OFFERED = {
     "audio": "answers are text",
     "function_call": "it was replaced by 'tool_choice'",
     "functions": "it was replaced by 'tools'",
-    "moderation": "nothing here judges texts",
-    "web_search_options": "this server reaches nothing beyond its ranks",
+    "moderation": "this server does not moderate texts",
+    "web_search_options": "this server does not search the web",
 }
 
 
@@ -56,7 +56,7 @@ class ApiError(Exception):
         self.headers = headers
 
     def body(self) -> dict[str, Any]:
-        """The JSON object that the client receives."""
+        """Return the JSON object for the client."""
         members = {
             "message": self.message,
             "type": self.kind,
@@ -66,22 +66,22 @@ class ApiError(Exception):
         return {"error": members}
 
     def response(self) -> JSONResponse:
-        """The whole HTTP response."""
+        """Return the HTTP response."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 def invalid(message: str, param: str, code: str | None = None) -> ApiError:
-    """A 400 that names the field."""
+    """Make a 400 error that names the field."""
     return ApiError(400, message, param=param, code=code)
 
 
 def unavailable(cause: str) -> ApiError:
-    """A 503: no run is ready, or it ended underneath the request."""
+    """Make a 503 error: no run is ready, or the run ended before the request."""
     return ApiError(503, cause, kind=_SERVER, code="engine_unavailable")
 
 
 def engine_failure(failure: RequestFailed) -> ApiError:
-    """The engine refused or broke off this one request."""
+    """Make the error for a request that the engine refused or broke off."""
     match failure.kind:
         case "invalid":
             return ApiError(400, failure.error)
@@ -92,7 +92,7 @@ def engine_failure(failure: RequestFailed) -> ApiError:
 
 
 def validation_failure(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a request body, with its field."""
+    """Make the error for the first wrong field of a request body."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = _field_path(first["loc"])
     if first["type"] == "json_invalid":
@@ -104,12 +104,12 @@ def validation_failure(error: ValidationError) -> ApiError:
         return invalid(f"unknown field '{param}'", param, "unknown_parameter")
     reason = first["msg"].removeprefix("Value error, ")
     if not param:
-        return ApiError(400, f"the body is not a request: {reason}")
+        return ApiError(400, f"the body is not a valid request: {reason}")
     return invalid(f"{param}: {reason}", param)
 
 
 def _field_path(location: tuple[int | str, ...]) -> str:
-    """``("messages", 0, "role")`` as ``messages[0].role``."""
+    """Format ``("messages", 0, "role")`` as ``messages[0].role``."""
     path = ""
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
@@ -117,7 +117,7 @@ def _field_path(location: tuple[int | str, ...]) -> str:
 
 
 def install_error_handlers(app: Starlette) -> None:
-    """Make the application answer every failure in OpenAI's form."""
+    """Make the application answer all failures in OpenAI's form."""
 
     async def on_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
@@ -134,7 +134,7 @@ def install_error_handlers(app: Starlette) -> None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        # Starlette raises it again once this is sent, so that uvicorn logs the traceback.
+        # Starlette raises the error again after this response, so uvicorn logs the traceback.
         message = f"internal error: {type(error).__name__}"
         return ApiError(500, message, kind=_SERVER, code="internal_error").response()
 

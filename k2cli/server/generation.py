@@ -1,9 +1,9 @@
-"""One request in flight: the engine's events for it, and what becomes of them if anybody leaves.
+"""One request in flight: its events from the engine, and its cancellation.
 
-Three things can end a request early: the client goes away, a stop string is complete, or the run
-ends underneath. The first two cancel it in the engine at once, whatever the response is doing at
-that moment; the third becomes an error for the client. Events pass through a queue, so that
-reading them can time out without losing one, and a slow client never holds the engine up.
+Three things can end a request early: the client disconnects, a stop string is complete, or the run
+ends. The first two cancel the request in the engine at once, whatever the response is doing at that
+moment; the third becomes an error for the client. Events pass through a queue, so that a read can
+time out without losing one, and a slow client never blocks the engine.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from k2cli.server.text import Piece, TextAssembler
 from k2cli.server.usage import usage
 
 IDLE_SECONDS = 1.0
-# After a cancel the engine still sends its account of the request, within a step.
+# After a cancel the engine still sends Finished for the request, within a step.
 FINISHED_SECONDS = 5.0
 
 
 class ClientGone(Exception):
-    """Nobody is there any more to answer to."""
+    """Error raised when the client has closed the connection."""
 
 
 @dataclass(slots=True)
 class RequestQueue:
-    """Requests that the engine has not begun with, oldest first."""
+    """The requests that the engine has not started, oldest first."""
 
     _requests: dict[str, None] = field(default_factory=dict)
 
     def join(self, request_id: str) -> None:
-        """Stand at the end."""
+        """Add a request at the end."""
         self._requests[request_id] = None
 
     def leave(self, request_id: str) -> None:
-        """The engine has begun, or the request is over."""
+        """Remove a request that the engine has started or that has ended."""
         self._requests.pop(request_id, None)
 
     def position(self, request_id: str) -> int | None:
-        """1 for the next in line; None for a request that is not waiting."""
+        """Return 1 for the next request, None for a request that is not waiting."""
         for index, waiting in enumerate(self._requests, start=1):
             if waiting == request_id:
                 return index
@@ -55,7 +55,7 @@ class RequestQueue:
 
 
 class Generation:
-    """The events of one request. ``start`` it, read with ``next``, and always ``close`` it."""
+    """The events of one request. Call ``start``, read with ``next``, and always call ``close``."""
 
     def __init__(
         self, engine: EngineClient, request: EngineRequest, waiting: RequestQueue, receive: Receive
@@ -72,7 +72,7 @@ class Generation:
         self._cancelled = False
 
     def start(self) -> None:
-        """Submit the request, and watch for the client to leave."""
+        """Submit the request, and watch for the client to disconnect."""
         self._waiting.join(self._id)
         self._tasks = [
             asyncio.create_task(self._pump(), name=f"generation {self._id}"),
@@ -86,9 +86,9 @@ class Generation:
                 self._over = isinstance(event, Finished | RequestFailed)
                 self._queue.put_nowait(event)
             if not self._over:
-                raise EngineUnavailable("the engine broke off the answer")
+                raise EngineUnavailable("the engine stopped before the answer was complete")
         except Exception as error:
-            # Raised again by ``next``, in the task that answers the client.
+            # ``next`` raises it again in the task that answers the client.
             self._over = self._over or isinstance(error, EngineUnavailable)
             self._queue.put_nowait(error)
         finally:
@@ -102,14 +102,14 @@ class Generation:
 
     @property
     def queue_position(self) -> int | None:
-        """Place in the line of requests that wait; None once the engine has begun."""
+        """Position among the waiting requests; None once the engine has started this one."""
         return self._waiting.position(self._id)
 
     async def next(self, timeout_seconds: float = IDLE_SECONDS) -> EngineEvent | None:
-        """The next event, or None if none came in time.
+        """Return the next event, or None if none came in time.
 
         Raises:
-            ApiError: if the run is gone, or this request failed in the engine.
+            ApiError: if the run has ended, or this request failed in the engine.
             ClientGone: if the client closed the connection.
         """
         if self._peeked is not None:
@@ -131,21 +131,21 @@ class Generation:
                 return received
 
     async def wait_for_first_event(self, timeout_seconds: float = IDLE_SECONDS) -> None:
-        """Wait a little for the first event, so that a refusal can still become an HTTP status.
+        """Wait briefly for the first event, so that a refusal can still become an HTTP status.
 
         Raises:
-            ApiError, ClientGone: as ``next``.
+            ApiError, ClientGone: like ``next``.
         """
         self._peeked = await self.next(timeout_seconds)
 
     def cancel(self) -> None:
-        """Tell the engine, once, that the rest is not wanted."""
+        """Cancel the request in the engine, once."""
         if not self._over and not self._cancelled:
             self._cancelled = True
             self._engine.cancel(self._id)
 
     async def wait_for_finished(self) -> Finished | None:
-        """After ``cancel``: the engine's last word about this request, if it comes in time."""
+        """Return the engine's last event after ``cancel``, if it comes in time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FINISHED_SECONDS):
                 while True:
@@ -157,7 +157,7 @@ class Generation:
         return None
 
     async def close(self) -> None:
-        """Cancel what still runs, in the engine and here. Idempotent."""
+        """Cancel the request in the engine and all tasks here. Idempotent."""
         self.cancel()
         for task in self._tasks:
             task.cancel()
@@ -167,14 +167,14 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Nothing has happened for a while. ``queue_position`` is None once the engine has begun."""
+    """Event for a while without news. ``queue_position`` is None once the engine has started."""
 
     queue_position: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The answer is complete."""
+    """Last event of a complete answer."""
 
     finish_reason: str
     usage: dict[str, Any]
@@ -184,10 +184,10 @@ AnswerEvent = Idle | PromptProgress | Piece | Ended
 
 
 async def answer(generation: Generation, assembler: TextAssembler) -> AsyncGenerator[AnswerEvent]:
-    """What happens to an answer, as text: any number of events, the last one ``Ended``.
+    """Yield the events of an answer, with tokens turned into text; the last one is ``Ended``.
 
     Raises:
-        ApiError: if the run is gone, or this request failed in the engine.
+        ApiError: if the run has ended, or this request failed in the engine.
         ClientGone: if the client closed the connection.
     """
     while True:
@@ -217,7 +217,7 @@ def _ended(finished: Finished, assembler: TextAssembler) -> Ended:
 
 
 async def _stopped(generation: Generation, assembler: TextAssembler) -> Ended:
-    """A stop string is complete: the engine need not go on."""
+    """Cancel the rest of the answer after a complete stop string."""
     generation.cancel()
     finished = await generation.wait_for_finished()
     prompt_tokens = len(generation.request.generate.prompt)

@@ -25,16 +25,17 @@ async def respond(
     """Generate an answer, streamed or whole.
 
     Args:
+        prepare: makes the engine's request from the body.
         make_shape: a class of ``server.shapes``.
 
     Raises:
-        ApiError: with the HTTP status, if the request fails before an answer has begun.
+        ApiError: with the HTTP status, if the request fails before the answer has begun.
     """
     context = context_of(request)
     read = await context.reader.read(kind, await request.body())
     engine_request = read.engine_request
     assert engine_request is not None
-    # Only now: a request that is wrong is told so even while no run is ready.
+    # Checked after the body, so that a wrong request gets its error even while no run is ready.
     context.require_ready()
     scored = engine_request.generate.sampling.top_logprobs is not None
     name, request_id = context.served.name, engine_request.generate.request_id

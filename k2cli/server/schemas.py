@@ -1,9 +1,9 @@
 """Request bodies of the HTTP API, as pydantic models.
 
-Types and ranges are checked here, so that nothing malformed ever reaches a rank. Three kinds of
-fields: those that k2 honours; those of OpenAI's API that change nothing about the answer, which
-are taken and ignored (``_Ignored``); all others, which are refused by name, since an option that
-is silently ignored is a wrong answer that looks right. ``null`` means absent, as with OpenAI.
+Types and ranges are checked here, so that nothing malformed ever reaches a rank. There are three
+kinds of fields: those that k2 uses; those of OpenAI's API that do not change the answer, which are
+accepted and ignored (``_Ignored``); all others, which are refused by name, since silently ignoring
+an option would give a wrong answer. ``null`` means absent, as in OpenAI's API.
 docs/reference/api.md lists every field of OpenAI's with its kind.
 """
 
@@ -36,14 +36,14 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        # Also of fields that are not known: some clients spell out all that they do not use.
+        # Unknown fields too: some clients send null for every field that they do not use.
         if not isinstance(value, dict):
             return value
         return {name: member for name, member in value.items() if member is not None}
 
 
 class _Ignored(_Body):
-    """Fields of OpenAI's API without influence on what this server computes."""
+    """Fields of OpenAI's API that do not change what this server computes."""
 
     user: Any = None
     metadata: Any = None
@@ -57,7 +57,7 @@ class _Ignored(_Body):
 
 
 def _joined_text(content: Any) -> Any:
-    """Content parts as one string; anything but text is refused."""
+    """Join content parts to one string; refuse parts that are not text."""
     if not isinstance(content, list):
         return content
     if len(content) > MAX_PARTS:
@@ -66,7 +66,7 @@ def _joined_text(content: Any) -> Any:
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise ValueError(f"part {index} is of type {kind!r}, and this model reads text only")
+            raise ValueError(f"part {index} is of type {kind!r}, but this model reads only text")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"part {index} has no text")
         texts.append(part["text"])
@@ -80,14 +80,14 @@ def _stop_strings(value: Any) -> list[str]:
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError(f"must be a string or a list of up to {MAX_STOP_STRINGS} strings")
     if len(stops) > MAX_STOP_STRINGS:
-        raise ValueError(f"has {len(stops)} strings, and the most are {MAX_STOP_STRINGS}")
+        raise ValueError(f"has {len(stops)} strings; the maximum is {MAX_STOP_STRINGS}")
     if "" in stops:
-        raise ValueError("an empty string stops nothing")
+        raise ValueError("a stop string must not be empty")
     return stops
 
 
 def _prompt(value: Any) -> str | list[int]:
-    """A string or token ids; a list of one of them is that one."""
+    """Return a string or token ids; accept a list that holds one of these."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
         value = value[0]
     if isinstance(value, str):
@@ -96,12 +96,12 @@ def _prompt(value: Any) -> str | list[int]:
         if all(type(token) is int for token in value):
             return value
         if all(isinstance(item, str | list) for item in value):
-            raise ValueError(f"has {len(value)} prompts, and a request may have one")
+            raise ValueError(f"has {len(value)} prompts; a request can have only one")
     raise ValueError("must be a string or a list of token ids")
 
 
 def _string_keys_to_ids(value: Any) -> Any:
-    """JSON has no integer keys."""
+    """Convert the keys of a JSON object to integers."""
     if not isinstance(value, dict):
         return value
     if len(value) > MAX_BIASES:
@@ -121,7 +121,7 @@ ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "
 
 
 class Message(BaseModel):
-    """One turn of a conversation. Other members that clients echo back are not for the template."""
+    """One turn of a conversation. Other members, which clients echo back, are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -130,18 +130,18 @@ class Message(BaseModel):
     name: str | None = None
     tool_calls: Objects | None = None
     tool_call_id: str | None = None
-    # What the model thought: templates of models that go on thinking after a tool's result want it.
+    # The model's reasoning, for templates of models that continue it after the result of a tool.
     reasoning_content: str | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
-        # An assistant's turn may consist of tool calls alone.
+        # The turn of an assistant may consist of tool calls only.
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of role '{self.role}' needs content")
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """The dict that chat templates expect; ``developer`` is OpenAI's new word for system."""
+        """Return the dict for chat templates. ``developer`` is OpenAI's new word for system."""
         turn: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
             "content": self.content or "",
@@ -156,7 +156,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES,
 
 
 class StreamOptions(_Body):
-    """``include_progress`` is k2's own: ``"k2"`` objects with queue and prefill progress."""
+    """Stream options. ``include_progress`` adds k2's objects with queue and prefill progress."""
 
     include_usage: bool | None = None
     include_progress: bool | None = None
@@ -164,7 +164,7 @@ class StreamOptions(_Body):
 
 
 class ResponseFormat(BaseModel):
-    """Only text for now; schemas are refused rather than ignored."""
+    """Format of the answer. Only text is supported; schemas are refused rather than ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -181,8 +181,8 @@ class ResponseFormat(BaseModel):
 class Extensions(_Body):
     """The request's ``"k2"`` object.
 
-    ``cache`` False bypasses the prefix cache. ``ignore_stop_tokens`` True generates on past the
-    model's own end, up to ``max_tokens``: what a benchmark needs.
+    ``cache`` False bypasses the prefix cache. ``ignore_stop_tokens`` True generates past the
+    model's stop tokens, up to ``max_tokens``, for benchmarks.
     """
 
     cache: bool | None = None
@@ -190,7 +190,7 @@ class Extensions(_Body):
 
 
 class GenerationBody(_Ignored):
-    """What chat and plain completions have in common."""
+    """Fields that chat and plain completions share."""
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -211,22 +211,22 @@ class GenerationBody(_Ignored):
 
     @property
     def extensions(self) -> Extensions:
-        """The ``"k2"`` object, or one that asks for nothing."""
+        """The ``"k2"`` object, or an empty one."""
         return self.k2 or Extensions()
 
     @property
     def wants_usage(self) -> bool:
-        """Whether the stream is to end with a usage chunk."""
+        """True if the stream must end with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def wants_progress(self) -> bool:
-        """Whether the stream is to carry ``"k2"`` objects."""
+        """True if the stream must contain ``"k2"`` objects."""
         return bool(self.stream_options and self.stream_options.include_progress)
 
 
 class _Templated(_Body):
-    """Members that decide what the chat template makes of a conversation."""
+    """Fields that change how the chat template renders a conversation."""
 
     tools: Objects | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -242,11 +242,11 @@ class _Templated(_Body):
 
     @property
     def template_arguments(self) -> dict[str, Any]:
-        """Variables for the chat template, which does not see those that it does not use.
+        """Variables for the chat template, which ignores those that it does not use.
 
-        An effort is also what switches thinking on or off, in a template that has such a switch:
+        ``reasoning_effort`` also switches thinking on or off in templates with such a variable:
         ``thinking`` in those of Kimi K2.5 and DeepSeek V3.1, ``enable_thinking`` in those of
-        Qwen3 and GLM 4.5. What ``chat_template_kwargs`` sets has the last word.
+        Qwen3 and GLM 4.5. ``chat_template_kwargs`` takes precedence.
         """
         arguments: dict[str, Any] = {}
         if self.reasoning_effort is not None:
@@ -259,11 +259,10 @@ class _Templated(_Body):
 
 
 class ChatCompletionBody(GenerationBody, _Templated):
-    """``POST /v1/chat/completions``.
+    """Body of ``POST /v1/chat/completions``.
 
-    ``tools`` are shown to the model through its chat template. Its output is returned as text:
-    parsing tool calls out of it is not there yet, so a ``tool_choice`` that promises a call is
-    refused.
+    The chat template shows ``tools`` to the model. The output is returned as text: tool calls are
+    not parsed yet, so a ``tool_choice`` that requires a call is refused.
     """
 
     messages: Messages
@@ -284,7 +283,7 @@ class ChatCompletionBody(GenerationBody, _Templated):
 
 
 class CompletionBody(GenerationBody):
-    """``POST /v1/completions``: one prompt, as text or as token ids."""
+    """Body of ``POST /v1/completions``: one prompt, as text or as token ids."""
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -294,7 +293,7 @@ class CompletionBody(GenerationBody):
 
 
 class TokenizeBody(_Templated):
-    """``POST /v1/tokenize``: either messages or a prompt."""
+    """Body of ``POST /v1/tokenize``: either messages or a prompt."""
 
     model: str | None = None
     messages: Messages | None = None

@@ -1,4 +1,4 @@
-"""What a server serves: one model, its limits and its defaults. Fixed for the life of a run."""
+"""The served model: name, limits and defaults, fixed for the life of a run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class ServedModel:
     """The one model of a server.
 
     Args:
-        name: what ``model`` in a request must be, if it is there.
-        context_length: tokens of prompt and answer together.
+        name: the only accepted value of ``model`` in a request.
+        context_length: the maximum number of tokens of prompt and answer together.
         created: seconds since the epoch, shown in ``/v1/models``.
-        default_temperature, default_top_p, default_top_k: used where a request says nothing.
-        api_key: what ``Authorization: Bearer`` must carry; None asks for nothing.
+        default_temperature, default_top_p, default_top_k: for requests without these fields.
+        api_key: the required ``Authorization: Bearer`` key; None if no key is needed.
         max_body_bytes: a longer request body is refused with 413.
         allowed_hosts: names of this server in ``Host`` headers, beside those of loopback.
         cors_origins: origins of web pages that may use the server; ``*`` is all.
@@ -44,8 +44,8 @@ class ServedModel:
 def load_served_model(folder: Path, name: str, context_length: int) -> ServedModel:
     """Describe a checkpoint for serving; sampling defaults come from its generation_config.json.
 
-    A file that is absent, unreadable or holds something else than numbers gives the defaults of
-    OpenAI's API: a server must not fail to start over a suggestion.
+    If the file is absent, unreadable or holds other values than numbers, the defaults are those of
+    OpenAI's API: suggested values must not keep a server from starting.
     """
     suggested = _generation_config(folder / "generation_config.json")
     return ServedModel(

@@ -1,6 +1,6 @@
-"""How an answer looks on the wire: OpenAI's chat and text completion objects, whole and in chunks.
+"""The JSON of an answer: OpenAI's chat and text completion objects, whole and in chunks.
 
-Both routes do the same and differ only in these shapes, so there is one code path for both.
+The two routes differ only in these shapes, so ``respond`` is one code path for both.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ TokenText = Callable[[int], str]
 
 
 class Shape(Protocol):
-    """The objects of one route, for one answer."""
+    """The JSON objects of one answer on one route."""
 
     def whole(
         self, text: str, scores: Sequence[ScoredToken], reason: str, usage: dict[str, Any]
     ) -> dict[str, Any]:
-        """The response when not streaming."""
+        """Return the response without streaming."""
         ...
 
     def opening(self) -> dict[str, Any] | None:
-        """A choice to send before the first text, if the route has such a thing."""
+        """Return the choice to send before the first text, or None."""
         ...
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        """A choice that adds text."""
+        """Return a choice that adds text."""
         ...
 
     def closing(self, reason: str) -> dict[str, Any]:
-        """The choice that says why the answer ended."""
+        """Return the choice with the finish reason."""
         ...
 
     def chunk(self, choices: list[dict[str, Any]], **members: Any) -> dict[str, Any]:
-        """A chunk of a stream around its choices."""
+        """Return a chunk of a stream with these choices."""
         ...
 
 
@@ -55,12 +55,11 @@ class _Envelope:
 
 @dataclass(slots=True)
 class ChatShape(_Envelope):
-    """``/v1/chat/completions``."""
+    """The objects of ``/v1/chat/completions``."""
 
     def whole(
         self, text: str, scores: Sequence[ScoredToken], reason: str, usage: dict[str, Any]
     ) -> dict[str, Any]:
-        """A ``chat.completion`` object."""
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},
@@ -71,19 +70,15 @@ class ChatShape(_Envelope):
         return {**envelope, "choices": [choice], "usage": usage}
 
     def opening(self) -> dict[str, Any] | None:
-        """The chunk that says who speaks."""
         return self._choice({"role": "assistant", "content": ""})
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        """More text."""
         return self._choice({"content": piece.text}, self._logprobs(piece.scores))
 
     def closing(self, reason: str) -> dict[str, Any]:
-        """The finish reason."""
         return self._choice({}, reason=reason)
 
     def chunk(self, choices: list[dict[str, Any]], **members: Any) -> dict[str, Any]:
-        """A ``chat.completion.chunk`` object."""
         envelope = self._object(f"chatcmpl-{self.request_id}", "chat.completion.chunk")
         return {**envelope, "choices": choices, **members}
 
@@ -104,35 +99,30 @@ class ChatShape(_Envelope):
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.token_text(token)
-        # A token may be a part of a character; its bytes cannot be told from the text then.
+        # If a token is a part of a character, its bytes cannot be derived from the text.
         as_bytes = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": as_bytes}
 
 
 @dataclass(slots=True)
 class CompletionShape(_Envelope):
-    """``/v1/completions``."""
+    """The objects of ``/v1/completions``."""
 
     def whole(
         self, text: str, scores: Sequence[ScoredToken], reason: str, usage: dict[str, Any]
     ) -> dict[str, Any]:
-        """A ``text_completion`` object."""
         return {**self.chunk([self._choice(text, scores, reason)]), "usage": usage}
 
     def opening(self) -> dict[str, Any] | None:
-        """Plain completions begin with their text."""
         return None
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        """More text."""
         return self._choice(piece.text, piece.scores, None)
 
     def closing(self, reason: str) -> dict[str, Any]:
-        """The finish reason."""
         return self._choice("", (), reason)
 
     def chunk(self, choices: list[dict[str, Any]], **members: Any) -> dict[str, Any]:
-        """A ``text_completion`` object, which is also the chunk of a stream."""
         envelope = self._object(f"cmpl-{self.request_id}", "text_completion")
         return {**envelope, "choices": choices, **members}
 

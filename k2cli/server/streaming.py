@@ -1,10 +1,10 @@
 """Answers as server-sent events.
 
-A stream is: chunks with text, one with the finish reason, one with the usage if asked for, and
-``[DONE]``. With ``include_progress`` it also carries ``"k2"`` objects: the place in the queue, the
-prompt tokens computed, and the count of tokens generated, which comes with every step even when
-its text is still held back. An error after the headers are sent is an ``error`` event, and the
-stream ends without ``[DONE]``.
+A stream consists of chunks with text, one with the finish reason, one with the usage if asked for,
+and ``[DONE]``. With ``include_progress`` it also has ``"k2"`` objects: the position in the queue,
+the prompt tokens computed, and the number of tokens generated, which comes with every step even
+while text is held back. An error after the headers are sent is an ``error`` event, and the stream
+ends without ``[DONE]``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from k2cli.server.text import Piece, TextAssembler
 
 KEEP_ALIVE_SECONDS = 15.0
 _DONE = b"data: [DONE]\n\n"
-# A comment in the event stream: keeps proxies from closing it during a long prefill.
+# A comment in the event stream, so that proxies do not close it during a long prefill.
 _KEEP_ALIVE = b": waiting\n\n"
 
 
@@ -36,7 +36,7 @@ def _event(document: dict[str, Any]) -> bytes:
 
 
 class EventWriter:
-    """Turns the events of one answer into the bytes of its stream."""
+    """Encoder from the events of one answer to the bytes of its stream."""
 
     def __init__(self, shape: Shape, assembler: TextAssembler, request: EngineRequest) -> None:
         self._shape = shape
@@ -48,7 +48,7 @@ class EventWriter:
         self._last_sent = time.monotonic()
 
     def write(self, event: AnswerEvent) -> bytes:
-        """The bytes for an event; may be empty."""
+        """Return the bytes for an event, which may be empty."""
         match event:
             case Idle():
                 data = self._idle(event)
@@ -110,7 +110,7 @@ class EventWriter:
 async def event_stream(
     generation: Generation, assembler: TextAssembler, writer: EventWriter
 ) -> AsyncGenerator[bytes]:
-    """The bytes of a whole stream, including the error that may end it."""
+    """Yield the bytes of a stream, including the error that may end it."""
     try:
         async with aclosing(answer(generation, assembler)) as events:
             async for event in events:
@@ -121,14 +121,14 @@ async def event_stream(
     except ClientGone:
         return
     except Exception as error:
-        # The client must learn that this is no complete answer; uvicorn logs the traceback.
+        # The client must learn that the answer is incomplete; uvicorn logs the traceback.
         message = f"internal error: {type(error).__name__}"
         yield _event(ApiError(500, message, kind="server_error", code="internal_error").body())
         raise
 
 
 class EventStreamResponse(Response):
-    """Sends a stream and closes its generation, however the sending ends."""
+    """Response that sends a stream and always closes its generation."""
 
     media_type = "text/event-stream"
 
@@ -140,7 +140,7 @@ class EventStreamResponse(Response):
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response. The generation itself watches for the client to leave."""
+        """Send the response. The generation itself watches for the client to disconnect."""
         try:
             start = {"status": self.status_code, "headers": self.raw_headers}
             await send({"type": "http.response.start", **start})

@@ -1,7 +1,7 @@
-"""From token ids to the text that a client may see: detokenizing and stop strings.
+"""Conversion of token ids to the text of an answer: detokenizing and stop strings.
 
-Text leaves only once it is certain. The tokenizer's stream holds back bytes that are not yet a
-whole character, and a tail that could be the beginning of a stop string is held back here until
+Text is sent only once it is certain. The tokenizer's stream holds back bytes that are not yet a
+whole character. This module holds back a tail that could be the beginning of a stop string, until
 the next tokens decide. Nothing here does I/O.
 """
 
@@ -18,17 +18,17 @@ class TokenTextStream(Protocol):
     """The detokenizer of one answer (``models.text.tokenizer.TokenStream``)."""
 
     def push(self, token_id: int, /) -> str:
-        """The text that this token makes certain; may be empty."""
+        """Add a token and return the text that is now certain, which may be empty."""
         ...
 
     def finish(self) -> str:
-        """What was still held back at the end."""
+        """Return the text that was still held back."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A generated token with its log-probability; ``offset`` is where its text starts."""
+    """A generated token with its log-probability and the offset of its text."""
 
     token: int
     offset: int
@@ -37,14 +37,14 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that became certain, and the scored tokens that belong to it (if asked for)."""
+    """Text that is certain, and its scored tokens, if asked for."""
 
     text: str = ""
     scores: Sequence[ScoredToken] = ()
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest tail of ``text`` that is the beginning of a stop string."""
+    """Compute the length of the longest tail of ``text`` that begins a stop string."""
     longest = max((len(stop) for stop in stops), default=0)
     for length in range(min(longest - 1, len(text)), 0, -1):
         tail = text[-length:]
@@ -54,14 +54,14 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins in ``text``."""
+    """Find the position of the first stop string in ``text``."""
     found = [position for stop in stops if (position := text.find(stop)) >= 0]
     return min(found, default=None)
 
 
 @dataclass(slots=True)
 class TextAssembler:
-    """The text of one answer. Push tokens, send what comes out; ``stopped`` ends it.
+    """The text of one answer. Push tokens and send the returned text, until ``stopped``.
 
     ``tokens_used`` counts the tokens up to and including the one that completed a stop string.
     """
@@ -75,7 +75,7 @@ class TextAssembler:
     _scores: list[ScoredToken] = field(default_factory=list)
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> Piece:
-        """Take newly generated tokens; give the text that is now certain.
+        """Add newly generated tokens and return the text that is now certain.
 
         Tokens after a completed stop string are dropped, here and in later calls.
         """
@@ -89,7 +89,7 @@ class TextAssembler:
         return self._release(len(self._pending) - held_back(self._pending, self.stops))
 
     def finish(self) -> Piece:
-        """The rest, when the engine has ended the answer."""
+        """Return the remaining text once the engine has ended the answer."""
         if not self.stopped:
             self._append(self.stream.finish())
         piece = self._release(len(self._pending))

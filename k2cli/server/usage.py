@@ -1,7 +1,6 @@
-"""What an answer cost: OpenAI's usage object, with k2's timings in it.
+"""OpenAI's usage object of an answer, with k2's timings.
 
-The durations are the engine's own, measured on the leader rank; a rate is left out (null) where
-nothing was measured to divide by.
+The engine measures the durations on the leader rank. A rate without a measured duration is null.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ def _rate(count: int, seconds: float) -> float | None:
 
 
 def timings(finished: Finished) -> dict[str, float | None]:
-    """Seconds and tokens per second of one request.
+    """Compute seconds and tokens per second of one request.
 
-    The first token comes out of prefill, so decoding made one less than the completion has; only
-    prompt tokens that were computed, not those taken from a cache, count for prefill.
+    Prefill produces the first token, so decode made one token less than the completion has. Only
+    computed prompt tokens count for prefill, not those taken from a cache.
     """
     computed = finished.prompt_tokens - finished.cached_tokens
     return {
@@ -32,7 +31,7 @@ def timings(finished: Finished) -> dict[str, float | None]:
 
 
 def usage(finished: Finished | None, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    """The usage object. ``finished`` is None where the engine's account did not come in time."""
+    """Make the usage object. ``finished`` is None if the engine did not send it in time."""
     cached = finished.cached_tokens if finished else 0
     members: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,

@@ -23,15 +23,15 @@ MODEL_FAILURES = (
     ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError,
     RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-"""What a model's own code raises when a config, a back end or a cut is not what it expects."""
+"""Errors that a model's own code raises for a config, a device or a cut that it cannot handle."""
 
 _CLASSES = ("Model", "ModelArgs")
-"""What every file of an architecture has; loading takes them by these names."""
+"""Classes that every file of an architecture defines, and that loading imports."""
 
 
 @functools.cache
 def _literals(name: str) -> dict[Any, Any]:
-    """A module-level dict literal of mlx-lm's ``utils.py``, without running that module.
+    """Read a module-level dict literal of mlx-lm's ``utils.py``, without running that module.
 
     Only the assignment is parsed, from its name at the start of a line to its closing brace at the
     start of a line: the whole file takes 40 ms in every process of a run.
@@ -44,7 +44,7 @@ def _literals(name: str) -> dict[Any, Any]:
 
 
 def _assigned(source: str, name: str) -> ast.expr:
-    """What a module assigns to a name, however it is written; an empty dict if nothing."""
+    """Find the expression that a module assigns to a name; an empty dict if there is none."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and any(
             isinstance(target, ast.Name) and target.id == name for target in node.targets
@@ -54,7 +54,7 @@ def _assigned(source: str, name: str) -> ast.expr:
 
 
 def module_name(config: Mapping[str, Any]) -> str:
-    """The file in mlx-lm's ``models`` folder that a config's model type belongs to.
+    """Return the name of the file in mlx-lm's ``models`` folder for a config's model type.
 
     Raises:
         UsageError: if the config names no model type.
@@ -77,7 +77,7 @@ def module_name(config: Mapping[str, Any]) -> str:
 
 
 def supported_model_types() -> list[str]:
-    """Every model type that mlx-lm has a class for, sorted. Nothing is imported."""
+    """Return all model types for which mlx-lm has a class, sorted, without importing them."""
     folder = mlx_lm_folder() / "models"
     defining = {path.stem for path in folder.glob("*.py") if _defines_model(path)}
     renamed = {old for old, new in _literals("MODEL_REMAPPING").items() if new in defining}
@@ -85,13 +85,13 @@ def supported_model_types() -> list[str]:
 
 
 def _defines_model(path: Path) -> bool:
-    """Whether a file of the folder is a model's: helpers lie beside them."""
+    """True if a file of the folder defines a model; others are helpers."""
     source = path.read_text(encoding="utf-8")
     return all(f"class {name}" in source or f" {name}\n" in source for name in _CLASSES)
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
-    """The ``Model`` and ``ModelArgs`` classes for a config.
+    """Return the ``Model`` and ``ModelArgs`` classes for a config.
 
     Raises:
         UsageError: if mlx-lm has no such model type.
@@ -111,9 +111,9 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
 
 
 def _imported(name: str) -> types.ModuleType:
-    """The module of an architecture, or why it cannot be had.
+    """Import the module of an architecture, or report the package that it lacks.
 
-    Some need a package that mlx-lm does not install; olmo's even prints so and exits.
+    Some need a package that mlx-lm does not install; olmo's prints a message and exits.
     """
     told = io.StringIO()
     try:

@@ -1,8 +1,8 @@
-"""Builds a model from its config and weights, lazily: the one way that planner and ranks do it.
+"""Lazy assembly of a model from its config and weights, used by the planner and by ranks.
 
 mlx arrays are lazy, so assembling the full trillion-parameter model allocates nothing; the sum of
-``nbytes`` over its parameters is nevertheless exact. The planner passes no weights (or lazy
-zeros shaped after the checkpoint's headers), a rank passes the lazily opened checkpoint. Both go
+``nbytes`` over its parameters is nevertheless exact. The planner passes no weights (or lazy zeros
+with the shapes of the checkpoint's headers), a rank passes the lazily opened checkpoint. Both go
 through the same steps as mlx-lm's own loader: sanitize, quantize as the config says, fill in.
 """
 
@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.sharding.architectures import MODEL_FAILURES, model_classes
-from k2cli.sharding.model_errors import why_failed
+from k2cli.sharding.model_errors import explain_failure
 
 FLOAT_TYPES: Mapping[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -29,7 +29,7 @@ _FLOAT32_FIELD = "k2_float32"  # models.catalog writes it
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """The model of a config with lazy, random, unquantized parameters.
+    """Build the model of a config with lazy, random, unquantized parameters.
 
     Raises:
         UsageError: if a field of the config is missing or makes no model.
@@ -40,15 +40,15 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     except MODEL_FAILURES as error:
         raise UsageError(
             f"config.json does not describe a {config.get('model_type')} model: "
-            f"{why_failed(error, config)}"
+            f"{explain_failure(error, config)}"
         ) from error
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The MLX quantization (``group_size``, ``bits``, ``mode``, overrides per module) or None.
+    """Return the MLX quantization (``group_size``, ``bits``, ``mode``, overrides), or None.
 
-    An MLX checkpoint says it in ``quantization``; originals in ``quantization_config``, which may
-    sit inside ``text_config``. fp8 with block scales is no MLX quantization: it is dequantized.
+    An MLX checkpoint has it in ``quantization``; originals in ``quantization_config``, which may
+    be inside ``text_config``. fp8 with block scales is no MLX quantization: it is dequantized.
 
     Raises:
         UsageError: for a method that mlx-lm cannot load.
@@ -88,7 +88,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _checked(quantization: Any) -> dict[str, Any]:
-    """An MLX quantization entry whose sizes are usable."""
+    """Check the sizes in an MLX quantization entry."""
     if not isinstance(quantization, Mapping):
         raise UsageError(f"config.json has quantization {quantization!r}, expected an object")
     for field in ("group_size", "bits"):
@@ -99,9 +99,9 @@ def _checked(quantization: Any) -> dict[str, Any]:
 
 
 def _left_unquantized(config: Mapping[str, Any]) -> list[str] | None:
-    """What a checkpoint that its makers packed themselves leaves as it was; None if none says so.
+    """List the modules that a checkpoint's makers left unquantized; None if the config has no list.
 
-    compressed-tensors lists it as ``ignore``: names, or regular expressions after ``re:``;
+    compressed-tensors lists them as ``ignore``: names, or regular expressions after ``re:``;
     mxfp4 as ``modules_to_not_convert``: names with wildcards. MLX conversions of such checkpoints
     keep the list beside their own ``quantization``.
     """
@@ -121,17 +121,17 @@ def _left_unquantized(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def _ignored_by_original(patterns: list[str]) -> Callable[[str], bool]:
-    """Whether patterns of the makers leave a module (by its MLX path) unquantized.
+    """Return a test, by a module's MLX path, if the makers' patterns leave it unquantized.
 
     Raises:
-        UsageError: for a regular expression that is none.
+        UsageError: for an invalid regular expression.
     """
     try:
         expressions = [re.compile(each[3:]) for each in patterns if each.startswith("re:")]
     except re.error as error:
         raise UsageError(
             f"config.json: quantization_config.ignore has '{error.pattern!s}', "
-            f"which is no regular expression: {error.msg}"
+            f"which is not a regular expression: {error.msg}"
         ) from error
     names = [each for each in patterns if not each.startswith("re:")]
 
@@ -157,7 +157,7 @@ def _can_quantize(module: nn.Module, group_size: int) -> bool:
 def _predicate_without_weights(
     model: nn.Module, config: Mapping[str, Any], quantization: Mapping[str, Any]
 ) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
-    """Which modules are quantized, when only the config is known: mlx_lm.convert's own rule."""
+    """Choose the modules to quantize from the config alone, by mlx_lm.convert's own rule."""
     group_size = int(quantization["group_size"])
     of_model = getattr(model, "quant_predicate", None)
     patterns = _left_unquantized(config)
@@ -173,7 +173,7 @@ def _predicate_without_weights(
             return False
         decision: bool | dict[str, Any] = of_model(path, module) if of_model is not None else True
         if ignored is not None:
-            # What a model wants packed otherwise, its router above all, makers do not pack at all.
+            # Makers leave unquantized what a model wants with other bits, above all its router.
             return decision is True and not ignored(path)
         return decision
 
@@ -181,7 +181,7 @@ def _predicate_without_weights(
 
 
 def _packing(path: str, module: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, Any]:
-    """Group size, bits and mode that a stored weight was packed with, from its shapes."""
+    """Derive group size, bits and mode of a stored weight from its shapes."""
     scales, packed = weights[f"{path}.scales"], weights[f"{path}.weight"]
     input_size = module.weight.shape[-1]
     group_size = input_size // scales.shape[-1]
@@ -237,8 +237,8 @@ def _quantize(
 def cast(model: nn.Module, dtype: mx.Dtype, *, kept: tuple[str, ...] | None = None) -> None:
     """Cast floating parameters, scales included, lazily and in place.
 
-    Parameters that the model wants kept (its ``cast_predicate``: the router's correction bias)
-    stay as they are; or, if given, those whose names have a part that is in ``kept``.
+    Parameters that the model excludes (its ``cast_predicate``: the router's correction bias) stay
+    as they are; if ``kept`` is given, those whose names contain one of its parts instead.
     """
     casts = getattr(model, "cast_predicate", None)
 
@@ -255,7 +255,7 @@ def cast(model: nn.Module, dtype: mx.Dtype, *, kept: tuple[str, ...] | None = No
 
 
 def config_dtype(config: Mapping[str, Any]) -> mx.Dtype:
-    """The float type that a config says its unquantized parameters have; bfloat16 if silent."""
+    """Return the config's float type for unquantized parameters; bfloat16 if it names none."""
     text_config = config.get("text_config") or {}
     for source in (config, text_config):
         name = source.get("torch_dtype") or source.get("dtype")
@@ -265,9 +265,9 @@ def config_dtype(config: Mapping[str, Any]) -> mx.Dtype:
 
 
 def _kept_float32(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Parts of names of parameters that are known to be float32 in a checkpoint without headers.
+    """Return parts of the names of float32 parameters, for a checkpoint without headers.
 
-    The catalog knows it of some shapes; a config.json does not say so.
+    The catalog has them for some shapes; a config.json does not.
     """
     named = config.get(_FLOAT32_FIELD)
     return tuple(named) if isinstance(named, list) and all(map(_is_text, named)) else ()
@@ -282,7 +282,7 @@ def assemble(
     weights: Mapping[str, mx.array] | None,
     dtype: str = "checkpoint",
 ) -> nn.Module:
-    """The whole model, lazily, quantized as stored and with the parameters that were passed.
+    """Assemble the whole model lazily, quantized as stored and with the given weights.
 
     Args:
         config: the checkpoint's config.json.
@@ -291,7 +291,7 @@ def assemble(
         dtype: ``checkpoint`` keeps the stored float types; a name of ``FLOAT_TYPES`` casts.
 
     Raises:
-        UsageError: if the config makes no model.
+        UsageError: if the config does not describe a model.
         K2Error: if the tensors are not those of this model; the message names some of them.
     """
     model = build(config)
@@ -319,7 +319,7 @@ def _sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.ar
 
 
 def _fill(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
-    """Put the tensors in their places; each must have one, and each place its tensor."""
+    """Load the tensors into the model, whose parameters they must match one to one."""
     from mlx.utils import tree_flatten
 
     places = dict(tree_flatten(model.parameters()))

@@ -1,9 +1,9 @@
-"""The proof that the ranks together hold the whole model, made of what they really loaded.
+"""Proof that the ranks together hold the whole model, from the tensors that they have loaded.
 
-Each rank lists the tensors that it has evaluated. The lists are held against the whole model as
-the checkpoint's headers describe it: every tensor must be on exactly the ranks that the placement
-says, whole or as slices that add up. A pipeline that lost a layer, or a rank that loaded another
-split than its peers, cannot pass.
+Each rank lists the tensors that it has evaluated. The lists are compared with the whole model as
+the checkpoint's headers describe it: every tensor must be on exactly the ranks of the placement,
+whole or as slices that add up. A pipeline without one layer, or a rank that loaded another split
+than its peers, does not pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """How the parameters of a model's parts are called."""
+    """Prefixes of the names of the parameters in a model's parts."""
 
     layers: str
     embeddings: tuple[str, ...]
@@ -32,18 +32,14 @@ class _Names:
 
 @dataclass(frozen=True, slots=True)
 class WholeModel:
-    """What the ranks have to hold together: made by ``describe_whole``."""
+    """Tensors that the ranks must hold together; ``describe_whole`` makes it."""
 
     shapes: Shapes
     names: _Names
 
 
 def describe_whole(model: nn.Module) -> WholeModel:
-    """Note what a model holds, before it is cut; lazily opened tensors will do.
-
-    Args:
-        model: the whole model, as the checkpoint's headers describe it.
-    """
+    """Describe the tensors of a whole model, which may be lazy, before it is cut."""
     shapes = {name: tuple(value.shape) for name, value in parameters(model).items()}
     return WholeModel(shapes, _names(model))
 
@@ -61,7 +57,7 @@ def _names(model: nn.Module) -> _Names:
 
 
 def _holders(name: str, placement: Placement, names: _Names) -> set[int]:
-    """The ranks that the placement wants a tensor on."""
+    """Return the ranks that must hold a tensor by the placement."""
     if placement.strategy != "pipeline":
         return set(range(placement.size))
     if name.startswith(names.layers):
@@ -73,7 +69,7 @@ def _holders(name: str, placement: Placement, names: _Names) -> set[int]:
 
 
 def _adds_up(whole: tuple[int, ...], parts: Sequence[tuple[int, ...]]) -> bool:
-    """Whether parts are the whole each, or equal slices of it along one axis."""
+    """True if each part is the whole, or the parts are equal slices of it along one axis."""
     if all(part == whole for part in parts):
         return True
     if len(set(parts)) != 1 or len(parts[0]) != len(whole):
@@ -86,14 +82,14 @@ def check_coverage(whole_model: WholeModel, placement: Placement, held: Sequence
     """Prove that the ranks hold the model as placed.
 
     Args:
-        whole_model: what there is to hold.
-        held: per rank, the shapes of the tensors that it has loaded.
+        whole_model: the tensors of the whole model.
+        held: the shapes of the tensors that each rank has loaded.
 
     Returns:
-        The number of tensors proven.
+        The number of tensors.
 
     Raises:
-        ClusterError: naming tensors that are missing, misplaced, misshapen or unknown.
+        ClusterError: if tensors are missing, misplaced, of another shape or unknown; it names some.
     """
     whole, names = whole_model.shapes, whole_model.names
     problems: list[str] = []

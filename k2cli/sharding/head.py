@@ -1,8 +1,8 @@
-"""The vocabulary-sized head cut over tensor ranks, which mlx-lm leaves on every one of them.
+"""Sharding of the head over tensor ranks, which mlx-lm replicates on all of them.
 
 Each rank multiplies by its part of the vocabulary and the parts of the logits are gathered. For
-K2 that is 330 MB less to hold, and to read for every token, on each of two ranks; what travels
-instead are the logits (655 kB a token in float32).
+K2 each of two ranks holds, and reads for every token, 330 MB less; the ranks exchange the logits
+instead (655 kB a token in float32).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from k2cli.sharding.stage import anatomy
 
 
 class ShardedHead(nn.Module):
-    """A linear head of which this rank holds rows ``rank * vocabulary / size`` and on."""
+    """A linear head of which this rank holds ``vocabulary / size`` consecutive rows."""
 
     def __init__(self, head: nn.Module, group: Any) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ShardedHead(nn.Module):
             self[name] = mx.contiguous(value[group.rank() * rows : (group.rank() + 1) * rows])
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """Logits ``[..., vocabulary]`` of hidden states ``[..., width]``, on every rank."""
+        """Compute logits ``[..., vocabulary]`` of hidden states ``[..., width]``, on every rank."""
         part = self._part(hidden)
         if "bias" in self:
             part = part + self["bias"]
@@ -57,7 +57,7 @@ def gather_last_axis(part: mx.array, group: Any) -> mx.array:
 
 
 def _head_of(model: nn.Module) -> tuple[nn.Module, str] | None:
-    """(parent, attribute) of the linear head; None if the embedding is the head."""
+    """Return (parent, attribute) of the linear head; None if the embedding is the head."""
     parts = anatomy(model)
     linear = (nn.Linear, nn.QuantizedLinear)
     found = [(parent, name) for parent, name in parts.outputs if isinstance(parent[name], linear)]
@@ -65,7 +65,7 @@ def _head_of(model: nn.Module) -> tuple[nn.Module, str] | None:
 
 
 def can_shard_head(model: nn.Module, ranks: int) -> bool:
-    """Whether a model has a head of its own whose rows divide among the ranks."""
+    """True if a model has a head of its own whose rows divide among the ranks."""
     place = _head_of(model)
     if place is None:
         return False

@@ -1,10 +1,9 @@
-"""Why a model's own code failed, in k2's words.
+"""Explanations of failures inside a model's own code.
 
-mlx-lm's model files check little: a config that lacks a field, or a back end without a kernel,
-shows as whatever Python or MLX says where the code stumbles. Such words help nobody who wants to
-run a model. Here the place of the failure (traceback, source) is read for what it was about: a
-field of the config, a missing argument, a kernel, a dimension that does not divide. What mlx-lm
-says itself, in a ``raise`` of its own, is quoted.
+mlx-lm's model files check little: a config that lacks a field, or a device without a kernel, shows
+as an error of Python or MLX at the place where the code fails, which does not help a user. This
+module reads that place (traceback, source) for the cause: a field of the config, a missing
+argument, a kernel, a dimension that does not divide. An error that mlx-lm raises itself is quoted.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _LONGEST_QUOTE = 160
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A place in mlx-lm's source where a failure passed through."""
+    """A place in mlx-lm's source that is part of a traceback."""
 
     file: str
     line: int
@@ -40,12 +39,12 @@ class _Place:
         return f"{Path(self.file).name}, line {self.line}"
 
 
-def why_failed(error: BaseException, config: Mapping[str, Any]) -> str:
-    """What a model's code missed when it raised ``error``: the end of a sentence.
+def explain_failure(error: BaseException, config: Mapping[str, Any]) -> str:
+    """Explain why a model's code raised ``error``, as the end of a sentence.
 
     Args:
-        error: as caught, with its traceback.
-        config: the config.json that the model was built of.
+        error: the caught error with its traceback.
+        config: the config.json from which the model was built.
     """
     message = " ".join(str(error).split())
     if message.startswith("[metal_kernel]"):
@@ -65,19 +64,19 @@ def why_failed(error: BaseException, config: Mapping[str, Any]) -> str:
         if isinstance(last.statement, ast.Assert):
             if message:
                 return f'mlx-lm says "{_shortened(message)}"'
-            return f"mlx-lm demands that {ast.unparse(last.statement.test)}"
+            return f"mlx-lm requires {ast.unparse(last.statement.test)}"
     entry = _NO_ENTRY.fullmatch(message)
     for place in reversed(places):
         if fields := _fields_at(place, config):
             return f"mlx-lm's code cannot use {fields} ({place})"
         if entry is not None:
-            return f"mlx-lm's code looks for {entry[1]} in a list that has none ({place})"
+            return f"mlx-lm's code looks for {entry[1]} in a list without it ({place})"
     where = f" at {last}" if last is not None else ""
-    return f"mlx-lm's own code breaks off{where}, which config.json gives no reason for"
+    return f"mlx-lm's own code fails{where}, for a reason that config.json does not show"
 
 
 def _places(trace: TracebackType | None) -> Iterator[_Place]:
-    """The frames of a traceback that are in mlx-lm's model files, outermost first."""
+    """Yield the frames of a traceback that are in mlx-lm's model files, outermost first."""
     while trace is not None:
         code, line = trace.tb_frame.f_code, trace.tb_lineno
         if Path(code.co_filename).parts[-3:-1] == _MODELS:
@@ -93,7 +92,7 @@ def _places(trace: TracebackType | None) -> Iterator[_Place]:
 
 
 def _statement(file: str, line: int) -> ast.stmt | None:
-    """The innermost statement that a line of a file belongs to."""
+    """Return the innermost statement that a line of a file belongs to."""
     found: ast.stmt | None = None
     for node in ast.walk(ast.parse("".join(linecache.getlines(file)))):
         if not isinstance(node, ast.stmt):
@@ -104,7 +103,7 @@ def _statement(file: str, line: int) -> ast.stmt | None:
 
 
 def _segment(file: str, positions: tuple[int | None, int | None, int | None, int | None]) -> str:
-    """The source of the expression that was being computed."""
+    """Return the source of the expression that was being computed."""
     first, last, start, end = positions
     if first is None or last is None or start is None or end is None:
         return ""
@@ -123,7 +122,7 @@ def _is_innermost(place: _Place, trace: TracebackType | None) -> bool:
 
 
 def _lacking(names: list[str], trace: TracebackType | None, config: Mapping[str, Any]) -> str:
-    """Fields that the arguments of an architecture demand and a config does not have."""
+    """Name the fields that an architecture requires and the config does not have."""
     nested = ""
     while trace is not None:
         params = trace.tb_frame.f_locals.get("params")
@@ -135,7 +134,7 @@ def _lacking(names: list[str], trace: TracebackType | None, config: Mapping[str,
 
 
 def _not_divided(uneven: re.Match[str], config: Mapping[str, Any]) -> str:
-    """A matrix that equal slices cannot be made of, and the config's own word for its side."""
+    """Describe a matrix that does not divide, if possible by the config's field of that size."""
     ranks, axis, shape = uneven[1], int(uneven[2]), [int(each) for each in uneven[3].split(",")]
     side = shape[axis]
     text = config.get("text_config")
@@ -150,7 +149,7 @@ def _not_divided(uneven: re.Match[str], config: Mapping[str, Any]) -> str:
 
 
 def _fields_at(place: _Place, config: Mapping[str, Any]) -> str:
-    """Fields of the config that the failing expression reads, with their values; often none."""
+    """List the config's fields that the failing expression reads, with their values."""
     nested = config.get("text_config")
     text = nested if isinstance(nested, Mapping) else {}
     sources = (config, text)

@@ -1,4 +1,4 @@
-"""Which rank holds what: the value that planning makes and that quantization and runtime obey.
+"""Placements: the parts of a model on each rank. Planning makes them, ranks carry them out.
 
 Rank order is mlx-lm's: rank 0 leads and is the LAST pipeline stage (norm, head, sampler); the
 highest rank is the first stage (embedding).
@@ -65,7 +65,7 @@ class Placement:
 
 
 def even_split(layer_count: int, stages: int) -> tuple[tuple[int, int], ...]:
-    """Half-open layer ranges by rank, as equal as possible; low ranks (late stages) get the rest.
+    """Split layers into half-open ranges by rank, as equal as possible; low ranks get the rest.
 
     61 layers on 2 ranks: rank 0 holds (30, 61) and rank 1 (0, 30), as mlx-lm splits them.
 

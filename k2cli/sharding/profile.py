@@ -1,9 +1,9 @@
-"""What each part of a model holds, so that any cut of it is a sum: the fast side of ``footprint``.
+"""Sizes of the parts of a model, from which the size of any stage is a sum.
 
-Tracing a placement rank by rank takes tenths of a second; a search for the best one, or for the
-longest context, asks for thousands. A profile is traced once, from the whole model or from one
-tensor slice of it, and answers for every range of layers and every context. What it answers is
-what ``footprint`` traces (tests/sharding/test_profile.py holds the two against each other).
+Tracing a placement rank by rank takes tenths of a second; a search for the best placement, or for
+the longest context, needs thousands. A profile is traced once, from the whole model or from one
+tensor slice, and gives the bytes of every range of layers and every context. They equal those that
+``footprint`` traces (tests/sharding/test_profile.py compares the two).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Profile:
     """Bytes of a whole model, or of one tensor slice, part by part.
 
     ``embedding_bytes`` are on the first stage, ``output_bytes`` (norm and head) on the last, which
-    also holds ``tied_bytes`` of the embedding where that is the head too; ``common_bytes`` are
-    outside of all of these, on every stage.
+    also holds ``tied_bytes`` of the embedding if that is also the head; ``common_bytes``, the rest,
+    are on every stage.
     """
 
     layer_bytes: tuple[int, ...]
@@ -46,7 +46,7 @@ class Profile:
         return len(self.layer_bytes)
 
     def edges_bytes(self, first: int, past_last: int) -> int:
-        """What a stage of these layers holds beside them."""
+        """Return the bytes that a stage of these layers holds beside the layers."""
         edges = self.common_bytes
         if first == 0:
             edges += self.embedding_bytes
@@ -55,18 +55,18 @@ class Profile:
         return edges
 
     def weights_bytes(self, first: int, past_last: int) -> int:
-        """What a stage of these layers holds, half-open, with embedding and head as they fall."""
+        """Return the bytes of the stage of the layers ``[first, past_last)``."""
         return sum(self.layer_bytes[first:past_last]) + self.edges_bytes(first, past_last)
 
     def weights_before(self) -> list[int]:
-        """Bytes of the layers before each one, and of all: ``layer_count + 1`` numbers."""
+        """Return ``layer_count + 1`` numbers: the bytes before each layer, and of all layers."""
         return list(accumulate(self.layer_bytes, initial=0))
 
     def cache_bytes(self, context_length: int, chunk_tokens: int = CHUNK_TOKENS) -> tuple[int, ...]:
-        """Bytes that each entry of one sequence's cache takes, at most, until a whole context.
+        """Return the most bytes of each entry of one sequence's cache, up to a whole context.
 
-        Most models have an entry per layer; only those can be cut into stages. ``chunk_tokens`` of
-        prefill count where a cache has a window.
+        Most models have an entry per layer; only those can be cut into stages. The prefill's
+        ``chunk_tokens`` matter only if a cache has a window.
         """
         key = context_length, chunk_tokens if self._has_windows else 0
         if key not in self._caches:
@@ -90,7 +90,7 @@ def profile_model(model: nn.Module) -> Profile:
         UsageError: if the model has no list of decoder layers.
     """
     parts = anatomy(model)
-    # First of all: gemma3n turns some of its weights to float32 when it runs, and keeps them so.
+    # Run the model first: gemma3n converts some of its weights to float32 when it runs.
     samples = _used_caches(model)
     seen: set[int] = set()
     layers = tuple(_new_bytes(layer, seen) for layer in parts.layers)
@@ -105,7 +105,7 @@ def profile_model(model: nn.Module) -> Profile:
 
 
 def _new_bytes(module: nn.Module, seen: set[int]) -> int:
-    """Bytes of a module's parameters that no part before it has."""
+    """Return the bytes of a module's parameters that no earlier part has."""
     new = {id(value): value.nbytes for value in trace.parameters(module).values()}
     fresh = sum(size for identity, size in new.items() if identity not in seen)
     seen |= new.keys()
@@ -113,7 +113,7 @@ def _new_bytes(module: nn.Module, seen: set[int]) -> int:
 
 
 def _used_caches(model: nn.Module) -> list[Any]:
-    """Cache entries after one token, lazily: they tell the shapes of what each layer keeps."""
+    """Return cache entries after one lazy token: they show the shapes that each layer keeps."""
     cache = make_cache(model)
     with trace.without_collectives():
         model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
@@ -125,7 +125,7 @@ def _windows(entry: Any) -> bool:
 
 
 def _kind(entry: Any) -> str:
-    """Entries of one kind take the same bytes for the same context."""
+    """Return a key that is equal for entries that take the same bytes for the same context."""
     parts = getattr(entry, "caches", None)
     if parts is not None:  # a CacheList
         return f"[{', '.join(_kind(part) for part in parts)}]"

@@ -1,8 +1,8 @@
-"""What to quantize to: a recipe, read from text, and applied lazily to a model.
+"""Quantization recipes: read from text, and applied lazily to a model.
 
-Planning and converting share all of it, so that a checkpoint that is only planned has, to the byte,
-the tensors of the one that is written. The rule is mlx-lm's own: every module that can be
-quantized, whose rows divide into groups, and that the model's ``quant_predicate`` does not except.
+Planning and converting share this module, so that the plan of a quantized checkpoint is exact to
+the byte. mlx-lm's rule chooses the modules: those that can be quantized, whose rows divide into
+groups, and that the model's ``quant_predicate`` does not exclude.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-"""Affine quantization: what MLX has kernels for, and mlx-lm writes."""
+"""Sizes for affine quantization that MLX has kernels for and mlx-lm writes."""
 
 FIXED_MODES: Mapping[str, tuple[int, int]] = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 """Modes of floats with a scale and no bias: bits and group size, which are part of their format
@@ -44,11 +44,11 @@ _Decision = bool | dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One quantization for every module that can have one, or a mix of two.
+    """One quantization for every module that can be quantized, or a mix of two.
 
     In ``affine`` each group of weights in a row shares a scale and a bias; the other modes are
-    floats of a few bits that share a scale. ``mixed`` names one of ``MIXED``; ``bits`` is then
-    what the config says beside the bits of each module, and no module has it.
+    floats of a few bits that share a scale. ``mixed`` names one of ``MIXED``; the config then
+    gives the bits of each module, and ``bits`` is only its default.
 
     Raises:
         UsageError: for bits, a group size or a mode that MLX has no kernels for.
@@ -75,7 +75,7 @@ class Recipe:
         _check(f"groups of {self.group_size} are", self.group_size, GROUP_SIZES)
 
     def __str__(self) -> str:
-        """As ``parse_recipe`` reads it."""
+        """Format the recipe for ``parse_recipe``."""
         if self.mode in FIXED_MODES:
             return self.mode
         if self.mixed:
@@ -88,12 +88,12 @@ class Recipe:
 
     @property
     def most_bits_below(self) -> int:
-        """Recipes of one number of bits are smaller than this one if theirs is less."""
+        """The bound under which the bits of an unmixed recipe make it smaller than this one."""
         return MIXED[self.mixed][0] + 1 if self.mixed else self.bits
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As MLX's functions take it, and configs hold it."""
+        """The arguments of MLX's functions, which are also the fields in configs."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
@@ -106,7 +106,7 @@ def parse_recipe(text: str) -> Recipe:
     """Read ``4bit``, ``4``, ``4bit-g32`` or the name of a mode: ``mxfp4``, ``mxfp8``, ``nvfp4``.
 
     Raises:
-        UsageError: if it is no recipe, or one that MLX has no kernels for.
+        UsageError: if it is not a recipe, or MLX has no kernels for it.
     """
     word = text.strip().lower()
     if word in FIXED_MODES:
@@ -116,7 +116,7 @@ def parse_recipe(text: str) -> Recipe:
     if match is None or (mixed is not None and mixed[1] not in MIXED):
         shown = text if len(text) <= 40 else f"{text[:40]}..."
         hint = f"mixed recipes are {', '.join(MIXED)}" if mixed is not None else _EXAMPLES
-        raise UsageError(f"'{shown}' is no recipe to quantize by", hint)
+        raise UsageError(f"'{shown}' is not a quantization recipe", hint)
     group_size = int(match[2] or _DEFAULT_GROUP_SIZE)
     try:
         if mixed is not None:
@@ -129,7 +129,7 @@ def parse_recipe(text: str) -> Recipe:
 def recipe_of(
     bits: int | None = None, group_size: int | None = None, mode: str = "affine"
 ) -> Recipe:
-    """A recipe whose bits and group size, where not given, are those that the mode goes with.
+    """Make a recipe with the mode's usual bits and group size unless they are given.
 
     Raises:
         UsageError: as ``Recipe``.
@@ -148,23 +148,23 @@ def chosen_recipe(
     group_size: int | None = None,
     mode: str | None = None,
 ) -> Recipe:
-    """A recipe from ``--recipe``, or from ``--bits``, ``--group-size`` and ``--mode``.
+    """Make a recipe from ``--recipe``, or from ``--bits``, ``--group-size`` and ``--mode``.
 
     Raises:
-        UsageError: if both are given, or MLX has no kernels for what is.
+        UsageError: if both are given, or MLX has no kernels for the recipe.
     """
     if text is None:
         return recipe_of(bits, group_size, mode or "affine")
     for option, value in (("--bits", bits), ("--group-size", group_size), ("--mode", mode)):
         if value is not None:
-            raise UsageError(f"--recipe and {option} both say what to make", f"leave out {option}")
+            raise UsageError(f"--recipe and {option} contradict each other", f"leave out {option}")
     return parse_recipe(text)
 
 
 def obstacle_to_quantizing(config: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint of this config cannot be quantized, or None.
+    """Return the reason why a checkpoint of this config cannot be quantized, or None.
 
-    It has to hold floats, or fp8 that loading dequantizes: a second quantization would lose more
+    It must hold floats, or fp8 that loading dequantizes: a second quantization would lose more
     and gain nothing.
     """
     own = config.get("quantization")
@@ -183,9 +183,9 @@ def obstacle_to_quantizing(config: Mapping[str, Any]) -> str | None:
 
 
 def cast_to_conversion_type(config: Mapping[str, Any], model: nn.Module) -> None:
-    """Cast a model lazily to the float type that it is quantized from, by mlx-lm's rule.
+    """Cast a model lazily to the float type from which mlx-lm quantizes it.
 
-    Without one in the config, each tensor keeps its own.
+    If the config names none, each tensor keeps its own.
     """
     from k2cli.sharding.assemble import FLOAT_TYPES, cast
 
@@ -201,14 +201,14 @@ def quantize_lazily(
     """Quantize a model in place; nothing is computed.
 
     Returns:
-        What was applied to each module, and those of them that differ from the recipe.
+        The settings of each quantized module, and those of them that differ from the recipe.
 
     Raises:
-        UsageError: for a mixed recipe, if the model has none of the modules that it goes by.
+        UsageError: for a mixed recipe, if the model has no modules named down_proj.
     """
     import mlx.nn as nn
 
-    # As in mlx-lm, a mixed recipe decides alone, also for what the model would keep finer.
+    # As in mlx-lm, a mixed recipe overrides the model's own choice of more bits for a module.
     of_model = _mixture(model, recipe) if recipe.mixed else getattr(model, "quant_predicate", None)
     applied: dict[str, dict[str, Any]] = {}
     overrides: dict[str, dict[str, Any]] = {}
@@ -219,7 +219,7 @@ def quantize_lazily(
         decision: _Decision = of_model(path, module) if of_model else True
         if isinstance(decision, dict):
             overrides[path] = decision
-            # What a model wants kept finer is affine if it does not say otherwise, as in MLX.
+            # A module for which the model chooses the bits is affine by default, as in MLX.
             applied[path] = {"mode": "affine", **decision}
         elif decision:
             applied[path] = recipe.settings
@@ -230,17 +230,17 @@ def quantize_lazily(
 
 
 def _mixture(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], _Decision]:
-    """How a mixed recipe quantizes each module: the rule of mlx-lm 0.32's ``convert.py``.
+    """Make the rule of a mixed recipe for each module, as in mlx-lm 0.32's ``convert.py``.
 
-    More bits go to the head, and in the first and last eighth of the layers and every third one
-    between them to values and down projections; llama.cpp's Q4_K_M chooses alike.
+    More bits go to the head, and to values and down projections in the first and last eighth of
+    the layers and in every third layer between them; llama.cpp's Q4_K_M has a similar rule.
     """
     downs = [path for path, _ in model.named_modules() if "down_proj" in path]
     if not downs:
         raise UsageError(
-            f"{recipe.mixed} gives its bits by modules named down_proj, of which "
-            f"{type(model).__module__.rpartition('.')[2]} has none",
-            "take a recipe of one number of bits, such as 4bit",
+            f"{recipe.mixed} needs modules named down_proj, which "
+            f"{type(model).__module__.rpartition('.')[2]} does not have",
+            "use a recipe with one number of bits, such as 4bit",
         )
     names = downs[0].split(".")
     position = next((i for i, name in enumerate(names) if name.isdigit()), len(names) - 1)

@@ -1,12 +1,11 @@
-"""Which elements of each whole parameter a rank's part consists of, for any architecture.
+"""Slices of whole parameters that a rank's part consists of, for any architecture.
 
-A model's own ``shard`` decides what a rank takes; it is code, and says nothing of the ranges it
-takes. But it runs on lazy arrays, and mlx can list the graph that it leaves behind: MLX's
-``export_function`` hands over every primitive with its arguments, without evaluating one. A
-parameter that comes of its whole by ``Split``, ``Slice`` and ``Concatenate`` alone, along one axis,
-is a list of ranges along that axis. Whatever else is done to a parameter (it is repeated,
-computed, cut along two axes) makes it unknown here, and it is left to mlx, which is as right and
-only reads more.
+A model's own ``shard`` decides the slices; it is code that does not report its ranges. But it runs
+on lazy arrays, and MLX can list the graph that results: ``export_function`` passes every primitive
+with its arguments to a callback and evaluates none. If a parameter comes from its whole by
+``Split``, ``Slice`` and ``Concatenate`` alone, along one axis, it is a list of ranges along that
+axis. Any other operation on a parameter (repeating, computing, cutting along two axes) makes it
+unknown here, and mlx loads it, with the same result but more bytes read.
 
 Neither memory nor time depends on the sizes: K2's 61 layers take a second.
 """
@@ -32,7 +31,7 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class AxisSlice:
-    """Elements of a whole array: ``runs`` along ``axis``, one after the other; other axes whole.
+    """Elements of a whole array: consecutive ``runs`` along ``axis``; other axes whole.
 
     ``source`` names the whole array and ``shape`` is its shape.
     """
@@ -44,24 +43,24 @@ class AxisSlice:
 
     @classmethod
     def whole(cls, source: str, shape: Sequence[int]) -> AxisSlice:
-        """All of an array."""
+        """Make a slice that is the whole array."""
         return cls(source, tuple(shape), 0, ((0, shape[0] if shape else 1),))
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left out."""
+        """True if the slice is the whole array."""
         return self.runs == ((0, self.shape[self.axis] if self.shape else 1),)
 
     @property
     def result_shape(self) -> tuple[int, ...]:
-        """Shape of what is taken."""
+        """Shape of the slice."""
         if not self.shape:
             return ()
         taken = sum(past_last - first for first, past_last in self.runs)
         return (*self.shape[: self.axis], taken, *self.shape[self.axis + 1 :])
 
     def narrow(self, axis: int, first: int, past_last: int) -> AxisSlice | None:
-        """``[first, past_last)`` of what is taken, along ``axis``; None if that is no AxisSlice."""
+        """Return ``[first, past_last)`` of the slice along ``axis``; None if no AxisSlice can."""
         if (first, past_last) == (0, self.result_shape[axis]):
             return self
         if axis == self.axis:
@@ -74,7 +73,7 @@ class AxisSlice:
 
 
 def _within(runs: Sequence[Run], first: int, past_last: int) -> Iterator[Run]:
-    """The part of the runs that ``[first, past_last)`` counts out along them."""
+    """Yield the parts of the runs at the positions ``[first, past_last)`` within them."""
     position = 0
     for start, end in runs:
         low = max(first - position, 0)
@@ -85,7 +84,7 @@ def _within(runs: Sequence[Run], first: int, past_last: int) -> Iterator[Run]:
 
 
 def _merged(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Runs with neighbours that follow one another joined."""
+    """Join neighbouring runs."""
     merged: list[Run] = []
     for first, past_last in runs:
         if merged and merged[-1][1] == first:
@@ -96,7 +95,7 @@ def _merged(runs: Sequence[Run]) -> tuple[Run, ...]:
 
 
 def _joined(parts: Sequence[AxisSlice | None], axis: int) -> AxisSlice | None:
-    """Slices of one array, put one after the other along ``axis``."""
+    """Concatenate slices of one array along ``axis``; None if the result is no AxisSlice."""
     runs: list[Run] = []
     for part in parts:
         if part is None or part.source != (parts[0] and parts[0].source):
@@ -112,7 +111,7 @@ def _joined(parts: Sequence[AxisSlice | None], axis: int) -> AxisSlice | None:
 
 
 class _Graph:
-    """Follows an exported graph: what each of its arrays is of the arrays that go in."""
+    """Reader of an exported graph: finds the input slice that each of its arrays is."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
@@ -120,7 +119,7 @@ class _Graph:
         self._outputs: list[str] = []
 
     def take(self, event: Mapping[str, Any]) -> None:
-        """One event of ``mx.export_function``; primitives come after those that they build on."""
+        """Process one event of ``mx.export_function``; primitives come in order of dependence."""
         match event["type"]:
             case "inputs":
                 for name, (key, shape, _) in zip(self._names, event["inputs"], strict=True):
@@ -135,14 +134,14 @@ class _Graph:
                         self._known[key] = result
 
     def outputs(self) -> list[AxisSlice | None]:
-        """What the outputs are, in their order."""
+        """Return the slice that each output is, in order; None if unknown."""
         return [self._known.get(key) for key in self._outputs]
 
 
 def _apply(
     primitive: str, arguments: Sequence[Any], sources: Sequence[AxisSlice | None]
 ) -> Sequence[AxisSlice | None]:
-    """What a primitive makes of slices; nothing for one that does more than to select."""
+    """Apply a primitive to slices; return nothing for one that does more than select."""
     if primitive == "Concatenate":
         return [_joined(sources, arguments[0])]
     source = sources[0] if sources else None
@@ -158,7 +157,7 @@ def _apply(
         result: AxisSlice | None = source
         for axis, bounds in enumerate(zip(*arguments, strict=True)):
             if result is not None:
-                # Ends that count from the back, or lie beyond it, are as Python has them.
+                # Negative bounds, and bounds after the end, have the same meaning as in Python.
                 first, past_last, step = slice(*bounds).indices(result.result_shape[axis])
                 result = result.narrow(axis, first, past_last) if step == 1 else None
         return [result]
@@ -167,7 +166,7 @@ def _apply(
 
 @contextlib.contextmanager
 def _without_copies() -> Iterator[None]:
-    """While tracing, a contiguous copy is its original: its primitive cannot be exported."""
+    """Replace ``mx.contiguous`` by the identity: its primitive cannot be exported."""
     original = mx.contiguous
     mx.contiguous = lambda array, *_, **__: array
     try:
@@ -176,14 +175,14 @@ def _without_copies() -> Iterator[None]:
         mx.contiguous = original
 
 
-def follow(
+def trace_slices(
     change: Callable[[dict[str, mx.array]], dict[str, mx.array]], arrays: Mapping[str, mx.array]
 ) -> dict[str, AxisSlice]:
-    """What a function's results are of its arguments, by name; the unknown ones are left out.
+    """Return by name the slice of an argument that each result is, without unknown ones.
 
     Args:
-        change: called once with arrays of the same shapes, which it must not evaluate.
-        arrays: lazy, and left so.
+        change: function to trace, called once with arrays of the same shapes; must not evaluate.
+        arrays: the arguments by name; lazy, and not evaluated.
     """
     names: list[str] = []
 
@@ -197,7 +196,7 @@ def follow(
         with _without_copies():
             mx.export_function(graph.take, traced, *arrays.values())
     except ValueError as error:
-        if "export" not in str(error):  # the change's own errors are the caller's business
+        if "export" not in str(error):  # an error of ``change`` itself
             raise
         return {}
     found = zip(names, graph.outputs(), strict=True)
@@ -207,11 +206,11 @@ def follow(
 def part_slices(
     config: Mapping[str, Any], model: nn.Module, placement: Placement, group: Any
 ) -> dict[str, AxisSlice]:
-    """What each parameter of a rank's part is of the whole model's parameters.
+    """Return the slice of the whole model's parameters that each parameter of a part is.
 
     Args:
-        model: the whole model, traced; it is cut in place and of no use afterwards.
-        group: has the ``rank()`` whose part it is, and ``size()``.
+        model: the whole model, traced; it is cut in place and not usable afterwards.
+        group: its ``rank()`` is the rank of the part; also has ``size()``.
 
     Returns:
         By the parameter's name in the part; parameters that are more than a selection of ranges
@@ -226,4 +225,4 @@ def part_slices(
         cut(config, model, placement, group)
         return parameters(model)
 
-    return follow(change, parameters(model))
+    return trace_slices(change, parameters(model))

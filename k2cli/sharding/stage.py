@@ -1,13 +1,13 @@
-"""Pipeline stages for any decoder-layer model of mlx-lm, by what is left out of it.
+"""Pipeline stages for any decoder-layer model of mlx-lm, made by leaving parts out.
 
-A stage is the whole model, as mlx-lm built it, in which the layers of other stages are replaced
-by layers that do nothing, the embedding by zeros where no token is embedded, and norm and head by
-the identity where no token is sampled. The model's own forward code runs unchanged, so masks,
-layer types and cache kinds are its own business. Two of the replaced layers have a job: the one
-just before the first real layer hands in the hidden states that arrived from the stage before,
-the one just after the last real layer keeps those that must depart to the next.
+A stage is the whole model, as mlx-lm built it, in which stand-ins replace the parts of other
+stages: layers that do nothing, zeros for the embedding unless the stage is the first, and the
+identity for norm and head unless it is the last. The model's own forward code runs unchanged, with
+its own masks, layer types and kinds of caches. Two stand-ins do more: the one just before the first
+real layer returns the hidden states that arrived from the previous stage, and the one just after
+the last real layer keeps those for the next stage.
 
-Nothing real is wrapped, so the parameters keep the names that they have in the checkpoint.
+Real modules are not wrapped, so the parameters keep the names that they have in the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from k2cli.errors import UsageError
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.stand_ins import (
-    AbsentEmbedding,
-    AbsentLayer,
-    AbsentModule,
-    ArrivalLayer,
-    DepartureLayer,
-    NotHeldHere,
-    WitnessLayer,
+    EmbeddingStandIn,
+    IdentityStandIn,
+    LayerStandIn,
+    NotOnThisStage,
+    OutputCounter,
+    StageInput,
+    StageOutput,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Where a model keeps its decoder layers, and what stands around them.
+    """Position of a model's decoder layers, and the modules before and after them.
 
     ``spine`` are the modules from the model down to the one that holds the list of layers;
     ``layers_path`` is that list's dotted name. ``embeddings`` and ``outputs`` are (parent,
-    attribute) of the modules that only the first and only the last stage needs; ``tied`` says
-    that the embedding also is the head. A module that holds nothing but embeddings is one.
+    attribute) of the modules that only the first and only the last stage needs; ``tied`` is True
+    if the embedding is also the head. A module that holds only embeddings counts as one.
     """
 
     spine: tuple[nn.Module, ...]
@@ -57,10 +57,10 @@ _LINEARS = (nn.Linear, nn.QuantizedLinear)
 
 
 def _find_layers(model: nn.Module) -> tuple[tuple[nn.Module, ...], tuple[str, ...]]:
-    """The spine and the names along it to the list of decoder layers.
+    """Find the spine and the names along it to the list of decoder layers.
 
-    That list is the one least deep in the model (``layers`` of most, ``h`` of some); experts and
-    other lists are inside layers.
+    It is the list nearest to the model's root (``layers`` in most models, ``h`` in some); lists of
+    experts and others are inside layers.
     """
     level: list[tuple[tuple[nn.Module, ...], tuple[str, ...]]] = [((model,), ())]
     while level:
@@ -105,7 +105,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def _is_embedding(module: nn.Module) -> bool:
-    """An embedding, or a module around one (phixtral's ``embd``)."""
+    """True for an embedding, or a module around one (phixtral's ``embd``)."""
     holding = [each for each in module.modules() if any(map(_is_array, each.values()))]
     return bool(holding) and all(isinstance(each, _EMBEDDINGS) for each in holding)
 
@@ -115,44 +115,44 @@ def _is_array(value: object) -> bool:
 
 
 def _is_head(module: nn.Module, rows: set[int]) -> bool:
-    """A linear layer, or a module around one that is as high as an embedding (its own head)."""
+    """True for a linear layer, or a module around one with as many rows as an embedding."""
     return isinstance(module, _LINEARS) or any(
         isinstance(each, _LINEARS) and each.weight.shape[0] in rows for each in module.modules()
     )
 
 
 def embedding_size(module: nn.Module) -> int:
-    """Elements of an embedding, or of those that a module holds."""
+    """Count the elements of an embedding, or of all embeddings that a module holds."""
     return sum(int(each.weight.size) for each in module.modules() if isinstance(each, _EMBEDDINGS))
 
 
 def hidden_at(model: nn.Module, layer: int) -> tuple[int, mx.Dtype]:
-    """Width and dtype of the hidden states that enter a layer, by a lazy trial with one token.
+    """Find width and dtype of the hidden states that enter a layer, by a lazy run of one token.
 
     Raises:
-        UsageError: if more than hidden states passes from layer to layer, so that a pipeline
-            cannot be cut there; it says what.
+        UsageError: if layers exchange more than hidden states, so that a pipeline cannot be cut
+            there; the message names what they exchange.
     """
     layers = anatomy(model).layers
     original = layers[layer]
-    probe = DepartureLayer(original)
+    probe = StageOutput(original)
     cause: BaseException | None = None
     try:
-        _try_with(model, layer, probe)
+        _run_with(model, layer, probe)
     except MODEL_FAILURES as error:
         cause = error
-    departing = probe.departing
-    if cause is None and isinstance(departing, mx.array):
-        return departing.shape[-1], departing.dtype
+    hidden = probe.hidden
+    if cause is None and isinstance(hidden, mx.array):
+        return hidden.shape[-1], hidden.dtype
     alone = "--parallel tensor" if hasattr(model, "shard") else "--parallel single"
     raise UsageError(
         f"mlx-lm's {type(model).__module__.rpartition('.')[2]} cannot be cut into pipeline stages "
-        f"before layer {layer}: {_what_else_passes(model, layer, cause)}",
+        f"before layer {layer}: {_explain_exchange(model, layer, cause)}",
         f"use {alone}",
     ) from cause
 
 
-def _try_with(model: nn.Module, layer: int, stand_in: nn.Module) -> None:
+def _run_with(model: nn.Module, layer: int, stand_in: nn.Module) -> None:
     """Run one token lazily with a layer replaced."""
     layers = anatomy(model).layers
     original = layers[layer]
@@ -163,39 +163,39 @@ def _try_with(model: nn.Module, layer: int, stand_in: nn.Module) -> None:
         layers[layer] = original
 
 
-def _what_else_passes(model: nn.Module, layer: int, cause: BaseException | None) -> str:
-    """What a layer gives to the rest of its model beside one array of hidden states."""
-    if isinstance(cause, NotHeldHere):
+def _explain_exchange(model: nn.Module, layer: int, cause: BaseException | None) -> str:
+    """Explain what a layer passes to the rest of its model beside one array of hidden states."""
+    if isinstance(cause, NotOnThisStage):
         return (
-            f"the model reads {cause} of its layers, which a rank does not have of those that "
-            "another one holds"
+            f"the model reads {cause} of its layers, which a rank does not have for the layers of "
+            "another rank"
         )
-    witness = WitnessLayer(anatomy(model).layers[layer])
+    counter = OutputCounter(anatomy(model).layers[layer])
     with contextlib.suppress(*MODEL_FAILURES):
-        _try_with(model, layer, witness)
-    if witness.handed_on > 1:
+        _run_with(model, layer, counter)
+    if counter.returned_values > 1:
         return (
-            f"each layer hands {witness.handed_on} values on to the next, where k2's stages "
+            f"each layer passes {counter.returned_values} values to the next, but k2's stages "
             "exchange one array of hidden states"
         )
     return (
-        "later layers use more of it than its hidden states (keys and values, for one), which "
+        "later layers use more of it than its hidden states, for example keys and values, which "
         "k2's stages do not exchange"
     )
 
 
 def make_cache(model: nn.Module) -> list[Any]:
-    """A fresh cache entry per decoder layer, of the kinds that the model wants."""
+    """Make a fresh cache entry per decoder layer, of the kinds that the model uses."""
     entries: list[Any] = mlx_lm_module("models.cache").make_prompt_cache(model)
     return entries
 
 
 @dataclass(slots=True)
 class Stage:
-    """One pipeline stage, or the whole model: what a rank computes with.
+    """One pipeline stage, or the whole model: the part with which a rank computes.
 
     ``first`` and ``past_last`` bound its decoder layers. ``width`` and ``dtype`` are those of the
-    hidden states that arrive (0 on the first stage, where none do).
+    hidden states that arrive; ``width`` is 0 on the first stage, which receives none.
     """
 
     model: nn.Module
@@ -204,63 +204,64 @@ class Stage:
     layer_count: int
     width: int
     dtype: mx.Dtype
-    arrival: ArrivalLayer | None = None
-    departure: DepartureLayer | None = None
+    stage_input: StageInput | None = None
+    stage_output: StageOutput | None = None
     _kinds: list[Any] = field(default_factory=list)
 
     @property
     def is_first(self) -> bool:
-        """Embeds tokens."""
+        """True if the stage embeds tokens."""
         return self.first == 0
 
     @property
     def is_last(self) -> bool:
-        """Computes logits."""
+        """True if the stage computes logits."""
         return self.past_last == self.layer_count
 
     def local(self, cache: Sequence[Any]) -> Sequence[Any]:
-        """The entries of a cache that this stage fills.
+        """Return the entries of a cache that this stage fills.
 
-        They are the layers' own in a pipeline. A whole model has all of them, and may have more
-        than layers: longcat_flash_ngram keeps one for its embedding, iquestloopcoder two a layer.
+        In a pipeline these are the entries of its layers. A whole model has all entries, which may
+        be more than its layers: longcat_flash_ngram keeps one for its embedding, iquestloopcoder
+        two per layer.
         """
         return cache if self.is_first and self.is_last else cache[self.first : self.past_last]
 
     def make_local_cache(self) -> list[Any]:
-        """Fresh entries for one sequence, of the layers that this stage holds."""
+        """Make cache entries for one sequence and the layers that this stage holds."""
         return list(self.local(make_cache(self.model)))
 
     def make_cache(self) -> list[Any]:
-        """A cache for one sequence, with an entry for every layer of the model."""
+        """Make a cache for one sequence, with an entry for every layer of the model."""
         return self.complete(self.make_local_cache())
 
     def complete(self, local: Sequence[Any]) -> list[Any]:
-        """Local cache entries, with entries for the absent layers, which only lend their masks.
+        """Extend local cache entries by entries for the layers of other stages.
 
-        The model builds its masks from the cache of some layer of each kind, which may be an
-        absent one. So an absent layer's entry is that of a local layer of the same kind.
+        The model builds its masks from the cache of one layer of each kind, which may belong to
+        another stage. So the entry of such a layer is that of a local layer of the same kind.
         """
         if self.past_last - self.first == self.layer_count:
             return list(local)
         if not self._kinds:
             self._kinds = [type(entry) for entry in make_cache(self.model)]
-        lenders = dict(zip(self._kinds[self.first : self.past_last], local, strict=True))
-        before = [lenders.get(kind) for kind in self._kinds[: self.first]]
-        after = [lenders.get(kind) for kind in self._kinds[self.past_last :]]
+        by_kind = dict(zip(self._kinds[self.first : self.past_last], local, strict=True))
+        before = [by_kind.get(kind) for kind in self._kinds[: self.first]]
+        after = [by_kind.get(kind) for kind in self._kinds[self.past_last :]]
         return [*before, *local, *after]
 
     @property
     def has_plain_caches(self) -> bool:
-        """Whether every layer of the whole model keeps plain keys and values.
+        """True if every layer of the whole model keeps plain keys and values.
 
-        Only those can be cut back to any earlier token.
+        Only such caches can be cut back to any earlier token.
         """
         plain = mlx_lm_module("models.cache").KVCache
         return all(type(entry) is plain for entry in make_cache(self.model))
 
     @property
     def can_batch(self) -> bool:
-        """Whether caches of several sequences can be merged, in every layer of the model."""
+        """True if caches of several sequences can be merged, in every layer of the model."""
         return all(hasattr(entry, "merge") for entry in make_cache(self.model))
 
     def forward(
@@ -269,28 +270,28 @@ class Stage:
         """Run the stage, lazily.
 
         Args:
-            tokens: int32 ``[batch, length]``; only its shape matters where not first.
+            tokens: int32 ``[batch, length]``; only the first stage uses more than its shape.
             cache: from ``make_cache``; updated.
             arrived: hidden states ``[batch, length, width]`` unless this stage is the first.
 
         Returns:
             Logits ``[batch, length, vocabulary]`` on the last stage, else hidden states.
         """
-        if self.arrival is not None:
-            object.__setattr__(self.arrival, "arrived", arrived)
+        if self.stage_input is not None:
+            object.__setattr__(self.stage_input, "arrived", arrived)
         output: mx.array = self.model(tokens, cache=cache)
-        if self.arrival is not None:
-            object.__setattr__(self.arrival, "arrived", None)
-        if self.departure is not None:
-            departing = self.departure.departing
-            object.__setattr__(self.departure, "departing", None)
-            assert departing is not None
-            return departing
+        if self.stage_input is not None:
+            object.__setattr__(self.stage_input, "arrived", None)
+        if self.stage_output is not None:
+            hidden = self.stage_output.hidden
+            object.__setattr__(self.stage_output, "hidden", None)
+            assert hidden is not None
+            return hidden
         return output
 
 
 def cut_stage(model: nn.Module, first: int, past_last: int) -> Stage:
-    """Cut a model, in place and lazily, to the layers ``[first, past_last)`` and what they need.
+    """Cut a model, in place and lazily, to the stage of the layers ``[first, past_last)``.
 
     Raises:
         UsageError: if the model cannot be cut into stages.
@@ -304,25 +305,25 @@ def cut_stage(model: nn.Module, first: int, past_last: int) -> Stage:
     for index in (*range(first), *range(past_last, count)):
         replaced = parts.layers[index]
         if index == first - 1:
-            parts.layers[index] = stage.arrival = ArrivalLayer(replaced)
+            parts.layers[index] = stage.stage_input = StageInput(replaced)
         elif index == past_last:
-            parts.layers[index] = stage.departure = DepartureLayer(replaced)
+            parts.layers[index] = stage.stage_output = StageOutput(replaced)
         else:
-            parts.layers[index] = AbsentLayer(replaced)
+            parts.layers[index] = LayerStandIn(replaced)
     if not stage.is_first:
         _remove_embeddings(parts, keep_token_embedding=stage.is_last and parts.tied)
     if not stage.is_last:
         for parent, name in parts.outputs:
-            parent[name] = AbsentModule()
+            parent[name] = IdentityStandIn()
     return stage
 
 
 def _remove_embeddings(parts: Anatomy, *, keep_token_embedding: bool) -> None:
-    """Drop the embeddings; the largest stays where it is the head too."""
+    """Replace the embeddings; if asked, keep the largest, which is also the head."""
     modules = [parent[name] for parent, name in parts.embeddings]
     largest = max(modules, key=embedding_size, default=None)
     for (parent, name), module in zip(parts.embeddings, modules, strict=True):
         if keep_token_embedding and module is largest:
             continue
         sample = module(mx.zeros((1, 1), dtype=mx.int32))
-        parent[name] = AbsentEmbedding(sample.shape[-1], sample.dtype)
+        parent[name] = EmbeddingStandIn(sample.shape[-1], sample.dtype)

@@ -1,7 +1,7 @@
-"""Modules that stand for what another pipeline stage holds, or that watch what is held.
+"""Stand-ins for modules that another pipeline stage holds, and a wrapper that observes a layer.
 
-A stage is the whole model with these in the places of layers, embedding, norm and head that are
-elsewhere (``stage``). They have no parameters.
+A stage is the whole model with stand-ins in the places of layers, embedding, norm and head of
+other stages (``stage``). They have no parameters.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-class NotHeldHere(AttributeError):
-    """A model's forward code reads more of an absent layer than its plain attributes."""
+class NotOnThisStage(AttributeError):
+    """Error: a model's forward code uses a part of a layer that another stage holds."""
 
 
-class Hollow(nn.Module):
-    """Answers for the plain attributes of a module that another stage holds, and its parts'.
+class ModuleStandIn(nn.Module):
+    """Stand-in for a module: a copy of its plain attributes and of its parts' attributes.
 
-    A model's forward code may ask its layers for them (``use_sliding``, ``self_attn.is_local``).
+    A model's forward code may read them of its layers (``use_sliding``, ``self_attn.is_local``).
     """
 
     def __init__(self, replaced: nn.Module) -> None:
@@ -31,32 +31,32 @@ class Hollow(nn.Module):
                 object.__setattr__(self, name, value)
         for name, part in replaced.children().items():
             if isinstance(part, nn.Module):
-                object.__setattr__(self, name, Hollow(part))
+                object.__setattr__(self, name, ModuleStandIn(part))
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            raise NotHeldHere(name) from error
+            raise NotOnThisStage(name) from error
 
 
-class AbsentLayer(Hollow):
-    """A decoder layer that another stage holds: passes hidden states through."""
+class LayerStandIn(ModuleStandIn):
+    """Stand-in for a decoder layer of another stage: returns the hidden states unchanged."""
 
     def __call__(self, *arguments: Any, **named: Any) -> mx.array:
         return _hidden_among(*arguments, *named.values())
 
 
 def _hidden_among(*arguments: Any) -> mx.array:
-    """The hidden states ``[batch, length, hidden]`` among what a layer is called with."""
+    """Find the hidden states ``[batch, length, hidden]`` among the arguments of a layer."""
     for each in arguments:
         if isinstance(each, mx.array) and each.ndim == 3:
             return each
-    raise NotHeldHere("hidden states")
+    raise NotOnThisStage("hidden states")
 
 
-class ArrivalLayer(AbsentLayer):
-    """Replaces the hidden states by those that arrived: ``[batch, length, hidden]``."""
+class StageInput(LayerStandIn):
+    """Stand-in before the first real layer: returns the hidden states that arrived, if any."""
 
     arrived: mx.array | None
 
@@ -70,30 +70,30 @@ class ArrivalLayer(AbsentLayer):
         return _hidden_among(*arguments, *named.values())
 
 
-class DepartureLayer(AbsentLayer):
-    """Keeps the hidden states that go to the next stage: ``[batch, length, hidden]``."""
+class StageOutput(LayerStandIn):
+    """Stand-in after the last real layer: keeps the hidden states for the next stage."""
 
-    departing: mx.array | None
+    hidden: mx.array | None
 
     def __init__(self, replaced: nn.Module) -> None:
         super().__init__(replaced)
-        object.__setattr__(self, "departing", None)
+        object.__setattr__(self, "hidden", None)
 
     def __call__(self, *arguments: Any, **named: Any) -> mx.array:
         hidden = _hidden_among(*arguments, *named.values())
-        object.__setattr__(self, "departing", hidden)
+        object.__setattr__(self, "hidden", hidden)
         return hidden
 
 
-class WitnessLayer(nn.Module):
-    """Does what a layer does, and notes how many arrays it hands on."""
+class OutputCounter(nn.Module):
+    """Wrapper of a layer that counts the values that it returns."""
 
-    handed_on: int
+    returned_values: int
 
     def __init__(self, watched: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "watched", watched)
-        object.__setattr__(self, "handed_on", 1)
+        object.__setattr__(self, "returned_values", 1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["watched"], name)
@@ -101,12 +101,12 @@ class WitnessLayer(nn.Module):
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         result = self.__dict__["watched"](*arguments, **named)
         if isinstance(result, tuple | list):
-            object.__setattr__(self, "handed_on", len(result))
+            object.__setattr__(self, "returned_values", len(result))
         return result
 
 
-class AbsentEmbedding(nn.Module):
-    """Stands for an embedding that another stage holds: zeros of the right shape and type."""
+class EmbeddingStandIn(nn.Module):
+    """Stand-in for an embedding of another stage: returns zeros of the right shape and type."""
 
     def __init__(self, width: int, dtype: mx.Dtype) -> None:
         super().__init__()
@@ -117,12 +117,12 @@ class AbsentEmbedding(nn.Module):
         return mx.zeros((*tokens.shape, self.width), dtype=self.dtype)
 
     def as_linear(self, hidden: mx.array) -> mx.array:
-        """The tied head, which this stage does not have either."""
+        """Return the input: this stage does not have the tied head either."""
         return hidden
 
 
-class AbsentModule(nn.Module):
-    """Stands for a norm or a head that another stage holds: the identity."""
+class IdentityStandIn(nn.Module):
+    """Stand-in for a norm or a head of another stage: returns its input."""
 
     def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
         return hidden

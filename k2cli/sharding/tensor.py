@@ -1,7 +1,7 @@
 """Tensor parallelism: every rank holds a slice of every layer, cut by the model's own ``shard``.
 
-mlx-lm's ``shard`` methods divide head counts with ``//`` and would cut a model wrong without a
-word when they do not divide; so the obstacles are looked for first, and named with the numbers.
+mlx-lm's ``shard`` methods divide head counts with ``//`` and would silently cut a model wrong if
+they do not divide; so obstacles are looked for first, and reported with the numbers.
 """
 
 from __future__ import annotations
@@ -18,22 +18,20 @@ from k2cli.choices import HeadPlacement
 from k2cli.errors import UsageError
 from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.head import can_shard_head, shard_head
-from k2cli.sharding.model_errors import why_failed
+from k2cli.sharding.model_errors import explain_failure
 
 
 @dataclass(frozen=True, slots=True)
 class StandInGroup:
-    """Stands for an ``mx.distributed.Group`` while tracing: knows its place, cannot communicate."""
+    """Stand-in for an ``mx.distributed.Group`` while tracing: has a rank and a size only."""
 
     of_rank: int
     of_size: int
 
     def rank(self) -> int:
-        """This rank."""
         return self.of_rank
 
     def size(self) -> int:
-        """Number of ranks."""
         return self.of_size
 
 
@@ -43,7 +41,7 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def tensor_obstacle(config: Mapping[str, Any], model: nn.Module, ranks: int) -> str | None:
-    """Why a model cannot be cut into that many tensor slices, with the numbers; None if it can.
+    """Return the reason why a model cannot be cut into ``ranks`` tensor slices; None if it can.
 
     ``model`` is the assembled model; it is not changed.
     """
@@ -64,9 +62,9 @@ def tensor_obstacle(config: Mapping[str, Any], model: nn.Module, ranks: int) -> 
 
 @contextlib.contextmanager
 def _unevaluated() -> Iterator[None]:
-    """While slices are only traced, a model that evaluates them as it cuts does not.
+    """Disable evaluation while slices are only traced.
 
-    mlx-lm's muse_spark evaluates chunks of its experts, which planned would be the whole model.
+    mlx-lm's muse_spark evaluates its experts when it is cut, which would load the whole model.
     """
     evaluate = mx.eval
     mx.eval = lambda *_: None
@@ -96,13 +94,13 @@ def slice_model(
             with _unevaluated() if isinstance(group, StandInGroup) else contextlib.nullcontext():
                 whole = head == "sharded" and can_shard_head(model, ranks)
                 model.shard(group)
-                # Some, Qwen3.5 for one, cut their head themselves.
+                # Some models, such as Qwen3.5, cut their head themselves.
                 if head == "sharded" and (can_shard_head(model, ranks) or not whole):
                     shard_head(model, group)
             return
         except MODEL_FAILURES as error:
             # mx.split: a dimension, or its number of quantization groups, does not divide; or the
-            # model lacks a part that its own cutting takes for granted.
-            reason = why_failed(error, config)
+            # model lacks a part that its own ``shard`` expects.
+            reason = explain_failure(error, config)
             obstacle = f"{config.get('model_type')} cannot be cut into {ranks} slices: {reason}"
     raise UsageError(f"tensor parallelism is not possible: {obstacle}", "use --parallel pipeline")

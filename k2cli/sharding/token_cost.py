@@ -1,8 +1,8 @@
-"""What a model reads and multiplies for one token, layer by layer, found by running it lazily.
+"""Cost of one token in each layer: the bytes read and weights multiplied, found by a lazy run.
 
-One token goes through the traced model, so that what cannot be seen in the shapes of parameters is
-seen in use: how many experts a token is given, what each layer keeps in its cache, and how many
-collectives a sliced model calls. Nothing is evaluated.
+One token goes through the traced model. Its use shows facts that the shapes of parameters do not:
+the experts per token, the cache of each layer, and the collectives that a sliced model calls.
+Nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from k2cli.sharding import trace
 from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.footprint import cache_window
 from k2cli.sharding.head import ShardedHead
-from k2cli.sharding.model_errors import why_failed
+from k2cli.sharding.model_errors import explain_failure
 from k2cli.sharding.stage import anatomy, embedding_size, make_cache
 
 
@@ -34,12 +34,12 @@ class CachePart:
 
 
 @dataclass(frozen=True, slots=True)
-class Activity:
-    """What one layer, or the head, holds and uses.
+class TokenCost:
+    """Weights of one layer, or of the head, and the part of them that one token uses.
 
     ``dense_weights`` counts weights that every token is multiplied with, ``expert_weights`` those
-    of all ``experts`` together, of which a token is given ``experts_per_token``. ``state_bytes``
-    is a recurrent state, read and written for every token.
+    of all ``experts`` together, of which a token uses ``experts_per_token``. ``state_bytes`` is
+    the size of a recurrent state, read and written for every token.
     """
 
     dense_bytes: int
@@ -53,16 +53,16 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelActivity:
-    """All layers, the head (final norm, head), and the collectives of one token's pass."""
+class ModelTokenCost:
+    """Cost of all layers and of the head (with the final norm), and collectives per token."""
 
-    layers: tuple[Activity, ...]
-    head: Activity
+    layers: tuple[TokenCost, ...]
+    head: TokenCost
     collectives: int
     hidden_bytes: int
 
 
-def model_activity(model: nn.Module) -> ModelActivity:
+def model_token_cost(model: nn.Module) -> ModelTokenCost:
     """Run one token through a whole, lazily assembled model, which may be a tensor slice.
 
     Raises:
@@ -78,22 +78,22 @@ def model_activity(model: nn.Module) -> ModelActivity:
     except MODEL_FAILURES as error:
         name = type(model).__module__.rpartition(".")[2]
         raise UsageError(
-            f"{name} could not be traced for its speed: {why_failed(error, {})}"
+            f"{name} could not be traced for its speed: {explain_failure(error, {})}"
         ) from error
-    # Some models have more caches than layers, or fewer: only those that pair up are attributed.
+    # If a model has not one cache per layer, no cache is attributed to a layer.
     entries = cache if len(cache) == len(parts.layers) else [None] * len(parts.layers)
     layers = tuple(
-        _activity([layer], routed, entry)
+        _token_cost([layer], routed, entry)
         for layer, entry in zip(parts.layers, entries, strict=True)
     )
     outputs = [parent[name] for parent, name in parts.outputs]
-    # A head that is cut is no linear layer any more, but a head all the same.
+    # A sharded head is no linear layer, but it is the head.
     if parts.tied and not any(isinstance(module, ShardedHead) for module in outputs):
         embeddings = [parent[name] for parent, name in parts.embeddings]
         outputs += [max(embeddings, key=embedding_size)]
     width = _hidden_width(parts.embeddings)
-    return ModelActivity(
-        layers, _activity(outputs, routed, None), calls[0], width * output.dtype.size
+    return ModelTokenCost(
+        layers, _token_cost(outputs, routed, None), calls[0], width * output.dtype.size
     )
 
 
@@ -104,7 +104,7 @@ def _hidden_width(embeddings: Iterable[tuple[nn.Module, str]]) -> int:
     return max(widths, default=0)
 
 
-def _activity(modules: Iterable[nn.Module], routed: dict[int, int], entry: Any) -> Activity:
+def _token_cost(modules: Iterable[nn.Module], routed: dict[int, int], entry: Any) -> TokenCost:
     dense_bytes = dense_weights = expert_bytes = expert_weights = experts = per_token = 0
     seen: set[int] = set()
     for module in (inner for outer in modules for _, inner in outer.named_modules()):
@@ -122,13 +122,13 @@ def _activity(modules: Iterable[nn.Module], routed: dict[int, int], entry: Any) 
             dense_bytes += held
             dense_weights += count
     cache, state = _cache_parts(entry)
-    return Activity(
+    return TokenCost(
         dense_bytes, dense_weights, expert_bytes, expert_weights, experts, per_token, cache, state
     )
 
 
 def _weights(module: nn.Module) -> int:
-    """Number of weights of a matrix, quantized or not; norms multiply next to nothing."""
+    """Count the weights of a matrix, quantized or not; norms are too small to count."""
     weight = module.get("weight")
     if not isinstance(weight, mx.array) or weight.ndim < 2:
         return 0
@@ -139,7 +139,7 @@ def _weights(module: nn.Module) -> int:
 
 
 def _cache_parts(entry: Any) -> tuple[tuple[CachePart, ...], int]:
-    """What a layer's cache reads per token of context, and its state that does not grow."""
+    """Return a layer's caches that grow with the context, and the bytes of state that does not."""
     if entry is None:
         return (), 0
     parts = getattr(entry, "caches", None)
@@ -157,7 +157,7 @@ def _cache_parts(entry: Any) -> tuple[tuple[CachePart, ...], int]:
 
 @contextlib.contextmanager
 def _recorded_experts(routed: dict[int, int]) -> Iterator[None]:
-    """Note, for every stack of experts that is called, how many of them one token is given."""
+    """Record the experts per token of every stack of experts that is called."""
     module = mlx_lm_module("models.switch_layers")
     kinds = (module.SwitchLinear, module.QuantizedSwitchLinear)
     originals = [kind.__call__ for kind in kinds]
@@ -180,7 +180,7 @@ def _recorded_experts(routed: dict[int, int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _counted_collectives(calls: list[int]) -> Iterator[None]:
-    """Collectives give the shape of their result, and are counted."""
+    """Replace collectives by stand-ins that return the shape of the result, and count them."""
     with trace.without_collectives():
         names = ("all_sum", "all_gather")
         stand_ins = [getattr(mx.distributed, name) for name in names]

@@ -1,7 +1,7 @@
-"""What a rank would hold, without holding it: placements applied to a model made of lazy arrays.
+"""Tracing of models: a rank's part, made of lazy arrays that are never evaluated.
 
-Nothing here evaluates an array. A stand-in group cuts tensor slices; while a sliced model is
-traced, the collectives that it calls are replaced by the identity.
+A placement is applied to a model of lazy arrays. A stand-in group cuts tensor slices; while a
+sliced model is traced, stand-ins replace the collectives that it calls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from k2cli.errors import K2Error, UsageError
 from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.assemble import assemble
-from k2cli.sharding.model_errors import why_failed
+from k2cli.sharding.model_errors import explain_failure
 from k2cli.sharding.placement import Placement
 from k2cli.sharding.stage import Stage, anatomy, cut_stage
 from k2cli.sharding.tensor import StandInGroup, slice_model
@@ -31,11 +31,11 @@ STORED_TYPES: Mapping[str, mx.Dtype] = {
 }  # fmt: skip
 
 StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Stored tensors by name: safetensors dtype name and shape."""
+"""Stored tensors by name: the safetensors name of the element type, and the shape."""
 
 
 def placeholders(stored: StoredShapes) -> dict[str, mx.array]:
-    """Lazy zeros shaped like a checkpoint's tensors; they are never evaluated.
+    """Make lazy zeros with the shapes of a checkpoint's tensors.
 
     Raises:
         K2Error: for an element type that MLX cannot read.
@@ -51,7 +51,7 @@ def placeholders(stored: StoredShapes) -> dict[str, mx.array]:
 def trace_model(
     config: Mapping[str, Any], stored: StoredShapes | None = None, dtype: str = "checkpoint"
 ) -> nn.Module:
-    """The whole model, lazily, from the checkpoint's headers if there are any.
+    """Build the whole model lazily, from the checkpoint's headers if there are any.
 
     Raises:
         UsageError: if the config makes no model.
@@ -61,7 +61,7 @@ def trace_model(
 
 
 def cut(config: Mapping[str, Any], model: nn.Module, placement: Placement, group: Any) -> Stage:
-    """Cut an assembled model to the part of ``group.rank()``; the same call plans and loads.
+    """Cut an assembled model to the part of ``group.rank()``, for planning and for loading.
 
     Raises:
         UsageError: if the model cannot be cut so.
@@ -80,30 +80,30 @@ def trace_rank(
     stored: StoredShapes | None = None,
     dtype: str = "checkpoint",
 ) -> Stage:
-    """One rank's part, lazily."""
+    """Build one rank's part lazily."""
     model = trace_model(config, stored, dtype)
     return cut(config, model, placement, StandInGroup(rank, placement.size))
 
 
 @contextlib.contextmanager
 def running_model(config: Mapping[str, Any], attempt: str) -> Iterator[None]:
-    """While mlx-lm's code for a model runs, a failure of it is a refusal and no fault of k2's.
+    """Turn failures of mlx-lm's code for a model into usage errors.
 
     Raises:
-        UsageError: saying what was attempted, and what the model's code missed.
+        UsageError: with the attempt and the cause of the failure.
     """
     try:
         yield
     except MODEL_FAILURES as error:
         raise UsageError(
             f"mlx-lm's {config.get('model_type')} model cannot be {attempt}: "
-            f"{why_failed(error, config)}"
+            f"{explain_failure(error, config)}"
         ) from error
 
 
 @contextlib.contextmanager
 def without_collectives() -> Iterator[None]:
-    """While tracing a slice, collectives have the shape of their result, and no peers."""
+    """Replace collectives while tracing by functions that return the shape of the result."""
     all_sum, all_gather = mx.distributed.all_sum, mx.distributed.all_gather
     mx.distributed.all_sum = lambda x, **_: x
     mx.distributed.all_gather = lambda x, *, group, **_: mx.concatenate([x] * group.size())
@@ -114,7 +114,7 @@ def without_collectives() -> Iterator[None]:
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:
-    """Parameters by name; an array that is held under two names counts once."""
+    """Return parameters by name; an array with two names counts once."""
     seen: set[int] = set()
     unique: dict[str, mx.array] = {}
     for name, value in tree_flatten(model.parameters()):
@@ -125,5 +125,5 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
 
 
 def layer_count(model: nn.Module) -> int:
-    """Number of decoder layers."""
+    """Return the number of decoder layers."""
     return len(anatomy(model).layers)

@@ -1,7 +1,7 @@
-"""One attempt to bring a run up and to serve it: what is seen of it, and how it ended.
+"""One attempt to start and serve a run: its events, and the cause of its end.
 
-One failure makes the next: a lost rank takes its peers with it, and each of them says so. An
-attempt keeps what was seen first and what explains the rest.
+One failure causes others: if a rank is lost, its peers end too, and each of them reports that. An
+attempt keeps the first failure and the one that explains the others.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from k2cli.supervisor.outcome import Outcome, describe_exit, lost_connection
 
 
 class Attempt:
-    """What is known of one attempt.
+    """The state of one attempt.
 
     Args:
         nodes: names, one per rank.
-        journal: of the run: what a process wrote last may explain its end.
+        journal: the run's; the last lines of a process may explain its end.
     """
 
     def __init__(self, nodes: Sequence[str], journal: Journal) -> None:
@@ -29,36 +29,36 @@ class Attempt:
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[Outcome] = self._loop.create_future()
         self._root: RankFailed | None = None
-        # What became of mpirun or of a node, seen from here.
+        # The end of mpirun or of the connection to a node, as this process saw it.
         self._witnessed: Outcome | None = None
         self._ready_at: float | None = None
-        # Of the leader's guard: it has ended the attempt, and every rank with it.
+        # Set once the leader's guard has ended the attempt and all ranks.
         self.guard_ended = asyncio.Event()
 
-    # --- what is seen ---------------------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------------
 
     def rank_failed(self, event: RankFailed) -> None:
-        """The first one that a guard reports is the cause."""
+        """Record a failure that a guard reports; the first one is the cause."""
         self._root = self._root or event
 
     def ready(self) -> None:
-        """From now on it serves."""
+        """Record that the run serves from now on."""
         self._ready_at = self._loop.time()
 
     def note_exit(self, command: GuardCommand, status: int) -> None:
-        """Keep an exit that explains what other ranks report of it."""
+        """Record the exit of a process if it explains the failures that ranks report."""
         mpirun_killed = command.program == "mpirun" and status < 0
         node_lost = lost_connection(command, status) and self._root is None
         if mpirun_killed or node_lost:
             self._witnessed = self._witnessed or self._outcome_of_exit(command, status)
 
     def finish(self, outcome: Outcome) -> None:
-        """It is over; the first to say so is heard."""
+        """End the attempt; only the first call has an effect."""
         if not self._over.done():
             self._over.set_result(outcome)
 
     def finish_by_exit(self, command: GuardCommand, status: int) -> None:
-        """A process that should outlive it has ended."""
+        """End the attempt because a process that should outlive it has exited."""
         self.finish(self._outcome_of_exit(command, status))
 
     def _outcome_of_exit(self, command: GuardCommand, status: int) -> Outcome:
@@ -71,28 +71,27 @@ class Attempt:
             last_lines=self._journal.last_lines(command),
         )
 
-    # --- how it ended ---------------------------------------------------------------------------
+    # --- the end --------------------------------------------------------------------------------
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended."""
         return self._over.done()
 
     @property
     def served_seconds(self) -> float:
-        """Since it was ready; 0 if it never was."""
+        """Seconds since the attempt was ready; 0 if it never was."""
         return 0.0 if self._ready_at is None else self._loop.time() - self._ready_at
 
     async def outcome(self) -> Outcome:
-        """Wait for its end, and prefer the first failure that a guard has reported."""
+        """Wait for the end; the first failure that a guard has reported takes precedence."""
         outcome = await self._over
         seen = self._witnessed.failure if self._witnessed is not None else None
         if self._witnessed and seen and (self._root is None or seen.rank != self._root.rank):
-            # mpirun was killed, or a node lost, and other ranks have only followed.
+            # mpirun was killed or a node lost, and the other ranks failed because of it.
             return self._witnessed
         if self._root is not None:
             return Outcome.of_failure(self._root)
         if not outcome.has_failed:
-            # Nobody asked for it here: the guard was told by somebody else.
+            # The user did not stop the run here, so something else told the guard to end.
             return Outcome.failed(outcome.cause)
         return outcome

@@ -1,4 +1,4 @@
-"""Heartbeats between a supervisor and the leader's guard: each tells the other that it lives."""
+"""Heartbeats between a supervisor and the leader's guard, so that each notices the other's end."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable
 from k2cli.protocol import Deadlines, Heartbeat
 
 _LOOK_SECONDS = 0.25
-# Longer than this between two looks, and it was this process that did not run.
+# A longer time between two looks means that this process itself did not run.
 _OWN_PAUSE_SECONDS = 3.0
 
 
-class Pulse:
+class Heartbeats:
     """The heartbeats of one run, from its first attempt to its last.
 
     Args:
-        deadlines: of the run.
+        deadlines: those of the run.
         tell: sends a heartbeat to the guard.
         silent: called with the limit, in seconds, as long as the guard is silent beyond it.
     """
@@ -35,23 +35,23 @@ class Pulse:
         self._heard_at: float | None = None
 
     def started(self, *, anew: bool) -> None:
-        """An attempt begins; ``anew``: with a guard that was not heard yet."""
+        """Restart the deadlines for a new attempt; ``anew``: with a new guard."""
         self._started_at = self._loop.time()
         if anew:
             self._heard_at = None
 
     def heard(self) -> None:
-        """Anything that the guard says is a sign of life."""
+        """Record a sign of life: any message of the guard."""
         self._heard_at = self._loop.time()
 
-    async def beat(self) -> None:
+    async def send(self) -> None:
         """Send heartbeats until cancelled."""
         while True:
             self._tell(Heartbeat())
             await asyncio.sleep(self._deadlines.heartbeat_interval)
 
-    async def listen(self) -> None:
-        """The guard sends a heartbeat a second; one that does not is as good as gone."""
+    async def watch(self) -> None:
+        """Call ``silent`` if the guard, which sends a heartbeat a second, misses its deadline."""
         looked_at = self._loop.time()
         while True:
             await asyncio.sleep(_LOOK_SECONDS)

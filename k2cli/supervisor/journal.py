@@ -1,4 +1,4 @@
-"""What a supervisor writes down: the run's record, its events, and the merged log of all ranks."""
+"""Write the files of a run: its record, its events, and the merged log of all ranks."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _encoder = msgspec.json.Encoder()
 
 
 class Journal:
-    """The files of one run. Only its supervisor has one.
+    """The files of one run. Only its supervisor writes them.
 
     Args:
-        record: as prepared by the launch.
+        record: the record as prepared by the launch.
     """
 
     def __init__(self, record: RunRecord) -> None:
@@ -62,7 +62,7 @@ class Journal:
     # --- record ---------------------------------------------------------------------------------
 
     def take_over(self) -> None:
-        """This process answers for the run from now on."""
+        """Make this process the supervisor in the run's record."""
         own = psutil.Process()
         self._save(replace(self.record, pid=own.pid, pid_create_time=own.create_time()))
 
@@ -71,7 +71,7 @@ class Journal:
         self._save(replace(self.record, state=state, cause=cause))
 
     def note(self, event: RunEvent) -> None:
-        """Write an event down."""
+        """Write an event to the files."""
         if isinstance(event, LogLine):
             self._write_line(LogEntry(time.time(), event.node, str(event.rank), event.text))
             return
@@ -108,8 +108,8 @@ class Journal:
         ranks = self.record.ranks
         return ranks[rank].node if rank < len(ranks) else "an unknown node"
 
-    def restarting(self, event: RunRestarting, failure: FailureRecord | None) -> None:
-        """An attempt has failed, and another one follows."""
+    def note_restart(self, event: RunRestarting, failure: FailureRecord | None) -> None:
+        """Record a failed attempt that another one follows."""
         self._events.write(_encoder.encode(event) + b"\n")
         self._events.flush()
         self.say(
@@ -122,7 +122,7 @@ class Journal:
         self._began = time.time() + event.delay_seconds
 
     def close(self, outcome: Outcome, left: dict[str, str]) -> RunRecord:
-        """Write the final record; ``left`` is what could not be ended, by node."""
+        """Write the final record; ``left`` describes processes that may still live, by node."""
         cause = outcome.cause
         for node, problem in left.items():
             cause += f"; on {node}: {problem}"
@@ -154,13 +154,13 @@ class Journal:
         try:
             save_record(record)
         except OSError as error:
-            # A full disk must not end a run that works; ps will be behind.
+            # A full disk must not end a working run; the record is then out of date.
             sys.stderr.write(f"the record of {record.run_id} cannot be written: {error}\n")
 
     # --- log ------------------------------------------------------------------------------------
 
     def log_line(self, command: GuardCommand, line: bytes) -> None:
-        """A line that a guard or mpirun wrote outside the protocol."""
+        """Log a line of a guard or mpirun that is not a message of the protocol."""
         text = line.decode(errors="replace").strip()[:_MAX_LINE_CHARACTERS]
         if not text:
             return
@@ -169,7 +169,7 @@ class Journal:
         self._write_line(LogEntry(time.time(), command.node, source, text))
 
     def last_lines(self, command: GuardCommand) -> Sequence[str]:
-        """What a process wrote last, outside the protocol."""
+        """Return the last lines of a process that are not messages of the protocol."""
         return tuple(self._last[command.ranks])
 
     def say(self, text: str) -> None:
@@ -185,7 +185,7 @@ class Journal:
             sys.stderr.write(f"the log cannot be written: {error}\n")
 
     def _rotate(self) -> None:
-        """Keep the last full file: a rank that talks without end must not fill the disk."""
+        """Start a new file and keep only the last full one, so that logs cannot fill the disk."""
         path = Path(self._log.name)
         self._log.close()
         path.replace(path.with_suffix(".log.1"))

@@ -1,26 +1,29 @@
-"""How a run ended, and the words for it."""
+"""Describe how a run ended, in values and in words."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from k2cli.errors import ClusterError
-from k2cli.launch.guard_commands import GuardCommand
 from k2cli.nodes.node import LOCALHOST
 from k2cli.protocol import RankFailed
 from k2cli.runs.record import FailureRecord, RunRecord
 
-# Of ssh: the connection was lost, or the process at its other end was killed.
+if TYPE_CHECKING:
+    from k2cli.launch.guard_commands import GuardCommand
+
+# Exit status of ssh if the connection was lost, or the process at its other end was killed.
 _SSH_LOST = 255
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Why a run is over. ``failure`` is None if somebody asked for its end.
+    """The reason for the end of a run. ``failure`` is None if the user stopped the run.
 
-    ``wait`` False: its processes will not leave by themselves, or nobody wants to wait for that.
+    ``wait``: the processes may end by themselves, so give them time before they are killed.
     """
 
     cause: str
@@ -29,12 +32,12 @@ class Outcome:
 
     @property
     def has_failed(self) -> bool:
-        """Whether nobody asked for it."""
+        """True if the run failed, False if the user stopped it."""
         return self.failure is not None
 
     @classmethod
     def stopped(cls, cause: str, *, wait: bool = True) -> Outcome:
-        """An end that somebody asked for."""
+        """Describe an end that the user asked for."""
         return cls(cause, None, wait)
 
     @classmethod
@@ -48,23 +51,23 @@ class Outcome:
         last_lines: Sequence[str] = (),
         wait: bool = True,
     ) -> Outcome:
-        """An end by itself; ``cause`` speaks of ``rank`` as "it" where one is to blame."""
+        """Describe a failure; ``cause`` calls the rank "it" if a single one has failed."""
         whole = cause if rank is None else f"rank {rank} on {node} failed: {cause}"
         return cls(whole, FailureRecord(cause, rank, node, exit_status, tuple(last_lines)), wait)
 
     def after(self, failures: int, first_cause: str) -> Outcome:
-        """The same at the end of a run that was given up after several failures."""
+        """Return this outcome, extended by the number of failures and the first cause."""
         if first_cause == self.cause:
             return replace(self, cause=f"{self.cause} ({failures} failures in a row)")
         return replace(
             self,
             cause=f"{first_cause}; given up after {failures} failures in a row, "
-            f"at last: {self.cause}",
+            f"the last one: {self.cause}",
         )
 
     @classmethod
     def of_failure(cls, event: RankFailed) -> Outcome:
-        """The end that a guard has reported."""
+        """Describe the failure that a guard has reported."""
         return cls.failed(
             event.cause,
             rank=event.rank,
@@ -75,7 +78,7 @@ class Outcome:
 
 
 def describe_status(status: int) -> str:
-    """An exit status as subprocess gives it, in words."""
+    """Describe an exit status of ``subprocess`` in words."""
     if status >= 0:
         return f"exited with status {status}"
     try:
@@ -85,23 +88,25 @@ def describe_status(status: int) -> str:
 
 
 def lost_connection(command: GuardCommand, status: int) -> bool:
-    """Whether a guard's end is that of ssh: its node is lost, or it was killed there."""
+    """True if ssh to a guard has failed: the node is lost, or the guard was killed there."""
     return status == _SSH_LOST and bool(command.ranks) and command.node != LOCALHOST
 
 
 def describe_exit(command: GuardCommand, status: int) -> str:
-    """What it means that a process which should outlive the run has ended."""
+    """Describe the end of a process that should have outlived the run."""
     if lost_connection(command, status):
         return f"the ssh connection to its guard ended (status {status})"
     program = "mpirun" if command.program == "mpirun" else "its guard"
     return f"{program} {describe_status(status)}"
 
 
-def failure_of(record: RunRecord) -> ClusterError:
-    """The error that says why a run has failed, and where to read on."""
+def error_of(record: RunRecord) -> ClusterError:
+    """Return the error for a failed run: its cause, and the command that shows its log."""
     hint = f"k2 logs {record.run_id}"
     if record.left:
-        hint += f", and once it can be reached: k2 cluster clean --nodes {','.join(record.left)}"
+        hint += (
+            f", and once the node can be reached: k2 cluster clean --nodes {','.join(record.left)}"
+        )
     failure = record.failure
     if failure is None or failure.rank is None:
         return ClusterError(f"{record.run_id} failed: {record.cause}", hint)

@@ -1,7 +1,6 @@
-"""The processes that a supervisor has started: guards, here or through ssh, and an mpirun.
+"""Start, read, wait for and kill the processes of a supervisor: guards (also over ssh) and mpirun.
 
-They are started, read, waited for and killed here; what their words and their ends mean for the
-run is for others to say.
+The supervisor decides what their messages and their exits mean for the run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from k2cli.supervisor.attempt import Attempt
 from k2cli.supervisor.journal import Journal
 from k2cli.supervisor.outcome import lost_connection
 
-# After the last event, the processes have this long to leave by themselves.
+# The time that processes have to exit by themselves after the last event.
 _EXIT_SECONDS = 2.0
 _DRAIN_SECONDS = 2.0
 _encoder = msgspec.json.Encoder()
@@ -33,20 +32,20 @@ Spawn = Callable[[Coroutine[Any, Any, None]], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Started:
-    """A process and what was started."""
+    """A process and its command."""
 
     command: GuardCommand
     process: asyncio.subprocess.Process
 
 
 class Processes:
-    """The processes of one run that are children of this one.
+    """The child processes of one supervisor.
 
     Args:
-        journal: gets every line that is not of the protocol.
-        hear: gets every event of the leader's guard.
-        current: the attempt that is under way: the leader's guard may outlive several.
-        spawn: starts a task whose failure does not get lost.
+        journal: receives every line that is not a message of the protocol.
+        hear: receives every event of the leader's guard.
+        current: returns the current attempt; the leader's guard may outlive several.
+        spawn: starts a task and reports its failure.
     """
 
     def __init__(
@@ -71,10 +70,12 @@ class Processes:
         command: GuardCommand,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start a process on a node. That of rank 0 is the one that ``tell`` talks to.
+        """Start a process on a node. ``tell`` sends messages to that of rank 0.
 
         Args:
-            environment: added to that of k2.
+            node: the machine.
+            command: the process.
+            environment: variables to add to those of k2.
 
         Raises:
             ClusterError: if it cannot be started.
@@ -88,11 +89,11 @@ class Processes:
 
     @property
     def leader_lives(self) -> bool:
-        """Whether the leader's guard was started and has not ended."""
+        """True if the leader's guard was started and has not exited."""
         return self._leader is not None and self._leader.process.returncode is None
 
     def tell(self, message: Heartbeat | StopRun | NextAttempt) -> None:
-        """Say something to the leader's guard, if it still listens."""
+        """Send a message to the leader's guard if its pipe is open."""
         if self._leader and (stdin := self._leader.process.stdin) and not stdin.is_closing():
             stdin.write(_encoder.encode(message) + b"\n")
 
@@ -108,12 +109,13 @@ class Processes:
             asyncio.create_task(self._read_noise(command, process.stderr)),
         ]
         if not command.ranks and process.stdin is not None:
-            # A guard's stays open as long as this process lives: its sign that somebody does.
+            # The pipe to a guard stays open: its end tells the guard that the supervisor is gone.
             process.stdin.close()
         self._spawn(self._await_exit(started, readers, None if leads else self._current()))
 
     async def _read_events(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
-        with contextlib.suppress(ValueError):  # a line beyond the stream's limit: not ours
+        # A line longer than the stream's limit is not a message.
+        with contextlib.suppress(ValueError):
             while line := await stream.readline():
                 try:
                     event = _decoder.decode(line)
@@ -125,30 +127,33 @@ class Processes:
     async def _read_noise(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
         with contextlib.suppress(ValueError):
             while line := await stream.readline():
-                # mpirun explains at length that guards ended without MPI: they never used it.
+                # mpirun then complains that its processes ended without using MPI.
                 if not (self._current().is_over and command.program == "mpirun"):
                     self._journal.log_line(command, line)
 
     async def _await_exit(
         self, started: _Started, readers: list[asyncio.Task[None]], attempt: Attempt | None
     ) -> None:
-        """Take the end of a process for that of its attempt; the leader's guard has no one."""
+        """End the current attempt when one of its processes exits.
+
+        The leader's guard outlives attempts, so its exit ends whichever attempt is running.
+        """
         command = started.command
         status = await started.process.wait()
         attempt = attempt if attempt is not None else self._current()
         if not attempt.is_over:
             attempt.note_exit(command, status)
-        # What it said last may explain it; a grandchild may hold the pipe open for longer.
+        # Its last lines may explain the exit; a grandchild may hold the pipe open for longer.
         await asyncio.wait(readers, timeout=_DRAIN_SECONDS)
         if 0 not in command.ranks:
-            # The guard of rank 0 sees the loss too, and knows more.
+            # Wait for the report of the guard of rank 0, which knows more about the loss.
             await asyncio.sleep(_DRAIN_SECONDS)
         attempt.finish_by_exit(command, status)
 
     # --- the end --------------------------------------------------------------------------------
 
     async def wait_for_exit(self) -> None:
-        """Give them a moment to leave by themselves."""
+        """Give the processes time to exit by themselves."""
         if not self._all:
             return
         waits = [asyncio.create_task(started.process.wait()) for started in self._all]
@@ -156,33 +161,33 @@ class Processes:
         for wait in pending:
             wait.cancel()
 
-    def nodes_left_well(self) -> set[str]:
-        """Nodes whose guards have all ended, and whose connections have told so."""
+    def nodes_without_guards(self) -> set[str]:
+        """Return the nodes whose guards have all exited by themselves."""
         guards = [started for started in self._all if started.command.ranks]
-        doubtful = {started.command.node for started in guards if not _has_told_its_end(started)}
+        doubtful = {started.command.node for started in guards if not _has_exited(started)}
         return {started.command.node for started in guards} - doubtful
 
     def kill(self, *, spare_leader: bool = False) -> None:
-        """SIGKILL their sessions, but for the leader's guard if that stays."""
+        """SIGKILL the processes and their sessions, except for a leader's guard that stays."""
         for started in self._all:
             spared = spare_leader and started is self._leader
             if started.process.returncode is None and not spared:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(started.process.pid, signal.SIGKILL)
 
-    def forget(self, *, but_leader: bool = False) -> None:
-        """The processes of an attempt that is over; not the leader's guard if that stays."""
-        if not but_leader:
+    def forget(self, *, keep_leader: bool = False) -> None:
+        """Drop the processes of an attempt that is over, except for a leader's guard that stays."""
+        if not keep_leader:
             self._leader = None
         self._all = [self._leader] if self._leader is not None else []
 
     async def reap(self) -> None:
-        """Take note of the ends of those that were killed."""
+        """Wait for the exit of the processes that were killed."""
         for started in self._all:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(started.process.wait(), _DRAIN_SECONDS)
 
 
-def _has_told_its_end(started: _Started) -> bool:
+def _has_exited(started: _Started) -> bool:
     status = started.process.returncode
     return status is not None and status >= 0 and not lost_connection(started.command, status)

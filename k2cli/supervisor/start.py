@@ -1,4 +1,4 @@
-"""Starts a prepared run: in this process, or under a supervisor that is left behind."""
+"""Start a prepared run: in this process, or with a supervisor in the background."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import msgspec
 from k2cli.agent.run_processes import kill_run
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
-from k2cli.launch.prepare import PreparedRun
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import python_environment
 from k2cli.protocol import RunEvent
@@ -30,21 +29,21 @@ from k2cli.runs.record import (
     remove_leftovers,
     save_record,
 )
-from k2cli.supervisor.outcome import describe_status, failure_of
+from k2cli.supervisor.outcome import describe_status, error_of
 
 _POLL_SECONDS = 0.02
 _STOP_SECONDS = 25.0
 
 
 def launch_here(
-    prepared: PreparedRun, listener: Listener, on_interrupt: Callable[[bool], None]
+    record: RunRecord, listener: Listener, on_interrupt: Callable[[bool], None]
 ) -> RunRecord:
-    """Carry out a run in this process until it ends.
+    """Supervise a prepared run in this process until it ends.
 
     Args:
-        prepared: the run.
-        listener: hears its events.
-        on_interrupt: called at each Ctrl-C, with whether it is the first.
+        record: the run.
+        listener: receives its events.
+        on_interrupt: called at each Ctrl-C, with True at the first.
 
     Returns:
         The final record of a run that was stopped.
@@ -54,33 +53,32 @@ def launch_here(
     """
     from k2cli.supervisor.supervisor import supervise
 
-    record = supervise(prepared.record.folder, listener, on_interrupt)
-    if record.state == "failed":
-        raise failure_of(record)
-    return record
+    final = supervise(record.folder, listener, on_interrupt)
+    if final.state == "failed":
+        raise error_of(final)
+    return final
 
 
 @contextmanager
-def owned(prepared: PreparedRun, say: Callable[[str], None]) -> Iterator[None]:
-    """What was prepared is put away again if nobody has carried it out to its end.
+def cleanup_on_error(prepared: RunRecord, say: Callable[[str], None]) -> Iterator[None]:
+    """Stop a prepared run if the body fails before a supervisor has taken over the run.
 
-    Such as after a Ctrl-C that comes before the supervisor hears it, or a view that fails.
+    Such an error is a Ctrl-C before the supervisor handles it, or a failure of the view.
     """
     try:
         yield
     except BaseException:
-        record = read_record(prepared.record.folder)
+        record = read_record(prepared.folder)
         if record is None or (record.live and record.pid == os.getpid()):
-            say(f"stopping {prepared.record.run_id}")
-            _put_away(prepared)
+            say(f"stopping {prepared.run_id}")
+            _clean_up(record or prepared)
         raise
 
 
-def _put_away(prepared: PreparedRun) -> None:
-    record = read_record(prepared.record.folder) or prepared.record
+def _clean_up(record: RunRecord) -> None:
     nodes = [node_named(name) for name in record.nodes]
     for node in nodes:
-        with suppress(ClusterError):  # its guards end by themselves
+        with suppress(ClusterError):  # the guards of such a node end by themselves
             node.kill_run(record.run_id)
             node.remove_bootstraps(record.run_id)
     release_locks(nodes, record.run_id)
@@ -89,26 +87,26 @@ def _put_away(prepared: PreparedRun) -> None:
 
 
 def launch_detached(
-    prepared: PreparedRun, listener: Listener, on_interrupt: Callable[[bool], None]
+    record: RunRecord, listener: Listener, on_interrupt: Callable[[bool], None]
 ) -> RunRecord:
-    """Leave a supervisor behind that carries out the run; returns once the API answers.
+    """Start a supervisor in the background, and return once the API answers.
 
     Args:
-        prepared: the run.
-        listener: hears the events up to then, but for log lines.
-        on_interrupt: called at each Ctrl-C, with whether it is the first.
+        record: the run.
+        listener: receives the events up to then, except for log lines.
+        on_interrupt: called at each Ctrl-C, with True at the first.
 
     Raises:
         ClusterError: if the run failed before.
-        KeyboardInterrupt: after Ctrl-C; the run is stopped then, at the second one by force.
+        KeyboardInterrupt: after a Ctrl-C stopped the run; a second one kills its processes.
     """
-    folder = prepared.record.folder
+    folder = record.folder
     supervisor = _start_supervisor(folder)
     try:
         return _wait_until_ready(folder, supervisor, listener)
     except KeyboardInterrupt:
         on_interrupt(True)
-        _stop(supervisor, prepared.record.run_id, on_interrupt)
+        _stop(supervisor, record.run_id, on_interrupt)
         raise
 
 
@@ -145,7 +143,7 @@ def _wait_until_ready(
 def _failure(folder: Path, supervisor: subprocess.Popen[bytes]) -> ClusterError:
     record = read_record(folder)
     if record is not None and record.state == "failed":
-        return failure_of(record)
+        return error_of(record)
     if record is not None and record.state == "stopped":
         return ClusterError(f"{record.run_id} was stopped before it was ready: {record.cause}")
     said = (folder / LOG_NAME).read_text(errors="replace").strip().splitlines()
@@ -177,7 +175,7 @@ def _stop(
 
 
 class _EventFile:
-    """Reads the events that a supervisor has appended since the last look."""
+    """The file to which a supervisor appends events."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -185,7 +183,7 @@ class _EventFile:
         self._decoder: msgspec.json.Decoder[RunEvent] = msgspec.json.Decoder(RunEvent)
 
     def new(self) -> list[RunEvent]:
-        """Events written whole since the last call."""
+        """Return the events that were completely written since the last call."""
         if not self._path.is_file():
             return []
         with self._path.open("rb") as file:

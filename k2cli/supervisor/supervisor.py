@@ -1,14 +1,15 @@
-"""The supervisor of one run: from its first attempt to its last, and to the end of what is left.
+"""The supervisor of one run: it carries out all attempts, and kills the processes that remain.
 
 ``k2 launch`` runs it in its own process; with ``--detach`` it is a process of its own,
-``python -m k2cli.supervisor.supervisor RUN_FOLDER``. It alone writes the run's record, and it does
-not call a run ended before every node has confirmed that no process of it is left.
+``python -m k2cli.supervisor.supervisor RUN_FOLDER``. Only the supervisor writes the run's record. A
+run ends after every node that can be reached has confirmed that no process of it is left.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -21,8 +22,8 @@ from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.launch.guard_commands import GuardCommand, direct_commands
 from k2cli.launch.mpi import prepare_mpirun
-from k2cli.launch.restart_policy import Attempts, renewed
-from k2cli.launch.specification import RunSpecification, read_specification
+from k2cli.launch.restart_policy import Attempts
+from k2cli.launch.specification import RunSpecification, read_specification, renew_bootstraps
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.locks import release_locks, renew_locks
 from k2cli.protocol import (
@@ -38,27 +39,26 @@ from k2cli.protocol import (
 )
 from k2cli.runs.record import Listener, RunRecord, read_record
 from k2cli.supervisor.attempt import Attempt
-from k2cli.supervisor.end_processes import Reaching
-from k2cli.supervisor.heartbeats import Pulse
+from k2cli.supervisor.end_processes import RunKiller
+from k2cli.supervisor.heartbeats import Heartbeats
 from k2cli.supervisor.journal import Journal
 from k2cli.supervisor.outcome import Outcome
 from k2cli.supervisor.processes import Processes
-from k2cli.supervisor.signals import obey_signals
 
-# A guard that ends its attempt: the ranks' SIGTERM and SIGKILL, and the followers' word.
+# The time that the leader's guard has to end its attempt: SIGTERM and SIGKILL of all ranks.
 _GUARD_ENDS_SECONDS = 10.0
-# Beyond the ranks' own grace: the guards' SIGTERM, SIGKILL and checks.
+# The time that guards need after the ranks' own grace, for SIGTERM, SIGKILL and checks.
 _STOP_MARGIN_SECONDS = 8.0
 _encoder = msgspec.json.Encoder()
 
 
 class Supervisor:
-    """One run, from its specification to its end.
+    """The supervisor of one run.
 
     Args:
-        specification: what to start.
-        record: the run's record as prepared.
-        listener: hears every event but heartbeats, in order.
+        specification: the guards to start.
+        record: the record as prepared by the launch.
+        listener: receives every event except heartbeats, in order.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class Supervisor:
         self._number = 1
         self._attempt = self._new_attempt()
         self._processes = Processes(self._journal, self._hear, lambda: self._attempt, self._spawn)
-        self._pulse = Pulse(self._deadlines, self._processes.tell, self._silent)
+        self._heartbeats = Heartbeats(self._deadlines, self._processes.tell, self._silent)
         self._tasks_started = False
 
-    # --- from outside ---------------------------------------------------------------------------
+    # --- requests of the user -------------------------------------------------------------------
 
     def stop(self, cause: str) -> None:
-        """End the run in good order; a second call is the same as the first."""
+        """Ask the ranks to end; only the first call has an effect."""
         if self._stop_cause is not None:
             return
         self._stop_cause = cause
@@ -95,20 +95,20 @@ class Supervisor:
 
     @property
     def stopping(self) -> bool:
-        """Whether ``stop`` was called."""
+        """True if ``stop`` was called."""
         return self._stop_cause is not None
 
     def force(self) -> None:
-        """Do not wait for anybody: SIGKILL everything now."""
+        """SIGKILL all processes now, without waiting."""
         self._finish(Outcome.stopped(self._stop_cause or "forced"))
         self._processes.kill()
 
     async def run(self) -> RunRecord:
-        """Carry the run to its end, over as many attempts as its restart policy allows.
+        """Carry out the run, with as many attempts as its restart policy allows.
 
         Returns:
-            The final record: ``stopped`` or ``failed``, with every process gone, or with the
-            cause saying what could not be ended.
+            The final record: ``stopped`` or ``failed``. Its cause names the processes that could
+            not be killed, if any.
         """
         self._journal.take_over()
         await asyncio.to_thread(self._renew_locks)
@@ -134,7 +134,7 @@ class Supervisor:
         return Attempt(self._specification.nodes, self._journal)
 
     async def _try_once(self) -> Outcome:
-        """An attempt from its start to its end; what the user asked for is what it ended for."""
+        """Carry out one attempt; if the user stopped the run, that is its outcome."""
         try:
             await self._start()
         except ClusterError as error:
@@ -148,10 +148,10 @@ class Supervisor:
         return self._attempts.failed(outcome.cause, self._attempt.served_seconds)
 
     async def _pause(self, outcome: Outcome, delay_seconds: float) -> None:
-        """Clear what is left of an attempt, and wait, while the API says why it does not answer."""
+        """Kill the rest of an attempt, and wait; meanwhile the API answers with the cause."""
         number = self._number + 1
         event = RunRestarting(outcome.cause, number, delay_seconds)
-        self._journal.restarting(event, outcome.failure)
+        self._journal.note_restart(event, outcome.failure)
         self._listener(event)
         kept = await self._keep_leader(outcome)
         await self._kill_others(kept)
@@ -161,12 +161,12 @@ class Supervisor:
             if not kept:
                 await self._start_process(self._guards()[0])
         except ClusterError as error:
-            self._journal.say(f"between attempts: {error.message}")
+            self._journal.say(f"preparing the next attempt failed: {error.message}")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop_asked.wait(), delay_seconds)
 
     async def _keep_leader(self, outcome: Outcome) -> bool:
-        """Whether the leader's guard has ended its attempt in good order and goes on."""
+        """True if the leader's guard has ended its attempt by itself and can be used again."""
         if not self._processes.leader_lives or not outcome.wait:
             return False
         ended = self._attempt.guard_ended
@@ -177,25 +177,25 @@ class Supervisor:
         return ended.is_set() and self._processes.leader_lives
 
     async def _kill_others(self, kept: bool) -> None:
-        """End what is left of an attempt on every node, but for a leader's guard that is kept."""
-        reaching = Reaching(self._nodes)
-        answered = self._processes.nodes_left_well()
+        """Kill the processes of an attempt on all nodes, except a leader's guard that is kept."""
+        killer = RunKiller(self._specification.run_id, self._nodes)
+        answered = self._processes.nodes_without_guards()
         self._processes.kill(spare_leader=kept)
         pid = self._journal.record.ranks[0].guard_pid if kept else None
         spared = {self._specification.nodes[0]: pid} if pid is not None else {}
-        await reaching.clear(self._specification.run_id, answered=answered, spared=spared)
-        self._processes.forget(but_leader=kept)
+        await killer.kill(answered=answered, spared=spared)
+        self._processes.forget(keep_leader=kept)
 
     def _renew(self, cause: str, *, kept: bool) -> None:
-        """New secret and ports for the next attempt."""
+        """Make the bootstraps of the next attempt."""
         url = self._journal.record.url
-        self._bootstraps = renewed(
+        self._bootstraps = renew_bootstraps(
             self._bootstraps,
             lambda name, count: self._nodes[name].free_ports(count),
             http_port=int(url.rpartition(":")[2]) if url else None,
         )
         if not kept:
-            # For a leader's guard alone, to answer for the run until the next attempt.
+            # A new leader's guard answers the API's requests until the next attempt.
             self._write_bootstrap(0, replace(self._bootstraps[0], hold=cause))
         self._renew_locks()
 
@@ -212,7 +212,7 @@ class Supervisor:
                 if rank > 0 or not goes_on
             )
         )
-        self._pulse.started(anew=not goes_on)
+        self._heartbeats.started(anew=not goes_on)
         if goes_on:
             self._processes.tell(NextAttempt(self._bootstraps[0]))
         for command in self._guards()[int(goes_on) :]:
@@ -223,8 +223,8 @@ class Supervisor:
             self._processes.tell(StopRun(self._stop_cause))
         if not self._tasks_started:
             self._tasks_started = True
-            self._spawn(self._pulse.beat())
-            self._spawn(self._pulse.listen())
+            self._spawn(self._heartbeats.send())
+            self._spawn(self._heartbeats.watch())
 
     def _write_bootstrap(self, rank: int, bootstrap: Bootstrap) -> None:
         node = self._nodes[self._specification.nodes[rank]]
@@ -263,7 +263,7 @@ class Supervisor:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._finish(Outcome.failed(f"internal error: {type(error).__name__}: {error}"))
 
-    # --- what the leader's guard says -----------------------------------------------------------
+    # --- events of the leader's guard -----------------------------------------------------------
 
     def _silent(self, limit_seconds: float) -> None:
         cause = f"its guard was silent for {limit_seconds:.0f} s"
@@ -271,7 +271,7 @@ class Supervisor:
         self._finish(Outcome.failed(cause, rank=0, node=node, wait=False))
 
     def _hear(self, event: RunEvent) -> None:
-        self._pulse.heard()
+        self._heartbeats.heard()
         match event:
             case Heartbeat():
                 return
@@ -293,16 +293,16 @@ class Supervisor:
         self._attempt.finish(outcome)
 
     async def _end_everything(self, outcome: Outcome) -> dict[str, str]:
-        """Give the processes a moment, then end them; returns what could not be ended, by node."""
+        """Kill the processes that do not exit in time; return the problems, by node."""
         self._journal.set_state("stopping", outcome.cause)
         if self._specification.restart.mode != "never":
             self._processes.tell(StopRun(outcome.cause, outcome.has_failed))
-        reaching = Reaching(self._nodes)
+        killer = RunKiller(self._specification.run_id, self._nodes)
         if outcome.wait:
             await self._processes.wait_for_exit()
-        answered = self._processes.nodes_left_well()
+        answered = self._processes.nodes_without_guards()
         self._processes.kill()
-        left = await reaching.clear(self._specification.run_id, answered=answered)
+        left = await killer.kill(answered=answered)
         for task in self._tasks:
             task.cancel()
         await self._processes.reap()
@@ -311,18 +311,44 @@ class Supervisor:
     # --- locks ----------------------------------------------------------------------------------
 
     def _renew_locks(self) -> None:
-        """Say on every node that it is this process now that has them, and that it lives."""
+        """Make this process the holder of the locks, and show that it lives."""
         if self._specification.locked:
             renew_locks(list(self._nodes.values()), self._specification.run_id)
 
     def _release_locks(self, left: Mapping[str, str]) -> None:
-        """But where something is ``left``: such a node is out of reach, or not yet another's."""
+        """Release the locks on all nodes except those where processes may still be alive."""
         if self._specification.locked:
             nodes = [node for name, node in self._nodes.items() if name not in left]
             release_locks(nodes, self._specification.run_id)
 
 
-# --- as a process, or inside one ----------------------------------------------------------------
+# --- the process --------------------------------------------------------------------------------
+
+
+def _obey_signals(supervisor: Supervisor, on_interrupt: Callable[[bool], None] | None) -> None:
+    """Install signal handlers that stop the run.
+
+    SIGTERM and SIGHUP stop it; the first SIGINT too, if ``on_interrupt`` is given. The second
+    SIGINT kills its processes. Without ``on_interrupt``, SIGINT is ignored until the run is being
+    stopped, and kills its processes then.
+    """
+    loop = asyncio.get_running_loop()
+
+    def interrupted() -> None:
+        first = not supervisor.stopping
+        if on_interrupt is not None:
+            on_interrupt(first)
+        if not first:
+            supervisor.force()
+        elif on_interrupt is not None:
+            supervisor.stop("interrupted")
+
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    loop.add_signal_handler(signal.SIGTERM, supervisor.stop, "stopped")
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        loop.add_signal_handler(signal.SIGHUP, supervisor.stop, "the terminal was closed")
+    # A supervisor that Ctrl-Z has stopped would look dead to its guards.
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)
 
 
 async def _supervise(
@@ -330,21 +356,21 @@ async def _supervise(
 ) -> RunRecord:
     record = read_record(folder)
     if record is None:
-        raise ClusterError(f"{folder} holds no run")
+        raise ClusterError(f"{folder} contains no run")
     supervisor = Supervisor(read_specification(folder), record, listener)
-    obey_signals(supervisor, on_interrupt)
+    _obey_signals(supervisor, on_interrupt)
     return await supervisor.run()
 
 
 def supervise(
     folder: Path, listener: Listener, on_interrupt: Callable[[bool], None] | None = None
 ) -> RunRecord:
-    """Run a prepared run to its end in this process, and obey this process's signals meanwhile.
+    """Supervise a prepared run in this process until it ends, and handle signals.
 
     Args:
         folder: the run's folder.
-        listener: hears every event of the run but heartbeats.
-        on_interrupt: see ``signals.obey_signals``.
+        listener: receives every event of the run except heartbeats.
+        on_interrupt: called at each Ctrl-C, with True at the first; None ignores Ctrl-C.
 
     Returns:
         The final record.
@@ -353,7 +379,7 @@ def supervise(
 
 
 def main() -> None:
-    """Be the supervisor that ``launch --detach`` leaves behind."""
+    """Run the supervisor that ``launch --detach`` starts in the background."""
     try:
         record = supervise(Path(sys.argv[1]), lambda event: None)
     except K2Error as error:

@@ -62,7 +62,7 @@ def calibration_lines(members: Mapping[str, Any]) -> list[str]:
         f"reads {rates['read_bytes_per_second'] / 1e9:.3g} GB/s {within['read_bytes_per_second']}, "
         f"computes {rates['dense_flops_per_second'] / 1e12:.3g} TFLOP/s "
         f"{within['dense_flops_per_second']}, {rates['dense_layer_seconds'] * 1e6:.0f} us "
-        f"{within['dense_layer_seconds']} per layer beside that"
+        f"{within['dense_layer_seconds']} per layer in addition"
     ]
     if members["collective_seconds"] is not None:
         seconds = members["collective_seconds"]
@@ -73,11 +73,11 @@ def calibration_lines(members: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"the machines were busy: repetitions of {', '.join(members['noisy'])} differ by "
             f"{members['deviation']:.0%}; predictions are as much less certain. Calibrate again "
-            "when there is nothing else to do"
+            "when the machines are idle"
         )
     elif members["deviation"]:
         lines.append(f"repetitions differ by {members['deviation']:.1%}: the machines were quiet")
     else:
         lines.append("too few repetitions to tell how quiet the machines were")
-    lines.append(f"kept in {members['file']}; k2 plan-memory uses it for these machines")
+    lines.append(f"saved in {members['file']}; k2 plan-memory uses it for these machines")
     return lines

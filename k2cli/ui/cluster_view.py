@@ -9,12 +9,12 @@ from k2cli.ui.output import note, print_text, warn
 from k2cli.units import format_bytes, format_gib
 
 if TYPE_CHECKING:
-    from k2cli.agent.activity import RunHere
+    from k2cli.agent.activity import RunActivity
     from k2cli.agent.clean import Cleared
     from k2cli.agent.locks import Lock
     from k2cli.cluster.description import Cluster, ClusterNode, Link
-    from k2cli.cluster.discovery import NodeAsked, NodeBusy
-    from k2cli.nodes.install import Prepared, Step
+    from k2cli.cluster.discovery import NodeActivity, NodeAnswer
+    from k2cli.nodes.install import InstallStep, Prepared
     from k2cli.runs.clean import CleanReport
 
 
@@ -44,7 +44,7 @@ def _removed(run: Cleared) -> list[tuple[str, bool]]:
     return [("its lock", run.removed_lock), ("its files", run.removed_files)]
 
 
-def show_step(step: Step) -> None:
+def show_step(step: InstallStep) -> None:
     """Print a line on stderr when a step of preparing a machine begins."""
     note(f"{step.node}: {step.text}")
 
@@ -56,7 +56,7 @@ def show_prepared(result: Prepared) -> None:
         note(f"  hint: {result.hint}")
 
 
-def show_answer(answer: NodeAsked) -> None:
+def show_answer(answer: NodeAnswer) -> None:
     """Print on stderr the facts of a machine that answered, and warn if k2 is missing there."""
     if answer.facts is not None:
         facts = answer.facts
@@ -68,7 +68,7 @@ def show_answer(answer: NodeAsked) -> None:
 
 def print_cluster(
     cluster: Cluster,
-    activities: Mapping[str, NodeBusy] | None = None,
+    activities: Mapping[str, NodeActivity] | None = None,
     problems: Mapping[str, str] | None = None,
 ) -> None:
     """Print a cluster: a block per machine, with its links to the machines after it.
@@ -101,7 +101,7 @@ def _title(node: ClusterNode) -> str:
 
 def _details(
     node: ClusterNode,
-    activities: Mapping[str, NodeBusy] | None,
+    activities: Mapping[str, NodeActivity] | None,
     problems: Mapping[str, str] | None,
 ) -> list[str]:
     if not node.memory_bytes:
@@ -128,7 +128,7 @@ def _lock(lock: Lock) -> str:
     return f"taken by {claim.run_id} of {claim.user} from {claim.host}{state}"
 
 
-def _run(run: RunHere) -> str:
+def _run(run: RunActivity) -> str:
     return f"runs {run.run_id}: {run.processes} processes, {format_bytes(run.resident_bytes)}"
 
 

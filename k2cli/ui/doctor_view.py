@@ -28,7 +28,7 @@ def print_report(report: Report) -> None:
             _print_hint(hint)
     print_text()
     if report.recommendation is not None:
-        _print_wrapped("back end", f"{report.recommendation.backend}: {_reason(report)}")
+        _print_wrapped("transport", f"{report.recommendation.backend}: {_reason(report)}")
     for setting in report.settings:
         value = "leave unset" if setting.value is None else setting.value
         _print_wrapped(setting.name, f"{value}: {setting.reason}")
@@ -62,7 +62,7 @@ def _print_finding(status: str, label: str, text: str) -> None:
 
 def _print_hint(hint: str) -> None:
     # Commands are not wrapped, so that they can be copied.
-    print_text(f"{'':15}mend:  {hint}")
+    print_text(f"{'':15}fix:   {hint}")
 
 
 def _print_wrapped(label: str, text: str) -> None:

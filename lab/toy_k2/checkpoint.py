@@ -1,7 +1,7 @@
 """A toy of Kimi K2: the real ``kimi_k2`` architecture, vocabulary format and chat format, small.
 
-It answers nonsense, always the same, and fits everywhere: tests and trials use it where the real
-one would need a terabyte. Weights are drawn at random in packed form, so nothing is rounded and
+Its answers are meaningless but reproducible. Tests and trials use it because the real model would
+need a terabyte. Weights are drawn at random in packed form, so nothing is rounded and
 the file needs neither mlx nor much time. Activations are meant to be float32 (scales are).
 """
 
@@ -59,7 +59,7 @@ class ToyShape:
     def __post_init__(self) -> None:
         if self.layers < 2 or self.experts < self.experts_per_token or self.heads < 1:
             raise UsageError(
-                "a toy needs at least 2 layers, a head, and as many experts as a token takes"
+                "a toy needs at least 2 layers, 1 head, and as many experts as a token is routed to"
             )
         if self.bits not in (None, 2, 4, 8) or self.group_size not in (32, 64, 128):
             raise UsageError("a toy has 2, 4 or 8 bits in groups of 32, 64 or 128")
@@ -71,7 +71,9 @@ class ToyShape:
         }  # fmt: skip
         for name, size in inputs.items():
             if size < 1 or size % self.group_size:
-                raise UsageError(f"{name} = {size} is no multiple of the group, {self.group_size}")
+                raise UsageError(
+                    f"{name} = {size} is not a multiple of the group size {self.group_size}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +266,7 @@ def _plain(spec: TensorSpec, random: numpy.random.Generator) -> NDArray[Any]:
 def _uniform(
     random: numpy.random.Generator, shape: tuple[int, ...], deviation: float
 ) -> NDArray[Any]:
-    """float32 values, uniform around 0, of the given standard deviation."""
+    """Draw float32 values, uniform around 0, with the given standard deviation."""
     import numpy as np
 
     unit = random.random(shape, np.float32) - np.float32(0.5)

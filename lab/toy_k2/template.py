@@ -1,4 +1,4 @@
-"""A chat template that writes what Kimi K2's does, for the toy.
+"""A chat template for the toy with the same output as that of Kimi K2.
 
 Every turn is ``<|im_CLASS|>NAME<|im_middle|>BODY<|im_end|>``; tools are declared in a turn of
 their own before all others, calls stand in the assistant's turn, results come back as

@@ -67,7 +67,7 @@ class Machine:
 
 
 def toy_ranks() -> dict[bytes, int]:
-    """The 256 bytes, then merges learned from the text: ``RANK_COUNT`` tokens to their ranks."""
+    """Return the ranks of ``RANK_COUNT`` tokens: 256 bytes, then merges learned from the text."""
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(K2_PATTERN), "isolated")
@@ -103,18 +103,18 @@ def _merged(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 
 def ranks_file(ranks: dict[bytes, int]) -> bytes:
-    """The ranks in tiktoken's format: a line of base64 and rank for each."""
+    """Return the ranks in tiktoken's format: a line with base64 and rank for each token."""
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
     return b"".join(lines)
 
 
 def special_id(token: str) -> int:
-    """The id of a special token of the toy."""
+    """Return the id of a special token of the toy."""
     return RANK_COUNT + _SPECIAL[token][0]
 
 
 def toy_tokenizer_config() -> dict[str, Any]:
-    """``tokenizer_config.json`` as K2 ships it, without the entry that would run its code."""
+    """Return the ``tokenizer_config.json`` of K2 without the entry that would run its code."""
     return {
         "tokenizer_class": "TikTokenTokenizer",
         "bos_token": "[BOS]",

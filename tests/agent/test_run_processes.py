@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from k2cli.agent.activity import RunHere, activity
-from k2cli.agent.clean import clean_here
+from k2cli.agent.activity import RunActivity, activity
+from k2cli.agent.clean import clean_machine
 from k2cli.agent.openmpi import OpenMpi
 from k2cli.agent.run_processes import kill_run, processes_of_run, run_of
 from k2cli.guard.spawn import rank_arguments
@@ -81,7 +81,7 @@ def _stop(run_id: str) -> None:
 
 
 def _clean(run_id: str) -> None:
-    (cleared,) = clean_here(live=frozenset()).cleared
+    (cleared,) = clean_machine(live=frozenset()).cleared
     assert (cleared.run_id, cleared.ended_processes, cleared.remaining) == (run_id, 6, ())
 
 
@@ -98,7 +98,7 @@ def test_a_run_of_the_version_before_the_mark_is_seen_and_ended(
             lambda: {found.pid for found in processes_of_run(run_id)} == pids, SECONDS, "all six"
         )
         (here,) = [run for run in activity().runs if run.run_id == run_id]
-        assert isinstance(here, RunHere)
+        assert isinstance(here, RunActivity)
         assert here.processes == 6
         end(run_id)
         assert [process.wait(SECONDS) for process in started] == [-9] * 6
@@ -133,8 +133,8 @@ def test_what_k2_starts_carries_the_mark_whatever_its_modules_are_called() -> No
     for major in (4, 5):
         mpirun = OpenMpi(Path("/m/mpirun"), major)
         command = _renamed(mpi_command(RUN, [LocalNode()], mpirun, Path("/tmp/x")).arguments)
-        seat = command.index("-P")
-        assert run_of(command[:seat]) == run_of(command[seat:]) == RUN
+        slot = command.index("-P")
+        assert run_of(command[:slot]) == run_of(command[slot:]) == RUN
 
 
 def _renamed(command: list[str] | tuple[str, ...]) -> list[str]:

@@ -15,6 +15,7 @@ from benchmarks.report import (
     document,
     into_document,
     merged,
+    replace_rows,
     rows_of,
     table,
 )
@@ -81,6 +82,13 @@ def test_table_goes_between_its_marks_and_nowhere_else() -> None:
     assert into_document(page, "new \\1") == f"before\n{BEGIN}\n\nnew \\1\n\n{END}\nafter \\1\n"
     with pytest.raises(ValueError, match="one"):
         into_document("no marks", "new")
+
+
+def test_starts_measured_again_replace_their_lines_of_a_page() -> None:
+    first, old = _row(0.9, 1.0), replace(_row(0.8, None), work="start")
+    new = replace(old, unit="s")
+    page = f"text\n{table([first, old])}\n"
+    assert replace_rows(page, [new]) == f"text\n{table([first, new])}\n"
 
 
 def test_a_part_measured_again_replaces_its_rows_and_no_others() -> None:

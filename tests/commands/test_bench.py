@@ -10,7 +10,6 @@ import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import pytest
 
@@ -19,6 +18,7 @@ from k2cli.bench.formats import to_csv, to_json_lines, to_sql
 from k2cli.bench.measure import RepetitionDone, RowDone, measure
 from k2cli.bench.prompts import PromptMaker
 from k2cli.bench.report import BenchReport, BenchRow, RunDescription, Sample, mean_and_deviation
+from k2cli.client.client import Completion
 from k2cli.errors import K2Error, UsageError
 from k2cli.protocol import Finished, Generate, PromptProgress, Tokens
 from k2cli.server.engine_client import EngineEvent, EngineUnavailable
@@ -43,7 +43,7 @@ def test_sizes() -> None:
     for wrong in ("", "a", "1,,2", "-1", "1.5"):
         with pytest.raises(UsageError):
             parse_sizes(wrong, "-p")
-    with pytest.raises(UsageError, match="the least is 1"):
+    with pytest.raises(UsageError, match="the minimum is 1"):
         parse_sizes("0", "-c", at_least=1)
     with pytest.raises(UsageError, match="nothing to measure"):
         make_cases([0], [0], [0], [1])
@@ -65,21 +65,28 @@ def test_prompts_have_the_exact_length_and_differ(letters_per_token: int) -> Non
         prompts = [maker.make(length) for _ in range(5)]
         assert {len(prompt) for prompt in prompts} == {length}
         assert length < 10 or len({tuple(prompt[:10]) for prompt in prompts}) == 5
-    with pytest.raises(K2Error, match="no prompt of 5 tokens"):
+    with pytest.raises(K2Error, match="cannot make a prompt of 5 tokens"):
         PromptMaker(lambda text: [1]).make(5)
 
 
 # --- arithmetic ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Times:
-    started_at: float
-    first_token_at: float
-    last_token_at: float
-    cached_tokens: int = 0
-    timings: None = None
-    token_times: tuple[float, ...] = ()
+def completion(
+    started: float, times: tuple[float, ...], *, cached: int = 0, counted: bool = False
+) -> Completion:
+    """Return a completion whose tokens come at ``times``, from a server without timings."""
+    return Completion(
+        started_at=started,
+        first_token_at=times[0],
+        last_token_at=times[-1],
+        ended_at=times[-1],
+        prompt_tokens=0,
+        completion_tokens=len(times),
+        cached_tokens=cached,
+        timings=None,
+        token_times=times if counted else (),
+    )
 
 
 class Clockwork:
@@ -97,13 +104,13 @@ class Clockwork:
     def tokenize(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def complete(self, prompt: list[int], tokens: int) -> Times:
+    def complete(self, prompt: list[int], tokens: int) -> Completion:
         with self._lock:
             started = 0.0 if self._now < 1e9 else self._now
             first = self._now + len(prompt) / PREFILL_RATE
             last = first + (tokens - 1) / DECODE_RATE
             self._now = last
-        return Times(started, first, last, self._cached)
+        return completion(started, (first, last), cached=self._cached)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +143,13 @@ class Staggered:
     def tokenize(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def complete(self, prompt: list[int], tokens: int) -> Times:
+    def complete(self, prompt: list[int], tokens: int) -> Completion:
         with self._lock:
             first = float(self._asked % 2)
             self._asked += 1
         # The first one waits for the second one's prompt after its first token.
         later = [1.0 + 0.1 * (index + 1) for index in range(tokens - 1)]
-        return Times(0.0, first, later[-1], token_times=(first, *later))
+        return completion(0.0, (first, *later), counted=True)
 
 
 def test_answers_at_once_are_measured_while_all_are_being_answered() -> None:

@@ -57,7 +57,8 @@ def test_one_shot_gives_the_answer_alone_on_stdout(engine: ScriptedEngine, url: 
     done = run_k2("chat", *options, "--seed", "5", "--max-tokens", "50")
     assert (done.returncode, done.stdout) == (0, "**Paris**. 😀\n")
     assert re.fullmatch(
-        r"5 prompt tokens · 13 tokens · 6\.0 tokens/s · first after .* · .* in all\n", done.stderr
+        r"5 prompt tokens · 13 tokens · 6\.0 tokens/s · first token after .* · .* in all\n",
+        done.stderr,
     )
     assert prompts(engine) == ["<system>Brief<user>Where?<assistant>"]
     request = engine.submitted[0]
@@ -223,7 +224,7 @@ def test_a_conversation(engine: ScriptedEngine, terminal: Terminal) -> None:
     terminal.expect("no command '/nonsense'")
     engine.answer("Fresh.")
     terminal.type("/clear\r")
-    terminal.expect("forgotten")
+    terminal.expect("new conversation")
     terminal.type("Who?\r")
     terminal.expect("Fresh.")
     terminal.type("/exit\r")

@@ -48,7 +48,7 @@ def test_a_node_that_cannot_be_reached_is_a_finding_with_its_mending() -> None:
     assert done.exit_code == 5
     assert "FAIL  ssh" in done.stdout
     assert "no-such-host.invalid" in done.stdout
-    assert "mend:" in done.stdout
+    assert "fix:" in done.stdout
     assert "ok    ssh             localhost" in done.stdout
 
 
@@ -57,14 +57,14 @@ def test_for_people_it_fits_80_columns() -> None:
     assert done.exit_code == 5
     lines = done.stdout.splitlines()
     # What is to be copied into a shell is not broken.
-    assert all(len(line) <= 80 for line in lines if "mend:" not in line)
+    assert all(len(line) <= 80 for line in lines if "fix:" not in line)
     assert lines[-1] == "2 failed, 2 warned, 5 passed"
 
 
 def test_warnings_alone_exit_with_0() -> None:
     done = _k2("--replay", str(DATA / "healthy-pair"))
     assert done.exit_code == 0
-    assert "back end:             jaccl" in done.stdout
+    assert "transport:            jaccl" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_a_terminal_without_utf8_gets_ascii_bars() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([K2, "--hardware", "0x m3-ultra-512"], "counts no machine"),
+        ([K2, "--hardware", "0x m3-ultra-512"], "names 0 machines"),
         ([K2, "--context", "999999"], "999,999 tokens is beyond"),
         (["no/such/folder"], "no/such/folder"),
         ([K2, "--context", "many"], "--context"),

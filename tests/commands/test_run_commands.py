@@ -110,7 +110,7 @@ def test_a_detached_run_from_launch_to_stop(
     assert not [entry for entry in logs if entry["rank"] == "mpirun"]
     again = k2("stop", run["run_id"])
     assert again.returncode == 0
-    assert "had ended already" in again.stdout
+    assert "had already ended" in again.stdout
 
 
 def test_ctrl_c_stops_a_run_in_the_foreground(toy_k2: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_live_run_is_found_with_its_key(record: RunRecord) -> None:
             assert run_k2("chat", name, "-p", "x", "--max-tokens", "1").returncode == 0
         done = run_k2("chat", "demo", "-p", "x")
         assert done.returncode == 1
-        assert "no live run serves 'demo'; there is toy" in done.stderr
+        assert "no live run serves 'demo'; live runs serve toy" in done.stderr
         assert "hint: k2 launch demo --detach" in done.stderr
         done = run_k2("bench", "-p", "8", "-n", "0", "-r", "1", "-o", "json")
         assert json.loads(done.stdout)["run"] == {

@@ -22,7 +22,7 @@ def _bad(report: Report) -> list[CheckResult]:
     return [result for result in report.results if result.status in ("warn", "fail")]
 
 
-def test_a_healthy_pair_has_nothing_to_mend_and_uses_rdma() -> None:
+def test_a_healthy_pair_passes_and_uses_rdma() -> None:
     report = replay(HEALTHY)
     assert _bad(report) == []
     assert not report.failed
@@ -62,7 +62,7 @@ class Fault:
     status: str
     check: str
     says: str
-    mend: str = ""
+    hint: str = ""
     backend: str = "jaccl"
 
 
@@ -135,7 +135,7 @@ def test_one_fault_gives_its_finding(tmp_path: Path, fault: Fault) -> None:
     found = [result for result in _bad(report) if result.name == fault.check]
     assert [result.status for result in found][:1] == [fault.status], report.results
     assert fault.says in found[0].detail
-    assert fault.mend in str(found[0].hint)
+    assert fault.hint in str(found[0].hint)
     others = {result.name for result in _bad(report)} - {fault.check, "system", "RDMA", "mpirun"}
     assert not others
     assert report.recommendation is not None
@@ -150,7 +150,7 @@ def _needing(total: int) -> Callable[[dict[str, object]], None]:
 
 
 @pytest.mark.parametrize(
-    ("total", "check", "says", "mend"),
+    ("total", "check", "says", "hint"),
     [
         (112_000_000_000, "memory", "1.0 GB too little; held by WindowServer (412)", "plan-memory"),
         (120_000_000_000, "GPU limit", "the plan needs 120.0 GB", "iogpu.wired_limit_mb=115465"),
@@ -158,7 +158,7 @@ def _needing(total: int) -> Callable[[dict[str, object]], None]:
     ],
 )
 def test_what_a_plan_needs_is_compared(
-    tmp_path: Path, total: int, check: str, says: str, mend: str
+    tmp_path: Path, total: int, check: str, says: str, hint: str
 ) -> None:
     copy = tmp_path / "recording"
     shutil.copytree(HEALTHY, copy)
@@ -168,7 +168,7 @@ def test_what_a_plan_needs_is_compared(
     found = [r for r in replay(copy).results if r.name == check and r.status == "fail"]
     assert [result.node for result in found] == ["node-2"]
     assert says in found[0].detail
-    assert mend in str(found[0].hint)
+    assert hint in str(found[0].hint)
 
 
 def test_cut_off_output_is_a_finding_and_never_an_error(tmp_path: Path) -> None:

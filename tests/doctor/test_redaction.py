@@ -1,4 +1,4 @@
-"""A recording keeps the topology and nothing that says whose it is."""
+"""A recording keeps the topology and nothing that identifies its owner."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_no_name_serial_or_address_remains(tmp_path: Path) -> None:
 
 
 def test_whatever_looks_like_an_identifier_is_a_pseudonym(tmp_path: Path) -> None:
-    """By patterns of this test's own, so that it does not repeat the redactor's mistakes."""
+    """The test has its own patterns, so that it does not repeat the redactor's mistakes."""
     record(_report(), tmp_path / "out")
     written = _everything(tmp_path / "out")
     macs = set(re.findall(r"(?:[0-9a-fA-F]{1,2}:){5}[0-9a-fA-F]{1,2}", written))

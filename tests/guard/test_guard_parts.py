@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from k2cli.agent import ports, run_folder
+from k2cli.agent import locks, ports, run_folder
 from k2cli.errors import UsageError
 from k2cli.guard.liveness import LivenessServer, connect_to_leader
 from k2cli.guard.rank_process import MAX_LINE_CHARACTERS, split_lines
@@ -24,6 +29,7 @@ from k2cli.protocol import (
     LogLine,
 )
 from k2cli.protocol.wire import ConnectionLost
+from k2cli.settings import RUN_OPTION
 
 
 def _bootstrap(rank: int = 0, secret: str = "5e" * 32, port: int = 0) -> Bootstrap:
@@ -155,3 +161,37 @@ def test_a_bootstrap_is_read_once_and_only_by_its_rank() -> None:
     run_folder.write_private("demo-1", "bootstrap-0.json", msgspec.json.encode(_bootstrap(1)))
     with pytest.raises(UsageError, match="is for rank 1"):
         read_bootstrap("demo-1", "bootstrap-{rank}.json", 0)
+
+
+@pytest.fixture
+def lock() -> Path:
+    path = locks.lock_path("demo-1")
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    return path
+
+
+def _run_a_guard_that_fails() -> int:
+    """Run a follower's guard whose launcher is gone from the start."""
+    run_folder.write_private("demo-1", "bootstrap-1.json", msgspec.json.encode(_bootstrap(1)))
+    command = [sys.executable, "-P", "-m", "k2cli.guard.main", RUN_OPTION, "demo-1", "--rank", "1"]
+    return subprocess.run(
+        [*command, "--bootstrap", "bootstrap-1.json", "--worker-module", "json.tool"],
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    ).returncode
+
+
+def test_the_lock_is_released(lock: Path) -> None:
+    assert _run_a_guard_that_fails() == 5
+    assert not lock.exists()
+
+
+def test_a_mutex_that_somebody_keeps_costs_a_lock_but_not_the_end(lock: Path) -> None:
+    mutex = os.open(lock.parent / ".mutex", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(mutex, fcntl.LOCK_EX)
+        assert _run_a_guard_that_fails() == 5
+        assert lock.exists()
+    finally:
+        os.close(mutex)

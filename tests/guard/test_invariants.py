@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 
 from k2cli.errors import ClusterError
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.planning.memory.decode import decode_demand
+from k2cli.planning.memory.decode import decode_activation
 from k2cli.planning.memory.ledger import slack_bytes
 from k2cli.planning.memory.prefill import activation_shape
 from k2cli.protocol import (
@@ -194,7 +194,7 @@ def test_a_follower_is_sent_token_ids_and_no_hidden_states(toy_k2: Path, tmp_pat
 
 @pytest.mark.ranks
 def test_with_two_requests_both_stages_have_steps_in_flight(toy_k2: Path, tmp_path: Path) -> None:
-    """By the leader's own books: while it works on one batch, the other is with the follower."""
+    """Read the leader's trace: while it works on one batch, the other is with the follower."""
     trace = tmp_path / "trace"
     environment = _faulty(TRACE=str(trace))
     parts = assignments(toy_k2, "pipeline", 2, concurrency=4)
@@ -244,7 +244,7 @@ def test_tensor_ranks_whose_sums_are_of_different_steps_end_the_run(
 
 
 def test_a_rank_reads_its_own_part_tensor_by_tensor(toy_k2: Path) -> None:
-    """By pipeline 1.02 times its part at most; by tensor never more than is stored.
+    """Limits of the bytes read: 1.02 times a pipeline part; for tensor, no more than is stored.
 
     What a tensor rank reads beside its part are gaps of under 32 KiB between its slices, which
     are read through (``tensor_reader``); in the toy nearly all are.
@@ -271,9 +271,9 @@ def test_a_rank_reads_its_own_part_tensor_by_tensor(toy_k2: Path) -> None:
     [
         ("pipeline", "HOLDINGS", "missing", "is held by"),
         ("pipeline", "HOLDINGS", "twice", "model.norm.weight"),
-        ("tensor", "CANARY", "1", "canary failed: rank 1 disagrees with rank 0"),
+        ("tensor", "SELF_TEST", "1", "self-test failed: rank 1 disagrees with rank 0"),
     ],
-    ids=["missing", "twice", "canary"],
+    ids=["missing", "twice", "self-test"],
 )
 def test_a_part_that_is_not_right_is_refused_before_ready(
     strategy: str, name: str, value: str, message: str, toy_k2: Path, tmp_path: Path
@@ -335,7 +335,7 @@ def test_requests_that_come_and_go_stay_within_the_planned_cache(
     stage = engine._queue._executor.stage
     weights = sum(value.nbytes for _, value in tree_flatten(stage.model.parameters()))
     planned = kv_cache_bytes(stage, CONTEXT) * CONCURRENCY
-    step = decode_demand(
+    step = decode_activation(
         activation_shape(vars(stage.model.args)),
         device="cpu",
         context_length=CONTEXT,

@@ -1,4 +1,4 @@
-"""What kernels write of processes that they killed for memory: published records, read back.
+"""Published records of kernels about processes that they killed for memory, read back.
 
 Log lines: GitHub equinor/ert#7797 (global), kubernetes-sigs/aws-efs-csi-driver#1218 (control group)
 and openbmc/openbmc#1887 (before Linux 5.0). The entry of a killed process on Apple's systems: Apple

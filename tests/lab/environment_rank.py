@@ -1,7 +1,7 @@
-"""A program in the place of a rank: it keeps what MLX is told by its environment.
+"""A program in the place of a rank that records MLX's settings in its environment.
 
-Started by ``mlx.launch``, where it ends then, and by k2's guards, where it waits to be ended: the
-end of one rank is the end of all. A value that is a file's name is replaced by what it holds.
+``mlx.launch`` starts it and expects it to end. k2's guards start it too, and there it waits to be
+ended, since the end of one rank ends all. File names are replaced by the content of the file.
 """
 
 from __future__ import annotations

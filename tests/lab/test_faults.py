@@ -13,7 +13,7 @@ from lab.trial import try_fault
 
 pytestmark = [pytest.mark.lab, pytest.mark.ranks, pytest.mark.timeout(180)]
 
-# Each kind once, over both back ends and both placements; scripts/soak runs the whole table.
+# Each kind once, over all transports and both placements; scripts/soak runs the whole table.
 SELECTION = [
     ("k2-missing", "ring", "pipeline"),
     ("host-key", "ring", "pipeline"),

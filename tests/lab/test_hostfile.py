@@ -26,7 +26,7 @@ from k2cli.launch.request import LaunchRequest
 from k2cli.launch.prepare import prepare_run
 model, backend, rank = sys.argv[1:]
 request = LaunchRequest(model, cluster="pair", transport=backend, worker=rank, force=True)
-launch_here(prepare_run(request), print, lambda first: None)
+launch_here(prepare_run(request).record, print, lambda first: None)
 """
 RDMA: dict[str, list[list[Any]]] = {
     # Two cables between the two machines, and one.
@@ -48,7 +48,7 @@ def _files(lab: Lab) -> list[Path]:
 
 
 def _told(lab: Lab) -> list[dict[str, Any]]:
-    """What each rank has kept, ports aside: each launcher chooses its own."""
+    """Return the environment that each rank recorded, without ports, which launchers choose."""
     found = []
     for path in _files(lab):
         told = json.loads(path.read_text())

@@ -21,7 +21,7 @@ CONNECT += "s.recv(1); print(time.time() - t)"
 
 
 def _outside() -> set[str]:
-    """What a lab could leave on the machine: mounts and network devices."""
+    """Return mounts and network devices, which a lab could leave on the machine."""
     mounts = Path("/proc/self/mounts").read_text().splitlines()
     return {*mounts, *os.listdir("/sys/class/net")}
 
@@ -150,7 +150,7 @@ def test_the_command_line(session_lab: Lab) -> None:
     assert done.stderr == "error: lab 'none' is not up\nhint: scripts/lab up --name none\n"
     done = scripts_lab("up", "--name", "../x")
     assert done.returncode == 1
-    assert "'../x' is no name for a lab" in done.stderr
+    assert "'../x' is not a valid lab name" in done.stderr
     # Imported as root, since another user may not be able to read this Python.
     code = "import os, lab.__main__ as m; os.setuid(65534); raise SystemExit(m.main(['up']))"
     refused = subprocess.run(

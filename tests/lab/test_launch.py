@@ -82,7 +82,7 @@ def test_two_hosts_answer_like_one_rank(
 
 
 def test_one_machine_launches_on_two_others(lab: Lab, toy_k2: Path) -> None:
-    """From the console, which has no rank and no model: the API is the leader's."""
+    """Launch from the console, which has no rank and no model; the leader serves the API."""
     hidden = str(toy_k2.parent)
     lab.exec("console", ["mount", "-t", "tmpfs", "none", hidden])
     run = LabRun(lab, toy_k2, "ring", "pipeline", detach=True, host="console")

@@ -1,4 +1,4 @@
-"""Command lines of guards and of mpirun, and finding Open MPI."""
+"""Test the command lines of guards and mpirun, the transport, and the search for Open MPI."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from k2cli.agent import openmpi
 from k2cli.agent.openmpi import OpenMpi, find_openmpi
 from k2cli.errors import ClusterError, UsageError
-from k2cli.launch.guard_commands import choose_transport, direct_commands, mpi_command
+from k2cli.launch.guard_commands import direct_commands, mpi_command
 from k2cli.launch.mpi_remote import daemon_command, split_host
+from k2cli.launch.transport import choose_transport
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.ssh import SshNode
 
@@ -67,13 +68,13 @@ def test_mpirun_between_machines_starts_each_node_s_python_in_rank_order() -> No
     mpi = OpenMpi(Path("/m/mpirun"), 5)
     command = mpi_command("demo-1", nodes, mpi, SCRATCH, networks=networks)
     contexts = " ".join(command.arguments).split(" : ")
-    seats = [
+    slots = [
         f"-np 1 --host {name} /{name}/python -P -m k2cli.guard.mpi_slot_process "
         f"--k2-run demo-1 --rank {rank}"
         for rank, name in enumerate("aba")
     ]
-    assert contexts[0].endswith(seats[0])
-    assert contexts[1:] == seats[1:]
+    assert contexts[0].endswith(slots[0])
+    assert contexts[1:] == slots[1:]
     assert "--mca btl_tcp_if_include 10.0.0.0/24,10.0.1.0/24" in contexts[0]
 
 

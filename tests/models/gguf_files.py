@@ -24,13 +24,13 @@ SHAPES = {
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of the rows of q and k: halves of a head become neighbours."""
+    """Reorder rows of q and k like llama.cpp: halves of a head become neighbours."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def original_weights(seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights in the original's order, by GGUF's names."""
+    """Make weights in the original's order, by GGUF's names."""
     random = np.random.default_rng(seed)
     weights = {
         "token_embd.weight": random.normal(size=(len(TOKENS), HIDDEN)),
@@ -54,7 +54,7 @@ def write_llama(
     tokenizer_model: str = "gpt2",
     pre: str = "smollm",
 ) -> Path:
-    """Write ``weights``, in the original's order, as llama.cpp's converter would."""
+    """Write ``weights``, given in the original's order, like llama.cpp's converter."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
     writer.add_context_length(1024)

@@ -1,4 +1,4 @@
-"""A Hub on this machine for the real client: one repository, the refusals and faults there can be.
+"""A Hub on this machine for the real client, with one repository, refusals and faults.
 
 A file may have a fault: ``ignores ranges``, ``breaks off`` (in the middle of an answer),
 ``redirects`` (to another path, as the Hub does to its store), ``refuses`` (403) or ``fails once``
@@ -113,10 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(data[start : start + 2**16])
                 self.sent.append(len(data[start : start + 2**16]))
         except OSError:
-            self.close_connection = True  # the client had enough
+            self.close_connection = True  # the client closed the connection
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing."""
+        """Suppress the log."""
 
 
 def _etag(data: bytes) -> str:
@@ -125,7 +125,7 @@ def _etag(data: bytes) -> str:
 
 @contextmanager
 def mock_hub(folder: Path, faults: dict[str, str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Serve ``folder`` as ``mock/model``; gives the address and the list of requests."""
+    """Serve ``folder`` as ``mock/model``; yield the address and the list of requests."""
     with counting_hub(folder, faults) as (address, requested, _):
         yield address, requested
 
@@ -134,7 +134,7 @@ def mock_hub(folder: Path, faults: dict[str, str] | None = None) -> Iterator[tup
 def counting_hub(
     folder: Path, faults: dict[str, str] | None = None
 ) -> Iterator[tuple[str, list[str], list[int]]]:
-    """``mock_hub`` that also gives the sizes of all pieces of bodies that were sent."""
+    """Run ``mock_hub``; also yield the sizes of all pieces of bodies that were sent."""
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     with hub_of(files, faults) as served:
         yield served
@@ -144,7 +144,7 @@ def counting_hub(
 def hub_of(
     files: dict[str, bytes], faults: dict[str, str] | None = None
 ) -> Iterator[tuple[str, list[str], list[int]]]:
-    """``counting_hub`` of files in memory; what is changed in ``files`` is served from then on."""
+    """Run ``counting_hub`` on files in memory; changes of ``files`` take effect at once."""
     state = {"files": files, "requested": [], "faults": dict(faults or {}), "sent": []}
     handler = type("Handler", (_Handler,), state)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -1,4 +1,4 @@
-"""Texts to compare models and tokenizers on."""
+"""Texts on which models and tokenizers are compared."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _ALPHABETS = (
 
 
 def random_text(source: random.Random) -> str:
-    """A mixture of scripts, spaces and marks, or of any characters at all."""
+    """Draw a mixture of scripts, spaces and marks, or of any characters."""
     length = source.randrange(1, 50)
     if source.random() < 0.7:
         return "".join(source.choice(source.choice(_ALPHABETS)) for _ in range(length))

@@ -1,4 +1,4 @@
-"""Headers that are cut short or lie, drawn by hypothesis: an error that says so, or the truth.
+"""Truncated or wrong headers, drawn by hypothesis: a clear error, or a correct result.
 
 The same bytes go to the reader of folders and, over a mock Hub, to the reader of ranges.
 """
@@ -39,7 +39,7 @@ junk = st.recursive(
 
 @st.composite
 def headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
-    """A header that is right, with up to three of its numbers changed; and the bytes of data."""
+    """Draw a correct header with up to three of its numbers changed, and the bytes of data."""
     header: dict[str, Any] = {}
     end = 0
     for index in range(draw(st.integers(0, 4))):
@@ -71,7 +71,7 @@ def headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    """Such a header in a file: perhaps of another length than it says, perhaps cut short."""
+    """Draw such a header in a file, perhaps with a wrong length, perhaps cut short."""
     header, data = draw(headers())
     text = json.dumps(header).encode()
     length = draw(st.one_of(st.just(len(text)), st.just(len(text)), st.integers(0, 2**64 - 1)))
@@ -80,7 +80,7 @@ def files(draw: st.DrawFn) -> bytes:
 
 
 def check_truth(tensors: dict[str, StoredTensor], size: int) -> None:
-    """What was believed describes every byte of the file behind the header, once."""
+    """Check that the accepted tensors describe every byte of the file after the header, once."""
     end = None
     for tensor in tensors.values():
         assert prod(tensor.shape) * DTYPE_BITS[tensor.dtype] == tensor.nbytes * 8
@@ -110,12 +110,12 @@ def test_a_header_is_true_or_an_error(tmp_path: Path, content: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[dict[str, bytes]]:
-    """Files of the repository ``mock/model``: what a test puts here is served."""
+    """Files of the repository ``mock/model``; a test adds the files to serve."""
     from huggingface_hub import constants, hf_api
 
     files: dict[str, bytes] = {}
     with pytest.MonkeyPatch.context() as patch, hub_of(files) as (address, _, _):
-        # What it made of HF_ENDPOINT when it was imported.
+        # The value that the library derived from HF_ENDPOINT when it was imported.
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "ENDPOINT", address)
@@ -141,7 +141,7 @@ def test_ranges_of_a_repository_say_what_the_file_says(
 
 
 def _outcome(read: Callable[[], dict[str, StoredTensor]], name: str) -> object:
-    """What was read, or the words of the error, without the file's name."""
+    """Return the tensors that were read, or the error's message without the file's name."""
     try:
         tensors = read()
     except K2Error as error:
@@ -169,7 +169,7 @@ def test_a_gguf_cut_or_changed_anywhere_is_planned_or_an_error(
         check_error(error, "model.gguf")
     else:
         assert checkpoint.tensors
-        assert len(damaged) == len(whole)  # a file cut short is never believed
+        assert len(damaged) == len(whole)  # a truncated file is never accepted
 
 
 def _gguf(folder: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""The catalog: carried shapes against published parameter counts and sizes, and the page of it."""
+"""The catalog: shapes compared with published parameter counts and sizes, and its page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k2cli.models.inspection import inspect_model
 from k2cli.planning.config_check import check_config, text_config
 
 NOT_IN_MLX_LM = {"deepseek-v4-flash", "deepseek-v4-pro"}
-"""Shapes that k2 carries to say at once that they cannot run."""
+"""Shapes of models that cannot run, which k2 carries to say so at once."""
 
 VISION_BYTES = 1_000_000_000
 """Published sizes count a vision tower, at most half a billion parameters in bf16."""
@@ -24,27 +24,27 @@ HEADER_SHARE, FILES_BYTES = 1e-4, 20_000_000
 """Published totals count headers, some a tokenizer's files, and keep routers' biases in float32."""
 
 UNEXPLAINED = {"k3": 0.005}
-"""Off by more than its rounding: 7 GB of Kimi K3, which whether the projections into the experts'
-narrower space are packed would explain. Its config does not say."""
+"""Difference beyond rounding: 7 GB of Kimi K3. Packed projections into the experts' narrower space
+would explain it, but its config does not say if they are packed."""
 
 EXACT = re.compile(
     r"glm-4\.7-[468]bit|glm-5-(bf16|mxfp8)|nemotron-(70b|3-nano-30b)-\dbit|minimax-m2\.[15]-\dbit"
 )
-"""Published to the byte, as the sum over their tensors: met to the byte."""
+"""Published to the byte, as the sum over their tensors: equal to the byte."""
 
 CARRIED = [entry for entry in catalog().values() if entry.config_folder is not None]
 TRACED = [e for e in CARRIED if e.config_folder and e.config_folder.name not in NOT_IN_MLX_LM]
 
 
 def rounding(size: int) -> float:
-    """Half a unit of the last digit that was published, if it was rounded at all."""
+    """Return half a unit of the last published digit; 0 if the number was not rounded."""
     digits = str(size)
     zeros = len(digits) - len(digits.rstrip("0"))
     return 10**zeros / 2 if zeros > 3 else 0.0
 
 
 def has_vision(entry: CatalogEntry) -> bool:
-    """Whether the repository holds a vision tower beside what k2 plans."""
+    """True if the repository holds a vision tower beside the model that k2 plans."""
     config = inspect_model(entry.alias).config
     return "text_config" in config
 
@@ -102,10 +102,10 @@ def test_every_name_stands_under_one_heading() -> None:
 
 @pytest.mark.parametrize("alias", sorted(NOT_IN_MLX_LM))
 def test_an_architecture_that_mlx_lm_lacks_is_named(alias: str) -> None:
-    from k2cli.planning.model import read_subject
+    from k2cli.planning.model import read_model
 
     with pytest.raises(UsageError, match="'deepseek_v4' is not one that the installed mlx-lm"):
-        read_subject(alias)
+        read_model(alias)
 
 
 def test_aliases_with_a_shape_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Headers of checkpoints: what the library of the format writes, and files that lie."""
+"""Headers of checkpoints: files that the format's library writes, and wrong files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The converted demo model against its GGUF, read by others: the format's library and PyTorch."""
+"""The converted demo model compared with its GGUF, read by the format's library and PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOLERANCE = 1e-3  # measured: 1.1e-4 for logits of up to 35
 
 @pytest.fixture(scope="module")
 def reader(demo_gguf: Path) -> gguf.GGUFReader:
-    """The GGUF as the format's library reads it."""
+    """Read the GGUF with the format's library."""
     return gguf.GGUFReader(demo_gguf)
 
 
@@ -92,7 +92,7 @@ def test_checkpoint_is_no_larger_than_the_file(demo_checkpoint: Path, demo_gguf:
 
 
 def _rotated(x: np.ndarray, theta: float) -> np.ndarray:
-    """RoPE as llama.cpp does it: neighbours 2i and 2i + 1 turn together. x: [tokens, heads, 64]."""
+    """Apply RoPE like llama.cpp, which rotates neighbours 2i and 2i + 1. x: [tokens, heads, 64]."""
     angles = np.arange(x.shape[0])[:, None] * theta ** (-np.arange(0, HEAD, 2) / HEAD)
     cos, sin = np.cos(angles)[:, None].astype(x.dtype), np.sin(angles)[:, None].astype(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -119,7 +119,7 @@ def _attention(x: np.ndarray, weights: dict[str, np.ndarray], prefix: str) -> np
 
 
 def _reference_logits(weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
-    """The llama model in numpy, on the file's weights in the file's order. Last position."""
+    """Run the llama model in numpy on the file's weights; return the last position's logits."""
     x = weights["token_embd.weight"][tokens]
     for layer in range(30):
         prefix = f"blk.{layer}"
@@ -172,7 +172,7 @@ _WORDS = regex.compile(
 
 
 def _naive_encoding(text: str, ranks: dict[tuple[str, str], int], ids: dict[str, int]) -> list[int]:
-    """Byte-level BPE spelled out: each digit apart, GPT-2's words, then the best merge first."""
+    """Encode by byte-level BPE: each digit apart, GPT-2's words, then the best merge first."""
     letters = _gpt2_letters()
     tokens: list[int] = []
     for piece in regex.split(r"(\p{N})", text):
@@ -205,7 +205,7 @@ def test_tokens_equal_a_naive_encoding_of_the_files_merges(
     source = random.Random(5)
     for text in (*TEXTS, *(random_text(source) for _ in range(1000))):
         if any(unicodedata.category(letter) == "Cn" for letter in text):
-            continue  # what is a letter there depends on the version of Unicode
+            continue  # which characters are letters depends on the version of Unicode
         assert tokenizer.encode(text) == _naive_encoding(text, ranks, ids), repr(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -1,4 +1,4 @@
-"""What a user may type for a model, and the folder that it leads to."""
+"""Model references that a user may type, and their folders."""
 
 from __future__ import annotations
 

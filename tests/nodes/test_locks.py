@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from k2cli.agent import locks as lock_files
-from k2cli.agent.locks import Claim, judge, lock_path
+from k2cli.agent.locks import Claim, lock_path, lock_state
 from k2cli.agent.run_processes import processes_of_run
 from k2cli.nodes import locks
 from k2cli.nodes.local import LocalNode
@@ -59,7 +59,7 @@ def test_a_lock_whose_supervisor_is_gone_is_removed_and_named() -> None:
     lock_path("old-1").write_bytes(msgspec.json.encode(claim))
     said: list[str] = []
     take_locks(HERE, "demo-1", NEEDS, say=said.append)
-    assert said == ["node localhost: removed the lock of old-1, which is gone"]
+    assert said == ["node localhost: removed the lock of old-1, which has ended"]
     assert not lock_path("old-1").exists()
 
 
@@ -74,11 +74,8 @@ def test_a_lock_whose_supervisor_is_gone_is_removed_and_named() -> None:
         (False, False, 61.0, 2, "left over"),
     ],
 )
-def test_what_a_lock_is_worth(
-    here: bool, alive: bool, age: float, processes: int, state: str
-) -> None:
-    claim = Claim("demo-1", "jane", "laptop", 1, 0.0)
-    assert judge(claim, age, alive, processes, here=here) == state
+def test_state_of_a_lock(here: bool, alive: bool, age: float, processes: int, state: str) -> None:
+    assert lock_state(age, alive, processes, here=here) == state
 
 
 def test_cleaning_removes_what_is_stale_and_nothing_that_lives(tmp_path: Path) -> None:
@@ -93,8 +90,8 @@ def test_cleaning_removes_what_is_stale_and_nothing_that_lives(tmp_path: Path) -
     assert processes_of_run("far-1") == []
 
 
-def test_who_has_launched_a_run_knows_better_than_its_lock_that_it_is_over() -> None:
-    """On another machine the lock of a launcher that was killed looks fresh for a minute."""
+def test_the_launchers_record_overrides_a_fresh_lock() -> None:
+    """A killed launcher's lock looks fresh for a minute on another machine."""
     for run_id in ("far-1", "far-2"):
         lock_path(run_id).parent.mkdir(parents=True, exist_ok=True)
         lock_path(run_id).write_bytes(msgspec.json.encode(Claim(run_id, "jane", "laptop", 1, 0.0)))

@@ -1,4 +1,4 @@
-"""What nodes do for the launcher."""
+"""Nodes: this machine, and one over a program that stands in for ssh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from k2cli.agent import facts as node_facts
-from k2cli.agent import ports, run_folder
+from k2cli.agent import run_folder
 from k2cli.agent.facts import NodeFacts
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
@@ -43,27 +43,6 @@ def test_names_of_this_machine_need_no_ssh() -> None:
         assert node_named(name).name == "localhost"
     assert not node_named("studio-2").is_local
     assert addresses([LocalNode(), LocalNode()]) == ["127.0.0.1"] * 2
-
-
-def test_free_ports_are_different_and_below_those_of_outgoing_connections() -> None:
-    found = ports.free_ports(50)
-    assert len(set(found)) == 50
-    assert max(found) < 32_768
-
-
-def test_a_taken_port_is_refused_with_its_holder() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        holder = ports.port_holder("127.0.0.1", port)
-        assert holder is not None
-        assert str(os.getpid()) in holder
-        assert ports.choose_port("127.0.0.1", port) != port
-    assert ports.port_holder("127.0.0.1", port) is None
-    holder = ports.port_holder("192.0.2.1", port)
-    assert holder is not None
-    assert "no address of this machine" in holder
-    with pytest.raises(ClusterError, match=r"192\.0\.2\.1"):
-        LocalNode().choose_port("192.0.2.1", 8080)
 
 
 def test_files_of_a_run_are_private() -> None:

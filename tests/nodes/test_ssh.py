@@ -23,7 +23,7 @@ from k2cli.nodes.local import LocalNode
 from k2cli.nodes.node import Completed
 from k2cli.nodes.ssh import SshNode
 from k2cli.nodes.ssh_connection import close_connections
-from k2cli.supervisor import end_processes as clearing
+from k2cli.supervisor import end_processes
 from tests.support.ssh_server import Server
 
 
@@ -69,12 +69,12 @@ async def test_commands_share_a_connection_that_ends_with_the_work(ssh_server: S
     [
         ("nobody", ClusterError, "nothing answers ssh there .*Connection refused", "Remote Login"),
         ("no-such-host.invalid", ClusterError, "its name is unknown", "HostName"),
-        ("denied", NodeAccessError, r"did not let you in: .*Permission denied", "ssh-copy-id"),
+        ("denied", NodeAccessError, r"denied access: .*Permission denied", "ssh-copy-id"),
         ("stranger", ClusterError, "host key of node stranger is not known", "ssh stranger true"),
         ("changed", ClusterError, "another host key", "ssh-keygen"),
     ],
 )
-def test_each_failure_says_what_is_wrong_and_what_mends_it(
+def test_each_failure_has_a_cause_and_a_hint(
     ssh_server: Server, name: str, kind: type[ClusterError], message: str, hint: str
 ) -> None:
     with pytest.raises(kind, match=message) as raised:
@@ -133,17 +133,17 @@ async def test_nobody_waits_long_for_a_node_that_does_not_answer(
     ssh_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A port that takes connections and says nothing: as a link that loses everything looks."""
-    monkeypatch.setattr(clearing, "REACH_SECONDS", 1.0)
+    monkeypatch.setattr(end_processes, "REACH_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         with (ssh_server.folder / "config").open("a") as file:
             file.write(f"Host mute\n  HostName 127.0.0.1\n  Port {mute.getsockname()[1]}\n")
         with pytest.raises(ClusterError, match="it did not answer within 1 s"):
             SshNode("mute").reach(1)
         nodes = {"mute": SshNode("mute"), "b": SshNode("b"), "localhost": LocalNode()}
-        left = await clearing.Reaching(nodes).clear("demo-1", answered={"b"})
+        left = await end_processes.RunKiller("demo-1", nodes).kill(answered={"b"})
     assert left == {
         "mute": "node mute cannot be reached: it did not answer within 1 s; "
-        "its guard ends what is there"
+        "its guard ends the processes there"
     }
     # A connection that was there and does not answer any more is another matter than a new one.
     (path,) = _sockets()

@@ -1,4 +1,4 @@
-"""The program in this process, for tests of what it says: starting another takes half a second."""
+"""The k2 program run in this process, for tests of its output: a process takes half a second."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def k2_here(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``k2`` from the repository's root; gives what a process of its own would.
+    """Run ``k2`` from the repository's root and return the result that a process would give.
 
-    Its streams are no terminals, and take UTF-8.
+    Its streams are not terminals, and take UTF-8.
     """
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
     code: int | str | None = 0

@@ -1,4 +1,4 @@
-"""Advice as a user takes it: every command that a plan prints is run, and has to exit with 0."""
+"""Advice as a user follows it: every command that a plan prints is run, and must exit with 0."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def advised(output: str) -> list[list[str]]:
-    """The commands that a plan's advice prints, put together again."""
+    """Return the commands of a plan's advice, with their continuation lines joined."""
     joined = output.replace(" \\\n", " ")
     lines = [line for line in joined.splitlines() if re.match(r" +k2 plan-memory ", line)]
     return [shlex.split(line)[1:] for line in lines]

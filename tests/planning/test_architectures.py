@@ -1,4 +1,4 @@
-"""Every architecture that mlx-lm has either plans, or says in a sentence why not."""
+"""Every architecture of mlx-lm either plans, or is refused with a readable sentence."""
 
 from __future__ import annotations
 

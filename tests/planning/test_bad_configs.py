@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from benchmarks.architectures import recorded
 from k2cli.errors import InternalError, K2Error
 from k2cli.planning.hardware.spec import parse_hardware
-from k2cli.planning.model import read_subject
-from k2cli.planning.planner import make_plan
+from k2cli.planning.model import read_model
+from tests.planning.plans import make_plan
 
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 ARCHITECTURES = (
@@ -68,12 +68,12 @@ def test_a_decisive_field_is_named_with_its_value(
     if value is MISSING:
         del config[field]
         if field in MAY_BE_MISSING:
-            assert read_subject(write(tmp_path, config)).facts.layer_count == 8
+            assert read_model(write(tmp_path, config)).facts.layer_count == 8
             return
     else:
         config[field] = value
     with pytest.raises(K2Error) as caught:
-        read_subject(write(tmp_path, config))
+        read_model(write(tmp_path, config))
     assert caught.value.exit_code in (1, 2)
     assert field in caught.value.message
     assert shown in caught.value.message
@@ -82,9 +82,9 @@ def test_a_decisive_field_is_named_with_its_value(
 def test_a_number_of_thousands_of_digits_is_an_error(tmp_path: Path) -> None:
     config = {**CONFIGS["kimi_k2"], "hidden_size": HUGE * 10**4000}
     with pytest.raises(K2Error, match=r"config\.json is not JSON: Exceeds the limit"):
-        read_subject(write(tmp_path, config))
+        read_model(write(tmp_path, config))
     with pytest.raises(K2Error, match=r"hidden_size must be .* not a number of about 132.. bits"):
-        read_subject(write(tmp_path, {**config, "hidden_size": HUGE}))
+        read_model(write(tmp_path, {**config, "hidden_size": HUGE}))
 
 
 def check_error(error: K2Error) -> None:

@@ -1,4 +1,4 @@
-"""What a plan says that ranks hold, against what the loader holds: 0 bytes off, in every format."""
+"""The planned bytes of each rank against the loader's: equal to the byte, in every format."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pytest
 
 from k2cli.models.checkpoint import read_checkpoint
 from k2cli.planning.hardware.spec import parse_hardware
-from k2cli.planning.planner import make_plan
 from k2cli.rank.loader import load_part
 from k2cli.sharding.footprint import kv_cache_bytes
 from k2cli.sharding.tensor import StandInGroup
+from tests.planning.plans import make_plan
 from tests.quantization import originals
 from tests.support.rank_pool import assignments
 
 
 def compressed(folder: Path) -> Path:
-    """A Kimi as K2-Thinking is stored: experts' weights as packed int4 with scales, no biases."""
+    """A Kimi stored like K2-Thinking: experts' weights as packed int4 with scales, no biases."""
     source = originals.kimi(folder.with_name("plain"))
     config = read_checkpoint(source).config
     tensors: dict[str, mx.array] = {}

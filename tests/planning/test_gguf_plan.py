@@ -9,8 +9,8 @@ import pytest
 from k2cli.errors import K2Error
 from k2cli.models.gguf.convert import convert_gguf
 from k2cli.planning.hardware.spec import parse_hardware
-from k2cli.planning.planner import make_plan
 from tests.models.conftest import demo_gguf  # noqa: F401 - a fixture
+from tests.planning.plans import make_plan
 
 
 def test_it_plans_as_its_conversion_does(demo_gguf: Path, tmp_path: Path) -> None:  # noqa: F811

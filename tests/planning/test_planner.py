@@ -1,4 +1,4 @@
-"""Plans of the full K2 from its config alone, of real checkpoints, and of nonsense."""
+"""Plans of the full K2 from its config alone, of real checkpoints, and of invalid input."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from k2cli.models.checkpoint import read_checkpoint
 from k2cli.planning.hardware.machine import NodeMemory, this_machine
 from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.plan import Plan, plan_from_json, plan_to_json
-from k2cli.planning.planner import make_plan
+from k2cli.planning.planner import Planner
+from k2cli.planning.request import PlanRequest
 from k2cli.sharding.assemble import assemble
 from k2cli.units import GB, GIB
+from tests.planning.plans import make_plan
 from tests.quantization import originals
 
 CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs"
@@ -117,14 +119,16 @@ def test_three_machines_cannot_share_64_heads() -> None:
 def test_the_full_k2_needs_little_memory_to_plan(hardware: str) -> None:
     script = (
         "import re, resource, sys\n"
-        "from k2cli.planning.advice import advised_plan\n"
+        "from k2cli.planning.advice import advise\n"
         "from k2cli.planning.curve import context_curve\n"
         "from k2cli.planning.hardware.spec import parse_hardware\n"
-        "from k2cli.planning.planner import Planner, Wishes\n"
+        "from k2cli.planning.planner import Planner\n"
+        "from k2cli.planning.request import PlanRequest\n"
         "planner, nodes = Planner(sys.argv[1]), parse_hardware(sys.argv[2])\n"
-        "wishes = Wishes(context_length=262144, free_order=True)\n"
-        "plan = advised_plan(planner, nodes, wishes)\n"
-        "context_curve(planner, nodes, wishes, plan)\n"
+        "request = PlanRequest(context_length=262144, free_order=True)\n"
+        "plan = planner.plan(nodes, request)\n"
+        "plan.fits or advise(planner, nodes, request, plan)\n"
+        "context_curve(planner, nodes, request, plan)\n"
         # On Linux ru_maxrss begins with that of the process that started this one.
         "if sys.platform == 'linux':\n"
         "    status = open('/proc/self/status').read()\n"
@@ -185,11 +189,19 @@ def test_a_plan_survives_its_json() -> None:
     assert plan_from_json(plan_to_json(plan), "plan.json") == plan
 
 
+def test_a_plan_of_the_previous_version_loads_and_is_made_again() -> None:
+    saved = (CONFIGS.parent / "previous" / "plan.json").read_bytes()
+    request = PlanRequest(free_order=True)
+    plan = Planner("k2-thinking").plan(parse_hardware("2x m3-ultra-512"), request)
+    assert plan_from_json(saved, "plan.json") == plan
+    assert plan_to_json(plan) == saved
+
+
 # --- nonsense -----------------------------------------------------------------------------------
 
 
 def edited(folder: Path, **changes: Any) -> str:
-    """A folder with K2's config, changed; a value of None takes the field away."""
+    """Write K2's config with changes into a folder; a value of None removes the field."""
     config = json.loads((CONFIGS / "k2-mlx-4bit" / "config.json").read_text())
     config |= changes
     config = {name: value for name, value in config.items() if value is not None}
@@ -232,7 +244,7 @@ def test_what_is_no_config_is_an_error_not_a_traceback(tmp_path: Path, text: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context_length": 0}, "a context of 0 tokens"),
+        ({"context_length": 0}, "at least 1 token, not 0"),
         ({"context_length": 262_145}, "262,145 tokens is beyond this model's maximum of 262,144"),
         ({"concurrency": 0}, "concurrency must be between 1 and 4096, not 0"),
         ({"concurrency": 10**9}, "not 1000000000"),

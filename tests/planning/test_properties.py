@@ -1,4 +1,4 @@
-"""What holds of every plan, whatever the model and the machines: drawn by hypothesis.
+"""Properties of every plan, with models and machines drawn by hypothesis.
 
 The models are real ones of every kind of cache and layer that plans know, some with fewer layers;
 the machines have about as much memory as the model needs, so that some fit and some do not.
@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.plan import Plan
-from k2cli.planning.planner import Planner, Wishes
+from k2cli.planning.planner import Planner
+from k2cli.planning.request import PlanRequest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "k2cli" / "models" / "configs"
 MODELS: dict[str, dict[str, Any]] = {
@@ -47,16 +48,16 @@ def planner(name: str) -> Planner:
 
 
 def weights(name: str) -> int:
-    """What the model's weights take, on no machine in particular."""
-    wishes = Wishes("single", 256, dtype="bfloat16")
-    return planner(name).plan(parse_hardware("m3-ultra-512"), wishes, limits=False).nodes[
+    """Return the bytes of the model's weights, on any machine."""
+    request = PlanRequest("single", 256, dtype="bfloat16")
+    return planner(name).plan(parse_hardware("m3-ultra-512"), request, limits=False).nodes[
         0
     ].weights_bytes  # fmt: skip
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[str, tuple[NodeMemory, ...], Wishes]:
-    """A model, machines that together have 0.6 to 4 times its weights, and wishes."""
+def cases(draw: st.DrawFn) -> tuple[str, tuple[NodeMemory, ...], PlanRequest]:
+    """A model, machines that together have 0.6 to 4 times its weights, and a request."""
     name = draw(st.sampled_from(sorted(MODELS)))
     count = draw(st.integers(1, 4))
     room = weights(name) * draw(st.floats(0.6, 4.0)) / count
@@ -72,18 +73,18 @@ def cases(draw: st.DrawFn) -> tuple[str, tuple[NodeMemory, ...], Wishes]:
             else replace(node, name=f"n{index}", memory_bytes=limit, limit_bytes=limit)
         )
     strategy = "auto" if count == 1 else draw(st.sampled_from(["auto", "auto", "pipeline"]))
-    wishes = Wishes(
+    request = PlanRequest(
         strategy,
         draw(st.sampled_from([1, 31, 300, 4096, 8192])) * draw(st.integers(1, 4)),
         concurrency=draw(st.sampled_from([1, 1, 3, 40])),
         dtype="bfloat16",
         free_order=draw(st.booleans()),
     )
-    return name, tuple(nodes), wishes
+    return name, tuple(nodes), request
 
 
-def planned(name: str, nodes: tuple[NodeMemory, ...], wishes: Wishes) -> Plan:
-    return planner(name).plan(nodes, wishes, limits=False)
+def planned(name: str, nodes: tuple[NodeMemory, ...], request: PlanRequest) -> Plan:
+    return planner(name).plan(nodes, request, limits=False)
 
 
 many = settings(deadline=None, database=None, max_examples=60)
@@ -91,9 +92,9 @@ many = settings(deadline=None, database=None, max_examples=60)
 
 @many
 @given(cases())
-def test_layers_and_ledgers_add_up(case: tuple[str, tuple[NodeMemory, ...], Wishes]) -> None:
-    name, nodes, wishes = case
-    plan = planned(name, nodes, wishes)
+def test_layers_and_ledgers_add_up(case: tuple[str, tuple[NodeMemory, ...], PlanRequest]) -> None:
+    name, nodes, request = case
+    plan = planned(name, nodes, request)
     ranges = [part.layers for part in reversed(plan.placement.ranks)]
     layers = plan.placement.layer_count
     if plan.placement.strategy == "pipeline":
@@ -118,36 +119,36 @@ def test_layers_and_ledgers_add_up(case: tuple[str, tuple[NodeMemory, ...], Wish
 @many
 @given(cases(), st.integers(0, 3), st.floats(1.01, 3.0))
 def test_more_memory_never_makes_a_fit_fail(
-    case: tuple[str, tuple[NodeMemory, ...], Wishes], which: int, factor: float
+    case: tuple[str, tuple[NodeMemory, ...], PlanRequest], which: int, factor: float
 ) -> None:
-    name, nodes, wishes = case
+    name, nodes, request = case
     chosen = nodes[which % len(nodes)]
     limit = int(chosen.limit_bytes * factor)
     larger = tuple(
         replace(node, memory_bytes=limit, limit_bytes=limit) if node == chosen else node
         for node in nodes
     )
-    if planned(name, nodes, wishes).fits:
-        assert planned(name, larger, wishes).fits
+    if planned(name, nodes, request).fits:
+        assert planned(name, larger, request).fits
 
 
 @many
 @given(cases(), st.integers(1, 20_000), st.integers(0, 30))
 def test_more_context_or_sequences_never_need_less(
-    case: tuple[str, tuple[NodeMemory, ...], Wishes], tokens: int, sequences: int
+    case: tuple[str, tuple[NodeMemory, ...], PlanRequest], tokens: int, sequences: int
 ) -> None:
-    name, nodes, wishes = case
-    assert wishes.context_length is not None
+    name, nodes, request = case
+    assert request.context_length is not None
     harder = replace(
-        wishes,
-        context_length=wishes.context_length + tokens,
-        concurrency=wishes.concurrency + sequences,
+        request,
+        context_length=request.context_length + tokens,
+        concurrency=request.concurrency + sequences,
     )
     if planned(name, nodes, harder).fits:
-        assert planned(name, nodes, wishes).fits
+        assert planned(name, nodes, request).fits
     roomy = tuple(replace(node, limit_bytes=10**15, memory_bytes=10**15) for node in nodes)
     less, more = (
-        planned(name, roomy, replace(each, chunk_tokens=256)) for each in (wishes, harder)
+        planned(name, roomy, replace(each, chunk_tokens=256)) for each in (request, harder)
     )
     if less.placement == more.placement:
         for before, after in zip(less.nodes, more.nodes, strict=True):

@@ -1,4 +1,4 @@
-"""What ``--quantize`` plans against what ``k2 quantize`` makes, to the byte."""
+"""Plans with ``--quantize`` against the checkpoints of ``k2 quantize``, to the byte."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.checkpoint import read_checkpoint
 from k2cli.planning.hardware.spec import parse_hardware
-from k2cli.planning.planner import Planner, Wishes
+from k2cli.planning.planner import Planner
+from k2cli.planning.request import PlanRequest
 from k2cli.quantization.convert import quantize
 from k2cli.sharding.recipe import (
     BITS,
@@ -33,7 +34,7 @@ EVERY_RECIPE = [
 
 
 def quantized(source: Path, folder: Path, recipe: str) -> Path:
-    """The checkpoint that ``k2 quantize --recipe`` makes."""
+    """Make the checkpoint of ``k2 quantize --recipe``."""
     for _ in quantize(source, folder, chosen_recipe(recipe)):
         pass
     return folder
@@ -41,14 +42,14 @@ def quantized(source: Path, folder: Path, recipe: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8", "llama"])
 def test_a_plan_is_of_the_checkpoint_that_is_then_written(tmp_path: Path, kind: str) -> None:
-    """Every recipe, tensor by tensor: names, types, shapes and bytes."""
+    """Compare every recipe tensor by tensor: names, types, shapes and bytes."""
     source = tmp_path / "source"
     if kind == "llama":
         originals.llama(source)
     else:
         originals.kimi(source, fp8=kind == "fp8")
     for recipe in EVERY_RECIPE[:: 4 if kind == "bfloat16" else 1]:
-        planned = Planner(str(source), str(recipe)).subject
+        planned = Planner(str(source), str(recipe)).model
         made = read_checkpoint(quantized(source, tmp_path / str(recipe), str(recipe)))
         assert planned.stored == {n: (t.dtype, t.shape) for n, t in made.tensors.items()}, recipe
         assert planned.stored_bytes == made.stored_bytes, recipe
@@ -59,16 +60,16 @@ def test_a_plan_before_and_after_quantizing_is_the_same(tmp_path: Path, recipe: 
     source = originals.kimi(tmp_path / "source", fp8=True)
     planned = Planner(str(source), recipe)
     made = Planner(str(quantized(source, tmp_path / "made", recipe)))
-    assert planned.subject.facts.parameter_count == made.subject.facts.parameter_count
+    assert planned.model.facts.parameter_count == made.model.facts.parameter_count
     for strategy in ("pipeline", "tensor"):
-        wishes = Wishes(strategy, 256)
-        ahead, afterwards = (each.plan(parse_hardware(NODES), wishes) for each in (planned, made))
+        request = PlanRequest(strategy, 256)
+        ahead, afterwards = (each.plan(parse_hardware(NODES), request) for each in (planned, made))
         assert ahead.nodes == afterwards.nodes
         assert ahead.model.quantization == afterwards.model.quantization
 
 
 def test_k2_in_four_bits_is_as_published() -> None:
-    plan = Planner("k2-instruct", "4bit").plan(parse_hardware(NODES), Wishes("pipeline"))
+    plan = Planner("k2-instruct", "4bit").plan(parse_hardware(NODES), PlanRequest("pipeline"))
     assert plan.model.stored_bytes == 577_593_515_008
     assert sum(node.weights_bytes for node in plan.nodes) == 577_593_515_008
     assert plan.model.quantize == "4bit"
@@ -91,11 +92,15 @@ def test_recipes_are_read_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is no recipe"), ("four", "'four' is no recipe"), ("7bit", "7 bits are not"),
-        ("4bit-g48", "groups of 48 are not"), ("9" * 400, "is no recipe"),
-        ("mxfp6", "'mxfp6' is no recipe"), ("mixed_5_6", "'mixed_5_6' is no recipe"),
+        ("", "'' is not a quantization recipe"),
+        ("four", "'four' is not a quantization recipe"),
+        ("7bit", "7 bits are not"),
+        ("4bit-g48", "groups of 48 are not"),
+        ("9" * 400, "is not a quantization recipe"),
+        ("mxfp6", "'mxfp6' is not a quantization recipe"),
+        ("mixed_5_6", "'mixed_5_6' is not a quantization recipe"),
     ],
-)  # fmt: skip
+)
 def test_other_recipes_are_refused(text: str, message: str) -> None:
     wrong: Any = pytest.raises(UsageError, match=message)
     with wrong:
@@ -106,12 +111,12 @@ def test_a_mixed_recipe_wants_modules_by_the_names_it_knows(tmp_path: Path) -> N
     config = {"model_type": "gpt2", "n_ctx": 64, "n_embd": 64, "n_head": 4, "n_layer": 2,
               "n_positions": 64, "layer_norm_epsilon": 1e-5, "vocab_size": 96}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="named down_proj, of which gpt2 has none"):
+    with pytest.raises(UsageError, match="named down_proj, which gpt2 does not have"):
         Planner(str(tmp_path), "mixed_3_6")
 
 
 def test_a_recipe_is_said_once() -> None:
-    with pytest.raises(UsageError, match="--recipe and --bits both say"):
+    with pytest.raises(UsageError, match="--recipe and --bits contradict"):
         chosen_recipe("4bit", bits=4)
     with pytest.raises(UsageError, match="mxfp4 in 8 bits"):
         chosen_recipe(bits=8, mode="mxfp4")

@@ -1,4 +1,4 @@
-"""Small originals to quantize: random weights in the formats and names that Hubs have."""
+"""Small originals to quantize: random weights in the formats and names used on the Hub."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _TOKENIZER = {
 
 
 def llama(folder: Path, dtype: mx.Dtype = mx.bfloat16, **changes: Any) -> Path:
-    """A llama of 128 columns; ``changes`` go into its config."""
+    """Write a llama of 128 columns; ``changes`` go into its config."""
     mx.random.seed(3)
     config = {**LLAMA, "torch_dtype": str(dtype).removeprefix("mlx.core."), **changes}
     width, middle, heads = config["hidden_size"], config["intermediate_size"], 4
@@ -78,7 +78,7 @@ def llama(folder: Path, dtype: mx.Dtype = mx.bfloat16, **changes: Any) -> Path:
 
 
 def kimi(folder: Path, *, fp8: bool = False, dtype: mx.Dtype = mx.bfloat16) -> Path:
-    """A Kimi K2 with Hugging Face's names: one tensor per expert, ``kv_b_proj`` in one piece.
+    """Write a Kimi K2 with Hugging Face's names: a tensor per expert, ``kv_b_proj`` in one piece.
 
     ``fp8`` stores linear weights as Moonshot does: 8-bit floats with a scale per 128x128 block.
     """

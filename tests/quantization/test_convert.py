@@ -1,4 +1,4 @@
-"""k2's conversion against mlx-lm's own, byte for byte, and what it does when it must not work."""
+"""k2's conversion compared with mlx-lm's own, byte for byte, and its refusals and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MLX_LM_SECONDS = 240
 
 
 def convert_with_mlx_lm(source: Path, destination: Path, recipe: Recipe) -> Path:
-    """The reference: mlx-lm's own conversion, in a process of its own."""
+    """Run the reference, mlx-lm's own conversion, in a process of its own."""
     script = (
         "import sys, mlx_lm.utils as u\n"
         "from mlx_lm.convert import convert\n"

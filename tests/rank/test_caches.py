@@ -1,4 +1,4 @@
-"""What becomes of caches when sequences join and leave."""
+"""Caches of sequences that join and leave batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from k2cli.rank.caches import CacheTable, _let_go
+from k2cli.rank.caches import CacheTable, _released
 from k2cli.rank.loader import load_part
 from tests.support.rank_pool import assignments
 
@@ -25,9 +25,9 @@ def test_sequences_that_hold_nothing_yet_leave_a_batch(toy_k2: Path) -> None:
 
 
 def test_a_copy_that_is_never_given_back_is_not_waited_for_long() -> None:
-    # A GPU gives back what a cache has outgrown a little late; a kept prefix's it never does.
+    # A GPU releases an outgrown copy a little late, and never if a kept prefix shares it.
     held = mx.zeros((1024,))
     mx.eval(held)
     active = mx.get_active_memory()
-    assert _let_go(active)
-    assert not _let_go(active - held.nbytes)
+    assert _released(active)
+    assert not _released(active - held.nbytes)

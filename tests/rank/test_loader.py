@@ -73,7 +73,7 @@ PLACEMENTS = [("single", 1), ("pipeline", 3), ("tensor", 2), ("tensor", 4)]
 
 
 def _save(folder: Path, config: dict[str, Any]) -> Path:
-    """A checkpoint of an MLX conversion, with random bytes that are distinct almost everywhere."""
+    """Write a checkpoint like an MLX conversion's, with random bytes, nearly all distinct."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     mx.random.seed(7)
@@ -101,7 +101,7 @@ def _bytes(array: mx.array) -> bytes:
 
 
 def _by_mlx(assignment: Assignment) -> dict[str, mx.array]:
-    """The same part, with whole tensors read by mlx and cut by the model."""
+    """Make the same part from whole tensors that mlx reads and the model cuts."""
     tensors: dict[str, mx.array] = {}
     for file in sorted(Path(assignment.model_path).glob("*.safetensors")):
         opened = mx.load(str(file))
@@ -165,7 +165,7 @@ def test_a_slice_never_has_its_whole_in_memory(toy_k2: Path) -> None:
 
 
 def test_slices_of_leading_axes_are_read_alone(tmp_path: Path) -> None:
-    """With rows long enough, a rank of two reads what it holds and no more."""
+    """Check that each of two ranks reads only its own bytes if rows are long enough."""
     config = QWEN3 | {
         "num_hidden_layers": 2, "head_dim": 4096, "intermediate_size": 32768, "hidden_size": 32,
     }  # fmt: skip

@@ -14,12 +14,12 @@ import pytest
 from tests.support.rank_pool import RankPool, assignments, running
 
 MAX_TOKENS = 64
-# The demo does seven tokens a second on this back end, and no more of a prompt: a part of the same
-# for every day, in chunks small enough that there are several; all of it in the long tier.
+# The demo does seven tokens a second on a CPU, also of a prompt: the daily tests use a part of it,
+# in chunks small enough that there are several; the long tests use all of it.
 FEW_TOKENS = 6
 FEW_TEXTS = 2
 FEW_CHUNK_TOKENS = 4
-# For placements that two cores are slow at; what the first of them differ in, later ones do too.
+# For placements that are slow on two cores; a difference shows in the first tokens.
 SOME_TOKENS = 24
 TEXTS = [
     "The capital of France is",

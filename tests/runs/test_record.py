@@ -1,4 +1,4 @@
-"""Records of runs, and what is said of runs whose supervisor is gone."""
+"""Test the records of runs, and the states of runs whose supervisor is gone."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from k2cli.runs.record import (
     RunState,
     find_run,
     list_runs,
+    new_run_id,
     prune_records,
     read_record,
     save_record,
 )
-from k2cli.runs.run_id import new_run_id
 from k2cli.runs.stop import stop_run
 from k2cli.settings import RUN_OPTION
 
 
 def make_record(state: RunState = "ready", *, age: float = 0.0) -> RunRecord:
-    """A recorded run that this process supervises."""
+    """Record a run whose supervisor is this process."""
     own = psutil.Process()
     record = RunRecord(
         run_id=new_run_id("HuggingFaceTB/SmolLM2 135M"),
@@ -70,7 +70,7 @@ def test_newest_first_and_damaged_records_are_left_out() -> None:
 
 
 def test_without_a_supervisor_a_run_is_lost() -> None:
-    # A process that lives, but is younger than the run's supervisor: its id was used again.
+    # A live process that is younger than the supervisor: its id was used again.
     record = replace(make_record(), pid=os.getpid(), pid_create_time=time.time() - 1e6)
     save_record(record)
     (record.folder / "launch.json").write_text("secret")

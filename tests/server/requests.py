@@ -1,4 +1,4 @@
-"""What tests of the HTTP API ask, and how."""
+"""Requests of the tests of the HTTP API."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class LetterTokenizer:
 
 
 class Hang:
-    """In a script: say nothing more until the request is cancelled."""
+    """Item of a script: send nothing more until the request is cancelled."""
 
 
 Step = EngineEvent | Hang | Exception | float

@@ -1,4 +1,4 @@
-"""The coverage proof passes for what was placed, and for nothing else."""
+"""The coverage proof passes for the tensors of the placement, and for no others."""
 
 from __future__ import annotations
 

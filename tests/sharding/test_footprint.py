@@ -1,4 +1,4 @@
-"""Traced sizes: known figures of the full K2, and what may not be cut."""
+"""Traced sizes: known figures of the full K2, and models that cannot be cut."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 
 from k2cli.choices import Strategy
 from k2cli.errors import K2Error, UsageError
-from k2cli.sharding.footprint import footprints, parameter_count, tensor_obstacle
+from k2cli.sharding.footprint import parameter_count
 from k2cli.sharding.placement import Placement, RankPlacement, even_split
+from k2cli.sharding.tensor import tensor_obstacle
 from k2cli.sharding.trace import trace_model
+from tests.support.footprints import footprints
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 CONTEXT = 131_072
@@ -67,8 +69,10 @@ def test_native_int4_is_held_with_biases(name: str) -> None:
 
 
 def test_heads_that_do_not_divide_are_refused_with_the_numbers() -> None:
-    assert tensor_obstacle(_config("k2-mlx-4bit"), 2) is None
-    assert "64 attention heads, which 3 ranks" in str(tensor_obstacle(_config("k2-mlx-4bit"), 3))
+    config = _config("k2-mlx-4bit")
+    model = trace_model(config)
+    assert tensor_obstacle(config, model, 2) is None
+    assert "64 attention heads, which 3 ranks" in str(tensor_obstacle(config, model, 3))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Profiles against traced placements: sums of parts are what ranks hold, to the byte."""
+"""Profiles compared with traced placements: the sums are equal to the byte."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from k2cli.sharding.footprint import footprints
 from k2cli.sharding.placement import Placement, RankPlacement, even_split
 from k2cli.sharding.profile import profile_model
 from k2cli.sharding.tensor import StandInGroup, slice_model
 from k2cli.sharding.trace import trace_model
 from tests.quantization.originals import KIMI, LLAMA
+from tests.support.footprints import footprints
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "latent attention and experts": {**KIMI, "num_hidden_layers": 5},

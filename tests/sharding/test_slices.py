@@ -1,4 +1,4 @@
-"""The ranges that a rank takes, found from the graph, against what the arrays really become."""
+"""Ranges found from the graph, compared with the arrays that result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from k2cli.choices import HeadPlacement
 from k2cli.sharding.placement import Placement, RankPlacement
-from k2cli.sharding.slices import AxisSlice, follow, part_slices
+from k2cli.sharding.slices import AxisSlice, part_slices, trace_slices
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import parameters, trace_model, trace_rank
 
@@ -22,7 +22,7 @@ WHOLE = np.arange(12 * 10 * 6).reshape(12, 10, 6)
 
 
 def _follow_one(change: Callable[[mx.array], mx.array]) -> AxisSlice | None:
-    return follow(lambda arrays: {"y": change(arrays["x"])}, {"x": mx.array(WHOLE)}).get("y")
+    return trace_slices(lambda arrays: {"y": change(arrays["x"])}, {"x": mx.array(WHOLE)}).get("y")
 
 
 def _taken(part: AxisSlice) -> Any:
@@ -31,7 +31,7 @@ def _taken(part: AxisSlice) -> Any:
 
 
 def _fused(x: mx.array) -> mx.array:
-    """The second half of each of three unequal segments, as mlx cuts a fused projection."""
+    """Take the second half of each of three unequal segments, as mlx cuts a fused projection."""
     pieces = [mx.split(segment, 2, axis=0)[1] for segment in mx.split(x, [4, 10], axis=0)]
     return mx.contiguous(mx.concatenate(pieces, axis=0))
 
@@ -82,13 +82,13 @@ def test_what_cannot_be_exported_makes_everything_unknown_and_errors_pass() -> N
     def sort_of(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         return {"y": mx.view(mx.hadamard_transform(arrays["x"].astype(mx.float32)), mx.uint32)}
 
-    assert follow(sort_of, {"x": mx.zeros((4, 4))}).get("y") is None
+    assert trace_slices(sort_of, {"x": mx.zeros((4, 4))}).get("y") is None
 
     def uneven(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         return {"y": mx.split(arrays["x"], 3, axis=0)[0]}
 
     with pytest.raises(ValueError, match="split"):
-        follow(uneven, {"x": mx.zeros((4, 4))})
+        trace_slices(uneven, {"x": mx.zeros((4, 4))})
 
 
 @pytest.mark.parametrize("head", ["replicated", "sharded"])

@@ -1,4 +1,4 @@
-"""Any decoder-layer model cut into stages gives the very logits of the whole model."""
+"""Stages of any decoder-layer model give exactly the logits of the whole model."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _through(stages: list[Stage]) -> list[mx.array]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_stages_give_the_logits_of_the_whole_model(name: str) -> None:
     config = CONFIGS[name]
-    # GatherMM of the CPU back end wants float32, which the random parameters are.
+    # GatherMM on the CPU needs float32, the type of the random parameters.
     weights = _parameters(config)
     expected = _whole(config, weights)
     count = _layer_count(config)
@@ -159,14 +159,14 @@ def test_stages_together_hold_every_parameter_once(name: str) -> None:
     stages = _stages(config, _parameters(config), [0, 2, count])
     first, last = (set(parameters(stage.model)) for stage in stages)
     assert first | last == set(parameters(build(config)))
-    # Only an embedding that also is the head may be on both.
+    # Only an embedding that is also the head may be on both.
     assert all("emb" in key or "wte" in key for key in first & last)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("context", [40, 60])
 def test_planned_cache_bytes_are_the_most_that_is_held(name: str, context: int) -> None:
-    """A prompt chunk by chunk, with and without a token of an answer, in stages of all sizes."""
+    """Compute a prompt in chunks, with and without an answer's token, in stages of all sizes."""
     config, chunk = CONFIGS[name], 16
     count = _layer_count(config)
     stages = _stages(config, _parameters(config), [0, 1, count])

@@ -1,6 +1,6 @@
-"""Every fault on every placement and back end, in rounds: ``scripts/soak runtime``.
+"""Every fault on every placement and transport, in rounds: ``scripts/soak runtime``.
 
-What is written is what was measured, failures included.
+The page has everything that was measured, failures included.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _outcome(fault: Fault, work: Any) -> dict[str, Any]:
 
 
 def one_round(toy: Path, strategy: str, backend: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """All faults on one placement and back end: one run for the harmless, one for each other."""
+    """Raise all faults on one placement and transport: harmless ones in one run, others alone."""
     left = list(HARMLESS)
     while left:
         # A run that a fault broke is replaced by another for what is left.
@@ -70,7 +70,7 @@ def one_round(toy: Path, strategy: str, backend: str, folder: Path) -> Iterator[
 
 
 def page(results: list[dict[str, Any]]) -> list[str]:
-    """The lines of the section."""
+    """Return the lines of the section."""
     failures = sum(bool(result["error"]) for result in results)
     lines = [
         *paragraph(
@@ -105,7 +105,7 @@ def _rows(results: list[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
 
 
 def main() -> int:
-    """Run what is asked for and write the section; 1 if anything was not as expected."""
+    """Run the chosen rounds and write the section; 1 if anything was not as expected."""
     parser = parser_of("runtime", __doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["-".join(entry) for entry in COMBINATIONS])

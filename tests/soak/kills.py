@@ -1,11 +1,11 @@
 """SIGKILL at random moments, and nothing left after each: ``scripts/soak kills``.
 
 Each round launches two real ranks and kills one to three of their processes, drawn by seed: the
-launcher (or, of a detached run, its supervisor), mpirun, seats, guards or ranks; while they start,
-or while requests are being answered. Then no process of the run may be left within the limit, the
-command must have ended by itself, its clients must have been told, ``k2 ps`` must not call the run
-alive, and no secret, scratch folder or listener may remain. That the next round can launch shows
-that no lock is in its way.
+launcher (or, of a detached run, its supervisor), mpirun, MPI slots, guards or ranks; while they
+start, or while requests are being answered. Then no process of the run may be left within the
+limit, the command must have ended by itself, its clients must have been told, ``k2 ps`` must not
+call the run alive, and no secret, scratch folder or listener may remain. The next round
+can launch only if no lock is in its way.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ BACKENDS = ("mpi", "ring")
 STARTING_SECONDS = 6.0
 SERVING_SECONDS = 3.0
 CLIENTS = 3
+NAMES = {
+    "k2cli.guard.main": "guard",
+    "k2cli.guard.mpi_slot_process": "MPI slot",
+    "k2cli.rank.main": "rank",
+}
 
 
 @dataclass
@@ -71,7 +76,7 @@ class Launched:
         return runs_directory() / self.run_id
 
     def processes(self) -> dict[str, int]:
-        """What can be killed now, by name: ``supervisor``, ``guard 1``, ``mpirun`` and so on."""
+        """Return what can be killed now, by name: ``supervisor``, ``guard 1``, ``mpirun``, ..."""
         ours = not self.detached and self.command.poll() is None
         found = {"launcher": self.command.pid} if ours else {}
         for process in psutil.process_iter():
@@ -83,9 +88,9 @@ class Launched:
                 found["supervisor"] = process.pid
         for part in run_processes.processes_of_run(self.run_id):
             program = Path(part.command.split()[0]).name
-            module = re.search(r"-m k2cli\.(guard|rank)\.main .*--rank (\d+)", part.command)
+            module = re.search(r"-m (k2cli\.[\w.]+) .*--rank (\d+)", part.command)
             if program.startswith("python") and module is not None:
-                found[f"{module[1].replace('worker', 'rank')} {module[2]}"] = part.pid
+                found[f"{NAMES[module[1]]} {module[2]}"] = part.pid
             else:  # Open MPI's; version 5 calls its mpirun prterun
                 found["mpirun"] = part.pid
         return found
@@ -129,7 +134,7 @@ def _wait_ready(launched: Launched) -> None:
 
 
 def _ask(url: str) -> str:
-    """Ask again and again until the run breaks; what a client is told then."""
+    """Send requests until the run breaks; return the error that the client receives."""
     body = {"prompt": [301, 302], "max_tokens": 900, "k2": {"ignore_stop_tokens": True}}
     while True:
         try:
@@ -145,7 +150,7 @@ def _ask(url: str) -> str:
 
 
 def _left(launched: Launched) -> list[str]:
-    """What is still there of a run that is over; looked at after ``k2 ps``, as its user would."""
+    """Return what is left of a run that has ended; to be called after ``k2 ps``."""
     left = [f"process {process.pid}" for process in run_processes.processes_of_run(launched.run_id)]
     left += [str(path) for path in scratch_directories(launched.run_id) if path.exists()]
     left += [path.name for path in launched.folder.glob("bootstrap*")]
@@ -159,7 +164,7 @@ def _left(launched: Launched) -> list[str]:
 
 
 def _over(launched: Launched, killed: list[str]) -> float:
-    """Wait for the end of it all. Returns seconds until no process of the run was left."""
+    """Wait for the end of the run; return the seconds until none of its processes was left."""
     started = time.monotonic()
     while run_processes.processes_of_run(launched.run_id) or "supervisor" in launched.processes():
         assert time.monotonic() - started < GONE_SECONDS, f"left: {launched.processes()}"
@@ -179,7 +184,7 @@ def _over(launched: Launched, killed: list[str]) -> float:
 
 
 def _clear(launched: Launched) -> None:
-    """Whatever a round did not end is ended here, so that the next one stands alone."""
+    """End what a round has left, so that it does not affect the next round."""
     for pid in launched.processes().values():
         try:
             os.kill(pid, signal.SIGKILL)
@@ -192,7 +197,7 @@ def _clear(launched: Launched) -> None:
 
 
 def one_round(toy: Path, strategy: str, backend: str, draw: random.Random) -> dict[str, Any]:
-    """Launch, kill, look. Returns a row of results."""
+    """Launch a run, kill processes, check, and return a row of results."""
     detached, serving = draw.random() < 0.5, draw.random() < 0.5
     wait_seconds = draw.uniform(0, SERVING_SECONDS if serving else STARTING_SECONDS)
     row: dict[str, Any] = {
@@ -210,7 +215,7 @@ def one_round(toy: Path, strategy: str, backend: str, draw: random.Random) -> di
             alive = launched.processes()
             row["killed"] = sorted(draw.sample(sorted(alive), min(len(alive), draw.randint(1, 3))))
             for name in row["killed"]:
-                with contextlib.suppress(ProcessLookupError):  # the one before took it along
+                with contextlib.suppress(ProcessLookupError):  # it ended with the previous one
                     os.kill(alive[name], signal.SIGKILL)
             row["end_seconds"] = _over(launched, row["killed"])
         except (AssertionError, OSError, subprocess.TimeoutExpired, TimeoutError) as failure:
@@ -224,7 +229,7 @@ def one_round(toy: Path, strategy: str, backend: str, draw: random.Random) -> di
 
 
 def page(results: list[dict[str, Any]]) -> list[str]:
-    """The lines of the section."""
+    """Return the lines of the section."""
     failures = sum(bool(row["error"]) for row in results)
     ends = [row["end_seconds"] for row in results if row["end_seconds"] is not None]
     lines = [

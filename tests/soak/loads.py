@@ -51,7 +51,7 @@ COMBINATIONS = (("pipeline", "mpi"), ("tensor", "mpi"), ("pipeline", "ring"), ("
 
 @dataclass
 class Watch:
-    """Looks at the processes of a run once a second, from outside."""
+    """Sampler of the processes of a run, once a second, from outside."""
 
     processes: dict[str, psutil.Process]
     looks: list[dict[str, Any]] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Watch:
 
     @classmethod
     def of(cls, run_id: str) -> Watch:
-        """Ranks and guards by name."""
+        """Find ranks and guards by name."""
         (run,) = [run for run in k2("ps")["runs"] if run["run_id"] == run_id]
         return cls({
             f"{kind} {rank['rank']}": psutil.Process(rank[f"{kind}_pid"])
@@ -68,7 +68,7 @@ class Watch:
         })  # fmt: skip
 
     def look(self, started: float) -> None:
-        """One look after the other, until ``over`` is set."""
+        """Take a sample each second until ``over`` is set."""
         while not self.over.wait(1.0):
             seen = {
                 name: {
@@ -84,7 +84,7 @@ class Watch:
 def one_load(
     toy: Path, strategy: str, backend: str, folder: Path, minutes: float, clients: int, seed: int
 ) -> dict[str, Any]:
-    """One run under load. Returns a row of results: all that was seen, and what was wrong."""
+    """Put one run under load, and return a row of results and errors."""
     with serving(toy, backend, strategy, folder) as run:
         mix = Mix.of(run)
         watch = Watch.of(run.run_id)
@@ -113,7 +113,7 @@ def one_load(
 def _wrong(
     answers: list[Answer], health: int, slices: list[dict[str, Any]], planned: dict[str, int]
 ) -> str:
-    """What was not as it must be: an answer, the health, or a rank's memory beyond its plan."""
+    """Describe what was wrong: an answer, the health, or a rank's memory beyond its plan."""
     failed = [answer for answer in answers if answer.error]
     said = [f"{answer.kind} after {answer.began:.0f} s: {answer.error}" for answer in failed[:3]]
     if failed:
@@ -130,11 +130,11 @@ def _wrong(
 def _slices(
     answers: list[Answer], looks: list[dict[str, Any]], seconds: float
 ) -> list[dict[str, Any]]:
-    """Tenths of the time: what was asked in each, and the most that each process had."""
+    """Return, for each tenth of the time, the requests and the peak use of each process."""
     parts = []
     for number in range(SLICES):
         begin_at, end_at = (seconds * (number + edge) / SLICES for edge in (0, 1))
-        # What was still being answered when the time was over belongs to the last tenth.
+        # Samples after the end of the time belong to the last tenth.
         last = number == SLICES - 1
         seen = [
             look["seen"]
@@ -174,7 +174,7 @@ def _kinds(answers: list[Answer]) -> dict[str, dict[str, Any]]:
 
 
 def _spread(values: Sequence[float]) -> list[float]:
-    """Median, 95th percentile (nearest rank) and longest; empty without values."""
+    """Return median, 95th percentile (nearest rank) and longest; empty without values."""
     ordered = sorted(values)
     if not ordered:
         return []
@@ -193,7 +193,7 @@ def _times(spread: Sequence[float]) -> str:
 
 
 def page(results: list[dict[str, Any]]) -> list[str]:
-    """The lines of the section."""
+    """Return the lines of the section."""
     requests = sum(row["requests"] for row in results)
     failed = sum(len(kind["failed"]) for row in results for kind in row["kinds"].values())
     lines = [

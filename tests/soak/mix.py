@@ -1,4 +1,4 @@
-"""What the clients of a long load ask, and what they must be answered."""
+"""The requests of the clients of a long load, and checks of their answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Answer:
 
 @dataclass
 class Mix:
-    """What clients ask of one run, and what quiet answers to it are."""
+    """Requests to one run, with the answers that it gives without other load."""
 
     run: Served
     long_prompts: list[list[int]]
@@ -125,7 +125,7 @@ KINDS: tuple[tuple[str, int, Ask], ...] = (
 
 
 def client(mix: Mix, draw: random.Random, started: float, until: float) -> list[Answer]:
-    """One client: asks one thing after the other until the time is over."""
+    """Send requests one after the other until the time is over."""
     answers = []
     while time.monotonic() < until:
         name, _, ask = draw.choices(KINDS, weights=[share for _, share, _ in KINDS])[0]

@@ -33,7 +33,7 @@ depend on the machine.
 
 @contextmanager
 def workplace() -> Iterator[tuple[Path, Path]]:
-    """A folder for this soak, which k2 keeps all of its state in, and a toy of Kimi K2 there."""
+    """Make a folder for all of k2's state during this soak, and a toy of Kimi K2 in it."""
     from lab.toy_k2.checkpoint import build_toy_k2
 
     with tempfile.TemporaryDirectory(prefix="k2-soak-") as temporary:
@@ -45,7 +45,7 @@ def workplace() -> Iterator[tuple[Path, Path]]:
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that all soaks have."""
+    """Return a parser with the options that all soaks have."""
     parser = argparse.ArgumentParser(
         prog=f"scripts/soak {name}",
         description=description,
@@ -55,7 +55,7 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=results, help="%(default)s")
     parser.add_argument("--resume", action="store_true", help="add to earlier results")
     parser.add_argument(
-        "--beside", default="nothing else", help="what else ran on the machine, for the page"
+        "--beside", default="nothing else", help="other load on the machine, for the page"
     )
     page = ROOT / "docs" / "measurements" / "soak.md"
     parser.add_argument("--docs", type=Path, default=page, help="%(default)s")
@@ -63,7 +63,7 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def begin(options: argparse.Namespace) -> None:
-    """Make room for results; earlier ones are forgotten unless this soak goes on from them."""
+    """Prepare the file of results; earlier results are removed unless ``--resume`` is given."""
     options.results.parent.mkdir(parents=True, exist_ok=True)
     if not options.resume:
         options.results.unlink(missing_ok=True)
@@ -82,24 +82,24 @@ def note(options: argparse.Namespace, row: dict[str, Any]) -> None:
 
 
 def results_of(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All results so far."""
+    """Read all results so far."""
     return [json.loads(line) for line in options.results.read_text().splitlines()]
 
 
 def say(line: str) -> None:
-    """Progress, for whoever watches."""
+    """Write a line of progress to stderr."""
     sys.stderr.write(line + "\n")
 
 
 def machine() -> str:
-    """This machine in words."""
+    """Describe this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = os.cpu_count()
     return f"{platform.system()} {platform.machine()}, {cores} cores, {memory / 2**30:.0f} GiB"
 
 
 def commit() -> str:
-    """The commit that is checked out; empty where there is no git."""
+    """Return the commit that is checked out; empty without git."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
@@ -111,7 +111,7 @@ def commit() -> str:
 
 
 def measured(results: Sequence[dict[str, Any]], command: str) -> str:
-    """The sentence that says when, where and of what the figures are."""
+    """Return the sentence with date, commit and machine of the figures."""
 
     def all_of(key: str) -> str:
         return ", ".join(sorted({row[key] for row in results if row.get(key)}))
@@ -123,12 +123,12 @@ def measured(results: Sequence[dict[str, Any]], command: str) -> str:
 
 
 def paragraph(text: str) -> list[str]:
-    """Prose as lines of the page."""
+    """Wrap text into lines of the page."""
     return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def table(header: str, rows: Iterable[Sequence[object]]) -> list[str]:
-    """The lines of a Markdown table; ``header`` is its first line without the outer bars."""
+    """Return the lines of a Markdown table; ``header`` is its first line without the outer bars."""
     columns = header.count("|") + 1
     lines = [f"| {header} |", f"|{' --- |' * columns}"]
     return lines + [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
@@ -145,9 +145,9 @@ def write_section(page: Path, title: str, lines: Sequence[str]) -> None:
 
 
 def write_failures(results: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
-    """What was not as expected, in its own words; nothing if all was.
+    """List the errors of results; empty without errors.
 
-    A row may be given a ``mended`` by hand, which says what became of it.
+    A row may be given a ``mended`` by hand, which says how the error was fixed.
     """
     failed = [row for row in results if row["error"]]
     if not failed:

@@ -1,4 +1,4 @@
-"""Whatever is killed or stopped, nothing of the run is left, and ``ps`` tells the truth."""
+"""Kill or stop each process of a run: no process remains, and ``ps`` shows the right state."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from k2cli.agent import facts as node_facts
-from k2cli.agent import run_folder
 from k2cli.choices import Transport
 from k2cli.protocol import Deadlines
+from k2cli.settings import scratch_directory
 from tests.support.harness import supervised
 
 pytestmark = pytest.mark.ranks
 
-# A killed process shows at once; one that is stopped shows only after these.
+# A killed process is noticed at once, a stopped one only after these deadlines.
 SHORT = Deadlines(liveness=3.0, stopped=2.0, step_stall=4.0)
 TARGETS = ("launcher", "guard-0", "guard-1", "rank-0", "rank-1")
 
@@ -55,13 +55,13 @@ def test_nothing_survives(transport: Transport, who: str, number: signal.Signals
         assert record.failure is not None
         assert record.failure.exit_status == -signal.SIGKILL
         assert record.failure.last_lines[0] == f"rank {who[-1]} of 2 says hello"
-    assert not run_folder.scratch_path(run.run_id).exists()
+    assert not scratch_directory(run.run_id).exists()
     assert not list(record.folder.glob("bootstrap*"))
     assert not (record.folder / "launch.json").exists()
 
 
-def test_a_stopped_mpirun_is_in_nobody_s_way() -> None:
-    """It has started what it had to; whoever ends the run ends it too."""
+def test_a_stopped_mpirun_does_not_block_the_end_of_a_run() -> None:
+    """Such an mpirun has started its processes already, and is killed at the end of the run."""
     with supervised("mpi", deadlines=SHORT) as run:
         run.wait_ready()
         os.kill(run.pid_of("mpirun"), signal.SIGSTOP)

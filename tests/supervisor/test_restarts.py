@@ -1,4 +1,4 @@
-"""``--restart on-failure``: the run comes back on the port that it had, or is given up for good."""
+"""Test ``--restart on-failure``: the run returns on the same port, or is given up."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_failures_add_up_unless_a_run_has_served_for_long() -> None:
 
 
 def launch(toy: Path, backend: str) -> str:
-    """A run of two ranks that is restarted; its URL."""
+    """Start a run of two ranks with restarts; return its URL."""
     options = ("--nodes", "localhost,localhost", "--backend", backend, "--context", "256")
     done = k2("launch", str(toy), *options, "--restart", "on-failure", "--detach", "--json")
     assert done.returncode == 0, done.stderr
@@ -36,7 +36,7 @@ def launch(toy: Path, backend: str) -> str:
 
 
 def kill(rank: int, process: str) -> None:
-    """SIGKILL, and wait until the run has taken note."""
+    """Kill a process, and wait until the run has noticed it."""
     (run,) = runs()
     os.kill(run["ranks"][rank][process], signal.SIGKILL)
     count = len(run["attempts"]) + 1
@@ -46,21 +46,21 @@ def kill(rank: int, process: str) -> None:
 
 
 def wait_again(url: str) -> None:
-    """Until the run serves again, where it did."""
+    """Wait until the run serves again at the same URL."""
     wait_until(lambda: runs()[0]["state"] == "ready", 60, "the next attempt")
     assert runs()[0]["url"] == url
     assert httpx.get(f"{url}/health").status_code == 200
 
 
 def assert_told_why(url: str) -> None:
-    """In the pause the API answers, with the cause."""
+    """Assert that the API answers with the cause during the pause."""
     answer = httpx.get(f"{url}/health")
     assert answer.status_code == 503
     assert "rank 1 on localhost failed" in answer.json()["cause"]
 
 
 def test_whatever_ends_it_a_run_comes_back_and_is_given_up_after_three_failures() -> None:
-    """With scripted ranks and short pauses, over the ring."""
+    """Use scripted ranks and short pauses, over the ring."""
     policy = RestartPolicy("on-failure", first_delay_seconds=0.3, factor=1.0)
     with supervised("ring", restart=policy) as run:
         for who in ("rank-1", "guard-0", "rank-0"):
@@ -87,7 +87,7 @@ def test_whatever_ends_it_a_run_comes_back_and_is_given_up_after_three_failures(
 
 
 @pytest.mark.slow
-@pytest.mark.soak  # it waits out both pauses
+@pytest.mark.soak  # waits for both pauses
 def test_a_run_comes_back_on_its_port_and_is_given_up_in_the_end(toy_k2: Path) -> None:
     url = launch(toy_k2, "ring")
     kill(1, "rank_pid")

@@ -1,4 +1,4 @@
-"""What is prepared is put away, and a guard without a launcher does not wait for its leader."""
+"""Test the cleanup of prepared runs, and that a guard does not outlive its launcher."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import pytest
 
 from k2cli.agent import run_folder, run_processes
 from k2cli.launch.guard_commands import guard_arguments
-from k2cli.launch.prepare import PreparedRun
 from k2cli.nodes.node import python_environment
 from k2cli.protocol import RunEvent
 from k2cli.runs.record import read_record
-from k2cli.settings import runs_directory
-from k2cli.supervisor.start import launch_detached, owned
+from k2cli.settings import runs_directory, scratch_directory
+from k2cli.supervisor.start import cleanup_on_error, launch_detached
 from tests.support.harness import SCRIPTED, prepare_scripted
 
 
@@ -25,13 +24,12 @@ def test_ctrl_c_before_the_start_leaves_a_record_and_no_secret() -> None:
     record = read_record(folder)
     assert record is not None
     assert (folder / "launch.json").is_file()
-    prepared = PreparedRun(record, None, specification, False)  # type: ignore[arg-type]
     said: list[str] = []
-    with pytest.raises(KeyboardInterrupt), owned(prepared, said.append):
+    with pytest.raises(KeyboardInterrupt), cleanup_on_error(record, said.append):
         raise KeyboardInterrupt
     assert said == [f"stopping {specification.run_id}"]
     assert [path.name for path in folder.iterdir()] == ["run.json"]
-    assert not run_folder.scratch_path(specification.run_id).exists()
+    assert not scratch_directory(specification.run_id).exists()
     left = read_record(folder)
     assert left is not None
     assert (left.state, left.cause) == ("stopped", "interrupted")
@@ -42,14 +40,13 @@ def test_ctrl_c_before_a_detached_run_is_ready_stops_it_and_says_so() -> None:
     specification = prepare_scripted("ring")
     record = read_record(runs_directory() / specification.run_id)
     assert record is not None
-    prepared = PreparedRun(record, None, specification, False)  # type: ignore[arg-type]
     said: list[bool] = []
 
     def interrupt(event: RunEvent) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        launch_detached(prepared, interrupt, said.append)
+        launch_detached(record, interrupt, said.append)
     assert said == [True]
     left = read_record(record.folder)
     assert left is not None
@@ -59,7 +56,7 @@ def test_ctrl_c_before_a_detached_run_is_ready_stops_it_and_says_so() -> None:
 
 @pytest.mark.ranks
 def test_a_follower_that_never_met_its_leader_ends_with_the_launcher() -> None:
-    """Its own deadline for the leader's guard is a minute."""
+    """Such a guard would wait a minute for the leader's guard."""
     specification = prepare_scripted("ring")
     bootstrap = msgspec.json.encode(specification.bootstraps[1])
     run_folder.write_private(specification.run_id, "bootstrap-1.json", bootstrap)

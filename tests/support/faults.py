@@ -1,9 +1,9 @@
-"""The table of faults that must not matter: what goes wrong, how it is done, what must follow.
+"""The table of faults: name, action, and expected result.
 
-Two real ranks under guards, started by ``k2 launch`` and spoken to over HTTP, with other requests
-(the witnesses) running all the while. Either the witnesses get the very text of a quiet run, or
-the run ends everywhere, with an error that names the cause. ``test_faults.py`` runs each fault
-once; ``scripts/soak runtime`` runs all of them on every placement and back end, in rounds.
+``k2 launch`` starts two real ranks, which the tests use over HTTP. Other requests (the witnesses)
+run during each fault. Either the witnesses get the same text as in an undisturbed run, or the run
+ends on all ranks with an error that names the cause. ``test_faults.py`` runs each fault once;
+``scripts/soak runtime`` runs all of them on every placement and transport, in rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONCURRENCY = 4
 TOKENS = 24
 SECONDS = 120
 GONE_SECONDS = 30
-# For httpx, which else reads all certificates for each request: 25 ms of a core that ranks need.
+# Without it, httpx reads all certificates for each request: 25 ms of a core that ranks need.
 NO_CERTIFICATES = False
 WITNESSES = [[300 + seed, *range(400, 400 + 7 * seed)] for seed in (1, 2, 3)]
 # Its ``sitecustomize`` puts faults into ranks: a raising sampler, a wrong digest.
@@ -40,7 +40,7 @@ FAULTY_RANKS = Path(__file__).parent / "faulty_ranks"
 
 
 def k2(*arguments: str, environment: dict[str, str] | None = None) -> Any:
-    """A k2 command's JSON result."""
+    """Run a k2 command and return its JSON result."""
     done = subprocess.run(
         [sys.executable, "-m", "k2cli", *arguments, "--json"],
         capture_output=True,
@@ -55,7 +55,7 @@ def k2(*arguments: str, environment: dict[str, str] | None = None) -> Any:
 
 @dataclass
 class Served:
-    """A run, and what its witnesses say when nothing disturbs them."""
+    """A run, and the undisturbed answers to its witnesses."""
 
     run_id: str
     url: str
@@ -64,7 +64,7 @@ class Served:
     quiet: list[str] = field(default_factory=list)
 
     def body(self, prompt: list[int], **changes: Any) -> dict[str, Any]:
-        """A greedy request of a fixed length that touches no kept prefix."""
+        """Return a greedy request of a fixed length that uses no cached prefix."""
         return {
             "prompt": prompt,
             "max_tokens": TOKENS,
@@ -75,21 +75,21 @@ class Served:
     def post(
         self, prompt: list[int], *, timeout: float = SECONDS, **changes: Any
     ) -> httpx.Response:
-        """One request, answered whole."""
+        """Send a request without streaming."""
         body = self.body(prompt, **changes)
         return httpx.post(
             f"{self.url}/v1/completions", json=body, timeout=timeout, verify=NO_CERTIFICATES
         )
 
     def complete(self, prompt: list[int], **changes: Any) -> str:
-        """The text of one request that succeeds."""
+        """Send a request that must succeed; return its text."""
         answer = self.post(prompt, **changes)
         assert answer.status_code == 200, answer.text
         text: str = answer.json()["choices"][0]["text"]
         return text
 
     def leave(self, prompt: list[int], after_seconds: float, **changes: Any) -> None:
-        """Ask, and hang up before there can be an answer."""
+        """Send a request, and disconnect before the answer."""
         try:
             answer = self.post(prompt, timeout=after_seconds, **changes)
         except httpx.ReadTimeout:
@@ -97,7 +97,7 @@ class Served:
         raise AssertionError(f"it was answered before it was dropped: {answer.text[:100]}")
 
     def drop(self, prompt: list[int], after_chunks: int, **changes: Any) -> None:
-        """Begin a stream and walk away."""
+        """Start a stream, and disconnect after some chunks."""
         body = self.body(prompt, stream=True, max_tokens=400, **changes)
         url = f"{self.url}/v1/completions"
         with httpx.stream(
@@ -109,7 +109,7 @@ class Served:
                     return
 
     def undisturbed_by(self, fault: Callable[[Served], None]) -> None:
-        """Witnesses ask again and again while the fault happens, and at least once after it."""
+        """Send the witnesses' requests repeatedly during the fault, and at least once after it."""
         over = threading.Event()
         begun = threading.Barrier(len(WITNESSES) + 1)
 
@@ -133,7 +133,7 @@ class Served:
         assert httpx.get(f"{self.url}/health").status_code == 200
 
     def ended_by(self, fault: Callable[[Served], None], cause: str) -> float:
-        """The run ends everywhere and says why.
+        """Check that the run ends on all ranks and reports the cause.
 
         Returns:
             Seconds from the fault until no process of the run was left.
@@ -141,11 +141,11 @@ class Served:
         begun = threading.Barrier(len(WITNESSES) + 1)
 
         def witness(index: int) -> str:
-            """What a client is told whose request the fault breaks off."""
+            """Return the answer to a client whose request the fault interrupts."""
             assert self.complete(WITNESSES[index]) == self.quiet[index]
             begun.wait(SECONDS)
             while True:
-                # Long, so that the fault finds it at work and not between two requests.
+                # The request is long, so that it is running when the fault happens.
                 try:
                     answer = self.post(WITNESSES[index], max_tokens=CONTEXT - 100)
                 except httpx.TransportError as error:
@@ -180,7 +180,7 @@ class Served:
 
 @contextmanager
 def serving(toy: Path, backend: str, strategy: str, folder: Path) -> Iterator[Served]:
-    """A run of two ranks of the toy, in which every fault of the table can be raised."""
+    """Start a run of two ranks of the toy, in which every fault can be raised."""
     trigger = folder / f"lie-{backend}-{strategy}"
     trigger.unlink(missing_ok=True)
     paths = [str(FAULTY_RANKS), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -207,7 +207,7 @@ def _prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def _drop_in_queue(run: Served) -> None:
-    """Each needs a whole context and there is room for four: most of them have to wait."""
+    """Drop requests that wait: each needs a whole context, and there is memory for four."""
 
     def leave(seed: int) -> None:
         run.leave([300 + seed], 0.5, max_tokens=CONTEXT - 10)
@@ -239,7 +239,7 @@ def _many_clients(run: Served) -> None:
 
 
 def _evict(run: Served) -> None:
-    """20 conversations in turn: caches of 256 tokens each, and room for 16 of them at most."""
+    """Run 20 conversations in turn, with caches of 256 tokens and memory for at most 16."""
     starts = [_prompt(30, 500 + number) for number in range(20)]
     fresh = [run.complete(start, max_tokens=4) for start in starts[:4]]
     caching = {"cache": True, "ignore_stop_tokens": True}
@@ -270,8 +270,8 @@ def _pause(run: Served) -> None:
 class Fault:
     """One row of the table.
 
-    ``cause`` is empty where the witnesses must not notice anything; else the run must end, and
-    ``cause`` is part of what clients and ``k2 ps`` are told.
+    ``cause`` is empty if the fault must not affect the witnesses. Otherwise the run must end, and
+    ``cause`` is a part of the message for clients and in ``k2 ps``.
     """
 
     name: str
@@ -281,7 +281,7 @@ class Fault:
 
     @property
     def expected(self) -> str:
-        """For people."""
+        """Describe the expected result in words."""
         return f"the run ends: “{self.cause}”" if self.cause else "others get their very tokens"
 
 

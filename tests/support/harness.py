@@ -1,4 +1,4 @@
-"""Runs with real supervisors, guards and processes, whose ranks are scripted or real."""
+"""Runs with real supervisors and guards, and scripted ranks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from k2cli.launch.restart_policy import RestartPolicy
 from k2cli.launch.specification import RunSpecification, save_specification
 from k2cli.nodes.local import LocalNode
 from k2cli.protocol import Assignment, Bootstrap, Deadlines
-from k2cli.runs.record import RankRecord, RunRecord, list_runs, save_record
-from k2cli.runs.run_id import new_run_id
+from k2cli.runs.record import RankRecord, RunRecord, list_runs, new_run_id, save_record
 
 SCRIPTED = "tests.support.scripted_rank"
 GONE_SECONDS = 15.0
@@ -42,7 +41,7 @@ class SupervisedRun:
 
     @property
     def record(self) -> RunRecord:
-        """As ``k2 ps`` sees it."""
+        """The record as ``k2 ps`` shows it."""
         return next(run for run in list_runs() if run.run_id == self.run_id)
 
     def wait_ready(self, seconds: float = 60.0) -> RunRecord:
@@ -59,7 +58,7 @@ class SupervisedRun:
         return record.state in ("failed", "stopped", "lost", "orphaned")
 
     def processes(self) -> list[psutil.Process]:
-        """Guards, ranks and mpirun."""
+        """Return the processes of guards, ranks and mpirun."""
         found = []
         for process in run_processes.processes_of_run(self.run_id):
             try:
@@ -69,11 +68,11 @@ class SupervisedRun:
         return found
 
     def wait_gone(self) -> None:
-        """Until no process of the run is left on this machine."""
+        """Wait until no process of the run is left on this machine."""
         wait_until(lambda: not self.processes(), GONE_SECONDS, f"the end of {self.run_id}")
 
     def pid_of(self, who: str) -> int:
-        """``launcher``, ``mpirun``, ``guard-0``, ``rank-1`` and so on."""
+        """Return the process id of ``launcher``, ``mpirun``, ``guard-0``, ``rank-1`` and so on."""
         kind, _, number = who.partition("-")
         if kind == "launcher":
             return self.supervisor.pid
@@ -122,8 +121,7 @@ def _specification(
         )
         for rank in range(size)
     ]
-    names = ["localhost"] * size
-    return RunSpecification(run_id, names, transport, bootstraps, worker, scratch, restart=restart)
+    return RunSpecification(bootstraps, worker, scratch, restart=restart)
 
 
 def prepare_scripted(
@@ -162,7 +160,7 @@ def supervised(
     environment: dict[str, str] | None = None,
     restart: RestartPolicy | None = None,
 ) -> Iterator[SupervisedRun]:
-    """A scripted run under a supervisor process; whatever is left of it is ended at exit."""
+    """Start a scripted run under a supervisor; kill its remaining processes at exit."""
     specification = prepare_scripted(transport, size, deadlines, restart)
     folder = run_folder.run_folder(specification.run_id)
     with (folder / "supervisor.out").open("wb") as output:

@@ -1,4 +1,4 @@
-"""Real rank processes without guards: what a guard does for its rank, done for a test."""
+"""Real rank processes without guards; the test does the guard's part."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _numbers = itertools.count(1)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that were free a moment ago."""
+    """Return free ports of the loopback address."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [entry.getsockname()[1] for entry in sockets]
     for entry in sockets:
@@ -57,7 +57,7 @@ def _process_kind() -> dict[str, str]:
 
 @dataclass
 class RankProcess:
-    """One rank and this end of its socket pair."""
+    """One rank and the test's end of its socket pair."""
 
     process: subprocess.Popen[bytes]
     channel: Channel[Any]
@@ -83,7 +83,7 @@ class RankProcess:
 
 @dataclass
 class Outcome:
-    """What came for one request."""
+    """The messages for one request."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -157,7 +157,7 @@ class RankPool:
         stop_tokens: Sequence[int] = (),
         use_prefix_cache: bool = True,
     ) -> str:
-        """Send a request; its id."""
+        """Send a request; return its id."""
         name = f"r{next(_numbers)}"
         request = Generate(
             name, prompt, max_tokens, sampling or Sampling(), list(stop_tokens), use_prefix_cache
@@ -170,7 +170,7 @@ class RankPool:
         self.ranks[0].channel.send(Cancel(name))
 
     def outcome(self, name: str, timeout_seconds: float = 60.0) -> Outcome:
-        """Wait for a request's end, taking note of what comes for others."""
+        """Wait for a request's end, and record the messages for others."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             outcome = self.outcomes.setdefault(name, Outcome())
@@ -179,7 +179,7 @@ class RankPool:
             self.take(max(0.1, deadline - time.monotonic()))
 
     def take(self, timeout_seconds: float = 60.0) -> Any:
-        """Receive one message of the leader rank and note it."""
+        """Receive and record one message of the leader rank."""
         message = self.ranks[0].receive(timeout_seconds)
         if isinstance(message, Tokens | Finished | RequestFailed):
             outcome = self.outcomes.setdefault(message.request_id, Outcome())
@@ -194,7 +194,7 @@ class RankPool:
         return message
 
     def generate(self, prompt: list[int], max_tokens: int, **options: Any) -> list[int]:
-        """The tokens of one request, run to its end."""
+        """Run one request to its end and return its tokens."""
         outcome = self.outcome(self.submit(prompt, max_tokens, **options))
         if outcome.error is not None:
             raise RuntimeError(outcome.error)
@@ -221,11 +221,11 @@ class RankPool:
 def assignments(
     checkpoint: Path, strategy: str, size: int, *, dtype: str = "float32", **changes: Any
 ) -> list[Assignment]:
-    """Assignments as the launcher makes them from a plan, for ranks on this machine."""
+    """Make the assignments of a plan for ranks on this machine, as the launcher does."""
     from k2cli.models.checkpoint import read_checkpoint
-    from k2cli.sharding.footprint import footprints
     from k2cli.sharding.placement import Placement, RankPlacement, even_split
     from k2cli.sharding.trace import layer_count, trace_model
+    from tests.support.footprints import footprints
 
     read = read_checkpoint(checkpoint)
     stored = {name: (tensor.dtype, tensor.shape) for name, tensor in read.tensors.items()}
@@ -261,7 +261,7 @@ def assignments(
 
 @contextlib.contextmanager
 def running(pool: RankPool) -> Iterator[RankPool]:
-    """A pool that is ended, whatever happens."""
+    """Start a pool, and stop it in any case."""
     try:
         pool.start()
         yield pool

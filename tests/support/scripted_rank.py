@@ -1,7 +1,7 @@
-"""A rank without a model: it speaks the protocol of a real one, and computes nothing.
+"""A rank without a model: it implements the protocol of a real one and computes nothing.
 
-Started by a real guard through its hidden option, in place of ``k2cli.rank.main``. What it
-does beyond that is in its environment: ``SCRIPT_FAIL`` names a way to fail on rank 1 while loading.
+A real guard starts it with a hidden option, in place of ``k2cli.rank.main``. The environment
+variable ``SCRIPT_FAIL`` names a way in which rank 1 fails while loading.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _fail(how: str, link: Channel[GuardMessage]) -> None:
 
 
 def _answer(link: Channel[GuardMessage], request: Generate) -> None:
-    """Each prompt token back, one by one."""
+    """Send each prompt token back, one by one."""
     for token in request.prompt[: request.max_tokens]:
         link.send(Tokens(request.request_id, [token]))
     count = min(len(request.prompt), request.max_tokens)

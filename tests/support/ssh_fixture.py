@@ -1,4 +1,4 @@
-"""Fixtures of a node over the real OpenSSH, on this machine."""
+"""Fixtures for a node on this machine that is reached with the real OpenSSH."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def running_ssh_server(
 
 @pytest.fixture
 def ssh_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that ``ssh b`` reaches; this process's connections are closed afterwards."""
+    """Start a server that ``ssh b`` reaches; close this process's connections afterwards."""
     if MISSING:
         pytest.skip("OpenSSH's client and server are needed")
     server: Server = request.getfixturevalue("running_ssh_server")

@@ -27,7 +27,7 @@ MISSING = SSHD is None or shutil.which("ssh") is None
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running sshd and its files; ``home`` is where commands over it start."""
+    """A running sshd and its files; commands start in ``home``."""
 
     folder: Path
     port: int
@@ -37,7 +37,7 @@ class Server:
         return self.folder / "home"
 
     def write_configuration(self, more: str = "") -> None:
-        """Write the client's configuration; ``more`` goes to the hosts that can be reached."""
+        """Write the client's configuration; ``more`` is added to the reachable hosts."""
         common = (
             f"  HostName 127.0.0.1\n  Port {self.port}\n  IdentitiesOnly yes\n"
             f"  IdentityFile {self.folder}/key\n"
@@ -95,7 +95,7 @@ def _start(folder: Path, port: int) -> subprocess.Popen[bytes]:
         f"SetEnv PYTHONPATH={os.environ['PYTHONPATH']}\nForceCommand {folder}/forced\n"
     )
     if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # sshd's empty folder, which it wants as root
+        Path("/run/sshd").mkdir(exist_ok=True)  # sshd requires this empty folder as root
     assert SSHD is not None
     return subprocess.Popen(
         [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=subprocess.DEVNULL

@@ -1,1 +1,1 @@
-"""Facts about machines: probes, and the parsers of what they print."""
+"""Facts about machines: commands that are run on them, and parsers of their output."""

@@ -1,7 +1,7 @@
-"""What the doctor knows of a machine, as values: what it is, what is installed, how it is now.
+"""Facts about a machine: its hardware and system, its software, and its present condition.
 
-Parsers make these of raw probe output, checks read them. Everything that a probe could not tell is
-None, and a check says so instead of guessing.
+Parsers make these values from the raw output of probes; checks and discovery read them. A fact that
+no probe has told is None.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from k2cli.choices import Certainty, Device
 
 InterfaceKind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
 OsName = Literal["macos", "linux"]
+Firewall = Literal["on", "off", "block-all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,8 @@ class ThunderboltPort:
     """One Thunderbolt port of a Mac.
 
     ``domain`` is the port's own domain UUID, ``peer_domain`` that of the Mac at the cable's other
-    end: two ports are joined if each has the other's. ``interface`` is the network interface of
-    the port (``en5``), ``speed`` what macOS reports (``80 Gb/s``; ``Up to 120 Gb/s`` while idle).
+    end: two ports are connected if each has the other's. ``interface`` is the network interface of
+    the port (``en5``), ``speed`` the text of macOS (``80 Gb/s``; ``Up to 120 Gb/s`` while idle).
     """
 
     receptacle: str
@@ -37,14 +38,13 @@ class ThunderboltPort:
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """What a machine is. Sizes in bytes.
+    """Hardware, system and networks of a machine. Sizes in bytes.
 
-    ``limit_bytes`` is what MLX may use there, ``limit_mark`` and ``limit_source`` how that is
-    known, ``backend`` its device. ``interfaces`` maps each interface that is up to its addresses
-    (IPv4 first, no link-local IPv6); ``interface_kinds`` has all of its keys.
-    ``thunderbolt_peers`` maps an interface to the domain UUID of the Mac behind it. ``bridges`` has
-    the members of each bridge, ``rdma_states`` the port state of each RDMA device
-    (``PORT_ACTIVE``).
+    ``limit_bytes`` is the memory that MLX may use there, ``limit_mark`` and ``limit_source`` tell
+    its certainty and source; ``backend`` is the device. ``interfaces`` maps each interface that is
+    up to its addresses (IPv4 first, no link-local IPv6); ``interface_kinds`` has the same keys.
+    ``bridges`` has the members of each bridge, ``rdma_states`` the port state of each RDMA device
+    (``PORT_ACTIVE``). ``prefix_lengths`` maps an address to the bits of its network, if known.
     """
 
     hostname: str
@@ -65,7 +65,6 @@ class MachineFacts:
     gpu_cores: int | None = None
     bridges: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rdma_states: Mapping[str, str] = field(default_factory=dict)
-    # Address -> bits of its network; an address that is missing has an unknown network.
     prefix_lengths: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -114,9 +113,9 @@ def thunderbolt_links(
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """How a machine is at the moment, as far as its own commands tell; None where they do not.
+    """Present condition of a machine; None for what its commands have not told.
 
-    ``clock_offset_seconds`` is that machine's clock less this one's, known to within
+    ``clock_offset_seconds`` is that machine's clock minus this one's, with an error of at most
     ``clock_error_seconds``. ``sleep_minutes`` is 0 if it never sleeps.
     """
 
@@ -124,7 +123,7 @@ class Condition:
     wired_limit_mib: int | None = None
     sleep_minutes: int | None = None
     sleep_prevented_by: str | None = None
-    firewall: Literal["on", "off", "block-all"] | None = None
+    firewall: Firewall | None = None
     rdma_enabled: bool | None = None
     clock_offset_seconds: float | None = None
     clock_error_seconds: float | None = None
@@ -133,9 +132,9 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """All that is known of one node.
+    """All facts about one node.
 
-    ``failure`` says why nothing is known, if nothing is, and ``failure_hint`` what mends that.
+    ``failure`` is the reason if there are none, and ``failure_hint`` the command that fixes it.
     """
 
     node: str

@@ -1,4 +1,4 @@
-"""What the probes of a Linux machine say, as values. Pure: raw output in, facts out."""
+"""Parsers of the probes of a Linux machine: pure functions from raw output to facts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k2cli.planning.hardware.machine import OS_RESERVE_BYTES, OS_RESERVE_SHARE
 from k2cli.units import MIB
 
 _OS: OsName = "linux"
-# Names that udev and the kernel give: wl* wireless, thunderbolt* the IP-over-Thunderbolt driver.
+# Names by udev and the kernel: wl* is wireless, thunderbolt* the IP-over-Thunderbolt driver.
 _KINDS_BY_NAME: tuple[tuple[str, InterfaceKind], ...] = (
     ("wl", "wifi"),
     ("thunderbolt", "thunderbolt"),
@@ -27,7 +27,7 @@ _ETHERNET_DRIVERS = frozenset({"", "veth", "vlan", "bond", "macvlan", "ipvlan", 
 
 
 def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
-    """What the machine is.
+    """Read the facts of a Linux machine.
 
     Raises:
         ClusterError: if its memory is not known.
@@ -58,29 +58,29 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
 
 
 def condition(raw: RawProbes) -> Condition:
-    """How the machine is now, without its clock."""
+    """Read the present condition of a Linux machine, without its clock."""
     available = meminfo(raw.text("meminfo") or "").get("MemAvailable")
     return Condition(available_bytes=available)
 
 
 def os_release(text: str) -> dict[str, str]:
-    """``/etc/os-release``: lines of ``NAME=value`` or ``NAME="value"``."""
+    """Parse ``/etc/os-release``: lines of ``NAME=value`` or ``NAME="value"``."""
     pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
     return {name: value.strip().strip('"') for name, value in pairs}
 
 
 def meminfo(text: str) -> dict[str, int]:
-    """``/proc/meminfo`` in bytes; its ``kB`` are 1024 bytes."""
+    """Parse ``/proc/meminfo`` into bytes; its ``kB`` are 1024 bytes."""
     found = re.findall(r"^(\S+):\s+(\d+) kB$", text, re.MULTILINE)
     return {name: int(value) * 1024 for name, value in found}
 
 
 def _memory_bytes(raw: RawProbes, software: Software | None) -> int:
-    """Physical memory, or the control group's limit where that is less (containers)."""
+    """Return the physical memory, or the control group's limit if that is less (containers)."""
     memory = meminfo(raw.text("meminfo") or "").get("MemTotal")
     if memory is None:
         if software is None:
-            raise ClusterError(f"node {raw.node} does not say how much memory it has")
+            raise ClusterError(f"node {raw.node} does not report its memory size")
         return software.memory_bytes
     for name in ("cgroup", "cgroup-v1"):
         text = (raw.text(name) or "").strip()
@@ -90,7 +90,7 @@ def _memory_bytes(raw: RawProbes, software: Software | None) -> int:
 
 
 def _gpu(raw: RawProbes) -> tuple[str, int] | None:
-    """Name and memory in bytes of the first NVIDIA GPU; nvidia-smi counts in MiB."""
+    """Return the name and bytes of memory of the first NVIDIA GPU; nvidia-smi counts in MiB."""
     lines = (raw.text("nvidia-smi") or "").strip().splitlines()
     fields = [field.strip() for field in lines[0].split(",")] if lines else []
     if len(fields) < 2 or not fields[1].isdigit():
@@ -101,7 +101,7 @@ def _gpu(raw: RawProbes) -> tuple[str, int] | None:
 def _limit(
     memory: int, gpu: tuple[str, int] | None, software: Software | None
 ) -> tuple[int, Any, str, Device]:
-    """What MLX may use: as mlx there says, else as the planner assumes for such a machine."""
+    """Return the memory that MLX may use: mlx's own figure, or else the planner's assumption."""
     if software is not None and software.limit_bytes is not None and software.device is not None:
         return software.limit_bytes, software.limit_mark, software.limit_source, software.device
     if gpu is not None:
@@ -115,7 +115,7 @@ def _cpu(text: str) -> str:
 
 
 def _interface_entries(raw: RawProbes) -> list[dict[str, Any]] | None:
-    """Interfaces that are up, as ``ip`` describes them; None where there is no ``ip``."""
+    """Return the entries of ``ip`` for interfaces that are up; None without ``ip``."""
     text = raw.text("ip")
     if text is None:
         return None
@@ -154,7 +154,7 @@ def _addresses(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _ordered(addresses: list[str]) -> tuple[str, ...]:
-    """IPv4 first; link-local IPv6 left out, since it needs an interface to be said with it."""
+    """Sort IPv4 first and drop link-local IPv6, which is usable only with an interface's name."""
     kept = [address for address in addresses if not address.lower().startswith("fe80")]
     return tuple(sorted(kept, key=lambda address: ":" in address))
 

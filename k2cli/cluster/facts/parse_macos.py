@@ -1,7 +1,7 @@
-"""What the probes of a Mac say, as values. Pure: raw output in, facts out.
+"""Parsers of the probes of a Mac: pure functions from raw output to facts.
 
-The forms read here are those of macOS 26 and 27 on Apple silicon; tests/doctor/data names
-the public records that they were taken from.
+The formats are those of macOS 26 and 27 on Apple silicon; tests/doctor/data names the public
+records that they were taken from.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from k2cli.agent.software import Software
 from k2cli.choices import Certainty
-from k2cli.cluster.facts.machine import Condition, InterfaceKind, MachineFacts, ThunderboltPort
+from k2cli.cluster.facts.machine import (
+    Condition,
+    Firewall,
+    InterfaceKind,
+    MachineFacts,
+    ThunderboltPort,
+)
 from k2cli.cluster.facts.probes import RawProbes
 from k2cli.errors import ClusterError
 from k2cli.planning.hardware.chips import apple_gpu_limit, chip_of_device
 from k2cli.units import GIB, MIB
 
-Firewall = Literal["on", "off", "block-all"]
-
 
 def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
-    """What the Mac is.
+    """Read the facts of a Mac.
 
     Raises:
         ClusterError: if its memory is not known.
@@ -35,7 +39,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
     hardware = _first(profile, "SPHardwareDataType")
     memory = int(kernel["hw.memsize"]) if kernel.get("hw.memsize", "").isdigit() else None
     if memory is None:
-        raise ClusterError(f"node {raw.node} does not say how much memory it has")
+        raise ClusterError(f"node {raw.node} does not report its memory size")
     chip = kernel.get("machdep.cpu.brand_string") or str(hardware.get("chip_type", "Apple silicon"))
     cores = _gpu_cores(profile)
     limit, mark, source = _limit(memory, kernel, software)
@@ -66,7 +70,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
 
 
 def condition(raw: RawProbes) -> Condition:
-    """How the Mac is now, without its clock."""
+    """Read the present condition of a Mac, without its clock."""
     kernel = sysctl(raw.text("sysctl") or "")
     limit = kernel.get("iogpu.wired_limit_mb", "")
     minutes, prevented = sleep_setting(raw.text("pmset") or "")
@@ -86,35 +90,35 @@ def condition(raw: RawProbes) -> Condition:
 
 
 def sysctl(text: str) -> dict[str, str]:
-    """``name: value`` lines."""
+    """Parse ``name: value`` lines."""
     pairs = (line.partition(":") for line in text.splitlines() if ":" in line)
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def sw_vers(text: str) -> dict[str, str]:
-    """``ProductVersion: 26.2`` and the like."""
+    """Parse lines such as ``ProductVersion: 26.2``."""
     return sysctl(text)
 
 
 def hardware_ports(text: str) -> dict[str, str]:
-    """Interface -> name of its hardware port, from ``networksetup -listallhardwareports``."""
+    """Map interfaces to their hardware ports, from ``networksetup -listallhardwareports``."""
     pairs = re.findall(r"^Hardware Port: (.+)\n\s*Device: (\S+)", text, re.MULTILINE)
     return {device: port.strip() for port, device in pairs}
 
 
 def ibv_devices(text: str) -> tuple[str, ...]:
-    """Names of RDMA devices; below the two lines of heading each line is one."""
+    """List the RDMA devices: one per line below a heading of two lines."""
     return tuple(line.split()[0] for line in text.splitlines() if line.strip().startswith("rdma_"))
 
 
 def ibv_devinfo(text: str) -> dict[str, str]:
-    """RDMA device -> state of its port, such as ``PORT_ACTIVE``."""
+    """Map RDMA devices to the states of their ports, such as ``PORT_ACTIVE``."""
     found = re.findall(r"hca_id:\s*(\S+).*?\bstate:\s*(\S+)", text, re.DOTALL)
     return dict(found)
 
 
 def available_memory(text: str) -> int | None:
-    """What a program can get at once: free, speculative and inactive pages, in bytes."""
+    """Sum the memory that a program can get at once: free, speculative and inactive pages."""
     page = re.search(r"page size of (\d+) bytes", text)
     pages = {
         name: int(count)
@@ -126,7 +130,7 @@ def available_memory(text: str) -> int | None:
 
 
 def sleep_setting(text: str) -> tuple[int | None, str | None]:
-    """Minutes until the Mac sleeps (0: never), and what keeps it awake for now."""
+    """Read the minutes until the Mac sleeps (0: never), and the programs that keep it awake."""
     if re.search(r"^\s*SleepDisabled\s+1\b", text, re.MULTILINE):
         return 0, None
     match = re.search(r"^\s*sleep\s+(\d+)(?:\s+\(sleep prevented by (.*?)\))?", text, re.MULTILINE)
@@ -134,7 +138,7 @@ def sleep_setting(text: str) -> tuple[int | None, str | None]:
 
 
 def firewall(state: str | None, block_all: str | None) -> Firewall | None:
-    """From ``socketfilterfw --getglobalstate`` (``State = 0``, 1, or 2: block all)."""
+    """Read ``socketfilterfw --getglobalstate``: ``State = `` 0 (off), 1 (on) or 2 (block all)."""
     match = re.search(r"State = (\d)", state or "")
     if match is None:
         return None
@@ -145,11 +149,11 @@ def firewall(state: str | None, block_all: str | None) -> Firewall | None:
 
 
 def rdma_enabled(raw: RawProbes) -> bool | None:
-    """``rdma_ctl status`` says ``enabled`` or ``disabled``; before macOS 26.2 there is none."""
-    said = (raw.text("rdma_ctl") or "").strip().lower()
-    if said.startswith("enabled") or said.endswith(" enabled"):
+    """Read ``rdma_ctl status``, ``enabled`` or ``disabled``; None before macOS 26.2."""
+    status = (raw.text("rdma_ctl") or "").strip().lower()
+    if status.startswith("enabled") or status.endswith(" enabled"):
         return True
-    return False if "disabled" in said else None
+    return False if "disabled" in status else None
 
 
 # --- interfaces ---------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ def rdma_enabled(raw: RawProbes) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """An interface as ``ifconfig`` shows it. ``active`` is None where there is no such line."""
+    """An interface in the output of ``ifconfig``. ``active`` is None if it has no status line."""
 
     name: str
     up: bool
@@ -167,17 +171,17 @@ class Interface:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Without prefix lengths."""
+        """Addresses without prefix lengths."""
         return tuple(network.partition("/")[0] for network in self.networks)
 
     @property
     def usable(self) -> bool:
-        """Up, and connected or addressed. A connected port need not have an address yet."""
+        """True if it is up, and connected or addressed: a connected port may have no address."""
         return self.up and (bool(self.active) or bool(self.networks))
 
 
 def ifconfig(text: str) -> list[Interface]:
-    """Every interface of ``ifconfig -a``."""
+    """Parse the interfaces of ``ifconfig -a``."""
     blocks = re.split(r"^(?=[a-z]+\d+: flags=)", text, flags=re.MULTILINE)
     return [_interface(block) for block in blocks if re.match(r"[a-z]+\d+: flags=", block)]
 
@@ -242,11 +246,11 @@ def _first(profile: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
 def thunderbolt_ports(
     profile: Mapping[str, Any], ports: Mapping[str, str]
 ) -> tuple[ThunderboltPort, ...]:
-    """The Mac's own ports, by receptacle, and the Mac behind each.
+    """List the Mac's Thunderbolt ports by receptacle, each with the Mac connected to it.
 
     Args:
-        profile: the answer of ``system_profiler -json SPThunderboltDataType``.
-        ports: interface -> hardware port, as ``hardware_ports`` returns it.
+        profile: the output of ``system_profiler -json SPThunderboltDataType``.
+        ports: interface -> hardware port, from ``hardware_ports``.
     """
     interfaces = {port: name for name, port in ports.items()}
     found = []
@@ -271,7 +275,7 @@ def thunderbolt_ports(
 
 
 def _peer(items: list[Any], through: str | None = None) -> tuple[Mapping[str, Any], str | None]:
-    """The Mac behind a port: at the cable's end, or behind a dock."""
+    """Find the Mac connected to a port, and the device between them if there is one."""
     for item in items:
         if not isinstance(item, dict):
             continue
@@ -293,7 +297,7 @@ def _gpu_cores(profile: Mapping[str, Any]) -> int | None:
 
 
 def _bandwidth(chip_name: str, cores: int | None, memory: int) -> int | None:
-    """Peak memory bandwidth by the catalog, in bytes per second."""
+    """Return the chip's peak memory bandwidth in bytes per second, from the catalog."""
     chip = chip_of_device(chip_name)
     if chip is None:
         return None
@@ -304,7 +308,7 @@ def _bandwidth(chip_name: str, cores: int | None, memory: int) -> int | None:
 def _limit(
     memory: int, kernel: Mapping[str, str], software: Software | None
 ) -> tuple[int, Certainty, str]:
-    """What MLX may use: as Metal there says, else the sysctl, else as such Macs have logged."""
+    """Return the memory that MLX may use: Metal's figure, the sysctl's, or that of equal Macs."""
     if software is not None and software.limit_bytes is not None:
         return software.limit_bytes, software.limit_mark, software.limit_source
     set_to = kernel.get("iogpu.wired_limit_mb", "0")

@@ -1,8 +1,8 @@
-"""The commands that the doctor runs on a node, and their raw output.
+"""Commands (probes) that tell facts about a node, and their raw output.
 
-Nothing is interpreted here. A command is an argument list, is never needed by another one, and has
-a time limit; what could not be run is recorded as such, so that a recording of a broken machine
-shows how it is broken.
+The output is not interpreted here. Each command is an argument list with a time limit, and none
+depends on another one. A command that cannot be run is recorded as such, so a recording of a broken
+machine shows its faults.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from k2cli.nodes.node import Node
 
 System = Literal["Darwin", "Linux"]
 
-# sshd lets ten sessions share a connection (MaxSessions), and an unshared one is a login each.
+# sshd allows ten sessions per connection (MaxSessions); every other connection needs a login.
 _AT_ONCE = 4
 NOT_RUN = 127
-"""Status of a command that is not there, as a shell gives it."""
+"""A shell's exit status for a command that does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A command whose output tells something about a machine. ``quick`` ones run before launch."""
+    """A command whose output tells facts about a machine. ``quick`` ones run before a launch."""
 
     name: str
     system: System
@@ -38,7 +38,7 @@ class Probe:
 
 
 class ProbeOutput(msgspec.Struct, frozen=True):
-    """What a command printed, with its exit status, and when (this machine's clock) it ran."""
+    """Output and exit status of a command, and its start and end by this machine's clock."""
 
     status: int
     stdout: str
@@ -49,7 +49,7 @@ class ProbeOutput(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class RawProbes:
-    """Everything that was asked of one node. ``failure`` if it answered nothing at all."""
+    """Output of all probes of one node. ``failure`` is the reason if the node did not answer."""
 
     node: str
     system: System | None
@@ -58,7 +58,7 @@ class RawProbes:
     hint: str | None = None
 
     def text(self, name: str) -> str | None:
-        """What a probe printed, or None if it was not run or failed."""
+        """Return the output of a probe, or None if it was not run or failed."""
         output = self.outputs.get(name)
         return output.stdout if output is not None and output.status == 0 else None
 
@@ -68,7 +68,7 @@ def _probe(system: System, command: str, name: str | None = None, **options: flo
     return Probe(name or arguments[0], system, arguments, **options)  # type: ignore[arg-type]
 
 
-_FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
+FIREWALL_PROGRAM = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 
 PROBES: tuple[Probe, ...] = (
     _probe("Darwin", "hostname"),
@@ -90,8 +90,8 @@ PROBES: tuple[Probe, ...] = (
     _probe("Darwin", "vm_stat"),
     _probe("Darwin", "pmset -g", "pmset"),
     _probe("Darwin", "pmset -g ps", "pmset-power"),
-    _probe("Darwin", f"{_FIREWALL} --getglobalstate", "firewall", quick=False),
-    _probe("Darwin", f"{_FIREWALL} --getblockall", "firewall-block-all", quick=False),
+    _probe("Darwin", f"{FIREWALL_PROGRAM} --getglobalstate", "firewall", quick=False),
+    _probe("Darwin", f"{FIREWALL_PROGRAM} --getblockall", "firewall-block-all", quick=False),
     _probe("Darwin", "date -u +%s", "date"),
     _probe("Linux", "hostname"),
     _probe("Linux", "cat /etc/os-release", "os-release"),
@@ -112,7 +112,7 @@ PROBES: tuple[Probe, ...] = (
 
 
 def probes_for(system: System, *, quick: bool = False) -> list[Probe]:
-    """The probes that a system has."""
+    """List the probes of a system."""
     return [p for p in PROBES if p.system == system and (p.quick or not quick)]
 
 
@@ -120,12 +120,12 @@ def collect(node: Node, *, quick: bool = False, model_folder: str | None = None)
     """Run every probe on a node, a few at a time.
 
     Args:
-        node: where.
-        quick: only what is needed before a launch.
-        model_folder: the folder there whose volume the model is on; by default k2's own.
+        node: the node to examine.
+        quick: run only the probes that are needed before a launch.
+        model_folder: the folder of the model there; by default k2's own folder of models.
 
     Returns:
-        What they printed; a node that cannot be reached gives ``failure``, not an error.
+        Their output; ``failure`` is set if the node cannot be reached.
     """
     try:
         system = _system(node)
@@ -168,7 +168,7 @@ def _run(node: Node, probe: Probe) -> ProbeOutput:
 
 
 def ask_software(node: Node, model_folder: str | None = None) -> ProbeOutput:
-    """What k2 there says of itself, as JSON of ``facts.Software``."""
+    """Ask the node's agent for its ``agent.software.Software``, and keep the JSON as output."""
     started = time.time()
     arguments = [model_folder] if model_folder else []
     try:

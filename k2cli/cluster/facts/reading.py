@@ -1,4 +1,4 @@
-"""From raw probes to what the doctor knows of a node, whatever its system."""
+"""Facts about a node of any system, read from raw probes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from k2cli.errors import ClusterError
 
 
 def machine_facts(raw: RawProbes) -> MachineFacts:
-    """What a machine is.
+    """Read the facts of a machine.
 
     Raises:
-        ClusterError: if it could not be reached, or does not say what it must.
+        ClusterError: if it could not be reached, or a required fact is missing.
     """
     if raw.failure is not None:
         raise ClusterError(raw.failure, raw.hint)
@@ -27,7 +27,7 @@ def machine_facts(raw: RawProbes) -> MachineFacts:
 
 
 def examine(raw: RawProbes) -> Examination:
-    """All that the probes of a node tell; what could not be read is said in its place."""
+    """Read everything from a node's probes; unreadable parts are replaced by the reason."""
     if raw.failure is not None:
         return Examination(raw.node, failure=raw.failure, failure_hint=raw.hint)
     software, software_failure = _software(raw)
@@ -54,7 +54,7 @@ def _software(raw: RawProbes) -> tuple[Software | None, str | None]:
     try:
         return msgspec.json.decode(output.stdout, type=Software), None
     except msgspec.MsgspecError as error:
-        return None, f"k2 there answers in another form: {error}"
+        return None, f"k2 there answers in another format: {error}"
 
 
 def _machine(raw: RawProbes, software: Software | None) -> MachineFacts:
@@ -72,10 +72,11 @@ def _condition(raw: RawProbes, software: Software | None) -> Condition:
 
 
 def clock_offset(raw: RawProbes, software: Software | None) -> tuple[float, float] | None:
-    """That machine's clock less this one's, and how well it is known, in seconds.
+    """Compute that machine's clock minus this one's, and the largest error, in seconds.
 
-    The answer was given at some moment between sending the question and getting the answer, so the
-    error is half of that, and of the clock's own resolution. The better of the two probes counts.
+    The clock was read at some moment between sending the question and getting the answer, so the
+    error is half of that time plus half of the clock's resolution. The more exact of the two
+    probes is used.
     """
     found = []
     date = raw.outputs.get("date")
@@ -86,7 +87,7 @@ def clock_offset(raw: RawProbes, software: Software | None) -> tuple[float, floa
             whole = "." not in text
             found.append(_offset(float(text) + 0.5 * whole, date.started, date.ended, 0.5 * whole))
         except ValueError:
-            pass  # said by the check: the clock is not known
+            pass  # the clock stays unknown
     output = raw.outputs.get("k2")
     if software is not None and output is not None:
         found.append(_offset(software.time, output.started, output.ended, 0.0))
@@ -98,5 +99,5 @@ def _offset(there: float, started: float, ended: float, resolution: float) -> tu
 
 
 def machines(probes: Mapping[str, RawProbes]) -> dict[str, MachineFacts]:
-    """``machine_facts`` of several nodes, by name."""
+    """Read ``machine_facts`` of several nodes, by name."""
     return {name: machine_facts(raw) for name, raw in probes.items()}

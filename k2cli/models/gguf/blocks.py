@@ -197,4 +197,4 @@ _EXPANDERS: dict[str, Callable[[Array], Array]] = {
     "Q6_K": _expand_q6_k,
 }
 EXPANDED_TYPES = tuple(_EXPANDERS)
-"""Types that become float16."""
+"""Types that are expanded to float16, and their functions."""

@@ -44,7 +44,7 @@ def remote_checkpoint(repo: str, revision: str | None = None) -> Checkpoint:
     A repository without safetensors gives no tensors and 0 bytes.
 
     Raises:
-        NotAuthorisedError: if it is gated or private.
+        NotAuthorisedError: if the repository is gated or private.
         K2Error: if it does not exist, the Hub cannot be reached, or a header is malformed.
     """
     folder = hub.download_config(repo, revision)

@@ -112,7 +112,7 @@ def _run(command: list[str], source: WheelSource, progress: Progress) -> None:
         text=True,
         errors="replace",
     )
-    assert process.stdout is not None  # asked for above
+    assert process.stdout is not None  # pipes were requested above
     # Reading needs no time limit: the pipe ends when the process does.
     limit = threading.Timer(_TIME_LIMIT_SECONDS, process.kill)
     limit.start()

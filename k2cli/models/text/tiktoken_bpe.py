@@ -88,7 +88,7 @@ def special_tokens(path: Path, first: int, named: dict[str, Any]) -> list[dict[s
     """Make the added tokens with ids from ``first`` on, in the form of ``tokenizer.json``.
 
     Args:
-        path: the vocabulary, for messages.
+        path: the vocabulary, which messages name.
         first: the number of ranks.
         named: ``added_tokens_decoder`` of ``tokenizer_config.json``: fields by id.
 

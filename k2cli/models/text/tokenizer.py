@@ -234,7 +234,7 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     if path.is_file():
         try:
             return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
+        except Exception as error:  # the library has no more specific error
             raise K2Error(f"{path} is not a tokenizer: {error}", "download it again") from error
     vocabulary = find_vocabulary(folder)
     if vocabulary is None:

@@ -1,1 +1,1 @@
-"""Machines, for planning."""
+"""Machines: the catalog, this machine, and the value of ``--hardware``."""

@@ -1,7 +1,7 @@
-"""The catalog of Apple chips: what was sold, how fast it is by its maker's figures, what it cost.
+"""The catalog of Apple chips: machines as sold, their published speed, and their prices.
 
-``hardware.toml`` is the data, with its sources. Nothing is derived here but the speed of a smaller
-GPU of a chip, by its cores.
+``hardware.toml`` holds the data, with its sources. Only the speed of a chip's smaller GPU is
+derived here, from its number of cores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from k2cli.units import GB, GIB
 class SoldMachine:
     """A machine as sold: ``price_usd`` is the list price on ``price_date``, None if unknown.
 
-    ``withdrawn`` is the day or month since when it is no longer sold, None if it is.
+    ``withdrawn`` is the day or month since which it is no longer sold, None if it is sold.
     """
 
     memory_gib: int
@@ -37,9 +37,9 @@ class SoldMachine:
 class Chip:
     """An Apple chip: memory options in GiB, and peak bandwidth in GB/s for each GPU option.
 
-    ``gpu_tflops`` are those of the largest GPU in 16-bit floats, ``matrix_speedup`` what its
-    neural accelerators make of that for the matrices of a prompt; None if nothing was published.
-    ``thunderbolt`` is the generation of its fastest port, ``thunderbolt_rdma`` whether JACCL can
+    ``gpu_tflops`` is the 16-bit speed of the largest GPU, None if nothing was published.
+    ``matrix_speedup`` is the factor that its neural accelerators add for the matrices of a prompt.
+    ``thunderbolt`` is the generation of its fastest port; ``thunderbolt_rdma`` is true if JACCL can
     use it.
     """
 
@@ -57,23 +57,23 @@ class Chip:
     note: str = ""
 
     def sold(self, memory_gib: int) -> SoldMachine | None:
-        """The machine of the catalog with so much memory, if one is listed."""
+        """Return the machine of the catalog with this much memory, if one is listed."""
         return next((each for each in self.machines if each.memory_gib == memory_gib), None)
 
     def usual_gpu_cores(self, memory_gib: int) -> int:
-        """The GPU that came with a memory size; the largest where no machine says."""
+        """Return the cores of the GPU sold with a memory size; of the largest if none is listed."""
         listed = self.sold(memory_gib)
         return listed.gpu_cores if listed is not None else self.gpu_cores[-1]
 
     def bandwidth_bytes_per_second(self, gpu_cores: int, memory_gib: int | None = None) -> int:
-        """Peak memory bandwidth of a GPU option, and of a memory size where that matters."""
+        """Return the peak memory bandwidth of a GPU option, and of a memory size if it matters."""
         listed = self.sold(memory_gib) if memory_gib is not None else None
         if listed is not None and listed.bandwidth_gb_per_second is not None:
             return listed.bandwidth_gb_per_second * GB
         return self.bandwidth_gb_per_second[self.gpu_cores.index(gpu_cores)] * GB
 
     def flops_per_second(self, gpu_cores: int) -> int | None:
-        """Published 16-bit operations per second for the matrices of a prompt."""
+        """Return published 16-bit operations per second for the matrices of a prompt."""
         if self.gpu_tflops is None:
             return None
         share = gpu_cores / self.gpu_cores[-1]
@@ -87,7 +87,7 @@ def _table() -> dict[str, Any]:
 
 @functools.cache
 def chips() -> dict[str, Chip]:
-    """All chips of the catalog, by identifier such as ``m3-ultra``."""
+    """Return all chips of the catalog by identifier, such as ``m3-ultra``."""
     return {name: _chip(name, fields) for name, fields in _table()["chips"].items()}
 
 
@@ -111,19 +111,19 @@ def _chip(identifier: str, fields: dict[str, Any]) -> Chip:
 
 
 def never_made(identifier: str) -> str | None:
-    """Why there is no chip of this name, where people believe that there is one."""
+    """Return an explanation if the chip is one that Apple never made, else None."""
     reason = _table()["never_made"].get(identifier)
     return None if reason is None else str(reason)
 
 
 def chip_of_device(device_name: str) -> Chip | None:
-    """The chip that a device calls itself, as in ``Apple M3 Ultra``; None if it is not listed."""
+    """Return the chip of a device name, such as ``Apple M3 Ultra``; None if it is not listed."""
     words = device_name.lower().removeprefix("apple").split()
     return chips().get("-".join(words))
 
 
 def apple_gpu_limit(memory_gib: int) -> tuple[int, str]:
-    """The GPU limit to assume for an Apple machine that cannot be asked, and where it is from."""
+    """Return the GPU limit to assume for an Apple machine, and the source of the figure."""
     rules = _table()["gpu_limit"]
     logged = sorted(rules["logged"], key=lambda entry: int(entry["memory_gib"]))
     for entry in logged:

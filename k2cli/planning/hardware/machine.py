@@ -1,8 +1,8 @@
-"""What machines have, for planning; and this machine as it is.
+"""Machines and their rates, for planning; and the detection of this machine.
 
-A plan needs one number of a machine above all: how many bytes MLX may use there. A Mac knows it
-(``max_recommended_working_set_size``); for a machine that is only named, the catalog (``chips.py``)
-has what such machines have logged. On Linux it is memory less what the system keeps.
+A plan needs above all the number of bytes that MLX may use on a machine. A Mac reports it
+(``max_recommended_working_set_size``). For a machine that is only named, the catalog (``chips.py``)
+holds logged values. On Linux it is the memory without what the system keeps.
 """
 
 from __future__ import annotations
@@ -15,25 +15,71 @@ from typing import Any
 
 from k2cli.choices import Certainty, Device
 from k2cli.planning.hardware.chips import chip_of_device
-from k2cli.planning.speed.rates import MeasuredSpeed
 from k2cli.units import GIB
 
 OS_RESERVE_SHARE = 0.06
 OS_RESERVE_BYTES = GIB
-"""What Linux, its services and the page cache's working part keep: this share, at least this much.
-Assumed; an idle server keeps less, a desktop with a browser more."""
+"""Memory that Linux, its services and the page cache need: this share, and at least so many bytes.
+Assumed; an idle server needs less, a desktop with a browser more."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRates:
+    """Rates that a machine reaches, per second, and fixed seconds of a layer beside its bytes.
+
+    ``dense``, ``expert`` and ``attention`` are operations per second for a prompt: for matrices
+    that all tokens share, for matrices that the tokens are spread over, and for attention.
+    ``rows_share`` is the share of these rates that tokens of several requests, decoded together,
+    reach; ``decode_attention_share`` the share that a single token's attention reaches.
+    """
+
+    read_bytes_per_second: float
+    dense_flops_per_second: float
+    expert_flops_per_second: float
+    attention_flops_per_second: float
+    dense_layer_seconds: float
+    expert_layer_seconds: float
+    rows_share: float = 1.0
+    decode_attention_share: float = 1.0
+
+    def shared_by(self, ranks: int) -> NodeRates:
+        """Return the rates of one of several ranks that compute at the same time on one machine."""
+        return NodeRates(
+            self.read_bytes_per_second / ranks,
+            self.dense_flops_per_second / ranks,
+            self.expert_flops_per_second / ranks,
+            self.attention_flops_per_second / ranks,
+            self.dense_layer_seconds,
+            self.expert_layer_seconds,
+            self.rows_share,
+            self.decode_attention_share,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSpeed:
+    """The result of ``k2 bench --calibrate`` for a machine and for the link between the ranks.
+
+    ``collective_seconds`` is None after a run of one rank. ``source`` is the day and the model;
+    ``deviation`` is the standard deviation of the logarithms of repeated measurements.
+    """
+
+    rates: NodeRates
+    collective_seconds: float | None
+    source: str
+    deviation: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class NodeMemory:
-    """One machine: its memory in bytes, and how fast it reads and computes where that is known.
+    """One machine: its memory in bytes, and its speed if known.
 
-    ``limit_bytes`` is what MLX may use there; ``limit_mark`` and ``limit_source`` say how it is
-    known. Nodes of one name are ranks on one machine and share its limit: see ``share_machines``.
-    ``chip`` is an identifier of the catalog, empty for others. Bandwidth is the chip's peak;
-    ``gpu_flops_per_second`` counts multiplications and additions in 16-bit floats, as published.
-    ``price_usd`` is the last list price of the cheapest configuration with this memory.
-    ``measured`` is what the owner calibrated; it then counts instead of the published figures.
+    ``limit_bytes`` is what MLX may use; ``limit_mark`` and ``limit_source`` give its certainty and
+    its source. Nodes of one name are ranks on one machine and share its limit: see
+    ``share_machines``. ``chip`` is an identifier of the catalog, empty for others. Bandwidth is the
+    chip's peak; ``gpu_flops_per_second`` counts multiplications and additions in 16-bit floats, as
+    published. ``price_usd`` is the last list price of the cheapest configuration with this memory.
+    ``measured`` is the owner's calibration and replaces the published figures.
     """
 
     name: str
@@ -62,7 +108,7 @@ def share_machines(nodes: Sequence[NodeMemory]) -> list[NodeMemory]:
 
 
 def this_machine(name: str = "localhost") -> NodeMemory:
-    """This machine, as MLX sees it: Metal's working set, a CUDA device, or memory on Linux."""
+    """Return this machine as MLX sees it: Metal's working set, a CUDA device, or Linux memory."""
     import mlx.core as mx
 
     if mx.metal.is_available():
@@ -74,7 +120,7 @@ def this_machine(name: str = "localhost") -> NodeMemory:
 
 
 def _apple_machine(name: str, info: Mapping[str, Any]) -> NodeMemory:
-    """A Mac by what Metal says of it. Its speed is that of its chip's usual GPU, if it is known."""
+    """Build a Mac from Metal's device information; its speed is that of its chip's usual GPU."""
     memory = int(info["memory_size"])
     chip = chip_of_device(str(info.get("device_name", "")))
     cores = chip.usual_gpu_cores(memory // GIB) if chip else 0
@@ -100,7 +146,7 @@ def _cpu_machine(name: str, memory_bytes: int) -> NodeMemory:
 
 
 def _usable_memory_bytes() -> int:
-    """Physical memory, or the control group's limit where that is less (containers)."""
+    """Return physical memory, or the control group's limit (containers) if that is less."""
     import psutil
 
     memory = int(psutil.virtual_memory().total)

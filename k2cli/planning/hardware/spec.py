@@ -1,9 +1,10 @@
-"""``--hardware``: ``2x m3-ultra-512 + m4-max-128:bandwidth=546GB/s``, read into machines."""
+"""The value of ``--hardware``, such as ``2x m3-ultra-512 + m4-max-128:bandwidth=546GB/s``."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from k2cli.errors import UsageError
@@ -24,7 +25,7 @@ _KEYS = ("memory", "limit", "bandwidth", "flops", "gpu")
 def parse_hardware(spec: str) -> list[NodeMemory]:
     """Read a specification such as ``2x m3-ultra-512``, ``m3-ultra-512 + m4-max-128``, ``this``.
 
-    A machine may be followed by what differs from the catalog, each after a colon or comma:
+    Settings that differ from the catalog follow a machine, each after a colon or comma:
     ``limit=120GiB`` (what the GPU may use), ``memory=128GiB``, ``bandwidth=546GB/s``,
     ``flops=18.4TFLOPS``, ``gpu=40`` (cores).
 
@@ -33,7 +34,7 @@ def parse_hardware(spec: str) -> list[NodeMemory]:
         ``2x this`` are two ranks on this machine, under one name.
 
     Raises:
-        UsageError: if a term is malformed, counts no machine, or names an unknown chip, memory
+        UsageError: if a term is malformed, names 0 machines, or names an unknown chip, memory
             option or key; the message says what there is.
     """
     if len(spec) > _MAX_LENGTH:
@@ -41,17 +42,8 @@ def parse_hardware(spec: str) -> list[NodeMemory]:
     counted = [_parse_term(term, spec) for term in spec.split("+")]
     total = sum(count for count, _ in counted)
     if total > _MAX_MACHINES:
-        raise UsageError(f"'{spec}' names {total} machines, at most {_MAX_MACHINES} are planned")
-    machines = [node for count, node in counted for _ in range(count)]
-    numbered: list[NodeMemory] = []
-    for index, node in enumerate(machines):
-        same = sum(other.name == node.name for other in machines)
-        if node.name == _THIS[1] or same == 1:
-            numbered.append(node)
-        else:
-            nth = sum(other.name == node.name for other in machines[: index + 1])
-            numbered.append(replace(node, name=f"{node.name}/{nth}"))
-    return numbered
+        raise UsageError(f"'{spec}' names {total} machines, k2 plans at most {_MAX_MACHINES}")
+    return numbered([node for count, node in counted for _ in range(count)])
 
 
 def _parse_term(term: str, spec: str) -> tuple[int, NodeMemory]:
@@ -61,25 +53,23 @@ def _parse_term(term: str, spec: str) -> tuple[int, NodeMemory]:
         raise _malformed(machine.strip(), spec)
     count = int(match.group(1)) if match.group(1) else 1
     if count == 0:
-        raise UsageError(f"'{term.strip()}' counts no machine", _EXAMPLE)
+        raise UsageError(f"'{term.strip()}' names 0 machines", _EXAMPLE)
     name = re.sub(r"[\s_]+", "-", match.group(2).strip().lower())
     wanted = _settings(settings, term.strip())
     cores = _positive(wanted.pop("gpu"), "gpu") if "gpu" in wanted else None
     if name in _THIS:
         if cores is not None:
-            raise UsageError("gpu= belongs to a chip of the catalog, not to this machine")
+            raise UsageError("gpu= is for chips of the catalog, not for this machine")
         return count, _overridden(this_machine(), wanted)
     return count, _overridden(_catalog_machine(name, match.group(2), cores), wanted)
 
 
 def _malformed(machine: str, spec: str) -> UsageError:
-    """What is wrong with a term: its number, if that is it."""
+    """Return the error for a malformed term, which names its number if that is wrong."""
     counted = re.match(r"(\S+?)\s*[xX×*]\s*[A-Za-z]", machine)
     if counted and re.match(r"[-+.]?\d", counted[1]):
         number = counted[1] if len(counted[1]) < 30 else f"{counted[1][:30]}..."
-        return UsageError(
-            f"{number} machines are none that k2 plans: 1 to {_MAX_MACHINES}", _EXAMPLE
-        )
+        return UsageError(f"k2 plans 1 to {_MAX_MACHINES} machines, not {number}", _EXAMPLE)
     whole = f" in '{spec}'" if machine != spec.strip() else ""
     return UsageError(f"'{machine}'{whole} is not a hardware specification", _EXAMPLE)
 
@@ -93,7 +83,7 @@ def _catalog_machine(name: str, written: str, cores: int | None) -> NodeMemory:
         raise UsageError(f"unknown hardware '{written}'", hint)
     options = ", ".join(f"{chip.identifier}-{size}" for size in chip.memory_gib)
     if match is None:
-        raise UsageError(f"'{written}' does not say how much memory it has", f"one of {options}")
+        raise UsageError(f"'{written}' lacks the memory size", f"one of {options}")
     size = int(match.group("memory"))
     if size not in chip.memory_gib:
         raise UsageError(f"there is no {chip.name} with {size} GB of memory", f"one of {options}")
@@ -104,7 +94,7 @@ def _catalog_machine(name: str, written: str, cores: int | None) -> NodeMemory:
 
 
 def catalog_node(chip: Chip, memory_gib: int, gpu_cores: int | None = None) -> NodeMemory:
-    """A machine of the catalog as it would be planned, before it is there to be asked."""
+    """Return a machine of the catalog, with an assumed GPU limit."""
     limit, source = apple_gpu_limit(memory_gib)
     cores = gpu_cores or chip.usual_gpu_cores(memory_gib)
     sold = chip.sold(memory_gib)
@@ -130,7 +120,59 @@ def _similar(name: str) -> str:
     return f"known chips: {', '.join(chips())}, each with its memory, as in m3-ultra-512; or this"
 
 
-# --- what a machine's description is followed by ------------------------------------------------
+# --- machines written as --hardware reads them ----------------------------------------------------
+
+
+def numbered(nodes: Sequence[NodeMemory]) -> list[NodeMemory]:
+    """Give machines of the catalog names of their own: ``m3-ultra-512/1``, ``m3-ultra-512/2``.
+
+    Ranks on this machine keep its name, and so share it.
+    """
+    plain = [node.name.partition("/")[0] for node in nodes]
+    return [
+        replace(
+            node,
+            name=name
+            if name == _THIS[1] or plain.count(name) == 1
+            else f"{name}/{plain[: i + 1].count(name)}",
+        )
+        for i, (node, name) in enumerate(zip(nodes, plain, strict=True))
+    ]
+
+
+def hardware_text(nodes: Sequence[NodeMemory]) -> str | None:
+    """Return the value of ``--hardware`` for these machines; None if one is not of the catalog.
+
+    Of changed settings only the limit is written; a machine with others counts as not listed.
+    """
+    terms: list[tuple[str, int]] = []
+    for node in nodes:
+        term = _term(node)
+        if term is None:
+            return None
+        if terms and terms[-1][0] == term:
+            terms[-1] = (term, terms[-1][1] + 1)
+        else:
+            terms.append((term, 1))
+    return " + ".join(f"{count}x {term}" if count > 1 else term for term, count in terms)
+
+
+def _term(node: NodeMemory) -> str | None:
+    chip, size = chips().get(node.chip), node.memory_bytes // GIB
+    if chip is None or size not in chip.memory_gib:
+        return None
+    listed = catalog_node(chip, size)
+    if node.name.partition("/")[0] != listed.name:
+        return None
+    same = replace(node, name=listed.name, limit_bytes=0, limit_mark="exact", limit_source="")
+    if same != replace(listed, limit_bytes=0, limit_mark="exact", limit_source=""):
+        return None
+    if node.limit_bytes == listed.limit_bytes:
+        return listed.name
+    return f"{listed.name}:limit={node.limit_bytes // GIB}GiB"
+
+
+# --- the settings of a machine --------------------------------------------------------------------
 
 
 def _settings(parts: list[str], term: str) -> dict[str, str]:
@@ -139,18 +181,18 @@ def _settings(parts: list[str], term: str) -> dict[str, str]:
         key, separator, value = (piece.strip() for piece in part.partition("="))
         if key not in _KEYS or not separator:
             raise UsageError(
-                f"'{part.strip()}' in '{term}' is no setting of a machine",
+                f"'{part.strip()}' in '{term}' is not a setting of a machine",
                 f"known ones are {', '.join(f'{key}=' for key in _KEYS)}, "
                 "as in m4-max-128:bandwidth=546GB/s",
             )
         if key in settings:
-            raise UsageError(f"'{term}' says {key}= twice")
+            raise UsageError(f"'{term}' sets {key}= twice")
         settings[key] = value
     return settings
 
 
 def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
-    """The machine with what the user knows better."""
+    """Return the machine with the user's settings."""
     if "memory" in settings:
         memory = _size(settings["memory"], "memory")
         limit, source = apple_gpu_limit(max(1, memory // GIB))
@@ -181,7 +223,8 @@ def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
         match = _FLOPS_PATTERN.fullmatch(settings["flops"])
         if match is None or float(match.group(1)) == 0:
             raise UsageError(
-                f"flops={settings['flops']} is no speed of a GPU", "write for example flops=18.4T"
+                f"flops={settings['flops']} is not the speed of a GPU",
+                "write for example flops=18.4T",
             )
         node = replace(node, gpu_flops_per_second=round(float(match.group(1)) * 1e12))
     return node
@@ -193,7 +236,7 @@ def _size(text: str, key: str) -> int:
     except UsageError as error:
         raise UsageError(f"{key}={text} is not a size", error.hint) from error
     if not 0 < size < 2**60:
-        raise UsageError(f"{key}={text} is no possible size", "write for example 128GiB")
+        raise UsageError(f"{key}={text} is not a possible size", "write for example 128GiB")
     return size
 
 

@@ -1,17 +1,17 @@
-"""How much memory a decode step takes beside weights and KV cache: modelled, per device.
+"""The memory of a decode step beside weights and KV cache: modelled, per device.
 
-On the CPU, and as far as is known on Metal, arrays are given back as soon as their last user has
-run, and the peak is that of one layer. CUDA is different: MLX hands operations over in graphs of
-up to 100 and keeps whatever they read until the GPU has done the whole graph, with up to ten
-graphs on their way (mlx/backend/cuda/device.cpp, mlx/transforms.cpp). Where the GPU is behind the
-program, as with any model worth planning, everything that a step makes is held until its end, and
-the peak is the sum over layers. Two things come on top there, both measured on an H100:
+On the CPU, and as far as is known on Metal, arrays are freed as soon as their last user has run, so
+the peak is that of one layer. On CUDA, MLX submits operations in graphs of up to 100 and keeps
+their inputs until the GPU has finished the whole graph, with up to ten graphs in flight
+(mlx/backend/cuda/device.cpp, mlx/transforms.cpp). If the GPU is behind the program, as with any
+model worth planning, everything that a step makes is held until its end, and the peak is the sum
+over layers. Two things are added there, both measured on an H100:
 
 * a single sequence with latent attention multiplies all heads with one latent matrix, for which
   cuBLASLt takes a workspace that depends on the length (``_WORKSPACE``);
 * rows of different lengths need a mask, which ordinary attention copies for every head.
 
-docs/design/memory-model.md holds all of it against what MLX measured.
+docs/design/memory-model.md compares the model with MLX's measurements.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from math import ceil
 from k2cli.choices import Device
 from k2cli.planning.memory.prefill import (
     COPIES,
-    ActivationDemand,
+    ActivationBytes,
     ActivationShape,
     allocated_bytes,
     feed_forward_bytes,
@@ -33,7 +33,7 @@ from k2cli.planning.memory.prefill import (
 )
 from k2cli.units import MIB
 
-# From so many chosen experts on, mlx-lm sorts tokens by expert, in a copy.
+# The number of chosen experts from which mlx-lm sorts tokens by expert, in a copy.
 _SORTED_FROM = 64
 # Layers whose arrays ten graphs of 100 operations hold at most: a layer with latent attention
 # has some 60 operations (six of K2's were held whole, 9.2 with two steps in flight), others 25.
@@ -49,9 +49,9 @@ lengths, the largest): measured with cuBLASLt of CUDA 13 on an H100."""
 
 @dataclass(frozen=True, slots=True)
 class _LayerCopies:
-    """How often a decode step on CUDA makes each array of a layer, scores aside.
+    """Copies of each array of a layer that a decode step on CUDA makes, without the scores.
 
-    ``expert_hidden`` is the output per chosen expert; ``latent`` of all heads' latent queries and
+    ``expert_hidden`` is the output per chosen expert; ``latent`` is all heads' latent queries and
     outputs. Fitted to K2, Qwen3-MoE, Llama and SmolLM2 on an H100.
     """
 
@@ -62,14 +62,14 @@ class _LayerCopies:
     latent: int
 
 
-# DeepSeek-V3's router weighs outputs in float32: two copies more.
+# DeepSeek-V3's router weights outputs in float32: two more copies.
 _CUDA_COPIES = {
     "latent": _LayerCopies(expert_hidden=3, inner=2, hidden=4, queries=3, latent=3),
     "grouped": _LayerCopies(expert_hidden=1, inner=2, hidden=4, queries=3, latent=0),
 }
 
 
-def decode_demand(
+def decode_activation(
     shape: ActivationShape,
     *,
     device: Device,
@@ -79,7 +79,7 @@ def decode_demand(
     slices: int = 1,
     samples: bool = True,
     layers: int = 1,
-) -> ActivationDemand:
+) -> ActivationBytes:
     """Model one rank's peak while all sequences decode one token, up to a full context.
 
     Args:
@@ -88,7 +88,7 @@ def decode_demand(
         itemsize: bytes per element of activations and cache.
         slices: ranks that share each layer (tensor parallelism); 1 otherwise.
         samples: whether this rank computes logits.
-        layers: that this rank has; of account on CUDA only.
+        layers: number of layers of this rank; it matters on CUDA only.
     """
     heads = ceil(shape.heads / slices)
     logits = logits_bytes(shape, concurrency, itemsize) if samples else 0
@@ -97,15 +97,15 @@ def decode_demand(
         attention, feed_forward, hidden = _cuda_layer(
             shape, heads, concurrency, context_length, itemsize, slices
         )
-        return ActivationDemand(held * attention, held * feed_forward, held * hidden, logits)
+        return ActivationBytes(held * attention, held * feed_forward, held * hidden, logits)
     scores = heads * concurrency * context_length * itemsize
     if shape.latent_size:
-        # A single token stays in the latent space: scores, a masked copy, nothing expanded.
+        # A single token stays in the latent space: scores and a masked copy, no expanded keys.
         attention = 2 * scores
     else:
         attention = 4 * concurrency * heads * shape.head_size * itemsize
         attention += 0 if is_fused(shape, device, itemsize) else scores
-    return ActivationDemand(
+    return ActivationBytes(
         attention,
         feed_forward_bytes(shape, COPIES[_kind(shape)][device], concurrency, itemsize, slices),
         4 * concurrency * shape.hidden * itemsize,
@@ -120,7 +120,7 @@ def _kind(shape: ActivationShape) -> str:
 def _cuda_layer(
     shape: ActivationShape, heads: int, rows: int, context: int, itemsize: int, slices: int
 ) -> tuple[int, int, int]:
-    """What a layer of a step makes on CUDA, in bytes: attention, feed-forward part, hidden."""
+    """Compute the bytes of one layer's step on CUDA: attention, feed-forward part, hidden state."""
     copies = _CUDA_COPIES[_kind(shape)]
     each = rows * itemsize
     if shape.latent_size:
@@ -151,7 +151,7 @@ def _cuda_feed_forward(
 def _largest_latent_scores(
     shape: ActivationShape, heads: int, rows: int, context: int, itemsize: int
 ) -> int:
-    """Scores, a masked copy and the workspace: the most on the way to a full context."""
+    """Return the most bytes of scores, masked copy and workspace up to a full context."""
 
     def at(tokens: int) -> int:
         scores = 2 * heads * rows * tokens * itemsize
@@ -172,7 +172,7 @@ def _grouped_scores(
         return 2 * scores
     if rows > 1:
         return scores  # the mask, copied for every head
-    # Long keys are shared out over blocks, each with a partial sum in float32.
+    # Long keys are divided into blocks, each with a partial sum in float32.
     if context < 1024:
         return 0
     blocks = 32 if itemsize == 4 else 16 if context <= 4096 else 64
@@ -180,7 +180,7 @@ def _grouped_scores(
 
 
 def _between(table: Iterable[tuple[int, float]], at: int) -> float:
-    """The value at ``at``, on straight lines between the points of a table."""
+    """Interpolate linearly between the points of a table."""
     points = list(table)
     if at <= points[0][0]:
         return points[0][1] * at / points[0][0]

@@ -1,7 +1,7 @@
-"""The ledger of one node: what goes in, what it adds up to, and what is left. Pure arithmetic.
+"""The ledger of one node: its items, their sum, and the headroom. Pure arithmetic.
 
-The same lines work on integers, for one node's budget, and on numpy arrays of them, for all the
-stages that a search considers: it so never judges by other numbers than those that are shown.
+The same functions work on integers, for one node's budget, and on numpy arrays, for all stages that
+the search considers. So the search never judges by other numbers than those that are shown.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from k2cli.units import MB
 
 RUNTIME_BYTES = 600 * MB
 """Assumed per rank: the rank's and the guard's Python, MLX and its compiled kernels, tokenizer and
-template, the back end's own buffers. What the operating system keeps is not here: the node's limit
-is already without it."""
+template, the transport's buffers. Memory of the operating system is not included: the node's limit
+already excludes it."""
 
 SLACK_PERCENT = 3
-"""Assumed: what the allocator keeps cached or loses to rounding, of all that is not weights.
+"""Assumed: the share of cache and activations that the allocator keeps cached or loses to rounding.
 Weights are allocated once and fit their buffers."""
 
 
 def slack_bytes(kv_cache_bytes: int, activation_bytes: int) -> int:
-    """What the allocator keeps beside what is in use."""
+    """Return the bytes that the allocator keeps beside those in use."""
     return (kv_cache_bytes + activation_bytes) * SLACK_PERCENT // 100
 
 
 def overhead_bytes(
     kv_cache_bytes: int, activation_bytes: int, layers: int, communication_bytes: int
 ) -> int:
-    """What a rank needs beside weights, cache and activations (modelled).
+    """Return the bytes of a rank beside weights, cache and activations (modelled).
 
-    The runtime, send and receive buffers, the allocator's slack, and what growing takes.
+    They are the runtime, send and receive buffers, the allocator's slack, and cache growth.
     """
     slack = slack_bytes(kv_cache_bytes, activation_bytes)
     growth = growth_bytes(kv_cache_bytes, activation_bytes, layers)
@@ -38,10 +38,10 @@ def overhead_bytes(
 
 
 def growth_bytes(kv_cache_bytes: int, activation_bytes: int, layers: int) -> int:
-    """What the copy of one layer's cache, made before a step, takes beyond what steps take.
+    """Return the bytes by which copying one layer's cache exceeds a step's activations.
 
-    Old and new exist together while a cache grows, layer by layer (``runtime.caches.make_room``);
-    activations do not exist then.
+    A cache that grows exists twice for a moment, layer by layer (``rank.caches.make_room``), before
+    a step and so without its activations.
     """
     beyond = kv_cache_bytes // layers - activation_bytes
     return (beyond + abs(beyond)) // 2  # its positive part, of arrays too
@@ -50,11 +50,11 @@ def growth_bytes(kv_cache_bytes: int, activation_bytes: int, layers: int) -> int
 def communication_bytes(
     strategy: str, ranks: int, chunk_tokens: int, hidden_bytes: int, logits_bytes: int
 ) -> int:
-    """Buffers of what travels between ranks, at the peak (modelled).
+    """Return the peak of buffers for messages between ranks (modelled).
 
-    A pipeline has as many chunks of hidden states on their way as it has stages, each in the
-    sender's and in the receiver's buffer. A slice sums its hidden states into a second array, and
-    keeps the gathered logits of a sampled row beside its own.
+    A pipeline has as many chunks of hidden states in flight as stages, each in the sender's and in
+    the receiver's buffer. A tensor slice sums its hidden states into a second array, and keeps the
+    gathered logits of a sampled row beside its own.
     """
     if ranks == 1:
         return 0
@@ -101,7 +101,7 @@ def node_budget(
 def _budget(
     node: NodeMemory, cache_bytes: int, activation: int, overhead: int, breakdown: Breakdown
 ) -> NodeBudget:
-    """The sums, beside what the node has."""
+    """Add up the ledger and compare it with the node's limit."""
     weights = breakdown.layer_weights_bytes + breakdown.edge_weights_bytes
     total = weights + cache_bytes + activation + overhead
     return NodeBudget(

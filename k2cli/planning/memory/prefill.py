@@ -1,23 +1,23 @@
-"""How much memory prefill takes beside weights and KV cache: modelled, per device.
+"""The memory of prefill beside weights and KV cache: modelled, per device.
 
-Decode, which takes less, is in ``planning.activation_decode``. Two things decide it: what attention
-materialises per chunk of the prompt and token of context, and what the feed-forward part makes of a
-chunk. Each device keeps so many copies of each such array at its peak as ``COPIES`` says, fitted
-to MLX's own peaks over a grid of chunks and contexts (docs/design/memory-model.md has every point;
-``scripts/memory-model`` writes it). Parts are added up: mlx frees an array when its last user has
-run, and keeps several operations in flight.
+Decode takes less and is in ``memory/decode.py``. Two things decide: what attention materializes per
+token of the chunk and token of context, and the arrays of the feed-forward part for a chunk. At its
+peak a device holds as many copies of each array as ``COPIES`` says, fitted to MLX's own peaks over
+a grid of chunks and contexts (docs/design/memory-model.md shows every point;
+``scripts/memory-model`` writes it). The parts are added up: mlx frees an array when its last user
+has run, and keeps several operations in flight.
 
 *Latent attention* (MLA; DeepSeek-V3, Kimi K2) in mlx-lm makes scores ``[heads, chunk, context]``
-with a masked copy, and expands keys and values from the latent. Where the projection that does so
-is quantized, the CPU and CUDA first copy the latent for every head, for keys and for values. On
-Metal they do not: DeepSeek-V3 took 1.2526 MB per token of context there (mlx-lm PR 839), two
-copies of scores and of the expanded pair are 1.2499.
+with a masked copy, and expands keys and values from the latent. If that projection is quantized,
+the CPU and CUDA first copy the latent for every head, for keys and for values. Metal does not:
+DeepSeek-V3 took 1.2526 MB per token of context there (mlx-lm PR 839); two copies of scores and of
+the expanded pair are 1.2499.
 
-*Ordinary attention* is fused on Metal and CUDA for the head sizes that their kernels have; where
-it is not (always on the CPU, and for float32 on CUDA) scores and a mask are materialised, once.
+*Ordinary attention* is fused on Metal and CUDA for the head sizes that their kernels support.
+Otherwise (always on the CPU, and for float32 on CUDA) scores and a mask are materialized, once.
 
-A cache grows by copying, one layer at a time, before a step and not during it: the peak is the
-step's or that copy (``memory.overhead_bytes``), not their sum.
+A cache grows by copying one layer at a time, before a step: the peak is the larger of the step and
+that copy (``ledger.overhead_bytes``), not their sum.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _PAGE_BYTES = 16384
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """How often each array of a layer exists at the peak of prefill, on one device.
+    """Copies of each array of a layer that exist at the peak of prefill, on one device.
 
-    ``latent`` is of the latent copied for every head, where its projection is quantized.
-    ``hidden`` and ``inner`` are of arrays of the model's and the feed-forward part's width, per
-    token of the chunk; ``expert_hidden`` and ``expert_inner`` the same per chosen expert.
+    ``latent`` is the latent copied for every head if its projection is quantized. ``hidden`` and
+    ``inner`` are arrays of the model's and the feed-forward part's width, per token of the chunk;
+    ``expert_hidden`` and ``expert_inner`` the same per chosen expert.
     """
 
     scores: float
@@ -60,7 +60,7 @@ COPIES: dict[str, dict[str, Copies]] = {
     "latent": {
         "cpu": Copies(2.04, 1.0, 2.0, 7.5, 0.0, 3.8, 1.5),
         "cuda": Copies(0.97, 1.0, 2.0, 0.0, 0.0, 8.2, 0.0),
-        # Not measured: the arrays that mlx-lm's code names, and those of the CPU's feed-forward.
+        # Not measured: arrays from mlx-lm's code, and the CPU's figures for the feed-forward part.
         "metal": Copies(2.0, 2.0, 0.0, 7.5, 0.0, 3.8, 1.5),
     },
     "grouped": {
@@ -74,7 +74,7 @@ COPIES: dict[str, dict[str, Copies]] = {
 
 @dataclass(frozen=True, slots=True)
 class ActivationShape:
-    """The widths that decide activation memory, of the whole model.
+    """The widths of the whole model that decide activation memory.
 
     ``latent_size`` is the width of MLA's latent, 0 for other attention; ``expanded_size`` is then
     the width of one head's expanded key and value together. ``experts`` is 0 for a dense model.
@@ -94,7 +94,7 @@ class ActivationShape:
 
 
 @dataclass(frozen=True, slots=True)
-class ActivationDemand:
+class ActivationBytes:
     """Bytes at the peak of a step of prefill or decode on one rank, by cause."""
 
     attention_bytes: int
@@ -104,7 +104,7 @@ class ActivationDemand:
 
     @property
     def peak_bytes(self) -> int:
-        """All of it: see the module's text on why not the largest."""
+        """The sum of all parts; the module's docstring gives the reason."""
         parts = (
             self.attention_bytes, self.feed_forward_bytes, self.hidden_bytes, self.logits_bytes
         )  # fmt: skip
@@ -135,7 +135,7 @@ def activation_shape(config: Mapping[str, Any]) -> ActivationShape:
     )
 
 
-def activation_demand(
+def prefill_activation(
     shape: ActivationShape,
     *,
     device: Device,
@@ -145,7 +145,7 @@ def activation_demand(
     itemsize: int,
     slices: int = 1,
     samples: bool = True,
-) -> ActivationDemand:
+) -> ActivationBytes:
     """Model one rank's peak while it prefills the last chunk of a full context.
 
     Args:
@@ -162,7 +162,7 @@ def activation_demand(
     hidden = chunk * shape.hidden * itemsize
     if device == "cuda":
         hidden = allocated_bytes(hidden)
-    return ActivationDemand(
+    return ActivationBytes(
         _attention_bytes(shape, device, copies, heads, chunk, context_length, itemsize),
         feed_forward_bytes(shape, copies, chunk, itemsize, slices),
         int(_hidden_copies(shape, device, copies, itemsize) * hidden),
@@ -171,20 +171,23 @@ def activation_demand(
 
 
 def is_fused(shape: ActivationShape, device: Device, itemsize: int) -> bool:
-    """Whether scores are never written to memory."""
+    """True if the attention kernel never writes scores to memory."""
     if device == "cuda" and itemsize == _FLOAT32_BYTES:
         return False
     return device != "cpu" and shape.head_size in _FUSED_HEAD_SIZES
 
 
 def _hidden_copies(shape: ActivationShape, device: Device, copies: Copies, itemsize: int) -> float:
-    """Where CUDA makes scores, it lays queries, keys and values out anew for it."""
+    """Return the copies of the hidden state at the peak.
+
+    When CUDA materializes attention scores, it first makes queries, keys and values contiguous.
+    """
     laid_out = device == "cuda" and not shape.latent_size and not is_fused(shape, device, itemsize)
     return copies.hidden + (3 if laid_out else 0)
 
 
 def allocated_bytes(size_bytes: int) -> int:
-    """What MLX's GPU back ends take for so many bytes: whole pages, or below one a power of two."""
+    """Round up as MLX's GPU allocators do: to whole pages, or below one to a power of two."""
     if size_bytes >= _PAGE_BYTES:
         return ceil(size_bytes / _PAGE_BYTES) * _PAGE_BYTES
     return 1 << max(0, size_bytes - 1).bit_length()
@@ -214,12 +217,12 @@ def feed_forward_bytes(
 ) -> int:
     if not shape.experts:
         return int(copies.inner * chunk * ceil(shape.intermediate / slices) * itemsize)
-    # Tokens are gathered once per chosen expert, and put back in order.
+    # Tokens are gathered once per chosen expert, and later restored to their order.
     rows = chunk * shape.experts_per_token * itemsize
     inner = ceil(shape.expert_intermediate / slices)
     return int(rows * (copies.expert_hidden * shape.hidden + copies.expert_inner * inner))
 
 
 def logits_bytes(shape: ActivationShape, concurrency: int, itemsize: int) -> int:
-    """One row per sequence, since k2 samples after a step of one token, and two float32 copies."""
+    """Return the bytes of a row of logits per sequence, with two float32 copies."""
     return shape.vocabulary * concurrency * (itemsize + 2 * _FLOAT32_BYTES)

@@ -1,7 +1,7 @@
-"""How big a checkpoint is as stored, where only its config is known.
+"""The size of a checkpoint as stored, if only its config is known.
 
-An MLX checkpoint is stored as it is held. An original is not: fp8 is dequantized when it is
-loaded, and packed int4 (compressed-tensors) has no biases, which MLX adds.
+An MLX checkpoint has the same size stored and in memory. An original has not: fp8 is dequantized
+when it is loaded, and packed int4 (compressed-tensors) has no biases, which MLX adds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHAPE_ENTRY_BYTES = 8
 
 
 def original_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The ``quantization_config`` of a checkpoint that is not MLX's own, wherever it stands."""
+    """Return the ``quantization_config`` of a checkpoint that MLX did not quantize, if any."""
     if config.get("quantization") is not None:
         return None
     text = config.get("text_config")
@@ -32,7 +32,7 @@ def original_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None
 
 
 def describe_quantization(config: Mapping[str, Any]) -> str:
-    """For people: ``4-bit affine, group 64``, ``fp8, blocks of 128x128``, ``none``."""
+    """Describe a quantization: ``4-bit affine, group 64``, ``fp8, blocks of 128x128``, ``none``."""
     own = config.get("quantization")
     if isinstance(own, Mapping):
         mode = own.get("mode", "affine")
@@ -62,11 +62,11 @@ def _block(original: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def stored_bytes_of_config(config: Mapping[str, Any], model: nn.Module) -> tuple[int, Certainty]:
-    """Bytes that the checkpoint of this config takes on disk.
+    """Compute the bytes that the checkpoint of a config takes on disk.
 
     Args:
         config: a checked config.
-        model: the traced model of it, as held in memory, with its checkpoint's float type.
+        model: its traced model, as held in memory, with the checkpoint's float type.
     """
     from k2cli.sharding.trace import parameters
 
@@ -90,7 +90,7 @@ def stored_bytes_of_config(config: Mapping[str, Any], model: nn.Module) -> tuple
 
 
 def _fp8_bytes(model: nn.Module, block: tuple[int, int]) -> int:
-    """Linear layers at one byte per weight and a float32 scale per block; the rest as it is.
+    """Count linear layers with one byte per weight and a float32 scale per block.
 
     The originals keep the embedding, the head and the router's gate unquantized.
     """

@@ -1,4 +1,4 @@
-"""Why a placement was chosen, in words: the table of what was compared, and one sentence."""
+"""The reasons for a placement: the table of compared placements, and one sentence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from k2cli.units import format_bytes
 def alternatives(
     chosen: Candidate, found: Sequence[Candidate], obstacles: Mapping[Strategy, str]
 ) -> tuple[Alternative, ...]:
-    """Everything that was compared, the chosen one first, the impossible last."""
+    """Return everything that was compared, the chosen placement first, the impossible ones last."""
     rivals = [each for each in found if each is not chosen]
     return (
         _alternative(chosen, chosen, rivals),
@@ -31,7 +31,7 @@ def alternatives(
 
 
 def fits_alone(single: Candidate) -> Alternative:
-    """A machine that would do without the others."""
+    """Return a machine on which the model fits without the others."""
     return _described(single, chosen=False, verdict=f"fits {single.nodes[0].name} alone")
 
 
@@ -98,6 +98,6 @@ def _why(chosen: Candidate, rivals: Sequence[Candidate]) -> str:
 
 
 def reason(compared: Sequence[Alternative]) -> str:
-    """One sentence on why the strategy is what it is."""
+    """Explain the choice of the strategy in one sentence."""
     impossible = [each.verdict for each in compared if not each.possible]
     return impossible[0] if impossible else compared[0].verdict

@@ -1,7 +1,7 @@
-"""A model as placements use it: traced once whole, and once for each number of tensor slices.
+"""A model traced for planning: once whole, and once for each number of tensor slices.
 
-Everything that planning does with a model of a given float type goes through one of these, so a
-plan with its advice, its limits and its alternatives costs a few traces, not hundreds.
+All planning with a model of one float type shares a ``TracedModel``, so a plan with its advice,
+limits and alternatives costs a few traces, not hundreds.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from k2cli.choices import FloatType, Head, HeadPlacement
 from k2cli.errors import UsageError
-from k2cli.planning.model import Subject
-from k2cli.planning.speed.work import ModelWork, work_of_activity
+from k2cli.planning.model import ModelToPlan
+from k2cli.planning.speed.work import ModelWork, work_of_cost
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -34,23 +34,23 @@ class Slices:
 
 
 class TracedModel:
-    """A subject in the float type of a demand, traced as often as it is asked for something new.
+    """A model in one float type; traces are kept.
 
     Args:
-        subject: what is planned.
-        dtype: of activations and cache.
+        model: the model to plan.
+        dtype: float type of activations and cache.
         head: ``auto``, ``replicated`` or ``sharded``, for tensor slices.
     """
 
-    def __init__(self, subject: Subject, dtype: FloatType, head: Head = "auto") -> None:
-        self.subject = subject
+    def __init__(self, model: ModelToPlan, dtype: FloatType, head: Head = "auto") -> None:
+        self.model = model
         self.dtype = dtype
         self._head = head
         self._slices: dict[int, Slices | UsageError] = {}
         self._stages: dict[int, UsageError | None] = {}
 
     def slices(self, count: int) -> Slices:
-        """The model in so many tensor slices.
+        """Return the model in ``count`` tensor slices.
 
         Raises:
             UsageError: if it cannot be cut so, with the numbers.
@@ -66,7 +66,7 @@ class TracedModel:
         return found
 
     def check_stages(self, first_layers: list[int]) -> None:
-        """Make sure that the model can be cut before each of these layers.
+        """Check that the model can be cut before each of these layers.
 
         Raises:
             UsageError: if its layers exchange more than one array there.
@@ -76,7 +76,7 @@ class TracedModel:
         for layer in first_layers:
             if layer not in self._stages:
                 try:
-                    hidden_at(self.subject.facts.model, layer)
+                    hidden_at(self.model.facts.model, layer)
                     self._stages[layer] = None
                 except UsageError as error:
                     self._stages[layer] = error
@@ -88,37 +88,37 @@ class TracedModel:
         from k2cli.sharding.tensor import StandInGroup, slice_model
         from k2cli.sharding.trace import running_model, trace_model
 
-        subject = self.subject
+        source = self.model
         head = self._head_placement(count)
-        if count == 1 and _is_of(subject.facts.model, self.dtype):
-            model = subject.facts.model  # tracing it once more would give the same
+        if count == 1 and _is_of(source.facts.model, self.dtype):
+            model = source.facts.model  # tracing it once more would give the same
         else:
-            model = trace_model(subject.config, subject.stored, self.dtype)
+            model = trace_model(source.config, source.stored, self.dtype)
         if count > 1:
-            slice_model(subject.config, model, StandInGroup(0, count), head)
-        with running_model(subject.config, "traced"):
+            slice_model(source.config, model, StandInGroup(0, count), head)
+        with running_model(source.config, "traced"):
             return Slices(count, head, profile_model(model), self._work(model, count))
 
     def _work(self, model: nn.Module, count: int) -> ModelWork | None:
-        from k2cli.sharding.token_cost import model_activity
+        from k2cli.sharding.token_cost import model_token_cost
 
         try:
-            activity = model_activity(model)
+            cost = model_token_cost(model)
         except UsageError:
             return None
-        return work_of_activity(self.subject.config, activity, count)
+        return work_of_cost(self.model.config, cost, count)
 
     def _head_placement(self, count: int) -> HeadPlacement:
-        """Cut the head too wherever it can be: less to hold, and to read for every token."""
+        """Cut the head too if possible: less to hold, and less to read for every token."""
         from k2cli.sharding.head import can_shard_head
 
         if count == 1 or self._head == "replicated":
             return "replicated"
-        if can_shard_head(self.subject.facts.model, count):
+        if can_shard_head(self.model.facts.model, count):
             return "sharded"
         if self._head == "sharded":
             raise UsageError(
-                f"the head of {self.subject.config['model_type']} cannot be cut into {count} "
+                f"the head of {self.model.config['model_type']} cannot be cut into {count} "
                 "equal parts",
                 "--head replicated",
             )
@@ -126,7 +126,7 @@ class TracedModel:
 
 
 def _is_of(model: nn.Module, dtype: str) -> bool:
-    """Whether a traced model has a float type already, as far as it would be cast to it."""
+    """True if casting the traced model to a float type would change nothing."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 

@@ -1,9 +1,9 @@
-"""Solves the speed model for the rates of the owner's machines, from a benchmark of their run.
+"""The calibration: solves the speed model for the rates of the owner's machines, from a benchmark.
 
-The same model that predicts is turned round: rates are sought for which it says what was measured.
-A few figures cannot tell all rates apart (a model without experts says nothing of experts), so each
-starts from what is known: published figures of the chip and fitted shares, or, of an unknown
-machine, the measured figures themselves. Pure: values in, values out.
+The model that predicts is inverted: it searches for rates at which it predicts the measured
+figures. A few figures cannot determine all rates (a model without experts has no expert rate), so
+each starts from a prior: published figures of the chip and fitted shares, or for an unknown machine
+the measured figures themselves. Pure functions.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from typing import Literal
 
 from k2cli.choices import Transport
 from k2cli.errors import K2Error
-from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.hardware.machine import NodeMemory, NodeRates
 from k2cli.planning.speed.constants import LinkRates, SpeedConstants, fitted_constants
-from k2cli.planning.speed.placement_time import PlacedRun
-from k2cli.planning.speed.rates import NodeRates
+from k2cli.planning.speed.placement_time import PlacementTime
 from k2cli.planning.speed.work import ModelWork
 from k2cli.sharding.placement import Placement
 
 MEASURED_SPREAD = 0.04
-"""What repeated measurements of one thing differ by, as a logarithm."""
+"""The standard deviation of the logarithms of repeated measurements."""
 CONCURRENT_SPREAD = 0.3
-"""The same for several requests at a time, of which the model knows less: ranks that share a
-machine, kernels for a few rows. What one request alone does must not be bent to it."""
+"""The same for several requests at a time. The model knows less about them (ranks that share a
+machine, kernels for a few rows), so they must not distort the fit to single requests."""
 _KNOWN_SPREAD, _UNKNOWN_SPREAD, _RATIO_SPREAD, _FIXED_SPREAD = 0.3, 2.0, 0.4, 1.0
 _ROUNDS = 60
 _STEP = 1e-5
@@ -36,8 +35,8 @@ _STEP = 1e-5
 class MeasuredFigure:
     """Tokens per second of all ``concurrency`` requests together.
 
-    ``tokens`` are those in the cache (decode), or of the prompt (prefill, until the first token).
-    ``deviation`` is what repetitions differed by, as the standard deviation of their logarithms.
+    ``tokens`` counts those in the cache (decode), or of the prompt (prefill, until the first
+    token). ``deviation`` is the standard deviation of the logarithms of repeated measurements.
     """
 
     kind: Literal["decode", "prefill"]
@@ -48,19 +47,18 @@ class MeasuredFigure:
 
     @property
     def name(self) -> str:
-        """``decode at 64 tokens``, with how many requests if there are several."""
+        """``decode at 64 tokens``, with the number of requests if there are several."""
         several = f", {self.concurrency} requests" if self.concurrency > 1 else ""
         return f"{self.kind} at {self.tokens} tokens{several}"
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Rates of each machine of the run, which are taken to be alike, and what they reproduce.
+    """The rates of each machine of the run, assumed to be alike, and their errors.
 
-    ``collective_seconds`` is None for one rank. ``errors`` are of the model at these rates against
-    each figure: 0.1 is ten percent too fast. ``spread`` says of each value by what share another
-    calibration of the same machines is likely to differ: one standard deviation, from the noise of
-    the figures and from how far they determine it.
+    ``collective_seconds`` is None for one rank. ``errors`` compare the model at these rates with
+    each figure: 0.1 is ten percent too fast. ``spread`` is one standard deviation of each value, as
+    a share, from the noise of the figures and from how well they determine the value.
     """
 
     rates: NodeRates
@@ -79,11 +77,11 @@ def calibrate(
     figures: Sequence[MeasuredFigure],
     constants: SpeedConstants | None = None,
 ) -> Calibration:
-    """Find the rates for which the model says what was measured.
+    """Find the rates at which the model predicts the measured figures.
 
     Args:
-        nodes: as planned, one per rank; ``measured`` is not looked at.
-        chunk_tokens: of the plan.
+        nodes: as planned, one per rank; ``measured`` is ignored.
+        chunk_tokens: the prefill chunk of the plan.
         figures: at least one of decode and one of prefill.
 
     Raises:
@@ -120,7 +118,7 @@ _STATED = {
     "dense_layer": "dense_layer_seconds",
     "collective": "collective_seconds",
 }
-"""Unknowns that are shown, by their names in JSON. The others are shares of these."""
+"""Unknowns that are shown, with their names in JSON. The others are shares of these."""
 
 
 def _before(
@@ -130,11 +128,11 @@ def _before(
     transport: Transport,
     figures: Sequence[MeasuredFigure],
     constants: SpeedConstants,
-) -> tuple[PlacedRun, dict[str, float], dict[str, float]]:
-    """The run with rates to be found, where to start, and how far from there they may be."""
+) -> tuple[PlacementTime, dict[str, float], dict[str, float]]:
+    """Return the run without its rates, the start values, and their prior spread."""
     link = constants.links["local" if len({n.name for n in nodes}) == 1 else _link_name(transport)]
     names = tuple(node.name for node in nodes)
-    run = PlacedRun(work, placement, names, (NodeRates(*[1.0] * 6),) * len(names), link)
+    run = PlacementTime(work, placement, names, (NodeRates(*[1.0] * 6),) * len(names), link)
     known = constants.rates(replace(nodes[0], measured=None))
     return run, *_start(run, known or _guess(work, figures, constants), known is not None)
 
@@ -143,7 +141,7 @@ def _link_name(transport: Transport) -> str:
     return transport if transport in ("jaccl", "ring", "mpi") else "ring"
 
 
-def _speed(run: PlacedRun, figure: MeasuredFigure, chunk_tokens: int) -> float:
+def _speed(run: PlacementTime, figure: MeasuredFigure, chunk_tokens: int) -> float:
     if figure.kind == "decode":
         seconds = run.round_seconds(figure.tokens, figure.concurrency)
         return figure.concurrency / seconds
@@ -153,7 +151,7 @@ def _speed(run: PlacedRun, figure: MeasuredFigure, chunk_tokens: int) -> float:
 def _guess(
     work: ModelWork, figures: Sequence[MeasuredFigure], constants: SpeedConstants
 ) -> NodeRates:
-    """Rates of an unknown machine as if nothing but its measured figures took time."""
+    """Estimate the rates of an unknown machine as if only its measured figures took time."""
     decode = max((one for one in figures if one.kind == "decode"), key=_single)
     prefill = max((one for one in figures if one.kind == "prefill"), key=lambda one: one.tokens)
     read = sum(layer.weights_read(1) for layer in work.layers) + work.head.dense_bytes
@@ -175,9 +173,9 @@ def _single(figure: MeasuredFigure) -> tuple[bool, float]:
 
 
 def _start(
-    run: PlacedRun, rates: NodeRates, known: bool
+    run: PlacementTime, rates: NodeRates, known: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Where to start, and how far from there a value is likely to be (as logarithms)."""
+    """Return start values, and the standard deviations of their logarithms."""
     dense = rates.dense_flops_per_second
     start = {
         "read": rates.read_bytes_per_second,
@@ -207,7 +205,7 @@ def _start(
     return start, spread
 
 
-def _with(run: PlacedRun, at: Mapping[str, float]) -> PlacedRun:
+def _with(run: PlacementTime, at: Mapping[str, float]) -> PlacementTime:
     rates = NodeRates(
         read_bytes_per_second=at["read"],
         dense_flops_per_second=at["dense"],
@@ -233,7 +231,7 @@ def _most_likely(
     start: Mapping[str, float],
     spread: Mapping[str, float],
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Gauss-Newton with step halving; a handful of unknowns, so no numpy is needed.
+    """Run Gauss-Newton with step halving; the few unknowns need no numpy.
 
     Returns:
         Each unknown's value, and the standard deviation of its logarithm.
@@ -304,7 +302,7 @@ def _dot(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Gaussian elimination; the priors keep the matrix positive definite."""
+    """Solve by Gaussian elimination; the priors keep the matrix positive definite."""
     size = len(right)
     rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
     for column in range(size):

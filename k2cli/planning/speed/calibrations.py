@@ -1,7 +1,7 @@
 """The owner's calibrations: one file in the user's configuration, one entry per group of machines.
 
-An entry belongs to the machines of a run (their names and memory) and what connected them. Plans
-for the very same machines then use it; plans for others use the fitted constants.
+An entry belongs to the machines of a run (their names and memory) and to their transport. Plans for
+the same machines use it; plans for others use the fitted constants.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import msgspec
 from k2cli.choices import Transport, WantedTransport
 from k2cli.errors import K2Error
 from k2cli.files import write_atomically
-from k2cli.planning.hardware.machine import NodeMemory
-from k2cli.planning.speed.rates import MeasuredSpeed, NodeRates
+from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates
 from k2cli.settings import config_directory
 
 SCHEMA_VERSION = 1
@@ -27,10 +26,9 @@ NOISY_DEVIATION = 0.1
 
 @dataclass(frozen=True, slots=True)
 class CalibratedMachines:
-    """What was found. ``machines`` are name and memory in bytes of each rank's, sorted.
+    """A calibration. ``machines`` are name and memory in bytes of each rank's machine, sorted.
 
-    ``backend`` is the run's transport. ``deviation`` is what repetitions differed by: see
-    ``MeasuredSpeed``.
+    ``backend`` is the run's transport. ``deviation`` is that of ``MeasuredSpeed``.
     """
 
     machines: tuple[tuple[str, int], ...]
@@ -42,7 +40,7 @@ class CalibratedMachines:
     deviation: float = 0.0
 
     def of(self, machines: tuple[tuple[str, int], ...], transport: WantedTransport) -> bool:
-        """Whether it is about these machines; ``auto`` stands for any transport."""
+        """True if the calibration is for these machines; ``auto`` matches any transport."""
         return self.machines == machines and transport in ("auto", self.backend)
 
 
@@ -53,17 +51,17 @@ class _File:
 
 
 def calibration_file() -> Path:
-    """Where calibrations are kept."""
+    """Return the path of the calibrations."""
     return config_directory() / "calibration.json"
 
 
 def machines_of(nodes: Sequence[NodeMemory]) -> tuple[tuple[str, int], ...]:
-    """Key of a calibration, with the transport."""
+    """Return the machines' key of a calibration; the transport is the other part."""
     return tuple(sorted((node.name, node.memory_bytes) for node in nodes))
 
 
 def save_calibration(entry: CalibratedMachines) -> Path:
-    """Keep an entry in place of an older one of the same machines and transport.
+    """Save an entry; it replaces an older one of the same machines and transport.
 
     Raises:
         K2Error: if the file cannot be read or written.
@@ -82,7 +80,7 @@ def save_calibration(entry: CalibratedMachines) -> Path:
 def with_calibration(
     nodes: Sequence[NodeMemory], transport: WantedTransport = "auto"
 ) -> list[NodeMemory]:
-    """The machines with what was measured of them, if it was; the newest entry counts.
+    """Add the newest matching calibration to the machines, if there is one.
 
     Raises:
         K2Error: if the file of calibrations is damaged.

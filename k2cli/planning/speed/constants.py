@@ -1,8 +1,8 @@
-"""The constants of the speed model: fitted ones of the package, or measured on one's machines.
+"""The constants of the speed model: the package's, fitted to public measurements of Apple machines.
 
-``constants.toml`` is written by scripts/fit-speed-model from public measurements of Apple
-machines; docs/design/speed-model.md shows how well they predict. ``k2 bench --calibrate`` measures
-the owner's machines instead (``calibration.py``).
+``scripts/fit-speed-model`` writes ``constants.toml``; docs/design/speed-model.md shows how well the
+constants predict. ``k2 bench --calibrate`` measures the owner's machines instead
+(``calibrate.py``).
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2cli.planning.hardware.machine import NodeMemory
-from k2cli.planning.speed.rates import NodeRates
+from k2cli.planning.hardware.machine import NodeMemory, NodeRates
 
 CONSTANTS_FILE = Path(__file__).parent / "constants.toml"
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What part of a machine's published peaks is reached, and the fixed seconds per layer.
+    """The share of a machine's published peaks that is reached, and fixed seconds per layer.
 
     Chips of two dies (Ultra) reach less of their bandwidth than others.
     """
@@ -40,7 +39,7 @@ class Shares:
 class LinkRates:
     """One kind of connection between ranks: seconds of a small collective, bytes per second.
 
-    ``low`` and ``high`` bound what has been published for it.
+    ``low`` and ``high`` are the bounds of what has been published for it.
     """
 
     collective_seconds_low: float
@@ -53,8 +52,8 @@ class LinkRates:
 class SpeedConstants:
     """Everything that a prediction needs beside the work and the machines.
 
-    ``decode_spread`` and ``prefill_spread`` are half widths of the bands, as natural
-    logarithms of the ratio to what is expected.
+    ``decode_spread`` and ``prefill_spread`` are half widths of the bands, as natural logarithms of
+    the ratio to the expected value.
     """
 
     source: str
@@ -64,7 +63,7 @@ class SpeedConstants:
     prefill_spread: float
 
     def rates(self, node: NodeMemory) -> NodeRates | None:
-        """What a machine achieves; None if it is neither calibrated nor known."""
+        """Return the rates of a machine; None if it is neither calibrated nor known."""
         if node.measured is not None:
             return node.measured.rates
         peak, flops = node.bandwidth_bytes_per_second, node.gpu_flops_per_second
@@ -74,7 +73,7 @@ class SpeedConstants:
 
 
 def effective_rates(shares: Shares, peak: float, flops: float, *, two_dies: bool) -> NodeRates:
-    """Published peaks (bytes and operations per second) as what is reached of them."""
+    """Turn published peaks (bytes and operations per second) into rates that are reached."""
     share = shares.bandwidth_two_dies if two_dies else shares.bandwidth_one_die
     return NodeRates(
         read_bytes_per_second=peak * share,
@@ -99,5 +98,5 @@ def constants_of_table(table: Mapping[str, Any]) -> SpeedConstants:
 
 @functools.cache
 def fitted_constants() -> SpeedConstants:
-    """The constants that come with k2."""
+    """Return the constants that come with k2."""
     return constants_of_table(tomllib.loads(CONSTANTS_FILE.read_text(encoding="utf-8")))

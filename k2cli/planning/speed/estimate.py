@@ -1,10 +1,10 @@
-"""How fast a placement will be: tokens per second as a band, with the terms that it is made of.
+"""The predicted speed of a placement: tokens per second as a band, with its terms.
 
-Pure arithmetic over the traced work of the model (``work.py``), the machines' rates and constants
+Pure arithmetic over the traced work of the model (``work.py``), the machines' rates, and constants
 that were fitted to public measurements (docs/design/speed-model.md) or measured by the owner.
 
-Whether a collective is fast or slow is not known before it is measured: 26 and 200 us have both
-been published for RDMA over Thunderbolt 5. The default lies between, and the band covers both.
+The speed of a collective is unknown before it is measured: 26 and 200 us have both been published
+for RDMA over Thunderbolt 5. The default lies between, and the band covers both.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from k2cli.choices import WantedTransport
 from k2cli.planning.hardware.chips import chips
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.speed.constants import LinkRates, SpeedConstants, fitted_constants
-from k2cli.planning.speed.placement_time import PlacedRun
-from k2cli.planning.speed.step_time import StageWork, decode_time
+from k2cli.planning.speed.placement_time import PlacementTime, StageWork, decode_time
 from k2cli.planning.speed.work import ModelWork
 from k2cli.sharding.placement import Placement
 
 GREATEST_RATIO = 2.0
-"""Of a band's high to its low: a wider one tells a buyer nothing. Where more than that is unknown
-(slow collectives on many layers), the band is cut to it on both sides alike."""
+"""The largest ratio of a band's high to its low; a wider band is of no use to a buyer. If more is
+unknown (slow collectives on many layers), the band is cut on both sides alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class SpeedTerm:
-    """One part of a prediction, for people: ``value`` in ``unit``, and where it comes from."""
+    """One part of a prediction, to be shown: ``value`` in ``unit``, and its source."""
 
     name: str
     value: float
@@ -52,8 +51,8 @@ class SpeedEstimate:
 
     ``decode_tokens_per_second`` is that of one request alone; the aggregate is of all
     ``concurrency`` requests together. Prefill and time to first token are of one request alone,
-    its prompt not cached; as in ``k2 bench``, prefill is the prompt over the time to its answer's
-    first token. ``source`` says whose constants were used.
+    with nothing of its prompt cached; as in ``k2 bench``, prefill is the prompt over the time to
+    the first token of its answer. ``source`` names the constants.
     """
 
     decode_tokens_per_second: Band
@@ -67,7 +66,7 @@ class SpeedEstimate:
 def speed_obstacle(
     nodes: Sequence[NodeMemory], constants: SpeedConstants | None = None
 ) -> str | None:
-    """Why no speed can be predicted for these machines, or None."""
+    """Return the reason if no speed can be predicted for these machines, or None."""
     constants = constants or fitted_constants()
     for node in nodes:
         if constants.rates(node) is not None:
@@ -100,26 +99,26 @@ def predict_speed(
     collective_seconds: float | None = None,
     constants: SpeedConstants | None = None,
 ) -> SpeedEstimate | None:
-    """Predict the speed of a placement; None if ``speed_obstacle`` knows why that is impossible.
+    """Predict the speed of a placement; None if ``speed_obstacle`` gives a reason.
 
     Args:
-        work: from ``work.model_work(subject.config, ...)``, cut into as many slices as a tensor
-            placement has ranks, else uncut. Tracing it costs a few tenths of a second; this
-            function is arithmetic and can be called for many contexts and splits.
+        work: from ``work.model_work(config, ...)``, cut into as many slices as a tensor placement
+            has ranks, else uncut. Tracing it costs a few tenths of a second; this function is
+            arithmetic and can be called for many contexts and splits.
         nodes: one per rank, rank 0 first.
-        transport: what connects the ranks: ``local``, ``mpi``, ``ring``, ``jaccl`` or ``auto``.
+        transport: the connection of the ranks: ``local``, ``mpi``, ``ring``, ``jaccl`` or ``auto``.
         context_length: tokens that are in the cache when a token is generated.
         prompt_tokens: length of the prompt; ``context_length`` if None.
         chunk_tokens: tokens of the prompt per prefill step.
-        collective_seconds: seconds of one small collective between the ranks; a default by back
-            end if None, and then the band covers what has been published for it.
+        collective_seconds: seconds of one small collective between the ranks; the transport's
+            default if None, and then the band covers what has been published for it.
         constants: fitted ones of the package if None, or calibrated ones.
 
     Raises:
-        ValueError: if ``work`` is not cut as the placement says.
+        ValueError: if the slices of ``work`` are not those of the placement.
     """
     constants = constants or fitted_constants()
-    run = _placed_run(work, placement, nodes, transport, collective_seconds, constants)
+    run = _placement_time(work, placement, nodes, transport, collective_seconds, constants)
     if run is None:
         return None
     prompt = prompt_tokens or context_length
@@ -139,15 +138,15 @@ def predict_speed(
     )
 
 
-def _placed_run(
+def _placement_time(
     work: ModelWork,
     placement: Placement,
     nodes: Sequence[NodeMemory],
     transport: WantedTransport,
     collective_seconds: float | None,
     constants: SpeedConstants,
-) -> PlacedRun | None:
-    """The placement with the rates of its machines and links; None if one's are not known."""
+) -> PlacementTime | None:
+    """Combine the placement with the rates of its machines and links; None if one is unknown."""
     slices = placement.size if placement.strategy == "tensor" else 1
     if work.slices != slices:
         raise ValueError(f"work is cut into {work.slices} slices, expected {slices}")
@@ -156,11 +155,11 @@ def _placed_run(
     if len(known) != len(rates):
         return None
     link = _link(constants, nodes, transport, placement.size, collective_seconds)
-    return PlacedRun(work, placement, tuple(node.name for node in nodes), known, link)
+    return PlacementTime(work, placement, tuple(node.name for node in nodes), known, link)
 
 
 def _source(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> str:
-    """Whose constants: the package's, or what was measured on these machines."""
+    """Name the constants: the package's, or those measured on these machines."""
     found = dict.fromkeys(
         constants.source if node.measured is None else node.measured.source for node in nodes
     )
@@ -168,7 +167,7 @@ def _source(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> str:
 
 
 def _prefill_spread(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> float:
-    """Wide where the speed of the neural accelerators is that of another chip of the family."""
+    """Return a wide spread if another chip of the family stands in for the accelerators' speed."""
     known = chips()
     assumed = any(
         node.measured is None and node.chip in known and known[node.chip].matrix_speedup != 1
@@ -183,9 +182,10 @@ def decode_layer_seconds(
     context_length: int,
     constants: SpeedConstants | None = None,
 ) -> tuple[list[float], float] | None:
-    """Seconds of each layer, and of norm and head, for one token on a machine; None if unknown.
+    """Compute the seconds of each layer, and of norm and head, for one token on a machine.
 
-    What a search for the fastest split of a pipeline adds up.
+    Returns:
+        The terms that a search for the fastest split of a pipeline adds up; None if unknown.
     """
     rates = (constants or fitted_constants()).rates(node)
     if rates is None:
@@ -221,11 +221,11 @@ def _link(
     return LinkRates(given, given, given, link.bytes_per_second)
 
 
-def speed_band(figure: Callable[[PlacedRun], float], run: PlacedRun, spread: float) -> Band:
-    """What is expected, widened by what the constants do not explain and what is not known.
+def speed_band(figure: Callable[[PlacementTime], float], run: PlacementTime, spread: float) -> Band:
+    """Widen the expected value by the errors of the constants and by what is unknown.
 
-    Not known are the link, and attention over a long context, which few have published: half and
-    twice the fitted speed.
+    Unknown are the link, and attention over a long context, of which little has been published:
+    half and twice the fitted speed.
 
     Args:
         figure: the speed, or a time, of a run.
@@ -242,12 +242,12 @@ def speed_band(figure: Callable[[PlacedRun], float], run: PlacedRun, spread: flo
 
 
 def _terms(
-    run: PlacedRun,
+    run: PlacementTime,
     nodes: Sequence[NodeMemory],
     context_length: int,
     source: str,
 ) -> tuple[SpeedTerm, ...]:
-    """The parts of a decoded token's time, and of a prompt's."""
+    """Return the parts of a decoded token's time, and of a prompt's."""
     times = run.stages(context_length) if run.is_pipeline else [run.slowest(context_length)]
     work = run.work
     latency = run.link.collective_seconds
@@ -283,8 +283,10 @@ def _latency_source(link: LinkRates) -> str:
     return f"assumed, {between}; see docs/design/speed-model.md"
 
 
-def _bandwidth_terms(run: PlacedRun, nodes: Sequence[NodeMemory], source: str) -> list[SpeedTerm]:
-    """What each machine reaches; of several that are alike, once."""
+def _bandwidth_terms(
+    run: PlacementTime, nodes: Sequence[NodeMemory], source: str
+) -> list[SpeedTerm]:
+    """Return the rates that each machine reaches; machines that are alike share an entry."""
     kinds: dict[tuple[object, ...], list[int]] = {}
     for name in dict.fromkeys(run.machines):
         rank = run.machines.index(name)

@@ -1,39 +1,151 @@
-"""How long a placement takes: the ranks' times put together as the engine runs them.
+"""The time of a placement: the steps of its ranks, combined as the engine runs them.
 
-One request alone passes all stages of a pipeline one after the other; several keep all of them at
-work. Tensor ranks work at the same time and wait for each other at every collective.
+A decode step of one rank is bound by reading weights and cache; beside that, launching a few dozen
+small operations costs a fixed time per layer. A chunk of a prompt is bound by operations, and reads
+the weights once as well. Rates are effective ones, below the published peaks (``constants.py``).
+
+One request alone passes the stages of a pipeline one after the other; several keep all stages busy.
+Tensor ranks work at the same time and wait for each other at every collective.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from k2cli.planning.hardware.machine import NodeRates
 from k2cli.planning.speed.constants import LinkRates
-from k2cli.planning.speed.rates import NodeRates
-from k2cli.planning.speed.step_time import (
-    DecodeTime,
-    StageWork,
-    decode_time,
-    prefill_time,
-    stage_of,
-)
-from k2cli.planning.speed.work import ModelWork
+from k2cli.planning.speed.work import LayerWork, ModelWork
 from k2cli.sharding.placement import Placement
 
-# As in rank/engine/engine.py: a pipeline cuts a prompt so that its stages overlap. The engine may
-# find that smaller chunks are worth it; until then it takes these.
+# The engine (rank/engine/engine.py) cuts a prompt like this, so that a pipeline's stages overlap.
+# It starts with these chunks, and may change to smaller ones if they are faster.
 CHUNKS_PER_STAGE = 4
 LEAST_OVERLAP_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedRun:
-    """A placement with what it is made of; all times in seconds, of one request alone unless said.
+class StageWork:
+    """The layers of one rank, each with its number of equal ones; ``head`` if it samples."""
 
-    ``parts`` are what the ranks compute; made from ``work`` if not given.
+    layers: tuple[tuple[LayerWork, int], ...]
+    head: LayerWork | None
+
+    @property
+    def all(self) -> tuple[tuple[LayerWork, int], ...]:
+        """Layers, and the head if there is one."""
+        return self.layers if self.head is None else (*self.layers, (self.head, 1))
+
+
+def stage_of(work: ModelWork, layers: tuple[int, int]) -> StageWork:
+    """Return the part of a model that a rank with these half-open layers computes."""
+    first, past_last = layers
+    head = work.head if past_last == len(work.layers) else None
+    return StageWork(tuple(Counter(work.layers[first:past_last]).items()), head)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTime:
+    """Seconds of one decode step, by cause, and the bytes that it reads."""
+
+    weights_bytes: float
+    cache_bytes: float
+    memory_seconds: float
+    attention_seconds: float
+    fixed_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.memory_seconds + self.attention_seconds + self.fixed_seconds
+
+
+def decode_time(
+    stage: StageWork, rates: NodeRates, context_length: int, rows: int = 1
+) -> DecodeTime:
+    """Compute the time of one token for each of ``rows`` sequences, all at the same context.
+
+    Matrices of several rows are computed while weights are read, so the longer of the two counts.
+    A single row has kernels of its own, which do little but read.
+    """
+    weights = sum(count * layer.weights_read(rows) for layer, count in stage.all)
+    cache = rows * sum(count * layer.cache_read(context_length) for layer, count in stage.layers)
+    matrices = sum(count * _matrix_seconds(layer, rates) for layer, count in stage.all)
+    compute = rows * matrices / rates.rows_share if rows > 1 else 0.0
+    pairs = sum(
+        count * layer.decode_pair_flops * _attended(layer, context_length)
+        for layer, count in stage.layers
+    )
+    return DecodeTime(
+        weights,
+        cache,
+        max((weights + cache) / rates.read_bytes_per_second, compute),
+        rows * pairs / (rates.attention_flops_per_second * rates.decode_attention_share),
+        _fixed_seconds(stage, rates),
+    )
+
+
+def _fixed_seconds(stage: StageWork, rates: NodeRates) -> float:
+    return sum(
+        count * (rates.expert_layer_seconds if layer.experts else rates.dense_layer_seconds)
+        for layer, count in stage.layers
+    )
+
+
+def _matrix_seconds(layer: LayerWork, rates: NodeRates) -> float:
+    """Return the seconds to multiply one token with a layer's matrices, at a prompt's rates."""
+    dense = layer.dense_flops / rates.dense_flops_per_second
+    return dense + layer.expert_flops / rates.expert_flops_per_second
+
+
+def _attended(layer: LayerWork, context_length: int) -> int:
+    windows = [part.window_tokens for part in layer.cache if part.window_tokens is not None]
+    return min([context_length, *windows])
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTime:
+    """Seconds of one chunk of a prompt, by cause."""
+
+    read_seconds: float
+    matrix_seconds: float
+    attention_seconds: float
+    fixed_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.read_seconds + self.matrix_seconds + self.attention_seconds + self.fixed_seconds
+
+
+def prefill_time(
+    stage: StageWork, rates: NodeRates, chunk_tokens: int, context_length: int
+) -> PrefillTime:
+    """Compute the time of a chunk of a prompt after ``context_length`` tokens, without the head."""
+    seen = context_length + chunk_tokens
+    average = context_length + chunk_tokens / 2
+    read = pairs = expanded = matrices = 0.0
+    for layer, count in stage.layers:
+        window = layer.window_tokens
+        read += count * layer.weights_read(chunk_tokens)
+        matrices += count * _matrix_seconds(layer, rates)
+        pairs += count * layer.pair_flops * (average if window is None else min(average, window))
+        expanded += count * layer.expand_flops * seen
+    return PrefillTime(
+        read / rates.read_bytes_per_second,
+        chunk_tokens * matrices,
+        chunk_tokens * pairs / rates.attention_flops_per_second
+        + expanded / rates.dense_flops_per_second,
+        _fixed_seconds(stage, rates),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementTime:
+    """A placement with its work, rates and link; times are in seconds, for one request alone.
+
+    ``parts`` is the work of each rank; it is derived from ``work`` if not given.
     """
 
     work: ModelWork
@@ -50,22 +162,21 @@ class PlacedRun:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether each rank computes some of the layers."""
         return self.placement.strategy == "pipeline"
 
     def _together(self, rank: int) -> NodeRates:
-        """Rates while all ranks compute: those on one machine share it."""
+        """Return a rank's rates while all ranks compute: ranks on one machine share it."""
         return self.rates[rank].shared_by(self.machines.count(self.machines[rank]))
 
-    def slower(self) -> PlacedRun:
-        """The same, if the link is as slow as has been seen and attention half as fast."""
+    def slower(self) -> PlacementTime:
+        """Return the run with the slowest published link and half the speed of attention."""
         return self._changed(self.link.collective_seconds_high, 0.5)
 
-    def faster(self) -> PlacedRun:
-        """The same, if the link is as fast as has been seen and attention twice as fast."""
+    def faster(self) -> PlacementTime:
+        """Return the run with the fastest published link and twice the speed of attention."""
         return self._changed(self.link.collective_seconds_low, 2.0)
 
-    def _changed(self, latency: float, attention: float) -> PlacedRun:
+    def _changed(self, latency: float, attention: float) -> PlacementTime:
         rates = tuple(
             replace(each, attention_flops_per_second=each.attention_flops_per_second * attention)
             for each in self.rates
@@ -73,7 +184,7 @@ class PlacedRun:
         return replace(self, rates=rates, link=replace(self.link, collective_seconds=latency))
 
     def slowest(self, context_length: int, rows: int = 1) -> DecodeTime:
-        """Of single or tensor: the rank that the others wait for."""
+        """Return the time of the slowest rank, for which the others wait (single and tensor)."""
         times = [
             decode_time(self.parts[rank], self._together(rank), context_length, rows)
             for rank in range(self.placement.size)
@@ -81,32 +192,32 @@ class PlacedRun:
         return max(times, key=lambda time: time.seconds)
 
     def stages(self, context_length: int, rows: int = 1) -> list[DecodeTime]:
-        """Of a pipeline: each stage while it computes alone."""
+        """Return the time of each stage while it computes alone (pipeline)."""
         return [
             decode_time(self.parts[rank], self.rates[rank], context_length, rows)
             for rank in range(self.placement.size)
         ]
 
     def exchange_seconds(self, tokens: int) -> float:
-        """What travels for a step over so many tokens: hidden states, or partial sums."""
+        """Return the time of messages in a step over this many tokens."""
         if self.placement.size == 1:
             return 0.0
         latency = self.link.collective_seconds
         one = latency + tokens * self.work.hidden_bytes / self.link.bytes_per_second
         if self.is_pipeline:
-            # From stage to stage, and the chosen token back to the first.
+            # Messages from stage to stage, and of the sampled token back to the first stage.
             return one * (self.placement.size - 1) + latency
         return one * self.work.collectives
 
     def decode_seconds(self, context_length: int) -> float:
-        """One token of one request alone."""
+        """Return the time of one token of one request alone."""
         exchange = self.exchange_seconds(1)
         if self.is_pipeline:
             return exchange + sum(time.seconds for time in self.stages(context_length))
         return exchange + self.slowest(context_length).seconds
 
     def round_seconds(self, context_length: int, concurrency: int) -> float:
-        """One token of each of so many requests. A pipeline works on several groups at a time."""
+        """Return the time of a token of every request; a pipeline runs several groups at once."""
         if not self.is_pipeline:
             exchange = self.exchange_seconds(concurrency)
             return exchange + self.slowest(context_length, concurrency).seconds
@@ -118,7 +229,7 @@ class PlacedRun:
         return max(through, groups * (busiest + self.link.collective_seconds))
 
     def prefill_seconds(self, prompt_tokens: int, chunk_tokens: int) -> float:
-        """A prompt of one request, chunk by chunk. The stages of a pipeline overlap."""
+        """Return the time of a prompt, chunk by chunk. The stages of a pipeline overlap."""
         if self.is_pipeline:
             pieces = CHUNKS_PER_STAGE * self.placement.size
             overlapping = max(LEAST_OVERLAP_TOKENS, -(-prompt_tokens // pieces))
@@ -131,14 +242,14 @@ class PlacedRun:
             total += max(self._chunk_seconds(rest, done)) + self.exchange_seconds(rest)
         if not self.is_pipeline:
             return total
-        # The other stages still have to take in the last chunk, or had to be filled by the first.
+        # The other stages compute while the pipeline fills (first chunk) or drains (last chunk).
         times = self._chunk_seconds(last, done)
         return total + sum(times) - max(times)
 
     def _chunks_seconds(self, count: int, chunk_tokens: int) -> float:
-        """The busiest machine's time for so many whole chunks, one after the other.
+        """Add up the busiest machine's time over whole chunks, one after the other.
 
-        A machine's time for a chunk is linear in what comes before it, between the chunks at which
+        A machine's time for a chunk is linear in the tokens before it, between the chunks at which
         a window of attention is full. So 4,000 chunks cost no more to add up than four.
         """
         full = {
@@ -155,9 +266,10 @@ class PlacedRun:
         return busiest + count * self.exchange_seconds(chunk_tokens)
 
     def _linear_seconds(self, first: int, past_last: int, chunk_tokens: int) -> float:
-        """The sum over chunks of the busiest machine's time, each machine's being linear.
+        """Add up the busiest machine's time over chunks for which each machine's time is linear.
 
-        The machine that is busiest at both ends is so between them; else halves are looked at.
+        A machine that is busiest at both ends is busiest between them; otherwise the range is
+        halved.
         """
         count = past_last - first
         begin = self._chunk_seconds(chunk_tokens, first * chunk_tokens)
@@ -174,7 +286,7 @@ class PlacedRun:
         )
 
     def _chunk_seconds(self, tokens: int, done: int) -> list[float]:
-        """What a chunk takes on each machine: ranks on one machine take turns."""
+        """Return the time of a chunk on each machine: ranks on one machine take turns."""
         return self._by_machine(
             [
                 prefill_time(stage, rates, tokens, done).seconds
@@ -183,13 +295,13 @@ class PlacedRun:
         )
 
     def _by_machine(self, times: Sequence[float]) -> list[float]:
-        """Ranks' times, each computing alone, added up by machine."""
+        """Add up the times of ranks, each computing alone, by machine."""
         return [
             sum(time for time, name in zip(times, self.machines, strict=True) if name == machine)
             for machine in dict.fromkeys(self.machines)
         ]
 
     def first_token_seconds(self, prompt_tokens: int, chunk_tokens: int) -> float:
-        """Until the first token of an answer: the prompt less its last token, and one step."""
+        """Return the time to first token: the prompt without its last token, and one step."""
         prefill = self.prefill_seconds(prompt_tokens, chunk_tokens)
         return prefill + self.decode_seconds(prompt_tokens)

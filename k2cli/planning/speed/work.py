@@ -1,10 +1,10 @@
-"""What a token costs to compute: bytes to read and operations, per layer, from the traced model.
+"""The cost of a token: bytes to read and operations, per layer, from the traced model.
 
-Exact where the trace knows: which parameters a step reads (of a mixture of experts the chosen
-ones only), what the cache holds at a context, how many collectives a slice calls. The operations
-of attention follow from the widths in the config, as mlx-lm computes it: latent attention (MLA)
-expands keys and values from the whole context for every chunk of a prompt, and stays in the
-latent space for a single token.
+Traced and exact are the parameters that a step reads (of a mixture of experts only the chosen
+ones), the size of the cache at a context, and the collectives of a slice. The operations of
+attention follow from the widths in the config, as mlx-lm computes them: latent attention (MLA)
+expands keys and values from the whole context for every chunk of a prompt, and stays in the latent
+space for a single token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from k2cli.planning.memory.prefill import ActivationShape, activation_shape
 
 if TYPE_CHECKING:
     from k2cli.choices import HeadPlacement
-    from k2cli.sharding.token_cost import Activity, ModelActivity
+    from k2cli.sharding.token_cost import ModelTokenCost, TokenCost
     from k2cli.sharding.trace import StoredShapes
 
 
@@ -31,21 +31,21 @@ class CacheWork:
     window_tokens: int | None
 
     def read_bytes(self, context_length: int) -> int:
-        """Bytes read for one token after ``context_length`` others."""
+        """Return the bytes read for one token after ``context_length`` others."""
         seen = context_length if self.window_tokens is None else self.window_tokens
         return self.bytes_per_token * min(seen, context_length)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWork:
-    """What one layer, or norm and head together, costs on one rank.
+    """The cost of one layer, or of norm and head together, on one rank.
 
     ``dense_bytes`` are read in every step whatever the tokens; of ``expert_bytes`` the share of
     the experts that a step's tokens choose. Operations count two for each weight that a token is
     multiplied with: ``dense_flops`` and ``expert_flops`` per token. Attention: ``pair_flops`` per
     token of a prompt and token that it sees, ``decode_pair_flops`` the same in decode, and
-    ``expand_flops`` per token of context for every chunk of a prompt. ``window_tokens`` bounds
-    what a token of a prompt sees, None if nothing does.
+    ``expand_flops`` per token of context for every chunk of a prompt. ``window_tokens`` limits
+    the tokens that a token of a prompt sees; None is no limit.
     """
 
     dense_bytes: int
@@ -62,7 +62,7 @@ class LayerWork:
     window_tokens: int | None = None
 
     def weights_read(self, tokens: int) -> float:
-        """Bytes of weights that a step over so many tokens reads: dense ones and chosen experts.
+        """Return the bytes of weights that a step reads: dense ones and chosen experts.
 
         Experts are taken to be chosen independently and evenly.
         """
@@ -72,7 +72,7 @@ class LayerWork:
         return self.dense_bytes + self.expert_bytes * (1 - untouched)
 
     def cache_read(self, context_length: int) -> int:
-        """Bytes of cache and state that one token reads after ``context_length`` others."""
+        """Return the bytes of cache and state read for a token after ``context_length`` others."""
         return self.state_bytes + sum(part.read_bytes(context_length) for part in self.cache)
 
 
@@ -80,9 +80,9 @@ class LayerWork:
 class ModelWork:
     """The work of a whole model, cut into ``slices`` tensor slices (1: not cut), on one rank.
 
-    ``head`` is what the last stage computes once per sampled token: final norm and head.
-    ``hidden_bytes`` is what one token's hidden state takes on its way to the next stage;
-    ``collectives`` is how many each token's pass calls.
+    ``head`` is computed by the last stage once per sampled token: final norm and head.
+    ``hidden_bytes`` is the size of one token's hidden state on its way to the next stage;
+    ``collectives`` is the number of collectives in each token's pass.
     """
 
     layers: tuple[LayerWork, ...]
@@ -100,39 +100,37 @@ def model_work(
     slices: int = 1,
     head: HeadPlacement = "replicated",
 ) -> ModelWork:
-    """Trace what a token costs. K2 takes a few tenths of a second.
+    """Trace the cost of a token. K2 takes a few tenths of a second.
 
     Args:
         config: a checked config.
         stored: shapes from the checkpoint's headers, if there are any.
         dtype: of activations and cache; ``checkpoint`` keeps the stored float types.
         slices: ranks that share each layer (tensor parallelism).
-        head: whether the head is cut too.
+        head: ``sharded`` if the head is cut too.
 
     Raises:
-        UsageError: if the config makes no model, or it cannot be cut so.
+        UsageError: if the config does not give a model, or it cannot be cut like this.
     """
     from k2cli.sharding.tensor import StandInGroup, slice_model
-    from k2cli.sharding.token_cost import model_activity
+    from k2cli.sharding.token_cost import model_token_cost
     from k2cli.sharding.trace import trace_model
 
     model = trace_model(config, stored, dtype)
     if slices > 1:
         slice_model(config, model, StandInGroup(0, slices), head)
-    return work_of_activity(config, model_activity(model), slices)
+    return work_of_cost(config, model_token_cost(model), slices)
 
 
-def work_of_activity(
-    config: Mapping[str, Any], activity: ModelActivity, slices: int = 1
-) -> ModelWork:
+def work_of_cost(config: Mapping[str, Any], cost: ModelTokenCost, slices: int = 1) -> ModelWork:
     """Add the operations of attention, which only the config tells, to what was traced."""
     attention = _attention(config, slices)
-    head = activity.head
+    head = cost.head
     return ModelWork(
-        layers=tuple(_layer_work(layer, attention) for layer in activity.layers),
+        layers=tuple(_layer_work(layer, attention) for layer in cost.layers),
         head=LayerWork(head.dense_bytes, dense_flops=2 * head.dense_weights),
-        hidden_bytes=activity.hidden_bytes,
-        collectives=activity.collectives,
+        hidden_bytes=cost.hidden_bytes,
+        collectives=cost.collectives,
         slices=slices,
     )
 
@@ -142,7 +140,7 @@ class _Attention:
     pair_flops: int
     decode_pair_flops: int
     expand_flops: int
-    chosen_tokens: int | None  # sparse attention: what a token of an answer attends to
+    chosen_tokens: int | None  # sparse attention: tokens that a token of an answer attends to
 
 
 def _attention(config: Mapping[str, Any], slices: int) -> _Attention:
@@ -163,10 +161,10 @@ def _attention(config: Mapping[str, Any], slices: int) -> _Attention:
     )
 
 
-def _layer_work(layer: Activity, attention: _Attention) -> LayerWork:
+def _layer_work(layer: TokenCost, attention: _Attention) -> LayerWork:
     cache = tuple(CacheWork(part.bytes_per_token, part.window_tokens) for part in layer.cache)
     if attention.chosen_tokens is not None and cache:
-        # Sparse attention reads what the indexer chose; the indexer's own keys are read whole.
+        # Sparse attention reads the tokens that the indexer chose; the indexer's keys are all read.
         cache = (CacheWork(cache[0].bytes_per_token, attention.chosen_tokens), *cache[1:])
     attends = bool(layer.cache)
     per_expert = layer.expert_weights // max(layer.experts, 1)

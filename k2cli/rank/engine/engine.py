@@ -1,10 +1,10 @@
-"""The leader's scheduler: which step comes next, and what its result means.
+"""The leader's scheduler: it chooses each step and applies its result to the requests.
 
 Continuous batching: requests join and leave decode batches at any step. Prompts are computed in
-chunks between decode steps, so that a long one does not stall running answers. In a pipeline
-there is a batch per stage, and as many steps in flight, so that no stage is idle while there is
-work for it. Between any two steps the inbox is looked at, so that a cancellation takes effect
-within one step. An error inside one request's sampling ends that request and no other.
+chunks between decode steps, so that a long one does not stall running answers. A pipeline has a
+batch per stage, and as many steps in flight, so that no stage is idle while there is work for it.
+The worker reads its inbox between any two steps, so that a cancellation takes effect within one
+step. An error inside one request's sampling ends that request and no other.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from k2cli.protocol import (
 )
 from k2cli.rank.agreement import Agreement
 from k2cli.rank.control import Followers
-from k2cli.rank.engine.chunk_sizes import ChunkBounds, PrefillPace
-from k2cli.rank.engine.request_table import Roster
+from k2cli.rank.engine.chunk_sizes import ChunkBounds, ChunkTimes
+from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running
 from k2cli.rank.engine.steps import Step, StepQueue
 from k2cli.rank.executor import Executor, StepResult
@@ -42,7 +42,7 @@ CHUNKS_PER_STAGE = 4
 
 
 class Engine:
-    """Serves requests on the leader rank; not thread-safe, everything happens in one thread."""
+    """Scheduler of requests on the leader rank; not thread-safe, used by one thread."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Engine:
         self._send = send
         self._unsent: list[RankMessage] = []
         self._plain_caches = executor.stage.has_plain_caches
-        self._roster = Roster(
+        self._table = RequestTable(
             self._queue,
             self._unsent.append,
             context_length=context_length,
@@ -79,27 +79,27 @@ class Engine:
         )
         self._stages = stages
         self._looks_ahead = looks_ahead
-        # Two where there is one stage: while one step is computed, the next is laid out.
+        # At least two when looking ahead: while one step is computed, the next is built.
         self._window = max(2 if looks_ahead else 1, stages)
         self._turn = 0
         self._prefill_credit = prefill_chunk_tokens
         self._prefill_rate = 0.0
-        self._pace = PrefillPace()
+        self._chunk_times = ChunkTimes()
         self._last_started: dict[int, int] = {}
 
     # --- what the worker calls -------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
-        """Whether there is work."""
-        return not self._roster.empty or self._queue.computing > 0
+        """True if there are requests or steps in flight."""
+        return not self._table.empty or self._queue.computing > 0
 
     def accept(self, message: Generate | Cancel) -> None:
-        """Take a request, or its cancellation, into account."""
+        """Queue a request, or cancel one."""
         if isinstance(message, Generate):
-            self._roster.enqueue(message)
+            self._table.enqueue(message)
         else:
-            self._roster.cancel(message.request_id)
+            self._table.cancel(message.request_id)
         self._send_all()
 
     def advance(self) -> None:
@@ -110,30 +110,30 @@ class Engine:
             ClusterError: if a follower's state differs from the leader's.
         """
         self._agreement.check()
-        self._roster.end_cancelled()
-        self._roster.admit()
-        self._roster.balance([b for b in self._roster.batches if not self._queue.decodes_of(b)])
+        self._table.end_cancelled()
+        self._table.admit()
+        self._table.balance([b for b in self._table.batches if not self._queue.decodes_of(b)])
         self._start_steps()
         self._send_all()
-        step = self._queue.lay_out()
+        step = self._queue.build_next()
         if step is None:
             return
         if step.chosen is not None:
-            self._start_steps()  # now its batch can have a step ahead
+            self._start_steps()  # its batch can now have a step ahead
         self._queue.complete()
         self._completed(step)
-        # Before the next step is laid out: MLX may hold that up until most of it is computed.
+        # Send before building the next step: MLX may block that until most of it is computed.
         self._send_all()
 
     def _send_all(self) -> None:
-        """What has come up for the guard, at once: the guard wakes up once for it."""
+        """Send all pending messages to the guard at once, so that it wakes up only once."""
         if self._unsent:
             self._send(self._unsent)
             self._unsent.clear()
 
     def tick(self) -> None:
-        """Tell the followers that nothing is to be done."""
-        self._queue.lay_out()  # what is left of it are entries in the books
+        """Tell the followers that there is nothing to do."""
+        self._queue.build_next()  # carries out what is left: decisions that compute nothing
         self._agreement.check()
         self.now(Tick(self._queue.next_number))
 
@@ -143,12 +143,12 @@ class Engine:
         self._queue.submit(Quit(self._queue.next_number))
 
     def now(self, decision: Decision) -> StepResult:
-        """Carry a decision out on all ranks at once; only while nothing is in flight."""
+        """Carry out a decision on all ranks at once; only while nothing is in flight."""
         return self._queue.now(decision)
 
     @property
     def next_number(self) -> int:
-        """The number that the next decision must bear."""
+        """Number of the next decision."""
         return self._queue.next_number
 
     # --- starting steps --------------------------------------------------------------------------
@@ -158,44 +158,44 @@ class Engine:
             pass
 
     def _start_step(self) -> bool:
-        """Decide one computing step; False if there is nothing that can start now.
+        """Decide one computing step; return False if none can start now.
 
         Prompts and answers take turns: every batch decodes once, then as many prompt tokens are
         computed as one chunk may have.
         """
-        prefilling = self._roster.prefilling
+        prefilling = self._table.prefilling
         while prefilling and not prefilling[0].prefill_left:
-            self._roster.join(prefilling[0])
-        ready = [batch for batch in self._roster.batches if self._can_decode(batch)]
+            self._table.join(prefilling[0])
+        ready = [batch for batch in self._table.batches if self._can_decode(batch)]
         if ready and self._turn >= len(ready):
             self._turn = 0
             self._prefill_credit = self._chunk_tokens()
         if prefilling and (not ready or self._prefill_credit > 0):
             if self._stages == 1 and self._queue.computing:
-                return False  # a chunk is computed at once: tokens must not wait for it
+                return False  # a chunk is computed at once, and tokens in flight would wait for it
             self._start_prefill()
             return True
         if not ready:
             return False
         self._turn += 1
-        # The batch that has waited longest comes first: the others have steps in flight.
+        # Start the batch that has waited longest: the others have steps in flight.
         self._start_decode(min(ready, key=lambda batch: self._last_started.get(batch, 0)))
         return True
 
     def _chunk_tokens(self) -> int:
-        """Tokens of the next prompt chunk: the plan's, or less if that would take too long."""
-        prefilling = self._roster.prefilling
+        """Return the tokens of the next prompt chunk: the plan's, or fewer to limit its time."""
+        prefilling = self._table.prefilling
         context = prefilling[0].computed if prefilling else 0
         bounded = self._bounds.answering if self._answering else self._bounds.alone
         return bounded(self._prefill_rate, context)
 
     @property
     def _answering(self) -> bool:
-        return any(self._roster.batches.values())
+        return any(self._table.batches.values())
 
     def _start_prefill(self) -> None:
-        """Compute a chunk of the first prompt, or several short prompts whole."""
-        self._send_all()  # a chunk may be computed at once, and takes long
+        """Start a chunk of the first prompt, or several short whole prompts together."""
+        self._send_all()  # a chunk may be computed at once, and take long
         limit = self._chunk_tokens()
         together = self._short_prompts(
             limit if self._answering else self._bounds.together(self._prefill_rate)
@@ -203,7 +203,7 @@ class Engine:
         if len(together) > 1:
             self._start_prefill_together(together)
             return
-        row = self._roster.prefilling[0]
+        row = self._table.prefilling[0]
         wanted = min(limit, self._overlapping_chunk(row))
         count = self._bounds.share(row.prefill_left, wanted)
         tokens = row.request.prompt[row.computed : row.computed + count]
@@ -212,20 +212,20 @@ class Engine:
         self._queue.submit(Prefill(self.next_number, row.sequence, tokens), [row])
 
     def _overlapping_chunk(self, row: Running) -> int:
-        """The largest chunk of a prompt that still keeps all pipeline stages at work on it."""
+        """Return the largest chunk of a prompt with which all pipeline stages still overlap."""
         if self._stages == 1:
             return row.prefill_left
         pieces = CHUNKS_PER_STAGE * self._stages
-        return max(self._pace.least_tokens, -(-len(row.request.prompt) // pieces))
+        return max(self._chunk_times.least_tokens, -(-len(row.request.prompt) // pieces))
 
     def _short_prompts(self, limit: int) -> list[Running]:
-        """Fresh prompts for the first one's batch that fit one chunk together, with padding."""
-        first = self._roster.prefilling[0]
+        """Choose new prompts for the first one's batch that fit one chunk, with padding."""
+        first = self._table.prefilling[0]
         if not self._plain_caches or first.computed:
             return []
         chosen: list[Running] = []
         longest = 0
-        for row in self._roster.prefilling:
+        for row in self._table.prefilling:
             if row.computed or row.batch != first.batch or not row.prefill_left:
                 continue
             longest = max(longest, row.prefill_left)
@@ -241,13 +241,13 @@ class Engine:
         sequences = [row.sequence for row in rows]
         for row in rows:
             row.computed = len(row.request.prompt) - 1
-            self._roster.prefilling.remove(row)
-        self._roster.batches[batch] += rows
+            self._table.prefilling.remove(row)
+        self._table.batches[batch] += rows
         self._prefill_credit -= len(rows) * max(map(len, tokens))
         self._queue.submit(PrefillTogether(self.next_number, batch, sequences, tokens), rows)
 
     def _can_decode(self, batch: int) -> bool:
-        rows = self._roster.batches[batch]
+        rows = self._table.batches[batch]
         if not any(row.wants_steps for row in rows):
             return False
         in_flight = self._queue.decodes_of(batch)
@@ -263,7 +263,7 @@ class Engine:
         )
 
     def _start_decode(self, batch: int) -> None:
-        rows = list(self._roster.batches[batch])
+        rows = list(self._table.batches[batch])
         in_flight = self._queue.decodes_of(batch)
         chosen = in_flight[-1].chosen if in_flight else None
         ahead = chosen is not None
@@ -302,7 +302,7 @@ class Engine:
                 self._decoded(step, now)
 
     def _prefilled(self, step: Step, count: int) -> None:
-        self._pace.observe(count, step.seconds - step.waited_seconds)
+        self._chunk_times.observe(count, step.seconds - step.waited_seconds)
         if step.seconds > 0:
             rate = count / step.seconds
             self._prefill_rate = 0.5 * (self._prefill_rate or rate) + 0.5 * rate
@@ -319,18 +319,18 @@ class Engine:
             if row.ended:
                 continue
             if row.failure is not None:
-                self._roster.fail(row)
+                self._table.fail(row)
             else:
                 self._take(row, token, step, index, now)
 
     def _take(self, row: Running, token: int, step: Step, index: int, now: float) -> None:
-        """Give a request its next token, and end it if that was its last."""
+        """Append a token to a request, and end it if that was its last."""
         request = row.request
         if row.first_token_at is None:
             row.first_token_at = now
         row.generated.append(token)
         if token in request.stop_tokens:
-            self._roster.end(row, "stop")
+            self._table.end(row, "stop")
             return
         assert step.result is not None
         assert step.result.logits is not None
@@ -339,10 +339,10 @@ class Engine:
             row.sampler.record(token)
         except Exception as error:  # as in choose_tokens
             row.failure = error
-            self._roster.fail(row)
+            self._table.fail(row)
             return
         scores = [] if logprob is None else [logprob]
         self._unsent.append(Tokens(request.request_id, [token], scores))
         full = len(request.prompt) + len(row.generated) >= self._context_length
         if full or len(row.generated) >= request.max_tokens:
-            self._roster.end(row, "length")
+            self._table.end(row, "length")

@@ -1,15 +1,15 @@
-"""Whether a run decides steps ahead: lays the next one out while this one is being computed.
+"""Lookahead: building the next decode step while the current one is being computed.
 
-One rank and pipelines always gain by it. In tensor parallelism every rank computes all the time,
-and MLX's ring waits for its peers by spinning: where a rank has one core, laying out the next step
-takes turns with the computing of this one, on every rank at another moment, and all of them wait.
-Measured on two ranks tied to a core each, a toy K2 of 7 ms a token: 0.67 of the rate without.
+A single rank and pipelines always gain by it. In tensor parallelism every rank computes all the
+time, and MLX's ring waits for its peers by spinning: if a rank has one core, building the next step
+takes time from computing the current one, on every rank at another moment, and all of them wait.
+Measured on two ranks with a core each and a toy K2 of 7 ms a token: 0.67 of the rate without it.
 
-On a GPU there is another limit. MLX writes a token into a KV cache in place only if nothing that is
-on its way still reads the cache. Where the program is ahead of the GPU by a whole step, the next
-step copies every cache instead: measured on an H100 kept busy, 6.3 GB of copies for caches of
-6.0 GB, in every step. A model of many layers is not laid out that far ahead, since MLX lets ten
-command buffers wait; one of few layers can be. ``CopyWatch`` notices it.
+A GPU sets another limit. MLX writes a token into a KV cache in place only if no operation in flight
+still reads the cache. If the program is a whole step ahead of the GPU, the next step copies every
+cache instead: measured on an H100 kept busy, 6.3 GB of copies for caches of 6.0 GB, in every step.
+A model of many layers is not built that far ahead, since MLX queues at most ten command buffers; a
+model of few layers can be. ``CopyWatch`` detects it.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from k2cli.units import MB
 CORES_PER_RANK = 2
 
 
-# Copies up to this size cost less than waiting for the GPU, and are within a plan's slack.
+# Copying a cache of up to this size costs less than waiting for the GPU, and fits a plan's slack.
 SMALL_CACHE_BYTES = 256 * MB
 
 
 class CopyWatch:
-    """Whether a batch with a large cache may have a step ahead: not where that copies the cache.
+    """Permission for batches with a large cache to have a step ahead, unless that copies the cache.
 
-    It may as long as no copy has been seen, and either half as large a cache was not copied or
-    there is room for one copy.
+    A batch may have one as long as no copy has been seen, and either a cache of half the size was
+    not copied or there is memory for one copy.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        """``limit_bytes`` is what all memory of the device may be; 0 where nothing is copied."""
+        """Set the limit on all memory of the device; 0 if it never copies caches."""
         self._limit_bytes = limit_bytes
         self._proven_bytes = SMALL_CACHE_BYTES
         self._copies = False
 
     @property
     def watches(self) -> bool:
-        """Whether there is anything to notice here."""
+        """True if steps ahead may copy caches on this device."""
         return self._limit_bytes > 0
 
     def allows(self, cache_bytes: int, active_bytes: int) -> bool:
-        """Whether a step may be laid out ahead, with so much memory in use now."""
+        """True if a step may be built ahead while ``active_bytes`` of memory are in use."""
         if not self.watches or cache_bytes <= SMALL_CACHE_BYTES:
             return True
         if self._copies:
@@ -56,7 +56,10 @@ class CopyWatch:
         return has_room or cache_bytes <= 2 * self._proven_bytes
 
     def observe(self, cache_bytes: int, grown_bytes: int) -> None:
-        """Laying a step out ahead took so much memory."""
+        """Record the growth of memory when a step was built ahead.
+
+        Growth of more than half the cache's size means that MLX copied it.
+        """
         if cache_bytes <= SMALL_CACHE_BYTES:
             return  # other arrays of the step may be as large
         if grown_bytes > cache_bytes // 2:
@@ -66,7 +69,7 @@ class CopyWatch:
 
 
 def device_limit_bytes() -> int:
-    """What MLX's GPU memory may be in all; 0 on the CPU."""
+    """Return the limit on MLX's GPU memory; 0 on the CPU."""
     if mx.default_device() != mx.gpu:
         return 0
     info = mx.device_info()
@@ -74,10 +77,7 @@ def device_limit_bytes() -> int:
 
 
 def looks_ahead(assignment: Assignment) -> bool:
-    """Decide it for this rank's run, on the leader.
-
-    ``assignment.looks_ahead`` overrides what is found.
-    """
+    """Decide on the leader if its run looks ahead; ``assignment.looks_ahead`` comes first."""
     if assignment.looks_ahead is not None:
         return assignment.looks_ahead
     if assignment.strategy != "tensor":
@@ -87,7 +87,7 @@ def looks_ahead(assignment: Assignment) -> bool:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""The leader's directory of kept prefixes: which tokens have a KV cache on every rank.
+"""The leader's directory of kept prefixes: token sequences whose KV cache every rank keeps.
 
-Pure bookkeeping; the caches themselves lie on the ranks under the same ids. What to keep, use
-again and forget is decided here and sent as decisions, so that it is the same on all ranks.
+It holds tokens only; the caches are on the ranks under the same ids. The leader decides which
+prefixes to keep, use again and drop, and sends decisions, so that all ranks do the same.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# One token, as the directory keeps it.
+# Array type of one token in the directory.
 _TOKEN = "q"
 _TOKEN_BYTES = 8
-# Below this many tokens, a copy of a cache costs about what computing it again would.
+# Copying a cache of fewer tokens takes about as long as computing it again.
 LEAST_REUSE_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A kept prefix that a prompt begins with: its id, and how many tokens they share."""
+    """A kept prefix that a prompt begins with: its id, and the number of shared tokens."""
 
     prefix: int
     tokens: int
@@ -29,7 +29,7 @@ class PrefixDirectory:
     """Kept token sequences, least recently used first."""
 
     def __init__(self, *, whole_only: bool) -> None:
-        """``whole_only``: caches cannot be cut back, so only a whole prefix can be used again."""
+        """Allow reuse of whole prefixes only if ``whole_only``: their caches cannot be cut back."""
         self._whole_only = whole_only
         self._entries: dict[int, bytes] = {}
         self._next_id = 0
@@ -38,11 +38,11 @@ class PrefixDirectory:
         return len(self._entries)
 
     def tokens(self) -> int:
-        """Tokens that all kept prefixes hold together, in allocation steps of the cache."""
+        """Return the tokens that all kept prefixes take, in allocation steps of the cache."""
         return sum(cache_tokens(len(entry) // _TOKEN_BYTES) for entry in self._entries.values())
 
     def best(self, prompt: Sequence[int]) -> Hit | None:
-        """The kept prefix that saves most of a prompt; at least its last token is left to do."""
+        """Find the kept prefix that saves most of a prompt, whose last token is always computed."""
         wanted = _kept(prompt[:-1])
         hits = [Hit(prefix, self._shared(entry, wanted)) for prefix, entry in self._entries.items()]
         best = max(hits, key=lambda hit: hit.tokens, default=None)
@@ -56,31 +56,31 @@ class PrefixDirectory:
         return shared if not self._whole_only or shared * _TOKEN_BYTES == len(entry) else 0
 
     def redundant(self, tokens: Sequence[int]) -> Iterator[int]:
-        """Kept prefixes that a new one of these tokens would contain."""
+        """Yield the kept prefixes that a new one of these tokens would contain."""
         wanted = _kept(tokens)
         for prefix, entry in self._entries.items():
             if wanted.startswith(entry):
                 yield prefix
 
     def has(self, tokens: Sequence[int]) -> bool:
-        """Whether a kept prefix already contains all of these tokens."""
+        """True if a kept prefix already contains all of these tokens."""
         wanted = _kept(tokens)
         return not self._whole_only and any(
             entry.startswith(wanted) for entry in self._entries.values()
         )
 
     def add(self, tokens: Sequence[int]) -> int:
-        """Keep these tokens; the id under which every rank must keep their cache."""
+        """Add these tokens; return the id under which every rank must keep their cache."""
         self._next_id += 1
         self._entries[self._next_id] = _kept(tokens)
         return self._next_id
 
     def oldest(self) -> int | None:
-        """The prefix to forget first."""
+        """Return the least recently used prefix; None if there is none."""
         return next(iter(self._entries), None)
 
     def remove(self, prefix: int) -> None:
-        """Forget a prefix."""
+        """Remove a prefix."""
         del self._entries[prefix]
 
 
@@ -89,10 +89,10 @@ def _kept(tokens: Sequence[int]) -> bytes:
 
 
 def _common_bytes(one: bytes, other: bytes) -> int:
-    """How many bytes the two begin with in common."""
+    """Return the length of the common beginning."""
     same, limit = 0, min(len(one), len(other))
     while same < limit:
-        # Halve what is left until it is equal: each byte is compared about twice.
+        # Bisection; each byte is compared about twice.
         middle = (same + limit + 1) // 2
         if one[same:middle] == other[same:middle]:
             same = middle
@@ -102,5 +102,5 @@ def _common_bytes(one: bytes, other: bytes) -> int:
 
 
 def cache_tokens(tokens: int, step: int = 256) -> int:
-    """Tokens that mlx-lm's KV caches allocate room for: whole steps of 256."""
+    """Round up to the tokens that mlx-lm's KV caches allocate room for: whole steps of 256."""
     return -(-tokens // step) * step

@@ -1,14 +1,18 @@
-"""The leader's books: who waits, who is in prefill, who decodes in which batch, what is kept.
+"""The leader's table of requests: waiting, in prefill, or decoding in a batch.
 
-Admission by memory, the balance between batches and the fate of finished caches are settled
-here; each change is handed to ``decide``, which sends it to all ranks in order.
+It admits requests by memory, balances batches, and keeps or releases the caches of finished
+requests. Each change is a decision, which the ``Sender`` sends to all ranks in order.
+
+The plan's KV budget is ``context_length * concurrency`` tokens on every rank. A batch is as long
+as its longest row, so a batch's worst case is its number of rows times the longest worst case.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from k2cli.protocol import (
@@ -24,32 +28,36 @@ from k2cli.protocol import (
     RankMessage,
     RequestFailed,
 )
-from k2cli.rank.engine.admission import (
-    MAX_BATCH_ROWS,
-    MAX_WAITING,
-    Budget,
-    choose_batch,
-    used_tokens,
-    worst_case_tokens,
-)
-from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, PrefixDirectory
+from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, PrefixDirectory, cache_tokens
 from k2cli.rank.engine.requests import Running, Waiting
 from k2cli.rank.engine.sampling import Sampler
 
+MAX_BATCH_ROWS = 32
+MAX_WAITING = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Room for KV caches, in tokens, and the number of batches that run side by side."""
+
+    tokens: int
+    batches: int
+    rows_per_batch: int = MAX_BATCH_ROWS
+
 
 class Sender(Protocol):
-    """Numbers decisions and sends them to all ranks, in order."""
+    """Numbering and sending of decisions to all ranks, in order."""
 
     @property
     def next_number(self) -> int:
-        """The number that the next decision must bear."""
+        """Number of the next decision."""
 
     def submit(self, decision: Decision) -> None:
         """Send a decision."""
 
 
-class Roster:
-    """Requests by what has become of them, and the prefixes that are kept for later ones."""
+class RequestTable:
+    """Requests by their state, and the prefixes that are kept for later requests."""
 
     def __init__(
         self,
@@ -62,7 +70,7 @@ class Roster:
         can_batch: bool,
         plain_caches: bool,
     ) -> None:
-        """``batches`` run side by side; without ``can_batch`` each holds one request only."""
+        """Make a table of ``batches`` side by side, each of one request unless ``can_batch``."""
         self._sender = sender
         self._tell = tell
         self._context_length = context_length
@@ -79,14 +87,14 @@ class Roster:
 
     @property
     def empty(self) -> bool:
-        """Whether nobody is here."""
+        """True if no request waits or runs."""
         return not (self.waiting or self.prefilling or any(self.batches.values()))
 
     def _admitted(self) -> list[Running]:
         return [*self.prefilling, *(row for rows in self.batches.values() for row in rows)]
 
     def enqueue(self, request: Generate) -> None:
-        """Let a request wait for its turn, or refuse it with the numbers."""
+        """Queue a request, or refuse it with the numbers."""
         worst = worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
         if not request.prompt or len(request.prompt) >= self._context_length:
             error = (
@@ -104,7 +112,7 @@ class Roster:
             self.waiting.append(Waiting(request, time.monotonic()))
 
     def cancel(self, request_id: str) -> None:
-        """Mark a request as cancelled, or let it go if it still waits."""
+        """Mark a running request as cancelled, or remove it from the queue."""
         for row in self._admitted():
             if row.request.request_id == request_id:
                 row.cancelled = True
@@ -116,12 +124,12 @@ class Roster:
                 return
 
     def end_cancelled(self) -> None:
-        """End everyone who was cancelled."""
+        """End all requests that were cancelled."""
         for row in [row for row in self._admitted() if row.cancelled]:
             self.end(row, "cancelled")
 
     def admit(self) -> None:
-        """Let in, first come first served, whoever the plan's memory has room for."""
+        """Admit waiting requests in order of arrival while the plan has memory for the next."""
         while self.waiting:
             request = self.waiting[0].request
             worst = worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
@@ -155,17 +163,17 @@ class Roster:
         return row
 
     def join(self, row: Running) -> None:
-        """Its prompt is computed: a request becomes a row of its batch."""
+        """Make a request whose prompt is computed a row of its batch."""
         self.prefilling.remove(row)
         assert row.batch is not None
         self.batches[row.batch].append(row)
         self._sender.submit(JoinBatch(self._sender.next_number, row.batch, row.sequence))
 
     def balance(self, quiet: list[int]) -> None:
-        """Move a request from a full batch to an empty one, so that no stage runs dry.
+        """Move a request from a batch to one with fewer, so that all stages have work.
 
         Args:
-            quiet: batches that have no step in flight; only these may change so.
+            quiet: the batches that have no step in flight; others must not change.
         """
         expected = self._worst_cases()
         for source in quiet:
@@ -182,13 +190,13 @@ class Roster:
             return
 
     def end(self, row: Running, reason: FinishReason) -> None:
-        """Report a request's end, and keep its cache as a prefix if that is of use."""
+        """Report a request's end, and keep its cache as a prefix if it may be used again."""
         completion = len(row.generated) - (reason == "stop")
         self._release(row, keep=row.request.use_prefix_cache)
         self._tell(row.finished(reason, completion))
 
     def fail(self, row: Running) -> None:
-        """Report a request that failed by itself."""
+        """Report a request whose sampling failed."""
         self._release(row, keep=False)
         self._tell(RequestFailed(row.request.request_id, f"sampling failed: {row.failure}"))
 
@@ -207,7 +215,7 @@ class Roster:
         self._evict()
 
     def _keep(self, row: Running) -> int | None:
-        """The id under which a sequence's cache is kept, if it is worth it."""
+        """Keep a sequence's tokens as a prefix; return its id, or None if it is not worth it."""
         tokens = row.held_tokens
         if len(tokens) < LEAST_REUSE_TOKENS or self._prefixes.has(tokens):
             return None
@@ -220,7 +228,7 @@ class Roster:
         self._sender.submit(DropPrefix(self._sender.next_number, prefix))
 
     def _evict(self) -> None:
-        """Forget the prefixes used least recently until running requests have their room."""
+        """Drop the least recently used prefixes until the worst case of all requests fits."""
         used = used_tokens(self._worst_cases())
         while used + self._prefixes.tokens() > self._budget.tokens:
             oldest = self._prefixes.oldest()
@@ -229,9 +237,40 @@ class Roster:
             self._drop(oldest)
 
     def _worst_cases(self) -> dict[int, list[int]]:
-        """Worst cases per batch; a sequence in prefill counts where it will join."""
+        """Return the worst cases per batch; a sequence in prefill counts in its future batch."""
         worst = {b: [row.worst_case_tokens for row in rows] for b, rows in self.batches.items()}
         for row in self.prefilling:
             assert row.batch is not None
             worst[row.batch].append(row.worst_case_tokens)
         return worst
+
+
+def worst_case_tokens(prompt: int, max_tokens: int, context_length: int) -> int:
+    """Return the most tokens that a request's cache may hold."""
+    return cache_tokens(min(prompt + max_tokens, context_length))
+
+
+def used_tokens(batches: Mapping[int, Sequence[int]]) -> int:
+    """Return the worst case of all batches, given the worst cases of their rows."""
+    return sum(len(rows) * max(rows, default=0) for rows in batches.values())
+
+
+def choose_batch(
+    batches: Mapping[int, Sequence[int]], worst_case: int, budget: Budget
+) -> int | None:
+    """Choose the batch that a new request should join; None if it must wait.
+
+    It is the batch with the fewest rows, so that all pipeline stages have work, in which the
+    worst case of all batches stays within the budget.
+
+    Args:
+        batches: worst cases in tokens of each batch's rows, for every batch that may be used.
+    """
+    order = sorted(batches, key=lambda batch: (len(batches[batch]), batch))
+    for batch in order:
+        if len(batches[batch]) >= budget.rows_per_batch:
+            continue
+        with_it = {**batches, batch: [*batches[batch], worst_case]}
+        if used_tokens(with_it) <= budget.tokens:
+            return batch
+    return None

@@ -1,4 +1,4 @@
-"""A request on its way through the engine: what is done of it, and what it reports at its end."""
+"""Requests in the engine: their progress, and their reports at the end."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from k2cli.rank.engine.sampling import Sampler
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request that has not been admitted. ``since`` is of the monotonic clock."""
+    """A request that has not been admitted. ``since`` is a time of the monotonic clock."""
 
     request: Generate
     since: float
 
     def cancelled(self) -> Finished:
-        """The report of a request that nobody waited for."""
+        """Build the report of a request that was cancelled before its admission."""
         waited = time.monotonic() - self.since
         prompt = len(self.request.prompt)
         return Finished(self.request.request_id, "cancelled", prompt, 0, 0, waited, 0.0, 0.0)
@@ -29,8 +29,8 @@ class Running:
 
     ``computed`` counts the tokens whose keys and values the ranks hold, or will hold once every
     step that was decided is carried out. ``steps`` counts the decode steps that were decided.
-    ``unannounced`` says that the last of them was decided ahead: no decision has named its input
-    yet. Times are of the monotonic clock.
+    ``unannounced`` is True if the last of them was decided ahead, and no decision has named its
+    input yet. Times are of the monotonic clock.
     """
 
     request: Generate
@@ -52,22 +52,22 @@ class Running:
 
     @property
     def prefill_left(self) -> int:
-        """Prompt tokens still to compute before the first decode step, which takes the last."""
+        """Prompt tokens to compute before the first decode step, whose input is the last one."""
         return max(0, len(self.request.prompt) - 1 - self.computed)
 
     @property
     def wants_steps(self) -> bool:
-        """Whether another decode step is of use."""
+        """True if the request needs another decode step."""
         return not self.ended and self.steps < self.request.max_tokens
 
     @property
     def next_input(self) -> int:
-        """The token that the next decode step takes; the one before must have been completed."""
+        """Input token of the next decode step; the previous step must have been completed."""
         return self.generated[-1] if self.generated else self.request.prompt[-1]
 
     @property
     def unannounced_input(self) -> int:
-        """The input of a step decided ahead, now that it is known; -1: nothing to tell."""
+        """Input of a step decided ahead that followers have not been told yet; -1 if none."""
         position = self.computed - 1 - len(self.request.prompt)
         if not self.unannounced or position >= len(self.generated):
             return -1
@@ -79,7 +79,7 @@ class Running:
         return [*self.request.prompt, *self.generated][: self.computed]
 
     def finished(self, reason: FinishReason, completion_tokens: int) -> Finished:
-        """The report at the end."""
+        """Build the report at the request's end."""
         now = time.monotonic()
         first = self.first_token_at or now
         return Finished(

@@ -1,8 +1,8 @@
-"""Chooses next tokens from logits, on the leader alone.
+"""Sampling of next tokens from logits, on the leader alone.
 
 Every request has its own random key, derived from its seed and the number of tokens chosen so
-far; so the same seed gives the same text on any placement and beside any other requests. What is
-chosen stays lazy until it is read, so that the step after it can be built meanwhile.
+far; so the same seed gives the same text on any placement and beside any other requests. Chosen
+tokens stay lazy until they are read, so that the next step can be built meanwhile.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sampler:
 
     @property
     def needs_history(self) -> bool:
-        """Whether a choice depends on the tokens chosen before it, so these must be known."""
+        """True if a choice depends on earlier tokens, so that they must be known."""
         options = self.options
         return (
             options.repetition_penalty != 1.0
@@ -44,7 +44,7 @@ class Sampler:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the choice is the largest logit, and nothing else."""
+        """True if the choice is always the largest logit."""
         options = self.options
         return options.temperature == 0 and not options.logit_bias and not self.needs_history
 
@@ -67,13 +67,13 @@ class Sampler:
         return mx.random.categorical(scores, key=key)
 
     def record(self, token: int) -> None:
-        """Take a chosen token into account for the penalties."""
+        """Count a chosen token for the penalties."""
         self._generated[token] += 1
 
     def logprob(self, logits: mx.array, token: int) -> TokenLogprob | None:
-        """Log probability of a token, before temperature, and of the best; None if not wanted.
+        """Return log probabilities, before temperature, of a token and the best ones, or None.
 
-        Must be called before ``record`` of that token.
+        None if the request does not want them. Call it before ``record`` of that token.
         """
         wanted = self.options.top_logprobs
         if wanted is None:
@@ -119,7 +119,7 @@ def _repetition(scores: mx.array, tokens: set[int], penalty: float) -> mx.array:
 
 
 def truncate(scores: mx.array, options: Sampling) -> mx.array:
-    """Rule out tokens by top-k, then top-p, then min-p; ``scores`` float ``[vocabulary]``.
+    """Exclude tokens by top-k, then top-p, then min-p; ``scores`` float ``[vocabulary]``.
 
     Top-p keeps the smallest set of tokens whose probability reaches p (Holtzman et al. 2020);
     min-p keeps tokens of at least min_p times the best one's probability (Nguyen et al. 2024).

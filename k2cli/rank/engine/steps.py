@@ -1,13 +1,13 @@
 """Steps in flight: decisions that were sent, and are or will be carried out on the leader.
 
 A run of one rank, and tensor parallelism, carry a decision out as it is sent; the tokens that a
-decode chooses stay lazy until they are read. In a pipeline the leader is the last stage, so its
-own part of a decision is put off until the stages before it have had theirs: several decisions
-can be on their way, and every stage has work.
+decode step chooses stay lazy until they are read. In a pipeline the leader is the last stage, so
+its own part of a decision is deferred until the earlier stages have done theirs: several decisions
+can be in flight, and every stage has work.
 
-A decode may be decided *ahead*, while the step that chooses its inputs is still being computed:
-the chosen tokens go to the other ranks through the MLX group as they are, without a detour through
-this program, and every rank lays the next step out meanwhile.
+A decode step may be decided *ahead*, while the step that chooses its inputs is still being
+computed: the chosen tokens go to the other ranks through the MLX group, without passing through
+this program, and every rank builds the next step meanwhile.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from k2cli.rank.executor import Executor, StepResult
 
 @dataclass(slots=True)
 class Step:
-    """A decision, the requests that it computes, and what came of it.
+    """A decision, the requests that it computes, and its result.
 
-    ``seconds`` is how long it took here to carry it out; of a decode, to lay it out. Of these
-    ``waited_seconds`` were spent waiting for another rank's part.
+    ``seconds`` is the time that the leader took to carry it out, or to build it if it is a decode
+    step. It includes ``waited_seconds``, spent waiting for another rank's part.
     """
 
     decision: Decision
@@ -43,14 +43,14 @@ class Step:
 
     @property
     def computes(self) -> bool:
-        """Whether it is work for the stages, not only for their books."""
+        """True if the stages compute something for it."""
         return isinstance(self.decision, Prefill | PrefillTogether | Decode)
 
 
 def choose_tokens(rows: Sequence[Running], logits: mx.array) -> mx.array:
-    """The next token of every row, lazily: ``[rows]``.
+    """Choose the next token of every row, lazily: ``[rows]``.
 
-    A row whose sampler raises is marked as failed and gets token 0, which nobody will see.
+    A row whose sampler raises is marked as failed and gets token 0, which is never sent.
     """
     if all(row.sampler.is_plain for row in rows):
         return mx.argmax(logits, axis=-1)
@@ -58,14 +58,14 @@ def choose_tokens(rows: Sequence[Running], logits: mx.array) -> mx.array:
     for index, row in enumerate(rows):
         try:
             picks.append(row.sampler.pick(logits[index]).astype(mx.uint32))
-        except Exception as error:  # whatever it is, it must not reach another request
+        except Exception as error:  # no error may affect another request
             row.failure = error
             picks.append(mx.array(0, dtype=mx.uint32))
     return mx.stack(picks)
 
 
 class StepQueue:
-    """Sends decisions to the followers, and carries them out here, in the same order."""
+    """Decisions in flight: sent to followers, and carried out on the leader in the same order."""
 
     def __init__(self, executor: Executor, followers: Followers) -> None:
         self._executor = executor
@@ -77,16 +77,16 @@ class StepQueue:
 
     @property
     def next_number(self) -> int:
-        """The number that the next decision must bear."""
+        """Number of the next decision."""
         return self._number + 1
 
     @property
     def computing(self) -> int:
-        """Computing steps that have not been completed."""
+        """Number of computing steps that have not been completed."""
         return sum(step.computes for step in self._steps)
 
     def decodes_of(self, batch: int) -> list[Step]:
-        """The decode steps of a batch that have not been completed, oldest first."""
+        """Return the decode steps of a batch that have not been completed, oldest first."""
         return [
             step
             for step in self._steps
@@ -94,7 +94,7 @@ class StepQueue:
         ]
 
     def may_look_ahead(self, batch: int) -> bool:
-        """Whether a batch's next decode may be laid out while this one is being computed."""
+        """True if a batch's next decode step may be built while this one is being computed."""
         if not self._watch.watches:
             return True
         return self._watch.allows(self._executor.caches.batch_bytes(batch), mx.get_active_memory())
@@ -102,7 +102,7 @@ class StepQueue:
     def submit(
         self, decision: Decision, rows: Sequence[Running] = (), chosen: mx.array | None = None
     ) -> None:
-        """Send a decision out, and carry it out here unless that must wait.
+        """Send a decision, and carry it out on the leader unless that is deferred.
 
         Raises:
             ConnectionLost: if a follower is gone.
@@ -118,10 +118,10 @@ class StepQueue:
             self._executor.feed_ahead(chosen)
         self._steps.append(step)
 
-    def lay_out(self) -> Step | None:
-        """Carry out the oldest computing step, and all that was decided before it.
+    def build_next(self) -> Step | None:
+        """Carry out the oldest computing step, and all decisions before it.
 
-        It stays in flight until ``complete`` is called.
+        The step stays in flight until ``complete`` is called.
         """
         while self._steps:
             step = self._steps[0]
@@ -133,11 +133,11 @@ class StepQueue:
         return None
 
     def complete(self) -> None:
-        """The oldest computing step, which was laid out, is no longer in flight."""
+        """Remove the oldest computing step, whose result has been read, from those in flight."""
         self._steps.popleft()
 
     def now(self, decision: Decision) -> StepResult:
-        """Send a decision out and carry it out here at once; nothing may be in flight."""
+        """Send a decision and carry it out on the leader at once; nothing may be in flight."""
         assert not self._steps
         self._number += 1
         self._followers.send(decision)
@@ -153,7 +153,7 @@ class StepQueue:
         step.waited_seconds = self._executor.waited_seconds - waited
         if step.result.logits is not None and step.rows:
             step.chosen = choose_tokens(step.rows, step.result.logits)
-            # The logits too: no token may come of them, and yet every rank must do every sum.
+            # Evaluate the logits too: even if no token is read, every rank must run every sum.
             mx.async_eval(step.chosen, *step.result.to_compute)  # type: ignore[no-untyped-call]
         if self._watch.watches and isinstance(step.decision, Decode) and step.decision.ahead:
             cache_bytes = self._executor.caches.batch_bytes(step.decision.batch)

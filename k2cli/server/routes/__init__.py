@@ -1,1 +1,1 @@
-"""The routes, one module per subject; each has a ``router``."""
+"""The routes of the API, one module per subject."""

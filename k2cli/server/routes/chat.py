@@ -1,7 +1,7 @@
-"""``POST /v1/chat/completions``.
+"""The route ``POST /v1/chat/completions``.
 
-Tools are shown to the model through its chat template; what it writes comes back as text. Parsing
-tool calls and reasoning out of that text is not there yet.
+The chat template shows tools to the model, and its output is returned as text. Tool calls and
+reasoning are not parsed out of that text yet.
 """
 
 from __future__ import annotations

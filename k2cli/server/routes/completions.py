@@ -1,4 +1,4 @@
-"""``POST /v1/completions``: go on from a text, or from token ids, without a chat template."""
+"""The route ``POST /v1/completions``: continue a text or token ids, without a chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``GET /health``: 200 only while the run takes requests. Needs no API key."""
+"""The route ``GET /health``: 200 only while the run takes requests. It needs no API key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from k2cli.server.context import context_of
 
 
 async def health(request: Request) -> JSONResponse:
-    """The state of the run, and why it is not ready, if it is not."""
+    """Return the state of the run, and the cause if it is not ready."""
     context = context_of(request)
     state = context.engine.state
     if state == "ready":

@@ -1,4 +1,4 @@
-"""``GET /v1/models``: the one model that this run serves, never what else lies on the disk."""
+"""The route ``GET /v1/models``: the one model that this run serves, no others on the disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from k2cli.server.engine_request import check_model
 from k2cli.server.served_model import ServedModel
 
 
-def _described(served: ServedModel) -> dict[str, Any]:
+def _description(served: ServedModel) -> dict[str, Any]:
     return {
         "id": served.name,
         "object": "model",
@@ -23,12 +23,12 @@ def _described(served: ServedModel) -> dict[str, Any]:
 
 
 async def list_models(request: Request) -> JSONResponse:
-    """The served model, as a list of one."""
-    return JSONResponse({"object": "list", "data": [_described(context_of(request).served)]})
+    """Return the served model, as a list of one."""
+    return JSONResponse({"object": "list", "data": [_description(context_of(request).served)]})
 
 
 async def get_model(request: Request) -> JSONResponse:
-    """The served model by its name."""
+    """Return the served model by its name."""
     served = context_of(request).served
     check_model(request.path_params["name"], served)
-    return JSONResponse(_described(served))
+    return JSONResponse(_description(served))

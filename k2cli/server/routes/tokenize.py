@@ -1,6 +1,6 @@
-"""``POST /v1/tokenize``: how many tokens a prompt is, and which, with the chat template applied.
+"""The route ``POST /v1/tokenize``: the tokens of a prompt, with the chat template applied.
 
-Works while no run is ready too: it needs the tokenizer only.
+It also answers while no run is ready, because it needs only the tokenizer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from k2cli.server.context import context_of
 
 
 async def tokenize(request: Request) -> JSONResponse:
-    """Token ids and their count."""
+    """Return token ids and their count."""
     context = context_of(request)
     tokens = (await context.reader.read("tokenize", await request.body())).tokens
     return JSONResponse(

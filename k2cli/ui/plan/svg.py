@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from k2cli.planning.plan import NodeBudget, Plan
 
 _WIDTH, _MARGIN = 880, 32
-_INNER = _WIDTH - 2 * _MARGIN
 _COLOURS = ("#3b6fb6", "#3f9c6c", "#e0a030", "#9a6fb0")
 _TITLES = ("weights", "KV cache", "activation", "overhead")
 _INK, _MUTED, _RULE, _LIMIT = "#1d2733", "#66727f", "#d9dee4", "#c0392b"

@@ -1,4 +1,4 @@
-"""What Macs' own commands print, read: published output, and the values that are in it."""
+"""Parsers of the output of macOS's commands: published output, and the values in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GGUF importer against the format's own library, and against damaged files."""
+"""The GGUF importer compared with the format's own library, and with damaged files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.models.gguf_files import (
 
 
 def _random_blocks(kind: str, rows: int = 6, blocks: int = 3) -> np.ndarray:
-    """Random codes and scales of a type; the halves that scale a block are kept moderate."""
+    """Make random codes and moderate scales of a type."""
     random = np.random.default_rng(7)
     size = gguf.GGML_QUANT_SIZES[Type[kind]][1]
     raw = random.integers(0, 256, (rows, blocks, size), np.uint8)
@@ -124,7 +124,7 @@ def test_biases_of_attention_follow_their_rows(tmp_path: Path) -> None:
 
 
 def test_llama3_rope_factors_become_its_scaling(tmp_path: Path) -> None:
-    """The table in the file must give the frequencies that mlx-lm computes from the config."""
+    """Compare the frequencies of the file's table with those mlx-lm computes from the config."""
     factor, low, high, context, theta = 32.0, 1.0, 4.0, 8192, 500000.0
     frequencies = theta ** (-np.arange(0, HEAD, 2) / HEAD)
     wavelengths = 2 * math.pi / frequencies
@@ -146,7 +146,7 @@ def test_tokenizer_of_the_file(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.encode("abcd<|end|>hg") == [8, 9, 10, 7, 6]
     assert tokenizer.stop_tokens == {10}
-    # A control token is skipped, one that users defined is text.
+    # A control token is skipped; a token of type user-defined is text.
     assert tokenizer.decode([8, 10, 11]) == "ab<|tool|>"
     with pytest.raises(K2Error, match="no chat template"):
         tokenizer.chat_prompt([{"role": "user", "content": "hi"}])
@@ -187,7 +187,7 @@ def test_missing_and_foreign_tensors_are_named(tmp_path: Path) -> None:
 
 
 def test_damaged_headers_raise_k2_errors_only(tmp_path: Path) -> None:
-    """Cut at many places, and with bytes changed: an error that says so, or a file that is read."""
+    """Cut the file at many places and change bytes: it is read, or an error says why not."""
     whole = write_llama(tmp_path / "m.gguf", original_weights(), Type.Q8_0).read_bytes()
     with GgufFile(tmp_path / "m.gguf") as file:
         header = min(tensor.offset for tensor in file.tensors.values())

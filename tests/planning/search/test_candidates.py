@@ -1,4 +1,4 @@
-"""Chosen placements against all others, limits against their neighbours, advice against itself."""
+"""Tests of the search: the choice against all placements, limits against neighbours, and advice."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2cli.planning.advice import advised_plan, hardware_text, raisable_limit
+from k2cli.planning.advice import advise, raisable_limit
 from k2cli.planning.hardware.machine import NodeMemory
-from k2cli.planning.hardware.spec import parse_hardware
+from k2cli.planning.hardware.spec import hardware_text, parse_hardware
 from k2cli.planning.memory.ledger import node_budget
 from k2cli.planning.plan import Plan
-from k2cli.planning.planner import Planner, Wishes
-from k2cli.planning.search.candidates import Ground, candidate
+from k2cli.planning.planner import Planner
+from k2cli.planning.request import PlanRequest
+from k2cli.planning.search.candidates import PlanningProblem
+from k2cli.planning.search.strategies import candidate
 from k2cli.planning.shop import shop
 from k2cli.planning.speed.estimate import decode_layer_seconds
 from k2cli.units import GB, GIB
@@ -30,7 +32,7 @@ LAYERS = 6
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Planner:
-    """K2 with six layers, and everything else as it is."""
+    """K2 with only six layers."""
     folder = tmp_path_factory.mktemp("small")
     config = json.loads((CONFIGS / "k2-mlx-4bit" / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
@@ -66,25 +68,25 @@ CHUNK, CONTEXT = 128, 20_000
 def test_no_split_or_order_of_a_pipeline_has_a_faster_slowest_stage(
     small: Planner, nodes: list[NodeMemory], free: bool
 ) -> None:
-    wishes = Wishes("pipeline", CONTEXT, concurrency=2, chunk_tokens=CHUNK, free_order=free)
-    ground = small.ground(nodes, wishes)
-    found = candidate(ground, "pipeline")
+    request = PlanRequest("pipeline", CONTEXT, concurrency=2, chunk_tokens=CHUNK, free_order=free)
+    problem = small.problem(nodes, request)
+    found = candidate(problem, "pipeline")
     orders = list(permutations(nodes)) if free else [tuple(nodes)]
     possible = [
         slowest
         for order in orders
         for ranges in splits(len(nodes))
-        if (slowest := slowest_seconds(ground, order, ranges)) is not None
+        if (slowest := slowest_seconds(problem, order, ranges)) is not None
     ]
     assert found.fits == bool(possible)
     if possible:
         ranges = [part.layers for part in reversed(found.placement.ranks)]
-        chosen = slowest_seconds(ground, found.nodes, ranges)
+        chosen = slowest_seconds(problem, found.nodes, ranges)
         assert chosen == pytest.approx(min(possible), rel=1e-9)
 
 
 def splits(stages: int) -> list[list[tuple[int, int]]]:
-    """Every split, first stage first."""
+    """Return every split, first stage first."""
     return [
         list(zip((0, *cut), (*cut, LAYERS), strict=True))
         for cut in combinations(range(1, LAYERS), stages - 1)
@@ -92,13 +94,13 @@ def splits(stages: int) -> list[list[tuple[int, int]]]:
 
 
 def slowest_seconds(
-    ground: Ground, order: tuple[NodeMemory, ...], ranges: list[tuple[int, int]]
+    problem: PlanningProblem, order: tuple[NodeMemory, ...], ranges: list[tuple[int, int]]
 ) -> float | None:
-    """The slowest stage of a split, stage by stage and without matrices; None if it is too big."""
-    whole = ground.model.slices(1)
+    """Compute a split's slowest stage without matrices; None if a stage does not fit."""
+    whole = problem.traced.slices(1)
     slowest = 0.0
     for node, (first, past_last) in zip(reversed(order), ranges, strict=True):
-        sample = candidate(replace(ground, nodes=(node,)), "single").budgets[0].breakdown
+        sample = candidate(replace(problem, nodes=(node,)), "single").budgets[0].breakdown
         assert sample is not None
         assert whole.work is not None
         last = past_last == LAYERS
@@ -123,13 +125,13 @@ def slowest_seconds(
 
 
 def logits(rows: int) -> int:
-    """What the stage that samples needs beside the others: one row each, and two float32 copies."""
+    """Return the bytes of the last stage's logits: a row per sequence, and two float32 copies."""
     return 163_840 * rows * (2 + 2 * 4)
 
 
 def test_unlike_machines_hold_layers_by_their_speed(k2: Planner) -> None:
     nodes = [machine("slow", 500 * GB, 400 * GB), machine("fast", 500 * GB, 800 * GB)]
-    plan = k2.plan(nodes, Wishes("pipeline", 4096))
+    plan = k2.plan(nodes, PlanRequest("pipeline", 4096))
     held = {part.node: part.layers[1] - part.layers[0] for part in plan.placement.ranks}
     assert 1.5 < held["fast"] / held["slow"] < 2.5
     assert [part.node for part in plan.placement.ranks] == ["slow", "fast"]  # as they were named
@@ -137,10 +139,10 @@ def test_unlike_machines_hold_layers_by_their_speed(k2: Planner) -> None:
 
 def test_a_machine_that_would_do_alone_is_named(k2: Planner) -> None:
     nodes = [machine("small", 400 * GB), machine("large", 900 * GB)]
-    plan = k2.plan(nodes, Wishes(context_length=4096))
+    plan = k2.plan(nodes, PlanRequest(context_length=4096))
     assert plan.placement.size == 2
     assert plan.alternatives[-1].verdict == "fits large alone"
-    smaller = k2.plan([nodes[0], machine("half", 400 * GB)], Wishes(context_length=4096))
+    smaller = k2.plan([nodes[0], machine("half", 400 * GB)], PlanRequest(context_length=4096))
     assert {each.name for each in smaller.alternatives} == {"pipeline", "tensor"}
 
 
@@ -152,11 +154,11 @@ def test_a_machine_that_would_do_alone_is_named(k2: Planner) -> None:
 def test_limits_are_where_it_stops_fitting(
     small: Planner, nodes: list[NodeMemory], strategy: str
 ) -> None:
-    wishes = Wishes(strategy if len(nodes) > 1 else "auto", 4096, free_order=True)
-    plan = small.plan(nodes, wishes)
+    request = PlanRequest(strategy if len(nodes) > 1 else "auto", 4096, free_order=True)
+    plan = small.plan(nodes, request)
 
     def fits(**changes: Any) -> bool:
-        return small.plan(nodes, replace(wishes, **changes), limits=False).fits
+        return small.plan(nodes, replace(request, **changes), limits=False).fits
 
     assert plan.fits == (plan.max_context_length >= 4096) == (plan.max_concurrency >= 1)
     if plan.max_context_length:
@@ -173,51 +175,56 @@ def test_limits_are_where_it_stops_fitting(
 
 
 @pytest.mark.parametrize(
-    ("hardware", "wishes", "kinds"),
+    ("hardware", "wanted", "kinds"),
     [
-        ("m3-ultra-512", Wishes(context_length=131_072), ["node"]),
+        ("m3-ultra-512", PlanRequest(context_length=131_072), ["node"]),
         (
             "2x m3-ultra-512",
-            Wishes(context_length=262_144, concurrency=32),
+            PlanRequest(context_length=262_144, concurrency=32),
             ["concurrency", "context", "node"],
         ),
         (
             "2x m3-ultra-512",
-            Wishes("tensor", context_length=131_072, concurrency=22),
+            PlanRequest("tensor", context_length=131_072, concurrency=22),
             ["strategy", "limit", "concurrency", "context", "node"],
         ),
-        ("2x m3-ultra-256", Wishes(context_length=32_768), ["machine", "node"]),
+        ("2x m3-ultra-256", PlanRequest(context_length=32_768), ["machine", "node"]),
         (
             "2x m3-ultra-512",
-            Wishes(context_length=262_144, chunk_tokens=16_384),
+            PlanRequest(context_length=262_144, chunk_tokens=16_384),
             ["chunk", "context", "node"],
         ),
     ],
 )
 def test_advice_is_what_fits_when_it_is_planned(
-    k2: Planner, hardware: str, wishes: Wishes, kinds: list[str]
+    k2: Planner, hardware: str, wanted: PlanRequest, kinds: list[str]
 ) -> None:
-    wishes = replace(wishes, free_order=True)
-    plan = advised_plan(k2, parse_hardware(hardware), wishes)
+    request = replace(wanted, free_order=True)
+    nodes = parse_hardware(hardware)
+    plan = k2.plan(nodes, request)
     assert not plan.fits
-    assert [advice.kind for advice in plan.advice] == kinds
-    for advice in plan.advice:
-        again = replanned(k2, hardware, wishes, advice.options)
+    found = advise(k2, nodes, request, plan)
+    assert [advice.kind for advice in found] == kinds
+    for advice in found:
+        again = replanned(k2, hardware, request, advice.options)
         assert again.fits
         assert min(node.headroom_bytes for node in again.nodes) == advice.headroom_bytes
 
 
 def test_fewer_bits_are_advised_of_what_can_be_quantized() -> None:
-    wishes = Wishes(context_length=32_768)
-    two = advised_plan(Planner("k2-instruct"), parse_hardware("2x m3-ultra-512"), wishes)
-    assert [advice.options for advice in two.advice] == [{"--quantize": "6bit"}]
-    assert two.advice[0].headroom_bytes > 0
-    more = Planner("k2-instruct", "8bit").plan(parse_hardware("2x m3-ultra-512"), wishes)
+    request = PlanRequest(context_length=32_768)
+    planner, nodes = Planner("k2-instruct"), parse_hardware("2x m3-ultra-512")
+    (advice,) = advise(planner, nodes, request, planner.plan(nodes, request))
+    assert advice.options == {"--quantize": "6bit"}
+    assert advice.headroom_bytes > 0
+    more = Planner("k2-instruct", "8bit").plan(nodes, request)
     assert not more.fits
 
 
-def replanned(planner: Planner, hardware: str, wishes: Wishes, options: dict[str, str]) -> Plan:
-    """Plan once more with the flags of an advice."""
+def replanned(
+    planner: Planner, hardware: str, request: PlanRequest, options: dict[str, str]
+) -> Plan:
+    """Plan again with the flags of an advice."""
     changes: dict[str, Any] = {}
     for option, value in options.items():
         match option:
@@ -233,7 +240,7 @@ def replanned(planner: Planner, hardware: str, wishes: Wishes, options: dict[str
                 changes["concurrency"] = int(value)
             case _:
                 pytest.fail(f"unknown option {option}")
-    return planner.plan(parse_hardware(hardware), replace(wishes, **changes), limits=False)
+    return planner.plan(parse_hardware(hardware), replace(request, **changes), limits=False)
 
 
 def test_a_raised_limit_leaves_memory_to_macos() -> None:
@@ -251,15 +258,15 @@ def test_machines_are_written_as_they_are_read() -> None:
 
 
 def test_the_shop_offers_what_fits_cheapest_first(k2: Planner) -> None:
-    wishes = Wishes(context_length=32_768, free_order=True)
-    result = shop(k2, wishes)
+    request = PlanRequest(context_length=32_768, free_order=True)
+    result = shop(k2, request)
     prices = [offer.price_usd for offer in result.offers]
     known = [price for price in prices if price is not None]
     assert known == sorted(known)
     assert prices[: len(known)] == known
     assert len(result.offers) > 4
     for offer in result.offers:
-        plan = k2.plan(parse_hardware(offer.hardware), wishes, limits=False)
+        plan = k2.plan(parse_hardware(offer.hardware), request, limits=False)
         assert plan.fits
         assert len(plan.nodes) == offer.machines
         assert plan.placement.strategy == offer.strategy

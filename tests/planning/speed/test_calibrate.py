@@ -8,7 +8,7 @@ import pytest
 
 from k2cli.choices import Strategy
 from k2cli.errors import K2Error
-from k2cli.planning.hardware.machine import NodeMemory, this_machine
+from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates, this_machine
 from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.speed.calibrate import MeasuredFigure, calibrate
 from k2cli.planning.speed.calibrations import (
@@ -19,7 +19,6 @@ from k2cli.planning.speed.calibrations import (
     with_calibration,
 )
 from k2cli.planning.speed.estimate import predict_speed
-from k2cli.planning.speed.rates import MeasuredSpeed, NodeRates
 from k2cli.planning.speed.work import ModelWork, model_work
 from k2cli.sharding.placement import Placement, RankPlacement, even_split
 
@@ -38,7 +37,7 @@ def _placement(strategy: Strategy, nodes: list[NodeMemory]) -> Placement:
 def _figures(
     work: ModelWork, placement: Placement, nodes: list[NodeMemory], transport: str
 ) -> list[MeasuredFigure]:
-    """What machines of these very rates would measure: the model is right, its rates unknown."""
+    """Predict the figures that machines of these rates would measure."""
     figures = []
     for tokens, concurrency in ((300, 1), (1200, 1), (300, 2)):
         found = predict_speed(

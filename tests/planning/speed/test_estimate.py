@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2cli.choices import HeadPlacement, Strategy
-from k2cli.planning.hardware.machine import NodeMemory, this_machine
+from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates, this_machine
 from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.speed.estimate import (
     Band,
@@ -20,7 +20,6 @@ from k2cli.planning.speed.estimate import (
     predict_speed,
     speed_obstacle,
 )
-from k2cli.planning.speed.rates import MeasuredSpeed, NodeRates
 from k2cli.planning.speed.work import CacheWork, LayerWork, ModelWork, model_work
 from k2cli.sharding.placement import Placement, RankPlacement, even_split
 

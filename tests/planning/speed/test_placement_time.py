@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2cli.planning.hardware.machine import NodeRates
 from k2cli.planning.speed.constants import LinkRates
-from k2cli.planning.speed.placement_time import CHUNKS_PER_STAGE, LEAST_OVERLAP_TOKENS, PlacedRun
-from k2cli.planning.speed.rates import NodeRates
-from k2cli.planning.speed.step_time import prefill_time
+from k2cli.planning.speed.placement_time import (
+    CHUNKS_PER_STAGE,
+    LEAST_OVERLAP_TOKENS,
+    PlacementTime,
+    prefill_time,
+)
 from k2cli.planning.speed.work import CacheWork, LayerWork, ModelWork
 from k2cli.sharding.placement import Placement, RankPlacement, even_split
 
@@ -35,7 +39,7 @@ def layers(draw: st.DrawFn) -> LayerWork:
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> PlacedRun:
+def runs(draw: st.DrawFn) -> PlacementTime:
     """Pipelines and tensor slices on machines of unlike speed, some of which share a machine."""
     ranks = draw(st.integers(1, 4))
     strategy = "single" if ranks == 1 else draw(st.sampled_from(["pipeline", "tensor"]))
@@ -52,11 +56,11 @@ def runs(draw: st.DrawFn) -> PlacedRun:
         tuple(RankPlacement(rank, name, split[rank]) for rank, name in enumerate(machines)),
     )
     work = ModelWork(tuple(few), LayerWork(10**9), 14_336, 2 * len(few), 1)
-    return PlacedRun(work, placement, machines, rates, LINK)
+    return PlacementTime(work, placement, machines, rates, LINK)
 
 
-def chunk_by_chunk(run: PlacedRun, prompt_tokens: int, chunk_tokens: int) -> float:
-    """The same, as the engine does it."""
+def chunk_by_chunk(run: PlacementTime, prompt_tokens: int, chunk_tokens: int) -> float:
+    """Add up the time of a prompt chunk by chunk, as the engine runs it."""
     if run.is_pipeline:
         pieces = CHUNKS_PER_STAGE * run.placement.size
         chunk_tokens = min(
@@ -75,7 +79,7 @@ def chunk_by_chunk(run: PlacedRun, prompt_tokens: int, chunk_tokens: int) -> flo
 
 @settings(max_examples=80, deadline=None)
 @given(runs(), st.integers(1, 9000), st.sampled_from([32, 100, 512, 2048]))
-def test_prefill_is_the_sum_of_its_chunks(run: PlacedRun, tokens: int, chunk: int) -> None:
+def test_prefill_is_the_sum_of_its_chunks(run: PlacementTime, tokens: int, chunk: int) -> None:
     assert run.prefill_seconds(tokens, chunk) == pytest.approx(
         chunk_by_chunk(run, tokens, chunk), rel=1e-9
     )

@@ -1,4 +1,4 @@
-"""How small and how large a prompt chunk should be, from chunks that were seen."""
+"""Sizes of prompt chunks, from the times of earlier chunks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from k2cli.rank.engine.chunk_sizes import (
     FIRST_CHUNK_TOKENS,
     LEAST_TOKENS,
     ChunkBounds,
-    PrefillPace,
+    ChunkTimes,
 )
 
 PLAN_TOKENS = 2048
@@ -18,40 +18,40 @@ GPU = ChunkBounds(PLAN_TOKENS, layers=61, on_gpu=True)
 CPU = ChunkBounds(PLAN_TOKENS, layers=61, on_gpu=False)
 
 
-def _paced(*chunks: tuple[int, float]) -> PrefillPace:
-    pace = PrefillPace()
+def _times_of(*chunks: tuple[int, float]) -> ChunkTimes:
+    times = ChunkTimes()
     for tokens, seconds in chunks:
-        pace.observe(tokens, seconds)
-    return pace
+        times.observe(tokens, seconds)
+    return times
 
 
 def test_nothing_is_concluded_from_one_size_or_from_first_chunks() -> None:
-    assert _paced().least_tokens == ASSUMED_TOKENS
-    assert _paced(*[(32, 0.32)] * 9).least_tokens == ASSUMED_TOKENS
-    assert _paced((32, 0.32), (256, 2.56)).least_tokens == ASSUMED_TOKENS
+    assert _times_of().least_tokens == ASSUMED_TOKENS
+    assert _times_of(*[(32, 0.32)] * 9).least_tokens == ASSUMED_TOKENS
+    assert _times_of((32, 0.32), (256, 2.56)).least_tokens == ASSUMED_TOKENS
 
 
 def test_small_chunks_where_every_token_costs_the_same() -> None:
     seen = [(15, 0.15), (32, 0.32), (256, 2.56)]
-    assert _paced(*seen, *seen).least_tokens == LEAST_TOKENS
+    assert _times_of(*seen, *seen).least_tokens == LEAST_TOKENS
 
 
 def test_large_chunks_where_reading_the_weights_takes_most() -> None:
     # 0.3 s to read, and 1 ms a token: 256 tokens cost 2.2 ms each, 64 cost 5.7 ms.
     seen = [(tokens, 0.3 + tokens * 0.001) for tokens in (32, 64, 128, 256, 512, 1024)]
-    assert _paced(*seen, *seen).least_tokens == ASSUMED_TOKENS
+    assert _times_of(*seen, *seen).least_tokens == ASSUMED_TOKENS
 
 
 def test_a_disturbed_chunk_changes_nothing() -> None:
     seen = [(32, 0.32), (256, 2.56)]
-    assert _paced(*seen, *seen, (32, 9.0), (256, 30.0)).least_tokens == LEAST_TOKENS
+    assert _times_of(*seen, *seen, (32, 9.0), (256, 30.0)).least_tokens == LEAST_TOKENS
     # Nor does a first chunk, for which kernels were compiled.
-    assert _paced((32, 90.0), (32, 0.32), (256, 2.56), (256, 2.56)).least_tokens == LEAST_TOKENS
+    assert _times_of((32, 90.0), (32, 0.32), (256, 2.56), (256, 2.56)).least_tokens == LEAST_TOKENS
 
 
 @given(st.lists(st.tuples(st.integers(1, 8192), st.floats(0, 100)), max_size=40))
 def test_always_within_its_bounds(chunks: list[tuple[int, float]]) -> None:
-    assert LEAST_TOKENS <= _paced(*chunks).least_tokens <= ASSUMED_TOKENS
+    assert LEAST_TOKENS <= _times_of(*chunks).least_tokens <= ASSUMED_TOKENS
 
 
 def test_a_first_chunk_is_small_and_later_ones_follow_the_rate() -> None:
@@ -76,12 +76,12 @@ def test_a_cpu_gains_nothing_from_large_chunks_of_a_short_context() -> None:
 def test_few_layers_are_not_left_without_a_sign_of_life_for_long() -> None:
     few = ChunkBounds(PLAN_TOKENS, layers=2, on_gpu=True)
     assert few.alone(100.0, 0) == 200
-    # Not even where a long context asks for more: 2.5 s a layer at the rate seen.
+    # The limit holds in a long context too: 2.5 s a layer at the measured rate.
     assert few.alone(10.0, 100_000) == 50
 
 
 def test_chunks_do_not_shrink_away_as_the_context_grows() -> None:
-    """Each chunk expands its whole context anew: K2's work in GFLOP, on 6,400 GFLOP/s."""
+    """Count K2's work in GFLOP, at 6,400 GFLOP/s: each chunk expands its whole context anew."""
     for choose in (GPU.alone, GPU.answering):
         rate, context = 0.0, 0
         while context < 100_000:

@@ -37,7 +37,7 @@ def pool(
 
 @pytest.fixture(scope="module")
 def alone(toy_k2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """What each prompt gives on one rank, by itself, without any reuse."""
+    """Answers to each prompt on one rank, alone and without reuse."""
     parts = assignments(toy_k2, "single", 1, concurrency=8, context_length=512)
     with running(RankPool(parts, tmp_path_factory.mktemp("alone"))) as started:
         return [started.generate(prompt, 24, use_prefix_cache=False) for prompt in PROMPTS]
@@ -107,9 +107,9 @@ def test_a_second_turn_reuses_the_first(pool: RankPool) -> None:
     outcome = pool.outcome(pool.submit(second, 12))
     assert outcome.tokens == fresh
     assert outcome.finished is not None
-    # All but the last token of the answer has been computed; that one never was an input.
+    # All tokens of the answer but the last have been computed; the last was never an input.
     assert outcome.finished.cached_tokens >= len(first) + len(answer) - 1
-    # And a shared beginning is enough.
+    # A shared beginning is enough.
     third = [*first[:50], *_prompt(20, 72)]
     assert (
         pool.generate(third, 12, use_prefix_cache=False)
@@ -120,7 +120,7 @@ def test_a_second_turn_reuses_the_first(pool: RankPool) -> None:
 
 
 def test_the_cache_evicts_all_the_time_and_stays_right(pool: RankPool) -> None:
-    """Many conversations in turn, of more tokens together than the plan has room for."""
+    """Run many conversations in turn, of more tokens together than the plan has room for."""
     # A cache grows in steps of 256 tokens, so 20 of them are more than the 4,096 of the plan.
     starts = [_prompt(12, 500 + index) for index in range(20)]
     fresh = [pool.submit(start, 4, use_prefix_cache=False) for start in starts]

@@ -1,4 +1,4 @@
-"""When steps are decided ahead, and that every rank holds the same tokens by either way."""
+"""Lookahead: its conditions, and equal tokens on every rank with and without it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_cpu_is_not_watched() -> None:
 def test_tokens_and_digests_are_the_same_with_and_without(
     toy_k2: Path, tmp_path: Path, strategy: str
 ) -> None:
-    """Over more steps than lie between two digests, with requests that leave one another."""
+    """Compare runs of more steps than lie between two digests, with requests of unequal length."""
     answers = []
     for ahead in (True, False):
         parts = assignments(toy_k2, strategy, 2, looks_ahead=ahead, concurrency=2)

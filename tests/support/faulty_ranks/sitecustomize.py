@@ -1,15 +1,15 @@
-"""Puts faults into real ranks, for tests: Python imports this by itself where it is on the path.
+"""Put faults into real ranks, for tests; Python imports this module if it is on the path.
 
-Only ranks are touched. The sampler of requests with seed 666 raises. What else goes wrong is in
-the environment:
+Only ranks are affected. The sampler of requests with seed 666 raises an error. Environment
+variables select the other faults:
 
-* ``FAULTY_RANKS_LIE``: rank 1 reports a wrong digest of what it holds while this file exists;
+* ``FAULTY_RANKS_LIE``: rank 1 reports a wrong digest of its tensors while this file exists;
 * ``FAULTY_RANKS_HOLDINGS``: rank 1 misses its first tensor (``missing``), or claims one of rank
   0's too (``twice``);
-* ``FAULTY_RANKS_CANARY``: rank 1 computes something else;
-* ``FAULTY_RANKS_SUMS``: rank 0 does not compute what it has no use for;
-* ``FAULTY_RANKS_TRACE``: no fault; rank 0 writes down, in this file, which batch each decode step
-  that it carries out is of, and of which batches steps are in flight.
+* ``FAULTY_RANKS_SELF_TEST``: rank 1 computes wrong values;
+* ``FAULTY_RANKS_SUMS``: rank 0 does not compute the results that it does not need;
+* ``FAULTY_RANKS_TRACE``: no fault; rank 0 writes into this file the batch of each decode step that
+  it carries out, and the batches whose steps are in flight.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _lie_about_holdings(how: str) -> None:
     loader.load_part = load_part
 
 
-def _sing_out_of_tune() -> None:
+def _falsify_digests() -> None:
     from k2cli.rank import executor
 
     executor.array_digest = lambda value: "0" * 16
@@ -91,14 +91,14 @@ def _trace(file: str) -> None:
 if "k2cli.rank.main" in sys.orig_argv:
     _rank = sys.orig_argv[sys.orig_argv.index("--rank") + 1]
     _wanted = {name: os.environ.get(f"FAULTY_RANKS_{name}") for name in
-               ("LIE", "HOLDINGS", "CANARY", "SUMS", "TRACE")}  # fmt: skip
+               ("LIE", "HOLDINGS", "SELF_TEST", "SUMS", "TRACE")}  # fmt: skip
     _break_sampler()
     if _rank == "1" and _wanted["LIE"]:
         _lie_about_state(_wanted["LIE"])
     if _rank == "1" and _wanted["HOLDINGS"]:
         _lie_about_holdings(_wanted["HOLDINGS"])
-    if _rank == "1" and _wanted["CANARY"]:
-        _sing_out_of_tune()
+    if _rank == "1" and _wanted["SELF_TEST"]:
+        _falsify_digests()
     if _rank == "0" and _wanted["SUMS"]:
         _leave_sums_out()
     if _rank == "0" and _wanted["TRACE"]:

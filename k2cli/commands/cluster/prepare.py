@@ -1,4 +1,4 @@
-"""``k2 cluster prepare``: what k2 puts on other machines."""
+"""Command ``k2 cluster prepare``: install k2 on other machines."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ def prepare(
         typer.Option(
             "--wheels",
             metavar="FOLDER",
-            help="Install from this folder, where there is no internet.",
+            help="Folder of wheels to install from, for machines without internet.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Install anew in any case.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Install even if it is up to date.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what is missing.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Install this very k2, with the mlx and mlx-lm of this machine, on the other machines.
+    """Install this machine's versions of k2, mlx and mlx-lm on the other machines.
 
-    It goes into an environment of its own, ~/.k2/env; what is there already is left as it is.
+    Installs into the separate environment ~/.k2/env; machines that are up to date stay unchanged.
 
     Example: k2 cluster prepare --nodes studio-2
     """

@@ -1,4 +1,4 @@
-"""``k2 cluster clean``: end what runs that are gone have left on the machines of a cluster."""
+"""Command ``k2 cluster clean``: end processes that dead runs left on the machines of a cluster."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from k2cli.commands.options import AsJson, ClusterName, NodeNames
 
 
 def clean(name: ClusterName = None, nodes: NodeNames = None, json: AsJson = False) -> None:
-    """End what runs that are gone have left on the machines, and free their locks.
+    """End processes that dead runs left on the machines, and release their locks.
 
-    Runs that live are spared. What is left is known by the run's own marks: its id beside
-    --k2-run on a command line, its lock, its folder.
+    Live runs are not touched. A run's leftovers are recognised by its lock, its folder, and its
+    id after --k2-run on a command line.
 
     Example: k2 cluster clean studios
     """

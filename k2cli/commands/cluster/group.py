@@ -1,4 +1,4 @@
-"""``k2 cluster``: describe one's machines once, so that every other command can name them."""
+"""Commands ``k2 cluster ...``: describe machines once, so that other commands can name them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
-from k2cli.commands.cluster_clean import clean
-from k2cli.commands.cluster_prepare import prepare
+from k2cli.commands.cluster.clean import clean
+from k2cli.commands.cluster.prepare import prepare
 from k2cli.commands.options import AsJson, ClusterName
 
-_HELP = "Describe your machines, make them ready, and see what runs there."
+_HELP = "Describe your machines, install k2 on them, and show what runs there."
+
+NewName = Annotated[str, typer.Option("--name", help="Name of the new cluster.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a cluster of the same name.")]
 
 cluster = typer.Typer(
     name="cluster",
@@ -26,20 +29,18 @@ cluster = typer.Typer(
 def init(
     hosts: Annotated[
         list[str],
-        typer.Argument(
-            metavar="HOST", help="Machines by their names for ssh; this one is localhost."
-        ),
+        typer.Argument(metavar="HOST", help="SSH names of the machines; localhost is this one."),
     ],
-    name: Annotated[str, typer.Option("--name", help="What to call the cluster.")] = "default",
-    force: Annotated[bool, typer.Option("--force", help="Replace one of that name.")] = False,
+    name: NewName = "default",
+    force: Force = False,
     json: AsJson = False,
 ) -> None:
-    """Describe a cluster by asking its machines: memory, chip, networks, Thunderbolt, RDMA.
+    """Describe a cluster: ask its machines for memory, chip, networks, Thunderbolt and RDMA.
 
     Example: k2 cluster init localhost studio-2 --name studios
     """
     from k2cli.cluster.description import cluster_path, save_cluster
-    from k2cli.cluster.discovery import gather
+    from k2cli.cluster.discovery import discover
     from k2cli.cluster.links import same_machines
     from k2cli.errors import UsageError
     from k2cli.ui.cluster_view import print_cluster, show_answer
@@ -47,13 +48,13 @@ def init(
 
     if cluster_path(name).exists() and not force:
         raise UsageError(
-            f"there is a cluster '{name}' already", f"k2 cluster refresh {name}, or --force"
+            f"cluster '{name}' already exists", f"k2 cluster refresh {name}, or --force"
         )
     note(f"asking {', '.join(hosts)}")
-    found = gather(name, hosts, show_answer)
+    found = discover(name, hosts, show_answer)
     path = save_cluster(found)
     for pair in same_machines(found):
-        warn(f"{' and '.join(pair)} have the same addresses: is that one machine under two names?")
+        warn(f"{' and '.join(pair)} have the same addresses and may be one machine")
     if json:
         print_json({"schema_version": found.schema_version, "cluster": found})
     else:
@@ -62,17 +63,17 @@ def init(
 
 
 def refresh(name: ClusterName = None, json: AsJson = False) -> None:
-    """Ask the machines of a cluster again: after an update, new cables, more memory.
+    """Ask the machines of a cluster again, for example after an update or with new cables.
 
     Example: k2 cluster refresh studios
     """
     from k2cli.cluster.description import load_cluster, save_cluster
-    from k2cli.cluster.discovery import gather
+    from k2cli.cluster.discovery import discover
     from k2cli.ui.cluster_view import print_cluster, show_answer
     from k2cli.ui.output import print_json
 
     known = load_cluster(name)
-    found = gather(known.name, [node.name for node in known.nodes], show_answer, known.hostfile)
+    found = discover(known.name, [node.name for node in known.nodes], show_answer, known.hostfile)
     save_cluster(found)
     if json:
         print_json({"schema_version": found.schema_version, "cluster": found})
@@ -87,17 +88,17 @@ def show(
         bool, typer.Option("--offline", help="Do not ask the machines what runs there.")
     ] = False,
 ) -> None:
-    """Draw a cluster: its machines, the links between them, and what runs there.
+    """Show the machines of a cluster, the links between them, and what runs there.
 
     Example: k2 cluster show studios
     """
     from k2cli.cluster.description import load_cluster
-    from k2cli.cluster.discovery import activities
+    from k2cli.cluster.discovery import node_activities
     from k2cli.ui.cluster_view import print_cluster
     from k2cli.ui.output import print_json
 
     found = load_cluster(name)
-    running, problems = activities(found) if not offline else (None, None)
+    running, problems = node_activities(found) if not offline else (None, None)
     if json:
         document = {"schema_version": found.schema_version, "cluster": found}
         print_json(document | {"activity": running, "problems": problems})
@@ -106,7 +107,7 @@ def show(
 
 
 def list_(json: AsJson = False) -> None:
-    """List the clusters that are described on this machine.
+    """List the clusters described on this machine.
 
     Example: k2 cluster list
     """
@@ -122,27 +123,29 @@ def list_(json: AsJson = False) -> None:
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A hostfile of mlx.launch (JSON).")],
-    name: Annotated[str, typer.Option("--name", help="What to call the cluster.")] = "default",
-    force: Annotated[bool, typer.Option("--force", help="Replace one of that name.")] = False,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Hostfile of mlx.launch (JSON).")],
+    name: NewName = "default",
+    force: Force = False,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the machines.")] = False,
 ) -> None:
-    """Make a cluster of MLX's hostfile, which is kept whole for the way back.
+    """Describe a cluster from a hostfile of mlx.launch, which is kept for k2 cluster export.
 
     Example: k2 cluster import hosts.json --name studios
     """
     from k2cli.cluster.description import cluster_path, save_cluster
-    from k2cli.cluster.discovery import gather, imported
+    from k2cli.cluster.discovery import cluster_from_hostfile, discover
     from k2cli.cluster.hostfile import read_hostfile
     from k2cli.errors import UsageError
     from k2cli.ui.cluster_view import print_cluster, show_answer
 
     if cluster_path(name).exists() and not force:
-        raise UsageError(f"there is a cluster '{name}' already", "another --name, or --force")
+        raise UsageError(
+            f"cluster '{name}' already exists", "choose another --name, or add --force"
+        )
     hostfile = read_hostfile(file)
-    bare = imported(name, hostfile)
+    bare = cluster_from_hostfile(name, hostfile)
     hosts = [node.name for node in bare.nodes]
-    found = bare if offline else gather(name, hosts, show_answer, hostfile)
+    found = bare if offline else discover(name, hosts, show_answer, hostfile)
     save_cluster(found)
     print_cluster(found)
 
@@ -150,10 +153,10 @@ def import_(
 def export(
     name: ClusterName = None,
     transport: Annotated[
-        str, typer.Option("--backend", help="For ring, jaccl or mpi; by default the best there is.")
+        str, typer.Option("--backend", help="ring, jaccl or mpi. Default: the best available one.")
     ] = "",
 ) -> None:
-    """Print a cluster as the hostfile of mlx.launch.
+    """Print a cluster as a hostfile for mlx.launch.
 
     Example: k2 cluster export studios > hosts.json
     """
@@ -165,8 +168,10 @@ def export(
     print_text(format_hostfile(to_hostfile(load_cluster(name), transport)))
 
 
-def remove(name: Annotated[str, typer.Argument(metavar="CLUSTER", help="The cluster.")]) -> None:
-    """Forget a cluster; nothing is changed on its machines.
+def remove(
+    name: Annotated[str, typer.Argument(metavar="CLUSTER", help="Name of the cluster.")],
+) -> None:
+    """Delete the description of a cluster; its machines are not changed.
 
     Example: k2 cluster remove studios
     """
@@ -174,7 +179,7 @@ def remove(name: Annotated[str, typer.Argument(metavar="CLUSTER", help="The clus
     from k2cli.ui.output import note
 
     remove_cluster(name)
-    note(f"forgot {name}")
+    note(f"removed {name}")
 
 
 for _name, _command in (
@@ -188,6 +193,6 @@ for _name, _command in (
     ("export", export),
     ("remove", remove),
 ):
-    # Said in full, or else the list of commands cuts it off in the middle.
+    # Given in full, because typer would cut off a long line in the list of commands.
     _short = " ".join((_command.__doc__ or "").split("\n\n")[0].split())
     cluster.command(_name, short_help=_short)(_command)

@@ -1,0 +1,345 @@
+"""The best pipeline: order of nodes, prefill chunk, and split into stages.
+
+The memory and the time of every stage that a node could hold are computed as matrices:
+``[first, past_last]`` is the stage with layers ``[first, past_last)``, and with the embedding, or
+norm and head, if it has the first or the last layer. ``best_split`` then finds the split whose
+slowest stage is fastest, by dynamic programming over layer ranges. The arithmetic is that of
+``memory/ledger.py`` and ``speed/placement_time.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, permutations
+from typing import TYPE_CHECKING, Any
+
+from k2cli.errors import UsageError
+from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.memory.ledger import overhead_bytes
+from k2cli.planning.search.candidates import (
+    GOOD_CHUNK_TOKENS,
+    Candidate,
+    PlanningProblem,
+    activation_bytes,
+    make_candidate,
+    message_bytes,
+    node_budgets,
+    preference,
+)
+from k2cli.planning.search.traced_model import Slices
+from k2cli.planning.speed.estimate import decode_layer_seconds
+from k2cli.sharding.placement import Placement, RankPlacement
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Costs = NDArray[np.float64]
+    """``[layers + 1, layers + 1]``: the cost of a stage that holds layers ``[row, column)``;
+    infinite if the node cannot hold it. Entries with ``row >= column`` are never read."""
+
+MOST_ORDERS = 24
+"""The most orders of nodes that are tried."""
+
+_MOST_BYTES = 2**58
+"""More than any machine has, and small enough for sums to stay within 64 bits: a config may
+describe a larger model. Budgets use Python's integers, so such a model still does not fit."""
+
+_ROUNDING = 1e-12
+
+
+def pipeline(problem: PlanningProblem) -> Candidate:
+    """Find the split, order of nodes and chunk that fit and whose slowest stage is fastest.
+
+    Raises:
+        UsageError: if the model cannot be cut into so many stages.
+    """
+    whole = problem.traced.slices(1)
+    count, stages = whole.profile.layer_count, len(problem.nodes)
+    if count < stages:
+        raise UsageError(
+            f"a pipeline needs a layer per node: the model has {count} layers, "
+            f"there are {stages} nodes"
+        )
+    request = problem.request
+    caches = len(whole.profile.cache_bytes(1))
+    if caches != count:
+        raise UsageError(
+            f"a pipeline needs a cache per layer: the model has {caches} caches for {count} layers",
+            "use --parallel single",
+        )
+    held = {
+        chunk: stage_bytes(whole, problem.context_length, request.concurrency, chunk)
+        for chunk in problem.chunks
+    }
+    orders = node_orders(problem.nodes) if request.free_order else [problem.nodes]
+    seconds = {
+        node: stage_seconds(whole, node, problem.context_length) if problem.timed else 0.0
+        for node in problem.nodes
+    }
+    found = [
+        (chunk, *best)
+        for chunk in problem.chunks
+        if (best := _best_order(problem, whole, held[chunk], seconds, orders, chunk)) is not None
+    ]
+    if not found:
+        return _staged(
+            problem, whole, *_least_over(problem, whole, held[problem.chunks[-1]], orders)
+        )
+    good = [entry for entry in found if entry[0] >= GOOD_CHUNK_TOKENS] or found[:1]
+    if not problem.timed:
+        good = good[:1]
+    # Of equally good chunks the largest wins, since it comes first.
+    return max((_staged(problem, whole, *entry) for entry in good), key=preference)
+
+
+_Found = tuple[tuple[NodeMemory, ...], tuple[tuple[int, int], ...]]
+"""Nodes in rank order, and layer ranges with the first stage first."""
+
+
+def _staged(
+    problem: PlanningProblem,
+    whole: Slices,
+    chunk: int,
+    order: tuple[NodeMemory, ...],
+    ranges: tuple[tuple[int, int], ...],
+) -> Candidate:
+    ranks = tuple(
+        RankPlacement(rank, node.name, layers)
+        for rank, (node, layers) in enumerate(zip(order, reversed(ranges), strict=True))
+    )
+    placement = Placement("pipeline", ranks)
+    if problem.timed:
+        problem.traced.check_stages([part.layers[0] for part in ranks[:-1]])
+    budgets = node_budgets(problem, whole, placement, order, chunk)
+    return make_candidate(problem, whole, placement, order, chunk, budgets)
+
+
+def _best_order(
+    problem: PlanningProblem,
+    whole: Slices,
+    held: StageBytes,
+    seconds: dict[NodeMemory, Any],
+    orders: Sequence[tuple[NodeMemory, ...]],
+    chunk: int,
+) -> _Found | None:
+    """Find the fastest split that fits over all orders of nodes, for one prefill chunk."""
+    import numpy as np
+
+    totals = {node: _totals(problem, whole, held, node, chunk) for node in problem.nodes}
+    costs = {
+        node: np.where(totals[node] <= node.limit_bytes, seconds[node], np.inf)
+        for node in problem.nodes
+    }
+    # Of equally fast splits prefer the one with the most even headroom: a small share of time.
+    prefer = {
+        node: seconds[node] * (1 + 1e-6 * (totals[node] / max(node.limit_bytes, 1)) ** 2)
+        for node in problem.nodes
+    }
+    return _over_orders(orders, costs, prefer)
+
+
+def _least_over(
+    problem: PlanningProblem,
+    whole: Slices,
+    held: StageBytes,
+    orders: Sequence[tuple[NodeMemory, ...]],
+) -> tuple[int, *_Found]:
+    """Find the split with the smallest worst shortfall, for a problem without a split that fits."""
+    chunk = problem.chunks[-1]
+    over = {
+        node: (_totals(problem, whole, held, node, chunk) - node.limit_bytes).astype(float)
+        for node in problem.nodes
+    }
+    found = _over_orders(orders, over, {node: matrix * 0 for node, matrix in over.items()})
+    assert found is not None  # every range has a finite cost, and there is a layer per node
+    return chunk, *found
+
+
+def _over_orders(
+    orders: Sequence[tuple[NodeMemory, ...]],
+    costs: dict[NodeMemory, Any],
+    preferences: dict[NodeMemory, Any],
+) -> _Found | None:
+    best: _Found | None = None
+    least = math.inf
+    for order in orders:
+        stages = tuple(reversed(order))
+        split = best_split([costs[n] for n in stages], [preferences[n] for n in stages])
+        if split is not None and split[0] < least * (1 - 1e-9):
+            least, ranges = split
+            best = (order, ranges)
+    return best
+
+
+def _totals(
+    problem: PlanningProblem, whole: Slices, held: StageBytes, node: NodeMemory, chunk: int
+) -> Any:
+    # The most layers that a stage could have: the activations of a few more layers are small.
+    layers = whole.profile.layer_count
+    activation = partial(activation_bytes, problem, node, chunk, 1, layers=layers)
+    return stage_totals(
+        held,
+        max(activation(samples=False)),
+        max(activation(samples=True)),
+        message_bytes(problem, whole, "pipeline", chunk),
+    )
+
+
+def node_orders(nodes: Sequence[NodeMemory]) -> list[tuple[NodeMemory, ...]]:
+    """Return the orders of nodes that could differ, the given one first.
+
+    Nodes that differ in their name only are the same. Of more than four nodes, only orders with
+    different first and last nodes are kept, since these hold head and embedding.
+    """
+    kinds = {node: replace(node, name="") for node in nodes}
+    orders: dict[tuple[NodeMemory, ...], tuple[NodeMemory, ...]] = {}
+    if len(nodes) <= 4:  # 4! is MOST_ORDERS
+        for order in permutations(nodes):
+            orders.setdefault(tuple(kinds[node] for node in order), order)
+        return list(orders.values())
+    orders[tuple(kinds[node] for node in nodes)] = tuple(nodes)
+    firsts = {kinds[node]: node for node in reversed(nodes)}
+    for first in firsts.values():
+        rest = list(nodes)
+        rest.remove(first)
+        for last in {kinds[node]: node for node in rest}.values():
+            middle = list(rest)
+            middle.remove(last)
+            order = (first, *middle, last)
+            orders.setdefault(tuple(kinds[node] for node in order), order)
+    return list(orders.values())[:MOST_ORDERS]
+
+
+# --- memory and time of all stages --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StageBytes:
+    """Weights and cache of all stages, ``int64 [layers + 1, layers + 1]``, on any node."""
+
+    weights: Any
+    cache: Any
+    layers: Any
+
+
+def stage_bytes(
+    whole: Slices, context_length: int, concurrency: int, chunk_tokens: int
+) -> StageBytes:
+    """Compute weights and cache of every stage that the whole model could be cut to."""
+    import numpy as np
+
+    profile = whole.profile
+    weights = _ranges(profile.weights_before())
+    size = weights.shape[0]
+    weights += profile.common_bytes
+    weights[0, :] += profile.embedding_bytes
+    weights[:, -1] += profile.output_bytes
+    weights[1:, -1] += profile.tied_bytes
+    caches = [size * concurrency for size in profile.cache_bytes(context_length, chunk_tokens)]
+    cache = _ranges(list(accumulate(caches, initial=0)))
+    positions = np.arange(size)
+    layers = np.maximum(positions[None, :] - positions[:, None], 1)
+    return StageBytes(weights, cache, layers)
+
+
+def _ranges(before: list[int]) -> Any:
+    """Turn sums before each position into sums of each range."""
+    import numpy as np
+
+    sums = np.array([min(size, _MOST_BYTES) for size in before], dtype=np.int64)
+    return sums[None, :] - sums[:, None]
+
+
+def stage_totals(
+    held: StageBytes, activation_bytes: int, last_activation_bytes: int, communication: int
+) -> Any:
+    """Compute the total bytes of every stage; the last stage samples."""
+    import numpy as np
+
+    activation = np.full_like(held.weights, min(activation_bytes, _MOST_BYTES))
+    activation[:, -1] = min(last_activation_bytes, _MOST_BYTES)
+    overhead = overhead_bytes(held.cache, activation, held.layers, communication)
+    return held.weights + held.cache + activation + overhead
+
+
+def stage_seconds(whole: Slices, node: NodeMemory, context_length: int) -> Any:
+    """Compute the seconds that one token spends in every stage on a node.
+
+    Nodes of unknown speed are taken to be equally fast: then the unit is bytes read, or layers if
+    not even these are known.
+    """
+    import numpy as np
+
+    count = whole.profile.layer_count
+    layers, head = [1.0] * count, 0.0
+    if whole.work is not None:
+        known = decode_layer_seconds(whole.work, node, context_length)
+        if known is not None:
+            layers, head = known
+        else:
+            work = whole.work
+            layers = [each.weights_read(1) + each.cache_read(context_length)
+                      for each in work.layers]  # fmt: skip
+            head = work.head.weights_read(1)
+    before = np.array(list(accumulate(layers, initial=0.0)))
+    seconds = before[None, :] - before[:, None]
+    seconds[:, -1] += head
+    return seconds
+
+
+# --- the split ----------------------------------------------------------------------------------
+
+
+def best_split(
+    costs: Sequence[Costs], preferences: Sequence[Costs]
+) -> tuple[float, tuple[tuple[int, int], ...]] | None:
+    """Cut layers into stages so that the costliest stage costs as little as possible.
+
+    Args:
+        costs: one matrix per stage, first stage first.
+        preferences: one matrix per stage; of the splits whose costliest stage is equally cheap,
+            the one with the least sum of preferences is taken. Finite wherever the cost is.
+
+    Returns:
+        The cost of the costliest stage, and half-open layer ranges, first stage first; None if
+        there is no split with a finite cost and at least one layer per stage.
+    """
+    import numpy as np
+
+    size = costs[0].shape[0]
+    forward = np.arange(size)[:, None] < np.arange(size)[None, :]
+    usable = [np.where(forward, matrix, np.inf) for matrix in costs]
+    least = _start(size, -np.inf)
+    for matrix in usable:
+        least = np.maximum(least[:, None], matrix).min(axis=0)
+    costliest = float(least[-1])
+    if not np.isfinite(costliest):
+        return None
+    # A negative cost is headroom.
+    allowed = costliest + abs(costliest) * _ROUNDING
+    least = _start(size, 0.0)
+    begins: list[Any] = []
+    for matrix, preferred in zip(usable, preferences, strict=True):
+        sums = least[:, None] + np.where(matrix <= allowed, preferred, np.inf)
+        begins.append(sums.argmin(axis=0))
+        least = sums.min(axis=0)
+    ranges: list[tuple[int, int]] = []
+    past_last = size - 1
+    for begin in reversed(begins):
+        first = int(begin[past_last])
+        ranges.append((first, past_last))
+        past_last = first
+    return costliest, tuple(reversed(ranges))
+
+
+def _start(size: int, cost: float) -> Any:
+    """Return the costs before any layer is placed: a stage can only begin at position 0."""
+    import numpy as np
+
+    start = np.full(size, np.inf)
+    start[0] = cost
+    return start

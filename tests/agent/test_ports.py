@@ -1,0 +1,33 @@
+"""TCP ports of this machine: free ones, and the holder of a taken one."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from k2cli.agent import ports
+from k2cli.errors import ClusterError
+from k2cli.nodes.local import LocalNode
+
+
+def test_free_ports_are_different_and_below_those_of_outgoing_connections() -> None:
+    found = ports.free_ports(50)
+    assert len(set(found)) == 50
+    assert max(found) < 32_768
+
+
+def test_a_taken_port_is_refused_with_its_holder() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        holder = ports.port_holder("127.0.0.1", port)
+        assert holder is not None
+        assert str(os.getpid()) in holder
+        assert ports.choose_port("127.0.0.1", port) != port
+    assert ports.port_holder("127.0.0.1", port) is None
+    holder = ports.port_holder("192.0.2.1", port)
+    assert holder is not None
+    assert "no address of this machine" in holder
+    with pytest.raises(ClusterError, match=r"192\.0\.2\.1"):
+        LocalNode().choose_port("192.0.2.1", 8080)
