@@ -59,6 +59,21 @@ def launch(
             "set K2_API_KEY.",
         ),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name by which clients reach the API, for a run without a key. Repeatable.",
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Origin of web pages that may use the API, such as https://chat.example. "
+            "Repeatable.",
+        ),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan saved by plan-memory --save.")
     ] = None,
@@ -113,6 +128,8 @@ def launch(
         host=host,
         port=port,
         api_key=api_key,
+        allowed_hosts=tuple(allow_host or ()),
+        cors_origins=tuple(cors or ()),
         plan_file=plan,
         force=force,
         cluster=cluster,

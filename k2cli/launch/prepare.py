@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -35,6 +36,7 @@ from k2cli.protocol import HttpEndpoint
 from k2cli.runs.record import RankRecord, RunRecord, new_run_id, prune_records, save_record
 from k2cli.units import format_bytes
 
+_KEY_HINT = "set K2_API_KEY to one word, for example the output of: openssl rand -hex 24"
 DEFAULT_HTTP_PORT = 8080
 
 
@@ -139,11 +141,46 @@ def _choose_endpoint(run: RunDecisions) -> None:
     """Choose the API's port and key. A key is generated if others than this machine reach it."""
     request = run.request
     port = _http_port(run.nodes[0], request.host, request.port)
+    if request.api_key is not None:
+        _check_api_key(request.api_key)
     run.generated_api_key = not request.api_key and not _is_loopback(request.host)
     api_key = f"k2-{secrets.token_urlsafe(24)}" if run.generated_api_key else request.api_key
     run.http = HttpEndpoint(
-        request.host, port, api_key or None, next_port_will_do=request.port is None
+        request.host,
+        port,
+        api_key or None,
+        next_port_will_do=request.port is None,
+        allowed_hosts=list(request.allowed_hosts),
+        cors_origins=[_checked_origin(origin) for origin in request.cors_origins],
     )
+
+
+def _check_api_key(key: str) -> None:
+    """Refuse a key that no client can send in a header.
+
+    Raises:
+        UsageError: without the key itself, which may be shown to others.
+    """
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the API key is not valid UTF-8", _KEY_HINT) from None
+    if not key.isprintable() or key.split() != [key]:
+        raise UsageError("the API key is blank, or has spaces or control characters", _KEY_HINT)
+
+
+def _checked_origin(origin: str) -> str:
+    """Return an origin as browsers write it.
+
+    Raises:
+        UsageError: if it is not one.
+    """
+    parts = urlsplit(origin)
+    if origin == "*":
+        return origin
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/"):
+        raise UsageError(f"--cors '{origin}' is not an origin", "--cors https://chat.example")
+    return f"{parts.scheme}://{parts.netloc.lower()}"
 
 
 def _choose_environments(run: RunDecisions) -> None:

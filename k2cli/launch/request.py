@@ -27,6 +27,8 @@ class LaunchRequest:
     host: str = "127.0.0.1"
     port: int | None = None
     api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
     plan_file: Path | None = None
     force: bool = False
     cluster: str | None = None

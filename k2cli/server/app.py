@@ -6,6 +6,9 @@ answers 503 with the cause. A web page elsewhere may use it only if its origin w
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -57,7 +60,15 @@ def create_app(
             allow_headers=["*"],
         )
         middleware.insert(0, cors)
-    app = Starlette(routes=_ROUTES, middleware=middleware)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await reader.close()
+
+    app = Starlette(routes=_ROUTES, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False
     app.state.context = ServerContext(engine, tokenizer, served, reader)
     install_error_handlers(app)

@@ -60,6 +60,9 @@ class AccessControl:
             message = "wrong API key" if authorization else "an API key is needed"
             challenge = {"WWW-Authenticate": "Bearer"}
             return ApiError(401, message, code="invalid_api_key", headers=challenge)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            message = "Content-Length and Transfer-Encoding contradict each other"
+            return ApiError(400, message, code="bad_framing", headers={"Connection": "close"})
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._served.max_body_bytes:
             return too_large(self._served.max_body_bytes)

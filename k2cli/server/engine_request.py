@@ -68,6 +68,12 @@ class ServerTokenizer(Protocol):
         ...
 
 
+LEAST_TEMPERATURE = 1e-6
+"""Below this the best token is chosen: logits divided by less overflow in float32."""
+
+LEAST_TOP_P = 1e-6
+"""Keeps the best token only; smaller values are 0 in float32, which keeps none."""
+
 MAX_COUNTED_TOKENS = 2**20
 """Tokens up to which ``/v1/tokenize`` counts, whatever the context."""
 
@@ -270,9 +276,10 @@ def _sampling(body: GenerationBody, logprobs: int | None, served: ServedModel) -
 
     # Other servers take -1 as "off".
     top_k = served.default_top_k if body.top_k is None else max(body.top_k, 0)
+    temperature = given(body.temperature, served.default_temperature)
     return Sampling(
-        temperature=given(body.temperature, served.default_temperature),
-        top_p=given(body.top_p, served.default_top_p),
+        temperature=0.0 if temperature < LEAST_TEMPERATURE else temperature,
+        top_p=max(given(body.top_p, served.default_top_p), LEAST_TOP_P),
         top_k=top_k,
         min_p=given(body.min_p, 0.0),
         seed=body.seed,

@@ -18,6 +18,7 @@ from k2cli.protocol import RequestFailed
 
 # The client has closed the connection and does not receive it. nginx logs such requests with it.
 CLIENT_CLOSED_REQUEST = 499
+MAX_MESSAGE_LETTERS = 1000
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _HTTP_CODES = {
@@ -34,6 +35,10 @@ _NOT_OFFERED = {
 }
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE_LETTERS else f"{text[:MAX_MESSAGE_LETTERS]} ..."
+
+
 class ApiError(Exception):
     """A failure with its HTTP status and the members of OpenAI's error object."""
 
@@ -47,6 +52,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        # What a client sent is quoted in messages, and may be megabytes.
+        message, param = _shortened(message), param and _shortened(param)
         super().__init__(message)
         self.status = status
         self.message = message

@@ -205,7 +205,7 @@ class GenerationBody(_Ignored):
     stream_options: StreamOptions | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=10)] | None = None
     logit_bias: Annotated[dict[int, Bias] | None, BeforeValidator(_string_keys_to_ids)] = None
     k2: Extensions | None = None
 

@@ -20,7 +20,7 @@ from k2cli.errors import K2Error
 from k2cli.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
 from k2cli.server.app import create_app
 from k2cli.server.engine_client import EngineEvent, EngineState, EngineUnavailable
-from k2cli.server.request_reader import InlineReader
+from k2cli.server.request_reader import InlineReader, RequestReader
 from k2cli.server.served_model import ServedModel
 
 START_SECONDS = 10
@@ -160,12 +160,18 @@ def finished(completion_tokens: int, reason: Any = "stop") -> Finished:
 
 
 @contextlib.contextmanager
-def serving(engine: ScriptedEngine, served: ServedModel, tokenizer: Any = None) -> Iterator[str]:
+def serving(
+    engine: ScriptedEngine,
+    served: ServedModel,
+    tokenizer: Any = None,
+    reader: RequestReader | None = None,
+    **options: Any,
+) -> Iterator[str]:
     """Run a real server in a thread; yields its base URL without ``/v1``."""
     tokenizer = tokenizer or LetterTokenizer()
-    app = create_app(engine, tokenizer, served, InlineReader(tokenizer, served))
+    app = create_app(engine, tokenizer, served, reader or InlineReader(tokenizer, served))
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -27,6 +27,8 @@ from tests.server.scripted import (
 SCHEMA = {"type": "json_object"}
 LONG = [{"role": "user", "content": "x" * 300}]
 IMAGE = [{"role": "user", "content": [{"type": "image_url"}]}]
+POST_HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+JSON = {"Content-Type": "application/json"}
 WRONG_REQUESTS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"stop": [5]}, 400, "stop", "must be a string or a list of up to 4 strings"),
     (CHAT, {"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "5 strings"),
@@ -191,7 +193,7 @@ def test_a_vanished_client_cancels_its_request(
     body = json.dumps({"messages": QUESTION, "stream": stream}).encode()
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"{POST_HEAD}Content-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         deadline = time.monotonic() + 5
         while not engine.submitted and time.monotonic() < deadline:

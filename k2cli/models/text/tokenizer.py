@@ -168,7 +168,7 @@ class Tokenizer:
             source = read_chat_template(self._folder, self._config, with_tools=with_tools)
             if source is None:
                 raise K2Error(
-                    f"the model in {self._folder} has no chat template",
+                    f"the model {self._folder.name} has no chat template",
                     "send a plain prompt to /v1/completions instead",
                 )
             self._templates[with_tools] = ChatTemplate(source, self._special)
