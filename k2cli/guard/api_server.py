@@ -82,6 +82,7 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> tuple[Any, Requ
     import uvicorn
 
     from k2cli.guard.http_connection import (
+        BACKLOG,
         ConnectionLimits,
         connection_class,
         raise_file_limit,
@@ -123,6 +124,7 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> tuple[Any, Requ
     app = create_app(bridge, Tokenizer.load(folder), served, reader)
     config = uvicorn.Config(
         app,
+        backlog=BACKLOG,
         http=connection_class(ConnectionLimits.for_files(raise_file_limit())),
         log_config=None,
         access_log=False,

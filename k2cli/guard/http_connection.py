@@ -25,7 +25,11 @@ PROBE_SECONDS = 5.0
 """Between two probes of a client that has closed its sending side."""
 
 MAX_CONNECTIONS = 1024
-RESERVED_FILES = 96
+BACKLOG = 16
+"""Connections that wait to be accepted, and that asyncio accepts in one turn of its loop."""
+
+# A connection that is refused is closed three turns after it was accepted.
+RESERVED_FILES = 96 + 4 * BACKLOG
 """Files that connections of clients never use: the guard's own pipes, sockets, logs and modules."""
 
 WANTED_FILES = 8192
