@@ -61,11 +61,15 @@ def raise_file_limit() -> int:
 
 @dataclass(slots=True)
 class ConnectionLimits:
-    """How many connections may be open, in total and from one address that is not loopback."""
+    """How many connections may be open, in total and from one address that is not loopback.
+
+    ``idle`` are those without a request in progress, the oldest first: they make room for new ones.
+    """
 
     total: int
     per_address: int
     addresses: Counter[str] = field(default_factory=Counter)
+    idle: dict[H11Protocol, None] = field(default_factory=dict)
 
     @classmethod
     def for_files(cls, file_limit: int) -> ConnectionLimits:
@@ -97,15 +101,21 @@ def connection_class(limits: ConnectionLimits) -> type[asyncio.Protocol]:
             address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
             super().connection_made(transport)
             if not limits.admits(address):
-                transport.write(_BUSY)
-                transport.close()
-                return
+                oldest = next(iter(limits.idle), None)
+                if oldest is None:
+                    transport.write(_BUSY)
+                    transport.close()
+                    return
+                del limits.idle[oldest]
+                oldest.transport.abort()
             self._address = address
             limits.addresses[address] += 1
+            limits.idle[self] = None
             self._allow(HEADER_SECONDS)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._allow(None)
+            limits.idle.pop(self, None)
             if self._address is not None:
                 limits.addresses[self._address] -= 1
                 limits.addresses += Counter()  # forget addresses without connections
@@ -123,6 +133,7 @@ def connection_class(limits: ConnectionLimits) -> type[asyncio.Protocol]:
             cycle = self.cycle
             if cycle is None or cycle.response_complete:
                 return  # a header is still coming in: its deadline holds
+            limits.idle.pop(self, None)
             if not cycle.more_body:
                 self._allow(None)
             elif cycle is not before:
@@ -130,6 +141,7 @@ def connection_class(limits: ConnectionLimits) -> type[asyncio.Protocol]:
 
         def on_response_complete(self) -> None:
             before = self.cycle
+            limits.idle[self] = None
             self._allow(HEADER_SECONDS)
             super().on_response_complete()
             if self.cycle is not before:  # a pipelined request, which has begun already

@@ -225,12 +225,11 @@ def test_idle_and_half_sent_connections_end_and_leave_room(
             with contextlib.suppress(OSError):
                 connection.sendall(beginnings[index % len(beginnings)])
             connections.append(connection)
-        refused = 0
+        server.answers()  # those without a request make room
         for connection in connections:  # each of them ends, answered or not
             with contextlib.suppress(ConnectionResetError):
-                while part := connection.recv(2**16):
-                    refused += b"503" in part
-        assert refused
+                while connection.recv(2**16):
+                    pass
         server.answers()
 
 
