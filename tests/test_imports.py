@@ -76,7 +76,7 @@ HEAVY = {
 }  # fmt: skip
 
 # Started with ``python -m``, and imported by nothing.
-ENTRY_POINTS = {"rank.main", "guard.main", "guard.mpi_slot_process"}
+ENTRY_POINTS = {"rank.main", "guard.main", "guard.mpi_slot_process", "guard.reader_process"}
 
 
 @dataclass(frozen=True, slots=True)

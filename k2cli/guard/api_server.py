@@ -89,7 +89,7 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> tuple[Any, Requ
     )
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
-    from k2cli.server.reader_process import ReaderSettings
+    from k2cli.server.read_request import ReaderSettings
     from k2cli.server.request_reader import ProcessReader
     from k2cli.server.served_model import load_served_model
 

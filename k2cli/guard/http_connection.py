@@ -61,7 +61,7 @@ def raise_file_limit() -> int:
 
 @dataclass(slots=True)
 class ConnectionLimits:
-    """How many connections may be open, in total and from one address that is not loopback.
+    """Limits of open connections, in total and from one address that is not loopback.
 
     ``idle`` are those without a request in progress, the oldest first: they make room for new ones.
     """

@@ -19,7 +19,7 @@ import msgspec
 from k2cli.protocol.wire import LENGTH, frame
 from k2cli.server.engine_request import ServerTokenizer
 from k2cli.server.errors import ApiError, invalid
-from k2cli.server.reader_process import (
+from k2cli.server.read_request import (
     ReaderSettings,
     ReadRequest,
     RequestKind,
@@ -188,7 +188,7 @@ class ProcessReader:
     """
 
     def __init__(self, settings: ReaderSettings, marks: Sequence[str]) -> None:
-        arguments = [sys.executable, "-P", "-m", "k2cli.server.reader_process", *marks]
+        arguments = [sys.executable, "-P", "-m", "k2cli.guard.reader_process", *marks]
         self._short = ReaderProcess(settings, arguments, SHORT_SECONDS)
         self._long = ReaderProcess(settings, arguments, LONG_SECONDS)
 

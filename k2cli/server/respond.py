@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from k2cli.server.context import context_of
 from k2cli.server.errors import CLIENT_CLOSED_REQUEST
 from k2cli.server.generation import ClientGone, Ended, Generation, answer
-from k2cli.server.reader_process import RequestKind
+from k2cli.server.read_request import RequestKind
 from k2cli.server.shapes import Shape
 from k2cli.server.streaming import EventStreamResponse, EventWriter, event_stream
 from k2cli.server.text import Piece, ScoredToken, TextAssembler

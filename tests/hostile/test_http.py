@@ -21,7 +21,7 @@ from k2cli.guard.http_connection import ConnectionLimits, connection_class
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol import Generate, Tokens
 from k2cli.server import request_reader
-from k2cli.server.reader_process import ReaderSettings
+from k2cli.server.read_request import ReaderSettings
 from k2cli.server.request_reader import ProcessReader
 from k2cli.server.served_model import ServedModel
 from tests.server.scripted import ScriptedEngine, finished, serving

@@ -1,24 +1,17 @@
-"""The process that reads requests: JSON, validation, chat template and tokenizer.
+"""Reading of a request from start to end: JSON, validation, chat template and tokenizer.
 
-A client decides how long these take, and they hold Python's lock while they work. So they run in a
-process of their own, ``python -m k2cli.server.reader_process``, which the guard can kill. It reads
-frames from stdin and answers on stdout, one at a time, and ends with its stdin.
+A client decides how long this takes, and it holds Python's lock, so it is done in processes of
+their own (``guard.reader_process``). The messages to and from such a process are declared here.
 """
 
 from __future__ import annotations
 
-import os
-import queue
-import sys
-import threading
-from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import msgspec
 from pydantic import ValidationError
 
 from k2cli.errors import K2Error
-from k2cli.protocol.wire import LENGTH, frame
 from k2cli.server.engine_request import (
     EngineRequest,
     ServerTokenizer,
@@ -93,46 +86,3 @@ def read_request(
     return ReadRequest(
         refusal=Refusal(refused.status, refused.message, refused.kind, refused.param, refused.code)
     )
-
-
-def _next_frame(source: BinaryIO) -> bytes | None:
-    head = source.read(LENGTH.size)
-    if len(head) < LENGTH.size:
-        return None
-    (size,) = LENGTH.unpack(head)
-    body = source.read(size)
-    return body if len(body) == size else None
-
-
-def _frames_until_the_end(source: BinaryIO, frames: queue.SimpleQueue[bytes]) -> None:
-    """Put frames into the queue, and end the process with its input, whatever it is doing."""
-    while (body := _next_frame(source)) is not None:
-        frames.put(body)
-    os._exit(0)
-
-
-def main() -> None:
-    """Answer requests until stdin ends."""
-    from k2cli.models.text.tokenizer import Tokenizer
-
-    answers = os.fdopen(os.dup(1), "wb")
-    frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    arguments = (sys.stdin.buffer, frames)
-    threading.Thread(target=_frames_until_the_end, args=arguments, daemon=True).start()
-    settings = msgspec.msgpack.decode(frames.get(), type=ReaderSettings)
-    tokenizer = Tokenizer.load(Path(settings.folder))
-    served = ServedModel(
-        settings.name,
-        settings.context_length,
-        default_temperature=settings.default_temperature,
-        default_top_p=settings.default_top_p,
-        default_top_k=settings.default_top_k,
-    )
-    decoder = msgspec.msgpack.Decoder(UnreadRequest)
-    while True:
-        answers.write(frame(read_request(decoder.decode(frames.get()), tokenizer, served)))
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()
