@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 LAYERS = 8
-"""To which recorded configs are cut."""
+"""Number of layers that recorded configs are cut to."""
 
 MADE_UP: dict[str, Any] = {
     "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 256,
@@ -103,4 +103,4 @@ PATCHES: dict[str, dict[str, Any]] = {
         "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
     }},
 }  # fmt: skip
-"""What defaults leave out or say in a form that mlx-lm does not read."""
+"""Values that defaults leave out, or have in a form that mlx-lm does not read."""

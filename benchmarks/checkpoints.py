@@ -1,7 +1,7 @@
 """The checkpoints that both programs serve: everything but packed weights in float32.
 
 ``mlx_lm.server`` computes in the type that the checkpoint has and has no option for another, and
-on MLX's CPU back end float16 is some thirty times slower than float32. So both get a checkpoint
+on MLX's CPU device float16 is some thirty times slower than float32. So both get a checkpoint
 that is float32, and compute the same.
 
 The toys get a vocabulary of words in place of their own, of which only whole words are ever

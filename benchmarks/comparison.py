@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from benchmarks.report import Row
 from benchmarks.sides import Side
 from benchmarks.statistics import Answer, order_of_round, ratios, summary
-from benchmarks.work import Subject, Work
+from benchmarks.work import BenchmarkModel, Work
 
 Pair = tuple[Side, Side]
 START_TARGET = 0.8
@@ -46,7 +46,7 @@ class Comparison:
     """A comparison: two factories of sides, the model, the work, and the number of rounds."""
 
     placement: str
-    subject: Subject
+    model: BenchmarkModel
     make: tuple[Callable[[], Side], Callable[[], Side]]
     works: Sequence[Work]
     rounds: int
@@ -65,7 +65,7 @@ def _closing(sides: Sequence[Side]) -> Iterator[None]:
 
 def compare(comparison: Comparison) -> list[Row]:
     """Start both sides, give both the same work in turns, end both."""
-    say(f"{comparison.subject.title}, {comparison.placement}")
+    say(f"{comparison.model.title}, {comparison.placement}")
     rows = _start_rows(comparison) if comparison.starts > 1 else []
     if not comparison.works:
         return rows
@@ -93,7 +93,7 @@ def _start_rows(comparison: Comparison) -> list[Row]:
 
 def _start_row(comparison: Comparison, ours: list[float], theirs: list[float]) -> Row:
     return Row(
-        comparison.subject.title,
+        comparison.model.title,
         comparison.placement,
         "start to first answer",
         "s",
@@ -108,25 +108,25 @@ def _work_rows(comparison: Comparison, pair: Pair) -> list[Row]:
     samples = {work.key: Samples() for work in comparison.works}
     for work in comparison.works:  # a round that does not count: caches, code paths, buffers
         for side in pair:
-            _ask(side, work, comparison.subject.at_first, seed=999)
+            _ask(side, work, comparison.model.at_first, seed=999)
     for number in range(comparison.rounds):
         say(f"  round {number + 1} of {comparison.rounds}")
         for work in comparison.works:
-            if number >= comparison.subject.rounds_of(work, comparison.rounds):
+            if number >= comparison.model.rounds_of(work, comparison.rounds):
                 continue
             found = samples[work.key]
             for index in order_of_round(number):
-                answers = _ask(pair[index], work, comparison.subject, seed=number)
+                answers = _ask(pair[index], work, comparison.model, seed=number)
                 (found.ours, found.theirs)[index].append(answers)
     return [
         row for work in comparison.works for row in _rows_of(comparison, work, samples[work.key])
     ]
 
 
-def _ask(side: Side, work: Work, subject: Subject, seed: int) -> list[Answer]:
+def _ask(side: Side, work: Work, model: BenchmarkModel, seed: int) -> list[Answer]:
     side.let_go()
     try:
-        return work.ask(side, subject, seed)
+        return work.ask(side, model, seed)
     finally:
         side.hold()
 
@@ -139,10 +139,10 @@ def _rows_of(comparison: Comparison, work: Work, samples: Samples) -> list[Row]:
         theirs = [measure.read(round_) for round_ in samples.theirs]
         title = measure.title
         if work.is_long:
-            title = f"prefill, {comparison.subject.prefill_tokens} tokens"
+            title = f"prefill, {comparison.model.prefill_tokens} tokens"
         rows.append(
             Row(
-                comparison.subject.title,
+                comparison.model.title,
                 comparison.placement,
                 title,
                 measure.unit,

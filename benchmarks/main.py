@@ -33,7 +33,7 @@ from benchmarks.report import (
 )
 from benchmarks.sides import Setting, Strategy
 from benchmarks.work import (
-    Subject,
+    BenchmarkModel,
     Work,
     decode,
     english_prompt,
@@ -153,21 +153,21 @@ def _measure(options: Options, folder: Path, model_name: str, kind: str) -> list
     scratch = folder / f"{model_name}-{kind}"
     scratch.mkdir()
     strategy: Strategy = "single" if kind == "library" else kind  # type: ignore[assignment]
-    model, subject = _model(options, "large" if model_name == "load" else model_name)
+    checkpoint, model = _model(options, "large" if model_name == "load" else model_name)
     setting = Setting(
-        model,
+        checkpoint,
         strategy,
         scratch,
         niceness=options.niceness,
         cores_per_node=options.cores_per_node,
     )
     if model_name == "load":
-        return loading_rows(subject.title, TITLES[kind], setting)
-    return compare(_comparison(options, setting, subject, model_name, kind))
+        return loading_rows(model.title, TITLES[kind], setting)
+    return compare(_comparison(options, setting, model, model_name, kind))
 
 
 def _comparison(
-    options: Options, setting: Setting, subject: Subject, model_name: str, kind: str
+    options: Options, setting: Setting, model: BenchmarkModel, model_name: str, kind: str
 ) -> Comparison:
     make: Any = (partial(K2Server, setting), partial(MlxServer, setting))
     placement = TITLES[kind]
@@ -179,7 +179,7 @@ def _comparison(
         placement = "two, pipeline, against one of mlx-lm"
     return Comparison(
         placement,
-        subject,
+        model,
         make,
         [] if options.starts else _works(model_name, kind, quick=options.quick),
         options.rounds,
@@ -199,24 +199,24 @@ def _works(model_name: str, kind: str, *, quick: bool) -> list[Work]:
     return works
 
 
-def _model(options: Options, name: str) -> tuple[Path, Subject]:
-    """Return the checkpoint, made if it does not exist, and its subject."""
+def _model(options: Options, name: str) -> tuple[Path, BenchmarkModel]:
+    """Return the checkpoint, made if it does not exist, and what is known of it."""
     options.models.mkdir(parents=True, exist_ok=True)
     match name:
         case "small":
             folder = make_toy(options.models / "toy-k2-small", SMALL_TOY)
             prefill_tokens = 512 if options.quick else 2048
-            return folder, Subject(
+            return folder, BenchmarkModel(
                 "toy K2, small", toy_prompt, 48, prefill_tokens, prefill_tokens // 2
             )
         case "large":
             folder = make_toy(options.models / "toy-k2-large", LARGE_TOY)
             # A minute each: two of them, one for each order of the programs.
-            return folder, Subject(
+            return folder, BenchmarkModel(
                 "toy K2, large", toy_prompt, 32, 2048, 128, long_rounds=2, first_tokens=256
             )
         case _:
-            return _demo(options), Subject("demo", english_prompt, 12, 96, 48)
+            return _demo(options), BenchmarkModel("demo", english_prompt, 12, 96, 48)
 
 
 def _demo(options: Options) -> Path:

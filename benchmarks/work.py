@@ -29,7 +29,7 @@ _ENGLISH = (
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class BenchmarkModel:
     """A model under test, as far as the work depends on it. ``prompt`` takes (tokens, seed).
 
     ``question_tokens`` has the first turn of a chat. ``long_rounds`` is how often at most the long
@@ -45,8 +45,8 @@ class Subject:
     first_tokens: int | None = None
 
     @property
-    def at_first(self) -> Subject:
-        """Subject of the warm-up round, which does not count."""
+    def at_first(self) -> BenchmarkModel:
+        """Model of the warm-up round, which does not count."""
         return replace(self, prefill_tokens=self.first_tokens or self.prefill_tokens)
 
     def rounds_of(self, work: Work, rounds: int) -> int:
@@ -80,7 +80,7 @@ class Work:
     """Requests to a side, and measures of the answers; ``is_long``: a long prompt."""
 
     key: str
-    ask: Callable[[Side, Subject, int], list[Answer]]
+    ask: Callable[[Side, BenchmarkModel, int], list[Answer]]
     measures: tuple[Measure, ...]
     is_long: bool = False
 
@@ -88,9 +88,9 @@ class Work:
 def decode(requests: int, target: float) -> Work:
     """Return the work of several short prompts at once, with answers of the same length."""
 
-    def ask(side: Side, subject: Subject, seed: int) -> list[Answer]:
-        prompts = [subject.prompt(SHORT_PROMPT_TOKENS, seed * 100 + n) for n in range(requests)]
-        return side.ask([Ask(prompt, subject.decode_tokens) for prompt in prompts])
+    def ask(side: Side, model: BenchmarkModel, seed: int) -> list[Answer]:
+        prompts = [model.prompt(SHORT_PROMPT_TOKENS, seed * 100 + n) for n in range(requests)]
+        return side.ask([Ask(prompt, model.decode_tokens) for prompt in prompts])
 
     many = f"{requests} requests at once" if requests > 1 else "one request"
     measures = [Measure(f"decode, {many}", "tok/s", True, decode_rate, target)]
@@ -103,8 +103,8 @@ def decode(requests: int, target: float) -> Work:
 def prefill(target: float) -> Work:
     """One long prompt and a single token."""
 
-    def ask(side: Side, subject: Subject, seed: int) -> list[Answer]:
-        return side.ask([Ask(subject.prompt(subject.prefill_tokens, seed * 100 + 50), 1)])
+    def ask(side: Side, model: BenchmarkModel, seed: int) -> list[Answer]:
+        return side.ask([Ask(model.prompt(model.prefill_tokens, seed * 100 + 50), 1)])
 
     measure = Measure("prefill", "tok/s", True, prefill_rate, target)
     return Work("prefill", ask, (measure,), is_long=True)
@@ -113,12 +113,12 @@ def prefill(target: float) -> Work:
 def second_turn(target: float) -> Work:
     """A long question, a short answer, a short question: the wait for the second answer."""
 
-    def ask(side: Side, subject: Subject, seed: int) -> list[Answer]:
-        question = subject.prompt(subject.question_tokens, seed * 100 + 60)
+    def ask(side: Side, model: BenchmarkModel, seed: int) -> list[Answer]:
+        question = model.prompt(model.question_tokens, seed * 100 + 60)
         turns: list[Message] = [{"role": "user", "content": question}]
         (answer,) = side.ask([Ask(tuple(turns), 16)])
         turns.append({"role": "assistant", "content": answer.content})
-        turns.append({"role": "user", "content": subject.prompt(8, seed * 100 + 61)})
+        turns.append({"role": "user", "content": model.prompt(8, seed * 100 + 61)})
         return [answer, *side.ask([Ask(tuple(turns), 4)])]
 
     def read(answers: Sequence[Answer]) -> float:

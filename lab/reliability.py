@@ -40,7 +40,7 @@ This page shows what happens when something breaks while k2 runs a model over tw
 measured by `python -m lab.reliability` in the two-host lab (`scripts/lab`). The lab's hosts are two
 sets of Linux namespaces on one machine, each with its own sshd, home, processes and address. Runs
 are launched from the first host over the system's `ssh`, with real ranks that run a toy of Kimi K2
-on MLX's CPU back end. No Mac was used.
+on MLX's CPU device. No Mac was used.
 
 Each row is one trial: `k2 launch` on the host `k2a` with the nodes `k2a,k2b`, then the fault at the
 stage that the row names. The columns are:

@@ -126,7 +126,7 @@ def _no_process_left(_isolated_session: None) -> Iterator[None]:
 
 
 def _cache_directory() -> Path:
-    """Where the demo model is kept between test runs; ``.k2`` is ignored by git."""
+    """Folder that keeps the demo model between test runs; git ignores ``.k2``."""
     if configured := os.environ.get("XDG_CACHE_HOME"):
         return Path(configured) / "k2-tests"
     return ROOT / ".k2" / "tests"

@@ -50,7 +50,7 @@ def test_version() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
-    """By ``-h``; that ``--help`` is the same, the transcript shows."""
+    """Test ``-h``; the transcript shows that ``--help`` prints the same."""
     done = k2(command, "-h")
     assert done.returncode == 0
     assert done.stderr == ""
@@ -173,7 +173,7 @@ cli.main()
 
 
 def _is_number(option: Any) -> bool:
-    """Whether typer reads it as a number, and not a function of k2."""
+    """True if typer reads the value as a number, and not a function of k2."""
     return str(option.type.name).partition(" ")[0] in ("int", "float")
 
 

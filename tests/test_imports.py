@@ -125,7 +125,7 @@ def _names(node: ast.stmt, path: Path) -> list[str]:
     assert isinstance(node, ast.ImportFrom)
     assert node.level == 0, f"{path}:{node.lineno} is a relative import"
     assert node.module is not None
-    # ``from k2cli.runtime import protocol`` imports the module k2cli.protocol.
+    # ``from k2cli import protocol`` imports the module k2cli.protocol.
     if node.module == "k2cli" or (PACKAGE.parent / node.module.replace(".", "/")).is_dir():
         return [f"{node.module}.{alias.name}" for alias in node.names]
     return [node.module]

@@ -1,4 +1,4 @@
-"""The invariants of the runtime: each has tests that exist, and none is held by unpickling."""
+"""The invariants of a run: each has tests that exist, and none is held by unpickling."""
 
 from __future__ import annotations
 

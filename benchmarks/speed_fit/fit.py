@@ -11,7 +11,7 @@ from benchmarks.speed_fit.model import ENGINE_OF, ENGINES, PRIORS, Constants, er
 from benchmarks.speed_fit.rows import Observation
 
 ROW_SPREAD = 0.12
-"""What two good measurements of the same thing differ by, as a logarithm."""
+"""Difference between two good measurements of the same thing, as a logarithm."""
 OUTLIER = 2.0
 """Errors beyond so many spreads pull with constant force (Huber)."""
 _MOST_ROUNDS = 30

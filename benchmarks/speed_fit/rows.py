@@ -24,7 +24,7 @@ from k2cli.sharding.placement import Placement, RankPlacement, even_split
 
 FOLDER = Path(__file__).parent
 ASSUMED_CONTEXT_TOKENS = 512
-"""Where a source does not say at which context it decoded: short chats and benchmarks do."""
+"""Context of a decode whose source names none: that of short chats and benchmarks."""
 CHUNK_TOKENS = {"mlx": 2048, "llama.cpp": 512}
 """Defaults of mlx-lm (prefill_step_size) and llama.cpp (ubatch)."""
 LEAST_PROMPT_TOKENS = 128

@@ -91,7 +91,8 @@ def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
 def _options(
     quick: bool, transport: WantedTransport, plan: Path | None, model: str | None
 ) -> ExaminationOptions:
-    from k2cli.doctor.examination import ExaminationOptions, read_plan
+    from k2cli.doctor.examination import ExaminationOptions
+    from k2cli.planning.plan import read_plan
 
     read = read_plan(plan) if plan is not None else None
     return ExaminationOptions(quick=quick, transport=transport, model_folder=model, plan=read)

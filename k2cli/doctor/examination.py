@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from k2cli.agent.software import software as own_software
 from k2cli.choices import LinkTransport, WantedTransport
 from k2cli.cluster.description import Link
 from k2cli.cluster.facts.probes import RawProbes, collect
@@ -20,10 +20,10 @@ from k2cli.doctor.advice import (
 )
 from k2cli.doctor.registry import run_checks
 from k2cli.doctor.results import CheckResult, Need, Situation
-from k2cli.errors import UsageError
 from k2cli.nodes.node import LOCALHOST, Node
 from k2cli.nodes.parallel import map_in_parallel
-from k2cli.planning.plan import Plan, plan_from_json
+from k2cli.planning.plan import Plan
+from k2cli.runs.record import list_runs
 
 SCHEMA_VERSION = 1
 
@@ -117,28 +117,11 @@ def situation_of(
 
 def _with_own_state(situation: Situation) -> Situation:
     """Add what only the launching machine knows: its own software and its records of runs."""
-    from k2cli.agent.software import software as own_software
-    from k2cli.runs.record import list_runs
-
     reference = situation.software.get(LOCALHOST) or own_software()
     records = list_runs()
     live = frozenset(record.run_id for record in records if record.live)
     ended = frozenset(record.run_id for record in records) - live
     return replace(situation, reference=reference, live_runs=live, ended_runs=ended)
-
-
-def read_plan(path: Path) -> Plan:
-    """Read a plan that ``plan-memory --save`` wrote.
-
-    Raises:
-        UsageError: if it cannot be read, or is not a plan.
-    """
-    try:
-        return plan_from_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UsageError(
-            f"plan '{path}' cannot be read: {error.strerror}", "k2 plan-memory MODEL --save FILE"
-        ) from error
 
 
 def _needs(nodes: Sequence[Node], plan: Plan | None) -> dict[str, Need]:

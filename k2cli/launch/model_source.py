@@ -16,7 +16,7 @@ from pathlib import Path
 
 from k2cli.agent.model import CheckpointHeads
 from k2cli.errors import ClusterError, K2Error
-from k2cli.models.reference import is_path
+from k2cli.models.reference import is_path, local_checkpoint
 from k2cli.nodes.node import Node
 
 
@@ -40,8 +40,6 @@ def locate_model(reference: str, nodes: Sequence[Node]) -> Iterator[ModelSource]
         UsageError: if the reference is invalid.
         K2Error: if the model is neither here nor on the first node.
     """
-    from k2cli.models.reference import local_checkpoint
-
     try:
         own = local_checkpoint(reference).resolve()
     except K2Error as error:

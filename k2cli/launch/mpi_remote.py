@@ -13,6 +13,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from k2cli.nodes.ssh_connection import connection_to
+
 PREFIXES_VARIABLE = "K2_MPI_PREFIXES"
 
 
@@ -35,8 +37,6 @@ def split_host(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 def main() -> None:
     """Replace this process by ssh."""
-    from k2cli.nodes.ssh_connection import connection_to
-
     host, words = split_host(sys.argv[1:])
     prefixes: Mapping[str, str] = json.loads(os.environ.get(PREFIXES_VARIABLE, "{}"))
     command = daemon_command(words, prefixes.get("", ""), prefixes.get(host, ""))

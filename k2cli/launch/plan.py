@@ -9,12 +9,13 @@ from pathlib import Path
 from k2cli.choices import Transport, WantedTransport
 from k2cli.errors import DoesNotFitError, UsageError
 from k2cli.launch.request import LaunchRequest
+from k2cli.models.checkpoint import read_config
 from k2cli.nodes.node import Node
-from k2cli.planning.plan import NodeBudget, Plan, plan_from_json
+from k2cli.planning.plan import NodeBudget, Plan, read_plan
 from k2cli.units import format_bytes
 
 
-def read_plan(request: LaunchRequest) -> Plan | None:
+def read_given_plan(request: LaunchRequest) -> Plan | None:
     """Read the plan file that the request names; None if it names none.
 
     Raises:
@@ -33,10 +34,7 @@ def read_plan(request: LaunchRequest) -> Plan | None:
     for option, given in contradicting.items():
         if given:
             raise UsageError(f"{option} is decided by the plan {path}", f"leave out {option}")
-    try:
-        return plan_from_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UsageError(f"the plan {path} cannot be read: {error.strerror}") from error
+    return read_plan(path)
 
 
 def make_launch_plan(
@@ -93,8 +91,6 @@ def check_plan(plan: Plan, folder: Path, nodes: Sequence[Node], *, force: bool) 
 
 
 def _layer_count(folder: Path) -> int | None:
-    from k2cli.models.checkpoint import read_config
-
     config = read_config(folder)
     count = (config.get("text_config") or config).get("num_hidden_layers")
     return count if isinstance(count, int) else None

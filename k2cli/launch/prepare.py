@@ -18,12 +18,14 @@ from urllib.parse import urlsplit
 import psutil
 
 from k2cli.agent.run_folder import make_scratch, remove_scratch, run_folder, write_private
+from k2cli.cluster.description import load_cluster
+from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import K2Error, UsageError
 from k2cli.launch.model_copies import find_model_copies
 from k2cli.launch.model_source import locate_model
 from k2cli.launch.mpi import find_libraries, find_prefixes
-from k2cli.launch.plan import check_plan, make_launch_plan, read_plan
+from k2cli.launch.plan import check_plan, make_launch_plan, read_given_plan
 from k2cli.launch.request import LaunchRequest
 from k2cli.launch.routes import find_routes
 from k2cli.launch.specification import RunDecisions, make_specification, save_specification
@@ -77,11 +79,9 @@ def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> RunDeci
 
 def _choose_nodes(run: RunDecisions) -> None:
     """Read the plan file and the cluster that the request names, and choose one node per rank."""
-    run.plan_given = read_plan(run.request)
+    run.plan_given = read_given_plan(run.request)
     run.cluster = None
     if run.request.cluster is not None:
-        from k2cli.cluster.description import load_cluster
-
         run.cluster = load_cluster(run.request.cluster)
     run.nodes = [node_named(name) for name in _node_names(run)]
 
@@ -187,8 +187,6 @@ def _choose_environments(run: RunDecisions) -> None:
     """Collect the environment variables of the ranks: of an imported hostfile, options and MPI."""
     common: dict[str, str] = {}
     if run.cluster is not None and run.cluster.hostfile is not None:
-        from k2cli.cluster.hostfile import rank_environment
-
         common |= rank_environment(run.cluster.hostfile)
     if run.request.fast_synch:
         common["MLX_METAL_FAST_SYNCH"] = "1"

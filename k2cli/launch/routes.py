@@ -10,6 +10,7 @@ import msgspec
 
 from k2cli.agent.networks import Network
 from k2cli.choices import Transport
+from k2cli.cluster.links import common_addresses, to_hostfile
 from k2cli.errors import ClusterError, UsageError
 from k2cli.nodes.node import Node, addresses
 
@@ -53,8 +54,6 @@ def find_routes(nodes: Sequence[Node], transport: Transport, cluster: Cluster | 
     networks, interfaces = _link_networks(nodes, reached)
     rdma = None
     if transport == "jaccl" and described is not None:
-        from k2cli.cluster.links import to_hostfile
-
         hosts = to_hostfile(described, "jaccl").hosts
         rdma = [[_as_list(device) for device in host.rdma] for host in hosts]
     return Routes(reached, ring, rdma, networks, interfaces)
@@ -80,8 +79,6 @@ def _addresses(
     if cluster is None:
         reached = addresses(nodes)
         return reached, reached
-    from k2cli.cluster.links import common_addresses, to_hostfile
-
     common = common_addresses(cluster)
     if len(common) == len(nodes):
         reached = [common[node.name] for node in nodes]

@@ -191,6 +191,4 @@ def present_folder(reference: ModelReference) -> Path | None:
 
 def is_path(reference: str) -> bool:
     """True if the text is a path: one that exists here, or one that may exist on a node."""
-    from k2cli.models.reference import parse_reference
-
     return reference.startswith(("/", "~")) or parse_reference(reference).path is not None

@@ -22,6 +22,7 @@ from k2cli.nodes.node import (
     run_process,
     start_process,
 )
+from k2cli.planning.hardware.machine import this_machine
 
 if TYPE_CHECKING:
     import asyncio
@@ -71,8 +72,6 @@ class LocalNode:
         return node_facts.facts()
 
     def memory(self) -> Any:
-        from k2cli.planning.hardware.machine import this_machine
-
         return this_machine(self.name)
 
     def write_file(self, run_id: str, name: str, data: bytes) -> None:

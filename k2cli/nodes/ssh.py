@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import re
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from k2cli import __version__
 from k2cli.agent.facts import UNKNOWN_VERB_STATUS, NodeFacts
@@ -16,6 +16,10 @@ from k2cli.errors import ClusterError, UsageError
 from k2cli.nodes.interpreter import find_interpreter, last_line
 from k2cli.nodes.node import CALL_SECONDS, Completed, decode_answer, start_process
 from k2cli.nodes.ssh_connection import connection_to
+from k2cli.planning.hardware.machine import NodeMemory
+
+if TYPE_CHECKING:
+    import asyncio
 
 T = TypeVar("T")
 # Exit statuses of a shell and env if a program does not exist or cannot be run.
@@ -81,6 +85,8 @@ class SshNode:
         self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:
         """Start a command there over its own connection; ``environment`` must hold no secret."""
+        import asyncio  # only supervisors need it; commands start faster
+
         settings = [f"{name}={value}" for name, value in (environment or {}).items()]
         remote = ["env", *settings, *arguments] if settings else list(arguments)
         command = await asyncio.to_thread(connection_to(self.name).command, remote)
@@ -125,10 +131,6 @@ class SshNode:
 
     def memory(self) -> Any:
         """Ask for the memory that MLX may use there; it gets this node's name."""
-        from dataclasses import replace
-
-        from k2cli.planning.hardware.machine import NodeMemory
-
         found: NodeMemory = self.ask(NodeMemory, "memory")
         return replace(found, name=self.name)
 

@@ -184,3 +184,17 @@ def plan_from_json(document: bytes, source: str) -> Plan:
         return msgspec.convert(fields, Plan)
     except (msgspec.DecodeError, ValueError) as error:
         raise UsageError(f"{source} is not a plan: {error}", hint) from error
+
+
+def read_plan(path: Path) -> Plan:
+    """Read the plan in a file.
+
+    Raises:
+        UsageError: if the file cannot be read, or is not a plan.
+    """
+    try:
+        return plan_from_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UsageError(
+            f"plan '{path}' cannot be read: {error.strerror}", "k2 plan-memory MODEL --save FILE"
+        ) from error

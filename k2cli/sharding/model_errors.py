@@ -9,6 +9,7 @@ argument, a kernel, a dimension that does not divide. An error that mlx-lm raise
 from __future__ import annotations
 
 import ast
+import json
 import linecache
 import re
 from collections.abc import Iterator, Mapping
@@ -163,17 +164,11 @@ def _fields_at(place: _Place, config: Mapping[str, Any]) -> str:
         if value is _ABSENT:
             found.append(f"a config.json without {name}")
         else:
-            found.append(f"the {name} of config.json, {_shortened(_as_json(value), 60)}")
+            found.append(f"the {name} of config.json, {_shortened(json.dumps(value), 60)}")
     return " and ".join(found)
 
 
 _ABSENT = object()
-
-
-def _as_json(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
 
 
 def _listed(names: list[str]) -> str:

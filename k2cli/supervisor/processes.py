@@ -43,7 +43,7 @@ class Processes:
 
     Args:
         journal: receives every line that is not a message of the protocol.
-        hear: receives every event of the leader's guard.
+        on_event: receives every event of the leader's guard.
         current: returns the current attempt; the leader's guard may outlive several.
         spawn: starts a task and reports its failure.
     """
@@ -51,12 +51,12 @@ class Processes:
     def __init__(
         self,
         journal: Journal,
-        hear: Callable[[RunEvent], None],
+        on_event: Callable[[RunEvent], None],
         current: Callable[[], Attempt],
         spawn: Spawn,
     ) -> None:
         self._journal = journal
-        self._hear = hear
+        self._on_event = on_event
         self._current = current
         self._spawn = spawn
         self._all: list[_Started] = []
@@ -122,7 +122,7 @@ class Processes:
                 except msgspec.MsgspecError:
                     self._journal.log_line(command, line)
                     continue
-                self._hear(event)
+                self._on_event(event)
 
     async def _read_noise(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
         with contextlib.suppress(ValueError):

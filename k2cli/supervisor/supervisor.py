@@ -76,7 +76,9 @@ class Supervisor:
         self._attempts = Attempts(specification.restart)
         self._number = 1
         self._attempt = self._new_attempt()
-        self._processes = Processes(self._journal, self._hear, lambda: self._attempt, self._spawn)
+        self._processes = Processes(
+            self._journal, self._handle_event, lambda: self._attempt, self._spawn
+        )
         self._heartbeats = Heartbeats(self._deadlines, self._processes.tell, self._silent)
         self._tasks_started = False
 
@@ -270,7 +272,7 @@ class Supervisor:
         node = self._specification.nodes[0]
         self._finish(Outcome.failed(cause, rank=0, node=node, wait=False))
 
-    def _hear(self, event: RunEvent) -> None:
+    def _handle_event(self, event: RunEvent) -> None:
         self._heartbeats.heard()
         match event:
             case Heartbeat():

@@ -28,7 +28,7 @@ from benchmarks.statistics import (
     summary,
     whole_rate,
 )
-from benchmarks.work import Subject, decode, english_prompt, prefill
+from benchmarks.work import BenchmarkModel, decode, english_prompt, prefill
 
 
 def _answer(first: float, interval: float, tokens: int, per_token: int = 1) -> Answer:
@@ -122,9 +122,9 @@ def test_two_ranks_are_compared_with_one_where_rounds_are_as_many(
 
 
 def test_a_long_prompt_takes_part_in_fewer_rounds() -> None:
-    subject = Subject("m", english_prompt, 8, 2048, 128, long_rounds=2, first_tokens=256)
-    assert subject.rounds_of(prefill(1.0), 5) == 2
-    assert subject.rounds_of(prefill(1.0), 1) == 1
-    assert subject.rounds_of(decode(1, 1.0), 5) == 5
-    assert subject.at_first.prefill_tokens == 256
-    assert replace(subject, long_rounds=None).rounds_of(prefill(1.0), 5) == 5
+    model = BenchmarkModel("m", english_prompt, 8, 2048, 128, long_rounds=2, first_tokens=256)
+    assert model.rounds_of(prefill(1.0), 5) == 2
+    assert model.rounds_of(prefill(1.0), 1) == 1
+    assert model.rounds_of(decode(1, 1.0), 5) == 5
+    assert model.at_first.prefill_tokens == 256
+    assert replace(model, long_rounds=None).rounds_of(prefill(1.0), 5) == 5

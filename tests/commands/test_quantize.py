@@ -68,7 +68,7 @@ def test_interrupt_leaves_no_half_checkpoint(tmp_path: Path) -> None:
 
 
 def interrupted_while_writing(source: Path, made: Path) -> tuple[bool, int]:
-    """Whether the interrupt came while the hidden folder was there, and the exit code."""
+    """Return True if the interrupt came while the hidden folder existed, and the exit code."""
     command = [sys.executable, "-m", "k2cli", "quantize", str(source), "--to", str(made)]
     running = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""How ``k2 chat`` and ``k2 bench`` find the run that they talk to."""
+"""Test the search of ``k2 chat`` and ``k2 bench`` for the run that they talk to."""
 
 from __future__ import annotations
 

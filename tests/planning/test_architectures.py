@@ -27,7 +27,7 @@ WORDS_OF_PYTHON = re.compile(
     r"must be real number|invalid literal|division by zero|\[[a-z]\w+\] |<class|Array split|"
     r"array initialization|Shapes .* cannot be broadcast|Layer'|Traceback"
 )
-"""What exceptions of Python and of MLX say, which tells a user nothing."""
+"""Texts of exceptions of Python and of MLX, which tell a user nothing."""
 
 
 @pytest.fixture(scope="module")

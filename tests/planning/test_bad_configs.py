@@ -36,7 +36,7 @@ DECISIVE = (
 """Fields of K2's config that decide bytes."""
 
 MAY_BE_MISSING = ("max_position_embeddings", "n_routed_experts")
-"""Without the one a model's maximum is unknown, without the other it is dense."""
+"""Optional fields: a model's maximum is then unknown, or the model is dense."""
 
 
 def write(folder: Path, config: dict[str, Any]) -> str:

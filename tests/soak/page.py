@@ -25,7 +25,7 @@ _HEAD = """\
 # Long runs
 
 This page shows what `scripts/soak` measured: two real ranks of a toy of Kimi K2 (float32, MLX's CPU
-back end) on one machine, started by `k2 launch` and used over HTTP. Times are valid for that
+device) on one machine, started by `k2 launch` and used over HTTP. Times are valid for that
 machine and for what else ran on it. That no process is left, and that answers are correct, does not
 depend on the machine.
 """

@@ -69,7 +69,7 @@ COPIES: dict[str, dict[str, Copies]] = {
         "metal": Copies(1.03, 0.0, 0.0, 13.2, 2.0, 3.8, 1.5),
     },
 }
-"""By kind of attention and device. ``cpu`` and ``cuda`` are fitted, ``metal`` is modelled."""
+"""Copies by kind of attention and device: ``cpu`` and ``cuda`` fitted, ``metal`` modelled."""
 
 
 @dataclass(frozen=True, slots=True)

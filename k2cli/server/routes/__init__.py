@@ -1,1 +1,1 @@
-"""The routes of the API, one module per subject."""
+"""The routes of the API, one module per group of routes."""
