@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -38,12 +40,37 @@ def activity() -> Activity:
     return Activity(tuple(runs))
 
 
-def is_alive(pid: int, create_time: float) -> bool:
-    """True if the process with this id and start time is still running."""
+def start_of(pid: int) -> str:
+    """Return a text that names the start of a process, and stays when the wall clock is set.
+
+    On Linux, seconds since the epoch are derived from the present wall clock. macOS keeps the time
+    that the clock showed at the start.
+
+    Raises:
+        psutil.NoSuchProcess: if there is no such process.
+    """
+    if sys.platform != "linux":
+        return str(psutil.Process(pid).create_time())
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return f"{boot} {int(fields[19])}"  # clock ticks since boot
+
+
+def is_alive(pid: int, create_time: float, start: str = "") -> bool:
+    """True if the process with this id and start is still running.
+
+    Args:
+        pid: the id, which another process may have by now.
+        create_time: its start in seconds since the epoch, used only without ``start``.
+        start: its start as given by ``start_of``; earlier versions of k2 did not record it.
+    """
     try:
         process = psutil.Process(pid)
         # psutil rounds to clock ticks; a process id is not reused within a second of its start.
-        same = abs(process.create_time() - create_time) < 1.0
+        same = start_of(pid) == start if start else abs(process.create_time() - create_time) < 1.0
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -39,6 +39,7 @@ class Claim(msgspec.Struct, frozen=True):
     bytes: int = 0
     limit_bytes: int = 0
     created: float = 0.0
+    pid_start: str = ""
 
 
 class Lock(msgspec.Struct, frozen=True):
@@ -102,7 +103,7 @@ def _read(path: Path, count: Callable[[str], int]) -> Lock | None:
     except (OSError, msgspec.MsgspecError):
         return None
     here = claim.host == socket.gethostname()
-    alive = here and is_alive(claim.pid, claim.pid_create_time)
+    alive = here and is_alive(claim.pid, claim.pid_create_time, claim.pid_start)
     age = time.time() - renewed if renewed > psutil.boot_time() else FRESH_SECONDS + 1
     return Lock(claim, lock_state(age, alive, count(claim.run_id), here=here))
 
@@ -150,7 +151,7 @@ def _fits(claim: Claim, holders: tuple[Lock, ...]) -> bool:
     return claim.bytes + sum(lock.claim.bytes for lock in holders) <= claim.limit_bytes
 
 
-def renew(run_id: str, pid: int, create_time: float) -> bool:
+def renew(run_id: str, pid: int, create_time: float, start: str = "") -> bool:
     """Renew a run's lock and store its present supervisor; False if it has no lock here."""
     with _mutex():
         path = lock_path(run_id)
@@ -158,7 +159,8 @@ def renew(run_id: str, pid: int, create_time: float) -> bool:
             claim = msgspec.json.decode(path.read_bytes(), type=Claim)
         except (OSError, msgspec.MsgspecError):
             return False
-        _write(path, msgspec.structs.replace(claim, pid=pid, pid_create_time=create_time))
+        owner = {"pid": pid, "pid_create_time": create_time, "pid_start": start}
+        _write(path, msgspec.structs.replace(claim, **owner))
         return True
 
 

@@ -69,7 +69,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "kill": kill_run,
     "clean": _clean,
     "lock-take": _lock_take,
-    "lock-renew": lambda run_id, pid, created: renew(run_id, int(pid), float(created)),
+    "lock-renew": lambda run_id, pid, *start: renew(run_id, int(pid), float(start[0]), *start[1:]),
     "lock-release": release,
     "locks": lambda: list_locks(count_processes),
 }

@@ -7,7 +7,6 @@ files, and the run ends although nobody meant it any harm.
 from __future__ import annotations
 
 import asyncio
-import resource
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +31,6 @@ BACKLOG = 16
 RESERVED_FILES = 96 + 4 * BACKLOG
 """Files that connections of clients never use: the guard's own pipes, sockets, logs and modules."""
 
-WANTED_FILES = 8192
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
@@ -40,23 +38,6 @@ _BUSY = (
     b'{"error": {"message": "too many connections are open; try again later", '
     b'"type": "server_error", "param": null, "code": "too_many_connections"}}\n'
 )
-
-
-def raise_file_limit() -> int:
-    """Raise the limit on open files as far as is allowed and useful.
-
-    Returns:
-        The limit that holds now.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
-    if wanted > soft:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError):  # macOS refuses more than its kern.maxfilesperproc
-            return soft
-        return wanted
-    return soft
 
 
 @dataclass(slots=True)

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import socket
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
+from k2cli.guard.file_limit import raise_file_limit
 from k2cli.protocol import (
     Bootstrap,
     ControlEndpoint,
@@ -20,15 +24,18 @@ from k2cli.protocol import (
     Heartbeat,
     LivenessMessage,
 )
-from k2cli.protocol.wire import ConnectionLost
+from k2cli.protocol.wire import ConnectionLost, WrongSecret
 from k2cli.protocol.wire_streams import (
     AsyncChannel,
+    accepted_stream,
     authenticate_stream,
     open_stream,
-    serve_stream,
 )
 
 _RETRY_SECONDS = 0.2
+_BACKLOG = 128
+_MAX_STRANGERS = 32
+_LOGGED_REFUSALS = 10
 
 
 @dataclass(slots=True)
@@ -74,11 +81,15 @@ class GuardConnection:
 class LivenessServer:
     """The connections of the leader's guard, one per follower.
 
+    Other machines can reach the port. Connections that have not authenticated are therefore few:
+    for each one above the limit, the oldest one is closed of the address that has the most. A
+    follower that is hit tries again.
+
     Args:
         bootstrap: address, secret and deadlines.
         on_message: receives a follower's rank and each message except heartbeats.
         on_lost: receives the rank and the reason, once per follower whose guard is gone.
-        log: receives one line per refused connection.
+        log: receives lines about refused connections.
     """
 
     def __init__(
@@ -97,8 +108,12 @@ class LivenessServer:
         self._endpoint: ControlEndpoint | None = None
         self._finished: set[int] = set()
         self._change = asyncio.Event()
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._strangers: dict[asyncio.Task[None], str] = {}
+        """The connections that have not authenticated, oldest first, and their addresses."""
+        self._max_strangers = min(_MAX_STRANGERS, raise_file_limit() // 8)
+        self._refused = 0
 
     async def listen(self) -> None:
         """Open the port.
@@ -107,7 +122,11 @@ class LivenessServer:
             OSError: if it is taken.
         """
         host, port = self._bootstrap.liveness_host, self._bootstrap.liveness_port
-        self._server = await serve_stream(self._accept, host, port)
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, *_, address = found[0]
+        self._listener = socket.create_server(address, family=family, backlog=_BACKLOG)
+        self._listener.setblocking(False)
+        self._spawn(self._accept(self._listener))
 
     @property
     def missing(self) -> set[int]:
@@ -136,19 +155,55 @@ class LivenessServer:
 
     async def close(self) -> None:
         """Close the port and all connections."""
-        if self._server is not None:
-            self._server.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
         for connection in self._connections.values():
             connection.close()
         await asyncio.sleep(0)
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(self._converse(GuardConnection(reader, writer)))
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _accept(self, listener: socket.socket) -> None:
+        """Accept connections one by one, each only when there is room for it."""
+        while True:
+            while len(self._strangers) >= self._max_strangers:
+                await self._drop_a_stranger()
+            try:
+                connection, peer = await asyncio.get_running_loop().sock_accept(listener)
+                reader, writer = await accepted_stream(connection)
+            except OSError as error:  # no file is left, or the peer is gone
+                self._log_refusal(str(error))
+                if self._strangers:
+                    await self._drop_a_stranger()
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            task = self._spawn(self._converse(GuardConnection(reader, writer)))
+            self._strangers[task] = str(peer[0])
+            task.add_done_callback(lambda task: self._strangers.pop(task, None))
+
+    async def _drop_a_stranger(self) -> None:
+        (address, _), *_ = Counter(self._strangers.values()).most_common(1)
+        task = next(task for task, other in self._strangers.items() if other == address)
+        self._log_refusal(f"{address} has too many that have not authenticated")
+        del self._strangers[task]
+        task.cancel()
+        await asyncio.wait([task], timeout=1.0)
+        await asyncio.sleep(0)  # its file is closed now
+
+    def _log_refusal(self, reason: str) -> None:
+        """Log the first refusals, and later ones more and more rarely."""
+        self._refused += 1
+        count = self._refused
+        if count <= _LOGGED_REFUSALS or count.bit_count() == 1:
+            so_far = f" ({count} so far)" if count > _LOGGED_REFUSALS else ""
+            self._log(f"a connection to the liveness port was refused: {reason}{so_far}")
 
     async def _converse(self, connection: GuardConnection) -> None:
         try:
@@ -158,9 +213,15 @@ class LivenessServer:
             hello = await connection.receive(self._bootstrap.deadlines.liveness)
             rank = self._admit(hello, connection)
         except ConnectionLost as error:
-            self._log(f"a connection to the liveness port was refused: {error}")
+            self._log_refusal(str(error))
             connection.close()
             return
+        except asyncio.CancelledError:
+            connection.writer.transport.abort()
+            raise
+        task = asyncio.current_task()
+        assert task is not None
+        self._strangers.pop(task, None)
         self._on_message(rank, hello)
         if self._endpoint is not None:
             connection.send(self._endpoint)
@@ -200,17 +261,22 @@ async def connect_to_leader(bootstrap: Bootstrap) -> GuardConnection:
         async with asyncio.timeout(limit):
             while True:
                 try:
-                    reader, writer = await open_stream(host, port)
-                    break
-                except OSError:
+                    return await _try_leader(host, port, bootstrap.secret)
+                except WrongSecret:
+                    raise
+                except (OSError, ConnectionLost):  # it does not listen yet, or has no room
                     await asyncio.sleep(_RETRY_SECONDS)
     except TimeoutError:
         raise ConnectionLost(
             f"the leader's guard at {host}:{port} did not answer within {limit:.0f} s"
         ) from None
+
+
+async def _try_leader(host: str, port: int, secret: str) -> GuardConnection:
+    reader, writer = await open_stream(host, port)
     try:
-        await authenticate_stream(reader, writer, bootstrap.secret, accepting=False)
-    except ConnectionLost:
+        await authenticate_stream(reader, writer, secret, accepting=False)
+    except BaseException:
         writer.close()
         raise
     return GuardConnection(reader, writer)

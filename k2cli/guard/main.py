@@ -18,6 +18,7 @@ from typing import NoReturn
 import msgspec
 
 from k2cli.errors import K2Error, UsageError
+from k2cli.guard.file_limit import raise_file_limit
 from k2cli.guard.follower import FollowerGuard
 from k2cli.guard.leader_session import LeaderSession
 from k2cli.guard.spawn import DEFAULT_WORKER
@@ -78,6 +79,7 @@ def main() -> None:
     # The launcher handles Ctrl-C and a closed terminal.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    raise_file_limit()
     options = _parse_arguments(sys.argv[1:])
     try:
         bootstrap = read_bootstrap(options.run, options.bootstrap, options.rank)

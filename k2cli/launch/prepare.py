@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from k2cli.agent.activity import start_of
 from k2cli.agent.run_folder import make_scratch, remove_scratch, run_folder, write_private
 from k2cli.cluster.description import load_cluster
 from k2cli.cluster.hostfile import rank_environment
@@ -289,6 +290,7 @@ def _make_record(run: RunDecisions) -> RunRecord:
         # Until a supervisor takes over, this process answers for the run.
         pid=own.pid,
         pid_create_time=own.create_time(),
+        pid_start=start_of(own.pid),
         restart=run.request.restart.mode,
         settings=_settings(run),
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import psutil
 
+from k2cli.agent.activity import start_of
 from k2cli.agent.locks import Claim, Lock, LockAnswer
 from k2cli.errors import ClusterError
 from k2cli.nodes.node import Node
@@ -108,9 +109,8 @@ def _claim(run_id: str, needed: int, limit: int) -> Claim:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = "unknown"
-    return Claim(
-        run_id, user, socket.gethostname(), own.pid, own.create_time(), needed, limit, time.time()
-    )
+    host, start = socket.gethostname(), start_of(own.pid)
+    return Claim(run_id, user, host, own.pid, own.create_time(), needed, limit, time.time(), start)
 
 
 def _busy(node: Node, claim: Claim, holders: Sequence[Lock], *, share: bool) -> BusyError:
@@ -140,8 +140,9 @@ def renew_locks(nodes: Sequence[Node], run_id: str) -> None:
     A node that cannot be asked is skipped: its guards renew the lock themselves.
     """
     own = psutil.Process()
+    identity = (str(own.pid), str(own.create_time()), start_of(own.pid))
     for node in _in_order(nodes):
-        _try(node, "lock-renew", run_id, str(own.pid), str(own.create_time()))
+        _try(node, "lock-renew", run_id, *identity)
 
 
 def release_locks(nodes: Sequence[Node], run_id: str) -> None:

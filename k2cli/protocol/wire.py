@@ -13,6 +13,7 @@ import hmac
 import os
 import socket
 import struct
+import time
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -26,6 +27,10 @@ T = TypeVar("T")
 
 class ConnectionLost(Exception):
     """The peer is gone, or sent something that is not part of the protocol."""
+
+
+class WrongSecret(ConnectionLost):
+    """The peer does not know the run's secret."""
 
 
 def frame(message: Any) -> bytes:
@@ -110,9 +115,10 @@ class Channel(Generic[T]):
         self._socket.close()
 
 
-def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+def _receive_exactly(connection: socket.socket, size: int, deadline: float) -> bytes:
     data = b""
     while len(data) < size:
+        connection.settimeout(max(deadline - time.monotonic(), 0.001))
         chunk = connection.recv(size - len(data))
         if not chunk:
             raise ConnectionLost("the peer closed the connection while authenticating")
@@ -126,18 +132,20 @@ def authenticate(
     """Prove knowledge of the run's secret to the peer, and check the proof of the peer.
 
     Raises:
-        ConnectionLost: if the peer does not know it, or does not answer in time.
+        WrongSecret: if the peer does not know it.
+        ConnectionLost: if it does not answer in time.
     """
     ours = os.urandom(NONCE_BYTES)
     my_role, their_role = (b"accept", b"connect") if accepting else (b"connect", b"accept")
     try:
         connection.settimeout(timeout_seconds)
+        deadline = time.monotonic() + timeout_seconds  # of all steps: bytes may come one by one
         connection.sendall(ours)
-        theirs = _receive_exactly(connection, NONCE_BYTES)
+        theirs = _receive_exactly(connection, NONCE_BYTES, deadline)
         connection.sendall(proof(secret, my_role, theirs, ours))
-        answer = _receive_exactly(connection, hashlib.sha256().digest_size)
+        answer = _receive_exactly(connection, hashlib.sha256().digest_size, deadline)
         connection.settimeout(None)
     except OSError as error:
         raise ConnectionLost(f"authentication failed: {error}") from error
     if not hmac.compare_digest(answer, proof(secret, their_role, ours, theirs)):
-        raise ConnectionLost("the peer does not know the run's secret")
+        raise WrongSecret("the peer does not know the run's secret")

@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import os
 import socket
-from collections.abc import Callable
 from typing import Any, Generic
 
 import msgspec
@@ -22,6 +21,7 @@ from k2cli.protocol.wire import (
     NONCE_BYTES,
     ConnectionLost,
     T,
+    WrongSecret,
     frame,
     proof,
 )
@@ -34,10 +34,8 @@ class _KeepingProtocol(asyncio.StreamReaderProtocol):
     exited would lose the peer's last message.
     """
 
-    def __init__(
-        self, reader: asyncio.StreamReader, connected: Callable[..., None] | None = None
-    ) -> None:
-        super().__init__(reader, connected)
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        super().__init__(reader)
         self._kept_reader = reader
         self._descriptor = -1
 
@@ -73,18 +71,19 @@ async def open_stream(
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
-async def serve_stream(
-    accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], None], host: str, port: int
-) -> asyncio.Server:
-    """Start a server like ``asyncio.start_server``, but never lose received data.
+async def accepted_stream(
+    connection: socket.socket,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return the streams of an accepted connection, which never lose received data.
 
     Raises:
-        OSError: if the port is taken.
+        OSError: if the connection is gone.
     """
     loop = asyncio.get_running_loop()
-    return await loop.create_server(
-        lambda: _KeepingProtocol(asyncio.StreamReader(), accept), host, port
-    )
+    reader = asyncio.StreamReader()
+    protocol = _KeepingProtocol(reader)
+    transport, _ = await loop.connect_accepted_socket(lambda: protocol, connection)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 class AsyncChannel(Generic[T]):
@@ -134,7 +133,8 @@ async def authenticate_stream(
     """Prove knowledge of the run's secret to the peer, and check the proof of the peer.
 
     Raises:
-        ConnectionLost: if the peer does not know the secret, or does not answer in time.
+        WrongSecret: if the peer does not know the secret.
+        ConnectionLost: if it does not answer in time.
     """
     ours = os.urandom(NONCE_BYTES)
     my_role, their_role = (b"accept", b"connect") if accepting else (b"connect", b"accept")
@@ -147,4 +147,4 @@ async def authenticate_stream(
     except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
         raise ConnectionLost(f"authentication failed: {error}") from error
     if not hmac.compare_digest(answer, proof(secret, their_role, ours, theirs)):
-        raise ConnectionLost("the peer does not know the run's secret")
+        raise WrongSecret("the peer does not know the run's secret")

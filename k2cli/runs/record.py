@@ -115,6 +115,7 @@ class RunRecord:
     url: str = ""
     pid: int = 0
     pid_create_time: float = 0.0
+    pid_start: str = ""
     ended: float | None = None
     cause: str = ""
     failure: FailureRecord | None = None
@@ -128,6 +129,11 @@ class RunRecord:
     def live(self) -> bool:
         """True if the run serves or may still come to serve."""
         return self.state in LIVE_STATES
+
+    @property
+    def has_supervisor(self) -> bool:
+        """True if the supervisor's process is still running."""
+        return is_alive(self.pid, self.pid_create_time, self.pid_start)
 
     @property
     def folder(self) -> Path:
@@ -195,7 +201,7 @@ def _current(record: RunRecord) -> RunRecord:
     """Return the record with its current state, which a killed supervisor could not write."""
     if record.state not in LIVE_STATES and record.state != "orphaned":
         return record
-    if record.state in LIVE_STATES and is_alive(record.pid, record.pid_create_time):
+    if record.state in LIVE_STATES and record.has_supervisor:
         return record
     again = read_record(record.folder)
     if again is not None and again.state not in LIVE_STATES and again.state != "orphaned":

@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from k2cli.agent.activity import is_alive
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
 from k2cli.nodes.locks import release_locks
@@ -38,7 +37,7 @@ def stop_run(record: RunRecord) -> StopReport:
         ClusterError: if a process is left, or a node cannot be asked.
     """
     was_live = record.live
-    if is_alive(record.pid, record.pid_create_time) and was_live:
+    if record.has_supervisor and was_live:
         _ask_supervisor(record)
     killed = 0
     problems, unreached = [], []
@@ -88,7 +87,7 @@ def _ask_supervisor(record: RunRecord) -> None:
             os.kill(record.pid, number)
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if not is_alive(record.pid, record.pid_create_time):
+            if not record.has_supervisor:
                 return
             time.sleep(_POLL_SECONDS)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from k2cli.agent.activity import start_of
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.protocol import (
     GuardStarted,
@@ -64,7 +65,8 @@ class Journal:
     def take_over(self) -> None:
         """Make this process the supervisor in the run's record."""
         own = psutil.Process()
-        self._save(replace(self.record, pid=own.pid, pid_create_time=own.create_time()))
+        created, start = own.create_time(), start_of(own.pid)
+        self._save(replace(self.record, pid=own.pid, pid_create_time=created, pid_start=start))
 
     def set_state(self, state: RunState, cause: str = "") -> None:
         """Change the state of a run that has not ended."""

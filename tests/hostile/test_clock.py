@@ -1,0 +1,107 @@
+"""The wall clock is set while a run lives: its supervisor is still known."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from k2cli.agent.activity import is_alive, start_of
+from k2cli.agent.locks import Claim, list_locks, lock_path, renew
+from k2cli.nodes.local import LocalNode
+from k2cli.nodes.locks import renew_locks, take_locks
+from k2cli.runs.record import list_runs, read_record, save_record
+from tests.runs.test_record import make_record
+
+OWN = os.getpid()
+STEP_SECONDS = 3600.0
+
+
+@pytest.fixture
+def stepped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let psutil see what it sees after the wall clock was set forward by an hour."""
+    true = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda own: true(own) + STEP_SECONDS)
+    if sys.platform != "linux":
+        pytest.skip("the start of a process does not move on macOS")
+
+
+def _created() -> float:
+    return psutil.Process().create_time()
+
+
+def test_a_live_run_stays_live(request: pytest.FixtureRequest) -> None:
+    record = replace(make_record(), pid_start=start_of(OWN))
+    save_record(record)
+    request.getfixturevalue("stepped")
+    assert list_runs() == [record]
+
+
+def test_the_holder_of_a_lock_stays_its_holder(request: pytest.FixtureRequest) -> None:
+    here = [LocalNode()]
+    take_locks(here, "demo-1", {})
+    request.getfixturevalue("stepped")
+    assert [lock.state for lock in list_locks(lambda run: 0)] == ["held"]
+    renew_locks(here, "demo-1")
+    claim = msgspec.json.decode(lock_path("demo-1").read_bytes(), type=Claim)
+    assert (claim.pid, claim.pid_start) == (OWN, start_of(OWN))
+    assert [lock.state for lock in list_locks(lambda run: 0)] == ["held"]
+
+
+def test_another_process_with_the_same_id_is_not_the_supervisor() -> None:
+    boot, _, ticks = start_of(OWN).partition(" ")
+    assert is_alive(OWN, _created(), start_of(OWN))
+    assert not is_alive(OWN, _created(), f"{boot} {int(ticks or 0) + 1}")
+    assert not is_alive(OWN, _created(), f"other-boot {ticks}")
+
+
+def test_an_ended_process_is_not_alive() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    start = start_of(child.pid)
+    assert child.stdout is not None
+    child.stdout.read()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not is_alive(child.pid, 0.0, start)  # a zombie
+    child.wait()
+    child.stdout.close()
+    assert not is_alive(child.pid, 0.0, start)
+    with pytest.raises(psutil.NoSuchProcess):
+        start_of(child.pid)
+
+
+def test_records_and_locks_of_earlier_versions_are_understood() -> None:
+    record = make_record()
+    path = record.folder / "run.json"
+    fields = msgspec.json.decode(path.read_bytes())
+    del fields["pid_start"]
+    path.write_bytes(msgspec.json.encode(fields))
+    assert read_record(record.folder) == record
+    assert list_runs() == [record]
+    assert is_alive(OWN, _created())
+    assert not is_alive(OWN, _created() - 5)
+    _write_old_claim(lock_path("old-1"))
+    assert [lock.state for lock in list_locks(lambda run: 0)] == ["held"]
+    assert renew("old-1", OWN, _created())
+    assert [lock.state for lock in list_locks(lambda run: 0)] == ["held"]
+
+
+def _write_old_claim(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(
+        msgspec.json.encode(
+            {
+                "run_id": "old-1",
+                "user": "jane",
+                "host": socket.gethostname(),
+                "pid": OWN,
+                "pid_create_time": _created(),
+            }
+        )
+    )

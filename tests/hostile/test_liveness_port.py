@@ -1,0 +1,132 @@
+"""Strangers at the ports of guards and ranks, which other machines on the network can reach."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+
+import psutil
+import pytest
+
+from k2cli.agent.ports import free_ports
+from k2cli.guard.liveness import LivenessServer, connect_to_leader
+from k2cli.protocol import GuardStarted
+from k2cli.protocol.wire import ConnectionLost, authenticate
+from k2cli.protocol.wire_streams import authenticate_stream, open_stream
+from tests.guard.test_guard_parts import _bootstrap, _until
+
+SECRET = "5e" * 32
+HELLO = GuardStarted(1, "b", 10, 11)
+# Opens connections from an address, reports, and keeps them open until its input ends.
+STRANGERS = """
+import resource, socket, sys
+port, count, source = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+kept = []
+for _ in range(count):
+    kept.append(socket.create_connection(("127.0.0.1", port), source_address=(source, 0)))
+    kept[-1].sendall(b"x")
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.asynccontextmanager
+async def _server(log: list[str]) -> AsyncIterator[tuple[LivenessServer, int]]:
+    (port,) = free_ports(1)
+    server = LivenessServer(
+        _bootstrap(port=port), lambda rank, message: None, lambda rank, why: None, log.append
+    )
+    await server.listen()
+    try:
+        yield server, port
+    finally:
+        await server.close()
+
+
+@contextlib.asynccontextmanager
+async def _strangers(port: int, count: int, source: str = "127.0.0.1") -> AsyncIterator[None]:
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", STRANGERS, str(port), str(count), source), stdin=pipe, stdout=pipe
+    )
+    assert child.stdout is not None
+    assert await asyncio.wait_for(child.stdout.readline(), 60) == b"open\n"
+    try:
+        yield
+    finally:
+        await child.communicate(b"")
+
+
+async def test_strangers_use_few_files_and_keep_no_guard_out() -> None:
+    log: list[str] = []
+    async with _server(log) as (server, port):
+        before = psutil.Process().num_fds()
+        async with _strangers(port, 500):
+            assert psutil.Process().num_fds() - before < 50
+            guard = await connect_to_leader(_bootstrap(1, port=port))
+            guard.send(HELLO)
+            await _until(lambda: not server.missing)
+            guard.close()
+        assert len(log) < 40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has one loopback address")
+async def test_strangers_of_one_address_displace_only_each_other() -> None:
+    async with _server([]) as (_, port):
+        reader, writer = await open_stream("127.0.0.1", port)
+        async with _strangers(port, 300, "127.0.0.2"):
+            await authenticate_stream(reader, writer, SECRET, accepting=False)
+        writer.close()
+
+
+async def test_strangers_are_dropped_after_a_while() -> None:
+    async with _server([]) as (_, port):
+        before = psutil.Process().num_fds()
+        async with _strangers(port, 20):
+            await asyncio.sleep(5.5)
+            assert psutil.Process().num_fds() - before < 10
+
+
+async def test_a_follower_that_is_displaced_tries_again() -> None:
+    accepted = 0
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        if accepted > 2:
+            await authenticate_stream(reader, writer, SECRET, accepting=True)
+        writer.close()
+
+    listener = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    guard = await connect_to_leader(_bootstrap(1, port=port))
+    guard.close()
+    assert accepted == 3
+    listener.close()
+
+
+def test_the_time_to_authenticate_is_that_of_all_bytes_together() -> None:
+    ours, theirs = socket.socketpair()
+
+    def trickle() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                theirs.sendall(b"x")
+                time.sleep(0.2)
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(ConnectionLost):
+        authenticate(ours, SECRET, accepting=True, timeout_seconds=1.0)
+    assert time.monotonic() - began < 4
+    ours.close()
+    thread.join()
+    theirs.close()
