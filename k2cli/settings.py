@@ -7,10 +7,12 @@ and ``K2_DATA_DIR`` override one directory each; tests set all three.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 # The mark of the processes of a run on their command lines; the run's id follows it.
 RUN_OPTION = "--k2-run"
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def _directory(override: str, xdg: str, fallback: str) -> Path:
@@ -34,6 +36,11 @@ def state_directory() -> Path:
 def data_directory() -> Path:
     """Return the folder of models that k2 converted, by default ``~/.local/share/k2``."""
     return _directory("K2_DATA_DIR", "XDG_DATA_HOME", ".local/share")
+
+
+def is_run_id(text: str) -> bool:
+    """True if the text can be the id of a run: one component of a path, and no option."""
+    return _RUN_ID.fullmatch(text) is not None
 
 
 def runs_directory() -> Path:
