@@ -159,7 +159,7 @@ def _read_claim(path: Path) -> Claim:
     """
     try:
         claim = msgspec.json.decode(read_regular(path, _LIMIT_BYTES), type=Claim)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise OSError(f"{path} is not a lock: {error}") from error
     if claim.run_id != path.stem or not is_run_id(claim.run_id):
         raise OSError(f"{path} is the lock of another run")
