@@ -1,7 +1,7 @@
 """Directories of k2, the mark of its processes, and its environment variables.
 
-Directories follow the XDG base directory rules, on macOS too. ``K2_CONFIG_DIR``, ``K2_STATE_DIR``
-and ``K2_DATA_DIR`` override one directory each; tests set all three.
+Directories follow the XDG base directory rules, on macOS too. ``K2_CONFIG_DIR``, ``K2_STATE_DIR``,
+``K2_DATA_DIR`` and ``K2_CACHE_DIR`` override one directory each; tests set the first three.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ def scratch_directory(run_id: str) -> Path:
     """Return the one of ``scratch_directories`` that this machine can use."""
     first, second = scratch_directories(run_id)
     return first if os.access(first.parent, os.W_OK) else second
+
+
+def cache_directory() -> Path:
+    """Return the folder of files that can be made again, by default ``~/.cache/k2``."""
+    return _directory("K2_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
 
 
 def models_directory() -> Path:

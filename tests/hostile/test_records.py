@@ -88,7 +88,7 @@ def test_a_hostile_record_is_named_and_skipped(changes: dict[str, Any], state: s
     said: list[str] = []
     assert "bad-1" not in {run.run_id for run in list_runs(said.append)}
     assert [str(folder) in line for line in said] == [True]
-    with pytest.raises(K2Error, match="bad-1.*left out"):
+    with pytest.raises(K2Error, match=r"bad-1.*left out"):
         find_run("bad-1")
     clean_machine(frozenset())
     prune_records()
