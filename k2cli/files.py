@@ -1,8 +1,9 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and bounded reading of files that another user may have made."""
 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -27,3 +28,29 @@ def write_atomically(path: Path, data: bytes | str, mode: int | None = None) -> 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Open a file without following a link, waiting for a FIFO or creating the file.
+
+    Raises:
+        OSError: if it cannot be opened, or is not a regular file.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"{path} is not a regular file")
+
+
+def read_regular(path: Path, limit_bytes: int) -> bytes:
+    """Read a regular file of at most ``limit_bytes``.
+
+    Raises:
+        OSError: if it cannot be read, is not a regular file, or is larger.
+    """
+    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise OSError(f"{path} is larger than {limit_bytes} bytes")
+    return data

@@ -1,16 +1,18 @@
 """Directories of k2, the mark of its processes, and its environment variables.
 
-Directories follow the XDG base directory rules, on macOS too. ``K2_CONFIG_DIR``, ``K2_STATE_DIR``
-and ``K2_DATA_DIR`` override one directory each; tests set all three.
+Directories follow the XDG base directory rules, on macOS too. ``K2_CONFIG_DIR``, ``K2_STATE_DIR``,
+``K2_DATA_DIR`` and ``K2_CACHE_DIR`` override one directory each; tests set the first three.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 # The mark of the processes of a run on their command lines; the run's id follows it.
 RUN_OPTION = "--k2-run"
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def _directory(override: str, xdg: str, fallback: str) -> Path:
@@ -34,6 +36,11 @@ def state_directory() -> Path:
 def data_directory() -> Path:
     """Return the folder of models that k2 converted, by default ``~/.local/share/k2``."""
     return _directory("K2_DATA_DIR", "XDG_DATA_HOME", ".local/share")
+
+
+def is_run_id(text: str) -> bool:
+    """True if the text can be the id of a run: one component of a path, and no option."""
+    return _RUN_ID.fullmatch(text) is not None
 
 
 def runs_directory() -> Path:
@@ -60,6 +67,11 @@ def scratch_directory(run_id: str) -> Path:
     """Return the one of ``scratch_directories`` that this machine can use."""
     first, second = scratch_directories(run_id)
     return first if os.access(first.parent, os.W_OK) else second
+
+
+def cache_directory() -> Path:
+    """Return the folder of files that can be made again, by default ``~/.cache/k2``."""
+    return _directory("K2_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
 
 
 def models_directory() -> Path:

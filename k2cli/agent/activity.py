@@ -72,7 +72,7 @@ def is_alive(pid: int, create_time: float, start: str = "") -> bool:
         # psutil rounds to clock ticks; a process id is not reused within a second of its start.
         same = start_of(pid) == start if start else abs(process.create_time() - create_time) < 1.0
         return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError, OverflowError):  # no process has such an id
         return False
     except psutil.AccessDenied:
         return True

@@ -17,7 +17,7 @@ from k2cli.agent.activity import activity
 from k2cli.agent.locks import Lock, list_locks, release
 from k2cli.agent.run_folder import remove_bootstraps, run_folder
 from k2cli.agent.run_processes import count_processes, kill_run, processes_of_run
-from k2cli.settings import runs_directory, scratch_directories
+from k2cli.settings import is_run_id, runs_directory, scratch_directories
 
 
 class Cleared(msgspec.Struct, frozen=True):
@@ -62,7 +62,8 @@ def clean_machine(live: frozenset[str], gone: frozenset[str] = frozenset()) -> C
 
 def _folders() -> list[Path]:
     directory = runs_directory()
-    return list(directory.iterdir()) if directory.is_dir() else []
+    found = directory.iterdir() if directory.is_dir() else ()
+    return [path for path in found if is_run_id(path.name) and not path.is_symlink()]
 
 
 def _is_held(lock: Lock | None) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,10 +22,13 @@ import msgspec
 import psutil
 
 from k2cli.agent.activity import is_alive
-from k2cli.files import write_atomically
-from k2cli.settings import locks_directory
+from k2cli.files import open_regular, read_regular, write_atomically
+from k2cli.settings import is_run_id, locks_directory
 
 FRESH_SECONDS = 60.0
+MUTEX_SECONDS = 5.0
+_POLL_SECONDS = 0.02
+_LIMIT_BYTES = 64 * 1024
 State = Literal["held", "stale", "left over"]
 
 
@@ -62,24 +66,76 @@ def lock_path(run_id: str) -> Path:
     return locks_directory() / f"{run_id}.json"
 
 
+def _checked_folder() -> Path:
+    """Return the locks folder, made if needed, in which no user can replace another one's file.
+
+    Raises:
+        OSError: if the folder cannot be used; the message names the command that repairs it.
+    """
+    folder = locks_directory()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        # Like /tmp: all users may write, and none may remove another user's file.
+        folder.mkdir(0o1777)
+        folder.chmod(0o1777)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(f"{folder} is not a folder; repair it with: sudo rm {folder}")
+    if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+        raise OSError(
+            f"in {folder}, users can replace the files of others: its mode lacks the sticky bit; "
+            f"repair it with: sudo chmod 1777 {folder}"
+        )
+    return folder
+
+
+def _open_mutex(path: Path) -> int:
+    try:
+        return open_regular(path, os.O_RDWR)
+    except FileNotFoundError:
+        with suppress(FileExistsError):  # another process was faster
+            os.fchmod(created := os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), 0o666)
+            return created
+        return open_regular(path, os.O_RDWR)
+    except OSError as error:
+        raise OSError(f"{error}; repair it with: sudo rm {path}") from error
+
+
 @contextmanager
 def _mutex() -> Iterator[Path]:
-    """Hold the mutex of the locks folder against all processes of all users; yields the folder."""
-    folder = locks_directory()
-    if not folder.is_dir():
-        with suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            # Like /tmp: all users may write, and none may remove another user's file.
-            folder.chmod(0o1777)
+    """Hold the mutex of the locks folder against all processes of all users; yields the folder.
+
+    Raises:
+        OSError: if another process holds it for ``MUTEX_SECONDS``, or the folder cannot be used.
+    """
+    folder = _checked_folder()
     path = folder / ".mutex"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    descriptor = _open_mutex(path)
     try:
-        with suppress(PermissionError):
-            os.fchmod(descriptor, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        until = time.monotonic() + MUTEX_SECONDS
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() > until:
+                holder = _holder(os.fstat(descriptor)) or f"a process that 'lsof {path}' names"
+                raise OSError(f"{path} has been locked for {MUTEX_SECONDS:.0f} s by {holder}")
+            time.sleep(_POLL_SECONDS)
         yield folder
     finally:
         os.close(descriptor)
+
+
+def _holder(mutex: os.stat_result) -> str | None:
+    """Describe the process that holds the mutex; None if the system does not tell."""
+    device = f"{os.major(mutex.st_dev):02x}:{os.minor(mutex.st_dev):02x}:{mutex.st_ino}"
+    with suppress(OSError, ValueError, psutil.Error):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if "->" not in words and words[1] == "FLOCK" and words[5] == device:
+                process = psutil.Process(int(words[4]))
+                return f"process {process.pid} ({process.name()}) of {process.username()}"
+    return None
 
 
 def lock_state(age_seconds: float, alive: bool, processes: int, *, here: bool) -> State:
@@ -96,11 +152,26 @@ def lock_state(age_seconds: float, alive: bool, processes: int, *, here: bool) -
     return "left over" if processes else "stale"
 
 
+def _read_claim(path: Path) -> Claim:
+    """Read a lock file, which another user may have made.
+
+    Raises:
+        OSError: if it is not the lock of the run that its name tells.
+    """
+    try:
+        claim = msgspec.json.decode(read_regular(path, _LIMIT_BYTES), type=Claim)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise OSError(f"{path} is not a lock: {error}") from error
+    if claim.run_id != path.stem or not is_run_id(claim.run_id):
+        raise OSError(f"{path} is the lock of another run")
+    return claim
+
+
 def _read(path: Path, count: Callable[[str], int]) -> Lock | None:
     try:
-        claim = msgspec.json.decode(path.read_bytes(), type=Claim)
-        renewed = path.stat().st_mtime
-    except (OSError, msgspec.MsgspecError):
+        claim = _read_claim(path)
+        renewed = path.lstat().st_mtime
+    except OSError:
         return None
     here = claim.host == socket.gethostname()
     alive = here and is_alive(claim.pid, claim.pid_create_time, claim.pid_start)
@@ -156,8 +227,8 @@ def renew(run_id: str, pid: int, create_time: float, start: str = "") -> bool:
     with _mutex():
         path = lock_path(run_id)
         try:
-            claim = msgspec.json.decode(path.read_bytes(), type=Claim)
-        except (OSError, msgspec.MsgspecError):
+            claim = _read_claim(path)
+        except OSError:
             return False
         owner = {"pid": pid, "pid_create_time": create_time, "pid_start": start}
         _write(path, msgspec.structs.replace(claim, **owner))

@@ -30,6 +30,8 @@ def remove_bootstraps(run_id: str) -> None:
     remove_scratch(run_id)
     for path in folder.glob("bootstrap-*.json"):
         path.unlink(missing_ok=True)
+    for path in folder.glob("mlx-*"):  # kernels that could not be put into the cache
+        shutil.rmtree(path, ignore_errors=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -18,10 +18,10 @@ def ps(
     Example: k2 ps --json
     """
     from k2cli.runs.record import SCHEMA_VERSION, list_runs
-    from k2cli.ui.output import print_json
+    from k2cli.ui.output import print_json, warn
     from k2cli.ui.run_table import print_runs
 
-    runs = list_runs()
+    runs = list_runs(warn)
     if json:
         print_json({"schema_version": SCHEMA_VERSION, "runs": runs})
     else:

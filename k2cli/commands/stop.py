@@ -54,12 +54,13 @@ def stop(
 def _chosen(run: str | None, *, all_runs: bool) -> list[RunRecord]:
     from k2cli.errors import UsageError
     from k2cli.runs.record import find_run, list_runs
+    from k2cli.ui.output import warn
 
     if run is not None and all_runs:
         raise UsageError(f"'{run}' and --all contradict each other", f"k2 stop {run}")
     if run is not None:
         return [find_run(run)]
-    live = [record for record in list_runs() if record.live or record.state == "orphaned"]
+    live = [record for record in list_runs(warn) if record.live or record.state == "orphaned"]
     if all_runs:
         return live
     if len(live) > 1:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import ClusterError
 from k2cli.guard.engine_bridge import EngineBridge
+from k2cli.guard.file_limit import raise_file_limit
 from k2cli.protocol import Bootstrap, HttpEndpoint
 from k2cli.settings import RUN_OPTION
 
@@ -85,7 +86,6 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> tuple[Any, Requ
         BACKLOG,
         ConnectionLimits,
         connection_class,
-        raise_file_limit,
     )
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app

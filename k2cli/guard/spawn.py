@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import platform
 import signal
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
 from k2cli.guard.oom_evidence import OomEvidence
 from k2cli.protocol import Assignment, Bootstrap
 from k2cli.protocol.progress_page import ProgressPage
-from k2cli.settings import RUN_OPTION
+from k2cli.settings import RUN_OPTION, cache_directory, runs_directory
 
 DEFAULT_WORKER = "k2cli.rank.main"
 _PR_SET_PDEATHSIG = 1
@@ -51,6 +54,7 @@ async def spawn_rank(
     settings, files = group_settings(bootstrap.assignment)
     environment = {**os.environ, **(job or {}), **bootstrap.environment, **settings}
     environment["PYTHONUNBUFFERED"] = "1"
+    environment["TMPDIR"] = str(kernel_folder(bootstrap.assignment.run_id))
     for name, content in files.items():
         inherited.append(_nameless_file(content))
         environment[name] = f"/dev/fd/{inherited[-1]}"
@@ -96,6 +100,36 @@ def rank_arguments(
         *(RUN_OPTION, assignment.run_id, "--rank", str(assignment.rank)),
         *("--guard-fd", str(guard_fd), "--progress-fd", str(progress_fd)),
     ]
+
+
+def kernel_folder(run_id: str) -> Path:
+    """Return the folder in which MLX keeps the libraries that it compiles, and loads them again.
+
+    MLX uses ``$TMPDIR/mlx/VERSION/DEVICE``. In a shared TMPDIR, another user could make that first
+    and put a library there. The folder lasts, since compiling takes long; a cache that cannot be
+    made, or that other users can access, is replaced by a folder of the run.
+
+    Raises:
+        OSError: if neither folder can be used.
+    """
+    # A home folder may be shared by machines of several kinds.
+    name = f"mlx-{sys.platform}-{platform.machine()}"
+    try:
+        return _private_folder(cache_directory() / name)
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home folder
+        return _private_folder(runs_directory() / run_id / name)
+
+
+def _private_folder(folder: Path) -> Path:
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(exist_ok=True, mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise OSError(f"{folder} must be a folder that only this user can access")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"{folder} cannot be written")
+    return folder
 
 
 def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, bytes]]:

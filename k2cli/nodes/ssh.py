@@ -27,6 +27,11 @@ _NOT_RUN = (126, 127)
 _NAME = re.compile(r"[^-\s,\x00-\x1f\x7f][^\s,\x00-\x1f\x7f]*")
 
 
+def is_node_name(name: str) -> bool:
+    """True if ssh can take the name for a host: it takes "-x" for an option."""
+    return _NAME.fullmatch(name) is not None
+
+
 class SshNode:
     """A machine that ``ssh NAME`` reaches without asking for a password.
 
@@ -49,8 +54,7 @@ class SshNode:
         address: str | None = None,
         recorded_python: str | None = None,
     ) -> None:
-        # ssh would take "-x" for an option.
-        if not _NAME.fullmatch(name):
+        if not is_node_name(name):
             raise UsageError(f"'{name}' cannot be the name of a node", "names for ssh: a,b")
         self.name = name
         self._python = python

@@ -10,26 +10,30 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from k2cli.agent.activity import is_alive
+from k2cli.agent.activity import activity, is_alive
 from k2cli.agent.run_folder import remove_scratch
 from k2cli.choices import Transport
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
-from k2cli.files import write_atomically
+from k2cli.files import read_regular, write_atomically
 from k2cli.nodes.locks import release_locks
-from k2cli.nodes.node import REACH_SECONDS
+from k2cli.nodes.node import REACH_SECONDS, is_this_machine
+from k2cli.nodes.ssh import is_node_name
 from k2cli.protocol import RunEvent
-from k2cli.settings import runs_directory
+from k2cli.settings import is_run_id, runs_directory
 
 SCHEMA_VERSION = 1
 KEPT_RECORDS = 20
+_PRUNE_SECONDS = 2.0
+_LIMIT_BYTES = 4 * 2**20
 EVENTS_NAME = "events.jsonl"
 LOG_NAME = "supervisor.log"
 Listener = Callable[[RunEvent], None]
@@ -166,18 +170,48 @@ def new_run_id(model_name: str) -> str:
 
 
 def save_record(record: RunRecord) -> None:
-    """Write the record atomically."""
+    """Write the record atomically.
+
+    Raises:
+        ValueError: if its id cannot be the name of a folder of its own.
+    """
+    if not is_run_id(record.run_id):
+        raise ValueError(f"{record.run_id!r} cannot be the id of a run")
     data = msgspec.json.format(msgspec.json.encode(record), indent=1)
     write_atomically(record.folder / "run.json", data + b"\n")
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """Read the record of a run's folder; None if this version of k2 cannot read it."""
+    """Read the record of a run's folder; None if it is damaged or of another version of k2."""
     try:
-        record = msgspec.json.decode((folder / "run.json").read_bytes(), type=RunRecord)
-    except (OSError, msgspec.MsgspecError, ValueError):
+        return _checked_record(folder)
+    except (OSError, ValueError):
         return None
-    return record if record.schema_version == SCHEMA_VERSION else None
+
+
+def _checked_record(folder: Path) -> RunRecord:
+    """Read a record whose id, processes and nodes can be used without another check.
+
+    Raises:
+        OSError: if the file cannot be read, or is not a regular file of a sensible size.
+        ValueError: if it is not the record of a run in this folder.
+    """
+    if folder.is_symlink():
+        raise ValueError("its folder is a symbolic link")
+    data = read_regular(folder / "run.json", _LIMIT_BYTES)
+    try:
+        record = msgspec.json.decode(data, type=RunRecord)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    if record.schema_version != SCHEMA_VERSION:
+        raise ValueError("another version of k2 has written it")
+    if record.run_id != folder.name or not is_run_id(record.run_id):
+        raise ValueError(f"it is the record of another run, {record.run_id[:100]!r}")
+    if record.pid < 0:
+        raise ValueError(f"{record.pid} cannot be the id of a process")
+    if odd := [name for name in record.nodes if not is_node_name(name)]:
+        raise ValueError(f"{odd[0][:100]!r} cannot be the name of a node")
+    return record
 
 
 def remaining_processes(record: RunRecord) -> dict[str, list[str]]:
@@ -197,17 +231,29 @@ def remaining_processes(record: RunRecord) -> dict[str, list[str]]:
     }
 
 
-def _current(record: RunRecord) -> RunRecord:
-    """Return the record with its current state, which a killed supervisor could not write."""
-    if record.state not in LIVE_STATES and record.state != "orphaned":
-        return record
-    if record.state in LIVE_STATES and record.has_supervisor:
+def _is_settled(record: RunRecord) -> bool:
+    """True if the state in the record is certainly the current one."""
+    if record.live:
+        return record.has_supervisor
+    return record.state != "orphaned"
+
+
+def _current(record: RunRecord, running: Collection[str] | None) -> RunRecord:
+    """Return the record with its current state, which a killed supervisor could not write.
+
+    Args:
+        record: the record as read.
+        running: the runs with processes on this machine; None to look for those of this run.
+    """
+    if _is_settled(record):
         return record
     again = read_record(record.folder)
-    if again is not None and again.state not in LIVE_STATES and again.state != "orphaned":
+    if again is not None and not again.live and again.state != "orphaned":
         return again  # the run ended between the two reads
+    looked = running is not None and all(is_this_machine(name) for name in record.nodes)
     try:
-        remaining = remaining_processes(record)
+        gone = looked and record.run_id not in (running or ())
+        remaining = {} if gone else remaining_processes(record)
     except ClusterError as error:
         return replace(record, state="orphaned", cause=f"launcher gone; {error.message}")
     if remaining:
@@ -217,27 +263,45 @@ def _current(record: RunRecord) -> RunRecord:
     lost = replace(record, state="lost", cause="the launcher was killed", ended=time.time())
     remove_leftovers(lost)
     release_locks([node_named(name) for name in record.nodes], record.run_id)
-    save_record(lost)
+    with suppress(OSError):  # a full disk: the next reader finds the same
+        save_record(lost)
     return lost
 
 
 def remove_leftovers(record: RunRecord) -> None:
     """Remove the files that only a live run needs: its secrets, its key, and mpirun's folder."""
-    for name in ("launch.json", "api-key"):
-        (record.folder / name).unlink(missing_ok=True)
-    for path in record.folder.glob("bootstrap-*.json"):
-        path.unlink(missing_ok=True)
+    names = ("launch.json", "api-key")
+    for path in (
+        *(record.folder / name for name in names),
+        *record.folder.glob("bootstrap-*.json"),
+    ):
+        with suppress(OSError):
+            path.unlink()
     remove_scratch(record.run_id)
 
 
-def list_runs() -> list[RunRecord]:
-    """Return all recorded runs with their current states, newest first."""
+def list_runs(on_damaged: Callable[[str], None] = lambda text: None) -> list[RunRecord]:
+    """Return all recorded runs with their current states, newest first.
+
+    Args:
+        on_damaged: called with a line for each record that cannot be used and is left out.
+    """
     directory = runs_directory()
     if not directory.is_dir():
         return []
-    records = [read_record(folder) for folder in directory.iterdir() if folder.is_dir()]
-    known = sorted((r for r in records if r is not None), key=lambda r: r.created, reverse=True)
-    return [_current(record) for record in known]
+    known = []
+    for folder in directory.iterdir():
+        try:
+            known.append(_checked_record(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # the folder of a run that was launched on another machine, or a stray file
+        except (OSError, ValueError) as error:
+            on_damaged(f"the record in {str(folder)!r} is left out: {error}")
+    known.sort(key=lambda record: record.created, reverse=True)
+    # One look at all processes, after the supervisors were seen to be gone.
+    unsettled = sum(not _is_settled(record) for record in known)
+    running = {run.run_id for run in activity().runs} if unsettled > 1 else None
+    return [_current(record, running) for record in known]
 
 
 def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:
@@ -250,9 +314,10 @@ def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:
     Raises:
         K2Error: if there is no such run, or several ids begin like this.
     """
-    runs = list_runs()
+    damaged: list[str] = []
+    runs = list_runs(damaged.append)
     if run_id is not None:
-        return _by_name(run_id, runs)
+        return _by_name(run_id, runs, damaged)
     candidates = [run for run in runs if run.live] if live else runs
     if candidates:
         return candidates[0]
@@ -264,7 +329,7 @@ def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:
     raise K2Error("no run is live" if live else "there is no run yet", _LAUNCH_HINT)
 
 
-def _by_name(run_id: str, runs: list[RunRecord]) -> RunRecord:
+def _by_name(run_id: str, runs: list[RunRecord], damaged: list[str]) -> RunRecord:
     exact = [run for run in runs if run.run_id == run_id]
     begun = exact or [run for run in runs if run_id and run.run_id.startswith(run_id)]
     if len(begun) == 1:
@@ -272,11 +337,16 @@ def _by_name(run_id: str, runs: list[RunRecord]) -> RunRecord:
     if begun:
         names = ", ".join(run.run_id for run in begun)
         raise K2Error(f"'{run_id}' is the beginning of several runs: {names}", "k2 ps")
+    if own := [line for line in damaged if f"/{run_id}" in line]:
+        raise K2Error(own[0], "remove the folder if no process of the run is left")
     raise K2Error(f"there is no run '{run_id}'", f"k2 ps; or {_LAUNCH_HINT}")
 
 
 def prune_records() -> None:
-    """Remove the folders of all but the most recent ended runs."""
+    """Remove the folders of all but the most recent ended runs, for ``_PRUNE_SECONDS`` at most."""
     ended = [run for run in list_runs() if not run.live and run.state != "orphaned"]
+    until = time.monotonic() + _PRUNE_SECONDS
     for run in ended[KEPT_RECORDS:]:
+        if time.monotonic() > until:
+            return  # the next launch removes more
         shutil.rmtree(run.folder, ignore_errors=True)
