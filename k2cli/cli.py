@@ -106,10 +106,11 @@ def _report_bug(error: Exception) -> int:
     """Save the traceback to a file, print one line, and return the exit code."""
     from k2cli.settings import debug_enabled, state_directory
     from k2cli.ui.output import print_error
+    from k2cli.units import clean_text
 
     report = "".join(traceback.format_exception(error))
     if debug_enabled():
-        sys.stderr.write(report)
+        sys.stderr.write(clean_text(report))
     path = state_directory() / "crash.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
