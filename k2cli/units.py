@@ -1,4 +1,4 @@
-"""Conversion of bytes, durations and rates to and from text.
+"""Conversion of bytes, durations and rates to and from text, and cleaning of foreign text.
 
 Bytes are integers everywhere, and only this module formats them. GB is 10^9 bytes and GiB is 2^30
 bytes.
@@ -47,6 +47,47 @@ def parse_bytes(text: str) -> int:
     if match is None or unit is None:
         raise UsageError(f"'{text}' is not a size", "write for example 512GB or 464GiB")
     return int(float(match.group(1)) * unit)
+
+
+_SEQUENCE = (
+    r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x00-\x1f\x7f-\x9f]*(?:\x07|\x9c|\x1b\\)"  # OSC, DCS
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI
+)
+_UNSAFE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+_UNSAFE_CHARACTER = re.compile(_UNSAFE)
+_CONTROL = re.compile(f"{_SEQUENCE}|{_UNSAFE}|[\ud800-\udfff]")
+
+
+def clean_text(text: str, keep: str = "\n\t") -> str:
+    """Remove what could control a terminal from text that is not k2's own.
+
+    Escape sequences, C0 and C1 controls and changes of the writing direction go, except for the
+    characters in ``keep``. Other line breaks and tabs become spaces, and lone surrogates, which
+    stand for a name's undecodable bytes and cannot be printed, become U+FFFD.
+    """
+
+    def cleaned(match: re.Match[str]) -> str:
+        found = match.group()
+        if found in keep:
+            return found
+        if "\ud800" <= found <= "\udfff":
+            return "\ufffd"
+        return " " if found in "\n\t\u2028\u2029" else ""
+
+    return text if text.isascii() and text.isprintable() else _CONTROL.sub(cleaned, text)
+
+
+def one_line(text: str) -> str:
+    """Remove the same, and every line break and tab: for a name inside a sentence or a table."""
+    return clean_text(text, keep="")
+
+
+def escape_json(document: str) -> str:
+    """Escape in a JSON document the control characters that JSON allows in strings."""
+    return _UNSAFE_CHARACTER.sub(
+        lambda match: match.group() if match.group() in "\n\t" else f"\\u{ord(match.group()):04x}",
+        document,
+    )
 
 
 _LATENCY_UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}

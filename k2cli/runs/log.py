@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from k2cli.units import MIB
+from k2cli.units import MIB, clean_text
 
 MAX_LOG_BYTES = 64 * MIB
 _POLL_SECONDS = 0.2
@@ -33,7 +33,7 @@ class LogEntry:
 def format_entry(entry: LogEntry) -> str:
     """Return the entry as a line of the file."""
     when = datetime.fromtimestamp(entry.time).astimezone().isoformat(timespec="milliseconds")
-    return f"{when} {entry.node} {entry.rank} | {entry.text}"
+    return clean_text(f"{when} {entry.node} {entry.rank} | {entry.text}", keep="\t")
 
 
 def parse_entry(line: str) -> LogEntry:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from k2cli.ui.output import print_text, stdout_console
+from k2cli.units import one_line
 
 if TYPE_CHECKING:
     from k2cli.doctor.examination import Report
@@ -55,7 +56,7 @@ def _print_finding(status: str, label: str, text: str) -> None:
     lines = textwrap.wrap(text, _WIDTH - 22, break_long_words=False, break_on_hyphens=False) or [""]
     console = stdout_console()
     console.print(_MARKS[status].ljust(6), style=_STYLES[status], end="", markup=False)
-    console.print(f"{label.ljust(15)} {lines[0]}".rstrip(), markup=False)
+    console.print(one_line(f"{label.ljust(15)} {lines[0]}").rstrip(), markup=False)
     for line in lines[1:]:
         print_text(f"{'':22}{line}")
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from k2cli.ui.output import note, stderr_console, stderr_is_plain
-from k2cli.units import format_bytes, format_duration
+from k2cli.units import format_bytes, format_duration, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -66,7 +66,7 @@ class LaunchView:
         if rank not in self._tasks:
             self._tasks[rank] = self._bars.add_task(self._who(rank), total=None, figures="")
         counted = total_bytes > 0
-        figures = phase
+        figures = one_line(phase)
         if counted:
             figures += f" {format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
         self._bars.update(
@@ -86,29 +86,30 @@ class LaunchView:
     def ready(self, run_id: str, model_name: str, url: str) -> None:
         """Report that the API answers."""
         self.end_progress()
-        note(f"\nready: {model_name} at {url}/v1 (run {run_id})")
+        note(f"\nready: {one_line(model_name)} at {url}/v1 (run {run_id})")
 
     def failed(self, rank: int, cause: str) -> None:
         """Report a failed rank at once, because an unreachable node delays the end of the run."""
         if not self._told_failure:
             self._told_failure = True
             self.end_progress()
-            note(f"{self._who(rank)} failed: {cause}; ending the run on every node")
+            note(f"{self._who(rank)} failed: {one_line(cause)}; ending the run on every node")
 
     def restarting(self, cause: str, attempt: int, delay_seconds: float) -> None:
         """Report that the run has failed and will start again."""
         self._told_failure = False
         self._phases.clear()
         self.end_progress()
-        note(f"{cause}; attempt {attempt} begins in {format_duration(max(delay_seconds, 1))}")
+        wait = format_duration(max(delay_seconds, 1))
+        note(f"{one_line(cause)}; attempt {attempt} begins in {wait}")
 
     def line(self, node: str, rank: int, text: str) -> None:
         """Show a line of the log."""
         if self._log:
-            note(f"{node} {rank} | {text}")
+            note(one_line(f"{node} {rank} | {text}"))
 
     def _who(self, rank: int) -> str:
-        return f"rank {rank} on {self._nodes[rank]}"
+        return one_line(f"rank {rank} on {self._nodes[rank]}")
 
 
 def _bars() -> Progress | None:
@@ -132,4 +133,4 @@ def print_last_lines(lines: Sequence[str]) -> None:
     if lines:
         note("\nits last lines:")
         for line in lines:
-            note(f"  {line}")
+            note(f"  {one_line(line)}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from k2cli.errors import K2Error
+from k2cli.units import clean_text, escape_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,24 +50,25 @@ def print_json(document: bytes | Any) -> None:
     """Print one JSON document to stdout; a value other than bytes is encoded with indentation."""
     if not isinstance(document, bytes):
         document = msgspec.json.format(msgspec.json.encode(document), indent=1)
-    sys.stdout.write(document.decode().rstrip("\n") + "\n")
+    sys.stdout.write(escape_json(document.decode()).rstrip("\n") + "\n")
     sys.stdout.flush()
 
 
 def print_json_line(document: Any) -> None:
     """Print one JSON document to stdout on a single line, for JSON Lines."""
-    sys.stdout.write(msgspec.json.encode(document).decode() + "\n")
+    sys.stdout.write(escape_json(msgspec.json.encode(document).decode()) + "\n")
     sys.stdout.flush()
 
 
 def print_text(text: str = "", *, end: str = "\n") -> None:
-    """Print a result to stdout unchanged: no markup, no wrapping."""
-    sys.stdout.write(text + end)
+    """Print a result to stdout without control characters: no markup, no wrapping."""
+    sys.stdout.write(clean_text(text) + end)
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
     """Print a message on stderr."""
+    text = clean_text(text)
     if stderr_is_plain():
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -74,13 +76,18 @@ def note(text: str) -> None:
     stderr_console().print(text, markup=False)
 
 
+def _indented(text: str) -> str:
+    """Indent continuation lines, so that a line break in a name cannot begin a false message."""
+    return clean_text(text).replace("\n", "\n  ")
+
+
 def warn(text: str) -> None:
     """Print a warning on stderr."""
-    stderr_console().print(f"warning: {text}", markup=False, style="yellow")
+    stderr_console().print(f"warning: {_indented(text)}", markup=False, style="yellow")
 
 
 def print_error(error: K2Error) -> None:
     """Print an error on stderr, with its hint."""
-    stderr_console().print(f"error: {error.message}", markup=False, style="bold red")
+    stderr_console().print(f"error: {_indented(error.message)}", markup=False, style="bold red")
     if error.hint:
-        stderr_console().print(f"\nhint: {error.hint}", markup=False)
+        stderr_console().print(f"\nhint: {_indented(error.hint)}", markup=False)

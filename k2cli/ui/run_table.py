@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from k2cli.ui.output import note, print_text
-from k2cli.units import format_bytes, format_duration
+from k2cli.units import format_bytes, format_duration, one_line
 
 if TYPE_CHECKING:
     from k2cli.runs.record import RunRecord
@@ -26,7 +26,7 @@ def print_runs(runs: Sequence[RunRecord]) -> None:
     for run, row in zip(runs, rows, strict=True):
         print_text(_line(row, widths))
         if run.cause and (run.left or run.state not in ("ready", "stopped")):
-            print_text(f"  {run.cause}")
+            print_text(f"  {one_line(run.cause)}")
 
 
 def _row(run: RunRecord) -> tuple[str, ...]:
@@ -34,7 +34,7 @@ def _row(run: RunRecord) -> tuple[str, ...]:
     placement = f"{len(run.ranks)} {run.strategy}" if len(run.ranks) > 1 else "1"
     return (
         run.run_id,
-        run.model_name,
+        one_line(run.model_name),
         run.state,
         placement,
         format_bytes(weights) if weights and run.live else "-",

@@ -1,8 +1,8 @@
 """Streamed answers on the terminal, and a status line for the state of the server.
 
 The answer goes to stdout and everything else to stderr, so that a pipe carries the answer only,
-byte for byte as the model wrote it. On a terminal the answer is styled, and control characters are
-removed, because a model's text must not move the cursor or set the window title.
+styled only on a terminal. Control characters other than line breaks and tabs are removed, because
+a model's text must not move the cursor, set the window title or write to the clipboard.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from rich.text import Text
 
 from k2cli.ui.chat.markdown import MarkdownStyler
 from k2cli.ui.output import stderr_console, stdout_console
+from k2cli.units import clean_text, one_line
 
-_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _CLEAR_LINE = "\r\x1b[2K"
 
 
@@ -25,16 +25,13 @@ class AnswerWriter:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         console = stdout_console()
-        self._terminal = self._stream.isatty()
-        styled = self._terminal and console.is_terminal and not console.no_color
+        styled = self._stream.isatty() and console.is_terminal and not console.no_color
         self._styler = MarkdownStyler() if styled else None
         self._last = "\n"
 
     def write(self, text: str) -> None:
         """Write more of the answer."""
-        if self._terminal:
-            text = text.translate(_CONTROL)
-        if text:
+        if text := clean_text(text):
             self._last = text[-1]
             self._put(self._styler.push(text) if self._styler else text)
 
@@ -57,6 +54,7 @@ class StatusLine:
 
     def show(self, text: str) -> None:
         """Replace the line."""
+        text = one_line(text)
         if self._active and text != self._shown:
             self._shown = text
             self._put(_CLEAR_LINE + text)
@@ -75,4 +73,4 @@ class StatusLine:
 
 def dim_note(text: str) -> None:
     """Print a line on stderr in dim style."""
-    stderr_console().print(Text(text, style="dim"))
+    stderr_console().print(Text(clean_text(text), style="dim"))
