@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -27,29 +27,33 @@ def decode_json(data: bytes | str, type: type[_T]) -> _T:
         raise msgspec.DecodeError(str(error)) from None
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading; a FIFO or device could block or be endless.
+def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> int:
+    """Open a file without waiting for a FIFO or creating the file, and return its descriptor.
+
+    Args:
+        follow_links: True for files of the user's own, such as those of the Hub's cache.
 
     Raises:
-        OSError: if it cannot be opened, or is no regular file.
+        OSError: if it cannot be opened, or is not a regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file of at most ``max_bytes``.
+def read_regular(path: Path, limit_bytes: int, *, follow_links: bool = False) -> bytes:
+    """Read a regular file of at most ``limit_bytes``.
 
     Raises:
-        OSError: if it cannot be read, is no regular file, or is larger.
+        OSError: if it cannot be read, is not a regular file, or is larger.
     """
-    with open_regular(path) as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise OSError(errno.EFBIG, f"it is larger than {max_bytes} bytes", str(path))
+    with os.fdopen(open_regular(path, follow_links=follow_links), "rb") as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {limit_bytes} bytes", str(path))
     return data
 
 
@@ -74,29 +78,3 @@ def write_atomically(path: Path, data: bytes | str, mode: int | None = None) -> 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def open_regular(path: Path, flags: int) -> int:
-    """Open a file without following a link, waiting for a FIFO or creating the file.
-
-    Raises:
-        OSError: if it cannot be opened, or is not a regular file.
-    """
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise OSError(f"{path} is not a regular file")
-
-
-def read_regular(path: Path, limit_bytes: int) -> bytes:
-    """Read a regular file of at most ``limit_bytes``.
-
-    Raises:
-        OSError: if it cannot be read, is not a regular file, or is larger.
-    """
-    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
-        data = file.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
-        raise OSError(f"{path} is larger than {limit_bytes} bytes")
-    return data

@@ -121,7 +121,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         K2Error: if it cannot be read, is too long, or does not hold a JSON object.
     """
     try:
-        document = json.loads(read_regular(path, _MAX_JSON_BYTES))
+        document = json.loads(read_regular(path, _MAX_JSON_BYTES, follow_links=True))
     except OSError as error:
         raise K2Error(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -230,7 +230,7 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
             the bytes that follow it.
     """
     try:
-        with open_regular(file) as stream:
+        with os.fdopen(open_regular(file, follow_links=True), "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             length = header_length(file, stream.read(8), size)
             return tensors_of_header(file, stream.read(length), size)
