@@ -20,7 +20,10 @@ from k2cli.protocol import (
     FollowerMessage,
     Hello,
 )
-from k2cli.protocol.wire import Channel, ConnectionLost, authenticate, frame
+from k2cli.protocol.wire import Channel, ConnectionLost, WrongSecret, authenticate, frame
+
+_MAX_STRANGERS = 64
+_POLL_SECONDS = 0.02
 
 
 class Followers:
@@ -32,6 +35,7 @@ class Followers:
         self._sockets: dict[int, socket.socket] = {}
         self._on_loss = on_loss
         self._closing = False
+        self._room = threading.BoundedSemaphore(_MAX_STRANGERS)
         self.inbox: queue.Queue[FollowerMessage] = queue.Queue()
 
     @staticmethod
@@ -42,7 +46,7 @@ class Followers:
             ClusterError: if the address is not one of this machine's.
         """
         try:
-            return socket.create_server((host, 0))
+            return socket.create_server((host, 0), backlog=128)
         except OSError as error:
             raise ClusterError(f"cannot listen on {host}: {error}") from error
 
@@ -64,28 +68,40 @@ class Followers:
                         f"rank {', '.join(map(str, missing))} did not connect to the leader "
                         f"within {timeout_seconds:.0f} s"
                     )
-                listener.settimeout(remaining)
+                listener.settimeout(min(remaining, _POLL_SECONDS))
                 try:
                     connection, _ = listener.accept()
                 except TimeoutError:
                     continue
-                self._admit(connection, secret, count)
+                # In a thread of its own, so that a stranger that says nothing delays nobody.
+                if not self._room.acquire(timeout=remaining):
+                    connection.close()
+                    continue
+                serve = (connection, secret, count)
+                threading.Thread(target=self._serve, args=serve, daemon=True).start()
 
-    def _admit(self, connection: socket.socket, secret: str, count: int) -> None:
+    def _serve(self, connection: socket.socket, secret: str, count: int) -> None:
+        try:
+            rank = self._admit(connection, secret, count)
+        finally:
+            self._room.release()
+        if rank is None:
+            connection.close()  # not of this run, or a follower that fails on its own side
+        else:
+            self._read(rank)
+
+    def _admit(self, connection: socket.socket, secret: str, count: int) -> int | None:
         try:
             authenticate(connection, secret, accepting=True)
             channel: Channel[FollowerMessage] = Channel(connection, FollowerMessage)
             hello = channel.receive(timeout_seconds=5.0)
         except ConnectionLost:
-            connection.close()  # not of this run, or a follower that fails on its own side
-            return
+            return None
         if not isinstance(hello, Hello) or not 1 <= hello.rank <= count:
-            channel.close()
-            return
-        self._channels[hello.rank] = channel
+            return None
         self._sockets[hello.rank] = connection
-        name = f"follower-{hello.rank}"
-        threading.Thread(target=self._read, args=(hello.rank,), name=name, daemon=True).start()
+        self._channels[hello.rank] = channel  # last: ``accept`` counts them
+        return hello.rank
 
     def _read(self, rank: int) -> None:
         try:
@@ -126,9 +142,18 @@ def connect_to_leader(
         ClusterError: if the leader cannot be reached, or is not the leader of this run.
     """
     where = f"{endpoint.host}:{endpoint.port}"
+    until = time.monotonic() + timeout_seconds
     try:
-        connection = socket.create_connection((endpoint.host, endpoint.port), timeout_seconds)
-        authenticate(connection, secret, accepting=False)
+        while True:
+            connection = socket.create_connection((endpoint.host, endpoint.port), timeout_seconds)
+            try:
+                authenticate(connection, secret, accepting=False)
+                break
+            except ConnectionLost as error:
+                connection.close()
+                if isinstance(error, WrongSecret) or time.monotonic() > until:
+                    raise
+                time.sleep(_POLL_SECONDS)  # the leader is busy with strangers
     except (OSError, ConnectionLost) as error:
         raise ClusterError(f"rank {rank} cannot reach the leader at {where}: {error}") from error
     channel: Channel[Decision] = Channel(connection, Decision)

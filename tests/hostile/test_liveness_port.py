@@ -15,9 +15,11 @@ import pytest
 
 from k2cli.agent.ports import free_ports
 from k2cli.guard.liveness import LivenessServer, connect_to_leader
-from k2cli.protocol import GuardStarted
+from k2cli.protocol import ControlEndpoint, GuardStarted
 from k2cli.protocol.wire import ConnectionLost, authenticate
 from k2cli.protocol.wire_streams import authenticate_stream, open_stream
+from k2cli.rank.control import Followers
+from k2cli.rank.control import connect_to_leader as connect_rank
 from tests.guard.test_guard_parts import _bootstrap, _until
 
 SECRET = "5e" * 32
@@ -130,3 +132,20 @@ def test_the_time_to_authenticate_is_that_of_all_bytes_together() -> None:
     ours.close()
     thread.join()
     theirs.close()
+
+
+def test_silent_strangers_keep_no_follower_from_the_leader_rank() -> None:
+    followers = Followers(lambda rank, cause: None)
+    listener = Followers.listen("127.0.0.1")
+    host, port = listener.getsockname()
+    accepting = threading.Thread(target=followers.accept, args=(listener, 1, SECRET, 30.0))
+    accepting.start()
+    strangers = [socket.create_connection((host, port)) for _ in range(100)]
+    began = time.monotonic()
+    channel = connect_rank(ControlEndpoint(host, port), 1, SECRET, 30.0)
+    accepting.join(10)
+    assert not accepting.is_alive()
+    assert time.monotonic() - began < 12
+    followers.close()
+    for stranger in (*strangers, channel, followers._channels[1]):
+        stranger.close()
