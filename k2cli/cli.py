@@ -6,6 +6,7 @@ nothing heavy at their top, so that help and usage errors appear at once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import os
@@ -93,6 +94,40 @@ def _first_paragraph(function: Callable[..., object]) -> str:
     return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
 
+_CONDITIONS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENOSPC, errno.EDQUOT,
+)  # fmt: skip
+"""Errors of the system that show the state of a folder or a disk, and not a bug."""
+
+
+def _open_closed_streams() -> None:
+    """Open the null device in place of closed descriptors 0 to 2.
+
+    Otherwise the next file or socket would take the number, and receive what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def _condition_error(error: Exception) -> K2Error | None:
+    """Return the error to show for a folder or a disk that cannot be used, None for others."""
+    if not isinstance(error, OSError) or error.errno not in _CONDITIONS or not error.filename:
+        return None
+    hint = "check HOME, or set K2_CONFIG_DIR, K2_STATE_DIR and K2_DATA_DIR to folders of yours"
+    text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return K2Error(text, None if error.errno in (errno.ENOSPC, errno.EDQUOT) else hint)
+
+
 def _is_interrupt(error: BaseException | None) -> bool:
     """True if Ctrl-C caused the error; compiled modules replace it by an error of their own."""
     while error is not None:
@@ -111,7 +146,11 @@ def _report_bug(error: Exception) -> int:
     report = "".join(traceback.format_exception(error))
     if debug_enabled():
         sys.stderr.write(clean_text(report))
-    path = state_directory() / "crash.log"
+    try:
+        path = state_directory() / "crash.log"
+    except K2Error as no_home:
+        print_error(InternalError(f"internal error: {error!r}", no_home.message))
+        return InternalError.exit_code
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(report)
@@ -147,6 +186,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Run the command line and exit."""
+    _open_closed_streams()
     try:
         sys.exit(run_command_line())
     except K2Error as error:
@@ -161,4 +201,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        sys.exit(EXIT_INTERRUPTED if _is_interrupt(error) else _report_bug(error))
+        if _is_interrupt(error):
+            sys.exit(EXIT_INTERRUPTED)
+        if (condition := _condition_error(error)) is None:
+            sys.exit(_report_bug(error))
+        from k2cli.ui.output import print_error
+
+        print_error(condition)
+        sys.exit(condition.exit_code)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from k2cli.errors import K2Error
+
 # The mark of the processes of a run on their command lines; the run's id follows it.
 RUN_OPTION = "--k2-run"
 
@@ -18,7 +20,13 @@ def _directory(override: str, xdg: str, fallback: str) -> Path:
         return Path(value)
     if value := os.environ.get(xdg):
         return Path(value) / "k2"
-    return Path.home() / fallback / "k2"
+    try:
+        return Path.home() / fallback / "k2"
+    except RuntimeError:
+        raise K2Error(
+            f"HOME is not set, and user {os.getuid()} has no home folder",
+            f"set HOME to a folder of yours, or {override} for this one alone",
+        ) from None
 
 
 def config_directory() -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from k2cli.choices import LinkTransport
+from k2cli.files import decode_json
 
 WARM_UP = 5
 ROUNDS = 50
@@ -218,7 +219,7 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 
 def main() -> None:
     """Measure, and write the figures to stdout as JSON."""
-    specification = msgspec.json.decode(sys.argv[1], type=Specification)
+    specification = decode_json(sys.argv[1], type=Specification)
     # The default action of SIGALRM ends the process even if its threads are blocked.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(specification.limit_seconds)

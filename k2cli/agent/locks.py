@@ -21,7 +21,7 @@ import msgspec
 import psutil
 
 from k2cli.agent.activity import is_alive
-from k2cli.files import write_atomically
+from k2cli.files import decode_json, write_atomically
 from k2cli.settings import locks_directory
 
 FRESH_SECONDS = 60.0
@@ -97,7 +97,7 @@ def lock_state(age_seconds: float, alive: bool, processes: int, *, here: bool) -
 
 def _read(path: Path, count: Callable[[str], int]) -> Lock | None:
     try:
-        claim = msgspec.json.decode(path.read_bytes(), type=Claim)
+        claim = decode_json(path.read_bytes(), type=Claim)
         renewed = path.stat().st_mtime
     except (OSError, msgspec.MsgspecError):
         return None
@@ -155,7 +155,7 @@ def renew(run_id: str, pid: int, create_time: float) -> bool:
     with _mutex():
         path = lock_path(run_id)
         try:
-            claim = msgspec.json.decode(path.read_bytes(), type=Claim)
+            claim = decode_json(path.read_bytes(), type=Claim)
         except (OSError, msgspec.MsgspecError):
             return False
         _write(path, msgspec.structs.replace(claim, pid=pid, pid_create_time=create_time))

@@ -26,6 +26,7 @@ from k2cli.agent.ports import choose_port, free_ports, port_holder
 from k2cli.agent.reach import Target, try_targets
 from k2cli.agent.run_folder import remove_bootstraps, write_private
 from k2cli.agent.run_processes import count_processes, kill_run, processes_of_run
+from k2cli.files import decode_json
 
 
 def _memory() -> Any:
@@ -45,7 +46,7 @@ def _clean(live: str, gone: str) -> Any:
 
 
 def _lock_take(share: str, claim: bytes) -> Any:
-    return take(msgspec.json.decode(claim, type=Claim), count_processes, share=share == "1")
+    return take(decode_json(claim, type=Claim), count_processes, share=share == "1")
 
 
 # Verb -> function of strings whose result msgspec can encode.
@@ -55,7 +56,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "software": _software,
     "networks": own_networks,
     "disk-speed": read_speed,
-    "reach": lambda targets: try_targets(msgspec.json.decode(targets, type=list[Target])),
+    "reach": lambda targets: try_targets(decode_json(targets, type=list[Target])),
     "free-ports": lambda count: free_ports(int(count)),
     "port-holder": lambda host, port: port_holder(host, int(port)),
     "choose-port": lambda host, first: choose_port(host, int(first)),

@@ -17,6 +17,7 @@ import httpx
 import msgspec
 
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
+from k2cli.files import decode_json
 
 CONNECT_SECONDS = 10.0
 # k2's server sends something every 15 s; others may send nothing during a long prefill.
@@ -294,7 +295,7 @@ def _failure(status: int, message: str, base: str) -> K2Error:
 def _error_message(content: bytes) -> str | None:
     """Return the message of an OpenAI error object, or None if the body is not one."""
     try:
-        error = msgspec.json.decode(content, type=dict[str, Any]).get("error")
+        error = decode_json(content, type=dict[str, Any]).get("error")
     except msgspec.MsgspecError:
         return None
     message = error.get("message") if isinstance(error, dict) else error
@@ -303,7 +304,7 @@ def _error_message(content: bytes) -> str | None:
 
 def _decoded(content: bytes | str, base: str) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(content, type=dict[str, Any])
+        return decode_json(content, type=dict[str, Any])
     except msgspec.MsgspecError as error:
         raise K2Error(f"{base} does not answer as an OpenAI API: {error}") from error
 

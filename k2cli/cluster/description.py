@@ -16,7 +16,7 @@ from k2cli.choices import Certainty, Device
 from k2cli.cluster.facts.machine import InterfaceKind
 from k2cli.cluster.hostfile import Hostfile
 from k2cli.errors import ClusterError, UsageError
-from k2cli.files import write_atomically
+from k2cli.files import decode_json, write_atomically
 from k2cli.nodes.node import LOCALHOST, is_this_machine
 from k2cli.planning.hardware.chips import chip_of_device
 from k2cli.planning.hardware.machine import NodeMemory
@@ -140,7 +140,7 @@ def load_cluster(name: str | None = None) -> Cluster:
     name = name if name is not None else _only_cluster()
     path = cluster_path(name)
     try:
-        cluster = msgspec.json.decode(path.read_bytes(), type=Cluster)
+        cluster = decode_json(path.read_bytes(), type=Cluster)
     except FileNotFoundError:
         raise UsageError(f"there is no cluster '{name}'", _known_clusters()) from None
     except OSError as error:

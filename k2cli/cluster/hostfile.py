@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.errors import UsageError
+from k2cli.files import decode_json
 
 _SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(=|$)", re.ASCII)
 
@@ -60,11 +61,11 @@ def parse_hostfile(text: bytes, source: str) -> Hostfile:
         UsageError: if it is not a hostfile, or has no host, or RDMA lists of the wrong length.
     """
     try:
-        document = msgspec.json.decode(text)
+        document = decode_json(text, object)
         if isinstance(document, list):
             document = {"hosts": document}
         hostfile = msgspec.convert(document, type=Hostfile)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except msgspec.MsgspecError as error:
         raise UsageError(
             f"{source} is not an MLX hostfile: {error}",
             'it looks like {"backend": "ring", "envs": [], "hosts": [{"ssh": "a", "ips": ["…"]}]}',

@@ -20,6 +20,7 @@ from k2cli.choices import LinkTransport
 from k2cli.cluster.description import Link
 from k2cli.cluster.facts.machine import MachineFacts
 from k2cli.errors import ClusterError
+from k2cli.files import decode_json
 from k2cli.nodes.node import Node
 from k2cli.nodes.parallel import map_in_parallel
 
@@ -145,7 +146,7 @@ async def _listening(process: asyncio.subprocess.Process) -> Listening | None:
     assert process.stdout is not None
     try:
         line = await asyncio.wait_for(process.stdout.readline(), _START_SECONDS)
-        return msgspec.json.decode(line, type=Listening)
+        return decode_json(line, type=Listening)
     except (TimeoutError, msgspec.MsgspecError):
         return None
 
@@ -320,7 +321,7 @@ def _run_rank(node: Node, specification: Specification) -> _Side:
     except ClusterError as error:
         return _Side(None, error.message)
     if done.status == 0:
-        return _Side(msgspec.json.decode(done.stdout.splitlines()[0], type=Figures), "")
+        return _Side(decode_json(done.stdout.splitlines()[0], type=Figures), "")
     lines = done.stderr.decode(errors="replace").strip().splitlines()
     if done.status < 0 or done.status == 128 + 14 or not lines:  # SIGALRM, there or through a shell
         return _Side(None, f"{node.name} waited {_LINK_LIMIT_SECONDS} s for the other node")

@@ -23,6 +23,7 @@ from k2cli.doctor.examination import Report, report_on, situation_of
 from k2cli.doctor.redaction import Redactor, names_in
 from k2cli.doctor.results import Need, Situation
 from k2cli.errors import K2Error, UsageError
+from k2cli.files import decode_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -171,7 +172,7 @@ def _with_measured(situation: Situation, manifest: Manifest) -> Situation:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        manifest = decode_json(path.read_bytes(), type=Manifest)
     except OSError as error:
         raise UsageError(
             f"'{folder}' has no recording: {error.strerror}", "k2 doctor --record FOLDER makes one"

@@ -18,6 +18,7 @@ from typing import NoReturn
 import msgspec
 
 from k2cli.errors import K2Error, UsageError
+from k2cli.files import decode_json
 from k2cli.guard.follower import FollowerGuard
 from k2cli.guard.leader_session import LeaderSession
 from k2cli.guard.spawn import DEFAULT_WORKER
@@ -47,7 +48,7 @@ def read_bootstrap(run_id: str, name: str, rank: int) -> Bootstrap:
     try:
         content = path.read_bytes()
         path.unlink()
-        bootstrap = msgspec.json.decode(content, type=Bootstrap)
+        bootstrap = decode_json(content, type=Bootstrap)
     except (OSError, msgspec.MsgspecError) as error:
         raise UsageError(f"{path} is not a bootstrap file: {error}") from error
     assignment = bootstrap.assignment

@@ -33,7 +33,7 @@ _KMSG_PREFIX = re.compile(r"^\d+,\d+,\d+,[^;]*;")
 _OTHER_REASONS = frozenset({"vnode-limit", "idle-exit"})
 _REPORT_FOLDERS = (
     Path("/Library/Logs/DiagnosticReports"),
-    Path.home() / "Library/Logs/DiagnosticReports",
+    Path(os.path.expanduser("~/Library/Logs/DiagnosticReports")),
 )
 _MOST_REPORT_BYTES = 32 * MIB
 # PROC_PID_INIT_INO of the kernel, whose log has the process ids of this namespace.

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from k2cli.agent.run_folder import write_private
 from k2cli.choices import Transport
 from k2cli.errors import ClusterError
+from k2cli.files import decode_json
 from k2cli.launch.restart_policy import RestartPolicy
 from k2cli.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
 
@@ -128,7 +129,7 @@ def read_specification(folder: Path) -> RunSpecification:
         ClusterError: if it is missing or of another version of k2.
     """
     try:
-        return msgspec.json.decode((folder / _NAME).read_bytes(), type=RunSpecification)
+        return decode_json((folder / _NAME).read_bytes(), type=RunSpecification)
     except (OSError, msgspec.MsgspecError) as error:
         raise ClusterError(f"{folder} contains no run that can be started: {error}") from error
 

@@ -8,6 +8,7 @@ checked against the size of the file before it is used.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import dataclass, field
 from math import prod
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from k2cli.errors import K2Error
+from k2cli.files import open_regular, read_regular
 
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors library; the largest header of K2 has about 3 MB."""
 
 _MAX_JSON_BYTES = 50_000_000
 _MAX_DIMENSION = 2**48
+_LARGEST_TOKEN = 2**31 - 1
 _MAX_DIMENSIONS = 16
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -103,7 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise K2Error(f"{path}: text_config must be an object")
         _check_config(path, config["text_config"], required_model_type=False)
     generation = folder / "generation_config.json"
-    if generation.is_file():
+    if generation.exists():
         end = read_json_object(generation).get("eos_token_id")
         if end is not None:
             config["eos_token_id"] = end
@@ -118,9 +121,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         K2Error: if it cannot be read, is too long, or does not hold a JSON object.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise K2Error(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
-        document = json.loads(path.read_bytes())
+        document = json.loads(read_regular(path, _MAX_JSON_BYTES))
     except OSError as error:
         raise K2Error(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -170,7 +171,10 @@ def end_tokens(path: Path, value: object) -> list[int]:
         K2Error: if it is neither an integer nor a list of integers.
     """
     tokens: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
+    if any(
+        isinstance(token, bool) or not isinstance(token, int) or abs(token) > _LARGEST_TOKEN
+        for token in tokens
+    ):
         raise K2Error(
             f"{path}: eos_token_id must be an integer or a list of them, not {shown(value)}"
         )
@@ -179,7 +183,7 @@ def end_tokens(path: Path, value: object) -> list[int]:
 
 def _read_index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX_NAME
-    if not path.is_file():
+    if not path.exists():
         return None
     weight_map = weight_map_of(path, read_json_object(path))
     for file in set(weight_map.values()):
@@ -226,8 +230,8 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
             the bytes that follow it.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = header_length(file, stream.read(8), size)
             return tensors_of_header(file, stream.read(length), size)
     except OSError as error:

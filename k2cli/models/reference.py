@@ -65,7 +65,10 @@ def parse_reference(text: str) -> ModelReference:
                 text, "alias", repo=entry.source.repo, revision=entry.source.revision
             )
         return ModelReference(text, "alias")
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"'{text}' names no folder: {error}", "write the whole path") from None
     if text and _exists(path):
         if path.name == "config.json" and path.is_file():
             path = path.parent  # a config without its checkpoint

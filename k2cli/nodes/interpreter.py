@@ -18,6 +18,7 @@ from k2cli import __version__
 from k2cli.agent import self_report
 from k2cli.agent.own_wheel import own_digest
 from k2cli.errors import ClusterError
+from k2cli.files import decode_json
 from k2cli.nodes.node import Completed
 
 # Relative to the home folder, in which sshd starts a command.
@@ -55,7 +56,7 @@ def report_of(run: Run, python: str) -> Report | None:
     if done.status != 0:
         return None
     try:
-        return msgspec.json.decode(last_line(done.stdout), type=Report)
+        return decode_json(last_line(done.stdout), type=Report)
     except msgspec.MsgspecError:
         return None
 

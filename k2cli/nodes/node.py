@@ -22,6 +22,7 @@ from k2cli.agent import ports
 from k2cli.agent.facts import NodeFacts
 from k2cli.agent.run_processes import RunProcess
 from k2cli.errors import ClusterError
+from k2cli.files import decode_json
 
 if TYPE_CHECKING:
     import asyncio
@@ -189,7 +190,7 @@ def decode_answer(node: str, verb: str, answer: bytes, kind: Any) -> Any:
         ClusterError: if it is not a ``kind``.
     """
     try:
-        return msgspec.json.decode(answer, type=kind)
+        return decode_json(answer, type=kind)
     except msgspec.MsgspecError as error:
         raise ClusterError(
             f"node {node} returned an unreadable answer to '{verb}': {error}"

@@ -14,7 +14,7 @@ import msgspec
 
 from k2cli.choices import Certainty, FloatType
 from k2cli.errors import UsageError
-from k2cli.files import write_atomically
+from k2cli.files import decode_json, write_atomically
 from k2cli.planning.speed.estimate import SpeedEstimate
 from k2cli.sharding.placement import Placement
 
@@ -175,7 +175,7 @@ def plan_from_json(document: bytes, source: str) -> Plan:
     """
     hint = "k2 plan-memory MODEL --hardware SPEC --save plan.json"
     try:
-        fields: dict[str, Any] = msgspec.json.decode(document, type=dict[str, Any])
+        fields: dict[str, Any] = decode_json(document, type=dict[str, Any])
         version = fields.get("schema_version")
         if version != SCHEMA_VERSION:
             raise UsageError(

@@ -22,7 +22,7 @@ from k2cli.agent.run_folder import remove_scratch
 from k2cli.choices import Transport
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
-from k2cli.files import write_atomically
+from k2cli.files import decode_json, write_atomically
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import REACH_SECONDS
 from k2cli.protocol import RunEvent
@@ -168,7 +168,7 @@ def save_record(record: RunRecord) -> None:
 def read_record(folder: Path) -> RunRecord | None:
     """Read the record of a run's folder; None if this version of k2 cannot read it."""
     try:
-        record = msgspec.json.decode((folder / "run.json").read_bytes(), type=RunRecord)
+        record = decode_json((folder / "run.json").read_bytes(), type=RunRecord)
     except (OSError, msgspec.MsgspecError, ValueError):
         return None
     return record if record.schema_version == SCHEMA_VERSION else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from k2cli.files import decode_json
 from k2cli.units import MIB
 
 DEFAULT_MAX_BODY_BYTES = 32 * MIB
@@ -59,7 +60,7 @@ def load_served_model(folder: Path, name: str, context_length: int) -> ServedMod
 
 def _generation_config(path: Path) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return decode_json(path.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError):
         return {}
 

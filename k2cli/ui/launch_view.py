@@ -100,9 +100,8 @@ class LaunchView:
         self._told_failure = False
         self._phases.clear()
         self.end_progress()
-        note(
-            f"{one_line(cause)}; attempt {attempt} begins in {format_duration(max(delay_seconds, 1))}"
-        )
+        wait = format_duration(max(delay_seconds, 1))
+        note(f"{one_line(cause)}; attempt {attempt} begins in {wait}")
 
     def line(self, node: str, rank: int, text: str) -> None:
         """Show a line of the log."""

@@ -12,6 +12,7 @@ from k2cli.cluster.facts import parse_linux, parse_macos
 from k2cli.cluster.facts.machine import Condition, Examination, MachineFacts
 from k2cli.cluster.facts.probes import RawProbes
 from k2cli.errors import ClusterError
+from k2cli.files import decode_json
 
 
 def machine_facts(raw: RawProbes) -> MachineFacts:
@@ -52,7 +53,7 @@ def _software(raw: RawProbes) -> tuple[Software | None, str | None]:
     if output.status != 0:
         return None, output.stderr.strip() or "k2 did not answer"
     try:
-        return msgspec.json.decode(output.stdout, type=Software), None
+        return decode_json(output.stdout, type=Software), None
     except msgspec.MsgspecError as error:
         return None, f"k2 there answers in another format: {error}"
 

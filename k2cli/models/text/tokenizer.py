@@ -277,7 +277,7 @@ def _stop_tokens(
         stops.add(number)
     for name in ("config.json", "generation_config.json"):
         path = folder / name
-        if path.is_file():
+        if path.exists():
             value: Any = read_json_object(path).get("eos_token_id")
             stops.update(end_tokens(path, value))
     return frozenset(stops)

@@ -14,7 +14,7 @@ import msgspec
 
 from k2cli.choices import Transport, WantedTransport
 from k2cli.errors import K2Error
-from k2cli.files import write_atomically
+from k2cli.files import decode_json, write_atomically
 from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates
 from k2cli.settings import config_directory
 
@@ -105,7 +105,7 @@ def _read(path: Path) -> tuple[CalibratedMachines, ...]:
     except OSError as error:
         raise K2Error(f"{path} cannot be read: {error.strerror}") from error
     try:
-        found = msgspec.json.decode(data, type=_File)
+        found = decode_json(data, type=_File)
     except (msgspec.MsgspecError, ValueError) as error:
         raise K2Error(f"{path} is damaged: {error}", f"rm {path}") from error
     return found.entries if found.schema_version == SCHEMA_VERSION else ()
