@@ -93,7 +93,6 @@ def test_home_that_is_a_file(tmp_path: Path) -> None:
         ["cluster", "list"],
         ["cluster", "import", str(hostfile), "--name", "x"],
         ["plan-memory", str(tmp_path)],
-        ["launch", "demo"],
         ["chat", "-p", "hello"],
     ):
         status, said = without_home(["-m", "k2cli"], *command, HOME=str(home))
