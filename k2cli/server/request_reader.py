@@ -52,6 +52,10 @@ class RequestReader(Protocol):
         """
         ...
 
+    async def start(self) -> None:
+        """Prepare for the first request."""
+        ...
+
     async def close(self) -> None:
         """End what was started."""
         ...
@@ -83,6 +87,9 @@ class InlineReader:
         return _accepted(
             await asyncio.to_thread(read_request, unread, self._tokenizer, self._served)
         )
+
+    async def start(self) -> None:
+        """Do nothing."""
 
     async def close(self) -> None:
         """Do nothing."""
@@ -144,7 +151,7 @@ class ReaderProcess:
         return msgspec.msgpack.decode(answer, type=ReadRequest)
 
     async def start(self) -> None:
-        """Start the process and wait until its tokenizer is loaded."""
+        """Start the process, which loads the tokenizer before it reads its first request."""
         self._process = await asyncio.create_subprocess_exec(
             *self._arguments,
             stdin=asyncio.subprocess.PIPE,
@@ -196,6 +203,10 @@ class ProcessReader:
         """Read a request in the process for its length."""
         reader = self._long if len(body) > LONG_REQUEST_BYTES else self._short
         return _accepted(await reader.read(UnreadRequest(kind, body)))
+
+    async def start(self) -> None:
+        """Start the process for short requests, which loads its tokenizer in the background."""
+        await self._short.start()
 
     async def close(self) -> None:
         """Kill both processes."""
