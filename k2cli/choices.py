@@ -22,6 +22,7 @@ Certainty = Literal["exact", "modelled", "assumed"]
 
 # Values of options; ``auto`` leaves the choice to k2.
 WantedTransport = Literal["auto", Transport]
+CheckedTransport = Literal["auto", "mpi", "ring", "jaccl"]
 Parallel = Literal["auto", Strategy]
 WantedFloatType = Literal["auto", FloatType]
 Head = Literal["auto", HeadPlacement]

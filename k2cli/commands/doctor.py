@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.choices import WantedTransport
+from k2cli.choices import CheckedTransport
 
 if TYPE_CHECKING:
     from k2cli.doctor.examination import ExaminationOptions, Report
@@ -28,7 +28,7 @@ def doctor(
         bool, typer.Option("--quick", help="Run only the checks that precede every launch.")
     ] = False,
     transport: Annotated[
-        WantedTransport,
+        CheckedTransport,
         typer.Option(
             "--backend", help="Transport to check for; an unmet requirement is then a failure."
         ),
@@ -89,7 +89,7 @@ def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
 
 
 def _options(
-    quick: bool, transport: WantedTransport, plan: Path | None, model: str | None
+    quick: bool, transport: CheckedTransport, plan: Path | None, model: str | None
 ) -> ExaminationOptions:
     from k2cli.doctor.examination import ExaminationOptions
     from k2cli.planning.plan import read_plan

@@ -21,7 +21,7 @@ def ps(
     from k2cli.ui.output import print_json, warn
     from k2cli.ui.run_table import print_runs
 
-    runs = list_runs(warn)
+    runs = list_runs(lambda _, text: warn(text))
     if json:
         print_json({"schema_version": SCHEMA_VERSION, "runs": runs})
     else:

@@ -60,7 +60,11 @@ def _chosen(run: str | None, *, all_runs: bool) -> list[RunRecord]:
         raise UsageError(f"'{run}' and --all contradict each other", f"k2 stop {run}")
     if run is not None:
         return [find_run(run)]
-    live = [record for record in list_runs(warn) if record.live or record.state == "orphaned"]
+    live = [
+        record
+        for record in list_runs(lambda _, text: warn(text))
+        if record.live or record.state == "orphaned"
+    ]
     if all_runs:
         return live
     if len(live) > 1:

@@ -64,7 +64,7 @@ class PlanRequest:
             )
         if self.collective_seconds is not None and not 0 < self.collective_seconds <= 1:
             raise UsageError(
-                f"a collective takes between 0 and 1 s, not {self.collective_seconds:g} s",
+                f"a collective takes over 0 and at most 1 s, not {self.collective_seconds:g} s",
                 "--collective-latency 26us",
             )
 

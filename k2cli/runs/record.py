@@ -280,11 +280,14 @@ def remove_leftovers(record: RunRecord) -> None:
     remove_scratch(record.run_id)
 
 
-def list_runs(on_damaged: Callable[[str], None] = lambda text: None) -> list[RunRecord]:
+def list_runs(
+    on_damaged: Callable[[str, str], None] = lambda run_id, text: None,
+) -> list[RunRecord]:
     """Return all recorded runs with their current states, newest first.
 
     Args:
-        on_damaged: called with a line for each record that cannot be used and is left out.
+        on_damaged: called with the name of the folder and a line for each record that cannot be
+            used and is left out.
     """
     directory = runs_directory()
     if not directory.is_dir():
@@ -296,7 +299,7 @@ def list_runs(on_damaged: Callable[[str], None] = lambda text: None) -> list[Run
         except (FileNotFoundError, NotADirectoryError):
             continue  # the folder of a run that was launched on another machine, or a stray file
         except (OSError, ValueError) as error:
-            on_damaged(f"the record in {str(folder)!r} is left out: {error}")
+            on_damaged(folder.name, f"the record in {str(folder)!r} is left out: {error}")
     known.sort(key=lambda record: record.created, reverse=True)
     # One look at all processes, after the supervisors were seen to be gone.
     unsettled = sum(not _is_settled(record) for record in known)
@@ -314,8 +317,8 @@ def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:
     Raises:
         K2Error: if there is no such run, or several ids begin like this.
     """
-    damaged: list[str] = []
-    runs = list_runs(damaged.append)
+    damaged: dict[str, str] = {}
+    runs = list_runs(damaged.__setitem__)
     if run_id is not None:
         return _by_name(run_id, runs, damaged)
     candidates = [run for run in runs if run.live] if live else runs
@@ -329,7 +332,7 @@ def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:
     raise K2Error("no run is live" if live else "there is no run yet", _LAUNCH_HINT)
 
 
-def _by_name(run_id: str, runs: list[RunRecord], damaged: list[str]) -> RunRecord:
+def _by_name(run_id: str, runs: list[RunRecord], damaged: dict[str, str]) -> RunRecord:
     exact = [run for run in runs if run.run_id == run_id]
     begun = exact or [run for run in runs if run_id and run.run_id.startswith(run_id)]
     if len(begun) == 1:
@@ -337,7 +340,7 @@ def _by_name(run_id: str, runs: list[RunRecord], damaged: list[str]) -> RunRecor
     if begun:
         names = ", ".join(run.run_id for run in begun)
         raise K2Error(f"'{run_id}' is the beginning of several runs: {names}", "k2 ps")
-    if own := [line for line in damaged if f"/{run_id}" in line]:
+    if own := [line for name, line in damaged.items() if run_id and name.startswith(run_id)]:
         raise K2Error(own[0], "remove the folder if no process of the run is left")
     raise K2Error(f"there is no run '{run_id}'", f"k2 ps; or {_LAUNCH_HINT}")
 

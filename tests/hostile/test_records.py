@@ -86,7 +86,7 @@ def test_a_hostile_record_is_named_and_skipped(changes: dict[str, Any], state: s
         return
     before = everything()
     said: list[str] = []
-    assert "bad-1" not in {run.run_id for run in list_runs(said.append)}
+    assert "bad-1" not in {run.run_id for run in list_runs(lambda _, text: said.append(text))}
     assert [str(folder) in line for line in said] == [True]
     with pytest.raises(K2Error, match=r"bad-1.*left out"):
         find_run("bad-1")
@@ -101,7 +101,7 @@ def test_a_hostile_record_is_named_and_skipped(changes: dict[str, Any], state: s
 def test_a_damaged_record_is_named_and_skipped(data: bytes) -> None:
     kept, said = good(), list[str]()
     plant(data)
-    assert list_runs(said.append) == [kept]
+    assert list_runs(lambda _, text: said.append(text)) == [kept]
     assert len(said) == 1
     assert "bad-1" in said[0]
 
@@ -114,7 +114,7 @@ def test_a_fifo_a_device_and_a_link_are_not_read() -> None:
     (runs_directory() / "device" / "run.json").symlink_to("/dev/zero")
     (runs_directory() / "link" / "run.json").symlink_to(kept.folder / "run.json")
     (runs_directory() / "folder" / "run.json").mkdir()
-    assert list_runs(said.append) == [kept]
+    assert list_runs(lambda _, text: said.append(text)) == [kept]
     assert len(said) == 4
     assert k2("ps").stderr.count("left out") == 4
 
@@ -197,3 +197,14 @@ def test_ps_prints_times_that_no_clock_shows() -> None:
     done = k2("ps")
     assert done.returncode == 0, done.stderr
     assert read_record(runs_directory() / "demo-1") is not None
+
+
+@pytest.mark.parametrize("wanted", ["", "runs", "other"])
+def test_a_damaged_record_is_not_blamed_for_another_name(wanted: str) -> None:
+    folder = runs_directory() / "bad-1234"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{")
+    with pytest.raises(K2Error, match="there is no run"):
+        find_run(wanted)
+    with pytest.raises(K2Error, match="is left out"):
+        find_run("bad-12")

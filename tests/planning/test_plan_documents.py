@@ -120,7 +120,7 @@ def test_a_terminal_gets_colours() -> None:
         (["--hardware", "this", "--cluster", "home"], "both name machines"),
         (["--cluster", "nowhere"], "no cluster 'nowhere'"),
         (["--collective-latency", "26"], "'26' is not a latency"),
-        (["--collective-latency", "5s"], "between 0 and 1 s, not 5 s"),
+        (["--collective-latency", "5s"], "at most 1 s, not 5 s"),
         (["--backend", "carrier-pigeon"], "'carrier-pigeon' is not one of"),
         (["--chunk", "0"], "--chunk 0 is too small: the minimum is 1"),
         (["--svg", "/no/such/folder/plan.svg", "--hardware", "2x m3-ultra-512"], "cannot write"),
