@@ -98,7 +98,8 @@ def _open_mutex(path: Path) -> int:
             return created
         return open_regular(path, os.O_RDWR)
     except OSError as error:
-        raise OSError(f"{error}; repair it with: sudo rm {path}") from error
+        why = error.strerror or error
+        raise OSError(f"{path}: {why}; repair it with: sudo rm {path}") from error
 
 
 @contextmanager

@@ -37,8 +37,8 @@ LONG_SECONDS = 60.0
 START_SECONDS = 60.0
 """Limits of reading a short request, a long one, and of starting (K2's tokenizer takes 2 s)."""
 
-MAX_WAITING = 16
-"""Long requests that may wait for the process; further ones are refused with 429."""
+MAX_SHORT_WAITING, MAX_LONG_WAITING = 1024, 16
+"""Requests that may wait for their process; further ones are refused with 429."""
 
 
 class RequestReader(Protocol):
@@ -102,10 +102,17 @@ class _Broken(Exception):
 class ReaderProcess:
     """One reader process, started when it is needed and again after it was killed."""
 
-    def __init__(self, settings: ReaderSettings, arguments: Sequence[str], seconds: float) -> None:
+    def __init__(
+        self,
+        settings: ReaderSettings,
+        arguments: Sequence[str],
+        seconds: float,
+        max_waiting: int,
+    ) -> None:
         self._settings = settings
         self._arguments = arguments
         self._seconds = seconds
+        self._max_waiting = max_waiting
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
         self._waiting = 0
@@ -116,7 +123,7 @@ class ReaderProcess:
         Raises:
             ApiError: 429 if too many wait; 400 if this one takes too long or breaks the process.
         """
-        if self._waiting >= MAX_WAITING:
+        if self._waiting >= self._max_waiting:
             raise ApiError(
                 429,
                 f"{self._waiting} requests are waiting to be read; try again",
@@ -196,8 +203,8 @@ class ProcessReader:
 
     def __init__(self, settings: ReaderSettings, marks: Sequence[str]) -> None:
         arguments = [sys.executable, "-P", "-m", "k2cli.guard.reader_process", *marks]
-        self._short = ReaderProcess(settings, arguments, SHORT_SECONDS)
-        self._long = ReaderProcess(settings, arguments, LONG_SECONDS)
+        self._short = ReaderProcess(settings, arguments, SHORT_SECONDS, MAX_SHORT_WAITING)
+        self._long = ReaderProcess(settings, arguments, LONG_SECONDS, MAX_LONG_WAITING)
 
     async def read(self, kind: RequestKind, body: bytes) -> ReadRequest:
         """Read a request in the process for its length."""
