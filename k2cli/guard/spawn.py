@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2cli.errors import K2Error
 from k2cli.guard.oom_evidence import OomEvidence
 from k2cli.protocol import Assignment, Bootstrap
 from k2cli.protocol.progress_page import ProgressPage
@@ -116,7 +117,7 @@ def kernel_folder(run_id: str) -> Path:
     name = f"mlx-{sys.platform}-{platform.machine()}"
     try:
         return _private_folder(cache_directory() / name)
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home folder
+    except (OSError, K2Error):  # K2Error: this user has no home folder
         return _private_folder(runs_directory() / run_id / name)
 
 
