@@ -22,7 +22,7 @@ import msgspec
 import psutil
 
 from k2cli.agent.activity import is_alive
-from k2cli.files import open_regular, read_regular, write_atomically
+from k2cli.files import decode_json, open_regular, read_regular, write_atomically
 from k2cli.settings import is_run_id, locks_directory
 
 FRESH_SECONDS = 60.0
@@ -160,8 +160,8 @@ def _read_claim(path: Path) -> Claim:
         OSError: if it is not the lock of the run that its name tells.
     """
     try:
-        claim = msgspec.json.decode(read_regular(path, _LIMIT_BYTES), type=Claim)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        claim = decode_json(read_regular(path, _LIMIT_BYTES), type=Claim)
+    except msgspec.DecodeError as error:
         raise OSError(f"{path} is not a lock: {error}") from error
     if claim.run_id != path.stem or not is_run_id(claim.run_id):
         raise OSError(f"{path} is the lock of another run")

@@ -13,8 +13,9 @@ import ipaddress
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from k2cli.errors import ClusterError
 from k2cli.guard.engine_bridge import EngineBridge
@@ -85,7 +86,7 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> tuple[Any, Requ
     from k2cli.guard.http_connection import (
         BACKLOG,
         ConnectionLimits,
-        connection_class,
+        LimitedConnection,
     )
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
@@ -122,10 +123,11 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> tuple[Any, Requ
         (RUN_OPTION, assignment.run_id),
     )
     app = create_app(bridge, Tokenizer.load(folder), served, reader)
+    connection = partial(LimitedConnection, ConnectionLimits.for_files(raise_file_limit()))
     config = uvicorn.Config(
         app,
         backlog=BACKLOG,
-        http=connection_class(ConnectionLimits.for_files(raise_file_limit())),
+        http=cast("type[asyncio.Protocol]", connection),
         log_config=None,
         access_log=False,
         server_header=False,

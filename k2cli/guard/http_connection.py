@@ -50,7 +50,7 @@ class ConnectionLimits:
     total: int
     per_address: int
     addresses: Counter[str] = field(default_factory=Counter)
-    idle: dict[H11Protocol, None] = field(default_factory=dict)
+    idle: dict[LimitedConnection, None] = field(default_factory=dict)
 
     @classmethod
     def for_files(cls, file_limit: int) -> ConnectionLimits:
@@ -58,115 +58,118 @@ class ConnectionLimits:
         total = max(8, min(MAX_CONNECTIONS, file_limit - RESERVED_FILES))
         return cls(total, max(4, total // 2))
 
-    def admits(self, address: str) -> bool:
-        """Return True if one more connection from that address may be open."""
-        if self.addresses.total() >= self.total:
-            return False
+    def make_room(self, address: str) -> bool:
+        """Close an idle connection if that is needed for one more from this address.
+
+        Returns:
+            False if there is no room, because requests are in progress on all connections.
+        """
         loopback = address.startswith("127.") or address in ("::1", "")
-        return loopback or self.addresses[address] < self.per_address
+        if not loopback and self.addresses[address] >= self.per_address:
+            candidates = [each for each in self.idle if each.address == address]
+        elif self.addresses.total() >= self.total:
+            candidates = list(self.idle)
+        else:
+            return True
+        oldest = next(iter(candidates), None)
+        if oldest is not None:
+            del self.idle[oldest]
+            oldest.transport.abort()
+        return oldest is not None
 
 
-def connection_class(limits: ConnectionLimits) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP/1.1 protocol with these limits."""
+class LimitedConnection(H11Protocol):
+    """uvicorn's HTTP/1.1 connection with these limits and deadlines."""
 
-    class LimitedConnection(H11Protocol):
-        """One connection of a client."""
+    def __init__(self, limits: ConnectionLimits, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.address: str | None = None
+        """The client's, once the connection is admitted."""
+        self._limits = limits
+        self._deadline: asyncio.TimerHandle | None = None
 
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **named)
-            self._deadline: asyncio.TimerHandle | None = None
-            self._address: str | None = None
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        peer = transport.get_extra_info("peername")
+        address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
+        super().connection_made(transport)
+        if not self._limits.make_room(address):
+            transport.write(_BUSY)
+            transport.close()
+            return
+        self.address = address
+        self._limits.addresses[address] += 1
+        self._limits.idle[self] = None
+        self._allow(HEADER_SECONDS)
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            peer = transport.get_extra_info("peername")
-            address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
-            super().connection_made(transport)
-            if not limits.admits(address):
-                oldest = next(iter(limits.idle), None)
-                if oldest is None:
-                    transport.write(_BUSY)
-                    transport.close()
-                    return
-                del limits.idle[oldest]
-                oldest.transport.abort()
-            self._address = address
-            limits.addresses[address] += 1
-            limits.idle[self] = None
-            self._allow(HEADER_SECONDS)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._allow(None)
+        self._limits.idle.pop(self, None)
+        if self.address is not None:
+            self._limits.addresses[self.address] -= 1
+            self._limits.addresses += Counter()  # forget addresses without connections
+            self.address = None
+        super().connection_lost(exc)
 
-        def connection_lost(self, exc: Exception | None) -> None:
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        before = self.cycle
+        super().data_received(data)
+        self._watch(before)
+
+    def _watch(self, before: Any) -> None:
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return  # a header is still coming in: its deadline holds
+        self._limits.idle.pop(self, None)
+        if not cycle.more_body:
             self._allow(None)
-            limits.idle.pop(self, None)
-            if self._address is not None:
-                limits.addresses[self._address] -= 1
-                limits.addresses += Counter()  # forget addresses without connections
-                self._address = None
-            super().connection_lost(exc)
+        elif cycle is not before:
+            self._allow(BODY_SECONDS)
 
-        def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
-                return
-            before = self.cycle
-            super().data_received(data)
+    def on_response_complete(self) -> None:
+        before = self.cycle
+        self._limits.idle[self] = None
+        self._allow(HEADER_SECONDS)
+        super().on_response_complete()
+        if self.cycle is not before:  # a pipelined request, which has begun already
             self._watch(before)
 
-        def _watch(self, before: Any) -> None:
-            cycle = self.cycle
-            if cycle is None or cycle.response_complete:
-                return  # a header is still coming in: its deadline holds
-            limits.idle.pop(self, None)
-            if not cycle.more_body:
-                self._allow(None)
-            elif cycle is not before:
-                self._allow(BODY_SECONDS)
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the sending side open while an answer is due.
 
-        def on_response_complete(self) -> None:
-            before = self.cycle
-            limits.idle[self] = None
-            self._allow(HEADER_SECONDS)
-            super().on_response_complete()
-            if self.cycle is not before:  # a pipelined request, which has begun already
-                self._watch(before)
+        A client that has closed both sides looks the same, but resets the connection when
+        something is sent to it: an interim response is, again and again, until one has begun.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        cycle.keep_alive = False
+        self._probe()
+        return True
 
-        def eof_received(self) -> bool:  # type: ignore[override]
-            """Keep the sending side open while an answer is due.
+    def _probe(self) -> None:
+        cycle = self.cycle
+        if self.transport.is_closing() or cycle.response_complete:
+            return
+        if not cycle.response_started and self.conn.their_http_version == b"1.1":
+            self.transport.write(_PROBE)
+        self._deadline = self.loop.call_later(PROBE_SECONDS, self._probe)
 
-            A client that has closed both sides looks the same, but resets the connection when
-            something is sent to it: an interim response is, again and again, until one has begun.
-            """
-            cycle = self.cycle
-            if cycle is None or cycle.response_complete or cycle.more_body:
-                return False
-            cycle.keep_alive = False
-            self._probe()
-            return True
+    def _allow(self, seconds: float | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if seconds is None else self.loop.call_later(seconds, self._expire)
 
-        def _probe(self) -> None:
-            cycle = self.cycle
-            if self.transport.is_closing() or cycle.response_complete:
-                return
-            if not cycle.response_started and self.conn.their_http_version == b"1.1":
-                self.transport.write(_PROBE)
-            self._deadline = self.loop.call_later(PROBE_SECONDS, self._probe)
-
-        def _allow(self, seconds: float | None) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-            self._deadline = (
-                None if seconds is None else self.loop.call_later(seconds, self._expire)
-            )
-
-        def _expire(self) -> None:
-            self._deadline = None
-            if self.transport.is_closing():
-                return
-            cycle = self.cycle
-            if cycle is not None and not cycle.response_complete:
-                self.transport.abort()  # in the middle of a body: there is nobody to answer
-            elif self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
-                self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n\r\n")
-                self.transport.close()
-            else:
-                self.transport.close()
-
-    return LimitedConnection
+    def _expire(self) -> None:
+        self._deadline = None
+        if self.transport.is_closing():
+            return
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            self.transport.abort()  # in the middle of a body: there is nobody to answer
+        elif self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
+            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n\r\n")
+            self.transport.close()
+        else:
+            self.transport.close()

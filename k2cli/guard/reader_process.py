@@ -5,8 +5,10 @@ It reads frames from stdin, answers on stdout, one at a time, and ends with its 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import resource
 import sys
 import threading
 from pathlib import Path
@@ -17,6 +19,10 @@ import msgspec
 from k2cli.protocol.wire import LENGTH, frame
 from k2cli.server.read_request import ReaderSettings, UnreadRequest, read_request
 from k2cli.server.served_model import ServedModel
+from k2cli.units import GIB
+
+MEMORY_BYTES = 6 * GIB
+"""Enough for 32 MiB of JSON as Python objects, and for K2's tokenizer."""
 
 
 def _next_frame(source: BinaryIO) -> bytes | None:
@@ -35,9 +41,21 @@ def _frames_until_the_end(source: BinaryIO, frames: queue.SimpleQueue[bytes]) ->
     os._exit(0)
 
 
+def _limit_memory() -> None:
+    """Limit this process's memory, which is beside a model that needs the rest of the machine.
+
+    A template can make a text of any length. Linux enforces the limit; macOS does not.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, hard))
+
+
 def main() -> None:
     """Answer requests until stdin ends."""
     from k2cli.models.text.tokenizer import Tokenizer
+
+    _limit_memory()
 
     answers = os.fdopen(os.dup(1), "wb")
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()

@@ -23,7 +23,7 @@ from k2cli.agent.run_folder import remove_scratch
 from k2cli.choices import Transport
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
-from k2cli.files import read_regular, write_atomically
+from k2cli.files import decode_json, read_regular, write_atomically
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import REACH_SECONDS, is_this_machine
 from k2cli.nodes.ssh import is_node_name
@@ -200,8 +200,8 @@ def _checked_record(folder: Path) -> RunRecord:
         raise ValueError("its folder is a symbolic link")
     data = read_regular(folder / "run.json", _LIMIT_BYTES)
     try:
-        record = msgspec.json.decode(data, type=RunRecord)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        record = decode_json(data, type=RunRecord)
+    except msgspec.DecodeError as error:
         raise ValueError(str(error)) from error
     if record.schema_version != SCHEMA_VERSION:
         raise ValueError("another version of k2 has written it")

@@ -6,6 +6,7 @@ Both checks are one ASGI layer around the application, so that they apply to eve
 from __future__ import annotations
 
 import hmac
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from k2cli.server.errors import ApiError
 from k2cli.server.served_model import ServedModel
 
-# Probes (systemd, load balancers) have no key, and the answer reveals only the state.
-_OPEN_PATHS = frozenset({"/health"})
+# Probes (systemd, load balancers) have no key and use any name, and the answer reveals only the
+# state.
+OPEN_PATHS = frozenset({"/health"})
 
 
 def is_right_key(authorization: str, api_key: str) -> bool:
@@ -32,12 +34,27 @@ def too_large(limit_bytes: int) -> ApiError:
     )
 
 
+BODIES_HELD = 8
+"""Bodies of the largest size whose bytes may be in memory at the same time."""
+
+
+@dataclass(slots=True)
+class _Body:
+    receive: Receive
+    received_bytes: int = 0
+
+
 class AccessControl:
-    """ASGI middleware: 401 without the correct key, 413 over the body limit."""
+    """ASGI middleware: 401 without the correct key, 413 over the body limit.
+
+    A body stays in memory until its request ends, so the bytes of all of them together are limited
+    too: 503 beyond that.
+    """
 
     def __init__(self, app: ASGIApp, served: ServedModel) -> None:
         self._app = app
         self._served = served
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
@@ -46,7 +63,11 @@ class AccessControl:
         elif (refusal := self._refusal(scope)) is not None:
             await refusal.response()(scope, receive, send)
         else:
-            await self._app(scope, self._counted(receive), send)
+            body = _Body(receive)
+            try:
+                await self._app(scope, lambda: self._receive(body), send)
+            finally:
+                self._held_bytes -= body.received_bytes
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
@@ -54,7 +75,7 @@ class AccessControl:
         authorization = headers.get("authorization", "")
         if (
             key is not None
-            and scope["path"] not in _OPEN_PATHS
+            and scope["path"] not in OPEN_PATHS
             and not is_right_key(authorization, key)
         ):
             message = "wrong API key" if authorization else "an API key is needed"
@@ -64,21 +85,30 @@ class AccessControl:
             message = "Content-Length and Transfer-Encoding contradict each other"
             return ApiError(400, message, code="bad_framing", headers={"Connection": "close"})
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._served.max_body_bytes:
+        # More digits than Python turns into a number are too many in any case.
+        if length.isdecimal() and (len(length) > 20 or int(length) > self._served.max_body_bytes):
             return too_large(self._served.max_body_bytes)
         return None
 
-    def _counted(self, receive: Receive) -> Receive:
-        """Count received bytes, for bodies without a ``Content-Length``."""
-        received = 0
+    async def _receive(self, body: _Body) -> Message:
+        """Receive a message and count its bytes, also of bodies without a ``Content-Length``.
 
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            if message["type"] == "http.request":
-                received += len(message.get("body", b""))
-                if received > self._served.max_body_bytes:
-                    raise too_large(self._served.max_body_bytes)
-            return message
-
-        return counted
+        Raises:
+            ApiError: 413 or 503, beyond the limit of one body or of all.
+        """
+        message = await body.receive()
+        if message["type"] == "http.request":
+            size = len(message.get("body", b""))
+            body.received_bytes += size
+            self._held_bytes += size
+            if body.received_bytes > self._served.max_body_bytes:
+                raise too_large(self._served.max_body_bytes)
+            if self._held_bytes > BODIES_HELD * self._served.max_body_bytes:
+                raise ApiError(
+                    503,
+                    "too many large requests are being received; try again",
+                    kind="server_error",
+                    code="over_capacity",
+                    headers={"Retry-After": "10"},
+                )
+        return message

@@ -19,10 +19,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from k2cli.server.auth import OPEN_PATHS
 from k2cli.server.errors import ApiError
-
-# Probes name the server as they like, and the answer gives nothing away but the state.
-_OPEN_PATHS = frozenset({"/health"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ class OriginCheck:
             await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        if scope["path"] in _OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS:
             return None
         headers = Headers(scope=scope)
         host = headers.get("host", "")

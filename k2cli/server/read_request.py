@@ -62,6 +62,24 @@ class ReadRequest(msgspec.Struct, frozen=True):
     refusal: Refusal | None = None
 
 
+def accepted(read: ReadRequest) -> ReadRequest:
+    """Return a request that was read, if it was.
+
+    Raises:
+        ApiError: if it was refused.
+    """
+    refused = read.refusal
+    if refused is None:
+        return read
+    raise ApiError(
+        refused.status,
+        refused.message,
+        kind=refused.kind,
+        param=refused.param,
+        code=refused.code,
+    )
+
+
 def read_request(
     unread: UnreadRequest, tokenizer: ServerTokenizer, served: ServedModel
 ) -> ReadRequest:

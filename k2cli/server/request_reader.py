@@ -16,17 +16,15 @@ from typing import Protocol
 
 import msgspec
 
-from k2cli.protocol.wire import LENGTH, frame
-from k2cli.server.engine_request import ServerTokenizer
-from k2cli.server.errors import ApiError, invalid
+from k2cli.protocol.wire import LENGTH, MAX_FRAME_BYTES, frame
+from k2cli.server.errors import ApiError, unavailable
 from k2cli.server.read_request import (
     ReaderSettings,
     ReadRequest,
     RequestKind,
     UnreadRequest,
-    read_request,
+    accepted,
 )
-from k2cli.server.served_model import ServedModel
 from k2cli.units import KIB
 
 LONG_REQUEST_BYTES = 64 * KIB
@@ -34,9 +32,9 @@ LONG_REQUEST_BYTES = 64 * KIB
 
 SHORT_SECONDS = 20.0
 LONG_SECONDS = 60.0
-START_SECONDS = 60.0
-"""Limits of reading a short request, a long one, and of starting (K2's tokenizer takes 2 s)."""
+"""Limits of reading a short request and a long one, with the start of the process (K2's: 2 s)."""
 
+_UNREADABLE = "unreadable_request"
 MAX_SHORT_WAITING, MAX_LONG_WAITING = 1024, 16
 """Requests that may wait for their process; further ones are refused with 429."""
 
@@ -61,42 +59,8 @@ class RequestReader(Protocol):
         ...
 
 
-def _accepted(read: ReadRequest) -> ReadRequest:
-    refused = read.refusal
-    if refused is not None:
-        raise ApiError(
-            refused.status,
-            refused.message,
-            kind=refused.kind,
-            param=refused.param,
-            code=refused.code,
-        )
-    return read
-
-
-class InlineReader:
-    """Reads requests in a thread of this process, for tests of the server alone."""
-
-    def __init__(self, tokenizer: ServerTokenizer, served: ServedModel) -> None:
-        self._tokenizer = tokenizer
-        self._served = served
-
-    async def read(self, kind: RequestKind, body: bytes) -> ReadRequest:
-        """Read a request in a thread."""
-        unread = UnreadRequest(kind, body)
-        return _accepted(
-            await asyncio.to_thread(read_request, unread, self._tokenizer, self._served)
-        )
-
-    async def start(self) -> None:
-        """Do nothing."""
-
-    async def close(self) -> None:
-        """Do nothing."""
-
-
-class _Broken(Exception):
-    """The process ended or took too long."""
+class _Ended(Exception):
+    """The process ended, or did not keep to the protocol."""
 
 
 class ReaderProcess:
@@ -139,48 +103,60 @@ class ReaderProcess:
             self._waiting -= 1
 
     async def _ask(self, unread: UnreadRequest) -> ReadRequest:
+        """Ask the process, and once more a new one if it ended: the request may be innocent."""
+        with contextlib.suppress(_Ended):
+            return await self._try(unread)
+        with contextlib.suppress(_Ended):
+            return await self._try(unread)
+        raise ApiError(400, "the process that reads requests ends with this one", code=_UNREADABLE)
+
+    async def _try(self, unread: UnreadRequest) -> ReadRequest:
         done = False
         try:
             if self._process is None or self._process.returncode is not None:
-                await asyncio.wait_for(self.start(), START_SECONDS)
+                await self.start()
             answer = await asyncio.wait_for(self._exchange(unread), self._seconds)
             done = True
-        except (TimeoutError, _Broken, OSError) as error:
-            why = (
-                f"took longer than {self._seconds:.0f} s"
-                if isinstance(error, TimeoutError)
-                else "failed"
-            )
-            raise invalid(f"reading the request {why}", "messages", "unreadable_request") from error
+        except TimeoutError as error:
+            message = f"reading the request took longer than {self._seconds:.0f} s"
+            raise ApiError(400, message, code=_UNREADABLE) from error
         finally:
             if not done:  # also when the client has gone: what it reads is nobody's any more
                 await self.close()
         return msgspec.msgpack.decode(answer, type=ReadRequest)
 
     async def start(self) -> None:
-        """Start the process, which loads the tokenizer before it reads its first request."""
-        self._process = await asyncio.create_subprocess_exec(
-            *self._arguments,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
+        """Start the process, which loads the tokenizer before it reads its first request.
+
+        Raises:
+            ApiError: 503 if the system does not allow it now.
+        """
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._arguments,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise unavailable(f"requests cannot be read: {error.strerror}") from error
         assert self._process.stdin is not None
         self._process.stdin.write(frame(self._settings))
-        await self._process.stdin.drain()
 
     async def _exchange(self, unread: UnreadRequest) -> bytes:
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(frame(unread))
-        await process.stdin.drain()
         try:
+            process.stdin.write(frame(unread))
+            await process.stdin.drain()
             (size,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
+            if size > MAX_FRAME_BYTES:
+                raise _Ended
             return await process.stdout.readexactly(size)
-        except asyncio.IncompleteReadError as error:
-            raise _Broken from error
+        except (asyncio.IncompleteReadError, OSError) as error:
+            raise _Ended from error
 
     async def close(self) -> None:
         """Kill the process, if there is one."""
@@ -209,11 +185,12 @@ class ProcessReader:
     async def read(self, kind: RequestKind, body: bytes) -> ReadRequest:
         """Read a request in the process for its length."""
         reader = self._long if len(body) > LONG_REQUEST_BYTES else self._short
-        return _accepted(await reader.read(UnreadRequest(kind, body)))
+        return accepted(await reader.read(UnreadRequest(kind, body)))
 
     async def start(self) -> None:
         """Start the process for short requests, which loads its tokenizer in the background."""
-        await self._short.start()
+        with contextlib.suppress(ApiError):  # the first request tries again
+            await self._short.start()
 
     async def close(self) -> None:
         """Kill both processes."""

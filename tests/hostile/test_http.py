@@ -10,17 +10,19 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from k2cli.guard import http_connection
-from k2cli.guard.http_connection import ConnectionLimits, connection_class
+from k2cli.guard.http_connection import ConnectionLimits, LimitedConnection
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol import Generate, Tokens
-from k2cli.server import request_reader
+from k2cli.server import auth, request_reader
 from k2cli.server.read_request import ReaderSettings
 from k2cli.server.request_reader import ProcessReader
 from k2cli.server.served_model import ServedModel
@@ -76,7 +78,7 @@ def running(folder: Path, total: int = 64, **changes: Any) -> Iterator[Server]:
     settings = ReaderSettings(str(folder), "toy", CONTEXT, 1.0, 1.0, 0)
     reader = ProcessReader(settings, ("--k2-run", "hostile"))
     engine = ScriptedEngine()
-    http = connection_class(ConnectionLimits(total, total))
+    http = partial(LimitedConnection, ConnectionLimits(total, total))
     with serving(engine, served, Tokenizer.load(folder), reader, http=http) as url:
         yield Server(url, engine)
 
@@ -254,6 +256,7 @@ def test_a_client_that_closes_its_sending_side_gets_its_answer(server: Server) -
         b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
         b"Content-Length: -1\r\n\r\n{}",
         b"Content-Length: 99999999999999999999\r\n\r\n{}",
+        b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n{}",
         b"Transfer-Encoding: gzip, chunked\r\n\r\n",
         b"X: " + b"x" * 100_000 + b"\r\n\r\n",
     ],
@@ -291,17 +294,21 @@ def test_values_that_float32_cannot_use_never_reach_the_engine(
     assert {name: getattr(asked.sampling, name) for name in expected} == expected
 
 
+def without_template(source: Path, folder: Path) -> Path:
+    """Make a checkpoint without weights and chat template."""
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and path.name != "chat_template.jinja":
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
 def test_a_template_that_never_ends_fails_its_request_alone(
     toy_k2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_reader, "SHORT_SECONDS", 3.0)
-    folder = tmp_path / "looping"
-    folder.mkdir()
-    for path in toy_k2.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).symlink_to(path)
+    folder = without_template(toy_k2, tmp_path / "looping")
     template = folder / "chat_template.jinja"
-    template.unlink(missing_ok=True)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     template.write_text(
         "{% if messages[0].content == 'loop' %}" + loop + "{% endif %}{{ messages[0].content }}"
@@ -313,3 +320,67 @@ def test_a_template_that_never_ends_fails_its_request_alone(
         assert response.status_code == 400
         assert "took longer than 3 s" in response.text
         server.answers()
+
+
+def test_a_template_that_makes_an_endless_text_fails_its_request_alone(
+    toy_k2: Path, tmp_path: Path
+) -> None:
+    folder = without_template(toy_k2, tmp_path / "huge")
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages[0].content * (10 ** 11 if messages[0].content == 'huge' else 1) }}"
+    )
+    with running(folder) as server:
+        server.answers()
+        response = server.post({"messages": [{"role": "user", "content": "huge"}]})
+        assert response.status_code == 400
+        server.answers()
+
+
+def test_a_request_survives_the_end_of_its_reader(toy_k2: Path) -> None:
+    with running(toy_k2) as server:
+        server.answers()
+        for _ in range(2):
+            for process in psutil.Process().children(recursive=True):
+                if "k2cli.guard.reader_process" in process.cmdline():
+                    process.kill()
+            server.answers()
+
+
+def test_the_bytes_of_all_bodies_together_are_limited(
+    toy_k2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "BODIES_HELD", 2)
+    with running(toy_k2, max_body_bytes=100_000) as server, contextlib.ExitStack() as stack:
+        head = REQUEST + b"Content-Length: 90000\r\n\r\n"
+        connections = []
+        for _ in range(4):  # three do not fit together; none is complete
+            connection = stack.enter_context(
+                socket.create_connection(server.address, timeout=WAIT_SECONDS)
+            )
+            connection.sendall(head + b" " * 89_000)
+            connections.append(connection)
+        answers = [connection.recv(100) for connection in connections[2:]]
+        assert all(b" 503 " in answer for answer in answers)
+        stack.close()
+        server.answers()
+
+
+def test_connections_of_one_address_make_room_among_themselves() -> None:
+    class Idle:
+        def __init__(self, address: str) -> None:
+            self.address, self.closed, self.transport = address, False, self
+
+        def abort(self) -> None:
+            self.closed = True
+
+    limits = ConnectionLimits(total=6, per_address=3)
+    idle = [Idle("10.0.0.2"), *(Idle("10.0.0.1") for _ in range(3))]
+    for each in idle:
+        limits.addresses[each.address] += 1
+        limits.idle[each] = None  # type: ignore[index]
+    assert limits.make_room("10.0.0.1")
+    assert [each.closed for each in idle] == [False, True, False, False]
+    limits.idle.clear()  # all have requests in progress
+    assert not limits.make_room("10.0.0.1")
+    assert limits.make_room("10.0.0.2")
+    assert limits.make_room("127.0.0.1")

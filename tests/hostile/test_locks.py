@@ -158,6 +158,7 @@ def test_a_lock_that_names_another_run_removes_nothing(run_id: str) -> None:
     [
         b"", b"{", b"null", b"\xff\xfe", b"[" * 60_000, b'{"x":' * 10_000, b" " * 2**17,
         b"\0" * 100,
+        b'{"run_id":"\xff"}',
         b'{"run_id":"other-1","user":"u","host":"HOST","pid":-5,"pid_create_time":0}',
         b'{"run_id":"other-1","user":"u","host":"HOST","pid":1e300,"pid_create_time":1e400}',
         b'{"run_id":"other-1","user":"u","host":"HOST","pid":%d,"pid_create_time":0}' % 2**63,

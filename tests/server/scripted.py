@@ -20,7 +20,14 @@ from k2cli.errors import K2Error
 from k2cli.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
 from k2cli.server.app import create_app
 from k2cli.server.engine_client import EngineEvent, EngineState, EngineUnavailable
-from k2cli.server.request_reader import InlineReader, RequestReader
+from k2cli.server.read_request import (
+    ReadRequest,
+    RequestKind,
+    UnreadRequest,
+    accepted,
+    read_request,
+)
+from k2cli.server.request_reader import RequestReader
 from k2cli.server.served_model import ServedModel
 
 START_SECONDS = 10
@@ -82,6 +89,26 @@ class LetterTokenizer:
 
     def stream(self) -> LetterStream:
         return LetterStream()
+
+
+class InlineReader:
+    """Reads requests in a thread of this process."""
+
+    def __init__(self, tokenizer: Any, served: ServedModel) -> None:
+        self._tokenizer = tokenizer
+        self._served = served
+
+    async def read(self, kind: RequestKind, body: bytes) -> ReadRequest:
+        unread = UnreadRequest(kind, body)
+        return accepted(
+            await asyncio.to_thread(read_request, unread, self._tokenizer, self._served)
+        )
+
+    async def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
 
 
 class Hang:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from k2cli.ui.output import note, print_text, stdout_console
 from k2cli.ui.plan.bars import bar_lines, short_name
 from k2cli.ui.plan.explain import explanation_lines
-from k2cli.units import GB, MB, format_bytes, format_duration
+from k2cli.units import GB, MB, format_bytes, format_duration, one_line
 
 if TYPE_CHECKING:
     from k2cli.planning.plan import Advice, Plan
@@ -53,7 +53,7 @@ def headline(plan: Plan) -> list[str]:
         _placement_text(plan),
     ]
     wrapped = (textwrap.wrap(line, _WIDTH, subsequent_indent="  ") for line in lines)
-    return [model.reference, *(line for part in wrapped for line in part)]
+    return [one_line(model.reference), *(line for part in wrapped for line in part)]
 
 
 def _placement_text(plan: Plan) -> str:

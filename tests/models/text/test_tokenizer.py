@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
 from k2cli.errors import K2Error
@@ -319,3 +321,26 @@ def test_ranks_file_is_the_formats(toy_k2: Path) -> None:
     lines = (toy_k2 / "tiktoken.model").read_bytes().splitlines()
     assert [int(line.split()[1]) for line in lines] == list(range(768))
     assert base64.b64decode(lines[65].split()[0]) == b"A"
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=400), repeats=st.integers(1, 20), limit=st.integers(1, 300))
+def test_a_text_that_is_refused_unread_is_too_long(
+    tokenizer: Tokenizer, text: str, repeats: int, limit: int
+) -> None:
+    text = "".join(letter for letter in text if not 0xD800 <= ord(letter) < 0xE000) * repeats
+    whole = tokenizer.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("k2cli.models.text.tokenizer._SLICE_LETTERS", 64)
+        patch.setattr("k2cli.models.text.tokenizer._CUT_TOKENS", 8)
+        found = tokenizer.encode_within(text, limit)
+    assert found == whole or (found is None and len(whole) > limit)
+
+
+def test_a_text_is_refused_unread_only_if_every_token_is_as_long_as_the_longest(
+    tokenizer: Tokenizer,
+) -> None:
+    longest = tokenizer.longest_token_bytes
+    assert longest is not None
+    assert tokenizer.encode_within("a" * (10 * longest + 1), 10) is None
+    assert tokenizer.encode_within("a" * (10 * longest), 10) == tokenizer.encode("a" * 10 * longest)
