@@ -71,7 +71,7 @@ Concurrency = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Sequences processed at the same time. Default: 1; for k2 launch as many as fit, at "
-        "most 8.",
+        help="Sequences processed at the same time. Default: 1 for plan-memory; for launch, as "
+        "many as fit, at most 8.",
     ),
 ]
