@@ -20,8 +20,8 @@ from k2cli.sharding.recipe import Recipe, obstacle_to_quantizing
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from k2cli.sharding.footprint import ModelFacts
     from k2cli.sharding.trace import StoredShapes
+    from k2cli.sharding.weights_and_cache import ModelFacts
 
 ITEM_BYTES: dict[FloatType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED_FLOATS: dict[str, FloatType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -64,7 +64,7 @@ def read_model(reference: str, quantize: str | None = None) -> ModelToPlan:
     """
     from k2cli.models.inspection import inspect_model
     from k2cli.sharding.architectures import model_classes
-    from k2cli.sharding.footprint import model_facts
+    from k2cli.sharding.weights_and_cache import model_facts
 
     checkpoint = inspect_model(reference)
     config = checkpoint.config
@@ -136,9 +136,9 @@ def quantized_model(model: ModelToPlan, recipe: Recipe) -> ModelToPlan:
     """
     import mlx.core as mx
 
-    from k2cli.sharding.footprint import model_facts
     from k2cli.sharding.recipe import cast_to_conversion_type, quantize_lazily
     from k2cli.sharding.trace import trace_model
+    from k2cli.sharding.weights_and_cache import model_facts
 
     obstacle = obstacle_to_quantizing(model.config)
     if obstacle is not None:

@@ -184,8 +184,8 @@ def check_traced(problem: PlanningProblem, chosen: Candidate) -> None:
         UsageError: if the model cannot be cut like this.
         InternalError: if a rank would hold other bytes than were planned.
     """
-    from k2cli.sharding.footprint import kv_cache_bytes, weights_bytes
     from k2cli.sharding.trace import running_model, trace_rank
+    from k2cli.sharding.weights_and_cache import kv_cache_bytes, weights_bytes
 
     model = problem.traced.model
     ranks = range(chosen.placement.size)

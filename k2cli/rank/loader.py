@@ -23,12 +23,12 @@ from k2cli.protocol import Assignment, HeldTensor
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.coverage import WholeModel, describe_whole
-from k2cli.sharding.footprint import kv_cache_bytes
 from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, part_slices
 from k2cli.sharding.stage import Stage
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import cut, parameters, running_model, trace_model
+from k2cli.sharding.weights_and_cache import kv_cache_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Tracing a placement rank by rank takes tenths of a second; a search for the best placement, or for
 the longest context, needs thousands. A profile is traced once, from the whole model or from one
 tensor slice, and gives the bytes of every range of layers and every context. They equal those that
-``footprint`` traces (tests/sharding/test_profile.py compares the two).
+``weights_and_cache`` traces (tests/sharding/test_profile.py compares the two).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.sharding import trace
-from k2cli.sharding.footprint import CHUNK_TOKENS, cache_window, filled_cache_bytes
 from k2cli.sharding.stage import anatomy, make_cache
+from k2cli.sharding.weights_and_cache import CHUNK_TOKENS, cache_window, filled_cache_bytes
 
 
 @dataclass(slots=True)

@@ -45,8 +45,8 @@ from k2cli.rank.engine.engine import Engine
 from k2cli.rank.executor import Executor
 from k2cli.rank.follower import follow
 from k2cli.rank.loader import load_part
-from k2cli.sharding.footprint import kv_cache_bytes
 from k2cli.sharding.tensor import StandInGroup
+from k2cli.sharding.weights_and_cache import kv_cache_bytes
 from tests.support.faults import FAULTY_RANKS
 from tests.support.harness import supervised
 from tests.support.rank_pool import SECRET, RankPool, assignments, running

@@ -13,8 +13,8 @@ import pytest
 from k2cli.models.checkpoint import read_checkpoint
 from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.rank.loader import load_part
-from k2cli.sharding.footprint import kv_cache_bytes
 from k2cli.sharding.tensor import StandInGroup
+from k2cli.sharding.weights_and_cache import kv_cache_bytes
 from tests.planning.plans import make_plan
 from tests.quantization import originals
 from tests.support.rank_pool import assignments

@@ -10,9 +10,9 @@ import pytest
 
 from k2cli.errors import UsageError
 from k2cli.sharding.assemble import build
-from k2cli.sharding.footprint import kv_cache_bytes
 from k2cli.sharding.stage import Stage, cut_stage, make_cache
 from k2cli.sharding.trace import parameters
+from k2cli.sharding.weights_and_cache import kv_cache_bytes
 
 COMMON = {
     "vocab_size": 96,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from k2cli.sharding import trace
-from k2cli.sharding.footprint import kv_cache_bytes, weights_bytes
 from k2cli.sharding.placement import Placement
 from k2cli.sharding.trace import StoredShapes
+from k2cli.sharding.weights_and_cache import kv_cache_bytes, weights_bytes
 
 
 @dataclass(frozen=True, slots=True)

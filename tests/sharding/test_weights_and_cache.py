@@ -11,10 +11,10 @@ import pytest
 
 from k2cli.choices import Strategy
 from k2cli.errors import K2Error, UsageError
-from k2cli.sharding.footprint import parameter_count
 from k2cli.sharding.placement import Placement, RankPlacement, even_split
 from k2cli.sharding.tensor import tensor_obstacle
 from k2cli.sharding.trace import trace_model
+from k2cli.sharding.weights_and_cache import parameter_count
 from tests.support.footprints import footprints
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
