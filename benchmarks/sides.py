@@ -83,7 +83,7 @@ def encode(tokenizer: Tokenizer, ask: Ask) -> list[int]:
     """Return the prompt tokens of a request."""
     if isinstance(ask.prompt, str):
         return tokenizer.encode(ask.prompt)
-    return tokenizer.chat_tokens([dict(message) for message in ask.prompt])
+    return tokenizer.encode(tokenizer.chat_prompt([dict(message) for message in ask.prompt]))
 
 
 def answer_of(prompt: list[int], tokens: list[int], marks: list[tuple[float, int]]) -> Answer:

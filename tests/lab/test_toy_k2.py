@@ -52,7 +52,9 @@ def test_greedy_answers_are_repeatable_and_varied(toy_k2: Path) -> None:
     tokenizer = Tokenizer.load(toy_k2)
     answers = []
     for prompt in PROMPTS[:5]:
-        tokens = mx.array(tokenizer.chat_tokens([{"role": "user", "content": prompt}]))
+        tokens = mx.array(
+            tokenizer.encode(tokenizer.chat_prompt([{"role": "user", "content": prompt}]))
+        )
         runs = []
         for _ in range(2):
             model, _ = load_model(toy_k2)  # strict: every parameter, and nothing else

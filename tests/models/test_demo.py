@@ -37,7 +37,7 @@ def prompt_tokens(demo_checkpoint: Path) -> list[list[int]]:
     tokenizer = Tokenizer.load(demo_checkpoint)
     prompts = sorted((tokenizer.encode(prompt) for prompt in PROMPTS), key=len)
     turns = [{"role": "system", "content": "Hi."}, {"role": "user", "content": "你好，世界"}]
-    return [*prompts[:19], tokenizer.chat_tokens(turns)]
+    return [*prompts[:19], tokenizer.encode(tokenizer.chat_prompt(turns))]
 
 
 @pytest.fixture(scope="module")

@@ -146,17 +146,6 @@ class Tokenizer:
         template = self._template(with_tools=bool(tools))
         return template.render(messages, tools, add_generation_prompt, template_arguments)
 
-    def chat_tokens(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **template_arguments: Any,
-    ) -> list[int]:
-        """Encode ``chat_prompt``; the template includes the special tokens."""
-        prompt = self.chat_prompt(messages, tools, add_generation_prompt, **template_arguments)
-        return self.encode(prompt)
-
     def stream(self, skip_special_tokens: bool = True) -> TokenStream:
         """Create an incremental decoder for one answer."""
         return TokenStream(self._tokenizer, skip_special_tokens)

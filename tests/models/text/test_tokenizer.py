@@ -221,7 +221,7 @@ def test_k2_writes_a_conversation(tokenizer: Tokenizer) -> None:
         "<|im_end|><|im_user|>user<|im_middle|>  1 < 2 & 你好\n<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|>"
     )
-    tokens = tokenizer.chat_tokens([{"role": "user", "content": "Hi"}])
+    tokens = tokenizer.encode(tokenizer.chat_prompt([{"role": "user", "content": "Hi"}]))
     assert tokens[-1] == tokenizer.token_id("<|im_middle|>")
     assert tokenizer.token_id("[BOS]") not in tokens
 
