@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 
@@ -27,7 +26,7 @@ from k2cli.launch.model_copies import find_model_copies
 from k2cli.launch.model_source import locate_model
 from k2cli.launch.mpi import find_libraries, find_prefixes
 from k2cli.launch.plan import check_plan, make_launch_plan, read_given_plan
-from k2cli.launch.request import LaunchRequest
+from k2cli.launch.request import LaunchRequest, checked_request
 from k2cli.launch.routes import find_routes
 from k2cli.launch.specification import RunDecisions, make_specification, save_specification
 from k2cli.launch.transport import check_nodes
@@ -39,7 +38,6 @@ from k2cli.protocol import HttpEndpoint
 from k2cli.runs.record import RankRecord, RunRecord, new_run_id, prune_records, save_record
 from k2cli.units import format_bytes
 
-_KEY_HINT = "set K2_API_KEY to one word, for example the output of: openssl rand -hex 24"
 DEFAULT_HTTP_PORT = 8080
 
 
@@ -56,7 +54,7 @@ def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> RunDeci
         ClusterError: if a node cannot be reached, fails a check, or is in use by another run.
         K2Error: if the model is neither here nor on the first node, or the port is taken.
     """
-    run = RunDecisions(request)
+    run = RunDecisions(checked_request(request))
     _choose_nodes(run)
     with locate_model(request.model, run.nodes) as run.model:
         _choose_transport(run, say)
@@ -142,8 +140,6 @@ def _choose_endpoint(run: RunDecisions) -> None:
     """Choose the API's port and key. A key is generated if others than this machine reach it."""
     request = run.request
     port = _http_port(run.nodes[0], request.host, request.port)
-    if request.api_key is not None:
-        _check_api_key(request.api_key)
     run.generated_api_key = not request.api_key and not _is_loopback(request.host)
     api_key = f"k2-{secrets.token_urlsafe(24)}" if run.generated_api_key else request.api_key
     run.http = HttpEndpoint(
@@ -152,36 +148,8 @@ def _choose_endpoint(run: RunDecisions) -> None:
         api_key or None,
         next_port_will_do=request.port is None,
         allowed_hosts=list(request.allowed_hosts),
-        cors_origins=[_checked_origin(origin) for origin in request.cors_origins],
+        cors_origins=list(request.cors_origins),
     )
-
-
-def _check_api_key(key: str) -> None:
-    """Refuse a key that no client can send in a header.
-
-    Raises:
-        UsageError: without the key itself, which may be shown to others.
-    """
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        raise UsageError("the API key is not valid UTF-8", _KEY_HINT) from None
-    if not key.isprintable() or key.split() != [key]:
-        raise UsageError("the API key is blank, or has spaces or control characters", _KEY_HINT)
-
-
-def _checked_origin(origin: str) -> str:
-    """Return an origin as browsers write it.
-
-    Raises:
-        UsageError: if it is not one.
-    """
-    parts = urlsplit(origin)
-    if origin == "*":
-        return origin
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/"):
-        raise UsageError(f"--cors '{origin}' is not an origin", "--cors https://chat.example")
-    return f"{parts.scheme}://{parts.netloc.lower()}"
 
 
 def _choose_environments(run: RunDecisions) -> None:

@@ -1,0 +1,47 @@
+"""Options of a launch that no client could use are refused before anything is done."""
+
+from __future__ import annotations
+
+import pytest
+
+from k2cli.errors import UsageError
+from k2cli.launch.request import LaunchRequest, checked_request
+
+
+@pytest.mark.parametrize("key", [" ", "\n", "s3cr3t\n", " s3cr3t", "s3 cr3t", "a\x00b", "a\udcffb", ""])
+def test_a_key_that_cannot_be_sent(key: str) -> None:
+    with pytest.raises(UsageError, match="the API key is") as refused:
+        checked_request(LaunchRequest("demo", api_key=key))
+    assert not key.strip() or key.strip() not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["k2-secret", "s3cret-cl\u00e9", "a" * 200, None])
+def test_a_key_that_can_be_sent(key: str | None) -> None:
+    assert checked_request(LaunchRequest("demo", api_key=key)).api_key == key
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["evil", "", "http://", "ftp://a", "http://a/b", "http://a?b", "http://a#b", "http://[", "null",
+     "http://a:x", "http://a:99999", "http://user@a", "http://a b"],
+)  # fmt: skip
+def test_what_is_not_an_origin(origin: str) -> None:
+    with pytest.raises(UsageError, match="is not an origin"):
+        checked_request(LaunchRequest("demo", cors_origins=(origin,)))
+
+
+def test_origins_and_names_are_written_as_clients_send_them() -> None:
+    request = LaunchRequest(
+        "demo",
+        allowed_hosts=("Studio.local", "[FE80::1]"),
+        cors_origins=("https://Chat.Example/", "http://[::1]:3000", "*"),
+    )
+    checked = checked_request(request)
+    assert checked.allowed_hosts == ("studio.local", "[fe80::1]")
+    assert checked.cors_origins == ("https://chat.example", "http://[::1]:3000", "*")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a:80", "http://a", "a/b", "[", "a\n"])
+def test_what_is_not_the_name_of_a_host(name: str) -> None:
+    with pytest.raises(UsageError, match="is not a name"):
+        checked_request(LaunchRequest("demo", allowed_hosts=(name,)))
