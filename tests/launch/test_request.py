@@ -8,7 +8,9 @@ from k2cli.errors import UsageError
 from k2cli.launch.request import LaunchRequest, checked_request
 
 
-@pytest.mark.parametrize("key", [" ", "\n", "s3cr3t\n", " s3cr3t", "s3 cr3t", "a\x00b", "a\udcffb", ""])
+@pytest.mark.parametrize(
+    "key", [" ", "\n", "s3cr3t\n", " s3cr3t", "s3 cr3t", "a\x00b", "a\udcffb", ""]
+)
 def test_a_key_that_cannot_be_sent(key: str) -> None:
     with pytest.raises(UsageError, match="the API key is") as refused:
         checked_request(LaunchRequest("demo", api_key=key))
