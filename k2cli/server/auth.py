@@ -85,8 +85,7 @@ class AccessControl:
             message = "Content-Length and Transfer-Encoding contradict each other"
             return ApiError(400, message, code="bad_framing", headers={"Connection": "close"})
         length = headers.get("content-length", "")
-        # More digits than Python turns into a number are too many in any case.
-        if length.isdecimal() and (len(length) > 20 or int(length) > self._served.max_body_bytes):
+        if length.isdecimal() and int(length) > self._served.max_body_bytes:
             return too_large(self._served.max_body_bytes)
         return None
 
