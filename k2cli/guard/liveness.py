@@ -38,7 +38,7 @@ _MAX_STRANGERS = 32
 _LOGGED_REFUSALS = 10
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class GuardConnection:
     """An authenticated connection to another guard."""
 
@@ -184,9 +184,19 @@ class LivenessServer:
                     await self._drop_a_stranger()
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            task = self._spawn(self._converse(GuardConnection(reader, writer)))
-            self._strangers[task] = str(peer[0])
-            task.add_done_callback(lambda task: self._strangers.pop(task, None))
+            self._serve_stranger(GuardConnection(reader, writer), str(peer[0]))
+
+    def _serve_stranger(self, connection: GuardConnection, address: str) -> None:
+        task = self._spawn(self._converse(connection))
+        self._strangers[task] = address
+
+        def forget(task: asyncio.Task[None]) -> None:
+            self._strangers.pop(task, None)
+            if task.cancelled() and connection not in self._connections.values():
+                # Not in the task: if it is cancelled before its first step, it runs no line.
+                connection.writer.transport.abort()
+
+        task.add_done_callback(forget)
 
     async def _drop_a_stranger(self) -> None:
         (address, _), *_ = Counter(self._strangers.values()).most_common(1)
@@ -216,9 +226,6 @@ class LivenessServer:
             self._log_refusal(str(error))
             connection.close()
             return
-        except asyncio.CancelledError:
-            connection.writer.transport.abort()
-            raise
         task = asyncio.current_task()
         assert task is not None
         self._strangers.pop(task, None)

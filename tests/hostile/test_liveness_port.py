@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from k2cli.agent.ports import free_ports
-from k2cli.guard.liveness import LivenessServer, connect_to_leader
+from k2cli.guard.liveness import GuardConnection, LivenessServer, connect_to_leader
 from k2cli.protocol import ControlEndpoint, GuardStarted
 from k2cli.protocol.wire import ConnectionLost, authenticate
-from k2cli.protocol.wire_streams import authenticate_stream, open_stream
+from k2cli.protocol.wire_streams import accepted_stream, authenticate_stream, open_stream
 from k2cli.rank.control import Followers
 from k2cli.rank.control import connect_to_leader as connect_rank
 from tests.guard.test_guard_parts import _bootstrap, _until
@@ -86,6 +86,16 @@ async def test_strangers_of_one_address_displace_only_each_other() -> None:
         async with _strangers(port, 300, "127.0.0.2"):
             await authenticate_stream(reader, writer, SECRET, accepting=False)
         writer.close()
+
+
+async def test_a_stranger_dropped_in_the_moment_it_connects_is_closed() -> None:
+    async with _server([]) as (server, _):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            connection = GuardConnection(*await accepted_stream(ours))
+            server._serve_stranger(connection, "127.0.0.2")
+            await server.close()
+            assert connection.writer.is_closing()
 
 
 async def test_strangers_are_dropped_after_a_while() -> None:
