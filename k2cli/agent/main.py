@@ -30,9 +30,9 @@ from k2cli.files import decode_json
 
 
 def _memory() -> Any:
-    from k2cli.planning.hardware.machine import this_machine  # slow to import
+    from k2cli.agent.gpus import machine_with_runs  # slow to import
 
-    return this_machine()
+    return machine_with_runs()
 
 
 def _software(model_folder: str | None = None) -> Any:

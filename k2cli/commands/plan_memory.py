@@ -101,8 +101,9 @@ def plan_memory(
         _refuse_beside_shop(hardware, cluster, plot, svg, save)
         _shop(Planner(model, quantize), request, as_json=as_json)
         return
-    nodes = with_calibration(_machines(hardware, cluster), transport)
     planner = Planner(model, quantize)
+    machines = planner.with_gpus(_machines(hardware, cluster), request)
+    nodes = with_calibration(machines, transport)
     plan = planner.plan(nodes, request)
     if not plan.fits:
         from k2cli.planning.advice import advise

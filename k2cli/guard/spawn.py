@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.errors import K2Error
+from k2cli.gpu_name import GpuName
 from k2cli.guard.oom_evidence import OomEvidence
 from k2cli.protocol import Assignment, Bootstrap
 from k2cli.protocol.progress_page import ProgressPage
@@ -53,7 +54,8 @@ async def spawn_rank(
     page = ProgressPage.create()
     inherited = [theirs.fileno(), page.fileno()]
     settings, files = group_settings(bootstrap.assignment)
-    environment = {**os.environ, **(job or {}), **bootstrap.environment, **settings}
+    environment = {**os.environ, **(job or {}), **gpu_settings(bootstrap.gpu)}
+    environment |= {**bootstrap.environment, **settings}
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TMPDIR"] = str(kernel_folder(bootstrap.assignment.run_id))
     for name, content in files.items():
@@ -131,6 +133,17 @@ def _private_folder(folder: Path) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(f"{folder} cannot be written")
     return folder
+
+
+def gpu_settings(gpu: GpuName | None) -> dict[str, str]:
+    """Return the variables that leave a rank one GPU; none if the plan did not choose it.
+
+    By its UUID, since CUDA may count GPUs in another order than ``nvidia-smi``. The GPU is one of
+    those that ``CUDA_VISIBLE_DEVICES`` of the user allows, because plans know no others.
+    """
+    if gpu is None or not gpu.uuid:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": gpu.uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, bytes]]:

@@ -11,6 +11,7 @@ from k2cli.errors import DoesNotFitError, UsageError
 from k2cli.launch.request import LaunchRequest
 from k2cli.models.checkpoint import read_config
 from k2cli.nodes.node import Node
+from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.plan import NodeBudget, Plan, read_plan
 from k2cli.units import format_bytes
 
@@ -38,22 +39,21 @@ def read_given_plan(request: LaunchRequest) -> Plan | None:
 
 
 def make_launch_plan(
-    request: LaunchRequest, folder: Path, nodes: Sequence[Node], transport: Transport
+    request: LaunchRequest, folder: Path, machines: Sequence[NodeMemory], transport: Transport
 ) -> Plan:
-    """Make a plan of the model whose headers are in ``folder``, for the memory of the nodes.
+    """Make a plan of the model whose headers are in ``folder``, for the memory of the machines.
 
-    The ranks check that they hold what the plan says, so the chosen placement is not traced here.
+    There is one machine per rank, each with the GPUs that its ranks may get. The ranks check that
+    they hold what the plan says, so the chosen placement is not traced here.
 
     Raises:
-        K2Error: if the model cannot be planned, or a node cannot be asked.
+        K2Error: if the model cannot be planned.
     """
     from k2cli.planning.planner import Planner
     from k2cli.planning.request import PlanRequest
     from k2cli.planning.speed.calibrations import with_calibration
 
-    known = {node.name: node.memory() for node in {node.name: node for node in nodes}.values()}
     link: WantedTransport = "auto" if transport == "local" else transport
-    memory = with_calibration([known[node.name] for node in nodes], link)
     planner = Planner(str(folder))
     wanted = PlanRequest(
         strategy=request.parallel,
@@ -63,6 +63,7 @@ def make_launch_plan(
         head=request.head,
         transport=link,
     )
+    memory = with_calibration(planner.with_gpus(machines, wanted), link)
     if request.concurrency is None:
         wanted = planner.with_most_sequences(memory, wanted)
     plan = planner.plan(memory, wanted, trace_chosen=False)
@@ -99,7 +100,7 @@ def _layer_count(folder: Path) -> int | None:
 def _does_not_fit(plan: Plan) -> DoesNotFitError:
     worst: NodeBudget = min(plan.nodes, key=lambda node: node.headroom_bytes)
     return DoesNotFitError(
-        f"{plan.model.reference} does not fit: {worst.name} needs "
+        f"{plan.model.reference} does not fit: {worst.place} needs "
         f"{format_bytes(worst.total_bytes)} and has {format_bytes(worst.limit_bytes)} "
         f"({format_bytes(-worst.headroom_bytes)} too little)",
         "a smaller --context, more nodes, a smaller quantization; or --force to try anyway",

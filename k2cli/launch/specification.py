@@ -160,6 +160,7 @@ def _make_bootstraps(run: RunDecisions) -> list[Bootstrap]:
             model_name=run.model_name,
             http=run.http if rank == 0 else None,
             environment=run.environments[name],
+            gpu=run.plan.nodes[rank].gpu,
             deadlines=run.request.deadlines,
             restarts=run.request.restart.mode != "never",
         )

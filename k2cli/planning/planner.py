@@ -12,7 +12,7 @@ from dataclasses import replace
 from k2cli.choices import Certainty, FloatType, Head
 from k2cli.errors import InternalError
 from k2cli.planning.config_check import model_context_length
-from k2cli.planning.hardware.machine import NodeMemory, share_machines
+from k2cli.planning.hardware.machine import NodeMemory, on_gpus, share_machines
 from k2cli.planning.memory.stored import describe_quantization
 from k2cli.planning.model import ModelToPlan, read_model
 from k2cli.planning.plan import Alternative, Plan, PlannedModel, PlannedRequest
@@ -64,6 +64,23 @@ class Planner:
         context_length = request.resolved_context(self.model.config)
         traced = self._traced_model(dtype, request.head)
         return PlanningProblem(traced, tuple(share_machines(nodes)), request, context_length)
+
+    def with_gpus(self, nodes: Sequence[NodeMemory], request: PlanRequest) -> list[NodeMemory]:
+        """Give each rank on a machine with GPUs one of them: the most GPUs with which it fits.
+
+        A GPU without enough free memory is left out, and the ranks share the others.
+        """
+        groups = {node.name: len(node.gpus) for node in nodes if node.gpu is None}
+        most = max(groups.values(), default=0)
+        most = min(most, max((_count(nodes, name) for name in groups), default=0))
+        for count in range(most, 1, -1):
+            placed = on_gpus(nodes, count)
+            if self.plan(placed, request, limits=False).fits:
+                return placed
+        shared = on_gpus(nodes, 1)
+        if most > 1 and not self.plan(shared, request, limits=False).fits:
+            return on_gpus(nodes)
+        return shared
 
     def with_most_sequences(self, nodes: Sequence[NodeMemory], request: PlanRequest) -> PlanRequest:
         """Raise the concurrency of a request from 1 to as many sequences as fit, up to 8.
@@ -162,6 +179,10 @@ class Planner:
             alternatives=compared,
             reason="asked for" if asked and len(problem.nodes) > 1 else reason(compared),
         )
+
+
+def _count(nodes: Sequence[NodeMemory], name: str) -> int:
+    return sum(node.name == name for node in nodes)
 
 
 def _alone(problem: PlanningProblem) -> tuple[Alternative, ...]:

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from k2cli.choices import FloatType, HeadPlacement, Strategy, Transport
+from k2cli.gpu_name import GpuName
 
 
 class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,6 +75,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file that the launcher leaves for a guard (mode 0600; the guard deletes it).
 
+    ``gpu`` is the GPU that the rank gets, None if it may use whatever MLX finds.
     ``secret`` (hex) authenticates every TCP connection of the run. ``http`` is set for rank 0
     only. ``environment`` is added to the rank's environment.
 
@@ -88,6 +90,7 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_name: str
     http: HttpEndpoint | None = None
     environment: dict[str, str] = {}
+    gpu: GpuName | None = None
     deadlines: Deadlines = Deadlines()
     restarts: bool = False
     hold: str | None = None

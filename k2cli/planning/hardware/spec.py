@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from k2cli.errors import UsageError
 from k2cli.planning.hardware.chips import Chip, apple_gpu_limit, chips, never_made
-from k2cli.planning.hardware.machine import NodeMemory, this_machine
+from k2cli.planning.hardware.gpus import Gpu
+from k2cli.planning.hardware.machine import GIVEN, NodeMemory, this_machine
 from k2cli.units import GIB, parse_bytes
 
 _TERM_PATTERN = re.compile(r"(?:(\d{1,6})\s*[xX×*]\s*)?([A-Za-z][\w.\- ]*?)")
@@ -205,6 +206,7 @@ def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
             limit_mark="assumed",
             limit_source=source,
             price_usd=None,
+            gpus=_limited(node.gpus, memory, limit),
         )
     if "limit" in settings:
         limit = _size(settings["limit"], "limit")
@@ -214,7 +216,11 @@ def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
                 f"{node.name}"
             )
         node = replace(
-            node, limit_bytes=limit, limit_mark="assumed", limit_source="given in --hardware"
+            node,
+            limit_bytes=limit,
+            limit_mark="assumed",
+            limit_source=GIVEN,
+            gpus=_limited(node.gpus, node.memory_bytes, limit),
         )
     if "bandwidth" in settings:
         text = re.sub(r"\s*(/s|ps)$", "", settings["bandwidth"], flags=re.IGNORECASE)
@@ -228,6 +234,11 @@ def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
             )
         node = replace(node, gpu_flops_per_second=round(float(match.group(1)) * 1e12))
     return node
+
+
+def _limited(gpus: Sequence[Gpu], memory: int, limit: int) -> tuple[Gpu, ...]:
+    """Return the GPUs of this machine with the user's memory and limit."""
+    return tuple(replace(gpu, memory_bytes=memory, limit_bytes=limit) for gpu in gpus)
 
 
 def _size(text: str, key: str) -> int:

@@ -131,8 +131,8 @@ def _before(
 ) -> tuple[PlacementTime, dict[str, float], dict[str, float]]:
     """Return the run without its rates, the start values, and their prior spread."""
     link = constants.links["local" if len({n.name for n in nodes}) == 1 else _link_name(transport)]
-    names = tuple(node.name for node in nodes)
-    run = PlacementTime(work, placement, names, (NodeRates(*[1.0] * 6),) * len(names), link)
+    places = tuple(node.place for node in nodes)
+    run = PlacementTime(work, placement, places, (NodeRates(*[1.0] * 6),) * len(places), link)
     known = constants.rates(replace(nodes[0], measured=None))
     return run, *_start(run, known or _guess(work, figures, constants), known is not None)
 

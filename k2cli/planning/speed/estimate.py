@@ -155,7 +155,7 @@ def _placement_time(
     if len(known) != len(rates):
         return None
     link = _link(constants, nodes, transport, placement.size, collective_seconds)
-    return PlacementTime(work, placement, tuple(node.name for node in nodes), known, link)
+    return PlacementTime(work, placement, tuple(node.place for node in nodes), known, link)
 
 
 def _source(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> str:

@@ -15,7 +15,7 @@ _LEGEND = ("weights", "KV", "activation", "overhead", "free")
 _STYLES = ("blue", "green", "yellow", "magenta", "dim")
 _UNICODE_CELLS, _ASCII_CELLS = "█▓▒░·", "#=+:."
 _OVER = "bold red"
-NAME_WIDTH = 14
+NAME_WIDTH = 16
 _BAR_WIDTH = 60
 
 
@@ -38,7 +38,7 @@ def bar_lines(nodes: Sequence[NodeBudget], *, unicode: bool = True) -> list[Text
 
 
 def _bar(node: NodeBudget, scale: int, cells: str) -> Text:
-    line = Text(f"{short_name(node.name).ljust(NAME_WIDTH)}  ")
+    line = Text(f"{short_name(node.place).ljust(NAME_WIDTH)}  ")
     limit = round(node.limit_bytes / scale * _BAR_WIDTH)
     filled = position = 0
     runs: list[tuple[str, str]] = []
