@@ -37,6 +37,32 @@ def read_given_plan(request: LaunchRequest) -> Plan | None:
     return read_plan(path)
 
 
+def plan_with_transport(
+    request: LaunchRequest, folder: Path, nodes: Sequence[Node], transport: Transport, reason: str
+) -> tuple[Plan, Transport, str]:
+    """Make a plan for the chosen transport; return it, the transport and the reason for that.
+
+    NCCL carries tensor parallelism alone. If ``auto`` has chosen it, and the model cannot be cut
+    into slices or does not fit so, the ring is used instead, over which a pipeline is possible.
+
+    Raises:
+        K2Error: if the model cannot be planned, or a node cannot be asked.
+    """
+    may_change = transport == "nccl" and request.transport == "auto" and request.parallel == "auto"
+    try:
+        plan = make_launch_plan(request, folder, nodes, transport)
+    except UsageError as error:
+        if not may_change:
+            raise
+        obstacle = error.message
+    else:
+        if plan.fits or not may_change:
+            return plan, transport, reason
+        obstacle = "by tensor parallelism the model does not fit"
+    plan = make_launch_plan(request, folder, nodes, "ring")
+    return plan, "ring", f"NCCL is for tensor parallelism only: {obstacle}"
+
+
 def make_launch_plan(
     request: LaunchRequest, folder: Path, nodes: Sequence[Node], transport: Transport
 ) -> Plan:

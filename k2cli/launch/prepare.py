@@ -25,7 +25,7 @@ from k2cli.errors import K2Error, UsageError
 from k2cli.launch.model_copies import find_model_copies
 from k2cli.launch.model_source import locate_model
 from k2cli.launch.mpi import find_libraries, find_prefixes
-from k2cli.launch.plan import check_plan, make_launch_plan, read_given_plan
+from k2cli.launch.plan import check_plan, plan_with_transport, read_given_plan
 from k2cli.launch.request import LaunchRequest, checked_request
 from k2cli.launch.routes import find_routes
 from k2cli.launch.specification import RunDecisions, make_specification, save_specification
@@ -88,14 +88,25 @@ def _choose_nodes(run: RunDecisions) -> None:
 def _choose_transport(run: RunDecisions, say: Say) -> None:
     """Check the nodes, and choose the transport by what they have."""
     run.transport, run.transport_reason = check_nodes(
-        run.nodes, run.request.transport, say, force=run.request.force
+        run.nodes,
+        run.request.transport,
+        say,
+        force=run.request.force,
+        parallel=run.request.parallel
+        if run.plan_given is None
+        else run.plan_given.placement.strategy,
     )
 
 
 def _make_plan(run: RunDecisions) -> None:
     """Make the plan unless the user gave one, and refuse one that does not fit."""
     folder = run.model.folder
-    run.plan = run.plan_given or make_launch_plan(run.request, folder, run.nodes, run.transport)
+    if run.plan_given is not None:
+        run.plan = run.plan_given
+    else:
+        run.plan, run.transport, run.transport_reason = plan_with_transport(
+            run.request, folder, run.nodes, run.transport, run.transport_reason
+        )
     check_plan(run.plan, folder, run.nodes, force=run.request.force)
 
 
@@ -271,6 +282,8 @@ def _settings(run: RunDecisions) -> dict[str, str]:
         settings["addresses"] = "; ".join(run.routes.interfaces)
     if run.transport == "mpi" and run.routes.networks:
         settings["btl_tcp_if_include"] = ",".join(run.routes.networks)
+    if run.routes.nccl is not None:
+        settings["nccl"] = f"{run.routes.nccl.host}, interface {run.routes.nccl.interfaces[0]}"
     if run.routes.rdma is not None:
         settings["rdma devices"] = str(run.routes.rdma)
     settings |= run.environments[run.nodes[0].name]
