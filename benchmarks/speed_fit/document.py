@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.speed_fit.evaluate import Prediction, Spreads, Summary, summarise
-from benchmarks.speed_fit.model import COLLECTIVE, ENGINES, PRIORS, SHARES, Constants, link_of
+from benchmarks.speed_fit.model import (
+    COLLECTIVE,
+    ENGINES,
+    LINKS,
+    PRIORS,
+    SHARES,
+    Constants,
+    link_of,
+)
 from benchmarks.speed_fit.outcome import Outcome
 from benchmarks.speed_fit.rows import QUANTITIES, Unusable
 
@@ -239,7 +247,7 @@ def constants_toml(outcome: Outcome, fitted_on: str) -> str:
         "[mlx]",
         *(f"{name} = {outcome.constants[f'mlx.{name}']:.3g}" for name in SHARES),
     ]
-    for backend in ("local", "jaccl", "ring", "mpi"):
+    for backend in LINKS:
         link = link_of(outcome.constants, backend)
         lines += [
             "",

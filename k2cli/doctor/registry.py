@@ -11,6 +11,7 @@ CHECKS: tuple[Check, ...] = (
     Check("versions", checks_software.versions),
     Check("system", checks_software.systems),
     Check("mpirun", checks_software.mpi),
+    Check("NCCL", checks_software.nccl),
     Check("clock", checks_machine.clock),
     Check("leftovers", checks_machine.leftovers),
     Check("memory", checks_machine.memory),

@@ -150,7 +150,7 @@ def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, by
     """Return the variables with which a rank joins its MLX group: values, and contents of files.
 
     The names are those of ``mlx/_distributed_utils/launch.py`` (``launch_ring``,
-    ``launch_jaccl``); MPI needs none of them.
+    ``launch_jaccl``, ``launch_nccl``); MPI needs none of them.
     """
     rank = {"MLX_RANK": str(assignment.rank)}
     if assignment.transport == "ring" and assignment.ring_hosts is not None:
@@ -159,7 +159,21 @@ def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, by
         coordinator = {"MLX_JACCL_COORDINATOR": assignment.jaccl_coordinator}
         devices = msgspec.json.encode(assignment.jaccl_devices)
         return rank | coordinator, {"MLX_IBV_DEVICES": devices}
+    if assignment.transport == "nccl" and assignment.nccl_coordinator is not None:
+        return rank | _nccl_settings(assignment, assignment.nccl_coordinator), {}
     return {}, {}
+
+
+def _nccl_settings(assignment: Assignment, coordinator: str) -> dict[str, str]:
+    """Return NCCL's variables; others that the user has set, as NCCL_NVLS_ENABLE, stay as set."""
+    host, _, port = coordinator.rpartition(":")
+    settings = {"MLX_WORLD_SIZE": str(assignment.size), "NCCL_HOST_IP": host, "NCCL_PORT": port}
+    # Its status service would listen on a port of its own.
+    settings["NCCL_RAS_ENABLE"] = "0"
+    if assignment.nccl_interface is not None:
+        # "=" takes the name as it is; without it, it is a prefix.
+        settings["NCCL_SOCKET_IFNAME"] = f"={assignment.nccl_interface}"
+    return settings
 
 
 def _nameless_file(content: bytes) -> int:

@@ -38,6 +38,55 @@ def read_given_plan(request: LaunchRequest) -> Plan | None:
     return read_plan(path)
 
 
+def plan_with_transport(
+    request: LaunchRequest,
+    folder: Path,
+    machines: Sequence[NodeMemory],
+    transport: Transport,
+    reason: str,
+) -> tuple[Plan, Transport, str]:
+    """Make a plan for the chosen transport; return it, the transport and the reason for that.
+
+    NCCL carries tensor parallelism alone. If ``auto`` has chosen it, and the model cannot be cut
+    into slices or does not fit so, the ring is used instead, over which a pipeline is possible.
+
+    Raises:
+        UsageError: if NCCL was asked for and ranks have to share a GPU.
+        K2Error: if the model cannot be planned.
+    """
+    may_change = transport == "nccl" and request.transport == "auto" and request.parallel == "auto"
+    try:
+        plan = make_launch_plan(request, folder, machines, transport)
+    except UsageError as error:
+        if not may_change:
+            raise
+        obstacle = error.message
+    else:
+        if plan.fits or not may_change:
+            return plan, *transport_of_placed(request, plan, transport, reason)
+        obstacle = "by tensor parallelism the model does not fit"
+    plan = make_launch_plan(request, folder, machines, "ring")
+    return plan, "ring", f"NCCL is for tensor parallelism only: {obstacle}"
+
+
+def transport_of_placed(
+    request: LaunchRequest, plan: Plan, transport: Transport, reason: str
+) -> tuple[Transport, str]:
+    """Return the transport and its reason, or the ring if NCCL's ranks have to share a GPU.
+
+    Raises:
+        UsageError: if NCCL was asked for.
+    """
+    places = [node.place for node in plan.nodes]
+    shared = next((place for place in places if places.count(place) > 1), None)
+    if transport != "nccl" or shared is None:
+        return transport, reason
+    obstacle = f"{places.count(shared)} ranks share {shared}, and NCCL needs a GPU for each"
+    if request.transport != "auto":
+        raise UsageError(f"--backend nccl is not possible: {obstacle}", "--backend ring")
+    return "ring", obstacle
+
+
 def make_launch_plan(
     request: LaunchRequest, folder: Path, machines: Sequence[NodeMemory], transport: Transport
 ) -> Plan:

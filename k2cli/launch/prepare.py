@@ -26,7 +26,12 @@ from k2cli.launch.gpus import machines_of, place_plan
 from k2cli.launch.model_copies import find_model_copies
 from k2cli.launch.model_source import locate_model
 from k2cli.launch.mpi import find_libraries, find_prefixes
-from k2cli.launch.plan import check_plan, make_launch_plan, read_given_plan
+from k2cli.launch.plan import (
+    check_plan,
+    plan_with_transport,
+    read_given_plan,
+    transport_of_placed,
+)
 from k2cli.launch.request import LaunchRequest, checked_request
 from k2cli.launch.routes import find_routes
 from k2cli.launch.specification import RunDecisions, make_specification, save_specification
@@ -89,7 +94,13 @@ def _choose_nodes(run: RunDecisions) -> None:
 def _choose_transport(run: RunDecisions, say: Say) -> None:
     """Check the nodes, and choose the transport by what they have."""
     run.transport, run.transport_reason = check_nodes(
-        run.nodes, run.request.transport, say, force=run.request.force
+        run.nodes,
+        run.request.transport,
+        say,
+        force=run.request.force,
+        parallel=run.request.parallel
+        if run.plan_given is None
+        else run.plan_given.placement.strategy,
     )
 
 
@@ -98,7 +109,9 @@ def _make_plan(run: RunDecisions, say: Say) -> None:
     folder, force = run.model.folder, run.request.force
     if run.plan_given is None:
         machines = machines_of(run.nodes, run.request, say)
-        run.plan = make_launch_plan(run.request, folder, machines, run.transport)
+        run.plan, run.transport, run.transport_reason = plan_with_transport(
+            run.request, folder, machines, run.transport, run.transport_reason
+        )
         check_plan(run.plan, folder, run.nodes, force=force)
         return
     run.plan = run.plan_given
@@ -106,6 +119,9 @@ def _make_plan(run: RunDecisions, say: Say) -> None:
     if any(node.backend == "cuda" for node in run.plan.nodes):
         machines = machines_of(run.nodes, run.request, say)
         run.plan = place_plan(run.plan, machines, force=force)
+        run.transport, run.transport_reason = transport_of_placed(
+            run.request, run.plan, run.transport, run.transport_reason
+        )
 
 
 def _find_model_copies(run: RunDecisions) -> None:
@@ -283,6 +299,8 @@ def _settings(run: RunDecisions) -> dict[str, str]:
         settings["addresses"] = "; ".join(run.routes.interfaces)
     if run.transport == "mpi" and run.routes.networks:
         settings["btl_tcp_if_include"] = ",".join(run.routes.networks)
+    if run.routes.nccl is not None:
+        settings["nccl"] = f"{run.routes.nccl.host}, interface {run.routes.nccl.interfaces[0]}"
     if run.routes.rdma is not None:
         settings["rdma devices"] = str(run.routes.rdma)
     settings |= run.environments[run.nodes[0].name]

@@ -24,7 +24,6 @@ from k2cli.planning.search.strategies import (
     compare,
     max_concurrency,
     max_context_length,
-    strategies_for,
 )
 from k2cli.planning.search.traced_model import TracedModel
 from k2cli.planning.speed.estimate import speed_obstacle
@@ -122,7 +121,7 @@ class Planner:
                 the numbers.
         """
         problem = replace(self.problem(nodes, request), unfit_speed=limits)
-        found, obstacles = compare(problem, strategies_for(request.strategy, len(nodes)))
+        found, obstacles = compare(problem, request.strategies(len(nodes)))
         chosen = max(found, key=preference)
         if limits and trace_chosen:
             check_traced(problem, chosen)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from k2cli.errors import DoesNotFitError
+from k2cli.choices import WantedTransport
+from k2cli.errors import DoesNotFitError, UsageError
 from k2cli.guard.spawn import gpu_settings
+from k2cli.launch import prepare
 from k2cli.launch.prepare import prepare_run
 from k2cli.launch.request import LaunchRequest
 from k2cli.launch.specification import RunDecisions, read_specification
@@ -34,13 +36,14 @@ def launched(
     share: bool = False,
     wait_seconds: float = 0.0,
     force: bool = False,
+    transport: WantedTransport = "ring",
 ) -> Iterator[tuple[RunDecisions, list[str]]]:
     """Prepare a run and release its machines at the end; yields it and what it said."""
     said: list[str] = []
     request = LaunchRequest(
         str(model),
         nodes=nodes,
-        transport="ring",
+        transport=transport,
         plan_file=plan,
         share=share,
         wait_seconds=wait_seconds,
@@ -131,3 +134,20 @@ def test_a_saved_plan_keeps_its_gpus_or_moves_to_free_ones(
         prepare_run(LaunchRequest(str(toy_k2), nodes=("localhost",), plan_file=saved))
     with launched(toy_k2, ("localhost",), saved, force=True) as (forced, _):
         assert gpus_of(forced) == [1]
+
+
+def test_nccl_gives_way_to_the_ring_where_ranks_share_a_gpu(
+    toy_k2: Path, host: GpuHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "check_nodes", lambda *_, **__: ("nccl", "measured"))
+    with launched(toy_k2, transport="auto") as (run, _):
+        assert (run.transport, gpus_of(run)) == ("nccl", [0, 1])
+    host.use(1, 4321, "trainer", 143_000)
+    with launched(toy_k2, transport="auto") as (run, _):
+        assert (run.transport, gpus_of(run)) == ("ring", [0, 0])
+        assert "2 ranks share localhost GPU 0" in run.transport_reason
+    with (
+        pytest.raises(UsageError, match="nccl is not possible: 2 ranks share localhost GPU 0"),
+        launched(toy_k2, transport="nccl"),
+    ):
+        pass

@@ -130,7 +130,8 @@ def _before(
     constants: SpeedConstants,
 ) -> tuple[PlacementTime, dict[str, float], dict[str, float]]:
     """Return the run without its rates, the start values, and their prior spread."""
-    link = constants.links["local" if len({n.name for n in nodes}) == 1 else _link_name(transport)]
+    one_machine = len({node.name for node in nodes}) == 1 and transport != "nccl"
+    link = constants.links["local" if one_machine else _link_name(transport)]
     places = tuple(node.place for node in nodes)
     run = PlacementTime(work, placement, places, (NodeRates(*[1.0] * 6),) * len(places), link)
     known = constants.rates(replace(nodes[0], measured=None))
@@ -138,7 +139,7 @@ def _before(
 
 
 def _link_name(transport: Transport) -> str:
-    return transport if transport in ("jaccl", "ring", "mpi") else "ring"
+    return transport if transport in ("jaccl", "ring", "mpi", "nccl") else "ring"
 
 
 def _speed(run: PlacementTime, figure: MeasuredFigure, chunk_tokens: int) -> float:

@@ -106,7 +106,7 @@ def predict_speed(
             has ranks, else uncut. Tracing it costs a few tenths of a second; this function is
             arithmetic and can be called for many contexts and splits.
         nodes: one per rank, rank 0 first.
-        transport: the connection of the ranks: ``local``, ``mpi``, ``ring``, ``jaccl`` or ``auto``.
+        transport: the connection of the ranks, or ``auto``.
         context_length: tokens that are in the cache when a token is generated.
         prompt_tokens: length of the prompt; ``context_length`` if None.
         chunk_tokens: tokens of the prompt per prefill step.
@@ -154,7 +154,7 @@ def _placement_time(
     known = tuple(each for each in rates if each is not None)
     if len(known) != len(rates):
         return None
-    link = _link(constants, nodes, transport, placement.size, collective_seconds)
+    link = _link(constants, nodes, transport, placement, collective_seconds)
     return PlacementTime(work, placement, tuple(node.place for node in nodes), known, link)
 
 
@@ -201,10 +201,17 @@ def _link(
     constants: SpeedConstants,
     nodes: Sequence[NodeMemory],
     transport: WantedTransport,
-    ranks: int,
+    placement: Placement,
     collective_seconds: float | None,
 ) -> LinkRates:
-    if ranks == 1 or len({node.name for node in nodes}) == 1:
+    one_machine = len({node.name for node in nodes}) == 1
+    if placement.size == 1:
+        link = constants.links["local"]
+    elif all(node.device == "cuda" for node in nodes):
+        # Over the ring and MPI every array goes from the GPU to the CPU and back.
+        sums = transport == "nccl" or (transport == "auto" and placement.strategy == "tensor")
+        link = constants.links["nccl" if sums else "ring-cuda"]
+    elif one_machine:
         link = constants.links["local"]
     elif transport in ("jaccl", "ring", "mpi"):
         link = constants.links[transport]
