@@ -63,15 +63,12 @@ ENGINE_OF = {name: "llama.cpp" if name.startswith("llama.cpp") else "mlx" for na
 # (https://www.jeffgeerling.com/blog/2025/15-tb-vram-on-mac-studio-rdma-over-thunderbolt-5).
 # Bytes per second: 1 MiB reductions over RDMA (4.96 GB/s, guruswami-ai as above; 7.08 GB/s,
 # pytorch as above); half of that over TCP, assumed. ``local`` is between processes of one machine.
-# NVIDIA: measured by k2 on two H200s of one host on 2026-11-28, 14 KB in a chain of 20 sums; the
-# ring's bytes per second follow from a prompt of 2,048 tokens over both, NCCL's are assumed.
+# Links between NVIDIA's GPUs are in ``cuda.py``.
 LINKS: Mapping[str, LinkRates] = {
     "local": LinkRates(10e-6, 30e-6, 100e-6, 5e9),
     "jaccl": LinkRates(COLLECTIVE_RANGE[0], math.nan, COLLECTIVE_RANGE[1], 5e9),
     "ring": LinkRates(200e-6, 300e-6, 400e-6, 2.5e9),
     "mpi": LinkRates(200e-6, 300e-6, 400e-6, 2.5e9),
-    "nccl": LinkRates(20e-6, 48e-6, 100e-6, 1e11),
-    "ring-cuda": LinkRates(500e-6, 833e-6, 1e-3, 1.5e9),
 }
 
 Constants = Mapping[str, float]

@@ -28,7 +28,8 @@ def plan_memory(
     hardware: Annotated[
         str | None,
         typer.Option(
-            help="Machines: '2x m3-ultra-512', 'm3-ultra-512 + m4-max-128', 'this' (default)."
+            help="Machines: '2x m3-ultra-512', 'm3-ultra-512 + m4-max-128', 'this' (default); "
+            "NVIDIA's GPUs: '2x h200-141', '2x RTX 5090'."
         ),
     ] = None,
     cluster: Annotated[

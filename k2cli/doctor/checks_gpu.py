@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from k2cli.cluster.facts.machine import MachineFacts
-from k2cli.doctor.results import CheckResult, Need, Situation, on_node
+from k2cli.doctor.results import CheckResult, Need, Situation
 from k2cli.planning.hardware.gpus import CONTEXT_BYTES, Gpu, describe_users, gpus_for_ranks
 from k2cli.units import format_bytes
 
@@ -23,7 +23,7 @@ def gpus(situation: Situation) -> Iterable[CheckResult]:
                 "GPU",
                 node,
                 f"MLX there is built without CUDA and computes on the CPU, not on {names}",
-                on_node(node, "pip install 'mlx[cuda13]'") + "  (cuda12 for older drivers)",
+                "there: pip uninstall mlx-cpu && pip install mlx-cuda-13",
             )
             continue
         for gpu in machine.gpus:

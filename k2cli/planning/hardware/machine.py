@@ -18,6 +18,7 @@ from typing import Any
 from k2cli.choices import Certainty, Device
 from k2cli.errors import K2Error
 from k2cli.gpu_name import GpuName
+from k2cli.planning.hardware.cards import card_of_device
 from k2cli.planning.hardware.chips import chip_of_device
 from k2cli.planning.hardware.gpus import (
     CONTEXT_BYTES,
@@ -143,7 +144,16 @@ def on_gpus(nodes: Sequence[NodeMemory], most: int | None = None) -> list[NodeMe
 
 
 def on_gpu(node: NodeMemory, gpu: Gpu) -> NodeMemory:
-    """Return the machine as a rank on this GPU sees it."""
+    """Return the machine as a rank on this GPU sees it, with the speed of its kind."""
+    found = card_of_device(gpu.name.name, gpu.memory_bytes)
+    if found is not None:
+        card, size = found
+        node = replace(
+            node,
+            chip=card.identifier,
+            bandwidth_bytes_per_second=size.bandwidth_bytes_per_second,
+            gpu_flops_per_second=card.flops_per_second,
+        )
     return replace(
         node,
         memory_bytes=gpu.memory_bytes,
