@@ -72,14 +72,17 @@ class Planner:
         groups = {node.name: len(node.gpus) for node in nodes if node.gpu is None}
         most = max(groups.values(), default=0)
         most = min(most, max((_count(nodes, name) for name in groups), default=0))
-        for count in range(most, 1, -1):
+        own = on_gpus(nodes)
+        limits = [node.limit_bytes for node in own if node.gpu is not None]
+        # Ranks that share get a half or less: that is more than a GPU of their own only if this
+        # has less than half of what another one has.
+        if most < 2 or 2 * min(limits, default=0) >= max(limits, default=0):
+            return own
+        for count in range(most, 0, -1):
             placed = on_gpus(nodes, count)
             if self.plan(placed, request, limits=False).fits:
                 return placed
-        shared = on_gpus(nodes, 1)
-        if most > 1 and not self.plan(shared, request, limits=False).fits:
-            return on_gpus(nodes)
-        return shared
+        return own
 
     def with_most_sequences(self, nodes: Sequence[NodeMemory], request: PlanRequest) -> PlanRequest:
         """Raise the concurrency of a request from 1 to as many sequences as fit, up to 8.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from k2cli.choices import WantedTransport
+from k2cli.cli import build_app
 from k2cli.errors import DoesNotFitError, UsageError
 from k2cli.guard.spawn import gpu_settings
 from k2cli.launch import prepare
@@ -17,6 +20,7 @@ from k2cli.launch.request import LaunchRequest
 from k2cli.launch.specification import RunDecisions, read_specification
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.locks import BusyError, release_locks
+from k2cli.ui.plan.table import plan_lines
 from tests.support.gpu_host import UUIDS, GpuHost, make_gpu_host
 
 TWO = ("localhost", "localhost")
@@ -72,6 +76,11 @@ def test_two_ranks_of_one_host_get_a_gpu_each(toy_k2: Path, host: GpuHost) -> No
         assert one.limit_bytes == two.limit_bytes > 149e9  # all of a card, not a half
         variables = [gpu_settings(node.gpu)["CUDA_VISIBLE_DEVICES"] for node in run.plan.nodes]
         assert variables == list(UUIDS[:2])
+        named = "rank 0 on GPU 0 (NVIDIA H200); rank 1 on GPU 1 (NVIDIA H200)"
+        assert named in plan_lines(run.plan)
+        assert named in CliRunner().invoke(build_app(), ["ps"]).stdout
+        (shown,) = json.loads(CliRunner().invoke(build_app(), ["ps", "--json"]).stdout)["runs"]
+        assert shown["ranks"][1]["gpu"] == {"index": 1, "uuid": UUIDS[1], "name": "NVIDIA H200"}
 
 
 def test_a_second_run_gets_the_other_gpu_and_a_third_is_refused(
@@ -92,6 +101,7 @@ def test_ranks_share_the_gpu_that_is_left_unless_they_can_wait(toy_k2: Path, hos
         with launched(toy_k2) as (run, _):
             assert gpus_of(run) == [1, 1]
             assert "shared by 2 ranks" in run.plan.nodes[0].limit_source
+            assert "ranks 0 and 1 share GPU 1 (NVIDIA H200)" in plan_lines(run.plan)
         with pytest.raises(BusyError, match=f"GPU 0 .* is in use by {first.run_id}"):
             prepare_run(LaunchRequest(str(toy_k2), nodes=TWO, wait_seconds=0.01))
 

@@ -33,8 +33,9 @@ QUERY_PROCESSES = (
     "--format=csv,noheader,nounits",
 )
 _PLACES = ("/usr/bin/nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi", "/usr/local/nvidia/bin/nvidia-smi")
-_SECONDS = 15.0
-"""Without persistence mode the driver starts anew for each call: seconds on a host with many."""
+_SECONDS = 8.0
+"""Time limit of a call; two have to fit into a question to a node. Without persistence mode the
+driver starts anew for each, which takes seconds on a host with many GPUs."""
 _USED_BYTES = 64 * MIB
 """With less than this in use besides the driver's own, no other process is looked for."""
 
