@@ -69,10 +69,10 @@ def make_toy(folder: Path, shape: ToyShape, seed: int = 0) -> Path:
     original = folder.with_name(f"{folder.name}.original")
     shutil.rmtree(original, ignore_errors=True)
     build_toy_k2(original, shape, seed)
-    specials = _special_tokens(original)
+    specials = special_tokens(original)
     copy_in_float32(original, folder, whole_words_only=True)
     (folder / "tiktoken.model").unlink()
-    (folder / "tokenizer.json").write_text(json.dumps(_word_tokenizer(specials)))
+    (folder / "tokenizer.json").write_text(json.dumps(word_tokenizer(specials)))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     shutil.rmtree(original)
@@ -139,7 +139,7 @@ def _forget_end_tokens(folder: Path) -> None:
     path.write_text(json.dumps(document))
 
 
-def _special_tokens(folder: Path) -> dict[int, str]:
+def special_tokens(folder: Path) -> dict[int, str]:
     named = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     names = {int(number): entry["content"] for number, entry in named.items()}
     return {
@@ -148,7 +148,7 @@ def _special_tokens(folder: Path) -> dict[int, str]:
     }
 
 
-def _word_tokenizer(specials: dict[int, str]) -> dict[str, Any]:
+def word_tokenizer(specials: dict[int, str]) -> dict[str, Any]:
     """``tokenizer.json``: bytes, whole words with a space before them, special tokens."""
     letters = byte_letters()
     vocabulary = {letter: number for number, letter in enumerate(letters)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Transport = Literal["local", "mpi", "ring", "jaccl"]
+Transport = Literal["local", "mpi", "ring", "jaccl", "nccl"]
 """Connection between the ranks of a run; ``--backend`` and the JSON field ``backend`` of a run."""
 
 Device = Literal["metal", "cuda", "cpu"]
@@ -22,7 +22,7 @@ Certainty = Literal["exact", "modelled", "assumed"]
 
 # Values of options; ``auto`` leaves the choice to k2.
 WantedTransport = Literal["auto", Transport]
-CheckedTransport = Literal["auto", "mpi", "ring", "jaccl"]
+CheckedTransport = Literal["auto", "mpi", "ring", "jaccl", "nccl"]
 Parallel = Literal["auto", Strategy]
 WantedFloatType = Literal["auto", FloatType]
 Head = Literal["auto", HeadPlacement]

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 
+from benchmarks.speed_fit.cuda import CudaOutcome
+from benchmarks.speed_fit.cuda_section import cuda_section
 from benchmarks.speed_fit.evaluate import Prediction, Spreads, Summary, summarise
-from benchmarks.speed_fit.model import COLLECTIVE, ENGINES, PRIORS, SHARES, Constants, link_of
+from benchmarks.speed_fit.model import (
+    COLLECTIVE,
+    ENGINES,
+    LINKS,
+    PRIORS,
+    SHARES,
+    Constants,
+    link_of,
+)
 from benchmarks.speed_fit.outcome import Outcome
 from benchmarks.speed_fit.rows import QUANTITIES, Unusable
 
@@ -84,6 +95,8 @@ _MISSING = """## What this does not show
 * Contexts are assumed if a source does not state them. Six of the twelve figures of several
   machines are from one chart.
 * Memory pressure is not modelled: a plan that does not fit has no speed.
+* Of NVIDIA's GPUs only H200s were measured, with one model; see
+  [that section](#gpus-of-nvidia).
 
 Your own measurements are better. `k2 bench --calibrate` measures one of your runs at two prompt
 lengths, generates after each, and repeats it with two requests at the same time. Then it solves the
@@ -104,6 +117,7 @@ def document(outcome: Outcome) -> str:
         _constants(outcome.constants, outcome.spreads),
         _table("## Rows held out, predicted by constants fitted without them", outcome.held_out),
         _table("## Rows used for the fit", outcome.fitted),
+        cuda_section(outcome.cuda),
         _unusable(outcome.unusable),
         _MISSING,
     ]
@@ -239,11 +253,11 @@ def constants_toml(outcome: Outcome, fitted_on: str) -> str:
         "[mlx]",
         *(f"{name} = {outcome.constants[f'mlx.{name}']:.3g}" for name in SHARES),
     ]
-    for backend in ("local", "jaccl", "ring", "mpi"):
-        link = link_of(outcome.constants, backend)
+    links = {name: link_of(outcome.constants, name) for name in LINKS} | outcome.cuda.links
+    for name, link in links.items():
         lines += [
             "",
-            f"[links.{backend}]",
+            f"[links.{name}]",
             f"collective_seconds_low = {link.collective_seconds_low:.3g}",
             f"collective_seconds = {link.collective_seconds:.3g}",
             f"collective_seconds_high = {link.collective_seconds_high:.3g}",
@@ -253,5 +267,23 @@ def constants_toml(outcome: Outcome, fitted_on: str) -> str:
         "",
         "[band]",
         *(f"{name}_spread = {outcome.spreads['mlx', name]}" for name in QUANTITIES),
+        *_cuda_toml(outcome.cuda),
     ]
     return "\n".join([*lines, ""])
+
+
+def _cuda_toml(cuda: CudaOutcome) -> list[str]:
+    about = cuda.about
+    return [
+        "",
+        "# MLX on NVIDIA's GPUs, from figures of the machines named. The links nccl-pcie and",
+        "# nccl-network are assumed.",
+        "[cuda]",
+        f'machines = ["{about["machine"]}"]',
+        f'chips = ["{about["chip"]}"]',
+        f'measured_on = "{about["measured_on"]}"',
+        f"spread = {cuda.spread}",
+        "",
+        "[cuda.shares]",
+        *(f"{name} = {value:.3g}" for name, value in asdict(cuda.shares).items()),
+    ]

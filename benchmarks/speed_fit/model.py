@@ -63,6 +63,7 @@ ENGINE_OF = {name: "llama.cpp" if name.startswith("llama.cpp") else "mlx" for na
 # (https://www.jeffgeerling.com/blog/2025/15-tb-vram-on-mac-studio-rdma-over-thunderbolt-5).
 # Bytes per second: 1 MiB reductions over RDMA (4.96 GB/s, guruswami-ai as above; 7.08 GB/s,
 # pytorch as above); half of that over TCP, assumed. ``local`` is between processes of one machine.
+# Links between NVIDIA's GPUs are in ``cuda.py``.
 LINKS: Mapping[str, LinkRates] = {
     "local": LinkRates(10e-6, 30e-6, 100e-6, 5e9),
     "jaccl": LinkRates(COLLECTIVE_RANGE[0], math.nan, COLLECTIVE_RANGE[1], 5e9),

@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from benchmarks.speed_fit.cuda import CudaOutcome, run_cuda_fit
 from benchmarks.speed_fit.evaluate import Prediction, Spreads, by_fold, predict, spreads_of
 from benchmarks.speed_fit.fit import fit
 from benchmarks.speed_fit.rows import FOLDER, Unusable, read_rows, split_rows
 
+_DATA = ("measurements.csv", "models.toml", "cuda.toml")
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of a fit; ``folds`` and ``sources`` predict each row without its fold or source."""
+    """Result of a fit; ``folds`` and ``sources`` predict each row without its fold or source.
+
+    ``cuda`` is the fit for GPUs of NVIDIA, which has figures of its own.
+    """
 
     constants: dict[str, float]
     spreads: Spreads
@@ -22,6 +28,7 @@ class Outcome:
     sources: list[Prediction]
     unusable: list[Unusable]
     digest: str
+    cuda: CudaOutcome
 
 
 def run_fit() -> Outcome:
@@ -39,10 +46,11 @@ def run_fit() -> Outcome:
         sources=by_fold(rows, spreads, by_source=True),
         unusable=unusable,
         digest=_digest(),
+        cuda=run_cuda_fit(),
     )
 
 
 def _digest() -> str:
     """Return the digest of the files with rows and models."""
-    data = b"".join((FOLDER / name).read_bytes() for name in ("measurements.csv", "models.toml"))
+    data = b"".join((FOLDER / name).read_bytes() for name in _DATA)
     return hashlib.sha256(data).hexdigest()[:16]

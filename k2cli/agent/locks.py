@@ -1,6 +1,7 @@
 """Locks of this machine: one file per run that uses it, written by the run's launcher.
 
-A run has a machine to itself, unless the next run asks to share it and the memory of both fits.
+A run has a machine to itself, unless the next run asks to share it and the memory of both fits. On
+a machine with GPUs it has its GPUs to itself: runs on different GPUs do not disturb each other.
 A lock is stale if no process of its run is left here and the run has ended: its supervisor, if it
 ran on this machine, has ended; if it ran on another one, the lock was not renewed for a minute
 (guards renew it every fifteen seconds while they hear from their supervisor).
@@ -32,8 +33,20 @@ _LIMIT_BYTES = 64 * 1024
 State = Literal["held", "stale", "left over"]
 
 
+class DeviceClaim(msgspec.Struct, frozen=True):
+    """The part of a claim on one GPU: its name for people, and bytes as in ``Claim``."""
+
+    uuid: str
+    label: str
+    bytes: int
+    limit_bytes: int
+
+
 class Claim(msgspec.Struct, frozen=True):
-    """Content of a lock file. ``pid`` is the supervisor's on ``host``; bytes are the plan's."""
+    """Content of a lock file. ``pid`` is the supervisor's on ``host``; bytes are the plan's.
+
+    ``devices`` are the GPUs that the run uses; empty if it uses no GPU, or k2 did not choose it.
+    """
 
     run_id: str
     user: str
@@ -44,6 +57,7 @@ class Claim(msgspec.Struct, frozen=True):
     limit_bytes: int = 0
     created: float = 0.0
     pid_start: str = ""
+    devices: tuple[DeviceClaim, ...] = ()
 
 
 class Lock(msgspec.Struct, frozen=True):
@@ -54,7 +68,8 @@ class Lock(msgspec.Struct, frozen=True):
 
 
 class LockAnswer(msgspec.Struct, frozen=True):
-    """Result of a claim: the other runs on the machine, and runs whose stale lock was removed."""
+    """Result of a claim: the other runs on the machine, or on the same GPUs if the run uses GPUs,
+    and runs whose stale lock was removed."""
 
     taken: bool
     holders: tuple[Lock, ...] = ()
@@ -210,17 +225,51 @@ def take(claim: Claim, count: Callable[[str], int], *, share: bool) -> LockAnswe
                 with suppress(OSError):  # another user's, which the folder's mode protects
                     lock_path(lock.claim.run_id).unlink()
                 removed.append(lock.claim.run_id)
-        holders = tuple(lock for lock in others if lock.state != "stale")
+        holders = tuple(
+            lock for lock in others if lock.state != "stale" and _overlap(claim, lock.claim)
+        )
         if holders and not (share and _fits(claim, holders)):
             return LockAnswer(False, holders, tuple(removed))
         if own:
-            claim = msgspec.structs.replace(claim, bytes=claim.bytes + own[0].bytes)
+            claim = msgspec.structs.replace(
+                claim,
+                bytes=claim.bytes + own[0].bytes,
+                devices=_added(claim.devices, own[0].devices),
+            )
         _write(lock_path(claim.run_id), claim)
         return LockAnswer(True, holders, tuple(removed))
 
 
+def _overlap(one: Claim, other: Claim) -> bool:
+    """True if two runs use the same memory: the machine's, or that of a GPU."""
+    if not one.devices or not other.devices:
+        return True
+    return not {part.uuid for part in one.devices}.isdisjoint(part.uuid for part in other.devices)
+
+
+def _added(some: tuple[DeviceClaim, ...], more: tuple[DeviceClaim, ...]) -> tuple[DeviceClaim, ...]:
+    """Merge the claims of one run: bytes on the same GPU are added up."""
+    merged = {part.uuid: part for part in some}
+    for part in more:
+        before = merged.get(part.uuid)
+        size = part.bytes + (before.bytes if before is not None else 0)
+        merged[part.uuid] = msgspec.structs.replace(part, bytes=size)
+    return tuple(merged.values())
+
+
 def _fits(claim: Claim, holders: tuple[Lock, ...]) -> bool:
+    if claim.devices and all(lock.claim.devices for lock in holders):
+        return all(
+            part.bytes + sum(bytes_on(lock.claim, part.uuid) for lock in holders)
+            <= part.limit_bytes
+            for part in claim.devices
+        )
     return claim.bytes + sum(lock.claim.bytes for lock in holders) <= claim.limit_bytes
+
+
+def bytes_on(claim: Claim, uuid: str) -> int:
+    """Return the bytes that a run has claimed on a GPU."""
+    return sum(part.bytes for part in claim.devices if part.uuid == uuid)
 
 
 def renew(run_id: str, pid: int, create_time: float, start: str = "") -> bool:

@@ -21,6 +21,7 @@ from k2cli.agent.disk import read_speed
 from k2cli.agent.facts import UNKNOWN_VERB_STATUS, facts
 from k2cli.agent.locks import Claim, list_locks, release, renew, take
 from k2cli.agent.model import checkpoint_heads, find_checkpoint
+from k2cli.agent.nccl import nccl
 from k2cli.agent.networks import own_networks
 from k2cli.agent.ports import choose_port, free_ports, port_holder
 from k2cli.agent.reach import Target, try_targets
@@ -30,9 +31,9 @@ from k2cli.files import decode_json
 
 
 def _memory() -> Any:
-    from k2cli.planning.hardware.machine import this_machine  # slow to import
+    from k2cli.agent.gpus import machine_with_runs  # slow to import
 
-    return this_machine()
+    return machine_with_runs()
 
 
 def _software(model_folder: str | None = None) -> Any:
@@ -55,6 +56,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "memory": _memory,
     "software": _software,
     "networks": own_networks,
+    "nccl": nccl,
     "disk-speed": read_speed,
     "reach": lambda targets: try_targets(decode_json(targets, type=list[Target])),
     "free-ports": lambda count: free_ports(int(count)),

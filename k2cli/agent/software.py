@@ -20,7 +20,8 @@ from k2cli import __version__
 from k2cli.agent.openmpi import find_libmpi, find_mpirun, version_of
 from k2cli.agent.run_processes import run_of
 from k2cli.choices import Certainty, Device
-from k2cli.errors import ClusterError
+from k2cli.errors import ClusterError, K2Error
+from k2cli.planning.hardware.gpus import Gpu
 from k2cli.settings import models_directory, runs_directory
 
 _BIGGEST = 5
@@ -52,7 +53,8 @@ class Software(msgspec.Struct, frozen=True):
     use, from ``planning.hardware.machine.this_machine``. ``transports`` are those that the node's
     mlx was built with, without MPI, whose library is found at run time (``libmpi``). ``volume``
     holds the models, ``state_volume`` runs and their logs. ``mpi_versions`` has the version of
-    every mpirun that was found; ``load_average`` is that of the last minute.
+    every mpirun that was found; ``load_average`` is that of the last minute. ``gpus`` are those
+    that MLX may use.
     """
 
     k2_version: str
@@ -80,6 +82,7 @@ class Software(msgspec.Struct, frozen=True):
     mpi_versions: dict[str, str] = {}
     load_average: float | None = None
     cores: int | None = None
+    gpus: tuple[Gpu, ...] = ()
 
     def mpi_version_with(self, launching: Software | None) -> str | None:
         """Version of the Open MPI that a run uses here: at the launching machine's path if any."""
@@ -124,6 +127,7 @@ def software(model_folder: str | None = None) -> Software:
         mpi_versions=_mpi_versions(mpirun, mpi_version),
         load_average=psutil.getloadavg()[0],
         cores=psutil.cpu_count(),
+        gpus=limit.gpus if limit else (),
     )
 
 
@@ -136,10 +140,12 @@ def _version(distribution: str) -> str | None:
 
 def _limit() -> tuple[Any, str | None]:
     """Return this machine as the planner sees it, or the reason that mlx does not load."""
-    from k2cli.planning.hardware.machine import this_machine
+    from k2cli.agent.gpus import machine_with_runs
 
     try:
-        return this_machine(), None
+        return machine_with_runs(), None
+    except K2Error as error:
+        return None, error.message
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"{type(error).__name__}: {error}"
 

@@ -19,6 +19,7 @@ from k2cli.errors import ClusterError, UsageError
 from k2cli.files import decode_json, write_atomically
 from k2cli.nodes.node import LOCALHOST, is_this_machine
 from k2cli.planning.hardware.chips import chip_of_device
+from k2cli.planning.hardware.gpus import Gpu
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.settings import config_directory
 from k2cli.units import GIB
@@ -33,7 +34,7 @@ class ClusterNode(msgspec.Struct, frozen=True):
 
     ``memory_bytes`` and ``limit_bytes`` are 0 if it was never asked (an imported hostfile).
     ``interfaces`` maps each interface that was up to its addresses. ``python`` is the interpreter
-    that runs k2 there, None if k2 was not installed.
+    that runs k2 there, None if k2 was not installed. ``gpus`` are NVIDIA's, without present use.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ClusterNode(msgspec.Struct, frozen=True):
     python: str | None = None
     limit_source: str = ""
     gpu_cores: int | None = None
+    gpus: tuple[Gpu, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Link(msgspec.Struct, frozen=True):
@@ -229,4 +231,5 @@ def _memory_of(node: ClusterNode, cluster: str) -> NodeMemory:
         chip=chip.identifier if chip else "",
         bandwidth_bytes_per_second=node.bandwidth_bytes_per_second,
         gpu_flops_per_second=chip.flops_per_second(cores) if chip else None,
+        gpus=(node.gpus or ()) if node.device == "cuda" else (),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from k2cli.agent.activity import Activity, RunActivity
 from k2cli.agent.locks import Lock
 from k2cli.cluster.description import Cluster, ClusterNode
@@ -134,6 +136,7 @@ def describe_node(name: str, facts: MachineFacts, python: str | None) -> Cluster
         python=python,
         limit_source=facts.limit_source,
         gpu_cores=facts.gpu_cores,
+        gpus=tuple(gpu.lasting() for gpu in facts.gpus) or msgspec.UNSET,
     )
 
 

@@ -147,6 +147,7 @@ def _calibrate(
     from k2cli.bench.calibration_rounds import PROBE, Rounds, calibration_schedule
     from k2cli.client.client import ApiClient
     from k2cli.cluster.node_lookup import node_named
+    from k2cli.planning.hardware.machine import planned_gpu
     from k2cli.ui.bench_table import calibration_lines
     from k2cli.ui.output import note
 
@@ -164,7 +165,7 @@ def _calibrate(
             )
         )
         interrupted = _measure_rounds(client, info, rounds)
-        by_rank = [nodes[rank.node] for rank in run.ranks]
+        by_rank = [planned_gpu(nodes[rank.node], rank.gpu) for rank in run.ranks]
         rows = list(rounds.rows())
         calibrated = calibrate_run(plan, by_rank, run.backend, rows)
         _print(_report(client, info, target, rows, started), output, calibrated)

@@ -156,7 +156,7 @@ def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
     from k2cli.ui.output import note
 
     run = prepare_run(request, note)
-    names = [rank.node for rank in run.record.ranks]
+    names = [rank.place for rank in run.record.ranks]
     with cleanup_on_error(run.record, note):
         _show_plan(run)
         with LaunchView(names, log=not detach) as view:

@@ -28,7 +28,8 @@ def plan_memory(
     hardware: Annotated[
         str | None,
         typer.Option(
-            help="Machines: '2x m3-ultra-512', 'm3-ultra-512 + m4-max-128', 'this' (default)."
+            help="Machines: '2x m3-ultra-512', 'm3-ultra-512 + m4-max-128', 'this' (default); "
+            "NVIDIA's GPUs: '2x h200-141', '2x RTX 5090'."
         ),
     ] = None,
     cluster: Annotated[
@@ -101,8 +102,9 @@ def plan_memory(
         _refuse_beside_shop(hardware, cluster, plot, svg, save)
         _shop(Planner(model, quantize), request, as_json=as_json)
         return
-    nodes = with_calibration(_machines(hardware, cluster), transport)
     planner = Planner(model, quantize)
+    machines = planner.with_gpus(_machines(hardware, cluster), request)
+    nodes = with_calibration(machines, transport)
     plan = planner.plan(nodes, request)
     if not plan.fits:
         from k2cli.planning.advice import advise

@@ -10,7 +10,7 @@ import typer
 def ps(
     json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON.")] = False,
 ) -> None:
-    """List live and recently ended runs, with the cause of each failure.
+    """List live and recently ended runs, with their GPUs and the cause of each failure.
 
     A run whose launcher was killed is shown as lost, or as orphaned if some of its processes are
     still alive.

@@ -79,7 +79,7 @@ def memory(situation: Situation) -> Iterable[CheckResult]:
         need = situation.needs.get(node.node)
         total = node.machine.memory_bytes
         detail = f"{format_bytes(available)} of {format_bytes(total)} free"
-        if need is None:
+        if need is None or node.machine.backend == "cuda":  # the ranks' memory is the GPUs'
             yield CheckResult("pass", "memory", node.node, detail)
         elif available >= need.total_bytes:
             detail += f", the plan needs {format_bytes(need.total_bytes)}"
@@ -117,6 +117,8 @@ def gpu_limit(situation: Situation) -> Iterable[CheckResult]:
     """Check that the memory that MLX may use is enough for the plan, or tell how to raise it."""
     for node, machine in situation.machines.items():
         need = situation.needs.get(node)
+        if machine.backend == "cuda" and machine.gpus:
+            continue  # see checks_gpu.memory
         limit = format_bytes(machine.limit_bytes)
         told = f"MLX may use {limit} ({machine.limit_mark}: {machine.limit_source})"
         if need is None or need.total_bytes <= machine.limit_bytes:

@@ -119,3 +119,19 @@ def mpi(situation: Situation) -> Iterable[CheckResult]:
     elif majors and len(majors) == len(situation.software):
         listed = ", ".join(sorted(set(majors.values())))
         yield CheckResult("pass", "mpirun", None, f"Open MPI {listed} on {len(majors)} node(s)")
+
+
+def nccl(situation: Situation) -> Iterable[CheckResult]:
+    """Check for NCCL on nodes with an NVIDIA GPU, or on all nodes if it is wanted."""
+    wanted = situation.transport == "nccl"
+    for node, each in situation.software.items():
+        if each.device != "cuda":
+            if wanted:
+                detail = f"it joins NVIDIA GPUs, and MLX computes with {each.device or 'nothing'}"
+                yield CheckResult("fail", "NCCL", node, detail, "--backend ring")
+        elif "nccl" not in each.transports:
+            bad: Status = "fail" if wanted else "warn"
+            detail = "this build of MLX has no NCCL; tensor parallelism is slow without it"
+            yield CheckResult(bad, "NCCL", node, detail, on_node(node, "pip install 'mlx[cuda13]'"))
+        else:
+            yield CheckResult("pass", "NCCL", node, "MLX has it; launch uses it between GPUs")

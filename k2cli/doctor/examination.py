@@ -141,7 +141,9 @@ def needs_of(plan: Plan, names: Sequence[str]) -> dict[str, Need]:
         name = budget.name if by_name else names[index % len(names)]
         before = needs.get(name, Need(0, 0))
         needs[name] = Need(
-            before.total_bytes + budget.total_bytes, before.weights_bytes + budget.weights_bytes
+            before.total_bytes + budget.total_bytes,
+            before.weights_bytes + budget.weights_bytes,
+            (*before.ranks_bytes, budget.total_bytes),
         )
     return needs
 

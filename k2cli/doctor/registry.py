@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from k2cli.doctor import checks_machine, checks_network, checks_software
+from k2cli.doctor import checks_gpu, checks_machine, checks_network, checks_software
 from k2cli.doctor.results import Check, CheckResult, Situation
 
 CHECKS: tuple[Check, ...] = (
@@ -11,11 +11,14 @@ CHECKS: tuple[Check, ...] = (
     Check("versions", checks_software.versions),
     Check("system", checks_software.systems),
     Check("mpirun", checks_software.mpi),
+    Check("NCCL", checks_software.nccl),
     Check("clock", checks_machine.clock),
     Check("leftovers", checks_machine.leftovers),
     Check("memory", checks_machine.memory),
     Check("load", checks_machine.load),
     Check("GPU limit", checks_machine.gpu_limit),
+    Check("GPU", checks_gpu.gpus),
+    Check("GPU memory", checks_gpu.memory),
     Check("disk", checks_machine.disk),
     Check("disk speed", checks_machine.disk_speed, quick=False),
     Check("sleep", checks_machine.sleep),

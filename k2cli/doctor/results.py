@@ -35,10 +35,14 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Memory that a plan needs on one node, in bytes, summed over its ranks there."""
+    """Memory that a plan needs on one node, in bytes, summed over its ranks there.
+
+    ``ranks_bytes`` has the parts of the sum, for a machine that gives each rank a GPU.
+    """
 
     total_bytes: int
     weights_bytes: int
+    ranks_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

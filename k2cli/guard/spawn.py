@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.errors import K2Error
+from k2cli.gpu_name import GpuName
 from k2cli.guard.oom_evidence import OomEvidence
 from k2cli.protocol import Assignment, Bootstrap
 from k2cli.protocol.progress_page import ProgressPage
@@ -53,7 +54,8 @@ async def spawn_rank(
     page = ProgressPage.create()
     inherited = [theirs.fileno(), page.fileno()]
     settings, files = group_settings(bootstrap.assignment)
-    environment = {**os.environ, **(job or {}), **bootstrap.environment, **settings}
+    environment = {**os.environ, **(job or {}), **gpu_settings(bootstrap.gpu)}
+    environment |= {**bootstrap.environment, **settings}
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TMPDIR"] = str(kernel_folder(bootstrap.assignment.run_id))
     for name, content in files.items():
@@ -133,11 +135,22 @@ def _private_folder(folder: Path) -> Path:
     return folder
 
 
+def gpu_settings(gpu: GpuName | None) -> dict[str, str]:
+    """Return the variables that leave a rank one GPU; none if the plan did not choose it.
+
+    By its UUID, since CUDA may count GPUs in another order than ``nvidia-smi``. The GPU is one of
+    those that ``CUDA_VISIBLE_DEVICES`` of the user allows, because plans know no others.
+    """
+    if gpu is None or not gpu.uuid:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": gpu.uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
 def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, bytes]]:
     """Return the variables with which a rank joins its MLX group: values, and contents of files.
 
     The names are those of ``mlx/_distributed_utils/launch.py`` (``launch_ring``,
-    ``launch_jaccl``); MPI needs none of them.
+    ``launch_jaccl``, ``launch_nccl``); MPI needs none of them.
     """
     rank = {"MLX_RANK": str(assignment.rank)}
     if assignment.transport == "ring" and assignment.ring_hosts is not None:
@@ -146,7 +159,21 @@ def group_settings(assignment: Assignment) -> tuple[dict[str, str], dict[str, by
         coordinator = {"MLX_JACCL_COORDINATOR": assignment.jaccl_coordinator}
         devices = msgspec.json.encode(assignment.jaccl_devices)
         return rank | coordinator, {"MLX_IBV_DEVICES": devices}
+    if assignment.transport == "nccl" and assignment.nccl_coordinator is not None:
+        return rank | _nccl_settings(assignment, assignment.nccl_coordinator), {}
     return {}, {}
+
+
+def _nccl_settings(assignment: Assignment, coordinator: str) -> dict[str, str]:
+    """Return NCCL's variables; others that the user has set, as NCCL_NVLS_ENABLE, stay as set."""
+    host, _, port = coordinator.rpartition(":")
+    settings = {"MLX_WORLD_SIZE": str(assignment.size), "NCCL_HOST_IP": host, "NCCL_PORT": port}
+    # Its status service would listen on a port of its own.
+    settings["NCCL_RAS_ENABLE"] = "0"
+    if assignment.nccl_interface is not None:
+        # "=" takes the name as it is; without it, it is a prefix.
+        settings["NCCL_SOCKET_IFNAME"] = f"={assignment.nccl_interface}"
+    return settings
 
 
 def _nameless_file(content: bytes) -> int:

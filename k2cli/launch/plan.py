@@ -11,6 +11,7 @@ from k2cli.errors import DoesNotFitError, UsageError
 from k2cli.launch.request import LaunchRequest
 from k2cli.models.checkpoint import read_config
 from k2cli.nodes.node import Node
+from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.plan import NodeBudget, Plan, read_plan
 from k2cli.units import format_bytes
 
@@ -37,23 +38,71 @@ def read_given_plan(request: LaunchRequest) -> Plan | None:
     return read_plan(path)
 
 
-def make_launch_plan(
-    request: LaunchRequest, folder: Path, nodes: Sequence[Node], transport: Transport
-) -> Plan:
-    """Make a plan of the model whose headers are in ``folder``, for the memory of the nodes.
+def plan_with_transport(
+    request: LaunchRequest,
+    folder: Path,
+    machines: Sequence[NodeMemory],
+    transport: Transport,
+    reason: str,
+) -> tuple[Plan, Transport, str]:
+    """Make a plan for the chosen transport; return it, the transport and the reason for that.
 
-    The ranks check that they hold what the plan says, so the chosen placement is not traced here.
+    NCCL carries tensor parallelism alone. If ``auto`` has chosen it, and the model cannot be cut
+    into slices or does not fit so, the ring is used instead, over which a pipeline is possible.
 
     Raises:
-        K2Error: if the model cannot be planned, or a node cannot be asked.
+        UsageError: if NCCL was asked for and ranks have to share a GPU.
+        K2Error: if the model cannot be planned.
+    """
+    may_change = transport == "nccl" and request.transport == "auto" and request.parallel == "auto"
+    try:
+        plan = make_launch_plan(request, folder, machines, transport)
+    except UsageError as error:
+        if not may_change:
+            raise
+        obstacle = error.message
+    else:
+        if plan.fits or not may_change:
+            return plan, *transport_of_placed(request, plan, transport, reason)
+        obstacle = "by tensor parallelism the model does not fit"
+    plan = make_launch_plan(request, folder, machines, "ring")
+    return plan, "ring", f"NCCL is for tensor parallelism only: {obstacle}"
+
+
+def transport_of_placed(
+    request: LaunchRequest, plan: Plan, transport: Transport, reason: str
+) -> tuple[Transport, str]:
+    """Return the transport and its reason, or the ring if NCCL's ranks have to share a GPU.
+
+    Raises:
+        UsageError: if NCCL was asked for.
+    """
+    places = [node.place for node in plan.nodes]
+    shared = next((place for place in places if places.count(place) > 1), None)
+    if transport != "nccl" or shared is None:
+        return transport, reason
+    obstacle = f"{places.count(shared)} ranks share {shared}, and NCCL needs a GPU for each"
+    if request.transport != "auto":
+        raise UsageError(f"--backend nccl is not possible: {obstacle}", "--backend ring")
+    return "ring", obstacle
+
+
+def make_launch_plan(
+    request: LaunchRequest, folder: Path, machines: Sequence[NodeMemory], transport: Transport
+) -> Plan:
+    """Make a plan of the model whose headers are in ``folder``, for the memory of the machines.
+
+    There is one machine per rank, each with the GPUs that its ranks may get. The ranks check that
+    they hold what the plan says, so the chosen placement is not traced here.
+
+    Raises:
+        K2Error: if the model cannot be planned.
     """
     from k2cli.planning.planner import Planner
     from k2cli.planning.request import PlanRequest
     from k2cli.planning.speed.calibrations import with_calibration
 
-    known = {node.name: node.memory() for node in {node.name: node for node in nodes}.values()}
     link: WantedTransport = "auto" if transport == "local" else transport
-    memory = with_calibration([known[node.name] for node in nodes], link)
     planner = Planner(str(folder))
     wanted = PlanRequest(
         strategy=request.parallel,
@@ -63,6 +112,7 @@ def make_launch_plan(
         head=request.head,
         transport=link,
     )
+    memory = with_calibration(planner.with_gpus(machines, wanted), link)
     if request.concurrency is None:
         wanted = planner.with_most_sequences(memory, wanted)
     plan = planner.plan(memory, wanted, trace_chosen=False)
@@ -99,7 +149,7 @@ def _layer_count(folder: Path) -> int | None:
 def _does_not_fit(plan: Plan) -> DoesNotFitError:
     worst: NodeBudget = min(plan.nodes, key=lambda node: node.headroom_bytes)
     return DoesNotFitError(
-        f"{plan.model.reference} does not fit: {worst.name} needs "
+        f"{plan.model.reference} does not fit: {worst.place} needs "
         f"{format_bytes(worst.total_bytes)} and has {format_bytes(worst.limit_bytes)} "
         f"({format_bytes(-worst.headroom_bytes)} too little)",
         "a smaller --context, more nodes, a smaller quantization; or --force to try anyway",

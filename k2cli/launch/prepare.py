@@ -22,16 +22,22 @@ from k2cli.cluster.description import load_cluster
 from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import K2Error, UsageError
+from k2cli.launch.gpus import machines_of, place_plan
 from k2cli.launch.model_copies import find_model_copies
 from k2cli.launch.model_source import locate_model
 from k2cli.launch.mpi import find_libraries, find_prefixes
-from k2cli.launch.plan import check_plan, make_launch_plan, read_given_plan
+from k2cli.launch.plan import (
+    check_plan,
+    plan_with_transport,
+    read_given_plan,
+    transport_of_placed,
+)
 from k2cli.launch.request import LaunchRequest, checked_request
 from k2cli.launch.routes import find_routes
 from k2cli.launch.specification import RunDecisions, make_specification, save_specification
 from k2cli.launch.transport import check_nodes
 from k2cli.models.reference import is_path
-from k2cli.nodes.locks import Say, release_locks, take_locks
+from k2cli.nodes.locks import RankNeed, Say, release_locks, take_locks
 from k2cli.nodes.node import LOCALHOST, Node
 from k2cli.planning.plan import plan_to_json
 from k2cli.protocol import HttpEndpoint
@@ -58,7 +64,7 @@ def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> RunDeci
     _choose_nodes(run)
     with locate_model(request.model, run.nodes) as run.model:
         _choose_transport(run, say)
-        _make_plan(run)
+        _make_plan(run, say)
         _find_model_copies(run)
     _choose_routes(run)
     _choose_names(run)
@@ -88,15 +94,34 @@ def _choose_nodes(run: RunDecisions) -> None:
 def _choose_transport(run: RunDecisions, say: Say) -> None:
     """Check the nodes, and choose the transport by what they have."""
     run.transport, run.transport_reason = check_nodes(
-        run.nodes, run.request.transport, say, force=run.request.force
+        run.nodes,
+        run.request.transport,
+        say,
+        force=run.request.force,
+        parallel=run.request.parallel
+        if run.plan_given is None
+        else run.plan_given.placement.strategy,
     )
 
 
-def _make_plan(run: RunDecisions) -> None:
+def _make_plan(run: RunDecisions, say: Say) -> None:
     """Make the plan unless the user gave one, and refuse one that does not fit."""
-    folder = run.model.folder
-    run.plan = run.plan_given or make_launch_plan(run.request, folder, run.nodes, run.transport)
-    check_plan(run.plan, folder, run.nodes, force=run.request.force)
+    folder, force = run.model.folder, run.request.force
+    if run.plan_given is None:
+        machines = machines_of(run.nodes, run.request, say)
+        run.plan, run.transport, run.transport_reason = plan_with_transport(
+            run.request, folder, machines, run.transport, run.transport_reason
+        )
+        check_plan(run.plan, folder, run.nodes, force=force)
+        return
+    run.plan = run.plan_given
+    check_plan(run.plan, folder, run.nodes, force=force)
+    if any(node.backend == "cuda" for node in run.plan.nodes):
+        machines = machines_of(run.nodes, run.request, say)
+        run.plan = place_plan(run.plan, machines, force=force)
+        run.transport, run.transport_reason = transport_of_placed(
+            run.request, run.plan, run.transport, run.transport_reason
+        )
 
 
 def _find_model_copies(run: RunDecisions) -> None:
@@ -121,11 +146,11 @@ def _choose_names(run: RunDecisions) -> None:
 
 
 def _take_locks(run: RunDecisions, say: Say) -> None:
-    """Take the lock of each node, with the bytes that the run needs there and those that it has."""
-    needs: dict[str, tuple[int, int]] = {}
+    """Take the lock of each node, with the bytes and the GPUs that each rank needs there."""
+    needs: dict[str, list[RankNeed]] = {}
     for node, budget in zip(run.nodes, run.plan.nodes, strict=True):
-        before = needs.get(node.name, (0, 0))[0]
-        needs[node.name] = (before + budget.total_bytes, budget.limit_bytes)
+        need = RankNeed(budget.total_bytes, budget.limit_bytes, budget.gpu, budget.memory_bytes)
+        needs.setdefault(node.name, []).append(need)
     take_locks(
         run.nodes,
         run.run_id,
@@ -251,7 +276,10 @@ def _make_record(run: RunDecisions) -> RunRecord:
         backend=run.transport,
         strategy=run.plan.placement.strategy,
         context_length=run.plan.request.context_length,
-        ranks=tuple(RankRecord(rank, node.name) for rank, node in enumerate(run.nodes)),
+        ranks=tuple(
+            RankRecord(rank, node.name, gpu=budget.gpu)
+            for rank, (node, budget) in enumerate(zip(run.nodes, run.plan.nodes, strict=True))
+        ),
         created=time.time(),
         host=run.request.host,
         port=run.http.port,
@@ -271,6 +299,8 @@ def _settings(run: RunDecisions) -> dict[str, str]:
         settings["addresses"] = "; ".join(run.routes.interfaces)
     if run.transport == "mpi" and run.routes.networks:
         settings["btl_tcp_if_include"] = ",".join(run.routes.networks)
+    if run.routes.nccl is not None:
+        settings["nccl"] = f"{run.routes.nccl.host}, interface {run.routes.nccl.interfaces[0]}"
     if run.routes.rdma is not None:
         settings["rdma devices"] = str(run.routes.rdma)
     settings |= run.environments[run.nodes[0].name]

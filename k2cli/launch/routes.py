@@ -12,6 +12,7 @@ from k2cli.agent.networks import Network
 from k2cli.choices import Transport
 from k2cli.cluster.links import common_addresses, to_hostfile
 from k2cli.errors import ClusterError, UsageError
+from k2cli.launch.nccl import NcclRoute, nccl_route
 from k2cli.nodes.node import Node, addresses
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ class Routes:
 
     ``reached`` are the addresses of the guards and the leader rank, ``ring`` those on which each
     rank listens for the one before it, ``rdma`` each rank's device towards each other rank.
-    ``networks`` are those between the nodes, ``interfaces`` the node's interfaces in words.
+    ``nccl`` has the addresses of NCCL, if it is used. ``networks`` are those between the nodes,
+    ``interfaces`` the node's interfaces in words.
     """
 
     reached: list[str]
     ring: list[str]
     rdma: list[list[str | list[str] | None]] | None = None
+    nccl: NcclRoute | None = None
     networks: list[str] = field(default_factory=list)
     interfaces: list[str] = field(default_factory=list)
 
@@ -48,15 +51,16 @@ def find_routes(nodes: Sequence[Node], transport: Transport, cluster: Cluster | 
             f"k2 cluster init {' '.join(node.name for node in nodes)} --name NAME, then --cluster",
         )
     reached, ring = _addresses(nodes, transport, described)
+    nccl = nccl_route(nodes, reached) if transport == "nccl" else None
     if all(node.is_local for node in nodes):
-        return Routes(reached, ring)
+        return Routes(reached, ring, nccl=nccl)
 
     networks, interfaces = _link_networks(nodes, reached)
     rdma = None
     if transport == "jaccl" and described is not None:
         hosts = to_hostfile(described, "jaccl").hosts
         rdma = [[_as_list(device) for device in host.rdma] for host in hosts]
-    return Routes(reached, ring, rdma, networks, interfaces)
+    return Routes(reached, ring, rdma, nccl, networks, interfaces)
 
 
 def _described(nodes: Sequence[Node], cluster: Cluster | None) -> Cluster | None:

@@ -150,6 +150,8 @@ def _make_bootstraps(run: RunDecisions) -> list[Bootstrap]:
         ring = [[f"{address}:{port}"] for address, port in addresses]
     elif run.transport == "jaccl":
         coordinator = f"{run.routes.reached[0]}:{coordinator_port}"
+    elif run.routes.nccl is not None:
+        coordinator = f"{run.routes.nccl.host}:{coordinator_port}"
     secret = secrets.token_hex(32)
     return [
         Bootstrap(
@@ -160,6 +162,7 @@ def _make_bootstraps(run: RunDecisions) -> list[Bootstrap]:
             model_name=run.model_name,
             http=run.http if rank == 0 else None,
             environment=run.environments[name],
+            gpu=run.plan.nodes[rank].gpu,
             deadlines=run.request.deadlines,
             restarts=run.request.restart.mode != "never",
         )
@@ -170,7 +173,7 @@ def _make_bootstraps(run: RunDecisions) -> list[Bootstrap]:
 def _assignment(
     run: RunDecisions, rank: int, ring: list[list[str]] | None, coordinator: str | None
 ) -> Assignment:
-    plan = run.plan
+    plan, nccl = run.plan, run.routes.nccl
     return Assignment(
         run_id=run.run_id,
         rank=rank,
@@ -188,7 +191,9 @@ def _assignment(
         expected_cache_bytes=[node.kv_cache_bytes for node in plan.nodes],
         head=plan.placement.head,
         jaccl_devices=run.routes.rdma,
-        jaccl_coordinator=coordinator,
+        jaccl_coordinator=coordinator if run.transport == "jaccl" else None,
+        nccl_coordinator=coordinator if nccl is not None else None,
+        nccl_interface=nccl.interfaces[rank] if nccl is not None else None,
         ring_hosts=ring,
         wired_limit_bytes=plan.nodes[rank].limit_bytes,
         cache_limit_bytes=plan.nodes[rank].overhead_bytes,
@@ -207,20 +212,25 @@ def renew_bootstraps(
     """
     before = bootstraps[0].assignment
     liveness_port, coordinator_port, ring_ports = _choose_ports(before.nodes, free_ports)
-    ring, coordinator = before.ring_hosts, before.jaccl_coordinator
+    ring, jaccl, nccl = before.ring_hosts, before.jaccl_coordinator, before.nccl_coordinator
     if ring is not None:
         ring = [
             [_with_port(address, port) for address in addresses]
             for addresses, port in zip(ring, ring_ports, strict=True)
         ]
-    if coordinator is not None:
-        coordinator = _with_port(coordinator, coordinator_port)
+    if jaccl is not None:
+        jaccl = _with_port(jaccl, coordinator_port)
+    if nccl is not None:
+        nccl = _with_port(nccl, coordinator_port)
     secret = secrets.token_hex(32)
     return [
         replace(
             bootstrap,
             assignment=replace(
-                bootstrap.assignment, ring_hosts=ring, jaccl_coordinator=coordinator
+                bootstrap.assignment,
+                ring_hosts=ring,
+                jaccl_coordinator=jaccl,
+                nccl_coordinator=nccl,
             ),
             secret=secret,
             liveness_port=liveness_port,
@@ -232,7 +242,7 @@ def renew_bootstraps(
 
 
 def _choose_ports(names: Sequence[str], free_ports: FreePorts) -> tuple[int, int, list[int]]:
-    """Choose the ports for liveness and JACCL's coordinator, and a ring port for each rank."""
+    """Choose the ports for liveness and a coordinator (JACCL, NCCL), and a ring port per rank."""
     leader = names[0]
     ports = {
         name: iter(free_ports(name, names.count(name) + 2 * (name == leader)))

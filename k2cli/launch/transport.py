@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from k2cli.agent.openmpi import find_mpirun, find_openmpi
-from k2cli.choices import Transport, WantedTransport
+from k2cli.choices import Parallel, Transport, WantedTransport
 from k2cli.errors import ClusterError, UsageError
+from k2cli.launch.nccl import REASON, check_nccl, suits_nccl
 from k2cli.nodes.node import Node
 
 
 def check_nodes(
-    nodes: Sequence[Node], wanted: WantedTransport, say: Callable[[str], None], *, force: bool
+    nodes: Sequence[Node],
+    wanted: WantedTransport,
+    say: Callable[[str], None],
+    *,
+    force: bool,
+    parallel: Parallel = "auto",
 ) -> tuple[Transport, str]:
     """Check the nodes of a launch, and return its transport and the reason for it.
 
@@ -19,10 +25,10 @@ def check_nodes(
     other check of the doctor can prevent such a launch.
 
     Raises:
-        UsageError: if the wanted transport cannot connect that many ranks.
+        UsageError: if the wanted transport cannot connect these ranks.
         ClusterError: if a check fails and ``force`` is not set; other findings go to ``say``.
     """
-    basic = choose_transport(wanted, nodes)
+    basic = choose_transport(wanted, nodes, parallel)
     if all(node.is_local for node in nodes):
         transport, reason = basic, _basic_reason(wanted, basic)
     else:
@@ -32,16 +38,20 @@ def check_nodes(
     return transport, reason
 
 
-def choose_transport(wanted: WantedTransport, nodes: Sequence[Node]) -> Transport:
-    """Resolve ``auto``: ``local`` for one rank, MPI if there is an mpirun, else the ring.
+def choose_transport(
+    wanted: WantedTransport, nodes: Sequence[Node], parallel: Parallel = "auto"
+) -> Transport:
+    """Resolve ``auto``: one rank needs none; then NCCL for GPUs of one machine, MPI, the ring.
 
     Raises:
-        UsageError: if the wanted transport cannot connect that many ranks.
+        UsageError: if the wanted transport cannot connect these ranks.
     """
     match wanted:
         case "auto":
             if len(nodes) == 1:
                 return "local"
+            if suits_nccl(nodes, parallel):
+                return "nccl"
             return "mpi" if find_mpirun() is not None else "ring"
         case "local":
             if len(nodes) > 1:
@@ -49,7 +59,9 @@ def choose_transport(wanted: WantedTransport, nodes: Sequence[Node]) -> Transpor
                     f"--backend local starts one rank, not {len(nodes)}", "--backend ring"
                 )
             return "local"
-        case "mpi" | "ring" | "jaccl":
+        case "mpi" | "ring" | "jaccl" | "nccl":
+            if wanted == "nccl" and len(nodes) > 1:
+                check_nccl(nodes, parallel)
             # One rank needs no transport.
             return wanted if len(nodes) > 1 else "local"
 
@@ -59,6 +71,8 @@ def _basic_reason(wanted: WantedTransport, transport: Transport) -> str:
         return "one rank needs no transport"
     if wanted != "auto":
         return "asked for"
+    if transport == "nccl":
+        return REASON
     return "mpirun is here" if transport == "mpi" else "there is no mpirun"
 
 

@@ -11,6 +11,7 @@ from k2cli.agent import facts as node_facts
 from k2cli.agent import main as agent_main
 from k2cli.agent import ports, run_folder, run_processes
 from k2cli.agent.facts import NodeFacts
+from k2cli.agent.gpus import machine_with_runs
 from k2cli.agent.run_processes import RunProcess
 from k2cli.errors import ClusterError
 from k2cli.nodes.node import (
@@ -22,7 +23,6 @@ from k2cli.nodes.node import (
     run_process,
     start_process,
 )
-from k2cli.planning.hardware.machine import this_machine
 
 if TYPE_CHECKING:
     import asyncio
@@ -72,7 +72,7 @@ class LocalNode:
         return node_facts.facts()
 
     def memory(self) -> Any:
-        return this_machine(self.name)
+        return machine_with_runs()
 
     def write_file(self, run_id: str, name: str, data: bytes) -> None:
         try:

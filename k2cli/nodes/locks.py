@@ -7,19 +7,35 @@ import random
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import psutil
 
 from k2cli.agent.activity import start_of
-from k2cli.agent.locks import Claim, Lock, LockAnswer
+from k2cli.agent.locks import Claim, DeviceClaim, Lock, LockAnswer, bytes_on
 from k2cli.errors import ClusterError
+from k2cli.gpu_name import GpuName
 from k2cli.nodes.node import Node
+from k2cli.planning.hardware.gpus import CONTEXT_BYTES
 from k2cli.units import format_bytes, format_duration
 
 _POLL_SECONDS = 2.0
 _SAY_SECONDS = 30.0
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RankNeed:
+    """The memory that one rank needs, and its share of what its machine or GPU has.
+
+    ``memory_bytes`` is the whole memory of its ``gpu``, if it has one.
+    """
+
+    bytes: int
+    limit_bytes: int
+    gpu: GpuName | None = None
+    memory_bytes: int = 0
 
 
 class BusyError(ClusterError):
@@ -33,7 +49,7 @@ class BusyError(ClusterError):
 def take_locks(
     nodes: Sequence[Node],
     run_id: str,
-    needs: Mapping[str, tuple[int, int]],
+    needs: Mapping[str, Sequence[RankNeed]],
     *,
     share: bool = False,
     wait_seconds: float = 0.0,
@@ -46,7 +62,7 @@ def take_locks(
     Args:
         nodes: the nodes of the ranks; repeated ones count once.
         run_id: the run that takes the locks.
-        needs: maps a node to the bytes that the run needs there and the bytes that exist.
+        needs: maps a node to what each rank needs there.
         share: True accepts nodes with other runs if the memory of both fits.
         wait_seconds: time to wait for other runs to end.
         say: called with a line when it waits, and for each stale lock that it removed.
@@ -76,7 +92,7 @@ def take_locks(
 def _take_all(
     nodes: Sequence[Node],
     run_id: str,
-    needs: Mapping[str, tuple[int, int]],
+    needs: Mapping[str, Sequence[RankNeed]],
     *,
     share: bool,
     say: Say,
@@ -84,7 +100,7 @@ def _take_all(
     taken: list[Node] = []
     try:
         for node in _in_order(nodes):
-            claim = _claim(run_id, *needs.get(node.name, (0, 0)))
+            claim = _claim(run_id, needs.get(node.name, ()))
             answer: LockAnswer = node.ask(
                 LockAnswer, "lock-take", str(int(share)), input=msgspec.json.encode(claim)
             )
@@ -103,35 +119,76 @@ def _in_order(nodes: Sequence[Node]) -> list[Node]:
     return [known[name] for name in sorted(known)]
 
 
-def _claim(run_id: str, needed: int, limit: int) -> Claim:
+def _claim(run_id: str, needs: Sequence[RankNeed]) -> Claim:
     own = psutil.Process()
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = "unknown"
     host, start = socket.gethostname(), start_of(own.pid)
-    return Claim(run_id, user, host, own.pid, own.create_time(), needed, limit, time.time(), start)
+    return Claim(
+        run_id,
+        user,
+        host,
+        own.pid,
+        own.create_time(),
+        sum(need.bytes for need in needs),
+        sum(need.limit_bytes for need in needs),
+        time.time(),
+        start,
+        _devices(needs),
+    )
+
+
+def _devices(needs: Sequence[RankNeed]) -> tuple[DeviceClaim, ...]:
+    """Add up the ranks on each GPU. Without the UUID of a GPU, the run claims the machine."""
+    gpus = {need.gpu.uuid: need.gpu for need in needs if need.gpu is not None}
+    if "" in gpus or any(need.gpu is None for need in needs):
+        return ()
+    found = []
+    for uuid, gpu in gpus.items():
+        ranks = [need for need in needs if need.gpu == gpu]
+        # Every rank has a context of its own, which neither its plan nor its limit counts.
+        needed = sum(need.bytes + CONTEXT_BYTES for need in ranks)
+        found.append(DeviceClaim(uuid, gpu.label, needed, ranks[0].memory_bytes))
+    return tuple(found)
 
 
 def _busy(node: Node, claim: Claim, holders: Sequence[Lock], *, share: bool) -> BusyError:
     lock = next((lock for lock in holders if lock.state == "left over"), holders[0])
     owner = lock.claim
+    place = _common_place(node, claim, owner)
     who = f"{owner.run_id} of {owner.user}, launched on {owner.host}"
     if lock.state == "left over":
         clean = f"k2 cluster clean --nodes {node.name}"
-        message = f"node {node.name} has processes left over from {who}"
+        message = f"{place} has processes left over from {who}"
         return BusyError(message, clean, owner.run_id)
     since = format_duration(max(time.time() - owner.created, 1))
-    message = f"node {node.name} is in use by {who} {since} ago"
+    message = f"{place} is in use by {who} {since} ago"
     if share:
-        used = sum(other.claim.bytes for other in holders)
-        message += (
-            f", and both do not fit: {format_bytes(used)} + {format_bytes(claim.bytes)} "
-            f"of {format_bytes(claim.limit_bytes)}"
-        )
+        message += f", and both do not fit: {_sum_text(claim, [each.claim for each in holders])}"
         return BusyError(message, "--wait waits for its end", owner.run_id)
     hint = f"--wait, or --share if both fit; k2 stop {owner.run_id} on {owner.host} ends it"
     return BusyError(message, hint, owner.run_id)
+
+
+def _common_place(node: Node, claim: Claim, owner: Claim) -> str:
+    """Name the machine, or the GPUs of it that both runs want."""
+    theirs = {part.uuid for part in owner.devices}
+    labels = [part.label for part in claim.devices if part.uuid in theirs]
+    return f"{' and '.join(labels)} of node {node.name}" if labels else f"node {node.name}"
+
+
+def _sum_text(claim: Claim, others: Sequence[Claim]) -> str:
+    """State the bytes of both sides, on the machine or on the GPU that lacks the most."""
+    sums = [(sum(other.bytes for other in others), claim.bytes, claim.limit_bytes)]
+    if claim.devices and all(other.devices for other in others):
+        sums = [
+            (sum(bytes_on(other, part.uuid) for other in others), part.bytes, part.limit_bytes)
+            for part in claim.devices
+        ]
+    used, wanted, limit = max(sums, key=lambda each: each[0] + each[1] - each[2])
+    return f"{format_bytes(used)} + {format_bytes(wanted)} of {format_bytes(limit)}"
 
 
 def renew_locks(nodes: Sequence[Node], run_id: str) -> None:

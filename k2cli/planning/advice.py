@@ -18,7 +18,7 @@ from k2cli.planning.plan import Advice, Plan
 from k2cli.planning.planner import Planner
 from k2cli.planning.request import PlanRequest
 from k2cli.planning.search.candidates import GOOD_CHUNK_TOKENS
-from k2cli.planning.search.strategies import max_context_length, strategies_for
+from k2cli.planning.search.strategies import max_context_length
 from k2cli.sharding.recipe import BITS, Recipe, obstacle_to_quantizing, parse_recipe
 from k2cli.units import GIB, MIB, format_bytes, format_gib
 
@@ -173,7 +173,7 @@ def _shorter_context(
 ) -> Advice | None:
     """Advise the longest context with a good prefill chunk, or with any chunk if there is none."""
     possible = [each.name for each in plan.alternatives if each.possible]
-    strategies = [each for each in strategies_for(request.strategy, len(nodes)) if each in possible]
+    strategies = [each for each in request.strategies(len(nodes)) if each in possible]
     good = replace(request, chunk_tokens=request.chunk_tokens or GOOD_CHUNK_TOKENS)
     for longest in (
         max_context_length(planner.problem(nodes, good), strategies),

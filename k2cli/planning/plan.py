@@ -15,6 +15,7 @@ import msgspec
 from k2cli.choices import Certainty, FloatType
 from k2cli.errors import UsageError
 from k2cli.files import decode_json, write_atomically
+from k2cli.gpu_name import GpuName
 from k2cli.planning.speed.estimate import SpeedEstimate
 from k2cli.sharding.placement import Placement
 
@@ -72,7 +73,8 @@ class Breakdown:
 class NodeBudget:
     """The ledger of one rank's machine, in bytes. ``weights_bytes`` is in memory, not on disk.
 
-    ``backend`` is the machine's ``Device``; ``limit_source`` is the source of the limit.
+    ``backend`` is the machine's ``Device``; ``limit_source`` is the source of the limit. On a
+    machine with GPUs, memory and limit are those of ``gpu``, the rank's own.
     """
 
     name: str
@@ -87,6 +89,12 @@ class NodeBudget:
     backend: str = ""
     limit_source: str = ""
     breakdown: Breakdown | None = None
+    gpu: GpuName | None = None
+
+    @property
+    def place(self) -> str:
+        """The machine, with the number of the rank's GPU if it has one."""
+        return self.name if self.gpu is None else f"{self.name} {self.gpu.short}"
 
 
 @dataclass(frozen=True, slots=True)

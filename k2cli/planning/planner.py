@@ -12,7 +12,7 @@ from dataclasses import replace
 from k2cli.choices import Certainty, FloatType, Head
 from k2cli.errors import InternalError
 from k2cli.planning.config_check import model_context_length
-from k2cli.planning.hardware.machine import NodeMemory, share_machines
+from k2cli.planning.hardware.machine import NodeMemory, on_gpus, share_machines
 from k2cli.planning.memory.stored import describe_quantization
 from k2cli.planning.model import ModelToPlan, read_model
 from k2cli.planning.plan import Alternative, Plan, PlannedModel, PlannedRequest
@@ -24,7 +24,6 @@ from k2cli.planning.search.strategies import (
     compare,
     max_concurrency,
     max_context_length,
-    strategies_for,
 )
 from k2cli.planning.search.traced_model import TracedModel
 from k2cli.planning.speed.estimate import speed_obstacle
@@ -64,6 +63,26 @@ class Planner:
         context_length = request.resolved_context(self.model.config)
         traced = self._traced_model(dtype, request.head)
         return PlanningProblem(traced, tuple(share_machines(nodes)), request, context_length)
+
+    def with_gpus(self, nodes: Sequence[NodeMemory], request: PlanRequest) -> list[NodeMemory]:
+        """Give each rank on a machine with GPUs one of them: the most GPUs with which it fits.
+
+        A GPU without enough free memory is left out, and the ranks share the others.
+        """
+        groups = {node.name: len(node.gpus) for node in nodes if node.gpu is None}
+        most = max(groups.values(), default=0)
+        most = min(most, max((_count(nodes, name) for name in groups), default=0))
+        own = on_gpus(nodes)
+        limits = [node.limit_bytes for node in own if node.gpu is not None]
+        # Ranks that share get a half or less: that is more than a GPU of their own only if this
+        # has less than half of what another one has.
+        if most < 2 or 2 * min(limits, default=0) >= max(limits, default=0):
+            return own
+        for count in range(most, 0, -1):
+            placed = on_gpus(nodes, count)
+            if self.plan(placed, request, limits=False).fits:
+                return placed
+        return own
 
     def with_most_sequences(self, nodes: Sequence[NodeMemory], request: PlanRequest) -> PlanRequest:
         """Raise the concurrency of a request from 1 to as many sequences as fit, up to 8.
@@ -105,7 +124,7 @@ class Planner:
                 the numbers.
         """
         problem = replace(self.problem(nodes, request), unfit_speed=limits)
-        found, obstacles = compare(problem, strategies_for(request.strategy, len(nodes)))
+        found, obstacles = compare(problem, request.strategies(len(nodes)))
         chosen = max(found, key=preference)
         if limits and trace_chosen:
             check_traced(problem, chosen)
@@ -162,6 +181,10 @@ class Planner:
             alternatives=compared,
             reason="asked for" if asked and len(problem.nodes) > 1 else reason(compared),
         )
+
+
+def _count(nodes: Sequence[NodeMemory], name: str) -> int:
+    return sum(node.name == name for node in nodes)
 
 
 def _alone(problem: PlanningProblem) -> tuple[Alternative, ...]:

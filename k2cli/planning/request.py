@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from k2cli.choices import FloatType, Head, Parallel, WantedFloatType, WantedTransport
+from k2cli.choices import FloatType, Head, Parallel, Strategy, WantedFloatType, WantedTransport
 from k2cli.errors import UsageError
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.hardware.machine import NodeMemory
@@ -27,8 +27,9 @@ class PlanRequest:
     ``context_length`` is in tokens per sequence; None takes the model's maximum or 32,768,
     whichever is less. ``dtype`` ``auto`` is the checkpoint's float type, and float32 if a node
     computes on its CPU. ``head`` ``auto`` cuts the head too in tensor parallelism, if it can be
-    cut. ``chunk_tokens`` is the prefill chunk. ``transport`` and ``collective_seconds`` only
-    concern the predicted speed. With ``free_order`` the first node need not lead.
+    cut. ``chunk_tokens`` is the prefill chunk. ``transport`` and ``collective_seconds`` concern the
+    predicted speed; ``nccl`` also excludes a pipeline, since MLX's NCCL cannot send. With
+    ``free_order`` the first node need not lead.
     """
 
     strategy: Parallel = "auto"
@@ -53,6 +54,8 @@ class PlanRequest:
             raise UsageError(
                 f"--parallel single runs on one node, not on {len(nodes)}", "name one node only"
             )
+        if self.transport == "nccl" and len(nodes) > 1:
+            self._check_nccl(nodes)
         if not 1 <= self.concurrency <= MAX_CONCURRENCY:
             raise UsageError(
                 f"concurrency must be between 1 and {MAX_CONCURRENCY}, not {self.concurrency}",
@@ -67,6 +70,29 @@ class PlanRequest:
                 f"a collective takes over 0 and at most 1 s, not {self.collective_seconds:g} s",
                 "--collective-latency 26us",
             )
+
+    def _check_nccl(self, nodes: Sequence[NodeMemory]) -> None:
+        if self.strategy == "pipeline":
+            raise UsageError(
+                "--backend nccl has no pipeline: MLX's NCCL cannot send from rank to rank",
+                "--backend ring, or --parallel tensor",
+            )
+        other = next((node for node in nodes if node.device != "cuda"), None)
+        if other is not None:
+            raise UsageError(
+                f"--backend nccl joins NVIDIA GPUs, and {other.name} computes with {other.device}",
+                "--backend ring",
+            )
+
+    def strategies(self, nodes: int) -> list[Strategy]:
+        """Return the strategies to compare; the first of two equally good ones is preferred."""
+        if nodes == 1:
+            return ["single"]
+        if self.strategy == "pipeline":
+            return ["pipeline"]
+        if self.strategy == "tensor" or self.transport == "nccl":
+            return ["tensor"]
+        return ["pipeline", "tensor"]
 
     def resolved_context(self, config: Mapping[str, Any]) -> int:
         """Return the context length to plan.

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from k2cli.choices import FloatType, HeadPlacement, Strategy, Transport
+from k2cli.gpu_name import GpuName
 
 
 class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,7 +46,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the name of the float type that weights are cast to. ``expected_weights_bytes[r]`` and
     ``expected_cache_bytes[r]`` (if known) are the planned sizes of rank r's weights and caches;
     loading fails if a size differs. ``looks_ahead`` None leaves the choice to
-    ``rank.engine.lookahead``.
+    ``rank.engine.lookahead``. ``nccl_coordinator`` (``host:port``) is where the leader hands out
+    NCCL's unique id; NCCL itself listens on ``nccl_interface`` alone.
     """
 
     run_id: str
@@ -68,12 +70,15 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache_limit_bytes: int | None = None
     jaccl_devices: list[list[str | list[str] | None]] | None = None
     jaccl_coordinator: str | None = None
+    nccl_coordinator: str | None = None
+    nccl_interface: str | None = None
     looks_ahead: bool | None = None
 
 
 class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file that the launcher leaves for a guard (mode 0600; the guard deletes it).
 
+    ``gpu`` is the GPU that the rank gets, None if it may use whatever MLX finds.
     ``secret`` (hex) authenticates every TCP connection of the run. ``http`` is set for rank 0
     only. ``environment`` is added to the rank's environment.
 
@@ -88,6 +93,7 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_name: str
     http: HttpEndpoint | None = None
     environment: dict[str, str] = {}
+    gpu: GpuName | None = None
     deadlines: Deadlines = Deadlines()
     restarts: bool = False
     hold: str | None = None

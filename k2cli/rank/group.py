@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from k2cli.errors import ClusterError
 from k2cli.protocol import Assignment
+from k2cli.rank.listen_address import bind_only_to
 
 
 def set_memory_limits(assignment: Assignment) -> None:
@@ -24,10 +25,13 @@ def join_group(assignment: Assignment) -> Any | None:
     Holds the GIL while it waits for the other ranks: only the guard can end it meanwhile.
 
     Raises:
-        ClusterError: if the transport is missing, or its group has another size or rank.
+        ClusterError: if the transport is missing, would listen on every address, or its group has
+            another size or rank.
     """
     if assignment.size == 1:
         return None
+    if assignment.nccl_coordinator is not None and assignment.rank == 0:
+        bind_only_to(assignment.nccl_coordinator.rpartition(":")[0])
     try:
         group = mx.distributed.init(strict=True, backend=assignment.transport)
     except RuntimeError as error:

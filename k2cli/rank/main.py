@@ -346,6 +346,7 @@ _FATAL_PHRASES: tuple[tuple[str, _FatalKind], ...] = (
     ("bad_alloc", "memory"),
     ("connection to a peer", "lost peer"),
     ("[ring]", "lost peer"),
+    ("[nccl]", "lost peer"),
 )
 
 

@@ -24,6 +24,7 @@ from k2cli.choices import Transport
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.files import decode_json, read_regular, write_atomically
+from k2cli.gpu_name import GpuName
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import REACH_SECONDS, is_this_machine
 from k2cli.nodes.ssh import is_node_name
@@ -57,7 +58,10 @@ _LAUNCH_HINT = "k2 launch MODEL --detach"
 
 @dataclass(frozen=True, slots=True)
 class RankRecord:
-    """The state of one rank; bytes as measured by the rank, 0 until it has loaded."""
+    """The state of one rank; bytes as measured by the rank, 0 until it has loaded.
+
+    ``gpu`` is the one that k2 gave it on a machine with NVIDIA GPUs.
+    """
 
     rank: int
     node: str
@@ -67,6 +71,12 @@ class RankRecord:
     active_memory_bytes: int = 0
     peak_memory_bytes: int = 0
     load_seconds: float = 0.0
+    gpu: GpuName | None = None
+
+    @property
+    def place(self) -> str:
+        """The node, with the number of the rank's GPU if it has one."""
+        return self.node if self.gpu is None else f"{self.node} {self.gpu.short}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,8 @@ def _details(
     bandwidth = node.bandwidth_bytes_per_second
     speed = f", reads {format_bytes(bandwidth)}/s" if bandwidth else ""
     lines = [f"{node.chip}, {node.os}", f"{memory} ({node.device}){speed}"]
+    if node.gpus:
+        lines.append(", ".join(gpu.name.label for gpu in node.gpus))
     if activities is None:
         return lines if node.python else [*lines, "this k2 is not installed there"]
     activity = activities.get(node.name)

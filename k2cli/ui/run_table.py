@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from k2cli.ui.gpus import gpu_text
 from k2cli.ui.output import note, print_text
 from k2cli.units import format_bytes, format_duration, one_line
 
@@ -16,7 +17,7 @@ _HEADINGS = ("RUN", "MODEL", "STATE", "RANKS", "WEIGHTS", "AGE", "URL")
 
 
 def print_runs(runs: Sequence[RunRecord]) -> None:
-    """Print one line per run; the cause of a failed run follows on the next line."""
+    """Print one line per run; below it the GPUs of a live run, or the cause of a failure."""
     if not runs:
         note("no runs; start one with: k2 launch MODEL --detach")
         return
@@ -25,6 +26,8 @@ def print_runs(runs: Sequence[RunRecord]) -> None:
     print_text(_line(_HEADINGS, widths))
     for run, row in zip(runs, rows, strict=True):
         print_text(_line(row, widths))
+        if run.live and (gpus := gpu_text((rank.node, rank) for rank in run.ranks)):
+            print_text(f"  {gpus}")
         if run.cause and (run.left or run.state not in ("ready", "stopped")):
             print_text(f"  {one_line(run.cause)}")
 

@@ -38,7 +38,8 @@ _LOGIT_SPREAD = 6.0
 @dataclass(frozen=True, slots=True)
 class ToyShape:
     """Sizes of the toy. Every input size must be a multiple of ``group_size``; ``bits`` of None
-    leaves all weights float32, as an original to quantize.
+    leaves all weights float32, as an original to quantize. The tokenizer has ``VOCABULARY_SIZE``
+    tokens, whatever the ``vocabulary`` of embedding and head.
     """
 
     layers: int = 5
@@ -55,6 +56,7 @@ class ToyShape:
     expert_intermediate: int = 128
     bits: int | None = 4
     group_size: int = 32
+    vocabulary: int = VOCABULARY_SIZE
 
     def __post_init__(self) -> None:
         if self.layers < 2 or self.experts < self.experts_per_token or self.heads < 1:
@@ -77,7 +79,7 @@ class ToyShape:
 
 
 @dataclass(frozen=True, slots=True)
-class _Matrix:
+class Matrix:
     """A module's weight ``[..., outputs, inputs]``; its deviation is ``gain / sqrt(inputs)``."""
 
     name: str
@@ -95,14 +97,14 @@ def build_toy_k2(folder: Path, shape: ToyShape | None = None, seed: int = 0) -> 
     """
     shape = shape or ToyShape()
     documents = {
-        "config.json": _config(shape),
+        "config.json": toy_config(shape),
         "generation_config.json": {
             "bos_token_id": special_id("[BOS]"),
             "eos_token_id": special_id("<|im_end|>"),
         },
         "tokenizer_config.json": toy_tokenizer_config(),
     }
-    plan = list(_tensors(shape))
+    plan = list(toy_tensors(shape))
     with folder_being_made(folder) as temporary:
         for name, document in documents.items():
             text = json.dumps(document, indent=1) + "\n"
@@ -115,12 +117,12 @@ def build_toy_k2(folder: Path, shape: ToyShape | None = None, seed: int = 0) -> 
     return folder
 
 
-def _config(shape: ToyShape) -> dict[str, Any]:
+def toy_config(shape: ToyShape) -> dict[str, Any]:
     """K2's config with the toy's sizes; everything that is not a size is K2's own."""
     config: dict[str, Any] = {
         "model_type": "kimi_k2",
         "architectures": ["DeepseekV3ForCausalLM"],
-        "vocab_size": VOCABULARY_SIZE,
+        "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.dense_intermediate,
         "moe_intermediate_size": shape.expert_intermediate,
@@ -170,9 +172,9 @@ def _config(shape: ToyShape) -> dict[str, Any]:
     return config
 
 
-def _tensors(shape: ToyShape) -> Iterator[_Matrix | TensorSpec]:
+def toy_tensors(shape: ToyShape) -> Iterator[Matrix | TensorSpec]:
     """Every parameter: quantizable matrices, and tensors that stay float32."""
-    yield _Matrix("model.embed_tokens", (VOCABULARY_SIZE, shape.hidden), math.sqrt(shape.hidden))
+    yield Matrix("model.embed_tokens", (shape.vocabulary, shape.hidden), math.sqrt(shape.hidden))
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
         yield TensorSpec(f"{prefix}.input_layernorm.weight", "F32", (shape.hidden,))
@@ -183,22 +185,22 @@ def _tensors(shape: ToyShape) -> Iterator[_Matrix | TensorSpec]:
         else:
             yield from _experts(f"{prefix}.mlp", shape)
     yield TensorSpec("model.norm.weight", "F32", (shape.hidden,))
-    yield _Matrix("lm_head", (VOCABULARY_SIZE, shape.hidden), _LOGIT_SPREAD)
+    yield Matrix("lm_head", (shape.vocabulary, shape.hidden), _LOGIT_SPREAD)
 
 
-def _attention(prefix: str, shape: ToyShape) -> Iterator[_Matrix | TensorSpec]:
+def _attention(prefix: str, shape: ToyShape) -> Iterator[Matrix | TensorSpec]:
     heads, query = shape.heads, shape.nope + shape.rope
-    yield _Matrix(f"{prefix}.q_a_proj", (shape.q_lora, shape.hidden))
+    yield Matrix(f"{prefix}.q_a_proj", (shape.q_lora, shape.hidden))
     yield TensorSpec(f"{prefix}.q_a_layernorm.weight", "F32", (shape.q_lora,))
-    yield _Matrix(f"{prefix}.q_b_proj", (heads * query, shape.q_lora), 2.0)
-    yield _Matrix(f"{prefix}.kv_a_proj_with_mqa", (shape.kv_lora + shape.rope, shape.hidden))
+    yield Matrix(f"{prefix}.q_b_proj", (heads * query, shape.q_lora), 2.0)
+    yield Matrix(f"{prefix}.kv_a_proj_with_mqa", (shape.kv_lora + shape.rope, shape.hidden))
     yield TensorSpec(f"{prefix}.kv_a_layernorm.weight", "F32", (shape.kv_lora,))
-    yield _Matrix(f"{prefix}.embed_q", (heads, shape.kv_lora, shape.nope))
-    yield _Matrix(f"{prefix}.unembed_out", (heads, shape.value, shape.kv_lora))
-    yield _Matrix(f"{prefix}.o_proj", (shape.hidden, heads * shape.value), 2.0)
+    yield Matrix(f"{prefix}.embed_q", (heads, shape.kv_lora, shape.nope))
+    yield Matrix(f"{prefix}.unembed_out", (heads, shape.value, shape.kv_lora))
+    yield Matrix(f"{prefix}.o_proj", (shape.hidden, heads * shape.value), 2.0)
 
 
-def _experts(prefix: str, shape: ToyShape) -> Iterator[_Matrix | TensorSpec]:
+def _experts(prefix: str, shape: ToyShape) -> Iterator[Matrix | TensorSpec]:
     yield TensorSpec(f"{prefix}.gate.weight", "F32", (shape.experts, shape.hidden))
     yield TensorSpec(f"{prefix}.gate.e_score_correction_bias", "F32", (shape.experts,))
     size = shape.expert_intermediate
@@ -206,13 +208,13 @@ def _experts(prefix: str, shape: ToyShape) -> Iterator[_Matrix | TensorSpec]:
     yield from _gated(f"{prefix}.switch_mlp", (shape.experts,), shape.hidden, size)
 
 
-def _gated(prefix: str, lead: tuple[int, ...], hidden: int, size: int) -> Iterator[_Matrix]:
-    yield _Matrix(f"{prefix}.gate_proj", (*lead, size, hidden), 2.0)
-    yield _Matrix(f"{prefix}.up_proj", (*lead, size, hidden))
-    yield _Matrix(f"{prefix}.down_proj", (*lead, hidden, size), 2.0)
+def _gated(prefix: str, lead: tuple[int, ...], hidden: int, size: int) -> Iterator[Matrix]:
+    yield Matrix(f"{prefix}.gate_proj", (*lead, size, hidden), 2.0)
+    yield Matrix(f"{prefix}.up_proj", (*lead, size, hidden))
+    yield Matrix(f"{prefix}.down_proj", (*lead, hidden, size), 2.0)
 
 
-def _specs(part: _Matrix | TensorSpec, shape: ToyShape) -> list[TensorSpec]:
+def _specs(part: Matrix | TensorSpec, shape: ToyShape) -> list[TensorSpec]:
     if isinstance(part, TensorSpec):
         return [part]
     *lead, inputs = part.shape
@@ -226,7 +228,7 @@ def _specs(part: _Matrix | TensorSpec, shape: ToyShape) -> list[TensorSpec]:
     ]
 
 
-def _arrays(part: _Matrix | TensorSpec, shape: ToyShape, seed: int) -> Iterator[NDArray[Any]]:
+def _arrays(part: Matrix | TensorSpec, shape: ToyShape, seed: int) -> Iterator[NDArray[Any]]:
     """The data of ``_specs``, in its order.
 
     Each tensor has a generator of its own, so that adding a layer does not change the others.

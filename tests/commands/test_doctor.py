@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from k2cli.cli import build_app
 from k2cli.errors import K2Error
+from k2cli.launch.prepare import prepare_run
+from k2cli.launch.request import LaunchRequest
+from k2cli.nodes.locks import release_locks
+from tests.support.gpu_host import make_gpu_host
 
 DATA = Path(__file__).resolve().parents[1] / "doctor" / "data"
 
@@ -100,3 +106,50 @@ def test_a_recording_names_no_file_outside_of_it(tmp_path: Path) -> None:
     done = _k2("--replay", str(tmp_path))
     assert isinstance(done.exception, K2Error)
     assert "outside" in done.exception.message
+
+
+def test_gpus_are_named_with_who_uses_them_and_a_plan_is_checked_on_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_k2: Path
+) -> None:
+    host = make_gpu_host(tmp_path / "host", 2, monkeypatch)
+    monkeypatch.setenv("COLUMNS", "200")
+    idle = json.loads(_k2("--quick", "--json").stdout)
+    assert [gpu["name"]["index"] for gpu in idle["nodes"][0]["machine"]["gpus"]] == [0, 1]
+    found = {check["detail"]: check["status"] for check in _of(idle, "GPU")}
+    assert list(found.values()) == ["pass", "pass"]
+    host.use(1, 4321, "trainer", 143_000)
+    plan = tmp_path / "plan.json"
+    run = prepare_run(LaunchRequest(str(toy_k2), nodes=("localhost",)))
+    document = json.loads((run.record.folder / "plan.json").read_text())
+    document["nodes"][0]["total_bytes"] = 140_000_000_000
+    document["nodes"] *= 2
+    document["placement"] = {
+        "strategy": "tensor",
+        "ranks": [{**document["placement"]["ranks"][0], "rank": rank} for rank in (0, 1)],
+    }
+    plan.write_text(json.dumps(document))
+    busy = json.loads(_k2("--quick", "--json", "--plan", str(plan)).stdout)
+    told = [check["detail"] for check in _of(busy, "GPU") if check["status"] == "warn"]
+    assert f"held by {run.run_id}" in told[0]
+    assert "used by trainer (4321) 149.9 GB" in told[1]
+    release_locks(run.nodes, run.run_id)
+    busy = json.loads(_k2("--quick", "--json", "--plan", str(plan)).stdout)
+    (memory,) = _of(busy, "GPU memory")
+    assert memory["status"] == "fail"
+    assert "the plan needs 140.0 GB on GPU 1" in memory["detail"]
+
+
+def test_gpus_that_mlx_does_not_use_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        make_gpu_host(tmp_path / "host", 1, patch)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'host'}:{os.environ['PATH']}")
+    (told,) = _of(json.loads(_k2("--quick", "--json").stdout), "GPU")
+    assert told["status"] == "warn"
+    assert "built without CUDA" in told["detail"]
+    assert "GPU 0 (NVIDIA H200)" in told["detail"]
+
+
+def _of(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [check for check in document["checks"] if check["name"] == name]

@@ -184,3 +184,12 @@ def test_cut_off_output_is_a_finding_and_never_an_error(tmp_path: Path) -> None:
             assert replay(copy).results
         path.write_text(whole)
     assert _bad(replay(copy)) == []
+
+
+def test_nccl_is_for_nvidia_gpus(tmp_path: Path) -> None:
+    shutil.copytree(HEALTHY, tmp_path / "pair")
+    manifest = tmp_path / "pair" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"backend": "auto"', '"backend": "nccl"'))
+    found = {(result.name, result.node): result for result in _bad(replay(tmp_path / "pair"))}
+    assert "MLX computes with metal" in found["NCCL", "node-1"].detail
+    assert found["NCCL", "node-1"].hint == "--backend ring"

@@ -15,12 +15,12 @@ from k2cli.agent.locks import Claim, lock_path, lock_state
 from k2cli.agent.run_processes import processes_of_run
 from k2cli.nodes import locks
 from k2cli.nodes.local import LocalNode
-from k2cli.nodes.locks import BusyError, release_locks, take_locks
+from k2cli.nodes.locks import BusyError, RankNeed, release_locks, take_locks
 from k2cli.runs import clean as cleaning
 from k2cli.runs.record import RankRecord, RunRecord, save_record
 
 HERE = [LocalNode(), LocalNode()]
-NEEDS = {"localhost": (60, 100)}
+NEEDS = {"localhost": [RankNeed(30, 50), RankNeed(30, 50)]}
 
 
 def test_a_second_run_is_refused_by_the_name_of_the_first_until_that_ends() -> None:
@@ -31,7 +31,7 @@ def test_a_second_run_is_refused_by_the_name_of_the_first_until_that_ends() -> N
     assert "--share" in (raised.value.hint or "")
     with pytest.raises(BusyError, match="both do not fit"):
         take_locks(HERE, "demo-2", NEEDS, share=True)
-    take_locks(HERE, "demo-3", {"localhost": (40, 100)}, share=True)
+    take_locks(HERE, "demo-3", {"localhost": [RankNeed(40, 100)]}, share=True)
     for run_id in ("demo-1", "demo-3"):
         release_locks(HERE, run_id)
     take_locks(HERE, "demo-2", NEEDS)

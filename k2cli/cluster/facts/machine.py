@@ -12,6 +12,7 @@ from typing import Literal
 
 from k2cli.agent.software import Software
 from k2cli.choices import Certainty, Device
+from k2cli.planning.hardware.gpus import Gpu
 
 InterfaceKind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
 OsName = Literal["macos", "linux"]
@@ -45,6 +46,7 @@ class MachineFacts:
     up to its addresses (IPv4 first, no link-local IPv6); ``interface_kinds`` has the same keys.
     ``bridges`` has the members of each bridge, ``rdma_states`` the port state of each RDMA device
     (``PORT_ACTIVE``). ``prefix_lengths`` maps an address to the bits of its network, if known.
+    ``gpus`` are NVIDIA's; MLX uses them if ``backend`` is ``cuda``.
     """
 
     hostname: str
@@ -66,6 +68,7 @@ class MachineFacts:
     bridges: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rdma_states: Mapping[str, str] = field(default_factory=dict)
     prefix_lengths: Mapping[str, int] = field(default_factory=dict)
+    gpus: tuple[Gpu, ...] = ()
 
     @property
     def thunderbolt_peers(self) -> dict[str, str]:

@@ -11,8 +11,8 @@ from k2cli.choices import Device
 from k2cli.cluster.facts.machine import Condition, InterfaceKind, MachineFacts, OsName
 from k2cli.cluster.facts.probes import RawProbes
 from k2cli.errors import ClusterError
+from k2cli.planning.hardware.gpus import Gpu, gpu_of, parse_gpus
 from k2cli.planning.hardware.machine import OS_RESERVE_BYTES, OS_RESERVE_SHARE
-from k2cli.units import MIB
 
 _OS: OsName = "linux"
 # Names by udev and the kernel: wl* is wireless, thunderbolt* the IP-over-Thunderbolt driver.
@@ -33,8 +33,8 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
         ClusterError: if its memory is not known.
     """
     memory = _memory_bytes(raw, software)
-    gpu = _gpu(raw)
-    limit, mark, source, device = _limit(memory, gpu, software)
+    gpus = _gpus(raw, software)
+    limit, mark, source, device = _limit(memory, gpus, software)
     entries = _interface_entries(raw)
     interfaces, kinds = _interfaces(entries, software)
     release = os_release(raw.text("os-release") or "")
@@ -43,7 +43,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
         os_name=_OS,
         os_version=" ".join(filter(None, [release.get("NAME"), release.get("VERSION_ID")])),
         model=None,
-        chip=gpu[0] if gpu else _cpu(raw.text("cpuinfo") or ""),
+        chip=gpus[0].name.name if gpus else _cpu(raw.text("cpuinfo") or ""),
         memory_bytes=memory,
         limit_bytes=limit,
         limit_mark=mark,
@@ -54,6 +54,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
         interface_kinds=kinds,
         rdma_devices=tuple((raw.text("infiniband") or "").split()),
         prefix_lengths=_prefix_lengths(entries or []),
+        gpus=gpus,
     )
 
 
@@ -89,23 +90,22 @@ def _memory_bytes(raw: RawProbes, software: Software | None) -> int:
     return memory
 
 
-def _gpu(raw: RawProbes) -> tuple[str, int] | None:
-    """Return the name and bytes of memory of the first NVIDIA GPU; nvidia-smi counts in MiB."""
-    lines = (raw.text("nvidia-smi") or "").strip().splitlines()
-    fields = [field.strip() for field in lines[0].split(",")] if lines else []
-    if len(fields) < 2 or not fields[1].isdigit():
-        return None
-    return fields[0], int(fields[1]) * MIB
+def _gpus(raw: RawProbes, software: Software | None) -> tuple[Gpu, ...]:
+    """Return the GPUs that MLX may use, or else all that nvidia-smi lists."""
+    if software is not None and software.gpus:
+        return software.gpus
+    return tuple(gpu_of(listed) for listed in parse_gpus(raw.text("nvidia-gpus") or ""))
 
 
 def _limit(
-    memory: int, gpu: tuple[str, int] | None, software: Software | None
+    memory: int, gpus: tuple[Gpu, ...], software: Software | None
 ) -> tuple[int, Any, str, Device]:
     """Return the memory that MLX may use: mlx's own figure, or else the planner's assumption."""
     if software is not None and software.limit_bytes is not None and software.device is not None:
         return software.limit_bytes, software.limit_mark, software.limit_source, software.device
-    if gpu is not None:
-        return gpu[1], "assumed", "the GPU's memory; mlx there could not be asked", "cuda"
+    if gpus:
+        limit = max(gpu.idle_limit_bytes for gpu in gpus)
+        return limit, "assumed", "the GPU's memory; mlx there could not be asked", "cuda"
     reserve = max(OS_RESERVE_BYTES, int(memory * OS_RESERVE_SHARE))
     return memory - reserve, "assumed", "memory less what the system is assumed to keep", "cpu"
 

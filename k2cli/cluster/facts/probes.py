@@ -17,6 +17,7 @@ import msgspec
 
 from k2cli.errors import ClusterError
 from k2cli.nodes.node import Node
+from k2cli.planning.hardware.gpus import QUERY
 
 System = Literal["Darwin", "Linux"]
 
@@ -102,11 +103,7 @@ PROBES: tuple[Probe, ...] = (
     _probe("Linux", "grep -m1 -E ^(model.name|Hardware|CPU.part) /proc/cpuinfo", "cpuinfo"),
     _probe("Linux", "ip -json -details address", "ip"),
     _probe("Linux", "ls /sys/class/infiniband", "infiniband"),
-    _probe(
-        "Linux",
-        "nvidia-smi --query-gpu=name,memory.total,memory.free --format=csv,noheader,nounits",
-        "nvidia-smi",
-    ),
+    Probe("nvidia-gpus", "Linux", QUERY),
     _probe("Linux", "date -u +%s.%N", "date"),
 )
 

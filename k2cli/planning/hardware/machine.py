@@ -2,11 +2,13 @@
 
 A plan needs above all the number of bytes that MLX may use on a machine. A Mac reports it
 (``max_recommended_working_set_size``). For a machine that is only named, the catalog (``chips.py``)
-holds logged values. On Linux it is the memory without what the system keeps.
+holds logged values. On Linux it is the memory without what the system keeps, or with CUDA that of
+each GPU by itself (``gpus.py``).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.choices import Certainty, Device
+from k2cli.errors import K2Error
+from k2cli.gpu_name import GpuName
+from k2cli.planning.hardware.cards import card_of_device
 from k2cli.planning.hardware.chips import chip_of_device
-from k2cli.units import GIB
+from k2cli.planning.hardware.gpus import (
+    CONTEXT_BYTES,
+    Gpu,
+    by_preference,
+    describe_users,
+    gpus_for_ranks,
+    usable_gpus,
+)
+from k2cli.units import GIB, MB, format_bytes
+
+GIVEN = "given in --hardware"
 
 OS_RESERVE_SHARE = 0.06
 OS_RESERVE_BYTES = GIB
@@ -80,6 +95,9 @@ class NodeMemory:
     chip's peak; ``gpu_flops_per_second`` counts multiplications and additions in 16-bit floats, as
     published. ``price_usd`` is the last list price of the cheapest configuration with this memory.
     ``measured`` is the owner's calibration and replaces the published figures.
+
+    ``gpus`` are those of the machine, if MLX computes there with CUDA. ``gpu`` is the one that a
+    rank was given (``on_gpus``); memory and limit are then those of this GPU.
     """
 
     name: str
@@ -93,30 +111,134 @@ class NodeMemory:
     gpu_flops_per_second: int | None = None
     price_usd: int | None = None
     measured: MeasuredSpeed | None = None
+    gpus: tuple[Gpu, ...] = ()
+    gpu: GpuName | None = None
+
+    @property
+    def place(self) -> str:
+        """The memory and the processor that ranks share: a machine, or one GPU of a machine."""
+        return self.name if self.gpu is None else f"{self.name} {self.gpu.short}"
+
+
+def on_gpus(nodes: Sequence[NodeMemory], most: int | None = None) -> list[NodeMemory]:
+    """Give each rank on a machine with GPUs one of them; memory and limit become this GPU's.
+
+    Ranks that have a GPU already keep it. With more ranks than GPUs the others share.
+
+    Args:
+        nodes: one per rank; nodes of one name are ranks on one machine.
+        most: use at most so many GPUs of a machine.
+    """
+    chosen: dict[str, list[Gpu]] = {}
+    placed = []
+    for node in nodes:
+        if node.gpu is not None or not node.gpus:
+            placed.append(node)
+            continue
+        if node.name not in chosen:
+            ranks = sum(other.name == node.name for other in nodes)
+            chosen[node.name] = gpus_for_ranks(node.gpus, ranks, most)
+        rest = chosen[node.name]
+        placed.append(on_gpu(node, rest.pop(0)) if rest else node)
+    return placed
+
+
+def on_gpu(node: NodeMemory, gpu: Gpu) -> NodeMemory:
+    """Return the machine as a rank on this GPU sees it, with the speed of its kind."""
+    found = card_of_device(gpu.name.name, gpu.memory_bytes)
+    if found is not None:
+        card, size = found
+        node = replace(
+            node,
+            chip=card.identifier,
+            bandwidth_bytes_per_second=size.bandwidth_bytes_per_second,
+            gpu_flops_per_second=card.flops_per_second,
+        )
+    return replace(
+        node,
+        memory_bytes=gpu.memory_bytes,
+        limit_bytes=gpu.limit_bytes,
+        limit_source=node.limit_source if node.limit_source == GIVEN else gpu_limit_source(gpu),
+        gpu=gpu.name,
+    )
+
+
+def planned_gpu(node: NodeMemory, name: GpuName | None) -> NodeMemory:
+    """Return the machine as a rank sees it on the GPU of a plan, if the machine has that GPU."""
+    if name is None or not name.uuid:
+        return node
+    found = [gpu for gpu in node.gpus if gpu.name.uuid == name.uuid and not gpu.obstacle]
+    return on_gpu(node, found[0]) if found else node
+
+
+def gpu_limit_source(gpu: Gpu) -> str:
+    """State where the limit of a GPU comes from, and who else uses its memory."""
+    context = f"less {format_bytes(CONTEXT_BYTES)} for the CUDA context"
+    if gpu.free_bytes is None:
+        return f"memory of {gpu.name.label} {context}"
+    used = gpu.memory_bytes - gpu.free_bytes
+    if used < 64 * MB:
+        return f"free memory of {gpu.name.label} {context}"
+    users = describe_users(gpu)
+    by = f" by {users}" if users else ""
+    return f"free memory of {gpu.name.label}, {format_bytes(used)} being used{by}, {context}"
 
 
 def share_machines(nodes: Sequence[NodeMemory]) -> list[NodeMemory]:
-    """Divide the limit of a machine among the ranks on it: nodes of one name are one machine."""
+    """Divide the limit of a machine, or of one of its GPUs, among the ranks on it.
+
+    Nodes of one name are one machine. A GPU's ranks need a CUDA context each.
+    """
     shared = []
-    for node in nodes:
-        ranks = sum(other.name == node.name for other in nodes)
+    for node in on_gpus(nodes):
+        ranks = sum(other.place == node.place for other in on_gpus(nodes))
         if ranks > 1:
             source = f"{node.limit_source}; shared by {ranks} ranks"
-            node = replace(node, limit_bytes=node.limit_bytes // ranks, limit_source=source)
+            others = 0 if node.gpu is None else (ranks - 1) * CONTEXT_BYTES
+            limit = max(node.limit_bytes - others, 0) // ranks
+            node = replace(node, limit_bytes=limit, limit_source=source)
         shared.append(node)
     return shared
 
 
 def this_machine(name: str = "localhost") -> NodeMemory:
-    """Return this machine as MLX sees it: Metal's working set, a CUDA device, or Linux memory."""
+    """Return this machine as MLX sees it: Metal's working set, CUDA's GPUs, or Linux memory.
+
+    Raises:
+        K2Error: if MLX is built for CUDA and may use no GPU.
+    """
     import mlx.core as mx
 
     if mx.metal.is_available():
         return _apple_machine(name, mx.device_info())
-    if mx.cuda.is_available():
-        total = int(mx.device_info()["total_memory"])
-        return NodeMemory(name, total, total, "exact", "cuda", "the device's total memory")
+    if mx.cuda.is_available():  # true if MLX is built for CUDA, with or without a GPU
+        count = mx.device_count(mx.DeviceType.gpu)
+        devices = [mx.device_info(mx.Device(mx.DeviceType.gpu, order)) for order in range(count)]
+        return cuda_machine(name, devices)
     return _cpu_machine(name, _usable_memory_bytes())
+
+
+def cuda_machine(name: str, devices: Sequence[Mapping[str, Any]]) -> NodeMemory:
+    """Build a machine from MLX's information on its CUDA devices; its limit is the best GPU's.
+
+    Raises:
+        K2Error: if there is none.
+    """
+    gpus = usable_gpus(devices, _cpu_machine(name, _usable_memory_bytes()).limit_bytes)
+    if not gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = f" (CUDA_VISIBLE_DEVICES is '{visible}')" if visible is not None else ""
+        raise K2Error(f"MLX is built for CUDA here, and finds no GPU{why}", "nvidia-smi -L")
+    best = next(iter(by_preference(gpus)), gpus[0])
+    return NodeMemory(
+        name,
+        best.memory_bytes,
+        best.limit_bytes,
+        "modelled",
+        "cuda",
+        gpu_limit_source(best),
+        gpus=gpus,
+    )
 
 
 def _apple_machine(name: str, info: Mapping[str, Any]) -> NodeMemory:

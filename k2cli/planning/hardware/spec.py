@@ -1,4 +1,4 @@
-"""The value of ``--hardware``, such as ``2x m3-ultra-512 + m4-max-128:bandwidth=546GB/s``."""
+"""The value of ``--hardware``, such as ``2x m3-ultra-512``, ``2x h200-141``, ``this``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from k2cli.errors import UsageError
+from k2cli.planning.hardware.cards import (
+    Card,
+    CardMemory,
+    card_of_chip,
+    cards,
+    find_card,
+    reserved_bytes,
+)
 from k2cli.planning.hardware.chips import Chip, apple_gpu_limit, chips, never_made
-from k2cli.planning.hardware.machine import NodeMemory, this_machine
-from k2cli.units import GIB, parse_bytes
+from k2cli.planning.hardware.gpus import CONTEXT_BYTES, Gpu
+from k2cli.planning.hardware.machine import (
+    GIVEN,
+    OS_RESERVE_BYTES,
+    OS_RESERVE_SHARE,
+    NodeMemory,
+    this_machine,
+)
+from k2cli.units import GIB, format_bytes, parse_bytes
 
 _TERM_PATTERN = re.compile(r"(?:(\d{1,6})\s*[xX×*]\s*)?([A-Za-z][\w.\- ]*?)")
 _CHIP_PATTERN = re.compile(r"(?P<chip>.+?)-(?P<memory>\d{1,6})(?:gb|gib)?")
@@ -27,7 +42,8 @@ def parse_hardware(spec: str) -> list[NodeMemory]:
 
     Settings that differ from the catalog follow a machine, each after a colon or comma:
     ``limit=120GiB`` (what the GPU may use), ``memory=128GiB``, ``bandwidth=546GB/s``,
-    ``flops=18.4TFLOPS``, ``gpu=40`` (cores).
+    ``flops=18.4TFLOPS``, ``gpu=40`` (cores). NVIDIA's cards need their memory only if there are
+    several sizes; several cards are those of one host.
 
     Returns:
         One entry per rank. Machines of the catalog get names of their own (``m3-ultra-512/1``);
@@ -75,6 +91,9 @@ def _malformed(machine: str, spec: str) -> UsageError:
 
 
 def _catalog_machine(name: str, written: str, cores: int | None) -> NodeMemory:
+    found = find_card(name)
+    if found is not None:
+        return _card_named(*found, written, cores)
     match = _CHIP_PATTERN.fullmatch(name)
     identifier = match.group("chip") if match else name
     chip = chips().get(identifier)
@@ -91,6 +110,39 @@ def _catalog_machine(name: str, written: str, cores: int | None) -> NodeMemory:
         sizes = " or ".join(f"gpu={each}" for each in chip.gpu_cores)
         raise UsageError(f"there is no {chip.name} with {cores} GPU cores", f"{sizes}")
     return catalog_node(chip, size, cores)
+
+
+def _card_named(card: Card, gb: int | None, written: str, cores: int | None) -> NodeMemory:
+    one_of = f"one of {', '.join(card.specifications)}"
+    if cores is not None:
+        raise UsageError("gpu= is for Apple's chips, not for NVIDIA's cards")
+    if gb is None and len(card.memory) > 1:
+        raise UsageError(f"'{written}' lacks the memory size", one_of)
+    size = card.memory[0] if gb is None else card.size(gb)
+    if size is None:
+        raise UsageError(f"there is no {card.name} with {gb} GB of memory", one_of)
+    return card_node(card, size)
+
+
+def card_node(card: Card, size: CardMemory) -> NodeMemory:
+    """Return a GPU of the catalog, with an assumed limit."""
+    kept = reserved_bytes()
+    why = "the driver"
+    if card.unified:
+        kept = max(OS_RESERVE_BYTES, int(size.bytes * OS_RESERVE_SHARE))
+        why = "the system"
+    return NodeMemory(
+        name=f"{card.identifier}-{size.gb}",
+        memory_bytes=size.bytes,
+        limit_bytes=size.bytes - kept - CONTEXT_BYTES,
+        limit_mark="assumed",
+        device="cuda",
+        limit_source=f"memory less {format_bytes(kept)} for {why} and "
+        f"{format_bytes(CONTEXT_BYTES)} for the CUDA context",
+        chip=card.identifier,
+        bandwidth_bytes_per_second=size.bandwidth_bytes_per_second,
+        gpu_flops_per_second=card.flops_per_second,
+    )
 
 
 def catalog_node(chip: Chip, memory_gib: int, gpu_cores: int | None = None) -> NodeMemory:
@@ -114,10 +166,14 @@ def catalog_node(chip: Chip, memory_gib: int, gpu_cores: int | None = None) -> N
 
 def _similar(name: str) -> str:
     machines = [f"{c.identifier}-{size}" for c in chips().values() for size in c.memory_gib]
+    machines += [term for card in cards().values() for term in card.specifications]
     close = difflib.get_close_matches(name, machines, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"known chips: {', '.join(chips())}, each with its memory, as in m3-ultra-512; or this"
+    return (
+        f"known chips: {', '.join([*chips(), *cards()])}, each with its memory, "
+        "as in m3-ultra-512; or this"
+    )
 
 
 # --- machines written as --hardware reads them ----------------------------------------------------
@@ -158,10 +214,9 @@ def hardware_text(nodes: Sequence[NodeMemory]) -> str | None:
 
 
 def _term(node: NodeMemory) -> str | None:
-    chip, size = chips().get(node.chip), node.memory_bytes // GIB
-    if chip is None or size not in chip.memory_gib:
+    listed = _listed(node)
+    if listed is None:
         return None
-    listed = catalog_node(chip, size)
     if node.name.partition("/")[0] != listed.name:
         return None
     same = replace(node, name=listed.name, limit_bytes=0, limit_mark="exact", limit_source="")
@@ -170,6 +225,16 @@ def _term(node: NodeMemory) -> str | None:
     if node.limit_bytes == listed.limit_bytes:
         return listed.name
     return f"{listed.name}:limit={node.limit_bytes // GIB}GiB"
+
+
+def _listed(node: NodeMemory) -> NodeMemory | None:
+    """Return the machine of the catalog with this one's chip and memory."""
+    card = card_of_chip(node.chip)
+    if card is not None:
+        sizes = [size for size in card.memory if size.bytes == node.memory_bytes]
+        return card_node(card, sizes[0]) if sizes else None
+    chip, size = chips().get(node.chip), node.memory_bytes // GIB
+    return None if chip is None or size not in chip.memory_gib else catalog_node(chip, size)
 
 
 # --- the settings of a machine --------------------------------------------------------------------
@@ -205,6 +270,7 @@ def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
             limit_mark="assumed",
             limit_source=source,
             price_usd=None,
+            gpus=_limited(node.gpus, memory, limit),
         )
     if "limit" in settings:
         limit = _size(settings["limit"], "limit")
@@ -214,7 +280,11 @@ def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
                 f"{node.name}"
             )
         node = replace(
-            node, limit_bytes=limit, limit_mark="assumed", limit_source="given in --hardware"
+            node,
+            limit_bytes=limit,
+            limit_mark="assumed",
+            limit_source=GIVEN,
+            gpus=_limited(node.gpus, node.memory_bytes, limit),
         )
     if "bandwidth" in settings:
         text = re.sub(r"\s*(/s|ps)$", "", settings["bandwidth"], flags=re.IGNORECASE)
@@ -228,6 +298,11 @@ def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
             )
         node = replace(node, gpu_flops_per_second=round(float(match.group(1)) * 1e12))
     return node
+
+
+def _limited(gpus: Sequence[Gpu], memory: int, limit: int) -> tuple[Gpu, ...]:
+    """Return the GPUs of this machine with the user's memory and limit."""
+    return tuple(replace(gpu, memory_bytes=memory, limit_bytes=limit) for gpu in gpus)
 
 
 def _size(text: str, key: str) -> int:

@@ -78,8 +78,8 @@ def node_budget(
     """Add up one rank's memory and compare it with its machine's limit.
 
     Args:
-        node: its limit already divided among the ranks of its machine.
-        sharers: ranks on that machine.
+        node: its limit already divided among the ranks of its machine, or of its GPU.
+        sharers: ranks on that machine or GPU.
         edge_weights_bytes: embedding, norm and head as far as this rank holds them.
     """
     activation = max(prefill_activation_bytes, decode_activation_bytes)
@@ -117,4 +117,5 @@ def _budget(
         backend=node.device,
         limit_source=node.limit_source,
         breakdown=breakdown,
+        gpu=node.gpu,
     )

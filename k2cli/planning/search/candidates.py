@@ -120,7 +120,7 @@ def node_budgets(
     profile = slices.profile
     cache = profile.cache_bytes(problem.context_length, chunk)
     communication = message_bytes(problem, slices, placement.strategy, chunk)
-    names = [node.name for node in nodes]
+    places = [node.place for node in nodes]
     budgets = []
     for node, part in zip(nodes, placement.ranks, strict=True):
         first, past_last = part.layers
@@ -130,7 +130,7 @@ def node_budgets(
         )
         budget = node_budget(
             node,
-            sharers=names.count(node.name),
+            sharers=places.count(node.place),
             layer_weights_bytes=sum(profile.layer_bytes[first:past_last]),
             edge_weights_bytes=profile.edges_bytes(first, past_last),
             kv_cache_bytes=sum(_held(cache, placement, part.layers)) * problem.request.concurrency,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from k2cli.choices import Parallel, Strategy
+from k2cli.choices import Strategy
 from k2cli.errors import UsageError
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.request import MAX_CONCURRENCY, MAX_CONTEXT_LENGTH
@@ -21,15 +21,6 @@ from k2cli.planning.search.candidates import (
 )
 from k2cli.planning.search.pipeline import pipeline
 from k2cli.sharding.placement import Placement, RankPlacement
-
-
-def strategies_for(wanted: Parallel, nodes: int) -> list[Strategy]:
-    """Return the strategies to compare; the first of two equally good ones is preferred."""
-    if nodes == 1:
-        return ["single"]
-    if wanted == "pipeline":
-        return ["pipeline"]
-    return ["tensor"] if wanted == "tensor" else ["pipeline", "tensor"]
 
 
 def compare(

@@ -130,15 +130,19 @@ def _before(
     constants: SpeedConstants,
 ) -> tuple[PlacementTime, dict[str, float], dict[str, float]]:
     """Return the run without its rates, the start values, and their prior spread."""
-    link = constants.links["local" if len({n.name for n in nodes}) == 1 else _link_name(transport)]
-    names = tuple(node.name for node in nodes)
-    run = PlacementTime(work, placement, names, (NodeRates(*[1.0] * 6),) * len(names), link)
+    link = constants.links[_link_name(nodes, transport)]
+    places = tuple(node.place for node in nodes)
+    run = PlacementTime(work, placement, places, (NodeRates(*[1.0] * 6),) * len(places), link)
     known = constants.rates(replace(nodes[0], measured=None))
     return run, *_start(run, known or _guess(work, figures, constants), known is not None)
 
 
-def _link_name(transport: Transport) -> str:
-    return transport if transport in ("jaccl", "ring", "mpi") else "ring"
+def _link_name(nodes: Sequence[NodeMemory], transport: Transport) -> str:
+    if all(node.device == "cuda" for node in nodes):
+        return "nccl" if transport == "nccl" else "ring-cuda"
+    if len({node.name for node in nodes}) == 1:
+        return "local"
+    return transport if transport in ("jaccl", "ring", "mpi", "nccl") else "ring"
 
 
 def _speed(run: PlacementTime, figure: MeasuredFigure, chunk_tokens: int) -> float:

@@ -1,7 +1,8 @@
-"""The constants of the speed model: the package's, fitted to public measurements of Apple machines.
+"""The constants of the speed model: the package's, fitted to measurements.
 
-``scripts/fit-speed-model`` writes ``constants.toml``; docs/design/speed-model.md shows how well the
-constants predict. ``k2 bench --calibrate`` measures the owner's machines instead
+Those of Apple machines are fitted to public measurements, those of NVIDIA's GPUs to k2's own on two
+H200s. ``scripts/fit-speed-model`` writes ``constants.toml``; docs/design/speed-model.md shows how
+well the constants predict. ``k2 bench --calibrate`` measures the owner's machines instead
 (``calibrate.py``).
 """
 
@@ -23,7 +24,8 @@ CONSTANTS_FILE = Path(__file__).parent / "constants.toml"
 class Shares:
     """The share of a machine's published peaks that is reached, and fixed seconds per layer.
 
-    Chips of two dies (Ultra) reach less of their bandwidth than others.
+    Chips of two dies (Ultra) reach less of their bandwidth than others. ``rows_share`` is that of
+    ``NodeRates``.
     """
 
     bandwidth_one_die: float
@@ -33,6 +35,7 @@ class Shares:
     attention_compute: float
     dense_layer_seconds: float
     expert_layer_seconds: float
+    rows_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,21 @@ class LinkRates:
 
 
 @dataclass(frozen=True, slots=True)
+class CudaConstants:
+    """Constants of MLX on NVIDIA's GPUs; ``measured`` are the chips that they were fitted to."""
+
+    source: str
+    shares: Shares
+    measured: tuple[str, ...]
+    spread: float
+
+
+@dataclass(frozen=True, slots=True)
 class SpeedConstants:
     """Everything that a prediction needs beside the work and the machines.
 
     ``decode_spread`` and ``prefill_spread`` are half widths of the bands, as natural logarithms of
-    the ratio to the expected value.
+    the ratio to the expected value. ``cuda`` are the shares and the spread for GPUs of NVIDIA.
     """
 
     source: str
@@ -61,6 +74,7 @@ class SpeedConstants:
     links: Mapping[str, LinkRates]
     decode_spread: float
     prefill_spread: float
+    cuda: CudaConstants
 
     def rates(self, node: NodeMemory) -> NodeRates | None:
         """Return the rates of a machine; None if it is neither calibrated nor known."""
@@ -69,7 +83,8 @@ class SpeedConstants:
         peak, flops = node.bandwidth_bytes_per_second, node.gpu_flops_per_second
         if peak is None or flops is None:
             return None
-        return effective_rates(self.shares, peak, flops, two_dies=node.chip.endswith("-ultra"))
+        shares = self.cuda.shares if node.device == "cuda" else self.shares
+        return effective_rates(shares, peak, flops, two_dies=node.chip.endswith("-ultra"))
 
 
 def effective_rates(shares: Shares, peak: float, flops: float, *, two_dies: bool) -> NodeRates:
@@ -82,6 +97,7 @@ def effective_rates(shares: Shares, peak: float, flops: float, *, two_dies: bool
         attention_flops_per_second=flops * shares.attention_compute,
         dense_layer_seconds=shares.dense_layer_seconds,
         expert_layer_seconds=shares.expert_layer_seconds,
+        rows_share=shares.rows_share,
     )
 
 
@@ -93,6 +109,18 @@ def constants_of_table(table: Mapping[str, Any]) -> SpeedConstants:
         links={name: LinkRates(**fields) for name, fields in table["links"].items()},
         decode_spread=table["band"]["decode_spread"],
         prefill_spread=table["band"]["prefill_spread"],
+        cuda=_cuda_of_table(table["cuda"]),
+    )
+
+
+def _cuda_of_table(table: Mapping[str, Any]) -> CudaConstants:
+    machines = " and ".join(table["machines"])
+    return CudaConstants(
+        source=f"fitted to k2's measurements on {machines}, {table['measured_on']} "
+        "(docs/design/speed-model.md)",
+        shares=Shares(**table["shares"]),
+        measured=tuple(table["chips"]),
+        spread=table["spread"],
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from k2cli.choices import WantedTransport
+from k2cli.planning.hardware.cards import card_of_chip
 from k2cli.planning.hardware.chips import chips
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.speed.constants import LinkRates, SpeedConstants, fitted_constants
@@ -106,7 +107,7 @@ def predict_speed(
             has ranks, else uncut. Tracing it costs a few tenths of a second; this function is
             arithmetic and can be called for many contexts and splits.
         nodes: one per rank, rank 0 first.
-        transport: the connection of the ranks: ``local``, ``mpi``, ``ring``, ``jaccl`` or ``auto``.
+        transport: the connection of the ranks, or ``auto``.
         context_length: tokens that are in the cache when a token is generated.
         prompt_tokens: length of the prompt; ``context_length`` if None.
         chunk_tokens: tokens of the prompt per prefill step.
@@ -123,8 +124,7 @@ def predict_speed(
         return None
     prompt = prompt_tokens or context_length
     noise = max((node.measured.deviation for node in nodes if node.measured), default=0.0)
-    decode = max(constants.decode_spread, noise)
-    prefill = max(_prefill_spread(constants, nodes), noise)
+    decode, prefill = (max(spread, noise) for spread in _spreads(constants, nodes))
     first = speed_band(lambda run: run.first_token_seconds(prompt, chunk_tokens), run, prefill)
     return SpeedEstimate(
         speed_band(lambda run: 1 / run.decode_seconds(context_length), run, decode),
@@ -154,26 +154,47 @@ def _placement_time(
     known = tuple(each for each in rates if each is not None)
     if len(known) != len(rates):
         return None
-    link = _link(constants, nodes, transport, placement.size, collective_seconds)
-    return PlacementTime(work, placement, tuple(node.name for node in nodes), known, link)
+    link = _link(constants, nodes, transport, placement, collective_seconds)
+    return PlacementTime(work, placement, tuple(node.place for node in nodes), known, link)
 
 
 def _source(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> str:
     """Name the constants: the package's, or those measured on these machines."""
-    found = dict.fromkeys(
-        constants.source if node.measured is None else node.measured.source for node in nodes
-    )
-    return "; ".join(found)
+    return "; ".join(dict.fromkeys(_source_of(constants, node) for node in nodes))
 
 
-def _prefill_spread(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> float:
-    """Return a wide spread if another chip of the family stands in for the accelerators' speed."""
+def _source_of(constants: SpeedConstants, node: NodeMemory) -> str:
+    if node.measured is not None:
+        return node.measured.source
+    if node.device != "cuda":
+        return constants.source
+    if node.chip in constants.cuda.measured:
+        return constants.cuda.source
+    return f"{constants.cuda.source}, assumed for {node.chip or node.name}"
+
+
+def _spreads(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> tuple[float, float]:
+    """Return the spreads of decode and prefill: the widest of the machines.
+
+    Wide ones if another chip stands in for the speed of this one: for the neural accelerators of
+    M5, and for GPUs of NVIDIA that k2 has not been measured on.
+    """
+    widest = math.log(GREATEST_RATIO) / 2
     known = chips()
-    assumed = any(
-        node.measured is None and node.chip in known and known[node.chip].matrix_speedup != 1
-        for node in nodes
-    )
-    return math.log(GREATEST_RATIO) / 2 if assumed else constants.prefill_spread
+    decode, prefill = [0.0], [0.0]
+    for node in nodes:
+        if node.measured is not None:
+            decode.append(constants.decode_spread)
+            prefill.append(constants.prefill_spread)
+        elif node.device == "cuda":
+            cuda = constants.cuda
+            decode.append(cuda.spread if node.chip in cuda.measured else widest)
+            prefill.append(cuda.spread if node.chip in cuda.measured else widest)
+        else:
+            assumed = node.chip in known and known[node.chip].matrix_speedup != 1
+            decode.append(constants.decode_spread)
+            prefill.append(widest if assumed else constants.prefill_spread)
+    return max(decode), max(prefill)
 
 
 def decode_layer_seconds(
@@ -201,10 +222,17 @@ def _link(
     constants: SpeedConstants,
     nodes: Sequence[NodeMemory],
     transport: WantedTransport,
-    ranks: int,
+    placement: Placement,
     collective_seconds: float | None,
 ) -> LinkRates:
-    if ranks == 1 or len({node.name for node in nodes}) == 1:
+    one_machine = len({node.name for node in nodes}) == 1
+    if placement.size == 1:
+        link = constants.links["local"]
+    elif all(node.device == "cuda" for node in nodes):
+        # Over the ring and MPI every array goes from the GPU to the CPU and back.
+        sums = transport == "nccl" or (transport == "auto" and placement.strategy == "tensor")
+        link = constants.links[_nccl_link(nodes) if sums else "ring-cuda"]
+    elif one_machine:
         link = constants.links["local"]
     elif transport in ("jaccl", "ring", "mpi"):
         link = constants.links[transport]
@@ -219,6 +247,21 @@ def _link(
         return link
     given = collective_seconds
     return LinkRates(given, given, given, link.bytes_per_second)
+
+
+def _nccl_link(nodes: Sequence[NodeMemory]) -> str:
+    """Return the kind of link on which NCCL sums: NVLink, PCIe, or a network between machines.
+
+    GPUs of the catalog are those of one host, unless each is a machine of its own.
+    """
+    found = (card_of_chip(node.chip) for node in nodes)
+    known = [card for card in found if card is not None]
+    machines = {node.name for node in nodes if node.gpu is not None}
+    if len(machines) > 1 or any(card.unified for card in known):
+        return "nccl-network"
+    if any(card.nvlink_gb_per_second is None for card in known):
+        return "nccl-pcie"
+    return "nccl"
 
 
 def speed_band(figure: Callable[[PlacementTime], float], run: PlacementTime, spread: float) -> Band:

@@ -16,6 +16,8 @@ _STYLES = ("blue", "green", "yellow", "magenta", "dim")
 _UNICODE_CELLS, _ASCII_CELLS = "█▓▒░·", "#=+:."
 _OVER = "bold red"
 NAME_WIDTH = 14
+_GPU_WIDTH = 16
+"""The width with GPUs: ``localhost GPU 12``."""
 _BAR_WIDTH = 60
 
 
@@ -26,19 +28,25 @@ def short_name(name: str, width: int = NAME_WIDTH) -> str:
     return f"{name[: width - 8]}…{name[-7:]}"
 
 
+def name_width(nodes: Sequence[NodeBudget]) -> int:
+    """Return the width of the nodes' names, of which those with a GPU's number are longer."""
+    return NAME_WIDTH if all(node.gpu is None for node in nodes) else _GPU_WIDTH
+
+
 def bar_lines(nodes: Sequence[NodeBudget], *, unicode: bool = True) -> list[Text]:
     """Draw a bar per node, all to one scale, with ``|`` at the limit; fits 80 columns."""
     cells = _UNICODE_CELLS if unicode else _ASCII_CELLS
     scale = max(max(node.total_bytes, node.limit_bytes) for node in nodes)
-    lines = [_bar(node, scale, cells) for node in nodes]
-    legend = Text(" " * (NAME_WIDTH + 2))
+    width = name_width(nodes)
+    lines = [_bar(node, scale, cells, width) for node in nodes]
+    legend = Text(" " * (width + 2))
     for cell, title, style in zip(cells, _LEGEND, _STYLES, strict=True):
         legend.append(cell, style).append(f" {title}  ")
     return [*lines, legend.append("| limit")]
 
 
-def _bar(node: NodeBudget, scale: int, cells: str) -> Text:
-    line = Text(f"{short_name(node.name).ljust(NAME_WIDTH)}  ")
+def _bar(node: NodeBudget, scale: int, cells: str, width: int) -> Text:
+    line = Text(f"{short_name(node.place, width).ljust(width)}  ")
     limit = round(node.limit_bytes / scale * _BAR_WIDTH)
     filled = position = 0
     runs: list[tuple[str, str]] = []

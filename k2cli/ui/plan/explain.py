@@ -44,7 +44,7 @@ _TERMS = (
 def explanation_lines(plan: Plan) -> list[str]:
     """Explain memory on the tightest node, the predicted speed, and the placements compared."""
     node = min(plan.nodes, key=lambda each: each.headroom_bytes)
-    lines = [f"memory on {node.name}, where the numbers are from", *_memory_lines(plan, node)]
+    lines = [f"memory on {node.place}, where the numbers are from", *_memory_lines(plan, node)]
     stored = plan.marks.get("stored_bytes", "")
     lines += _term_lines("stored", format_bytes(plan.model.stored_bytes), stored,
                          "the checkpoint's tensors, on disk or on the Hub")  # fmt: skip

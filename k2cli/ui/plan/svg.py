@@ -109,7 +109,7 @@ def _bars(nodes: Sequence[NodeBudget], y: float) -> tuple[list[str], float]:
     y += 24
     for node in nodes:
         middle = y + _BAR_HEIGHT / 2 + 5
-        drawn.append(_text(_BAR_LEFT - 12, middle, short_name(node.name, 20), anchor="end"))
+        drawn.append(_text(_BAR_LEFT - 12, middle, short_name(node.place, 20), anchor="end"))
         drawn.append(_rect(_BAR_LEFT, y, node.limit_bytes * scale, _BAR_HEIGHT, "#eef1f4"))
         x = float(_BAR_LEFT)
         for field, colour in zip(PARTS, _COLOURS, strict=True):

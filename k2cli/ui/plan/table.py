@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from k2cli.ui.gpus import gpu_text
 from k2cli.ui.output import note, print_text, stdout_console
-from k2cli.ui.plan.bars import bar_lines, short_name
+from k2cli.ui.plan.bars import bar_lines, name_width, short_name
 from k2cli.ui.plan.explain import explanation_lines
 from k2cli.units import GB, MB, format_bytes, format_duration, one_line
 
@@ -51,20 +52,21 @@ def headline(plan: Plan) -> list[str]:
         f"{_sequences(request.concurrency)} of {request.context_length:,} tokens in "
         f"{request.dtype}, prefill in chunks of {request.prefill_chunk_tokens}",
         _placement_text(plan),
+        gpu_text((node.name, node) for node in plan.nodes),
     ]
-    wrapped = (textwrap.wrap(line, _WIDTH, subsequent_indent="  ") for line in lines)
+    wrapped = (textwrap.wrap(line, _WIDTH, subsequent_indent="  ") for line in lines if line)
     return [one_line(model.reference), *(line for part in wrapped for line in part)]
 
 
 def _placement_text(plan: Plan) -> str:
     placement = plan.placement
     if placement.strategy == "single":
-        return f"single: all {placement.layer_count} layers on {plan.nodes[0].name}"
+        return f"single: all {placement.layer_count} layers on {plan.nodes[0].place}"
     if placement.strategy == "tensor":
         what = "layers and the head" if placement.head == "sharded" else "layers"
         how = f"a slice of all {placement.layer_count} {what} on each of {placement.size} ranks"
     else:
-        names = [node.name for node in plan.nodes]
+        names = [node.place for node in plan.nodes]
         unique = len(set(names)) == len(names)
         how = ", ".join(
             f"layers {part.layers[0]}-{part.layers[1] - 1} on "
@@ -89,7 +91,8 @@ def _table(plan: Plan) -> list[str]:
     largest = max(node.total_bytes for node in nodes)
     unit, name = (GB, "GB") if largest >= 10 * GB else (MB, "MB")
     rows = [
-        [short_name(node.name)] + [f"{getattr(node, field) / unit:.1f}" for _, field in _COLUMNS]
+        [short_name(node.place, name_width(nodes))]
+        + [f"{getattr(node, field) / unit:.1f}" for _, field in _COLUMNS]
         for node in nodes
     ]
     header = [f"node ({name})", *(title for title, _ in _COLUMNS)]
@@ -114,7 +117,7 @@ def verdict(plan: Plan) -> str:
     """Summarize in one line: the smallest headroom if the plan fits, else the shortfalls."""
     if plan.fits:
         tightest = min(plan.nodes, key=lambda node: node.headroom_bytes)
-        where = "" if len(plan.nodes) == 1 else f" on {tightest.name}"
+        where = "" if len(plan.nodes) == 1 else f" on {tightest.place}"
         return f"fits, with {format_bytes(tightest.headroom_bytes)} to spare{where}"
     return "does not fit: " + shortfalls(plan)
 
@@ -139,7 +142,7 @@ def shortfalls(plan: Plan) -> str:
         key=lambda node: node.headroom_bytes,
     )
     named = over if len(over) <= 2 else over[:1]
-    lacking = [f"{node.name} lacks {format_bytes(-node.headroom_bytes)}" for node in named]
+    lacking = [f"{node.place} lacks {format_bytes(-node.headroom_bytes)}" for node in named]
     others = len(over) - len(named)
     return ", ".join(lacking) + (f", {others} others lack less" if others else "")
 

@@ -4,9 +4,10 @@ import psutil
 import pytest
 
 from k2cli.errors import UsageError
+from k2cli.planning.hardware.cards import card_of_device, cards
 from k2cli.planning.hardware.chips import apple_gpu_limit, chips
 from k2cli.planning.hardware.machine import share_machines, this_machine
-from k2cli.planning.hardware.spec import parse_hardware
+from k2cli.planning.hardware.spec import hardware_text, parse_hardware
 from k2cli.units import GIB
 
 
@@ -46,7 +47,10 @@ def test_this_machine_is_measured_and_shared_by_its_ranks() -> None:
     [
         ("0x m3-ultra-512", "'0x m3-ultra-512' names 0 machines", "2x m3-ultra-512"),
         ("m3-utlra-512", "unknown hardware 'm3-utlra-512'", "did you mean m3-ultra-512"),
-        ("rtx-4090", "unknown hardware 'rtx-4090'", "known chips: m1,"),
+        ("gtx-1080", "unknown hardware 'gtx-1080'", "known chips: m1,"),
+        ("a100", "'a100' lacks the memory size", "one of a100-40, a100-80"),
+        ("h200-80", "no H200 with 80 GB of memory", "one of h200-141"),
+        ("rtx-5090:gpu=4", "gpu= is for Apple's chips", None),
         ("m3-ultra-192", "no M3 Ultra with 192 GB", "m3-ultra-96, m3-ultra-256, m3-ultra-512"),
         ("m3-ultra", "'m3-ultra' lacks the memory size", "one of m3-ultra-96"),
         ("", "'' is not a hardware specification", "2x m3-ultra-512"),
@@ -107,3 +111,34 @@ def test_every_price_has_a_date_and_a_source_and_what_is_withdrawn_says_since_wh
     assert largest.withdrawn == "2026-03"
     assert chips()["m5-ultra"].sold(512) is not None
     assert "m4-ultra" not in chips()
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("2x h200-141", ["h200-141/1", "h200-141/2"]),
+        ("2x RTX 5090", ["rtx-5090-32/1", "rtx-5090-32/2"]),
+        ("dgx spark", ["dgx-spark-128"]),
+        ("NVIDIA RTX PRO 6000 Blackwell + rtx4090", ["rtx-pro-6000-96", "rtx-4090-24"]),
+        ("a100-80gb + H100 SXM + h100-pcie", ["a100-80", "h100-80", "h100-pcie-80"]),
+    ],
+)
+def test_cards_of_nvidia_are_named_as_people_write_them(spec: str, names: list[str]) -> None:
+    nodes = parse_hardware(spec)
+    assert [node.name for node in nodes] == names
+    assert {node.device for node in nodes} == {"cuda"}
+    written = hardware_text(nodes)
+    assert written is not None
+    assert parse_hardware(written) == nodes
+
+
+def test_every_card_leaves_room_for_the_driver_and_has_its_figures_and_source() -> None:
+    for card in cards().values():
+        assert card.source.startswith("https://")
+        assert card.devices
+        for size, term in zip(card.memory, card.specifications, strict=True):
+            (node,) = parse_hardware(term)
+            assert 0.9 < node.limit_bytes / node.memory_bytes < 1
+            assert node.bandwidth_bytes_per_second == size.bandwidth_gb_per_second * 10**9
+            found = card_of_device(card.devices[0], size.bytes)
+            assert found == (card, size)

@@ -1,0 +1,1 @@
+"""Full-width layers of K2 on one or two GPUs: checkpoint, measurements, agreement."""
