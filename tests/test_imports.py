@@ -22,7 +22,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "k2cli"
 
 # Part of k2cli -> other parts that it may import. A part is a folder or a top-level module; an
 # entry with a dot is one module or folder inside a part. Everything may import itself and a leaf.
-LEAVES = {"errors", "units", "settings", "files", "choices", "mlx_lm_package", "__init__"}
+LEAVES = {
+    "errors",
+    "units",
+    "settings",
+    "files",
+    "choices",
+    "mlx_lm_package",
+    "proxies",
+    "__init__",
+}
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set[str]() for leaf in LEAVES},
     "__main__": {"cli"},
@@ -71,7 +80,7 @@ ONLY_IN = {
 }
 
 HEAVY = {
-    "httpx", "huggingface_hub", "jinja2", "mlx", "mlx_lm", "numpy", "prompt_toolkit",
+    "httpx", "httpx2", "huggingface_hub", "jinja2", "mlx", "mlx_lm", "numpy", "prompt_toolkit",
     "starlette", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 
