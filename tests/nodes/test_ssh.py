@@ -15,6 +15,7 @@ import pytest
 
 from k2cli import __version__
 from k2cli.cluster.description import Cluster, ClusterNode, save_cluster
+from k2cli.cluster.discovery import ask_machine
 from k2cli.cluster.node_lookup import recorded_interpreter
 from k2cli.errors import ClusterError, NodeAccessError
 from k2cli.nodes import ssh_connection
@@ -61,7 +62,31 @@ async def test_commands_share_a_connection_that_ends_with_the_work(ssh_server: S
     close_connections()
     assert not path.exists()
     output, _ = await process.communicate(b"still there")
-    assert output == b"still there"
+    assert output.strip() == b"still there"
+
+
+@pytest.mark.parametrize(
+    "greeting", ["date +%N; echo $$", "printf 'no end %s' $$", "cat /dev/null"]
+)
+async def test_output_of_start_up_files_is_no_answer(ssh_server: Server, greeting: str) -> None:
+    # fish-shell#3473: a fortune, the time or a process id: another line with each command.
+    forced = ssh_server.folder / "forced"
+    plain = forced.read_text()
+    forced.write_text(plain.replace("cd ", f"{greeting}\ncd ", 1))
+    try:
+        node = SshNode("b")
+        assert node.run(["uname", "-s"]).stdout.decode().strip() in ("Linux", "Darwin")
+        assert node.run(["printf", "x\\n\\ny"]).stdout == b"x\n\ny"
+        assert node.facts().k2_version == __version__
+        assert ask_machine(node).error is None
+        process = await node.start(["printf", "first\\n"])
+        output, _ = await process.communicate()
+        assert output.splitlines()[-1] == b"first"
+        forced.write_text(plain.replace("cd ", "echo bye; exit 0\ncd ", 1))
+        with pytest.raises(ClusterError, match="start-up file on node b ends the shell"):
+            node.run(["uname", "-s"])
+    finally:
+        forced.write_text(plain)
 
 
 @pytest.mark.parametrize(
