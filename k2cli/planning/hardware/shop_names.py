@@ -1,10 +1,10 @@
-"""Names of Macs as shops and their owners write them: ``Mac Studio M3 Ultra 512GB (80-core GPU)``."""
+"""Names of Macs as shops and their owners write them: ``Mac Studio M3 Ultra 512GB``."""
 
 from __future__ import annotations
 
 import re
 
-# Names of products hold words that are also parts of chips' names: a MacBook Pro may have an M4 Max.
+# Products have words of chips in their names: a MacBook Pro may have an M4 Max.
 _PRODUCT = re.compile(
     r"\b(apple|imac|mac[ -]?(studio|mini|pro)s?|mac ?books?[ -]?(pro|air)?s?|macs?)\b"
     r"|\b(20\d\d|\d\d[- ]?inch|\d\d\")"
