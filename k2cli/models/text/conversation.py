@@ -187,7 +187,7 @@ def _object_in(text: str, place: str) -> dict[str, Any]:
 def _with_k2_ids(turns: Sequence[Turn]) -> list[Turn]:
     """Replace ids of other forms by ``functions.NAME:INDEX``, counted through the conversation.
 
-    Source: docs/tool_call_guidance.md of moonshotai/Kimi-K2-Instruct.
+    Source: the guide to tool calls in the repository moonshotai/Kimi-K2-Instruct of the Hub.
     """
     renamed: dict[str, str] = {}
     result: list[Turn] = []
