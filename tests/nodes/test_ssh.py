@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import sys
@@ -63,6 +64,26 @@ async def test_commands_share_a_connection_that_ends_with_the_work(ssh_server: S
     assert not path.exists()
     output, _ = await process.communicate(b"still there")
     assert output.strip() == b"still there"
+
+
+@pytest.mark.parametrize("shell", ["fish", "tcsh", "zsh"])
+async def test_the_login_shell_of_a_node_may_be_any(ssh_server: Server, shell: str) -> None:
+    # omnistat#281, rootshell#408: fish and csh read a command line in other ways than sh.
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    forced = ssh_server.folder / "forced"
+    plain = forced.read_text()
+    forced.write_text(plain.replace("exec sh -c", f"exec {shell} -c"))
+    try:
+        node = SshNode("b")
+        odd = "a 'b' $HOME `x` \\ ! {c,d} ~ * \" é"
+        assert node.run(["printf", "%s", odd]).stdout.decode() == odd
+        assert node.facts().k2_version == __version__
+        process = await node.start(["cat"], {"K2_X": "1 '2'"})
+        output, _ = await process.communicate(b"there")
+        assert output.strip() == b"there"
+    finally:
+        forced.write_text(plain)
 
 
 @pytest.mark.parametrize(

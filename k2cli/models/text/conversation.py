@@ -8,6 +8,7 @@ A template that would leave something out without a word is refused instead.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -58,10 +59,23 @@ class ConversationRenderer:
             K2Error: if the template rejects the messages, or would leave a part of them out.
         """
         shown = self._adapted(turns)
-        variables = self._with_own_names(variables)
-        if continue_last:
-            return self._continued(shown, tools, variables)
-        return self._template.render(shown, tools, add_generation_prompt, variables)
+        own_names = self._with_own_names(variables)
+
+        def rendered(turns: list[Turn]) -> str:
+            if continue_last:
+                return self._continued(turns, tools, own_names)
+            return self._template.render(turns, tools, add_generation_prompt, own_names)
+
+        try:
+            return rendered(shown)
+        except K2Error:
+            joined = _with_one_system_turn(shown)
+            if joined == shown:
+                raise
+            # The first refusal is the one to report if there is another reason, too.
+            with contextlib.suppress(K2Error):
+                return rendered(joined)
+            raise
 
     @property
     def shows_tools(self) -> bool:
@@ -140,6 +154,20 @@ class ConversationRenderer:
         if text.count(_END_MARK) != 1:
             raise K2Error("the model's chat template cannot continue an assistant's message")
         return text[: text.index(_END_MARK)]
+
+
+def _with_one_system_turn(turns: Sequence[Turn]) -> list[Turn]:
+    """Join all system turns to one at the beginning, with blank lines between them.
+
+    Agents send several, and some in the middle; Qwen 3.5's template and others refuse both.
+    """
+    if not all(isinstance(turn, dict) for turn in turns):
+        return list(turns)
+    texts = [turn["content"] for turn in turns if turn.get("role") == "system"]
+    if not texts:
+        return list(turns)
+    others = [turn for turn in turns if turn.get("role") != "system"]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *others]
 
 
 # --- the members of tool calls --------------------------------------------------------------------

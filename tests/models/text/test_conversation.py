@@ -150,6 +150,30 @@ def test_tools_are_shown_or_known_not_to_be() -> None:
     assert _renderer(llama).shows_tools
 
 
+FIRST_ONLY = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('System message must be at the beginning.') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+def test_system_messages_are_joined_where_a_template_wants_one() -> None:
+    # opencode#15059, Rapid-MLX#1543.
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "system", "content": "Say blue."},
+    ]
+    shown = "<system>Be brief.\n\nBe kind.\n\nSay blue.<user>Hi"
+    assert _render(FIRST_ONLY, messages) == shown
+    any_place = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert _render(any_place, messages).endswith("<user>Hi<system>Say blue.")
+    refusing = FIRST_ONLY + "{{ raise_exception('no') }}"
+    with pytest.raises(K2Error, match="System message must be"):
+        _render(refusing, messages)
+
+
 CONTINUED = {
     "plain": "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}",
     "trimmed": "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>\n{% endfor %}",
