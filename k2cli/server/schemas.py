@@ -137,8 +137,8 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
-        # The turn of an assistant may consist of tool calls only.
-        if self.content is None and self.role != "assistant":
+        # The turn of an assistant may consist of tool calls only, and a tool may return nothing.
+        if self.content is None and self.role not in ("assistant", "tool"):
             raise ValueError(f"a message of role '{self.role}' needs content")
         return self
 
