@@ -90,6 +90,28 @@ def _only(words: Sequence[str]) -> str | None:
     return name if name in {*dict(_COMMANDS), *_GROUPS} else None
 
 
+def _check_encoding(words: Sequence[str]) -> None:
+    """Refuse arguments that are not UTF-8, unless they name a file that exists.
+
+    Python passes such bytes on as lone surrogates, which no request and no JSON document can hold.
+
+    Raises:
+        UsageError: if one is neither; the message never shows a key.
+    """
+    for before, word in zip(("", *words), words, strict=False):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            if os.path.lexists(word) or os.path.lexists(word.partition("=")[2]):
+                continue
+            shown = f"'{word.encode(errors='replace').decode()}'"
+            if "--api-key" in (before, word.partition("=")[0]):
+                shown = "--api-key"
+            raise UsageError(
+                f"{shown} is not UTF-8", "check the encoding of the terminal: locale"
+            ) from None
+
+
 def _first_paragraph(function: Callable[..., object]) -> str:
     return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
@@ -169,6 +191,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         BaseException: any error that a command raises.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    _check_encoding(words)
     try:
         # A standalone parser would report wrong values itself, without quoting them.
         code = build_app(_only(words))(args=list(words), prog_name="k2", standalone_mode=False)

@@ -15,7 +15,7 @@ import typer
 from k2cli import __version__
 from k2cli.cli import _COMMANDS, build_app, run_command_line
 from k2cli.commands.usage_errors import EXAMPLES
-from k2cli.errors import UsageError
+from k2cli.errors import K2Error, UsageError
 from k2cli.settings import state_directory
 
 HELP_TRANSCRIPT = Path(__file__).parent / "data" / "help.txt"
@@ -227,3 +227,26 @@ def test_a_wrong_choice_and_a_wrong_name_are_named() -> None:
     done = k2("plan-memory", "demo", "--nope")
     assert done.stderr.startswith("error: no such option: --nope")
     assert done.stderr.endswith("hint: k2 plan-memory --help\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["chat", "-p", "caf\udce9"], "'caf?' is not UTF-8"),
+        (["plan-memory", "mod\udce9le", "--hardware", "this"], "'mod?le' is not UTF-8"),
+        (["plan-memory", "x", "--save=\udcff/plan.json"], "'--save=?/plan.json' is not UTF-8"),
+        (["launch", "x", "--api-key", "secret\udce9"], "--api-key is not UTF-8"),
+        (["launch", "x", "--api-key=secret\udce9"], "--api-key is not UTF-8"),
+    ],
+)
+def test_an_argument_that_is_not_utf_8_is_a_usage_error(arguments: list[str], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        run_command_line(arguments)
+    assert caught.value.message == said
+
+
+def test_a_file_whose_name_is_not_utf_8_can_be_named(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"mod\xe9le")
+    folder.mkdir()
+    with pytest.raises(K2Error, match=r"config\.json"):
+        run_command_line(["plan-memory", str(folder), "--hardware", "this"])

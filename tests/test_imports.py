@@ -30,6 +30,7 @@ LEAVES = {
     "choices",
     "gpu_name",
     "mlx_lm_package",
+    "proxies",
     "__init__",
 }
 ALLOWED: dict[str, set[str]] = {
@@ -80,7 +81,7 @@ ONLY_IN = {
 }
 
 HEAVY = {
-    "httpx", "huggingface_hub", "jinja2", "mlx", "mlx_lm", "numpy", "prompt_toolkit",
+    "httpx", "httpx2", "huggingface_hub", "jinja2", "mlx", "mlx_lm", "numpy", "prompt_toolkit",
     "starlette", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import httpx
+import httpx2
 import msgspec
 
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
 from k2cli.files import decode_json
+from k2cli.proxies import proxy_errors
 
 CONNECT_SECONDS = 10.0
 # k2's server sends something every 15 s; others may send nothing during a long prefill.
@@ -117,8 +118,8 @@ def api_base(url: str) -> str:
     """
     text = url if "://" in url else f"http://{url}"
     try:
-        parsed = httpx.URL(text)
-    except httpx.InvalidURL as error:
+        parsed = httpx2.URL(text)
+    except httpx2.InvalidURL as error:
         raise UsageError(f"'{url}' is not a URL: {error}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise UsageError(f"'{url}' is not a URL", "write for example http://127.0.0.1:8080")
@@ -132,13 +133,14 @@ class ApiClient:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.base = api_base(url)
         headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
-        self._http = httpx.Client(
-            headers=headers,
-            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-            # Proxies from the environment are not used for this machine's own ports.
-            trust_env=httpx.URL(self.base).host not in _LOOPBACK,
-            limits=httpx.Limits(max_connections=None),
-        )
+        with proxy_errors():
+            self._http = httpx2.Client(
+                headers=headers,
+                timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+                # Proxies from the environment are not used for this machine's own ports.
+                trust_env=httpx2.URL(self.base).host not in _LOOPBACK,
+                limits=httpx2.Limits(max_connections=None),
+            )
 
     def __enter__(self) -> ApiClient:
         return self
@@ -252,16 +254,17 @@ class ApiClient:
     @contextmanager
     def _failures(self) -> Iterator[None]:
         try:
-            yield
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            with proxy_errors():
+                yield
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise ClusterError(f"nothing answers at {self.base}: {error}", "k2 ps") from error
-        except httpx.TimeoutException as error:
+        except httpx2.TimeoutException as error:
             raise ClusterError(f"{self.base} did not answer in time", "k2 ps") from error
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             message = f"the connection to {self.base} was lost: {error}"
             raise ClusterError(message, "k2 ps") from error
 
-    def _check(self, response: httpx.Response) -> None:
+    def _check(self, response: httpx2.Response) -> None:
         if response.is_success:
             return
         message = _error_message(response.content) or f"HTTP status {response.status_code}"

@@ -103,6 +103,14 @@ class Cluster(msgspec.Struct, frozen=True):
         wanted = LOCALHOST if is_this_machine(name) else name
         return next((node for node in self.nodes if node.name == wanted), None)
 
+    @property
+    def rank_nodes(self) -> tuple[ClusterNode, ...]:
+        """The node of each rank: one each, or as often as an imported hostfile lists them."""
+        hosts = self.hostfile.hosts if self.hostfile is not None else ()
+        listed = [node for host in hosts if (node := self.node(host.ssh)) is not None]
+        complete = {node.name for node in listed} == {node.name for node in self.nodes}
+        return tuple(listed) if complete and len(listed) == len(hosts) else self.nodes
+
 
 # --- files --------------------------------------------------------------------------------------
 
@@ -204,12 +212,12 @@ def remove_cluster(name: str) -> None:
 
 
 def node_memory(cluster: Cluster) -> list[NodeMemory]:
-    """Convert the machines to the planner's type, in the order of the cluster.
+    """Convert the machine of each rank to the planner's type.
 
     Raises:
         ClusterError: if the memory of a machine is not known.
     """
-    return [_memory_of(node, cluster.name) for node in cluster.nodes]
+    return [_memory_of(node, cluster.name) for node in cluster.rank_nodes]
 
 
 def _memory_of(node: ClusterNode, cluster: str) -> NodeMemory:

@@ -64,7 +64,7 @@ Context = Annotated[
         parser=context_tokens,
         metavar="TOKENS",
         help="Tokens per sequence, such as 131072 or 128k. Default: the model's limit, at most "
-        "32768.",
+        "32768; k2 launch takes the longest that fits.",
     ),
 ]
 Concurrency = Annotated[

@@ -115,6 +115,8 @@ def make_launch_plan(
     memory = with_calibration(planner.with_gpus(machines, wanted), link)
     if request.concurrency is None:
         wanted = planner.with_most_sequences(memory, wanted)
+    if request.context_length is None:
+        wanted = planner.with_longest_context(memory, wanted)
     plan = planner.plan(memory, wanted, trace_chosen=False)
     return replace(plan, model=replace(plan.model, reference=request.model))
 

@@ -227,7 +227,7 @@ def _node_names(run: RunDecisions) -> Sequence[str]:
             raise UsageError(f"'{odd[0]}' is not a valid name of a node")
         return run.request.nodes
     if run.cluster is not None:
-        return [node.name for node in run.cluster.nodes]
+        return [node.name for node in run.cluster.rank_nodes]
     if run.plan_given is None:
         return [LOCALHOST]
     names = [part.node for part in run.plan_given.placement.ranks]

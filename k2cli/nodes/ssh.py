@@ -93,6 +93,8 @@ class SshNode:
 
         settings = [f"{name}={value}" for name, value in (environment or {}).items()]
         remote = ["env", *settings, *arguments] if settings else list(arguments)
+        # A start-up file may print something without a line's end, which would spoil the first one.
+        remote = ["sh", "-c", 'echo; exec "$@"', "sh", *remote]
         command = await asyncio.to_thread(connection_to(self.name).command, remote)
         return await start_process(command, None, None, "ssh")
 

@@ -36,6 +36,7 @@ _PERSIST_SECONDS = 20
 # sshd allows ten sessions per connection (MaxSessions); two are left for other programs.
 _SESSIONS = 8
 SSH_FAILED = 255
+_MARK = b"k2-output-follows-" + secrets.token_hex(8).encode()
 # A Unix socket's path may have 104 bytes on macOS, and ssh appends 17 while it makes the socket.
 _LONGEST_SOCKET_PATH = 104 - 1 - 17
 
@@ -54,6 +55,14 @@ _OPTIONS = {
 }
 
 
+def marked_command(arguments: Sequence[str]) -> list[str]:
+    """Return a command that first prints a line by which its own output can be told.
+
+    A start-up file may print whatever it likes, another text each time, without a line's end.
+    """
+    return ["sh", "-c", f'echo {_MARK.decode()}; exec "$@"', "sh", *arguments]
+
+
 class Connection:
     """The shared connection to one node. May be used from several threads."""
 
@@ -62,8 +71,6 @@ class Connection:
         self._lock = threading.Lock()
         self._sessions = threading.BoundedSemaphore(_SESSIONS)
         self._socket: Path | None = None
-        # Output of the user's start-up files there, which precedes every command's output.
-        self._greeting = b""
 
     @functools.cached_property
     def configuration(self) -> dict[str, str]:
@@ -106,14 +113,27 @@ class Connection:
     ) -> Completed:
         with self._sessions:
             try:
-                done = _run_ssh(self.node, self.command(arguments, socket)[1:], input, seconds)
+                marked = self.command(marked_command(arguments), socket)[1:]
+                done = _run_ssh(self.node, marked, input, seconds)
             except TimeoutError:
                 self._abandon(socket)
                 raise
         if done.status == SSH_FAILED:
             self._abandon(socket)
             raise ssh_error(self.node, done.stderr.decode(errors="replace"))
-        return replace(done, stdout=done.stdout.removeprefix(self._greeting))
+        return self._without_greeting(done, arguments)
+
+    def _without_greeting(self, done: Completed, arguments: Sequence[str]) -> Completed:
+        """Cut the output of the user's start-up files there, which precedes the command's."""
+        _, mark, output = done.stdout.partition(_MARK + b"\n")
+        if mark:
+            return replace(done, stdout=output)
+        if done.status == 0:
+            raise ClusterError(
+                f"a start-up file on node {self.node} ends the shell before '{arguments[0]}' runs",
+                f"look at ~/.bashrc, ~/.zshenv or ~/.config/fish there: ssh {self.node} true",
+            )
+        return done
 
     def reach(self, seconds: float) -> None:
         """Verify that commands reach the node, within a shorter time than ssh's own limits.
@@ -145,7 +165,6 @@ class Connection:
                 raise timed_out(self.node, limit_seconds) from None
             if done.status == SSH_FAILED:
                 raise ssh_error(self.node, done.stderr.decode(errors="replace"))
-            self._greeting = done.stdout
             self._socket = socket
             return socket
 

@@ -17,11 +17,17 @@ from k2cli.planning.memory.stored import describe_quantization
 from k2cli.planning.model import ModelToPlan, read_model
 from k2cli.planning.plan import Alternative, Plan, PlannedModel, PlannedRequest
 from k2cli.planning.request import PlanRequest
-from k2cli.planning.search.candidates import Candidate, PlanningProblem, preference
+from k2cli.planning.search.candidates import (
+    GOOD_CHUNK_TOKENS,
+    Candidate,
+    PlanningProblem,
+    preference,
+)
 from k2cli.planning.search.reasons import alternatives, fits_alone, reason
 from k2cli.planning.search.strategies import (
     candidate,
     compare,
+    greatest,
     max_concurrency,
     max_context_length,
 )
@@ -30,6 +36,12 @@ from k2cli.planning.speed.estimate import speed_obstacle
 
 ROOMY_CONCURRENCY = (8, 4, 2)
 """Numbers of sequences that ``with_most_sequences`` tries, largest first."""
+
+_SHORTEST_CONTEXT = 4096
+"""The shortest context that ``with_longest_context`` chooses where the default does not fit."""
+
+_CONTEXT_STEP = 1024
+"""A context that is not the model's own is a multiple of this, which is easier to read."""
 
 _MOST_TRACED_RANKS = 4
 """Ranks of the chosen placement that are traced once more: if there are more, the last one and the
@@ -99,6 +111,32 @@ class Planner:
             if plan.fits and same_chunk and plan.placement.strategy == alone.placement.strategy:
                 return more
         return request
+
+    def with_longest_context(
+        self, nodes: Sequence[NodeMemory], request: PlanRequest
+    ) -> PlanRequest:
+        """Set the context of a request to the longest that fits, up to the model's own.
+
+        Neither the prefill chunk that keeps a GPU busy nor the request's concurrency is given up
+        for it. Agents need a long context, and a part that is not used takes no memory. It is
+        shorter than planning's default if only that fits.
+        """
+        most = model_context_length(self.model.config)
+        plan = self.plan(nodes, request, limits=False)
+        shortest = plan.request.context_length if plan.fits else _SHORTEST_CONTEXT
+        if most is None or most <= shortest:
+            return request
+        chunk = min(plan.request.prefill_chunk_tokens, GOOD_CHUNK_TOKENS)
+
+        def keeps_all(steps: int) -> bool:
+            longer = replace(request, context_length=min(shortest + steps * _CONTEXT_STEP, most))
+            tried = self.plan(nodes, longer, limits=False)
+            return tried.fits and tried.request.prefill_chunk_tokens >= chunk
+
+        steps = greatest(keeps_all, -(-(most - shortest) // _CONTEXT_STEP))
+        if steps == 0 and (plan.fits or not keeps_all(0)):
+            return request
+        return replace(request, context_length=min(shortest + steps * _CONTEXT_STEP, most))
 
     def plan(
         self,

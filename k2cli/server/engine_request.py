@@ -20,6 +20,7 @@ from k2cli.server.schemas import (
     CompletionBody,
     GenerationBody,
     Message,
+    TemplatedBody,
     TokenizeBody,
 )
 from k2cli.server.served_model import ServedModel
@@ -58,9 +59,15 @@ class ServerTokenizer(Protocol):
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_last: bool = False,
         **template_arguments: Any,
     ) -> str:
         """Render a conversation in the model's chat template."""
+        ...
+
+    @property
+    def shows_tools(self) -> bool:
+        """True if the chat template shows the tools of a request to the model."""
         ...
 
     def stream(self) -> TokenTextStream:
@@ -87,6 +94,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
         stream: True if the answer is to be streamed.
         wants_usage: True if the stream is to end with a usage chunk.
         wants_progress: True if the stream is to carry ``"k2"`` objects.
+        limit_was_cut: True if the context has less room than the client's ``max_tokens``.
     """
 
     generate: Generate
@@ -94,6 +102,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     stream: bool = False
     wants_usage: bool = False
     wants_progress: bool = False
+    limit_was_cut: bool = False
 
 
 def check_model(name: str | None, served: ServedModel) -> None:
@@ -120,9 +129,7 @@ def chat_request(
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     tools = None if body.tool_choice == "none" else body.tools
-    text = conversation_text(
-        body.messages, tools, body.template_arguments, tokenizer, generation_prompt=True
-    )
+    text = conversation_text(body.messages, tools, body, tokenizer)
     prompt = _encode(text, "messages", tokenizer, served.context_length)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return _build(body, prompt, "messages", limit, logprobs, tokenizer, served)
@@ -160,37 +167,55 @@ def tokenize_body(body: TokenizeBody, tokenizer: ServerTokenizer, served: Served
     if body.prompt is not None:
         special = True if body.add_special_tokens is None else body.add_special_tokens
         return _encode(body.prompt, "prompt", tokenizer, most, add_special_tokens=special)
-    generation_prompt = True if body.add_generation_prompt is None else body.add_generation_prompt
-    text = conversation_text(
-        body.messages or [],
-        body.tools,
-        body.template_arguments,
-        tokenizer,
-        generation_prompt=generation_prompt,
-    )
+    text = conversation_text(body.messages or [], body.tools, body, tokenizer)
     return _encode(text, "messages", tokenizer, most)
 
 
 def conversation_text(
     messages: Sequence[Message],
     tools: list[dict[str, Any]] | None,
-    template_arguments: dict[str, Any],
+    body: TemplatedBody,
     tokenizer: ServerTokenizer,
-    *,
-    generation_prompt: bool,
 ) -> str:
     """Apply the chat template.
 
     Raises:
-        ApiError: 400 if there is no template, or it refuses these messages.
+        ApiError: 400 if there is no template, or it refuses these messages or knows no tools.
     """
     turns = [message.for_template() for message in messages]
+    continues = _continues(messages[-1], body)
+    prompted = not continues and body.add_generation_prompt is not False
     try:
+        if tools and not tokenizer.shows_tools:
+            message = "the chat template of this model knows no tools, so it would not see them"
+            raise invalid(message, "tools")
         return tokenizer.chat_prompt(
-            turns, tools, add_generation_prompt=generation_prompt, **template_arguments
+            turns,
+            tools,
+            add_generation_prompt=prompted,
+            continue_last=continues,
+            **body.template_arguments,
         )
     except K2Error as error:
         raise invalid(error.message, "messages") from error
+
+
+def _continues(last: Message, body: TemplatedBody) -> bool:
+    """Return True if the last message is the beginning of the answer.
+
+    Raises:
+        ApiError: 400 if that is asked for, and it cannot be.
+    """
+    possible = last.role == "assistant" and bool(last.content) and not last.tool_calls
+    if body.continue_final_message and not possible:
+        message = "the last message is not an assistant's text, so there is nothing to continue"
+        raise invalid(message, "continue_final_message")
+    if body.continue_final_message and body.add_generation_prompt:
+        message = "an answer is continued or begun anew, not both"
+        raise invalid(message, "add_generation_prompt")
+    if body.continue_final_message is None:
+        return possible and not body.add_generation_prompt
+    return body.continue_final_message
 
 
 def _encode(
@@ -206,7 +231,10 @@ def _encode(
     except K2Error as error:
         raise invalid(error.message, param) from error
     if tokens is None:
-        message = f"the prompt has more than {max_tokens} tokens, which is the limit"
+        message = (
+            f"the prompt has more than {max_tokens} tokens, which is the context; "
+            "k2 launch --context makes it larger"
+        )
         raise invalid(message, param, "context_length_exceeded")
     return tokens
 
@@ -223,26 +251,22 @@ def _token_budget(
 ) -> int:
     """Compute the number of tokens that may be generated.
 
+    A larger limit is cut to the room that the context has: agents send a constant one (opencode
+    32,000), and other local servers do the same. The answer's usage names the limit then.
+
     Raises:
-        ApiError: 400 if the prompt, or prompt and max_tokens together, exceed the context.
+        ApiError: 400 if the prompt alone fills the context.
     """
     if prompt_tokens == 0:
         raise invalid(f"{prompt_param} has no tokens", prompt_param)
     left = context_length - prompt_tokens
-    code = "context_length_exceeded"
     if left < 1:
         message = (
             f"the prompt has {prompt_tokens} tokens, but the context of {context_length} must hold "
-            "the prompt and at least one more token"
+            "the prompt and at least one more token; k2 launch --context makes it larger"
         )
-        raise invalid(message, prompt_param, code)
-    if asked is not None and asked > left:
-        message = (
-            f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}, together "
-            f"{prompt_tokens + asked}, and the context is {context_length}"
-        )
-        raise invalid(message, "max_tokens", code)
-    return left if asked is None else asked
+        raise invalid(message, prompt_param, "context_length_exceeded")
+    return left if asked is None else min(asked, left)
 
 
 def _build(
@@ -265,8 +289,14 @@ def _build(
         stop_tokens=stop_tokens,
         use_prefix_cache=body.extensions.cache is not False,
     )
+    limit_was_cut = max_tokens is not None and budget < max_tokens
     return EngineRequest(
-        generate, body.stop, bool(body.stream), body.wants_usage, body.wants_progress
+        generate,
+        body.stop,
+        bool(body.stream),
+        body.wants_usage,
+        body.wants_progress,
+        limit_was_cut,
     )
 
 

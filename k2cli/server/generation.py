@@ -207,18 +207,24 @@ async def answer(generation: Generation, assembler: TextAssembler) -> AsyncGener
                 rest = assembler.finish()
                 if rest.text or rest.scores:
                     yield rest
-                yield _ended(finished, assembler)
+                yield _ended(generation, finished, assembler)
                 return
 
 
-def _ended(finished: Finished, assembler: TextAssembler) -> Ended:
+def _ended(generation: Generation, finished: Finished, assembler: TextAssembler) -> Ended:
     reason = "stop" if assembler.stopped else finished.reason
-    return Ended(reason, usage(finished, finished.prompt_tokens, finished.completion_tokens))
+    counted = (finished.prompt_tokens, finished.completion_tokens)
+    return Ended(reason, usage(finished, *counted, _cut_limit(generation)))
 
 
 async def _stopped(generation: Generation, assembler: TextAssembler) -> Ended:
     """Cancel the rest of the answer after a complete stop string."""
     generation.cancel()
     finished = await generation.wait_for_finished()
-    prompt_tokens = len(generation.request.generate.prompt)
-    return Ended("stop", usage(finished, prompt_tokens, assembler.tokens_used))
+    counted = (len(generation.request.generate.prompt), assembler.tokens_used)
+    return Ended("stop", usage(finished, *counted, _cut_limit(generation)))
+
+
+def _cut_limit(generation: Generation) -> int | None:
+    request = generation.request
+    return request.generate.max_tokens if request.limit_was_cut else None

@@ -27,7 +27,9 @@ MAX_MESSAGES = 16_384
 MAX_PARTS = 16_384
 MAX_TOOLS = 1024
 MAX_BIASES = 16_384
-_TEMPLATE_RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt"})
+_TEMPLATE_RESERVED = frozenset(
+    {"self", "messages", "tools", "add_generation_prompt", "continue_last"}
+)
 
 
 class _Body(BaseModel):
@@ -135,8 +137,8 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
-        # The turn of an assistant may consist of tool calls only.
-        if self.content is None and self.role != "assistant":
+        # The turn of an assistant may consist of tool calls only, and a tool may return nothing.
+        if self.content is None and self.role not in ("assistant", "tool"):
             raise ValueError(f"a message of role '{self.role}' needs content")
         return self
 
@@ -193,9 +195,9 @@ class GenerationBody(_Ignored):
     """Fields that chat and plain completions share."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -225,10 +227,13 @@ class GenerationBody(_Ignored):
         return bool(self.stream_options and self.stream_options.include_progress)
 
 
-class _Templated(_Body):
+class TemplatedBody(_Body):
     """Fields that change how the chat template renders a conversation."""
 
     tools: Objects | None = None
+    # Fields of vLLM, for an assistant's last message that is the beginning of the answer.
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
@@ -258,7 +263,7 @@ class _Templated(_Body):
         return arguments | (self.chat_template_kwargs or {})
 
 
-class ChatCompletionBody(GenerationBody, _Templated):
+class ChatCompletionBody(GenerationBody, TemplatedBody):
     """Body of ``POST /v1/chat/completions``.
 
     The chat template shows ``tools`` to the model. The output is returned as text: tool calls are
@@ -266,7 +271,7 @@ class ChatCompletionBody(GenerationBody, _Templated):
     """
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tool_choice: Any = None
@@ -292,11 +297,10 @@ class CompletionBody(GenerationBody):
     suffix: Literal[""] | None = None
 
 
-class TokenizeBody(_Templated):
+class TokenizeBody(TemplatedBody):
     """Body of ``POST /v1/tokenize``: either messages or a prompt."""
 
     model: str | None = None
     messages: Messages | None = None
     prompt: str | None = None
-    add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None

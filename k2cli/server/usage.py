@@ -30,8 +30,19 @@ def timings(finished: Finished) -> dict[str, float | None]:
     }
 
 
-def usage(finished: Finished | None, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    """Make the usage object. ``finished`` is None if the engine did not send it in time."""
+def usage(
+    finished: Finished | None,
+    prompt_tokens: int,
+    completion_tokens: int,
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Make the usage object.
+
+    Args:
+        finished: the engine's last message; None if it did not come in time.
+        prompt_tokens, completion_tokens: tokens read and generated.
+        max_tokens: the limit of the answer, if the client asked for more than the context has room.
+    """
     cached = finished.cached_tokens if finished else 0
     members: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
@@ -39,6 +50,8 @@ def usage(finished: Finished | None, prompt_tokens: int, completion_tokens: int)
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+    if max_tokens is not None:
+        members["max_tokens"] = max_tokens
     if finished is not None:
         members["timings"] = timings(finished)
     return members

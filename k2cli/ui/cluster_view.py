@@ -81,7 +81,10 @@ def print_cluster(
     known = [node for node in cluster.nodes if node.memory_bytes]
     total = sum(node.limit_bytes for node in known)
     count = f"{len(cluster.nodes)} node{'s' if len(cluster.nodes) != 1 else ''}"
-    print_text(f"{cluster.name}: {count}, MLX may use {format_gib(total)} in all")
+    if len(cluster.rank_nodes) != len(cluster.nodes):
+        count += f" with {len(cluster.rank_nodes)} ranks"
+    memory = f"MLX may use {format_gib(total)} in all" if known else "memory not known yet"
+    print_text(f"{cluster.name}: {count}, {memory}")
     for index, node in enumerate(cluster.nodes):
         print_text()
         print_text(f"● {_title(node)}")

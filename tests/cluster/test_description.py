@@ -66,7 +66,7 @@ def test_mlx_hostfiles_come_back_as_they_went(document: Any, tmp_path: Path) -> 
         ('{"hosts": []}', "names no host"),
         ('[{"ssh": "-oProxyCommand=x"}]', "cannot be the name of a host"),
         ('[{"ssh": "a", "rdma": [null]}, {"ssh": "b"}]', "1 RDMA entries for 2 hosts"),
-        ("\xff", "is not an MLX hostfile"),
+        ("\xff", "is not a hostfile: it is not UTF-8"),
     ],
 )
 def test_what_is_no_hostfile_is_refused(text: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from k2cli import __version__
 from k2cli.cluster.description import Cluster, ClusterNode, save_cluster
+from k2cli.cluster.discovery import ask_machine
 from k2cli.cluster.node_lookup import recorded_interpreter
 from k2cli.errors import ClusterError, NodeAccessError
 from k2cli.nodes import ssh_connection
@@ -61,7 +63,51 @@ async def test_commands_share_a_connection_that_ends_with_the_work(ssh_server: S
     close_connections()
     assert not path.exists()
     output, _ = await process.communicate(b"still there")
-    assert output == b"still there"
+    assert output.strip() == b"still there"
+
+
+@pytest.mark.parametrize("shell", ["fish", "tcsh", "zsh"])
+async def test_the_login_shell_of_a_node_may_be_any(ssh_server: Server, shell: str) -> None:
+    # omnistat#281, rootshell#408: fish and csh read a command line in other ways than sh.
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    forced = ssh_server.folder / "forced"
+    plain = forced.read_text()
+    forced.write_text(plain.replace("exec sh -c", f"exec {shell} -c"))
+    try:
+        node = SshNode("b")
+        odd = "a 'b' $HOME `x` \\ ! {c,d} ~ * \" é"
+        assert node.run(["printf", "%s", odd]).stdout.decode() == odd
+        assert node.facts().k2_version == __version__
+        process = await node.start(["cat"], {"K2_X": "1 '2'"})
+        output, _ = await process.communicate(b"there")
+        assert output.strip() == b"there"
+    finally:
+        forced.write_text(plain)
+
+
+@pytest.mark.parametrize(
+    "greeting", ["date +%N; echo $$", "printf 'no end %s' $$", "cat /dev/null"]
+)
+async def test_output_of_start_up_files_is_no_answer(ssh_server: Server, greeting: str) -> None:
+    # fish-shell#3473: a fortune, the time or a process id: another line with each command.
+    forced = ssh_server.folder / "forced"
+    plain = forced.read_text()
+    forced.write_text(plain.replace("cd ", f"{greeting}\ncd ", 1))
+    try:
+        node = SshNode("b")
+        assert node.run(["uname", "-s"]).stdout.decode().strip() in ("Linux", "Darwin")
+        assert node.run(["printf", "x\\n\\ny"]).stdout == b"x\n\ny"
+        assert node.facts().k2_version == __version__
+        assert ask_machine(node).error is None
+        process = await node.start(["printf", "first\\n"])
+        output, _ = await process.communicate()
+        assert output.splitlines()[-1] == b"first"
+        forced.write_text(plain.replace("cd ", "echo bye; exit 0\ncd ", 1))
+        with pytest.raises(ClusterError, match="start-up file on node b ends the shell"):
+            node.run(["uname", "-s"])
+    finally:
+        forced.write_text(plain)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ class LetterTokenizer:
 
     stop_tokens = frozenset({END_OF_TURN})
     vocabulary_size = 0x10000
+    shows_tools = True
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         data = text.encode("utf-16-le")
@@ -78,6 +79,7 @@ class LetterTokenizer:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_last: bool = False,
         **template_arguments: Any,
     ) -> str:
         if messages[0]["role"] == "tool":

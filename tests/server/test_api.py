@@ -12,6 +12,7 @@ import pytest
 from k2cli.protocol import PromptProgress, TokenLogprob, Tokens
 from k2cli.server import streaming
 from k2cli.server.served_model import load_served_model
+from tests.server.conftest import SERVED
 from tests.server.requests import QUESTION, encode, events_of, post, prompt_of
 from tests.server.scripted import (
     Hang,
@@ -209,3 +210,44 @@ def test_models_tokenize_and_health(engine: ScriptedEngine, url: str) -> None:
     assert post(url, {}, "/v1/tokenize").json()["error"]["param"] == "messages"
     assert httpx.get(f"{url}/health").json() == {"state": "ready", "model": "toy"}
     assert engine.submitted == []
+
+
+def test_a_limit_above_the_room_is_cut_and_the_usage_says_so(
+    engine: ScriptedEngine, client: openai.OpenAI
+) -> None:
+    # opencode#9611: agents send a constant limit, whatever the context.
+    engine.answer("Paris")
+    got = client.chat.completions.create(model="toy", messages=QUESTION, max_tokens=32_000)
+    request = engine.submitted[-1]
+    assert request.max_tokens == 200 - len(request.prompt)
+    assert got.usage is not None
+    assert got.usage.model_extra is not None
+    assert got.usage.model_extra["max_tokens"] == request.max_tokens
+    engine.answer("Paris")
+    got = client.chat.completions.create(model="toy", messages=QUESTION, max_tokens=9)
+    assert engine.submitted[-1].max_tokens == 9
+    assert got.usage is not None
+    assert "max_tokens" not in (got.usage.model_extra or {})
+
+
+def test_top_p_of_0_keeps_the_best_token(engine: ScriptedEngine, client: openai.OpenAI) -> None:
+    engine.answer("Paris")
+    client.chat.completions.create(model="toy", messages=QUESTION, top_p=0, temperature=1)
+    sampling = engine.submitted[-1].sampling
+    assert sampling.top_p == pytest.approx(1e-6)
+
+
+def test_tools_for_a_template_without_them_are_refused() -> None:
+    class Without(LetterTokenizer):
+        shows_tools = False
+
+    engine = ScriptedEngine()
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    with serving(engine, SERVED, Without()) as url:
+        refused = post(url, {"messages": QUESTION, "tools": tools})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "tools"
+        engine.answer("Paris")
+        assert post(url, {"messages": QUESTION, "tools": tools, "tool_choice": "none"}).is_success
+        engine.answer("Paris")
+        assert post(url, {"messages": QUESTION, "tools": []}).is_success

@@ -123,12 +123,14 @@ def list_(json: AsJson = False) -> None:
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Hostfile of mlx.launch (JSON).")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Hostfile of mlx.launch or Open MPI.")
+    ],
     name: NewName = "default",
     force: Force = False,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the machines.")] = False,
 ) -> None:
-    """Describe a cluster from a hostfile of mlx.launch, which is kept for k2 cluster export.
+    """Describe a cluster from a hostfile of mlx.launch or Open MPI, kept for k2 cluster export.
 
     Example: k2 cluster import hosts.json --name studios
     """

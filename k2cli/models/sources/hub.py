@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.errors import K2Error, NotAuthorisedError
+from k2cli.proxies import proxy_errors
 
 SAFE_PATTERNS = (
     "*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tiktoken.model", "tokenizer.model",
@@ -246,7 +247,8 @@ def _errors(repo: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import errors
 
     try:
-        yield
+        with proxy_errors():
+            yield
     except errors.HFValidationError as error:
         raise K2Error(f"'{repo}' is not the name of a Hub repository: {error}") from error
     except (httpx2.HTTPError, OSError) as error:

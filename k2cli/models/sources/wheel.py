@@ -21,6 +21,7 @@ from pathlib import Path
 from k2cli.errors import K2Error
 from k2cli.models.catalog import WheelSource
 from k2cli.models.files import sha256_of
+from k2cli.proxies import unusable_proxy
 
 Progress = Callable[[int, int], None]
 
@@ -130,13 +131,21 @@ def _run(command: list[str], source: WheelSource, progress: Progress) -> None:
             process.wait(timeout=10)
         process.stdout.close()
     if status != 0:
-        cause = next((line for line in reversed(lines) if "ERROR" in line), None)
-        cause = cause or (lines[-1] if lines else f"exit status {status}")
-        raise K2Error(
-            f"cannot fetch {_requirement(source)} from the package index: "
-            f"{cause.removeprefix('ERROR: ')}",
-            "check the network, and pip's index settings (pip config list)",
-        )
+        raise unusable_proxy() or _failure(source, lines, status)
+
+
+def _failure(source: WheelSource, lines: list[str], status: int) -> K2Error:
+    cause = next((line for line in reversed(lines) if "ERROR" in line), "")
+    if not cause or cause == "ERROR: Exception:":  # pip prints its own traceback after that
+        cause = lines[-1] if lines else f"exit status {status}"
+    hint = "check the network, and pip's index settings (pip config list)"
+    if "SOCKS" in cause:
+        hint = f"{sys.executable} -m pip install pysocks, or unset ALL_PROXY"
+    return K2Error(
+        f"cannot fetch {_requirement(source)} from the package index: "
+        f"{cause.removeprefix('ERROR: ')}",
+        hint,
+    )
 
 
 def _extract(source: WheelSource, temporary: Path) -> Path:

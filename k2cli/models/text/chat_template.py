@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -36,9 +37,19 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special: dict[str, str]) -> None:
+        self.source = source
         self._special = special
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            tree = environment.parse(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
+            """The names of variables that it reads from outside."""
+            self.members = frozenset(
+                [node.attr for node in tree.find_all(jinja2.nodes.Getattr)]
+                + [node.value for node in tree.find_all(jinja2.nodes.Const) if _is_text(node)]
+            )
+            """The names of members that it reads, and its other texts."""
+            self._template = environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError) as error:
             raise K2Error(f"the model's chat template is not valid: {error}") from error
 
@@ -69,6 +80,10 @@ class ChatTemplate:
         except Exception as error:  # template code may raise anything on unexpected messages
             reason = f"{type(error).__name__}: {error}"
             raise K2Error(f"the model's chat template failed on the messages: {reason}") from error
+
+
+def _is_text(node: jinja2.nodes.Const) -> bool:
+    return isinstance(node.value, str)
 
 
 def read_chat_template(

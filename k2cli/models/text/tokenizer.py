@@ -24,7 +24,7 @@ from k2cli.models.text.tiktoken_bpe import (
 if TYPE_CHECKING:
     import tokenizers
 
-    from k2cli.models.text.chat_template import ChatTemplate
+    from k2cli.models.text.conversation import ConversationRenderer
 
 # Bytes of a text before NFC per byte after it, at most: Unicode's table of normalization expansion
 # (UAX #15) has 3 for UTF-8; one more for safety.
@@ -49,7 +49,7 @@ class Tokenizer:
         self._folder = folder
         self._config = config
         self._special = _special_texts(config)
-        self._templates: dict[bool, ChatTemplate] = {}
+        self._renderers: dict[bool, ConversationRenderer] = {}
         self.stop_tokens = stop_tokens
         """Tokens that end an answer."""
 
@@ -136,23 +136,46 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_last: bool = False,
         **template_arguments: Any,
     ) -> str:
         """Render a conversation in the format that the model was trained on.
 
+        Args:
+            messages: turns in OpenAI's form.
+            tools: the tools that the model may call.
+            add_generation_prompt: end with the beginning of an answer.
+            continue_last: the last turn is the beginning of the answer, which is not ended.
+            template_arguments: variables of the template.
+
         Raises:
             K2Error: if the model has no chat template, or the template rejects the messages.
         """
-        template = self._template(with_tools=bool(tools))
-        return template.render(messages, tools, add_generation_prompt, template_arguments)
+        return self._renderer(with_tools=bool(tools)).render(
+            messages,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_last=continue_last,
+            variables=template_arguments,
+        )
+
+    @property
+    def shows_tools(self) -> bool:
+        """True if the chat template shows the tools of a request to the model.
+
+        Raises:
+            K2Error: if there is no chat template.
+        """
+        return self._renderer(with_tools=True).shows_tools
 
     def stream(self, skip_special_tokens: bool = True) -> TokenStream:
         """Create an incremental decoder for one answer."""
         return TokenStream(self._tokenizer, skip_special_tokens)
 
-    def _template(self, *, with_tools: bool) -> ChatTemplate:
-        if with_tools not in self._templates:
+    def _renderer(self, *, with_tools: bool) -> ConversationRenderer:
+        if with_tools not in self._renderers:
             from k2cli.models.text.chat_template import ChatTemplate, read_chat_template
+            from k2cli.models.text.conversation import ConversationRenderer
 
             source = read_chat_template(self._folder, self._config, with_tools=with_tools)
             if source is None:
@@ -160,8 +183,9 @@ class Tokenizer:
                     f"the model {self._folder.name} has no chat template",
                     "send a plain prompt to /v1/completions instead",
                 )
-            self._templates[with_tools] = ChatTemplate(source, self._special)
-        return self._templates[with_tools]
+            template = ChatTemplate(source, self._special)
+            self._renderers[with_tools] = ConversationRenderer(template)
+        return self._renderers[with_tools]
 
 
 class TokenStream:

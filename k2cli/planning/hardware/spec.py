@@ -25,9 +25,18 @@ from k2cli.planning.hardware.machine import (
     NodeMemory,
     this_machine,
 )
+from k2cli.planning.hardware.shop_names import plain_name
 from k2cli.units import GIB, format_bytes, parse_bytes
 
-_TERM_PATTERN = re.compile(r"(?:(\d{1,6})\s*[xX×*]\s*)?([A-Za-z][\w.\- ]*?)")
+# A count ("2x", "2"), and a machine, whose size may come first ("512GB M3 Ultra").
+_SIZE = r"\d+[ -]?(?:gb|gib|inch)\b"
+_TERM_PATTERN = re.compile(
+    rf"(?:(\d{{1,6}})\s*[xX×*]\s*|(\d{{1,2}})\s+(?=[A-Za-z])(?!gb|gib|inch))?"
+    rf"((?:[A-Za-z]|{_SIZE})[\w.\-\"(), /]*?)",
+    re.IGNORECASE,
+)
+# Settings follow a colon or a comma; a shop's name has commas of its own.
+_SETTING_START = re.compile(r":|,(?=[^,:]*=)")
 _CHIP_PATTERN = re.compile(r"(?P<chip>.+?)-(?P<memory>\d{1,6})(?:gb|gib)?")
 _FLOPS_PATTERN = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*T(?:FLOPS?|FLOP/s)?", re.IGNORECASE)
 _MAX_MACHINES = 64
@@ -39,6 +48,8 @@ _KEYS = ("memory", "limit", "bandwidth", "flops", "gpu")
 
 def parse_hardware(spec: str) -> list[NodeMemory]:
     """Read a specification such as ``2x m3-ultra-512``, ``m3-ultra-512 + m4-max-128``, ``this``.
+
+    Names as shops write them, such as ``2 Mac Studio M3 Ultra 512GB``, are understood, too.
 
     Settings that differ from the catalog follow a machine, each after a colon or comma:
     ``limit=120GiB`` (what the GPU may use), ``memory=128GiB``, ``bandwidth=546GB/s``,
@@ -63,21 +74,21 @@ def parse_hardware(spec: str) -> list[NodeMemory]:
 
 
 def _parse_term(term: str, spec: str) -> tuple[int, NodeMemory]:
-    machine, *settings = re.split("[:,]", term.strip())
+    machine, *settings = _SETTING_START.split(term.strip())
     match = _TERM_PATTERN.fullmatch(machine.strip())
     if match is None:
         raise _malformed(machine.strip(), spec)
-    count = int(match.group(1)) if match.group(1) else 1
+    count = int(match[1] or match[2] or 1)
     if count == 0:
         raise UsageError(f"'{term.strip()}' names 0 machines", _EXAMPLE)
-    name = re.sub(r"[\s_]+", "-", match.group(2).strip().lower())
+    name, cores = plain_name(match[3])
     wanted = _settings(settings, term.strip())
-    cores = _positive(wanted.pop("gpu"), "gpu") if "gpu" in wanted else None
+    cores = _positive(wanted.pop("gpu"), "gpu") if "gpu" in wanted else cores
     if name in _THIS:
         if cores is not None:
             raise UsageError("gpu= is for chips of the catalog, not for this machine")
         return count, _overridden(this_machine(), wanted)
-    return count, _overridden(_catalog_machine(name, match.group(2), cores), wanted)
+    return count, _overridden(_catalog_machine(name, match[3], cores), wanted)
 
 
 def _malformed(machine: str, spec: str) -> UsageError:

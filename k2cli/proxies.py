@@ -1,0 +1,62 @@
+"""Proxies that the environment names: refuse the ones that the HTTP library cannot use, by name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+
+from k2cli.errors import K2Error
+
+_VARIABLES = ("all_proxy", "http_proxy", "https_proxy")  # as httpx2 reads them
+_SCHEMES = "http, https, socks5 and socks5h"
+_SECRET = re.compile(r"//[^/@]*@")
+
+
+@contextlib.contextmanager
+def proxy_errors() -> Iterator[None]:
+    """Turn errors about a proxy into a ``K2Error``: as a client is made, and as it connects."""
+    import httpx2
+    import socksio
+
+    try:
+        yield
+    except (ValueError, ImportError, httpx2.InvalidURL) as error:
+        refusal = unusable_proxy()
+        if refusal is None:
+            raise
+        raise refusal from error
+    except socksio.SOCKSError as error:
+        raise K2Error(
+            f"the SOCKS proxy that the environment names does not answer as one: {error}",
+            "env | grep -i _proxy",
+        ) from error
+
+
+def unusable_proxy() -> K2Error | None:
+    """Return the error for the first variable whose proxy cannot be used; None if there is none."""
+    import httpx2
+
+    for name in sorted(os.environ, key=str.lower):
+        value = os.environ[name]
+        if name.lower() not in _VARIABLES or not value:
+            continue
+        try:
+            httpx2.HTTPTransport(proxy=value if "://" in value else f"http://{value}").close()
+        except (ValueError, ImportError, httpx2.InvalidURL):
+            return _refusal(name, value)
+    return None
+
+
+def _refusal(name: str, value: str) -> K2Error:
+    shown = _SECRET.sub("//…@", value)  # a password of the proxy stays out of the message
+    scheme, _, rest = shown.strip().partition("://")
+    if scheme.lower() in ("socks", "socks4", "socks4a") and rest:
+        repaired = f"socks5://{rest}"
+    else:
+        repaired = "http://HOST:PORT"
+    return K2Error(
+        f"{name} '{shown}' is not a proxy that k2 can use: it knows {_SCHEMES}",
+        f"export {name}={repaired}, or unset {name}",
+    )

@@ -1,0 +1,99 @@
+"""Proxies that the environment names, for chat, bench and the Hub."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+
+import httpx2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from k2cli.client.client import ApiClient
+from k2cli.errors import K2Error
+from k2cli.models.sources.hub import file_names
+from k2cli.proxies import unusable_proxy
+
+NAMES = ("ALL_PROXY", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "https_proxy")
+
+
+@pytest.fixture(autouse=True)
+def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        # LlamaFactory#8928, pdm#3390: desktop programs set socks://.
+        ("ALL_PROXY", "socks://127.0.0.1:7891/", "export ALL_PROXY=socks5://127.0.0.1:7891/"),
+        ("all_proxy", "socks4://127.0.0.1:1", "export all_proxy=socks5://127.0.0.1:1"),
+        ("HTTPS_PROXY", "http://127.0.0.1:port", "export HTTPS_PROXY=http://HOST:PORT"),
+        ("http_proxy", " http://127.0.0.1:8", "export http_proxy=http://HOST:PORT"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_named(
+    name: str, value: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    for use in (lambda: ApiClient("http://10.255.255.1:9"), lambda: file_names("a/b", None)):
+        with pytest.raises(K2Error, match=f"{name} '.*' is not a proxy") as caught:
+            use()
+        assert caught.value.exit_code == 1
+        assert caught.value.hint is not None
+        assert caught.value.hint.startswith(hint)
+
+
+def test_the_password_of_a_proxy_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks://me:secret@127.0.0.1:1")
+    error = unusable_proxy()
+    assert error is not None
+    assert "secret" not in f"{error.message} {error.hint}"
+
+
+def test_a_socks5_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    greetings = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                greetings.append(connection.recv(16))
+                connection.sendall(b"\x05\x00")
+                greetings.append(connection.recv(64))
+                connection.sendall(b"\x05\x00\x00\x01\0\0\0\0\0\0")
+                connection.recv(4096)
+                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"data":[]}')
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        monkeypatch.setenv("ALL_PROXY", f"socks5h://127.0.0.1:{listener.getsockname()[1]}")
+        with ApiClient("http://10.255.255.1:9") as client:
+            assert client.models() == []
+        thread.join(10)
+    assert greetings[0][:1] == b"\x05"
+    assert b"10.255.255.1" in greetings[1] or socket.inet_aton("10.255.255.1") in greetings[1]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(NAMES),
+    scheme=st.sampled_from(["", "http://", "https://", "socks5://", "socks5h://", "ftp://", "://"]),
+    rest=st.text("a1:/@[]%. é\\", max_size=12),
+    exempt=st.sampled_from(["", "*", "::1", "[::1]", "::1/128", "10.0.0.0/8", "a b", ".x"]),
+)
+def test_an_environment_that_is_not_refused_makes_a_client(
+    name: str, scheme: str, rest: str, exempt: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, scheme + rest)
+        patch.setenv("NO_PROXY", exempt)
+        if unusable_proxy() is None:
+            httpx2.Client().close()
+        elif exempt != "*":
+            with pytest.raises(K2Error):
+                ApiClient("http://10.255.255.1:9")
