@@ -23,6 +23,7 @@ import psutil
 
 from k2cli.agent.activity import is_alive
 from k2cli.files import decode_json, open_regular, read_regular, write_atomically
+from k2cli.pauses import Deadline
 from k2cli.settings import is_run_id, locks_directory
 
 FRESH_SECONDS = 60.0
@@ -113,12 +114,12 @@ def _mutex() -> Iterator[Path]:
     path = folder / ".mutex"
     descriptor = _open_mutex(path)
     try:
-        until = time.monotonic() + MUTEX_SECONDS
+        limit = Deadline(MUTEX_SECONDS)
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            if time.monotonic() > until:
+            if limit.has_passed:
                 holder = _holder(os.fstat(descriptor)) or f"a process that 'lsof {path}' names"
                 raise OSError(f"{path} has been locked for {MUTEX_SECONDS:.0f} s by {holder}")
             time.sleep(_POLL_SECONDS)

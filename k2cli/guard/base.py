@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
@@ -20,6 +19,7 @@ from k2cli.errors import ClusterError, K2Error
 from k2cli.guard.mpi_slot import MpiSlot
 from k2cli.guard.rank_process import RankProcess, describe
 from k2cli.guard.watchdog import INTERVAL_SECONDS, StallWatch
+from k2cli.pauses import PauseAwareClock
 from k2cli.protocol import (
     Bootstrap,
     Fatal,
@@ -268,10 +268,10 @@ class Guard(ABC):
             self._log_line("rank", line)
 
     async def _watch(self, rank: RankProcess) -> None:
-        watch = StallWatch(self.deadlines, time.monotonic())
+        watch = StallWatch(self.deadlines, PauseAwareClock())
         while rank.exit_status is None and not self.ending:
             await asyncio.sleep(INTERVAL_SECONDS)
-            verdict = watch.observe(time.monotonic(), rank.page.read(), stopped=rank.is_stopped())
+            verdict = watch.observe(rank.page.read(), stopped=rank.is_stopped())
             if verdict is not None and not self.ending:
                 rank.verdict = verdict
                 rank.kill()

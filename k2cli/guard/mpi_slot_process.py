@@ -20,6 +20,7 @@ from itertools import pairwise
 import psutil
 
 from k2cli.guard.mpi_slot import PARENT_NAME, slot_name
+from k2cli.pauses import PauseAwareClock
 from k2cli.protocol.wire import frame
 from k2cli.scratch import find_scratch
 from k2cli.settings import RUN_OPTION
@@ -68,9 +69,10 @@ def _try_sockets(run_id: str, rank: int) -> socket.socket | None:
 
 def _connect(run_id: str, rank: int) -> socket.socket:
     """Connect to the guard. Exit if there is no guard for ``_LIMIT_SECONDS``."""
-    last_seen = looked = time.monotonic()
+    clock = PauseAwareClock()
+    last_seen = looked = clock.now()
     while (connection := _try_sockets(run_id, rank)) is None:
-        now = time.monotonic()
+        now = clock.now()
         if now - looked > _LOOK_SECONDS:
             looked = now
             last_seen = now if _guard_is_here(run_id, rank) else last_seen

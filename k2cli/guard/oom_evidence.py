@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from k2cli.pauses import Deadline
 from k2cli.units import KIB, MIB, format_bytes
 
 # "Out of memory: Killed process 7 (python) total-vm:9kB, anon-rss:5kB, …": one line since Linux
@@ -150,10 +151,10 @@ class OomEvidence:
         if sys.platform == "linux" and not _is_first_pid_namespace():
             return None
         patience = _LINUX_PATIENCE_SECONDS if sys.platform == "linux" else _MACOS_PATIENCE_SECONDS
-        until = time.monotonic() + (patience if suspected else _LEAST_PATIENCE_SECONDS)
+        limit = Deadline(patience if suspected else _LEAST_PATIENCE_SECONDS)
         while True:
             found = self._look(pid)
-            if found is not None or time.monotonic() >= until:
+            if found is not None or limit.has_passed:
                 return found
             time.sleep(_POLL_SECONDS)
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from k2cli.errors import ClusterError, K2Error
+from k2cli.pauses import Deadline
 from k2cli.protocol import (
     Assignment,
     Cancel,
@@ -155,6 +156,7 @@ class Rank:
         self._report("initialising")
         wait_for_peers()
         group = join_group(self._assignment)
+        self._link.end_timer()
         set_memory_limits(self._assignment)
         started = time.monotonic()
         self._report("loading")
@@ -262,8 +264,8 @@ class Rank:
     # --- a follower ------------------------------------------------------------------------------
 
     def _wait_for_endpoint(self) -> ControlEndpoint:
-        deadline = time.monotonic() + self._start.deadlines.initialisation
-        while time.monotonic() < deadline:
+        limit = Deadline(self._start.deadlines.initialisation)
+        while not limit.has_passed:
             self._page.advance("initialising")
             with contextlib.suppress(queue.Empty):
                 message = self._link.inbox.get(timeout=_IDLE_SECONDS)
@@ -279,9 +281,9 @@ class Rank:
         In MLX's ring the last rank connects to the leader, and all other ranks wait for a
         connection. MLX repeats an attempt that comes too early only after a second.
         """
-        deadline = time.monotonic() + self._start.deadlines.initialisation
+        limit = Deadline(self._start.deadlines.initialisation)
         while channel.receive(_IDLE_SECONDS) is None:
-            if time.monotonic() > deadline:
+            if limit.has_passed:
                 raise ClusterError("the leader did not join the MLX group in time")
             self._page.advance("initialising")
         if self._assignment.rank == self._assignment.size - 1:
@@ -301,6 +303,9 @@ class GuardLink:
         connection = socket.socket(fileno=descriptor)
         self._channel: Channel[GuardMessage] = Channel(connection, GuardMessage)
         self._lock = threading.Lock()
+        self._timer_lock = threading.Lock()
+        # On Linux the kernel ends the rank with its guard.
+        self._has_timer = sys.platform != "linux"
         self.inbox: queue.Queue[GuardMessage] = queue.Queue()
 
     def send(self, message: RankMessage) -> None:
@@ -325,13 +330,28 @@ class GuardLink:
         assert isinstance(message, Start)
         return message
 
+    def end_timer(self) -> None:
+        """End the timer of ``_renew_timer``: the rank has joined the group."""
+        with self._timer_lock:
+            if self._has_timer:
+                self._has_timer = False
+                faulthandler.cancel_dump_traceback_later()
+
+    def _renew_timer(self, limit_seconds: float) -> None:
+        """Let a timer in C, which needs no GIL, end this process unless it is renewed in time.
+
+        Joining the group may hold the GIL for ever, and a system without a parent-death signal
+        does not end a rank whose guard is gone. The timer cannot tell a pause of this process from
+        that, and on macOS it follows the wall clock, so it does not run for longer than needed.
+        """
+        with self._timer_lock:
+            if self._has_timer:
+                faulthandler.dump_traceback_later(limit_seconds, exit=True)
+
     def _listen(self, deadlines: Deadlines) -> None:
-        limit = deadlines.initialisation + deadlines.liveness
         try:
             while True:
-                # A timer in C, which needs no GIL: it ends the process if joining the group holds
-                # the GIL for ever, on a system that has no parent-death signal.
-                faulthandler.dump_traceback_later(limit, exit=True)
+                self._renew_timer(deadlines.initialisation + deadlines.liveness)
                 message = self._channel.receive(timeout_seconds=1.0)
                 if message is not None and not isinstance(message, Heartbeat):
                     self.inbox.put(message)

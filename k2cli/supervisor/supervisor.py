@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from k2cli import event_loop
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.launch.guard_commands import GuardCommand, direct_commands
@@ -382,7 +383,7 @@ def supervise(
     Returns:
         The final record.
     """
-    return asyncio.run(_supervise(folder, listener, on_interrupt))
+    return event_loop.run(_supervise(folder, listener, on_interrupt))
 
 
 def main() -> None:
