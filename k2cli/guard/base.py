@@ -179,7 +179,7 @@ class Guard(ABC):
         """Keep the lock fresh, so that other launches see that the run still uses this machine."""
         while not self.ending:
             with contextlib.suppress(OSError):  # no lock, or the lock of another user
-                os.utime(locks.lock_path(self.assignment.run_id), follow_symlinks=False)
+                locks.keep_fresh(self.assignment.run_id)
             await asyncio.sleep(_RENEW_SECONDS)
 
     async def _take_mpi_slot(self) -> dict[str, str] | None:
