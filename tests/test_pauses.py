@@ -98,6 +98,9 @@ def test_a_loop_that_waits_long_for_input_has_not_paused() -> None:
         arrived = asyncio.Event()
         loop.add_reader(reader, arrived.set)
         await arrived.wait()
+        loop.remove_reader(reader)
+        for descriptor in (reader, writer):
+            os.close(descriptor)
         return (loop.time() - began) / (time.monotonic() - real)
 
     assert event_loop.run(wait()) > 0.5
