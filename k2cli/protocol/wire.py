@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from k2cli.pauses import Deadline
+from k2cli.pauses import Deadline, PauseAwareClock
 
 MAX_FRAME_BYTES = 256 * 2**20
 LENGTH = struct.Struct(">I")
@@ -133,9 +133,21 @@ def _receive_exactly(connection: socket.socket, size: int, limit: Deadline) -> b
 
 
 def authenticate(
-    connection: socket.socket, secret: str, *, accepting: bool, timeout_seconds: float = 5.0
+    connection: socket.socket,
+    secret: str,
+    *,
+    accepting: bool,
+    timeout_seconds: float = 5.0,
+    clock: PauseAwareClock | None = None,
 ) -> None:
     """Prove knowledge of the run's secret to the peer, and check the proof of the peer.
+
+    Args:
+        connection: to the peer.
+        secret: of the run, in hex.
+        accepting: True for the side that has accepted the connection.
+        timeout_seconds: for the whole exchange.
+        clock: that of the caller, if it has a time limit of its own.
 
     Raises:
         WrongSecret: if the peer does not know it.
@@ -145,7 +157,7 @@ def authenticate(
     my_role, their_role = (b"accept", b"connect") if accepting else (b"connect", b"accept")
     try:
         connection.settimeout(timeout_seconds)
-        limit = Deadline(timeout_seconds)  # of all steps: bytes may come one by one
+        limit = Deadline(timeout_seconds, clock)  # of all steps: bytes may come one by one
         connection.sendall(ours)
         theirs = _receive_exactly(connection, NONCE_BYTES, limit)
         connection.sendall(proof(secret, my_role, theirs, ours))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from k2cli.errors import ClusterError
-from k2cli.pauses import Deadline
+from k2cli.pauses import Deadline, PauseAwareClock
 from k2cli.protocol import (
     ControlEndpoint,
     Decision,
@@ -148,12 +148,13 @@ def connect_to_leader(
         ClusterError: if the leader cannot be reached, or is not the leader of this run.
     """
     where = f"{endpoint.host}:{endpoint.port}"
-    limit = Deadline(timeout_seconds)
+    clock = PauseAwareClock()
+    limit = Deadline(timeout_seconds, clock)
     try:
         while True:
             connection = socket.create_connection((endpoint.host, endpoint.port), timeout_seconds)
             try:
-                authenticate(connection, secret, accepting=False)
+                authenticate(connection, secret, accepting=False, clock=clock)
                 break
             except ConnectionLost as error:
                 connection.close()
