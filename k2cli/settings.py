@@ -66,17 +66,6 @@ def locks_directory() -> Path:
     return Path("/var/tmp/k2-locks")
 
 
-def scratch_directories(run_id: str) -> tuple[Path, ...]:
-    """Return possible short paths for a run's sockets and MPI's files; the first is in memory."""
-    return tuple(Path(base) / f"k2-{run_id}" for base in ("/dev/shm", "/tmp"))
-
-
-def scratch_directory(run_id: str) -> Path:
-    """Return the one of ``scratch_directories`` that this machine can use."""
-    first, second = scratch_directories(run_id)
-    return first if os.access(first.parent, os.W_OK) else second
-
-
 def cache_directory() -> Path:
     """Return the folder of files that can be made again, by default ``~/.cache/k2``."""
     return _directory("K2_CACHE_DIR", "XDG_CACHE_HOME", ".cache")

@@ -237,6 +237,7 @@ def _forget(lab: Lab) -> None:
     for host in [*lab.hosts, lab.console]:
         lab.exec(host.name, ["rm", "-rf", f"{HOME}/.local/state/k2"])
         lab.exec(host.name, ["find", _LOCKS, "-name", "*.json", "-delete"])
+        lab.exec(host.name, ["find", _LOCKS, "-name", "*.renewed", "-delete"])
         if found := _scratch(lab, host):
             lab.exec(host.name, ["rm", "-rf", *found])
 

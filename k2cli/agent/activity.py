@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 
+from k2cli.agent.freshness import boot_id
 from k2cli.agent.run_processes import run_of
 
 
@@ -44,19 +46,33 @@ def start_of(pid: int) -> str:
     """Return a text that names the start of a process, and stays when the wall clock is set.
 
     On Linux, seconds since the epoch are derived from the present wall clock. macOS keeps the time
-    that the clock showed at the start.
+    that the clock showed at the start (``p_starttime``).
 
     Raises:
         psutil.NoSuchProcess: if there is no such process.
     """
     if sys.platform != "linux":
-        return str(psutil.Process(pid).create_time())
+        return str(_kept_start(pid))
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = boot_id()
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         raise psutil.NoSuchProcess(pid) from None
     return f"{boot} {int(fields[19])}"  # clock ticks since boot
+
+
+def _kept_start(pid: int) -> float:
+    """Return the start of a process as macOS keeps it.
+
+    ``psutil.Process.create_time`` of version 7.1 and later adds what the wall clock was set by
+    since psutil was imported, so a supervisor that has run for long and a new command would
+    disagree. psutil identifies processes by the value without it, which it has no public name for.
+    """
+    process: Any = psutil.Process(pid)._proc  # type: ignore[attr-defined]
+    try:
+        return float(process.create_time(monotonic=True))
+    except TypeError:  # an earlier psutil, which adds nothing
+        return float(process.create_time())
 
 
 def is_alive(pid: int, create_time: float, start: str = "") -> bool:

@@ -17,7 +17,8 @@ from k2cli.agent.activity import activity
 from k2cli.agent.locks import Lock, list_locks, release
 from k2cli.agent.run_folder import remove_bootstraps, run_folder
 from k2cli.agent.run_processes import count_processes, kill_run, processes_of_run
-from k2cli.settings import is_run_id, runs_directory, scratch_directories
+from k2cli.scratch import remove_scratch
+from k2cli.settings import is_run_id, runs_directory
 
 
 class Cleared(msgspec.Struct, frozen=True):
@@ -92,7 +93,7 @@ def _clear(run_id: str, lock: Lock | None) -> Cleared | None:
 def _remove_files(run_id: str) -> bool:
     """Remove scratch folders and unread bootstrap files, and the folder of a run without record."""
     folder = run_folder(run_id)
-    scratch = any(path.exists() for path in scratch_directories(run_id))
+    scratch = remove_scratch(run_id)
     unread = list(folder.glob("bootstrap-*.json")) if folder.is_dir() else []
     remove_bootstraps(run_id)
     abandoned = folder.is_dir() and not (folder / "run.json").exists()

@@ -22,8 +22,10 @@ from typing import Literal
 import msgspec
 import psutil
 
+from k2cli.agent import freshness
 from k2cli.agent.activity import is_alive
 from k2cli.files import decode_json, open_regular, read_regular, write_atomically
+from k2cli.pauses import Deadline
 from k2cli.settings import is_run_id, locks_directory
 
 FRESH_SECONDS = 60.0
@@ -128,12 +130,12 @@ def _mutex() -> Iterator[Path]:
     path = folder / ".mutex"
     descriptor = _open_mutex(path)
     try:
-        until = time.monotonic() + MUTEX_SECONDS
+        limit = Deadline(MUTEX_SECONDS)
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            if time.monotonic() > until:
+            if limit.has_passed:
                 holder = _holder(os.fstat(descriptor)) or f"a process that 'lsof {path}' names"
                 raise OSError(f"{path} has been locked for {MUTEX_SECONDS:.0f} s by {holder}")
             time.sleep(_POLL_SECONDS)
@@ -186,13 +188,19 @@ def _read_claim(path: Path) -> Claim:
 def _read(path: Path, count: Callable[[str], int]) -> Lock | None:
     try:
         claim = _read_claim(path)
-        renewed = path.lstat().st_mtime
+        age = freshness.age_seconds(path)
+        if age is None:
+            age = _age_by_wall_clock(path.lstat().st_mtime)
     except OSError:
         return None
     here = claim.host == socket.gethostname()
     alive = here and is_alive(claim.pid, claim.pid_create_time, claim.pid_start)
-    age = time.time() - renewed if renewed > psutil.boot_time() else FRESH_SECONDS + 1
     return Lock(claim, lock_state(age, alive, count(claim.run_id), here=here))
+
+
+def _age_by_wall_clock(renewed: float) -> float:
+    """Return the age of a lock of an earlier version of k2, or of an earlier boot."""
+    return time.time() - renewed if renewed > psutil.boot_time() else FRESH_SECONDS + 1
 
 
 def _locks(folder: Path, count: Callable[[str], int]) -> list[Lock]:
@@ -202,6 +210,7 @@ def _locks(folder: Path, count: Callable[[str], int]) -> list[Lock]:
 
 def _write(path: Path, claim: Claim) -> None:
     write_atomically(path, msgspec.json.encode(claim), 0o644)
+    freshness.begin(path)
 
 
 def list_locks(count: Callable[[str], int]) -> list[Lock]:
@@ -216,6 +225,7 @@ def take(claim: Claim, count: Callable[[str], int], *, share: bool) -> LockAnswe
     A second claim by the same run, which knows this machine under two names, adds its bytes.
     """
     with _mutex() as folder:
+        freshness.remove_lonely(folder)
         locks = _locks(folder, count)
         own = [lock.claim for lock in locks if lock.claim.run_id == claim.run_id]
         others = [lock for lock in locks if lock.claim.run_id != claim.run_id]
@@ -224,6 +234,7 @@ def take(claim: Claim, count: Callable[[str], int], *, share: bool) -> LockAnswe
             if lock.state == "stale":
                 with suppress(OSError):  # another user's, which the folder's mode protects
                     lock_path(lock.claim.run_id).unlink()
+                    freshness.remove(lock_path(lock.claim.run_id))
                 removed.append(lock.claim.run_id)
         holders = tuple(
             lock for lock in others if lock.state != "stale" and _overlap(claim, lock.claim)
@@ -289,3 +300,13 @@ def release(run_id: str) -> None:
     """Remove a run's lock on this machine."""
     with _mutex():
         lock_path(run_id).unlink(missing_ok=True)
+        freshness.remove(lock_path(run_id))
+
+
+def keep_fresh(run_id: str) -> None:
+    """Show that a run still uses this machine. Needs no mutex, and no space on the disk.
+
+    Raises:
+        OSError: if it has no lock here, or that is another user's.
+    """
+    freshness.renew(lock_path(run_id))

@@ -27,7 +27,9 @@ from k2cli.agent.ports import choose_port, free_ports, port_holder
 from k2cli.agent.reach import Target, try_targets
 from k2cli.agent.run_folder import remove_bootstraps, write_private
 from k2cli.agent.run_processes import count_processes, kill_run, processes_of_run
+from k2cli.errors import ClusterError
 from k2cli.files import decode_json
+from k2cli.scratch import make_scratch
 
 
 def _memory() -> Any:
@@ -63,6 +65,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "port-holder": lambda host, port: port_holder(host, int(port)),
     "choose-port": lambda host, first: choose_port(host, int(first)),
     "write": write_private,
+    "make-scratch": lambda run_id: str(make_scratch(run_id)),
     "remove-bootstraps": remove_bootstraps,
     "remove-folder": lambda path: shutil.rmtree(path, ignore_errors=True),
     "checkpoint": find_checkpoint,
@@ -103,7 +106,7 @@ def main() -> None:
         sys.exit(UNKNOWN_VERB_STATUS)
     try:
         result = answer(verb, arguments, sys.stdin.buffer.read() if verb in _WITH_INPUT else b"")
-    except OSError as error:
+    except (OSError, ClusterError) as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(1)
     os.write(1, result + b"\n")

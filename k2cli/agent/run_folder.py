@@ -1,4 +1,4 @@
-"""Files of a run on this machine: its folder, and its scratch folders for MPI's sockets."""
+"""Files of a run on this machine, in its folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from k2cli.files import write_atomically
-from k2cli.settings import runs_directory, scratch_directories, scratch_directory
+from k2cli.scratch import remove_scratch
+from k2cli.settings import runs_directory
 
 
 def run_folder(run_id: str) -> Path:
@@ -22,7 +23,7 @@ def write_private(run_id: str, name: str, data: bytes) -> None:
 
 
 def remove_bootstraps(run_id: str) -> None:
-    """Remove bootstrap files that no guard has read, and the run's folder if it is then empty.
+    """Remove bootstrap files that no guard has read, scratch folders, and then an empty folder.
 
     On the machine that launched the run, the folder also holds its record and stays.
     """
@@ -34,16 +35,3 @@ def remove_bootstraps(run_id: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def make_scratch(run_id: str) -> Path:
-    """Make a run's folder for MPI's sockets and shared memory, for this user alone."""
-    path = scratch_directory(run_id)
-    path.mkdir(mode=0o700)
-    return path
-
-
-def remove_scratch(run_id: str) -> None:
-    """Remove a run's scratch folders."""
-    for path in scratch_directories(run_id):
-        shutil.rmtree(path, ignore_errors=True)

@@ -14,6 +14,7 @@ from itertools import pairwise
 import msgspec
 import psutil
 
+from k2cli.pauses import Deadline
 from k2cli.settings import RUN_OPTION
 
 # A setting without a meaning to mpirun, which passes it on to its daemons.
@@ -59,8 +60,8 @@ def kill_run(run_id: str, spared: int | str = 0) -> list[RunProcess]:
     Returns:
         Processes that are still there: those that hang in the kernel, or are another user's.
     """
-    until = time.monotonic() + _KILL_SECONDS
-    while (left := _others(run_id, int(spared))) and time.monotonic() < until:
+    limit = Deadline(_KILL_SECONDS)
+    while (left := _others(run_id, int(spared))) and not limit.has_passed:
         for process in left:
             try:
                 psutil.Process(process.pid).kill()

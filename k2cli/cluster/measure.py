@@ -13,6 +13,7 @@ from itertools import permutations
 
 import msgspec
 
+from k2cli import event_loop
 from k2cli.agent.disk import DiskReading
 from k2cli.agent.link import Figures, Specification
 from k2cli.agent.reach import Answer, Listening, Target
@@ -100,7 +101,7 @@ def measure_reach(
         machines: the facts of the nodes, by name.
         links: links whose addresses are on one network, so they are expected to work.
     """
-    return asyncio.run(_measure_reach(nodes, machines, links))
+    return event_loop.run(_measure_reach(nodes, machines, links))
 
 
 async def _measure_reach(

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
-import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
@@ -21,6 +19,7 @@ from k2cli.errors import ClusterError, K2Error
 from k2cli.guard.mpi_slot import MpiSlot
 from k2cli.guard.rank_process import RankProcess, describe
 from k2cli.guard.watchdog import INTERVAL_SECONDS, StallWatch
+from k2cli.pauses import PauseAwareClock
 from k2cli.protocol import (
     Bootstrap,
     Fatal,
@@ -32,7 +31,7 @@ from k2cli.protocol import (
     RankStatus,
 )
 from k2cli.protocol.wire import ConnectionLost
-from k2cli.settings import scratch_directories
+from k2cli.scratch import remove_scratch
 
 # A symptom, such as a lost peer or the end of mpirun, is reported after this time, so that another
 # guard can report the cause first.
@@ -180,7 +179,7 @@ class Guard(ABC):
         """Keep the lock fresh, so that other launches see that the run still uses this machine."""
         while not self.ending:
             with contextlib.suppress(OSError):  # no lock, or the lock of another user
-                os.utime(locks.lock_path(self.assignment.run_id), follow_symlinks=False)
+                locks.keep_fresh(self.assignment.run_id)
             await asyncio.sleep(_RENEW_SECONDS)
 
     async def _take_mpi_slot(self) -> dict[str, str] | None:
@@ -210,23 +209,26 @@ class Guard(ABC):
             failure = self.failure("mpirun ended its process", of_rank=False)
             await self.fail_unless_explained(failure)
 
-    async def release_resources(self, *, in_reach: bool = True) -> None:
-        """Release mpirun's process, and after a failure the run's files and lock on this node.
+    def release_mpi(self, ending: Ending, *, in_reach: bool = True) -> None:
+        """Release mpirun's process, and after a failure remove MPI's files on this node.
+
+        Before the attempt is reported as ended: the next one may begin then, with new folders.
 
         Args:
+            ending: the end of this attempt.
             in_reach: False if the leader's node, where mpirun runs, cannot be reached.
         """
-        if self._mpi_slot is not None:
-            self._mpi_slot.leave()
-            if not in_reach:
-                self._mpi_slot.end_daemons()
-        if not (self.ending and self._ending.result().failed):
+        if self._mpi_slot is None:
             return
-        if self._mpi_slot is not None:
-            for path in scratch_directories(self.assignment.run_id):
-                shutil.rmtree(path, ignore_errors=True)
-        if not self.bootstrap.restarts:
-            # The supervisor may be gone, or unable to reach this node.
+        self._mpi_slot.leave()
+        if not in_reach:
+            self._mpi_slot.end_daemons()
+        if ending.failed:  # the supervisor may be gone, or unable to reach this node
+            remove_scratch(self.assignment.run_id)
+
+    async def release_lock(self, ending: Ending) -> None:
+        """Release the lock on this node after a failure: the supervisor may be gone."""
+        if ending.failed and not self.bootstrap.restarts:
             await release_lock(self.assignment.run_id)
 
     def started_event(self) -> GuardStarted:
@@ -266,10 +268,10 @@ class Guard(ABC):
             self._log_line("rank", line)
 
     async def _watch(self, rank: RankProcess) -> None:
-        watch = StallWatch(self.deadlines, time.monotonic())
+        watch = StallWatch(self.deadlines, PauseAwareClock())
         while rank.exit_status is None and not self.ending:
             await asyncio.sleep(INTERVAL_SECONDS)
-            verdict = watch.observe(time.monotonic(), rank.page.read(), stopped=rank.is_stopped())
+            verdict = watch.observe(rank.page.read(), stopped=rank.is_stopped())
             if verdict is not None and not self.ending:
                 rank.verdict = verdict
                 rank.kill()

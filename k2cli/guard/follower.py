@@ -52,7 +52,8 @@ class FollowerGuard(Guard):
         ending = await self.wait_for_ending()
         await self.end_rank(ending)
         await self._report_end()
-        await self.release_resources(in_reach=self._ordered.is_set())
+        self.release_mpi(ending, in_reach=self._ordered.is_set())
+        await self.release_lock(ending)
         self.cancel_tasks()
         return 0 if self._ordered.is_set() else ClusterError.exit_code
 

@@ -102,10 +102,11 @@ class LeaderGuard(Guard):
         )
         for rank in left:
             self.log(f"the guard of rank {rank} did not confirm that its rank is gone")
+        self.release_mpi(ending)
         self.emit(RunEnded(ending.cause, ending.failed))
         await self._supervisor.flush(_FLUSH_SECONDS)
         await self._liveness.close()
-        await self.release_resources()
+        await self.release_lock(ending)
 
     async def _close_api(self, ending: Ending) -> None:
         """Close the API, unless it has to answer 503 until the next attempt."""

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import msgspec
 
+from k2cli import event_loop
 from k2cli.errors import K2Error, UsageError
 from k2cli.files import decode_json
 from k2cli.guard.file_limit import raise_file_limit
@@ -87,7 +88,7 @@ def main() -> None:
     except K2Error as error:
         sys.stderr.write(f"guard: {error.message}\n")
         sys.exit(error.exit_code)
-    asyncio.run(_live(bootstrap, options.worker_module))
+    event_loop.run(_live(bootstrap, options.worker_module))
 
 
 if __name__ == "__main__":

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import stat
+import shutil
+from pathlib import Path
 
 import psutil
 
 from k2cli.errors import ClusterError
 from k2cli.protocol.wire import ConnectionLost
 from k2cli.protocol.wire_streams import AsyncChannel
-from k2cli.settings import scratch_directory
+from k2cli.scratch import make_scratch
 
 # Sent with the environment of a slot process: the id of its parent process.
 PARENT_NAME = "K2_MPI_SLOT_PARENT"
 _MPI_LAUNCHERS = frozenset({"mpirun", "prterun", "mpiexec", "orterun"})
 
 
-def slot_path(run_id: str, rank: int) -> str:
-    """Return the path of the socket where a guard waits for its slot process."""
-    return str(scratch_directory(run_id) / f"mpi-slot-{rank}")
-
-
-def _private_folder(run_id: str) -> None:
-    """Make the folder for sockets, unless another guard or mpirun has made it.
-
-    Raises:
-        ClusterError: if it belongs to another user, or other users may access it.
-    """
-    folder = scratch_directory(run_id)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise ClusterError(f"{folder} must be a folder that only this user can access")
+def slot_name(rank: int) -> str:
+    """Return the name of the socket where a guard waits for its slot process."""
+    return f"mpi-slot-{rank}"
 
 
 class MpiSlot:
@@ -44,6 +30,7 @@ class MpiSlot:
     def __init__(self, run_id: str, rank: int) -> None:
         self._run_id = run_id
         self._rank = rank
+        self._folder: Path | None = None
         self._server: asyncio.Server | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._environment: asyncio.Future[dict[str, str]] = (
@@ -56,12 +43,10 @@ class MpiSlot:
         """Wait for mpirun's process, and return the environment that makes a rank part of the job.
 
         Raises:
-            ClusterError: if the socket cannot be made.
+            ClusterError: if the socket or its folder cannot be made.
         """
-        _private_folder(self._run_id)
-        path = slot_path(self._run_id, self._rank)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # from the previous attempt
+        self._folder = make_scratch(self._run_id)
+        path = str(self._folder / slot_name(self._rank))
         try:
             self._server = await asyncio.start_unix_server(self._accept, path)
         except OSError as error:
@@ -84,11 +69,13 @@ class MpiSlot:
         self.lost.set()
 
     def leave(self) -> None:
-        """Close the connection, upon which mpirun's process exits."""
+        """Close the connection, upon which mpirun's process exits; remove the socket's folder."""
         if self._server is not None:
             self._server.close()
         if self._writer is not None:
             self._writer.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def end_daemons(self) -> None:
         """Kill the daemons with which mpirun started the slot process from another machine.

@@ -19,8 +19,10 @@ from itertools import pairwise
 
 import psutil
 
-from k2cli.guard.mpi_slot import PARENT_NAME, slot_path
+from k2cli.guard.mpi_slot import PARENT_NAME, slot_name
+from k2cli.pauses import PauseAwareClock
 from k2cli.protocol.wire import frame
+from k2cli.scratch import find_scratch
 from k2cli.settings import RUN_OPTION
 
 _RETRY_SECONDS = 0.05
@@ -53,25 +55,32 @@ def _guard_is_here(run_id: str, rank: int) -> bool:
     return False
 
 
-def _connect(run_id: str, rank: int) -> socket.socket:
-    """Connect to the guard. Exit if there is no guard for ``_LIMIT_SECONDS``."""
-    path = slot_path(run_id, rank)
-    last_seen = looked = time.monotonic()
-    while True:
+def _try_sockets(run_id: str, rank: int) -> socket.socket | None:
+    """Connect to the guard's socket, which is in one of the run's private folders here."""
+    for folder in find_scratch(run_id):
         connection = socket.socket(socket.AF_UNIX)
         try:
-            connection.connect(path)
+            connection.connect(str(folder / slot_name(rank)))
             return connection
-        except OSError as error:
+        except OSError:  # the folder of another guard, of mpirun, or of an earlier attempt
             connection.close()
-            now = time.monotonic()
-            if now - looked > _LOOK_SECONDS:
-                looked = now
-                last_seen = now if _guard_is_here(run_id, rank) else last_seen
-            if now - last_seen > _LIMIT_SECONDS:
-                sys.stderr.write(f"no guard listens at {path}: {error}\n")
-                sys.exit(1)
-            time.sleep(_RETRY_SECONDS)
+    return None
+
+
+def _connect(run_id: str, rank: int) -> socket.socket:
+    """Connect to the guard. Exit if there is no guard for ``_LIMIT_SECONDS``."""
+    clock = PauseAwareClock()
+    last_seen = looked = clock.now()
+    while (connection := _try_sockets(run_id, rank)) is None:
+        now = clock.now()
+        if now - looked > _LOOK_SECONDS:
+            looked = now
+            last_seen = now if _guard_is_here(run_id, rank) else last_seen
+        if now - last_seen > _LIMIT_SECONDS:
+            sys.stderr.write(f"no guard listens for the slot of rank {rank} of {run_id}\n")
+            sys.exit(1)
+        time.sleep(_RETRY_SECONDS)
+    return connection
 
 
 def main() -> None:

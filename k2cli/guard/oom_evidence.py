@@ -13,14 +13,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from k2cli.pauses import Deadline
 from k2cli.units import KIB, MIB, format_bytes
 
 # "Out of memory: Killed process 7 (python) total-vm:9kB, anon-rss:5kB, …": one line since Linux
@@ -126,6 +126,8 @@ class OomEvidence:
 
     def __init__(self) -> None:
         self._began = time.time()
+        # By name, because their times follow a clock that may be set.
+        self._old_reports = frozenset(_report_paths()) if sys.platform == "darwin" else frozenset()
         self._log = _open_log() if sys.platform == "linux" else None
         self._kills = _count()
 
@@ -150,16 +152,16 @@ class OomEvidence:
         if sys.platform == "linux" and not _is_first_pid_namespace():
             return None
         patience = _LINUX_PATIENCE_SECONDS if sys.platform == "linux" else _MACOS_PATIENCE_SECONDS
-        until = time.monotonic() + (patience if suspected else _LEAST_PATIENCE_SECONDS)
+        limit = Deadline(patience if suspected else _LEAST_PATIENCE_SECONDS)
         while True:
             found = self._look(pid)
-            if found is not None or time.monotonic() >= until:
+            if found is not None or limit.has_passed:
                 return found
             time.sleep(_POLL_SECONDS)
 
     def _look(self, pid: int) -> OutOfMemoryKill | None:
         if sys.platform == "darwin":
-            reports = (find_in_jetsam_report(text, pid) for text in _reports(self._began))
+            reports = (find_in_jetsam_report(text, pid) for text in _reports(self._old_reports))
             return next((kill for kill in reports if kill is not None), None)
         if self._log is not None:
             return find_in_log(_new_lines(self._log), pid)
@@ -210,15 +212,20 @@ def _journal(since: float) -> list[str]:
     return []
 
 
-def _reports(since: float) -> Iterator[str]:
-    """Read the JetsamEvent reports since a time, newest first."""
-    dated: list[tuple[float, Any]] = []
+def _report_paths() -> list[Path]:
+    found: list[Path] = []
     for folder in _REPORT_FOLDERS:
         with suppress(OSError):
-            dated += [(path.stat().st_mtime, path) for path in folder.glob("JetsamEvent-*.ips")]
-    for when, path in sorted(dated, reverse=True):
-        if when < since:
-            return
+            found += folder.glob("JetsamEvent-*.ips")
+    return found
+
+
+def _reports(old: Collection[Path]) -> Iterator[str]:
+    """Read the JetsamEvent reports that are not among the old ones, in the order of their names.
+
+    A name ends in the time of the event; the report of a kill names its process.
+    """
+    for path in sorted(set(_report_paths()) - set(old), reverse=True):
         with suppress(OSError):
             if path.stat().st_size <= _MOST_REPORT_BYTES:
                 yield path.read_text(errors="replace")

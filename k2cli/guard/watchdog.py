@@ -1,20 +1,21 @@
 """The guard's watchdog: detect from outside that a rank makes no progress.
 
 The step counter is the heartbeat of a rank (invariant 6). A rank counts as dead if its counter does
-not change for longer than its phase allows, or if a signal has stopped it. The decision depends
-only on the counters and the clock that the caller passes in.
+not change for longer than its phase allows, or if a signal has stopped it. Pauses of the guard do
+not count. The decision depends only on the counters and the clock that the caller passes in.
 """
 
 from __future__ import annotations
 
+from k2cli.pauses import PauseAwareClock
 from k2cli.protocol import Deadlines
 from k2cli.protocol.progress_page import Phase, Progress
 from k2cli.units import format_duration
 
 INTERVAL_SECONDS = 0.25
-# If the guard itself did not run for this long (it was stopped, or the machine slept), its view of
-# the rank is old, so all clocks restart.
-_GUARD_PAUSE_SECONDS = 3.0
+# After a pause of this length the rank gets its whole time again: it was likely stopped too, and
+# its memory may have to be read back from the disk.
+_LONG_PAUSE_SECONDS = 3.0
 
 
 def phase_deadline(phase: Phase, deadlines: Deadlines) -> float:
@@ -33,25 +34,28 @@ def phase_deadline(phase: Phase, deadlines: Deadlines) -> float:
 
 
 class StallWatch:
-    """The observed progress of one rank. Times are seconds of one monotonic clock.
+    """The observed progress of one rank, which was started now.
 
     Args:
         deadlines: the longest time without a step, per phase.
-        now: the time at which the rank was started.
+        clock: read at each observation.
     """
 
-    def __init__(self, deadlines: Deadlines, now: float) -> None:
+    def __init__(self, deadlines: Deadlines, clock: PauseAwareClock) -> None:
         self._deadlines = deadlines
-        self._looked_at = self._moved_at = now
+        self._clock = clock
+        self._moved_at = clock.now()
+        self._paused_seconds = clock.paused_seconds
         self._progress = Progress(0, "initialising")
         self._stopped_since: float | None = None
 
-    def observe(self, now: float, progress: Progress, *, stopped: bool) -> str | None:
+    def observe(self, progress: Progress, *, stopped: bool) -> str | None:
         """Record an observation. Return the reason to end the rank, or None if all is well."""
-        if now - self._looked_at > _GUARD_PAUSE_SECONDS:
+        now = self._clock.now()
+        if self._clock.paused_seconds - self._paused_seconds > _LONG_PAUSE_SECONDS:
             self._moved_at = now
             self._stopped_since = now if stopped else None
-        self._looked_at = now
+        self._paused_seconds = self._clock.paused_seconds
         if progress != self._progress:
             self._progress, self._moved_at = progress, now
         if not stopped:

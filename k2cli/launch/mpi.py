@@ -5,15 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from k2cli.agent.openmpi import find_libmpi, find_openmpi
 from k2cli.errors import ClusterError
 from k2cli.launch.guard_commands import GuardCommand, mpi_command
-from k2cli.launch.mpi_remote import PREFIXES_VARIABLE
+from k2cli.launch.mpi_remote import FOLDERS_VARIABLE, PREFIXES_VARIABLE
 from k2cli.nodes.node import Node
+from k2cli.nodes.parallel import map_in_parallel
+from k2cli.scratch import make_scratch
+
+
+@dataclass(frozen=True, slots=True)
+class Mpirun:
+    """One mpirun to start: its command, variables to add to its environment, and its folder."""
+
+    command: GuardCommand
+    environment: Mapping[str, str]
+    scratch: Path
 
 
 def find_libraries(nodes: Sequence[Node]) -> dict[str, str]:
@@ -77,33 +90,52 @@ def find_prefixes(nodes: Sequence[Node]) -> dict[str, str]:
 def prepare_mpirun(
     run_id: str,
     nodes: Sequence[Node],
-    scratch: Path,
     *,
     networks: Sequence[str] = (),
     prefixes: Mapping[str, str] | None = None,
-) -> tuple[GuardCommand, dict[str, str]]:
-    """Return mpirun's command, and the variables to add to its environment.
+) -> Mpirun:
+    """Prepare one mpirun: make its folder here and those of its daemons on other nodes.
 
     Args:
         run_id: the run.
         nodes: one per rank.
-        scratch: mpirun's folder, made if it does not exist.
         networks: those that MPI may use between machines.
         prefixes: see ``find_prefixes``; None if all ranks are on this machine.
 
     Raises:
-        ClusterError: if there is no Open MPI here, or the folder cannot be written.
+        ClusterError: if there is no Open MPI here, or a folder cannot be made or written.
     """
     mpi = find_openmpi()
+    scratch = make_scratch(run_id)
     try:
-        scratch.mkdir(mode=0o700, exist_ok=True)
-        environment = {} if prefixes is None else _remote_environment(scratch, prefixes)
+        environment = {}
+        if prefixes is not None:
+            folders = {"": str(scratch), **_daemon_folders(run_id, nodes)}
+            environment = _remote_environment(scratch, prefixes, folders)
     except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
         raise ClusterError(f"mpirun's folder cannot be written: {error}") from error
-    return mpi_command(run_id, nodes, mpi, scratch, networks=networks), environment
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    command = mpi_command(run_id, nodes, mpi, scratch, networks=networks)
+    return Mpirun(command, environment, scratch)
 
 
-def _remote_environment(scratch: Path, prefixes: Mapping[str, str]) -> dict[str, str]:
+def _daemon_folders(run_id: str, nodes: Sequence[Node]) -> dict[str, str]:
+    """Make a folder for mpirun's daemon on each other node.
+
+    mpirun would use the path of its own folder there, which other users could have seen on its
+    command line and made first.
+    """
+    remote = list({node.name: node for node in nodes if not node.is_local}.values())
+    made = map_in_parallel(lambda node: node.ask(str, "make-scratch", run_id), remote)
+    return dict(zip((node.name for node in remote), made, strict=True))
+
+
+def _remote_environment(
+    scratch: Path, prefixes: Mapping[str, str], folders: Mapping[str, str]
+) -> dict[str, str]:
     """Write a program named ssh into ``scratch``, and return the variables to find it.
 
     mpirun must find it by name on the PATH: its daemons on the nodes also look for a program that
@@ -111,9 +143,13 @@ def _remote_environment(scratch: Path, prefixes: Mapping[str, str]) -> dict[str,
     """
     own_path = os.environ.get("PATH", os.defpath)
     program = shlex.join([sys.executable, "-P", "-m", "k2cli.launch.mpi_remote"])
-    path = scratch / "ssh"
     # The program itself must find the system's ssh.
-    path.write_text(f'#!/bin/sh\nPATH={shlex.quote(own_path)}\nexport PATH\nexec {program} "$@"\n')
-    path.chmod(0o700)
-    found = f"{scratch}{os.pathsep}{own_path}"
-    return {"PATH": found, PREFIXES_VARIABLE: json.dumps(dict(prefixes))}
+    text = f'#!/bin/sh\nPATH={shlex.quote(own_path)}\nexport PATH\nexec {program} "$@"\n'
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(scratch / "ssh", flags, 0o700), "w") as file:
+        file.write(text)
+    return {
+        "PATH": f"{scratch}{os.pathsep}{own_path}",
+        PREFIXES_VARIABLE: json.dumps(dict(prefixes)),
+        FOLDERS_VARIABLE: json.dumps(dict(folders)),
+    }

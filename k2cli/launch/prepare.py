@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from k2cli.agent.activity import start_of
-from k2cli.agent.run_folder import make_scratch, remove_scratch, run_folder, write_private
+from k2cli.agent.run_folder import run_folder, write_private
 from k2cli.cluster.description import load_cluster
 from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.node_lookup import node_named
@@ -185,12 +185,11 @@ def _choose_environments(run: RunDecisions) -> None:
     if run.request.fast_synch:
         common["MLX_METAL_FAST_SYNCH"] = "1"
     run.environments = {node.name: dict(common) for node in run.nodes}
-    run.scratch, run.mpi_prefixes = None, {}
+    run.mpi_prefixes = {}
     if run.transport == "mpi":
         for name, library in find_libraries(run.nodes).items():
             run.environments[name]["MLX_MPI_LIBNAME"] = library
         run.mpi_prefixes = find_prefixes(run.nodes)
-        run.scratch = str(make_scratch(run.run_id))
 
 
 def _write_folder(run: RunDecisions) -> None:
@@ -206,7 +205,6 @@ def _write_folder(run: RunDecisions) -> None:
 
 def _undo(run: RunDecisions) -> None:
     """Remove what was written, and release the locks."""
-    remove_scratch(run.run_id)
     shutil.rmtree(run_folder(run.run_id), ignore_errors=True)
     release_locks(run.nodes, run.run_id)
 

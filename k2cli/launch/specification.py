@@ -43,7 +43,6 @@ class RunDecisions:
 
     ``nodes`` has one entry per rank. ``model_folders``, ``environments`` (variables for the ranks)
     and ``mpi_prefixes`` (where Open MPI is installed, "" for this machine) are by name of the node.
-    ``scratch`` is mpirun's folder on this machine.
     """
 
     request: LaunchRequest
@@ -61,7 +60,6 @@ class RunDecisions:
     http: HttpEndpoint = field(init=False)
     generated_api_key: bool = field(init=False)
     environments: dict[str, dict[str, str]] = field(init=False)
-    scratch: str | None = field(init=False)
     mpi_prefixes: dict[str, str] = field(init=False)
     record: RunRecord = field(init=False)
 
@@ -69,14 +67,12 @@ class RunDecisions:
 class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One bootstrap per rank, in rank order, and how to start the guards.
 
-    ``worker`` is the module that a rank runs. ``scratch`` is mpirun's folder on this machine,
-    ``networks`` are those that MPI may use between machines. ``locked``: the supervisor must
-    release the locks of the nodes.
+    ``worker`` is the module that a rank runs. ``networks`` are those that MPI may use between
+    machines. ``locked``: the supervisor must release the locks of the nodes.
     """
 
     bootstraps: list[Bootstrap]
     worker: str
-    scratch: str | None = None
     networks: list[str] = []
     mpi_prefixes: dict[str, str] = {}
     restart: RestartPolicy = RestartPolicy()
@@ -109,7 +105,6 @@ def make_specification(run: RunDecisions) -> RunSpecification:
     return RunSpecification(
         bootstraps=_make_bootstraps(run),
         worker=run.request.worker,
-        scratch=run.scratch,
         networks=run.routes.networks,
         mpi_prefixes=run.mpi_prefixes,
         restart=run.request.restart,

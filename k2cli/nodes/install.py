@@ -336,18 +336,38 @@ def _switch(node: Node, name: str) -> str:
     return MANAGED_PYTHON
 
 
-# Removes older environments and remains of killed installations too, except those of the last two
-# hours, which may belong to an installation that is still running.
+# Removes older environments and remains of killed installations too, but nothing that this script
+# first saw less than two hours ago: it may belong to an installation that is still running. Times
+# are of the monotonic clock, since the wall clock may be set; it begins again with each boot.
 _SWITCH = """
-import os, pathlib, shutil, sys, time
+import json, os, pathlib, shutil, subprocess, sys, time
 root, name = pathlib.Path(sys.argv[1]).absolute(), sys.argv[2]
 link, new = root / "env", root / f".env-{name}"
 before = os.path.basename(os.readlink(link)) if link.is_symlink() else None
 new.symlink_to(os.path.join("envs", name))
 os.replace(new, link)
+try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
+except OSError:
+    command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
+    boot = subprocess.run(command, capture_output=True, text=True).stdout
+try:
+    known = json.loads((root / "seen.json").read_text())
+    seen = {str(old): float(since) for old, since in known["seen"].items()}
+    if known["boot"] != boot:
+        seen = dict.fromkeys(seen, -7200.0)
+except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    seen = {}
+now, left = time.monotonic(), {}
 for old in [*(root / "envs").iterdir(), *(root / "incoming").iterdir()]:
-    if old.name not in (name, before) and time.time() - old.stat().st_mtime > 7200:
+    since = min(seen.get(old.name, now), now)
+    if old.name not in (name, before) and now - since >= 7200:
         shutil.rmtree(old, ignore_errors=True)
+    else:
+        left[old.name] = since
+writing = root / f".seen-{name}"
+writing.write_text(json.dumps({"boot": boot, "seen": left}))
+os.replace(writing, root / "seen.json")
 """
 
 

@@ -6,14 +6,16 @@ through the agent's verbs (``agent.main``).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sysconfig
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -23,6 +25,7 @@ from k2cli.agent.facts import NodeFacts
 from k2cli.agent.run_processes import RunProcess
 from k2cli.errors import ClusterError
 from k2cli.files import decode_json
+from k2cli.pauses import Deadline
 
 if TYPE_CHECKING:
     import asyncio
@@ -169,18 +172,50 @@ def run_process(
     arguments: Sequence[str], input: bytes | None, timeout_seconds: float, node: str
 ) -> Completed:
     """Run a process of this machine to its end; ``node`` is named in errors."""
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(
-            list(arguments),
-            input=input if input is not None else b"",
-            capture_output=True,
-            timeout=timeout_seconds,
-        )
+        with subprocess.Popen(list(arguments), stdin=pipe, stdout=pipe, stderr=pipe) as process:
+            try:
+                stdout, stderr = communicate(process, input, timeout_seconds)
+            except BaseException:
+                process.kill()
+                raise
     except subprocess.TimeoutExpired:
         raise ClusterError(f"node {node} did not answer within {timeout_seconds:.0f} s") from None
     except OSError as error:
         raise ClusterError(f"{arguments[0]} does not run on {node}: {error}") from error
-    return Completed(done.returncode, done.stdout, done.stderr)
+    return Completed(process.returncode, stdout, stderr)
+
+
+def communicate(
+    process: subprocess.Popen[bytes], input: bytes | None, timeout_seconds: float
+) -> tuple[bytes, bytes]:
+    """Send input to a process, and return its output once it has ended.
+
+    The time in which this process itself was stopped, by Ctrl-Z for example, does not count.
+
+    Raises:
+        subprocess.TimeoutExpired: if it takes longer. The process is not ended.
+    """
+    limit = Deadline(timeout_seconds)
+    # ``communicate`` can be called again after a time limit, but then it sends no more input.
+    stdin, process.stdin = process.stdin, None
+    assert stdin is not None
+    threading.Thread(target=_feed, args=(stdin, input or b""), daemon=True).start()
+    while True:
+        try:
+            return process.communicate(timeout=limit.next_wait())
+        except subprocess.TimeoutExpired:
+            if limit.has_passed:
+                raise
+
+
+def _feed(stdin: IO[bytes], data: bytes) -> None:
+    """Write all input of a process, or as much as it takes before it ends."""
+    with contextlib.suppress(OSError):
+        stdin.write(data)
+    with contextlib.suppress(OSError):
+        stdin.close()
 
 
 def decode_answer(node: str, verb: str, answer: bytes, kind: Any) -> Any:

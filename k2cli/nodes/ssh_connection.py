@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from k2cli.errors import ClusterError
-from k2cli.nodes.node import CALL_SECONDS, Completed
+from k2cli.nodes.node import CALL_SECONDS, Completed, communicate
 from k2cli.nodes.ssh_errors import ssh_error, timed_out
 
 _CONNECT_SECONDS = 10
@@ -228,7 +228,7 @@ def _finish(process: subprocess.Popen[bytes], input: bytes | None, seconds: floa
     """Wait for a command and return its stdout; ``end_running_commands`` can end it."""
     with process, _registered(process):
         try:
-            return process.communicate(input if input is not None else b"", timeout=seconds)[0]
+            return communicate(process, input, seconds)[0]
         except subprocess.TimeoutExpired:
             raise TimeoutError from None
         finally:

@@ -13,10 +13,11 @@ import hmac
 import os
 import socket
 import struct
-import time
 from typing import Any, Generic, TypeVar
 
 import msgspec
+
+from k2cli.pauses import Deadline, PauseAwareClock
 
 MAX_FRAME_BYTES = 256 * 2**20
 LENGTH = struct.Struct(">I")
@@ -115,11 +116,16 @@ class Channel(Generic[T]):
         self._socket.close()
 
 
-def _receive_exactly(connection: socket.socket, size: int, deadline: float) -> bytes:
+def _receive_exactly(connection: socket.socket, size: int, limit: Deadline) -> bytes:
     data = b""
     while len(data) < size:
-        connection.settimeout(max(deadline - time.monotonic(), 0.001))
-        chunk = connection.recv(size - len(data))
+        connection.settimeout(max(limit.next_wait(), 0.001))
+        try:
+            chunk = connection.recv(size - len(data))
+        except TimeoutError:
+            if limit.has_passed:
+                raise
+            continue
         if not chunk:
             raise ConnectionLost("the peer closed the connection while authenticating")
         data += chunk
@@ -127,9 +133,21 @@ def _receive_exactly(connection: socket.socket, size: int, deadline: float) -> b
 
 
 def authenticate(
-    connection: socket.socket, secret: str, *, accepting: bool, timeout_seconds: float = 5.0
+    connection: socket.socket,
+    secret: str,
+    *,
+    accepting: bool,
+    timeout_seconds: float = 5.0,
+    clock: PauseAwareClock | None = None,
 ) -> None:
     """Prove knowledge of the run's secret to the peer, and check the proof of the peer.
+
+    Args:
+        connection: to the peer.
+        secret: of the run, in hex.
+        accepting: True for the side that has accepted the connection.
+        timeout_seconds: for the whole exchange.
+        clock: that of the caller, if it has a time limit of its own.
 
     Raises:
         WrongSecret: if the peer does not know it.
@@ -139,11 +157,11 @@ def authenticate(
     my_role, their_role = (b"accept", b"connect") if accepting else (b"connect", b"accept")
     try:
         connection.settimeout(timeout_seconds)
-        deadline = time.monotonic() + timeout_seconds  # of all steps: bytes may come one by one
+        limit = Deadline(timeout_seconds, clock)  # of all steps: bytes may come one by one
         connection.sendall(ours)
-        theirs = _receive_exactly(connection, NONCE_BYTES, deadline)
+        theirs = _receive_exactly(connection, NONCE_BYTES, limit)
         connection.sendall(proof(secret, my_role, theirs, ours))
-        answer = _receive_exactly(connection, hashlib.sha256().digest_size, deadline)
+        answer = _receive_exactly(connection, hashlib.sha256().digest_size, limit)
         connection.settimeout(None)
     except OSError as error:
         raise ConnectionLost(f"authentication failed: {error}") from error

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from k2cli.errors import ClusterError
+from k2cli.pauses import Deadline, PauseAwareClock
 from k2cli.protocol import (
     ControlEndpoint,
     Decision,
@@ -24,6 +25,7 @@ from k2cli.protocol.wire import Channel, ConnectionLost, WrongSecret, authentica
 
 _MAX_STRANGERS = 64
 _POLL_SECONDS = 0.02
+_HELLO_SECONDS = 5.0
 
 
 class Followers:
@@ -58,23 +60,25 @@ class Followers:
         Raises:
             ClusterError: naming the ranks that did not come in time.
         """
-        deadline = time.monotonic() + timeout_seconds
+        limit = Deadline(timeout_seconds)
         with listener:
             while len(self._channels) < count:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
+                if limit.has_passed:
                     missing = sorted(set(range(1, count + 1)) - self._channels.keys())
                     raise ClusterError(
                         f"rank {', '.join(map(str, missing))} did not connect to the leader "
                         f"within {timeout_seconds:.0f} s"
                     )
-                listener.settimeout(min(remaining, _POLL_SECONDS))
+                listener.settimeout(_POLL_SECONDS)
                 try:
                     connection, _ = listener.accept()
                 except TimeoutError:
                     continue
                 # In a thread of its own, so that a stranger that says nothing delays nobody.
-                if not self._room.acquire(timeout=remaining):
+                while not (room := self._room.acquire(timeout=limit.next_wait())):
+                    if limit.has_passed:
+                        break
+                if not room:
                     connection.close()
                     continue
                 serve = (connection, secret, count)
@@ -94,7 +98,9 @@ class Followers:
         try:
             authenticate(connection, secret, accepting=True)
             channel: Channel[FollowerMessage] = Channel(connection, FollowerMessage)
-            hello = channel.receive(timeout_seconds=5.0)
+            limit, hello = Deadline(_HELLO_SECONDS), None
+            while hello is None and not limit.has_passed:
+                hello = channel.receive(limit.next_wait())
         except ConnectionLost:
             return None
         if not isinstance(hello, Hello) or not 1 <= hello.rank <= count:
@@ -142,16 +148,17 @@ def connect_to_leader(
         ClusterError: if the leader cannot be reached, or is not the leader of this run.
     """
     where = f"{endpoint.host}:{endpoint.port}"
-    until = time.monotonic() + timeout_seconds
+    clock = PauseAwareClock()
+    limit = Deadline(timeout_seconds, clock)
     try:
         while True:
             connection = socket.create_connection((endpoint.host, endpoint.port), timeout_seconds)
             try:
-                authenticate(connection, secret, accepting=False)
+                authenticate(connection, secret, accepting=False, clock=clock)
                 break
             except ConnectionLost as error:
                 connection.close()
-                if isinstance(error, WrongSecret) or time.monotonic() > until:
+                if isinstance(error, WrongSecret) or limit.has_passed:
                     raise
                 time.sleep(_POLL_SECONDS)  # the leader is busy with strangers
     except (OSError, ConnectionLost) as error:

@@ -13,34 +13,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import faulthandler
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 from k2cli.errors import ClusterError, K2Error
+from k2cli.pauses import Deadline
 from k2cli.protocol import (
     Assignment,
     Cancel,
     ControlEndpoint,
     ControlListening,
-    Deadlines,
     Decision,
     EngineReady,
     Fatal,
     Generate,
     GuardMessage,
-    Heartbeat,
     Holdings,
     LoadProgress,
-    RankMessage,
     RankReady,
     Shutdown,
     Start,
@@ -48,6 +44,7 @@ from k2cli.protocol import (
 )
 from k2cli.protocol.progress_page import Phase, ProgressPage
 from k2cli.protocol.wire import Channel, ConnectionLost
+from k2cli.rank.guard_link import GuardLink
 from k2cli.settings import RUN_OPTION
 
 _IDLE_SECONDS = 0.5
@@ -155,6 +152,7 @@ class Rank:
         self._report("initialising")
         wait_for_peers()
         group = join_group(self._assignment)
+        self._link.end_timer()
         set_memory_limits(self._assignment)
         started = time.monotonic()
         self._report("loading")
@@ -262,8 +260,8 @@ class Rank:
     # --- a follower ------------------------------------------------------------------------------
 
     def _wait_for_endpoint(self) -> ControlEndpoint:
-        deadline = time.monotonic() + self._start.deadlines.initialisation
-        while time.monotonic() < deadline:
+        limit = Deadline(self._start.deadlines.initialisation)
+        while not limit.has_passed:
             self._page.advance("initialising")
             with contextlib.suppress(queue.Empty):
                 message = self._link.inbox.get(timeout=_IDLE_SECONDS)
@@ -279,9 +277,9 @@ class Rank:
         In MLX's ring the last rank connects to the leader, and all other ranks wait for a
         connection. MLX repeats an attempt that comes too early only after a second.
         """
-        deadline = time.monotonic() + self._start.deadlines.initialisation
+        limit = Deadline(self._start.deadlines.initialisation)
         while channel.receive(_IDLE_SECONDS) is None:
-            if time.monotonic() > deadline:
+            if limit.has_passed:
                 raise ClusterError("the leader did not join the MLX group in time")
             self._page.advance("initialising")
         if self._assignment.rank == self._assignment.size - 1:
@@ -292,51 +290,6 @@ class Rank:
         while not isinstance(self._link.inbox.get(), Shutdown):
             pass
         _end(0)
-
-
-class GuardLink:
-    """The rank's end of the socket pair to its guard; sends from any thread, listens in its own."""
-
-    def __init__(self, descriptor: int) -> None:
-        connection = socket.socket(fileno=descriptor)
-        self._channel: Channel[GuardMessage] = Channel(connection, GuardMessage)
-        self._lock = threading.Lock()
-        self.inbox: queue.Queue[GuardMessage] = queue.Queue()
-
-    def send(self, message: RankMessage) -> None:
-        """Send a message to the guard; end this process if the guard is gone."""
-        self.send_all([message])
-
-    def send_all(self, messages: Sequence[RankMessage]) -> None:
-        """Send several messages to the guard in one write."""
-        try:
-            with self._lock:
-                self._channel.send(*messages)
-        except ConnectionLost:
-            os._exit(1)
-
-    def start_listening(self, deadlines: Deadlines) -> None:
-        """Start the thread that fills the inbox and ends the process when the guard is gone."""
-        threading.Thread(target=self._listen, args=(deadlines,), daemon=True).start()
-
-    def receive_start(self) -> Start:
-        """Receive the first message, which is always the assignment."""
-        message = self._channel.receive()
-        assert isinstance(message, Start)
-        return message
-
-    def _listen(self, deadlines: Deadlines) -> None:
-        limit = deadlines.initialisation + deadlines.liveness
-        try:
-            while True:
-                # A timer in C, which needs no GIL: it ends the process if joining the group holds
-                # the GIL for ever, on a system that has no parent-death signal.
-                faulthandler.dump_traceback_later(limit, exit=True)
-                message = self._channel.receive(timeout_seconds=1.0)
-                if message is not None and not isinstance(message, Heartbeat):
-                    self.inbox.put(message)
-        except ConnectionLost:
-            os._exit(1)
 
 
 _FatalKind = Literal["memory", "lost peer", "internal"]

@@ -10,12 +10,12 @@ answer, and the launch waits for it.
 from __future__ import annotations
 
 import queue
-import time
 from typing import cast
 
 import mlx.core as mx
 
 from k2cli.errors import ClusterError
+from k2cli.pauses import Deadline
 from k2cli.protocol import (
     Decode,
     JoinBatch,
@@ -66,11 +66,13 @@ def _collect(
     followers: Followers, size: int, step: int, timeout_seconds: float
 ) -> dict[int, StepDigest]:
     digests: dict[int, StepDigest] = {}
-    deadline = time.monotonic() + timeout_seconds
+    limit = Deadline(timeout_seconds)
     while len(digests) < size - 1:
         try:
-            message = followers.inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+            message = followers.inbox.get(timeout=limit.next_wait())
         except queue.Empty:
+            if not limit.has_passed:
+                continue
             missing = sorted(set(range(1, size)) - digests.keys())
             raise ClusterError(f"rank {missing} did not answer the self-test prompt") from None
         if isinstance(message, StepDigest) and message.step == step:

@@ -19,7 +19,6 @@ from typing import Literal
 import msgspec
 
 from k2cli.agent.activity import activity, is_alive
-from k2cli.agent.run_folder import remove_scratch
 from k2cli.choices import Transport
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
@@ -29,6 +28,7 @@ from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import REACH_SECONDS, is_this_machine
 from k2cli.nodes.ssh import is_node_name
 from k2cli.protocol import RunEvent
+from k2cli.scratch import remove_scratch
 from k2cli.settings import is_run_id, runs_directory
 
 SCHEMA_VERSION = 1

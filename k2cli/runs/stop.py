@@ -13,6 +13,7 @@ from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import REACH_SECONDS
+from k2cli.pauses import Deadline
 from k2cli.runs.record import RunRecord, RunState, read_record, remove_leftovers, save_record
 
 # A supervisor needs the ranks' grace, then SIGTERM, SIGKILL and a check of every node.
@@ -85,8 +86,8 @@ def _ask_supervisor(record: RunRecord) -> None:
     for number, seconds in ((signal.SIGTERM, _SUPERVISOR_SECONDS), (signal.SIGKILL, 5.0)):
         with suppress(ProcessLookupError):
             os.kill(record.pid, number)
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        limit = Deadline(seconds)
+        while not limit.has_passed:
             if not record.has_supervisor:
                 return
             time.sleep(_POLL_SECONDS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
@@ -18,10 +19,11 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from k2cli import event_loop
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.launch.guard_commands import GuardCommand, direct_commands
-from k2cli.launch.mpi import prepare_mpirun
+from k2cli.launch.mpi import Mpirun, prepare_mpirun
 from k2cli.launch.restart_policy import Attempts
 from k2cli.launch.specification import RunSpecification, read_specification, renew_bootstraps
 from k2cli.nodes.local import LocalNode
@@ -74,6 +76,7 @@ class Supervisor:
         self._stop_asked = asyncio.Event()
         self._bootstraps = specification.bootstraps
         self._attempts = Attempts(specification.restart)
+        self._mpirun: Mpirun | None = None
         self._number = 1
         self._attempt = self._new_attempt()
         self._processes = Processes(
@@ -208,19 +211,20 @@ class Supervisor:
         if not goes_on:
             self._processes.forget()
         await asyncio.gather(
+            asyncio.to_thread(self._prepare_mpirun),
             *(
                 asyncio.to_thread(self._write_bootstrap, rank, bootstrap)
                 for rank, bootstrap in enumerate(self._bootstraps)
                 if rank > 0 or not goes_on
-            )
+            ),
         )
         self._heartbeats.started(anew=not goes_on)
         if goes_on:
             self._processes.tell(NextAttempt(self._bootstraps[0]))
         for command in self._guards()[int(goes_on) :]:
             await self._start_process(command)
-        if self._specification.transport == "mpi" and self._specification.scratch is not None:
-            await self._start_mpirun(Path(self._specification.scratch))
+        if (mpirun := self._mpirun) is not None:
+            await self._processes.start(LocalNode(), mpirun.command, mpirun.environment)
         if self._stop_cause is not None:
             self._processes.tell(StopRun(self._stop_cause))
         if not self._tasks_started:
@@ -241,19 +245,21 @@ class Supervisor:
     async def _start_process(self, guard: GuardCommand) -> None:
         await self._processes.start(self._nodes[guard.node], guard)
 
-    async def _start_mpirun(self, scratch: Path) -> None:
+    def _prepare_mpirun(self) -> None:
+        """Prepare the attempt's mpirun, if its transport needs one, in folders of its own."""
         specification = self._specification
+        if specification.transport != "mpi":
+            return
+        if self._mpirun is not None:  # this machine may be none of the run's nodes
+            shutil.rmtree(self._mpirun.scratch, ignore_errors=True)
         nodes = [self._nodes[name] for name in specification.nodes]
         remote = not all(node.is_local for node in nodes)
-        command, environment = await asyncio.to_thread(
-            prepare_mpirun,
+        self._mpirun = prepare_mpirun(
             specification.run_id,
             nodes,
-            scratch,
             networks=specification.networks,
             prefixes=specification.mpi_prefixes if remote else None,
         )
-        await self._processes.start(LocalNode(), command, environment)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -377,7 +383,7 @@ def supervise(
     Returns:
         The final record.
     """
-    return asyncio.run(_supervise(folder, listener, on_interrupt))
+    return event_loop.run(_supervise(folder, listener, on_interrupt))
 
 
 def main() -> None:

@@ -27,7 +27,13 @@ def served(
 
 
 @pytest.mark.shared_state
-@pytest.mark.parametrize("fault", HARMLESS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=pytest.mark.soak if fault.long else (), id=fault.name)
+        for fault in HARMLESS
+    ],
+)
 def test_other_requests_do_not_notice(served: Served, fault: Fault) -> None:
     served.undisturbed_by(fault.do)
 

@@ -53,4 +53,4 @@ def test_mpirun_and_seat_outlive_their_guard_by_the_limit_only() -> None:
             job.kill()
             job.communicate()
     assert job.returncode == 1
-    assert "no guard listens at" in output
+    assert "no guard listens for the slot of rank 0" in output

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,16 @@ import psutil
 import pytest
 
 from k2cli.agent.activity import is_alive, start_of
-from k2cli.agent.locks import Claim, list_locks, lock_path, renew
+from k2cli.agent.locks import (
+    FRESH_SECONDS,
+    Claim,
+    keep_fresh,
+    list_locks,
+    lock_path,
+    release,
+    renew,
+    take,
+)
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.locks import renew_locks, take_locks
 from k2cli.runs.record import list_runs, read_record, save_record
@@ -105,3 +115,70 @@ def _write_old_claim(path: Path) -> None:
             }
         )
     )
+
+
+@pytest.fixture
+def far_lock() -> Path:
+    """The lock of a run whose supervisor is on another machine, just taken."""
+    take(Claim("far-1", "jane", "laptop", 1, 0.0), lambda run: 0, share=False)
+    return lock_path("far-1")
+
+
+def _state() -> str:
+    (lock,) = list_locks(lambda run: 0)
+    return lock.state
+
+
+def test_a_lock_of_another_machine_s_run_stays_fresh(
+    far_lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = time.time
+    monkeypatch.setattr(time, "time", lambda: true() + STEP_SECONDS)
+    assert _state() == "held"
+    keep_fresh("far-1")
+    assert _state() == "held"
+
+
+def test_a_lock_that_is_not_renewed_gets_old_even_if_the_clock_was_set_back(
+    far_lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: true() + FRESH_SECONDS + 1)
+    os.utime(far_lock, (time.time() + STEP_SECONDS,) * 2)
+    assert _state() == "stale"
+
+
+def test_a_lock_of_an_earlier_boot_is_stale(far_lock: Path) -> None:
+    far_lock.with_suffix(".renewed").write_text("another boot")
+    assert _state() == "stale"
+
+
+def test_a_lock_of_an_earlier_version_is_judged_by_the_wall_clock(far_lock: Path) -> None:
+    far_lock.with_suffix(".renewed").unlink()
+    assert _state() == "held"
+    os.utime(far_lock, (time.time() - FRESH_SECONDS - 1,) * 2)
+    assert _state() == "stale"
+
+
+def test_no_mark_outlives_its_lock(far_lock: Path) -> None:
+    far_lock.with_name("old-1.renewed").touch()
+    release("far-1")
+    take(Claim("far-2", "jane", "laptop", 1, 0.0), lambda run: 0, share=False)
+    assert {path.name for path in far_lock.parent.glob("*.*")} == {
+        ".mutex",
+        "far-2.json",
+        "far-2.renewed",
+    }
+
+
+def test_on_macos_the_start_is_the_one_that_the_kernel_keeps(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request.getfixturevalue("stepped")
+    shown = psutil.Process().create_time()
+    with monkeypatch.context() as patch:
+        patch.setattr("k2cli.agent.activity.sys.platform", "darwin")
+        start = start_of(OWN)
+        assert is_alive(OWN, shown, start)
+        assert not is_alive(OWN, shown, f"{start}1")
+    assert abs(float(start) - shown) > STEP_SECONDS / 2

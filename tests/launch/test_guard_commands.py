@@ -80,10 +80,11 @@ def test_mpirun_between_machines_starts_each_node_s_python_in_rank_order() -> No
 
 def test_mpirun_s_daemon_is_started_where_the_node_has_it() -> None:
     command = ["PATH=/opt/a/bin:$PATH", ";", "/opt/a/bin/orted", "-mca", "x", "/opt/abc"]
-    assert daemon_command(command, "/opt/a", "/usr") == (
+    prefixes = {"": "/opt/a", "k2b": "/usr"}
+    assert daemon_command(command, "k2b", prefixes, {}) == (
         "PATH=/usr/bin:$PATH ; /usr/bin/orted -mca x /opt/abc"
     )
-    assert daemon_command(command, "/opt/a", "") == " ".join(command)
+    assert daemon_command(command, "other", prefixes, {"": "x"}) == " ".join(command)
     assert split_host(["-x", "k2b", "orted", "-d"]) == ("k2b", ["orted", "-d"])
 
 

@@ -32,7 +32,8 @@ import httpx
 import psutil
 
 from k2cli.agent import run_processes
-from k2cli.settings import runs_directory, scratch_directories
+from k2cli.scratch import find_scratch
+from k2cli.settings import runs_directory
 from tests.soak.page import (
     begin,
     measured,
@@ -152,7 +153,7 @@ def _ask(url: str) -> str:
 def _left(launched: Launched) -> list[str]:
     """Return what is left of a run that has ended; to be called after ``k2 ps``."""
     left = [f"process {process.pid}" for process in run_processes.processes_of_run(launched.run_id)]
-    left += [str(path) for path in scratch_directories(launched.run_id) if path.exists()]
+    left += [str(path) for path in find_scratch(launched.run_id)]
     left += [path.name for path in launched.folder.glob("bootstrap*")]
     if (launched.folder / "launch.json").exists():
         left.append("launch.json")

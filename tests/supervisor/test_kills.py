@@ -14,7 +14,7 @@ import pytest
 from k2cli.agent import facts as node_facts
 from k2cli.choices import Transport
 from k2cli.protocol import Deadlines
-from k2cli.settings import scratch_directory
+from k2cli.scratch import find_scratch
 from tests.support.harness import supervised
 
 pytestmark = pytest.mark.ranks
@@ -55,7 +55,7 @@ def test_nothing_survives(transport: Transport, who: str, number: signal.Signals
         assert record.failure is not None
         assert record.failure.exit_status == -signal.SIGKILL
         assert record.failure.last_lines[0] == f"rank {who[-1]} of 2 says hello"
-    assert not scratch_directory(run.run_id).exists()
+    assert not find_scratch(run.run_id)
     assert not list(record.folder.glob("bootstrap*"))
     assert not (record.folder / "launch.json").exists()
 

@@ -13,13 +13,15 @@ from k2cli.launch.guard_commands import guard_arguments
 from k2cli.nodes.node import python_environment
 from k2cli.protocol import RunEvent
 from k2cli.runs.record import read_record
-from k2cli.settings import runs_directory, scratch_directory
+from k2cli.scratch import find_scratch, make_scratch
+from k2cli.settings import runs_directory
 from k2cli.supervisor.start import cleanup_on_error, launch_detached
 from tests.support.harness import SCRIPTED, prepare_scripted
 
 
 def test_ctrl_c_before_the_start_leaves_a_record_and_no_secret() -> None:
     specification = prepare_scripted("mpi")
+    make_scratch(specification.run_id)
     folder = runs_directory() / specification.run_id
     record = read_record(folder)
     assert record is not None
@@ -29,7 +31,7 @@ def test_ctrl_c_before_the_start_leaves_a_record_and_no_secret() -> None:
         raise KeyboardInterrupt
     assert said == [f"stopping {specification.run_id}"]
     assert [path.name for path in folder.iterdir()] == ["run.json"]
-    assert not scratch_directory(specification.run_id).exists()
+    assert not find_scratch(specification.run_id)
     left = read_record(folder)
     assert left is not None
     assert (left.state, left.cause) == ("stopped", "interrupted")

@@ -26,12 +26,15 @@ from typing import Any
 import httpx
 
 from k2cli.agent import run_processes
+from k2cli.runs.record import read_record
+from k2cli.settings import runs_directory
 
 CONTEXT = 1024
 CONCURRENCY = 4
 TOKENS = 24
 SECONDS = 120
 GONE_SECONDS = 30
+ALL_STOPPED_SECONDS = 15  # longer than every deadline of a run that serves
 # Without it, httpx reads all certificates for each request: 25 ms of a core that ranks need.
 NO_CERTIFICATES = False
 WITNESSES = [[300 + seed, *range(400, 400 + 7 * seed)] for seed in (1, 2, 3)]
@@ -266,18 +269,35 @@ def _pause(run: Served) -> None:
         os.kill(run.follower_pid, signal.SIGCONT)
 
 
+def _pause_all(run: Served) -> None:
+    """Stop the supervisor and all processes of the run; continue them one after another."""
+    record = read_record(runs_directory() / run.run_id)
+    assert record is not None
+    pids = [record.pid]
+    pids += [process.pid for process in run_processes.processes_of_run(run.run_id)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(ALL_STOPPED_SECONDS)
+    finally:
+        for pid in random.sample(pids, len(pids)):
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(1.0 / len(pids))
+
+
 @dataclass(frozen=True)
 class Fault:
     """One row of the table.
 
     ``cause`` is empty if the fault must not affect the witnesses. Otherwise the run must end, and
-    ``cause`` is a part of the message for clients and in ``k2 ps``.
+    ``cause`` is a part of the message for clients and in ``k2 ps``. A long one is for soak only.
     """
 
     name: str
     how: str
     do: Callable[[Served], None]
     cause: str = ""
+    long: bool = False
 
     @property
     def expected(self) -> str:
@@ -301,6 +321,7 @@ FAULTS = (
     Fault("cache evicts all the time", "20 conversations twice, room for 16", _evict),
     Fault("sampler raises", "an exception inside one request's sampler", _broken_sampler),
     Fault("follower stopped for 5 s", "SIGSTOP, SIGCONT", _pause),
+    Fault("everything stopped for 15 s", "SIGSTOP, SIGCONT in any order", _pause_all, long=True),
     Fault("follower stopped for ever", "SIGSTOP",
           lambda run: os.kill(run.follower_pid, signal.SIGSTOP), "it was stopped (SIGSTOP)"),
     Fault("follower killed", "SIGKILL",

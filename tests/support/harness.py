@@ -89,10 +89,8 @@ def _specification(
 ) -> RunSpecification:
     run_id = new_run_id("scripted")
     environment = {}
-    scratch = None
     if transport == "mpi":
         environment["MLX_MPI_LIBNAME"] = str(LocalNode().facts().libmpi)
-        scratch = str(run_folder.make_scratch(run_id))
     (port,) = ports.free_ports(1)
     bootstraps = [
         Bootstrap(
@@ -121,7 +119,7 @@ def _specification(
         )
         for rank in range(size)
     ]
-    return RunSpecification(bootstraps, worker, scratch, restart=restart)
+    return RunSpecification(bootstraps, worker, restart=restart)
 
 
 def prepare_scripted(
