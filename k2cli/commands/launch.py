@@ -257,7 +257,7 @@ def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
         case LoadProgress():
             view.progress(event.rank, event.phase, event.done_bytes, event.total_bytes)
         case RankReady():
-            view.rank_ready(event.rank, event.weights_bytes, event.load_seconds)
+            view.rank_ready(event.rank, event.weights_bytes, event.load_seconds, event.bytes_read)
         case RunReady():
             view.ready(record.run_id, record.model_name, event.url)
         case RankFailed():
