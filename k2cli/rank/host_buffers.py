@@ -1,10 +1,10 @@
 """Reuse of host memory while weights are loaded to an NVIDIA GPU.
 
-MLX reads each array into memory from ``malloc``, copies it to the GPU and frees it. glibc takes each
-large block from the kernel and gives it back, and the kernel zeroes every page anew: for a file in
-memory that takes four times as long as the reading itself (1.6 GB per second of processor time, 7
-without). So while a rank loads, glibc keeps freed memory and uses it again. It then holds as much
-as the largest array, which MLX needs in any case, and returns it at the end.
+MLX reads each array into memory from ``malloc``, copies it to the GPU and frees it. glibc takes
+each large block from the kernel and gives it back, and the kernel zeroes every page anew: for a
+file in memory that takes four times as long as the reading itself (1.6 GB per second of processor
+time, 7 without). So while a rank loads, glibc keeps freed memory and uses it again. It then holds
+as much as the largest array, which MLX needs in any case, and returns it at the end.
 """
 
 from __future__ import annotations
