@@ -4,6 +4,7 @@
     python -m benchmarks.full_width.measure rounds k2:pipeline:ring mlx:pipeline OPTIONS
     python -m benchmarks.full_width.measure loading OPTIONS
     python -m benchmarks.full_width.measure transfers OPTIONS
+    python -m benchmarks.full_width.measure caching OPTIONS --rounds 1
     python -m benchmarks.full_width.measure table FILE...
 
 OPTIONS are ``--model`` (for k2), ``--peer-model`` (for mlx-lm), ``--folder`` (logs, state, kernels)
@@ -221,6 +222,12 @@ def loading(options: argparse.Namespace, settings: Settings, results: Results) -
     )
 
 
+def caching(options: argparse.Namespace, settings: Settings, results: Results) -> None:
+    """Compare limits on the freed arrays that MLX keeps, on one GPU."""
+    words = [str(settings.model), str(settings.context_length), *map(str, options.prompts)]
+    _in_turn("caching", options, words, ("all",), results)
+
+
 def transfers(options: argparse.Namespace, settings: Settings, results: Results) -> None:
     """Compare sums and sends between two ranks, over the ring and over NCCL."""
     _in_turn("transfers", options, [str(settings.folder)], ("ring", "nccl"), results)
@@ -253,7 +260,7 @@ def _in_turn(
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="measure", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
-    for name in ("start", "rounds", "loading", "transfers"):
+    for name in ("start", "rounds", "loading", "transfers", "caching"):
         stage = stages.add_parser(name)
         if name in ("start", "rounds"):
             stage.add_argument("programs", nargs="+", help="such as k2:tensor:nccl, mlx:tensor")
@@ -294,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rounds": rounds,
         "loading": loading,
         "transfers": transfers,
+        "caching": caching,
     }
     stages[options.stage](options, settings, results)
     results.put("done", True)

@@ -107,10 +107,12 @@ def _rounds(group: Sequence[Mapping[str, Any]]) -> list[str]:
 def _lists(group: Sequence[Mapping[str, Any]]) -> list[str]:
     rows: list[str] = []
     for document in group:
-        for stage in ("loading", "transfers"):
+        for stage in ("loading", "transfers", "caching"):
             for way, values in document.get(stage, {}).items():
                 good = [value for value in values if "error" not in value]
                 for name in good[0] if good else ():
+                    if name in ("bytes", "seconds"):
+                        continue  # the rate says it
                     figures = sorted(value[name] for value in good)
                     middle = figures[len(figures) // 2]
                     scale = 1e9 if name.startswith("bytes") else 1
