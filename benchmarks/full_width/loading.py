@@ -40,7 +40,12 @@ def _by_mlx(model: Path) -> tuple[int, float]:
 
 def _by_k2(model: Path) -> tuple[int, float]:
     (part,) = assignments(
-        model, "single", 1, context_length=4096, concurrency=1, prefill_chunk_tokens=512
+        model,
+        "single",
+        1,
+        dtype="checkpoint",
+        context_length=4096,
+        prefill_chunk_tokens=512,
     )
     began = time.perf_counter()
     loaded = loader.load_part(part, None, lambda done, total: None)

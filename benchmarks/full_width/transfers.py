@@ -76,7 +76,9 @@ def _median_us(action: Callable[[], None]) -> float:
     return round(statistics.median(times) * 1e6, 1)
 
 
-def _environment(transport: str, rank: int, ports: tuple[int, int], folder: Path) -> dict[str, str]:
+def rank_environment(
+    transport: str, rank: int, ports: tuple[int, int], folder: Path
+) -> dict[str, str]:
     devices = gpus.count()
     found = {"MLX_RANK": str(rank), "MLX_PTX_CACHE_DIR": str(folder / "kernels-mlx")}
     if devices:
@@ -104,7 +106,7 @@ def main() -> None:
     ranks = [
         subprocess.Popen(
             [*(sys.executable, "-m", "benchmarks.full_width.transfers"), *sys.argv[1:3], str(rank)],
-            env=os.environ | _environment(transport, rank, (first, second), folder),
+            env=os.environ | rank_environment(transport, rank, (first, second), folder),
             stdout=subprocess.PIPE,
             text=True,
         )
