@@ -30,13 +30,21 @@ from k2cli.planning.search.candidates import (
     node_budgets,
     preference,
 )
-from k2cli.planning.search.stage_times import Timing, fastest_split, stage_seconds
+from k2cli.planning.search.stage_times import (
+    STABLE_SHARE,
+    Timing,
+    fastest_split,
+    stage_seconds,
+)
 from k2cli.planning.search.traced_model import Slices
 from k2cli.planning.speed.estimate import link_rates, speed_obstacle
 from k2cli.sharding.placement import Placement, RankPlacement
 
 MOST_ORDERS = 24
 """The most orders of nodes that are tried."""
+
+_CHUNK_SHARE = 0.1
+"""Gain for which a smaller prefill chunk is taken: more layers may fit the faster node with it."""
 
 _MOST_BYTES = 2**58
 """More than any machine has, and small enough for sums to stay within 64 bits: a config may
@@ -81,8 +89,17 @@ def pipeline(problem: PlanningProblem) -> Candidate:
     good = [entry for entry in found if entry[0] >= GOOD_CHUNK_TOKENS] or found[:1]
     if not problem.timed:
         good = good[:1]
-    # Of equally good chunks the largest wins, since it comes first.
-    return max((_staged(problem, whole, *entry) for entry in good), key=preference)
+    chosen, *others = (_staged(problem, whole, *entry) for entry in good)
+    for other in others:  # smaller chunks
+        if preference(other) > preference(chosen) and _gains(other, chosen):
+            chosen = other
+    return chosen
+
+
+def _gains(other: Candidate, chosen: Candidate) -> bool:
+    """True if a smaller chunk, which computes long prompts more slowly, gains clearly."""
+    seconds, before = other.exchange_seconds, chosen.exchange_seconds
+    return seconds is None or before is None or seconds < before * (1 - _CHUNK_SHARE)
 
 
 _Found = tuple[tuple[NodeMemory, ...], tuple[tuple[int, int], ...]]
@@ -137,7 +154,7 @@ def _best_order(
             [weights[node] for node in nodes],
             timing,
         )
-        if split is not None and split[0] < least * (1 - 1e-9):
+        if split is not None and split[0] < least * (1 - STABLE_SHARE):
             least, ranges = split
             best = (order, ranges)
     return best

@@ -97,8 +97,9 @@ def test_no_split_or_order_of_a_pipeline_has_a_faster_exchange(
         chosen = exchange_of(problem, found.nodes, ranges)
         assert chosen == pytest.approx(found.exchange_seconds)
         fastest = min(exchange_of(problem, *each) for each in possible)
-        # The steady split may be 1 % slower; the search takes all chunks of a prompt for alike.
-        assert chosen <= fastest * (1 + STABLE_SHARE) * 1.01
+        # The steady split and the first order may each be 1 % slower; the search takes all chunks
+        # of a prompt for alike.
+        assert chosen <= fastest * (1 + STABLE_SHARE) ** 2 * 1.01
 
 
 def splits(stages: int) -> list[list[tuple[int, int]]]:
