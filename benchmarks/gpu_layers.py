@@ -86,14 +86,14 @@ def loaded(folder: Path, dtype: str) -> tuple[nn.Module, dict[str, Any]]:
 class K2:
     """k2's engine in this process, one rank."""
 
-    def __init__(self, stage: Stage, chunk_tokens: int) -> None:
+    def __init__(self, stage: Stage, chunk_tokens: int, context_length: int = 8192) -> None:
         self._messages: list[tuple[float, Any]] = []
         self._engine = Engine(
             Executor(stage, None),
             Followers(lambda rank, cause: None),
             self._hear,
             size=1,
-            context_length=8192,
+            context_length=context_length,
             concurrency=8,
             prefill_chunk_tokens=chunk_tokens,
         )

@@ -31,6 +31,11 @@ def format_bytes(count: int) -> str:
     return f"{sign}{size} B"
 
 
+def format_rate(count: int, seconds: float) -> str:
+    """Render bytes per second: ``3.42 GB/s``; empty if nothing was counted or no time passed."""
+    return f"{count / seconds / GB:.2f} GB/s" if count > 0 and seconds > 0 else ""
+
+
 def format_gib(count: int) -> str:
     """Render in gibibytes, for limits that the system counts in them: ``464.0 GiB``."""
     return f"{count / GIB:.1f} GiB"

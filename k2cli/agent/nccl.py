@@ -21,6 +21,8 @@ def nccl() -> Nccl:
             where = "Metal" if mx.metal.is_available() else "the CPU"
             return Nccl(0, f"NCCL joins NVIDIA GPUs, and MLX computes with {where} here")
         gpus = mx.device_count(mx.gpu)
+        if gpus == 0:  # MLX is built for CUDA
+            return Nccl(0, "MLX finds no NVIDIA GPU here")
         if not mx.distributed.is_available("nccl"):
             return Nccl(gpus, "this build of MLX has no NCCL")
     except (ImportError, OSError, RuntimeError) as error:

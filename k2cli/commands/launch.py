@@ -46,6 +46,8 @@ def launch(
     context: options.Context = None,
     concurrency: options.Concurrency = None,
     head: options.Head = "auto",
+    prompt_tokens: options.PromptTokens = None,
+    answer_tokens: options.AnswerTokens = None,
     host: Annotated[str, typer.Option(help="Address that the API listens on.")] = "127.0.0.1",
     port: Annotated[
         int | None,
@@ -125,6 +127,8 @@ def launch(
         head=head,
         context_length=context,
         concurrency=concurrency,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
         host=host,
         port=port,
         api_key=api_key,
@@ -257,7 +261,7 @@ def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
         case LoadProgress():
             view.progress(event.rank, event.phase, event.done_bytes, event.total_bytes)
         case RankReady():
-            view.rank_ready(event.rank, event.weights_bytes, event.load_seconds)
+            view.rank_ready(event.rank, event.weights_bytes, event.load_seconds, event.bytes_read)
         case RunReady():
             view.ready(record.run_id, record.model_name, event.url)
         case RankFailed():

@@ -67,6 +67,17 @@ Context = Annotated[
         "32768; k2 launch takes the longest that fits.",
     ),
 ]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Prompt of the request by whose time placements are compared. Default: 2000.",
+    ),
+]
+AnswerTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Answer of that request. Default: 500."),
+]
 Concurrency = Annotated[
     int | None,
     typer.Option(

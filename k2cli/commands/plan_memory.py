@@ -55,6 +55,8 @@ def plan_memory(
         str | None,
         typer.Option(help="Measured time of one small message between ranks, such as 26us."),
     ] = None,
+    prompt_tokens: options.PromptTokens = None,
+    answer_tokens: options.AnswerTokens = None,
     shop: Annotated[
         bool, typer.Option("--shop", help="List machines that can run the model, cheapest first.")
     ] = False,
@@ -83,6 +85,7 @@ def plan_memory(
     from k2cli.planning.planner import Planner
     from k2cli.planning.request import PlanRequest
     from k2cli.planning.speed.calibrations import with_calibration
+    from k2cli.planning.speed.exchange import ANSWER_TOKENS, PROMPT_TOKENS
     from k2cli.units import parse_latency
 
     request = PlanRequest(
@@ -97,6 +100,8 @@ def plan_memory(
         if collective_latency is None
         else parse_latency(collective_latency),
         free_order=cluster is None,
+        prompt_tokens=prompt_tokens or PROMPT_TOKENS,
+        answer_tokens=answer_tokens or ANSWER_TOKENS,
     )
     if shop:
         _refuse_beside_shop(hardware, cluster, plot, svg, save)
@@ -114,7 +119,8 @@ def plan_memory(
         "--hardware": hardware, "--cluster": cluster, "--parallel": parallel,
         "--backend": transport, "--context": context, "--concurrency": concurrency,
         "--quantize": quantize, "--chunk": chunk, "--dtype": dtype, "--head": head,
-        "--collective-latency": collective_latency,
+        "--collective-latency": collective_latency, "--prompt-tokens": prompt_tokens,
+        "--answer-tokens": answer_tokens,
     }  # fmt: skip
     _write(planner, nodes, request, plan, save=save, svg=svg)
     _show(planner, nodes, request, plan, given, as_json=as_json, explain=explain, plot=plot)

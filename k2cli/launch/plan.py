@@ -31,6 +31,8 @@ def read_given_plan(request: LaunchRequest) -> Plan | None:
         "--context": request.context_length is not None,
         "--concurrency": request.concurrency is not None,
         "--head": request.head != "auto",
+        "--prompt-tokens": request.prompt_tokens is not None,
+        "--answer-tokens": request.answer_tokens is not None,
     }
     for option, given in contradicting.items():
         if given:
@@ -101,6 +103,7 @@ def make_launch_plan(
     from k2cli.planning.planner import Planner
     from k2cli.planning.request import PlanRequest
     from k2cli.planning.speed.calibrations import with_calibration
+    from k2cli.planning.speed.exchange import ANSWER_TOKENS, PROMPT_TOKENS
 
     link: WantedTransport = "auto" if transport == "local" else transport
     planner = Planner(str(folder))
@@ -111,6 +114,8 @@ def make_launch_plan(
         dtype=request.dtype,
         head=request.head,
         transport=link,
+        prompt_tokens=request.prompt_tokens or PROMPT_TOKENS,
+        answer_tokens=request.answer_tokens or ANSWER_TOKENS,
     )
     memory = with_calibration(planner.with_gpus(machines, wanted), link)
     if request.concurrency is None:

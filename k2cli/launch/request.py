@@ -29,6 +29,8 @@ class LaunchRequest:
     head: Head = "auto"
     context_length: int | None = None
     concurrency: int | None = None
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
     host: str = "127.0.0.1"
     port: int | None = None
     api_key: str | None = None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from k2cli.launch.request import LaunchRequest
     from k2cli.launch.routes import Routes
     from k2cli.nodes.node import Node
-    from k2cli.planning.plan import Plan
+    from k2cli.planning.plan import NodeBudget, Plan
     from k2cli.runs.record import RunRecord
 
 _NAME = "launch.json"
@@ -191,8 +191,26 @@ def _assignment(
         nccl_interface=nccl.interfaces[rank] if nccl is not None else None,
         ring_hosts=ring,
         wired_limit_bytes=plan.nodes[rank].limit_bytes,
-        cache_limit_bytes=plan.nodes[rank].overhead_bytes,
+        cache_limit_bytes=cache_limit_bytes(plan.nodes[rank]),
+        memory_limit_bytes=memory_limit_bytes(plan.nodes[rank]),
     )
+
+
+def cache_limit_bytes(budget: NodeBudget) -> int:
+    """Return the limit on freed arrays that MLX keeps: on a GPU a step's temporary arrays too.
+
+    On a CPU nothing would give them back before memory in use and kept exceeds the plan.
+    """
+    if budget.backend == "cpu":
+        return budget.overhead_bytes
+    return budget.activation_bytes + budget.overhead_bytes
+
+
+def memory_limit_bytes(budget: NodeBudget) -> int | None:
+    """Return the limit on MLX's memory, in use and kept: the plan without the program itself."""
+    if budget.backend == "cpu" or budget.breakdown is None:
+        return None
+    return budget.total_bytes - budget.breakdown.runtime_bytes
 
 
 def renew_bootstraps(

@@ -17,6 +17,7 @@ from k2cli.errors import UsageError
 from k2cli.files import decode_json, write_atomically
 from k2cli.gpu_name import GpuName
 from k2cli.planning.speed.estimate import SpeedEstimate
+from k2cli.planning.speed.exchange import ANSWER_TOKENS, PROMPT_TOKENS
 from k2cli.sharding.placement import Placement
 
 SCHEMA_VERSION = 1
@@ -41,12 +42,17 @@ class PlannedModel:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """The request that the plan has memory for. ``dtype`` is that of activations and KV cache."""
+    """The request that the plan has memory for. ``dtype`` is that of activations and KV cache.
+
+    Placements were compared by a prompt of ``prompt_tokens`` with an answer of ``answer_tokens``.
+    """
 
     context_length: int
     concurrency: int
     dtype: FloatType = "bfloat16"
     prefill_chunk_tokens: int = 512
+    prompt_tokens: int = PROMPT_TOKENS
+    answer_tokens: int = ANSWER_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

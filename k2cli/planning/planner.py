@@ -209,6 +209,8 @@ class Planner:
                 request.concurrency,
                 problem.traced.dtype,
                 chosen.chunk_tokens,
+                chosen.exchange.prompt_tokens,
+                chosen.exchange.answer_tokens,
             ),
             placement=chosen.placement,
             nodes=chosen.budgets,

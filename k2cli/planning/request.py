@@ -10,6 +10,7 @@ from k2cli.choices import FloatType, Head, Parallel, Strategy, WantedFloatType, 
 from k2cli.errors import UsageError
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.speed.exchange import ANSWER_TOKENS, PROMPT_TOKENS
 
 if TYPE_CHECKING:
     from k2cli.planning.model import ModelToPlan
@@ -29,7 +30,8 @@ class PlanRequest:
     computes on its CPU. ``head`` ``auto`` cuts the head too in tensor parallelism, if it can be
     cut. ``chunk_tokens`` is the prefill chunk. ``transport`` and ``collective_seconds`` concern the
     predicted speed; ``nccl`` also excludes a pipeline, since MLX's NCCL cannot send. With
-    ``free_order`` the first node need not lead.
+    ``free_order`` the first node need not lead. Placements are compared by the time of a prompt of
+    ``prompt_tokens`` with an answer of ``answer_tokens``.
     """
 
     strategy: Parallel = "auto"
@@ -41,6 +43,8 @@ class PlanRequest:
     transport: WantedTransport = "auto"
     collective_seconds: float | None = None
     free_order: bool = False
+    prompt_tokens: int = PROMPT_TOKENS
+    answer_tokens: int = ANSWER_TOKENS
 
     def check(self, nodes: Sequence[NodeMemory]) -> None:
         """Refuse nonsensical amounts, no nodes, and several nodes for a strategy of one.
@@ -65,6 +69,14 @@ class PlanRequest:
             raise UsageError(
                 f"--chunk must be between 1 and {MAX_CHUNK_TOKENS} tokens, not {self.chunk_tokens}"
             )
+        for option, tokens in (
+            ("--prompt-tokens", self.prompt_tokens),
+            ("--answer-tokens", self.answer_tokens),
+        ):
+            if not 1 <= tokens <= MAX_CONTEXT_LENGTH:
+                raise UsageError(
+                    f"{option} must be between 1 and {MAX_CONTEXT_LENGTH}, not {tokens}"
+                )
         if self.collective_seconds is not None and not 0 < self.collective_seconds <= 1:
             raise UsageError(
                 f"a collective takes over 0 and at most 1 s, not {self.collective_seconds:g} s",

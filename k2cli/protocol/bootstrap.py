@@ -46,8 +46,9 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the name of the float type that weights are cast to. ``expected_weights_bytes[r]`` and
     ``expected_cache_bytes[r]`` (if known) are the planned sizes of rank r's weights and caches;
     loading fails if a size differs. ``looks_ahead`` None leaves the choice to
-    ``rank.engine.lookahead``. ``nccl_coordinator`` (``host:port``) is where the leader hands out
-    NCCL's unique id; NCCL itself listens on ``nccl_interface`` alone.
+    ``rank.engine.lookahead``. ``cache_limit_bytes`` limits the freed arrays that MLX keeps,
+    ``memory_limit_bytes`` these and those in use together. ``nccl_coordinator`` (``host:port``) is
+    where the leader hands out NCCL's unique id; NCCL itself listens on ``nccl_interface`` alone.
     """
 
     run_id: str
@@ -68,6 +69,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ring_hosts: list[list[str]] | None = None
     wired_limit_bytes: int | None = None
     cache_limit_bytes: int | None = None
+    memory_limit_bytes: int | None = None
     jaccl_devices: list[list[str | list[str] | None]] | None = None
     jaccl_coordinator: str | None = None
     nccl_coordinator: str | None = None

@@ -54,7 +54,8 @@ class LoadProgress(Message, tag=True, frozen=True):
 class RankReady(Message, tag=True, frozen=True):
     """A rank has loaded and checked its part. Sizes are measured by the rank.
 
-    ``bytes_read`` counts what it read from the checkpoint's files, without their headers.
+    ``bytes_read`` counts what it read from the checkpoint's files, without their headers;
+    ``load_seconds`` is the time for that, and for what was computed from it.
     """
 
     rank: int

@@ -12,11 +12,18 @@ from k2cli.rank.listen_address import bind_only_to
 
 
 def set_memory_limits(assignment: Assignment) -> None:
-    """Apply the plan's limits on wired memory and on MLX's cache of freed arrays."""
+    """Apply the plan's limits on wired memory, on MLX's cache of freed arrays, and on both.
+
+    A GPU may keep a step's temporary arrays for the next one: taking gigabytes from the system for
+    every layer anew costs time. Before all memory in use and kept would exceed the plan, MLX gives
+    kept arrays back.
+    """
     if assignment.wired_limit_bytes is not None and mx.metal.is_available():
         mx.set_wired_limit(assignment.wired_limit_bytes)
     if assignment.cache_limit_bytes is not None:
         mx.set_cache_limit(assignment.cache_limit_bytes)
+    if assignment.memory_limit_bytes is not None:
+        mx.set_memory_limit(assignment.memory_limit_bytes)
 
 
 def join_group(assignment: Assignment) -> Any | None:

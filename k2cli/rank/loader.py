@@ -9,6 +9,7 @@ time, so the memory in use never exceeds what is loaded, plus one parameter and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mlx.utils import tree_flatten
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import DTYPE_BITS, Checkpoint, StoredTensor, read_checkpoint
 from k2cli.protocol import Assignment, HeldTensor
+from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.coverage import WholeModel, describe_whole
@@ -190,7 +192,8 @@ def _read(opened: _OpenPart, on_bytes: Callable[[int], None]) -> tuple[int, int]
     """Read the parameters one by one; return the bytes read, and those that parameters hold."""
     model = opened.stage.model
     done = read = taken = 0
-    with TensorReader() as reader:
+    buffers = reused_host_memory() if copies_from_host() else nullcontext()
+    with TensorReader() as reader, buffers:
         for name, *further_names in _places(model):
             origin = opened.origins.get(name)
             value = _parameter(model, name)

@@ -60,7 +60,8 @@ _LAUNCH_HINT = "k2 launch MODEL --detach"
 class RankRecord:
     """The state of one rank; bytes as measured by the rank, 0 until it has loaded.
 
-    ``gpu`` is the one that k2 gave it on a machine with NVIDIA GPUs.
+    ``gpu`` is the one that k2 gave it on a machine with NVIDIA GPUs. ``bytes_read`` is what it
+    read from the checkpoint in ``load_seconds``.
     """
 
     rank: int
@@ -71,6 +72,8 @@ class RankRecord:
     active_memory_bytes: int = 0
     peak_memory_bytes: int = 0
     load_seconds: float = 0.0
+    bytes_read: int = 0
+    load_bytes_per_second: float = 0.0
     gpu: GpuName | None = None
 
     @property

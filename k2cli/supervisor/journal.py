@@ -37,7 +37,7 @@ from k2cli.runs.record import (
     save_record,
 )
 from k2cli.supervisor.outcome import Outcome
-from k2cli.units import format_bytes, format_duration
+from k2cli.units import format_bytes, format_duration, format_rate
 
 _KEPT_LINES = 20
 _MAX_LINE_CHARACTERS = 4000
@@ -102,9 +102,15 @@ class Journal:
             active_memory_bytes=event.active_memory_bytes,
             peak_memory_bytes=event.peak_memory_bytes,
             load_seconds=event.load_seconds,
+            bytes_read=event.bytes_read,
+            load_bytes_per_second=event.bytes_read / max(event.load_seconds, 1e-9),
         )
         size, duration = format_bytes(event.weights_bytes), format_duration(event.load_seconds)
-        self.say(f"rank {event.rank} on {self._node_of(event.rank)} loaded {size} in {duration}")
+        rate = format_rate(event.bytes_read, event.load_seconds)
+        self.say(
+            f"rank {event.rank} on {self._node_of(event.rank)} loaded {size} in {duration}"
+            + (f", {rate}" if rate else "")
+        )
 
     def _node_of(self, rank: int) -> str:
         ranks = self.record.ranks

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from k2cli.ui.output import note, stderr_console, stderr_is_plain
-from k2cli.units import format_bytes, format_duration, one_line
+from k2cli.units import format_bytes, format_duration, format_rate, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -76,10 +76,13 @@ class LaunchView:
             figures=figures,
         )
 
-    def rank_ready(self, rank: int, weights_bytes: int, load_seconds: float) -> None:
-        """Report that a rank has loaded its weights."""
-        duration = format_duration(load_seconds)
-        note(f"{self._who(rank)}: loaded {format_bytes(weights_bytes)} in {duration}")
+    def rank_ready(
+        self, rank: int, weights_bytes: int, load_seconds: float, bytes_read: int = 0
+    ) -> None:
+        """Report that a rank has loaded its weights, and how fast it read them."""
+        duration, rate = format_duration(load_seconds), format_rate(bytes_read, load_seconds)
+        loaded = f"loaded {format_bytes(weights_bytes)} in {duration}"
+        note(f"{self._who(rank)}: {loaded}" + (f", {rate}" if rate else ""))
         if self._bars is not None and rank in self._tasks:
             self._bars.update(self._tasks[rank], completed=1, total=1, figures="loaded")
 

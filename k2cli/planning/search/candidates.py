@@ -20,13 +20,11 @@ from k2cli.planning.plan import NodeBudget
 from k2cli.planning.request import PlanRequest
 from k2cli.planning.search.traced_model import Slices, TracedModel
 from k2cli.planning.speed.estimate import SpeedEstimate, predict_speed
+from k2cli.planning.speed.exchange import Exchange
 from k2cli.sharding.placement import Placement
 
 GOOD_CHUNK_TOKENS = 512
 """A prefill chunk that keeps a GPU busy; a strategy without memory for it is second choice."""
-
-EXCHANGE_PROMPT_TOKENS, EXCHANGE_ANSWER_TOKENS = 2000, 500
-"""The exchange by which placements are compared: a prompt and an answer of everyday lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +52,13 @@ class PlanningProblem:
         return useful or PREFILL_CHUNKS[-1:]
 
     @property
+    def exchange(self) -> Exchange:
+        """The exchange by which placements are compared."""
+        request = self.request
+        wanted = Exchange(request.prompt_tokens, request.answer_tokens, request.concurrency)
+        return wanted.within(self.context_length)
+
+    @property
     def could_fit(self) -> bool:
         """True if the machines together have memory for one copy of the weights.
 
@@ -73,7 +78,7 @@ class Candidate:
     chunk_tokens: int
     budgets: tuple[NodeBudget, ...]
     speed: SpeedEstimate | None
-    concurrency: int
+    exchange: Exchange
 
     @property
     def headroom_bytes(self) -> int:
@@ -86,16 +91,8 @@ class Candidate:
 
     @property
     def exchange_seconds(self) -> float | None:
-        """Expected seconds of an everyday exchange with every sequence, all at the same time.
-
-        Prompts are computed one after the other; None if no speed is predicted.
-        """
-        if self.speed is None:
-            return None
-        prefill = self.speed.prefill_tokens_per_second.expected
-        together = self.speed.aggregate_decode_tokens_per_second.expected
-        one = EXCHANGE_PROMPT_TOKENS / prefill + EXCHANGE_ANSWER_TOKENS / together
-        return self.concurrency * one
+        """Expected seconds of the exchange with every sequence; None if no speed is predicted."""
+        return None if self.speed is None else self.speed.exchange_seconds
 
 
 def preference(of: Candidate) -> tuple[bool, int, float, int]:
@@ -209,5 +206,6 @@ def make_candidate(
             concurrency=request.concurrency,
             chunk_tokens=min(chunk, problem.context_length),
             collective_seconds=request.collective_seconds,
+            exchange=problem.exchange,
         )
-    return Candidate(placement, tuple(nodes), chunk, budgets, speed, request.concurrency)
+    return Candidate(placement, tuple(nodes), chunk, budgets, speed, problem.exchange)

@@ -2,9 +2,9 @@
 
 The memory and the time of every stage that a node could hold are computed as matrices:
 ``[first, past_last]`` is the stage with layers ``[first, past_last)``, and with the embedding, or
-norm and head, if it has the first or the last layer. ``best_split`` then finds the split whose
-slowest stage is fastest, by dynamic programming over layer ranges. The arithmetic is that of
-``memory/ledger.py`` and ``speed/placement_time.py``.
+norm and head, if it has the first or the last layer. ``stage_times`` then finds the split with the
+fastest exchange among those that fit. The arithmetic is that of ``memory/ledger.py`` and
+``speed/placement_time.py``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, permutations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from k2cli.errors import UsageError
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.memory.ledger import overhead_bytes
+from k2cli.planning.search.best_split import best_split
 from k2cli.planning.search.candidates import (
     GOOD_CHUNK_TOKENS,
     Candidate,
@@ -29,30 +30,29 @@ from k2cli.planning.search.candidates import (
     node_budgets,
     preference,
 )
+from k2cli.planning.search.stage_times import (
+    STABLE_SHARE,
+    Timing,
+    fastest_split,
+    stage_seconds,
+)
 from k2cli.planning.search.traced_model import Slices
-from k2cli.planning.speed.estimate import decode_layer_seconds
+from k2cli.planning.speed.estimate import link_rates, speed_obstacle
 from k2cli.sharding.placement import Placement, RankPlacement
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Costs = NDArray[np.float64]
-    """``[layers + 1, layers + 1]``: the cost of a stage that holds layers ``[row, column)``;
-    infinite if the node cannot hold it. Entries with ``row >= column`` are never read."""
 
 MOST_ORDERS = 24
 """The most orders of nodes that are tried."""
+
+_CHUNK_SHARE = 0.1
+"""Gain for which a smaller prefill chunk is taken: more layers may fit the faster node with it."""
 
 _MOST_BYTES = 2**58
 """More than any machine has, and small enough for sums to stay within 64 bits: a config may
 describe a larger model. Budgets use Python's integers, so such a model still does not fit."""
 
-_ROUNDING = 1e-12
-
 
 def pipeline(problem: PlanningProblem) -> Candidate:
-    """Find the split, order of nodes and chunk that fit and whose slowest stage is fastest.
+    """Find the split, order of nodes and chunk that fit and with which an exchange is fastest.
 
     Raises:
         UsageError: if the model cannot be cut into so many stages.
@@ -76,14 +76,11 @@ def pipeline(problem: PlanningProblem) -> Candidate:
         for chunk in problem.chunks
     }
     orders = node_orders(problem.nodes) if request.free_order else [problem.nodes]
-    seconds = {
-        node: stage_seconds(whole, node, problem.context_length) if problem.timed else 0.0
-        for node in problem.nodes
-    }
+    best_order = _best_order if problem.timed else _any_order
     found = [
         (chunk, *best)
         for chunk in problem.chunks
-        if (best := _best_order(problem, whole, held[chunk], seconds, orders, chunk)) is not None
+        if (best := best_order(problem, whole, held[chunk], orders, chunk)) is not None
     ]
     if not found:
         return _staged(
@@ -92,8 +89,17 @@ def pipeline(problem: PlanningProblem) -> Candidate:
     good = [entry for entry in found if entry[0] >= GOOD_CHUNK_TOKENS] or found[:1]
     if not problem.timed:
         good = good[:1]
-    # Of equally good chunks the largest wins, since it comes first.
-    return max((_staged(problem, whole, *entry) for entry in good), key=preference)
+    chosen, *others = (_staged(problem, whole, *entry) for entry in good)
+    for other in others:  # smaller chunks
+        if preference(other) > preference(chosen) and _gains(other, chosen):
+            chosen = other
+    return chosen
+
+
+def _gains(other: Candidate, chosen: Candidate) -> bool:
+    """True if a smaller chunk, which computes long prompts more slowly, gains clearly."""
+    seconds, before = other.exchange_seconds, chosen.exchange_seconds
+    return seconds is None or before is None or seconds < before * (1 - _CHUNK_SHARE)
 
 
 _Found = tuple[tuple[NodeMemory, ...], tuple[tuple[int, int], ...]]
@@ -122,24 +128,64 @@ def _best_order(
     problem: PlanningProblem,
     whole: Slices,
     held: StageBytes,
-    seconds: dict[NodeMemory, Any],
     orders: Sequence[tuple[NodeMemory, ...]],
     chunk: int,
 ) -> _Found | None:
     """Find the fastest split that fits over all orders of nodes, for one prefill chunk."""
+    exchange, stages = problem.exchange, len(problem.nodes)
+    tokens = min(chunk, problem.context_length)
+    totals = {node: _totals(problem, whole, held, node, chunk) for node in problem.nodes}
+    allowed = {node: totals[node] <= node.limit_bytes for node in problem.nodes}
+    # Of equally fast splits prefer the one with the most even headroom: a small share of time.
+    weights = {
+        node: 1 + 1e-6 * (totals[node] / max(node.limit_bytes, 1)) ** 2 for node in problem.nodes
+    }
+    seconds = {node: stage_seconds(whole, node, exchange, tokens, stages) for node in problem.nodes}
+    hop, latency = _hops(problem, whole)
+    chunks = len(exchange.chunks(tokens, stages))
+    timing = Timing(exchange, chunks, stages, hop, latency)
+    best: _Found | None = None
+    least = math.inf
+    for order in orders:
+        nodes = tuple(reversed(order))
+        split = fastest_split(
+            [seconds[node] for node in nodes],
+            [allowed[node] for node in nodes],
+            [weights[node] for node in nodes],
+            timing,
+        )
+        if split is not None and split[0] < least * (1 - STABLE_SHARE):
+            least, ranges = split
+            best = (order, ranges)
+    return best
+
+
+def _hops(problem: PlanningProblem, whole: Slices) -> tuple[float, float]:
+    """Return the seconds of a message with the states of a group, and of an empty one."""
+    if whole.work is None or speed_obstacle(problem.nodes) is not None:
+        return 0.0, 0.0
+    request = problem.request
+    link = link_rates(problem.nodes, request.transport, "pipeline", request.collective_seconds)
+    rows = problem.exchange.rows(len(problem.nodes))
+    sending = rows * whole.work.hidden_bytes / link.bytes_per_second
+    return link.collective_seconds + sending, link.collective_seconds
+
+
+def _any_order(
+    problem: PlanningProblem,
+    whole: Slices,
+    held: StageBytes,
+    orders: Sequence[tuple[NodeMemory, ...]],
+    chunk: int,
+) -> _Found | None:
+    """Find any split that fits, for a problem without speeds."""
     import numpy as np
 
     totals = {node: _totals(problem, whole, held, node, chunk) for node in problem.nodes}
     costs = {
-        node: np.where(totals[node] <= node.limit_bytes, seconds[node], np.inf)
-        for node in problem.nodes
+        node: np.where(totals[node] <= node.limit_bytes, 0.0, np.inf) for node in problem.nodes
     }
-    # Of equally fast splits prefer the one with the most even headroom: a small share of time.
-    prefer = {
-        node: seconds[node] * (1 + 1e-6 * (totals[node] / max(node.limit_bytes, 1)) ** 2)
-        for node in problem.nodes
-    }
-    return _over_orders(orders, costs, prefer)
+    return _over_orders(orders, costs, costs)
 
 
 def _least_over(
@@ -264,82 +310,3 @@ def stage_totals(
     activation[:, -1] = min(last_activation_bytes, _MOST_BYTES)
     overhead = overhead_bytes(held.cache, activation, held.layers, communication)
     return held.weights + held.cache + activation + overhead
-
-
-def stage_seconds(whole: Slices, node: NodeMemory, context_length: int) -> Any:
-    """Compute the seconds that one token spends in every stage on a node.
-
-    Nodes of unknown speed are taken to be equally fast: then the unit is bytes read, or layers if
-    not even these are known.
-    """
-    import numpy as np
-
-    count = whole.profile.layer_count
-    layers, head = [1.0] * count, 0.0
-    if whole.work is not None:
-        known = decode_layer_seconds(whole.work, node, context_length)
-        if known is not None:
-            layers, head = known
-        else:
-            work = whole.work
-            layers = [each.weights_read(1) + each.cache_read(context_length)
-                      for each in work.layers]  # fmt: skip
-            head = work.head.weights_read(1)
-    before = np.array(list(accumulate(layers, initial=0.0)))
-    seconds = before[None, :] - before[:, None]
-    seconds[:, -1] += head
-    return seconds
-
-
-# --- the split ----------------------------------------------------------------------------------
-
-
-def best_split(
-    costs: Sequence[Costs], preferences: Sequence[Costs]
-) -> tuple[float, tuple[tuple[int, int], ...]] | None:
-    """Cut layers into stages so that the costliest stage costs as little as possible.
-
-    Args:
-        costs: one matrix per stage, first stage first.
-        preferences: one matrix per stage; of the splits whose costliest stage is equally cheap,
-            the one with the least sum of preferences is taken. Finite wherever the cost is.
-
-    Returns:
-        The cost of the costliest stage, and half-open layer ranges, first stage first; None if
-        there is no split with a finite cost and at least one layer per stage.
-    """
-    import numpy as np
-
-    size = costs[0].shape[0]
-    forward = np.arange(size)[:, None] < np.arange(size)[None, :]
-    usable = [np.where(forward, matrix, np.inf) for matrix in costs]
-    least = _start(size, -np.inf)
-    for matrix in usable:
-        least = np.maximum(least[:, None], matrix).min(axis=0)
-    costliest = float(least[-1])
-    if not np.isfinite(costliest):
-        return None
-    # A negative cost is headroom.
-    allowed = costliest + abs(costliest) * _ROUNDING
-    least = _start(size, 0.0)
-    begins: list[Any] = []
-    for matrix, preferred in zip(usable, preferences, strict=True):
-        sums = least[:, None] + np.where(matrix <= allowed, preferred, np.inf)
-        begins.append(sums.argmin(axis=0))
-        least = sums.min(axis=0)
-    ranges: list[tuple[int, int]] = []
-    past_last = size - 1
-    for begin in reversed(begins):
-        first = int(begin[past_last])
-        ranges.append((first, past_last))
-        past_last = first
-    return costliest, tuple(reversed(ranges))
-
-
-def _start(size: int, cost: float) -> Any:
-    """Return the costs before any layer is placed: a stage can only begin at position 0."""
-    import numpy as np
-
-    start = np.full(size, np.inf)
-    start[0] = cost
-    return start

@@ -6,12 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from k2cli.choices import Strategy
 from k2cli.planning.plan import Alternative
-from k2cli.planning.search.candidates import (
-    EXCHANGE_ANSWER_TOKENS,
-    EXCHANGE_PROMPT_TOKENS,
-    GOOD_CHUNK_TOKENS,
-    Candidate,
-)
+from k2cli.planning.search.candidates import GOOD_CHUNK_TOKENS, Candidate
 from k2cli.units import format_bytes
 
 
@@ -89,10 +84,12 @@ def _why(chosen: Candidate, rivals: Sequence[Candidate]) -> str:
         )
     if chosen.exchange_seconds is None or rival.exchange_seconds is None:
         return "a pipeline exchanges least between nodes"
-    requests = "a request" if chosen.concurrency == 1 else f"{chosen.concurrency} requests"
+    exchange = chosen.exchange
+    many = exchange.concurrency
+    requests = "a request" if many == 1 else f"{many} requests"
     return (
-        f"sooner done with {requests} of {EXCHANGE_PROMPT_TOKENS:,} tokens with an answer of "
-        f"{EXCHANGE_ANSWER_TOKENS}: {chosen.exchange_seconds:.0f} s, "
+        f"sooner done with {requests} of {exchange.prompt_tokens:,} tokens with an answer of "
+        f"{exchange.answer_tokens}: {chosen.exchange_seconds:.0f} s, "
         f"{name} {rival.exchange_seconds:.0f} s (predicted)"
     )
 

@@ -13,11 +13,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from k2cli.choices import WantedTransport
+from k2cli.choices import Strategy, WantedTransport
 from k2cli.planning.hardware.cards import card_of_chip
 from k2cli.planning.hardware.chips import chips
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.speed.constants import LinkRates, SpeedConstants, fitted_constants
+from k2cli.planning.speed.exchange import (
+    Exchange,
+    StageTime,
+    exchange_seconds,
+    stage_times,
+)
 from k2cli.planning.speed.placement_time import PlacementTime, StageWork, decode_time
 from k2cli.planning.speed.work import ModelWork
 from k2cli.sharding.placement import Placement
@@ -52,8 +58,10 @@ class SpeedEstimate:
 
     ``decode_tokens_per_second`` is that of one request alone; the aggregate is of all
     ``concurrency`` requests together. Prefill and time to first token are of one request alone,
-    with nothing of its prompt cached; as in ``k2 bench``, prefill is the prompt over the time to
-    the first token of its answer. ``source`` names the constants.
+    with nothing of its prompt cached. ``exchange_seconds`` is expected for the exchange by which
+    placements are compared, ``stages`` has the times of each rank in it. As in ``k2 bench``,
+    prefill is the prompt over the time to the first token of its answer. ``source`` names the
+    constants.
     """
 
     decode_tokens_per_second: Band
@@ -62,6 +70,8 @@ class SpeedEstimate:
     aggregate_decode_tokens_per_second: Band
     terms: tuple[SpeedTerm, ...]
     source: str = ""
+    exchange_seconds: float | None = None
+    stages: tuple[StageTime, ...] = ()
 
 
 def speed_obstacle(
@@ -99,6 +109,7 @@ def predict_speed(
     chunk_tokens: int = 512,
     collective_seconds: float | None = None,
     constants: SpeedConstants | None = None,
+    exchange: Exchange | None = None,
 ) -> SpeedEstimate | None:
     """Predict the speed of a placement; None if ``speed_obstacle`` gives a reason.
 
@@ -114,6 +125,7 @@ def predict_speed(
         collective_seconds: seconds of one small collective between the ranks; the transport's
             default if None, and then the band covers what has been published for it.
         constants: fitted ones of the package if None, or calibrated ones.
+        exchange: the prompt and answer whose time is wanted too.
 
     Raises:
         ValueError: if the slices of ``work`` are not those of the placement.
@@ -135,6 +147,8 @@ def predict_speed(
         ),
         terms=_terms(run, nodes, context_length, _source(constants, nodes)),
         source=_source(constants, nodes),
+        exchange_seconds=exchange_seconds(run, exchange, chunk_tokens) if exchange else None,
+        stages=stage_times(run, exchange, chunk_tokens) if exchange else (),
     )
 
 
@@ -154,7 +168,7 @@ def _placement_time(
     known = tuple(each for each in rates if each is not None)
     if len(known) != len(rates):
         return None
-    link = _link(constants, nodes, transport, placement, collective_seconds)
+    link = link_rates(nodes, transport, placement.strategy, collective_seconds, constants)
     return PlacementTime(work, placement, tuple(node.place for node in nodes), known, link)
 
 
@@ -218,19 +232,21 @@ def decode_layer_seconds(
     return layers, decode_time(StageWork((), work.head), rates, context_length).seconds
 
 
-def _link(
-    constants: SpeedConstants,
+def link_rates(
     nodes: Sequence[NodeMemory],
     transport: WantedTransport,
-    placement: Placement,
-    collective_seconds: float | None,
+    strategy: Strategy,
+    collective_seconds: float | None = None,
+    constants: SpeedConstants | None = None,
 ) -> LinkRates:
+    """Return the rates of the connection of ranks on these machines, one rank per entry."""
+    constants = constants or fitted_constants()
     one_machine = len({node.name for node in nodes}) == 1
-    if placement.size == 1:
+    if len(nodes) == 1:
         link = constants.links["local"]
     elif all(node.device == "cuda" for node in nodes):
         # Over the ring and MPI every array goes from the GPU to the CPU and back.
-        sums = transport == "nccl" or (transport == "auto" and placement.strategy == "tensor")
+        sums = transport == "nccl" or (transport == "auto" and strategy == "tensor")
         link = constants.links[_nccl_link(nodes) if sums else "ring-cuda"]
     elif one_machine:
         link = constants.links["local"]

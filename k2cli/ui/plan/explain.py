@@ -51,6 +51,7 @@ def explanation_lines(plan: Plan) -> list[str]:
     if plan.speed is not None:
         lines += ["", "speed, and what it is made of"]
         lines += _speed_lines(plan.speed.terms, plan.speed.source)
+        lines += _stage_lines(plan)
     if len(plan.alternatives) > 1:
         lines += ["", "placements compared", *_alternative_lines(plan.alternatives)]
     return lines
@@ -96,6 +97,30 @@ def _speed_lines(terms: Sequence[SpeedTerm], constants: str) -> list[str]:
     return lines + textwrap.wrap(
         constants, _WIDTH, initial_indent="  [1] ", subsequent_indent=" " * 6
     )
+
+
+def _stage_lines(plan: Plan) -> list[str]:
+    """Show how long each rank computes in the request by which placements are compared."""
+    assert plan.speed is not None
+    if len(plan.speed.stages) < 2:
+        return []
+    request = plan.request
+    lines = [
+        "",
+        f"time of each rank for a prompt of {request.prompt_tokens:,} tokens, and for a step of "
+        "its answer",
+    ]
+    for stage, part in zip(plan.speed.stages, plan.placement.ranks, strict=True):
+        first, past_last = part.layers
+        lines.append(
+            f"  rank {stage.rank} on {part.node:<16}{past_last - first:>4} layers"
+            f"{_quantity(stage.prefill_seconds, 's'):>12}{_quantity(stage.decode_seconds, 's'):>12}"
+        )
+    if plan.speed.exchange_seconds is not None:
+        seconds = format_duration(plan.speed.exchange_seconds)
+        many = "" if request.concurrency == 1 else f" for {request.concurrency} requests together"
+        lines.append(f"  with its answer of {request.answer_tokens} tokens{many}: {seconds}")
+    return lines
 
 
 def _quantity(value: float, unit: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2cli.planning.search.pipeline import best_split
+from k2cli.planning.search.best_split import best_split
 
 Ranges = tuple[tuple[int, int], ...]
 

@@ -1,0 +1,74 @@
+"""Judgements of the measurements of full-width layers: agreement, figures, table."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from benchmarks.full_width.agreement import compare, disagreements, verdict
+from benchmarks.full_width.measure import figures
+from benchmarks.full_width.table import table
+
+
+def test_tokens_must_agree_where_the_best_two_logits_differ_clearly() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(20, 50))
+    first[:10, 3], first[:10, 4] = 10.0, 9.9995  # no clear choice
+    first[10:, 3], first[10:, 4] = 10.0, 8.0
+    second = first + rng.uniform(-0.01, 0.01, first.shape)
+    second[0, 4] = 10.005
+    result = compare(first, second)
+    assert result["largest_relative_error"] < 0.0011
+    assert (result["steps"], result["clear_steps"]) == (20, 10)
+    assert result["same_tokens_in_clear_steps"] == 10
+    assert result["same_tokens"] < 20
+    assert verdict(result, 0.002) == []
+    assert len(verdict(result, 0.0001)) == 1
+    second[15, 4] = 10.5
+    assert compare(first, second)["largest_relative_error"] > 0.2
+    second[15] = np.nan
+    assert "logits are not finite" in verdict(compare(first, second), 0.002)
+
+
+def _digest(**changes: Any) -> dict[str, Any]:
+    one = {"state": "s", "arrived": "", "computed": "c", "logits": "l", "in_step": True}
+    return {**one, **changes}
+
+
+def test_disagreeing_ranks_are_named() -> None:
+    tensor = [[_digest(), _digest()], [_digest(), _digest()]]
+    assert disagreements(tensor) == []
+    other = copy.deepcopy(tensor)
+    other[1][1]["logits"] = "m"
+    assert disagreements(other) == ["step 1: rank 1 has other logits"]
+    pipeline = [[_digest(arrived="h")], [_digest(computed="h", logits="")]]
+    assert disagreements(pipeline) == []
+    assert disagreements([[_digest(arrived="h")], [_digest(computed="i", logits="")]])
+    assert disagreements([[_digest(state="t")], [_digest()]]) == [
+        "step 0: rank 1 holds another state"
+    ]
+
+
+def test_figures_and_their_table() -> None:
+    samples = {"decode 1": {"a": [10.0, 12.0, 11.0], "b": [10.0, 10.0, 11.0]}}
+    found = figures(samples, ["a", "b"])
+    assert found["decode 1"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.2}
+    machine = {"gpus": "2 of them", "cores": "4", "date": "today"}
+    start = {
+        "ready_seconds": 20.0, "load_seconds": [3.0, 4.0], "load_bytes_per_second": [2e9, 3e9],
+        "plan_bytes": [53.4e9, 53.4e9], "memory_before_bytes": [1e9, 1e9],
+        "most_memory_bytes": {"gpu 0": 53.5e9, "gpu 1": 52.5e9},
+    }  # fmt: skip
+    text = table(
+        [
+            {"machine": machine, "rounds": 3, "figures": found},
+            {"machine": machine, "context_bytes": 5e8, "k2:tensor:nccl warm": start},
+        ]
+    )
+    assert text.count("2 of them") == 1
+    assert "a: 11.0 (10.0 to 12.0)" in text
+    assert "| k2:tensor:nccl warm | 20.0 | 3.0 / 4.0 | 2.00 / 3.00 | 53.4 / 53.4 |" in text
+    assert "52.0 / 51.0" in text  # less what was there before and the context
+    assert "1.027 / 1.047" in text

@@ -1,0 +1,42 @@
+"""Limits on memory that a rank gets from its plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from k2cli.launch.specification import cache_limit_bytes, memory_limit_bytes
+from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.planning.memory.ledger import RUNTIME_BYTES, node_budget
+from k2cli.planning.plan import NodeBudget
+from k2cli.units import GB
+
+
+def _budget(device: str) -> NodeBudget:
+    node = NodeMemory("n", 100 * GB, 90 * GB, "exact", device)  # type: ignore[arg-type]
+    return node_budget(
+        node,
+        sharers=1,
+        layer_weights_bytes=40 * GB,
+        edge_weights_bytes=2 * GB,
+        kv_cache_bytes=3 * GB,
+        prefill_activation_bytes=5 * GB,
+        decode_activation_bytes=GB,
+        communication=GB // 10,
+        layers=10,
+    )
+
+
+def test_a_gpu_keeps_temporary_arrays_within_the_plan() -> None:
+    for device in ("cuda", "metal"):
+        budget = _budget(device)
+        assert cache_limit_bytes(budget) == 5 * GB + budget.overhead_bytes
+        assert memory_limit_bytes(budget) == budget.total_bytes - RUNTIME_BYTES
+        # Memory in use, and a step's temporary arrays kept beside it, are within the limit.
+        in_use = budget.weights_bytes + budget.kv_cache_bytes + budget.activation_bytes
+        assert in_use < (memory_limit_bytes(budget) or 0) < budget.total_bytes
+
+
+def test_a_cpu_and_an_old_plan_keep_the_overhead_alone() -> None:
+    budget = _budget("cpu")
+    assert (cache_limit_bytes(budget), memory_limit_bytes(budget)) == (budget.overhead_bytes, None)
+    assert memory_limit_bytes(replace(_budget("cuda"), breakdown=None)) is None
