@@ -1,4 +1,4 @@
-"""Atomic writing of files, and bounded reading of files and JSON that may be hostile."""
+"""Atomic writing of files, private folders, and bounded reading of files that may be hostile."""
 
 from __future__ import annotations
 
@@ -55,6 +55,23 @@ def read_regular(path: Path, limit_bytes: int, *, follow_links: bool = False) ->
     if len(data) > limit_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {limit_bytes} bytes", str(path))
     return data
+
+
+def private_folder(folder: Path) -> Path:
+    """Return the absolute path of a folder that only this user can access; make it if need be.
+
+    Raises:
+        OSError: if it cannot be made or written, or others made it or can access it.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(exist_ok=True, mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise OSError(f"{folder} must be a folder that only this user can access")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"{folder} cannot be written")
+    return folder
 
 
 def write_atomically(path: Path, data: bytes | str, mode: int | None = None) -> None:

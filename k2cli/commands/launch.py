@@ -258,6 +258,8 @@ def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
     )
 
     match event:
+        case LoadProgress(phase="warming up"):
+            view.warming_up(event.rank, event.shape, event.number, event.count)
         case LoadProgress():
             view.progress(event.rank, event.phase, event.done_bytes, event.total_bytes)
         case RankReady():

@@ -10,7 +10,7 @@ import contextlib
 import os
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,21 @@ from k2cli.agent import locks
 from k2cli.errors import ClusterError, K2Error
 from k2cli.guard.mpi_slot import MpiSlot
 from k2cli.guard.rank_process import RankProcess, describe
-from k2cli.guard.watchdog import INTERVAL_SECONDS, StallWatch
+from k2cli.guard.watchdog import INTERVAL_SECONDS, NO_WORK, StallWatch
+from k2cli.guard.work import WorkProbe
 from k2cli.pauses import PauseAwareClock
 from k2cli.protocol import (
     Bootstrap,
     Fatal,
     GuardStarted,
     Heartbeat,
+    LoadProgress,
     LogLine,
     RankFailed,
     RankMessage,
     RankStatus,
 )
+from k2cli.protocol.progress_page import Phase
 from k2cli.protocol.wire import ConnectionLost
 from k2cli.scratch import remove_scratch
 
@@ -37,6 +40,10 @@ from k2cli.scratch import remove_scratch
 # guard can report the cause first.
 WEAK_CAUSE_SECONDS = 1.0
 _RENEW_SECONDS = 15.0
+_WORKING: tuple[Phase, ...] = (
+    *("loading", "checking", "warming up", "busy"),
+    "computing a new shape",
+)
 _RELEASE_SECONDS = 5.0
 
 
@@ -63,6 +70,12 @@ class Guard(ABC):
         self.rank: RankProcess | None = None
         self._mpi_slot: MpiSlot | None = None
         self._worker = worker
+        # When this rank, and any other, was last seen at work, by this clock.
+        self._clock = PauseAwareClock()
+        self._worked_at: float | None = None
+        self._others_worked_at: float | None = None
+        self._reported_steps = 0
+        self._shape = ""
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -241,7 +254,16 @@ class Guard(ABC):
         """Return the progress and memory of the rank, as last seen from outside."""
         progress, mlx_bytes = rank.page.read(), rank.page.read_mlx_bytes()
         number, resident_bytes = self.assignment.rank, rank.resident_bytes
-        return RankStatus(number, progress.steps, progress.phase, resident_bytes, mlx_bytes)
+        # A rank that is idle or waits counts steps too, and does no work.
+        moved = progress.steps != self._reported_steps and progress.phase in _WORKING
+        works = moved or self._worked_at is not None
+        self._reported_steps, self._worked_at = progress.steps, None
+        return RankStatus(number, progress.steps, progress.phase, resident_bytes, mlx_bytes, works)
+
+    def note_working(self, ranks: Iterable[int]) -> None:
+        """Record that these ranks are at work: this guard's rank may be waiting for them."""
+        if any(rank != self.assignment.rank for rank in ranks):
+            self._others_worked_at = self._clock.now()
 
     async def _read_lines(self, rank: RankProcess) -> None:
         async for line in rank.lines():
@@ -253,6 +275,8 @@ class Guard(ABC):
                 if isinstance(message, Fatal):
                     self._note_fatal(rank, message)
                 else:
+                    if isinstance(message, LoadProgress):
+                        self._shape = message.shape
                     self.on_rank_message(message)
         except ConnectionLost as error:
             if "protocol" in str(error):
@@ -268,12 +292,27 @@ class Guard(ABC):
             self._log_line("rank", line)
 
     async def _watch(self, rank: RankProcess) -> None:
-        watch = StallWatch(self.deadlines, PauseAwareClock())
+        clock = self._clock
+        watch = StallWatch(self.deadlines, clock)
+        probe = WorkProbe(rank.pid, self.deadlines.work_interval)
         while rank.exit_status is None and not self.ending:
             await asyncio.sleep(INTERVAL_SECONDS)
-            verdict = watch.observe(rank.page.read(), stopped=rank.is_stopped())
+            now, progress, work = clock.now(), rank.page.read(), NO_WORK
+            if watch.still_seconds(now) < self.deadlines.work_interval:
+                probe.forget()
+            else:
+                work = probe.look(now)
+            if work.signs:
+                self._worked_at = now
+            verdict = watch.observe(
+                progress,
+                stopped=rank.is_stopped(),
+                work=work,
+                others_worked_at=self._others_worked_at,
+            )
             if verdict is not None and not self.ending:
-                rank.verdict = verdict
+                warming_up = progress.phase in ("warming up", "waiting") and self._shape
+                rank.verdict = f"{verdict} (warm-up: {self._shape})" if warming_up else verdict
                 rank.kill()
                 return
 

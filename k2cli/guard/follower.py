@@ -17,6 +17,7 @@ from k2cli.protocol import (
     LoadProgress,
     RankMessage,
     RankReady,
+    RunActivity,
     StopRun,
 )
 from k2cli.protocol.wire import ConnectionLost
@@ -137,6 +138,8 @@ class FollowerGuard(Guard):
                 self._endpoint = message
                 if self.rank is not None:
                     self.rank.send(message)
+            case RunActivity(working=ranks):
+                self.note_working(ranks)
             case Heartbeat():
                 pass
             case _:

@@ -29,6 +29,7 @@ from k2cli.protocol import (
     RankReady,
     RankStatus,
     RequestFailed,
+    RunActivity,
     RunEnded,
     RunReady,
     StopRun,
@@ -59,6 +60,8 @@ class LeaderGuard(Guard):
         )
         self._api = api
         self._engine_ready = asyncio.Event()
+        # Ranks at work since the last report to the other guards.
+        self._working: set[int] = set()
         self.rank_statuses: dict[int, RankStatus] = {}
         """The last status of each rank, by its number."""
 
@@ -129,7 +132,12 @@ class LeaderGuard(Guard):
         while True:
             self._liveness.broadcast(Heartbeat())
             if self.rank is not None:
-                self.rank_statuses[0] = self.rank_status(self.rank)
+                self.rank_statuses[0] = own = self.rank_status(self.rank)
+                if own.works:
+                    self._working.add(0)
+            if self._working:
+                self._liveness.broadcast(RunActivity(sorted(self._working)))
+                self._working.clear()
             await asyncio.sleep(self.deadlines.heartbeat_interval)
 
     async def _expect_guards(self) -> None:
@@ -147,6 +155,9 @@ class LeaderGuard(Guard):
                 self.emit(message)
             case RankStatus():
                 self.rank_statuses[rank] = message
+                if message.works:
+                    self._working.add(rank)
+                    self.note_working([rank])
             case Heartbeat():
                 pass
             case _:

@@ -8,7 +8,6 @@ import os
 import platform
 import signal
 import socket
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.errors import K2Error
+from k2cli.files import private_folder
 from k2cli.gpu_name import GpuName
 from k2cli.guard.oom_evidence import OomEvidence
 from k2cli.protocol import Assignment, Bootstrap
@@ -110,7 +110,8 @@ def kernel_folder(run_id: str) -> Path:
 
     MLX uses ``$TMPDIR/mlx/VERSION/DEVICE``. In a shared TMPDIR, another user could make that first
     and put a library there. The folder lasts, since compiling takes long; a cache that cannot be
-    made, or that other users can access, is replaced by a folder of the run.
+    made, or that other users can access, is replaced by a folder of the run. A rank on CUDA keeps
+    its kernels in the same folder (``rank.kernel_cache``).
 
     Raises:
         OSError: if neither folder can be used.
@@ -118,21 +119,9 @@ def kernel_folder(run_id: str) -> Path:
     # A home folder may be shared by machines of several kinds.
     name = f"mlx-{sys.platform}-{platform.machine()}"
     try:
-        return _private_folder(cache_directory() / name)
+        return private_folder(cache_directory() / name)
     except (OSError, K2Error):  # K2Error: this user has no home folder
-        return _private_folder(runs_directory() / run_id / name)
-
-
-def _private_folder(folder: Path) -> Path:
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.mkdir(exist_ok=True, mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise OSError(f"{folder} must be a folder that only this user can access")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OSError(f"{folder} cannot be written")
-    return folder
+        return private_folder(runs_directory() / run_id / name)
 
 
 def gpu_settings(gpu: GpuName | None) -> dict[str, str]:

@@ -41,11 +41,14 @@ from k2cli.protocol.decisions import (
     Quit,
     StepDigest,
     Tick,
+    Warm,
+    WarmUp,
 )
 from k2cli.protocol.liveness import (
     ControlEndpoint,
     LivenessMessage,
     RankStatus,
+    RunActivity,
 )
 from k2cli.protocol.message import (
     Heartbeat,
@@ -127,6 +130,7 @@ __all__ = [
     "RankReady",
     "RankStatus",
     "RequestFailed",
+    "RunActivity",
     "RunEnded",
     "RunEvent",
     "RunReady",
@@ -140,4 +144,6 @@ __all__ = [
     "Tick",
     "TokenLogprob",
     "Tokens",
+    "Warm",
+    "WarmUp",
 ]

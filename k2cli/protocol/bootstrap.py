@@ -11,15 +11,22 @@ from k2cli.gpu_name import GpuName
 
 
 class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Time limits in seconds after which a silent process counts as dead."""
+    """Time limits in seconds after which a silent process counts as dead.
+
+    Those ending in ``stall`` are for a rank that completes no step: ``guard.watchdog`` says which
+    applies when. ``work_stall`` is for one that completes none although it is at work, such as
+    compiling or reading, and ``work_interval`` how often a guard looks for that.
+    """
 
     heartbeat_interval: float = 1.0
     liveness: float = 8.0
     initialisation: float = 60.0
     load_stall: float = 120.0
-    warmup_stall: float = 600.0
+    warmup_stall: float = 60.0
     step_stall: float = 10.0
-    peer_stall: float = 60.0
+    peer_stall: float = 90.0
+    work_stall: float = 600.0
+    work_interval: float = 1.0
     stopped: float = 8.0
     stop_grace: float = 3.0
 

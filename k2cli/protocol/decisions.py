@@ -98,6 +98,21 @@ class DropPrefix(Message, tag=True, frozen=True):
     prefix: int
 
 
+class WarmUp(Message, tag=True, frozen=True):
+    """The next steps warm up a shape, the ``number``-th of ``count`` (0: not known yet)."""
+
+    step: int
+    shape: str
+    number: int = 0
+    count: int = 0
+
+
+class Warm(Message, tag=True, frozen=True):
+    """The warm-up is over: what follows are requests."""
+
+    step: int
+
+
 class Tick(Message, tag=True, frozen=True):
     """Sign of life of leader and connection; nothing to compute."""
 
@@ -119,6 +134,8 @@ Decision = (
     | LeaveBatch
     | CloseSequence
     | DropPrefix
+    | WarmUp
+    | Warm
     | Tick
     | Quit
 )

@@ -25,7 +25,8 @@ class RankStatus(Message, tag=True, frozen=True):
     """Progress and memory of a rank, as its guard sees them from outside, once a second.
 
     ``resident_bytes`` is the memory of the process. ``mlx_bytes`` is what MLX held at the last
-    step, 0 before MLX was loaded.
+    step, 0 before MLX was loaded. ``works``: since the last status it has completed steps, or
+    it was compiling or reading.
     """
 
     rank: int
@@ -33,10 +34,18 @@ class RankStatus(Message, tag=True, frozen=True):
     phase: Phase
     resident_bytes: int = 0
     mlx_bytes: int = 0
+    works: bool = False
+
+
+class RunActivity(Message, tag=True, frozen=True):
+    """The ranks that work, for the guards of those that may be waiting for them."""
+
+    working: list[int]
 
 
 LivenessMessage = (
     Heartbeat
+    | RunActivity
     | StopRun
     | ControlEndpoint
     | RankStatus

@@ -15,21 +15,33 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Phase = Literal[
-    "initialising", "loading", "checking", "warming up", "idle", "busy", "waiting", "ending"
-]
-"""``waiting``: for the part of another rank in a step. That rank's own guard watches it."""
+    "initialising", "loading", "checking", "warming up", "idle", "busy", "waiting", "ending",
+    "computing a new shape",
+]  # fmt: skip
+"""``waiting``: for the part of another rank in a step. That rank's own guard watches it.
+
+``computing a new shape``: a step with a number of tokens or rows that this rank computes for the
+first time, for which kernels may be compiled.
+"""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _LAYOUT = struct.Struct("=QQQ")
+# Added to the number of the phase if the step is joint.
+_JOINT = 1 << 8
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Steps that a rank has completed since its start, and its current phase."""
+    """Steps that a rank has completed since its start, and its current phase.
+
+    ``joint``: it computes something to which all ranks contribute (a sum), so it may also be
+    waiting for them.
+    """
 
     steps: int
     phase: Phase
+    joint: bool = False
 
 
 class ProgressPage:
@@ -57,17 +69,18 @@ class ProgressPage:
     def read(self) -> Progress:
         """Return steps and phase."""
         steps, phase, _ = _LAYOUT.unpack_from(self._map)
-        return Progress(steps, PHASES[phase])
+        return Progress(steps, PHASES[phase % _JOINT], joint=phase >= _JOINT)
 
     def read_mlx_bytes(self) -> int:
         """Return the memory that MLX held at the last step; 0 before MLX was loaded."""
         _, _, mlx_bytes = _LAYOUT.unpack_from(self._map)
         return int(mlx_bytes)
 
-    def advance(self, phase: Phase) -> None:
+    def advance(self, phase: Phase, *, joint: bool = False) -> None:
         """Count one more step, done in ``phase``."""
         steps, _, _ = _LAYOUT.unpack_from(self._map)
-        _LAYOUT.pack_into(self._map, 0, steps + 1, PHASES.index(phase), self.measure_mlx())
+        number = PHASES.index(phase) + (_JOINT if joint else 0)
+        _LAYOUT.pack_into(self._map, 0, steps + 1, number, self.measure_mlx())
 
     def close(self) -> None:
         """Unmap the page. The other process keeps its own mapping."""

@@ -43,12 +43,19 @@ class GuardStarted(Message, tag=True, frozen=True):
 
 
 class LoadProgress(Message, tag=True, frozen=True):
-    """Bytes of its own weights that a rank has loaded so far."""
+    """Bytes of its own weights that a rank has loaded so far, or the shape that it warms up.
+
+    ``shape`` describes the step that is computed, the ``number``-th of ``count``; the latter two
+    are 0 while it is not known how many there will be.
+    """
 
     rank: int
     phase: Literal["initialising", "loading", "checking", "warming up"]
     done_bytes: int = 0
     total_bytes: int = 0
+    shape: str = ""
+    number: int = 0
+    count: int = 0
 
 
 class RankReady(Message, tag=True, frozen=True):

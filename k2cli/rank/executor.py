@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import mlx.core as mx
 
@@ -28,6 +27,8 @@ from k2cli.protocol import (
     PrefillTogether,
     Quit,
     Tick,
+    Warm,
+    WarmUp,
 )
 from k2cli.protocol.progress_page import Phase
 from k2cli.rank.caches import CacheTable, LayerCaches, make_room
@@ -35,6 +36,16 @@ from k2cli.sharding.stage import Stage, hidden_at
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+class Advance(Protocol):
+    """Records progress for the guard: see ``protocol.progress_page``."""
+
+    def __call__(self, phase: Phase, *, joint: bool = False) -> None: ...
+
+
+def _ignore(phase: Phase, *, joint: bool = False) -> None:
+    """Record nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +91,18 @@ class Executor:
         self,
         stage: Stage,
         group: Any | None,
-        advance: Callable[[Phase], None] = lambda phase: None,
+        advance: Advance = _ignore,
     ) -> None:
         """Call ``advance`` after each layer, and before and after each wait for a peer."""
         self.stage = stage
         self.caches = CacheTable(stage)
         self._group = group
         self._advance = advance
+        self._sums = group is not None and group.size() > 1 and not self.is_pipeline
+        self._seen_shapes: set[tuple[object, ...]] = set()
+        self._last_was_new = False
+        self.phase: Phase = "busy"
+        """The phase of the step that was last started."""
         # Time spent waiting for other ranks' hidden states, since the start.
         self.waited_seconds = 0.0
         self._on_gpu = mx.default_device() == mx.gpu
@@ -129,22 +145,43 @@ class Executor:
                 )
             case DropPrefix(prefix=prefix):
                 self.caches.drop_prefix(prefix)
-            case Tick() | Quit():
+            case Tick() | Quit() | WarmUp() | Warm():
                 pass
         return StepResult()
 
+    def about_to_wait(self) -> None:
+        """Record that this rank will wait for the result of a step, perhaps for other ranks."""
+        self._advance(self.phase, joint=self._sums)
+
+    def about_to_wait_for_messages(self) -> None:
+        """Record that this rank will wait for messages of other ranks."""
+        self._advance("waiting")
+
+    def _begin(self, *shape: object) -> None:
+        """Record the start of a step, and its shape: kernels may be compiled for a new one.
+
+        A step may be computed while the next one is begun, so one more counts as new.
+        """
+        new = shape not in self._seen_shapes
+        self._seen_shapes.add(shape)
+        self.phase = "computing a new shape" if new or self._last_was_new else "busy"
+        self._last_was_new = new
+        self._advance(self.phase)
+
     def _prefill(self, tokens: mx.array, caches: LayerCaches) -> None:
         rows, length = tokens.shape
+        self._begin("prefill", rows, length.bit_length())
         make_room(caches, length)
         arrived = self._receive(rows, length)
         output = self.stage.forward(tokens, self.stage.complete(caches), arrived)
         self._wait_for(arrived)
         # Evaluate layer by layer: it limits memory, and the guard sees progress after each.
         for entry in caches:
+            self.about_to_wait()
             mx.eval(entry.state)
             if self._on_gpu:
                 mx.synchronize()  # a GPU frees a layer's memory only some time after it
-            self._advance("busy")
+        self._advance(self.phase)
         if not self.stage.is_last:
             self._send(output)
 
@@ -169,6 +206,7 @@ class Executor:
             if step.ahead
             else mx.array(step.tokens, dtype=mx.int32)
         )
+        self._begin("decode", len(batch.rows), step.ahead)
         make_room(batch.caches, 1)
         arrived = self._receive(inputs.size, 1)
         output = self.stage.forward(inputs[:, None], self.stage.complete(batch.caches), arrived)
@@ -178,6 +216,8 @@ class Executor:
         computed = output[:, -1] if self.stage.is_last else output
         if not self.stage.is_last:
             self._send(computed)
+        if step.digest:
+            self.about_to_wait()
         digest_of = mx.argmax(computed, axis=-1) if self.stage.is_last else computed
         return StepResult(
             logits=computed if self.stage.is_last else None,
@@ -257,13 +297,13 @@ class Executor:
             since = time.monotonic()
             mx.eval(arrived)
             self.waited_seconds += time.monotonic() - since
-            self._advance("busy")
+            self._advance(self.phase)
 
     def _send(self, output: mx.array) -> None:
         """Start sending hidden states ``[rows, length, width]`` to the next stage."""
         assert self._group is not None
         mx.eval(output)
-        self._advance("busy")
+        self._advance(self.phase)
         self._departing = mx.distributed.send(
             output, self._group.rank() - 1, group=self._group, stream=self._transfers
         )

@@ -6,6 +6,8 @@ the leader does: the leader may decide one step ahead, and the GPU must not idle
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from k2cli.errors import ClusterError
@@ -16,10 +18,11 @@ from k2cli.protocol import (
     PrefillTogether,
     Quit,
     StepDigest,
+    Warm,
+    WarmUp,
 )
-from k2cli.protocol.progress_page import ProgressPage
 from k2cli.protocol.wire import Channel
-from k2cli.rank.executor import Executor, StepResult
+from k2cli.rank.executor import Advance, Executor, StepResult
 
 _IDLE_SECONDS = 0.5
 # Time to wait for another decision while a step is being computed. After that the follower waits
@@ -27,8 +30,18 @@ _IDLE_SECONDS = 0.5
 _NEXT_SECONDS = 0.02
 
 
-def follow(channel: Channel[Decision], executor: Executor, page: ProgressPage, rank: int) -> None:
+def follow(
+    channel: Channel[Decision],
+    executor: Executor,
+    advance: Advance,
+    rank: int,
+    on_warm_up: Callable[[WarmUp | Warm], None] = lambda decision: None,
+) -> None:
     """Carry out the leader's decisions until it sends Quit.
+
+    Args:
+        advance: is called at each step.
+        on_warm_up: receives what the leader says about the warm-up.
 
     Raises:
         ClusterError: if a decision is out of order.
@@ -39,12 +52,12 @@ def follow(channel: Channel[Decision], executor: Executor, page: ProgressPage, r
     while True:
         decision = channel.receive(_IDLE_SECONDS if computing is None else _NEXT_SECONDS)
         if decision is None:
-            _wait_for(computing)
+            _wait_for(computing, executor)
             computing = None
-            page.advance("idle")
+            advance("idle")
             continue
         computes = isinstance(decision, Prefill | PrefillTogether | Decode)
-        page.advance("busy" if computes or computing is not None else "idle")
+        advance("busy" if computes or computing is not None else "idle")
         if expected_step is not None and decision.step != expected_step:
             raise ClusterError(
                 f"rank {rank} was told step {decision.step}, its next is {expected_step}"
@@ -56,15 +69,18 @@ def follow(channel: Channel[Decision], executor: Executor, page: ProgressPage, r
         if result.logits is not None:
             # The sums over tensor ranks are part of computing the logits.
             mx.async_eval(*result.to_compute)  # type: ignore[no-untyped-call]
-            _wait_for(computing)
+            _wait_for(computing, executor)
             computing = result.logits
         if isinstance(decision, Decode) and (decision.digest or decision.state_digest):
             channel.send(_digest(rank, decision.step, result))
-        page.advance("idle" if computing is None else "busy")
+        if isinstance(decision, WarmUp | Warm):
+            on_warm_up(decision)
+        advance("idle" if computing is None else executor.phase)
 
 
-def _wait_for(computing: mx.array | None) -> None:
+def _wait_for(computing: mx.array | None, executor: Executor) -> None:
     if computing is not None:
+        executor.about_to_wait()
         mx.eval(computing)
 
 

@@ -20,8 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from k2cli.errors import ClusterError, K2Error
 from k2cli.pauses import Deadline
@@ -35,17 +35,24 @@ from k2cli.protocol import (
     Fatal,
     Generate,
     GuardMessage,
+    Heartbeat,
     Holdings,
     LoadProgress,
+    RankMessage,
     RankReady,
     Shutdown,
     Start,
     Tick,
+    Warm,
+    WarmUp,
 )
 from k2cli.protocol.progress_page import Phase, ProgressPage
 from k2cli.protocol.wire import Channel, ConnectionLost
 from k2cli.rank.guard_link import GuardLink
 from k2cli.settings import RUN_OPTION
+
+if TYPE_CHECKING:
+    from k2cli.rank.kernel_cache import KernelCache
 
 _IDLE_SECONDS = 0.5
 _LAST_RANK_SECONDS = 0.05
@@ -84,41 +91,47 @@ class Rank:
         self._start = start
         self._assignment: Assignment = start.assignment
         self._last_progress = 0.0
-        self._tested = False
+        self._warm = False
+        self._kernels: KernelCache | None = None
 
     def run(self) -> None:
         """Load, take part in the self-test and serve; return after an ordered shutdown."""
-        if self._assignment.rank == 0:
-            self._run_leader()
-        else:
-            self._run_follower()
+        try:
+            if self._assignment.rank == 0:
+                self._run_leader()
+            else:
+                self._run_follower()
+        finally:
+            if self._kernels is not None:
+                self._share_kernels()
+                self._kernels.close()
 
     def _run_leader(self) -> None:
         from k2cli.rank.control import Followers
         from k2cli.rank.engine.engine import Engine
         from k2cli.rank.engine.lookahead import looks_ahead
         from k2cli.rank.executor import Executor
-        from k2cli.rank.self_test import run_self_test
+        from k2cli.rank.warm_up import warm_up
 
         deadlines = self._start.deadlines
         followers = Followers(self._lost_follower)
         self._connect_followers(followers)
-        group, part = self._load(lambda: followers.send(Tick(0)))
+        group, part = self._load(lambda: self._call_followers(followers))
         self._check_coverage(followers, part)
         executor = Executor(part.stage, group, self._advance)
         engine = Engine(
             executor,
             followers,
-            self._link.send_all,
+            self._send_answers,
             size=self._assignment.size,
             context_length=self._assignment.context_length,
             concurrency=self._assignment.concurrency,
             prefill_chunk_tokens=self._assignment.prefill_chunk_tokens,
             looks_ahead=looks_ahead(self._assignment),
         )
-        self._report("warming up")
-        run_self_test(engine, followers, self._assignment.size, deadlines.warmup_stall)
-        self._tested = True
+        self._page.advance("warming up")
+        warm_up(engine, followers, self._assignment, self._report_shape, deadlines.work_stall)
+        self._warm = True
         self._page.advance("idle")
         self._link.send(EngineReady())
         self._serve(engine)
@@ -136,18 +149,20 @@ class Rank:
         channel = connect_to_leader(endpoint, rank, self._start.secret, timeout)
         group, part = self._load(lambda: self._wait_for_leader(channel))
         channel.send(Holdings(rank, part.held))
-        executor = Executor(part.stage, group, self._page.advance)
+        executor = Executor(part.stage, group, self._advance)
         self._page.advance("warming up")
         threading.Thread(target=self._end_on_shutdown, daemon=True).start()
-        follow(channel, executor, self._page, rank)
+        follow(channel, executor, self._advance, rank, self._on_warm_up)
 
     def _load(self, wait_for_peers: Callable[[], None]) -> tuple[Any, Any]:
         """Wait for the peers, join the MLX group and load this rank's part."""
         import mlx.core as mx
 
         from k2cli.rank.group import join_group, set_memory_limits
+        from k2cli.rank.kernel_cache import open_kernel_cache
         from k2cli.rank.loader import load_part
 
+        self._kernels = open_kernel_cache()
         self._page.measure_mlx = mx.get_active_memory
         self._report("initialising")
         wait_for_peers()
@@ -174,7 +189,7 @@ class Rank:
 
     def _report(
         self,
-        phase: Literal["initialising", "loading", "checking", "warming up"],
+        phase: Literal["initialising", "loading", "checking"],
         done: int = 0,
         total: int = 0,
     ) -> None:
@@ -184,12 +199,23 @@ class Rank:
             self._last_progress = now
             self._link.send(LoadProgress(self._assignment.rank, phase, done, total))
 
-    def _advance(self, phase: Phase) -> None:
-        """Record progress; until the self-test is done as ``warming up``, which may take long.
+    def _report_shape(self, shape: str, number: int, count: int) -> None:
+        rank = self._assignment.rank
+        self._link.send(LoadProgress(rank, "warming up", shape=shape, number=number, count=count))
 
-        Kernels may be compiled during the self-test, and no step is known to be short before.
-        """
-        self._page.advance(phase if self._tested else "warming up")
+    def _advance(self, phase: Phase, *, joint: bool = False) -> None:
+        """Record progress; until requests come, all computing is ``warming up``."""
+        if not self._warm and phase in ("busy", "computing a new shape"):
+            phase = "warming up"
+        self._page.advance(phase, joint=joint)
+        if phase == "idle" or not self._warm:
+            self._share_kernels()
+
+    def _share_kernels(self) -> None:
+        """Share compiled kernels with later runs; called where MLX compiles nothing."""
+        if self._kernels is not None:
+            with contextlib.suppress(OSError):  # a full disk makes later starts slow, no more
+                self._kernels.publish()
 
     # --- the leader ------------------------------------------------------------------------------
 
@@ -200,6 +226,20 @@ class Rank:
         self._link.send(ControlListening(listener.getsockname()[1]))
         timeout = self._start.deadlines.initialisation
         followers.accept(listener, self._assignment.size - 1, self._start.secret, timeout)
+
+    def _call_followers(self, followers: Any) -> None:
+        """Tell the followers to join the MLX group, once all of them have loaded MLX.
+
+        Loading MLX from a cold disk may take minutes, and joining holds the GIL meanwhile.
+        """
+        prepared = 0
+        while prepared < self._assignment.size - 1:
+            self._page.advance("initialising")
+            with contextlib.suppress(queue.Empty):
+                prepared += isinstance(followers.inbox.get(timeout=_IDLE_SECONDS), Heartbeat)
+            if self._shutdown_requested():
+                _end(0)
+        followers.send(Tick(0))
 
     def _check_coverage(self, followers: Any, part: Any) -> None:
         """Collect every rank's list of loaded tensors and compare them with the checkpoint."""
@@ -231,10 +271,10 @@ class Rank:
                 engine.accept(message)
                 continue  # empty the inbox before the next step
             if engine.busy:
-                self._page.advance("busy")
+                self._advance("busy")
                 engine.advance()
             else:
-                self._page.advance("idle")
+                self._advance("idle")
                 engine.tick()
 
     def _next_message(self, busy: bool) -> GuardMessage | None:
@@ -251,6 +291,11 @@ class Rank:
         with contextlib.suppress(queue.Empty):
             return isinstance(self._link.inbox.get_nowait(), Shutdown)
         return False
+
+    def _send_answers(self, messages: Sequence[RankMessage]) -> None:
+        """Send the engine's messages to the guard; those of the warm-up are for nobody."""
+        if self._warm:
+            self._link.send_all(messages)
 
     def _lost_follower(self, rank: int, cause: str) -> None:
         node = self._assignment.nodes[rank]
@@ -277,13 +322,20 @@ class Rank:
         In MLX's ring the last rank connects to the leader, and all other ranks wait for a
         connection. MLX repeats an attempt that comes too early only after a second.
         """
-        limit = Deadline(self._start.deadlines.initialisation)
+        channel.send(Heartbeat())  # this rank has loaded MLX
+        limit = Deadline(self._start.deadlines.work_stall)
         while channel.receive(_IDLE_SECONDS) is None:
             if limit.has_passed:
                 raise ClusterError("the leader did not join the MLX group in time")
             self._page.advance("initialising")
         if self._assignment.rank == self._assignment.size - 1:
             time.sleep(_LAST_RANK_SECONDS)
+
+    def _on_warm_up(self, decision: WarmUp | Warm) -> None:
+        if isinstance(decision, Warm):
+            self._warm = True
+        else:
+            self._report_shape(decision.shape, decision.number, decision.count)
 
     def _end_on_shutdown(self) -> None:
         """End the process on request, even while the main thread waits in a collective."""

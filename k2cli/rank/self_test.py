@@ -34,8 +34,11 @@ _SEQUENCE = 0
 _BATCH = 0
 
 
-def run_self_test(engine: Engine, followers: Followers, size: int, timeout_seconds: float) -> None:
+def run_self_test(engine: Engine, followers: Followers, size: int, timeout_seconds: float) -> int:
     """Compute a short prompt and one token on all ranks and compare them, before any request.
+
+    Returns:
+        The number of words that the model has scores for.
 
     Raises:
         ClusterError: if digests differ, logits are not finite, or a rank does not answer.
@@ -44,13 +47,17 @@ def run_self_test(engine: Engine, followers: Followers, size: int, timeout_secon
     engine.now(Prefill(engine.next_number, _SEQUENCE, _PROMPT))
     engine.now(JoinBatch(engine.next_number, _BATCH, _SEQUENCE))
     token = _PROMPT[-1] + 1
+    words = 0
     for _ in range(_DECODED_TOKENS):
         number = engine.next_number
         result = engine.now(Decode(number, _BATCH, [token], digest=True, state_digest=True))
+        engine.wait_for_answers()
         compare(result, _collect(followers, size, number, timeout_seconds))
         assert result.logits is not None
         token = _checked_argmax(result.logits)
+        words = result.logits.shape[-1]
     engine.now(LeaveBatch(engine.next_number, _BATCH, _SEQUENCE))
+    return words
 
 
 def _checked_argmax(logits: mx.array) -> int:

@@ -52,6 +52,16 @@ class LaunchView:
             self._bars.stop()
             self._bars = None
 
+    def warming_up(self, rank: int, shape: str, number: int, count: int) -> None:
+        """Show the shape of steps that a rank warms up; a count of 0 is not known yet."""
+        of = f" {number} of {count} shapes" if count else ""
+        text = f"warming up{of}: {one_line(shape)}"
+        if self._bars is not None:
+            self._update(rank, text, number - 1, count)
+        else:
+            note(f"{self._who(rank)}: {text}")
+        self._phases[rank] = "warming up"
+
     def progress(self, rank: int, phase: str, done_bytes: int, total_bytes: int) -> None:
         """Show the phase of a rank; the bytes are of its own weights, 0 of 0 if not counted."""
         if self._bars is not None:
@@ -62,19 +72,17 @@ class LaunchView:
         self._phases[rank] = phase
 
     def _draw(self, rank: int, phase: str, done_bytes: int, total_bytes: int) -> None:
+        figures = one_line(phase)
+        if total_bytes > 0:
+            figures += f" {format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
+        self._update(rank, figures, done_bytes, total_bytes)
+
+    def _update(self, rank: int, figures: str, done: int, total: int) -> None:
+        """Change the bar of a rank; a total of 0 is not known."""
         assert self._bars is not None
         if rank not in self._tasks:
             self._tasks[rank] = self._bars.add_task(self._who(rank), total=None, figures="")
-        counted = total_bytes > 0
-        figures = one_line(phase)
-        if counted:
-            figures += f" {format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
-        self._bars.update(
-            self._tasks[rank],
-            completed=done_bytes,
-            total=total_bytes if counted else None,
-            figures=figures,
-        )
+        self._bars.update(self._tasks[rank], completed=done, total=total or None, figures=figures)
 
     def rank_ready(
         self, rank: int, weights_bytes: int, load_seconds: float, bytes_read: int = 0

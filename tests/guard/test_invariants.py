@@ -99,7 +99,7 @@ def test_a_follower_does_nothing_that_is_not_the_leaders_next_decision(
     ours.sendall(len(tampered).to_bytes(4, "big") + tampered)
     follower: Channel[Decision] = Channel(theirs, Decision)
     with pytest.raises(error, match=message):
-        follow(follower, _Unused(), page, 1)  # type: ignore[arg-type]
+        follow(follower, _Unused(), page.advance, 1)  # type: ignore[arg-type]
     leader.close()
     follower.close()
     page.close()

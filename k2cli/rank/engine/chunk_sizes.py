@@ -30,7 +30,7 @@ TOGETHER_SECONDS = 2.5
 # sees progress after each layer, gives a layer ten seconds.
 ALONE_SECONDS = 10.0
 LAYER_SECONDS = 1.0
-# Upper limits in a long context: a rank waits a minute for another's part of a step.
+# Upper limits in a long context: a rank waits 90 s for another's part of a step.
 _LONGEST_SECONDS = 45.0
 _LONGEST_LAYER_SECONDS = 2.5
 # A chunk has at least this fraction of the tokens before it. K2 expands a token's key and value

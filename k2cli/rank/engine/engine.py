@@ -57,6 +57,7 @@ class Engine:
         looks_ahead: bool = True,
     ) -> None:
         stages = size if executor.is_pipeline else 1
+        self._executor = executor
         self._queue = StepQueue(executor, followers)
         self._agreement = Agreement(followers, size)
         self._send = send
@@ -145,6 +146,15 @@ class Engine:
     def now(self, decision: Decision) -> StepResult:
         """Carry out a decision on all ranks at once; only while nothing is in flight."""
         return self._queue.now(decision)
+
+    def wait_for_answers(self) -> None:
+        """Record that this rank waits for messages of the followers."""
+        self._executor.about_to_wait_for_messages()
+
+    def forget_rates(self) -> None:
+        """Forget how long chunks took: during the warm-up they took longer than they will."""
+        self._prefill_rate = 0.0
+        self._chunk_times = ChunkTimes()
 
     @property
     def next_number(self) -> int:
@@ -314,6 +324,7 @@ class Engine:
 
     def _decoded(self, step: Step, now: float) -> None:
         assert step.chosen is not None
+        self._executor.about_to_wait()
         tokens = cast(list[int], step.chosen.tolist())
         for index, (row, token) in enumerate(zip(step.rows, tokens, strict=True)):
             if row.ended:

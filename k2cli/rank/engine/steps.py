@@ -142,7 +142,9 @@ class StepQueue:
         self._number += 1
         self._followers.send(decision)
         result = self._executor.carry_out(decision)
-        mx.eval(*result.to_compute)
+        if result.to_compute:
+            self._executor.about_to_wait()
+            mx.eval(*result.to_compute)
         return result
 
     def _carry_out(self, step: Step, chosen: mx.array | None) -> None:

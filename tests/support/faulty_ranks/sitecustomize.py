@@ -9,7 +9,12 @@ variables select the other faults:
 * ``FAULTY_RANKS_SELF_TEST``: rank 1 computes wrong values;
 * ``FAULTY_RANKS_SUMS``: rank 0 does not compute the results that it does not need;
 * ``FAULTY_RANKS_TRACE``: no fault; rank 0 writes into this file the batch of each decode step that
-  it carries out, and the batches whose steps are in flight.
+  it carries out, and the batches whose steps are in flight;
+* ``FAULTY_RANKS_STEP`` is ``RANK HOW SECONDS``: that rank does something else for a while before it
+  computes the first part of a prompt, and once more before the first one while the file
+  ``FAULTY_RANKS_STEP_AFTER`` exists. HOW is ``hang``, ``spin`` (processor time alone), ``touch``
+  (memory, as a compiler does), ``child`` (a process that computes) or ``read`` (files);
+* ``FAULTY_RANKS_DEVICE``: the kind of device for which the warm-up chooses its shapes.
 """
 
 from __future__ import annotations
@@ -88,10 +93,65 @@ def _trace(file: str) -> None:
     StepQueue._carry_out = carry_out
 
 
+def _spend(how: str, seconds: float) -> None:
+    """Do something for some seconds, and complete no step meanwhile."""
+    import mmap
+    import subprocess
+    import time
+
+    end = time.monotonic() + seconds
+    if how == "child":
+        loop = f"import time\nwhile time.monotonic() < {end}: pass"
+        subprocess.run([sys.executable, "-S", "-c", loop], env={})
+    while time.monotonic() < end:
+        if how == "hang":
+            time.sleep(0.1)
+        elif how == "touch":
+            with mmap.mmap(-1, 2**20) as memory:
+                memory.write(b"x" * 2**20)
+            time.sleep(0.01)
+        elif how == "read":
+            with open(sys.executable, "rb") as file:
+                file.read(2**20)
+            time.sleep(0.01)
+
+
+def _delay(how: str, seconds: float, after: str | None) -> None:
+    from k2cli.rank.executor import Executor
+
+    original = Executor._begin
+    left = [None, after] if after else [None]
+
+    def begin(self, *shape):  # type: ignore[no-untyped-def]
+        original(self, *shape)
+        if left and shape[0] == "prefill" and (left[0] is None or os.path.exists(left[0])):
+            left.pop(0)
+            _spend(how, seconds)
+
+    Executor._begin = begin
+
+
+def _choose_device(kind: str) -> None:
+    from k2cli.rank import warm_up
+
+    warm_up._device = lambda: kind
+
+
 if "k2cli.rank.main" in sys.orig_argv:
     _rank = sys.orig_argv[sys.orig_argv.index("--rank") + 1]
-    _wanted = {name: os.environ.get(f"FAULTY_RANKS_{name}") for name in
-               ("LIE", "HOLDINGS", "SELF_TEST", "SUMS", "TRACE")}  # fmt: skip
+    _wanted = {
+        name: os.environ.get(f"FAULTY_RANKS_{name}")
+        for name in (
+            "LIE",
+            "HOLDINGS",
+            "SELF_TEST",
+            "SUMS",
+            "TRACE",
+            "STEP",
+            "STEP_AFTER",
+            "DEVICE",
+        )
+    }
     _break_sampler()
     if _rank == "1" and _wanted["LIE"]:
         _lie_about_state(_wanted["LIE"])
@@ -103,3 +163,9 @@ if "k2cli.rank.main" in sys.orig_argv:
         _leave_sums_out()
     if _rank == "0" and _wanted["TRACE"]:
         _trace(_wanted["TRACE"])
+    if _wanted["STEP"]:
+        _who, _how, _seconds = _wanted["STEP"].split()
+        if _rank == _who:
+            _delay(_how, float(_seconds), _wanted["STEP_AFTER"])
+    if _wanted["DEVICE"]:
+        _choose_device(_wanted["DEVICE"])

@@ -1,0 +1,174 @@
+"""Signs that a rank is at work although it completes no step: what the system counts about it.
+
+A rank that compiles kernels or touches its weights for the first time is busy for minutes within
+one step. Outside it shows as memory that the rank touches (a compiler in the process allocates all
+the time), pages and files that are read, files that are written, and child processes. A rank that
+waits shows nothing, or processor time alone: MLX's ring, MPI and CUDA wait by polling. So processor
+time is counted apart.
+
+On macOS, Metal's compiler is a service of the system and no child of the rank, and weights become
+part of the process's wired memory; both are looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import struct
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from k2cli.guard.watchdog import NO_WORK, Work
+
+# Least amounts per second that count. Ranks that hung, or polled MLX's ring for one that did,
+# showed up to 3 page faults a second and no other change. Few page faults are enough, because the
+# kernel may give memory in huge pages.
+_FIRST_TOUCHES = 20.0
+_PAGES_READ = 8.0
+_FILE_BYTES = 2.0**16
+_GROWTH_BYTES = 2.0**24
+_COMPILER_SECONDS = 0.05
+_OWN_SECONDS = 0.2
+_METAL_COMPILER = "MTLCompilerService"
+# ``struct rusage_info_v2`` of <sys/resource.h>: a UUID, then 18 numbers.
+_RUSAGE_V2 = struct.Struct("=16s18Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Amounts that a process has used so far; ``compilers``: processor seconds by process id."""
+
+    own_seconds: float = 0.0
+    first_touches: int = 0
+    pages_read: int = 0
+    file_bytes: int = 0
+    held_bytes: int = 0
+    compilers: dict[int, float] = field(default_factory=dict)
+    ended_children_seconds: float = 0.0
+
+
+def work_between(before: Counters, after: Counters, seconds: float) -> Work:
+    """Return the signs of work in the time between two readings of the counters."""
+    amounts = {
+        "memory was touched for the first time": (
+            (after.first_touches - before.first_touches) / _FIRST_TOUCHES
+        ),
+        "pages were read": (after.pages_read - before.pages_read) / _PAGES_READ,
+        "files were read or written": (after.file_bytes - before.file_bytes) / _FILE_BYTES,
+        "its memory grew": (after.held_bytes - before.held_bytes) / _GROWTH_BYTES,
+        "compilers ran": _compiler_seconds(before, after) / _COMPILER_SECONDS,
+    }
+    signs = tuple(sign for sign, amount in amounts.items() if amount >= seconds)
+    return Work(signs, after.own_seconds - before.own_seconds >= _OWN_SECONDS * seconds)
+
+
+def _compiler_seconds(before: Counters, after: Counters) -> float:
+    running = sum(
+        seconds - before.compilers.get(pid, 0.0) for pid, seconds in after.compilers.items()
+    )
+    return running + after.ended_children_seconds - before.ended_children_seconds
+
+
+class WorkProbe:
+    """The work of one process, over intervals of at least ``interval_seconds``."""
+
+    def __init__(self, pid: int, interval_seconds: float) -> None:
+        self._process = psutil.Process(pid)
+        self._interval_seconds = interval_seconds
+        self._before: tuple[float, Counters] | None = None
+
+    def forget(self) -> None:
+        """Begin again: the rank makes progress, so what it did before does not matter."""
+        self._before = None
+
+    def look(self, now: float) -> Work:
+        """Return the signs of work since the last look, or no work if that was a moment ago."""
+        if self._before is None:
+            self._before = now, read_counters(self._process)
+            return NO_WORK
+        then, before = self._before
+        if now - then < self._interval_seconds:
+            return NO_WORK
+        counters = read_counters(self._process)
+        self._before = now, counters
+        return work_between(before, counters, now - then)
+
+
+def read_counters(process: psutil.Process) -> Counters:
+    """Read what the system counts about a process and its descendants; zeros if it is gone."""
+    try:
+        times = process.cpu_times()
+        compilers = {child.pid: _seconds_of(child) for child in _compilers(process)}
+        faults = _darwin_faults if sys.platform == "darwin" else _linux_faults
+        first_touches, pages_read, file_bytes, held_bytes = faults(process)
+    except psutil.Error:
+        return Counters()
+    return Counters(
+        times.user + times.system,
+        first_touches,
+        pages_read,
+        file_bytes,
+        held_bytes,
+        compilers,
+        times.children_user + times.children_system,
+    )
+
+
+def _compilers(process: psutil.Process) -> list[psutil.Process]:
+    found = process.children(recursive=True)
+    if sys.platform == "darwin":
+        found += [each for each in psutil.process_iter() if _name_of(each) == _METAL_COMPILER]
+    return found
+
+
+def _name_of(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
+
+
+def _seconds_of(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system
+
+
+def _linux_faults(process: psutil.Process) -> tuple[int, int, int, int]:
+    """Read page faults without and with reading, and bytes of files; memory is in the faults."""
+    folder = Path(f"/proc/{process.pid}")
+    first_touches = pages_read = file_bytes = 0
+    with contextlib.suppress(OSError):
+        # The name, in parentheses, may contain anything.
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        first_touches, pages_read = int(fields[7]), int(fields[9])
+    with contextlib.suppress(OSError):
+        # Sockets are not in these two, since they are used with recv and send.
+        lines = (folder / "io").read_text().splitlines()
+        counts = dict(line.split(": ") for line in lines)
+        file_bytes = int(counts["rchar"]) + int(counts["wchar"])
+    return first_touches, pages_read, file_bytes, 0
+
+
+def _darwin_faults(process: psutil.Process) -> tuple[int, int, int, int]:
+    """Read the same on macOS, and wired memory and footprint, which grow as a GPU gets weights."""
+    memory = process.memory_info()
+    faults, pages = getattr(memory, "pfaults", 0), getattr(memory, "pageins", 0)
+    usage = ctypes.create_string_buffer(_RUSAGE_V2.size)
+    library = ctypes.CDLL("/usr/lib/libproc.dylib")
+    if library.proc_pid_rusage(process.pid, 2, usage) != 0:
+        return faults, pages, 0, memory.rss
+    file_bytes, held_bytes = parse_rusage(usage.raw)
+    return faults, pages, file_bytes, held_bytes
+
+
+def parse_rusage(data: bytes) -> tuple[int, int]:
+    """Return bytes read and written on disk, and bytes held, of a ``rusage_info_v2``."""
+    _, *numbers = _RUSAGE_V2.unpack(data)
+    wired, footprint = numbers[5], numbers[7]
+    return numbers[16] + numbers[17], wired + footprint

@@ -1,0 +1,178 @@
+"""Warm-up before a run is ready: the self-test, and the shapes of steps that requests will use.
+
+The first step of a shape may compile kernels, choose algorithms, and touch weights and memory for
+the first time. On CUDA most of MLX's kernels are compiled when they are first used, and those for
+quantized matrices exist in versions for up to 16, 32, 64, 128 and more tokens; so the shapes there
+are one of each version, the largest chunk, the last part of a prompt, and batches of answers. On a
+CPU kernels do not depend on shapes, and Metal's are compiled in advance. There the self-test is
+enough, unless its first pass took long and a second one did not: then the machine is cold, and a
+few more shapes are computed.
+
+Batches are warmed up by requests to the engine itself, so that every path of theirs is included.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from k2cli.protocol import (
+    Assignment,
+    CloseSequence,
+    Generate,
+    OpenSequence,
+    Prefill,
+    Sampling,
+    Warm,
+    WarmUp,
+)
+from k2cli.rank.control import Followers
+from k2cli.rank.engine.engine import Engine
+from k2cli.rank.self_test import run_self_test
+
+DeviceKind = Literal["cpu", "metal", "cuda"]
+Report = Callable[[str, int, int], None]
+"""Receives the shape that is being warmed up, its number, and the count (0: not known yet)."""
+
+SELF_TEST = "self-test"
+_TILES = (16, 32, 64, 128)
+_METAL_TOKENS = (16, 64, 256)
+_CPU_TOKENS = (16,)
+_LEFT_TOKENS = 20
+_PROMPT_TOKENS = 12
+_ANSWER_TOKENS = 3
+_MOST_ROWS = 64
+# A first self-test that takes longer than this, and many times longer than a second one, did more
+# than compute.
+_LONG_SECONDS = 2.0
+_COLD_RATIO = 4.0
+_SEQUENCE = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A shape of steps: a chunk of ``tokens`` and the rest of its prompt, or ``rows`` requests."""
+
+    tokens: int = 0
+    left_tokens: int = 0
+    rows: int = 0
+
+    @property
+    def text(self) -> str:
+        if self.rows:
+            return f"{self.rows} requests at once"
+        left = f" and {self.left_tokens} more" if self.left_tokens else ""
+        return f"prefill of {self.tokens:,} tokens{left}"
+
+
+def shapes_to_warm(
+    device: DeviceKind,
+    *,
+    cold: bool,
+    context_length: int,
+    concurrency: int,
+    chunk_tokens: int,
+) -> list[Shape]:
+    """Choose the shapes to compute after the self-test, smallest first."""
+    if not cold and device != "cuda":
+        return []
+    largest = min(chunk_tokens, context_length - 1 - _LEFT_TOKENS)
+    sizes = {"cpu": _CPU_TOKENS, "metal": _METAL_TOKENS, "cuda": (*_TILES, largest)}[device]
+    tokens = sorted({size for size in sizes if 1 <= size <= largest})
+    shapes = [Shape(tokens=size) for size in tokens]
+    if shapes:
+        shapes[-1] = Shape(tokens=tokens[-1], left_tokens=_LEFT_TOKENS)
+    if context_length > _PROMPT_TOKENS + _ANSWER_TOKENS:
+        shapes += [Shape(rows=rows) for rows in _batches(device, concurrency)]
+    return shapes
+
+
+def _batches(device: DeviceKind, concurrency: int) -> list[int]:
+    most = min(concurrency, _MOST_ROWS)
+    if device == "cuda":
+        return sorted({rows for rows in (2, 8, *_TILES, most) if 2 <= rows <= most})
+    return [2] if most >= 2 else []
+
+
+def warm_up(
+    engine: Engine,
+    followers: Followers,
+    assignment: Assignment,
+    report: Report,
+    timeout_seconds: float,
+) -> None:
+    """Run the self-test and warm up the shapes of later requests, on all ranks.
+
+    Args:
+        timeout_seconds: for the followers' answers to the self-test.
+
+    Raises:
+        ClusterError: if the self-test fails.
+    """
+    device = _device()
+
+    def shapes(*, cold: bool) -> list[Shape]:
+        return shapes_to_warm(
+            device,
+            cold=cold,
+            context_length=assignment.context_length,
+            concurrency=assignment.concurrency,
+            chunk_tokens=assignment.prefill_chunk_tokens,
+        )
+
+    def announce(text: str, number: int, count: int) -> None:
+        report(text, number, count)
+        engine.now(WarmUp(engine.next_number, text, number, count))
+
+    def test() -> tuple[int, float]:
+        started = time.monotonic()
+        words = run_self_test(engine, followers, assignment.size, timeout_seconds)
+        return words, time.monotonic() - started
+
+    wanted = shapes(cold=False)
+    announce(SELF_TEST, 1, 1 + len(wanted) if wanted else 0)
+    words, first_seconds = test()
+    if not wanted and first_seconds > _LONG_SECONDS:
+        _, seconds = test()
+        wanted = shapes(cold=first_seconds > _COLD_RATIO * seconds)
+    for number, shape in enumerate(wanted, start=2):
+        announce(shape.text, number, 1 + len(wanted))
+        if shape.rows:
+            _answer(engine, shape.rows, words)
+        else:
+            _prefill(engine, shape, words)
+    engine.forget_rates()
+    engine.now(Warm(engine.next_number))
+
+
+def _device() -> DeviceKind:
+    if mx.default_device() != mx.gpu:
+        return "cpu"
+    return "cuda" if mx.cuda.is_available() else "metal"
+
+
+def _prefill(engine: Engine, shape: Shape, words: int) -> None:
+    engine.now(OpenSequence(engine.next_number, _SEQUENCE))
+    for tokens in filter(None, (shape.tokens, shape.left_tokens)):
+        engine.now(Prefill(engine.next_number, _SEQUENCE, _prompt(tokens, tokens, words)))
+    engine.now(CloseSequence(engine.next_number, _SEQUENCE))
+
+
+def _answer(engine: Engine, rows: int, words: int) -> None:
+    """Answer ``rows`` requests at once, half of them with random choices."""
+    for row in range(rows):
+        random = Sampling(temperature=1.0, top_p=0.9, seed=row) if row % 2 else Sampling()
+        prompt = _prompt(_PROMPT_TOKENS - row % 3, row, words)
+        engine.accept(Generate(f"warm-up-{rows}-{row}", prompt, _ANSWER_TOKENS, random, [], False))
+    while engine.busy:
+        engine.advance()
+    engine.tick()  # decisions without computing may be left in a pipeline
+
+
+def _prompt(tokens: int, seed: int, words: int) -> list[int]:
+    """Return different words, so that the experts of a model are used as by real text."""
+    return [(seed + index * 7919 + 1) % words for index in range(tokens)]

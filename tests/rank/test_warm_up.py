@@ -1,0 +1,45 @@
+"""Which shapes are warmed up before a run is ready."""
+
+from __future__ import annotations
+
+import pytest
+
+from k2cli.rank.warm_up import DeviceKind, shapes_to_warm
+
+
+def _texts(
+    device: DeviceKind, *, cold: bool, context: int = 4096, chunk: int = 2048, requests: int = 20
+) -> list[str]:
+    shapes = shapes_to_warm(
+        device, cold=cold, context_length=context, concurrency=requests, chunk_tokens=chunk
+    )
+    return [shape.text for shape in shapes]
+
+
+def test_on_cuda_every_version_of_the_kernels_is_used_cold_or_not() -> None:
+    expected = [
+        *(f"prefill of {tokens} tokens" for tokens in (16, 32, 64, 128)),
+        "prefill of 2,048 tokens and 20 more",
+        *(f"{rows} requests at once" for rows in (2, 8, 16, 20)),
+    ]
+    assert _texts("cuda", cold=False) == _texts("cuda", cold=True) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "metal"])
+def test_elsewhere_only_a_cold_machine_computes_more_than_the_self_test(
+    device: DeviceKind,
+) -> None:
+    assert _texts(device, cold=False) == []
+    assert len(_texts(device, cold=True)) >= 2
+
+
+@pytest.mark.parametrize("context", [1, 2, 16, 22, 40, 300])
+@pytest.mark.parametrize("requests", [1, 3])
+def test_no_shape_is_larger_than_the_plan(context: int, requests: int) -> None:
+    for device in ("cpu", "metal", "cuda"):
+        for shape in shapes_to_warm(
+            device, cold=True, context_length=context, concurrency=requests, chunk_tokens=128
+        ):
+            assert shape.tokens + shape.left_tokens < context
+            assert shape.tokens <= 128
+            assert shape.rows <= requests
