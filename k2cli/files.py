@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,8 +20,17 @@ def decode_json(data: bytes | str, type: type[_T]) -> _T:
     Raises:
         msgspec.DecodeError: if it is no JSON of that type, no UTF-8, or nested too deeply.
     """
+    return decode_with(lambda: msgspec.json.decode(data, type=type))
+
+
+def decode_with(decode: Callable[[], _T]) -> _T:
+    """Call a decoder of msgspec, JSON or MessagePack, so that it raises one kind of error.
+
+    Raises:
+        msgspec.DecodeError: if the data have another type or form, or are nested too deeply.
+    """
     try:
-        return msgspec.json.decode(data, type=type)
+        return decode()
     except RecursionError:
         raise msgspec.DecodeError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -28,16 +38,17 @@ def decode_json(data: bytes | str, type: type[_T]) -> _T:
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> int:
-    """Open a file without waiting for a FIFO or creating the file, and return its descriptor.
+    """Open a file without waiting for a FIFO, and return its descriptor.
 
     Args:
+        flags: as of ``os.open``; the file is created only with ``O_CREAT``.
         follow_links: True for files of the user's own, such as those of the Hub's cache.
 
     Raises:
         OSError: if it cannot be opened, or is not a regular file.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, flags, 0o666)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
@@ -72,6 +83,18 @@ def private_folder(folder: Path) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(f"{folder} cannot be written")
     return folder
+
+
+def read_tail(path: Path, limit_bytes: int) -> bytes:
+    """Read the last bytes of a regular file, at most ``limit_bytes``.
+
+    Raises:
+        OSError: if it cannot be read, or is not a regular file.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - limit_bytes))
+        return file.read(limit_bytes)
 
 
 def write_atomically(path: Path, data: bytes | str, mode: int | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.catalog import CatalogEntry, HubSource, WheelSource, catalog
-from k2cli.models.checkpoint import read_json_object
+from k2cli.models.json_files import read_json_object
 from k2cli.settings import models_directory
 
 # The Hub's rule for names, and the characters that git allows in a revision.

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import shown
 from k2cli.models.gguf.reader import GgufFile, GgufTensor
+from k2cli.models.json_files import shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import shown
+from k2cli.models.json_files import shown
 
 _MAX_STRING_BYTES = 2**26
 _MAX_COUNT = 2**24

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import shown
 from k2cli.models.gguf.reader import GgufFile
+from k2cli.models.json_files import shown
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types of llama.cpp
 

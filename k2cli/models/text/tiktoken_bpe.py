@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
+from k2cli.files import read_regular
 
 if TYPE_CHECKING:
     import tokenizers
@@ -43,7 +45,7 @@ K2_PATTERN = "|".join(
 def find_vocabulary(folder: Path) -> Path | None:
     """Return the path of the folder's vocabulary in tiktoken's format, if it has one."""
     named = folder / "tiktoken.model"
-    return named if named.is_file() else next(iter(sorted(folder.glob("*.tiktoken"))), None)
+    return named if os.path.lexists(named) else next(iter(sorted(folder.glob("*.tiktoken"))), None)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -53,9 +55,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         K2Error: if a line is malformed, a rank or token is repeated, or a byte has no token.
     """
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise K2Error(f"{path} is larger than {_MAX_FILE_BYTES} bytes")
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path, _MAX_FILE_BYTES, follow_links=True).splitlines()
     except OSError as error:
         raise K2Error(f"cannot read {path}: {error.strerror}") from error
     ranks: dict[bytes, int] = {}
