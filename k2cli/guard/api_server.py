@@ -24,7 +24,8 @@ from k2cli.protocol import Bootstrap, HttpEndpoint
 from k2cli.settings import RUN_OPTION
 
 if TYPE_CHECKING:
-    from k2cli.server.request_reader import ProcessReader
+    from k2cli.server.killable_reader import KillableReader
+    from k2cli.server.request_reader import RequestReader
     from k2cli.server.served_model import ServedModel
 
 _GRACEFUL_SECONDS = 2
@@ -92,9 +93,10 @@ def _served_model(bootstrap: Bootstrap) -> ServedModel:
     )
 
 
-def _make_reader(bootstrap: Bootstrap) -> ProcessReader:
-    from k2cli.server.read_request import ReaderSettings
-    from k2cli.server.request_reader import ProcessReader
+def _first_reader(bootstrap: Bootstrap) -> KillableReader:
+    """Return the process that tries the model's files, and then reads short requests."""
+    from k2cli.server.killable_reader import KillableReader
+    from k2cli.server.reader_messages import ReaderSettings
 
     served = _served_model(bootstrap)
     settings = ReaderSettings(
@@ -105,7 +107,7 @@ def _make_reader(bootstrap: Bootstrap) -> ProcessReader:
         served.default_top_p,
         served.default_top_k,
     )
-    return ProcessReader(settings, (RUN_OPTION, bootstrap.assignment.run_id))
+    return KillableReader(settings, (RUN_OPTION, bootstrap.assignment.run_id))
 
 
 def _import_server() -> None:
@@ -115,7 +117,9 @@ def _import_server() -> None:
     import k2cli.server.app  # noqa: F401
 
 
-def _build_server(bootstrap: Bootstrap, bridge: EngineBridge, reader: ProcessReader) -> Any:
+def _build_server(
+    bootstrap: Bootstrap, bridge: EngineBridge, first: KillableReader
+) -> tuple[Any, RequestReader]:
     """Make the uvicorn server and its application.
 
     Raises:
@@ -130,6 +134,7 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge, reader: ProcessRea
     )
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
+    from k2cli.server.request_reader import ProcessReader
 
     class GuardedServer(uvicorn.Server):
         """A uvicorn server that does not replace the guard's signal handlers."""
@@ -139,6 +144,7 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge, reader: ProcessRea
             yield
 
     tokenizer = Tokenizer.load(Path(bootstrap.assignment.model_path))
+    reader = ProcessReader(first, first.another())
     app = create_app(bridge, tokenizer, _served_model(bootstrap), reader)
     connection = partial(LimitedConnection, ConnectionLimits.for_files(raise_file_limit()))
     config = uvicorn.Config(
@@ -150,7 +156,7 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge, reader: ProcessRea
         server_header=False,
         timeout_graceful_shutdown=_GRACEFUL_SECONDS,
     )
-    return GuardedServer(config)
+    return GuardedServer(config), reader
 
 
 class ApiServer:
@@ -168,7 +174,7 @@ class ApiServer:
         self._endpoint = bootstrap.http
         self._listener: socket.socket | None = None
         self._server: Any = None
-        self._reader: ProcessReader | None = None
+        self._reader: KillableReader | RequestReader | None = None
         self._closing = False
         self._answering = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
@@ -190,11 +196,14 @@ class ApiServer:
 
         They are read here only after a process that can be killed has tried them.
         """
-        self._reader = reader = await asyncio.to_thread(_make_reader, self._bootstrap)
+        self._reader = reader = await asyncio.to_thread(_first_reader, self._bootstrap)
         if self._closing:
             return
-        await asyncio.gather(reader.check(), asyncio.to_thread(_import_server))
-        self._server = await asyncio.to_thread(_build_server, self._bootstrap, self.bridge, reader)
+        await reader.start()
+        await asyncio.gather(reader.load(), asyncio.to_thread(_import_server))
+        self._server, self._reader = await asyncio.to_thread(
+            _build_server, self._bootstrap, self.bridge, reader
+        )
         if self._closing:
             return  # ``close`` was called meanwhile and has closed the listener
         serving = asyncio.create_task(self._server.serve(sockets=[listener]))

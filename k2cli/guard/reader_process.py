@@ -22,15 +22,13 @@ from k2cli.models.text.chat_template import TemplateSources
 from k2cli.models.text.launch_check import load_checked, load_known
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol.wire import LENGTH, frame
-from k2cli.server.read_request import (
+from k2cli.server.reader_messages import (
     MEMORY_BYTES,
     KnownTemplates,
     Loaded,
     NotLoaded,
     ReaderSettings,
     Trying,
-    UnreadRequest,
-    read_request,
 )
 from k2cli.server.served_model import ServedModel
 
@@ -100,6 +98,9 @@ def main() -> None:
     tokenizer = _load(settings, tell)
     if tokenizer is None:
         return
+    # The types of requests take long to import: the guard waits for the check of the files first.
+    from k2cli.server.read_request import UnreadRequest, read_request
+
     served = ServedModel(
         settings.name,
         settings.context_length,
