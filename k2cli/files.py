@@ -13,6 +13,9 @@ import msgspec
 
 _T = TypeVar("_T")
 
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+"""Flags of ``open_regular`` to write at the end of a file, which may not be there yet."""
+
 
 def decode_json(data: bytes | str, type: type[_T]) -> _T:
     """Decode JSON from another machine, user or program.

@@ -18,8 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
+from k2cli.files import decode_json, read_regular
 from k2cli.pauses import Deadline
 from k2cli.units import KIB, MIB, format_bytes
 
@@ -87,7 +86,7 @@ def find_in_jetsam_report(text: str, pid: int) -> OutOfMemoryKill | None:
     """
     head, _, body = text.partition("\n")
     try:
-        report = msgspec.json.decode(body if body.strip() else head)
+        report = decode_json(body if body.strip() else head, type=dict[str, Any])
         page_bytes = report["memoryStatus"]["pageSize"]
         processes = [entry for entry in report["processes"] if entry.get("pid") == pid]
         for entry in processes:
@@ -95,7 +94,7 @@ def find_in_jetsam_report(text: str, pid: int) -> OutOfMemoryKill | None:
             if reason and reason not in _OTHER_REASONS:
                 resident = int(entry.get("rpages", 0)) * int(page_bytes)
                 return OutOfMemoryKill(pid, str(entry.get("name", "")), resident, str(reason))
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
     return None
 
@@ -227,5 +226,4 @@ def _reports(old: Collection[Path]) -> Iterator[str]:
     """
     for path in sorted(set(_report_paths()) - set(old), reverse=True):
         with suppress(OSError):
-            if path.stat().st_size <= _MOST_REPORT_BYTES:
-                yield path.read_text(errors="replace")
+            yield read_regular(path, _MOST_REPORT_BYTES).decode(errors="replace")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.catalog import CatalogEntry, HubSource, WheelSource, catalog
-from k2cli.models.json_files import read_json_object
+from k2cli.models.json_files import read_json_if_present
 from k2cli.settings import models_directory
 
 # The Hub's rule for names, and the characters that git allows in a revision.
@@ -156,7 +157,7 @@ def conversion_source(reference: ModelReference) -> dict[str, Any] | None:
 def is_conversion_of(folder: Path, source: dict[str, Any]) -> bool:
     """Return True if ``folder`` was converted from that GGUF."""
     path = folder / SOURCE_NAME
-    return path.is_file() and read_json_object(path) == source
+    return read_json_if_present(path) == source
 
 
 def local_checkpoint(text: str) -> Path:
@@ -170,7 +171,7 @@ def local_checkpoint(text: str) -> Path:
     folder = present_folder(reference)
     if folder is None:
         raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
         raise K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
     if not any(folder.glob("*.safetensors")):
         hint = None if reference.kind == "local" else f"k2 download {text}"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 import psutil
 
 from k2cli.agent.activity import start_of
+from k2cli.files import APPEND, open_regular
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.protocol import (
     GuardStarted,
@@ -53,9 +56,10 @@ class Journal:
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
-        self._log = record.log_file.open("a", encoding="utf-8")
+        self._log_path = record.log_file
+        self._log = _opened_log(self._log_path)
         self._began = time.time()
-        self._events = (record.folder / EVENTS_NAME).open("ab")
+        self._events = os.fdopen(open_regular(record.folder / EVENTS_NAME, APPEND), "ab")
         self._last: defaultdict[tuple[int, ...], deque[str]] = defaultdict(
             lambda: deque(maxlen=_KEPT_LINES)
         )
@@ -114,7 +118,7 @@ class Journal:
 
     def _node_of(self, rank: int) -> str:
         ranks = self.record.ranks
-        return ranks[rank].node if rank < len(ranks) else "an unknown node"
+        return ranks[rank].node if 0 <= rank < len(ranks) else "an unknown node"
 
     def note_restart(self, event: RunRestarting, failure: FailureRecord | None) -> None:
         """Record a failed attempt that another one follows."""
@@ -153,7 +157,7 @@ class Journal:
 
     def _set_rank(self, rank: int, **fields: int | float) -> None:
         ranks: list[RankRecord] = list(self.record.ranks)
-        if rank < len(ranks):
+        if 0 <= rank < len(ranks):
             ranks[rank] = replace(ranks[rank], **fields)  # type: ignore[arg-type]
             self._save(replace(self.record, ranks=tuple(ranks)))
 
@@ -194,7 +198,11 @@ class Journal:
 
     def _rotate(self) -> None:
         """Start a new file and keep only the last full one, so that logs cannot fill the disk."""
-        path = Path(self._log.name)
+        path = self._log_path
         self._log.close()
         path.replace(path.with_suffix(".log.1"))
-        self._log = path.open("a", encoding="utf-8")
+        self._log = _opened_log(path)
+
+
+def _opened_log(path: Path) -> TextIO:
+    return os.fdopen(open_regular(path, APPEND), "a", encoding="utf-8")

@@ -9,12 +9,14 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 
+from k2cli.files import decode_with
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.nodes.node import Node
 from k2cli.protocol import Heartbeat, NextAttempt, RunEvent, StopRun
@@ -114,22 +116,19 @@ class Processes:
         self._spawn(self._await_exit(started, readers, None if leads else self._current()))
 
     async def _read_events(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
-        # A line longer than the stream's limit is not a message.
-        with contextlib.suppress(ValueError):
-            while line := await stream.readline():
-                try:
-                    event = _decoder.decode(line)
-                except msgspec.MsgspecError:
-                    self._journal.log_line(command, line)
-                    continue
-                self._on_event(event)
+        async for line in _lines(stream):
+            try:
+                event = decode_with(partial(_decoder.decode, line))
+            except msgspec.MsgspecError:
+                self._journal.log_line(command, line)
+                continue
+            self._on_event(event)
 
     async def _read_noise(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
-        with contextlib.suppress(ValueError):
-            while line := await stream.readline():
-                # mpirun then complains that its processes ended without using MPI.
-                if not (self._current().is_over and command.program == "mpirun"):
-                    self._journal.log_line(command, line)
+        async for line in _lines(stream):
+            # mpirun then complains that its processes ended without using MPI.
+            if not (self._current().is_over and command.program == "mpirun"):
+                self._journal.log_line(command, line)
 
     async def _await_exit(
         self, started: _Started, readers: list[asyncio.Task[None]], attempt: Attempt | None
@@ -186,6 +185,18 @@ class Processes:
         for started in self._all:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(started.process.wait(), _DRAIN_SECONDS)
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Yield the lines of a process. A note stands for one that is longer than the limit."""
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:  # the stream has dropped what it has of the line
+            line = b"[a line is left out: it is too long]\n"
+        if not line:
+            return
+        yield line
 
 
 def _has_exited(started: _Started) -> bool:

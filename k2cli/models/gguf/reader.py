@@ -8,6 +8,7 @@ anything is allocated for it.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +17,11 @@ from types import TracebackType
 from typing import Any
 
 from k2cli.errors import K2Error
+from k2cli.files import open_regular
 from k2cli.models.json_files import shown
+
+_MAX_HEADER_BYTES = 2**28
+"""The headers of published files have up to 30 MB: vocabulary, merges and scores."""
 
 _MAX_STRING_BYTES = 2**26
 _MAX_COUNT = 2**24
@@ -64,7 +69,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as stream:
+            with os.fdopen(open_regular(path, follow_links=True), "rb") as stream:
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise K2Error(f"cannot read {path}: {error.strerror}") from error
@@ -125,6 +130,10 @@ class _HeaderReader:
                 f"{self._path} is cut short: its header goes past byte {len(self._data)}",
                 "download it again",
             )
+        if past > _MAX_HEADER_BYTES:
+            raise K2Error(
+                f"{self._path} is damaged: its header goes past {_MAX_HEADER_BYTES} bytes"
+            )
         taken = self._data[self._at : past]
         self._at = past
         return taken
@@ -177,7 +186,7 @@ class _HeaderReader:
     ) -> dict[str, GgufTensor]:
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
-            raise K2Error(f"{self._path} is damaged: an alignment of {alignment!r}")
+            raise K2Error(f"{self._path} is damaged: an alignment of {shown(alignment)}")
         data_start = -(-self._at // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         for name, shape, type_number, offset in infos:

@@ -183,7 +183,7 @@ def _token_id(file: GgufFile, name: str, count: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-        raise K2Error(f"{file.path}: {key} is {value!r}, the vocabulary has {count} tokens")
+        raise K2Error(f"{file.path}: {key} is {shown(value)}, the vocabulary has {count} tokens")
     return value
 
 

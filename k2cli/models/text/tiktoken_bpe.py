@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
 from k2cli.files import read_regular
+from k2cli.models.json_files import shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -99,10 +100,11 @@ def special_tokens(path: Path, first: int, named: dict[str, Any]) -> list[dict[s
     contents: dict[int, dict[str, Any]] = {}
     for key, fields in named.items():
         content = fields.get("content") if isinstance(fields, dict) else None
-        if not key.isdecimal() or not first <= int(key) < past_last or not content:
+        is_id = key.isdecimal() and len(key) < 10 and first <= int(key) < past_last
+        if not is_id or not isinstance(content, str) or not content:
             raise K2Error(
-                f"{path.parent / 'tokenizer_config.json'}: the special token {key!r} must have "
-                f"text and an id from {first} to {past_last - 1}"
+                f"{path.parent / 'tokenizer_config.json'}: the special token {shown(key)} must "
+                f"have text and an id from {first} to {past_last - 1}"
             )
         contents[int(key)] = fields
     default = {"special": True}

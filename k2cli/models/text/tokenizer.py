@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
 from k2cli.files import read_regular
-from k2cli.models.json_files import end_tokens, read_generation_config, read_json_if_present
+from k2cli.models.json_files import (
+    end_tokens,
+    read_generation_config,
+    read_json_if_present,
+    shown,
+)
 from k2cli.models.text.tiktoken_bpe import (
     build_tokenizer,
     byte_letters,
@@ -312,7 +317,7 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     if config.get("tokenizer_class") != "TikTokenTokenizer":
         # Other model families ship such a file but split text by other patterns.
         raise K2Error(
-            f"{vocabulary} belongs to the tokenizer {config.get('tokenizer_class')!r}; "
+            f"{vocabulary} belongs to the tokenizer {shown(config.get('tokenizer_class'))}; "
             "k2 knows the pattern of 'TikTokenTokenizer' (Kimi) only",
             "use a conversion of the model that has a tokenizer.json",
         )
