@@ -65,7 +65,11 @@ def read_regular(path: Path, limit_bytes: int, *, follow_links: bool = False) ->
         OSError: if it cannot be read, is not a regular file, or is larger.
     """
     with os.fdopen(open_regular(path, follow_links=follow_links), "rb") as file:
-        data = file.read(limit_bytes + 1)
+        # A read takes as much memory as it asks for, so the limit itself is not asked for.
+        expected = os.fstat(file.fileno()).st_size + 1
+        data = b""
+        while len(data) <= limit_bytes and (more := file.read(min(expected, limit_bytes + 1))):
+            data = data + more if data else more
     if len(data) > limit_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {limit_bytes} bytes", str(path))
     return data

@@ -23,7 +23,6 @@ from k2cli.models.text.launch_check import load_checked, load_known
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol.wire import LENGTH, frame
 from k2cli.server.reader_messages import (
-    MEMORY_BYTES,
     KnownTemplates,
     Loaded,
     NotLoaded,
@@ -49,7 +48,7 @@ def _frames_until_the_end(source: BinaryIO, frames: queue.SimpleQueue[bytes]) ->
     os._exit(0)
 
 
-def _limit_memory() -> None:
+def _limit_memory(memory_bytes: int) -> None:
     """Limit this process's memory, which is beside a model that needs the rest of the machine.
 
     A template can make a text of any length. macOS does not enforce the limit; there, the guard
@@ -57,7 +56,7 @@ def _limit_memory() -> None:
     """
     with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, hard))
 
 
 def _load(settings: ReaderSettings, tell: Callable[[msgspec.Struct], None]) -> Tokenizer | None:
@@ -83,8 +82,6 @@ def _load(settings: ReaderSettings, tell: Callable[[msgspec.Struct], None]) -> T
 
 def main() -> None:
     """Answer requests until stdin ends."""
-    _limit_memory()
-
     answers = os.fdopen(os.dup(1), "wb")
 
     def tell(message: msgspec.Struct) -> None:
@@ -95,6 +92,7 @@ def main() -> None:
     arguments = (sys.stdin.buffer, frames)
     threading.Thread(target=_frames_until_the_end, args=arguments, daemon=True).start()
     settings = msgspec.msgpack.decode(frames.get(), type=ReaderSettings)
+    _limit_memory(settings.memory_bytes)
     tokenizer = _load(settings, tell)
     if tokenizer is None:
         return

@@ -22,7 +22,6 @@ from k2cli.errors import K2Error
 from k2cli.files import decode_with
 from k2cli.protocol.wire import LENGTH, MAX_FRAME_BYTES, frame
 from k2cli.server.reader_messages import (
-    MEMORY_BYTES,
     KnownTemplates,
     Loaded,
     NotLoaded,
@@ -80,6 +79,11 @@ class KillableReader:
         other = KillableReader(self._model.settings, ())
         other._model, other._arguments = self._model, self._arguments
         return other
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory that a process may have."""
+        return self._model.settings.memory_bytes
 
     async def start(self) -> None:
         """Start the process if it does not run; it loads before it reads its first request.
@@ -172,7 +176,7 @@ class KillableReader:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             with contextlib.suppress(psutil.Error):
-                if psutil.Process(self._process.pid).memory_info().rss > MEMORY_BYTES:
+                if psutil.Process(self._process.pid).memory_info().rss > self.memory_bytes:
                     return
 
     async def load(self) -> None:
@@ -208,7 +212,7 @@ class KillableReader:
                 raise K2Error(_refusal(step, f"takes longer than {limit:.0f} s")) from None
             except ProcessTooLarge:
                 raise K2Error(
-                    _refusal(step, f"takes more than {format_bytes(MEMORY_BYTES)}")
+                    _refusal(step, f"takes more than {format_bytes(self.memory_bytes)}")
                 ) from None
             except (ProcessEnded, msgspec.MsgspecError) as error:
                 raise ProcessEnded(_refusal(step, "ends the process that does it")) from error

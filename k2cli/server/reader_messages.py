@@ -34,6 +34,7 @@ class ReaderSettings(msgspec.Struct, frozen=True):
     default_top_p: float
     default_top_k: int
     templates: KnownTemplates | None = None
+    memory_bytes: int = MEMORY_BYTES
 
 
 class Trying(msgspec.Struct, frozen=True, tag=True):

@@ -18,7 +18,6 @@ from k2cli.files import decode_with
 from k2cli.server.errors import ApiError, unavailable
 from k2cli.server.killable_reader import KillableReader, ProcessEnded, ProcessTooLarge
 from k2cli.server.read_request import ReadRequest, RequestKind, UnreadRequest, accepted
-from k2cli.server.reader_messages import MEMORY_BYTES
 from k2cli.units import KIB, format_bytes
 
 LONG_REQUEST_BYTES = 64 * KIB
@@ -109,7 +108,8 @@ class _Queue:
             message = f"reading the request took longer than {self._seconds:.0f} s"
             raise ApiError(400, message, code=_UNREADABLE) from error
         except ProcessTooLarge as error:
-            message = f"reading the request takes more than {format_bytes(MEMORY_BYTES)} of memory"
+            limit = format_bytes(self.process.memory_bytes)
+            message = f"reading the request takes more than {limit} of memory"
             raise ApiError(400, message, code=_UNREADABLE) from error
         except msgspec.MsgspecError as error:
             raise ProcessEnded from error

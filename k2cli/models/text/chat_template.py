@@ -94,6 +94,10 @@ class ChatTemplate:
             return "".join(pieces)
         except TooLongError:
             raise
+        except MemoryError:
+            raise TooLongError(
+                "the model's chat template takes more memory than there is"
+            ) from None
         except jinja2.TemplateError as error:
             raise K2Error(f"the model's chat template refuses: {error}") from error
         except Exception as error:  # template code may raise anything on unexpected messages
