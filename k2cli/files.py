@@ -66,7 +66,7 @@ def read_regular(path: Path, limit_bytes: int, *, follow_links: bool = False) ->
     """
     with os.fdopen(open_regular(path, follow_links=follow_links), "rb") as file:
         # A read takes as much memory as it asks for, so the limit itself is not asked for.
-        expected = os.fstat(file.fileno()).st_size + 1
+        expected = max(os.fstat(file.fileno()).st_size, 2**16) + 1
         data = b""
         while len(data) <= limit_bytes and (more := file.read(min(expected, limit_bytes + 1))):
             data = data + more if data else more

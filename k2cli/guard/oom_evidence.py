@@ -35,6 +35,7 @@ _REPORT_FOLDERS = (
     Path(os.path.expanduser("~/Library/Logs/DiagnosticReports")),
 )
 _MOST_REPORT_BYTES = 32 * MIB
+_MOST_RESIDENT_BYTES = 2**60
 # PROC_PID_INIT_INO of the kernel, whose log has the process ids of this namespace.
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 _JOURNAL_SECONDS = 2.0
@@ -93,6 +94,8 @@ def find_in_jetsam_report(text: str, pid: int) -> OutOfMemoryKill | None:
             reason = entry.get("reason")
             if reason and reason not in _OTHER_REASONS:
                 resident = int(entry.get("rpages", 0)) * int(page_bytes)
+                if not 0 <= resident < _MOST_RESIDENT_BYTES:
+                    return None
                 return OutOfMemoryKill(pid, str(entry.get("name", "")), resident, str(reason))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None

@@ -116,8 +116,17 @@ def launch_detached(
 
 
 def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:
-    """Start the supervisor of a run as a process that outlives this one."""
-    with os.fdopen(open_regular(folder / LOG_NAME, APPEND), "ab") as output:
+    """Start the supervisor of a run as a process that outlives this one.
+
+    Raises:
+        ClusterError: if its log cannot be written.
+    """
+    path = folder / LOG_NAME
+    try:
+        descriptor = open_regular(path, APPEND)
+    except OSError as error:
+        raise ClusterError(f"{path} cannot be written: {error.strerror}") from error
+    with os.fdopen(descriptor, "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "k2cli.supervisor.supervisor", str(folder)],
             stdin=subprocess.DEVNULL,
