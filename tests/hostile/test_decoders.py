@@ -41,7 +41,15 @@ HOSTILE_JSON = [
     DEEP, '{"a":' * 200_000, "[]", "7", "null", '""', '"\\ud800"', "1e999", "9" * 5000, "NaN",
     "{}", '[{}, 7, [], null]', '{"pid": "x"}', "",
 ]  # fmt: skip
-HOSTILE_FRAMES = [b"\xff", b"\xa1\xff", b"\x91" * 200_000, b"\xc1", b"", b"\x81\xa4type\xc0"]
+HOSTILE_FRAMES = [
+    b"\xff",
+    b"\xa1\xff",
+    b"\x91" * 200_000,
+    b"\xc1",
+    b"",
+    b"\x81\xa4type\xc0",
+    b"\x82\xa4type\xa7LogLine\xa4node\xa1\xff",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE_JSON)
