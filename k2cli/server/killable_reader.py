@@ -54,7 +54,7 @@ class ProcessTooLarge(Exception):
 
 @dataclass(slots=True)
 class _Model:
-    """What the processes of one model have in common; the first one to load finds the templates."""
+    """The state that the processes of a model share; the first one to load finds the templates."""
 
     settings: ReaderSettings
     templates: KnownTemplates | None = None

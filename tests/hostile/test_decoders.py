@@ -16,7 +16,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import msgspec
 import pytest
 
@@ -153,12 +153,12 @@ ANSWERS = [text.encode() for text in HOSTILE_JSON] + [
 @pytest.mark.parametrize("body", ANSWERS)
 @pytest.mark.parametrize("status", [200, 400])
 def test_an_answer_of_any_form_is_understood_or_refused(body: bytes, status: int) -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
+    def answer(request: httpx2.Request) -> httpx2.Response:
         stream = b"data: " + body + b"\n\ndata: [DONE]\n\n"
-        return httpx.Response(status, content=stream if b"stream" in request.content else body)
+        return httpx2.Response(status, content=stream if b"stream" in request.content else body)
 
     client = ApiClient("http://127.0.0.1:1")
-    client._http = httpx.Client(transport=httpx.MockTransport(answer))
+    client._http = httpx2.Client(transport=httpx2.MockTransport(answer))
     model = ModelInfo("toy", is_k2=True)
     for ask in (
         client.models,
@@ -180,8 +180,8 @@ def test_an_answer_without_end_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> N
             yield b"a" * 1000
 
     client = ApiClient("http://127.0.0.1:1")
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=endless()))
-    client._http = httpx.Client(transport=transport)
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(200, content=endless()))
+    client._http = httpx2.Client(transport=transport)
     with pytest.raises(K2Error, match="more than 10000 bytes"):
         client.models()
     with pytest.raises(K2Error, match="more than 10000 bytes"):
@@ -225,6 +225,13 @@ ALLOWED = {
     "planning/hardware/machine.py": "files of the kernel in /sys",
     "agent/activity.py": "files of the kernel in /proc",
     "guard/oom_evidence.py": "files of the kernel in /proc and /dev/kmsg",
+    "agent/freshness.py": "files of the kernel in /proc",
+    "guard/work.py": "files of the kernel in /proc",
+    "launch/mpi.py": "creation with O_EXCL",
+    "models/text/conversation.py": "a part of a bounded body, with json.loads' errors",
+    "planning/hardware/cards.py": "a file of this package",
+    "rank/kernel_cache.py": "folders of k2's own private cache, and files of the kernel in /proc",
+    "rank/listen_address.py": "a library of MLX and the process's own memory",
     "agent/locks.py": "creation with O_EXCL, and /proc/locks",
     "agent/link.py": "writes into a new private folder",
     "models/safetensors.py": "creation with O_EXCL",
