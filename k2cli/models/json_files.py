@@ -6,6 +6,7 @@ Every value that k2 uses is checked where it is read, and the error names the fi
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         text = read_regular(path, MAX_JSON_BYTES, follow_links=True)
-        document = json.loads(text, parse_constant=_constant)
+        document = json.loads(text)
         # An escape such as \\ud800 alone makes a text that no file, log or message can hold.
         if b"\\ud" in text.lower() and _SURROGATE.search(json.dumps(document, ensure_ascii=False)):
             raise ValueError("a text in it is not valid Unicode")
@@ -40,6 +41,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise K2Error(f"{path} is not JSON: {error}", "download the checkpoint again") from error
     if not isinstance(document, dict):
         raise K2Error(f"{path} must hold a JSON object, not {type(document).__name__}")
+    if b"NaN" in text and (name := _field_with_nan(document)) is not None:
+        raise K2Error(f"{path}: {name} is NaN, which is not a number")
     return document
 
 
@@ -52,11 +55,18 @@ def read_json_if_present(path: Path) -> dict[str, Any]:
     return read_json_object(path) if os.path.lexists(path) else {}
 
 
-def _constant(name: str) -> float:
-    """Read ``Infinity``, which configs of Mamba have, and refuse ``NaN``."""
-    if name == "NaN":
-        raise ValueError("it holds NaN, which is not a number")
-    return float(name)
+def _field_with_nan(document: dict[str, Any]) -> str | None:
+    """Find a field whose value is NaN. Infinity is allowed: configs of Mamba have it."""
+    found: list[tuple[str, Any]] = list(document.items())
+    while found:
+        name, value = found.pop()
+        if isinstance(value, float) and math.isnan(value):
+            return name
+        if isinstance(value, dict):
+            found += value.items()
+        elif isinstance(value, list):
+            found += [(name, each) for each in value]
+    return None
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def test_defaults_for_sampling_that_are_possible(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ['{"model_type": "\\ud800"}', '{"model_type": NaN}'])
 def test_a_config_that_no_message_can_hold(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(K2Error, match=r"config\.json is not JSON"):
+    with pytest.raises(K2Error, match=r"config\.json.*(is not JSON|NaN)"):
         read_config(tmp_path)
 
 
