@@ -9,7 +9,6 @@ import platform
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.errors import K2Error
-from k2cli.files import private_folder
+from k2cli.files import nameless_file, private_folder
 from k2cli.gpu_name import GpuName
 from k2cli.guard.oom_evidence import OomEvidence
 from k2cli.protocol import Assignment, Bootstrap
@@ -59,7 +58,7 @@ async def spawn_rank(
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TMPDIR"] = str(kernel_folder(bootstrap.assignment.run_id))
     for name, content in files.items():
-        inherited.append(_nameless_file(content))
+        inherited.append(nameless_file(content))
         environment[name] = f"/dev/fd/{inherited[-1]}"
     oom_evidence = OomEvidence()
     try:
@@ -163,11 +162,3 @@ def _nccl_settings(assignment: Assignment, coordinator: str) -> dict[str, str]:
         # "=" takes the name as it is; without it, it is a prefix.
         settings["NCCL_SOCKET_IFNAME"] = f"={assignment.nccl_interface}"
     return settings
-
-
-def _nameless_file(content: bytes) -> int:
-    """Return a descriptor of an unlinked file with this content."""
-    with tempfile.TemporaryFile() as file:
-        # pwrite leaves the file position at the start; some systems share it with the rank.
-        os.pwrite(file.fileno(), content, 0)
-        return os.dup(file.fileno())

@@ -12,9 +12,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from k2cli.errors import K2Error
+from k2cli.files import encode_json
 from k2cli.units import clean_text, escape_json
 
 if TYPE_CHECKING:
@@ -49,14 +48,14 @@ def stderr_console() -> Console:
 def print_json(document: bytes | Any) -> None:
     """Print one JSON document to stdout; a value other than bytes is encoded with indentation."""
     if not isinstance(document, bytes):
-        document = msgspec.json.format(msgspec.json.encode(document), indent=1)
+        document = encode_json(document)
     sys.stdout.write(escape_json(document.decode()).rstrip("\n") + "\n")
     sys.stdout.flush()
 
 
 def print_json_line(document: Any) -> None:
     """Print one JSON document to stdout on a single line, for JSON Lines."""
-    sys.stdout.write(escape_json(msgspec.json.encode(document).decode()) + "\n")
+    sys.stdout.write(escape_json(encode_json(document, indent=False).decode()))
     sys.stdout.flush()
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from k2cli.errors import UsageError
-from k2cli.files import write_atomically
+from k2cli.files import unwritable, write_atomically
 from k2cli.ui.plan.bars import PARTS, short_name
 from k2cli.ui.plan.curves import (
     context_text,
@@ -234,4 +234,4 @@ def save_svg(plan: Plan, points: Sequence[CurvePoint], path: Path) -> None:
     try:
         write_atomically(path, plan_svg(plan, points))
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise unwritable(error, path, UsageError) from error
