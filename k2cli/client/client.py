@@ -161,16 +161,17 @@ class ApiClient:
         with self._failures():
             response = self._http.get(f"{self.base}/models", timeout=CONNECT_SECONDS)
         self._check(response)
-        entries = _decoded(response.content, self.base).get("data", [])
-        return [
-            ModelInfo(
-                name=str(entry.get("id", "")),
-                context_length=entry.get("context_length"),
-                is_k2=entry.get("owned_by") == _K2_OWNER,
-            )
-            for entry in entries
-            if isinstance(entry, dict)
-        ]
+        with _expected_shape(self.base):
+            entries = _decoded(response.content, self.base).get("data", [])
+            return [
+                ModelInfo(
+                    name=str(entry.get("id", "")),
+                    context_length=_checked_length(entry.get("context_length")),
+                    is_k2=entry.get("owned_by") == _K2_OWNER,
+                )
+                for entry in entries
+                if isinstance(entry, dict)
+            ]
 
     def pick_model(self, name: str | None) -> ModelInfo:
         """Return the model of a name, or the first one if the name is None.
@@ -195,7 +196,8 @@ class ApiClient:
         with self._failures():
             response = self._http.post(f"{self.base}/tokenize", json=body)
         self._check(response)
-        return [int(token) for token in _decoded(response.content, self.base)["tokens"]]
+        with _expected_shape(self.base):
+            return [int(token) for token in _decoded(response.content, self.base)["tokens"]]
 
     def chat(
         self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
@@ -234,7 +236,8 @@ class ApiClient:
                 announced.append(time.monotonic())
             if isinstance(event, Progress) and event.completion_tokens is not None:
                 counted += [announced[-1]] * (event.completion_tokens - len(counted))
-        done = _completion(started_at, announced, time.monotonic(), ended, tokens)
+        with _expected_shape(self.base):
+            done = _completion(started_at, announced, time.monotonic(), ended, tokens)
         return replace(done, token_times=tuple(counted))
 
     def _stream(
@@ -249,7 +252,13 @@ class ApiClient:
             if response.is_error:
                 response.read()
             self._check(response)
-            yield from _events(response.iter_lines(), self.base)
+            events = _events(response.iter_lines(), self.base)
+            while True:
+                with _expected_shape(self.base):
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -303,6 +312,26 @@ def _error_message(content: bytes) -> str | None:
         return None
     message = error.get("message") if isinstance(error, dict) else error
     return message if isinstance(message, str) else None
+
+
+@contextmanager
+def _expected_shape(base: str) -> Iterator[None]:
+    """Translate the errors of values that are not what an OpenAI API sends.
+
+    Raises:
+        K2Error: if a value is missing or of another type.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise K2Error(f"{base} does not answer as an OpenAI API: {reason}") from error
+
+
+def _checked_length(value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"{value!r} is not a context length")
+    return value
 
 
 def _decoded(content: bytes | str, base: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from k2cli.ui.plan.curves import (
     with_speed,
 )
 from k2cli.ui.plan.table import headline, rate_text, verdict
-from k2cli.units import GB, MB, format_bytes
+from k2cli.units import GB, MB, format_bytes, one_line
 
 if TYPE_CHECKING:
     from k2cli.planning.curve import CurvePoint
@@ -52,7 +52,7 @@ def plan_svg(plan: Plan, points: Sequence[CurvePoint]) -> str:
         if len(timed) > 1:
             drawn, y = _speed_chart(timed, asked, y + 24)
             body += drawn
-    title = escape(f"{plan.model.reference}: {verdict(plan)}")
+    title = _escaped(f"{plan.model.reference}: {verdict(plan)}")
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{y:.0f}" '
@@ -66,13 +66,18 @@ def plan_svg(plan: Plan, points: Sequence[CurvePoint]) -> str:
     )
 
 
+def _escaped(text: str) -> str:
+    """Return text for XML, in which control characters have no form at all."""
+    return escape(one_line(text))
+
+
 def _text(
     x: float, y: float, text: str, *, size: int = 13, colour: str = _INK, anchor: str = "start",
     weight: str = "normal",
 ) -> str:  # fmt: skip
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}" '
-        f'text-anchor="{anchor}" font-weight="{weight}">{escape(text)}</text>'
+        f'text-anchor="{anchor}" font-weight="{weight}">{_escaped(text)}</text>'
     )
 
 
