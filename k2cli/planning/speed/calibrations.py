@@ -99,7 +99,7 @@ def with_calibration(
 def _read(path: Path) -> tuple[CalibratedMachines, ...]:
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # HOME may be a file
         return ()
     except OSError as error:
         raise K2Error(f"{path} cannot be read: {error.strerror}") from error
