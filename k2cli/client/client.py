@@ -14,10 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx2
-import msgspec
 
-from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
-from k2cli.files import decode_json
+from k2cli.client.answers import (
+    checked_length,
+    decoded,
+    error_message,
+    expected_shape,
+    failure,
+)
+from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.proxies import proxy_errors
 
 CONNECT_SECONDS = 10.0
@@ -161,12 +166,12 @@ class ApiClient:
         with self._failures():
             response = self._http.get(f"{self.base}/models", timeout=CONNECT_SECONDS)
         self._check(response)
-        with _expected_shape(self.base):
-            entries = _decoded(response.content, self.base).get("data", [])
+        with expected_shape(self.base):
+            entries = decoded(response.content, self.base).get("data", [])
             return [
                 ModelInfo(
                     name=str(entry.get("id", "")),
-                    context_length=_checked_length(entry.get("context_length")),
+                    context_length=checked_length(entry.get("context_length")),
                     is_k2=entry.get("owned_by") == _K2_OWNER,
                 )
                 for entry in entries
@@ -196,8 +201,8 @@ class ApiClient:
         with self._failures():
             response = self._http.post(f"{self.base}/tokenize", json=body)
         self._check(response)
-        with _expected_shape(self.base):
-            return [int(token) for token in _decoded(response.content, self.base)["tokens"]]
+        with expected_shape(self.base):
+            return [int(token) for token in decoded(response.content, self.base)["tokens"]]
 
     def chat(
         self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
@@ -236,7 +241,7 @@ class ApiClient:
                 announced.append(time.monotonic())
             if isinstance(event, Progress) and event.completion_tokens is not None:
                 counted += [announced[-1]] * (event.completion_tokens - len(counted))
-        with _expected_shape(self.base):
+        with expected_shape(self.base):
             done = _completion(started_at, announced, time.monotonic(), ended, tokens)
         return replace(done, token_times=tuple(counted))
 
@@ -254,7 +259,7 @@ class ApiClient:
             self._check(response)
             events = _events(response.iter_lines(), self.base)
             while True:
-                with _expected_shape(self.base):
+                with expected_shape(self.base):
                     event = next(events, None)
                 if event is None:
                     return
@@ -276,8 +281,8 @@ class ApiClient:
     def _check(self, response: httpx2.Response) -> None:
         if response.is_success:
             return
-        message = _error_message(response.content) or f"HTTP status {response.status_code}"
-        raise _failure(response.status_code, message, self.base)
+        message = error_message(response.content) or f"HTTP status {response.status_code}"
+        raise failure(response.status_code, message, self.base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,51 +301,6 @@ class CompletionSource:
         return self.client.complete(self.model, prompt, tokens)
 
 
-def _failure(status: int, message: str, base: str) -> K2Error:
-    if status in (401, 403):
-        return NotAuthorisedError(f"{base}: {message}", "give --api-key, or set K2_API_KEY")
-    if status == 503:
-        return ClusterError(f"{base} cannot answer: {message}", "k2 ps")
-    return K2Error(f"{base} refused the request: {message}")
-
-
-def _error_message(content: bytes) -> str | None:
-    """Return the message of an OpenAI error object, or None if the body is not one."""
-    try:
-        error = decode_json(content, type=dict[str, Any]).get("error")
-    except msgspec.MsgspecError:
-        return None
-    message = error.get("message") if isinstance(error, dict) else error
-    return message if isinstance(message, str) else None
-
-
-@contextmanager
-def _expected_shape(base: str) -> Iterator[None]:
-    """Translate the errors of values that are not what an OpenAI API sends.
-
-    Raises:
-        K2Error: if a value is missing or of another type.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise K2Error(f"{base} does not answer as an OpenAI API: {reason}") from error
-
-
-def _checked_length(value: Any) -> int | None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"{value!r} is not a context length")
-    return value
-
-
-def _decoded(content: bytes | str, base: str) -> dict[str, Any]:
-    try:
-        return decode_json(content, type=dict[str, Any])
-    except msgspec.MsgspecError as error:
-        raise K2Error(f"{base} does not answer as an OpenAI API: {error}") from error
-
-
 def _events(lines: Iterator[str], base: str) -> Iterator[StreamEvent]:
     """Read server-sent events up to ``[DONE]``.
 
@@ -355,9 +315,9 @@ def _events(lines: Iterator[str], base: str) -> Iterator[StreamEvent]:
         data = line[len("data:") :].strip()
         if data == "[DONE]":
             break
-        chunk = _decoded(data, base)
+        chunk = decoded(data, base)
         if "error" in chunk:
-            message = _error_message(data.encode()) or "unknown error"
+            message = error_message(data.encode()) or "unknown error"
             raise ClusterError(f"the answer broke off: {message}", "k2 ps")
         yield from _chunk_events(chunk)
         usage = chunk.get("usage") or usage

@@ -268,10 +268,11 @@ class Journal:
         """Log a line of this process that may belong to a traceback."""
         self._lines.add(_LAUNCHER, line)
 
-    def note_bug(self, error: BaseException) -> None:
-        """Log the traceback of an error that nobody expected."""
+    def note_bug(self, error: BaseException) -> Outcome:
+        """Log the traceback of an error that nobody expected, and return the end that it causes."""
         for line in "".join(traceback.format_exception(error)).splitlines():
             self.note_own(line)
+        return Outcome.failed(f"internal error: {type(error).__name__}: {error}")
 
     def _write_line(self, sender: _Sender, text: str) -> None:
         self._log.write(format_entry(LogEntry(time.time(), sender.node, sender.name, text)))

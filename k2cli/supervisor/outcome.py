@@ -55,11 +55,6 @@ class Outcome:
         whole = cause if rank is None else f"rank {rank} on {node} failed: {cause}"
         return cls(whole, FailureRecord(cause, rank, node, exit_status, tuple(last_lines)), wait)
 
-    @classmethod
-    def of_bug(cls, error: BaseException) -> Outcome:
-        """Describe the end of a run by an error that the supervisor did not expect."""
-        return cls.failed(f"internal error: {type(error).__name__}: {error}")
-
     def after(self, failures: int, first_cause: str) -> Outcome:
         """Return this outcome, extended by the number of failures and the first cause."""
         if first_cause == self.cause:

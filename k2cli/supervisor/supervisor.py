@@ -119,8 +119,7 @@ class Supervisor:
             try:
                 outcome = await self._all_attempts()
             except Exception as error:
-                self._journal.note_bug(error)
-                outcome = Outcome.of_bug(error)
+                outcome = self._journal.note_bug(error)
             left = await self._end_everything(outcome)
             await asyncio.to_thread(self._release_locks, left)
             return self._journal.close(outcome, left)
@@ -277,8 +276,7 @@ class Supervisor:
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._journal.note_bug(error)
-            self._finish(Outcome.of_bug(error))
+            self._finish(self._journal.note_bug(error))
 
     # --- events of the leader's guard -----------------------------------------------------------
 
