@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -47,6 +46,7 @@ from k2cli.supervisor.heartbeats import Heartbeats
 from k2cli.supervisor.journal import Journal
 from k2cli.supervisor.outcome import Outcome
 from k2cli.supervisor.processes import Processes
+from k2cli.supervisor.signals import obey_signals
 
 # The time that the leader's guard has to end its attempt: SIGTERM and SIGKILL of all ranks.
 _GUARD_ENDS_SECONDS = 10.0
@@ -339,32 +339,6 @@ class Supervisor:
 # --- the process --------------------------------------------------------------------------------
 
 
-def _obey_signals(supervisor: Supervisor, on_interrupt: Callable[[bool], None] | None) -> None:
-    """Install signal handlers that stop the run.
-
-    SIGTERM and SIGHUP stop it; the first SIGINT too, if ``on_interrupt`` is given. The second
-    SIGINT kills its processes. Without ``on_interrupt``, SIGINT is ignored until the run is being
-    stopped, and kills its processes then.
-    """
-    loop = asyncio.get_running_loop()
-
-    def interrupted() -> None:
-        first = not supervisor.stopping
-        if on_interrupt is not None:
-            on_interrupt(first)
-        if not first:
-            supervisor.force()
-        elif on_interrupt is not None:
-            supervisor.stop("interrupted")
-
-    loop.add_signal_handler(signal.SIGINT, interrupted)
-    loop.add_signal_handler(signal.SIGTERM, supervisor.stop, "stopped")
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        loop.add_signal_handler(signal.SIGHUP, supervisor.stop, "the terminal was closed")
-    # A supervisor that Ctrl-Z has stopped would look dead to its guards.
-    signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-
-
 async def _supervise(
     folder: Path, listener: Listener, on_interrupt: Callable[[bool], None] | None
 ) -> RunRecord:
@@ -372,7 +346,7 @@ async def _supervise(
     if record is None:
         raise ClusterError(f"{folder} contains no run")
     supervisor = Supervisor(read_specification(folder), record, listener)
-    _obey_signals(supervisor, on_interrupt)
+    obey_signals(supervisor.stop, supervisor.force, lambda: supervisor.stopping, on_interrupt)
     return await supervisor.run()
 
 
