@@ -14,10 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx2
-import msgspec
 
-from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
-from k2cli.files import decode_json
+from k2cli.client.answers import (
+    checked_length,
+    decoded,
+    error_message,
+    expected_shape,
+    failure,
+)
+from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.proxies import proxy_errors
 
 CONNECT_SECONDS = 10.0
@@ -161,16 +166,17 @@ class ApiClient:
         with self._failures():
             response = self._http.get(f"{self.base}/models", timeout=CONNECT_SECONDS)
         self._check(response)
-        entries = _decoded(response.content, self.base).get("data", [])
-        return [
-            ModelInfo(
-                name=str(entry.get("id", "")),
-                context_length=entry.get("context_length"),
-                is_k2=entry.get("owned_by") == _K2_OWNER,
-            )
-            for entry in entries
-            if isinstance(entry, dict)
-        ]
+        with expected_shape(self.base):
+            entries = decoded(response.content, self.base).get("data", [])
+            return [
+                ModelInfo(
+                    name=str(entry.get("id", "")),
+                    context_length=checked_length(entry.get("context_length")),
+                    is_k2=entry.get("owned_by") == _K2_OWNER,
+                )
+                for entry in entries
+                if isinstance(entry, dict)
+            ]
 
     def pick_model(self, name: str | None) -> ModelInfo:
         """Return the model of a name, or the first one if the name is None.
@@ -195,7 +201,8 @@ class ApiClient:
         with self._failures():
             response = self._http.post(f"{self.base}/tokenize", json=body)
         self._check(response)
-        return [int(token) for token in _decoded(response.content, self.base)["tokens"]]
+        with expected_shape(self.base):
+            return [int(token) for token in decoded(response.content, self.base)["tokens"]]
 
     def chat(
         self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
@@ -234,7 +241,8 @@ class ApiClient:
                 announced.append(time.monotonic())
             if isinstance(event, Progress) and event.completion_tokens is not None:
                 counted += [announced[-1]] * (event.completion_tokens - len(counted))
-        done = _completion(started_at, announced, time.monotonic(), ended, tokens)
+        with expected_shape(self.base):
+            done = _completion(started_at, announced, time.monotonic(), ended, tokens)
         return replace(done, token_times=tuple(counted))
 
     def _stream(
@@ -249,7 +257,13 @@ class ApiClient:
             if response.is_error:
                 response.read()
             self._check(response)
-            yield from _events(response.iter_lines(), self.base)
+            events = _events(response.iter_lines(), self.base)
+            while True:
+                with expected_shape(self.base):
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -267,8 +281,8 @@ class ApiClient:
     def _check(self, response: httpx2.Response) -> None:
         if response.is_success:
             return
-        message = _error_message(response.content) or f"HTTP status {response.status_code}"
-        raise _failure(response.status_code, message, self.base)
+        message = error_message(response.content) or f"HTTP status {response.status_code}"
+        raise failure(response.status_code, message, self.base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,31 +301,6 @@ class CompletionSource:
         return self.client.complete(self.model, prompt, tokens)
 
 
-def _failure(status: int, message: str, base: str) -> K2Error:
-    if status in (401, 403):
-        return NotAuthorisedError(f"{base}: {message}", "give --api-key, or set K2_API_KEY")
-    if status == 503:
-        return ClusterError(f"{base} cannot answer: {message}", "k2 ps")
-    return K2Error(f"{base} refused the request: {message}")
-
-
-def _error_message(content: bytes) -> str | None:
-    """Return the message of an OpenAI error object, or None if the body is not one."""
-    try:
-        error = decode_json(content, type=dict[str, Any]).get("error")
-    except msgspec.MsgspecError:
-        return None
-    message = error.get("message") if isinstance(error, dict) else error
-    return message if isinstance(message, str) else None
-
-
-def _decoded(content: bytes | str, base: str) -> dict[str, Any]:
-    try:
-        return decode_json(content, type=dict[str, Any])
-    except msgspec.MsgspecError as error:
-        raise K2Error(f"{base} does not answer as an OpenAI API: {error}") from error
-
-
 def _events(lines: Iterator[str], base: str) -> Iterator[StreamEvent]:
     """Read server-sent events up to ``[DONE]``.
 
@@ -326,9 +315,9 @@ def _events(lines: Iterator[str], base: str) -> Iterator[StreamEvent]:
         data = line[len("data:") :].strip()
         if data == "[DONE]":
             break
-        chunk = _decoded(data, base)
+        chunk = decoded(data, base)
         if "error" in chunk:
-            message = _error_message(data.encode()) or "unknown error"
+            message = error_message(data.encode()) or "unknown error"
             raise ClusterError(f"the answer broke off: {message}", "k2 ps")
         yield from _chunk_events(chunk)
         usage = chunk.get("usage") or usage

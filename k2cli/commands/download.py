@@ -31,7 +31,7 @@ def download(
     Example: k2 download demo
     """
     from k2cli.models.sources.download import BytesDone, StepStarted, fetch
-    from k2cli.ui.output import note, print_json, print_text
+    from k2cli.ui.output import note, print_json, print_line
     from k2cli.ui.progress import ByteProgress
 
     with ByteProgress() as progress:
@@ -47,7 +47,7 @@ def download(
         print_json(_document(fetched))
         return
     for line in _summary(fetched, dry_run):
-        print_text(line)
+        print_line(line)
     if not dry_run:
         name = str(to) if to is not None else model
         note(f"\nnext: k2 plan-memory {name} --hardware '2x m3-ultra-512'")

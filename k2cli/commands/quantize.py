@@ -74,7 +74,7 @@ def quantize(
 
 
 def _summarize(result: QuantizationResult) -> None:
-    from k2cli.ui.output import note, print_text
+    from k2cli.ui.output import note, print_line
     from k2cli.units import format_bytes
 
     sizes = (
@@ -82,9 +82,9 @@ def _summarize(result: QuantizationResult) -> None:
         f"{result.bits_per_weight} bits per weight, {result.quantized_modules} modules quantized"
     )
     if result.dry_run:
-        print_text(f"would write {result.path}: {sizes}")
+        print_line(f"would write {result.path}: {sizes}")
         return
-    print_text(f"{result.path}: {sizes}")
+    print_line(f"{result.path}: {sizes}")
     note(f"peak memory of arrays: {format_bytes(result.peak_memory_bytes)}")
     note(f"\nnext: k2 plan-memory {result.path}")
     note(f"      k2 launch {result.path}")

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ _EXIT_SECONDS = 2.0
 _DRAIN_SECONDS = 2.0
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[RunEvent] = msgspec.json.Decoder(RunEvent)
-Spawn = Callable[[Coroutine[Any, Any, None]], None]
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,8 +105,8 @@ class Processes:
         assert process.stderr is not None
         output = self._read_events if leads else self._read_noise
         readers = [
-            asyncio.create_task(output(command, process.stdout)),
-            asyncio.create_task(self._read_noise(command, process.stderr)),
+            self._spawn(output(command, process.stdout)),
+            self._spawn(self._read_noise(command, process.stderr)),
         ]
         if not command.ranks and process.stdin is not None:
             # The pipe to a guard stays open: its end tells the guard that the supervisor is gone.
@@ -114,22 +114,19 @@ class Processes:
         self._spawn(self._await_exit(started, readers, None if leads else self._current()))
 
     async def _read_events(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
-        # A line longer than the stream's limit is not a message.
-        with contextlib.suppress(ValueError):
-            while line := await stream.readline():
-                try:
-                    event = _decoder.decode(line)
-                except msgspec.MsgspecError:
-                    self._journal.log_line(command, line)
-                    continue
-                self._on_event(event)
+        async for line in _lines(stream):
+            try:
+                event = _decoder.decode(line)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                self._journal.log_line(command, line)
+                continue
+            self._on_event(event)
 
     async def _read_noise(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
-        with contextlib.suppress(ValueError):
-            while line := await stream.readline():
-                # mpirun then complains that its processes ended without using MPI.
-                if not (self._current().is_over and command.program == "mpirun"):
-                    self._journal.log_line(command, line)
+        async for line in _lines(stream):
+            # mpirun then complains that its processes ended without using MPI.
+            if not (self._current().is_over and command.program == "mpirun"):
+                self._journal.log_line(command, line)
 
     async def _await_exit(
         self, started: _Started, readers: list[asyncio.Task[None]], attempt: Attempt | None
@@ -186,6 +183,21 @@ class Processes:
         for started in self._all:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(started.process.wait(), _DRAIN_SECONDS)
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Yield the lines of a stream, without those that are longer than its limit.
+
+    Reading goes on after those: a process whose output nobody reads would wait for ever.
+    """
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:
+            continue
+        if not line:
+            return
+        yield line
 
 
 def _has_exited(started: _Started) -> bool:

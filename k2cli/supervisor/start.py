@@ -83,7 +83,8 @@ def _clean_up(record: RunRecord) -> None:
             node.remove_bootstraps(record.run_id)
     release_locks(nodes, record.run_id)
     remove_leftovers(record)
-    save_record(replace(record, state="stopped", cause="interrupted", ended=time.time()))
+    with suppress(OSError):  # a full disk: the next reader finds that the launcher is gone
+        save_record(replace(record, state="stopped", cause="interrupted", ended=time.time()))
 
 
 def launch_detached(
@@ -112,7 +113,11 @@ def launch_detached(
 
 def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:
     """Start the supervisor of a run as a process that outlives this one."""
-    with (folder / LOG_NAME).open("ab") as output:
+    try:
+        output = os.open(folder / LOG_NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    except OSError:  # a full disk: the supervisor does without
+        output = os.open(os.devnull, os.O_WRONLY)
+    try:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "k2cli.supervisor.supervisor", str(folder)],
             stdin=subprocess.DEVNULL,
@@ -122,6 +127,10 @@ def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:
             cwd="/",
             env=python_environment(),
         )
+    except OSError as error:
+        raise ClusterError(f"the supervisor cannot be started: {error}") from error
+    finally:
+        os.close(output)
 
 
 def _wait_until_ready(
@@ -146,14 +155,17 @@ def _failure(folder: Path, supervisor: subprocess.Popen[bytes]) -> ClusterError:
         return error_of(record)
     if record is not None and record.state == "stopped":
         return ClusterError(f"{record.run_id} was stopped before it was ready: {record.cause}")
-    said = (folder / LOG_NAME).read_text(errors="replace").strip().splitlines()
+    said: list[str] = []
+    with suppress(OSError):
+        said = (folder / LOG_NAME).read_text(errors="replace").strip().splitlines()
     cause = f"the supervisor ended ({describe_status(supervisor.returncode)})"
     if said:
         cause += f": {said[-1]}"
     if record is not None:
         kill_run(record.run_id)
         remove_leftovers(record)
-        save_record(replace(record, state="failed", cause=cause, ended=time.time()))
+        with suppress(OSError):
+            save_record(replace(record, state="failed", cause=cause, ended=time.time()))
     return ClusterError(cause, "k2 ps")
 
 
@@ -191,4 +203,8 @@ class _EventFile:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [self._decoder.decode(line) for line in whole.splitlines()]
+        found = []
+        for line in whole.splitlines():
+            with suppress(msgspec.MsgspecError):  # a disk that was full may have cut a line
+                found.append(self._decoder.decode(line))
+        return found

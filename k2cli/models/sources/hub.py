@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.errors import K2Error, NotAuthorisedError
+from k2cli.files import DISK_ERRORS, unwritable
 from k2cli.proxies import proxy_errors
 
 SAFE_PATTERNS = (
@@ -285,6 +287,9 @@ def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
                 refusal = f"the Hub refuses access to {name} (HTTP {status})"
                 return NotAuthorisedError(refusal, "hf auth login")
             return K2Error(f"the Hub failed on {name}: HTTP {status}", "try again later")
+        case OSError() if error.errno in DISK_ERRORS:
+            path = Path(os.fsdecode(error.filename or cache_directory()))
+            return unwritable(error, path)
     text = str(error).strip() or type(error).__name__
     return K2Error(
         f"cannot fetch {name} from the Hub: {text.splitlines()[0]}",
