@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 from k2cli.errors import K2Error
 from k2cli.files import open_regular, read_regular
+from k2cli.models.config_form import standard_config
 
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors library; the largest header of K2 has about 3 MB."""
@@ -99,7 +100,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         K2Error: if it is missing, not a JSON object, or a field that k2 uses has another type.
     """
     path = folder / "config.json"
-    config = read_json_object(path)
+    config = standard_config(read_json_object(path), str(path))
     _check_config(path, config, required_model_type=True)
     if "text_config" in config:
         if not isinstance(config["text_config"], dict):

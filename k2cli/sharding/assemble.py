@@ -8,6 +8,7 @@ through the same steps as mlx-lm's own loader: sanitize, quantize as the config 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -17,8 +18,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import K2Error, UsageError
-from k2cli.sharding.architectures import MODEL_FAILURES, model_classes
+from k2cli.models.config_form import standard_config
+from k2cli.sharding.architectures import (
+    MODEL_FAILURES,
+    class_source,
+    model_classes,
+    module_name,
+)
 from k2cli.sharding.model_errors import explain_failure
+from k2cli.sharding.rope_check import check_rope
 
 FLOAT_TYPES: Mapping[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -32,16 +40,21 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     """Build the model of a config with lazy, random, unquantized parameters.
 
     Raises:
-        UsageError: if a field of the config is missing or makes no model.
+        UsageError: if a field of the config is missing or makes no model, or says something of
+            RoPE that the class does not compute.
     """
     model_class, arguments_class = model_classes(config)
+    standard = standard_config(config, "config.json")
     try:
-        return model_class(arguments_class.from_dict(dict(config)))
+        # mlx-lm's classes change what they are given.
+        model = model_class(arguments_class.from_dict(copy.deepcopy(standard)))
     except MODEL_FAILURES as error:
         raise UsageError(
             f"config.json does not describe a {config.get('model_type')} model: "
             f"{explain_failure(error, config)}"
         ) from error
+    check_rope(model, standard, module_name(config), class_source(config))
+    return model
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
