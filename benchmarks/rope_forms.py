@@ -4,9 +4,9 @@
     scripts/rope-forms --check    # 1 if the page is not up to date
 
 The recorded configs (benchmarks/data/architectures.json) are written as transformers 4 wrote them
-and as transformers 5 does, once as recorded with another theta, and once with YaRN. Both are read as
-k2 reads them, and the RoPE modules of the two built models are compared. Where transformers knows
-the model type, its own class writes the new form.
+and as transformers 5 does, once as recorded with another theta, and once with YaRN. Both are read
+as k2 reads them, and the RoPE modules of the two built models are compared. Where transformers
+knows the model type, its own class writes the new form.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,12 @@ PAGE = ROOT / "docs" / "measurements" / "config-forms.md"
 THETA, SLIDING_THETA = 123456.0, 7654.0
 """Bases that no class has as its default."""
 
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+YARN = {
+    "type": "yarn",
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 2048,
+}
 
 _OLD_NAMES = (
     "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_emb_base", "rotary_pct",
@@ -48,8 +53,9 @@ _BASE_NAMES = {
     "gpt_neox": "rotary_emb_base", "openelm": "rope_freq_constant",
     "phi3small": "rope_embedding_base",
 }  # fmt: skip
-_ONLY_NEW = ("gemma4", "gemma4_text", "gemma4_unified", "laguna", "mellum", "spark2_5")
-"""Architectures that are younger than the new form: each type of layer has a theta of its own."""
+_MISWRITTEN = ("olmo3",)
+"""Types for which transformers 5 forgets a theta: it takes it for full attention and then has none
+left for the layers with a sliding window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +90,19 @@ def _compared(model_type: str, old: dict[str, Any]) -> tuple[str, str]:
         except K2Error as error:
             said.append(error.message)
     if len(said) == 2:
-        return writer, f"refused: {said[0]}" if said[0] == said[1] else f"refused: {said}"
+        return writer, f"refused: {_stable(said[0])}"
     if said:
         return writer, f"DIFFERENT: one form is refused: {said[0]}"
     one, two = built
     same = one.keys() == two.keys() and all(one[path].is_close(two[path]) for path in one)
     return writer, "equal" if same else "DIFFERENT frequencies"
+
+
+def _stable(message: str) -> str:
+    """Sort the names of a set in mlx-lm's message: their order changes with each process."""
+    return re.sub(
+        r"\{('[^{}:]*')\}", lambda m: "{" + ", ".join(sorted(m[1].split(", "))) + "}", message
+    )
 
 
 def _built(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,9 +140,7 @@ def _old_form(config: Mapping[str, Any], scaling: Mapping[str, Any] | None) -> d
         fields["rotary_pct" if "rotary_pct" in given else "partial_rotary_factor"] = factor
     if model_type in _SLIDING_NAMES:
         fields[_SLIDING_NAMES[model_type]] = SLIDING_THETA
-    old = {key: value for key, value in (scaling or text.get("rope_scaling") or {}).items()
-           if key != "rope_type"}  # fmt: skip
-    fields["rope_scaling"] = old or None
+    fields["rope_scaling"] = dict(scaling or text.get("rope_scaling") or {}) or None
     return result
 
 
@@ -151,11 +162,11 @@ def _new_form(old: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _written_by_transformers(fields: Mapping[str, Any], model_type: str) -> dict[str, Any] | None:
-    """Return ``rope_parameters`` as transformers' class writes them; None if it has no such class."""
+    """Return ``rope_parameters`` as transformers' class writes them, or None without a class."""
     logging.disable(logging.WARNING)
     from transformers import CONFIG_MAPPING
 
-    if model_type not in CONFIG_MAPPING or "attn_config" in fields:
+    if model_type not in CONFIG_MAPPING or "attn_config" in fields or model_type in _MISWRITTEN:
         return None
     try:
         written = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(fields))).to_dict()
@@ -174,7 +185,8 @@ def _says_theta(parameters: Mapping[str, Any]) -> bool:
 
 def _own_new_form(fields: Mapping[str, Any]) -> dict[str, Any]:
     scaling = dict(fields.get("rope_scaling") or {})
-    parameters = {"rope_theta": THETA, "rope_type": scaling.pop("type", "default"), **scaling}
+    parameters = {"rope_theta": THETA, "rope_type": "default", **scaling}
+    parameters.pop("type", None)
     for name in ("partial_rotary_factor", "rotary_pct"):
         if fields.get(name) is not None:
             parameters["partial_rotary_factor"] = fields[name]
@@ -194,13 +206,14 @@ _INTRODUCTION = """\
 
 <!-- made by scripts/rope-forms -->
 
-transformers 4 wrote RoPE as `rope_theta`, `rope_scaling` and `partial_rotary_factor`; transformers 5
-writes one `rope_parameters`, for some models per type of layer, and `dtype` for `torch_dtype`. For
-every model type of the installed mlx-lm the same config was written in both forms, with a theta that
-no class has as its default, read as k2 reads it, and built. `equal` means that all RoPE modules of
-the two models have the same wavelengths and scales (within 0.02 %), and that these are the ones that
-transformers' formulas give; `refused` quotes k2. The column `YaRN` is the same with `rope_scaling` of
-type yarn and factor 4. The last column says whose code wrote the new form.
+transformers 4 wrote RoPE as `rope_theta`, `rope_scaling` and `partial_rotary_factor`;
+transformers 5 writes one `rope_parameters`, for some models per type of layer, and `dtype` for
+`torch_dtype`. For every model type of the installed mlx-lm the same config was written in both
+forms, with a theta that no class has as its default, read as k2 reads it, and built. `equal` means
+that all RoPE modules of the two models have the same wavelengths and scales (within 0.02 %), and
+that these are the ones that transformers' formulas give; `refused` quotes k2. The column `YaRN` is
+the same with `rope_scaling` of type yarn and factor 4. The last column says whose code wrote the
+new form.
 """
 
 

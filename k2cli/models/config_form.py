@@ -1,9 +1,9 @@
 """One form for a ``config.json``, whichever version of whichever tool wrote it.
 
 mlx-lm's classes read fields by name and replace those that they do not find by defaults of their
-own. So a config of transformers 5, which keeps RoPE in ``rope_parameters``, builds a model that runs
-with other frequencies, without a word. ``standard_config`` writes each statement under every name
-that a class of mlx-lm reads it by. Planner, quantizer and ranks get it from ``read_config``.
+own. So a config of transformers 5, which keeps RoPE in ``rope_parameters``, builds a model that
+runs with other frequencies, without a word. ``standard_config`` writes each statement under every
+name that a class of mlx-lm reads it by. Planner, quantizer and ranks get it from ``read_config``.
 
 A statement that is made twice with different values is refused: no rule says which one holds.
 """
@@ -18,7 +18,7 @@ from k2cli.errors import UsageError
 from k2cli.units import clean_text
 
 _TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
-"""Floats that JSON has no words for, as transformers 5 writes them: ``{"__float__": "Infinity"}``."""
+"""Floats that JSON has no words for; transformers 5 writes ``{"__float__": "Infinity"}``."""
 
 _ZERO_IS_NONE = (
     "n_routed_experts", "num_local_experts", "n_shared_experts", "num_shared_experts",
@@ -57,11 +57,17 @@ _RENAMED: Mapping[str, Mapping[str, str]] = {
 }
 """Names that a model type has for fields of RoPE; ``sliding`` is the theta of sliding layers."""
 
-_BY_LAYER_TYPE = ("gemma4", "gemma4_text", "gemma4_unified", "laguna", "mellum", "spark2_5")
+_BY_LAYER_TYPE = (
+    "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "laguna", "mellum",
+    "spark2_5",
+)  # fmt: skip
 """Model types whose classes look for RoPE under the type of each layer."""
 
 _SCALED_ON_FULL_ATTENTION_ALONE = ("olmo3", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 """Model types of which a ``rope_scaling`` for all layers means those without a sliding window."""
+
+_BY_INTERVAL = ("gemma3_text", "cohere2", "exaone4")
+"""Model types whose classes read ``sliding_window_pattern`` instead of ``layer_types``."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -108,7 +114,25 @@ def _standardize(fields: dict[str, Any], source: str) -> None:
             fields[name] = None
     if isinstance(fields.get("dtype"), str):
         fields["torch_dtype"] = fields["dtype"]
+    _write_pattern(fields)
     _standardize_rope(fields, source)
+
+
+def _write_pattern(fields: dict[str, Any]) -> None:
+    """Derive the interval of layers with full attention from ``layer_types``.
+
+    transformers 5 writes only the list; Gemma 3, Cohere 2 and EXAONE 4 read only the interval.
+    """
+    model_type, types = fields.get("model_type"), fields.get("layer_types")
+    if model_type not in _BY_INTERVAL or not isinstance(types, list) or _FULL not in types:
+        return
+    interval = types.index(_FULL) + 1
+    expected = [_FULL if (index + 1) % interval == 0 else _SLIDING for index in range(len(types))]
+    if types != expected:
+        return
+    pattern = "L" * (interval - 1) + "G" if model_type == "exaone4" else interval
+    if fields.get("sliding_window_pattern") is None:
+        fields["sliding_window_pattern"] = pattern
 
 
 # --- RoPE ---------------------------------------------------------------------------------------
@@ -155,15 +179,15 @@ def _standardize_rope(fields: dict[str, Any], source: str) -> None:
     if not merged:
         return
     _take_original_length(fields, merged)
-    merged = _typed(merged, source)
-    merged.setdefault("rope_type", "default")
+    merged = _typed({"rope_type": merged.get("type", "default"), **merged}, source)
     _write_flat(fields, merged)
     local = _of_sliding_layers(fields, merged)
     if local is not None:
         fields["rope_parameters"] = {_FULL: merged, _SLIDING: local}
-    elif fields.get("model_type") in _BY_LAYER_TYPE and isinstance(fields.get("layer_types"), list):
-        types = dict.fromkeys(name for name in fields["layer_types"] if isinstance(name, str))
-        fields["rope_parameters"] = {**merged, **{name: dict(merged) for name in types}}
+    elif fields.get("model_type") in _BY_LAYER_TYPE:
+        named = fields.get("layer_types")
+        names = dict.fromkeys(named if isinstance(named, list) else (_FULL, _SLIDING))
+        fields["rope_parameters"] = {**merged, **{str(name): dict(merged) for name in names}}
     else:
         fields["rope_parameters"] = merged
     _write_renamed(fields, merged, local)
@@ -179,7 +203,7 @@ def _of_sliding_layers(
         if model_type not in _SCALED_ON_FULL_ATTENTION_ALONE:
             return None
         theta = 10000.0 if model_type.startswith("gemma") else parameters.get("rope_theta")
-    local = {"rope_type": "default", "rope_theta": theta}
+    local = {"rope_type": "default", "type": "default", "rope_theta": theta}
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in parameters:
             local.setdefault(name, parameters[name])
@@ -200,7 +224,7 @@ def _standardize_by_layer_type(
             by_type[name] = None
             continue
         own = _typed(parameters[name], f"{source}, rope_parameters.{name}")
-        own.setdefault("rope_type", "default")
+        own = {"rope_type": "default", "type": "default", **own}
         for key, value in defaults.items():
             if value is not None and key in ("rope_theta", "partial_rotary_factor"):
                 own.setdefault(key, value)
@@ -292,7 +316,9 @@ def _merged(parts: tuple[Mapping[str, Any], ...], source: str) -> dict[str, Any]
             if name in result and result[name] != value:
                 if name in ("type", "rope_type") and _kind(result[name]) == _kind(value):
                     continue
-                raise _contradiction(f"{name} at {origin[name]}", result[name], place, value, source)
+                raise _contradiction(
+                    f"{name} at {origin[name]}", result[name], place, value, source
+                )
             result[name], origin[name] = value, place
     return result
 
@@ -329,9 +355,9 @@ def _write_renamed(
         if standard == "sliding":
             value = None if sliding is None else sliding.get("rope_theta")
         elif standard == "rotary_dim":
-            factor, head = main.get("partial_rotary_factor"), fields.get("head_dim")
-            known = _is_number(factor) and _is_number(head)
-            value = int(head * factor) if known else None
+            factor: Any = main.get("partial_rotary_factor")
+            head: Any = fields.get("head_dim")
+            value = int(head * factor) if _is_number(factor) and _is_number(head) else None
         else:
             value = main.get(standard)
         if value is not None and fields.get(name) is None:

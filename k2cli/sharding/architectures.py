@@ -124,7 +124,9 @@ def class_source(config: Mapping[str, Any]) -> str:
     shared = {"base", "cache", "switch_layers", "activations", "pipeline", "rope_utils"}
     folder = mlx_lm_folder() / "models"
     return text + "".join(
-        _source(each) for each in sorted(names - shared - {name}) if (folder / f"{each}.py").is_file()
+        _source(each)
+        for each in sorted(names - shared - {name})
+        if (folder / f"{each}.py").is_file()
     )
 
 

@@ -27,6 +27,7 @@ from k2cli.sharding.architectures import (
 )
 from k2cli.sharding.model_errors import explain_failure
 from k2cli.sharding.rope_check import check_rope
+from k2cli.sharding.unread_fields import check_unread
 
 FLOAT_TYPES: Mapping[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -40,8 +41,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     """Build the model of a config with lazy, random, unquantized parameters.
 
     Raises:
-        UsageError: if a field of the config is missing or makes no model, or says something of
-            RoPE that the class does not compute.
+        UsageError: if a field of the config is missing or makes no model, or says something
+            that changes the result and that the class does not compute.
     """
     model_class, arguments_class = model_classes(config)
     standard = standard_config(config, "config.json")
@@ -53,7 +54,9 @@ def build(config: Mapping[str, Any]) -> nn.Module:
             f"config.json does not describe a {config.get('model_type')} model: "
             f"{explain_failure(error, config)}"
         ) from error
-    check_rope(model, standard, module_name(config), class_source(config))
+    name, source = module_name(config), class_source(config)
+    check_unread(standard, name, source)
+    check_rope(model, standard, name, source)
     return model
 
 

@@ -1,9 +1,9 @@
 """Check that a built model rotates queries and keys as its config says.
 
-Some classes of mlx-lm ignore a statement about RoPE: Qwen3 MoE reads no ``rope_scaling``, GPT-OSS no
-``truncate``. The model then runs, with other numbers than its authors meant. So the modules of the
-built model are compared with the frequencies that transformers computes from the same config. What
-can be put right on the module is; everything else is refused by name.
+Some classes of mlx-lm ignore a statement about RoPE: Qwen3 MoE reads no ``rope_scaling``, GPT-OSS
+no ``truncate``. The model then runs, with other numbers than its authors meant. So the modules of
+the built model are compared with the frequencies that transformers computes from the same config.
+What can be put right on the module is; everything else is refused by name.
 
 The config must be in standard form (``models.config_form``).
 """
@@ -28,7 +28,8 @@ _CLOSE = 2e-4
 
 _KNOWN = frozenset({
     "alpha", "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor",
-    "long_factor", "low_freq_factor", "mscale", "mscale_all_dim", "original_max_position_embeddings",
+    "long_factor", "low_freq_factor", "mscale", "mscale_all_dim",
+    "original_max_position_embeddings",
     "long_mscale", "partial_rotary_factor", "rope_theta", "rope_type", "short_factor",
     "short_mscale", "truncate", "type",
 })  # fmt: skip
@@ -42,7 +43,7 @@ _WITHOUT_EFFECT = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """What one module does: the wavelength of each rotated pair, over 2 pi, and a scale of the input.
+    """Effect of one module: the wavelength of each rotated pair, over 2 pi, and an input's scale.
 
     ``dims`` is the number of rotated values; unrotated pairs have infinite wavelengths.
     """
@@ -81,8 +82,8 @@ def _rotation(module: nn.Module) -> Rotation | None:
         frequencies = getattr(module, name, None)
         if isinstance(frequencies, mx.array):
             scale = getattr(module, "mscale", getattr(module, "_scale", 1.0))
-            values = [abs(float(value)) for value in frequencies.tolist()]
-            return Rotation(2 * len(values), tuple(values), float(scale))
+            found: list[float] = mx.abs(frequencies).tolist()  # type: ignore[assignment]
+            return Rotation(2 * len(found), tuple(found), float(scale))
     base = getattr(module, "original_base", getattr(module, "base", None))
     if isinstance(base, int | float) and isinstance(getattr(module, "dims", None), int):
         # Dynamic scaling: up to the length that the model was trained for, RoPE as it is.
