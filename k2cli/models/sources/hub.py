@@ -1,16 +1,17 @@
 """Access to the Hugging Face Hub; the only module that imports huggingface_hub, when called.
 
-Downloads are restricted to data: weights in safetensors, JSON, tokenizer files and templates.
-Pickled weights and Python files are never fetched.
+Downloads are restricted to the files that loading reads (``models.layout``): pickled weights and
+Python files are never fetched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,6 @@ from typing import Any
 from k2cli.errors import K2Error, NotAuthorisedError
 from k2cli.proxies import proxy_errors
 
-SAFE_PATTERNS = (
-    "*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tiktoken.model", "tokenizer.model",
-    "vocab.txt", "merges.txt", "LICENSE*", "README.md",
-)  # fmt: skip
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
 
 _READ_TIMEOUT_SECONDS = 20.0
@@ -35,15 +32,22 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """File of a repository; ``nbytes`` is 0 if the Hub does not report it."""
+    """File of a repository; ``nbytes`` is 0 if the Hub does not report it.
+
+    ``place`` is its path on this machine. It is not ``present`` if it is not there, or has another
+    size than the Hub says.
+    """
 
     name: str
     nbytes: int
     present: bool
+    place: Path
 
 
-def list_repo(repo: str, revision: str | None, destination: Path | None = None) -> list[HubFile]:
-    """List the files that ``download_repo`` would fetch, and which of them are present.
+def list_repo(
+    repo: str, revision: str | None, names: Collection[str], destination: Path | None = None
+) -> list[HubFile]:
+    """List these files of a repository, and which of them are present.
 
     Raises:
         NotAuthorisedError: if the repository is gated or private.
@@ -56,24 +60,48 @@ def list_repo(repo: str, revision: str | None, destination: Path | None = None) 
             repo,
             revision=revision,
             local_dir=destination,
-            allow_patterns=list(SAFE_PATTERNS),
+            allow_patterns=_patterns(names),
             tqdm_class=_bar_class(None),
             dry_run=True,
         )
-    return [HubFile(info.filename, info.file_size or 0, info.is_cached) for info in infos]
+    return [_hub_file(info) for info in infos]
+
+
+def _patterns(names: Collection[str]) -> list[str]:
+    return [glob.escape(name) for name in names]
+
+
+def _hub_file(info: Any) -> HubFile:
+    place, size = Path(info.local_path), info.file_size or 0
+    present = bool(info.is_cached)
+    if present and size:
+        # The library trusts a file that has a name; a full disk or a crash may have cut it short.
+        present = place.is_file() and place.stat().st_size == size
+    return HubFile(info.filename, size, present, place)
+
+
+def remove_damaged(file: HubFile) -> None:
+    """Remove a file of the cache that is to be fetched again, with the data that it links to."""
+    with contextlib.suppress(OSError):
+        data = file.place.resolve()
+        file.place.unlink()
+        if data != file.place and "blobs" in data.parts:
+            data.unlink()
 
 
 def download_repo(
     repo: str,
-    revision: str | None = None,
+    revision: str | None,
+    names: Collection[str],
     destination: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Fetch a repository's data files and return their folder.
+    """Fetch files of a repository and return their folder.
 
     Args:
         repo: ``owner/name``.
         revision: branch, tag or commit; the main branch if None.
+        names: the files.
         destination: a folder, or None for the cache of the Hub library.
         progress: called with the bytes done and the total bytes of each file.
 
@@ -89,7 +117,7 @@ def download_repo(
                 repo,
                 revision=revision,
                 local_dir=destination,
-                allow_patterns=list(SAFE_PATTERNS),
+                allow_patterns=_patterns(names),
                 tqdm_class=_bar_class(progress),
             )
         )
@@ -127,8 +155,9 @@ def file_names(repo: str, revision: str | None) -> list[str]:
     import huggingface_hub
 
     with _errors(repo, revision):
-        names: list[str] = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
-    return names
+        # Listing the tree would be tried again for 15 s, with a warning each time.
+        info: Any = huggingface_hub.HfApi().model_info(repo, revision=revision)
+    return [file.rfilename for file in info.siblings or ()]
 
 
 def read_range(
@@ -225,7 +254,6 @@ def cached_folder(repo: str, revision: str | None = None) -> Path | None:
             huggingface_hub.snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=list(SAFE_PATTERNS),
                 local_files_only=True,
             )
         )
