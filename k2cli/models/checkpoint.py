@@ -89,7 +89,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     tensors, warnings = read_tensors(
         folder,
         [path.name for path in folder.iterdir() if path.is_file()],
-        _read_index(folder),
+        read_index(folder),
         lambda names: (read_safetensors_header(folder / name) for name in names),
     )
     return Checkpoint(folder, config, tensors, sum(t.nbytes for t in tensors.values()), warnings)
@@ -240,7 +240,12 @@ def end_tokens(path: Path, value: object) -> list[int]:
     return tokens
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Read the index of a folder: the file of each tensor; None if there is none.
+
+    Raises:
+        K2Error: if it is malformed.
+    """
     path = folder / INDEX_NAME
     if not path.exists():
         return None

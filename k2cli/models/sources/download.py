@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,10 @@ def _from_hub(
 
     on_event(StepStarted(f"asking the Hub for {repo}"))
     try:
-        in_repository = hub.file_names(repo, revision)
+        in_repository = hub.repository_files(repo, revision)
         names = _wanted(repo, revision, in_repository)
-        listed = hub.list_repo(repo, revision, names, destination) if names else []
+        sizes = {name: in_repository[name] for name in names}
+        listed = hub.list_repo(repo, revision, sizes, destination) if names else []
     except K2Error:
         # Without the Hub, use a complete copy in the library's cache.
         folder = hub.cached_folder(repo, revision) if destination is None else None
@@ -156,7 +157,7 @@ def _from_hub(
     return _present(reference.text, folder, was_there=there)
 
 
-def _wanted(repo: str, revision: str | None, in_repository: list[str]) -> list[str]:
+def _wanted(repo: str, revision: str | None, in_repository: Collection[str]) -> list[str]:
     """Choose the files of a repository that loading reads; none if it has no such weights."""
     from k2cli.models.sources.hub_headers import read_weight_map
 

@@ -26,7 +26,7 @@ from k2cli.models.checkpoint import (
     tensors_of_header,
     weight_map_of,
 )
-from k2cli.models.layout import INDEX_NAME
+from k2cli.models.layout import INDEX_NAME, refuse_without_safetensors
 from k2cli.models.sources import hub
 from k2cli.settings import data_directory
 
@@ -66,7 +66,7 @@ def read_headers(repo: str, commit: str) -> tuple[dict[str, StoredTensor], tuple
     Raises:
         K2Error: if the Hub cannot be reached, or a header is malformed.
     """
-    names = hub.file_names(repo, commit)
+    names = hub.repository_files(repo, commit)
     with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
 
         def read(files: Sequence[str]) -> Iterator[dict[str, StoredTensor]]:
@@ -76,7 +76,10 @@ def read_headers(repo: str, commit: str) -> tuple[dict[str, StoredTensor], tuple
                 )
             return pool.map(lambda name: _read_header(repo, commit, name), files)
 
-        return read_tensors(Path(repo), names, read_weight_map(repo, commit, names), read)
+        found = read_tensors(Path(repo), names, read_weight_map(repo, commit, names), read)
+    if not found[0] and any(name.endswith(".gguf") for name in names):
+        raise refuse_without_safetensors(names, repo, repo)
+    return found
 
 
 def read_weight_map(
