@@ -258,7 +258,7 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
         return load_sentencepiece(folder, config)
     if vocabulary is None:
         raise K2Error(
-            f"{folder} has no tokenizer.json, tiktoken.model or tokenizer.model",
+            f"{folder} has neither tokenizer.json nor tiktoken.model nor tokenizer.model",
             download_hint(folder),
         )
     if config.get("tokenizer_class") != "TikTokenTokenizer":
