@@ -66,6 +66,10 @@ _BY_LAYER_TYPE = (
 _SCALED_ON_FULL_ATTENTION_ALONE = ("olmo3", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 """Model types of which a ``rope_scaling`` for all layers means those without a sliding window."""
 
+_PARTS = {"glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "nemotron": 0.5, "phi": 0.5, "stablelm": 0.25}
+"""The part of a head that is rotated, by model type, for a config that does not say it: what
+transformers takes."""
+
 _BY_INTERVAL = ("gemma3_text", "cohere2", "exaone4")
 """Model types whose classes read ``sliding_window_pattern`` instead of ``layer_types``."""
 
@@ -178,6 +182,9 @@ def _standardize_rope(fields: dict[str, Any], source: str) -> None:
     merged = _merged((outer, whole, _typed(scaling, source)), source)
     if not merged:
         return
+    part = _PARTS.get(str(fields.get("model_type")))
+    if part is not None:
+        merged.setdefault("partial_rotary_factor", part)
     _take_original_length(fields, merged)
     merged = _typed({"rope_type": merged.get("type", "default"), **merged}, source)
     _write_flat(fields, merged)

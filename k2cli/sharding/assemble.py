@@ -27,6 +27,7 @@ from k2cli.sharding.architectures import (
 )
 from k2cli.sharding.model_errors import explain_failure
 from k2cli.sharding.rope_check import check_rope
+from k2cli.sharding.stored_weights import refuse_packed, with_stored_head, without_copies
 from k2cli.sharding.unread_fields import check_unread
 
 FLOAT_TYPES: Mapping[str, mx.Dtype] = {
@@ -310,13 +311,13 @@ def assemble(
         UsageError: if the config does not describe a model.
         K2Error: if the tensors are not those of this model; the message names some of them.
     """
-    model = build(config)
+    model = build(config if weights is None else with_stored_head(config, weights))
     if weights is None:
         _quantize(model, config, None)
         cast(model, config_dtype(config), kept=_kept_float32(config))
     else:
-        _refuse_packed(weights)
-        sanitized = _without_copies(model, config, _sanitize(model, dict(weights)))
+        refuse_packed(weights)
+        sanitized = without_copies(model, config, _sanitize(model, dict(weights)))
         _quantize(model, config, sanitized)
         _fill(model, sanitized)
     if dtype != "checkpoint":
@@ -333,49 +334,6 @@ def _sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.ar
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise K2Error(f"the checkpoint's tensors do not fit its config: {error!r}") from error
     return sanitized
-
-
-def _refuse_packed(weights: Mapping[str, mx.array]) -> None:
-    """Refuse tensors in the layout of another quantizer, whose settings config.json lacks.
-
-    Raises:
-        UsageError: naming the quantizer.
-    """
-    layouts = ((".g_idx", "GPTQ"), (".qweight", "AWQ or GPTQ"), (".absmax", "bitsandbytes"),
-               (".weight_scale_2", "NVIDIA ModelOpt"))  # fmt: skip
-    for ending, quantizer in layouts:
-        for name in weights:
-            if name.endswith(ending):
-                raise UsageError(
-                    f"the checkpoint is quantized with {quantizer}, as its tensor {name} shows, "
-                    "which k2 cannot load",
-                    "use an MLX conversion of the model, or its original weights",
-                )
-
-
-def _without_copies(
-    model: nn.Module, config: Mapping[str, Any], weights: dict[str, mx.array]
-) -> dict[str, mx.array]:
-    """Leave out what some tools store although the model computes or shares it.
-
-    These are the head of a model that uses its embedding as head, and the frequencies of RoPE.
-    """
-    from mlx.utils import tree_flatten
-
-    places = {name for name, _ in tree_flatten(model.parameters())}
-    text = config.get("text_config")
-    tied = (text if isinstance(text, Mapping) else config).get(
-        "tie_word_embeddings", config.get("tie_word_embeddings")
-    )
-
-    def is_copy(name: str) -> bool:
-        if name in places:
-            return False
-        module = name.rpartition(".")[0]
-        head = module == "lm_head" or module.endswith(".lm_head")
-        return name.endswith("rotary_emb.inv_freq") or (head and tied is True)
-
-    return {name: value for name, value in weights.items() if not is_copy(name)}
 
 
 def _fill(model: nn.Module, weights: Mapping[str, mx.array]) -> None:

@@ -258,7 +258,7 @@ def _check_module(
                 "take config.json from the model's repository",
             ) from error
         if found.is_close(meant):
-            _check_dims(parameters, found.dims, fields, name)
+            _check_dims(module, parameters, found.dims, fields, name)
             return
         if _corrected(module, found, meant, parameters, fields):
             return
@@ -285,9 +285,16 @@ def _corrected(
 
 
 def _check_dims(
-    parameters: Mapping[str, Any], dims: int, fields: Mapping[str, Any], name: str
+    module: nn.Module,
+    parameters: Mapping[str, Any],
+    dims: int,
+    fields: Mapping[str, Any],
+    name: str,
 ) -> None:
-    """Compare the number of rotated values with the part of the head that the config gives."""
+    """Compare the number of rotated values with the part of the head that the config gives.
+
+    A plain module that rotates the whole head, as that of GLM does, is told the part.
+    """
     factor = parameters.get("partial_rotary_factor")
     if not isinstance(factor, int | float) or _kind(parameters) == "proportional":
         return
@@ -301,7 +308,11 @@ def _check_dims(
     if isinstance(width, int) and isinstance(count, int) and count:
         heads.append(width // count)
     latent = fields.get("qk_rope_head_dim")
-    if heads and dims not in {int(head * factor) for head in heads} | {latent}:
+    if not heads or dims in {int(head * factor) for head in heads} | {latent}:
+        return
+    if isinstance(module, nn.RoPE) and dims in heads:
+        module.dims = int(dims * factor)
+    else:
         raise _unread("partial_rotary_factor", factor, name)
 
 

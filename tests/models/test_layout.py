@@ -171,6 +171,15 @@ def test_stored_frequencies_of_rope_are_left_out(model: Path) -> None:
     assert assemble(config, stored)
 
 
+def test_a_stored_head_counts_if_the_config_does_not_say_that_it_is_tied(model: Path) -> None:
+    """transformers takes an untied head for Llama, mlx-lm a tied one (Step-Audio-EditX#38)."""
+    config = {name: each for name, each in CONFIG.items() if name != "tie_word_embeddings"}
+    assert "lm_head.weight" in parameters(
+        assemble(config, with_tensors(model, lm_head__weight=mx.zeros((64, 32))))
+    )
+    assert "lm_head.weight" not in parameters(assemble(config, with_tensors(model)))
+
+
 def test_an_untied_head_is_no_copy(model: Path) -> None:
     config = {**CONFIG, "model_type": "gemma", "head_dim": 16, "tie_word_embeddings": False}
     stored = dict(mlx.utils.tree_flatten(build(config).parameters()))

@@ -146,9 +146,19 @@ def test_a_parameter_that_the_class_does_not_know_is_refused() -> None:
         build({**LLAMA, "rope_theta": 1e4, "rope_scaling": {**YARN, "llama_4_scaling_beta": 0.1}})
 
 
-def test_a_part_of_the_head_that_the_class_ignores_is_refused() -> None:
+GLM = {"model_type": "glm", **SIZES, "rope_theta": 1e4, "attention_bias": False}
+
+
+@pytest.mark.parametrize("said", [{"partial_rotary_factor": 0.5}, {}])
+def test_a_part_of_the_head_that_a_plain_class_ignores_is_put_right(said: dict[str, Any]) -> None:
+    """mlx-lm's GLM rotates whole heads (mlx-lm#1698); transformers half, if nothing is said."""
+    assert {each.dims for each in built({**GLM, **said}).values()} == {16}
+
+
+def test_a_part_of_the_head_that_a_scaled_class_ignores_is_refused() -> None:
+    llama = {**LLAMA, "rope_theta": 1e4, "rope_scaling": YARN}
     with pytest.raises(UsageError, match=r"partial_rotary_factor 0\.5"):
-        build({**LLAMA, "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+        build({**llama, "partial_rotary_factor": 0.5})
 
 
 @pytest.mark.parametrize("given", [{"truncate": False}, {"attention_factor": 1.25}])
