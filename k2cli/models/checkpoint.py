@@ -24,6 +24,7 @@ from k2cli.models.layout import (
     choose_weight_files,
     download_hint,
     listed,
+    names_in,
     refuse_pointer,
 )
 
@@ -88,7 +89,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     tensors, warnings = read_tensors(
         folder,
-        [path.name for path in folder.iterdir() if path.is_file()],
+        names_in(folder),
         read_index(folder),
         lambda names: (read_safetensors_header(folder / name) for name in names),
     )
@@ -157,6 +158,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = standard_config(read_json_object(path), str(path))
+    return _checked_config(folder, path, config)
+
+
+def config_for_mlx_lm(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` as it is, unless only the standard form says to mlx-lm what it means.
+
+    Raises:
+        K2Error: as ``read_config``.
+    """
+    config = read_json_object(folder / "config.json")
+    parts = (config, config.get("text_config"))
+    if any(isinstance(part, dict) and part.get("rope_parameters") for part in parts):
+        return read_config(folder)
+    return _checked_config(folder, folder / "config.json", config)
+
+
+def _checked_config(folder: Path, path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Check a config, and take over the end tokens of ``generation_config.json``."""
     _check_config(path, config, required_model_type=True)
     if "text_config" in config:
         if not isinstance(config["text_config"], dict):

@@ -74,6 +74,14 @@ def choose_weight_files(
     return WeightFiles(tuple(found), (warning,))
 
 
+def names_in(folder: Path) -> list[str]:
+    """List all that a folder holds but folders and links to nothing, as the Hub's cache has them.
+
+    What is no regular file is listed, so that it is refused when it is opened.
+    """
+    return [path.name for path in folder.iterdir() if path.exists() and not path.is_dir()]
+
+
 def weights_without_index(names: Collection[str]) -> list[str]:
     """List the safetensors files of the model itself; adapters and other layouts are left out."""
     own = sorted(name for name in names if is_own(name) and name.endswith(".safetensors"))

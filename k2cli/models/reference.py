@@ -20,6 +20,7 @@ from k2cli.models.catalog import CatalogEntry, HubSource, WheelSource, catalog
 from k2cli.models.checkpoint import read_json_object
 from k2cli.models.layout import (
     is_own,
+    names_in,
     refuse_without_safetensors,
     split_parts,
     weights_without_index,
@@ -178,7 +179,7 @@ def local_checkpoint(text: str) -> Path:
     folder = present_folder(reference)
     if folder is None:
         raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
-    names = [path.name for path in folder.iterdir() if path.is_file()]
+    names = names_in(folder)
     if "config.json" not in names:
         raise without_config(text, names)
     if not weights_without_index(names):

@@ -21,6 +21,7 @@ from k2cli.files import read_regular
 from k2cli.models.checkpoint import read_index
 from k2cli.models.layout import choose_weight_files
 from k2cli.proxies import proxy_errors
+from k2cli.models.layout import choose_weight_files, names_in
 
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
 
@@ -270,9 +271,8 @@ def _is_complete(folder: Path) -> bool:
     """Return True if config and all weight files are there; what they contain is not checked."""
     if not (folder / "config.json").is_file():
         return False
-    names = [path.name for path in folder.iterdir() if path.is_file()]
     try:
-        return bool(choose_weight_files(names, read_index(folder), str(folder)).names)
+        return bool(choose_weight_files(names_in(folder), read_index(folder), str(folder)).names)
     except K2Error:
         return False
 
