@@ -21,11 +21,13 @@ _TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": f
 """Floats that JSON has no words for; transformers 5 writes ``{"__float__": "Infinity"}``."""
 
 _ZERO_IS_NONE = (
-    "n_routed_experts", "num_local_experts", "n_shared_experts", "num_shared_experts",
-    "q_lora_rank", "head_dim", "sliding_window", "attention_chunk_size",
+    "n_shared_experts", "num_shared_experts", "q_lora_rank", "head_dim", "sliding_window", "attention_chunk_size",
     "attn_logit_softcapping", "final_logit_softcapping", "first_k_dense_replace_layers",
 )  # fmt: skip
 """Fields in which 0 means that the model has no such thing; mlx-lm's classes ask for null."""
+
+_EXPERTS = ("n_routed_experts", "num_local_experts")
+"""Numbers of experts for which the same holds, unless the config says how many a token uses."""
 
 _EMPTY_IS_NONE = ("rope_scaling", "rope_parameters", "quantization_config", "quantization")
 
@@ -112,6 +114,9 @@ def _standardize(fields: dict[str, Any], source: str) -> None:
     """Bring the fields of one model, the whole config or its ``text_config``, into the form."""
     for name in _ZERO_IS_NONE:
         if _is_number(fields.get(name)) and fields[name] == 0:
+            fields[name] = None
+    for name in _EXPERTS:
+        if fields.get(name) == 0 and not fields.get("num_experts_per_tok"):
             fields[name] = None
     for name in _EMPTY_IS_NONE:
         if fields.get(name) == {}:

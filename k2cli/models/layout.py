@@ -133,7 +133,7 @@ def refuse_without_safetensors(names: Collection[str], where: str, repo: str | N
     gguf = sorted(name for name in names if is_own(Path(name).name) and name.endswith(".gguf"))
     if gguf:
         return K2Error(
-            f"{where} has no safetensors files, but GGUF files: {listed(gguf)}",
+            f"{where} has no .safetensors files, but GGUF files: {listed(gguf)}",
             _gguf_command(gguf[0], where, repo),
         )
     own = [name for name in names if is_own(name)]
@@ -143,11 +143,11 @@ def refuse_without_safetensors(names: Collection[str], where: str, repo: str | N
     ):
         if found:
             return K2Error(
-                f"{where} has no safetensors files that k2 reads, only {what}: {listed(found)}",
+                f"{where} has no .safetensors files that k2 reads, only {what}: {listed(found)}",
                 "choose a conversion of the model to safetensors, such as one of mlx-community",
             )
     return K2Error(
-        f"{where} has no safetensors files",
+        f"{where} has no .safetensors files",
         "choose a repository that holds a model" if repo else "give the folder of a checkpoint",
     )
 

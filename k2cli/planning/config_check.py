@@ -89,25 +89,7 @@ def model_context_length(config: Mapping[str, Any]) -> int | None:
     """
     text = text_config(config)
     length, window = first_field(text, _CONTEXTS), _ignored_window(text)
-    stretched = _stretched_context(text)
-    if length is not None and stretched is not None:
-        length = max(length, stretched)
     return length if window is None else min(length or window, window)
-
-
-def _stretched_context(text: Mapping[str, Any]) -> int | None:
-    """Return the length that YaRN stretches the context to; max_position_embeddings may be older.
-
-    Qwen's models are extended by a ``rope_scaling`` alone.
-    """
-    scaling = text.get("rope_scaling")
-    if not isinstance(scaling, Mapping) or scaling.get("rope_type", scaling.get("type")) != "yarn":
-        return None
-    original: Any = scaling.get("original_max_position_embeddings")
-    factor: Any = scaling.get("factor")
-    if not _is_positive_number(original) or not _is_positive_number(factor):
-        return None
-    return min(int(float(original) * float(factor)), _LARGEST[_CONTEXTS[0]])
 
 
 def _ignored_window(text: Mapping[str, Any]) -> int | None:
@@ -202,7 +184,7 @@ def _is_positive_number(value: Any) -> bool:
 def _check_experts(text: Mapping[str, Any], source: str) -> None:
     experts = first_field(text, ("n_routed_experts", "num_experts", "num_local_experts"))
     chosen = first_field(text, ("num_experts_per_tok",))
-    if experts is not None and experts > 0 and chosen is not None and not 0 < chosen <= experts:
+    if experts is not None and chosen is not None and chosen > experts:
         raise UsageError(f"{source}: num_experts_per_tok is {chosen}, but there are {experts}")
 
 

@@ -101,7 +101,7 @@ def test_other_files_beside_the_weights_are_not_read(model: Path, beside: str, n
         (["consolidated.safetensors"], "only Mistral's own layout", "mlx-community"),
         (["x-Q4_K_M.gguf", "x-Q8_0.gguf"], r"GGUF files: x-Q4_K_M\.gguf, x-Q8_0\.gguf",
          "k2 plan-memory {folder}/x-Q4_K_M.gguf"),
-        ([], "no safetensors files", "give the folder of a checkpoint"),
+        ([], "no .safetensors files", "give the folder of a checkpoint"),
     ],
 )  # fmt: skip
 def test_a_folder_without_safetensors_says_what_it_has(

@@ -87,8 +87,6 @@ def test_mlx_lm_reads_a_converted_checkpoint_as_k2_does(tmp_path: Path) -> None:
         ({"model_type": "qwen2", "sliding_window": 256, "use_sliding_window": True,
           "max_window_layers": 2}, 512),
         ({"model_type": "gpt_oss", "sliding_window": 128}, 512),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
-                           "original_max_position_embeddings": 512}}, 2048),
     ],
 )  # fmt: skip
 def test_the_longest_context_is_that_up_to_which_the_class_computes_right(
