@@ -21,8 +21,8 @@ _TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": f
 """Floats that JSON has no words for; transformers 5 writes ``{"__float__": "Infinity"}``."""
 
 _ZERO_IS_NONE = (
-    "n_shared_experts", "num_shared_experts", "q_lora_rank", "head_dim", "sliding_window", "attention_chunk_size",
-    "attn_logit_softcapping", "final_logit_softcapping", "first_k_dense_replace_layers",
+    "n_shared_experts", "num_shared_experts", "q_lora_rank", "head_dim", "sliding_window",
+    "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 """Fields in which 0 means that the model has no such thing; mlx-lm's classes ask for null."""
 

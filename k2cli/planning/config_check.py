@@ -184,7 +184,9 @@ def _is_positive_number(value: Any) -> bool:
 def _check_experts(text: Mapping[str, Any], source: str) -> None:
     experts = first_field(text, ("n_routed_experts", "num_experts", "num_local_experts"))
     chosen = first_field(text, ("num_experts_per_tok",))
-    if experts is not None and chosen is not None and chosen > experts:
+    if experts is None or chosen is None:
+        return
+    if chosen > experts or (chosen == 0 and experts > 0):
         raise UsageError(f"{source}: num_experts_per_tok is {chosen}, but there are {experts}")
 
 

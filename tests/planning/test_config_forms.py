@@ -11,6 +11,8 @@ import mlx.utils
 import pytest
 from mlx_lm.utils import load_model
 
+from k2cli.launch.plan import make_launch_plan
+from k2cli.launch.request import LaunchRequest
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.planner import Planner
@@ -93,3 +95,16 @@ def test_the_longest_context_is_that_up_to_which_the_class_computes_right(
     fields: dict[str, Any], longest: int
 ) -> None:
     assert model_context_length({**LLAMA, **fields}) == longest
+
+
+def test_a_launch_plans_from_the_files_that_are_there_and_warns(tmp_path: Path) -> None:
+    """stale_index/ of the public reports (mlx-vlm#624)."""
+    folder = model_folder(tmp_path / "model", {**LLAMA, "rope_theta": 1e4}, stored=True)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    said: list[str] = []
+    machines = parse_hardware("m4-max-128")
+    plan = make_launch_plan(LaunchRequest(str(folder)), folder, machines, "local", said.append)
+    assert plan.fits
+    assert [text.partition(":")[0] for text in said] == ["warning"]
+    assert "is stale" in said[0]

@@ -19,9 +19,8 @@ from typing import Any
 from k2cli.errors import K2Error, NotAuthorisedError
 from k2cli.files import read_regular
 from k2cli.models.checkpoint import read_index
-from k2cli.models.layout import choose_weight_files
-from k2cli.proxies import proxy_errors
 from k2cli.models.layout import choose_weight_files, names_in
+from k2cli.proxies import proxy_errors
 
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
 
