@@ -25,8 +25,8 @@ def download(
 ) -> None:
     """Download a model, and convert it for MLX if it is a GGUF file.
 
-    Only data files are downloaded (safetensors, JSON, tokenizer, templates), never code. Files
-    that are already on this machine are not downloaded again.
+    Only the files that loading reads are downloaded (weights, config, tokenizer, templates), never
+    code. Files that are already on this machine are not downloaded again, unless they are damaged.
 
     Example: k2 download demo
     """

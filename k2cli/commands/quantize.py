@@ -47,11 +47,12 @@ def quantize(
     Example: k2 quantize ./Kimi-K2-Instruct --to ./Kimi-K2-4bit --recipe 4bit
     """
     from k2cli.errors import UsageError
+    from k2cli.models.checkpoint import read_checkpoint
     from k2cli.models.reference import local_checkpoint
     from k2cli.quantization.convert import quantize as run
     from k2cli.quantization.events import BytesDone, QuantizationResult
     from k2cli.sharding.recipe import chosen_recipe
-    from k2cli.ui.output import print_json
+    from k2cli.ui.output import print_json, warn
     from k2cli.ui.progress import ByteProgress
 
     wanted = chosen_recipe(recipe, bits, group_size, mode)
@@ -59,6 +60,8 @@ def quantize(
     if to is None and not dry_run:
         raise UsageError("--to FOLDER is missing", f"k2 quantize {source} --to {suggestion}")
     folder = local_checkpoint(source)
+    for text in read_checkpoint(folder).warnings:
+        warn(text)
     with ByteProgress() as progress:
         if not dry_run:
             progress.step(f"quantizing {source} to {wanted}")

@@ -111,7 +111,7 @@ def _make_plan(run: RunDecisions, say: Say) -> None:
     if run.plan_given is None:
         machines = machines_of(run.nodes, run.request, say)
         run.plan, run.transport, run.transport_reason = plan_with_transport(
-            run.request, folder, machines, run.transport, run.transport_reason
+            run.request, folder, machines, run.transport, run.transport_reason, say
         )
         check_plan(run.plan, folder, run.nodes, force=force)
         return

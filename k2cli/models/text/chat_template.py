@@ -20,7 +20,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import read_json_object
+from k2cli.models.checkpoint import read_json_object, shown
 
 _MAX_TEMPLATE_BYTES = 2_000_000
 
@@ -91,12 +91,16 @@ def read_chat_template(
 ) -> str | None:
     """Read the template: ``chat_template.jinja``, ``.json`` or the tokenizer config's entry.
 
-    If the entry is a list, ``with_tools`` prefers the template named ``tool_use``.
+    If there are several by name, in a list or in ``additional_chat_templates/``, ``with_tools``
+    prefers the one named ``tool_use``.
 
     Raises:
         K2Error: if a file cannot be read or is malformed.
     """
     path = folder / "chat_template.jinja"
+    for_tools = folder / "additional_chat_templates" / "tool_use.jinja"
+    if with_tools and path.is_file() and for_tools.is_file():
+        path = for_tools
     if path.is_file():
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:
             raise K2Error(f"{path} is larger than {_MAX_TEMPLATE_BYTES} bytes")
@@ -108,19 +112,24 @@ def read_chat_template(
     path = folder / "chat_template.json"
     if path.is_file():
         entry = read_json_object(path).get("chat_template")
+    if isinstance(entry, dict):
+        entry = [{"name": name, "template": text} for name, text in entry.items()]
     if isinstance(entry, list):
-        entry = _choose(entry, with_tools)
+        entry = _choose(folder, entry, with_tools)
     if entry is not None and not isinstance(entry, str):
         raise K2Error(f"{folder}: chat_template must be a text or a list of named texts")
     return entry
 
 
-def _choose(entries: list[Any], with_tools: bool) -> Any:
+def _choose(folder: Path, entries: list[Any], with_tools: bool) -> Any:
     named = {
         entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)
     }
     if with_tools and "tool_use" in named:
         return named["tool_use"]
+    if "default" not in named and named:
+        names = ", ".join(shown(name) for name in named)
+        raise K2Error(f"{folder}: of the chat templates {names} none is named 'default'")
     return named.get("default")
 
 

@@ -43,7 +43,8 @@ K2_PATTERN = "|".join(
 def find_vocabulary(folder: Path) -> Path | None:
     """Return the path of the folder's vocabulary in tiktoken's format, if it has one."""
     named = folder / "tiktoken.model"
-    return named if named.is_file() else next(iter(sorted(folder.glob("*.tiktoken"))), None)
+    # macOS puts files named ._x beside others.
+    return named if named.is_file() else next(iter(sorted(folder.glob("[!.]*.tiktoken"))), None)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

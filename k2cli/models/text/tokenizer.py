@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import end_tokens, read_json_object
+from k2cli.models.layout import download_hint, refuse_pointer
+from k2cli.models.text.sentencepiece_model import FILE_NAME, load_sentencepiece
 from k2cli.models.text.tiktoken_bpe import (
     build_tokenizer,
     byte_letters,
@@ -248,10 +250,17 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
         try:
             return tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library has no more specific error
-            raise K2Error(f"{path} is not a tokenizer: {error}", "download it again") from error
+            with path.open("rb") as file:
+                refuse_pointer(path, file.read(32))
+            raise K2Error(f"{path} is not a tokenizer: {error}", download_hint(path)) from error
     vocabulary = find_vocabulary(folder)
+    if vocabulary is None and (folder / FILE_NAME).is_file():
+        return load_sentencepiece(folder, config)
     if vocabulary is None:
-        raise K2Error(f"{folder} has neither tokenizer.json nor tiktoken.model")
+        raise K2Error(
+            f"{folder} has neither tokenizer.json nor tiktoken.model nor tokenizer.model",
+            download_hint(folder),
+        )
     if config.get("tokenizer_class") != "TikTokenTokenizer":
         # Other model families ship such a file but split text by other patterns.
         raise K2Error(
