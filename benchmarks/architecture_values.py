@@ -62,8 +62,12 @@ GUESSES: dict[str, Any] = {
 """Values for what a class of mlx-lm demands and neither transformers nor ``MADE_UP`` has."""
 
 PATCHES: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0},
+        "rope_theta": None, "rope_parameters": None,
+    },
     "deepseek_v2": {
+        "rope_parameters": None,
         "num_experts_per_tok": 6, "n_routed_experts": 160, "n_shared_experts": 2,
         "rope_scaling": {
             "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
@@ -89,7 +93,7 @@ PATCHES: dict[str, dict[str, Any]] = {
     "longcat_flash_ngram": {"attention_method": "MLA", "zero_expert_type": "identity"},
     "mamba2": {"time_step_limit": [0.0, 1e9]},
     "mellum": {"num_experts": 64},
-    "minicpm3": {"rope_scaling": {
+    "minicpm3": {"rope_parameters": None, "rope_scaling": {
         "short_factor": [1.0] * 16, "long_factor": [1.0] * 16, "type": "longrope",
         "original_max_position_embeddings": 32768,
     }},
@@ -97,6 +101,7 @@ PATCHES: dict[str, dict[str, Any]] = {
         {"attention": {"n_heads_in_group": 8}, "ffn": {"ffn_mult": 2.625}},
     ] * LAYERS},
     "openelm": {"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4},
+    "phi3small": {"rope_theta": None},
     "plamo": {"num_attention_heads": 16},
     "spark2_5": {"rope_parameters": {
         "full_attention": {"rope_theta": 10000.0, "rope_type": "default"},

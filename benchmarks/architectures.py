@@ -234,8 +234,10 @@ def _of_transformers(model_type: str) -> dict[str, Any] | None:
             for name in ("vision_config", "audio_config", "id2label", "label2id"):
                 part.pop(name, None)
             rope = part.get("rope_parameters")
-            if isinstance(rope, dict) and "rope_theta" in rope:
-                part.setdefault("rope_theta", rope["rope_theta"])
+            if isinstance(rope, dict):
+                rope = rope.get("full_attention") or rope
+                if "rope_theta" in rope:
+                    part.setdefault("rope_theta", rope["rope_theta"])
             part.setdefault("rope_scaling", None)
     plain: dict[str, Any] = _plain(config)
     return plain

@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2cli.models.checkpoint import INDEX_NAME
+from k2cli.models.layout import INDEX_NAME
 from k2cli.models.text.tiktoken_bpe import byte_letters
 from lab.toy_k2.checkpoint import ToyShape, build_toy_k2
 from lab.toy_k2.vocabulary import RANK_COUNT, VOCABULARY_SIZE

@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -116,11 +117,10 @@ def _first_paragraph(function: Callable[..., object]) -> str:
     return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
 
-_CONDITIONS = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.ENOSPC, errno.EDQUOT,
+_FOLDER_ERRORS = (
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
-"""Errors of the system that show the state of a folder or a disk, and not a bug."""
+"""Errors of the system that show the state of a folder, and not a bug."""
 
 
 def _open_closed_streams() -> None:
@@ -139,15 +139,46 @@ def _open_closed_streams() -> None:
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    # A terminal of another encoding must not turn a name into an error.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def _condition_error(error: Exception) -> K2Error | None:
     """Return the error to show for a folder or a disk that cannot be used, None for others."""
-    if not isinstance(error, OSError) or error.errno not in _CONDITIONS or not error.filename:
+    from k2cli.files import DISK_ERRORS, disk_hint, disk_reason
+
+    if not isinstance(error, OSError):
         return None
+    if not error.filename:
+        # Files are written by name, so it was the output; tempfile names none of its folders.
+        if error.errno in DISK_ERRORS:
+            return K2Error(f"the output cannot be written: {error.strerror}")
+        if "usable temporary directory" in str(error):
+            return K2Error(str(error.strerror), "make room there, or set TMPDIR to another folder")
+        return None
+    if error.errno not in DISK_ERRORS and error.errno not in _FOLDER_ERRORS:
+        return None
+    path = Path(os.fsdecode(error.filename))
     hint = "check HOME, or set K2_CONFIG_DIR, K2_STATE_DIR and K2_DATA_DIR to folders of yours"
-    text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return K2Error(text, None if error.errno in (errno.ENOSPC, errno.EDQUOT) else hint)
+    return K2Error(f"'{path}': {disk_reason(error, path)}", disk_hint(error, path) or hint)
+
+
+def _show(error: K2Error) -> int:
+    """Print an error as far as possible, and return its exit code."""
+    from k2cli.ui.output import print_error
+
+    try:
+        print_error(error)
+    except (OSError, ValueError):  # stderr is closed, or a file on a full disk
+        _discard(2)
+    return error.exit_code
+
+
+def _discard(number: int) -> None:
+    """Send what is still written to a stream to the null device, and its buffer at exit too."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
@@ -162,25 +193,22 @@ def _is_interrupt(error: BaseException | None) -> bool:
 def _report_bug(error: Exception) -> int:
     """Save the traceback to a file, print one line, and return the exit code."""
     from k2cli.settings import debug_enabled, state_directory
-    from k2cli.ui.output import print_error
-    from k2cli.units import clean_text
+    from k2cli.stderr import say_on_stderr
 
     report = "".join(traceback.format_exception(error))
     if debug_enabled():
-        sys.stderr.write(clean_text(report))
+        say_on_stderr(report)
     try:
         path = state_directory() / "crash.log"
     except K2Error as no_home:
-        print_error(InternalError(f"internal error: {error!r}", no_home.message))
-        return InternalError.exit_code
+        return _show(InternalError(f"internal error: {error!r}", no_home.message))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report)
+        path.write_text(report, encoding="utf-8", errors="backslashreplace")
         where = f"the traceback is in {path}; K2_DEBUG=1 shows it"
     except OSError as failure:
         where = f"K2_DEBUG=1 shows the traceback; {path} cannot be written: {failure.strerror}"
-    print_error(InternalError(f"internal error: {type(error).__name__}: {error}", where))
-    return InternalError.exit_code
+    return _show(InternalError(f"internal error: {type(error).__name__}: {error}", where))
 
 
 def run_command_line(arguments: Sequence[str] | None = None) -> int:
@@ -213,22 +241,19 @@ def main() -> None:
     try:
         sys.exit(run_command_line())
     except K2Error as error:
-        from k2cli.ui.output import print_error
-
-        print_error(error)
-        sys.exit(error.exit_code)
+        sys.exit(_show(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of the output is gone (``k2 logs | head``): nothing more can be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
         if _is_interrupt(error):
             sys.exit(EXIT_INTERRUPTED)
         if (condition := _condition_error(error)) is None:
             sys.exit(_report_bug(error))
-        from k2cli.ui.output import print_error
-
-        print_error(condition)
-        sys.exit(condition.exit_code)
+        code = _show(condition)
+        if isinstance(error, OSError) and not error.filename:
+            _discard(1)  # its buffer would be written again at exit
+        sys.exit(code)

@@ -1,4 +1,4 @@
-"""Atomic writing of files, private folders, and bounded reading of files that may be hostile."""
+"""Writing of files and private folders, errors of disks, and bounded reading of hostile files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,95 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
+
+from k2cli.errors import K2Error
+from k2cli.settings import folder_variable
+from k2cli.units import format_bytes, replace_surrogates
 
 _T = TypeVar("_T")
 
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 """Flags of ``open_regular`` to write at the end of a file, which may not be there yet."""
+
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors of a disk, or of a user's share of it, that has no room left."""
+
+DISK_ERRORS = FULL_DISK | {errno.EROFS, errno.EIO, errno.EFBIG}
+"""Errors that show the state of a disk, and not a bug."""
+
+
+def disk_reason(error: OSError, path: Path) -> str:
+    """Describe an error of the system, with the free space if the disk is full."""
+    reason = error.strerror or str(error)
+    if error.errno not in FULL_DISK:
+        return reason
+    import shutil  # slow to import
+
+    existing = next((each for each in (path, *path.absolute().parents) if each.exists()), path)
+    try:
+        usage = shutil.disk_usage(existing)
+    except OSError:
+        return reason
+    return f"{reason} ({format_bytes(usage.free)} of {format_bytes(usage.total)} are free)"
+
+
+def disk_hint(error: OSError, path: Path) -> str | None:
+    """Return what to do about an error of the system when ``path`` was written."""
+    variable = folder_variable(path)
+    elsewhere = f", or set {variable} to a folder on another one" if variable else ""
+    match error.errno:
+        case errno.ENOSPC:
+            return f"make room on the disk (df -h {path.parent}){elsewhere}"
+        case errno.EDQUOT:
+            return f"make room in your share of the disk (quota -s){elsewhere}"
+        case errno.EROFS:
+            return f"the disk is mounted for reading only: see mount{elsewhere}"
+        case errno.EIO:
+            return f"the disk may be damaged: see the system's log{elsewhere}"
+        case errno.EFBIG:
+            return "the limit on the size of files is too small: ulimit -f unlimited"
+        case _ if variable:
+            return f"check the folder, or set {variable} to a folder of yours"
+    return None
+
+
+def unwritable(error: OSError, path: Path, kind: type[K2Error] = K2Error) -> K2Error:
+    """Return the error to show for a file or a folder that could not be written.
+
+    Args:
+        path: the file as the user knows it; not the temporary file that is written first.
+        kind: the class of the error.
+    """
+    reason = disk_reason(error, path)
+    return kind(f"'{path}' cannot be written: {reason}", disk_hint(error, path))
+
+
+def encode_json(document: Any, *, indent: bool = True) -> bytes:
+    """Encode a document for a file or a program, with a final newline.
+
+    Lone surrogates, which stand for the undecodable bytes of a name, have no form in JSON that
+    all programs read. They become U+FFFD.
+    """
+    try:
+        data = msgspec.json.encode(document)
+    except UnicodeEncodeError:
+        data = msgspec.json.encode(_without_surrogates(msgspec.to_builtins(document)))
+    return (msgspec.json.format(data, indent=1) if indent else data) + b"\n"
+
+
+def _without_surrogates(value: Any) -> Any:
+    match value:
+        case str():
+            return replace_surrogates(value)
+        case dict():
+            return {_without_surrogates(key): _without_surrogates(v) for key, v in value.items()}
+        case list() | tuple():
+            return [_without_surrogates(each) for each in value]
+    return value
 
 
 def decode_json(data: bytes | str, type: type[_T]) -> _T:
@@ -40,18 +121,21 @@ def decode_with(decode: Callable[[], _T]) -> _T:
         raise msgspec.DecodeError(str(error)) from None
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> int:
+def open_regular(
+    path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False, mode: int = 0o666
+) -> int:
     """Open a file without waiting for a FIFO, and return its descriptor.
 
     Args:
         flags: as of ``os.open``; the file is created only with ``O_CREAT``.
+        mode: permissions of a file that is created, less the umask.
         follow_links: True for files of the user's own, such as those of the Hub's cache.
 
     Raises:
         OSError: if it cannot be opened, or is not a regular file.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = os.open(path, flags, mode)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
@@ -111,17 +195,42 @@ def write_atomically(path: Path, data: bytes | str, mode: int | None = None) -> 
     regardless of the umask; None gives the default permissions of new files.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written; its ``filename`` is ``path``.
     """
     partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    descriptor = os.open(partial, flags, 0o666 if mode is None else mode)
+    content = data.encode() if isinstance(data, str) else data
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            if mode is not None:
-                os.fchmod(descriptor, mode)
-            file.write(data.encode() if isinstance(data, str) else data)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        descriptor = os.open(partial, flags, 0o666 if mode is None else mode)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                if mode is not None:
+                    os.fchmod(descriptor, mode)
+                file.write(content)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        # Writing does not name the file, and nobody knows the temporary one.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def nameless_file(content: bytes) -> int:
+    """Return a descriptor of a file without a name that has this content, at its start.
+
+    On Linux it is in memory: a process that maps a file of a full disk would be killed by SIGBUS.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
+    import tempfile  # slow to import
+
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("k2")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    # pwrite leaves the file position at the start; some systems share it with a child.
+    os.pwrite(descriptor, content, 0)
+    return descriptor

@@ -17,6 +17,33 @@ RUN_OPTION = "--k2-run"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+def user_name() -> str:
+    """Return the name of the user; "" if neither the environment nor the system knows one."""
+    import getpass  # slow to import
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return ""
+
+
+def expand_home(text: str) -> Path:
+    """Return the path with the home folder in place of ``~``; unchanged if there is none."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+_DIRECTORIES = (
+    ("K2_CONFIG_DIR", "XDG_CONFIG_HOME", ".config"),
+    ("K2_STATE_DIR", "XDG_STATE_HOME", ".local/state"),
+    ("K2_DATA_DIR", "XDG_DATA_HOME", ".local/share"),
+    ("K2_CACHE_DIR", "XDG_CACHE_HOME", ".cache"),
+)
+"""k2's variable, that of the XDG rules, and the folder in the home folder."""
+
+
 def _directory(override: str, xdg: str, fallback: str) -> Path:
     if value := os.environ.get(override):
         return Path(value)
@@ -33,17 +60,28 @@ def _directory(override: str, xdg: str, fallback: str) -> Path:
 
 def config_directory() -> Path:
     """Return the folder of clusters and the user's settings, by default ``~/.config/k2``."""
-    return _directory("K2_CONFIG_DIR", "XDG_CONFIG_HOME", ".config")
+    return _directory(*_DIRECTORIES[0])
 
 
 def state_directory() -> Path:
     """Return the folder of runs, logs and crash reports, by default ``~/.local/state/k2``."""
-    return _directory("K2_STATE_DIR", "XDG_STATE_HOME", ".local/state")
+    return _directory(*_DIRECTORIES[1])
 
 
 def data_directory() -> Path:
     """Return the folder of models that k2 converted, by default ``~/.local/share/k2``."""
-    return _directory("K2_DATA_DIR", "XDG_DATA_HOME", ".local/share")
+    return _directory(*_DIRECTORIES[2])
+
+
+def folder_variable(path: Path) -> str:
+    """Return the variable that moves the folder of k2 that a path is in; "" if it is in none."""
+    for names in _DIRECTORIES:
+        try:
+            if path.absolute().is_relative_to(_directory(*names).absolute()):
+                return names[0]
+        except K2Error:
+            continue  # there is no home folder
+    return ""
 
 
 def is_run_id(text: str) -> bool:
@@ -68,7 +106,7 @@ def locks_directory() -> Path:
 
 def cache_directory() -> Path:
     """Return the folder of files that can be made again, by default ``~/.cache/k2``."""
-    return _directory("K2_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
+    return _directory(*_DIRECTORIES[3])
 
 
 def models_directory() -> Path:

@@ -82,9 +82,26 @@ def clean_text(text: str, keep: str = "\n\t") -> str:
     return text if text.isascii() and text.isprintable() else _CONTROL.sub(cleaned, text)
 
 
+_INVISIBLE = re.compile(
+    "[\u00ad\u061c\u180e\u200b\u200e\u200f\u2060-\u2064\u206a-\u206f\ufeff\ufff9-\ufffb]"
+)
+
+
 def one_line(text: str) -> str:
-    """Remove the same, and every line break and tab: for a name inside a sentence or a table."""
-    return clean_text(text, keep="")
+    """Remove the same, and every line break and tab: for a name inside a sentence or a table.
+
+    Characters that draw nothing become U+FFFD, since two names that differ must look different.
+    Joiners stay: scripts and emoji need them.
+    """
+    return _INVISIBLE.sub("\ufffd", clean_text(text, keep=""))
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def replace_surrogates(text: str) -> str:
+    """Put U+FFFD in place of lone surrogates, which stand for undecodable bytes of a name."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def escape_json(document: str) -> str:

@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from k2cli.models.checkpoint import INDEX_NAME
+from k2cli.models.layout import INDEX_NAME
 from k2cli.models.safetensors import TensorSpec, into_shards, safetensors_header, shard_name
 
 MODEL = "k2-instruct-4bit"

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.files import open_regular
+from k2cli.settings import expand_home
 
 _BLOCK_BYTES = 2**24
 _LIMIT_BYTES = 2**31
@@ -39,7 +40,7 @@ class DiskReading(msgspec.Struct, frozen=True):
 def read_speed(folder: str) -> DiskReading:
     """Read from the largest safetensors file at or below a folder, for two seconds at most."""
     try:
-        file = largest_weights(Path(folder).expanduser())
+        file = largest_weights(expand_home(folder))
         if file is None:
             return DiskReading(folder, error=f"no safetensors file of 1 MiB or more in {folder}")
         return _read(file)

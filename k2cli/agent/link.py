@@ -21,6 +21,7 @@ import msgspec
 
 from k2cli.choices import LinkTransport
 from k2cli.files import decode_json
+from k2cli.stderr import say_on_stderr
 
 WARM_UP = 5
 ROUNDS = 50
@@ -226,8 +227,7 @@ def main() -> None:
     try:
         figures = measure(specification)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        sys.stderr.flush()
+        say_on_stderr(f"{type(error).__name__}: {error}")
         os._exit(1)  # the transport's finalizer may wait for the other rank
     os.write(1, msgspec.json.encode(figures) + b"\n")
 

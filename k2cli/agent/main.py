@@ -12,8 +12,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
-
 from k2cli import __version__
 from k2cli.agent.activity import activity
 from k2cli.agent.clean import clean_machine
@@ -27,9 +25,10 @@ from k2cli.agent.ports import choose_port, free_ports, port_holder
 from k2cli.agent.reach import Target, try_targets
 from k2cli.agent.run_folder import remove_bootstraps, write_private
 from k2cli.agent.run_processes import count_processes, kill_run, processes_of_run
-from k2cli.errors import ClusterError
-from k2cli.files import decode_json
+from k2cli.errors import K2Error
+from k2cli.files import decode_json, encode_json
 from k2cli.scratch import make_scratch
+from k2cli.stderr import say_on_stderr
 
 
 def _memory() -> Any:
@@ -95,21 +94,21 @@ def answer(verb: str, arguments: Sequence[str], input: bytes = b"") -> bytes:
     """
     function = _VERBS[verb]
     extra = (input,) if verb in _WITH_INPUT else ()
-    return msgspec.json.encode(function(*arguments, *extra))
+    return encode_json(function(*arguments, *extra), indent=False)
 
 
 def main() -> None:
     """Call the function of the command line's verb and write the result to stdout as JSON."""
     verb, *arguments = sys.argv[1:]
     if verb not in _VERBS:
-        sys.stderr.write(f"the agent of k2 {__version__} has no verb '{verb}'\n")
+        say_on_stderr(f"the agent of k2 {__version__} has no verb '{verb}'")
         sys.exit(UNKNOWN_VERB_STATUS)
     try:
         result = answer(verb, arguments, sys.stdin.buffer.read() if verb in _WITH_INPUT else b"")
-    except (OSError, ClusterError) as error:
-        sys.stderr.write(f"{error}\n")
+    except (OSError, K2Error) as error:
+        say_on_stderr(str(error))
         sys.exit(1)
-    os.write(1, result + b"\n")
+    os.write(1, result)
 
 
 if __name__ == "__main__":

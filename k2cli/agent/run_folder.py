@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from k2cli.files import write_atomically
+from k2cli.files import FULL_DISK, write_atomically
 from k2cli.scratch import remove_scratch
 from k2cli.settings import runs_directory
+
+RESERVE_NAME = "reserve"
+_RESERVE_BYTES = 64 * 1024
 
 
 def run_folder(run_id: str) -> Path:
@@ -16,10 +21,43 @@ def run_folder(run_id: str) -> Path:
 
 
 def write_private(run_id: str, name: str, data: bytes) -> None:
-    """Write a file of a run atomically, readable by its owner only."""
+    """Write a file of a run atomically, readable by its owner only.
+
+    Raises:
+        OSError: if the file cannot be written, even with the run's reserve.
+    """
     folder = run_folder(run_id)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_atomically(folder / name, data, 0o600)
+    write_with_reserve(folder / name, data, 0o600)
+
+
+def make_reserve(run_id: str) -> None:
+    """Set room aside for the record and the bootstraps of a run, in case the disk becomes full.
+
+    Raises:
+        OSError: if there is no room for it now.
+    """
+    path = run_folder(run_id) / RESERVE_NAME
+    if not path.exists():
+        # Random bytes: file systems that compress would set no room aside for zeros.
+        write_private(run_id, RESERVE_NAME, os.urandom(_RESERVE_BYTES))
+
+
+def write_with_reserve(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Write a file of a run atomically; on a full disk, give up the run's reserve for it.
+
+    Raises:
+        OSError: if that does not suffice.
+    """
+    try:
+        write_atomically(path, data, mode)
+    except OSError as error:
+        reserve = path.with_name(RESERVE_NAME)
+        if error.errno not in FULL_DISK or path == reserve or not reserve.exists():
+            raise
+        with suppress(OSError):
+            reserve.unlink()
+        write_atomically(path, data, mode)
 
 
 def remove_bootstraps(run_id: str) -> None:

@@ -22,7 +22,7 @@ from k2cli.agent.run_processes import run_of
 from k2cli.choices import Certainty, Device
 from k2cli.errors import ClusterError, K2Error
 from k2cli.planning.hardware.gpus import Gpu
-from k2cli.settings import models_directory, runs_directory
+from k2cli.settings import expand_home, models_directory, runs_directory
 
 _BIGGEST = 5
 
@@ -179,7 +179,7 @@ def _mpi_versions(first: Path | None, version: str | None) -> dict[str, str]:
 
 def volume_of(folder: Path) -> Volume | None:
     """Find the volume that a folder is on, or will be on once it is made."""
-    existing = folder.expanduser().absolute()
+    existing = expand_home(str(folder)).absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     existing = existing.resolve()

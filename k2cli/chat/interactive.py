@@ -117,7 +117,8 @@ class Chat:
             self._terminal.figures(figures_line(answer))
 
     def _help(self, argument: str) -> None:
-        self._terminal.note(HELP)
+        for line in HELP.splitlines():
+            self._terminal.note(line)
 
     def _leave(self, argument: str) -> None:
         self._leaving = True

@@ -16,7 +16,7 @@ from k2cli.choices import Certainty, Device
 from k2cli.cluster.facts.machine import InterfaceKind
 from k2cli.cluster.hostfile import Hostfile
 from k2cli.errors import ClusterError, UsageError
-from k2cli.files import decode_json, read_regular, write_atomically
+from k2cli.files import decode_json, encode_json, read_regular, unwritable, write_atomically
 from k2cli.nodes.node import LOCALHOST, is_this_machine
 from k2cli.planning.hardware.chips import chip_of_device
 from k2cli.planning.hardware.gpus import Gpu
@@ -190,10 +190,9 @@ def save_cluster(cluster: Cluster) -> Path:
     path = cluster_path(cluster.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = msgspec.json.format(msgspec.json.encode(cluster), indent=1)
-        write_atomically(path, data + b"\n")
+        write_atomically(path, encode_json(cluster))
     except OSError as error:
-        raise ClusterError(f"{path} cannot be written: {error.strerror}") from error
+        raise unwritable(error, path, ClusterError) from error
     return path
 
 

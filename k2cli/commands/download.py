@@ -25,13 +25,13 @@ def download(
 ) -> None:
     """Download a model, and convert it for MLX if it is a GGUF file.
 
-    Only data files are downloaded (safetensors, JSON, tokenizer, templates), never code. Files
-    that are already on this machine are not downloaded again.
+    Only the files that loading reads are downloaded (weights, config, tokenizer, templates), never
+    code. Files that are already on this machine are not downloaded again, unless they are damaged.
 
     Example: k2 download demo
     """
     from k2cli.models.sources.download import BytesDone, StepStarted, fetch
-    from k2cli.ui.output import note, print_json, print_text
+    from k2cli.ui.output import note, print_json, print_line
     from k2cli.ui.progress import ByteProgress
 
     with ByteProgress() as progress:
@@ -47,7 +47,7 @@ def download(
         print_json(_document(fetched))
         return
     for line in _summary(fetched, dry_run):
-        print_text(line)
+        print_line(line)
     if not dry_run:
         name = str(to) if to is not None else model
         note(f"\nnext: k2 plan-memory {name} --hardware '2x m3-ultra-512'")

@@ -173,6 +173,7 @@ def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
 def _show_plan(run: RunDecisions) -> None:
     from k2cli.ui.output import note, warn
     from k2cli.ui.plan.table import plan_lines
+    from k2cli.units import one_line
 
     for line in plan_lines(run.plan):
         note(line)
@@ -180,7 +181,7 @@ def _show_plan(run: RunDecisions) -> None:
         warn("the plan does not fit; launching because of --force")
     note(f"\nrun {run.record.run_id}:")
     for name, value in run.record.settings.items():
-        note(f"  {name}: {value}")
+        note(one_line(f"  {name}: {value}"))
     if run.generated_api_key:
         note(f"the API key is in {run.record.api_key_file}")
 

@@ -31,7 +31,7 @@ def logs(
     from k2cli.runs.log import follow as follow_log
     from k2cli.runs.log import last_lines, parse_entry
     from k2cli.runs.record import find_run
-    from k2cli.ui.output import print_json_line, print_text
+    from k2cli.ui.output import print_json_line, print_line
 
     record = find_run(run, live=False)
     path = record.log_file
@@ -44,4 +44,4 @@ def logs(
         if json:
             print_json_line(parse_entry(line))
         else:
-            print_text(line)
+            print_line(line)

@@ -86,6 +86,7 @@ def plan_memory(
     from k2cli.planning.request import PlanRequest
     from k2cli.planning.speed.calibrations import with_calibration
     from k2cli.planning.speed.exchange import ANSWER_TOKENS, PROMPT_TOKENS
+    from k2cli.ui.output import warn
     from k2cli.units import parse_latency
 
     request = PlanRequest(
@@ -110,6 +111,8 @@ def plan_memory(
     planner = Planner(model, quantize)
     machines = planner.with_gpus(_machines(hardware, cluster), request)
     nodes = with_calibration(machines, transport)
+    for text in planner.model.warnings:
+        warn(text)
     plan = planner.plan(nodes, request)
     if not plan.fits:
         from k2cli.planning.advice import advise

@@ -47,11 +47,12 @@ def quantize(
     Example: k2 quantize ./Kimi-K2-Instruct --to ./Kimi-K2-4bit --recipe 4bit
     """
     from k2cli.errors import UsageError
+    from k2cli.models.checkpoint import read_checkpoint
     from k2cli.models.reference import local_checkpoint
     from k2cli.quantization.convert import quantize as run
     from k2cli.quantization.events import BytesDone, QuantizationResult
     from k2cli.sharding.recipe import chosen_recipe
-    from k2cli.ui.output import print_json
+    from k2cli.ui.output import print_json, warn
     from k2cli.ui.progress import ByteProgress
 
     wanted = chosen_recipe(recipe, bits, group_size, mode)
@@ -59,6 +60,8 @@ def quantize(
     if to is None and not dry_run:
         raise UsageError("--to FOLDER is missing", f"k2 quantize {source} --to {suggestion}")
     folder = local_checkpoint(source)
+    for text in read_checkpoint(folder).warnings:
+        warn(text)
     with ByteProgress() as progress:
         if not dry_run:
             progress.step(f"quantizing {source} to {wanted}")
@@ -74,7 +77,7 @@ def quantize(
 
 
 def _summarize(result: QuantizationResult) -> None:
-    from k2cli.ui.output import note, print_text
+    from k2cli.ui.output import note, print_line
     from k2cli.units import format_bytes
 
     sizes = (
@@ -82,9 +85,9 @@ def _summarize(result: QuantizationResult) -> None:
         f"{result.bits_per_weight} bits per weight, {result.quantized_modules} modules quantized"
     )
     if result.dry_run:
-        print_text(f"would write {result.path}: {sizes}")
+        print_line(f"would write {result.path}: {sizes}")
         return
-    print_text(f"{result.path}: {sizes}")
+    print_line(f"{result.path}: {sizes}")
     note(f"peak memory of arrays: {format_bytes(result.peak_memory_bytes)}")
     note(f"\nnext: k2 plan-memory {result.path}")
     note(f"      k2 launch {result.path}")

@@ -74,10 +74,10 @@ def _chosen(run: str | None, *, all_runs: bool) -> list[RunRecord]:
 
 
 def _print_report(report: StopReport) -> None:
-    from k2cli.ui.output import print_text
+    from k2cli.ui.output import print_line
 
     killed = f", {report.killed} process(es) had to be killed" if report.killed else ""
     if report.was_live or report.killed:
-        print_text(f"{report.run_id}: stopped, nothing is left of it{killed}")
+        print_line(f"{report.run_id}: stopped, nothing is left of it{killed}")
     else:
-        print_text(f"{report.run_id}: had already ended ({report.state}), nothing is left of it")
+        print_line(f"{report.run_id}: had already ended ({report.state}), nothing is left of it")

@@ -5,7 +5,6 @@ The owner of the machines can send it; ``k2 doctor --replay`` and the tests run 
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,9 @@ from k2cli.cluster.measure import DiskSpeed, LinkMeasurement, Reach
 from k2cli.doctor.examination import Report, report_on, situation_of
 from k2cli.doctor.redaction import Redactor, names_in
 from k2cli.doctor.results import Need, Situation
-from k2cli.errors import K2Error, UsageError
-from k2cli.files import decode_json, read_regular
+from k2cli.errors import UsageError
+from k2cli.files import decode_json, encode_json, read_regular, unwritable
+from k2cli.settings import user_name
 from k2cli.units import MIB
 
 SCHEMA_VERSION = 1
@@ -87,9 +87,9 @@ def record(report: Report, folder: Path, redactor: Redactor | None = None) -> Pa
         nodes = tuple(_write_node(raw, folder, redactor) for raw in report.probes)
         path = folder / MANIFEST
         manifest = _manifest(report, nodes, redactor)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+        path.write_bytes(encode_json(manifest))
     except OSError as error:
-        raise K2Error(f"'{folder}' cannot be written: {error.strerror}") from error
+        raise unwritable(error, folder) from error
     return path
 
 
@@ -99,8 +99,8 @@ def _learn_names(report: Report, redactor: Redactor) -> None:
         redactor.know_name("node", raw.node)
         for name in names_in([(raw.text("hostname") or "")]):
             redactor.know_name("host", name)
-    user = getpass.getuser()
-    if user != "root":
+    user = user_name()
+    if user not in ("", "root"):
         redactor.know_name("user", user)
 
 
@@ -110,7 +110,9 @@ def _write_node(raw: RawProbes, folder: Path, redactor: Redactor) -> RecordedNod
     probes = {}
     for probe, output in raw.outputs.items():
         file = f"{name}/{probe}.{'json' if probe in ('k2', 'ip', 'system_profiler') else 'txt'}"
-        (folder / file).write_text(redactor.probe(probe, output.stdout), encoding="utf-8")
+        (folder / file).write_text(
+            redactor.probe(probe, output.stdout), encoding="utf-8", errors="replace"
+        )
         stderr = redactor.text(output.stderr)
         probes[probe] = RecordedProbe(file, output.status, stderr, output.started, output.ended)
     failure, hint = (redactor.text(each) if each else None for each in (raw.failure, raw.hint))

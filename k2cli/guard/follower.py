@@ -15,6 +15,7 @@ from k2cli.protocol import (
     Heartbeat,
     LivenessMessage,
     LoadProgress,
+    LogLine,
     RankMessage,
     RankReady,
     RunActivity,
@@ -23,6 +24,8 @@ from k2cli.protocol import (
 from k2cli.protocol.wire import ConnectionLost
 
 _LAST_WORD_SECONDS = 3.0
+# Log lines beyond these are dropped while there is no connection to the leader's guard.
+_WAITING_EVENTS = 1_000
 _LEADER_ENDS_SECONDS = 8.0
 
 
@@ -80,7 +83,7 @@ class FollowerGuard(Guard):
         """Send an event to the leader's guard, or keep it until there is a connection."""
         if self._leader is not None:
             self._leader.send(event)
-        else:
+        elif not isinstance(event, LogLine) or len(self._waiting) < _WAITING_EVENTS:
             self._waiting.append(event)
 
     def _announce(self) -> None:

@@ -23,6 +23,7 @@ from k2cli.protocol import (
     GuardStarted,
     Heartbeat,
     LivenessMessage,
+    LogLine,
 )
 from k2cli.protocol.wire import ConnectionLost, WrongSecret
 from k2cli.protocol.wire_streams import (
@@ -36,6 +37,7 @@ _RETRY_SECONDS = 0.2
 _BACKLOG = 128
 _MAX_STRANGERS = 32
 _LOGGED_REFUSALS = 10
+_MAX_WAITING_BYTES = 4 * 2**20
 
 
 @dataclass(slots=True, eq=False)
@@ -46,14 +48,27 @@ class GuardConnection:
     writer: asyncio.StreamWriter
     channel: AsyncChannel[LivenessMessage] = field(init=False)
     finished: bool = False
+    dropped_lines: int = 0
 
     def __post_init__(self) -> None:
         self.channel = AsyncChannel(self.reader, self.writer, LivenessMessage)
 
     def send(self, message: LivenessMessage) -> None:
-        """Queue a message; do nothing after ``finish``."""
-        if not self.finished:
-            self.channel.send(message)
+        """Queue a message; do nothing after ``finish``.
+
+        If the other guard does not keep up, lines of the log are dropped and counted.
+        """
+        if self.finished:
+            return
+        if isinstance(message, LogLine):
+            if self.writer.transport.get_write_buffer_size() > _MAX_WAITING_BYTES:
+                self.dropped_lines += 1
+                return
+            if self.dropped_lines:
+                note = f"[{self.dropped_lines} log lines dropped: the leader's guard was too slow]"
+                self.dropped_lines = 0
+                self.channel.send(LogLine(message.rank, message.node, "guard", note))
+        self.channel.send(message)
 
     async def receive(self, silence_seconds: float) -> LivenessMessage:
         """Return the next message.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ from k2cli.guard.spawn import DEFAULT_WORKER
 from k2cli.guard.supervisor_pipe import SupervisorPipe
 from k2cli.protocol import Bootstrap
 from k2cli.settings import RUN_OPTION, runs_directory
+from k2cli.stderr import say_on_stderr
 
 _LIMIT_BYTES = 16 * 2**20
 
@@ -74,7 +76,8 @@ async def _live(bootstrap: Bootstrap, worker: str) -> NoReturn:
         guard = FollowerGuard(bootstrap, worker)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, guard.on_sigterm)
     status = await guard.run()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -88,7 +91,7 @@ def main() -> None:
     try:
         bootstrap = read_bootstrap(options.run, options.bootstrap, options.rank)
     except K2Error as error:
-        sys.stderr.write(f"guard: {error.message}\n")
+        say_on_stderr(f"guard: {error.message}")
         sys.exit(error.exit_code)
     event_loop.run(_live(bootstrap, options.worker_module))
 

@@ -24,6 +24,7 @@ from k2cli.pauses import PauseAwareClock
 from k2cli.protocol.wire import frame
 from k2cli.scratch import find_scratch
 from k2cli.settings import RUN_OPTION
+from k2cli.stderr import say_on_stderr
 
 _RETRY_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
@@ -77,7 +78,7 @@ def _connect(run_id: str, rank: int) -> socket.socket:
             looked = now
             last_seen = now if _guard_is_here(run_id, rank) else last_seen
         if now - last_seen > _LIMIT_SECONDS:
-            sys.stderr.write(f"no guard listens for the slot of rank {rank} of {run_id}\n")
+            say_on_stderr(f"no guard listens for the slot of rank {rank} of {run_id}")
             sys.exit(1)
         time.sleep(_RETRY_SECONDS)
     return connection
@@ -92,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     number = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMIX_RANK", ""))
     if number != str(options.rank):
-        sys.stderr.write(f"mpirun gave this process rank {number} instead of {options.rank}\n")
+        say_on_stderr(f"mpirun gave this process rank {number} instead of {options.rank}")
         sys.exit(1)
     connection = _connect(options.run, options.rank)
     connection.sendall(frame({**job_environment(), PARENT_NAME: str(os.getppid())}))

@@ -113,7 +113,7 @@ class RankProcess:
         try:
             self._note_memory()
             return self._view.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-        except psutil.Error:
+        except (psutil.Error, OSError):  # OSError: this machine or this process has no file left
             return False
 
     def _note_memory(self) -> None:

@@ -6,6 +6,7 @@ It reads frames from stdin, answers on stdout, one at a time, and ends with its 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import queue
 import resource
@@ -70,13 +71,13 @@ def _load(settings: ReaderSettings, tell: Callable[[msgspec.Struct], None]) -> T
         if known is None:
             tokenizer = load_checked(folder, announce)
         else:
-            sources = TemplateSources(known.path, known.plain, known.with_tools)
+            sources = TemplateSources(*msgspec.structs.astuple(known))
             tokenizer = load_known(folder, sources, announce)
     except K2Error as error:
         tell(NotLoaded(error.message))
         return None
     sources = tokenizer.template_sources
-    tell(Loaded(KnownTemplates(sources.path, sources.plain, sources.with_tools)))
+    tell(Loaded(KnownTemplates(*dataclasses.astuple(sources))))
     return tokenizer
 
 

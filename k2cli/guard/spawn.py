@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import platform
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.errors import K2Error
-from k2cli.files import private_folder
+from k2cli.files import nameless_file, private_folder
 from k2cli.gpu_name import GpuName
 from k2cli.guard.oom_evidence import OomEvidence
 from k2cli.protocol import Assignment, Bootstrap
@@ -26,6 +26,8 @@ from k2cli.settings import RUN_OPTION, cache_directory, runs_directory
 
 DEFAULT_WORKER = "k2cli.rank.main"
 _PR_SET_PDEATHSIG = 1
+# What a compiler needs for a few kernels and its temporary files.
+_KERNELS_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ async def spawn_rank(
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TMPDIR"] = str(kernel_folder(bootstrap.assignment.run_id))
     for name, content in files.items():
-        inherited.append(_nameless_file(content))
+        inherited.append(nameless_file(content))
         environment[name] = f"/dev/fd/{inherited[-1]}"
     oom_evidence = OomEvidence()
     try:
@@ -110,18 +112,30 @@ def kernel_folder(run_id: str) -> Path:
 
     MLX uses ``$TMPDIR/mlx/VERSION/DEVICE``. In a shared TMPDIR, another user could make that first
     and put a library there. The folder lasts, since compiling takes long; a cache that cannot be
-    made, or that other users can access, is replaced by a folder of the run. A rank on CUDA keeps
-    its kernels in the same folder (``rank.kernel_cache``).
+    made, has no room left, or that other users can access, is replaced by a folder of the run. A
+    rank on CUDA keeps its kernels in the same folder (``rank.kernel_cache``).
 
     Raises:
         OSError: if neither folder can be used.
     """
     # A home folder may be shared by machines of several kinds.
     name = f"mlx-{sys.platform}-{platform.machine()}"
-    try:
-        return private_folder(cache_directory() / name)
-    except (OSError, K2Error):  # K2Error: this user has no home folder
-        return private_folder(runs_directory() / run_id / name)
+    cache: Path | None = None
+    with contextlib.suppress(OSError, K2Error):  # K2Error: this user has no home folder
+        cache = private_folder(cache_directory() / name)
+        if _has_room(cache):
+            return cache
+    with contextlib.suppress(OSError):
+        own = private_folder(runs_directory() / run_id / name)
+        if cache is None or _has_room(own):
+            return own
+    # Its kernels may be all that this run needs.
+    return cache or private_folder(runs_directory() / run_id / name)
+
+
+def _has_room(folder: Path) -> bool:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize >= _KERNELS_BYTES
 
 
 def gpu_settings(gpu: GpuName | None) -> dict[str, str]:
@@ -163,11 +177,3 @@ def _nccl_settings(assignment: Assignment, coordinator: str) -> dict[str, str]:
         # "=" takes the name as it is; without it, it is a prefix.
         settings["NCCL_SOCKET_IFNAME"] = f"={assignment.nccl_interface}"
     return settings
-
-
-def _nameless_file(content: bytes) -> int:
-    """Return a descriptor of an unlinked file with this content."""
-    with tempfile.TemporaryFile() as file:
-        # pwrite leaves the file position at the start; some systems share it with the rank.
-        os.pwrite(file.fileno(), content, 0)
-        return os.dup(file.fileno())

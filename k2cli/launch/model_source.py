@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k2cli.agent.model import CheckpointHeads
-from k2cli.errors import ClusterError, K2Error
+from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.models.reference import is_path, local_checkpoint
 from k2cli.nodes.node import Node
 
@@ -48,10 +48,21 @@ def locate_model(reference: str, nodes: Sequence[Node]) -> Iterator[ModelSource]
         if any(node.is_local for node in nodes) or not elsewhere:
             raise
     else:
+        _check_encoding(own)
         yield ModelSource(own)
         return
     with tempfile.TemporaryDirectory(prefix="k2-heads-") as base:
         yield ModelSource(_fetch_headers(reference, nodes[0], Path(base)), nodes[0].name)
+
+
+def _check_encoding(folder: Path) -> None:
+    """Refuse a folder whose name the messages between k2's processes cannot carry."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"the name of the folder '{folder}' is not valid UTF-8", "rename it, or make a link"
+        ) from None
 
 
 def _fetch_headers(reference: str, node: Node, base: Path) -> Path:

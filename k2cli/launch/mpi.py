@@ -13,6 +13,7 @@ from pathlib import Path
 
 from k2cli.agent.openmpi import find_libmpi, find_openmpi
 from k2cli.errors import ClusterError
+from k2cli.files import unwritable
 from k2cli.launch.guard_commands import GuardCommand, mpi_command
 from k2cli.launch.mpi_remote import FOLDERS_VARIABLE, PREFIXES_VARIABLE
 from k2cli.nodes.node import Node
@@ -114,7 +115,7 @@ def prepare_mpirun(
             environment = _remote_environment(scratch, prefixes, folders)
     except OSError as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise ClusterError(f"mpirun's folder cannot be written: {error}") from error
+        raise unwritable(error, scratch, ClusterError) from error
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +46,7 @@ def plan_with_transport(
     machines: Sequence[NodeMemory],
     transport: Transport,
     reason: str,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Plan, Transport, str]:
     """Make a plan for the chosen transport; return it, the transport and the reason for that.
 
@@ -58,7 +59,7 @@ def plan_with_transport(
     """
     may_change = transport == "nccl" and request.transport == "auto" and request.parallel == "auto"
     try:
-        plan = make_launch_plan(request, folder, machines, transport)
+        plan = make_launch_plan(request, folder, machines, transport, say)
     except UsageError as error:
         if not may_change:
             raise
@@ -90,9 +91,15 @@ def transport_of_placed(
 
 
 def make_launch_plan(
-    request: LaunchRequest, folder: Path, machines: Sequence[NodeMemory], transport: Transport
+    request: LaunchRequest,
+    folder: Path,
+    machines: Sequence[NodeMemory],
+    transport: Transport,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Make a plan of the model whose headers are in ``folder``, for the memory of the machines.
+
+    ``say`` receives warnings about the model's files.
 
     There is one machine per rank, each with the GPUs that its ranks may get. The ranks check that
     they hold what the plan says, so the chosen placement is not traced here.
@@ -107,6 +114,8 @@ def make_launch_plan(
 
     link: WantedTransport = "auto" if transport == "local" else transport
     planner = Planner(str(folder))
+    for text in planner.model.warnings:
+        say(f"warning: {text}")
     wanted = PlanRequest(
         strategy=request.parallel,
         context_length=request.context_length,

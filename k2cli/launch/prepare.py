@@ -17,11 +17,12 @@ from pathlib import Path
 import psutil
 
 from k2cli.agent.activity import start_of
-from k2cli.agent.run_folder import run_folder, write_private
+from k2cli.agent.run_folder import make_reserve, run_folder, write_private
 from k2cli.cluster.description import load_cluster
 from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import K2Error, UsageError
+from k2cli.files import unwritable
 from k2cli.launch.gpus import machines_of, place_plan
 from k2cli.launch.model_copies import find_model_copies
 from k2cli.launch.model_source import locate_model
@@ -110,7 +111,7 @@ def _make_plan(run: RunDecisions, say: Say) -> None:
     if run.plan_given is None:
         machines = machines_of(run.nodes, run.request, say)
         run.plan, run.transport, run.transport_reason = plan_with_transport(
-            run.request, folder, machines, run.transport, run.transport_reason
+            run.request, folder, machines, run.transport, run.transport_reason, say
         )
         check_plan(run.plan, folder, run.nodes, force=force)
         return
@@ -195,12 +196,17 @@ def _choose_environments(run: RunDecisions) -> None:
 def _write_folder(run: RunDecisions) -> None:
     """Write the run's folder: plan, API key, specification and record."""
     prune_records()
-    write_private(run.run_id, "plan.json", plan_to_json(run.plan))
-    if run.http.api_key is not None:
-        write_private(run.run_id, "api-key", run.http.api_key.encode())
-    save_specification(make_specification(run))
-    run.record = _make_record(run)
-    save_record(run.record)
+    folder = run_folder(run.run_id)
+    try:
+        make_reserve(run.run_id)
+        write_private(run.run_id, "plan.json", plan_to_json(run.plan))
+        if run.http.api_key is not None:
+            write_private(run.run_id, "api-key", run.http.api_key.encode())
+        save_specification(make_specification(run))
+        run.record = _make_record(run)
+        save_record(run.record)
+    except OSError as error:
+        raise unwritable(error, folder) from error
 
 
 def _undo(run: RunDecisions) -> None:

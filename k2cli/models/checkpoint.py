@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -17,11 +18,20 @@ from typing import Any, TypeGuard
 
 from k2cli.errors import K2Error
 from k2cli.files import open_regular
+from k2cli.models.config_form import standard_config
 from k2cli.models.json_files import (
     end_tokens,
     read_generation_config,
     read_json_object,
     shown,
+)
+from k2cli.models.layout import (
+    INDEX_NAME,
+    choose_weight_files,
+    download_hint,
+    listed,
+    names_in,
+    refuse_pointer,
 )
 
 MAX_HEADER_BYTES = 100_000_000
@@ -29,7 +39,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 _MAX_DIMENSION = 2**48
 _MAX_DIMENSIONS = 16
-INDEX_NAME = "model.safetensors.index.json"
 READ_ENDINGS = (".json", ".safetensors", ".jinja", ".tiktoken", ".model", ".txt")
 """Endings of the files of a checkpoint that k2 reads or copies."""
 
@@ -63,42 +72,91 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Config and tensors of a folder. ``stored_bytes`` is the size of all tensors together."""
+    """Config and tensors of a folder. ``stored_bytes`` is the size of all tensors together.
+
+    ``warnings`` say what is wrong with the folder although the model can be read.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     stored_bytes: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the config and all headers, but no tensor data.
 
     A folder without safetensors gives no tensors and 0 bytes. If there is an index, it decides
-    which files belong to the checkpoint.
+    which files belong to the checkpoint, unless it is that of other files.
 
     Raises:
-        K2Error: if the config or a header is missing, malformed or contradicts its file, if
-            the index names a tensor that its file does not hold, or if a file that k2 reads or
-            copies is a device or a FIFO.
+        K2Error: if the config or a header is missing, malformed or contradicts its file, or if
+            a file of the checkpoint is missing, or one that k2 reads or copies is no regular file.
     """
     config = read_config(folder)
     check_regular(folder)
-    weight_map = _read_index(folder)
-    if weight_map is None:
-        # A folder may also hold adapters; mlx-lm takes only files whose name starts with 'model'.
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    else:
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+    tensors, warnings = read_tensors(
+        folder,
+        names_in(folder),
+        read_index(folder),
+        lambda names: (read_safetensors_header(folder / name) for name in names),
+    )
+    return Checkpoint(folder, config, tensors, sum(t.nbytes for t in tensors.values()), warnings)
+
+
+def read_tensors(
+    where: Path,
+    names: Collection[str],
+    weight_map: Mapping[str, str] | None,
+    read: Callable[[Sequence[str]], Iterable[Mapping[str, StoredTensor]]],
+) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Read the tensors of a folder or repository, and warnings.
+
+    An index that names files which are not there, or places tensors where they are not, is that of
+    an earlier conversion. mlx-lm reads no index, so the model can be run all the same.
+
+    Args:
+        where: the folder, or the name of the repository.
+        names: all its files, by path.
+        weight_map: its index, if there is one.
+        read: reads the headers of files, by name.
+
+    Raises:
+        K2Error: if a file is missing or damaged, or a tensor is in two files.
+    """
+    chosen = choose_weight_files(names, weight_map, str(where))
+    tensors = _united(read(chosen.names))
+    if weight_map is None or chosen.warnings:
+        return tensors, chosen.warnings
+    misplaced = [
+        name
+        for name, file in weight_map.items()
+        if name not in tensors or tensors[name].file.name != file
+    ]
+    if not misplaced:
+        return tensors, ()
+    without = choose_weight_files(names, None, str(where))
+    if without.names != chosen.names:
+        tensors = _united(read(without.names))
+    warning = (
+        f"{where / INDEX_NAME} is stale: tensor {shown(misplaced[0])} is not in "
+        f"{weight_map[misplaced[0]]}; read instead: {listed(list(without.names))}"
+    )
+    return tensors, (warning,)
+
+
+def _united(parts: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in read_safetensors_header(file).items():
+    for part in parts:
+        for name, tensor in part.items():
             if name in tensors:
-                raise K2Error(f"tensor {shown(name)} is in both {tensors[name].file} and {file}")
+                raise K2Error(
+                    f"tensor {shown(name)} is in both {tensors[name].file} and {tensor.file}",
+                    "remove the files that are not of this model",
+                )
             tensors[name] = tensor
-    if weight_map is not None:
-        check_index(folder / INDEX_NAME, weight_map, tensors)
-    return Checkpoint(folder, config, tensors, sum(t.nbytes for t in tensors.values()))
+    return tensors
 
 
 def check_regular(folder: Path) -> None:
@@ -132,7 +190,25 @@ def read_config(folder: Path) -> dict[str, Any]:
             an impossible value.
     """
     path = folder / "config.json"
-    config = read_json_object(path)
+    config = standard_config(read_json_object(path), str(path))
+    return _checked_config(folder, path, config)
+
+
+def config_for_mlx_lm(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` as it is, unless only the standard form says to mlx-lm what it means.
+
+    Raises:
+        K2Error: as ``read_config``.
+    """
+    config = read_json_object(folder / "config.json")
+    parts = (config, config.get("text_config"))
+    if any(isinstance(part, dict) and part.get("rope_parameters") for part in parts):
+        return read_config(folder)
+    return _checked_config(folder, folder / "config.json", config)
+
+
+def _checked_config(folder: Path, path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Check a config, and take over the end tokens of ``generation_config.json``."""
     _check_config(path, config, required_model_type=True)
     if "text_config" in config:
         if not isinstance(config["text_config"], dict):
@@ -164,15 +240,16 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MAX_DIMENSION
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Read the index of a folder: the file of each tensor; None if there is none.
+
+    Raises:
+        K2Error: if it is malformed.
+    """
     path = folder / INDEX_NAME
     if not os.path.lexists(path):
         return None
-    weight_map = weight_map_of(path, read_json_object(path))
-    for file in set(weight_map.values()):
-        if not (folder / file).is_file():
-            raise K2Error(f"{path} names {file}, which is not there", "download it again")
-    return weight_map
+    return weight_map_of(path, read_json_object(path))
 
 
 def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
@@ -191,18 +268,6 @@ def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise K2Error(f"{path}: {shown(file)} is not the name of a safetensors file")
     return weight_map
-
-
-def check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
-    """Check that each tensor of an index is stored in the file that the index names.
-
-    Raises:
-        K2Error: for the first tensor that is not.
-    """
-    for name, file in weight_map.items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.file.name != file:
-            raise K2Error(f"{path}: tensor {shown(name)} is not in {file}")
 
 
 def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
@@ -228,14 +293,15 @@ def header_length(file: Path, prefix: bytes, size: int) -> int:
         K2Error: if the file cannot hold such a header.
     """
     if len(prefix) < 8:
-        raise K2Error(f"{file} is cut short: {size} bytes hold no header", "download it again")
+        raise K2Error(f"{file} is cut short: {size} bytes hold no header", download_hint(file))
+    refuse_pointer(file, prefix)
     (length,) = struct.unpack("<Q", prefix[:8])
     if length > MAX_HEADER_BYTES:
         raise K2Error(f"{file} is no safetensors file: its header would have {length} bytes")
     if 8 + length > size:
         raise K2Error(
             f"{file} is cut short: its header has {length} bytes, the file {size}",
-            "download it again",
+            download_hint(file),
         )
     return int(length)
 
@@ -309,7 +375,7 @@ def _check_layout(file: Path, tensors: list[StoredTensor], data_start: int, size
     if end > size:
         raise K2Error(
             f"{file} is cut short: its tensors end at byte {end}, the file at {size}",
-            "download it again",
+            download_hint(file),
         )
     if end < size:
         raise K2Error(f"{file} has {size - end} bytes after its last tensor")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k2cli.errors import K2Error
-from k2cli.files import open_regular
+from k2cli.files import open_regular, unwritable
 
 _CHUNK_BYTES = 2**20
 
@@ -34,7 +34,7 @@ def folder_being_made(folder: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, folder)
     except OSError as error:
-        raise K2Error(f"cannot write {folder}: {error.strerror or error}") from error
+        raise unwritable(error, folder) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -70,7 +70,7 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
-        raise K2Error(f"cannot write {path}: {error.strerror}") from error
+        raise unwritable(error, path) from error
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield  # closing the file releases the lock

@@ -13,7 +13,13 @@ from pathlib import Path
 from k2cli.errors import K2Error, NotAuthorisedError
 from k2cli.models.catalog import CatalogEntry, HubSource, catalog, unsaid_fields
 from k2cli.models.checkpoint import Checkpoint, read_checkpoint
-from k2cli.models.reference import ModelReference, parse_reference, present_folder
+from k2cli.models.layout import names_in
+from k2cli.models.reference import (
+    ModelReference,
+    parse_reference,
+    present_folder,
+    without_config,
+)
 
 
 def inspect_model(text: str) -> Checkpoint:
@@ -29,7 +35,7 @@ def inspect_model(text: str) -> Checkpoint:
     if folder is not None and os.path.lexists(folder / "config.json"):
         return read_checkpoint(folder)
     if reference.kind == "local" and folder is not None:
-        raise K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
+        raise without_config(text, names_in(folder))
     if reference.path is not None:
         from k2cli.models.gguf.convert import gguf_checkpoint
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from k2cli.errors import K2Error
 from k2cli.files import read_regular
+from k2cli.models.layout import download_hint, refuse_pointer
 
 MAX_JSON_BYTES = 50_000_000
 _LARGEST_TOKEN = 2**31 - 1
@@ -31,6 +32,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         text = read_regular(path, MAX_JSON_BYTES, follow_links=True)
+        refuse_pointer(path, text)
         document = json.loads(text)
         # An escape such as \\ud800 alone makes a text that no file, log or message can hold.
         if b"\\ud" in text.lower() and _SURROGATE.search(json.dumps(document, ensure_ascii=False)):
@@ -38,11 +40,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise K2Error(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise K2Error(f"{path} is not JSON: {error}", "download the checkpoint again") from error
+        raise K2Error(f"{path} is not JSON: {error}", download_hint(path)) from error
     if not isinstance(document, dict):
         raise K2Error(f"{path} must hold a JSON object, not {type(document).__name__}")
     if b"NaN" in text and (name := _field_with_nan(document)) is not None:
-        raise K2Error(f"{path}: {name} is NaN, which is not a number")
+        raise K2Error(f"{path}: {name} must be a number, not nan")
     return document
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,13 @@ from typing import Any, Literal
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.catalog import CatalogEntry, HubSource, WheelSource, catalog
 from k2cli.models.json_files import read_json_if_present
+from k2cli.models.layout import (
+    is_own,
+    names_in,
+    refuse_without_safetensors,
+    split_parts,
+    weights_without_index,
+)
 from k2cli.settings import models_directory
 
 # The Hub's rule for names, and the characters that git allows in a revision.
@@ -74,7 +81,8 @@ def parse_reference(text: str) -> ModelReference:
         if path.name == "config.json" and path.is_file():
             path = path.parent  # a config without its checkpoint
         _check_local(text, path)
-        return ModelReference(text, "local", path=path)
+        first = split_parts(path)[0]  # any part of a split GGUF stands for all of it
+        return ModelReference(text, "local", path=first if first.is_file() else path)
     if text.startswith((".", "/", "~")) or text.endswith((".gguf", "/")):
         raise UsageError(f"there is no folder or .gguf file '{text}'", "check the path")
     if match := _REPO_PATTERN.fullmatch(text):
@@ -146,11 +154,11 @@ def conversion_source(reference: ModelReference) -> dict[str, Any] | None:
         return {"sha256": digest, "sampling": dict(reference.entry.sampling)}
     if reference.path is None or not reference.path.is_file():
         return None
-    status = reference.path.stat()
+    found = [part.stat() for part in split_parts(reference.path) if part.is_file()]
     return {
         "path": str(reference.path.resolve()),
-        "bytes": status.st_size,
-        "modified_ns": status.st_mtime_ns,
+        "bytes": sum(status.st_size for status in found),
+        "modified_ns": max(status.st_mtime_ns for status in found),
     }
 
 
@@ -171,12 +179,22 @@ def local_checkpoint(text: str) -> Path:
     folder = present_folder(reference)
     if folder is None:
         raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
-    if not os.path.lexists(folder / "config.json"):
-        raise K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
-    if not any(folder.glob("*.safetensors")):
-        hint = None if reference.kind == "local" else f"k2 download {text}"
-        raise K2Error(f"'{text}' has a config.json but no .safetensors files", hint)
+    names = names_in(folder)
+    if "config.json" not in names:
+        raise without_config(text, names)
+    if not weights_without_index(names):
+        if reference.kind != "local":
+            hint = f"k2 download {text}"
+            raise K2Error(f"'{text}' has a config.json but no .safetensors files", hint)
+        raise refuse_without_safetensors(names, text, None)
     return folder
+
+
+def without_config(text: str, names: Collection[str]) -> K2Error:
+    """Return the error for a folder without ``config.json``, with these files."""
+    if any(is_own(name) and name.endswith(".gguf") for name in names):
+        return refuse_without_safetensors(names, text, None)
+    return K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
 
 
 def present_folder(reference: ModelReference) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from k2cli.agent.facts import NodeFacts
 from k2cli.agent.gpus import machine_with_runs
 from k2cli.agent.run_processes import RunProcess
 from k2cli.errors import ClusterError
+from k2cli.files import DISK_ERRORS, unwritable
 from k2cli.nodes.node import (
     CALL_SECONDS,
     LOCALHOST,
@@ -42,6 +44,8 @@ class LocalNode:
         try:
             encoded = agent_main.answer(verb, arguments, input or b"")
         except OSError as error:
+            if error.errno in DISK_ERRORS and error.filename:
+                raise unwritable(error, Path(os.fsdecode(error.filename)), ClusterError) from error
             raise ClusterError(f"'{verb}' failed on this machine: {error}") from error
         result: T = decode_answer(self.name, verb, encoded, kind)
         return result
@@ -78,7 +82,8 @@ class LocalNode:
         try:
             run_folder.write_private(run_id, name, data)
         except OSError as error:
-            raise ClusterError(f"the run's folder cannot be written: {error}") from error
+            path = run_folder.run_folder(run_id) / name
+            raise unwritable(error, path, ClusterError) from error
 
     def remove_bootstraps(self, run_id: str) -> None:
         run_folder.remove_bootstraps(run_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import random
 import socket
 import time
@@ -18,7 +17,8 @@ from k2cli.errors import ClusterError
 from k2cli.gpu_name import GpuName
 from k2cli.nodes.node import Node
 from k2cli.planning.hardware.gpus import CONTEXT_BYTES
-from k2cli.units import format_bytes, format_duration
+from k2cli.settings import user_name
+from k2cli.units import format_bytes, format_duration, replace_surrogates
 
 _POLL_SECONDS = 2.0
 _SAY_SECONDS = 30.0
@@ -121,10 +121,7 @@ def _in_order(nodes: Sequence[Node]) -> list[Node]:
 
 def _claim(run_id: str, needs: Sequence[RankNeed]) -> Claim:
     own = psutil.Process()
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = "unknown"
+    user = replace_surrogates(user_name()) or "unknown"
     host, start = socket.gethostname(), start_of(own.pid)
     return Claim(
         run_id,

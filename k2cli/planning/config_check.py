@@ -34,9 +34,18 @@ _LARGEST: Mapping[str, int] = {
 """Integers that decide sizes, with the largest plausible value. The values also limit the time that
 tracing can take."""
 
-_MAY_BE_ZERO = frozenset({"n_shared_experts", "first_k_dense_replace", "sliding_window"})
+_MAY_BE_ZERO = frozenset({
+    "n_shared_experts", "first_k_dense_replace", "sliding_window", "num_experts",
+    "num_experts_per_tok",
+})  # fmt: skip
+"""0 experts is a dense model; ``models.config_form`` writes null where classes ask for that."""
 _ZERO_IN_LISTS = frozenset({"moe_layer_freq"})
 """A single number gives the interval of layers with experts; a list has 0 for layers without."""
+
+_WINDOW_IGNORED = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")
+_WINDOW_ON_REQUEST = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe")
+"""Model types with a sliding window whose classes attend to all tokens; those of the second kind
+have one only if ``use_sliding_window`` is true."""
 
 _REQUIRED: tuple[tuple[str, ...], ...] = (_LAYERS, _WIDTHS, ("vocab_size",))
 _LATENT_ATTENTION = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
@@ -73,8 +82,30 @@ def heads_field(config: Mapping[str, Any]) -> int | None:
 
 
 def model_context_length(config: Mapping[str, Any]) -> int | None:
-    """Return the longest context that the model supports, in tokens; None if not given."""
-    return first_field(text_config(config), _CONTEXTS)
+    """Return the longest context that the model supports, in tokens; None if not given.
+
+    Some classes of mlx-lm attend to all tokens where the config asks for a sliding window. Up to
+    the length of the window both compute the same: it is the longest context of such a model.
+    """
+    text = text_config(config)
+    length, window = first_field(text, _CONTEXTS), _ignored_window(text)
+    return length if window is None else min(length or window, window)
+
+
+def _ignored_window(text: Mapping[str, Any]) -> int | None:
+    """Return the sliding window that mlx-lm's class for this config ignores, or None."""
+    window, model_type = first_field(text, ("sliding_window",)), text.get("model_type")
+    types = text.get("layer_types")
+    if not window:
+        return None
+    if model_type in _WINDOW_ON_REQUEST:
+        if isinstance(types, list):
+            slides = "sliding_attention" in types
+        else:
+            layers = first_field(text, _LAYERS) or 0
+            slides = (first_field(text, ("max_window_layers",)) or 0) < layers
+        return window if text.get("use_sliding_window") is True and slides else None
+    return window if model_type in _WINDOW_IGNORED and not isinstance(types, list) else None
 
 
 def check_config(config: Mapping[str, Any], source: str, argument_names: frozenset[str]) -> None:
@@ -153,7 +184,9 @@ def _is_positive_number(value: Any) -> bool:
 def _check_experts(text: Mapping[str, Any], source: str) -> None:
     experts = first_field(text, ("n_routed_experts", "num_experts", "num_local_experts"))
     chosen = first_field(text, ("num_experts_per_tok",))
-    if experts is not None and chosen is not None and chosen > experts:
+    if experts is None or chosen is None:
+        return
+    if chosen > experts or (chosen == 0 and experts > 0):
         raise UsageError(f"{source}: num_experts_per_tok is {chosen}, but there are {experts}")
 
 

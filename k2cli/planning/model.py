@@ -29,7 +29,10 @@ _STORED_FLOATS: dict[str, FloatType] = {"F32": "float32", "BF16": "bfloat16", "F
 
 @dataclass(frozen=True, slots=True)
 class ModelToPlan:
-    """The model before it is placed; ``stored`` is None if only its config is known."""
+    """The model before it is placed; ``stored`` is None if only its config is known.
+
+    ``warnings`` say what is wrong with its files although it can be planned.
+    """
 
     reference: str
     config: dict[str, Any]
@@ -38,6 +41,7 @@ class ModelToPlan:
     stored_mark: Certainty
     facts: ModelFacts
     shape: ActivationShape
+    warnings: tuple[str, ...] = ()
 
     @property
     def float_type(self) -> FloatType:
@@ -81,7 +85,9 @@ def read_model(reference: str, quantize: str | None = None) -> ModelToPlan:
     else:
         stored_bytes, stored = checkpoint.stored_bytes, _as_loaded(facts.model, stored)
     shape = activation_shape(config)
-    model = ModelToPlan(reference, config, stored, stored_bytes, mark, facts, shape)
+    model = ModelToPlan(
+        reference, config, stored, stored_bytes, mark, facts, shape, checkpoint.warnings
+    )
     if quantize is None:
         return model
     from k2cli.sharding.recipe import parse_recipe

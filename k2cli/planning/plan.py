@@ -14,7 +14,7 @@ import msgspec
 
 from k2cli.choices import Certainty, FloatType
 from k2cli.errors import UsageError
-from k2cli.files import decode_json, read_regular, write_atomically
+from k2cli.files import decode_json, encode_json, read_regular, unwritable, write_atomically
 from k2cli.gpu_name import GpuName
 from k2cli.planning.speed.estimate import SpeedEstimate
 from k2cli.planning.speed.exchange import ANSWER_TOKENS, PROMPT_TOKENS
@@ -167,7 +167,7 @@ class Plan:
 
 def plan_to_json(plan: Plan) -> bytes:
     """Encode the plan as one JSON document, indented, with a final newline."""
-    return msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n"
+    return encode_json(plan)
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -179,7 +179,7 @@ def save_plan(plan: Plan, path: Path) -> None:
     try:
         write_atomically(path, plan_to_json(plan))
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise unwritable(error, path, UsageError) from error
 
 
 def plan_from_json(document: bytes, source: str) -> Plan:

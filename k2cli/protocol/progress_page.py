@@ -1,8 +1,8 @@
 """The progress page: shared memory in which a rank counts its steps and notes MLX's memory.
 
 The guard reads it from outside, so it sees a rank that hangs, is stopped or holds the GIL just as
-well as one that is dead. The page is an unlinked temporary file mapped by both processes; its
-descriptor is inherited by the rank.
+well as one that is dead. The page is a file without a name, in memory if the system can do that,
+mapped by both processes; its descriptor is inherited by the rank.
 """
 
 from __future__ import annotations
@@ -56,11 +56,9 @@ class ProgressPage:
     @classmethod
     def create(cls) -> ProgressPage:
         """Make a fresh page (steps 0, initialising) that has no name in the file system."""
-        import tempfile  # only guards need it, and a rank would start later
+        from k2cli.files import nameless_file  # only guards need it
 
-        with tempfile.TemporaryFile() as file:
-            file.truncate(_LAYOUT.size)
-            return cls(os.dup(file.fileno()))
+        return cls(nameless_file(bytes(_LAYOUT.size)))
 
     def fileno(self) -> int:
         """Return the descriptor that the rank must inherit."""

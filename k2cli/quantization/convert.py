@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
 from k2cli.files import open_regular
-from k2cli.models.checkpoint import INDEX_NAME, StoredTensor, read_checkpoint
+from k2cli.models.checkpoint import StoredTensor, read_checkpoint
 from k2cli.models.files import folder_being_made
+from k2cli.models.layout import INDEX_NAME
 from k2cli.models.safetensors import ShardWriter
 from k2cli.quantization.events import (
     BytesDone,
@@ -41,7 +42,8 @@ _DISK_MARGIN_BYTES = 64 << 20
 COPIED_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "*.tiktoken",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "generation_config.json",
     "LICENSE", "LICENSE.*", "NOTICE",
 )  # fmt: skip
 """Files copied unchanged: tokenizer, template, licence. Python files never are."""
@@ -266,4 +268,6 @@ def _copy_files(source: Path, folder: Path) -> None:
     for pattern in COPIED_FILES:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.suffix != ".py":
-                shutil.copyfile(path, folder / path.name)
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)

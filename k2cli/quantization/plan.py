@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import Checkpoint, StoredTensor
+from k2cli.models.checkpoint import Checkpoint, StoredTensor, config_for_mlx_lm
 from k2cli.models.safetensors import TensorSpec
 from k2cli.sharding.assemble import assemble
 from k2cli.sharding.recipe import (
@@ -29,6 +29,7 @@ from k2cli.sharding.recipe import (
     obstacle_to_quantizing,
     quantize_lazily,
 )
+from k2cli.sharding.stored_weights import with_stored_head
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,7 +102,8 @@ def plan_conversion(checkpoint: Checkpoint, recipe: Recipe) -> Conversion:
     before = {path: value.dtype for path, value in tree_flatten(model.parameters())}
     applied, overrides = quantize_lazily(model, recipe)
     steps = _steps(model, applied, before, origins)
-    config = _new_config(checkpoint.config, recipe, overrides, model)
+    written = with_stored_head(config_for_mlx_lm(checkpoint.folder), opened)
+    config = _new_config(written, recipe, overrides, model)
     return Conversion(steps, config, checkpoint.stored_bytes, _count_parameters(model))
 
 

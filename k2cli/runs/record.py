@@ -19,10 +19,11 @@ from typing import Literal
 import msgspec
 
 from k2cli.agent.activity import activity, is_alive
+from k2cli.agent.run_folder import RESERVE_NAME, write_with_reserve
 from k2cli.choices import Transport
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
-from k2cli.files import decode_json, read_regular, write_atomically
+from k2cli.files import decode_json, encode_json, read_regular
 from k2cli.gpu_name import GpuName
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import REACH_SECONDS, is_this_machine
@@ -187,11 +188,11 @@ def save_record(record: RunRecord) -> None:
 
     Raises:
         ValueError: if its id cannot be the name of a folder of its own.
+        OSError: if it cannot be written.
     """
     if not is_run_id(record.run_id):
         raise ValueError(f"{record.run_id!r} cannot be the id of a run")
-    data = msgspec.json.format(msgspec.json.encode(record), indent=1)
-    write_atomically(record.folder / "run.json", data + b"\n")
+    write_with_reserve(record.folder / "run.json", encode_json(record))
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -282,8 +283,8 @@ def _current(record: RunRecord, running: Collection[str] | None) -> RunRecord:
 
 
 def remove_leftovers(record: RunRecord) -> None:
-    """Remove the files that only a live run needs: its secrets, its key, and mpirun's folder."""
-    names = ("launch.json", "api-key")
+    """Remove what only a live run needs: its secrets, key and reserve, and mpirun's folder."""
+    names = ("launch.json", "api-key", RESERVE_NAME)
     for path in (
         *(record.folder / name for name in names),
         *record.folder.glob("bootstrap-*.json"),

@@ -99,5 +99,6 @@ def _final_state(record: RunRecord) -> RunState:
     if latest.live or latest.state == "orphaned":
         latest = replace(latest, state="stopped", cause="stopped", ended=time.time())
         remove_leftovers(latest)
-        save_record(latest)
+        with suppress(OSError):  # a full disk: the next reader finds that the launcher is gone
+            save_record(latest)
     return latest.state

@@ -14,11 +14,13 @@ MEMORY_BYTES = 6 * GIB
 
 
 class KnownTemplates(msgspec.Struct, frozen=True):
-    """The chat templates that the first reader process has read: their file, and their texts."""
+    """The chat templates that the first reader process has read: their files and their texts."""
 
     path: str
     plain: str | None
+    tools_path: str
     with_tools: str | None
+    others: str = ""
 
 
 class ReaderSettings(msgspec.Struct, frozen=True):

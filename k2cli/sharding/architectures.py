@@ -110,6 +110,26 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
     )
 
 
+@functools.cache
+def _source(name: str) -> str:
+    return (mlx_lm_folder() / "models" / f"{name}.py").read_text(encoding="utf-8")
+
+
+def class_source(config: Mapping[str, Any]) -> str:
+    """Return the text of the file that defines a config's class, with those that it imports."""
+    name = module_name(config)
+    text = _source(name)
+    imported = re.findall(r"^from \.(\w+) import|^from \. import (.+)$", text, re.MULTILINE)
+    names = {each for pair in imported for part in pair for each in re.findall(r"\w+", part)}
+    shared = {"base", "cache", "switch_layers", "activations", "pipeline", "rope_utils"}
+    folder = mlx_lm_folder() / "models"
+    return text + "".join(
+        _source(each)
+        for each in sorted(names - shared - {name})
+        if (folder / f"{each}.py").is_file()
+    )
+
+
 def _imported(name: str) -> types.ModuleType:
     """Import the module of an architecture, or report the package that it lacks.
 

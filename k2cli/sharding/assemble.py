@@ -8,6 +8,7 @@ through the same steps as mlx-lm's own loader: sanitize, quantize as the config 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -17,8 +18,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import K2Error, UsageError
-from k2cli.sharding.architectures import MODEL_FAILURES, model_classes
+from k2cli.models.config_form import standard_config
+from k2cli.sharding.architectures import (
+    MODEL_FAILURES,
+    class_source,
+    model_classes,
+    module_name,
+)
 from k2cli.sharding.model_errors import explain_failure
+from k2cli.sharding.rope_check import check_rope
+from k2cli.sharding.stored_weights import refuse_packed, with_stored_head, without_copies
+from k2cli.sharding.unread_fields import check_unread
 
 FLOAT_TYPES: Mapping[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -32,16 +42,23 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     """Build the model of a config with lazy, random, unquantized parameters.
 
     Raises:
-        UsageError: if a field of the config is missing or makes no model.
+        UsageError: if a field of the config is missing or makes no model, or says something
+            that changes the result and that the class does not compute.
     """
     model_class, arguments_class = model_classes(config)
+    standard = standard_config(config, "config.json")
     try:
-        return model_class(arguments_class.from_dict(dict(config)))
+        # mlx-lm's classes change what they are given.
+        model = model_class(arguments_class.from_dict(copy.deepcopy(standard)))
     except MODEL_FAILURES as error:
         raise UsageError(
             f"config.json does not describe a {config.get('model_type')} model: "
             f"{explain_failure(error, config)}"
         ) from error
+    name, source = module_name(config), class_source(config)
+    check_unread(standard, name, source)
+    check_rope(model, standard, name, source)
+    return model
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -294,12 +311,13 @@ def assemble(
         UsageError: if the config does not describe a model.
         K2Error: if the tensors are not those of this model; the message names some of them.
     """
-    model = build(config)
+    model = build(config if weights is None else with_stored_head(config, weights))
     if weights is None:
         _quantize(model, config, None)
         cast(model, config_dtype(config), kept=_kept_float32(config))
     else:
-        sanitized = _sanitize(model, dict(weights))
+        refuse_packed(weights)
+        sanitized = without_copies(model, config, _sanitize(model, dict(weights)))
         _quantize(model, config, sanitized)
         _fill(model, sanitized)
     if dtype != "checkpoint":

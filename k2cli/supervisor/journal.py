@@ -1,21 +1,27 @@
-"""Write the files of a run: its record, its events, and the merged log of all ranks."""
+"""Write the files of a run: its record, its events, and the merged log of all ranks.
+
+A file or a terminal that cannot be written does not end a run: lines of the log are dropped, and
+the record is written again when there is room.
+"""
 
 from __future__ import annotations
 
-import os
-import sys
+import asyncio
+import logging
 import time
+import traceback
 from collections import defaultdict, deque
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TextIO
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import msgspec
 import psutil
 
 from k2cli.agent.activity import start_of
-from k2cli.files import APPEND, open_regular
+from k2cli.agent.run_folder import make_reserve
+from k2cli.files import disk_reason
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.protocol import (
     GuardStarted,
@@ -33,18 +39,36 @@ from k2cli.runs.record import (
     EVENTS_NAME,
     AttemptRecord,
     FailureRecord,
+    Listener,
     RankRecord,
     RunRecord,
     RunState,
     remove_leftovers,
     save_record,
 )
+from k2cli.stderr import say_on_stderr
+from k2cli.supervisor.line_folder import LineFolder
+from k2cli.supervisor.log_file import LogFile
 from k2cli.supervisor.outcome import Outcome
-from k2cli.units import format_bytes, format_duration, format_rate
+from k2cli.units import MIB, format_bytes, format_duration, format_rate
 
 _KEPT_LINES = 20
+_TICK_SECONDS = 1.0
+_MAX_EVENTS_BYTES = 16 * MIB
 _MAX_LINE_CHARACTERS = 4000
 _encoder = msgspec.json.Encoder()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sender:
+    """A sender of lines, by its name in the log; ``shown`` is the event that carries its lines."""
+
+    node: str
+    name: str
+    shown: tuple[int, Literal["rank", "guard"]] | None = None
+
+
+_LAUNCHER = _Sender("launcher", "-")
 
 
 class Journal:
@@ -52,14 +76,18 @@ class Journal:
 
     Args:
         record: the record as prepared by the launch.
+        listener: receives every event that ``note`` gets; of repeated lines, those in the log.
     """
 
-    def __init__(self, record: RunRecord) -> None:
+    def __init__(self, record: RunRecord, listener: Listener) -> None:
         self.record = record
-        self._log_path = record.log_file
-        self._log = _opened_log(self._log_path)
+        self._listener: Listener | None = listener
         self._began = time.time()
-        self._events = os.fdopen(open_regular(record.folder / EVENTS_NAME, APPEND), "ab")
+        self._lines = LineFolder(self._write_line)
+        self._log = LogFile(record.log_file, MAX_LOG_BYTES, _remark, say_on_stderr)
+        events = record.folder / EVENTS_NAME
+        self._events = LogFile(events, _MAX_EVENTS_BYTES, None, self.say)
+        self._is_saved = True
         self._last: defaultdict[tuple[int, ...], deque[str]] = defaultdict(
             lambda: deque(maxlen=_KEPT_LINES)
         )
@@ -77,12 +105,12 @@ class Journal:
         self._save(replace(self.record, state=state, cause=cause))
 
     def note(self, event: RunEvent) -> None:
-        """Write an event to the files."""
+        """Write an event to the files, and show it."""
         if isinstance(event, LogLine):
-            self._write_line(LogEntry(time.time(), event.node, str(event.rank), event.text))
+            sender = _Sender(event.node, str(event.rank), (event.rank, event.source))
+            self._lines.add(sender, event.text)
             return
-        self._events.write(_encoder.encode(event) + b"\n")
-        self._events.flush()
+        self._note_event(event)
         match event:
             case GuardStarted():
                 self._set_rank(event.rank, guard_pid=event.guard_pid, rank_pid=event.rank_pid)
@@ -98,6 +126,10 @@ class Journal:
                 self.say(f"rank {event.rank} on {event.node} failed: {event.cause}")
             case RunEnded():
                 self.say(f"run ended: {event.cause}")
+        self._show(event)
+
+    def _note_event(self, event: RunEvent) -> None:
+        self._events.write(_encoder.encode(event).decode())
 
     def _note_loaded(self, event: RankReady) -> None:
         self._set_rank(
@@ -121,9 +153,8 @@ class Journal:
         return ranks[rank].node if 0 <= rank < len(ranks) else "an unknown node"
 
     def note_restart(self, event: RunRestarting, failure: FailureRecord | None) -> None:
-        """Record a failed attempt that another one follows."""
-        self._events.write(_encoder.encode(event) + b"\n")
-        self._events.flush()
+        """Record a failed attempt that another one follows, and show that."""
+        self._note_event(event)
         self.say(
             f"attempt {event.attempt - 1} failed: {event.cause}; the next in "
             f"{event.delay_seconds:.0f} s"
@@ -132,6 +163,16 @@ class Journal:
         attempts = (*self.record.attempts, ended)
         self._save(replace(self.record, state="restarting", cause=event.cause, attempts=attempts))
         self._began = time.time() + event.delay_seconds
+        self._show(event)
+
+    def _show(self, event: RunEvent) -> None:
+        if self._listener is None:
+            return
+        try:
+            self._listener(event)
+        except OSError as error:  # the terminal is gone, or the output goes to a full disk
+            self._listener = None
+            self.say(f"the run is no longer shown: {error.strerror or error}")
 
     def close(self, outcome: Outcome, left: dict[str, str]) -> RunRecord:
         """Write the final record; ``left`` describes processes that may still live, by node."""
@@ -139,6 +180,7 @@ class Journal:
         for node, problem in left.items():
             cause += f"; on {node}: {problem}"
         state: RunState = "failed" if outcome.has_failed else "stopped"
+        self._lines.close()
         self.say(f"{state}: {cause}")
         remove_leftovers(self.record)
         self._save(
@@ -166,43 +208,91 @@ class Journal:
         try:
             save_record(record)
         except OSError as error:
-            # A full disk must not end a working run; the record is then out of date.
-            sys.stderr.write(f"the record of {record.run_id} cannot be written: {error}\n")
+            if self._is_saved:
+                self._is_saved = False
+                reason = disk_reason(error, record.folder)
+                trouble = f"the record of {record.run_id} cannot be written: {reason}"
+                say_on_stderr(trouble)
+                self.say(trouble)
+        else:
+            self._is_saved = True
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Write what waits once a second, and warnings of libraries, such as asyncio's."""
+
+        async def keep() -> None:
+            while True:
+                await asyncio.sleep(_TICK_SECONDS)
+                self.tick()
+
+        handler = _Handler(self)
+        logging.getLogger().addHandler(handler)
+        keeper = asyncio.create_task(keep())
+        try:
+            yield
+        finally:
+            keeper.cancel()
+            logging.getLogger().removeHandler(handler)
+
+    def tick(self) -> None:
+        """Write what waits: counts of lines, and a record for which there was no room."""
+        self._lines.tick()
+        if not self._is_saved:
+            self._save(self.record)
+        elif self.record.live:
+            with suppress(OSError):
+                make_reserve(self.record.run_id)
 
     # --- log ------------------------------------------------------------------------------------
 
     def log_line(self, command: GuardCommand, line: bytes) -> None:
         """Log a line of a guard or mpirun that is not a message of the protocol."""
-        text = line.decode(errors="replace").strip()[:_MAX_LINE_CHARACTERS]
+        text = line.decode(errors="replace").rstrip()[:_MAX_LINE_CHARACTERS]
         if not text:
             return
         self._last[command.ranks].append(text)
         source = "mpirun" if command.program == "mpirun" else f"guard-{command.ranks[0]}"
-        self._write_line(LogEntry(time.time(), command.node, source, text))
+        self._lines.add(_Sender(command.node, source), text)
 
     def last_lines(self, command: GuardCommand) -> Sequence[str]:
         """Return the last lines of a process that are not messages of the protocol."""
         return tuple(self._last[command.ranks])
 
     def say(self, text: str) -> None:
-        self._write_line(LogEntry(time.time(), "launcher", "-", text))
+        """Log a line of the supervisor itself."""
+        self._lines.release()
+        self._lines.add(_LAUNCHER, text)
 
-    def _write_line(self, entry: LogEntry) -> None:
-        try:
-            self._log.write(format_entry(entry) + "\n")
-            self._log.flush()
-            if self._log.tell() > MAX_LOG_BYTES:
-                self._rotate()
-        except OSError as error:
-            sys.stderr.write(f"the log cannot be written: {error}\n")
+    def note_own(self, line: str) -> None:
+        """Log a line of this process that may belong to a traceback."""
+        self._lines.add(_LAUNCHER, line)
 
-    def _rotate(self) -> None:
-        """Start a new file and keep only the last full one, so that logs cannot fill the disk."""
-        path = self._log_path
-        self._log.close()
-        path.replace(path.with_suffix(".log.1"))
-        self._log = _opened_log(path)
+    def note_bug(self, error: BaseException) -> Outcome:
+        """Log the traceback of an error that nobody expected, and return the end that it causes."""
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            self.note_own(line)
+        return Outcome.failed(f"internal error: {type(error).__name__}: {error}")
+
+    def _write_line(self, sender: _Sender, text: str) -> None:
+        self._log.write(format_entry(LogEntry(time.time(), sender.node, sender.name, text)))
+        if sender.shown is not None:
+            rank, source = sender.shown
+            self._show(LogLine(rank, sender.node, source, text))
 
 
-def _opened_log(path: Path) -> TextIO:
-    return os.fdopen(open_regular(path, APPEND), "a", encoding="utf-8")
+def _remark(text: str) -> str:
+    return format_entry(LogEntry(time.time(), _LAUNCHER.node, _LAUNCHER.name, text))
+
+
+class _Handler(logging.Handler):
+    """Writes warnings of libraries in this process to the log of the run."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__(logging.WARNING)
+        self._journal = journal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message and its traceback, line by line."""
+        for line in self.format(record).splitlines():
+            self._journal.note_own(line)

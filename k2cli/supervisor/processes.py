@@ -29,7 +29,7 @@ _EXIT_SECONDS = 2.0
 _DRAIN_SECONDS = 2.0
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[RunEvent] = msgspec.json.Decoder(RunEvent)
-Spawn = Callable[[Coroutine[Any, Any, None]], None]
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,8 +107,8 @@ class Processes:
         assert process.stderr is not None
         output = self._read_events if leads else self._read_noise
         readers = [
-            asyncio.create_task(output(command, process.stdout)),
-            asyncio.create_task(self._read_noise(command, process.stderr)),
+            self._spawn(output(command, process.stdout)),
+            self._spawn(self._read_noise(command, process.stderr)),
         ]
         if not command.ranks and process.stdin is not None:
             # The pipe to a guard stays open: its end tells the guard that the supervisor is gone.
@@ -188,7 +188,10 @@ class Processes:
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Yield the lines of a process. A note stands for one that is longer than the limit."""
+    """Yield the lines of a stream, with a note for each that is longer than its limit.
+
+    Reading goes on after those: a process whose output nobody reads would wait for ever.
+    """
     while True:
         try:
             line = await stream.readline()

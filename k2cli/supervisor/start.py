@@ -88,7 +88,8 @@ def _clean_up(record: RunRecord) -> None:
             node.remove_bootstraps(record.run_id)
     release_locks(nodes, record.run_id)
     remove_leftovers(record)
-    save_record(replace(record, state="stopped", cause="interrupted", ended=time.time()))
+    with suppress(OSError):  # a full disk: the next reader finds that the launcher is gone
+        save_record(replace(record, state="stopped", cause="interrupted", ended=time.time()))
 
 
 def launch_detached(
@@ -116,17 +117,12 @@ def launch_detached(
 
 
 def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:
-    """Start the supervisor of a run as a process that outlives this one.
-
-    Raises:
-        ClusterError: if its log cannot be written.
-    """
-    path = folder / LOG_NAME
+    """Start the supervisor of a run as a process that outlives this one."""
     try:
-        descriptor = open_regular(path, APPEND)
-    except OSError as error:
-        raise ClusterError(f"{path} cannot be written: {error.strerror}") from error
-    with os.fdopen(descriptor, "ab") as output:
+        output = open_regular(folder / LOG_NAME, APPEND, mode=0o600)
+    except OSError:  # a full disk, or something else of that name: the supervisor does without
+        output = os.open(os.devnull, os.O_WRONLY)
+    try:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "k2cli.supervisor.supervisor", str(folder)],
             stdin=subprocess.DEVNULL,
@@ -136,6 +132,10 @@ def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:
             cwd="/",
             env=python_environment(),
         )
+    except OSError as error:
+        raise ClusterError(f"the supervisor cannot be started: {error}") from error
+    finally:
+        os.close(output)
 
 
 def _wait_until_ready(
@@ -170,7 +170,8 @@ def _failure(folder: Path, supervisor: subprocess.Popen[bytes]) -> ClusterError:
     if record is not None:
         kill_run(record.run_id)
         remove_leftovers(record)
-        save_record(replace(record, state="failed", cause=cause, ended=time.time()))
+        with suppress(OSError):
+            save_record(replace(record, state="failed", cause=cause, ended=time.time()))
     return ClusterError(cause, "k2 ps")
 
 
@@ -209,9 +210,8 @@ class _EventFile:
             return []  # there is none yet
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        events = []
+        found = []
         for line in whole.splitlines():
-            # A line that is damaged is left out; the record says how the run stands.
-            with suppress(msgspec.DecodeError):
-                events.append(decode_with(partial(self._decoder.decode, line)))
-        return events
+            with suppress(msgspec.MsgspecError):  # a disk that was full may have cut a line
+                found.append(decode_with(partial(self._decoder.decode, line)))
+        return found

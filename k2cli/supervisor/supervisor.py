@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -40,12 +39,14 @@ from k2cli.protocol import (
     StopRun,
 )
 from k2cli.runs.record import Listener, RunRecord, read_record
+from k2cli.stderr import say_on_stderr
 from k2cli.supervisor.attempt import Attempt
 from k2cli.supervisor.end_processes import RunKiller
 from k2cli.supervisor.heartbeats import Heartbeats
 from k2cli.supervisor.journal import Journal
 from k2cli.supervisor.outcome import Outcome
 from k2cli.supervisor.processes import Processes
+from k2cli.supervisor.signals import obey_signals
 
 # The time that the leader's guard has to end its attempt: SIGTERM and SIGKILL of all ranks.
 _GUARD_ENDS_SECONDS = 10.0
@@ -69,8 +70,7 @@ class Supervisor:
         self._specification = specification
         self._deadlines = specification.deadlines
         self._nodes = {name: node_named(name) for name in specification.nodes}
-        self._journal = Journal(record)
-        self._listener = listener
+        self._journal = Journal(record, listener)
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop_cause: str | None = None
         self._stop_asked = asyncio.Event()
@@ -115,6 +115,16 @@ class Supervisor:
             The final record: ``stopped`` or ``failed``. Its cause names the processes that could
             not be killed, if any.
         """
+        async with self._journal.kept():
+            try:
+                outcome = await self._all_attempts()
+            except Exception as error:
+                outcome = self._journal.note_bug(error)
+            left = await self._end_everything(outcome)
+            await asyncio.to_thread(self._release_locks, left)
+            return self._journal.close(outcome, left)
+
+    async def _all_attempts(self) -> Outcome:
         self._journal.take_over()
         await asyncio.to_thread(self._renew_locks)
         while True:
@@ -124,14 +134,11 @@ class Supervisor:
                 break
             await self._pause(outcome, delay)
             if self._stop_cause is not None:
-                outcome = Outcome.stopped(self._stop_cause)
-                break
+                return Outcome.stopped(self._stop_cause)
             self._attempt = self._new_attempt()
         if outcome.has_failed and self._attempts.failures > 1:
-            outcome = outcome.after(self._attempts.failures, self._attempts.first_cause)
-        left = await self._end_everything(outcome)
-        await asyncio.to_thread(self._release_locks, left)
-        return self._journal.close(outcome, left)
+            return outcome.after(self._attempts.failures, self._attempts.first_cause)
+        return outcome
 
     # --- attempts -------------------------------------------------------------------------------
 
@@ -157,7 +164,6 @@ class Supervisor:
         number = self._number + 1
         event = RunRestarting(outcome.cause, number, delay_seconds)
         self._journal.note_restart(event, outcome.failure)
-        self._listener(event)
         kept = await self._keep_leader(outcome)
         await self._kill_others(kept)
         self._number = number
@@ -261,15 +267,16 @@ class Supervisor:
             prefixes=specification.mpi_prefixes if remote else None,
         )
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
+        return task
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._finish(Outcome.failed(f"internal error: {type(error).__name__}: {error}"))
+            self._finish(self._journal.note_bug(error))
 
     # --- events of the leader's guard -----------------------------------------------------------
 
@@ -293,7 +300,6 @@ class Supervisor:
             case RunReady():
                 self._attempt.ready()
         self._journal.note(event)
-        self._listener(event)
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -333,32 +339,6 @@ class Supervisor:
 # --- the process --------------------------------------------------------------------------------
 
 
-def _obey_signals(supervisor: Supervisor, on_interrupt: Callable[[bool], None] | None) -> None:
-    """Install signal handlers that stop the run.
-
-    SIGTERM and SIGHUP stop it; the first SIGINT too, if ``on_interrupt`` is given. The second
-    SIGINT kills its processes. Without ``on_interrupt``, SIGINT is ignored until the run is being
-    stopped, and kills its processes then.
-    """
-    loop = asyncio.get_running_loop()
-
-    def interrupted() -> None:
-        first = not supervisor.stopping
-        if on_interrupt is not None:
-            on_interrupt(first)
-        if not first:
-            supervisor.force()
-        elif on_interrupt is not None:
-            supervisor.stop("interrupted")
-
-    loop.add_signal_handler(signal.SIGINT, interrupted)
-    loop.add_signal_handler(signal.SIGTERM, supervisor.stop, "stopped")
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        loop.add_signal_handler(signal.SIGHUP, supervisor.stop, "the terminal was closed")
-    # A supervisor that Ctrl-Z has stopped would look dead to its guards.
-    signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-
-
 async def _supervise(
     folder: Path, listener: Listener, on_interrupt: Callable[[bool], None] | None
 ) -> RunRecord:
@@ -366,7 +346,7 @@ async def _supervise(
     if record is None:
         raise ClusterError(f"{folder} contains no run")
     supervisor = Supervisor(read_specification(folder), record, listener)
-    _obey_signals(supervisor, on_interrupt)
+    obey_signals(supervisor.stop, supervisor.force, lambda: supervisor.stopping, on_interrupt)
     return await supervisor.run()
 
 
@@ -391,7 +371,7 @@ def main() -> None:
     try:
         record = supervise(Path(sys.argv[1]), lambda event: None)
     except K2Error as error:
-        sys.stderr.write(f"{error.message}\n")
+        say_on_stderr(error.message)
         sys.exit(error.exit_code)
     sys.exit(ClusterError.exit_code if record.state == "failed" else 0)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from k2cli.ui.output import note, print_text, warn
-from k2cli.units import format_bytes, format_gib
+from k2cli.ui.output import note, print_line, print_text, warn
+from k2cli.units import format_bytes, format_gib, one_line
 
 if TYPE_CHECKING:
     from k2cli.agent.activity import RunActivity
@@ -22,15 +22,15 @@ def print_cleaning(reports: Sequence[CleanReport]) -> None:
     """Print the processes ended, files removed and live runs spared on each machine."""
     for report in reports:
         if report.problem:
-            print_text(f"{report.node}: {report.problem}")
+            print_line(f"{report.node}: {report.problem}")
         for run in report.cleared:
-            print_text(f"{report.node}: {run.run_id}: {_cleared(run)}")
+            print_line(f"{report.node}: {run.run_id}: {_cleared(run)}")
             for process in run.remaining:
-                print_text(f"  could not be ended: {process}")
+                print_line(f"  could not be ended: {process}")
         for run_id in report.spared:
-            print_text(f"{report.node}: {run_id} lives, and was left alone")
+            print_line(f"{report.node}: {run_id} lives, and was left alone")
         if not (report.problem or report.cleared or report.spared):
-            print_text(f"{report.node}: nothing was left")
+            print_line(f"{report.node}: nothing was left")
 
 
 def _cleared(run: Cleared) -> str:
@@ -46,14 +46,14 @@ def _removed(run: Cleared) -> list[tuple[str, bool]]:
 
 def show_step(step: InstallStep) -> None:
     """Print a line on stderr when a step of preparing a machine begins."""
-    note(f"{step.node}: {step.text}")
+    note(one_line(f"{step.node}: {step.text}"))
 
 
 def show_prepared(result: Prepared) -> None:
     """Print on stderr that a machine is ready, or the reason that it is not."""
-    note(f"{result.node}: {result.status}: {result.detail}")
+    note(one_line(f"{result.node}: {result.status}: {result.detail}"))
     if result.hint:
-        note(f"  hint: {result.hint}")
+        note(one_line(f"  hint: {result.hint}"))
 
 
 def show_answer(answer: NodeAnswer) -> None:
@@ -61,7 +61,8 @@ def show_answer(answer: NodeAnswer) -> None:
     if answer.facts is not None:
         facts = answer.facts
         size = f"{format_gib(facts.memory_bytes)} of memory"
-        note(f"{answer.name}: {facts.chip}, {size}, MLX may use {format_gib(facts.limit_bytes)}")
+        limit = format_gib(facts.limit_bytes)
+        note(one_line(f"{answer.name}: {facts.chip}, {size}, MLX may use {limit}"))
     if answer.problem and answer.facts is not None:
         warn(f"{answer.problem}; {answer.hint}" if answer.hint else answer.problem)
 
@@ -84,15 +85,15 @@ def print_cluster(
     if len(cluster.rank_nodes) != len(cluster.nodes):
         count += f" with {len(cluster.rank_nodes)} ranks"
     memory = f"MLX may use {format_gib(total)} in all" if known else "memory not known yet"
-    print_text(f"{cluster.name}: {count}, {memory}")
+    print_line(f"{cluster.name}: {count}, {memory}")
     for index, node in enumerate(cluster.nodes):
         print_text()
-        print_text(f"● {_title(node)}")
+        print_line(f"● {_title(node)}")
         for line in _details(node, activities, problems):
-            print_text(f"│ {line}")
+            print_line(f"│ {line}")
         for link in cluster.links:
             if link.first == node.name:
-                print_text(f"├─ {_link(link)}")
+                print_line(f"├─ {_link(link)}")
         if index == len(cluster.nodes) - 1 and len(cluster.nodes) > 1 and not cluster.links:
             print_text()
             print_text("no network is known that joins these machines")
@@ -150,4 +151,4 @@ def print_cluster_names(clusters: Sequence[Cluster]) -> None:
         note("no clusters; describe your machines with: k2 cluster init HOST HOST --name NAME")
     for cluster in clusters:
         limit = format_gib(sum(node.limit_bytes for node in cluster.nodes))
-        print_text(f"{cluster.name}  {', '.join(node.name for node in cluster.nodes)}  {limit}")
+        print_line(f"{cluster.name}  {', '.join(node.name for node in cluster.nodes)}  {limit}")

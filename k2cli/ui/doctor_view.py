@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from rich.text import Text
 
-from k2cli.ui.output import print_text, stdout_console
+from k2cli.ui.output import print_line, print_styled, print_text
 from k2cli.units import one_line
 
 if TYPE_CHECKING:
@@ -54,26 +55,25 @@ def _merged(results: Sequence[CheckResult]) -> list[tuple[str, str, str, str | N
 
 def _print_finding(status: str, label: str, text: str) -> None:
     lines = textwrap.wrap(text, _WIDTH - 22, break_long_words=False, break_on_hyphens=False) or [""]
-    console = stdout_console()
-    console.print(_MARKS[status].ljust(6), style=_STYLES[status], end="", markup=False)
-    console.print(one_line(f"{label.ljust(15)} {lines[0]}").rstrip(), markup=False)
+    mark = Text(_MARKS[status].ljust(6), style=_STYLES[status])
+    print_styled(mark.append(one_line(f"{label.ljust(15)} {lines[0]}").rstrip(), style="default"))
     for line in lines[1:]:
-        print_text(f"{'':22}{line}")
+        print_line(f"{'':22}{line}")
 
 
 def _print_hint(hint: str) -> None:
     # Commands are not wrapped, so that they can be copied.
-    print_text(f"{'':15}fix:   {hint}")
+    print_line(f"{'':15}fix:   {hint}")
 
 
 def _print_wrapped(label: str, text: str) -> None:
     lines = textwrap.wrap(text, _WIDTH - 22, break_long_words=False, break_on_hyphens=False)
     if len(label) > 20:
-        print_text(f"{label}:")
+        print_line(f"{label}:")
     else:
-        print_text(f"{(label + ':').ljust(22)}{lines.pop(0)}")
+        print_line(f"{(label + ':').ljust(22)}{lines.pop(0)}")
     for line in lines:
-        print_text(f"{'':22}{line}")
+        print_line(f"{'':22}{line}")
 
 
 def _verdict(results: Sequence[CheckResult]) -> str:

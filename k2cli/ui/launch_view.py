@@ -68,7 +68,7 @@ class LaunchView:
             self._draw(rank, phase, done_bytes, total_bytes)
         elif self._phases.get(rank) != phase:
             size = f" {format_bytes(total_bytes)}" if total_bytes else ""
-            note(f"{self._who(rank)}: {phase}{size}")
+            note(one_line(f"{self._who(rank)}: {phase}{size}"))
         self._phases[rank] = phase
 
     def _draw(self, rank: int, phase: str, done_bytes: int, total_bytes: int) -> None:
@@ -97,7 +97,7 @@ class LaunchView:
     def ready(self, run_id: str, model_name: str, url: str) -> None:
         """Report that the API answers."""
         self.end_progress()
-        note(f"\nready: {one_line(model_name)} at {url}/v1 (run {run_id})")
+        note(f"\nready: {one_line(model_name)} at {one_line(url)}/v1 (run {run_id})")
 
     def failed(self, rank: int, cause: str) -> None:
         """Report a failed rank at once, because an unreachable node delays the end of the run."""

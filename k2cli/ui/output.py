@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from k2cli.errors import K2Error
-from k2cli.units import clean_text, escape_json
+from k2cli.files import encode_json
+from k2cli.units import clean_text, escape_json, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 
+_FIRST_LINE = re.compile(r"(\n*)([^\n]*)(.*)", re.DOTALL)
 _TERMINAL_SETTINGS = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 """Environment variables that can make rich treat any stream as a terminal."""
 
@@ -35,7 +37,7 @@ def stdout_console() -> Console:
     """Return the console for results."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 @functools.cache
@@ -43,20 +45,20 @@ def stderr_console() -> Console:
     """Return the console for progress, notes, hints and errors."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def print_json(document: bytes | Any) -> None:
     """Print one JSON document to stdout; a value other than bytes is encoded with indentation."""
     if not isinstance(document, bytes):
-        document = msgspec.json.format(msgspec.json.encode(document), indent=1)
+        document = encode_json(document)
     sys.stdout.write(escape_json(document.decode()).rstrip("\n") + "\n")
     sys.stdout.flush()
 
 
 def print_json_line(document: Any) -> None:
     """Print one JSON document to stdout on a single line, for JSON Lines."""
-    sys.stdout.write(escape_json(msgspec.json.encode(document).decode()) + "\n")
+    sys.stdout.write(escape_json(encode_json(document, indent=False).decode()))
     sys.stdout.flush()
 
 
@@ -66,9 +68,20 @@ def print_text(text: str = "", *, end: str = "\n") -> None:
     sys.stdout.flush()
 
 
+def print_line(text: str) -> None:
+    """Print a result that may contain foreign names, on one line whatever they contain."""
+    print_text(one_line(text))
+
+
+def print_styled(line: Text) -> None:
+    """Print a styled line to stdout; one with characters that do not belong there gets no style."""
+    clean = one_line(line.plain)
+    stdout_console().print(line if clean == line.plain else clean, markup=False)
+
+
 def note(text: str) -> None:
-    """Print a message on stderr."""
-    text = clean_text(text)
+    """Print a message on stderr; lines after its first are indented."""
+    text = _indented(text)
     if stderr_is_plain():
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -78,7 +91,8 @@ def note(text: str) -> None:
 
 def _indented(text: str) -> str:
     """Indent continuation lines, so that a line break in a name cannot begin a false message."""
-    return clean_text(text).replace("\n", "\n  ")
+    before, first, rest = _FIRST_LINE.fullmatch(clean_text(text)).groups()  # type: ignore[union-attr]
+    return before + first + re.sub(r"\n(?=[^ \n])", "\n  ", rest)
 
 
 def warn(text: str) -> None:

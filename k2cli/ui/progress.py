@@ -66,7 +66,7 @@ class ByteProgress:
                 DownloadColumn(),
                 TransferSpeedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 console=stderr_console(),
                 transient=True,
             )

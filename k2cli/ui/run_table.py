@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from k2cli.ui.gpus import gpu_text
-from k2cli.ui.output import note, print_text
+from k2cli.ui.output import note, print_line, print_text
 from k2cli.units import format_bytes, format_duration, one_line
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ def print_runs(runs: Sequence[RunRecord]) -> None:
     widths = [max(len(row[column]) for row in [_HEADINGS, *rows]) for column in range(7)]
     print_text(_line(_HEADINGS, widths))
     for run, row in zip(runs, rows, strict=True):
-        print_text(_line(row, widths))
+        print_line(_line(row, widths))
         if run.live and (gpus := gpu_text((rank.node, rank) for rank in run.ranks)):
-            print_text(f"  {gpus}")
+            print_line(f"  {gpus}")
         if run.cause and (run.left or run.state not in ("ready", "stopped")):
-            print_text(f"  {one_line(run.cause)}")
+            print_line(f"  {run.cause}")
 
 
 def _row(run: RunRecord) -> tuple[str, ...]:

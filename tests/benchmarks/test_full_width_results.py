@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.full_width.agreement import compare, disagreements, verdict
+from benchmarks.full_width.agreement import compare, disagreements, noise_verdict, verdict
 from benchmarks.full_width.measure import figures
 from benchmarks.full_width.table import table
 
@@ -26,6 +26,9 @@ def test_tokens_must_agree_where_the_best_two_logits_differ_clearly() -> None:
     assert result["same_tokens"] < 20
     assert verdict(result, 0.002) == []
     assert len(verdict(result, 0.0001)) == 1
+    assert noise_verdict(result, result, 1.5) == []
+    worse = {**result, "median_relative_error": 2 * result["median_relative_error"]}
+    assert len(noise_verdict(worse, result, 1.5)) == 1
     second[15, 4] = 10.5
     assert compare(first, second)["largest_relative_error"] > 0.2
     second[15] = np.nan

@@ -128,7 +128,7 @@ def test_a_terminal_without_utf8_gets_ascii_bars() -> None:
         ([K2, "--context", "many"], "--context"),
         (
             [K2, "--hardware", "2x m3-ultra-512", "--save", "/no/such/folder/plan.json"],
-            "cannot write",
+            "cannot be written",
         ),
     ],
 )

@@ -94,7 +94,7 @@ def test_auto_falls_back_to_a_pipeline_where_slices_are_impossible(
     asked: list[str] = []
     outcomes: dict[str, Any] = {"nccl": UsageError("64 heads and 3 ranks"), "ring": FakePlan(True)}
 
-    def make(request: Any, folder: Any, nodes: Any, transport: str) -> Any:
+    def make(request: Any, folder: Any, nodes: Any, transport: str, *_: Any) -> Any:
         asked.append(transport)
         if isinstance(outcomes[transport], Exception):
             raise outcomes[transport]

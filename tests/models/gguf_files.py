@@ -53,9 +53,10 @@ def write_llama(
     change: Callable[[gguf.GGUFWriter], None] | None = None,
     tokenizer_model: str = "gpt2",
     pre: str = "smollm",
+    tensors_per_file: int = 0,
 ) -> Path:
     """Write ``weights``, given in the original's order, like llama.cpp's converter."""
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_file)
     writer.add_block_count(LAYERS)
     writer.add_context_length(1024)
     writer.add_embedding_length(HIDDEN)

@@ -50,7 +50,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/api/models/mock/model/tree/"):
             self._send_json(self._tree(), body)
         elif path.startswith("/api/models/mock/model"):
-            siblings = [{"rfilename": name} for name in self.files]
+            siblings = [
+                {"rfilename": name, **({"size": len(data)} if "blobs=" in self.path else {})}
+                for name, data in self.files.items()
+            ]
             document = {"id": "mock/model", "modelId": "mock/model", "sha": COMMIT}
             self._send_json(document | {"siblings": siblings, "tags": [], "private": False}, body)
         elif path.startswith("/store/"):

@@ -123,7 +123,10 @@ def test_a_terminal_gets_colours() -> None:
         (["--collective-latency", "5s"], "at most 1 s, not 5 s"),
         (["--backend", "carrier-pigeon"], "'carrier-pigeon' is not one of"),
         (["--chunk", "0"], "--chunk 0 is too small: the minimum is 1"),
-        (["--svg", "/no/such/folder/plan.svg", "--hardware", "2x m3-ultra-512"], "cannot write"),
+        (
+            ["--svg", "/no/such/folder/plan.svg", "--hardware", "2x m3-ultra-512"],
+            "cannot be written",
+        ),
     ],
 )
 def test_mistakes_with_the_new_options_are_usage_errors(arguments: list[str], told: str) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -18,7 +19,7 @@ from k2cli.choices import Transport
 from k2cli.launch.restart_policy import RestartPolicy
 from k2cli.launch.specification import RunSpecification, save_specification
 from k2cli.nodes.local import LocalNode
-from k2cli.protocol import Assignment, Bootstrap, Deadlines
+from k2cli.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
 from k2cli.runs.record import RankRecord, RunRecord, list_runs, new_run_id, save_record
 
 SCRIPTED = "tests.support.scripted_rank"
@@ -85,13 +86,18 @@ class SupervisedRun:
 
 
 def _specification(
-    transport: Transport, size: int, deadlines: Deadlines, worker: str, restart: RestartPolicy
+    transport: Transport,
+    size: int,
+    deadlines: Deadlines,
+    worker: str,
+    restart: RestartPolicy,
+    model: Path | None,
 ) -> RunSpecification:
     run_id = new_run_id("scripted")
     environment = {}
     if transport == "mpi":
         environment["MLX_MPI_LIBNAME"] = str(LocalNode().facts().libmpi)
-    (port,) = ports.free_ports(1)
+    port, http_port = ports.free_ports(2)
     bootstraps = [
         Bootstrap(
             assignment=Assignment(
@@ -100,7 +106,7 @@ def _specification(
                 size=size,
                 nodes=["localhost"] * size,
                 transport=transport,
-                model_path="/nowhere",
+                model_path=str(model or "/nowhere"),
                 strategy="pipeline",
                 layers=[],
                 dtype="float32",
@@ -116,6 +122,7 @@ def _specification(
             model_name="scripted",
             environment=environment,
             deadlines=deadlines,
+            http=HttpEndpoint("127.0.0.1", http_port) if model is not None and rank == 0 else None,
         )
         for rank in range(size)
     ]
@@ -127,10 +134,13 @@ def prepare_scripted(
     size: int = 2,
     deadlines: Deadlines | None = None,
     restart: RestartPolicy | None = None,
+    model: Path | None = None,
 ) -> RunSpecification:
-    """Write the folder of a run whose ranks are scripted."""
+    """Write the folder of a run whose ranks are scripted; with a model, it serves the API."""
     policy = restart or RestartPolicy()
-    specification = _specification(transport, size, deadlines or Deadlines(), SCRIPTED, policy)
+    specification = _specification(
+        transport, size, deadlines or Deadlines(), SCRIPTED, policy, model
+    )
     own = psutil.Process()
     record = RunRecord(
         run_id=specification.run_id,
@@ -157,9 +167,10 @@ def supervised(
     deadlines: Deadlines | None = None,
     environment: dict[str, str] | None = None,
     restart: RestartPolicy | None = None,
+    model: Path | None = None,
 ) -> Iterator[SupervisedRun]:
     """Start a scripted run under a supervisor; kill its remaining processes at exit."""
-    specification = prepare_scripted(transport, size, deadlines, restart)
+    specification = prepare_scripted(transport, size, deadlines, restart, model)
     folder = run_folder.run_folder(specification.run_id)
     with (folder / "supervisor.out").open("wb") as output:
         supervisor = subprocess.Popen(

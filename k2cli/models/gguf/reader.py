@@ -19,6 +19,7 @@ from typing import Any
 from k2cli.errors import K2Error
 from k2cli.files import open_regular
 from k2cli.models.json_files import shown
+from k2cli.models.layout import download_hint, refuse_pointer, split_parts
 
 _MAX_HEADER_BYTES = 2**28
 """The headers of published files have up to 30 MB: vocabulary, merges and scores."""
@@ -60,7 +61,9 @@ class GgufTensor:
 
 
 class GgufFile:
-    """An open GGUF file, mapped into memory. Use it in a ``with`` statement.
+    """An open GGUF file, mapped into memory, with the parts that it is split into.
+
+    Use it in a ``with`` statement.
 
     Raises:
         K2Error: if the file is not a GGUF, has another version, is truncated or contradicts itself.
@@ -68,18 +71,62 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, GgufTensor] = {}
+        self._maps: list[mmap.mmap] = []
+        self._map_of: dict[str, mmap.mmap] = {}
         try:
-            with os.fdopen(open_regular(path, follow_links=True), "rb") as stream:
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise K2Error(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:  # mmap raises this for an empty file
-            raise K2Error(f"{path} is empty", "download it again") from error
-        try:
-            self.metadata, self.tensors = _HeaderReader(path, self._map).read()
+            for number, part in enumerate(split_parts(path)):
+                self._add(part, number)
+            self._check_count()
         except BaseException:
-            self._map.close()
+            self._close()
             raise
+
+    def _add(self, part: Path, number: int) -> None:
+        """Open the file, or one of the parts that it is split into, and take over its header."""
+        try:
+            with os.fdopen(open_regular(part, follow_links=True), "rb") as stream:
+                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError as error:
+            raise K2Error(
+                f"{part} is missing: the model is split, and its parts belong into one folder",
+                download_hint(part),
+            ) from error
+        except OSError as error:
+            raise K2Error(f"cannot read {part}: {error.strerror}") from error
+        except ValueError as error:  # mmap raises this for an empty file
+            raise K2Error(f"{part} is empty", download_hint(part)) from error
+        self._maps.append(data)
+        metadata, tensors = _HeaderReader(part, data).read()
+        said = metadata.get("split.no", number)
+        if said != number:
+            raise K2Error(f"{part} says that it is part {shown(said)}, counted from 0")
+        # Only the first part has the metadata of the model.
+        self.metadata = metadata if number == 0 else self.metadata
+        for name, tensor in tensors.items():
+            if name in self.tensors:
+                raise K2Error(f"{part} is damaged: {shown(name)} is in an earlier part too")
+            self.tensors[name] = tensor
+            self._map_of[name] = data
+
+    def _check_count(self) -> None:
+        parts, tensors = self.metadata.get("split.count"), self.metadata.get("split.tensors.count")
+        if parts is not None and parts != len(self._maps):
+            raise K2Error(
+                f"{self.path} is one of {shown(parts)} parts, whose names must end in "
+                f"-00001-of-{shown(parts):0>5}.gguf and so on",
+                "give the parts the names that they had",
+            )
+        if tensors is not None and len(self._maps) > 1 and tensors != len(self.tensors):
+            raise K2Error(
+                f"the parts of {self.path} have {len(self.tensors)} tensors, not {shown(tensors)}",
+                download_hint(self.path),
+            )
+
+    def _close(self) -> None:
+        for data in self._maps:
+            data.close()
 
     def __enter__(self) -> GgufFile:
         return self
@@ -90,11 +137,11 @@ class GgufFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._map.close()
+        self._close()
 
     def data(self, tensor: GgufTensor) -> bytes:
         """Copy the stored bytes of a tensor; a view would keep the file from closing."""
-        return self._map[tensor.offset : tensor.offset + tensor.nbytes]
+        return self._map_of[tensor.name][tensor.offset : tensor.offset + tensor.nbytes]
 
 
 class _HeaderReader:
@@ -106,6 +153,7 @@ class _HeaderReader:
         self._at = 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+        refuse_pointer(self._path, self._data[:32])
         if self._bytes(4) != b"GGUF":
             raise K2Error(
                 f"{self._path} is not a GGUF file: it starts with {self._data[:4]!r}",
@@ -128,7 +176,7 @@ class _HeaderReader:
         if past > len(self._data):
             raise K2Error(
                 f"{self._path} is cut short: its header goes past byte {len(self._data)}",
-                "download it again",
+                download_hint(self._path),
             )
         if past > _MAX_HEADER_BYTES:
             raise K2Error(
@@ -212,7 +260,7 @@ class _HeaderReader:
             raise K2Error(
                 f"{self._path} is cut short: {shown(name)} ends at byte {offset + nbytes}, "
                 f"the file at {len(self._data)}",
-                "download it again",
+                download_hint(self._path),
             )
         return GgufTensor(name, type_name, shape, nbytes, offset)
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from k2cli.errors import InternalError, K2Error, UsageError
 from k2cli.models.catalog import WheelSource
-from k2cli.models.checkpoint import read_checkpoint
+from k2cli.models.checkpoint import read_checkpoint, read_safetensors_header
 from k2cli.models.files import locked, remove_leftovers
+from k2cli.models.layout import (
+    INDEX_NAME,
+    choose_weight_files,
+    refuse_without_safetensors,
+    split_parts,
+    supporting_files,
+)
 from k2cli.models.reference import (
     SOURCE_NAME,
     ModelReference,
@@ -118,13 +125,19 @@ def _from_hub(
 
     on_event(StepStarted(f"asking the Hub for {repo}"))
     try:
-        listed = hub.list_repo(repo, revision, destination)
+        in_repository = hub.repository_files(repo, revision)
+        names = _wanted(repo, revision, in_repository)
+        sizes = {name: in_repository[name] for name in names}
+        listed = hub.list_repo(repo, revision, sizes, destination) if names else []
     except K2Error:
         # Without the Hub, use a complete copy in the library's cache.
         folder = hub.cached_folder(repo, revision) if destination is None else None
         if folder is None:
             raise
         return _present(reference.text, folder)
+    if not names:
+        raise refuse_without_safetensors(in_repository, repo, repo)
+    listed = [replace(file, present=file.present and _is_whole(file.place)) for file in listed]
     files = tuple(FetchedFile(file.name, file.nbytes) for file in listed)
     weights = sum(file.nbytes for file in files if file.name.endswith(".safetensors"))
     there = all(file.present for file in listed)
@@ -136,10 +149,35 @@ def _from_hub(
     )
     if missing:
         on_event(StepStarted(f"downloading {len(missing)} files of {repo}"))
+    for file in missing:
+        hub.remove_damaged(file)
     folder = hub.download_repo(
-        repo, revision, destination, lambda done, total: on_event(BytesDone(done, total))
+        repo, revision, names, destination, lambda done, total: on_event(BytesDone(done, total))
     )
     return _present(reference.text, folder, was_there=there)
+
+
+def _wanted(repo: str, revision: str | None, in_repository: Collection[str]) -> list[str]:
+    """Choose the files of a repository that loading reads; none if it has no such weights."""
+    from k2cli.models.sources.hub_headers import read_weight_map
+
+    weight_map = read_weight_map(repo, revision, in_repository)
+    chosen = choose_weight_files(in_repository, weight_map, repo)
+    if not chosen.names:
+        return []
+    index = [INDEX_NAME] if weight_map is not None else []
+    return [*supporting_files(in_repository), *index, *chosen.names]
+
+
+def _is_whole(path: Path) -> bool:
+    """Return False for a safetensors file in the cache whose header says that it is damaged."""
+    if path.suffix != ".safetensors":
+        return True
+    try:
+        read_safetensors_header(path)
+    except K2Error:
+        return False
+    return True
 
 
 def _converted(
@@ -222,7 +260,10 @@ def _dry_run(reference: ModelReference, folder: Path) -> Fetched:
     if entry is not None and isinstance(entry.source, WheelSource):
         file = FetchedFile(Path(entry.source.member).name, entry.source.member_bytes)
     elif reference.path is not None:
-        file = FetchedFile(reference.path.name, reference.path.stat().st_size)
+        parts = [part for part in split_parts(reference.path) if part.is_file()]
+        found = tuple(FetchedFile(part.name, part.stat().st_size) for part in parts)
+        total = sum(file.nbytes for file in found)
+        return Fetched(reference.text, folder, total, found, was_there=False)
     else:
         raise InternalError(f"k2 does not know how to fetch '{reference.text}'")
     return Fetched(reference.text, folder, file.nbytes, (file,), was_there=False)

@@ -1,33 +1,35 @@
 """Access to the Hugging Face Hub; the only module that imports huggingface_hub, when called.
 
-Downloads are restricted to data: weights in safetensors, JSON, tokenizer files and templates.
-Pickled weights and Python files are never fetched.
+Downloads are restricted to the files that loading reads (``models.layout``): pickled weights and
+Python files are never fetched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
+import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from k2cli.errors import K2Error, NotAuthorisedError
+from k2cli.files import DISK_ERRORS, read_regular, unwritable
+from k2cli.models.checkpoint import read_index
+from k2cli.models.layout import choose_weight_files, names_in
 from k2cli.proxies import proxy_errors
 
-SAFE_PATTERNS = (
-    "*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tiktoken.model", "tokenizer.model",
-    "vocab.txt", "merges.txt", "LICENSE*", "README.md",
-)  # fmt: skip
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
 
 _READ_TIMEOUT_SECONDS = 20.0
 _RANGE_SECONDS = 120.0
 _RETRIES = 2
 _PASSING_FAILURES = (408, 429, 500, 502, 503, 504)
+_COMMIT = re.compile(r"[0-9A-Za-z][\w.-]{0,199}", re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 Progress = Callable[[int, int], None]
@@ -35,15 +37,28 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """File of a repository; ``nbytes`` is 0 if the Hub does not report it."""
+    """File of a repository; ``nbytes`` is 0 if the Hub does not report it.
+
+    ``place`` is its path on this machine. It is not ``present`` if it is not there, or has another
+    size than the Hub says.
+    """
 
     name: str
     nbytes: int
     present: bool
+    place: Path
 
 
-def list_repo(repo: str, revision: str | None, destination: Path | None = None) -> list[HubFile]:
-    """List the files that ``download_repo`` would fetch, and which of them are present.
+def list_repo(
+    repo: str, revision: str | None, sizes: Mapping[str, int], destination: Path | None = None
+) -> list[HubFile]:
+    """List these files of a repository, and which of them are present.
+
+    Args:
+        repo: ``owner/name``.
+        revision: branch, tag or commit; the main branch if None.
+        sizes: the files, with their sizes on the Hub.
+        destination: the folder of the download; None for the cache.
 
     Raises:
         NotAuthorisedError: if the repository is gated or private.
@@ -56,24 +71,47 @@ def list_repo(repo: str, revision: str | None, destination: Path | None = None) 
             repo,
             revision=revision,
             local_dir=destination,
-            allow_patterns=list(SAFE_PATTERNS),
+            allow_patterns=_patterns(sizes),
             tqdm_class=_bar_class(None),
             dry_run=True,
         )
-    return [HubFile(info.filename, info.file_size or 0, info.is_cached) for info in infos]
+    return [_hub_file(info, sizes[info.filename]) for info in infos]
+
+
+def _patterns(names: Collection[str]) -> list[str]:
+    return [glob.escape(name) for name in names]
+
+
+def _hub_file(info: Any, size: int) -> HubFile:
+    place, present = Path(info.local_path), bool(info.is_cached)
+    if present and size:
+        # The library trusts a file that has a name; a full disk or a crash may have cut it short.
+        present = place.is_file() and place.stat().st_size == size
+    return HubFile(info.filename, size or info.file_size or 0, present, place)
+
+
+def remove_damaged(file: HubFile) -> None:
+    """Remove a file of the cache that is to be fetched again, with the data that it links to."""
+    with contextlib.suppress(OSError):
+        data = file.place.resolve()
+        file.place.unlink()
+        if data != file.place and "blobs" in data.parts:
+            data.unlink()
 
 
 def download_repo(
     repo: str,
-    revision: str | None = None,
+    revision: str | None,
+    names: Collection[str],
     destination: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Fetch a repository's data files and return their folder.
+    """Fetch files of a repository and return their folder.
 
     Args:
         repo: ``owner/name``.
         revision: branch, tag or commit; the main branch if None.
+        names: the files.
         destination: a folder, or None for the cache of the Hub library.
         progress: called with the bytes done and the total bytes of each file.
 
@@ -89,7 +127,7 @@ def download_repo(
                 repo,
                 revision=revision,
                 local_dir=destination,
-                allow_patterns=list(SAFE_PATTERNS),
+                allow_patterns=_patterns(names),
                 tqdm_class=_bar_class(progress),
             )
         )
@@ -118,8 +156,8 @@ def download_config(repo: str, revision: str | None = None) -> Path:
     return folder
 
 
-def file_names(repo: str, revision: str | None) -> list[str]:
-    """List the names of all files of a repository.
+def repository_files(repo: str, revision: str | None) -> dict[str, int]:
+    """Return the size of each file of a repository, by path; 0 if the Hub does not say it.
 
     Raises:
         NotAuthorisedError, K2Error: as ``list_repo``.
@@ -127,8 +165,9 @@ def file_names(repo: str, revision: str | None) -> list[str]:
     import huggingface_hub
 
     with _errors(repo, revision):
-        names: list[str] = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
-    return names
+        # Listing the tree would be tried again for 15 s, with a warning each time.
+        info: Any = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+    return {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 
 def read_range(
@@ -213,24 +252,29 @@ def _bounded(chunks: Iterator[bytes], count: int, what: str) -> bytes:
 
 
 def cached_folder(repo: str, revision: str | None = None) -> Path | None:
-    """Return the repository's folder in the Hub library's cache, without network access."""
-    # Importing the library takes as long as planning a model: avoid it if the cache is empty.
-    if not (cache_directory() / "--".join(("models", *repo.split("/")))).is_dir():
-        return None
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """Return the repository's folder in the Hub library's cache, without network access.
 
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=list(SAFE_PATTERNS),
-                local_files_only=True,
-            )
-        )
-    except LocalEntryNotFoundError:
+    None if the files of the model are not all there: the library's own answer also wants files that
+    k2 does not fetch, and importing it takes as long as planning a model.
+    """
+    base = cache_directory() / "--".join(("models", *repo.split("/")))
+    commit = revision or "main"
+    if ".." in Path(commit).parts or not base.is_dir():
         return None
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        commit = read_regular(base / "refs" / commit, 200).decode().strip()
+    folder = base / "snapshots" / commit
+    return folder if _COMMIT.fullmatch(commit) and _is_complete(folder) else None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Return True if config and all weight files are there; what they contain is not checked."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return bool(choose_weight_files(names_in(folder), read_index(folder), str(folder)).names)
+    except K2Error:
+        return False
 
 
 def cache_directory() -> Path:
@@ -285,6 +329,9 @@ def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
                 refusal = f"the Hub refuses access to {name} (HTTP {status})"
                 return NotAuthorisedError(refusal, "hf auth login")
             return K2Error(f"the Hub failed on {name}: HTTP {status}", "try again later")
+        case OSError() if error.errno in DISK_ERRORS:
+            path = Path(os.fsdecode(error.filename or cache_directory()))
+            return unwritable(error, path)
     text = str(error).strip() or type(error).__name__
     return K2Error(
         f"cannot fetch {name} from the Hub: {text.splitlines()[0]}",

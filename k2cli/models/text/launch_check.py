@@ -69,12 +69,12 @@ def load_checked(folder: Path, announce: Announce) -> Tokenizer:
     announce(path, "encoding a long text with")
     _try_tokenizer(path, tokenizer)
     sources = tokenizer.template_sources
-    for with_tools in (False, True):
-        announce(sources.path, "compiling the chat template in")
-        template = _compiled(tokenizer, sources, with_tools=with_tools)
+    for file, tools in ((sources.path, None), (sources.tools_path, _TOOLS)):
+        announce(file, "compiling the chat template in")
+        template = _compiled(tokenizer, file, with_tools=tools is not None)
         if template is not None:
-            announce(sources.path, "rendering a short conversation with the template in")
-            _try_template(template, sources.path, _TOOLS if with_tools else None)
+            announce(file, "rendering a short conversation with the template in")
+            _try_template(template, file, tools)
     return tokenizer
 
 
@@ -114,13 +114,11 @@ def _try_tokenizer(path: str, tokenizer: Tokenizer) -> None:
         return  # some vocabularies lack some characters
 
 
-def _compiled(
-    tokenizer: Tokenizer, sources: TemplateSources, *, with_tools: bool
-) -> ChatTemplate | None:
+def _compiled(tokenizer: Tokenizer, path: str, *, with_tools: bool) -> ChatTemplate | None:
     try:
         return tokenizer.template(with_tools=with_tools)
     except K2Error as error:
-        raise K2Error(f"{sources.path}: {error.message}", error.hint) from error
+        raise K2Error(f"{path}: {error.message}", error.hint) from error
 
 
 def _try_template(template: ChatTemplate, path: str, tools: list[dict[str, Any]] | None) -> None:

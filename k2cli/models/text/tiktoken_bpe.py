@@ -46,7 +46,9 @@ K2_PATTERN = "|".join(
 def find_vocabulary(folder: Path) -> Path | None:
     """Return the path of the folder's vocabulary in tiktoken's format, if it has one."""
     named = folder / "tiktoken.model"
-    return named if os.path.lexists(named) else next(iter(sorted(folder.glob("*.tiktoken"))), None)
+    # macOS puts files named ._x beside others.
+    others = sorted(folder.glob("[!.]*.tiktoken"))
+    return named if os.path.lexists(named) else next(iter(others), None)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

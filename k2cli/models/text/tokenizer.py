@@ -23,6 +23,8 @@ from k2cli.models.json_files import (
     read_json_if_present,
     shown,
 )
+from k2cli.models.layout import download_hint, refuse_pointer
+from k2cli.models.text.sentencepiece_model import FILE_NAME, load_sentencepiece
 from k2cli.models.text.tiktoken_bpe import (
     build_tokenizer,
     byte_letters,
@@ -234,6 +236,11 @@ class Tokenizer:
             from k2cli.models.text.conversation import ConversationRenderer
 
             template = self.template(with_tools=with_tools)
+            if template is None and (others := self.template_sources.others):
+                raise K2Error(
+                    f"of the chat templates {others} none is named 'default'",
+                    "send a plain prompt to /v1/completions instead",
+                )
             if template is None:
                 raise K2Error(
                     f"the model {self._name} has no chat template",
@@ -305,8 +312,13 @@ def tokenizer_file(folder: Path) -> Path:
     if os.path.lexists(path):
         return path
     vocabulary = find_vocabulary(folder)
+    if vocabulary is None and os.path.lexists(folder / FILE_NAME):
+        return folder / FILE_NAME
     if vocabulary is None:
-        raise K2Error(f"{folder} has neither tokenizer.json nor tiktoken.model")
+        raise K2Error(
+            f"{folder} has neither tokenizer.json nor tiktoken.model nor tokenizer.model",
+            download_hint(folder),
+        )
     return vocabulary
 
 
@@ -314,6 +326,8 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     vocabulary = tokenizer_file(folder)
     if vocabulary.name == "tokenizer.json":
         return _load_json(vocabulary)
+    if vocabulary.name == FILE_NAME:
+        return load_sentencepiece(folder, config)
     if config.get("tokenizer_class") != "TikTokenTokenizer":
         # Other model families ship such a file but split text by other patterns.
         raise K2Error(
@@ -335,7 +349,8 @@ def _load_json(path: Path) -> tokenizers.Tokenizer:
         data = read_regular(path, _MAX_FILE_BYTES, follow_links=True)
     except OSError as error:
         raise K2Error(f"cannot read {path}: {error.strerror}") from error
-    with _library_errors(f"{path} is not a tokenizer"):
+    refuse_pointer(path, data)
+    with _library_errors(f"{path} is not a tokenizer", download_hint(path)):
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
     if any("Regex" in part for part in parts_of(tokenizer.decoder)):
         # Answers are decoded in the guard, which must never wait for a regular expression.
@@ -354,12 +369,12 @@ def parts_of(component: Any) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _library_errors(message: str) -> Iterator[None]:
+def _library_errors(message: str, hint: str | None = None) -> Iterator[None]:
     """Turn errors of the tokenizers library into errors of k2."""
     try:
         yield
     except Exception as error:  # the library has no more specific error
-        raise K2Error(f"{message}: {error}", "download it again") from error
+        raise K2Error(f"{message}: {error}", hint) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise

@@ -14,7 +14,7 @@ import msgspec
 
 from k2cli.choices import Transport, WantedTransport
 from k2cli.errors import K2Error
-from k2cli.files import decode_json, read_regular, write_atomically
+from k2cli.files import decode_json, encode_json, read_regular, unwritable, write_atomically
 from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates
 from k2cli.settings import config_directory
 
@@ -69,12 +69,11 @@ def save_calibration(entry: CalibratedMachines) -> Path:
     """
     path = calibration_file()
     others = [each for each in _read(path) if not each.of(entry.machines, entry.backend)]
-    data = msgspec.json.format(msgspec.json.encode(_File((*others, entry))), indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data + b"\n")
+        write_atomically(path, encode_json(_File((*others, entry))))
     except OSError as error:
-        raise K2Error(f"{path} cannot be written: {error.strerror}") from error
+        raise unwritable(error, path) from error
     return path
 
 
@@ -101,7 +100,7 @@ def with_calibration(
 def _read(path: Path) -> tuple[CalibratedMachines, ...]:
     try:
         data = read_regular(path, _LIMIT_BYTES, follow_links=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # HOME may be a file
         return ()
     except OSError as error:
         raise K2Error(f"{path} cannot be read: {error.strerror}") from error

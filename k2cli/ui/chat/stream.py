@@ -73,4 +73,4 @@ class StatusLine:
 
 def dim_note(text: str) -> None:
     """Print a line on stderr in dim style."""
-    stderr_console().print(Text(clean_text(text), style="dim"))
+    stderr_console().print(Text(one_line(text), style="dim"))

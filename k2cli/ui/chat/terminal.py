@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k2cli.errors import K2Error
+from k2cli.files import disk_reason
 from k2cli.ui.chat.stream import AnswerWriter, StatusLine, dim_note
 from k2cli.ui.output import note, print_error
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
 
 PROMPT = ">>> "
 _CONTINUED = "... "
+
+
+def _open_history(path: Path) -> History:
+    """Open the file of entered lines; one that cannot be written does not end a chat."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class LossyHistory(FileHistory):
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):  # a full disk: this line is not kept
+                super().store_string(string)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The history is private to the user.
+        path.touch(mode=0o600, exist_ok=True)
+    except OSError as error:
+        note(f"what you enter is not kept: '{path}' cannot be written: {disk_reason(error, path)}")
+        return InMemoryHistory()
+    return LossyHistory(str(path))
 
 
 class ChatTerminal:
@@ -39,14 +61,10 @@ class ChatTerminal:
     def _open(self) -> PromptSession[str]:
         # Importing prompt_toolkit takes 0.2 s, and one-shot chats do not need it.
         from prompt_toolkit import PromptSession
-        from prompt_toolkit.history import FileHistory
         from prompt_toolkit.output import create_output
 
-        self._history_file.parent.mkdir(parents=True, exist_ok=True)
-        # The history is private to the user.
-        self._history_file.touch(mode=0o600, exist_ok=True)
         return PromptSession(
-            history=FileHistory(str(self._history_file)),
+            history=_open_history(self._history_file),
             output=create_output(always_prefer_tty=True),
         )
 

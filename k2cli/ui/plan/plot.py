@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from k2cli.ui.output import print_text, stdout_console
+from k2cli.ui.output import print_styled, print_text
 from k2cli.ui.plan.bars import PARTS
 from k2cli.ui.plan.curves import (
     between,
@@ -133,4 +133,4 @@ def print_plot(points: Sequence[CurvePoint], asked: int, *, unicode: bool) -> No
     """Print the charts of ``plot_lines`` to stdout."""
     print_text()
     for line in plot_lines(points, asked, unicode=unicode):
-        stdout_console().print(line)
+        print_styled(line)

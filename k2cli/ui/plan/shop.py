@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from k2cli.ui.output import print_text
+from k2cli.ui.output import print_line
 from k2cli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -80,4 +80,4 @@ def _notes(offers: Sequence[Offer]) -> list[str]:
 def print_shop(result: ShopResult) -> None:
     """Print the offers to stdout."""
     for line in shop_lines(result):
-        print_text(line)
+        print_line(line)

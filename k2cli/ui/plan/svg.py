@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from k2cli.errors import UsageError
-from k2cli.files import write_atomically
+from k2cli.files import unwritable, write_atomically
 from k2cli.ui.plan.bars import PARTS, short_name
 from k2cli.ui.plan.curves import (
     context_text,
@@ -19,7 +19,7 @@ from k2cli.ui.plan.curves import (
     with_speed,
 )
 from k2cli.ui.plan.table import headline, rate_text, verdict
-from k2cli.units import GB, MB, format_bytes
+from k2cli.units import GB, MB, format_bytes, one_line
 
 if TYPE_CHECKING:
     from k2cli.planning.curve import CurvePoint
@@ -52,7 +52,7 @@ def plan_svg(plan: Plan, points: Sequence[CurvePoint]) -> str:
         if len(timed) > 1:
             drawn, y = _speed_chart(timed, asked, y + 24)
             body += drawn
-    title = escape(f"{plan.model.reference}: {verdict(plan)}")
+    title = _escaped(f"{plan.model.reference}: {verdict(plan)}")
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{y:.0f}" '
@@ -66,13 +66,18 @@ def plan_svg(plan: Plan, points: Sequence[CurvePoint]) -> str:
     )
 
 
+def _escaped(text: str) -> str:
+    """Return text for XML, in which control characters have no form at all."""
+    return escape(one_line(text))
+
+
 def _text(
     x: float, y: float, text: str, *, size: int = 13, colour: str = _INK, anchor: str = "start",
     weight: str = "normal",
 ) -> str:  # fmt: skip
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}" '
-        f'text-anchor="{anchor}" font-weight="{weight}">{escape(text)}</text>'
+        f'text-anchor="{anchor}" font-weight="{weight}">{_escaped(text)}</text>'
     )
 
 
@@ -234,4 +239,4 @@ def save_svg(plan: Plan, points: Sequence[CurvePoint], path: Path) -> None:
     try:
         write_atomically(path, plan_svg(plan, points))
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise unwritable(error, path, UsageError) from error

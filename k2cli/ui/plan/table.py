@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k2cli.ui.gpus import gpu_text
-from k2cli.ui.output import note, print_text, stdout_console
+from k2cli.ui.output import note, print_line, print_styled
 from k2cli.ui.plan.bars import bar_lines, name_width, short_name
 from k2cli.ui.plan.explain import explanation_lines
 from k2cli.units import GB, MB, format_bytes, format_duration, one_line
@@ -281,7 +281,7 @@ def print_plan(plan: Plan, *, command: Mapping[str, str], explain: bool = False)
     """Print the report to stdout; ``explain`` adds the origins of its numbers."""
     _print_block([*headline(plan), "", *_table(plan), ""])
     for line in bar_lines(plan.nodes, unicode=can_print_unicode()):
-        stdout_console().print(line)
+        print_styled(line)
     said = [*textwrap.wrap(verdict(plan), _WIDTH), *caution_lines(plan)]
     blocks = [speed_lines(plan), said, advice_lines(plan, command)]
     if explain:
@@ -299,7 +299,7 @@ def can_print_unicode() -> bool:
 
 def _print_block(lines: Sequence[str]) -> None:
     for line in lines:
-        print_text(line)
+        print_line(line)
 
 
 def print_plan_hints(plan: Plan, *, saved_as: Path | None, first: str = "") -> None:
@@ -307,7 +307,8 @@ def print_plan_hints(plan: Plan, *, saved_as: Path | None, first: str = "") -> N
     if first:
         note(f"next: {first}")
     elif saved_as is not None:
-        note(f"next: k2 launch {shlex.quote(plan.model.reference)} --plan {saved_as}")
+        name = shlex.quote(plan.model.reference)
+        note(one_line(f"next: k2 launch {name} --plan {saved_as}"))
     elif all(node.name == "localhost" for node in plan.nodes):
         nodes = ",".join(node.name for node in plan.nodes)
-        note(f"next: k2 launch {shlex.quote(plan.model.reference)} --nodes {nodes}")
+        note(one_line(f"next: k2 launch {shlex.quote(plan.model.reference)} --nodes {nodes}"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.models.mock_hub import mock_hub
+from tests.models.mock_hub import hub_of
 
 _SCRIPT = """
 import json, sys
@@ -55,11 +56,19 @@ def served(toy_k2: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def files(served: Path) -> dict[str, bytes]:
+    """Files of the repository; changes take effect at once."""
+    return {path.name: path.read_bytes() for path in sorted(served.iterdir())}
+
+
+@pytest.fixture
+def hub(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
     """Serve a Hub and set the environment for it; return the list of requests."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with mock_hub(served) as (address, requested):
+    with hub_of(files) as (address, requested, _):
         monkeypatch.setenv("HF_ENDPOINT", address)
         yield requested
 
@@ -140,3 +149,79 @@ def test_without_the_hub_what_is_here_is_used(
         missing = _fetch("mock/other")
         assert missing["error"] == "K2Error"
         assert "mock/other" in missing["message"]
+
+
+def test_only_what_the_index_names_is_fetched(
+    hub: list[str], files: dict[str, bytes], toy_k2: Path
+) -> None:
+    """``original/`` and Mistral's own layout beside the shards (exo#1800, vllm#30537)."""
+    for name in ("original/model.safetensors", "consolidated.safetensors", "._model.safetensors"):
+        files[name] = files["model.safetensors"]
+    files |= {"original/params.json": b"{}", "README.md": b"# model"}
+    for options in ({"dry_run": True}, {}):
+        got = _fetch("mock/model", **options)
+        assert set(got["files"]) == {path.name for path in toy_k2.iterdir()}
+    assert not any("original" in request or "consolidated" in request for request in hub)
+
+
+def test_a_stale_index_does_not_keep_a_model_from_being_fetched(
+    hub: list[str], files: dict[str, bytes]
+) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    got = _fetch("mock/model")
+    assert "model.safetensors" in got["files"]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "overwritten", "config cut short"])
+def test_a_damaged_file_in_the_cache_is_fetched_again(
+    hub: list[str], toy_k2: Path, damage: str
+) -> None:
+    """A full disk or a crash leaves such files (huggingface_hub#4223, #1396)."""
+    folder = Path(_fetch("mock/model")["path"])
+    name = "config.json" if damage.startswith("config") else "model.safetensors"
+    file = (folder / name).resolve()
+    data = file.read_bytes()
+    file.write_bytes(
+        {"empty": b"", "overwritten": b"\xff" * len(data)}.get(damage, data[: len(data) // 2])
+    )
+    hub.clear()
+    got = _fetch("mock/model")
+    assert not got["was_there"], got
+    assert (folder / name).read_bytes() == (toy_k2 / name).read_bytes()
+    fetched = [request for request in hub if request.startswith("GET /mock")]
+    assert [request.rpartition("/")[2] for request in fetched] == [name]
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "hint"),
+    [
+        (["x-Q4_K_M.gguf", "x-Q8_0.gguf"], "GGUF files: x-Q4_K_M.gguf, x-Q8_0.gguf",
+         "hf download mock/model --include x-Q4_K_M.gguf --local-dir ."),
+        (["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"], "x-00002-of-00002.gguf",
+         "hf download mock/model --include 'x-*-of-00002.gguf' --local-dir ."),
+        ([], "only pickled weights: pytorch_model.bin", "mlx-community"),
+    ],
+)  # fmt: skip
+def test_a_repository_without_safetensors_says_what_it_has(
+    hub: list[str], files: dict[str, bytes], names: list[str], words: str, hint: str
+) -> None:
+    """unsloth's repositories of GGUF files have a config.json beside them."""
+    del files["model.safetensors"]
+    files.update(dict.fromkeys(names, b"GGUF"))
+    for options in ({}, {"dry_run": True}):
+        got = _fetch("mock/model", **options)
+        assert (got.get("exit_code"), words in got["message"]) == (1, True), got
+        assert hint in got["hint"]
+    assert not any("GET /mock/model/resolve" in request for request in hub)
+
+
+def test_the_named_command_fetches_the_gguf_file(
+    hub: list[str], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    del files["model.safetensors"]
+    files["x-Q4_K_M.gguf"] = b"GGUF"
+    command = shlex.split(_fetch("mock/model", dry_run=True)["hint"])
+    command[0] = str(Path(sys.executable).with_name("hf"))
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert (tmp_path / "x-Q4_K_M.gguf").read_bytes() == b"GGUF"

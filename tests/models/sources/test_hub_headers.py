@@ -128,18 +128,20 @@ def _lying(data: bytes) -> bytes:
     return _with_header(data, header)
 
 
+def _one_of_two(folder: Path) -> None:
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    (folder / "model.safetensors").rename(folder / first)
+    index = {"weight_map": {"a": first, "b": second}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (damaged(lambda data: data[:-1000]), "is cut short"),
     "empty header": (damaged(lambda data: b"\0" * 8 + data), "is not JSON"),
     "enormous header": (damaged(lambda data: struct.pack("<Q", 2**60) + data[8:]), "2**60"),
     "lying": (damaged(_lying), "1099511627776"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "a shard that is not there": (
-        lambda folder: (folder / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
-        ) and None,
-        "names model-00001-of-00001.safetensors",
-    ),
+    "a shard that is not there": (_one_of_two, "names model-00002-of-00002.safetensors"),
     "an index that points outside": (
         lambda folder: (folder / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "../../secret.safetensors"}}'

@@ -344,3 +344,39 @@ def test_a_text_is_refused_unread_only_if_every_token_is_as_long_as_the_longest(
     assert longest is not None
     assert tokenizer.encode_within("a" * (10 * longest + 1), 10) is None
     assert tokenizer.encode_within("a" * (10 * longest), 10) == tokenizer.encode("a" * 10 * longest)
+
+
+def _said(folder: Path, *, tools: bool) -> str:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    messages = [{"role": "user", "content": "hi"}]
+    return Tokenizer.load(folder).chat_prompt(messages, [tool] if tools else None)
+
+
+@pytest.mark.parametrize("place", ["list", "mapping", "json", "folder"])
+def test_a_template_for_tools_is_found_in_all_its_places(
+    toy_k2: Path, tmp_path: Path, place: str
+) -> None:
+    folder = tmp_path / "model"
+    named = {"default": "plain", "tool_use": "with tools"}
+    listed: Any = [{"name": name, "template": text} for name, text in named.items()]
+    if place in ("list", "mapping"):
+        _with_template(toy_k2, folder, listed if place == "list" else named)
+    else:
+        _with_template(toy_k2, folder, "older, not used")
+    if place == "json":
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": listed}))
+    if place == "folder":
+        (folder / "chat_template.jinja").write_text("plain")
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+        (folder / "additional_chat_templates" / "._tool_use.jinja").write_bytes(b"\0\xff")
+    assert _said(folder, tools=False) == "plain"
+    assert _said(folder, tools=True) == "with tools"
+
+
+def test_named_templates_without_a_default_are_refused_by_name(
+    toy_k2: Path, tmp_path: Path
+) -> None:
+    _with_template(toy_k2, tmp_path / "model", [{"name": "rag", "template": "x"}])
+    with pytest.raises(K2Error, match="of the chat templates 'rag' none is named 'default'"):
+        _said(tmp_path / "model", tools=False)
