@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from k2cli.client.client import ApiClient
 from k2cli.errors import K2Error
-from k2cli.models.sources.hub import file_names
+from k2cli.models.sources.hub import repository_files
 from k2cli.proxies import unusable_proxy
 
 NAMES = ("ALL_PROXY", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "https_proxy")
@@ -40,7 +40,7 @@ def test_a_proxy_that_cannot_be_used_is_named(
     name: str, value: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    for use in (lambda: ApiClient("http://10.255.255.1:9"), lambda: file_names("a/b", None)):
+    for use in (lambda: ApiClient("http://10.255.255.1:9"), lambda: repository_files("a/b", None)):
         with pytest.raises(K2Error, match=f"{name} '.*' is not a proxy") as caught:
             use()
         assert caught.value.exit_code == 1

@@ -14,6 +14,7 @@ import typer
 from k2cli.errors import UsageError
 
 EXAMPLES: Mapping[str, str] = {
+    "--answer-tokens": "500",
     "--bits": "4",
     "--chunk": "512",
     "--concurrency": "4",
@@ -21,6 +22,7 @@ EXAMPLES: Mapping[str, str] = {
     "--lines": "100",
     "--max-tokens": "256",
     "--port": "8080",
+    "--prompt-tokens": "2000",
     "--repetitions": "5",
     "--seed": "42",
     "--temperature": "0.7",

@@ -84,4 +84,4 @@ async def test_a_node_over_ssh_answers_as_this_machine_does() -> None:
     assert node.memory().name == "b"
     process = await node.start(["printf", "%s", "a b'c"], {"K2_X": "1"})
     output, _ = await asyncio.wait_for(process.communicate(), 20)
-    assert output == b"a b'c"
+    assert output.strip() == b"a b'c"
