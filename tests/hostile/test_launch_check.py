@@ -97,6 +97,20 @@ def test_a_template_is_refused_at_the_launch(
         check(folder)
 
 
+def test_a_template_for_tools_in_a_file_of_its_own_is_tried(toy_k2: Path, tmp_path: Path) -> None:
+    folder = without_template(toy_k2, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(GOOD)
+    (folder / "additional_chat_templates").mkdir()
+    path = folder / "additional_chat_templates" / "tool_use.jinja"
+    path.write_text("{% for %}")
+    with pytest.raises(K2Error, match=r"tool_use\.jinja: .* is not valid"):
+        check(folder)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(K2Error, match=r"tool_use\.jinja: it is not a regular file"):
+        check(folder)
+
+
 def test_a_template_for_tools_is_tried_too(toy_k2: Path, tmp_path: Path) -> None:
     folder = without_template(toy_k2, tmp_path / "model")
     named = [{"name": "default", "template": GOOD}, {"name": "tool_use", "template": LOOP}]

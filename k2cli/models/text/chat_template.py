@@ -30,8 +30,8 @@ MAX_PROMPT_LETTERS = 2**27
 """The longest text that a template may write: four times the largest request body."""
 
 
-class TooLongError(K2Error):
-    """The template has written more than it may."""
+class Oversized(Exception):
+    """The template writes more than it may: the cause of the error to show."""
 
 
 class ChatTemplate:
@@ -89,15 +89,13 @@ class ChatTemplate:
             for piece in self._template.generate(context):
                 pieces.append(piece)
                 if (left := left - len(piece)) < 0:
-                    text = f"the model's chat template writes more than {max_letters} letters"
-                    raise TooLongError(text)
+                    raise Oversized
             return "".join(pieces)
-        except TooLongError:
-            raise
-        except MemoryError:
-            raise TooLongError(
-                "the model's chat template takes more memory than there is"
-            ) from None
+        except (Oversized, MemoryError) as error:
+            text = f"the model's chat template writes more than {max_letters} letters"
+            if isinstance(error, MemoryError):
+                text = "the model's chat template takes more memory than there is"
+            raise K2Error(text) from Oversized()
         except jinja2.TemplateError as error:
             raise K2Error(f"the model's chat template refuses: {error}") from error
         except Exception as error:  # template code may raise anything on unexpected messages

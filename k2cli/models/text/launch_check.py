@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.errors import K2Error
-from k2cli.models.text.chat_template import ChatTemplate, TemplateSources, TooLongError
-from k2cli.models.text.tokenizer import Tokenizer, TokenizerPanicError, tokenizer_file
+from k2cli.models.text.chat_template import ChatTemplate, Oversized, TemplateSources
+from k2cli.models.text.tokenizer import Tokenizer, is_panic, tokenizer_file
 
 Announce = Callable[[str, str], None]
 """Callback that takes the file that is about to be tried, and how: ``reading``, ``rendering``."""
@@ -108,10 +108,10 @@ def probing_text(literals: str) -> str:
 def _try_tokenizer(path: str, tokenizer: Tokenizer) -> None:
     try:
         tokenizer.encode(probing_text(tokenizer.pattern_letters))
-    except TokenizerPanicError as error:
-        raise K2Error(f"{path} cannot be used: {error.message}", error.hint) from error
-    except K2Error:
-        return  # some vocabularies lack some characters
+    except K2Error as error:
+        if is_panic(error.__cause__):
+            raise K2Error(f"{path} cannot be used: {error.message}", error.hint) from error
+        # Otherwise the vocabulary lacks a character.
 
 
 def _compiled(tokenizer: Tokenizer, path: str, *, with_tools: bool) -> ChatTemplate | None:
@@ -126,7 +126,6 @@ def _try_template(template: ChatTemplate, path: str, tools: list[dict[str, Any]]
     for turns in (_TURNS, _TURNS[1:2]):
         try:
             template.render(turns, tools, True, {}, MAX_LETTERS)
-        except TooLongError as error:
-            raise K2Error(f"{path}: {error.message}") from error
-        except K2Error:
-            continue
+        except K2Error as error:
+            if isinstance(error.__cause__, Oversized):
+                raise K2Error(f"{path}: {error.message}") from error

@@ -51,13 +51,6 @@ _CUT_TOKENS = 64
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-class TokenizerPanicError(K2Error):
-    """The tokenizers library gave up, which it reports as a panic of its Rust code.
-
-    Its regular expressions do so after ten million steps.
-    """
-
-
 class Tokenizer:
     """Tokenizer and chat template of a checkpoint. Use ``Tokenizer.load`` to create one."""
 
@@ -156,8 +149,7 @@ class Tokenizer:
         """Encode a text. Special tokens written in the text are recognised.
 
         Raises:
-            K2Error: if the text is not valid Unicode (a lone surrogate).
-            TokenizerPanicError: if the library gives up on the text.
+            K2Error: if the text is not valid Unicode (a lone surrogate), or makes the library fail.
         """
         try:
             text.encode()  # the library raises a TypeError
@@ -376,9 +368,17 @@ def _library_errors(message: str, hint: str | None = None) -> Iterator[None]:
     except Exception as error:  # the library has no more specific error
         raise K2Error(f"{message}: {error}", hint) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
-        raise TokenizerPanicError(f"{message}: {error}", "use another copy of it") from error
+        raise K2Error(f"{message}: {error}", "use another copy of it") from error
+
+
+def is_panic(error: BaseException | None) -> bool:
+    """True for a panic of the tokenizers library, which is no ``Exception``.
+
+    Its regular expressions give up like that after ten million steps.
+    """
+    return type(error).__name__ == "PanicException"
 
 
 def _special_texts(config: dict[str, Any]) -> dict[str, str]:
