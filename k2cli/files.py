@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,10 @@ from k2cli.settings import folder_variable
 from k2cli.units import format_bytes, replace_surrogates
 
 _T = TypeVar("_T")
+
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+"""Flags of ``open_regular`` to write at the end of a file, which may not be there yet."""
+
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errors of a disk, or of a user's share of it, that has no room left."""
@@ -99,25 +104,38 @@ def decode_json(data: bytes | str, type: type[_T]) -> _T:
     Raises:
         msgspec.DecodeError: if it is no JSON of that type, no UTF-8, or nested too deeply.
     """
+    return decode_with(lambda: msgspec.json.decode(data, type=type))
+
+
+def decode_with(decode: Callable[[], _T]) -> _T:
+    """Call a decoder of msgspec, JSON or MessagePack, so that it raises one kind of error.
+
+    Raises:
+        msgspec.DecodeError: if the data have another type or form, or are nested too deeply.
+    """
     try:
-        return msgspec.json.decode(data, type=type)
+        return decode()
     except RecursionError:
         raise msgspec.DecodeError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise msgspec.DecodeError(str(error)) from None
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> int:
-    """Open a file without waiting for a FIFO or creating the file, and return its descriptor.
+def open_regular(
+    path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False, mode: int = 0o666
+) -> int:
+    """Open a file without waiting for a FIFO, and return its descriptor.
 
     Args:
+        flags: as of ``os.open``; the file is created only with ``O_CREAT``.
+        mode: permissions of a file that is created, less the umask.
         follow_links: True for files of the user's own, such as those of the Hub's cache.
 
     Raises:
         OSError: if it cannot be opened, or is not a regular file.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, flags, mode)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
@@ -131,7 +149,11 @@ def read_regular(path: Path, limit_bytes: int, *, follow_links: bool = False) ->
         OSError: if it cannot be read, is not a regular file, or is larger.
     """
     with os.fdopen(open_regular(path, follow_links=follow_links), "rb") as file:
-        data = file.read(limit_bytes + 1)
+        # A read takes as much memory as it asks for, so the limit itself is not asked for.
+        expected = max(os.fstat(file.fileno()).st_size, 2**16) + 1
+        data = b""
+        while len(data) <= limit_bytes and (more := file.read(min(expected, limit_bytes + 1))):
+            data = data + more if data else more
     if len(data) > limit_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {limit_bytes} bytes", str(path))
     return data
@@ -152,6 +174,18 @@ def private_folder(folder: Path) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(f"{folder} cannot be written")
     return folder
+
+
+def read_tail(path: Path, limit_bytes: int) -> bytes:
+    """Read the last bytes of a regular file, at most ``limit_bytes``.
+
+    Raises:
+        OSError: if it cannot be read, or is not a regular file.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - limit_bytes))
+        return file.read(limit_bytes)
 
 
 def write_atomically(path: Path, data: bytes | str, mode: int | None = None) -> None:

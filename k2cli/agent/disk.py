@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2cli.files import open_regular
 from k2cli.settings import expand_home
 
 _BLOCK_BYTES = 2**24
@@ -80,12 +81,12 @@ def _open(path: Path) -> tuple[int, bool]:
     """Open a file past the cache if possible; returns the descriptor and True if that is sure."""
     if sys.platform == "linux":
         try:
-            return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+            return open_regular(path, os.O_RDONLY | os.O_DIRECT, follow_links=True), True
         except OSError as error:
             if error.errno != errno.EINVAL:
-                raise  # EINVAL: a file system without it, such as tmpfs
-            return os.open(path, os.O_RDONLY), False
-    descriptor = os.open(path, os.O_RDONLY)
+                raise  # EINVAL: a file system without it, such as tmpfs, or no regular file
+            return open_regular(path, follow_links=True), False
+    descriptor = open_regular(path, follow_links=True)
     no_cache = getattr(fcntl, "F_NOCACHE", None)
     if no_cache is not None:
         fcntl.fcntl(descriptor, no_cache, 1)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from pathlib import Path
 
 import msgspec
 
 from k2cli.errors import K2Error
+from k2cli.files import open_regular
 
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_JSON_BYTES = 50_000_000
 _COPIED_WHOLE = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
@@ -46,15 +51,26 @@ def checkpoint_heads(reference: str) -> CheckpointHeads:
         checkpoint = read_checkpoint(folder)
     except K2Error as error:
         return CheckpointHeads(problem=error.message)
+    files = {tensor.file for tensor in checkpoint.tensors.values()}
     whole = [folder / name for name in _COPIED_WHOLE if (folder / name).is_file()]
-    heads = [FileHead(path.name, path.stat().st_size, path.read_bytes()) for path in whole]
-    for path in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-        with path.open("rb") as file:
-            # The first eight bytes are the header's length; read_checkpoint has checked it.
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            heads.append(FileHead(path.name, path.stat().st_size, file.read(8 + length)))
+    try:
+        heads = [_head(path, None) for path in whole]
+        heads += [_head(path, _MAX_HEADER_BYTES) for path in sorted(files)]
+    except OSError as error:
+        return CheckpointHeads(problem=f"cannot read {error.filename}: {error.strerror}")
     return CheckpointHeads(str(folder), tuple(heads))
+
+
+def _head(path: Path, header_bytes: int | None) -> FileHead:
+    """Read a whole JSON file, or the header of a safetensors file of at most so many bytes."""
+    with os.fdopen(open_regular(path, follow_links=True), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if header_bytes is None:
+            return FileHead(path.name, size, file.read(_MAX_JSON_BYTES))
+        # The first eight bytes are the header's length; read_checkpoint has checked it.
+        start = file.read(8)
+        length = min(int.from_bytes(start, "little"), header_bytes)
+        return FileHead(path.name, size, start + file.read(length))
 
 
 def find_checkpoint(reference: str, folder: str) -> ModelCopy:
@@ -86,7 +102,8 @@ def checkpoint_digest(folder: Path) -> str:
     from k2cli.models.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(folder)
-    digest = hashlib.sha256(msgspec.json.encode(checkpoint.config, order="deterministic"))
+    # Not msgspec, which cannot encode the integers of any size that a config may have.
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for name in sorted(checkpoint.tensors):
         tensor = checkpoint.tensors[name]
         place = (name, tensor.dtype, tensor.shape, tensor.file.name, tensor.offset, tensor.nbytes)

@@ -25,7 +25,8 @@ from k2cli.bench.report import BenchRow, Clock, Sample
 from k2cli.errors import K2Error
 
 if TYPE_CHECKING:
-    from k2cli.client.client import Completion, Timings
+    from k2cli.client.answers import Timings
+    from k2cli.client.client import Completion
 
 
 class BenchTarget(Protocol):

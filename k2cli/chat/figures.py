@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from k2cli.chat.session import Answer
-from k2cli.client.client import Progress
+from k2cli.client.answers import Progress
 from k2cli.units import format_duration
 
 SCHEMA_VERSION = 1

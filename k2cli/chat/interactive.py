@@ -12,7 +12,7 @@ from typing import Protocol
 
 from k2cli.chat.figures import figures_line, progress_line
 from k2cli.chat.session import ChatSession
-from k2cli.client.client import Delta, Progress, StreamEvent
+from k2cli.client.answers import Delta, Progress, StreamEvent
 from k2cli.errors import K2Error
 
 _QUOTES = '"""'

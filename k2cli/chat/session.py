@@ -12,14 +12,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from k2cli.client.client import (
-    ApiClient,
-    Delta,
-    Ended,
-    GenerationOptions,
-    ModelInfo,
-    StreamEvent,
-)
+from k2cli.client.answers import Delta, Ended, StreamEvent, count
+from k2cli.client.client import ApiClient, GenerationOptions, ModelInfo
 from k2cli.errors import K2Error
 
 
@@ -47,8 +41,8 @@ class Answer:
         """Speed of generation by the server's clock, or else by the client's after first text."""
         if self.timings is not None:
             rate = self.timings.get("decode_tokens_per_second")
-            return float(rate) if rate is not None else None
-        tokens = self.usage.get("completion_tokens")
+            return float(rate) if isinstance(rate, int | float) else None
+        tokens = count(self.usage.get("completion_tokens"))
         if tokens is None or self.first_text_seconds is None:
             return None
         seconds = self.total_seconds - self.first_text_seconds

@@ -1,24 +1,59 @@
-"""Decoding of a server's answers, which may have any shape."""
+"""Answers of an OpenAI-compatible server, which may be of any form: JSON, and streams of events.
+
+What has another form than k2 expects is left out, or is an error that names the server.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from k2cli.errors import ClusterError, K2Error, NotAuthorisedError
+from k2cli.errors import ClusterError, K2Error
 from k2cli.files import decode_json
+from k2cli.units import MIB
+
+_MAX_LINE_BYTES = 8 * MIB
+_MAX_COUNT = 2**40
 
 
-def failure(status: int, message: str, base: str) -> K2Error:
-    """Return the error for a refused request, by its HTTP status."""
-    if status in (401, 403):
-        return NotAuthorisedError(f"{base}: {message}", "give --api-key, or set K2_API_KEY")
-    if status == 503:
-        return ClusterError(f"{base} cannot answer: {message}", "k2 ps")
-    return K2Error(f"{base} refused the request: {message}")
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Progress of a request; None for values that the server did not send."""
+
+    queue_position: int | None = None
+    prefill_done: int | None = None
+    prefill_total: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """End of a complete answer; ``usage`` is empty if the server sent none."""
+
+    finish_reason: str
+    usage: dict[str, Any]
+
+
+StreamEvent = Delta | Progress | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Durations of one request by the server's clock: prefill includes the first token."""
+
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
 
 
 def error_message(content: bytes) -> str | None:
@@ -31,38 +66,92 @@ def error_message(content: bytes) -> str | None:
     return message if isinstance(message, str) else None
 
 
-@contextmanager
-def expected_shape(base: str) -> Iterator[None]:
-    """Translate the errors of values that are not what an OpenAI API sends.
-
-    Raises:
-        K2Error: if a value is missing or of another type.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise K2Error(f"{base} does not answer as an OpenAI API: {reason}") from error
-
-
-def checked_length(value: Any) -> int | None:
-    """Return a model's context length, None if the server does not say it.
-
-    Raises:
-        ValueError: if it is not a positive number.
-    """
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"{value!r} is not a context length")
-    return value
-
-
 def decoded(content: bytes | str, base: str) -> dict[str, Any]:
-    """Decode a JSON object.
-
-    Raises:
-        K2Error: if it is not one.
-    """
     try:
         return decode_json(content, type=dict[str, Any])
     except msgspec.MsgspecError as error:
-        raise K2Error(f"{base} does not answer as an OpenAI API: {error}") from error
+        raise no_openai_api(base, error) from error
+
+
+def no_openai_api(base: str, error: Exception) -> K2Error:
+    return K2Error(f"{base} does not answer as an OpenAI API: {error}")
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """Return the objects in a list of a server; none if it is no list."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def count(value: Any) -> int | None:
+    """Return a number of tokens or requests of a server; None for anything else."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_COUNT
+    return value if is_count else None
+
+
+def lines(chunks: Iterator[bytes], base: str) -> Iterator[str]:
+    """Split a stream into its lines.
+
+    Raises:
+        K2Error: if one is too long.
+    """
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line.decode(errors="replace").rstrip("\r")
+        if len(rest) > _MAX_LINE_BYTES:
+            raise K2Error(f"{base} sends a line of more than {_MAX_LINE_BYTES} bytes")
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+def events(lines: Iterator[str], base: str) -> Iterator[StreamEvent]:
+    """Read server-sent events up to ``[DONE]``.
+
+    Raises:
+        ClusterError: if the stream contains an error, or ends without a finish reason.
+    """
+    reason: str | None = None
+    usage: dict[str, Any] = {}
+    for line in lines:
+        if not line.startswith("data:"):
+            continue
+        data = line[len("data:") :].strip()
+        if data == "[DONE]":
+            break
+        chunk = decoded(data, base)
+        if "error" in chunk:
+            message = error_message(data.encode()) or "unknown error"
+            raise ClusterError(f"the answer broke off: {message}", "k2 ps")
+        yield from _chunk_events(chunk)
+        if isinstance(found := chunk.get("usage"), dict):
+            usage = found or usage
+        for choice in objects(chunk.get("choices")):
+            if isinstance(end := choice.get("finish_reason"), str):
+                reason = end or reason
+    if reason is None:
+        raise ClusterError(f"the answer broke off: {base} closed the stream early", "k2 ps")
+    yield Ended(reason, usage)
+
+
+def _chunk_events(chunk: dict[str, Any]) -> Iterator[StreamEvent]:
+    if isinstance(extension := chunk.get("k2"), dict):
+        yield Progress(
+            queue_position=count(extension.get("queue_position")),
+            prefill_done=count(extension.get("prefill_done")),
+            prefill_total=count(extension.get("prefill_total")),
+            completion_tokens=count(extension.get("completion_tokens")),
+        )
+    for choice in objects(chunk.get("choices")):
+        delta = choice.get("delta")
+        text = choice.get("text") or (delta.get("content") if isinstance(delta, dict) else None)
+        if isinstance(text, str) and text:
+            yield Delta(text)
+
+
+def read_timings(times: Any) -> Timings | None:
+    """Read the ``timings`` member of a usage object; None if it is not that of k2."""
+    try:
+        return msgspec.convert(times, Timings)
+    except msgspec.ValidationError:
+        return None

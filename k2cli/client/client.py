@@ -14,20 +14,31 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx2
+import msgspec
 
 from k2cli.client.answers import (
-    checked_length,
+    Delta,
+    Ended,
+    Progress,
+    StreamEvent,
+    Timings,
+    count,
     decoded,
     error_message,
-    expected_shape,
-    failure,
+    events,
+    lines,
+    no_openai_api,
+    objects,
+    read_timings,
 )
-from k2cli.errors import ClusterError, K2Error, UsageError
+from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
 from k2cli.proxies import proxy_errors
+from k2cli.units import MIB
 
 CONNECT_SECONDS = 10.0
 # k2's server sends something every 15 s; others may send nothing during a long prefill.
 READ_SECONDS = 600.0
+_MAX_ANSWER_BYTES = 64 * MIB
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _K2_OWNER = "k2"
 
@@ -57,43 +68,6 @@ class GenerationOptions:
             "seed": self.seed,
         }
         return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """A piece of the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of a request; None for values that the server did not send."""
-
-    queue_position: int | None = None
-    prefill_done: int | None = None
-    prefill_total: int | None = None
-    completion_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """End of a complete answer; ``usage`` is empty if the server sent none."""
-
-    finish_reason: str
-    usage: dict[str, Any]
-
-
-StreamEvent = Delta | Progress | Ended
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Durations of one request by the server's clock: prefill includes the first token."""
-
-    queue_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,20 +137,15 @@ class ApiClient:
         Raises:
             K2Error: if the server cannot be reached or refuses the request.
         """
-        with self._failures():
-            response = self._http.get(f"{self.base}/models", timeout=CONNECT_SECONDS)
-        self._check(response)
-        with expected_shape(self.base):
-            entries = decoded(response.content, self.base).get("data", [])
-            return [
-                ModelInfo(
-                    name=str(entry.get("id", "")),
-                    context_length=checked_length(entry.get("context_length")),
-                    is_k2=entry.get("owned_by") == _K2_OWNER,
-                )
-                for entry in entries
-                if isinstance(entry, dict)
-            ]
+        entries = self._ask("GET", "models", timeout=CONNECT_SECONDS).get("data", [])
+        return [
+            ModelInfo(
+                name=str(entry.get("id", "")),
+                context_length=count(entry.get("context_length")),
+                is_k2=entry.get("owned_by") == _K2_OWNER,
+            )
+            for entry in objects(entries)
+        ]
 
     def pick_model(self, name: str | None) -> ModelInfo:
         """Return the model of a name, or the first one if the name is None.
@@ -198,11 +167,11 @@ class ApiClient:
             K2Error: if the server cannot be reached, or has no such route.
         """
         body = {"prompt": text, "add_special_tokens": False}
-        with self._failures():
-            response = self._http.post(f"{self.base}/tokenize", json=body)
-        self._check(response)
-        with expected_shape(self.base):
-            return [int(token) for token in decoded(response.content, self.base)["tokens"]]
+        tokens = self._ask("POST", "tokenize", json=body).get("tokens")
+        try:
+            return msgspec.convert(tokens, list[int])
+        except msgspec.ValidationError as error:
+            raise no_openai_api(self.base, error) from error
 
     def chat(
         self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
@@ -240,9 +209,8 @@ class ApiClient:
             elif isinstance(event, Delta) or event.completion_tokens is not None:
                 announced.append(time.monotonic())
             if isinstance(event, Progress) and event.completion_tokens is not None:
-                counted += [announced[-1]] * (event.completion_tokens - len(counted))
-        with expected_shape(self.base):
-            done = _completion(started_at, announced, time.monotonic(), ended, tokens)
+                counted += [announced[-1]] * (min(event.completion_tokens, tokens) - len(counted))
+        done = _completion(started_at, announced, time.monotonic(), ended, tokens)
         return replace(done, token_times=tuple(counted))
 
     def _stream(
@@ -254,16 +222,31 @@ class ApiClient:
             self._failures(),
             self._http.stream("POST", f"{self.base}/{route}", json=body) as response,
         ):
-            if response.is_error:
-                response.read()
-            self._check(response)
-            events = _events(response.iter_lines(), self.base)
-            while True:
-                with expected_shape(self.base):
-                    event = next(events, None)
-                if event is None:
-                    return
-                yield event
+            if not response.is_success:
+                raise self._refusal(response)
+            yield from events(lines(response.iter_bytes(), self.base), self.base)
+
+    def _ask(self, method: str, route: str, **options: Any) -> dict[str, Any]:
+        """Send a request and return the object in the answer.
+
+        Raises:
+            K2Error: if the server cannot be reached, refuses, or answers with something else.
+        """
+        with (
+            self._failures(),
+            self._http.stream(method, f"{self.base}/{route}", **options) as response,
+        ):
+            if not response.is_success:
+                raise self._refusal(response)
+            return decoded(self._body(response), self.base)
+
+    def _body(self, response: httpx2.Response) -> bytes:
+        body = bytearray()
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > _MAX_ANSWER_BYTES:
+                raise K2Error(f"{self.base} sends more than {_MAX_ANSWER_BYTES} bytes")
+        return bytes(body)
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -277,12 +260,12 @@ class ApiClient:
         except httpx2.TransportError as error:
             message = f"the connection to {self.base} was lost: {error}"
             raise ClusterError(message, "k2 ps") from error
+        except httpx2.HTTPError as error:  # such as a body that cannot be unpacked
+            raise K2Error(f"{self.base} does not answer as an HTTP server: {error}") from error
 
-    def _check(self, response: httpx2.Response) -> None:
-        if response.is_success:
-            return
-        message = error_message(response.content) or f"HTTP status {response.status_code}"
-        raise failure(response.status_code, message, self.base)
+    def _refusal(self, response: httpx2.Response) -> K2Error:
+        message = error_message(self._body(response)) or f"HTTP status {response.status_code}"
+        return _failure(response.status_code, message, self.base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,44 +284,12 @@ class CompletionSource:
         return self.client.complete(self.model, prompt, tokens)
 
 
-def _events(lines: Iterator[str], base: str) -> Iterator[StreamEvent]:
-    """Read server-sent events up to ``[DONE]``.
-
-    Raises:
-        ClusterError: if the stream contains an error, or ends without a finish reason.
-    """
-    reason: str | None = None
-    usage: dict[str, Any] = {}
-    for line in lines:
-        if not line.startswith("data:"):
-            continue
-        data = line[len("data:") :].strip()
-        if data == "[DONE]":
-            break
-        chunk = decoded(data, base)
-        if "error" in chunk:
-            message = error_message(data.encode()) or "unknown error"
-            raise ClusterError(f"the answer broke off: {message}", "k2 ps")
-        yield from _chunk_events(chunk)
-        usage = chunk.get("usage") or usage
-        for choice in chunk.get("choices", []):
-            reason = choice.get("finish_reason") or reason
-    if reason is None:
-        raise ClusterError(f"the answer broke off: {base} closed the stream early", "k2 ps")
-    yield Ended(reason, usage)
-
-
-def _chunk_events(chunk: dict[str, Any]) -> Iterator[StreamEvent]:
-    if isinstance(extension := chunk.get("k2"), dict):
-        yield Progress(
-            queue_position=extension.get("queue_position"),
-            prefill_done=extension.get("prefill_done"),
-            prefill_total=extension.get("prefill_total"),
-            completion_tokens=extension.get("completion_tokens"),
-        )
-    for choice in chunk.get("choices", []):
-        if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
-            yield Delta(text)
+def _failure(status: int, message: str, base: str) -> K2Error:
+    if status in (401, 403):
+        return NotAuthorisedError(f"{base}: {message}", "give --api-key, or set K2_API_KEY")
+    if status == 503:
+        return ClusterError(f"{base} cannot answer: {message}", "k2 ps")
+    return K2Error(f"{base} refused the request: {message}")
 
 
 def _completion(
@@ -348,23 +299,16 @@ def _completion(
     generated = usage.get("completion_tokens")
     if ended is None or not announced or generated != asked:
         raise K2Error(f"the server generated {generated or 0} tokens instead of {asked}")
+    details = usage.get("prompt_tokens_details")
+    cached = count(details.get("cached_tokens")) if isinstance(details, dict) else 0
     times = usage.get("timings")
     return Completion(
         started_at=started_at,
         first_token_at=announced[0],
         last_token_at=announced[-1],
         ended_at=ended_at,
-        prompt_tokens=int(usage["prompt_tokens"]),
+        prompt_tokens=count(usage.get("prompt_tokens")) or 0,
         completion_tokens=generated,
-        cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)),
+        cached_tokens=cached or 0,
         timings=read_timings(times) if times else None,
-    )
-
-
-def read_timings(times: dict[str, Any]) -> Timings:
-    """Decode the ``timings`` member of a usage object."""
-    return Timings(
-        queue_seconds=float(times["queue_seconds"]),
-        prefill_seconds=float(times["prefill_seconds"]),
-        decode_seconds=float(times["decode_seconds"]),
     )

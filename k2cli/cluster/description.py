@@ -16,16 +16,17 @@ from k2cli.choices import Certainty, Device
 from k2cli.cluster.facts.machine import InterfaceKind
 from k2cli.cluster.hostfile import Hostfile
 from k2cli.errors import ClusterError, UsageError
-from k2cli.files import decode_json, encode_json, unwritable, write_atomically
+from k2cli.files import decode_json, encode_json, read_regular, unwritable, write_atomically
 from k2cli.nodes.node import LOCALHOST, is_this_machine
 from k2cli.planning.hardware.chips import chip_of_device
 from k2cli.planning.hardware.gpus import Gpu
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.settings import config_directory
-from k2cli.units import GIB
+from k2cli.units import GIB, MIB
 
 SCHEMA_VERSION = 1
 LinkKind = Literal["thunderbolt", "ethernet", "wifi", "other"]
+_LIMIT_BYTES = 4 * MIB
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -150,7 +151,7 @@ def load_cluster(name: str | None = None) -> Cluster:
     name = name if name is not None else _only_cluster()
     path = cluster_path(name)
     try:
-        cluster = decode_json(path.read_bytes(), type=Cluster)
+        cluster = decode_json(read_regular(path, _LIMIT_BYTES, follow_links=True), type=Cluster)
     except FileNotFoundError:
         raise UsageError(f"there is no cluster '{name}'", _known_clusters()) from None
     except OSError as error:

@@ -17,7 +17,8 @@ from pathlib import Path
 import msgspec
 
 from k2cli.errors import UsageError
-from k2cli.files import decode_json
+from k2cli.files import decode_json, read_regular
+from k2cli.units import MIB
 
 _EXAMPLE = (
     'it looks like {"backend": "ring", "envs": [], "hosts": [{"ssh": "a", "ips": ["…"]}]}, '
@@ -28,6 +29,7 @@ _MAX_RANKS = 1024
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9._@%+^-]+)(:(?P<count>[0-9]+))?(?P<settings>(\s+\S+)*)")
 _SLOTS = re.compile(r"(?<![\w-])slots\s*=\s*(\S+)")
 _LINE_SETTINGS = re.compile(r"(\s*\b(slots|max[_-]slots)\s*=\s*[0-9]+)*\s*")
+_LIMIT_BYTES = 4 * MIB
 _SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(=|$)", re.ASCII)
 
 
@@ -60,7 +62,7 @@ def read_hostfile(path: Path) -> Hostfile:
         UsageError: if it cannot be read or is not a hostfile.
     """
     try:
-        text = path.read_bytes()
+        text = read_regular(path, _LIMIT_BYTES, follow_links=True)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     return parse_hostfile(text, str(path))

@@ -229,11 +229,12 @@ def _measure_rounds(client: ApiClient, model: ModelInfo, rounds: Rounds) -> bool
 
 def _plan_of(run: RunRecord) -> Plan:
     from k2cli.errors import K2Error
-    from k2cli.planning.plan import plan_from_json
+    from k2cli.files import read_regular
+    from k2cli.planning.plan import LIMIT_BYTES, plan_from_json
 
     path = run.folder / "plan.json"
     try:
-        return plan_from_json(path.read_bytes(), str(path))
+        return plan_from_json(read_regular(path, LIMIT_BYTES), str(path))
     except OSError as error:
         raise K2Error(f"the plan of run {run.run_id} cannot be read: {error.strerror}") from error
 

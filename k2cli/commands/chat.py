@@ -100,7 +100,7 @@ def _chat_on_terminal(session: ChatSession) -> None:
 
 def _answer(session: ChatSession, question: str) -> None:
     from k2cli.chat.figures import figures_line, progress_line
-    from k2cli.client.client import Delta, Progress
+    from k2cli.client.answers import Delta, Progress
     from k2cli.ui.chat.stream import AnswerWriter, StatusLine, dim_note
 
     writer, status = AnswerWriter(), StatusLine()

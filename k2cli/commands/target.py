@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k2cli.errors import ClusterError, K2Error
+from k2cli.files import read_regular
 
 if TYPE_CHECKING:
     from k2cli.runs.record import RunRecord
@@ -24,6 +25,7 @@ UrlOption = Annotated[
 ApiKeyOption = Annotated[
     str | None, typer.Option(envvar="K2_API_KEY", help="API key, if the server requires one.")
 ]
+_MAX_KEY_BYTES = 4096
 _LAUNCH_HINT = "k2 launch demo --detach"
 
 
@@ -75,4 +77,9 @@ def _same_folder(one: str, other: str) -> bool:
 
 def _key_of(run: RunRecord) -> str | None:
     path = run.api_key_file
-    return path.read_text().strip() if path is not None else None
+    if path is None:
+        return None
+    try:
+        return read_regular(path, _MAX_KEY_BYTES).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise K2Error(f"the API key in {path} cannot be read: {error}", "give --api-key") from error

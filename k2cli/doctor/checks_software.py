@@ -88,7 +88,7 @@ def systems(situation: Situation) -> Iterable[CheckResult]:
 
 def version_key(text: str) -> tuple[int, ...]:
     """Return a key that sorts versions by number: ``26.10`` is newer than ``26.2``."""
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
+    return tuple(int(part) for part in text.split(".") if part.isdecimal() and len(part) < 10)
 
 
 def mpi(situation: Situation) -> Iterable[CheckResult]:

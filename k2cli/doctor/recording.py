@@ -22,10 +22,12 @@ from k2cli.doctor.examination import Report, report_on, situation_of
 from k2cli.doctor.redaction import Redactor, names_in
 from k2cli.doctor.results import Need, Situation
 from k2cli.errors import UsageError
-from k2cli.files import decode_json, encode_json, unwritable
+from k2cli.files import decode_json, encode_json, read_regular, unwritable
 from k2cli.settings import user_name
+from k2cli.units import MIB
 
 SCHEMA_VERSION = 1
+_MAX_FILE_BYTES = 32 * MIB
 MANIFEST = "manifest.json"
 
 
@@ -136,7 +138,7 @@ def _manifest(report: Report, nodes: tuple[RecordedNode, ...], redactor: Redacto
         "quick": report.quick,
         "live_runs": [redactor.run_id(run) for run in sorted(situation.live_runs)],
         "ended_runs": [redactor.run_id(run) for run in sorted(situation.ended_runs)],
-        "reference": msgspec.json.decode(own),
+        "reference": decode_json(own, type=object),
         **redactor.document(measured),
     }
     return msgspec.convert(document, Manifest)
@@ -174,7 +176,9 @@ def _with_measured(situation: Situation, manifest: Manifest) -> Situation:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        manifest = decode_json(path.read_bytes(), type=Manifest)
+        manifest = decode_json(
+            read_regular(path, _MAX_FILE_BYTES, follow_links=True), type=Manifest
+        )
     except OSError as error:
         raise UsageError(
             f"'{folder}' has no recording: {error.strerror}", "k2 doctor --record FOLDER makes one"
@@ -197,10 +201,13 @@ def _read_node(node: RecordedNode, folder: Path) -> RawProbes:
 
 
 def _read(folder: Path, file: str) -> str:
-    path = (folder / file).resolve()
+    try:
+        path = (folder / file).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"the recording in '{folder}' names no file: {file!r}") from error
     if folder.resolve() not in path.parents:
         raise UsageError(f"the recording in '{folder}' names a file outside the folder: {file}")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, _MAX_FILE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}', which the recording names, cannot be read: {error}") from error

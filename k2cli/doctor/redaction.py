@@ -15,6 +15,8 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from k2cli.files import decode_json
+
 _MAC = re.compile(r"\b[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}\b")
 _UUID = re.compile(r"\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\b")
 _GUID = re.compile(r"\b(?:0x)?[0-9A-Fa-f]{16}\b|\b[0-9A-Fa-f]{4}(?::[0-9A-Fa-f]{4}){3}\b(?!:)")
@@ -217,9 +219,9 @@ class Redactor:
 
     def _json(self, text: str, change: Callable[[Any], Any]) -> str:
         try:
-            return json.dumps(change(json.loads(text)), indent=1) + "\n"
-        except ValueError:
-            return "not JSON\n"  # unknown text cannot be redacted safely
+            return json.dumps(change(decode_json(text, type=object)), indent=1) + "\n"
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            return "not JSON\n"  # text of an unknown form cannot be redacted safely
 
     def _profile(self, value: Any, key: str = "") -> Any:
         if isinstance(value, dict):

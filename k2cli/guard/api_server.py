@@ -24,7 +24,9 @@ from k2cli.protocol import Bootstrap, HttpEndpoint
 from k2cli.settings import RUN_OPTION
 
 if TYPE_CHECKING:
+    from k2cli.server.killable_reader import KillableReader
     from k2cli.server.request_reader import RequestReader
+    from k2cli.server.served_model import ServedModel
 
 _GRACEFUL_SECONDS = 2
 _CLOSE_SECONDS = 3.0
@@ -75,8 +77,50 @@ def _take_port(endpoint: HttpEndpoint) -> tuple[socket.socket, int]:
     raise AssertionError("the last port either binds or raises")
 
 
-def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> tuple[Any, RequestReader]:
-    """Make the uvicorn server and its application; imports and tokenizer take over a second.
+def _served_model(bootstrap: Bootstrap) -> ServedModel:
+    """Describe the model of a run that has an API."""
+    from k2cli.server.served_model import load_served_model
+
+    assignment, endpoint = bootstrap.assignment, bootstrap.http
+    assert endpoint is not None
+    return replace(
+        load_served_model(
+            Path(assignment.model_path), bootstrap.model_name, assignment.context_length
+        ),
+        api_key=endpoint.api_key,
+        allowed_hosts=frozenset(name.lower() for name in (endpoint.host, *endpoint.allowed_hosts)),
+        cors_origins=frozenset(endpoint.cors_origins),
+    )
+
+
+def _first_reader(bootstrap: Bootstrap) -> KillableReader:
+    """Return the process that tries the model's files, and then reads short requests."""
+    from k2cli.server.killable_reader import KillableReader
+    from k2cli.server.reader_messages import ReaderSettings
+
+    served = _served_model(bootstrap)
+    settings = ReaderSettings(
+        bootstrap.assignment.model_path,
+        served.name,
+        served.context_length,
+        served.default_temperature,
+        served.default_top_p,
+        served.default_top_k,
+    )
+    return KillableReader(settings, (RUN_OPTION, bootstrap.assignment.run_id))
+
+
+def _import_server() -> None:
+    """Import what ``_build_server`` needs, which takes half a second."""
+    import k2cli.guard.http_connection
+    import k2cli.models.text.tokenizer
+    import k2cli.server.app  # noqa: F401
+
+
+def _build_server(
+    bootstrap: Bootstrap, bridge: EngineBridge, first: KillableReader
+) -> tuple[Any, RequestReader]:
+    """Make the uvicorn server and its application.
 
     Raises:
         K2Error: if the checkpoint's tokenizer cannot be read.
@@ -90,9 +134,7 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> tuple[Any, Requ
     )
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
-    from k2cli.server.read_request import ReaderSettings
     from k2cli.server.request_reader import ProcessReader
-    from k2cli.server.served_model import load_served_model
 
     class GuardedServer(uvicorn.Server):
         """A uvicorn server that does not replace the guard's signal handlers."""
@@ -101,28 +143,9 @@ def _build_server(bootstrap: Bootstrap, bridge: EngineBridge) -> tuple[Any, Requ
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    assignment = bootstrap.assignment
-    folder = Path(assignment.model_path)
-    endpoint = bootstrap.http
-    assert endpoint is not None
-    served = replace(
-        load_served_model(folder, bootstrap.model_name, assignment.context_length),
-        api_key=endpoint.api_key,
-        allowed_hosts=frozenset(name.lower() for name in (endpoint.host, *endpoint.allowed_hosts)),
-        cors_origins=frozenset(endpoint.cors_origins),
-    )
-    reader = ProcessReader(
-        ReaderSettings(
-            str(folder),
-            served.name,
-            served.context_length,
-            served.default_temperature,
-            served.default_top_p,
-            served.default_top_k,
-        ),
-        (RUN_OPTION, assignment.run_id),
-    )
-    app = create_app(bridge, Tokenizer.load(folder), served, reader)
+    tokenizer = Tokenizer.load(Path(bootstrap.assignment.model_path))
+    reader = ProcessReader(first, first.another())
+    app = create_app(bridge, tokenizer, _served_model(bootstrap), reader)
     connection = partial(LimitedConnection, ConnectionLimits.for_files(raise_file_limit()))
     config = uvicorn.Config(
         app,
@@ -151,7 +174,7 @@ class ApiServer:
         self._endpoint = bootstrap.http
         self._listener: socket.socket | None = None
         self._server: Any = None
-        self._reader: RequestReader | None = None
+        self._reader: KillableReader | RequestReader | None = None
         self._closing = False
         self._answering = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
@@ -169,8 +192,17 @@ class ApiServer:
         self._serving = asyncio.create_task(self._serve(self._listener))
 
     async def _serve(self, listener: socket.socket) -> None:
+        """Serve once the model's tokenizer and templates are known to be harmless.
+
+        They are read here only after a process that can be killed has tried them.
+        """
+        self._reader = reader = await asyncio.to_thread(_first_reader, self._bootstrap)
+        if self._closing:
+            return
+        await reader.start()
+        await asyncio.gather(reader.load(), asyncio.to_thread(_import_server))
         self._server, self._reader = await asyncio.to_thread(
-            _build_server, self._bootstrap, self.bridge
+            _build_server, self._bootstrap, self.bridge, reader
         )
         if self._closing:
             return  # ``close`` was called meanwhile and has closed the listener

@@ -20,7 +20,7 @@ import msgspec
 
 from k2cli import event_loop
 from k2cli.errors import K2Error, UsageError
-from k2cli.files import decode_json
+from k2cli.files import decode_json, read_regular
 from k2cli.guard.file_limit import raise_file_limit
 from k2cli.guard.follower import FollowerGuard
 from k2cli.guard.leader_session import LeaderSession
@@ -29,6 +29,8 @@ from k2cli.guard.supervisor_pipe import SupervisorPipe
 from k2cli.protocol import Bootstrap
 from k2cli.settings import RUN_OPTION, runs_directory
 from k2cli.stderr import say_on_stderr
+
+_LIMIT_BYTES = 16 * 2**20
 
 
 def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -50,7 +52,7 @@ def read_bootstrap(run_id: str, name: str, rank: int) -> Bootstrap:
     """
     path = runs_directory() / run_id / name.format(rank=rank)
     try:
-        content = path.read_bytes()
+        content = read_regular(path, _LIMIT_BYTES)
         path.unlink()
         bootstrap = decode_json(content, type=Bootstrap)
     except (OSError, msgspec.MsgspecError) as error:

@@ -17,9 +17,9 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import msgspec
-
+from k2cli.files import decode_json, read_regular
 from k2cli.pauses import Deadline
 from k2cli.units import KIB, MIB, format_bytes
 
@@ -36,6 +36,7 @@ _REPORT_FOLDERS = (
     Path(os.path.expanduser("~/Library/Logs/DiagnosticReports")),
 )
 _MOST_REPORT_BYTES = 32 * MIB
+_MOST_RESIDENT_BYTES = 2**60
 # PROC_PID_INIT_INO of the kernel, whose log has the process ids of this namespace.
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 _JOURNAL_SECONDS = 2.0
@@ -87,15 +88,17 @@ def find_in_jetsam_report(text: str, pid: int) -> OutOfMemoryKill | None:
     """
     head, _, body = text.partition("\n")
     try:
-        report = msgspec.json.decode(body if body.strip() else head)
+        report = decode_json(body if body.strip() else head, type=dict[str, Any])
         page_bytes = report["memoryStatus"]["pageSize"]
         processes = [entry for entry in report["processes"] if entry.get("pid") == pid]
         for entry in processes:
             reason = entry.get("reason")
             if reason and reason not in _OTHER_REASONS:
                 resident = int(entry.get("rpages", 0)) * int(page_bytes)
+                if not 0 <= resident < _MOST_RESIDENT_BYTES:
+                    return None
                 return OutOfMemoryKill(pid, str(entry.get("name", "")), resident, str(reason))
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
     return None
 
@@ -227,5 +230,4 @@ def _reports(old: Collection[Path]) -> Iterator[str]:
     """
     for path in sorted(set(_report_paths()) - set(old), reverse=True):
         with suppress(OSError):
-            if path.stat().st_size <= _MOST_REPORT_BYTES:
-                yield path.read_text(errors="replace")
+            yield read_regular(path, _MOST_REPORT_BYTES).decode(errors="replace")

@@ -6,23 +6,31 @@ It reads frames from stdin, answers on stdout, one at a time, and ends with its 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import queue
 import resource
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
+from k2cli.errors import K2Error
+from k2cli.models.text.chat_template import TemplateSources
+from k2cli.models.text.launch_check import load_checked, load_known
+from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol.wire import LENGTH, frame
-from k2cli.server.read_request import ReaderSettings, UnreadRequest, read_request
+from k2cli.server.reader_messages import (
+    KnownTemplates,
+    Loaded,
+    NotLoaded,
+    ReaderSettings,
+    Trying,
+)
 from k2cli.server.served_model import ServedModel
-from k2cli.units import GIB
-
-MEMORY_BYTES = 6 * GIB
-"""Enough for 32 MiB of JSON as Python objects, and for K2's tokenizer."""
 
 
 def _next_frame(source: BinaryIO) -> bytes | None:
@@ -41,28 +49,57 @@ def _frames_until_the_end(source: BinaryIO, frames: queue.SimpleQueue[bytes]) ->
     os._exit(0)
 
 
-def _limit_memory() -> None:
+def _limit_memory(memory_bytes: int) -> None:
     """Limit this process's memory, which is beside a model that needs the rest of the machine.
 
-    A template can make a text of any length. Linux enforces the limit; macOS does not.
+    A template can make a text of any length. macOS does not enforce the limit; there, the guard
+    does so a moment later.
     """
     with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, hard))
+
+
+def _load(settings: ReaderSettings, tell: Callable[[msgspec.Struct], None]) -> Tokenizer | None:
+    """Load the tokenizer and tell the guard every step; return None if a file cannot be used."""
+
+    def announce(file: str, work: str) -> None:
+        tell(Trying(file, work))
+
+    folder, known = Path(settings.folder), settings.templates
+    try:
+        if known is None:
+            tokenizer = load_checked(folder, announce)
+        else:
+            sources = TemplateSources(*msgspec.structs.astuple(known))
+            tokenizer = load_known(folder, sources, announce)
+    except K2Error as error:
+        tell(NotLoaded(error.message))
+        return None
+    sources = tokenizer.template_sources
+    tell(Loaded(KnownTemplates(*dataclasses.astuple(sources))))
+    return tokenizer
 
 
 def main() -> None:
     """Answer requests until stdin ends."""
-    from k2cli.models.text.tokenizer import Tokenizer
-
-    _limit_memory()
-
     answers = os.fdopen(os.dup(1), "wb")
+
+    def tell(message: msgspec.Struct) -> None:
+        answers.write(frame(message))
+        answers.flush()
+
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     arguments = (sys.stdin.buffer, frames)
     threading.Thread(target=_frames_until_the_end, args=arguments, daemon=True).start()
     settings = msgspec.msgpack.decode(frames.get(), type=ReaderSettings)
-    tokenizer = Tokenizer.load(Path(settings.folder))
+    _limit_memory(settings.memory_bytes)
+    tokenizer = _load(settings, tell)
+    if tokenizer is None:
+        return
+    # The types of requests take long to import: the guard waits for the check of the files first.
+    from k2cli.server.read_request import UnreadRequest, read_request
+
     served = ServedModel(
         settings.name,
         settings.context_length,
@@ -72,8 +109,7 @@ def main() -> None:
     )
     decoder = msgspec.msgpack.Decoder(UnreadRequest)
     while True:
-        answers.write(frame(read_request(decoder.decode(frames.get()), tokenizer, served)))
-        answers.flush()
+        tell(read_request(decoder.decode(frames.get()), tokenizer, served))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 
 import msgspec
 
+from k2cli.files import decode_with
 from k2cli.protocol import LogLine, RunEvent, SupervisorMessage
 from k2cli.protocol.wire import ConnectionLost
 
@@ -75,7 +77,7 @@ class SupervisorPipe:
         """
         try:
             while line := await self._reader.readline():
-                yield _decoder.decode(line)
+                yield decode_with(partial(_decoder.decode, line))
         except (ValueError, msgspec.MsgspecError) as error:
             raise ConnectionLost(f"the launcher broke the protocol: {error}") from error
         except OSError:

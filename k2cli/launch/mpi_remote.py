@@ -9,11 +9,13 @@ for its files. ``K2_MPI_PREFIXES`` (JSON) maps each node to the folder of its Op
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
+from k2cli.files import decode_json
 from k2cli.nodes.ssh_connection import connection_to
 
 PREFIXES_VARIABLE = "K2_MPI_PREFIXES"
@@ -39,15 +41,21 @@ def split_host(arguments: Sequence[str]) -> tuple[str, list[str]]:
     rest = list(arguments)
     while rest and rest[0].startswith("-"):
         rest.pop(0)
+    if not rest:
+        sys.exit("usage: python -m k2cli.launch.mpi_remote HOST COMMAND...")
     return rest[0], rest[1:]
 
 
 def main() -> None:
     """Replace this process by ssh."""
     host, words = split_host(sys.argv[1:])
-    prefixes, folders = (
-        json.loads(os.environ.get(name, "{}")) for name in (PREFIXES_VARIABLE, FOLDERS_VARIABLE)
-    )
+    try:
+        prefixes, folders = (
+            decode_json(os.environ.get(name, "{}"), type=dict[str, str])
+            for name in (PREFIXES_VARIABLE, FOLDERS_VARIABLE)
+        )
+    except msgspec.DecodeError as error:
+        sys.exit(f"{PREFIXES_VARIABLE} or {FOLDERS_VARIABLE} is not a table of folders: {error}")
     command = daemon_command(words, host, prefixes, folders)
     # The command is already quoted for the shell that ssh starts on the node.
     arguments = [*connection_to(host).command([])[:-1], command]

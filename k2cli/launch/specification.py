@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from k2cli.agent.run_folder import write_private
 from k2cli.choices import Transport
 from k2cli.errors import ClusterError
-from k2cli.files import decode_json
+from k2cli.files import decode_json, read_regular
 from k2cli.launch.restart_policy import RestartPolicy
 from k2cli.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from k2cli.runs.record import RunRecord
 
 _NAME = "launch.json"
+_LIMIT_BYTES = 16 * 2**20
 FreePorts = Callable[[str, int], list[int]]
 """Returns that many free ports of the node with that name."""
 
@@ -124,7 +125,7 @@ def read_specification(folder: Path) -> RunSpecification:
         ClusterError: if it is missing or of another version of k2.
     """
     try:
-        return decode_json((folder / _NAME).read_bytes(), type=RunSpecification)
+        return decode_json(read_regular(folder / _NAME, _LIMIT_BYTES), type=RunSpecification)
     except (OSError, msgspec.MsgspecError) as error:
         raise ClusterError(f"{folder} contains no run that can be started: {error}") from error
 

@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from k2cli.errors import K2Error
-from k2cli.files import open_regular, read_regular
+from k2cli.files import open_regular
 from k2cli.models.config_form import standard_config
+from k2cli.models.json_files import (
+    end_tokens,
+    read_generation_config,
+    read_json_object,
+    shown,
+)
 from k2cli.models.layout import (
     INDEX_NAME,
     choose_weight_files,
@@ -31,10 +37,12 @@ from k2cli.models.layout import (
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors library; the largest header of K2 has about 3 MB."""
 
-_MAX_JSON_BYTES = 50_000_000
 _MAX_DIMENSION = 2**48
-_LARGEST_TOKEN = 2**31 - 1
 _MAX_DIMENSIONS = 16
+READ_ENDINGS = (".json", ".safetensors", ".jinja", ".tiktoken", ".model", ".txt")
+"""Endings of the files of a checkpoint that k2 reads or copies."""
+
+
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -84,9 +92,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         K2Error: if the config or a header is missing, malformed or contradicts its file, or if
-            a file of the checkpoint is missing.
+            a file of the checkpoint is missing, or one that k2 reads or copies is no regular file.
     """
     config = read_config(folder)
+    check_regular(folder)
     tensors, warnings = read_tensors(
         folder,
         names_in(folder),
@@ -150,11 +159,35 @@ def _united(parts: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTens
     return tensors
 
 
+def check_regular(folder: Path) -> None:
+    """Check that the files that k2 reads or copies are regular, so that no reader waits for ever.
+
+    Raises:
+        K2Error: for the first one that is a device or a FIFO.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            # A link to nothing is told by the reader of the file.
+            odd = sorted(
+                entry.name
+                for entry in entries
+                if entry.name.endswith(READ_ENDINGS)
+                and not entry.is_file()
+                and not entry.is_dir()
+                and Path(entry.path).exists()
+            )
+    except OSError as error:
+        raise K2Error(f"cannot read {folder}: {error.strerror}") from error
+    if odd:
+        raise K2Error(f"cannot read {folder / odd[0]}: it is not a regular file")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read ``config.json``; ``eos_token_id`` of ``generation_config.json`` takes precedence.
 
     Raises:
-        K2Error: if it is missing, not a JSON object, or a field that k2 uses has another type.
+        K2Error: if it is missing, not a JSON object, or a field that k2 uses has another type or
+            an impossible value.
     """
     path = folder / "config.json"
     config = standard_config(read_json_object(path), str(path))
@@ -181,32 +214,11 @@ def _checked_config(folder: Path, path: Path, config: dict[str, Any]) -> dict[st
         if not isinstance(config["text_config"], dict):
             raise K2Error(f"{path}: text_config must be an object")
         _check_config(path, config["text_config"], required_model_type=False)
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        end = read_json_object(generation).get("eos_token_id")
-        if end is not None:
-            config["eos_token_id"] = end
     end_tokens(path, config.get("eos_token_id"))
+    end = read_generation_config(folder).get("eos_token_id")
+    if end is not None:
+        config["eos_token_id"] = end
     return config
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file of at most 50 MB that holds an object.
-
-    Raises:
-        K2Error: if it cannot be read, is too long, or does not hold a JSON object.
-    """
-    try:
-        data = read_regular(path, _MAX_JSON_BYTES, follow_links=True)
-        refuse_pointer(path, data)
-        document = json.loads(data)
-    except OSError as error:
-        raise K2Error(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise K2Error(f"{path} is not JSON: {error}", download_hint(path)) from error
-    if not isinstance(document, dict):
-        raise K2Error(f"{path} must hold a JSON object, not {type(document).__name__}")
-    return document
 
 
 def _check_config(path: Path, config: dict[str, Any], *, required_model_type: bool) -> None:
@@ -228,37 +240,6 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MAX_DIMENSION
 
 
-def shown(value: object) -> str:
-    """Format any JSON value for a message, in at most 60 characters."""
-    # JSON may hold an integer of thousands of digits, for which str() raises.
-    if isinstance(value, int) and abs(value) > 10**30:
-        return f"a number of about {value.bit_length()} bits"
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # such an integer inside a list
-        return f"this {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def end_tokens(path: Path, value: object) -> list[int]:
-    """Return ``eos_token_id`` as a list; configs hold one, several or none.
-
-    ``path`` is for messages.
-
-    Raises:
-        K2Error: if it is neither an integer nor a list of integers.
-    """
-    tokens: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
-    if any(
-        isinstance(token, bool) or not isinstance(token, int) or abs(token) > _LARGEST_TOKEN
-        for token in tokens
-    ):
-        raise K2Error(
-            f"{path}: eos_token_id must be an integer or a list of them, not {shown(value)}"
-        )
-    return tokens
-
-
 def read_index(folder: Path) -> dict[str, str] | None:
     """Read the index of a folder: the file of each tensor; None if there is none.
 
@@ -266,7 +247,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
         K2Error: if it is malformed.
     """
     path = folder / INDEX_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     return weight_map_of(path, read_json_object(path))
 

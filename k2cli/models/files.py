@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k2cli.errors import K2Error
-from k2cli.files import unwritable
+from k2cli.files import open_regular, unwritable
 
 _CHUNK_BYTES = 2**20
 
@@ -53,7 +53,7 @@ def _temporary_prefix(folder: Path) -> str:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, as lower-case hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with os.fdopen(open_regular(path, follow_links=True), "rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -68,7 +68,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("w")
+        stream = os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
         raise unwritable(error, path) from error
     with stream:

@@ -6,6 +6,7 @@ config that k2 ships for an alias, or the headers of a repository on the Hub.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def inspect_model(text: str) -> Checkpoint:
     """
     reference = parse_reference(text)
     folder = present_folder(reference)
-    if folder is not None and (folder / "config.json").is_file():
+    if folder is not None and os.path.lexists(folder / "config.json"):
         return read_checkpoint(folder)
     if reference.kind == "local" and folder is not None:
         raise without_config(text, names_in(folder))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.catalog import CatalogEntry, HubSource, WheelSource, catalog
-from k2cli.models.checkpoint import read_json_object
+from k2cli.models.json_files import read_json_if_present
 from k2cli.models.layout import (
     is_own,
     names_in,
@@ -165,7 +165,7 @@ def conversion_source(reference: ModelReference) -> dict[str, Any] | None:
 def is_conversion_of(folder: Path, source: dict[str, Any]) -> bool:
     """Return True if ``folder`` was converted from that GGUF."""
     path = folder / SOURCE_NAME
-    return path.is_file() and read_json_object(path) == source
+    return read_json_if_present(path) == source
 
 
 def local_checkpoint(text: str) -> Path:

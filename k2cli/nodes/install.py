@@ -22,15 +22,17 @@ from typing import Literal
 from k2cli import __version__
 from k2cli.agent.own_wheel import build_own_wheel, own_digest
 from k2cli.errors import ClusterError, UsageError
+from k2cli.files import read_regular
 from k2cli.nodes.interpreter import MANAGED_PYTHON, Report, find_interpreter, last_line, report_of
 from k2cli.nodes.node import Completed, Node
 from k2cli.nodes.parallel import in_parallel
-from k2cli.units import format_bytes, format_duration
+from k2cli.units import GIB, format_bytes, format_duration
 
 OLDEST_PYTHON = (3, 11)
 _NEWEST_PYTHON_MINOR = 14
 _FOLDER = ".k2"
 _ENVIRONMENT_SECONDS = 120.0
+_MAX_WHEEL_BYTES = 4 * GIB
 _INSTALL_SECONDS = 1800.0
 # Slow Wi-Fi; the largest wheel has 60 MB.
 _COPY_BYTES_PER_SECOND = 500_000
@@ -280,7 +282,11 @@ def _copy_wheels(node: Node, folder: str, wheels: Path | None, on_step: OnStep) 
     with _reported(node, f"copying {len(given) + 1} wheels, {format_bytes(total)}", on_step):
         _copy(node, f"{folder}/{name}", data)
         for path in given:
-            _copy(node, f"{folder}/{path.name}", path.read_bytes())
+            _copy(
+                node,
+                f"{folder}/{path.name}",
+                read_regular(path, _MAX_WHEEL_BYTES, follow_links=True),
+            )
     return name
 
 

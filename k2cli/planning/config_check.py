@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2cli.errors import UsageError
-from k2cli.models.checkpoint import shown
+from k2cli.models.json_files import shown
 
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "model_dim")

@@ -14,13 +14,15 @@ import msgspec
 
 from k2cli.choices import Certainty, FloatType
 from k2cli.errors import UsageError
-from k2cli.files import decode_json, encode_json, unwritable, write_atomically
+from k2cli.files import decode_json, encode_json, read_regular, unwritable, write_atomically
 from k2cli.gpu_name import GpuName
 from k2cli.planning.speed.estimate import SpeedEstimate
 from k2cli.planning.speed.exchange import ANSWER_TOKENS, PROMPT_TOKENS
 from k2cli.sharding.placement import Placement
 
 SCHEMA_VERSION = 1
+LIMIT_BYTES = 32 * 2**20
+"""The largest plan that is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,7 @@ def read_plan(path: Path) -> Plan:
         UsageError: if the file cannot be read, or is not a plan.
     """
     try:
-        return plan_from_json(path.read_bytes(), str(path))
+        return plan_from_json(read_regular(path, LIMIT_BYTES, follow_links=True), str(path))
     except OSError as error:
         raise UsageError(
             f"plan '{path}' cannot be read: {error.strerror}", "k2 plan-memory MODEL --save FILE"

@@ -11,10 +11,12 @@ import hashlib
 import hmac
 import os
 import socket
+from functools import partial
 from typing import Any, Generic
 
 import msgspec
 
+from k2cli.files import decode_with
 from k2cli.protocol.wire import (
     LENGTH,
     MAX_FRAME_BYTES,
@@ -111,7 +113,8 @@ class AsyncChannel(Generic[T]):
             (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
             if size > MAX_FRAME_BYTES:
                 raise ConnectionLost(f"a frame of {size} bytes is too long")
-            return self._decoder.decode(await self._reader.readexactly(size))
+            body = await self._reader.readexactly(size)
+            return decode_with(partial(self._decoder.decode, body))
         except (OSError, asyncio.IncompleteReadError) as error:
             raise ConnectionLost("the peer closed the connection") from error
         except msgspec.MsgspecError as error:

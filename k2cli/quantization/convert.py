@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
+from k2cli.files import open_regular
 from k2cli.models.checkpoint import StoredTensor, read_checkpoint
 from k2cli.models.files import folder_being_made
 from k2cli.models.layout import INDEX_NAME
@@ -186,7 +187,8 @@ def _pieces(step: Step, writer: ShardWriter, piece_bytes: int) -> Iterator[tuple
         return
     row_bytes = step.stored.nbytes // rows
     rows_per_piece = max(1, piece_bytes // row_bytes)
-    with step.stored.file.open("rb", buffering=0) as stream:
+    descriptor = open_regular(step.stored.file, follow_links=True)
+    with os.fdopen(descriptor, "rb", buffering=0) as stream:
         for first in range(0, rows, rows_per_piece):
             count = min(rows_per_piece, rows - first)
             data = _read(stream.fileno(), step.stored, first * row_bytes, count * row_bytes)

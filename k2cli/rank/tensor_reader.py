@@ -36,6 +36,7 @@ from typing import BinaryIO, Self, cast
 import mlx.core as mx
 
 from k2cli.errors import InternalError, K2Error
+from k2cli.files import open_regular
 from k2cli.models.checkpoint import DTYPE_BITS, StoredTensor
 from k2cli.sharding.slices import AxisSlice, Run
 
@@ -196,7 +197,7 @@ class TensorReader:
     def _open(self, file: Path) -> int:
         if file not in self._descriptors:
             try:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
+                self._descriptors[file] = open_regular(file, follow_links=True)
             except OSError as error:
                 raise K2Error(f"cannot read {file}: {error.strerror}") from error
         return self._descriptors[file]

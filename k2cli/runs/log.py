@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
+from k2cli.errors import K2Error
+from k2cli.files import open_regular
 from k2cli.units import MIB, clean_text
 
 MAX_LOG_BYTES = 64 * MIB
 _POLL_SECONDS = 0.2
+_MAX_LINE_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +53,13 @@ def parse_entry(line: str) -> LogEntry:
 
 def last_lines(path: Path, count: int | None) -> Iterator[str]:
     """The last ``count`` lines of a log, or all of them; none if there is no log yet."""
-    if not path.is_file():
+    try:
+        file = _opened(path)
+    except FileNotFoundError:
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        lines = file if count is None else deque(file, maxlen=max(count, 0))
-        for line in lines:
-            yield line.rstrip("\n")
+    with file:
+        whole = _whole_lines(file)
+        yield from whole if count is None else deque(whole, maxlen=max(count, 0))
 
 
 def follow(path: Path, count: int | None, over: Callable[[], bool]) -> Iterator[str]:
@@ -62,28 +67,49 @@ def follow(path: Path, count: int | None, over: Callable[[], bool]) -> Iterator[
 
     If the log is rotated meanwhile, continue with its new file.
     """
-    while not path.is_file():
+    while not os.path.lexists(path):
         if over():
             return
         time.sleep(_POLL_SECONDS)
-    file = path.open(encoding="utf-8", errors="replace")
+    file = _opened(path)
     try:
-        for line in deque(file, maxlen=count) if count is not None else file:
-            yield line.rstrip("\n")
+        whole = _whole_lines(file)
+        yield from deque(whole, maxlen=count) if count is not None else whole
         partial = ""
         while True:
             ended = over()
-            while chunk := file.readline():
+            while chunk := file.readline(_MAX_LINE_CHARACTERS):
                 partial += chunk
-                if partial.endswith("\n"):
+                if partial.endswith("\n") or len(partial) >= _MAX_LINE_CHARACTERS:
                     yield partial.rstrip("\n")
                     partial = ""
             if ended:
                 return
             if path.exists() and path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 file.close()
-                file = path.open(encoding="utf-8", errors="replace")
+                file = _opened(path)
                 continue
             time.sleep(_POLL_SECONDS)
     finally:
         file.close()
+
+
+def _opened(path: Path) -> TextIO:
+    """Open a log.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        K2Error: if it cannot be read, or is not a regular file.
+    """
+    try:
+        return os.fdopen(open_regular(path), encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise K2Error(f"the log {path} cannot be read: {error.strerror}") from error
+
+
+def _whole_lines(file: TextIO) -> Iterator[str]:
+    """Yield the lines of a file. One that is too long to be of k2 comes in pieces."""
+    while line := file.readline(_MAX_LINE_CHARACTERS):
+        yield line.rstrip("\n")

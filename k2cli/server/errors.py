@@ -6,6 +6,8 @@ form: a missing route, a field of the wrong type, a wrong key, an engine that ha
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,6 +21,11 @@ from k2cli.protocol import RequestFailed
 # The client has closed the connection and does not receive it. nginx logs such requests with it.
 CLIENT_CLOSED_REQUEST = 499
 MAX_MESSAGE_LETTERS = 1000
+_MAX_SEARCHED_LETTERS = 4 * MAX_MESSAGE_LETTERS
+# The folders of an absolute path. Their names may have spaces within, but none at the ends; what
+# follows a letter or a colon is a fraction or a URL.
+_FOLDERS = re.compile(r"""(?<![\w.:/-])~?/(?:[^\s/'":;,](?:[^/\n'":;,]*[^\s/'":;,])?/)+""")
+_logger = logging.getLogger(__name__)
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _HTTP_CODES = {
@@ -82,20 +89,32 @@ def invalid(message: str, param: str, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
+def without_folders(text: str) -> str:
+    """Shorten the paths in a text of the server to the names of their files.
+
+    Clients see which file is wrong; the names of folders and users stay in the log, which has the
+    whole text.
+    """
+    return _FOLDERS.sub("", text[:_MAX_SEARCHED_LETTERS])
+
+
 def unavailable(cause: str) -> ApiError:
     """Make a 503 error: no run is ready, or the run ended before the request."""
-    return ApiError(503, cause, kind=_SERVER, code="engine_unavailable")
+    return ApiError(503, without_folders(cause), kind=_SERVER, code="engine_unavailable")
 
 
 def engine_failure(failure: RequestFailed) -> ApiError:
     """Make the error for a request that the engine refused or broke off."""
+    text = without_folders(failure.error)
+    if text != failure.error:
+        _logger.warning("%s", failure.error)
     match failure.kind:
         case "invalid":
-            return ApiError(400, failure.error)
+            return ApiError(400, text)
         case "capacity":
-            return ApiError(429, failure.error, kind="rate_limit_error", code="over_capacity")
+            return ApiError(429, text, kind="rate_limit_error", code="over_capacity")
         case _:
-            return ApiError(500, failure.error, kind=_SERVER, code="internal_error")
+            return ApiError(500, text, kind=_SERVER, code="internal_error")
 
 
 def validation_failure(error: ValidationError) -> ApiError:

@@ -19,22 +19,11 @@ from k2cli.server.engine_request import (
     completion_request,
     tokenize_body,
 )
-from k2cli.server.errors import ApiError, validation_failure
+from k2cli.server.errors import ApiError, validation_failure, without_folders
 from k2cli.server.schemas import ChatCompletionBody, CompletionBody, TokenizeBody
 from k2cli.server.served_model import ServedModel
 
 RequestKind = Literal["chat", "completion", "tokenize"]
-
-
-class ReaderSettings(msgspec.Struct, frozen=True):
-    """The first frame to a reader process: whose requests it reads."""
-
-    folder: str
-    name: str
-    context_length: int
-    default_temperature: float
-    default_top_p: float
-    default_top_k: int
 
 
 class UnreadRequest(msgspec.Struct, frozen=True):
@@ -100,7 +89,7 @@ def read_request(
     except ApiError as error:
         refused = error
     except K2Error as error:
-        refused = ApiError(400, error.message)
+        refused = ApiError(400, without_folders(error.message))
     return ReadRequest(
         refusal=Refusal(refused.status, refused.message, refused.kind, refused.param, refused.code)
     )

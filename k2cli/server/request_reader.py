@@ -1,42 +1,37 @@
-"""The guard's side of reading requests: two reader processes, a time limit, and a limit on waiting.
+"""The guard's side of reading requests: two reader processes, and limits on time and on waiting.
 
 Short requests have a process of their own, so that they never wait behind a long one. A process
-that needs longer than the limit is killed, and the next request gets a new one.
+that exceeds its limits is killed, and the next request gets a new one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import sys
-from collections.abc import Sequence
+import logging
 from typing import Protocol
 
 import msgspec
 
-from k2cli.protocol.wire import LENGTH, MAX_FRAME_BYTES, frame
+from k2cli.errors import K2Error
+from k2cli.files import decode_with
 from k2cli.server.errors import ApiError, unavailable
-from k2cli.server.read_request import (
-    ReaderSettings,
-    ReadRequest,
-    RequestKind,
-    UnreadRequest,
-    accepted,
-)
-from k2cli.units import KIB
+from k2cli.server.killable_reader import KillableReader, ProcessEnded, ProcessTooLarge
+from k2cli.server.read_request import ReadRequest, RequestKind, UnreadRequest, accepted
+from k2cli.units import KIB, format_bytes
 
 LONG_REQUEST_BYTES = 64 * KIB
 """A longer body goes to the process for long requests."""
 
 SHORT_SECONDS = 20.0
 LONG_SECONDS = 60.0
-"""Limits of reading a short request and a long one, with the start of the process (K2's: 2 s)."""
+"""Limits of reading a short request and a long one."""
 
-_UNREADABLE = "unreadable_request"
 MAX_SHORT_WAITING, MAX_LONG_WAITING = 1024, 16
 """Requests that may wait for their process; further ones are refused with 429."""
+
+_UNREADABLE = "unreadable_request"
+_logger = logging.getLogger(__name__)
 
 
 class RequestReader(Protocol):
@@ -59,25 +54,13 @@ class RequestReader(Protocol):
         ...
 
 
-class _Ended(Exception):
-    """The process ended, or did not keep to the protocol."""
+class _Queue:
+    """The requests for one process, which reads them one after another."""
 
-
-class ReaderProcess:
-    """One reader process, started when it is needed and again after it was killed."""
-
-    def __init__(
-        self,
-        settings: ReaderSettings,
-        arguments: Sequence[str],
-        seconds: float,
-        max_waiting: int,
-    ) -> None:
-        self._settings = settings
-        self._arguments = arguments
+    def __init__(self, process: KillableReader, seconds: float, max_waiting: int) -> None:
+        self.process = process
         self._seconds = seconds
         self._max_waiting = max_waiting
-        self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
         self._waiting = 0
 
@@ -85,7 +68,8 @@ class ReaderProcess:
         """Read one request after those that came before it.
 
         Raises:
-            ApiError: 429 if too many wait; 400 if this one takes too long or breaks the process.
+            ApiError: 429 if too many wait; 400 if this one exceeds a limit or breaks the process;
+                503 if no process can be started.
         """
         if self._waiting >= self._max_waiting:
             raise ApiError(
@@ -104,94 +88,59 @@ class ReaderProcess:
 
     async def _ask(self, unread: UnreadRequest) -> ReadRequest:
         """Ask the process, and once more a new one if it ended: the request may be innocent."""
-        with contextlib.suppress(_Ended):
+        with contextlib.suppress(ProcessEnded):
             return await self._try(unread)
-        with contextlib.suppress(_Ended):
+        with contextlib.suppress(ProcessEnded):
             return await self._try(unread)
         raise ApiError(400, "the process that reads requests ends with this one", code=_UNREADABLE)
 
     async def _try(self, unread: UnreadRequest) -> ReadRequest:
         done = False
         try:
-            if self._process is None or self._process.returncode is not None:
-                await self.start()
-            answer = await asyncio.wait_for(self._exchange(unread), self._seconds)
+            await self.process.load()
+            answer = await self.process.ask(unread, self._seconds)
+            read = decode_with(lambda: msgspec.msgpack.decode(answer, type=ReadRequest))
             done = True
+        except K2Error as error:
+            _logger.error("%s", error.message)
+            raise unavailable("requests cannot be read now; the log has the reason") from error
         except TimeoutError as error:
             message = f"reading the request took longer than {self._seconds:.0f} s"
             raise ApiError(400, message, code=_UNREADABLE) from error
+        except ProcessTooLarge as error:
+            limit = format_bytes(self.process.memory_bytes)
+            message = f"reading the request takes more than {limit} of memory"
+            raise ApiError(400, message, code=_UNREADABLE) from error
+        except msgspec.MsgspecError as error:
+            raise ProcessEnded from error
         finally:
             if not done:  # also when the client has gone: what it reads is nobody's any more
-                await self.close()
-        return msgspec.msgpack.decode(answer, type=ReadRequest)
-
-    async def start(self) -> None:
-        """Start the process, which loads the tokenizer before it reads its first request.
-
-        Raises:
-            ApiError: 503 if the system does not allow it now.
-        """
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._arguments,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise unavailable(f"requests cannot be read: {error.strerror}") from error
-        assert self._process.stdin is not None
-        self._process.stdin.write(frame(self._settings))
-
-    async def _exchange(self, unread: UnreadRequest) -> bytes:
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(frame(unread))
-            await process.stdin.drain()
-            (size,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
-            if size > MAX_FRAME_BYTES:
-                raise _Ended
-            return await process.stdout.readexactly(size)
-        except (asyncio.IncompleteReadError, OSError) as error:
-            raise _Ended from error
-
-    async def close(self) -> None:
-        """Kill the process, if there is one."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-        await process.wait()
+                await self.process.close()
+        return read
 
 
 class ProcessReader:
     """Reads short and long requests in two processes.
 
     Args:
-        settings: the model that is served.
-        marks: arguments by which the processes are known as the run's.
+        short: the process for short requests, which may have been started.
+        long: that for long ones, which is started when one comes.
     """
 
-    def __init__(self, settings: ReaderSettings, marks: Sequence[str]) -> None:
-        arguments = [sys.executable, "-P", "-m", "k2cli.guard.reader_process", *marks]
-        self._short = ReaderProcess(settings, arguments, SHORT_SECONDS, MAX_SHORT_WAITING)
-        self._long = ReaderProcess(settings, arguments, LONG_SECONDS, MAX_LONG_WAITING)
+    def __init__(self, short: KillableReader, long: KillableReader) -> None:
+        self._short = _Queue(short, SHORT_SECONDS, MAX_SHORT_WAITING)
+        self._long = _Queue(long, LONG_SECONDS, MAX_LONG_WAITING)
 
     async def read(self, kind: RequestKind, body: bytes) -> ReadRequest:
         """Read a request in the process for its length."""
-        reader = self._long if len(body) > LONG_REQUEST_BYTES else self._short
-        return accepted(await reader.read(UnreadRequest(kind, body)))
+        queue = self._long if len(body) > LONG_REQUEST_BYTES else self._short
+        return accepted(await queue.read(UnreadRequest(kind, body)))
 
     async def start(self) -> None:
         """Start the process for short requests, which loads its tokenizer in the background."""
-        with contextlib.suppress(ApiError):  # the first request tries again
-            await self._short.start()
+        with contextlib.suppress(K2Error):  # the first request tries again
+            await self._short.process.start()
 
     async def close(self) -> None:
         """Kill both processes."""
-        await asyncio.gather(self._short.close(), self._long.close())
+        await asyncio.gather(self._short.process.close(), self._long.process.close())

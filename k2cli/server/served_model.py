@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from k2cli.files import decode_json
+from k2cli.files import read_regular
 from k2cli.units import MIB
 
 DEFAULT_MAX_BODY_BYTES = 32 * MIB
+_MAX_CONFIG_BYTES = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class ServedModel:
 def load_served_model(folder: Path, name: str, context_length: int) -> ServedModel:
     """Describe a checkpoint for serving; sampling defaults come from its generation_config.json.
 
-    If the file is absent, unreadable or holds other values than numbers, the defaults are those of
-    OpenAI's API: suggested values must not keep a server from starting.
+    Where the file has no such value, the default is that of OpenAI's API. A launch refuses a file
+    that cannot be read, and impossible values, before (``models.json_files``).
     """
     suggested = _generation_config(folder / "generation_config.json")
     return ServedModel(
@@ -60,9 +60,11 @@ def load_served_model(folder: Path, name: str, context_length: int) -> ServedMod
 
 def _generation_config(path: Path) -> dict[str, Any]:
     try:
-        return decode_json(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError):
+        # Not ``decode_json``, which refuses the infinities that some of these files have.
+        found = json.loads(read_regular(path, _MAX_CONFIG_BYTES, follow_links=True))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _number(values: dict[str, Any], name: str, default: float, *, high: float) -> float:

@@ -243,13 +243,13 @@ def _mixture(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], _De
             "use a recipe with one number of bits, such as 4bit",
         )
     names = downs[0].split(".")
-    position = next((i for i, name in enumerate(names) if name.isdigit()), len(names) - 1)
+    position = next((i for i, name in enumerate(names) if _is_index(name)), len(names) - 1)
     low, high = MIXED[recipe.mixed]
     layers = len(model.layers)
 
     def decide(path: str, _: nn.Module) -> _Decision:
         parts = path.split(".")
-        index = int(parts[position]) if len(parts) > position and parts[position].isdigit() else 0
+        index = int(parts[position]) if len(parts) > position and _is_index(parts[position]) else 0
         eighth = layers // 8
         matters = index < eighth or index >= 7 * layers // 8 or (index - eighth) % 3 == 2
         finer = "lm_head" in path or (
@@ -258,3 +258,8 @@ def _mixture(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], _De
         return {**recipe.settings, "bits": high if finer else low}
 
     return decide
+
+
+def _is_index(name: str) -> bool:
+    # Not ``isdigit``, which is true of a superscript; nor a number that ``int`` refuses.
+    return name.isdecimal() and len(name) < 10

@@ -150,7 +150,7 @@ class Journal:
 
     def _node_of(self, rank: int) -> str:
         ranks = self.record.ranks
-        return ranks[rank].node if rank < len(ranks) else "an unknown node"
+        return ranks[rank].node if 0 <= rank < len(ranks) else "an unknown node"
 
     def note_restart(self, event: RunRestarting, failure: FailureRecord | None) -> None:
         """Record a failed attempt that another one follows, and show that."""
@@ -199,7 +199,7 @@ class Journal:
 
     def _set_rank(self, rank: int, **fields: int | float) -> None:
         ranks: list[RankRecord] = list(self.record.ranks)
-        if rank < len(ranks):
+        if 0 <= rank < len(ranks):
             ranks[rank] = replace(ranks[rank], **fields)  # type: ignore[arg-type]
             self._save(replace(self.record, ranks=tuple(ranks)))
 

@@ -12,9 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from k2cli.files import disk_reason
-
-_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+from k2cli.files import APPEND, disk_reason, open_regular
 
 
 class LogFile:
@@ -85,7 +83,7 @@ class LogFile:
 
     def _open(self) -> int:
         if self._descriptor is None:
-            self._descriptor = os.open(self._path, _FLAGS, 0o666)
+            self._descriptor = open_regular(self._path, APPEND)
             self._size = os.fstat(self._descriptor).st_size
         return self._descriptor
 

@@ -11,10 +11,12 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 
+from k2cli.files import decode_with
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.nodes.node import Node
 from k2cli.protocol import Heartbeat, NextAttempt, RunEvent, StopRun
@@ -116,8 +118,8 @@ class Processes:
     async def _read_events(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
         async for line in _lines(stream):
             try:
-                event = _decoder.decode(line)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                event = decode_with(partial(_decoder.decode, line))
+            except msgspec.MsgspecError:
                 self._journal.log_line(command, line)
                 continue
             self._on_event(event)
@@ -186,15 +188,15 @@ class Processes:
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Yield the lines of a stream, without those that are longer than its limit.
+    """Yield the lines of a stream, with a note for each that is longer than its limit.
 
     Reading goes on after those: a process whose output nobody reads would wait for ever.
     """
     while True:
         try:
             line = await stream.readline()
-        except ValueError:
-            continue
+        except ValueError:  # the stream has dropped what it has of the line
+            line = b"[a line is left out: it is too long]\n"
         if not line:
             return
         yield line

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ import msgspec
 from k2cli.agent.run_processes import kill_run
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
+from k2cli.files import APPEND, decode_with, open_regular, read_tail
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import python_environment
 from k2cli.protocol import RunEvent
@@ -30,9 +32,12 @@ from k2cli.runs.record import (
     save_record,
 )
 from k2cli.supervisor.outcome import describe_status, error_of
+from k2cli.units import KIB, MIB, clean_text
 
 _POLL_SECONDS = 0.02
 _STOP_SECONDS = 25.0
+_SHOWN_LOG_BYTES = 64 * KIB
+_EVENT_BYTES = 16 * MIB
 
 
 def launch_here(
@@ -114,8 +119,8 @@ def launch_detached(
 def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:
     """Start the supervisor of a run as a process that outlives this one."""
     try:
-        output = os.open(folder / LOG_NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    except OSError:  # a full disk: the supervisor does without
+        output = open_regular(folder / LOG_NAME, APPEND, mode=0o600)
+    except OSError:  # a full disk, or something else of that name: the supervisor does without
         output = os.open(os.devnull, os.O_WRONLY)
     try:
         return subprocess.Popen(
@@ -157,7 +162,8 @@ def _failure(folder: Path, supervisor: subprocess.Popen[bytes]) -> ClusterError:
         return ClusterError(f"{record.run_id} was stopped before it was ready: {record.cause}")
     said: list[str] = []
     with suppress(OSError):
-        said = (folder / LOG_NAME).read_text(errors="replace").strip().splitlines()
+        tail = read_tail(folder / LOG_NAME, _SHOWN_LOG_BYTES)
+        said = clean_text(tail.decode(errors="replace")).strip().splitlines()
     cause = f"the supervisor ended ({describe_status(supervisor.returncode)})"
     if said:
         cause += f": {said[-1]}"
@@ -196,15 +202,16 @@ class _EventFile:
 
     def new(self) -> list[RunEvent]:
         """Return the events that were completely written since the last call."""
-        if not self._path.is_file():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
+        try:
+            with os.fdopen(open_regular(self._path), "rb") as file:
+                file.seek(self._offset)
+                data = file.read(_EVENT_BYTES)
+        except OSError:
+            return []  # there is none yet
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         found = []
         for line in whole.splitlines():
             with suppress(msgspec.MsgspecError):  # a disk that was full may have cut a line
-                found.append(self._decoder.decode(line))
+                found.append(decode_with(partial(self._decoder.decode, line)))
         return found

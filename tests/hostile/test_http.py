@@ -23,7 +23,8 @@ from k2cli.guard.http_connection import ConnectionLimits, LimitedConnection
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol import Generate, Tokens
 from k2cli.server import auth, request_reader
-from k2cli.server.read_request import ReaderSettings
+from k2cli.server.killable_reader import KillableReader
+from k2cli.server.reader_messages import ReaderSettings
 from k2cli.server.request_reader import ProcessReader
 from k2cli.server.served_model import ServedModel
 from tests.server.scripted import ScriptedEngine, finished, serving
@@ -76,7 +77,8 @@ class Server:
 def running(folder: Path, total: int = 64, **changes: Any) -> Iterator[Server]:
     served = ServedModel("toy", CONTEXT, **changes)
     settings = ReaderSettings(str(folder), "toy", CONTEXT, 1.0, 1.0, 0)
-    reader = ProcessReader(settings, ("--k2-run", "hostile"))
+    first = KillableReader(settings, ("--k2-run", "hostile"))
+    reader = ProcessReader(first, first.another())
     engine = ScriptedEngine()
     http = partial(LimitedConnection, ConnectionLimits(total, total))
     with serving(engine, served, Tokenizer.load(folder), reader, http=http) as url:

@@ -12,8 +12,9 @@ import mlx.utils
 import pytest
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import read_checkpoint, read_config, read_json_object
+from k2cli.models.checkpoint import read_checkpoint, read_config
 from k2cli.models.inspection import inspect_model
+from k2cli.models.json_files import read_json_object
 from k2cli.models.layout import choose_weight_files, split_parts, supporting_files
 from k2cli.models.reference import local_checkpoint
 from k2cli.sharding.assemble import assemble, build

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
+
+import msgspec
 
 from k2cli.agent.software import Software
 from k2cli.choices import Device
 from k2cli.cluster.facts.machine import Condition, InterfaceKind, MachineFacts, OsName
 from k2cli.cluster.facts.probes import RawProbes
 from k2cli.errors import ClusterError
+from k2cli.files import decode_json
 from k2cli.planning.hardware.gpus import Gpu, gpu_of, parse_gpus
 from k2cli.planning.hardware.machine import OS_RESERVE_BYTES, OS_RESERVE_SHARE
 
@@ -120,8 +122,8 @@ def _interface_entries(raw: RawProbes) -> list[dict[str, Any]] | None:
     if text is None:
         return None
     try:
-        entries: list[dict[str, Any]] = json.loads(text)
-    except ValueError as error:
+        entries = decode_json(text, type=list[dict[str, Any]])
+    except msgspec.DecodeError as error:
         raise ClusterError(f"node {raw.node}: ip printed no JSON: {error}") from None
     return [entry for entry in entries if "UP" in entry.get("flags", [])]
 

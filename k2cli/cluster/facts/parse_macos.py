@@ -7,11 +7,12 @@ records that they were taken from.
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from k2cli.agent.software import Software
 from k2cli.choices import Certainty
@@ -24,6 +25,7 @@ from k2cli.cluster.facts.machine import (
 )
 from k2cli.cluster.facts.probes import RawProbes
 from k2cli.errors import ClusterError
+from k2cli.files import decode_json
 from k2cli.planning.hardware.chips import apple_gpu_limit, chip_of_device
 from k2cli.units import GIB, MIB
 
@@ -232,8 +234,8 @@ def _kind(name: str, port: str | None) -> InterfaceKind:
 
 def _profile(raw: RawProbes) -> Mapping[str, Any]:
     try:
-        found = json.loads(raw.text("system_profiler") or "{}")
-    except ValueError as error:
+        found = decode_json(raw.text("system_profiler") or "{}", type=object)
+    except msgspec.DecodeError as error:
         raise ClusterError(f"node {raw.node}: system_profiler printed no JSON: {error}") from None
     return found if isinstance(found, dict) else {}
 

@@ -14,6 +14,15 @@ from k2cli.cluster.facts.probes import RawProbes
 from k2cli.errors import ClusterError
 from k2cli.files import decode_json
 
+_ODD_OUTPUT = (
+    ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
+"""Errors of the parsers for output of another form than that of the systems that k2 knows."""
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:100]}"
+
 
 def machine_facts(raw: RawProbes) -> MachineFacts:
     """Read the facts of a machine.
@@ -60,12 +69,21 @@ def _software(raw: RawProbes) -> tuple[Software | None, str | None]:
 
 def _machine(raw: RawProbes, software: Software | None) -> MachineFacts:
     parse = parse_macos.machine if raw.system == "Darwin" else parse_linux.machine
-    return parse(raw, software)
+    try:
+        return parse(raw, software)
+    except _ODD_OUTPUT as error:
+        raise ClusterError(
+            f"node {raw.node}: its system answers in an unexpected form ({_reason(error)})",
+            f"k2 doctor --nodes {raw.node} --record FOLDER, and report it",
+        ) from error
 
 
 def _condition(raw: RawProbes, software: Software | None) -> Condition:
     read = parse_macos.condition if raw.system == "Darwin" else parse_linux.condition
-    found = read(raw)
+    try:
+        found = read(raw)
+    except _ODD_OUTPUT:
+        found = Condition()  # every part of it may be unknown
     offset = clock_offset(raw, software)
     if offset is not None:
         found = replace(found, clock_offset_seconds=offset[0], clock_error_seconds=offset[1])

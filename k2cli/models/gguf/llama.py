@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import shown
 from k2cli.models.gguf.reader import GgufFile, GgufTensor
+from k2cli.models.json_files import shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,7 +39,7 @@ _TOP_PARTS = {
 ROPE_FACTORS = "rope_freqs.weight"
 """RoPE factors of llama 3: not a weight, but another form of the config's ``rope_scaling``."""
 
-_LAYER_PATTERN = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_LAYER_PATTERN = re.compile(r"blk\.(\d{1,9})\.(\w+)\.(weight|bias)")
 _TOP_PATTERN = re.compile(r"(\w+)\.weight")
 
 
@@ -167,6 +167,8 @@ def _module(file: GgufFile, tensor: GgufTensor, shape: LlamaShape) -> tuple[str,
 
 
 def _check_complete(file: GgufFile, shape: LlamaShape, names: Mapping[str, str]) -> None:
+    if shape.layers > len(names):
+        raise K2Error(f"{file.path} has {len(names)} tensors, too few for {shape.layers} layers")
     needed = ["token_embd.weight", "output_norm.weight"]
     parts = list(_LAYER_PARTS)
     needed += [f"blk.{n}.{part}.weight" for n in range(shape.layers) for part in parts]
@@ -222,6 +224,8 @@ def _llama3_scaling(
         raise K2Error(f"{file.path}: {shown(tensor.name)} is not {head_size // 2} float32 factors")
     table = np.frombuffer(file.data(tensor), "<f4")
     factor, low, high, context = round(float(table.max()), 4), 1.0, 4.0, 8192
+    if not factor > 0:
+        raise K2Error(f"{file.path} has RoPE factors that are not llama 3's")
     for index, stored in enumerate(table):
         wavelength = 2 * math.pi * theta ** (2 * index / head_size)
         blend = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
@@ -241,13 +245,15 @@ def _integer(file: GgufFile, key: str, default: int | None = None, minimum: int 
     if value is None:
         raise K2Error(f"{file.path} lacks {key}")
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**40:
-        raise K2Error(f"{file.path}: {key} must be an integer of at least {minimum}, not {value!r}")
+        raise K2Error(
+            f"{file.path}: {key} must be an integer of at least {minimum}, not {shown(value)}"
+        )
     return value
 
 
 def _number(file: GgufFile, key: str, default: float) -> float:
     value = file.metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise K2Error(f"{file.path}: {key} must be a positive number, not {value!r}")
+        raise K2Error(f"{file.path}: {key} must be a positive number, not {shown(value)}")
     # The file holds float32: 1e-5 must not become 9.999999747378752e-06.
     return float(f"{value:.7g}")

@@ -18,8 +18,11 @@ from typing import Any
 
 from k2cli.errors import K2Error
 from k2cli.files import open_regular
-from k2cli.models.checkpoint import shown
+from k2cli.models.json_files import shown
 from k2cli.models.layout import download_hint, refuse_pointer, split_parts
+
+_MAX_HEADER_BYTES = 2**28
+"""The headers of published files have up to 30 MB: vocabulary, merges and scores."""
 
 _MAX_STRING_BYTES = 2**26
 _MAX_COUNT = 2**24
@@ -175,6 +178,10 @@ class _HeaderReader:
                 f"{self._path} is cut short: its header goes past byte {len(self._data)}",
                 download_hint(self._path),
             )
+        if past > _MAX_HEADER_BYTES:
+            raise K2Error(
+                f"{self._path} is damaged: its header goes past {_MAX_HEADER_BYTES} bytes"
+            )
         taken = self._data[self._at : past]
         self._at = past
         return taken
@@ -227,7 +234,7 @@ class _HeaderReader:
     ) -> dict[str, GgufTensor]:
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
-            raise K2Error(f"{self._path} is damaged: an alignment of {alignment!r}")
+            raise K2Error(f"{self._path} is damaged: an alignment of {shown(alignment)}")
         data_start = -(-self._at // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         for name, shape, type_number, offset in infos:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import shown
 from k2cli.models.gguf.reader import GgufFile
+from k2cli.models.json_files import shown
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types of llama.cpp
 
@@ -183,7 +183,7 @@ def _token_id(file: GgufFile, name: str, count: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-        raise K2Error(f"{file.path}: {key} is {value!r}, the vocabulary has {count} tokens")
+        raise K2Error(f"{file.path}: {key} is {shown(value)}, the vocabulary has {count} tokens")
     return value
 
 

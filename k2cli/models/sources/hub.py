@@ -30,7 +30,7 @@ _RANGE_SECONDS = 120.0
 _RETRIES = 2
 _PASSING_FAILURES = (408, 429, 500, 502, 503, 504)
 _COMMIT = re.compile(r"[0-9A-Za-z][\w.-]{0,199}", re.ASCII)
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 Progress = Callable[[int, int], None]
 
@@ -226,7 +226,7 @@ def _size_of_file(response: Any, what: str, first: int) -> int:
     if response.status_code == 206 and match is not None and int(match[1]) == first:
         return int(match[3])
     length = response.headers.get("content-length", "")
-    if response.status_code == 200 and first == 0 and length.isdecimal():
+    if response.status_code == 200 and first == 0 and length.isdecimal() and len(length) < 19:
         return int(length)  # the server ignores the range: stop receiving
     raise K2Error(
         f"the Hub does not serve a part of {what}", "check HF_ENDPOINT, or run k2 download"

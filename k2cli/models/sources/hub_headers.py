@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from k2cli.errors import K2Error
-from k2cli.files import write_atomically
+from k2cli.files import read_regular, write_atomically
 from k2cli.models.checkpoint import (
     Checkpoint,
     StoredTensor,
@@ -36,6 +38,7 @@ FIRST_READ_BYTES = 32 * 1024
 _PARALLEL_REQUESTS = 8
 _MAX_INDEX_BYTES = 50_000_000
 _MAX_SHARDS = 4096
+_MAX_KEPT_BYTES = 2**30
 _LAYOUT = 1
 
 
@@ -130,15 +133,19 @@ def _kept_file(repo: str, commit: str) -> Path:
 def _read_kept(path: Path) -> dict[str, StoredTensor] | None:
     """Read a cached result; None if there is none or it is damaged."""
     try:
-        with gzip.open(path, "rb") as stream:
-            document = json.load(stream)
+        packed = read_regular(path, _MAX_KEPT_BYTES)
+        with gzip.open(io.BytesIO(packed)) as stream:
+            document = json.loads(stream.read(_MAX_KEPT_BYTES))
         if document["layout"] != _LAYOUT:
             return None
         return {
             name: StoredTensor(name, dtype, tuple(shape), nbytes, Path(file), offset)
             for name, (dtype, shape, nbytes, file, offset) in document["tensors"].items()
         }
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+    except (
+        *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+        zlib.error,
+    ):
         return None
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,16 @@ import jinja2.parser
 import jinja2.sandbox
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import read_json_object, shown
+from k2cli.files import read_regular
+from k2cli.models.json_files import read_json_object, shown
 
 _MAX_TEMPLATE_BYTES = 2_000_000
+MAX_PROMPT_LETTERS = 2**27
+"""The longest text that a template may write: four times the largest request body."""
+
+
+class Oversized(Exception):
+    """The template writes more than it may: the cause of the error to show."""
 
 
 class ChatTemplate:
@@ -50,7 +59,7 @@ class ChatTemplate:
             )
             """The names of members that it reads, and its other texts."""
             self._template = environment.from_string(tree)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except Exception as error:  # the compiler of jinja, or that of Python, may raise anything
             raise K2Error(f"the model's chat template is not valid: {error}") from error
 
     def render(
@@ -59,11 +68,12 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None,
         add_generation_prompt: bool,
         arguments: dict[str, Any],
+        max_letters: int = MAX_PROMPT_LETTERS,
     ) -> str:
         """Render the prompt as text.
 
         Raises:
-            K2Error: if the template rejects the messages or fails.
+            K2Error: if the template rejects the messages or fails, or writes too long a text.
         """
         context = {
             **self._special,
@@ -73,8 +83,19 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             **arguments,
         }
+        pieces: list[str] = []
+        left = max_letters
         try:
-            return self._template.render(context)
+            for piece in self._template.generate(context):
+                pieces.append(piece)
+                if (left := left - len(piece)) < 0:
+                    raise Oversized
+            return "".join(pieces)
+        except (Oversized, MemoryError) as error:
+            text = f"the model's chat template writes more than {max_letters} letters"
+            if isinstance(error, MemoryError):
+                text = "the model's chat template takes more memory than there is"
+            raise K2Error(text) from Oversized()
         except jinja2.TemplateError as error:
             raise K2Error(f"the model's chat template refuses: {error}") from error
         except Exception as error:  # template code may raise anything on unexpected messages
@@ -86,51 +107,61 @@ def _is_text(node: jinja2.nodes.Const) -> bool:
     return isinstance(node.value, str)
 
 
-def read_chat_template(
-    folder: Path, tokenizer_config: dict[str, Any], *, with_tools: bool = False
-) -> str | None:
-    """Read the template: ``chat_template.jinja``, ``.json`` or the tokenizer config's entry.
+@dataclass(frozen=True, slots=True)
+class TemplateSources:
+    """The texts of a model's templates, read once, and their files; None if it has none.
 
-    If there are several by name, in a list or in ``additional_chat_templates/``, ``with_tools``
-    prefers the one named ``tool_use``.
+    ``with_tools`` is for requests that offer tools; it is usually the same text. ``others`` are the
+    names of templates for other purposes, if none is the default.
+    """
+
+    path: str
+    plain: str | None
+    tools_path: str
+    with_tools: str | None
+    others: str = ""
+
+
+def read_chat_templates(folder: Path, tokenizer_config: dict[str, Any]) -> TemplateSources:
+    """Read ``chat_template.jinja``, ``chat_template.json`` or the tokenizer config's entry.
+
+    If there are several by name, in a list or in ``additional_chat_templates/``, requests with
+    tools prefer the one named ``tool_use``.
 
     Raises:
         K2Error: if a file cannot be read or is malformed.
     """
     path = folder / "chat_template.jinja"
-    for_tools = folder / "additional_chat_templates" / "tool_use.jinja"
-    if with_tools and path.is_file() and for_tools.is_file():
-        path = for_tools
-    if path.is_file():
-        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
-            raise K2Error(f"{path} is larger than {_MAX_TEMPLATE_BYTES} bytes")
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise K2Error(f"{path} is not UTF-8: {error}") from error
-    entry = tokenizer_config.get("chat_template")
+    if os.path.lexists(path):
+        for_tools = folder / "additional_chat_templates" / "tool_use.jinja"
+        tools_path = for_tools if os.path.lexists(for_tools) else path
+        return TemplateSources(str(path), _read_text(path), str(tools_path), _read_text(tools_path))
     path = folder / "chat_template.json"
-    if path.is_file():
+    if os.path.lexists(path):
         entry = read_json_object(path).get("chat_template")
+    else:
+        path = folder / "tokenizer_config.json"
+        entry = tokenizer_config.get("chat_template")
     if isinstance(entry, dict):
         entry = [{"name": name, "template": text} for name, text in entry.items()]
-    if isinstance(entry, list):
-        entry = _choose(folder, entry, with_tools)
-    if entry is not None and not isinstance(entry, str):
-        raise K2Error(f"{folder}: chat_template must be a text or a list of named texts")
-    return entry
+    if not isinstance(entry, list):
+        entry = [{"name": "default", "template": entry}]
+    named = {each.get("name"): each.get("template") for each in entry if isinstance(each, dict)}
+    plain = named.get("default")
+    with_tools = named.get("tool_use", plain)
+    if not all(text is None or isinstance(text, str) for text in (plain, with_tools)):
+        raise K2Error(f"{path}: chat_template must be a text or a list of named texts")
+    others = "" if "default" in named else ", ".join(map(shown, named))
+    return TemplateSources(str(path), plain, str(path), with_tools, others)
 
 
-def _choose(folder: Path, entries: list[Any], with_tools: bool) -> Any:
-    named = {
-        entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)
-    }
-    if with_tools and "tool_use" in named:
-        return named["tool_use"]
-    if "default" not in named and named:
-        names = ", ".join(shown(name) for name in named)
-        raise K2Error(f"{folder}: of the chat templates {names} none is named 'default'")
-    return named.get("default")
+def _read_text(path: Path) -> str:
+    try:
+        return read_regular(path, _MAX_TEMPLATE_BYTES, follow_links=True).decode()
+    except OSError as error:
+        raise K2Error(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise K2Error(f"{path} is not UTF-8: {error}") from error
 
 
 class _GenerationTag(jinja2.ext.Extension):

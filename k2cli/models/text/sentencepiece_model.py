@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
 from k2cli.files import read_regular
-from k2cli.models.checkpoint import shown
+from k2cli.models.json_files import shown
 from k2cli.models.layout import refuse_pointer
 
 if TYPE_CHECKING:

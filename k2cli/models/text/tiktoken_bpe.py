@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
+from k2cli.files import read_regular
+from k2cli.models.json_files import shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -44,7 +47,8 @@ def find_vocabulary(folder: Path) -> Path | None:
     """Return the path of the folder's vocabulary in tiktoken's format, if it has one."""
     named = folder / "tiktoken.model"
     # macOS puts files named ._x beside others.
-    return named if named.is_file() else next(iter(sorted(folder.glob("[!.]*.tiktoken"))), None)
+    others = sorted(folder.glob("[!.]*.tiktoken"))
+    return named if os.path.lexists(named) else next(iter(others), None)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -54,9 +58,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         K2Error: if a line is malformed, a rank or token is repeated, or a byte has no token.
     """
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise K2Error(f"{path} is larger than {_MAX_FILE_BYTES} bytes")
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path, _MAX_FILE_BYTES, follow_links=True).splitlines()
     except OSError as error:
         raise K2Error(f"cannot read {path}: {error.strerror}") from error
     ranks: dict[bytes, int] = {}
@@ -100,10 +102,11 @@ def special_tokens(path: Path, first: int, named: dict[str, Any]) -> list[dict[s
     contents: dict[int, dict[str, Any]] = {}
     for key, fields in named.items():
         content = fields.get("content") if isinstance(fields, dict) else None
-        if not key.isdecimal() or not first <= int(key) < past_last or not content:
+        is_id = key.isdecimal() and len(key) < 10 and first <= int(key) < past_last
+        if not is_id or not isinstance(content, str) or not content:
             raise K2Error(
-                f"{path.parent / 'tokenizer_config.json'}: the special token {key!r} must have "
-                f"text and an id from {first} to {past_last - 1}"
+                f"{path.parent / 'tokenizer_config.json'}: the special token {shown(key)} must "
+                f"have text and an id from {first} to {past_last - 1}"
             )
         contents[int(key)] = fields
     default = {"special": True}

@@ -7,12 +7,22 @@ checkpoint is run.
 from __future__ import annotations
 
 import codecs
+import contextlib
+import json
+import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import end_tokens, read_json_object
+from k2cli.files import read_regular
+from k2cli.models.json_files import (
+    end_tokens,
+    read_generation_config,
+    read_json_if_present,
+    shown,
+)
 from k2cli.models.layout import download_hint, refuse_pointer
 from k2cli.models.text.sentencepiece_model import FILE_NAME, load_sentencepiece
 from k2cli.models.text.tiktoken_bpe import (
@@ -26,7 +36,11 @@ from k2cli.models.text.tiktoken_bpe import (
 if TYPE_CHECKING:
     import tokenizers
 
+    from k2cli.models.text.chat_template import ChatTemplate, TemplateSources
     from k2cli.models.text.conversation import ConversationRenderer
+
+_MAX_FILE_BYTES = 200_000_000
+"""The largest known tokenizer.json has about 35 MB."""
 
 # Bytes of a text before NFC per byte after it, at most: Unicode's table of normalization expansion
 # (UAX #15) has 3 for UTF-8; one more for safety.
@@ -46,26 +60,34 @@ class Tokenizer:
         folder: Path,
         config: dict[str, Any],
         stop_tokens: frozenset[int],
+        templates: TemplateSources,
     ) -> None:
         self._tokenizer = tokenizer
-        self._folder = folder
-        self._config = config
+        self._name = folder.name
         self._special = _special_texts(config)
+        self.template_sources = templates
+        self._templates: dict[str, ChatTemplate] = {}
         self._renderers: dict[bool, ConversationRenderer] = {}
         self.stop_tokens = stop_tokens
         """Tokens that end an answer."""
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, templates: TemplateSources | None = None) -> Tokenizer:
         """Read the tokenizer of a checkpoint.
+
+        Args:
+            templates: chat templates that were read before; None to read them.
 
         Raises:
             K2Error: if the folder has no tokenizer, or its files are damaged.
         """
-        path = folder / "tokenizer_config.json"
-        config = read_json_object(path) if path.is_file() else {}
+        from k2cli.models.text.chat_template import read_chat_templates
+
+        config = read_json_if_present(folder / "tokenizer_config.json")
         tokenizer = _load_tokenizer(folder, config)
-        return cls(tokenizer, folder, config, _stop_tokens(folder, config, tokenizer))
+        stop_tokens = _stop_tokens(folder, config, tokenizer)
+        templates = templates or read_chat_templates(folder, config)
+        return cls(tokenizer, folder, config, stop_tokens, templates)
 
     @property
     def vocabulary_size(self) -> int:
@@ -94,6 +116,16 @@ class Tokenizer:
         longest = max([longest, *(len(token.content.encode()) for token in added)])
         return longest if tokenizer.normalizer is None else longest * _NFC_SHRINKS
 
+    @property
+    def pattern_letters(self) -> str:
+        """The characters of the regular expressions that normalize and split texts, each once."""
+        found: dict[str, None] = {}
+        for component in (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer):
+            for part in parts_of(component):
+                if isinstance(pattern := part.get("Regex"), str):
+                    found |= dict.fromkeys(pattern)
+        return "".join(found)
+
     def encode_within(
         self, text: str, max_tokens: int, add_special_tokens: bool = False
     ) -> list[int] | None:
@@ -117,13 +149,14 @@ class Tokenizer:
         """Encode a text. Special tokens written in the text are recognised.
 
         Raises:
-            K2Error: if the text is not valid Unicode (a lone surrogate).
+            K2Error: if the text is not valid Unicode (a lone surrogate), or makes the library fail.
         """
         try:
             text.encode()  # the library raises a TypeError
         except UnicodeEncodeError as error:
             raise K2Error("the text is not valid Unicode: it has a lone surrogate") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with _library_errors("the model's tokenizer fails on the text"):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Decode token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -174,18 +207,37 @@ class Tokenizer:
         """Create an incremental decoder for one answer."""
         return TokenStream(self._tokenizer, skip_special_tokens)
 
+    def template(self, *, with_tools: bool) -> ChatTemplate | None:
+        """Return the compiled chat template for requests with or without tools, if there is one.
+
+        Raises:
+            K2Error: if it is not valid.
+        """
+        sources = self.template_sources
+        source = sources.with_tools if with_tools else sources.plain
+        if source is None:
+            return None
+        if source not in self._templates:
+            from k2cli.models.text.chat_template import ChatTemplate
+
+            self._templates[source] = ChatTemplate(source, self._special)
+        return self._templates[source]
+
     def _renderer(self, *, with_tools: bool) -> ConversationRenderer:
         if with_tools not in self._renderers:
-            from k2cli.models.text.chat_template import ChatTemplate, read_chat_template
             from k2cli.models.text.conversation import ConversationRenderer
 
-            source = read_chat_template(self._folder, self._config, with_tools=with_tools)
-            if source is None:
+            template = self.template(with_tools=with_tools)
+            if template is None and (others := self.template_sources.others):
                 raise K2Error(
-                    f"the model {self._folder.name} has no chat template",
+                    f"of the chat templates {others} none is named 'default'",
                     "send a plain prompt to /v1/completions instead",
                 )
-            template = ChatTemplate(source, self._special)
+            if template is None:
+                raise K2Error(
+                    f"the model {self._name} has no chat template",
+                    "send a plain prompt to /v1/completions instead",
+                )
             self._renderers[with_tools] = ConversationRenderer(template)
         return self._renderers[with_tools]
 
@@ -242,29 +294,36 @@ def _special_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
     return frozenset(number for number, token in added.items() if token.special)
 
 
-def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
-    import tokenizers
+def tokenizer_file(folder: Path) -> Path:
+    """Return the file that has the vocabulary.
 
+    Raises:
+        K2Error: if the folder has none.
+    """
     path = folder / "tokenizer.json"
-    if path.is_file():
-        try:
-            return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library has no more specific error
-            with path.open("rb") as file:
-                refuse_pointer(path, file.read(32))
-            raise K2Error(f"{path} is not a tokenizer: {error}", download_hint(path)) from error
+    if os.path.lexists(path):
+        return path
     vocabulary = find_vocabulary(folder)
-    if vocabulary is None and (folder / FILE_NAME).is_file():
-        return load_sentencepiece(folder, config)
+    if vocabulary is None and os.path.lexists(folder / FILE_NAME):
+        return folder / FILE_NAME
     if vocabulary is None:
         raise K2Error(
             f"{folder} has neither tokenizer.json nor tiktoken.model nor tokenizer.model",
             download_hint(folder),
         )
+    return vocabulary
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    vocabulary = tokenizer_file(folder)
+    if vocabulary.name == "tokenizer.json":
+        return _load_json(vocabulary)
+    if vocabulary.name == FILE_NAME:
+        return load_sentencepiece(folder, config)
     if config.get("tokenizer_class") != "TikTokenTokenizer":
         # Other model families ship such a file but split text by other patterns.
         raise K2Error(
-            f"{vocabulary} belongs to the tokenizer {config.get('tokenizer_class')!r}; "
+            f"{vocabulary} belongs to the tokenizer {shown(config.get('tokenizer_class'))}; "
             "k2 knows the pattern of 'TikTokenTokenizer' (Kimi) only",
             "use a conversion of the model that has a tokenizer.json",
         )
@@ -273,6 +332,53 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     if not isinstance(named, dict):
         raise K2Error(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is no object")
     return build_tokenizer(ranks, special_tokens(vocabulary, len(ranks), named))
+
+
+def _load_json(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        data = read_regular(path, _MAX_FILE_BYTES, follow_links=True)
+    except OSError as error:
+        raise K2Error(f"cannot read {path}: {error.strerror}") from error
+    refuse_pointer(path, data)
+    with _library_errors(f"{path} is not a tokenizer", download_hint(path)):
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+    if any("Regex" in part for part in parts_of(tokenizer.decoder)):
+        # Answers are decoded in the guard, which must never wait for a regular expression.
+        raise K2Error(f"{path}: its decoder has a regular expression, which k2 does not run")
+    return tokenizer
+
+
+def parts_of(component: Any) -> Iterator[dict[str, Any]]:
+    """Yield every object in the description of a normalizer, pre-tokenizer or decoder, if any."""
+    found = [json.loads(component.__getstate__())] if component is not None else []
+    while found:
+        part = found.pop()
+        if isinstance(part, dict):
+            yield part
+        found += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+@contextlib.contextmanager
+def _library_errors(message: str, hint: str | None = None) -> Iterator[None]:
+    """Turn errors of the tokenizers library into errors of k2."""
+    try:
+        yield
+    except Exception as error:  # the library has no more specific error
+        raise K2Error(f"{message}: {error}", hint) from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise K2Error(f"{message}: {error}", "use another copy of it") from error
+
+
+def is_panic(error: BaseException | None) -> bool:
+    """True for a panic of the tokenizers library, which is no ``Exception``.
+
+    Its regular expressions give up like that after ten million steps.
+    """
+    return type(error).__name__ == "PanicException"
 
 
 def _special_texts(config: dict[str, Any]) -> dict[str, str]:
@@ -297,9 +403,7 @@ def _stop_tokens(
     end = _special_texts(config).get("eos_token")
     if end is not None and (number := tokenizer.token_to_id(end)) is not None:
         stops.add(number)
-    for name in ("config.json", "generation_config.json"):
-        path = folder / name
-        if path.exists():
-            value: Any = read_json_object(path).get("eos_token_id")
-            stops.update(end_tokens(path, value))
+    path = folder / "config.json"
+    stops.update(end_tokens(path, read_json_if_present(path).get("eos_token_id")))
+    stops.update(end_tokens(path, read_generation_config(folder).get("eos_token_id")))
     return frozenset(stops)

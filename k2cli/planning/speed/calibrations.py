@@ -14,10 +14,11 @@ import msgspec
 
 from k2cli.choices import Transport, WantedTransport
 from k2cli.errors import K2Error
-from k2cli.files import decode_json, encode_json, unwritable, write_atomically
+from k2cli.files import decode_json, encode_json, read_regular, unwritable, write_atomically
 from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates
 from k2cli.settings import config_directory
 
+_LIMIT_BYTES = 16 * 2**20
 SCHEMA_VERSION = 1
 
 NOISY_DEVIATION = 0.1
@@ -98,7 +99,7 @@ def with_calibration(
 
 def _read(path: Path) -> tuple[CalibratedMachines, ...]:
     try:
-        data = path.read_bytes()
+        data = read_regular(path, _LIMIT_BYTES, follow_links=True)
     except (FileNotFoundError, NotADirectoryError):  # HOME may be a file
         return ()
     except OSError as error:

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from k2cli.server.context import context_of
+from k2cli.server.errors import without_folders
 
 
 async def health(request: Request) -> JSONResponse:
@@ -14,5 +15,5 @@ async def health(request: Request) -> JSONResponse:
     state = context.engine.state
     if state == "ready":
         return JSONResponse({"state": state, "model": context.served.name})
-    cause = context.engine.cause or f"the run is {state}"
+    cause = without_folders(context.engine.cause or f"the run is {state}")
     return JSONResponse({"state": state, "cause": cause, "model": context.served.name}, 503)
