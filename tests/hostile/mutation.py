@@ -1,7 +1,8 @@
 """Hostile documents, made from valid ones: the generator of ``tests/hostile/test_generated_*.py``.
 
-Every function takes a ``random.Random`` with a seed that is printed at a failure. A valid document is changed at random places, so that a parser
-meets the hostile value deep inside, behind its first checks.
+Every function takes a ``random.Random`` with a seed that is printed at a failure. A valid document
+is changed at random places, so that a parser meets the hostile value deep inside, behind its first
+checks.
 
 ``K2_GENERATED_CASES`` is the number of cases of each test in the long form, whose seeds are random.
 """
