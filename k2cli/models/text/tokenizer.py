@@ -7,12 +7,14 @@ checkpoint is run.
 from __future__ import annotations
 
 import codecs
+import contextlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import end_tokens, read_json_object
+from k2cli.models.checkpoint import end_tokens, read_json_object, shown
 from k2cli.models.text.tiktoken_bpe import (
     build_tokenizer,
     byte_letters,
@@ -115,13 +117,14 @@ class Tokenizer:
         """Encode a text. Special tokens written in the text are recognised.
 
         Raises:
-            K2Error: if the text is not valid Unicode (a lone surrogate).
+            K2Error: if the text is not valid Unicode (a lone surrogate), or the library fails.
         """
         try:
             text.encode()  # the library raises a TypeError
         except UnicodeEncodeError as error:
             raise K2Error("the text is not valid Unicode: it has a lone surrogate") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with _refusing("the model's tokenizer fails on the text"):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Decode token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -235,6 +238,22 @@ class TokenStream:
             return token.encode()
 
 
+@contextlib.contextmanager
+def _refusing(problem: str) -> Iterator[None]:
+    """Turn errors of the library into a ``K2Error``; it has no specific ones.
+
+    A panic of its Rust code on a damaged file is no ``Exception``, and would end the process.
+    """
+    try:
+        yield
+    except K2Error:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise K2Error(f"{problem}: {shown(str(error))}", "download it again") from error
+
+
 def _special_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
     added = tokenizer.get_added_tokens_decoder()
     return frozenset(number for number, token in added.items() if token.special)
@@ -245,10 +264,8 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
 
     path = folder / "tokenizer.json"
     if path.is_file():
-        try:
+        with _refusing(f"{path} is not a tokenizer"):
             return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library has no more specific error
-            raise K2Error(f"{path} is not a tokenizer: {error}", "download it again") from error
     vocabulary = find_vocabulary(folder)
     if vocabulary is None:
         raise K2Error(f"{folder} has neither tokenizer.json nor tiktoken.model")
@@ -263,7 +280,8 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     named = config.get("added_tokens_decoder", {})
     if not isinstance(named, dict):
         raise K2Error(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is no object")
-    return build_tokenizer(ranks, special_tokens(vocabulary, len(ranks), named))
+    with _refusing(f"{vocabulary} is not a tokenizer"):
+        return build_tokenizer(ranks, special_tokens(vocabulary, len(ranks), named))
 
 
 def _special_texts(config: dict[str, Any]) -> dict[str, str]:
