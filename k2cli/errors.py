@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 EXIT_INTERRUPTED = 130
+MAX_MESSAGE_LETTERS = 3000
 
 
 class K2Error(Exception):
@@ -29,6 +30,9 @@ class K2Error(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
+        # A wrong value that it quotes may be megabytes.
+        if len(message) > MAX_MESSAGE_LETTERS:
+            message = f"{message[:MAX_MESSAGE_LETTERS]} ..."
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -209,5 +209,5 @@ def port_problems(mac: MachineFacts, port: ThunderboltPort) -> list[tuple[str, s
 
 def link_gbps(speed: str) -> int | None:
     """Parse ``80 Gb/s`` as 80; None for ``Up to 120 Gb/s``, the limit of a port without a link."""
-    match = re.fullmatch(r"(\d+) Gb/s", speed.strip())
+    match = re.fullmatch(r"(\d{1,9}) Gb/s", speed.strip())
     return int(match.group(1)) if match else None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from k2cli.agent.software import Software
 from k2cli.doctor.results import CheckResult, Situation, Status, on_node, spread
+from k2cli.units import whole_number
 
 _PREPARE = "k2 cluster prepare --nodes {node}"
 
@@ -88,7 +89,8 @@ def systems(situation: Situation) -> Iterable[CheckResult]:
 
 def version_key(text: str) -> tuple[int, ...]:
     """Return a key that sorts versions by number: ``26.10`` is newer than ``26.2``."""
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
+    numbers = (whole_number(part) for part in text.split("."))
+    return tuple(number for number in numbers if number is not None)
 
 
 def mpi(situation: Situation) -> Iterable[CheckResult]:

@@ -20,13 +20,16 @@ from pathlib import Path
 
 import msgspec
 
+from k2cli.files import decode_json
 from k2cli.pauses import Deadline
 from k2cli.units import KIB, MIB, format_bytes
 
 # "Out of memory: Killed process 7 (python) total-vm:9kB, anon-rss:5kB, …": one line since Linux
 # 5.0. Earlier versions began the line with "Killed process".
-_KILLED = re.compile(r"(?P<why>.*?)[Kk]illed process (?P<pid>\d+) \((?P<name>.*)\),? (?P<sizes>.*)")
-_RESIDENT = re.compile(r"(?:anon|file|shmem)-rss:(\d+)kB")
+_KILLED = re.compile(
+    r"(?P<why>.*?)[Kk]illed process (?P<pid>\d{1,18}) \((?P<name>.*)\),? (?P<sizes>.*)"
+)
+_RESIDENT = re.compile(r"(?:anon|file|shmem)-rss:(\d{1,18})kB")
 # A record of /dev/kmsg is "level,sequence,microseconds,flags;text": Documentation/ABI/testing.
 _KMSG_PREFIX = re.compile(r"^\d+,\d+,\d+,[^;]*;")
 # Reasons of macOS's memorystatus that are not about memory.
@@ -87,7 +90,7 @@ def find_in_jetsam_report(text: str, pid: int) -> OutOfMemoryKill | None:
     """
     head, _, body = text.partition("\n")
     try:
-        report = msgspec.json.decode(body if body.strip() else head)
+        report = decode_json(body if body.strip() else head, type=dict[str, Any])
         page_bytes = report["memoryStatus"]["pageSize"]
         processes = [entry for entry in report["processes"] if entry.get("pid") == pid]
         for entry in processes:
@@ -95,19 +98,23 @@ def find_in_jetsam_report(text: str, pid: int) -> OutOfMemoryKill | None:
             if reason and reason not in _OTHER_REASONS:
                 resident = int(entry.get("rpages", 0)) * int(page_bytes)
                 return OutOfMemoryKill(pid, str(entry.get("name", "")), resident, str(reason))
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError):
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return None
     return None
 
 
 def counted_kills(text: str) -> int | None:
     """Read ``oom_kill`` from ``memory.events`` (cgroup v2) or ``memory.oom_control`` (v1)."""
-    found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+    found = re.search(r"^oom_kill (\d{1,18})$", text, re.MULTILINE)
     return int(found[1]) if found else None
 
 
 def counter_file(membership: str, root: Path = Path("/sys/fs/cgroup")) -> Path | None:
-    """Return the path of the file that counts kills, from the text of ``/proc/PID/cgroup``."""
+    """Return the path of the file that counts kills, from the text of ``/proc/PID/cgroup``.
+
+    Raises:
+        ValueError: if it is another text.
+    """
     unified = None
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)

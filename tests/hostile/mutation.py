@@ -24,10 +24,10 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from k2cli.errors import InternalError, K2Error
+from k2cli.errors import MAX_MESSAGE_LETTERS, InternalError, K2Error
 
 LONG_FORM = int(os.environ.get("K2_GENERATED_CASES", "0"))
-MOST_MESSAGE = 4000
+MOST_MESSAGE = MAX_MESSAGE_LETTERS + 5
 CPU_SECONDS = 10.0
 """Processor time after which a parse counts as endless: a thousand times what a case takes."""
 
@@ -75,7 +75,7 @@ _BYTES = (
 
 def hostile_value(draw: Random) -> Any:
     """Return a value that a careless parser does not expect; it may be ``Raw``."""
-    return draw.choice(_RAW) if draw.random() < 0.3 else copy.copy(draw.choice(_WHOLE))
+    return draw.choice(_RAW) if draw.random() < 0.3 else copy.deepcopy(draw.choice(_WHOLE))
 
 
 def _places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

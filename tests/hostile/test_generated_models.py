@@ -78,11 +78,12 @@ TOKENIZER_CONFIG: dict[str, Any] = {
                       {"name": "tool_use", "template": "{{ tools | tojson }}"}],
 }  # fmt: skip
 TEMPLATE = """\
-{%- macro show(message) -%}{{ message.role | upper }}: {{ message['content'] | trim }}{%- endmacro -%}
+{%- macro show(turn) -%}{{ turn.role | upper }}: {{ turn['content'] | trim }}{%- endmacro -%}
 {% set ns = namespace(last=0) %}
 {% for message in messages %}
 {% if message.role == 'tool' %}{{ raise_exception('no tools: ' ~ loop.index0) }}{% endif %}
-{% generation %}{{ show(message) ~ '\\n' }}{% endgeneration %}{% set ns.last = 12 + loop.index * 3 %}
+{% generation %}{{ show(message) ~ '\\n' }}{% endgeneration %}
+{% set ns.last = 12 + loop.index * 3 %}
 {% if loop.index > 40 %}{% break %}{% endif %}
 {% endfor %}{{ tools | tojson(indent=2) if tools else '' }}{{ strftime_now('%Y') }}{{ 2 + 3 }}
 {{ '%s' | format(ns.last) }}{{ messages[-1:] | length }}{{ bos_token | default('x') * 2 }}

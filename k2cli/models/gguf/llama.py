@@ -39,7 +39,7 @@ _TOP_PARTS = {
 ROPE_FACTORS = "rope_freqs.weight"
 """RoPE factors of llama 3: not a weight, but another form of the config's ``rope_scaling``."""
 
-_LAYER_PATTERN = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_LAYER_PATTERN = re.compile(r"blk\.(\d{1,9})\.(\w+)\.(weight|bias)")
 _TOP_PATTERN = re.compile(r"(\w+)\.weight")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from k2cli.errors import K2Error, NotAuthorisedError
 from k2cli.proxies import proxy_errors
+from k2cli.units import whole_number
 
 SAFE_PATTERNS = (
     "*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tiktoken.model", "tokenizer.model",
@@ -28,7 +29,7 @@ _READ_TIMEOUT_SECONDS = 20.0
 _RANGE_SECONDS = 120.0
 _RETRIES = 2
 _PASSING_FAILURES = (408, 429, 500, 502, 503, 504)
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 Progress = Callable[[int, int], None]
 
@@ -186,9 +187,9 @@ def _size_of_file(response: Any, what: str, first: int) -> int:
     match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
     if response.status_code == 206 and match is not None and int(match[1]) == first:
         return int(match[3])
-    length = response.headers.get("content-length", "")
-    if response.status_code == 200 and first == 0 and length.isdecimal():
-        return int(length)  # the server ignores the range: stop receiving
+    length = whole_number(response.headers.get("content-length", ""))
+    if response.status_code == 200 and first == 0 and length is not None:
+        return length  # the server ignores the range: stop receiving
     raise K2Error(
         f"the Hub does not serve a part of {what}", "check HF_ENDPOINT, or run k2 download"
     )

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
+from k2cli.models.checkpoint import shown
+from k2cli.units import whole_number
 
 if TYPE_CHECKING:
     import tokenizers
@@ -99,12 +101,14 @@ def special_tokens(path: Path, first: int, named: dict[str, Any]) -> list[dict[s
     contents: dict[int, dict[str, Any]] = {}
     for key, fields in named.items():
         content = fields.get("content") if isinstance(fields, dict) else None
-        if not key.isdecimal() or not first <= int(key) < past_last or not content:
+        number = whole_number(key)
+        named_well = isinstance(content, str) and content
+        if number is None or not first <= number < past_last or not named_well:
             raise K2Error(
-                f"{path.parent / 'tokenizer_config.json'}: the special token {key!r} must have "
-                f"text and an id from {first} to {past_last - 1}"
+                f"{path.parent / 'tokenizer_config.json'}: the special token {shown(key)} must "
+                f"have text and an id from {first} to {past_last - 1}"
             )
-        contents[int(key)] = fields
+        contents[number] = fields
     default = {"special": True}
     return [
         {
