@@ -6,11 +6,20 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
 _T = TypeVar("_T")
+_T_co = TypeVar("_T_co", covariant=True)
+
+
+class Decoder(Protocol[_T_co]):
+    """A decoder of msgspec, of JSON or of msgpack."""
+
+    def decode(self, buf: bytes, /) -> _T_co:
+        """Decode one document."""
+        ...
 
 
 def decode_json(data: bytes | str, type: type[_T]) -> _T:
@@ -21,10 +30,26 @@ def decode_json(data: bytes | str, type: type[_T]) -> _T:
     """
     try:
         return msgspec.json.decode(data, type=type)
-    except RecursionError:
-        raise msgspec.DecodeError("it is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise msgspec.DecodeError(str(error)) from None
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise _decode_error(error) from None
+
+
+def decode_with(decoder: Decoder[_T], data: bytes) -> _T:
+    """Decode a message of another process.
+
+    Raises:
+        msgspec.DecodeError: if it is no such message, no UTF-8, or nested too deeply.
+    """
+    try:
+        return decoder.decode(data)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise _decode_error(error) from None
+
+
+def _decode_error(error: RecursionError | UnicodeDecodeError) -> msgspec.DecodeError:
+    """Return msgspec's own kind of error for one that it lets through."""
+    too_deep = isinstance(error, RecursionError)
+    return msgspec.DecodeError("it is nested too deeply" if too_deep else str(error))
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> int:

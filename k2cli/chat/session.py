@@ -47,7 +47,7 @@ class Answer:
         """Speed of generation by the server's clock, or else by the client's after first text."""
         if self.timings is not None:
             rate = self.timings.get("decode_tokens_per_second")
-            return float(rate) if rate is not None else None
+            return float(rate) if isinstance(rate, int | float) else None
         tokens = self.usage.get("completion_tokens")
         if tokens is None or self.first_text_seconds is None:
             return None

@@ -11,11 +11,12 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import msgspec
 
+from k2cli.client.answers import Chunk, Models, Tokenized, Usage
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
 from k2cli.files import decode_json
 from k2cli.proxies import proxy_errors
@@ -25,6 +26,7 @@ CONNECT_SECONDS = 10.0
 READ_SECONDS = 600.0
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _K2_OWNER = "k2"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +163,10 @@ class ApiClient:
         with self._failures():
             response = self._http.get(f"{self.base}/models", timeout=CONNECT_SECONDS)
         self._check(response)
-        entries = _decoded(response.content, self.base).get("data", [])
+        entries = _decoded(response.content, self.base, Models).data or ()
         return [
-            ModelInfo(
-                name=str(entry.get("id", "")),
-                context_length=entry.get("context_length"),
-                is_k2=entry.get("owned_by") == _K2_OWNER,
-            )
+            ModelInfo(entry.id, entry.known_context_length, entry.owned_by == _K2_OWNER)
             for entry in entries
-            if isinstance(entry, dict)
         ]
 
     def pick_model(self, name: str | None) -> ModelInfo:
@@ -195,7 +192,7 @@ class ApiClient:
         with self._failures():
             response = self._http.post(f"{self.base}/tokenize", json=body)
         self._check(response)
-        return [int(token) for token in _decoded(response.content, self.base)["tokens"]]
+        return _decoded(response.content, self.base, Tokenized).tokens
 
     def chat(
         self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
@@ -233,7 +230,8 @@ class ApiClient:
             elif isinstance(event, Delta) or event.completion_tokens is not None:
                 announced.append(time.monotonic())
             if isinstance(event, Progress) and event.completion_tokens is not None:
-                counted += [announced[-1]] * (event.completion_tokens - len(counted))
+                generated = min(event.completion_tokens, tokens)
+                counted += [announced[-1]] * (generated - len(counted))
         done = _completion(started_at, announced, time.monotonic(), ended, tokens)
         return replace(done, token_times=tuple(counted))
 
@@ -260,7 +258,7 @@ class ApiClient:
             raise ClusterError(f"nothing answers at {self.base}: {error}", "k2 ps") from error
         except httpx2.TimeoutException as error:
             raise ClusterError(f"{self.base} did not answer in time", "k2 ps") from error
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             message = f"the connection to {self.base} was lost: {error}"
             raise ClusterError(message, "k2 ps") from error
 
@@ -305,9 +303,9 @@ def _error_message(content: bytes) -> str | None:
     return message if isinstance(message, str) else None
 
 
-def _decoded(content: bytes | str, base: str) -> dict[str, Any]:
+def _decoded(content: bytes | str, base: str, kind: type[T]) -> T:
     try:
-        return decode_json(content, type=dict[str, Any])
+        return decode_json(content, type=kind)
     except msgspec.MsgspecError as error:
         raise K2Error(f"{base} does not answer as an OpenAI API: {error}") from error
 
@@ -326,56 +324,56 @@ def _events(lines: Iterator[str], base: str) -> Iterator[StreamEvent]:
         data = line[len("data:") :].strip()
         if data == "[DONE]":
             break
-        chunk = _decoded(data, base)
-        if "error" in chunk:
+        members = _decoded(data, base, dict[str, Any])
+        if "error" in members:
             message = _error_message(data.encode()) or "unknown error"
             raise ClusterError(f"the answer broke off: {message}", "k2 ps")
+        chunk = _decoded(data, base, Chunk)
         yield from _chunk_events(chunk)
-        usage = chunk.get("usage") or usage
-        for choice in chunk.get("choices", []):
-            reason = choice.get("finish_reason") or reason
+        usage = members.get("usage") or usage
+        for choice in chunk.choices or ():
+            reason = choice.finish_reason or reason
     if reason is None:
         raise ClusterError(f"the answer broke off: {base} closed the stream early", "k2 ps")
     yield Ended(reason, usage)
 
 
-def _chunk_events(chunk: dict[str, Any]) -> Iterator[StreamEvent]:
-    if isinstance(extension := chunk.get("k2"), dict):
+def _chunk_events(chunk: Chunk) -> Iterator[StreamEvent]:
+    if (progress := chunk.k2) is not None:
         yield Progress(
-            queue_position=extension.get("queue_position"),
-            prefill_done=extension.get("prefill_done"),
-            prefill_total=extension.get("prefill_total"),
-            completion_tokens=extension.get("completion_tokens"),
+            progress.queue_position,
+            progress.prefill_done,
+            progress.prefill_total,
+            progress.completion_tokens,
         )
-    for choice in chunk.get("choices", []):
-        if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
+    for choice in chunk.choices or ():
+        if text := choice.text or (choice.delta and choice.delta.content):
             yield Delta(text)
 
 
 def _completion(
     started_at: float, announced: list[float], ended_at: float, ended: Ended | None, asked: int
 ) -> Completion:
-    usage = ended.usage if ended else {}
-    generated = usage.get("completion_tokens")
+    usage = msgspec.convert(ended.usage if ended else {}, Usage)  # checked with its chunk
+    generated = usage.completion_tokens
     if ended is None or not announced or generated != asked:
         raise K2Error(f"the server generated {generated or 0} tokens instead of {asked}")
-    times = usage.get("timings")
+    details = usage.prompt_tokens_details
     return Completion(
         started_at=started_at,
         first_token_at=announced[0],
         last_token_at=announced[-1],
         ended_at=ended_at,
-        prompt_tokens=int(usage["prompt_tokens"]),
+        prompt_tokens=usage.prompt_tokens or 0,
         completion_tokens=generated,
-        cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)),
-        timings=read_timings(times) if times else None,
+        cached_tokens=(details and details.cached_tokens) or 0,
+        timings=read_timings(usage.timings) if usage.timings else None,
     )
 
 
-def read_timings(times: dict[str, Any]) -> Timings:
-    """Decode the ``timings`` member of a usage object."""
-    return Timings(
-        queue_seconds=float(times["queue_seconds"]),
-        prefill_seconds=float(times["prefill_seconds"]),
-        decode_seconds=float(times["decode_seconds"]),
-    )
+def read_timings(times: Any) -> Timings | None:
+    """Decode the ``timings`` member of a usage object; None for another server's."""
+    try:
+        return msgspec.convert(times, Timings)
+    except msgspec.ValidationError:
+        return None

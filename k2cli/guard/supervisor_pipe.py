@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
+from k2cli.files import decode_with
 from k2cli.protocol import LogLine, RunEvent, SupervisorMessage
 from k2cli.protocol.wire import ConnectionLost
 
@@ -75,7 +76,7 @@ class SupervisorPipe:
         """
         try:
             while line := await self._reader.readline():
-                yield _decoder.decode(line)
+                yield decode_with(_decoder, line)
         except (ValueError, msgspec.MsgspecError) as error:
             raise ConnectionLost(f"the launcher broke the protocol: {error}") from error
         except OSError:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from k2cli.files import decode_with
 from k2cli.pauses import Deadline, PauseAwareClock
 
 MAX_FRAME_BYTES = 256 * 2**20
@@ -107,7 +108,7 @@ class Channel(Generic[T]):
         body = bytes(self._buffer[LENGTH.size : LENGTH.size + size])
         del self._buffer[: LENGTH.size + size]
         try:
-            return self._decoder.decode(body)
+            return decode_with(self._decoder, body)
         except msgspec.MsgspecError as error:
             raise ConnectionLost(f"a message breaks the protocol: {error}") from error
 

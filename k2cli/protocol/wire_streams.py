@@ -15,6 +15,7 @@ from typing import Any, Generic
 
 import msgspec
 
+from k2cli.files import decode_with
 from k2cli.protocol.wire import (
     LENGTH,
     MAX_FRAME_BYTES,
@@ -111,7 +112,7 @@ class AsyncChannel(Generic[T]):
             (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
             if size > MAX_FRAME_BYTES:
                 raise ConnectionLost(f"a frame of {size} bytes is too long")
-            return self._decoder.decode(await self._reader.readexactly(size))
+            return decode_with(self._decoder, await self._reader.readexactly(size))
         except (OSError, asyncio.IncompleteReadError) as error:
             raise ConnectionLost("the peer closed the connection") from error
         except msgspec.MsgspecError as error:

@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from k2cli.files import decode_with
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.nodes.node import Node
 from k2cli.protocol import Heartbeat, NextAttempt, RunEvent, StopRun
@@ -36,6 +37,18 @@ class _Started:
 
     command: GuardCommand
     process: asyncio.subprocess.Process
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Yield the lines of a process; one that is longer than the stream's limit is left out."""
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:  # too long; what was received of it is dropped
+            continue
+        if not line:
+            return
+        yield line
 
 
 class Processes:
@@ -114,22 +127,19 @@ class Processes:
         self._spawn(self._await_exit(started, readers, None if leads else self._current()))
 
     async def _read_events(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
-        # A line longer than the stream's limit is not a message.
-        with contextlib.suppress(ValueError):
-            while line := await stream.readline():
-                try:
-                    event = _decoder.decode(line)
-                except msgspec.MsgspecError:
-                    self._journal.log_line(command, line)
-                    continue
-                self._on_event(event)
+        async for line in _lines(stream):
+            try:
+                event = decode_with(_decoder, line)
+            except msgspec.MsgspecError:
+                self._journal.log_line(command, line)
+                continue
+            self._on_event(event)
 
     async def _read_noise(self, command: GuardCommand, stream: asyncio.StreamReader) -> None:
-        with contextlib.suppress(ValueError):
-            while line := await stream.readline():
-                # mpirun then complains that its processes ended without using MPI.
-                if not (self._current().is_over and command.program == "mpirun"):
-                    self._journal.log_line(command, line)
+        async for line in _lines(stream):
+            # mpirun then complains that its processes ended without using MPI.
+            if not (self._current().is_over and command.program == "mpirun"):
+                self._journal.log_line(command, line)
 
     async def _await_exit(
         self, started: _Started, readers: list[asyncio.Task[None]], attempt: Attempt | None

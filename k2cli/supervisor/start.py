@@ -17,6 +17,7 @@ import msgspec
 from k2cli.agent.run_processes import kill_run
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
+from k2cli.files import decode_with
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import python_environment
 from k2cli.protocol import RunEvent
@@ -183,7 +184,10 @@ class _EventFile:
         self._decoder: msgspec.json.Decoder[RunEvent] = msgspec.json.Decoder(RunEvent)
 
     def new(self) -> list[RunEvent]:
-        """Return the events that were completely written since the last call."""
+        """Return the events that were completely written since the last call.
+
+        Lines that are no events, of a damaged disk, are left out.
+        """
         if not self._path.is_file():
             return []
         with self._path.open("rb") as file:
@@ -191,4 +195,10 @@ class _EventFile:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [self._decoder.decode(line) for line in whole.splitlines()]
+        return [event for line in whole.splitlines() for event in self._decoded(line)]
+
+    def _decoded(self, line: bytes) -> list[RunEvent]:
+        try:
+            return [decode_with(self._decoder, line)]
+        except msgspec.DecodeError:
+            return []

@@ -134,6 +134,15 @@ def mutated(document: Any, draw: Random) -> Any:
     return document
 
 
+def plain(document: Any) -> Any:
+    """Return a document whose ``Raw`` parts are ordinary strings, to encode as msgpack."""
+    if isinstance(document, dict):
+        return {plain(name): plain(member) for name, member in document.items()}
+    if isinstance(document, list | tuple):
+        return [plain(member) for member in document]
+    return str(document) if isinstance(document, Raw) else document
+
+
 def as_json(document: Any) -> bytes:
     """Encode a document with its ``Raw`` parts, huge integers and lone surrogates."""
     raws: list[str] = []

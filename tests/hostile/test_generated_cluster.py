@@ -256,7 +256,7 @@ def test_headers_from_a_node(tmp_path: Path, draw: Random) -> None:
     target[name] = draw.choice(odd) if draw.random() < 0.7 else value
     try:
         node: Any = _Answering(heads)
-        reads_or_refuses(lambda: _fetch_headers("kimi", node, base), "studio-1")
+        reads_or_refuses(lambda: _fetch_headers("/m/kimi", node, base), "studio-1")
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
     finally:
         shutil.rmtree(base)
