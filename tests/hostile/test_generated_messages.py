@@ -7,8 +7,10 @@ never ends with an error of its own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from random import Random
 from typing import Any
@@ -132,6 +134,12 @@ async def _lines(data: bytes) -> asyncio.StreamReader:
     return reader
 
 
+def send(connection: socket.socket, data: bytes) -> None:
+    """Send bytes, of which the other side may not read all, and close."""
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(data)
+
+
 @pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
 @generated(200)
 def test_frames(number: int, draw: Random) -> None:
@@ -140,13 +148,15 @@ def test_frames(number: int, draw: Random) -> None:
 
     def blocking() -> None:
         ours, theirs = socket.socketpair()
-        with ours, theirs:
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
-            theirs.sendall(data)
-            theirs.shutdown(socket.SHUT_WR)
+        sending = threading.Thread(target=send, args=(theirs, data))
+        sending.start()
+        try:
             channel: Channel[Any] = Channel(ours, kinds)
             while channel.receive(5.0) is not None:
                 pass
+        finally:
+            ours.close()
+            sending.join()
 
     async def streaming() -> None:
         channel: AsyncChannel[Any] = AsyncChannel(await _lines(data), None, kinds)  # type: ignore[arg-type]
