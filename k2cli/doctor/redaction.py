@@ -218,8 +218,8 @@ class Redactor:
     def _json(self, text: str, change: Callable[[Any], Any]) -> str:
         try:
             return json.dumps(change(json.loads(text)), indent=1) + "\n"
-        except ValueError:
-            return "not JSON\n"  # unknown text cannot be redacted safely
+        except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
+            return "not JSON\n"  # unknown text, or of another shape, cannot be redacted safely
 
     def _profile(self, value: Any, key: str = "") -> Any:
         if isinstance(value, dict):

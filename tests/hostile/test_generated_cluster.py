@@ -26,6 +26,7 @@ from k2cli.cluster.facts.reading import examine
 from k2cli.cluster.hostfile import format_hostfile, parse_hostfile, rank_environment, read_hostfile
 from k2cli.cluster.links import detect_links
 from k2cli.doctor.recording import replay
+from k2cli.doctor.redaction import Redactor
 from k2cli.launch.model_source import _fetch_headers
 from k2cli.nodes.interpreter import Report
 from k2cli.nodes.node import decode_answer
@@ -202,6 +203,19 @@ def test_facts_of_a_mac(draw: Random) -> None:
             outputs[name] = printed(outputs[name], draw)
     probes = {name: ProbeOutput(0, text) for name, text in outputs.items()}
     look_at(RawProbes("a", "Darwin", probes))
+
+
+@generated(200)
+def test_redaction(draw: Random) -> None:
+    """Nothing that a machine prints keeps a recording from being written."""
+    outputs = {**LINUX, **macs(), "ip": json.dumps(IP)}
+    name = draw.choice(sorted(outputs))
+    if name in ("k2", "system_profiler", "ip"):
+        text = mutated_json(json.loads(outputs[name]), draw).decode(errors="replace")
+    else:
+        text = printed(outputs[name], draw)
+    with bounded():
+        Redactor().probe(name, text).encode()
 
 
 @generated(100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import os
 import struct
@@ -280,6 +281,18 @@ def test_headers_of_the_hub(draw: Random) -> None:
         patch.setattr(hub_headers.hub, "file_names", lambda repo, commit: names)
         patch.setattr(hub_headers.hub, "read_range", read_range)
         reads_or_refuses(lambda: hub_headers.read_headers("mock/model", "main"), "mock/model")
+
+
+@generated(150)
+def test_kept_headers(tmp_path: Path, draw: Random) -> None:
+    kept = {"layout": 1, "tensors": {"a": ["BF16", [2, 4], 16, "model.safetensors", 80]}}
+    data = gzip.compress(mutated_json(kept, draw))
+    path = write(tmp_path, "kept.json.gz", damaged(data, draw) if draw.random() < 0.4 else data)
+    with bounded():
+        tensors = hub_headers._read_kept(path)
+    for tensor in (tensors or {}).values():
+        assert isinstance(tensor.nbytes, int)
+        assert isinstance(tensor.shape, tuple)
 
 
 # --- GGUF ---------------------------------------------------------------------------------------

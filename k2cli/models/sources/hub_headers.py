@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from k2cli.errors import K2Error
-from k2cli.files import write_atomically
+from k2cli.files import decode_json, write_atomically
 from k2cli.models.checkpoint import (
     INDEX_NAME,
     Checkpoint,
@@ -118,6 +121,13 @@ def _read_header(repo: str, commit: str, name: str) -> dict[str, StoredTensor]:
 # --- cache --------------------------------------------------------------------------------------
 
 
+class _KeptHeaders(msgspec.Struct, frozen=True):
+    """The cached result: for each tensor its dtype, shape, bytes, file and offset."""
+
+    layout: int
+    tensors: dict[str, tuple[str, tuple[int, ...], int, str, int]]
+
+
 def _kept_file(repo: str, commit: str) -> Path:
     return data_directory() / "headers" / f"{repo.replace('/', '--')}@{commit}.json.gz"
 
@@ -126,15 +136,15 @@ def _read_kept(path: Path) -> dict[str, StoredTensor] | None:
     """Read a cached result; None if there is none or it is damaged."""
     try:
         with gzip.open(path, "rb") as stream:
-            document = json.load(stream)
-        if document["layout"] != _LAYOUT:
-            return None
-        return {
-            name: StoredTensor(name, dtype, tuple(shape), nbytes, Path(file), offset)
-            for name, (dtype, shape, nbytes, file, offset) in document["tensors"].items()
-        }
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+            kept = decode_json(stream.read(), type=_KeptHeaders)
+    except (OSError, EOFError, zlib.error, msgspec.DecodeError):
         return None
+    if kept.layout != _LAYOUT:
+        return None
+    return {
+        name: StoredTensor(name, dtype, shape, nbytes, Path(file), offset)
+        for name, (dtype, shape, nbytes, file, offset) in kept.tensors.items()
+    }
 
 
 def _keep(path: Path, tensors: dict[str, StoredTensor]) -> None:
