@@ -39,7 +39,7 @@ class Tokenized(msgspec.Struct, frozen=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True):
-    """What a chunk adds to a message."""
+    """The text that a chunk adds to a message."""
 
     content: str | None = None
 

@@ -243,9 +243,10 @@ def _kind(name: str, port: str | None) -> InterfaceKind:
 
 def _profile(raw: RawProbes) -> Mapping[str, Any]:
     try:
-        return decode_json(raw.text("system_profiler") or "{}", type=dict[str, Any])
+        found = decode_json(raw.text("system_profiler") or "{}", type=object)
     except msgspec.DecodeError as error:
         raise ClusterError(f"node {raw.node}: system_profiler printed no JSON: {error}") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _objects(value: object) -> list[Mapping[str, Any]]:
