@@ -86,7 +86,7 @@ CONVERSATIONS: list[tuple[Any, list[Any]]] = [
         Hello(1), Holdings(1, [HeldTensor("a", [1, 2], "float16", 4)]), StepDigest(1, 2, "a"),
     ]),
     (LivenessMessage, [
-        RankStatus(0, 1, 2, 3, 4), ControlEndpoint("h", 80), LogLine(0, "n", "rank", "text"),
+        RankStatus(0, 1, "busy", 3, 4), ControlEndpoint("h", 80), LogLine(0, "n", "rank", "text"),
         RankFailed(0, "n", "cause", -9, ["line"]), StopRun("c", failed=True),
     ]),
 ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 64 clients for ten minutes on two real ranks over a ring: a third of their requests are left in the
 middle of the answer, some are streams that nobody reads. Answers to fixed prompts must be those of
-a quiet run, open files and the guards' memory must stay flat, and ``/health`` must stay quick: its 99th
-percentile at most five times that of the idle run. It is asked by a process of its own, ten times a
+a quiet run, open files and the guards' memory must stay flat, and ``/health`` must stay quick: its
+99th percentile at most five times that of the idle run. It is asked by a process of its own, ten times a
 second on a new connection each time, as a monitor does.
 """
 
@@ -319,8 +319,8 @@ def page(results: list[dict[str, Any]]) -> list[str]:
         *paragraph(
             f"The run has room for {CONCURRENCY} sequences; all other requests wait. A third of "
             "the requests are left in the middle of their answer, and some streams are not read. "
-            "Greedy answers must be those of a quiet run, open files and the memory of guards must stay "
-            "flat, a rank must stay within its plan (MLX keeps freed buffers up to a limit), "
+            "Greedy answers must be those of a quiet run, open files and the memory of guards must "
+            "stay flat, a rank must stay within its plan (MLX keeps freed buffers up to a limit), "
             f"and the 99th percentile of `/health` must be at most {TIMES_SLOWER:g} times that of "
             "the idle run. `/health` is asked ten times a second, by a process of its own."
         ),
