@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from k2cli.errors import MAX_MESSAGE_LETTERS, InternalError, K2Error
 
 LONG_FORM = int(os.environ.get("K2_GENERATED_CASES", "0"))
-MOST_MESSAGE = MAX_MESSAGE_LETTERS + 5
+MOST_MESSAGE = MAX_MESSAGE_LETTERS + 10
 CPU_SECONDS = 10.0
 """Processor time after which a parse counts as endless: a thousand times what a case takes."""
 

@@ -84,7 +84,7 @@ LINUX = {
     "cgroup-v1": "max\n",
     "cpuinfo": "model name\t: Some CPU @ 2GHz\n",
     "infiniband": "mlx5_0\nmlx5_1\n",
-    "nvidia-smi": "NVIDIA H200, 143771, 143000\nNVIDIA H200, 143771, 143000\n",
+    "nvidia-gpus": "0, GPU-1, NVIDIA H200, 143771, 143000, 500, Default, Disabled\n" * 2,
     "date": "1764000000.123456789\n",
 }
 SOFTWARE: dict[str, Any] = {

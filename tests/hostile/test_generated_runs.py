@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -13,9 +14,11 @@ from random import Random
 from typing import Any
 
 import msgspec
+import pytest
 
 from k2cli.agent.locks import Claim, list_locks, lock_path
 from k2cli.commands.bench import _plan_of
+from k2cli.errors import UsageError
 from k2cli.guard.main import read_bootstrap
 from k2cli.guard.oom_evidence import counted_kills, counter_file, find_in_jetsam_report, find_in_log
 from k2cli.launch.plan import check_plan
@@ -141,6 +144,19 @@ def test_plan(tmp_path: Path, draw: Random) -> None:
     assert plan.request.concurrency > 0
     assert plan.request.prefill_chunk_tokens > 0
     assert all(0 <= node.weights_bytes < 2**63 for node in plan.nodes)
+
+
+@pytest.mark.parametrize("size", [-1, 2**62, 10**30])
+@pytest.mark.parametrize(
+    ("part", "name"), [("nodes", "weights_bytes"), ("request", "context_length")]
+)
+def test_a_plan_with_impossible_sizes_is_refused(part: str, name: str, size: int) -> None:
+    _, plain = plan_document()
+    changed = copy.deepcopy(plain)
+    target = changed[part][1] if part == "nodes" else changed[part]
+    target[name] = size
+    with pytest.raises(UsageError, match=f"plan.json is not a plan: {name}"):
+        plan_from_json(json.dumps(changed).encode(), "plan.json")
 
 
 @generated(120)

@@ -2,9 +2,9 @@
 
 64 clients for ten minutes on two real ranks over a ring: a third of their requests are left in the
 middle of the answer, some are streams that nobody reads. Answers to fixed prompts must be those of
-a quiet run, open files and the guards' memory must stay flat, and ``/health`` must stay quick: its
-99th percentile at most five times that of the idle run. It is asked by a process of its own, ten times a
-second on a new connection each time, as a monitor does.
+a quiet run, open files and the guards' memory must stay flat, a rank must stay within its plan, and
+``/health`` must stay quick: its 99th percentile at most five times that of the idle run. It is
+asked by a process of its own, ten times a second on a new connection each time, as a monitor does.
 """
 
 from __future__ import annotations

@@ -128,7 +128,9 @@ def read_chat_template(
 
 def _choose(entries: list[Any], with_tools: bool) -> Any:
     named = {
-        entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)
+        entry["name"]: entry.get("template")
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str)
     }
     if with_tools and "tool_use" in named:
         return named["tool_use"]
