@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType
 
+from k2cli.errors import K2Error
 from k2cli.models.checkpoint import (
     INDEX_NAME,
     read_checkpoint,
@@ -259,6 +260,15 @@ def test_index(tmp_path: Path, draw: Random) -> None:
     }
     write(tmp_path, INDEX_NAME, mutated_json(index, draw))
     reads_or_refuses(lambda: read_checkpoint(tmp_path), INDEX_NAME)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\ud800", "a\0", "../a", "a\n"])
+def test_an_index_that_names_no_file(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "config.json", json.dumps(CONFIG).encode())
+    index = {"weight_map": {"b": f"{name}.safetensors"}}
+    write(tmp_path, INDEX_NAME, json.dumps(index).encode())
+    with pytest.raises(K2Error, match="is not the name of a safetensors file"):
+        read_checkpoint(tmp_path)
 
 
 @generated(150)
