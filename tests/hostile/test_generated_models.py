@@ -193,7 +193,7 @@ def test_vocabulary(tmp_path: Path, draw: Random) -> None:
     assert ranks is None or sorted(ranks.values()) == list(range(len(ranks)))
 
 
-@generated(300)
+@generated(150)
 def test_chat_template(tmp_path: Path, draw: Random) -> None:
     if draw.random() < 0.4:
         source = draw.choice(HOSTILE_TEMPLATES)
@@ -365,7 +365,7 @@ def rewritten(llama: Path, draw: Random) -> bytes:
     return head + bytes(-len(head) % 32) + llama.read_bytes()[start:]
 
 
-@generated(150)
+@generated(100)
 def test_gguf(tmp_path: Path, llama: Path, draw: Random) -> None:
     data = rewritten(llama, draw)
     if draw.random() < 0.3:

@@ -125,7 +125,7 @@ def plan_document() -> tuple[str, Any]:
     return folder, json.loads(plan_to_json(plan))
 
 
-@generated(300)
+@generated(150)
 def test_plan(tmp_path: Path, draw: Random) -> None:
     model, plain = plan_document()
     path = tmp_path / "plan.json"
