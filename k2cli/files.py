@@ -16,15 +16,6 @@ from k2cli.settings import folder_variable
 from k2cli.units import format_bytes, replace_surrogates
 
 _T = TypeVar("_T")
-_T_co = TypeVar("_T_co", covariant=True)
-
-
-class Decoder(Protocol[_T_co]):
-    """A decoder of msgspec, of JSON or of msgpack."""
-
-    def decode(self, buf: bytes, /) -> _T_co:
-        """Decode one document."""
-        ...
 
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 """Flags of ``open_regular`` to write at the end of a file, which may not be there yet."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 from k2cli.agent.software import Software
 from k2cli.doctor.results import CheckResult, Situation, Status, on_node, spread
-from k2cli.units import whole_number
 
 _PREPARE = "k2 cluster prepare --nodes {node}"
 

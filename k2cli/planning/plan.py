@@ -16,7 +16,7 @@ from k2cli.choices import Certainty, FloatType
 from k2cli.errors import UsageError
 from k2cli.files import decode_json, encode_json, read_regular, unwritable, write_atomically
 from k2cli.gpu_name import GpuName
-from k2cli.models.checkpoint import shown
+from k2cli.models.json_files import shown
 from k2cli.planning.speed.estimate import SpeedEstimate
 from k2cli.planning.speed.exchange import ANSWER_TOKENS, PROMPT_TOKENS
 from k2cli.sharding.placement import Placement

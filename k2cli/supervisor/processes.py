@@ -40,18 +40,6 @@ class _Started:
     process: asyncio.subprocess.Process
 
 
-async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Yield the lines of a process; one that is longer than the stream's limit is left out."""
-    while True:
-        try:
-            line = await stream.readline()
-        except ValueError:  # too long; what was received of it is dropped
-            continue
-        if not line:
-            return
-        yield line
-
-
 class Processes:
     """The child processes of one supervisor.
 

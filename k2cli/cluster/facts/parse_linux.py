@@ -15,7 +15,6 @@ from k2cli.errors import ClusterError
 from k2cli.files import decode_json
 from k2cli.planning.hardware.gpus import Gpu, gpu_of, parse_gpus
 from k2cli.planning.hardware.machine import OS_RESERVE_BYTES, OS_RESERVE_SHARE
-from k2cli.units import whole_number
 
 _OS: OsName = "linux"
 # Names by udev and the kernel: wl* is wireless, thunderbolt* the IP-over-Thunderbolt driver.
@@ -27,28 +26,6 @@ _KINDS_BY_NAME: tuple[tuple[str, InterfaceKind], ...] = (
     ("virbr", "other"),
 )
 _ETHERNET_DRIVERS = frozenset({"", "veth", "vlan", "bond", "macvlan", "ipvlan", "team"})
-
-
-class _Address(msgspec.Struct, frozen=True):
-    """An address in the output of ``ip -json``; members that k2 does not use are left out."""
-
-    local: str = ""
-    scope: str = ""
-    prefixlen: int | None = None
-
-
-class _LinkInfo(msgspec.Struct, frozen=True):
-    info_kind: str | None = None
-
-
-class _Interface(msgspec.Struct, frozen=True):
-    """An interface in the output of ``ip -json``, which also has empty objects."""
-
-    ifname: str = ""
-    flags: tuple[str, ...] = ()
-    link_type: str = ""
-    linkinfo: _LinkInfo = _LinkInfo()
-    addr_info: tuple[_Address, ...] = ()
 
 
 def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
@@ -97,7 +74,7 @@ def os_release(text: str) -> dict[str, str]:
 
 def meminfo(text: str) -> dict[str, int]:
     """Parse ``/proc/meminfo`` into bytes; its ``kB`` are 1024 bytes."""
-    found = re.findall(r"^(\S+):\s+(\d{1,18}) kB$", text, re.MULTILINE)
+    found = re.findall(r"^(\S+):\s+(\d+) kB$", text, re.MULTILINE)
     return {name: int(value) * 1024 for name, value in found}
 
 
@@ -109,9 +86,9 @@ def _memory_bytes(raw: RawProbes, software: Software | None) -> int:
             raise ClusterError(f"node {raw.node} does not report its memory size")
         return software.memory_bytes
     for name in ("cgroup", "cgroup-v1"):
-        limit = whole_number((raw.text(name) or "").strip())
-        if limit is not None:
-            memory = min(memory, limit)
+        text = (raw.text(name) or "").strip()
+        if text.isdigit():
+            memory = min(memory, int(text))
     return memory
 
 
@@ -139,7 +116,7 @@ def _cpu(text: str) -> str:
     return text.partition(":")[2].strip() or "unknown processor"
 
 
-def _interface_entries(raw: RawProbes) -> list[_Interface] | None:
+def _interface_entries(raw: RawProbes) -> list[dict[str, Any]] | None:
     """Return the entries of ``ip`` for interfaces that are up; None without ``ip``."""
     text = raw.text("ip")
     if text is None:
@@ -152,27 +129,30 @@ def _interface_entries(raw: RawProbes) -> list[_Interface] | None:
 
 
 def _interfaces(
-    entries: list[_Interface] | None, software: Software | None
+    entries: list[dict[str, Any]] | None, software: Software | None
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, InterfaceKind]]:
     if entries is None:
         known = software.interfaces if software is not None else {}
         addresses = {name: _ordered(list(found)) for name, found in known.items()}
         return addresses, {name: _kind(name, "", None) for name in addresses}
-    addresses = {entry.ifname: _addresses(entry) for entry in entries}
+    addresses = {entry["ifname"]: _addresses(entry) for entry in entries}
     kinds = {
-        entry.ifname: _kind(entry.ifname, entry.link_type, entry.linkinfo.info_kind)
+        entry["ifname"]: _kind(
+            entry["ifname"], entry.get("link_type", ""), entry.get("linkinfo", {}).get("info_kind")
+        )
         for entry in entries
     }
     return addresses, kinds
 
 
-def _prefix_lengths(entries: list[_Interface]) -> dict[str, int]:
-    found = (address for entry in entries for address in entry.addr_info if address.local)
-    return {each.local: each.prefixlen for each in found if each.prefixlen is not None}
+def _prefix_lengths(entries: list[dict[str, Any]]) -> dict[str, int]:
+    found = [a for entry in entries for a in entry.get("addr_info", []) if "prefixlen" in a]
+    return {address["local"]: int(address["prefixlen"]) for address in found}
 
 
-def _addresses(entry: _Interface) -> tuple[str, ...]:
-    return _ordered([a.local for a in entry.addr_info if a.local and a.scope != "link"])
+def _addresses(entry: dict[str, Any]) -> tuple[str, ...]:
+    usable = [a["local"] for a in entry.get("addr_info", []) if a.get("scope") != "link"]
+    return _ordered(usable)
 
 
 def _ordered(addresses: list[str]) -> tuple[str, ...]:

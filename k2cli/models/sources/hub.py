@@ -22,7 +22,6 @@ from k2cli.files import DISK_ERRORS, read_regular, unwritable
 from k2cli.models.checkpoint import read_index
 from k2cli.models.layout import choose_weight_files, names_in
 from k2cli.proxies import proxy_errors
-from k2cli.units import whole_number
 
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
 

@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from k2cli.errors import K2Error
 from k2cli.files import read_regular, write_atomically
 from k2cli.models.checkpoint import (
@@ -128,13 +126,6 @@ def _read_header(repo: str, commit: str, name: str) -> dict[str, StoredTensor]:
 # --- cache --------------------------------------------------------------------------------------
 
 
-class _KeptHeaders(msgspec.Struct, frozen=True):
-    """The cached result: for each tensor its dtype, shape, bytes, file and offset."""
-
-    layout: int
-    tensors: dict[str, tuple[str, tuple[int, ...], int, str, int]]
-
-
 def _kept_file(repo: str, commit: str) -> Path:
     return data_directory() / "headers" / f"{repo.replace('/', '--')}@{commit}.json.gz"
 
@@ -156,12 +147,6 @@ def _read_kept(path: Path) -> dict[str, StoredTensor] | None:
         zlib.error,
     ):
         return None
-    if kept.layout != _LAYOUT:
-        return None
-    return {
-        name: StoredTensor(name, dtype, shape, nbytes, Path(file), offset)
-        for name, (dtype, shape, nbytes, file, offset) in kept.tensors.items()
-    }
 
 
 def _keep(path: Path, tensors: dict[str, StoredTensor]) -> None:

@@ -108,7 +108,7 @@ def special_tokens(path: Path, first: int, named: dict[str, Any]) -> list[dict[s
                 f"{path.parent / 'tokenizer_config.json'}: the special token {shown(key)} must "
                 f"have text and an id from {first} to {past_last - 1}"
             )
-        contents[number] = fields
+        contents[int(key)] = fields
     default = {"special": True}
     return [
         {

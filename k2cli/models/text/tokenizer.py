@@ -289,22 +289,6 @@ class TokenStream:
             return token.encode()
 
 
-@contextlib.contextmanager
-def _refusing(problem: str) -> Iterator[None]:
-    """Turn errors of the library into a ``K2Error``; it has no specific ones.
-
-    A panic of its Rust code on a damaged file is no ``Exception``, and would end the process.
-    """
-    try:
-        yield
-    except K2Error:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise K2Error(f"{problem}: {shown(str(error))}", "download it again") from error
-
-
 def _special_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
     added = tokenizer.get_added_tokens_decoder()
     return frozenset(number for number, token in added.items() if token.special)
@@ -347,8 +331,7 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     named = config.get("added_tokens_decoder", {})
     if not isinstance(named, dict):
         raise K2Error(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is no object")
-    with _refusing(f"{vocabulary} is not a tokenizer"):
-        return build_tokenizer(ranks, special_tokens(vocabulary, len(ranks), named))
+    return build_tokenizer(ranks, special_tokens(vocabulary, len(ranks), named))
 
 
 def _load_json(path: Path) -> tokenizers.Tokenizer:
