@@ -30,6 +30,7 @@ _LINE = re.compile(r"(?P<name>[A-Za-z0-9._@%+^-]+)(:(?P<count>[0-9]+))?(?P<setti
 _SLOTS = re.compile(r"(?<![\w-])slots\s*=\s*(\S+)")
 _LINE_SETTINGS = re.compile(r"(\s*\b(slots|max[_-]slots)\s*=\s*[0-9]+)*\s*")
 _LIMIT_BYTES = 4 * MIB
+_ADDRESS = re.compile(r"[A-Za-z0-9._:%-]+")  # a name is possible, too, as in MLX
 _SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(=|$)", re.ASCII)
 
 
@@ -75,7 +76,7 @@ def parse_hostfile(text: bytes, source: str) -> Hostfile:
         UsageError: if it is not a hostfile, has no host, or its RDMA devices connect not all ranks.
     """
     text = text.removeprefix(codecs.BOM_UTF8)
-    if text.lstrip()[:1] in (b"{", b"["):
+    if text.lstrip()[:1] in (b"{", b"[") or text.strip() in (b"null", b"true", b"false"):
         hostfile = _parse_mlx(text, source)
     else:
         hostfile = _parse_lines(text, source)
@@ -140,12 +141,15 @@ def _check(hostfile: Hostfile, source: str) -> None:
     for host in hostfile.hosts:
         if not host.ssh or host.ssh.startswith("-"):
             raise UsageError(f"{source}: '{host.ssh}' cannot be the name of a host")
+        for address in host.ips:
+            if _ADDRESS.fullmatch(address) is None:
+                raise UsageError(f"{source}: '{address}' of host {host.ssh} is not an address")
         if host.rdma and len(host.rdma) != len(hostfile.hosts):
             raise UsageError(
                 f"{source}: host {host.ssh} has {len(host.rdma)} RDMA entries "
                 f"for {len(hostfile.hosts)} hosts"
             )
-    if hostfile.backend in ("jaccl", "jaccl-ring"):
+    if hostfile.backend in ("jaccl", "jaccl-ring") or any(host.rdma for host in hostfile.hosts):
         _check_rdma(hostfile, source)
 
 

@@ -191,12 +191,22 @@ def to_hostfile(cluster: Cluster, transport: str = "") -> Hostfile:
         raise UsageError(f"'{transport}' is not a transport of a hostfile", "jaccl, ring or mpi")
     names = [node.name for node in cluster.nodes]
     transport = transport or _best_transport(cluster)
+    if cluster.hostfile is not None and len(cluster.rank_nodes) > len(names):
+        return _with_repeated_hosts(cluster.hostfile, transport)
     rdma = [_rdma_row(cluster, name) if transport == "jaccl" else () for name in names]
     hosts = [
         Host(_ssh_name(cluster, name), _ring_addresses(cluster, index, transport), rdma[index])
         for index, name in enumerate(names)
     ]
     return Hostfile(tuple(hosts), transport)
+
+
+def _with_repeated_hosts(hostfile: Hostfile, transport: str) -> Hostfile:
+    """Return an imported hostfile, in which a host has several ranks, for another transport."""
+    if transport == "jaccl":
+        raise ClusterError("RDMA does not join two ranks of one machine", "--backend ring")
+    hosts = tuple(Host(host.ssh, host.ips) for host in hostfile.hosts)
+    return Hostfile(hosts, transport, hostfile.envs)
 
 
 def _ssh_name(cluster: Cluster, name: str) -> str:

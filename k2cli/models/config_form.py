@@ -78,6 +78,9 @@ _BY_INTERVAL = ("gemma3_text", "cohere2", "exaone4")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
+_MOST_FACTOR = 1e9
+
+
 def standard_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return a config in the form that mlx-lm's classes read; the given one is not changed.
 
@@ -124,7 +127,23 @@ def _standardize(fields: dict[str, Any], source: str) -> None:
     if isinstance(fields.get("dtype"), str):
         fields["torch_dtype"] = fields["dtype"]
     _write_pattern(fields)
+    _write_dense_layers(fields, source)
     _standardize_rope(fields, source)
+
+
+def _write_dense_layers(fields: dict[str, Any], source: str) -> None:
+    """Write the first dense layers as a number, too, which transformers 5 gives as a list."""
+    kinds = fields.get("mlp_layer_types")
+    if not isinstance(kinds, list) or not all(kind in ("dense", "sparse") for kind in kinds):
+        return
+    dense = kinds.index("sparse") if "sparse" in kinds else len(kinds)
+    if "dense" in kinds[dense:]:
+        return  # a class that reads only the number is refused: sharding.unread_fields
+    known = fields.setdefault("first_k_dense_replace", dense)
+    if known != dense:
+        raise _contradiction(
+            "first_k_dense_replace", known, "mlp_layer_types", f"{dense} dense layers", source
+        )
 
 
 def _write_pattern(fields: dict[str, Any]) -> None:
@@ -307,6 +326,9 @@ def _typed(parameters: Mapping[str, Any], source: str) -> dict[str, Any]:
     if (given := old if old is not None else new) is not None:
         # mlx-lm knows 'mrope', which is 'default' for text.
         result["rope_type"] = result["type"] = given if _kind(given) != "default" else "default"
+    factor: Any = result.get("factor")
+    if _is_number(factor) and not 0 < factor < _MOST_FACTOR:
+        raise UsageError(f"{source}: the factor of RoPE must be positive and finite, not {factor}")
     if _kind(given) == "linear" and _is_number(result.get("factor")):
         result["factor"] = float(result["factor"])  # three classes require a float
     return result

@@ -155,6 +155,8 @@ def conversion_source(reference: ModelReference) -> dict[str, Any] | None:
     if reference.path is None or not reference.path.is_file():
         return None
     found = [part.stat() for part in split_parts(reference.path) if part.is_file()]
+    if not found:  # the number in its name is not one of the series
+        return None
     return {
         "path": str(reference.path.resolve()),
         "bytes": sum(status.st_size for status in found),

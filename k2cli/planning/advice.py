@@ -236,7 +236,9 @@ def _other_machines(nodes: Sequence[NodeMemory]) -> Iterator[list[NodeMemory]]:
     """Yield more machines, larger ones of the same chip, or both: the fewest and smallest first."""
     if hardware_text(nodes) is None or len({node.chip for node in nodes}) != 1:
         return
-    chip = chips()[nodes[0].chip]
+    chip = chips().get(nodes[0].chip)
+    if chip is None:  # a card of NVIDIA's: several are those of one host, which has no more
+        return
     largest = max(node.memory_bytes for node in nodes)
     sizes = [size for size in sorted(chip.memory_gib) if size * GIB >= largest]
     for count in range(len(nodes), MOST_MACHINES + 1):

@@ -36,7 +36,7 @@ _KNOWN = frozenset({
 """Parameters that ``meant_rotation`` computes with."""
 
 _WITHOUT_EFFECT = frozenset({
-    "finetuned", "max_position_embeddings", "mrope_interleaved", "mrope_section", "rope_interleave",
+    "finetuned", "max_position_embeddings", "mrope_interleaved", "mrope_section",
 })  # fmt: skip
 """Parameters that do not change what is computed for text."""
 
@@ -215,6 +215,7 @@ def check_rope(model: nn.Module, config: Mapping[str, Any], name: str, source: s
         for key in parameters.keys() - _KNOWN - _WITHOUT_EFFECT:
             if key not in source and parameters[key] is not None:
                 raise _unread(f"rope_parameters.{key}", parameters[key], name)
+    _check_pairs(found, fields, name, source)
     for path, module, rotation in found:
         layer = _LAYER.search(f".{path}.")
         index = int(layer[1]) if layer else None
@@ -222,6 +223,17 @@ def check_rope(model: nn.Module, config: Mapping[str, Any], name: str, source: s
         candidates = [each for each in candidates if each.get("rope_theta") is not None]
         if candidates:
             _check_module(module, rotation, candidates, fields, name)
+
+
+def _check_pairs(
+    found: list[tuple[str, nn.Module, Rotation]], fields: Mapping[str, Any], name: str, source: str
+) -> None:
+    """Refuse another pairing of values than the modules rotate: neighbours, or halves."""
+    interleaved = fields.get("rope_interleave")
+    if not isinstance(interleaved, bool) or "rope_interleave" in source:
+        return
+    if any(getattr(module, "traditional", interleaved) != interleaved for _, module, _ in found):
+        raise _unread("rope_interleave", interleaved, name)
 
 
 def _candidates(

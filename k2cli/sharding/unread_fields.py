@@ -6,6 +6,7 @@ activation, or one with capped logits, would load and run with other numbers tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Names of activations in configs, and the words of which one is in the source that computes it."""
 
+_SCORING = re.compile(r"scoring_func: [^=\n]*= ['\"](\w+)['\"]")
+_SCORING_USED = re.compile(r"\.scoring_func\b")
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 
 
@@ -45,6 +48,13 @@ def _without_experts(value: Any, fields: Mapping[str, Any]) -> bool:
     return value == 1 or not fields.get("n_routed_experts")
 
 
+def _are_dense_first(value: Any, fields: Mapping[str, Any]) -> bool:
+    dense = fields.get("first_k_dense_replace")
+    if not isinstance(value, list) or not isinstance(dense, int):
+        return False
+    return value == ["dense"] * dense + ["sparse"] * (len(value) - dense)
+
+
 _NEUTRAL: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "alibi": _is_off,
     "attention_multiplier": _is_head_dim,
@@ -54,6 +64,7 @@ _NEUTRAL: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "final_logit_softcapping": _is_off,
     "logit_scale": _is_one,
     "logits_scaling": _is_one,
+    "mlp_layer_types": _are_dense_first,
     "parallel_attn": _is_off,
     "position_embedding_type": _is_rotary,
     "query_pre_attn_scalar": _is_head_dim,
@@ -94,6 +105,15 @@ def check_unread(config: Mapping[str, Any], name: str, source: str) -> None:
             continue
         if not (field.endswith("softcapping") and "softcap" in source):  # a constant in Nanochat
             raise _refusal(field, value, name)
+    kinds = fields.get("mlp_layer_types")
+    read = any(each in source for each in ("mlp_layer_types", "first_k_dense_replace"))
+    if isinstance(kinds, list) and "dense" in kinds and not read:
+        raise _refusal("mlp_layer_types", kinds, name)
+    declared = _SCORING.search(source)  # with a default, but not used
+    scoring = fields.get("scoring_func")
+    other = declared is not None and scoring not in (None, declared[1])
+    if other and _SCORING_USED.search(source) is None:
+        raise _refusal("scoring_func", scoring, name)
     for field in _ACTIVATION_FIELDS:
         value = fields.get(field)
         if not isinstance(value, str) or any(each in source for each in _ACTIVATION_FIELDS):

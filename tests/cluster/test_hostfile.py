@@ -9,6 +9,7 @@ import pytest
 
 from k2cli.cluster.discovery import cluster_from_hostfile
 from k2cli.cluster.hostfile import parse_hostfile
+from k2cli.cluster.links import to_hostfile
 from k2cli.errors import UsageError
 from k2cli.launch.prepare import _node_names
 from k2cli.launch.request import LaunchRequest
@@ -30,6 +31,19 @@ def test_a_host_that_is_listed_twice_has_two_ranks() -> None:
     cluster = cluster_from_hostfile("twice", parse_hostfile(json.dumps(hosts).encode(), "hosts"))
     assert [node.name for node in cluster.nodes] == ["localhost"]
     assert [node.name for node in cluster.rank_nodes] == ["localhost", "localhost"]
+
+
+def test_ranks_of_one_host_are_exported_for_other_transports() -> None:
+    cluster = cluster_from_hostfile("two", parse_hostfile(b"localhost slots=2\n", "hosts"))
+    for transport in ("ring", "mpi"):
+        assert [host.ssh for host in to_hostfile(cluster, transport).hosts] == ["localhost"] * 2
+
+
+@pytest.mark.parametrize("address", ["evil;rm -rf", "a b", ""])
+def test_what_cannot_be_an_address_is_refused(address: str) -> None:
+    text = json.dumps([{"ssh": "a", "ips": [address]}]).encode()
+    with pytest.raises(UsageError, match="is not an address"):
+        parse_hostfile(text, "hosts")
 
 
 def test_ranks_of_a_launch_are_in_the_order_of_the_hostfile(
