@@ -164,7 +164,9 @@ def test_the_api_of_a_run_names_the_file(toy_k2: Path, tmp_path: Path) -> None:
         bootstrap = _bootstrap()
         bootstrap = msgspec.structs.replace(
             bootstrap,
-            assignment=msgspec.structs.replace(bootstrap.assignment, model_path=str(folder)),
+            assignment=msgspec.structs.replace(
+                bootstrap.assignment, model_path=str(folder), run_id="hostile-1"
+            ),
             http=HttpEndpoint("127.0.0.1", 0),
         )
         api = ApiServer(bootstrap, EngineBridge(lambda message: None))
