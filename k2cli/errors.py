@@ -16,6 +16,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 EXIT_INTERRUPTED = 130
+MAX_MESSAGE_LETTERS = 3000
+_LAST_LETTERS = 1000
 
 
 class K2Error(Exception):
@@ -29,6 +31,10 @@ class K2Error(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
+        # A wrong value that it quotes may be megabytes. What is wrong is said before or after it.
+        if len(message) > MAX_MESSAGE_LETTERS:
+            first = message[: MAX_MESSAGE_LETTERS - _LAST_LETTERS]
+            message = f"{first} ... {message[-_LAST_LETTERS:]}"
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -18,12 +18,13 @@ _BYTE_UNITS = {
     "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB,
     "K": KB, "M": MB, "G": GB, "T": TB,
 }  # fmt: skip
-_BYTES_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_BYTES_PATTERN = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*")
 
 
 def format_bytes(count: int) -> str:
     """Render in decimal units with three significant figures: ``577.6 GB``, ``98.4 MB``."""
     sign, size = ("-", -count) if count < 0 else ("", count)
+    size = min(size, 10**30)  # a number in a foreign file may be too large for a float
     for unit, name in ((TB, "TB"), (GB, "GB"), (MB, "MB"), (KB, "kB")):
         if size >= unit:
             value = size / unit
@@ -34,6 +35,14 @@ def format_bytes(count: int) -> str:
 def format_rate(count: int, seconds: float) -> str:
     """Render bytes per second: ``3.42 GB/s``; empty if nothing was counted or no time passed."""
     return f"{count / seconds / GB:.2f} GB/s" if count > 0 and seconds > 0 else ""
+
+
+def whole_number(text: str) -> int | None:
+    """Read a number of up to 18 ASCII digits; None for any other text.
+
+    ``str.isdigit`` accepts ``²``, and ``int`` refuses thousands of digits with a ValueError.
+    """
+    return int(text) if len(text) <= 18 and text.isascii() and text.isdecimal() else None
 
 
 def format_gib(count: int) -> str:

@@ -24,5 +24,6 @@ def test_decimal_and_binary_bytes_are_told_apart() -> None:
 @pytest.mark.parametrize("parse", [parse_tokens, parse_bytes, parse_latency])
 @pytest.mark.parametrize("text", ["", "1e5", "12 parsecs", "0x10", "9" * 5000 + "q"])
 def test_what_is_no_value_is_named(parse: object, text: str) -> None:
-    with pytest.raises(UsageError, match=rf"^'{text}' is not a"):
+    with pytest.raises(UsageError, match="' is not a") as caught:
         parse(text)  # type: ignore[operator]
+    assert caught.value.message.startswith(f"'{text[:1000]}")  # a long message is cut

@@ -20,7 +20,7 @@ from k2cli.errors import ClusterError
 
 _LIBRARY_NAMES = ("libmpi.so.40", "libmpi.40.dylib", "libmpi.dylib")
 _VERSION_SECONDS = 20
-_VERSION = re.compile(r"Open ?MPI\)? v?(\d+(?:\.\d+)+)")
+_VERSION = re.compile(r"Open ?MPI\)? v?(\d{1,9}(?:\.\d{1,9})+)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from k2cli.errors import UsageError
+from k2cli.units import whole_number
 
 CaseKind = Literal["pp", "tg"]
 
@@ -55,9 +56,9 @@ def parse_sizes(text: str, option: str, *, at_least: int = 0) -> list[int]:
     """
     sizes = []
     for part in text.split(","):
-        if not part.strip().isdecimal():
+        size = whole_number(part.strip())
+        if size is None:
             raise UsageError(f"'{text}' is not a list of sizes for {option}", f"{option} 512,2048")
-        size = int(part)
         if size < at_least:
             raise UsageError(f"{size} is too small for {option}; the minimum is {at_least}")
         sizes.append(size)

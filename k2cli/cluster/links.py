@@ -86,7 +86,10 @@ def _in_one_network(
 def _network(machine: MachineFacts, address: str) -> object:
     version = 6 if ":" in address else 4
     prefix = machine.prefix_lengths.get(address, _USUAL_PREFIX[version])
-    return ipaddress.ip_interface(f"{address}/{prefix}").network
+    try:
+        return ipaddress.ip_interface(f"{address}/{prefix}").network
+    except ValueError:  # a machine may report anything; this is in no network
+        return address
 
 
 def _slower_kind(kinds: tuple[str | None, str | None]) -> LinkKind:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _GRACEFUL_SECONDS = 2
 _CLOSE_SECONDS = 3.0
 _PORTS_TRIED = 100
+_WAITING_CONNECTIONS = 1024
+"""Connections that the kernel holds until they are accepted; they use no files of the guard."""
 
 
 def api_url(host: str, port: int, node: str) -> str:
@@ -52,7 +54,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(_WAITING_CONNECTIONS)
     except OSError:
         listener.close()
         raise
@@ -209,6 +211,10 @@ class ApiServer:
         serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         while not self._server.started and not serving.done():
             await asyncio.sleep(0.01)
+        if self._server.started:
+            # uvicorn lets asyncio shorten the queue to what it accepts in one turn. If more clients
+            # than that come at once, Linux loses connections that they believe to be open.
+            listener.listen(_WAITING_CONNECTIONS)
         self._answering.set()
         await serving
 

@@ -25,7 +25,7 @@ PROBE_SECONDS = 5.0
 
 MAX_CONNECTIONS = 1024
 BACKLOG = 16
-"""Connections that wait to be accepted, and that asyncio accepts in one turn of its loop."""
+"""Connections that asyncio accepts in one turn of its loop; more may wait in the kernel."""
 
 # A connection that is refused is closed three turns after it was accepted.
 RESERVED_FILES = 96 + 4 * BACKLOG

@@ -79,11 +79,11 @@ def _fetch_headers(reference: str, node: Node, base: Path) -> Path:
     try:
         folder.mkdir()
         for file in heads.files:
-            if Path(file.name).name != file.name:
+            if Path(file.name).name != file.name or file.name in ("", ".."):
                 raise ClusterError(f"node {node.name} sent a file named '{file.name}'")
             path = folder / file.name
             path.write_bytes(file.head)
             os.truncate(path, file.size)
-    except OSError as error:
-        raise ClusterError(f"headers cannot be written to {folder}: {error.strerror}") from error
+    except (OSError, ValueError, OverflowError) as error:  # a zero byte, a size of 2^63
+        raise ClusterError(f"headers of node {node.name} cannot be written: {error}") from error
     return folder

@@ -16,6 +16,7 @@ from k2cli.choices import Certainty, FloatType
 from k2cli.errors import UsageError
 from k2cli.files import decode_json, encode_json, read_regular, unwritable, write_atomically
 from k2cli.gpu_name import GpuName
+from k2cli.models.json_files import shown
 from k2cli.planning.speed.estimate import SpeedEstimate
 from k2cli.planning.speed.exchange import ANSWER_TOKENS, PROMPT_TOKENS
 from k2cli.sharding.placement import Placement
@@ -197,9 +198,31 @@ def plan_from_json(document: bytes, source: str) -> Plan:
             raise UsageError(
                 f"{source} has schema_version {version!r}, this k2 reads {SCHEMA_VERSION}", hint
             )
-        return msgspec.convert(fields, Plan)
+        return _with_possible_sizes(msgspec.convert(fields, Plan))
     except (msgspec.DecodeError, ValueError) as error:
         raise UsageError(f"{source} is not a plan: {error}", hint) from error
+
+
+def _with_possible_sizes(plan: Plan) -> Plan:
+    """Return a plan whose sizes ranks can work with.
+
+    Raises:
+        ValueError: if one is negative or too large.
+    """
+    counts = {
+        "context_length": plan.request.context_length,
+        "concurrency": plan.request.concurrency,
+        "prefill_chunk_tokens": plan.request.prefill_chunk_tokens,
+    }
+    for name, count in counts.items():
+        if not 0 < count < 2**31:
+            raise ValueError(f"{name} cannot be {shown(count)}")
+    for node in plan.nodes:
+        for name in ("weights_bytes", "kv_cache_bytes", "overhead_bytes", "limit_bytes"):
+            size = getattr(node, name)
+            if not 0 <= size < 2**62:
+                raise ValueError(f"{name} of {node.name} cannot be {shown(size)}")
+    return plan
 
 
 def read_plan(path: Path) -> Plan:

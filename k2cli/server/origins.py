@@ -48,7 +48,10 @@ class OriginRules:
         """Return True if a page of that origin may use the server."""
         if origin in self.origins or "*" in self.origins:
             return True
-        return urlsplit(origin).netloc.lower() == host.lower()
+        try:
+            return urlsplit(origin).netloc.lower() == host.lower()
+        except ValueError:  # such as "http://["
+            return False
 
 
 def host_name(host: str) -> str:

@@ -54,7 +54,7 @@ def load_served_model(folder: Path, name: str, context_length: int) -> ServedMod
         context_length=context_length,
         default_temperature=_number(suggested, "temperature", 1.0, high=2.0),
         default_top_p=_number(suggested, "top_p", 1.0, high=1.0) or 1.0,
-        default_top_k=int(_number(suggested, "top_k", 0.0, high=float(2**31))),
+        default_top_k=int(_number(suggested, "top_k", 0.0, high=float(2**31 - 1))),
     )
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import struct
+import sys
+from pathlib import Path
 
 import pytest
 
 from k2cli.agent import ports
 from k2cli.errors import ClusterError
-from k2cli.guard.api_server import _take_port, api_url
-from k2cli.protocol import HttpEndpoint
+from k2cli.guard.api_server import ApiServer, _take_port, api_url
+from k2cli.guard.engine_bridge import EngineBridge
+from k2cli.protocol import Assignment, Bootstrap, HttpEndpoint
 
 
 @pytest.mark.parametrize(
@@ -36,3 +41,29 @@ def test_a_port_taken_meanwhile_is_passed_over_unless_it_was_asked_for() -> None
         assert found > port
     with pytest.raises(ClusterError, match=r"192\.0\.2\.1"):
         _take_port(HttpEndpoint("192.0.2.1", port, next_port_will_do=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the length of the queue as Linux has it")
+def test_many_connections_may_wait_to_be_accepted(toy_k2: Path) -> None:
+    """uvicorn and asyncio shorten the queue to what they accept at once, which loses the others."""
+    assignment = Assignment(
+        "demo-1", 0, 1, ["localhost"], "local", str(toy_k2), "single", [(0, 1)], "float32", 64, 1,
+        16, [1],
+    )  # fmt: skip
+    bootstrap = Bootstrap(
+        assignment, "ab" * 32, "127.0.0.1", 0, "toy", HttpEndpoint("127.0.0.1", 0)
+    )
+
+    async def waiting_connections() -> int:
+        server = ApiServer(bootstrap, EngineBridge(lambda message: None))
+        server.open()
+        try:
+            await asyncio.wait_for(server.wait_until_answering(), 60)
+            assert server._listener is not None
+            state = server._listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
+            (longest,) = struct.unpack_from("I", state, 28)  # tcpi_sacked of a listening socket
+            return int(longest)
+        finally:
+            await server.close()
+
+    assert asyncio.run(waiting_connections()) >= 128

@@ -168,6 +168,7 @@ ORIGINS = [
     ({"origin": "http://localhost:8080", "host": "localhost:8080"}, 200),
     ({"origin": "http://evil.example"}, 403),
     ({"origin": "null"}, 403),
+    ({"origin": "http://["}, 403),
     ({"origin": "http://localhost:3000", "host": "localhost:8080"}, 403),
     ({"sec-fetch-site": "cross-site"}, 403),
     ({"sec-fetch-site": "same-origin"}, 200),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,11 +124,17 @@ KINDS: tuple[tuple[str, int, Ask], ...] = (
 )
 
 
-def client(mix: Mix, draw: random.Random, started: float, until: float) -> list[Answer]:
+def client(
+    mix: Mix,
+    draw: random.Random,
+    started: float,
+    until: float,
+    kinds: Sequence[tuple[str, int, Ask]] = KINDS,
+) -> list[Answer]:
     """Send requests one after the other until the time is over."""
     answers = []
     while time.monotonic() < until:
-        name, _, ask = draw.choices(KINDS, weights=[share for _, share, _ in KINDS])[0]
+        name, _, ask = draw.choices(kinds, weights=[share for _, share, _ in kinds])[0]
         began = time.monotonic()
         answer = Answer(name, began - started)
         try:

@@ -182,14 +182,16 @@ class Served:
 
 
 @contextmanager
-def serving(toy: Path, backend: str, strategy: str, folder: Path) -> Iterator[Served]:
+def serving(
+    toy: Path, backend: str, strategy: str, folder: Path, concurrency: int = CONCURRENCY
+) -> Iterator[Served]:
     """Start a run of two ranks of the toy, in which every fault can be raised."""
     trigger = folder / f"lie-{backend}-{strategy}"
     trigger.unlink(missing_ok=True)
     paths = [str(FAULTY_RANKS), *filter(None, [os.environ.get("PYTHONPATH")])]
     run = k2(
         "launch", str(toy), "--nodes", "localhost,localhost", "--backend", backend,
-        "--parallel", strategy, "--context", str(CONTEXT), "--concurrency", str(CONCURRENCY),
+        "--parallel", strategy, "--context", str(CONTEXT), "--concurrency", str(concurrency),
         "--dtype", "float32", "--detach",
         environment={"PYTHONPATH": os.pathsep.join(paths), "FAULTY_RANKS_LIE": str(trigger)},
     )  # fmt: skip

@@ -27,7 +27,7 @@ from k2cli.cluster.facts.probes import RawProbes
 from k2cli.errors import ClusterError
 from k2cli.files import decode_json
 from k2cli.planning.hardware.chips import apple_gpu_limit, chip_of_device
-from k2cli.units import GIB, MIB
+from k2cli.units import GIB, MIB, whole_number
 
 
 def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
@@ -39,7 +39,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
     kernel = sysctl(raw.text("sysctl") or "")
     profile = _profile(raw)
     hardware = _first(profile, "SPHardwareDataType")
-    memory = int(kernel["hw.memsize"]) if kernel.get("hw.memsize", "").isdigit() else None
+    memory = whole_number(kernel.get("hw.memsize", ""))
     if memory is None:
         raise ClusterError(f"node {raw.node} does not report its memory size")
     chip = kernel.get("machdep.cpu.brand_string") or str(hardware.get("chip_type", "Apple silicon"))
@@ -52,7 +52,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
         hostname=(raw.text("hostname") or "").strip(),
         os_name="macos",
         os_version=sw_vers(raw.text("sw_vers") or "").get("ProductVersion", ""),
-        model=kernel.get("hw.model") or hardware.get("machine_model"),
+        model=kernel.get("hw.model") or _text(hardware, "machine_model"),
         chip=chip,
         memory_bytes=memory,
         limit_bytes=limit,
@@ -74,12 +74,11 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
 def condition(raw: RawProbes) -> Condition:
     """Read the present condition of a Mac, without its clock."""
     kernel = sysctl(raw.text("sysctl") or "")
-    limit = kernel.get("iogpu.wired_limit_mb", "")
     minutes, prevented = sleep_setting(raw.text("pmset") or "")
     power = raw.text("pmset-power")
     return Condition(
         available_bytes=available_memory(raw.text("vm_stat") or ""),
-        wired_limit_mib=int(limit) if limit.isdigit() else None,
+        wired_limit_mib=whole_number(kernel.get("iogpu.wired_limit_mb", "")),
         sleep_minutes=minutes,
         sleep_prevented_by=prevented,
         firewall=firewall(raw.text("firewall"), raw.text("firewall-block-all")),
@@ -121,10 +120,12 @@ def ibv_devinfo(text: str) -> dict[str, str]:
 
 def available_memory(text: str) -> int | None:
     """Sum the memory that a program can get at once: free, speculative and inactive pages."""
-    page = re.search(r"page size of (\d+) bytes", text)
+    page = re.search(r"page size of (\d{1,9}) bytes", text)
     pages = {
         name: int(count)
-        for name, count in re.findall(r"^Pages (free|speculative|inactive):\s+(\d+)\.", text, re.M)
+        for name, count in re.findall(
+            r"^Pages (free|speculative|inactive):\s+(\d{1,18})\.", text, re.MULTILINE
+        )
     }
     if page is None or "free" not in pages or "inactive" not in pages:
         return None
@@ -135,7 +136,8 @@ def sleep_setting(text: str) -> tuple[int | None, str | None]:
     """Read the minutes until the Mac sleeps (0: never), and the programs that keep it awake."""
     if re.search(r"^\s*SleepDisabled\s+1\b", text, re.MULTILINE):
         return 0, None
-    match = re.search(r"^\s*sleep\s+(\d+)(?:\s+\(sleep prevented by (.*?)\))?", text, re.MULTILINE)
+    setting = r"^\s*sleep\s+(\d{1,9})(?:\s+\(sleep prevented by (.*?)\))?"
+    match = re.search(setting, text, re.MULTILINE)
     return (int(match.group(1)), match.group(2)) if match else (None, None)
 
 
@@ -202,11 +204,18 @@ def _interface(block: str) -> Interface:
 
 def _networks(block: str) -> Iterator[str]:
     """IPv4 first; a link-local IPv6 address means nothing without its interface."""
-    four = r"^\s*inet (\S+)(?: --> \S+)? netmask (0x[0-9a-f]{8})"
+    four = r"^\s*inet ([^\s/]+)(?: --> \S+)? netmask (0x[0-9a-f]{8})"
     for address, mask in re.findall(four, block, re.MULTILINE):
-        prefix = ipaddress.ip_network(f"0.0.0.0/{ipaddress.ip_address(int(mask, 16))}").prefixlen
+        try:
+            prefix = ipaddress.ip_network(
+                f"0.0.0.0/{ipaddress.ip_address(int(mask, 16))}"
+            ).prefixlen
+        except ValueError:  # ones after zeros
+            continue
         yield f"{address}/{prefix}"
-    for address, prefix in re.findall(r"^\s*inet6 (\S+) prefixlen (\d+)", block, re.MULTILINE):
+    for address, prefix in re.findall(
+        r"^\s*inet6 ([^\s/]+) prefixlen (\d{1,3})", block, re.MULTILINE
+    ):
         if "%" not in address and not address.startswith("fe80"):
             yield f"{address}/{prefix}"
 
@@ -240,9 +249,19 @@ def _profile(raw: RawProbes) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _objects(value: object) -> list[Mapping[str, Any]]:
+    """Return the objects of a list; none if it is no list."""
+    members = value if isinstance(value, list) else []
+    return [member for member in members if isinstance(member, dict)]
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    return value if isinstance(value, str) else None
+
+
 def _first(profile: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    entries = profile.get(kind) or [{}]
-    return entries[0] if isinstance(entries[0], dict) else {}
+    return next(iter(_objects(profile.get(kind))), {})
 
 
 def thunderbolt_ports(
@@ -256,19 +275,19 @@ def thunderbolt_ports(
     """
     interfaces = {port: name for name, port in ports.items()}
     found = []
-    for bus in profile.get("SPThunderboltDataType", []):
+    for bus in _objects(profile.get("SPThunderboltDataType")):
         tag = bus.get("receptacle_1_tag")
         if not isinstance(tag, dict) or "receptacle_id_key" not in tag:
             continue
         receptacle = str(tag["receptacle_id_key"])
-        peer, through = _peer(bus.get("_items", []))
+        peer, through = _peer(_objects(bus.get("_items")))
         found.append(
             ThunderboltPort(
                 receptacle=receptacle,
                 interface=interfaces.get(f"Thunderbolt {receptacle}"),
-                domain=bus.get("domain_uuid_key"),
-                peer_domain=peer.get("domain_uuid_key"),
-                peer_name=peer.get("device_name_key") or peer.get("_name"),
+                domain=_text(bus, "domain_uuid_key"),
+                peer_domain=_text(peer, "domain_uuid_key"),
+                peer_name=_text(peer, "device_name_key") or _text(peer, "_name"),
                 speed=str(tag.get("current_speed_key", "")),
                 through_device=through,
             )
@@ -276,25 +295,25 @@ def thunderbolt_ports(
     return tuple(sorted(found, key=lambda port: port.receptacle))
 
 
-def _peer(items: list[Any], through: str | None = None) -> tuple[Mapping[str, Any], str | None]:
+def _peer(
+    items: list[Mapping[str, Any]], through: str | None = None
+) -> tuple[Mapping[str, Any], str | None]:
     """Find the Mac connected to a port, and the device between them if there is one."""
     for item in items:
-        if not isinstance(item, dict):
-            continue
         is_mac = "domain_uuid_key" in item or str(item.get("device_name_key", "")).startswith("Mac")
         if is_mac:
             return item, through
-        nested, device = _peer(item.get("_items", []), str(item.get("_name", "a device")))
+        nested, device = _peer(_objects(item.get("_items")), str(item.get("_name", "a device")))
         if nested:
             return nested, device
     return {}, None
 
 
 def _gpu_cores(profile: Mapping[str, Any]) -> int | None:
-    for display in profile.get("SPDisplaysDataType", []):
-        cores = str(display.get("sppci_cores", ""))
-        if cores.isdigit():
-            return int(cores)
+    for display in _objects(profile.get("SPDisplaysDataType")):
+        cores = whole_number(str(display.get("sppci_cores", "")))
+        if cores is not None:
+            return cores
     return None
 
 
@@ -313,8 +332,8 @@ def _limit(
     """Return the memory that MLX may use: Metal's figure, the sysctl's, or that of equal Macs."""
     if software is not None and software.limit_bytes is not None:
         return software.limit_bytes, software.limit_mark, software.limit_source
-    set_to = kernel.get("iogpu.wired_limit_mb", "0")
-    if set_to.isdigit() and int(set_to) > 0:
-        return int(set_to) * MIB, "exact", "iogpu.wired_limit_mb"
+    set_to = whole_number(kernel.get("iogpu.wired_limit_mb", "0"))
+    if set_to:
+        return set_to * MIB, "exact", "iogpu.wired_limit_mb"
     limit, source = apple_gpu_limit(memory // GIB)
     return limit, "assumed", source

@@ -33,17 +33,19 @@ def repack(type_name: str, raw: Array) -> tuple[Array, Array, Array]:
     """Repack blocks of a type in ``PACKED_BITS`` as MLX's weight, scales and biases.
 
     Raises:
-        OverflowError: if a bias does not fit float16, which happens only in damaged files.
+        OverflowError: if a bias or scale does not fit float16, which happens only in damaged files.
     """
     import numpy as np
 
     blocks = _blocks(type_name, raw)
     scales = _half(blocks, 0)
+    _check_finite(scales)
     if type_name == "Q8_0":
         # int8 q becomes uint8 q + 128, which flips the sign bit; MLX then packs bytes in order.
         codes = (blocks[..., 2:] ^ 0x80).reshape(raw.shape[0], -1)
         return np.ascontiguousarray(codes).view("<u4"), scales, _shifted(scales, 128)
     biases = _half(blocks, 2) if type_name == "Q4_1" else _shifted(scales, 8)
+    _check_finite(biases)
     nibbles = blocks[..., 4:] if type_name == "Q4_1" else blocks[..., 2:]
     # A block's 16 bytes hold elements 0-15 in the low and 16-31 in the high halves; MLX wants
     # neighbours in one byte, the first in the low half.
@@ -60,8 +62,8 @@ def expand(type_name: str, raw: Array) -> Array:
     """
     import numpy as np
 
-    weights = _EXPANDERS[type_name](_blocks(type_name, raw)).reshape(raw.shape[0], -1)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked
+        weights = _EXPANDERS[type_name](_blocks(type_name, raw)).reshape(raw.shape[0], -1)
         halves = weights.astype(np.float16)
     _check_finite(halves)
     return halves

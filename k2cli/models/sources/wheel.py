@@ -27,7 +27,7 @@ from k2cli.proxies import unusable_proxy
 Progress = Callable[[int, int], None]
 
 _TIME_LIMIT_SECONDS = 3600
-_RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
+_RAW_PROGRESS = re.compile(r"Progress (\d{1,18}) of (\d{1,18})")
 
 
 def fetch_member(source: WheelSource, folder: Path, progress: Progress | None = None) -> Path:

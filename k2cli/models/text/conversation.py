@@ -226,7 +226,8 @@ def _with_k2_ids(turns: Sequence[Turn]) -> list[Turn]:
             shown = []
             for call in calls:
                 known = call.get("id")
-                name = (call.get("function") or {}).get("name", "")
+                function = call.get("function")
+                name = function.get("name", "") if isinstance(function, dict) else ""
                 if not isinstance(known, str) or not _K2_ID.fullmatch(known):
                     fresh = f"functions.{name}:{count}"
                     if isinstance(known, str):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from k2cli.gpu_name import GpuName
-from k2cli.units import MB, MIB, clean_text, format_bytes, one_line
+from k2cli.units import MB, MIB, clean_text, format_bytes, one_line, whole_number
 
 CONTEXT_BYTES = 600 * MB
 """Memory that the driver takes in each process that computes, beside MLX's arrays: the CUDA context
@@ -98,13 +98,13 @@ def parse_gpus(text: str) -> list[ListedGpu]:
     found = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) != len(QUERY_FIELDS) or not cells[0].isdecimal():
+        if len(cells) != len(QUERY_FIELDS) or (number := whole_number(cells[0])) is None:
             continue
-        index, uuid, name, total, free, reserved, mode, mig = cells
+        _, uuid, name, total, free, reserved, mode, mig = cells
         memory = _mib(total)
         if memory is not None:
             memory -= _mib(reserved) or 0
-        listed = GpuName(int(index), one_line(uuid), one_line(name))
+        listed = GpuName(number, one_line(uuid), one_line(name))
         found.append(ListedGpu(listed, memory, _mib(free), mode, mig == "Enabled"))
     return found
 
@@ -114,14 +114,15 @@ def parse_processes(text: str) -> dict[str, tuple[GpuUser, ...]]:
     found: dict[str, list[GpuUser]] = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",", 3)]
-        if len(cells) == 4 and cells[1].isdecimal():
+        if len(cells) == 4 and (pid := whole_number(cells[1])) is not None:
             name = clean_text(cells[3].rpartition("/")[2], keep="")
-            found.setdefault(cells[0], []).append(GpuUser(int(cells[1]), name, _mib(cells[2])))
+            found.setdefault(cells[0], []).append(GpuUser(pid, name, _mib(cells[2])))
     return {uuid: tuple(users) for uuid, users in found.items()}
 
 
 def _mib(cell: str) -> int | None:
-    return int(cell) * MIB if cell.isdecimal() else None
+    number = whole_number(cell)
+    return None if number is None else number * MIB
 
 
 def list_gpus() -> list[ListedGpu]:

@@ -28,7 +28,7 @@ from k2cli.planning.hardware.gpus import (
     gpus_for_ranks,
     usable_gpus,
 )
-from k2cli.units import GIB, MB, format_bytes
+from k2cli.units import GIB, MB, format_bytes, whole_number
 
 GIVEN = "given in --hardware"
 
@@ -278,6 +278,7 @@ def _usable_memory_bytes() -> int:
                 text = Path(path).read_text(encoding="ascii").strip()
             except OSError:
                 continue
-            if text.isdigit():
-                memory = min(memory, int(text))
+            limit = whole_number(text)
+            if limit is not None:
+                memory = min(memory, limit)
     return memory
