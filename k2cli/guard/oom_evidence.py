@@ -25,10 +25,12 @@ from k2cli.units import KIB, MIB, format_bytes
 
 # "Out of memory: Killed process 7 (python) total-vm:9kB, anon-rss:5kB, …": one line since Linux
 # 5.0. Earlier versions began the line with "Killed process".
-_KILLED = re.compile(r"(?P<why>.*?)[Kk]illed process (?P<pid>\d+) \((?P<name>.*)\),? (?P<sizes>.*)")
-_RESIDENT = re.compile(r"(?:anon|file|shmem)-rss:(\d+)kB")
+_KILLED = re.compile(
+    r"(?P<why>.*?)[Kk]illed process (?P<pid>\d{1,18}) \((?P<name>.*)\),? (?P<sizes>.*)"
+)
+_RESIDENT = re.compile(r"(?:anon|file|shmem)-rss:(\d{1,18})kB")
 # A record of /dev/kmsg is "level,sequence,microseconds,flags;text": Documentation/ABI/testing.
-_KMSG_PREFIX = re.compile(r"^\d+,\d+,\d+,[^;]*;")
+_KMSG_PREFIX = re.compile(r"^\d{1,18},\d{1,18},\d{1,18},[^;]*;")
 # Reasons of macOS's memorystatus that are not about memory.
 _OTHER_REASONS = frozenset({"vnode-limit", "idle-exit"})
 _REPORT_FOLDERS = (
@@ -105,7 +107,7 @@ def find_in_jetsam_report(text: str, pid: int) -> OutOfMemoryKill | None:
 
 def counted_kills(text: str) -> int | None:
     """Read ``oom_kill`` from ``memory.events`` (cgroup v2) or ``memory.oom_control`` (v1)."""
-    found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+    found = re.search(r"^oom_kill (\d{1,18})$", text, re.MULTILINE)
     return int(found[1]) if found else None
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from k2cli.client.client import _completion, _error_message, _events
+from k2cli.client.answers import error_message, events
+from k2cli.client.client import _completion
 from k2cli.guard.supervisor_pipe import SupervisorPipe
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.nodes.node import _STREAM_LIMIT_BYTES
@@ -228,13 +229,13 @@ def test_answers_of_another_server(draw: Random) -> None:
     base = "http://h:80"
 
     def whole() -> None:
-        events = list(_events(iter(lines[1:2] + lines[3:]), base))
-        _completion(0.0, [1.0], 2.0, events[-1], 4)  # type: ignore[arg-type]
+        found = list(events(iter(lines[1:2] + lines[3:]), base))
+        _completion(0.0, [1.0], 2.0, found[-1], 4)  # type: ignore[arg-type]
 
     reads: list[Callable[[], Any]] = [
-        lambda: list(_events(iter(lines), base)),
+        lambda: list(events(iter(lines), base)),
         whole,
-        lambda: _error_message(chunk.encode()),
+        lambda: error_message(chunk.encode()),
     ]
     for read in reads:
         reads_or_refuses(read)

@@ -25,7 +25,7 @@ from k2cli.models.checkpoint import (
 from k2cli.models.gguf.convert import convert_gguf, gguf_checkpoint
 from k2cli.models.safetensors import TensorSpec, safetensors_header
 from k2cli.models.sources import hub_headers
-from k2cli.models.text.chat_template import ChatTemplate, read_chat_template
+from k2cli.models.text.chat_template import ChatTemplate, read_chat_templates
 from k2cli.models.text.tiktoken_bpe import read_ranks
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.server.served_model import load_served_model
@@ -204,10 +204,11 @@ def test_chat_template(tmp_path: Path, draw: Random) -> None:
             source = TEMPLATE[: max(cuts)] + draw.choice(HOSTILE_TEMPLATES) + TEMPLATE[min(cuts) :]
     data = as_bytes(source)
     write(tmp_path, "chat_template.jinja", damaged(data, draw) if draw.random() < 0.1 else data)
-    read = reads_or_refuses(lambda: read_chat_template(tmp_path, {}), "chat_template.jinja")
-    if read is None:
+    read = reads_or_refuses(lambda: read_chat_templates(tmp_path, {}), "chat_template.jinja")
+    text = read.plain if read is not None else None
+    if text is None:
         return
-    template = reads_or_refuses(lambda: ChatTemplate(read, {"bos_token": "[BOS]"}), "template")
+    template = reads_or_refuses(lambda: ChatTemplate(text, {"bos_token": "[BOS]"}), "template")
     if template is not None:
         reads_or_refuses(lambda: template.render(MESSAGES, None, True, {}), "template")
 
