@@ -35,8 +35,8 @@ def disk_reason(error: OSError, path: Path) -> str:
         return reason
     import shutil  # slow to import
 
-    existing = next((each for each in (path, *path.absolute().parents) if each.exists()), path)
     try:
+        existing = next((each for each in (path, *path.absolute().parents) if each.exists()), path)
         usage = shutil.disk_usage(existing)
     except OSError:
         return reason
@@ -232,5 +232,10 @@ def nameless_file(content: bytes) -> int:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
     # pwrite leaves the file position at the start; some systems share it with a child.
-    os.pwrite(descriptor, content, 0)
+    try:
+        if os.pwrite(descriptor, content, 0) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor

@@ -304,6 +304,8 @@ class Guard(ABC):
                 work = probe.look(now)
             if work.signs:
                 self._worked_at = now
+            if progress.phase in ("idle", "busy"):
+                self._shape = ""  # the warm-up is over
             verdict = watch.observe(
                 progress,
                 stopped=rank.is_stopped(),

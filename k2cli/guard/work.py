@@ -76,7 +76,7 @@ class WorkProbe:
     """The work of one process, over intervals of at least ``interval_seconds``."""
 
     def __init__(self, pid: int, interval_seconds: float) -> None:
-        self._process = psutil.Process(pid)
+        self._pid = pid
         self._interval_seconds = interval_seconds
         self._before: tuple[float, Counters] | None = None
 
@@ -86,26 +86,35 @@ class WorkProbe:
 
     def look(self, now: float) -> Work:
         """Return the signs of work since the last look, or no work if that was a moment ago."""
-        if self._before is None:
-            self._before = now, read_counters(self._process)
+        if self._before is not None and now - self._before[0] < self._interval_seconds:
             return NO_WORK
-        then, before = self._before
-        if now - then < self._interval_seconds:
+        counters = _counters_of(self._pid)
+        then = self._before
+        self._before = (now, counters) if counters is not None else None
+        if then is None or counters is None:
             return NO_WORK
-        counters = read_counters(self._process)
-        self._before = now, counters
-        return work_between(before, counters, now - then)
+        return work_between(then[1], counters, now - then[0])
 
 
-def read_counters(process: psutil.Process) -> Counters:
-    """Read what the system counts about a process and its descendants; zeros if it is gone."""
+def _counters_of(pid: int) -> Counters | None:
+    try:
+        return read_counters(psutil.Process(pid))
+    except (psutil.Error, OSError):
+        return None
+
+
+def read_counters(process: psutil.Process) -> Counters | None:
+    """Read what the system counts about a process and its descendants.
+
+    None if the process is gone, or no file is left to look with.
+    """
     try:
         times = process.cpu_times()
         compilers = {child.pid: _seconds_of(child) for child in _compilers(process)}
         faults = _darwin_faults if sys.platform == "darwin" else _linux_faults
         first_touches, pages_read, file_bytes, held_bytes = faults(process)
-    except psutil.Error:
-        return Counters()
+    except (psutil.Error, OSError):
+        return None
     return Counters(
         times.user + times.system,
         first_touches,
@@ -127,14 +136,14 @@ def _compilers(process: psutil.Process) -> list[psutil.Process]:
 def _name_of(process: psutil.Process) -> str:
     try:
         return process.name()
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return ""
 
 
 def _seconds_of(process: psutil.Process) -> float:
     try:
         times = process.cpu_times()
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return 0.0
     return times.user + times.system
 

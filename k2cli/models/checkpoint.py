@@ -190,7 +190,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             an impossible value.
     """
     path = folder / "config.json"
-    config = standard_config(read_json_object(path), str(path))
+    try:
+        config = standard_config(read_json_object(path), str(path))
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
+        # A member is of another kind than any tool writes; whichever it is, no model has it.
+        raise K2Error(f"{path} is not the config of a model: {error}") from error
     return _checked_config(folder, path, config)
 
 

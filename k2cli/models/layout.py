@@ -101,12 +101,15 @@ def _check_shards(names: list[str], where: str) -> None:
     Raises:
         K2Error: naming the first that is.
     """
+    present, checked = set(names), set()
     for name in names:
-        if (match := _SHARD.fullmatch(name)) is None:
+        match = _SHARD.fullmatch(name)
+        if match is None or (series := match.group("stem", "count", "suffix")) in checked:
             continue
+        checked.add(series)
         for number in range(1, min(int(match["count"]), 9999) + 1):
             wanted = f"{match['stem']}-{number:05d}-of-{match['count']}{match['suffix']}"
-            if wanted not in names:
+            if wanted not in present:
                 raise K2Error(f"{where} has {name}, but not {wanted}", download_hint(Path(where)))
 
 

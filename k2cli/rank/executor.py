@@ -32,6 +32,7 @@ from k2cli.protocol import (
 )
 from k2cli.protocol.progress_page import Phase
 from k2cli.rank.caches import CacheTable, LayerCaches, make_room
+from k2cli.rank.host_buffers import copies_from_host
 from k2cli.sharding.stage import Stage, hidden_at
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Executor:
         # Time spent waiting for other ranks' hidden states, since the start.
         self.waited_seconds = 0.0
         self._on_gpu = mx.default_device() == mx.gpu
+        self._host_copies = copies_from_host()
         self._transfers = mx.new_stream(mx.cpu)
         self._departing: mx.array | None = None
         self._fed: mx.array | None = None
@@ -253,7 +255,10 @@ class Executor:
         """
         assert self._group is not None
         self._fed = mx.distributed.send(
-            chosen, self._group.size() - 1, group=self._group, stream=self._transfers
+            self._to_host(chosen),
+            self._group.size() - 1,
+            group=self._group,
+            stream=self._transfers,
         )
         mx.async_eval(self._fed)  # type: ignore[no-untyped-call]
 
@@ -268,11 +273,21 @@ class Executor:
             assert chosen is not None
             return chosen
         if not self.is_pipeline:
-            own = nothing if chosen is None else chosen
+            own = nothing if chosen is None else self._to_host(chosen)
             return mx.distributed.all_sum(own, group=self._group)
         if not self.stage.is_first:
             return nothing
         return mx.distributed.recv((rows,), mx.uint32, 0, group=self._group, stream=self._transfers)
+
+    def _to_host(self, value: mx.array) -> mx.array:
+        """Prepare an array that the GPU may still be computing for a transfer by the CPU.
+
+        On CUDA a transfer takes its input to host memory when it is scheduled, and frees the GPU's
+        memory. Kernels of the same evaluation are waited for, those of an earlier one are not:
+        they would write to freed memory, and what was sent would be arbitrary. So the transfer
+        gets a copy, which is computed in its own evaluation.
+        """
+        return value + mx.array(0, value.dtype) if self._host_copies else value
 
     def _receive(self, rows: int, length: int) -> mx.array | None:
         """Receive hidden states from the previous stage, lazily: ``[rows, length, width]``."""

@@ -21,12 +21,15 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from k2cli.files import private_folder
+from k2cli.pauses import Deadline
 
 VARIABLE = "MLX_PTX_CACHE_DIR"
+_LOCK_SECONDS = 5.0
 _PROCESSES = "processes"
 _CODE, _NAMES, _SOURCE = ".ptx", ".txt", ".cu"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
@@ -70,7 +73,9 @@ class KernelCache:
         Returns:
             The number of kernels that are new.
         """
-        change = self.folder.stat().st_mtime_ns
+        # The kernels of long names are in folders within it.
+        folders = [self.folder, *(each for each in self.folder.rglob("*") if each.is_dir())]
+        change = max(folder.stat().st_mtime_ns for folder in folders)
         if change == self._seen_change:
             return 0
         fresh = _kernels(self.folder) - self._published
@@ -158,10 +163,22 @@ def _place(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; processes hold it for moments only."""
+    """Hold the lock of a folder; processes hold it for moments only.
+
+    Raises:
+        OSError: if another process does not give it up in time.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    limit = Deadline(_LOCK_SECONDS)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if limit.has_passed:
+                    raise
+                time.sleep(limit.next_wait(0.05))
         yield
     finally:
         os.close(descriptor)

@@ -175,7 +175,7 @@ class KillableReader:
         assert self._process is not None
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, OSError):  # no file is left to look with
                 if psutil.Process(self._process.pid).memory_info().rss > self.memory_bytes:
                     return
 

@@ -227,7 +227,7 @@ def check_rope(model: nn.Module, config: Mapping[str, Any], name: str, source: s
 def _candidates(
     by_type: Mapping[str | None, dict[str, Any]], fields: Mapping[str, Any], index: int | None
 ) -> list[dict[str, Any]]:
-    """List the parameters that the module of a layer may have, if its type is not known several."""
+    """List the parameters that a layer's module may have; several if its type is not known."""
     types = fields.get("layer_types")
     known = isinstance(types, list) and index is not None and index < len(types)
     layer_type = types[index] if known and types is not None and index is not None else None
@@ -251,7 +251,7 @@ def _check_module(
     for parameters in candidates:
         try:
             meant = meant_rotation(parameters, found.dims, fields)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             kind = parameters.get("rope_type")
             raise UsageError(
                 f"config.json's RoPE of type '{kind}' lacks a number: {error}",

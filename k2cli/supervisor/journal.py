@@ -181,7 +181,8 @@ class Journal:
             cause += f"; on {node}: {problem}"
         state: RunState = "failed" if outcome.has_failed else "stopped"
         self._lines.close()
-        self.say(f"{state}: {cause}")
+        # Past the limit of lines: a flood of warnings must not swallow the cause.
+        self._write_line(_LAUNCHER, f"{state}: {cause}")
         remove_leftovers(self.record)
         self._save(
             replace(

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from k2cli.guard.watchdog import NO_WORK, Work
@@ -39,7 +40,7 @@ def _work_of(program: str, expected: Callable[[Work], bool], within_seconds: flo
                 if expected(work) or time.monotonic() > until:
                     return work
         finally:
-            for child in probe._process.children():
+            for child in psutil.Process(process.pid).children():
                 child.kill()
             process.kill()
 
