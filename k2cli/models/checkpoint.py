@@ -256,6 +256,11 @@ def read_index(folder: Path) -> dict[str, str] | None:
     return weight_map_of(path, read_json_object(path))
 
 
+def _is_file_name(text: str) -> bool:
+    """True for the name of a file: one with a path in it could point anywhere on this machine."""
+    return Path(text).name == text and text.isprintable() and len(text.encode()) <= 255
+
+
 def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
     """Return the file name of each tensor in an index. ``path`` is for messages.
 
@@ -269,7 +274,7 @@ def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
         raise K2Error(f"{path}: weight_map must map tensor names to file names")
     for file in set(weight_map.values()):
         # A name with a path in it could point anywhere on this machine.
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if not _is_file_name(file) or not file.endswith(".safetensors"):
             raise K2Error(f"{path}: {shown(file)} is not the name of a safetensors file")
     return weight_map
 

@@ -81,7 +81,7 @@ def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ("template", "reason"),
     [
         pytest.param(LOOP, "rendering .* takes longer than 2 s", id="endless loop"),
-        pytest.param("{{ 7 ** (10 ** 9) }}", "compiling .* takes longer than 2 s", id="constant"),
+        pytest.param("{{ 7 ** (10 ** 9) }}", "rendering .* takes longer than 2 s", id="constant"),
         pytest.param(ENDLESS, "writes more than 1048576 letters", id="endless text"),
         pytest.param("{{ 'a' * 10 ** 11 }}", "writes more|more memory", id="large text"),
         pytest.param("{% for %}", "is not valid", id="syntax"),
@@ -164,7 +164,9 @@ def test_the_api_of_a_run_names_the_file(toy_k2: Path, tmp_path: Path) -> None:
         bootstrap = _bootstrap()
         bootstrap = msgspec.structs.replace(
             bootstrap,
-            assignment=msgspec.structs.replace(bootstrap.assignment, model_path=str(folder)),
+            assignment=msgspec.structs.replace(
+                bootstrap.assignment, model_path=str(folder), run_id="hostile-1"
+            ),
             http=HttpEndpoint("127.0.0.1", 0),
         )
         api = ApiServer(bootstrap, EngineBridge(lambda message: None))

@@ -15,6 +15,7 @@ from k2cli.errors import ClusterError
 from k2cli.files import decode_json
 from k2cli.planning.hardware.gpus import Gpu, gpu_of, parse_gpus
 from k2cli.planning.hardware.machine import OS_RESERVE_BYTES, OS_RESERVE_SHARE
+from k2cli.units import whole_number
 
 _OS: OsName = "linux"
 # Names by udev and the kernel: wl* is wireless, thunderbolt* the IP-over-Thunderbolt driver.
@@ -74,7 +75,7 @@ def os_release(text: str) -> dict[str, str]:
 
 def meminfo(text: str) -> dict[str, int]:
     """Parse ``/proc/meminfo`` into bytes; its ``kB`` are 1024 bytes."""
-    found = re.findall(r"^(\S+):\s+(\d+) kB$", text, re.MULTILINE)
+    found = re.findall(r"^(\S+):\s+(\d{1,18}) kB$", text, re.MULTILINE)
     return {name: int(value) * 1024 for name, value in found}
 
 
@@ -86,9 +87,9 @@ def _memory_bytes(raw: RawProbes, software: Software | None) -> int:
             raise ClusterError(f"node {raw.node} does not report its memory size")
         return software.memory_bytes
     for name in ("cgroup", "cgroup-v1"):
-        text = (raw.text(name) or "").strip()
-        if text.isdigit():
-            memory = min(memory, int(text))
+        limit = whole_number((raw.text(name) or "").strip())
+        if limit is not None:
+            memory = min(memory, limit)
     return memory
 
 

@@ -17,8 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from k2cli.errors import K2Error
-from k2cli.files import read_regular, write_atomically
+from k2cli.files import decode_json, read_regular, write_atomically
 from k2cli.models.checkpoint import (
     Checkpoint,
     StoredTensor,
@@ -126,6 +128,13 @@ def _read_header(repo: str, commit: str, name: str) -> dict[str, StoredTensor]:
 # --- cache --------------------------------------------------------------------------------------
 
 
+class _KeptHeaders(msgspec.Struct, frozen=True):
+    """The cached result: for each tensor its dtype, shape, bytes, file and offset."""
+
+    layout: int
+    tensors: dict[str, tuple[str, tuple[int, ...], int, str, int]]
+
+
 def _kept_file(repo: str, commit: str) -> Path:
     return data_directory() / "headers" / f"{repo.replace('/', '--')}@{commit}.json.gz"
 
@@ -135,18 +144,15 @@ def _read_kept(path: Path) -> dict[str, StoredTensor] | None:
     try:
         packed = read_regular(path, _MAX_KEPT_BYTES)
         with gzip.open(io.BytesIO(packed)) as stream:
-            document = json.loads(stream.read(_MAX_KEPT_BYTES))
-        if document["layout"] != _LAYOUT:
-            return None
-        return {
-            name: StoredTensor(name, dtype, tuple(shape), nbytes, Path(file), offset)
-            for name, (dtype, shape, nbytes, file, offset) in document["tensors"].items()
-        }
-    except (
-        *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
-        zlib.error,
-    ):
+            kept = decode_json(stream.read(_MAX_KEPT_BYTES), type=_KeptHeaders)
+    except (OSError, EOFError, zlib.error, msgspec.DecodeError):
         return None
+    if kept.layout != _LAYOUT:
+        return None
+    return {
+        name: StoredTensor(name, dtype, shape, nbytes, Path(file), offset)
+        for name, (dtype, shape, nbytes, file, offset) in kept.tensors.items()
+    }
 
 
 def _keep(path: Path, tensors: dict[str, StoredTensor]) -> None:

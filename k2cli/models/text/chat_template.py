@@ -19,6 +19,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 from k2cli.errors import K2Error
@@ -51,7 +52,7 @@ class ChatTemplate:
         environment = _environment()
         try:
             tree = environment.parse(source)
-            self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
+            self.variables = _undeclared_variables(tree, environment)
             """The names of variables that it reads from outside."""
             self.members = frozenset(
                 [node.attr for node in tree.find_all(jinja2.nodes.Getattr)]
@@ -103,6 +104,16 @@ class ChatTemplate:
             raise K2Error(f"the model's chat template failed on the messages: {reason}") from error
 
 
+def _undeclared_variables(
+    tree: jinja2.nodes.Template, environment: jinja2.Environment
+) -> frozenset[str]:
+    """Do what ``jinja2.meta`` does, which would compute constant expressions."""
+    generator = jinja2.meta.TrackingCodeGenerator(environment)
+    generator.optimizer = None
+    generator.visit(tree)
+    return frozenset(generator.undeclared_identifiers)
+
+
 def _is_text(node: jinja2.nodes.Const) -> bool:
     return isinstance(node.value, str)
 
@@ -146,7 +157,11 @@ def read_chat_templates(folder: Path, tokenizer_config: dict[str, Any]) -> Templ
         entry = [{"name": name, "template": text} for name, text in entry.items()]
     if not isinstance(entry, list):
         entry = [{"name": "default", "template": entry}]
-    named = {each.get("name"): each.get("template") for each in entry if isinstance(each, dict)}
+    named = {
+        each["name"]: each.get("template")
+        for each in entry
+        if isinstance(each, dict) and isinstance(each.get("name"), str)
+    }
     plain = named.get("default")
     with_tools = named.get("tool_use", plain)
     if not all(text is None or isinstance(text, str) for text in (plain, with_tools)):
@@ -176,12 +191,21 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
+        # Without these two, constant expressions are computed by the compiler: 9 ** 9 ** 9.
+        optimized=False,
+        finalize=_when_rendered,
         extensions=["jinja2.ext.loopcontrols", _GenerationTag],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _now
     return environment
+
+
+@jinja2.pass_context
+def _when_rendered(context: jinja2.runtime.Context, value: Any) -> Any:
+    """Return the value; because the context is needed, that is not done when compiling."""
+    return value
 
 
 def _to_json(

@@ -331,7 +331,9 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     named = config.get("added_tokens_decoder", {})
     if not isinstance(named, dict):
         raise K2Error(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is no object")
-    return build_tokenizer(ranks, special_tokens(vocabulary, len(ranks), named))
+    added = special_tokens(vocabulary, len(ranks), named)
+    with _library_errors(f"{vocabulary} is not a tokenizer", download_hint(vocabulary)):
+        return build_tokenizer(ranks, added)
 
 
 def _load_json(path: Path) -> tokenizers.Tokenizer:
@@ -366,11 +368,11 @@ def _library_errors(message: str, hint: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the library has no more specific error
-        raise K2Error(f"{message}: {error}", hint) from error
+        raise K2Error(f"{message}: {shown(str(error))}", hint) from error
     except BaseException as error:
         if not is_panic(error):
             raise
-        raise K2Error(f"{message}: {error}", "use another copy of it") from error
+        raise K2Error(f"{message}: {shown(str(error))}", "use another copy of it") from error
 
 
 def is_panic(error: BaseException | None) -> bool:
