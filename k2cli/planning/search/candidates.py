@@ -165,7 +165,7 @@ def activation_bytes(
         "slices": slices,
         "samples": samples,
     }
-    prefill = prefill_activation(shape, chunk_tokens=chunk, **common)
+    prefill = prefill_activation(shape, chunk_tokens=chunk, layers=layers, **common)
     decode = decode_activation(shape, layers=layers, **common)
     return prefill.peak_bytes, decode.peak_bytes
 

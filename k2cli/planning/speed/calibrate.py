@@ -134,7 +134,7 @@ def _before(
     places = tuple(node.place for node in nodes)
     known = constants.rates(replace(nodes[0], measured=None))
     loads = known.load_bytes_per_second if known else None
-    unknown = NodeRates(*[1.0] * 6, load_bytes_per_second=loads)
+    unknown = replace(NodeRates(*[1.0] * 6), load_bytes_per_second=loads)
     run = PlacementTime(work, placement, places, (unknown,) * len(places), link)
     return run, *_start(run, known or _guess(work, figures, constants), known is not None)
 

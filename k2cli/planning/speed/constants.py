@@ -46,9 +46,9 @@ CACHE_LOADS_RANGE = {False: (3.1, 5.2), True: (1.7, 4.5)}
 the bandwidth, for chips with one die and with two.
 
 One die, M5 Pro: 119 GB/s with eight query heads of 64 to each head of keys (mlx issue 4076); M5
-Max: Qwen3.8-27B after 131,072 tokens (mlx-lm PR 1781). Two dies, M3 Ultra: MiniMax-M2.1 after 30,000 and
-146,000 tokens, 177 GB of loads in 128 ms (mlx-lm issue 763); Llama 3.1 405B after 1,024 and 65,536,
-533 GB in 144 ms (guruswami-ai/mlx-benchmarks). An M1 Ultra had 1.8 (mlx issue 3837)."""
+Max: Qwen3.8-27B after 131,072 tokens (mlx-lm PR 1781). Two dies, M3 Ultra: MiniMax-M2.1 after
+30,000 and 146,000 tokens, 177 GB of loads in 128 ms (mlx-lm issue 763); Llama 3.1 405B after 1,024
+and 65,536, 533 GB in 144 ms (guruswami-ai/mlx-benchmarks). An M1 Ultra had 1.8 (mlx issue 3837)."""
 
 
 @dataclass(frozen=True, slots=True)
