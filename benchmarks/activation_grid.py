@@ -169,7 +169,7 @@ class Grid:
             rows,
             peak - self._weights - held,
             held,
-            held // len(caches),
+            max((part.nbytes for part in _with_keys(caches)), default=0),
             modelled,
         )
 

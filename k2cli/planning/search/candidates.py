@@ -134,7 +134,7 @@ def node_budgets(
             prefill_activation_bytes=prefill,
             decode_activation_bytes=decode,
             communication=communication,
-            layers=past_last - first,
+            largest_cache_bytes=max(cache) * problem.request.concurrency,
         )
         budgets.append(budget)
     return tuple(budgets)
