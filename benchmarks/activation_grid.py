@@ -2,6 +2,7 @@
 
     python -m benchmarks.activation_grid --config CONFIG_JSON --layers 6
     python -m benchmarks.activation_grid --checkpoint FOLDER --dtype float32
+    python -m benchmarks.activation_grid --config benchmarks/data/recurrent/mamba2.json --layers 0
 
 For every chunk and context, the peak of memory while k2's executor computes the last chunk of a
 prompt of that length; for every number of rows and context, the peak of decode steps. The cache
@@ -29,7 +30,7 @@ import mlx.core as mx
 from benchmarks.gpu_layers import loaded, random_layers
 from k2cli.choices import Device
 from k2cli.planning.memory.decode import decode_activation
-from k2cli.planning.memory.prefill import ActivationShape, activation_shape, prefill_activation
+from k2cli.planning.memory.prefill import ActivationShape, prefill_activation, shape_of_model
 from k2cli.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
 from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import cast
@@ -70,7 +71,8 @@ class Grid:
 
     def __init__(self, model: Any, config: dict[str, Any], device: Any, itemsize: int) -> None:
         self._stage = cut_stage(model, 0, layer_count(model))
-        self._shape = activation_shape(config)
+        self._model = model
+        self._shape = shape_of_model(config, model)
         self._device = device
         self._itemsize = itemsize
         self._layers = layer_count(model)
@@ -78,6 +80,11 @@ class Grid:
         # Includes the rounding of the allocator, which a plan counts as slack.
         self._weights = mx.get_active_memory()
         self._step = 0
+
+    @property
+    def recurrent(self) -> bool:
+        """True if the model has recurrent layers."""
+        return self._shape.recurrence is not None
 
     def _number(self) -> int:
         self._step += 1
@@ -87,7 +94,7 @@ class Grid:
         """Open a sequence whose cache holds ``tokens`` tokens."""
         executor.carry_out(OpenSequence(self._number(), sequence))
         executor.carry_out(Prefill(self._number(), sequence, [1] * min(_PROBE_TOKENS, tokens)))
-        for cache in executor.caches.sequences[sequence]:
+        for cache in _with_keys(executor.caches.sequences[sequence]):
             keys, values, offset = cache.state
             wide = [
                 mx.zeros((*part.shape[:2], tokens, part.shape[3]), part.dtype)
@@ -104,9 +111,15 @@ class Grid:
             self._filled(executor, 1, before)
         else:
             executor.carry_out(OpenSequence(self._number(), 1))
-        _start()
-        executor.carry_out(Prefill(self._number(), 1, [1] * chunk))
         caches = executor.caches.sequences[1]
+        _start()
+        if self._shape.recurrence is None:
+            executor.carry_out(Prefill(self._number(), 1, [1] * chunk))
+        else:
+            # The states of all layers at once, as mlx-lm does; k2 takes less, layer by layer.
+            self._model(mx.ones((1, chunk), mx.int32), cache=caches)
+            mx.eval([cache.state for cache in caches])
+            mx.synchronize()
         modelled = prefill_activation(
             self._shape,
             device=self._device,
@@ -156,7 +169,7 @@ class Grid:
             rows,
             peak - self._weights - held,
             held,
-            held // len(caches),
+            max((part.nbytes for part in _with_keys(caches)), default=0),
             modelled,
         )
 
@@ -175,6 +188,14 @@ def modelled_decode_bytes(
         samples=False,
     )
     return activation.peak_bytes + rows * shape.vocabulary * itemsize
+
+
+def _with_keys(caches: list[Any]) -> Iterator[Any]:
+    """Yield the caches that have keys and values; a state does not depend on the context."""
+    for cache in caches:
+        for part in getattr(cache, "caches", (cache,)):
+            if hasattr(part, "keys"):
+                yield part
 
 
 def _keep_busy() -> mx.array:
@@ -200,7 +221,12 @@ def _start() -> None:
 
 
 def points(
-    grid: Grid, chunks: Sequence[int], contexts: Sequence[int], rows: Sequence[int], most: int
+    grid: Grid,
+    chunks: Sequence[int],
+    contexts: Sequence[int],
+    rows: Sequence[int],
+    most: int,
+    runs: int = 3,
 ) -> Iterator[Point]:
     """Measure every point whose modelled need is at most ``most`` bytes."""
     for context in contexts:
@@ -211,13 +237,13 @@ def points(
             ).peak_bytes  # fmt: skip
             if modelled <= most:
                 # On a GPU, which computes asynchronously, the peak differs between runs.
-                yield max((grid.prefill(chunk, context) for _ in range(3)), key=_peak)
+                yield max((grid.prefill(chunk, context) for _ in range(runs)), key=_peak)
         for count in rows:
             modelled = modelled_decode_bytes(
                 grid._shape, grid._device, context, count, grid._itemsize, grid._layers
             )
             if modelled <= most and count * context <= 8 * 32_768:
-                yield max((grid.decode(count, context) for _ in range(3)), key=_peak)
+                yield max((grid.decode(count, context) for _ in range(runs)), key=_peak)
 
 
 def _peak(point: Point) -> int:
@@ -233,18 +259,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=6, help="0: as the config says")
     parser.add_argument("--dtype", default="checkpoint")
     parser.add_argument("--chunks", type=_numbers, default=[32, 128, 512, 2048])
     parser.add_argument("--contexts", type=_numbers, default=[512, 2048, 8192, 32768])
     parser.add_argument("--rows", type=_numbers, default=[1, 4, 8])
     parser.add_argument("--most-bytes", type=int, default=4 * 10**9)
     parser.add_argument("--label", default="")
+    parser.add_argument("--runs", type=int, default=3)
     given = parser.parse_args()
     if given.checkpoint:
         model, config = loaded(given.checkpoint, given.dtype)
     else:
         config = json.loads(given.config.read_text())
+        given.layers = given.layers or config["num_hidden_layers"]
         model = random_layers(config, given.layers)
         if given.dtype != "checkpoint":
             cast(model, getattr(mx, given.dtype))
@@ -254,7 +282,9 @@ def main() -> None:
     mx.eval(probe)
     grid = Grid(model, config, device, probe.dtype.size)
     found = []
-    for point in points(grid, given.chunks, given.contexts, given.rows, given.most_bytes):
+    for point in points(
+        grid, given.chunks, given.contexts, given.rows, given.most_bytes, given.runs
+    ):
         found.append(asdict(point))
         sys.stderr.write(
             f"{point.phase} chunk {point.chunk} context {point.context} rows {point.rows}: "
@@ -266,6 +296,7 @@ def main() -> None:
         "backend": device,
         "layers": layer_count(model),
         "itemsize": probe.dtype.size,
+        "recurrent": grid.recurrent,
         "config": config,
         "points": found,
     }

@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.activation_grid import modelled_decode_bytes
-from k2cli.planning.memory.prefill import COPIES, activation_shape, prefill_activation
+from k2cli.planning.memory.prefill import (
+    COPIES,
+    ActivationShape,
+    activation_shape,
+    prefill_activation,
+    shape_of_model,
+)
+from k2cli.sharding.assemble import build
 from k2cli.units import MB
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,9 +62,16 @@ def recordings() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(DATA.glob("*.json"))]
 
 
+def _shape(recording: dict[str, Any]) -> ActivationShape:
+    """Return the shape of a recorded model; a recurrent one is built lazily, to find its layers."""
+    if not recording.get("recurrent"):
+        return activation_shape(recording["config"])
+    return shape_of_model(recording["config"], build(recording["config"]))
+
+
 def compared(recording: dict[str, Any]) -> Iterator[Compared]:
     """The points of one grid beside what the model says of them."""
-    shape = activation_shape(recording["config"])
+    shape = _shape(recording)
     for point in recording["points"]:
         common: dict[str, Any] = {
             "device": recording["backend"],

@@ -45,7 +45,12 @@ and the time of one chunk of a prompt:
   head, and those routed experts that the tokens of a step choose. If choices are even and
   independent, that is the fraction `1 - (1 - chosen/experts)^tokens` of the routed experts.
 * **Cache read** is traced too: for each layer, what its cache keeps for a token, at most its
-  window.
+  window. If several query heads share a head of keys and values, MLX's kernel for a single query
+  loads each byte once for each of them, mostly from the GPU's caches. Its time is then
+  `cache read x query heads per key head / (bandwidth x loads)` if that is longer. *Loads*, as a
+  multiple of the bandwidth, are fitted within what has been published: 1.7 to 4.5 for two dies, 3.1
+  to 5.2 for one (`CACHE_LOADS_RANGE` in `planning/speed/constants.py` names the sources). The
+  kernel was improved on 2026-01-22 (mlx PR 3023); MiniMax-M2.1's rows are older, and the slowest.
 * **Bandwidth and FLOPs** are the published figures of the chip; the *shares* are fitted. Chips with
   two dies (Ultra) have their own share of bandwidth.
 * **Fixed cost** is the time of a layer that does not depend on its bytes: the launch of its many
@@ -59,9 +64,10 @@ and the time of one chunk of a prompt:
   us; 300 us are assumed for TCP over Thunderbolt.
 * **The band** is the expected value multiplied and divided by e^spread. The spread is the error
   that nine of ten rows do not exceed if no row of their source was used for the fit. The band is
-  widened to cover the published range of collectives, and half and twice the fitted speed of
-  attention; then its high is limited to twice its low. For the prefill of M5 chips it always has
-  that width, because Apple published the figure of their neural accelerators for M5 alone.
+  widened to cover the published range of collectives and of loads, and half and twice the fitted
+  speed of attention; then its high is limited to twice its low. For the prefill of M5 chips it
+  always has that width, because Apple published the figure of their neural accelerators for M5
+  alone.
 
 Engines differ. k2 computes with MLX, so `plan-memory` uses the constants of MLX rows (mlx-lm, exo,
 oMLX and others that run mlx-lm's models). llama.cpp's rows have constants of their own. They show
@@ -84,7 +90,8 @@ The division of the rows was fixed before the first fit. Rows of a kind (engine,
 one machine or several) are ordered by the SHA-256 of their id. The first, third, fifth and so on
 are used for the fit; the others are **held out**. Neighbouring rows of one table resemble each
 other, so two harder checks are made on all rows: five folds, and leaving out every source as a
-whole.
+whole. Rows from M200, of long contexts, were added on 2026-11-29. They are divided by themselves,
+after the others, so that no other row changed sides, and have no say in the width of the band.
 """
 
 _MISSING = """## What this does not show
@@ -200,10 +207,14 @@ _NAMES = {
     "attention_compute": "share of FLOPs, attention",
     "dense_layer_seconds": "fixed cost of a layer without experts",
     "expert_layer_seconds": "fixed cost of a layer with experts",
+    "cache_loads_one_die": "loads of keys and values, times the bandwidth, one die",
+    "cache_loads_two_dies": "loads of keys and values, times the bandwidth, two dies",
 }
 
 
 def _value(name: str, value: float) -> str:
+    if name.startswith("cache_loads"):
+        return f"{value:.2f}"
     return f"{value * 1e6:.0f} us" if "seconds" in name else f"{value:.1%}"
 
 
@@ -285,5 +296,9 @@ def _cuda_toml(cuda: CudaOutcome) -> list[str]:
         f"spread = {cuda.spread}",
         "",
         "[cuda.shares]",
-        *(f"{name} = {value:.3g}" for name, value in asdict(cuda.shares).items()),
+        *(
+            f"{name} = {value:.3g}"
+            for name, value in asdict(cuda.shares).items()
+            if value is not None
+        ),
     ]

@@ -19,6 +19,8 @@ SHARES = (
     "attention_compute",
     "dense_layer_seconds",
     "expert_layer_seconds",
+    "cache_loads_one_die",
+    "cache_loads_two_dies",
 )
 ENGINES = ("mlx", "llama.cpp")
 COLLECTIVE = "jaccl.collective_seconds"
@@ -45,6 +47,11 @@ _SHARE_PRIORS = {
     "attention_compute": Prior(0.5, 0.7),
     "dense_layer_seconds": Prior(80e-6, 0.7),
     "expert_layer_seconds": Prior(110e-6, 0.7),
+    # Written down on 2026-11-29, before the rows of long contexts. One die: 190 of an M5 Pro's 307
+    # GB/s with eight query heads to each head of keys (mlx issue 4076). Two dies: the middle of
+    # ``CACHE_LOADS_RANGE``, as with collectives.
+    "cache_loads_one_die": Prior(4.95, 0.3),
+    "cache_loads_two_dies": Prior(2.8, 0.3),
 }
 COLLECTIVE_RANGE = (26e-6, 200e-6)
 """Seconds of a small all-reduce over RDMA on Thunderbolt 5, both published: 26 us by

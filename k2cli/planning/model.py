@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from k2cli.choices import Certainty, FloatType
 from k2cli.errors import K2Error
 from k2cli.planning.config_check import check_config
-from k2cli.planning.memory.prefill import ActivationShape, activation_shape
+from k2cli.planning.memory.prefill import ActivationShape, shape_of_model
 from k2cli.planning.memory.stored import stored_bytes_of_config
 from k2cli.sharding.recipe import Recipe, obstacle_to_quantizing
 
@@ -68,6 +68,7 @@ def read_model(reference: str, quantize: str | None = None) -> ModelToPlan:
     """
     from k2cli.models.inspection import inspect_model
     from k2cli.sharding.architectures import model_classes
+    from k2cli.sharding.trace import running_model
     from k2cli.sharding.weights_and_cache import model_facts
 
     checkpoint = inspect_model(reference)
@@ -84,7 +85,8 @@ def read_model(reference: str, quantize: str | None = None) -> ModelToPlan:
         stored_bytes, mark = stored_bytes_of_config(config, facts.model)
     else:
         stored_bytes, stored = checkpoint.stored_bytes, _as_loaded(facts.model, stored)
-    shape = activation_shape(config)
+    with running_model(config, "traced"):
+        shape = shape_of_model(config, facts.model)
     model = ModelToPlan(
         reference, config, stored, stored_bytes, mark, facts, shape, checkpoint.warnings
     )

@@ -27,10 +27,14 @@ from k2cli.sharding.weights_and_cache import cache_window
 
 @dataclass(frozen=True, slots=True)
 class CachePart:
-    """Keys and values of one cache: bytes per token of context, and the window if it has one."""
+    """Keys and values of one cache: bytes per token of context, and the window if it has one.
+
+    ``heads`` is the number of heads whose keys are kept.
+    """
 
     bytes_per_token: int
     window_tokens: int | None
+    heads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,8 @@ def _cache_parts(entry: Any) -> tuple[tuple[CachePart, ...], int]:
     per_token = sum(
         part.shape[1] * part.shape[3] * part.dtype.size for part in (keys, values) if part.ndim == 4
     )
-    return (CachePart(per_token, cache_window(entry)),), 0
+    heads = int(keys.shape[1]) if keys.ndim == 4 else 1
+    return (CachePart(per_token, cache_window(entry), heads),), 0
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def _budget(device: str) -> NodeBudget:
         prefill_activation_bytes=5 * GB,
         decode_activation_bytes=GB,
         communication=GB // 10,
-        layers=10,
+        largest_cache_bytes=3 * GB // 10,
     )
 
 

@@ -46,6 +46,9 @@ class NodeRates:
     that all tokens share, for matrices that the tokens are spread over, and for attention.
     ``rows_share`` is the share of these rates that tokens of several requests, decoded together,
     reach; ``decode_attention_share`` the share that a single token's attention reaches.
+    ``load_bytes_per_second`` limits a single token's attention whose query heads share keys and
+    values: the kernel loads these once per query head, mostly from the GPU's caches. None is no
+    limit. ``low`` and ``high`` are the bounds of what has been published.
     """
 
     read_bytes_per_second: float
@@ -56,19 +59,35 @@ class NodeRates:
     expert_layer_seconds: float
     rows_share: float = 1.0
     decode_attention_share: float = 1.0
+    load_bytes_per_second: float | None = None
+    load_bytes_per_second_low: float | None = None
+    load_bytes_per_second_high: float | None = None
+
+    def with_attention(self, factor: float) -> NodeRates:
+        """Return these rates with another speed of attention, and the bound of its loads."""
+        loads = self.load_bytes_per_second_low if factor < 1 else self.load_bytes_per_second_high
+        return replace(
+            self,
+            attention_flops_per_second=self.attention_flops_per_second * factor,
+            load_bytes_per_second=self.load_bytes_per_second if loads is None else loads,
+        )
 
     def shared_by(self, ranks: int) -> NodeRates:
         """Return the rates of one of several ranks that compute at the same time on one machine."""
-        return NodeRates(
-            self.read_bytes_per_second / ranks,
-            self.dense_flops_per_second / ranks,
-            self.expert_flops_per_second / ranks,
-            self.attention_flops_per_second / ranks,
-            self.dense_layer_seconds,
-            self.expert_layer_seconds,
-            self.rows_share,
-            self.decode_attention_share,
+        return replace(
+            self,
+            read_bytes_per_second=self.read_bytes_per_second / ranks,
+            dense_flops_per_second=self.dense_flops_per_second / ranks,
+            expert_flops_per_second=self.expert_flops_per_second / ranks,
+            attention_flops_per_second=self.attention_flops_per_second / ranks,
+            load_bytes_per_second=_part(self.load_bytes_per_second, ranks),
+            load_bytes_per_second_low=_part(self.load_bytes_per_second_low, ranks),
+            load_bytes_per_second_high=_part(self.load_bytes_per_second_high, ranks),
         )
+
+
+def _part(rate: float | None, ranks: int) -> float | None:
+    return None if rate is None else rate / ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from k2cli.planning.memory.prefill import (
     is_fused,
     logits_bytes,
 )
+from k2cli.planning.memory.recurrent import recurrent_decode_bytes
 from k2cli.units import MIB
 
 # The number of chosen experts from which mlx-lm sorts tokens by expert, in a copy.
@@ -92,12 +93,22 @@ def decode_activation(
     """
     heads = ceil(shape.heads / slices)
     logits = logits_bytes(shape, concurrency, itemsize) if samples else 0
+    state = (
+        recurrent_decode_bytes(shape.recurrence, rows=concurrency, itemsize=itemsize)
+        if shape.recurrence is not None
+        else 0
+    )
     if device == "cuda":
         held = min(layers, _HELD_LAYERS[_kind(shape)])
         attention, feed_forward, hidden = _cuda_layer(
             shape, heads, concurrency, context_length, itemsize, slices
         )
-        return ActivationBytes(held * attention, held * feed_forward, held * hidden, logits)
+        recurrent = shape.recurrent_layers(layers) * state
+        if not shape.attends:
+            attention = 0
+        return ActivationBytes(
+            held * attention, held * feed_forward, held * hidden, logits, recurrent
+        )
     scores = heads * concurrency * context_length * itemsize
     if shape.latent_size:
         # A single token stays in the latent space: scores and a masked copy, no expanded keys.
@@ -105,12 +116,13 @@ def decode_activation(
     else:
         attention = 4 * concurrency * heads * shape.head_size * itemsize
         attention += 0 if is_fused(shape, device, itemsize) else scores
-    return ActivationBytes(
-        attention,
-        feed_forward_bytes(shape, COPIES[_kind(shape)][device], concurrency, itemsize, slices),
-        4 * concurrency * shape.hidden * itemsize,
-        logits,
-    )
+    if not shape.attends:
+        attention = 0
+    copies = COPIES[_kind(shape)][device]
+    feed_forward = feed_forward_bytes(shape, copies, concurrency, itemsize, slices)
+    hidden = 4 * concurrency * shape.hidden * itemsize
+    beyond = max(0, state - attention - feed_forward - hidden)
+    return ActivationBytes(attention, feed_forward, hidden, logits, beyond)
 
 
 def _kind(shape: ActivationShape) -> str:

@@ -26,24 +26,28 @@ def slack_bytes(kv_cache_bytes: int, activation_bytes: int) -> int:
 
 
 def overhead_bytes(
-    kv_cache_bytes: int, activation_bytes: int, layers: int, communication_bytes: int
+    kv_cache_bytes: int,
+    activation_bytes: int,
+    largest_cache_bytes: int,
+    communication_bytes: int,
 ) -> int:
     """Return the bytes of a rank beside weights, cache and activations (modelled).
 
     They are the runtime, send and receive buffers, the allocator's slack, and cache growth.
     """
     slack = slack_bytes(kv_cache_bytes, activation_bytes)
-    growth = growth_bytes(kv_cache_bytes, activation_bytes, layers)
+    growth = growth_bytes(largest_cache_bytes, activation_bytes)
     return RUNTIME_BYTES + communication_bytes + slack + growth
 
 
-def growth_bytes(kv_cache_bytes: int, activation_bytes: int, layers: int) -> int:
+def growth_bytes(largest_cache_bytes: int, activation_bytes: int) -> int:
     """Return the bytes by which copying one layer's cache exceeds a step's activations.
 
     A cache that grows exists twice for a moment, layer by layer (``rank.caches.make_room``), before
-    a step and so without its activations.
+    a step and so without its activations. Of a model with recurrent layers or windows few caches
+    grow far, so the largest counts and not the mean.
     """
-    beyond = kv_cache_bytes // layers - activation_bytes
+    beyond = largest_cache_bytes - activation_bytes
     return (beyond + abs(beyond)) // 2  # its positive part, of arrays too
 
 
@@ -73,7 +77,7 @@ def node_budget(
     prefill_activation_bytes: int,
     decode_activation_bytes: int,
     communication: int,
-    layers: int,
+    largest_cache_bytes: int,
 ) -> NodeBudget:
     """Add up one rank's memory and compare it with its machine's limit.
 
@@ -81,6 +85,7 @@ def node_budget(
         node: its limit already divided among the ranks of its machine, or of its GPU.
         sharers: ranks on that machine or GPU.
         edge_weights_bytes: embedding, norm and head as far as this rank holds them.
+        largest_cache_bytes: the largest cache of a layer, of all sequences together.
     """
     activation = max(prefill_activation_bytes, decode_activation_bytes)
     breakdown = Breakdown(
@@ -91,10 +96,10 @@ def node_budget(
         communication_bytes=communication,
         runtime_bytes=RUNTIME_BYTES,
         allocator_slack_bytes=slack_bytes(kv_cache_bytes, activation),
-        cache_growth_bytes=growth_bytes(kv_cache_bytes, activation, layers),
+        cache_growth_bytes=growth_bytes(largest_cache_bytes, activation),
         os_reserve_bytes=max(node.memory_bytes // sharers - node.limit_bytes, 0),
     )
-    overhead = overhead_bytes(kv_cache_bytes, activation, layers, communication)
+    overhead = overhead_bytes(kv_cache_bytes, activation, largest_cache_bytes, communication)
     return _budget(node, kv_cache_bytes, activation, overhead, breakdown)
 
 

@@ -23,12 +23,18 @@ that copy (``ledger.overhead_bytes``), not their sum.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from k2cli.choices import Device
 from k2cli.planning.config_check import first_field, heads_field, text_config, width_field
+from k2cli.planning.memory.recurrent import recurrent_prefill
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from k2cli.sharding.recurrence import Recurrence
 
 PREFILL_CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)
 """Tokens of a prompt that one step computes, largest first; the first is mlx-lm's own default."""
@@ -78,6 +84,8 @@ class ActivationShape:
 
     ``latent_size`` is the width of MLA's latent, 0 for other attention; ``expanded_size`` is then
     the width of one head's expanded key and value together. ``experts`` is 0 for a dense model.
+    ``attends`` is false if no layer has keys and values. ``recurrence`` describes the recurrent
+    layers, if there are any; the peak is that of the kind of layer that takes most.
     """
 
     hidden: int
@@ -91,22 +99,36 @@ class ActivationShape:
     latent_size: int = 0
     expanded_size: int = 0
     quantized: bool = False
+    attends: bool = True
+    recurrence: Recurrence | None = None
+
+    def recurrent_layers(self, layers: int | None) -> int:
+        """Return how many of a rank's layers are recurrent, at most; of all of them if None."""
+        if self.recurrence is None:
+            return 0
+        return self.recurrence.layers if layers is None else min(layers, self.recurrence.layers)
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationBytes:
-    """Bytes at the peak of a step of prefill or decode on one rank, by cause."""
+    """Bytes at the peak of a step of prefill or decode on one rank, by cause.
+
+    ``recurrent_bytes`` is what recurrent layers take in addition to the other parts: what they
+    leave in memory, and how much more one of them needs than a layer with attention.
+    """
 
     attention_bytes: int
     feed_forward_bytes: int
     hidden_bytes: int
     logits_bytes: int
+    recurrent_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The sum of all parts; the module's docstring gives the reason."""
         parts = (
-            self.attention_bytes, self.feed_forward_bytes, self.hidden_bytes, self.logits_bytes
+            self.attention_bytes, self.feed_forward_bytes, self.hidden_bytes, self.logits_bytes,
+            self.recurrent_bytes,
         )  # fmt: skip
         return sum(parts)
 
@@ -135,6 +157,14 @@ def activation_shape(config: Mapping[str, Any]) -> ActivationShape:
     )
 
 
+def shape_of_model(config: Mapping[str, Any], model: nn.Module) -> ActivationShape:
+    """Read the widths from a checked config, and the recurrent layers from its traced model."""
+    from k2cli.sharding.recurrence import recurrence_of
+
+    recurrence, attends = recurrence_of(model)
+    return replace(activation_shape(config), recurrence=recurrence, attends=attends)
+
+
 def prefill_activation(
     shape: ActivationShape,
     *,
@@ -145,6 +175,7 @@ def prefill_activation(
     itemsize: int,
     slices: int = 1,
     samples: bool = True,
+    layers: int | None = None,
 ) -> ActivationBytes:
     """Model one rank's peak while it prefills the last chunk of a full context.
 
@@ -155,6 +186,7 @@ def prefill_activation(
         itemsize: bytes per element of activations and cache.
         slices: ranks that share each layer (tensor parallelism); 1 otherwise.
         samples: whether this rank computes logits.
+        layers: number of layers of this rank, all of them if None; it matters for recurrent ones.
     """
     chunk = min(chunk_tokens, context_length)
     heads = ceil(shape.heads / slices)
@@ -162,11 +194,27 @@ def prefill_activation(
     hidden = chunk * shape.hidden * itemsize
     if device == "cuda":
         hidden = allocated_bytes(hidden)
+    attention = (
+        _attention_bytes(shape, device, copies, heads, chunk, context_length, itemsize)
+        if shape.attends
+        else 0
+    )
+    feed_forward = feed_forward_bytes(shape, copies, chunk, itemsize, slices)
+    hidden = int(_hidden_copies(shape, device, copies, itemsize) * hidden)
+    recurrent = 0
+    if shape.recurrence is not None:
+        need = recurrent_prefill(
+            shape.recurrence, device=device, chunk=chunk, itemsize=itemsize,
+            layers=shape.recurrent_layers(layers),
+        )  # fmt: skip
+        beyond = max(0, need.layer_bytes - attention - feed_forward - hidden)
+        recurrent = need.left_bytes + beyond
     return ActivationBytes(
-        _attention_bytes(shape, device, copies, heads, chunk, context_length, itemsize),
-        feed_forward_bytes(shape, copies, chunk, itemsize, slices),
-        int(_hidden_copies(shape, device, copies, itemsize) * hidden),
+        attention,
+        feed_forward,
+        hidden,
         logits_bytes(shape, concurrency, itemsize) if samples else 0,
+        recurrent,
     )
 
 

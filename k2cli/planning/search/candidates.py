@@ -134,7 +134,7 @@ def node_budgets(
             prefill_activation_bytes=prefill,
             decode_activation_bytes=decode,
             communication=communication,
-            layers=past_last - first,
+            largest_cache_bytes=max(cache) * problem.request.concurrency,
         )
         budgets.append(budget)
     return tuple(budgets)
@@ -165,7 +165,7 @@ def activation_bytes(
         "slices": slices,
         "samples": samples,
     }
-    prefill = prefill_activation(shape, chunk_tokens=chunk, **common)
+    prefill = prefill_activation(shape, chunk_tokens=chunk, layers=layers, **common)
     decode = decode_activation(shape, layers=layers, **common)
     return prefill.peak_bytes, decode.peak_bytes
 

@@ -265,31 +265,29 @@ def node_orders(nodes: Sequence[NodeMemory]) -> list[tuple[NodeMemory, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class StageBytes:
-    """Weights and cache of all stages, ``int64 [layers + 1, layers + 1]``, on any node."""
+    """Weights and cache of all stages, ``int64 [layers + 1, layers + 1]``, on any node.
+
+    ``largest_cache`` is the largest cache of any layer.
+    """
 
     weights: Any
     cache: Any
-    layers: Any
+    largest_cache: int
 
 
 def stage_bytes(
     whole: Slices, context_length: int, concurrency: int, chunk_tokens: int
 ) -> StageBytes:
     """Compute weights and cache of every stage that the whole model could be cut to."""
-    import numpy as np
-
     profile = whole.profile
     weights = _ranges(profile.weights_before())
-    size = weights.shape[0]
     weights += profile.common_bytes
     weights[0, :] += profile.embedding_bytes
     weights[:, -1] += profile.output_bytes
     weights[1:, -1] += profile.tied_bytes
     caches = [size * concurrency for size in profile.cache_bytes(context_length, chunk_tokens)]
     cache = _ranges(list(accumulate(caches, initial=0)))
-    positions = np.arange(size)
-    layers = np.maximum(positions[None, :] - positions[:, None], 1)
-    return StageBytes(weights, cache, layers)
+    return StageBytes(weights, cache, min(max(caches), _MOST_BYTES))
 
 
 def _ranges(before: list[int]) -> Any:
@@ -308,5 +306,5 @@ def stage_totals(
 
     activation = np.full_like(held.weights, min(activation_bytes, _MOST_BYTES))
     activation[:, -1] = min(last_activation_bytes, _MOST_BYTES)
-    overhead = overhead_bytes(held.cache, activation, held.layers, communication)
+    overhead = overhead_bytes(held.cache, activation, held.largest_cache, communication)
     return held.weights + held.cache + activation + overhead

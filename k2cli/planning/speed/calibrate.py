@@ -132,8 +132,10 @@ def _before(
     """Return the run without its rates, the start values, and their prior spread."""
     link = constants.links[_link_name(nodes, transport)]
     places = tuple(node.place for node in nodes)
-    run = PlacementTime(work, placement, places, (NodeRates(*[1.0] * 6),) * len(places), link)
     known = constants.rates(replace(nodes[0], measured=None))
+    loads = known.load_bytes_per_second if known else None
+    unknown = replace(NodeRates(*[1.0] * 6), load_bytes_per_second=loads)
+    run = PlacementTime(work, placement, places, (unknown,) * len(places), link)
     return run, *_start(run, known or _guess(work, figures, constants), known is not None)
 
 
@@ -219,6 +221,7 @@ def _with(run: PlacementTime, at: Mapping[str, float]) -> PlacementTime:
         expert_layer_seconds=at["dense_layer"] * at["expert_layer_share"],
         rows_share=at["rows_share"],
         decode_attention_share=at["decode_attention_share"],
+        load_bytes_per_second=run.rates[0].load_bytes_per_second,
     )
     link: LinkRates = run.link
     if "collective" in at:

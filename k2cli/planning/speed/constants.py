@@ -25,7 +25,8 @@ class Shares:
     """The share of a machine's published peaks that is reached, and fixed seconds per layer.
 
     Chips of two dies (Ultra) reach less of their bandwidth than others. ``rows_share`` is that of
-    ``NodeRates``.
+    ``NodeRates``. ``cache_loads`` are the rates of ``NodeRates.load_bytes_per_second`` as multiples
+    of the bandwidth; None where they have not been measured.
     """
 
     bandwidth_one_die: float
@@ -36,6 +37,18 @@ class Shares:
     dense_layer_seconds: float
     expert_layer_seconds: float
     rows_share: float = 1.0
+    cache_loads_one_die: float | None = None
+    cache_loads_two_dies: float | None = None
+
+
+CACHE_LOADS_RANGE = {False: (3.1, 5.2), True: (1.7, 4.5)}
+"""The slowest and the fastest loads of keys and values that have been published, as multiples of
+the bandwidth, for chips with one die and with two.
+
+One die, M5 Pro: 119 GB/s with eight query heads of 64 to each head of keys (mlx issue 4076); M5
+Max: Qwen3.8-27B after 131,072 tokens (mlx-lm PR 1781). Two dies, M3 Ultra: MiniMax-M2.1 after
+30,000 and 146,000 tokens, 177 GB of loads in 128 ms (mlx-lm issue 763); Llama 3.1 405B after 1,024
+and 65,536, 533 GB in 144 ms (guruswami-ai/mlx-benchmarks). An M1 Ultra had 1.8 (mlx issue 3837)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,8 @@ class SpeedConstants:
 def effective_rates(shares: Shares, peak: float, flops: float, *, two_dies: bool) -> NodeRates:
     """Turn published peaks (bytes and operations per second) into rates that are reached."""
     share = shares.bandwidth_two_dies if two_dies else shares.bandwidth_one_die
+    loads = shares.cache_loads_two_dies if two_dies else shares.cache_loads_one_die
+    low, high = CACHE_LOADS_RANGE[two_dies]
     return NodeRates(
         read_bytes_per_second=peak * share,
         dense_flops_per_second=flops * shares.dense_compute,
@@ -98,6 +113,9 @@ def effective_rates(shares: Shares, peak: float, flops: float, *, two_dies: bool
         dense_layer_seconds=shares.dense_layer_seconds,
         expert_layer_seconds=shares.expert_layer_seconds,
         rows_share=shares.rows_share,
+        load_bytes_per_second=None if loads is None else peak * loads,
+        load_bytes_per_second_low=None if loads is None else peak * min(low, loads),
+        load_bytes_per_second_high=None if loads is None else peak * max(high, loads),
     )
 
 

@@ -74,14 +74,19 @@ def decode_time(
     cache = rows * sum(count * layer.cache_read(context_length) for layer, count in stage.layers)
     matrices = sum(count * _matrix_seconds(layer, rates) for layer, count in stage.all)
     compute = rows * matrices / rates.rows_share if rows > 1 else 0.0
+    loads = rates.load_bytes_per_second
+    reading = weights / rates.read_bytes_per_second + rows * sum(
+        count * layer.cache_seconds(context_length, rates.read_bytes_per_second, loads)
+        for layer, count in stage.layers
+    )
     pairs = sum(
-        count * layer.decode_pair_flops * _attended(layer, context_length)
+        count * layer.attention_flops(context_length, loads_known=loads is not None)
         for layer, count in stage.layers
     )
     return DecodeTime(
         weights,
         cache,
-        max((weights + cache) / rates.read_bytes_per_second, compute),
+        max(reading, compute),
         rows * pairs / (rates.attention_flops_per_second * rates.decode_attention_share),
         _fixed_seconds(stage, rates),
     )
@@ -98,11 +103,6 @@ def _matrix_seconds(layer: LayerWork, rates: NodeRates) -> float:
     """Return the seconds to multiply one token with a layer's matrices, at a prompt's rates."""
     dense = layer.dense_flops / rates.dense_flops_per_second
     return dense + layer.expert_flops / rates.expert_flops_per_second
-
-
-def _attended(layer: LayerWork, context_length: int) -> int:
-    windows = [part.window_tokens for part in layer.cache if part.window_tokens is not None]
-    return min([context_length, *windows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +177,7 @@ class PlacementTime:
         return self._changed(self.link.collective_seconds_low, 2.0)
 
     def _changed(self, latency: float, attention: float) -> PlacementTime:
-        rates = tuple(
-            replace(each, attention_flops_per_second=each.attention_flops_per_second * attention)
-            for each in self.rates
-        )
+        rates = tuple(each.with_attention(attention) for each in self.rates)
         return replace(self, rates=rates, link=replace(self.link, collective_seconds=latency))
 
     def slowest(self, context_length: int, rows: int = 1) -> DecodeTime:

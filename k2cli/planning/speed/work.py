@@ -10,7 +10,7 @@ space for a single token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CacheWork:
-    """Cache bytes that one token reads per token of context, at most ``window_tokens`` of them."""
+    """Cache bytes that one token reads per token of context, at most ``window_tokens`` of them.
+
+    ``loads`` is the number of query heads that share a head of keys and values: MLX's kernel for
+    a single query (``sdpa_vector``) loads every byte once for each of them. 0 for latent attention,
+    which is computed with matrices.
+    """
 
     bytes_per_token: int
     window_tokens: int | None
+    loads: int = 0
 
     def read_bytes(self, context_length: int) -> int:
         """Return the bytes read for one token after ``context_length`` others."""
@@ -74,6 +80,28 @@ class LayerWork:
     def cache_read(self, context_length: int) -> int:
         """Return the bytes of cache and state read for a token after ``context_length`` others."""
         return self.state_bytes + sum(part.read_bytes(context_length) for part in self.cache)
+
+    def attention_flops(self, context_length: int, *, loads_known: bool) -> int:
+        """Return the operations of one token's attention that no other term accounts for.
+
+        Where the rate of the loads is known, it is that of the whole kernel.
+        """
+        if loads_known and any(part.loads for part in self.cache):
+            return 0
+        windows = [part.window_tokens for part in self.cache if part.window_tokens is not None]
+        return self.decode_pair_flops * min([context_length, *windows])
+
+    def cache_seconds(
+        self, context_length: int, read_bytes_per_second: float, load_bytes_per_second: float | None
+    ) -> float:
+        """Return the time of ``cache_read``: that of memory, or of the kernel's loads if longer."""
+        if load_bytes_per_second is None:
+            return self.cache_read(context_length) / read_bytes_per_second
+        return self.state_bytes / read_bytes_per_second + sum(
+            part.read_bytes(context_length)
+            * max(1 / read_bytes_per_second, part.loads / load_bytes_per_second)
+            for part in self.cache
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +169,11 @@ class _Attention:
     decode_pair_flops: int
     expand_flops: int
     chosen_tokens: int | None  # sparse attention: tokens that a token of an answer attends to
+    heads: int  # query heads that share heads of keys and values; 0 for latent attention
+
+    def loads(self, key_heads: int) -> int:
+        """Return the query heads that share one head of keys and values."""
+        return max(1, self.heads // key_heads) if self.heads else 0
 
 
 def _attention(config: Mapping[str, Any], slices: int) -> _Attention:
@@ -150,7 +183,7 @@ def _attention(config: Mapping[str, Any], slices: int) -> _Attention:
     chosen = first_field(text, ("index_topk",))
     if not shape.latent_size:
         both = 4 * heads * shape.head_size  # scores and values, a multiplication and an addition
-        return _Attention(both, both, 0, chosen)
+        return _Attention(both, both, 0, chosen, heads)
     latent = first_field(text, ("kv_lora_rank",)) or 0
     rope = first_field(text, ("qk_rope_head_dim",)) or 0
     return _Attention(
@@ -158,14 +191,18 @@ def _attention(config: Mapping[str, Any], slices: int) -> _Attention:
         2 * heads * (2 * latent + rope),
         2 * heads * latent * shape.expanded_size,
         chosen,
+        0,
     )
 
 
 def _layer_work(layer: TokenCost, attention: _Attention) -> LayerWork:
-    cache = tuple(CacheWork(part.bytes_per_token, part.window_tokens) for part in layer.cache)
+    cache = tuple(
+        CacheWork(part.bytes_per_token, part.window_tokens, attention.loads(part.heads))
+        for part in layer.cache
+    )
     if attention.chosen_tokens is not None and cache:
         # Sparse attention reads the tokens that the indexer chose; the indexer's keys are all read.
-        cache = (CacheWork(cache[0].bytes_per_token, attention.chosen_tokens), *cache[1:])
+        cache = (replace(cache[0], window_tokens=attention.chosen_tokens), *cache[1:])
     attends = bool(layer.cache)
     per_expert = layer.expert_weights // max(layer.experts, 1)
     return LayerWork(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.memory_model import (
 )
 from k2cli.planning.memory.prefill import activation_shape, prefill_activation
 from k2cli.sharding.assemble import build, cast
+from k2cli.units import MB
 from tests.quantization.originals import KIMI, LLAMA
 
 COMMON = {"num_hidden_layers": 3, "vocab_size": 1000, "max_position_embeddings": 65536}
@@ -65,6 +67,14 @@ def test_peak_of_decode_is_what_mlx_measures(grid: Grid, rows: int) -> None:
 def test_recorded_grids_agree_with_the_model_and_the_page() -> None:
     for recording in recordings():
         found = list(compared(recording))
+        if recording.get("recurrent"):
+            prefill = [point for point in found if point.phase == "prefill"]
+            assert share_within(prefill) >= 0.5, recording["label"]
+            assert statistics.median(point.ratio for point in prefill) == pytest.approx(1, abs=0.1)
+            assert all(0.9 <= point.ratio <= 1.2 for point in prefill), recording["label"]
+            # What a decode step takes of these small models is less than a plan could show.
+            assert share_within(found, 3 * MB) >= share_within(prefill), recording["label"]
+            continue
         assert share_within(found, SMALL_BYTES) == 1, recording["label"]
         # One of 24 points that the fit has not seen is a length that asks for less workspace.
         least = 0.95 if "not fitted" in recording["label"] else 1

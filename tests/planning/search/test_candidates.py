@@ -128,7 +128,7 @@ def fits(
             prefill_activation_bytes=sample.prefill_activation_bytes - unsampled,
             decode_activation_bytes=sample.decode_activation_bytes - unsampled,
             communication=2 * len(order) * CHUNK * 7168 * 2,
-            layers=past_last - first,
+            largest_cache_bytes=rows * max(whole.profile.cache_bytes(CONTEXT)),
         )
         if budget.headroom_bytes < 0:
             return False

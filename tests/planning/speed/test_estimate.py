@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import k2cli
 from k2cli.choices import HeadPlacement, Strategy
 from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates, this_machine
 from k2cli.planning.hardware.spec import parse_hardware
@@ -24,6 +25,7 @@ from k2cli.planning.speed.work import CacheWork, LayerWork, ModelWork, model_wor
 from k2cli.sharding.placement import Placement, RankPlacement, even_split
 
 _MACHINES = ["m3-ultra-512", "m1-ultra-128", "m4-max-128", "m5-max-128", "m1-8"]
+SHIPPED = Path(k2cli.__file__).parent / "models" / "configs"
 CONFIGS = Path(__file__).resolve().parents[2] / "data" / "configs"
 
 
@@ -178,7 +180,30 @@ def test_terms_add_up_to_a_token() -> None:
     )
     assert 1 / seconds == pytest.approx(estimate.decode_tokens_per_second.expected)
     assert terms["weights read per token"].value == pytest.approx(34.3e9, rel=0.01)
-    assert "68% of 819 GB/s" in terms["bandwidth of each machine"].source
+    assert "72% of 819 GB/s" in terms["bandwidth of each machine"].source
+
+
+@pytest.mark.parametrize(("context", "published"), [(30_000, 25.0), (146_000, 5.95)])
+def test_grouped_queries_after_a_long_context_are_predicted_as_published(
+    context: int, published: float
+) -> None:
+    """mlx-lm issue 763: MiniMax-M2.1 in 4 bit on an M3 Ultra, six query heads to a head of keys."""
+    (node,) = parse_hardware("m3-ultra-256")
+    config: dict[str, object] = json.loads((SHIPPED / "minimax-m2.5" / "config.json").read_text())
+    del config["quantization_config"]
+    work = model_work(config | {"quantization": {"bits": 4, "group_size": 64, "mode": "affine"}})
+    assert {part.loads for layer in work.layers for part in layer.cache} == {6}
+    estimate = predict_speed(
+        work, _placed("single", [node], 62), [node], transport="local", context_length=context
+    )
+    assert estimate is not None
+    decode = estimate.decode_tokens_per_second
+    assert decode.low <= published <= decode.high
+    assert decode.expected < published * 1.5
+
+
+def test_latent_attention_has_no_loads_of_its_own() -> None:
+    assert {part.loads for layer in _k2().layers for part in layer.cache} == {0}
 
 
 def test_layers_add_up_to_a_stage() -> None:
