@@ -30,6 +30,7 @@ from k2cli.models.text.tiktoken_bpe import read_ranks
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.server.served_model import load_served_model
 from tests.hostile.mutation import (
+    as_json,
     bounded,
     damaged,
     generated,
@@ -39,6 +40,7 @@ from tests.hostile.mutation import (
     reads_or_refuses,
 )
 from tests.models.gguf_files import original_weights, write_llama
+from tests.models.text.test_sentencepiece import train
 
 TEXT = "Hello, \u4e16\u754c \U0001f600 <|im_end|> 123"
 CONFIG: dict[str, Any] = {
@@ -193,6 +195,30 @@ def test_vocabulary(tmp_path: Path, draw: Random) -> None:
     assert ranks is None or sorted(ranks.values()) == list(range(len(ranks)))
 
 
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pieces")
+    train(folder, model_type="bpe", normalization_rule_name="nmt_nfkc")
+    return folder / "tokenizer.model"
+
+
+@generated(100)
+def test_sentencepiece_model(tmp_path: Path, pieces: Path, draw: Random) -> None:
+    """The rules for text come at the end of the file, after the pieces."""
+    intact = pieces.read_bytes()
+    head, tail = intact[:3000], intact[-6000:]
+    part = draw.choice(("head", "tail", "whole"))
+    head = damaged(head, draw) if part == "head" else head
+    tail = damaged(tail, draw) if part == "tail" else tail
+    data = head + intact[3000:-6000] + tail
+    path = write(tmp_path, "tokenizer.model", damaged(data, draw) if part == "whole" else data)
+    config: Any = {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": {"359": {}}}
+    if draw.random() < 0.4:
+        config = mutated(config | {"bos_token": "<s>", "add_bos_token": True}, draw)
+    write(tmp_path, "tokenizer_config.json", as_json(config))
+    check_tokenizer(reads_or_refuses(lambda: Tokenizer.load(tmp_path), str(path.parent)))
+
+
 @generated(150)
 def test_chat_template(tmp_path: Path, draw: Random) -> None:
     if draw.random() < 0.4:
@@ -289,7 +315,8 @@ def test_headers_of_the_hub(draw: Random) -> None:
         return files[name][first : first + count], size
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub_headers.hub, "file_names", lambda repo, commit: names)
+        sizes = {name: len(files[name]) for name in names}
+        patch.setattr(hub_headers.hub, "repository_files", lambda repo, commit: sizes)
         patch.setattr(hub_headers.hub, "read_range", read_range)
         reads_or_refuses(lambda: hub_headers.read_headers("mock/model", "main"), "mock/model")
 

@@ -14,6 +14,7 @@ from k2cli.errors import K2Error
 from k2cli.files import read_regular
 from k2cli.models.json_files import shown
 from k2cli.models.layout import refuse_pointer
+from k2cli.units import whole_number
 
 if TYPE_CHECKING:
     import tokenizers
@@ -148,9 +149,11 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, model: Any, config: dict[str, A
     if not isinstance(named, dict):
         raise K2Error("tokenizer_config.json: added_tokens_decoder is no object")
     numbered = [
-        (int(number), entry)
-        for number, entry in named.items()
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and number.isdecimal()
+        (number, entry)
+        for key, entry in named.items()
+        if isinstance(entry, dict)
+        and isinstance(entry.get("content"), str)
+        and (number := whole_number(key)) is not None
     ]
     for number, entry in sorted(numbered, key=lambda pair: pair[0]):
         text = entry["content"]

@@ -319,7 +319,8 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     if vocabulary.name == "tokenizer.json":
         return _load_json(vocabulary)
     if vocabulary.name == FILE_NAME:
-        return load_sentencepiece(folder, config)
+        with _library_errors(f"{vocabulary} is not a tokenizer"):
+            return load_sentencepiece(folder, config)
     if config.get("tokenizer_class") != "TikTokenTokenizer":
         # Other model families ship such a file but split text by other patterns.
         raise K2Error(
@@ -367,6 +368,8 @@ def _library_errors(message: str, hint: str | None = None) -> Iterator[None]:
     """Turn errors of the tokenizers library into errors of k2."""
     try:
         yield
+    except K2Error:
+        raise
     except Exception as error:  # the library has no more specific error
         raise K2Error(f"{message}: {shown(str(error))}", hint) from error
     except BaseException as error:
