@@ -139,13 +139,28 @@ def _kept_file(repo: str, commit: str) -> Path:
     return data_directory() / "headers" / f"{repo.replace('/', '--')}@{commit}.json.gz"
 
 
+def _unpacked(packed: bytes) -> bytes:
+    """Unpack at most 1 GiB, piece by piece: one read takes as much memory as it asks for.
+
+    Raises:
+        ValueError: if there is more.
+        OSError, EOFError, zlib.error: if it is damaged.
+    """
+    data = bytearray()
+    with gzip.open(io.BytesIO(packed)) as stream:
+        while piece := stream.read(2**20):
+            data += piece
+            if len(data) > _MAX_KEPT_BYTES:
+                raise ValueError("it is too large")
+    return bytes(data)
+
+
 def _read_kept(path: Path) -> dict[str, StoredTensor] | None:
     """Read a cached result; None if there is none or it is damaged."""
     try:
         packed = read_regular(path, _MAX_KEPT_BYTES)
-        with gzip.open(io.BytesIO(packed)) as stream:
-            kept = decode_json(stream.read(_MAX_KEPT_BYTES), type=_KeptHeaders)
-    except (OSError, EOFError, zlib.error, msgspec.DecodeError):
+        kept = decode_json(_unpacked(packed), type=_KeptHeaders)
+    except (OSError, EOFError, ValueError, zlib.error, msgspec.DecodeError):
         return None
     if kept.layout != _LAYOUT:
         return None
