@@ -53,7 +53,7 @@ def load_sentencepiece(folder: Path, config: dict[str, Any]) -> tokenizers.Token
         raise K2Error(f"{path} is a model of words or characters; k2 reads BPE and unigram models")
     tokenizer = _bpe(model) if kind == _BPE else _unigram(model)
     _set_text_rules(tokenizer, model, legacy=config.get("legacy") is not False)
-    _add_tokens(tokenizer, model, config)
+    _add_tokens(tokenizer, model, config, folder / "tokenizer_config.json")
     _set_begin(tokenizer, model, config)
     return tokenizer
 
@@ -136,7 +136,9 @@ def _set_text_rules(tokenizer: tokenizers.Tokenizer, model: Any, *, legacy: bool
     tokenizer.decoder = decoders.Sequence(parts)
 
 
-def _add_tokens(tokenizer: tokenizers.Tokenizer, model: Any, config: dict[str, Any]) -> None:
+def _add_tokens(
+    tokenizer: tokenizers.Tokenizer, model: Any, config: dict[str, Any], config_path: Path
+) -> None:
     """Mark the tokens that are never cut: those of the file, then those of the config by id."""
     from tokenizers import AddedToken
 
@@ -147,7 +149,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, model: Any, config: dict[str, A
             tokenizer.add_tokens([AddedToken(piece.piece, normalized=False)])
     named = config.get("added_tokens_decoder") or {}
     if not isinstance(named, dict):
-        raise K2Error("tokenizer_config.json: added_tokens_decoder is no object")
+        raise K2Error(f"{config_path}: added_tokens_decoder is no object")
     numbered = [
         (number, entry)
         for key, entry in named.items()
@@ -159,7 +161,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, model: Any, config: dict[str, A
         text = entry["content"]
         if tokenizer.token_to_id(text) is None and number != tokenizer.get_vocab_size():
             raise K2Error(
-                f"tokenizer_config.json gives {shown(text)} the id {number}, but the next free "
+                f"{config_path} gives {shown(text)} the id {number}, but the next free "
                 f"one is {tokenizer.get_vocab_size()}"
             )
         special = bool(entry.get("special"))
