@@ -181,7 +181,7 @@ def _constants(constants: Constants, spreads: Spreads) -> str:
     lines = [
         "## Constants",
         "",
-        "The prior was fixed before the fit, that of loads excepted, and has little weight if there",
+        "The prior was fixed before the fit, except that of loads. It has little weight if there",
         "are rows; the other columns are the fitted values.",
         "",
         "| constant | prior | MLX | llama.cpp |",
