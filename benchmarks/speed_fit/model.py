@@ -47,9 +47,10 @@ _SHARE_PRIORS = {
     "attention_compute": Prior(0.5, 0.7),
     "dense_layer_seconds": Prior(80e-6, 0.7),
     "expert_layer_seconds": Prior(110e-6, 0.7),
-    # Written down on 2026-11-29, before the rows of long contexts. One die: 190 of an M5 Pro's 307
-    # GB/s with eight query heads to each head of keys (mlx issue 4076). Two dies: the middle of
-    # ``CACHE_LOADS_RANGE``, as with collectives.
+    # Unlike the others, chosen on 2026-11-29 with the rows of long contexts in view, after other
+    # forms of the model had been tried on them. One die: 190 of an M5 Pro's 307 GB/s with eight
+    # query heads to each head of keys (mlx issue 4076). Two dies: the middle of
+    # ``CACHE_LOADS_RANGE``, which comes from two of the sources of these rows.
     "cache_loads_one_die": Prior(4.95, 0.3),
     "cache_loads_two_dies": Prior(2.8, 0.3),
 }
