@@ -136,6 +136,14 @@ def _write_dense_layers(fields: dict[str, Any], source: str) -> None:
     kinds = fields.get("mlp_layer_types")
     if not isinstance(kinds, list) or not all(kind in ("dense", "sparse") for kind in kinds):
         return
+    only = fields.get("mlp_only_layers")  # Qwen's own, beside a step between sparse layers
+    numbers = [number for number, kind in enumerate(kinds) if kind == "dense"]
+    if (
+        isinstance(only, list)
+        and fields.get("decoder_sparse_step") in (None, 1)
+        and only != numbers
+    ):
+        raise _contradiction("mlp_only_layers", only, "mlp_layer_types", numbers, source)
     dense = kinds.index("sparse") if "sparse" in kinds else len(kinds)
     if "dense" in kinds[dense:]:
         return  # a class that reads only the number is refused: sharding.unread_fields

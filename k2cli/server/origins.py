@@ -39,8 +39,9 @@ class OriginRules:
         """Return True if a ``Host`` header without its port names this server."""
         if name.lower() == "localhost" or name.lower() in self.hosts:
             return True
+        bare = name[1:-1] if name.startswith("[") and name.endswith("]") else name
         try:
-            return ipaddress.ip_address(name.strip("[]")).is_loopback
+            return ipaddress.ip_address(bare).is_loopback
         except ValueError:
             return False
 

@@ -24,6 +24,11 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 
 _SCORING = re.compile(r"scoring_func: [^=\n]*= ['\"](\w+)['\"]")
 _SCORING_USED = re.compile(r"\.scoring_func\b")
+_DENSE_LAYERS = (
+    "mlp_layer_types", "first_k_dense_replace", "mlp_only_layers", "is_moe_layer",
+    "moe_layers_enum", "moe_layer_freq", "num_dense_layers", "first_last_k_dense_replace",
+)  # fmt: skip
+"""Fields by which classes know which layers have no experts."""
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 
 
@@ -48,13 +53,6 @@ def _without_experts(value: Any, fields: Mapping[str, Any]) -> bool:
     return value == 1 or not fields.get("n_routed_experts")
 
 
-def _are_dense_first(value: Any, fields: Mapping[str, Any]) -> bool:
-    dense = fields.get("first_k_dense_replace")
-    if not isinstance(value, list) or not isinstance(dense, int):
-        return False
-    return value == ["dense"] * dense + ["sparse"] * (len(value) - dense)
-
-
 _NEUTRAL: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "alibi": _is_off,
     "attention_multiplier": _is_head_dim,
@@ -64,7 +62,6 @@ _NEUTRAL: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "final_logit_softcapping": _is_off,
     "logit_scale": _is_one,
     "logits_scaling": _is_one,
-    "mlp_layer_types": _are_dense_first,
     "parallel_attn": _is_off,
     "position_embedding_type": _is_rotary,
     "query_pre_attn_scalar": _is_head_dim,
@@ -106,7 +103,7 @@ def check_unread(config: Mapping[str, Any], name: str, source: str) -> None:
         if not (field.endswith("softcapping") and "softcap" in source):  # a constant in Nanochat
             raise _refusal(field, value, name)
     kinds = fields.get("mlp_layer_types")
-    read = any(each in source for each in ("mlp_layer_types", "first_k_dense_replace"))
+    read = any(each in source for each in _DENSE_LAYERS)
     if isinstance(kinds, list) and "dense" in kinds and not read:
         raise _refusal("mlp_layer_types", kinds, name)
     declared = _SCORING.search(source)  # with a default, but not used

@@ -41,7 +41,7 @@ def test_rows_held_out_are_predicted(outcome: Outcome) -> None:
 def test_every_row_is_used_or_has_a_reason_and_the_halves_share_nothing() -> None:
     usable, unusable = read_rows()
     rows = {one.row for one in usable} | {one.row for one in unusable}
-    assert len(rows) == 120
+    assert len(rows) == 129
     assert all(one.source.startswith("https://") for one in usable)
     assert all(one.reason for one in unusable)
     fitted, held_out = split_rows(usable)
