@@ -7,6 +7,7 @@ not change the figures. A failed measurement is a result with the reason.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -144,12 +145,14 @@ async def _listen(node: Node) -> asyncio.subprocess.Process | None:
 
 
 async def _listening(process: asyncio.subprocess.Process) -> Listening | None:
+    """Return what a listener says of itself, after whatever the shell's start-up files print."""
     assert process.stdout is not None
-    try:
-        line = await asyncio.wait_for(process.stdout.readline(), _START_SECONDS)
-        return decode_json(line, type=Listening)
-    except (TimeoutError, msgspec.MsgspecError):
-        return None
+    with contextlib.suppress(TimeoutError, ValueError):  # a line that never ends
+        async with asyncio.timeout(_START_SECONDS):
+            while line := await process.stdout.readline():
+                with contextlib.suppress(msgspec.MsgspecError):
+                    return decode_json(line, type=Listening)
+    return None
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

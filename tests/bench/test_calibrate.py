@@ -135,7 +135,9 @@ def test_a_calibrated_machine_is_predicted(
     found = json.loads(done.stdout)["calibration"]
     assert found["file"] == str(tmp_path / "config" / "calibration.json")
     assert found["collective_seconds"] is None
-    assert all(value > 0 for value in found["rates"].values())
+    # The toy's attention is latent: how fast a shared cache is loaded was not measured.
+    assert all(value is None or value > 0 for value in found["rates"].values())
+    assert sum(value is not None for value in found["rates"].values()) >= 2
     assert len(found["figures"]) >= 4
     assert all(0 < share < 3 for share in found["spread"].values())
     assert "1 round in about" in done.stderr

@@ -37,7 +37,7 @@ def test_two_hosts_reach_each_other_and_a_recording_does_not_name_them(
 ) -> None:
     status, found = _doctor(lab, "--record", str(tmp_path / "out"))
     failed = [check for check in found["checks"] if check["status"] == "fail"]
-    assert (status, failed) == (0, [])
+    assert (status, failed) == (0, []), failed
     ways = {(reach["source"], reach["target"]): reach for reach in found["reaches"]}
     assert set(ways) == {("localhost", "k2b"), ("k2b", "localhost")}
     assert all(reach["error"] is None and reach["interface"] for reach in ways.values())
