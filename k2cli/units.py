@@ -105,12 +105,13 @@ def one_line(text: str) -> str:
     return _INVISIBLE.sub("\ufffd", clean_text(text, keep=""))
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Halves of UTF-16 pairs, which no valid text has."""
 
 
 def replace_surrogates(text: str) -> str:
     """Put U+FFFD in place of lone surrogates, which stand for undecodable bytes of a name."""
-    return _SURROGATE.sub("\ufffd", text)
+    return SURROGATE.sub("\ufffd", text)
 
 
 def escape_json(document: str) -> str:

@@ -41,9 +41,8 @@ from k2cli.scratch import remove_scratch
 WEAK_CAUSE_SECONDS = 1.0
 _RENEW_SECONDS = 15.0
 _WORKING: tuple[Phase, ...] = (
-    *("loading", "checking", "warming up", "busy"),
-    "computing a new shape",
-)
+    "loading", "checking", "warming up", "busy", "computing a new shape"
+)  # fmt: skip
 _RELEASE_SECONDS = 5.0
 
 
@@ -250,8 +249,8 @@ class Guard(ABC):
         rank_pid = self.rank.pid if self.rank is not None else 0
         return GuardStarted(self.assignment.rank, node, os.getpid(), rank_pid)
 
-    def rank_status(self, rank: RankProcess) -> RankStatus:
-        """Return the progress and memory of the rank, as last seen from outside."""
+    def take_rank_status(self, rank: RankProcess) -> RankStatus:
+        """Return the rank's progress and memory, and if it worked since the last call."""
         progress, mlx_bytes = rank.page.read(), rank.page.read_mlx_bytes()
         number, resident_bytes = self.assignment.rank, rank.resident_bytes
         # A rank that is idle or waits counts steps too, and does no work.

@@ -128,7 +128,7 @@ class FollowerGuard(Guard):
     async def _report(self, leader: GuardConnection) -> None:
         while True:
             if self.rank is not None:
-                leader.send(self.rank_status(self.rank))
+                leader.send(self.take_rank_status(self.rank))
             leader.send(Heartbeat())
             await asyncio.sleep(self.deadlines.heartbeat_interval)
 

@@ -132,7 +132,7 @@ class LeaderGuard(Guard):
         while True:
             self._liveness.broadcast(Heartbeat())
             if self.rank is not None:
-                self.rank_statuses[0] = own = self.rank_status(self.rank)
+                self.rank_statuses[0] = own = self.take_rank_status(self.rank)
                 if own.works:
                     self._working.add(0)
             if self._working:

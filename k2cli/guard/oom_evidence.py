@@ -226,7 +226,7 @@ def _report_paths() -> list[Path]:
 
 
 def _reports(old: Collection[Path]) -> Iterator[str]:
-    """Read the JetsamEvent reports that are not among the old ones, in the order of their names.
+    """Read the JetsamEvent reports that are not among the old ones, newest first.
 
     A name ends in the time of the event; the report of a kill names its process.
     """

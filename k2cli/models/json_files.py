@@ -8,20 +8,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from k2cli.errors import K2Error
 from k2cli.files import read_regular
 from k2cli.models.layout import download_hint, refuse_pointer
+from k2cli.units import SURROGATE
 
 MAX_JSON_BYTES = 50_000_000
 _LARGEST_TOKEN = 2**31 - 1
 _LARGEST_NUMBER = 2**48
 _SAMPLING_NUMBERS = {"temperature": 0, "top_p": 0, "top_k": -1}
 """Defaults for sampling and their smallest values; a ``top_k`` of -1 means none."""
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         refuse_pointer(path, text)
         document = json.loads(text)
         # An escape such as \\ud800 alone makes a text that no file, log or message can hold.
-        if b"\\ud" in text.lower() and _SURROGATE.search(json.dumps(document, ensure_ascii=False)):
+        if b"\\ud" in text.lower() and SURROGATE.search(json.dumps(document, ensure_ascii=False)):
             raise ValueError("a text in it is not valid Unicode")
     except OSError as error:
         raise K2Error(f"cannot read {path}: {error.strerror}") from error

@@ -75,7 +75,7 @@ def choose_weight_files(
 
 
 def names_in(folder: Path) -> list[str]:
-    """List all that a folder holds but folders and links to nothing, as the Hub's cache has them.
+    """List the files of a folder, without folders and broken links (the Hub's cache has some).
 
     What is no regular file is listed, so that it is refused when it is opened.
     """

@@ -24,7 +24,7 @@ from k2cli.planning.speed.exchange import (
     exchange_seconds,
     stage_times,
 )
-from k2cli.planning.speed.placement_time import PlacementTime, StageWork, decode_time
+from k2cli.planning.speed.placement_time import PlacementTime
 from k2cli.planning.speed.work import ModelWork
 from k2cli.sharding.placement import Placement
 
@@ -209,27 +209,6 @@ def _spreads(constants: SpeedConstants, nodes: Sequence[NodeMemory]) -> tuple[fl
             decode.append(constants.decode_spread)
             prefill.append(widest if assumed else constants.prefill_spread)
     return max(decode), max(prefill)
-
-
-def decode_layer_seconds(
-    work: ModelWork,
-    node: NodeMemory,
-    context_length: int,
-    constants: SpeedConstants | None = None,
-) -> tuple[list[float], float] | None:
-    """Compute the seconds of each layer, and of norm and head, for one token on a machine.
-
-    Returns:
-        The terms that a search for the fastest split of a pipeline adds up; None if unknown.
-    """
-    rates = (constants or fitted_constants()).rates(node)
-    if rates is None:
-        return None
-    layers = [
-        decode_time(StageWork(((layer, 1),), None), rates, context_length).seconds
-        for layer in work.layers
-    ]
-    return layers, decode_time(StageWork((), work.head), rates, context_length).seconds
 
 
 def link_rates(

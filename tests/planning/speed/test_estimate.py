@@ -17,7 +17,6 @@ from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.speed.estimate import (
     Band,
     SpeedEstimate,
-    decode_layer_seconds,
     predict_speed,
     speed_obstacle,
 )
@@ -204,18 +203,6 @@ def test_grouped_queries_after_a_long_context_are_predicted_as_published(
 
 def test_latent_attention_has_no_loads_of_its_own() -> None:
     assert {part.loads for layer in _k2().layers for part in layer.cache} == {0}
-
-
-def test_layers_add_up_to_a_stage() -> None:
-    (node,) = parse_hardware("m3-ultra-512")
-    work = _k2()
-    found = decode_layer_seconds(work, node, 4096)
-    assert found is not None
-    layers, head = found
-    placement = _placed("single", [node], 61)
-    whole = predict_speed(work, placement, [node], transport="local", context_length=4096)
-    assert whole is not None
-    assert 1 / (sum(layers) + head) == pytest.approx(whole.decode_tokens_per_second.expected)
 
 
 def test_an_unknown_machine_has_no_speed_and_the_reason_names_it() -> None:
