@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli import choices
 from k2cli.commands import options
 
 if TYPE_CHECKING:
@@ -76,6 +77,26 @@ def launch(
             "Repeatable.",
         ),
     ] = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Further model name that requests may use, for clients that insist on one. "
+            "Repeatable.",
+        ),
+    ] = None,
+    tool_parser: Annotated[
+        choices.WantedToolParser,
+        typer.Option(
+            help="Form in which the model writes tool calls. auto: as its chat template shows them."
+        ),
+    ] = "auto",
+    reasoning_parser: Annotated[
+        choices.WantedReasoningParser,
+        typer.Option(
+            help="Form in which the model marks its reasoning. auto: as its chat template shows it."
+        ),
+    ] = "auto",
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan saved by plan-memory --save.")
     ] = None,
@@ -134,6 +155,9 @@ def launch(
         api_key=api_key,
         allowed_hosts=tuple(allow_host or ()),
         cors_origins=tuple(cors or ()),
+        aliases=tuple(alias or ()),
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
         plan_file=plan,
         force=force,
         cluster=cluster,

@@ -6,7 +6,14 @@ from typing import Literal
 
 import msgspec
 
-from k2cli.choices import FloatType, HeadPlacement, Strategy, Transport
+from k2cli.choices import (
+    FloatType,
+    HeadPlacement,
+    ReasoningParser,
+    Strategy,
+    ToolParser,
+    Transport,
+)
 from k2cli.gpu_name import GpuName
 
 
@@ -35,7 +42,9 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The address of the API on the leader's guard. ``api_key`` None means that no key is needed.
 
     ``next_port_will_do``: the user named no port, so a later one is used if this one is taken.
-    ``allowed_hosts`` and ``cors_origins`` are those of ``server.served_model.ServedModel``.
+    ``allowed_hosts``, ``cors_origins`` and ``aliases`` are those of
+    ``server.served_model.ServedModel``. ``tool_parser`` and ``reasoning_parser`` None leave the
+    choice to the model's chat template.
     """
 
     host: str
@@ -44,6 +53,9 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     next_port_will_do: bool = False
     allowed_hosts: list[str] = []
     cors_origins: list[str] = []
+    aliases: list[str] = []
+    tool_parser: ToolParser | None = None
+    reasoning_parser: ReasoningParser | None = None
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

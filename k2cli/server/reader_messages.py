@@ -35,6 +35,7 @@ class ReaderSettings(msgspec.Struct, frozen=True):
     default_temperature: float
     default_top_p: float
     default_top_k: int
+    aliases: tuple[str, ...] = ()
     templates: KnownTemplates | None = None
     memory_bytes: int = MEMORY_BYTES
 

@@ -44,7 +44,8 @@ async def respond(
     assert engine_request is not None
     # Checked after the body, so that a wrong request gets its error even while no run is ready.
     context.require_ready()
-    writer = make_writer(AnswerContext(engine_request, context.served.name, context.token_text))
+    model = engine_request.model or context.served.name
+    writer = make_writer(AnswerContext(engine_request, model, context.token_text))
     assembler = TextAssembler(context.tokenizer.stream(), engine_request.stops)
     parser = context.make_parser(engine_request)
     generation = Generation(context.engine, engine_request, context.waiting, request.receive)

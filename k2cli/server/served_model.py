@@ -20,7 +20,8 @@ class ServedModel:
     """The one model of a server.
 
     Args:
-        name: the only accepted value of ``model`` in a request.
+        name: the model's own name.
+        aliases: further names that requests may use, such as those that a client insists on.
         context_length: the maximum number of tokens of prompt and answer together.
         created: seconds since the epoch, shown in ``/v1/models``.
         default_temperature, default_top_p, default_top_k: for requests without these fields.
@@ -40,6 +41,12 @@ class ServedModel:
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     allowed_hosts: frozenset[str] = frozenset()
     cors_origins: frozenset[str] = frozenset()
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The accepted values of ``model`` in a request, the model's own name first."""
+        return (self.name, *self.aliases)
 
 
 def load_served_model(folder: Path, name: str, context_length: int) -> ServedModel:
