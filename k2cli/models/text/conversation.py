@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from k2cli.errors import K2Error
 from k2cli.models.text.chat_template import ChatTemplate
+from k2cli.models.text.literal_markers import LiteralMarkers
 from k2cli.models.text.typescript_tools import sorted_deeply, typescript_declarations
 
 ArgumentForm = Literal["text", "mapping", "as sent"]
@@ -39,10 +40,16 @@ _END_MARK = "\uf8ffk2-answer-continues-here\uf8ff"
 
 
 class ConversationRenderer:
-    """Renders conversations in OpenAI's form by a template, whose habits it finds out."""
+    """Renders conversations in OpenAI's form by a template, whose habits it finds out.
 
-    def __init__(self, template: ChatTemplate) -> None:
+    Args:
+        template: the model's chat template.
+        markers: control tokens, which stay text where a client has written them.
+    """
+
+    def __init__(self, template: ChatTemplate, markers: LiteralMarkers | None = None) -> None:
         self._template = template
+        self._markers = markers or LiteralMarkers()
 
     def render(
         self,
@@ -66,6 +73,8 @@ class ConversationRenderer:
             K2Error: if the template rejects the messages, or would leave a part of them out.
         """
         shown = self._adapted(turns, continue_last=continue_last)
+        shown = [self._markers.separated_turn(t) if isinstance(t, dict) else t for t in shown]
+        tools = self._markers.separated(tools)
         own_names = self._with_own_names(variables)
         if tools and _TYPESCRIPT in self._template.variables:
             # The model's own code sorts the tools, also where it shows them as JSON.
