@@ -47,3 +47,12 @@ def test_origins_and_names_are_written_as_clients_send_them() -> None:
 def test_what_is_not_the_name_of_a_host(name: str) -> None:
     with pytest.raises(UsageError, match="is not a name"):
         checked_request(LaunchRequest("demo", allowed_hosts=(name,)))
+
+
+def test_aliases_are_names_that_clients_send() -> None:
+    names = ("claude-sonnet-4-5", "openai/gpt-4.1", "gpt-4o", "opus[1m]", "gpt-4o")
+    checked = checked_request(LaunchRequest("demo", aliases=names))
+    assert checked.aliases == names[:4]
+    for wrong in ("", " ", "a b", "a\n", "-a", "a" * 300, "n\x1b[0m", "ä"):
+        with pytest.raises(UsageError, match="is not a name of a model"):
+            checked_request(LaunchRequest("demo", aliases=(wrong,)))
