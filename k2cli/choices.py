@@ -17,12 +17,6 @@ Strategy = Literal["single", "pipeline", "tensor"]
 FloatType = Literal["float32", "bfloat16", "float16"]
 HeadPlacement = Literal["replicated", "sharded"]
 
-ToolParser = Literal["none", "kimi_k2"]
-"""Form in which a model writes tool calls; ``none`` leaves them in the text."""
-
-ReasoningParser = Literal["none", "think"]
-"""Form in which a model marks its reasoning; ``none`` leaves it in the text."""
-
 Certainty = Literal["exact", "modelled", "assumed"]
 """Origin of a number: traced or read, computed by a model, or taken as given."""
 
@@ -30,7 +24,10 @@ Certainty = Literal["exact", "modelled", "assumed"]
 WantedTransport = Literal["auto", Transport]
 CheckedTransport = Literal["auto", "mpi", "ring", "jaccl", "nccl"]
 Parallel = Literal["auto", Strategy]
-WantedToolParser = Literal["auto", ToolParser]
-WantedReasoningParser = Literal["auto", ReasoningParser]
 WantedFloatType = Literal["auto", FloatType]
 Head = Literal["auto", HeadPlacement]
+
+# Names of ``server.output.forms``, with those that vLLM and SGLang have for the same; ``none``
+# leaves calls or reasoning in the text.
+TOOL_PARSERS: tuple[str, ...] = ()
+REASONING_PARSERS: tuple[str, ...] = ()

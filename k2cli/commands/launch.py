@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli import choices
 from k2cli.commands import options
 
 if TYPE_CHECKING:
@@ -86,17 +85,21 @@ def launch(
         ),
     ] = None,
     tool_parser: Annotated[
-        choices.WantedToolParser,
+        str | None,
         typer.Option(
-            help="Form in which the model writes tool calls. auto: as its chat template shows them."
+            metavar="NAME",
+            help="Form in which the model writes tool calls; none leaves them in the text. "
+            "Default: that of its chat template.",
         ),
-    ] = "auto",
+    ] = None,
     reasoning_parser: Annotated[
-        choices.WantedReasoningParser,
+        str | None,
         typer.Option(
-            help="Form in which the model marks its reasoning. auto: as its chat template shows it."
+            metavar="NAME",
+            help="Form in which the model marks its reasoning; none leaves it in the text. "
+            "Default: that of its chat template.",
         ),
-    ] = "auto",
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan saved by plan-memory --save.")
     ] = None,

@@ -176,8 +176,8 @@ def _choose_endpoint(run: RunDecisions) -> None:
         allowed_hosts=list(request.allowed_hosts),
         cors_origins=list(request.cors_origins),
         aliases=list(request.aliases),
-        tool_parser=None if request.tool_parser == "auto" else request.tool_parser,
-        reasoning_parser=None if request.reasoning_parser == "auto" else request.reasoning_parser,
+        tool_parser=request.tool_parser,
+        reasoning_parser=request.reasoning_parser,
     )
 
 

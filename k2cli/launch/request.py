@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from k2cli.choices import (
+    REASONING_PARSERS,
+    TOOL_PARSERS,
     Head,
     Parallel,
     WantedFloatType,
-    WantedReasoningParser,
-    WantedToolParser,
     WantedTransport,
 )
 from k2cli.errors import UsageError
@@ -47,8 +48,8 @@ class LaunchRequest:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
-    tool_parser: WantedToolParser = "auto"
-    reasoning_parser: WantedReasoningParser = "auto"
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     plan_file: Path | None = None
     force: bool = False
     cluster: str | None = None
@@ -64,10 +65,13 @@ def checked_request(request: LaunchRequest) -> LaunchRequest:
     """Return the request with names and origins as clients send them.
 
     Raises:
-        UsageError: if the key, a name, an origin or an alias is one that no client can send.
+        UsageError: if the key, a name, an origin or an alias is one that no client can send, or
+            there is no parser of that name.
     """
     if request.api_key is not None:
         _check_api_key(request.api_key)
+    _check_parser("--tool-parser", request.tool_parser, TOOL_PARSERS)
+    _check_parser("--reasoning-parser", request.reasoning_parser, REASONING_PARSERS)
     return replace(
         request,
         allowed_hosts=tuple(_checked_host(name) for name in request.allowed_hosts),
@@ -90,6 +94,12 @@ def _checked_host(name: str) -> str:
     if not _HOST_NAME.fullmatch(name):
         raise UsageError(f"--allow-host '{name}' is not a name", "--allow-host studio.local")
     return name.lower()
+
+
+def _check_parser(option: str, name: str | None, known: Sequence[str]) -> None:
+    if name is not None and name not in known:
+        message = f"{option} '{one_line(name)}' is not one of {', '.join(known)}"
+        raise UsageError(message, f"{option} none")
 
 
 def _checked_alias(alias: str) -> str:

@@ -6,14 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from k2cli.choices import (
-    FloatType,
-    HeadPlacement,
-    ReasoningParser,
-    Strategy,
-    ToolParser,
-    Transport,
-)
+from k2cli.choices import FloatType, HeadPlacement, Strategy, Transport
 from k2cli.gpu_name import GpuName
 
 
@@ -54,8 +47,8 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allowed_hosts: list[str] = []
     cors_origins: list[str] = []
     aliases: list[str] = []
-    tool_parser: ToolParser | None = None
-    reasoning_parser: ReasoningParser | None = None
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -130,11 +130,12 @@ def conversation_request(
     check_model(options.model, served)
     text = conversation_text(conversation, tokenizer)
     prompt = _encode(text, conversation.field, tokenizer, served.context_length)
+    continued = conversation.turns[-1]["content"] if _continues(conversation) else None
     output = OutputOptions(
         True,
         conversation.tools,
         options.parallel_calls,
-        begins_in_reasoning=False,
+        begins_in_reasoning=served.output_format.begins_in_reasoning(text, continued),
         include_reasoning=options.include_reasoning,
     )
     return _build(prompt, conversation.field, options, output, tokenizer, served)

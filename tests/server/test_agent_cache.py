@@ -11,12 +11,14 @@ import json
 import shutil
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from k2cli.guard.output_format import output_format_of
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol import Finished, Generate, Tokens
 from k2cli.server.engine_client import EngineEvent, EngineState
@@ -121,8 +123,9 @@ def model(request: pytest.FixtureRequest, pool: RankPool, toy_k2: Path, tmp_path
         (folder / "chat_template.jinja").write_text(template)
     tokenizer = Tokenizer.load(folder)
     engine = CachedEngine(pool, tokenizer)
+    served = replace(SERVED, output_format=output_format_of(tokenizer, None, None))
     with (
-        serving(engine, SERVED, tokenizer) as url,
+        serving(engine, served, tokenizer) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=60) as client,
     ):
         yield Model(engine, client, tokenizer)
@@ -174,12 +177,14 @@ def test_conversations_that_alternate_and_a_sub_agent_keep_their_caches(model: M
             messages += [message, *_results(message, "import this")]
         message = model.answer(sub, _calls(_call(step, "grep")))
         sub += [message, *_results(message, "nothing")]
-    first_one, first_two, first_sub, *later = model.computed
-    tools = model.count("<|im_system|>tool_declare<|im_middle|>") + model.count(json.dumps(TOOLS))
+    _, first_two, first_sub, *later = model.computed
+    declared = json.dumps(TOOLS, separators=(",", ":"))
+    tools = model.count(f"<|im_system|>tool_declare<|im_middle|>{declared}<|im_end|>")
+    system = model.count(f"<|im_system|>system<|im_middle|>{SYSTEM}<|im_end|>")
     # The second conversation shares tools, system prompt and the beginning of the task; the
     # sub-agent shares the tools, which stand before its system prompt.
-    assert first_two < 20 < first_one
-    assert first_sub < model.prompts[2] - tools / 2
+    assert first_two < model.prompts[1] - tools - system
+    assert tools <= model.prompts[2] - first_sub < tools + system
     for index, count in enumerate(later):
         result = "nothing" if index % 3 == 2 else "import this"
         step = RESULT.format(f"read:{index // 3}", result)

@@ -72,6 +72,8 @@ class Tokenizer:
         self._renderers: dict[bool, ConversationRenderer] = {}
         self.stop_tokens = stop_tokens
         """Tokens that end an answer."""
+        self.tool_parser_type = config.get("tool_parser_type")
+        """The form of tool calls that a conversion by mlx-lm names, if it does."""
 
     @classmethod
     def load(cls, folder: Path, templates: TemplateSources | None = None) -> Tokenizer:

@@ -13,12 +13,15 @@ from k2cli.server.served_model import ServedModel
 
 
 def _description(served: ServedModel, name: str) -> dict[str, Any]:
+    form = served.output_format
     return {
         "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "k2",
         "context_length": served.context_length,
+        "tool_parser": form.tools.name if form.tools else "none",
+        "reasoning_parser": form.reasoning.name if form.reasoning else "none",
     }
 
 
