@@ -98,8 +98,8 @@ def main() -> None:
         return
     # The types of requests take long to import: the guard waits for the check of the files first.
     from k2cli.guard.output_format import output_format_of
-    from k2cli.server.served_model import ServedModel
     from k2cli.server.read_request import UnreadRequest, read_request
+    from k2cli.server.served_model import ServedModel
 
     served = ServedModel(
         settings.name,
@@ -108,9 +108,7 @@ def main() -> None:
         default_top_p=settings.default_top_p,
         default_top_k=settings.default_top_k,
         aliases=settings.aliases,
-        output_format=output_format_of(
-            tokenizer, settings.tool_parser, settings.reasoning_parser
-        ),
+        output_format=output_format_of(tokenizer, settings.tool_parser, settings.reasoning_parser),
     )
     decoder = msgspec.msgpack.Decoder(UnreadRequest)
     while True:
