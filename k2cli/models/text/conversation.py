@@ -34,6 +34,7 @@ _TYPESCRIPT = "tools_ts_str"
 # Names under which templates read an assistant's reasoning; clients' own is made the first.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_SPLITS_THOUGHT = re.compile(r"split\(\s*['\"]</think>")
 _SWITCH = re.compile(r"(enable_|use_|is_)?(thinking|reasoning)(_enabled|_mode)?")
 # A private-use character: no template and no conversation has it, and no filter changes it.
 _END_MARK = "\uf8ffk2-answer-continues-here\uf8ff"
@@ -154,16 +155,17 @@ class ConversationRenderer:
         """Give earlier reasoning to the template under its own name; it decides what it shows.
 
         Clients that know no reasoning send it back within the content, between the tags of most
-        models. A template that reads it apart would write it twice, or into a turn that it drops
-        reasoning from.
+        models. A template that reads it apart, and does not look for the tags itself, would write
+        tags twice, or reasoning into a turn from which it drops it.
         """
+        splits = _SPLITS_THOUGHT.search(self._template.source) is not None
         name = next((name for name in _REASONING if name in self._template.members), None)
         result: list[Turn] = []
         for turn in turns:
             if not isinstance(turn, dict) or turn.get("role") != "assistant":
                 result.append(turn)
                 continue
-            if name is not None and not (continue_last and turn is turns[-1]):
+            if name is not None and not splits and not (continue_last and turn is turns[-1]):
                 turn = _with_thoughts_apart(turn)
             if name is not None and _REASONING[0] in turn:
                 turn = {**turn, name: turn[_REASONING[0]]}

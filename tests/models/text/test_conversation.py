@@ -240,6 +240,9 @@ def test_reasoning_within_the_content_is_taken_apart() -> None:
         if thoughts := turn.pop("reasoning_content", None):
             turn["content"] = f"<think>{thoughts}</think>{turn['content']}"
     assert _render(THINKING_TEMPLATE, within) == _render(THINKING_TEMPLATE, apart)
+    # Qwen3's template looks for the tags itself, and drops the newlines beside them.
+    own = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{{ m.reasoning_content }}"
+    assert _render(own + "{% endfor %}", within[:2]) == "HelloHi."
     plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert "<think>They greet.</think>Hi." in _render(plain, within[:2])
 
