@@ -63,6 +63,7 @@ REASONING_FORMS: dict[str, ReasoningForm] = {
 # --- Mistral: [TOOL_CALLS]name[ARGS]{...}, or a list of objects ---
 
 _MISTRAL_OPEN, _MISTRAL_ARGUMENTS, _MISTRAL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+_MISTRAL_NAME = re.compile(r"[^\s\[\]{}]+")
 
 
 def _mistral_calls(context: CallContext, marker: str) -> Reading:
@@ -85,8 +86,10 @@ def _mistral_calls(context: CallContext, marker: str) -> Reading:
                 (arguments, opens), known.append, limit=MAX_NAME_LETTERS
             )
         name = "".join(header).strip()
-        begun = found == arguments and bool(re.fullmatch(r"[^\s\[\]{}]+", name))
-        if not (begun and emitter.begin(name, "".join(known).strip() or None)):
+        begun = found == arguments and bool(_MISTRAL_NAME.fullmatch(name))
+        given = "".join(known).strip()
+        begun = begun and bool(not given or _MISTRAL_NAME.fullmatch(given))
+        if not (begun and emitter.begin(name, given or None)):
             shown = _MISTRAL_ID + "".join(known) if known else ""
             context.text(before + "".join(header) + shown + context.shown(found))
             return
