@@ -225,6 +225,8 @@ class HeaderForm:
     section_end: str
     read_header: Callable[[str], Header]
     fenced: bool = False
+    numbered: bool = False
+    """True if the model may write the number of a call alone."""
 
 
 _K2_HEADER = re.compile(r"(?:functions\.)?(.+?):\d+", re.DOTALL)
@@ -289,6 +291,8 @@ def _header_call(form: HeaderForm, context: CallContext) -> Generator[None, None
         header, fence = Header("".join(name).strip()), _Fence(context.emitter.arguments)
     else:
         header = form.read_header("".join(parts))
+    if form.numbered and header.name.isdecimal() and len(context.tools) == 1:
+        header = Header(_tool_name(context) or header.name, header.name, header.rest)
     if not isinstance(found, str) or not context.emitter.begin(header.name, header.call_id):
         context.text(form.call + "".join(parts) + context.shown(found))
         return None
@@ -303,6 +307,13 @@ def _header_call(form: HeaderForm, context: CallContext) -> Generator[None, None
         context.emitter.end()
     context.emitter.end_if_complete()
     return found if isinstance(found, str) else None
+
+
+def _tool_name(context: CallContext) -> str | None:
+    """Return the name of the only tool."""
+    function = context.tools[0].get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 class _Fence:
