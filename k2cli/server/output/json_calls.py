@@ -20,6 +20,7 @@ _STRING_END = re.compile(r'["\\]')
 _SCALAR_END = re.compile(r"[,}\]\n]")
 _NAME_KEYS = {"name", "function"}
 _ARGUMENT_KEYS = {"arguments", "parameters"}
+_OTHER_KEYS = {"id", "type"}
 
 
 # --- JSON values ---
@@ -114,6 +115,8 @@ class JsonObjects:
             if letter != '"':
                 break
             key = yield from self._string(source)
+            if self._name is None and key not in _NAME_KEYS | _ARGUMENT_KEYS | _OTHER_KEYS:
+                break
             if (yield from source.skip(WHITESPACE, raw.append)) != ":":
                 break
             source.one(raw.append)

@@ -175,9 +175,9 @@ class MarkedOutput:
             if self._text.kind == "answer" and (yield from self._bare_call(source)):
                 continue
             calls = self._call_opens()
-            markers = (close, *calls)
+            markers = (opens, close, *calls)
             if self._text.kind == "answer":
-                markers = (opens, close, *dropped, *calls)
+                markers = (*markers, *dropped)
             # ``add`` is looked up each time, because a call replaces the text.
             found = yield from source.until(markers, lambda text: self._text.add(text), coded=True)
             if found in calls:
@@ -191,9 +191,10 @@ class MarkedOutput:
             elif found == close:
                 self._stray(close)
             elif found == opens:
-                if opens.isprintable() and (self._answered or not self._text.blank):
+                at_start = self._text.blank and not self._answered
+                if opens.isprintable() and not at_start:
                     self._text.add(opens)  # it is not a special token, and not at the beginning
-                else:
+                elif self._text.kind == "answer":
                     self._switch("reasoning", source.offset - len(source.codes.decode(opens)))
             elif found is None:
                 self._text.end(at_marker=False)

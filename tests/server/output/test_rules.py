@@ -45,6 +45,12 @@ def test_the_prompt_opens_the_reasoning() -> None:
     assert (found.reasoning, found.text) == ("Hm.", "Yes.")
 
 
+@pytest.mark.parametrize("plain", [(), ("<think>", "</think>")])
+def test_the_model_opens_the_reasoning_again(plain: tuple[str, ...]) -> None:
+    found = k2("<think>Hm.</think>Yes.", inside=True, plain=plain)
+    assert (found.reasoning, found.text) == ("Hm.", "Yes.")
+
+
 def test_a_call_ends_reasoning_and_a_late_marker_is_no_text() -> None:
     found = k2("Hm." + CALL + "</think>Yes.", inside=True)
     assert kinds(found) == [
@@ -317,6 +323,14 @@ def test_reasoning_tokens_are_counted_without_markers() -> None:
             parser = form.parser(options)
             run(parser, pieces_of(text, tokens, cuts))
             assert parser.reasoning_tokens == count
+
+
+def test_an_object_that_is_no_call_is_not_held_back() -> None:
+    parser = format_of("llama3_json").parser(OutputOptions(True, TOOLS))
+    shown = ""
+    for piece in pieces_of('{"city": "Paris", ', []):
+        shown += "".join(e.text for e in parser.push(piece) if isinstance(e, AnswerText))
+    assert shown == '{"city": "Paris", '
 
 
 def test_text_is_held_back_only_while_a_marker_may_begin() -> None:
