@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from k2cli.server.output import harmony
 from k2cli.server.output.emitter import MAX_NAME_LETTERS, short_call_id
 from k2cli.server.output.json_calls import (
     HeaderForm,
@@ -46,6 +47,7 @@ REASONING_FORMS: dict[str, ReasoningForm] = {
         _single("mistral", "[THINK]", "[/THINK]"),
         _single("seed", "<seed:think>", "</seed:think>"),
         ReasoningForm("gemma4", "<|channel>thought", "<channel|>", ("<|channel>", "<channel|>")),
+        ReasoningForm(harmony.NAME, "<|channel|>analysis<|message|>", "<|end|>", harmony.TOKENS),
         ReasoningForm(
             "kimi_k3",
             "<|open|>think<|sep|>",
@@ -131,6 +133,7 @@ _K2 = HeaderForm(
     "<|tool_call_end|>",
     "<|tool_calls_section_end|>",
     k2_header,
+    numbered=True,
 )
 _DEEPSEEK = HeaderForm(
     "<｜tool▁call▁begin｜>",
@@ -206,6 +209,14 @@ _FORMS = (
         (_DSML,),
         typed_calls(_dsml("function_calls")),
     ),
+    ToolForm(
+        "deepseek_v4",
+        (f"<{_DSML}tool_calls>",),
+        (_DSML,),
+        typed_calls(_dsml("tool_calls")),
+    ),
+    # Its calls are messages of their own, which ``harmony.read_messages`` reads.
+    ToolForm(harmony.NAME, (), harmony.TOKENS, hermes_calls("")),
     _pair_form("glm47"),
     _pair_form("laguna"),
     _pair_form("longcat", "longcat_"),
@@ -300,10 +311,12 @@ TOOL_ALIASES = {
     "deepseek_v31": "deepseek_v3",
     "glm4": "glm47",
     "glm45": "glm47",
+    "gpt_oss": "harmony",
     "hermes": "json_tools",
     "llama3": "llama3_json",
     "llama4": "llama4_pythonic",
     "minimax": "minimax_m2",
+    "openai": "harmony",
     "qwen3": "json_tools",
     "qwen3_xml": "qwen3_coder",
 }
@@ -311,8 +324,10 @@ REASONING_ALIASES = {
     "deepseek_r1": "think_open",
     "deepseek_v3": "think",
     "glm45": "think",
+    "gpt_oss": "harmony",
     "kimi_k2": "think",
     "minimax_m2": "think",
+    "openai": "harmony",
     "qwen3": "think",
     "seed_oss": "seed",
 }

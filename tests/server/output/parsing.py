@@ -40,6 +40,7 @@ def format_of(
             "gemma4": "gemma4",
             "longcat": "longcat",
             "mistral": "mistral",
+            "harmony": "harmony",
         }.get(parser, "think")
     return choose_output_format(template, {}, token_id, parser, reasoning)
 
