@@ -76,6 +76,13 @@ def launch(
             "Repeatable.",
         ),
     ] = None,
+    no_prompt_normalization: Annotated[
+        bool,
+        typer.Option(
+            "--no-prompt-normalization",
+            help="Keep Claude Code's billing header, which makes every prompt a new one.",
+        ),
+    ] = False,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan saved by plan-memory --save.")
     ] = None,
@@ -134,6 +141,7 @@ def launch(
         api_key=api_key,
         allowed_hosts=tuple(allow_host or ()),
         cors_origins=tuple(cors or ()),
+        normalizes_prompts=not no_prompt_normalization,
         plan_file=plan,
         force=force,
         cluster=cluster,

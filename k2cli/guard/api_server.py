@@ -92,6 +92,7 @@ def _served_model(bootstrap: Bootstrap) -> ServedModel:
         api_key=endpoint.api_key,
         allowed_hosts=frozenset(name.lower() for name in (endpoint.host, *endpoint.allowed_hosts)),
         cors_origins=frozenset(endpoint.cors_origins),
+        normalizes_prompts=endpoint.normalizes_prompts,
     )
 
 
@@ -108,6 +109,7 @@ def _first_reader(bootstrap: Bootstrap) -> KillableReader:
         served.default_temperature,
         served.default_top_p,
         served.default_top_k,
+        normalizes_prompts=served.normalizes_prompts,
     )
     return KillableReader(settings, (RUN_OPTION, bootstrap.assignment.run_id))
 

@@ -106,6 +106,7 @@ def main() -> None:
         default_temperature=settings.default_temperature,
         default_top_p=settings.default_top_p,
         default_top_k=settings.default_top_k,
+        normalizes_prompts=settings.normalizes_prompts,
     )
     decoder = msgspec.msgpack.Decoder(UnreadRequest)
     while True:

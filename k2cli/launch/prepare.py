@@ -175,6 +175,7 @@ def _choose_endpoint(run: RunDecisions) -> None:
         next_port_will_do=request.port is None,
         allowed_hosts=list(request.allowed_hosts),
         cors_origins=list(request.cors_origins),
+        normalizes_prompts=request.normalizes_prompts,
     )
 
 

@@ -36,6 +36,7 @@ class LaunchRequest:
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    normalizes_prompts: bool = True
     plan_file: Path | None = None
     force: bool = False
     cluster: str | None = None

@@ -35,7 +35,8 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The address of the API on the leader's guard. ``api_key`` None means that no key is needed.
 
     ``next_port_will_do``: the user named no port, so a later one is used if this one is taken.
-    ``allowed_hosts`` and ``cors_origins`` are those of ``server.served_model.ServedModel``.
+    ``allowed_hosts``, ``cors_origins`` and ``normalizes_prompts`` are those of
+    ``server.served_model.ServedModel``.
     """
 
     host: str
@@ -44,6 +45,7 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     next_port_will_do: bool = False
     allowed_hosts: list[str] = []
     cors_origins: list[str] = []
+    normalizes_prompts: bool = True
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

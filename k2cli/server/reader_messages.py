@@ -37,6 +37,7 @@ class ReaderSettings(msgspec.Struct, frozen=True):
     default_top_k: int
     templates: KnownTemplates | None = None
     memory_bytes: int = MEMORY_BYTES
+    normalizes_prompts: bool = True
 
 
 class Trying(msgspec.Struct, frozen=True, tag=True):

@@ -28,6 +28,8 @@ class ServedModel:
         max_body_bytes: a longer request body is refused with 413.
         allowed_hosts: names of this server in ``Host`` headers, beside those of loopback.
         cors_origins: origins of web pages that may use the server; ``*`` is all.
+        normalizes_prompts: drop parts of prompts that are not for the model and change with every
+            request; see ``dialects.anthropic_conversation``.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ServedModel:
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     allowed_hosts: frozenset[str] = frozenset()
     cors_origins: frozenset[str] = frozenset()
+    normalizes_prompts: bool = True
 
 
 def load_served_model(folder: Path, name: str, context_length: int) -> ServedModel:

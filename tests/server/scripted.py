@@ -11,7 +11,8 @@ import contextlib
 import socket
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -20,6 +21,8 @@ from k2cli.errors import K2Error
 from k2cli.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
 from k2cli.server.app import create_app
 from k2cli.server.engine_client import EngineEvent, EngineState, EngineUnavailable
+from k2cli.server.engine_request import EngineRequest
+from k2cli.server.output.events import OutputParser
 from k2cli.server.read_request import (
     ReadRequest,
     RequestKind,
@@ -194,11 +197,14 @@ def serving(
     served: ServedModel,
     tokenizer: Any = None,
     reader: RequestReader | None = None,
+    make_parser: Callable[[EngineRequest], OutputParser] | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """Run a real server in a thread; yields its base URL without ``/v1``."""
     tokenizer = tokenizer or LetterTokenizer()
     app = create_app(engine, tokenizer, served, reader or InlineReader(tokenizer, served))
+    if make_parser is not None:
+        app.state.context = replace(app.state.context, make_parser=make_parser)
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, **options)
     server = uvicorn.Server(config)
