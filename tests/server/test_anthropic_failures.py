@@ -23,19 +23,22 @@ def _blocks(*blocks: dict[str, Any], role: str = "user") -> list[dict[str, Any]]
     return [{"role": role, "content": list(blocks)}]
 
 
+RESULT: dict[str, Any] = {"type": "tool_result", "tool_use_id": "a"}
+CALL: dict[str, Any] = {"type": "tool_use", "id": "a", "name": "f"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages: "),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": ""}]}, "messages: "),
-    ({"messages": _blocks({"type": "image", "source": {}})}, "messages[0].content[0]: a block of type 'image'"),
+    ({"messages": _blocks({"type": "image", "source": {}})},
+     "messages[0].content[0]: a block of type 'image'"),
     ({"messages": _blocks({"type": "document", "source": {}})}, "'document'"),
-    ({"messages": _blocks({"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]})},
+    ({"messages": _blocks({**RESULT, "content": [{"type": "image"}]})},
      "messages[0].content[0][0]: a block of type 'image'"),
-    ({"messages": _blocks({"type": "tool_use", "id": "a", "name": "f", "input": {}})}, "message of the assistant"),
-    ({"messages": _blocks({"type": "tool_result", "tool_use_id": "a"}, role="assistant")}, "message of the user"),
+    ({"messages": _blocks({**CALL, "input": {}})}, "message of the assistant"),
+    ({"messages": _blocks(RESULT, role="assistant")}, "message of the user"),
     ({"messages": _blocks({"type": "server_tool_use"}, role="assistant")}, "'server_tool_use'"),
-    ({"messages": _blocks({"type": "tool_use", "id": "a", "name": "f", "input": []}, role="assistant")}, ".input: must be"),
+    ({"messages": _blocks({**CALL, "input": []}, role="assistant")}, ".input: must be"),
     ({"messages": _blocks({"type": "text"})}, "messages[0].content[0].text: must be a string"),
     ({"messages": LONG}, "prompt is too long: "),
     ({"max_tokens": 0}, "max_tokens"),
@@ -118,7 +121,7 @@ def test_failures_of_the_engine(
 
 
 def test_an_error_in_a_stream_is_an_event(engine: ScriptedEngine, url: str) -> None:
-    script = [Tokens("", encode("Par")), 1.5, EngineUnavailable("node b is gone")]
+    script: list[Any] = [Tokens("", encode("Par")), 1.5, EngineUnavailable("node b is gone")]
     engine.enqueue(script)
     name, data = events_of(url, BASE)[-1]
     assert (name, data["error"]["type"]) == ("error", "api_error")
