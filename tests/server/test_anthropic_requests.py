@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from k2cli.server.dialects.anthropic_conversation import conversation_of, log_le
 from k2cli.server.dialects.anthropic_ids import client_id, model_id
 from k2cli.server.dialects.anthropic_schemas import MessagesBody
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 BILLING = "x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;"
 REQUEST = "1f0c9a72" + "0" * 24
 
@@ -183,3 +186,21 @@ def test_foreign_ids_are_kept() -> None:
     for foreign in ("toolu_01D7FLrfh4GYq7yT1ULFeyMV", "toolu_hex_zz", "toolu_hex_ff"):
         assert model_id(foreign) == foreign
     assert client_id("functions.f:0", REQUEST) != client_id("functions.f:0", "0" * 32)
+
+
+def test_the_requests_of_claude_code_share_their_beginning() -> None:
+    """Turn 2 has the first turn's system message in another form, and the same prompt."""
+    recorded = json.loads((DATA / "agents" / "claude.json").read_text())["requests"]
+    bodies = [each["body"] for each in recorded if each["path"].startswith("/v1/messages")]
+    first, second = (conversation_of(MessagesBody.model_validate(body), True) for body in bodies)
+    assert BILLING.partition(" ")[0] in bodies[0]["system"][0]["text"]
+    assert BILLING.partition(" ")[0] not in first.turns[0]["content"]
+    assert [turn["role"] for turn in second.turns] == [
+        "system", "user", "system", "assistant", "tool",
+    ]  # fmt: skip
+    assert list(second.turns[:3]) == list(first.turns)
+    assert second.tools == first.tools
+    assert len(first.tools or []) == len(bodies[0]["tools"])
+    assert second.turns[3]["reasoning_content"]
+    call = second.turns[3]["tool_calls"][0]
+    assert second.turns[4]["tool_call_id"] == call["id"]
