@@ -100,6 +100,13 @@ def launch(
             "Default: that of its chat template.",
         ),
     ] = None,
+    no_prompt_normalization: Annotated[
+        bool,
+        typer.Option(
+            "--no-prompt-normalization",
+            help="Keep Claude Code's billing header, which makes every prompt a new one.",
+        ),
+    ] = False,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan saved by plan-memory --save.")
     ] = None,
@@ -161,6 +168,7 @@ def launch(
         aliases=tuple(alias or ()),
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
+        normalizes_prompts=not no_prompt_normalization,
         plan_file=plan,
         force=force,
         cluster=cluster,

@@ -93,6 +93,7 @@ def _served_model(bootstrap: Bootstrap) -> ServedModel:
         allowed_hosts=frozenset(name.lower() for name in (endpoint.host, *endpoint.allowed_hosts)),
         cors_origins=frozenset(endpoint.cors_origins),
         aliases=tuple(endpoint.aliases),
+        normalizes_prompts=endpoint.normalizes_prompts,
     )
 
 
@@ -113,6 +114,7 @@ def _first_reader(bootstrap: Bootstrap) -> KillableReader:
         served.aliases,
         endpoint.tool_parser,
         endpoint.reasoning_parser,
+        normalizes_prompts=served.normalizes_prompts,
     )
     return KillableReader(settings, (RUN_OPTION, bootstrap.assignment.run_id))
 

@@ -109,6 +109,7 @@ def main() -> None:
         default_top_k=settings.default_top_k,
         aliases=settings.aliases,
         output_format=output_format_of(tokenizer, settings.tool_parser, settings.reasoning_parser),
+        normalizes_prompts=settings.normalizes_prompts,
     )
     decoder = msgspec.msgpack.Decoder(UnreadRequest)
     while True:

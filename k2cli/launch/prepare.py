@@ -178,6 +178,7 @@ def _choose_endpoint(run: RunDecisions) -> None:
         aliases=list(request.aliases),
         tool_parser=request.tool_parser,
         reasoning_parser=request.reasoning_parser,
+        normalizes_prompts=request.normalizes_prompts,
     )
 
 

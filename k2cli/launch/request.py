@@ -50,6 +50,7 @@ class LaunchRequest:
     aliases: tuple[str, ...] = ()
     tool_parser: str | None = None
     reasoning_parser: str | None = None
+    normalizes_prompts: bool = True
     plan_file: Path | None = None
     force: bool = False
     cluster: str | None = None

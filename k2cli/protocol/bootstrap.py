@@ -35,7 +35,7 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The address of the API on the leader's guard. ``api_key`` None means that no key is needed.
 
     ``next_port_will_do``: the user named no port, so a later one is used if this one is taken.
-    ``allowed_hosts``, ``cors_origins`` and ``aliases`` are those of
+    ``allowed_hosts``, ``cors_origins``, ``aliases`` and ``normalizes_prompts`` are those of
     ``server.served_model.ServedModel``. ``tool_parser`` and ``reasoning_parser`` None leave the
     choice to the model's chat template.
     """
@@ -49,6 +49,7 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aliases: list[str] = []
     tool_parser: str | None = None
     reasoning_parser: str | None = None
+    normalizes_prompts: bool = True
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

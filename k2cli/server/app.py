@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's routes over one engine.
+"""The HTTP application: the routes of OpenAI and Anthropic over one engine.
 
 It runs in the leader's guard, so the port outlives the ranks: while no run is ready, inference
 answers 503 with the cause. A web page elsewhere may use it only if its origin was allowed.
@@ -16,12 +16,20 @@ from starlette.routing import Route
 
 from k2cli.server.auth import AccessControl
 from k2cli.server.context import ServerContext
+from k2cli.server.dialects.error_responses import RequestIds, install_error_handlers
 from k2cli.server.engine_client import EngineClient
 from k2cli.server.engine_request import ServerTokenizer
-from k2cli.server.errors import install_error_handlers
 from k2cli.server.origins import OriginCheck, OriginRules
 from k2cli.server.request_reader import RequestReader
-from k2cli.server.routes import chat, completions, embeddings, health, models, tokenize
+from k2cli.server.routes import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    messages,
+    models,
+    tokenize,
+)
 from k2cli.server.served_model import ServedModel
 
 _ROUTES = (
@@ -31,6 +39,9 @@ _ROUTES = (
     Route("/v1/models/{name:path}", models.get_model),
     Route("/v1/embeddings", embeddings.refuse_embeddings, methods=["POST"]),
     Route("/v1/tokenize", tokenize.tokenize, methods=["POST"]),
+    Route("/v1/messages", messages.create_message, methods=["POST"]),
+    Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+    Route("/", health.root),
     Route("/health", health.health),
 )
 
@@ -53,6 +64,7 @@ def create_app(
     if served.api_key is None:
         rules = OriginRules(served.allowed_hosts, served.cors_origins)
         middleware.insert(0, Middleware(OriginCheck, rules=rules))
+    middleware.insert(0, Middleware(RequestIds))
     if served.cors_origins:
         cors = Middleware(
             CORSMiddleware,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from k2cli.server.dialects.error_responses import error_response
 from k2cli.server.errors import ApiError
 from k2cli.server.served_model import ServedModel
 
@@ -18,13 +19,22 @@ from k2cli.server.served_model import ServedModel
 # state.
 OPEN_PATHS = frozenset({"/health"})
 
+# Claude Code asks for it first, without a key, and the answer only says that k2 is here.
+KEYLESS_PATHS = OPEN_PATHS | {"/"}
 
-def is_right_key(authorization: str, api_key: str) -> bool:
-    """Compare an ``Authorization`` header with the key, in constant time."""
-    scheme, _, given = authorization.partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(
-        given.strip().encode("latin-1"), api_key.encode()
-    )
+
+def has_right_key(headers: Headers, api_key: str) -> bool:
+    """Compare the key with ``Authorization: Bearer`` and Anthropic's ``x-api-key``.
+
+    One of them suffices: Claude Code may send a key of its user's account beside the right one. The
+    comparison takes the same time for all wrong keys.
+    """
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    given = [bearer] if scheme.lower() == "bearer" else []
+    given += [headers["x-api-key"]] if "x-api-key" in headers else []
+    right = api_key.encode()
+    matches = [hmac.compare_digest(key.strip().encode("latin-1"), right) for key in given]
+    return any(matches)
 
 
 def too_large(limit_bytes: int) -> ApiError:
@@ -61,7 +71,7 @@ class AccessControl:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif (refusal := self._refusal(scope)) is not None:
-            await refusal.response()(scope, receive, send)
+            await error_response(refusal, scope)(scope, receive, send)
         else:
             body = _Body(receive)
             try:
@@ -72,13 +82,13 @@ class AccessControl:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         key = self._served.api_key
-        authorization = headers.get("authorization", "")
         if (
             key is not None
-            and scope["path"] not in OPEN_PATHS
-            and not is_right_key(authorization, key)
+            and scope["path"] not in KEYLESS_PATHS
+            and not has_right_key(headers, key)
         ):
-            message = "wrong API key" if authorization else "an API key is needed"
+            given = "authorization" in headers or "x-api-key" in headers
+            message = "wrong API key" if given else "an API key is needed"
             challenge = {"WWW-Authenticate": "Bearer"}
             return ApiError(401, message, code="invalid_api_key", headers=challenge)
         if "content-length" in headers and "transfer-encoding" in headers:

@@ -1,7 +1,8 @@
-"""Errors of the HTTP API, all of them in OpenAI's form.
+"""Errors of the HTTP API, and their form in OpenAI's.
 
 Clients can show ``{"error": {"message", "type", "param", "code"}}``, so every failure has this
-form: a missing route, a field of the wrong type, a wrong key, an engine that has ended.
+form: a missing route, a field of the wrong type, a wrong key, an engine that has ended. Responses
+are made in ``dialects.error_responses``, which has Anthropic's form, too.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import re
 from typing import Any
 
 from pydantic import ValidationError
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from k2cli.protocol import RequestFailed
 
@@ -32,12 +32,17 @@ _HTTP_CODES = {
     404: ("unknown_url", "there is no such route"),
     405: ("method_not_allowed", "this route does not accept that method"),
 }
-# Fields of OpenAI's API that would change the answer, and that k2 does not support.
+# Fields of both APIs that would change the answer, and that k2 does not support.
 _NOT_OFFERED = {
     "audio": "answers are text",
+    "compaction": "this server does not summarize conversations",
+    "container": "this server runs no code",
     "function_call": "it was replaced by 'tool_choice'",
     "functions": "it was replaced by 'tools'",
     "moderation": "this server does not moderate texts",
+    "output_config.format": "this server does not hold answers to a schema yet",
+    "output_config.task_budget": "this server keeps no budgets",
+    "thread": "this server stores no conversations",
     "web_search_options": "this server does not search the web",
 }
 
@@ -142,29 +147,15 @@ def _field_path(location: tuple[int | str, ...]) -> str:
     return path.removeprefix(".")
 
 
-def install_error_handlers(app: Starlette) -> None:
-    """Make the application answer all failures in OpenAI's form."""
+def http_failure(error: HTTPException, request: Request) -> ApiError:
+    """Make the error for a request that no route takes."""
+    code, reason = _HTTP_CODES.get(error.status_code, (None, str(error.detail)))
+    message = f"{reason}: {request.method} {request.url.path}"
+    headers = dict(error.headers) if error.headers else None
+    return ApiError(error.status_code, message, code=code, headers=headers)
 
-    async def on_api_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, ApiError)
-        return error.response()
 
-    async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        code, reason = _HTTP_CODES.get(error.status_code, (None, str(error.detail)))
-        message = f"{reason}: {request.method} {request.url.path}"
-        headers = dict(error.headers) if error.headers else None
-        return ApiError(error.status_code, message, code=code, headers=headers).response()
-
-    async def on_disconnect(request: Request, error: Exception) -> Response:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-    async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        # Starlette raises the error again after this response, so uvicorn logs the traceback.
-        message = f"internal error: {type(error).__name__}"
-        return ApiError(500, message, kind=_SERVER, code="internal_error").response()
-
-    app.add_exception_handler(ApiError, on_api_error)
-    app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(ClientDisconnect, on_disconnect)
-    app.add_exception_handler(Exception, on_bug)
+def internal_error(error: Exception) -> ApiError:
+    """Make the 500 error for a fault of the server itself."""
+    message = f"internal error: {type(error).__name__}"
+    return ApiError(500, message, kind=_SERVER, code="internal_error")

@@ -20,6 +20,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from k2cli.server.auth import OPEN_PATHS
+from k2cli.server.dialects.error_responses import error_response
 from k2cli.server.errors import ApiError
 
 
@@ -72,7 +73,7 @@ class OriginCheck:
         """Pass the request on, or refuse it."""
         refusal = self._refusal(scope) if scope["type"] == "http" else None
         if refusal is not None:
-            await refusal.response()(scope, receive, send)
+            await error_response(refusal, scope)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

@@ -12,6 +12,8 @@ import msgspec
 from pydantic import ValidationError
 
 from k2cli.errors import K2Error
+from k2cli.server.dialects.anthropic_conversation import conversation_of
+from k2cli.server.dialects.anthropic_schemas import MessagesBody
 from k2cli.server.dialects.openai_schemas import ChatCompletionBody, CompletionBody, TokenizeBody
 from k2cli.server.engine_request import (
     EngineRequest,
@@ -25,7 +27,7 @@ from k2cli.server.engine_request import (
 from k2cli.server.errors import ApiError, invalid, validation_failure, without_folders
 from k2cli.server.served_model import ServedModel
 
-RequestKind = Literal["chat", "completion", "tokenize"]
+RequestKind = Literal["chat", "completion", "tokenize", "messages", "count_tokens"]
 
 
 class UnreadRequest(msgspec.Struct, frozen=True):
@@ -90,6 +92,16 @@ def read_request(
                 completion = CompletionBody.model_validate_json(unread.body)
                 options = completion.answer_options
                 return ReadRequest(prompt_request(completion.prompt, options, tokenizer, served))
+            case "messages":
+                asked = MessagesBody.model_validate_json(unread.body)
+                conversation = conversation_of(asked, served.normalizes_prompts)
+                options = asked.answer_options
+                return ReadRequest(conversation_request(conversation, options, tokenizer, served))
+            case "count_tokens":
+                asked = MessagesBody.model_validate_json(unread.body)
+                check_model(asked.model, served)
+                conversation = conversation_of(asked, served.normalizes_prompts)
+                return ReadRequest(tokens=conversation_tokens(conversation, tokenizer, served))
     except ValidationError as error:
         refused = validation_failure(error)
     except ApiError as error:

@@ -40,6 +40,7 @@ class ReaderSettings(msgspec.Struct, frozen=True):
     reasoning_parser: str | None = None
     templates: KnownTemplates | None = None
     memory_bytes: int = MEMORY_BYTES
+    normalizes_prompts: bool = True
 
 
 class Trying(msgspec.Struct, frozen=True, tag=True):

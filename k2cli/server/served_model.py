@@ -31,6 +31,8 @@ class ServedModel:
         max_body_bytes: a longer request body is refused with 413.
         allowed_hosts: names of this server in ``Host`` headers, beside those of loopback.
         cors_origins: origins of web pages that may use the server; ``*`` is all.
+        normalizes_prompts: drop parts of prompts that are not for the model and change with every
+            request; see ``dialects.anthropic_conversation``.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ServedModel:
     cors_origins: frozenset[str] = frozenset()
     aliases: tuple[str, ...] = ()
     output_format: OutputFormat = field(default_factory=OutputFormat)
+    normalizes_prompts: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from k2cli.protocol import PromptProgress
 from k2cli.server.dialects.writer import AnswerWriter
-from k2cli.server.errors import ApiError
+from k2cli.server.errors import ApiError, internal_error
 from k2cli.server.generation import (
     AnswerEvent,
     ClientGone,
@@ -50,11 +50,6 @@ def _written(writer: AnswerWriter, event: AnswerEvent) -> bytes:
             return writer.end(event)
 
 
-def _internal_error(error: Exception) -> ApiError:
-    message = f"internal error: {type(error).__name__}"
-    return ApiError(500, message, kind="server_error", code="internal_error")
-
-
 async def event_stream(
     generation: Generation, assembler: TextAssembler, parser: OutputParser, writer: AnswerWriter
 ) -> AsyncGenerator[bytes]:
@@ -75,7 +70,7 @@ async def event_stream(
         return
     except Exception as error:
         # The client must learn that the answer is incomplete; uvicorn logs the traceback.
-        yield writer.error(_internal_error(error))
+        yield writer.error(internal_error(error))
         raise
 
 
@@ -149,7 +144,7 @@ class SlowAnswerResponse(Response):
                 return self._writer.error_object(error)
             case Exception():
                 _logger.error("an answer failed", exc_info=error)
-                return self._writer.error_object(_internal_error(error))
+                return self._writer.error_object(internal_error(error))
             case _:
                 raise error
 

@@ -1,0 +1,195 @@
+"""Request bodies of Anthropic's Messages API, as pydantic models.
+
+As in OpenAI's (``openai_schemas``), a field is used, or accepted and ignored because the answer is
+the same without it (``_Ignored``), or refused by name. Contents of messages are checked where they
+are translated (``anthropic_conversation``). docs/reference/api.md lists every field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
+
+from k2cli.server.conversation import AnswerOptions
+from k2cli.server.dialects.openai_schemas import MAX_MESSAGES, Objects
+
+MAX_BLOCKS = 16_384
+MAX_EDITS = 64
+MAX_STOP_SEQUENCES = 64
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: member for name, member in value.items() if member is not None}
+
+
+class _Ignored(_Body):
+    """Fields that concern billing, caching, telemetry or speed, and not the answer."""
+
+    betas: Any = None
+    billing_policy: Any = None
+    cache_control: Any = None
+    diagnostics: Any = None
+    fallback_credit_token: Any = None
+    fallbacks: Any = None
+    inference_geo: Any = None
+    metadata: Any = None
+    service_tier: Any = None
+    speed: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
+
+
+def _content(value: Any) -> str | list[dict[str, Any]]:
+    """Return a text or a list of blocks, whose members are checked by the translation."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(block, dict) for block in value):
+        raise ValueError("must be a string or a list of content blocks")
+    if len(value) > MAX_BLOCKS:
+        raise ValueError(f"has {len(value)} blocks, and the most are {MAX_BLOCKS}")
+    return value
+
+
+Content = Annotated[str | list[dict[str, Any]], PlainValidator(_content)]
+
+
+class AnthropicMessage(BaseModel):
+    """One message. Other members, which clients echo back, are ignored.
+
+    ``clear_at`` "next_user_message" hides a system message once a message of the user follows it.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    role: Literal["user", "assistant", "system"]
+    content: Content
+    clear_at: Literal["next_user_message", "never"] | None = None
+    output_config: dict[str, Any] | None = None
+
+    @field_validator("output_config")
+    @classmethod
+    def _empty(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value:
+            raise ValueError("is supported for the whole request only")
+        return value
+
+
+class Thinking(_Body):
+    """Switch of the model's reasoning. Its budget and its display are ignored."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: Any = None
+    display: Any = None
+
+
+class OutputConfig(_Body):
+    """Options of the output. Formats and budgets are refused."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class ToolChoice(_Body):
+    """Freedom of the model to call tools. A required call is refused."""
+
+    type: str
+    name: Any = None
+    disable_parallel_tool_use: bool | None = None
+
+    @field_validator("type")
+    @classmethod
+    def _promises_no_call(cls, value: str) -> str:
+        if value not in ("auto", "none"):
+            raise ValueError(f"'{value}' is not supported yet; only 'auto' and 'none' are")
+        return value
+
+
+class ContextManagement(_Body):
+    """Edits of the context. Nothing is cleared, which loses no text; compaction is refused."""
+
+    edits: Annotated[list[dict[str, Any]], Field(max_length=MAX_EDITS)] = []
+
+    @field_validator("edits")
+    @classmethod
+    def _only_clearing(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for edit in value:
+            kind = edit.get("type")
+            if not isinstance(kind, str) or not kind.startswith("clear_"):
+                raise ValueError(f"an edit of type {kind!r} is not supported")
+        return value
+
+
+Stop = Annotated[str, Field(min_length=1)]
+
+
+class MessagesBody(_Ignored):
+    """Body of ``POST /v1/messages`` and of ``POST /v1/messages/count_tokens``."""
+
+    model: str | None = None
+    messages: Annotated[
+        list[AnthropicMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
+    system: Content | None = None
+    tools: Objects | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    context_management: ContextManagement | None = None
+    mcp_servers: list[Any] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOP_SEQUENCES)] = []
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @field_validator("mcp_servers")
+    @classmethod
+    def _none_of_them(cls, value: list[Any] | None) -> list[Any] | None:
+        if value:
+            raise ValueError("this server connects to no other servers")
+        return value
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """Variables for the chat template: switches of reasoning, and its effort.
+
+        They are those that OpenAI's ``reasoning_effort`` sets. An effort without ``thinking`` is
+        one of a model that thinks.
+        """
+        effort = self.output_config.effort if self.output_config else None
+        if self.thinking is None and effort is None:
+            return {}
+        thinks = self.thinking is None or self.thinking.type != "disabled"
+        arguments: dict[str, Any] = {"thinking": thinks, "enable_thinking": thinks}
+        if not thinks:
+            return arguments | {"reasoning_effort": "none"}
+        return arguments | ({"reasoning_effort": effort} if effort else {})
+
+    @property
+    def answer_options(self) -> AnswerOptions:
+        """Options for generating the answer."""
+        return AnswerOptions(
+            model=self.model,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stops=self.stop_sequences,
+            stream=bool(self.stream),
+            parallel_calls=not (self.tool_choice and self.tool_choice.disable_parallel_tool_use),
+        )
