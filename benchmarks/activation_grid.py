@@ -98,13 +98,14 @@ class Grid:
         executor.carry_out(OpenSequence(self._number(), sequence))
         executor.carry_out(Prefill(self._number(), sequence, [1] * min(_PROBE_TOKENS, tokens)))
         for cache in _with_keys(executor.caches.sequences[sequence]):
-            keys, values, offset = cache.state
+            keys, values, *rest = cache.state
             wide = [
                 mx.zeros((*part.shape[:2], tokens, part.shape[3]), part.dtype)
                 for part in (keys, values)
             ]
             mx.eval(wide)
-            cache.state = (*wide, tokens if isinstance(offset, int) else offset)
+            # A cache with a window has its next place behind the offset: the same, until it wraps.
+            cache.state = (*wide, *(tokens if isinstance(each, int) else each for each in rest))
 
     def prefill(self, chunk: int, context: int) -> Point:
         """Measure the last chunk of a prompt of ``context`` tokens."""
