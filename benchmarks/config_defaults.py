@@ -14,6 +14,8 @@ import json
 import sys
 from typing import Any
 
+from k2cli.models.class_defaults import DEFAULTS_DIFFER
+
 _WITHOUT_EFFECT = frozenset({
     # Sizes that k2 requires or that the tensors give, names, and RoPE, which has its own check.
     "model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers",
@@ -54,6 +56,30 @@ def differences(model_type: str) -> dict[str, tuple[Any, Any]]:
         elif isinstance(ours, plain) and other is None and ours not in (0, False):
             found[field.name] = (None, ours)
     return found
+
+
+_SECTION = """\
+## Fields whose defaults differ
+
+For 137 model types of mlx-lm 0.32.2, the defaults of its argument classes were compared with those
+of transformers 5.24.0, where that has a class (`python -m benchmarks.config_defaults`). A config
+that lacks one of these fields is refused, and the error names the field and both values. Left out
+are fields without effect on the result, `tie_word_embeddings` (the tensors tell), and DeepSeek's
+`n_routed_experts` (null is a dense model). Kimi K2's type is not one of transformers.
+"""
+
+
+def section() -> list[str]:
+    """Return the lines of the page's section: fields by model type, with both defaults."""
+    lines = [
+        _SECTION,
+        "| Model type | Field | transformers | mlx-lm |",
+        "| --- | --- | --- | --- |",
+    ]
+    for model_type, fields in DEFAULTS_DIFFER.items():
+        for name, (theirs, ours) in fields.items():
+            lines.append(f"| `{model_type}` | `{name}` | {theirs} | {ours} |")
+    return lines
 
 
 def main() -> int:
