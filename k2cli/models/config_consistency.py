@@ -175,13 +175,14 @@ def check_long_lists(fields: Mapping[str, Any], source: str) -> None:
 def _rotated_pairs(fields: Mapping[str, Any]) -> int | None:
     if _is_count(fields.get("qk_rope_head_dim")):
         return int(fields["qk_rope_head_dim"]) // 2
-    head, width = fields.get("head_dim"), fields.get("hidden_size")
-    heads = fields.get("num_attention_heads")
+    head: Any = fields.get("head_dim")
+    width: Any = fields.get("hidden_size")
+    heads: Any = fields.get("num_attention_heads")
     if not _is_count(head):
         if not _is_count(width) or not _is_count(heads) or heads == 0:
             return None
         head = int(width) // int(heads)
-    part = fields.get("partial_rotary_factor")
+    part: Any = fields.get("partial_rotary_factor")
     part = part if isinstance(part, int | float) and not isinstance(part, bool) else 1.0
     return int(head * part) // 2
 
