@@ -29,12 +29,13 @@ import mlx.core as mx
 
 from benchmarks.gpu_layers import loaded, random_layers
 from k2cli.choices import Device
+from k2cli.files import write_atomically
 from k2cli.planning.memory.decode import decode_activation
 from k2cli.planning.memory.prefill import ActivationShape, prefill_activation, shape_of_model
 from k2cli.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
 from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import cast
-from k2cli.sharding.stage import cut_stage
+from k2cli.sharding.stage import cut_stage, make_cache
 from k2cli.sharding.trace import layer_count
 
 _PROBE_TOKENS = 8
@@ -76,6 +77,8 @@ class Grid:
         self._device = device
         self._itemsize = itemsize
         self._layers = layer_count(model)
+        caches = make_cache(model)
+        self._keeps_states = len(list(_with_keys(caches))) < len(caches)
         mx.synchronize()
         # Includes the rounding of the allocator, which a plan counts as slack.
         self._weights = mx.get_active_memory()
@@ -83,8 +86,8 @@ class Grid:
 
     @property
     def recurrent(self) -> bool:
-        """True if the model has recurrent layers."""
-        return self._shape.recurrence is not None
+        """True if a layer of the model keeps a state in place of keys and values."""
+        return self._keeps_states
 
     def _number(self) -> int:
         self._step += 1
@@ -95,13 +98,14 @@ class Grid:
         executor.carry_out(OpenSequence(self._number(), sequence))
         executor.carry_out(Prefill(self._number(), sequence, [1] * min(_PROBE_TOKENS, tokens)))
         for cache in _with_keys(executor.caches.sequences[sequence]):
-            keys, values, offset = cache.state
+            keys, values, *rest = cache.state
             wide = [
                 mx.zeros((*part.shape[:2], tokens, part.shape[3]), part.dtype)
                 for part in (keys, values)
             ]
             mx.eval(wide)
-            cache.state = (*wide, tokens if isinstance(offset, int) else offset)
+            # A cache with a window has its next place behind the offset: the same, until it wraps.
+            cache.state = (*wide, *(tokens if isinstance(each, int) else each for each in rest))
 
     def prefill(self, chunk: int, context: int) -> Point:
         """Measure the last chunk of a prompt of ``context`` tokens."""
@@ -113,7 +117,7 @@ class Grid:
             executor.carry_out(OpenSequence(self._number(), 1))
         caches = executor.caches.sequences[1]
         _start()
-        if self._shape.recurrence is None:
+        if not self._keeps_states:
             executor.carry_out(Prefill(self._number(), 1, [1] * chunk))
         else:
             # The states of all layers at once, as mlx-lm does; k2 takes less, layer by layer.
@@ -267,6 +271,7 @@ def main() -> None:
     parser.add_argument("--most-bytes", type=int, default=4 * 10**9)
     parser.add_argument("--label", default="")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="written after each point; else the output")
     given = parser.parse_args()
     if given.checkpoint:
         model, config = loaded(given.checkpoint, given.dtype)
@@ -281,16 +286,7 @@ def main() -> None:
     probe = model(mx.array([[1]], mx.int32))
     mx.eval(probe)
     grid = Grid(model, config, device, probe.dtype.size)
-    found = []
-    for point in points(
-        grid, given.chunks, given.contexts, given.rows, given.most_bytes, given.runs
-    ):
-        found.append(asdict(point))
-        sys.stderr.write(
-            f"{point.phase} chunk {point.chunk} context {point.context} rows {point.rows}: "
-            f"{point.peak_bytes / 1e6:.1f} MB, modelled {point.modelled_bytes / 1e6:.1f} "
-            f"+ {point.growth_bytes / 1e6:.1f} MB\n"
-        )
+    found: list[dict[str, Any]] = []
     document = {
         "label": given.label or str(given.config or given.checkpoint),
         "backend": device,
@@ -300,8 +296,20 @@ def main() -> None:
         "config": config,
         "points": found,
     }
-    json.dump(document, sys.stdout, indent=1)
-    sys.stdout.write("\n")
+    for point in points(
+        grid, given.chunks, given.contexts, given.rows, given.most_bytes, given.runs
+    ):
+        found.append(asdict(point))
+        sys.stderr.write(
+            f"{point.phase} chunk {point.chunk} context {point.context} rows {point.rows}: "
+            f"{point.peak_bytes / 1e6:.1f} MB, modelled {point.modelled_bytes / 1e6:.1f} "
+            f"+ {point.growth_bytes / 1e6:.1f} MB\n"
+        )
+        if given.out:
+            write_atomically(given.out, json.dumps(document, indent=1) + "\n")
+    if not given.out:
+        json.dump(document, sys.stdout, indent=1)
+        sys.stdout.write("\n")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def _cell(text: str) -> str:
 
 def collect(only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Choose for every model type, or those in ``only``, the first known config that plans."""
-    from k2cli.sharding.architectures import supported_model_types
+    from benchmarks.model_types import supported_model_types
 
     document: dict[str, dict[str, Any]] = {}
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.architectures import recorded
+from benchmarks.config_defaults import section
 from k2cli.errors import K2Error
 from k2cli.models.config_form import rope_by_layer_type, standard_config
 
@@ -232,6 +233,7 @@ def page(results: Mapping[str, Forms]) -> str:
     for name, each in results.items():
         cells = (f"`{name}`", each.plain, each.yarn, each.writer)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += ["", *section()]
     return "\n".join(lines) + "\n"
 
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.even_split import even_split
 from k2cli.planning.hardware.chips import chips
 from k2cli.planning.hardware.machine import NodeRates
 from k2cli.planning.speed.constants import LinkRates
 from k2cli.planning.speed.placement_time import PlacementTime
 from k2cli.planning.speed.work import LayerWork, ModelWork, model_work
-from k2cli.sharding.placement import Placement, RankPlacement, even_split
+from k2cli.sharding.placement import Placement, RankPlacement
 
 FOLDER = Path(__file__).parent
 ASSUMED_CONTEXT_TOKENS = 512

@@ -127,7 +127,7 @@ def plan_memory(
     }  # fmt: skip
     _write(planner, nodes, request, plan, save=save, svg=svg)
     _show(planner, nodes, request, plan, given, as_json=as_json, explain=explain, plot=plot)
-    _finish(plan, save, quantize)
+    _finish(plan, save, quantize, launchable=_is_launchable(planner, model))
 
 
 def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
@@ -228,7 +228,14 @@ def _show(
         print_plot(curve, plan.request.context_length, unicode=can_print_unicode())
 
 
-def _finish(plan: Plan, save: Path | None, quantize: str | None) -> None:
+def _is_launchable(planner: Planner, model: str) -> bool:
+    """Return False for a folder without weights that k2 reads, which a launch refuses."""
+    from k2cli.models.reference import parse_reference
+
+    return planner.model.stored is not None or parse_reference(model).kind != "local"
+
+
+def _finish(plan: Plan, save: Path | None, quantize: str | None, *, launchable: bool) -> None:
     from k2cli.errors import DoesNotFitError
     from k2cli.planning.model import quantize_command
     from k2cli.ui.plan.table import print_plan_hints, shortfalls
@@ -238,4 +245,5 @@ def _finish(plan: Plan, save: Path | None, quantize: str | None) -> None:
     first = ""
     if quantize is not None:
         first = quantize_command(plan.model.reference, quantize)
-    print_plan_hints(plan, saved_as=save, first=first)
+    if launchable:
+        print_plan_hints(plan, saved_as=save, first=first)

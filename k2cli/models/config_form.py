@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2cli.errors import UsageError
+from k2cli.models.config_consistency import check_consistency, check_long_lists
 from k2cli.units import clean_text
 
 _TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
@@ -115,6 +116,7 @@ def _with_floats(value: Any) -> Any:
 
 def _standardize(fields: dict[str, Any], source: str) -> None:
     """Bring the fields of one model, the whole config or its ``text_config``, into the form."""
+    check_consistency(fields, source)
     for name in _ZERO_IS_NONE:
         if _is_number(fields.get(name)) and fields[name] == 0:
             fields[name] = None
@@ -129,6 +131,7 @@ def _standardize(fields: dict[str, Any], source: str) -> None:
     _write_pattern(fields)
     _write_dense_layers(fields, source)
     _standardize_rope(fields, source)
+    check_long_lists(fields, source)
 
 
 def _write_dense_layers(fields: dict[str, Any], source: str) -> None:

@@ -16,6 +16,7 @@ from k2cli.models.checkpoint import Checkpoint, read_checkpoint
 from k2cli.models.layout import names_in
 from k2cli.models.reference import (
     ModelReference,
+    local_checkpoint,
     parse_reference,
     present_folder,
     without_config,
@@ -33,7 +34,7 @@ def inspect_model(text: str) -> Checkpoint:
     reference = parse_reference(text)
     folder = present_folder(reference)
     if folder is not None and os.path.lexists(folder / "config.json"):
-        return read_checkpoint(folder)
+        return _with_refusal(text, read_checkpoint(folder))
     if reference.kind == "local" and folder is not None:
         raise without_config(text, names_in(folder))
     if reference.path is not None:
@@ -45,6 +46,19 @@ def inspect_model(text: str) -> Checkpoint:
     if reference.repo is None:
         raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
     return _from_hub(reference, reference.repo)
+
+
+def _with_refusal(text: str, checkpoint: Checkpoint) -> Checkpoint:
+    """Add a warning if a launch refuses a folder that can be planned: it has no weights to load."""
+    if checkpoint.tensors:
+        return checkpoint
+    try:
+        local_checkpoint(text)
+    except K2Error as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        warning = f"planned from config.json alone; a launch refuses this folder: {error}{hint}"
+        return replace(checkpoint, warnings=(*checkpoint.warnings, warning))
+    return checkpoint
 
 
 def _from_hub(reference: ModelReference, repo: str) -> Checkpoint:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2cli.errors import UsageError
+from k2cli.models.config_consistency import check_quantization
 from k2cli.models.json_files import shown
 
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
@@ -134,7 +135,7 @@ def check_config(config: Mapping[str, Any], source: str, argument_names: frozens
             for names in _EXPERTS:
                 _require_one(text, names, source)
     _check_experts(text, source)
-    _check_quantization(config.get("quantization"), source)
+    check_quantization(config.get("quantization"), source)
 
 
 _HINT = "take config.json from the model's repository"
@@ -188,17 +189,3 @@ def _check_experts(text: Mapping[str, Any], source: str) -> None:
         return
     if chosen > experts or (chosen == 0 and experts > 0):
         raise UsageError(f"{source}: num_experts_per_tok is {chosen}, but there are {experts}")
-
-
-def _check_quantization(quantization: Any, source: str) -> None:
-    if quantization is None:
-        return
-    if not isinstance(quantization, Mapping):
-        raise UsageError(f"{source}: quantization must be an object, not {shown(quantization)}")
-    for name, allowed in (("bits", (2, 3, 4, 5, 6, 8)), ("group_size", (16, 32, 64, 128))):
-        value = quantization.get(name)
-        if isinstance(value, bool) or value not in allowed:
-            options = ", ".join(map(str, allowed))
-            raise UsageError(
-                f"{source}: quantization.{name} must be one of {options}, not {shown(value)}"
-            )

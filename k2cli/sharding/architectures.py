@@ -13,7 +13,6 @@ import io
 import re
 import types
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from k2cli.errors import UsageError
@@ -24,9 +23,6 @@ MODEL_FAILURES = (
     RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 """Errors that a model's own code raises for a config, a device or a cut that it cannot handle."""
-
-_CLASSES = ("Model", "ModelArgs")
-"""Classes that every file of an architecture defines, and that loading imports."""
 
 
 @functools.cache
@@ -74,20 +70,6 @@ def module_name(config: Mapping[str, Any]) -> str:
         if (model_type, architecture) in by_architecture:
             return str(by_architecture[(model_type, architecture)])
     return str(_literals("MODEL_REMAPPING").get(model_type, model_type))
-
-
-def supported_model_types() -> list[str]:
-    """Return all model types for which mlx-lm has a class, sorted, without importing them."""
-    folder = mlx_lm_folder() / "models"
-    defining = {path.stem for path in folder.glob("*.py") if _defines_model(path)}
-    renamed = {old for old, new in _literals("MODEL_REMAPPING").items() if new in defining}
-    return sorted(defining | renamed)
-
-
-def _defines_model(path: Path) -> bool:
-    """True if a file of the folder defines a model; others are helpers."""
-    source = path.read_text(encoding="utf-8")
-    return all(f"class {name}" in source or f" {name}\n" in source for name in _CLASSES)
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:

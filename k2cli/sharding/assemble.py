@@ -9,6 +9,7 @@ through the same steps as mlx-lm's own loader: sanitize, quantize as the config 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -18,6 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import K2Error, UsageError
+from k2cli.models.class_defaults import check_defaults
+from k2cli.models.config_consistency import check_booleans
 from k2cli.models.config_form import standard_config
 from k2cli.sharding.architectures import (
     MODEL_FAILURES,
@@ -55,10 +58,30 @@ def build(config: Mapping[str, Any]) -> nn.Module:
             f"config.json does not describe a {config.get('model_type')} model: "
             f"{explain_failure(error, config)}"
         ) from error
+    booleans = _boolean_fields(model, arguments_class)
+    for each in (standard, standard.get("text_config")):
+        if isinstance(each, Mapping):
+            check_booleans(each, booleans, "config.json")
+    check_defaults(standard)
     name, source = module_name(config), class_source(config)
     check_unread(standard, name, source)
     check_rope(model, standard, name, source)
     return model
+
+
+def _boolean_fields(model: nn.Module, arguments: type[Any]) -> frozenset[str]:
+    """List the fields that a model's argument classes declare as true or false."""
+    classes = {arguments}
+    for module in model.modules():
+        own = (vars(module).get(name, module.get(name)) for name in ("args", "config"))
+        classes |= {type(each) for each in own if dataclasses.is_dataclass(each)}
+    return frozenset(
+        field.name
+        for each in classes
+        if dataclasses.is_dataclass(each)
+        for field in dataclasses.fields(each)
+        if field.type in (bool, bool | None, "bool", "Optional[bool]", "bool | None")
+    )
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -138,3 +138,25 @@ def test_mistakes_are_usage_errors(arguments: list[str], told: str) -> None:
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        (None, "has no .safetensors files"),
+        ("pytorch_model.bin", "only pickled weights: pytorch_model.bin"),
+        ("consolidated.safetensors", "only Mistral's own layout: consolidated.safetensors"),
+        ("model.gguf", "but GGUF files: model.gguf"),
+    ],
+)
+def test_a_folder_that_a_launch_refuses_is_planned_with_a_warning(
+    file: str | None, why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text((ROOT / K2 / "config.json").read_text())
+    if file is not None:
+        (tmp_path / file).write_bytes(b"")
+    done = k2("plan-memory", str(tmp_path), "--hardware", "2x m3-ultra-512")
+    assert done.returncode == 0, done.stderr
+    assert "a launch refuses this folder" in done.stderr
+    assert why in " ".join(done.stderr.split())
+    assert "next: k2 launch" not in done.stderr

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks.architectures import PAGE, Outcome, examine, page, recorded
-from k2cli.sharding.architectures import supported_model_types
+from benchmarks.model_types import supported_model_types
 
 RECORDED = recorded()
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.even_split import even_split
 from k2cli.choices import Strategy
 from k2cli.errors import ClusterError
 from k2cli.sharding.assemble import build
 from k2cli.sharding.coverage import check_coverage, describe_whole
-from k2cli.sharding.placement import Placement, RankPlacement, even_split
+from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import cut, parameters
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from k2cli.sharding.placement import Placement, RankPlacement, even_split
+from benchmarks.even_split import even_split
+from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.profile import profile_model
 from k2cli.sharding.tensor import StandInGroup, slice_model
 from k2cli.sharding.trace import trace_model

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.even_split import even_split
 from k2cli.choices import Strategy
 from k2cli.errors import K2Error, UsageError
-from k2cli.sharding.placement import Placement, RankPlacement, even_split
+from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.tensor import tensor_obstacle
 from k2cli.sharding.trace import trace_model
 from k2cli.sharding.weights_and_cache import parameter_count

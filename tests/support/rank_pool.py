@@ -222,8 +222,9 @@ def assignments(
     checkpoint: Path, strategy: str, size: int, *, dtype: str = "float32", **changes: Any
 ) -> list[Assignment]:
     """Make the assignments of a plan for ranks on this machine, as the launcher does."""
+    from benchmarks.even_split import even_split
     from k2cli.models.checkpoint import read_checkpoint
-    from k2cli.sharding.placement import Placement, RankPlacement, even_split
+    from k2cli.sharding.placement import Placement, RankPlacement
     from k2cli.sharding.trace import layer_count, trace_model
     from tests.support.footprints import footprints
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,6 +40,11 @@ _TERM_PATTERN = re.compile(
 _SETTING_START = re.compile(r":|,(?=[^,:]*=)")
 _CHIP_PATTERN = re.compile(r"(?P<chip>.+?)-(?P<memory>\d{1,6})(?:gb|gib)?")
 _FLOPS_PATTERN = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*T(?:FLOPS?|FLOP/s)?", re.IGNORECASE)
+# Lists and counts of another form, for the hint of an error.
+_OTHER_LIST = re.compile(r"\+|&|;|,(?![^,:+]*=)|\band\b", re.IGNORECASE)
+_COUNT_BEHIND = re.compile(
+    r"([A-Za-z].*?)\s*(?:\b[xX×*]\s*(\d{1,2})|\(\s*[xX×*]?\s*(\d{1,2})\s*[xX×*]?\s*\))"
+)
 _MAX_MACHINES = 64
 _MAX_LENGTH = 4096
 _EXAMPLE = "write for example --hardware '2x m3-ultra-512' or --hardware this"
@@ -66,11 +72,55 @@ def parse_hardware(spec: str) -> list[NodeMemory]:
     """
     if len(spec) > _MAX_LENGTH:
         raise UsageError(f"--hardware is {len(spec)} characters long", _EXAMPLE)
-    counted = [_parse_term(term, spec) for term in spec.split("+")]
+    try:
+        counted = [_parse_term(term, spec) for term in spec.split("+")]
+    except UsageError as error:
+        written = rewritten(spec)
+        if written is None:
+            raise
+        raise UsageError(str(error), f"--hardware {shlex.quote(written)}") from None
     total = sum(count for count, _ in counted)
     if total > _MAX_MACHINES:
         raise UsageError(f"'{spec}' names {total} machines, k2 plans at most {_MAX_MACHINES}")
     return numbered([node for count, node in counted for _ in range(count)])
+
+
+def rewritten(spec: str) -> str | None:
+    """Return what a list of another form means, in the form that is read; None if that is unknown.
+
+    Understood are a count behind the name (``h200 x2``), and lists with commas, semicolons, ``&``
+    or ``and``. Of a card that is made with several sizes of memory the first is written.
+    """
+    terms = []
+    parts = [part.strip() for part in _OTHER_LIST.split(spec)]
+    counts_behind = any(map(_COUNT_BEHIND.fullmatch, parts))
+    if len(parts) == len(spec.split("+")) and not counts_behind:
+        return None  # the form is right: the error's own hint says more
+    for part in parts:
+        if not part:
+            continue
+        behind = _COUNT_BEHIND.fullmatch(part)
+        count, name = (int(behind[2] or behind[3]), behind[1]) if behind else (1, part)
+        term = _known_term(f"{count}x {name}" if count != 1 else name)
+        if term is None:
+            return None
+        terms.append(term)
+    written = " + ".join(terms)
+    return written if terms and written != spec else None
+
+
+def _known_term(term: str) -> str | None:
+    """Return a term that is read, the given one or one with the memory that it lacks."""
+    try:
+        _parse_term(term, term)
+    except UsageError as error:
+        options = (error.hint or "").removeprefix("one of ").split(", ")
+        match = _TERM_PATTERN.fullmatch(term)
+        if match is None or not (error.hint or "").startswith("one of "):
+            return None
+        count = match[1] or match[2]
+        return f"{count}x {options[0]}" if count else options[0]
+    return term
 
 
 def _parse_term(term: str, spec: str) -> tuple[int, NodeMemory]:
@@ -94,7 +144,8 @@ def _parse_term(term: str, spec: str) -> tuple[int, NodeMemory]:
 def _malformed(machine: str, spec: str) -> UsageError:
     """Return the error for a malformed term, which names its number if that is wrong."""
     counted = re.match(r"(\S+?)\s*[xX×*]\s*[A-Za-z]", machine)
-    if counted and re.match(r"[-+.]?\d", counted[1]):
+    possible = counted and counted[1].isdecimal() and 0 < int(counted[1]) <= _MAX_MACHINES
+    if counted and re.match(r"[-+.]?\d", counted[1]) and not possible:
         number = counted[1] if len(counted[1]) < 30 else f"{counted[1][:30]}..."
         return UsageError(f"k2 plans 1 to {_MAX_MACHINES} machines, not {number}", _EXAMPLE)
     whole = f" in '{spec}'" if machine != spec.strip() else ""
@@ -183,7 +234,7 @@ def _similar(name: str) -> str:
         return f"did you mean {' or '.join(close)}?"
     return (
         f"known chips: {', '.join([*chips(), *cards()])}, each with its memory, "
-        "as in m3-ultra-512; or this"
+        "as in --hardware '2x m3-ultra-512'; or --hardware this"
     )
 
 

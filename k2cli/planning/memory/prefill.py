@@ -41,6 +41,8 @@ PREFILL_CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)
 
 _FUSED_HEAD_SIZES = frozenset({64, 80, 128})
 _FLOAT32_BYTES = 4
+# Part of attention's arrays that is there while the recurrence of the same layer is computed.
+_SCORES_IN_PARALLEL = 0.85
 _PAGE_BYTES = 16384
 
 
@@ -207,8 +209,15 @@ def prefill_activation(
             shape.recurrence, device=device, chunk=chunk, itemsize=itemsize,
             layers=shape.recurrent_layers(layers),
         )  # fmt: skip
-        beyond = max(0, need.layer_bytes - attention - feed_forward - hidden)
-        recurrent = need.left_bytes + beyond
+        others = attention + feed_forward + hidden
+        beside = int(_SCORES_IN_PARALLEL * attention) if shape.recurrence.in_parallel else 0
+        peaks = (
+            need.layer_bytes + beside + need.left_bytes,
+            need.left_before_attention_bytes
+            + (attention + hidden // 2 if shape.recurrence.apart else others),
+            others - attention + need.left_bytes,
+        )
+        recurrent = max(0, max(peaks) - others)
     return ActivationBytes(
         attention,
         feed_forward,

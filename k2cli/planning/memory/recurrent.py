@@ -37,24 +37,35 @@ _BLOCK_TOKENS = 256
 # Copies of one layer's arrays at the peak of a chunk. Mamba-2: blocks of pairs, its widest
 # projection in the model's float type and in float32, and inputs of the state per head.
 _PAIRS, _PROJECTED, _PROJECTED_FLOAT32, _STATE_INPUTS = 2.0, 2.5, 3.8, 0.4
+# The same in PLaMo 2, whose B, C and time steps have a projection of their own.
+_PROJECTED_FLOAT32_APART = 2.6
 # Part of a layer's old state that is still there while its new one waits for the others.
 _OLD_STATES = 0.7
+# Copies of its input that a short convolution leaves, with the projection it is a part of.
+_CONVOLUTION_LEFT = 2.5
 # The others: every token's state, and its width.
 _TOKEN_STATES: dict[Kind, tuple[float, float]] = {
     "steps": (0.97, 4.7), "expanded steps": (11.3, 0.0), "delta": (1.18, 0.0),
+    "wkv": (1.0, 6.3), "linear": (1.0, 9.0), "scan": (1.0, 22.0), "convolution": (0.0, 8.0),
 }  # fmt: skip
 # Copies of a sequence's state of one layer at the peak of a decode step.
 _DECODE_STATES: dict[Kind, float] = {
-    "blocks": 1.3, "steps": 5.9, "expanded steps": 4.1, "delta": 3.9,
+    "blocks": 1.3, "steps": 5.9, "expanded steps": 4.1, "delta": 3.9, "wkv": 2.5, "linear": 1.3,
+    "scan": 8.0, "convolution": 4.0,
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class RecurrentBytes:
-    """Bytes at the peak: of the layer that is computed, and of what all layers leave."""
+    """Bytes at the peak: of the layer that is computed, and of what layers leave.
+
+    ``left_bytes`` is what all layers leave; ``left_before_attention_bytes`` is what is there while
+    the last layer with attention is computed.
+    """
 
     layer_bytes: int
     left_bytes: int
+    left_before_attention_bytes: int
 
 
 def recurrent_prefill(
@@ -65,13 +76,18 @@ def recurrent_prefill(
     Args:
         layers: recurrent layers of this rank.
     """
-    left = layers * _left_bytes(recurrence, chunk, itemsize)
+    each = _left_bytes(recurrence, chunk, itemsize)
+    left, before = layers * each, min(layers, recurrence.before_attention) * each
+    if recurrence.in_parallel:
+        left = before = max(0, layers - 1) * each  # the layer itself is still being computed
     width = chunk * recurrence.inner
     if recurrence.kind == "blocks":
         block = min(chunk, _BLOCK_TOKENS)
         pairs = recurrence.heads * block * block * _FLOAT32_BYTES
         inputs = recurrence.heads * recurrence.state_size * block * _FLOAT32_BYTES
-        wide = _PROJECTED * itemsize + _PROJECTED_FLOAT32 * _FLOAT32_BYTES
+        joint = recurrence.projected > 2 * recurrence.inner
+        in_float32 = _PROJECTED_FLOAT32 if joint else _PROJECTED_FLOAT32_APART
+        wide = _PROJECTED * itemsize + in_float32 * _FLOAT32_BYTES
         layer = _PAIRS * pairs + wide * chunk * recurrence.projected + _STATE_INPUTS * inputs
     elif recurrence.kind == "delta" and device == "metal":
         layer = 6 * chunk * recurrence.convolved * _FLOAT32_BYTES
@@ -81,7 +97,7 @@ def recurrent_prefill(
         size = _FLOAT32_BYTES if recurrence.kind == "delta" else itemsize
         share = 0.5 if recurrence.kind == "steps" and layers == 1 else 1.0
         layer = share * width * size * (states * recurrence.state_size + widths)
-    return RecurrentBytes(int(layer), left)
+    return RecurrentBytes(int(layer), left, before)
 
 
 def _left_bytes(recurrence: Recurrence, chunk: int, itemsize: int) -> int:
@@ -91,7 +107,11 @@ def _left_bytes(recurrence: Recurrence, chunk: int, itemsize: int) -> int:
     if recurrence.kind == "blocks":
         block = min(chunk, _BLOCK_TOKENS)
         pairs = recurrence.heads * block * block * _FLOAT32_BYTES
-        return left + pairs + convolved + chunk * recurrence.inner * _FLOAT32_BYTES
+        # Inputs of the new state are those of the last block; some views keep the whole chunk.
+        inputs = (block + chunk) // 2 * recurrence.inner * _FLOAT32_BYTES
+        return left + pairs + convolved + inputs
+    if recurrence.kind == "convolution":
+        return int(_CONVOLUTION_LEFT * convolved)
     if recurrence.kind == "expanded steps":
         return left + chunk * recurrence.state_elements * itemsize
     return left

@@ -30,7 +30,17 @@ def short_name(name: str, width: int = NAME_WIDTH) -> str:
 
 def name_width(nodes: Sequence[NodeBudget]) -> int:
     """Return the width of the nodes' names, of which those with a GPU's number are longer."""
-    return NAME_WIDTH if all(node.gpu is None for node in nodes) else _GPU_WIDTH
+    plain = all(node.gpu is None for node in nodes) and row_names(nodes) == [n.place for n in nodes]
+    return NAME_WIDTH if plain else _GPU_WIDTH
+
+
+def row_names(nodes: Sequence[NodeBudget]) -> list[str]:
+    """Name each rank's row: by its machine, and by the rank if several share the machine."""
+    places = [node.place for node in nodes]
+    return [
+        place if places.count(place) == 1 else f"{place} rank {rank}"
+        for rank, place in enumerate(places)
+    ]
 
 
 def bar_lines(nodes: Sequence[NodeBudget], *, unicode: bool = True) -> list[Text]:
@@ -38,15 +48,16 @@ def bar_lines(nodes: Sequence[NodeBudget], *, unicode: bool = True) -> list[Text
     cells = _UNICODE_CELLS if unicode else _ASCII_CELLS
     scale = max(max(node.total_bytes, node.limit_bytes) for node in nodes)
     width = name_width(nodes)
-    lines = [_bar(node, scale, cells, width) for node in nodes]
+    names = row_names(nodes)
+    lines = [_bar(node, name, scale, cells, width) for node, name in zip(nodes, names, strict=True)]
     legend = Text(" " * (width + 2))
     for cell, title, style in zip(cells, _LEGEND, _STYLES, strict=True):
         legend.append(cell, style).append(f" {title}  ")
     return [*lines, legend.append("| limit")]
 
 
-def _bar(node: NodeBudget, scale: int, cells: str, width: int) -> Text:
-    line = Text(f"{short_name(node.place, width).ljust(width)}  ")
+def _bar(node: NodeBudget, name: str, scale: int, cells: str, width: int) -> Text:
+    line = Text(f"{short_name(name, width).ljust(width)}  ")
     limit = round(node.limit_bytes / scale * _BAR_WIDTH)
     filled = position = 0
     runs: list[tuple[str, str]] = []

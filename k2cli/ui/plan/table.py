@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from k2cli.ui.gpus import gpu_text
 from k2cli.ui.output import note, print_line, print_styled
-from k2cli.ui.plan.bars import bar_lines, name_width, short_name
+from k2cli.ui.plan.bars import bar_lines, name_width, row_names, short_name
 from k2cli.ui.plan.explain import explanation_lines
 from k2cli.units import GB, MB, format_bytes, format_duration, one_line
 
@@ -91,9 +91,9 @@ def _table(plan: Plan) -> list[str]:
     largest = max(node.total_bytes for node in nodes)
     unit, name = (GB, "GB") if largest >= 10 * GB else (MB, "MB")
     rows = [
-        [short_name(node.place, name_width(nodes))]
+        [short_name(row, name_width(nodes))]
         + [f"{getattr(node, field) / unit:.1f}" for _, field in _COLUMNS]
-        for node in nodes
+        for node, row in zip(nodes, row_names(nodes), strict=True)
     ]
     header = [f"node ({name})", *(title for title, _ in _COLUMNS)]
     marks = ["", *(plan.marks.get(field, "") for _, field in _COLUMNS)]

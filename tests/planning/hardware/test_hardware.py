@@ -142,3 +142,28 @@ def test_every_card_leaves_room_for_the_driver_and_has_its_figures_and_source() 
             assert node.bandwidth_bytes_per_second == size.bandwidth_gb_per_second * 10**9
             found = card_of_device(card.devices[0], size.bytes)
             assert found == (card, size)
+
+
+@pytest.mark.parametrize(
+    ("spec", "written"),
+    [
+        ("h200 x2", "2x h200"), ("m3 ultra 512GB x 2", "2x m3 ultra 512GB"),
+        ("h200-141 (2)", "2x h200-141"), ("a100 x2", "2x a100-40"),
+        ("h200, m4-max-128", "h200 + m4-max-128"),
+        ("m3-ultra-512 and m4-max-128", "m3-ultra-512 + m4-max-128"),
+        ("2x m3-ultra-512; m4-max-128 x3", "2x m3-ultra-512 + 3x m4-max-128"),
+    ],
+)  # fmt: skip
+def test_a_list_of_another_form_is_refused_with_the_form_that_works(
+    spec: str, written: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_hardware(spec)
+    assert caught.value.hint in (f"--hardware '{written}'", f"--hardware {written}")
+    assert parse_hardware(written)
+
+
+def test_an_unknown_card_is_refused_with_those_that_are_known_and_a_form_that_works() -> None:
+    with pytest.raises(UsageError, match="unknown hardware 'mi300x'") as caught:
+        parse_hardware("mi300x")
+    assert "--hardware '2x m3-ultra-512'" in (caught.value.hint or "")

@@ -31,6 +31,10 @@ KINDS = {
     "granite-hybrid": ("blocks", 3, 2048 * 128, True),
     "qwen3-next": ("delta", 3, 1024 * 64, True),
     "kimi-linear": ("delta", 3, 512 * 64, True),
+    "rwkv7": ("wkv", 4, 768 * 64, False),
+    "bailing-linear": ("linear", 3, 1024 * 64, True),
+    "recurrent-gemma": ("scan", 4, 1024, True),
+    "lfm2": ("convolution", 4, 1024 * 2, True),
 }
 
 
@@ -100,3 +104,22 @@ def test_a_stage_needs_no_more_than_its_own_layers_leave() -> None:
     )
     assert whole.left_bytes == 2 * half.left_bytes
     assert whole.layer_bytes == half.layer_bytes
+
+
+def test_the_order_of_layers_is_known() -> None:
+    found = {name: recurrence_of(build(read(name)))[0] for name in ("granite-hybrid", "falcon-h1")}
+    hybrid, parallel = found["granite-hybrid"], found["falcon-h1"]
+    assert hybrid is not None
+    assert parallel is not None
+    assert (hybrid.before_attention, hybrid.in_parallel) == (2, False)
+    assert (parallel.before_attention, parallel.in_parallel) == (4, True)
+
+
+@pytest.mark.parametrize("name", ["rwkv7", "lfm2", "recurrent-gemma", "bailing-linear"])
+def test_a_constant_state_does_not_grow_with_the_context(name: str) -> None:
+    profile = profile_model(build(read(name)))
+    short, long = (profile.cache_bytes(tokens) for tokens in (4096, 8192))
+    recurrence, _ = recurrence_of(build(read(name)))
+    assert recurrence is not None
+    constant = sum(a == b for a, b in zip(short, long, strict=True))
+    assert constant >= recurrence.layers

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.even_split import even_split
 from k2cli.choices import Strategy
 from k2cli.errors import K2Error
 from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates, this_machine
@@ -20,7 +21,7 @@ from k2cli.planning.speed.calibrations import (
 )
 from k2cli.planning.speed.estimate import predict_speed
 from k2cli.planning.speed.work import ModelWork, model_work
-from k2cli.sharding.placement import Placement, RankPlacement, even_split
+from k2cli.sharding.placement import Placement, RankPlacement
 
 CONFIGS = Path(__file__).resolve().parents[2] / "data" / "configs"
 K2 = json.loads((CONFIGS / "k2-thinking" / "config.json").read_text())

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import k2cli
+from benchmarks.even_split import even_split
 from k2cli.choices import HeadPlacement, Strategy
 from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates, this_machine
 from k2cli.planning.hardware.spec import parse_hardware
@@ -21,7 +22,7 @@ from k2cli.planning.speed.estimate import (
     speed_obstacle,
 )
 from k2cli.planning.speed.work import CacheWork, LayerWork, ModelWork, model_work
-from k2cli.sharding.placement import Placement, RankPlacement, even_split
+from k2cli.sharding.placement import Placement, RankPlacement
 
 _MACHINES = ["m3-ultra-512", "m1-ultra-128", "m4-max-128", "m5-max-128", "m1-8"]
 SHIPPED = Path(k2cli.__file__).parent / "models" / "configs"

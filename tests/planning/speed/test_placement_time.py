@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.even_split import even_split
 from k2cli.planning.hardware.machine import NodeRates
 from k2cli.planning.speed.constants import LinkRates
 from k2cli.planning.speed.placement_time import (
@@ -17,7 +18,7 @@ from k2cli.planning.speed.placement_time import (
     prefill_time,
 )
 from k2cli.planning.speed.work import CacheWork, LayerWork, ModelWork
-from k2cli.sharding.placement import Placement, RankPlacement, even_split
+from k2cli.sharding.placement import Placement, RankPlacement
 
 LINK = LinkRates(26e-6, 53e-6, 200e-6, 5e9)
 
