@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from k2cli.chat.session import Answer
-from k2cli.client.answers import Progress
+from k2cli.client.answers import Progress, count
 from k2cli.units import format_duration
 
 SCHEMA_VERSION = 1
@@ -17,7 +17,7 @@ def figures_line(answer: Answer) -> str:
     if (prompt_tokens := answer.usage.get("prompt_tokens")) is not None:
         parts.append(f"{prompt_tokens} prompt tokens")
     if (generated := answer.usage.get("completion_tokens")) is not None:
-        parts.append(f"{generated} tokens")
+        parts.append(f"{generated} tokens{_reasoning_share(answer)}")
     if (rate := answer.tokens_per_second) is not None:
         parts.append(f"{rate:.1f} tokens/s")
     if answer.first_text_seconds is not None:
@@ -26,6 +26,12 @@ def figures_line(answer: Answer) -> str:
     if answer.finish_reason == "length":
         parts.append("cut off at the token limit")
     return " · ".join(parts)
+
+
+def _reasoning_share(answer: Answer) -> str:
+    details = answer.usage.get("completion_tokens_details")
+    tokens = count(details.get("reasoning_tokens")) if isinstance(details, dict) else None
+    return f" ({tokens} of reasoning)" if tokens else ""
 
 
 def progress_line(progress: Progress) -> str | None:
@@ -43,6 +49,7 @@ def answer_document(model: str, answer: Answer, error: str | None = None) -> dic
         "schema_version": SCHEMA_VERSION,
         "model": model,
         "answer": answer.text,
+        "reasoning": answer.reasoning,
         "finish_reason": answer.finish_reason,
         "usage": {name: value for name, value in answer.usage.items() if name != "timings"},
         "timings": {

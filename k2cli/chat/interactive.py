@@ -12,7 +12,7 @@ from typing import Protocol
 
 from k2cli.chat.figures import figures_line, progress_line
 from k2cli.chat.session import ChatSession
-from k2cli.client.answers import Delta, Progress, StreamEvent
+from k2cli.client.answers import Delta, Progress, ReasoningDelta, StreamEvent
 from k2cli.errors import K2Error
 
 _QUOTES = '"""'
@@ -32,6 +32,7 @@ class Terminal(Protocol):
 
     def read_line(self, *, continued: bool = False) -> str: ...
     def status(self, text: str) -> None: ...
+    def reasoning_text(self, text: str) -> None: ...
     def answer_text(self, text: str) -> None: ...
     def answer_end(self) -> None: ...
     def figures(self, text: str) -> None: ...
@@ -101,6 +102,8 @@ class Chat:
                 for event in stream:
                     if isinstance(event, Delta):
                         self._terminal.answer_text(event.text)
+                    elif isinstance(event, ReasoningDelta):
+                        self._terminal.reasoning_text(event.text)
                     elif isinstance(event, Progress) and (line := progress_line(event)):
                         self._terminal.status(line)
         except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from k2cli.client.answers import Delta, Ended, StreamEvent, count
+from k2cli.client.answers import Delta, Ended, ReasoningDelta, StreamEvent, count
 from k2cli.client.client import ApiClient, GenerationOptions, ModelInfo
 from k2cli.errors import K2Error
 
@@ -21,10 +21,12 @@ from k2cli.errors import K2Error
 class Answer:
     """One answer as it grows; ``finish_reason`` stays None if it breaks off.
 
-    ``first_text_seconds`` (time to first token) is by the client's clock.
+    ``reasoning`` is no part of ``text``. ``first_text_seconds`` (time to first token, of either) is
+    by the client's clock.
     """
 
     text: str = ""
+    reasoning: str = ""
     finish_reason: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     first_text_seconds: float | None = None
@@ -100,10 +102,13 @@ class ChatSession:
         try:
             with closing(events) as stream:
                 for event in stream:
-                    if isinstance(event, Delta):
+                    if isinstance(event, Delta | ReasoningDelta):
                         if answer.first_text_seconds is None:
                             answer.first_text_seconds = time.monotonic() - started
-                        answer.text += event.text
+                        if isinstance(event, Delta):
+                            answer.text += event.text
+                        else:
+                            answer.reasoning += event.text
                     elif isinstance(event, Ended):
                         answer.finish_reason = event.finish_reason
                         answer.usage = event.usage
@@ -113,8 +118,12 @@ class ChatSession:
             self._keep(answer)
 
     def _keep(self, answer: Answer) -> None:
-        if answer.text or answer.finish_reason is not None:
-            self.turns.append({"role": "assistant", "content": answer.text})
+        if answer.text or answer.reasoning or answer.finish_reason is not None:
+            turn = {"role": "assistant", "content": answer.text}
+            if answer.reasoning:
+                # The model's chat template decides whether earlier reasoning is shown again.
+                turn["reasoning_content"] = answer.reasoning
+            self.turns.append(turn)
         else:
             # Chat templates require alternating roles, so an unanswered question is removed.
             self.turns.pop()

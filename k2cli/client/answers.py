@@ -27,6 +27,13 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """A piece of the reasoning before the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """Progress of a request; None for values that the server did not send."""
 
@@ -44,7 +51,7 @@ class Ended:
     usage: dict[str, Any]
 
 
-StreamEvent = Delta | Progress | Ended
+StreamEvent = Delta | ReasoningDelta | Progress | Ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +151,12 @@ def _chunk_events(chunk: dict[str, Any]) -> Iterator[StreamEvent]:
         )
     for choice in objects(chunk.get("choices")):
         delta = choice.get("delta")
-        text = choice.get("text") or (delta.get("content") if isinstance(delta, dict) else None)
+        members = delta if isinstance(delta, dict) else {}
+        # Servers have one of these names, or both for the same text, as k2's has.
+        thoughts = members.get("reasoning_content") or members.get("reasoning")
+        if isinstance(thoughts, str) and thoughts:
+            yield ReasoningDelta(thoughts)
+        text = choice.get("text") or members.get("content")
         if isinstance(text, str) and text:
             yield Delta(text)
 

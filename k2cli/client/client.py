@@ -17,7 +17,6 @@ import httpx2
 import msgspec
 
 from k2cli.client.answers import (
-    Delta,
     Ended,
     Progress,
     StreamEvent,
@@ -36,7 +35,7 @@ from k2cli.proxies import proxy_errors
 from k2cli.units import MIB
 
 CONNECT_SECONDS = 10.0
-# k2's server sends something every 15 s; others may send nothing during a long prefill.
+# k2's server sends something every 10 s; others may send nothing during a long prefill.
 READ_SECONDS = 600.0
 _MAX_ANSWER_BYTES = 64 * MIB
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -206,7 +205,7 @@ class ApiClient:
         for event in self._stream("completions", body, progress=model.is_k2):
             if isinstance(event, Ended):
                 ended = event
-            elif isinstance(event, Delta) or event.completion_tokens is not None:
+            elif not isinstance(event, Progress) or event.completion_tokens is not None:
                 announced.append(time.monotonic())
             if isinstance(event, Progress) and event.completion_tokens is not None:
                 counted += [announced[-1]] * (min(event.completion_tokens, tokens) - len(counted))

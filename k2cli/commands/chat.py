@@ -41,7 +41,8 @@ def chat(
     """Chat with a model served by k2 launch or by another server.
 
     Without a prompt the chat is interactive; /help lists its commands. The answer goes to stdout,
-    tokens per second and time to first token to stderr.
+    tokens per second and time to first token to stderr. On a terminal, the model's reasoning is
+    shown dim before the answer.
 
     Example: k2 chat -p 'What is the capital of France?' --temperature 0
     """
@@ -100,20 +101,25 @@ def _chat_on_terminal(session: ChatSession) -> None:
 
 def _answer(session: ChatSession, question: str) -> None:
     from k2cli.chat.figures import figures_line, progress_line
-    from k2cli.client.answers import Delta, Progress
-    from k2cli.ui.chat.stream import AnswerWriter, StatusLine, dim_note
+    from k2cli.client.answers import Delta, Progress, ReasoningDelta
+    from k2cli.ui.chat.stream import AnswerWriter, ReasoningWriter, StatusLine, dim_note
 
-    writer, status = AnswerWriter(), StatusLine()
+    writer, reasoning, status = AnswerWriter(), ReasoningWriter(), StatusLine()
     try:
         with closing(session.ask(question)) as events:
             for event in events:
                 if isinstance(event, Delta):
                     status.clear()
+                    reasoning.finish()
                     writer.write(event.text)
+                elif isinstance(event, ReasoningDelta):
+                    status.clear()
+                    reasoning.write(event.text)
                 elif isinstance(event, Progress) and (line := progress_line(event)):
                     status.show(line)
     finally:
         status.clear()
+        reasoning.finish()
         writer.finish()
     if session.answer is not None:
         dim_note(figures_line(session.answer))

@@ -76,6 +76,30 @@ def launch(
             "Repeatable.",
         ),
     ] = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Further model name that requests may use, for clients that insist on one. "
+            "Repeatable.",
+        ),
+    ] = None,
+    tool_parser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Form in which the model writes tool calls; none leaves them in the text. "
+            "Default: that of its chat template.",
+        ),
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Form in which the model marks its reasoning; none leaves it in the text. "
+            "Default: that of its chat template.",
+        ),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan saved by plan-memory --save.")
     ] = None,
@@ -134,6 +158,9 @@ def launch(
         api_key=api_key,
         allowed_hosts=tuple(allow_host or ()),
         cors_origins=tuple(cors or ()),
+        aliases=tuple(alias or ()),
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
         plan_file=plan,
         force=force,
         cluster=cluster,

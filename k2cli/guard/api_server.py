@@ -92,6 +92,7 @@ def _served_model(bootstrap: Bootstrap) -> ServedModel:
         api_key=endpoint.api_key,
         allowed_hosts=frozenset(name.lower() for name in (endpoint.host, *endpoint.allowed_hosts)),
         cors_origins=frozenset(endpoint.cors_origins),
+        aliases=tuple(endpoint.aliases),
     )
 
 
@@ -100,7 +101,8 @@ def _first_reader(bootstrap: Bootstrap) -> KillableReader:
     from k2cli.server.killable_reader import KillableReader
     from k2cli.server.reader_messages import ReaderSettings
 
-    served = _served_model(bootstrap)
+    served, endpoint = _served_model(bootstrap), bootstrap.http
+    assert endpoint is not None
     settings = ReaderSettings(
         bootstrap.assignment.model_path,
         served.name,
@@ -108,6 +110,9 @@ def _first_reader(bootstrap: Bootstrap) -> KillableReader:
         served.default_temperature,
         served.default_top_p,
         served.default_top_k,
+        served.aliases,
+        endpoint.tool_parser,
+        endpoint.reasoning_parser,
     )
     return KillableReader(settings, (RUN_OPTION, bootstrap.assignment.run_id))
 
@@ -115,6 +120,7 @@ def _first_reader(bootstrap: Bootstrap) -> KillableReader:
 def _import_server() -> None:
     """Import what ``_build_server`` needs, which takes half a second."""
     import k2cli.guard.http_connection
+    import k2cli.guard.output_format
     import k2cli.models.text.tokenizer
     import k2cli.server.app  # noqa: F401
 
@@ -134,6 +140,7 @@ def _build_server(
         ConnectionLimits,
         LimitedConnection,
     )
+    from k2cli.guard.output_format import output_format_of
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
     from k2cli.server.request_reader import ProcessReader
@@ -147,7 +154,11 @@ def _build_server(
 
     tokenizer = Tokenizer.load(Path(bootstrap.assignment.model_path))
     reader = ProcessReader(first, first.another())
-    app = create_app(bridge, tokenizer, _served_model(bootstrap), reader)
+    endpoint = bootstrap.http
+    assert endpoint is not None
+    chosen = output_format_of(tokenizer, endpoint.tool_parser, endpoint.reasoning_parser)
+    served = replace(_served_model(bootstrap), output_format=chosen)
+    app = create_app(bridge, tokenizer, served, reader)
     connection = partial(LimitedConnection, ConnectionLimits.for_files(raise_file_limit()))
     config = uvicorn.Config(
         app,

@@ -30,7 +30,6 @@ from k2cli.server.reader_messages import (
     ReaderSettings,
     Trying,
 )
-from k2cli.server.served_model import ServedModel
 
 
 def _next_frame(source: BinaryIO) -> bytes | None:
@@ -98,7 +97,9 @@ def main() -> None:
     if tokenizer is None:
         return
     # The types of requests take long to import: the guard waits for the check of the files first.
+    from k2cli.guard.output_format import output_format_of
     from k2cli.server.read_request import UnreadRequest, read_request
+    from k2cli.server.served_model import ServedModel
 
     served = ServedModel(
         settings.name,
@@ -106,6 +107,8 @@ def main() -> None:
         default_temperature=settings.default_temperature,
         default_top_p=settings.default_top_p,
         default_top_k=settings.default_top_k,
+        aliases=settings.aliases,
+        output_format=output_format_of(tokenizer, settings.tool_parser, settings.reasoning_parser),
     )
     decoder = msgspec.msgpack.Decoder(UnreadRequest)
     while True:

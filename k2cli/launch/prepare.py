@@ -175,6 +175,9 @@ def _choose_endpoint(run: RunDecisions) -> None:
         next_port_will_do=request.port is None,
         allowed_hosts=list(request.allowed_hosts),
         cors_origins=list(request.cors_origins),
+        aliases=list(request.aliases),
+        tool_parser=request.tool_parser,
+        reasoning_parser=request.reasoning_parser,
     )
 
 
@@ -297,7 +300,7 @@ def _make_record(run: RunDecisions) -> RunRecord:
 
 
 def _settings(run: RunDecisions) -> dict[str, str]:
-    """Describe the settings that k2 chose itself, by name."""
+    """Describe the settings that k2 chose itself, and options of the API, by name."""
     settings = {"backend": f"{run.transport}: {run.transport_reason}"}
     if run.routes.interfaces:
         settings["addresses"] = "; ".join(run.routes.interfaces)
@@ -310,4 +313,10 @@ def _settings(run: RunDecisions) -> dict[str, str]:
     settings |= run.environments[run.nodes[0].name]
     if sys.platform == "darwin" and any(node.is_local for node in run.nodes):
         settings["wired limit"] = format_bytes(run.plan.nodes[0].limit_bytes)
+    if run.http.aliases:
+        settings["aliases"] = ", ".join(run.http.aliases)
+    if run.http.tool_parser is not None:
+        settings["tool parser"] = run.http.tool_parser
+    if run.http.reasoning_parser is not None:
+        settings["reasoning parser"] = run.http.reasoning_parser
     return settings

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from k2cli.choices import Head, Parallel, WantedFloatType, WantedTransport
+from k2cli.choices import (
+    REASONING_PARSERS,
+    TOOL_PARSERS,
+    Head,
+    Parallel,
+    WantedFloatType,
+    WantedTransport,
+)
 from k2cli.errors import UsageError
 from k2cli.launch.restart_policy import RestartPolicy
 from k2cli.protocol import Deadlines
+from k2cli.units import one_line
 
 DEFAULT_WORKER = "k2cli.rank.main"
 _KEY_HINT = "set K2_API_KEY to one word, for example the output of: openssl rand -hex 24"
+# Names that clients send, such as openai/gpt-4.1 and claude-sonnet-4-5[1m].
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+\[\]-]{0,199}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
@@ -36,6 +47,9 @@ class LaunchRequest:
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     plan_file: Path | None = None
     force: bool = False
     cluster: str | None = None
@@ -51,14 +65,18 @@ def checked_request(request: LaunchRequest) -> LaunchRequest:
     """Return the request with names and origins as clients send them.
 
     Raises:
-        UsageError: if the key, a name or an origin is one that no client can send.
+        UsageError: if the key, a name, an origin or an alias is one that no client can send, or
+            there is no parser of that name.
     """
     if request.api_key is not None:
         _check_api_key(request.api_key)
+    _check_parser("--tool-parser", request.tool_parser, TOOL_PARSERS)
+    _check_parser("--reasoning-parser", request.reasoning_parser, REASONING_PARSERS)
     return replace(
         request,
         allowed_hosts=tuple(_checked_host(name) for name in request.allowed_hosts),
         cors_origins=tuple(_checked_origin(origin) for origin in request.cors_origins),
+        aliases=tuple(dict.fromkeys(_checked_alias(alias) for alias in request.aliases)),
     )
 
 
@@ -76,6 +94,19 @@ def _checked_host(name: str) -> str:
     if not _HOST_NAME.fullmatch(name):
         raise UsageError(f"--allow-host '{name}' is not a name", "--allow-host studio.local")
     return name.lower()
+
+
+def _check_parser(option: str, name: str | None, known: Sequence[str]) -> None:
+    if name is not None and name not in known:
+        message = f"{option} '{one_line(name)}' is not one of {', '.join(known)}"
+        raise UsageError(message, f"{option} none")
+
+
+def _checked_alias(alias: str) -> str:
+    if not _ALIAS.fullmatch(alias):
+        message = f"--alias '{one_line(alias)}' is not a name of a model"
+        raise UsageError(message, "--alias claude-sonnet-4-5")
+    return alias
 
 
 def _checked_origin(origin: str) -> str:

@@ -35,7 +35,9 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The address of the API on the leader's guard. ``api_key`` None means that no key is needed.
 
     ``next_port_will_do``: the user named no port, so a later one is used if this one is taken.
-    ``allowed_hosts`` and ``cors_origins`` are those of ``server.served_model.ServedModel``.
+    ``allowed_hosts``, ``cors_origins`` and ``aliases`` are those of
+    ``server.served_model.ServedModel``. ``tool_parser`` and ``reasoning_parser`` None leave the
+    choice to the model's chat template.
     """
 
     host: str
@@ -44,6 +46,9 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     next_port_will_do: bool = False
     allowed_hosts: list[str] = []
     cors_origins: list[str] = []
+    aliases: list[str] = []
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

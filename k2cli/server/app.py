@@ -21,7 +21,7 @@ from k2cli.server.engine_request import ServerTokenizer
 from k2cli.server.errors import install_error_handlers
 from k2cli.server.origins import OriginCheck, OriginRules
 from k2cli.server.request_reader import RequestReader
-from k2cli.server.routes import chat, completions, health, models, tokenize
+from k2cli.server.routes import chat, completions, embeddings, health, models, tokenize
 from k2cli.server.served_model import ServedModel
 
 _ROUTES = (
@@ -29,6 +29,7 @@ _ROUTES = (
     Route("/v1/completions", completions.create_completion, methods=["POST"]),
     Route("/v1/models", models.list_models),
     Route("/v1/models/{name:path}", models.get_model),
+    Route("/v1/embeddings", embeddings.refuse_embeddings, methods=["POST"]),
     Route("/v1/tokenize", tokenize.tokenize, methods=["POST"]),
     Route("/health", health.health),
 )

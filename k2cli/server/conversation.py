@@ -46,12 +46,14 @@ class OutputOptions(msgspec.Struct, frozen=True):
             may not call any, and then markers of calls are ordinary text.
         parallel_calls: False if the answer ends after its first call.
         begins_in_reasoning: True if the prompt ends within reasoning, as templates do that open it.
+        include_reasoning: False if the client wants the answer without its reasoning.
     """
 
     parsed: bool = False
     tools: list[dict[str, Any]] | None = None
     parallel_calls: bool = True
     begins_in_reasoning: bool = False
+    include_reasoning: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class AnswerOptions:
     """Options for generating and sending an answer. None means the default of the served model.
 
     Attributes:
-        model: the name in the request, which must be the served model's.
+        model: the name in the request, which must be the served model's or an alias.
         max_tokens: the limit of the answer; it is cut to the room that the context has.
         top_k: -1 or 0 for off.
         seed: for the same text again.
@@ -67,7 +69,7 @@ class AnswerOptions:
         stops: strings that end the answer.
         stream, wants_usage, wants_progress: see ``EngineRequest``.
         use_prefix_cache, ignore_stop_tokens: the request's ``"k2"`` object.
-        parallel_calls: see ``OutputOptions``.
+        parallel_calls, include_reasoning: see ``OutputOptions``.
     """
 
     model: str | None = None
@@ -89,3 +91,4 @@ class AnswerOptions:
     use_prefix_cache: bool = True
     ignore_stop_tokens: bool = False
     parallel_calls: bool = True
+    include_reasoning: bool = True

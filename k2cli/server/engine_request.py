@@ -89,6 +89,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
         wants_progress: True if the stream is to carry ``"k2"`` objects.
         limit_was_cut: True if the context has less room than the client's ``max_tokens``.
         output: how the answer's text is split.
+        model: the name that the client asked for, which its answer names; None for the model's own.
     """
 
     generate: Generate
@@ -98,16 +99,20 @@ class EngineRequest(msgspec.Struct, frozen=True):
     wants_progress: bool = False
     limit_was_cut: bool = False
     output: OutputOptions = OutputOptions()
+    model: str | None = None
 
 
 def check_model(name: str | None, served: ServedModel) -> None:
-    """Check that a request names the served model, or none. No model is loaded on request.
+    """Check that a request names the served model, an alias of it, or none. None is loaded for it.
 
     Raises:
         ApiError: 404 for any other name.
     """
-    if name is not None and name != served.name:
-        message = f"the model '{name}' is not served here; the served model is '{served.name}'"
+    if name is not None and name not in served.names:
+        message = (
+            f"the model '{name}' is not served here; the served model is '{served.name}' "
+            "(k2 launch --alias adds names)"
+        )
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -125,7 +130,14 @@ def conversation_request(
     check_model(options.model, served)
     text = conversation_text(conversation, tokenizer)
     prompt = _encode(text, conversation.field, tokenizer, served.context_length)
-    output = OutputOptions(True, conversation.tools, options.parallel_calls)
+    continued = conversation.turns[-1]["content"] if _continues(conversation) else None
+    output = OutputOptions(
+        True,
+        conversation.tools,
+        options.parallel_calls,
+        begins_in_reasoning=served.output_format.begins_in_reasoning(text, continued),
+        include_reasoning=options.include_reasoning,
+    )
     return _build(prompt, conversation.field, options, output, tokenizer, served)
 
 
@@ -299,6 +311,7 @@ def _build(
         options.wants_progress,
         limit_was_cut=asked is not None and budget < asked,
         output=output,
+        model=options.model,
     )
 
 

@@ -1,8 +1,9 @@
 """One request in flight: its events from the engine, and its cancellation.
 
-Three things can end a request early: the client disconnects, a stop string is complete, or the run
-ends. The first two cancel the request in the engine at once, whatever the response is doing at that
-moment; the third becomes an error for the client. Events pass through a queue, so that a read can
+Four things can end a request early: the client disconnects, a stop string is complete, the only
+call that the client allows is complete, or the run ends. The first three cancel the request in the
+engine at once, whatever the response is doing at that moment; the last becomes an error for the
+client. Events pass through a queue, so that a read can
 time out without losing one, and a slow client never blocks the engine.
 """
 
@@ -20,7 +21,7 @@ from k2cli.protocol import Finished, PromptProgress, RequestFailed, Tokens
 from k2cli.server.engine_client import EngineClient, EngineEvent, EngineUnavailable
 from k2cli.server.engine_request import EngineRequest
 from k2cli.server.errors import engine_failure, unavailable
-from k2cli.server.output.events import OutputEvent, OutputParser
+from k2cli.server.output.events import CallEnded, OutputEvent, OutputParser
 from k2cli.server.text import TextAssembler
 from k2cli.server.usage import AnswerUsage
 
@@ -205,6 +206,7 @@ async def answer(
         ApiError: if the run has ended, or this request failed in the engine.
         ClientGone: if the client closed the connection.
     """
+    calls_ended = 0
     while True:
         match await generation.next():
             case None:
@@ -215,18 +217,36 @@ async def answer(
                 events = parser.push(assembler.push(tokens, logprobs))
                 if assembler.stopped:
                     events += parser.finish()
+                events, is_last_call = _allowed(events, generation.request)
+                calls_ended += _count_ended(events)
                 yield Step(events, assembler.tokens_used)
-                if assembler.stopped:
-                    yield await _stopped(generation, assembler, parser)
+                if assembler.stopped or is_last_call:
+                    # A stop string within a call leaves a call that cannot be made.
+                    calls = is_last_call or 0 < parser.calls == calls_ended
+                    yield await _stopped(generation, assembler, parser, called=calls)
                     return
             case Finished(reason="cancelled"):
                 raise unavailable("the request was cancelled by the engine")
             case Finished() as finished:
                 rest = [*parser.push(assembler.finish()), *parser.finish()]
+                rest, _ = _allowed(rest, generation.request)
                 if rest:
                     yield Step(rest, assembler.tokens_used)
                 yield _ended(generation, finished, assembler, parser)
                 return
+
+
+def _allowed(events: list[OutputEvent], request: EngineRequest) -> tuple[list[OutputEvent], bool]:
+    """Cut the events after the first call if the client allows only one; True if it is complete."""
+    if not request.output.parallel_calls:
+        for number, event in enumerate(events, start=1):
+            if isinstance(event, CallEnded):
+                return events[:number], True
+    return events, False
+
+
+def _count_ended(events: Sequence[OutputEvent]) -> int:
+    return sum(isinstance(event, CallEnded) for event in events)
 
 
 def _ended(
@@ -247,8 +267,10 @@ def _ended(
     return Ended(reason, used, assembler.stop_string)
 
 
-async def _stopped(generation: Generation, assembler: TextAssembler, parser: OutputParser) -> Ended:
-    """Cancel the rest of the answer after a complete stop string."""
+async def _stopped(
+    generation: Generation, assembler: TextAssembler, parser: OutputParser, *, called: bool
+) -> Ended:
+    """Cancel the rest of the answer after a complete stop string, or the only call allowed."""
     generation.cancel()
     finished = await generation.wait_for_finished()
     used = AnswerUsage(
@@ -258,7 +280,7 @@ async def _stopped(generation: Generation, assembler: TextAssembler, parser: Out
         _cut_limit(generation),
         finished,
     )
-    return Ended("stop", used, assembler.stop_string)
+    return Ended("tool_calls" if called else "stop", used, assembler.stop_string)
 
 
 def _cut_limit(generation: Generation) -> int | None:

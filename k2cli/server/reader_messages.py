@@ -35,6 +35,9 @@ class ReaderSettings(msgspec.Struct, frozen=True):
     default_temperature: float
     default_top_p: float
     default_top_k: int
+    aliases: tuple[str, ...] = ()
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     templates: KnownTemplates | None = None
     memory_bytes: int = MEMORY_BYTES
 

@@ -44,9 +44,13 @@ async def respond(
     assert engine_request is not None
     # Checked after the body, so that a wrong request gets its error even while no run is ready.
     context.require_ready()
-    writer = make_writer(AnswerContext(engine_request, context.served.name, context.token_text))
-    assembler = TextAssembler(context.tokenizer.stream(), engine_request.stops)
-    parser = context.make_parser(engine_request)
+    model = engine_request.model or context.served.name
+    writer = make_writer(AnswerContext(engine_request, model, context.token_text))
+    output_format, options = context.served.output_format, engine_request.output
+    assembler = TextAssembler(
+        context.tokenizer.stream(), engine_request.stops, output_format.marker_tokens(options)
+    )
+    parser = output_format.parser(options)
     generation = Generation(context.engine, engine_request, context.waiting, request.receive)
     generation.start()
     if not engine_request.stream:

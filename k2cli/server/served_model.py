@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.files import read_regular
+from k2cli.server.output.formats import OutputFormat
 from k2cli.units import MIB
 
 DEFAULT_MAX_BODY_BYTES = 32 * MIB
@@ -20,7 +21,9 @@ class ServedModel:
     """The one model of a server.
 
     Args:
-        name: the only accepted value of ``model`` in a request.
+        name: the model's own name.
+        aliases: further names that requests may use, such as those that a client insists on.
+        output_format: how the model marks reasoning and tool calls.
         context_length: the maximum number of tokens of prompt and answer together.
         created: seconds since the epoch, shown in ``/v1/models``.
         default_temperature, default_top_p, default_top_k: for requests without these fields.
@@ -40,6 +43,13 @@ class ServedModel:
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     allowed_hosts: frozenset[str] = frozenset()
     cors_origins: frozenset[str] = frozenset()
+    aliases: tuple[str, ...] = ()
+    output_format: OutputFormat = field(default_factory=OutputFormat)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The accepted values of ``model`` in a request, the model's own name first."""
+        return (self.name, *self.aliases)
 
 
 def load_served_model(folder: Path, name: str, context_length: int) -> ServedModel:

@@ -1,8 +1,10 @@
-"""A chat template for the toy with the same output as that of Kimi K2.
+"""Chat templates for the toy with the same output as those of Kimi K2, K2-Thinking and K2.5.
 
 Every turn is ``<|im_CLASS|>NAME<|im_middle|>BODY<|im_end|>``; tools are declared in a turn of
 their own before all others, calls stand in the assistant's turn, results come back as
-``## Return of ID``. The wording of the template is k2's own.
+``## Return of ID``. The models that think write their reasoning between tags at the beginning of an
+assistant's turn; turns up to the last finished answer keep only the tags. The wording of the
+templates is k2's own.
 """
 
 from __future__ import annotations
@@ -59,3 +61,52 @@ CHAT_TEMPLATE = """\
   <|im_assistant|>assistant<|im_middle|>
 {%- endif -%}
 """
+
+_ANSWER = "  {{- body(message.get('content')) -}}\n"
+_LOOP = "{%- for message in messages -%}\n"
+_ANSWERED = """\
+{%- set answered = namespace(last=-1) -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'assistant' and not message.get('tool_calls') -%}
+    {%- set answered.last = loop.index0 -%}
+  {%- endif -%}
+{%- endfor -%}
+"""
+_THOUGHT = """\
+  {%- if role == 'assistant' -%}
+    {%- set shown = loop.index0 > answered.last -%}
+    <think>{{ message.get('reasoning_content', '') if shown }}</think>
+  {%- endif -%}
+"""
+_JSON_TOOLS = "{{ tools | tojson(separators=(',', ':')) }}"
+_DEFAULT_SYSTEM = CHAT_TEMPLATE[
+    CHAT_TEMPLATE.index("{%- if not messages or") : CHAT_TEMPLATE.index(_LOOP)
+]
+_PROMPT = "  <|im_assistant|>assistant<|im_middle|>\n{%- endif -%}\n"
+
+THINKING_TEMPLATE = (
+    CHAT_TEMPLATE.replace(_LOOP, _ANSWERED + _LOOP)
+    .replace(_ANSWER, _THOUGHT + _ANSWER)
+    .replace(_JSON_TOOLS, "{{ tools | tojson }}")
+)
+"""That of Kimi K2-Thinking."""
+
+K25_TEMPLATE = (
+    CHAT_TEMPLATE.replace(_DEFAULT_SYSTEM, "")
+    .replace(_LOOP, _ANSWERED + _LOOP)
+    .replace(
+        _ANSWER,
+        _THOUGHT.replace("answered.last", "answered.last and thinking is not false") + _ANSWER,
+    )
+    .replace(
+        _JSON_TOOLS,
+        "{%- if tools_ts_str -%}{{ tools_ts_str }}{%- else -%}" + _JSON_TOOLS + "{%- endif -%}",
+    )
+    .replace(
+        _PROMPT,
+        _PROMPT.replace(
+            "\n{%- endif", "{{ '<think></think>' if thinking is false else '<think>' }}\n{%- endif"
+        ),
+    )
+)
+"""That of Kimi K2.5, which opens the reasoning itself and declares tools in TypeScript."""

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from k2cli.protocol import PromptProgress, Tokens
 from k2cli.server.served_model import ServedModel
 from tests.server.commands import run_k2
+from tests.server.requests import K2_FORMAT
 from tests.server.scripted import (
     EngineUnavailable,
     Hang,
@@ -138,6 +140,83 @@ def test_api_key(engine: ScriptedEngine) -> None:
     assert (done.returncode, done.stdout) == (0, "in\n")
 
 
+# --- reasoning ----------------------------------------------------------------------------------
+
+THINKING = ServedModel("toy", context_length=500, output_format=K2_FORMAT)
+THOUGHT = "<think>\nThey ask for Paris.\n</think>Paris."
+
+
+class ShowsReasoning(LetterTokenizer):
+    """Renders reasoning, as the templates of models that think may do."""
+
+    def chat_prompt(self, messages: list[dict[str, Any]], *args: Any, **options: Any) -> str:
+        shown = [
+            {**turn, "content": f"[{turn.get('reasoning_content', '')}]{turn['content']}"}
+            for turn in messages
+        ]
+        return super().chat_prompt(shown, *args, **options)
+
+
+@pytest.fixture
+def thinking_url(engine: ScriptedEngine) -> Iterator[str]:
+    with serving(engine, THINKING, ShowsReasoning()) as url:
+        yield url
+
+
+def test_a_pipe_gets_the_answer_without_its_reasoning(
+    engine: ScriptedEngine, thinking_url: str
+) -> None:
+    engine.answer(THOUGHT)
+    done = run_k2("chat", "--url", thinking_url, "-p", "Where?")
+    assert done.stdout == "Paris.\n"
+    assert "They ask" not in done.stderr
+    assert "42 tokens (21 of reasoning)" in done.stderr
+    engine.answer(THOUGHT)
+    done = run_k2("chat", "--url", thinking_url, "-p", "Where?", "--json")
+    document = json.loads(done.stdout)
+    assert document["answer"] == "Paris."
+    assert document["reasoning"] == "\nThey ask for Paris.\n"
+    assert document["usage"]["completion_tokens_details"]["reasoning_tokens"] == 21
+
+
+@pytest.mark.parametrize("dim", [True, False])
+def test_reasoning_is_one_dim_block_and_goes_back_apart(
+    engine: ScriptedEngine, thinking_url: str, monkeypatch: pytest.MonkeyPatch, dim: bool
+) -> None:
+    if dim:
+        monkeypatch.delenv("NO_COLOR")
+    terminal = Terminal("chat", "--url", thinking_url)
+    try:
+        terminal.expect(">>>")
+        engine.answer(THOUGHT, size=1)
+        terminal.type("Where?\r")
+        if not dim:
+            terminal.expect("reasoning:\r\n")
+        terminal.expect("They ask for Paris.\r\n\r\n")
+        terminal.expect("Paris.\r\n")
+        terminal.expect(">>>")
+        block = "\x1b[2mThey ask for Paris.\r\n\x1b[0m\r\nParis.\r\n"
+        assert (block in terminal.raw) == dim
+        engine.enqueue([tokens("<think>Hm, they"), Hang()])
+        terminal.type("Sure?\r")
+        terminal.expect("Hm, they")
+        terminal.type("\x03")
+        terminal.expect("stopped")
+        engine.answer("Yes.")
+        terminal.expect(">>>")
+        terminal.type("Well?\r")
+        terminal.expect("Yes.")
+        terminal.expect(">>>")
+        terminal.type("\x04")
+        assert terminal.close() == 0
+    finally:
+        terminal.end()
+    assert prompts(engine)[-1] == (
+        "<user>[]Where?<assistant>[\nThey ask for Paris.\n]Paris."
+        "<user>[]Sure?<assistant>[Hm, they]<user>[]Well?<assistant>"
+    )
+
+
 # --- on a terminal ------------------------------------------------------------------------------
 
 
@@ -159,6 +238,7 @@ class Terminal:
         )
         os.close(side)
         self.shown = ""
+        self.raw = ""
 
     def type(self, text: str) -> None:
         os.write(self._main, text.encode())
@@ -175,6 +255,7 @@ class Terminal:
                 data = b""
             if not data:
                 raise AssertionError(f"ended without {text!r}: {self.shown!r}")
+            self.raw += data.decode(errors="replace")
             self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", data.decode(errors="replace"))
         self.shown = self.shown.partition(text)[2]
 

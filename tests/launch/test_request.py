@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from k2cli import choices
 from k2cli.errors import UsageError
 from k2cli.launch.request import LaunchRequest, checked_request
+from k2cli.server.output import formats, forms
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,29 @@ def test_origins_and_names_are_written_as_clients_send_them() -> None:
 def test_what_is_not_the_name_of_a_host(name: str) -> None:
     with pytest.raises(UsageError, match="is not a name"):
         checked_request(LaunchRequest("demo", allowed_hosts=(name,)))
+
+
+def test_aliases_are_names_that_clients_send() -> None:
+    names = ("claude-sonnet-4-5", "openai/gpt-4.1", "gpt-4o", "opus[1m]", "gpt-4o")
+    checked = checked_request(LaunchRequest("demo", aliases=names))
+    assert checked.aliases == names[:4]
+    for wrong in ("", " ", "a b", "a\n", "-a", "a" * 300, "n\x1b[0m", "ä"):
+        with pytest.raises(UsageError, match="is not a name of a model"):
+            checked_request(LaunchRequest("demo", aliases=(wrong,)))
+
+
+def test_parsers_are_those_of_the_server() -> None:
+    tools = {*formats.known_tool_parsers(), *forms.TOOL_ALIASES}
+    assert sorted(choices.TOOL_PARSERS) == sorted(tools)
+    reasoning = {*formats.known_reasoning_parsers(), *forms.REASONING_ALIASES}
+    assert sorted(choices.REASONING_PARSERS) == sorted(reasoning)
+    for name in choices.TOOL_PARSERS:
+        request = checked_request(LaunchRequest("demo", tool_parser=name))
+        assert formats.choose_output_format("", {}, lambda text: None, request.tool_parser)
+
+
+def test_an_unknown_parser_is_refused_with_the_names_that_there_are() -> None:
+    with pytest.raises(UsageError, match=r"--tool-parser 'kimi' is not one of none, .*kimi_k2,"):
+        checked_request(LaunchRequest("demo", tool_parser="kimi"))
+    with pytest.raises(UsageError, match=r"--reasoning-parser 'x' is not one of none, .*think"):
+        checked_request(LaunchRequest("demo", reasoning_parser="x"))

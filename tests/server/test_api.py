@@ -11,7 +11,7 @@ import pytest
 
 from k2cli.protocol import PromptProgress, TokenLogprob, Tokens
 from k2cli.server import streaming
-from k2cli.server.served_model import load_served_model
+from k2cli.server.served_model import ServedModel, load_served_model
 from tests.server.conftest import SERVED
 from tests.server.requests import QUESTION, encode, events_of, post, prompt_of
 from tests.server.scripted import (
@@ -251,3 +251,28 @@ def test_tools_for_a_template_without_them_are_refused() -> None:
         assert post(url, {"messages": QUESTION, "tools": tools, "tool_choice": "none"}).is_success
         engine.answer("Paris")
         assert post(url, {"messages": QUESTION, "tools": []}).is_success
+
+
+def test_the_answer_names_the_model_that_was_asked(engine: ScriptedEngine) -> None:
+    served = ServedModel("toy", context_length=200, aliases=("gpt-4o", "org/coder"))
+    with serving(engine, served) as url:
+        for name in ("toy", "gpt-4o", "org/coder", None):
+            engine.answer("Paris")
+            body = {"messages": QUESTION, "model": name}
+            assert post(url, body).json()["model"] == (name or "toy")
+            engine.answer("Paris")
+            events = events_of(url, {**body, "model": name})
+            assert {event["model"] for event in events[:-1]} == {name or "toy"}
+        listed = httpx.get(f"{url}/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["toy", "gpt-4o", "org/coder"]
+        assert httpx.get(f"{url}/v1/models/org/coder").json()["id"] == "org/coder"
+        refused = post(url, {"messages": QUESTION, "model": "gpt-5"})
+        assert refused.status_code == 404
+        assert "k2 launch --alias" in refused.json()["error"]["message"]
+
+
+def test_embeddings_are_refused_with_what_to_do(url: str) -> None:
+    refused = post(url, {"model": "text-embedding-3-small", "input": "a"}, "/v1/embeddings")
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (400, "unsupported_route")
+    assert "another server" in error["message"]

@@ -2,7 +2,8 @@
 
 Clients send OpenAI's form. Templates differ from it, and from each other: some iterate the
 arguments of a tool call, which clients send as JSON text; some have other names for the reasoning
-effort; K2's shows the ids of tool calls, which must have the form that the model was trained on.
+effort or for earlier reasoning; K2's shows the ids of tool calls, which must have the form that the
+model was trained on; that of Kimi K2.5 wants the tools in TypeScript, too.
 A template that would leave something out without a word is refused instead.
 """
 
@@ -17,6 +18,8 @@ from typing import Any, Literal
 
 from k2cli.errors import K2Error
 from k2cli.models.text.chat_template import ChatTemplate
+from k2cli.models.text.literal_markers import LiteralMarkers
+from k2cli.models.text.typescript_tools import sorted_deeply, typescript_declarations
 
 ArgumentForm = Literal["text", "mapping", "as sent"]
 Turn = dict[str, Any]
@@ -26,16 +29,27 @@ _PROBE_TOOL = {"type": "function", "function": {"name": "probe", "parameters": {
 # What K2's templates write before the id of a call; the models continue these ids.
 _K2_CALL = "<|tool_call_begin|>"
 _K2_ID = re.compile(r"functions\.[^:\s]+:\d+")
+# What the template of Kimi K2.5 reads the declarations of tools from.
+_TYPESCRIPT = "tools_ts_str"
+# Names under which templates read an assistant's reasoning; clients' own is made the first.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _SWITCH = re.compile(r"(enable_|use_|is_)?(thinking|reasoning)(_enabled|_mode)?")
 # A private-use character: no template and no conversation has it, and no filter changes it.
 _END_MARK = "\uf8ffk2-answer-continues-here\uf8ff"
 
 
 class ConversationRenderer:
-    """Renders conversations in OpenAI's form by a template, whose habits it finds out."""
+    """Renders conversations in OpenAI's form by a template, whose habits it finds out.
 
-    def __init__(self, template: ChatTemplate) -> None:
+    Args:
+        template: the model's chat template.
+        markers: control tokens, which stay text where a client has written them.
+    """
+
+    def __init__(self, template: ChatTemplate, markers: LiteralMarkers | None = None) -> None:
         self._template = template
+        self._markers = markers or LiteralMarkers()
 
     def render(
         self,
@@ -58,8 +72,15 @@ class ConversationRenderer:
         Raises:
             K2Error: if the template rejects the messages, or would leave a part of them out.
         """
-        shown = self._adapted(turns)
+        shown = self._adapted(turns, continue_last=continue_last)
+        shown = [self._markers.separated_turn(t) if isinstance(t, dict) else t for t in shown]
+        tools = self._markers.separated(tools)
         own_names = self._with_own_names(variables)
+        if tools and _TYPESCRIPT in self._template.variables:
+            # The model's own code sorts the tools, also where it shows them as JSON.
+            tools = sorted_deeply(tools)
+            if (declared := typescript_declarations(tools)) is not None:
+                own_names.setdefault(_TYPESCRIPT, declared)
 
         def rendered(turns: list[Turn]) -> str:
             if continue_last:
@@ -119,7 +140,8 @@ class ConversationRenderer:
                 continue
         return None
 
-    def _adapted(self, turns: Sequence[Turn]) -> list[Turn]:
+    def _adapted(self, turns: Sequence[Turn], *, continue_last: bool) -> list[Turn]:
+        turns = self._with_reasoning(turns, continue_last=continue_last)
         if not any(isinstance(turn, dict) and turn.get("tool_calls") for turn in turns):
             return list(turns)
         if "tool_calls" not in self._template.members:
@@ -127,6 +149,26 @@ class ConversationRenderer:
             raise K2Error(message)
         result = _with_arguments(turns, self.argument_form)
         return _with_k2_ids(result) if self.shows_k2_ids else result
+
+    def _with_reasoning(self, turns: Sequence[Turn], *, continue_last: bool) -> list[Turn]:
+        """Give earlier reasoning to the template under its own name; it decides what it shows.
+
+        Clients that know no reasoning send it back within the content, between the tags of most
+        models. A template that reads it apart would write it twice, or into a turn that it drops
+        reasoning from.
+        """
+        name = next((name for name in _REASONING if name in self._template.members), None)
+        result: list[Turn] = []
+        for turn in turns:
+            if not isinstance(turn, dict) or turn.get("role") != "assistant":
+                result.append(turn)
+                continue
+            if name is not None and not (continue_last and turn is turns[-1]):
+                turn = _with_thoughts_apart(turn)
+            if name is not None and _REASONING[0] in turn:
+                turn = {**turn, name: turn[_REASONING[0]]}
+            result.append(turn)
+        return result
 
     def _with_own_names(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Add the names that this template has for the reasoning effort and for its switch.
@@ -168,6 +210,14 @@ def _with_one_system_turn(turns: Sequence[Turn]) -> list[Turn]:
         return list(turns)
     others = [turn for turn in turns if turn.get("role") != "system"]
     return [{"role": "system", "content": "\n\n".join(texts)}, *others]
+
+
+def _with_thoughts_apart(turn: Turn) -> Turn:
+    content = turn.get("content")
+    if not isinstance(content, str) or _REASONING[0] in turn:
+        return turn
+    found = _THOUGHT.fullmatch(content)
+    return turn if found is None else {**turn, "content": found[2], _REASONING[0]: found[1]}
 
 
 # --- the members of tool calls --------------------------------------------------------------------

@@ -24,6 +24,7 @@ from k2cli.models.json_files import (
     shown,
 )
 from k2cli.models.layout import download_hint, refuse_pointer
+from k2cli.models.text.literal_markers import SEPARATOR, LiteralMarkers
 from k2cli.models.text.sentencepiece_model import FILE_NAME, load_sentencepiece
 from k2cli.models.text.tiktoken_bpe import (
     build_tokenizer,
@@ -48,6 +49,7 @@ _NFC_SHRINKS = 4
 _SLICE_LETTERS = 2**18
 # A cut through a word can make this many tokens more than the word has.
 _CUT_TOKENS = 64
+_REASONING_TAGS = ("<think>", "</think>")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -70,6 +72,8 @@ class Tokenizer:
         self._renderers: dict[bool, ConversationRenderer] = {}
         self.stop_tokens = stop_tokens
         """Tokens that end an answer."""
+        self.tool_parser_type = config.get("tool_parser_type")
+        """The form of tool calls that a conversion by mlx-lm names, if it does."""
 
     @classmethod
     def load(cls, folder: Path, templates: TemplateSources | None = None) -> Tokenizer:
@@ -148,6 +152,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Encode a text. Special tokens written in the text are recognised.
 
+        Parts of it between ``literal_markers.SEPARATOR``, if it has some, are encoded one by one.
+
         Raises:
             K2Error: if the text is not valid Unicode (a lone surrogate), or makes the library fail.
         """
@@ -155,8 +161,12 @@ class Tokenizer:
             text.encode()  # the library raises a TypeError
         except UnicodeEncodeError as error:
             raise K2Error("the text is not valid Unicode: it has a lone surrogate") from error
+        first, *others = text.split(SEPARATOR)
         with _library_errors("the model's tokenizer fails on the text"):
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            ids = list(self._tokenizer.encode(first, add_special_tokens=add_special_tokens).ids)
+            for part in others:
+                ids += self._tokenizer.encode(part, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Decode token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -238,8 +248,23 @@ class Tokenizer:
                     f"the model {self._name} has no chat template",
                     "send a plain prompt to /v1/completions instead",
                 )
-            self._renderers[with_tools] = ConversationRenderer(template)
+            self._renderers[with_tools] = ConversationRenderer(template, self._markers(template))
         return self._renderers[with_tools]
+
+    def _markers(self, template: ChatTemplate) -> LiteralMarkers:
+        """Collect the texts of control tokens: special tokens, and others that the template writes.
+
+        Some vocabularies have added tokens for ordinary text, such as HTML tags. Those that the
+        template looks for in the texts of clients keep their meaning there.
+        """
+        source = template.source
+        texts = []
+        for token in self._tokenizer.get_added_tokens_decoder().values():
+            sought = any(f"with({quote}{token.content}{quote})" in source for quote in "'\"")
+            known = token.special or token.content in source or token.content in _REASONING_TAGS
+            if known and not sought:
+                texts.append(token.content)
+        return LiteralMarkers(text for text in texts if not text.isspace())
 
 
 class TokenStream:

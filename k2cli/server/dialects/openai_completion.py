@@ -19,7 +19,7 @@ class CompletionWriter(OpenAIWriter):
         choice = self._choice(blocks.text, blocks.scores, ended.finish_reason)
         return {**self.chunk([choice]), "usage": openai_usage(ended.usage)}
 
-    def opening(self) -> dict[str, Any] | None:
+    def opening(self, first: OutputEvent | None) -> dict[str, Any] | None:
         return None
 
     def delta(self, event: OutputEvent) -> dict[str, Any] | None:

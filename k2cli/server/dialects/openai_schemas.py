@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -107,6 +108,15 @@ def _prompt(value: Any) -> str | list[int]:
     raise ValueError("must be a string or a list of token ids")
 
 
+def _one_answer(value: int) -> int:
+    if value != 1:
+        raise ValueError(
+            f"{value} is not supported, only 1: send the request several times at the same time "
+            "instead; requests are computed together and share the cache of their prompt"
+        )
+    return value
+
+
 def _string_keys_to_ids(value: Any) -> Any:
     """Convert the keys of a JSON object to integers."""
     if not isinstance(value, dict):
@@ -137,8 +147,10 @@ class Message(BaseModel):
     name: str | None = None
     tool_calls: Objects | None = None
     tool_call_id: str | None = None
-    # The model's reasoning, for templates of models that continue it after the result of a tool.
+    # The model's reasoning, for templates that show it again after the result of a tool. Clients
+    # send it back under the name under which they read it.
     reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -153,9 +165,12 @@ class Message(BaseModel):
             "role": "system" if self.role == "developer" else self.role,
             "content": self.content or "",
         }
-        for member in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
+        for member in ("name", "tool_calls", "tool_call_id"):
             if (value := getattr(self, member)) is not None:
                 turn[member] = value
+        thoughts = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        if thoughts is not None and self.role == "assistant":
+            turn["reasoning_content"] = thoughts
         return turn
 
 
@@ -207,7 +222,7 @@ class GenerationBody(_Ignored):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopStrings = []
-    n: Literal[1] | None = None
+    n: Annotated[int, AfterValidator(_one_answer)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: Penalty | None = None
@@ -292,8 +307,8 @@ class TemplatedBody(_Body):
 class ChatCompletionBody(GenerationBody, TemplatedBody):
     """Body of ``POST /v1/chat/completions``.
 
-    The chat template shows ``tools`` to the model. The output is returned as text: tool calls are
-    not parsed yet, so a ``tool_choice`` that requires a call is refused.
+    The chat template shows ``tools`` to the model, which decides whether it calls one: a
+    ``tool_choice`` that requires a call is refused, since nothing yet keeps the model to it.
     """
 
     messages: Messages
@@ -301,16 +316,22 @@ class ChatCompletionBody(GenerationBody, TemplatedBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tool_choice: Any = None
-    parallel_tool_calls: Any = None
+    parallel_tool_calls: bool | None = None
+    # A field of vLLM.
+    include_reasoning: bool | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
 
     @field_validator("tool_choice")
     @classmethod
     def _promises_no_call(cls, value: Any) -> Any:
-        if value not in (None, "auto", "none"):
-            raise ValueError("only 'auto' and 'none' are supported yet")
-        return value
+        if value in ("auto", "none"):
+            return value
+        kind = value.get("type") if isinstance(value, dict) else value
+        raise ValueError(
+            f"{kind!r} is not supported yet: a call that the model must make needs structured "
+            "output, which is planned; 'auto' and 'none' are supported"
+        )
 
     @property
     def conversation(self) -> Conversation:
@@ -332,7 +353,12 @@ class ChatCompletionBody(GenerationBody, TemplatedBody):
             self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         )
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.options(max_tokens=limit, logprobs=logprobs)
+        return self.options(
+            max_tokens=limit,
+            logprobs=logprobs,
+            parallel_calls=self.parallel_tool_calls is not False,
+            include_reasoning=self.include_reasoning is not False,
+        )
 
 
 class CompletionBody(GenerationBody):

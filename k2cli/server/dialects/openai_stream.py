@@ -35,8 +35,8 @@ class OpenAIWriter(ABC):
         self._position: int | None = None
 
     @abstractmethod
-    def opening(self) -> dict[str, Any] | None:
-        """Return the choice to send before the first text, or None."""
+    def opening(self, first: OutputEvent | None) -> dict[str, Any] | None:
+        """Return the choice to send before the first part of the answer, or None."""
 
     @abstractmethod
     def delta(self, event: OutputEvent) -> dict[str, Any] | None:
@@ -77,15 +77,16 @@ class OpenAIWriter(ABC):
         }
         return self._event([], k2=done)
 
-    def _open(self) -> bytes:
+    def _open(self, first: OutputEvent | None = None) -> bytes:
         if self._opened:
             return b""
         self._opened = True
-        opening = self.opening()
+        opening = self.opening(first)
         return self._event([opening]) if opening else b""
 
     def step(self, event: Step) -> bytes:
-        deltas = [delta for part in event.events if (delta := self.delta(part)) is not None]
+        parts = [(part, delta) for part in event.events if (delta := self.delta(part)) is not None]
+        deltas = [delta for _, delta in parts]
         progress = self.context.request.wants_progress
         if not progress and not deltas:
             return b""
@@ -94,7 +95,8 @@ class OpenAIWriter(ABC):
             members["k2"] = {"completion_tokens": event.completion_tokens}
         # One part per chunk: clients read only the first choice of each index.
         written = [self._event([delta]) for delta in deltas[:-1]]
-        return self._open() + b"".join(written) + self._event(deltas[-1:], **members)
+        opening = self._open(parts[0][0]) if parts else b""
+        return opening + b"".join(written) + self._event(deltas[-1:], **members)
 
     def end(self, event: Ended) -> bytes:
         data = self._open() + self._event([self.closing(event.finish_reason)])

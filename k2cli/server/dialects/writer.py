@@ -24,7 +24,7 @@ class AnswerContext:
 
     Attributes:
         request: the request, with its prompt.
-        model: the served model's name.
+        model: the model's name, as the client asked for it.
         token_text: returns the text of a token id, for log-probabilities.
         created: seconds since the epoch.
     """

@@ -1,4 +1,4 @@
-"""The route ``GET /v1/models``: the one model that this run serves, no others on the disk."""
+"""The route ``GET /v1/models``: the one model that this run serves, and its aliases."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from k2cli.server.engine_request import check_model
 from k2cli.server.served_model import ServedModel
 
 
-def _description(served: ServedModel) -> dict[str, Any]:
+def _description(served: ServedModel, name: str) -> dict[str, Any]:
+    form = served.output_format
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "k2",
         "context_length": served.context_length,
+        "tool_parser": form.tools.name if form.tools else "none",
+        "reasoning_parser": form.reasoning.name if form.reasoning else "none",
     }
 
 
 async def list_models(request: Request) -> JSONResponse:
-    """Return the served model, as a list of one."""
-    return JSONResponse({"object": "list", "data": [_description(context_of(request).served)]})
+    """Return the served model under each of its names, its own first."""
+    served = context_of(request).served
+    data = [_description(served, name) for name in served.names]
+    return JSONResponse({"object": "list", "data": data})
 
 
 async def get_model(request: Request) -> JSONResponse:
-    """Return the served model by its name."""
+    """Return the served model by one of its names."""
     served = context_of(request).served
-    check_model(request.path_params["name"], served)
-    return JSONResponse(_description(served))
+    name = request.path_params["name"]
+    check_model(name, served)
+    return JSONResponse(_description(served, name))

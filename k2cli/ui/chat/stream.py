@@ -17,6 +17,7 @@ from k2cli.ui.output import stderr_console, stdout_console
 from k2cli.units import clean_text, one_line
 
 _CLEAR_LINE = "\r\x1b[2K"
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
 class AnswerWriter:
@@ -43,6 +44,43 @@ class AnswerWriter:
     def _put(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
+
+
+class ReasoningWriter:
+    """Writer of the reasoning before an answer: a block on stderr, dim if the terminal allows.
+
+    It is shown only if stderr is a terminal, so that no log and no pipe gets it.
+    """
+
+    def __init__(self) -> None:
+        console = stderr_console()
+        self._active = console.is_terminal
+        self._dim = console.is_terminal and not console.no_color
+        self._open = False
+        self._last = "\n"
+
+    def write(self, text: str) -> None:
+        """Write more of the reasoning."""
+        if not self._active or not (text := clean_text(text)):
+            return
+        if not self._open:
+            self._open = True
+            self._put(_DIM if self._dim else "reasoning:\n")
+            text = text.lstrip("\n")
+        self._last = text[-1:] or self._last
+        self._put(text)
+
+    def finish(self) -> None:
+        """End the block, if there is one, with a blank line before the answer."""
+        if self._open:
+            self._open = False
+            end = _RESET if self._dim else ""
+            self._put(end + ("\n" if self._last == "\n" else "\n\n"))
+
+    @staticmethod
+    def _put(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 class StatusLine:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from k2cli.errors import K2Error
 from k2cli.files import disk_reason
-from k2cli.ui.chat.stream import AnswerWriter, StatusLine, dim_note
+from k2cli.ui.chat.stream import AnswerWriter, ReasoningWriter, StatusLine, dim_note
 from k2cli.ui.output import note, print_error
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class ChatTerminal:
         self._history_file = history_file
         self._session: PromptSession[str] | None = None
         self._writer: AnswerWriter | None = None
+        self._reasoning = ReasoningWriter()
         self._status = StatusLine()
 
     def read_line(self, *, continued: bool = False) -> str:
@@ -72,9 +73,15 @@ class ChatTerminal:
         """Show the state of the server before the answer begins."""
         self._status.show(text)
 
+    def reasoning_text(self, text: str) -> None:
+        """Write more of the reasoning before the answer."""
+        self._status.clear()
+        self._reasoning.write(text)
+
     def answer_text(self, text: str) -> None:
         """Write more of the answer."""
         self._status.clear()
+        self._reasoning.finish()
         if self._writer is None:
             self._writer = AnswerWriter()
         self._writer.write(text)
@@ -82,6 +89,7 @@ class ChatTerminal:
     def answer_end(self) -> None:
         """Finish an answer that is complete or was interrupted."""
         self._status.clear()
+        self._reasoning.finish()
         if self._writer is not None:
             self._writer.finish()
             self._writer = None

@@ -1,0 +1,316 @@
+"""The formats of reasoning and of tool calls that models use, by name."""
+
+from __future__ import annotations
+
+import re
+
+from k2cli.server.output.emitter import MAX_NAME_LETTERS, short_call_id
+from k2cli.server.output.json_calls import (
+    HeaderForm,
+    JsonObjects,
+    deepseek_header,
+    header_calls,
+    hermes_calls,
+    k2_header,
+    read_value,
+)
+from k2cli.server.output.mlx_lm_calls import emit_whole, whole_calls
+from k2cli.server.output.parser import ReasoningForm
+from k2cli.server.output.reader import CallContext, ToolForm
+from k2cli.server.output.source import WHITESPACE, Machine, Reading
+from k2cli.server.output.typed_calls import (
+    PairForm,
+    TypedForm,
+    attribute,
+    deepseek_value,
+    pair_calls,
+    typed_calls,
+)
+
+# --- reasoning ---
+
+_XTML_TOKENS = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
+
+
+def _single(name: str, opens: str, close: str, begins_inside: bool = False) -> ReasoningForm:
+    return ReasoningForm(name, opens, close, (opens, close), begins_inside)
+
+
+REASONING_FORMS: dict[str, ReasoningForm] = {
+    form.name: form
+    for form in (
+        _single("think", "<think>", "</think>"),
+        _single("think_open", "<think>", "</think>", begins_inside=True),
+        _single("longcat", "<longcat_think>", "</longcat_think>"),
+        _single("think_marks", "<|think:start|>", "<|think:end|>"),
+        _single("mistral", "[THINK]", "[/THINK]"),
+        _single("seed", "<seed:think>", "</seed:think>"),
+        ReasoningForm("gemma4", "<|channel>thought", "<channel|>", ("<|channel>", "<channel|>")),
+        ReasoningForm(
+            "kimi_k3",
+            "<|open|>think<|sep|>",
+            "<|close|>think<|sep|>",
+            _XTML_TOKENS,
+            dropped=(
+                "<|open|>response<|sep|>",
+                "<|close|>response<|sep|>",
+                "<|close|>message<|sep|>",
+            ),
+        ),
+    )
+}
+
+# --- Mistral: [TOOL_CALLS]name[ARGS]{...}, or a list of objects ---
+
+_MISTRAL_OPEN, _MISTRAL_ARGUMENTS, _MISTRAL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+
+
+def _mistral_calls(context: CallContext, marker: str) -> Reading:
+    source, emitter = context.source, context.emitter
+    opens, arguments, call_id = context.markers(_MISTRAL_OPEN, _MISTRAL_ARGUMENTS, _MISTRAL_ID)
+    if (yield from source.skip(WHITESPACE)) in ("[", "{") and not emitter.full:
+        inner = Machine(context.codes, JsonObjects(context).read)
+        yield from source.until((), inner.feed)
+        inner.finish()
+        return
+    before = _MISTRAL_OPEN
+    while (yield from source.skip(WHITESPACE)):
+        header: list[str] = []
+        known: list[str] = []
+        found = yield from source.until(
+            (arguments, call_id, opens), header.append, limit=MAX_NAME_LETTERS
+        )
+        if found == call_id:
+            found = yield from source.until(
+                (arguments, opens), known.append, limit=MAX_NAME_LETTERS
+            )
+        name = "".join(header).strip()
+        begun = found == arguments and bool(re.fullmatch(r"[^\s\[\]{}]+", name))
+        if not (begun and emitter.begin(name, "".join(known).strip() or None)):
+            shown = _MISTRAL_ID + "".join(known) if known else ""
+            context.text(before + "".join(header) + shown + context.shown(found))
+            return
+        yield from source.skip(WHITESPACE)
+        if not (yield from read_value(source, emitter.arguments)):
+            emitter.end_if_complete()
+            return
+        emitter.end()
+        before = ""
+        if (yield from source.peek()) == opens[0]:
+            return
+
+
+# --- Llama 4: a list of Python calls, in place of an answer ---
+
+_NO_NAME = re.compile(r"[^\w.\s\[]")
+_CALL_BEGIN = re.compile(r"\[\s*[\w.]+\s*")
+
+
+def _pythonic_calls(context: CallContext, marker: str) -> Reading:
+    parts: list[str] = []
+    end = context.marker("<|python_end|>")
+    letter = yield from context.source.scan(_NO_NAME, parts.append)
+    begins = letter == "(" and _CALL_BEGIN.fullmatch("".join(parts).strip())
+    if begins:
+        found = yield from context.source.until((end,), parts.append)
+        if "".join(parts).rstrip().endswith("]"):
+            shown = context.shown
+            emit_whole(context, "pythonic", "".join(parts), shown(marker), shown(found))
+            return
+    context.text(context.shown(marker) + "".join(parts))
+
+
+# --- all forms ---
+
+_K2 = HeaderForm(
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    "<|tool_calls_section_end|>",
+    k2_header,
+)
+_DEEPSEEK = HeaderForm(
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+    deepseek_header,
+    fenced=True,
+)
+
+
+def _header_form(name: str, section: str, form: HeaderForm, *tokens: str) -> ToolForm:
+    marks = (section, form.call, form.arguments, form.call_end, form.section_end, *tokens)
+    return ToolForm(name, (section, form.call), marks, header_calls(form))
+
+
+_DSML = "｜DSML｜"
+_QWEN_SECTION = ("<tool_call>", "</tool_call>")
+
+
+def _dsml(section: str) -> TypedForm:
+    return TypedForm(
+        f"<{_DSML}invoke",
+        f"<{_DSML}parameter",
+        ">",
+        f"</{_DSML}parameter>",
+        f"</{_DSML}invoke>",
+        f"</{_DSML}{section}>",
+        attribute("name"),
+        attribute("name"),
+        convert=deepseek_value,
+    )
+
+
+def _pair_form(name: str, prefix: str = "") -> ToolForm:
+    key, value = f"{prefix}arg_key", f"{prefix}arg_value"
+    section = (f"<{prefix}tool_call>", f"</{prefix}tool_call>")
+    tags = ((f"<{key}>", f"</{key}>"), (f"<{value}>", f"</{value}>"))
+    form = PairForm(name, *tags, section[1])
+    return ToolForm(name, section[:1], (*section, *tags[0], *tags[1]), pair_calls(form))
+
+
+def _whole_form(name: str, opens: str, close: str) -> ToolForm:
+    tokens = (opens, close)
+    return ToolForm(name, (opens,), tokens, whole_calls(name, close))
+
+
+_FORMS = (
+    _header_form("kimi_k2", "<|tool_calls_section_begin|>", _K2),
+    _header_form("deepseek_v3", "<｜tool▁calls▁begin｜>", _DEEPSEEK),
+    ToolForm(
+        "kimi_k3",
+        ("<|open|>tools<|sep|>",),
+        _XTML_TOKENS,
+        typed_calls(
+            TypedForm(
+                "<|open|>call",
+                "<|open|>argument",
+                "<|sep|>",
+                "<|close|>argument<|sep|>",
+                "<|close|>call<|sep|>",
+                "<|close|>tools<|sep|>",
+                attribute("tool"),
+                attribute("key"),
+                raw=("<|open|>json", "<|close|>json<|sep|>"),
+                parser="kimi_k3",
+            )
+        ),
+    ),
+    ToolForm(
+        "deepseek_v32",
+        (f"<{_DSML}function_calls>",),
+        (_DSML,),
+        typed_calls(_dsml("function_calls")),
+    ),
+    _pair_form("glm47"),
+    _pair_form("laguna"),
+    _pair_form("longcat", "longcat_"),
+    ToolForm("json_tools", _QWEN_SECTION[:1], _QWEN_SECTION, hermes_calls(_QWEN_SECTION[1])),
+    ToolForm(
+        "qwen3_coder",
+        _QWEN_SECTION[:1],
+        _QWEN_SECTION,
+        typed_calls(
+            TypedForm(
+                "<function=",
+                "<parameter=",
+                ">",
+                "</parameter>",
+                "</function>",
+                _QWEN_SECTION[1],
+                parser="qwen3_coder",
+            )
+        ),
+    ),
+    ToolForm(
+        "minimax_m2",
+        ("<minimax:tool_call>",),
+        ("<minimax:tool_call>", "</minimax:tool_call>"),
+        typed_calls(
+            TypedForm(
+                "<invoke name=",
+                "<parameter name=",
+                ">",
+                "</parameter>",
+                "</invoke>",
+                "</minimax:tool_call>",
+                parser="minimax_m2",
+            )
+        ),
+    ),
+    ToolForm(
+        "minicpm5",
+        ("<function name=",),
+        (),
+        typed_calls(
+            TypedForm(
+                "<function name=",
+                "<param name=",
+                ">",
+                "</param>",
+                "</function>",
+                parser="minicpm5",
+            )
+        ),
+    ),
+    ToolForm(
+        "muse_spark",
+        ("<atem:function_calls>",),
+        ("<atem:function_calls>", "</atem:function_calls>"),
+        typed_calls(
+            TypedForm(
+                "<atem:invoke",
+                "<atem:parameter",
+                ">",
+                "</atem:parameter>",
+                "</atem:invoke>",
+                "</atem:function_calls>",
+                attribute("name"),
+                attribute("name"),
+                parser="muse_spark",
+            )
+        ),
+    ),
+    ToolForm(
+        "mistral",
+        (_MISTRAL_OPEN,),
+        (_MISTRAL_OPEN, _MISTRAL_ARGUMENTS, _MISTRAL_ID),
+        _mistral_calls,
+        make_call_id=short_call_id,
+    ),
+    ToolForm("llama3_json", ("<|python_tag|>",), ("<|python_tag|>",), hermes_calls(""), bare="{"),
+    ToolForm(
+        "llama4_pythonic",
+        ("<|python_start|>",),
+        ("<|python_start|>", "<|python_end|>"),
+        _pythonic_calls,
+        bare="[",
+    ),
+    _whole_form("pythonic", "<|tool_call_start|>", "<|tool_call_end|>"),
+    _whole_form("function_gemma", "<start_function_call>", "<end_function_call>"),
+    _whole_form("gemma4", "<|tool_call>", "<tool_call|>"),
+)
+TOOL_FORMS: dict[str, ToolForm] = {form.name: form for form in _FORMS}
+
+TOOL_ALIASES = {
+    "deepseek_v31": "deepseek_v3",
+    "glm4": "glm47",
+    "glm45": "glm47",
+    "hermes": "json_tools",
+    "llama3": "llama3_json",
+    "llama4": "llama4_pythonic",
+    "minimax": "minimax_m2",
+    "qwen3": "json_tools",
+    "qwen3_xml": "qwen3_coder",
+}
+REASONING_ALIASES = {
+    "deepseek_r1": "think_open",
+    "deepseek_v3": "think",
+    "glm45": "think",
+    "kimi_k2": "think",
+    "minimax_m2": "think",
+    "qwen3": "think",
+    "seed_oss": "seed",
+}
+"""Names that vLLM and SGLang have for these forms."""

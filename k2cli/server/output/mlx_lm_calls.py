@@ -1,0 +1,95 @@
+"""Calls that mlx-lm's parsers read: whole ones, and single arguments of typed forms.
+
+The parsers evaluate what the model wrote as JSON or as Python literals, by regular expressions and
+``ast``. Texts with deep nesting are kept from them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from k2cli.mlx_lm_package import mlx_lm_module
+from k2cli.server.output.reader import CallContext, Tools
+from k2cli.server.output.source import Reading
+
+MAX_NESTING = 64
+_BRACKETS = re.compile(r"[\[({]|[\])}]|(?:[-+~]\s*|not\s+){16}")
+
+
+def is_nested_deeply(text: str) -> bool:
+    """Return True if brackets are nested deeper than a parser in C should be given."""
+    depth = 0
+    for found in _BRACKETS.finditer(text):
+        letter = found[0]
+        if len(letter) > 1:
+            return True
+        depth = depth + 1 if letter in "[({" else max(depth - 1, 0)
+        if depth > MAX_NESTING:
+            return True
+    return False
+
+
+def parse_whole(parser: str, text: str, tools: Tools) -> list[dict[str, Any]]:
+    """Parse the text between the markers of calls; no calls if it has none.
+
+    The result's members are ``name``, ``arguments`` and maybe ``id``.
+    """
+    if is_nested_deeply(text):
+        return []
+    try:
+        found = mlx_lm_module(f"tool_parsers.{parser}").parse_tool_call(text, tools)
+    except Exception:  # a parser may raise anything on unexpected text
+        return []
+    calls = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        return []
+    return calls
+
+
+def arguments_text(arguments: Any) -> str:
+    """Return arguments as JSON text; text that is no JSON is left as it is."""
+    if isinstance(arguments, str):
+        return arguments
+    return json_text({} if arguments is None else arguments)
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON text; the text of the value if it cannot be JSON."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()  # a lone surrogate is written as an escape
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps(str(value))
+    return text
+
+
+def whole_calls(parser: str, close: str) -> Callable[[CallContext, str], Reading]:
+    """Make a reader that collects the text between the markers, and parses it then."""
+
+    def read(context: CallContext, marker: str) -> Reading:
+        parts: list[str] = []
+        ends = context.markers(close) if close else ()
+        found = yield from context.source.until(ends, parts.append)
+        emit_whole(context, parser, "".join(parts), context.shown(marker), context.shown(found))
+
+    return read
+
+
+def emit_whole(context: CallContext, parser: str, body: str, before: str, after: str) -> None:
+    """Emit the calls in a text; the text itself with its markers if there are none."""
+    calls = parse_whole(parser, body, context.tools)
+    emitter = context.emitter
+    for call in calls:
+        call_id = call.get("id")
+        if not emitter.begin(call["name"], call_id if isinstance(call_id, str) else None):
+            calls = []
+            break
+        emitter.arguments(arguments_text(call.get("arguments")))
+        emitter.end()
+    if not calls:
+        context.text(before + body + after)

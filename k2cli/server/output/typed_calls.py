@@ -1,0 +1,300 @@
+"""Calls that have each argument between tags of its own, streamed argument by argument.
+
+mlx-lm's parser of the family converts each value as it would in a whole call: this module gives it
+a call with one argument. The deltas concatenate to one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+
+from k2cli.server.output.emitter import MAX_NAME_LETTERS
+from k2cli.server.output.mlx_lm_calls import emit_whole, is_nested_deeply, json_text, parse_whole
+from k2cli.server.output.reader import CallContext
+from k2cli.server.output.source import WHITESPACE, Reading, Take, TooLong
+
+MAX_HEADER_LETTERS = 4 * MAX_NAME_LETTERS
+
+_ATTRIBUTE = re.compile(r'([\w-]+)\s*=\s*"([^"]*)"')
+
+
+def attribute(*names: str) -> Callable[[str], str | None]:
+    """Make a function that finds an attribute in the header of a tag."""
+
+    def find(header: str) -> str | None:
+        for name, value in _ATTRIBUTE.findall(header):
+            if name in names:
+                return str(value).replace("&quot;", '"').replace("&amp;", "&")
+        return None
+
+    return find
+
+
+def unquoted(header: str) -> str | None:
+    """Read a name that stands alone in a header, with or without quotation marks."""
+    name = header.strip()
+    if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'":
+        name = name[1:-1]
+    return name or None
+
+
+@dataclass(frozen=True, slots=True)
+class TypedForm:
+    """Tags of calls with typed arguments.
+
+    Attributes:
+        call, argument: how the tags of a call and of an argument begin.
+        header_end: how both end.
+        argument_end, call_end: the closing tags.
+        section_end: the marker that ends the calls, or nothing.
+        name_of, key_of: read the header, which is what stands within a tag.
+        raw: how the tag of arguments in one JSON text begins, and its closing tag.
+        parser: mlx-lm's parser that converts values; None for ``convert``.
+        convert: converts a value by the header of its tag.
+    """
+
+    call: str
+    argument: str
+    header_end: str
+    argument_end: str
+    call_end: str
+    section_end: str = ""
+    name_of: Callable[[str], str | None] = unquoted
+    key_of: Callable[[str], str | None] = unquoted
+    raw: tuple[str, str] | None = None
+    parser: str | None = None
+    convert: Callable[[str, str], object] | None = None
+
+
+@dataclass(slots=True)
+class _Object:
+    """JSON object that is written key by key."""
+
+    take: Take
+    empty: bool = True
+
+    def add(self, key: str, value: str) -> None:
+        self.take(f"{'{' if self.empty else ', '}{json_text(key)}: {value}")
+        self.empty = False
+
+    def add_cut(self, key: str, value: str) -> None:
+        """Add a string that was not completed."""
+        self.add(key, json_text(value)[:-1])
+
+    def add_cut_key(self, key: str) -> None:
+        """Add a key that was not completed."""
+        self.take(("{" if self.empty else ", ") + json_text(key)[:-1])
+        self.empty = False
+
+    def end(self) -> None:
+        if not self.empty:
+            self.take("}")
+
+
+@dataclass(slots=True)
+class _Collected:
+    """Text that was read: its parts."""
+
+    parts: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
+def typed_calls(form: TypedForm) -> Callable[[CallContext, str], Reading]:
+    """Make a reader of such calls; the first marker is that of the section or of a call."""
+
+    def read(context: CallContext, marker: str) -> Reading:
+        call, call_end = context.markers(form.call, form.call_end)
+        ends = context.markers(form.section_end) if form.section_end else ()
+        found: str | TooLong | None = marker
+        while True:
+            if found != call:
+                found = yield from context.source.until((call, *ends), context.text)
+                if found != call:
+                    return
+            found = yield from _typed_call(form, context)
+            if found != call_end or not ends:
+                return
+
+    return read
+
+
+def _typed_call(form: TypedForm, context: CallContext) -> Generator[None, None, str | None]:
+    """Read a call after the beginning of its tag. Return the marker that ended it."""
+    source, emitter = context.source, context.emitter
+    header: list[str] = []
+    found = yield from source.until(
+        context.markers(form.header_end), header.append, limit=MAX_HEADER_LETTERS
+    )
+    text = "".join(header)
+    name = form.name_of(text) if isinstance(found, str) else None
+    if name is None or not emitter.begin(name):
+        context.text(form.call + text + context.shown(found))
+        return None
+    written, other = _Object(emitter.arguments), _Collected()
+    argument, call_end = context.markers(form.argument, form.call_end)
+    raw = context.marker(form.raw[0]) if form.raw else None
+    ends = context.markers(form.section_end) if form.section_end else ()
+    stops = (argument, call_end, *ends, *((raw,) if raw else ()))
+    while True:
+        found = yield from source.until(stops, other.parts.append)
+        if found == argument:
+            found = yield from _argument(form, context, text, written)
+            if found is None:
+                break
+        elif found == raw and form.raw is not None:
+            yield from source.until(context.markers(form.header_end), lambda text: None)
+            yield from source.until(context.markers(form.raw[1]), emitter.arguments)
+            continue
+        if found == call_end or found in ends:
+            written.end()
+            emitter.end()
+            break
+        if found is None:
+            emitter.end_if_complete()
+            break
+    if found is not None and other.text.strip():
+        context.text(other.text)
+    return found if isinstance(found, str) else None
+
+
+def _argument(
+    form: TypedForm, context: CallContext, call: str, written: _Object
+) -> Generator[None, None, str | None]:
+    """Read an argument after the beginning of its tag. Return the marker that ended it."""
+    source = context.source
+    header, value = _Collected(), _Collected()
+    found = yield from source.until(
+        context.markers(form.header_end), header.parts.append, limit=MAX_HEADER_LETTERS
+    )
+    key = form.key_of(header.text)
+    if not isinstance(found, str):
+        written.add_cut_key(header.text)
+        return None
+    ends = context.markers(form.argument_end)
+    # The end of the section is certain if it is a special token, even within a value.
+    ends += tuple(end for end in context.markers(form.section_end) if end and not end.isprintable())
+    found = yield from source.until(ends, value.parts.append)
+    name = key if key is not None else header.text
+    if found is None:
+        written.add_cut(name, value.text.lstrip("\n"))
+    else:
+        written.add(name, json_text(_converted(form, context, call, header.text, name, value.text)))
+    return found if isinstance(found, str) else None
+
+
+def _converted(
+    form: TypedForm, context: CallContext, call: str, header: str, key: str, value: str
+) -> object:
+    if form.convert is not None:
+        return form.convert(header, value)
+    assert form.parser is not None
+    whole = (
+        f"{form.call}{call}{form.header_end}{form.argument}{header}{form.header_end}"
+        f"{value}{form.argument_end}{form.call_end}"
+    )
+    found = [] if is_nested_deeply(value) else parse_whole(form.parser, whole, context.tools)
+    arguments = found[0].get("arguments") if len(found) == 1 else None
+    if isinstance(arguments, dict) and list(arguments) == [key]:
+        return arguments[key]
+    return value.removeprefix("\n").removesuffix("\n")
+
+
+# --- DeepSeek V3.2 ---
+
+
+def deepseek_value(header: str, value: str) -> object:
+    """Convert a value by the attribute ``string`` of its tag."""
+    if attribute("string")(header) == "true":
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+# --- GLM: a name, then pairs of a key and a value ---
+
+
+@dataclass(frozen=True, slots=True)
+class PairForm:
+    """Tags of keys and values, and mlx-lm's parser of them."""
+
+    parser: str
+    key: tuple[str, str]
+    value: tuple[str, str]
+    section_end: str
+
+
+def pair_calls(form: PairForm) -> Callable[[CallContext, str], Reading]:
+    """Make a reader of one call, which begins with its name."""
+
+    def read(context: CallContext, marker: str) -> Reading:
+        source, emitter = context.source, context.emitter
+        end, key_tag = context.markers(form.section_end, form.key[0])
+        header = _Collected()
+        found = yield from source.until((key_tag, end), header.parts.append)
+        if found != key_tag:
+            # A call without arguments, or in one of the other forms that GLM may write.
+            shown = context.shown
+            name = header.text.strip()
+            alone = found is not None and not set(name) & set(WHITESPACE + "{[(")
+            if alone and emitter.begin(name):
+                emitter.end()
+                return
+            emit_whole(context, form.parser, header.text, shown(marker), shown(found))
+            return
+        if not emitter.begin(header.text.strip()):
+            context.text(context.shown(marker) + header.text + context.shown(found))
+            return
+        yield from _pairs(form, context, header.text)
+
+    return read
+
+
+def _pairs(form: PairForm, context: CallContext, header: str) -> Reading:
+    source, emitter = context.source, context.emitter
+    written, other = _Object(emitter.arguments), _Collected()
+    end, key_tag, key_end, value_tag, value_end = context.markers(
+        form.section_end, *form.key, *form.value
+    )
+    while True:
+        key, value = _Collected(), _Collected()
+        found = yield from source.until((key_end, end), key.parts.append)
+        if found == key_end:
+            found = yield from source.until((value_tag, key_tag, end), other.parts.append)
+        elif found is None:
+            written.add_cut_key(key.text)
+        if found == value_tag:
+            found = yield from source.until((value_end, end), value.parts.append)
+            if found is None:
+                written.add_cut(key.text.strip(), value.text)
+            else:
+                written.add(key.text.strip(), _pair_value(form, context, header, key, value))
+        if found == value_end:
+            found = yield from source.until((key_tag, end), other.parts.append)
+        if found != key_tag:
+            break
+    if found == end:
+        written.end()
+        emitter.end()
+        if other.text.strip():
+            context.text(other.text)
+
+
+def _pair_value(
+    form: PairForm, context: CallContext, header: str, key: _Collected, value: _Collected
+) -> str:
+    whole = (
+        f"{header}{form.key[0]}{key.text}{form.key[1]}{form.value[0]}{value.text}{form.value[1]}"
+    )
+    found = [] if is_nested_deeply(value.text) else parse_whole(form.parser, whole, context.tools)
+    arguments = found[0].get("arguments") if len(found) == 1 else None
+    if isinstance(arguments, dict) and len(arguments) == 1:
+        return json_text(next(iter(arguments.values())))
+    return json_text(value.text.strip())
