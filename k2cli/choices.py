@@ -30,12 +30,14 @@ Head = Literal["auto", HeadPlacement]
 # Names of ``server.output.forms``, with those that vLLM and SGLang have for the same; ``none``
 # leaves calls or reasoning in the text.
 TOOL_PARSERS = (
-    "none", "deepseek_v3", "deepseek_v31", "deepseek_v32", "function_gemma", "gemma4", "glm4",
-    "glm45", "glm47", "hermes", "json_tools", "kimi_k2", "kimi_k3", "laguna", "llama3",
-    "llama3_json", "llama4", "llama4_pythonic", "longcat", "minicpm5", "minimax",
-    "minimax_m2", "mistral", "muse_spark", "pythonic", "qwen3", "qwen3_coder", "qwen3_xml",
+    "none", "deepseek_v3", "deepseek_v31", "deepseek_v32", "deepseek_v4", "function_gemma",
+    "gemma4", "glm4", "glm45", "glm47", "gpt_oss", "harmony", "hermes", "json_tools",
+    "kimi_k2", "kimi_k3", "laguna", "llama3", "llama3_json", "llama4", "llama4_pythonic",
+    "longcat", "minicpm5", "minimax", "minimax_m2", "mistral", "muse_spark", "openai",
+    "pythonic", "qwen3", "qwen3_coder", "qwen3_xml",
 )  # fmt: skip
 REASONING_PARSERS = (
-    "none", "deepseek_r1", "deepseek_v3", "gemma4", "glm45", "kimi_k2", "kimi_k3", "longcat",
-    "minimax_m2", "mistral", "qwen3", "seed", "seed_oss", "think", "think_marks", "think_open",
+    "none", "deepseek_r1", "deepseek_v3", "gemma4", "glm45", "gpt_oss", "harmony", "kimi_k2",
+    "kimi_k3", "longcat", "minimax_m2", "mistral", "openai", "qwen3", "seed", "seed_oss",
+    "think", "think_marks", "think_open",
 )  # fmt: skip

@@ -192,19 +192,31 @@ def test_refusals_before_anything_is_started(toy_k2: Path) -> None:
     assert "node no-such-host.invalid cannot be reached" in far.stderr
     odd = k2("launch", str(toy_k2), "--nodes", "localhost,,localhost")
     assert odd.returncode == 2
+    parser = k2("launch", str(toy_k2), "--tool-parser", "kimi")
+    assert parser.returncode == 2
+    assert "'kimi' is not one of none, " in parser.stderr
     assert runs() == []
 
 
-def test_another_address_than_loopback_gets_a_key(toy_k2: Path) -> None:
-    done = k2("launch", str(toy_k2), "--host", "0.0.0.0", "--context", "256", "--detach")
+def test_another_address_than_loopback_gets_a_key_and_options_reach_the_api(toy_k2: Path) -> None:
+    options = ["--alias", "gpt-4o", "--alias", "org/coder", "--tool-parser", "hermes"]
+    done = k2("launch", str(toy_k2), "--host", "0.0.0.0", "--context", "256", "--detach", *options)
     assert done.returncode == 0, done.stderr
     (run,) = runs()
+    assert run["settings"]["aliases"] == "gpt-4o, org/coder"
+    assert run["settings"]["tool parser"] == "hermes"
+    assert "reasoning parser" not in run["settings"]
     path = Path(os.environ["K2_STATE_DIR"]) / "runs" / run["run_id"] / "api-key"
     assert str(path) in done.stderr
     assert path.stat().st_mode & 0o777 == 0o600
     models = f"{run['url']}/v1/models"
     assert httpx.get(models).status_code == 401
     key = {"Authorization": f"Bearer {path.read_text()}"}
-    assert httpx.get(models, headers=key).status_code == 200
+    listed = httpx.get(models, headers=key).json()["data"]
+    assert [model["id"] for model in listed] == [toy_k2.name, "gpt-4o", "org/coder"]
+    assert {model["tool_parser"] for model in listed} == {"json_tools"}
+    ask = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    answer = httpx.post(f"{run['url']}/v1/chat/completions", json=ask, headers=key, timeout=60)
+    assert answer.json()["model"] == "gpt-4o"
     assert k2("stop", "--all").returncode == 0
     assert not path.exists()

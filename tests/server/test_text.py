@@ -70,3 +70,43 @@ def test_scores_travel_with_their_text_and_end_at_the_stop() -> None:
     assert assembler.tokens_used == 4
     rest = assembler.finish()
     assert (rest.text, list(rest.scores)) == ("", [])
+
+
+MARKERS = {ord("["): "<a>", ord("]"): "</a>"}
+
+
+def marked(text: str, stops: list[str], size: int) -> tuple[str, list[tuple[int, str]], list[int]]:
+    """Push a text whose brackets are markers; return text, markers and offsets of tokens."""
+    assembler = TextAssembler(HiddenBrackets(), stops, MARKERS)
+    tokens = LetterTokenizer().encode(text)
+    pieces = [assembler.push(tokens[at : at + size]) for at in range(0, len(tokens), size)]
+    pieces.append(assembler.finish())
+    out, markers, offsets = "", [], []
+    for piece in pieces:
+        markers += [(len(out) + marker.offset, marker.text) for marker in piece.markers]
+        offsets += piece.token_offsets
+        out += piece.text
+    assert all(out.startswith(marker, at) for at, marker in markers)
+    return out, markers, offsets
+
+
+class HiddenBrackets(LetterStream):
+    """Stream that leaves out special tokens."""
+
+    def push(self, token_id: int, /) -> str:
+        return "" if token_id in MARKERS else super().push(token_id)
+
+
+def test_markers_are_tokens_and_not_their_text() -> None:
+    for size in (1, 2, 100):
+        out, markers, offsets = marked("x<a>[y]", [], size)
+        assert out == "x<a><a>y</a>"
+        assert markers == [(4, "<a>"), (8, "</a>")]
+        assert offsets == [0, 1, 2, 3, 4, 7, 8]
+
+
+def test_stop_strings_do_not_cut_markers() -> None:
+    for size in (1, 2, 100):
+        assert marked("x[y]z", ["a>y"], size)[:2] == ("x", [])
+        assert marked("x[y]z", ["</a>"], size)[:2] == ("x<a>y", [(1, "<a>")])
+        assert marked("x[y]z", ["a>q"], size)[0] == "x<a>y</a>z"

@@ -21,10 +21,13 @@ from k2cli.models.text.chat_template import ChatTemplate
 from k2cli.models.text.literal_markers import LiteralMarkers
 from k2cli.models.text.typescript_tools import sorted_deeply, typescript_declarations
 
-ArgumentForm = Literal["text", "mapping", "as sent"]
+ArgumentForm = Literal["text", "mapping", "mapping or text", "as sent"]
 Turn = dict[str, Any]
 
 _NEEDLE, _VALUE, _ID = "k2needlename", "k2needlevalue", "k2needleid"
+_JSON = re.compile(rf'"{_NEEDLE}"\s*:\s*"{_VALUE}"')
+# The member of an object that stands for arguments that are none.
+_RAW_ARGUMENTS = "raw_arguments"
 _PROBE_TOOL = {"type": "function", "function": {"name": "probe", "parameters": {"type": "object"}}}
 # What K2's templates write before the id of a call; the models continue these ids.
 _K2_CALL = "<|tool_call_begin|>"
@@ -34,6 +37,7 @@ _TYPESCRIPT = "tools_ts_str"
 # Names under which templates read an assistant's reasoning; clients' own is made the first.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_SPLITS_THOUGHT = re.compile(r"split\(\s*['\"]</think>")
 _SWITCH = re.compile(r"(enable_|use_|is_)?(thinking|reasoning)(_enabled|_mode)?")
 # A private-use character: no template and no conversation has it, and no filter changes it.
 _END_MARK = "\uf8ffk2-answer-continues-here\uf8ff"
@@ -108,15 +112,16 @@ class ConversationRenderer:
         """The form in which the template wants tool arguments, by a call rendered both ways.
 
         Text is kept where the template writes it as it is, since that repeats what the model
-        generated, and finds it in the prefix cache. ``as sent`` if neither form is shown.
+        generated, and finds it in the prefix cache. A template that has another form for a mapping
+        than JSON (Kimi K3) gets a mapping, as that is the form in which the model writes, and text
+        only if it is no JSON object. ``as sent`` if neither form is shown.
         """
-        text = self._rendered_call(json.dumps({_NEEDLE: _VALUE}))
-        if text is not None and f'{{"{_NEEDLE}": "{_VALUE}"}}' in text:
-            return "text"
-        mapping = self._rendered_call({_NEEDLE: _VALUE})
-        if mapping is not None and _NEEDLE in mapping and _VALUE in mapping:
-            return "mapping"
-        return "as sent"
+        text = self._rendered_call(json.dumps({_NEEDLE: _VALUE})) or ""
+        mapping = self._rendered_call({_NEEDLE: _VALUE}) or ""
+        takes_mapping = _NEEDLE in mapping and _VALUE in mapping
+        if f'{{"{_NEEDLE}": "{_VALUE}"}}' in text:
+            return "text" if not takes_mapping or _JSON.search(mapping) else "mapping or text"
+        return "mapping" if takes_mapping else "as sent"
 
     @cached_property
     def shows_k2_ids(self) -> bool:
@@ -154,16 +159,17 @@ class ConversationRenderer:
         """Give earlier reasoning to the template under its own name; it decides what it shows.
 
         Clients that know no reasoning send it back within the content, between the tags of most
-        models. A template that reads it apart would write it twice, or into a turn that it drops
-        reasoning from.
+        models. A template that reads it apart, and does not look for the tags itself, would write
+        tags twice, or reasoning into a turn from which it drops it.
         """
+        splits = _SPLITS_THOUGHT.search(self._template.source) is not None
         name = next((name for name in _REASONING if name in self._template.members), None)
         result: list[Turn] = []
         for turn in turns:
             if not isinstance(turn, dict) or turn.get("role") != "assistant":
                 result.append(turn)
                 continue
-            if name is not None and not (continue_last and turn is turns[-1]):
+            if name is not None and not splits and not (continue_last and turn is turns[-1]):
                 turn = _with_thoughts_apart(turn)
             if name is not None and _REASONING[0] in turn:
                 turn = {**turn, name: turn[_REASONING[0]]}
@@ -224,14 +230,14 @@ def _with_thoughts_apart(turn: Turn) -> Turn:
 
 
 def _with_arguments(turns: Sequence[Turn], form: ArgumentForm) -> list[Turn]:
-    def of_call(call: dict[str, Any], place: str) -> dict[str, Any]:
+    def of_call(call: dict[str, Any]) -> dict[str, Any]:
         function = call.get("function")
         if not isinstance(function, dict) or form == "as sent":
             return call
         arguments = function.get("arguments")
-        if form == "mapping" and isinstance(arguments, str):
-            arguments = _object_in(arguments, place)
-        elif form == "mapping" and arguments is None:
+        if form != "text" and isinstance(arguments, str):
+            arguments = _object_in(arguments, arguments if form == "mapping or text" else None)
+        elif form != "text" and arguments is None:
             arguments = {}
         elif form == "text" and isinstance(arguments, dict | list):
             arguments = json.dumps(arguments, ensure_ascii=False)
@@ -242,24 +248,26 @@ def _with_arguments(turns: Sequence[Turn], form: ArgumentForm) -> list[Turn]:
         if not turn.get("tool_calls")
         else {
             **turn,
-            "tool_calls": [
-                of_call(call, f"messages[{index}].tool_calls[{number}]")
-                for number, call in enumerate(turn["tool_calls"])
-            ],
+            "tool_calls": [of_call(call) for call in turn["tool_calls"]],
         }
-        for index, turn in enumerate(turns)
+        for turn in turns
     ]
 
 
-def _object_in(text: str, place: str) -> dict[str, Any]:
-    """Parse arguments; a call without any is often sent as an empty text."""
+def _object_in(text: str, other: str | None) -> dict[str, Any] | str:
+    """Parse arguments; a call without any is often sent as an empty text.
+
+    A model sometimes writes arguments that are no JSON object. A refusal would end the
+    conversation for good, since clients send the call back each time. So the model is shown what it
+    wrote: as ``other``, or in an object.
+    """
     try:
         value = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise K2Error(f"{place}.function.arguments is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise K2Error(f"{place}.function.arguments is JSON, but not an object")
-    return value
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    return {_RAW_ARGUMENTS: text} if other is None else other
 
 
 def _with_k2_ids(turns: Sequence[Turn]) -> list[Turn]:

@@ -117,6 +117,17 @@ def _one_answer(value: int) -> int:
     return value
 
 
+def _functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for index, tool in enumerate(tools):
+        if (kind := tool.get("type")) != "function":
+            raise ValueError(f"tool {index} is of type {kind!r}, but only 'function' is supported")
+        function = tool.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"tool {index} needs an object 'function' with a 'name'")
+    return tools
+
+
 def _string_keys_to_ids(value: Any) -> Any:
     """Convert the keys of a JSON object to integers."""
     if not isinstance(value, dict):
@@ -134,6 +145,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 # fail_fast: the second wrong member of a million says nothing more than the first.
 Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)]
+Functions = Annotated[Objects, AfterValidator(_functions)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -259,7 +271,7 @@ class GenerationBody(_Ignored):
 class TemplatedBody(_Body):
     """Fields that change how the chat template renders a conversation."""
 
-    tools: Objects | None = None
+    tools: Functions | None = None
     # Fields of vLLM, for an assistant's last message that is the beginning of the answer.
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

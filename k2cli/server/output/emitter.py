@@ -166,10 +166,11 @@ class Emitter:
             self.closed = self.only_first_call
 
     def end_if_complete(self) -> None:
-        """End the open call if its arguments are JSON, for formats and answers without a marker."""
+        """End the open call if its arguments are an object: its last marker may be missing."""
         if self._open and not self._empty:
             try:
-                json.loads("".join(self._argument_parts))
+                found = json.loads("".join(self._argument_parts))
             except (ValueError, RecursionError):
                 return
-            self.end()
+            if isinstance(found, dict):
+                self.end()

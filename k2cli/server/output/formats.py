@@ -139,17 +139,19 @@ def _named(
 
 
 def _keeps_newlines(tools: ToolForm | None, template: str) -> bool:
-    """Return True for Kimi's models: their templates repeat the text beside markers unchanged."""
-    kimi = tools is not None and tools.name in ("kimi_k2", "kimi_k3")
-    return kimi or "<|im_middle|>" in template
+    """Return True for models whose templates repeat the text beside markers unchanged."""
+    verbatim = tools is not None and tools.name in ("kimi_k2", "kimi_k3", "harmony")
+    return verbatim or "<|im_middle|>" in template
 
 
 # The first entry whose texts are all in a template names the format.
 _IN_TEMPLATE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kimi_k2", ("<|tool_calls_section_begin|>",)),
     ("minimax_m2", ("<minimax:tool_call>",)),
+    ("deepseek_v4", ("<｜DSML｜tool_calls",)),
     ("deepseek_v32", ("<｜DSML｜",)),
     ("deepseek_v3", ("<｜tool▁calls▁begin｜>",)),
+    ("harmony", ("<|channel|>", "<|message|>")),
     ("gemma4", ("<|tool_call>", "<tool_call|>")),
     ("function_gemma", ("<start_function_call>",)),
     ("longcat", ("<longcat_tool_call>",)),

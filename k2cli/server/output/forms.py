@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from k2cli.server.output import harmony
 from k2cli.server.output.emitter import MAX_NAME_LETTERS, short_call_id
 from k2cli.server.output.json_calls import (
     HeaderForm,
@@ -46,6 +47,7 @@ REASONING_FORMS: dict[str, ReasoningForm] = {
         _single("mistral", "[THINK]", "[/THINK]"),
         _single("seed", "<seed:think>", "</seed:think>"),
         ReasoningForm("gemma4", "<|channel>thought", "<channel|>", ("<|channel>", "<channel|>")),
+        ReasoningForm(harmony.NAME, "<|channel|>analysis<|message|>", "<|end|>", harmony.TOKENS),
         ReasoningForm(
             "kimi_k3",
             "<|open|>think<|sep|>",
@@ -63,6 +65,7 @@ REASONING_FORMS: dict[str, ReasoningForm] = {
 # --- Mistral: [TOOL_CALLS]name[ARGS]{...}, or a list of objects ---
 
 _MISTRAL_OPEN, _MISTRAL_ARGUMENTS, _MISTRAL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+_MISTRAL_NAME = re.compile(r"[^\s\[\]{}]+")
 
 
 def _mistral_calls(context: CallContext, marker: str) -> Reading:
@@ -85,8 +88,10 @@ def _mistral_calls(context: CallContext, marker: str) -> Reading:
                 (arguments, opens), known.append, limit=MAX_NAME_LETTERS
             )
         name = "".join(header).strip()
-        begun = found == arguments and bool(re.fullmatch(r"[^\s\[\]{}]+", name))
-        if not (begun and emitter.begin(name, "".join(known).strip() or None)):
+        begun = found == arguments and bool(_MISTRAL_NAME.fullmatch(name))
+        given = "".join(known).strip()
+        begun = begun and bool(not given or _MISTRAL_NAME.fullmatch(given))
+        if not (begun and emitter.begin(name, given or None)):
             shown = _MISTRAL_ID + "".join(known) if known else ""
             context.text(before + "".join(header) + shown + context.shown(found))
             return
@@ -128,6 +133,7 @@ _K2 = HeaderForm(
     "<|tool_call_end|>",
     "<|tool_calls_section_end|>",
     k2_header,
+    numbered=True,
 )
 _DEEPSEEK = HeaderForm(
     "<｜tool▁call▁begin｜>",
@@ -203,6 +209,14 @@ _FORMS = (
         (_DSML,),
         typed_calls(_dsml("function_calls")),
     ),
+    ToolForm(
+        "deepseek_v4",
+        (f"<{_DSML}tool_calls>",),
+        (_DSML,),
+        typed_calls(_dsml("tool_calls")),
+    ),
+    # Its calls are messages of their own, which ``harmony.read_messages`` reads.
+    ToolForm(harmony.NAME, (), harmony.TOKENS, hermes_calls("")),
     _pair_form("glm47"),
     _pair_form("laguna"),
     _pair_form("longcat", "longcat_"),
@@ -297,10 +311,12 @@ TOOL_ALIASES = {
     "deepseek_v31": "deepseek_v3",
     "glm4": "glm47",
     "glm45": "glm47",
+    "gpt_oss": "harmony",
     "hermes": "json_tools",
     "llama3": "llama3_json",
     "llama4": "llama4_pythonic",
     "minimax": "minimax_m2",
+    "openai": "harmony",
     "qwen3": "json_tools",
     "qwen3_xml": "qwen3_coder",
 }
@@ -308,8 +324,10 @@ REASONING_ALIASES = {
     "deepseek_r1": "think_open",
     "deepseek_v3": "think",
     "glm45": "think",
+    "gpt_oss": "harmony",
     "kimi_k2": "think",
     "minimax_m2": "think",
+    "openai": "harmony",
     "qwen3": "think",
     "seed_oss": "seed",
 }

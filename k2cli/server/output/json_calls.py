@@ -20,6 +20,7 @@ _STRING_END = re.compile(r'["\\]')
 _SCALAR_END = re.compile(r"[,}\]\n]")
 _NAME_KEYS = {"name", "function"}
 _ARGUMENT_KEYS = {"arguments", "parameters"}
+_OTHER_KEYS = {"id", "type"}
 
 
 # --- JSON values ---
@@ -114,6 +115,8 @@ class JsonObjects:
             if letter != '"':
                 break
             key = yield from self._string(source)
+            if self._name is None and key not in _NAME_KEYS | _ARGUMENT_KEYS | _OTHER_KEYS:
+                break
             if (yield from source.skip(WHITESPACE, raw.append)) != ":":
                 break
             source.one(raw.append)
@@ -225,6 +228,8 @@ class HeaderForm:
     section_end: str
     read_header: Callable[[str], Header]
     fenced: bool = False
+    numbered: bool = False
+    """True if the model may write the number of a call alone."""
 
 
 _K2_HEADER = re.compile(r"(?:functions\.)?(.+?):\d+", re.DOTALL)
@@ -289,6 +294,8 @@ def _header_call(form: HeaderForm, context: CallContext) -> Generator[None, None
         header, fence = Header("".join(name).strip()), _Fence(context.emitter.arguments)
     else:
         header = form.read_header("".join(parts))
+    if form.numbered and header.name.isdecimal() and len(context.tools) == 1:
+        header = Header(_tool_name(context) or header.name, header.name, header.rest)
     if not isinstance(found, str) or not context.emitter.begin(header.name, header.call_id):
         context.text(form.call + "".join(parts) + context.shown(found))
         return None
@@ -303,6 +310,13 @@ def _header_call(form: HeaderForm, context: CallContext) -> Generator[None, None
         context.emitter.end()
     context.emitter.end_if_complete()
     return found if isinstance(found, str) else None
+
+
+def _tool_name(context: CallContext) -> str | None:
+    """Return the name of the only tool."""
+    function = context.tools[0].get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 class _Fence:

@@ -1,7 +1,8 @@
 """Calls that mlx-lm's parsers read: whole ones, and single arguments of typed forms.
 
-The parsers evaluate what the model wrote as JSON or as Python literals, by regular expressions and
-``ast``. Texts with deep nesting are kept from them.
+The parsers search by regular expressions, some of which take quadratic time or worse on texts that
+were made for that. A model may repeat such a text, so the size is limited, and texts in which tags
+do not match are not given to them.
 """
 
 from __future__ import annotations
@@ -15,21 +16,30 @@ from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.server.output.reader import CallContext, Tools
 from k2cli.server.output.source import Reading
 
-MAX_NESTING = 64
-_BRACKETS = re.compile(r"[\[({]|[\])}]|(?:[-+~]\s*|not\s+){16}")
+MAX_WHOLE_LETTERS = 2**18
+_MAX_GEMMA_CALLS = 64
+_GEMMA4_PARTS = re.compile(r'<\|"\|>|[{}]')
 
 
-def is_nested_deeply(text: str) -> bool:
-    """Return True if brackets are nested deeper than a parser in C should be given."""
-    depth = 0
-    for found in _BRACKETS.finditer(text):
-        letter = found[0]
-        if len(letter) > 1:
-            return True
-        depth = depth + 1 if letter in "[({" else max(depth - 1, 0)
-        if depth > MAX_NESTING:
-            return True
-    return False
+def _is_balanced(text: str) -> bool:
+    """Return True if the braces of Gemma 4's form, outside of its strings, are in pairs."""
+    depth, quoted = 0, False
+    for found in _GEMMA4_PARTS.finditer(text):
+        if found[0] not in "{}":
+            quoted = not quoted
+        elif not quoted:
+            depth += 1 if found[0] == "{" else -1
+            if depth < 0:
+                return False
+    return depth == 0 and not quoted
+
+
+def _is_safe(parser: str, text: str) -> bool:
+    if len(text) > MAX_WHOLE_LETTERS:
+        return False
+    if parser == "gemma4":
+        return _is_balanced(text)
+    return parser != "function_gemma" or text.count("call:") <= _MAX_GEMMA_CALLS
 
 
 def parse_whole(parser: str, text: str, tools: Tools) -> list[dict[str, Any]]:
@@ -37,7 +47,7 @@ def parse_whole(parser: str, text: str, tools: Tools) -> list[dict[str, Any]]:
 
     The result's members are ``name``, ``arguments`` and maybe ``id``.
     """
-    if is_nested_deeply(text):
+    if not _is_safe(parser, text):
         return []
     try:
         found = mlx_lm_module(f"tool_parsers.{parser}").parse_tool_call(text, tools)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from k2cli.server.output.emitter import Emitter, Kind
 from k2cli.server.output.events import OutputEvent
+from k2cli.server.output.harmony import NAME as HARMONY
+from k2cli.server.output.harmony import MessageWriter, read_messages
 from k2cli.server.output.reader import CallContext, ToolForm, Tools
 from k2cli.server.output.source import WHITESPACE, Machine, MarkerCodes, Reading, Source
 from k2cli.server.text import Piece
@@ -165,13 +167,17 @@ class MarkedOutput:
         form = self._reasoning
         opens, close = (encode(form.opens), encode(form.close)) if form else ("", "")
         dropped = tuple(map(encode, form.dropped)) if form else ()
+        if self._is_harmony:
+            yield from read_messages(source, self._message_writer())
+            self._text.end(at_marker=False)
+            return
         while True:
             if self._text.kind == "answer" and (yield from self._bare_call(source)):
                 continue
             calls = self._call_opens()
-            markers = (close, *calls)
+            markers = (opens, close, *calls)
             if self._text.kind == "answer":
-                markers = (opens, close, *dropped, *calls)
+                markers = (*markers, *dropped)
             # ``add`` is looked up each time, because a call replaces the text.
             found = yield from source.until(markers, lambda text: self._text.add(text), coded=True)
             if found in calls:
@@ -185,13 +191,29 @@ class MarkedOutput:
             elif found == close:
                 self._stray(close)
             elif found == opens:
-                if opens.isprintable() and (self._answered or not self._text.blank):
+                at_start = self._text.blank and not self._answered
+                if opens.isprintable() and not at_start:
                     self._text.add(opens)  # it is not a special token, and not at the beginning
-                else:
+                elif self._text.kind == "answer":
                     self._switch("reasoning", source.offset - len(source.codes.decode(opens)))
             elif found is None:
                 self._text.end(at_marker=False)
                 return
+
+    @property
+    def _is_harmony(self) -> bool:
+        return any(
+            form is not None and form.name == HARMONY for form in (self._reasoning, self._tools)
+        )
+
+    def _message_writer(self) -> MessageWriter:
+        return MessageWriter(
+            self._emitter,
+            self._switch,
+            lambda text: self._text.add(text),
+            "answer" if self._reasoning is None else "reasoning",
+            with_calls=self._tools is not None,
+        )
 
     def _stray(self, close: str) -> None:
         """Drop a marker that ends no reasoning, unless it is ordinary text."""

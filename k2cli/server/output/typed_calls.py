@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from k2cli.server.output.emitter import MAX_NAME_LETTERS
-from k2cli.server.output.mlx_lm_calls import emit_whole, is_nested_deeply, json_text, parse_whole
+from k2cli.server.output.mlx_lm_calls import emit_whole, json_text, parse_whole
 from k2cli.server.output.reader import CallContext
 from k2cli.server.output.source import WHITESPACE, Reading, Take, TooLong
 
@@ -194,15 +194,27 @@ def _converted(
     if form.convert is not None:
         return form.convert(header, value)
     assert form.parser is not None
+    tags = (form.call, form.argument, form.argument_end, form.call_end)
     whole = (
         f"{form.call}{call}{form.header_end}{form.argument}{header}{form.header_end}"
         f"{value}{form.argument_end}{form.call_end}"
     )
-    found = [] if is_nested_deeply(value) else parse_whole(form.parser, whole, context.tools)
-    arguments = found[0].get("arguments") if len(found) == 1 else None
-    if isinstance(arguments, dict) and list(arguments) == [key]:
-        return arguments[key]
-    return value.removeprefix("\n").removesuffix("\n")
+    found = _value_in(form.parser, whole, context, value, tags)
+    return found[0] if found else value.removeprefix("\n").removesuffix("\n")
+
+
+def _value_in(
+    parser: str, whole: str, context: CallContext, value: str, tags: tuple[str, ...]
+) -> list[object]:
+    """Return the value of a call's only argument; nothing if it is not certain.
+
+    A value that has a tag of its own form is not given to the parser, which takes quadratic time.
+    """
+    if any(tag in value for tag in tags):
+        return []
+    calls = parse_whole(parser, whole, context.tools)
+    arguments = calls[0].get("arguments") if len(calls) == 1 else None
+    return list(arguments.values()) if isinstance(arguments, dict) and len(arguments) == 1 else []
 
 
 # --- DeepSeek V3.2 ---
@@ -293,8 +305,6 @@ def _pair_value(
     whole = (
         f"{header}{form.key[0]}{key.text}{form.key[1]}{form.value[0]}{value.text}{form.value[1]}"
     )
-    found = [] if is_nested_deeply(value.text) else parse_whole(form.parser, whole, context.tools)
-    arguments = found[0].get("arguments") if len(found) == 1 else None
-    if isinstance(arguments, dict) and len(arguments) == 1:
-        return json_text(next(iter(arguments.values())))
-    return json_text(value.text.strip())
+    tags = (*form.key, *form.value)
+    found = _value_in(form.parser, whole, context, key.text + value.text, tags)
+    return json_text(found[0] if found else value.text.strip())

@@ -1,8 +1,4 @@
-"""The route ``POST /v1/chat/completions``.
-
-The chat template shows tools to the model, and its output is returned as text. Tool calls and
-reasoning are not parsed out of that text yet.
-"""
+"""The route ``POST /v1/chat/completions``: the next turn of a conversation."""
 
 from __future__ import annotations
 

@@ -210,6 +210,28 @@ ANSWERS = [
         calls=(Call("search", {"query": "12", "tags": ["a", 1]}),),
     ),
     Answer(
+        "DeepSeek V4",
+        "deepseek_v4",
+        f'Hm.</think><{_DSML}tool_calls>\n<{_DSML}invoke name="now">\n</{_DSML}invoke>\n'
+        f'<{_DSML}invoke name="search">\n<{_DSML}parameter name="query" string="true">a\nb'
+        f"</{_DSML}parameter>\n</{_DSML}invoke>\n</{_DSML}tool_calls>",
+        reasoning="Hm.",
+        calls=(Call("now", {}), Call("search", {"query": "a\nb"})),
+        inside=True,
+    ),
+    Answer(
+        "gpt-oss",
+        "harmony",
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary"
+        "<|message|>Let me see.<|end|><|start|>assistant<|channel|>commentary "
+        'to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris", "days": 3}<|call|>'
+        "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}<|call|>"
+        "<|start|>assistant<|channel|>final<|message|>Done.<|return|>",
+        text="Let me see.Done.",
+        reasoning="Hm.",
+        calls=(Call("get_weather", _PARIS), Call("now", {})),
+    ),
+    Answer(
         "GLM 4.5",
         "glm47",
         "\n<think>Hm.</think>\nOne moment.\n<tool_call>" + _GLM_CALL + "</tool_call>",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,7 @@ def format_of(
             "gemma4": "gemma4",
             "longcat": "longcat",
             "mistral": "mistral",
+            "harmony": "harmony",
         }.get(parser, "think")
     return choose_output_format(template, {}, token_id, parser, reasoning)
 
@@ -47,18 +49,15 @@ def pieces_of(text: str, tokens: Iterable[str], cuts: Sequence[int] | None = Non
     """Cut a text at positions, or into letters; special tokens stay whole and are marked."""
     found = list(re.finditer("|".join(map(re.escape, tokens)), text)) if tokens else []
     inside = {at for marker in found for at in range(marker.start() + 1, marker.end())}
+    texts = {marker.start(): marker[0] for marker in found}
     at = [cut for cut in (range(len(text)) if cuts is None else cuts) if cut not in inside]
     begins = sorted({0, *at})
     ends = [*begins[1:], len(text)]
     return [
         Piece(
             text[begin:end],
-            markers=[
-                Marker(marker.start() - begin, marker[0])
-                for marker in found
-                if begin <= marker.start() < end
-            ],
-            token_offsets=[n for n in range(begin, end) if n not in inside],
+            markers=[Marker(at - begin, texts[at]) for at in range(begin, end) if at in texts],
+            token_offsets=[at for at in range(begin, end) if at not in inside],
         )
         for begin, end in zip(begins, ends, strict=True)
     ]
@@ -73,21 +72,25 @@ def run(parser: OutputParser, pieces: Iterable[Piece]) -> list[OutputEvent]:
 
 
 def joined(events: Iterable[OutputEvent]) -> list[OutputEvent]:
+    """Join neighbouring texts of the same kind, and their scores."""
     result: list[OutputEvent] = []
-    for event in events:
-        last = result[-1] if result else None
-        match event:
-            case ReasoningText() | AnswerText() if isinstance(last, type(event)):
-                scores = (*last.scores, *event.scores)
-                result[-1] = type(event)(last.text + event.text, scores)
+    for _, group in itertools.groupby(events, key=_kind):
+        first, *others = group
+        all_of_them: list[Any] = [first, *others]
+        text = "".join(getattr(event, "text", "") for event in all_of_them)
+        match first:
             case ReasoningText() | AnswerText():
-                result.append(type(event)(event.text, tuple(event.scores)))
-            case CallArguments(index=index, text=text) if isinstance(last, CallArguments):
-                assert last.index == index
-                result[-1] = CallArguments(index, last.text + text)
+                scores = [score for event in all_of_them for score in event.scores]
+                result.append(type(first)(text, tuple(scores)))
+            case CallArguments(index=index):
+                result.append(CallArguments(index, text))
             case _:
-                result.append(event)
+                result += all_of_them
     return result
+
+
+def _kind(event: OutputEvent) -> object:
+    return type(event), getattr(event, "index", None)
 
 
 def without_ids(events: Iterable[OutputEvent]) -> list[OutputEvent]:

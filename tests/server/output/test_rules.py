@@ -45,6 +45,12 @@ def test_the_prompt_opens_the_reasoning() -> None:
     assert (found.reasoning, found.text) == ("Hm.", "Yes.")
 
 
+@pytest.mark.parametrize("plain", [(), ("<think>", "</think>")])
+def test_the_model_opens_the_reasoning_again(plain: tuple[str, ...]) -> None:
+    found = k2("<think>Hm.</think>Yes.", inside=True, plain=plain)
+    assert (found.reasoning, found.text) == ("Hm.", "Yes.")
+
+
 def test_a_call_ends_reasoning_and_a_late_marker_is_no_text() -> None:
     found = k2("Hm." + CALL + "</think>Yes.", inside=True)
     assert kinds(found) == [
@@ -217,6 +223,26 @@ def test_other_forms_of_kimis_header() -> None:
     assert [(c.call_id, c.arguments) for c in found.calls] == [("functions.now:0", "{}")]
 
 
+def test_a_number_alone_names_the_only_tool() -> None:
+    section = K2_SECTION.format(k2_call("0", '{"city": "Paris"}'))
+    found = k2(section, tools=TOOLS[1:2])
+    assert [(c.name, c.call_id) for c in found.calls] == [("get_weather", "0")]
+    assert [call.name for call in k2(section).calls] == ["0"]
+
+
+def test_harmony_without_tools_and_cut_off() -> None:
+    calls = '<|channel|>commentary to=functions.now<|message|>{"a": 1'
+    found = parse("harmony", "<|channel|>final<|message|>Yes.<|start|>assistant" + calls)
+    assert found.text == "Yes."
+    assert [(c.name, c.arguments, c.complete) for c in found.calls] == [("now", '{"a": 1', False)]
+    found = parse("harmony", calls, tools=None)
+    assert (found.text, found.reasoning, found.calls) == ("", '{"a": 1', [])
+    found = parse("harmony", "<|channel|>analysis<|message|>Hm", tools=None)
+    assert (found.text, found.reasoning) == ("", "Hm")
+    found = parse("harmony", "No header<|end|>.", tools=None)
+    assert found.text == "No header."
+
+
 def test_ids_of_k2_have_the_form_that_templates_want() -> None:
     found = parse("json_tools", '<tool_call>{"name": "now", "arguments": {}}</tool_call>')
     assert found.calls[0].call_id.startswith("call_")
@@ -299,6 +325,14 @@ def test_reasoning_tokens_are_counted_without_markers() -> None:
             assert parser.reasoning_tokens == count
 
 
+def test_an_object_that_is_no_call_is_not_held_back() -> None:
+    parser = format_of("llama3_json").parser(OutputOptions(True, TOOLS))
+    shown = ""
+    for piece in pieces_of('{"city": "Paris", ', []):
+        shown += "".join(e.text for e in parser.push(piece) if isinstance(e, AnswerText))
+    assert shown == '{"city": "Paris", '
+
+
 def test_text_is_held_back_only_while_a_marker_may_begin() -> None:
     form = format_of("json_tools", plain=("<think>", "</think>", "<tool_call>", "</tool_call>"))
     parser = form.parser(OutputOptions(True, TOOLS))
@@ -324,6 +358,7 @@ def test_text_is_held_back_only_while_a_marker_may_begin() -> None:
         ("<minimax:tool_call>", "minimax_m2", None),
         ('<|start_header_id|>{"parameters": ', "llama3_json", None),
         ("[TOOL_CALLS]", "mistral", None),
+        ("<|channel|>analysis<|message|><|end|>", "harmony", "harmony"),
         ("", None, None),
         (None, None, None),
     ],
@@ -394,3 +429,26 @@ def test_typed_values_that_do_not_fit_are_text() -> None:
     )
     found = parse("qwen3_coder", text)
     assert json.loads(found.calls[0].arguments) == {"days": "many", "city": "[" * 5000}
+
+
+def test_values_with_tags_in_them_are_text() -> None:
+    for parser, before, repeated, after in (
+        ("minimax_m2", '<invoke name="f"><parameter name="a">', "<invoke name=x>", "</parameter>"),
+        (
+            "kimi_k3",
+            '<|open|>call tool="f"<|sep|><|open|>argument key="a"<|sep|>',
+            "<|open|>callx",
+            "<|close|>argument<|sep|>",
+        ),
+        ("glm47", "f<arg_key>a</arg_key><arg_value>", "<arg_key>x\n</arg_key>", "</arg_value>"),
+    ):
+        form = format_of(parser)
+        assert form.tools is not None
+        found = parse(parser, form.tools.opens[0] + before + repeated * 3000 + after)
+        assert found.calls[0].arguments == '{"a": ' + json.dumps(repeated * 3000)
+
+
+def test_braces_without_a_pair_are_no_call() -> None:
+    text = "call:x{" * 2000
+    found = parse("gemma4", f"<|tool_call>{text}<tool_call|>")
+    assert (found.text, found.calls) == (f"<|tool_call>{text}<tool_call|>", [])
