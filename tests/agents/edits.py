@@ -9,7 +9,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.toy_k2.template import THINKING_TEMPLATE
 from tests.agents.agents import AFTER, BEFORE, FILE, Agent
 from tests.agents.recording import Exchange, Recorder
 from tests.support.harness import supervised
@@ -57,13 +56,6 @@ def isolation() -> list[str] | None:
         command.append("--map-root-user")
     tried = subprocess.run([*command, "true"], capture_output=True, check=False)
     return command if tried.returncode == 0 else None
-
-
-def thinking_model(toy: Path, folder: Path) -> Path:
-    """Copy a toy of K2 and give it the chat template of K2-Thinking."""
-    shutil.copytree(toy, folder)
-    (folder / "chat_template.jinja").write_text(THINKING_TEMPLATE, encoding="utf-8")
-    return folder
 
 
 def try_edit(agent: Agent, program: Path, model: Path, folder: Path) -> Trial:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.agents.agents import AGENTS, CODEX, FINAL, Agent
-from tests.agents.edits import Trial, isolation, thinking_model, try_edit
+from tests.agents.agents import AGENTS, FINAL, OPENCODE, Agent
+from tests.agents.edits import Trial, isolation, try_edit
 from tests.agents.installation import NotInstalled, install
+from tests.support.thinking_model import thinking_model
 
 pytestmark = [
     pytest.mark.ranks,
@@ -45,8 +46,8 @@ def _check(trial: Trial) -> None:
         assert marker not in json.dumps([one.body for one in own]), trial.report()
 
 
-def test_codex_completes_an_edit(toy_k2: Path, tmp_path: Path) -> None:
-    _check(_trial(CODEX, toy_k2, tmp_path))
+def test_opencode_completes_an_edit(toy_k2: Path, tmp_path: Path) -> None:
+    _check(_trial(OPENCODE, toy_k2, tmp_path))
 
 
 @pytest.mark.soak
