@@ -8,6 +8,7 @@ import string
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from typing import Literal
 
 from k2cli.server.output.events import (
@@ -35,6 +36,24 @@ def common_call_id() -> str:
 def short_call_id() -> str:
     """Make an id of nine letters and digits, the only form that Mistral's templates accept."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
+def _joined(events: list[OutputEvent]) -> list[OutputEvent]:
+    """Join neighbouring parts of one text, and of the arguments of one call."""
+    result: list[OutputEvent] = []
+    for kind, group in groupby(events, key=type):
+        parts = list(group)
+        if len(parts) == 1 or kind in (CallBegan, CallEnded):
+            result += parts
+            continue
+        text = "".join(part.text for part in parts if not isinstance(part, CallBegan | CallEnded))
+        match parts[0]:
+            case CallArguments(index=index):
+                result.append(CallArguments(index, text))
+            case ReasoningText() | AnswerText() as first:
+                scored = (part.scores for part in parts if isinstance(part, type(first)))
+                result.append(type(first)(text, list(chain.from_iterable(scored))))
+    return result
 
 
 def _sendable(text: str) -> str:
@@ -75,7 +94,7 @@ class Emitter:
     def take_events(self) -> list[OutputEvent]:
         """Return the events since the last call."""
         events, self._events = self._events, []
-        return events
+        return _joined(events)
 
     # --- texts ---
 
@@ -84,11 +103,7 @@ class Emitter:
         scores = self._tokens_before(read, kind)
         if self.closed or not (text or scores):
             return
-        last = self._events[-1] if self._events else None
         event = ReasoningText if kind == "reasoning" else AnswerText
-        if isinstance(last, event):
-            text, scores = last.text + text, [*last.scores, *scores]
-            self._events.pop()
         self._events.append(event(text, scores))
 
     def drop(self, read: int, kind: Kind = "answer") -> None:
@@ -148,10 +163,6 @@ class Emitter:
             return
         text = _sendable(text)
         self._argument_parts.append(text)
-        last = self._events[-1] if self._events else None
-        if isinstance(last, CallArguments):
-            text = last.text + text
-            self._events.pop()
         self._events.append(CallArguments(self.calls - 1, text))
 
     def end(self) -> None:

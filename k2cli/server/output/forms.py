@@ -236,6 +236,7 @@ _FORMS = (
                 parser="qwen3_coder",
             )
         ),
+        loose_opens=("<function=",),  # models of this family forget the section's marker
     ),
     ToolForm(
         "minimax_m2",

@@ -250,7 +250,7 @@ def deepseek_header(text: str) -> Header:
 
 
 def header_calls(form: HeaderForm) -> Callable[[CallContext, str], Reading]:
-    """Make a reader of such calls; the first marker is that of the section or of a call."""
+    """Make a reader of such calls: those of a section, or one without a section around it."""
 
     def read(context: CallContext, marker: str) -> Reading:
         call, end = context.markers(form.call, form.call_end)
@@ -261,7 +261,7 @@ def header_calls(form: HeaderForm) -> Callable[[CallContext, str], Reading]:
                 if found != call:
                     return
             found = yield from _header_call(form, context)
-            if found not in (call, end):
+            if found != call and (found != end or marker == call):
                 return
 
     return read

@@ -237,7 +237,8 @@ class MarkedOutput:
     def _call_opens(self) -> tuple[str, ...]:
         if self._tools is None or self._emitter.full:
             return ()
-        return tuple(map(self._source.codes.encode, self._tools.opens))
+        loose = self._tools.loose_opens if self._text.kind == "answer" else ()
+        return tuple(map(self._source.codes.encode, (*self._tools.opens, *loose)))
 
     def _context(self, source: Source) -> CallContext:
         return CallContext(source, self._emitter, lambda text: self._text.add(text), self._schemas)

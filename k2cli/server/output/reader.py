@@ -33,6 +33,11 @@ class CallContext:
         """The letters of special tokens."""
         return self.source.codes
 
+    def declares(self, name: str | None) -> bool:
+        """Return True if the request has a tool of that name."""
+        functions = [tool.get("function") for tool in self.tools]
+        return any(isinstance(each, dict) and each.get("name") == name for each in functions)
+
     def marker(self, text: str) -> str:
         """Return a marker as the source has it."""
         return self.codes.encode(text)
@@ -59,6 +64,7 @@ class ToolForm:
         opens: markers that begin calls.
         tokens: markers, or parts of them, that may be special tokens of a vocabulary.
         read: the reader.
+        loose_opens: markers that begin calls only outside of reasoning.
         bare: letters with which an answer may begin that is a call without a marker.
         make_call_id: makes ids for calls to which the model gives none.
     """
@@ -67,5 +73,6 @@ class ToolForm:
     opens: tuple[str, ...]
     tokens: tuple[str, ...]
     read: ReadCalls
+    loose_opens: tuple[str, ...] = ()
     bare: str = ""
     make_call_id: Callable[[], str] = field(default=common_call_id)

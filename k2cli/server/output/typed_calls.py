@@ -106,25 +106,26 @@ class _Collected:
 
 
 def typed_calls(form: TypedForm) -> Callable[[CallContext, str], Reading]:
-    """Make a reader of such calls; the first marker is that of the section or of a call."""
+    """Make a reader of such calls: those of a section, or one without a section around it."""
 
     def read(context: CallContext, marker: str) -> Reading:
         call, call_end = context.markers(form.call, form.call_end)
-        ends = context.markers(form.section_end) if form.section_end else ()
-        found: str | TooLong | None = marker
-        while True:
-            if found != call:
-                found = yield from context.source.until((call, *ends), context.text)
-                if found != call:
-                    return
-            found = yield from _typed_call(form, context)
-            if found != call_end or not ends:
-                return
+        if marker == call:
+            yield from _typed_call(form, context, only_declared=bool(form.section_end))
+            return
+        end = context.marker(form.section_end)
+        found: str | TooLong | None = call_end
+        while found == call_end:
+            found = yield from context.source.until((call, end), context.text)
+            if found == call:
+                found = yield from _typed_call(form, context)
 
     return read
 
 
-def _typed_call(form: TypedForm, context: CallContext) -> Generator[None, None, str | None]:
+def _typed_call(
+    form: TypedForm, context: CallContext, *, only_declared: bool = False
+) -> Generator[None, None, str | None]:
     """Read a call after the beginning of its tag. Return the marker that ended it."""
     source, emitter = context.source, context.emitter
     header: list[str] = []
@@ -133,6 +134,8 @@ def _typed_call(form: TypedForm, context: CallContext) -> Generator[None, None, 
     )
     text = "".join(header)
     name = form.name_of(text) if isinstance(found, str) else None
+    if only_declared and not context.declares(name):
+        name = None
     if name is None or not emitter.begin(name):
         context.text(form.call + text + context.shown(found))
         return None

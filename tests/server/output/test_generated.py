@@ -154,3 +154,7 @@ def test_a_long_answer_in_one_piece() -> None:
     call = '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 1000 + '"}}</tool_call>'
     events = [*parser.push(Piece(call * 900 + "<" * 200_000)), *parser.finish()]
     assert sum(isinstance(event, CallBegan) for event in events) == 900
+    nested = '{"name": "f", "arguments": {"a": ' + "[1, " * 100_000 + "0" + "]" * 100_000 + "}}"
+    parser = form.parser(OutputOptions(True, TOOLS))
+    events = [*parser.push(Piece(f"<tool_call>{nested}</tool_call>")), *parser.finish()]
+    assert [len(e.text) for e in events if isinstance(e, CallArguments)] == [500_008]

@@ -215,6 +215,20 @@ def test_a_tool_that_was_not_declared_is_passed_on() -> None:
     assert [(c.name, c.call_id) for c in found.calls] == [("nonsense", "functions.nonsense:3")]
 
 
+def test_calls_without_a_section() -> None:
+    call = "<function=now>\n</function>\n"
+    found = parse("qwen3_coder", "a " + call + "</tool_call>b<think>c</think>")
+    assert (found.text, found.reasoning) == ("a b", "c")
+    assert [(c.name, c.complete) for c in found.calls] == [("now", True)]
+    for text in ("write <function=name> here", "<function=" + "x" * 3000):
+        found = parse("qwen3_coder", text)
+        assert (found.text, found.calls) == (text, [])
+    found = parse("qwen3_coder", call + "</think>d", inside=True)
+    assert (found.reasoning, found.text) == (call.strip(), "d")
+    found = k2("a" + k2_call("functions.now:0", "{}") + "<think>b</think>c")
+    assert (found.text, found.reasoning, len(found.calls)) == ("ac", "b", 1)
+
+
 def test_other_forms_of_kimis_header() -> None:
     for header, name in (("now:0", "now"), ("functions.now", "now"), (" functions.a.b:12 ", "a.b")):
         found = k2(K2_SECTION.format(k2_call(header, "{}")))
