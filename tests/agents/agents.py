@@ -57,15 +57,20 @@ class Agent:
     installer: str = "npm"
     install_script: str = ""
 
-    def rules(self, folder: Path) -> list[Rule]:
-        """Return the answers of a model that makes the edit in a folder."""
+    def rules(self, folder: Path, opens: str = "<think>") -> list[Rule]:
+        """Return the answers of a model that makes the edit in a folder.
+
+        Args:
+            folder: the agent's working folder.
+            opens: what the model writes before its reasoning.
+        """
         if not self.calls:
-            return [Rule(f"<think>One line changes.</think>{self.answer}")]
+            return [Rule(f"{opens}One line changes.</think>{self.answer}")]
         # The last call's result is looked for first: a conversation holds all earlier ones.
         last = self.calls[-1]
         rules = [
             Rule(
-                f"<think>The file is changed.</think>{FINAL}",
+                f"{opens}The file is changed.</think>{FINAL}",
                 (f"## Return of functions.{last.tool}:{len(self.calls) - 1}\n",),
             )
         ]
@@ -74,20 +79,18 @@ class Agent:
             if index:
                 before = self.calls[index - 1].tool
                 needed.append(f"## Return of functions.{before}:{index - 1}\n")
-            rules.append(Rule(_calling(self.calls[index], index, folder / FILE), tuple(needed)))
-        rules.append(Rule("<think>Short.</think>Change of a greeting"))  # titles: no tools
+            answer = opens + _calling(self.calls[index], index, folder / FILE)
+            rules.append(Rule(answer, tuple(needed)))
+        rules.append(Rule(f"{opens}Short.</think>Change of a greeting"))  # titles: no tools
         return rules
 
 
 def _calling(call: Call, index: int, file: Path) -> str:
-    arguments = {
-        name: value.replace("{file}", str(file)) if isinstance(value, str) else value
-        for name, value in call.arguments.items()
-    }
+    arguments = json.dumps(call.arguments).replace("{file}", str(file))
     return (
-        f"<think>The next step is {call.tool}.</think>I use {call.tool}."
+        f"The next step is {call.tool}.</think>I use {call.tool}."
         "<|tool_calls_section_begin|><|tool_call_begin|>"
-        f"functions.{call.tool}:{index}<|tool_call_argument_begin|>{json.dumps(arguments)}"
+        f"functions.{call.tool}:{index}<|tool_call_argument_begin|>{arguments}"
         "<|tool_call_end|><|tool_calls_section_end|>"
     )
 
@@ -240,11 +243,7 @@ AIDER = Agent(
         f'{FILE}\n```python\n<<<<<<< SEARCH\n    return "Hello"\n=======\n'
         '    return "Hello from K2"\n>>>>>>> REPLACE\n```\n'
     ),
-    environment={
-        "OPENAI_API_BASE": "{url}/v1",
-        "OPENAI_API_KEY": "none",
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    },
+    environment={"OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "none"},
     installer="pip",
 )
 

@@ -58,13 +58,15 @@ def isolation() -> list[str] | None:
     return command if tried.returncode == 0 else None
 
 
-def try_edit(agent: Agent, program: Path, model: Path, folder: Path) -> Trial:
+def try_edit(
+    agent: Agent, program: Path, model: Path, folder: Path, opens: str = "<think>"
+) -> Trial:
     """Let an agent edit a file in a new folder; it can reach the run and nothing else."""
     home, work = folder / "home", folder / "work"
     home.mkdir(parents=True)
     work.mkdir()
     (work / FILE).write_text(BEFORE)
-    save_rules(folder / "answers.json", agent.rules(work))
+    save_rules(folder / "answers.json", agent.rules(work, opens))
     isolated = isolation()
     assert isolated is not None
     environment = {ANSWERS_VARIABLE: str(folder / "answers.json")}

@@ -1,7 +1,7 @@
 """Agents that others wrote complete the edit of a file.
 
-Guard, server and HTTP are real; the rank plays a script in the format of K2-Thinking: reasoning,
-then a call of the agent's own tool. An agent reaches nothing but the run.
+Guard, server and HTTP are real; the rank plays a script in the format of K2-Thinking or K2.5:
+reasoning, then a call of the agent's own tool. An agent reaches nothing but the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from tests.agents.agents import AGENTS, FINAL, OPENCODE, Agent
 from tests.agents.edits import Trial, isolation, try_edit
 from tests.agents.installation import NotInstalled, install
-from tests.support.thinking_model import thinking_model
+from tests.support.thinking_model import REASONING_BEGINS, TEMPLATES, thinking_model
 
 pytestmark = [
     pytest.mark.ranks,
@@ -23,12 +23,13 @@ pytestmark = [
 ]
 
 
-def _trial(agent: Agent, toy_k2: Path, folder: Path) -> Trial:
+def _trial(agent: Agent, toy_k2: Path, folder: Path, form: str = "k2-thinking") -> Trial:
     try:
         program = install(agent)
     except NotInstalled as error:
         pytest.skip(f"{agent.name} {agent.version}: {error}")
-    return try_edit(agent, program, thinking_model(toy_k2, folder / "model"), folder / "trial")
+    model = thinking_model(toy_k2, folder / "model", form)
+    return try_edit(agent, program, model, folder / "trial", REASONING_BEGINS[form])
 
 
 def _check(trial: Trial) -> None:
@@ -52,5 +53,8 @@ def test_opencode_completes_an_edit(toy_k2: Path, tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("agent", AGENTS, ids=[agent.name for agent in AGENTS])
-def test_every_agent_completes_an_edit(agent: Agent, toy_k2: Path, tmp_path: Path) -> None:
-    _check(_trial(agent, toy_k2, tmp_path))
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_every_agent_completes_an_edit(
+    agent: Agent, form: str, toy_k2: Path, tmp_path: Path
+) -> None:
+    _check(_trial(agent, toy_k2, tmp_path, form))
