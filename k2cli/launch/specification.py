@@ -22,6 +22,7 @@ from k2cli.errors import ClusterError
 from k2cli.files import decode_json, read_regular
 from k2cli.launch.restart_policy import RestartPolicy
 from k2cli.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
+from k2cli.units import MB
 
 if TYPE_CHECKING:
     from k2cli.cluster.description import Cluster
@@ -197,6 +198,11 @@ def _assignment(
     )
 
 
+_UNCOUNTED_CUDA_BYTES = 1500 * MB
+"""Memory of a rank on CUDA beside MLX's arrays and its context, with a margin: 0.9 to 1.8 GB seen
+(docs/measurements/full-width.md), of which the plan's runtime_bytes cover 0.6."""
+
+
 def cache_limit_bytes(budget: NodeBudget) -> int:
     """Return the limit on freed arrays that MLX keeps: on a GPU a step's temporary arrays too.
 
@@ -208,10 +214,17 @@ def cache_limit_bytes(budget: NodeBudget) -> int:
 
 
 def memory_limit_bytes(budget: NodeBudget) -> int | None:
-    """Return the limit on MLX's memory, in use and kept: the plan without the program itself."""
+    """Return the limit on MLX's memory, in use and kept: the plan without the program itself.
+
+    On CUDA the libraries and MLX's graphs take memory that MLX does not count. It comes out of
+    what MLX keeps of freed arrays, so that the whole program stays within the plan.
+    """
     if budget.backend == "cpu" or budget.breakdown is None:
         return None
-    return budget.total_bytes - budget.breakdown.runtime_bytes
+    limit = budget.total_bytes - budget.breakdown.runtime_bytes
+    if budget.backend == "cuda":
+        limit -= min(_UNCOUNTED_CUDA_BYTES, cache_limit_bytes(budget) // 3)
+    return limit
 
 
 def renew_bootstraps(
