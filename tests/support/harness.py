@@ -92,6 +92,7 @@ def _specification(
     worker: str,
     restart: RestartPolicy,
     model: Path | None,
+    context_length: int,
 ) -> RunSpecification:
     run_id = new_run_id("scripted")
     environment = {}
@@ -110,7 +111,7 @@ def _specification(
                 strategy="pipeline",
                 layers=[],
                 dtype="float32",
-                context_length=128,
+                context_length=context_length,
                 concurrency=1,
                 prefill_chunk_tokens=128,
                 expected_weights_bytes=[],
@@ -135,11 +136,12 @@ def prepare_scripted(
     deadlines: Deadlines | None = None,
     restart: RestartPolicy | None = None,
     model: Path | None = None,
+    context_length: int = 128,
 ) -> RunSpecification:
     """Write the folder of a run whose ranks are scripted; with a model, it serves the API."""
     policy = restart or RestartPolicy()
     specification = _specification(
-        transport, size, deadlines or Deadlines(), SCRIPTED, policy, model
+        transport, size, deadlines or Deadlines(), SCRIPTED, policy, model, context_length
     )
     own = psutil.Process()
     record = RunRecord(
@@ -149,7 +151,7 @@ def prepare_scripted(
         state="starting",
         backend=transport,
         strategy="pipeline",
-        context_length=128,
+        context_length=context_length,
         ranks=tuple(RankRecord(rank, "localhost") for rank in range(size)),
         created=time.time(),
         pid=own.pid,
@@ -168,9 +170,10 @@ def supervised(
     environment: dict[str, str] | None = None,
     restart: RestartPolicy | None = None,
     model: Path | None = None,
+    context_length: int = 128,
 ) -> Iterator[SupervisedRun]:
     """Start a scripted run under a supervisor; kill its remaining processes at exit."""
-    specification = prepare_scripted(transport, size, deadlines, restart, model)
+    specification = prepare_scripted(transport, size, deadlines, restart, model, context_length)
     folder = run_folder.run_folder(specification.run_id)
     with (folder / "supervisor.out").open("wb") as output:
         supervisor = subprocess.Popen(

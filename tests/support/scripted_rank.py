@@ -1,7 +1,8 @@
 """A rank without a model: it implements the protocol of a real one and computes nothing.
 
 A real guard starts it with a hidden option, in place of ``k2cli.rank.main``. The environment
-variable ``SCRIPT_FAIL`` names a way in which rank 1 fails while loading.
+variable ``SCRIPT_FAIL`` names a way in which rank 1 fails while loading. With a script of answers
+(``scripted_answers``) it answers as a model would that wrote these.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from k2cli.protocol import (
     Cancel,
@@ -34,6 +36,9 @@ from k2cli.protocol import (
 from k2cli.protocol.progress_page import ProgressPage
 from k2cli.protocol.wire import Channel, ConnectionLost
 from k2cli.settings import RUN_OPTION
+
+if TYPE_CHECKING:
+    from tests.support.scripted_answers import ScriptedAnswers
 
 WEIGHTS_BYTES = 1000
 
@@ -75,9 +80,24 @@ def _answer(link: Channel[GuardMessage], request: Generate) -> None:
     link.send(Finished(request.request_id, "length", len(request.prompt), count, 0, 0.0, 0.1, 0.1))
 
 
+def _script(model_path: str) -> ScriptedAnswers | None:
+    if not os.environ.get("SCRIPT_ANSWERS"):
+        return None
+    from tests.support.scripted_answers import answers_of_environment
+
+    return answers_of_environment(model_path)
+
+
 def _serve(
-    link: Channel[GuardMessage], page: ProgressPage, inbox: list[GuardMessage], size: int
+    link: Channel[GuardMessage],
+    page: ProgressPage,
+    inbox: list[GuardMessage],
+    answers: ScriptedAnswers | None,
 ) -> None:
+    def cancelled(request_id: str) -> bool:
+        page.advance("busy")
+        return Cancel(request_id) in inbox
+
     while True:
         page.advance("idle")
         while inbox:
@@ -86,6 +106,8 @@ def _serve(
                     os._exit(0)
                 case Generate(max_tokens=1_000_000):
                     pass  # never answered
+                case Generate() as request if answers is not None:
+                    answers.answer(request, link.send, cancelled)
                 case Generate() as request:
                     _answer(link, request)
                 case Cancel() | ControlEndpoint():
@@ -120,7 +142,8 @@ def main() -> None:
     page.advance("idle")
     if rank == 0:
         link.send(EngineReady())
-    _serve(link, page, inbox, size)
+    answers = _script(start.assignment.model_path) if rank == 0 else None
+    _serve(link, page, inbox, answers)
 
 
 if __name__ == "__main__":

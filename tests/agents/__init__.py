@@ -1,0 +1,1 @@
+"""Coding agents that others wrote, each against a run whose ranks are scripted."""

@@ -1,0 +1,1 @@
+"""The SDKs of OpenAI and Anthropic against a run whose rank is scripted."""
