@@ -13,7 +13,7 @@ from k2cli.server.served_model import ServedModel
 from tests.server.scripted import ScriptedEngine, serving
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "agents"
-NAMES = ("opencode", "cline", "aider")
+NAMES = ("opencode", "cline", "aider", "claude", "claude-toolsearch")
 SERVED = ServedModel("kimi-k2", context_length=131_072, created=1_700_000_000)
 
 
