@@ -30,16 +30,16 @@ def download(
 
     Example: k2 download demo
     """
-    from k2cli.models.sources.download import BytesDone, StepStarted, fetch
+    from k2cli.models.sources.download import BytesDone, Event, StepStarted, fetch
     from k2cli.ui.output import note, print_json, print_line
     from k2cli.ui.progress import ByteProgress
 
     with ByteProgress() as progress:
 
-        def show(event: StepStarted | BytesDone) -> None:
+        def show(event: Event) -> None:
             if isinstance(event, StepStarted):
                 progress.step(event.text)
-            else:
+            elif isinstance(event, BytesDone):
                 progress.advance(event.done_bytes, event.total_bytes)
 
         fetched = fetch(model, destination=to, revision=revision, dry_run=dry_run, on_event=show)
