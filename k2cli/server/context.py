@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
 from k2cli.server.engine_client import EngineClient
-from k2cli.server.engine_request import ServerTokenizer
+from k2cli.server.engine_request import EngineRequest, ServerTokenizer
 from k2cli.server.errors import unavailable
 from k2cli.server.generation import RequestQueue
+from k2cli.server.output.events import OutputParser, PlainOutput
 from k2cli.server.request_reader import RequestReader
 from k2cli.server.served_model import ServedModel
 
@@ -23,6 +25,7 @@ class ServerContext:
     served: ServedModel
     reader: RequestReader
     waiting: RequestQueue = field(default_factory=RequestQueue)
+    make_parser: Callable[[EngineRequest], OutputParser] = lambda request: PlainOutput()
 
     def require_ready(self) -> None:
         """Check that the engine takes requests.

@@ -1,4 +1,4 @@
-"""Make the engine's request from a parsed body: prompt tokens, sampling, limits.
+"""Make the engine's request from what a client asks: prompt tokens, sampling, limits.
 
 All checks that need the model or the tokenizer are made here, before the engine gets the request.
 Routes call these functions in a thread, because encoding a long prompt takes time.
@@ -14,15 +14,8 @@ import msgspec
 
 from k2cli.errors import K2Error
 from k2cli.protocol import Generate, Sampling
+from k2cli.server.conversation import AnswerOptions, Conversation, OutputOptions
 from k2cli.server.errors import ApiError, invalid
-from k2cli.server.schemas import (
-    ChatCompletionBody,
-    CompletionBody,
-    GenerationBody,
-    Message,
-    TemplatedBody,
-    TokenizeBody,
-)
 from k2cli.server.served_model import ServedModel
 from k2cli.server.text import TokenTextStream
 
@@ -95,6 +88,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
         wants_usage: True if the stream is to end with a usage chunk.
         wants_progress: True if the stream is to carry ``"k2"`` objects.
         limit_was_cut: True if the context has less room than the client's ``max_tokens``.
+        output: how the answer's text is split.
     """
 
     generate: Generate
@@ -103,6 +97,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     wants_usage: bool = False
     wants_progress: bool = False
     limit_was_cut: bool = False
+    output: OutputOptions = OutputOptions()
 
 
 def check_model(name: str | None, served: ServedModel) -> None:
@@ -116,106 +111,114 @@ def check_model(name: str | None, served: ServedModel) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def chat_request(
-    body: ChatCompletionBody, tokenizer: ServerTokenizer, served: ServedModel
-) -> EngineRequest:
-    """Make the engine's request from the body of a chat completion.
-
-    Raises:
-        ApiError: with status 400 or 404.
-    """
-    check_model(body.model, served)
-    if body.top_logprobs is not None and not body.logprobs:
-        raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
-    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    tools = None if body.tool_choice == "none" else body.tools
-    text = conversation_text(body.messages, tools, body, tokenizer)
-    prompt = _encode(text, "messages", tokenizer, served.context_length)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _build(body, prompt, "messages", limit, logprobs, tokenizer, served)
-
-
-def completion_request(
-    body: CompletionBody, tokenizer: ServerTokenizer, served: ServedModel
-) -> EngineRequest:
-    """Make the engine's request from the body of a plain completion.
-
-    Raises:
-        ApiError: with status 400 or 404.
-    """
-    check_model(body.model, served)
-    if isinstance(body.prompt, str):
-        prompt = _encode(
-            body.prompt, "prompt", tokenizer, served.context_length, add_special_tokens=True
-        )
-    else:
-        prompt = body.prompt
-        _check_token_ids(prompt, "prompt", tokenizer.vocabulary_size)
-    return _build(body, prompt, "prompt", body.max_tokens, body.logprobs, tokenizer, served)
-
-
-def tokenize_body(body: TokenizeBody, tokenizer: ServerTokenizer, served: ServedModel) -> list[int]:
-    """Return the token ids of a conversation or a text.
-
-    Raises:
-        ApiError: with status 400 or 404.
-    """
-    check_model(body.model, served)
-    if (body.messages is None) == (body.prompt is None):
-        raise invalid("give either messages or a prompt", "messages")
-    most = max(served.context_length, MAX_COUNTED_TOKENS)
-    if body.prompt is not None:
-        special = True if body.add_special_tokens is None else body.add_special_tokens
-        return _encode(body.prompt, "prompt", tokenizer, most, add_special_tokens=special)
-    text = conversation_text(body.messages or [], body.tools, body, tokenizer)
-    return _encode(text, "messages", tokenizer, most)
-
-
-def conversation_text(
-    messages: Sequence[Message],
-    tools: list[dict[str, Any]] | None,
-    body: TemplatedBody,
+def conversation_request(
+    conversation: Conversation,
+    options: AnswerOptions,
     tokenizer: ServerTokenizer,
-) -> str:
+    served: ServedModel,
+) -> EngineRequest:
+    """Make the engine's request for the next turn of a conversation.
+
+    Raises:
+        ApiError: with status 400 or 404.
+    """
+    check_model(options.model, served)
+    text = conversation_text(conversation, tokenizer)
+    prompt = _encode(text, conversation.field, tokenizer, served.context_length)
+    output = OutputOptions(True, conversation.tools, options.parallel_calls)
+    return _build(prompt, conversation.field, options, output, tokenizer, served)
+
+
+def prompt_request(
+    prompt: str | list[int],
+    options: AnswerOptions,
+    tokenizer: ServerTokenizer,
+    served: ServedModel,
+) -> EngineRequest:
+    """Make the engine's request that continues a text or token ids.
+
+    Raises:
+        ApiError: with status 400 or 404.
+    """
+    check_model(options.model, served)
+    if isinstance(prompt, str):
+        most = served.context_length
+        prompt = _encode(prompt, "prompt", tokenizer, most, add_special_tokens=True)
+    else:
+        _check_token_ids(prompt, "prompt", tokenizer.vocabulary_size)
+    return _build(prompt, "prompt", options, OutputOptions(), tokenizer, served)
+
+
+def conversation_tokens(
+    conversation: Conversation, tokenizer: ServerTokenizer, served: ServedModel
+) -> list[int]:
+    """Return the token ids of a conversation, to count or show them.
+
+    Raises:
+        ApiError: with status 400.
+    """
+    text = conversation_text(conversation, tokenizer)
+    return _encode(text, conversation.field, tokenizer, _most_counted(served))
+
+
+def text_tokens(
+    text: str, add_special_tokens: bool, tokenizer: ServerTokenizer, served: ServedModel
+) -> list[int]:
+    """Return the token ids of a text, to count or show them.
+
+    Raises:
+        ApiError: with status 400.
+    """
+    most = _most_counted(served)
+    return _encode(text, "prompt", tokenizer, most, add_special_tokens=add_special_tokens)
+
+
+def _most_counted(served: ServedModel) -> int:
+    return max(served.context_length, MAX_COUNTED_TOKENS)
+
+
+def conversation_text(conversation: Conversation, tokenizer: ServerTokenizer) -> str:
     """Apply the chat template.
 
     Raises:
         ApiError: 400 if there is no template, or it refuses these messages or knows no tools.
     """
-    turns = [message.for_template() for message in messages]
-    continues = _continues(messages[-1], body)
-    prompted = not continues and body.add_generation_prompt is not False
+    continues = _continues(conversation)
+    prompted = not continues and conversation.add_generation_prompt is not False
     try:
-        if tools and not tokenizer.shows_tools:
+        if conversation.tools and not tokenizer.shows_tools:
             message = "the chat template of this model knows no tools, so it would not see them"
             raise invalid(message, "tools")
         return tokenizer.chat_prompt(
-            turns,
-            tools,
+            list(conversation.turns),
+            conversation.tools,
             add_generation_prompt=prompted,
             continue_last=continues,
-            **body.template_arguments,
+            **conversation.variables,
         )
     except K2Error as error:
-        raise invalid(error.message, "messages") from error
+        raise invalid(error.message, conversation.field) from error
 
 
-def _continues(last: Message, body: TemplatedBody) -> bool:
+def _continues(conversation: Conversation) -> bool:
     """Return True if the last message is the beginning of the answer.
 
     Raises:
         ApiError: 400 if that is asked for, and it cannot be.
     """
-    possible = last.role == "assistant" and bool(last.content) and not last.tool_calls
-    if body.continue_final_message and not possible:
+    last = conversation.turns[-1]
+    possible = bool(
+        last["role"] == "assistant" and last.get("content") and not last.get("tool_calls")
+    )
+    if conversation.continue_last and not possible:
         message = "the last message is not an assistant's text, so there is nothing to continue"
         raise invalid(message, "continue_final_message")
-    if body.continue_final_message and body.add_generation_prompt:
+    if conversation.continue_last and conversation.add_generation_prompt:
         message = "an answer is continued or begun anew, not both"
         raise invalid(message, "add_generation_prompt")
-    if body.continue_final_message is None:
-        return possible and not body.add_generation_prompt
-    return body.continue_final_message
+    if conversation.continue_last is None:
+        return possible and not conversation.add_generation_prompt
+    return conversation.continue_last
 
 
 def _encode(
@@ -270,52 +273,51 @@ def _token_budget(
 
 
 def _build(
-    body: GenerationBody,
     prompt: list[int],
     prompt_param: str,
-    max_tokens: int | None,
-    logprobs: int | None,
+    options: AnswerOptions,
+    output: OutputOptions,
     tokenizer: ServerTokenizer,
     served: ServedModel,
 ) -> EngineRequest:
-    budget = _token_budget(len(prompt), max_tokens, prompt_param, served.context_length)
-    _check_token_ids(list(body.logit_bias or ()), "logit_bias", tokenizer.vocabulary_size)
-    stop_tokens = [] if body.extensions.ignore_stop_tokens else sorted(tokenizer.stop_tokens)
+    asked = options.max_tokens
+    budget = _token_budget(len(prompt), asked, prompt_param, served.context_length)
+    _check_token_ids(list(options.logit_bias), "logit_bias", tokenizer.vocabulary_size)
     generate = Generate(
         request_id=uuid.uuid4().hex,
         prompt=prompt,
         max_tokens=budget,
-        sampling=_sampling(body, logprobs, served),
-        stop_tokens=stop_tokens,
-        use_prefix_cache=body.extensions.cache is not False,
+        sampling=_sampling(options, served),
+        stop_tokens=[] if options.ignore_stop_tokens else sorted(tokenizer.stop_tokens),
+        use_prefix_cache=options.use_prefix_cache,
     )
-    limit_was_cut = max_tokens is not None and budget < max_tokens
     return EngineRequest(
         generate,
-        body.stop,
-        bool(body.stream),
-        body.wants_usage,
-        body.wants_progress,
-        limit_was_cut,
+        list(options.stops),
+        options.stream,
+        options.wants_usage,
+        options.wants_progress,
+        limit_was_cut=asked is not None and budget < asked,
+        output=output,
     )
 
 
-def _sampling(body: GenerationBody, logprobs: int | None, served: ServedModel) -> Sampling:
+def _sampling(options: AnswerOptions, served: ServedModel) -> Sampling:
     def given(value: float | None, default: float) -> float:
         return default if value is None else value
 
     # Other servers take -1 as "off".
-    top_k = served.default_top_k if body.top_k is None else max(body.top_k, 0)
-    temperature = given(body.temperature, served.default_temperature)
+    top_k = served.default_top_k if options.top_k is None else max(options.top_k, 0)
+    temperature = given(options.temperature, served.default_temperature)
     return Sampling(
         temperature=0.0 if temperature < LEAST_TEMPERATURE else temperature,
-        top_p=max(given(body.top_p, served.default_top_p), LEAST_TOP_P),
+        top_p=max(given(options.top_p, served.default_top_p), LEAST_TOP_P),
         top_k=top_k,
-        min_p=given(body.min_p, 0.0),
-        seed=body.seed,
-        repetition_penalty=given(body.repetition_penalty, 1.0),
-        presence_penalty=given(body.presence_penalty, 0.0),
-        frequency_penalty=given(body.frequency_penalty, 0.0),
-        logit_bias=body.logit_bias or {},
-        top_logprobs=logprobs,
+        min_p=given(options.min_p, 0.0),
+        seed=options.seed,
+        repetition_penalty=given(options.repetition_penalty, 1.0),
+        presence_penalty=given(options.presence_penalty, 0.0),
+        frequency_penalty=given(options.frequency_penalty, 0.0),
+        logit_bias=dict(options.logit_bias),
+        top_logprobs=options.logprobs,
     )

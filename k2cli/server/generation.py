@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 from starlette.types import Receive
 
@@ -20,8 +20,9 @@ from k2cli.protocol import Finished, PromptProgress, RequestFailed, Tokens
 from k2cli.server.engine_client import EngineClient, EngineEvent, EngineUnavailable
 from k2cli.server.engine_request import EngineRequest
 from k2cli.server.errors import engine_failure, unavailable
-from k2cli.server.text import Piece, TextAssembler
-from k2cli.server.usage import usage
+from k2cli.server.output.events import OutputEvent, OutputParser
+from k2cli.server.text import TextAssembler
+from k2cli.server.usage import AnswerUsage
 
 IDLE_SECONDS = 1.0
 # After a cancel the engine still sends Finished for the request, within a step.
@@ -173,18 +174,32 @@ class Idle:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """Event for new tokens. ``events`` may be empty while text is held back."""
+
+    events: Sequence[OutputEvent]
+    completion_tokens: int
+
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
-    """Last event of a complete answer."""
+    """Last event of a complete answer. ``stop_string`` is the one that ended it, if one did."""
 
-    finish_reason: str
-    usage: dict[str, Any]
-
-
-AnswerEvent = Idle | PromptProgress | Piece | Ended
+    finish_reason: FinishReason
+    usage: AnswerUsage
+    stop_string: str | None = None
 
 
-async def answer(generation: Generation, assembler: TextAssembler) -> AsyncGenerator[AnswerEvent]:
-    """Yield the events of an answer, with tokens turned into text; the last one is ``Ended``.
+AnswerEvent = Idle | PromptProgress | Step | Ended
+
+
+async def answer(
+    generation: Generation, assembler: TextAssembler, parser: OutputParser
+) -> AsyncGenerator[AnswerEvent]:
+    """Yield the events of an answer, with tokens turned into its parts; the last is ``Ended``.
 
     Raises:
         ApiError: if the run has ended, or this request failed in the engine.
@@ -197,32 +212,53 @@ async def answer(generation: Generation, assembler: TextAssembler) -> AsyncGener
             case PromptProgress() as progress:
                 yield progress
             case Tokens(tokens=tokens, logprobs=logprobs):
-                yield assembler.push(tokens, logprobs)
+                events = parser.push(assembler.push(tokens, logprobs))
                 if assembler.stopped:
-                    yield await _stopped(generation, assembler)
+                    events += parser.finish()
+                yield Step(events, assembler.tokens_used)
+                if assembler.stopped:
+                    yield await _stopped(generation, assembler, parser)
                     return
             case Finished(reason="cancelled"):
                 raise unavailable("the request was cancelled by the engine")
             case Finished() as finished:
-                rest = assembler.finish()
-                if rest.text or rest.scores:
-                    yield rest
-                yield _ended(generation, finished, assembler)
+                rest = [*parser.push(assembler.finish()), *parser.finish()]
+                if rest:
+                    yield Step(rest, assembler.tokens_used)
+                yield _ended(generation, finished, assembler, parser)
                 return
 
 
-def _ended(generation: Generation, finished: Finished, assembler: TextAssembler) -> Ended:
-    reason = "stop" if assembler.stopped else finished.reason
-    counted = (finished.prompt_tokens, finished.completion_tokens)
-    return Ended(reason, usage(finished, *counted, _cut_limit(generation)))
+def _ended(
+    generation: Generation, finished: Finished, assembler: TextAssembler, parser: OutputParser
+) -> Ended:
+    reason: FinishReason = "length" if finished.reason == "length" else "stop"
+    if assembler.stopped:
+        reason = "stop"
+    if reason == "stop" and parser.calls:
+        reason = "tool_calls"
+    used = AnswerUsage(
+        finished.prompt_tokens,
+        finished.completion_tokens,
+        parser.reasoning_tokens,
+        _cut_limit(generation),
+        finished,
+    )
+    return Ended(reason, used, assembler.stop_string)
 
 
-async def _stopped(generation: Generation, assembler: TextAssembler) -> Ended:
+async def _stopped(generation: Generation, assembler: TextAssembler, parser: OutputParser) -> Ended:
     """Cancel the rest of the answer after a complete stop string."""
     generation.cancel()
     finished = await generation.wait_for_finished()
-    counted = (len(generation.request.generate.prompt), assembler.tokens_used)
-    return Ended("stop", usage(finished, *counted, _cut_limit(generation)))
+    used = AnswerUsage(
+        len(generation.request.generate.prompt),
+        assembler.tokens_used,
+        parser.reasoning_tokens,
+        _cut_limit(generation),
+        finished,
+    )
+    return Ended("stop", used, assembler.stop_string)
 
 
 def _cut_limit(generation: Generation) -> int | None:

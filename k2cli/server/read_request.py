@@ -12,15 +12,17 @@ import msgspec
 from pydantic import ValidationError
 
 from k2cli.errors import K2Error
+from k2cli.server.dialects.openai_schemas import ChatCompletionBody, CompletionBody, TokenizeBody
 from k2cli.server.engine_request import (
     EngineRequest,
     ServerTokenizer,
-    chat_request,
-    completion_request,
-    tokenize_body,
+    check_model,
+    conversation_request,
+    conversation_tokens,
+    prompt_request,
+    text_tokens,
 )
-from k2cli.server.errors import ApiError, validation_failure, without_folders
-from k2cli.server.schemas import ChatCompletionBody, CompletionBody, TokenizeBody
+from k2cli.server.errors import ApiError, invalid, validation_failure, without_folders
 from k2cli.server.served_model import ServedModel
 
 RequestKind = Literal["chat", "completion", "tokenize"]
@@ -77,13 +79,17 @@ def read_request(
         match unread.kind:
             case "tokenize":
                 count = TokenizeBody.model_validate_json(unread.body)
-                return ReadRequest(tokens=tokenize_body(count, tokenizer, served))
+                return ReadRequest(tokens=_tokenized(count, tokenizer, served))
             case "chat":
                 chat = ChatCompletionBody.model_validate_json(unread.body)
-                return ReadRequest(chat_request(chat, tokenizer, served))
+                request = conversation_request(
+                    chat.conversation, chat.answer_options, tokenizer, served
+                )
+                return ReadRequest(request)
             case "completion":
                 completion = CompletionBody.model_validate_json(unread.body)
-                return ReadRequest(completion_request(completion, tokenizer, served))
+                options = completion.answer_options
+                return ReadRequest(prompt_request(completion.prompt, options, tokenizer, served))
     except ValidationError as error:
         refused = validation_failure(error)
     except ApiError as error:
@@ -93,3 +99,14 @@ def read_request(
     return ReadRequest(
         refusal=Refusal(refused.status, refused.message, refused.kind, refused.param, refused.code)
     )
+
+
+def _tokenized(body: TokenizeBody, tokenizer: ServerTokenizer, served: ServedModel) -> list[int]:
+    check_model(body.model, served)
+    if (body.messages is None) == (body.prompt is None):
+        raise invalid("give either messages or a prompt", "messages")
+    if body.prompt is not None:
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        return text_tokens(body.prompt, special, tokenizer, served)
+    conversation = body.conversation_of(body.messages or [], body.tools)
+    return conversation_tokens(conversation, tokenizer, served)

@@ -1,32 +1,39 @@
-"""One code path for both generating routes: from a request body to the response."""
+"""One code path for all generating routes: from a request body to the response."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import aclosing
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from k2cli.server.context import context_of
+from k2cli.server.dialects.writer import AnswerContext, AnswerWriter
 from k2cli.server.errors import CLIENT_CLOSED_REQUEST
-from k2cli.server.generation import ClientGone, Ended, Generation, answer
+from k2cli.server.generation import ClientGone, Ended, Generation, Step, answer
+from k2cli.server.output.events import Blocks, OutputParser
 from k2cli.server.read_request import RequestKind
-from k2cli.server.shapes import Shape
-from k2cli.server.streaming import EventStreamResponse, EventWriter, event_stream
-from k2cli.server.text import Piece, ScoredToken, TextAssembler
+from k2cli.server.streaming import (
+    EventStreamResponse,
+    SlowAnswerResponse,
+    answer_or_wait,
+    event_stream,
+)
+from k2cli.server.text import TextAssembler
 
 
 async def respond(
     request: Request,
     kind: RequestKind,
-    make_shape: Callable[[str, str, Callable[[int], str], bool], Shape],
+    make_writer: Callable[[AnswerContext], AnswerWriter],
 ) -> Response:
     """Generate an answer, streamed or whole.
 
     Args:
-        prepare: makes the engine's request from the body.
-        make_shape: a class of ``server.shapes``.
+        kind: how the body is read.
+        make_writer: a class of ``server.dialects``.
 
     Raises:
         ApiError: with the HTTP status, if the request fails before the answer has begun.
@@ -37,14 +44,13 @@ async def respond(
     assert engine_request is not None
     # Checked after the body, so that a wrong request gets its error even while no run is ready.
     context.require_ready()
-    scored = engine_request.generate.sampling.top_logprobs is not None
-    name, request_id = context.served.name, engine_request.generate.request_id
-    shape = make_shape(request_id, name, context.token_text, scored)
+    writer = make_writer(AnswerContext(engine_request, context.served.name, context.token_text))
     assembler = TextAssembler(context.tokenizer.stream(), engine_request.stops)
+    parser = context.make_parser(engine_request)
     generation = Generation(context.engine, engine_request, context.waiting, request.receive)
     generation.start()
     if not engine_request.stream:
-        return await _whole(generation, assembler, shape)
+        return await _whole(generation, assembler, parser, writer)
     try:
         await generation.wait_for_first_event()
     except ClientGone:
@@ -53,24 +59,29 @@ async def respond(
     except BaseException:
         await generation.close()
         raise
-    writer = EventWriter(shape, assembler, engine_request)
-    return EventStreamResponse(generation, event_stream(generation, assembler, writer))
+    return EventStreamResponse(generation, event_stream(generation, assembler, parser, writer))
 
 
-async def _whole(generation: Generation, assembler: TextAssembler, shape: Shape) -> Response:
-    text: list[str] = []
-    scores: list[ScoredToken] = []
-    try:
-        async with aclosing(answer(generation, assembler)) as events:
+async def _whole(
+    generation: Generation, assembler: TextAssembler, parser: OutputParser, writer: AnswerWriter
+) -> Response:
+    async def collected() -> dict[str, Any]:
+        blocks = Blocks()
+        async with aclosing(answer(generation, assembler, parser)) as events:
             async for event in events:
-                if isinstance(event, Piece):
-                    text.append(event.text)
-                    scores.extend(event.scores)
+                if isinstance(event, Step):
+                    blocks.add(event.events)
                 elif isinstance(event, Ended):
-                    whole = shape.whole("".join(text), scores, event.finish_reason, event.usage)
-                    return JSONResponse(whole)
+                    return writer.whole(blocks, event)
         raise AssertionError("an answer ends with Ended")
+
+    waits = False
+    try:
+        found = await answer_or_wait(generation, collected(), writer)
+        waits = isinstance(found, SlowAnswerResponse)
+        return found if isinstance(found, SlowAnswerResponse) else JSONResponse(found)
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
-        await generation.close()
+        if not waits:
+            await generation.close()

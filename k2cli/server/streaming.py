@@ -1,16 +1,15 @@
-"""Answers as server-sent events.
+"""Responses that send an answer while it is generated, or whitespace until it is whole.
 
-A stream consists of chunks with text, one with the finish reason, one with the usage if asked for,
-and ``[DONE]``. With ``include_progress`` it also has ``"k2"`` objects: the position in the queue,
-the prompt tokens computed, and the number of tokens generated, which comes with every step even
-while text is held back. An error after the headers are sent is an ``error`` event, and the stream
-ends without ``[DONE]``.
+Both keep the connection alive during a long prefill: proxies and clients close one that is silent
+for long (Cline after 30 s, nginx after 60 s).
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -19,111 +18,64 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from k2cli.protocol import PromptProgress
-from k2cli.server.engine_request import EngineRequest
+from k2cli.server.dialects.writer import AnswerWriter
 from k2cli.server.errors import ApiError
-from k2cli.server.generation import AnswerEvent, ClientGone, Ended, Generation, Idle, answer
-from k2cli.server.shapes import Shape
-from k2cli.server.text import Piece, TextAssembler
+from k2cli.server.generation import (
+    AnswerEvent,
+    ClientGone,
+    Ended,
+    Generation,
+    Idle,
+    Step,
+    answer,
+)
+from k2cli.server.output.events import OutputParser
+from k2cli.server.text import TextAssembler
 
-KEEP_ALIVE_SECONDS = 15.0
-_DONE = b"data: [DONE]\n\n"
-# A comment in the event stream, so that proxies do not close it during a long prefill.
-_KEEP_ALIVE = b": waiting\n\n"
+_logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_SECONDS = 9.0
+"""Silence after which a response sends something that clients skip; at most 10 s are promised."""
 
 
-def _event(document: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(document) + b"\n\n"
+def _written(writer: AnswerWriter, event: AnswerEvent) -> bytes:
+    match event:
+        case Idle():
+            return writer.idle(event)
+        case PromptProgress():
+            return writer.progress(event)
+        case Step():
+            return writer.step(event)
+        case Ended():
+            return writer.end(event)
 
 
-class EventWriter:
-    """Encoder from the events of one answer to the bytes of its stream."""
-
-    def __init__(self, shape: Shape, assembler: TextAssembler, request: EngineRequest) -> None:
-        self._shape = shape
-        self._assembler = assembler
-        self._progress = request.wants_progress
-        self._usage = request.wants_usage
-        self._opened = False
-        self._position: int | None = None
-        self._last_sent = time.monotonic()
-
-    def write(self, event: AnswerEvent) -> bytes:
-        """Return the bytes for an event, which may be empty."""
-        match event:
-            case Idle():
-                data = self._idle(event)
-            case PromptProgress():
-                data = self._prompt_progress(event)
-            case Piece():
-                data = self._text(event)
-            case Ended():
-                data = self._end(event)
-        if data:
-            self._last_sent = time.monotonic()
-        return data
-
-    def _chunk(self, choices: list[dict[str, Any]], **members: Any) -> bytes:
-        if self._usage:
-            members.setdefault("usage", None)
-        return _event(self._shape.chunk(choices, **members))
-
-    def _idle(self, event: Idle) -> bytes:
-        if self._progress and event.queue_position != self._position:
-            self._position = event.queue_position
-            if event.queue_position is not None:
-                return self._chunk([], k2={"queue_position": event.queue_position})
-        silent_seconds = time.monotonic() - self._last_sent
-        return _KEEP_ALIVE if silent_seconds >= KEEP_ALIVE_SECONDS else b""
-
-    def _prompt_progress(self, event: PromptProgress) -> bytes:
-        if not self._progress:
-            return b""
-        done = {
-            "prefill_done": event.done,
-            "prefill_total": event.total,
-            "cached_tokens": event.cached,
-        }
-        return self._chunk([], k2=done)
-
-    def _open(self) -> bytes:
-        if self._opened:
-            return b""
-        self._opened = True
-        opening = self._shape.opening()
-        return self._chunk([opening]) if opening else b""
-
-    def _text(self, piece: Piece) -> bytes:
-        if not self._progress and not piece.text and not piece.scores:
-            return b""
-        counted = {"k2": {"completion_tokens": self._assembler.tokens_used}}
-        members: dict[str, Any] = counted if self._progress else {}
-        choices = [self._shape.delta(piece)] if piece.text or piece.scores else []
-        return self._open() + self._chunk(choices, **members)
-
-    def _end(self, event: Ended) -> bytes:
-        data = self._open() + self._chunk([self._shape.closing(event.finish_reason)])
-        if self._usage:
-            data += self._chunk([], usage=event.usage)
-        return data + _DONE
+def _internal_error(error: Exception) -> ApiError:
+    message = f"internal error: {type(error).__name__}"
+    return ApiError(500, message, kind="server_error", code="internal_error")
 
 
 async def event_stream(
-    generation: Generation, assembler: TextAssembler, writer: EventWriter
+    generation: Generation, assembler: TextAssembler, parser: OutputParser, writer: AnswerWriter
 ) -> AsyncGenerator[bytes]:
     """Yield the bytes of a stream, including the error that may end it."""
+    last_sent = time.monotonic()
     try:
-        async with aclosing(answer(generation, assembler)) as events:
+        async with aclosing(answer(generation, assembler, parser)) as events:
             async for event in events:
-                if data := writer.write(event):
+                data = _written(writer, event)
+                if not data and time.monotonic() - last_sent >= KEEP_ALIVE_SECONDS:
+                    data = writer.keep_alive
+                if data:
+                    last_sent = time.monotonic()
                     yield data
     except ApiError as error:
-        yield _event(error.body())
+        yield writer.error(error)
     except ClientGone:
         return
     except Exception as error:
         # The client must learn that the answer is incomplete; uvicorn logs the traceback.
-        message = f"internal error: {type(error).__name__}"
-        yield _event(ApiError(500, message, kind="server_error", code="internal_error").body())
+        yield writer.error(_internal_error(error))
         raise
 
 
@@ -150,3 +102,71 @@ class EventStreamResponse(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._generation.close()
+
+
+class SlowAnswerResponse(Response):
+    """Response whose JSON is preceded by spaces, which are sent while it is not complete.
+
+    The status is 200 from the first space on, so a later failure is a JSON object with ``error``.
+    """
+
+    media_type = "application/json"
+
+    def __init__(
+        self, generation: Generation, answering: asyncio.Task[dict[str, Any]], writer: AnswerWriter
+    ) -> None:
+        self._generation = generation
+        self._answering = answering
+        self._writer = writer
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send spaces, then the answer. The generation watches for the client to disconnect."""
+        try:
+            start = {"status": self.status_code, "headers": self.raw_headers}
+            await send({"type": "http.response.start", **start})
+            done: set[asyncio.Task[dict[str, Any]]] = set()
+            while not done:
+                await send({"type": "http.response.body", "body": b" ", "more_body": True})
+                done, _ = await asyncio.wait([self._answering], timeout=KEEP_ALIVE_SECONDS)
+            body = msgspec.json.encode(self._document())
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+        finally:
+            self._answering.cancel()
+            await asyncio.gather(self._answering, return_exceptions=True)
+            await self._generation.close()
+
+    def _document(self) -> dict[str, Any]:
+        error = self._answering.exception()
+        match error:
+            case None:
+                return self._answering.result()
+            case ClientGone():
+                return {}
+            case ApiError():
+                return self._writer.error_object(error)
+            case Exception():
+                _logger.error("an answer failed", exc_info=error)
+                return self._writer.error_object(_internal_error(error))
+            case _:
+                raise error
+
+
+async def answer_or_wait(
+    generation: Generation, answering: Coroutine[Any, Any, dict[str, Any]], writer: AnswerWriter
+) -> dict[str, Any] | SlowAnswerResponse:
+    """Return the answer if it comes soon, and else the response that waits for it.
+
+    Raises:
+        ApiError, ClientGone: if the answer fails soon.
+    """
+    task = asyncio.create_task(answering)
+    try:
+        done, _ = await asyncio.wait([task], timeout=KEEP_ALIVE_SECONDS)
+    except BaseException:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+    return task.result() if done else SlowAnswerResponse(generation, task, writer)

@@ -63,12 +63,14 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
 class TextAssembler:
     """The text of one answer. Push tokens and send the returned text, until ``stopped``.
 
-    ``tokens_used`` counts the tokens up to and including the one that completed a stop string.
+    ``tokens_used`` counts the tokens up to and including the one that completed a stop string,
+    which is ``stop_string`` then.
     """
 
     stream: TokenTextStream
     stops: Sequence[str] = ()
     stopped: bool = False
+    stop_string: str | None = None
     tokens_used: int = 0
     _pending: str = ""
     _received: int = 0
@@ -104,6 +106,9 @@ class TextAssembler:
         self._received += len(text)
         self._pending += text
         if (cut := first_stop(self._pending, self.stops)) is not None:
+            self.stop_string = next(
+                stop for stop in self.stops if self._pending.startswith(stop, cut)
+            )
             self._received -= len(self._pending) - cut
             self._pending = self._pending[:cut]
             self.stopped = True

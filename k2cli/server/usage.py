@@ -1,10 +1,11 @@
-"""OpenAI's usage object of an answer, with k2's timings.
+"""Tokens and times that an answer used, and OpenAI's object of them, with k2's timings.
 
 The engine measures the durations on the leader rank. A rate without a measured duration is null.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from k2cli.protocol import Finished
@@ -30,28 +31,40 @@ def timings(finished: Finished) -> dict[str, float | None]:
     }
 
 
-def usage(
-    finished: Finished | None,
-    prompt_tokens: int,
-    completion_tokens: int,
-    max_tokens: int | None = None,
-) -> dict[str, Any]:
-    """Make the usage object.
+@dataclass(frozen=True, slots=True)
+class AnswerUsage:
+    """Tokens and times of one answer, for the usage objects of all dialects.
 
-    Args:
-        finished: the engine's last message; None if it did not come in time.
+    Attributes:
         prompt_tokens, completion_tokens: tokens read and generated.
+        reasoning_tokens: the part of ``completion_tokens`` that was reasoning.
         max_tokens: the limit of the answer, if the client asked for more than the context has room.
+        finished: the engine's last message; None if it did not come in time.
     """
-    cached = finished.cached_tokens if finished else 0
+
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int = 0
+    max_tokens: int | None = None
+    finished: Finished | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """The number of prompt tokens that came from the prefix cache."""
+        return self.finished.cached_tokens if self.finished else 0
+
+
+def openai_usage(used: AnswerUsage) -> dict[str, Any]:
+    """Make OpenAI's usage object of a chat completion or a completion."""
     members: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "total_tokens": used.prompt_tokens + used.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
     }
-    if max_tokens is not None:
-        members["max_tokens"] = max_tokens
-    if finished is not None:
-        members["timings"] = timings(finished)
+    if used.max_tokens is not None:
+        members["max_tokens"] = used.max_tokens
+    if used.finished is not None:
+        members["timings"] = timings(used.finished)
     return members

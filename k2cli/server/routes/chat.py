@@ -9,10 +9,10 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from k2cli.server.dialects.openai_chat import ChatWriter
 from k2cli.server.respond import respond
-from k2cli.server.shapes import ChatShape
 
 
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
-    return await respond(request, "chat", ChatShape)
+    return await respond(request, "chat", ChatWriter)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from k2cli.server.dialects.openai_completion import CompletionWriter
 from k2cli.server.respond import respond
-from k2cli.server.shapes import CompletionShape
 
 
 async def create_completion(request: Request) -> Response:
     """Continue a prompt."""
-    return await respond(request, "completion", CompletionShape)
+    return await respond(request, "completion", CompletionWriter)

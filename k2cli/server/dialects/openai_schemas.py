@@ -9,6 +9,8 @@ docs/reference/api.md lists every field of OpenAI's with its kind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,6 +22,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from k2cli.server.conversation import AnswerOptions, Conversation
+from k2cli.server.errors import invalid
 
 MAX_STOP_STRINGS = 4
 MAX_TOP_LOGPROBS = 20
@@ -211,20 +216,29 @@ class GenerationBody(_Ignored):
     logit_bias: Annotated[dict[int, Bias] | None, BeforeValidator(_string_keys_to_ids)] = None
     k2: Extensions | None = None
 
-    @property
-    def extensions(self) -> Extensions:
-        """The ``"k2"`` object, or an empty one."""
-        return self.k2 or Extensions()
-
-    @property
-    def wants_usage(self) -> bool:
-        """True if the stream must end with a usage chunk."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def wants_progress(self) -> bool:
-        """True if the stream must contain ``"k2"`` objects."""
-        return bool(self.stream_options and self.stream_options.include_progress)
+    def options(self, **members: Any) -> AnswerOptions:
+        """Return the options of the answer; ``members`` are of the route's own fields."""
+        extensions, stream_options = self.k2 or Extensions(), self.stream_options or StreamOptions()
+        shared = AnswerOptions(
+            model=self.model,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=self.seed,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias or {},
+            stops=self.stop,
+            stream=bool(self.stream),
+            wants_usage=bool(stream_options.include_usage),
+            wants_progress=bool(stream_options.include_progress),
+            use_prefix_cache=extensions.cache is not False,
+            ignore_stop_tokens=bool(extensions.ignore_stop_tokens),
+        )
+        return replace(shared, **members)
 
 
 class TemplatedBody(_Body):
@@ -262,6 +276,18 @@ class TemplatedBody(_Body):
             arguments["verbosity"] = self.verbosity
         return arguments | (self.chat_template_kwargs or {})
 
+    def conversation_of(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None
+    ) -> Conversation:
+        """Return the conversation for the chat template."""
+        return Conversation(
+            [message.for_template() for message in messages],
+            tools,
+            self.template_arguments,
+            self.continue_final_message,
+            self.add_generation_prompt,
+        )
+
 
 class ChatCompletionBody(GenerationBody, TemplatedBody):
     """Body of ``POST /v1/chat/completions``.
@@ -286,6 +312,28 @@ class ChatCompletionBody(GenerationBody, TemplatedBody):
             raise ValueError("only 'auto' and 'none' are supported yet")
         return value
 
+    @property
+    def conversation(self) -> Conversation:
+        """The conversation, without tools if the model may not call any."""
+        return self.conversation_of(
+            self.messages, None if self.tool_choice == "none" else self.tools
+        )
+
+    @property
+    def answer_options(self) -> AnswerOptions:
+        """Options for generating the answer.
+
+        Raises:
+            ApiError: 400 if ``top_logprobs`` is given without ``logprobs``.
+        """
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+        limit = (
+            self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        )
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.options(max_tokens=limit, logprobs=logprobs)
+
 
 class CompletionBody(GenerationBody):
     """Body of ``POST /v1/completions``: one prompt, as text or as token ids."""
@@ -295,6 +343,11 @@ class CompletionBody(GenerationBody):
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
+
+    @property
+    def answer_options(self) -> AnswerOptions:
+        """Options for generating the answer."""
+        return self.options(logprobs=self.logprobs)
 
 
 class TokenizeBody(TemplatedBody):

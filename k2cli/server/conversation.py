@@ -1,0 +1,91 @@
+"""Requests independent of the dialect: the conversation, and options of the answer.
+
+The dialects translate their bodies to these values, and ``engine_request`` turns them into what
+the engine gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation for the chat template.
+
+    Attributes:
+        turns: messages in OpenAI's form; see ``models.text.conversation``.
+        tools: tools in OpenAI's form (``{"type": "function", "function": {...}}``) that the model
+            may call, or None.
+        variables: variables of the chat template.
+        continue_last: True if the last turn is the beginning of the answer, False if it is not;
+            None lets its form decide.
+        add_generation_prompt: False for a prompt that does not end with the beginning of an answer;
+            None lets the last turn decide.
+        field: the name of the messages in the client's dialect, for errors.
+    """
+
+    turns: Sequence[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    continue_last: bool | None = None
+    add_generation_prompt: bool | None = None
+    field: str = "messages"
+
+
+class OutputOptions(msgspec.Struct, frozen=True):
+    """Options for splitting the text of an answer into reasoning, answer and calls.
+
+    Attributes:
+        parsed: False for text that is returned as the model wrote it (plain completions).
+        tools: the tools that the model was shown, in OpenAI's form; None if it was shown none or
+            may not call any, and then markers of calls are ordinary text.
+        parallel_calls: False if the answer ends after its first call.
+        begins_in_reasoning: True if the prompt ends within reasoning, as templates do that open it.
+    """
+
+    parsed: bool = False
+    tools: list[dict[str, Any]] | None = None
+    parallel_calls: bool = True
+    begins_in_reasoning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """Options for generating and sending an answer. None means the default of the served model.
+
+    Attributes:
+        model: the name in the request, which must be the served model's.
+        max_tokens: the limit of the answer; it is cut to the room that the context has.
+        top_k: -1 or 0 for off.
+        seed: for the same text again.
+        logprobs: the number of alternatives per token, or None for no log-probabilities.
+        stops: strings that end the answer.
+        stream, wants_usage, wants_progress: see ``EngineRequest``.
+        use_prefix_cache, ignore_stop_tokens: the request's ``"k2"`` object.
+        parallel_calls: see ``OutputOptions``.
+    """
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    stops: Sequence[str] = ()
+    stream: bool = False
+    wants_usage: bool = False
+    wants_progress: bool = False
+    use_prefix_cache: bool = True
+    ignore_stop_tokens: bool = False
+    parallel_calls: bool = True

@@ -1,0 +1,1 @@
+"""Parsing of a model's text into reasoning, answer and tool calls."""
