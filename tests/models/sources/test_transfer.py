@@ -85,7 +85,7 @@ def partials(folder: Path) -> list[Path]:
 
 
 RECOVERED = {
-    "": 1.0, "redirects": 1.0, "ignores ranges": 1.5, "fails 2 times": 1.0,
+    "": 1.0, "redirects": 1.0, "ignores ranges": 2.0, "fails 2 times": 1.0,
     "breaks off 3 times": 1.05, "asks to wait 1 time": 1.0, "sticks 1 time": 1.05,
     "trickles 1 time": 1.05, "damages 1 time": 2.0, "has another etag 2 times": None,
     "lies about its size 2 times": None, "never ends 2 times": None,
