@@ -113,7 +113,7 @@ def test_an_interrupt_names_the_command_that_continues(hub: MockHub) -> None:
     assert process.returncode == 130, said
     assert "to continue: k2 download mock/model --limit-rate 20M" in said
     dry = json.loads(k2("mock/model", "--dry-run", "--json").stdout)
-    assert 0 < dry["missing_bytes"] < 36_000_000
+    assert 0 < dry["missing_bytes"] < 39_500_000  # the rest was on its way
     hub.sent.clear()
     is_right(folder_of(k2("mock/model", "--json")), hub)
     assert dry["missing_bytes"] <= sum(hub.sent) < dry["missing_bytes"] + 5000  # and the list
