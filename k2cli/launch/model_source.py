@@ -7,17 +7,16 @@ checkpoint here until the launch is prepared.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from k2cli.agent.model import CheckpointHeads
-from k2cli.errors import ClusterError, K2Error, UsageError
-from k2cli.models.reference import is_path, local_checkpoint
+from k2cli.errors import K2Error, UsageError
+from k2cli.models.reference import local_checkpoint
 from k2cli.nodes.node import Node
+from k2cli.transfer.headers import fetch_headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ def locate_model(reference: str, nodes: Sequence[Node]) -> Iterator[ModelSource]
         K2Error: if the model is neither here nor on the first node.
     """
     try:
-        own = local_checkpoint(reference).resolve()
+        own = local_checkpoint(reference, part=True).resolve()
     except K2Error as error:
         # A node cannot resolve an invalid reference or a relative path either.
         elsewhere = reference.startswith(("/", "~")) or error.exit_code == K2Error.exit_code
@@ -52,7 +51,7 @@ def locate_model(reference: str, nodes: Sequence[Node]) -> Iterator[ModelSource]
         yield ModelSource(own)
         return
     with tempfile.TemporaryDirectory(prefix="k2-heads-") as base:
-        yield ModelSource(_fetch_headers(reference, nodes[0], Path(base)), nodes[0].name)
+        yield ModelSource(fetch_headers(reference, nodes[0], Path(base)), nodes[0].name)
 
 
 def _check_encoding(folder: Path) -> None:
@@ -63,27 +62,3 @@ def _check_encoding(folder: Path) -> None:
         raise UsageError(
             f"the name of the folder '{folder}' is not valid UTF-8", "rename it, or make a link"
         ) from None
-
-
-def _fetch_headers(reference: str, node: Node, base: Path) -> Path:
-    heads: CheckpointHeads = node.ask(CheckpointHeads, "checkpoint-heads", reference)
-    if heads.problem:
-        hint = f"ssh {node.name} k2 download {reference}"
-        if is_path(reference):
-            hint = f"give the folder as node {node.name} has it"
-        raise ClusterError(
-            f"{reference} is not on this machine, and node {node.name} says: {heads.problem}", hint
-        )
-    # Clients see the folder's name, so it keeps that name here.
-    folder = base / Path(heads.folder).name
-    try:
-        folder.mkdir()
-        for file in heads.files:
-            if Path(file.name).name != file.name or file.name in ("", ".."):
-                raise ClusterError(f"node {node.name} sent a file named '{file.name}'")
-            path = folder / file.name
-            path.write_bytes(file.head)
-            os.truncate(path, file.size)
-    except (OSError, ValueError, OverflowError) as error:  # a zero byte, a size of 2^63
-        raise ClusterError(f"headers of node {node.name} cannot be written: {error}") from error
-    return folder
