@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "transfer": {"cluster", "nodes", "agent", "runs", "models", "sharding", "planning.plan"},
     "launch": {
         "transfer", "doctor", "runs", "cluster", "nodes", "agent", "planning", "models", "protocol",
+        "sharding",
     },
     "supervisor": {"launch", "runs", "cluster", "nodes", "agent", "protocol"},
     "server": {"protocol"},

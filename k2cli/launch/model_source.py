@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from k2cli.agent.model import ModelCopy
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.reference import local_checkpoint
 from k2cli.nodes.node import Node
@@ -28,12 +29,15 @@ class ModelSource:
 
 
 @contextmanager
-def locate_model(reference: str, nodes: Sequence[Node]) -> Iterator[ModelSource]:
+def locate_model(
+    reference: str, nodes: Sequence[Node], *, fetch: bool = False
+) -> Iterator[ModelSource]:
     """Find the model to plan from. The folder exists at least as long as the context.
 
     Args:
         reference: the model as the user named it.
         nodes: those of the ranks. If one is this machine, the model must be here.
+        fetch: True if the model will be brought to the nodes that lack it, this one too.
 
     Raises:
         UsageError: if the reference is invalid.
@@ -44,14 +48,26 @@ def locate_model(reference: str, nodes: Sequence[Node]) -> Iterator[ModelSource]
     except K2Error as error:
         # A node cannot resolve an invalid reference or a relative path either.
         elsewhere = reference.startswith(("/", "~")) or error.exit_code == K2Error.exit_code
-        if any(node.is_local for node in nodes) or not elsewhere:
+        holder = _first_holder(nodes, reference) if fetch and elsewhere else nodes[0]
+        if holder is None or holder.is_local or not elsewhere:
+            raise
+        if any(node.is_local for node in nodes) and not fetch:
             raise
     else:
         _check_encoding(own)
         yield ModelSource(own)
         return
     with tempfile.TemporaryDirectory(prefix="k2-heads-") as base:
-        yield ModelSource(fetch_headers(reference, nodes[0], Path(base)), nodes[0].name)
+        yield ModelSource(fetch_headers(reference, holder, Path(base)), holder.name)
+
+
+def _first_holder(nodes: Sequence[Node], reference: str) -> Node | None:
+    """Return the first other machine that has the model; None if none has it."""
+    for node in {node.name: node for node in nodes if not node.is_local}.values():
+        found: ModelCopy = node.ask(ModelCopy, "checkpoint", reference, reference)
+        if not found.problem:
+            return node
+    return None
 
 
 def _check_encoding(folder: Path) -> None:

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import DTYPE_BITS, Checkpoint, StoredTensor, read_checkpoint
 from k2cli.protocol import Assignment, HeldTensor
-from k2cli.rank.absent_files import AbsentFiles
+from k2cli.rank.absent_files import open_absent, refused_if_absent
 from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
@@ -76,14 +76,14 @@ def trace_whole(assignment: Assignment) -> nn.Module:
     return trace_model(checkpoint.config, stored, assignment.dtype)
 
 
-def _open_tensors(checkpoint: Checkpoint, absent: AbsentFiles) -> dict[str, mx.array]:
+def _open_tensors(checkpoint: Checkpoint) -> dict[str, mx.array]:
     """Open every stored tensor lazily: only the headers of the files are read."""
     if not checkpoint.tensors:
         raise K2Error(f"{checkpoint.folder} holds no safetensors files")
     tensors: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         here = file.name not in checkpoint.absent
-        opened = mx.load(str(file)) if here else absent.open(checkpoint.folder, file.name)
+        opened = mx.load(str(file)) if here else open_absent(checkpoint.folder, file.name)
         assert isinstance(opened, dict)
         tensors.update(opened)
     return {name: tensors[name] for name in checkpoint.tensors}
@@ -95,14 +95,13 @@ class _OpenPart:
 
     ``origins`` holds the origin of each parameter that is read by ranges, by the parameter's name;
     ``whole_sizes`` the size of each of the whole model's parameters as stored: its bytes, and the
-    bytes of one element. ``absent`` are the files that this machine does not have.
+    bytes of one element.
     """
 
     stage: Stage
     whole: WholeModel
     origins: dict[str, _Origin]
     whole_sizes: dict[str, tuple[int, int]]
-    absent: AbsentFiles
 
 
 def load_part(
@@ -123,7 +122,8 @@ def load_part(
     model = opened.stage.model
     total = sum(value.nbytes for value in parameters(model).values())
     _check_planned(checkpoint, assignment, opened.stage, total)
-    read, taken = _read(opened, lambda done: on_bytes(done, total))
+    with refused_if_absent(checkpoint.folder, checkpoint.absent):
+        read, taken = _read(opened, lambda done: on_bytes(done, total))
     held = [
         HeldTensor(name, list(value.shape), str(value.dtype), value.nbytes)
         for name, value in parameters(model).items()
@@ -157,8 +157,7 @@ def _check_planned(
 
 def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _OpenPart:
     """Assemble and cut the model lazily, and find the origins of its parameters."""
-    absent = AbsentFiles()
-    tensors = _open_tensors(checkpoint, absent)
+    tensors = _open_tensors(checkpoint)
     model = assemble(checkpoint.config, tensors)
     stored_as = {id(array): checkpoint.tensors[name] for name, array in tensors.items()}
     whole = parameters(model)
@@ -189,7 +188,7 @@ def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _O
         and suits(unchanged[taken.source], taken)
         and taken.result_shape == tuple(part[name].shape)
     }
-    return _OpenPart(stage, described, origins, whole_sizes, absent)
+    return _OpenPart(stage, described, origins, whole_sizes)
 
 
 def _read(opened: _OpenPart, on_bytes: Callable[[int], None]) -> tuple[int, int]:
@@ -205,7 +204,6 @@ def _read(opened: _OpenPart, on_bytes: Callable[[int], None]) -> tuple[int, int]
                 whole, item = opened.whole_sizes.get(name, (value.nbytes, value.itemsize))
                 read, taken = read + whole, taken + value.size * item
                 value = _evaluated(value)
-                opened.absent.check()
             else:
                 value = _read_one(reader, origin, value.dtype, done, on_bytes)
             for place in (name, *further_names):

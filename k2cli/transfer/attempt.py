@@ -169,7 +169,7 @@ class Attempt:
 
     @property
     def results(self) -> list[NodeResult]:
-        """What each node has received in this attempt."""
+        """The result of each node in this attempt."""
         return [found.result for found in self._destinations.values()]
 
     def run(self) -> None:

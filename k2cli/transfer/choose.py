@@ -1,4 +1,4 @@
-"""From names on a command line to a transfer: the nodes, the source, and the files of each node."""
+"""Choice of the nodes, the source and the files of a transfer, by names on a command line."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _LEAST_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What one node gets: segments by file, and what becomes of files of the same name."""
+    """The share of one node: segments by file, and what becomes of files of the same name."""
 
     missing: dict[int, tuple[int, ...]]
     same: tuple[int, ...]

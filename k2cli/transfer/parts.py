@@ -37,7 +37,7 @@ def files_of_nodes(
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one node is to have: files to send, and the sizes of weight files that it does not get.
+    """The share of one node: files to send, and the sizes of weight files that it does not get.
 
     ``sources`` maps a file to the source's file whose beginning it is, for headers.
     """

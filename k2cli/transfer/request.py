@@ -1,7 +1,8 @@
-"""What is to be sent to whom, and the events of a transfer."""
+"""Requests, events and results of a transfer."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,9 @@ from k2cli.agent.weights.messages import Inventory
 from k2cli.cluster.description import Cluster
 from k2cli.nodes.node import Node
 from k2cli.transfer.ways import Over
+
+MAX_STREAMS = 4
+"""Streams of one sender: each needs a core at both ends, to encrypt and to hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,12 @@ class PushRequest:
     cluster: Cluster | None = None
     over: Over = "auto"
     replace: bool = False
-    streams: int = 4
+    streams: int = field(default_factory=lambda: max(1, min(MAX_STREAMS, os.cpu_count() or 1)))
 
 
 @dataclass(slots=True)
 class NodeResult:
-    """What one node has received. ``route`` says how the data travelled."""
+    """The result of one node. ``route`` says how the data travelled."""
 
     node: str
     folder: str = ""

@@ -1,4 +1,4 @@
-"""What a machine has of a model, and how it may be named on another one."""
+"""List of the files of a model on a machine, and its name on other machines."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ class Segments(msgspec.Struct, frozen=True):
 
 
 class SendOrder(msgspec.Struct, frozen=True, tag=True):
-    """Where to send to. Without a host the data go to stdout, in one stream."""
+    """The receiver to send to. Without a host the data go to stdout, in one stream."""
 
     folder: str
     host: str = ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,7 @@ from k2cli.commands.options import AsJson
 from k2cli.transfer.ways import Over
 
 if TYPE_CHECKING:
-    from k2cli.transfer.request import NodeResult, PushRequest
+    from k2cli.transfer.request import NodeResult, OnPushEvent, PushRequest
 
 
 def push(
@@ -78,6 +80,14 @@ def run_push(request: PushRequest, feed: Any = None) -> list[NodeResult]:
     """Bring a model to nodes with progress on stderr; after Ctrl-C, say how to continue."""
     from k2cli.transfer.push import push as push_to_nodes
     from k2cli.transfer.push import resume_command
+
+    with push_progress(resume_command(request)) as show:
+        return push_to_nodes(request, show, feed)
+
+
+@contextlib.contextmanager
+def push_progress(resume: str) -> Iterator[OnPushEvent]:
+    """Show progress on stderr while the block runs; after Ctrl-C, say what continues it."""
     from k2cli.transfer.request import PushBytes, PushStep
     from k2cli.ui.output import note
     from k2cli.ui.progress import ByteProgress
@@ -90,9 +100,9 @@ def run_push(request: PushRequest, feed: Any = None) -> list[NodeResult]:
 
     try:
         with ByteProgress() as progress:
-            return push_to_nodes(request, show, feed)
+            yield show
     except KeyboardInterrupt:
-        note(f"\nwhat has arrived is kept; to continue: {resume_command(request)}")
+        note(f"\nwhat has arrived is kept; to continue: {resume}")
         raise
 
 
