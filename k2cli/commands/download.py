@@ -21,6 +21,14 @@ def download(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be downloaded, and stop.")
     ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Cluster whose nodes get the model from this machine."),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Send each node only the files that its ranks read."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Download a model, and convert it for MLX if it is a GGUF file.
@@ -30,16 +38,21 @@ def download(
 
     Example: k2 download demo
     """
-    from k2cli.models.sources.download import BytesDone, StepStarted, fetch
+    if cluster is not None or plan is not None:
+        from k2cli.commands.models.download_to import download_to_cluster
+
+        download_to_cluster(model, revision, cluster, plan, alone=to or dry_run, as_json=json)
+        return
+    from k2cli.models.sources.download import BytesDone, Event, StepStarted, fetch
     from k2cli.ui.output import note, print_json, print_line
     from k2cli.ui.progress import ByteProgress
 
     with ByteProgress() as progress:
 
-        def show(event: StepStarted | BytesDone) -> None:
+        def show(event: Event) -> None:
             if isinstance(event, StepStarted):
                 progress.step(event.text)
-            else:
+            elif isinstance(event, BytesDone):
                 progress.advance(event.done_bytes, event.total_bytes)
 
         fetched = fetch(model, destination=to, revision=revision, dry_run=dry_run, on_event=show)

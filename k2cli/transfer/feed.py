@@ -6,10 +6,17 @@ import threading
 from collections.abc import Callable
 
 OnFile = Callable[[str | None], None]
-"""Receives the name of each file that the source has by now, and None when it has all of them."""
+"""Receives the name of each file that is there by now."""
 
-Feed = Callable[[Callable[[str], None]], None]
-"""Function that makes the source's files, and calls its argument with the name of each."""
+Feed = Callable[[OnFile], None]
+"""Function that makes the source's files. It calls its argument with the name of each, and with
+None from time to time: the call raises an exception if the work is to end."""
+
+_END_SECONDS = 15.0
+
+
+class FeedStopped(Exception):
+    """Nobody wants the files any more."""
 
 
 class GrowingSource:
@@ -18,14 +25,18 @@ class GrowingSource:
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
         self._lock = threading.Lock()
-        self._names: list[str] = []
+        self._names: dict[str, None] = {}
         self._ended = False
+        self._stopped = False
         self._error: BaseException | None = None
         self._follower: OnFile = lambda name: None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def follow(self, on_file: OnFile) -> None:
-        """Tell an attempt what is there, and from now on what comes; begins at the first call."""
+        """Tell an attempt what is there, and from now on what comes; the first call begins.
+
+        The attempt is told None when all files are there.
+        """
         with self._lock:
             for name in self._names:
                 on_file(name)
@@ -44,17 +55,29 @@ class GrowingSource:
             self._ended = True
             self._follower(None)
 
-    def _add(self, name: str) -> None:
+    def _add(self, name: str | None) -> None:
+        if self._stopped:
+            raise FeedStopped
         with self._lock:
-            self._names.append(name)
-            self._follower(name)
+            if name is not None and name not in self._names:
+                self._names[name] = None
+                self._follower(name)
 
     def check(self) -> None:
         """Raise the error that ended the feed, if one did."""
-        if self._error is not None:
+        if self._error is not None and not isinstance(self._error, FeedStopped):
             raise self._error
 
-    @property
-    def has_failed(self) -> bool:
-        """True if an error ended the feed."""
-        return self._error is not None
+    def wait(self) -> None:
+        """Wait until all files are there, and raise the error if one ended the feed."""
+        with self._lock:
+            if self._thread.ident is None:
+                self._thread.start()
+        self._thread.join()
+        self.check()
+
+    def stop(self) -> None:
+        """End the feed and wait for it, so that what has arrived is recorded."""
+        self._stopped = True
+        if self._thread.ident is not None:
+            self._thread.join(_END_SECONDS)

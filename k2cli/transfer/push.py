@@ -60,7 +60,11 @@ def push(request: PushRequest, on_event: OnPushEvent, feed: Feed | None = None) 
         if left := lacking(request.found, wanted):
             raise UsageError(f"node {request.source.name} itself lacks {left[0]}")
         shares[node.name] = share_of(request.found, wanted)
-    return _Push(request, shares, on_event, feed).run()
+    work = _Push(request, shares, on_event, feed)
+    try:
+        return work.run()
+    finally:
+        work.stop()
 
 
 class _Push:
@@ -94,8 +98,15 @@ class _Push:
             elif error.node not in self._results:
                 self._say(PushStep(f"{error.message}; trying again"))
                 time.sleep(wait)
+        if self._growing is not None:
+            self._growing.wait()
         self._raise_failures()
         return [self._results[node.name] for node in self._request.nodes]
+
+    def stop(self) -> None:
+        """End the making of files, if it still runs."""
+        if self._growing is not None:
+            self._growing.stop()
 
     def _left(self) -> list[Node]:
         ended = self._results.keys() | self._failed.keys()

@@ -51,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(self._tree(), body)
         elif path.startswith("/api/models/mock/model"):
             siblings = [
-                {"rfilename": name, **({"size": len(data)} if "blobs=" in self.path else {})}
+                {"rfilename": name, **(_metadata(name, data) if "blobs=" in self.path else {})}
                 for name, data in self.files.items()
             ]
             document = {"id": "mock/model", "modelId": "mock/model", "sha": COMMIT}
@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tree(self) -> list[dict[str, object]]:
         return [
-            {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
+            {"type": "file", "path": name, "size": len(data), "oid": _git_sha1(data)}
             for name, data in self.files.items()
         ]
 
@@ -77,7 +77,11 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             self._send(404, b"", body, {"X-Error-Code": "EntryNotFound"})
             return
-        headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{_etag(name, data)}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
         fault = self.faults.get(name, "")
         if fault == "refuses":
             self._send(403, b"{}", body, {})
@@ -122,8 +126,25 @@ class _Handler(BaseHTTPRequestHandler):
         """Suppress the log."""
 
 
-def _etag(data: bytes) -> str:
+def _git_sha1(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _is_in_lfs(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _etag(name: str, data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest() if _is_in_lfs(name) else _git_sha1(data)
+
+
+def _metadata(name: str, data: bytes) -> dict[str, object]:
+    """Describe a file as ``/api/models/...?blobs=true`` does."""
+    found: dict[str, object] = {"size": len(data), "blobId": _git_sha1(data)}
+    if _is_in_lfs(name):
+        digest = hashlib.sha256(data).hexdigest()
+        found["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
+    return found
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def inventory(reference: str) -> Inventory:
         target_of(reference, parsed, folder),
         files,
         absent_files(folder),
-        _header_bytes(checkpoint),
+        header_lengths(checkpoint),
     )
 
 
@@ -94,7 +94,7 @@ def _describe(path: Path, name: str, hub: bool) -> WeightsFile:
     return WeightsFile(name, found.st_size, blob, found.st_mtime_ns)
 
 
-def _header_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+def header_lengths(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the length of the header of each weight file: its first tensor follows it."""
     starts: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():

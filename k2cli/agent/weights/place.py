@@ -70,9 +70,9 @@ def _hub_place(target: Target) -> Place:
         and len(references) <= _MAX_REFERENCES
     ):
         raise UsageError(f"'{target.name}' at '{target.commit}' is not a revision of a repository")
-    from k2cli.models.sources.hub import cache_directory
+    from k2cli.models.sources.cache_layout import repository_folder
 
-    base = cache_directory() / "--".join(("models", *target.name.split("/")))
+    base = repository_folder(target.name)
     return Place(base / "snapshots" / target.commit, base / "blobs", base / "refs")
 
 

@@ -13,6 +13,7 @@ from k2cli.commands.options import AsJson
 from k2cli.transfer.ways import Over
 
 if TYPE_CHECKING:
+    from k2cli.transfer.feed import Feed
     from k2cli.transfer.request import NodeResult, OnPushEvent, PushRequest
 
 
@@ -76,12 +77,14 @@ def push(
         show_results(results)
 
 
-def run_push(request: PushRequest, feed: Any = None) -> list[NodeResult]:
+def run_push(
+    request: PushRequest, feed: Feed | None = None, resume: str | None = None
+) -> list[NodeResult]:
     """Bring a model to nodes with progress on stderr; after Ctrl-C, say how to continue."""
     from k2cli.transfer.push import push as push_to_nodes
     from k2cli.transfer.push import resume_command
 
-    with push_progress(resume_command(request)) as show:
+    with push_progress(resume or resume_command(request)) as show:
         return push_to_nodes(request, show, feed)
 
 

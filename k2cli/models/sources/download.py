@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from k2cli.errors import InternalError, K2Error, UsageError
 from k2cli.models.catalog import WheelSource
-from k2cli.models.checkpoint import read_checkpoint, read_safetensors_header
+from k2cli.models.checkpoint import read_checkpoint
 from k2cli.models.files import locked, remove_leftovers
-from k2cli.models.layout import (
-    INDEX_NAME,
-    choose_weight_files,
-    refuse_without_safetensors,
-    split_parts,
-    supporting_files,
-)
+from k2cli.models.layout import split_parts
 from k2cli.models.reference import (
     SOURCE_NAME,
     ModelReference,
@@ -28,48 +21,19 @@ from k2cli.models.reference import (
     is_conversion_of,
     parse_reference,
 )
+from k2cli.models.sources.events import (
+    BytesDone,
+    Event,
+    Fetched,
+    FetchedFile,
+    OnEvent,
+    StepStarted,
+)
+from k2cli.models.sources.range_stream import TransferOptions
+from k2cli.models.sources.selection import Selection
 from k2cli.settings import data_directory
-from k2cli.units import format_bytes
 
-
-@dataclass(frozen=True, slots=True)
-class StepStarted:
-    """Start of a step; ``text`` describes it for the user."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class BytesDone:
-    """Progress within the step; ``total_bytes`` is 0 while unknown."""
-
-    done_bytes: int
-    total_bytes: int
-
-
-OnEvent = Callable[[StepStarted | BytesDone], None]
-
-
-@dataclass(frozen=True, slots=True)
-class FetchedFile:
-    """File of the model, by its name in the folder."""
-
-    name: str
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """Result of ``fetch``. ``was_there`` is True if there was nothing to do.
-
-    ``stored_bytes`` is the size of the weights; ``path`` is the model's folder, also in a dry run.
-    """
-
-    model: str
-    path: Path | None
-    stored_bytes: int
-    files: tuple[FetchedFile, ...]
-    was_there: bool
+__all__ = ["BytesDone", "Event", "Fetched", "FetchedFile", "StepStarted", "fetch"]
 
 
 def fetch(
@@ -78,6 +42,9 @@ def fetch(
     destination: Path | None = None,
     revision: str | None = None,
     dry_run: bool = False,
+    selection: Selection | None = None,
+    options: TransferOptions | None = None,
+    xet: bool = False,
     on_event: OnEvent = lambda event: None,
 ) -> Fetched:
     """Make a model available on this machine; with ``dry_run`` only report the work.
@@ -87,6 +54,9 @@ def fetch(
         destination: the folder; None for k2's own folder or the cache of the Hub library.
         revision: the revision of a Hub repository; overrides that of the reference.
         dry_run: fetch nothing.
+        selection: files of a repository; None for those that loading reads.
+        options: how to transfer files of a repository.
+        xet: leave the transfer to the Hub library.
         on_event: called with each event.
 
     Raises:
@@ -95,17 +65,23 @@ def fetch(
         K2Error: if the download or conversion fails.
     """
     reference = parse_reference(text)
+    selection = selection or Selection()
     if reference.repo is not None:
+        wanted = revision or reference.revision
         return _from_hub(
-            reference,
-            reference.repo,
-            destination,
-            revision or reference.revision,
+            _HubRequest(text, reference.repo, wanted, destination, selection),
             dry_run,
+            options or TransferOptions(),
+            xet,
             on_event,
         )
     if revision is not None:
         raise UsageError(f"'{text}' has no revisions", "leave --revision out")
+    if not selection.is_default or xet:
+        raise UsageError(
+            f"'{text}' is no repository of the Hub, so there are no files to choose from",
+            "leave --only, --include, --exclude and --xet out",
+        )
     if reference.path is not None and reference.path.is_dir():
         if destination is not None:
             raise UsageError(f"'{text}' is a folder already", "leave --to out")
@@ -113,71 +89,70 @@ def fetch(
     return _converted(reference, destination, dry_run, on_event)
 
 
+@dataclass(frozen=True, slots=True)
+class _HubRequest:
+    text: str
+    repo: str
+    revision: str | None
+    destination: Path | None
+    selection: Selection
+
+
 def _from_hub(
-    reference: ModelReference,
-    repo: str,
-    destination: Path | None,
-    revision: str | None,
+    request: _HubRequest,
     dry_run: bool,
+    options: TransferOptions,
+    xet: bool,
     on_event: OnEvent,
 ) -> Fetched:
-    from k2cli.models.sources import hub
+    from k2cli.models.sources.hub_download import plan_download, run_download
 
-    on_event(StepStarted(f"asking the Hub for {repo}"))
+    on_event(StepStarted(f"asking the Hub for {request.repo}"))
     try:
-        in_repository = hub.repository_files(repo, revision)
-        names = _wanted(repo, revision, in_repository)
-        sizes = {name: in_repository[name] for name in names}
-        listed = hub.list_repo(repo, revision, sizes, destination) if names else []
+        download = plan_download(
+            request.repo, request.revision, request.destination, request.selection
+        )
+    except UsageError:
+        raise
     except K2Error:
-        # Without the Hub, use a complete copy in the library's cache.
-        folder = hub.cached_folder(repo, revision) if destination is None else None
-        if folder is None:
+        # Without the Hub, use a complete copy that is here.
+        if (folder := _complete_copy(request)) is None:
             raise
-        return _present(reference.text, folder)
-    if not names:
-        raise refuse_without_safetensors(in_repository, repo, repo)
-    listed = [replace(file, present=file.present and _is_whole(file.place)) for file in listed]
-    files = tuple(FetchedFile(file.name, file.nbytes) for file in listed)
+        return _present(request.text, folder)
+    files = tuple(
+        FetchedFile(file.place.file.name, file.place.file.nbytes, file.missing_bytes)
+        for file in download.files
+    )
     weights = sum(file.nbytes for file in files if file.name.endswith(".safetensors"))
-    there = all(file.present for file in listed)
+    there = all(file.place.is_there() for file in download.files)
+    commit = download.listing.commit
     if dry_run:
-        return Fetched(reference.text, destination, weights, files, there)
-    missing = [file for file in listed if not file.present]
-    check_free_space(
-        destination or hub.cache_directory(), sum(file.nbytes for file in missing), repo
-    )
-    if missing:
-        on_event(StepStarted(f"downloading {len(missing)} files of {repo}"))
-    for file in missing:
-        hub.remove_damaged(file)
-    folder = hub.download_repo(
-        repo, revision, names, destination, lambda done, total: on_event(BytesDone(done, total))
-    )
-    return _present(reference.text, folder, was_there=there)
+        folder = download.folder
+        return Fetched(request.text, folder, weights, files, there, commit)
+    run_download(download, options, on_event, xet=xet)
+    if not download.whole:
+        complete = tuple(replace(file, missing_bytes=0) for file in files)
+        return Fetched(request.text, download.folder, weights, complete, there, commit)
+    return replace(_present(request.text, download.folder, was_there=there), commit=commit)
 
 
-def _wanted(repo: str, revision: str | None, in_repository: Collection[str]) -> list[str]:
-    """Choose the files of a repository that loading reads; none if it has no such weights."""
-    from k2cli.models.sources.hub_headers import read_weight_map
+def _complete_copy(request: _HubRequest) -> Path | None:
+    """Return the folder of a copy on this machine that has all files that loading reads."""
+    from k2cli.models.sources import hub
+    from k2cli.models.sources.cache_layout import is_whole
+    from k2cli.models.sources.snapshot_record import recorded_snapshot
 
-    weight_map = read_weight_map(repo, revision, in_repository)
-    chosen = choose_weight_files(in_repository, weight_map, repo)
-    if not chosen.names:
-        return []
-    index = [INDEX_NAME] if weight_map is not None else []
-    return [*supporting_files(in_repository), *index, *chosen.names]
-
-
-def _is_whole(path: Path) -> bool:
-    """Return False for a safetensors file in the cache whose header says that it is damaged."""
-    if path.suffix != ".safetensors":
-        return True
-    try:
-        read_safetensors_header(path)
-    except K2Error:
-        return False
-    return True
+    if not request.selection.is_default:
+        return None
+    folder = request.destination
+    if folder is None:
+        return hub.cached_folder(request.repo, request.revision)
+    record = recorded_snapshot(folder)
+    if record is None or record.repo != request.repo or not record.whole:
+        return None
+    if request.revision not in (None, record.revision, record.commit):
+        return None
+    return folder if all(is_whole(folder / each.name, each) for each in record.files) else None
 
 
 def _converted(
@@ -241,28 +216,15 @@ def _is_intact(folder: Path, source: dict[str, Any]) -> bool:
         return False
 
 
-def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Check that the disk has room for a download.
-
-    Raises:
-        K2Error: if the file system of ``folder`` has less space.
-    """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed_bytes > free:
-        raise K2Error(
-            f"{what} needs {format_bytes(needed_bytes)}, {folder} has {format_bytes(free)} free",
-            f"k2 download {what} --to FOLDER on a larger disk",
-        )
-
-
 def _dry_run(reference: ModelReference, folder: Path) -> Fetched:
     entry = reference.entry
     if entry is not None and isinstance(entry.source, WheelSource):
-        file = FetchedFile(Path(entry.source.member).name, entry.source.member_bytes)
+        size = entry.source.member_bytes
+        file = FetchedFile(Path(entry.source.member).name, size, size)
     elif reference.path is not None:
         parts = [part for part in split_parts(reference.path) if part.is_file()]
-        found = tuple(FetchedFile(part.name, part.stat().st_size) for part in parts)
+        sizes = [(part.name, part.stat().st_size) for part in parts]
+        found = tuple(FetchedFile(name, size, size) for name, size in sizes)
         total = sum(file.nbytes for file in found)
         return Fetched(reference.text, folder, total, found, was_there=False)
     else:
@@ -278,4 +240,6 @@ def _present(text: str, folder: Path, *, was_there: bool = True) -> Fetched:
         for file in sorted(folder.iterdir())
         if file.is_file() and not file.name.startswith(".")
     )
-    return Fetched(text, folder, checkpoint.stored_bytes, files, was_there)
+    return Fetched(
+        text, folder, checkpoint.stored_bytes, files, was_there, warnings=checkpoint.warnings
+    )

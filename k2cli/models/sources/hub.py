@@ -12,8 +12,8 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from k2cli.files import DISK_ERRORS, read_regular, unwritable
 from k2cli.models.checkpoint import read_index
 from k2cli.models.layout import choose_weight_files, names_in
 from k2cli.models.part import absent_files
+from k2cli.models.sources.cache_layout import cache_folder, repository_folder
+from k2cli.models.sources.expected_files import ExpectedFile, expected_file
+from k2cli.models.sources.http_source import HttpService, retry_after
 from k2cli.proxies import proxy_errors
 
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
@@ -29,6 +32,8 @@ _LIGHT_PATTERNS = ("config.json", "generation_config.json")
 _READ_TIMEOUT_SECONDS = 20.0
 _RANGE_SECONDS = 120.0
 _RETRIES = 2
+_MOST_FILE_BYTES = 2**50
+_LONGEST_WAIT_SECONDS = 60.0
 _PASSING_FAILURES = (408, 429, 500, 502, 503, 504)
 _COMMIT = re.compile(r"[0-9A-Za-z][\w.-]{0,199}", re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -37,67 +42,33 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class HubFile:
-    """File of a repository; ``nbytes`` is 0 if the Hub does not report it.
+class Listing:
+    """Files of a repository at one commit: their sizes and the hashes of their contents."""
 
-    ``place`` is its path on this machine. It is not ``present`` if it is not there, or has another
-    size than the Hub says.
-    """
+    repo: str
+    revision: str
+    commit: str
+    sizes: dict[str, int]
+    hashes: dict[str, str]
 
-    name: str
-    nbytes: int
-    present: bool
-    place: Path
+    def expected(self, name: str) -> ExpectedFile:
+        """Return what is known about a file.
 
-
-def list_repo(
-    repo: str, revision: str | None, sizes: Mapping[str, int], destination: Path | None = None
-) -> list[HubFile]:
-    """List these files of a repository, and which of them are present.
-
-    Args:
-        repo: ``owner/name``.
-        revision: branch, tag or commit; the main branch if None.
-        sizes: the files, with their sizes on the Hub.
-        destination: the folder of the download; None for the cache.
-
-    Raises:
-        NotAuthorisedError: if the repository is gated or private.
-        K2Error: if it does not exist or the Hub cannot be reached.
-    """
-    import huggingface_hub
-
-    with _errors(repo, revision):
-        infos: Any = huggingface_hub.snapshot_download(
-            repo,
-            revision=revision,
-            local_dir=destination,
-            allow_patterns=_patterns(sizes),
-            tqdm_class=_bar_class(None),
-            dry_run=True,
-        )
-    return [_hub_file(info, sizes[info.filename]) for info in infos]
+        Raises:
+            K2Error: if the server gives no hash for it.
+        """
+        content_hash = self.hashes.get(name, "")
+        found = expected_file(name, self.sizes.get(name, 0), content_hash)
+        if found is None:
+            raise K2Error(
+                f"the Hub gives no hash for {self.repo}/{name}, so it could not be verified",
+                "use another mirror: see HF_ENDPOINT",
+            )
+        return found
 
 
 def _patterns(names: Collection[str]) -> list[str]:
     return [glob.escape(name) for name in names]
-
-
-def _hub_file(info: Any, size: int) -> HubFile:
-    place, present = Path(info.local_path), bool(info.is_cached)
-    if present and size:
-        # The library trusts a file that has a name; a full disk or a crash may have cut it short.
-        present = place.is_file() and place.stat().st_size == size
-    return HubFile(info.filename, size or info.file_size or 0, present, place)
-
-
-def remove_damaged(file: HubFile) -> None:
-    """Remove a file of the cache that is to be fetched again, with the data that it links to."""
-    with contextlib.suppress(OSError):
-        data = file.place.resolve()
-        file.place.unlink()
-        if data != file.place and "blobs" in data.parts:
-            data.unlink()
 
 
 def download_repo(
@@ -107,7 +78,7 @@ def download_repo(
     destination: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Fetch files of a repository and return their folder.
+    """Fetch files with the Hub library's own transfer, such as Xet, and return their folder.
 
     Args:
         repo: ``owner/name``.
@@ -157,18 +128,115 @@ def download_config(repo: str, revision: str | None = None) -> Path:
     return folder
 
 
-def repository_files(repo: str, revision: str | None) -> dict[str, int]:
-    """Return the size of each file of a repository, by path; 0 if the Hub does not say it.
+def list_repository(repo: str, revision: str | None) -> Listing:
+    """List the files of a repository at the commit that a revision now is.
 
     Raises:
-        NotAuthorisedError, K2Error: as ``list_repo``.
+        NotAuthorisedError: if the repository is gated or private.
+        K2Error: if it does not exist, the Hub cannot be reached, or its answer is no list.
     """
     import huggingface_hub
 
     with _errors(repo, revision):
-        # Listing the tree would be tried again for 15 s, with a warning each time.
-        info: Any = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
-    return {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        info: Any = _asked_again(
+            # Listing the tree would be tried again for 15 s, with a warning each time.
+            lambda: huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+        )
+    commit = str(info.sha or "")
+    if not _COMMIT.fullmatch(commit):
+        raise K2Error(f"the Hub names no commit for {repo}", "check HF_ENDPOINT")
+    sizes, hashes = {}, {}
+    for file in info.siblings or ():
+        size = file.lfs.size if file.lfs is not None else file.size
+        known = isinstance(size, int) and 0 <= size < _MOST_FILE_BYTES
+        sizes[file.rfilename] = size if known else 0
+        found = (file.lfs.sha256 if file.lfs is not None else file.blob_id) if known else ""
+        hashes[file.rfilename] = str(found or "")
+    return Listing(repo, revision or "main", commit, sizes, hashes)
+
+
+def _asked_again(ask: Callable[[], Any]) -> Any:
+    """Ask the Hub again after failures that pass, a few times."""
+    import httpx2
+    from huggingface_hub import errors
+
+    for attempt in range(_RETRIES):
+        wait = 0.5 * 2**attempt
+        try:
+            return ask()
+        except (httpx2.ReadError, httpx2.RemoteProtocolError):
+            pass
+        except errors.HfHubHTTPError as error:
+            if getattr(error.response, "status_code", 0) not in _PASSING_FAILURES:
+                raise
+            asked = retry_after(error.response.headers)
+            if asked is not None and asked > _LONGEST_WAIT_SECONDS:
+                raise
+            wait = max(wait, asked or 0.0)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise K2Error(
+                f"the Hub's list of files cannot be read: {type(error).__name__} {error}",
+                "check HF_ENDPOINT",
+            ) from error
+        time.sleep(wait)
+    return ask()
+
+
+def with_hashes(listing: Listing, names: Collection[str]) -> Listing:
+    """Ask for each file whose hash the list lacks; some mirrors say it only there.
+
+    Raises:
+        NotAuthorisedError, K2Error: as ``list_repository``.
+    """
+    import huggingface_hub
+
+    lacking = [name for name in names if not listing.hashes.get(name)]
+    if not lacking:
+        return listing
+    sizes, hashes = dict(listing.sizes), dict(listing.hashes)
+    for name in lacking:
+        with _errors(listing.repo, listing.commit):
+            url = huggingface_hub.hf_hub_url(listing.repo, name, revision=listing.commit)
+            found = huggingface_hub.get_hf_file_metadata(url)
+        if found.size is not None and found.etag and 0 <= found.size < _MOST_FILE_BYTES:
+            sizes[name], hashes[name] = found.size, found.etag
+    return replace(listing, sizes=sizes, hashes=hashes)
+
+
+def repository_files(repo: str, revision: str | None) -> dict[str, int]:
+    """Return the size of each file of a repository, by path; 0 if the Hub does not say it.
+
+    Raises:
+        NotAuthorisedError, K2Error: as ``list_repository``.
+    """
+    return list_repository(repo, revision).sizes
+
+
+def http_service(repo: str, commit: str) -> HttpService:
+    """Return how to ask the Hub for files of a commit."""
+    import huggingface_hub
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # lazily exported
+        build_hf_headers,
+        hf_raise_for_status,
+    )
+
+    def refusal(response: Any, file: ExpectedFile) -> K2Error:
+        try:
+            with _errors(repo, commit):
+                hf_raise_for_status(response)
+        except K2Error as error:
+            return error
+        return K2Error(
+            f"the Hub does not send {repo}/{file.name}: HTTP {response.status_code}",
+            "check HF_ENDPOINT",
+        )
+
+    return HttpService(
+        name="the Hub",
+        url_of=lambda file: huggingface_hub.hf_hub_url(repo, file.name, revision=commit),
+        headers=build_hf_headers(),
+        refusal=refusal,
+    )
 
 
 def read_range(
@@ -180,7 +248,7 @@ def read_range(
     whole answer of a server that ignores the range, which is 5 GB for a shard.)
 
     Raises:
-        NotAuthorisedError, K2Error: as ``list_repo``; also if the server does not serve the
+        NotAuthorisedError, K2Error: as ``list_repository``; also if the server does not serve the
             range, or stops in the middle of it.
     """
     import httpx2
@@ -259,7 +327,7 @@ def cached_folder(repo: str, revision: str | None = None, *, part: bool = False)
     k2 does not fetch, and importing it takes as long as planning a model. With ``part``, weight
     files may be missing whose headers are there.
     """
-    base = cache_directory() / "--".join(("models", *repo.split("/")))
+    base = repository_folder(repo)
     commit = revision or "main"
     if ".." in Path(commit).parts or not base.is_dir():
         return None
@@ -280,13 +348,6 @@ def _is_complete(folder: Path, part: bool) -> bool:
         return False
 
 
-def cache_directory() -> Path:
-    """Return the folder in which the Hub library keeps downloads."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
-
-
 @contextlib.contextmanager
 def _errors(repo: str, revision: str | None) -> Iterator[None]:
     """Translate exceptions of the Hub library to k2's errors."""
@@ -304,7 +365,7 @@ def _errors(repo: str, revision: str | None) -> Iterator[None]:
 
 def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
     """Return k2's error for an exception; a wrapper is replaced by the exception that it wraps."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     name = f"{repo}@{revision}" if revision else repo
     wrappers = (errors.DryRunError, errors.LocalEntryNotFoundError)
@@ -312,10 +373,13 @@ def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
         error = error.__cause__
     match error:
         case errors.GatedRepoError():
+            page = f"{constants.ENDPOINT}/{repo}"
             return NotAuthorisedError(
-                f"{repo} is gated: its owner must grant you access",
-                f"ask on the Hub's page of {repo}, then run: hf auth login",
+                f"{repo} is gated: its owner must grant you access, on {page}",
+                f"ask for access on {page}, then run: hf auth login",
             )
+        case errors.RemoteEntryNotFoundError():
+            return K2Error(f"the Hub no longer has a file of {name}", "run the command again")
         case errors.RevisionNotFoundError():
             return K2Error(f"{repo} has no revision '{revision}'")
         case errors.RepositoryNotFoundError():
@@ -333,7 +397,7 @@ def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
                 return NotAuthorisedError(refusal, "hf auth login")
             return K2Error(f"the Hub failed on {name}: HTTP {status}", "try again later")
         case OSError() if error.errno in DISK_ERRORS:
-            path = Path(os.fsdecode(error.filename or cache_directory()))
+            path = Path(os.fsdecode(error.filename or cache_folder()))
             return unwritable(error, path)
     text = str(error).strip() or type(error).__name__
     return K2Error(

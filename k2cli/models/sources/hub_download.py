@@ -1,0 +1,251 @@
+"""Download of files of a Hub repository: what is missing, room for it, transfer, and the record."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from k2cli.errors import K2Error
+from k2cli.files import unwritable
+from k2cli.models.checkpoint import read_index
+from k2cli.models.layout import INDEX_NAME, refuse_without_safetensors
+from k2cli.models.sources import hub
+from k2cli.models.sources.awake import kept_awake
+from k2cli.models.sources.byte_source import ByteSource, FolderSource
+from k2cli.models.sources.cache_layout import (
+    CacheLayout,
+    CachePlace,
+    FolderLayout,
+    FolderPlace,
+    Layout,
+    is_whole,
+    missing_bytes,
+)
+from k2cli.models.sources.events import OnEvent, StepStarted
+from k2cli.models.sources.file_names import check_names
+from k2cli.models.sources.http_source import HttpSource
+from k2cli.models.sources.hub_headers import read_weight_map
+from k2cli.models.sources.range_stream import TransferOptions
+from k2cli.models.sources.selection import Selection, choose_files
+from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
+from k2cli.models.sources.transfer import Transfer
+from k2cli.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileToFetch:
+    """File of a download, where it goes, and how many of its bytes are missing."""
+
+    place: CachePlace | FolderPlace
+    missing_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HubDownload:
+    """One download, decided but not begun: the commit is fixed, and so are the files."""
+
+    listing: hub.Listing
+    layout: Layout
+    files: tuple[FileToFetch, ...]
+    whole: bool
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that are still to be fetched."""
+        return sum(file.missing_bytes for file in self.files)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the model."""
+        return self.layout.folder
+
+
+def plan_download(
+    repo: str, revision: str | None, destination: Path | None, selection: Selection
+) -> HubDownload:
+    """Ask the Hub for the files of a revision, and find out what is missing; write nothing.
+
+    Raises:
+        NotAuthorisedError: if the repository is gated or private.
+        UsageError: if the selection leaves nothing.
+        K2Error: if the Hub cannot be reached, or the repository has no weights that k2 reads.
+    """
+    listing = hub.list_repository(repo, revision)
+    layout = _layout(listing, destination)
+    chosen = choose_files(listing.sizes, _weight_map(listing, layout), repo, selection)
+    if not chosen.names:
+        raise refuse_without_safetensors(listing.sizes, repo, repo)
+    return _planned(listing, layout, chosen.names, whole=chosen.whole)
+
+
+def _layout(listing: hub.Listing, destination: Path | None) -> Layout:
+    if destination is not None:
+        return FolderLayout(destination, listing.commit)
+    return CacheLayout(listing.repo, listing.commit)
+
+
+def _weight_map(listing: hub.Listing, layout: Layout) -> dict[str, str] | None:
+    """Read the index of the commit, from this machine if it is here."""
+    if INDEX_NAME in listing.sizes and listing.hashes.get(INDEX_NAME):
+        (place,) = layout.places([listing.expected(INDEX_NAME)], write=False)
+        if place.is_there() and place.path.is_file():
+            return read_index(layout.folder)
+    return read_weight_map(listing.repo, listing.commit, listing.sizes)
+
+
+def _planned(
+    listing: hub.Listing, layout: Layout, names: Collection[str], *, whole: bool
+) -> HubDownload:
+    check_names(names, listing.repo)
+    listing = hub.with_hashes(listing, names)
+    places = layout.places([listing.expected(name) for name in names], write=False)
+    files = tuple(
+        FileToFetch(place, 0 if place.is_there() else missing_bytes(place)) for place in places
+    )
+    return HubDownload(listing, layout, files, whole)
+
+
+def run_download(
+    download: HubDownload, options: TransferOptions, on_event: OnEvent, *, xet: bool = False
+) -> None:
+    """Fetch what is missing, verify it, and record the revision and the hashes of its files.
+
+    Args:
+        xet: leave the transfer to the Hub library.
+
+    Raises:
+        NotAuthorisedError: if the Hub refuses a file.
+        K2Error: if a file cannot be fetched or written; what has arrived stays.
+        KeyboardInterrupt: likewise.
+    """
+    listing, layout = download.listing, download.layout
+    files = [file.place.file for file in download.files]
+    _check_room(download)
+    missing = sum(file.missing_bytes > 0 for file in download.files)
+    if missing:
+        count = f"{missing} file{'s' if missing > 1 else ''}"
+        on_event(StepStarted(f"downloading {count} of {listing.repo}"))
+    try:
+        with kept_awake():
+            if xet:
+                _with_library(download, on_event)
+            else:
+                places = layout.places(files, write=True)
+                _transfer(listing, layout, places, options, on_event)
+        record = SnapshotRecord(
+            "hub", listing.repo, listing.revision, listing.commit, tuple(files), download.whole
+        )
+        write_record(layout.folder, record)
+        layout.set_revision(listing.revision)
+    except OSError as error:
+        raise unwritable(error, layout.folder) from error
+
+
+def _transfer(
+    listing: hub.Listing,
+    layout: Layout,
+    places: Sequence[CachePlace | FolderPlace],
+    options: TransferOptions,
+    on_event: OnEvent,
+) -> None:
+    service = hub.http_service(listing.repo, listing.commit)
+    source = HttpSource(service, options.streams, options.read_timeout_seconds)
+    try:
+        with_sources = [(place, _nearest(listing, layout, place, source)) for place in places]
+        Transfer(with_sources, options, on_event).run()
+    finally:
+        source.close()
+
+
+def _nearest(
+    listing: hub.Listing, layout: Layout, place: CachePlace | FolderPlace, source: ByteSource
+) -> ByteSource:
+    """Take a file for a folder from the cache, if it is there."""
+    if isinstance(layout, CacheLayout):
+        return source
+    cached = CacheLayout(listing.repo, listing.commit).folder
+    return FolderSource(cached) if is_whole(cached / place.file.name, place.file) else source
+
+
+def _with_library(download: HubDownload, on_event: OnEvent) -> None:
+    from k2cli.models.sources.events import BytesDone
+
+    listing, layout = download.listing, download.layout
+    for file in download.files:
+        if file.missing_bytes:
+            file.place.discard()
+    hub.download_repo(
+        listing.repo,
+        listing.commit,
+        [file.place.file.name for file in download.files],
+        layout.folder if isinstance(layout, FolderLayout) else None,
+        lambda done, total: on_event(BytesDone(done, total)),
+    )
+
+
+def _check_room(download: HubDownload) -> None:
+    place = download.files[0].place
+    try:
+        check_free_space(
+            place.partial.parent, download.missing_bytes, download.listing.repo, download.folder
+        )
+    except OSError as error:
+        raise unwritable(error, download.folder) from error
+
+
+def check_free_space(folder: Path, needed_bytes: int, what: str, shown: Path | None = None) -> None:
+    """Check that the volume of a folder has room for a download.
+
+    Args:
+        shown: the folder to name in the message.
+
+    Raises:
+        K2Error: if it has less.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
+        raise K2Error(
+            f"{what} needs {format_bytes(needed_bytes)} more, {shown or folder} has "
+            f"{format_bytes(free)} free",
+            f"make room, or: k2 download {shlex.quote(what)} --to FOLDER on a larger disk",
+        )
+
+
+def download_files(
+    repo: str,
+    revision: str | None,
+    names: Collection[str],
+    destination: Path | None = None,
+    *,
+    again: bool = False,
+    options: TransferOptions | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> Path:
+    """Fetch files of a repository by name, verify them, and return the model's folder.
+
+    Args:
+        revision: branch, tag or commit; to repair a model give the commit of its record.
+        destination: the folder of the model; None for the cache of the Hub library.
+        again: fetch them even if they look complete, because their bytes were found to be damaged.
+        on_event: called with each event.
+
+    Raises:
+        NotAuthorisedError: if the repository is gated or private.
+        K2Error: if a file is not in the repository, or cannot be fetched or written.
+    """
+    listing = hub.list_repository(repo, revision)
+    absent = sorted(set(names) - set(listing.sizes))
+    if absent:
+        raise K2Error(f"{repo}@{listing.commit} has no file '{absent[0]}'")
+    layout = _layout(listing, destination)
+    if again:
+        listing = hub.with_hashes(listing, names)
+        for place in layout.places([listing.expected(name) for name in names], write=False):
+            place.discard()
+    download = _planned(listing, layout, sorted(names), whole=False)
+    run_download(download, options or TransferOptions(), on_event)
+    return layout.folder
