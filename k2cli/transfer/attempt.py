@@ -44,6 +44,7 @@ from k2cli.transfer.process import NodeProcess
 from k2cli.transfer.request import NodeResult, OnPushEvent, PushBytes, PushRequest, PushStep
 from k2cli.units import format_bytes
 
+_ALIVE_SECONDS = 4.0
 _QUIET_SECONDS = 120.0
 """Longest time without an event: receivers and senders report several times a second."""
 
@@ -111,6 +112,7 @@ class Attempt:
         self._source_done = True
         self._pair_count = 0
         self._shares = shares
+        self._closed = threading.Event()
         self._began = time.monotonic()
 
     def start(self, nodes: Sequence[Node]) -> None:
@@ -119,6 +121,7 @@ class Attempt:
         Raises:
             NodeFailed: if one cannot be reached.
         """
+        threading.Thread(target=self._say_alive, daemon=True).start()
         for node in nodes:
             try:
                 self._add(node, self._shares[node.name])
@@ -126,6 +129,12 @@ class Attempt:
                 raise NodeFailed(node.name, error.message, error.hint, again=False) from error
             except ClusterError as error:
                 raise NodeFailed(node.name, error.message, error.hint, again=True) from error
+
+    def _say_alive(self) -> None:
+        """Tell receivers that the launcher is there, also while it waits for something."""
+        while not self._closed.wait(_ALIVE_SECONDS):
+            for found in list(self._destinations.values()):
+                found.process.say_alive()
 
     def _add(self, node: Node, share: Share) -> None:
         process = self._start(node, "receive")
@@ -144,6 +153,7 @@ class Attempt:
 
     def close(self) -> None:
         """End all processes of the attempt."""
+        self._closed.set()
         threads = [threading.Thread(target=each.end) for each in self._processes]
         for thread in threads:
             thread.start()
@@ -374,8 +384,7 @@ class Attempt:
         found.result.route = f"TLS to {event.host}"
 
     def _stream(self, found: Destination, pair: Pair) -> None:
-        found.process.send(Stream())
-        data = os.dup(found.process.input)
+        data = found.process.lend_input(Stream())
         try:
             pair.process = self._start(self._node(pair.sender), "send", data)
         finally:
@@ -402,6 +411,7 @@ class Attempt:
     def _on_sent(self, found: Destination, pair: Pair | None, event: Sent) -> None:
         if pair is not None:
             pair.done = True
+            found.process.take_input_back()
             found.result.sender_cpu_seconds += event.cpu_seconds
         self._finish_if_complete(found)
 

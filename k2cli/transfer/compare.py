@@ -13,7 +13,7 @@ from k2cli.transfer.parts import Share
 from k2cli.transfer.request import PushRequest
 from k2cli.units import MIB, format_bytes
 
-_MARGIN_BYTES = 64 * MIB
+_MARGIN_BYTES = 16 * MIB
 _HASH_BYTES_PER_SECOND = 50_000_000
 _LEAST_SECONDS = 60.0
 

@@ -14,7 +14,13 @@ from typing import IO, Any, Literal
 import msgspec
 
 from k2cli.agent.weights.conversation import decode_line, write_all
-from k2cli.agent.weights.messages import MAX_LINE_BYTES, Failed, ReceiverEvent, SenderEvent
+from k2cli.agent.weights.messages import (
+    MAX_LINE_BYTES,
+    Alive,
+    Failed,
+    ReceiverEvent,
+    SenderEvent,
+)
 from k2cli.errors import ClusterError
 from k2cli.nodes.node import Node, python_environment
 from k2cli.nodes.ssh_connection import SSH_FAILED, connection_to
@@ -52,6 +58,8 @@ class NodeProcess:
         self._kind = ReceiverEvent if module == "receive" else SenderEvent
         self._events = events
         self._ended = False
+        self._input_lock = threading.Lock()
+        self._input_lent = False
         # Held here too, so that another process can be given the same input.
         read_end, self.input = os.pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -79,8 +87,27 @@ class NodeProcess:
 
     def send(self, order: Any) -> None:
         """Write an order; if the process has ended, its last event tells why."""
-        with contextlib.suppress(OSError):
+        with self._input_lock, contextlib.suppress(OSError):
             write_all(self.input, msgspec.json.encode(order) + b"\n")
+
+    def lend_input(self, order: Any) -> int:
+        """Write an order, after which another process writes the input; return a descriptor."""
+        with self._input_lock:
+            self._input_lent = True
+            with contextlib.suppress(OSError):
+                write_all(self.input, msgspec.json.encode(order) + b"\n")
+            return os.dup(self.input)
+
+    def take_input_back(self) -> None:
+        """Write the input here again."""
+        with self._input_lock:
+            self._input_lent = False
+
+    def say_alive(self) -> None:
+        """Tell the process that the launcher is there, unless another process does."""
+        with self._input_lock, contextlib.suppress(OSError):
+            if not self._input_lent and not self._ended:
+                write_all(self.input, msgspec.json.encode(Alive()) + b"\n")
 
     def _read(self, output: IO[bytes]) -> None:
         """Put events into the queue, and at the end ``Failed`` if there was no last one."""
@@ -114,8 +141,8 @@ class NodeProcess:
         """End the process, and wait for it."""
         if self._ended:
             return
-        self._ended = True
-        with contextlib.suppress(OSError):
+        with self._input_lock, contextlib.suppress(OSError):
+            self._ended = True
             os.close(self.input)
         try:
             self._process.wait(0.2)

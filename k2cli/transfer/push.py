@@ -20,7 +20,7 @@ from k2cli.units import format_bytes
 
 _FIRST_WAIT_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 10.0
-_FRUITLESS_ATTEMPTS = 5
+_FRUITLESS_ATTEMPTS = 6
 """Attempts in a row without a byte, after which a push ends."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import threading
 from typing import Any
 
@@ -19,10 +20,17 @@ _READ_BYTES = 2**16
 
 
 class Input:
-    """Standard input of a process: lines, and between them data."""
+    """Standard input of a process: lines, and between them data.
 
-    def __init__(self, descriptor: int = 0) -> None:
+    Args:
+        quiet_seconds: the longest time without a byte; None for no limit. If the network is cut,
+            a process on the far side of ssh is not told.
+        descriptor: of the input.
+    """
+
+    def __init__(self, quiet_seconds: float | None = None, descriptor: int = 0) -> None:
         self._descriptor = descriptor
+        self._quiet_seconds = quiet_seconds
         self._left = b""
 
     def line(self) -> bytes | None:
@@ -30,10 +38,13 @@ class Input:
 
         Raises:
             ValueError: if it is too long.
+            TimeoutError: if nothing comes.
         """
         parts: list[bytes] = []
         length = 0
         while True:
+            if not self._left:
+                self._wait()
             piece = self._left or os.read(self._descriptor, _READ_BYTES)
             self._left = b""
             if not piece:
@@ -48,13 +59,25 @@ class Input:
                 return b"".join(parts)
 
     def read(self, buffer: memoryview) -> int:
-        """Fill a buffer as far as data are there; return 0 at the end of the input."""
+        """Fill a buffer as far as data are there; return 0 at the end of the input.
+
+        Raises:
+            TimeoutError: if nothing comes.
+        """
         if self._left:
             count = min(len(buffer), len(self._left))
             buffer[:count] = self._left[:count]
             self._left = self._left[count:]
             return count
+        self._wait()
         return os.readv(self._descriptor, [buffer])
+
+    def _wait(self) -> None:
+        if self._quiet_seconds is None:
+            return
+        ready, _, _ = select.select([self._descriptor], [], [], self._quiet_seconds)
+        if not ready:
+            raise TimeoutError("nothing was heard of the launcher")
 
 
 class Output:

@@ -101,11 +101,15 @@ class Stream(msgspec.Struct, frozen=True, tag=True):
     """Order to receive one stream on standard input, which begins after this line."""
 
 
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """Sign that the launcher is there; a receiver that gets none for some time ends."""
+
+
 class Finish(msgspec.Struct, frozen=True, tag=True):
     """Order to complete the model: everything has been sent."""
 
 
-ReceiverOrder = Offer | Begin | Listen | Stream | Finish
+ReceiverOrder = Offer | Begin | Listen | Stream | Alive | Finish
 
 
 class Checked(msgspec.Struct, frozen=True, tag=True):

@@ -23,7 +23,7 @@ import msgspec
 from k2cli.agent.weights.conversation import Input, Output, decode_line
 from k2cli.agent.weights.frames import SegmentReader, StreamLost
 from k2cli.agent.weights.incoming import IncomingFile, examine_all, incoming_file
-from k2cli.agent.weights.listener import Listener
+from k2cli.agent.weights.listener import QUIET_SECONDS, Listener
 from k2cli.agent.weights.messages import (
     Begin,
     Checked,
@@ -120,9 +120,8 @@ class Receiver:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise K2Error(
-                f"another transfer to {self._place.folder} is running", "wait until it has ended"
-            ) from None
+            # It may be one whose launcher is gone, which ends soon.
+            raise StreamLost(f"another transfer to {self._place.folder} is running") from None
         self._lock = descriptor
 
     def _free_bytes(self) -> int:
@@ -239,6 +238,8 @@ def failure_of(error: Exception) -> Failed:
     """Return the event that tells an error."""
     if isinstance(error, StreamLost):
         return Failed(error.message, again=True)
+    if isinstance(error, TimeoutError | ConnectionError):
+        return Failed(f"the connection was lost: {error}", again=True)
     if isinstance(error, OSError) and error.filename:
         error = unwritable(error, Path(os.fsdecode(error.filename)))
     if isinstance(error, K2Error):
@@ -255,7 +256,7 @@ def end_with(events: Output, error: Exception) -> None:
 def main() -> None:
     """Receive a model as standard input says."""
     events = Output(1)
-    receiver = Receiver(Input(), events)
+    receiver = Receiver(Input(QUIET_SECONDS), events)
     try:
         receiver.run()
     except (K2Error, OSError, ValueError, msgspec.MsgspecError) as error:
