@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,8 +18,10 @@ import mlx.core as mx
 
 from k2cli.errors import K2Error
 from k2cli.files import read_regular
-from k2cli.models.checkpoint import MAX_HEADER_BYTES
+from k2cli.models.checkpoint import MAX_HEADER_BYTES, StoredTensor
 from k2cli.models.part import absent_files, header_path
+
+_HINT = "bring it the whole model: k2 models push MODEL NODE"
 
 
 def open_absent(folder: Path, name: str) -> dict[str, mx.array]:
@@ -43,6 +45,21 @@ def open_absent(folder: Path, name: str) -> dict[str, mx.array]:
     return opened
 
 
+def refuse_absent(tensors: Iterable[StoredTensor], absent: frozenset[str]) -> None:
+    """Refuse tensors of files that this machine does not have.
+
+    Raises:
+        K2Error: naming the first.
+    """
+    for tensor in tensors:
+        if tensor.file.name in absent:
+            raise K2Error(
+                f"this rank reads '{tensor.name}' of {tensor.file}, which was not brought to this "
+                "machine",
+                _HINT,
+            )
+
+
 @contextmanager
 def refused_if_absent(folder: Path, absent: frozenset[str]) -> Iterator[None]:
     """Translate mlx's error if it was asked for the data of an absent file.
@@ -57,5 +74,5 @@ def refused_if_absent(folder: Path, absent: frozenset[str]) -> Iterator[None]:
             raise
         raise K2Error(
             f"this rank reads weights that were not brought to {folder} on this machine: {error}",
-            "bring it the whole model: k2 models push MODEL NODE",
+            _HINT,
         ) from error

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import DTYPE_BITS, Checkpoint, StoredTensor, read_checkpoint
 from k2cli.protocol import Assignment, HeldTensor
-from k2cli.rank.absent_files import open_absent, refused_if_absent
+from k2cli.rank.absent_files import open_absent, refuse_absent, refused_if_absent
 from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
@@ -122,6 +122,7 @@ def load_part(
     model = opened.stage.model
     total = sum(value.nbytes for value in parameters(model).values())
     _check_planned(checkpoint, assignment, opened.stage, total)
+    refuse_absent([origin.tensor for origin in opened.origins.values()], checkpoint.absent)
     with refused_if_absent(checkpoint.folder, checkpoint.absent):
         read, taken = _read(opened, lambda done: on_bytes(done, total))
     held = [
