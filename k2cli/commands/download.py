@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,38 @@ def download(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", metavar="KIND", help="config, tokenizer or weights alone; repeatable."
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            metavar="PATTERN",
+            help="Download the repository's files with such names instead; repeatable.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude", metavar="PATTERN", help="Leave out files with such names; repeatable."
+        ),
+    ] = None,
+    limit_rate: Annotated[
+        str | None,
+        typer.Option(
+            "--limit-rate", metavar="SIZE", help="Most bytes per second in all, such as 50M."
+        ),
+    ] = None,
+    xet: Annotated[
+        bool,
+        typer.Option(
+            "--xet", help="Leave the transfer to the Hub library's Xet (not tried by k2)."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be downloaded, and stop.")
     ] = False,
@@ -29,42 +63,169 @@ def download(
         Path | None,
         typer.Option(metavar="FILE", help="Send each node only the files that its ranks read."),
     ] = None,
+    events: Annotated[
+        bool,
+        typer.Option("--events", help="With --json: also print progress, one JSON line each."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Download a model, and convert it for MLX if it is a GGUF file.
 
     Only the files that loading reads are downloaded (weights, config, tokenizer, templates), never
-    code. Files that are already on this machine are not downloaded again, unless they are damaged.
+    code. Each file is verified by its hash. An interrupted download continues where it was, and
+    files that are already on this machine are not downloaded again, unless they are damaged.
 
     Example: k2 download demo
     """
     if cluster is not None or plan is not None:
         from k2cli.commands.models.download_to import download_to_cluster
 
-        download_to_cluster(model, revision, cluster, plan, alone=to or dry_run, as_json=json)
+        alone: dict[str, Any] = {
+            "--to": to,
+            "--only": only,
+            "--include": include,
+            "--exclude": exclude,
+        }
+        alone |= {"--limit-rate": limit_rate, "--xet": xet, "--dry-run": dry_run}
+        download_to_cluster(model, revision, cluster, plan, alone=alone, as_json=json)
         return
-    from k2cli.models.sources.download import BytesDone, Event, StepStarted, fetch
-    from k2cli.ui.output import note, print_json, print_line
+    from k2cli.models.sources.download import fetch
+    from k2cli.models.sources.selection import Selection, kinds_of
+    from k2cli.ui.output import note, print_json, print_json_line, print_line, warn
     from k2cli.ui.progress import ByteProgress
 
-    with ByteProgress() as progress:
+    selection = Selection(kinds_of(only or ()), tuple(include or ()), tuple(exclude or ()))
+    options = _transfer_options(limit_rate)
+    as_lines = json and events
+    try:
+        with ByteProgress() as progress:
 
-        def show(event: Event) -> None:
-            if isinstance(event, StepStarted):
-                progress.step(event.text)
-            elif isinstance(event, BytesDone):
-                progress.advance(event.done_bytes, event.total_bytes)
+            def show(event: Any) -> None:
+                _show(event, progress)
+                if as_lines:
+                    print_json_line(_event_document(event))
 
-        fetched = fetch(model, destination=to, revision=revision, dry_run=dry_run, on_event=show)
+            fetched = fetch(
+                model,
+                destination=to,
+                revision=revision,
+                dry_run=dry_run,
+                selection=selection,
+                options=options,
+                xet=xet,
+                on_event=show,
+            )
+    except KeyboardInterrupt:
+        note(f"\ninterrupted; to continue: {_command(model, to, revision, selection, limit_rate)}")
+        raise
+    for warning in fetched.warnings:
+        warn(warning)
+    if as_lines:
+        print_json_line({"event": "result", **_document(fetched)})
+        return
     if json:
         print_json(_document(fetched))
         return
     for line in _summary(fetched, dry_run):
         print_line(line)
-    if not dry_run:
+    if not dry_run and selection.is_default:
         name = str(to) if to is not None else model
         note(f"\nnext: k2 plan-memory {name} --hardware '2x m3-ultra-512'")
         note(f"      k2 launch {name}")
+
+
+def _transfer_options(limit_rate: str | None) -> Any:
+    from k2cli.errors import UsageError
+    from k2cli.models.sources.range_stream import TransferOptions
+    from k2cli.units import parse_bytes
+
+    if limit_rate is None:
+        return TransferOptions()
+    rate = parse_bytes(limit_rate)
+    if rate < 1000:
+        raise UsageError(
+            f"--limit-rate '{limit_rate}' is below 1 kB per second", "--limit-rate 50M"
+        )
+    return TransferOptions(bytes_per_second=rate)
+
+
+def _command(
+    model: str, to: Path | None, revision: str | None, selection: Any, limit_rate: str | None
+) -> str:
+    """Return the command line that continues this download."""
+    options: list[tuple[str, str]] = [
+        *(("--to", str(value)) for value in [to] if value is not None),
+        *(("--revision", value) for value in [revision] if value is not None),
+        *(("--only", value) for value in selection.only),
+        *(("--include", value) for value in selection.include),
+        *(("--exclude", value) for value in selection.exclude),
+        *(("--limit-rate", value) for value in [limit_rate] if value is not None),
+    ]
+    return shlex.join(["k2", "download", model, *(word for pair in options for word in pair)])
+
+
+def _show(event: Any, progress: Any) -> None:
+    from k2cli.models.sources.download import BytesDone, StepStarted
+    from k2cli.models.sources.transfer import TransferProgress
+
+    if isinstance(event, StepStarted):
+        progress.step(event.text)
+    elif isinstance(event, BytesDone):
+        progress.advance(event.done_bytes, event.total_bytes)
+    elif isinstance(event, TransferProgress):
+        progress.transfer(
+            event.done_bytes,
+            event.total_bytes,
+            event.received_bytes,
+            event.seconds,
+            [(file.name, file.done_bytes, file.total_bytes) for file in event.files],
+            event.note,
+        )
+
+
+def _event_document(event: Any) -> dict[str, Any]:
+    from k2cli.models.sources.download import BytesDone, StepStarted
+    from k2cli.models.sources.transfer import FileFinished, TransferProgress
+
+    match event:
+        case StepStarted():
+            fields: dict[str, Any] = {"event": "step", "text": event.text}
+        case BytesDone():
+            fields = {
+                "event": "progress",
+                "done_bytes": event.done_bytes,
+                "total_bytes": event.total_bytes,
+            }
+        case TransferProgress():
+            rate = event.received_bytes / event.seconds if event.seconds > 0 else None
+            fields = {
+                "event": "progress",
+                "done_bytes": event.done_bytes,
+                "total_bytes": event.total_bytes,
+                "received_bytes": event.received_bytes,
+                "bytes_per_second": None if rate is None else round(rate),
+                "files": _file_documents(event.files),
+                "note": event.note,
+            }
+        case FileFinished():
+            fields = {
+                "event": "file",
+                "name": event.file.name,
+                "bytes": event.file.nbytes,
+                "hash": event.file.blob_name,
+                "path": str(event.path),
+                "received": event.received,
+            }
+        case _:
+            fields = {"event": "unknown"}
+    return {"schema_version": 1, **fields}
+
+
+def _file_documents(files: Sequence[Any]) -> list[dict[str, Any]]:
+    return [
+        {"name": file.name, "done_bytes": file.done_bytes, "total_bytes": file.total_bytes}
+        for file in files
+    ]
 
 
 def _document(fetched: Any) -> dict[str, Any]:
@@ -72,8 +233,13 @@ def _document(fetched: Any) -> dict[str, Any]:
         "schema_version": 1,
         "model": fetched.model,
         "path": None if fetched.path is None else str(fetched.path),
+        "commit": fetched.commit,
         "stored_bytes": fetched.stored_bytes,
-        "files": [{"name": file.name, "bytes": file.nbytes} for file in fetched.files],
+        "missing_bytes": fetched.missing_bytes,
+        "files": [
+            {"name": file.name, "bytes": file.nbytes, "missing_bytes": file.missing_bytes}
+            for file in fetched.files
+        ],
         "was_there": fetched.was_there,
     }
 
@@ -83,8 +249,13 @@ def _summary(fetched: Any, dry_run: bool) -> list[str]:
 
     size = format_bytes(fetched.stored_bytes)
     if dry_run and not fetched.was_there:
-        lines = [f"  {format_bytes(file.nbytes):>9}  {file.name}" for file in fetched.files]
+        missing = [file for file in fetched.files if file.missing_bytes]
+        lines = [f"  {file.missing_bytes:>17,}  {file.name}" for file in missing]
         target = f" into {fetched.path}" if fetched.path is not None else ""
-        return [f"would download {fetched.model}, {size} of weights{target}:", *lines]
+        return [
+            f"would download {fetched.model}, {size} of weights{target}:",
+            *lines,
+            f"  {fetched.missing_bytes:>17,}  bytes in {len(missing)} files",
+        ]
     state = "is already at" if fetched.was_there else "is at"
     return [f"{fetched.model} {state} {fetched.path} ({size} of weights)"]

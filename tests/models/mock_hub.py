@@ -1,22 +1,34 @@
 """A Hub on this machine for the real client, with one repository, refusals and faults.
 
-A file may have a fault: ``ignores ranges``, ``breaks off`` (in the middle of an answer),
-``redirects`` (to another path, as the Hub does to its store), ``refuses`` (403) or ``fails once``
-(503, then as it should).
+A file may have a fault, of all its answers or, as in ``fails 2 times``, of the first ones:
+
+* ``ignores ranges``, ``redirects`` (to another path of the same server, as the Hub does to its
+  store), ``redirects away`` (to the server ``elsewhere``), ``refuses`` (403)
+* ``breaks off`` (in the middle of an answer), ``sticks`` (likewise, and the connection stays),
+  ``trickles``, ``never ends`` (sends more than it said, and goes on)
+* ``fails`` (503), ``asks to wait`` (429 with ``Retry-After: 1``)
+* ``damages`` (one byte is another), ``lies about its size``, ``has another etag``
+
+``moved`` gives the repository a new commit with other files; the old one stays.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+GOOD_TOKEN = "hf_goodtokengoodtokengoodtoken"
 
 REFUSALS = {
     "gated/model": (403, "GatedRepo"),
@@ -24,13 +36,59 @@ REFUSALS = {
     "secret/model": (403, ""),
     "broken/model": (500, ""),
 }
+_STUCK_SECONDS = 60.0
+_COUNTED_FAULT = re.compile(r"(.+?) (\d+) times?")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file on disk, for content that is too large for memory."""
+
+    path: Path
+    sha256: str
+
+    def __len__(self) -> int:
+        return self.path.stat().st_size
+
+
+Content = bytes | StoredFile
+
+
+@dataclass
+class MockHub:
+    """State of a served Hub; changes take effect at once."""
+
+    files: dict[str, Content]
+    faults: dict[str, str] = field(default_factory=dict)
+    commit: str = COMMIT
+    earlier: dict[str, dict[str, Content]] = field(default_factory=dict)
+    elsewhere: str = ""
+    requested: list[str] = field(default_factory=list)
+    authorized: list[str] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
+    address: str = ""
+
+    def moved(self, files: dict[str, Content]) -> None:
+        """Give the main branch a new commit with these files."""
+        self.earlier[self.commit] = self.files
+        self.files, self.commit = files, hashlib.sha1(self.commit.encode()).hexdigest()
+
+    def take_fault(self, name: str) -> str:
+        """Return the fault of the next answer for a file."""
+        fault = self.faults.get(name, "")
+        if (counted := _COUNTED_FAULT.fullmatch(fault)) is None:
+            return fault
+        left = int(counted[2]) - 1
+        if left > 0:
+            self.faults[name] = f"{counted[1]} {left} times"
+        else:
+            self.faults.pop(name, None)
+        return counted[1]
 
 
 class _Handler(BaseHTTPRequestHandler):
-    files: dict[str, bytes]
-    requested: list[str]
-    faults: dict[str, str]
-    sent: list[int]
+    protocol_version = "HTTP/1.1"
+    hub: MockHub
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -40,9 +98,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
-        self.requested.append(f"{self.command} {path}")
+        self.hub.requested.append(f"{self.command} {path}")
+        if token := self.headers.get("Authorization"):
+            self.hub.authorized.append(f"{path} {token}")
         for repo, (status, code) in REFUSALS.items():
             if repo in path:
+                if repo == "gated/model" and token == f"Bearer {GOOD_TOKEN}":
+                    path = path.replace("gated/model", "mock/model")
+                    break
                 self._send(status, b'{"error": "no"}', body, {"X-Error-Code": code})
                 return
         if path.startswith("/api/models/mock/model/revision/nowhere"):
@@ -50,83 +113,148 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/api/models/mock/model/tree/"):
             self._send_json(self._tree(), body)
         elif path.startswith("/api/models/mock/model"):
-            siblings = [
-                {"rfilename": name, **(_metadata(name, data) if "blobs=" in self.path else {})}
-                for name, data in self.files.items()
-            ]
-            document = {"id": "mock/model", "modelId": "mock/model", "sha": COMMIT}
-            self._send_json(document | {"siblings": siblings, "tags": [], "private": False}, body)
+            self._send_info(body)
         elif path.startswith("/store/"):
-            self._send_file(path.split("/", 2)[2], body)
+            self._send_file(path.split("/", 2)[2], self.hub.commit, body)
         elif path.startswith("/mock/model/resolve/"):
-            self._send_file(path.split("/", 5)[5], body)
+            _, _, _, _, revision, name = path.split("/", 5)
+            self._send_file(name, revision, body)
         else:
             self._send(404, b"{}", body, {})
 
-    def _tree(self) -> list[dict[str, object]]:
-        return [
-            {"type": "file", "path": name, "size": len(data), "oid": _git_sha1(data)}
-            for name, data in self.files.items()
+    def _send_info(self, body: bool) -> None:
+        """Answer as ``/api/models/...``; sizes and hashes only where they are asked for."""
+        fault = self.hub.take_fault("list")
+        if fault == "fails":
+            self._send(503, b"{}", body, {})
+            return
+        siblings = [
+            {"rfilename": name, **(_metadata(name, data) if "blobs=" in self.path else {})}
+            for name, data in self.hub.files.items()
         ]
+        document = {"id": "mock/model", "modelId": "mock/model", "sha": self.hub.commit}
+        self._send_json(document | {"siblings": siblings, "tags": [], "private": False}, body)
+
+    def _tree(self) -> list[dict[str, object]]:
+        return [_tree_entry(name, data) for name, data in self.hub.files.items()]
 
     def _send_json(self, document: object, body: bool) -> None:
         self._send(200, json.dumps(document).encode(), body, {})
 
-    def _send_file(self, name: str, body: bool) -> None:
-        data = self.files.get(name)
+    def _send_file(self, name: str, revision: str, body: bool) -> None:
+        files = self.hub.earlier.get(revision, self.hub.files)
+        commit = revision if revision in self.hub.earlier else self.hub.commit
+        data = files.get(name)
         if data is None:
             self._send(404, b"", body, {"X-Error-Code": "EntryNotFound"})
             return
-        headers = {
-            "ETag": f'"{_etag(name, data)}"',
-            "X-Repo-Commit": COMMIT,
-            "Accept-Ranges": "bytes",
-        }
-        fault = self.faults.get(name, "")
+        etag = _etag(name, data)
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        in_store = self.path.startswith("/store/")
+        fault = self.hub.faults.get(name, "")
+        if not fault.startswith("redirects"):
+            fault = self.hub.take_fault(name) if body else fault
         if fault == "refuses":
             self._send(403, b"{}", body, {})
-        elif fault == "fails once":
-            del self.faults[name]
+        elif fault == "fails":
             self._send(503, b"", body, {})
-        elif fault == "redirects" and not self.path.startswith("/store/"):
-            self._send(302, b"", body, headers | {"Location": f"/store/{name}"})
+        elif fault == "asks to wait":
+            self._send(429, b"", body, {"Retry-After": "1"})
+        elif fault == "has another etag":
+            headers["ETag"] = f'"{"0" * len(etag)}"'
+            self._send_part(data, body, headers, fault)
+        elif fault.startswith("redirects") and not in_store:
+            store = self.hub.elsewhere if fault == "redirects away" else ""
+            location = f"{store}/store/{name}?signature=s3cret"
+            linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+            self._send(302, b"", body, headers | linked | {"Location": location})
         else:
             self._send_part(data, body, headers, fault)
 
-    def _send_part(self, data: bytes, body: bool, headers: dict[str, str], fault: str) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+    def _send_part(self, data: Content, body: bool, headers: dict[str, str], fault: str) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        size = len(data) + (1000 if fault == "lies about its size" else 0)
         if asked is None or fault == "ignores ranges":
-            self._send(200, data, body, headers, fault)
+            self._send(200, data, body, headers, fault, part=(0, len(data)))
             return
-        first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-        self._send(206, data[first : last + 1], body, headers, fault)
+        first = int(asked[1])
+        last = min(int(asked[2] or len(data)), len(data) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        self._send(206, data, body, headers, fault, part=(first, last + 1))
 
     def _send(
-        self, status: int, data: bytes, body: bool, headers: dict[str, str], fault: str = ""
+        self,
+        status: int,
+        data: Content,
+        body: bool,
+        headers: dict[str, str],
+        fault: str = "",
+        part: tuple[int, int] | None = None,
     ) -> None:
+        first, past_last = part or (0, len(data))
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
+        if fault == "never ends":
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(past_last - first))
         self.end_headers()
         if not body:
             return
-        if fault == "breaks off":
-            data = data[: len(data) // 2]
-            self.close_connection = True
         try:
-            for start in range(0, len(data), 2**16):
-                self.wfile.write(data[start : start + 2**16])
-                self.sent.append(len(data[start : start + 2**16]))
+            self._send_body(data, first, past_last, fault)
         except OSError:
             self.close_connection = True  # the client closed the connection
+
+    def _send_body(self, data: Content, first: int, past_last: int, fault: str) -> None:
+        if fault in ("breaks off", "sticks", "trickles"):
+            self.close_connection = True
+            past_last = first + (past_last - first) // 2
+        if isinstance(data, StoredFile):
+            self._send_stored(data, first, past_last)
+        else:
+            if fault == "damages" and past_last > first:
+                changed = bytearray(data)
+                changed[first] ^= 0xFF
+                data = bytes(changed)
+            for start in range(first, past_last, 2**16):
+                self._write(data[start : min(start + 2**16, past_last)])
+        if fault == "sticks":
+            self._wait_for_client(_STUCK_SECONDS)
+        for start in range(past_last, past_last + 100 if fault == "trickles" else past_last):
+            self._write(data[start : start + 1])  # type: ignore[index]
+            time.sleep(0.1)
+        while fault == "never ends":
+            self._write(bytes(2**16))
+
+    def _write(self, data: bytes) -> None:
+        self.wfile.write(data)
+        self.hub.sent.append(len(data))
+
+    def _wait_for_client(self, seconds: float) -> None:
+        """Keep the connection silent until the client closes it."""
+        self.connection.settimeout(seconds)
+        self.connection.recv(1)
+
+    def _send_stored(self, stored: StoredFile, first: int, past_last: int) -> None:
+        with stored.path.open("rb") as file:
+            while first < past_last:
+                count = os.sendfile(
+                    self.connection.fileno(), file.fileno(), first, min(2**20, past_last - first)
+                )
+                if count == 0:
+                    return
+                first += count
+                self.hub.sent.append(count)
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Suppress the log."""
 
 
-def _git_sha1(data: bytes) -> str:
+def _git_sha1(data: Content) -> str:
+    if isinstance(data, StoredFile):
+        return data.sha256[:40]
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
@@ -134,17 +262,57 @@ def _is_in_lfs(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def _etag(name: str, data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest() if _is_in_lfs(name) else _git_sha1(data)
+def _sha256(data: Content) -> str:
+    return data.sha256 if isinstance(data, StoredFile) else hashlib.sha256(data).hexdigest()
 
 
-def _metadata(name: str, data: bytes) -> dict[str, object]:
+def _etag(name: str, data: Content) -> str:
+    return _sha256(data) if _is_in_lfs(name) else _git_sha1(data)
+
+
+def _metadata(name: str, data: Content) -> dict[str, object]:
     """Describe a file as ``/api/models/...?blobs=true`` does."""
     found: dict[str, object] = {"size": len(data), "blobId": _git_sha1(data)}
     if _is_in_lfs(name):
-        digest = hashlib.sha256(data).hexdigest()
-        found["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
+        found["lfs"] = {"sha256": _sha256(data), "size": len(data), "pointerSize": 134}
     return found
+
+
+def _tree_entry(name: str, data: Content) -> dict[str, object]:
+    """Describe a file as ``/api/models/.../tree`` does."""
+    entry = {"type": "file", "path": name, "size": len(data), "oid": _git_sha1(data)}
+    if _is_in_lfs(name):
+        entry["lfs"] = {"oid": _sha256(data), "size": len(data), "pointerSize": 134}
+    return entry
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: clients that are killed reset their connections."""
+
+    def server_bind(self) -> None:
+        # What a client never reads does not count as sent.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**17)
+        super().server_bind()
+
+
+@contextmanager
+def served_hub(hub: MockHub) -> Iterator[MockHub]:
+    """Serve a Hub on a free port of loopback; ``address`` is set."""
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = _Server(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        hub.address = f"http://127.0.0.1:{server.server_port}"
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=10)
 
 
 @contextmanager
@@ -159,25 +327,15 @@ def counting_hub(
     folder: Path, faults: dict[str, str] | None = None
 ) -> Iterator[tuple[str, list[str], list[int]]]:
     """Run ``mock_hub``; also yield the sizes of all pieces of bodies that were sent."""
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files: dict[str, Content] = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     with hub_of(files, faults) as served:
         yield served
 
 
 @contextmanager
 def hub_of(
-    files: dict[str, bytes], faults: dict[str, str] | None = None
+    files: dict[str, Content], faults: dict[str, str] | None = None
 ) -> Iterator[tuple[str, list[str], list[int]]]:
     """Run ``counting_hub`` on files in memory; changes of ``files`` take effect at once."""
-    state = {"files": files, "requested": [], "faults": dict(faults or {}), "sent": []}
-    handler = type("Handler", (_Handler,), state)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        address = f"http://127.0.0.1:{server.server_port}"
-        yield address, handler.requested, handler.sent  # type: ignore[attr-defined]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=10)
+    with served_hub(MockHub(files, dict(faults or {}))) as hub:
+        yield hub.address, hub.requested, hub.sent

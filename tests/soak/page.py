@@ -134,14 +134,14 @@ def table(header: str, rows: Iterable[Sequence[object]]) -> list[str]:
     return lines + [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
 
 
-def write_section(page: Path, title: str, lines: Sequence[str]) -> None:
+def write_section(page: Path, title: str, lines: Sequence[str], head: str = _HEAD) -> None:
     """Replace one section of the page, or add it; the others stay as they are."""
     before = page.read_text() if page.exists() else ""
     sections = re.split(r"^## ", before, flags=re.MULTILINE)[1:]
     by_title = {section.partition("\n")[0]: section.partition("\n")[2] for section in sections}
     by_title[title] = "\n" + "\n".join(lines) + "\n"
     texts = [f"## {name}\n\n{text.strip()}\n" for name, text in by_title.items()]
-    page.write_text("\n".join([_HEAD, *texts]))
+    page.write_text("\n".join([head, *texts]))
 
 
 def write_failures(results: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:

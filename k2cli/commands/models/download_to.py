@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -11,12 +12,12 @@ def download_to_cluster(
     cluster: str | None,
     plan: Path | None,
     *,
-    alone: object,
+    alone: Mapping[str, object],
     as_json: bool,
 ) -> None:
     """Download a model to this machine and to the nodes of a cluster.
 
-    ``alone`` is true if an option was given that is for a download to this machine alone.
+    ``alone`` are the values of options that are for a download to this machine alone.
     """
     from k2cli.commands.models.push import push_document, run_push, show_results
     from k2cli.errors import UsageError
@@ -27,8 +28,8 @@ def download_to_cluster(
 
     if cluster is None:
         raise UsageError("--plan divides a model among the nodes of a cluster", "--cluster NAME")
-    if alone:
-        raise UsageError("--to and --dry-run are for a download without --cluster")
+    if given := [option for option, value in alone.items() if value]:
+        raise UsageError(f"{given[0]} cannot be used with --cluster", f"leave out {given[0]}")
     resume = f"k2 download {model} --cluster {cluster}" + (f" --plan {plan}" if plan else "")
     if (chosen := choose_download(model, revision, cluster, plan)) is not None:
         request, feed = chosen

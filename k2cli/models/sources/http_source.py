@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,9 @@ _EXPIRED = (400, 401, 403, 404, 410)
 """Answers of a store to an address that was valid once, such as a signed one that has expired."""
 
 _CONNECT_SECONDS = 10.0
+_READ_BYTES = 2**18
+_NEAR_SECONDS = 0.02
+_NEAR_BUFFER_BYTES = 2**17  # Linux reserves twice as much
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 _CREDENTIALS = frozenset({"authorization", "cookie", "proxy-authorization"})
 
@@ -57,6 +61,7 @@ class HttpSource:
         """
         import httpx2
 
+        _read_large_pieces()
         self._service = service
         self._stores: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -98,7 +103,10 @@ class HttpSource:
             url = self._stores.get(file.name, start)
         for _ in range(_MAX_REDIRECTS + 1):
             headers = self._headers(start, url, first, past_last)
-            with self._client.stream("GET", url, headers=headers) as response:
+            extensions = {"trace": _Connecting()}
+            with self._client.stream(
+                "GET", url, headers=headers, extensions=extensions
+            ) as response:
                 status = response.status_code
                 if status in (200, 206):
                     with self._lock:
@@ -173,6 +181,38 @@ class HttpSource:
             raise PassingError(
                 f"it says that the file has {one_line(stated)[:20]} bytes, not {file.nbytes}"
             )
+
+
+class _Connecting:
+    """Limits what the system receives ahead of k2 from a server that is near.
+
+    Bytes that the system has received but k2 has not read are lost when k2 is killed. A near server
+    needs no large window to send at full speed; for a far one the system's own choice stays.
+    """
+
+    def __init__(self) -> None:
+        self._begun = 0.0
+
+    def __call__(self, event: str, info: Mapping[str, Any]) -> None:
+        if event == "connection.connect_tcp.started":
+            self._begun = time.monotonic()
+            return
+        is_near = time.monotonic() - self._begun < _NEAR_SECONDS
+        if event == "connection.connect_tcp.complete" and is_near:
+            connection = info["return_value"].get_extra_info("socket")
+            with contextlib.suppress(AttributeError, OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _NEAR_BUFFER_BYTES)
+
+
+def _read_large_pieces() -> None:
+    """Let the library read 256 KiB at a time from its sockets, instead of 64.
+
+    That halves the time of the processor for a large body. It has no setting for it.
+    """
+    import httpcore2
+
+    if hasattr(httpcore2.HTTP11Connection, "READ_NUM_BYTES"):
+        httpcore2.HTTP11Connection.READ_NUM_BYTES = _READ_BYTES
 
 
 def _bounded(chunks: Iterator[bytes], most_bytes: int) -> Iterator[bytes]:

@@ -50,6 +50,7 @@ class PartialFile:
             os.ftruncate(self._descriptor, 0)
         there = os.fstat(self._descriptor).st_size
         spans = [span for span in self._journal.spans if span.past_last <= there]
+        self._loaded = {span.first for span in spans}
         self._journal.spans = []
         # Spans that are not hashed yet, by their first byte, and the ranges nobody fetches.
         self._spans = {span.first: span for span in spans}
@@ -131,7 +132,7 @@ class PartialFile:
                     self._hashing = False
                     return
             data = self._read(span)
-            if not _is_intact(data, span):
+            if span.first in self._loaded and not _is_intact(data, span):
                 self._drop_damaged(span)
                 return
             self._digest.update(data)
@@ -146,6 +147,7 @@ class PartialFile:
         with self._lock:
             for span in (first_found, *damaged):
                 self._spans.pop(span.first, None)
+                self._loaded.discard(span.first)
                 self._add_gap(span.first, span.past_last)
                 self.done_bytes -= span.past_last - span.first
             self._hashing = False

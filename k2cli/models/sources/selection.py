@@ -53,6 +53,18 @@ class ChosenFiles:
     whole: bool
 
 
+def kinds_of(names: Collection[str]) -> tuple[Kind, ...]:
+    """Read the names of kinds.
+
+    Raises:
+        UsageError: if one is not the name of a kind.
+    """
+    for name in names:
+        if name not in KINDS:
+            raise UsageError(f"--only '{name}' is not one of {', '.join(KINDS)}", "--only weights")
+    return tuple(kind for kind in KINDS if kind in names)
+
+
 def kind_of(name: str) -> Kind:
     """Return the kind of a file: what is neither weights nor tokenizer belongs to the config."""
     if name.endswith(_WEIGHTS):

@@ -121,7 +121,9 @@ class Transfer:
     ) -> None:
         self._options, self._on_event = options, on_event
         self._folder = places[0][0].partial.parent if places else Path()
-        self._waiting = deque(places)
+        # Large files first: what is left at the end is shared out more evenly then.
+        self._waiting = deque(sorted(places, key=lambda each: -each[0].file.nbytes))
+        self._all_begun = False
         self._total_bytes = sum(place.file.nbytes for place, _ in places)
         self._active: list[_Active] = []
         self._condition = threading.Condition()
@@ -152,6 +154,9 @@ class Transfer:
                 stream.start()
             while self._active or self._waiting:
                 self._begin_files()
+                with self._condition:
+                    self._all_begun = True
+                    self._condition.notify_all()
                 self._wait()
                 self._end_files()
                 if time.monotonic() - reported >= _SECONDS_BETWEEN_REPORTS:
@@ -240,6 +245,7 @@ class Transfer:
                 if active.streams:
                     continue
                 self._active.remove(active)
+                self._all_begun = not self._waiting
             self._end_file(active)
 
     def _end_file(self, active: _Active) -> None:
@@ -335,7 +341,7 @@ class Transfer:
         with self._condition:
             while not self._shared.stop.is_set():
                 for active in sorted(self._active, key=lambda each: each.streams):
-                    if active.streams and not active.ranged:
+                    if active.streams and not (active.ranged and self._all_begun):
                         continue
                     most = self._range_bytes() if active.ranged else active.place.file.nbytes
                     if claim := active.content.claim(most):

@@ -90,7 +90,7 @@ def test_shards_are_read_through_redirects_and_passing_failures(
     local = json.loads(k2("plan-memory", str(sharded), *COMMAND[2:]).stdout)
     remote, sent = planned(
         sharded, monkeypatch,
-        model__00001__of__00002="redirects", model__00002__of__00002="fails once",
+        model__00001__of__00002="redirects", model__00002__of__00002="fails 1 time",
     )  # fmt: skip
     same_sizes(remote, local)
     assert sent < 100_000 < local["model"]["stored_bytes"]
