@@ -80,13 +80,9 @@ def download(
     if cluster is not None or plan is not None:
         from k2cli.commands.models.download_to import download_to_cluster
 
-        alone: dict[str, Any] = {
-            "--to": to,
-            "--only": only,
-            "--include": include,
-            "--exclude": exclude,
-        }
-        alone |= {"--limit-rate": limit_rate, "--xet": xet, "--dry-run": dry_run}
+        alone: dict[str, Any] = {"--to": to, "--only": only, "--include": include}
+        alone |= {"--exclude": exclude, "--limit-rate": limit_rate, "--xet": xet}
+        alone |= {"--dry-run": dry_run, "--events": events}
         download_to_cluster(model, revision, cluster, plan, alone=alone, as_json=json)
         return
     from k2cli.models.sources.download import fetch

@@ -68,7 +68,12 @@ def choose_push(
     if plan is not None:
         checkpoint = read_headers(reference, sender, found)
         wanted = files_of_nodes(checkpoint, plan.placement, ranks)
-    return PushRequest(reference, sender, found, nodes, wanted, cluster, over, replace)
+    given = {"--cluster": cluster_name, "--plan": plan_file, "--from": source}
+    options = [f"{option} {value}" for option, value in given.items() if value is not None]
+    options += ["--replace"] if replace else []
+    return PushRequest(
+        reference, sender, found, nodes, wanted, cluster, over, replace, " ".join(options)
+    )
 
 
 def rank_names(cluster: Cluster | None, plan: Plan | None) -> list[str]:

@@ -159,4 +159,4 @@ class _Push:
 def resume_command(request: PushRequest) -> str:
     """Return the command that continues a push."""
     names = " ".join(node.name for node in request.nodes)
-    return f"k2 models push {request.reference} {names}"
+    return " ".join(filter(None, (f"k2 models push {request.reference} {names}", request.options)))

@@ -39,6 +39,7 @@ class PushRequest:
 
     ``wanted`` are the weight files that a node reads, by its name; None, or no entry, stands for
     the whole model. With ``replace``, files of the same name with another content are replaced.
+    ``options`` are those of the command line that continues the transfer.
     """
 
     reference: str
@@ -49,6 +50,7 @@ class PushRequest:
     cluster: Cluster | None = None
     over: Over = "auto"
     replace: bool = False
+    options: str = ""
     streams: int = field(default_factory=lambda: max(1, min(MAX_STREAMS, os.cpu_count() or 1)))
 
 
