@@ -1,6 +1,7 @@
 """Speed of ``k2 models push`` between two hosts of the lab, against rsync over ssh.
 
     python -m lab.push_speed --rounds 5 --gigabytes 2
+    python -m lab.push_speed --rounds 2 --gigabytes 2 --megabits 250
 
 All ways take turns in each round. Source and target are in memory, so that no disk counts. The
 processor time of the sending host is that of the command with its children; of the receiving one
@@ -10,7 +11,6 @@ that of sshd's sessions.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from lab.errors import LabError
 from lab.laboratory import Lab
+from lab.link import DEVICE
 
 _MODEL = "/tmp/m/model"
 _FILES = 16
@@ -117,13 +118,13 @@ def rows(found: dict[str, list[Measured]], nbytes: int, base: str) -> list[str]:
 
 
 def _limit(lab: Lab, megabits: int) -> None:
-    for host in ("k2a", "k2b"):
-        lab.exec(host, ["tc", "qdisc", "del", "dev", "link0", "root"])
-        if megabits:
-            rate = ["rate", f"{megabits}mbit", "burst", "256kb", "latency", "50ms"]
-            done = lab.exec(host, ["tc", "qdisc", "add", "dev", "link0", "root", "tbf", *rate])
-            if done.returncode != 0:
-                raise LabError(f"tc cannot limit the link: {done.stderr.strip()}")
+    """Limit what each host can receive, at its port of the console's bridge."""
+    for host in lab.hosts:
+        port = f"{host.name}-{DEVICE}"
+        rate = ["rate", f"{megabits}mbit", "burst", "256kb", "latency", "50ms"]
+        done = lab.exec("console", ["tc", "qdisc", "add", "dev", port, "root", "tbf", *rate])
+        if done.returncode != 0:
+            raise LabError(f"tc cannot limit the link: {done.stderr.strip()}")
 
 
 def _say(text: str) -> None:
@@ -131,35 +132,52 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
+def _make(lab: Lab, host: str, nbytes: int) -> int:
+    """Make the model on a host; return its bytes."""
+    each = int(nbytes / _FILES / _MIB) * _MIB
+    make = [sys.executable, "-c", _MAKE, _MODEL, str(_FILES), str(each)]
+    lab.exec(host, make, timeout_seconds=300)
+    return each * _FILES
+
+
+def measure_unlimited(lab: Lab, nbytes: int, rounds: int) -> None:
+    """Print a table of all ways between k2a and k2b."""
+    size = _make(lab, "k2a", nbytes)
+    found = compare(lab, list(WAYS), rounds)
+    _say("| way | seconds | MB/s | times rsync | by round | CPU s/GB sending | receiving |")
+    _say("| --- | --- | --- | --- | --- | --- | --- |")
+    _say("\n".join(rows(found, size, "rsync over ssh")))
+
+
+def measure_limited(lab: Lab, nbytes: int, rounds: int, megabits: int) -> None:
+    """Print the share of a limited link that is used, and the time of a third host."""
+    size = _make(lab, "console", nbytes)
+    _limit(lab, megabits)
+    for way in ("k2 over TLS", "rsync over ssh"):
+        times = [measure(lab, WAYS[way], "console").seconds for _ in range(rounds)]
+        seconds = statistics.median(times)
+        share = size * 8 / seconds / megabits / 1e6
+        _say(f"{way}: {seconds:.1f} s at {megabits} Mbit/s, {share:.3f} of the link {times}")
+    for nodes in (["k2b"], ["k2a", "k2b"]):
+        lab.exec("k2a", ["rm", "-rf", "/tmp/m"])
+        one = measure(lab, [*_K2, *nodes], "console")
+        _say(f"from the console to {' and '.join(nodes)}: {one.seconds:.1f} s")
+
+
 def main() -> None:
     """Measure and print tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--megabits", type=int, default=500)
+    parser.add_argument("--megabits", type=int, default=0, help="limit of the link; 0: none")
     options = parser.parse_args()
-    each = int(options.gigabytes * 1e9 / _FILES / _MIB) * _MIB
-    nbytes = each * _FILES
     lab = Lab.up(f"speed-{os.getpid()}", 2, tied=True)
+    nbytes = int(options.gigabytes * 1e9)
     try:
-        for host in ("k2a", "console"):
-            make = [sys.executable, "-c", _MAKE, _MODEL, str(_FILES), str(each)]
-            lab.exec(host, make, timeout_seconds=300)
-        _say("| way | seconds | MB/s | times rsync | by round | CPU s/GB sending | receiving |")
-        _say("| --- | --- | --- | --- | --- | --- | --- |")
-        free = compare(lab, list(WAYS), options.rounds)
-        _say("\n".join(rows(free, nbytes, "rsync over ssh")))
-        _limit(lab, options.megabits)
-        _say(f"\nlink limited to {options.megabits} Mbit/s:")
-        limited = compare(lab, ["k2 over TLS", "rsync over ssh"], max(1, options.rounds // 2))
-        _say("\n".join(rows(limited, nbytes, "rsync over ssh")))
-        for way in limited:
-            seconds = statistics.median(one.seconds for one in limited[way])
-            _say(f"{way}: {nbytes * 8 / seconds / options.megabits / 1e6:.3f} of the link")
-        for nodes in (["k2b"], ["k2a", "k2b"]):
-            lab.exec("k2a", ["rm", "-rf", "/tmp/m"])
-            one = measure(lab, [*_K2, *nodes, "--json"], "console")
-            _say(json.dumps({"relay, from the console": nodes, "seconds": one.seconds}))
+        if options.megabits:
+            measure_limited(lab, nbytes, options.rounds, options.megabits)
+        else:
+            measure_unlimited(lab, nbytes, options.rounds)
     finally:
         lab.down()
 
