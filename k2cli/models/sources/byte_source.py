@@ -34,9 +34,9 @@ class PassingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Bytes of a file from ``first`` on. ``ranged`` is False if the source only sends whole files.
+    """Bytes of a file from ``first`` on; ``chunks`` may have fewer than were asked for.
 
-    ``chunks`` may have fewer bytes than were asked for; it never has more.
+    ``ranged`` is False if the source sends the file to its end, since it knows no ranges.
     """
 
     first: int

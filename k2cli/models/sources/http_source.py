@@ -174,7 +174,7 @@ class HttpSource:
             return Answer(first, _bounded(response.iter_raw(), past_last - first))
         self._check_size(file, response.headers.get("content-length", "*"))
         chunks = _skipping(response.iter_raw(), first)
-        return Answer(first, _bounded(chunks, past_last - first), ranged=False)
+        return Answer(first, _bounded(chunks, file.nbytes - first), ranged=False)
 
     def _check_size(self, file: ExpectedFile, stated: str) -> None:
         if stated not in ("*", str(file.nbytes)):

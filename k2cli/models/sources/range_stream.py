@@ -80,31 +80,29 @@ class RangeStream:
             RetiredError: if this stream alone gets nothing.
             OSError: if the disk refuses the bytes.
         """
-        position, past_last = claim
+        reading = _Reading(*claim)
         failures, others = 0, self._shared.received_bytes
         try:
-            while position < past_last and not self._shared.stop.is_set():
-                reading = _Reading(position)
-                failure = self._read(source, content, past_last, ranged, reading)
-                if reading.position > position:
+            while reading.missing_bytes and not self._shared.stop.is_set():
+                before = reading.position
+                failure = self._read(source, content, ranged, reading)
+                if reading.position > before:
                     failures, others = 0, self._shared.received_bytes
-                position = reading.position
                 if not reading.ranged and ranged:
                     ranged = False
-                    if position == claim[0] > 0:
+                    if reading.position == claim[0] > 0:
                         break  # its beginning is to be skipped, which one stream alone does
-                if failure is not None and position < past_last:
+                if failure is not None and reading.missing_bytes:
                     failures += 1
                     self._back_off(content.expected.name, failure, failures, others)
         finally:
-            content.release(position, past_last)
+            content.release(reading.position, reading.past_last)
         return ranged
 
     def _read(
         self,
         source: ByteSource,
         content: PartialFile,
-        past_last: int,
         ranged: bool,
         reading: _Reading,
     ) -> PassingError | None:
@@ -112,10 +110,12 @@ class RangeStream:
         self._wait(self._shared.wait_until_seconds - time.monotonic())
         failure: PassingError | None = None
         try:
-            with source.open(content.expected, reading.position, past_last) as answer:
+            with source.open(content.expected, reading.position, reading.past_last) as answer:
                 reading.ranged = answer.ranged
-                if not answer.ranged and ranged and reading.position > 0:
-                    return None
+                if not answer.ranged:
+                    if ranged and reading.position > 0:
+                        return None
+                    reading.past_last = content.claim_rest(reading.past_last)
                 for piece in self._pieces(answer.chunks, reading):
                     self._write(content, piece, reading)
         except PassingError as error:
@@ -131,11 +131,14 @@ class RangeStream:
         for chunk in chunks:
             if self._shared.stop.is_set():
                 return
+            chunk = chunk[: reading.missing_bytes - collected]
             reading.chunks.append(chunk)
             collected += len(chunk)
             if collected >= PIECE_BYTES:
                 piece, reading.chunks, collected = b"".join(reading.chunks), [], 0
                 yield piece
+            if collected == reading.missing_bytes:
+                return
             wait = self._shared.limit.take(len(chunk))
             if wait > 0:
                 self._wait(wait)
@@ -183,11 +186,17 @@ class RangeStream:
 
 @dataclass(slots=True)
 class _Reading:
-    """State of reading one answer: where the next byte to write goes, and bytes not written yet."""
+    """State of reading a range: the next byte to write, and bytes that are not written yet."""
 
     position: int
+    past_last: int
     chunks: list[bytes] = field(default_factory=list)
     ranged: bool = True
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that are still to be written."""
+        return self.past_last - self.position
 
 
 class _Stall:
