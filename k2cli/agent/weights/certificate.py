@@ -14,8 +14,10 @@ import tempfile
 from pathlib import Path
 
 from k2cli.errors import K2Error
+from k2cli.files import read_regular
 
 _SECONDS = 30.0
+_LIMIT_BYTES = 100_000
 _KINDS = (["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"], ["-newkey", "rsa:2048"])
 """Kinds of keys, the faster first; not every LibreSSL makes the first."""
 
@@ -42,7 +44,9 @@ def make_server_context() -> tuple[ssl.SSLContext, str]:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         try:
             context.load_cert_chain(certificate, key)
-            encoded = ssl.PEM_cert_to_DER_cert(certificate.read_text(encoding="ascii"))
+            encoded = ssl.PEM_cert_to_DER_cert(
+                read_regular(certificate, _LIMIT_BYTES).decode("ascii")
+            )
         except (OSError, ValueError) as error:
             raise K2Error(f"the certificate of openssl cannot be used: {error}") from error
     return context, hashlib.sha256(encoded).hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from k2cli.agent.weights.messages import MAX_LINE_BYTES
-from k2cli.files import decode_with
+from k2cli.files import decode_json
 
 _READ_BYTES = 2**16
 
@@ -107,4 +107,4 @@ def decode_line(line: bytes, kind: Any) -> Any:
     Raises:
         msgspec.DecodeError: if it is none of that kind.
     """
-    return decode_with(lambda: msgspec.json.decode(line, type=kind))
+    return decode_json(line, type=kind)
