@@ -295,7 +295,7 @@ class _Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         # What a client never reads does not count as sent.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**17)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**15)
         super().server_bind()
 
 

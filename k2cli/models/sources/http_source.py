@@ -31,8 +31,8 @@ _EXPIRED = (400, 401, 403, 404, 410)
 
 _CONNECT_SECONDS = 10.0
 _READ_BYTES = 2**18
-_NEAR_SECONDS = 0.02
-_NEAR_BUFFER_BYTES = 2**17  # Linux reserves twice as much
+_NEAR_SECONDS = 0.002
+_NEAR_BUFFER_BYTES = 2**16  # Linux reserves twice as much
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 _CREDENTIALS = frozenset({"authorization", "cookie", "proxy-authorization"})
 
