@@ -117,7 +117,9 @@ def _texts() -> Iterator[tuple[str, str]]:
 def test_every_command_that_is_shown_can_be_typed() -> None:
     wrong = []
     for place, text in _texts():
-        for command, rest in re.findall(r"\bk2 ((?:cluster )?[a-z-]+) ([^\n`|;,&)]*)", text):
+        for command, rest in re.findall(
+            r"\bk2 ((?:cluster |models )?[a-z-]+) ([^\n`|;,&)]*)", text
+        ):
             # "what k2 keeps" is prose, and has no flags.
             if flags := re.findall(r"(?<![\w-])--[a-z][\w-]*", rest):
                 missing = set(flags) - _offered_flags(command)

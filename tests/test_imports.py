@@ -45,20 +45,24 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": {"nodes", "agent", "planning.hardware"},
     "runs": {"cluster", "nodes", "agent", "protocol"},
     "doctor": {"runs", "cluster", "nodes", "agent", "planning.plan", "planning.hardware"},
-    "launch": {"doctor", "runs", "cluster", "nodes", "agent", "planning", "models", "protocol"},
+    "transfer": {"cluster", "nodes", "agent", "runs", "models", "sharding", "planning.plan"},
+    "launch": {
+        "transfer", "doctor", "runs", "cluster", "nodes", "agent", "planning", "models", "protocol",
+        "sharding",
+    },
     "supervisor": {"launch", "runs", "cluster", "nodes", "agent", "protocol"},
     "server": {"protocol"},
     "guard": {"server", "protocol", "models.text", "agent.locks"},
     "rank": {"protocol", "sharding", "models"},
     "commands": {
         "ui", "client", "chat", "planning", "quantization", "bench", "nodes", "cluster", "runs",
-        "doctor", "launch", "supervisor", "models", "sharding", "protocol",
+        "doctor", "transfer", "launch", "supervisor", "models", "sharding", "protocol",
     },
 }  # fmt: skip
 
 # Part -> what else it may import under TYPE_CHECKING: ui names the types of the values it shows.
 DOMAINS = {"planning", "quantization", "cluster", "nodes", "agent", "runs", "doctor", "launch",
-           "supervisor", "bench", "chat", "client", "protocol", "sharding"}  # fmt: skip
+           "supervisor", "transfer", "bench", "chat", "client", "protocol", "sharding"}  # fmt: skip
 ALLOWED_FOR_TYPING = {"ui": DOMAINS}
 
 # Third-party module -> where alone it may be imported; an entry ending in a slash is a folder.

@@ -43,6 +43,18 @@ def _software(model_folder: str | None = None) -> Any:
     return software(model_folder)
 
 
+def _weights(reference: str) -> Any:
+    from k2cli.agent.weights.inventory import inventory
+
+    return inventory(reference)
+
+
+def _weights_digests(folder: str, *names: str) -> Any:
+    from k2cli.agent.weights.inventory import digests
+
+    return digests(folder, *names)
+
+
 def _clean(live: str, gone: str) -> Any:
     return clean_machine(*(frozenset(filter(None, ids.split(","))) for ids in (live, gone)))
 
@@ -69,6 +81,8 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "remove-folder": lambda path: shutil.rmtree(path, ignore_errors=True),
     "checkpoint": find_checkpoint,
     "checkpoint-heads": checkpoint_heads,
+    "weights": _weights,
+    "weights-digests": _weights_digests,
     "activity": activity,
     "processes": processes_of_run,
     "kill": kill_run,

@@ -11,6 +11,7 @@ import msgspec
 
 from k2cli.errors import K2Error
 from k2cli.files import open_regular
+from k2cli.models.part import absent_files, header_path
 
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_JSON_BYTES = 50_000_000
@@ -34,11 +35,15 @@ class CheckpointHeads(msgspec.Struct, frozen=True):
 
 
 class ModelCopy(msgspec.Struct, frozen=True):
-    """A node's checkpoint: its folder and the digest of config and headers, or the problem."""
+    """A node's checkpoint: its folder and the digest of config and headers, or the problem.
+
+    ``absent`` are the weight files that a part of a checkpoint lacks, with their sizes.
+    """
 
     folder: str = ""
     digest: str = ""
     problem: str = ""
+    absent: dict[str, int] = {}
 
 
 def checkpoint_heads(reference: str) -> CheckpointHeads:
@@ -47,7 +52,7 @@ def checkpoint_heads(reference: str) -> CheckpointHeads:
     from k2cli.models.reference import local_checkpoint
 
     try:
-        folder = local_checkpoint(reference).resolve()
+        folder = local_checkpoint(reference, part=True).resolve()
         checkpoint = read_checkpoint(folder)
     except K2Error as error:
         return CheckpointHeads(problem=error.message)
@@ -55,7 +60,13 @@ def checkpoint_heads(reference: str) -> CheckpointHeads:
     whole = [folder / name for name in _COPIED_WHOLE if (folder / name).is_file()]
     try:
         heads = [_head(path, None) for path in whole]
-        heads += [_head(path, _MAX_HEADER_BYTES) for path in sorted(files)]
+        for path in sorted(files):
+            if path.name in checkpoint.absent:
+                copy = _head(header_path(folder, path.name), _MAX_HEADER_BYTES)
+                size = absent_files(folder)[path.name]
+                heads.append(FileHead(path.name, size, copy.head))
+            else:
+                heads.append(_head(path, _MAX_HEADER_BYTES))
     except OSError as error:
         return CheckpointHeads(problem=f"cannot read {error.filename}: {error.strerror}")
     return CheckpointHeads(str(folder), tuple(heads))
@@ -84,13 +95,22 @@ def find_checkpoint(reference: str, folder: str) -> ModelCopy:
     is_path = reference.startswith("/")
     for text in dict.fromkeys((folder, reference) if is_path else (reference, folder)):
         try:
-            found = local_checkpoint(text).resolve()
-            return ModelCopy(str(found), checkpoint_digest(found))
+            found = local_checkpoint(text, part=True).resolve()
+            return model_copy(found)
         except K2Error as error:
             # Report the problem with the reference, which the user knows, unlike the folder.
             if text == reference or not problem:
                 problem = error.message
     return ModelCopy(problem=problem)
+
+
+def model_copy(folder: Path) -> ModelCopy:
+    """Describe the checkpoint in a folder of this machine.
+
+    Raises:
+        K2Error: if it is damaged.
+    """
+    return ModelCopy(str(folder), checkpoint_digest(folder), absent=absent_files(folder))
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -55,6 +55,14 @@ def download(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be downloaded, and stop.")
     ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Cluster whose nodes get the model from this machine."),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Send each node only the files that its ranks read."),
+    ] = None,
     events: Annotated[
         bool,
         typer.Option("--events", help="With --json: also print progress, one JSON line each."),
@@ -69,6 +77,14 @@ def download(
 
     Example: k2 download demo
     """
+    if cluster is not None or plan is not None:
+        from k2cli.commands.models.download_to import download_to_cluster
+
+        alone: dict[str, Any] = {"--to": to, "--only": only, "--include": include}
+        alone |= {"--exclude": exclude, "--limit-rate": limit_rate, "--xet": xet}
+        alone |= {"--dry-run": dry_run, "--events": events}
+        download_to_cluster(model, revision, cluster, plan, alone=alone, as_json=json)
+        return
     from k2cli.models.sources.download import fetch
     from k2cli.models.sources.selection import Selection, kinds_of
     from k2cli.ui.output import note, print_json, print_json_line, print_line, warn

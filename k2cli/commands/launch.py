@@ -132,6 +132,12 @@ def launch(
             help="Set MLX_METAL_FAST_SYNCH: faster on Macs, but GPUs have hung with it.",
         ),
     ] = False,
+    fetch: Annotated[
+        bool,
+        typer.Option(
+            "--fetch", help="Bring each node the weights that its ranks read, if it lacks some."
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Launch even if the plan does not fit or a check fails.")
     ] = False,
@@ -176,6 +182,7 @@ def launch(
         wait_seconds=_checked_wait(wait),
         share=share,
         fast_synch=fast_synch,
+        fetch=fetch,
     )
     _launch(request, detach=detach, as_json=json)
 
@@ -189,12 +196,11 @@ def _checked_wait(seconds: float | None) -> float:
 
 
 def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
-    from k2cli.launch.prepare import prepare_run
     from k2cli.supervisor.start import cleanup_on_error
     from k2cli.ui.launch_view import LaunchView
     from k2cli.ui.output import note
 
-    run = prepare_run(request, note)
+    run = _prepare(request)
     names = [rank.place for rank in run.record.ranks]
     with cleanup_on_error(run.record, note):
         _show_plan(run)
@@ -203,6 +209,18 @@ def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
                 _detach(run.record, view, as_json=as_json)
             else:
                 _stay(run.record, view, as_json=as_json)
+
+
+def _prepare(request: LaunchRequest) -> RunDecisions:
+    """Prepare the run; with ``--fetch``, show how the weights come to the nodes."""
+    from k2cli.commands.models.push import push_progress
+    from k2cli.launch.prepare import prepare_run
+    from k2cli.ui.output import note
+
+    if not request.fetch:
+        return prepare_run(request, note)
+    with push_progress("give the same command again") as show:
+        return prepare_run(request, note, show)
 
 
 def _show_plan(run: RunDecisions) -> None:

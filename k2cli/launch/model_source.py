@@ -7,17 +7,17 @@ checkpoint here until the launch is prepared.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from k2cli.agent.model import CheckpointHeads
-from k2cli.errors import ClusterError, K2Error, UsageError
-from k2cli.models.reference import is_path, local_checkpoint
+from k2cli.agent.model import ModelCopy
+from k2cli.errors import K2Error, UsageError
+from k2cli.models.reference import local_checkpoint
 from k2cli.nodes.node import Node
+from k2cli.transfer.headers import fetch_headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,30 +29,45 @@ class ModelSource:
 
 
 @contextmanager
-def locate_model(reference: str, nodes: Sequence[Node]) -> Iterator[ModelSource]:
+def locate_model(
+    reference: str, nodes: Sequence[Node], *, fetch: bool = False
+) -> Iterator[ModelSource]:
     """Find the model to plan from. The folder exists at least as long as the context.
 
     Args:
         reference: the model as the user named it.
         nodes: those of the ranks. If one is this machine, the model must be here.
+        fetch: True if the model will be brought to the nodes that lack it, this one too.
 
     Raises:
         UsageError: if the reference is invalid.
         K2Error: if the model is neither here nor on the first node.
     """
     try:
-        own = local_checkpoint(reference).resolve()
+        own = local_checkpoint(reference, part=True).resolve()
     except K2Error as error:
         # A node cannot resolve an invalid reference or a relative path either.
         elsewhere = reference.startswith(("/", "~")) or error.exit_code == K2Error.exit_code
-        if any(node.is_local for node in nodes) or not elsewhere:
+        holder = _first_holder(nodes, reference) if fetch and elsewhere else nodes[0]
+        if holder is None or holder.is_local or not elsewhere:
+            raise
+        if any(node.is_local for node in nodes) and not fetch:
             raise
     else:
         _check_encoding(own)
         yield ModelSource(own)
         return
     with tempfile.TemporaryDirectory(prefix="k2-heads-") as base:
-        yield ModelSource(_fetch_headers(reference, nodes[0], Path(base)), nodes[0].name)
+        yield ModelSource(fetch_headers(reference, holder, Path(base)), holder.name)
+
+
+def _first_holder(nodes: Sequence[Node], reference: str) -> Node | None:
+    """Return the first other machine that has the model; None if none has it."""
+    for node in {node.name: node for node in nodes if not node.is_local}.values():
+        found: ModelCopy = node.ask(ModelCopy, "checkpoint", reference, reference)
+        if not found.problem:
+            return node
+    return None
 
 
 def _check_encoding(folder: Path) -> None:
@@ -63,27 +78,3 @@ def _check_encoding(folder: Path) -> None:
         raise UsageError(
             f"the name of the folder '{folder}' is not valid UTF-8", "rename it, or make a link"
         ) from None
-
-
-def _fetch_headers(reference: str, node: Node, base: Path) -> Path:
-    heads: CheckpointHeads = node.ask(CheckpointHeads, "checkpoint-heads", reference)
-    if heads.problem:
-        hint = f"ssh {node.name} k2 download {reference}"
-        if is_path(reference):
-            hint = f"give the folder as node {node.name} has it"
-        raise ClusterError(
-            f"{reference} is not on this machine, and node {node.name} says: {heads.problem}", hint
-        )
-    # Clients see the folder's name, so it keeps that name here.
-    folder = base / Path(heads.folder).name
-    try:
-        folder.mkdir()
-        for file in heads.files:
-            if Path(file.name).name != file.name or file.name in ("", ".."):
-                raise ClusterError(f"node {node.name} sent a file named '{file.name}'")
-            path = folder / file.name
-            path.write_bytes(file.head)
-            os.truncate(path, file.size)
-    except (OSError, ValueError, OverflowError) as error:  # a zero byte, a size of 2^63
-        raise ClusterError(f"headers of node {node.name} cannot be written: {error}") from error
-    return folder

@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 
@@ -23,8 +22,9 @@ from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import K2Error, UsageError
 from k2cli.files import unwritable
+from k2cli.launch.fetch import fetch_lacking
 from k2cli.launch.gpus import machines_of, place_plan
-from k2cli.launch.model_copies import find_model_copies
+from k2cli.launch.model_copies import examine_copies, find_model_copies
 from k2cli.launch.model_source import locate_model
 from k2cli.launch.mpi import find_libraries, find_prefixes
 from k2cli.launch.plan import (
@@ -37,23 +37,31 @@ from k2cli.launch.request import LaunchRequest, checked_request
 from k2cli.launch.routes import find_routes
 from k2cli.launch.specification import RunDecisions, make_specification, save_specification
 from k2cli.launch.transport import check_nodes
+from k2cli.models.part import absent_files
 from k2cli.models.reference import is_path
 from k2cli.nodes.locks import RankNeed, Say, release_locks, take_locks
 from k2cli.nodes.node import LOCALHOST, Node
 from k2cli.planning.plan import plan_to_json
 from k2cli.protocol import HttpEndpoint
 from k2cli.runs.record import RankRecord, RunRecord, new_run_id, prune_records, save_record
+from k2cli.transfer.choose import portable_reference
+from k2cli.transfer.request import OnPushEvent
 from k2cli.units import format_bytes
 
 DEFAULT_HTTP_PORT = 8080
 
 
-def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> RunDecisions:
+def prepare_run(
+    request: LaunchRequest,
+    say: Say = lambda text: None,
+    on_fetch: OnPushEvent = lambda event: None,
+) -> RunDecisions:
     """Decide everything about a run, take its machines, and write its folder.
 
     Args:
         request: what the user asked for.
         say: receives warnings, and the reason for each wait.
+        on_fetch: receives the progress of bringing weights to nodes.
 
     Raises:
         UsageError: if the request contradicts itself or names something unknown.
@@ -63,10 +71,10 @@ def prepare_run(request: LaunchRequest, say: Say = lambda text: None) -> RunDeci
     """
     run = RunDecisions(checked_request(request))
     _choose_nodes(run)
-    with locate_model(request.model, run.nodes) as run.model:
+    with locate_model(request.model, run.nodes, fetch=request.fetch) as run.model:
         _choose_transport(run, say)
         _make_plan(run, say)
-        _find_model_copies(run)
+        _find_model_copies(run, on_fetch)
     _choose_routes(run)
     _choose_names(run)
     _take_locks(run, say)
@@ -125,13 +133,17 @@ def _make_plan(run: RunDecisions, say: Say) -> None:
         )
 
 
-def _find_model_copies(run: RunDecisions) -> None:
-    """Find the folder of the model on each node."""
-    if all(node.is_local for node in run.nodes):
+def _find_model_copies(run: RunDecisions, on_fetch: OnPushEvent) -> None:
+    """Find the folder of the model on each node, and bring there what is missing if so asked."""
+    if all(node.is_local for node in run.nodes) and not absent_files(run.model.folder):
         run.model_folders = {node.name: str(run.model.folder) for node in run.nodes}
-    else:
-        reference = _portable_reference(run.request.model)
-        run.model_folders = find_model_copies(run.nodes, reference, run.model)
+        return
+    reference, placement = portable_reference(run.request.model), run.plan.placement
+    if run.request.fetch:
+        copies = examine_copies(run.nodes, reference, run.model, placement)
+        if copies.lacking:
+            fetch_lacking(run.nodes, reference, run.model, copies, run.cluster, on_fetch)
+    run.model_folders = find_model_copies(run.nodes, reference, run.model, placement)
 
 
 def _choose_routes(run: RunDecisions) -> None:
@@ -248,13 +260,6 @@ def _node_names(run: RunDecisions) -> Sequence[str]:
     return names
 
 
-def _portable_reference(reference: str) -> str:
-    """Make a relative path absolute; ``~`` stays, since each machine has its own home."""
-    if reference.startswith("~"):
-        return reference
-    return str(Path(reference).absolute()) if is_path(reference) else reference
-
-
 def _http_port(leader: Node, host: str, wanted: int | None) -> int:
     if wanted is None:
         return leader.choose_port(host, DEFAULT_HTTP_PORT)
@@ -278,7 +283,7 @@ def _make_record(run: RunDecisions) -> RunRecord:
     return RunRecord(
         run_id=run.run_id,
         # A path must mean the same to a command that is given in another folder.
-        model=_portable_reference(run.request.model),
+        model=portable_reference(run.request.model),
         model_name=run.model_name,
         state="starting",
         backend=run.transport,

@@ -60,6 +60,7 @@ class LaunchRequest:
     fast_synch: bool = False
     deadlines: Deadlines = field(default_factory=Deadlines)
     worker: str = DEFAULT_WORKER
+    fetch: bool = False
 
 
 def checked_request(request: LaunchRequest) -> LaunchRequest:

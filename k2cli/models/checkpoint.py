@@ -33,6 +33,7 @@ from k2cli.models.layout import (
     names_in,
     refuse_pointer,
 )
+from k2cli.models.part import absent_files, header_path
 
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors library; the largest header of K2 has about 3 MB."""
@@ -74,7 +75,8 @@ class StoredTensor:
 class Checkpoint:
     """Config and tensors of a folder. ``stored_bytes`` is the size of all tensors together.
 
-    ``warnings`` say what is wrong with the folder although the model can be read.
+    ``warnings`` say what is wrong with the folder although the model can be read. ``absent`` names
+    the weight files that a part of a checkpoint lacks; their tensors are known by their headers.
     """
 
     folder: Path
@@ -82,13 +84,15 @@ class Checkpoint:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     stored_bytes: int = 0
     warnings: tuple[str, ...] = ()
+    absent: frozenset[str] = frozenset()
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the config and all headers, but no tensor data.
 
     A folder without safetensors gives no tensors and 0 bytes. If there is an index, it decides
-    which files belong to the checkpoint, unless it is that of other files.
+    which files belong to the checkpoint, unless it is that of other files. Of a part of a
+    checkpoint (``models.part``) the headers of absent files are read too.
 
     Raises:
         K2Error: if the config or a header is missing, malformed or contradicts its file, or if
@@ -96,13 +100,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(folder)
     check_regular(folder)
+    absent = absent_files(folder)
     tensors, warnings = read_tensors(
         folder,
-        names_in(folder),
+        [*names_in(folder), *absent],
         read_index(folder),
-        lambda names: (read_safetensors_header(folder / name) for name in names),
+        lambda names: (
+            read_absent_header(folder, name, absent[name])
+            if name in absent
+            else read_safetensors_header(folder / name)
+            for name in names
+        ),
     )
-    return Checkpoint(folder, config, tensors, sum(t.nbytes for t in tensors.values()), warnings)
+    stored_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    return Checkpoint(folder, config, tensors, stored_bytes, warnings, frozenset(absent))
 
 
 def read_tensors(
@@ -293,6 +304,21 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
             return tensors_of_header(file, stream.read(length), size)
     except OSError as error:
         raise K2Error(f"cannot read {file}: {error.strerror}") from error
+
+
+def read_absent_header(folder: Path, name: str, size: int) -> dict[str, StoredTensor]:
+    """Read the tensors of a file that a part of a checkpoint lacks; ``size`` is the file's.
+
+    Raises:
+        K2Error: as ``read_safetensors_header``.
+    """
+    copy = header_path(folder, name)
+    try:
+        with os.fdopen(open_regular(copy), "rb") as stream:
+            length = header_length(copy, stream.read(8), size)
+            return tensors_of_header(folder / name, stream.read(length), size)
+    except OSError as error:
+        raise K2Error(f"cannot read {copy}: {error.strerror}") from error
 
 
 def header_length(file: Path, prefix: bytes, size: int) -> int:

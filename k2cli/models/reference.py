@@ -25,7 +25,9 @@ from k2cli.models.layout import (
     split_parts,
     weights_without_index,
 )
+from k2cli.models.part import absent_files
 from k2cli.settings import models_directory
+from k2cli.units import format_bytes
 
 # The Hub's rule for names, and the characters that git allows in a revision.
 _REPO_PATTERN = re.compile(
@@ -170,15 +172,17 @@ def is_conversion_of(folder: Path, source: dict[str, Any]) -> bool:
     return read_json_if_present(path) == source
 
 
-def local_checkpoint(text: str) -> Path:
+def local_checkpoint(text: str, *, part: bool = False) -> Path:
     """Return the checkpoint folder on this machine that ``text`` refers to.
+
+    With ``part``, it may lack weight files whose headers are there (``models.part``).
 
     Raises:
         UsageError: if ``text`` is not a model reference.
         K2Error: if the model is not on this machine; the hint is the command that fetches it.
     """
     reference = parse_reference(text)
-    folder = present_folder(reference)
+    folder = present_folder(reference, part=part)
     if folder is None:
         raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
     names = names_in(folder)
@@ -189,6 +193,12 @@ def local_checkpoint(text: str) -> Path:
             hint = f"k2 download {text}"
             raise K2Error(f"'{text}' has a config.json but no .safetensors files", hint)
         raise refuse_without_safetensors(names, text, None)
+    if not part and (absent := absent_files(folder)):
+        raise K2Error(
+            f"'{text}' on this machine is only the part that a launch needs here: it lacks "
+            f"{len(absent)} weight files, {format_bytes(sum(absent.values()))}",
+            f"k2 download {text}",
+        )
     return folder
 
 
@@ -199,7 +209,7 @@ def without_config(text: str, names: Collection[str]) -> K2Error:
     return K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
 
 
-def present_folder(reference: ModelReference) -> Path | None:
+def present_folder(reference: ModelReference, *, part: bool = False) -> Path | None:
     """Return the reference's folder if it exists; its contents are not checked."""
     if reference.path is not None and reference.path.is_dir():
         return reference.path
@@ -210,7 +220,7 @@ def present_folder(reference: ModelReference) -> Path | None:
         return None
     from k2cli.models.sources import hub
 
-    return hub.cached_folder(reference.repo, reference.revision)
+    return hub.cached_folder(reference.repo, reference.revision, part=part)
 
 
 def is_path(reference: str) -> bool:

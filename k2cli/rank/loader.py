@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import DTYPE_BITS, Checkpoint, StoredTensor, read_checkpoint
 from k2cli.protocol import Assignment, HeldTensor
+from k2cli.rank.absent_files import open_absent, refuse_absent, refused_if_absent
 from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
@@ -81,7 +82,8 @@ def _open_tensors(checkpoint: Checkpoint) -> dict[str, mx.array]:
         raise K2Error(f"{checkpoint.folder} holds no safetensors files")
     tensors: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-        opened = mx.load(str(file))
+        here = file.name not in checkpoint.absent
+        opened = mx.load(str(file)) if here else open_absent(checkpoint.folder, file.name)
         assert isinstance(opened, dict)
         tensors.update(opened)
     return {name: tensors[name] for name in checkpoint.tensors}
@@ -120,7 +122,9 @@ def load_part(
     model = opened.stage.model
     total = sum(value.nbytes for value in parameters(model).values())
     _check_planned(checkpoint, assignment, opened.stage, total)
-    read, taken = _read(opened, lambda done: on_bytes(done, total))
+    refuse_absent([origin.tensor for origin in opened.origins.values()], checkpoint.absent)
+    with refused_if_absent(checkpoint.folder, checkpoint.absent):
+        read, taken = _read(opened, lambda done: on_bytes(done, total))
     held = [
         HeldTensor(name, list(value.shape), str(value.dtype), value.nbytes)
         for name, value in parameters(model).items()

@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Names:
+class PartNames:
     """Prefixes of the names of the parameters in a model's parts."""
 
     layers: str
@@ -35,7 +35,7 @@ class WholeModel:
     """Tensors that the ranks must hold together; ``describe_whole`` makes it."""
 
     shapes: Shapes
-    names: _Names
+    names: PartNames
 
 
 def describe_whole(model: nn.Module) -> WholeModel:
@@ -44,7 +44,7 @@ def describe_whole(model: nn.Module) -> WholeModel:
     return WholeModel(shapes, _names(model))
 
 
-def _names(model: nn.Module) -> _Names:
+def _names(model: nn.Module) -> PartNames:
     parts = anatomy(model)
     modules = [parent[name] for parent, name in parts.embeddings]
     paths = {
@@ -53,10 +53,10 @@ def _names(model: nn.Module) -> _Names:
         if any(module is embedding for embedding in modules)
     }
     largest = max(paths, key=lambda path: int(paths[path].weight.size), default=None)
-    return _Names(f"{parts.layers_path}.", tuple(paths), largest if parts.tied else None)
+    return PartNames(f"{parts.layers_path}.", tuple(paths), largest if parts.tied else None)
 
 
-def _holders(name: str, placement: Placement, names: _Names) -> set[int]:
+def holders(name: str, placement: Placement, names: PartNames) -> set[int]:
     """Return the ranks that must hold a tensor by the placement."""
     if placement.strategy != "pipeline":
         return set(range(placement.size))
@@ -94,7 +94,7 @@ def check_coverage(whole_model: WholeModel, placement: Placement, held: Sequence
     whole, names = whole_model.shapes, whole_model.names
     problems: list[str] = []
     for name, shape in whole.items():
-        wanted = _holders(name, placement, names)
+        wanted = holders(name, placement, names)
         actual = {rank for rank, tensors in enumerate(held) if name in tensors}
         if wanted != actual:
             problems.append(f"{name} is held by ranks {sorted(actual)}, placed on {sorted(wanted)}")

@@ -27,10 +27,10 @@ from k2cli.cluster.hostfile import format_hostfile, parse_hostfile, rank_environ
 from k2cli.cluster.links import detect_links
 from k2cli.doctor.recording import replay
 from k2cli.doctor.redaction import Redactor
-from k2cli.launch.model_source import _fetch_headers
 from k2cli.nodes.interpreter import Report
 from k2cli.nodes.node import decode_answer
 from k2cli.planning.hardware.machine import NodeMemory
+from k2cli.transfer.headers import fetch_headers
 from tests.hostile.mutation import (
     as_json,
     bounded,
@@ -270,7 +270,7 @@ def test_headers_from_a_node(tmp_path: Path, draw: Random) -> None:
     target[name] = draw.choice(odd) if draw.random() < 0.7 else value
     try:
         node: Any = _Answering(heads)
-        reads_or_refuses(lambda: _fetch_headers("/m/kimi", node, base), "studio-1")
+        reads_or_refuses(lambda: fetch_headers("/m/kimi", node, base), "studio-1")
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
     finally:
         shutil.rmtree(base)

@@ -208,7 +208,8 @@ def _is_intact(folder: Path, source: dict[str, Any]) -> bool:
     try:
         return (
             is_conversion_of(folder, source)
-            and read_checkpoint(folder).stored_bytes > 0
+            and (checkpoint := read_checkpoint(folder)).stored_bytes > 0
+            and not checkpoint.absent
             and (folder / "tokenizer.json").is_file()
         )
     except K2Error:

@@ -21,6 +21,7 @@ from k2cli.errors import K2Error, NotAuthorisedError
 from k2cli.files import DISK_ERRORS, read_regular, unwritable
 from k2cli.models.checkpoint import read_index
 from k2cli.models.layout import choose_weight_files, names_in
+from k2cli.models.part import absent_files
 from k2cli.models.sources.cache_layout import cache_folder, repository_folder
 from k2cli.models.sources.expected_files import ExpectedFile, expected_file
 from k2cli.models.sources.http_source import HttpService, retry_after
@@ -319,11 +320,12 @@ def _bounded(chunks: Iterator[bytes], count: int, what: str) -> bytes:
     return b"".join(parts)
 
 
-def cached_folder(repo: str, revision: str | None = None) -> Path | None:
+def cached_folder(repo: str, revision: str | None = None, *, part: bool = False) -> Path | None:
     """Return the repository's folder in the Hub library's cache, without network access.
 
     None if the files of the model are not all there: the library's own answer also wants files that
-    k2 does not fetch, and importing it takes as long as planning a model.
+    k2 does not fetch, and importing it takes as long as planning a model. With ``part``, weight
+    files may be missing whose headers are there.
     """
     base = repository_folder(repo)
     commit = revision or "main"
@@ -332,15 +334,16 @@ def cached_folder(repo: str, revision: str | None = None) -> Path | None:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         commit = read_regular(base / "refs" / commit, 200).decode().strip()
     folder = base / "snapshots" / commit
-    return folder if _COMMIT.fullmatch(commit) and _is_complete(folder) else None
+    return folder if _COMMIT.fullmatch(commit) and _is_complete(folder, part) else None
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, part: bool) -> bool:
     """Return True if config and all weight files are there; what they contain is not checked."""
     if not (folder / "config.json").is_file():
         return False
     try:
-        return bool(choose_weight_files(names_in(folder), read_index(folder), str(folder)).names)
+        names = [*names_in(folder), *(absent_files(folder) if part else ())]
+        return bool(choose_weight_files(names, read_index(folder), str(folder)).names)
     except K2Error:
         return False
 
