@@ -36,7 +36,7 @@ _COMMANDS = (
     ("chat", "chat"),
     ("bench", "bench"),
 )
-_GROUPS = ("cluster",)
+_GROUPS = ("cluster", "models")
 
 
 def _print_version(wanted: bool) -> None:

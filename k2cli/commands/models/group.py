@@ -1,0 +1,24 @@
+"""Commands ``k2 models ...``: models on this machine."""
+
+from __future__ import annotations
+
+import typer
+
+from k2cli.commands.models.path import path
+from k2cli.commands.models.verify import verify
+
+_HELP = "Find and verify models on this machine."
+
+models = typer.Typer(
+    name="models",
+    help=_HELP,
+    short_help=_HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+for _name, _command in (("verify", verify), ("path", path)):
+    # Given in full, because typer would cut off a long line in the list of commands.
+    _short = " ".join((_command.__doc__ or "").split("\n\n")[0].split())
+    models.command(_name, short_help=_short)(_command)
