@@ -1,12 +1,14 @@
-"""Commands ``k2 models ...``: what models are on which machine, and bringing them to others."""
+"""Commands ``k2 models ...``: models on this machine, and bringing them to others."""
 
 from __future__ import annotations
 
 import typer
 
+from k2cli.commands.models.path import path
 from k2cli.commands.models.push import push
+from k2cli.commands.models.verify import verify
 
-_HELP = "Bring models to other machines."
+_HELP = "Find and verify models, and bring them to other machines."
 
 models = typer.Typer(
     name="models",
@@ -17,10 +19,7 @@ models = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
-@models.callback()
-def _group() -> None:
-    """Bring models to other machines."""
-
-
-models.command("push")(push)
+for _name, _command in (("verify", verify), ("path", path), ("push", push)):
+    # Given in full, because typer would cut off a long line in the list of commands.
+    _short = " ".join((_command.__doc__ or "").split("\n\n")[0].split())
+    models.command(_name, short_help=_short)(_command)
