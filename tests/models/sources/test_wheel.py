@@ -206,6 +206,7 @@ def test_the_command_prints_json_and_the_next_step(tmp_path: Path) -> None:
     assert {
         "name": "config.json",
         "bytes": (Path(document["path"]) / "config.json").stat().st_size,
+        "missing_bytes": 0,
     } in document["files"]
     plain = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "is already at" in plain.stdout
