@@ -28,6 +28,7 @@ from k2cli.server.routes import (
     health,
     messages,
     models,
+    responses,
     tokenize,
 )
 from k2cli.server.served_model import ServedModel
@@ -39,6 +40,7 @@ _ROUTES = (
     Route("/v1/models/{name:path}", models.get_model),
     Route("/v1/embeddings", embeddings.refuse_embeddings, methods=["POST"]),
     Route("/v1/tokenize", tokenize.tokenize, methods=["POST"]),
+    Route("/v1/responses", responses.create_response, methods=["POST"]),
     Route("/v1/messages", messages.create_message, methods=["POST"]),
     Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
     Route("/", health.root),

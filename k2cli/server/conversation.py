@@ -22,6 +22,7 @@ class Conversation:
         tools: tools in OpenAI's form (``{"type": "function", "function": {...}}``) that the model
             may call, or None.
         variables: variables of the chat template.
+        namespaces: see ``OutputOptions``.
         continue_last: True if the last turn is the beginning of the answer, False if it is not;
             None lets its form decide.
         add_generation_prompt: False for a prompt that does not end with the beginning of an answer;
@@ -32,6 +33,7 @@ class Conversation:
     turns: Sequence[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    namespaces: Mapping[str, str] = field(default_factory=dict)
     continue_last: bool | None = None
     add_generation_prompt: bool | None = None
     field: str = "messages"
@@ -47,6 +49,7 @@ class OutputOptions(msgspec.Struct, frozen=True):
         parallel_calls: False if the answer ends after its first call.
         begins_in_reasoning: True if the prompt ends within reasoning, as templates do that open it.
         include_reasoning: False if the client wants the answer without its reasoning.
+        namespaces: the namespace of each tool that has one, by the name of the tool.
     """
 
     parsed: bool = False
@@ -54,6 +57,7 @@ class OutputOptions(msgspec.Struct, frozen=True):
     parallel_calls: bool = True
     begins_in_reasoning: bool = False
     include_reasoning: bool = True
+    namespaces: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)

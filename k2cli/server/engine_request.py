@@ -137,6 +137,7 @@ def conversation_request(
         options.parallel_calls,
         begins_in_reasoning=served.output_format.begins_in_reasoning(text, continued),
         include_reasoning=options.include_reasoning,
+        namespaces=dict(conversation.namespaces),
     )
     return _build(prompt, conversation.field, options, output, tokenizer, served)
 

@@ -15,6 +15,8 @@ from k2cli.errors import K2Error
 from k2cli.server.dialects.anthropic_conversation import conversation_of
 from k2cli.server.dialects.anthropic_schemas import MessagesBody
 from k2cli.server.dialects.openai_schemas import ChatCompletionBody, CompletionBody, TokenizeBody
+from k2cli.server.dialects.responses_conversation import responses_conversation
+from k2cli.server.dialects.responses_schemas import ResponsesBody
 from k2cli.server.engine_request import (
     EngineRequest,
     ServerTokenizer,
@@ -27,7 +29,7 @@ from k2cli.server.engine_request import (
 from k2cli.server.errors import ApiError, invalid, validation_failure, without_folders
 from k2cli.server.served_model import ServedModel
 
-RequestKind = Literal["chat", "completion", "tokenize", "messages", "count_tokens"]
+RequestKind = Literal["chat", "completion", "tokenize", "messages", "count_tokens", "responses"]
 
 
 class UnreadRequest(msgspec.Struct, frozen=True):
@@ -92,6 +94,11 @@ def read_request(
                 completion = CompletionBody.model_validate_json(unread.body)
                 options = completion.answer_options
                 return ReadRequest(prompt_request(completion.prompt, options, tokenizer, served))
+            case "responses":
+                asked_items = ResponsesBody.model_validate_json(unread.body)
+                conversation = responses_conversation(asked_items)
+                options = asked_items.answer_options
+                return ReadRequest(conversation_request(conversation, options, tokenizer, served))
             case "messages":
                 asked = MessagesBody.model_validate_json(unread.body)
                 conversation = conversation_of(asked, served.normalizes_prompts)

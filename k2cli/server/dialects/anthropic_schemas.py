@@ -15,10 +15,10 @@ from pydantic import (
     Field,
     PlainValidator,
     field_validator,
-    model_validator,
 )
 
 from k2cli.server.conversation import AnswerOptions
+from k2cli.server.dialects.body import Body
 from k2cli.server.dialects.openai_schemas import MAX_MESSAGES, Objects
 
 MAX_BLOCKS = 16_384
@@ -26,18 +26,7 @@ MAX_EDITS = 64
 MAX_STOP_SEQUENCES = 64
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: member for name, member in value.items() if member is not None}
-
-
-class _Ignored(_Body):
+class _Ignored(Body):
     """Fields that concern billing, caching, telemetry or speed, and not the answer."""
 
     betas: Any = None
@@ -89,7 +78,7 @@ class AnthropicMessage(BaseModel):
         return value
 
 
-class Thinking(_Body):
+class Thinking(Body):
     """Switch of the model's reasoning. Its budget and its display are ignored."""
 
     type: Literal["enabled", "adaptive", "disabled"]
@@ -97,13 +86,13 @@ class Thinking(_Body):
     display: Any = None
 
 
-class OutputConfig(_Body):
+class OutputConfig(Body):
     """Options of the output. Formats and budgets are refused."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
-class ToolChoice(_Body):
+class ToolChoice(Body):
     """Freedom of the model to call tools. A required call is refused."""
 
     type: str
@@ -118,10 +107,10 @@ class ToolChoice(_Body):
         return value
 
 
-class ContextManagement(_Body):
+class ContextManagement(Body):
     """Edits of the context. Nothing is cleared, which loses no text; compaction is refused."""
 
-    edits: Annotated[list[dict[str, Any]], Field(max_length=MAX_EDITS)] = []
+    edits: list[dict[str, Any]] = Field(default_factory=list, max_length=MAX_EDITS)
 
     @field_validator("edits")
     @classmethod
@@ -151,7 +140,7 @@ class MessagesBody(_Ignored):
     context_management: ContextManagement | None = None
     mcp_servers: list[Any] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOP_SEQUENCES)] = []
+    stop_sequences: list[Stop] = Field(default_factory=list, max_length=MAX_STOP_SEQUENCES)
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None

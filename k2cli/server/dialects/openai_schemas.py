@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from k2cli.server.conversation import AnswerOptions, Conversation
+from k2cli.server.dialects.body import Body
 from k2cli.server.errors import invalid
 
 MAX_STOP_STRINGS = 4
@@ -38,19 +39,7 @@ _TEMPLATE_RESERVED = frozenset(
 )
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        # Unknown fields too: some clients send null for every field that they do not use.
-        if not isinstance(value, dict):
-            return value
-        return {name: member for name, member in value.items() if member is not None}
-
-
-class _Ignored(_Body):
+class _Ignored(Body):
     """Fields of OpenAI's API that do not change what this server computes."""
 
     user: Any = None
@@ -149,6 +138,17 @@ Functions = Annotated[Objects, AfterValidator(_functions)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
+def check_tool_choice(value: Any) -> Any:
+    """Return a ``tool_choice`` that leaves the decision to the model; refuse others by name."""
+    if value in ("auto", "none"):
+        return value
+    kind = value.get("type") if isinstance(value, dict) else value
+    raise ValueError(
+        f"{kind!r} is not supported yet: a call that the model must make needs structured "
+        "output, which is planned; 'auto' and 'none' are supported"
+    )
+
+
 class Message(BaseModel):
     """One turn of a conversation. Other members, which clients echo back, are ignored."""
 
@@ -189,7 +189,7 @@ class Message(BaseModel):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Stream options. ``include_progress`` adds k2's objects with queue and prefill progress."""
 
     include_usage: bool | None = None
@@ -212,7 +212,7 @@ class ResponseFormat(BaseModel):
         return value
 
 
-class Extensions(_Body):
+class Extensions(Body):
     """The request's ``"k2"`` object.
 
     ``cache`` False bypasses the prefix cache. ``ignore_stop_tokens`` True generates past the
@@ -233,7 +233,7 @@ class GenerationBody(_Ignored):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopStrings = []
+    stop: StopStrings = Field(default_factory=list)
     n: Annotated[int, AfterValidator(_one_answer)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -268,7 +268,7 @@ class GenerationBody(_Ignored):
         return replace(shared, **members)
 
 
-class TemplatedBody(_Body):
+class TemplatedBody(Body):
     """Fields that change how the chat template renders a conversation."""
 
     tools: Functions | None = None
@@ -311,8 +311,8 @@ class TemplatedBody(_Body):
             [message.for_template() for message in messages],
             tools,
             self.template_arguments,
-            self.continue_final_message,
-            self.add_generation_prompt,
+            continue_last=self.continue_final_message,
+            add_generation_prompt=self.add_generation_prompt,
         )
 
 
@@ -337,13 +337,7 @@ class ChatCompletionBody(GenerationBody, TemplatedBody):
     @field_validator("tool_choice")
     @classmethod
     def _promises_no_call(cls, value: Any) -> Any:
-        if value in ("auto", "none"):
-            return value
-        kind = value.get("type") if isinstance(value, dict) else value
-        raise ValueError(
-            f"{kind!r} is not supported yet: a call that the model must make needs structured "
-            "output, which is planned; 'auto' and 'none' are supported"
-        )
+        return check_tool_choice(value)
 
     @property
     def conversation(self) -> Conversation:
