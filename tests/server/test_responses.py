@@ -188,7 +188,7 @@ def test_an_answer_that_fails_in_a_stream_ends_with_failed(
     engine: ScriptedEngine, url: str
 ) -> None:
     begun = [PromptProgress("", 1, 5, 0), Tokens("", encode("Par"))]
-    engine.enqueue([*begun, RequestFailed("", "internal", "boom")])
+    engine.enqueue([*begun, RequestFailed("", "boom")])
     with httpx.stream("POST", f"{url}{PATH}", json={"input": "Hi", "stream": True}) as stream:
         lines = list(stream.iter_lines())
     assert stream.status_code == 200
