@@ -34,6 +34,7 @@ from benchmarks.statistics import Answer, decode_rate, order_of_round, prefill_r
 
 SHORT_PROMPT_TOKENS = 16
 CHECK_PROMPT_TOKENS = 300
+MAX_RESTARTS = 5
 
 
 class Results:
@@ -153,17 +154,24 @@ def works(options: argparse.Namespace) -> list[tuple[str, Work, Callable[[Any], 
 
 
 def rounds(options: argparse.Namespace, settings: Settings, results: Results) -> None:
-    """Start two programs and measure them in turn, A B, B A, after a round that does not count."""
+    """Start two programs and measure them in turn, A B, B A, after a round that does not count.
+
+    A program that ends during its work is started again; that work of that round counts for
+    neither. ``restarts`` has the causes.
+    """
     began = time.monotonic()
     programs = [make_program(name, settings) for name in options.programs]
     samples: dict[str, dict[str, list[float]]] = {}
+    restarts: list[str] = []
     try:
         for program in programs:
             results.put(f"{program.name} start", _started(program))
             program.hold()
         for number in range(-1, options.rounds):
             one_began = time.monotonic()
-            _round(programs, options, number, samples)
+            _round(programs, options, number, samples, restarts)
+            if restarts:
+                results.put("restarts", restarts)
             if number < 0:
                 results.put("warm_up_seconds", time.monotonic() - one_began)
                 continue
@@ -183,18 +191,27 @@ def _round(
     options: argparse.Namespace,
     number: int,
     samples: dict[str, dict[str, list[float]]],
+    restarts: list[str],
 ) -> None:
     for name, work, figure in works(options):
         order = order_of_round(number) if len(programs) == 2 else range(len(programs))
+        rates = {}
         for index in order:
             program = programs[index]
             program.let_go()
             try:
-                rate = figure(work(program, number + 10))
+                rates[program.name] = figure(work(program, number + 10))
+            except (RuntimeError, OSError) as error:
+                restarts.append(f"{program.name}, {name}, round {number + 1}: {error}"[:500])
+                if len(restarts) > MAX_RESTARTS:
+                    raise
+                program.close()
+                program.start()
             finally:
                 program.hold()
-            if number >= 0:
-                samples.setdefault(name, {}).setdefault(program.name, []).append(rate)
+        if number >= 0 and len(rates) == len(programs):
+            for each, rate in rates.items():
+                samples.setdefault(name, {}).setdefault(each, []).append(rate)
 
 
 def figures(samples: dict[str, dict[str, list[float]]], programs: Sequence[str]) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from typing import Any
 
 import numpy as np
 
 from benchmarks.full_width.agreement import compare, disagreements, noise_verdict, verdict
-from benchmarks.full_width.measure import figures
+from benchmarks.full_width.measure import _round, figures
 from benchmarks.full_width.table import table
+from benchmarks.statistics import Answer
 
 
 def test_tokens_must_agree_where_the_best_two_logits_differ_clearly() -> None:
@@ -75,3 +77,40 @@ def test_figures_and_their_table() -> None:
     assert "| k2:tensor:nccl warm | 20.0 | 3.0 / 4.0 | 2.00 / 3.00 | 53.4 / 53.4 |" in text
     assert "52.0 / 51.0" in text  # less what was there before and the context
     assert "1.027 / 1.047" in text
+
+
+class _DyingProgram:
+    """A program that ends in its second piece of work, and works after it was started again."""
+
+    def __init__(self, name: str, fatal: int | None) -> None:
+        self.name, self.fatal, self.asked, self.starts = name, fatal, 0, 0
+        self.closed = False
+
+    def ask(self, asks: Any) -> list[Answer]:
+        self.asked += 1
+        if self.asked == self.fatal:
+            raise RuntimeError("an illegal memory access was encountered")
+        return [Answer(16, 128, ((0.5, 1), (1.5, 128)), "") for _ in asks]
+
+    def start(self) -> float:
+        self.starts += 1
+        return 1.0
+
+    def close(self) -> None:
+        self.closed = True
+
+    def hold(self) -> None: ...
+
+    def let_go(self) -> None: ...
+
+
+def test_a_program_that_ends_in_a_round_is_started_again_and_that_work_counts_for_neither() -> None:
+    ours, theirs = _DyingProgram("k2", None), _DyingProgram("mlx", 2)
+    options = argparse.Namespace(requests=[1], prompts=[], tokens=128)
+    samples: dict[str, dict[str, list[float]]] = {}
+    restarts: list[str] = []
+    for number in range(3):
+        _round([ours, theirs], options, number, samples, restarts)
+    assert (theirs.starts, theirs.closed, ours.closed) == (1, True, False)
+    assert restarts == ["mlx, decode 1, round 2: an illegal memory access was encountered"]
+    assert {name: len(rates) for name, rates in samples["decode 1"].items()} == {"k2": 2, "mlx": 2}
