@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,9 @@ def disk_hint(error: OSError, path: Path) -> str | None:
             return f"the disk may be damaged: see the system's log{elsewhere}"
         case errno.EFBIG:
             return "the limit on the size of files is too small: ulimit -f unlimited"
+        case errno.EISDIR | errno.ELOOP | errno.EINVAL if path.is_symlink() or path.exists():
+            if path.is_symlink() or not path.is_file():
+                return f"move it away: mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}"
         case _ if variable:
             return f"check the folder, or set {variable} to a folder of yours"
     return None

@@ -6,7 +6,8 @@ A file may have a fault, of all its answers or, as in ``fails 2 times``, of the 
   store), ``redirects away`` (to the server ``elsewhere``), ``refuses`` (403)
 * ``breaks off`` (in the middle of an answer), ``sticks`` (likewise, and the connection stays),
   ``trickles``, ``never ends`` (sends more than it said, and goes on)
-* ``fails`` (503), ``asks to wait`` (429 with ``Retry-After: 1``)
+* ``fails`` (503), ``asks to wait`` (429 with ``Retry-After: 1``), ``asks for patience``
+  (``Retry-After: 0``), ``leads nowhere`` (redirects to no address)
 * ``damages`` (one byte is another), ``lies about its size``, ``has another etag``
 
 ``moved`` gives the repository a new commit with other files; the old one stays.
@@ -128,6 +129,13 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "fails":
             self._send(503, b"{}", body, {})
             return
+        if fault == "is a page":
+            self._send(200, b"<html>log in to this network</html>", body, {})
+            return
+        if fault == "names no file":
+            nameless = {"id": "mock/model", "sha": self.hub.commit, "siblings": [{"rfilename": 5}]}
+            self._send_json(nameless, body)
+            return
         siblings = [
             {"rfilename": name, **(_metadata(name, data) if "blobs=" in self.path else {})}
             for name, data in self.hub.files.items()
@@ -160,6 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(503, b"", body, {})
         elif fault == "asks to wait":
             self._send(429, b"", body, {"Retry-After": "1"})
+        elif fault == "asks for patience":
+            self._send(429, b"", body, {"Retry-After": "0"})
+        elif fault == "leads nowhere":
+            self._send(302, b"", body, headers | {"Location": "http://[nowhere"})
         elif fault == "has another etag":
             headers["ETag"] = f'"{"0" * len(etag)}"'
             self._send_part(data, body, headers, fault)

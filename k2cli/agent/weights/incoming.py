@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ class IncomingFile:
     link: Path | None = None
     missing: set[int] = field(default_factory=set)
     digest: str = ""
+    own_name: str = ""
     _descriptor: int | None = None
     _journal: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -48,12 +49,15 @@ class IncomingFile:
     @property
     def partial(self) -> Path:
         """The file while it is incomplete."""
-        return self.data.with_name(f".{self.data.name}.k2-incoming")
+        return self._beside("k2-incoming")
 
     @property
     def journal(self) -> Path:
         """The file of the segments that the partial file has."""
-        return self.data.with_name(f".{self.data.name}.k2-journal")
+        return self._beside("k2-journal")
+
+    def _beside(self, ending: str) -> Path:
+        return self.data.with_name(f".{self.own_name or self.data.name}.{ending}")
 
     @property
     def missing_bytes(self) -> int:
@@ -185,6 +189,7 @@ class IncomingFile:
             temporary.symlink_to(os.path.relpath(self.data, self.link.parent))
         except OSError:  # a disk without links, such as exFAT: the file itself is there
             os.replace(self.data, self.link)
+            self.data, self.link = self.link, None
             return
         os.replace(temporary, self.link)
 
@@ -195,6 +200,21 @@ def incoming_file(place: Place, offer: WeightsFile) -> IncomingFile:
     if place.blobs is None or not offer.blob or (path.is_file() and not path.is_symlink()):
         return IncomingFile(offer, path)
     return IncomingFile(offer, place.blobs / offer.blob, path)
+
+
+def incoming_files(place: Place, offers: Sequence[WeightsFile]) -> list[IncomingFile]:
+    """Return the paths of all offered files.
+
+    Files of the same content share a blob of the Hub's cache. Each is received into a partial file
+    of its own: the second would otherwise empty what was received and verified of the first.
+    """
+    files = [incoming_file(place, offer) for offer in offers]
+    seen: dict[Path, int] = {}
+    for file in files:
+        count = seen[file.data] = seen.get(file.data, 0) + 1
+        if count > 1:
+            file.own_name = f"{file.data.name}.{count}"
+    return files
 
 
 def examine_all(files: list[IncomingFile], on_bytes: OnBytes) -> None:

@@ -11,6 +11,7 @@ import hmac
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from k2cli.agent.weights.certificate import make_server_context
@@ -82,13 +83,18 @@ class Listener:
         """Authenticate a connection; None if it is a stranger's, which is then closed."""
         stream: socket.socket = connection
         known: ssl.SSLSocket | None = None
+        deadline = time.monotonic() + _GREETING_SECONDS
         try:
             connection.settimeout(_GREETING_SECONDS)
             known = self._context.wrap_socket(connection, server_side=True)
             stream = known
             said = b""
-            # Each read has the time limit, so one that sends byte by byte has 64 of them at most.
-            while len(said) < len(self._token) and (part := known.recv(len(self._token))):
+            while len(said) < len(self._token):
+                # One limit for the whole token: strangers that send it byte by byte would otherwise
+                # keep the sender out for minutes.
+                known.settimeout(max(0.001, deadline - time.monotonic()))
+                if not (part := known.recv(len(self._token) - len(said))):
+                    break
                 said += part
             if not hmac.compare_digest(said, self._token):
                 known = None

@@ -22,6 +22,7 @@ from k2cli.models.catalog import catalog
 from k2cli.models.layout import INDEX_NAME, is_own, supporting_files
 from k2cli.models.part import FOLDER
 from k2cli.models.reference import SOURCE_NAME
+from k2cli.models.sources.file_names import folded_name
 from k2cli.settings import models_directory
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -101,9 +102,11 @@ def check_offer(offer: Offer) -> None:
             raise UsageError(f"'{name}' is no file of a model that k2 takes")
         if not 0 <= nbytes <= MAX_FILE_BYTES:
             raise UsageError(f"'{name}' cannot have {nbytes} bytes")
-        # A disk that ignores case would give both the same file.
-        if (other := seen.setdefault(name.casefold(), name)) != name:
-            raise UsageError(f"'{name}' and '{other}' differ only in the case of letters")
+        # A disk that ignores case, or the form of accents, would give both the same file.
+        if (other := seen.setdefault(folded_name(name), name)) != name:
+            raise UsageError(
+                f"'{name}' and '{other}' differ only in the case of letters or the form of accents"
+            )
     if len(seen) < len(sizes):
         raise UsageError("a file is offered twice")
     for file in offer.files:

@@ -22,7 +22,7 @@ import msgspec
 
 from k2cli.agent.weights.conversation import Input, Output, decode_line
 from k2cli.agent.weights.frames import SegmentReader, StreamLost
-from k2cli.agent.weights.incoming import IncomingFile, examine_all, incoming_file
+from k2cli.agent.weights.incoming import IncomingFile, examine_all, incoming_files
 from k2cli.agent.weights.listener import QUIET_SECONDS, Listener
 from k2cli.agent.weights.messages import (
     Begin,
@@ -99,7 +99,7 @@ class Receiver:
         self._offer, self._place = offer, place_of(offer.target)
         check_folder(self._place, offer.files, tuple(offer.absent))
         self._take_lock()
-        self._files = [incoming_file(self._place, file) for file in offer.files]
+        self._files = incoming_files(self._place, offer.files)
         total = sum(file.nbytes for file in offer.files)
         count = Count(lambda done: self._events.send(Checked(done, total)))
         examine_all(self._files, count.add)

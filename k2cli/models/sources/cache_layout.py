@@ -23,6 +23,10 @@ from k2cli.models.sources.journal import journaled_bytes
 
 _TRY_SECONDS = 0.01
 
+# The Hub library otherwise asks the server for a list of coding agents, tells it which one runs it,
+# and keeps the list in HF_HOME, where an answer of another form makes every later request fail.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
 
 def cache_folder() -> Path:
     """Return the folder in which the Hub library keeps downloads."""

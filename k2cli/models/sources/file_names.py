@@ -67,20 +67,21 @@ def check_names(names: Collection[str], where: str) -> None:
     for name in sorted(names):
         if (problem := _problem(name)) is not None:
             raise K2Error(f"{where} has a file '{_shown(name)}': its name {problem}")
-        folded = _folded(name)
+        folded = folded_name(name)
         if (other := seen.setdefault(folded, name)) != name:
             raise K2Error(
                 f"{where} has both '{_shown(other)}' and '{_shown(name)}', which many volumes do "
                 "not tell apart"
             )
     for name in sorted(names):
-        parts = _folded(name).split("/")
+        parts = folded_name(name).split("/")
         for count in range(1, len(parts)):
             if (file := seen.get("/".join(parts[:count]))) is not None:
                 raise K2Error(f"{where} has '{_shown(file)}' as a file and as a folder")
 
 
-def _folded(name: str) -> str:
+def folded_name(name: str) -> str:
+    """Return the form that two names share if a volume may take one for the other."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 

@@ -118,8 +118,8 @@ class HttpSource:
                     with self._lock:
                         self._stores.pop(file.name, None)
                     self._raise_for(response, file, of_store=url != start)
-                target = urljoin(url, response.headers.get("location", ""))
-                _refuse_downgrade(self._service.name, file, url, target)
+                location = response.headers.get("location", "")
+                target = _redirected(self._service.name, file, url, location)
             url = target
         raise K2Error(f"{self._service.name} redirects {file.name} without end", "try again later")
 
@@ -239,11 +239,17 @@ def _origin(url: str) -> tuple[str, str, int | None]:
     return parts.scheme, (parts.hostname or "").lower(), port
 
 
-def _refuse_downgrade(service: str, file: ExpectedFile, url: str, target: str) -> None:
+def _redirected(service: str, file: ExpectedFile, url: str, location: str) -> str:
+    """Return the address that a redirect leads to.
+
+    Raises:
+        K2Error: if it is none, or gives up the encryption.
+    """
     try:
+        target = urljoin(url, location)
         scheme, host, _ = _origin(target)
     except ValueError:
-        scheme, host = "", ""
+        target, scheme, host = "", "", ""
     if scheme not in ("http", "https") or not host:
         raise K2Error(f"{service} redirects {file.name} to an address that is none")
     if scheme == "http" and url.startswith("https:"):
@@ -251,6 +257,7 @@ def _refuse_downgrade(service: str, file: ExpectedFile, url: str, target: str) -
             f"{service} redirects {file.name} to {one_line(host)} without encryption",
             "check HF_ENDPOINT and the proxy",
         )
+    return target
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

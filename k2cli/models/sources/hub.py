@@ -17,15 +17,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from k2cli.errors import K2Error, NotAuthorisedError
+from k2cli.errors import K2Error, NotAuthorisedError, UsageError
 from k2cli.files import DISK_ERRORS, read_regular, unwritable
 from k2cli.models.checkpoint import read_index
 from k2cli.models.layout import choose_weight_files, names_in
 from k2cli.models.part import absent_files
 from k2cli.models.sources.cache_layout import cache_folder, repository_folder
 from k2cli.models.sources.expected_files import ExpectedFile, expected_file
+from k2cli.models.sources.file_names import is_safe_name
 from k2cli.models.sources.http_source import HttpService, retry_after
 from k2cli.proxies import proxy_errors
+from k2cli.units import one_line
 
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
 
@@ -133,10 +135,16 @@ def list_repository(repo: str, revision: str | None) -> Listing:
 
     Raises:
         NotAuthorisedError: if the repository is gated or private.
+        UsageError: if the revision has no name that the cache can keep.
         K2Error: if it does not exist, the Hub cannot be reached, or its answer is no list.
     """
     import huggingface_hub
 
+    if revision is not None and not is_safe_name(revision):
+        # The cache notes a revision in a file of its name, as for "refs/pr/1".
+        raise UsageError(
+            f"'{one_line(revision)}' is no name of a revision", f"k2 download {repo}@main"
+        )
     with _errors(repo, revision):
         info: Any = _asked_again(
             # Listing the tree would be tried again for 15 s, with a warning each time.
@@ -147,6 +155,8 @@ def list_repository(repo: str, revision: str | None) -> Listing:
         raise K2Error(f"the Hub names no commit for {repo}", "check HF_ENDPOINT")
     sizes, hashes = {}, {}
     for file in info.siblings or ():
+        if not isinstance(file.rfilename, str):
+            raise K2Error(f"the Hub's list for {repo} has a file without name", "check HF_ENDPOINT")
         size = file.lfs.size if file.lfs is not None else file.size
         known = isinstance(size, int) and 0 <= size < _MOST_FILE_BYTES
         sizes[file.rfilename] = size if known else 0
@@ -173,11 +183,6 @@ def _asked_again(ask: Callable[[], Any]) -> Any:
             if asked is not None and asked > _LONGEST_WAIT_SECONDS:
                 raise
             wait = max(wait, asked or 0.0)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise K2Error(
-                f"the Hub's list of files cannot be read: {type(error).__name__} {error}",
-                "check HF_ENDPOINT",
-            ) from error
         time.sleep(wait)
     return ask()
 
@@ -361,6 +366,14 @@ def _errors(repo: str, revision: str | None) -> Iterator[None]:
         raise K2Error(f"'{repo}' is not the name of a Hub repository: {error}") from error
     except (httpx2.HTTPError, OSError) as error:
         raise _translated(error, repo, revision) from error
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        # The library reads what the server says without checks. It may be no JSON: for example, the
+        # page of a network that wants a login first.
+        text = one_line(f"{type(error).__name__} {error}")[:200]
+        raise K2Error(
+            f"the Hub's answer for {repo} cannot be read: {text}",
+            "check HF_ENDPOINT, and whether this network wants a login first",
+        ) from error
 
 
 def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:

@@ -164,7 +164,11 @@ class RangeStream:
         if failures >= self._options.attempts or (asked or 0.0) > _LONGEST_WAIT_SECONDS:
             error = _given_up(name, failure, failures)
             raise RetiredError(error) if self._shared.received_bytes > others else error
+        seconds = self._options.first_backoff_seconds * 2.0 ** (failures - 1)
+        seconds = min(seconds, _MOST_BACKOFF_SECONDS) * random.uniform(0.75, 1.25)
         if asked is not None:
+            # "0", or a date that has passed, would use up all attempts within a second.
+            asked = max(asked, seconds)
             until = time.monotonic() + asked
             with (
                 self._shared.lock
@@ -176,8 +180,7 @@ class RangeStream:
             return
         with self._shared.lock:
             self._shared.note = f"{name}: {failure.reason}, trying again"
-        seconds = self._options.first_backoff_seconds * 2.0 ** (failures - 1)
-        self._wait(min(seconds, _MOST_BACKOFF_SECONDS) * random.uniform(0.75, 1.25))
+        self._wait(seconds)
 
     def _wait(self, seconds: float) -> None:
         if seconds > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -116,7 +117,7 @@ def _included(names: Collection[str], patterns: tuple[str, ...], repo: str) -> l
             raise UsageError(
                 f"--include '{pattern}' names {listed(sorted(matching))}: k2 downloads data and "
                 "texts, but neither code nor pickles",
-                f"hf download {repo} --include {pattern}, if you trust its owner",
+                f"if you trust its owner: hf download {repo} --include {shlex.quote(pattern)}",
             )
         chosen += [name for name in data if name not in chosen]
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import socket
@@ -16,7 +17,7 @@ from k2cli.agent.weights import messages
 from k2cli.agent.weights.certificate import make_client_context
 from k2cli.agent.weights.conversation import Input, Output
 from k2cli.agent.weights.frames import MARK, SegmentReader, SegmentWriter, StreamLost
-from k2cli.agent.weights.incoming import IncomingFile, incoming_file
+from k2cli.agent.weights.incoming import IncomingFile, incoming_file, incoming_files
 from k2cli.agent.weights.listener import Listener
 from k2cli.agent.weights.messages import Offer, Segments, SendOrder, Target, WeightsFile
 from k2cli.agent.weights.place import Place, check_folder, check_offer, place_of
@@ -58,6 +59,10 @@ def test_sizes_counts_and_names_that_clash_are_refused() -> None:
         ((WeightsFile("model.safetensors", -1),), "cannot have -1 bytes"),
         ((WeightsFile("model.safetensors", 2**60),), "cannot have"),
         ((good, WeightsFile("Model.safetensors", 9)), "differ only in the case"),
+        (
+            (WeightsFile("\u00e9.safetensors", 9), WeightsFile("e\u0301.safetensors", 9)),
+            "the form of accents",
+        ),
         ((good, good), "twice"),
         ((WeightsFile("model.safetensors", 9, "../../x"),), "no name of the Hub's cache"),
         ((good,) * 30_000, "k2 takes"),
@@ -168,6 +173,50 @@ def test_confirmed_segments_are_kept_if_they_are_still_whole(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.usefixtures("small_segments")
+def test_files_of_the_same_content_do_not_empty_each_other(tmp_path: Path) -> None:
+    data = os.urandom(SEGMENT + 100)
+    blob = hashlib.sha256(data).hexdigest()
+    place = Place(tmp_path / "snapshots" / "c", tmp_path / "blobs")
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    offers = [WeightsFile(name, len(data), blob) for name in names]
+    files = incoming_files(place, offers)
+    for file in files:
+        file.examine(lambda count: None)
+    first, second = files
+    stream = MARK + _frame(0, 0, data[:SEGMENT]) + _frame(0, SEGMENT, data[SEGMENT:])
+    end = struct.pack("<BIQI", 3, 0, 0, 0)
+    assert _receive(first, stream + end) == [0]
+    second.open()
+    first.complete()
+    first.make_link()
+    assert (place.folder / names[0]).read_bytes() == data
+    assert _receive(second, stream + end) == [0]
+    second.complete()
+    second.make_link()
+    assert (place.folder / names[1]).read_bytes() == data
+    assert [path.name for path in (tmp_path / "blobs").iterdir()] == [blob]
+
+
+def test_a_disk_without_links_has_the_file_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    data = b"x" * 100
+    place = Place(tmp_path / "snapshots" / "c", tmp_path / "blobs")
+    offer = WeightsFile("model.safetensors", 100, hashlib.sha256(data).hexdigest())
+    (file,) = incoming_files(place, [offer])
+    file.examine(lambda count: None)
+    _receive(file, MARK + _frame(0, 0, data) + struct.pack("<BIQI", 3, 0, 0, 0))
+    file.complete()
+    file.make_link()
+    assert file.is_there
+    assert (place.folder / "model.safetensors").read_bytes() == data
+
+
 # --- the port -----------------------------------------------------------------------------------
 
 
@@ -195,6 +244,26 @@ def test_strangers_are_turned_away_and_the_port_closes(tmp_path: Path) -> None:
     assert arrived.wait(10)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", listener.port), 2).close()
+
+
+def test_a_stranger_that_sends_byte_by_byte_is_turned_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("k2cli.agent.weights.listener._GREETING_SECONDS", 1.0)
+    token = "a" * 64
+    listener = Listener(["127.0.0.1"], token, 1, lambda stream: stream.close())
+    plain = socket.create_connection(("127.0.0.1", listener.port), 10)
+    sent = 0
+    with make_client_context().wrap_socket(plain) as stranger, contextlib.suppress(OSError):
+        stranger.settimeout(0.2)
+        while sent < 40:
+            stranger.sendall(b"a")
+            sent += 1
+            with contextlib.suppress(TimeoutError):
+                if stranger.recv(1) == b"":
+                    break
+    listener.close()
+    assert sent < 40
 
 
 def test_a_receiver_that_hears_nothing_ends() -> None:

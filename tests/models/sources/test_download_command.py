@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -258,3 +260,46 @@ def test_names_that_leave_the_folder(hub: MockHub, tmp_path: Path, name: str) ->
     assert done.returncode == 1, done.stderr
     assert "its name" in done.stderr or "is not the name of" in done.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("is a page", "wants a login first"), ("names no file", "a file without name")],
+)
+def test_an_answer_that_is_no_list_is_no_bug(hub: MockHub, fault: str, words: str) -> None:
+    hub.faults["list"] = fault
+    done = k2("mock/model")
+    assert (done.returncode, words in done.stderr) == (1, True), done.stderr
+    # Nothing but the model is asked for, so that no other answer is kept either.
+    assert all("/mock/model" in line for line in hub.requested), hub.requested
+
+
+@pytest.mark.parametrize("revision", ["../../../escaped", "/escaped", "a/../../../../escaped"])
+def test_a_revision_does_not_leave_the_cache(hub: MockHub, tmp_path: Path, revision: str) -> None:
+    done = k2("mock/model", "--revision", revision, "--only", "config")
+    assert (done.returncode, "no name of a revision" in done.stderr) == (2, True), done.stderr
+    assert not list(tmp_path.rglob("escaped"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_is_no_partial_file_is_named_with_what_helps(
+    hub: MockHub, tmp_path: Path, kind: str
+) -> None:
+    blob = hashlib.sha256(hub.files[WEIGHTS]).hexdigest()  # type: ignore[arg-type]
+    partial = tmp_path / "hf/hub/models--mock--model/blobs" / f"{blob}.partial"
+    partial.parent.mkdir(parents=True)
+    if kind == "folder":
+        partial.mkdir()
+    else:
+        (tmp_path / "precious").write_text("precious")
+        partial.symlink_to(tmp_path / "precious")
+    done = k2("mock/model")
+    assert done.returncode == 1, done.stderr
+    hint = next(line for line in done.stderr.splitlines() if line.startswith("hint: "))
+    command = hint.removeprefix("hint: move it away: ")
+    subprocess.run(shlex.split(command), check=True, timeout=10)
+    moved = Path(shlex.split(command)[-1])
+    moved.rmdir() if kind == "folder" else moved.unlink()
+    is_right(folder_of(k2("mock/model", "--json")), hub)
+    if kind == "link":
+        assert (tmp_path / "precious").read_text() == "precious"

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from k2cli.models.sources.cache_layout import FolderLayout
 from k2cli.models.sources.expected_files import ExpectedFile, verify_file
 from k2cli.models.sources.http_source import HttpService, HttpSource
 from k2cli.models.sources.journal import Journal, Span, journaled_bytes
-from k2cli.models.sources.range_stream import TransferOptions
+from k2cli.models.sources.range_stream import RangeStream, TransferOptions
 from k2cli.models.sources.transfer import FileFinished, Transfer, TransferProgress
 from tests.models.mock_hub import COMMIT, MockHub, served_hub
 
@@ -118,6 +119,7 @@ def test_a_fault_that_passes(hub: MockHub, tmp_path: Path, fault: str, most: flo
         ("refuses", "refused large.safetensors: HTTP 403"),
         ("has another etag", "the ETag is that of other content"),
         ("lies about its size", "it says that the file has 9001001 bytes, not 9000001"),
+        ("leads nowhere", "to an address that is none"),
         ("damages", "arrived 3 times with another hash"),
     ],
 )
@@ -132,6 +134,18 @@ def test_a_fault_that_stays(hub: MockHub, tmp_path: Path, fault: str, words: str
     transfer(expected(hub), source_of(hub), tmp_path)
     assert (tmp_path / LARGE).read_bytes() == hub.files[LARGE]
     assert (tmp_path / OTHER).read_bytes() == hub.files[OTHER]
+
+
+def test_a_server_that_names_no_time_is_not_asked_at_once(
+    hub: MockHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(RangeStream, "_wait", lambda self, seconds: waits.append(seconds))
+    hub.faults[LARGE] = "asks for patience 3 times"
+    options = replace(OPTIONS, streams=1, first_backoff_seconds=20.0)
+    transfer(expected(hub), source_of(hub), tmp_path, options)
+    assert max(waits) > 14.0
+    assert (tmp_path / LARGE).read_bytes() == hub.files[LARGE]
 
 
 def test_a_damaged_file_alone_is_fetched_again(hub: MockHub, tmp_path: Path) -> None:
