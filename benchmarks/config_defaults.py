@@ -65,7 +65,8 @@ For 137 model types of mlx-lm 0.32.2, the defaults of its argument classes were 
 of transformers 5.24.0, where that has a class (`python -m benchmarks.config_defaults`). A config
 that lacks one of these fields is refused, and the error names the field and both values. Left out
 are fields without effect on the result, `tie_word_embeddings` (the tensors tell), and DeepSeek's
-`n_routed_experts` (null is a dense model). Kimi K2's type is not one of transformers.
+`n_routed_experts` (null is a dense model). transformers has no class for Kimi K2's types
+and `joyai_llm_flash`; mlx-lm computes them with the class of DeepSeek-V3, whose row counts for them.
 """
 
 

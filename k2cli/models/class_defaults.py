@@ -68,6 +68,11 @@ DEFAULTS_DIFFER: Mapping[str, Mapping[str, tuple[_Value, _Value]]] = {
 }  # fmt: skip
 """By model type and field: the default of transformers, and that of mlx-lm."""
 
+SAME_CLASS: Mapping[str, str] = dict.fromkeys(
+    ("kimi_k2", "kimi_k25", "kimi_vl", "joyai_llm_flash"), "deepseek_v3"
+)
+"""Types that transformers has no class for, and the type whose class mlx-lm takes for them."""
+
 _OF_EXPERTS = frozenset({
     "first_k_dense_replace", "moe_intermediate_size", "n_group", "topk_group", "moe_k",
     "num_experts_per_tok", "num_experts_per_token", "routed_scaling_factor", "norm_topk_prob",
@@ -89,11 +94,14 @@ def check_defaults(config: Mapping[str, Any]) -> None:
     text = config.get("text_config")
     fields = text if isinstance(text, Mapping) else config
     dense = not any(fields.get(name) for name in _EXPERTS)
-    for name, (theirs, ours) in DEFAULTS_DIFFER.get(str(fields.get("model_type")), {}).items():
+    model_type = str(fields.get("model_type") or config.get("model_type"))
+    other = SAME_CLASS.get(model_type)
+    owner = f"{other} of transformers" if other else "transformers"
+    for name, (theirs, ours) in DEFAULTS_DIFFER.get(other or model_type, {}).items():
         if name in fields or (dense and name in _OF_EXPERTS):
             continue
         raise UsageError(
-            f"config.json lacks {name}, for which transformers takes {_shown(theirs)} and mlx-lm "
+            f"config.json lacks {name}, for which {owner} takes {_shown(theirs)} and mlx-lm "
             f"{_shown(ours)}",
             "take config.json from the model's repository",
         )

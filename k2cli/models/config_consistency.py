@@ -187,18 +187,23 @@ def _rotated_pairs(fields: Mapping[str, Any]) -> int | None:
     return int(head * part) // 2
 
 
-def check_booleans(fields: Mapping[str, Any], names: frozenset[str], source: str) -> None:
-    """Refuse text or a number in a field that is true or false.
+def check_booleans(fields: Mapping[str, Any], names: Mapping[str, bool], source: str) -> None:
+    """Refuse text or a number in a field that is true or false, and null that could mean either.
+
+    mlx-lm takes null for false. That is right where a field that is absent is false, too, or has
+    None as its default.
 
     Args:
-        names: the fields that the architecture's arguments declare as booleans.
+        names: the fields that the architecture's arguments declare as booleans, and for each
+            whether null says the same there as no field.
 
     Raises:
         UsageError: naming the field and its value.
     """
     for name in sorted(names):
-        value = fields.get(name)
-        if value is not None and not isinstance(value, bool):
+        if name not in fields or isinstance(value := fields[name], bool):
+            continue
+        if value is not None or not names[name]:
             raise _refused(source, f"{name} must be true or false, not {_written(value)}")
 
 

@@ -69,19 +69,23 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _boolean_fields(model: nn.Module, arguments: type[Any]) -> frozenset[str]:
-    """List the fields that a model's argument classes declare as true or false."""
+def _boolean_fields(model: nn.Module, arguments: type[Any]) -> dict[str, bool]:
+    """Find the fields that a model's argument classes declare as true or false.
+
+    Returns:
+        For each, whether all of these classes have a default that null is equal to: false or None.
+    """
     classes = {arguments}
     for module in model.modules():
         own = (vars(module).get(name, module.get(name)) for name in ("args", "config"))
         classes |= {type(each) for each in own if dataclasses.is_dataclass(each)}
-    return frozenset(
-        field.name
-        for each in classes
-        if dataclasses.is_dataclass(each)
-        for field in dataclasses.fields(each)
-        if field.type in (bool, bool | None, "bool", "Optional[bool]", "bool | None")
-    )
+    found: dict[str, bool] = {}
+    for each in filter(dataclasses.is_dataclass, classes):
+        for field in dataclasses.fields(each):
+            if field.type in (bool, bool | None, "bool", "Optional[bool]", "bool | None"):
+                empty = field.default in (None, False)
+                found[field.name] = found.get(field.name, True) and empty
+    return found
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -155,6 +155,9 @@ def test_a_boolean_of_a_nested_text_model_is_checked_too() -> None:
     ("model_type", "name", "values"),
     [
         ("deepseek_v3", "first_k_dense_replace", "transformers takes 3 and mlx-lm 0"),
+        ("kimi_k2", "first_k_dense_replace", "deepseek_v3 of transformers takes 3 and mlx-lm 0"),
+        ("kimi_k2", "n_group", "deepseek_v3 of transformers takes 8 and mlx-lm 1"),
+        ("joyai_llm_flash", "topk_group", "deepseek_v3 of transformers takes 4 and mlx-lm 1"),
         ("qwen3_next", "norm_topk_prob", "transformers takes True and mlx-lm False"),
         ("phimoe", "rms_norm_eps", "transformers takes 1e-05 and mlx-lm 1e-06"),
     ],
@@ -165,6 +168,46 @@ def test_a_missing_field_with_two_defaults_is_refused(
     config = {key: value for key, value in RECORDED[model_type].items() if key != name}
     with pytest.raises(UsageError, match=f"lacks {name}, for which {values}"):
         build(config)
+
+
+@pytest.mark.parametrize("model_type", ["kimi_k25", "kimi_vl"])
+@pytest.mark.parametrize("own_type", [None, "kimi_k2", "deepseek_v3"])
+def test_a_missing_field_of_a_nested_text_model_is_refused(
+    model_type: str, own_type: str | None
+) -> None:
+    config = RECORDED[model_type]
+    text = {**config["text_config"], "model_type": own_type}
+    build({**config, "text_config": text})
+    del text["first_k_dense_replace"]
+    with pytest.raises(UsageError, match="lacks first_k_dense_replace, for which"):
+        build({**config, "text_config": text})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("kimi_k2", "norm_topk_prob"), ("qwen3_moe", "norm_topk_prob"),
+        ("mamba", "use_conv_bias"), ("llama", "tie_word_embeddings"),
+    ],
+)  # fmt: skip
+def test_null_is_refused_where_a_field_that_is_absent_is_not_false(
+    model_type: str, name: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{name} must be true or false, not null"):
+        build({**RECORDED[model_type], name: None})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("kimi_k2", "attention_bias"), ("qwen3_next", "attention_bias"),
+        ("nemotron_h", "norm_topk_prob"),
+    ],
+)  # fmt: skip
+def test_null_is_false_where_a_field_that_is_absent_is_false_too(
+    model_type: str, name: str
+) -> None:
+    build({**RECORDED[model_type], name: None})
 
 
 @pytest.mark.soak

@@ -55,6 +55,7 @@ GPT_OSS = {
 KIMI = {
     "model_type": "kimi_k2", "moe_intermediate_size": 128, "n_shared_experts": 1,
     "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
     "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
     "v_head_dim": 32, **COMMON, "num_key_value_heads": 8,
 }  # fmt: skip

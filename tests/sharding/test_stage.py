@@ -55,6 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "kimi_k2, MLA and experts": {
         "model_type": "kimi_k2", "num_hidden_layers": 4, "moe_intermediate_size": 32,
         "n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
         "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
         "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, **COMMON,
     },
