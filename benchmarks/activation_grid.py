@@ -78,7 +78,11 @@ class Grid:
         self._itemsize = itemsize
         self._layers = layer_count(model)
         caches = make_cache(model)
-        self._keeps_states = len(list(_with_keys(caches))) < len(caches)
+        self._keeps_states = any(
+            not hasattr(part, "keys")
+            for cache in caches
+            for part in getattr(cache, "caches", (cache,))
+        )
         mx.synchronize()
         # Includes the rounding of the allocator, which a plan counts as slack.
         self._weights = mx.get_active_memory()

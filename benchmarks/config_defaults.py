@@ -66,7 +66,7 @@ of transformers 5.24.0, where that has a class (`python -m benchmarks.config_def
 that lacks one of these fields is refused, and the error names the field and both values. Left out
 are fields without effect on the result, `tie_word_embeddings` (the tensors tell), and DeepSeek's
 `n_routed_experts` (null is a dense model). transformers has no class for Kimi K2's types
-and `joyai_llm_flash`; mlx-lm computes them with the class of DeepSeek-V3, whose row counts for them.
+and `joyai_llm_flash`; mlx-lm computes them with DeepSeek-V3's class, whose row counts for them.
 """
 
 

@@ -21,6 +21,8 @@ from k2cli.sharding import trace
 from k2cli.sharding.stage import make_cache
 
 Kind = Literal["blocks", "steps", "expanded steps", "delta", "wkv", "linear", "scan", "convolution"]
+# Kind, heads, width of the heads together, state per element of it, groups of heads.
+_Call = tuple[Kind, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class Recurrence:
     the convolution is a view that keeps its whole input in memory. ``before_attention`` is the
     number of recurrent layers before the last one with keys and values; ``in_parallel`` is true if
     one layer has both (Falcon-H1), ``apart`` if feed-forward parts are layers of their own
-    (Nemotron-H).
+    (Nemotron-H). ``repeats_groups`` is true if several heads, but not all, share what they read
+    (B and C of Mamba-2), which is then copied for each of them.
     """
 
     kind: Kind
@@ -51,6 +54,7 @@ class Recurrence:
     before_attention: int = 0
     in_parallel: bool = False
     apart: bool = False
+    repeats_groups: bool = False
 
     @property
     def state_elements(self) -> int:
@@ -68,15 +72,15 @@ def recurrence_of(model: nn.Module) -> tuple[Recurrence | None, bool]:
     cache = make_cache(model)
     if not mixers and all(map(_has_keys, cache)):
         return None, True
-    calls: list[tuple[Kind, int, int, int]] = []
+    calls: list[_Call] = []
     with trace.without_collectives(), _recorded(model, calls):
         model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
     states = [entry for entry in cache if not _has_keys(entry) and _short_states(entry)]
     if not calls and not mixers:
-        calls = [("convolution", 1, *_widest(entry)) for entry in states]
+        calls = [("convolution", 1, *_widest(entry), 1) for entry in states]
     if not calls:
         return None, True
-    kind, heads, inner, state = max(calls, key=lambda call: call[2] * call[3])
+    kind, heads, inner, state, groups = max(calls, key=lambda call: call[2] * call[3])
     recurrence = Recurrence(
         kind=kind,
         layers=len(calls),
@@ -89,6 +93,7 @@ def recurrence_of(model: nn.Module) -> tuple[Recurrence | None, bool]:
         before_attention=_before_attention(cache),
         apart=len(getattr(model, "layers", ())) > len(cache),
         in_parallel=any(_attends(entry) and _has_state(entry) for entry in cache),
+        repeats_groups=1 < groups < heads,
     )
     return recurrence, any(_attends(entry) for entry in cache)
 
@@ -142,27 +147,27 @@ def _projected(mixer: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, calls: list[tuple[Kind, int, int, int]]) -> Iterator[None]:
+def _recorded(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
     """Record the kind and the shape of every recurrence that is called."""
 
     def of_blocks(x: mx.array, A_log: mx.array, B: mx.array, *_: Any, **__: Any) -> None:
-        calls.append(("blocks", x.shape[2], x.shape[2] * x.shape[3], B.shape[-1]))
+        calls.append(("blocks", x.shape[2], x.shape[2] * x.shape[3], B.shape[-1], B.shape[2]))
 
     def of_delta(q: mx.array, k: mx.array, v: mx.array, *_: Any, **__: Any) -> None:
-        calls.append(("delta", v.shape[2], v.shape[2] * v.shape[3], k.shape[-1]))
+        calls.append(("delta", v.shape[2], v.shape[2] * v.shape[3], k.shape[-1], 1))
 
     def of_steps(mixer: Any, x: mx.array, A: mx.array, *_: Any, **__: Any) -> None:
         kind: Kind = "steps" if x.ndim == 2 else "expanded steps"
-        calls.append((kind, 1, *A.shape))  # type: ignore[arg-type]
+        calls.append((kind, 1, *A.shape, 1))  # type: ignore[arg-type]
 
     def of_wkv(mixer: Any, r: mx.array, *_: Any) -> None:
-        calls.append(("wkv", r.shape[2], r.shape[2] * r.shape[3], r.shape[3]))
+        calls.append(("wkv", r.shape[2], r.shape[2] * r.shape[3], r.shape[3], 1))
 
     def of_linear(q: mx.array, k: mx.array, v: mx.array, *_: Any, **__: Any) -> None:
-        calls.append(("linear", v.shape[1], v.shape[1] * v.shape[3], k.shape[-1]))
+        calls.append(("linear", v.shape[1], v.shape[1] * v.shape[3], k.shape[-1], 1))
 
     def of_scan(x: mx.array, *_: Any, **__: Any) -> None:
-        calls.append(("scan", 1, x.shape[-1], 1))
+        calls.append(("scan", 1, x.shape[-1], 1, 1))
 
     functions = {
         "ssm_update": of_blocks, "gated_delta_update": of_delta, "recurrent_gla": of_linear,

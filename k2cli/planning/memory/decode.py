@@ -32,6 +32,7 @@ from k2cli.planning.memory.prefill import (
     logits_bytes,
 )
 from k2cli.planning.memory.recurrent import recurrent_decode_bytes
+from k2cli.planning.memory.recurrent_cuda import cuda_decode_bytes
 from k2cli.units import MIB
 
 # The number of chosen experts from which mlx-lm sorts tokens by expert, in a copy.
@@ -93,11 +94,10 @@ def decode_activation(
     """
     heads = ceil(shape.heads / slices)
     logits = logits_bytes(shape, concurrency, itemsize) if samples else 0
-    state = (
-        recurrent_decode_bytes(shape.recurrence, rows=concurrency, itemsize=itemsize)
-        if shape.recurrence is not None
-        else 0
-    )
+    state = 0
+    if shape.recurrence is not None:
+        of_device = cuda_decode_bytes if device == "cuda" else recurrent_decode_bytes
+        state = of_device(shape.recurrence, rows=concurrency, itemsize=itemsize)
     if device == "cuda":
         held = min(layers, _HELD_LAYERS[_kind(shape)])
         attention, feed_forward, hidden = _cuda_layer(

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from k2cli.choices import Device
 from k2cli.planning.config_check import first_field, heads_field, text_config, width_field
 from k2cli.planning.memory.recurrent import recurrent_prefill
+from k2cli.planning.memory.recurrent_cuda import cuda_prefill_bytes
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -204,7 +205,11 @@ def prefill_activation(
     feed_forward = feed_forward_bytes(shape, copies, chunk, itemsize, slices)
     hidden = int(_hidden_copies(shape, device, copies, itemsize) * hidden)
     recurrent = 0
-    if shape.recurrence is not None:
+    if shape.recurrence is not None and device == "cuda":
+        recurrent = cuda_prefill_bytes(
+            shape.recurrence, chunk=chunk, itemsize=itemsize, layers=shape.recurrent_layers(layers)
+        )
+    elif shape.recurrence is not None:
         need = recurrent_prefill(
             shape.recurrence, device=device, chunk=chunk, itemsize=itemsize,
             layers=shape.recurrent_layers(layers),

@@ -17,8 +17,8 @@ k2 evaluates layer by layer, so that a run takes less than is modelled here: 64 
 takes 107. A plan keeps room for the larger figure, because only that has been published for Metal
 (granite-4.0-h-small: mlx-lm PR 525).
 
-CUDA and Metal have not been measured: their arrays are those of the CPU. Metal has a kernel for
-gated delta rules, which makes no states of tokens.
+Metal has not been measured: its arrays are those of the CPU, but for gated delta rules it has a
+kernel, which makes no states of tokens. CUDA holds more and is in ``memory/recurrent_cuda.py``.
 """
 
 from __future__ import annotations

@@ -67,6 +67,10 @@ def test_peak_of_decode_is_what_mlx_measures(grid: Grid, rows: int) -> None:
 def test_recorded_grids_agree_with_the_model_and_the_page() -> None:
     for recording in recordings():
         found = list(compared(recording))
+        if recording.get("recurrent") and recording["backend"] == "cuda":
+            assert all(point.ratio >= 0.95 for point in found), recording["label"]
+            assert share_within(found, SMALL_BYTES) == 1, recording["label"]
+            continue
         if recording.get("recurrent"):
             prefill = [point for point in found if point.phase == "prefill"]
             assert share_within(prefill) >= 0.5, recording["label"]

@@ -8,9 +8,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from benchmarks.activation_grid import Grid
 from benchmarks.memory_model import ROOT, TOLERANCE
 from k2cli.planning.memory.prefill import prefill_activation, shape_of_model
 from k2cli.planning.memory.recurrent import recurrent_prefill
+from k2cli.planning.memory.recurrent_cuda import cuda_decode_bytes, cuda_prefill_bytes
 from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.profile import profile_model
 from k2cli.sharding.recurrence import recurrence_of
@@ -104,6 +106,37 @@ def test_a_stage_needs_no_more_than_its_own_layers_leave() -> None:
     )
     assert whole.left_bytes == 2 * half.left_bytes
     assert whole.layer_bytes == half.layer_bytes
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cuda_needs_more_for_more_tokens_layers_and_rows(name: str) -> None:
+    recurrence, _ = recurrence_of(build(read(name)))
+    assert recurrence is not None
+    by_chunk = [
+        cuda_prefill_bytes(recurrence, chunk=chunk, itemsize=2, layers=recurrence.layers)
+        for chunk in (32, 256, 300, 2048)
+    ]
+    assert by_chunk == sorted(set(by_chunk))
+    fewer = cuda_prefill_bytes(recurrence, chunk=256, itemsize=2, layers=1)
+    assert 0 < fewer <= by_chunk[1]
+    assert cuda_prefill_bytes(recurrence, chunk=256, itemsize=2, layers=0) == 0
+    assert cuda_decode_bytes(recurrence, rows=1, itemsize=2) < cuda_decode_bytes(
+        recurrence, rows=4, itemsize=2
+    )
+
+
+def test_only_groups_of_several_heads_are_repeated() -> None:
+    found = {name: recurrence_of(build(read(name)))[0] for name in KINDS}
+    assert [name for name, each in found.items() if each and each.repeats_groups] == ["nemotron-h"]
+
+
+def test_the_grid_evaluates_states_beside_keys_in_one_layer_together() -> None:
+    """Falcon-H1 on CUDA was measured layer by layer, because each cache has keys, too."""
+    for name in ("falcon-h1", "mamba2"):
+        config = read(name)
+        assert Grid(build(config), config, "cpu", 4).recurrent, name
+    attention = GRANITE | {"layer_types": ["attention"] * 4}
+    assert not Grid(build(attention), attention, "cpu", 4).recurrent
 
 
 def test_the_order_of_layers_is_known() -> None:
