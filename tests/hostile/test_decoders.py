@@ -229,6 +229,11 @@ ALLOWED = {
     "guard/work.py": "files of the kernel in /proc",
     "launch/mpi.py": "creation with O_EXCL",
     "models/text/conversation.py": "a part of a bounded body, with json.loads' errors",
+    **dict.fromkeys(
+        ["server/dialects/anthropic_messages.py", "server/output/emitter.py",
+         "server/output/json_calls.py", "server/output/typed_calls.py"],
+        "text of a bounded answer of the model, with json.loads' errors",
+    ),
     "planning/hardware/cards.py": "a file of this package",
     "rank/kernel_cache.py": "folders of k2's own private cache, and files of the kernel in /proc",
     "rank/listen_address.py": "a library of MLX and the process's own memory",

@@ -79,8 +79,8 @@ def test_a_launch_finds_model_and_open_mpi_where_each_host_has_them(
 ) -> None:
     done = unlike.exec("k2a", LAUNCH)
     assert done.returncode == 5
-    assert f"node k2b cannot load {MODEL}" in done.stderr
-    assert "hint: rsync -a " in done.stderr
+    assert f"weights of {MODEL} are missing: node k2b lacks" in done.stderr
+    assert f"hint: k2 models push {MODEL} k2b" in done.stderr
     home = unlike.host("k2b").home
     shutil.copytree(toy_k2, home / "volume" / "toy")
     (home / "model").symlink_to("volume/toy")

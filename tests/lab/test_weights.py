@@ -101,7 +101,7 @@ def test_a_push_brings_the_model_and_leaves_nothing_open(hosts: Lab, over: str) 
     "fault",
     [
         "receiver",
-        "link",
+        pytest.param("link", marks=pytest.mark.soak),
         pytest.param("launcher", marks=pytest.mark.soak),
         pytest.param("sender", marks=pytest.mark.soak),
         pytest.param("interrupt", marks=pytest.mark.soak),
