@@ -47,6 +47,21 @@ _NOT_OFFERED = {
 }
 
 
+# Plain words for the validator's own, such as "Field required".
+_REASONS = {
+    "bool_type": "must be a boolean: true or false",
+    "dict_type": "must be an object",
+    "float_type": "must be a number",
+    "int_from_float": "must be an integer",
+    "int_type": "must be an integer",
+    "list_type": "must be an array",
+    "missing": "is required",
+    "string_too_short": "must not be empty",
+    "string_type": "must be a string",
+    "too_short": "must not be empty",
+}
+
+
 def _shortened(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE_LETTERS else f"{text[:MAX_MESSAGE_LETTERS]} ..."
 
@@ -94,6 +109,11 @@ def invalid(message: str, param: str, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
+def type_named(kind: object) -> str:
+    """Return the part of a message about a part of a request that has a ``type``, or should."""
+    return f"is of type {kind!r}" if isinstance(kind, str) else "has no type"
+
+
 def without_folders(text: str) -> str:
     """Shorten the paths in a text of the server to the names of their files.
 
@@ -127,13 +147,15 @@ def validation_failure(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = _field_path(first["loc"])
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['msg']}", code="invalid_json")
+        reason = first["msg"].removeprefix("Invalid JSON: ")
+        return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
     if first["type"] == "extra_forbidden" and param in _NOT_OFFERED:
         message = f"'{param}' is not supported: {_NOT_OFFERED[param]}"
         return invalid(message, param, "unsupported_parameter")
     if first["type"] == "extra_forbidden":
         return invalid(f"unknown field '{param}'", param, "unknown_parameter")
-    reason = first["msg"].removeprefix("Value error, ")
+    reason = _REASONS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    reason = reason.replace("Input should be", "must be", 1)
     if not param:
         return ApiError(400, f"the body is not a valid request: {reason}")
     return invalid(f"{param}: {reason}", param)

@@ -52,6 +52,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
     ({"container": "c"}, "'container' is not supported"),
     ({"stop_sequences": [""]}, "stop_sequences[0]"),
+    ({"stop_sequences": ["a" * 1025]}, "stop_sequences[0]"),
+    ({"messages": _blocks({})}, "messages[0].content[0]: a block without a type"),
+    ({"messages": _blocks({**CALL, "name": ""}, role="assistant")}, ".name: must not be empty"),
+    ({"tools": [{"name": "", "input_schema": {}}]}, "tools[0].name: must not be empty"),
+    ({"context_management": {"edits": [{}]}}, "that has no type"),
     ({"temprature": 1}, "unknown field 'temprature'"),
 ]  # fmt: skip
 

@@ -29,12 +29,23 @@ LONG = [{"role": "user", "content": "x" * 300}]
 IMAGE = [{"role": "user", "content": [{"type": "image_url"}]}]
 POST_HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 JSON = {"Content-Type": "application/json"}
+CALLS = "messages[0].tool_calls"
+
+
+def _function(**members: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **members}}
+
+
+def _called(call: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "tool_calls": [call]}]
+
+
 WRONG_REQUESTS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"stop": [5]}, 400, "stop", "must be a string or a list of up to 4 strings"),
     (CHAT, {"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "5 strings"),
     (CHAT, {"stop": [""]}, 400, "stop", "must not be empty"),
     (CHAT, {"model": "gpt-4"}, 404, "model", "'gpt-4' is not served here"),
-    (CHAT, {"messages": []}, 400, "messages", "at least 1"),
+    (CHAT, {"messages": []}, 400, "messages", "must not be empty"),
     (CHAT, {"messages": "hi"}, 400, "messages", "array"),
     (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages[0].role", "'user'"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content", "string"),
@@ -63,6 +74,19 @@ WRONG_REQUESTS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"parallel_tool_calls": "no"}, 400, "parallel_tool_calls", "boolean"),
     (CHAT, {"tools": [{"type": "custom", "custom": {}}]}, 400, "tools", "0 is of type 'custom'"),
     (CHAT, {"tools": [{"type": "function", "name": "f"}]}, 400, "tools", "with a 'name'"),
+    (CHAT, {"tools": [{"type": None}]}, 400, "tools", "tool 0 has no type"),
+    (CHAT, {"tools": [_function(parameters=[])]}, 400, "tools", "must be an object"),
+    (CHAT, {"tools": [_function(description=5)]}, 400, "tools", "must be a text"),
+    (CHAT, {"messages": _called({})}, 400, CALLS, "call 0 needs an object 'function'"),
+    (CHAT, {"messages": _called(_function(name=5))}, 400, CALLS, "with a 'name'"),
+    (CHAT, {"messages": _called(_function(arguments=5))}, 400, CALLS, "must be JSON text"),
+    (CHAT, {"messages": _called({**_function(), "id": 5})}, 400, CALLS, "'id' of call 0"),
+    (CHAT, {"messages": _called({"type": "custom"})}, 400, CALLS, "of type 'custom'"),
+    (CHAT, {"messages": [{"content": "x"}]}, 400, "messages[0].role", "role: is required"),
+    (CHAT, {"messages": [{"role": "user", "content": [{}]}]}, 400, "messages[0].content",
+     "part 0 has no type"),
+    (CHAT, {"tool_choice": {}}, 400, "tool_choice", "must be 'auto'"),
+    (CHAT, {"stop": "a" * 1025}, 400, "stop", "1024 letters"),
     (CHAT, {"n": 3}, 400, "n", "3 is not supported"),
     (CHAT, {"stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage", "bool"),
     (CHAT, {"k2": {"cahce": False}}, 400, "k2.cahce", "unknown field"),

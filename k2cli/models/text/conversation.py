@@ -278,6 +278,8 @@ def _with_k2_ids(turns: Sequence[Turn]) -> list[Turn]:
     renamed: dict[str, str] = {}
     result: list[Turn] = []
     count = 0
+    ids = [call.get("id") for turn in turns for call in turn.get("tool_calls") or ()]
+    taken = {known for known in ids if isinstance(known, str)}
     for turn in turns:
         calls = turn.get("tool_calls")
         if calls:
@@ -287,7 +289,8 @@ def _with_k2_ids(turns: Sequence[Turn]) -> list[Turn]:
                 function = call.get("function")
                 name = function.get("name", "") if isinstance(function, dict) else ""
                 if not isinstance(known, str) or not _K2_ID.fullmatch(known):
-                    fresh = f"functions.{name}:{count}"
+                    while (fresh := f"functions.{name}:{count}") in taken:
+                        count += 1
                     if isinstance(known, str):
                         renamed[known] = fresh
                     call = {**call, "id": fresh}

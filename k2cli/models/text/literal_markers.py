@@ -14,7 +14,15 @@ from typing import Any
 SEPARATOR = "\ufdd0"
 """A noncharacter, which Unicode reserves for a program's own use."""
 
-_OWN_TEXT = frozenset({"content", "reasoning_content", "role"})
+_OWN_TEXT = frozenset({"content", "reasoning_content"})
+_Markers = dict[str, list[str]]
+
+
+def _by_beginning(texts: Iterable[str]) -> _Markers:
+    found: _Markers = {}
+    for text in sorted({text for text in texts if len(text) > 1}):
+        found.setdefault(text[:2], []).append(text)
+    return found
 
 
 class LiteralMarkers:
@@ -22,38 +30,44 @@ class LiteralMarkers:
 
     Args:
         texts: the markers, of two letters or more.
+        own: those of them that keep their meaning in an assistant's content.
     """
 
-    def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._by_beginning: dict[str, list[str]] = {}
-        for text in sorted({text for text in texts if len(text) > 1}):
-            self._by_beginning.setdefault(text[:2], []).append(text)
+    def __init__(self, texts: Iterable[str] = (), own: Iterable[str] = ()) -> None:
+        texts = set(texts)
+        self._all = _by_beginning(texts)
+        self._not_own = _by_beginning(texts - set(own))
 
     def separated(self, value: Any) -> Any:
-        """Return a text, or all texts in lists and objects, with separators."""
+        """Return a text, or all texts and names in lists and objects, with separators."""
         if isinstance(value, str):
-            return self._separated_text(value)
+            return _separated_text(value, self._all)
         if isinstance(value, list):
             return [self.separated(item) for item in value]
         if isinstance(value, dict):
-            return {name: self.separated(member) for name, member in value.items()}
+            return {self.separated(name): self.separated(of) for name, of in value.items()}
         return value
 
     def separated_turn(self, turn: dict[str, Any]) -> dict[str, Any]:
         """Return a message with separators.
 
-        An assistant's content is the model's own text, in which some templates look for markers.
+        An assistant's content is the model's text: it may have reasoning between tags, which
+        some templates look for, and it may quote any marker that the model has read.
         """
-        own = _OWN_TEXT if turn.get("role") == "assistant" else frozenset({"role"})
+        own = _OWN_TEXT if turn.get("role") == "assistant" else ()
         return {
-            name: member if name in own else self.separated(member) for name, member in turn.items()
+            name: _separated_text(member, self._not_own)
+            if name in own and isinstance(member, str)
+            else self.separated(member)
+            for name, member in turn.items()
         }
 
-    def _separated_text(self, text: str) -> str:
-        # Plain searches: a regular expression of 270 markers takes minutes for a text of brackets.
-        for beginning, markers in self._by_beginning.items():
-            if beginning in text:
-                for marker in markers:
-                    if marker in text:
-                        text = text.replace(marker, marker[0] + SEPARATOR + marker[1:])
-        return text
+
+def _separated_text(text: str, by_beginning: _Markers) -> str:
+    # Plain searches: a regular expression of 270 markers takes minutes for a text of brackets.
+    for beginning, markers in by_beginning.items():
+        if beginning in text:
+            for marker in markers:
+                if marker in text:
+                    text = text.replace(marker, marker[0] + SEPARATOR + marker[1:])
+    return text

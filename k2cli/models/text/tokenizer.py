@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,8 @@ _SLICE_LETTERS = 2**18
 # A cut through a word can make this many tokens more than the word has.
 _CUT_TOKENS = 64
 _REASONING_TAGS = ("<think>", "</think>")
+# [THINK], <seed:think>, <|think:start|>, and those of others.
+_REASONING_TAG = re.compile(r"\W*(\w+[:_])?think(ing)?([:_]\w+)?\W*", re.IGNORECASE)
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -255,16 +258,20 @@ class Tokenizer:
         """Collect the texts of control tokens: special tokens, and others that the template writes.
 
         Some vocabularies have added tokens for ordinary text, such as HTML tags. Those that the
-        template looks for in the texts of clients keep their meaning there.
+        template looks for in the texts of clients keep their meaning there. In an assistant's
+        content, tags of reasoning and tokens that are not special keep theirs, too: the text of an
+        answer has them. It has a special token only where the model quotes it in ordinary letters.
         """
         source = template.source
-        texts = []
+        texts, own = [], []
         for token in self._tokenizer.get_added_tokens_decoder().values():
             sought = any(f"with({quote}{token.content}{quote})" in source for quote in "'\"")
             known = token.special or token.content in source or token.content in _REASONING_TAGS
             if known and not sought:
                 texts.append(token.content)
-        return LiteralMarkers(text for text in texts if not text.isspace())
+                if not token.special or _REASONING_TAG.fullmatch(token.content):
+                    own.append(token.content)
+        return LiteralMarkers([text for text in texts if not text.isspace()], own)
 
 
 class TokenStream:

@@ -149,9 +149,10 @@ class _Declaration:
         if not isinstance(required, list):
             raise _Inexpressible
         self.definitions |= definitions
+        names = {name for name in required if isinstance(name, str)}
         fields = []
         for name, of in properties.items():
-            optional = name not in required
+            optional = name not in names
             inner = indent + _INDENT
             text = f"{inner}{name}{'?' if optional else ''}: {self._type(of, inner)}"
             fields.append(((optional, name), _notes(of, inner) + text))

@@ -50,8 +50,10 @@ def conversation_of(body: MessagesBody, normalizes_prompts: bool) -> Conversatio
         if any(texts):
             turns.append({"role": "system", "content": "\n\n".join(texts)})
     messages = _Messages()
+    by_user = [index for index, message in enumerate(body.messages) if message.role == "user"]
+    last_of_user = max(by_user, default=-1)
     for index, message in enumerate(body.messages):
-        if not _is_cleared(message, index, body.messages):
+        if not (message.clear_at == "next_user_message" and index < last_of_user):
             messages.add(message, f"messages[{index}]")
     turns += messages.finished()
     if all(turn["role"] == "system" for turn in turns):
@@ -67,14 +69,6 @@ def _without_billing_header(text: str) -> str:
     if not text.startswith(BILLING_HEADER):
         return text
     return text.partition("\n")[2].lstrip("\n")
-
-
-def _is_cleared(
-    message: AnthropicMessage, index: int, messages: Sequence[AnthropicMessage]
-) -> bool:
-    if message.clear_at != "next_user_message":
-        return False
-    return any(later.role == "user" for later in messages[index + 1 :])
 
 
 class _Messages:
@@ -153,7 +147,7 @@ class _Messages:
         return [turn]
 
     def _call(self, block: Block, place: str) -> dict[str, Any]:
-        known, name = model_id(_string(block, "id", place)), _string(block, "name", place)
+        known, name = model_id(_string(block, "id", place)), _name(block, place)
         given = block.get("input", {})
         if not isinstance(given, dict):
             raise invalid(f"{place}.input: must be an object", f"{place}.input")
@@ -195,7 +189,8 @@ def _text(block: Block, place: str) -> str:
         return f"The tool {_string(block, 'tool_name', place)} can be called."
     if isinstance(kind, str) and kind in _ROLES:
         raise invalid(f"{place}: a block of type '{kind}' belongs into {_ROLES[kind]}", place)
-    raise invalid(f"{place}: a block of type {kind!r} cannot be read; only text can", place)
+    what = f"a block of type {kind!r}" if isinstance(kind, str) else "a block without a type"
+    raise invalid(f"{place}: {what} cannot be read; only text can", place)
 
 
 def _string(block: Block, member: str, place: str) -> str:
@@ -203,6 +198,13 @@ def _string(block: Block, member: str, place: str) -> str:
     if not isinstance(value, str):
         raise invalid(f"{place}.{member}: must be a string", f"{place}.{member}")
     return value
+
+
+def _name(block: Block, place: str) -> str:
+    name = _string(block, "name", place)
+    if not name:
+        raise invalid(f"{place}.name: must not be empty", f"{place}.name")
+    return name
 
 
 def _names_an_error(text: str) -> bool:
@@ -230,7 +232,7 @@ def _function_tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
     schema = tool.get("input_schema")
     if not isinstance(schema, dict):
         raise invalid(f"{place}.input_schema: must be an object", f"{place}.input_schema")
-    function: dict[str, Any] = {"name": _string(tool, "name", place)}
+    function: dict[str, Any] = {"name": _name(tool, place)}
     if tool.get("description") is not None:
         function["description"] = _string(tool, "description", place)
     examples = tool.get("input_examples")

@@ -55,7 +55,7 @@ class MessagesWriter:
         self._started = False
         self._index = -1
         self._open: str | None = None
-        self._held = ""
+        self._held: list[str] = []
         self._held_kind = ""
 
     # --- the stream -------------------------------------------------------------------------------
@@ -107,14 +107,15 @@ class MessagesWriter:
 
     def _text(self, kind: str, text: str) -> bytes:
         if self._open == kind:
-            self._held = ""
+            self._held = []
             return self._delta({"type": _DELTAS[kind], kind: text}) if text else b""
         # The letters that begin a block wait for one that is not white space.
-        self._held = (self._held if self._held_kind == kind else "") + text
-        self._held_kind = kind
-        if not self._held.strip():
+        if self._held_kind != kind:
+            self._held, self._held_kind = [], kind
+        self._held.append(text)
+        if not text.strip():
             return b""
-        text, self._held = self._held, ""
+        text, self._held = "".join(self._held), []
         block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
         begun = self._close() + self._begin(kind, block)
         return begun + self._delta({"type": _DELTAS[kind], kind: text})
@@ -128,7 +129,7 @@ class MessagesWriter:
         return self._block_event("content_block_delta", delta=delta)
 
     def _close(self) -> bytes:
-        kind, self._open, self._held = self._open, None, ""
+        kind, self._open, self._held = self._open, None, []
         if kind is None:
             return b""
         signed = b""

@@ -19,7 +19,8 @@ from pydantic import (
 
 from k2cli.server.conversation import AnswerOptions
 from k2cli.server.dialects.body import Body
-from k2cli.server.dialects.openai_schemas import MAX_MESSAGES, Objects
+from k2cli.server.dialects.openai_schemas import MAX_MESSAGES, MAX_STOP_LETTERS, Objects
+from k2cli.server.errors import type_named
 
 MAX_BLOCKS = 16_384
 MAX_EDITS = 64
@@ -118,11 +119,11 @@ class ContextManagement(Body):
         for edit in value:
             kind = edit.get("type")
             if not isinstance(kind, str) or not kind.startswith("clear_"):
-                raise ValueError(f"an edit of type {kind!r} is not supported")
+                raise ValueError(f"an edit that {type_named(kind)} is not supported")
         return value
 
 
-Stop = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LETTERS)]
 
 
 class MessagesBody(_Ignored):

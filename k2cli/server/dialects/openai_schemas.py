@@ -26,9 +26,11 @@ from pydantic import (
 
 from k2cli.server.conversation import AnswerOptions, Conversation
 from k2cli.server.dialects.body import Body
-from k2cli.server.errors import invalid
+from k2cli.server.errors import invalid, type_named
 
 MAX_STOP_STRINGS = 4
+MAX_STOP_LETTERS = 1024
+"""Every step of an answer compares its end with the whole of each stop string."""
 MAX_TOP_LOGPROBS = 20
 MAX_MESSAGES = 16_384
 MAX_PARTS = 16_384
@@ -63,7 +65,7 @@ def _joined_text(content: Any) -> Any:
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise ValueError(f"part {index} is of type {kind!r}, but this model reads only text")
+            raise ValueError(f"part {index} {type_named(kind)}, but this model reads only text")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"part {index} has no text")
         texts.append(part["text"])
@@ -80,6 +82,8 @@ def _stop_strings(value: Any) -> list[str]:
         raise ValueError(f"has {len(stops)} strings; the maximum is {MAX_STOP_STRINGS}")
     if "" in stops:
         raise ValueError("a stop string must not be empty")
+    if any(len(stop) > MAX_STOP_LETTERS for stop in stops):
+        raise ValueError(f"a stop string may have {MAX_STOP_LETTERS} letters")
     return stops
 
 
@@ -109,12 +113,37 @@ def _one_answer(value: int) -> int:
 def _functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for index, tool in enumerate(tools):
         if (kind := tool.get("type")) != "function":
-            raise ValueError(f"tool {index} is of type {kind!r}, but only 'function' is supported")
-        function = tool.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"tool {index} needs an object 'function' with a 'name'")
+            message = f"tool {index} {type_named(kind)}, but only 'function' is supported"
+            raise ValueError(message)
+        function = _named_function(tool, f"tool {index}")
+        if not isinstance(function.get("description"), str | None):
+            raise ValueError(f"the 'description' of tool {index} must be a text")
+        if not isinstance(function.get("parameters"), dict | None):
+            raise ValueError(f"the 'parameters' of tool {index} must be an object")
     return tools
+
+
+def _calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for index, call in enumerate(calls):
+        kind = call.get("type")
+        if kind not in (None, "function"):
+            message = f"call {index} {type_named(kind)}, but only 'function' is supported"
+            raise ValueError(message)
+        function = _named_function(call, f"call {index}")
+        # Clients of other servers send arguments as they are instead of their JSON text.
+        if not isinstance(function.get("arguments"), str | dict | list | None):
+            raise ValueError(f"the 'arguments' of call {index} must be JSON text or an object")
+        if not isinstance(call.get("id"), str | None):
+            raise ValueError(f"the 'id' of call {index} must be a text")
+    return calls
+
+
+def _named_function(owner: dict[str, Any], what: str) -> dict[str, Any]:
+    function = owner.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
+        raise ValueError(f"{what} needs an object 'function' with a 'name'")
+    return function
 
 
 def _string_keys_to_ids(value: Any) -> Any:
@@ -135,6 +164,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 # fail_fast: the second wrong member of a million says nothing more than the first.
 Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)]
 Functions = Annotated[Objects, AfterValidator(_functions)]
+Calls = Annotated[Objects, AfterValidator(_calls)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -143,6 +173,8 @@ def check_tool_choice(value: Any) -> Any:
     if value in ("auto", "none"):
         return value
     kind = value.get("type") if isinstance(value, dict) else value
+    if not isinstance(kind, str):
+        raise ValueError("must be 'auto', 'none' or an object with a 'type'")
     raise ValueError(
         f"{kind!r} is not supported yet: a call that the model must make needs structured "
         "output, which is planned; 'auto' and 'none' are supported"
@@ -157,7 +189,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_joined_text)] = None
     name: str | None = None
-    tool_calls: Objects | None = None
+    tool_calls: Calls | None = None
     tool_call_id: str | None = None
     # The model's reasoning, for templates that show it again after the result of a tool. Clients
     # send it back under the name under which they read it.

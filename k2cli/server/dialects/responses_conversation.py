@@ -13,7 +13,7 @@ from typing import Any
 from k2cli.server.conversation import Conversation
 from k2cli.server.dialects.openai_schemas import MAX_PARTS, MAX_TOOLS
 from k2cli.server.dialects.responses_schemas import ResponsesBody
-from k2cli.server.errors import ApiError, invalid
+from k2cli.server.errors import ApiError, invalid, type_named
 
 _logger = logging.getLogger(__name__)
 _ROLES = {
@@ -94,7 +94,7 @@ def _turns(items: Sequence[dict[str, Any]]) -> list[Turn]:
                 message = f"{place}: nothing is stored here: send the item itself"
                 raise invalid(message, place, "unsupported_parameter")
             case kind:
-                message = f"{place}: items of type {kind!r} are not supported"
+                message = f"{place}: an item that {type_named(kind)} is not supported"
                 raise invalid(message, f"{place}.type", "unsupported_parameter")
     return turns
 
@@ -124,7 +124,7 @@ def _text_of(content: Any, place: str) -> str:
         elif kind in _TEXTS:
             texts.append(_text_member(part, "text", f"{place}[{index}]"))
         else:
-            message = f"{place}[{index}] is of type {kind!r}, but this model reads only text"
+            message = f"{place}[{index}] {type_named(kind)}, but this model reads only text"
             raise invalid(message, f"{place}[{index}]")
     return "".join(texts)
 
@@ -191,7 +191,7 @@ def _tools(tools: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[
             case str() as kind:
                 left_out.append(kind)
             case kind:
-                raise invalid(f"{place}.type: {kind!r} is no type of tools", f"{place}.type")
+                raise invalid(f"{place} {type_named(kind)}", f"{place}.type")
     if len(found) > MAX_TOOLS:
         raise invalid(f"tools has {len(found)} functions; the most are {MAX_TOOLS}", "tools")
     _check_names(found)

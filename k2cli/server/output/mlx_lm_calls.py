@@ -18,6 +18,11 @@ from k2cli.server.output.source import Reading
 
 MAX_WHOLE_LETTERS = 2**18
 _MAX_GEMMA_CALLS = 64
+_GEMMA4_QUOTE = '<|"|>'
+_MAX_GEMMA4_WORK = 2**27
+"""Letters times quotation marks: the parser goes through the whole text for each string."""
+_MAX_PYTHON_PARTS = 2**14
+"""Parentheses and commas; Python's own parser makes objects of 100 times their size."""
 _GEMMA4_PARTS = re.compile(r'<\|"\|>|[{}]')
 
 
@@ -38,7 +43,10 @@ def _is_safe(parser: str, text: str) -> bool:
     if len(text) > MAX_WHOLE_LETTERS:
         return False
     if parser == "gemma4":
-        return _is_balanced(text)
+        work = len(text) * text.count(_GEMMA4_QUOTE)
+        return work <= _MAX_GEMMA4_WORK and _is_balanced(text)
+    if parser == "pythonic":
+        return text.count("(") + text.count(",") <= _MAX_PYTHON_PARTS
     return parser != "function_gemma" or text.count("call:") <= _MAX_GEMMA_CALLS
 
 

@@ -62,25 +62,27 @@ class _Text:
         self._drop_codes = drop_codes
         self._trims = trims
         self._after_marker = after_marker
-        self._held = ""
+        self._held: list[str] = []
 
     def add(self, text: str) -> None:
         """Add text; what may turn out to be no part of it is held back."""
         text = self._drop_codes(text)
         if self.blank:
-            text = self._held + text
-            if self._trims and self._after_marker:
+            if self._trims and self._after_marker and not self._held:
                 text = text.lstrip("\n")
             self.blank = not text.strip(WHITESPACE)
-            self._held = ""
             if self.blank:
-                self._held = text
+                self._hold(text)
                 return
         kept = text.rstrip("\n") if self._trims else text
         if kept:
-            self._emit(self.kind, self._held + kept, len(text) - len(kept))
-            self._held = ""
-        self._held += text[len(kept) :]
+            self._emit(self.kind, "".join(self._held) + kept, len(text) - len(kept))
+            self._held = []
+        self._hold(text[len(kept) :])
+
+    def _hold(self, text: str) -> None:
+        if text:
+            self._held.append(text)
 
     def end(self, *, at_marker: bool) -> None:
         """End the text, before a marker or with the answer."""
@@ -88,8 +90,8 @@ class _Text:
         if self.blank:
             dropped = at_marker or self._after_marker
         if self._held and not dropped:
-            self._emit(self.kind, self._held, 0)
-        self._held = ""
+            self._emit(self.kind, "".join(self._held), 0)
+        self._held = []
 
 
 class MarkedOutput:

@@ -158,3 +158,19 @@ def test_hostile_depth_and_no_function() -> None:
     assert typescript_declarations([_tool({"properties": {"x": deep}})]) is None
     assert _declared({"type": "web_search"}, {"type": "function"}) is None
     assert _inside(_tool(None), _tool({}, "g")).count("= (_: {}) => any;") == 2
+
+
+class _Unsearched(list[str]):
+    def __contains__(self, name: object) -> bool:
+        raise AssertionError("each field would cost a search through all names")
+
+
+def test_many_required_fields_cost_no_search_for_each() -> None:
+    names = [f"p{number}" for number in range(50)]
+    parameters = {
+        "required": _Unsearched(names[10:]),
+        "properties": {name: {"type": "string"} for name in names},
+    }
+    declared = typescript_declarations([_tool(parameters)])
+    assert declared is not None
+    assert declared.count("?: string") == 10

@@ -13,6 +13,7 @@ from k2cli.server.output import source as source_module
 from k2cli.server.output.events import AnswerText, CallArguments, CallBegan, ReasoningText
 from k2cli.server.output.formats import OutputFormat
 from k2cli.server.output.forms import TOOL_FORMS
+from k2cli.server.output.parser import _Text
 from k2cli.server.text import Piece
 from tests.server.output.families import ANSWERS, TOOLS, Answer
 from tests.server.output.parsing import check_order, format_of, pieces_of, run, without_ids
@@ -158,3 +159,37 @@ def test_a_long_answer_in_one_piece() -> None:
     parser = form.parser(OutputOptions(True, TOOLS))
     events = [*parser.push(Piece(f"<tool_call>{nested}</tool_call>")), *parser.finish()]
     assert [len(e.text) for e in events if isinstance(e, CallArguments)] == [500_008]
+
+
+class _Spaces(str):
+    """Whitespace that counts the letters that are stripped of it, in all texts made of it."""
+
+    stripped = 0
+
+    def __add__(self, other: str) -> _Spaces:
+        return _Spaces(str.__add__(self, other))
+
+    def __radd__(self, other: str) -> _Spaces:
+        return _Spaces(other + str(self))
+
+    def strip(self, letters: str | None = None) -> str:  # type: ignore[override]
+        _Spaces.stripped += len(self)
+        return str.strip(self, letters)
+
+
+@pytest.mark.parametrize("letter", [" ", "\n"])
+def test_whitespace_that_is_held_back_is_looked_at_once(letter: str) -> None:
+    _Spaces.stripped = 0
+    shown: list[str] = []
+    text = _Text(
+        "answer",
+        lambda kind, text, held: shown.append(text),
+        lambda text: _Spaces(text),
+        trims=True,
+        after_marker=False,
+    )
+    for _ in range(500):
+        text.add(letter)
+    text.add("x")
+    assert "".join(shown) == letter * 500 + "x"
+    assert _Spaces.stripped <= 501

@@ -466,3 +466,22 @@ def test_braces_without_a_pair_are_no_call() -> None:
     text = "call:x{" * 2000
     found = parse("gemma4", f"<|tool_call>{text}<tool_call|>")
     assert (found.text, found.calls) == (f"<|tool_call>{text}<tool_call|>", [])
+
+
+def test_strings_that_would_cost_quadratic_time_are_no_call() -> None:
+    # The parser of Gemma 4 goes through the whole text for each string: 5 s for 260,000 letters.
+    quotes = '<|"|>' * 20_000
+    found = parse("gemma4", f"<|tool_call>call:x{{a:{quotes}}}<tool_call|>")
+    assert (found.text.count(quotes), found.calls) == (1, [])
+    some = ",".join(['<|"|>b<|"|>'] * 200)
+    found = parse("gemma4", f"<|tool_call>call:x{{a:[{some}]}}<tool_call|>")
+    assert json.loads(found.calls[0].arguments) == {"a": ["b"] * 200}
+
+
+def test_a_list_of_thousands_of_python_calls_is_text() -> None:
+    # Python's parser takes a second for each 80,000 letters of them, and 1,000 calls are the most.
+    calls = "f(a=1)," * 10_000
+    found = parse("pythonic", f"<|tool_call_start|>[{calls}]<|tool_call_end|>")
+    assert (found.text.count(calls), found.calls) == (1, [])
+    found = parse("pythonic", f"<|tool_call_start|>[f(a='{'(x) ' * 5000}')]<|tool_call_end|>")
+    assert json.loads(found.calls[0].arguments) == {"a": "(x) " * 5000}
