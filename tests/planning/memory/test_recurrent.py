@@ -75,7 +75,7 @@ def peak_beside_weights(config: dict[str, Any], tokens: int) -> tuple[int, list[
 @pytest.mark.slow
 def test_granite_with_mamba_layers_alone_needs_what_mlx_lm_takes() -> None:
     """The trial of mlx-lm PR 525: 107 MB were measured, and 24 planned without these layers."""
-    # Other work on the machine lowers a peak, by as much as 12 %: the largest of three, as in grids.
+    # Other work on the machine lowers a peak by up to 12 %: the largest of three, as in grids.
     measured, cache = max(
         (peak_beside_weights(MAMBA_ONLY, 256) for _ in range(3)), key=lambda each: each[0]
     )
