@@ -6,10 +6,10 @@ other run's end. Memory that other programs hold is no longer free, so the plan 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from k2cli.errors import DoesNotFitError
+from k2cli.errors import DoesNotFitError, UsageError
 from k2cli.launch.request import LaunchRequest
 from k2cli.nodes.node import Node
 from k2cli.planning.hardware.gpus import Gpu, describe_users
@@ -19,7 +19,11 @@ from k2cli.units import format_bytes
 
 
 def machines_of(
-    nodes: Sequence[Node], request: LaunchRequest, say: Callable[[str], None]
+    nodes: Sequence[Node],
+    request: LaunchRequest,
+    say: Callable[[str], None] = lambda text: None,
+    *,
+    as_if_ended: bool = False,
 ) -> list[NodeMemory]:
     """Ask each node for its memory, and leave it the GPUs that this launch may use.
 
@@ -27,19 +31,23 @@ def machines_of(
         nodes: one per rank.
         request: says if GPUs may be shared, or other runs be waited for.
         say: receives a line for each GPU that is left out.
+        as_if_ended: return all GPUs as they will be once the other runs have ended.
 
     Raises:
+        UsageError: if two names are of one machine.
         ClusterError: if a node cannot be asked.
     """
     ranks = [node.name for node in nodes]
-    known = {}
+    known: dict[str, NodeMemory] = {}
     for name, node in {node.name: node for node in nodes}.items():
         machine: NodeMemory = node.memory()
+        _check_new(name, machine, known)
         kept = gpus_for_launch(
             machine.gpus,
             ranks.count(name),
             share=request.share,
             waits=request.wait_seconds > 0,
+            as_if_ended=as_if_ended,
         )
         for gpu in machine.gpus:
             if gpu.obstacle or gpu.name not in [each.name for each in kept]:
@@ -48,8 +56,30 @@ def machines_of(
     return [known[name] for name in ranks]
 
 
+def _check_new(name: str, machine: NodeMemory, known: Mapping[str, NodeMemory]) -> None:
+    """Refuse a machine that is there under another name: its GPUs would be given away twice.
+
+    Raises:
+        UsageError: with both names.
+    """
+    own = {gpu.name.uuid for gpu in machine.gpus} - {""}
+    for other, seen in known.items():
+        common = [gpu.name for gpu in seen.gpus if gpu.name.uuid in own]
+        if common:
+            raise UsageError(
+                f"nodes {other} and {name} are one machine: both have {common[0].label} "
+                f"({common[0].uuid})",
+                f"--nodes {other},{other}",
+            )
+
+
+def gpus_in(machines: Sequence[NodeMemory]) -> list[tuple[str, str]]:
+    """List the GPUs that may be used, by machine and UUID."""
+    return [(machine.name, gpu.name.uuid) for machine in machines for gpu in machine.gpus]
+
+
 def gpus_for_launch(
-    gpus: Sequence[Gpu], ranks: int, *, share: bool, waits: bool
+    gpus: Sequence[Gpu], ranks: int, *, share: bool, waits: bool, as_if_ended: bool = False
 ) -> tuple[Gpu, ...]:
     """Return the GPUs from which the ranks of one machine may get theirs.
 
@@ -58,12 +88,13 @@ def gpus_for_launch(
         ranks: number of ranks there.
         share: GPUs of other runs may be used, as far as their plans leave memory.
         waits: the launch waits for other runs to end if there are not enough free GPUs.
+        as_if_ended: take all, those of other runs as they will be then.
     """
     if share:
         return tuple(_beside_others(gpu) for gpu in gpus)
     unheld = tuple(gpu for gpu in gpus if not gpu.held_by)
     usable = sum(not gpu.obstacle for gpu in unheld)
-    if usable >= ranks or (usable and not waits):
+    if not as_if_ended and (usable >= ranks or (usable and not waits)):
         return unheld
     # The lock refuses them, or waits: until then, plan as if the other runs had ended.
     return tuple(gpu if not gpu.held_by else gpu.lasting() for gpu in gpus)
