@@ -248,8 +248,9 @@ class Rank:
 
         held = {0: part.held}
         while len(held) < self._assignment.size:
-            # No time limit: the guard of the slowest rank watches its progress.
-            self._page.advance("checking")
+            # No time limit: the guard of the slowest rank watches its progress. This rank does no
+            # work meanwhile, which would prolong the limit of one that hangs.
+            self._page.advance("waiting")
             with contextlib.suppress(queue.Empty):
                 message = followers.inbox.get(timeout=_IDLE_SECONDS)
                 if isinstance(message, Holdings):

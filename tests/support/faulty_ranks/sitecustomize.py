@@ -14,6 +14,7 @@ variables select the other faults:
   computes the first part of a prompt, and once more before the first one while the file
   ``FAULTY_RANKS_STEP_AFTER`` exists. HOW is ``hang``, ``spin`` (processor time alone), ``touch``
   (memory, as a compiler does), ``child`` (a process that computes) or ``read`` (files);
+* ``FAULTY_RANKS_LOADING`` is ``RANK SECONDS``: that rank hangs before it loads its part;
 * ``FAULTY_RANKS_DEVICE``: the kind of device for which the warm-up chooses its shapes.
 """
 
@@ -131,6 +132,18 @@ def _delay(how: str, seconds: float, after: str | None) -> None:
     Executor._begin = begin
 
 
+def _hang_before_loading(seconds: float) -> None:
+    from k2cli.rank import loader
+
+    original = loader.load_part
+
+    def load_part(*arguments):  # type: ignore[no-untyped-def]
+        _spend("hang", seconds)
+        return original(*arguments)
+
+    loader.load_part = load_part
+
+
 def _choose_device(kind: str) -> None:
     from k2cli.rank import warm_up
 
@@ -149,6 +162,7 @@ if "k2cli.rank.main" in sys.orig_argv:
             "TRACE",
             "STEP",
             "STEP_AFTER",
+            "LOADING",
             "DEVICE",
         )
     }
@@ -167,5 +181,7 @@ if "k2cli.rank.main" in sys.orig_argv:
         _who, _how, _seconds = _wanted["STEP"].split()
         if _rank == _who:
             _delay(_how, float(_seconds), _wanted["STEP_AFTER"])
+    if _wanted["LOADING"] and _wanted["LOADING"].split()[0] == _rank:
+        _hang_before_loading(float(_wanted["LOADING"].split()[1]))
     if _wanted["DEVICE"]:
         _choose_device(_wanted["DEVICE"])
