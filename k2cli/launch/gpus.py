@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from k2cli.errors import DoesNotFitError, UsageError
+from k2cli.errors import ClusterError, DoesNotFitError, UsageError
 from k2cli.launch.request import LaunchRequest
 from k2cli.nodes.node import Node
-from k2cli.planning.hardware.gpus import Gpu, describe_users
+from k2cli.planning.hardware.gpus import ONE_PROCESS, Gpu, describe_users
 from k2cli.planning.hardware.machine import NodeMemory, on_gpus, planned_gpu, share_machines
 from k2cli.planning.plan import NodeBudget, Plan
 from k2cli.units import format_bytes
@@ -34,8 +34,9 @@ def machines_of(
         as_if_ended: return all GPUs as they will be once the other runs have ended.
 
     Raises:
-        UsageError: if two names are of one machine.
-        ClusterError: if a node cannot be asked.
+        UsageError: if two names are of one machine, or ranks have to share a GPU that takes one
+            process only.
+        ClusterError: if a node cannot be asked, or none of its GPUs can be used.
     """
     ranks = [node.name for node in nodes]
     known: dict[str, NodeMemory] = {}
@@ -52,6 +53,7 @@ def machines_of(
         for gpu in machine.gpus:
             if gpu.obstacle or gpu.name not in [each.name for each in kept]:
                 say(f"node {name}: {gpu.name.label} is left out: {_why(gpu)}")
+        _check_enough(name, kept, ranks.count(name))
         known[name] = replace(machine, gpus=kept)
     return [known[name] for name in ranks]
 
@@ -71,6 +73,26 @@ def _check_new(name: str, machine: NodeMemory, known: Mapping[str, NodeMemory]) 
                 f"({common[0].uuid})",
                 f"--nodes {other},{other}",
             )
+
+
+def _check_enough(name: str, gpus: Sequence[Gpu], ranks: int) -> None:
+    """Refuse a machine on which a rank would get a GPU that it cannot open.
+
+    Raises:
+        UsageError: if ranks have to share a GPU that takes one process only.
+        ClusterError: if there are GPUs, and none can be used.
+    """
+    usable = [gpu for gpu in gpus if not gpu.obstacle]
+    if gpus and not usable:
+        first = gpus[0]
+        raise ClusterError(f"node {name} has no usable GPU: {first.name.label}: {first.obstacle}")
+    if usable and len(usable) < ranks and all(gpu.exclusive for gpu in usable):
+        gpu = usable[0].name
+        raise UsageError(
+            f"node {name} has {len(usable)} usable GPU(s) for {ranks} ranks, and {gpu.label} "
+            "takes one process only (compute mode Exclusive_Process)",
+            f"sudo nvidia-smi -i {gpu.index} -c DEFAULT, or --nodes with fewer ranks",
+        )
 
 
 def gpus_in(machines: Sequence[NodeMemory]) -> list[tuple[str, str]]:
@@ -102,6 +124,8 @@ def gpus_for_launch(
 
 def _beside_others(gpu: Gpu) -> Gpu:
     """Count what other runs have planned, which they may not have loaded yet."""
+    if gpu.exclusive and gpu.held_by and not gpu.obstacle:
+        gpu = replace(gpu, obstacle=f"{ONE_PROCESS}, and {' and '.join(gpu.held_by)} holds it")
     left = max(gpu.idle_limit_bytes - gpu.claimed_bytes, 0)
     return replace(gpu, limit_bytes=min(gpu.limit_bytes, left))
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from k2cli.choices import WantedTransport
 from k2cli.cli import build_app
-from k2cli.errors import DoesNotFitError, UsageError
+from k2cli.errors import ClusterError, DoesNotFitError, UsageError
 from k2cli.guard.spawn import gpu_settings
 from k2cli.launch import prepare
 from k2cli.launch.gpus import machines_of
@@ -233,3 +233,23 @@ def test_one_machine_under_two_names_does_not_give_a_gpu_away_twice(
     ) as found:
         machines_of([here, other], LaunchRequest(str(toy_k2)))
     assert found.value.hint == "--nodes localhost,localhost"
+
+
+def test_ranks_that_would_share_an_exclusive_gpu_are_refused(toy_k2: Path, host: GpuHost) -> None:
+    for index in (0, 1):
+        host.set(index, 6, "Exclusive_Process")
+    with launched(toy_k2) as (run, _):
+        assert gpus_of(run) == [0, 1]
+        with pytest.raises(ClusterError, match=f"takes one process only, and {run.run_id} holds"):
+            prepare_run(LaunchRequest(str(toy_k2), nodes=TWO, share=True))
+    with pytest.raises(UsageError, match=r"2 usable GPU\(s\) for 3 ranks") as found:
+        prepare_run(LaunchRequest(str(toy_k2), nodes=(*TWO, "localhost"), transport="ring"))
+    assert found.value.hint is not None
+    assert "nvidia-smi -i 0 -c DEFAULT" in found.value.hint
+
+
+def test_a_machine_whose_gpus_are_all_unusable_is_refused(toy_k2: Path, host: GpuHost) -> None:
+    for index in (0, 1):
+        host.set(index, 6, "Prohibited")
+    with pytest.raises(ClusterError, match=r"no usable GPU: GPU 0 .*: its compute mode is Prohib"):
+        prepare_run(LaunchRequest(str(toy_k2), nodes=TWO, transport="ring"))
