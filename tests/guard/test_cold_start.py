@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from msgspec.structs import replace
 
@@ -70,6 +71,16 @@ def test_a_rank_that_hangs_in_the_warm_up_is_ended_and_named(
     toy_k2: Path, parallel: Parallel, rank: int
 ) -> None:
     _is_ended(toy_k2, parallel, rank, "hang", SHORT, 2 * SHORT.peer_stall)
+
+
+def test_a_rank_whose_compiler_hangs_is_ended_and_its_compiler_too(toy_k2: Path) -> None:
+    with launched(toy_k2, "tensor", Delay(1, "stuck-child", 300.0)) as run:
+        assert run.failure is not None, run
+        assert run.failure.rank == 1
+        assert "used no processor time (warm-up: self-test)" in run.failure.cause
+        mark = f"child-of-{run.run_id}"
+        commands = (process.info["cmdline"] for process in psutil.process_iter(["cmdline"]))
+        assert not [command for command in commands if mark in (command or ())]
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])

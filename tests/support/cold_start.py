@@ -22,7 +22,7 @@ from k2cli.runs.record import EVENTS_NAME, RunRecord, read_record
 from tests.support.faults import FAULTY_RANKS
 from tests.support.harness import wait_until
 
-How = Literal["hang", "spin", "touch", "child", "read"]
+How = Literal["hang", "spin", "touch", "child", "stuck-child", "read"]
 
 SHORT = Deadlines(
     step_stall=1.5,
