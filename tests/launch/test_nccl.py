@@ -145,6 +145,7 @@ def test_variables_of_a_rank() -> None:
         "NCCL_PORT": "5000",
         "NCCL_SOCKET_IFNAME": "=lo",
         "NCCL_RAS_ENABLE": "0",
+        "NCCL_SOCKET_FAMILY": "AF_INET",
     }
 
 
