@@ -32,7 +32,10 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"commands", "ui"},
     "protocol": set(),
-    "sharding": {"models.config_form", "models.config_consistency", "models.class_defaults"},
+    "sharding": {
+        "models.config_form", "models.rope_form", "models.config_consistency",
+        "models.class_defaults",
+    },
     "models": set(),
     "client": set(),
     "ui": set(),  # but the types of values that it shows, for typing only

@@ -183,7 +183,7 @@ def _rotated_pairs(fields: Mapping[str, Any]) -> int | None:
             return None
         head = int(width) // int(heads)
     part: Any = fields.get("partial_rotary_factor")
-    part = part if isinstance(part, int | float) and not isinstance(part, bool) else 1.0
+    part = part if is_number(part) else 1.0
     return int(head * part) // 2
 
 
@@ -218,3 +218,22 @@ def _written(value: Any) -> str:
 
 def _refused(source: str, words: str) -> UsageError:
     return UsageError(f"{source}: {clean_text(words)[:300]}", HINT)
+
+
+def contradiction(name: str, value: Any, place: str, other: Any, source: str) -> UsageError:
+    """Make the error for a statement that a config makes twice with different values.
+
+    Args:
+        name: the field, or the field and its place.
+        value: its value there.
+        place: the other place.
+        other: the value in the other place.
+        source: the path of the config.
+    """
+    words = f"{name} is {value!r}, but {other!r} in {place}"
+    return UsageError(f"{source} contradicts itself: {clean_text(words)[:300]}", HINT)
+
+
+def is_number(value: object) -> bool:
+    """True for an integer or a float, False for a boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import UsageError
-from k2cli.models.config_form import TYPE_ALIASES, rope_by_layer_type
+from k2cli.models.rope_form import TYPE_ALIASES, rope_by_layer_type
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _CLOSE = 2e-4

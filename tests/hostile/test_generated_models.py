@@ -16,14 +16,10 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import (
-    INDEX_NAME,
-    read_checkpoint,
-    read_config,
-    read_safetensors_header,
-)
+from k2cli.models.checkpoint import INDEX_NAME, read_checkpoint, read_config
 from k2cli.models.gguf.convert import convert_gguf, gguf_checkpoint
-from k2cli.models.safetensors import TensorSpec, safetensors_header
+from k2cli.models.safetensors_header import read_safetensors_header
+from k2cli.models.safetensors_writer import TensorSpec, safetensors_header
 from k2cli.models.sources import hub_headers
 from k2cli.models.text.chat_template import ChatTemplate, read_chat_templates
 from k2cli.models.text.tiktoken_bpe import read_ranks
