@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "supervisor": {"launch", "runs", "cluster", "nodes", "agent", "protocol"},
     "server": {"protocol"},
-    "guard": {"server", "protocol", "models.text", "agent.locks"},
+    "guard": {"server", "protocol", "models.text", "models.json_files", "agent.locks"},
     "rank": {"protocol", "sharding", "models"},
     "commands": {
         "ui", "client", "chat", "planning", "quantization", "bench", "nodes", "cluster", "runs",
