@@ -33,7 +33,7 @@ QUERY_PROCESSES = (
     "--format=csv,noheader,nounits",
 )
 _PLACES = ("/usr/bin/nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi", "/usr/local/nvidia/bin/nvidia-smi")
-_SECONDS = 8.0
+_QUERY_SECONDS = 8.0
 """Time limit of a call; two have to fit into a question to a node. Without persistence mode the
 driver starts anew for each, which takes seconds on a host with many GPUs."""
 _USED_BYTES = 64 * MIB
@@ -136,7 +136,10 @@ def _ask(query: Sequence[str]) -> str:
         return ""
     try:
         done = subprocess.run(
-            [program, *query[1:]], stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS
+            [program, *query[1:]],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_QUERY_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

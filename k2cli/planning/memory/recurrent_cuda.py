@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from k2cli.planning.memory.recurrent import BLOCK_TOKENS, FLOAT32_BYTES
+
 if TYPE_CHECKING:
     from k2cli.sharding.recurrence import Kind, Recurrence
-
-_FLOAT32_BYTES = 4
-_BLOCK_TOKENS = 256
 
 # Mamba-2. Blocks of pairs of each layer; of one layer, for each block of the chunk; states of each
 # layer; blocks of pairs, for each block of the chunk, that repeating B over groups of heads copies.
@@ -57,20 +56,20 @@ def cuda_prefill_bytes(recurrence: Recurrence, *, chunk: int, itemsize: int, lay
     if recurrence.kind == "scan":
         return int(_SCAN_WIDTHS * layers * chunk * recurrence.inner * itemsize)
     # States of delta rules are float32.
-    size = _FLOAT32_BYTES if recurrence.kind == "delta" else itemsize
+    size = FLOAT32_BYTES if recurrence.kind == "delta" else itemsize
     state = recurrence.state_elements * size
     if recurrence.kind == "expanded steps":
-        most = _MOST_COPIES_FLOAT32 if itemsize == _FLOAT32_BYTES else _MOST_COPIES
+        most = _MOST_COPIES_FLOAT32 if itemsize == FLOAT32_BYTES else _MOST_COPIES
         return int(min(_COPIES + _COPIES_PER_TOKEN * chunk, most) * chunk * state)
     per_token, in_flight = _TOKEN_STATES[recurrence.kind]
     return int((per_token * chunk + in_flight) * state)
 
 
 def _blocks_bytes(recurrence: Recurrence, chunk: int, layers: int) -> float:
-    block = min(chunk, _BLOCK_TOKENS)
-    pairs = recurrence.heads * block * block * _FLOAT32_BYTES
+    block = min(chunk, BLOCK_TOKENS)
+    pairs = recurrence.heads * block * block * FLOAT32_BYTES
     blocks = chunk / block
-    state = recurrence.state_elements * _FLOAT32_BYTES
+    state = recurrence.state_elements * FLOAT32_BYTES
     if recurrence.in_parallel:
         return _PAIRS_IN_PARALLEL * blocks * pairs + _STATES_IN_PARALLEL * state
     of_chunk = _PAIRS_OF_CHUNK + (_PAIRS_REPEATED if recurrence.repeats_groups else 0.0)
@@ -80,7 +79,7 @@ def _blocks_bytes(recurrence: Recurrence, chunk: int, layers: int) -> float:
 
 def cuda_decode_bytes(recurrence: Recurrence, *, rows: int, itemsize: int) -> int:
     """Model one layer's step of ``rows`` sequences."""
-    size = _FLOAT32_BYTES if recurrence.kind in ("blocks", "delta") else itemsize
+    size = FLOAT32_BYTES if recurrence.kind in ("blocks", "delta") else itemsize
     fixed, in_16_bit, in_float32 = _DECODE_STATES[recurrence.kind]
-    each = in_float32 if itemsize == _FLOAT32_BYTES else in_16_bit
+    each = in_float32 if itemsize == FLOAT32_BYTES else in_16_bit
     return int((fixed + each * rows) * recurrence.state_elements * size)
