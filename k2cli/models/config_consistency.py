@@ -15,7 +15,8 @@ from k2cli.errors import UsageError
 from k2cli.models.json_files import shown
 from k2cli.units import clean_text
 
-HINT = "take config.json from the model's repository"
+CONFIG_HINT = "take config.json from the model's repository"
+"""What to do about a config that k2 refuses."""
 
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _PER_LAYER = (
@@ -118,7 +119,7 @@ def check_quantization(quantization: Any, source: str) -> None:
         return
     if not isinstance(quantization, Mapping):
         raise UsageError(
-            f"{source}: quantization must be an object, not {_written(quantization)}", HINT
+            f"{source}: quantization must be an object, not {_written(quantization)}", CONFIG_HINT
         )
     _check_settings(quantization, "quantization", source)
     for layer, settings in quantization.items():
@@ -131,7 +132,7 @@ def _check_settings(settings: Mapping[str, Any], where: str, source: str) -> Non
     if not isinstance(mode, str) or mode not in _MODES:
         options = ", ".join(_MODES)
         raise UsageError(
-            f"{source}: {where}.mode must be one of {options}, not {_written(mode)}", HINT
+            f"{source}: {where}.mode must be one of {options}, not {_written(mode)}", CONFIG_HINT
         )
     for name, allowed in zip(("bits", "group_size"), _MODES[mode], strict=True):
         value = settings.get(name)
@@ -142,7 +143,7 @@ def _check_settings(settings: Mapping[str, Any], where: str, source: str) -> Non
             of_mode = "" if mode == "affine" else f" with mode {mode}"
             must = f"must be one of {options}" if len(allowed) > 1 else f"must be {options}"
             raise UsageError(
-                f"{source}: {where}.{name} {must}{of_mode}, not {_written(value)}", HINT
+                f"{source}: {where}.{name} {must}{of_mode}, not {_written(value)}", CONFIG_HINT
             )
 
 
@@ -217,7 +218,7 @@ def _written(value: Any) -> str:
 
 
 def _refused(source: str, words: str) -> UsageError:
-    return UsageError(f"{source}: {clean_text(words)[:300]}", HINT)
+    return UsageError(f"{source}: {clean_text(words)[:300]}", CONFIG_HINT)
 
 
 def contradiction(name: str, value: Any, place: str, other: Any, source: str) -> UsageError:
@@ -231,7 +232,7 @@ def contradiction(name: str, value: Any, place: str, other: Any, source: str) ->
         source: the path of the config.
     """
     words = f"{name} is {value!r}, but {other!r} in {place}"
-    return UsageError(f"{source} contradicts itself: {clean_text(words)[:300]}", HINT)
+    return UsageError(f"{source} contradicts itself: {clean_text(words)[:300]}", CONFIG_HINT)
 
 
 def is_number(value: object) -> bool:
