@@ -35,16 +35,26 @@ FLOAT32_BYTES = 4
 BLOCK_TOKENS = 256
 """Tokens of a block of Mamba-2: ``step`` of ``ssm_attn`` in mlx-lm."""
 
-# Copies of one layer's arrays at the peak of a chunk. Mamba-2: blocks of pairs, its widest
-# projection in the model's float type and in float32, and inputs of the state per head.
-_PAIRS, _PROJECTED, _PROJECTED_FLOAT32, _STATE_INPUTS = 2.0, 2.5, 3.8, 0.4
-# The same in PLaMo 2, whose B, C and time steps have a projection of their own.
+# Mamba-2: copies of one layer's arrays at the peak of a chunk.
+_PAIRS = 2.0
+"""Blocks of pairs."""
+
+_PROJECTED, _PROJECTED_FLOAT32 = 2.5, 3.8
+"""The widest projection, in the model's float type and in float32."""
+
 _PROJECTED_FLOAT32_APART = 2.6
-# Part of a layer's old state that is still there while its new one waits for the others.
+"""The latter in PLaMo 2, whose B, C and time steps have a projection of their own."""
+
+_STATE_INPUTS = 0.4
+"""Inputs of the state, for each head."""
+
 _OLD_STATES = 0.7
-# Copies of its input that a short convolution leaves, with the projection it is a part of.
+"""Part of a layer's old state that is still there while its new one waits for the others."""
+
 _CONVOLUTION_LEFT = 2.5
-# The others: every token's state, and its width.
+"""Copies of its input that a short convolution leaves, with the projection that it is a part of."""
+
+# The other kinds: copies of the state of each token of the chunk, and of the layer's width.
 _TOKEN_STATES: dict[Kind, tuple[float, float]] = {
     "steps": (0.97, 4.7), "expanded steps": (11.3, 0.0), "delta": (1.18, 0.0),
     "wkv": (1.0, 6.3), "linear": (1.0, 9.0), "scan": (1.0, 22.0), "convolution": (0.0, 8.0),
