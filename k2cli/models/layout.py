@@ -125,7 +125,7 @@ def supporting_files(names: Collection[str]) -> list[str]:
     )
 
 
-def refuse_without_safetensors(names: Collection[str], where: str, repo: str | None) -> K2Error:
+def no_safetensors_error(names: Collection[str], where: str, repo: str | None) -> K2Error:
     """Return the error for a folder or repository without weights that k2 reads.
 
     Args:

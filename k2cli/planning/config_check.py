@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2cli.errors import UsageError
-from k2cli.models.config_consistency import check_quantization
+from k2cli.models.config_consistency import CONFIG_HINT, check_quantization
 from k2cli.models.json_files import shown
 
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
@@ -138,14 +138,11 @@ def check_config(config: Mapping[str, Any], source: str, argument_names: frozens
     check_quantization(config.get("quantization"), source)
 
 
-_HINT = "take config.json from the model's repository"
-
-
 def _require_one(text: Mapping[str, Any], names: tuple[str, ...], source: str) -> None:
     """Refuse a config without any of several names for one field; errors name the first."""
     given = [name for name in names if text.get(name) is not None]
     if not given:
-        raise UsageError(f"{source} lacks {names[0]}", _HINT)
+        raise UsageError(f"{source} lacks {names[0]}", CONFIG_HINT)
     if isinstance(text[given[0]], list):
         raise UsageError(f"{source}: {given[0]} must be an integer, not {shown(text[given[0]])}")
 

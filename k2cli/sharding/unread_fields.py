@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from k2cli.errors import UsageError
+from k2cli.models.config_consistency import CONFIG_HINT
 
 _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "silu": ("silu", "swiglu", "switchglu"),
@@ -127,7 +128,7 @@ def _check_theta(fields: Mapping[str, Any]) -> None:
         raise UsageError(
             "config.json lacks rope_theta, for which transformers takes "
             f"{defaults[0]:g} and mlx-lm {defaults[1]:g}",
-            "take config.json from the model's repository",
+            CONFIG_HINT,
         )
 
 

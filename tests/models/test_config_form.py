@@ -10,7 +10,8 @@ import pytest
 
 from k2cli.errors import UsageError
 from k2cli.models.checkpoint import read_config
-from k2cli.models.config_form import rope_by_layer_type, standard_config
+from k2cli.models.config_form import standard_config
+from k2cli.models.rope_form import rope_by_layer_type
 
 YARN = {"factor": 32.0, "beta_fast": 1.0, "original_max_position_embeddings": 4096}
 
