@@ -148,8 +148,10 @@ def _malformed(machine: str, spec: str) -> UsageError:
     if counted and re.match(r"[-+.]?\d", counted[1]) and not possible:
         number = counted[1] if len(counted[1]) < 30 else f"{counted[1][:30]}..."
         return UsageError(f"k2 plans 1 to {_MAX_MACHINES} machines, not {number}", _EXAMPLE)
+    named = [card for card in cards() if card.endswith(f"-{machine}")]
+    hint = f"--hardware {named[0]}" if machine.isdecimal() and named else _EXAMPLE
     whole = f" in '{spec}'" if machine != spec.strip() else ""
-    return UsageError(f"'{machine}'{whole} is not a hardware specification", _EXAMPLE)
+    return UsageError(f"'{machine}'{whole} is not a hardware specification", hint)
 
 
 def _catalog_machine(name: str, written: str, cores: int | None) -> NodeMemory:
