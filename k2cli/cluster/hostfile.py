@@ -24,7 +24,7 @@ _EXAMPLE = (
     'it looks like {"backend": "ring", "envs": [], "hosts": [{"ssh": "a", "ips": ["…"]}]}, '
     "or has a line per host, like: studio-1 slots=1"
 )
-_WITHOUT_FILE = "k2 cluster init localhost studio-2 --name studios   (needs no hostfile)"
+_WITHOUT_FILE = "k2 cluster init localhost studio-2 --name studios"
 _MAX_RANKS = 1024
 # Name, optional ":slots" (MPICH) and Open MPI's optional settings.
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9._@%+^-]+)(:(?P<count>[0-9]+))?(?P<settings>(\s+\S+)*)")

@@ -241,3 +241,13 @@ def test_null_and_zero_experts_of_granite_are_a_dense_model(model: Path) -> None
 
 def test_a_json_file_is_read_as_before(model: Path) -> None:
     assert read_json_object(model / "config.json") == CONFIG
+
+
+def test_the_command_for_a_gguf_file_has_a_plain_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(K2Error) as caught:
+        choose_weight_files(["a.gguf"], None, "./.")
+    assert caught.value.hint == "k2 plan-memory ./a.gguf"

@@ -81,7 +81,9 @@ def parse_hardware(spec: str) -> list[NodeMemory]:
         raise UsageError(str(error), f"--hardware {shlex.quote(written)}") from None
     total = sum(count for count, _ in counted)
     if total > _MAX_MACHINES:
-        raise UsageError(f"'{spec}' names {total} machines, k2 plans at most {_MAX_MACHINES}")
+        raise UsageError(
+            f"'{spec}' names {total} machines, k2 plans at most {_MAX_MACHINES}", _EXAMPLE
+        )
     return numbered([node for count, node in counted for _ in range(count)])
 
 
@@ -341,7 +343,8 @@ def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
         if limit > node.memory_bytes:
             raise UsageError(
                 f"limit={settings['limit']} is more than the {node.memory_bytes // GIB} GiB of "
-                f"{node.name}"
+                f"{node.name}",
+                f"--hardware '{node.name}:limit={node.limit_bytes // GIB}GiB'",
             )
         node = replace(
             node,
