@@ -288,7 +288,10 @@ def _node_names(run: RunDecisions) -> Sequence[str]:
     """
     if run.request.nodes is not None:
         if not all(run.request.nodes):
-            raise UsageError(f"--nodes '{','.join(run.request.nodes)}' has an empty name")
+            raise UsageError(
+                f"--nodes '{','.join(run.request.nodes)}' has an empty name",
+                f"--nodes {','.join(filter(None, run.request.nodes)) or 'localhost'}",
+            )
         if odd := [name for name in run.request.nodes if name.startswith("-") or " " in name]:
             raise UsageError(f"'{odd[0]}' is not a valid name of a node")
         return run.request.nodes

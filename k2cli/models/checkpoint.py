@@ -214,7 +214,9 @@ def _checked_config(folder: Path, path: Path, config: dict[str, Any]) -> dict[st
 def _check_config(path: Path, config: dict[str, Any], *, required_model_type: bool) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) and (required_model_type or model_type is not None):
-        raise K2Error(f"{path}: model_type must be a string, not {shown(model_type)}")
+        raise K2Error(
+            f"{path}: model_type must be a string, not {shown(model_type)}", download_hint(path)
+        )
     for name in _POSITIVE_INTEGERS:
         value = config.get(name)
         # Some architectures have one number per layer.

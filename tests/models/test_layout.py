@@ -15,7 +15,12 @@ from k2cli.errors import K2Error
 from k2cli.models.checkpoint import read_checkpoint, read_config
 from k2cli.models.inspection import inspect_model
 from k2cli.models.json_files import read_json_object
-from k2cli.models.layout import choose_weight_files, split_parts, supporting_files
+from k2cli.models.layout import (
+    choose_weight_files,
+    refuse_without_safetensors,
+    split_parts,
+    supporting_files,
+)
 from k2cli.models.reference import local_checkpoint
 from k2cli.sharding.assemble import assemble, build
 from k2cli.sharding.trace import parameters
@@ -241,3 +246,8 @@ def test_null_and_zero_experts_of_granite_are_a_dense_model(model: Path) -> None
 
 def test_a_json_file_is_read_as_before(model: Path) -> None:
     assert read_json_object(model / "config.json") == CONFIG
+
+
+def test_the_command_for_a_gguf_file_has_a_plain_path() -> None:
+    for where, path in ((".", "./a.gguf"), ("./.", "./a.gguf"), ("m/", "./m/a.gguf")):
+        assert refuse_without_safetensors(["a.gguf"], where, None).hint == f"k2 plan-memory {path}"
