@@ -30,6 +30,9 @@ _ZERO_IS_NONE = (
 _EXPERTS = ("n_routed_experts", "num_local_experts")
 """Numbers of experts for which the same holds, unless the config says how many a token uses."""
 
+_NULL_IS_EMPTY = ("mlp_only_layers",)
+"""Lists that are null in a config without such layers; mlx-lm's classes look into them."""
+
 _EMPTY_IS_NONE = ("rope_scaling", "rope_parameters", "quantization_config", "quantization")
 
 TYPE_ALIASES = {
@@ -80,6 +83,10 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 _MOST_FACTOR = 1e9
+_ROPE_NUMBERS = frozenset({
+    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "low_freq_factor",
+    "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor",
+})  # fmt: skip
 
 
 def standard_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -126,6 +133,9 @@ def _standardize(fields: dict[str, Any], source: str) -> None:
     for name in _EMPTY_IS_NONE:
         if fields.get(name) == {}:
             fields[name] = None
+    for name in _NULL_IS_EMPTY:
+        if name in fields and fields[name] is None:
+            fields[name] = []
     if isinstance(fields.get("dtype"), str):
         fields["torch_dtype"] = fields["dtype"]
     _write_pattern(fields)
@@ -337,7 +347,15 @@ def _typed(parameters: Mapping[str, Any], source: str) -> dict[str, Any]:
     if (given := old if old is not None else new) is not None:
         # mlx-lm knows 'mrope', which is 'default' for text.
         result["rope_type"] = result["type"] = given if _kind(given) != "default" else "default"
+    for name, value in result.items():
+        if name in _ROPE_NUMBERS and not _is_number(value):
+            raise UsageError(f"{source}: {name} of RoPE must be a number, not {value!r}"[:200])
     factor: Any = result.get("factor")
+    if _is_number(factor) and factor != 1 and _kind(given) in (None, "default"):
+        raise UsageError(
+            f"{source}: RoPE has factor {factor}, but no type that says how it scales"[:200],
+            "take config.json from the model's repository",
+        )
     if _is_number(factor) and not 0 < factor < _MOST_FACTOR:
         raise UsageError(f"{source}: the factor of RoPE must be positive and finite, not {factor}")
     if _kind(given) == "linear" and _is_number(result.get("factor")):
