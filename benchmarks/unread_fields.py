@@ -1,4 +1,4 @@
-"""Fields that transformers' modelling code reads and mlx-lm's class of the same model type does not.
+"""Fields that transformers' code reads and mlx-lm's class of the same model type does not.
 
 Each of them can make a model run with other numbers than its authors meant. Those that do are
 handled in ``k2cli.sharding.unread_fields``, ``k2cli.planning.config_check`` and
@@ -61,8 +61,7 @@ REVIEWED = frozenset(
     ).split()
 )  # fmt: skip
 
-_COMMON = frozenset(
-    """
+_COMMON_FIELDS = """
 _attn_implementation _attn_implementation_internal _experts_implementation attention_dropout
 attention_probs_dropout_prob attn_implementation attn_pdrop bos_token_id chunk_size_feed_forward
 classifier_dropout dtype embd_dropout embd_pdrop embedding_dropout eos_token_id get_text_config
@@ -72,8 +71,8 @@ num_attention_heads num_hidden_layers num_labels output_attentions output_hidden
 output_router_logits pad_token_id pretraining_tp problem_type resid_dropout resid_pdrop
 residual_dropout return_dict rms_norm_eps rope_parameters router_aux_loss_coef router_jitter_noise
 standardize_rope_params text_config to_dict torch_dtype use_cache use_return_dict vocab_size
-""".split()
-)
+"""
+_COMMON = frozenset(_COMMON_FIELDS.split())
 _READ = re.compile(r"(?<!vision_)(?<!audio_)config\.(\w+)|getattr\(\s*(?:self\.)?config, \"(\w+)\"")
 _NOT_OF_TEXT = re.compile(r"^class \w*(Vision|Audio|Video|Patch|Projector|MultiModal)\w*\(")
 
