@@ -11,7 +11,7 @@ from k2cli.errors import K2Error
 
 _VARIABLES = ("all_proxy", "http_proxy", "https_proxy")  # as httpx2 reads them
 _SCHEMES = "http, https, socks5 and socks5h"
-_SECRET = re.compile(r"//[^/@]*@")
+_SECRET = re.compile(r"//.*@")  # a password may hold / and @
 
 
 @contextlib.contextmanager
@@ -46,6 +46,24 @@ def unusable_proxy() -> K2Error | None:
             httpx2.HTTPTransport(proxy=value if "://" in value else f"http://{value}").close()
         except (ValueError, ImportError, httpx2.InvalidURL):
             return _refusal(name, value)
+    return None
+
+
+def proxy_variable(url: str) -> str | None:
+    """Return the name of the variable whose proxy stands before a URL; None without one."""
+    from urllib.parse import urlsplit
+    from urllib.request import proxy_bypass
+
+    try:
+        parts = urlsplit(url)
+        if proxy_bypass(parts.hostname or ""):
+            return None
+    except ValueError:
+        return None
+    for wanted in (f"{parts.scheme}_proxy", "all_proxy"):
+        for name, value in os.environ.items():
+            if name.lower() == wanted and value:
+                return name
     return None
 
 

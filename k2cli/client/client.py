@@ -31,7 +31,7 @@ from k2cli.client.answers import (
     read_timings,
 )
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
-from k2cli.proxies import proxy_errors
+from k2cli.proxies import proxy_errors, proxy_variable
 from k2cli.units import MIB
 
 CONNECT_SECONDS = 10.0
@@ -253,6 +253,11 @@ class ApiClient:
             with proxy_errors():
                 yield
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            if (proxy := proxy_variable(self.base)) is not None:
+                raise ClusterError(
+                    f"nothing answers at {self.base} through the proxy of {proxy}: {error}",
+                    f"unset {proxy}, if this server needs no proxy",
+                ) from error
             raise ClusterError(f"nothing answers at {self.base}: {error}", "k2 ps") from error
         except httpx2.TimeoutException as error:
             raise ClusterError(f"{self.base} did not answer in time", "k2 ps") from error

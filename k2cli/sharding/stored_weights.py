@@ -15,7 +15,6 @@ import mlx.nn as nn
 
 from k2cli.errors import UsageError
 
-
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 
 
