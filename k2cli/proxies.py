@@ -13,7 +13,7 @@ from k2cli.errors import K2Error
 
 _VARIABLES = ("all_proxy", "http_proxy", "https_proxy")  # as httpx2 reads them
 _SCHEMES = "http, https, socks5 and socks5h"
-_SECRET = re.compile(r"//[^/@]*@")
+_SECRET = re.compile(r"//.*@")  # a password may hold / and @
 
 
 @contextlib.contextmanager

@@ -48,11 +48,26 @@ def test_a_proxy_that_cannot_be_used_is_named(
         assert caught.value.hint.startswith(hint)
 
 
-def test_the_password_of_a_proxy_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALL_PROXY", "socks://me:secret@127.0.0.1:1")
+@pytest.mark.parametrize("password", ["secret", "a/secret", "a@secret", "a/b@secret"])
+def test_the_password_of_a_proxy_is_not_printed(
+    password: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", f"socks://me:{password}@127.0.0.1:1")
     error = unusable_proxy()
     assert error is not None
     assert "secret" not in f"{error.message} {error.hint}"
+
+
+def test_a_proxy_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+    client = ApiClient("http://server.invalid:9")
+    with pytest.raises(K2Error, match=r"through the proxy .* of http_proxy") as caught:
+        client.models()
+    assert str(caught.value.hint).startswith("unset http_proxy")
+    monkeypatch.setenv("NO_PROXY", "server.invalid")
+    assert proxy_for("http://server.invalid:9/v1") is None
 
 
 def test_a_socks5_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

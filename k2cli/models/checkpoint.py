@@ -24,6 +24,7 @@ from k2cli.models.json_files import (
 from k2cli.models.layout import (
     INDEX_NAME,
     choose_weight_files,
+    download_hint,
     listed,
     names_in,
 )

@@ -57,6 +57,9 @@ def check_consistency(fields: Mapping[str, Any], source: str) -> None:
             raise _refused(
                 source, f"{name} must be the name of a float type, not {_written(value)}"
             )
+    one, other = (str(fields.get(name)).removeprefix("torch.") for name in ("dtype", "torch_dtype"))
+    if "None" not in (one, other) and one != other:
+        raise _refused(source, f"dtype is {_written(one)}, but torch_dtype is {_written(other)}")
     _check_layer_lists(fields, source)
     _check_window(fields, source)
     _check_two_quantizations(fields, source)
@@ -94,19 +97,23 @@ def _check_window(fields: Mapping[str, Any], source: str) -> None:
 def _check_two_quantizations(fields: Mapping[str, Any], source: str) -> None:
     """Refuse two statements about quantization that differ.
 
-    mlx-lm writes the same one under both names, and reads only ``quantization``.
+    mlx-lm writes the same one under both names, and reads only ``quantization``. Of a config with
+    a ``text_config`` it reads the outer one.
     """
-    ours, theirs = fields.get("quantization"), fields.get("quantization_config")
-    if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
-        return
-    for name in _SHARED_QUANTIZATION:
-        mine, other = ours.get(name), theirs.get(name)
-        if mine is not None and other is not None and mine != other:
-            raise _refused(
-                source,
-                f"quantization.{name} is {_written(mine)}, but "
-                f"quantization_config.{name} is {_written(other)}",
-            )
+    places = {name: fields.get(name) for name in ("quantization", "quantization_config")}
+    text = fields.get("text_config")
+    if isinstance(text, Mapping):
+        places |= {f"text_config.{name}": text.get(name) for name in tuple(places)}
+    given = {place: each for place, each in places.items() if isinstance(each, Mapping)}
+    for place, theirs in list(given.items())[1:]:
+        first, ours = next(iter(given.items()))
+        for name in _SHARED_QUANTIZATION:
+            mine, other = ours.get(name), theirs.get(name)
+            if mine is not None and other is not None and mine != other:
+                raise _refused(
+                    source,
+                    f"{first}.{name} is {_written(mine)}, but {place}.{name} is {_written(other)}",
+                )
 
 
 def check_quantization(quantization: Any, source: str) -> None:

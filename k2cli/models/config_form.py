@@ -34,6 +34,9 @@ _ZERO_IS_NONE = (
 _EXPERTS = ("n_routed_experts", "num_local_experts")
 """Numbers of experts for which the same holds, unless the config says how many a token uses."""
 
+_NULL_IS_EMPTY = ("mlp_only_layers",)
+"""Lists that are null in a config without such layers; mlx-lm's classes look into them."""
+
 _EMPTY_IS_NONE = ("rope_scaling", "rope_parameters", "quantization_config", "quantization")
 """Fields in which an empty object says as much as null."""
 
@@ -87,6 +90,9 @@ def _standardize(fields: dict[str, Any], source: str) -> None:
     for name in _EMPTY_IS_NONE:
         if fields.get(name) == {}:
             fields[name] = None
+    for name in _NULL_IS_EMPTY:
+        if name in fields and fields[name] is None:
+            fields[name] = []
     if isinstance(fields.get("dtype"), str):
         fields["torch_dtype"] = fields["dtype"]
     _write_pattern(fields)

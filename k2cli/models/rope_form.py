@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2cli.errors import UsageError
-from k2cli.models.config_consistency import contradiction, is_number
+from k2cli.models.config_consistency import CONFIG_HINT, contradiction, is_number
 
 TYPE_ALIASES = {
     "su": "longrope", "deepseek_yarn": "yarn", "telechat3-yarn": "yarn", "mrope": "default",
@@ -63,6 +63,12 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 _FACTOR_LIMIT = 1e9
 """A factor of scaling must be below it: a limit far above all factors in use."""
+
+_NUMBERS = frozenset({
+    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "low_freq_factor",
+    "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor",
+})  # fmt: skip
+"""Parameters that are single numbers in every type."""
 
 
 def rope_by_layer_type(fields: Mapping[str, Any]) -> dict[str | None, dict[str, Any] | None]:
@@ -236,7 +242,15 @@ def _typed(parameters: Mapping[str, Any], source: str) -> dict[str, Any]:
     if (given := old if old is not None else new) is not None:
         # mlx-lm knows 'mrope', which is 'default' for text.
         result["rope_type"] = result["type"] = given if _kind(given) != "default" else "default"
+    for name, value in result.items():
+        if name in _NUMBERS and not is_number(value):
+            raise UsageError(f"{source}: {name} of RoPE must be a number, not {value!r}"[:200])
     factor: Any = result.get("factor")
+    if is_number(factor) and factor != 1 and _kind(given) in (None, "default"):
+        raise UsageError(
+            f"{source}: RoPE has factor {factor}, but no type that says how it scales"[:200],
+            CONFIG_HINT,
+        )
     if is_number(factor) and not 0 < factor < _FACTOR_LIMIT:
         raise UsageError(f"{source}: the factor of RoPE must be positive and finite, not {factor}")
     if _kind(given) == "linear" and is_number(result.get("factor")):

@@ -77,6 +77,27 @@ def test_a_config_that_contradicts_itself_is_refused(fields: dict[str, Any]) -> 
         form(**fields)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"factor": 4.0}, "factor 4.0, but no type"),
+        ({"type": "default", "factor": 4.0}, "factor 4.0, but no type"),
+        ({"type": "yarn", "factor": True}, "factor of RoPE must be a number, not True"),
+        ({"type": "yarn", "factor": "32"}, "factor of RoPE must be a number, not '32'"),
+        ({"type": "yarn", "factor": 4.0, "mscale": "1"}, "mscale of RoPE must be a number"),
+    ],
+)
+def test_scaling_without_a_type_or_of_another_kind_is_refused(
+    scaling: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        form(rope_theta=1e4, rope_scaling=scaling)
+
+
+def test_null_is_no_layer_without_experts() -> None:
+    assert form(model_type="qwen3_moe", mlp_only_layers=None)["mlp_only_layers"] == []
+
+
 def test_equal_statements_in_both_forms_are_no_contradiction() -> None:
     fields = {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
     assert form(**fields)["rope_theta"] == 1e4

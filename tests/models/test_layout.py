@@ -17,7 +17,7 @@ from k2cli.models.inspection import inspect_model
 from k2cli.models.json_files import read_json_object
 from k2cli.models.layout import (
     choose_weight_files,
-    refuse_without_safetensors,
+    no_safetensors_error,
     split_parts,
     supporting_files,
 )
@@ -250,4 +250,23 @@ def test_a_json_file_is_read_as_before(model: Path) -> None:
 
 def test_the_command_for_a_gguf_file_has_a_plain_path() -> None:
     for where, path in ((".", "./a.gguf"), ("./.", "./a.gguf"), ("m/", "./m/a.gguf")):
-        assert refuse_without_safetensors(["a.gguf"], where, None).hint == f"k2 plan-memory {path}"
+        assert no_safetensors_error(["a.gguf"], where, None).hint == f"k2 plan-memory {path}"
+
+
+def test_layers_that_predict_further_tokens_are_left_out() -> None:
+    config = {**CONFIG, "num_nextn_predict_layers": 1}
+    weights = dict(mlx.utils.tree_flatten(build(config).parameters()))
+    further = f"model.layers.{config['num_hidden_layers']}.eh_proj.weight"
+    assemble(config, {**weights, further: mx.zeros((4, 4))})
+    with pytest.raises(K2Error, match=f"unknown tensors: {further}"):
+        assemble(CONFIG, {**weights, further: mx.zeros((4, 4))})
+
+
+@pytest.mark.parametrize(("dtype", "word"), [(mx.uint8, "uint8"), (mx.int32, "int32")])
+def test_integers_in_the_place_of_floats_are_refused(dtype: mx.Dtype, word: str) -> None:
+    """MLX reads fp8 as bytes; without this check it would compute with them."""
+    weights = dict(mlx.utils.tree_flatten(build(CONFIG).parameters()))
+    name = "model.norm.weight"
+    weights[name] = mx.ones(weights[name].shape, dtype=dtype)
+    with pytest.raises(K2Error, match=f"wrong tensors: {name} is {word}, expected float32"):
+        assemble(CONFIG, weights)
