@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.files import read_regular
-from k2cli.server.output.formats import OutputFormat
+from k2cli.server.output.output_format import OutputFormat
 from k2cli.units import MIB
 
 DEFAULT_MAX_BODY_BYTES = 32 * MIB

@@ -38,7 +38,7 @@ from k2cli.agent.weights.messages import (
 from k2cli.errors import ClusterError, InternalError, NodeAccessError
 from k2cli.nodes.node import Node
 from k2cli.transfer.addresses import receiving_addresses
-from k2cli.transfer.compare import Decision, decide
+from k2cli.transfer.needs import Needs, find_needs
 from k2cli.transfer.parts import Share
 from k2cli.transfer.process import NodeProcess
 from k2cli.transfer.request import NodeResult, OnPushEvent, PushBytes, PushRequest, PushStep
@@ -82,7 +82,7 @@ class Destination:
     process: NodeProcess
     result: NodeResult
     lacks: Lacks | None = None
-    decision: Decision | None = None
+    needs: Needs | None = None
     missing: dict[int, tuple[int, ...]] = field(default_factory=dict)
     to_assign: set[int] = field(default_factory=set)
     there: set[str] = field(default_factory=set)
@@ -95,7 +95,7 @@ class Destination:
     @property
     def missing_bytes(self) -> int:
         """Bytes that it lacked when the attempt began."""
-        return self.decision.missing_bytes if self.decision else 0
+        return self.needs.missing_bytes if self.needs else 0
 
 
 class Attempt:
@@ -239,15 +239,15 @@ class Attempt:
     def _on_lacks(self, found: Destination, lacks: Lacks) -> None:
         found.lacks = lacks
         try:
-            decision = decide(self._request, found.node.name, found.share, lacks)
+            needs = find_needs(self._request, found.node.name, found.share, lacks)
         except ClusterError as error:
             raise NodeFailed(found.node.name, error.message, error.hint, again=False) from error
-        found.decision = decision
-        found.missing = decision.missing
-        found.to_assign = set(decision.missing)
-        found.result.was_there_bytes = decision.there_bytes
-        found.process.send(Begin(decision.same, decision.replaced))
-        if all(each.decision is not None for each in self._destinations.values()):
+        found.needs = needs
+        found.missing = needs.missing
+        found.to_assign = set(needs.missing)
+        found.result.was_there_bytes = needs.there_bytes
+        found.process.send(Begin(needs.same, needs.replaced))
+        if all(each.needs is not None for each in self._destinations.values()):
             total = sum(each.missing_bytes for each in self._destinations.values())
             names = ", ".join(self._destinations)
             self._say(PushStep(f"sending {format_bytes(total)} to {names}"))
@@ -257,7 +257,7 @@ class Attempt:
 
     def _move_on(self) -> None:
         """Give files to senders that may send them now, and finish nodes that have everything."""
-        if any(found.decision is None for found in self._destinations.values()):
+        if any(found.needs is None for found in self._destinations.values()):
             return
         for found in self._destinations.values():
             for index in sorted(found.to_assign):

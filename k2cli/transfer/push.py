@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from k2cli.agent.weights.messages import Inventory
+from k2cli.agent.weights.messages import ModelFiles
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.nodes.node import Node
 from k2cli.transfer.attempt import Attempt, NodeFailed
@@ -24,7 +24,7 @@ _FRUITLESS_ATTEMPTS = 6
 """Attempts in a row without a byte, after which a push ends."""
 
 
-def find_source(reference: str, nodes: Sequence[Node]) -> tuple[Node, Inventory]:
+def find_source(reference: str, nodes: Sequence[Node]) -> tuple[Node, ModelFiles]:
     """Find the first of the nodes that has the whole model.
 
     Raises:
@@ -32,7 +32,7 @@ def find_source(reference: str, nodes: Sequence[Node]) -> tuple[Node, Inventory]
     """
     problems: list[str] = []
     for node in nodes:
-        found: Inventory = node.ask(Inventory, "weights", reference)
+        found: ModelFiles = node.ask(ModelFiles, "weights", reference)
         if not found.problem and not found.absent:
             return node, found
         lacks = format_bytes(sum(found.absent.values()))

@@ -25,7 +25,7 @@ from k2cli.protocol import Generate, Tokens
 from k2cli.server import auth, request_reader
 from k2cli.server.killable_reader import KillableReader
 from k2cli.server.reader_messages import ReaderSettings
-from k2cli.server.request_reader import ProcessReader
+from k2cli.server.reader_queues import ProcessReader
 from k2cli.server.served_model import ServedModel
 from tests.server.scripted import ScriptedEngine, finished, serving
 

@@ -46,7 +46,7 @@ class Target(msgspec.Struct, frozen=True):
     references: tuple[str, ...] = ()
 
 
-class Inventory(msgspec.Struct, frozen=True):
+class ModelFiles(msgspec.Struct, frozen=True):
     """A model on a machine: its folder and files, or why it cannot be sent.
 
     ``absent`` are the weight files that a part of the model lacks, with their sizes;

@@ -20,9 +20,9 @@ from typing import Any
 
 import msgspec
 
-from k2cli.agent.weights.conversation import Input, Output, decode_line
 from k2cli.agent.weights.frames import SegmentReader, StreamLost
 from k2cli.agent.weights.incoming import IncomingFile, examine_all, incoming_files
+from k2cli.agent.weights.json_lines import Input, Output, decode_line
 from k2cli.agent.weights.listener import QUIET_SECONDS, Listener
 from k2cli.agent.weights.messages import (
     Begin,

@@ -19,8 +19,8 @@ from typing import Any
 import msgspec
 
 from k2cli.agent.weights.certificate import make_client_context
-from k2cli.agent.weights.conversation import Input, Output, decode_line, write_all
 from k2cli.agent.weights.frames import SegmentWriter, StreamLost
+from k2cli.agent.weights.json_lines import Input, Output, decode_line, write_all
 from k2cli.agent.weights.listener import QUIET_SECONDS
 from k2cli.agent.weights.messages import (
     Connected,

@@ -20,7 +20,7 @@ _STALL_BYTES = 32 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
-class TransferOptions:
+class DownloadOptions:
     """Limits of a transfer. ``bytes_per_second`` limits all streams together.
 
     A stream that gets no byte for ``read_timeout_seconds``, or fewer than 32 KiB in four times
@@ -61,7 +61,7 @@ class RetiredError(Exception):
 class RangeStream:
     """Fetches one claimed range of a file at a time; each thread has one of its own."""
 
-    def __init__(self, options: TransferOptions, shared: SharedState) -> None:
+    def __init__(self, options: DownloadOptions, shared: SharedState) -> None:
         self._options, self._shared = options, shared
 
     def fetch(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import tokenizers
 
     from k2cli.models.text.chat_template import ChatTemplate, TemplateSources
-    from k2cli.models.text.conversation import ConversationRenderer
+    from k2cli.models.text.conversation_renderer import ConversationRenderer
 
 _MAX_FILE_BYTES = 200_000_000
 """The largest known tokenizer.json has about 35 MB."""
@@ -238,7 +238,7 @@ class Tokenizer:
 
     def _renderer(self, *, with_tools: bool) -> ConversationRenderer:
         if with_tools not in self._renderers:
-            from k2cli.models.text.conversation import ConversationRenderer
+            from k2cli.models.text.conversation_renderer import ConversationRenderer
 
             template = self.template(with_tools=with_tools)
             if template is None and (others := self.template_sources.others):

@@ -1,4 +1,4 @@
-"""Conversations of Anthropic's Messages API in the form of ``server.conversation``.
+"""Conversations of Anthropic's Messages API in the form of ``server.client_request``.
 
 A message of the user may hold results of tools, which become turns of their own before its text. An
 assistant's blocks become one turn with its reasoning, text and calls. Blocks that the model cannot
@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from k2cli.server.conversation import Conversation
+from k2cli.server.client_request import Conversation
 from k2cli.server.dialects.anthropic_ids import model_id
 from k2cli.server.dialects.anthropic_schemas import AnthropicMessage, Content, MessagesBody
 from k2cli.server.errors import invalid
@@ -33,7 +33,7 @@ Turn = dict[str, Any]
 Block = dict[str, Any]
 
 
-def conversation_of(body: MessagesBody, normalizes_prompts: bool) -> Conversation:
+def anthropic_conversation(body: MessagesBody, normalizes_prompts: bool) -> Conversation:
     """Translate a request's system prompt, messages and tools.
 
     Args:

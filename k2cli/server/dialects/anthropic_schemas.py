@@ -17,7 +17,7 @@ from pydantic import (
     field_validator,
 )
 
-from k2cli.server.conversation import AnswerOptions
+from k2cli.server.client_request import AnswerOptions
 from k2cli.server.dialects.body import Body
 from k2cli.server.dialects.openai_schemas import MAX_MESSAGES, MAX_STOP_LETTERS, Objects
 from k2cli.server.errors import type_named

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from k2cli.server.conversation import AnswerOptions, Conversation
+from k2cli.server.client_request import AnswerOptions, Conversation
 from k2cli.server.dialects.body import Body
 from k2cli.server.errors import invalid, type_named
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from k2cli.server.conversation import Conversation
+from k2cli.server.client_request import Conversation
 from k2cli.server.dialects.openai_schemas import MAX_PARTS, MAX_TOOLS
 from k2cli.server.dialects.responses_schemas import ResponsesBody
 from k2cli.server.errors import ApiError, invalid, type_named

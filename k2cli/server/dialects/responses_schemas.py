@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator
 
-from k2cli.server.conversation import AnswerOptions
+from k2cli.server.client_request import AnswerOptions
 from k2cli.server.dialects.body import Body
 from k2cli.server.dialects.openai_schemas import (
     MAX_MESSAGES,

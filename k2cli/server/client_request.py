@@ -18,7 +18,7 @@ class Conversation:
     """A conversation for the chat template.
 
     Attributes:
-        turns: messages in OpenAI's form; see ``models.text.conversation``.
+        turns: messages in OpenAI's form; see ``models.text.conversation_renderer``.
         tools: tools in OpenAI's form (``{"type": "function", "function": {...}}``) that the model
             may call, or None.
         variables: variables of the chat template.

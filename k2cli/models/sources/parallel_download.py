@@ -25,10 +25,10 @@ from k2cli.models.sources.byte_source import ByteSource
 from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.partial_file import PartialFile
 from k2cli.models.sources.range_stream import (
+    DownloadOptions,
     RangeStream,
     RetiredError,
     SharedState,
-    TransferOptions,
 )
 from k2cli.models.sources.rate_limit import RateLimit
 
@@ -48,7 +48,7 @@ class FileProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class TransferProgress:
+class DownloadProgress:
     """State of a transfer. ``received_bytes`` and ``seconds`` are those of this run.
 
     ``files`` are those being transferred; ``note`` says what it waits for, if it waits.
@@ -96,7 +96,7 @@ class Place(Protocol):
         """Move the verified partial content to its place, and return the path of the file."""
 
 
-OnTransfer = Callable[[TransferProgress | FileFinished], None]
+OnDownloadEvent = Callable[[DownloadProgress | FileFinished], None]
 
 
 @dataclass(slots=True)
@@ -110,14 +110,14 @@ class _Active:
     ended: bool = False
 
 
-class Transfer:
+class ParallelDownload:
     """One transfer of files into their places; ``run`` does it."""
 
     def __init__(
         self,
         places: Sequence[tuple[Place, ByteSource]],
-        options: TransferOptions,
-        on_event: OnTransfer,
+        options: DownloadOptions,
+        on_event: OnDownloadEvent,
     ) -> None:
         self._options, self._on_event = options, on_event
         self._folder = places[0][0].partial.parent if places else Path()
@@ -291,7 +291,7 @@ class Transfer:
         done = self._finished_bytes + sum(file.done_bytes for file in files)
         if not active and self._waiting:
             note = "waiting for another download of these files"
-        self._on_event(TransferProgress(done, self._total_bytes, received, seconds, files, note))
+        self._on_event(DownloadProgress(done, self._total_bytes, received, seconds, files, note))
 
     def _end(self, streams: Sequence[threading.Thread]) -> None:
         """End the streams, which write what they have, and close everything."""
