@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from k2cli.server.client_request import Conversation
-from k2cli.server.dialects.anthropic_conversation import anthropic_conversation, log_left_out
+from k2cli.server.dialects.anthropic_conversation import anthropic_conversation
 from k2cli.server.dialects.anthropic_ids import client_id, model_id
 from k2cli.server.dialects.anthropic_schemas import MessagesBody
+from k2cli.server.dialects.shared_fields import log_left_out
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 BILLING = "x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;"
