@@ -14,8 +14,10 @@ from k2cli.transfer.request import PushRequest
 from k2cli.units import MIB, format_bytes
 
 _MARGIN_BYTES = 16 * MIB
+"""Room beside the files, for journals, links and lists."""
 _HASH_BYTES_PER_SECOND = 50_000_000
 _LEAST_SECONDS = 60.0
+"""Limit of hashing files at the source: a slow disk's rate, and the least time for small files."""
 
 
 @dataclass(frozen=True, slots=True)

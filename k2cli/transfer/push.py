@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from k2cli.agent.weights.messages import ModelFiles
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.nodes.node import Node
-from k2cli.transfer.attempt import Attempt, NodeFailed
+from k2cli.transfer.attempt import Attempt
 from k2cli.transfer.copy import copy_to, lacks_k2
+from k2cli.transfer.destination import NodeFailed
 from k2cli.transfer.feed import Feed, GrowingSource
 from k2cli.transfer.parts import Share, lacking, share_of
 from k2cli.transfer.request import NodeResult, OnPushEvent, PushRequest, PushStep

@@ -55,7 +55,7 @@ def fetch(
         revision: the revision of a Hub repository; overrides that of the reference.
         dry_run: fetch nothing.
         selection: files of a repository; None for those that loading reads.
-        options: how to transfer files of a repository.
+        options: streams, limits and attempts for files of a repository.
         xet: leave the transfer to the Hub library.
         on_event: called with each event.
 

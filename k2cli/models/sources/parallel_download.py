@@ -1,4 +1,4 @@
-"""Transfer of files by several streams: which range is next, retries, limits, and what to report.
+"""Download of files by several streams: which range is next, retries, limits, and what to report.
 
 The thread of the caller decides about files: it takes their locks, opens and ends them, and reports
 progress. Streams are threads that fetch ranges. A stream prefers a file that no other one works on,
@@ -27,15 +27,17 @@ from k2cli.models.sources.partial_file import PartialFile
 from k2cli.models.sources.range_stream import (
     DownloadOptions,
     RangeStream,
+    RateLimit,
     RetiredError,
     SharedState,
 )
-from k2cli.models.sources.rate_limit import RateLimit
 
 _LEAST_RANGE_BYTES, _MOST_RANGE_BYTES = 4 * 2**20, 256 * 2**20
+"""Bounds of a range: what is left of a file is divided among the streams, within these."""
 _SECONDS_BETWEEN_REPORTS = 0.2
 _SECONDS_BETWEEN_LOCK_TRIES = 0.3
 _END_SECONDS = 3.0
+"""Time that streams have to write what they have received, at the end or after Ctrl-C."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,9 @@ class FileProgress:
 
 @dataclass(frozen=True, slots=True)
 class DownloadProgress:
-    """State of a transfer. ``received_bytes`` and ``seconds`` are those of this run.
+    """State of a download. ``received_bytes`` and ``seconds`` are those of this run.
 
-    ``files`` are those being transferred; ``note`` says what it waits for, if it waits.
+    ``files`` are those being downloaded; ``note`` says what it waits for, if it waits.
     """
 
     done_bytes: int
@@ -111,7 +113,7 @@ class _Active:
 
 
 class ParallelDownload:
-    """One transfer of files into their places; ``run`` does it."""
+    """One download of files into their places; ``run`` does it."""
 
     def __init__(
         self,
@@ -218,7 +220,7 @@ class ParallelDownload:
                 self._condition.notify_all()  # what was damaged is missing again
             self._happened.put(None)
 
-        with contextlib.suppress(RuntimeError):  # the transfer is ending
+        with contextlib.suppress(RuntimeError):  # the download is ending
             self._hashers.submit(hash_and_tell)
 
     def _wait(self) -> None:
