@@ -244,7 +244,7 @@ ALLOWED = {
     "models/json_files.py": "read_regular and json.loads, with its errors, for configs",
     "models/checkpoint.py": "a bounded header, with json.loads' errors",
     "models/sources/hub_headers.py": "bounded bytes, with json.loads' errors",
-    "models/text/tokenizer.py": "what the tokenizers library has encoded",
+    "models/text/tokenizer_files.py": "what the tokenizers library has encoded",
     "server/served_model.py": "read_regular and json.loads, with its errors",
     "server/reader_queues.py": "decode_with",
     "server/killable_reader.py": "decode_with",
