@@ -158,6 +158,7 @@ class Rank:
         """Wait for the peers, join the MLX group and load this rank's part."""
         import mlx.core as mx
 
+        from k2cli.rank.expert_kernels import check_experts
         from k2cli.rank.group import join_group, set_memory_limits
         from k2cli.rank.kernel_cache import open_kernel_cache
         from k2cli.rank.loader import load_part
@@ -185,6 +186,7 @@ class Rank:
             )
         )
         self._report("checking")
+        check_experts(part.stage.model)
         return group, part
 
     def _report(
