@@ -19,7 +19,7 @@ from pydantic import (
 
 from k2cli.server.client_request import AnswerOptions, reasoning_variables
 from k2cli.server.dialects.body import Body
-from k2cli.server.dialects.shared_fields import MAX_MESSAGES, MAX_STOP_LETTERS, Objects
+from k2cli.server.dialects.shared_fields import MAX_MESSAGES, MAX_STOP_LETTERS, Objects, Thinking
 from k2cli.server.errors import type_named
 
 MAX_BLOCKS = 16_384
@@ -77,14 +77,6 @@ class AnthropicMessage(BaseModel):
         if value:
             raise ValueError("is supported for the whole request only")
         return value
-
-
-class Thinking(Body):
-    """Switch of the model's reasoning. Its budget and its display are ignored."""
-
-    type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: Any = None
-    display: Any = None
 
 
 class OutputConfig(Body):

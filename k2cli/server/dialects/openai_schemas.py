@@ -33,6 +33,7 @@ from k2cli.server.dialects.shared_fields import (
     Objects,
     ReasoningEffort,
     ResponseFormat,
+    Thinking,
     check_tool_choice,
 )
 from k2cli.server.errors import invalid, type_named
@@ -282,6 +283,9 @@ class TemplatedBody(Body):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
+    # The switches of the servers of Moonshot and Z.ai, and of Alibaba, for their models.
+    thinking: Thinking | None = None
+    enable_thinking: bool | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
     @field_validator("chat_template_kwargs")
@@ -297,7 +301,10 @@ class TemplatedBody(Body):
 
         ``chat_template_kwargs`` takes precedence.
         """
-        arguments = reasoning_variables(self.reasoning_effort)
+        thinks = self.enable_thinking
+        if self.thinking is not None:
+            thinks = self.thinking.type != "disabled"
+        arguments = reasoning_variables(self.reasoning_effort, thinks)
         if self.verbosity is not None:
             arguments["verbosity"] = self.verbosity
         return arguments | (self.chat_template_kwargs or {})

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from k2cli.server.dialects.body import Body
+
 MAX_STOP_LETTERS = 1024
 """Every step of an answer compares its end with the whole of each stop string."""
 MAX_MESSAGES = 16_384
@@ -31,6 +33,17 @@ def check_tool_choice(value: Any) -> Any:
         f"{kind!r} is not supported yet: a call that the model must make needs structured "
         "output, which is planned; 'auto' and 'none' are supported"
     )
+
+
+class Thinking(Body):
+    """Switch of the model's reasoning. Its budget and its display are ignored.
+
+    Anthropic's, and that of Moonshot's and Z.ai's own servers in Chat.
+    """
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: Any = None
+    display: Any = None
 
 
 class ResponseFormat(BaseModel):
