@@ -168,6 +168,8 @@ def _take_locks(run: RunDecisions, say: Say) -> None:
         run.nodes,
         run.run_id,
         needs,
+        model=portable_reference(run.request.model),
+        folders=run.model_folders,
         share=run.request.share,
         wait_seconds=run.request.wait_seconds,
         say=say,
@@ -302,6 +304,7 @@ def _make_record(run: RunDecisions) -> RunRecord:
         pid_start=start_of(own.pid),
         restart=run.request.restart.mode,
         settings=_settings(run),
+        model_folders=dict(run.model_folders),
     )
 
 

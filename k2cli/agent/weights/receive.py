@@ -42,6 +42,8 @@ from k2cli.agent.weights.messages import (
 from k2cli.agent.weights.place import Place, check_folder, check_offer, place_of
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.files import open_regular, unwritable, write_atomically
+from k2cli.models.inventory.known_folders import remember_folder
+from k2cli.models.inventory.verified import note_verified
 from k2cli.models.part import write_part_list
 
 _LOCK_NAME = ".k2-incoming.lock"
@@ -60,6 +62,7 @@ class Receiver:
         self._files: list[IncomingFile] = []
         self._listeners: list[Listener] = []
         self._lock: int | None = None
+        self._arrived: set[str] = set()
         self._completing: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(_COMPLETING_THREADS)
         self._received = Count(lambda done: events.send(Received(done)))
@@ -99,6 +102,8 @@ class Receiver:
         self._offer, self._place = offer, place_of(offer.target)
         check_folder(self._place, offer.files, tuple(offer.absent))
         self._take_lock()
+        if offer.target.kind == "path":
+            remember_folder(self._place.folder, "push")
         self._files = incoming_files(self._place, offer.files)
         total = sum(file.nbytes for file in offer.files)
         count = Count(lambda done: self._events.send(Checked(done, total)))
@@ -178,6 +183,7 @@ class Receiver:
             try:
                 if not there:
                     self._files[index].complete()
+                    self._arrived.add(self._files[index].offer.name)
                 self._files[index].make_link()
             except Exception as error:
                 end_with(self._events, error)
@@ -203,6 +209,7 @@ class Receiver:
                 path = self._place.references / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, self._offer.target.commit)
+        note_verified(folder, sorted(self._arrived), "push")
         base = self._place.blobs.parent if self._place.blobs else folder
         (base / _LOCK_NAME).unlink(missing_ok=True)
         self._events.send(Finished(str(folder), cpu_seconds()))

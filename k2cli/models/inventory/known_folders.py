@@ -71,15 +71,15 @@ def forget_folder(folder: Path) -> None:
 
 
 def known_folders() -> list[KnownFolder]:
-    """Return the remembered folders that exist, in the order of their paths.
+    """Return the remembered folders, in the order of their paths.
 
-    One that does not may be on a disk that is not mounted, so it is not forgotten.
+    One that does not exist may be on a disk that is not mounted, so it is not forgotten.
     """
     found = []
     for entry in _folder().glob("*.json"):
         with suppress(OSError, msgspec.DecodeError):
             known = decode_json(read_regular(entry, _LIMIT_BYTES), KnownFolder)
-            if Path(known.path).is_absolute() and Path(known.path).is_dir():
+            if Path(known.path).is_absolute():
                 found.append(known)
     return sorted(found, key=lambda known: known.path)
 
@@ -114,7 +114,13 @@ def own_files(folder: Path) -> tuple[str, ...]:
     record = recorded_snapshot(folder)
     if record is None or record.written_by != "k2":
         return ()
-    return tuple(file.name for file in record.files)
+    # A file of another size is one that the user had there before an interrupted download.
+    sizes = {file.name: file.nbytes for file in record.files}
+    return tuple(name for name, size in sizes.items() if _size(folder / name) == size)
+
+
+def _size(path: Path) -> int | None:
+    return path.lstat().st_size if path.is_file() and not path.is_symlink() else None
 
 
 def notes_of(folder: Path) -> Iterable[Path]:

@@ -127,6 +127,7 @@ def remove_revisions(folder: Path, commits: Collection[str]) -> None:
                 shutil.rmtree(revision.folder)
         if not read_repository(folder).revisions:
             _remove_repository(repository)
+        (folder / INCOMING_LOCK).unlink(missing_ok=True)
 
 
 def _refuse_problem(repository: CachedRepository) -> None:
@@ -148,12 +149,17 @@ def _remove_contents(
     }
     for file in sorted(revision.files, key=lambda each: -each.nbytes):
         if file.blob is not None and file.blob not in kept:
-            _remove_blob(repository, file.blob)
+            remove_content(repository, file.blob)
         file.path.unlink(missing_ok=True)
 
 
-def _remove_blob(repository: CachedRepository, blob: Path) -> None:
-    """Remove a content under the lock that a download of it holds."""
+def remove_content(repository: CachedRepository, blob: Path) -> None:
+    """Remove a content under the lock that a download of it holds.
+
+    Raises:
+        K2Error: if it is being downloaded.
+        OSError: if it cannot be removed.
+    """
     with held(repository.lock_folder / f"{blob.name}.lock", repository.repo):
         shared = shared_store_file(blob, repository.folder.parent)
         blob.unlink(missing_ok=True)
@@ -166,6 +172,25 @@ def _remove_leftovers(repository: CachedRepository, leftovers: Sequence[Leftover
         name = each.blob_name or each.path.name
         with held(repository.lock_folder / f"{name}.lock", repository.repo):
             each.path.unlink(missing_ok=True)
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove a file of an interrupted transfer, unless the transfer goes on.
+
+    Raises:
+        K2Error: if it does.
+        OSError: if it cannot be removed.
+    """
+    left = leftover(path)
+    storage = next((each for each in path.parents if each.name.startswith("models--")), None)
+    if left is None:
+        return
+    if storage is not None:
+        _remove_leftovers(read_repository(storage), [left])
+        return
+    folder = path.parents[3] if path.parent.name == "download" else path.parent
+    refuse_writer(writer_of_folder(folder), str(folder))
+    path.unlink(missing_ok=True)
 
 
 def _remove_reference(base: Path, name: str) -> None:
@@ -195,7 +220,7 @@ def _remove_notes(folder: Path, revision: CachedRevision) -> None:
 def _remove_repository(repository: CachedRepository) -> None:
     """Remove the folder of a repository that has no revision left."""
     for blob in repository.blobs:
-        _remove_blob(repository, blob.path)
+        remove_content(repository, blob.path)
     _remove_leftovers(repository, repository.leftovers)
     shutil.rmtree(repository.folder)
     shutil.rmtree(repository.lock_folder, ignore_errors=True)

@@ -17,12 +17,14 @@ class ModelUse(msgspec.Struct, frozen=True):
     """A run that uses a model on a machine.
 
     ``folder`` is "" if the run was launched by a version of k2 that did not record it. ``model`` is
-    then the reference of the launch, or "" if only the run's id is known.
+    then the reference of the launch, or "" if only the run's id is known. ``host`` is the machine
+    that launched it, "" for the one that asks.
     """
 
     run_id: str
     folder: str = ""
     model: str = ""
+    host: str = ""
 
 
 class ModelFile(msgspec.Struct, frozen=True):

@@ -1,6 +1,7 @@
 """When each file of a model was last compared with its hash, and by what.
 
-Downloads and pushes of k2 hash every byte on its way, and ``k2 models verify`` reads the files again.
+Downloads and pushes of k2 hash every byte on its way, and ``k2 models verify`` reads the files
+again.
 Files that another program fetched are verified only by that command.
 """
 
