@@ -152,7 +152,8 @@ def _state_text(model: StoredModel) -> str:
 
 def _verified_text(model: StoredModel) -> str:
     if model.verified is None:
-        return "not since its files have changed" if model.state in ("complete", "part") else ""
+        whole = model.state in ("complete", "part")
+        return f"not known; to do it: k2 models verify {model.name}" if whole else ""
     how = {"download": "its download", "push": "a push", "verify": "k2 models verify"}
     return f"{_date(model.verified.time, '%Y-%m-%d %H:%M')}, by {how[model.verified.by]}"
 
@@ -183,8 +184,9 @@ def print_prunable(answers: Sequence[tuple[str, PruneResult]], *, show_nodes: bo
         where = f"{node}: " if show_nodes else ""
         for item in result.items:
             last = item.path.rpartition("/")[2]
-            name = last if len(last) <= 24 else f"{last[:12]}...{last[-9:]}"
-            print_line(f"{format_bytes(item.bytes):>9}  {where}{item.name}: {item.why} ({name})")
+            name = last if len(last) <= 24 else f"{last[:8]}...{last[-12:]}"
+            shown = f" ({name})" if item.what not in ("revision", "content") else ""
+            print_line(f"{format_bytes(item.bytes):>9}  {where}{item.name}: {item.why}{shown}")
         for text in result.kept:
             note(f"kept: {where}{one_line(text)}")
     total = sum(item.bytes for _, result in answers for item in result.items)

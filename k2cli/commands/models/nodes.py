@@ -56,7 +56,7 @@ def raise_absent(model: str, answers: list[NodeAnswer[Any]]) -> NoReturn:
     from k2cli.models.reference import parse_reference
 
     parse_reference(model)
-    answer = answers[0].answer
+    answer: Any = answers[0].answer
     if len(answers) > 1:
         names = ", ".join(each.node for each in answers)
         raise K2Error(f"model '{model}' is not on {names}", "k2 models list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -32,11 +33,13 @@ def prune(
 
     Example: k2 models prune --dry-run
     """
-    from k2cli.errors import K2Error
+    from k2cli.errors import K2Error, UsageError
     from k2cli.ui.models_view import print_prunable
     from k2cli.ui.output import note, print_json, print_line
     from k2cli.units import format_bytes
 
+    if math.isnan(older_than):
+        raise UsageError("--older-than 'nan' is not a number", "--older-than 24")
     asked = models_on(cluster, nodes)
     answers = asked.prunable(older_than)
     raise_problems(answers)

@@ -63,20 +63,16 @@ def remove(
     except KeyboardInterrupt:
         note(f"\nthe model is now incomplete; to remove the rest: {command} --yes")
         raise
-    done = [each for each in removed if each.answer is not None and not each.answer.problem]
+    answered = [(each.node, each.answer) for each in removed if each.answer is not None]
+    done = [(node, answer) for node, answer in answered if not answer.problem]
     if json:
-        nodes_done = [
-            {
-                "node": each.node,
-                "freed_bytes": each.answer.freed_bytes,
-                "models": each.answer.models,
-            }
-            for each in done
-            if each.answer is not None
+        documents = [
+            {"node": node, "freed_bytes": answer.freed_bytes, "models": answer.models}
+            for node, answer in done
         ]
-        print_json({"schema_version": 1, "model": model, "nodes": nodes_done})
+        print_json({"schema_version": 1, "model": model, "nodes": documents})
     else:
-        print_removed(model, [(each.node, each.answer) for each in done if each.answer is not None])
+        print_removed(model, done)
     raise_problems(removed)
     _raise_refusal(removed, named=not asked.is_here)
 

@@ -29,7 +29,6 @@ from k2cli.models.inventory.hub_cache import (
 from k2cli.models.inventory.known_folders import forget_folder, notes_of, own_files
 from k2cli.models.inventory.stored import revision_parts
 from k2cli.models.inventory.stored_model import StoredModel
-from k2cli.models.inventory.verified import note_path
 from k2cli.models.inventory.writers import (
     held,
     refuse_writer,
@@ -210,7 +209,7 @@ def _remove_empty(folder: Path, base: Path) -> None:
 def _remove_notes(folder: Path, revision: CachedRevision) -> None:
     """Remove the record of a revision, the time of its verification, and the library's notes."""
     trees = folder / "trees" / f"{revision.commit}.json"
-    for path in (trees, note_path(revision.folder), record_path(revision.folder)):
+    for path in (trees, record_path(revision.folder)):
         path.unlink(missing_ok=True)
         with suppress(OSError):
             path.parent.rmdir()

@@ -7,6 +7,7 @@ Files that another program fetched are verified only by that command.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -38,26 +39,35 @@ class _Note(msgspec.Struct, frozen=True):
 
 
 def note_path(folder: Path) -> Path:
-    """Return the file with the times, beside the record of the model's files."""
-    record = record_path(folder)
-    return record.with_name(f"{record.stem}.verified.json")
+    """Return the file with the times, beside the record of the model's files.
+
+    Revisions of one repository share their contents, and so this file.
+    """
+    return record_path(folder).with_name("verified.json")
+
+
+def _key(folder: Path, name: str) -> str:
+    """Return the name of a file in the note: in the Hub's cache, the hash that it links to."""
+    if folder.parent.name != "snapshots":
+        return name
+    path = folder / name
+    return os.path.basename(os.readlink(path)) if path.is_symlink() else f"{folder.name}/{name}"
 
 
 def note_verified(folder: Path, names: Collection[str], by: How) -> None:
     """Note that files were found to be right just now; nothing if that cannot be written."""
     if not names:
         return
-    known = verified_files(folder) | dict.fromkeys(names, Verified(time.time(), by))
     path = note_path(folder)
     with suppress(OSError):
+        now = dict.fromkeys((_key(folder, name) for name in names), Verified(time.time(), by))
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, encode_json(_Note(known)))
+        write_atomically(path, encode_json(_Note(_read(path) | now)))
 
 
-def verified_files(folder: Path) -> dict[str, Verified]:
-    """Return the last verification of each file of a folder, by name, as far as it is known."""
+def _read(path: Path) -> dict[str, Verified]:
     try:
-        return decode_json(read_regular(note_path(folder), _LIMIT_BYTES), _Note).files
+        return decode_json(read_regular(path, _LIMIT_BYTES), _Note).files
     except (OSError, msgspec.DecodeError):
         return {}
 
@@ -70,11 +80,11 @@ def last_verified(folder: Path, changed: Mapping[str, float]) -> Verified | None
         changed: the last change of each file, in seconds since the epoch. If one has changed since
             it was verified, or never was, there is no answer.
     """
-    known = verified_files(folder)
-    found = [known.get(name) for name in changed]
-    times = [each for each in found if each is not None]
-    current = all(
-        each is not None and each.time + _CLOCK_SECONDS >= when
-        for each, when in zip(found, changed.values(), strict=True)
-    )
-    return min(times, key=lambda each: each.time) if times and current else None
+    known = _read(note_path(folder))
+    found = []
+    for name, when in changed.items():
+        last = known.get(_key(folder, name))
+        if last is None or last.time + _CLOCK_SECONDS < when:
+            return None
+        found.append(last)
+    return min(found, key=lambda each: each.time, default=None)
