@@ -89,7 +89,7 @@ def plan_removal(question: ModelQuestion) -> Removal:
         OSError: as ``list_models``.
     """
     found = describe_model(question)
-    uses = {use.run_id: use.host for use in (*question.uses, *_own_uses())}
+    uses = {use.run_id: use.host for use in (*_own_uses(), *question.uses)}
     for model in found.models:
         if model.used_by:
             runs, host = ", ".join(model.used_by), uses.get(model.used_by[0], "")

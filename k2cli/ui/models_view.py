@@ -152,7 +152,7 @@ def _state_text(model: StoredModel) -> str:
 
 def _verified_text(model: StoredModel) -> str:
     if model.verified is None:
-        whole = model.state in ("complete", "part")
+        whole = model.state in ("complete", "part") and model.repo
         return f"not known; to do it: k2 models verify {model.name}" if whole else ""
     how = {"download": "its download", "push": "a push", "verify": "k2 models verify"}
     return f"{_date(model.verified.time, '%Y-%m-%d %H:%M')}, by {how[model.verified.by]}"

@@ -58,12 +58,10 @@ def contents_of(
         return Contents("part", sum(absent.values()), files)
     if whole and not lacking and not broken:
         return Contents("complete", 0, files)
-    if not any(name.endswith(_WEIGHTS) for name in (*present, *expected)) and not (
-        partial_bytes or INDEX_NAME in present or broken
-    ):
-        no_model = "config.json" not in present or any(_is_weights(name) for name in present)
-        return Contents("other" if no_model and present else "incomplete", None, files)
     weights = any(name.endswith(_WEIGHTS) for name in present)
+    known = weights or any(name.endswith(_WEIGHTS) for name in expected) or INDEX_NAME in present
+    if not known and any(_is_weights(name) for name in present):
+        return Contents("other", None, files)
     missing: int | None = sum(file.nbytes for file in lacking) if lacking else None
     if missing is None and not broken:
         missing = _missing_of_index(folder, present)
@@ -74,7 +72,7 @@ def contents_of(
         )
         got = got or (0 if lacking else sum(partial_bytes.values()))
         missing = max(0, missing - got)
-    config_only = not weights and not partial_bytes and "config.json" in present
+    config_only = "config.json" in present and not (weights or partial_bytes or broken)
     return Contents("config" if config_only else "incomplete", missing, files)
 
 

@@ -108,10 +108,9 @@ def described_folder(
     total = sum(present.values()) + sum(each.nbytes for each in leftovers)
     total += _size(extra) if extra is not None else 0
     changed = {
-        name: path.stat().st_ctime
+        path.relative_to(folder).as_posix(): path.stat().st_ctime
         for path in files
-        if (name := path.relative_to(folder).as_posix()) and not name.startswith(".")
-        if path.exists()
+        if path.exists() and not path.relative_to(folder).as_posix().startswith(".")
     }
     writer = writer_of_folder(folder)
     if kind == "converted" and not writer and contents.state != "complete":

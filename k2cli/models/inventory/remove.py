@@ -146,7 +146,10 @@ def _remove_contents(
         for file in other.files
         if other.commit not in commits
     }
-    for file in sorted(revision.files, key=lambda each: -each.nbytes):
+    largest = sorted(revision.files, key=lambda each: -each.nbytes)
+    # Then the config, so that what is left is not taken for one that was fetched alone.
+    rest = sorted(largest[1:], key=lambda each: each.name != "config.json")
+    for file in (*largest[:1], *rest):
         if file.blob is not None and file.blob not in kept:
             remove_content(repository, file.blob)
         file.path.unlink(missing_ok=True)

@@ -100,7 +100,7 @@ def _repository_models(
             verified=last_verified(revision.folder, changed) if is_whole else None,
             files=contents.files,
         )
-        seen |= sizes.keys()
+        seen.update(sizes)
 
 
 @dataclass(frozen=True, slots=True)
