@@ -93,7 +93,7 @@ def test_an_interrupted_removal_is_listed_as_incomplete_and_can_be_ended(
     old_record = SnapshotRecord("hub", "mock/model", "v1", OLD, tuple(record))
     write_record(new.with_name(OLD), old_record)
     saved = shutil.copytree(cache, tmp_path / "saved", symlinks=True)
-    real = os.unlink
+    real, ended = os.unlink, 0
     for number in range(1, 30):
         left = number
 
@@ -115,15 +115,17 @@ def test_an_interrupted_removal_is_listed_as_incomplete_and_can_be_ended(
             break  # it was not interrupted any more
         state = _listed()
         assert state[NEW].state == "complete"
-        assert state[OLD].state == ("complete" if number == 1 else "incomplete")
-        remove_models([state[OLD]])
+        if OLD in state:  # else only the lock file was left
+            assert state[OLD].state == ("complete" if number == 1 else "incomplete")
+            remove_models([state[OLD]])
+            ended += 1
         assert [*_listed()] == [NEW]
         scanned = scan_cache_dir(cache)
         assert not scanned.warnings
         assert scanned.size_on_disk == _size(small_model(2))
         shutil.rmtree(cache)
         shutil.copytree(saved, cache, symlinks=True)
-    assert number > 5
+    assert ended > 5
 
 
 def test_an_interrupted_download_is_incomplete_by_what_it_lacks(cache: Path) -> None:
