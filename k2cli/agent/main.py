@@ -56,7 +56,7 @@ def _weights_digests(folder: str, *names: str) -> Any:
 
 
 def _models(what: str, question: bytes) -> Any:
-    from k2cli.agent import stored_models  # slow to import
+    from k2cli.agent.weights import stored_models  # slow to import
 
     functions: dict[str, Callable[[Any], Any]] = {
         "list": stored_models.list_models,

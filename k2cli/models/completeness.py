@@ -1,4 +1,4 @@
-"""Whether a model's folder has all files that loading reads, by their names alone."""
+"""Check that a model's folder has all files that loading reads, by their names alone."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from k2cli.agent.stored_models import ModelQuestion, Pruned, Removal
+from k2cli.agent.weights.stored_models import ModelQuestion, Pruned, Removal
 from k2cli.errors import ClusterError, UsageError
 from k2cli.files import encode_json
 from k2cli.models.inventory.stored_model import ModelUse, StoredModels
@@ -15,6 +15,8 @@ from k2cli.nodes.parallel import map_in_parallel
 from k2cli.runs.model_use import launched_folders, models_in_use
 from k2cli.runs.record import list_runs
 from k2cli.transfer.choose import portable_reference
+
+__all__ = ["ModelsOnNodes", "NodeAnswer", "Pruned", "Removal"]
 
 _LIST_SECONDS = 60.0
 _REMOVE_SECONDS = 900.0

@@ -10,7 +10,7 @@ from k2cli.ui.output import note, print_line
 from k2cli.units import format_bytes, one_line
 
 if TYPE_CHECKING:
-    from k2cli.agent.stored_models import Removal
+    from k2cli.agent.weights.stored_models import Removal
     from k2cli.models.inventory.prune import PruneResult
     from k2cli.models.inventory.stored_model import StoredModel, StoredModels
 

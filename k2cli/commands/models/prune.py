@@ -51,13 +51,14 @@ def prune(
     items = {node: result.items for node, result in found}
     if any(items.values()) and not dry_run:
         options = f" --cluster {cluster}" if cluster else f" --nodes {nodes}" if nodes else ""
-        confirm(f"remove this, {format_bytes(total)}?", yes, f"k2 models prune{options}")
+        command = "k2 models prune" + options
+        confirm(f"remove this, {format_bytes(total)}?", yes, command)
         try:
             done = asked.prune(
                 older_than, {name: [item.path for item in each] for name, each in items.items()}
             )
         except KeyboardInterrupt:
-            note(f"\nto remove the rest: k2 models prune{options} --yes")
+            note(f"\nto remove the rest: {command} --yes")
             raise
         raise_problems(done)
         items = {each.node: each.answer.found.items for each in done if each.answer is not None}

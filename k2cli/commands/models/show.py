@@ -11,8 +11,7 @@ from k2cli.commands.models.path import ModelArgument
 from k2cli.commands.options import AsJson, NodeNames
 
 if TYPE_CHECKING:
-    from k2cli.agent.stored_models import Removal
-    from k2cli.transfer.stored import NodeAnswer
+    from k2cli.transfer.stored import NodeAnswer, Removal
 
 
 def show(

@@ -1,4 +1,4 @@
-"""What a model's folder has, and what it lacks: its state, its files, and what its config says."""
+"""State of a model's folder: the files that it has and lacks, and the words of its config."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _missing_of_index(folder: Path, present: Mapping[str, int]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a config says about a model, for people to read; empty where it says nothing."""
+    """Description of a model by its config, for people to read; empty where it says nothing."""
 
     format: str = ""
     architecture: str = ""

@@ -1,4 +1,4 @@
-"""What nothing needs on this machine: old revisions, remains of transfers, contents of none.
+"""Find and remove what nothing needs: old revisions, remains of transfers, contents of none.
 
 A revision is not needed if no branch or tag points to it, unless it was downloaded by its commit,
 or an alias of k2 names the commit. Nothing of a repository that is being written is touched.
@@ -53,7 +53,7 @@ class PruneItem(msgspec.Struct, frozen=True):
 
 
 class PruneResult(msgspec.Struct, frozen=True):
-    """What can be removed, and what was left alone although it looks alike, with the reason."""
+    """Things that can be removed, and those that look alike but are kept, with the reason."""
 
     items: tuple[PruneItem, ...]
     kept: tuple[str, ...] = ()

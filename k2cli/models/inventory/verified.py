@@ -1,4 +1,4 @@
-"""When each file of a model was last compared with its hash, and by what.
+"""Times at which each file of a model was last compared with its hash, and by what.
 
 Downloads and pushes of k2 hash every byte on its way, and ``k2 models verify`` reads the files
 again.

@@ -1,4 +1,4 @@
-"""Whether a download or a push is writing to a model's folder, by the locks that they hold.
+"""Detection of downloads and pushes that write to a model's folder, by the locks that they hold.
 
 The Hub library and k2 lock each content in ``.locks/REPOSITORY/HASH.lock`` while they fetch it, and
 a receiver of a push locks ``.k2-incoming.lock`` in the folder that it writes to.

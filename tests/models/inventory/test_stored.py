@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import scan_cache_dir, snapshot_download
 
-from k2cli.agent.stored_models import ModelQuestion, describe_model, plan_removal, remove
+from k2cli.agent.weights.stored_models import ModelQuestion, describe_model, plan_removal, remove
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.inventory.hub_cache import read_hub_cache
 from k2cli.models.inventory.known_folders import mark_made, remember_folder

@@ -42,7 +42,7 @@ class ModelQuestion(msgspec.Struct, frozen=True):
 
 
 class Removal(msgspec.Struct, frozen=True):
-    """What a removal removes, or the reason why nothing is removed."""
+    """The models that a removal removes, or the reason why nothing is removed."""
 
     models: tuple[StoredModel, ...] = ()
     freed_bytes: int = 0
@@ -51,7 +51,7 @@ class Removal(msgspec.Struct, frozen=True):
 
 
 class Pruned(msgspec.Struct, frozen=True):
-    """What can be removed, or the reason why that is not known or failed."""
+    """Things that can be removed, or the reason why that is not known or failed."""
 
     found: PruneResult = PruneResult(())
     problem: str = ""
