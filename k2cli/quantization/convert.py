@@ -18,7 +18,7 @@ from k2cli.errors import K2Error
 from k2cli.files import open_regular
 from k2cli.models.checkpoint import StoredTensor, read_checkpoint
 from k2cli.models.files import folder_being_made
-from k2cli.models.inventory.known_folders import mark_made, remember_folder
+from k2cli.models.inventory.known_folders import remember_folder, stamps_of
 from k2cli.models.layout import INDEX_NAME
 from k2cli.models.safetensors import ShardWriter
 from k2cli.quantization.events import (
@@ -90,7 +90,8 @@ def quantize(
         largest = yield from _write_tensors(folder, conversion, piece_bytes)
         _write_config(folder, conversion)
         _copy_files(source, folder)
-        mark_made(folder, "quantize", str(source), str(recipe))
+    made = stamps_of(destination)
+    remember_folder(destination, "quantize", made, source=str(source), recipe=str(recipe))
     yield _result(conversion, destination, recipe, peak_bytes=_peak_bytes() + largest)
 
 

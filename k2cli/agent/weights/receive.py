@@ -42,7 +42,7 @@ from k2cli.agent.weights.messages import (
 from k2cli.agent.weights.place import Place, check_folder, check_offer, place_of
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.files import open_regular, unwritable, write_atomically
-from k2cli.models.inventory.known_folders import remember_folder
+from k2cli.models.inventory.known_folders import Stamp, remember_folder
 from k2cli.models.inventory.verified import note_verified
 from k2cli.models.part import write_part_list
 
@@ -102,8 +102,6 @@ class Receiver:
         self._offer, self._place = offer, place_of(offer.target)
         check_folder(self._place, offer.files, tuple(offer.absent))
         self._take_lock()
-        if offer.target.kind == "path":
-            remember_folder(self._place.folder, "push")
         self._files = incoming_files(self._place, offer.files)
         total = sum(file.nbytes for file in offer.files)
         count = Count(lambda done: self._events.send(Checked(done, total)))
@@ -144,10 +142,19 @@ class Receiver:
             self._files[index].digest = ""
         for index in begin.replaced:
             self._files[index].miss_everything()
+        self._remember()
         for index, file in enumerate(self._files):
             if not file.missing:
                 # Nothing is sent of an empty file, and of one whose last segment came before.
                 self._complete(index, there=file.is_there)
+
+    def _remember(self) -> None:
+        """Note the folder, and which files in it k2 writes: the user may have had others there."""
+        if self._offer is None or self._offer.target.kind != "path":
+            return
+        written = [file.offer for file in self._files if file.missing]
+        files = {file.name: Stamp(file.nbytes, file.modified_ns) for file in written}
+        remember_folder(self._place.folder, "push", files)
 
     def _listen(self, order: Listen) -> Listening:
         try:

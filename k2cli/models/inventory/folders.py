@@ -11,9 +11,9 @@ from k2cli.errors import K2Error
 from k2cli.models.catalog import WheelSource, catalog
 from k2cli.models.inventory.contents import contents_of, describe_config
 from k2cli.models.inventory.hub_cache import Leftover, leftover
-from k2cli.models.inventory.known_folders import known_folders, mark_of, own_files
+from k2cli.models.inventory.known_folders import known_folder, known_folders, own_files
 from k2cli.models.inventory.stored_model import Kind, StoredModel
-from k2cli.models.inventory.verified import last_verified
+from k2cli.models.inventory.verified import is_read, last_verified
 from k2cli.models.inventory.writers import is_held, writer_of_folder
 from k2cli.models.json_files import read_json_if_present
 from k2cli.models.part import FOLDER
@@ -104,13 +104,13 @@ def described_folder(
     broken = sum(not path.exists() for path in files)
     contents = contents_of(folder, present, broken, record, partial)
     about = describe_config(folder)
-    mark = mark_of(folder)
+    known = known_folder(folder)
     total = sum(present.values()) + sum(each.nbytes for each in leftovers)
     total += _size(extra) if extra is not None else 0
     changed = {
-        path.relative_to(folder).as_posix(): path.stat().st_ctime
-        for path in files
-        if path.exists() and not path.relative_to(folder).as_posix().startswith(".")
+        each: path.stat().st_ctime
+        for each, path in ((path.relative_to(folder).as_posix(), path) for path in files)
+        if is_read(each) and path.exists()
     }
     writer = writer_of_folder(folder)
     if kind == "converted" and not writer and contents.state != "complete":
@@ -129,7 +129,7 @@ def described_folder(
         format=about.format,
         architecture=about.architecture,
         quantization=about.quantization,
-        source=mark.source if mark is not None else source,
+        source=known.source if known is not None else source,
         writer=writer if contents.state != "complete" else "",
         verified=last_verified(folder, changed) if contents.state in ("complete", "part") else None,
         kept_because="" if kind == "converted" or own_files(folder) else _NOT_K2S,

@@ -1,7 +1,7 @@
-"""Folders outside k2's own stores that have a model, and which of their files k2 wrote.
+"""Folders outside k2's own stores to which k2 wrote a model, and the files that it wrote there.
 
 k2 remembers each folder to which it quantized, downloaded or received a model, so that it can list
-it. A mark inside a folder that k2 made names the files that may be removed again.
+it and remove those files again. It does so in a folder of its own, since these may be the user's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -24,26 +24,26 @@ from k2cli.settings import data_directory
 
 Origin = Literal["quantize", "download", "push"]
 _LIMIT_BYTES = 16 * 2**20
-_MARK = Path(".cache", "k2", "made.json")
+_TICK_NS = 2 * 10**9
+"""Precision of the times of files on exFAT."""
+
+
+class Stamp(msgspec.Struct, frozen=True):
+    """Size and time of change of a file that k2 wrote, by which it is known again."""
+
+    bytes: int
+    modified_ns: int
 
 
 class KnownFolder(msgspec.Struct, frozen=True):
-    """A folder to which k2 wrote a model, and by which command."""
+    """A folder to which k2 wrote a model: by which command, from what, and which files."""
 
     path: str
     origin: Origin
     created: float = 0.0
-    schema_version: int = 1
-
-
-class MadeBy(msgspec.Struct, frozen=True):
-    """Mark in a folder that k2 made: the command, its source, and the names of the files."""
-
-    origin: Origin
-    files: tuple[str, ...]
     source: str = ""
     recipe: str = ""
-    created: float = 0.0
+    files: dict[str, Stamp] = {}
     schema_version: int = 1
 
 
@@ -51,23 +51,46 @@ def _folder() -> Path:
     return data_directory() / "known-folders"
 
 
+def folder_key(path: Path) -> str:
+    """Return a name for a folder that two folders do not share."""
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+
+
 def _entry(path: Path) -> Path:
-    return _folder() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.json"
+    return _folder() / f"{folder_key(path)}.json"
 
 
-def remember_folder(folder: Path, origin: Origin) -> None:
-    """Remember that a folder has a model; without effect if k2's own folder cannot be written."""
-    path = folder.resolve()
-    text = os.fsdecode(os.fsencode(path))
-    known = KnownFolder(text, origin, time.time())
+def remember_folder(
+    folder: Path,
+    origin: Origin,
+    files: Mapping[str, Stamp] | None = None,
+    *,
+    source: str = "",
+    recipe: str = "",
+) -> None:
+    """Remember that k2 writes a model to a folder; nothing if that cannot be noted.
+
+    Args:
+        files: those that it wrote or is about to write; they are added to those known before.
+    """
     with suppress(OSError, K2Error):
+        earlier = known_folder(folder)
+        every = {**(earlier.files if earlier is not None else {}), **(files or {})}
+        path = str(folder.resolve())
+        known = KnownFolder(path, origin, time.time(), source, recipe, every)
         _folder().mkdir(parents=True, exist_ok=True)
-        write_atomically(_entry(path), encode_json(known))
+        write_atomically(_entry(folder), encode_json(known))
 
 
 def forget_folder(folder: Path) -> None:
     """Forget a folder that was removed."""
-    _entry(folder.resolve()).unlink(missing_ok=True)
+    _entry(folder).unlink(missing_ok=True)
+
+
+def known_folder(folder: Path) -> KnownFolder | None:
+    """Return what is remembered of a folder; None if nothing is."""
+    known = _read(_entry(folder))
+    return known if known is not None and known.path == str(folder.resolve()) else None
 
 
 def known_folders() -> list[KnownFolder]:
@@ -75,52 +98,46 @@ def known_folders() -> list[KnownFolder]:
 
     One that does not exist may be on a disk that is not mounted, so it is not forgotten.
     """
-    found = []
-    for entry in _folder().glob("*.json"):
-        with suppress(OSError, msgspec.DecodeError):
-            known = decode_json(read_regular(entry, _LIMIT_BYTES), KnownFolder)
-            if Path(known.path).is_absolute():
-                found.append(known)
+    found = [known for path in _folder().glob("*.json") if (known := _read(path)) is not None]
     return sorted(found, key=lambda known: known.path)
 
 
-def mark_made(folder: Path, origin: Origin, source: str, recipe: str) -> None:
-    """Write the mark into a folder whose files k2 has all written.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    files = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    )
-    mark = MadeBy(origin, tuple(files), source, recipe, time.time())
-    (folder / _MARK).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _MARK, encode_json(mark))
+def _read(entry: Path) -> KnownFolder | None:
+    with suppress(OSError, msgspec.DecodeError):
+        known = decode_json(read_regular(entry, _LIMIT_BYTES), KnownFolder)
+        if Path(known.path).is_absolute() and all(map(is_safe_name, known.files)):
+            return known
+    return None
 
 
-def mark_of(folder: Path) -> MadeBy | None:
-    """Read the mark of a folder that k2 made; None if it has none."""
-    try:
-        mark = decode_json(read_regular(folder / _MARK, _LIMIT_BYTES), MadeBy)
-    except (OSError, msgspec.DecodeError):
-        return None
-    return mark if all(map(is_safe_name, mark.files)) else None
+def stamps_of(folder: Path) -> dict[str, Stamp]:
+    """Return size and time of change of each file of a folder that k2 has made."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            status = path.stat()
+            name = path.relative_to(folder).as_posix()
+            found[name] = Stamp(status.st_size, status.st_mtime_ns)
+    return found
 
 
 def own_files(folder: Path) -> tuple[str, ...]:
-    """Return the names of the files of a folder that k2 wrote: quantized, or downloaded to it."""
-    if (mark := mark_of(folder)) is not None:
-        return mark.files
-    record = recorded_snapshot(folder)
-    if record is None or record.written_by != "k2":
-        return ()
-    # A file of another size is one that the user had there before an interrupted download.
-    sizes = {file.name: file.nbytes for file in record.files}
-    return tuple(name for name, size in sizes.items() if _size(folder / name) == size)
+    """Return the names of the files of a folder that k2 wrote and nobody has changed since."""
+    known, record = known_folder(folder), recorded_snapshot(folder)
+    stamps = known.files if known is not None else {}
+    own = [name for name, stamp in stamps.items() if _is_as(folder / name, stamp)]
+    if record is not None and record.written_by == "k2":
+        # A file of another size is one that the user had there before an interrupted download.
+        own += [f.name for f in record.files if _is_as(folder / f.name, Stamp(f.nbytes, 0))]
+    return tuple(dict.fromkeys(own))
 
 
-def _size(path: Path) -> int | None:
-    return path.lstat().st_size if path.is_file() and not path.is_symlink() else None
+def _is_as(path: Path, stamp: Stamp) -> bool:
+    if not path.is_file() or path.is_symlink():
+        return False
+    status = path.stat()
+    same_time = abs(status.st_mtime_ns - stamp.modified_ns) <= _TICK_NS or not stamp.modified_ns
+    return status.st_size == stamp.bytes and same_time
 
 
 def notes_of(folder: Path) -> Iterable[Path]:

@@ -29,6 +29,7 @@ from k2cli.models.inventory.hub_cache import (
 from k2cli.models.inventory.known_folders import forget_folder, notes_of, own_files
 from k2cli.models.inventory.stored import revision_parts
 from k2cli.models.inventory.stored_model import StoredModel
+from k2cli.models.inventory.verified import note_path
 from k2cli.models.inventory.writers import (
     held,
     refuse_writer,
@@ -287,6 +288,7 @@ def _remove_folder(folder: Path, name: str) -> None:
     with suppress(OSError):
         folder.rmdir()
     forget_folder(folder)
+    note_path(folder).unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:

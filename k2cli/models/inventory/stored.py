@@ -18,7 +18,7 @@ from k2cli.models.inventory.hub_cache import (
     read_hub_cache,
 )
 from k2cli.models.inventory.stored_model import StoredModel, StoredModels
-from k2cli.models.inventory.verified import last_verified
+from k2cli.models.inventory.verified import is_read, last_verified
 from k2cli.models.inventory.writers import writer_of_repository
 from k2cli.models.sources.cache_layout import cache_folder
 from k2cli.models.sources.snapshot_record import SnapshotRecord, recorded_snapshot
@@ -78,7 +78,7 @@ def _repository_models(
         sizes = {file.identity: file.nbytes for file in revision.files if file.identity}
         partial = sum(each.nbytes for each in part.leftovers)
         about = describe_config(revision.folder)
-        changed = {f.name: f.changed for f in revision.files if not f.name.startswith(".")}
+        changed = {f.name: f.changed for f in revision.files if is_read(f.name)}
         is_whole = contents.state in ("complete", "part")
         yield StoredModel(
             name=_typed_name(repository, revision, aliases, part.record),

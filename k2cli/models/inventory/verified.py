@@ -17,7 +17,10 @@ from typing import Literal
 import msgspec
 
 from k2cli.files import decode_json, encode_json, read_regular, write_atomically
+from k2cli.models.inventory.known_folders import folder_key
+from k2cli.models.layout import INDEX_NAME, supporting_files
 from k2cli.models.sources.snapshot_record import record_path
+from k2cli.settings import data_directory
 
 _LIMIT_BYTES = 16 * 2**20
 _CLOCK_SECONDS = 0.1
@@ -39,11 +42,13 @@ class _Note(msgspec.Struct, frozen=True):
 
 
 def note_path(folder: Path) -> Path:
-    """Return the file with the times, beside the record of the model's files.
+    """Return the file with the times: in a repository of the Hub's cache, or else in k2's folder.
 
     Revisions of one repository share their contents, and so this file.
     """
-    return record_path(folder).with_name("verified.json")
+    if folder.parent.name == "snapshots":
+        return record_path(folder).with_name("verified.json")
+    return data_directory() / "verified" / f"{folder_key(folder)}.json"
 
 
 def _key(folder: Path, name: str) -> str:
@@ -70,6 +75,12 @@ def _read(path: Path) -> dict[str, Verified]:
         return decode_json(read_regular(path, _LIMIT_BYTES), _Note).files
     except (OSError, msgspec.DecodeError):
         return {}
+
+
+def is_read(name: str) -> bool:
+    """True for a file that loading reads, whose verification counts."""
+    is_weight = name.endswith(".safetensors") and not name.startswith(".")
+    return is_weight or name == INDEX_NAME or bool(supporting_files([name]))
 
 
 def last_verified(folder: Path, changed: Mapping[str, float]) -> Verified | None:

@@ -14,7 +14,7 @@ from huggingface_hub import scan_cache_dir, snapshot_download
 from k2cli.agent.weights.stored_models import ModelQuestion, describe_model, plan_removal, remove
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.inventory.hub_cache import read_hub_cache
-from k2cli.models.inventory.known_folders import mark_made, remember_folder
+from k2cli.models.inventory.known_folders import remember_folder, stamps_of
 from k2cli.models.inventory.lookup import matching_models
 from k2cli.models.inventory.prune import find_prunable, prune
 from k2cli.models.inventory.remove import freed_bytes, remove_models, remove_revisions
@@ -267,8 +267,7 @@ def test_a_folder_of_the_user_stays_and_one_that_k2_made_goes(cache: Path, tmp_p
         folder.mkdir()
         for name, data in small_model(1).items():
             (folder / name).write_bytes(data)
-    remember_folder(made, "quantize")
-    mark_made(made, "quantize", "mock/model", "4bit")
+    remember_folder(made, "quantize", stamps_of(made), source="mock/model")
     (made / "notes.txt").write_text("the user's")
     refused = plan_removal(ModelQuestion(str(own)))
     assert "it did not write this folder" in refused.problem
