@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def list_models(cluster: OfCluster = None, nodes: NodeNames = None, json: AsJson = False) -> None:
     """List the models on this machine, whether they are complete, and what uses them.
 
-    It shows the Hub's cache, models that k2 converted, and folders to which k2 wrote a model or
-    from which it launched one. With --cluster, it shows what each machine has.
+    These are the Hub's cache, converted models, and folders to which a model was written or from
+    which one was launched. With --cluster, it shows what each machine has.
 
     Example: k2 models list --cluster studios
     """
