@@ -32,7 +32,10 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"commands", "ui"},
     "protocol": set(),
-    "sharding": {"models.config_form", "models.config_consistency", "models.class_defaults"},
+    "sharding": {
+        "models.config_form", "models.rope_form", "models.config_consistency",
+        "models.class_defaults",
+    },
     "models": set(),
     "client": set(),
     "ui": set(),  # but the types of values that it shows, for typing only
@@ -52,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "supervisor": {"launch", "runs", "cluster", "nodes", "agent", "protocol"},
     "server": {"protocol"},
-    "guard": {"server", "protocol", "models.text", "agent.locks"},
+    "guard": {"server", "protocol", "models.text", "models.json_files", "agent.locks"},
     "rank": {"protocol", "sharding", "models"},
     "commands": {
         "ui", "client", "chat", "planning", "quantization", "bench", "nodes", "cluster", "runs",

@@ -80,14 +80,21 @@ def _take_port(endpoint: HttpEndpoint) -> tuple[socket.socket, int]:
 
 
 def _served_model(bootstrap: Bootstrap) -> ServedModel:
-    """Describe the model of a run that has an API."""
-    from k2cli.server.served_model import load_served_model
+    """Describe the model of a run that has an API.
+
+    Raises:
+        K2Error: if the model's ``generation_config.json`` cannot be used.
+    """
+    from k2cli.models.json_files import read_generation_config
+    from k2cli.server.served_model import served_model_from
 
     assignment, endpoint = bootstrap.assignment, bootstrap.http
     assert endpoint is not None
     return replace(
-        load_served_model(
-            Path(assignment.model_path), bootstrap.model_name, assignment.context_length
+        served_model_from(
+            read_generation_config(Path(assignment.model_path)),
+            bootstrap.model_name,
+            assignment.context_length,
         ),
         api_key=endpoint.api_key,
         allowed_hosts=frozenset(name.lower() for name in (endpoint.host, *endpoint.allowed_hosts)),

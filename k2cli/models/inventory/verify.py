@@ -20,8 +20,9 @@ from typing import Literal
 
 from k2cli.errors import K2Error
 from k2cli.files import open_regular
-from k2cli.models.checkpoint import read_checkpoint, read_safetensors_header
+from k2cli.models.checkpoint import read_checkpoint
 from k2cli.models.layout import is_own
+from k2cli.models.safetensors_header import read_safetensors_header
 
 _CHUNK_BYTES = 2**20
 _DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")

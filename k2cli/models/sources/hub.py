@@ -24,7 +24,7 @@ from k2cli.models.sources.cache_layout import cache_folder, repository_folder
 from k2cli.models.sources.expected_files import ExpectedFile, expected_file
 from k2cli.models.sources.file_names import is_safe_name
 from k2cli.models.sources.http_source import HttpService, retry_after
-from k2cli.proxies import proxy_errors
+from k2cli.proxies import proxy_errors, unreachable
 from k2cli.units import one_line
 
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
@@ -400,10 +400,10 @@ def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
             path = Path(os.fsdecode(error.filename or cache_folder()))
             return unwritable(error, path)
     text = str(error).strip() or type(error).__name__
-    return K2Error(
-        f"cannot fetch {name} from the Hub: {text.splitlines()[0]}",
-        "check the network, and HF_ENDPOINT if you set it",
+    through, hint = unreachable(
+        constants.ENDPOINT, "check the network, and HF_ENDPOINT if you set it"
     )
+    return K2Error(f"cannot fetch {name} from the Hub{through}: {text.splitlines()[0]}", hint)
 
 
 def _bar_class(progress: Progress | None) -> Any:

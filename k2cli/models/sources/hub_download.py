@@ -13,7 +13,7 @@ from k2cli.files import unwritable
 from k2cli.models.checkpoint import read_index
 from k2cli.models.inventory.known_folders import remember_folder
 from k2cli.models.inventory.verified import note_verified
-from k2cli.models.layout import INDEX_NAME, refuse_without_safetensors
+from k2cli.models.layout import INDEX_NAME, no_safetensors_error
 from k2cli.models.sources import hub
 from k2cli.models.sources.awake import kept_awake
 from k2cli.models.sources.byte_source import ByteSource, FolderSource
@@ -79,7 +79,7 @@ def plan_download(
     layout = _layout(listing, destination)
     chosen = choose_files(listing.sizes, _weight_map(listing, layout), repo, selection)
     if not chosen.names:
-        raise refuse_without_safetensors(listing.sizes, repo, repo)
+        raise no_safetensors_error(listing.sizes, repo, repo)
     return _planned(listing, layout, chosen.names, whole=chosen.whole)
 
 
