@@ -71,7 +71,11 @@ ALLOWED_FOR_TYPING = {"ui": DOMAINS}
 
 # Third-party module -> where alone it may be imported; an entry ending in a slash is a folder.
 ONLY_IN = {
-    "huggingface_hub": {"models/sources/hub.py", "models/sources/cache_layout.py"},
+    "huggingface_hub": {
+        "models/sources/hub.py",
+        "models/sources/hub_errors.py",
+        "models/sources/cache_layout.py",
+    },
     "mlx_lm": {"mlx_lm_package.py"},
     "transformers": set[str](),
     "torch": set[str](),

@@ -25,7 +25,7 @@ from k2cli.settings import RUN_OPTION
 
 if TYPE_CHECKING:
     from k2cli.server.killable_reader import KillableReader
-    from k2cli.server.request_reader import RequestReader
+    from k2cli.server.reader_queues import RequestReader
     from k2cli.server.served_model import ServedModel
 
 _GRACEFUL_SECONDS = 2
@@ -152,7 +152,7 @@ def _build_server(
     from k2cli.guard.output_format import output_format_of
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
-    from k2cli.server.request_reader import ProcessReader
+    from k2cli.server.reader_queues import ProcessReader
 
     class GuardedServer(uvicorn.Server):
         """A uvicorn server that does not replace the guard's signal handlers."""

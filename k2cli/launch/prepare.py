@@ -45,7 +45,7 @@ from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.plan import plan_to_json
 from k2cli.protocol import HttpEndpoint
 from k2cli.runs.record import RankRecord, RunRecord, new_run_id, prune_records, save_record
-from k2cli.transfer.choose import portable_reference
+from k2cli.transfer.choose_push import portable_reference
 from k2cli.transfer.request import OnPushEvent
 from k2cli.units import format_bytes
 

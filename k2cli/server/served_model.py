@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from k2cli.server.output.formats import OutputFormat
+from k2cli.server.output.output_format import OutputFormat
 from k2cli.units import MIB
 
 DEFAULT_MAX_BODY_BYTES = 32 * MIB

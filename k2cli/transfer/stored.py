@@ -14,7 +14,7 @@ from k2cli.nodes.node import LOCALHOST, Node
 from k2cli.nodes.parallel import map_in_parallel
 from k2cli.runs.model_use import launched_folders, models_in_use
 from k2cli.runs.record import list_runs
-from k2cli.transfer.choose import portable_reference
+from k2cli.transfer.choose_push import portable_reference
 
 __all__ = ["ModelsOnNodes", "NodeAnswer", "Pruned", "Removal"]
 

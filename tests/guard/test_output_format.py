@@ -13,10 +13,10 @@ import pytest
 from k2cli.errors import K2Error
 from k2cli.guard.output_format import output_format_of
 from k2cli.models.text.tokenizer import Tokenizer
-from k2cli.server.conversation import OutputOptions
+from k2cli.server.client_request import OutputOptions
 from k2cli.server.killable_reader import KillableReader
 from k2cli.server.reader_messages import ReaderSettings
-from k2cli.server.request_reader import ProcessReader
+from k2cli.server.reader_queues import ProcessReader
 from lab.toy_k2.template import K25_TEMPLATE
 
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]

@@ -14,8 +14,8 @@ import pytest
 
 from k2cli.protocol import PromptProgress, Tokens
 from k2cli.server import streaming
-from k2cli.server.conversation import OutputOptions
-from k2cli.server.dialects.anthropic_messages import SIGNATURE
+from k2cli.server.client_request import OutputOptions
+from k2cli.server.dialects.anthropic_writer import SIGNATURE
 from k2cli.server.output.events import (
     AnswerText,
     CallArguments,
@@ -24,8 +24,8 @@ from k2cli.server.output.events import (
     OutputEvent,
     ReasoningText,
 )
-from k2cli.server.output.formats import OutputFormat
-from k2cli.server.text import Piece
+from k2cli.server.output.output_format import OutputFormat
+from k2cli.server.text_assembler import Piece
 from tests.server.requests import QUESTION, SERVED, encode, post, prompt_of
 from tests.server.scripted import Hang, ScriptedEngine, finished, serving
 

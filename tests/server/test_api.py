@@ -156,10 +156,11 @@ def test_while_others_are_served(
 def test_extensions_template_arguments_and_tools(engine: ScriptedEngine, url: str) -> None:
     engine.answer("ok")
     parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief"}]
+    calls = [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]
     body = {
         "messages": [
             {"role": "developer", "content": parts},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "refusal": None},
+            {"role": "assistant", "content": None, "tool_calls": calls, "refusal": None},
             {"role": "tool", "content": "42", "tool_call_id": "1"},
         ],
         "tools": [{"type": "function", "function": {"name": "f"}}],

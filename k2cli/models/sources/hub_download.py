@@ -30,10 +30,10 @@ from k2cli.models.sources.events import Event, OnEvent, StepStarted
 from k2cli.models.sources.file_names import check_names
 from k2cli.models.sources.http_source import HttpSource
 from k2cli.models.sources.hub_headers import read_weight_map
-from k2cli.models.sources.range_stream import TransferOptions
+from k2cli.models.sources.parallel_download import FileFinished, ParallelDownload
+from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.selection import Selection, choose_files
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
-from k2cli.models.sources.transfer import FileFinished, Transfer
 from k2cli.units import format_bytes
 
 
@@ -111,7 +111,7 @@ def _planned(
 
 
 def run_download(
-    download: HubDownload, options: TransferOptions, on_event: OnEvent, *, xet: bool = False
+    download: HubDownload, options: DownloadOptions, on_event: OnEvent, *, xet: bool = False
 ) -> None:
     """Fetch what is missing, verify it, and record the revision and the hashes of its files.
 
@@ -163,14 +163,14 @@ def _transfer(
     listing: hub.Listing,
     layout: Layout,
     places: Sequence[CachePlace | FolderPlace],
-    options: TransferOptions,
+    options: DownloadOptions,
     on_event: OnEvent,
 ) -> None:
     service = hub.http_service(listing.repo, listing.commit)
     source = HttpSource(service, options.streams, options.read_timeout_seconds)
     try:
         with_sources = [(place, _nearest(listing, layout, place, source)) for place in places]
-        Transfer(with_sources, options, on_event).run()
+        ParallelDownload(with_sources, options, on_event).run()
     finally:
         source.close()
 
@@ -237,7 +237,7 @@ def download_files(
     destination: Path | None = None,
     *,
     again: bool = False,
-    options: TransferOptions | None = None,
+    options: DownloadOptions | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> Path:
     """Fetch files of a repository by name, verify them, and return the model's folder.
@@ -262,5 +262,5 @@ def download_files(
         for place in layout.places([listing.expected(name) for name in names], write=False):
             place.discard()
     download = _planned(listing, layout, sorted(names), whole=False)
-    run_download(download, options or TransferOptions(), on_event)
+    run_download(download, options or DownloadOptions(), on_event)
     return layout.folder

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import tokenizers
 
     from k2cli.models.text.chat_template import ChatTemplate, TemplateSources
-    from k2cli.models.text.conversation import ConversationRenderer
+    from k2cli.models.text.conversation_renderer import ConversationRenderer
 
 _NFC_SHRINKS = 4
 """Bytes of a text before NFC per byte after it, at most.
@@ -229,7 +229,7 @@ class Tokenizer:
 
     def _renderer(self, *, with_tools: bool) -> ConversationRenderer:
         if with_tools not in self._renderers:
-            from k2cli.models.text.conversation import ConversationRenderer
+            from k2cli.models.text.conversation_renderer import ConversationRenderer
 
             template = self.template(with_tools=with_tools)
             if template is None and (others := self.template_sources.others):

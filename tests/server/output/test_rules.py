@@ -7,7 +7,7 @@ import json
 import pytest
 
 from k2cli.errors import K2Error
-from k2cli.server.conversation import OutputOptions
+from k2cli.server.client_request import OutputOptions
 from k2cli.server.output.emitter import MAX_CALLS
 from k2cli.server.output.events import (
     AnswerText,
@@ -17,7 +17,7 @@ from k2cli.server.output.events import (
     ReasoningBlock,
     TextBlock,
 )
-from k2cli.server.output.formats import (
+from k2cli.server.output.output_format import (
     OutputFormat,
     choose_output_format,
     known_reasoning_parsers,

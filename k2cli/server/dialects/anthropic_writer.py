@@ -13,7 +13,7 @@ from typing import Any
 from k2cli.protocol import PromptProgress
 from k2cli.server.dialects.anthropic_ids import client_id
 from k2cli.server.dialects.error_responses import anthropic_error
-from k2cli.server.dialects.writer import AnswerContext, sse_event
+from k2cli.server.dialects.writer import AnswerContext, BlankStart, sse_event
 from k2cli.server.errors import ApiError
 from k2cli.server.generation import Ended, Idle, Step
 from k2cli.server.output.events import (
@@ -55,8 +55,7 @@ class MessagesWriter:
         self._started = False
         self._index = -1
         self._open: str | None = None
-        self._held: list[str] = []
-        self._held_kind = ""
+        self._blank = BlankStart()
 
     # --- the stream -------------------------------------------------------------------------------
 
@@ -107,15 +106,10 @@ class MessagesWriter:
 
     def _text(self, kind: str, text: str) -> bytes:
         if self._open == kind:
-            self._held = []
+            self._blank.clear()
             return self._delta({"type": _DELTAS[kind], kind: text}) if text else b""
-        # The letters that begin a block wait for one that is not white space.
-        if self._held_kind != kind:
-            self._held, self._held_kind = [], kind
-        self._held.append(text)
-        if not text.strip():
+        if not (text := self._blank.add(kind, text)):
             return b""
-        text, self._held = "".join(self._held), []
         block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
         begun = self._close() + self._begin(kind, block)
         return begun + self._delta({"type": _DELTAS[kind], kind: text})
@@ -129,7 +123,8 @@ class MessagesWriter:
         return self._block_event("content_block_delta", delta=delta)
 
     def _close(self) -> bytes:
-        kind, self._open, self._held = self._open, None, []
+        kind, self._open = self._open, None
+        self._blank.clear()
         if kind is None:
             return b""
         signed = b""
