@@ -276,19 +276,28 @@ def _remove_folder(folder: Path, name: str) -> None:
             if leftover(path) is not None:
                 path.unlink(missing_ok=True)
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        for notes in notes_of(folder):
-            shutil.rmtree(notes, ignore_errors=True)
         (folder / INCOMING_LOCK).unlink(missing_ok=True)
-    for parent in {path.parent for path in paths} | {folder / ".cache" / "huggingface"}:
+    for parent in {path.parent for path in paths}:
         _remove_empty(parent, folder)
-    for path in (folder / ".cache" / "CACHEDIR.TAG", folder / ".cache" / ".gitignore"):
-        path.unlink(missing_ok=True)
-    with suppress(OSError):
-        (folder / ".cache").rmdir()
+    if (folder / ".cache").resolve().is_relative_to(inside):
+        _remove_folder_notes(folder)
     with suppress(OSError):
         folder.rmdir()
     forget_folder(folder)
     note_path(folder).unlink(missing_ok=True)
+
+
+def _remove_folder_notes(folder: Path) -> None:
+    """Remove what download tools and k2 noted about a folder, and their folders if empty."""
+    library = folder / ".cache" / "huggingface"
+    for notes in notes_of(folder):
+        if not notes.parent.is_symlink():
+            shutil.rmtree(notes, ignore_errors=True)
+    if not library.is_symlink():
+        for name in ("CACHEDIR.TAG", ".gitignore"):
+            (library / name).unlink(missing_ok=True)
+        _remove_empty(library, folder)
+    _remove_empty(folder / ".cache", folder)
 
 
 def _size(path: Path) -> int:

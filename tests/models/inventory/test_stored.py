@@ -340,3 +340,31 @@ def test_a_model_is_found_by_each_of_its_names(cache: Path) -> None:
         commits("mock/absent")
     with pytest.raises(UsageError, match="there is no model"):
         commits("nonsense")
+
+
+def test_a_download_to_a_folder_is_removed_without_what_the_user_has_there(
+    cache: Path, tmp_path: Path
+) -> None:
+    """A file that the user has changed since, and notes that lead elsewhere, are not k2's."""
+    folder, elsewhere = tmp_path / "to", tmp_path / "elsewhere"
+    (elsewhere / "k2").mkdir(parents=True)
+    (elsewhere / "k2" / "kept").write_text("the user's")
+    folder.mkdir()
+    files = small_model(1)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    expected = [ExpectedFile(n, len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items()]
+    write_record(folder, SnapshotRecord("hub", "mock/model", "main", NEW, tuple(expected)))
+    remember_folder(folder, "download")
+    (folder / "config.json").write_text('{"the user": "changed it"}')
+    (model,) = stored_models().models
+    assert (model.repo, model.commit, model.state) == ("mock/model", NEW, "incomplete")
+    remove_models([model])
+    assert [path.name for path in _files(folder)] == ["config.json"]
+
+    (folder / ".cache").symlink_to(elsewhere)
+    (folder / "model.safetensors").write_bytes(b"x")
+    remember_folder(folder, "quantize", stamps_of(folder))
+    remove_models(stored_models().models)
+    assert [path.name for path in _files(folder)] == [".cache"]
+    assert (elsewhere / "k2" / "kept").exists()
