@@ -11,7 +11,7 @@ from k2cli.errors import K2Error
 from k2cli.models.catalog import WheelSource, catalog
 from k2cli.models.inventory.contents import contents_of, describe_config
 from k2cli.models.inventory.hub_cache import Leftover, leftover
-from k2cli.models.inventory.known_folders import known_folder, known_folders, own_files
+from k2cli.models.inventory.known_folders import known_folder, known_folders, may_remove
 from k2cli.models.inventory.stored_model import Kind, StoredModel
 from k2cli.models.inventory.verified import is_read, last_verified
 from k2cli.models.inventory.writers import is_held, writer_of_folder
@@ -132,7 +132,7 @@ def described_folder(
         source=known.source if known is not None else source,
         writer=writer if contents.state != "complete" else "",
         verified=last_verified(folder, changed) if contents.state in ("complete", "part") else None,
-        kept_because="" if kind == "converted" or own_files(folder) else _NOT_K2S,
+        kept_because="" if kind == "converted" or may_remove(folder) else _NOT_K2S,
         files=contents.files,
     )
 

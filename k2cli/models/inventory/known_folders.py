@@ -132,6 +132,16 @@ def own_files(folder: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(own))
 
 
+def may_remove(folder: Path) -> bool:
+    """True if k2 wrote files of a folder that are there, or that a removal has taken already."""
+    known, record = known_folder(folder), recorded_snapshot(folder)
+    if known is None or own_files(folder):
+        return bool(own_files(folder))
+    fetched = record.files if record is not None and record.written_by == "k2" else ()
+    names = {*known.files, *(file.name for file in fetched)}
+    return bool(names) and not any(os.path.lexists(folder / name) for name in names)
+
+
 def _is_as(path: Path, stamp: Stamp) -> bool:
     if not path.is_file() or path.is_symlink():
         return False

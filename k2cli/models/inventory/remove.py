@@ -26,7 +26,12 @@ from k2cli.models.inventory.hub_cache import (
     owner_counts,
     read_repository,
 )
-from k2cli.models.inventory.known_folders import forget_folder, notes_of, own_files
+from k2cli.models.inventory.known_folders import (
+    forget_folder,
+    may_remove,
+    notes_of,
+    own_files,
+)
 from k2cli.models.inventory.stored import revision_parts
 from k2cli.models.inventory.stored_model import StoredModel
 from k2cli.models.inventory.verified import note_path
@@ -261,7 +266,7 @@ def _remove_folder(folder: Path, name: str) -> None:
         K2Error: if k2 did not write it, or it is being written.
     """
     names = own_files(folder)
-    if not names:
+    if not may_remove(folder):
         raise K2Error(
             f"k2 did not write '{name}', and removes only files that it wrote", f"rm -r {folder}"
         )

@@ -362,6 +362,11 @@ def test_a_download_to_a_folder_is_removed_without_what_the_user_has_there(
     remove_models([model])
     assert [path.name for path in _files(folder)] == ["config.json"]
 
+    remember_folder(folder, "quantize", stamps_of(folder))
+    (folder / "config.json").unlink()  # by a removal that was interrupted after it
+    remove_models(stored_models().models)
+    assert not folder.exists()
+    folder.mkdir()
     (folder / ".cache").symlink_to(elsewhere)
     (folder / "model.safetensors").write_bytes(b"x")
     remember_folder(folder, "quantize", stamps_of(folder))
