@@ -91,3 +91,26 @@ def test_a_reader_process_knows_where_an_answer_begins(k25: Path) -> None:
     ]
     off = ReaderSettings(str(k25), "toy", 4096, 1.0, 1.0, 0, ("alias",), reasoning_parser="none")
     assert asyncio.run(outputs(bodies[3:], off)) == [OutputOptions(True, include_reasoning=False)]
+
+
+@pytest.mark.parametrize("tool_parser", [None, "x"])
+def test_a_run_is_ready_only_if_its_process_reads_requests(
+    k25: Path, tool_parser: str | None
+) -> None:
+    """With a parser that does not exist, the process loads the model's files and ends then."""
+    settings = ReaderSettings(str(k25), "toy", 4096, 1.0, 1.0, 0, tool_parser=tool_parser)
+
+    async def check() -> None:
+        first = KillableReader(settings, ())
+        reader = ProcessReader(first, first.another())
+        try:
+            await first.load()
+            await reader.check()
+        finally:
+            await reader.close()
+
+    if tool_parser is None:
+        asyncio.run(check())
+    else:
+        with pytest.raises(K2Error, match=r"requests cannot be read: .* process .* ends"):
+            asyncio.run(check())

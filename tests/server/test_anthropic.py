@@ -250,6 +250,23 @@ def test_arguments_that_are_no_object_reach_the_client(scripted: Scripted) -> No
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("parts", [["Par", 'is "x"\n'], ["[1]"], ["{", '"a": 1}']])
+def test_the_client_reads_arguments_of_a_stream_that_are_no_object(
+    scripted: Scripted, parts: list[str]
+) -> None:
+    events = [CallArguments(0, part) for part in parts]
+    for _ in range(2):
+        scripted.answer([CallBegan(0, "functions.f:0", "f"), *events, CallEnded(0)])
+    whole = post(scripted.url, BASE, PATH).json()["content"][0]["input"]
+    with (
+        anthropic.Anthropic(base_url=scripted.url, api_key="any", max_retries=0) as client,
+        client.messages.stream(**BASE) as stream,
+    ):
+        assert stream.get_final_message().content[0].input == whole
+    text = "".join(parts)
+    assert whole == ({"a": 1} if text.startswith("{") else {"raw_arguments": text})
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_reasons_to_stop(engine: ScriptedEngine, claude: anthropic.Anthropic, stream: bool) -> None:
     def ask(**fields: Any) -> Any:

@@ -141,6 +141,28 @@ def test_a_loop_of_tools_gives_back_the_model_s_own_turn(
     assert responses.create(**{**ASK, "input": history}).output_text == "Good."
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        calls_text(call_text(0, "{}")),
+        calls_text(call_text(0, "")),
+        calls_text(call_text(0, "")).partition("<|tool_call_end|>")[0],
+    ],
+)
+def test_the_deltas_of_a_call_are_its_arguments(
+    engine: ScriptedEngine, responses: Any, answer: str
+) -> None:
+    """Also of one without arguments, and of one that the model did not end."""
+    engine.answer(answer)
+    with responses.stream(**ASK) as stream:
+        events = list(stream)
+    sent = "".join(e.delta for e in events if e.type == "response.function_call_arguments.delta")
+    (done,) = [e.arguments for e in events if e.type == "response.function_call_arguments.done"]
+    engine.answer(answer)
+    (call,) = responses.create(**ASK).output
+    assert (sent, done, call.arguments) == ("{}", "{}", "{}")
+
+
 def _plain(item: Any) -> Any:
     return item if isinstance(item, dict) else item.to_dict()
 

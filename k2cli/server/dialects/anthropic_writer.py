@@ -56,6 +56,7 @@ class MessagesWriter:
         self._index = -1
         self._open: str | None = None
         self._blank = BlankStart()
+        self._wraps: bool | None = None
 
     # --- the stream -------------------------------------------------------------------------------
 
@@ -98,11 +99,28 @@ class MessagesWriter:
                 return self._text("text", text)
             case CallBegan(call_id=call_id, name=name):
                 block = self._call(call_id, name, {})
-                return self._close() + self._begin("tool_use", block)
+                closed, self._wraps = self._close(), None
+                return closed + self._begin("tool_use", block)
             case CallArguments(text=text):
-                return self._delta({"type": "input_json_delta", "partial_json": text})
+                return self._input_delta(self._wrapped(text))
             case CallEnded():
                 return self._close()
+
+    def _wrapped(self, text: str) -> str:
+        """Return arguments to send; those that do not begin like an object become a member of one.
+
+        The SDKs read the arguments as JSON while they arrive, and fail on anything else.
+        """
+        begins = self._wraps is None
+        if self._wraps is None and text:
+            self._wraps = not text.startswith("{")
+        if not self._wraps:
+            return text
+        escaped = json.dumps(text, ensure_ascii=False)[1:-1]
+        return f'{{"{RAW_ARGUMENTS}": "{escaped}' if begins else escaped
+
+    def _input_delta(self, text: str) -> bytes:
+        return self._delta({"type": "input_json_delta", "partial_json": text})
 
     def _text(self, kind: str, text: str) -> bytes:
         if self._open == kind:
@@ -127,10 +145,12 @@ class MessagesWriter:
         self._blank.clear()
         if kind is None:
             return b""
-        signed = b""
+        last = b""
         if kind == "thinking":
-            signed = self._delta({"type": "signature_delta", "signature": SIGNATURE})
-        return signed + self._block_event("content_block_stop")
+            last = self._delta({"type": "signature_delta", "signature": SIGNATURE})
+        elif kind == "tool_use" and self._wraps:
+            last = self._input_delta('"}')
+        return last + self._block_event("content_block_stop")
 
     def _block_event(self, name: str, **members: Any) -> bytes:
         return sse_event(name, {"type": name, "index": self._index, **members})

@@ -129,6 +129,10 @@ class ResponsesWriter:
         self._blank.clear()
         if kind is None:
             return b""
+        # What the item says that is done must have been sent: no arguments are an empty object.
+        begun = b""
+        if kind == "function_call" and not self._text and status == "completed":
+            begun = self._more("{}")
         text = "".join(self._text)
         item = self._item(kind, len(self._items), text, status, self._call)
         match kind:
@@ -145,7 +149,7 @@ class ResponsesWriter:
         done += self._event("response.output_item.done", output_index=index, item=item)
         self._items.append(item)
         self._kind = None
-        return done
+        return begun + done
 
     def _place_event(self, event: str, **members: Any) -> bytes:
         return self._call_event(event, content_index=0, **members)

@@ -200,13 +200,3 @@ def _reasoning_of_model(template: str, token_id: TokenId) -> ReasoningFormat | N
         if form.opens in template and form.close in template:
             return form
     return None
-
-
-def known_tool_parsers() -> list[str]:
-    """Return the names that ``--tool-parser`` takes, without aliases."""
-    return [NONE, *sorted(TOOL_FORMATS)]
-
-
-def known_reasoning_parsers() -> list[str]:
-    """Return the names that ``--reasoning-parser`` takes, without aliases."""
-    return [NONE, *sorted(REASONING_FORMATS)]
