@@ -65,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
 
 # Part -> what else it may import under TYPE_CHECKING: ui names the types of the values it shows.
 DOMAINS = {"planning", "quantization", "cluster", "nodes", "agent", "runs", "doctor", "launch",
-           "supervisor", "transfer", "bench", "chat", "client", "protocol", "sharding"}  # fmt: skip
+           "supervisor", "transfer", "bench", "chat", "client", "protocol", "sharding",
+           "models.inventory"}  # fmt: skip
 ALLOWED_FOR_TYPING = {"ui": DOMAINS}
 
 # Third-party module -> where alone it may be imported; an entry ending in a slash is a folder.

@@ -48,6 +48,8 @@ class Claim(msgspec.Struct, frozen=True):
     """Content of a lock file. ``pid`` is the supervisor's on ``host``; bytes are the plan's.
 
     ``devices`` are the GPUs that the run uses; empty if it uses no GPU, or k2 did not choose it.
+    ``model`` is the reference of the launch and ``folder`` that of the model here, both "" in a
+    claim of an earlier version.
     """
 
     run_id: str
@@ -60,6 +62,8 @@ class Claim(msgspec.Struct, frozen=True):
     created: float = 0.0
     pid_start: str = ""
     devices: tuple[DeviceClaim, ...] = ()
+    model: str = ""
+    folder: str = ""
 
 
 class Lock(msgspec.Struct, frozen=True):

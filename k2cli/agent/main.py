@@ -55,6 +55,20 @@ def _weights_digests(folder: str, *names: str) -> Any:
     return digests(folder, *names)
 
 
+def _models(what: str, question: bytes) -> Any:
+    from k2cli.agent.weights import stored_models  # slow to import
+
+    functions: dict[str, Callable[[Any], Any]] = {
+        "list": stored_models.list_models,
+        "show": stored_models.describe_model,
+        "removal": stored_models.plan_removal,
+        "remove": stored_models.remove,
+        "prunable": stored_models.prunable,
+        "prune": stored_models.prune_agreed,
+    }
+    return functions[what](decode_json(question, type=stored_models.ModelQuestion))
+
+
 def _clean(live: str, gone: str) -> Any:
     return clean_machine(*(frozenset(filter(None, ids.split(","))) for ids in (live, gone)))
 
@@ -83,6 +97,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "checkpoint-heads": checkpoint_heads,
     "weights": _weights,
     "weights-digests": _weights_digests,
+    "models": _models,
     "activity": activity,
     "processes": processes_of_run,
     "kill": kill_run,
@@ -93,7 +108,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "locks": lambda: list_locks(count_processes),
 }
 # Verbs whose last argument is the bytes of stdin.
-_WITH_INPUT = frozenset({"write", "lock-take"})
+_WITH_INPUT = frozenset({"write", "lock-take", "models"})
 
 
 def answer(verb: str, arguments: Sequence[str], input: bytes = b"") -> bytes:

@@ -21,6 +21,7 @@ EXAMPLES: Mapping[str, str] = {
     "--group-size": "64",
     "--lines": "100",
     "--max-tokens": "256",
+    "--older-than": "24",
     "--port": "8080",
     "--prompt-tokens": "2000",
     "--repetitions": "5",

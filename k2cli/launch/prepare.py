@@ -179,6 +179,8 @@ def _take_locks(run: RunDecisions, say: Say, on_fetch: OnPushEvent) -> None:
         run.nodes,
         run.run_id,
         _needs(run),
+        model=portable_reference(run.request.model),
+        folders=run.model_folders,
         share=run.request.share,
         wait_seconds=run.request.wait_seconds,
         say=say,
@@ -351,6 +353,7 @@ def _make_record(run: RunDecisions) -> RunRecord:
         pid_start=start_of(own.pid),
         restart=run.request.restart.mode,
         settings=_settings(run),
+        model_folders=dict(run.model_folders),
     )
 
 

@@ -39,7 +39,14 @@ class LocalNode:
     is_local = True
     python = sys.executable
 
-    def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
+    def ask(
+        self,
+        kind: type[T] | Any,
+        verb: str,
+        *arguments: str,
+        input: bytes | None = None,
+        timeout_seconds: float = CALL_SECONDS,
+    ) -> T:
         """Call a verb of the agent in this process, through the same JSON as on other nodes."""
         try:
             encoded = agent_main.answer(verb, arguments, input or b"")

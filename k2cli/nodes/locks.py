@@ -53,6 +53,8 @@ def take_locks(
     run_id: str,
     needs: Mapping[str, Sequence[RankNeed]],
     *,
+    model: str = "",
+    folders: Mapping[str, str] | None = None,
     share: bool = False,
     wait_seconds: float = 0.0,
     say: Say = lambda text: None,
@@ -66,6 +68,8 @@ def take_locks(
         nodes: the nodes of the ranks; repeated ones count once.
         run_id: the run that takes the locks.
         needs: maps a node to what each rank needs there.
+        model: the reference of the launch.
+        folders: maps a node to the model's folder there.
         share: True accepts nodes with other runs if the memory of both fits.
         wait_seconds: time to wait for other runs to end.
         say: called with a line when it waits, and for each stale lock that it removed.
@@ -82,7 +86,15 @@ def take_locks(
     choices_left = _MOST_CHOICES
     while True:
         try:
-            _take_all(nodes, run_id, needs, share=share, say=say)
+            claims = {
+                node.name: msgspec.structs.replace(
+                    _claim(run_id, needs.get(node.name, ())),
+                    model=replace_surrogates(model),
+                    folder=replace_surrogates((folders or {}).get(node.name, "")),
+                )
+                for node in nodes
+            }
+            _take_all(nodes, run_id, claims, share=share, say=say)
         except BusyError as error:
             chosen = choose_again() if choices_left else None
             if chosen is not None:
@@ -101,17 +113,12 @@ def take_locks(
 
 
 def _take_all(
-    nodes: Sequence[Node],
-    run_id: str,
-    needs: Mapping[str, Sequence[RankNeed]],
-    *,
-    share: bool,
-    say: Say,
+    nodes: Sequence[Node], run_id: str, claims: Mapping[str, Claim], *, share: bool, say: Say
 ) -> None:
     taken: list[Node] = []
     try:
         for node in _in_order(nodes):
-            claim = _claim(run_id, needs.get(node.name, ()))
+            claim = claims[node.name]
             answer: LockAnswer = node.ask(
                 LockAnswer, "lock-take", str(int(share)), input=msgspec.json.encode(claim)
             )

@@ -87,7 +87,14 @@ class Node(Protocol):
         """Interpreter that runs k2 there: guards, ranks and the agent."""
         ...
 
-    def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
+    def ask(
+        self,
+        kind: type[T] | Any,
+        verb: str,
+        *arguments: str,
+        input: bytes | None = None,
+        timeout_seconds: float = CALL_SECONDS,
+    ) -> T:
         """Call a verb of the agent there and decode its answer as a ``kind``."""
         ...
 

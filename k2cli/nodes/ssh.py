@@ -105,18 +105,28 @@ class SshNode:
             self._address = _resolved(self.name, host)
         return self._address
 
-    def ask(self, kind: type[T] | Any, verb: str, *arguments: str, input: bytes | None = None) -> T:
-        done = self._run_agent(verb, arguments, input)
+    def ask(
+        self,
+        kind: type[T] | Any,
+        verb: str,
+        *arguments: str,
+        input: bytes | None = None,
+        timeout_seconds: float = CALL_SECONDS,
+    ) -> T:
+        done = self._run_agent(verb, arguments, input, timeout_seconds)
         if done.status in _NOT_RUN:  # the environment has been moved or removed
             self._python = None
-            done = self._run_agent(verb, arguments, input)
+            done = self._run_agent(verb, arguments, input, timeout_seconds)
         if done.status != 0:
             raise self._agent_error(verb, done)
         result: T = decode_answer(self.name, verb, last_line(done.stdout), kind)
         return result
 
-    def _run_agent(self, verb: str, arguments: Sequence[str], input: bytes | None) -> Completed:
-        return self.run([self.python, "-P", "-m", "k2cli.agent.main", verb, *arguments], input)
+    def _run_agent(
+        self, verb: str, arguments: Sequence[str], input: bytes | None, seconds: float
+    ) -> Completed:
+        command = [self.python, "-P", "-m", "k2cli.agent.main", verb, *arguments]
+        return self.run(command, input, seconds)
 
     def _agent_error(self, verb: str, done: Completed) -> ClusterError:
         reason = done.stderr.decode(errors="replace").strip()

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from k2cli.choices import Certainty, FloatType, Head
 from k2cli.errors import InternalError
+from k2cli.models.quantization import describe_quantization
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.hardware.machine import NodeMemory, on_gpus, share_machines
-from k2cli.planning.memory.stored import describe_quantization
 from k2cli.planning.model import ModelToPlan, read_model
 from k2cli.planning.plan import Alternative, Plan, PlannedModel, PlannedRequest
 from k2cli.planning.request import PlanRequest

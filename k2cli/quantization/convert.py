@@ -18,6 +18,7 @@ from k2cli.errors import K2Error
 from k2cli.files import open_regular
 from k2cli.models.checkpoint import read_checkpoint
 from k2cli.models.files import folder_being_made
+from k2cli.models.inventory.known_folders import remember_folder, stamps_of
 from k2cli.models.layout import INDEX_NAME
 from k2cli.models.safetensors_header import StoredTensor
 from k2cli.models.safetensors_writer import ShardWriter
@@ -84,10 +85,14 @@ def quantize(
     if dry_run:
         yield result
         return
+    # Before the work, so that what an interrupted one leaves is found.
+    remember_folder(destination, "quantize")
     with folder_being_made(destination) as folder, _bounded_cache():
         largest = yield from _write_tensors(folder, conversion, piece_bytes)
         _write_config(folder, conversion)
         _copy_files(source, folder)
+    made = stamps_of(destination)
+    remember_folder(destination, "quantize", made, source=str(source), recipe=str(recipe))
     yield _result(conversion, destination, recipe, peak_bytes=_peak_bytes() + largest)
 
 

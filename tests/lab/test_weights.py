@@ -237,6 +237,27 @@ def test_a_launch_brings_each_node_what_its_ranks_read(hosts: Lab, toy_k2: Path)
     assert f"node k2b has another {MODEL}" in older.stderr
 
 
+def test_the_models_of_each_host_are_listed_and_removed(hosts: Lab) -> None:
+    """k2a removes what it pushed to k2b, but not its own folder, which the user made."""
+    source = _model(hosts, files=2)
+    assert _push(hosts, "k2b").returncode == 0
+    (_there(hosts) / "notes.txt").write_text("the user's")
+    listed = hosts.exec("k2a", [*K2, "models", "list", "--nodes", "k2a,k2b", "--json"])
+    assert listed.returncode == 0, listed.stderr
+    nodes = _nodes(listed.stdout)
+    assert [len(node["models"]) for node in nodes.values()] == [0, 1]
+    (model,) = nodes["k2b"]["models"]
+    assert (model["folder"], model["state"]) == (MODEL, "complete")
+    assert model["verified"]["by"] == "push"
+    refused = hosts.exec("k2a", [*K2, "models", "remove", MODEL, "--yes"])
+    assert refused.returncode == 1
+    assert "it did not write this folder" in refused.stderr
+    done = hosts.exec("k2a", [*K2, "models", "remove", MODEL, "--nodes", "k2b", "--yes"])
+    assert done.returncode == 0, done.stderr
+    assert _contents(_there(hosts)) == {"notes.txt": b"the user's"}
+    assert (source / "config.json").exists()
+
+
 HUB = """
 import sys, time
 from pathlib import Path

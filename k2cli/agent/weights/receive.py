@@ -43,6 +43,8 @@ from k2cli.agent.weights.messages import (
 from k2cli.agent.weights.place import Place, check_folder, check_offer, place_of
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.files import open_regular, unwritable, write_atomically
+from k2cli.models.inventory.known_folders import Stamp, remember_folder
+from k2cli.models.inventory.verified import note_verified
 from k2cli.models.part import write_part_list
 
 _LOCK_NAME = ".k2-incoming.lock"
@@ -61,6 +63,7 @@ class Receiver:
         self._files: list[IncomingFile] = []
         self._listeners: list[Listener] = []
         self._lock: int | None = None
+        self._arrived: set[str] = set()
         self._completing: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(_COMPLETING_THREADS)
         self._received = Count(lambda done: events.send(Received(done)))
@@ -140,10 +143,19 @@ class Receiver:
             self._files[index].digest = ""
         for index in begin.replaced:
             self._files[index].miss_everything()
+        self._remember()
         for index, file in enumerate(self._files):
             if not file.missing:
                 # Nothing is sent of an empty file, and of one whose last segment came before.
                 self._complete(index, there=file.is_there)
+
+    def _remember(self) -> None:
+        """Note the folder, and which files in it k2 writes: the user may have had others there."""
+        if self._offer is None or self._offer.target.kind != "path":
+            return
+        written = [file.offer for file in self._files if file.missing]
+        files = {file.name: Stamp(file.nbytes, file.modified_ns) for file in written}
+        remember_folder(self._place.folder, "push", files)
 
     def _listen(self, order: Listen) -> Listening:
         try:
@@ -179,6 +191,7 @@ class Receiver:
             try:
                 if not there:
                     self._files[index].complete()
+                    self._arrived.add(self._files[index].offer.name)
                 self._files[index].make_link()
             except Exception as error:
                 end_with(self._events, error)
@@ -204,6 +217,7 @@ class Receiver:
                 path = self._place.references / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, self._offer.target.commit)
+        note_verified(folder, sorted(self._arrived), "push")
         base = self._place.blobs.parent if self._place.blobs else folder
         (base / _LOCK_NAME).unlink(missing_ok=True)
         self._events.send(Finished(str(folder), cpu_seconds()))

@@ -21,6 +21,7 @@ def verify(model: ModelArgument, json: AsJson = False) -> None:
     Example: k2 models verify demo
     """
     from k2cli.errors import K2Error
+    from k2cli.models.inventory.verified import note_verified
     from k2cli.models.inventory.verify import verify_folder
     from k2cli.models.reference import local_checkpoint
     from k2cli.ui.output import print_json, print_line
@@ -30,6 +31,8 @@ def verify(model: ModelArgument, json: AsJson = False) -> None:
     with ByteProgress() as progress:
         progress.step(f"verifying {folder}")
         found = verify_folder(folder, progress.advance)
+    verified = [file.name for file in found.files if file.status == "verified"]
+    note_verified(folder, verified, "verify")
     if json:
         print_json(_document(model, found))
     else:

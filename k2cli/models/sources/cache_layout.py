@@ -40,6 +40,27 @@ def repository_folder(repo: str) -> Path:
     return cache_folder() / "--".join(("models", *repo.split("/")))
 
 
+def shared_store_file(blob: Path, cache: Path) -> Path | None:
+    """Return the file of the store that repositories share, if a content is a link to it.
+
+    The Hub library has it since version 2, without a public name.
+    """
+    try:
+        from huggingface_hub.utils import _shared_blobs
+    except ImportError:
+        return None
+    if not blob.is_symlink() or not _shared_blobs.is_shared_blobs_dir(cache / "blobs"):
+        return None
+    return _shared_blobs.shared_blob_target(blob, cache)
+
+
+def sweep_shared_store(file: Path, cache: Path) -> None:
+    """Remove a file of that store if no repository has it any more."""
+    from huggingface_hub.utils import _shared_blobs
+
+    _shared_blobs.sweep_shared_blob(file, cache_dir=cache)
+
+
 def _try_lock(path: Path) -> contextlib.ExitStack | None:
     """Take a lock file in the way of the Hub library; None if another process holds it."""
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # lazily exported

@@ -18,9 +18,7 @@ from typing import Any
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.files import read_regular
-from k2cli.models.checkpoint import read_index
-from k2cli.models.layout import choose_weight_files, names_in
-from k2cli.models.part import absent_files
+from k2cli.models.completeness import is_complete
 from k2cli.models.sources.cache_layout import repository_folder
 from k2cli.models.sources.expected_files import ExpectedFile, expected_file
 from k2cli.models.sources.file_names import is_safe_name
@@ -340,18 +338,7 @@ def cached_folder(repo: str, revision: str | None = None, *, part: bool = False)
     with contextlib.suppress(OSError, UnicodeDecodeError):
         commit = read_regular(base / "refs" / commit, 200).decode().strip()
     folder = base / "snapshots" / commit
-    return folder if _COMMIT.fullmatch(commit) and _is_complete(folder, part) else None
-
-
-def _is_complete(folder: Path, part: bool) -> bool:
-    """Return True if config and all weight files are there; what they contain is not checked."""
-    if not (folder / "config.json").is_file():
-        return False
-    try:
-        names = [*names_in(folder), *(absent_files(folder) if part else ())]
-        return bool(choose_weight_files(names, read_index(folder), str(folder)).names)
-    except K2Error:
-        return False
+    return folder if _COMMIT.fullmatch(commit) and is_complete(folder, part=part) else None
 
 
 def _bar_class(progress: Progress | None) -> Any:

@@ -11,6 +11,8 @@ from pathlib import Path
 from k2cli.errors import K2Error
 from k2cli.files import unwritable
 from k2cli.models.checkpoint import read_index
+from k2cli.models.inventory.known_folders import remember_folder
+from k2cli.models.inventory.verified import note_verified
 from k2cli.models.layout import INDEX_NAME, no_safetensors_error
 from k2cli.models.sources import hub
 from k2cli.models.sources.awake import kept_awake
@@ -24,11 +26,11 @@ from k2cli.models.sources.cache_layout import (
     is_whole,
     missing_bytes,
 )
-from k2cli.models.sources.events import OnEvent, StepStarted
+from k2cli.models.sources.events import Event, OnEvent, StepStarted
 from k2cli.models.sources.file_names import check_names
 from k2cli.models.sources.http_source import HttpSource
 from k2cli.models.sources.hub_headers import read_weight_map
-from k2cli.models.sources.parallel_download import ParallelDownload
+from k2cli.models.sources.parallel_download import FileFinished, ParallelDownload
 from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.selection import Selection, choose_files
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
@@ -128,20 +130,33 @@ def run_download(
     if missing:
         count = f"{missing} file{'s' if missing > 1 else ''}"
         on_event(StepStarted(f"downloading {count} of {listing.repo}"))
+    record = SnapshotRecord(
+        "hub", listing.repo, listing.revision, listing.commit, tuple(files), download.whole
+    )
+    received: list[str] = []
+
+    def noting(event: Event) -> None:
+        if isinstance(event, FileFinished) and event.received:
+            received.append(event.file.name)
+        on_event(event)
+
     try:
+        # Before the transfer, so that it can be told what an interrupted one lacks.
+        write_record(layout.folder, record)
+        if isinstance(layout, FolderLayout):
+            remember_folder(layout.folder, "download")
         with kept_awake():
             if xet:
                 _with_library(download, on_event)
             else:
                 places = layout.places(files, write=True)
-                _transfer(listing, layout, places, options, on_event)
-        record = SnapshotRecord(
-            "hub", listing.repo, listing.revision, listing.commit, tuple(files), download.whole
-        )
+                _transfer(listing, layout, places, options, noting)
         write_record(layout.folder, record)
         layout.set_revision(listing.revision)
     except OSError as error:
         raise unwritable(error, layout.folder) from error
+    finally:
+        note_verified(layout.folder, received, "download")
 
 
 def _transfer(

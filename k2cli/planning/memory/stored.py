@@ -11,54 +11,13 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from k2cli.choices import Certainty
+from k2cli.models.quantization import fp8_block, original_quantization
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
 _SCALE_BYTES = 4
 _SHAPE_ENTRY_BYTES = 8
-
-
-def original_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the ``quantization_config`` of a checkpoint that MLX did not quantize, if any."""
-    if config.get("quantization") is not None:
-        return None
-    text = config.get("text_config")
-    for fields in (config, text if isinstance(text, Mapping) else {}):
-        entry = fields.get("quantization_config")
-        if isinstance(entry, Mapping):
-            return entry
-    return None
-
-
-def describe_quantization(config: Mapping[str, Any]) -> str:
-    """Describe a quantization: ``4-bit affine, group 64``, ``fp8, blocks of 128x128``, ``none``."""
-    own = config.get("quantization")
-    if isinstance(own, Mapping):
-        mode = own.get("mode", "affine")
-        modules = [value for value in own.values() if isinstance(value, Mapping)]
-        group = f"{mode}, group {own.get('group_size')}"
-        bits = sorted({bits for each in modules if isinstance(bits := each.get("bits"), int)})
-        if len(bits) > 1:  # modules have their own, as with a mixed recipe
-            return f"{', '.join(map(str, bits[:-1]))} and {bits[-1]} bit {group}"
-        return f"{own.get('bits')}-bit {group}{', mixed' if modules else ''}"
-    original = original_quantization(config)
-    if original is None:
-        return "none"
-    if original.get("quant_method") == "fp8":
-        return "fp8, blocks of " + "x".join(map(str, _block(original)))
-    if original.get("quant_method") == "compressed-tensors":
-        return "compressed-tensors " + str(original.get("format", ""))
-    return str(original.get("quant_method", "unknown"))
-
-
-def _block(original: Mapping[str, Any]) -> tuple[int, int]:
-    block = original.get("weight_block_size")
-    if isinstance(block, list) and len(block) == 2 and all(
-        isinstance(side, int) and 0 < side <= 2**20 for side in block
-    ):  # fmt: skip
-        return block[0], block[1]
-    return 128, 128
 
 
 def stored_bytes_of_config(config: Mapping[str, Any], model: nn.Module) -> tuple[int, Certainty]:
@@ -75,7 +34,7 @@ def stored_bytes_of_config(config: Mapping[str, Any], model: nn.Module) -> tuple
     if original is None:
         return sum(value.nbytes for value in held.values()), "exact"
     if original.get("quant_method") == "fp8":
-        return _fp8_bytes(model, _block(original)), "modelled"
+        return _fp8_bytes(model, fp8_block(original)), "modelled"
     packed = sum(
         value.nbytes
         for name, value in held.items()

@@ -1,0 +1,88 @@
+"""Detection of downloads and pushes that write to a model's folder, by the locks that they hold.
+
+The Hub library and k2 lock each content in ``.locks/REPOSITORY/HASH.lock`` while they fetch it, and
+a receiver of a push locks ``.k2-incoming.lock`` in the folder that it writes to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from k2cli.errors import K2Error
+from k2cli.files import open_regular
+from k2cli.models.inventory.hub_cache import INCOMING_LOCK, CachedRepository
+
+Writer = Literal["", "download", "push"]
+
+
+def writer_of_repository(repository: CachedRepository) -> Writer:
+    """Return what is writing to a repository in the Hub library's cache now; "" for nothing."""
+    return _writer(repository.lock_folder, repository.folder)
+
+
+def writer_of_folder(folder: Path) -> Writer:
+    """Return what is writing to a model's folder outside that cache now; "" for nothing."""
+    return _writer(folder / ".cache" / "huggingface" / "download", folder)
+
+
+def _writer(locks: Path, folder: Path) -> Writer:
+    if any(is_held(path) for path in (locks.rglob("*.lock") if locks.is_dir() else ())):
+        return "download"
+    return "push" if is_held(folder / INCOMING_LOCK) else ""
+
+
+def refuse_writer(writer: Writer, name: str) -> None:
+    """Refuse to change a model that is being written.
+
+    Raises:
+        K2Error: if there is a writer.
+    """
+    if writer:
+        raise K2Error(
+            f"'{name}' is being written by a running {writer}", "wait for its end, or end it"
+        )
+
+
+def is_held(path: Path) -> bool:
+    """True if a process holds the lock of a file; also if this cannot be found out."""
+    try:
+        descriptor = open_regular(path, os.O_RDWR)
+    except OSError:
+        return False  # there is none, or a user may not write to it
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextmanager
+def held(path: Path, name: str) -> Iterator[None]:
+    """Hold the lock of a file, which is made if need be, so that no writer begins.
+
+    Args:
+        path: the lock file.
+        name: the model, for the message.
+
+    Raises:
+        K2Error: if a process holds it.
+        OSError: if it cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            writer: Writer = "push" if path.name == INCOMING_LOCK else "download"
+            refuse_writer(writer, name)
+        yield
+    finally:
+        os.close(descriptor)
