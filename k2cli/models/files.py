@@ -1,10 +1,9 @@
-"""Folders that are written completely or not at all, digests of files, and a lock."""
+"""Folders that are written completely or not at all, and a lock."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
@@ -13,8 +12,6 @@ from pathlib import Path
 
 from k2cli.errors import K2Error
 from k2cli.files import open_regular, unwritable
-
-_CHUNK_BYTES = 2**20
 
 
 @contextlib.contextmanager
@@ -48,15 +45,6 @@ def remove_leftovers(folder: Path) -> None:
 
 def _temporary_prefix(folder: Path) -> str:
     return f".{folder.name}.k2-"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, as lower-case hex."""
-    digest = hashlib.sha256()
-    with os.fdopen(open_regular(path, follow_links=True), "rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

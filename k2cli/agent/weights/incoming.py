@@ -8,11 +8,10 @@ it says are not sent again. A complete file is flushed to the disk and renamed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +24,10 @@ from k2cli.agent.weights.messages import (
 )
 from k2cli.agent.weights.place import Place
 from k2cli.files import APPEND, open_regular, read_regular
+from k2cli.models.digests import OnBytes, sha256_of, sha256_of_range
 
-_CHUNK_BYTES = 2**20
 _JOURNAL_LIMIT_BYTES = 256 * 2**20
 _LINE = re.compile(rb"(\d{1,9}) ([0-9a-f]{64})")
-OnBytes = Callable[[int], None]
 
 
 @dataclass(slots=True)
@@ -73,7 +71,7 @@ class IncomingFile:
         size = _size_of(self.data)
         if size == self.offer.nbytes:
             if not self.offer.blob and _modified(self.data) != self.offer.modified_ns:
-                self.digest = _digest_of(self.data, on_bytes)
+                self.digest = sha256_of(self.data, on_bytes)
             return
         self.miss_everything()
         if _size_of(self.partial) == self.offer.nbytes and self.offer.nbytes:
@@ -99,7 +97,7 @@ class IncomingFile:
         with os.fdopen(open_regular(self.partial), "rb", buffering=0) as file:
             for number in sorted(known.keys() & self.missing):
                 length = segment_length(self.offer.nbytes, number)
-                digest = _hash_range(file.fileno(), number * SEGMENT_BYTES, length, on_bytes)
+                digest = sha256_of_range(file.fileno(), number * SEGMENT_BYTES, length, on_bytes)
                 if digest == known[number]:
                     yield number
 
@@ -222,33 +220,6 @@ def examine_all(files: list[IncomingFile], on_bytes: OnBytes) -> None:
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for _ in pool.map(lambda file: file.examine(on_bytes), files):
             pass
-
-
-def _digest_of(path: Path, on_bytes: OnBytes) -> str:
-    with os.fdopen(open_regular(path, follow_links=True), "rb", buffering=0) as file:
-        return _hash_range(file.fileno(), 0, os.fstat(file.fileno()).st_size, on_bytes)
-
-
-def _hash_range(descriptor: int, offset: int, length: int, on_bytes: OnBytes) -> str:
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(length, 1))))
-    while length:
-        count = os.preadv(descriptor, [buffer[: min(length, len(buffer))]], offset)
-        if count == 0:
-            break
-        digest.update(buffer[:count])
-        offset, length = offset + count, length - count
-        on_bytes(count)
-    return digest.hexdigest()
-
-
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, as lower-case hex.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
-    return _digest_of(path, lambda count: None)
 
 
 def _size_of(path: Path) -> int:

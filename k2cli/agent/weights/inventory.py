@@ -6,11 +6,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from k2cli.agent.weights.incoming import digest_of
 from k2cli.agent.weights.messages import Inventory, Target, WeightsFile
 from k2cli.agent.weights.place import is_known_name
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import Checkpoint, read_checkpoint
+from k2cli.models.digests import sha256_of
 from k2cli.models.layout import INDEX_NAME, names_in, supporting_files
 from k2cli.models.part import absent_files
 from k2cli.models.reference import (
@@ -111,5 +111,5 @@ def digests(folder: str, *names: str) -> dict[str, str]:
     """
     known = [name for name in names if is_known_name(name)]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda name: digest_of(Path(folder) / name), known)
+        found = pool.map(lambda name: sha256_of(Path(folder) / name), known)
         return dict(zip(known, found, strict=True))
