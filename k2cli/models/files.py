@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k2cli.errors import K2Error
-from k2cli.files import open_regular, unwritable
+from k2cli.files import name_with, open_regular, unwritable
+
+_RANDOM = "x" * 8
 
 
 @contextlib.contextmanager
@@ -39,12 +42,13 @@ def folder_being_made(folder: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary folders that a killed process left behind; call it with the lock held."""
-    for left in folder.parent.glob(_temporary_prefix(folder) + "*"):
+    for left in folder.parent.glob(glob.escape(_temporary_prefix(folder)) + "*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _temporary_prefix(folder: Path) -> str:
-    return f".{folder.name}.k2-"
+    # mkdtemp adds eight letters to it
+    return name_with(f".{folder.name}", ".k2-" + _RANDOM).removesuffix(_RANDOM)
 
 
 @contextlib.contextmanager

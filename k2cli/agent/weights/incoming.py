@@ -23,7 +23,7 @@ from k2cli.agent.weights.messages import (
     segment_length,
 )
 from k2cli.agent.weights.place import Place
-from k2cli.files import APPEND, open_regular, read_regular
+from k2cli.files import APPEND, name_with, open_regular, read_regular
 from k2cli.models.digests import OnBytes, sha256_of, sha256_of_range
 
 _JOURNAL_LIMIT_BYTES = 256 * 2**20
@@ -55,7 +55,7 @@ class IncomingFile:
         return self._beside("k2-journal")
 
     def _beside(self, ending: str) -> Path:
-        return self.data.with_name(f".{self.own_name or self.data.name}.{ending}")
+        return self.data.with_name(name_with(f".{self.own_name or self.data.name}", f".{ending}"))
 
     @property
     def missing_bytes(self) -> int:
@@ -181,7 +181,7 @@ class IncomingFile:
         if self.link is None or (self.link.exists() and self.link.samefile(self.data)):
             return
         self.link.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.link.with_name(f".{self.link.name}.k2-link")
+        temporary = self.link.with_name(name_with(f".{self.link.name}", ".k2-link"))
         temporary.unlink(missing_ok=True)
         try:
             temporary.symlink_to(os.path.relpath(self.data, self.link.parent))

@@ -18,6 +18,7 @@ from k2cli.agent.weights.messages import (
     WeightsFile,
 )
 from k2cli.errors import K2Error, UsageError
+from k2cli.files import MAX_NAME_BYTES
 from k2cli.models.catalog import catalog
 from k2cli.models.layout import INDEX_NAME, is_own, supporting_files
 from k2cli.models.part import FOLDER
@@ -80,7 +81,7 @@ def _hub_place(target: Target) -> Place:
 def is_known_name(name: str) -> bool:
     """True for a file that a model has: weights, their index, config, tokenizer, templates."""
     plain = name.removeprefix(f"{FOLDER}/")
-    if not name.isprintable() or len(name.encode(errors="replace")) > 255:
+    if not name.isprintable() or len(plain.encode(errors="replace")) > MAX_NAME_BYTES:
         return False
     if is_own(plain) and plain.endswith(".safetensors") and len(plain) > len(".safetensors"):
         return True
