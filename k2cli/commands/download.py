@@ -97,7 +97,7 @@ def download(
         with ByteProgress() as progress:
 
             def show(event: Any) -> None:
-                _show(event, progress)
+                show_event(event, progress)
                 if as_lines:
                     print_json_line(_event_document(event))
 
@@ -160,7 +160,7 @@ def _command(
     return shlex.join(["k2", "download", model, *(word for pair in options for word in pair)])
 
 
-def _show(event: Any, progress: Any) -> None:
+def show_event(event: Any, progress: Any) -> None:
     from k2cli.models.sources.download import BytesDone, StepStarted
     from k2cli.models.sources.transfer import TransferProgress
 

@@ -42,9 +42,9 @@ from k2cli.agent.weights.messages import (
 from k2cli.agent.weights.place import Place, check_folder, check_offer, place_of
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.files import open_regular, unwritable, write_atomically
+from k2cli.models.inventory.running import INCOMING_LOCK
 from k2cli.models.part import write_part_list
 
-_LOCK_NAME = ".k2-incoming.lock"
 _SECONDS_BETWEEN_REPORTS = 0.25
 _COMPLETING_THREADS = 2
 
@@ -116,7 +116,7 @@ class Receiver:
         """Refuse a second transfer of the same model to this machine."""
         base = self._place.blobs.parent if self._place.blobs else self._place.folder
         base.mkdir(parents=True, exist_ok=True)
-        descriptor = open_regular(base / _LOCK_NAME, os.O_WRONLY | os.O_CREAT, mode=0o644)
+        descriptor = open_regular(base / INCOMING_LOCK, os.O_WRONLY | os.O_CREAT, mode=0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -204,7 +204,7 @@ class Receiver:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, self._offer.target.commit)
         base = self._place.blobs.parent if self._place.blobs else folder
-        (base / _LOCK_NAME).unlink(missing_ok=True)
+        (base / INCOMING_LOCK).unlink(missing_ok=True)
         self._events.send(Finished(str(folder), cpu_seconds()))
 
 

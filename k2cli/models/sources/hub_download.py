@@ -31,7 +31,7 @@ from k2cli.models.sources.hub_headers import read_weight_map
 from k2cli.models.sources.range_stream import TransferOptions
 from k2cli.models.sources.selection import Selection, choose_files
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
-from k2cli.models.sources.transfer import Transfer
+from k2cli.models.sources.transfer import Place, Transfer
 from k2cli.units import format_bytes
 
 
@@ -123,7 +123,8 @@ def run_download(
     """
     listing, layout = download.listing, download.layout
     files = [file.place.file for file in download.files]
-    _check_room(download)
+    into = download.files[0].place.partial.parent
+    check_free_space(into, download.missing_bytes, listing.repo, layout.folder)
     missing = sum(file.missing_bytes > 0 for file in download.files)
     if missing:
         count = f"{missing} file{'s' if missing > 1 else ''}"
@@ -134,7 +135,10 @@ def run_download(
                 _with_library(download, on_event)
             else:
                 places = layout.places(files, write=True)
-                _transfer(listing, layout, places, options, on_event)
+                pairs: list[tuple[Place, ByteSource | None]] = [
+                    (place, _cached_source(listing, layout, place)) for place in places
+                ]
+                transfer_from_server(listing, pairs, options, on_event)
         record = SnapshotRecord(
             "hub", listing.repo, listing.revision, listing.commit, tuple(files), download.whole
         )
@@ -144,30 +148,34 @@ def run_download(
         raise unwritable(error, layout.folder) from error
 
 
-def _transfer(
+def transfer_from_server(
     listing: hub.Listing,
-    layout: Layout,
-    places: Sequence[CachePlace | FolderPlace],
+    places: Sequence[tuple[Place, ByteSource | None]],
     options: TransferOptions,
     on_event: OnEvent,
 ) -> None:
+    """Transfer files to their places, each from its source; None stands for the server.
+
+    Raises:
+        NotAuthorisedError: if the server refuses a file.
+        K2Error: if a file cannot be fetched or written.
+    """
     service = hub.http_service(listing.repo, listing.commit)
-    source = HttpSource(service, options.streams, options.read_timeout_seconds)
+    server = HttpSource(service, options.streams, options.read_timeout_seconds)
     try:
-        with_sources = [(place, _nearest(listing, layout, place, source)) for place in places]
-        Transfer(with_sources, options, on_event).run()
+        Transfer([(place, source or server) for place, source in places], options, on_event).run()
     finally:
-        source.close()
+        server.close()
 
 
-def _nearest(
-    listing: hub.Listing, layout: Layout, place: CachePlace | FolderPlace, source: ByteSource
-) -> ByteSource:
+def _cached_source(
+    listing: hub.Listing, layout: Layout, place: CachePlace | FolderPlace
+) -> ByteSource | None:
     """Take a file for a folder from the cache, if it is there."""
     if isinstance(layout, CacheLayout):
-        return source
+        return None
     cached = CacheLayout(listing.repo, listing.commit).folder
-    return FolderSource(cached) if is_whole(cached / place.file.name, place.file) else source
+    return FolderSource(cached) if is_whole(cached / place.file.name, place.file) else None
 
 
 def _with_library(download: HubDownload, on_event: OnEvent) -> None:
@@ -186,16 +194,6 @@ def _with_library(download: HubDownload, on_event: OnEvent) -> None:
     )
 
 
-def _check_room(download: HubDownload) -> None:
-    place = download.files[0].place
-    try:
-        check_free_space(
-            place.partial.parent, download.missing_bytes, download.listing.repo, download.folder
-        )
-    except OSError as error:
-        raise unwritable(error, download.folder) from error
-
-
 def check_free_space(folder: Path, needed_bytes: int, what: str, shown: Path | None = None) -> None:
     """Check that the volume of a folder has room for a download.
 
@@ -205,47 +203,14 @@ def check_free_space(folder: Path, needed_bytes: int, what: str, shown: Path | N
     Raises:
         K2Error: if it has less.
     """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    try:
+        existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise unwritable(error, shown or folder) from error
     if needed_bytes > free:
         raise K2Error(
             f"{what} needs {format_bytes(needed_bytes)} more, {shown or folder} has "
             f"{format_bytes(free)} free",
             f"make room, or: k2 download {shlex.quote(what)} --to FOLDER on a larger disk",
         )
-
-
-def download_files(
-    repo: str,
-    revision: str | None,
-    names: Collection[str],
-    destination: Path | None = None,
-    *,
-    again: bool = False,
-    options: TransferOptions | None = None,
-    on_event: OnEvent = lambda event: None,
-) -> Path:
-    """Fetch files of a repository by name, verify them, and return the model's folder.
-
-    Args:
-        revision: branch, tag or commit; to repair a model give the commit of its record.
-        destination: the folder of the model; None for the cache of the Hub library.
-        again: fetch them even if they look complete, because their bytes were found to be damaged.
-        on_event: called with each event.
-
-    Raises:
-        NotAuthorisedError: if the repository is gated or private.
-        K2Error: if a file is not in the repository, or cannot be fetched or written.
-    """
-    listing = hub.list_repository(repo, revision)
-    absent = sorted(set(names) - set(listing.sizes))
-    if absent:
-        raise K2Error(f"{repo}@{listing.commit} has no file '{absent[0]}'")
-    layout = _layout(listing, destination)
-    if again:
-        listing = hub.with_hashes(listing, names)
-        for place in layout.places([listing.expected(name) for name in names], write=False):
-            place.discard()
-    download = _planned(listing, layout, sorted(names), whole=False)
-    run_download(download, options or TransferOptions(), on_event)
-    return layout.folder
