@@ -67,7 +67,7 @@ def _inventory(download: HubDownload, headers: dict[str, int]) -> Inventory:
         for file in download.files
     )
     target = Target("hub", listing.repo, listing.commit, references)
-    return Inventory(str(download.folder), target, files, {}, headers)
+    return Inventory(str(download.folder), target, files, {}, headers, record=download.record)
 
 
 def _run(download: HubDownload, add: OnFile) -> None:

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from k2cli.agent.weights.messages import (
     SEGMENT_BYTES,
     WeightsFile,
@@ -25,6 +27,8 @@ from k2cli.agent.weights.messages import (
 from k2cli.agent.weights.place import Place
 from k2cli.files import APPEND, name_with, open_regular, read_regular
 from k2cli.models.digests import OnBytes, sha256_of, sha256_of_range
+from k2cli.models.inventory.verified import FileState, read_states, state_of
+from k2cli.models.sources.expected_files import expected_file, has_content
 
 _JOURNAL_LIMIT_BYTES = 256 * 2**20
 _LINE = re.compile(rb"(\d{1,9}) ([0-9a-f]{64})")
@@ -40,6 +44,8 @@ class IncomingFile:
     missing: set[int] = field(default_factory=set)
     digest: str = ""
     own_name: str = ""
+    known: FileState | None = None
+    checked_whole: bool = False
     _descriptor: int | None = None
     _journal: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -68,14 +74,44 @@ class IncomingFile:
         Raises:
             OSError: if the files cannot be read.
         """
-        size = _size_of(self.data)
-        if size == self.offer.nbytes:
-            if not self.offer.blob and _modified(self.data) != self.offer.modified_ns:
-                self.digest = sha256_of(self.data, on_bytes)
-            return
+        if _size_of(self.data) == self.offer.nbytes:
+            if self.offer.blob:
+                if self._is_right(on_bytes):
+                    return
+            else:
+                if _modified(self.data) != self.offer.modified_ns:
+                    self.digest = sha256_of(self.data, on_bytes)
+                return
         self.miss_everything()
         if _size_of(self.partial) == self.offer.nbytes and self.offer.nbytes:
             self.missing -= set(self._intact(on_bytes))
+
+    def _is_right(self, on_bytes: OnBytes) -> bool:
+        """True if data of the right size have the hash that is their name.
+
+        They are not read if they are as they were when they were found to be right; or received
+        from the very file that is offered now.
+        """
+        now = state_of(self.data, self.offer.blob)
+        if now is not None and self.known is not None:
+            same = msgspec.structs.replace(now, checked=self.known.checked) == self.known
+            of_source = self.known.modified_ns == self.offer.modified_ns
+            if same and (self.known.checked == "whole" or of_source):
+                return True
+        file = expected_file(self.offer.name, self.offer.nbytes, self.offer.blob)
+        self.checked_whole = file is not None and has_content(self.data, file, on_bytes)
+        return self.checked_whole
+
+    def state(self) -> FileState | None:
+        """Return the state of a complete file with a hash, to be noted for a later transfer."""
+        if not self.offer.blob or self.missing:
+            return None
+        if self.checked_whole:
+            return state_of(self.data, self.offer.blob)
+        known = self.known
+        if known is not None and known == state_of(self.data, self.offer.blob, known.checked):
+            return known
+        return state_of(self.data, self.offer.blob, "pieces")
 
     def miss_everything(self) -> None:
         """Mark all segments as missing."""
@@ -207,6 +243,9 @@ def incoming_files(place: Place, offers: Sequence[WeightsFile]) -> list[Incoming
     of its own: the second would otherwise empty what was received and verified of the first.
     """
     files = [incoming_file(place, offer) for offer in offers]
+    states = read_states(place.folder)
+    for file in files:
+        file.known = states.get(file.offer.name)
     seen: dict[Path, int] = {}
     for file in files:
         count = seen[file.data] = seen.get(file.data, 0) + 1

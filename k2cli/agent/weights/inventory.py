@@ -19,6 +19,7 @@ from k2cli.models.reference import (
     local_checkpoint,
     parse_reference,
 )
+from k2cli.models.sources.snapshot_record import recorded_snapshot
 from k2cli.settings import models_directory
 
 _TEMPLATES = "additional_chat_templates"
@@ -41,6 +42,7 @@ def inventory(reference: str) -> Inventory:
         files,
         absent_files(folder),
         header_lengths(checkpoint),
+        record=recorded_snapshot(folder),
     )
 
 

@@ -39,13 +39,22 @@ from k2cli.agent.weights.messages import (
     ReceiverOrder,
     Stream,
 )
-from k2cli.agent.weights.place import Place, check_folder, check_offer, place_of
+from k2cli.agent.weights.place import (
+    Place,
+    check_folder,
+    check_offer,
+    place_of,
+    record_of,
+)
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.files import open_regular, unwritable, write_atomically
 from k2cli.models.inventory.running import INCOMING_LOCK
+from k2cli.models.inventory.verified import read_states, write_states
 from k2cli.models.part import write_part_list
+from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
 
 _SECONDS_BETWEEN_REPORTS = 0.25
+_SECONDS_BETWEEN_NOTES = 2.0
 _COMPLETING_THREADS = 2
 
 
@@ -57,6 +66,9 @@ class Receiver:
         self._events = events
         self._offer: Offer | None = None
         self._place = Place(Path())
+        self._record: SnapshotRecord | None = None
+        self._noting = threading.Lock()
+        self._noted_seconds = 0.0
         self._files: list[IncomingFile] = []
         self._listeners: list[Listener] = []
         self._lock: int | None = None
@@ -96,6 +108,7 @@ class Receiver:
 
     def _examine(self, offer: Offer) -> Lacks:
         check_offer(offer)
+        self._record = record_of(offer)
         self._offer, self._place = offer, place_of(offer.target)
         check_folder(self._place, offer.files, tuple(offer.absent))
         self._take_lock()
@@ -108,6 +121,7 @@ class Receiver:
             for index, file in enumerate(self._files)
             if file.missing
         }
+        self._note_states()
         digests = {index: file.digest for index, file in enumerate(self._files) if file.digest}
         lacking = sum(file.missing_bytes for file in self._files)
         return Lacks(str(self._place.folder), missing, lacking, self._free_bytes(), digests)
@@ -179,11 +193,26 @@ class Receiver:
                 if not there:
                     self._files[index].complete()
                 self._files[index].make_link()
+                self._note_states(_SECONDS_BETWEEN_NOTES)
             except Exception as error:
                 end_with(self._events, error)
             self._events.send(FileReceived(index))
 
         self._completing.append(self._pool.submit(work))
+
+    def _note_states(self, least_seconds: float = 0.0) -> None:
+        """Note which files are right, so that the next transfer need not read them again."""
+        with self._noting:
+            if time.monotonic() - self._noted_seconds < least_seconds:
+                return
+            states = read_states(self._place.folder)
+            for file in self._files:
+                states.pop(file.offer.name, None)
+                if (state := file.state()) is not None:
+                    states[file.offer.name] = state
+            if states:
+                write_states(self._place.folder, states)
+            self._noted_seconds = time.monotonic()
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -196,6 +225,9 @@ class Receiver:
         if left is not None:
             raise ClusterError(f"{left.offer.name} is not complete")
         folder = self._place.folder
+        self._note_states()
+        if self._record is not None:
+            write_record(folder, self._record)
         if self._offer.absent:
             write_part_list(folder, self._offer.absent)
         if self._place.references is not None:

@@ -76,6 +76,26 @@ def verify_file(
     return None if found == expected.blob_name else f"has another hash than {expected.blob_name}"
 
 
+def has_content(path: Path, expected: ExpectedFile, on_bytes: OnBytes) -> bool:
+    """True if a file has the expected content, whatever its header says; False if it is not there.
+
+    Raises:
+        OSError: if it is there but cannot be read.
+    """
+    try:
+        descriptor = open_regular(path, follow_links=True)
+    except FileNotFoundError:
+        return False
+    try:
+        size = os.fstat(descriptor).st_size
+        digest = new_digest(expected.blob_name, size)
+        if size == expected.nbytes:
+            read_into(digest, descriptor, 0, size, on_bytes)
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest() == expected.blob_name
+
+
 def header_damage(path: Path, expected: ExpectedFile) -> str | None:
     """Return what is wrong with the header of a safetensors file; None for other files.
 

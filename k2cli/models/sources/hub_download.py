@@ -62,6 +62,14 @@ class HubDownload:
         """Folder of the model."""
         return self.layout.folder
 
+    @property
+    def record(self) -> SnapshotRecord:
+        """Record of the revision and its files."""
+        listing, files = self.listing, tuple(file.place.file for file in self.files)
+        return SnapshotRecord(
+            "hub", listing.repo, listing.revision, listing.commit, files, self.whole
+        )
+
 
 def plan_download(
     repo: str, revision: str | None, destination: Path | None, selection: Selection
@@ -139,10 +147,7 @@ def run_download(
                     (place, _cached_source(listing, layout, place)) for place in places
                 ]
                 transfer_from_server(listing, pairs, options, on_event)
-        record = SnapshotRecord(
-            "hub", listing.repo, listing.revision, listing.commit, tuple(files), download.whole
-        )
-        write_record(layout.folder, record)
+        write_record(layout.folder, download.record)
         layout.set_revision(listing.revision)
     except OSError as error:
         raise unwritable(error, layout.folder) from error
