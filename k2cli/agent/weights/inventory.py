@@ -53,6 +53,8 @@ def target_of(text: str, reference: ModelReference, folder: Path) -> Target:
     entry = reference.entry
     if entry is not None and folder == models_directory() / entry.alias:
         return Target("alias", entry.alias)
+    if reference.modelscope_repo is not None and folder.parent == models_directory():
+        return Target("alias", folder.name)
     if text.startswith("~/"):
         return Target("path", text.rstrip("/"))
     return Target("path", str(folder.absolute()))

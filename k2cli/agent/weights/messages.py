@@ -39,7 +39,8 @@ class Target(msgspec.Struct, frozen=True):
     """The place of a model, which each machine translates to a folder of its own.
 
     ``kind`` is ``hub`` (``name`` is the repository, ``commit`` and ``references`` its revision),
-    ``alias`` (``name`` is that of a model which k2 converts) or ``path`` (``name`` is the folder).
+    ``alias`` (``name`` is that of a folder of k2's own, such as of a model that k2 converts) or
+    ``path`` (``name`` is the folder).
     """
 
     kind: Literal["hub", "alias", "path"]

@@ -33,6 +33,7 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9A-Za-z][\w.-]{0,199}", re.ASCII)
 _REFERENCE = re.compile(r"[0-9A-Za-z][\w-]*(?:[./][\w-]+){0,20}", re.ASCII)
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_MODELSCOPE = re.compile(r"modelscope--[\w.@-]{1,240}", re.ASCII)
 _MAX_REFERENCES = 20
 
 
@@ -54,8 +55,9 @@ def place_of(target: Target) -> Place:
     if target.kind == "hub":
         return _hub_place(target)
     if target.kind == "alias":
-        if target.name not in catalog() or not is_own(target.name):
-            raise UsageError(f"'{target.name}' is no model that k2 converts")
+        known = target.name in catalog() or _MODELSCOPE.fullmatch(target.name)
+        if not known or not is_own(target.name):
+            raise UsageError(f"'{target.name}' is no model in k2's own folder")
         return Place(models_directory() / target.name)
     path = Path(target.name)
     if target.name.startswith("~/"):

@@ -22,7 +22,12 @@ from k2cli.models.sources.cache_layout import (
 )
 from k2cli.models.sources.events import OnEvent, StepStarted
 from k2cli.models.sources.expected_files import ExpectedFile, verify_file
-from k2cli.models.sources.hub_download import check_free_space, transfer_from_server
+from k2cli.models.sources.hub_download import (
+    check_free_space,
+    list_recorded,
+    transfer_from_server,
+    with_hashes,
+)
 from k2cli.models.sources.range_stream import TransferOptions
 from k2cli.models.sources.snapshot_record import SnapshotRecord
 
@@ -88,7 +93,7 @@ def fetch_again(
         K2Error: if the server has other contents than the record, or a file cannot be fetched.
     """
     on_event(StepStarted(f"asking for {record.repo} at {record.commit}"))
-    listing = hub.list_repository(record.repo, record.commit)
+    listing = list_recorded(record)
     files = [_as_recorded(listing, file) for file in wanted]
     try:
         places = layout.places(files, write=True)
@@ -114,19 +119,19 @@ def _as_recorded(listing: hub.Listing, wanted: ExpectedFile) -> ExpectedFile:
     """
     if wanted.name not in listing.sizes:
         raise K2Error(f"{listing.repo}@{listing.commit} has no file '{wanted.name}'")
-    found = hub.with_hashes(listing, [wanted.name]).expected(wanted.name)
+    found = with_hashes(listing, [wanted.name]).expected(wanted.name)
     if found.blob_name != wanted.blob_name:
         raise K2Error(
             f"{listing.repo}@{listing.commit} has another content of '{wanted.name}' than the "
             f"record of this model: {found.blob_name[:12]}, not {wanted.blob_name[:12]}",
-            "use another mirror: see HF_ENDPOINT",
+            "use another mirror: see HF_ENDPOINT" if listing.source == "hub" else None,
         )
     return found
 
 
 def _cached_source(record: SnapshotRecord, layout: Layout, file: ExpectedFile) -> ByteSource | None:
     """Take a file for a folder from the cache, if it is there and not damaged, too."""
-    if isinstance(layout, CacheLayout):
+    if isinstance(layout, CacheLayout) or record.source != "hub":
         return None
     cached = CacheLayout(record.repo, record.commit).folder
     try:

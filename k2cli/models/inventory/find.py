@@ -13,6 +13,7 @@ from k2cli.models.inventory.running import any_held, download_locks, is_being_re
 from k2cli.models.reference import (
     ModelReference,
     local_checkpoint,
+    modelscope_folder,
     parse_reference,
     present_folder,
 )
@@ -67,7 +68,7 @@ def find_model(text: str, revision: str | None = None) -> KnownModel:
     """
     reference = parse_reference(text)
     if revision is not None:
-        if reference.repo is None:
+        if reference.repo is None and reference.modelscope_repo is None:
             raise UsageError(f"'{text}' has no revisions", "leave --revision out")
         if not is_safe_name(revision):
             raise UsageError(f"'{revision}' is no name of a revision", "--revision main")
@@ -75,6 +76,8 @@ def find_model(text: str, revision: str | None = None) -> KnownModel:
     folder: Path | None
     if reference.repo is not None:
         folder = _snapshot_folder(reference.repo, reference.revision)
+    elif reference.modelscope_repo is not None:
+        folder = modelscope_folder(reference.modelscope_repo, reference.revision)
     else:
         folder = present_folder(reference)
     model = KnownModel(text, revision, reference, folder or Path(), None)

@@ -1,4 +1,4 @@
-"""Whether a transfer of a model to this machine is running now, by the locks that it holds."""
+"""Detection of transfers of a model to this machine that run now, by the locks that they hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Download of files of a Hub repository: what is missing, room for it, transfer, and the record."""
+"""Download of files of a repository: what is missing, room for it, transfer, and the record.
+
+The repository is one of the Hub or of ModelScope.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from k2cli.errors import K2Error
 from k2cli.files import unwritable
 from k2cli.models.checkpoint import read_index
 from k2cli.models.layout import INDEX_NAME, refuse_without_safetensors
-from k2cli.models.sources import hub
+from k2cli.models.sources import hub, modelscope
 from k2cli.models.sources.awake import kept_awake
 from k2cli.models.sources.byte_source import ByteSource, FolderSource
 from k2cli.models.sources.cache_layout import (
@@ -33,6 +37,8 @@ from k2cli.models.sources.selection import Selection, choose_files
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
 from k2cli.models.sources.transfer import Place, Transfer
 from k2cli.units import format_bytes
+
+Source = Literal["hub", "modelscope"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +73,28 @@ class HubDownload:
         """Record of the revision and its files."""
         listing, files = self.listing, tuple(file.place.file for file in self.files)
         return SnapshotRecord(
-            "hub", listing.repo, listing.revision, listing.commit, files, self.whole
+            listing.source, listing.repo, listing.revision, listing.commit, files, self.whole
         )
 
 
 def plan_download(
-    repo: str, revision: str | None, destination: Path | None, selection: Selection
+    repo: str,
+    revision: str | None,
+    destination: Path | None,
+    selection: Selection,
+    source: Source = "hub",
 ) -> HubDownload:
-    """Ask the Hub for the files of a revision, and find out what is missing; write nothing.
+    """Ask the server for the files of a revision, and find out what is missing; write nothing.
 
     Raises:
         NotAuthorisedError: if the repository is gated or private.
         UsageError: if the selection leaves nothing.
-        K2Error: if the Hub cannot be reached, or the repository has no weights that k2 reads.
+        K2Error: if the server cannot be reached, or the repository has no weights that k2 reads.
     """
-    listing = hub.list_repository(repo, revision)
+    if source == "modelscope":
+        listing = modelscope.list_repository(repo, revision)
+    else:
+        listing = hub.list_repository(repo, revision)
     layout = _layout(listing, destination)
     chosen = choose_files(listing.sizes, _weight_map(listing, layout), repo, selection)
     if not chosen.names:
@@ -101,14 +114,33 @@ def _weight_map(listing: hub.Listing, layout: Layout) -> dict[str, str] | None:
         (place,) = layout.places([listing.expected(INDEX_NAME)], write=False)
         if place.is_there() and place.path.is_file():
             return read_index(layout.folder)
+    if listing.source == "modelscope":
+        return modelscope.read_weight_map(listing)
     return read_weight_map(listing.repo, listing.commit, listing.sizes)
+
+
+def list_recorded(record: SnapshotRecord) -> hub.Listing:
+    """List the files of the commit of a record.
+
+    Raises:
+        NotAuthorisedError: if the repository is gated or private.
+        K2Error: if the server cannot be reached.
+    """
+    if record.source == "modelscope":
+        return modelscope.list_recorded(record.repo, record.revision, record.commit)
+    return hub.list_repository(record.repo, record.commit)
+
+
+def with_hashes(listing: hub.Listing, names: Collection[str]) -> hub.Listing:
+    """Complete the hashes of a listing; see ``hub.with_hashes``."""
+    return listing if listing.source == "modelscope" else hub.with_hashes(listing, names)
 
 
 def _planned(
     listing: hub.Listing, layout: Layout, names: Collection[str], *, whole: bool
 ) -> HubDownload:
     check_names(names, listing.repo)
-    listing = hub.with_hashes(listing, names)
+    listing = with_hashes(listing, names)
     places = layout.places([listing.expected(name) for name in names], write=False)
     files = tuple(
         FileToFetch(place, 0 if place.is_there() else missing_bytes(place)) for place in places
@@ -165,7 +197,10 @@ def transfer_from_server(
         NotAuthorisedError: if the server refuses a file.
         K2Error: if a file cannot be fetched or written.
     """
-    service = hub.http_service(listing.repo, listing.commit)
+    if listing.source == "modelscope":
+        service = modelscope.http_service(listing)
+    else:
+        service = hub.http_service(listing.repo, listing.commit)
     server = HttpSource(service, options.streams, options.read_timeout_seconds)
     try:
         Transfer([(place, source or server) for place, source in places], options, on_event).run()
@@ -177,7 +212,7 @@ def _cached_source(
     listing: hub.Listing, layout: Layout, place: CachePlace | FolderPlace
 ) -> ByteSource | None:
     """Take a file for a folder from the cache, if it is there."""
-    if isinstance(layout, CacheLayout):
+    if isinstance(layout, CacheLayout) or listing.source != "hub":
         return None
     cached = CacheLayout(listing.repo, listing.commit).folder
     return FolderSource(cached) if is_whole(cached / place.file.name, place.file) else None
