@@ -226,16 +226,22 @@ def _errors(api: Any, repo: str, revision: str) -> Iterator[None]:
             f"{host} has no model '{repo}' with a revision '{revision}', or it is private",
             "check the name; for a private one run: modelscope login",
         ) from error
-    except (errors.HubError, OSError) as error:
-        raise K2Error(
-            f"cannot list {repo} on {host}: {_first_line(error)}",
-            "check the network, and MODELSCOPE_ENDPOINT if you set it",
-        ) from error
+    except errors.HubError as error:
+        raise _unreachable(repo, host, error) from error
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise K2Error(
             f"the answer of {host} for {repo} cannot be read: {_first_line(error)}",
             "check MODELSCOPE_ENDPOINT, and whether this network wants a login first",
         ) from error
+    except OSError as error:
+        raise _unreachable(repo, host, error) from error
+
+
+def _unreachable(repo: str, host: str, error: Exception) -> K2Error:
+    return K2Error(
+        f"cannot list {repo} on {host}: {_first_line(error)}",
+        "check the network, and MODELSCOPE_ENDPOINT if you set it",
+    )
 
 
 def _refused(what: str, status: int) -> NotAuthorisedError:

@@ -123,9 +123,10 @@ def test_what_a_server_may_get_wrong(scope: MockModelScope, tmp_path: Path) -> N
     done = k2("download", MODEL)
     assert (done.returncode, "cannot be read" in done.stderr) == (1, True), done.stderr
     scope.fault = ""
+    right = dict(scope.revisions["master"])
     for name in ("../../escape.safetensors", "/abs.safetensors"):
-        files = dict(scope.revisions["master"])
-        files[name] = files.pop(WEIGHTS)
+        files = right | {name: right[WEIGHTS]}
+        del files[WEIGHTS]
         index = {"metadata": {}, "weight_map": {"t": name}}
         files["model.safetensors.index.json"] = json.dumps(index).encode()
         scope.revisions |= {"master": files, "c" * 40: files}
