@@ -12,13 +12,16 @@ import typer
 
 def download(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Alias, owner/name[@revision] or .gguf file.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Alias, owner/name[@revision], modelscope:owner/name or .gguf."
+        ),
     ],
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FOLDER", help="Folder to put the model in.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
+        str | None, typer.Option(help="Branch, tag or commit of a repository.")
     ] = None,
     only: Annotated[
         list[str] | None,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def verify(
     model: ModelArgument,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
+        str | None, typer.Option(help="Branch, tag or commit of a repository.")
     ] = None,
     repair: Annotated[
         bool,
