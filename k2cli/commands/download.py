@@ -13,9 +13,7 @@ import typer
 def download(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL", help="Alias, owner/name[@revision], modelscope:owner/name or .gguf."
-        ),
+        typer.Argument(metavar="MODEL", help="Alias, owner/name[@revision] or .gguf file."),
     ],
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FOLDER", help="Folder to put the model in.")
@@ -77,6 +75,8 @@ def download(
     Only the files that loading reads are downloaded (weights, config, tokenizer, templates), never
     code. Each file is verified by its hash. An interrupted download continues where it was, and
     files that are already on this machine are not downloaded again, unless they are damaged.
+
+    A model of ModelScope is modelscope:owner/name[@revision].
 
     Example: k2 download demo
     """
