@@ -44,12 +44,19 @@ def ask_all(port: int, asks: Sequence[Ask], *, model: str, extra: dict[str, Any]
     """Send all at the same moment; wait for all answers.
 
     Raises:
-        RuntimeError: if an answer is an error or has another number of tokens than asked for.
+        RuntimeError: if an answer is an error, breaks off, or has another number of tokens than
+            asked for.
+        OSError: if the server cannot be reached.
     """
     gate = threading.Barrier(len(asks))
     with ThreadPoolExecutor(len(asks)) as pool:
         futures = [pool.submit(_ask, port, *_body(ask, model, extra), gate) for ask in asks]
-        answers = [future.result(ANSWER_LIMIT_SECONDS) for future in futures]
+        try:
+            answers = [future.result(ANSWER_LIMIT_SECONDS) for future in futures]
+        except (http.client.HTTPException, ValueError) as error:
+            if isinstance(error, OSError):
+                raise
+            raise RuntimeError(f"an answer broke off: {type(error).__name__}: {error}") from error
     for ask, answer in zip(asks, answers, strict=True):
         if answer.tokens != ask.max_tokens:
             raise RuntimeError(f"{answer.tokens} tokens came, {ask.max_tokens} were asked for")

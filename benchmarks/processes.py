@@ -102,7 +102,8 @@ def reset_preference(pid: int) -> None:
 def hold(pids: Iterable[int]) -> None:
     """Stop processes (SIGSTOP), so that they use no CPU while the other side is measured."""
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
 
 
 def let_go(pids: Iterable[int]) -> None:

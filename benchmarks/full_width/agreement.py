@@ -109,12 +109,18 @@ def rank_main(assignment_file: Path, prompt_tokens: int, steps: int, out: Path) 
 def mlx_main(
     model: Path, prompt_tokens: int, steps: int, chunk: int, dtype: str, out: Path
 ) -> None:
-    """Compute the given tokens with mlx-lm alone; nothing of k2 is used."""
+    """Compute the given tokens with mlx-lm alone; nothing of k2 is used.
+
+    MLX's product of experts is wrong on CUDA for matrices of more than 2^32 elements (see
+    ``experts``). So mlx-lm is made to ask for the first and the second half of the experts.
+    """
     import mlx.core as mx
     import numpy as np
     from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
     from mlx_lm.utils import load_model
 
+    QuantizedSwitchLinear.__call__ = _in_halves
     loaded, _ = load_model(model)
     if dtype == "float32":
         loaded.set_dtype(mx.float32)
@@ -128,6 +134,27 @@ def mlx_main(
         each = loaded(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
         logits.append(np.array(each))
     np.save(out.with_suffix(".npy"), np.stack(logits))
+
+
+def _in_halves(self: Any, x: Any, indices: Any, sorted_indices: bool = False) -> Any:
+    import mlx.core as mx
+
+    count = len(self["weight"])
+
+    def product(first: int, past_last: int) -> Any:
+        arrays = [self[name][first:past_last] for name in ("weight", "scales", "biases")]
+        return mx.gather_qmm(
+            x,
+            *arrays,
+            rhs_indices=mx.clip(indices.astype(mx.int32) - first, 0, past_last - first - 1),
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            sorted_indices=sorted_indices,
+        )
+
+    in_first = (indices < count // 2)[..., None, None]
+    return mx.where(in_first, product(0, count // 2), product(count // 2, count))
 
 
 # --- all ways -------------------------------------------------------------------------------------

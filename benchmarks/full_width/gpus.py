@@ -15,14 +15,20 @@ from typing import Self
 import psutil
 
 _POLL_SECONDS = 0.1
+_CONTEXT_SECONDS = 120.0
 
 
 def query(fields: str) -> list[list[str]]:
-    """Return a row of fields per GPU; empty without nvidia-smi."""
+    """Return a row of fields per GPU; empty if nvidia-smi is missing or fails."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if done.returncode != 0:
+        return []
     return [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line]
 
 
@@ -51,8 +57,8 @@ def machine() -> dict[str, str]:
 
 
 def used_bytes() -> list[int]:
-    """Return the memory in use on each GPU, by all programs."""
-    return [int(row[0]) * 2**20 for row in query("memory.used")]
+    """Return the memory in use on each GPU, by all programs; 0 where the driver does not tell."""
+    return [int(row[0]) * 2**20 if row[0].isdecimal() else 0 for row in query("memory.used")]
 
 
 @dataclass
@@ -92,6 +98,8 @@ class Watch:
         used = used_bytes()
         if used:
             return {f"gpu {index}": size for index, size in enumerate(used)}
+        if any(name.startswith("gpu ") for name in self.most):
+            return {}  # the driver did not answer this time
         return {name: _resident(pid) for name, pid in self.pids.items()}
 
 
@@ -117,8 +125,19 @@ def context_bytes(python: str, log: Path) -> int:
         )
     assert process.stdout is not None
     assert process.stdin is not None
-    process.stdout.read(2)
-    grown = max(now - then for now, then in zip(used_bytes(), before, strict=True))
-    process.stdin.close()
-    process.wait(30)
-    return grown
+    end = threading.Timer(_CONTEXT_SECONDS, process.kill)
+    end.start()
+    try:
+        up = process.stdout.read(2) == b"up"
+        now = used_bytes()
+    finally:
+        end.cancel()
+        process.stdin.close()
+        process.kill()
+        process.wait(30)
+        process.stdout.close()
+    if not up or len(now) != len(before):
+        raise RuntimeError(
+            f"MLX did not compute on a GPU: {log.read_text(errors='replace')[-400:]}"
+        )
+    return max(size - then for size, then in zip(now, before, strict=True))

@@ -16,10 +16,14 @@ same cards in turn; ``table`` prints Markdown of any results.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,6 +39,7 @@ from benchmarks.statistics import Answer, decode_rate, order_of_round, prefill_r
 SHORT_PROMPT_TOKENS = 16
 CHECK_PROMPT_TOKENS = 300
 MAX_RESTARTS = 5
+STEP_SECONDS = 300.0
 
 
 class Results:
@@ -169,9 +174,11 @@ def rounds(options: argparse.Namespace, settings: Settings, results: Results) ->
             program.hold()
         for number in range(-1, options.rounds):
             one_began = time.monotonic()
-            _round(programs, options, number, samples, restarts)
-            if restarts:
-                results.put("restarts", restarts)
+            try:
+                _round(programs, options, number, samples, restarts)
+            finally:
+                if restarts:
+                    results.put("restarts", restarts)
             if number < 0:
                 results.put("warm_up_seconds", time.monotonic() - one_began)
                 continue
@@ -261,14 +268,31 @@ def _in_turn(
     for number in range(options.rounds):
         for way in ways if number % 2 == 0 else tuple(reversed(ways)):
             command = [sys.executable, "-m", f"benchmarks.full_width.{module}", way, *words]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            value = (
-                json.loads(done.stdout.splitlines()[-1])
-                if done.returncode == 0
-                else {"error": (done.stderr or done.stdout)[-400:]}
-            )
-            found.setdefault(way, []).append(value)
+            found.setdefault(way, []).append(last_value(command))
             results.put(module, found)
+
+
+def last_value(command: Sequence[str], limit_seconds: float = STEP_SECONDS) -> Any:
+    """Run a command with all that it starts, and return the JSON of its last line, or an error."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=output, stderr=errors, start_new_session=True)
+        try:
+            status: int | str = process.wait(limit_seconds)
+        except subprocess.TimeoutExpired:
+            status = f"no end within {limit_seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # ranks may be left if one has failed
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        errors.seek(0)
+        lines = output.read().splitlines()
+        try:
+            if status == 0:
+                return json.loads(lines[-1])
+        except (IndexError, ValueError):
+            status = "the last line is not JSON"
+        return {"error": f"{status}: {(errors.read() or ' '.join(lines))[-400:]}"}
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ since it fails over NCCL.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -70,7 +71,7 @@ class Program(Protocol):
         ...
 
     def close(self) -> None:
-        """End it and all that it started."""
+        """End it and all that it started, also if it has ended; report nothing."""
         ...
 
 
@@ -175,7 +176,9 @@ class K2Program:
 
     def close(self) -> None:
         if self.record:
-            self._k2("stop", self.record["run_id"])
+            with contextlib.suppress(RuntimeError, OSError, subprocess.SubprocessError):
+                self._k2("stop", self.record["run_id"])
+            self.record = {}
 
 
 @dataclass
@@ -236,14 +239,18 @@ class MlxProgram:
 
     def hold(self) -> None:
         """Stop the ranks, which spin in a collective while they are idle."""
-        processes.hold(each.pid for each in self._processes)
+        for each in self._processes:
+            each.send_signal(signal.SIGSTOP)
 
     def let_go(self) -> None:
-        processes.let_go(each.pid for each in self._processes)
+        for each in self._processes:
+            each.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        self.let_go()
+        # ``Popen`` sends nothing to a process whose end was seen: its id may be another one's.
         for each in self._processes:
-            os.kill(each.pid, signal.SIGKILL)
-            each.wait(30)
+            each.kill()
+        for each in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                each.wait(30)
         self._processes.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import msgspec
@@ -64,9 +65,15 @@ def kill_run(run_id: str, spared: int | str = 0) -> list[RunProcess]:
     while (left := _others(run_id, int(spared))) and not limit.has_passed:
         for process in left:
             try:
-                psutil.Process(process.pid).kill()
+                found = psutil.Process(process.pid)
+                children = found.children(recursive=True)  # compilers do not carry the mark
+                found.kill()
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
+            for child in children:
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    if child.pid != int(spared):
+                        child.kill()
         time.sleep(0.05)
     return left
 

@@ -11,7 +11,7 @@ import contextlib
 import re
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import psutil
 
@@ -159,9 +159,18 @@ class RankProcess:
             self._messages_ended.set()
 
     def kill(self) -> None:
-        """Send SIGKILL, which also ends a stopped process."""
+        """Send SIGKILL, which also ends a stopped process, to the rank and its compilers."""
         self._killed_here = True
+        children = self._children()
         self._signal(signal.SIGKILL)
+        _kill_all(children)
+
+    def _children(self) -> list[psutil.Process]:
+        """List the processes that the rank has started, while they can be told by their parent."""
+        try:
+            return self._view.children(recursive=True)
+        except (psutil.Error, OSError):
+            return []
 
     def _signal(self, number: signal.Signals) -> None:
         # asyncio knows whether the process was reaped, so the pid cannot belong to another process.
@@ -181,8 +190,10 @@ class RankProcess:
             self.send(Shutdown())
             if await self.gone_within(grace_seconds):
                 return True
+        children = self._children()
         self._signal(signal.SIGTERM)
         if await self.gone_within(_TERMINATE_SECONDS):
+            _kill_all(children)
             return True
         self.kill()
         return await self.gone_within(_KILL_SECONDS)
@@ -217,6 +228,13 @@ class RankProcess:
         if status < 0:
             return f"it was killed by {signal_name(-status)}"
         return f"it exited with status {status}"
+
+
+def _kill_all(processes: Sequence[psutil.Process]) -> None:
+    """Send SIGKILL to those that still live; none of them can have got another one's id."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError):
+            process.kill()
 
 
 def signal_name(number: int) -> str:

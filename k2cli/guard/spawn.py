@@ -26,6 +26,8 @@ from k2cli.settings import RUN_OPTION, cache_directory, runs_directory
 
 DEFAULT_WORKER = "k2cli.rank.main"
 _PR_SET_PDEATHSIG = 1
+# With this, NCCL's first rank would listen on an address that k2 has not chosen, and take any peer.
+_NOT_FOR_RANKS = ("NCCL_COMM_ID",)
 # What a compiler needs for a few kernels and its temporary files.
 _KERNELS_BYTES = 16 * 2**20
 
@@ -56,8 +58,10 @@ async def spawn_rank(
     page = ProgressPage.create()
     inherited = [theirs.fileno(), page.fileno()]
     settings, files = group_settings(bootstrap.assignment)
-    environment = {**os.environ, **(job or {}), **gpu_settings(bootstrap.gpu)}
-    environment |= {**bootstrap.environment, **settings}
+    environment = {**os.environ, **(job or {}), **bootstrap.environment}
+    environment |= {**gpu_settings(bootstrap.gpu), **settings}
+    for name in _NOT_FOR_RANKS:
+        environment.pop(name, None)
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TMPDIR"] = str(kernel_folder(bootstrap.assignment.run_id))
     for name, content in files.items():
@@ -112,8 +116,8 @@ def kernel_folder(run_id: str) -> Path:
 
     MLX uses ``$TMPDIR/mlx/VERSION/DEVICE``. In a shared TMPDIR, another user could make that first
     and put a library there. The folder lasts, since compiling takes long; a cache that cannot be
-    made, has no room left, or that other users can access, is replaced by a folder of the run. A
-    rank on CUDA keeps its kernels in the same folder (``rank.kernel_cache``).
+    made, has no room left, or that other users can access, is replaced by a folder of the run.
+    Within it each rank has a folder of its own (``rank.kernel_cache``).
 
     Raises:
         OSError: if neither folder can be used.
@@ -173,6 +177,8 @@ def _nccl_settings(assignment: Assignment, coordinator: str) -> dict[str, str]:
     settings = {"MLX_WORLD_SIZE": str(assignment.size), "NCCL_HOST_IP": host, "NCCL_PORT": port}
     # Its status service would listen on a port of its own.
     settings["NCCL_RAS_ENABLE"] = "0"
+    # The interface may have addresses of the other family, which the cluster does not name.
+    settings["NCCL_SOCKET_FAMILY"] = "AF_INET"
     if assignment.nccl_interface is not None:
         # "=" takes the name as it is; without it, it is a prefix.
         settings["NCCL_SOCKET_IFNAME"] = f"={assignment.nccl_interface}"

@@ -144,6 +144,12 @@ class StallWatch:
         progress = self._progress
         return patience_of(progress.phase, self._deadlines, joint=progress.joint)
 
+    @property
+    def _work_seen(self) -> str:
+        if self._work.signs:
+            return ", ".join(self._work.signs)
+        return "processor time" if self._work.computes else "of other ranks"
+
     def _verdict(self, now: float) -> str | None:
         if self._stopped_since is not None and now - self._stopped_since > self._deadlines.stopped:
             return f"it was stopped (SIGSTOP) for {format_duration(now - self._stopped_since)}"
@@ -153,8 +159,7 @@ class StallWatch:
         shared = " with the other ranks" if self._progress.joint else ""
         cause = f"it made no progress for {format_duration(still)} while {self._progress.phase}"
         if still > patience.working_seconds:
-            signs = f" ({', '.join(self._work.signs)})" if self._work.signs else ""
-            return f"{cause}{shared}, although there was work{signs}"
+            return f"{cause}{shared}, although there was work ({self._work_seen})"
         if now - self._worked_at > patience.idle_seconds:
             seen = "nothing but processor time" if self._work.computes else "no processor time"
             return f"{cause}{shared}, and used {seen}"

@@ -20,10 +20,10 @@ from k2cli.agent.run_folder import make_reserve, run_folder, write_private
 from k2cli.cluster.description import load_cluster
 from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.node_lookup import node_named
-from k2cli.errors import K2Error, UsageError
+from k2cli.errors import DoesNotFitError, K2Error, UsageError
 from k2cli.files import unwritable
 from k2cli.launch.fetch import fetch_lacking
-from k2cli.launch.gpus import machines_of, place_plan
+from k2cli.launch.gpus import gpus_in, machines_of, place_plan
 from k2cli.launch.model_copies import examine_copies, find_model_copies
 from k2cli.launch.model_source import locate_model
 from k2cli.launch.mpi import find_libraries, find_prefixes
@@ -41,6 +41,7 @@ from k2cli.models.part import absent_files
 from k2cli.models.reference import is_path
 from k2cli.nodes.locks import RankNeed, Say, release_locks, take_locks
 from k2cli.nodes.node import LOCALHOST, Node
+from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.plan import plan_to_json
 from k2cli.protocol import HttpEndpoint
 from k2cli.runs.record import RankRecord, RunRecord, new_run_id, prune_records, save_record
@@ -75,9 +76,9 @@ def prepare_run(
         _choose_transport(run, say)
         _make_plan(run, say)
         _find_model_copies(run, on_fetch)
-    _choose_routes(run)
-    _choose_names(run)
-    _take_locks(run, say)
+        _choose_routes(run)
+        _choose_names(run)
+        _take_locks(run, say, on_fetch)
     try:
         _choose_endpoint(run)
         _choose_environments(run)
@@ -102,7 +103,7 @@ def _choose_nodes(run: RunDecisions) -> None:
 
 def _choose_transport(run: RunDecisions, say: Say) -> None:
     """Check the nodes, and choose the transport by what they have."""
-    run.transport, run.transport_reason = check_nodes(
+    run.wanted_transport = check_nodes(
         run.nodes,
         run.request.transport,
         say,
@@ -115,19 +116,32 @@ def _choose_transport(run: RunDecisions, say: Say) -> None:
 
 def _make_plan(run: RunDecisions, say: Say) -> None:
     """Make the plan unless the user gave one, and refuse one that does not fit."""
+    try:
+        _plan_for(run, say)
+    except DoesNotFitError:
+        if not run.request.wait_seconds or not any(each.gpus for each in run.machines):
+            raise
+        # It may fit on a GPU of another run, whose end the launch may wait for.
+        _plan_for(run, say, as_if_ended=True)
+
+
+def _plan_for(run: RunDecisions, say: Say, *, as_if_ended: bool = False) -> None:
+    """Plan for the GPUs that are free, or as if the other runs had ended."""
     folder, force = run.model.folder, run.request.force
+    run.transport, run.transport_reason = run.wanted_transport
+    run.machines = ()
     if run.plan_given is None:
-        machines = machines_of(run.nodes, run.request, say)
+        run.machines = machines_of(run.nodes, run.request, say, as_if_ended=as_if_ended)
         run.plan, run.transport, run.transport_reason = plan_with_transport(
-            run.request, folder, machines, run.transport, run.transport_reason, say
+            run.request, folder, run.machines, run.transport, run.transport_reason, say
         )
         check_plan(run.plan, folder, run.nodes, force=force)
         return
     run.plan = run.plan_given
     check_plan(run.plan, folder, run.nodes, force=force)
     if any(node.backend == "cuda" for node in run.plan.nodes):
-        machines = machines_of(run.nodes, run.request, say)
-        run.plan = place_plan(run.plan, machines, force=force)
+        run.machines = machines_of(run.nodes, run.request, say, as_if_ended=as_if_ended)
+        run.plan = place_plan(run.plan, run.machines, force=force)
         run.transport, run.transport_reason = transport_of_placed(
             run.request, run.plan, run.transport, run.transport_reason
         )
@@ -158,20 +172,52 @@ def _choose_names(run: RunDecisions) -> None:
     run.run_id = new_run_id(run.model_name)
 
 
-def _take_locks(run: RunDecisions, say: Say) -> None:
+def _take_locks(run: RunDecisions, say: Say, on_fetch: OnPushEvent) -> None:
     """Take the lock of each node, with the bytes and the GPUs that each rank needs there."""
+    refused: list[Sequence[NodeMemory]] = []
+    take_locks(
+        run.nodes,
+        run.run_id,
+        _needs(run),
+        share=run.request.share,
+        wait_seconds=run.request.wait_seconds,
+        say=say,
+        choose_again=lambda: _choose_again(run, on_fetch, refused),
+    )
+
+
+def _needs(run: RunDecisions) -> dict[str, list[RankNeed]]:
     needs: dict[str, list[RankNeed]] = {}
     for node, budget in zip(run.nodes, run.plan.nodes, strict=True):
         need = RankNeed(budget.total_bytes, budget.limit_bytes, budget.gpu, budget.memory_bytes)
         needs.setdefault(node.name, []).append(need)
-    take_locks(
-        run.nodes,
-        run.run_id,
-        needs,
-        share=run.request.share,
-        wait_seconds=run.request.wait_seconds,
-        say=say,
-    )
+    return needs
+
+
+def _choose_again(
+    run: RunDecisions, on_fetch: OnPushEvent, refused: list[Sequence[NodeMemory]]
+) -> dict[str, list[RankNeed]] | None:
+    """Plan anew if other GPUs are free now than when the plan was made; None if not.
+
+    Another launch may have been faster to lock a GPU that both have chosen, and while this one
+    waits for one GPU another may become free. ``refused`` has the machines for which no plan fits.
+    """
+    if not any(machine.gpus for machine in run.machines):
+        return None
+    machines = machines_of(run.nodes, run.request)
+    if gpus_in(machines) == gpus_in(run.machines) or machines in refused:
+        return None
+    before = run.machines, run.plan, run.transport, run.transport_reason
+    try:
+        _plan_for(run, lambda text: None)
+    except (DoesNotFitError, UsageError):
+        # It waits for the GPUs of its plan, or the error names who holds them.
+        run.machines, run.plan, run.transport, run.transport_reason = before
+        refused[:] = [machines]
+        return None
+    _find_model_copies(run, on_fetch)
+    _choose_routes(run)
+    return _needs(run)
 
 
 def _choose_endpoint(run: RunDecisions) -> None:

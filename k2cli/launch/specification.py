@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from k2cli.launch.request import LaunchRequest
     from k2cli.launch.routes import Routes
     from k2cli.nodes.node import Node
+    from k2cli.planning.hardware.machine import NodeMemory
     from k2cli.planning.plan import NodeBudget, Plan
     from k2cli.runs.record import RunRecord
 
@@ -45,6 +46,8 @@ class RunDecisions:
 
     ``nodes`` has one entry per rank. ``model_folders``, ``environments`` (variables for the ranks)
     and ``mpi_prefixes`` (where Open MPI is installed, "" for this machine) are by name of the node.
+    ``wanted_transport`` and its reason are those before the plan, which may change them.
+    ``machines`` are what the plan was made for, empty for a plan from a file without GPUs.
     """
 
     request: LaunchRequest
@@ -52,8 +55,10 @@ class RunDecisions:
     cluster: Cluster | None = field(init=False)
     nodes: Sequence[Node] = field(init=False)
     model: ModelSource = field(init=False)
+    wanted_transport: tuple[Transport, str] = field(init=False)
     transport: Transport = field(init=False)
     transport_reason: str = field(init=False)
+    machines: Sequence[NodeMemory] = field(init=False)
     plan: Plan = field(init=False)
     model_folders: Mapping[str, str] = field(init=False)
     routes: Routes = field(init=False)

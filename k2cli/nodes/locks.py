@@ -22,6 +22,8 @@ from k2cli.units import format_bytes, format_duration, replace_surrogates
 
 _POLL_SECONDS = 2.0
 _SAY_SECONDS = 30.0
+# Each choice that fails means that another launch has locked a GPU since it was made.
+_MOST_CHOICES = 64
 Say = Callable[[str], None]
 
 
@@ -54,6 +56,7 @@ def take_locks(
     share: bool = False,
     wait_seconds: float = 0.0,
     say: Say = lambda text: None,
+    choose_again: Callable[[], Mapping[str, Sequence[RankNeed]] | None] = lambda: None,
 ) -> None:
     """Lock every node, in the order of their names.
 
@@ -66,6 +69,8 @@ def take_locks(
         share: True accepts nodes with other runs if the memory of both fits.
         wait_seconds: time to wait for other runs to end.
         say: called with a line when it waits, and for each stale lock that it removed.
+        choose_again: called if a node is locked by another run; returns other needs, for GPUs that
+            are free now, or None if there are none.
 
     Raises:
         BusyError: if another run has locked a node.
@@ -73,10 +78,15 @@ def take_locks(
     """
     until = time.monotonic() + wait_seconds
     said, say_again_at = "", 0.0
+    choices_left = _MOST_CHOICES
     while True:
         try:
             _take_all(nodes, run_id, needs, share=share, say=say)
         except BusyError as error:
+            chosen = choose_again() if choices_left else None
+            if chosen is not None:
+                needs, choices_left = chosen, choices_left - 1
+                continue
             left = until - time.monotonic()
             if left <= 0:
                 raise

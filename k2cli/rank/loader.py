@@ -22,6 +22,7 @@ from k2cli.errors import K2Error
 from k2cli.models.checkpoint import DTYPE_BITS, Checkpoint, StoredTensor, read_checkpoint
 from k2cli.protocol import Assignment, HeldTensor
 from k2cli.rank.absent_files import open_absent, refuse_absent, refused_if_absent
+from k2cli.rank.expert_kernels import part_experts
 from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
@@ -129,6 +130,8 @@ def load_part(
         HeldTensor(name, list(value.shape), str(value.dtype), value.nbytes)
         for name, value in parameters(model).items()
     ]
+    if copies_from_host():
+        part_experts(model)
     return LoadedPart(opened.stage, opened.whole, held, total, read, read - taken)
 
 

@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from k2cli.errors import ClusterError, K2Error
@@ -49,7 +50,7 @@ from k2cli.protocol import (
 from k2cli.protocol.progress_page import Phase, ProgressPage
 from k2cli.protocol.wire import Channel, ConnectionLost
 from k2cli.rank.guard_link import GuardLink
-from k2cli.settings import RUN_OPTION
+from k2cli.settings import RUN_OPTION, runs_directory
 
 if TYPE_CHECKING:
     from k2cli.rank.kernel_cache import KernelCache
@@ -158,11 +159,12 @@ class Rank:
         """Wait for the peers, join the MLX group and load this rank's part."""
         import mlx.core as mx
 
+        from k2cli.rank.expert_kernels import check_experts
         from k2cli.rank.group import join_group, set_memory_limits
         from k2cli.rank.kernel_cache import open_kernel_cache
         from k2cli.rank.loader import load_part
 
-        self._kernels = open_kernel_cache()
+        self._kernels = open_kernel_cache(self._own_folder)
         self._page.measure_mlx = mx.get_active_memory
         self._report("initialising")
         wait_for_peers()
@@ -185,6 +187,7 @@ class Rank:
             )
         )
         self._report("checking")
+        check_experts(part.stage.model)
         return group, part
 
     def _report(
@@ -210,6 +213,11 @@ class Rank:
         self._page.advance(phase, joint=joint)
         if phase == "idle" or not self._warm:
             self._share_kernels()
+
+    @property
+    def _own_folder(self) -> Path:
+        """A folder of this rank alone, which goes with its run's."""
+        return runs_directory() / self._assignment.run_id / f"kernels-{self._assignment.rank}"
 
     def _share_kernels(self) -> None:
         """Share compiled kernels with later runs; called where MLX compiles nothing."""
@@ -248,8 +256,9 @@ class Rank:
 
         held = {0: part.held}
         while len(held) < self._assignment.size:
-            # No time limit: the guard of the slowest rank watches its progress.
-            self._page.advance("checking")
+            # No time limit: the guard of the slowest rank watches its progress. This rank does no
+            # work meanwhile, which would prolong the limit of one that hangs.
+            self._page.advance("waiting")
             with contextlib.suppress(queue.Empty):
                 message = followers.inbox.get(timeout=_IDLE_SECONDS)
                 if isinstance(message, Holdings):

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
+import signal
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import pytest
 
+from benchmarks.full_width import gpus
 from benchmarks.full_width.agreement import compare, disagreements, noise_verdict, verdict
-from benchmarks.full_width.measure import _round, figures
+from benchmarks.full_width.measure import _round, figures, last_value
+from benchmarks.full_width.programs import K2Program, MlxProgram, Settings
 from benchmarks.full_width.table import table
 from benchmarks.statistics import Answer
+from tests.support.gpu_host import make_gpu_host
+from tests.support.harness import wait_until
 
 
 def test_tokens_must_agree_where_the_best_two_logits_differ_clearly() -> None:
@@ -114,3 +124,71 @@ def test_a_program_that_ends_in_a_round_is_started_again_and_that_work_counts_fo
     assert (theirs.starts, theirs.closed, ours.closed) == (1, True, False)
     assert restarts == ["mlx, decode 1, round 2: an illegal memory access was encountered"]
     assert {name: len(rates) for name, rates in samples["decode 1"].items()} == {"k2": 2, "mlx": 2}
+
+
+def test_a_peer_that_is_dead_can_be_held_let_go_and_closed(tmp_path: Path) -> None:
+    peer = MlxProgram("mlx:tensor", Settings(tmp_path, tmp_path, tmp_path), "tensor")
+    peer._processes = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    dead, alive = peer._processes
+    dead.kill()
+    dead.wait()
+    peer.hold()
+    peer.let_go()
+    peer.close()
+    assert alive.returncode == -signal.SIGKILL
+    assert peer.pids() == {}
+
+
+def test_a_run_of_k2_that_is_gone_can_be_closed(tmp_path: Path) -> None:
+    program = K2Program("k2:tensor:ring", Settings(tmp_path, tmp_path, tmp_path), "tensor", "ring")
+    program.record = {"run_id": "gone-0000"}
+    program.close()
+    assert "k2 stop gone-0000" in (tmp_path / "k2.log").read_text()
+    assert program.record == {}
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("echo '{\"a\": 1}'", None),
+        ("echo nothing; exit 3", "3: nothing"),
+        ("true", "the last line is not JSON"),
+        ("echo '{'", "the last line is not JSON"),
+        ("sleep 60", "no end within 1 s"),
+    ],
+)
+def test_a_step_that_fails_or_hangs_is_a_result_and_leaves_nothing(
+    script: str, says: str | None, tmp_path: Path
+) -> None:
+    child = f"sleep 60 & echo $! > {tmp_path}/pid; {script}"
+    found = last_value(["sh", "-c", child], 1.0 if script == "sleep 60" else 30.0)
+    assert found == {"a": 1} if says is None else found["error"].startswith(says)
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not psutil.pid_exists(pid) or _is_zombie(pid), 10, "the end of its child")
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_memory_is_watched_on_although_the_driver_fails_at_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_gpu_host(tmp_path / "host", 2, monkeypatch)
+    assert gpus.count() == 2
+    answers = iter([[5, 6], [], [7, 1]])
+    watch = gpus.Watch({"rank 0": os.getpid()})
+    monkeypatch.setattr(gpus, "used_bytes", lambda: next(answers))
+    for _ in range(3):
+        for name, size in watch._sizes().items():
+            watch.most[name] = max(size, watch.most.get(name, 0))
+    assert watch.most == {"gpu 0": 7, "gpu 1": 6}
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", f"{host.folder}:{os.environ['PATH']}")
+    (host.folder / "nvidia-smi").write_text("#!/bin/sh\necho '[N/A]'\n")
+    assert gpus.used_bytes() == [0]
+    (host.folder / "nvidia-smi").write_text("#!/bin/sh\necho Unable to determine; exit 6\n")
+    assert gpus.used_bytes() == []

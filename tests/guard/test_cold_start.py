@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+from msgspec.structs import replace
 
 from k2cli.choices import Parallel
 from k2cli.protocol import Deadlines
@@ -69,6 +71,29 @@ def test_a_rank_that_hangs_in_the_warm_up_is_ended_and_named(
     toy_k2: Path, parallel: Parallel, rank: int
 ) -> None:
     _is_ended(toy_k2, parallel, rank, "hang", SHORT, 2 * SHORT.peer_stall)
+
+
+def test_a_rank_whose_compiler_hangs_is_ended_and_its_compiler_too(toy_k2: Path) -> None:
+    with launched(toy_k2, "tensor", Delay(1, "stuck-child", 300.0)) as run:
+        assert run.failure is not None, run
+        assert run.failure.rank == 1
+        assert "used no processor time (warm-up: self-test)" in run.failure.cause
+        mark = f"child-of-{run.run_id}"
+        commands = (process.info["cmdline"] for process in psutil.process_iter(["cmdline"]))
+        assert not [command for command in commands if mark in (command or ())]
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
+def test_a_rank_that_hangs_before_loading_is_ended_while_the_other_one_waits(
+    toy_k2: Path, rank: int
+) -> None:
+    deadlines = replace(SHORT, load_stall=2.5, work_stall=90.0)
+    delay = Delay(rank, "hang", 300.0, loading=True)
+    with launched(toy_k2, "pipeline", delay, deadlines=deadlines) as run:
+        assert run.failure is not None, run
+        assert run.failure.rank == rank
+        # Not the limit of one that works: the leader counts steps while it waits.
+        assert "while loading, and used" in run.failure.cause
 
 
 @pytest.mark.parametrize("parallel", [pytest.param("tensor", marks=pytest.mark.soak), "pipeline"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ BOOTSTRAP = Bootstrap(
 )  # fmt: skip
 
 
+async def _output_of_a_rank(bootstrap: Bootstrap) -> bytes:
+    rank = await spawn_rank(bootstrap, "show")
+    shown, _ = await rank.process.communicate()
+    rank.connection.close()
+    rank.page.close()
+    return shown
+
+
 @pytest.mark.parametrize(
     ("gpu", "visible"),
     [
@@ -37,11 +46,35 @@ def test_a_rank_sees_the_gpu_that_the_plan_gave_it_and_no_other(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "show.py").write_text("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
 
-    async def output_of_the_rank() -> bytes:
-        rank = await spawn_rank(replace(BOOTSTRAP, gpu=gpu), "show")
-        shown, _ = await rank.process.communicate()
-        rank.connection.close()
-        rank.page.close()
-        return shown
+    assert asyncio.run(_output_of_a_rank(replace(BOOTSTRAP, gpu=gpu))).decode().strip() == visible
 
-    assert asyncio.run(output_of_the_rank()).decode().strip() == visible
+
+def test_variables_of_the_user_or_a_hostfile_do_not_undo_what_the_launch_has_decided(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    foreign = {
+        "NCCL_COMM_ID": "0.0.0.0:4444", "NCCL_SOCKET_FAMILY": "AF_INET6",
+        "NCCL_HOST_IP": "0.0.0.0", "NCCL_SOCKET_IFNAME": "eth", "NCCL_NVLS_ENABLE": "0",
+    }  # fmt: skip
+    for name, value in foreign.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    program = "import json, os; print(json.dumps(dict(os.environ)))"
+    (tmp_path / "show.py").write_text(program)
+    assignment = replace(
+        BOOTSTRAP.assignment, size=2, nodes=["a", "a"], transport="nccl",
+        nccl_coordinator="127.0.0.1:5000", nccl_interface="lo",
+    )  # fmt: skip
+    bootstrap = replace(
+        BOOTSTRAP,
+        assignment=assignment,
+        gpu=GpuName(1, "GPU-22"),
+        environment={"CUDA_VISIBLE_DEVICES": "0", "NCCL_COMM_ID": "0.0.0.0:1", "OTHER": "kept"},
+    )
+    found = json.loads(asyncio.run(_output_of_a_rank(bootstrap)))
+    assert "NCCL_COMM_ID" not in found
+    expected = {
+        "CUDA_VISIBLE_DEVICES": "GPU-22", "OTHER": "kept", "NCCL_SOCKET_FAMILY": "AF_INET",
+        "NCCL_HOST_IP": "127.0.0.1", "NCCL_SOCKET_IFNAME": "=lo", "NCCL_NVLS_ENABLE": "0",
+    }  # fmt: skip
+    assert expected.items() <= found.items()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from k2cli.choices import WantedTransport
 from k2cli.cli import build_app
-from k2cli.errors import DoesNotFitError, UsageError
+from k2cli.errors import ClusterError, DoesNotFitError, UsageError
 from k2cli.guard.spawn import gpu_settings
 from k2cli.launch import prepare
+from k2cli.launch.gpus import machines_of
 from k2cli.launch.prepare import prepare_run
 from k2cli.launch.request import LaunchRequest
 from k2cli.launch.specification import RunDecisions, read_specification
@@ -161,3 +163,93 @@ def test_nccl_gives_way_to_the_ring_where_ranks_share_a_gpu(
         launched(toy_k2, transport="nccl"),
     ):
         pass
+
+
+def test_a_launch_that_loses_a_gpu_while_it_plans_takes_another(
+    toy_k2: Path, host: GpuHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, nodes = ("localhost",), [LocalNode()]
+    found = prepare._find_model_copies
+    faster: list[RunDecisions] = []
+
+    def lose(*arguments: Any) -> None:
+        if not faster:
+            faster.append(RunDecisions(LaunchRequest(str(toy_k2))))  # the next call is its own
+            faster[0] = prepare_run(LaunchRequest(str(toy_k2), nodes=alone))
+        found(*arguments)
+
+    monkeypatch.setattr(prepare, "_find_model_copies", lose)
+    try:
+        with launched(toy_k2, alone) as (run, _):
+            assert (gpus_of(faster[0]), gpus_of(run)) == ([0], [1])
+            held = [gpu.held_by for gpu in LocalNode().memory().gpus]
+            assert held == [(faster[0].run_id,), (run.run_id,)]
+    finally:
+        release_locks(nodes, faster[0].run_id)
+
+
+def released_when_waiting(run: RunDecisions) -> Callable[[str], None]:
+    """End a run at the message that another launch waits."""
+
+    def say(text: str) -> None:
+        if text.startswith("waiting"):
+            release_locks([LocalNode()], run.run_id)
+
+    return say
+
+
+def test_a_launch_that_waits_takes_the_gpu_that_is_free_first(toy_k2: Path, host: GpuHost) -> None:
+    alone, nodes = ("localhost",), [LocalNode()]
+    waiting = LaunchRequest(str(toy_k2), nodes=alone, wait_seconds=60)
+    with launched(toy_k2, alone), launched(toy_k2, alone) as (second, _):
+        assert gpus_of(second) == [1]
+        third = prepare_run(waiting, released_when_waiting(second))
+        release_locks(nodes, third.run_id)
+        assert gpus_of(third) == [1]
+
+
+def test_a_launch_waits_for_a_gpu_of_another_run_where_the_free_one_is_too_small(
+    toy_k2: Path, host: GpuHost
+) -> None:
+    alone, nodes = ("localhost",), [LocalNode()]
+    waiting = LaunchRequest(str(toy_k2), nodes=alone, wait_seconds=60)
+    host.use(1, 4321, "trainer", 143_000)
+    with launched(toy_k2, alone) as (first, _):
+        with pytest.raises(DoesNotFitError, match="localhost GPU 1"):
+            prepare_run(LaunchRequest(str(toy_k2), nodes=alone))
+        second = prepare_run(waiting, released_when_waiting(first))
+        release_locks(nodes, second.run_id)
+        assert gpus_of(second) == [0]
+
+
+def test_one_machine_under_two_names_does_not_give_a_gpu_away_twice(
+    toy_k2: Path, host: GpuHost
+) -> None:
+    here = LocalNode()
+    other = LocalNode()
+    other.name = "gpu-host.example"
+    with pytest.raises(
+        UsageError, match=r"localhost and gpu-host.example are one machine"
+    ) as found:
+        machines_of([here, other], LaunchRequest(str(toy_k2)))
+    assert found.value.hint == "--nodes localhost,localhost"
+
+
+def test_ranks_that_would_share_an_exclusive_gpu_are_refused(toy_k2: Path, host: GpuHost) -> None:
+    for index in (0, 1):
+        host.set(index, 6, "Exclusive_Process")
+    with launched(toy_k2) as (run, _):
+        assert gpus_of(run) == [0, 1]
+        with pytest.raises(ClusterError, match=f"takes one process only, and {run.run_id} holds"):
+            prepare_run(LaunchRequest(str(toy_k2), nodes=TWO, share=True))
+    with pytest.raises(UsageError, match=r"2 usable GPU\(s\) for 3 ranks") as found:
+        prepare_run(LaunchRequest(str(toy_k2), nodes=(*TWO, "localhost"), transport="ring"))
+    assert found.value.hint is not None
+    assert "nvidia-smi -i 0 -c DEFAULT" in found.value.hint
+
+
+def test_a_machine_whose_gpus_are_all_unusable_is_refused(toy_k2: Path, host: GpuHost) -> None:
+    for index in (0, 1):
+        host.set(index, 6, "Prohibited")
+    with pytest.raises(ClusterError, match=r"no usable GPU: GPU 0 .*: its compute mode is Prohib"):
+        prepare_run(LaunchRequest(str(toy_k2), nodes=TWO, transport="ring"))

@@ -125,6 +125,14 @@ def test_a_plan_over_nccl_is_for_gpus_and_slices() -> None:
     assert PlanRequest(transport="ring").strategies(2) == ["pipeline", "tensor"]
 
 
+def test_the_hint_for_heads_that_nccl_cannot_share_is_not_refused_in_turn(toy_k2: Path) -> None:
+    command = ["plan-memory", str(toy_k2), "--hardware", "3x h200-141"]
+    with pytest.raises(UsageError, match="3 ranks cannot share") as refused:
+        run_command_line([*command, "--backend", "nccl"])
+    assert refused.value.hint == "--backend ring --parallel pipeline"
+    run_command_line([*command, *refused.value.hint.split()])
+
+
 def _assignment(rank: int = 0, **fields: Any) -> Assignment:
     return Assignment(
         run_id="demo-1", rank=rank, size=2, nodes=["localhost"] * 2, transport="nccl",
@@ -145,6 +153,7 @@ def test_variables_of_a_rank() -> None:
         "NCCL_PORT": "5000",
         "NCCL_SOCKET_IFNAME": "=lo",
         "NCCL_RAS_ENABLE": "0",
+        "NCCL_SOCKET_FAMILY": "AF_INET",
     }
 
 

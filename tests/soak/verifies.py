@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.models.digests import sha256_of
-from k2cli.models.inventory.verified import read_verified
+from k2cli.models.inventory.states import read_verified
 from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
 from tests.soak.download_hub import HASHES, SHARDS, make_model

@@ -22,7 +22,7 @@ from k2cli.runs.record import EVENTS_NAME, RunRecord, read_record
 from tests.support.faults import FAULTY_RANKS
 from tests.support.harness import wait_until
 
-How = Literal["hang", "spin", "touch", "child", "read"]
+How = Literal["hang", "spin", "touch", "child", "stuck-child", "read"]
 
 SHORT = Deadlines(
     step_stall=1.5,
@@ -36,12 +36,16 @@ SHORT = Deadlines(
 
 @dataclass(frozen=True)
 class Delay:
-    """``rank`` does something else for ``seconds``: in the self-test, and once ``after`` exists."""
+    """``rank`` does something else for ``seconds``: in the self-test, and once ``after`` exists.
+
+    With ``loading`` it hangs before it loads, instead.
+    """
 
     rank: int
     how: How
     seconds: float
     after: Path | None = None
+    loading: bool = False
 
 
 def warmed_up(record: RunRecord, rank: int) -> list[str]:
@@ -68,7 +72,9 @@ def launched(
     """Launch two ranks, and wait until the run is ready or has ended."""
     paths = [str(FAULTY_RANKS), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "FAULTY_RANKS_DEVICE": device}
-    if delay is not None:
+    if delay is not None and delay.loading:
+        environment["FAULTY_RANKS_LOADING"] = f"{delay.rank} {delay.seconds}"
+    elif delay is not None:
         environment["FAULTY_RANKS_STEP"] = f"{delay.rank} {delay.how} {delay.seconds}"
         if delay.after is not None:
             environment["FAULTY_RANKS_STEP_AFTER"] = str(delay.after)

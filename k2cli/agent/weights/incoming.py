@@ -27,7 +27,7 @@ from k2cli.agent.weights.messages import (
 from k2cli.agent.weights.place import Place
 from k2cli.files import APPEND, name_with, open_regular, read_regular
 from k2cli.models.digests import OnBytes, sha256_of, sha256_of_range
-from k2cli.models.inventory.verified import FileState, read_states, state_of
+from k2cli.models.inventory.states import FileState, read_states, state_of
 from k2cli.models.sources.expected_files import expected_file, has_content
 
 _JOURNAL_LIMIT_BYTES = 256 * 2**20

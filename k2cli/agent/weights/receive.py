@@ -49,7 +49,7 @@ from k2cli.agent.weights.place import (
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.files import open_regular, unwritable, write_atomically
 from k2cli.models.inventory.running import INCOMING_LOCK
-from k2cli.models.inventory.verified import read_states, write_states
+from k2cli.models.inventory.states import read_states, write_states
 from k2cli.models.part import write_part_list
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
 

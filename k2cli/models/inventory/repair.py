@@ -12,7 +12,7 @@ from dataclasses import replace
 from k2cli.errors import K2Error
 from k2cli.files import unwritable
 from k2cli.models.inventory.find import KnownModel
-from k2cli.models.inventory.verified import state_of
+from k2cli.models.inventory.states import state_of
 from k2cli.models.inventory.verify import FileResult, Verification, concluded
 from k2cli.models.sources.cache_layout import CachePlace
 from k2cli.models.sources.events import Event, OnEvent

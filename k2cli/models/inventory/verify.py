@@ -18,7 +18,7 @@ from typing import Literal
 
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import read_checkpoint, read_safetensors_header
-from k2cli.models.inventory.verified import (
+from k2cli.models.inventory.states import (
     FileState,
     forget_verified,
     read_states,

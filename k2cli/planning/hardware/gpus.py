@@ -8,13 +8,16 @@ may count GPUs in another order than ``nvidia-smi``.
 
 from __future__ import annotations
 
+import select
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from k2cli.gpu_name import GpuName
+from k2cli.pauses import Deadline
 from k2cli.units import MB, MIB, clean_text, format_bytes, one_line, whole_number
 
 CONTEXT_BYTES = 600 * MB
@@ -27,6 +30,11 @@ QUERY_FIELDS = (
     "mig.mode.current",
 )  # fmt: skip
 QUERY = ("nvidia-smi", f"--query-gpu={','.join(QUERY_FIELDS)}", "--format=csv,noheader,nounits")
+ONE_PROCESS = "it takes one process only"
+_NOT_FIRST = (
+    "nvidia-smi does not list it, and only the first of such devices can be used; choose one "
+    "with CUDA_VISIBLE_DEVICES"
+)
 QUERY_PROCESSES = (
     "nvidia-smi",
     "--query-compute-apps=gpu_uuid,pid,used_memory,process_name",
@@ -36,6 +44,9 @@ _PLACES = ("/usr/bin/nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi", "/usr/local/nvi
 _SECONDS = 8.0
 """Time limit of a call; two have to fit into a question to a node. Without persistence mode the
 driver starts anew for each, which takes seconds on a host with many GPUs."""
+_END_SECONDS = 0.5
+_MOST_BYTES = 2**20
+_UNIFIED = ("[N/A]", "N/A", "[Not Supported]")
 _USED_BYTES = 64 * MIB
 """With less than this in use besides the driver's own, no other process is looked for."""
 
@@ -55,8 +66,8 @@ class Gpu:
 
     ``limit_bytes`` is what a single rank's arrays may take: the free memory, without the CUDA
     context. ``free_bytes`` is None where it was not asked (a saved description of a cluster).
-    ``obstacle`` is the reason if k2 does not choose it. ``held_by`` are the runs of k2 that hold
-    it, with ``claimed_bytes`` by their plans.
+    ``obstacle`` is the reason if k2 does not choose it. ``exclusive``: it takes one process only.
+    ``held_by`` are the runs of k2 that hold it, with ``claimed_bytes`` by their plans.
     """
 
     name: GpuName
@@ -67,6 +78,7 @@ class Gpu:
     users: tuple[GpuUser, ...] = ()
     held_by: tuple[str, ...] = ()
     claimed_bytes: int = 0
+    exclusive: bool = False
 
     @property
     def idle_limit_bytes(self) -> int:
@@ -75,19 +87,32 @@ class Gpu:
 
     def lasting(self) -> Gpu:
         """Return the GPU without its present use, for a description that is kept."""
-        return Gpu(self.name, self.memory_bytes, self.idle_limit_bytes, obstacle=self.obstacle)
+        return Gpu(
+            self.name,
+            self.memory_bytes,
+            self.idle_limit_bytes,
+            obstacle=self.obstacle,
+            exclusive=self.exclusive,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class ListedGpu:
-    """A line of ``nvidia-smi``. Memory is None where the driver has none to report: a GPU that
-    shares the machine's memory (DGX Spark)."""
+    """A line of ``nvidia-smi``. Memory is None where the driver has none to report.
+
+    ``unified``: the GPU shares the machine's memory (DGX Spark).
+    """
 
     name: GpuName
     memory_bytes: int | None
     free_bytes: int | None
     compute_mode: str = ""
     mig: bool = False
+    unified: bool = False
+
+    @property
+    def exclusive(self) -> bool:
+        return self.compute_mode.startswith("Exclusive")
 
 
 # --- nvidia-smi -----------------------------------------------------------------------------------
@@ -103,9 +128,10 @@ def parse_gpus(text: str) -> list[ListedGpu]:
         _, uuid, name, total, free, reserved, mode, mig = cells
         memory = _mib(total)
         if memory is not None:
-            memory -= _mib(reserved) or 0
+            memory = max(memory - (_mib(reserved) or 0), 0)
         listed = GpuName(number, one_line(uuid), one_line(name))
-        found.append(ListedGpu(listed, memory, _mib(free), mode, mig == "Enabled"))
+        unified = total in _UNIFIED
+        found.append(ListedGpu(listed, memory, _mib(free), mode, mig == "Enabled", unified))
     return found
 
 
@@ -135,12 +161,45 @@ def _ask(query: Sequence[str]) -> str:
     if program is None:
         return ""
     try:
-        done = subprocess.run(
-            [program, *query[1:]], stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        output = _output_of([program, *query[1:]])
+    except OSError:
         return ""
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+    return (output or b"").decode(errors="replace")
+
+
+def _output_of(arguments: Sequence[str]) -> bytes | None:
+    """Run a program; None if it fails, or takes too long or prints too much.
+
+    It is not waited for after that: with a broken driver nvidia-smi cannot even be killed.
+    """
+    limit = Deadline(_SECONDS)
+    process = subprocess.Popen(
+        arguments,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    )
+    assert process.stdout is not None
+    output = b""
+    try:
+        with process.stdout as pipe:
+            while len(output) <= _MOST_BYTES and not limit.has_passed:
+                if select.select([pipe], [], [], limit.next_wait())[0]:
+                    piece = pipe.read(2**16)
+                    if not piece:
+                        break
+                    output += piece
+                elif process.poll() is not None:
+                    break  # a process that it has started keeps the pipe open
+        status = process.wait(max(limit.left_seconds, _END_SECONDS))
+        return output if status == 0 and len(output) <= _MOST_BYTES else None
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_END_SECONDS)
 
 
 # --- what MLX may use -----------------------------------------------------------------------------
@@ -159,10 +218,7 @@ def usable_gpus(devices: Sequence[Mapping[str, Any]], shared_limit: int | None) 
         return tuple(seen)
     users = parse_processes(_ask(QUERY_PROCESSES))
     return tuple(
-        _refused_if_exclusive(
-            replace(gpu, users=users.get(gpu.name.uuid, ())), listed.get(gpu.name.uuid)
-        )
-        for gpu in seen
+        _refused_if_exclusive(replace(gpu, users=users.get(gpu.name.uuid, ()))) for gpu in seen
     )
 
 
@@ -176,12 +232,15 @@ def _described(
     smi = listed.get(uuid)
     model = one_line(str(info.get("device_name", "")))
     total = int(info.get("total_memory", 0))
+    free = int(info["free_memory"]) if "free_memory" in info else None
     if smi is None:
         # Without nvidia-smi its UUID is CUDA's own. A UUID that nvidia-smi does not know is that of
-        # a MIG slice, which only its user can choose.
+        # a MIG slice, which only its user can choose. A rank then computes on CUDA's first device.
         name = GpuName(order, "" if listed else uuid, model)
-        free = int(info["free_memory"]) if "free_memory" in info else None
-        return _with_limit(name, total, free)
+        found = _with_limit(name, total, free)
+        return found if name.uuid or order == 0 else replace(found, obstacle=_NOT_FIRST)
+    if smi.memory_bytes is None and not smi.unified:  # the driver reports an error instead
+        smi = replace(smi, memory_bytes=total, free_bytes=free)
     return gpu_of(smi, total, shared_limit)
 
 
@@ -190,9 +249,10 @@ def gpu_of(listed: ListedGpu, total: int = 0, shared_limit: int | None = None) -
     if listed.memory_bytes is None:
         limit = total if shared_limit is None else min(total, shared_limit)
         limit = max(limit - CONTEXT_BYTES, 0)
-        return Gpu(listed.name, total, limit, obstacle=_obstacle(listed))
-    found = _with_limit(listed.name, listed.memory_bytes, listed.free_bytes)
-    return replace(found, obstacle=_obstacle(listed))
+        found = Gpu(listed.name, total, limit)
+    else:
+        found = _with_limit(listed.name, listed.memory_bytes, listed.free_bytes)
+    return replace(found, obstacle=_obstacle(listed), exclusive=listed.exclusive)
 
 
 def _with_limit(name: GpuName, memory: int, free: int | None) -> Gpu:
@@ -210,12 +270,11 @@ def _is_used(gpu: Gpu) -> bool:
     return gpu.free_bytes is not None and gpu.memory_bytes - gpu.free_bytes > _USED_BYTES
 
 
-def _refused_if_exclusive(gpu: Gpu, listed: ListedGpu | None) -> Gpu:
+def _refused_if_exclusive(gpu: Gpu) -> Gpu:
     """Add the obstacle of a GPU that takes one process only and has one."""
-    exclusive = listed is not None and listed.compute_mode.startswith("Exclusive")
-    if not exclusive or not gpu.users or gpu.obstacle:
+    if not gpu.exclusive or not gpu.users or gpu.obstacle:
         return gpu
-    return replace(gpu, obstacle=f"it takes one process only, and {describe_users(gpu)} uses it")
+    return replace(gpu, obstacle=f"{ONE_PROCESS}, and {describe_users(gpu)} uses it")
 
 
 def describe_users(gpu: Gpu, most: int = 3) -> str:
@@ -246,10 +305,18 @@ def by_preference(gpus: Sequence[Gpu]) -> list[Gpu]:
 def gpus_for_ranks(gpus: Sequence[Gpu], ranks: int, most: int | None = None) -> list[Gpu]:
     """Choose a GPU for each rank of a machine: one each, as far as there are enough.
 
+    A GPU that takes one process only is not shared, as far as the others suffice.
+
     Args:
         gpus: those of the machine.
         ranks: number of ranks on the machine.
         most: use at most so many GPUs, though there are more.
     """
-    chosen = by_preference(gpus)[: min(ranks, most or ranks)]
-    return [chosen[rank % len(chosen)] for rank in range(ranks)] if chosen else []
+    usable = by_preference(gpus)
+    chosen = usable[: min(ranks, most or ranks)]
+    shared = [gpu for gpu in chosen if not gpu.exclusive]
+    if len(chosen) < ranks and not shared:
+        chosen = usable[:ranks]
+        shared = [gpu for gpu in chosen if not gpu.exclusive] or chosen
+    more = [shared[rank % len(shared)] for rank in range(ranks - len(chosen))] if shared else []
+    return [*chosen, *more]

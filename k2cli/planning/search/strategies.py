@@ -41,11 +41,12 @@ def compare(
             obstacles[strategy], failure = error.message, failure or error
     if not found:
         assert failure is not None
-        undivided = len(strategies) > 1
-        raise UsageError(
-            "; ".join(dict.fromkeys(obstacles.values())),
-            "name one machine: there it need not be divided" if undivided else failure.hint,
-        )
+        hint = failure.hint
+        if len(strategies) > 1:
+            hint = "name one machine: there it need not be divided"
+        elif problem.request.transport == "nccl":
+            hint = "--backend ring --parallel pipeline"  # NCCL has no pipeline
+        raise UsageError("; ".join(dict.fromkeys(obstacles.values())), hint)
     return found, obstacles
 
 

@@ -33,7 +33,7 @@ from k2cli.agent.weights.receive import Receiver
 from k2cli.agent.weights.send import connect
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.models.inventory.find import find_model
-from k2cli.models.inventory.verified import read_states, write_states
+from k2cli.models.inventory.states import read_states, write_states
 from k2cli.models.inventory.verify import verify_folder
 from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.snapshot_record import SnapshotRecord, recorded_snapshot

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from k2cli.models.inventory.verified import read_verified
+from k2cli.models.inventory.states import read_verified
 from tests.models.mock_hub import GOOD_TOKEN, MockHub, served_hub
 from tests.models.sources.test_download_command import weights
 

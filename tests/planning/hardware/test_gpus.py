@@ -80,6 +80,12 @@ def test_an_exclusive_gpu_is_left_out_while_a_process_uses_it(host: GpuHost) -> 
     assert "trainer (77)" in machine.gpus[0].obstacle
 
 
+def test_an_exclusive_gpu_is_not_shared_by_ranks(host: GpuHost) -> None:
+    host.set(0, 6, "Exclusive_Process")
+    assert places(on_gpus([host.machine()] * 3)) == [0, 1, 1]
+    assert places(on_gpus([host.machine()] * 2, most=1)) == [0, 1]
+
+
 def test_only_gpus_that_the_user_left_visible_are_there(host: GpuHost) -> None:
     host.visible = [1]
     machine = host.machine()
@@ -109,6 +115,45 @@ def test_a_slice_of_mig_is_used_as_cuda_shows_it(host: GpuHost) -> None:
     (rank,) = on_gpus([cuda_machine("localhost", slices)])
     assert rank.gpu is not None
     assert rank.gpu.uuid == ""  # nothing that k2 could set: the user has chosen it
+
+
+def test_of_devices_that_nvidia_smi_does_not_list_only_the_first_can_be_used(host: GpuHost) -> None:
+    """Without a UUID a rank computes on CUDA's first device, whichever k2 has planned for it."""
+    slices = [{**device, "uuid": f"GPU-slice-{device['uuid']}"} for device in host.devices()]
+    machine = cuda_machine("localhost", slices)
+    assert places(on_gpus([machine] * 2)) == [0, 0]
+    assert "CUDA_VISIBLE_DEVICES" in machine.gpus[1].obstacle
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "limit"),
+    [
+        ("[Unknown Error]", "[GPU is lost]", FREE - CONTEXT_BYTES),
+        ("143771 MiB", "5", FREE - CONTEXT_BYTES),
+        ("600", "600", 0),  # less than the driver keeps
+    ],
+)
+def test_memory_that_nvidia_smi_cannot_tell_is_what_mlx_says(
+    host: GpuHost, total: str, free: str, limit: int
+) -> None:
+    host.set(0, 3, total)
+    host.set(0, 4, free)
+    gpu = host.machine().gpus[0]
+    assert gpu.limit_bytes == limit
+    assert gpu.memory_bytes >= 0
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["exec yes 0123456789", "sleep 60", "sleep 60 & exit 3", "kill -STOP $$", "exit 1"],
+)
+def test_an_nvidia_smi_that_hangs_or_never_ends_is_done_without(
+    host: GpuHost, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    monkeypatch.setattr("k2cli.planning.hardware.gpus._SECONDS", 1.0)
+    (host.folder / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
+    assert list_gpus() == []
+    assert [gpu.name.uuid for gpu in host.machine().gpus] == list(UUIDS[:2])
 
 
 def test_memory_that_is_shared_with_the_processor(host: GpuHost) -> None:

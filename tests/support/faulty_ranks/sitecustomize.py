@@ -13,7 +13,9 @@ variables select the other faults:
 * ``FAULTY_RANKS_STEP`` is ``RANK HOW SECONDS``: that rank does something else for a while before it
   computes the first part of a prompt, and once more before the first one while the file
   ``FAULTY_RANKS_STEP_AFTER`` exists. HOW is ``hang``, ``spin`` (processor time alone), ``touch``
-  (memory, as a compiler does), ``child`` (a process that computes) or ``read`` (files);
+  (memory, as a compiler does), ``child`` (a process that computes), ``stuck-child`` (one that does
+  nothing) or ``read`` (files);
+* ``FAULTY_RANKS_LOADING`` is ``RANK SECONDS``: that rank hangs before it loads its part;
 * ``FAULTY_RANKS_DEVICE``: the kind of device for which the warm-up chooses its shapes.
 """
 
@@ -100,9 +102,11 @@ def _spend(how: str, seconds: float) -> None:
     import time
 
     end = time.monotonic() + seconds
-    if how == "child":
-        loop = f"import time\nwhile time.monotonic() < {end}: pass"
-        subprocess.run([sys.executable, "-S", "-c", loop], env={})
+    if how in ("child", "stuck-child"):
+        step = "pass" if how == "child" else "time.sleep(0.1)"
+        loop = f"import time\nwhile time.monotonic() < {end}: {step}"
+        run_id = sys.orig_argv[sys.orig_argv.index("--k2-run") + 1]
+        subprocess.run([sys.executable, "-S", "-c", loop, f"child-of-{run_id}"], env={})
     while time.monotonic() < end:
         if how == "hang":
             time.sleep(0.1)
@@ -131,6 +135,18 @@ def _delay(how: str, seconds: float, after: str | None) -> None:
     Executor._begin = begin
 
 
+def _hang_before_loading(seconds: float) -> None:
+    from k2cli.rank import loader
+
+    original = loader.load_part
+
+    def load_part(*arguments):  # type: ignore[no-untyped-def]
+        _spend("hang", seconds)
+        return original(*arguments)
+
+    loader.load_part = load_part
+
+
 def _choose_device(kind: str) -> None:
     from k2cli.rank import warm_up
 
@@ -149,6 +165,7 @@ if "k2cli.rank.main" in sys.orig_argv:
             "TRACE",
             "STEP",
             "STEP_AFTER",
+            "LOADING",
             "DEVICE",
         )
     }
@@ -167,5 +184,7 @@ if "k2cli.rank.main" in sys.orig_argv:
         _who, _how, _seconds = _wanted["STEP"].split()
         if _rank == _who:
             _delay(_how, float(_seconds), _wanted["STEP_AFTER"])
+    if _wanted["LOADING"] and _wanted["LOADING"].split()[0] == _rank:
+        _hang_before_loading(float(_wanted["LOADING"].split()[1]))
     if _wanted["DEVICE"]:
         _choose_device(_wanted["DEVICE"])

@@ -1,0 +1,220 @@
+"""Matrices of a layer's experts on this device: parts of them on CUDA, and a check everywhere.
+
+On CUDA, MLX 0.32's ``gather_qmm`` computes the place of an expert's weights with 32 bits. In a
+matrix of more than 2^32 elements it multiplies by other weights from there on, without an error: of
+Kimi K2's 384 experts (2,048 by 7,168) these are the last 91. A launch of more than 65,535 rows
+fails there. So such matrices are held in parts along their outputs, which costs one more kernel and
+no more reading, and longer batches of rows are computed in pieces.
+
+The check compares a few experts with an ordinary quantized product of their weights alone. It
+runs on every device after loading, because a wrong expert gives fluent, wrong text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from k2cli.errors import ClusterError
+from k2cli.mlx_lm_package import mlx_lm_module
+
+LARGEST_ELEMENTS = 2**32
+"""Elements of a matrix of all experts that the kernel addresses right (measured on an H200)."""
+MOST_ROWS = 65_535
+"""Rows of one launch: a limit of CUDA for the third dimension of a grid of blocks."""
+_OUTPUT_STEP = 128
+"""Parts are multiples of this, the width of a tile of the kernel."""
+_TOLERANCE = 0.05
+"""Bound of an error relative to the largest result; bfloat16 was seen to differ by 0.01."""
+
+
+class PartedExperts(nn.Module):
+    """Stand-in for mlx-lm's ``QuantizedSwitchLinear`` on CUDA, called like it.
+
+    Args:
+        experts: the module to replace; evaluated.
+        largest_elements: elements of all experts that a part may have.
+    """
+
+    def __init__(self, experts: nn.Module, largest_elements: int = LARGEST_ELEMENTS) -> None:
+        super().__init__()
+        whole = _parts(experts)[0]
+        count, outputs, _ = whole["weight"].shape
+        parts = -(-count * outputs * _inputs(experts) // largest_elements)
+        width = max(1, outputs // parts // _OUTPUT_STEP) * _OUTPUT_STEP if parts > 1 else outputs
+        self.parts = [
+            {name: _part(value, first, first + width) for name, value in whole.items()}
+            for first in range(0, outputs, width)
+        ]
+        if "bias" in experts:
+            self.bias = experts["bias"]
+        self.settings = _settings(experts)
+
+    def __call__(
+        self, inputs: mx.array, indices: mx.array, sorted_indices: bool = False
+    ) -> mx.array:
+        """Multiply rows by the weights of their experts.
+
+        Args:
+            inputs: ``[..., rows or 1, 1, inputs]``; with ``sorted_indices`` ``[rows, 1, inputs]``.
+            indices: expert of each row; the leading dimensions of the result.
+
+        Returns:
+            ``[*indices.shape, 1, outputs]``.
+        """
+        if sorted_indices and indices.size > MOST_ROWS:
+            pieces = [
+                self._product(
+                    inputs[first : first + MOST_ROWS], indices[first : first + MOST_ROWS], True
+                )
+                for first in range(0, indices.size, MOST_ROWS)
+            ]
+            return mx.concatenate(pieces)
+        return self._product(inputs, indices, sorted_indices)
+
+    def _product(self, inputs: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        products = [
+            mx.gather_qmm(
+                inputs,
+                part["weight"],
+                part["scales"],
+                part.get("biases"),
+                rhs_indices=indices,
+                transpose=True,
+                sorted_indices=sorted_indices,
+                **self.settings,
+            )
+            for part in self.parts
+        ]
+        product = products[0] if len(products) == 1 else mx.concatenate(products, axis=-1)
+        if "bias" in self:
+            product = product + mx.expand_dims(self["bias"][indices], -2)
+        return product
+
+
+def part_experts(model: nn.Module, largest_elements: int = LARGEST_ELEMENTS) -> None:
+    """Replace the quantized experts of an evaluated model by ones in parts.
+
+    Needs memory for one more copy of a layer's matrix at a time.
+    """
+    for owner, key in [(owner, key) for owner, key, _ in _experts(model)]:
+        # No other reference may be left: the whole matrix is freed before the next one is cut.
+        owner[key] = PartedExperts(owner[key], largest_elements)
+        mx.clear_cache()
+
+
+def check_experts(model: nn.Module) -> int:
+    """Compare products of quantized experts with products of one expert's weights alone.
+
+    Looks at the first, the last and one more expert of each shape of matrix, in the two forms in
+    which mlx-lm asks for them.
+
+    Returns:
+        The number of matrices that were looked at.
+
+    Raises:
+        ClusterError: if a result differs, with the shape and the expert.
+    """
+    seen: set[Any] = set()
+    for _, _, experts in _experts(model):
+        first = _parts(experts)[0]
+        settings = _settings(experts)
+        shape = (first["weight"].shape, len(_parts(experts)), *settings.values())
+        if settings["global_scale"] is None and shape not in seen:
+            seen.add(shape)
+            _check(experts)
+    return len(seen)
+
+
+def _check(experts: nn.Module) -> None:
+    first = _parts(experts)[0]
+    count, width, dtype = len(first["weight"]), _inputs(experts), first["scales"].dtype
+    dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+    chosen = sorted({0, count * 4 // 5, count - 1})
+    # Waves that no short period repeats, so that weights of another place give another result.
+    row = mx.cos(mx.arange(width, dtype=mx.float32) * 1.7).astype(dtype)[None]
+    wanted = [_alone(experts, row, expert) for expert in chosen]
+    found = experts(row[None, None], mx.array([chosen], dtype=mx.uint32))[0, :, 0]
+    # Metal has a kernel of its own for sorted rows from four per expert.
+    each = (64 if mx.default_device() == mx.cpu else 4 * count) // len(chosen) + 1
+    many = mx.repeat(mx.array(chosen, dtype=mx.uint32), each)
+    in_order = experts(mx.broadcast_to(row, (many.size, 1, width)), many, True)[::each, 0]
+    for index, expert in enumerate(chosen):
+        for form in (found, in_order):
+            error = _difference(form[index], wanted[index])
+            if not error <= _TOLERANCE:
+                outputs, bits = wanted[index].size, _settings(experts)["bits"]
+                raise ClusterError(
+                    f"this device multiplies expert {expert} of {count} ({outputs:,} by {width:,}, "
+                    f"{bits} bits) wrong: by {error:.2g} of the largest result; answers would be "
+                    "fluent and wrong",
+                    "another version of mlx may do it right: pip install --upgrade mlx mlx-lm",
+                )
+
+
+def _alone(experts: nn.Module, row: mx.array, expert: int) -> mx.array:
+    """Multiply one row by one expert's weights: ``[outputs]``."""
+    settings = {name: value for name, value in _settings(experts).items() if value is not None}
+    products = []
+    for part in _parts(experts):
+        biases = part.get("biases")
+        products.append(
+            mx.quantized_matmul(
+                row,
+                part["weight"][expert],
+                scales=part["scales"][expert],
+                biases=None if biases is None else biases[expert],
+                transpose=True,
+                **settings,
+            )[0]
+        )
+    product = mx.concatenate(products)
+    return product + experts["bias"][expert] if "bias" in experts else product
+
+
+def _difference(found: mx.array, wanted: mx.array) -> float:
+    found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
+    scale = mx.maximum(mx.abs(wanted).max(), 1e-30)
+    error: Any = (mx.abs(found - wanted).max() / scale).item()
+    return float(error)
+
+
+def _experts(model: nn.Module) -> list[tuple[Any, str, nn.Module]]:
+    """List the quantized experts of a model: owner, its key, and the module."""
+    kinds = (mlx_lm_module("models.switch_layers").QuantizedSwitchLinear, PartedExperts)
+    return [
+        (owner, key, member)
+        for _, owner in model.named_modules()
+        for key, member in owner.items()
+        if isinstance(member, kinds)
+    ]
+
+
+def _parts(experts: nn.Module) -> list[dict[str, mx.array]]:
+    """Return the arrays of experts, in parts along their outputs."""
+    if isinstance(experts, PartedExperts):
+        return experts.parts
+    names = ("weight", "scales", "biases")
+    return [{name: experts[name] for name in names if experts.get(name) is not None}]
+
+
+def _settings(experts: nn.Module) -> dict[str, Any]:
+    """Return the keyword arguments that say how experts are quantized."""
+    if isinstance(experts, PartedExperts):
+        return experts.settings
+    names = ("group_size", "bits", "mode", "global_scale")
+    return {name: getattr(experts, name, None) for name in names}
+
+
+def _inputs(experts: nn.Module) -> int:
+    return int(_parts(experts)[0]["scales"].shape[-1] * _settings(experts)["group_size"])
+
+
+def _part(value: mx.array, first: int, past_last: int) -> mx.array:
+    if first == 0 and past_last >= value.shape[1]:
+        return value
+    part = mx.contiguous(value[:, first:past_last])
+    mx.eval(part)
+    return part
