@@ -119,8 +119,8 @@ def write_page(options: argparse.Namespace) -> None:
         f"The model has {size / 1e9:.2f} GB in {SHARDS} shards, all in the page cache; nice is 0. "
         f"The load of the machine was {min(loads):.1f} to {max(loads):.1f} on {CORES} cores. k2's "
         "time has its start, the headers and the index in it. openssl uses the processor's "
-        "instructions for SHA-256, as k2 does; sha256sum only if it was built so. A last column of at most "
-        f"{MOST_TIME_RATIO} is the target."
+        "instructions for SHA-256, as k2 does; sha256sum only if it was built so. A last column of "
+        f"at most {MOST_TIME_RATIO} is the target."
     )]  # fmt: skip
     write_section(options.docs, "Verification", lines, PAGE_HEAD)
 
