@@ -25,7 +25,8 @@ from typing import Any
 from benchmarks.architectures import recorded
 from benchmarks.config_defaults import section
 from k2cli.errors import K2Error
-from k2cli.models.config_form import rope_by_layer_type, standard_config
+from k2cli.models.config_form import standard_config
+from k2cli.models.rope_form import rope_by_layer_type
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "measurements" / "config-forms.md"

@@ -27,8 +27,8 @@ Parallel = Literal["auto", Strategy]
 WantedFloatType = Literal["auto", FloatType]
 Head = Literal["auto", HeadPlacement]
 
-# Names of ``server.output.forms``, with those that vLLM and SGLang have for the same; ``none``
-# leaves calls or reasoning in the text.
+# Names in ``server.output.known_formats``, with those that vLLM and SGLang have for the same;
+# ``none`` leaves calls or reasoning in the text.
 TOOL_PARSERS = (
     "none", "deepseek_v3", "deepseek_v31", "deepseek_v32", "deepseek_v4", "function_gemma",
     "gemma4", "glm4", "glm45", "glm47", "gpt_oss", "harmony", "hermes", "json_tools",

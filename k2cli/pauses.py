@@ -53,6 +53,8 @@ class Deadline:
     """
 
     def __init__(self, seconds: float, clock: PauseAwareClock | None = None) -> None:
+        self.seconds = seconds
+        """The whole limit, for messages."""
         self._clock = clock or PauseAwareClock()
         self._until = self._clock.now() + seconds
 

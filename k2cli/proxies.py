@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 
 from k2cli.errors import K2Error
 
 _VARIABLES = ("all_proxy", "http_proxy", "https_proxy")  # as httpx2 reads them
 _SCHEMES = "http, https, socks5 and socks5h"
-_SECRET = re.compile(r"//[^/@]*@")
+_SECRET = re.compile(r"//.*@")  # a password may hold / and @
 
 
 @contextlib.contextmanager
@@ -47,6 +49,36 @@ def unusable_proxy() -> K2Error | None:
         except (ValueError, ImportError, httpx2.InvalidURL):
             return _refusal(name, value)
     return None
+
+
+def proxy_for(url: str) -> tuple[str, str] | None:
+    """Return the variable and the value, without a password, of the proxy used for ``url``.
+
+    None if the connection is direct, or if the proxy is the system's and no variable names it.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    for wanted in (f"{parts.scheme}_proxy", "all_proxy"):
+        # The lower-case name counts if both are set.
+        for name in sorted(os.environ, reverse=True):
+            if name.lower() == wanted and os.environ[name]:
+                return name, _SECRET.sub("//…@", os.environ[name])
+    return None
+
+
+def unreachable(url: str, hint: str) -> tuple[str, str]:
+    """Return what to add to "cannot fetch X", and a hint, for a connection that failed.
+
+    Args:
+        url: what was asked for.
+        hint: what to do if no proxy was used.
+    """
+    proxy = proxy_for(url)
+    if proxy is None:
+        return "", hint
+    name, shown = proxy
+    return f" through the proxy '{shown}' of {name}", f"unset {name}, or name a proxy that answers"
 
 
 def _refusal(name: str, value: str) -> K2Error:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from k2cli.client.client import ApiClient
 from k2cli.errors import K2Error
 from k2cli.models.sources.hub import repository_files
-from k2cli.proxies import unusable_proxy
+from k2cli.proxies import proxy_for, unusable_proxy
 
 NAMES = ("ALL_PROXY", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "https_proxy")
 
@@ -48,11 +48,26 @@ def test_a_proxy_that_cannot_be_used_is_named(
         assert caught.value.hint.startswith(hint)
 
 
-def test_the_password_of_a_proxy_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALL_PROXY", "socks://me:secret@127.0.0.1:1")
+@pytest.mark.parametrize("password", ["secret", "a/secret", "a@secret", "a/b@secret"])
+def test_the_password_of_a_proxy_is_not_printed(
+    password: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", f"socks://me:{password}@127.0.0.1:1")
     error = unusable_proxy()
     assert error is not None
     assert "secret" not in f"{error.message} {error.hint}"
+
+
+def test_a_proxy_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+    client = ApiClient("http://server.invalid:9")
+    with pytest.raises(K2Error, match=r"through the proxy .* of http_proxy") as caught:
+        client.models()
+    assert str(caught.value.hint).startswith("unset http_proxy")
+    monkeypatch.setenv("NO_PROXY", "server.invalid")
+    assert proxy_for("http://server.invalid:9/v1") is None
 
 
 def test_a_socks5_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,3 +112,32 @@ def test_an_environment_that_is_not_refused_makes_a_client(
         elif exempt != "*":
             with pytest.raises(K2Error):
                 ApiClient("http://10.255.255.1:9")
+
+
+def test_a_proxy_that_does_not_answer_is_named_without_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, but it does not listen: connections are refused
+        port = unused.getsockname()[1]
+        monkeypatch.setenv("https_proxy", f"http://me:secret@127.0.0.1:{port}")
+        with pytest.raises(K2Error) as caught:
+            repository_files("a/b", None)
+    assert f"through the proxy 'http://…@127.0.0.1:{port}' of https_proxy" in caught.value.message
+    assert "secret" not in caught.value.message
+    assert (caught.value.hint or "").startswith("unset https_proxy")
+
+
+def test_the_proxy_of_an_address_is_the_one_that_the_library_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert proxy_for("https://example.org") is None
+    monkeypatch.setenv("ALL_PROXY", "socks5://a:1")
+    assert proxy_for("https://example.org/x") == ("ALL_PROXY", "socks5://a:1")
+    monkeypatch.setenv("HTTPS_PROXY", "http://b:2")
+    assert proxy_for("https://example.org/x") == ("HTTPS_PROXY", "http://b:2")
+    monkeypatch.setenv("https_proxy", "http://c:3")
+    assert proxy_for("https://example.org/x") == ("https_proxy", "http://c:3")
+    assert proxy_for("http://example.org/x") == ("ALL_PROXY", "socks5://a:1")
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    assert proxy_for("https://example.org/x") is None

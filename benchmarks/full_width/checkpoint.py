@@ -39,7 +39,7 @@ from benchmarks.full_width.tensors import (
     make_view,
     write_headers,
 )
-from k2cli.models.safetensors import TensorSpec
+from k2cli.models.safetensors_writer import TensorSpec
 from lab.toy_k2.checkpoint import Matrix, ToyShape
 from lab.toy_k2.vocabulary import RANK_COUNT
 

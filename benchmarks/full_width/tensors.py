@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.checkpoints import special_tokens, word_tokenizer
 from k2cli.models.checkpoint import INDEX_NAME
-from k2cli.models.safetensors import TensorSpec, safetensors_header
+from k2cli.models.safetensors_writer import TensorSpec, safetensors_header
 from lab.toy_k2.checkpoint import Matrix, ToyShape, build_toy_k2, toy_config, toy_tensors
 
 FULL_WIDTH = ToyShape(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from k2cli.models.layout import INDEX_NAME
-from k2cli.models.safetensors import TensorSpec, into_shards, safetensors_header, shard_name
+from k2cli.models.safetensors_writer import TensorSpec, into_shards, safetensors_header, shard_name
 
 MODEL = "k2-instruct-4bit"
 

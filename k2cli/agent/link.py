@@ -197,6 +197,7 @@ def _meet(specification: Specification) -> socket.socket:
         with socket.create_server(address, family=family) as listener:
             listener.settimeout(specification.limit_seconds)
             return listener.accept()[0]
+    # A plain clock, as that of the alarm which ends this process after the same time.
     until = time.monotonic() + specification.limit_seconds
     while True:
         try:

@@ -44,13 +44,13 @@ def _software(model_folder: str | None = None) -> Any:
 
 
 def _weights(reference: str) -> Any:
-    from k2cli.agent.weights.inventory import inventory
+    from k2cli.agent.weights.model_files import model_files
 
-    return inventory(reference)
+    return model_files(reference)
 
 
 def _weights_digests(folder: str, *names: str) -> Any:
-    from k2cli.agent.weights.inventory import digests
+    from k2cli.agent.weights.model_files import digests
 
     return digests(folder, *names)
 

@@ -85,6 +85,7 @@ def listen(seconds: float) -> None:
     ports = [each.getsockname()[1] for each in sockets]
     told = Listening(ports[0], word, ports[1] if len(ports) > 1 else None)
     os.write(1, msgspec.json.encode(told) + b"\n")
+    # A plain clock, as that of the alarm above.
     _serve(sockets, word.encode(), time.monotonic() + seconds)
 
 

@@ -31,7 +31,7 @@ from k2cli.client.answers import (
     read_timings,
 )
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
-from k2cli.proxies import proxy_errors
+from k2cli.proxies import proxy_errors, unreachable
 from k2cli.units import MIB
 
 CONNECT_SECONDS = 10.0
@@ -253,7 +253,9 @@ class ApiClient:
             with proxy_errors():
                 yield
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise ClusterError(f"nothing answers at {self.base}: {error}", "k2 ps") from error
+            through, hint = unreachable(self.base, "k2 ps")
+            message = f"nothing answers at {self.base}{through}: {error}"
+            raise ClusterError(message, hint) from error
         except httpx2.TimeoutException as error:
             raise ClusterError(f"{self.base} did not answer in time", "k2 ps") from error
         except httpx2.TransportError as error:

@@ -24,6 +24,7 @@ _EXAMPLE = (
     'it looks like {"backend": "ring", "envs": [], "hosts": [{"ssh": "a", "ips": ["…"]}]}, '
     "or has a line per host, like: studio-1 slots=1"
 )
+_WITHOUT_FILE = "k2 cluster init localhost studio-2 --name studios"
 _MAX_RANKS = 1024
 # Name, optional ":slots" (MPICH) and Open MPI's optional settings.
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9._@%+^-]+)(:(?P<count>[0-9]+))?(?P<settings>(\s+\S+)*)")
@@ -65,7 +66,7 @@ def read_hostfile(path: Path) -> Hostfile:
     try:
         text = read_regular(path, _LIMIT_BYTES, follow_links=True)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        raise UsageError(f"{path} cannot be read: {error.strerror}", _WITHOUT_FILE) from error
     return parse_hostfile(text, str(path))
 
 
@@ -132,7 +133,7 @@ def _parse_line(line: str, place: str) -> tuple[str, int]:
 
 def _check(hostfile: Hostfile, source: str) -> None:
     if not hostfile.hosts:
-        raise UsageError(f"{source} names no host")
+        raise UsageError(f"{source} names no host", _EXAMPLE)
     if len(hostfile.hosts) > _MAX_RANKS:
         raise UsageError(f"{source} names more than {_MAX_RANKS} ranks")
     for text in hostfile.envs:

@@ -135,17 +135,17 @@ def download(
 
 def _transfer_options(limit_rate: str | None) -> Any:
     from k2cli.errors import UsageError
-    from k2cli.models.sources.range_stream import TransferOptions
+    from k2cli.models.sources.range_stream import DownloadOptions
     from k2cli.units import parse_bytes
 
     if limit_rate is None:
-        return TransferOptions()
+        return DownloadOptions()
     rate = parse_bytes(limit_rate)
     if rate < 1000:
         raise UsageError(
             f"--limit-rate '{limit_rate}' is below 1 kB per second", "--limit-rate 50M"
         )
-    return TransferOptions(bytes_per_second=rate)
+    return DownloadOptions(bytes_per_second=rate)
 
 
 def _command(
@@ -165,13 +165,13 @@ def _command(
 
 def show_event(event: Any, progress: Any) -> None:
     from k2cli.models.sources.download import BytesDone, StepStarted
-    from k2cli.models.sources.transfer import TransferProgress
+    from k2cli.models.sources.parallel_download import DownloadProgress
 
     if isinstance(event, StepStarted):
         progress.step(event.text)
     elif isinstance(event, BytesDone):
         progress.advance(event.done_bytes, event.total_bytes)
-    elif isinstance(event, TransferProgress):
+    elif isinstance(event, DownloadProgress):
         progress.transfer(
             event.done_bytes,
             event.total_bytes,
@@ -184,7 +184,7 @@ def show_event(event: Any, progress: Any) -> None:
 
 def _event_document(event: Any) -> dict[str, Any]:
     from k2cli.models.sources.download import BytesDone, StepStarted
-    from k2cli.models.sources.transfer import FileFinished, TransferProgress
+    from k2cli.models.sources.parallel_download import DownloadProgress, FileFinished
 
     match event:
         case StepStarted():
@@ -195,7 +195,7 @@ def _event_document(event: Any) -> dict[str, Any]:
                 "done_bytes": event.done_bytes,
                 "total_bytes": event.total_bytes,
             }
-        case TransferProgress():
+        case DownloadProgress():
             rate = event.received_bytes / event.seconds if event.seconds > 0 else None
             fields = {
                 "event": "progress",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli.choices import REASONING_PARSERS, TOOL_PARSERS
 from k2cli.commands import options
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def launch(
         typer.Option(
             metavar="NAME",
             help="Form in which the model writes tool calls; none leaves them in the text. "
-            "Default: that of its chat template.",
+            f"Default: that of its chat template. Names: {', '.join(TOOL_PARSERS)}.",
         ),
     ] = None,
     reasoning_parser: Annotated[
@@ -97,7 +98,7 @@ def launch(
         typer.Option(
             metavar="NAME",
             help="Form in which the model marks its reasoning; none leaves it in the text. "
-            "Default: that of its chat template.",
+            f"Default: that of its chat template. Names: {', '.join(REASONING_PARSERS)}.",
         ),
     ] = None,
     no_prompt_normalization: Annotated[

@@ -58,10 +58,14 @@ def leftovers(situation: Situation) -> Iterable[CheckResult]:
                 yield CheckResult("fail", "leftovers", node, detail, clean)
             else:
                 detail = f"{run}, which was not launched from here, holds {held}"
-                hint = f"k2 cluster clean --nodes {node}, if no one needs it"
+                hint = on_node(node, f"ps -o user,lstart,args -p {_pids(software, run)}")
                 yield CheckResult("warn", "runs", node, detail, hint)
         if not runs:
             yield CheckResult("pass", "leftovers", node, "no process of a run")
+
+
+def _pids(software: Software, run: str) -> str:
+    return ",".join(str(use.pid) for use in software.processes if use.run_id == run)
 
 
 def _held(software: Software, run: str) -> str:

@@ -25,7 +25,7 @@ from k2cli.settings import RUN_OPTION
 
 if TYPE_CHECKING:
     from k2cli.server.killable_reader import KillableReader
-    from k2cli.server.request_reader import RequestReader
+    from k2cli.server.reader_queues import ProcessReader
     from k2cli.server.served_model import ServedModel
 
 _GRACEFUL_SECONDS = 2
@@ -80,14 +80,21 @@ def _take_port(endpoint: HttpEndpoint) -> tuple[socket.socket, int]:
 
 
 def _served_model(bootstrap: Bootstrap) -> ServedModel:
-    """Describe the model of a run that has an API."""
-    from k2cli.server.served_model import load_served_model
+    """Describe the model of a run that has an API.
+
+    Raises:
+        K2Error: if the model's ``generation_config.json`` cannot be used.
+    """
+    from k2cli.models.json_files import read_generation_config
+    from k2cli.server.served_model import served_model_from
 
     assignment, endpoint = bootstrap.assignment, bootstrap.http
     assert endpoint is not None
     return replace(
-        load_served_model(
-            Path(assignment.model_path), bootstrap.model_name, assignment.context_length
+        served_model_from(
+            read_generation_config(Path(assignment.model_path)),
+            bootstrap.model_name,
+            assignment.context_length,
         ),
         api_key=endpoint.api_key,
         allowed_hosts=frozenset(name.lower() for name in (endpoint.host, *endpoint.allowed_hosts)),
@@ -129,7 +136,7 @@ def _import_server() -> None:
 
 def _build_server(
     bootstrap: Bootstrap, bridge: EngineBridge, first: KillableReader
-) -> tuple[Any, RequestReader]:
+) -> tuple[Any, ProcessReader]:
     """Make the uvicorn server and its application.
 
     Raises:
@@ -145,7 +152,7 @@ def _build_server(
     from k2cli.guard.output_format import output_format_of
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
-    from k2cli.server.request_reader import ProcessReader
+    from k2cli.server.reader_queues import ProcessReader
 
     class GuardedServer(uvicorn.Server):
         """A uvicorn server that does not replace the guard's signal handlers."""
@@ -189,7 +196,7 @@ class ApiServer:
         self._endpoint = bootstrap.http
         self._listener: socket.socket | None = None
         self._server: Any = None
-        self._reader: KillableReader | RequestReader | None = None
+        self._reader: KillableReader | ProcessReader | None = None
         self._closing = False
         self._answering = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
@@ -209,16 +216,18 @@ class ApiServer:
     async def _serve(self, listener: socket.socket) -> None:
         """Serve once the model's tokenizer and templates are known to be harmless.
 
-        They are read here only after a process that can be killed has tried them.
+        They are read here only after a process that can be killed has tried them. That process must
+        also have read a request.
         """
         self._reader = reader = await asyncio.to_thread(_first_reader, self._bootstrap)
         if self._closing:
             return
         await reader.start()
         await asyncio.gather(reader.load(), asyncio.to_thread(_import_server))
-        self._server, self._reader = await asyncio.to_thread(
+        self._server, self._reader = _, requests = await asyncio.to_thread(
             _build_server, self._bootstrap, self.bridge, reader
         )
+        await requests.check()
         if self._closing:
             return  # ``close`` was called meanwhile and has closed the listener
         serving = asyncio.create_task(self._server.serve(sockets=[listener]))

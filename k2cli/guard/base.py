@@ -18,9 +18,9 @@ from k2cli.agent import locks
 from k2cli.errors import ClusterError, K2Error
 from k2cli.guard.mpi_slot import MpiSlot
 from k2cli.guard.rank_process import RankProcess, describe
-from k2cli.guard.watchdog import INTERVAL_SECONDS, NO_WORK, StallWatch
+from k2cli.guard.watchdog import NO_WORK, StallWatch
 from k2cli.guard.work import WorkProbe
-from k2cli.pauses import PauseAwareClock
+from k2cli.pauses import INTERVAL_SECONDS, PauseAwareClock
 from k2cli.protocol import (
     Bootstrap,
     Fatal,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from k2cli.models.text.tokenizer import Tokenizer
-from k2cli.server.output.formats import OutputFormat, choose_output_format
+from k2cli.server.output.output_format import OutputFormat, choose_output_format
 
 
 def output_format_of(

@@ -25,7 +25,6 @@ from k2cli.protocol import Deadlines
 from k2cli.protocol.progress_page import Phase, Progress
 from k2cli.units import format_duration
 
-INTERVAL_SECONDS = 0.25
 # After a pause of this length the rank gets its whole time again: it was likely stopped too, and
 # its memory may have to be read back from the disk.
 _LONG_PAUSE_SECONDS = 3.0

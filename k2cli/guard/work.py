@@ -23,15 +23,19 @@ import psutil
 
 from k2cli.guard.watchdog import NO_WORK, Work
 
-# Least amounts per second that count. Ranks that hung, or polled MLX's ring for one that did,
-# showed up to 3 page faults a second and no other change. Few page faults are enough, because the
-# kernel may give memory in huge pages.
-_FIRST_TOUCHES = 20.0
-_PAGES_READ = 8.0
-_FILE_BYTES = 2.0**16
-_GROWTH_BYTES = 2.0**24
-_COMPILER_SECONDS = 0.05
-_OWN_SECONDS = 0.2
+# The least of each that counts as work, for every second of an interval. Ranks that hung, or polled
+# MLX's ring for one that did, showed up to 3 page faults a second and no other change. Few page
+# faults are enough, because the kernel may give memory in huge pages.
+_FIRST_TOUCHES_PER_SECOND = 20.0
+_PAGES_READ_PER_SECOND = 8.0
+_FILE_BYTES_PER_SECOND = 2.0**16
+_GROWTH_BYTES_PER_SECOND = 2.0**24
+_COMPILER_CORES = 0.05
+"""Share of one core's time that compilers use."""
+
+_OWN_CORES = 0.2
+"""Share of one core's time that the rank uses itself."""
+
 _METAL_COMPILER = "MTLCompilerService"
 # ``struct rusage_info_v2`` of <sys/resource.h>: a UUID, then 18 numbers.
 _RUSAGE_V2 = struct.Struct("=16s18Q")
@@ -39,7 +43,17 @@ _RUSAGE_V2 = struct.Struct("=16s18Q")
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Amounts that a process has used so far; ``compilers``: processor seconds by process id."""
+    """Amounts that a process has used so far.
+
+    Args:
+        own_seconds: processor time of the process itself.
+        first_touches: page faults without reading.
+        pages_read: page faults for which a page was read.
+        file_bytes: bytes of files that it read or wrote.
+        held_bytes: memory that it holds; 0 on Linux, where first touches show its growth.
+        compilers: processor seconds of each child that runs, by process id.
+        ended_children_seconds: processor time of children that have ended.
+    """
 
     own_seconds: float = 0.0
     first_touches: int = 0
@@ -54,15 +68,16 @@ def work_between(before: Counters, after: Counters, seconds: float) -> Work:
     """Return the signs of work in the time between two readings of the counters."""
     amounts = {
         "memory was touched for the first time": (
-            (after.first_touches - before.first_touches) / _FIRST_TOUCHES
+            (after.first_touches - before.first_touches) / _FIRST_TOUCHES_PER_SECOND
         ),
-        "pages were read": (after.pages_read - before.pages_read) / _PAGES_READ,
-        "files were read or written": (after.file_bytes - before.file_bytes) / _FILE_BYTES,
-        "its memory grew": (after.held_bytes - before.held_bytes) / _GROWTH_BYTES,
-        "compilers ran": _compiler_seconds(before, after) / _COMPILER_SECONDS,
+        "pages were read": (after.pages_read - before.pages_read) / _PAGES_READ_PER_SECOND,
+        "files were read or written": (after.file_bytes - before.file_bytes)
+        / _FILE_BYTES_PER_SECOND,
+        "its memory grew": (after.held_bytes - before.held_bytes) / _GROWTH_BYTES_PER_SECOND,
+        "compilers ran": _compiler_seconds(before, after) / _COMPILER_CORES,
     }
     signs = tuple(sign for sign, amount in amounts.items() if amount >= seconds)
-    return Work(signs, after.own_seconds - before.own_seconds >= _OWN_SECONDS * seconds)
+    return Work(signs, after.own_seconds - before.own_seconds >= _OWN_CORES * seconds)
 
 
 def _compiler_seconds(before: Counters, after: Counters) -> float:

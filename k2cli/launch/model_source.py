@@ -16,6 +16,7 @@ from pathlib import Path
 from k2cli.agent.model import ModelCopy
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.reference import local_checkpoint
+from k2cli.models.text.present import check_text_files
 from k2cli.nodes.node import Node
 from k2cli.transfer.headers import fetch_headers
 
@@ -55,6 +56,8 @@ def locate_model(
             raise
     else:
         _check_encoding(own)
+        if nodes[0].is_local:  # the leader, whose guard reads texts
+            check_text_files(own)
         yield ModelSource(own)
         return
     with tempfile.TemporaryDirectory(prefix="k2-heads-") as base:

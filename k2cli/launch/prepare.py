@@ -45,7 +45,7 @@ from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.plan import plan_to_json
 from k2cli.protocol import HttpEndpoint
 from k2cli.runs.record import RankRecord, RunRecord, new_run_id, prune_records, save_record
-from k2cli.transfer.choose import portable_reference
+from k2cli.transfer.choose_push import portable_reference
 from k2cli.transfer.request import OnPushEvent
 from k2cli.units import format_bytes
 
@@ -288,7 +288,10 @@ def _node_names(run: RunDecisions) -> Sequence[str]:
     """
     if run.request.nodes is not None:
         if not all(run.request.nodes):
-            raise UsageError(f"--nodes '{','.join(run.request.nodes)}' has an empty name")
+            raise UsageError(
+                f"--nodes '{','.join(run.request.nodes)}' has an empty name",
+                f"--nodes {','.join(filter(None, run.request.nodes)) or 'localhost'}",
+            )
         if odd := [name for name in run.request.nodes if name.startswith("-") or " " in name]:
             raise UsageError(f"'{odd[0]}' is not a valid name of a node")
         return run.request.nodes

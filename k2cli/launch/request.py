@@ -100,8 +100,9 @@ def _checked_host(name: str) -> str:
 
 def _check_parser(option: str, name: str | None, known: Sequence[str]) -> None:
     if name is not None and name not in known:
-        message = f"{option} '{one_line(name)}' is not one of {', '.join(known)}"
-        raise UsageError(message, f"{option} none")
+        message = f"{option} '{one_line(name)}' is not the name of a parser"
+        hint = f"leave {option} out to use the form of the model's chat template, or give one of: "
+        raise UsageError(message, hint + ", ".join(known))
 
 
 def _checked_alias(alias: str) -> str:

@@ -68,7 +68,8 @@ def choose_transport(
 
 def _basic_reason(wanted: WantedTransport, transport: Transport) -> str:
     if transport == "local":
-        return "one rank needs no transport"
+        unused = "" if wanted in ("auto", "local") else f", so --backend {wanted} is not used"
+        return f"one rank needs no transport{unused}"
     if wanted != "auto":
         return "asked for"
     if transport == "nccl":

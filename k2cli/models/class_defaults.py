@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2cli.errors import UsageError
+from k2cli.models.config_consistency import CONFIG_HINT
 
 _Value = float | str | bool | None
 
@@ -103,7 +104,7 @@ def check_defaults(config: Mapping[str, Any]) -> None:
         raise UsageError(
             f"config.json lacks {name}, for which {owner} takes {_shown(theirs)} and mlx-lm "
             f"{_shown(ours)}",
-            "take config.json from the model's repository",
+            CONFIG_HINT,
         )
 
 

@@ -15,7 +15,8 @@ from k2cli.errors import UsageError
 from k2cli.models.json_files import shown
 from k2cli.units import clean_text
 
-HINT = "take config.json from the model's repository"
+CONFIG_HINT = "take config.json from the model's repository"
+"""What to do about a config that k2 refuses."""
 
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _PER_LAYER = (
@@ -56,6 +57,9 @@ def check_consistency(fields: Mapping[str, Any], source: str) -> None:
             raise _refused(
                 source, f"{name} must be the name of a float type, not {_written(value)}"
             )
+    one, other = (str(fields.get(name)).removeprefix("torch.") for name in ("dtype", "torch_dtype"))
+    if "None" not in (one, other) and one != other:
+        raise _refused(source, f"dtype is {_written(one)}, but torch_dtype is {_written(other)}")
     _check_layer_lists(fields, source)
     _check_window(fields, source)
     _check_two_quantizations(fields, source)
@@ -93,19 +97,23 @@ def _check_window(fields: Mapping[str, Any], source: str) -> None:
 def _check_two_quantizations(fields: Mapping[str, Any], source: str) -> None:
     """Refuse two statements about quantization that differ.
 
-    mlx-lm writes the same one under both names, and reads only ``quantization``.
+    mlx-lm writes the same one under both names, and reads only ``quantization``. Of a config with
+    a ``text_config`` it reads the outer one.
     """
-    ours, theirs = fields.get("quantization"), fields.get("quantization_config")
-    if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
-        return
-    for name in _SHARED_QUANTIZATION:
-        mine, other = ours.get(name), theirs.get(name)
-        if mine is not None and other is not None and mine != other:
-            raise _refused(
-                source,
-                f"quantization.{name} is {_written(mine)}, but "
-                f"quantization_config.{name} is {_written(other)}",
-            )
+    places = {name: fields.get(name) for name in ("quantization", "quantization_config")}
+    text = fields.get("text_config")
+    if isinstance(text, Mapping):
+        places |= {f"text_config.{name}": text.get(name) for name in tuple(places)}
+    given = {place: each for place, each in places.items() if isinstance(each, Mapping)}
+    for place, theirs in list(given.items())[1:]:
+        first, ours = next(iter(given.items()))
+        for name in _SHARED_QUANTIZATION:
+            mine, other = ours.get(name), theirs.get(name)
+            if mine is not None and other is not None and mine != other:
+                raise _refused(
+                    source,
+                    f"{first}.{name} is {_written(mine)}, but {place}.{name} is {_written(other)}",
+                )
 
 
 def check_quantization(quantization: Any, source: str) -> None:
@@ -118,7 +126,7 @@ def check_quantization(quantization: Any, source: str) -> None:
         return
     if not isinstance(quantization, Mapping):
         raise UsageError(
-            f"{source}: quantization must be an object, not {_written(quantization)}", HINT
+            f"{source}: quantization must be an object, not {_written(quantization)}", CONFIG_HINT
         )
     _check_settings(quantization, "quantization", source)
     for layer, settings in quantization.items():
@@ -131,7 +139,7 @@ def _check_settings(settings: Mapping[str, Any], where: str, source: str) -> Non
     if not isinstance(mode, str) or mode not in _MODES:
         options = ", ".join(_MODES)
         raise UsageError(
-            f"{source}: {where}.mode must be one of {options}, not {_written(mode)}", HINT
+            f"{source}: {where}.mode must be one of {options}, not {_written(mode)}", CONFIG_HINT
         )
     for name, allowed in zip(("bits", "group_size"), _MODES[mode], strict=True):
         value = settings.get(name)
@@ -142,7 +150,7 @@ def _check_settings(settings: Mapping[str, Any], where: str, source: str) -> Non
             of_mode = "" if mode == "affine" else f" with mode {mode}"
             must = f"must be one of {options}" if len(allowed) > 1 else f"must be {options}"
             raise UsageError(
-                f"{source}: {where}.{name} {must}{of_mode}, not {_written(value)}", HINT
+                f"{source}: {where}.{name} {must}{of_mode}, not {_written(value)}", CONFIG_HINT
             )
 
 
@@ -183,7 +191,7 @@ def _rotated_pairs(fields: Mapping[str, Any]) -> int | None:
             return None
         head = int(width) // int(heads)
     part: Any = fields.get("partial_rotary_factor")
-    part = part if isinstance(part, int | float) and not isinstance(part, bool) else 1.0
+    part = part if is_number(part) else 1.0
     return int(head * part) // 2
 
 
@@ -217,4 +225,23 @@ def _written(value: Any) -> str:
 
 
 def _refused(source: str, words: str) -> UsageError:
-    return UsageError(f"{source}: {clean_text(words)[:300]}", HINT)
+    return UsageError(f"{source}: {clean_text(words)[:300]}", CONFIG_HINT)
+
+
+def contradiction(name: str, value: Any, place: str, other: Any, source: str) -> UsageError:
+    """Make the error for a statement that a config makes twice with different values.
+
+    Args:
+        name: the field, or the field and its place.
+        value: its value there.
+        place: the other place.
+        other: the value in the other place.
+        source: the path of the config.
+    """
+    words = f"{name} is {value!r}, but {other!r} in {place}"
+    return UsageError(f"{source} contradicts itself: {clean_text(words)[:300]}", CONFIG_HINT)
+
+
+def is_number(value: object) -> bool:
+    """True for an integer or a float, False for a boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

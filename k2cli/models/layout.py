@@ -7,6 +7,7 @@ macOS puts beside others (``._x``), and indexes of an earlier conversion.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Collection, Mapping
@@ -125,7 +126,7 @@ def supporting_files(names: Collection[str]) -> list[str]:
     )
 
 
-def refuse_without_safetensors(names: Collection[str], where: str, repo: str | None) -> K2Error:
+def no_safetensors_error(names: Collection[str], where: str, repo: str | None) -> K2Error:
     """Return the error for a folder or repository without weights that k2 reads.
 
     Args:
@@ -155,10 +156,16 @@ def refuse_without_safetensors(names: Collection[str], where: str, repo: str | N
     )
 
 
+def _beside(where: str, name: str) -> str:
+    """Return the path of a file, which begins with a dot or a slash, as paths of models must."""
+    path = os.path.normpath(f"{where}/{name}")
+    return path if path.startswith(("/", ".", "~")) else f"./{path}"
+
+
 def _gguf_command(name: str, where: str, repo: str | None) -> str:
     """Return the command that takes one of several GGUF files."""
     if repo is None:
-        return f"k2 plan-memory {shlex.quote(f'{where}/{name}')}"
+        return f"k2 plan-memory {shlex.quote(_beside(where, name))}"
     match = _SHARD.fullmatch(name)
     wanted = f"{match['stem']}-*-of-{match['count']}.gguf" if match else name
     return f"hf download {repo} --include {shlex.quote(wanted)} --local-dir ."

@@ -23,7 +23,7 @@ from k2cli.models.json_files import read_json_if_present
 from k2cli.models.layout import (
     is_own,
     names_in,
-    refuse_without_safetensors,
+    no_safetensors_error,
     split_parts,
     weights_without_index,
 )
@@ -216,7 +216,7 @@ def local_checkpoint(text: str, *, part: bool = False) -> Path:
         if reference.kind != "local":
             hint = f"k2 download {text}"
             raise K2Error(f"'{text}' has a config.json but no .safetensors files", hint)
-        raise refuse_without_safetensors(names, text, None)
+        raise no_safetensors_error(names, text, None)
     if not part and (absent := absent_files(folder)):
         raise K2Error(
             f"'{text}' on this machine is only the part that a launch needs here: it lacks "
@@ -229,7 +229,7 @@ def local_checkpoint(text: str, *, part: bool = False) -> Path:
 def without_config(text: str, names: Collection[str]) -> K2Error:
     """Return the error for a folder without ``config.json``, with these files."""
     if any(is_own(name) and name.endswith(".gguf") for name in names):
-        return refuse_without_safetensors(names, text, None)
+        return no_safetensors_error(names, text, None)
     return K2Error(f"'{text}' has no config.json", "give the folder of a checkpoint")
 
 

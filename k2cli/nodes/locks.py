@@ -76,6 +76,7 @@ def take_locks(
         BusyError: if another run has locked a node.
         ClusterError: if a node cannot be asked.
     """
+    # A plain clock: after a pause of this process the nodes are asked once more before it gives up.
     until = time.monotonic() + wait_seconds
     said, say_again_at = "", 0.0
     choices_left = _MOST_CHOICES

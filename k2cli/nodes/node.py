@@ -176,7 +176,7 @@ def run_process(
     try:
         with subprocess.Popen(list(arguments), stdin=pipe, stdout=pipe, stderr=pipe) as process:
             try:
-                stdout, stderr = communicate(process, input, timeout_seconds)
+                stdout, stderr = communicate(process, input, Deadline(timeout_seconds))
             except BaseException:
                 process.kill()
                 raise
@@ -188,7 +188,7 @@ def run_process(
 
 
 def communicate(
-    process: subprocess.Popen[bytes], input: bytes | None, timeout_seconds: float
+    process: subprocess.Popen[bytes], input: bytes | None, limit: Deadline
 ) -> tuple[bytes, bytes]:
     """Send input to a process, and return its output once it has ended.
 
@@ -197,7 +197,6 @@ def communicate(
     Raises:
         subprocess.TimeoutExpired: if it takes longer. The process is not ended.
     """
-    limit = Deadline(timeout_seconds)
     # ``communicate`` can be called again after a time limit, but then it sends no more input.
     stdin, process.stdin = process.stdin, None
     assert stdin is not None

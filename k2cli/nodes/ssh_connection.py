@@ -18,7 +18,6 @@ import stat
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +25,17 @@ from pathlib import Path
 from k2cli.errors import ClusterError
 from k2cli.nodes.node import CALL_SECONDS, Completed, communicate
 from k2cli.nodes.ssh_errors import ssh_error, timed_out
+from k2cli.pauses import Deadline
 
 _CONNECT_SECONDS = 10
 # A jump host needs two connections, each with a name lookup and a key exchange.
 _CONNECT_LIMIT_SECONDS = 25.0
 _CONTROL_SECONDS = 2.0
+"""Limit of ``ssh -O``, which talks to a process of this machine."""
+
 _LEAST_SECONDS = 0.5
+"""What ``reach`` gives its command even if connecting took all of the limit."""
+
 _PERSIST_SECONDS = 20
 # sshd allows ten sessions per connection (MaxSessions); two are left for other programs.
 _SESSIONS = 8
@@ -75,7 +79,7 @@ class Connection:
     @functools.cached_property
     def configuration(self) -> dict[str, str]:
         """ssh's configuration for the node: ``hostname``, ``user``, ``proxyjump``, …"""
-        done = _run_ssh(self.node, ["-G", "--", self.node], None, CALL_SECONDS)
+        done = _run_ssh(self.node, ["-G", "--", self.node], None, Deadline(CALL_SECONDS))
         lines = done.stdout.decode(errors="replace").splitlines()
         return {key: value for key, _, value in (line.partition(" ") for line in lines)}
 
@@ -102,19 +106,19 @@ class Connection:
             ClusterError: if the node cannot be reached, is lost, or needs longer.
         """
         try:
-            return self._run_over(self._connect(), arguments, input, seconds)
+            return self._run_over(self._connect(), arguments, input, Deadline(seconds))
         except TimeoutError:
             raise ClusterError(
                 f"node {self.node} did not answer within {seconds:.0f} s to '{arguments[0]}'"
             ) from None
 
     def _run_over(
-        self, socket: Path, arguments: Sequence[str], input: bytes | None, seconds: float
+        self, socket: Path, arguments: Sequence[str], input: bytes | None, limit: Deadline
     ) -> Completed:
         with self._sessions:
             try:
                 marked = self.command(marked_command(arguments), socket)[1:]
-                done = _run_ssh(self.node, marked, input, seconds)
+                done = _run_ssh(self.node, marked, input, limit)
             except TimeoutError:
                 self._abandon(socket)
                 raise
@@ -144,25 +148,26 @@ class Connection:
         Raises:
             ClusterError: if the node does not answer in time, or cannot be reached.
         """
-        until = time.monotonic() + seconds
-        socket = self._connect(seconds)
-        left = max(until - time.monotonic(), _LEAST_SECONDS)
+        limit = Deadline(seconds)
+        socket = self._connect(limit)
+        left = max(limit.left_seconds, _LEAST_SECONDS)
         try:
-            self._run_over(socket, ["true"], None, left)
+            self._run_over(socket, ["true"], None, Deadline(left))
         except TimeoutError:
             raise timed_out(self.node, seconds) from None
 
-    def _connect(self, limit_seconds: float = _CONNECT_LIMIT_SECONDS) -> Path:
+    def _connect(self, limit: Deadline | None = None) -> Path:
         """Return the socket of the shared connection, connecting first if there is none."""
+        limit = limit or Deadline(_CONNECT_LIMIT_SECONDS)
         with self._lock:
             if self._socket is not None:
                 return self._socket
             socket = _socket_folder() / secrets.token_hex(6)
             try:
-                done = _run_ssh(self.node, self.command(["true"], socket)[1:], None, limit_seconds)
+                done = _run_ssh(self.node, self.command(["true"], socket)[1:], None, limit)
             except TimeoutError:
                 _end_master(self.node, socket, "exit")
-                raise timed_out(self.node, limit_seconds) from None
+                raise timed_out(self.node, limit.seconds) from None
             if done.status == SSH_FAILED:
                 raise ssh_error(self.node, done.stderr.decode(errors="replace"))
             self._socket = socket
@@ -189,12 +194,17 @@ def _end_master(node: str, socket: Path, how: str) -> None:
         return
     with contextlib.suppress(TimeoutError, ClusterError):
         _run_ssh(
-            node, ["-O", how, "-o", f"ControlPath={socket}", "--", node], None, _CONTROL_SECONDS
+            node,
+            ["-O", how, "-o", f"ControlPath={socket}", "--", node],
+            None,
+            Deadline(_CONTROL_SECONDS),
         )
     socket.unlink(missing_ok=True)
 
 
-def _run_ssh(node: str, arguments: Sequence[str], input: bytes | None, seconds: float) -> Completed:
+def _run_ssh(
+    node: str, arguments: Sequence[str], input: bytes | None, limit: Deadline
+) -> Completed:
     """Run ssh.
 
     Raises:
@@ -217,18 +227,18 @@ def _run_ssh(node: str, arguments: Sequence[str], input: bytes | None, seconds: 
                 f"node {node} cannot be reached: ssh does not run here ({error.strerror})",
                 "install the OpenSSH client",
             ) from error
-        output = _finish(process, input, seconds)
+        output = _finish(process, input, limit)
         if process.returncode < 0:
             raise ClusterError(f"the command on node {node} was ended")
         errors.seek(0)
         return Completed(process.returncode, output, errors.read())
 
 
-def _finish(process: subprocess.Popen[bytes], input: bytes | None, seconds: float) -> bytes:
+def _finish(process: subprocess.Popen[bytes], input: bytes | None, limit: Deadline) -> bytes:
     """Wait for a command and return its stdout; ``end_running_commands`` can end it."""
     with process, _registered(process):
         try:
-            return communicate(process, input, seconds)[0]
+            return communicate(process, input, limit)[0]
         except subprocess.TimeoutExpired:
             raise TimeoutError from None
         finally:

@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2cli.errors import UsageError
-from k2cli.models.config_consistency import check_quantization
+from k2cli.models.config_consistency import CONFIG_HINT, check_quantization
 from k2cli.models.json_files import shown
 
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "model_dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
-_CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_CONTEXTS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length",
+    "model_max_length",  # Kimi Linear
+)  # fmt: skip
 
 _LARGEST: Mapping[str, int] = {
     **dict.fromkeys(_LAYERS, 4096),
@@ -43,10 +46,14 @@ _MAY_BE_ZERO = frozenset({
 _ZERO_IN_LISTS = frozenset({"moe_layer_freq"})
 """A single number gives the interval of layers with experts; a list has 0 for layers without."""
 
-_WINDOW_IGNORED = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")
-_WINDOW_ON_REQUEST = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe")
-"""Model types with a sliding window whose classes attend to all tokens; those of the second kind
-have one only if ``use_sliding_window`` is true."""
+_WINDOW_IGNORED = ("mistral", "mixtral", "olmoe", "phi3", "phimoe", "starcoder2")
+_WINDOW_ON_REQUEST = (
+    "qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe", "smollm3",
+)  # fmt: skip
+_WINDOW_OF_SOME_LAYERS = ("dots1", "gemma2")
+"""Model types with a sliding window whose classes attend to all tokens. Those of the second kind
+have one only if ``use_sliding_window`` is true, those of the third unless ``layer_types`` has no
+layer with one."""
 
 _REQUIRED: tuple[tuple[str, ...], ...] = (_LAYERS, _WIDTHS, ("vocab_size",))
 _LATENT_ATTENTION = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
@@ -89,8 +96,25 @@ def model_context_length(config: Mapping[str, Any]) -> int | None:
     the length of the window both compute the same: it is the longest context of such a model.
     """
     text = text_config(config)
-    length, window = first_field(text, _CONTEXTS), _ignored_window(text)
-    return length if window is None else min(length or window, window)
+    limits = (first_field(text, _CONTEXTS), _ignored_window(text), _llama4_text_length(config))
+    return min((each for each in limits if each), default=None)
+
+
+def _llama4_text_length(config: Mapping[str, Any]) -> int | None:
+    """Return the context up to which mlx-lm's class for Llama 4's language models computes right.
+
+    It attends to all tokens where layers attend to a chunk, and does not scale the queries of
+    layers without RoPE, which are the same as long as ``floor_scale`` tokens are not reached.
+    """
+    if config.get("model_type") != "llama4_text":  # Llama 4 with pictures has another class
+        return None
+    types, rotated = config.get("layer_types"), config.get("no_rope_layers")
+    limits = []
+    if isinstance(types, list) and "chunked_attention" in types:
+        limits.append(first_field(config, ("attention_chunk_size",)))
+    if config.get("attn_temperature_tuning") and isinstance(rotated, list) and not all(rotated):
+        limits.append((first_field(config, ("floor_scale",)) or 8192) - 1)
+    return min((each for each in limits if each), default=None)
 
 
 def _ignored_window(text: Mapping[str, Any]) -> int | None:
@@ -99,6 +123,8 @@ def _ignored_window(text: Mapping[str, Any]) -> int | None:
     types = text.get("layer_types")
     if not window:
         return None
+    if model_type in _WINDOW_OF_SOME_LAYERS:
+        return window if not isinstance(types, list) or "sliding_attention" in types else None
     if model_type in _WINDOW_ON_REQUEST:
         if isinstance(types, list):
             slides = "sliding_attention" in types
@@ -138,14 +164,11 @@ def check_config(config: Mapping[str, Any], source: str, argument_names: frozens
     check_quantization(config.get("quantization"), source)
 
 
-_HINT = "take config.json from the model's repository"
-
-
 def _require_one(text: Mapping[str, Any], names: tuple[str, ...], source: str) -> None:
     """Refuse a config without any of several names for one field; errors name the first."""
     given = [name for name in names if text.get(name) is not None]
     if not given:
-        raise UsageError(f"{source} lacks {names[0]}", _HINT)
+        raise UsageError(f"{source} lacks {names[0]}", CONFIG_HINT)
     if isinstance(text[given[0]], list):
         raise UsageError(f"{source}: {given[0]} must be an integer, not {shown(text[given[0]])}")
 
@@ -184,8 +207,15 @@ def _is_positive_number(value: Any) -> bool:
 
 def _check_experts(text: Mapping[str, Any], source: str) -> None:
     experts = first_field(text, ("n_routed_experts", "num_experts", "num_local_experts"))
-    chosen = first_field(text, ("num_experts_per_tok",))
+    chosen = first_field(text, ("num_experts_per_tok", "num_experts_per_token"))
     if experts is None or chosen is None:
         return
+    groups = first_field(text, ("n_group", "num_expert_group"))
+    taken = first_field(text, ("topk_group",))
+    if experts and groups and experts % groups:
+        raise UsageError(f"{source}: {experts} experts make no {groups} groups of equal size")
+    if groups and groups > 1 and taken and taken > groups:
+        # mlx-lm's classes would take other experts, without an error.
+        raise UsageError(f"{source}: topk_group is {taken}, but there are {groups} groups")
     if chosen > experts or (chosen == 0 and experts > 0):
         raise UsageError(f"{source}: num_experts_per_tok is {chosen}, but there are {experts}")

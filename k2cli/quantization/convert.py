@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
 from k2cli.files import open_regular
-from k2cli.models.checkpoint import StoredTensor, read_checkpoint
+from k2cli.models.checkpoint import read_checkpoint
 from k2cli.models.files import folder_being_made
 from k2cli.models.layout import INDEX_NAME
-from k2cli.models.safetensors import ShardWriter
+from k2cli.models.safetensors_header import StoredTensor
+from k2cli.models.safetensors_writer import ShardWriter
 from k2cli.quantization.events import (
     BytesDone,
     LayerQuantized,

@@ -20,8 +20,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import Checkpoint, StoredTensor, config_for_mlx_lm
-from k2cli.models.safetensors import TensorSpec
+from k2cli.models.checkpoint import Checkpoint, config_for_mlx_lm
+from k2cli.models.safetensors_header import StoredTensor
+from k2cli.models.safetensors_writer import TensorSpec
 from k2cli.sharding.assemble import assemble
 from k2cli.sharding.recipe import (
     Recipe,

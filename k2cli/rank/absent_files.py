@@ -18,8 +18,8 @@ import mlx.core as mx
 
 from k2cli.errors import K2Error
 from k2cli.files import read_regular
-from k2cli.models.checkpoint import MAX_HEADER_BYTES, StoredTensor
 from k2cli.models.part import absent_files, header_path
+from k2cli.models.safetensors_header import MAX_HEADER_BYTES, StoredTensor
 
 _HINT = "bring it the whole model: k2 models push MODEL NODE"
 

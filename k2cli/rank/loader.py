@@ -19,7 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import DTYPE_BITS, Checkpoint, StoredTensor, read_checkpoint
+from k2cli.models.checkpoint import Checkpoint, read_checkpoint
+from k2cli.models.safetensors_header import DTYPE_BITS, StoredTensor
 from k2cli.protocol import Assignment, HeldTensor
 from k2cli.rank.absent_files import open_absent, refuse_absent, refused_if_absent
 from k2cli.rank.expert_kernels import part_experts

@@ -38,7 +38,7 @@ def run_self_test(engine: Engine, followers: Followers, size: int, timeout_secon
     """Compute a short prompt and one token on all ranks and compare them, before any request.
 
     Returns:
-        The number of words that the model has scores for.
+        The size of the vocabulary: the number of tokens that the model has scores for.
 
     Raises:
         ClusterError: if digests differ, logits are not finite, or a rank does not answer.
@@ -47,7 +47,7 @@ def run_self_test(engine: Engine, followers: Followers, size: int, timeout_secon
     engine.now(Prefill(engine.next_number, _SEQUENCE, _PROMPT))
     engine.now(JoinBatch(engine.next_number, _BATCH, _SEQUENCE))
     token = _PROMPT[-1] + 1
-    words = 0
+    vocabulary = 0
     for _ in range(_DECODED_TOKENS):
         number = engine.next_number
         result = engine.now(Decode(number, _BATCH, [token], digest=True, state_digest=True))
@@ -55,9 +55,9 @@ def run_self_test(engine: Engine, followers: Followers, size: int, timeout_secon
         compare(result, _collect(followers, size, number, timeout_seconds))
         assert result.logits is not None
         token = _checked_argmax(result.logits)
-        words = result.logits.shape[-1]
+        vocabulary = result.logits.shape[-1]
     engine.now(LeaveBatch(engine.next_number, _BATCH, _SEQUENCE))
-    return words
+    return vocabulary
 
 
 def _checked_argmax(logits: mx.array) -> int:

@@ -37,7 +37,7 @@ import mlx.core as mx
 
 from k2cli.errors import InternalError, K2Error
 from k2cli.files import open_regular
-from k2cli.models.checkpoint import DTYPE_BITS, StoredTensor
+from k2cli.models.safetensors_header import DTYPE_BITS, StoredTensor
 from k2cli.sharding.slices import AxisSlice, Run
 
 _READABLE_TYPES = frozenset(

@@ -40,16 +40,26 @@ Report = Callable[[str, int, int], None]
 
 SELF_TEST = "self-test"
 _TILES = (16, 32, 64, 128)
-_METAL_TOKENS = (16, 64, 256)
-_CPU_TOKENS = (16,)
+"""Tokens up to which a version of CUDA's kernels for quantized matrices is used (MLX 0.32)."""
+
+_METAL_TOKENS, _CPU_TOKENS = (16, 64, 256), (16,)
+"""Tokens of the chunks that a cold machine computes; with them weights and memory are touched."""
+
 _LEFT_TOKENS = 20
-_PROMPT_TOKENS = 12
-_ANSWER_TOKENS = 3
+"""Tokens of the last part of a prompt, after the largest chunk."""
+
+_PROMPT_TOKENS, _ANSWER_TOKENS = 12, 3
+"""Length of the requests that are answered together."""
+
 _MOST_ROWS = 64
-# A first self-test that takes longer than this, and many times longer than a second one, did more
-# than compute.
+"""The most requests that are answered together."""
+
 _LONG_SECONDS = 2.0
+"""A first self-test that takes longer may have done more than compute."""
+
 _COLD_RATIO = 4.0
+"""It has, and the machine is cold, if it took so many times as long as a second one."""
+
 _SEQUENCE = 0
 
 
@@ -130,21 +140,21 @@ def warm_up(
 
     def test() -> tuple[int, float]:
         started = time.monotonic()
-        words = run_self_test(engine, followers, assignment.size, timeout_seconds)
-        return words, time.monotonic() - started
+        vocabulary = run_self_test(engine, followers, assignment.size, timeout_seconds)
+        return vocabulary, time.monotonic() - started
 
     wanted = shapes(cold=False)
     announce(SELF_TEST, 1, 1 + len(wanted) if wanted else 0)
-    words, first_seconds = test()
+    vocabulary, first_seconds = test()
     if not wanted and first_seconds > _LONG_SECONDS:
         _, seconds = test()
         wanted = shapes(cold=first_seconds > _COLD_RATIO * seconds)
     for number, shape in enumerate(wanted, start=2):
         announce(shape.text, number, 1 + len(wanted))
         if shape.rows:
-            _answer(engine, shape.rows, words)
+            _answer(engine, shape.rows, vocabulary)
         else:
-            _prefill(engine, shape, words)
+            _prefill(engine, shape, vocabulary)
     engine.forget_rates()
     engine.now(Warm(engine.next_number))
 
@@ -155,24 +165,24 @@ def _device() -> DeviceKind:
     return "cuda" if mx.cuda.is_available() else "metal"
 
 
-def _prefill(engine: Engine, shape: Shape, words: int) -> None:
+def _prefill(engine: Engine, shape: Shape, vocabulary: int) -> None:
     engine.now(OpenSequence(engine.next_number, _SEQUENCE))
     for tokens in filter(None, (shape.tokens, shape.left_tokens)):
-        engine.now(Prefill(engine.next_number, _SEQUENCE, _prompt(tokens, tokens, words)))
+        engine.now(Prefill(engine.next_number, _SEQUENCE, _prompt(tokens, tokens, vocabulary)))
     engine.now(CloseSequence(engine.next_number, _SEQUENCE))
 
 
-def _answer(engine: Engine, rows: int, words: int) -> None:
+def _answer(engine: Engine, rows: int, vocabulary: int) -> None:
     """Answer ``rows`` requests at once, half of them with random choices."""
     for row in range(rows):
         random = Sampling(temperature=1.0, top_p=0.9, seed=row) if row % 2 else Sampling()
-        prompt = _prompt(_PROMPT_TOKENS - row % 3, row, words)
+        prompt = _prompt(_PROMPT_TOKENS - row % 3, row, vocabulary)
         engine.accept(Generate(f"warm-up-{rows}-{row}", prompt, _ANSWER_TOKENS, random, [], False))
     while engine.busy:
         engine.advance()
     engine.tick()  # decisions without computing may be left in a pipeline
 
 
-def _prompt(tokens: int, seed: int, words: int) -> list[int]:
-    """Return different words, so that the experts of a model are used as by real text."""
-    return [(seed + index * 7919 + 1) % words for index in range(tokens)]
+def _prompt(tokens: int, seed: int, vocabulary: int) -> list[int]:
+    """Return different vocabulary, so that the experts of a model are used as by real text."""
+    return [(seed + index * 7919 + 1) % vocabulary for index in range(tokens)]

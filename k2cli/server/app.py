@@ -20,7 +20,7 @@ from k2cli.server.dialects.error_responses import RequestIds, install_error_hand
 from k2cli.server.engine_client import EngineClient
 from k2cli.server.engine_request import ServerTokenizer
 from k2cli.server.origins import OriginCheck, OriginRules
-from k2cli.server.request_reader import RequestReader
+from k2cli.server.reader_queues import RequestReader
 from k2cli.server.routes import (
     chat,
     completions,

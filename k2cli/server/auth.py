@@ -23,18 +23,28 @@ OPEN_PATHS = frozenset({"/health"})
 KEYLESS_PATHS = OPEN_PATHS | {"/"}
 
 
-def has_right_key(headers: Headers, api_key: str) -> bool:
+_HOW_TO_SEND = "send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+
+
+def key_refusal(headers: Headers, api_key: str) -> str | None:
     """Compare the key with ``Authorization: Bearer`` and Anthropic's ``x-api-key``.
 
     One of them suffices: Claude Code may send a key of its user's account beside the right one. The
     comparison takes the same time for all wrong keys.
+
+    Returns:
+        What is wrong, or None for the right key. An empty key is none.
     """
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    given = [bearer] if scheme.lower() == "bearer" else []
-    given += [headers["x-api-key"]] if "x-api-key" in headers else []
+    sent = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    given = [key.strip() for key in sent if key.strip()]
     right = api_key.encode()
-    matches = [hmac.compare_digest(key.strip().encode("latin-1"), right) for key in given]
-    return any(matches)
+    matches = [hmac.compare_digest(key.encode("latin-1"), right) for key in given]
+    if any(matches):
+        return None
+    if given:
+        return "wrong API key: the run was started with another one"
+    return f"the run asks for an API key, and the request has none: {_HOW_TO_SEND}"
 
 
 def too_large(limit_bytes: int) -> ApiError:
@@ -82,15 +92,10 @@ class AccessControl:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         key = self._served.api_key
-        if (
-            key is not None
-            and scope["path"] not in KEYLESS_PATHS
-            and not has_right_key(headers, key)
-        ):
-            given = "authorization" in headers or "x-api-key" in headers
-            message = "wrong API key" if given else "an API key is needed"
+        guarded = key is not None and scope["path"] not in KEYLESS_PATHS
+        if guarded and (problem := key_refusal(headers, key or "")) is not None:
             challenge = {"WWW-Authenticate": "Bearer"}
-            return ApiError(401, message, code="invalid_api_key", headers=challenge)
+            return ApiError(401, problem, code="invalid_api_key", headers=challenge)
         if "content-length" in headers and "transfer-encoding" in headers:
             message = "Content-Length and Transfer-Encoding contradict each other"
             return ApiError(400, message, code="bad_framing", headers={"Connection": "close"})

@@ -10,7 +10,7 @@ from k2cli.server.engine_client import EngineClient
 from k2cli.server.engine_request import ServerTokenizer
 from k2cli.server.errors import unavailable
 from k2cli.server.generation import RequestQueue
-from k2cli.server.request_reader import RequestReader
+from k2cli.server.reader_queues import RequestReader
 from k2cli.server.served_model import ServedModel
 
 

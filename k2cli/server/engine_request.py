@@ -14,10 +14,10 @@ import msgspec
 
 from k2cli.errors import K2Error
 from k2cli.protocol import Generate, Sampling
-from k2cli.server.conversation import AnswerOptions, Conversation, OutputOptions
+from k2cli.server.client_request import AnswerOptions, Conversation, OutputOptions
 from k2cli.server.errors import ApiError, invalid
 from k2cli.server.served_model import ServedModel
-from k2cli.server.text import TokenTextStream
+from k2cli.server.text_assembler import TokenTextStream
 
 
 class ServerTokenizer(Protocol):

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 
 from k2cli.protocol import RequestFailed
 
@@ -25,6 +26,8 @@ _MAX_SEARCHED_LETTERS = 4 * MAX_MESSAGE_LETTERS
 # The folders of an absolute path. Their names may have spaces within, but none at the ends; what
 # follows a letter or a colon is a fraction or a URL.
 _FOLDERS = re.compile(r"""(?<![\w.:/-])~?/(?:[^\s/'":;,](?:[^/\n'":;,]*[^\s/'":;,])?/)+""")
+# What clients put before the path of a route: ``/v1/v1/messages``, ``/api/v1/models``.
+_WRONG_BEGINNING = re.compile(r"^/(?:v1|api|openai|anthropic)(?=/)")
 _logger = logging.getLogger(__name__)
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
@@ -173,8 +176,27 @@ def http_failure(error: HTTPException, request: Request) -> ApiError:
     """Make the error for a request that no route takes."""
     code, reason = _HTTP_CODES.get(error.status_code, (None, str(error.detail)))
     message = f"{reason}: {request.method} {request.url.path}"
+    if error.status_code == 404 and (meant := _route_meant(request)) is not None:
+        message += f"; did you mean {meant}"
     headers = dict(error.headers) if error.headers else None
     return ApiError(error.status_code, message, code=code, headers=headers)
+
+
+def _route_meant(request: Request) -> str | None:
+    """Return the route that a request with a wrong base URL meant, and what the URL must be."""
+    path: str = request.scope["path"]
+    rest = path.rstrip("/")
+    while (shorter := _WRONG_BEGINNING.sub("", rest)) != rest:
+        rest = shorter
+    meant = f"/v1{rest}"
+    if meant == path or not rest:
+        return None
+    scope = dict(request.scope) | {"path": meant}
+    if not any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+        return None
+    if "/v1" not in path:
+        return f"{meant}? Most clients want a base URL that ends with /v1"
+    return f"{meant}? Anthropic's clients want a base URL without /v1, OpenAI's one with it"
 
 
 def internal_error(error: Exception) -> ApiError:

@@ -22,7 +22,7 @@ from k2cli.server.engine_client import EngineClient, EngineEvent, EngineUnavaila
 from k2cli.server.engine_request import EngineRequest
 from k2cli.server.errors import engine_failure, unavailable
 from k2cli.server.output.events import CallEnded, OutputEvent, OutputParser
-from k2cli.server.text import TextAssembler
+from k2cli.server.text_assembler import TextAssembler
 from k2cli.server.usage import AnswerUsage
 
 IDLE_SECONDS = 1.0

@@ -12,7 +12,7 @@ import msgspec
 from pydantic import ValidationError
 
 from k2cli.errors import K2Error
-from k2cli.server.dialects.anthropic_conversation import conversation_of
+from k2cli.server.dialects.anthropic_conversation import anthropic_conversation
 from k2cli.server.dialects.anthropic_schemas import MessagesBody
 from k2cli.server.dialects.openai_schemas import ChatCompletionBody, CompletionBody, TokenizeBody
 from k2cli.server.dialects.responses_conversation import responses_conversation
@@ -101,13 +101,13 @@ def read_request(
                 return ReadRequest(conversation_request(conversation, options, tokenizer, served))
             case "messages":
                 asked = MessagesBody.model_validate_json(unread.body)
-                conversation = conversation_of(asked, served.normalizes_prompts)
+                conversation = anthropic_conversation(asked, served.normalizes_prompts)
                 options = asked.answer_options
                 return ReadRequest(conversation_request(conversation, options, tokenizer, served))
             case "count_tokens":
                 asked = MessagesBody.model_validate_json(unread.body)
                 check_model(asked.model, served)
-                conversation = conversation_of(asked, served.normalizes_prompts)
+                conversation = anthropic_conversation(asked, served.normalizes_prompts)
                 return ReadRequest(tokens=conversation_tokens(conversation, tokenizer, served))
     except ValidationError as error:
         refused = validation_failure(error)

@@ -21,7 +21,7 @@ from k2cli.server.streaming import (
     answer_or_wait,
     event_stream,
 )
-from k2cli.server.text import TextAssembler
+from k2cli.server.text_assembler import TextAssembler
 
 
 async def respond(

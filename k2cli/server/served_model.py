@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from k2cli.files import read_regular
-from k2cli.server.output.formats import OutputFormat
+from k2cli.server.output.output_format import OutputFormat
 from k2cli.units import MIB
 
 DEFAULT_MAX_BODY_BYTES = 32 * MIB
-_MAX_CONFIG_BYTES = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,32 +52,28 @@ class ServedModel:
         return (self.name, *self.aliases)
 
 
-def load_served_model(folder: Path, name: str, context_length: int) -> ServedModel:
-    """Describe a checkpoint for serving; sampling defaults come from its generation_config.json.
+def served_model_from(
+    generation_config: Mapping[str, Any], name: str, context_length: int
+) -> ServedModel:
+    """Describe a model for serving, with the sampling defaults that its authors suggest.
 
-    Where the file has no such value, the default is that of OpenAI's API. A launch refuses a file
-    that cannot be read, and impossible values, before (``models.json_files``).
+    Args:
+        generation_config: the content of ``generation_config.json``, empty if there is none. A
+            value that is absent, or that the API allows no client to send, gives the default of
+            OpenAI's API.
+        name: the model's own name.
+        context_length: the maximum number of tokens of prompt and answer together.
     """
-    suggested = _generation_config(folder / "generation_config.json")
     return ServedModel(
         name=name,
         context_length=context_length,
-        default_temperature=_number(suggested, "temperature", 1.0, high=2.0),
-        default_top_p=_number(suggested, "top_p", 1.0, high=1.0) or 1.0,
-        default_top_k=int(_number(suggested, "top_k", 0.0, high=float(2**31 - 1))),
+        default_temperature=_number(generation_config, "temperature", 1.0, high=2.0),
+        default_top_p=_number(generation_config, "top_p", 1.0, high=1.0) or 1.0,
+        default_top_k=int(_number(generation_config, "top_k", 0.0, high=float(2**31 - 1))),
     )
 
 
-def _generation_config(path: Path) -> dict[str, Any]:
-    try:
-        # Not ``decode_json``, which refuses the infinities that some of these files have.
-        found = json.loads(read_regular(path, _MAX_CONFIG_BYTES, follow_links=True))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _number(values: dict[str, Any], name: str, default: float, *, high: float) -> float:
+def _number(values: Mapping[str, Any], name: str, default: float, *, high: float) -> float:
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
         return default

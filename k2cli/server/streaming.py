@@ -30,7 +30,7 @@ from k2cli.server.generation import (
     answer,
 )
 from k2cli.server.output.events import OutputParser
-from k2cli.server.text import TextAssembler
+from k2cli.server.text_assembler import TextAssembler
 
 _logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Tokens and times that an answer used, and OpenAI's object of them, with k2's timings.
+"""Tokens and times that an answer used, for the usage objects of all dialects.
 
 The engine measures the durations on the leader rank. A rate without a measured duration is null.
 """
@@ -6,7 +6,6 @@ The engine measures the durations on the leader rank. A rate without a measured 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from k2cli.protocol import Finished
 
@@ -52,19 +51,3 @@ class AnswerUsage:
     def cached_tokens(self) -> int:
         """The number of prompt tokens that came from the prefix cache."""
         return self.finished.cached_tokens if self.finished else 0
-
-
-def openai_usage(used: AnswerUsage) -> dict[str, Any]:
-    """Make OpenAI's usage object of a chat completion or a completion."""
-    members: dict[str, Any] = {
-        "prompt_tokens": used.prompt_tokens,
-        "completion_tokens": used.completion_tokens,
-        "total_tokens": used.prompt_tokens + used.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
-    }
-    if used.max_tokens is not None:
-        members["max_tokens"] = used.max_tokens
-    if used.finished is not None:
-        members["timings"] = timings(used.finished)
-    return members

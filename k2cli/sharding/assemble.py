@@ -363,6 +363,14 @@ def _sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.ar
     return sanitized
 
 
+def _is_float(array: mx.array) -> bool:
+    return mx.issubdtype(array.dtype, mx.floating)
+
+
+def _type_name(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
+
+
 def _fill(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
     """Load the tensors into the model, whose parameters they must match one to one."""
     from mlx.utils import tree_flatten
@@ -374,6 +382,10 @@ def _fill(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
         f"{name} is {weights[name].shape}, expected {place.shape}"
         for name, place in places.items()
         if name in weights and weights[name].shape != place.shape
+    ] or [
+        f"{name} is {_type_name(weights[name])}, expected {_type_name(place)}"
+        for name, place in places.items()
+        if name in weights and _is_float(weights[name]) != _is_float(place)
     ]
     for kind, names in (("lacks", missing), ("has unknown", unknown), ("has wrong", misshapen)):
         if names:

@@ -20,7 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import UsageError
-from k2cli.models.config_form import TYPE_ALIASES, rope_by_layer_type
+from k2cli.models.config_consistency import CONFIG_HINT
+from k2cli.models.rope_form import TYPE_ALIASES, rope_by_layer_type
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _CLOSE = 2e-4
@@ -267,7 +268,7 @@ def _check_module(
             kind = parameters.get("rope_type")
             raise UsageError(
                 f"config.json's RoPE of type '{kind}' lacks a number: {error}",
-                "take config.json from the model's repository",
+                CONFIG_HINT,
             ) from error
         if found.is_close(meant):
             _check_dims(module, parameters, found.dims, fields, name)

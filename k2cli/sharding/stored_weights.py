@@ -6,6 +6,7 @@ computes. Weights that another quantizer packed are refused by its name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.errors import UsageError
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 
 
 def with_stored_head(
@@ -56,7 +59,8 @@ def without_copies(
 ) -> dict[str, mx.array]:
     """Leave out what some tools store although the model computes or shares it.
 
-    These are the head of a model that uses its embedding as head, and the frequencies of RoPE.
+    These are the head of a model that uses its embedding as head, the frequencies of RoPE, and the
+    layers after the last one that predict further tokens (of which mlx-lm's DeepSeek knows 61).
     """
     from mlx.utils import tree_flatten
 
@@ -66,11 +70,25 @@ def without_copies(
         "tie_word_embeddings", config.get("tie_word_embeddings")
     )
 
+    fields = text if isinstance(text, Mapping) else config
+    further = _further_layers(fields)
+
     def is_copy(name: str) -> bool:
         if name in places:
             return False
+        layer = _LAYER.search(name)
+        if layer is not None and int(layer[1]) in further:
+            return True
         module = name.rpartition(".")[0]
         head = module == "lm_head" or module.endswith(".lm_head")
         return name.endswith("rotary_emb.inv_freq") or (head and tied is True)
 
     return {name: value for name, value in weights.items() if not is_copy(name)}
+
+
+def _further_layers(fields: Mapping[str, Any]) -> range:
+    """Return the numbers of the layers that predict further tokens."""
+    layers, extra = fields.get("num_hidden_layers"), fields.get("num_nextn_predict_layers")
+    if not isinstance(layers, int) or not isinstance(extra, int):
+        return range(0)
+    return range(layers, layers + extra)

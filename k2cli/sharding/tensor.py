@@ -103,4 +103,4 @@ def slice_model(
             # model lacks a part that its own ``shard`` expects.
             reason = explain_failure(error, config)
             obstacle = f"{config.get('model_type')} cannot be cut into {ranks} slices: {reason}"
-    raise UsageError(f"tensor parallelism is not possible: {obstacle}", "use --parallel pipeline")
+    raise UsageError(f"tensor parallelism is not possible: {obstacle}", "--parallel pipeline")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from k2cli.errors import UsageError
+from k2cli.models.config_consistency import CONFIG_HINT
 
 _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "silu": ("silu", "swiglu", "switchglu"),
@@ -30,6 +31,7 @@ _DENSE_LAYERS = (
 )  # fmt: skip
 """Fields by which classes know which layers have no experts."""
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
+_DECLARATION = re.compile(r"^    \w+: .*$", re.MULTILINE)
 
 
 def _is_one(value: Any, _: Mapping[str, Any]) -> bool:
@@ -38,6 +40,10 @@ def _is_one(value: Any, _: Mapping[str, Any]) -> bool:
 
 def _is_off(value: Any, _: Mapping[str, Any]) -> bool:
     return value in (None, False, 0)
+
+
+def _is_causal(value: Any, _: Mapping[str, Any]) -> bool:
+    return value in (None, False, "vision")  # Gemma 4: among the tokens of one picture
 
 
 def _is_head_dim(value: Any, fields: Mapping[str, Any]) -> bool:
@@ -68,6 +74,7 @@ _NEUTRAL: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "residual_multiplier": _is_one,
     "routed_scaling_factor": _without_experts,
     "use_alibi": _is_off,
+    "use_bidirectional_attention": _is_causal,
 }
 """Fields that change the result, each with a test if its value changes nothing. Biases, norms and
 numbers of experts are not here: a class without them has no place for their tensors."""
@@ -81,6 +88,36 @@ _THETAS_DIFFER: Mapping[str, tuple[float, float]] = {
     "smollm3": (2000000.0, 10000.0), "starcoder2": (10000.0, 100000.0),
 }  # fmt: skip
 """The theta that transformers and mlx-lm take, by model type, for a config that gives none."""
+
+
+_FIXED: Mapping[str, Mapping[str, Any]] = {
+    "falcon_mamba": {"layer_norm_epsilon": 1e-5},
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    "gpt_bigcode": {"scale_attn_weights": True},
+    "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    "kimi_linear": {"mla_use_nope": True},
+    "mamba": {"layer_norm_epsilon": 1e-5},
+    "muse_spark": {"residual_gate_temperature": 0.3},
+    "muse_spark_text": {"residual_gate_temperature": 0.3},
+    "nemotron_h": {"mamba_hidden_act": "silu", "mlp_hidden_act": "relu2"},
+    "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False},
+}
+"""Fields whose value is a constant in the class of a model type, and that constant. They are those
+that the modelling code of transformers (of Moonshot for Kimi Linear) reads and mlx-lm's does not;
+``test_every_field_that_only_transformers_reads_is_known`` compares both."""
+
+
+def _llama4_layers(fields: Mapping[str, Any]) -> Mapping[str, tuple[Any, list[int]]]:
+    """Return Llama 4's lists of layers, each with the one that mlx-lm computes from a number."""
+    layers, step = fields.get("num_hidden_layers"), fields.get("interleave_moe_layer_step")
+    if not isinstance(layers, int) or not isinstance(step, int) or step < 1:
+        return {}
+    return {
+        "no_rope_layers": (
+            fields.get("no_rope_layers"), [int((each + 1) % 4 != 0) for each in range(layers)]
+        ),
+        "moe_layers": (fields.get("moe_layers"), list(range(step - 1, layers, step))),
+    }  # fmt: skip
 
 
 def check_unread(config: Mapping[str, Any], name: str, source: str) -> None:
@@ -111,14 +148,27 @@ def check_unread(config: Mapping[str, Any], name: str, source: str) -> None:
     other = declared is not None and scoring not in (None, declared[1])
     if other and _SCORING_USED.search(source) is None:
         raise _refusal("scoring_func", scoring, name)
+    used = _DECLARATION.sub("", source)  # Nemotron's class declares hidden_act, and ignores it
     for field in _ACTIVATION_FIELDS:
         value = fields.get(field)
-        if not isinstance(value, str) or any(each in source for each in _ACTIVATION_FIELDS):
+        if not isinstance(value, str) or any(each in used for each in _ACTIVATION_FIELDS):
             continue
         words = _ACTIVATIONS.get(value.lower(), (value,))
         if not any(word in source.lower() for word in words):
             raise _refusal(field, value, name)
+    _check_fixed(fields, str(fields.get("model_type") or config.get("model_type")), name)
     _check_theta(fields)
+
+
+def _check_fixed(fields: Mapping[str, Any], model_type: str, name: str) -> None:
+    """Refuse a value that differs from the constant in the class."""
+    for field, computed in _FIXED.get(model_type, {}).items():
+        if fields.get(field) is not None and fields[field] != computed:
+            raise _refusal(field, fields[field], name)
+    if name == "llama4":
+        for field, (value, computed) in _llama4_layers(fields).items():
+            if value and value != computed:
+                raise _refusal(field, value, name)
 
 
 def _check_theta(fields: Mapping[str, Any]) -> None:
@@ -127,7 +177,7 @@ def _check_theta(fields: Mapping[str, Any]) -> None:
         raise UsageError(
             "config.json lacks rope_theta, for which transformers takes "
             f"{defaults[0]:g} and mlx-lm {defaults[1]:g}",
-            "take config.json from the model's repository",
+            CONFIG_HINT,
         )
 
 

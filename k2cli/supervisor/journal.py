@@ -50,7 +50,7 @@ from k2cli.stderr import say_on_stderr
 from k2cli.supervisor.line_folder import LineFolder
 from k2cli.supervisor.log_file import LogFile
 from k2cli.supervisor.outcome import Outcome
-from k2cli.units import MIB, format_bytes, format_duration, format_rate
+from k2cli.units import MIB, format_bytes, format_duration, format_rate, one_line
 
 _KEPT_LINES = 20
 _TICK_SECONDS = 1.0
@@ -111,6 +111,10 @@ class Journal:
             self._lines.add(sender, event.text)
             return
         self._note_event(event)
+        if isinstance(event, LoadProgress) and event.phase == "warming up":
+            of = f" {event.number} of {event.count} shapes" if event.count else ""
+            who = f"rank {event.rank} on {self._node_of(event.rank)}"
+            self.say(f"{who} is warming up{of}: {one_line(event.shape)}")
         match event:
             case GuardStarted():
                 self._set_rank(event.rank, guard_pid=event.guard_pid, rank_pid=event.rank_pid)

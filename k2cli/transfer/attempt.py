@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import queue
-import secrets
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from k2cli.agent.weights.messages import (
@@ -38,64 +37,17 @@ from k2cli.agent.weights.messages import (
 from k2cli.errors import ClusterError, InternalError, NodeAccessError
 from k2cli.nodes.node import Node
 from k2cli.transfer.addresses import receiving_addresses
-from k2cli.transfer.compare import Decision, decide
+from k2cli.transfer.destination import Destination, NodeFailed, Pair
+from k2cli.transfer.needs import find_needs
 from k2cli.transfer.parts import Share
 from k2cli.transfer.process import NodeProcess
 from k2cli.transfer.request import NodeResult, OnPushEvent, PushBytes, PushRequest, PushStep
 from k2cli.units import format_bytes
 
 _ALIVE_SECONDS = 4.0
+"""Time between two signs of life; a receiver ends after 20 s without one (``QUIET_SECONDS``)."""
 _QUIET_SECONDS = 120.0
 """Longest time without an event: receivers and senders report several times a second."""
-
-
-class NodeFailed(ClusterError):
-    """A node could not receive. ``again`` is True if another attempt may succeed."""
-
-    def __init__(self, node: str, message: str, hint: str | None, *, again: bool) -> None:
-        super().__init__(message, hint)
-        self.node = node
-        self.again = again
-
-
-@dataclass(slots=True)
-class Pair:
-    """One sender for one receiver, and the files that it has been given."""
-
-    number: int
-    sender: str
-    addresses: tuple[str, ...]
-    token: str = field(default_factory=lambda: secrets.token_hex(32))
-    process: NodeProcess | None = None
-    connected: bool = False
-    waiting: list[Segments] = field(default_factory=list)
-    told_end: bool = False
-    done: bool = False
-
-
-@dataclass(slots=True)
-class Destination:
-    """One receiving node."""
-
-    node: Node
-    share: Share
-    process: NodeProcess
-    result: NodeResult
-    lacks: Lacks | None = None
-    decision: Decision | None = None
-    missing: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    to_assign: set[int] = field(default_factory=set)
-    there: set[str] = field(default_factory=set)
-    pairs: dict[str, Pair] = field(default_factory=dict)
-    unreachable_from: set[str] = field(default_factory=set)
-    received_bytes: int = 0
-    finishing: bool = False
-    finished: bool = False
-
-    @property
-    def missing_bytes(self) -> int:
-        """Bytes that it lacked when the attempt began."""
-        return self.decision.missing_bytes if self.decision else 0
 
 
 class Attempt:
@@ -240,15 +192,15 @@ class Attempt:
     def _on_lacks(self, found: Destination, lacks: Lacks) -> None:
         found.lacks = lacks
         try:
-            decision = decide(self._request, found.node.name, found.share, lacks)
+            needs = find_needs(self._request, found.node.name, found.share, lacks)
         except ClusterError as error:
             raise NodeFailed(found.node.name, error.message, error.hint, again=False) from error
-        found.decision = decision
-        found.missing = decision.missing
-        found.to_assign = set(decision.missing)
-        found.result.was_there_bytes = decision.there_bytes
-        found.process.send(Begin(decision.same, decision.replaced))
-        if all(each.decision is not None for each in self._destinations.values()):
+        found.needs = needs
+        found.missing = needs.missing
+        found.to_assign = set(needs.missing)
+        found.result.was_there_bytes = needs.there_bytes
+        found.process.send(Begin(needs.same, needs.replaced))
+        if all(each.needs is not None for each in self._destinations.values()):
             total = sum(each.missing_bytes for each in self._destinations.values())
             names = ", ".join(self._destinations)
             self._say(PushStep(f"sending {format_bytes(total)} to {names}"))
@@ -258,7 +210,7 @@ class Attempt:
 
     def _move_on(self) -> None:
         """Give files to senders that may send them now, and finish nodes that have everything."""
-        if any(found.decision is None for found in self._destinations.values()):
+        if any(found.needs is None for found in self._destinations.values()):
             return
         for found in self._destinations.values():
             for index in sorted(found.to_assign):

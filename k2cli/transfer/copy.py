@@ -23,6 +23,7 @@ _PLAIN = re.compile(r"[\w./~+@%-]+", re.ASCII)
 _DIGEST_PROGRAMS = (["sha256sum"], ["shasum", "-a", "256"])
 _LEAST_SECONDS = 120.0
 _SLOWEST_BYTES_PER_SECOND = 1_000_000
+"""Limit of copying or hashing one file: a slow link's rate, and the least time for small files."""
 
 
 def lacks_k2(node: Node) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from k2cli.agent.weights.messages import Inventory, WeightsFile
+from k2cli.agent.weights.messages import ModelFiles, WeightsFile
 from k2cli.models.checkpoint import Checkpoint
 from k2cli.models.part import FOLDER
 from k2cli.sharding.placement import Placement
@@ -47,7 +47,7 @@ class Share:
     sources: Mapping[str, str]
 
 
-def share_of(found: Inventory, wanted: frozenset[str] | None) -> Share:
+def share_of(found: ModelFiles, wanted: frozenset[str] | None) -> Share:
     """Return the share of a node that reads these weight files; None stands for all of them."""
     sizes = {f.name: f.nbytes for f in found.files if f.name.endswith(".safetensors")}
     sizes |= found.absent
@@ -62,6 +62,6 @@ def share_of(found: Inventory, wanted: frozenset[str] | None) -> Share:
     return Share(tuple(files), absent, sources)
 
 
-def lacking(found: Inventory, wanted: frozenset[str] | None) -> list[str]:
+def lacking(found: ModelFiles, wanted: frozenset[str] | None) -> list[str]:
     """Return the weight files that are wanted and that the source itself lacks."""
     return sorted(name for name in found.absent if wanted is None or name in wanted)

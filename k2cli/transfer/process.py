@@ -13,7 +13,7 @@ from typing import IO, Any, Literal
 
 import msgspec
 
-from k2cli.agent.weights.conversation import decode_line, write_all
+from k2cli.agent.weights.json_lines import decode_line, write_all
 from k2cli.agent.weights.messages import (
     MAX_LINE_BYTES,
     Alive,

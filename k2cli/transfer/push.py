@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from k2cli.agent.weights.messages import Inventory
+from k2cli.agent.weights.messages import ModelFiles
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.nodes.node import Node
-from k2cli.transfer.attempt import Attempt, NodeFailed
+from k2cli.transfer.attempt import Attempt
 from k2cli.transfer.copy import copy_to, lacks_k2
+from k2cli.transfer.destination import NodeFailed
 from k2cli.transfer.feed import Feed, GrowingSource
 from k2cli.transfer.parts import Share, lacking, share_of
 from k2cli.transfer.request import NodeResult, OnPushEvent, PushRequest, PushStep
@@ -24,7 +25,7 @@ _FRUITLESS_ATTEMPTS = 6
 """Attempts in a row without a byte, after which a push ends."""
 
 
-def find_source(reference: str, nodes: Sequence[Node]) -> tuple[Node, Inventory]:
+def find_source(reference: str, nodes: Sequence[Node]) -> tuple[Node, ModelFiles]:
     """Find the first of the nodes that has the whole model.
 
     Raises:
@@ -32,7 +33,7 @@ def find_source(reference: str, nodes: Sequence[Node]) -> tuple[Node, Inventory]
     """
     problems: list[str] = []
     for node in nodes:
-        found: Inventory = node.ask(Inventory, "weights", reference)
+        found: ModelFiles = node.ask(ModelFiles, "weights", reference)
         if not found.problem and not found.absent:
             return node, found
         lacks = format_bytes(sum(found.absent.values()))

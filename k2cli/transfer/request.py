@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from k2cli.agent.weights.messages import Inventory
+from k2cli.agent.weights.messages import ModelFiles
 from k2cli.cluster.description import Cluster
 from k2cli.nodes.node import Node
 from k2cli.transfer.ways import Over
@@ -44,7 +44,7 @@ class PushRequest:
 
     reference: str
     source: Node
-    found: Inventory
+    found: ModelFiles
     nodes: tuple[Node, ...]
     wanted: Mapping[str, frozenset[str]] = field(default_factory=dict)
     cluster: Cluster | None = None

@@ -125,7 +125,7 @@ class LaunchView:
 
 def _bars() -> Progress | None:
     """Return a display for bars, or None if the terminal cannot draw them."""
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = stderr_console()
     if not console.is_terminal or os.environ.get("TERM") == "dumb":
@@ -133,6 +133,7 @@ def _bars() -> Progress | None:
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
+        TimeElapsedColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
         console=console,
         transient=True,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import UsageError
 from k2cli.models.files import folder_being_made
-from k2cli.models.safetensors import TensorSpec, write_safetensors
+from k2cli.models.safetensors_writer import TensorSpec, write_safetensors
 from lab.toy_k2.template import CHAT_TEMPLATE
 from lab.toy_k2.vocabulary import (
     VOCABULARY_SIZE,

@@ -122,6 +122,7 @@ CLAUDE_CODE = Agent(
 _CODEX_CONFIG = f"""\
 model = "{MODEL}"
 model_provider = "k2"
+model_context_window = 131072
 check_for_update_on_startup = false
 
 [model_providers.k2]

@@ -10,7 +10,7 @@ from urllib.request import Request, urlopen
 
 from benchmarks.planners.hub import local_hub
 from benchmarks.planners.main import GIB, KV_BYTES, PLANNERS, Answer, found, measure, table
-from k2cli.models.safetensors import TensorSpec, into_shards, safetensors_header
+from k2cli.models.safetensors_writer import TensorSpec, into_shards, safetensors_header
 
 MODELINFO = """VRAM (est):      ~752.01 GB Total Minimum Required
                    ├─ Weights:    537.93 GB

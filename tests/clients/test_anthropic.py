@@ -105,6 +105,20 @@ def test_a_loop_of_tools_that_streams(client: anthropic.Anthropic) -> None:
         assert "".join(stream.text_stream) == FINAL
 
 
+def test_the_tool_runner_goes_on_without_a_thread(client: anthropic.Anthropic) -> None:
+    """The SDK asks the server to store the conversation, and is told that it does not."""
+
+    @anthropic.beta_tool
+    def get_weather(city: str, unit: str) -> str:
+        """Weather."""
+        return weather(city, unit)
+
+    runner = client.beta.messages.tool_runner(
+        model=MODEL, max_tokens=LIMIT, messages=_asked(), tools=[get_weather]
+    )
+    assert [block.text for block in runner.until_done().content if block.type == "text"] == [FINAL]
+
+
 async def test_loops_of_tools_side_by_side(url: str) -> None:
     async with anthropic.AsyncAnthropic(
         base_url=url, api_key="any", max_retries=0, timeout=60

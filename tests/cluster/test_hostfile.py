@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from k2cli.cluster.discovery import cluster_from_hostfile
-from k2cli.cluster.hostfile import parse_hostfile
+from k2cli.cluster.hostfile import parse_hostfile, read_hostfile
 from k2cli.cluster.links import to_hostfile
 from k2cli.errors import UsageError
 from k2cli.launch.prepare import _node_names
@@ -127,3 +128,9 @@ def test_a_ring_over_rdma_needs_its_neighbours_only() -> None:
     assert len(parse_hostfile(_jaccl(*ring, backend="jaccl-ring"), "hosts").hosts) == 4
     with pytest.raises(UsageError, match="towards rank 2"):
         parse_hostfile(_jaccl(*ring), "hosts")
+
+
+def test_a_file_that_is_not_there_has_a_hint_that_works_without_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"hosts\.json cannot be read: No such file") as caught:
+        read_hostfile(tmp_path / "hosts.json")
+    assert (caught.value.hint or "").startswith("k2 cluster init ")

@@ -135,7 +135,7 @@ def test_api_key(engine: ScriptedEngine) -> None:
     with serving(engine, ServedModel("toy", context_length=500, api_key="s3cret")) as url:
         refused = run_k2("chat", "--url", url, "-p", "x")
         assert refused.returncode == 4
-        assert "an API key is needed" in refused.stderr
+        assert "asks for an API key" in refused.stderr
         done = run_k2("chat", "--url", url, "-p", "x", K2_API_KEY="s3cret")
     assert (done.returncode, done.stdout) == (0, "in\n")
 

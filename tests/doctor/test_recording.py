@@ -107,7 +107,7 @@ FAULTS = (
     Fault("another's run", "node-2/k2.json",
           '"resident_bytes": 312000512,\n   "run_id": null',
           '"resident_bytes": 312000512,\n   "run_id": "run-0001"',
-          "warn", "runs", "312.0 MB", "k2 cluster clean"),
+          "warn", "runs", "312.0 MB", "ps -o user,lstart,args -p "),
     Fault("clock", "node-2/date.txt", "1795000000", "1795000060", "warn", "clock", "60", "sntp"),
     Fault("no mpirun on one", "node-2/k2.json", '"mpirun": null',
           '"mpirun": "/opt/homebrew/bin/mpirun"', "warn", "mpirun", "there is no mpirun",

@@ -13,10 +13,10 @@ import pytest
 from k2cli.errors import K2Error
 from k2cli.guard.output_format import output_format_of
 from k2cli.models.text.tokenizer import Tokenizer
-from k2cli.server.conversation import OutputOptions
+from k2cli.server.client_request import OutputOptions
 from k2cli.server.killable_reader import KillableReader
 from k2cli.server.reader_messages import ReaderSettings
-from k2cli.server.request_reader import ProcessReader
+from k2cli.server.reader_queues import ProcessReader
 from lab.toy_k2.template import K25_TEMPLATE
 
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -91,3 +91,26 @@ def test_a_reader_process_knows_where_an_answer_begins(k25: Path) -> None:
     ]
     off = ReaderSettings(str(k25), "toy", 4096, 1.0, 1.0, 0, ("alias",), reasoning_parser="none")
     assert asyncio.run(outputs(bodies[3:], off)) == [OutputOptions(True, include_reasoning=False)]
+
+
+@pytest.mark.parametrize("tool_parser", [None, "x"])
+def test_a_run_is_ready_only_if_its_process_reads_requests(
+    k25: Path, tool_parser: str | None
+) -> None:
+    """With a parser that does not exist, the process loads the model's files and ends then."""
+    settings = ReaderSettings(str(k25), "toy", 4096, 1.0, 1.0, 0, tool_parser=tool_parser)
+
+    async def check() -> None:
+        first = KillableReader(settings, ())
+        reader = ProcessReader(first, first.another())
+        try:
+            await first.load()
+            await reader.check()
+        finally:
+            await reader.close()
+
+    if tool_parser is None:
+        asyncio.run(check())
+    else:
+        with pytest.raises(K2Error, match=r"requests cannot be read: .* process .* ends"):
+            asyncio.run(check())

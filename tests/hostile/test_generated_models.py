@@ -16,19 +16,16 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import (
-    INDEX_NAME,
-    read_checkpoint,
-    read_config,
-    read_safetensors_header,
-)
+from k2cli.models.checkpoint import INDEX_NAME, read_checkpoint, read_config
 from k2cli.models.gguf.convert import convert_gguf, gguf_checkpoint
-from k2cli.models.safetensors import TensorSpec, safetensors_header
+from k2cli.models.json_files import read_generation_config
+from k2cli.models.safetensors_header import read_safetensors_header
+from k2cli.models.safetensors_writer import TensorSpec, safetensors_header
 from k2cli.models.sources import hub_headers
 from k2cli.models.text.chat_template import ChatTemplate, read_chat_templates
 from k2cli.models.text.tiktoken_bpe import read_ranks
 from k2cli.models.text.tokenizer import Tokenizer
-from k2cli.server.served_model import load_served_model
+from k2cli.server.served_model import served_model_from
 from tests.hostile.mutation import (
     as_json,
     bounded,
@@ -145,8 +142,9 @@ def test_generation_config(tmp_path: Path, draw: Random) -> None:
     write(tmp_path, "config.json", json.dumps(CONFIG).encode())
     write(tmp_path, "generation_config.json", mutated_json(GENERATION, draw))
     reads_or_refuses(lambda: read_config(tmp_path), "config.json")
-    served = reads_or_refuses(lambda: load_served_model(tmp_path, "toy", 64), "generation_config")
-    if served is not None:
+    read = reads_or_refuses(lambda: read_generation_config(tmp_path), "generation_config")
+    if read is not None:
+        served = served_model_from(read, "toy", 64)
         assert 0 <= served.default_temperature <= 2
         assert 0 < served.default_top_p <= 1
         assert 0 <= served.default_top_k < 2**31

@@ -22,10 +22,10 @@ from k2cli.guard import http_connection
 from k2cli.guard.http_connection import ConnectionLimits, LimitedConnection
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol import Generate, Tokens
-from k2cli.server import auth, request_reader
+from k2cli.server import auth, reader_queues
 from k2cli.server.killable_reader import KillableReader
 from k2cli.server.reader_messages import ReaderSettings
-from k2cli.server.request_reader import ProcessReader
+from k2cli.server.reader_queues import ProcessReader
 from k2cli.server.served_model import ServedModel
 from tests.server.scripted import ScriptedEngine, finished, serving
 
@@ -310,7 +310,7 @@ def without_template(source: Path, folder: Path) -> Path:
 def test_a_template_that_never_ends_fails_its_request_alone(
     toy_k2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_reader, "SHORT_SECONDS", 3.0)
+    monkeypatch.setattr(reader_queues, "SHORT_SECONDS", 3.0)
     folder = without_template(toy_k2, tmp_path / "looping")
     template = folder / "chat_template.jinja"
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

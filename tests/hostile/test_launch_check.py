@@ -26,7 +26,7 @@ from k2cli.server.errors import ApiError
 from k2cli.server.killable_reader import KillableReader
 from k2cli.server.read_request import UnreadRequest
 from k2cli.server.reader_messages import ReaderSettings
-from k2cli.server.request_reader import ProcessReader
+from k2cli.server.reader_queues import ProcessReader
 from k2cli.units import GIB, MIB
 from tests.guard.test_guard_parts import _bootstrap
 from tests.hostile.test_http import without_template

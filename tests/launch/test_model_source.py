@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,49 @@ def test_a_model_that_is_nowhere_is_named_with_what_the_node_says(tmp_path: Path
     with pytest.raises(K2Error, match="is not on this machine") as raised:
         locate_model("demo", [LocalNode(), Far("a", tmp_path)]).__enter__()
     assert raised.value.hint == "k2 download demo"
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("tiktoken.model", POINTER, "tiktoken.model is a Git LFS pointer"),
+        ("tokenizer.json", POINTER, "tokenizer.json is a Git LFS pointer"),
+        ("chat_template.jinja", POINTER, "chat_template.jinja is a Git LFS pointer"),
+        ("tokenizer_config.json", POINTER, "tokenizer_config.json is a Git LFS pointer"),
+        ("tiktoken.model", None, "has neither tokenizer.json nor tiktoken.model"),
+        ("generation_config.json", '{"eos_token_id": [1024]}', None),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+    ],
+)
+def test_the_launcher_finds_text_files_that_cannot_be_used(
+    toy_k2: Path, tmp_path: Path, name: str, text: str | None, said: str | None
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(toy_k2, folder)
+    (folder / name).unlink(missing_ok=True)
+    if text is not None:
+        (folder / name).write_text(text)
+    here = LocalNode()
+    if said is None:  # config.json names one that the model has
+        with locate_model(str(folder), [here]):
+            return
+    with pytest.raises(K2Error, match=said), locate_model(str(folder), [here]):
+        pass
+    with locate_model(str(folder), [Far("a", folder)]):  # the leader's machine has its own
+        pass
+
+
+def test_the_launcher_finds_end_tokens_that_no_answer_can_have(
+    toy_k2: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(toy_k2, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [5000]}))
+    (folder / "generation_config.json").unlink()
+    said = r"config.json: eos_token_id is 5000, but the model has 1024 tokens"
+    with pytest.raises(K2Error, match=said), locate_model(str(folder), [LocalNode()]):
+        pass

@@ -175,3 +175,14 @@ def test_it_listens_on_loopback_or_on_the_addresses_of_the_cluster() -> None:
     assert nccl_route([a, b], ["10.0.0.1", "10.0.0.2"]) == NcclRoute("10.0.0.1", ["ib0", "ib7"])
     with pytest.raises(ClusterError, match="not an IPv4 address of b"):
         nccl_route([a, b], ["10.0.0.1", "10.0.0.9"])
+
+
+def test_one_rank_says_that_a_transport_is_not_used() -> None:
+    assert check_nodes([HERE], "nccl", lambda _: None, force=False) == (
+        "local",
+        "one rank needs no transport, so --backend nccl is not used",
+    )
+    assert check_nodes([HERE], "auto", lambda _: None, force=False) == (
+        "local",
+        "one rank needs no transport",
+    )

@@ -7,7 +7,7 @@ import pytest
 from k2cli import choices
 from k2cli.errors import UsageError
 from k2cli.launch.request import LaunchRequest, checked_request
-from k2cli.server.output import formats, forms
+from k2cli.server.output import known_formats, output_format
 
 
 @pytest.mark.parametrize(
@@ -61,17 +61,23 @@ def test_aliases_are_names_that_clients_send() -> None:
 
 
 def test_parsers_are_those_of_the_server() -> None:
-    tools = {*formats.known_tool_parsers(), *forms.TOOL_ALIASES}
+    tools = {output_format.NONE, *known_formats.TOOL_FORMATS, *known_formats.TOOL_ALIASES}
     assert sorted(choices.TOOL_PARSERS) == sorted(tools)
-    reasoning = {*formats.known_reasoning_parsers(), *forms.REASONING_ALIASES}
+    reasoning = {
+        output_format.NONE,
+        *known_formats.REASONING_FORMATS,
+        *known_formats.REASONING_ALIASES,
+    }
     assert sorted(choices.REASONING_PARSERS) == sorted(reasoning)
     for name in choices.TOOL_PARSERS:
         request = checked_request(LaunchRequest("demo", tool_parser=name))
-        assert formats.choose_output_format("", {}, lambda text: None, request.tool_parser)
+        assert output_format.choose_output_format("", {}, lambda text: None, request.tool_parser)
 
 
 def test_an_unknown_parser_is_refused_with_the_names_that_there_are() -> None:
-    with pytest.raises(UsageError, match=r"--tool-parser 'kimi' is not one of none, .*kimi_k2,"):
+    with pytest.raises(UsageError, match=r"--tool-parser 'kimi' is not the name of") as error:
         checked_request(LaunchRequest("demo", tool_parser="kimi"))
-    with pytest.raises(UsageError, match=r"--reasoning-parser 'x' is not one of none, .*think"):
+    assert (error.value.hint or "").startswith("leave --tool-parser out")
+    assert all(name in (error.value.hint or "") for name in choices.TOOL_PARSERS)
+    with pytest.raises(UsageError, match=r"--reasoning-parser 'x' is not the name of"):
         checked_request(LaunchRequest("demo", reasoning_parser="x"))

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import DTYPE_BITS, StoredTensor, read_safetensors_header
 from k2cli.models.gguf.convert import gguf_checkpoint
+from k2cli.models.safetensors_header import DTYPE_BITS, StoredTensor, read_safetensors_header
 from k2cli.models.sources.hub_headers import read_headers
 from tests.models.gguf_files import original_weights, write_llama
 from tests.models.mock_hub import hub_of

@@ -210,6 +210,70 @@ def test_null_is_false_where_a_field_that_is_absent_is_false_too(
     build({**RECORDED[model_type], name: None})
 
 
+@pytest.mark.parametrize(("dtype", "other"), [("float16", "bfloat16"), ("bfloat16", "float32")])
+def test_two_float_types_that_differ_are_refused(dtype: str, other: str) -> None:
+    refused(f"dtype is {dtype!r}, but torch_dtype is {other!r}", dtype=dtype, torch_dtype=other)
+    standard_config({"dtype": dtype, "torch_dtype": f"torch.{dtype}"}, "config.json")
+
+
+def test_a_quantization_of_the_nested_text_model_that_differs_is_refused() -> None:
+    text = {"quantization": {"bits": 8, "group_size": 64}}
+    refused(
+        "quantization.bits is 4, but text_config.quantization.bits is 8",
+        quantization={"bits": 4, "group_size": 64}, text_config=text,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "words"),
+    [
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob True"),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
+        ("mamba", {"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon 0.001"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope False"),
+        ("nemotron", {"hidden_act": "silu"}, "hidden_act 'silu'"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act 'silu'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+    ],
+)
+def test_a_value_that_the_class_has_as_a_constant_is_refused_if_it_differs(
+    model_type: str, changes: dict[str, Any], words: str
+) -> None:
+    build(RECORDED[model_type])
+    with pytest.raises(UsageError, match=words):
+        build({**RECORDED[model_type], **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("no_rope_layers", [1] * 8), ("moe_layers", [0, 1, 2])]
+)
+def test_llama_4s_layers_are_those_that_the_class_computes(name: str, value: list[int]) -> None:
+    config = RECORDED["llama4"]
+    same = {"no_rope_layers": [1, 1, 1, 0] * 2, "moe_layers": [1, 3, 5, 7]}
+    build({**config, "text_config": {**config["text_config"], **same}})
+    with pytest.raises(UsageError, match=name):
+        build({**config, "text_config": {**config["text_config"], name: value}})
+
+
+_ONLY_FOR_TENSORS = frozenset({
+    "attention_bias", "conv1d_width", "intermediate_size", "lm_head_bias", "mlp_bias", "n_inner",
+    "num_key_value_heads", "qk_layernorm", "qkv_bias", "use_bias",
+})  # fmt: skip
+"""Fields without which the tensors that are there do not fit."""
+
+
+@pytest.mark.soak
+def test_every_field_that_only_transformers_reads_is_known() -> None:
+    """What transformers' modelling code reads and mlx-lm's class does not is handled or listed."""
+    pytest.importorskip("transformers")
+    from benchmarks.unread_fields import REVIEWED, unread_fields
+
+    found = {name for fields in unread_fields(RECORDED).values() for name in fields}
+    assert not found - REVIEWED - _ONLY_FOR_TENSORS
+
+
 @pytest.mark.soak
 def test_the_table_of_defaults_is_that_of_the_installed_classes() -> None:
     pytest.importorskip("transformers")

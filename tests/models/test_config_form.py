@@ -10,7 +10,8 @@ import pytest
 
 from k2cli.errors import UsageError
 from k2cli.models.checkpoint import read_config
-from k2cli.models.config_form import rope_by_layer_type, standard_config
+from k2cli.models.config_form import standard_config
+from k2cli.models.rope_form import rope_by_layer_type
 
 YARN = {"factor": 32.0, "beta_fast": 1.0, "original_max_position_embeddings": 4096}
 
@@ -74,6 +75,27 @@ def test_a_default_type_is_no_scaling() -> None:
 def test_a_config_that_contradicts_itself_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="contradicts itself"):
         form(**fields)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"factor": 4.0}, "factor 4.0, but no type"),
+        ({"type": "default", "factor": 4.0}, "factor 4.0, but no type"),
+        ({"type": "yarn", "factor": True}, "factor of RoPE must be a number, not True"),
+        ({"type": "yarn", "factor": "32"}, "factor of RoPE must be a number, not '32'"),
+        ({"type": "yarn", "factor": 4.0, "mscale": "1"}, "mscale of RoPE must be a number"),
+    ],
+)
+def test_scaling_without_a_type_or_of_another_kind_is_refused(
+    scaling: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        form(rope_theta=1e4, rope_scaling=scaling)
+
+
+def test_null_is_no_layer_without_experts() -> None:
+    assert form(model_type="qwen3_moe", mlp_only_layers=None)["mlp_only_layers"] == []
 
 
 def test_equal_statements_in_both_forms_are_no_contradiction() -> None:

@@ -15,7 +15,12 @@ from k2cli.errors import K2Error
 from k2cli.models.checkpoint import read_checkpoint, read_config
 from k2cli.models.inspection import inspect_model
 from k2cli.models.json_files import read_json_object
-from k2cli.models.layout import choose_weight_files, split_parts, supporting_files
+from k2cli.models.layout import (
+    choose_weight_files,
+    no_safetensors_error,
+    split_parts,
+    supporting_files,
+)
 from k2cli.models.reference import local_checkpoint
 from k2cli.sharding.assemble import assemble, build
 from k2cli.sharding.trace import parameters
@@ -241,3 +246,27 @@ def test_null_and_zero_experts_of_granite_are_a_dense_model(model: Path) -> None
 
 def test_a_json_file_is_read_as_before(model: Path) -> None:
     assert read_json_object(model / "config.json") == CONFIG
+
+
+def test_the_command_for_a_gguf_file_has_a_plain_path() -> None:
+    for where, path in ((".", "./a.gguf"), ("./.", "./a.gguf"), ("m/", "./m/a.gguf")):
+        assert no_safetensors_error(["a.gguf"], where, None).hint == f"k2 plan-memory {path}"
+
+
+def test_layers_that_predict_further_tokens_are_left_out() -> None:
+    config = {**CONFIG, "num_nextn_predict_layers": 1}
+    weights = dict(mlx.utils.tree_flatten(build(config).parameters()))
+    further = f"model.layers.{config['num_hidden_layers']}.eh_proj.weight"
+    assemble(config, {**weights, further: mx.zeros((4, 4))})
+    with pytest.raises(K2Error, match=f"unknown tensors: {further}"):
+        assemble(CONFIG, {**weights, further: mx.zeros((4, 4))})
+
+
+@pytest.mark.parametrize(("dtype", "word"), [(mx.uint8, "uint8"), (mx.int32, "int32")])
+def test_integers_in_the_place_of_floats_are_refused(dtype: mx.Dtype, word: str) -> None:
+    """MLX reads fp8 as bytes; without this check it would compute with them."""
+    weights = dict(mlx.utils.tree_flatten(build(CONFIG).parameters()))
+    name = "model.norm.weight"
+    weights[name] = mx.ones(weights[name].shape, dtype=dtype)
+    with pytest.raises(K2Error, match=f"wrong tensors: {name} is {word}, expected float32"):
+        assemble(CONFIG, weights)

@@ -33,6 +33,8 @@ def _parameters(folder: Path, model: str, **changes: Any) -> int:
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
         ("deepseek-v3", {"mlp_layer_types": ["dense"] * 10 + ["sparse"] * 51}, "contradicts"),
         ("qwen3-30b", {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 45}, "mlp_layer_types"),
+        ("deepseek-v3", {"topk_group": 9}, "topk_group is 9, but there are 8 groups"),
+        ("deepseek-v3", {"n_group": 7}, "make no 7 groups of equal size"),
         ("llama-3.1-8b", {"rope_scaling": {"type": "linear", "factor": float("inf")}}, "finite"),
     ],
 )

@@ -15,7 +15,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import StoredTensor, read_checkpoint
+from k2cli.models.checkpoint import read_checkpoint
+from k2cli.models.safetensors_header import StoredTensor
 from k2cli.protocol import Assignment
 from k2cli.rank.loader import LoadedPart, load_part, placement_of
 from k2cli.rank.tensor_reader import TensorReader, layout_of

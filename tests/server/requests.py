@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from k2cli.server.output.formats import choose_output_format
+from k2cli.server.output.output_format import choose_output_format
 from k2cli.server.served_model import ServedModel
 from tests.server.scripted import LetterTokenizer, ScriptedEngine
 

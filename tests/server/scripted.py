@@ -27,7 +27,7 @@ from k2cli.server.read_request import (
     accepted,
     read_request,
 )
-from k2cli.server.request_reader import RequestReader
+from k2cli.server.reader_queues import RequestReader
 from k2cli.server.served_model import ServedModel
 
 START_SECONDS = 10

@@ -14,8 +14,8 @@ import pytest
 
 from k2cli.protocol import PromptProgress, Tokens
 from k2cli.server import streaming
-from k2cli.server.conversation import OutputOptions
-from k2cli.server.dialects.anthropic_messages import SIGNATURE
+from k2cli.server.client_request import OutputOptions
+from k2cli.server.dialects.anthropic_writer import SIGNATURE
 from k2cli.server.output.events import (
     AnswerText,
     CallArguments,
@@ -24,8 +24,8 @@ from k2cli.server.output.events import (
     OutputEvent,
     ReasoningText,
 )
-from k2cli.server.output.formats import OutputFormat
-from k2cli.server.text import Piece
+from k2cli.server.output.output_format import OutputFormat
+from k2cli.server.text_assembler import Piece
 from tests.server.requests import QUESTION, SERVED, encode, post, prompt_of
 from tests.server.scripted import Hang, ScriptedEngine, finished, serving
 
@@ -248,6 +248,23 @@ def test_arguments_that_are_no_object_reach_the_client(scripted: Scripted) -> No
     assert [name for name, _ in events[-3:]] == [
         "content_block_stop", "message_delta", "message_stop",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [["Par", 'is "x"\n'], ["[1]"], ["{", '"a": 1}']])
+def test_the_client_reads_arguments_of_a_stream_that_are_no_object(
+    scripted: Scripted, parts: list[str]
+) -> None:
+    events = [CallArguments(0, part) for part in parts]
+    for _ in range(2):
+        scripted.answer([CallBegan(0, "functions.f:0", "f"), *events, CallEnded(0)])
+    whole = post(scripted.url, BASE, PATH).json()["content"][0]["input"]
+    with (
+        anthropic.Anthropic(base_url=scripted.url, api_key="any", max_retries=0) as client,
+        client.messages.stream(**BASE) as stream,
+    ):
+        assert stream.get_final_message().content[0].input == whole
+    text = "".join(parts)
+    assert whole == ({"a": 1} if text.startswith("{") else {"raw_arguments": text})
 
 
 @pytest.mark.parametrize("stream", [False, True])

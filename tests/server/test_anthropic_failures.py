@@ -95,6 +95,7 @@ def test_routes_keys_sizes_and_origins(engine: ScriptedEngine, url: str) -> None
     with serving(engine, replace(SERVED, api_key="secret")) as locked:
         assert kind(post(locked, BASE, PATH), 401) == "authentication_error"
         assert kind(post(locked, BASE, PATH, **{"x-api-key": "wrong"}), 401)
+        assert kind(post(locked, BASE, PATH, **{"x-api-key": ""}), 401)
         assert httpx.get(locked).status_code == 200
         for headers in (
             {"x-api-key": "secret"},

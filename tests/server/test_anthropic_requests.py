@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from k2cli.server.conversation import Conversation
-from k2cli.server.dialects.anthropic_conversation import conversation_of, log_left_out
+from k2cli.server.client_request import Conversation
+from k2cli.server.dialects.anthropic_conversation import anthropic_conversation
 from k2cli.server.dialects.anthropic_ids import client_id, model_id
 from k2cli.server.dialects.anthropic_schemas import MessagesBody
+from k2cli.server.dialects.shared_fields import log_left_out
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 BILLING = "x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;"
@@ -22,7 +23,7 @@ REQUEST = "1f0c9a72" + "0" * 24
 
 def _read(normalizes: bool = True, **fields: Any) -> Conversation:
     body = {"max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}], **fields}
-    return conversation_of(MessagesBody.model_validate(body), normalizes)
+    return anthropic_conversation(MessagesBody.model_validate(body), normalizes)
 
 
 def _text(text: str, **members: Any) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def test_messages_that_end_cost_no_search_through_the_later_ones() -> None:
     once = {"role": "system", "content": "once", "clear_at": "next_user_message"}
     body = MessagesBody(messages=[{"role": "user", "content": "a"}, *[once] * 200])
     messages = _Visits(body.messages)
-    conversation_of(body.model_copy(update={"messages": messages}), True)
+    anthropic_conversation(body.model_copy(update={"messages": messages}), True)
     assert messages.count < 5 * len(messages)
 
 
@@ -218,7 +219,9 @@ def test_the_requests_of_claude_code_share_their_beginning() -> None:
     """Turn 2 has the first turn's system message in another form, and the same prompt."""
     recorded = json.loads((DATA / "agents" / "claude.json").read_text())["requests"]
     bodies = [each["body"] for each in recorded if each["path"].startswith("/v1/messages")]
-    first, second = (conversation_of(MessagesBody.model_validate(body), True) for body in bodies)
+    first, second = (
+        anthropic_conversation(MessagesBody.model_validate(body), True) for body in bodies
+    )
     assert BILLING.partition(" ")[0] in bodies[0]["system"][0]["text"]
     assert BILLING.partition(" ")[0] not in first.turns[0]["content"]
     assert [turn["role"] for turn in second.turns] == [

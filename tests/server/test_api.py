@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx
@@ -11,7 +10,7 @@ import pytest
 
 from k2cli.protocol import PromptProgress, TokenLogprob, Tokens
 from k2cli.server import streaming
-from k2cli.server.served_model import ServedModel, load_served_model
+from k2cli.server.served_model import ServedModel, served_model_from
 from tests.server.conftest import SERVED
 from tests.server.requests import QUESTION, encode, events_of, post, prompt_of
 from tests.server.scripted import (
@@ -157,10 +156,11 @@ def test_while_others_are_served(
 def test_extensions_template_arguments_and_tools(engine: ScriptedEngine, url: str) -> None:
     engine.answer("ok")
     parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief"}]
+    calls = [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]
     body = {
         "messages": [
             {"role": "developer", "content": parts},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "refusal": None},
+            {"role": "assistant", "content": None, "tool_calls": calls, "refusal": None},
             {"role": "tool", "content": "42", "tool_call_id": "1"},
         ],
         "tools": [{"type": "function", "function": {"name": "f"}}],
@@ -183,10 +183,9 @@ def test_extensions_template_arguments_and_tools(engine: ScriptedEngine, url: st
     assert request.sampling.top_k == 0
 
 
-def test_defaults_are_the_models_own(engine: ScriptedEngine, tmp_path: Any) -> None:
-    suggestion = {"temperature": 0.6, "top_p": "wrong", "top_k": 20, "do_sample": True}
-    (tmp_path / "generation_config.json").write_text(json.dumps(suggestion))
-    served = load_served_model(tmp_path, "toy", 100)
+def test_defaults_are_the_models_own(engine: ScriptedEngine) -> None:
+    suggestion = {"temperature": 0.6, "top_p": 2.5, "top_k": 20, "do_sample": True}
+    served = served_model_from(suggestion, "toy", 100)
     engine.answer("a")
     engine.answer("b")
     with serving(engine, served) as url:
@@ -195,7 +194,7 @@ def test_defaults_are_the_models_own(engine: ScriptedEngine, tmp_path: Any) -> N
     first, second = (request.sampling for request in engine.submitted)
     assert (first.temperature, first.top_p, first.top_k) == (0.6, 1.0, 20)
     assert (second.temperature, second.top_k) == (0.0, 0)
-    assert load_served_model(tmp_path / "none", "toy", 100).default_temperature == 1.0
+    assert served_model_from({}, "toy", 100).default_temperature == 1.0
 
 
 def test_models_tokenize_and_health(engine: ScriptedEngine, url: str) -> None:

@@ -146,15 +146,53 @@ def test_routes_methods_and_size(url: str) -> None:
         assert "access-control-allow-origin" not in response.headers
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "meant"),
+    [
+        ("POST", "/chat/completions", "/v1/chat/completions?"),
+        ("POST", "/v1/v1/chat/completions", "/v1/chat/completions?"),
+        ("POST", "/v1/v1/messages", "/v1/messages? Anthropic's clients want a base URL without"),
+        ("POST", "/api/v1/responses/", "/v1/responses?"),
+        ("GET", "/models", "/v1/models?"),
+        ("GET", "/v1/chat/elsewhere", None),
+        ("GET", "/chat/completions", None),
+        ("GET", "/", None),
+        ("GET", "/api/tags", None),
+    ],
+)
+def test_a_missing_route_suggests_the_one_that_is_meant(
+    url: str, method: str, path: str, meant: str | None
+) -> None:
+    response = httpx.request(method, f"{url}{path}", headers=JSON)
+    message = response.json().get("error", {}).get("message", "")
+    if isinstance(message, str) and meant is not None:
+        assert response.status_code == 404
+        assert f"did you mean {meant}" in message
+    else:
+        assert "did you mean" not in message
+
+
 def test_api_key(engine: ScriptedEngine) -> None:
     served = ServedModel("toy", context_length=200, api_key="s3cret-clé")
     assert "s3cret" not in repr(served)
     with serving(engine, served) as url:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret-clé"}):
+        none: list[dict[str, str]] = [
+            {},
+            {"Authorization": "Bearer"},
+            {"Authorization": "s3cret-clé"},
+            {"x-api-key": ""},
+        ]
+        wrong = [{"Authorization": "Bearer wrong"}, {"x-api-key": "wrong"}]
+        messages = []
+        for headers in none + wrong:
             raw = {name: value.encode() for name, value in headers.items()}
             response = httpx.get(f"{url}/v1/models", headers=raw)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
+            messages.append(response.json()["error"]["message"])
+        assert len(set(messages[: len(none)])) == 1
+        assert "'Authorization: Bearer KEY'" in messages[0]
+        assert all("wrong API key" in message for message in messages[len(none) :])
         right = {"Authorization": "Bearer s3cret-clé".encode()}
         assert httpx.get(f"{url}/v1/models", headers=right).status_code == 200
         assert httpx.get(f"{url}/health").status_code == 200

@@ -148,6 +148,11 @@ def test_an_effort_switches_thinking_where_the_template_can(
     assert "<thinking=False><enable_thinking=False><reasoning_effort=none>" in off
     high = prompt(reasoning_effort="high", chat_template_kwargs={"thinking": False})
     assert "<thinking=False><enable_thinking=True><reasoning_effort=high>" in high
+    # Without an effort; the switches of the servers of Moonshot, Z.ai and Alibaba.
+    for switch in ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}):
+        assert prompt(**switch) == off
+    for switch in ({"thinking": {"type": "enabled"}}, {"enable_thinking": True}):
+        assert "<thinking=True><enable_thinking=True>" in prompt(**switch)
     assert prompt(reasoning_effort=None, audio=None, anything=None) == prompt()
     for field in ("reasoning_effort", "verbosity"):
         error = post(url, {"messages": QUESTION, field: "extreme"}).json()["error"]

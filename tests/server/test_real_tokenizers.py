@@ -8,9 +8,10 @@ import httpx
 import openai
 import pytest
 
+from k2cli.models.json_files import read_generation_config
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol import TokenLogprob, Tokens
-from k2cli.server.served_model import load_served_model
+from k2cli.server.served_model import served_model_from
 from tests.server.scripted import Hang, ScriptedEngine, finished, serving
 
 ANSWER = "The capital is Paris 🇫🇷.\n巴黎是首都，naïve café.\n\nEND of it"
@@ -28,7 +29,7 @@ def test_answers_stops_and_tokenize(folder: Path) -> None:
     engine = ScriptedEngine()
     scores = [TokenLogprob(-1.0, [(token, -1.0)]) for token in ids]
     each = [Tokens("", [token], [score]) for token, score in zip(ids, scores, strict=True)]
-    served = load_served_model(folder, "model", 2000)
+    served = served_model_from(read_generation_config(folder), "model", 2000)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     with serving(engine, served, tokenizer) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=10)

@@ -15,6 +15,7 @@ from openai.types.responses import response_create_params
 from k2cli.protocol import PromptProgress, RequestFailed, Tokens
 from k2cli.server.dialects.responses_conversation import responses_conversation
 from k2cli.server.dialects.responses_schemas import ResponsesBody
+from k2cli.server.dialects.shared_fields import log_left_out
 from tests.server.requests import call_text, calls_text, encode, post, prompt_of
 from tests.server.scripted import ScriptedEngine
 from tests.server.test_openai_fields import _table
@@ -140,12 +141,35 @@ def test_a_loop_of_tools_gives_back_the_model_s_own_turn(
     assert responses.create(**{**ASK, "input": history}).output_text == "Good."
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        calls_text(call_text(0, "{}")),
+        calls_text(call_text(0, "")),
+        calls_text(call_text(0, "")).partition("<|tool_call_end|>")[0],
+    ],
+)
+def test_the_deltas_of_a_call_are_its_arguments(
+    engine: ScriptedEngine, responses: Any, answer: str
+) -> None:
+    """Also of one without arguments, and of one that the model did not end."""
+    engine.answer(answer)
+    with responses.stream(**ASK) as stream:
+        events = list(stream)
+    sent = "".join(e.delta for e in events if e.type == "response.function_call_arguments.delta")
+    (done,) = [e.arguments for e in events if e.type == "response.function_call_arguments.done"]
+    engine.answer(answer)
+    (call,) = responses.create(**ASK).output
+    assert (sent, done, call.arguments) == ("{}", "{}", "{}")
+
+
 def _plain(item: Any) -> Any:
     return item if isinstance(item, dict) else item.to_dict()
 
 
-def test_codex_is_understood_in_both_turns(engine: ScriptedEngine, url: str) -> None:
+def test_codex_is_understood_in_both_turns(caplog: pytest.LogCaptureFixture) -> None:
     first, second = (one["body"] for one in json.loads(CODEX.read_text())["requests"])
+    log_left_out.cache_clear()
     conversation = responses_conversation(ResponsesBody.model_validate(second))
     assert [turn["role"] for turn in conversation.turns] == [
         "system", "system", "user", "user", "assistant", "tool",
@@ -153,6 +177,8 @@ def test_codex_is_understood_in_both_turns(engine: ScriptedEngine, url: str) -> 
     names = [tool["function"]["name"] for tool in conversation.tools or []]
     assert {"exec_command", "spawn_agent"} <= set(names)
     assert "web_search" not in names
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # the log has these
+    assert "'web_search'" in caplog.text
     assert conversation.namespaces["spawn_agent"] == "multi_agent_v1"
     begun = responses_conversation(ResponsesBody.model_validate(first))
     assert list(conversation.turns[: len(begun.turns)]) == list(begun.turns)

@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks.rope_forms import PAGE, Forms, page, results
 from k2cli.errors import UsageError
-from k2cli.models.config_form import rope_by_layer_type, standard_config
+from k2cli.models.config_form import standard_config
+from k2cli.models.rope_form import rope_by_layer_type
 from k2cli.sharding.assemble import build
 from k2cli.sharding.rope_check import Rotation, meant_rotation, rotations
 

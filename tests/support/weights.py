@@ -9,7 +9,7 @@ from pathlib import Path
 
 from k2cli.models.checkpoint import read_checkpoint
 from k2cli.models.layout import INDEX_NAME
-from k2cli.models.safetensors import ShardWriter, TensorSpec, safetensors_header
+from k2cli.models.safetensors_writer import ShardWriter, TensorSpec, safetensors_header
 
 
 def random_model(folder: Path, files: int, nbytes: int, seed: int = 7) -> Path:

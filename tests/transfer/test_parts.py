@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from k2cli.agent.model import checkpoint_digest, find_checkpoint
-from k2cli.agent.weights.inventory import inventory
 from k2cli.agent.weights.messages import Lacks
+from k2cli.agent.weights.model_files import model_files
 from k2cli.errors import ClusterError, K2Error
 from k2cli.models.checkpoint import read_checkpoint
 from k2cli.models.part import FOLDER, write_part_list
@@ -21,7 +21,7 @@ from k2cli.rank.loader import LoadedPart, load_part
 from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import parameters, trace_rank
-from k2cli.transfer.compare import decide
+from k2cli.transfer.needs import find_needs
 from k2cli.transfer.parts import files_of_nodes, share_of
 from k2cli.transfer.request import PushRequest
 from tests.support.weights import in_many_files
@@ -36,7 +36,7 @@ def whole(toy_k2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _part(whole: Path, folder: Path, wanted: frozenset[str]) -> Path:
     """Make the folder that a push of these files would make."""
-    share = share_of(inventory(str(whole)), wanted)
+    share = share_of(model_files(str(whole)), wanted)
     (folder / FOLDER).mkdir(parents=True)
     for file in share.files:
         data = (whole / share.sources.get(file.name, file.name)).read_bytes()
@@ -75,7 +75,7 @@ def test_a_part_counts_as_the_whole_checkpoint_for_a_launch_alone(
     with pytest.raises(K2Error, match="only the part that a launch needs here"):
         local_checkpoint(str(part))
     # A part can be sent on as the part that it is.
-    again = share_of(inventory(str(part)), wanted)
+    again = share_of(model_files(str(part)), wanted)
     assert again.absent == copy.absent
     # Once the other files are there too, it is a whole model.
     for name in copy.absent:
@@ -142,16 +142,16 @@ def test_a_damaged_list_of_a_part_is_told(whole: Path, tmp_path: Path, text: str
 
 
 def test_room_and_other_contents_are_judged_before_anything_is_sent(whole: Path) -> None:
-    found = inventory(str(whole))
+    found = model_files(str(whole))
     request = PushRequest(str(whole), LocalNode(), found, ())
     share = share_of(found, None)
     index = next(i for i, f in enumerate(share.files) if f.name == "config.json")
     full = Lacks("/m", {index: (0,)}, 10**9, 10**6)
     with pytest.raises(ClusterError, match=r"node b has 1\.0 MB free for /m, .* needs 1\.0 GB"):
-        decide(request, "b", share, full)
+        find_needs(request, "b", share, full)
     other = Lacks("/m", {}, 0, 10**12, {index: "0" * 64})
     with pytest.raises(ClusterError, match=r"node b has another config\.json in /m"):
-        decide(request, "b", share, other)
+        find_needs(request, "b", share, other)
     digest = hashlib.sha256((whole / "config.json").read_bytes()).hexdigest()
-    same = decide(request, "b", share, Lacks("/m", {}, 0, 10**12, {index: digest}))
+    same = find_needs(request, "b", share, Lacks("/m", {}, 0, 10**12, {index: digest}))
     assert (same.same, same.replaced, same.missing) == ((index,), (), {})

@@ -15,9 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from k2cli.agent.weights.certificate import make_server_context
+from k2cli.agent.weights.messages import ADMITTED
 
 _GREETING_SECONDS = 10.0
+"""Time that a connection has for the TLS handshake and the token."""
 _MAX_STRANGERS = 16
+"""Connections that may be in this state at the same time; further ones are closed at once."""
 QUIET_SECONDS = 20.0
 """Longest time without a byte: a sender that waits for its next file says that it is alive."""
 
@@ -99,7 +102,7 @@ class Listener:
             if not hmac.compare_digest(said, self._token):
                 known = None
                 return None
-            known.sendall(b"\1")
+            known.sendall(ADMITTED)
             known.settimeout(QUIET_SECONDS)
             return known
         except (OSError, ValueError):  # ssl's errors are kinds of OSError

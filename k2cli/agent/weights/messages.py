@@ -2,8 +2,8 @@
 
 The receiver is told what is offered (``Offer``), says what it lacks (``Lacks``), and then receives
 (``Begin``) over TLS from senders that it lets in (``Listen``), or over its standard input
-(``Stream``). The sender is told
-where to send (``SendOrder``), and then which files may be sent (``SendFiles``).
+(``Stream``). The sender is told where to send (``SendOrder``), and then which files may be sent
+(``SendFiles``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from k2cli.models.sources.snapshot_record import SnapshotRecord
 
 SEGMENT_BYTES = 32 * 2**20
 """Bytes that are hashed, confirmed and continued as one piece."""
+
+ADMITTED, CONFIRMED = b"\1", b"\2"
+"""Bytes of the receiver to a sender over TLS: its token is right; its stream has arrived whole."""
 
 MAX_LINE_BYTES = 64 * 2**20
 MAX_FILES = 20_000
@@ -49,7 +52,7 @@ class Target(msgspec.Struct, frozen=True):
     references: tuple[str, ...] = ()
 
 
-class Inventory(msgspec.Struct, frozen=True):
+class ModelFiles(msgspec.Struct, frozen=True):
     """A model on a machine: its folder and files, or why it cannot be sent.
 
     ``absent`` are the weight files that a part of the model lacks, with their sizes;

@@ -20,11 +20,12 @@ from typing import Any
 
 import msgspec
 
-from k2cli.agent.weights.conversation import Input, Output, decode_line
 from k2cli.agent.weights.frames import SegmentReader, StreamLost
 from k2cli.agent.weights.incoming import IncomingFile, examine_all, incoming_files
+from k2cli.agent.weights.json_lines import Input, Output, decode_line
 from k2cli.agent.weights.listener import QUIET_SECONDS, Listener
 from k2cli.agent.weights.messages import (
+    CONFIRMED,
     Begin,
     Checked,
     Failed,
@@ -173,7 +174,7 @@ class Receiver:
                 reader = self._reader(stream.recv_into)
                 reader.skip_greeting()
                 reader.receive()
-                stream.sendall(b"\2")
+                stream.sendall(CONFIRMED)
             except TimeoutError:
                 end_with(self._events, StreamLost("the sender fell silent"))
             except Exception as error:

@@ -19,10 +19,12 @@ from typing import Any
 import msgspec
 
 from k2cli.agent.weights.certificate import make_client_context
-from k2cli.agent.weights.conversation import Input, Output, decode_line, write_all
 from k2cli.agent.weights.frames import SegmentWriter, StreamLost
+from k2cli.agent.weights.json_lines import Input, Output, decode_line, write_all
 from k2cli.agent.weights.listener import QUIET_SECONDS
 from k2cli.agent.weights.messages import (
+    ADMITTED,
+    CONFIRMED,
     Connected,
     Failed,
     Segments,
@@ -99,7 +101,7 @@ def connect(order: SendOrder) -> ssl.SSLSocket:
         if not hmac.compare_digest(shown, order.fingerprint):
             raise ClusterError(f"another program than k2's answers at {order.host}:{order.port}")
         stream.sendall(order.token.encode())
-        if stream.recv(1) != b"\1":
+        if stream.recv(1) != ADMITTED:
             raise ClusterError(f"the receiver at {order.host}:{order.port} refused the connection")
         stream.settimeout(QUIET_SECONDS)
     except BaseException:
@@ -176,7 +178,7 @@ class Sender:
         try:
             send_stream(writer, folder, self._jobs)
             if stream is not None:
-                if stream.recv(1) != b"\2":
+                if stream.recv(1) != CONFIRMED:
                     raise StreamLost("the receiver did not confirm the last piece")
                 stream.close()
         except OSError as error:

@@ -22,8 +22,8 @@ def download_to_cluster(
     from k2cli.commands.models.push import push_document, run_push, show_results
     from k2cli.errors import UsageError
     from k2cli.models.sources.download import fetch
-    from k2cli.transfer.choose import choose_push
-    from k2cli.transfer.download import choose_download
+    from k2cli.transfer.choose_download import choose_download
+    from k2cli.transfer.choose_push import choose_push
     from k2cli.ui.output import note, print_json
 
     if cluster is None:

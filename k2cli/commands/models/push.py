@@ -58,7 +58,7 @@ def push(
 
     Example: k2 models push demo studio-2
     """
-    from k2cli.transfer.choose import choose_push
+    from k2cli.transfer.choose_push import choose_push
     from k2cli.ui.output import print_json
 
     request = choose_push(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import Checkpoint, StoredTensor
+from k2cli.models.checkpoint import Checkpoint
 from k2cli.models.files import folder_being_made
 from k2cli.models.gguf.blocks import (
     EXPANDED_TYPES,
@@ -28,7 +28,8 @@ from k2cli.models.gguf.llama import original_rows as llama_original_rows
 from k2cli.models.gguf.reader import GgufFile, GgufTensor
 from k2cli.models.gguf.tokenizer import tokenizer_files
 from k2cli.models.json_files import shown
-from k2cli.models.safetensors import TensorSpec, write_safetensors
+from k2cli.models.safetensors_header import StoredTensor
+from k2cli.models.safetensors_writer import TensorSpec, write_safetensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -28,7 +28,7 @@ from k2cli.models.sources.hub_download import (
     transfer_from_server,
     with_hashes,
 )
-from k2cli.models.sources.range_stream import TransferOptions
+from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.snapshot_record import SnapshotRecord
 
 IsBroken = Callable[[str], bool]
@@ -106,7 +106,7 @@ def fetch_again(
             for place in places
         ]
         with kept_awake():
-            transfer_from_server(listing, pairs, TransferOptions(), on_event)
+            transfer_from_server(listing, pairs, DownloadOptions(), on_event)
     except OSError as error:
         raise unwritable(error, layout.folder) from error
 

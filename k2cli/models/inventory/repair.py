@@ -16,7 +16,7 @@ from k2cli.models.inventory.states import state_of
 from k2cli.models.inventory.verify import FileResult, Verification, concluded
 from k2cli.models.sources.cache_layout import CachePlace
 from k2cli.models.sources.events import Event, OnEvent
-from k2cli.models.sources.transfer import FileFinished
+from k2cli.models.sources.parallel_download import FileFinished
 
 
 def cannot_repair(model: KnownModel, found: Verification) -> K2Error | None:

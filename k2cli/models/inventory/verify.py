@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from k2cli.errors import K2Error
-from k2cli.models.checkpoint import read_checkpoint, read_safetensors_header
+from k2cli.models.checkpoint import read_checkpoint
 from k2cli.models.inventory.states import (
     FileState,
     forget_verified,
@@ -28,6 +28,7 @@ from k2cli.models.inventory.states import (
 )
 from k2cli.models.layout import is_own
 from k2cli.models.part import absent_files
+from k2cli.models.safetensors_header import read_safetensors_header
 from k2cli.models.sources.expected_files import (
     ExpectedFile,
     expected_file,

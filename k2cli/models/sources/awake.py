@@ -1,4 +1,4 @@
-"""Keeping this machine awake during a long transfer: macOS sleeps although a download runs."""
+"""Keeping this machine awake during a long download: macOS sleeps although a download runs."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def is_whole(path: Path, file: ExpectedFile) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class CachePlace:
-    """Place of a file in the cache of the Hub library; see ``transfer.Place``."""
+    """Place of a file in the cache of the Hub library; see ``parallel_download.Place``."""
 
     file: ExpectedFile
     storage: Path
@@ -176,7 +176,7 @@ class CachePlace:
 
 @dataclass(frozen=True, slots=True)
 class FolderPlace:
-    """Place of a file in a folder of the user's choice; see ``transfer.Place``."""
+    """Place of a file in a folder of the user's choice; see ``parallel_download.Place``."""
 
     file: ExpectedFile
     folder: Path

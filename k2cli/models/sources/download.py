@@ -30,7 +30,7 @@ from k2cli.models.sources.events import (
     OnEvent,
     StepStarted,
 )
-from k2cli.models.sources.range_stream import TransferOptions
+from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.selection import Selection
 from k2cli.settings import data_directory
 
@@ -47,7 +47,7 @@ def fetch(
     revision: str | None = None,
     dry_run: bool = False,
     selection: Selection | None = None,
-    options: TransferOptions | None = None,
+    options: DownloadOptions | None = None,
     xet: bool = False,
     on_event: OnEvent = lambda event: None,
 ) -> Fetched:
@@ -59,7 +59,7 @@ def fetch(
         revision: the revision of a Hub repository; overrides that of the reference.
         dry_run: fetch nothing.
         selection: files of a repository; None for those that loading reads.
-        options: how to transfer files of a repository.
+        options: streams, limits and attempts for files of a repository.
         xet: leave the transfer to the Hub library.
         on_event: called with each event.
 
@@ -80,7 +80,7 @@ def fetch(
         return _from_hub(
             _HubRequest(text, repo, wanted, destination, selection, source),
             dry_run,
-            options or TransferOptions(),
+            options or DownloadOptions(),
             xet,
             on_event,
         )
@@ -111,7 +111,7 @@ class _HubRequest:
 def _from_hub(
     request: _HubRequest,
     dry_run: bool,
-    options: TransferOptions,
+    options: DownloadOptions,
     xet: bool,
     on_event: OnEvent,
 ) -> Fetched:

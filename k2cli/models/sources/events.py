@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from k2cli.models.sources.transfer import FileFinished, TransferProgress
+from k2cli.models.sources.parallel_download import DownloadProgress, FileFinished
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class BytesDone:
     total_bytes: int
 
 
-Event = StepStarted | BytesDone | TransferProgress | FileFinished
+Event = StepStarted | BytesDone | DownloadProgress | FileFinished
 OnEvent = Callable[[Event], None]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from k2cli.errors import K2Error
 from k2cli.files import open_regular
-from k2cli.models.checkpoint import read_safetensors_header
 from k2cli.models.digests import OnBytes, new_digest, read_into
+from k2cli.models.safetensors_header import read_safetensors_header
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")

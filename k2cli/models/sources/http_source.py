@@ -25,7 +25,8 @@ from k2cli.units import one_line
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
-_PASSING = (408, 425, 429, 500, 502, 503, 504)
+PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+"""Failures of a server that another attempt may not have."""
 _EXPIRED = (400, 401, 403, 404, 410)
 """Answers of a store to an address that was valid once, such as a signed one that has expired."""
 
@@ -134,7 +135,7 @@ class HttpSource:
 
     def _raise_for(self, response: Any, file: ExpectedFile, *, of_store: bool) -> None:
         status = response.status_code
-        if status in _PASSING:
+        if status in PASSING_STATUSES:
             raise PassingError(f"HTTP {status}", retry_after(response.headers))
         if of_store and status in _EXPIRED:
             raise PassingError(f"HTTP {status} from the store that it redirects to")

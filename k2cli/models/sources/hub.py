@@ -1,4 +1,4 @@
-"""Access to the Hugging Face Hub; the only module that imports huggingface_hub, when called.
+"""Access to the Hugging Face Hub through huggingface_hub, which is imported when called.
 
 Downloads are restricted to the files that loading reads (``models.layout``): pickled weights and
 Python files are never fetched.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
-import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -17,26 +16,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from k2cli.errors import K2Error, NotAuthorisedError, UsageError
-from k2cli.files import DISK_ERRORS, read_regular, unwritable
+from k2cli.errors import K2Error, UsageError
+from k2cli.files import read_regular
 from k2cli.models.checkpoint import read_index
 from k2cli.models.layout import choose_weight_files, names_in
 from k2cli.models.part import absent_files
-from k2cli.models.sources.cache_layout import cache_folder, repository_folder
+from k2cli.models.sources.cache_layout import repository_folder
 from k2cli.models.sources.expected_files import ExpectedFile, expected_file
 from k2cli.models.sources.file_names import is_safe_name
-from k2cli.models.sources.http_source import HttpService, retry_after
-from k2cli.proxies import proxy_errors
+from k2cli.models.sources.http_source import PASSING_STATUSES, HttpService, retry_after
+from k2cli.models.sources.hub_errors import hub_errors
 from k2cli.units import one_line
 
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
 
 _READ_TIMEOUT_SECONDS = 20.0
 _RANGE_SECONDS = 120.0
+"""Limits of reading a header: between two bytes, and in all."""
 _RETRIES = 2
 _MOST_FILE_BYTES = 2**50
+"""A larger size that the Hub states is taken for unknown."""
 _LONGEST_WAIT_SECONDS = 60.0
-_PASSING_FAILURES = (408, 429, 500, 502, 503, 504)
+"""A Hub that wants a longer wait before it lists a repository ends the command."""
 _COMMIT = re.compile(r"[0-9A-Za-z][\w.-]{0,199}", re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
@@ -103,7 +104,7 @@ def download_repo(
     """
     import huggingface_hub
 
-    with _errors(repo, revision):
+    with hub_errors(repo, revision):
         return Path(
             huggingface_hub.snapshot_download(
                 repo,
@@ -124,7 +125,7 @@ def download_config(repo: str, revision: str | None = None) -> Path:
     """
     import huggingface_hub
 
-    with _errors(repo, revision):
+    with hub_errors(repo, revision):
         folder = Path(
             huggingface_hub.snapshot_download(
                 repo,
@@ -153,7 +154,7 @@ def list_repository(repo: str, revision: str | None) -> Listing:
         raise UsageError(
             f"'{one_line(revision)}' is no name of a revision", f"k2 download {repo}@main"
         )
-    with _errors(repo, revision):
+    with hub_errors(repo, revision):
         info: Any = _asked_again(
             # Listing the tree would be tried again for 15 s, with a warning each time.
             lambda: huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
@@ -185,7 +186,7 @@ def _asked_again(ask: Callable[[], Any]) -> Any:
         except (httpx2.ReadError, httpx2.RemoteProtocolError):
             pass
         except errors.HfHubHTTPError as error:
-            if getattr(error.response, "status_code", 0) not in _PASSING_FAILURES:
+            if getattr(error.response, "status_code", 0) not in PASSING_STATUSES:
                 raise
             asked = retry_after(error.response.headers)
             if asked is not None and asked > _LONGEST_WAIT_SECONDS:
@@ -208,7 +209,7 @@ def with_hashes(listing: Listing, names: Collection[str]) -> Listing:
         return listing
     sizes, hashes = dict(listing.sizes), dict(listing.hashes)
     for name in lacking:
-        with _errors(listing.repo, listing.commit):
+        with hub_errors(listing.repo, listing.commit):
             url = huggingface_hub.hf_hub_url(listing.repo, name, revision=listing.commit)
             found = huggingface_hub.get_hf_file_metadata(url)
         if found.size is not None and found.etag and 0 <= found.size < _MOST_FILE_BYTES:
@@ -235,7 +236,7 @@ def http_service(repo: str, commit: str) -> HttpService:
 
     def refusal(response: Any, file: ExpectedFile) -> K2Error:
         try:
-            with _errors(repo, commit):
+            with hub_errors(repo, commit):
                 hf_raise_for_status(response)
         except K2Error as error:
             return error
@@ -270,14 +271,14 @@ def read_range(
 
     url = huggingface_hub.hf_hub_url(repo, name, revision=revision)
     what = f"{repo}/{name}"
-    with _errors(repo, revision):
+    with hub_errors(repo, revision):
         for attempt in range(_RETRIES):
             try:
                 return _read_range(url, what, first, count)
             except httpx2.TransportError:
                 pass  # a failed or broken connection may succeed
             except errors.HfHubHTTPError as error:
-                if getattr(error.response, "status_code", 0) not in _PASSING_FAILURES:
+                if getattr(error.response, "status_code", 0) not in PASSING_STATUSES:
                     raise
             time.sleep(0.25 * 2**attempt)
         return _read_range(url, what, first, count)
@@ -359,72 +360,6 @@ def _is_complete(folder: Path, part: bool) -> bool:
         return bool(choose_weight_files(names, read_index(folder), str(folder)).names)
     except K2Error:
         return False
-
-
-@contextlib.contextmanager
-def _errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Translate exceptions of the Hub library to k2's errors."""
-    import httpx2
-    from huggingface_hub import errors
-
-    try:
-        with proxy_errors():
-            yield
-    except errors.HFValidationError as error:
-        raise K2Error(f"'{repo}' is not the name of a Hub repository: {error}") from error
-    except (httpx2.HTTPError, OSError) as error:
-        raise _translated(error, repo, revision) from error
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        # The library reads what the server says without checks. It may be no JSON: for example, the
-        # page of a network that wants a login first.
-        text = one_line(f"{type(error).__name__} {error}")[:200]
-        raise K2Error(
-            f"the Hub's answer for {repo} cannot be read: {text}",
-            "check HF_ENDPOINT, and whether this network wants a login first",
-        ) from error
-
-
-def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
-    """Return k2's error for an exception; a wrapper is replaced by the exception that it wraps."""
-    from huggingface_hub import constants, errors
-
-    name = f"{repo}@{revision}" if revision else repo
-    wrappers = (errors.DryRunError, errors.LocalEntryNotFoundError)
-    while isinstance(error, wrappers) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    match error:
-        case errors.GatedRepoError():
-            page = f"{constants.ENDPOINT}/{repo}"
-            return NotAuthorisedError(
-                f"{repo} is gated: its owner must grant you access, on {page}",
-                f"ask for access on {page}, then run: hf auth login",
-            )
-        case errors.RemoteEntryNotFoundError():
-            return K2Error(f"the Hub no longer has a file of {name}", "run the command again")
-        case errors.RevisionNotFoundError():
-            return K2Error(f"{repo} has no revision '{revision}'")
-        case errors.RepositoryNotFoundError():
-            # The Hub answers 401 for missing repositories too, to hide the names of private ones.
-            return K2Error(
-                f"the Hub has no repository '{repo}', or it is private",
-                "check the name; for a private one run: hf auth login",
-            )
-        case errors.OfflineModeIsEnabled():
-            return K2Error(f"{name} is not here and HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
-        case errors.HfHubHTTPError():
-            status = getattr(error.response, "status_code", None)
-            if status in (401, 403):
-                refusal = f"the Hub refuses access to {name} (HTTP {status})"
-                return NotAuthorisedError(refusal, "hf auth login")
-            return K2Error(f"the Hub failed on {name}: HTTP {status}", "try again later")
-        case OSError() if error.errno in DISK_ERRORS:
-            path = Path(os.fsdecode(error.filename or cache_folder()))
-            return unwritable(error, path)
-    text = str(error).strip() or type(error).__name__
-    return K2Error(
-        f"cannot fetch {name} from the Hub: {text.splitlines()[0]}",
-        "check the network, and HF_ENDPOINT if you set it",
-    )
 
 
 def _bar_class(progress: Progress | None) -> Any:

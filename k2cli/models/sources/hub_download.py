@@ -14,9 +14,10 @@ from typing import Literal
 
 from k2cli.errors import K2Error
 from k2cli.files import unwritable
+from k2cli.models import modelscope
 from k2cli.models.checkpoint import read_index
-from k2cli.models.layout import INDEX_NAME, refuse_without_safetensors
-from k2cli.models.sources import hub, modelscope
+from k2cli.models.layout import INDEX_NAME, no_safetensors_error
+from k2cli.models.sources import hub
 from k2cli.models.sources.awake import kept_awake
 from k2cli.models.sources.byte_source import ByteSource, FolderSource
 from k2cli.models.sources.cache_layout import (
@@ -32,10 +33,10 @@ from k2cli.models.sources.events import OnEvent, StepStarted
 from k2cli.models.sources.file_names import check_names
 from k2cli.models.sources.http_source import HttpSource
 from k2cli.models.sources.hub_headers import read_weight_map
-from k2cli.models.sources.range_stream import TransferOptions
+from k2cli.models.sources.parallel_download import ParallelDownload, Place
+from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.selection import Selection, choose_files
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
-from k2cli.models.sources.transfer import Place, Transfer
 from k2cli.units import format_bytes
 
 Source = Literal["hub", "modelscope"]
@@ -98,7 +99,7 @@ def plan_download(
     layout = _layout(listing, destination)
     chosen = choose_files(listing.sizes, _weight_map(listing, layout), repo, selection)
     if not chosen.names:
-        raise refuse_without_safetensors(listing.sizes, repo, repo)
+        raise no_safetensors_error(listing.sizes, repo, repo)
     return _planned(listing, layout, chosen.names, whole=chosen.whole)
 
 
@@ -149,7 +150,7 @@ def _planned(
 
 
 def run_download(
-    download: HubDownload, options: TransferOptions, on_event: OnEvent, *, xet: bool = False
+    download: HubDownload, options: DownloadOptions, on_event: OnEvent, *, xet: bool = False
 ) -> None:
     """Fetch what is missing, verify it, and record the revision and the hashes of its files.
 
@@ -188,7 +189,7 @@ def run_download(
 def transfer_from_server(
     listing: hub.Listing,
     places: Sequence[tuple[Place, ByteSource | None]],
-    options: TransferOptions,
+    options: DownloadOptions,
     on_event: OnEvent,
 ) -> None:
     """Transfer files to their places, each from its source; None stands for the server.
@@ -203,7 +204,8 @@ def transfer_from_server(
         service = hub.http_service(listing.repo, listing.commit)
     server = HttpSource(service, options.streams, options.read_timeout_seconds)
     try:
-        Transfer([(place, source or server) for place, source in places], options, on_event).run()
+        pairs = [(place, source or server) for place, source in places]
+        ParallelDownload(pairs, options, on_event).run()
     finally:
         server.close()
 

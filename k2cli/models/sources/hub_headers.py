@@ -21,16 +21,9 @@ import msgspec
 
 from k2cli.errors import K2Error
 from k2cli.files import decode_json, name_with, read_regular, write_atomically
-from k2cli.models.checkpoint import (
-    Checkpoint,
-    StoredTensor,
-    header_length,
-    read_config,
-    read_tensors,
-    tensors_of_header,
-    weight_map_of,
-)
-from k2cli.models.layout import INDEX_NAME, refuse_without_safetensors
+from k2cli.models.checkpoint import Checkpoint, read_config, read_tensors, weight_map_of
+from k2cli.models.layout import INDEX_NAME, no_safetensors_error
+from k2cli.models.safetensors_header import StoredTensor, header_length, tensors_of_header
 from k2cli.models.sources import hub
 from k2cli.settings import data_directory
 
@@ -83,7 +76,7 @@ def read_headers(repo: str, commit: str) -> tuple[dict[str, StoredTensor], tuple
 
         found = read_tensors(Path(repo), names, read_weight_map(repo, commit, names), read)
     if not found[0] and any(name.endswith(".gguf") for name in names):
-        raise refuse_without_safetensors(names, repo, repo)
+        raise no_safetensors_error(names, repo, repo)
     return found
 
 

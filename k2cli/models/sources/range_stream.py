@@ -1,4 +1,4 @@
-"""One stream of a transfer: fetches claimed ranges of files, again after failures that pass."""
+"""One stream of a download: fetches claimed ranges of files, again after failures that pass."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from dataclasses import dataclass, field
 from k2cli.errors import K2Error
 from k2cli.models.sources.byte_source import ByteSource, PassingError
 from k2cli.models.sources.partial_file import PIECE_BYTES, PartialFile
-from k2cli.models.sources.rate_limit import RateLimit
 from k2cli.units import format_duration
 
 _MOST_BACKOFF_SECONDS = 30.0
+"""Longest wait between attempts if the server does not say how long to wait."""
 _LONGEST_WAIT_SECONDS = 900.0
+"""A server that wants a longer wait ends the download."""
 _STALL_BYTES = 32 * 2**10
+"""Fewer bytes in four times the read timeout are a stalled stream."""
 
 
 @dataclass(frozen=True, slots=True)
-class TransferOptions:
-    """Limits of a transfer. ``bytes_per_second`` limits all streams together.
+class DownloadOptions:
+    """Limits of a download. ``bytes_per_second`` limits all streams together.
 
     A stream that gets no byte for ``read_timeout_seconds``, or fewer than 32 KiB in four times
     that, is opened anew. A range that fails ``attempts`` times in a row without one new byte ends
-    the transfer, or only its stream if others receive something meanwhile.
+    the download, or only its stream if others receive something meanwhile.
     """
 
     streams: int = 8
@@ -35,9 +37,34 @@ class TransferOptions:
     first_backoff_seconds: float = 0.5
 
 
+class RateLimit:
+    """Limit of the bytes per second of all streams of a download together."""
+
+    def __init__(self, bytes_per_second: int | None) -> None:
+        """Make a limit; None limits nothing."""
+        self._rate = bytes_per_second
+        self._lock = threading.Lock()
+        self._free_at = time.monotonic()
+
+    @property
+    def is_set(self) -> bool:
+        """True if there is a limit."""
+        return self._rate is not None
+
+    def take(self, count: int) -> float:
+        """Take bytes, and return the seconds to wait before the next ones are read."""
+        if self._rate is None:
+            return 0.0
+        with self._lock:
+            now = time.monotonic()
+            # Time in which nothing was read gives at most a tenth of a second of credit.
+            self._free_at = max(self._free_at, now - 0.1) + count / self._rate
+            return max(0.0, self._free_at - now)
+
+
 @dataclass(slots=True)
 class SharedState:
-    """State that all streams of a transfer share."""
+    """State that all streams of a download share."""
 
     limit: RateLimit
     stop: threading.Event = field(default_factory=threading.Event)
@@ -61,7 +88,7 @@ class RetiredError(Exception):
 class RangeStream:
     """Fetches one claimed range of a file at a time; each thread has one of its own."""
 
-    def __init__(self, options: TransferOptions, shared: SharedState) -> None:
+    def __init__(self, options: DownloadOptions, shared: SharedState) -> None:
         self._options, self._shared = options, shared
 
     def fetch(

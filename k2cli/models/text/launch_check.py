@@ -15,7 +15,8 @@ from typing import Any
 
 from k2cli.errors import K2Error
 from k2cli.models.text.chat_template import ChatTemplate, Oversized, TemplateSources
-from k2cli.models.text.tokenizer import Tokenizer, is_panic, tokenizer_file
+from k2cli.models.text.tokenizer import Tokenizer
+from k2cli.models.text.tokenizer_file import is_panic, tokenizer_file
 
 Announce = Callable[[str, str], None]
 """Callback that takes the file that is about to be tried, and how: ``reading``, ``rendering``."""

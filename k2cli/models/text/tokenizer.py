@@ -1,56 +1,47 @@
 """Tokenizer of a checkpoint folder: text to tokens and back, and conversations to prompts.
 
-Both ``tokenizer.json`` and K2's vocabulary in tiktoken's format are read. No code of the
-checkpoint is run.
+``tokenizer_file`` reads the files. A text of a client is encoded here within bounds: one that
+cannot fit into the context is not tokenized to its end.
 """
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import json
-import os
 import re
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
-from k2cli.files import read_regular
 from k2cli.models.json_files import (
     end_tokens,
     read_generation_config,
     read_json_if_present,
-    shown,
 )
-from k2cli.models.layout import download_hint, refuse_pointer
 from k2cli.models.text.literal_markers import SEPARATOR, LiteralMarkers
-from k2cli.models.text.sentencepiece_model import FILE_NAME, load_sentencepiece
-from k2cli.models.text.tiktoken_bpe import (
-    build_tokenizer,
-    byte_letters,
-    find_vocabulary,
-    read_ranks,
-    special_tokens,
-)
+from k2cli.models.text.token_stream import TokenStream
+from k2cli.models.text.tokenizer_file import library_errors, load_tokenizer, parts_of
 
 if TYPE_CHECKING:
     import tokenizers
 
     from k2cli.models.text.chat_template import ChatTemplate, TemplateSources
-    from k2cli.models.text.conversation import ConversationRenderer
+    from k2cli.models.text.conversation_renderer import ConversationRenderer
 
-_MAX_FILE_BYTES = 200_000_000
-"""The largest known tokenizer.json has about 35 MB."""
-
-# Bytes of a text before NFC per byte after it, at most: Unicode's table of normalization expansion
-# (UAX #15) has 3 for UTF-8; one more for safety.
 _NFC_SHRINKS = 4
+"""Bytes of a text before NFC per byte after it, at most.
+
+Unicode's table of normalization expansion (UAX #15) has 3 for UTF-8; this is one more for safety.
+"""
+
 _SLICE_LETTERS = 2**18
-# A cut through a word can make this many tokens more than the word has.
+"""Letters of the slices in which a long text is counted, so that counting can stop early."""
+
 _CUT_TOKENS = 64
+"""Tokens that a cut through a word can add to those of the word, at most."""
+
 _REASONING_TAGS = ("<think>", "</think>")
+"""Tags that are control tokens even if neither the vocabulary nor the template says so."""
+
 # [THINK], <seed:think>, <|think:start|>, and those of others.
 _REASONING_TAG = re.compile(r"\W*(\w+[:_])?think(ing)?([:_]\w+)?\W*", re.IGNORECASE)
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -91,7 +82,7 @@ class Tokenizer:
         from k2cli.models.text.chat_template import read_chat_templates
 
         config = read_json_if_present(folder / "tokenizer_config.json")
-        tokenizer = _load_tokenizer(folder, config)
+        tokenizer = load_tokenizer(folder, config)
         stop_tokens = _stop_tokens(folder, config, tokenizer)
         templates = templates or read_chat_templates(folder, config)
         return cls(tokenizer, folder, config, stop_tokens, templates)
@@ -165,7 +156,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise K2Error("the text is not valid Unicode: it has a lone surrogate") from error
         first, *others = text.split(SEPARATOR)
-        with _library_errors("the model's tokenizer fails on the text"):
+        with library_errors("the model's tokenizer fails on the text"):
             ids = list(self._tokenizer.encode(first, add_special_tokens=add_special_tokens).ids)
             for part in others:
                 ids += self._tokenizer.encode(part, add_special_tokens=False).ids
@@ -238,7 +229,7 @@ class Tokenizer:
 
     def _renderer(self, *, with_tools: bool) -> ConversationRenderer:
         if with_tools not in self._renderers:
-            from k2cli.models.text.conversation import ConversationRenderer
+            from k2cli.models.text.conversation_renderer import ConversationRenderer
 
             template = self.template(with_tools=with_tools)
             if template is None and (others := self.template_sources.others):
@@ -272,150 +263,6 @@ class Tokenizer:
                 if not token.special or _REASONING_TAG.fullmatch(token.content):
                     own.append(token.content)
         return LiteralMarkers([text for text in texts if not text.isspace()], own)
-
-
-class TokenStream:
-    """Incremental decoder that never returns part of a character; see ``Tokenizer.stream``.
-
-    The results of all ``push`` and the final ``finish`` together equal that of ``decode``.
-    """
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
-        from tokenizers import decoders
-
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        if self._byte_level:
-            self._letters = {letter: value for value, letter in enumerate(byte_letters())}
-            self._special = _special_ids(tokenizer) if skip_special_tokens else frozenset()
-            self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        else:
-            self._steps = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
-            self._ids: list[int] = []
-            self._emitted = ""
-
-    def push(self, token_id: int) -> str:
-        """Add a token and return the text that is now complete, which may be empty."""
-        if self._byte_level:
-            return self._utf8.decode(self._bytes(token_id))
-        self._ids.append(token_id)
-        text = self._steps.step(self._tokenizer, token_id) or ""
-        self._emitted += text
-        return text
-
-    def finish(self) -> str:
-        """Return the remaining text, held back because more bytes might have followed."""
-        if self._byte_level:
-            return self._utf8.decode(b"", final=True)
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
-        return text[len(self._emitted) :]
-
-    def _bytes(self, token_id: int) -> bytes:
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None or token_id in self._special:
-            return b""
-        try:
-            return bytes([self._letters[letter] for letter in token])
-        except KeyError:  # an added token with a letter outside the table is plain text
-            return token.encode()
-
-
-def _special_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
-    added = tokenizer.get_added_tokens_decoder()
-    return frozenset(number for number, token in added.items() if token.special)
-
-
-def tokenizer_file(folder: Path) -> Path:
-    """Return the file that has the vocabulary.
-
-    Raises:
-        K2Error: if the folder has none.
-    """
-    path = folder / "tokenizer.json"
-    if os.path.lexists(path):
-        return path
-    vocabulary = find_vocabulary(folder)
-    if vocabulary is None and os.path.lexists(folder / FILE_NAME):
-        return folder / FILE_NAME
-    if vocabulary is None:
-        raise K2Error(
-            f"{folder} has neither tokenizer.json nor tiktoken.model nor tokenizer.model",
-            download_hint(folder),
-        )
-    return vocabulary
-
-
-def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
-    vocabulary = tokenizer_file(folder)
-    if vocabulary.name == "tokenizer.json":
-        return _load_json(vocabulary)
-    if vocabulary.name == FILE_NAME:
-        with _library_errors(f"{vocabulary} is not a tokenizer"):
-            return load_sentencepiece(folder, config)
-    if config.get("tokenizer_class") != "TikTokenTokenizer":
-        # Other model families ship such a file but split text by other patterns.
-        raise K2Error(
-            f"{vocabulary} belongs to the tokenizer {shown(config.get('tokenizer_class'))}; "
-            "k2 knows the pattern of 'TikTokenTokenizer' (Kimi) only",
-            "use a conversion of the model that has a tokenizer.json",
-        )
-    ranks = read_ranks(vocabulary)
-    named = config.get("added_tokens_decoder", {})
-    if not isinstance(named, dict):
-        raise K2Error(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is no object")
-    added = special_tokens(vocabulary, len(ranks), named)
-    with _library_errors(f"{vocabulary} is not a tokenizer", download_hint(vocabulary)):
-        return build_tokenizer(ranks, added)
-
-
-def _load_json(path: Path) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    try:
-        data = read_regular(path, _MAX_FILE_BYTES, follow_links=True)
-    except OSError as error:
-        raise K2Error(f"cannot read {path}: {error.strerror}") from error
-    refuse_pointer(path, data)
-    with _library_errors(f"{path} is not a tokenizer", download_hint(path)):
-        tokenizer = tokenizers.Tokenizer.from_buffer(data)
-    if any("Regex" in part for part in parts_of(tokenizer.decoder)):
-        # Answers are decoded in the guard, which must never wait for a regular expression.
-        raise K2Error(f"{path}: its decoder has a regular expression, which k2 does not run")
-    return tokenizer
-
-
-def parts_of(component: Any) -> Iterator[dict[str, Any]]:
-    """Yield every object in the description of a normalizer, pre-tokenizer or decoder, if any."""
-    found = [json.loads(component.__getstate__())] if component is not None else []
-    while found:
-        part = found.pop()
-        if isinstance(part, dict):
-            yield part
-        found += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-
-
-@contextlib.contextmanager
-def _library_errors(message: str, hint: str | None = None) -> Iterator[None]:
-    """Turn errors of the tokenizers library into errors of k2."""
-    try:
-        yield
-    except K2Error:
-        raise
-    except Exception as error:  # the library has no more specific error
-        raise K2Error(f"{message}: {shown(str(error))}", hint) from error
-    except BaseException as error:
-        if not is_panic(error):
-            raise
-        raise K2Error(f"{message}: {shown(str(error))}", "use another copy of it") from error
-
-
-def is_panic(error: BaseException | None) -> bool:
-    """True for a panic of the tokenizers library, which is no ``Exception``.
-
-    Its regular expressions give up like that after ten million steps.
-    """
-    return type(error).__name__ == "PanicException"
 
 
 def _special_texts(config: dict[str, Any]) -> dict[str, str]:

@@ -14,6 +14,13 @@ from typing import Any
 
 from k2cli.units import GB, MIB
 
+# Words of shops and of nvidia-smi that do not tell one card of the catalog from another.
+_FILLING = re.compile(
+    r"nvidia|geforce|gpu|gpus|graphics|card|tensor|core|blackwell|hopper|ampere|ada|lovelace"
+    r"|workstation|server|founders|edition|max|q|sxm\d?|nvl|hbm\d?e?|gddr\d?x?|vram|memory"
+    r"|desktop|grace|superchip"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class CardMemory:
@@ -94,15 +101,27 @@ def find_card(name: str) -> tuple[Card, int | None] | None:
     Args:
         name: in lower case, with ``-`` for spaces: ``h200-141``, ``nvidia-geforce-rtx-5090``.
     """
-    plain = re.sub(r"^(?:nvidia-)?(?:geforce-)?", "", name)
-    plain = re.sub(r"^rtx(?=\d)", "rtx-", plain)
     known = {alias: card for card in cards().values() for alias in (card.identifier, *card.aliases)}
-    if plain in known:
-        return known[plain], None
-    match = re.fullmatch(r"(.+)-(\d{1,6})(?:gb|gib)?", plain)
-    if match is not None and match[1] in known:
-        return known[match[1]], int(match[2])
+    # A name of nvidia-smi; several sizes of one card may differ in their names.
+    for card in cards().values():
+        if name in (_hyphened(device) for device in card.devices) and len(card.memory) == 1:
+            return card, None
+    text = re.sub(r"\brtx(?=\d)", "rtx-", name)
+    memory = re.search(r"-(\d{1,6})-?(?:gb|gib|g)(?=-|$)", text)
+    if memory is None:
+        memory = re.search(r"-(\d{1,6})$", text) if text not in known else None
+    sizes = [None] if memory is None else [int(memory[1]), None]
+    for gb in sizes:
+        rest = text if gb is None or memory is None else text.replace(memory[0], "", 1)
+        words = [word for word in rest.split("-") if word and _FILLING.fullmatch(word) is None]
+        for plain in (rest, "-".join(words), "-".join(each for each in words if each != "pcie")):
+            if plain in known:
+                return known[plain], gb
     return None
+
+
+def _hyphened(device_name: str) -> str:
+    return re.sub(r"\s+", "-", device_name.lower())
 
 
 def card_of_device(device_name: str, memory_bytes: int) -> tuple[Card, CardMemory] | None:

@@ -41,7 +41,7 @@ QUERY_PROCESSES = (
     "--format=csv,noheader,nounits",
 )
 _PLACES = ("/usr/bin/nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi", "/usr/local/nvidia/bin/nvidia-smi")
-_SECONDS = 8.0
+_QUERY_SECONDS = 8.0
 """Time limit of a call; two have to fit into a question to a node. Without persistence mode the
 driver starts anew for each, which takes seconds on a host with many GPUs."""
 _END_SECONDS = 0.5
@@ -172,7 +172,7 @@ def _output_of(arguments: Sequence[str]) -> bytes | None:
 
     It is not waited for after that: with a broken driver nvidia-smi cannot even be killed.
     """
-    limit = Deadline(_SECONDS)
+    limit = Deadline(_QUERY_SECONDS)
     process = subprocess.Popen(
         arguments,
         stdin=subprocess.DEVNULL,

@@ -81,7 +81,9 @@ def parse_hardware(spec: str) -> list[NodeMemory]:
         raise UsageError(str(error), f"--hardware {shlex.quote(written)}") from None
     total = sum(count for count, _ in counted)
     if total > _MAX_MACHINES:
-        raise UsageError(f"'{spec}' names {total} machines, k2 plans at most {_MAX_MACHINES}")
+        raise UsageError(
+            f"'{spec}' names {total} machines, k2 plans at most {_MAX_MACHINES}", _EXAMPLE
+        )
     return numbered([node for count, node in counted for _ in range(count)])
 
 
@@ -148,8 +150,10 @@ def _malformed(machine: str, spec: str) -> UsageError:
     if counted and re.match(r"[-+.]?\d", counted[1]) and not possible:
         number = counted[1] if len(counted[1]) < 30 else f"{counted[1][:30]}..."
         return UsageError(f"k2 plans 1 to {_MAX_MACHINES} machines, not {number}", _EXAMPLE)
+    named = [card for card in cards() if card.endswith(f"-{machine}")]
+    hint = f"--hardware {named[0]}" if machine.isdecimal() and named else _EXAMPLE
     whole = f" in '{spec}'" if machine != spec.strip() else ""
-    return UsageError(f"'{machine}'{whole} is not a hardware specification", _EXAMPLE)
+    return UsageError(f"'{machine}'{whole} is not a hardware specification", hint)
 
 
 def _catalog_machine(name: str, written: str, cores: int | None) -> NodeMemory:
@@ -339,7 +343,8 @@ def _overridden(node: NodeMemory, settings: dict[str, str]) -> NodeMemory:
         if limit > node.memory_bytes:
             raise UsageError(
                 f"limit={settings['limit']} is more than the {node.memory_bytes // GIB} GiB of "
-                f"{node.name}"
+                f"{node.name}",
+                f"--hardware '{node.name}:limit={node.limit_bytes // GIB}GiB'",
             )
         node = replace(
             node,

@@ -31,19 +31,30 @@ from k2cli.choices import Device
 if TYPE_CHECKING:
     from k2cli.sharding.recurrence import Kind, Recurrence
 
-_FLOAT32_BYTES = 4
-_BLOCK_TOKENS = 256
+FLOAT32_BYTES = 4
+BLOCK_TOKENS = 256
+"""Tokens of a block of Mamba-2: ``step`` of ``ssm_attn`` in mlx-lm."""
 
-# Copies of one layer's arrays at the peak of a chunk. Mamba-2: blocks of pairs, its widest
-# projection in the model's float type and in float32, and inputs of the state per head.
-_PAIRS, _PROJECTED, _PROJECTED_FLOAT32, _STATE_INPUTS = 2.0, 2.5, 3.8, 0.4
-# The same in PLaMo 2, whose B, C and time steps have a projection of their own.
+# Mamba-2: copies of one layer's arrays at the peak of a chunk.
+_PAIRS = 2.0
+"""Blocks of pairs."""
+
+_PROJECTED, _PROJECTED_FLOAT32 = 2.5, 3.8
+"""The widest projection, in the model's float type and in float32."""
+
 _PROJECTED_FLOAT32_APART = 2.6
-# Part of a layer's old state that is still there while its new one waits for the others.
+"""The latter in PLaMo 2, whose B, C and time steps have a projection of their own."""
+
+_STATE_INPUTS = 0.4
+"""Inputs of the state, for each head."""
+
 _OLD_STATES = 0.7
-# Copies of its input that a short convolution leaves, with the projection it is a part of.
+"""Part of a layer's old state that is still there while its new one waits for the others."""
+
 _CONVOLUTION_LEFT = 2.5
-# The others: every token's state, and its width.
+"""Copies of its input that a short convolution leaves, with the projection that it is a part of."""
+
+# The other kinds: copies of the state of each token of the chunk, and of the layer's width.
 _TOKEN_STATES: dict[Kind, tuple[float, float]] = {
     "steps": (0.97, 4.7), "expanded steps": (11.3, 0.0), "delta": (1.18, 0.0),
     "wkv": (1.0, 6.3), "linear": (1.0, 9.0), "scan": (1.0, 22.0), "convolution": (0.0, 8.0),
@@ -82,19 +93,19 @@ def recurrent_prefill(
         left = before = max(0, layers - 1) * each  # the layer itself is still being computed
     width = chunk * recurrence.inner
     if recurrence.kind == "blocks":
-        block = min(chunk, _BLOCK_TOKENS)
-        pairs = recurrence.heads * block * block * _FLOAT32_BYTES
-        inputs = recurrence.heads * recurrence.state_size * block * _FLOAT32_BYTES
+        block = min(chunk, BLOCK_TOKENS)
+        pairs = recurrence.heads * block * block * FLOAT32_BYTES
+        inputs = recurrence.heads * recurrence.state_size * block * FLOAT32_BYTES
         joint = recurrence.projected > 2 * recurrence.inner
         in_float32 = _PROJECTED_FLOAT32 if joint else _PROJECTED_FLOAT32_APART
-        wide = _PROJECTED * itemsize + in_float32 * _FLOAT32_BYTES
+        wide = _PROJECTED * itemsize + in_float32 * FLOAT32_BYTES
         layer = _PAIRS * pairs + wide * chunk * recurrence.projected + _STATE_INPUTS * inputs
     elif recurrence.kind == "delta" and device == "metal":
-        layer = 6 * chunk * recurrence.convolved * _FLOAT32_BYTES
+        layer = 6 * chunk * recurrence.convolved * FLOAT32_BYTES
     else:
         states, widths = _TOKEN_STATES[recurrence.kind]
         # States of delta rules are float32; a single layer of Mamba has half of them at a time.
-        size = _FLOAT32_BYTES if recurrence.kind == "delta" else itemsize
+        size = FLOAT32_BYTES if recurrence.kind == "delta" else itemsize
         share = 0.5 if recurrence.kind == "steps" and layers == 1 else 1.0
         layer = share * width * size * (states * recurrence.state_size + widths)
     return RecurrentBytes(int(layer), left, before)
@@ -103,12 +114,12 @@ def recurrent_prefill(
 def _left_bytes(recurrence: Recurrence, chunk: int, itemsize: int) -> int:
     """Return what one layer leaves in memory until all are done."""
     convolved = chunk * recurrence.convolved * itemsize
-    left = convolved + int(_OLD_STATES * recurrence.state_elements * _FLOAT32_BYTES)
+    left = convolved + int(_OLD_STATES * recurrence.state_elements * FLOAT32_BYTES)
     if recurrence.kind == "blocks":
-        block = min(chunk, _BLOCK_TOKENS)
-        pairs = recurrence.heads * block * block * _FLOAT32_BYTES
+        block = min(chunk, BLOCK_TOKENS)
+        pairs = recurrence.heads * block * block * FLOAT32_BYTES
         # Inputs of the new state are those of the last block; some views keep the whole chunk.
-        inputs = (block + chunk) // 2 * recurrence.inner * _FLOAT32_BYTES
+        inputs = (block + chunk) // 2 * recurrence.inner * FLOAT32_BYTES
         return left + pairs + convolved + inputs
     if recurrence.kind == "convolution":
         return int(_CONVOLUTION_LEFT * convolved)
@@ -119,5 +130,5 @@ def _left_bytes(recurrence: Recurrence, chunk: int, itemsize: int) -> int:
 
 def recurrent_decode_bytes(recurrence: Recurrence, *, rows: int, itemsize: int) -> int:
     """Model one layer's step of ``rows`` sequences."""
-    size = _FLOAT32_BYTES if recurrence.kind in ("blocks", "delta") else itemsize
+    size = FLOAT32_BYTES if recurrence.kind in ("blocks", "delta") else itemsize
     return int(_DECODE_STATES[recurrence.kind] * rows * recurrence.state_elements * size)

@@ -69,7 +69,7 @@ def pipeline(problem: PlanningProblem) -> Candidate:
     if caches != count:
         raise UsageError(
             f"a pipeline needs a cache per layer: the model has {caches} caches for {count} layers",
-            "use --parallel single",
+            "--parallel single",
         )
     held = {
         chunk: stage_bytes(whole, problem.context_length, request.concurrency, chunk)

@@ -1,4 +1,4 @@
-"""Conversations of Anthropic's Messages API in the form of ``server.conversation``.
+"""Conversations of Anthropic's Messages API in the form of ``server.client_request``.
 
 A message of the user may hold results of tools, which become turns of their own before its text. An
 assistant's blocks become one turn with its reasoning, text and calls. Blocks that the model cannot
@@ -7,15 +7,14 @@ read, such as images, are refused by name.
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 from collections.abc import Sequence
 from typing import Any
 
-from k2cli.server.conversation import Conversation
+from k2cli.server.client_request import Conversation
 from k2cli.server.dialects.anthropic_ids import model_id
 from k2cli.server.dialects.anthropic_schemas import AnthropicMessage, Content, MessagesBody
+from k2cli.server.dialects.shared_fields import log_left_out
 from k2cli.server.errors import invalid
 
 # Claude Code puts it first into the system prompt. Its value differs in every request, so that no
@@ -27,13 +26,12 @@ _ROLES = {
     "tool_use": "a message of the assistant",
     "tool_result": "a message of the user",
 }
-_logger = logging.getLogger(__name__)
 
 Turn = dict[str, Any]
 Block = dict[str, Any]
 
 
-def conversation_of(body: MessagesBody, normalizes_prompts: bool) -> Conversation:
+def anthropic_conversation(body: MessagesBody, normalizes_prompts: bool) -> Conversation:
     """Translate a request's system prompt, messages and tools.
 
     Args:
@@ -238,10 +236,3 @@ def _function_tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
     examples = tool.get("input_examples")
     function["parameters"] = {**schema, "examples": examples} if examples else schema
     return {"type": "function", "function": function}
-
-
-@functools.lru_cache(maxsize=256)
-def log_left_out(kinds: tuple[str, ...]) -> None:
-    """Log that tools of a server or of other models are not offered, once for the same ones."""
-    names = ", ".join(map(repr, kinds))
-    _logger.warning("tools that this server does not have were left out of requests: %s", names)

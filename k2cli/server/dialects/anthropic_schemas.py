@@ -17,9 +17,9 @@ from pydantic import (
     field_validator,
 )
 
-from k2cli.server.conversation import AnswerOptions
+from k2cli.server.client_request import AnswerOptions, reasoning_variables
 from k2cli.server.dialects.body import Body
-from k2cli.server.dialects.openai_schemas import MAX_MESSAGES, MAX_STOP_LETTERS, Objects
+from k2cli.server.dialects.shared_fields import MAX_MESSAGES, MAX_STOP_LETTERS, Objects, Thinking
 from k2cli.server.errors import type_named
 
 MAX_BLOCKS = 16_384
@@ -77,14 +77,6 @@ class AnthropicMessage(BaseModel):
         if value:
             raise ValueError("is supported for the whole request only")
         return value
-
-
-class Thinking(Body):
-    """Switch of the model's reasoning. Its budget and its display are ignored."""
-
-    type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: Any = None
-    display: Any = None
 
 
 class OutputConfig(Body):
@@ -158,17 +150,11 @@ class MessagesBody(_Ignored):
     def template_arguments(self) -> dict[str, Any]:
         """Variables for the chat template: switches of reasoning, and its effort.
 
-        They are those that OpenAI's ``reasoning_effort`` sets. An effort without ``thinking`` is
-        one of a model that thinks.
+        An effort without ``thinking`` is one of a model that thinks.
         """
         effort = self.output_config.effort if self.output_config else None
-        if self.thinking is None and effort is None:
-            return {}
-        thinks = self.thinking is None or self.thinking.type != "disabled"
-        arguments: dict[str, Any] = {"thinking": thinks, "enable_thinking": thinks}
-        if not thinks:
-            return arguments | {"reasoning_effort": "none"}
-        return arguments | ({"reasoning_effort": effort} if effort else {})
+        thinks = None if self.thinking is None else self.thinking.type != "disabled"
+        return reasoning_variables(effort, thinks)
 
     @property
     def answer_options(self) -> AnswerOptions:

@@ -66,7 +66,11 @@ def anthropic_error(error: ApiError, request_id: str) -> dict[str, Any]:
     if error.code == "context_length_exceeded":
         # By these words Claude Code knows that it has to shorten the conversation.
         message = f"prompt is too long: {message}"
-    members = {"type": kind, "message": message}
+    members: dict[str, Any] = {"type": kind, "message": message}
+    if error.code == "unsupported_parameter" and error.param == "thread":
+        # By these details the tool runner of Anthropic's SDK goes on without a thread.
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        members["details"] = details
     return {"type": "error", "error": members, "request_id": request_id}
 
 

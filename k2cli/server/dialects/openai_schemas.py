@@ -24,17 +24,22 @@ from pydantic import (
     model_validator,
 )
 
-from k2cli.server.conversation import AnswerOptions, Conversation
+from k2cli.server.client_request import AnswerOptions, Conversation, reasoning_variables
 from k2cli.server.dialects.body import Body
+from k2cli.server.dialects.shared_fields import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_STOP_LETTERS,
+    Objects,
+    ReasoningEffort,
+    ResponseFormat,
+    Thinking,
+    check_tool_choice,
+)
 from k2cli.server.errors import invalid, type_named
 
 MAX_STOP_STRINGS = 4
-MAX_STOP_LETTERS = 1024
-"""Every step of an answer compares its end with the whole of each stop string."""
 MAX_TOP_LOGPROBS = 20
-MAX_MESSAGES = 16_384
-MAX_PARTS = 16_384
-MAX_TOOLS = 1024
 MAX_BIASES = 16_384
 _TEMPLATE_RESERVED = frozenset(
     {"self", "messages", "tools", "add_generation_prompt", "continue_last"}
@@ -161,24 +166,8 @@ StopStrings = Annotated[list[str], PlainValidator(_stop_strings)]
 Prompt = Annotated[str | list[int], PlainValidator(_prompt)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-# fail_fast: the second wrong member of a million says nothing more than the first.
-Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)]
 Functions = Annotated[Objects, AfterValidator(_functions)]
 Calls = Annotated[Objects, AfterValidator(_calls)]
-ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-
-
-def check_tool_choice(value: Any) -> Any:
-    """Return a ``tool_choice`` that leaves the decision to the model; refuse others by name."""
-    if value in ("auto", "none"):
-        return value
-    kind = value.get("type") if isinstance(value, dict) else value
-    if not isinstance(kind, str):
-        raise ValueError("must be 'auto', 'none' or an object with a 'type'")
-    raise ValueError(
-        f"{kind!r} is not supported yet: a call that the model must make needs structured "
-        "output, which is planned; 'auto' and 'none' are supported"
-    )
 
 
 class Message(BaseModel):
@@ -227,21 +216,6 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     include_progress: bool | None = None
     include_obfuscation: Any = None
-
-
-class ResponseFormat(BaseModel):
-    """Format of the answer. Only text is supported; schemas are refused rather than ignored."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-    type: str
-
-    @field_validator("type")
-    @classmethod
-    def _text_only(cls, value: str) -> str:
-        if value != "text":
-            raise ValueError(f"'{value}' is not supported yet; only 'text' is")
-        return value
 
 
 class Extensions(Body):
@@ -309,6 +283,9 @@ class TemplatedBody(Body):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
+    # The switches of the servers of Moonshot and Z.ai, and of Alibaba, for their models.
+    thinking: Thinking | None = None
+    enable_thinking: bool | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
     @field_validator("chat_template_kwargs")
@@ -322,15 +299,12 @@ class TemplatedBody(Body):
     def template_arguments(self) -> dict[str, Any]:
         """Variables for the chat template, which ignores those that it does not use.
 
-        ``reasoning_effort`` also switches thinking on or off in templates with such a variable:
-        ``thinking`` in those of Kimi K2.5 and DeepSeek V3.1, ``enable_thinking`` in those of
-        Qwen3 and GLM 4.5. ``chat_template_kwargs`` takes precedence.
+        ``chat_template_kwargs`` takes precedence.
         """
-        arguments: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            thinks = self.reasoning_effort != "none"
-            arguments = {"thinking": thinks, "enable_thinking": thinks}
-            arguments["reasoning_effort"] = self.reasoning_effort
+        thinks = self.enable_thinking
+        if self.thinking is not None:
+            thinks = self.thinking.type != "disabled"
+        arguments = reasoning_variables(self.reasoning_effort, thinks)
         if self.verbosity is not None:
             arguments["verbosity"] = self.verbosity
         return arguments | (self.chat_template_kwargs or {})

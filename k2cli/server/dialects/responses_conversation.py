@@ -6,16 +6,14 @@ one turn, as the model wrote it, until a user, a tool or a system speaks.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
-from k2cli.server.conversation import Conversation
-from k2cli.server.dialects.openai_schemas import MAX_PARTS, MAX_TOOLS
+from k2cli.server.client_request import Conversation
 from k2cli.server.dialects.responses_schemas import ResponsesBody
+from k2cli.server.dialects.shared_fields import MAX_PARTS, MAX_TOOLS, log_left_out
 from k2cli.server.errors import ApiError, invalid, type_named
 
-_logger = logging.getLogger(__name__)
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -183,20 +181,20 @@ def _tools(tools: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[
                 name = _text_member(tool, "name", place)
                 for number, one in enumerate(inner):
                     if one.get("type") != "function":
-                        left_out.append(str(one.get("type")))
+                        left_out.append(str(one.get("type"))[:100])
                         continue
                     function = _function(one, f"{place}.tools[{number}]")
                     namespaces[function["function"]["name"]] = name
                     found.append(function)
             case str() as kind:
-                left_out.append(kind)
+                left_out.append(kind[:100])
             case kind:
                 raise invalid(f"{place} {type_named(kind)}", f"{place}.type")
     if len(found) > MAX_TOOLS:
         raise invalid(f"tools has {len(found)} functions; the most are {MAX_TOOLS}", "tools")
     _check_names(found)
     if left_out:
-        _logger.info("tools left out of the prompt: %s", ", ".join(sorted(set(left_out)))[:200])
+        log_left_out(tuple(sorted(set(left_out))))
     return found, namespaces
 
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator
 
-from k2cli.server.conversation import AnswerOptions
+from k2cli.server.client_request import AnswerOptions, reasoning_variables
 from k2cli.server.dialects.body import Body
-from k2cli.server.dialects.openai_schemas import (
+from k2cli.server.dialects.shared_fields import (
     MAX_MESSAGES,
     Objects,
     ReasoningEffort,
@@ -104,11 +104,7 @@ class ResponsesBody(_Ignored):
     @property
     def template_arguments(self) -> dict[str, Any]:
         """Variables for the chat template; see ``TemplatedBody.template_arguments``."""
-        arguments: dict[str, Any] = {}
-        effort = self.reasoning.effort if self.reasoning else None
-        if effort is not None:
-            thinks = effort != "none"
-            arguments = {"thinking": thinks, "enable_thinking": thinks, "reasoning_effort": effort}
+        arguments = reasoning_variables(self.reasoning.effort if self.reasoning else None)
         if self.text and self.text.verbosity is not None:
             arguments["verbosity"] = self.text.verbosity
         return arguments

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from k2cli.protocol import PromptProgress
-from k2cli.server.dialects.writer import AnswerContext, sse_event
+from k2cli.server.dialects.writer import SSE_COMMENT, AnswerContext, BlankStart, sse_event
 from k2cli.server.errors import ApiError
 from k2cli.server.generation import Ended, Idle, Step
 from k2cli.server.output.events import (
@@ -32,8 +32,7 @@ _PREFIXES: dict[ItemKind, str] = {"reasoning": "rs", "message": "msg", "function
 class ResponsesWriter:
     """Writer of the objects of ``/v1/responses``."""
 
-    # A comment in the event stream.
-    keep_alive = b": waiting\n\n"
+    keep_alive = SSE_COMMENT
 
     def __init__(self, context: AnswerContext) -> None:
         self._context = context
@@ -43,7 +42,7 @@ class ResponsesWriter:
         self._kind: ItemKind | None = None
         self._text: list[str] = []
         self._call: dict[str, Any] = {}
-        self._held: tuple[ItemKind | None, str] = (None, "")
+        self._blank = BlankStart()
 
     # --- the stream -------------------------------------------------------------------------------
 
@@ -100,14 +99,10 @@ class ResponsesWriter:
 
     def _add(self, kind: ItemKind, text: str) -> bytes:
         if self._kind == kind:
+            self._blank.clear()
             return self._more(text) if text else b""
-        # The letters that begin an item wait for one that is not white space.
-        held_kind, held = self._held
-        text = (held if held_kind == kind else "") + text
-        if not text.strip():
-            self._held = (kind, text)
+        if not (text := self._blank.add(kind, text)):
             return b""
-        self._held = (None, "")
         return self._close("completed") + self._open(kind) + self._more(text)
 
     def _open(self, kind: ItemKind) -> bytes:
@@ -130,9 +125,14 @@ class ResponsesWriter:
                 return self._call_event("response.function_call_arguments.delta", delta=text)
 
     def _close(self, status: str) -> bytes:
-        kind, self._held = self._kind, (None, "")
+        kind = self._kind
+        self._blank.clear()
         if kind is None:
             return b""
+        # What the item says that is done must have been sent: no arguments are an empty object.
+        begun = b""
+        if kind == "function_call" and not self._text and status == "completed":
+            begun = self._more("{}")
         text = "".join(self._text)
         item = self._item(kind, len(self._items), text, status, self._call)
         match kind:
@@ -149,7 +149,7 @@ class ResponsesWriter:
         done += self._event("response.output_item.done", output_index=index, item=item)
         self._items.append(item)
         self._kind = None
-        return done
+        return begun + done
 
     def _place_event(self, event: str, **members: Any) -> bytes:
         return self._call_event(event, content_index=0, **members)

@@ -77,6 +77,34 @@ class AnswerWriter(Protocol):
         ...
 
 
+SSE_COMMENT = b": waiting\n\n"
+"""A comment in a stream of server-sent events, which clients skip."""
+
+
+class BlankStart:
+    """The beginning of a block of text, held back until it has more than white space.
+
+    Blocks of nothing but white space are left out of answers.
+    """
+
+    def __init__(self) -> None:
+        self._kind = ""
+        self._text = ""
+
+    def add(self, kind: str, text: str) -> str:
+        """Add text of a kind of block; return all of the block's text once it is not blank."""
+        held = self._text if kind == self._kind else ""
+        self._kind, self._text = kind, held + text
+        if not self._text.strip():
+            return ""
+        begun, self._text = self._text, ""
+        return begun
+
+    def clear(self) -> None:
+        """Drop what is held back, because another block begins or goes on."""
+        self._text = ""
+
+
 def sse_data(document: dict[str, Any]) -> bytes:
     """Encode a server-sent event that has no name."""
     return b"data: " + msgspec.json.encode(document) + b"\n\n"

@@ -20,7 +20,7 @@ from k2cli.server.output.events import (
     ReasoningText,
 )
 from k2cli.server.output.source import WHITESPACE
-from k2cli.server.text import Piece, ScoredToken
+from k2cli.server.text_assembler import Piece, ScoredToken
 
 MAX_CALLS = 1000
 MAX_NAME_LETTERS = 256

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from k2cli.server.text import Piece, ScoredToken
+from k2cli.server.text_assembler import Piece, ScoredToken
 
 
 @dataclass(frozen=True, slots=True)

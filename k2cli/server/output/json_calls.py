@@ -12,8 +12,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from k2cli.server.output.emitter import MAX_NAME_LETTERS
-from k2cli.server.output.reader import CallContext
 from k2cli.server.output.source import WHITESPACE, Machine, Reading, Source, Take
+from k2cli.server.output.tool_format import CallContext
 
 _STRUCTURE = re.compile(r'["{}\[\]]')
 _STRING_END = re.compile(r'["\\]')
@@ -219,7 +219,7 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
-class HeaderForm:
+class HeaderFormat:
     """Markers of calls that have a header and then arguments, in a section of their own."""
 
     call: str
@@ -249,7 +249,7 @@ def deepseek_header(text: str) -> Header:
     return Header(text.strip())
 
 
-def header_calls(form: HeaderForm) -> Callable[[CallContext, str], Reading]:
+def header_calls(form: HeaderFormat) -> Callable[[CallContext, str], Reading]:
     """Make a reader of such calls: those of a section, or one without a section around it."""
 
     def read(context: CallContext, marker: str) -> Reading:
@@ -274,7 +274,7 @@ def _text_until(
     return found if isinstance(found, str) else None
 
 
-def _header_call(form: HeaderForm, context: CallContext) -> Generator[None, None, str | None]:
+def _header_call(form: HeaderFormat, context: CallContext) -> Generator[None, None, str | None]:
     """Read a call after its marker. Return the marker that ended it; None if it is text."""
     parts: list[str] = []
     ends = context.markers(form.call_end, form.section_end, form.call)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.server.output.reader import CallContext, Tools
 from k2cli.server.output.source import Reading
+from k2cli.server.output.tool_format import CallContext, Tools
 
 MAX_WHOLE_LETTERS = 2**18
 _MAX_GEMMA_CALLS = 64

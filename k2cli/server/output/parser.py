@@ -9,13 +9,13 @@ from k2cli.server.output.emitter import Emitter, Kind
 from k2cli.server.output.events import OutputEvent
 from k2cli.server.output.harmony import NAME as HARMONY
 from k2cli.server.output.harmony import MessageWriter, read_messages
-from k2cli.server.output.reader import CallContext, ToolForm, Tools
 from k2cli.server.output.source import WHITESPACE, Machine, MarkerCodes, Reading, Source
-from k2cli.server.text import Piece
+from k2cli.server.output.tool_format import CallContext, ToolFormat, Tools
+from k2cli.server.text_assembler import Piece
 
 
 @dataclass(frozen=True, slots=True)
-class ReasoningForm:
+class ReasoningFormat:
     """Markers of reasoning.
 
     Attributes:
@@ -110,8 +110,8 @@ class MarkedOutput:
     def __init__(
         self,
         codes: MarkerCodes,
-        reasoning: ReasoningForm | None,
-        tools: ToolForm | None,
+        reasoning: ReasoningFormat | None,
+        tools: ToolFormat | None,
         schemas: Tools,
         *,
         begins_in_reasoning: bool = False,

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from functools import lru_cache
 
-from k2cli.server.text import Piece, held_back
+from k2cli.server.text_assembler import Piece, held_back
 
 _FIRST_CODE = 0xD800
 WHITESPACE = " \t\r\n"

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from k2cli.server.output.emitter import MAX_NAME_LETTERS
 from k2cli.server.output.mlx_lm_calls import emit_whole, json_text, parse_whole
-from k2cli.server.output.reader import CallContext
 from k2cli.server.output.source import WHITESPACE, Reading, Take, TooLong
+from k2cli.server.output.tool_format import CallContext
 
 MAX_HEADER_LETTERS = 4 * MAX_NAME_LETTERS
 
@@ -42,7 +42,7 @@ def unquoted(header: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class TypedForm:
+class TypedFormat:
     """Tags of calls with typed arguments.
 
     Attributes:
@@ -105,7 +105,7 @@ class _Collected:
         return "".join(self.parts)
 
 
-def typed_calls(form: TypedForm) -> Callable[[CallContext, str], Reading]:
+def typed_calls(form: TypedFormat) -> Callable[[CallContext, str], Reading]:
     """Make a reader of such calls: those of a section, or one without a section around it."""
 
     def read(context: CallContext, marker: str) -> Reading:
@@ -124,7 +124,7 @@ def typed_calls(form: TypedForm) -> Callable[[CallContext, str], Reading]:
 
 
 def _typed_call(
-    form: TypedForm, context: CallContext, *, only_declared: bool = False
+    form: TypedFormat, context: CallContext, *, only_declared: bool = False
 ) -> Generator[None, None, str | None]:
     """Read a call after the beginning of its tag. Return the marker that ended it."""
     source, emitter = context.source, context.emitter
@@ -167,7 +167,7 @@ def _typed_call(
 
 
 def _argument(
-    form: TypedForm, context: CallContext, call: str, written: _Object
+    form: TypedFormat, context: CallContext, call: str, written: _Object
 ) -> Generator[None, None, str | None]:
     """Read an argument after the beginning of its tag. Return the marker that ended it."""
     source = context.source
@@ -192,7 +192,7 @@ def _argument(
 
 
 def _converted(
-    form: TypedForm, context: CallContext, call: str, header: str, key: str, value: str
+    form: TypedFormat, context: CallContext, call: str, header: str, key: str, value: str
 ) -> object:
     if form.convert is not None:
         return form.convert(header, value)
@@ -237,7 +237,7 @@ def deepseek_value(header: str, value: str) -> object:
 
 
 @dataclass(frozen=True, slots=True)
-class PairForm:
+class PairFormat:
     """Tags of keys and values, and mlx-lm's parser of them."""
 
     parser: str
@@ -246,7 +246,7 @@ class PairForm:
     section_end: str
 
 
-def pair_calls(form: PairForm) -> Callable[[CallContext, str], Reading]:
+def pair_calls(form: PairFormat) -> Callable[[CallContext, str], Reading]:
     """Make a reader of one call, which begins with its name."""
 
     def read(context: CallContext, marker: str) -> Reading:
@@ -272,7 +272,7 @@ def pair_calls(form: PairForm) -> Callable[[CallContext, str], Reading]:
     return read
 
 
-def _pairs(form: PairForm, context: CallContext, header: str) -> Reading:
+def _pairs(form: PairFormat, context: CallContext, header: str) -> Reading:
     source, emitter = context.source, context.emitter
     written, other = _Object(emitter.arguments), _Collected()
     end, key_tag, key_end, value_tag, value_end = context.markers(
@@ -303,7 +303,7 @@ def _pairs(form: PairForm, context: CallContext, header: str) -> Reading:
 
 
 def _pair_value(
-    form: PairForm, context: CallContext, header: str, key: _Collected, value: _Collected
+    form: PairFormat, context: CallContext, header: str, key: _Collected, value: _Collected
 ) -> str:
     whole = (
         f"{header}{form.key[0]}{key.text}{form.key[1]}{form.value[0]}{value.text}{form.value[1]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from k2cli.server.dialects.openai_chat import ChatWriter
+from k2cli.server.dialects.openai_chat_writer import ChatWriter
 from k2cli.server.respond import respond
 
 

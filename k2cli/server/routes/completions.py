@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from k2cli.server.dialects.openai_completion import CompletionWriter
+from k2cli.server.dialects.openai_completion_writer import CompletionWriter
 from k2cli.server.respond import respond
 
 

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from k2cli.server.context import context_of
-from k2cli.server.dialects.anthropic_messages import MessagesWriter
+from k2cli.server.dialects.anthropic_writer import MessagesWriter
 from k2cli.server.dialects.error_responses import request_id_of
 from k2cli.server.respond import respond
 

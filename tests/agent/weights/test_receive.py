@@ -16,9 +16,9 @@ import pytest
 
 from k2cli.agent.weights import messages
 from k2cli.agent.weights.certificate import make_client_context
-from k2cli.agent.weights.conversation import Input, Output
 from k2cli.agent.weights.frames import MARK, SegmentReader, SegmentWriter, StreamLost
 from k2cli.agent.weights.incoming import IncomingFile, incoming_file, incoming_files
+from k2cli.agent.weights.json_lines import Input, Output
 from k2cli.agent.weights.listener import Listener
 from k2cli.agent.weights.messages import Offer, Segments, SendOrder, Target, WeightsFile
 from k2cli.agent.weights.place import (

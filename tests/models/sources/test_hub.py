@@ -25,10 +25,10 @@ from pathlib import Path
 from k2cli.errors import K2Error
 from k2cli.models.inspection import inspect_model
 from k2cli.models.sources.download import fetch
-from k2cli.models.sources.transfer import TransferProgress
+from k2cli.models.sources.parallel_download import DownloadProgress
 progress = []
 def note(event):
-    if isinstance(event, TransferProgress):
+    if isinstance(event, DownloadProgress):
         progress.append([event.done_bytes, event.total_bytes])
 options = json.loads(sys.argv[2])
 if "destination" in options:

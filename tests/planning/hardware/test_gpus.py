@@ -150,7 +150,7 @@ def test_memory_that_nvidia_smi_cannot_tell_is_what_mlx_says(
 def test_an_nvidia_smi_that_hangs_or_never_ends_is_done_without(
     host: GpuHost, monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
-    monkeypatch.setattr("k2cli.planning.hardware.gpus._SECONDS", 1.0)
+    monkeypatch.setattr("k2cli.planning.hardware.gpus._QUERY_SECONDS", 1.0)
     (host.folder / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
     assert list_gpus() == []
     assert [gpu.name.uuid for gpu in host.machine().gpus] == list(UUIDS[:2])

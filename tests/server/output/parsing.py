@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from k2cli.server.conversation import OutputOptions
+from k2cli.server.client_request import OutputOptions
 from k2cli.server.output.events import (
     AnswerText,
     Blocks,
@@ -20,8 +20,8 @@ from k2cli.server.output.events import (
     OutputParser,
     ReasoningText,
 )
-from k2cli.server.output.formats import OutputFormat, choose_output_format
-from k2cli.server.text import Marker, Piece
+from k2cli.server.output.output_format import OutputFormat, choose_output_format
+from k2cli.server.text_assembler import Marker, Piece
 from tests.server.output.families import TOOLS, Answer
 
 

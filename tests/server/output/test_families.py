@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from k2cli.server.conversation import OutputOptions
+from k2cli.server.client_request import OutputOptions
 from k2cli.server.output.mlx_lm_calls import parse_whole
 from tests.server.output.families import ANSWERS, TOOLS, Answer
 from tests.server.output.parsing import (

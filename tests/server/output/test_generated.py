@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from k2cli.server.conversation import OutputOptions
+from k2cli.server.client_request import OutputOptions
 from k2cli.server.output import source as source_module
 from k2cli.server.output.events import AnswerText, CallArguments, CallBegan, ReasoningText
-from k2cli.server.output.formats import OutputFormat
-from k2cli.server.output.forms import TOOL_FORMS
+from k2cli.server.output.known_formats import TOOL_FORMATS
+from k2cli.server.output.output_format import OutputFormat
 from k2cli.server.output.parser import _Text
-from k2cli.server.text import Piece
+from k2cli.server.text_assembler import Piece
 from tests.server.output.families import ANSWERS, TOOLS, Answer
 from tests.server.output.parsing import check_order, format_of, pieces_of, run, without_ids
 
@@ -87,13 +87,13 @@ def _checked(parser: str, count: int, seed: int) -> None:
             assert without_ids(random_cuts) == without_ids(events), text
 
 
-@pytest.mark.parametrize("parser", sorted(TOOL_FORMS))
+@pytest.mark.parametrize("parser", sorted(TOOL_FORMATS))
 def test_generated_answers_never_fail_and_do_not_depend_on_the_split(parser: str) -> None:
     _checked(parser, 60, 1)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("parser", sorted(TOOL_FORMS))
+@pytest.mark.parametrize("parser", sorted(TOOL_FORMATS))
 def test_many_generated_answers(parser: str) -> None:
     for seed in range(5):
         _checked(parser, 200, seed)

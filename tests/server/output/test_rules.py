@@ -7,7 +7,7 @@ import json
 import pytest
 
 from k2cli.errors import K2Error
-from k2cli.server.conversation import OutputOptions
+from k2cli.server.client_request import OutputOptions
 from k2cli.server.output.emitter import MAX_CALLS
 from k2cli.server.output.events import (
     AnswerText,
@@ -17,12 +17,8 @@ from k2cli.server.output.events import (
     ReasoningBlock,
     TextBlock,
 )
-from k2cli.server.output.formats import (
-    OutputFormat,
-    choose_output_format,
-    known_reasoning_parsers,
-    known_tool_parsers,
-)
+from k2cli.server.output.known_formats import REASONING_FORMATS, TOOL_FORMATS
+from k2cli.server.output.output_format import NONE, OutputFormat, choose_output_format
 from tests.server.output.families import K2_SECTION, K2_TEMPLATE, TOOLS, k2_call
 from tests.server.output.parsing import format_of, parse, pieces_of, run, value
 
@@ -407,8 +403,8 @@ def test_names_override_and_unknown_ones_are_refused() -> None:
     assert (found.tools.name, found.reasoning.name) == ("json_tools", "think_open")
     assert (chosen("none", "none").tools, chosen("none", "none").reasoning) == (None, None)
     for tools, reasoning, known in (
-        ("kimi", None, known_tool_parsers()),
-        (None, "kimi", known_reasoning_parsers()),
+        ("kimi", None, [NONE, *TOOL_FORMATS]),
+        (None, "kimi", [NONE, *REASONING_FORMATS]),
     ):
         with pytest.raises(K2Error, match="named 'kimi'") as error:
             chosen(tools, reasoning)

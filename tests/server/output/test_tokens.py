@@ -6,10 +6,10 @@ from pathlib import Path
 
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol import TokenLogprob
-from k2cli.server.conversation import OutputOptions
+from k2cli.server.client_request import OutputOptions
 from k2cli.server.output.events import AnswerText, CallBegan, OutputEvent, ReasoningText
-from k2cli.server.output.formats import OutputFormat, choose_output_format
-from k2cli.server.text import TextAssembler
+from k2cli.server.output.output_format import OutputFormat, choose_output_format
+from k2cli.server.text_assembler import TextAssembler
 from tests.server.output.families import K2_SECTION, TOOLS, k2_call
 from tests.server.output.parsing import joined
 

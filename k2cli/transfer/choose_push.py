@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from k2cli.agent.weights.messages import Inventory
+from k2cli.agent.weights.messages import ModelFiles
 from k2cli.cluster.description import Cluster, load_cluster
 from k2cli.cluster.node_lookup import node_named, node_named_in
 from k2cli.errors import UsageError
@@ -118,7 +118,7 @@ def _node(name: str, cluster: Cluster | None) -> Node:
     return node_named(name)
 
 
-def read_headers(reference: str, sender: Node, found: Inventory) -> Checkpoint:
+def read_headers(reference: str, sender: Node, found: ModelFiles) -> Checkpoint:
     """Read config and headers of the model on the node that sends it."""
     if sender.is_local:
         return read_checkpoint(Path(found.folder))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from k2cli.agent.weights.inventory import header_lengths
-from k2cli.agent.weights.messages import Inventory, Target, WeightsFile
+from k2cli.agent.weights.messages import ModelFiles, Target, WeightsFile
+from k2cli.agent.weights.model_files import header_lengths
 from k2cli.cluster.description import load_cluster
 from k2cli.cluster.node_lookup import cluster_nodes
 from k2cli.errors import UsageError
@@ -13,12 +13,12 @@ from k2cli.models.reference import parse_reference
 from k2cli.models.sources.events import Event
 from k2cli.models.sources.hub_download import HubDownload, plan_download, run_download
 from k2cli.models.sources.hub_headers import remote_checkpoint
-from k2cli.models.sources.range_stream import TransferOptions
+from k2cli.models.sources.parallel_download import FileFinished
+from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.selection import Selection
-from k2cli.models.sources.transfer import FileFinished
 from k2cli.nodes.local import LocalNode
 from k2cli.planning.plan import read_plan
-from k2cli.transfer.choose import rank_names
+from k2cli.transfer.choose_push import rank_names
 from k2cli.transfer.feed import Feed, OnFile
 from k2cli.transfer.parts import files_of_nodes
 from k2cli.transfer.request import PushRequest
@@ -54,11 +54,13 @@ def choose_download(
         wanted = files_of_nodes(checkpoint, plan.placement, ranks)
         headers = header_lengths(checkpoint)
     nodes = tuple(node for node in cluster_nodes(cluster) if not node.is_local)
-    request = PushRequest(text, LocalNode(), _inventory(download, headers), nodes, wanted, cluster)
+    request = PushRequest(
+        text, LocalNode(), _model_files(download, headers), nodes, wanted, cluster
+    )
     return request, lambda add: _run(download, add)
 
 
-def _inventory(download: HubDownload, headers: dict[str, int]) -> Inventory:
+def _model_files(download: HubDownload, headers: dict[str, int]) -> ModelFiles:
     """List the files of a download as if they were here."""
     listing = download.listing
     references = () if listing.revision == listing.commit else (listing.revision,)
@@ -67,7 +69,7 @@ def _inventory(download: HubDownload, headers: dict[str, int]) -> Inventory:
         for file in download.files
     )
     target = Target("hub", listing.repo, listing.commit, references)
-    return Inventory(str(download.folder), target, files, {}, headers, record=download.record)
+    return ModelFiles(str(download.folder), target, files, {}, headers, record=download.record)
 
 
 def _run(download: HubDownload, add: OnFile) -> None:
@@ -79,6 +81,6 @@ def _run(download: HubDownload, add: OnFile) -> None:
     def on_event(event: Event) -> None:
         add(event.file.name if isinstance(event, FileFinished) else None)
 
-    run_download(download, TransferOptions(), on_event)
+    run_download(download, DownloadOptions(), on_event)
     for file in download.files:
         add(file.place.file.name)

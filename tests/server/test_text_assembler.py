@@ -5,7 +5,7 @@ import random
 import pytest
 
 from k2cli.protocol import TokenLogprob
-from k2cli.server.text import TextAssembler, held_back
+from k2cli.server.text_assembler import TextAssembler, held_back
 from tests.server.scripted import LetterStream, LetterTokenizer
 
 

@@ -31,6 +31,7 @@ MAX_SHORT_WAITING, MAX_LONG_WAITING = 1024, 16
 """Requests that may wait for their process; further ones are refused with 429."""
 
 _UNREADABLE = "unreadable_request"
+_ANY_REQUEST = UnreadRequest("tokenize", b'{"prompt": "k2"}')
 _logger = logging.getLogger(__name__)
 
 
@@ -140,6 +141,17 @@ class ProcessReader:
         """Start the process for short requests, which loads its tokenizer in the background."""
         with contextlib.suppress(K2Error):  # the first request tries again
             await self._short.process.start()
+
+    async def check(self) -> None:
+        """Read a request that every model takes: a run is not ready before requests can be read.
+
+        Raises:
+            K2Error: if they cannot.
+        """
+        try:
+            await self._short.read(_ANY_REQUEST)
+        except ApiError as error:
+            raise K2Error(f"requests cannot be read: {error.message}") from error
 
     async def close(self) -> None:
         """Kill both processes."""

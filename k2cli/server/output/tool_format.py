@@ -1,4 +1,4 @@
-"""Form of tool calls: its markers, its reader, and the things that a reader works with."""
+"""Format of tool calls: its markers, its reader, and the things that a reader works with."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ ReadCalls = Callable[[CallContext, str], Reading]
 
 
 @dataclass(frozen=True, slots=True)
-class ToolForm:
+class ToolFormat:
     """A format of tool calls.
 
     Attributes:

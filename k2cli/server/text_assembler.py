@@ -15,7 +15,7 @@ from k2cli.protocol import TokenLogprob
 
 
 class TokenTextStream(Protocol):
-    """The detokenizer of one answer (``models.text.tokenizer.TokenStream``)."""
+    """The detokenizer of one answer (``models.text.token_stream.TokenStream``)."""
 
     def push(self, token_id: int, /) -> str:
         """Add a token and return the text that is now certain, which may be empty."""

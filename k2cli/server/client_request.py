@@ -18,7 +18,7 @@ class Conversation:
     """A conversation for the chat template.
 
     Attributes:
-        turns: messages in OpenAI's form; see ``models.text.conversation``.
+        turns: messages in OpenAI's form; see ``models.text.conversation_renderer``.
         tools: tools in OpenAI's form (``{"type": "function", "function": {...}}``) that the model
             may call, or None.
         variables: variables of the chat template.
@@ -37,6 +37,26 @@ class Conversation:
     continue_last: bool | None = None
     add_generation_prompt: bool | None = None
     field: str = "messages"
+
+
+def reasoning_variables(effort: str | None, thinks: bool | None = None) -> dict[str, Any]:
+    """Return the variables by which chat templates switch reasoning, and set its effort.
+
+    The switch is ``thinking`` in the templates of Kimi K2.5 and DeepSeek V3.1, ``enable_thinking``
+    in those of Qwen3 and GLM 4.5. The renderer adds names that other templates have.
+
+    Args:
+        effort: the client's word for the effort; "none" for no reasoning, None if it gave none.
+        thinks: the client's switch; without one, any effort but "none" switches reasoning on.
+    """
+    if effort is None and thinks is None:
+        return {}
+    if thinks is None:
+        thinks = effort != "none"
+    variables: dict[str, Any] = {"thinking": thinks, "enable_thinking": thinks}
+    if not thinks:
+        effort = "none"
+    return variables if effort is None else variables | {"reasoning_effort": effort}
 
 
 class OutputOptions(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from k2cli.agent.weights.messages import Inventory, Target, WeightsFile
+from k2cli.agent.weights.messages import ModelFiles, Target, WeightsFile
 from k2cli.agent.weights.place import is_known_name
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import Checkpoint, read_checkpoint
@@ -25,7 +25,7 @@ from k2cli.settings import models_directory
 _TEMPLATES = "additional_chat_templates"
 
 
-def inventory(reference: str) -> Inventory:
+def model_files(reference: str) -> ModelFiles:
     """List the files of a model on this machine, or say why it cannot be sent from here."""
     try:
         parsed = parse_reference(reference)
@@ -33,10 +33,10 @@ def inventory(reference: str) -> Inventory:
         checkpoint = read_checkpoint(folder)
         files = list_files(folder, checkpoint, parsed)
     except K2Error as error:
-        return Inventory(problem=error.message)
+        return ModelFiles(problem=error.message)
     except OSError as error:
-        return Inventory(problem=f"cannot read {error.filename}: {error.strerror}")
-    return Inventory(
+        return ModelFiles(problem=f"cannot read {error.filename}: {error.strerror}")
+    return ModelFiles(
         str(folder),
         target_of(reference, parsed, folder),
         files,

@@ -18,12 +18,12 @@ from k2cli.models.sources.cache_layout import FolderLayout
 from k2cli.models.sources.expected_files import ExpectedFile, verify_file
 from k2cli.models.sources.http_source import HttpService, HttpSource
 from k2cli.models.sources.journal import Journal, Span, journaled_bytes
-from k2cli.models.sources.range_stream import RangeStream, TransferOptions
-from k2cli.models.sources.transfer import FileFinished, Transfer, TransferProgress
+from k2cli.models.sources.parallel_download import DownloadProgress, FileFinished, ParallelDownload
+from k2cli.models.sources.range_stream import DownloadOptions, RangeStream
 from tests.models.mock_hub import COMMIT, MockHub, served_hub
 
 TOKEN = "Bearer hf_secretsecretsecret"
-OPTIONS = TransferOptions(
+OPTIONS = DownloadOptions(
     streams=4, read_timeout_seconds=0.4, attempts=4, first_backoff_seconds=0.02
 )
 LARGE, OTHER = "large.safetensors", "other.safetensors"
@@ -49,7 +49,7 @@ def expected(hub: MockHub) -> list[ExpectedFile]:
     return found
 
 
-def source_of(hub: MockHub, options: TransferOptions = OPTIONS) -> HttpSource:
+def source_of(hub: MockHub, options: DownloadOptions = OPTIONS) -> HttpSource:
     def refusal(response: Any, file: ExpectedFile) -> K2Error:
         return K2Error(f"refused {file.name}: HTTP {response.status_code}")
 
@@ -66,12 +66,12 @@ def transfer(
     files: list[ExpectedFile],
     source: ByteSource,
     folder: Path,
-    options: TransferOptions = OPTIONS,
+    options: DownloadOptions = OPTIONS,
 ) -> list[Any]:
     events: list[Any] = []
     places = FolderLayout(folder, COMMIT).places(files, write=True)
     try:
-        Transfer([(place, source) for place in places], options, events.append).run()
+        ParallelDownload([(place, source) for place in places], options, events.append).run()
     finally:
         source.close()
     return events
@@ -104,7 +104,7 @@ def test_a_fault_that_passes(hub: MockHub, tmp_path: Path, fault: str, most: flo
         assert (tmp_path / file.name).read_bytes() == hub.files[file.name]
     assert partials(tmp_path) == []
     total = sum(file.nbytes for file in files)
-    last = [event for event in events if isinstance(event, TransferProgress)][-1]
+    last = [event for event in events if isinstance(event, DownloadProgress)][-1]
     assert (last.done_bytes, last.total_bytes) == (total, total)
     finished = [event.file.name for event in events if isinstance(event, FileFinished)]
     assert sorted(finished) == sorted(hub.files)
@@ -186,7 +186,7 @@ def test_an_expired_address_of_the_store_is_asked_for_again(hub: MockHub, tmp_pa
 def interrupted(hub: MockHub, folder: Path) -> Path:
     """Transfer the first part of the large file; return its partial file."""
     hub.faults[LARGE] = "breaks off 2 times"
-    options = TransferOptions(streams=1, attempts=1, first_backoff_seconds=0.0)
+    options = DownloadOptions(streams=1, attempts=1, first_backoff_seconds=0.0)
     source = source_of(hub, options)
     with pytest.raises(K2Error):
         transfer([expected(hub)[0]], source, folder, options)
@@ -204,7 +204,7 @@ def test_what_arrived_is_not_sent_again(hub: MockHub, tmp_path: Path) -> None:
     events = transfer([file], source_of(hub), tmp_path)
     assert sum(hub.sent) == LARGE_BYTES - there
     # The rate is that of this run.
-    last = [event for event in events if isinstance(event, TransferProgress)][-1]
+    last = [event for event in events if isinstance(event, DownloadProgress)][-1]
     assert last.received_bytes == LARGE_BYTES - there
     assert (tmp_path / LARGE).read_bytes() == hub.files[LARGE]
 

@@ -11,21 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from k2cli.errors import K2Error
-from k2cli.server.conversation import OutputOptions
+from k2cli.server.client_request import OutputOptions
 from k2cli.server.output.events import OutputParser, PlainOutput
-from k2cli.server.output.forms import (
+from k2cli.server.output.known_formats import (
     REASONING_ALIASES,
-    REASONING_FORMS,
+    REASONING_FORMATS,
     TOOL_ALIASES,
-    TOOL_FORMS,
+    TOOL_FORMATS,
 )
-from k2cli.server.output.parser import MarkedOutput, ReasoningForm
-from k2cli.server.output.reader import ToolForm
+from k2cli.server.output.parser import MarkedOutput, ReasoningFormat
 from k2cli.server.output.source import MarkerCodes
+from k2cli.server.output.tool_format import ToolFormat
 
 TokenId = Callable[[str], int | None]
 NONE = "none"
-_Form = TypeVar("_Form")
+_Format = TypeVar("_Format")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class OutputFormat:
         token_ids: the ids of markers that are special tokens of the model.
     """
 
-    reasoning: ReasoningForm | None = None
-    tools: ToolForm | None = None
+    reasoning: ReasoningFormat | None = None
+    tools: ToolFormat | None = None
     trims_newlines: bool = True
     token_ids: Mapping[str, int] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class OutputFormat:
             return True
         return form.begins_inside and not end.endswith(form.close)
 
-    def _active(self, options: OutputOptions) -> tuple[ReasoningForm | None, ToolForm | None]:
+    def _active(self, options: OutputOptions) -> tuple[ReasoningFormat | None, ToolFormat | None]:
         if not options.parsed:
             return None, None
         return self.reasoning, self.tools if options.tools else None
@@ -110,13 +110,13 @@ def choose_output_format(
     if tool_parser is None:
         tools = _tools_of_model(template, config, token_id)
     else:
-        tools = _named(tool_parser, TOOL_FORMS, TOOL_ALIASES, "--tool-parser", "tool parser")
+        tools = _named(tool_parser, TOOL_FORMATS, TOOL_ALIASES, "--tool-parser", "tool parser")
     if reasoning_parser is None:
         reasoning = _reasoning_of_model(template, token_id)
     else:
         reasoning = _named(
             reasoning_parser,
-            REASONING_FORMS,
+            REASONING_FORMATS,
             REASONING_ALIASES,
             "--reasoning-parser",
             "reasoning parser",
@@ -127,8 +127,8 @@ def choose_output_format(
 
 
 def _named(
-    name: str, forms: Mapping[str, _Form], aliases: Mapping[str, str], option: str, what: str
-) -> _Form | None:
+    name: str, forms: Mapping[str, _Format], aliases: Mapping[str, str], option: str, what: str
+) -> _Format | None:
     if name == NONE:
         return None
     found = forms.get(aliases.get(name, name))
@@ -138,7 +138,7 @@ def _named(
     return found
 
 
-def _keeps_newlines(tools: ToolForm | None, template: str) -> bool:
+def _keeps_newlines(tools: ToolFormat | None, template: str) -> bool:
     """Return True for models whose templates repeat the text beside markers unchanged."""
     verbatim = tools is not None and tools.name in ("kimi_k2", "kimi_k3", "harmony")
     return verbatim or "<|im_middle|>" in template
@@ -170,19 +170,21 @@ _IN_TEMPLATE: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def _tools_of_model(template: str, config: Mapping[str, Any], token_id: TokenId) -> ToolForm | None:
+def _tools_of_model(
+    template: str, config: Mapping[str, Any], token_id: TokenId
+) -> ToolFormat | None:
     named = config.get("tool_parser_type")
-    if isinstance(named, str) and named in TOOL_FORMS:
-        return TOOL_FORMS[named]
+    if isinstance(named, str) and named in TOOL_FORMATS:
+        return TOOL_FORMATS[named]
     for name, texts in _IN_TEMPLATE:
         if all(text in template for text in texts):
-            return TOOL_FORMS[name]
-    if _has_all(token_id, REASONING_FORMS["kimi_k3"].tokens):
-        return TOOL_FORMS["kimi_k3"]
+            return TOOL_FORMATS[name]
+    if _has_all(token_id, REASONING_FORMATS["kimi_k3"].tokens):
+        return TOOL_FORMATS["kimi_k3"]
     # Some models have no template, and some conversions do not name the tokens in it.
     for name in ("kimi_k2", "deepseek_v3", "pythonic"):
-        if _has_all(token_id, TOOL_FORMS[name].tokens):
-            return TOOL_FORMS[name]
+        if _has_all(token_id, TOOL_FORMATS[name].tokens):
+            return TOOL_FORMATS[name]
     return None
 
 
@@ -190,21 +192,11 @@ def _has_all(token_id: TokenId, texts: tuple[str, ...]) -> bool:
     return all(token_id(text) is not None for text in texts)
 
 
-def _reasoning_of_model(template: str, token_id: TokenId) -> ReasoningForm | None:
-    for form in REASONING_FORMS.values():
+def _reasoning_of_model(template: str, token_id: TokenId) -> ReasoningFormat | None:
+    for form in REASONING_FORMATS.values():
         if not form.begins_inside and _has_all(token_id, form.tokens):
             return form
-    for form in REASONING_FORMS.values():
+    for form in REASONING_FORMATS.values():
         if form.opens in template and form.close in template:
             return form
     return None
-
-
-def known_tool_parsers() -> list[str]:
-    """Return the names that ``--tool-parser`` takes, without aliases."""
-    return [NONE, *sorted(TOOL_FORMS)]
-
-
-def known_reasoning_parsers() -> list[str]:
-    """Return the names that ``--reasoning-parser`` takes, without aliases."""
-    return [NONE, *sorted(REASONING_FORMS)]

@@ -1,4 +1,4 @@
-"""Decide what a node needs, from what it says that it lacks: files of another content, and room."""
+"""Segments that a node needs of a model: what it lacks, and files of another content."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from k2cli.transfer.request import PushRequest
 from k2cli.units import MIB, format_bytes
 
 _MARGIN_BYTES = 16 * MIB
+"""Room beside the files, for journals, links and lists."""
 _HASH_BYTES_PER_SECOND = 50_000_000
 _LEAST_SECONDS = 60.0
+"""Limit of hashing files at the source: a slow disk's rate, and the least time for small files."""
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """The share of one node: segments by file, and what becomes of files of the same name."""
+class Needs:
+    """Segments that a node needs, by the index of their file, and what becomes of its own files.
+
+    ``same`` are files of the node whose content is the source's, ``replaced`` those of another one.
+    """
 
     missing: dict[int, tuple[int, ...]]
     same: tuple[int, ...]
@@ -29,8 +34,8 @@ class Decision:
     there_bytes: int
 
 
-def decide(request: PushRequest, node: str, share: Share, lacks: Lacks) -> Decision:
-    """Decide what a node gets.
+def find_needs(request: PushRequest, node: str, share: Share, lacks: Lacks) -> Needs:
+    """Find out what a node needs of its share.
 
     Raises:
         ClusterError: if it has files of the same name with another content that may not be
@@ -57,7 +62,7 @@ def decide(request: PushRequest, node: str, share: Share, lacks: Lacks) -> Decis
             f"ssh {node} df -h",
         )
     total = sum(file.nbytes for file in share.files)
-    return Decision(missing, same, replaced, needed, total - needed)
+    return Needs(missing, same, replaced, needed, total - needed)
 
 
 def _compare(

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from k2cli.models.checkpoint import DTYPE_BITS
 from k2cli.models.layout import INDEX_NAME
+from k2cli.models.safetensors_header import DTYPE_BITS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

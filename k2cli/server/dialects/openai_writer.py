@@ -13,11 +13,11 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from k2cli.protocol import PromptProgress
-from k2cli.server.dialects.writer import AnswerContext, sse_data
+from k2cli.server.dialects.writer import SSE_COMMENT, AnswerContext, sse_data
 from k2cli.server.errors import ApiError
 from k2cli.server.generation import Ended, Idle, Step
 from k2cli.server.output.events import OutputEvent
-from k2cli.server.usage import openai_usage
+from k2cli.server.usage import AnswerUsage, timings
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -25,8 +25,7 @@ _DONE = b"data: [DONE]\n\n"
 class OpenAIWriter(ABC):
     """The part that OpenAI's two older routes share; subclasses know the objects."""
 
-    # A comment in the event stream.
-    keep_alive = b": waiting\n\n"
+    keep_alive = SSE_COMMENT
 
     def __init__(self, context: AnswerContext) -> None:
         self.context = context
@@ -109,3 +108,19 @@ class OpenAIWriter(ABC):
 
     def error_object(self, error: ApiError) -> dict[str, Any]:
         return error.body()
+
+
+def openai_usage(used: AnswerUsage) -> dict[str, Any]:
+    """Make OpenAI's usage object of a chat completion or a completion."""
+    members: dict[str, Any] = {
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "total_tokens": used.prompt_tokens + used.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
+    }
+    if used.max_tokens is not None:
+        members["max_tokens"] = used.max_tokens
+    if used.finished is not None:
+        members["timings"] = timings(used.finished)
+    return members

@@ -1,4 +1,4 @@
-"""Transfer of files by several streams: which range is next, retries, limits, and what to report.
+"""Download of files by several streams: which range is next, retries, limits, and what to report.
 
 The thread of the caller decides about files: it takes their locks, opens and ends them, and reports
 progress. Streams are threads that fetch ranges. A stream prefers a file that no other one works on,
@@ -25,17 +25,19 @@ from k2cli.models.sources.byte_source import ByteSource
 from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.partial_file import PartialFile
 from k2cli.models.sources.range_stream import (
+    DownloadOptions,
     RangeStream,
+    RateLimit,
     RetiredError,
     SharedState,
-    TransferOptions,
 )
-from k2cli.models.sources.rate_limit import RateLimit
 
 _LEAST_RANGE_BYTES, _MOST_RANGE_BYTES = 4 * 2**20, 256 * 2**20
+"""Bounds of a range: what is left of a file is divided among the streams, within these."""
 _SECONDS_BETWEEN_REPORTS = 0.2
 _SECONDS_BETWEEN_LOCK_TRIES = 0.3
 _END_SECONDS = 3.0
+"""Time that streams have to write what they have received, at the end or after Ctrl-C."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,10 @@ class FileProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class TransferProgress:
-    """State of a transfer. ``received_bytes`` and ``seconds`` are those of this run.
+class DownloadProgress:
+    """State of a download. ``received_bytes`` and ``seconds`` are those of this run.
 
-    ``files`` are those being transferred; ``note`` says what it waits for, if it waits.
+    ``files`` are those being downloaded; ``note`` says what it waits for, if it waits.
     """
 
     done_bytes: int
@@ -96,7 +98,7 @@ class Place(Protocol):
         """Move the verified partial content to its place, and return the path of the file."""
 
 
-OnTransfer = Callable[[TransferProgress | FileFinished], None]
+OnDownloadEvent = Callable[[DownloadProgress | FileFinished], None]
 
 
 @dataclass(slots=True)
@@ -110,14 +112,14 @@ class _Active:
     ended: bool = False
 
 
-class Transfer:
-    """One transfer of files into their places; ``run`` does it."""
+class ParallelDownload:
+    """One download of files into their places; ``run`` does it."""
 
     def __init__(
         self,
         places: Sequence[tuple[Place, ByteSource]],
-        options: TransferOptions,
-        on_event: OnTransfer,
+        options: DownloadOptions,
+        on_event: OnDownloadEvent,
     ) -> None:
         self._options, self._on_event = options, on_event
         self._folder = places[0][0].partial.parent if places else Path()
@@ -218,7 +220,7 @@ class Transfer:
                 self._condition.notify_all()  # what was damaged is missing again
             self._happened.put(None)
 
-        with contextlib.suppress(RuntimeError):  # the transfer is ending
+        with contextlib.suppress(RuntimeError):  # the download is ending
             self._hashers.submit(hash_and_tell)
 
     def _wait(self) -> None:
@@ -291,7 +293,7 @@ class Transfer:
         done = self._finished_bytes + sum(file.done_bytes for file in files)
         if not active and self._waiting:
             note = "waiting for another download of these files"
-        self._on_event(TransferProgress(done, self._total_bytes, received, seconds, files, note))
+        self._on_event(DownloadProgress(done, self._total_bytes, received, seconds, files, note))
 
     def _end(self, streams: Sequence[threading.Thread]) -> None:
         """End the streams, which write what they have, and close everything."""

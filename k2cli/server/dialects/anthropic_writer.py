@@ -13,7 +13,7 @@ from typing import Any
 from k2cli.protocol import PromptProgress
 from k2cli.server.dialects.anthropic_ids import client_id
 from k2cli.server.dialects.error_responses import anthropic_error
-from k2cli.server.dialects.writer import AnswerContext, sse_event
+from k2cli.server.dialects.writer import AnswerContext, BlankStart, sse_event
 from k2cli.server.errors import ApiError
 from k2cli.server.generation import Ended, Idle, Step
 from k2cli.server.output.events import (
@@ -55,8 +55,8 @@ class MessagesWriter:
         self._started = False
         self._index = -1
         self._open: str | None = None
-        self._held: list[str] = []
-        self._held_kind = ""
+        self._blank = BlankStart()
+        self._wraps: bool | None = None
 
     # --- the stream -------------------------------------------------------------------------------
 
@@ -99,23 +99,35 @@ class MessagesWriter:
                 return self._text("text", text)
             case CallBegan(call_id=call_id, name=name):
                 block = self._call(call_id, name, {})
-                return self._close() + self._begin("tool_use", block)
+                closed, self._wraps = self._close(), None
+                return closed + self._begin("tool_use", block)
             case CallArguments(text=text):
-                return self._delta({"type": "input_json_delta", "partial_json": text})
+                return self._input_delta(self._wrapped(text))
             case CallEnded():
                 return self._close()
 
+    def _wrapped(self, text: str) -> str:
+        """Return arguments to send; those that do not begin like an object become a member of one.
+
+        The SDKs read the arguments as JSON while they arrive, and fail on anything else.
+        """
+        begins = self._wraps is None
+        if self._wraps is None and text:
+            self._wraps = not text.startswith("{")
+        if not self._wraps:
+            return text
+        escaped = json.dumps(text, ensure_ascii=False)[1:-1]
+        return f'{{"{RAW_ARGUMENTS}": "{escaped}' if begins else escaped
+
+    def _input_delta(self, text: str) -> bytes:
+        return self._delta({"type": "input_json_delta", "partial_json": text})
+
     def _text(self, kind: str, text: str) -> bytes:
         if self._open == kind:
-            self._held = []
+            self._blank.clear()
             return self._delta({"type": _DELTAS[kind], kind: text}) if text else b""
-        # The letters that begin a block wait for one that is not white space.
-        if self._held_kind != kind:
-            self._held, self._held_kind = [], kind
-        self._held.append(text)
-        if not text.strip():
+        if not (text := self._blank.add(kind, text)):
             return b""
-        text, self._held = "".join(self._held), []
         block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
         begun = self._close() + self._begin(kind, block)
         return begun + self._delta({"type": _DELTAS[kind], kind: text})
@@ -129,13 +141,16 @@ class MessagesWriter:
         return self._block_event("content_block_delta", delta=delta)
 
     def _close(self) -> bytes:
-        kind, self._open, self._held = self._open, None, []
+        kind, self._open = self._open, None
+        self._blank.clear()
         if kind is None:
             return b""
-        signed = b""
+        last = b""
         if kind == "thinking":
-            signed = self._delta({"type": "signature_delta", "signature": SIGNATURE})
-        return signed + self._block_event("content_block_stop")
+            last = self._delta({"type": "signature_delta", "signature": SIGNATURE})
+        elif kind == "tool_use" and self._wraps:
+            last = self._input_delta('"}')
+        return last + self._block_event("content_block_stop")
 
     def _block_event(self, name: str, **members: Any) -> bytes:
         return sse_event(name, {"type": name, "index": self._index, **members})

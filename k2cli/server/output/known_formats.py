@@ -7,7 +7,7 @@ import re
 from k2cli.server.output import harmony
 from k2cli.server.output.emitter import MAX_NAME_LETTERS, short_call_id
 from k2cli.server.output.json_calls import (
-    HeaderForm,
+    HeaderFormat,
     JsonObjects,
     deepseek_header,
     header_calls,
@@ -16,12 +16,12 @@ from k2cli.server.output.json_calls import (
     read_value,
 )
 from k2cli.server.output.mlx_lm_calls import emit_whole, whole_calls
-from k2cli.server.output.parser import ReasoningForm
-from k2cli.server.output.reader import CallContext, ToolForm
+from k2cli.server.output.parser import ReasoningFormat
 from k2cli.server.output.source import WHITESPACE, Machine, Reading
+from k2cli.server.output.tool_format import CallContext, ToolFormat
 from k2cli.server.output.typed_calls import (
-    PairForm,
-    TypedForm,
+    PairFormat,
+    TypedFormat,
     attribute,
     deepseek_value,
     pair_calls,
@@ -33,11 +33,11 @@ from k2cli.server.output.typed_calls import (
 _XTML_TOKENS = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
 
 
-def _single(name: str, opens: str, close: str, begins_inside: bool = False) -> ReasoningForm:
-    return ReasoningForm(name, opens, close, (opens, close), begins_inside)
+def _single(name: str, opens: str, close: str, begins_inside: bool = False) -> ReasoningFormat:
+    return ReasoningFormat(name, opens, close, (opens, close), begins_inside)
 
 
-REASONING_FORMS: dict[str, ReasoningForm] = {
+REASONING_FORMATS: dict[str, ReasoningFormat] = {
     form.name: form
     for form in (
         _single("think", "<think>", "</think>"),
@@ -46,9 +46,9 @@ REASONING_FORMS: dict[str, ReasoningForm] = {
         _single("think_marks", "<|think:start|>", "<|think:end|>"),
         _single("mistral", "[THINK]", "[/THINK]"),
         _single("seed", "<seed:think>", "</seed:think>"),
-        ReasoningForm("gemma4", "<|channel>thought", "<channel|>", ("<|channel>", "<channel|>")),
-        ReasoningForm(harmony.NAME, "<|channel|>analysis<|message|>", "<|end|>", harmony.TOKENS),
-        ReasoningForm(
+        ReasoningFormat("gemma4", "<|channel>thought", "<channel|>", ("<|channel>", "<channel|>")),
+        ReasoningFormat(harmony.NAME, "<|channel|>analysis<|message|>", "<|end|>", harmony.TOKENS),
+        ReasoningFormat(
             "kimi_k3",
             "<|open|>think<|sep|>",
             "<|close|>think<|sep|>",
@@ -127,7 +127,7 @@ def _pythonic_calls(context: CallContext, marker: str) -> Reading:
 
 # --- all forms ---
 
-_K2 = HeaderForm(
+_K2 = HeaderFormat(
     "<|tool_call_begin|>",
     "<|tool_call_argument_begin|>",
     "<|tool_call_end|>",
@@ -135,7 +135,7 @@ _K2 = HeaderForm(
     k2_header,
     numbered=True,
 )
-_DEEPSEEK = HeaderForm(
+_DEEPSEEK = HeaderFormat(
     "<｜tool▁call▁begin｜>",
     "<｜tool▁sep｜>",
     "<｜tool▁call▁end｜>",
@@ -145,17 +145,17 @@ _DEEPSEEK = HeaderForm(
 )
 
 
-def _header_form(name: str, section: str, form: HeaderForm, *tokens: str) -> ToolForm:
+def _header_format(name: str, section: str, form: HeaderFormat, *tokens: str) -> ToolFormat:
     marks = (section, form.call, form.arguments, form.call_end, form.section_end, *tokens)
-    return ToolForm(name, (section, form.call), marks, header_calls(form))
+    return ToolFormat(name, (section, form.call), marks, header_calls(form))
 
 
 _DSML = "｜DSML｜"
 _QWEN_SECTION = ("<tool_call>", "</tool_call>")
 
 
-def _dsml(section: str) -> TypedForm:
-    return TypedForm(
+def _dsml(section: str) -> TypedFormat:
+    return TypedFormat(
         f"<{_DSML}invoke",
         f"<{_DSML}parameter",
         ">",
@@ -168,28 +168,28 @@ def _dsml(section: str) -> TypedForm:
     )
 
 
-def _pair_form(name: str, prefix: str = "") -> ToolForm:
+def _pair_format(name: str, prefix: str = "") -> ToolFormat:
     key, value = f"{prefix}arg_key", f"{prefix}arg_value"
     section = (f"<{prefix}tool_call>", f"</{prefix}tool_call>")
     tags = ((f"<{key}>", f"</{key}>"), (f"<{value}>", f"</{value}>"))
-    form = PairForm(name, *tags, section[1])
-    return ToolForm(name, section[:1], (*section, *tags[0], *tags[1]), pair_calls(form))
+    form = PairFormat(name, *tags, section[1])
+    return ToolFormat(name, section[:1], (*section, *tags[0], *tags[1]), pair_calls(form))
 
 
-def _whole_form(name: str, opens: str, close: str) -> ToolForm:
+def _whole_format(name: str, opens: str, close: str) -> ToolFormat:
     tokens = (opens, close)
-    return ToolForm(name, (opens,), tokens, whole_calls(name, close))
+    return ToolFormat(name, (opens,), tokens, whole_calls(name, close))
 
 
-_FORMS = (
-    _header_form("kimi_k2", "<|tool_calls_section_begin|>", _K2),
-    _header_form("deepseek_v3", "<｜tool▁calls▁begin｜>", _DEEPSEEK),
-    ToolForm(
+_FORMATS = (
+    _header_format("kimi_k2", "<|tool_calls_section_begin|>", _K2),
+    _header_format("deepseek_v3", "<｜tool▁calls▁begin｜>", _DEEPSEEK),
+    ToolFormat(
         "kimi_k3",
         ("<|open|>tools<|sep|>",),
         _XTML_TOKENS,
         typed_calls(
-            TypedForm(
+            TypedFormat(
                 "<|open|>call",
                 "<|open|>argument",
                 "<|sep|>",
@@ -203,30 +203,30 @@ _FORMS = (
             )
         ),
     ),
-    ToolForm(
+    ToolFormat(
         "deepseek_v32",
         (f"<{_DSML}function_calls>",),
         (_DSML,),
         typed_calls(_dsml("function_calls")),
     ),
-    ToolForm(
+    ToolFormat(
         "deepseek_v4",
         (f"<{_DSML}tool_calls>",),
         (_DSML,),
         typed_calls(_dsml("tool_calls")),
     ),
     # Its calls are messages of their own, which ``harmony.read_messages`` reads.
-    ToolForm(harmony.NAME, (), harmony.TOKENS, hermes_calls("")),
-    _pair_form("glm47"),
-    _pair_form("laguna"),
-    _pair_form("longcat", "longcat_"),
-    ToolForm("json_tools", _QWEN_SECTION[:1], _QWEN_SECTION, hermes_calls(_QWEN_SECTION[1])),
-    ToolForm(
+    ToolFormat(harmony.NAME, (), harmony.TOKENS, hermes_calls("")),
+    _pair_format("glm47"),
+    _pair_format("laguna"),
+    _pair_format("longcat", "longcat_"),
+    ToolFormat("json_tools", _QWEN_SECTION[:1], _QWEN_SECTION, hermes_calls(_QWEN_SECTION[1])),
+    ToolFormat(
         "qwen3_coder",
         _QWEN_SECTION[:1],
         _QWEN_SECTION,
         typed_calls(
-            TypedForm(
+            TypedFormat(
                 "<function=",
                 "<parameter=",
                 ">",
@@ -238,12 +238,12 @@ _FORMS = (
         ),
         loose_opens=("<function=",),  # models of this family forget the section's marker
     ),
-    ToolForm(
+    ToolFormat(
         "minimax_m2",
         ("<minimax:tool_call>",),
         ("<minimax:tool_call>", "</minimax:tool_call>"),
         typed_calls(
-            TypedForm(
+            TypedFormat(
                 "<invoke name=",
                 "<parameter name=",
                 ">",
@@ -254,12 +254,12 @@ _FORMS = (
             )
         ),
     ),
-    ToolForm(
+    ToolFormat(
         "minicpm5",
         ("<function name=",),
         (),
         typed_calls(
-            TypedForm(
+            TypedFormat(
                 "<function name=",
                 "<param name=",
                 ">",
@@ -269,12 +269,12 @@ _FORMS = (
             )
         ),
     ),
-    ToolForm(
+    ToolFormat(
         "muse_spark",
         ("<atem:function_calls>",),
         ("<atem:function_calls>", "</atem:function_calls>"),
         typed_calls(
-            TypedForm(
+            TypedFormat(
                 "<atem:invoke",
                 "<atem:parameter",
                 ">",
@@ -287,26 +287,26 @@ _FORMS = (
             )
         ),
     ),
-    ToolForm(
+    ToolFormat(
         "mistral",
         (_MISTRAL_OPEN,),
         (_MISTRAL_OPEN, _MISTRAL_ARGUMENTS, _MISTRAL_ID),
         _mistral_calls,
         make_call_id=short_call_id,
     ),
-    ToolForm("llama3_json", ("<|python_tag|>",), ("<|python_tag|>",), hermes_calls(""), bare="{"),
-    ToolForm(
+    ToolFormat("llama3_json", ("<|python_tag|>",), ("<|python_tag|>",), hermes_calls(""), bare="{"),
+    ToolFormat(
         "llama4_pythonic",
         ("<|python_start|>",),
         ("<|python_start|>", "<|python_end|>"),
         _pythonic_calls,
         bare="[",
     ),
-    _whole_form("pythonic", "<|tool_call_start|>", "<|tool_call_end|>"),
-    _whole_form("function_gemma", "<start_function_call>", "<end_function_call>"),
-    _whole_form("gemma4", "<|tool_call>", "<tool_call|>"),
+    _whole_format("pythonic", "<|tool_call_start|>", "<|tool_call_end|>"),
+    _whole_format("function_gemma", "<start_function_call>", "<end_function_call>"),
+    _whole_format("gemma4", "<|tool_call>", "<tool_call|>"),
 )
-TOOL_FORMS: dict[str, ToolForm] = {form.name: form for form in _FORMS}
+TOOL_FORMATS: dict[str, ToolFormat] = {form.name: form for form in _FORMATS}
 
 TOOL_ALIASES = {
     "deepseek_v31": "deepseek_v3",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from k2cli.server.dialects.openai_stream import OpenAIWriter
+from k2cli.server.dialects.openai_writer import OpenAIWriter, openai_usage
 from k2cli.server.generation import Ended
 from k2cli.server.output.events import (
     AnswerText,
@@ -20,8 +20,7 @@ from k2cli.server.output.events import (
     OutputEvent,
     ReasoningText,
 )
-from k2cli.server.text import ScoredToken
-from k2cli.server.usage import openai_usage
+from k2cli.server.text_assembler import ScoredToken
 
 
 class ChatWriter(OpenAIWriter):

@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from k2cli.errors import K2Error
 from k2cli.models.text.chat_template import ChatTemplate
-from k2cli.models.text.conversation import ConversationRenderer
+from k2cli.models.text.conversation_renderer import ConversationRenderer
 from k2cli.models.text.tokenizer import Tokenizer
 from lab.toy_k2.template import K25_TEMPLATE, THINKING_TEMPLATE
 
