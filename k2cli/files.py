@@ -22,6 +22,9 @@ APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 """Flags of ``open_regular`` to write at the end of a file, which may not be there yet."""
 
 
+MAX_NAME_BYTES = 255
+"""Longest name of a file or folder that file systems allow, without its folders."""
+
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errors of a disk, or of a user's share of it, that has no room left."""
 
@@ -192,6 +195,21 @@ def read_tail(path: Path, limit_bytes: int) -> bytes:
         return file.read(limit_bytes)
 
 
+def name_with(name: str, ending: str) -> str:
+    """Return the name of a file beside another: its name and an ending, as far as systems allow.
+
+    A longer name is replaced by a hash of it: file systems allow 255 bytes for a name, and a
+    checkpoint's own may already have as many.
+    """
+    full = f"{name}{ending}"
+    if len(os.fsencode(full)) <= MAX_NAME_BYTES:
+        return full
+    import hashlib  # slow to import
+
+    start = "." if name.startswith(".") else ""
+    return f"{start}{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}{ending}"
+
+
 def write_atomically(path: Path, data: bytes | str, mode: int | None = None) -> None:
     """Replace a file by a complete new one, or leave it unchanged.
 
@@ -201,7 +219,7 @@ def write_atomically(path: Path, data: bytes | str, mode: int | None = None) -> 
     Raises:
         OSError: if the file cannot be written; its ``filename`` is ``path``.
     """
-    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    partial = path.with_name(name_with(f".{path.name}", f".{os.urandom(4).hex()}"))
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     content = data.encode() if isinstance(data, str) else data
     try:

@@ -77,6 +77,7 @@ ONLY_IN = {
         "models/sources/cache_layout.py",
     },
     "mlx_lm": {"mlx_lm_package.py"},
+    "modelscope_hub": {"models/modelscope.py"},
     "transformers": set[str](),
     "torch": set[str](),
     "typer": {"cli.py", "commands/"},
@@ -87,8 +88,8 @@ ONLY_IN = {
 }
 
 HEAVY = {
-    "httpx", "httpx2", "huggingface_hub", "jinja2", "mlx", "mlx_lm", "numpy", "prompt_toolkit",
-    "starlette", "tokenizers", "torch", "transformers", "uvicorn",
+    "httpx", "httpx2", "huggingface_hub", "jinja2", "mlx", "mlx_lm", "modelscope_hub", "numpy",
+    "prompt_toolkit", "starlette", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 
 # Started with ``python -m``, and imported by nothing.

@@ -12,13 +12,14 @@ import typer
 
 def download(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Alias, owner/name[@revision] or .gguf file.")
+        str,
+        typer.Argument(metavar="MODEL", help="Alias, owner/name[@revision] or .gguf file."),
     ],
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FOLDER", help="Folder to put the model in.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
+        str | None, typer.Option(help="Branch, tag or commit of a repository.")
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -75,6 +76,8 @@ def download(
     code. Each file is verified by its hash. An interrupted download continues where it was, and
     files that are already on this machine are not downloaded again, unless they are damaged.
 
+    A model of ModelScope is modelscope:owner/name[@revision].
+
     Example: k2 download demo
     """
     if cluster is not None or plan is not None:
@@ -97,7 +100,7 @@ def download(
         with ByteProgress() as progress:
 
             def show(event: Any) -> None:
-                _show(event, progress)
+                show_event(event, progress)
                 if as_lines:
                     print_json_line(_event_document(event))
 
@@ -160,7 +163,7 @@ def _command(
     return shlex.join(["k2", "download", model, *(word for pair in options for word in pair)])
 
 
-def _show(event: Any, progress: Any) -> None:
+def show_event(event: Any, progress: Any) -> None:
     from k2cli.models.sources.download import BytesDone, StepStarted
     from k2cli.models.sources.parallel_download import DownloadProgress
 

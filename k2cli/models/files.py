@@ -1,10 +1,10 @@
-"""Folders that are written completely or not at all, digests of files, and a lock."""
+"""Folders that are written completely or not at all, and a lock."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
+import glob
 import os
 import shutil
 import tempfile
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k2cli.errors import K2Error
-from k2cli.files import open_regular, unwritable
+from k2cli.files import name_with, open_regular, unwritable
 
-_CHUNK_BYTES = 2**20
+_RANDOM = "x" * 8
 
 
 @contextlib.contextmanager
@@ -42,21 +42,13 @@ def folder_being_made(folder: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary folders that a killed process left behind; call it with the lock held."""
-    for left in folder.parent.glob(_temporary_prefix(folder) + "*"):
+    for left in folder.parent.glob(glob.escape(_temporary_prefix(folder)) + "*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _temporary_prefix(folder: Path) -> str:
-    return f".{folder.name}.k2-"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, as lower-case hex."""
-    digest = hashlib.sha256()
-    with os.fdopen(open_regular(path, follow_links=True), "rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    # mkdtemp adds eight letters to it
+    return name_with(f".{folder.name}", ".k2-" + _RANDOM).removesuffix(_RANDOM)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Model references, as a user types them for MODEL, and their folders on this machine.
 
 A reference is an alias of the catalog (``demo``), a Hub repository (``owner/name`` with an
-optional ``@revision``) or a local path (a checkpoint folder or a .gguf file). Nothing is
-downloaded: ``local_checkpoint`` finds the folder on this machine or tells how to fetch it.
+optional ``@revision``), one of ModelScope (``modelscope:owner/name``) or a local path (a checkpoint
+folder or a .gguf file). Nothing is downloaded: ``local_checkpoint`` finds the folder on this
+machine or tells how to fetch it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from k2cli.errors import K2Error, UsageError
+from k2cli.files import name_with
 from k2cli.models.catalog import CatalogEntry, HubSource, WheelSource, catalog
 from k2cli.models.json_files import read_json_if_present
 from k2cli.models.layout import (
@@ -39,6 +41,9 @@ _REPO_PATTERN = re.compile(
 _SHOWN_NAMES, _SHOWN_CHARACTERS = 4, 100
 """Limits for messages: names of models, and characters of the given text."""
 
+MODELSCOPE = "modelscope:"
+"""Start of a reference to a repository of ModelScope."""
+
 SOURCE_NAME = "k2-source.json"
 """File in a converted folder that records its source."""
 
@@ -48,14 +53,15 @@ class ModelReference:
     """A parsed reference.
 
     ``path`` is set for local references; ``repo`` and ``revision`` for Hub repositories, and for
-    an alias of one.
+    an alias of one; ``modelscope_repo`` and ``revision`` for repositories of ModelScope.
     """
 
     text: str
-    kind: Literal["alias", "hub", "local"]
+    kind: Literal["alias", "hub", "modelscope", "local"]
     path: Path | None = None
     repo: str | None = None
     revision: str | None = None
+    modelscope_repo: str | None = None
 
     @property
     def entry(self) -> CatalogEntry | None:
@@ -79,6 +85,8 @@ def parse_reference(text: str) -> ModelReference:
         path = Path(text).expanduser()
     except RuntimeError as error:
         raise UsageError(f"'{text}' names no folder: {error}", "write the whole path") from None
+    if text.startswith(MODELSCOPE):
+        return _modelscope(text)
     if text and _exists(path):
         if path.name == "config.json" and path.is_file():
             path = path.parent  # a config without its checkpoint
@@ -90,6 +98,22 @@ def parse_reference(text: str) -> ModelReference:
     if match := _REPO_PATTERN.fullmatch(text):
         return ModelReference(text, "hub", repo=match["repo"], revision=match["revision"])
     raise _unknown(text)
+
+
+def _modelscope(text: str) -> ModelReference:
+    match = _REPO_PATTERN.fullmatch(text.removeprefix(MODELSCOPE))
+    if match is None:
+        raise UsageError(f"'{text}' is not {MODELSCOPE}owner/name", f"{MODELSCOPE}Qwen/Qwen3-0.6B")
+    return ModelReference(
+        text, "modelscope", revision=match["revision"], modelscope_repo=match["repo"]
+    )
+
+
+def modelscope_folder(repo: str, revision: str | None) -> Path:
+    """Return the folder of a repository of ModelScope: k2's own, one for each named revision."""
+    name = f"modelscope--{repo.replace('/', '--')}"
+    name += f"@{revision.replace('/', '--')}" if revision is not None else ""
+    return models_directory() / name_with(name, "")
 
 
 def _exists(path: Path) -> bool:
@@ -216,6 +240,11 @@ def present_folder(reference: ModelReference, *, part: bool = False) -> Path | N
     source, folder = conversion_source(reference), converted_folder(reference)
     if source is not None and folder is not None:
         return folder if is_conversion_of(folder, source) else None
+    if reference.modelscope_repo is not None:
+        from k2cli.models.sources.snapshot_record import record_path
+
+        folder = modelscope_folder(reference.modelscope_repo, reference.revision)
+        return folder if record_path(folder).is_file() else None
     if reference.repo is None:
         return None
     from k2cli.models.sources import hub

@@ -96,7 +96,8 @@ class Attempt:
         target = self._request.found.target
         if target is None:
             raise InternalError("a model without a place was offered")
-        process.send(Offer(target, share.files, dict(share.absent)))
+        record = self._request.found.record
+        process.send(Offer(target, share.files, dict(share.absent), record))
 
     def _start(self, node: Node, module: Any, data: int | None = None) -> NodeProcess:
         process = NodeProcess(node, module, self._events, data)

@@ -69,7 +69,7 @@ def _model_files(download: HubDownload, headers: dict[str, int]) -> ModelFiles:
         for file in download.files
     )
     target = Target("hub", listing.repo, listing.commit, references)
-    return ModelFiles(str(download.folder), target, files, {}, headers)
+    return ModelFiles(str(download.folder), target, files, {}, headers, record=download.record)
 
 
 def _run(download: HubDownload, add: OnFile) -> None:

@@ -12,9 +12,9 @@ import subprocess
 import time
 from pathlib import Path, PurePosixPath
 
-from k2cli.agent.weights.incoming import digest_of
 from k2cli.agent.weights.messages import Target
 from k2cli.errors import ClusterError, UsageError
+from k2cli.models.digests import sha256_of
 from k2cli.nodes.interpreter import last_line
 from k2cli.nodes.node import Node
 from k2cli.transfer.request import NodeResult, OnPushEvent, PushBytes, PushRequest, PushStep
@@ -137,7 +137,7 @@ def _compare(node: Node, source: Path, place: str, nbytes: int) -> None:
         done = node.run([*program, place], timeout_seconds=limit)
         if done.status == 0:
             found = last_line(done.stdout).split()[0].decode(errors="replace").lstrip("\\")
-            if found != digest_of(source):
+            if found != sha256_of(source):
                 raise ClusterError(
                     f"{place} on node {node.name} differs from {source}", "try again"
                 )

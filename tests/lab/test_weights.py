@@ -293,3 +293,25 @@ def test_a_download_for_a_cluster_asks_the_hub_once(hosts: Lab) -> None:
     there = hosts.exec("k2b", [*K2, "download", "mock/model"], offline)
     assert there.returncode == 0, there.stderr
     assert "is already at" in there.stdout
+    # The receiver has the record, and verifies by it; no network is needed.
+    checked = hosts.exec("k2b", [*K2, "models", "verify", "mock/model", "--json"], offline)
+    assert checked.returncode == 0, checked.stderr
+    document = json.loads(checked.stdout)
+    assert document["commit"] == COMMIT
+    assert {file["status"] for file in document["files"]} == {"verified"}
+    # A blob of the right size with other bytes is not "there": a push brings it again, alone.
+    damaged = snapshot / COMMIT / "model-00002-of-00003.safetensors"
+    size = damaged.stat().st_size
+    with damaged.open("r+b") as file:
+        file.seek(size - 9)
+        file.write(b"damage")
+    checked = hosts.exec("k2b", [*K2, "models", "verify", "mock/model"], offline)
+    assert checked.returncode == 1
+    assert "model-00002-of-00003.safetensors has another hash" in checked.stdout
+    again = hosts.exec("k2a", [*K2, "models", "push", "mock/model", "k2b", "--json"], settings)
+    assert again.returncode == 0, again.stderr
+    assert _nodes(again.stdout)["k2b"]["sent_bytes"] == size
+    checked = hosts.exec("k2b", [*K2, "models", "verify", "mock/model"], offline)
+    assert checked.returncode == 0, checked.stderr
+    again = hosts.exec("k2a", [*K2, "models", "push", "mock/model", "k2b", "--json"], settings)
+    assert _nodes(again.stdout)["k2b"]["sent_bytes"] == 0

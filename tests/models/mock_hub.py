@@ -136,11 +136,13 @@ class _Handler(BaseHTTPRequestHandler):
             nameless = {"id": "mock/model", "sha": self.hub.commit, "siblings": [{"rfilename": 5}]}
             self._send_json(nameless, body)
             return
+        revision = self.path.split("?")[0].partition("/revision/")[2]
+        commit = revision if revision in self.hub.earlier else self.hub.commit
         siblings = [
             {"rfilename": name, **(_metadata(name, data) if "blobs=" in self.path else {})}
-            for name, data in self.hub.files.items()
+            for name, data in self.hub.earlier.get(revision, self.hub.files).items()
         ]
-        document = {"id": "mock/model", "modelId": "mock/model", "sha": self.hub.commit}
+        document = {"id": "mock/model", "modelId": "mock/model", "sha": commit}
         self._send_json(document | {"siblings": siblings, "tags": [], "private": False}, body)
 
     def _tree(self) -> list[dict[str, object]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from k2cli.models.files import sha256_of
+from k2cli.models.digests import sha256_of
 from k2cli.models.layout import INDEX_NAME
 from k2cli.models.safetensors_writer import ShardWriter, TensorSpec
 from tests.models.mock_hub import Content, MockHub, StoredFile, served_hub

@@ -6,7 +6,6 @@ kept in memory but one block of each stream.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from k2cli.agent.weights.incoming import IncomingFile
 from k2cli.agent.weights.messages import SEGMENT_BYTES, Segments, segment_length
 from k2cli.errors import ClusterError, K2Error
 from k2cli.files import open_regular
+from k2cli.models.digests import new_sha256
 
 MARK = b"\nk2-weights-stream-1\n"
 _MAX_GREETING_BYTES = 2**16
@@ -64,7 +64,7 @@ class SegmentWriter:
             raise K2Error(f"cannot read {path}: {error.strerror}") from error
         try:
             self._write(_HEADER.pack(_SEGMENT, file.index, offset, length))
-            digest = hashlib.sha256()
+            digest = new_sha256()
             for start in range(0, length, BLOCK_BYTES):
                 block = self._buffer[: min(BLOCK_BYTES, length - start)]
                 _read_exactly(descriptor, path, block, offset + start)
@@ -157,7 +157,7 @@ class SegmentReader:
         ):
             raise StreamLost("the sender sent a piece that was not asked for")
         file.open()
-        digest = hashlib.sha256()
+        digest = new_sha256()
         done = 0
         while done < length:
             block = self._buffer[: min(BLOCK_BYTES, length - done)]

@@ -8,14 +8,15 @@ it says are not sent again. A complete file is flushed to the disk and renamed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from k2cli.agent.weights.messages import (
     SEGMENT_BYTES,
@@ -24,12 +25,13 @@ from k2cli.agent.weights.messages import (
     segment_length,
 )
 from k2cli.agent.weights.place import Place
-from k2cli.files import APPEND, open_regular, read_regular
+from k2cli.files import APPEND, name_with, open_regular, read_regular
+from k2cli.models.digests import OnBytes, sha256_of, sha256_of_range
+from k2cli.models.inventory.states import FileState, read_states, state_of
+from k2cli.models.sources.expected_files import expected_file, has_content
 
-_CHUNK_BYTES = 2**20
 _JOURNAL_LIMIT_BYTES = 256 * 2**20
 _LINE = re.compile(rb"(\d{1,9}) ([0-9a-f]{64})")
-OnBytes = Callable[[int], None]
 
 
 @dataclass(slots=True)
@@ -42,6 +44,8 @@ class IncomingFile:
     missing: set[int] = field(default_factory=set)
     digest: str = ""
     own_name: str = ""
+    known: FileState | None = None
+    checked_whole: bool = False
     _descriptor: int | None = None
     _journal: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -57,7 +61,7 @@ class IncomingFile:
         return self._beside("k2-journal")
 
     def _beside(self, ending: str) -> Path:
-        return self.data.with_name(f".{self.own_name or self.data.name}.{ending}")
+        return self.data.with_name(name_with(f".{self.own_name or self.data.name}", f".{ending}"))
 
     @property
     def missing_bytes(self) -> int:
@@ -70,14 +74,44 @@ class IncomingFile:
         Raises:
             OSError: if the files cannot be read.
         """
-        size = _size_of(self.data)
-        if size == self.offer.nbytes:
-            if not self.offer.blob and _modified(self.data) != self.offer.modified_ns:
-                self.digest = _digest_of(self.data, on_bytes)
-            return
+        if _size_of(self.data) == self.offer.nbytes:
+            if self.offer.blob:
+                if self._is_right(on_bytes):
+                    return
+            else:
+                if _modified(self.data) != self.offer.modified_ns:
+                    self.digest = sha256_of(self.data, on_bytes)
+                return
         self.miss_everything()
         if _size_of(self.partial) == self.offer.nbytes and self.offer.nbytes:
             self.missing -= set(self._intact(on_bytes))
+
+    def _is_right(self, on_bytes: OnBytes) -> bool:
+        """True if data of the right size have the hash that is their name.
+
+        They are not read if they are as they were when they were found to be right; or received
+        from the very file that is offered now.
+        """
+        now = state_of(self.data, self.offer.blob)
+        if now is not None and self.known is not None:
+            same = msgspec.structs.replace(now, checked=self.known.checked) == self.known
+            of_source = self.known.modified_ns == self.offer.modified_ns
+            if same and (self.known.checked == "whole" or of_source):
+                return True
+        file = expected_file(self.offer.name, self.offer.nbytes, self.offer.blob)
+        self.checked_whole = file is not None and has_content(self.data, file, on_bytes)
+        return self.checked_whole
+
+    def state(self) -> FileState | None:
+        """Return the state of a complete file with a hash, to be noted for a later transfer."""
+        if not self.offer.blob or self.missing:
+            return None
+        if self.checked_whole:
+            return state_of(self.data, self.offer.blob)
+        known = self.known
+        if known is not None and known == state_of(self.data, self.offer.blob, known.checked):
+            return known
+        return state_of(self.data, self.offer.blob, "pieces")
 
     def miss_everything(self) -> None:
         """Mark all segments as missing."""
@@ -99,7 +133,7 @@ class IncomingFile:
         with os.fdopen(open_regular(self.partial), "rb", buffering=0) as file:
             for number in sorted(known.keys() & self.missing):
                 length = segment_length(self.offer.nbytes, number)
-                digest = _hash_range(file.fileno(), number * SEGMENT_BYTES, length, on_bytes)
+                digest = sha256_of_range(file.fileno(), number * SEGMENT_BYTES, length, on_bytes)
                 if digest == known[number]:
                     yield number
 
@@ -183,7 +217,7 @@ class IncomingFile:
         if self.link is None or (self.link.exists() and self.link.samefile(self.data)):
             return
         self.link.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.link.with_name(f".{self.link.name}.k2-link")
+        temporary = self.link.with_name(name_with(f".{self.link.name}", ".k2-link"))
         temporary.unlink(missing_ok=True)
         try:
             temporary.symlink_to(os.path.relpath(self.data, self.link.parent))
@@ -209,6 +243,9 @@ def incoming_files(place: Place, offers: Sequence[WeightsFile]) -> list[Incoming
     of its own: the second would otherwise empty what was received and verified of the first.
     """
     files = [incoming_file(place, offer) for offer in offers]
+    states = read_states(place.folder)
+    for file in files:
+        file.known = states.get(file.offer.name)
     seen: dict[Path, int] = {}
     for file in files:
         count = seen[file.data] = seen.get(file.data, 0) + 1
@@ -222,33 +259,6 @@ def examine_all(files: list[IncomingFile], on_bytes: OnBytes) -> None:
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for _ in pool.map(lambda file: file.examine(on_bytes), files):
             pass
-
-
-def _digest_of(path: Path, on_bytes: OnBytes) -> str:
-    with os.fdopen(open_regular(path, follow_links=True), "rb", buffering=0) as file:
-        return _hash_range(file.fileno(), 0, os.fstat(file.fileno()).st_size, on_bytes)
-
-
-def _hash_range(descriptor: int, offset: int, length: int, on_bytes: OnBytes) -> str:
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(length, 1))))
-    while length:
-        count = os.preadv(descriptor, [buffer[: min(length, len(buffer))]], offset)
-        if count == 0:
-            break
-        digest.update(buffer[:count])
-        offset, length = offset + count, length - count
-        on_bytes(count)
-    return digest.hexdigest()
-
-
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, as lower-case hex.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
-    return _digest_of(path, lambda count: None)
 
 
 def _size_of(path: Path) -> int:

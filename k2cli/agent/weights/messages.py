@@ -12,6 +12,8 @@ from typing import Literal
 
 import msgspec
 
+from k2cli.models.sources.snapshot_record import SnapshotRecord
+
 SEGMENT_BYTES = 32 * 2**20
 """Bytes that are hashed, confirmed and continued as one piece."""
 
@@ -40,7 +42,8 @@ class Target(msgspec.Struct, frozen=True):
     """The place of a model, which each machine translates to a folder of its own.
 
     ``kind`` is ``hub`` (``name`` is the repository, ``commit`` and ``references`` its revision),
-    ``alias`` (``name`` is that of a model which k2 converts) or ``path`` (``name`` is the folder).
+    ``alias`` (``name`` is that of a folder of k2's own, such as of a model that k2 converts) or
+    ``path`` (``name`` is the folder).
     """
 
     kind: Literal["hub", "alias", "path"]
@@ -53,7 +56,8 @@ class ModelFiles(msgspec.Struct, frozen=True):
     """A model on a machine: its folder and files, or why it cannot be sent.
 
     ``absent`` are the weight files that a part of the model lacks, with their sizes;
-    ``header_bytes`` is the length of the header of each weight file.
+    ``header_bytes`` is the length of the header of each weight file. ``record`` is what the machine
+    knows about the files of the whole model.
     """
 
     folder: str = ""
@@ -62,6 +66,7 @@ class ModelFiles(msgspec.Struct, frozen=True):
     absent: dict[str, int] = {}
     header_bytes: dict[str, int] = {}
     problem: str = ""
+    record: SnapshotRecord | None = None
 
 
 # --- to and from the receiver -------------------------------------------------------------------
@@ -70,12 +75,14 @@ class ModelFiles(msgspec.Struct, frozen=True):
 class Offer(msgspec.Struct, frozen=True, tag=True):
     """Files that a machine is to have. ``absent`` are weight files that it is not to get.
 
-    Their headers are offered as files of the folder ``models.part.FOLDER``.
+    Their headers are offered as files of the folder ``models.part.FOLDER``. ``record`` is what the
+    source knows about the files of the whole model.
     """
 
     target: Target
     files: tuple[WeightsFile, ...]
     absent: dict[str, int] = {}
+    record: SnapshotRecord | None = None
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
@@ -116,7 +123,7 @@ ReceiverOrder = Offer | Begin | Listen | Stream | Alive | Finish
 
 
 class Checked(msgspec.Struct, frozen=True, tag=True):
-    """Bytes of earlier files and pieces that have been hashed so far."""
+    """Bytes of earlier files and pieces that have been compared so far."""
 
     done_bytes: int
     total_bytes: int

@@ -6,11 +6,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from k2cli.agent.weights.incoming import digest_of
 from k2cli.agent.weights.messages import ModelFiles, Target, WeightsFile
 from k2cli.agent.weights.place import is_known_name
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import Checkpoint, read_checkpoint
+from k2cli.models.digests import sha256_of
 from k2cli.models.layout import INDEX_NAME, names_in, supporting_files
 from k2cli.models.part import absent_files
 from k2cli.models.reference import (
@@ -19,6 +19,7 @@ from k2cli.models.reference import (
     local_checkpoint,
     parse_reference,
 )
+from k2cli.models.sources.snapshot_record import recorded_snapshot
 from k2cli.settings import models_directory
 
 _TEMPLATES = "additional_chat_templates"
@@ -41,6 +42,7 @@ def model_files(reference: str) -> ModelFiles:
         files,
         absent_files(folder),
         header_lengths(checkpoint),
+        record=recorded_snapshot(folder),
     )
 
 
@@ -51,6 +53,8 @@ def target_of(text: str, reference: ModelReference, folder: Path) -> Target:
     entry = reference.entry
     if entry is not None and folder == models_directory() / entry.alias:
         return Target("alias", entry.alias)
+    if reference.modelscope_repo is not None and folder.parent == models_directory():
+        return Target("alias", folder.name)
     if text.startswith("~/"):
         return Target("path", text.rstrip("/"))
     return Target("path", str(folder.absolute()))
@@ -111,5 +115,5 @@ def digests(folder: str, *names: str) -> dict[str, str]:
     """
     known = [name for name in names if is_known_name(name)]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda name: digest_of(Path(folder) / name), known)
+        found = pool.map(lambda name: sha256_of(Path(folder) / name), known)
         return dict(zip(known, found, strict=True))

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from k2cli.agent.weights.messages import (
     MAX_FILE_BYTES,
     MAX_FILES,
@@ -18,17 +20,20 @@ from k2cli.agent.weights.messages import (
     WeightsFile,
 )
 from k2cli.errors import K2Error, UsageError
+from k2cli.files import MAX_NAME_BYTES
 from k2cli.models.catalog import catalog
 from k2cli.models.layout import INDEX_NAME, is_own, supporting_files
 from k2cli.models.part import FOLDER
 from k2cli.models.reference import SOURCE_NAME
-from k2cli.models.sources.file_names import folded_name
+from k2cli.models.sources.file_names import folded_name, is_safe_name
+from k2cli.models.sources.snapshot_record import SnapshotRecord
 from k2cli.settings import models_directory
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9A-Za-z][\w.-]{0,199}", re.ASCII)
 _REFERENCE = re.compile(r"[0-9A-Za-z][\w-]*(?:[./][\w-]+){0,20}", re.ASCII)
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_MODELSCOPE = re.compile(r"modelscope--[\w.@-]{1,240}", re.ASCII)
 _MAX_REFERENCES = 20
 
 
@@ -50,8 +55,9 @@ def place_of(target: Target) -> Place:
     if target.kind == "hub":
         return _hub_place(target)
     if target.kind == "alias":
-        if target.name not in catalog() or not is_own(target.name):
-            raise UsageError(f"'{target.name}' is no model that k2 converts")
+        known = target.name in catalog() or _MODELSCOPE.fullmatch(target.name)
+        if not known or not is_own(target.name):
+            raise UsageError(f"'{target.name}' is no model in k2's own folder")
         return Place(models_directory() / target.name)
     path = Path(target.name)
     if target.name.startswith("~/"):
@@ -80,7 +86,7 @@ def _hub_place(target: Target) -> Place:
 def is_known_name(name: str) -> bool:
     """True for a file that a model has: weights, their index, config, tokenizer, templates."""
     plain = name.removeprefix(f"{FOLDER}/")
-    if not name.isprintable() or len(name.encode(errors="replace")) > 255:
+    if not name.isprintable() or len(plain.encode(errors="replace")) > MAX_NAME_BYTES:
         return False
     if is_own(plain) and plain.endswith(".safetensors") and len(plain) > len(".safetensors"):
         return True
@@ -112,6 +118,30 @@ def check_offer(offer: Offer) -> None:
     for file in offer.files:
         if file.blob and not _BLOB.fullmatch(file.blob):
             raise UsageError(f"'{file.blob}' is no name of the Hub's cache")
+
+
+def record_of(offer: Offer) -> SnapshotRecord | None:
+    """Return the record of the offered files, to be kept beside them; None if there is none.
+
+    Raises:
+        UsageError: if it is that of another model, or cannot be one.
+    """
+    record, target = offer.record, offer.target
+    if record is None:
+        return None
+    if target.kind == "hub" and (record.repo, record.commit) != (target.name, target.commit):
+        raise UsageError(f"the record of '{target.name}' is that of '{record.repo}'")
+    if not (_REPO.fullmatch(record.repo) and _COMMIT.fullmatch(record.commit)):
+        return None  # such as that of a folder whose origin is not known
+    sizes = {file.name: file.nbytes for file in offer.files}
+    files = tuple(
+        file
+        for file in record.files
+        if sizes.get(file.name) == file.nbytes and _BLOB.fullmatch(file.blob_name)
+    )
+    revision = record.revision if is_safe_name(record.revision) else record.commit
+    whole = record.whole and not offer.absent
+    return msgspec.structs.replace(record, files=files, revision=revision, whole=whole)
 
 
 def check_folder(place: Place, files: Sequence[WeightsFile], absent: Sequence[str]) -> None:

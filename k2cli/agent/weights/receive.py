@@ -40,15 +40,24 @@ from k2cli.agent.weights.messages import (
     ReceiverOrder,
     Stream,
 )
-from k2cli.agent.weights.place import Place, check_folder, check_offer, place_of
+from k2cli.agent.weights.place import (
+    Place,
+    check_folder,
+    check_offer,
+    place_of,
+    record_of,
+)
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.files import open_regular, unwritable, write_atomically
 from k2cli.models.inventory.known_folders import Stamp, remember_folder
+from k2cli.models.inventory.running import INCOMING_LOCK
+from k2cli.models.inventory.states import read_states, write_states
 from k2cli.models.inventory.verified import note_verified
 from k2cli.models.part import write_part_list
+from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
 
-_LOCK_NAME = ".k2-incoming.lock"
 _SECONDS_BETWEEN_REPORTS = 0.25
+_SECONDS_BETWEEN_NOTES = 2.0
 _COMPLETING_THREADS = 2
 
 
@@ -60,6 +69,9 @@ class Receiver:
         self._events = events
         self._offer: Offer | None = None
         self._place = Place(Path())
+        self._record: SnapshotRecord | None = None
+        self._noting = threading.Lock()
+        self._noted_seconds = 0.0
         self._files: list[IncomingFile] = []
         self._listeners: list[Listener] = []
         self._lock: int | None = None
@@ -100,6 +112,7 @@ class Receiver:
 
     def _examine(self, offer: Offer) -> Lacks:
         check_offer(offer)
+        self._record = record_of(offer)
         self._offer, self._place = offer, place_of(offer.target)
         check_folder(self._place, offer.files, tuple(offer.absent))
         self._take_lock()
@@ -112,6 +125,7 @@ class Receiver:
             for index, file in enumerate(self._files)
             if file.missing
         }
+        self._note_states()
         digests = {index: file.digest for index, file in enumerate(self._files) if file.digest}
         lacking = sum(file.missing_bytes for file in self._files)
         return Lacks(str(self._place.folder), missing, lacking, self._free_bytes(), digests)
@@ -120,7 +134,7 @@ class Receiver:
         """Refuse a second transfer of the same model to this machine."""
         base = self._place.blobs.parent if self._place.blobs else self._place.folder
         base.mkdir(parents=True, exist_ok=True)
-        descriptor = open_regular(base / _LOCK_NAME, os.O_WRONLY | os.O_CREAT, mode=0o644)
+        descriptor = open_regular(base / INCOMING_LOCK, os.O_WRONLY | os.O_CREAT, mode=0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -193,11 +207,26 @@ class Receiver:
                     self._files[index].complete()
                     self._arrived.add(self._files[index].offer.name)
                 self._files[index].make_link()
+                self._note_states(_SECONDS_BETWEEN_NOTES)
             except Exception as error:
                 end_with(self._events, error)
             self._events.send(FileReceived(index))
 
         self._completing.append(self._pool.submit(work))
+
+    def _note_states(self, least_seconds: float = 0.0) -> None:
+        """Note which files are right, so that the next transfer need not read them again."""
+        with self._noting:
+            if time.monotonic() - self._noted_seconds < least_seconds:
+                return
+            states = read_states(self._place.folder)
+            for file in self._files:
+                states.pop(file.offer.name, None)
+                if (state := file.state()) is not None:
+                    states[file.offer.name] = state
+            if states:
+                write_states(self._place.folder, states)
+            self._noted_seconds = time.monotonic()
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -210,6 +239,9 @@ class Receiver:
         if left is not None:
             raise ClusterError(f"{left.offer.name} is not complete")
         folder = self._place.folder
+        self._note_states()
+        if self._record is not None:
+            write_record(folder, self._record)
         if self._offer.absent:
             write_part_list(folder, self._offer.absent)
         if self._place.references is not None:
@@ -219,7 +251,7 @@ class Receiver:
                 write_atomically(path, self._offer.target.commit)
         note_verified(folder, sorted(self._arrived), "push")
         base = self._place.blobs.parent if self._place.blobs else folder
-        (base / _LOCK_NAME).unlink(missing_ok=True)
+        (base / INCOMING_LOCK).unlink(missing_ok=True)
         self._events.send(Finished(str(folder), cpu_seconds()))
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k2cli.errors import K2Error
-from k2cli.files import read_regular, write_atomically
+from k2cli.files import name_with, read_regular, write_atomically
 from k2cli.models.sources.expected_files import ExpectedFile, header_damage, verify_file
 from k2cli.models.sources.journal import journaled_bytes
 
@@ -61,7 +61,7 @@ def sweep_shared_store(file: Path, cache: Path) -> None:
     _shared_blobs.sweep_shared_blob(file, cache_dir=cache)
 
 
-def _try_lock(path: Path) -> contextlib.ExitStack | None:
+def try_lock(path: Path) -> contextlib.ExitStack | None:
     """Take a lock file in the way of the Hub library; None if another process holds it."""
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # lazily exported
 
@@ -126,6 +126,12 @@ class CachePlace:
         """Path of its journal."""
         return self.blob.with_name(f"{self.blob.name}.journal")
 
+    @property
+    def lock(self) -> Path:
+        """Path of the lock that the Hub library uses for this content."""
+        locks = self.storage.parent / ".locks" / self.storage.name
+        return locks / f"{self.blob.name}.lock"
+
     def prepare(self) -> None:
         """Make the folders that it needs."""
         self.blob.parent.mkdir(parents=True, exist_ok=True)
@@ -133,8 +139,7 @@ class CachePlace:
 
     def try_lock(self) -> contextlib.ExitStack | None:
         """Take the lock that the Hub library uses for this content."""
-        locks = self.storage.parent / ".locks" / self.storage.name
-        return _try_lock(locks / f"{self.blob.name}.lock")
+        return try_lock(self.lock)
 
     def is_there(self) -> bool:
         """True if nothing needs to be fetched; writes nothing."""
@@ -145,11 +150,15 @@ class CachePlace:
         if is_whole(self.path, self.file):
             return self.path
         if is_whole(self.blob, self.file):
-            self.prepare()
-            self._show_blob(is_new=False)
-            return self.path
+            return self.link()
         self.discard()
         return None
+
+    def link(self) -> Path:
+        """Show the content, which is there, in the model's folder, and return the file's path."""
+        self.prepare()
+        self._show_blob(is_new=False)
+        return self.path
 
     def discard(self) -> None:
         """Remove the file with its content, which is damaged."""
@@ -164,18 +173,26 @@ class CachePlace:
         return self.path
 
     def _show_blob(self, *, is_new: bool) -> None:
-        self.path.unlink(missing_ok=True)
-        if self.links:
-            target = os.path.relpath(self.blob, self.path.parent)
-            with contextlib.suppress(FileExistsError):  # another process made the same link
-                self.path.symlink_to(target)
-        elif is_new:
+        """Put the content in the snapshot; what is there stays until then."""
+        if not self.links and is_new:
             os.replace(self.blob, self.path)
-        else:
-            # Another snapshot may have the blob as its file; so does the Hub library.
-            import shutil
+            return
+        target = os.path.relpath(self.blob, self.path.parent)
+        if self.links and self.path.is_symlink() and os.readlink(self.path) == target:
+            return
+        ending = f".{os.urandom(4).hex()}"
+        temporary = self.path.with_name(name_with(f".{self.path.name}", ending))
+        try:
+            if self.links:
+                temporary.symlink_to(target)
+            else:
+                # Another snapshot may have the blob as its file; so does the Hub library.
+                import shutil
 
-            shutil.copyfile(self.blob, self.path)
+                shutil.copyfile(self.blob, temporary)
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +218,18 @@ class FolderPlace:
         """Path of its journal."""
         return self._own(".journal")
 
+    @property
+    def lock(self) -> Path:
+        """Path of the lock that the Hub library uses for this file."""
+        return self._notes().with_suffix(".lock")
+
     def _own(self, ending: str) -> Path:
         place = hashlib.sha256(self.file.name.encode()).hexdigest()[:16]
         return self._notes().parent / f"{place}.{self.file.blob_name[:40]}{ending}"
 
     def _notes(self) -> Path:
-        return self.folder / ".cache" / "huggingface" / "download" / f"{self.file.name}.metadata"
+        path = self.folder / ".cache" / "huggingface" / "download" / self.file.name
+        return path.with_name(name_with(path.name, ".metadata"))
 
     def prepare(self) -> None:
         """Make the folders that it needs.
@@ -223,7 +246,7 @@ class FolderPlace:
 
     def try_lock(self) -> contextlib.ExitStack | None:
         """Take the lock that the Hub library uses for this file."""
-        return _try_lock(self._notes().with_suffix(".lock"))
+        return try_lock(self.lock)
 
     def is_there(self) -> bool:
         """True if nothing needs to be fetched; writes nothing."""
@@ -268,15 +291,24 @@ class FolderPlace:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Places of a revision in the cache of the Hub library."""
+    """Places of a revision in the cache of the Hub library.
+
+    ``storage`` is the repository's folder, if it is not in the cache that the environment names.
+    """
 
     repo: str
     commit: str
+    storage: Path | None = None
+
+    @property
+    def repository(self) -> Path:
+        """Folder of the repository."""
+        return self.storage or repository_folder(self.repo)
 
     @property
     def folder(self) -> Path:
         """Folder of the model."""
-        return repository_folder(self.repo) / "snapshots" / self.commit
+        return self.repository / "snapshots" / self.commit
 
     def places(self, files: list[ExpectedFile], *, write: bool) -> list[CachePlace]:
         """Return the places of files; with ``write`` their folders are made.
@@ -284,7 +316,7 @@ class CacheLayout:
         Raises:
             OSError: if a folder cannot be made.
         """
-        storage, links = repository_folder(self.repo), True
+        storage, links = self.repository, True
         if write:
             storage.mkdir(parents=True, exist_ok=True)
             links = _links_work(storage.parent)
@@ -303,7 +335,7 @@ class CacheLayout:
         """
         if revision == self.commit:
             return
-        path = repository_folder(self.repo) / "refs" / revision
+        path = self.repository / "refs" / revision
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, self.commit)
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import InternalError, K2Error, UsageError
 from k2cli.models.catalog import WheelSource
@@ -19,6 +19,7 @@ from k2cli.models.reference import (
     conversion_source,
     converted_folder,
     is_conversion_of,
+    modelscope_folder,
     parse_reference,
 )
 from k2cli.models.sources.events import (
@@ -32,6 +33,9 @@ from k2cli.models.sources.events import (
 from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.selection import Selection
 from k2cli.settings import data_directory
+
+if TYPE_CHECKING:
+    from k2cli.models.sources.hub_download import Source
 
 __all__ = ["BytesDone", "Event", "Fetched", "FetchedFile", "StepStarted", "fetch"]
 
@@ -66,10 +70,15 @@ def fetch(
     """
     reference = parse_reference(text)
     selection = selection or Selection()
-    if reference.repo is not None:
-        wanted = revision or reference.revision
+    repo, wanted = reference.repo or reference.modelscope_repo, revision or reference.revision
+    if repo is not None:
+        source: Source = "hub" if reference.repo is not None else "modelscope"
+        if source == "modelscope":
+            if xet:
+                raise UsageError("--xet is for repositories of the Hub", "leave --xet out")
+            destination = destination or modelscope_folder(repo, wanted)
         return _from_hub(
-            _HubRequest(text, reference.repo, wanted, destination, selection),
+            _HubRequest(text, repo, wanted, destination, selection, source),
             dry_run,
             options or DownloadOptions(),
             xet,
@@ -96,6 +105,7 @@ class _HubRequest:
     revision: str | None
     destination: Path | None
     selection: Selection
+    source: Source
 
 
 def _from_hub(
@@ -107,10 +117,15 @@ def _from_hub(
 ) -> Fetched:
     from k2cli.models.sources.hub_download import plan_download, run_download
 
-    on_event(StepStarted(f"asking the Hub for {request.repo}"))
+    server = "the Hub" if request.source == "hub" else "ModelScope"
+    on_event(StepStarted(f"asking {server} for {request.repo}"))
     try:
         download = plan_download(
-            request.repo, request.revision, request.destination, request.selection
+            request.repo,
+            request.revision,
+            request.destination,
+            request.selection,
+            request.source,
         )
     except UsageError:
         raise
@@ -148,7 +163,8 @@ def _complete_copy(request: _HubRequest) -> Path | None:
     if folder is None:
         return hub.cached_folder(request.repo, request.revision)
     record = recorded_snapshot(folder)
-    if record is None or record.repo != request.repo or not record.whole:
+    same = record is not None and (record.source, record.repo) == (request.source, request.repo)
+    if record is None or not same or not record.whole:
         return None
     if request.revision not in (None, record.revision, record.commit):
         return None

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from k2cli.errors import K2Error
 from k2cli.files import open_regular
+from k2cli.models.digests import OnBytes, new_digest, read_into
 from k2cli.models.safetensors_header import read_safetensors_header
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
-_READ_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +44,8 @@ def expected_file(name: str, nbytes: int, content_hash: str) -> ExpectedFile | N
     return None
 
 
-class ContentDigest:
-    """Hash of a file's content, fed from its start to its end, of the kind that is expected."""
-
-    def __init__(self, expected: ExpectedFile) -> None:
-        self._expected = expected
-        if expected.sha256 is not None:
-            self._digest = hashlib.sha256()
-        else:
-            prefix = b"blob %d\0" % expected.nbytes
-            self._digest = hashlib.sha1(prefix, usedforsecurity=False)
-
-    def update(self, data: bytes | memoryview) -> None:
-        """Add the next bytes."""
-        self._digest.update(data)
-
-    def matches(self) -> bool:
-        """True if the content is the expected one."""
-        return self._digest.hexdigest() == self._expected.blob_name
-
-
 def verify_file(
-    path: Path, expected: ExpectedFile, on_bytes: Callable[[int], None] = lambda count: None
+    path: Path, expected: ExpectedFile, on_bytes: OnBytes = lambda count: None
 ) -> str | None:
     """Check a file on this machine by its size, its safetensors header and its hash.
 
@@ -84,17 +62,38 @@ def verify_file(
         descriptor = open_regular(path, follow_links=True)
     except FileNotFoundError:
         return "is missing"
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+    try:
+        size = os.fstat(descriptor).st_size
         if size != expected.nbytes:
             return f"has {size} bytes, not {expected.nbytes}"
         if (damage := header_damage(path, expected)) is not None:
             return damage
-        digest, buffer = ContentDigest(expected), memoryview(bytearray(_READ_BYTES))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            on_bytes(count)
-    return None if digest.matches() else f"has another hash than {expected.blob_name}"
+        digest = new_digest(expected.blob_name, size)
+        read_into(digest, descriptor, 0, size, on_bytes)
+    finally:
+        os.close(descriptor)
+    found = digest.hexdigest()
+    return None if found == expected.blob_name else f"has another hash than {expected.blob_name}"
+
+
+def has_content(path: Path, expected: ExpectedFile, on_bytes: OnBytes) -> bool:
+    """True if a file has the expected content, whatever its header says; False if it is not there.
+
+    Raises:
+        OSError: if it is there but cannot be read.
+    """
+    try:
+        descriptor = open_regular(path, follow_links=True)
+    except FileNotFoundError:
+        return False
+    try:
+        size = os.fstat(descriptor).st_size
+        digest = new_digest(expected.blob_name, size)
+        if size == expected.nbytes:
+            read_into(digest, descriptor, 0, size, on_bytes)
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest() == expected.blob_name
 
 
 def header_damage(path: Path, expected: ExpectedFile) -> str | None:

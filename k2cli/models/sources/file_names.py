@@ -11,11 +11,11 @@ import unicodedata
 from collections.abc import Collection
 
 from k2cli.errors import K2Error
+from k2cli.files import MAX_NAME_BYTES
 from k2cli.units import one_line
 
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|\ud800-\udfff]')
-_MAX_NAME_BYTES = 200  # what k2 adds for partial files stays below 255
 _MAX_PATH_BYTES = 1000
 _SHOWN_LETTERS = 100
 
@@ -50,7 +50,7 @@ def _problem(name: str) -> str | None:
             return "begins or ends with characters that some systems remove"
         if _RESERVED.fullmatch(part):
             return "is reserved on some systems"
-        if len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES:
+        if len(part.encode("utf-8", "replace")) > MAX_NAME_BYTES:
             return "is too long"
     if name.split("/")[0].casefold() == ".cache":
         return "is where download tools keep their own files"

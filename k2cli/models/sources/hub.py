@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.files import read_regular
@@ -44,13 +44,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Files of a repository at one commit: their sizes and the hashes of their contents."""
+    """Files of a repository at one commit: their sizes and the hashes of their contents.
+
+    ``source`` is the server.
+    """
 
     repo: str
     revision: str
     commit: str
     sizes: dict[str, int]
     hashes: dict[str, str]
+    source: Literal["hub", "modelscope"] = "hub"
 
     def expected(self, name: str) -> ExpectedFile:
         """Return what is known about a file.
@@ -60,6 +64,10 @@ class Listing:
         """
         content_hash = self.hashes.get(name, "")
         found = expected_file(name, self.sizes.get(name, 0), content_hash)
+        if found is None and self.source == "modelscope":
+            raise K2Error(
+                f"ModelScope gives no hash for {self.repo}/{name}, so it could not be verified"
+            )
         if found is None:
             raise K2Error(
                 f"the Hub gives no hash for {self.repo}/{name}, so it could not be verified",

@@ -1,4 +1,7 @@
-"""Download of files of a Hub repository: what is missing, room for it, transfer, and the record."""
+"""Download of files of a repository: what is missing, room for it, transfer, and the record.
+
+The repository is one of the Hub or of ModelScope.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from k2cli.errors import K2Error
 from k2cli.files import unwritable
+from k2cli.models import modelscope
 from k2cli.models.checkpoint import read_index
 from k2cli.models.inventory.known_folders import remember_folder
 from k2cli.models.inventory.verified import note_verified
@@ -30,11 +35,13 @@ from k2cli.models.sources.events import Event, OnEvent, StepStarted
 from k2cli.models.sources.file_names import check_names
 from k2cli.models.sources.http_source import HttpSource
 from k2cli.models.sources.hub_headers import read_weight_map
-from k2cli.models.sources.parallel_download import FileFinished, ParallelDownload
+from k2cli.models.sources.parallel_download import FileFinished, ParallelDownload, Place
 from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.selection import Selection, choose_files
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
 from k2cli.units import format_bytes
+
+Source = Literal["hub", "modelscope"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +71,33 @@ class HubDownload:
         """Folder of the model."""
         return self.layout.folder
 
+    @property
+    def record(self) -> SnapshotRecord:
+        """Record of the revision and its files."""
+        listing, files = self.listing, tuple(file.place.file for file in self.files)
+        return SnapshotRecord(
+            listing.source, listing.repo, listing.revision, listing.commit, files, self.whole
+        )
+
 
 def plan_download(
-    repo: str, revision: str | None, destination: Path | None, selection: Selection
+    repo: str,
+    revision: str | None,
+    destination: Path | None,
+    selection: Selection,
+    source: Source = "hub",
 ) -> HubDownload:
-    """Ask the Hub for the files of a revision, and find out what is missing; write nothing.
+    """Ask the server for the files of a revision, and find out what is missing; write nothing.
 
     Raises:
         NotAuthorisedError: if the repository is gated or private.
         UsageError: if the selection leaves nothing.
-        K2Error: if the Hub cannot be reached, or the repository has no weights that k2 reads.
+        K2Error: if the server cannot be reached, or the repository has no weights that k2 reads.
     """
-    listing = hub.list_repository(repo, revision)
+    if source == "modelscope":
+        listing = modelscope.list_repository(repo, revision)
+    else:
+        listing = hub.list_repository(repo, revision)
     layout = _layout(listing, destination)
     chosen = choose_files(listing.sizes, _weight_map(listing, layout), repo, selection)
     if not chosen.names:
@@ -95,14 +117,33 @@ def _weight_map(listing: hub.Listing, layout: Layout) -> dict[str, str] | None:
         (place,) = layout.places([listing.expected(INDEX_NAME)], write=False)
         if place.is_there() and place.path.is_file():
             return read_index(layout.folder)
+    if listing.source == "modelscope":
+        return modelscope.read_weight_map(listing)
     return read_weight_map(listing.repo, listing.commit, listing.sizes)
+
+
+def list_recorded(record: SnapshotRecord) -> hub.Listing:
+    """List the files of the commit of a record.
+
+    Raises:
+        NotAuthorisedError: if the repository is gated or private.
+        K2Error: if the server cannot be reached.
+    """
+    if record.source == "modelscope":
+        return modelscope.list_recorded(record.repo, record.revision, record.commit)
+    return hub.list_repository(record.repo, record.commit)
+
+
+def with_hashes(listing: hub.Listing, names: Collection[str]) -> hub.Listing:
+    """Complete the hashes of a listing; see ``hub.with_hashes``."""
+    return listing if listing.source == "modelscope" else hub.with_hashes(listing, names)
 
 
 def _planned(
     listing: hub.Listing, layout: Layout, names: Collection[str], *, whole: bool
 ) -> HubDownload:
     check_names(names, listing.repo)
-    listing = hub.with_hashes(listing, names)
+    listing = with_hashes(listing, names)
     places = layout.places([listing.expected(name) for name in names], write=False)
     files = tuple(
         FileToFetch(place, 0 if place.is_there() else missing_bytes(place)) for place in places
@@ -125,14 +166,12 @@ def run_download(
     """
     listing, layout = download.listing, download.layout
     files = [file.place.file for file in download.files]
-    _check_room(download)
+    into = download.files[0].place.partial.parent
+    check_free_space(into, download.missing_bytes, listing.repo, layout.folder)
     missing = sum(file.missing_bytes > 0 for file in download.files)
     if missing:
         count = f"{missing} file{'s' if missing > 1 else ''}"
         on_event(StepStarted(f"downloading {count} of {listing.repo}"))
-    record = SnapshotRecord(
-        "hub", listing.repo, listing.revision, listing.commit, tuple(files), download.whole
-    )
     received: list[str] = []
 
     def noting(event: Event) -> None:
@@ -142,7 +181,7 @@ def run_download(
 
     try:
         # Before the transfer, so that it can be told what an interrupted one lacks.
-        write_record(layout.folder, record)
+        write_record(layout.folder, download.record)
         if isinstance(layout, FolderLayout):
             remember_folder(layout.folder, "download")
         with kept_awake():
@@ -150,8 +189,10 @@ def run_download(
                 _with_library(download, on_event)
             else:
                 places = layout.places(files, write=True)
-                _transfer(listing, layout, places, options, noting)
-        write_record(layout.folder, record)
+                pairs: list[tuple[Place, ByteSource | None]] = [
+                    (place, _cached_source(listing, layout, place)) for place in places
+                ]
+                transfer_from_server(listing, pairs, options, noting)
         layout.set_revision(listing.revision)
     except OSError as error:
         raise unwritable(error, layout.folder) from error
@@ -159,30 +200,38 @@ def run_download(
         note_verified(layout.folder, received, "download")
 
 
-def _transfer(
+def transfer_from_server(
     listing: hub.Listing,
-    layout: Layout,
-    places: Sequence[CachePlace | FolderPlace],
+    places: Sequence[tuple[Place, ByteSource | None]],
     options: DownloadOptions,
     on_event: OnEvent,
 ) -> None:
-    service = hub.http_service(listing.repo, listing.commit)
-    source = HttpSource(service, options.streams, options.read_timeout_seconds)
+    """Transfer files to their places, each from its source; None stands for the server.
+
+    Raises:
+        NotAuthorisedError: if the server refuses a file.
+        K2Error: if a file cannot be fetched or written.
+    """
+    if listing.source == "modelscope":
+        service = modelscope.http_service(listing)
+    else:
+        service = hub.http_service(listing.repo, listing.commit)
+    server = HttpSource(service, options.streams, options.read_timeout_seconds)
     try:
-        with_sources = [(place, _nearest(listing, layout, place, source)) for place in places]
-        ParallelDownload(with_sources, options, on_event).run()
+        pairs = [(place, source or server) for place, source in places]
+        ParallelDownload(pairs, options, on_event).run()
     finally:
-        source.close()
+        server.close()
 
 
-def _nearest(
-    listing: hub.Listing, layout: Layout, place: CachePlace | FolderPlace, source: ByteSource
-) -> ByteSource:
+def _cached_source(
+    listing: hub.Listing, layout: Layout, place: CachePlace | FolderPlace
+) -> ByteSource | None:
     """Take a file for a folder from the cache, if it is there."""
-    if isinstance(layout, CacheLayout):
-        return source
+    if isinstance(layout, CacheLayout) or listing.source != "hub":
+        return None
     cached = CacheLayout(listing.repo, listing.commit).folder
-    return FolderSource(cached) if is_whole(cached / place.file.name, place.file) else source
+    return FolderSource(cached) if is_whole(cached / place.file.name, place.file) else None
 
 
 def _with_library(download: HubDownload, on_event: OnEvent) -> None:
@@ -201,16 +250,6 @@ def _with_library(download: HubDownload, on_event: OnEvent) -> None:
     )
 
 
-def _check_room(download: HubDownload) -> None:
-    place = download.files[0].place
-    try:
-        check_free_space(
-            place.partial.parent, download.missing_bytes, download.listing.repo, download.folder
-        )
-    except OSError as error:
-        raise unwritable(error, download.folder) from error
-
-
 def check_free_space(folder: Path, needed_bytes: int, what: str, shown: Path | None = None) -> None:
     """Check that the volume of a folder has room for a download.
 
@@ -220,47 +259,14 @@ def check_free_space(folder: Path, needed_bytes: int, what: str, shown: Path | N
     Raises:
         K2Error: if it has less.
     """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    try:
+        existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise unwritable(error, shown or folder) from error
     if needed_bytes > free:
         raise K2Error(
             f"{what} needs {format_bytes(needed_bytes)} more, {shown or folder} has "
             f"{format_bytes(free)} free",
             f"make room, or: k2 download {shlex.quote(what)} --to FOLDER on a larger disk",
         )
-
-
-def download_files(
-    repo: str,
-    revision: str | None,
-    names: Collection[str],
-    destination: Path | None = None,
-    *,
-    again: bool = False,
-    options: DownloadOptions | None = None,
-    on_event: OnEvent = lambda event: None,
-) -> Path:
-    """Fetch files of a repository by name, verify them, and return the model's folder.
-
-    Args:
-        revision: branch, tag or commit; to repair a model give the commit of its record.
-        destination: the folder of the model; None for the cache of the Hub library.
-        again: fetch them even if they look complete, because their bytes were found to be damaged.
-        on_event: called with each event.
-
-    Raises:
-        NotAuthorisedError: if the repository is gated or private.
-        K2Error: if a file is not in the repository, or cannot be fetched or written.
-    """
-    listing = hub.list_repository(repo, revision)
-    absent = sorted(set(names) - set(listing.sizes))
-    if absent:
-        raise K2Error(f"{repo}@{listing.commit} has no file '{absent[0]}'")
-    layout = _layout(listing, destination)
-    if again:
-        listing = hub.with_hashes(listing, names)
-        for place in layout.places([listing.expected(name) for name in names], write=False):
-            place.discard()
-    download = _planned(listing, layout, sorted(names), whole=False)
-    run_download(download, options or DownloadOptions(), on_event)
-    return layout.folder

@@ -63,7 +63,7 @@ def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
                 "check the name; for a private one run: hf auth login",
             )
         case errors.OfflineModeIsEnabled():
-            return K2Error(f"{name} is not here and HF_HUB_OFFLINE is set")
+            return K2Error(f"{name} is not here and HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
         case errors.HfHubHTTPError():
             status = getattr(error.response, "status_code", None)
             if status in (401, 403):

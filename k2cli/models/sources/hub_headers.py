@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from k2cli.errors import K2Error
-from k2cli.files import decode_json, read_regular, write_atomically
+from k2cli.files import decode_json, name_with, read_regular, write_atomically
 from k2cli.models.checkpoint import Checkpoint, read_config, read_tensors, weight_map_of
 from k2cli.models.layout import INDEX_NAME, no_safetensors_error
 from k2cli.models.safetensors_header import StoredTensor, header_length, tensors_of_header
@@ -129,7 +129,8 @@ class _KeptHeaders(msgspec.Struct, frozen=True):
 
 
 def _kept_file(repo: str, commit: str) -> Path:
-    return data_directory() / "headers" / f"{repo.replace('/', '--')}@{commit}.json.gz"
+    name = f"{repo.replace('/', '--')}@{commit}"
+    return data_directory() / "headers" / name_with(name, ".json.gz")
 
 
 def _unpacked(packed: bytes) -> bytes:

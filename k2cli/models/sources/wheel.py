@@ -21,7 +21,7 @@ from pathlib import Path
 from k2cli.errors import K2Error
 from k2cli.files import unwritable
 from k2cli.models.catalog import WheelSource
-from k2cli.models.files import sha256_of
+from k2cli.models.digests import sha256_of
 from k2cli.proxies import unusable_proxy
 
 Progress = Callable[[int, int], None]

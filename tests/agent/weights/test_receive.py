@@ -11,6 +11,7 @@ import struct
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from k2cli.agent.weights import messages
@@ -20,10 +21,22 @@ from k2cli.agent.weights.incoming import IncomingFile, incoming_file, incoming_f
 from k2cli.agent.weights.json_lines import Input, Output
 from k2cli.agent.weights.listener import Listener
 from k2cli.agent.weights.messages import Offer, Segments, SendOrder, Target, WeightsFile
-from k2cli.agent.weights.place import Place, check_folder, check_offer, place_of
+from k2cli.agent.weights.place import (
+    Place,
+    check_folder,
+    check_offer,
+    is_known_name,
+    place_of,
+    record_of,
+)
 from k2cli.agent.weights.receive import Receiver
 from k2cli.agent.weights.send import connect
 from k2cli.errors import ClusterError, K2Error, UsageError
+from k2cli.models.inventory.find import find_model
+from k2cli.models.inventory.states import read_states, write_states
+from k2cli.models.inventory.verify import verify_folder
+from k2cli.models.sources.expected_files import ExpectedFile
+from k2cli.models.sources.snapshot_record import SnapshotRecord, recorded_snapshot
 
 SEGMENT = 1024
 
@@ -289,3 +302,104 @@ def test_the_sender_sends_no_more_than_the_file_had(tmp_path: Path) -> None:
     writer = SegmentWriter(lambda data: None)
     with pytest.raises(K2Error, match="became shorter"):
         writer.send(tmp_path, Segments(0, "model.safetensors", 50, (0,)), 0)
+
+
+# --- what is there already, and the record ------------------------------------------------------
+
+
+def _received(place: Place, name: str, data: bytes, blob: str) -> IncomingFile:
+    (file,) = incoming_files(place, [WeightsFile(name, len(data), blob, 5_000_000_000)])
+    file.examine(lambda count: None)
+    frames = [
+        _frame(0, at, data[at : at + messages.SEGMENT_BYTES])
+        for at in range(0, len(data), messages.SEGMENT_BYTES)
+    ]
+    _receive(file, MARK + b"".join(frames) + struct.pack("<BIQI", 3, 0, 0, 0))
+    file.complete()
+    file.make_link()
+    return file
+
+
+def test_a_blob_is_hashed_before_it_counts_as_there(tmp_path: Path) -> None:
+    data = os.urandom(5000)
+    blob = hashlib.sha256(data).hexdigest()
+    place = Place(tmp_path / "snapshots" / "c", tmp_path / "blobs")
+    received = _received(place, "model.safetensors", data, blob)
+    state = received.state()
+    assert state is not None
+    assert state.checked == "pieces"
+
+    def read(offered: WeightsFile) -> tuple[int, bool, IncomingFile]:
+        """Examine the file again; return the bytes that were read, and whether it is right."""
+        counts: list[int] = []
+        (file,) = incoming_files(place, [offered])
+        file.examine(counts.append)
+        return sum(counts), not file.missing, file
+
+    offer = WeightsFile("model.safetensors", len(data), blob, 5_000_000_000)
+    assert read(offer)[:2] == (len(data), True)  # nothing was noted
+    write_states(place.folder, {"model.safetensors": state})
+    assert read(offer)[:2] == (0, True)  # it came from the very file that is offered
+    changed = msgspec.structs.replace(offer, modified_ns=6_000_000_000)
+    read_bytes, right, file = read(changed)  # the source's file was replaced since
+    assert (read_bytes, right) == (len(data), True)
+    whole = file.state()
+    assert whole is not None
+    assert whole.checked == "whole"
+    write_states(place.folder, {"model.safetensors": whole})
+    assert read(changed)[:2] == (0, True)
+    # A blob of the right size with other bytes is not there, and is replaced.
+    path = place.folder / "model.safetensors"
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    read_bytes, right, file = read(offer)
+    assert (read_bytes, right) == (len(data), False)
+    assert file.state() is None
+    _received(place, "model.safetensors", data, blob)
+    assert path.read_bytes() == data
+
+
+def test_the_receiver_keeps_the_record_of_what_it_received(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    files = {"config.json": b"{}", "model.safetensors": b"x" * 300}
+    expected = [
+        ExpectedFile(name, len(data), sha256=hashlib.sha256(data).hexdigest())
+        for name, data in files.items()
+    ]
+    record = SnapshotRecord("hub", "o/n", "main", "c1", (*expected, ExpectedFile("b", 1, "a" * 64)))
+    offers = tuple(
+        WeightsFile(file.name, file.nbytes, file.blob_name, 5_000_000_000) for file in expected
+    )
+    target = Target("hub", "o/n", "c1", ("main",))
+    offer = Offer(target, offers, {}, record)
+    with pytest.raises(UsageError, match="that of 'o/other'"):
+        record_of(Offer(target, offers, {}, msgspec.structs.replace(record, repo="o/other")))
+    part = record_of(Offer(target, offers, {"b.safetensors": 9}, record))
+    assert part is not None
+    assert not part.whole
+
+    receiver = Receiver(Input(), Output(os.open(os.devnull, os.O_WRONLY)))
+    receiver._examine(offer)
+    place = receiver._place
+    for file in expected:
+        _received(place, file.name, files[file.name], file.blob_name)
+    for incoming in receiver._files:
+        incoming.missing.clear()
+    receiver._finish()
+    kept = recorded_snapshot(place.folder)
+    assert kept is not None
+    assert (kept.repo, kept.commit, kept.whole, kept.files) == ("o/n", "c1", True, tuple(expected))
+    assert set(read_states(place.folder)) == set(files)
+    assert verify_folder(place.folder, kept).damaged == ()
+    model = find_model("o/n")
+    assert (model.folder, model.record) == (place.folder, kept)
+
+
+def test_a_name_of_255_bytes_is_received(tmp_path: Path) -> None:
+    name, data = f"model-{'x' * 237}.safetensors", os.urandom(3000)
+    assert is_known_name(name)
+    for place in (Place(tmp_path / "snapshots/c", tmp_path / "blobs"), Place(tmp_path / "own")):
+        _received(place, name, data, hashlib.sha256(data).hexdigest())
+        assert (place.folder / name).read_bytes() == data
+        assert [path.name for path in place.folder.iterdir()] == [name]

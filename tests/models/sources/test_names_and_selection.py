@@ -11,7 +11,7 @@ from k2cli.models.sources.selection import Selection, choose_files, kinds_of
 UNSAFE = [
     "", "/etc/passwd", "../x.json", "a/../../x.json", "a//b", "./a", "a\\..\\b", "C:x.json",
     "\\\\host\\x", "nul", "NUL.json", "a/com1.txt", "a.", "a ", " a", "a\x00b",
-    "a\nb", "a\x1b[2J", "x" * 201,
+    "a\nb", "a\x1b[2J", "x" * 256, "é" * 128,
     "/".join(["d" * 100] * 11), ".cache/huggingface/download/x", ".CACHE/x", "a?b", "a\ud800b",
 ]  # fmt: skip
 

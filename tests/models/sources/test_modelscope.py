@@ -1,0 +1,154 @@
+"""Downloads from ModelScope by the command, with its real client against a mock of its API."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from k2cli.errors import UsageError
+from k2cli.models.reference import parse_reference
+from k2cli.models.sources.snapshot_record import recorded_snapshot
+from tests.models.mock_modelscope import TOKEN, MockModelScope, served_modelscope
+from tests.models.sources.test_download_command import weights
+
+WEIGHTS = "model.safetensors"
+MODEL = "modelscope:mock/model"
+K2 = [sys.executable, "-m", "k2cli"]
+
+
+@pytest.fixture
+def scope(
+    toy_k2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MockModelScope]:
+    pytest.importorskip("modelscope_hub", reason="the extra 'modelscope' is not installed")
+    files = {path.name: path.read_bytes() for path in sorted(toy_k2.iterdir())}
+    files |= {WEIGHTS: weights(9_000_000), "modeling.py": b"raise SystemExit"}
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
+    with served_modelscope(MockModelScope({"master": files, "c" * 40: files})) as served:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", served.address)
+        yield served
+
+
+def k2(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*K2, *arguments], capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+def downloaded(*arguments: str, **environment: str) -> Path:
+    done = k2("download", *arguments, "--json", **environment)
+    assert done.returncode == 0, done.stderr
+    return Path(json.loads(done.stdout)["path"])
+
+
+def test_a_model_is_found_by_its_reference(scope: MockModelScope, tmp_path: Path) -> None:
+    folder = downloaded(MODEL)
+    record = recorded_snapshot(folder)
+    assert record is not None
+    assert (record.source, record.repo, record.revision) == ("modelscope", "mock/model", "master")
+    assert (record.commit, record.whole) == ("c" * 40, True)
+    wanted = scope.revisions["master"]
+    assert {file.name for file in record.files} == wanted.keys() - {"modeling.py"}
+    assert all((folder / file.name).read_bytes() == wanted[file.name] for file in record.files)
+    assert k2("models", "path", MODEL).stdout == f"{folder}\n"
+    sent = scope.sent_bytes
+    assert downloaded(MODEL) == folder
+    assert scope.sent_bytes == sent
+    # The client leaves no identity of a session in the home folder.
+    assert not (tmp_path / "home" / ".modelscope").exists()
+    # Without the server the complete copy is used.
+    assert downloaded(MODEL, MODELSCOPE_ENDPOINT="http://127.0.0.1:9") == folder
+
+
+def test_a_repair_takes_the_recorded_commit(scope: MockModelScope) -> None:
+    folder, old = downloaded(MODEL), scope.revisions["master"][WEIGHTS]
+    scope.revisions["master"] = scope.revisions["master"] | {WEIGHTS: weights(8_000_000, 3)}
+    data = bytearray(old)
+    data[-9] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+    scope.requested.clear()
+    done = k2("models", "verify", MODEL)
+    assert (done.returncode, scope.requested) == (1, [])
+    assert f"hint: k2 models verify {MODEL} --repair" in done.stderr
+    done = k2("models", "verify", MODEL, "--repair")
+    assert done.returncode == 0, done.stderr
+    assert (folder / WEIGHTS).read_bytes() == old
+
+
+def test_a_server_that_names_no_commits(scope: MockModelScope) -> None:
+    scope.names_commits = False
+    folder = downloaded(MODEL)
+    record = recorded_snapshot(folder)
+    assert record is not None
+    assert record.commit.startswith("listing-")
+    os.truncate(folder / WEIGHTS, 5000)
+    assert k2("models", "verify", MODEL, "--repair").returncode == 0
+    # The branch moves: what was recorded is no longer there.
+    os.truncate(folder / WEIGHTS, 5000)
+    scope.revisions["master"] = scope.revisions["master"] | {WEIGHTS: weights(8_000_000, 3)}
+    done = k2("models", "verify", MODEL, "--repair")
+    assert done.returncode == 1
+    assert f"has another content of '{WEIGHTS}'" in done.stderr
+    # A commit that the list names, but which is no revision with these files, is not believed.
+    scope.names_commits, scope.commit = True, "d" * 40
+    scope.revisions["d" * 40] = {"config.json": b"{}"}
+    assert recorded_snapshot(downloaded(MODEL)).commit.startswith("listing-")  # type: ignore[union-attr]
+
+
+def test_tokens_go_to_the_server_alone(scope: MockModelScope) -> None:
+    scope.private = True
+    done = k2("download", MODEL)
+    assert done.returncode == 4, done.stderr
+    assert "hint: modelscope login" in done.stderr
+    done = k2("download", MODEL, MODELSCOPE_API_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert scope.tokens
+    assert set(scope.tokens) == {"store "}  # the store is another host
+
+
+def test_what_a_server_may_get_wrong(scope: MockModelScope, tmp_path: Path) -> None:
+    scope.fault = "damages"
+    done = k2("download", MODEL)
+    assert (done.returncode, "arrived 3 times with another hash" in done.stderr) == (1, True)
+    scope.fault = "is a page"
+    done = k2("download", MODEL)
+    assert (done.returncode, "cannot be read" in done.stderr) == (1, True), done.stderr
+    scope.fault = ""
+    right = dict(scope.revisions["master"])
+    for name in ("../../escape.safetensors", "/abs.safetensors"):
+        files = right | {name: right[WEIGHTS]}
+        del files[WEIGHTS]
+        index = {"metadata": {}, "weight_map": {"t": name}}
+        files["model.safetensors.index.json"] = json.dumps(index).encode()
+        scope.revisions |= {"master": files, "c" * 40: files}
+        done = k2("download", MODEL, "--to", str(tmp_path / "here"))
+        assert done.returncode == 1, done.stderr
+        assert "its name" in done.stderr or "is not the name of" in done.stderr
+    assert not list(tmp_path.rglob("*.safetensors"))
+    done = k2("download", "modelscope:absent/model")
+    assert (done.returncode, "has no model 'absent/model'" in done.stderr) == (1, True)
+
+
+def test_without_the_client_the_hint_installs_it(tmp_path: Path) -> None:
+    (tmp_path / "modelscope_hub.py").write_text("raise ImportError")
+    done = k2("download", MODEL, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "hint: pip install 'k2cli[modelscope]'" in done.stderr
+
+
+def test_references() -> None:
+    found = parse_reference("modelscope:owner/name@v1")
+    assert (found.kind, found.modelscope_repo, found.revision) == ("modelscope", "owner/name", "v1")
+    assert (found.repo, found.path, found.entry) == (None, None, None)
+    for text in ("modelscope:", "modelscope:name", "modelscope:a/b/c", "modelscope:../x"):
+        with pytest.raises(UsageError, match="is not modelscope:owner/name"):
+            parse_reference(text)
