@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -25,11 +26,13 @@ def fit(rows: Sequence[Observation]) -> dict[str, float]:
     constants: dict[str, float] = {}
     for engine in ENGINES:
         names = [name for name in PRIORS if ENGINE_OF[name] == engine]
-        constants |= _fit_engine([row for row in rows if row.engine == engine], names)
+        constants |= _fit_engine(tuple(row for row in rows if row.engine == engine), tuple(names))
     return {name: constants[name] for name in PRIORS}
 
 
-def _fit_engine(rows: Sequence[Observation], names: Sequence[str]) -> dict[str, float]:
+# A fit without one source is another one for that source's engine alone.
+@functools.cache
+def _fit_engine(rows: tuple[Observation, ...], names: tuple[str, ...]) -> dict[str, float]:
     """Gauss-Newton in the logarithms of the constants, reweighted in every round."""
     centre = np.array([math.log(PRIORS[name].value) for name in names])
     spread = np.array([PRIORS[name].spread for name in names])

@@ -44,7 +44,7 @@ def run_fit() -> Outcome:
         held_out=predict(held_out, constants, spreads),
         folds=by_fold(rows, spreads, by_source=False),
         sources=by_fold(rows, spreads, by_source=True),
-        unusable=unusable,
+        unusable=list(unusable),
         digest=_digest(),
         cuda=run_cuda_fit(),
     )

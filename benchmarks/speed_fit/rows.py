@@ -77,8 +77,9 @@ class Unusable:
     reason: str
 
 
-def read_rows() -> tuple[list[Observation], list[Unusable]]:
-    """Read the usable figures, and the others with reasons."""
+@functools.cache
+def read_rows() -> tuple[tuple[Observation, ...], tuple[Unusable, ...]]:
+    """Read the usable figures, and the others with reasons; models are planned for it."""
     with (FOLDER / "measurements.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     usable: list[Observation] = []
@@ -96,7 +97,7 @@ def read_rows() -> tuple[list[Observation], list[Unusable]]:
         elif row["prefill_tokens_per_second"]:
             reason = f"prefill of {prompt} tokens: too short (its decode figure is used)"
             unusable.append(Unusable(*named, reason))
-    return usable, unusable
+    return tuple(usable), tuple(unusable)
 
 
 def _observation(row: dict[str, str], quantity: Quantity, prompt: int) -> Observation:
