@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import re
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,9 @@ from k2cli.proxies import proxy_errors
 from k2cli.units import one_line
 
 DEFAULT_REVISION = "master"
+
+_CLIENT = "modelscope-hub>=0.5"
+"""Requirement of the extra ``modelscope``, which an environment may be too old to know."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
@@ -157,7 +162,8 @@ def _api() -> Any:
         import modelscope_hub
     except ImportError as error:
         raise K2Error(
-            "ModelScope's client is not installed", "pip install 'k2cli[modelscope]'"
+            "ModelScope's client is not installed",
+            f"{shlex.quote(sys.executable)} -m pip install '{_CLIENT}'",
         ) from error
 
     class Config(modelscope_hub.HubConfig):  # type: ignore[misc, unused-ignore]

@@ -130,10 +130,12 @@ def _print_one(model: StoredModel, node: str) -> None:
         if value:
             print_line(f"  {name:<13} {one_line(value)}")
     for file in model.files:
-        print_line(
-            f"  {format_bytes(file.bytes):>9}  {one_line(file.name)}"
-            f"{'' if file.is_here else '  (missing)'}"
-        )
+        state = ""
+        if file.partial_bytes:
+            state = f"  ({format_bytes(file.partial_bytes)} are here)"
+        elif not file.is_here:
+            state = "  (missing)"
+        print_line(f"  {format_bytes(file.bytes):>9}  {one_line(file.name)}{state}")
 
 
 def _size_text(model: StoredModel) -> str:

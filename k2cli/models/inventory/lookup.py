@@ -9,7 +9,12 @@ from pathlib import Path
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.inventory.folders import described_folder, shown_path
 from k2cli.models.inventory.stored_model import StoredModel
-from k2cli.models.reference import ModelReference, converted_folder, parse_reference
+from k2cli.models.reference import (
+    ModelReference,
+    converted_folder,
+    modelscope_folder,
+    parse_reference,
+)
 
 _LEAST_LETTERS = 4
 
@@ -33,7 +38,7 @@ def matching_models(
     if not found:
         reference = parse_reference(text)
         found = _referred(models, reference)
-        wanted = reference.revision or ""
+        wanted = "" if reference.modelscope_repo else reference.revision or ""
     if not found:
         raise K2Error(f"model '{text}' is not on this machine", "k2 models list")
     for each in (wanted, revision):
@@ -45,6 +50,10 @@ def matching_models(
 def _referred(models: Sequence[StoredModel], reference: ModelReference) -> list[StoredModel]:
     if reference.repo is not None:
         return [each for each in models if each.kind == "hub" and each.repo == reference.repo]
+    if reference.modelscope_repo is not None:
+        # The revision is in the name of the folder.
+        place = os.path.realpath(modelscope_folder(reference.modelscope_repo, reference.revision))
+        return [model for model in models if os.path.realpath(model.folder) == place]
     folder = reference.path
     if folder is None or folder.is_file():
         folder = converted_folder(reference)
