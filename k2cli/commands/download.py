@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,6 +87,7 @@ def download(
         alone |= {"--dry-run": dry_run, "--events": events}
         download_to_cluster(model, revision, cluster, plan, alone=alone, as_json=json)
         return
+    from k2cli.commands.download_events import event_document, show_event
     from k2cli.errors import UsageError
     from k2cli.models.sources.download import fetch
     from k2cli.models.sources.selection import Selection, kinds_of
@@ -106,7 +106,7 @@ def download(
             def show(event: Any) -> None:
                 show_event(event, progress)
                 if as_lines:
-                    print_json_line(_event_document(event))
+                    print_json_line(event_document(event))
 
             fetched = fetch(
                 model,
@@ -189,70 +189,6 @@ def _command(
     flags = ["--xet"] if xet else []
     words = [word for pair in options for word in pair]
     return shlex.join(["k2", "download", model, *words, *flags])
-
-
-def show_event(event: Any, progress: Any) -> None:
-    from k2cli.models.sources.download import BytesDone, StepStarted
-    from k2cli.models.sources.parallel_download import DownloadProgress
-
-    if isinstance(event, StepStarted):
-        progress.step(event.text)
-    elif isinstance(event, BytesDone):
-        progress.advance(event.done_bytes, event.total_bytes)
-    elif isinstance(event, DownloadProgress):
-        progress.transfer(
-            event.done_bytes,
-            event.total_bytes,
-            event.received_bytes,
-            event.seconds,
-            [(file.name, file.done_bytes, file.total_bytes) for file in event.files],
-            event.note,
-        )
-
-
-def _event_document(event: Any) -> dict[str, Any]:
-    from k2cli.models.sources.download import BytesDone, StepStarted
-    from k2cli.models.sources.parallel_download import DownloadProgress, FileFinished
-
-    match event:
-        case StepStarted():
-            fields: dict[str, Any] = {"event": "step", "text": event.text}
-        case BytesDone():
-            fields = {
-                "event": "progress",
-                "done_bytes": event.done_bytes,
-                "total_bytes": event.total_bytes,
-            }
-        case DownloadProgress():
-            rate = event.received_bytes / event.seconds if event.seconds > 0 else None
-            fields = {
-                "event": "progress",
-                "done_bytes": event.done_bytes,
-                "total_bytes": event.total_bytes,
-                "received_bytes": event.received_bytes,
-                "bytes_per_second": None if rate is None else round(rate),
-                "files": _file_documents(event.files),
-                "note": event.note,
-            }
-        case FileFinished():
-            fields = {
-                "event": "file",
-                "name": event.file.name,
-                "bytes": event.file.nbytes,
-                "hash": event.file.blob_name,
-                "path": str(event.path),
-                "received": event.received,
-            }
-        case _:
-            fields = {"event": "unknown"}
-    return {"schema_version": 1, **fields}
-
-
-def _file_documents(files: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {"name": file.name, "done_bytes": file.done_bytes, "total_bytes": file.total_bytes}
-        for file in files
-    ]
 
 
 def _document(fetched: Any) -> dict[str, Any]:

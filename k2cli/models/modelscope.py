@@ -245,9 +245,19 @@ def _errors(api: Any, repo: str, revision: str) -> Iterator[None]:
 
 def _unreachable(repo: str, host: str, error: Exception) -> K2Error:
     return K2Error(
-        f"cannot list {repo} on {host}: {_first_line(error)}",
+        f"cannot list {repo} on {host}: {_first_line(_root(error))}",
         "check the network, and MODELSCOPE_ENDPOINT if you set it",
     )
+
+
+def _root(error: Exception) -> Exception:
+    """Return the error of the system behind the client's, which only repeats names of classes."""
+    each: BaseException | None = error
+    for _ in range(10):
+        each = (each.__cause__ or each.__context__) if each is not None else None
+        if isinstance(each, OSError) and each.strerror:
+            return each
+    return error
 
 
 def _refused(what: str, status: int) -> NotAuthorisedError:

@@ -140,6 +140,9 @@ def _print_one(model: StoredModel, node: str) -> None:
 
 def _size_text(model: StoredModel) -> str:
     text = format_bytes(model.bytes)
+    elsewhere = model.bytes - sum(f.bytes if f.is_here else f.partial_bytes for f in model.files)
+    if model.kind == "converted" and model.source and elsewhere > 0:
+        text += f", of which {format_bytes(elsewhere)} are the file that it is made from"
     if model.own_bytes != model.bytes:
         text += f", of which {format_bytes(model.own_bytes)} are of this revision alone"
     return text

@@ -75,7 +75,7 @@ class _Shown:
 
 
 def _repair(known: KnownModel, found: Verification) -> Verification:
-    from k2cli.commands.download import show_event
+    from k2cli.commands.download_events import show_event
     from k2cli.models.inventory.repair import repair
     from k2cli.ui.output import note
     from k2cli.ui.progress import ByteProgress

@@ -55,7 +55,9 @@ def _converted() -> Iterator[StoredModel]:
             continue
         entry = catalog().get(folder.name)
         if entry is not None and isinstance(entry.source, WheelSource):
-            yield described_folder(folder, "converted", folder.name, wheel_file(folder.name))
+            gguf = wheel_file(folder.name)
+            made_from = str(gguf) if gguf is not None else ""
+            yield described_folder(folder, "converted", folder.name, gguf, made_from)
             continue
         if name := _modelscope_name(folder):
             yield described_folder(folder, "converted", name)

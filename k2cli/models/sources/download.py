@@ -69,6 +69,9 @@ def fetch(
         K2Error: if the download or conversion fails.
     """
     reference = parse_reference(text)
+    if destination is not None and destination.exists() and not destination.is_dir():
+        problem = f"'{destination}' is not a folder"
+        raise UsageError(problem, "name a folder, or a path that is free")
     selection = selection or Selection()
     repo, wanted = reference.repo or reference.modelscope_repo, revision or reference.revision
     if repo is not None:
