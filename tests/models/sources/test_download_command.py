@@ -169,8 +169,8 @@ def test_what_is_printed_can_be_copied(hub: MockHub, tmp_path: Path) -> None:
     assert f"next: k2 plan-memory '{tmp_path / 'a b'}' --hardware" in done.stderr
     assert "      k2 launch mock/model@main\n" in k2("mock/model", "--revision", "main").stderr
     done = k2("mock/model", "--only", "config")
-    size = len(hub.files["config.json"])
-    assert done.stdout.startswith("mock/model: 1 chosen file is already in ")
+    size = len(hub.files["config.json"]) + len(hub.files["generation_config.json"])
+    assert done.stdout.startswith("mock/model: the 2 chosen files are already in ")
     assert done.stdout.endswith(f" ({format_bytes(size)})\n")
     assert "hint: k2 download mock/model --json --events\n" in k2("mock/model", "--events").stderr
     assert k2("mock/model", "--limit-rate", "50MB/s").returncode == 0
