@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from k2cli.errors import K2Error, UsageError
@@ -37,6 +38,10 @@ def matching_models(
     found = [model for model in models if model.kind == "hub" and model.repo == repo]
     if not found:
         reference = parse_reference(text)
+        if reference.modelscope_repo and revision:
+            named = _referred(models, replace(reference, revision=revision))
+            if named:
+                return named
         found = _referred(models, reference)
         wanted = "" if reference.modelscope_repo else reference.revision or ""
     if not found:

@@ -77,6 +77,8 @@ def test_a_model_is_listed_and_removed_by_its_reference(scope: MockModelScope) -
         (f"{MODEL}@master", "config", str(config)),
     ]
     assert f"repository    {MODEL.partition(':')[2]}\n" in k2("models", "show", MODEL).stdout
+    shown = k2("models", "show", MODEL, "--revision", "master").stdout
+    assert shown.startswith(f"{MODEL}@master\n")
     assert k2("models", "remove", MODEL, "--yes").returncode == 0
     assert (whole.exists(), config.exists()) == (False, True)
     assert k2("models", "remove", MODEL, "--yes").returncode == 1
