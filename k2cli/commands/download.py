@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,11 +87,16 @@ def download(
         alone |= {"--dry-run": dry_run, "--events": events}
         download_to_cluster(model, revision, cluster, plan, alone=alone, as_json=json)
         return
+    from k2cli.commands.download_events import event_document, show_event
+    from k2cli.errors import UsageError
     from k2cli.models.sources.download import fetch
     from k2cli.models.sources.selection import Selection, kinds_of
     from k2cli.ui.output import note, print_json, print_json_line, print_line, warn
     from k2cli.ui.progress import ByteProgress
 
+    if events and not json:
+        again = f"k2 download {shlex.quote(model)} --json --events"
+        raise UsageError("--events is for --json", again)
     selection = Selection(kinds_of(only or ()), tuple(include or ()), tuple(exclude or ()))
     options = _transfer_options(limit_rate)
     as_lines = json and events
@@ -102,7 +106,7 @@ def download(
             def show(event: Any) -> None:
                 show_event(event, progress)
                 if as_lines:
-                    print_json_line(_event_document(event))
+                    print_json_line(event_document(event))
 
             fetched = fetch(
                 model,
@@ -115,7 +119,8 @@ def download(
                 on_event=show,
             )
     except KeyboardInterrupt:
-        note(f"\ninterrupted; to continue: {_command(model, to, revision, selection, limit_rate)}")
+        command = _command(model, to, revision, selection, limit_rate, xet)
+        note(f"\ninterrupted; to continue: {command}")
         raise
     for warning in fetched.warnings:
         warn(warning)
@@ -125,12 +130,26 @@ def download(
     if json:
         print_json(_document(fetched))
         return
-    for line in _summary(fetched, dry_run):
+    for line in _summary(fetched, dry_run, chosen=not selection.is_default):
         print_line(line)
     if not dry_run and selection.is_default:
-        name = str(to) if to is not None else model
+        name = shlex.quote(_name_of(model, to, revision))
         note(f"\nnext: k2 plan-memory {name} --hardware '2x m3-ultra-512'")
         note(f"      k2 launch {name}")
+
+
+def _name_of(model: str, to: Path | None, revision: str | None) -> str:
+    """Return what a user types for what was downloaded."""
+    if to is not None:
+        # A relative path without a separator may be read as a name.
+        return str(to) if to.is_absolute() else f"./{to}"
+    if revision is None:
+        return model
+    from k2cli.models.reference import MODELSCOPE, parse_reference
+
+    reference = parse_reference(model)
+    repo = reference.repo or f"{MODELSCOPE}{reference.modelscope_repo}"
+    return f"{repo}@{revision}"
 
 
 def _transfer_options(limit_rate: str | None) -> Any:
@@ -140,16 +159,23 @@ def _transfer_options(limit_rate: str | None) -> Any:
 
     if limit_rate is None:
         return DownloadOptions()
-    rate = parse_bytes(limit_rate)
+    hint = "--limit-rate 50M"
+    try:
+        rate = parse_bytes(limit_rate.removesuffix("/s"))
+    except UsageError as error:
+        raise UsageError(f"--limit-rate {error}", hint) from None
     if rate < 1000:
-        raise UsageError(
-            f"--limit-rate '{limit_rate}' is below 1 kB per second", "--limit-rate 50M"
-        )
+        raise UsageError(f"--limit-rate '{limit_rate}' is below 1 kB per second", hint)
     return DownloadOptions(bytes_per_second=rate)
 
 
 def _command(
-    model: str, to: Path | None, revision: str | None, selection: Any, limit_rate: str | None
+    model: str,
+    to: Path | None,
+    revision: str | None,
+    selection: Any,
+    limit_rate: str | None,
+    xet: bool,
 ) -> str:
     """Return the command line that continues this download."""
     options: list[tuple[str, str]] = [
@@ -160,71 +186,9 @@ def _command(
         *(("--exclude", value) for value in selection.exclude),
         *(("--limit-rate", value) for value in [limit_rate] if value is not None),
     ]
-    return shlex.join(["k2", "download", model, *(word for pair in options for word in pair)])
-
-
-def show_event(event: Any, progress: Any) -> None:
-    from k2cli.models.sources.download import BytesDone, StepStarted
-    from k2cli.models.sources.parallel_download import DownloadProgress
-
-    if isinstance(event, StepStarted):
-        progress.step(event.text)
-    elif isinstance(event, BytesDone):
-        progress.advance(event.done_bytes, event.total_bytes)
-    elif isinstance(event, DownloadProgress):
-        progress.transfer(
-            event.done_bytes,
-            event.total_bytes,
-            event.received_bytes,
-            event.seconds,
-            [(file.name, file.done_bytes, file.total_bytes) for file in event.files],
-            event.note,
-        )
-
-
-def _event_document(event: Any) -> dict[str, Any]:
-    from k2cli.models.sources.download import BytesDone, StepStarted
-    from k2cli.models.sources.parallel_download import DownloadProgress, FileFinished
-
-    match event:
-        case StepStarted():
-            fields: dict[str, Any] = {"event": "step", "text": event.text}
-        case BytesDone():
-            fields = {
-                "event": "progress",
-                "done_bytes": event.done_bytes,
-                "total_bytes": event.total_bytes,
-            }
-        case DownloadProgress():
-            rate = event.received_bytes / event.seconds if event.seconds > 0 else None
-            fields = {
-                "event": "progress",
-                "done_bytes": event.done_bytes,
-                "total_bytes": event.total_bytes,
-                "received_bytes": event.received_bytes,
-                "bytes_per_second": None if rate is None else round(rate),
-                "files": _file_documents(event.files),
-                "note": event.note,
-            }
-        case FileFinished():
-            fields = {
-                "event": "file",
-                "name": event.file.name,
-                "bytes": event.file.nbytes,
-                "hash": event.file.blob_name,
-                "path": str(event.path),
-                "received": event.received,
-            }
-        case _:
-            fields = {"event": "unknown"}
-    return {"schema_version": 1, **fields}
-
-
-def _file_documents(files: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {"name": file.name, "done_bytes": file.done_bytes, "total_bytes": file.total_bytes}
-        for file in files
-    ]
+    flags = ["--xet"] if xet else []
+    words = [word for pair in options for word in pair]
+    return shlex.join(["k2", "download", model, *words, *flags])
 
 
 def _document(fetched: Any) -> dict[str, Any]:
@@ -243,7 +207,8 @@ def _document(fetched: Any) -> dict[str, Any]:
     }
 
 
-def _summary(fetched: Any, dry_run: bool) -> list[str]:
+def _summary(fetched: Any, dry_run: bool, *, chosen: bool) -> list[str]:
+    """Return what to print; ``chosen`` if the user chose among the files."""
     from k2cli.units import format_bytes
 
     size = format_bytes(fetched.stored_bytes)
@@ -251,10 +216,37 @@ def _summary(fetched: Any, dry_run: bool) -> list[str]:
         missing = [file for file in fetched.files if file.missing_bytes]
         lines = [f"  {file.missing_bytes:>17,}  {file.name}" for file in missing]
         target = f" into {fetched.path}" if fetched.path is not None else ""
+        what = f"{fetched.model}, {size} of weights" if fetched.stored_bytes else fetched.model
+        here = sum(file.nbytes for file in fetched.files) - fetched.missing_bytes
+        count = f"{len(missing)} file{'s' if len(missing) != 1 else ''}"
         return [
-            f"would download {fetched.model}, {size} of weights{target}:",
+            f"would download {what}{target}:",
             *lines,
-            f"  {fetched.missing_bytes:>17,}  bytes in {len(missing)} files",
+            f"  {fetched.missing_bytes:>17,}  bytes in {count}",
+            *([f"  {here:>17,}  bytes are here already"] if here else []),
+            *_room(fetched.path, fetched.missing_bytes),
         ]
-    state = "is already at" if fetched.was_there else "is at"
-    return [f"{fetched.model} {state} {fetched.path} ({size} of weights)"]
+    state = "already " if fetched.was_there else ""
+    if chosen:
+        number = len(fetched.files)
+        total = format_bytes(sum(file.nbytes for file in fetched.files))
+        files = "1 chosen file is" if number == 1 else f"the {number} chosen files are"
+        return [f"{fetched.model}: {files} {state}in {fetched.path} ({total})"]
+    return [f"{fetched.model} is {state}at {fetched.path} ({size} of weights)"]
+
+
+def _room(folder: Path | None, needed_bytes: int) -> list[str]:
+    """Say how much is free on the volume of a folder, and whether that is enough."""
+    import shutil
+
+    from k2cli.units import format_bytes
+
+    if folder is None:
+        return []
+    try:
+        existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        free = shutil.disk_usage(existing).free
+    except OSError:
+        return []
+    lack = "" if free >= needed_bytes else f", {format_bytes(needed_bytes - free)} too few"
+    return [f"  {free:>17,}  bytes are free there{lack}"]

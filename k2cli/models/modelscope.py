@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import re
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,9 @@ from k2cli.proxies import proxy_errors
 from k2cli.units import one_line
 
 DEFAULT_REVISION = "master"
+
+_CLIENT = "modelscope-hub>=0.5"
+"""Requirement of the extra ``modelscope``, which an environment may be too old to know."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
@@ -157,7 +162,8 @@ def _api() -> Any:
         import modelscope_hub
     except ImportError as error:
         raise K2Error(
-            "ModelScope's client is not installed", "pip install 'k2cli[modelscope]'"
+            "ModelScope's client is not installed",
+            f"{shlex.quote(sys.executable)} -m pip install '{_CLIENT}'",
         ) from error
 
     class Config(modelscope_hub.HubConfig):  # type: ignore[misc, unused-ignore]
@@ -239,9 +245,19 @@ def _errors(api: Any, repo: str, revision: str) -> Iterator[None]:
 
 def _unreachable(repo: str, host: str, error: Exception) -> K2Error:
     return K2Error(
-        f"cannot list {repo} on {host}: {_first_line(error)}",
+        f"cannot list {repo} on {host}: {_first_line(_root(error))}",
         "check the network, and MODELSCOPE_ENDPOINT if you set it",
     )
+
+
+def _root(error: Exception) -> Exception:
+    """Return the error of the system behind the client's, which only repeats names of classes."""
+    each: BaseException | None = error
+    for _ in range(10):
+        each = (each.__cause__ or each.__context__) if each is not None else None
+        if isinstance(each, OSError) and each.strerror:
+            return each
+    return error
 
 
 def _refused(what: str, status: int) -> NotAuthorisedError:

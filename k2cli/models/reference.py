@@ -208,7 +208,8 @@ def local_checkpoint(text: str, *, part: bool = False) -> Path:
     reference = parse_reference(text)
     folder = present_folder(reference, part=part)
     if folder is None:
-        raise K2Error(f"model '{text}' is not on this machine", f"k2 download {text}")
+        state = "not complete" if _is_begun(reference) else "not"
+        raise K2Error(f"model '{text}' is {state} on this machine", f"k2 download {text}")
     names = names_in(folder)
     if "config.json" not in names:
         raise without_config(text, names)
@@ -224,6 +225,15 @@ def local_checkpoint(text: str, *, part: bool = False) -> Path:
             f"k2 download {text}",
         )
     return folder
+
+
+def _is_begun(reference: ModelReference) -> bool:
+    """True if some files of a repository of the Hub are in its cache."""
+    if reference.repo is None:
+        return False
+    from k2cli.models.sources import hub
+
+    return hub.is_begun(reference.repo, reference.revision)
 
 
 def without_config(text: str, names: Collection[str]) -> K2Error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,8 @@ def choose_push(
     cluster = load_cluster(cluster_name) if cluster_name is not None else None
     plan = read_plan(plan_file) if plan_file is not None else None
     ranks = rank_names(cluster, plan)
+    if not names and not ranks:
+        raise UsageError("no node is named", f"k2 models push {shlex.quote(reference)} NODE")
     chosen = _chosen(names, ranks, cluster)
     senders = [_node(source, cluster)] if source is not None else [_node(LOCALHOST, None), *chosen]
     sender, found = find_source(reference, list({node.name: node for node in senders}.values()))
@@ -69,10 +72,11 @@ def choose_push(
         checkpoint = read_headers(reference, sender, found)
         wanted = files_of_nodes(checkpoint, plan.placement, ranks)
     given = {"--cluster": cluster_name, "--plan": plan_file, "--from": source}
-    options = [f"{option} {value}" for option, value in given.items() if value is not None]
+    pairs = [(option, str(value)) for option, value in given.items() if value is not None]
+    options = [word for pair in pairs for word in pair]
     options += ["--replace"] if replace else []
     return PushRequest(
-        reference, sender, found, nodes, wanted, cluster, over, replace, " ".join(options)
+        reference, sender, found, nodes, wanted, cluster, over, replace, tuple(options)
     )
 
 
@@ -103,8 +107,6 @@ def rank_names(cluster: Cluster | None, plan: Plan | None) -> list[str]:
 
 def _chosen(names: Sequence[str], ranks: Sequence[str], cluster: Cluster | None) -> list[Node]:
     wanted = list(dict.fromkeys(names or ranks))
-    if not wanted:
-        raise UsageError("no node is named", "k2 models push MODEL NODE, or --cluster NAME")
     nodes = [_node(name, cluster) for name in wanted]
     for node in nodes:
         if ranks and node.name not in ranks:

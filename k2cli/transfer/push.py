@@ -5,6 +5,7 @@ A connection that breaks costs nothing but time: each attempt asks the receivers
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 
@@ -159,5 +160,6 @@ class _Push:
 
 def resume_command(request: PushRequest) -> str:
     """Return the command that continues a push."""
-    names = " ".join(node.name for node in request.nodes)
-    return " ".join(filter(None, (f"k2 models push {request.reference} {names}", request.options)))
+    names = [node.name for node in request.nodes]
+    words = ["k2", "models", "push", request.reference, *names, *request.options]
+    return shlex.join([*words, *(["--over", request.over] if request.over != "auto" else [])])

@@ -50,7 +50,7 @@ class PushRequest:
     cluster: Cluster | None = None
     over: Over = "auto"
     replace: bool = False
-    options: str = ""
+    options: tuple[str, ...] = ()
     streams: int = field(default_factory=lambda: max(1, min(MAX_STREAMS, os.cpu_count() or 1)))
 
 

@@ -130,14 +130,19 @@ def _print_one(model: StoredModel, node: str) -> None:
         if value:
             print_line(f"  {name:<13} {one_line(value)}")
     for file in model.files:
-        print_line(
-            f"  {format_bytes(file.bytes):>9}  {one_line(file.name)}"
-            f"{'' if file.is_here else '  (missing)'}"
-        )
+        state = ""
+        if file.partial_bytes:
+            state = f"  ({format_bytes(file.partial_bytes)} are here)"
+        elif not file.is_here:
+            state = "  (missing)"
+        print_line(f"  {format_bytes(file.bytes):>9}  {one_line(file.name)}{state}")
 
 
 def _size_text(model: StoredModel) -> str:
     text = format_bytes(model.bytes)
+    elsewhere = model.bytes - sum(f.bytes if f.is_here else f.partial_bytes for f in model.files)
+    if model.kind == "converted" and model.source and elsewhere > 0:
+        text += f", of which {format_bytes(elsewhere)} are the file that it is made from"
     if model.own_bytes != model.bytes:
         text += f", of which {format_bytes(model.own_bytes)} are of this revision alone"
     return text

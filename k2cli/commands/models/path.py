@@ -16,7 +16,7 @@ def path(model: ModelArgument) -> None:
 
     Example: k2 models path demo
     """
-    from k2cli.models.reference import local_checkpoint
+    from k2cli.models.inventory.find import complete_folder
     from k2cli.ui.output import print_line
 
-    print_line(str(local_checkpoint(model)))
+    print_line(str(complete_folder(model)))

@@ -23,7 +23,7 @@ def push(
     ],
     nodes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NODE", help="SSH names; default: all of the cluster or the plan."),
+        typer.Argument(metavar="NODE...", help="SSH names; default: all of cluster or plan."),
     ] = None,
     cluster: Annotated[
         str | None,

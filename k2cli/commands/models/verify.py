@@ -72,7 +72,7 @@ class _Shown:
 
 
 def _repair(known: KnownModel, found: Verification) -> Verification:
-    from k2cli.commands.download import show_event
+    from k2cli.commands.download_events import show_event
     from k2cli.models.inventory.repair import repair
     from k2cli.ui.output import note
     from k2cli.ui.progress import ByteProgress
@@ -128,7 +128,13 @@ def _lines(known: KnownModel, found: Verification) -> list[str]:
     size = format_bytes(sum(file.nbytes for file in right))
     lines = [f"{file.name} {file.reason}" for file in found.damaged] + list(found.problems)
     lines += [f"{file.name} is repaired" for file in repaired]
-    lines.append(f"{known.text}: {len(right)} files verified ({size})")
+    if right or not unknown:
+        lines.append(f"{known.text}: {_files(len(right))} verified ({size})")
     if unknown:
-        lines.append(f"{unknown} files have no known digest: only headers and lengths were checked")
+        count = f"{known.text}: {_files(unknown)} without a recorded hash"
+        lines.append(f"{count}: only headers, lengths and the index were checked")
     return lines
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' if count != 1 else ''}"

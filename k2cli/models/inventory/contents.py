@@ -52,7 +52,13 @@ def contents_of(
     absent: dict[str, int] = {}
     with suppress(K2Error):
         absent = absent_files(folder)
-    files = _listed(present, {file.name: file.nbytes for file in lacking} | absent)
+    begun = {
+        file.name: min(
+            file.nbytes, partial_bytes.get(file.blob_name, partial_bytes.get(file.name, 0))
+        )
+        for file in lacking
+    }
+    files = _listed(present, {file.name: file.nbytes for file in lacking} | absent, begun)
     here, whole = is_complete(folder, part=True), is_complete(folder)
     if absent and here and not whole:
         return Contents("part", sum(absent.values()), files)
@@ -66,10 +72,7 @@ def contents_of(
     if missing is None and not broken:
         missing = _missing_of_index(folder, present)
     if missing is not None:
-        got = sum(
-            min(file.nbytes, partial_bytes.get(file.blob_name, partial_bytes.get(file.name, 0)))
-            for file in lacking
-        )
+        got = sum(begun.values())
         got = got or (0 if lacking else sum(partial_bytes.values()))
         missing = max(0, missing - got)
     config_only = "config.json" in present and not (weights or partial_bytes or broken)
@@ -80,10 +83,12 @@ def _is_weights(name: str) -> bool:
     return name.endswith((".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".npz"))
 
 
-def _listed(present: Mapping[str, int], lacking: Mapping[str, int]) -> tuple[ModelFile, ...]:
+def _listed(
+    present: Mapping[str, int], lacking: Mapping[str, int], begun: Mapping[str, int]
+) -> tuple[ModelFile, ...]:
     shown = {name: size for name, size in present.items() if not name.startswith(f"{FOLDER}/")}
     files = [ModelFile(name, size, True) for name, size in shown.items() if name not in lacking]
-    files += [ModelFile(name, size, False) for name, size in lacking.items()]
+    files += [ModelFile(name, size, False, begun.get(name, 0)) for name, size in lacking.items()]
     return tuple(sorted(files, key=lambda file: file.name))
 
 

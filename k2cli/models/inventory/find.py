@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +20,13 @@ from k2cli.models.sources.cache_layout import (
     CacheLayout,
     FolderLayout,
     Layout,
+    is_whole,
     repository_folder,
 )
 from k2cli.models.sources.file_names import is_safe_name
 from k2cli.models.sources.snapshot_record import (
     SnapshotRecord,
+    begun_commit,
     record_path,
     recorded_snapshot,
 )
@@ -93,15 +94,39 @@ def find_model(text: str, revision: str | None = None) -> KnownModel:
     return model
 
 
+def complete_folder(text: str) -> Path:
+    """Return the folder of a model on this machine, all of whose files have their length.
+
+    Raises:
+        UsageError: if it is no model reference.
+        K2Error: if it is not here, or not complete; the hint is the command that completes it.
+    """
+    folder = local_checkpoint(text)
+    record = recorded_snapshot(folder)
+    if record is not None:
+        lacking = [file for file in record.files if not is_whole(folder / file.name, file)]
+        if lacking:
+            count = f"{len(lacking)} of {len(record.files)} files"
+            model = KnownModel(text, None, parse_reference(text), folder, record)
+            raise K2Error(
+                f"model '{text}' is not complete on this machine: {count} missing or of another "
+                "length",
+                model.command("models verify", "--repair"),
+            )
+    return folder
+
+
 def _snapshot_folder(repo: str, revision: str | None) -> Path:
     """Return the folder that a revision would have in the cache of the Hub library."""
     base, commit = repository_folder(repo), revision or "main"
     if not is_safe_name(commit):
         raise UsageError(f"'{commit}' is no name of a revision", f"{repo}@main")
-    with contextlib.suppress(OSError, UnicodeDecodeError):
+    try:
         found = read_regular(base / "refs" / commit, 200).decode().strip()
-        if is_safe_name(found) and "/" not in found:
-            commit = found
+    except (OSError, UnicodeDecodeError):
+        found = begun_commit(base, commit)
+    if is_safe_name(found) and "/" not in found:
+        commit = found
     return base / "snapshots" / commit.replace("/", "--")
 
 

@@ -17,7 +17,7 @@ from k2cli.models.inventory.verified import is_read, last_verified
 from k2cli.models.inventory.writers import is_held, writer_of_folder
 from k2cli.models.json_files import read_json_if_present
 from k2cli.models.part import FOLDER
-from k2cli.models.reference import SOURCE_NAME
+from k2cli.models.reference import MODELSCOPE, SOURCE_NAME, modelscope_folder
 from k2cli.models.sources.snapshot_record import recorded_snapshot
 from k2cli.settings import data_directory, models_directory
 
@@ -55,12 +55,28 @@ def _converted() -> Iterator[StoredModel]:
             continue
         entry = catalog().get(folder.name)
         if entry is not None and isinstance(entry.source, WheelSource):
-            yield described_folder(folder, "converted", folder.name, wheel_file(folder.name))
+            gguf = wheel_file(folder.name)
+            made_from = str(gguf) if gguf is not None else ""
+            yield described_folder(folder, "converted", folder.name, gguf, made_from)
+            continue
+        if name := _modelscope_name(folder):
+            yield described_folder(folder, "converted", name)
             continue
         source = _source_path(folder)
         there = source is not None and source.is_file()
         name = shown_path(source if there and source is not None else folder)
         yield described_folder(folder, "converted", name, source=str(source or ""))
+
+
+def _modelscope_name(folder: Path) -> str:
+    """Return what a user types for the folder of a model of ModelScope; "" for another folder."""
+    record = recorded_snapshot(folder)
+    if record is None or record.source != "modelscope":
+        return ""
+    for revision in (None, record.revision, record.commit):
+        if modelscope_folder(record.repo, revision).name == folder.name:
+            return f"{MODELSCOPE}{record.repo}" + (f"@{revision}" if revision else "")
+    return ""
 
 
 def wheel_file(alias: str) -> Path | None:
@@ -98,7 +114,7 @@ def described_folder(
         extra: a file elsewhere that belongs to it.
     """
     files, leftovers = _files_of(folder)
-    record = recorded_snapshot(folder) if kind == "folder" else None
+    record = recorded_snapshot(folder)
     partial = {each.path.name[1:].rpartition(".")[0]: each.nbytes for each in leftovers}
     present = {path.relative_to(folder).as_posix(): _size(path) for path in files}
     broken = sum(not path.exists() for path in files)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.inventory.folders import described_folder, shown_path
 from k2cli.models.inventory.stored_model import StoredModel
-from k2cli.models.reference import ModelReference, converted_folder, parse_reference
+from k2cli.models.reference import (
+    ModelReference,
+    converted_folder,
+    modelscope_folder,
+    parse_reference,
+)
 
 _LEAST_LETTERS = 4
 
@@ -32,8 +38,12 @@ def matching_models(
     found = [model for model in models if model.kind == "hub" and model.repo == repo]
     if not found:
         reference = parse_reference(text)
+        if reference.modelscope_repo and revision:
+            named = _referred(models, replace(reference, revision=revision))
+            if named:
+                return named
         found = _referred(models, reference)
-        wanted = reference.revision or ""
+        wanted = "" if reference.modelscope_repo else reference.revision or ""
     if not found:
         raise K2Error(f"model '{text}' is not on this machine", "k2 models list")
     for each in (wanted, revision):
@@ -45,6 +55,10 @@ def matching_models(
 def _referred(models: Sequence[StoredModel], reference: ModelReference) -> list[StoredModel]:
     if reference.repo is not None:
         return [each for each in models if each.kind == "hub" and each.repo == reference.repo]
+    if reference.modelscope_repo is not None:
+        # The revision is in the name of the folder.
+        place = os.path.realpath(modelscope_folder(reference.modelscope_repo, reference.revision))
+        return [model for model in models if os.path.realpath(model.folder) == place]
     folder = reference.path
     if folder is None or folder.is_file():
         folder = converted_folder(reference)

@@ -14,7 +14,7 @@ from k2cli.files import unwritable
 from k2cli.models.inventory.find import KnownModel
 from k2cli.models.inventory.verified import state_of
 from k2cli.models.inventory.verify import FileResult, Verification, concluded
-from k2cli.models.sources.cache_layout import CachePlace
+from k2cli.models.sources.cache_layout import CacheLayout, CachePlace
 from k2cli.models.sources.events import Event, OnEvent
 from k2cli.models.sources.parallel_download import FileFinished
 
@@ -60,7 +60,22 @@ def repair(model: KnownModel, found: Verification, on_event: OnEvent) -> Verific
     broken = [file for file in found.damaged if file.status != "not linked"]
     if broken:
         _fetch(model, broken, results, on_event)
-    return concluded(found.folder, model.record, results.values())
+    repaired = concluded(found.folder, model.record, results.values())
+    if not repaired.damaged:
+        _end_download(model)
+    return repaired
+
+
+def _end_download(model: KnownModel) -> None:
+    """Set the branch in the cache if the download that was interrupted has not set it."""
+    layout, record = model.layout, model.record
+    if not isinstance(layout, CacheLayout) or record is None or record.written_by != "k2":
+        return
+    if not (layout.repository / "refs" / record.revision).exists():
+        try:
+            layout.set_revision(record.revision)
+        except OSError as error:
+            raise unwritable(error, model.folder) from error
 
 
 def _link(model: KnownModel, files: Sequence[FileResult]) -> list[str]:

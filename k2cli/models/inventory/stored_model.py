@@ -28,11 +28,15 @@ class ModelUse(msgspec.Struct, frozen=True):
 
 
 class ModelFile(msgspec.Struct, frozen=True):
-    """A file of a model. ``bytes`` are those that it has, or will have if it is not here."""
+    """A file of a model. ``bytes`` are those that it has, or will have if it is not here.
+
+    ``partial_bytes`` of a file that is not here have arrived by an interrupted transfer.
+    """
 
     name: str
     bytes: int
     is_here: bool
+    partial_bytes: int = 0
 
 
 class StoredModel(msgspec.Struct, frozen=True):

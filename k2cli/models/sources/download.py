@@ -69,6 +69,9 @@ def fetch(
         K2Error: if the download or conversion fails.
     """
     reference = parse_reference(text)
+    if destination is not None and destination.exists() and not destination.is_dir():
+        problem = f"'{destination}' is not a folder"
+        raise UsageError(problem, "name a folder, or a path that is free")
     selection = selection or Selection()
     repo, wanted = reference.repo or reference.modelscope_repo, revision or reference.revision
     if repo is not None:
@@ -129,11 +132,17 @@ def _from_hub(
         )
     except UsageError:
         raise
-    except K2Error:
-        # Without the Hub, use a complete copy that is here.
+    except K2Error as error:
+        # Without the server, use a complete copy that is here.
         if (folder := _complete_copy(request)) is None:
             raise
-        return _present(request.text, folder)
+        try:
+            found = _present(request.text, folder)
+        except K2Error as damage:
+            text = f"{error}; the copy on this machine is damaged: {damage}"
+            raise K2Error(text, error.hint) from damage
+        unasked = f"{error}; whether the copy on this machine is the newest is not known"
+        return replace(found, warnings=(unasked, *found.warnings))
     files = tuple(
         FetchedFile(file.place.file.name, file.place.file.nbytes, file.missing_bytes)
         for file in download.files

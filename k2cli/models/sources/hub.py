@@ -24,6 +24,7 @@ from k2cli.models.sources.expected_files import ExpectedFile, expected_file
 from k2cli.models.sources.file_names import is_safe_name
 from k2cli.models.sources.http_source import PASSING_STATUSES, HttpService, retry_after
 from k2cli.models.sources.hub_errors import hub_errors
+from k2cli.models.sources.snapshot_record import begun_commit
 from k2cli.units import one_line
 
 _LIGHT_PATTERNS = ("config.json", "generation_config.json")
@@ -339,14 +340,27 @@ def cached_folder(repo: str, revision: str | None = None, *, part: bool = False)
     k2 does not fetch, and importing it takes as long as planning a model. With ``part``, weight
     files may be missing whose headers are there.
     """
+    folder = _snapshot_folder(repo, revision)
+    return folder if folder is not None and is_complete(folder, part=part) else None
+
+
+def is_begun(repo: str, revision: str | None = None) -> bool:
+    """True if a download of that revision to the Hub library's cache has begun."""
+    folder = _snapshot_folder(repo, revision)
+    if folder is not None and folder.is_dir():
+        return True
+    return bool(begun_commit(repository_folder(repo), revision or "main"))
+
+
+def _snapshot_folder(repo: str, revision: str | None) -> Path | None:
+    """Return the folder of a revision, which may not exist; None if its commit is not known."""
     base = repository_folder(repo)
     commit = revision or "main"
     if ".." in Path(commit).parts or not base.is_dir():
         return None
     with contextlib.suppress(OSError, UnicodeDecodeError):
         commit = read_regular(base / "refs" / commit, 200).decode().strip()
-    folder = base / "snapshots" / commit
-    return folder if _COMMIT.fullmatch(commit) and is_complete(folder, part=part) else None
+    return base / "snapshots" / commit if _COMMIT.fullmatch(commit) else None
 
 
 def _bar_class(progress: Progress | None) -> Any:

@@ -55,7 +55,10 @@ def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
         case errors.RemoteEntryNotFoundError():
             return K2Error(f"the Hub no longer has a file of {name}", "run the command again")
         case errors.RevisionNotFoundError():
-            return K2Error(f"{repo} has no revision '{revision}'")
+            return K2Error(
+                f"{repo} has no revision '{revision}'",
+                f"its main branch: k2 download {repo}; its others: {constants.ENDPOINT}/{repo}",
+            )
         case errors.RepositoryNotFoundError():
             # The Hub answers 401 for missing repositories too, to hide the names of private ones.
             return K2Error(
@@ -63,12 +66,18 @@ def _translated(error: Exception, repo: str, revision: str | None) -> K2Error:
                 "check the name; for a private one run: hf auth login",
             )
         case errors.OfflineModeIsEnabled():
-            return K2Error(f"{name} is not here and HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
+            offline = f"the Hub was not asked for {name}: HF_HUB_OFFLINE is set"
+            return K2Error(offline, "unset HF_HUB_OFFLINE")
         case errors.HfHubHTTPError():
             status = getattr(error.response, "status_code", None)
             if status in (401, 403):
                 refusal = f"the Hub refuses access to {name} (HTTP {status})"
                 return NotAuthorisedError(refusal, "hf auth login")
+            if status == 404:
+                return K2Error(
+                    f"{constants.ENDPOINT} has no {name} (HTTP 404)",
+                    "check the name, and HF_ENDPOINT if you set it",
+                )
             return K2Error(f"the Hub failed on {name}: HTTP {status}", "try again later")
         case OSError() if error.errno in DISK_ERRORS:
             path = Path(os.fsdecode(error.filename or cache_folder()))

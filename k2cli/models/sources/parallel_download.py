@@ -34,6 +34,7 @@ from k2cli.models.sources.range_stream import (
 
 _LEAST_RANGE_BYTES, _MOST_RANGE_BYTES = 4 * 2**20, 256 * 2**20
 """Bounds of a range: what is left of a file is divided among the streams, within these."""
+_SMALL_BYTES = 32 * 2**20
 _SECONDS_BETWEEN_REPORTS = 0.2
 _SECONDS_BETWEEN_LOCK_TRIES = 0.3
 _END_SECONDS = 3.0
@@ -101,6 +102,11 @@ class Place(Protocol):
 OnDownloadEvent = Callable[[DownloadProgress | FileFinished], None]
 
 
+def _turn(nbytes: int) -> tuple[bool, int]:
+    """Return the key that sorts files by when they are begun."""
+    return nbytes > _SMALL_BYTES, -nbytes
+
+
 @dataclass(slots=True)
 class _Active:
     place: Place
@@ -123,8 +129,9 @@ class ParallelDownload:
     ) -> None:
         self._options, self._on_event = options, on_event
         self._folder = places[0][0].partial.parent if places else Path()
-        # Large files first: what is left at the end is shared out more evenly then.
-        self._waiting = deque(sorted(places, key=lambda each: -each[0].file.nbytes))
+        # Config, tokenizer and index first: an interrupted download can be planned and described
+        # with them. Then large files: what is left at the end is shared out more evenly.
+        self._waiting = deque(sorted(places, key=lambda each: _turn(each[0].file.nbytes)))
         self._all_begun = False
         self._total_bytes = sum(place.file.nbytes for place, _ in places)
         self._active: list[_Active] = []

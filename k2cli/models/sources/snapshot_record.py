@@ -75,6 +75,23 @@ def recorded_snapshot(folder: Path) -> SnapshotRecord | None:
     return _read_own(folder) or _read_library_list(folder) or _read_blob_names(folder)
 
 
+def begun_commit(repository: Path, revision: str) -> str:
+    """Return the commit of the last download of a branch or tag that began; "" if there is none.
+
+    A download sets its branch in the Hub library's cache at its end, and writes its record before.
+
+    Args:
+        repository: the folder of a repository in that cache.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for path in (repository / ".k2").glob("*.json"):
+            record = _read_own(repository / "snapshots" / path.stem)
+            if record is not None and (record.revision, record.commit) == (revision, path.stem):
+                found.append((path.stat().st_mtime, record.commit))
+    return max(found)[1] if found else ""
+
+
 def _read_own(folder: Path) -> SnapshotRecord | None:
     try:
         record = decode_json(read_regular(record_path(folder), _MAX_RECORD_BYTES), SnapshotRecord)

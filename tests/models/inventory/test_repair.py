@@ -147,6 +147,26 @@ def test_an_interrupted_repair_keeps_the_old_file_and_continues(hub: MockHub) ->
     assert same_as_hub(folder, hub)
 
 
+def test_a_first_download_that_was_broken_off_is_found_and_completed(hub: MockHub) -> None:
+    hub.faults[SHARDS[0]] = "refuses"  # the branch is noted only at the end of a download
+    assert k2("download", "mock/model").returncode != 0
+    hub.faults.clear()
+    refused = k2("models", "path", "mock/model")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "error: model 'mock/model' is not complete on this machine\n" in refused.stderr
+    assert "hint: k2 download mock/model\n" in refused.stderr
+    assert verify("mock/model", code=1)[0][SHARDS[0]] == "missing"
+    assert verify("mock/model", "--repair")[0][SHARDS[0]] == "repaired"
+    folder = Path(k2("models", "path", "mock/model").stdout.strip())
+    assert same_as_hub(folder, hub)
+    # A folder is complete only if each file has its length, also those that are no weights.
+    os.truncate(folder / "generation_config.json", 3)
+    refused = k2("models", "path", "mock/model")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "1 of 8 files missing or of another length" in refused.stderr
+    assert "hint: k2 models verify mock/model --repair\n" in refused.stderr
+
+
 def test_a_copy_in_a_folder_is_compared_with_its_record(hub: MockHub, tmp_path: Path) -> None:
     folder = download("mock/model", "--to", str(tmp_path / "my model"))
     cached = download("mock/model")
@@ -216,7 +236,7 @@ def test_a_running_download_is_respected(hub: MockHub) -> None:
     process.communicate(timeout=60)
     assert "a download of 'mock/model' is running" in said
     assert "hint: wait until it has ended, and then: k2 models verify mock/model\n" in said
-    assert "k2 download mock/model" in verify("mock/model", code=1)[1]
+    assert "k2 models verify mock/model --repair\n" in verify("mock/model", code=1)[1]
     folder = download("mock/model")
     with (folder.parent.parent / ".k2-incoming.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from k2cli.models.sources.expected_files import verify_file
 from k2cli.models.sources.snapshot_record import recorded_snapshot
+from k2cli.units import format_bytes
 from tests.hostile.test_full_disk import fill, mounted
 from tests.models.mock_hub import GOOD_TOKEN, MockHub, served_hub
 
@@ -157,6 +159,23 @@ def test_a_dry_run_writes_nothing(hub: MockHub, tmp_path: Path) -> None:
     assert {file["name"]: file["missing_bytes"] for file in done["files"]} == wanted
     assert done["missing_bytes"] == sum(wanted.values())
     assert not (tmp_path / "hf" / "hub").exists()
+    said = k2("mock/model", "--dry-run", "--only", "config", "--to", str(tmp_path / "a b")).stdout
+    assert said.startswith(f"would download mock/model into {tmp_path / 'a b'}:\n")
+    assert re.search(r"\d\d\d  bytes are free there\n", said)
+
+
+def test_what_is_printed_can_be_copied(hub: MockHub, tmp_path: Path) -> None:
+    done = k2("mock/model", "--to", str(tmp_path / "a b"))
+    assert f"next: k2 plan-memory '{tmp_path / 'a b'}' --hardware" in done.stderr
+    assert "      k2 launch mock/model@main\n" in k2("mock/model", "--revision", "main").stderr
+    done = k2("mock/model", "--only", "config")
+    size = len(hub.files["config.json"]) + len(hub.files["generation_config.json"])
+    assert done.stdout.startswith("mock/model: the 2 chosen files are already in ")
+    assert done.stdout.endswith(f" ({format_bytes(size)})\n")
+    assert "hint: k2 download mock/model --json --events\n" in k2("mock/model", "--events").stderr
+    assert k2("mock/model", "--limit-rate", "50MB/s").returncode == 0
+    assert "hint: --limit-rate 50M\n" in k2("mock/model", "--limit-rate", "x").stderr
+    assert "has no absent/other (HTTP 404)" in k2("absent/other").stderr
 
 
 def test_a_branch_that_moves_does_not_mix_commits(hub: MockHub) -> None:
@@ -193,7 +212,16 @@ def test_offline_only_a_complete_copy_is_used(hub: MockHub) -> None:
     assert done.returncode == 1
     assert "HF_HUB_OFFLINE is set" in done.stderr
     folder = folder_of(k2("mock/model", "--json"))
-    assert folder_of(k2("mock/model", "--json", HF_HUB_OFFLINE="1")) == folder
+    there = k2("mock/model", "--json", HF_HUB_OFFLINE="1")
+    assert folder_of(there) == folder
+    assert "warning: the Hub was not asked for mock/model: HF_HUB_OFFLINE is set" in there.stderr
+    # A damaged copy is named beside the reason why it is not downloaded again.
+    os.truncate((folder / WEIGHTS).resolve(), 30_000_000)
+    done = k2("mock/model", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "error: cannot fetch mock/model from the Hub: " in done.stderr
+    assert "the copy on this machine is damaged: " in done.stderr
+    assert "hint: check the network, and HF_ENDPOINT if you set it\n" in done.stderr
 
 
 def test_a_volume_without_links(hub: MockHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,22 @@ def test_a_model_is_found_by_its_reference(scope: MockModelScope, tmp_path: Path
     assert downloaded(MODEL, MODELSCOPE_ENDPOINT="http://127.0.0.1:9") == folder
 
 
+def test_a_model_is_listed_and_removed_by_its_reference(scope: MockModelScope) -> None:
+    whole = downloaded(MODEL)
+    config = downloaded(MODEL, "--revision", "master", "--only", "config")
+    listed = json.loads(k2("models", "list", "--json").stdout)["nodes"][0]["models"]
+    assert [(each["name"], each["state"], each["folder"]) for each in listed] == [
+        (MODEL, "complete", str(whole)),
+        (f"{MODEL}@master", "config", str(config)),
+    ]
+    assert f"repository    {MODEL.partition(':')[2]}\n" in k2("models", "show", MODEL).stdout
+    shown = k2("models", "show", MODEL, "--revision", "master").stdout
+    assert shown.startswith(f"{MODEL}@master\n")
+    assert k2("models", "remove", MODEL, "--yes").returncode == 0
+    assert (whole.exists(), config.exists()) == (False, True)
+    assert k2("models", "remove", MODEL, "--yes").returncode == 1
+
+
 def test_a_repair_takes_the_recorded_commit(scope: MockModelScope) -> None:
     folder, old = downloaded(MODEL), scope.revisions["master"][WEIGHTS]
     scope.revisions["master"] = scope.revisions["master"] | {WEIGHTS: weights(8_000_000, 3)}
@@ -142,7 +158,7 @@ def test_without_the_client_the_hint_installs_it(tmp_path: Path) -> None:
     (tmp_path / "modelscope_hub.py").write_text("raise ImportError")
     done = k2("download", MODEL, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
-    assert "hint: pip install 'k2cli[modelscope]'" in done.stderr
+    assert f"hint: {sys.executable} -m pip install 'modelscope-hub>=0.5'" in done.stderr
 
 
 def test_references() -> None:
