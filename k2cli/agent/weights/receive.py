@@ -48,7 +48,7 @@ from k2cli.agent.weights.place import (
     record_of,
 )
 from k2cli.errors import ClusterError, K2Error, UsageError
-from k2cli.files import open_regular, unwritable, write_atomically
+from k2cli.files import is_same_file, open_regular, unwritable, write_atomically
 from k2cli.models.inventory.known_folders import Stamp, remember_folder
 from k2cli.models.inventory.running import INCOMING_LOCK
 from k2cli.models.inventory.states import read_states, write_states
@@ -137,6 +137,8 @@ class Receiver:
         descriptor = open_regular(base / INCOMING_LOCK, os.O_WRONLY | os.O_CREAT, mode=0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_same_file(descriptor, base / INCOMING_LOCK):
+                raise OSError("its holder has removed it")  # and another may hold the new one
         except OSError:
             # It may be one whose launcher is gone, which ends soon.
             raise StreamLost(f"another transfer to {self._place.folder} is running") from None

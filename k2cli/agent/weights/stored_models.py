@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def plan_removal(question: ModelQuestion) -> Removal:
         if model.kept_because:
             return msgspec.structs.replace(
                 found, problem=f"'{model.label}' is not removed: {model.kept_because}",
-                hint=f"to remove it yourself: rm -r {model.folder}",
+                hint=f"see what is there: ls -la {shlex.quote(model.folder)}",
             )  # fmt: skip
     return found
 
