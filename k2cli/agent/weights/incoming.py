@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.agent.weights.messages import (
+    ANOTHER_SIZE,
     SEGMENT_BYTES,
     WeightsFile,
     segment_count,
@@ -74,7 +75,11 @@ class IncomingFile:
         Raises:
             OSError: if the files cannot be read.
         """
-        if _size_of(self.data) == self.offer.nbytes:
+        size = _size_of(self.data)
+        if size not in (-1, self.offer.nbytes) and not self.offer.blob:
+            self.digest = ANOTHER_SIZE  # a partial file has another name, so this is not one
+            return
+        if size == self.offer.nbytes:
             if self.offer.blob:
                 if self._is_right(on_bytes):
                     return
