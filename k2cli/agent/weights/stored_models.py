@@ -165,17 +165,33 @@ def prune_agreed(question: ModelQuestion) -> Pruned:
 def _matching(question: ModelQuestion) -> list[StoredModel]:
     stored = _with_uses(question)
     found = matching_models(stored.models, question.reference, question.revision)
-    uses = (*question.uses, *_own_uses())
+    uses = _uses(question)
     return [_used(model, uses) for model in found]
 
 
 def _with_uses(question: ModelQuestion) -> StoredModels:
-    uses = (*question.uses, *_own_uses())
-    folders = {use.folder for use in uses if use.folder} | set(question.known)
+    uses = _uses(question)
+    folders = {use.folder for use in uses if use.folder and not use.node} | set(question.known)
     found = stored_models(folders)
     return msgspec.structs.replace(
         found, models=tuple(_used(model, uses) for model in found.models)
     )
+
+
+def _uses(question: ModelQuestion) -> list[ModelUse]:
+    """Return the uses that concern this machine.
+
+    Those of other machines do if the folder is on a network volume here, which they may share.
+    """
+    here = [use for use in question.uses if not use.node or _is_shared(use.folder)]
+    return [*here, *_own_uses()]
+
+
+def _is_shared(folder: str) -> bool:
+    from k2cli.agent.software import NETWORK_FILESYSTEMS, volume_of  # slow to import
+
+    volume = volume_of(Path(folder)) if os.path.isdir(folder) else None
+    return volume is not None and volume.filesystem.lower() in NETWORK_FILESYSTEMS
 
 
 def _own_uses() -> list[ModelUse]:

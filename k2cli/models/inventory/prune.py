@@ -7,7 +7,6 @@ or an alias of k2 names the commit. Nothing of a repository that is being writte
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from k2cli.models.catalog import HubSource, catalog
+from k2cli.models.files import is_being_made, remove_made_folder
 from k2cli.models.inventory.folders import conversion_lock
 from k2cli.models.inventory.hub_cache import (
     CachedRepository,
@@ -217,9 +217,12 @@ def _made_folders(base: Path, before: float, name: str = "") -> Iterator[PruneIt
 
 
 def _folder_item(path: Path, name: str, before: float) -> Iterator[PruneItem]:
-    if path.is_symlink() or not path.is_dir():
-        return
-    found = [each.lstat() for each in (path, *path.rglob("*"))]
+    try:
+        if path.is_symlink() or not path.is_dir() or is_being_made(path):
+            return
+        found = [each.lstat() for each in (path, *path.rglob("*"))]
+    except OSError:
+        return  # it is being renamed, or is of another user
     if max(max(each.st_mtime, each.st_ctime) for each in found) <= before:
         size = sum(min(each.st_size, each.st_blocks * 512) for each in found)
         yield PruneItem("folder", name, str(path), size, "of an interrupted conversion")
@@ -237,7 +240,7 @@ def prune(items: Sequence[PruneItem]) -> None:
         if item.what == "revision":
             remove_revisions(path.parent.parent, {path.name})
         elif item.what == "folder":
-            shutil.rmtree(path)
+            remove_made_folder(path)
         elif item.what == "content":
             remove_unused_content(path)
         else:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from k2cli.errors import K2Error
 from k2cli.files import unwritable
-from k2cli.models.inventory.folders import conversion_lock, wheel_file
+from k2cli.models.inventory.folders import conversion_lock, is_k2s, wheel_file
 from k2cli.models.inventory.hub_cache import (
     INCOMING_LOCK,
     CachedRepository,
@@ -298,6 +298,8 @@ def _remove_conversion(folder: Path, alias: str) -> None:
             f"nothing of '{alias}' is removed: {folder} is a link to {os.readlink(folder)}",
             "remove by hand what the link leads to, and then the link",
         )
+    if not is_k2s(folder):
+        raise _not_k2s(folder, alias)
     refuse_writer(writer_of_folder(folder), alias)
     with held(conversion_lock(), alias), held(folder / INCOMING_LOCK, alias):
         for path in _by_size(folder):
@@ -329,10 +331,7 @@ def _remove_folder(folder: Path, name: str) -> None:
     """
     names = own_files(folder)
     if not may_remove(folder):
-        raise K2Error(
-            f"k2 did not write '{name}', and removes only files that it wrote",
-            f"see what is there: ls -la {shlex.quote(str(folder))}",
-        )
+        raise _not_k2s(folder, name)
     refuse_writer(writer_of_folder(folder), name)
     with held(folder / INCOMING_LOCK, name):
         inside = folder.resolve()
@@ -354,6 +353,13 @@ def _remove_folder(folder: Path, name: str) -> None:
         folder.rmdir()
     forget_folder(folder)
     note_path(folder).unlink(missing_ok=True)
+
+
+def _not_k2s(folder: Path, name: str) -> K2Error:
+    return K2Error(
+        f"k2 did not write '{name}', and removes only files that it wrote",
+        f"see what is there: ls -la {shlex.quote(str(folder))}",
+    )
 
 
 def _remove_folder_notes(folder: Path) -> None:
