@@ -7,6 +7,7 @@ numbers beside the names of a cookie's fields are taken.
 
 from __future__ import annotations
 
+import itertools
 import pickletools
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def stored_token(cookies: Path) -> str | None:
     except (OSError, ValueError, IndexError, KeyError):
         return None
     cookie: dict[object, object] = {}
-    for field, value in zip(values, values[1:], strict=False):
+    for field, value in itertools.pairwise(values):
         if field == "version":  # the first field of each cookie
             cookie = {}
         if field in ("name", "value", "expires") and field not in cookie:
@@ -53,10 +54,10 @@ def _values(data: bytes) -> Iterator[object]:
         if opcode.name == "MEMOIZE":
             memo[len(memo)] = last
         elif opcode.name in _PUTS:
-            memo[int(argument)] = last
+            memo[int(argument or 0)] = last
         elif opcode.name not in _IGNORED:
             if opcode.name in _GETS:
-                last = memo[int(argument)]
+                last = memo[int(argument or 0)]
             else:
                 last = argument if isinstance(argument, str | int) else None
             yield last

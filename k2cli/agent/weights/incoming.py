@@ -8,6 +8,7 @@ it says are not sent again. A complete file is flushed to the disk and renamed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import threading
@@ -191,8 +192,11 @@ class IncomingFile:
         """Flush the file to the disk and put it in its place.
 
         Raises:
-            OSError: if that fails.
+            OSError: if that fails, or what was received has vanished.
         """
+        if self._descriptor is None and self.offer.nbytes not in (0, _size_of(self.partial)):
+            # Opening would make a file of zeros.
+            raise OSError(errno.ENOENT, "it has vanished during the transfer", str(self.data))
         self.open()
         with self._lock:
             assert self._descriptor is not None

@@ -25,6 +25,7 @@ from k2cli.agent.weights.incoming import IncomingFile, examine_all, incoming_fil
 from k2cli.agent.weights.json_lines import Input, Output, decode_line
 from k2cli.agent.weights.listener import QUIET_SECONDS, Listener
 from k2cli.agent.weights.messages import (
+    ANOTHER_SIZE,
     CONFIRMED,
     Begin,
     Checked,
@@ -154,6 +155,9 @@ class Receiver:
     def _begin(self, begin: Begin) -> None:
         if not all(0 <= i < len(self._files) for i in (*begin.same, *begin.replaced)):
             raise UsageError("the order names a file that was not offered")
+        for index, file in enumerate(self._files):
+            if file.digest == ANOTHER_SIZE and index not in begin.replaced:
+                raise UsageError(f"{file.offer.name} is another file here, and stays")
         for index in begin.same:
             self._files[index].adopt()
             self._files[index].digest = ""

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from k2cli import files
 from k2cli.agent.weights.stored_models import ModelQuestion, plan_removal, remove
 from k2cli.errors import K2Error
 from k2cli.models.files import folder_being_made
@@ -163,7 +164,7 @@ def test_a_content_stays_that_another_revision_gets_during_a_removal(
 ) -> None:
     old = put_revision(cache, OLD, small_model(1), "v1")
     content = (old / SHARD).resolve()
-    real = removal.held
+    real = writers.held
 
     def begin_download(path: Path, name: str) -> Any:
         if path.name == f"{content.name}.lock":
@@ -196,15 +197,15 @@ def test_names_like_those_of_unfinished_files_are_the_users(cache: Path, tmp_pat
 def test_a_change_of_the_same_size_makes_a_downloaded_file_the_users(
     cache: Path, tmp_path: Path
 ) -> None:
-    files = small_model(1)
-    folder = _write(tmp_path / "to", files)
-    write_record(folder, _record(files))
+    model_files = small_model(1)
+    folder = _write(tmp_path / "to", model_files)
+    write_record(folder, _record(model_files))
     remember_folder(folder, "download")
     layout = FolderLayout(folder, NEW)
-    places = layout.places(list(_record(files).files), write=True)
+    places = layout.places(list(_record(model_files).files), write=True)
     assert all(place.find() for place in places)
     for name in ("config.json", SHARD):
-        edited = files[name][:-3] + b"9" + files[name][-2:]
+        edited = model_files[name][:-3] + b"9" + model_files[name][-2:]
         (folder / name).write_bytes(edited)
         later = (folder / name).stat().st_mtime + 60
         os.utime(folder / name, (later, later))
@@ -318,7 +319,7 @@ def test_a_lock_that_may_not_be_opened_counts_as_held(
     assert not is_held(lock)
     lock.touch()
     assert not is_held(lock)
-    real: Callable[..., int] = writers.open_regular
+    real: Callable[..., int] = files.open_regular
 
     def read_only(path: Path, flags: int = os.O_RDONLY) -> int:
         if flags & os.O_RDWR:
