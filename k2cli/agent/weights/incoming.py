@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from k2cli.agent.weights.messages import (
     ANOTHER_SIZE,
     SEGMENT_BYTES,
@@ -29,7 +27,7 @@ from k2cli.agent.weights.messages import (
 from k2cli.agent.weights.place import Place
 from k2cli.files import APPEND, name_with, open_regular, read_regular
 from k2cli.models.digests import OnBytes, sha256_of, sha256_of_range
-from k2cli.models.inventory.states import FileState, read_states, state_of
+from k2cli.models.inventory.verified import FileState, read_states, state_of
 from k2cli.models.sources.expected_files import expected_file, has_content
 
 _JOURNAL_LIMIT_BYTES = 256 * 2**20
@@ -98,11 +96,10 @@ class IncomingFile:
         They are not read if they are as they were when they were found to be right; or received
         from the very file that is offered now.
         """
-        now = state_of(self.data, self.offer.blob)
-        if now is not None and self.known is not None:
-            same = msgspec.structs.replace(now, checked=self.known.checked) == self.known
-            of_source = self.known.modified_ns == self.offer.modified_ns
-            if same and (self.known.checked == "whole" or of_source):
+        known = self.known
+        if known is not None and known.content_hash == self.offer.blob and known.is_of(self.data):
+            of_source = known.modified_ns == self.offer.modified_ns
+            if known.checked == "whole" or of_source:
                 return True
         file = expected_file(self.offer.name, self.offer.nbytes, self.offer.blob)
         self.checked_whole = file is not None and has_content(self.data, file, on_bytes)
@@ -113,11 +110,11 @@ class IncomingFile:
         if not self.offer.blob or self.missing:
             return None
         if self.checked_whole:
-            return state_of(self.data, self.offer.blob)
+            return state_of(self.data, self.offer.blob, "push")
         known = self.known
-        if known is not None and known == state_of(self.data, self.offer.blob, known.checked):
+        if known is not None and known.content_hash == self.offer.blob and known.is_of(self.data):
             return known
-        return state_of(self.data, self.offer.blob, "pieces")
+        return state_of(self.data, self.offer.blob, "push", "pieces")
 
     def miss_everything(self) -> None:
         """Mark all segments as missing."""
@@ -252,7 +249,7 @@ def incoming_files(place: Place, offers: Sequence[WeightsFile]) -> list[Incoming
     of its own: the second would otherwise empty what was received and verified of the first.
     """
     files = [incoming_file(place, offer) for offer in offers]
-    states = read_states(place.folder)
+    states = read_states(place.folder, [file.offer.name for file in files])
     for file in files:
         file.known = states.get(file.offer.name)
     seen: dict[Path, int] = {}

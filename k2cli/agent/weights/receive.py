@@ -52,8 +52,7 @@ from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.files import is_same_file, open_regular, unwritable, write_atomically
 from k2cli.models.inventory.known_folders import Stamp, remember_folder
 from k2cli.models.inventory.running import INCOMING_LOCK
-from k2cli.models.inventory.states import read_states, write_states
-from k2cli.models.inventory.verified import note_verified
+from k2cli.models.inventory.verified import note_states
 from k2cli.models.part import write_part_list
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
 
@@ -76,7 +75,6 @@ class Receiver:
         self._files: list[IncomingFile] = []
         self._listeners: list[Listener] = []
         self._lock: int | None = None
-        self._arrived: set[str] = set()
         self._completing: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(_COMPLETING_THREADS)
         self._received = Count(lambda done: events.send(Received(done)))
@@ -211,7 +209,6 @@ class Receiver:
             try:
                 if not there:
                     self._files[index].complete()
-                    self._arrived.add(self._files[index].offer.name)
                 self._files[index].make_link()
                 self._note_states(_SECONDS_BETWEEN_NOTES)
             except Exception as error:
@@ -225,13 +222,8 @@ class Receiver:
         with self._noting:
             if time.monotonic() - self._noted_seconds < least_seconds:
                 return
-            states = read_states(self._place.folder)
-            for file in self._files:
-                states.pop(file.offer.name, None)
-                if (state := file.state()) is not None:
-                    states[file.offer.name] = state
-            if states:
-                write_states(self._place.folder, states)
+            states = {file.offer.name: file.state() for file in self._files}
+            note_states(self._place.folder, states)
             self._noted_seconds = time.monotonic()
 
     # --- the end --------------------------------------------------------------------------------
@@ -255,7 +247,6 @@ class Receiver:
                 path = self._place.references / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, self._offer.target.commit)
-        note_verified(folder, sorted(self._arrived), "push")
         base = self._place.blobs.parent if self._place.blobs else folder
         (base / INCOMING_LOCK).unlink(missing_ok=True)
         self._events.send(Finished(str(folder), cpu_seconds()))

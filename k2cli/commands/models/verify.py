@@ -37,7 +37,6 @@ def verify(
     Example: k2 models verify demo
     """
     from k2cli.models.inventory.find import find_model
-    from k2cli.models.inventory.verified import note_verified
     from k2cli.models.inventory.verify import verify_folder
     from k2cli.ui.output import print_json, print_line
     from k2cli.ui.progress import ByteProgress
@@ -48,8 +47,6 @@ def verify(
         found = verify_folder(known.folder, known.record, _Shown(progress).read)
     if repair and found.damaged:
         found = _repair(known, found)
-    right = [file.name for file in found.files if file.status in ("verified", "repaired")]
-    note_verified(known.folder, right, "verify")
     if json:
         print_json(_document(known, found))
     else:

@@ -121,11 +121,7 @@ def described_folder(
     known = known_folder(folder)
     total = sum(present.values()) + sum(each.nbytes for each in leftovers)
     total += _size(extra) if extra is not None else 0
-    changed = {
-        each: path.stat().st_ctime
-        for each, path in ((path.relative_to(folder).as_posix(), path) for path in files)
-        if is_read(each) and path.exists()
-    }
+    read = [each for each in present if is_read(each) and (folder / each).exists()]
     writer = writer_of_folder(folder)
     if kind == "converted" and not writer and contents.state != "complete":
         writer = "download" if is_held(conversion_lock()) else ""
@@ -145,7 +141,7 @@ def described_folder(
         quantization=about.quantization,
         source=known.source if known is not None else source,
         writer=writer if contents.state != "complete" else "",
-        verified=last_verified(folder, changed) if contents.state in ("complete", "part") else None,
+        verified=last_verified(folder, read) if contents.state in ("complete", "part") else None,
         kept_because="" if is_k2s(folder) or may_remove(folder) else _NOT_K2S,
         files=contents.files,
     )

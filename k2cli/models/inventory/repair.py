@@ -12,7 +12,7 @@ from dataclasses import replace
 from k2cli.errors import K2Error
 from k2cli.files import unwritable
 from k2cli.models.inventory.find import KnownModel
-from k2cli.models.inventory.states import state_of
+from k2cli.models.inventory.verified import state_of
 from k2cli.models.inventory.verify import FileResult, Verification, concluded
 from k2cli.models.sources.cache_layout import CachePlace
 from k2cli.models.sources.events import Event, OnEvent
@@ -95,13 +95,14 @@ def _fetch(
     def is_broken(name: str) -> bool:
         """True if a file is still the one that was found to be damaged."""
         state = states.get(name)
-        return state is not None and state == state_of(model.folder / name, state.content_hash)
+        return state is not None and state.is_of(model.folder / name)
 
     fetch_again(model.record, files, model.layout, is_broken, show)
 
 
 def _repaired(model: KnownModel, file: FileResult) -> FileResult:
     expected = file.expected
-    state = state_of(model.folder / file.name, expected.blob_name) if expected else None
+    path = model.folder / file.name
+    state = state_of(path, expected.blob_name, "verify") if expected else None
     nbytes = expected.nbytes if expected else file.nbytes
     return replace(file, status="repaired", reason="", nbytes=nbytes, state=state)

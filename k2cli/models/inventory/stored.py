@@ -82,7 +82,7 @@ def _repository_models(
         sizes = {file.identity: file.nbytes for file in revision.files if file.identity}
         partial = sum(each.nbytes for each in part.leftovers)
         about = describe_config(revision.folder)
-        changed = {f.name: f.changed for f in revision.files if is_read(f.name)}
+        read = [file.name for file in revision.files if is_read(file.name)]
         is_whole = contents.state in ("complete", "part")
         yield StoredModel(
             name=_typed_name(repository, revision, aliases, part.record),
@@ -101,7 +101,7 @@ def _repository_models(
             architecture=about.architecture,
             quantization=about.quantization,
             writer=writer if contents.state != "complete" else "",
-            verified=last_verified(revision.folder, changed) if is_whole else None,
+            verified=last_verified(revision.folder, read) if is_whole else None,
             files=contents.files,
         )
         seen.update(sizes)

@@ -1,8 +1,9 @@
-"""Times at which each file of a model was last compared with its hash, and by what.
+"""Note of the files of a model that were found to be right: when, by what, and in which state.
 
 Downloads and pushes of k2 hash every byte on its way, and ``k2 models verify`` reads the files
-again.
-Files that another program fetched are verified only by that command.
+again. A file counts as verified as long as its size, time of change and inode are those of
+the note; ``k2 models list`` shows the time, and a push need not read it again. Files that
+another program fetched are verified only by ``k2 models verify``.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from k2cli.models.layout import INDEX_NAME, supporting_files
 from k2cli.models.sources.snapshot_record import record_path
 from k2cli.settings import data_directory
 
-_LIMIT_BYTES = 16 * 2**20
-_CLOCK_SECONDS = 0.1
-"""Difference that the clocks of a file system and of a process may have."""
+_MAX_NOTE_BYTES = 50_000_000
 
 How = Literal["download", "push", "verify"]
+Checked = Literal["whole", "pieces"]
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -36,13 +36,50 @@ class Verified(msgspec.Struct, frozen=True):
     by: How
 
 
+class FileState(msgspec.Struct, frozen=True):
+    """State in which a file had the content that ``content_hash`` names.
+
+    ``checked`` is ``whole`` if all of its bytes were hashed, and ``pieces`` if it was received in
+    pieces, each of which was hashed at both ends. ``time`` is in seconds since the epoch.
+    """
+
+    nbytes: int
+    modified_ns: int
+    inode: int
+    content_hash: str
+    time: float
+    by: How
+    checked: Checked = "whole"
+
+    def is_of(self, path: Path) -> bool:
+        """True if a file is still in this state."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return False
+        now = (found.st_size, found.st_mtime_ns, found.st_ino)
+        return now == (self.nbytes, self.modified_ns, self.inode)
+
+
 class _Note(msgspec.Struct, frozen=True):
-    files: dict[str, Verified] = {}
+    files: dict[str, FileState] = {}
     schema_version: int = 1
 
 
+def state_of(
+    path: Path, content_hash: str, by: How, checked: Checked = "whole"
+) -> FileState | None:
+    """Return the state of a file that has the content of this hash; None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    state = (found.st_size, found.st_mtime_ns, found.st_ino)
+    return FileState(*state, content_hash, time.time(), by, checked)
+
+
 def note_path(folder: Path) -> Path:
-    """Return the file with the times: in a repository of the Hub's cache, or else in k2's folder.
+    """Return the file with the note: in a repository of the Hub's cache, or else in k2's folder.
 
     Revisions of one repository share their contents, and so this file.
     """
@@ -59,22 +96,38 @@ def _key(folder: Path, name: str) -> str:
     return os.path.basename(os.readlink(path)) if path.is_symlink() else f"{folder.name}/{name}"
 
 
-def note_verified(folder: Path, names: Collection[str], by: How) -> None:
-    """Note that files were found to be right just now; nothing if that cannot be written."""
-    if not names:
+def _read(path: Path) -> dict[str, FileState]:
+    try:
+        return decode_json(read_regular(path, _MAX_NOTE_BYTES), _Note).files
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+def read_states(folder: Path, names: Collection[str]) -> dict[str, FileState]:
+    """Return the states in which files of a model were right, by name."""
+    known = _read(note_path(folder))
+    keys = {name: _key(folder, name) for name in names}
+    return {name: known[key] for name, key in keys.items() if key in known}
+
+
+def note_states(folder: Path, states: Mapping[str, FileState | None]) -> None:
+    """Note the states of files by name; None for one that is not right.
+
+    Does nothing if that cannot be written.
+    """
+    if not states:
         return
     path = note_path(folder)
     with suppress(OSError):
-        now = dict.fromkeys((_key(folder, name) for name in names), Verified(time.time(), by))
+        known = _read(path)
+        for name, state in states.items():
+            key = _key(folder, name)
+            if state is None:
+                known.pop(key, None)
+            else:
+                known[key] = state
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, encode_json(_Note(_read(path) | now)))
-
-
-def _read(path: Path) -> dict[str, Verified]:
-    try:
-        return decode_json(read_regular(path, _LIMIT_BYTES), _Note).files
-    except (OSError, msgspec.DecodeError):
-        return {}
+        write_atomically(path, encode_json(_Note(known)))
 
 
 def is_read(name: str) -> bool:
@@ -83,19 +136,15 @@ def is_read(name: str) -> bool:
     return is_weight or name == INDEX_NAME or bool(supporting_files([name]))
 
 
-def last_verified(folder: Path, changed: Mapping[str, float]) -> Verified | None:
+def last_verified(folder: Path, names: Collection[str]) -> Verified | None:
     """Return the oldest of the last verifications of some files.
 
-    Args:
-        folder: the model's folder.
-        changed: the last change of each file, in seconds since the epoch. If one has changed since
-            it was verified, or never was, there is no answer.
+    None if one of them was never verified, or has changed since.
     """
-    known = _read(note_path(folder))
-    found = []
-    for name, when in changed.items():
-        last = known.get(_key(folder, name))
-        if last is None or last.time + _CLOCK_SECONDS < when:
-            return None
-        found.append(last)
+    states = read_states(folder, names)
+    if len(states) < len(names):
+        return None
+    if not all(state.is_of(folder / name) for name, state in states.items()):
+        return None
+    found = [Verified(state.time, state.by) for state in states.values()]
     return min(found, key=lambda each: each.time, default=None)

@@ -18,14 +18,7 @@ from typing import Literal
 
 from k2cli.errors import K2Error
 from k2cli.models.checkpoint import read_checkpoint
-from k2cli.models.inventory.states import (
-    FileState,
-    forget_verified,
-    read_states,
-    state_of,
-    write_states,
-    write_verified,
-)
+from k2cli.models.inventory.verified import FileState, note_states, state_of
 from k2cli.models.layout import is_own
 from k2cli.models.part import absent_files
 from k2cli.models.safetensors_header import read_safetensors_header
@@ -119,18 +112,8 @@ def concluded(
     found = Verification(folder, files)
     if not found.damaged and (record is None or record.whole):
         found = Verification(folder, files, _problems(folder))
-    states = read_states(folder)
-    for file in files:
-        states.pop(file.name, None)
-        if file.status in ("verified", "repaired") and file.state is not None:
-            states[file.name] = file.state
-    if record is not None:
-        write_states(folder, states)
-        if found.damaged or found.problems:
-            forget_verified(folder)
-        else:
-            right = [file.nbytes for file in files if file.status != "no digest known"]
-            write_verified(folder, len(right), sum(right))
+    is_right = ("verified", "repaired")
+    note_states(folder, {f.name: f.state if f.status in is_right else None for f in files})
     return found
 
 
@@ -175,7 +158,7 @@ def _verify_file(
     try:
         if expected is None:
             return _verify_header(path, name)
-        state = state_of(path, expected.blob_name)
+        state = state_of(path, expected.blob_name, "verify")
         damage = verify_file(path, expected, counter.add)
         if damage == "is missing":
             return _missing_file(folder, path, expected, counter)

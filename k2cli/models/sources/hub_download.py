@@ -17,7 +17,7 @@ from k2cli.files import unwritable
 from k2cli.models import modelscope
 from k2cli.models.checkpoint import read_index
 from k2cli.models.inventory.known_folders import remember_folder
-from k2cli.models.inventory.verified import note_verified
+from k2cli.models.inventory.verified import FileState, note_states, state_of
 from k2cli.models.layout import INDEX_NAME, no_safetensors_error
 from k2cli.models.sources import hub
 from k2cli.models.sources.awake import kept_awake
@@ -172,11 +172,11 @@ def run_download(
     if missing:
         count = f"{missing} file{'s' if missing > 1 else ''}"
         on_event(StepStarted(f"downloading {count} of {listing.repo}"))
-    received: list[str] = []
+    received: dict[str, FileState | None] = {}
 
     def noting(event: Event) -> None:
         if isinstance(event, FileFinished) and event.received:
-            received.append(event.file.name)
+            received[event.file.name] = state_of(event.path, event.file.blob_name, "download")
         on_event(event)
 
     try:
@@ -197,7 +197,7 @@ def run_download(
     except OSError as error:
         raise unwritable(error, layout.folder) from error
     finally:
-        note_verified(layout.folder, received, "download")
+        note_states(layout.folder, received)
 
 
 def transfer_from_server(

@@ -33,7 +33,7 @@ from k2cli.agent.weights.receive import Receiver
 from k2cli.agent.weights.send import connect
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.models.inventory.find import find_model
-from k2cli.models.inventory.states import read_states, write_states
+from k2cli.models.inventory.verified import note_states, read_states
 from k2cli.models.inventory.verify import verify_folder
 from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.snapshot_record import SnapshotRecord, recorded_snapshot
@@ -356,7 +356,7 @@ def test_a_blob_is_hashed_before_it_counts_as_there(tmp_path: Path) -> None:
 
     offer = WeightsFile("model.safetensors", len(data), blob, 5_000_000_000)
     assert read(offer)[:2] == (len(data), True)  # nothing was noted
-    write_states(place.folder, {"model.safetensors": state})
+    note_states(place.folder, {"model.safetensors": state})
     assert read(offer)[:2] == (0, True)  # it came from the very file that is offered
     changed = msgspec.structs.replace(offer, modified_ns=6_000_000_000)
     read_bytes, right, file = read(changed)  # the source's file was replaced since
@@ -364,7 +364,7 @@ def test_a_blob_is_hashed_before_it_counts_as_there(tmp_path: Path) -> None:
     whole = file.state()
     assert whole is not None
     assert whole.checked == "whole"
-    write_states(place.folder, {"model.safetensors": whole})
+    note_states(place.folder, {"model.safetensors": whole})
     assert read(changed)[:2] == (0, True)
     # A blob of the right size with other bytes is not there, and is replaced.
     path = place.folder / "model.safetensors"
@@ -408,7 +408,7 @@ def test_the_receiver_keeps_the_record_of_what_it_received(
     kept = recorded_snapshot(place.folder)
     assert kept is not None
     assert (kept.repo, kept.commit, kept.whole, kept.files) == ("o/n", "c1", True, tuple(expected))
-    assert set(read_states(place.folder)) == set(files)
+    assert set(read_states(place.folder, files)) == set(files)
     assert verify_folder(place.folder, kept).damaged == ()
     model = find_model("o/n")
     assert (model.folder, model.record) == (place.folder, kept)

@@ -19,7 +19,7 @@ import pytest
 
 from k2cli.errors import K2Error
 from k2cli.models.inventory.fetch_again import RepairPlace
-from k2cli.models.inventory.states import read_verified
+from k2cli.models.inventory.verified import last_verified, read_states
 from k2cli.models.sources.cache_layout import FolderPlace
 from k2cli.models.sources.expected_files import ExpectedFile
 from tests.models.mock_hub import GOOD_TOKEN, MockHub, served_hub
@@ -95,10 +95,9 @@ def same_as_hub(folder: Path, hub: MockHub) -> bool:
 def test_each_damage_is_named_and_repaired_alone(hub: MockHub) -> None:
     folder = download("mock/model")
     assert verify("mock/model") == ({}, f"verifying {folder}\n")
-    first = read_verified(folder)
+    first = last_verified(folder, hub.files)
     assert first is not None
-    size = sum(len(data) for data in hub.files.values())
-    assert (first.files, first.bytes) == (len(hub.files), size)
+    assert first.by == "verify"
 
     flip(folder / SHARDS[0])  # a damaged byte
     os.truncate(folder / "chat_template.jinja", 100)  # a file that is cut short
@@ -113,14 +112,15 @@ def test_each_damage_is_named_and_repaired_alone(hub: MockHub) -> None:
     status, said = verify("mock/model", code=1, HF_HUB_OFFLINE="1")
     assert (status, hub.requested) == (wanted, [])
     assert "hint: k2 models verify mock/model --repair" in said
-    assert read_verified(folder) is None
+    assert set(read_states(folder, hub.files)) == set(hub.files) - set(wanted)
+    assert last_verified(folder, hub.files) is None
 
     status, _ = verify("mock/model", "--repair")
     assert status == dict.fromkeys(wanted, "repaired")
     assert sent_weights(hub) == {*SHARDS, "chat_template.jinja"}
     assert same_as_hub(folder, hub)
     assert verify("mock/model")[0] == {}
-    assert read_verified(folder) is not None
+    assert last_verified(folder, hub.files) is not None
     assert not list(folder.parent.parent.glob("blobs/*.*"))
     assert all(path.is_symlink() for path in folder.iterdir())
 

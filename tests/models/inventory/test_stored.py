@@ -20,7 +20,7 @@ from k2cli.models.inventory.prune import find_prunable, prune
 from k2cli.models.inventory.remove import freed_bytes, remove_models, remove_revisions
 from k2cli.models.inventory.stored import stored_models
 from k2cli.models.inventory.stored_model import StoredModel
-from k2cli.models.inventory.verified import note_verified
+from k2cli.models.inventory.verified import note_states, state_of
 from k2cli.models.part import write_part_list
 from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
@@ -308,17 +308,17 @@ def test_a_part_a_config_and_a_conversion_are_told_apart(cache: Path) -> None:
 def test_a_verification_counts_until_a_file_changes(cache: Path) -> None:
     folder = put_revision(cache, NEW, small_model(1), "main")
     assert _listed()[NEW].verified is None
-    note_verified(folder, [*small_model(1)], "verify")
+    states = {name: state_of(folder / name, "h", "verify") for name in small_model(1)}
+    note_states(folder, states)
     verified = _listed()[NEW].verified
     assert verified is not None
     assert verified.by == "verify"
     changed = (folder / SHARD).resolve()
-    past = verified.time + 10
-    os.utime(changed, (past, past))  # which also sets its time of change to now
-    note = folder.parent.parent / ".k2" / "verified.json"
-    text = note.read_text().replace(str(verified.time)[:8], str(verified.time - 9_000_000)[:8])
-    note.write_text(text)
+    before = changed.stat()
+    os.utime(changed, (verified.time + 10, verified.time + 10))
     assert _listed()[NEW].verified is None
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert _listed()[NEW].verified == verified
 
 
 def test_a_model_is_found_by_each_of_its_names(cache: Path) -> None:
