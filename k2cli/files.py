@@ -149,6 +149,14 @@ def open_regular(
     raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
+def is_same_file(descriptor: int, path: Path) -> bool:
+    """True if a path still leads to an open file, such as a lock that others find by its path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
 def read_regular(path: Path, limit_bytes: int, *, follow_links: bool = False) -> bytes:
     """Read a regular file of at most ``limit_bytes``.
 

@@ -177,6 +177,11 @@ def _mpi_versions(first: Path | None, version: str | None) -> dict[str, str]:
     return found
 
 
+NETWORK_FILESYSTEMS = frozenset(
+    {"nfs", "nfs4", "smbfs", "cifs", "smb3", "afpfs", "webdav", "9p", "ceph", "fuse.sshfs", "sshfs"}
+)
+
+
 def volume_of(folder: Path) -> Volume | None:
     """Find the volume that a folder is on, or will be on once it is made."""
     existing = expand_home(str(folder)).absolute()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from k2cli.agent.software import ProcessUse, Software
+from k2cli.agent.software import NETWORK_FILESYSTEMS, ProcessUse, Software
 from k2cli.cluster.facts.machine import Examination, MachineFacts
 from k2cli.doctor.results import CheckResult, Situation, on_node
 from k2cli.units import GIB, MIB, format_bytes
@@ -21,10 +21,6 @@ SLOW_DISK_BYTES_PER_SECOND = 1_000_000_000
 
 FULL_DISK_BYTES = 100_000_000
 """A run writes its record, bootstrap files and a log."""
-
-NETWORK_FILESYSTEMS = frozenset(
-    {"nfs", "nfs4", "smbfs", "cifs", "smb3", "afpfs", "webdav", "9p", "ceph", "fuse.sshfs", "sshfs"}
-)
 
 
 def clock(situation: Situation) -> Iterable[CheckResult]:

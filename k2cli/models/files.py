@@ -31,8 +31,9 @@ def folder_being_made(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(folder), dir=folder.parent))
         temporary.chmod(0o755)
-        yield temporary
-        os.replace(temporary, folder)
+        with _held(temporary):
+            yield temporary
+            os.replace(temporary, folder)
     except OSError as error:
         raise unwritable(error, folder) from error
     finally:
@@ -40,10 +41,53 @@ def folder_being_made(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a temporary folder; the value is False if another process has it.
+
+    A volume without locks gives none, and then nobody can see that the folder is in use.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def remove_made_folder(folder: Path) -> bool:
+    """Remove a temporary folder that a killed process left; False if one is still writing to it.
+
+    Raises:
+        OSError: if it cannot be removed.
+    """
+    with _held(folder) as alone:
+        if alone:
+            shutil.rmtree(folder)
+    return alone
+
+
+def is_being_made(folder: Path) -> bool:
+    """True if a process is writing to a temporary folder.
+
+    Raises:
+        OSError: if it cannot be opened.
+    """
+    with _held(folder) as alone:
+        return not alone
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary folders that a killed process left behind; call it with the lock held."""
     for left in folder.parent.glob(glob.escape(_temporary_prefix(folder)) + "*"):
-        shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_made_folder(Path(left))
 
 
 def _temporary_prefix(folder: Path) -> str:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from k2cli.errors import K2Error, NotAuthorisedError, UsageError
 from k2cli.models.checkpoint import weight_map_of
 from k2cli.models.layout import INDEX_NAME
+from k2cli.models.modelscope_login import stored_token
 from k2cli.models.sources.byte_source import PassingError
 from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.file_names import is_safe_name
@@ -172,6 +173,13 @@ def _api() -> Any:
         def get_session_id(self) -> str:
             # The client would keep one in the home folder, and send it with each request.
             return "0" * 32
+
+        def load_cookies(self) -> None:
+            # The client would unpickle them, which can run any program.
+            return None
+
+        def load_token(self) -> str | None:
+            return stored_token(self.credentials_dir / "cookies")
 
     logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
     return modelscope_hub.HubApi(Config())

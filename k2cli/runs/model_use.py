@@ -26,6 +26,17 @@ def models_in_use(records: Sequence[RunRecord], node: str) -> list[RunModel]:
     ]
 
 
+def models_in_use_elsewhere(records: Sequence[RunRecord], node: str) -> list[tuple[str, RunModel]]:
+    """Return the folders of models that runs use on other nodes, with the node of each."""
+    return [
+        (other, use)
+        for other in dict.fromkeys(name for record in records for name in record.nodes)
+        if other != node
+        for use in models_in_use(records, other)
+        if use.folder
+    ]
+
+
 def launched_folders(records: Sequence[RunRecord], node: str) -> tuple[str, ...]:
     """Return the folders of models on a node with which runs were launched."""
     found = [record.model_folders.get(node, "") for record in records]

@@ -1,7 +1,8 @@
 """The fallback where k2 does not run on a node: a copy by rsync, or else by scp, file by file.
 
 It brings the whole model from this machine. Digests are compared where the node has a program for
-that. rsync continues a file that was cut short; scp begins it again.
+that. Each file arrives under another name first, so that what the node has stays until then. rsync
+continues a file that was cut short; scp begins it again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from k2cli.agent.weights.messages import Target
 from k2cli.errors import ClusterError, UsageError
+from k2cli.files import name_with
 from k2cli.models.digests import sha256_of
 from k2cli.nodes.interpreter import last_line
 from k2cli.nodes.node import Node
@@ -58,19 +60,24 @@ def copy_to(request: PushRequest, node: Node, on_event: OnPushEvent) -> NodeResu
     began = time.monotonic()
     program = _program(node)
     on_event(PushStep(f"copying {request.reference} to {node.name} by {program[0]}"))
-    done, total = 0, sum(file.nbytes for file in request.found.files)
+    done = sent = 0
+    total = sum(file.nbytes for file in request.found.files)
     for file in request.found.files:
         source = (Path(request.found.folder) / file.name).resolve()
-        place = f"{folder}/{file.name}"
-        _mkdir(node, str(PurePosixPath(place).parent))
-        _copy_file(program, source, node, place, file.nbytes)
-        _compare(node, source, place, file.nbytes)
+        place = PurePosixPath(folder) / file.name
+        if not _is_there(request, node, source, place, file.nbytes):
+            _mkdir(node, str(place.parent))
+            partial = place.with_name(name_with(f".{place.name}", ".k2-incoming"))
+            _copy_file(program, source, node, str(partial), file.nbytes)
+            _compare(node, source, str(partial), file.nbytes)
+            _rename(node, str(partial), str(place))
+            sent += file.nbytes
         done += file.nbytes
         on_event(PushBytes(done, total))
     for name in target.references:
         _write_reference(node, folder, name, target.commit)
     seconds = time.monotonic() - began
-    return NodeResult(node.name, folder, total, 0, seconds, program[0])
+    return NodeResult(node.name, folder, sent, total - sent, seconds, program[0])
 
 
 def _folder_there(node: Node, target: Target) -> str:
@@ -130,18 +137,48 @@ def _copy_file(program: list[str], source: Path, node: Node, place: str, nbytes:
         raise ClusterError(f"{program[0]} to node {node.name} failed: {reason}", "try again")
 
 
-def _compare(node: Node, source: Path, place: str, nbytes: int) -> None:
-    """Compare the digests at both ends, if the node has a program for it."""
+def _is_there(
+    request: PushRequest, node: Node, source: Path, place: PurePosixPath, nbytes: int
+) -> bool:
+    """True if the node has a file already.
+
+    Raises:
+        ClusterError: if it has another one of this name, and may not replace it.
+    """
+    if node.run(["test", "-e", str(place)]).status != 0:
+        return False
+    if _digest_there(node, str(place), nbytes) == sha256_of(source):
+        return True
+    if not request.replace:
+        raise ClusterError(
+            f"node {node.name} has another {place.name} in {place.parent} than this machine",
+            f"to replace it: k2 models push {request.reference} {node.name} --replace",
+        )
+    return False
+
+
+def _digest_there(node: Node, place: str, nbytes: int) -> str:
+    """Return the SHA-256 of a node's file; "" if the node has no program for it."""
     limit = _LEAST_SECONDS + nbytes / _SLOWEST_BYTES_PER_SECOND
     for program in _DIGEST_PROGRAMS:
         done = node.run([*program, place], timeout_seconds=limit)
         if done.status == 0:
-            found = last_line(done.stdout).split()[0].decode(errors="replace").lstrip("\\")
-            if found != sha256_of(source):
-                raise ClusterError(
-                    f"{place} on node {node.name} differs from {source}", "try again"
-                )
-            return
+            return last_line(done.stdout).split()[0].decode(errors="replace").lstrip("\\")
+    return ""
+
+
+def _compare(node: Node, source: Path, place: str, nbytes: int) -> None:
+    """Compare the digests at both ends, if the node has a program for it."""
+    found = _digest_there(node, place, nbytes)
+    if found and found != sha256_of(source):
+        raise ClusterError(f"{place} on node {node.name} differs from {source}", "try again")
+
+
+def _rename(node: Node, partial: str, place: str) -> None:
+    done = node.run(["mv", "-f", partial, place])
+    if done.status != 0:
+        reason = last_line(done.stderr).decode(errors="replace")
+        raise ClusterError(f"node {node.name} cannot write {place}: {reason}")
 
 
 def _write_reference(node: Node, folder: str, name: str, commit: str) -> None:

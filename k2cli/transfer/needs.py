@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k2cli.agent.weights.messages import Lacks, segment_count
+from k2cli.agent.weights.messages import ANOTHER_SIZE, Lacks, segment_count
 from k2cli.errors import ClusterError
 from k2cli.models.part import FOLDER
 from k2cli.nodes.interpreter import last_line
@@ -70,7 +70,8 @@ def _compare(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Compare the digests of files with another time of change: those that are the same, others."""
     unsure = {index: share.files[index].name for index in lacks.digests}
-    asked = [name for name in unsure.values() if not name.startswith(FOLDER)]
+    sized = [name for index, name in unsure.items() if lacks.digests[index] != ANOTHER_SIZE]
+    asked = [name for name in sized if not name.startswith(FOLDER)]
     digests = _source_digests(request, asked) if asked else {}
     same = [i for i, name in unsure.items() if digests.get(name) == lacks.digests[i]]
     return tuple(same), tuple(index for index in unsure if index not in same)

@@ -12,7 +12,7 @@ from k2cli.files import encode_json
 from k2cli.models.inventory.stored_model import ModelUse, StoredModels
 from k2cli.nodes.node import LOCALHOST, Node
 from k2cli.nodes.parallel import map_in_parallel
-from k2cli.runs.model_use import launched_folders, models_in_use
+from k2cli.runs.model_use import launched_folders, models_in_use, models_in_use_elsewhere
 from k2cli.runs.record import list_runs
 from k2cli.transfer.choose_push import portable_reference
 
@@ -94,10 +94,14 @@ class ModelsOnNodes:
         folders: Sequence[str] = (),
     ) -> ModelQuestion:
         uses = models_in_use(self._records, node)
+        others = models_in_use_elsewhere(self._records, node)
         return ModelQuestion(
             _portable(reference) if reference else "",
             revision,
-            tuple(ModelUse(use.run_id, use.folder, use.model) for use in uses),
+            (
+                *(ModelUse(use.run_id, use.folder, use.model) for use in uses),
+                *(ModelUse(u.run_id, u.folder, u.model, node=name) for name, u in others),
+            ),
             launched_folders(self._records, node),
             tuple(folders),
             hours,

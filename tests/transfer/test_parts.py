@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from k2cli.agent.model import checkpoint_digest, find_checkpoint
-from k2cli.agent.weights.messages import Lacks
+from k2cli.agent.weights.messages import ANOTHER_SIZE, Lacks
 from k2cli.agent.weights.model_files import model_files
 from k2cli.errors import ClusterError, K2Error
 from k2cli.models.checkpoint import read_checkpoint
@@ -152,6 +152,11 @@ def test_room_and_other_contents_are_judged_before_anything_is_sent(whole: Path)
     other = Lacks("/m", {}, 0, 10**12, {index: "0" * 64})
     with pytest.raises(ClusterError, match=r"node b has another config\.json in /m"):
         find_needs(request, "b", share, other)
+    sized = Lacks("/m", {}, 0, 10**12, {index: ANOTHER_SIZE})
+    with pytest.raises(ClusterError, match=r"node b has another config\.json in /m"):
+        find_needs(request, "b", share, sized)
+    replacing = PushRequest(str(whole), LocalNode(), found, (), replace=True)
+    assert find_needs(replacing, "b", share, sized).replaced == (index,)
     digest = hashlib.sha256((whole / "config.json").read_bytes()).hexdigest()
     same = find_needs(request, "b", share, Lacks("/m", {}, 0, 10**12, {index: digest}))
     assert (same.same, same.replaced, same.missing) == ((index,), (), {})

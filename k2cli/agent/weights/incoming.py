@@ -8,6 +8,7 @@ it says are not sent again. A complete file is flushed to the disk and renamed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import threading
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from k2cli.agent.weights.messages import (
+    ANOTHER_SIZE,
     SEGMENT_BYTES,
     WeightsFile,
     segment_count,
@@ -72,7 +74,11 @@ class IncomingFile:
         Raises:
             OSError: if the files cannot be read.
         """
-        if _size_of(self.data) == self.offer.nbytes:
+        size = _size_of(self.data)
+        if size not in (-1, self.offer.nbytes) and not self.offer.blob:
+            self.digest = ANOTHER_SIZE  # a partial file has another name, so this is not one
+            return
+        if size == self.offer.nbytes:
             if self.offer.blob:
                 if self._is_right(on_bytes):
                     return
@@ -183,8 +189,11 @@ class IncomingFile:
         """Flush the file to the disk and put it in its place.
 
         Raises:
-            OSError: if that fails.
+            OSError: if that fails, or what was received has vanished.
         """
+        if self._descriptor is None and self.offer.nbytes not in (0, _size_of(self.partial)):
+            # Opening would make a file of zeros.
+            raise OSError(errno.ENOENT, "it has vanished during the transfer", str(self.data))
         self.open()
         with self._lock:
             assert self._descriptor is not None

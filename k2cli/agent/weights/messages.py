@@ -129,11 +129,15 @@ class Checked(msgspec.Struct, frozen=True, tag=True):
     total_bytes: int
 
 
+ANOTHER_SIZE = "another size"
+
+
 class Lacks(msgspec.Struct, frozen=True, tag=True):
     """Answer to an offer: the numbers of the segments that each file lacks, by its index.
 
     ``digests`` are the SHA-256 of files that are there with another time of change than the
-    source's. Whether they are the same is for the launcher to decide.
+    source's, and ``ANOTHER_SIZE`` for those of another size. Whether they are the same is for the
+    launcher to decide, and whether others are replaced.
     """
 
     folder: str

@@ -25,6 +25,7 @@ from k2cli.agent.weights.incoming import IncomingFile, examine_all, incoming_fil
 from k2cli.agent.weights.json_lines import Input, Output, decode_line
 from k2cli.agent.weights.listener import QUIET_SECONDS, Listener
 from k2cli.agent.weights.messages import (
+    ANOTHER_SIZE,
     CONFIRMED,
     Begin,
     Checked,
@@ -48,7 +49,7 @@ from k2cli.agent.weights.place import (
     record_of,
 )
 from k2cli.errors import ClusterError, K2Error, UsageError
-from k2cli.files import open_regular, unwritable, write_atomically
+from k2cli.files import is_same_file, open_regular, unwritable, write_atomically
 from k2cli.models.inventory.known_folders import Stamp, remember_folder
 from k2cli.models.inventory.running import INCOMING_LOCK
 from k2cli.models.inventory.verified import note_states
@@ -135,6 +136,8 @@ class Receiver:
         descriptor = open_regular(base / INCOMING_LOCK, os.O_WRONLY | os.O_CREAT, mode=0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_same_file(descriptor, base / INCOMING_LOCK):
+                raise OSError("its holder has removed it")  # and another may hold the new one
         except OSError:
             # It may be one whose launcher is gone, which ends soon.
             raise StreamLost(f"another transfer to {self._place.folder} is running") from None
@@ -150,6 +153,9 @@ class Receiver:
     def _begin(self, begin: Begin) -> None:
         if not all(0 <= i < len(self._files) for i in (*begin.same, *begin.replaced)):
             raise UsageError("the order names a file that was not offered")
+        for index, file in enumerate(self._files):
+            if file.digest == ANOTHER_SIZE and index not in begin.replaced:
+                raise UsageError(f"{file.offer.name} is another file here, and stays")
         for index in begin.same:
             self._files[index].adopt()
             self._files[index].digest = ""

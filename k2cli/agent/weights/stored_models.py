@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def plan_removal(question: ModelQuestion) -> Removal:
         if model.kept_because:
             return msgspec.structs.replace(
                 found, problem=f"'{model.label}' is not removed: {model.kept_because}",
-                hint=f"to remove it yourself: rm -r {model.folder}",
+                hint=f"see what is there: ls -la {shlex.quote(model.folder)}",
             )  # fmt: skip
     return found
 
@@ -164,17 +165,33 @@ def prune_agreed(question: ModelQuestion) -> Pruned:
 def _matching(question: ModelQuestion) -> list[StoredModel]:
     stored = _with_uses(question)
     found = matching_models(stored.models, question.reference, question.revision)
-    uses = (*question.uses, *_own_uses())
+    uses = _uses(question)
     return [_used(model, uses) for model in found]
 
 
 def _with_uses(question: ModelQuestion) -> StoredModels:
-    uses = (*question.uses, *_own_uses())
-    folders = {use.folder for use in uses if use.folder} | set(question.known)
+    uses = _uses(question)
+    folders = {use.folder for use in uses if use.folder and not use.node} | set(question.known)
     found = stored_models(folders)
     return msgspec.structs.replace(
         found, models=tuple(_used(model, uses) for model in found.models)
     )
+
+
+def _uses(question: ModelQuestion) -> list[ModelUse]:
+    """Return the uses that concern this machine.
+
+    Those of other machines do if the folder is on a network volume here, which they may share.
+    """
+    here = [use for use in question.uses if not use.node or _is_shared(use.folder)]
+    return [*here, *_own_uses()]
+
+
+def _is_shared(folder: str) -> bool:
+    from k2cli.agent.software import NETWORK_FILESYSTEMS, volume_of  # slow to import
+
+    volume = volume_of(Path(folder)) if os.path.isdir(folder) else None
+    return volume is not None and volume.filesystem.lower() in NETWORK_FILESYSTEMS
 
 
 def _own_uses() -> list[ModelUse]:

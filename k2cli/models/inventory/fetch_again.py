@@ -70,7 +70,15 @@ class RepairPlace:
         return self.place.path
 
     def put(self) -> Path:
-        """Replace the damaged file by the new one, whose bytes are on the disk by then."""
+        """Replace the damaged file by the new one, whose bytes are on the disk by then.
+
+        Raises:
+            K2Error: if a folder has another file by now, such as one that the user has put there.
+        """
+        path = self.place.path
+        other = isinstance(self.place, FolderPlace) and os.path.lexists(path)
+        if other and not self.is_broken(self.file.name):
+            raise K2Error(f"'{path}' has changed during the repair", "run the command again")
         descriptor = open_regular(self.partial)
         try:
             os.fsync(descriptor)

@@ -10,7 +10,7 @@ from pathlib import Path
 from k2cli.errors import K2Error
 from k2cli.models.catalog import WheelSource, catalog
 from k2cli.models.inventory.contents import contents_of, describe_config
-from k2cli.models.inventory.hub_cache import Leftover, leftover
+from k2cli.models.inventory.hub_cache import INCOMING_LOCK, Leftover, leftover
 from k2cli.models.inventory.known_folders import known_folder, known_folders, may_remove
 from k2cli.models.inventory.stored_model import Kind, StoredModel
 from k2cli.models.inventory.verified import is_read, last_verified
@@ -79,6 +79,20 @@ def _modelscope_name(folder: Path) -> str:
     return ""
 
 
+def is_k2s(folder: Path) -> bool:
+    """True for a folder in k2's own folder that k2 made: all of it is removed with the model."""
+    if os.path.realpath(folder.parent) != os.path.realpath(models_directory()):
+        return False
+    entry = catalog().get(folder.name)
+    is_alias = entry is not None and isinstance(entry.source, WheelSource)
+    record = recorded_snapshot(folder)
+    fetched = record is not None and record.written_by == "k2"
+    if is_alias or fetched or (folder / SOURCE_NAME).is_file():
+        return True
+    # What an interrupted push or removal has left.
+    return folder.name.startswith("modelscope--") or not {*os.listdir(folder)} - {INCOMING_LOCK}
+
+
 def wheel_file(alias: str) -> Path | None:
     """Return the GGUF file that k2 keeps after converting an alias; None if there is none."""
     entry = catalog().get(alias)
@@ -144,7 +158,7 @@ def described_folder(
         source=known.source if known is not None else source,
         writer=writer if contents.state != "complete" else "",
         verified=last_verified(folder, read) if contents.state in ("complete", "part") else None,
-        kept_because="" if kind == "converted" or may_remove(folder) else _NOT_K2S,
+        kept_because="" if is_k2s(folder) or may_remove(folder) else _NOT_K2S,
         files=contents.files,
     )
 

@@ -25,6 +25,9 @@ _DOWNLOADED = re.compile(r".+\.(?:partial|journal|incomplete)|\..+\.[0-9a-f]{8}\
 _PUSHED = re.compile(r"\..+\.(?:k2-incoming|k2-journal|k2-link)")
 INCOMING_LOCK = ".k2-incoming.lock"
 _IGNORED = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+_OWN_FOLDERS = ("snapshots", "blobs", "refs", "trees", ".no_exist", ".k2")
+_COMMIT = re.compile(r"[0-9A-Za-z][\w.-]{0,199}", re.ASCII)
+_CONTENT = re.compile(r"[0-9a-fA-F]{32,64}(?:-\d{1,6})?")
 
 Identity = tuple[int, int]
 """Device and number of a file: two names of the same data have the same."""
@@ -80,8 +83,9 @@ class CachedRevision:
 class CachedRepository:
     """A repository in the cache.
 
-    ``blobs`` are complete contents by name, with the bytes that they take. ``problem`` says why
-    nothing may be removed from it; empty if it may.
+    ``blobs`` are complete contents by name, with the bytes that they take. ``unclear`` are branches
+    and tags that name no commit, as after a crash. ``problem`` says why nothing may be removed from
+    the repository; empty if it may. What it has is then not known.
     """
 
     repo: str
@@ -90,6 +94,7 @@ class CachedRepository:
     references: tuple[tuple[str, str], ...] = ()
     blobs: tuple[CachedFile, ...] = ()
     leftovers: tuple[Leftover, ...] = ()
+    unclear: tuple[str, ...] = ()
     problem: str = ""
 
     @property
@@ -125,12 +130,17 @@ def owner_counts(repositories: Iterable[CachedRepository]) -> Counter[Identity]:
 def read_repository(folder: Path) -> CachedRepository:
     """Read a repository's folder; what cannot be read there is its ``problem``."""
     repo = folder.name.removeprefix(_PREFIX).replace("--", "/")
-    for each in (folder, folder / "snapshots", folder / "blobs", folder / "refs"):
-        if each.is_symlink():
-            problem = f"{each} is a link to {os.readlink(each)}"
-            return CachedRepository(repo, folder, problem=problem)
     try:
-        references = tuple(sorted(_references(folder / "refs")))
+        for each in (folder, *(folder / name for name in _OWN_FOLDERS)):
+            if each.is_symlink():
+                problem = f"{each} is a link to {os.readlink(each)}"
+                return CachedRepository(repo, folder, problem=problem)
+        if (link := _link_elsewhere(folder / "snapshots")) is not None:
+            problem = f"{link} is a link to {os.readlink(link)}"
+            return CachedRepository(repo, folder, problem=problem)
+        every = sorted(_references(folder / "refs"))
+        references = tuple((name, commit) for name, commit in every if commit)
+        unclear = tuple(name for name, commit in every if not commit)
         blobs, leftovers = _blobs(folder / "blobs")
         names = _subfolders(folder / "snapshots")
         revisions = [_revision(folder / "snapshots" / name, references) for name in names]
@@ -138,7 +148,7 @@ def read_repository(folder: Path) -> CachedRepository:
         problem = f"{error.filename} cannot be read: {error.strerror}"
         return CachedRepository(repo, folder, problem=problem)
     revisions.sort(key=_order)
-    return CachedRepository(repo, folder, tuple(revisions), references, blobs, leftovers)
+    return CachedRepository(repo, folder, tuple(revisions), references, blobs, leftovers, unclear)
 
 
 def _order(revision: CachedRevision) -> tuple[bool, bool, float, str]:
@@ -153,19 +163,46 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
 
 
+def _link_elsewhere(snapshots: Path) -> Path | None:
+    """Return a link that shows a revision from another place, whose files are not known here."""
+    for path in sorted(snapshots.iterdir()) if snapshots.is_dir() else ():
+        inside = os.path.realpath(path.parent)
+        if path.is_symlink() and os.path.dirname(os.path.realpath(path)) != inside:
+            return path
+    return None
+
+
 def _references(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the name and the commit of each branch and tag."""
+    """Yield the name and the commit of each branch and tag; "" for one that names no commit."""
     for path in _walk(folder):
-        if path.name in _IGNORED or path.is_symlink():
+        if path.name in _IGNORED or path.name.startswith("._"):
             continue
+        commit = ""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             commit = read_regular(path, _MAX_REFERENCE_BYTES).decode().strip()
-            yield path.relative_to(folder).as_posix(), commit
+        name = path.relative_to(folder).as_posix()
+        yield name, commit if _COMMIT.fullmatch(commit) else ""
+
+
+def is_content_name(name: str) -> bool:
+    """True for the name of a complete content: its hash, or what a mirror sends instead."""
+    return _CONTENT.fullmatch(name) is not None
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield what is below a folder and no folder itself; links to folders are not followed."""
-    for parent, folders, names in os.walk(folder):
+    """Yield what is below a folder and no folder itself; links to folders are not followed.
+
+    Raises:
+        OSError: if a folder cannot be listed. Its files are not known, which is not the same as
+            that there are none.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    if not os.path.lexists(folder):
+        return
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in sorted([*names, *linked]):
             yield Path(parent) / name
@@ -176,7 +213,7 @@ def _blobs(folder: Path) -> tuple[tuple[CachedFile, ...], tuple[Leftover, ...]]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (left := leftover(path)) is not None:
             leftovers.append(left)
-        elif path.name not in _IGNORED:
+        elif path.name not in _IGNORED and (path.is_symlink() or not path.is_dir()):
             size, identity, changed = _examine(path)
             blobs.append(CachedFile(path.name, path, path, size, identity, changed))
     return tuple(blobs), tuple(leftovers)
@@ -222,9 +259,8 @@ def _blob_of(path: Path, blobs: Path) -> Path | None:
     if not path.is_symlink():
         return None
     target = path.parent / os.readlink(path)
-    return (
-        blobs / target.name if os.path.realpath(target.parent) == os.path.realpath(blobs) else None
-    )
+    inside = os.path.realpath(target.parent) == os.path.realpath(blobs)
+    return blobs / target.name if inside and target.name != ".." else None
 
 
 def _examine(path: Path) -> tuple[int, Identity | None, float]:

@@ -18,12 +18,15 @@ import msgspec
 
 from k2cli.errors import K2Error
 from k2cli.files import decode_json, encode_json, read_regular, write_atomically
+from k2cli.models.sources.cache_layout import FolderPlace
+from k2cli.models.sources.expected_files import ExpectedFile, has_content
 from k2cli.models.sources.file_names import is_safe_name
 from k2cli.models.sources.snapshot_record import recorded_snapshot
 from k2cli.settings import data_directory
 
 Origin = Literal["quantize", "download", "push"]
 _LIMIT_BYTES = 16 * 2**20
+_SMALL_BYTES = 2**26
 _TICK_NS = 2 * 10**9
 """Precision of the times of files on exFAT."""
 
@@ -105,7 +108,8 @@ def known_folders() -> list[KnownFolder]:
 def _read(entry: Path) -> KnownFolder | None:
     with suppress(OSError, msgspec.DecodeError):
         known = decode_json(read_regular(entry, _LIMIT_BYTES), KnownFolder)
-        if Path(known.path).is_absolute() and all(map(is_safe_name, known.files)):
+        fits = known.schema_version == 1 and Path(known.path).is_absolute()
+        if fits and all(map(is_safe_name, known.files)):
             return known
     return None
 
@@ -127,9 +131,28 @@ def own_files(folder: Path) -> tuple[str, ...]:
     stamps = known.files if known is not None else {}
     own = [name for name, stamp in stamps.items() if _is_as(folder / name, stamp)]
     if record is not None and record.written_by == "k2":
-        # A file of another size is one that the user had there before an interrupted download.
-        own += [f.name for f in record.files if _is_as(folder / f.name, Stamp(f.nbytes, 0))]
+        own += [file.name for file in record.files if _is_fetched(folder, file, record.commit)]
     return tuple(dict.fromkeys(own))
+
+
+def _is_fetched(folder: Path, file: ExpectedFile, commit: str) -> bool:
+    """True if a file of a download is as it was fetched.
+
+    Small files, which users edit, are read if it is not noted that they are. Of weights that no
+    tool has noted, only the size is compared. A file of another size is one that the user had
+    there before an interrupted download.
+    """
+    if not _is_as(folder / file.name, Stamp(file.nbytes, 0)):
+        return False
+    place = FolderPlace(file, folder, commit)
+    noted = place.noted_hash()
+    if noted == file.blob_name and not place.is_changed():
+        return True
+    if file.nbytes > _SMALL_BYTES:
+        return noted is None
+    with suppress(OSError):
+        return has_content(folder / file.name, file, lambda count: None)
+    return False
 
 
 def may_remove(folder: Path) -> bool:

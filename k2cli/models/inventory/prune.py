@@ -7,7 +7,6 @@ or an alias of k2 names the commit. Nothing of a repository that is being writte
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,17 +15,22 @@ from typing import Literal
 import msgspec
 
 from k2cli.models.catalog import HubSource, catalog
+from k2cli.models.files import is_being_made, remove_made_folder
 from k2cli.models.inventory.folders import conversion_lock
 from k2cli.models.inventory.hub_cache import (
     CachedRepository,
     Leftover,
+    is_content_name,
     leftover,
     owner_counts,
     read_hub_cache,
-    read_repository,
 )
 from k2cli.models.inventory.known_folders import known_folders
-from k2cli.models.inventory.remove import remove_content, remove_leftover, remove_revisions
+from k2cli.models.inventory.remove import (
+    remove_leftover,
+    remove_revisions,
+    remove_unused_content,
+)
 from k2cli.models.inventory.stored import RevisionParts, revision_parts
 from k2cli.models.inventory.writers import is_held, writer_of_folder, writer_of_repository
 from k2cli.models.sources.cache_layout import cache_folder
@@ -99,6 +103,8 @@ def _of_repository(
         if part.revision.references:
             continue
         reason = _reason_to_keep(repository, part, before, in_use)
+        if not reason and repository.unclear:
+            reason = f"'{repository.unclear[0]}' names no commit, and may have been this one"
         if reason:
             kept.append(f"{repository.repo}@{part.revision.commit[:8]}: {reason}")
             continue
@@ -121,7 +127,7 @@ def _of_repository(
     linked = {file.blob for part in parts for file in part.revision.files}
     shared = owner_counts(repositories)
     for blob in repository.blobs:
-        if blob.path not in linked:
+        if blob.path not in linked and is_content_name(blob.name):
             freed = 0 if shared[blob.identity or (0, 0)] else blob.nbytes
             yield PruneItem(
                 "content", repository.repo, str(blob.path), freed, "no revision has this file"
@@ -176,8 +182,10 @@ def _of_folder(folder: Path, before: float) -> Iterator[PruneItem]:
     downloads = folder / ".cache" / "huggingface" / "download"
     for base in (folder, downloads):
         for path in sorted(base.iterdir()) if base.is_dir() else ():
-            left = leftover(path) if path.name.startswith(".") or base == downloads else None
-            if left is not None and left.changed <= before:
+            left = leftover(path)
+            # In the folder itself, only names of pushes are k2's; others may be the user's.
+            own = left is not None and (left.pushed or base == downloads)
+            if left is not None and own and left.changed <= before:
                 yield _leftover_item(left, folder.name)
 
 
@@ -209,9 +217,12 @@ def _made_folders(base: Path, before: float, name: str = "") -> Iterator[PruneIt
 
 
 def _folder_item(path: Path, name: str, before: float) -> Iterator[PruneItem]:
-    if path.is_symlink() or not path.is_dir():
-        return
-    found = [each.lstat() for each in (path, *path.rglob("*"))]
+    try:
+        if path.is_symlink() or not path.is_dir() or is_being_made(path):
+            return
+        found = [each.lstat() for each in (path, *path.rglob("*"))]
+    except OSError:
+        return  # it is being renamed, or is of another user
     if max(max(each.st_mtime, each.st_ctime) for each in found) <= before:
         size = sum(min(each.st_size, each.st_blocks * 512) for each in found)
         yield PruneItem("folder", name, str(path), size, "of an interrupted conversion")
@@ -229,12 +240,13 @@ def prune(items: Sequence[PruneItem]) -> None:
         if item.what == "revision":
             remove_revisions(path.parent.parent, {path.name})
         elif item.what == "folder":
-            shutil.rmtree(path)
+            remove_made_folder(path)
         elif item.what == "content":
-            remove_content(read_repository(path.parent.parent), path)
+            remove_unused_content(path)
         else:
             remove_leftover(path)
     for repository in read_hub_cache(cache_folder()):
         is_empty = not (repository.revisions or repository.blobs or repository.leftovers)
-        if is_empty and not repository.problem and not repository.references:
+        named = repository.references or repository.unclear
+        if is_empty and not repository.problem and not named:
             remove_revisions(repository.folder, ())

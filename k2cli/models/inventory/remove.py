@@ -7,15 +7,17 @@ interrupted leaves a model that is incomplete, and that a second removal ends.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from k2cli.errors import K2Error
 from k2cli.files import unwritable
-from k2cli.models.inventory.folders import conversion_lock, wheel_file
+from k2cli.models.inventory.folders import conversion_lock, is_k2s, wheel_file
 from k2cli.models.inventory.hub_cache import (
     INCOMING_LOCK,
     CachedRepository,
@@ -42,6 +44,7 @@ from k2cli.models.inventory.writers import (
     writer_of_repository,
 )
 from k2cli.models.part import FOLDER
+from k2cli.models.reference import SOURCE_NAME
 from k2cli.models.sources.cache_layout import shared_store_file, sweep_shared_store
 from k2cli.models.sources.snapshot_record import record_path
 
@@ -130,8 +133,10 @@ def remove_revisions(folder: Path, commits: Collection[str]) -> None:
             if revision.commit in commits:
                 _remove_notes(folder, revision)
                 shutil.rmtree(revision.folder)
-        if not read_repository(folder).revisions:
-            _remove_repository(repository)
+        left = read_repository(folder)
+        _refuse_problem(left)
+        if not left.revisions:
+            _remove_repository(left)
         (folder / INCOMING_LOCK).unlink(missing_ok=True)
 
 
@@ -143,6 +148,25 @@ def _refuse_problem(repository: CachedRepository) -> None:
         )
 
 
+def remove_unused_content(blob: Path) -> None:
+    """Remove a content that no revision has, unless one has it by now.
+
+    Raises:
+        K2Error: if it is being downloaded, or the repository cannot be examined.
+        OSError: if it cannot be removed.
+    """
+    storage = blob.parent.parent
+    repository = read_repository(storage)
+    _refuse_problem(repository)
+
+    def is_used() -> bool:
+        now = read_repository(storage)
+        _refuse_problem(now)
+        return any(file.blob == blob for revision in now.revisions for file in revision.files)
+
+    remove_content(repository, blob, is_used)
+
+
 def _remove_contents(
     repository: CachedRepository, revision: CachedRevision, commits: Collection[str]
 ) -> None:
@@ -152,23 +176,50 @@ def _remove_contents(
         for file in other.files
         if other.commit not in commits
     }
+    before = _times(repository)
+
+    def is_used(blob: Path) -> bool:
+        """True if a download, which holds the same lock then, has linked it meanwhile."""
+        if _times(repository) == before:
+            return False
+        now = read_repository(repository.folder)
+        _refuse_problem(now)
+        others = [each for each in now.revisions if each.commit not in commits]
+        return any(file.blob == blob for other in others for file in other.files)
+
     largest = sorted(revision.files, key=lambda each: -each.nbytes)
     # Then the config, so that what is left is not taken for one that was fetched alone.
     rest = sorted(largest[1:], key=lambda each: each.name != "config.json")
     for file in (*largest[:1], *rest):
         if file.blob is not None and file.blob not in kept:
-            remove_content(repository, file.blob)
+            remove_content(repository, file.blob, partial(is_used, file.blob))
         file.path.unlink(missing_ok=True)
 
 
-def remove_content(repository: CachedRepository, blob: Path) -> None:
+def _times(repository: CachedRepository) -> dict[str, int]:
+    """Return the last change of each folder with files of revisions, by its path."""
+    found = {}
+    with suppress(FileNotFoundError):
+        for parent, _, _ in os.walk(repository.folder / "snapshots"):
+            found[parent] = os.stat(parent).st_mtime_ns
+    return found
+
+
+def remove_content(
+    repository: CachedRepository, blob: Path, is_used: Callable[[], bool] = lambda: False
+) -> None:
     """Remove a content under the lock that a download of it holds.
+
+    Args:
+        is_used: called when the lock is held; the content stays if it returns True.
 
     Raises:
         K2Error: if it is being downloaded.
         OSError: if it cannot be removed.
     """
     with held(repository.lock_folder / f"{blob.name}.lock", repository.repo):
+        if is_used():
+            return
         shared = shared_store_file(blob, repository.folder.parent)
         blob.unlink(missing_ok=True)
     if shared is not None:
@@ -190,11 +241,14 @@ def remove_leftover(path: Path) -> None:
         OSError: if it cannot be removed.
     """
     left = leftover(path)
-    storage = next((each for each in path.parents if each.name.startswith("models--")), None)
+    inside = (each for each in path.parents if each.name in ("blobs", "snapshots"))
+    storage = next((e.parent for e in inside if e.parent.name.startswith("models--")), None)
     if left is None:
         return
     if storage is not None:
-        _remove_leftovers(read_repository(storage), [left])
+        repository = read_repository(storage)
+        _refuse_problem(repository)
+        _remove_leftovers(repository, [left])
         return
     folder = path.parents[3] if path.parent.name == "download" else path.parent
     refuse_writer(writer_of_folder(folder), str(folder))
@@ -244,10 +298,20 @@ def _remove_conversion(folder: Path, alias: str) -> None:
             f"nothing of '{alias}' is removed: {folder} is a link to {os.readlink(folder)}",
             "remove by hand what the link leads to, and then the link",
         )
+    if not is_k2s(folder):
+        raise _not_k2s(folder, alias)
     refuse_writer(writer_of_folder(folder), alias)
     with held(conversion_lock(), alias), held(folder / INCOMING_LOCK, alias):
         for path in _by_size(folder):
             path.unlink(missing_ok=True)
+        # What says that k2 made the folder goes last, so that an interrupted removal can be ended.
+        kept = {SOURCE_NAME, ".cache", INCOMING_LOCK}
+        for path in folder.iterdir():
+            if path.is_symlink() or not path.is_dir():
+                if path.name not in kept:
+                    path.unlink(missing_ok=True)
+            elif path.name not in kept:
+                shutil.rmtree(path)
         shutil.rmtree(folder)
         if (gguf := wheel_file(folder.name)) is not None:
             gguf.unlink(missing_ok=True)
@@ -267,9 +331,7 @@ def _remove_folder(folder: Path, name: str) -> None:
     """
     names = own_files(folder)
     if not may_remove(folder):
-        raise K2Error(
-            f"k2 did not write '{name}', and removes only files that it wrote", f"rm -r {folder}"
-        )
+        raise _not_k2s(folder, name)
     refuse_writer(writer_of_folder(folder), name)
     with held(folder / INCOMING_LOCK, name):
         inside = folder.resolve()
@@ -278,7 +340,8 @@ def _remove_folder(folder: Path, name: str) -> None:
         for path in sorted(paths, key=_size, reverse=True):
             path.unlink(missing_ok=True)
         for path in folder.iterdir():
-            if leftover(path) is not None:
+            # Files of unfinished downloads are in the folder for notes, so others are the user's.
+            if (left := leftover(path)) is not None and left.pushed:
                 path.unlink(missing_ok=True)
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         (folder / INCOMING_LOCK).unlink(missing_ok=True)
@@ -290,6 +353,13 @@ def _remove_folder(folder: Path, name: str) -> None:
         folder.rmdir()
     forget_folder(folder)
     note_path(folder).unlink(missing_ok=True)
+
+
+def _not_k2s(folder: Path, name: str) -> K2Error:
+    return K2Error(
+        f"k2 did not write '{name}', and removes only files that it wrote",
+        f"see what is there: ls -la {shlex.quote(str(folder))}",
+    )
 
 
 def _remove_folder_notes(folder: Path) -> None:

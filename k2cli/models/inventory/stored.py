@@ -44,10 +44,11 @@ def stored_models(used_folders: Collection[str] = ()) -> StoredModels:
         if repository.problem:
             problems.append(repository.problem)
             continue
-        found = list(_repository_models(repository, owners, seen))
+        parts = revision_parts(repository)
+        found = list(_repository_models(repository, parts, owners, seen))
         models += found
         counted = sum(model.added_bytes for model in found)
-        whole = counted + _unlisted_bytes(repository, found)
+        whole = counted + _unlisted_bytes(repository, parts)
         left += whole - counted
         total += whole
     others = folder_models(used_folders)
@@ -59,7 +60,10 @@ def stored_models(used_folders: Collection[str] = ()) -> StoredModels:
 
 
 def _repository_models(
-    repository: CachedRepository, owners: Counter[Identity], seen: set[Identity]
+    repository: CachedRepository,
+    parts: Sequence[RevisionParts],
+    owners: Counter[Identity],
+    seen: set[Identity],
 ) -> Iterator[StoredModel]:
     """Describe each revision of a repository.
 
@@ -73,7 +77,7 @@ def _repository_models(
         for entry in catalog().values()
         if isinstance(entry.source, HubSource) and entry.source.repo == repository.repo
     )
-    for part in revision_parts(repository):
+    for part in parts:
         revision, contents = part.revision, part.contents
         sizes = {file.identity: file.nbytes for file in revision.files if file.identity}
         partial = sum(each.nbytes for each in part.leftovers)
@@ -156,11 +160,11 @@ def partial_sizes(leftovers: Iterable[Leftover]) -> dict[str, int]:
     }
 
 
-def _unlisted_bytes(repository: CachedRepository, models: Sequence[StoredModel]) -> int:
+def _unlisted_bytes(repository: CachedRepository, parts: Sequence[RevisionParts]) -> int:
     """Return the bytes of contents without a revision, and of unfinished files without one."""
     linked = owner_counts([repository])
     alone = {b.identity: b.nbytes for b in repository.blobs if b.identity not in linked}
-    given = {each for part in revision_parts(repository) for each in part.leftovers}
+    given = {each for part in parts for each in part.leftovers}
     lost = sum(each.nbytes for each in repository.leftovers if each not in given)
     return sum(alone.values()) + lost
 

@@ -18,13 +18,15 @@ class ModelUse(msgspec.Struct, frozen=True):
 
     ``folder`` is "" if the run was launched by a version of k2 that did not record it. ``model`` is
     then the reference of the launch, or "" if only the run's id is known. ``host`` is the machine
-    that launched it, "" for the one that asks.
+    that launched it, "" for the one that asks. ``node`` is another machine on which the run uses
+    that folder, "" for the one that is asked: both may have one folder on a network volume.
     """
 
     run_id: str
     folder: str = ""
     model: str = ""
     host: str = ""
+    node: str = ""
 
 
 class ModelFile(msgspec.Struct, frozen=True):

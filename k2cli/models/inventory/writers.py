@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from k2cli.errors import K2Error
-from k2cli.files import open_regular
+from k2cli.files import is_same_file, open_regular
 from k2cli.models.inventory.hub_cache import INCOMING_LOCK, CachedRepository
 
 Writer = Literal["", "download", "push"]
@@ -51,9 +51,11 @@ def refuse_writer(writer: Writer, name: str) -> None:
 def is_held(path: Path) -> bool:
     """True if a process holds the lock of a file; also if this cannot be found out."""
     try:
-        descriptor = open_regular(path, os.O_RDWR)
+        descriptor = _open_lock(path)
+    except PermissionError:
+        return True  # of another user, who may be writing
     except OSError:
-        return False  # there is none, or a user may not write to it
+        return False  # there is none, or it is no lock file
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -61,6 +63,14 @@ def is_held(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def _open_lock(path: Path) -> int:
+    """Open a lock file; one that may only be read can be locked too, but not on every volume."""
+    try:
+        return open_regular(path, os.O_RDWR)
+    except PermissionError:
+        return open_regular(path)
 
 
 @contextmanager
@@ -75,13 +85,15 @@ def held(path: Path, name: str) -> Iterator[None]:
         K2Error: if a process holds it.
         OSError: if it cannot be made.
     """
+    writer: Writer = "push" if path.name == INCOMING_LOCK else "download"
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            writer: Writer = "push" if path.name == INCOMING_LOCK else "download"
+            refuse_writer(writer, name)
+        if not is_same_file(descriptor, path):  # its holder has removed it, and another may hold it
             refuse_writer(writer, name)
         yield
     finally:

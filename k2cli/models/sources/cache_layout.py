@@ -22,6 +22,8 @@ from k2cli.models.sources.expected_files import ExpectedFile, header_damage, ver
 from k2cli.models.sources.journal import journaled_bytes
 
 _TRY_SECONDS = 0.01
+_CLOCK_SECONDS = 2.0
+"""Precision of the times of files on exFAT."""
 
 # The Hub library otherwise asks the server for a list of coding agents, tells it which one runs it,
 # and keeps the list in HF_HOME, where an answer of another form makes every later request fail.
@@ -252,8 +254,8 @@ class FolderPlace:
         """True if nothing needs to be fetched; writes nothing."""
         if not is_whole(self.path, self.file):
             return False
-        noted = self._noted_hash()
-        if noted is None:  # a file that no tool fetched
+        noted = self.noted_hash()
+        if noted is None or self.is_changed():  # a file that no tool fetched, or not as it is now
             return verify_file(self.path, self.file) is None
         return noted == self.file.blob_name
 
@@ -281,12 +283,24 @@ class FolderPlace:
         text = f"{self.commit}\n{self.file.blob_name}\n{time.time()}\n"
         write_atomically(self._notes(), text)
 
-    def _noted_hash(self) -> str | None:
-        try:
-            lines = read_regular(self._notes(), 10_000).decode().splitlines()
-        except (OSError, UnicodeDecodeError):
-            return None
+    def noted_hash(self) -> str | None:
+        """Return the hash of the file that was fetched; None if that is not noted."""
+        lines = self._note_lines()
         return lines[1].strip() if len(lines) > 1 else None
+
+    def is_changed(self) -> bool:
+        """True if the file has changed since its hash was noted, as the Hub library sees it."""
+        try:
+            noted_seconds = float(self._note_lines()[2])
+            return self.path.stat().st_mtime > noted_seconds + _CLOCK_SECONDS
+        except (OSError, ValueError, IndexError):
+            return True
+
+    def _note_lines(self) -> list[str]:
+        try:
+            return read_regular(self._notes(), 10_000).decode().splitlines()
+        except (OSError, UnicodeDecodeError):
+            return []
 
 
 @dataclass(frozen=True, slots=True)

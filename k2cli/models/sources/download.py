@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from k2cli.errors import InternalError, K2Error, UsageError
 from k2cli.models.catalog import WheelSource
 from k2cli.models.checkpoint import read_checkpoint
 from k2cli.models.files import locked, remove_leftovers
-from k2cli.models.layout import split_parts
+from k2cli.models.layout import INDEX_NAME, split_parts, supporting_files
+from k2cli.models.part import FOLDER
 from k2cli.models.reference import (
     SOURCE_NAME,
     ModelReference,
@@ -33,6 +35,7 @@ from k2cli.models.sources.events import (
 from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.selection import Selection
 from k2cli.settings import data_directory
+from k2cli.units import one_line
 
 if TYPE_CHECKING:
     from k2cli.models.sources.hub_download import Source
@@ -195,11 +198,30 @@ def _converted(
         remove_leftovers(folder)
         if (folder / SOURCE_NAME).is_file():
             # The folder is damaged or from an older file. k2 made it, so k2 may replace it.
+            _refuse_others(folder)
             shutil.rmtree(folder)
         gguf = _gguf_file(reference, on_event)
         on_event(StepStarted(f"converting {gguf.name} for MLX"))
         _convert(gguf, folder, source, on_event)
     return _present(reference.text, folder, was_there=False)
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse to replace a folder in which there is something else than a conversion's files.
+
+    Raises:
+        K2Error: naming it.
+    """
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        kinds = name.endswith(".safetensors") or name in (SOURCE_NAME, INDEX_NAME, ".DS_Store")
+        file = kinds or name.startswith(".k2-") or bool(supporting_files([name]))
+        if name not in (".cache", FOLDER) and (path.is_dir() or not file):
+            place = shlex.quote(str(folder.absolute().parent))
+            raise K2Error(
+                f"{folder} is to be converted anew, and k2 did not write {one_line(name)} in it",
+                f"move it away: mv {shlex.quote(str(path))} {place}",
+            )
 
 
 def _gguf_file(reference: ModelReference, on_event: OnEvent) -> Path:

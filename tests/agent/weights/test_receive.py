@@ -297,6 +297,24 @@ def test_a_second_transfer_to_the_same_folder_waits(tmp_path: Path) -> None:
         Receiver(Input(), Output(1))._examine(offer)
 
 
+def test_a_file_of_another_size_is_told_and_stays_until_it_may_be_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"the user": "wrote this"}')
+    offer = Offer(Target("path", str(folder)), (WeightsFile("config.json", 2),))
+    receiver = Receiver(Input(), Output(1))
+    lacks = receiver._examine(offer)
+    assert (lacks.digests, lacks.missing) == ({0: messages.ANOTHER_SIZE}, {})
+    for begin in (messages.Begin((), ()), messages.Begin((0,), ())):
+        with pytest.raises(UsageError, match=r"config\.json is another file here"):
+            receiver._begin(begin)
+    # A file that was there, and has vanished since, does not come back as zeros.
+    file = incoming_file(Place(folder), WeightsFile("config.json", 2))
+    with pytest.raises(OSError, match="vanished"):
+        file.complete()
+    assert "wrote this" in (folder / "config.json").read_text()
+
+
 def test_the_sender_sends_no_more_than_the_file_had(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 10)
     writer = SegmentWriter(lambda data: None)

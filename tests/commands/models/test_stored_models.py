@@ -271,3 +271,42 @@ def test_another_machine_lists_and_removes_its_own_models(
     absent = _k2("models", "list", "--nodes", "b,nowhere", "--json")
     assert absent.returncode == 5
     assert [node["node"] for node in json.loads(absent.stdout)["nodes"]] == ["b", "nowhere"]
+
+
+def test_odd_names_in_the_cache_are_shown_safely_and_stop_nothing(tmp_path: Path) -> None:
+    home, elsewhere = tmp_path / "a home" / "hf", tmp_path / "disk"
+    elsewhere.mkdir()
+    home.mkdir(parents=True)
+    cache = home / "hub"
+    cache.symlink_to(elsewhere)
+    folder = put_revision(cache, "1" * 40, small_model(1), "main", "a/b\x1b[31m", "pr/1")
+    for name in (b"\xff\xfe.safetensors", b"new\nline.json", b"\x1b]0;title\x07.json"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"x")
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "loop.json").symlink_to("loop.json")
+    odd = put_revision(cache, "1" * 40, small_model(1), "main", repo="mock/\x1b[2J\nodd")
+    Path(os.fsdecode(os.fsencode(cache) + b"/models--\xff--x")).mkdir()
+    environment = {"HF_HOME": str(home), "HF_HUB_CACHE": "", "HF_HUB_OFFLINE": "1"}
+    del environment["HF_HUB_CACHE"]
+    for arguments in (
+        ("list",), ("list", "--json"), ("show", "mock/model"), ("show", "mock/model", "--json"),
+        ("prune", "--dry-run", "--older-than", "0"), ("verify", "mock/model"),
+        ("verify", "mock/model", "--json"),
+    ):  # fmt: skip
+        done = _k2("models", *arguments, **environment)
+        assert done.returncode == (1 if arguments[0] == "verify" else 0), (arguments, done.stderr)
+        assert not {"\x1b", "\x07", "\ufeff"} & {*done.stdout, *done.stderr}, arguments
+        if "--json" in arguments:
+            json.loads(done.stdout)
+    for name in ("mock/model", "/", "~", ".", str(cache), str(folder.parent.parent)):
+        done = _k2("models", "remove", name, **environment)  # there is no terminal
+        assert done.returncode in (1, 2), done.stderr
+    assert (folder / SHARD).exists()
+    for name in ("/", "~", ".", str(cache), str(folder.parent), str(folder.parent.parent)):
+        done = _k2("models", "remove", name, "--yes", **environment)
+        assert done.returncode in (1, 2), done.stderr
+        assert "rm -r" not in done.stderr
+    assert (folder / SHARD).exists()
+    assert _k2("models", "remove", "mock/model", "--yes", **environment).returncode == 0
+    assert not folder.exists()
+    assert (odd / SHARD).exists()

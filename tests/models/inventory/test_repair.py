@@ -17,7 +17,11 @@ from typing import Any
 
 import pytest
 
+from k2cli.errors import K2Error
+from k2cli.models.inventory.fetch_again import RepairPlace
 from k2cli.models.inventory.verified import last_verified, read_states
+from k2cli.models.sources.cache_layout import FolderPlace
+from k2cli.models.sources.expected_files import ExpectedFile
 from tests.models.mock_hub import GOOD_TOKEN, MockHub, served_hub
 from tests.models.sources.test_download_command import weights
 
@@ -298,3 +302,21 @@ def test_a_name_of_255_bytes(hub: MockHub, tmp_path: Path) -> None:
         hub.requested.clear()
         download("mock/model", *options)
         assert not sent_weights(hub)
+
+
+def test_what_the_user_puts_in_place_during_a_repair_stays(tmp_path: Path) -> None:
+    """The file that was found to be damaged is replaced, and no other."""
+    data = b"right"
+    file = ExpectedFile("config.json", len(data), hashlib.sha256(data).hexdigest())
+    place = FolderPlace(file, tmp_path, "c" * 40)
+    place.prepare()
+    for broken, kept in ((False, True), (True, False)):
+        place.partial.write_bytes(data)
+        place.path.write_bytes(b"the user's")
+        repairing = RepairPlace(place, lambda name, broken=broken: broken)  # type: ignore[misc]
+        if kept:
+            with pytest.raises(K2Error, match="has changed during the repair"):
+                repairing.put()
+            assert place.path.read_bytes() == b"the user's"
+        else:
+            assert repairing.put().read_bytes() == data

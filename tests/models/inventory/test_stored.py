@@ -272,7 +272,7 @@ def test_a_folder_of_the_user_stays_and_one_that_k2_made_goes(cache: Path, tmp_p
     (made / "notes.txt").write_text("the user's")
     refused = plan_removal(ModelQuestion(str(own)))
     assert "it did not write this folder" in refused.problem
-    assert f"rm -r {own}" in refused.hint
+    assert f"ls -la {own}" in refused.hint
     with pytest.raises(K2Error, match="k2 did not write"):
         remove_models(refused.models)
     assert len(_files(own)) == 3

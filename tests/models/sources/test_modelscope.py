@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from k2cli.errors import UsageError
+from k2cli.models.modelscope_login import stored_token
 from k2cli.models.reference import parse_reference
 from k2cli.models.sources.snapshot_record import recorded_snapshot
 from tests.models.mock_modelscope import TOKEN, MockModelScope, served_modelscope
@@ -129,6 +131,42 @@ def test_tokens_go_to_the_server_alone(scope: MockModelScope) -> None:
     assert TOKEN not in done.stdout + done.stderr
     assert scope.tokens
     assert set(scope.tokens) == {"store "}  # the store is another host
+
+
+class _Program:
+    """What a pickle of another user may have in it."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_stored_login_is_used_and_its_pickle_never_loaded(
+    scope: MockModelScope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelscope_hub import HubConfig
+
+    scope.private = True
+    config = HubConfig()
+    config.save_token(TOKEN)
+    cookies, mark = config.credentials_dir / "cookies", tmp_path / "ran"
+    assert cookies.is_relative_to(tmp_path / "home")
+    saved = config.load_cookies()
+    cookies.write_bytes(pickle.dumps([_Program(mark), *saved]))
+    done = k2("download", MODEL)
+    assert (done.returncode, mark.exists()) == (0, False), done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        cookies.write_bytes(pickle.dumps(saved, protocol))
+        assert stored_token(cookies) == TOKEN
+    for cookie in saved:
+        cookie.expires = 1
+    for data in (pickle.dumps(saved), b"", b"\x80\x05h\x09.", os.urandom(999), b"x" * 2**21):
+        cookies.write_bytes(data)
+        assert stored_token(cookies) is None
 
 
 def test_what_a_server_may_get_wrong(scope: MockModelScope, tmp_path: Path) -> None:
