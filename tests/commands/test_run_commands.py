@@ -194,7 +194,8 @@ def test_refusals_before_anything_is_started(toy_k2: Path) -> None:
     assert odd.returncode == 2
     parser = k2("launch", str(toy_k2), "--tool-parser", "kimi")
     assert parser.returncode == 2
-    assert "'kimi' is not one of none, " in parser.stderr
+    assert "--tool-parser 'kimi' is not the name of a parser" in parser.stderr
+    assert "hint: leave --tool-parser out" in parser.stderr
     assert runs() == []
 
 
