@@ -46,6 +46,7 @@ class IncomingFile:
     own_name: str = ""
     known: FileState | None = None
     checked_whole: bool = False
+    received: bool = False
     _descriptor: int | None = None
     _journal: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -106,14 +107,19 @@ class IncomingFile:
         return self.checked_whole
 
     def state(self) -> FileState | None:
-        """Return the state of a complete file with a hash, to be noted for a later transfer."""
-        if not self.offer.blob or self.missing:
+        """Return the state of a complete file that was hashed, to be noted.
+
+        A file that is offered without a hash was hashed if it was received, piece by piece.
+        """
+        if self.missing:
             return None
         if self.checked_whole:
             return state_of(self.data, self.offer.blob, "push")
         known = self.known
         if known is not None and known.content_hash == self.offer.blob and known.is_of(self.data):
             return known
+        if not (self.offer.blob or self.received):
+            return None
         return state_of(self.data, self.offer.blob, "push", "pieces")
 
     def miss_everything(self) -> None:

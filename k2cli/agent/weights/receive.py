@@ -209,6 +209,7 @@ class Receiver:
             try:
                 if not there:
                     self._files[index].complete()
+                    self._files[index].received = True
                 self._files[index].make_link()
                 self._note_states(_SECONDS_BETWEEN_NOTES)
             except Exception as error:
