@@ -85,17 +85,6 @@ def _ctrl_c_reaches_children() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process (``--dist loadgroup``), and all that use the lab.
-
-    The lab's tests measure what a link carries.
-    """
-    for item in items:
-        path = item.path.relative_to(ROOT / "tests")
-        name = "lab" if path.parts[0] == "lab" else path.as_posix()
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
 # --- leftovers ----------------------------------------------------------------------------------
 
 
