@@ -31,15 +31,29 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         text = read_regular(path, MAX_JSON_BYTES, follow_links=True)
-        refuse_pointer(path, text)
+    except OSError as error:
+        raise K2Error(f"cannot read {path}: {error.strerror}") from error
+    refuse_pointer(path, text)
+    return json_object(text, path, download_hint(path))
+
+
+def json_object(text: bytes, path: Path, hint: str | None = None) -> dict[str, Any]:
+    """Parse the content of a JSON file that holds an object; the caller bounds its length.
+
+    Args:
+        path: of the file, here or in a repository, for messages.
+        hint: what to do if it is not JSON.
+
+    Raises:
+        K2Error: if it is not a JSON object, or holds NaN.
+    """
+    try:
         document = json.loads(text)
         # An escape such as \\ud800 alone makes a text that no file, log or message can hold.
         if b"\\ud" in text.lower() and SURROGATE.search(json.dumps(document, ensure_ascii=False)):
             raise ValueError("a text in it is not valid Unicode")
-    except OSError as error:
-        raise K2Error(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise K2Error(f"{path} is not JSON: {error}", download_hint(path)) from error
+        raise K2Error(f"{path} is not JSON: {error}", hint) from error
     if not isinstance(document, dict):
         raise K2Error(f"{path} must hold a JSON object, not {type(document).__name__}")
     if b"NaN" in text and (name := _field_with_nan(document)) is not None:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from k2cli.errors import K2Error, NotAuthorisedError, UsageError
 from k2cli.models.checkpoint import weight_map_of
+from k2cli.models.json_files import json_object
 from k2cli.models.layout import INDEX_NAME
 from k2cli.models.modelscope_login import stored_token
 from k2cli.models.sources.byte_source import PassingError
@@ -130,13 +131,7 @@ def read_weight_map(listing: Listing) -> dict[str, str] | None:
         data = _read(source, file)
     finally:
         source.close()
-    try:
-        index = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise K2Error(f"{path} is not JSON: {error}") from error
-    if not isinstance(index, dict):
-        raise K2Error(f"{path} must hold a JSON object, not {type(index).__name__}")
-    return weight_map_of(path, index)
+    return weight_map_of(path, json_object(data, path))
 
 
 def _read(source: HttpSource, file: ExpectedFile) -> bytes:

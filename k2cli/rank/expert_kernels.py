@@ -142,6 +142,8 @@ def _check(experts: nn.Module) -> None:
     many = mx.repeat(mx.array(chosen, dtype=mx.uint32), each)
     in_order = experts(mx.broadcast_to(row, (many.size, 1, width)), many, True)[::each, 0]
     for index, expert in enumerate(chosen):
+        if not mx.all(mx.isfinite(wanted[index])).item():
+            continue  # a fault of the checkpoint, not of the device: the self-test names it
         for form in (found, in_order):
             error = _difference(form[index], wanted[index])
             if not error <= _TOLERANCE:

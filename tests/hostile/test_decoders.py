@@ -244,7 +244,6 @@ ALLOWED = {
     "models/files.py": "a folder, to hold its lock; no link is followed",
     "models/json_files.py": "read_regular and json.loads, with its errors, for configs",
     "models/safetensors_header.py": "a bounded header, with json.loads' errors",
-    "models/modelscope.py": "bounded bytes, with json.loads' errors",
     "models/sources/hub_headers.py": "bounded bytes, with json.loads' errors",
     "models/text/tokenizer_file.py": "what the tokenizers library has encoded",
     "server/reader_queues.py": "decode_with",

@@ -92,3 +92,9 @@ def test_a_kernel_that_takes_another_experts_weights_is_found(
     with pytest.raises(ClusterError, match="multiplies expert 5 of 6 "):
         check_experts(layer)
     assert check_experts(nn.Linear(4, 4)) == 0
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_the_devices_fault() -> None:
+    layer = _Layer(4, "affine", False)
+    layer.up_proj.scales = mx.full(layer.up_proj.scales.shape, mx.nan)
+    assert check_experts(layer) == 1

@@ -50,8 +50,8 @@ from k2cli.agent.weights.place import (
 )
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.files import is_same_file, open_regular, unwritable, write_atomically
+from k2cli.models.inventory.hub_cache import INCOMING_LOCK
 from k2cli.models.inventory.known_folders import Stamp, remember_folder
-from k2cli.models.inventory.running import INCOMING_LOCK
 from k2cli.models.inventory.verified import note_states
 from k2cli.models.part import write_part_list
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record

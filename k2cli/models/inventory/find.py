@@ -8,7 +8,7 @@ from pathlib import Path
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.files import read_regular
-from k2cli.models.inventory.running import any_held, download_locks, is_being_received
+from k2cli.models.inventory.writers import download_locks, is_held, receiving_lock
 from k2cli.models.reference import (
     ModelReference,
     local_checkpoint,
@@ -143,8 +143,8 @@ def _refuse_while_transferred(model: KnownModel) -> None:
         locks = list(download_locks(model.folder))
     verify = model.command("models verify")
     for running, what in (
-        (any_held(locks), f"a download of '{model.text}' is running"),
-        (is_being_received(model.folder), f"another machine is sending '{model.text}' here"),
+        (any(map(is_held, locks)), f"a download of '{model.text}' is running"),
+        (is_held(receiving_lock(model.folder)), f"another machine is sending '{model.text}' here"),
     ):
         if running:
             raise K2Error(what, f"wait until it has ended, and then: {verify}")

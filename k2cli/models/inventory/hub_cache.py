@@ -24,6 +24,7 @@ _HASH = re.compile(r"\.?([0-9a-f]{64}|[0-9a-f]{40})\b")
 _DOWNLOADED = re.compile(r".+\.(?:partial|journal|incomplete)|\..+\.[0-9a-f]{8}\.shared")
 _PUSHED = re.compile(r"\..+\.(?:k2-incoming|k2-journal|k2-link)")
 INCOMING_LOCK = ".k2-incoming.lock"
+"""Lock of a receiver of weights, in the repository's folder of the cache or the model's own."""
 _IGNORED = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _OWN_FOLDERS = ("snapshots", "blobs", "refs", "trees", ".no_exist", ".k2")
 _COMMIT = re.compile(r"[0-9A-Za-z][\w.-]{0,199}", re.ASCII)

@@ -36,6 +36,21 @@ def _writer(locks: Path, folder: Path) -> Writer:
     return "push" if is_held(folder / INCOMING_LOCK) else ""
 
 
+def download_locks(folder: Path) -> Iterator[Path]:
+    """List the locks of all downloads to a folder, of now or of earlier."""
+    if folder.parent.name == "snapshots":
+        storage = folder.parent.parent
+        yield from (storage.parent / ".locks" / storage.name).glob("*.lock")
+    else:
+        yield from (folder / ".cache" / "huggingface" / "download").rglob("*.lock")
+
+
+def receiving_lock(folder: Path) -> Path:
+    """Return the lock of a receiver that writes to this folder, or its repository in the cache."""
+    base = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    return base / INCOMING_LOCK
+
+
 def refuse_writer(writer: Writer, name: str) -> None:
     """Refuse to change a model that is being written.
 

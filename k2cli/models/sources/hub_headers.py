@@ -22,6 +22,7 @@ import msgspec
 from k2cli.errors import K2Error
 from k2cli.files import decode_json, name_with, read_regular, write_atomically
 from k2cli.models.checkpoint import Checkpoint, read_config, read_tensors, weight_map_of
+from k2cli.models.json_files import json_object
 from k2cli.models.layout import INDEX_NAME, no_safetensors_error
 from k2cli.models.safetensors_header import StoredTensor, header_length, tensors_of_header
 from k2cli.models.sources import hub
@@ -98,13 +99,7 @@ def _read_index(repo: str, commit: str | None) -> dict[str, Any]:
     path = Path(repo) / INDEX_NAME
     if size > _MAX_INDEX_BYTES:
         raise K2Error(f"{path} is larger than {_MAX_INDEX_BYTES} bytes")
-    try:
-        index = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise K2Error(f"{path} is not JSON: {error}") from error
-    if not isinstance(index, dict):
-        raise K2Error(f"{path} must hold a JSON object, not {type(index).__name__}")
-    return index
+    return json_object(data, path)
 
 
 def _read_header(repo: str, commit: str, name: str) -> dict[str, StoredTensor]:
