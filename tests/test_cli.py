@@ -17,21 +17,11 @@ from k2cli.cli import _COMMANDS, build_app, run_command_line
 from k2cli.commands.usage_errors import EXAMPLES
 from k2cli.errors import K2Error, UsageError
 from k2cli.settings import state_directory
+from tests.support.commands import k2
 
 HELP_TRANSCRIPT = Path(__file__).parent / "data" / "help.txt"
 COMMANDS = [name for name, _ in _COMMANDS]
 ESCAPE = "\x1b"
-
-
-def k2(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "k2cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | environment,
-    )
 
 
 def test_help_at_width_80_is_the_golden_transcript() -> None:

@@ -11,13 +11,7 @@ from pathlib import Path
 
 from k2cli.models.checkpoint import read_checkpoint
 from tests.quantization import originals
-
-
-def k2(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "k2cli", *arguments],
-        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+from tests.support.commands import k2
 
 
 def test_quantizes_an_original_and_tells_it_in_json(tmp_path: Path) -> None:

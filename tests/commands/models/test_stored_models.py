@@ -22,10 +22,10 @@ from k2cli.agent.locks import Claim, lock_path, take
 from k2cli.models.part import write_part_list
 from k2cli.runs.record import RankRecord, RunRecord, RunState, read_record, save_record
 from tests.models.mock_hub import COMMIT, MockHub, served_hub
+from tests.support.commands import k2
 from tests.support.hub_cache import NEW, put_revision, small_model
 from tests.support.ssh_server import Server
 
-K2 = [sys.executable, "-m", "k2cli"]
 LIBRARY = """
 import huggingface_hub as h
 print(h.snapshot_download("mock/model", local_files_only=True))
@@ -35,15 +35,8 @@ WEIGHTS = small_model(1)["model-00001-of-00002.safetensors"]
 SHARD = "model-00002-of-00002.safetensors"
 
 
-def _k2(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*K2, *arguments], capture_output=True, text=True, timeout=120,
-        stdin=subprocess.DEVNULL, env=os.environ | environment,
-    )  # fmt: skip
-
-
 def _models(*options: str) -> dict[str, list[dict[str, Any]]]:
-    done = _k2("models", "list", "--json", *options)
+    done = k2("models", "list", "--json", *options)
     document = json.loads(done.stdout)
     assert (done.returncode, document["schema_version"]) == (0, 1), done.stderr
     return {node["node"]: node["models"] for node in document["nodes"]}
@@ -64,9 +57,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MockHub]:
 @pytest.fixture
 def two_revisions(hub: MockHub) -> str:
     """Download a model twice, of which the Hub moves meanwhile; return the new commit."""
-    assert _k2("download", "mock/model").returncode == 0
+    assert k2("download", "mock/model").returncode == 0
     hub.moved({**small_model(2), "tokenizer.json": b"{}"})
-    assert _k2("download", "mock/model").returncode == 0
+    assert k2("download", "mock/model").returncode == 0
     return hub.commit
 
 
@@ -75,16 +68,16 @@ def test_an_old_revision_is_removed_and_the_new_one_still_loads(two_revisions: s
     assert [model["commit"] for model in models] == [two_revisions, COMMIT]
     assert {model["state"] for model in models} == {"complete"}
     assert models[0]["verified"]["by"] == "download"
-    text = _k2("models", "list")
+    text = k2("models", "list")
     assert text.returncode == 0
     assert all(len(line) <= 80 for line in text.stdout.splitlines())
     assert "\x1b" not in text.stdout + text.stderr
 
-    unasked = _k2("models", "remove", "mock/model", "--revision", COMMIT[:7])
+    unasked = k2("models", "remove", "mock/model", "--revision", COMMIT[:7])
     assert unasked.returncode == 2
     assert f"k2 models remove mock/model --revision {COMMIT[:7]} --yes" in unasked.stderr
-    assert _k2("models", "prune", "--dry-run").stdout.count("no branch or tag points to it") == 1
-    done = _k2("models", "remove", "mock/model", "--revision", COMMIT[:7], "--yes", "--json")
+    assert k2("models", "prune", "--dry-run").stdout.count("no branch or tag points to it") == 1
+    done = k2("models", "remove", "mock/model", "--revision", COMMIT[:7], "--yes", "--json")
     assert done.returncode == 0, done.stderr
     freed = json.loads(done.stdout)["nodes"][0]["freed_bytes"]
     assert freed == models[1]["own_bytes"] == sum(map(len, _changed().values()))
@@ -92,13 +85,13 @@ def test_an_old_revision_is_removed_and_the_new_one_still_loads(two_revisions: s
     assert library.returncode == 0, library.stderr
     loaded = Path(library.stdout.strip())
     assert (loaded / SHARD).read_bytes() == small_model(2)[SHARD]
-    shown = _k2("models", "show", "mock/model")
+    shown = k2("models", "show", "mock/model")
     assert two_revisions in shown.stdout
     assert COMMIT not in shown.stdout
-    assert _k2("models", "verify", "mock/model").returncode == 0
+    assert k2("models", "verify", "mock/model").returncode == 0
 
-    assert _k2("models", "remove", "mock/model", "--yes").returncode == 0
-    empty = _k2("models", "list")
+    assert k2("models", "remove", "mock/model", "--yes").returncode == 0
+    empty = k2("models", "list")
     assert (empty.returncode, empty.stdout) == (0, "")
     assert "k2 download demo" in empty.stderr
     assert not [*Path(os.environ["HF_HOME"]).rglob("models--*/*")]
@@ -110,15 +103,15 @@ def _changed() -> dict[str, bytes]:
 
 
 def test_prune_frees_what_nothing_needs_and_says_how_much(two_revisions: str) -> None:
-    done = _k2("models", "prune", "--yes", "--json")
+    done = k2("models", "prune", "--yes", "--json")
     assert done.returncode == 0, done.stderr
     (node,) = json.loads(done.stdout)["nodes"]
     assert [item["what"] for item in node["items"]] == ["revision"]
     assert node["items"][0]["bytes"] == sum(map(len, _changed().values()))
     (models,) = _models().values()
     assert [model["commit"] for model in models] == [two_revisions]
-    assert _k2("models", "prune").returncode == 0  # nothing to ask about
-    assert _k2("models", "prune", "--older-than", "nan").returncode == 2
+    assert k2("models", "prune").returncode == 0  # nothing to ask about
+    assert k2("models", "prune", "--older-than", "nan").returncode == 2
 
 
 def _run(
@@ -151,11 +144,11 @@ def test_what_a_run_uses_is_not_removed(two_revisions: str) -> None:
     record = _run("ready", "mock/model", {"localhost": models[0]["folder"]})
     (models,) = _models().values()
     assert [model["used_by"] for model in models] == [[record.run_id], []]
-    refused = _k2("models", "remove", "mock/model", "--yes")
+    refused = k2("models", "remove", "mock/model", "--yes")
     assert refused.returncode == 1
     assert f"is used by the run {record.run_id}" in refused.stderr
     assert f"hint: k2 stop {record.run_id}\n" in refused.stderr
-    old = _k2("models", "remove", "mock/model", "--revision", COMMIT, "--yes")
+    old = k2("models", "remove", "mock/model", "--revision", COMMIT, "--yes")
     assert old.returncode == 0, old.stderr
 
     # A record of an earlier version does not say which folder the run has.
@@ -164,9 +157,9 @@ def test_what_a_run_uses_is_not_removed(two_revisions: str) -> None:
     del fields["model_folders"]
     path.write_text(json.dumps(fields))
     assert read_record(record.folder) == replace(record, model_folders={})
-    assert _k2("models", "remove", "mock/model", "--yes").returncode == 1
+    assert k2("models", "remove", "mock/model", "--yes").returncode == 1
     save_record(replace(record, state="stopped", ended=time.time()))
-    assert _k2("models", "remove", "mock/model", "--yes").returncode == 0
+    assert k2("models", "remove", "mock/model", "--yes").returncode == 0
 
 
 @pytest.mark.usefixtures("two_revisions")
@@ -180,14 +173,14 @@ def test_a_run_that_another_machine_launched_is_respected(known: str) -> None:
     elif known == "model":
         claim = msgspec.structs.replace(claim, model="mock/model")
     assert take(claim, lambda run: 0, share=False).taken
-    refused = _k2("models", "remove", "mock/model", "--yes")
+    refused = k2("models", "remove", "mock/model", "--yes")
     assert refused.returncode == 1
     assert "hint: k2 stop model-7f31, on laptop" in refused.stderr
     (models,) = _models().values()
     expected = [["model-7f31"], [] if known == "folder" else ["model-7f31"]]
     assert [model["used_by"] for model in models] == expected
     lock_path("model-7f31").unlink()
-    assert _k2("models", "remove", "mock/model", "--yes").returncode == 0
+    assert k2("models", "remove", "mock/model", "--yes").returncode == 0
 
 
 @pytest.mark.usefixtures("two_revisions")
@@ -195,10 +188,10 @@ def test_a_running_push_is_respected(tmp_path: Path) -> None:
     lock = tmp_path / "hf" / "hub" / "models--mock--model" / ".k2-incoming.lock"
     with lock.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        refused = _k2("models", "remove", "mock/model", "--yes")
+        refused = k2("models", "remove", "mock/model", "--yes")
         assert refused.returncode == 1
         assert "being written by a running push" in refused.stderr
-        assert "a push is running" in _k2("models", "prune", "--yes").stderr
+        assert "a push is running" in k2("models", "prune", "--yes").stderr
     assert len(_models()["localhost"]) == 2
 
 
@@ -215,20 +208,20 @@ def test_an_interrupted_download_of_the_library_is_listed(hub: MockHub, tmp_path
             time.sleep(0.05)
         (model,) = _models()["localhost"]
         assert (model["state"], model["writer"]) == ("incomplete", "download")
-        assert _k2("models", "remove", "mock/model", "--yes").returncode == 1
+        assert k2("models", "remove", "mock/model", "--yes").returncode == 1
     finally:
         library.kill()
         library.wait(10)
     (model,) = _models()["localhost"]
     assert (model["state"], model["writer"]) == ("incomplete", "")
     assert 0 < model["missing_bytes"] < len(hub.files[SHARD])
-    assert _k2("models", "prune", "--yes").returncode == 0
+    assert k2("models", "prune", "--yes").returncode == 0
     assert len(_models()["localhost"]) == 1  # a branch points to it, and it is not old
     hub.faults = {}
-    assert _k2("download", "mock/model").returncode == 0
+    assert k2("download", "mock/model").returncode == 0
     (model,) = _models()["localhost"]
     assert model["state"] == "complete"
-    assert _k2("models", "remove", "mock/model", "--yes").returncode == 0
+    assert k2("models", "remove", "mock/model", "--yes").returncode == 0
     assert not [*blobs.parent.parent.rglob("models--*")]
 
 
@@ -251,24 +244,24 @@ def test_another_machine_lists_and_removes_its_own_models(
         ("mock/model", "complete"),
         ("mock/part", "part"),
     ]
-    table = _k2("models", "list", "--nodes", "localhost,b").stdout
+    table = k2("models", "list", "--nodes", "localhost,b").stdout
     assert table.splitlines()[0].split()[:3] == ["MODEL", "NODE", "REVISION"]
     assert "5.0 kB of it are on other machines" in table
-    shown = _k2("models", "show", "mock/part", "--nodes", "localhost,b")
+    shown = k2("models", "show", "mock/part", "--nodes", "localhost,b")
     assert (shown.returncode, str(part) in shown.stdout) == (0, True)
 
     record = _run("ready", "mock/model", {"localhost": "/absent", "b": str(whole)}, "b")
-    refused = _k2("models", "remove", "mock/model", "--nodes", "b", "--yes")
+    refused = k2("models", "remove", "mock/model", "--nodes", "b", "--yes")
     assert refused.returncode == 1
     assert f"node b: 'mock/model' is used by the run {record.run_id}" in refused.stderr
     save_record(replace(record, state="stopped", ended=time.time()))
-    assert _k2("models", "remove", "mock/absent", "--nodes", "b", "--yes").returncode == 1
-    done = _k2("models", "remove", "mock/model", "--nodes", "b", "--yes")
+    assert k2("models", "remove", "mock/absent", "--nodes", "b", "--yes").returncode == 1
+    done = k2("models", "remove", "mock/model", "--nodes", "b", "--yes")
     assert done.returncode == 0, done.stderr
     assert "removed mock/model on b" in done.stdout
     assert [path.name for path in there.glob("models--*")] == ["models--mock--part"]
     assert len(_models()["localhost"]) == 2
-    absent = _k2("models", "list", "--nodes", "b,nowhere", "--json")
+    absent = k2("models", "list", "--nodes", "b,nowhere", "--json")
     assert absent.returncode == 5
     assert [node["node"] for node in json.loads(absent.stdout)["nodes"]] == ["b", "nowhere"]
 
@@ -293,20 +286,20 @@ def test_odd_names_in_the_cache_are_shown_safely_and_stop_nothing(tmp_path: Path
         ("prune", "--dry-run", "--older-than", "0"), ("verify", "mock/model"),
         ("verify", "mock/model", "--json"),
     ):  # fmt: skip
-        done = _k2("models", *arguments, **environment)
+        done = k2("models", *arguments, **environment)
         assert done.returncode == (1 if arguments[0] == "verify" else 0), (arguments, done.stderr)
         assert not {"\x1b", "\x07", "\ufeff"} & {*done.stdout, *done.stderr}, arguments
         if "--json" in arguments:
             json.loads(done.stdout)
     for name in ("mock/model", "/", "~", ".", str(cache), str(folder.parent.parent)):
-        done = _k2("models", "remove", name, **environment)  # there is no terminal
+        done = k2("models", "remove", name, **environment)  # there is no terminal
         assert done.returncode in (1, 2), done.stderr
     assert (folder / SHARD).exists()
     for name in ("/", "~", ".", str(cache), str(folder.parent), str(folder.parent.parent)):
-        done = _k2("models", "remove", name, "--yes", **environment)
+        done = k2("models", "remove", name, "--yes", **environment)
         assert done.returncode in (1, 2), done.stderr
         assert "rm -r" not in done.stderr
     assert (folder / SHARD).exists()
-    assert _k2("models", "remove", "mock/model", "--yes", **environment).returncode == 0
+    assert k2("models", "remove", "mock/model", "--yes", **environment).returncode == 0
     assert not folder.exists()
     assert (odd / SHARD).exists()

@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +23,9 @@ from k2cli.models.sources.cache_layout import FolderPlace
 from k2cli.models.sources.expected_files import ExpectedFile
 from tests.models.mock_hub import GOOD_TOKEN, MockHub, served_hub
 from tests.models.sources.test_download_command import weights
+from tests.support.commands import K2, downloaded, k2
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-K2 = [sys.executable, "-m", "k2cli"]
 
 
 def shard(name: str, nbytes: int, seed: int) -> bytes:
@@ -51,19 +50,6 @@ def hub(toy_k2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     with served_hub(MockHub(files)) as served:
         monkeypatch.setenv("HF_ENDPOINT", served.address)
         yield served
-
-
-def k2(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*K2, *arguments], capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL,
-        env=os.environ | environment,
-    )  # fmt: skip
-
-
-def download(*arguments: str, **environment: str) -> Path:
-    done = k2("download", *arguments, "--json", **environment)
-    assert done.returncode == 0, done.stderr
-    return Path(json.loads(done.stdout)["path"])
 
 
 def verify(*arguments: str, code: int = 0, **environment: str) -> tuple[dict[str, str], str]:
@@ -93,7 +79,7 @@ def same_as_hub(folder: Path, hub: MockHub) -> bool:
 
 
 def test_each_damage_is_named_and_repaired_alone(hub: MockHub) -> None:
-    folder = download("mock/model")
+    folder = downloaded("mock/model")
     assert verify("mock/model") == ({}, f"verifying {folder}\n")
     first = last_verified(folder, hub.files)
     assert first is not None
@@ -126,7 +112,7 @@ def test_each_damage_is_named_and_repaired_alone(hub: MockHub) -> None:
 
 
 def test_an_interrupted_repair_keeps_the_old_file_and_continues(hub: MockHub) -> None:
-    folder = download("mock/model")
+    folder = downloaded("mock/model")
     flip(folder / SHARDS[0])
     damaged = (folder / SHARDS[0]).read_bytes()
     hub.faults[SHARDS[0]] = "sticks"
@@ -172,8 +158,8 @@ def test_a_first_download_that_was_broken_off_is_found_and_completed(hub: MockHu
 
 
 def test_a_copy_in_a_folder_is_compared_with_its_record(hub: MockHub, tmp_path: Path) -> None:
-    folder = download("mock/model", "--to", str(tmp_path / "my model"))
-    cached = download("mock/model")
+    folder = downloaded("mock/model", "--to", str(tmp_path / "my model"))
+    cached = downloaded("mock/model")
     assert verify(str(folder))[0] == {}
     flip(folder / SHARDS[0])
     (folder / SHARDS[1]).unlink()
@@ -197,7 +183,7 @@ def test_a_copy_in_a_folder_is_compared_with_its_record(hub: MockHub, tmp_path: 
 def test_a_cache_without_links(hub: MockHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """On exFAT the snapshot has the files themselves, so only the record knows their hashes."""
     monkeypatch.setenv("HF_HUB_DISABLE_SYMLINKS", "1")
-    folder = download("mock/model")
+    folder = downloaded("mock/model")
     flip(folder / SHARDS[0])
     (folder / SHARDS[1]).unlink()
     assert verify("mock/model", code=1)[0] == {SHARDS[0]: "damaged", SHARDS[1]: "missing"}
@@ -209,14 +195,14 @@ def test_a_cache_without_links(hub: MockHub, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_branch_that_moved_does_not_matter(hub: MockHub) -> None:
     old, commit = dict(hub.files), hub.commit
-    folder = download("mock/model")
+    folder = downloaded("mock/model")
     hub.moved(old | {SHARDS[0]: shard("a", 15_000_000, 9)})
     flip(folder / SHARDS[0])
     verify("mock/model", "--repair")
     assert folder.name == commit
     assert (folder / SHARDS[0]).read_bytes() == old[SHARDS[0]]
     # With the new commit as main, the old one is named by its revision, also in the hint.
-    assert download("mock/model").name == hub.commit
+    assert downloaded("mock/model").name == hub.commit
     flip(folder / SHARDS[0])
     status, said = verify("mock/model", "--revision", commit, code=1)
     assert status == {SHARDS[0]: "damaged"}
@@ -241,7 +227,7 @@ def test_a_running_download_is_respected(hub: MockHub) -> None:
     assert "a download of 'mock/model' is running" in said
     assert "hint: wait until it has ended, and then: k2 models verify mock/model\n" in said
     assert "k2 models verify mock/model --repair\n" in verify("mock/model", code=1)[1]
-    folder = download("mock/model")
+    folder = downloaded("mock/model")
     with (folder.parent.parent / ".k2-incoming.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another machine is sending 'mock/model' here" in verify("mock/model", code=1)[1]
@@ -249,7 +235,7 @@ def test_a_running_download_is_respected(hub: MockHub) -> None:
 
 
 def test_refusals(hub: MockHub, tmp_path: Path) -> None:
-    folder = download("gated/model", HF_TOKEN=GOOD_TOKEN)
+    folder = downloaded("gated/model", HF_TOKEN=GOOD_TOKEN)
     flip(folder / SHARDS[1])
     _, said = verify("gated/model", "--repair", code=4)
     assert f"{hub.address}/gated/model" in said
@@ -273,7 +259,7 @@ def test_refusals(hub: MockHub, tmp_path: Path) -> None:
 
 
 def test_a_chosen_part_of_the_files_is_verified_as_such(hub: MockHub) -> None:
-    folder = download("mock/model", "--only", "config")
+    folder = downloaded("mock/model", "--only", "config")
     assert verify("mock/model")[0] == {}
     flip(folder / "config.json")
     assert verify("mock/model", code=1)[0] == {"config.json": "damaged"}
@@ -288,7 +274,7 @@ def test_a_name_of_255_bytes(hub: MockHub, tmp_path: Path) -> None:
     hub.files[long] = hub.files.pop(SHARDS[0])
     assert len(long) == 255
     for options in ((), ("--to", str(tmp_path / "here"))):
-        folder = download("mock/model", *options)
+        folder = downloaded("mock/model", *options)
         model = str(folder) if options else "mock/model"
         flip(folder / long)
         assert verify(model, code=1)[0] == {long: "damaged"}
@@ -300,7 +286,7 @@ def test_a_name_of_255_bytes(hub: MockHub, tmp_path: Path) -> None:
             ).hexdigest()
         )
         hub.requested.clear()
-        download("mock/model", *options)
+        downloaded("mock/model", *options)
         assert not sent_weights(hub)
 
 

@@ -14,15 +14,7 @@ import pytest
 
 from k2cli.models.inventory.verify import verify_folder
 from tests.models.mock_hub import mock_hub
-
-
-def _k2(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "k2cli", "models", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+from tests.support.commands import k2
 
 
 @pytest.fixture
@@ -43,8 +35,8 @@ def snapshot(toy_k2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def test_a_whole_model_is_verified_and_each_damage_is_named(snapshot: Path) -> None:
-    assert _k2("path", "mock/model").stdout == f"{snapshot}\n"
-    done = _k2("verify", "mock/model", "--json")
+    assert k2("models", "path", "mock/model").stdout == f"{snapshot}\n"
+    done = k2("models", "verify", "mock/model", "--json")
     files = json.loads(done.stdout)["files"]
     assert done.returncode == 0, done.stderr
     assert {file["name"] for file in files} == {path.name for path in snapshot.iterdir()}
@@ -54,7 +46,7 @@ def test_a_whole_model_is_verified_and_each_damage_is_named(snapshot: Path) -> N
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1  # no header shows it
     weights.write_bytes(data)
-    done = _k2("verify", "mock/model", "--json")
+    done = k2("models", "verify", "mock/model", "--json")
     damaged = [f for f in json.loads(done.stdout)["files"] if f["status"] == "damaged"]
     assert done.returncode == 1
     assert [file["name"] for file in damaged] == ["model.safetensors"]
@@ -62,24 +54,24 @@ def test_a_whole_model_is_verified_and_each_damage_is_named(snapshot: Path) -> N
     assert "hint: k2 models verify mock/model --repair" in done.stderr
 
     weights.write_bytes(data[:-1])
-    done = _k2("verify", "mock/model")
+    done = k2("models", "verify", "mock/model")
     assert (done.returncode, "model.safetensors" in done.stdout) == (1, True)
 
 
 def test_a_folder_without_digests_is_checked_by_its_headers(toy_k2: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(toy_k2, tmp_path / "own")
-    done = _k2("verify", str(folder))
+    done = k2("models", "verify", str(folder))
     assert (done.returncode, "without a recorded hash: only headers" in done.stdout) == (0, True), (
         done.stderr
     )
     os.truncate(folder / "model.safetensors", 1000)
-    done = _k2("verify", str(folder))
+    done = k2("models", "verify", str(folder))
     assert (done.returncode, "cut short" in done.stdout) == (1, True)
 
 
 def test_a_missing_model_says_how_to_fetch_it(snapshot: Path) -> None:
     (snapshot / "model.safetensors").resolve().unlink()
-    done = _k2("path", "mock/model")
+    done = k2("models", "path", "mock/model")
     assert (done.returncode, done.stdout) == (1, "")
     assert "hint: k2 download mock/model" in done.stderr
 

@@ -23,9 +23,10 @@ from k2cli.models.sources.snapshot_record import recorded_snapshot
 from k2cli.units import format_bytes
 from tests.hostile.test_full_disk import fill, mounted
 from tests.models.mock_hub import GOOD_TOKEN, MockHub, served_hub
+from tests.support import commands
 
 WEIGHTS = "model.safetensors"
-K2 = [sys.executable, "-m", "k2cli", "download"]
+K2 = [*commands.K2, "download"]
 LIBRARY = """
 import sys
 from huggingface_hub import snapshot_download
@@ -53,10 +54,7 @@ def hub(toy_k2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def k2(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*K2, *arguments], capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL,
-        env=os.environ | environment,
-    )  # fmt: skip
+    return commands.k2("download", *arguments, **environment)
 
 
 def folder_of(done: subprocess.CompletedProcess[str]) -> Path:

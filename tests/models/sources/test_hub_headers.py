@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +13,9 @@ import pytest
 from k2cli.models.checkpoint import read_checkpoint
 from tests.models.mock_hub import counting_hub
 from tests.quantization import originals
+from tests.support.commands import k2
 
 COMMAND = ["plan-memory", "mock/model", "--hardware", "2x m3-ultra-512", "--json"]
-
-
-def k2(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "k2cli", *arguments],
-        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
-        env=dict(os.environ),
-    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

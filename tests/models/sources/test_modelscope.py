@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,10 @@ from k2cli.models.reference import parse_reference
 from k2cli.models.sources.snapshot_record import recorded_snapshot
 from tests.models.mock_modelscope import TOKEN, MockModelScope, served_modelscope
 from tests.models.sources.test_download_command import weights
+from tests.support.commands import downloaded, k2
 
 WEIGHTS = "model.safetensors"
 MODEL = "modelscope:mock/model"
-K2 = [sys.executable, "-m", "k2cli"]
 
 
 @pytest.fixture
@@ -36,19 +35,6 @@ def scope(
     with served_modelscope(MockModelScope({"master": files, "c" * 40: files})) as served:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", served.address)
         yield served
-
-
-def k2(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*K2, *arguments], capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL,
-        env=os.environ | environment,
-    )  # fmt: skip
-
-
-def downloaded(*arguments: str, **environment: str) -> Path:
-    done = k2("download", *arguments, "--json", **environment)
-    assert done.returncode == 0, done.stderr
-    return Path(json.loads(done.stdout)["path"])
 
 
 def test_a_model_is_found_by_its_reference(scope: MockModelScope, tmp_path: Path) -> None:
