@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"commands", "ui"},
     "protocol": set(),
+    "grammars": {"models.text", "models.json_files"},
     "sharding": {
         "models.config_form", "models.rope_form", "models.config_consistency",
         "models.class_defaults",
@@ -54,9 +55,9 @@ ALLOWED: dict[str, set[str]] = {
         "sharding",
     },
     "supervisor": {"launch", "runs", "cluster", "nodes", "agent", "protocol"},
-    "server": {"protocol"},
+    "server": {"protocol", "grammars.text", "grammars.check", "grammars.limits"},
     "guard": {"server", "protocol", "models.text", "models.json_files", "agent.locks"},
-    "rank": {"protocol", "sharding", "models"},
+    "rank": {"protocol", "sharding", "models", "grammars"},
     "commands": {
         "ui", "client", "chat", "planning", "quantization", "bench", "nodes", "cluster", "runs",
         "doctor", "transfer", "launch", "supervisor", "models", "sharding", "protocol",
@@ -85,15 +86,17 @@ ONLY_IN = {
     "prompt_toolkit": {"ui/"},
     "starlette": {"server/"},
     "uvicorn": {"server/", "guard/"},
+    "llguidance": {"grammars/"},
 }
 
 HEAVY = {
-    "httpx", "httpx2", "huggingface_hub", "jinja2", "mlx", "mlx_lm", "modelscope_hub", "numpy",
+    "httpx", "httpx2", "huggingface_hub", "jinja2", "jsonschema", "llguidance", "mlx", "mlx_lm", "modelscope_hub", "numpy",
     "prompt_toolkit", "starlette", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 
 # Started with ``python -m``, and imported by nothing.
-ENTRY_POINTS = {"rank.main", "guard.main", "guard.mpi_slot_process", "guard.reader_process"}
+ENTRY_POINTS = {"rank.main", "guard.main", "guard.mpi_slot_process", "guard.reader_process",
+                "grammars.mask_process"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

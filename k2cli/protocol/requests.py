@@ -26,6 +26,17 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_logprobs: int | None = None
 
 
+class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A grammar that an answer must obey, in the form of ``grammars.text``.
+
+    ``prefix`` is the beginning of the answer that the prompt ends with; it belongs to the text that
+    the grammar describes.
+    """
+
+    text: str
+    prefix: str = ""
+
+
 class Generate(Message, tag=True, frozen=True):
     """A validated request for the leader rank. ``stop_tokens`` end it and are not returned."""
 
@@ -35,6 +46,7 @@ class Generate(Message, tag=True, frozen=True):
     sampling: Sampling = Sampling()
     stop_tokens: list[int] = msgspec.field(default_factory=list)
     use_prefix_cache: bool = True
+    grammar: Grammar | None = None
 
 
 class Cancel(Message, tag=True, frozen=True):

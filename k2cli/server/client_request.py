@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -59,6 +59,40 @@ def reasoning_variables(effort: str | None, thinks: bool | None = None) -> dict[
     return variables if effort is None else variables | {"reasoning_effort": effort}
 
 
+FormatKind = Literal["json_object", "json_schema", "regex", "lark", "gbnf", "choice"]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """The form that a client wants its answer to have.
+
+    Attributes:
+        kind: how ``value`` is to be understood.
+        value: a JSON schema for ``json_schema``; a pattern, a grammar's text or a list of texts for
+            ``regex``, ``lark`` and ``gbnf``, ``choice``; None for ``json_object``.
+        field: the place of the value in the client's body, for errors.
+    """
+
+    kind: FormatKind
+    value: Any = None
+    field: str = "response_format"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether and which tools the model calls.
+
+    Attributes:
+        required: True if the answer must consist of calls.
+        names: the only tools that may be called; None for all of the request.
+        field: the place in the client's body, for errors.
+    """
+
+    required: bool = False
+    names: tuple[str, ...] | None = None
+    field: str = "tool_choice"
+
+
 class OutputOptions(msgspec.Struct, frozen=True):
     """Options for splitting the text of an answer into reasoning, answer and calls.
 
@@ -94,6 +128,9 @@ class AnswerOptions:
         stream, wants_usage, wants_progress: see ``EngineRequest``.
         use_prefix_cache, ignore_stop_tokens: the request's ``"k2"`` object.
         parallel_calls, include_reasoning: see ``OutputOptions``.
+        answer_format: the form of the answer's text; None for any text.
+        tool_choice: by default the model decides. Tools with ``"strict": true`` in their function
+            are called with arguments that obey their schema in either case.
     """
 
     model: str | None = None
@@ -116,3 +153,5 @@ class AnswerOptions:
     ignore_stop_tokens: bool = False
     parallel_calls: bool = True
     include_reasoning: bool = True
+    answer_format: AnswerFormat | None = None
+    tool_choice: ToolChoice = ToolChoice()
