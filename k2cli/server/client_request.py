@@ -80,7 +80,7 @@ class AnswerFormat:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether and which tools the model calls.
+    """Choice of the tools that the model must or may call.
 
     Attributes:
         required: True if the answer must consist of calls.
