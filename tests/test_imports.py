@@ -91,7 +91,8 @@ ONLY_IN = {
 
 HEAVY = {
     "httpx", "httpx2", "huggingface_hub", "jinja2", "jsonschema", "llguidance", "mlx", "mlx_lm",
-    "modelscope_hub", "numpy", "prompt_toolkit", "starlette", "tokenizers", "torch", "transformers", "uvicorn",
+    "modelscope_hub", "numpy", "prompt_toolkit", "starlette", "tokenizers", "torch",
+    "transformers", "uvicorn",
 }  # fmt: skip
 
 # Started with ``python -m``, and imported by nothing.
