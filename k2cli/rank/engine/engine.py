@@ -60,7 +60,7 @@ class Engine:
         looks_ahead: bool = True,
         masks: Masks | None = None,
     ) -> None:
-        """Without ``masks``, requests with grammars are refused."""
+        """Make an engine that refuses requests with grammars if it has no ``masks``."""
         stages = size if executor.is_pipeline else 1
         self._executor = executor
         self._queue = StepQueue(executor, followers)

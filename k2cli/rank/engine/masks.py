@@ -105,6 +105,7 @@ class Masks:
 
     def open(self, grammar: Grammar, stop_tokens: Sequence[int]) -> MaskedAnswer:
         """Begin an answer that obeys a grammar. Its first mask comes later."""
+        self.poll()  # the process may have ended while there was no answer
         self._last_number += 1
         answer = MaskedAnswer(self._last_number)
         try:
@@ -218,7 +219,8 @@ class Masks:
             "the next request with a grammar starts it anew"
         )
         for answer in self._answers.values():
-            answer.problem = answer.problem or Problem(text, "internal")
+            if not answer.complete and answer.problem is None:
+                answer.problem = Problem(text, "internal")
         self._answers.clear()
         self._unopened.clear()
         self._opening.clear()
