@@ -29,7 +29,6 @@ pytestmark = pytest.mark.ranks
 # Strategy, ranks, and whether steps are built ahead.
 PLACEMENTS = [
     ("single", 1, True),
-    ("single", 1, False),
     ("pipeline", 2, True),
     ("tensor", 2, True),
     ("tensor", 2, False),
@@ -38,7 +37,7 @@ END = special_id("<|im_end|>")
 ANSWER_TOKENS = 120
 SEEDED = Sampling(temperature=1.0, top_p=0.95, top_k=50, seed=11)
 PENALTIES = Sampling(presence_penalty=1.5, frequency_penalty=0.7)
-PENALTY_TOKENS = 20
+PENALTY_TOKENS = 12
 
 
 def _prompt(length: int, seed: int) -> list[int]:
@@ -113,7 +112,7 @@ def expected(toy_k2: Path, vocabulary: Vocabulary) -> Expected:
             alone.generate(
                 PROMPTS[2], ANSWER_TOKENS, sampling=SEEDED, grammar=lark(LIST), stop_tokens=[END]
             ),
-            [_penalized(alone, prompt) for prompt in PROMPTS[:2]],
+            [_penalized(alone, prompt) for prompt in PROMPTS[:1]],
             [alone.generate(prompt, 30, use_prefix_cache=False) for prompt in PROMPTS],
         )
 
@@ -150,7 +149,7 @@ def test_answers_with_and_without_grammars_are_those_of_each_alone(
     plain = [_submit(pool, prompt, None, tokens=30) for prompt in PROMPTS]
     listed = [_submit(pool, prompt, lark(LIST)) for prompt in PROMPTS[:2]]
     seeded = _submit(pool, PROMPTS[2], lark(LIST), SEEDED)
-    penalized = [_submit(pool, prompt, None, PENALTIES, PENALTY_TOKENS) for prompt in PROMPTS[:2]]
+    penalized = [_submit(pool, prompt, None, PENALTIES, PENALTY_TOKENS) for prompt in PROMPTS[:1]]
     assert [pool.outcome(name).tokens for name in plain] == expected.plain
     assert [_complete(pool.outcome(name)) for name in listed] == expected.listed
     assert _complete(pool.outcome(seeded)) == expected.seeded
@@ -265,19 +264,17 @@ def test_a_running_answer_with_a_grammar_can_be_cancelled(
 
 
 def test_many_requests_at_once(pool: RankPool, vocabulary: Vocabulary, expected: Expected) -> None:
-    grammars = [lark(LIST), json_schema(SCHEMA), None, lark('start: /[a-z]{1,9}/ "." "!"?')]
+    word, number = lark('start: /[a-z]{1,9}/ "." "!"?'), lark("start: /-?[1-9][0-9]{2,5}/")
+    kinds = [word, number, None, number]
     names = [
-        _submit(
-            pool, PROMPTS[0], grammars[index % 4], Sampling(temperature=1.0, seed=index), tokens=300
-        )
-        if grammars[index % 4]
-        else _submit(pool, PROMPTS[0], None, tokens=30)
-        for index in range(64)
+        _submit(pool, PROMPTS[0], grammar, Sampling(temperature=1.0, seed=index), tokens=30)
+        if grammar
+        else _submit(pool, PROMPTS[0], None, tokens=8)
+        for index, grammar in enumerate(kinds * 16)
     ]
-    for index, name in enumerate(names):
+    for name, grammar in zip(names, kinds * 16, strict=True):
         outcome = pool.outcome(name, 120)
-        grammar = grammars[index % 4]
         if grammar is None:
-            assert outcome.tokens == expected.plain[0]
+            assert outcome.tokens == expected.plain[0][:8]
         else:
             assert vocabulary.completes(grammar, _complete(outcome))
