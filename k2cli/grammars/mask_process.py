@@ -126,9 +126,10 @@ class MaskProcess:
 
     def _refuse(self, answer: int, error: BaseException) -> None:
         self._matchers.pop(answer, None)
-        known = isinstance(error, K2Error)
-        text = error.message if known else f"{type(error).__name__}: {error}"
-        self._tell(Refused(answer, text, invalid=known))
+        if isinstance(error, K2Error):
+            self._tell(Refused(answer, error.message, invalid=True))
+        else:
+            self._tell(Refused(answer, f"{type(error).__name__}: {error}", invalid=False))
 
     def _check_memory(self) -> None:
         """End this process if it has taken too much memory; for macOS, which enforces no limit."""

@@ -8,6 +8,7 @@ here waits for it but ``wait`` and ``wait_for_news``.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
@@ -165,8 +166,9 @@ class Masks:
     def wait_for_news(self, seconds: float) -> None:
         """Wait until the process has sent something, or for so many seconds."""
         if self._socket is not None:
-            writing = [self._socket] if self._outgoing else []
-            select.select([self._socket], writing, [], seconds)
+            waiter = select.poll()  # ``select`` takes no descriptors above 1023
+            waiter.register(self._socket, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+            waiter.poll(math.ceil(seconds * 1000))
 
     def end(self) -> None:
         """End the process."""

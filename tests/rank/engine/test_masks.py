@@ -85,13 +85,20 @@ def test_what_one_grammar_says_is_no_concern_of_others(masks: Masks) -> None:
     assert good.problem is not None
 
 
-def test_nothing_is_inherited_but_its_streams(masks: Masks) -> None:
+def test_the_process_is_spawned_without_a_fork_and_inherits_its_streams_alone(
+    masks: Masks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork would copy the tables of a model's memory, and take its locks along."""
+    spawned = []
+    spawn = os.posix_spawn
+    monkeypatch.setattr(os, "posix_spawn", lambda *a, **k: spawned.append(a) or spawn(*a, **k))
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
     _ready(masks)
     os.close(writing)
     assert os.read(reading, 1) == b""  # no process holds the other end
     os.close(reading)
+    assert len(spawned) == 1
     arguments = _process(masks).cmdline()
     assert arguments[arguments.index("--k2-run") + 1] == "test-masks"
 
