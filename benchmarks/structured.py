@@ -38,6 +38,7 @@ VOCABULARY = 163_840
 ANSWER_TOKENS = 208
 TARGET = 1.10
 _PROMPT_TOKENS = 48
+_WARM_UP_TOKENS = 16
 _PAGE = Path(__file__).resolve().parents[1] / "docs/measurements/structured-output.md"
 _FILES = ("tiktoken.model", "tokenizer_config.json")
 _PAGE_TEXT = """\
@@ -174,13 +175,15 @@ def _prompt(seed: int) -> list[int]:
     return random.Random(seed).choices(range(1000, 100_000), k=_PROMPT_TOKENS)
 
 
-def seconds_per_token(pool: RankPool, kind: str, requests: int, round_number: int) -> float:
+def seconds_per_token(
+    pool: RankPool, kind: str, requests: int, round_number: int, tokens: int = ANSWER_TOKENS
+) -> float:
     """Answer so many requests; return the seconds from their first to their last tokens."""
     sampling = Sampling(presence_penalty=0.1) if kind == PENALIZED else Sampling()
     names = [
         pool.submit(
             _prompt(100 * round_number + number),
-            ANSWER_TOKENS,
+            tokens,
             sampling,
             [VOCABULARY - 254] if kind == MASKED else [],
             use_prefix_cache=False,
@@ -201,7 +204,7 @@ def seconds_per_token(pool: RankPool, kind: str, requests: int, round_number: in
             finished[message.request_id] = message
     for name in names:
         assert finished[name].reason == "length", pool.outcomes[name].error
-    return (max(last.values()) - max(first.values())) / (ANSWER_TOKENS - 1)
+    return (max(last.values()) - max(first.values())) / (tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +221,7 @@ def measure(model: Path, folder: Path, case: Case, rounds: int) -> Row:
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with _ranks(model, folder, case) as pool:
         for kind in KINDS:
-            seconds_per_token(pool, kind, case.requests, 99)
+            seconds_per_token(pool, kind, case.requests, 99, _WARM_UP_TOKENS)
         for number in range(rounds):
             for kind in KINDS if order_of_round(number) == (0, 1) else reversed(KINDS):
                 seconds[kind].append(seconds_per_token(pool, kind, case.requests, number))
@@ -270,7 +273,7 @@ def measure_masks(model: Path, folder: Path) -> list[float]:
                 _prompt(number), ANSWER_TOKENS, sampling=Sampling(temperature=1.0, seed=number),
                 grammar=grammar(), stop_tokens=[VOCABULARY - 254],
             )
-            for number in range(4)
+            for number in range(2)
         ]  # fmt: skip
     masks = Masks("benchmark", str(model), lambda: None)
     masks.rows = VOCABULARY

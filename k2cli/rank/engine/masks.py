@@ -40,13 +40,13 @@ from k2cli.settings import RUN_OPTION
 
 MODULE = "k2cli.grammars.mask_process"
 LOAD_SECONDS = 60.0
-"""Limit of starting the process and reading the tokenizer (K2's: 4 s)."""
+"""Limit of starting the process and reading the tokenizer (K2's: 4 s of the processor)."""
 
 ANSWER_SECONDS = 10.0
 """Limit of compiling one grammar, and of one mask."""
 
 MEMORY_BYTES = 3 * 2**30
-"""Memory that the process may have. K2's tokenizer takes 0.6 GB, and its reading 1 GB."""
+"""Memory that the process may have. It takes 0.3 GB with K2's tokenizer, 0.4 while it reads it."""
 
 _MOST_OPENING = 4
 _BUFFER_BYTES = 2**20  # macOS gives a socket pair 8 kB, and a mask of K2 has 20 kB
