@@ -91,7 +91,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlannedRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The memory that the plan gives to one rank, in bytes, and what the rank computes on.
+    """Memory that the plan gives to one rank, in bytes, and the device of the rank.
 
     ``device`` is a ``choices.Device``, and ``gpu`` describes the NVIDIA GPU of the rank; both are
     empty if they are not known.
@@ -108,7 +108,7 @@ class PlannedRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlannedRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the launch decided about a run, for reports only: nothing is computed by it.
+    """Decisions of the launch about a run, for reports only: no rank computes by them.
 
     ``interfaces`` are those of the nodes by which the ranks reach each other, in words.
     """
