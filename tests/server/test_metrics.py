@@ -24,8 +24,8 @@ from tests.server.watched import WatchedServer, samples_of, total, watched
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "monitoring.md"
 RANKS = tuple(
     RankView(
-        number, f"n{number}", "cpu", "", (number, number + 1), "idle", 7 + number, 0.5, 30, 40, 50,
-        100 + number, 200,
+        number, f"n{number}", "cpu", "", (number, number + 1), "idle", 7 + number, 0.5, 30, 35, 40,
+        50, 100 + number, 200,
     )
     for number in range(2)
 )  # fmt: skip
@@ -165,7 +165,7 @@ def test_the_run_and_its_ranks(server: WatchedServer) -> None:
     }  # fmt: skip
     assert found["k2_run_restarts_total"] == {frozenset(): 2.0}
     assert found["k2_run_ready"] == {frozenset(): 1.0}
-    values = {"used": 30, "peak": 40, "resident": 50, "limit": 200}
+    values = {"used": 30, "kept": 35, "peak": 40, "resident": 50, "limit": 200}
     for name, value in values.items():
         assert total(found, f"k2_rank_memory_{name}_bytes", rank="1", node="n1") == value
     assert total(found, "k2_rank_memory_planned_bytes") == 100 + 101

@@ -136,15 +136,15 @@ def test_the_reports_of_guards_make_the_view_of_a_run() -> None:
             None,
         )
         assert first["memory"] == {
-            "used_bytes": 0, "peak_bytes": 0, "resident_bytes": 0, "planned_bytes": 90,
-            "limit_bytes": 100, "weights_bytes": 50, "kv_cache_bytes": 20, "activation_bytes": 15,
-            "overhead_bytes": 5,
+            "used_bytes": 0, "kept_bytes": 0, "peak_bytes": 0, "resident_bytes": 0,
+            "planned_bytes": 90, "limit_bytes": 100, "weights_bytes": 50,
+            "kv_cache_bytes": 20, "activation_bytes": 15, "overhead_bytes": 5,
         }  # fmt: skip
         assert (second["node"], second["device"], second["gpu"]) == ("b", "cuda", "GPU 1")
         assert (second["loaded_bytes"], second["load_bytes"]) == (10, 40)
         memory = second["memory"]
-        used = memory["used_bytes"], memory["peak_bytes"], memory["resident_bytes"]
-        assert used == (26, 44, 33)
+        names = ("used", "kept", "peak", "resident")
+        assert [memory[f"{name}_bytes"] for name in names] == [22, 4, 44, 33]
         assert status["link"] == {
             "transport": "ring", "strategy": "pipeline", "reason": "because",
             "interfaces": ["a: en0"],

@@ -222,7 +222,11 @@ def _rank_metrics(ranks: Iterable[RankView]) -> Iterator[Metric]:
     gauges = {
         "used_bytes": (
             "k2_rank_memory_used_bytes",
-            "Memory of MLX in a rank: its arrays, and freed memory that it keeps.",
+            "Memory that arrays of MLX hold in a rank: weights, caches and activations.",
+        ),
+        "kept_bytes": (
+            "k2_rank_memory_kept_bytes",
+            "Memory of freed arrays that MLX keeps in a rank for new ones.",
         ),
         "peak_bytes": (
             "k2_rank_memory_peak_bytes",
@@ -242,7 +246,7 @@ def _rank_metrics(ranks: Iterable[RankView]) -> Iterator[Metric]:
         ),
         "progress_seconds": (
             "k2_rank_progress_age_seconds",
-            "Time since a rank's last sign of progress; a few seconds at most in a healthy run.",
+            "Time since a rank's last sign of progress; a few seconds while a run serves.",
         ),
     }
     ranks = tuple(ranks)

@@ -25,7 +25,8 @@ class RankView:
         phase: a ``protocol.progress_page.Phase``; empty until its guard has reported.
         steps: its counter of progress, which also counts while it is idle.
         progress_seconds: time since the counter moved; None until its guard has reported.
-        used_bytes: arrays of MLX and the freed memory that MLX keeps, at the last step.
+        used_bytes: arrays of MLX, at the last step; ``kept_bytes`` is memory of freed arrays that
+            MLX keeps for new ones.
         peak_bytes: the most that arrays of MLX have held at once.
         resident_bytes: memory of its process as the system counts it.
         planned_bytes: memory that the plan gives it in all; ``limit_bytes`` is the limit.
@@ -43,6 +44,7 @@ class RankView:
     steps: int = 0
     progress_seconds: float | None = None
     used_bytes: int = 0
+    kept_bytes: int = 0
     peak_bytes: int = 0
     resident_bytes: int = 0
     planned_bytes: int = 0

@@ -108,7 +108,8 @@ def _with_status(view: RankView, status: RankStatus, moved_at: float) -> RankVie
         phase=status.phase,
         steps=status.steps,
         progress_seconds=time.monotonic() - moved_at,
-        used_bytes=status.mlx_bytes + status.mlx_cached_bytes,
+        used_bytes=status.mlx_bytes,
+        kept_bytes=status.mlx_cached_bytes,
         peak_bytes=status.mlx_peak_bytes,
         resident_bytes=status.resident_bytes,
     )

@@ -49,6 +49,7 @@ class Memory(msgspec.Struct, frozen=True):
     """Memory of a rank in bytes; see ``run_view.RankView``. The last four are parts of the plan."""
 
     used_bytes: int
+    kept_bytes: int
     peak_bytes: int
     resident_bytes: int
     planned_bytes: int
@@ -110,7 +111,7 @@ class Latency(msgspec.Struct, frozen=True):
 
 
 class TotalCounts(msgspec.Struct, frozen=True):
-    """Counts since the API began. ``requests`` is by result, over all dialects and keys."""
+    """Counts since the API began. ``requests`` are those for answers, by result."""
 
     requests: dict[Result, int]
     prompt_tokens: int
@@ -194,6 +195,7 @@ def _rank(rank: RankView) -> Rank:
         rank.load_bytes,
         Memory(
             rank.used_bytes,
+            rank.kept_bytes,
             rank.peak_bytes,
             rank.resident_bytes,
             rank.planned_bytes,
@@ -242,10 +244,9 @@ def _request(record: RequestRecord, positions: Mapping[str, int], now: float) ->
 def _totals(totals: Totals) -> TotalCounts:
     keys = totals.by_key.values()
     counted = {
-        result: sum(count for key in keys for (_, end), count in key.requests.items()
-                    if end == result)
+        result: sum(key.requests[dialect, result] for key in keys for dialect in GENERATING)
         for result in RESULTS
-    }  # fmt: skip
+    }
     prompt = sum(key.prompt_tokens[dialect] for key in keys for dialect in GENERATING)
     cached = sum(key.cached_tokens[dialect] for key in keys for dialect in GENERATING)
     return TotalCounts(
