@@ -275,7 +275,8 @@ def measure_masks(model: Path, folder: Path) -> list[float]:
             )
             for number in range(2)
         ]  # fmt: skip
-    masks = Masks("benchmark", str(model), lambda: None)
+    (assignment,) = assignments(model, "single", 1)
+    masks = Masks(assignment, lambda: None)
     masks.rows = VOCABULARY
     found = []
     try:

@@ -34,7 +34,7 @@ from k2cli.grammars.mask_messages import (
     Take,
 )
 from k2cli.pauses import Deadline
-from k2cli.protocol import Grammar
+from k2cli.protocol import Assignment, Grammar
 from k2cli.protocol.wire import LENGTH, MAX_FRAME_BYTES, frame
 from k2cli.settings import RUN_OPTION
 
@@ -83,14 +83,14 @@ class Masks:
     """All answers with grammars of a run, and the process that computes their masks.
 
     Args:
-        run_id: for the process's command line, by which ``k2 stop`` and ``k2 ps`` know it.
-        folder: the checkpoint.
+        assignment: names the checkpoint, and the run, for the process's command line, by which
+            ``k2 stop`` and ``k2 ps`` know it.
         about_to_wait: is called several times a second while an answer is waited for.
     """
 
-    def __init__(self, run_id: str, folder: str, about_to_wait: Callable[[], None]) -> None:
-        self._command = [sys.executable, "-P", "-m", MODULE, RUN_OPTION, run_id]
-        self._folder = folder
+    def __init__(self, assignment: Assignment, about_to_wait: Callable[[], None]) -> None:
+        self._command = [sys.executable, "-P", "-m", MODULE, RUN_OPTION, assignment.run_id]
+        self._folder = assignment.model_path
         self._about_to_wait = about_to_wait
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None

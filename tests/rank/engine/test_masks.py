@@ -19,6 +19,7 @@ from k2cli.rank.engine.masks import MaskedAnswer, Masks
 from lab.toy_k2.vocabulary import VOCABULARY_SIZE, special_id
 from tests.support.grammars import LIST, Vocabulary, lark
 from tests.support.harness import wait_until
+from tests.support.rank_pool import assignments
 
 END = special_id("<|im_end|>")
 
@@ -30,7 +31,8 @@ def waits() -> list[float]:
 
 @pytest.fixture
 def masks(toy_k2: Path, waits: list[float]) -> Iterator[Masks]:
-    made = Masks("test-masks", str(toy_k2), lambda: waits.append(time.monotonic()))
+    (assignment,) = assignments(toy_k2, "single", 1, run_id="test-masks")
+    made = Masks(assignment, lambda: waits.append(time.monotonic()))
     made.rows = VOCABULARY_SIZE
     yield made
     made.end()
@@ -164,9 +166,12 @@ def test_a_process_that_reads_nothing_blocks_nobody(masks: Masks) -> None:
 
 _RANK = """
 import sys
+from pathlib import Path
 from k2cli.rank.engine.masks import Masks
 from tests.support.grammars import LIST, lark
-masks = Masks("test-masks", sys.argv[1], lambda: None)
+from tests.support.rank_pool import assignments
+(assignment,) = assignments(Path(sys.argv[1]), "single", 1)
+masks = Masks(assignment, lambda: None)
 masks.rows = 1024
 answer = masks.open(lark(LIST), [])
 masks.wait([answer])
