@@ -33,9 +33,9 @@ PARTS: dict[str, tuple[Any, Any]] = {
     "model": ("toy", "claude"),
     "context_management": ({"edits": [{"type": "clear_thinking_20251015"}]}, {"edits": [{}]}),
     "mcp_servers": ([], [{"type": "url"}]),
-    "output_config": ({"effort": "high"}, {"format": {}}),
+    "output_config": ({"effort": "high"}, {"task_budget": {}}),
     "thinking": ({"type": "disabled"}, {"type": "between_tools"}),
-    "tool_choice": ({"type": "auto"}, {"type": "any"}),
+    "tool_choice": ({"type": "auto"}, {"type": "best"}),
 }
 
 

@@ -93,7 +93,7 @@ def _with_checked_schemas(grammar: str, field: str) -> str:
             schema, end = decoder.raw_decode(grammar, found.end())
         except (ValueError, RecursionError) as error:
             raise invalid(f"{place}: is not JSON", field) from error
-        normal: dict[str, Any] = checked_schema(schema, place)
+        normal: dict[str, Any] = checked_schema(schema, place, param=field)
         parts += [grammar[at : found.end()], json.dumps(normal)]
         at = end
     return "".join((*parts, grammar[at:]))

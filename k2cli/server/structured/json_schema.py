@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from k2cli.grammars.check import grammar_problem
-from k2cli.server.errors import ApiError, invalid
+from k2cli.server.errors import invalid
 from k2cli.server.structured.alternatives import replace_one_of
 from k2cli.server.structured.expansion import check_expansion
 from k2cli.server.structured.failing_part import schema_problem
@@ -75,28 +75,27 @@ _checked: BoundedCache[CheckedSchema] = BoundedCache(_CACHED_BYTES)
 _problems: BoundedCache[str] = BoundedCache(_CACHED_BYTES)
 
 
-def checked_schema(schema: Any, place: str, *, lenient: bool = False) -> dict[str, Any]:
+def checked_schema(
+    schema: Any, place: str, *, param: str | None = None, lenient: bool = False
+) -> dict[str, Any]:
     """Return a schema in the form that ``GrammarText.json`` takes.
 
     Args:
         schema: the client's.
-        place: where it stands in the client's body, for errors.
+        place: where it stands in the client's body, for messages.
+        param: the field that an error names; None for the place.
         lenient: True to leave out what cannot be held, and to take any JSON value if nothing can.
 
     Raises:
         ApiError: 400 that names the part that is not valid or cannot be held.
     """
-    found = _read(schema, place, lenient=lenient)
+    param = param or place
+    found = _read(schema, place, param, lenient=lenient)
     if found.problem is None:
         return found.schema
     if lenient:
         return {}
-    raise failure(place, found.problem)
-
-
-def failure(place: str, problem: SchemaProblem) -> ApiError:
-    """Make the error for a part of a schema."""
-    return invalid(f"{place}{problem.pointer}: {problem.reason}", place)
+    raise invalid(f"{place}{found.problem.pointer}: {found.problem.reason}", param)
 
 
 def compile_problem(grammar: str) -> str | None:
@@ -109,16 +108,16 @@ def compile_problem(grammar: str) -> str | None:
     return known or None
 
 
-def _read(schema: Any, place: str, *, lenient: bool) -> CheckedSchema:
+def _read(schema: Any, place: str, param: str, *, lenient: bool) -> CheckedSchema:
     try:
         text = json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode(
             errors="replace"
         )
     except (RecursionError, ValueError):
-        raise invalid(f"{place}: nests too deeply", place) from None
+        raise invalid(f"{place}: nests too deeply", param) from None
     if len(text) > MAX_SCHEMA_BYTES:
         message = f"{place}: has {len(text)} bytes, and the most are {MAX_SCHEMA_BYTES}"
-        raise invalid(message, place)
+        raise invalid(message, param)
     key = hashlib.sha256(bytes([lenient]) + text).digest()
     found = _checked.get(key)
     if found is None:

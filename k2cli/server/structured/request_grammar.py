@@ -127,7 +127,8 @@ def _parameters(function: dict[str, Any], place: str, strict: bool) -> dict[str,
         if strict:
             raise invalid(f"{place}/type: arguments are an object", place)
         return {"type": "object"}
-    return checked_schema({**schema, "type": "object"}, place, lenient=not strict)
+    checked = checked_schema({**schema, "type": "object"}, place, lenient=not strict)
+    return checked or {"type": "object"}
 
 
 @dataclass(frozen=True, slots=True)
