@@ -41,7 +41,7 @@ def call_grammar(
             )
             ends = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")
             return (
-                f"{text.literal(ends[0])} {calls}{'+' if several else ''} {text.literal(ends[1])}"
+                f"{text.literal(ends[0])} ({calls}){'+' if several else ''} {text.literal(ends[1])}"
             )
         case "json_tools":
             begin, end = text.literal("<tool_call>"), text.literal("</tool_call>")
@@ -76,4 +76,16 @@ def calls_after_text(
     calls = call_grammar(form, functions, text, several=several)
     if form.name == "harmony":
         return choice(calls, f"{text.literal('<|channel|>final<|message|>')} {text.any_text()}")
-    return f"{text.any_text()} ({calls})?"
+    begin = text.literal(form.opens[0])
+    if not begin.startswith('"'):
+        return f"{text.any_text()} ({calls})?"
+    text._rules.append(f"FREE: {_free(form.opens)}")
+    return choice("FREE", f"{text.text_until(form.opens[0])} {calls.removeprefix(begin)}")
+
+
+def _escaped(marker: str) -> str:
+    return marker.replace("|", "\\|")
+
+
+def _free(markers: Sequence[str]) -> str:
+    return f"/(?s:.*)/ & ~/(?s:.*)({'|'.join(map(_escaped, markers))})(?s:.*)/"

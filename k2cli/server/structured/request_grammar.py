@@ -30,7 +30,7 @@ _SHOWN_NAMES = 20
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
-    """What is known of the prompt and of the beginning of the answer.
+    """The prompt's end and the beginning of the answer.
 
     Attributes:
         prompt: the rendered prompt; empty for plain completions.
