@@ -14,6 +14,8 @@ from k2cli.server.structured.normal_form import NormalSchema, children
 from k2cli.server.structured.rewriting import Schema
 from k2cli.server.structured.schema_problem import SchemaProblem, shown
 
+MAX_CLEARED = 20
+"""Parts that are left out of one schema."""
 MAX_TRIES = 200
 MAX_SECONDS = 2.0
 """Bounds of the search; what it has found by then is the place."""
@@ -21,12 +23,22 @@ MAX_SECONDS = 2.0
 _PREFIX = "Unsatisfiable schema: "
 
 
-def schema_problem(found: NormalSchema) -> SchemaProblem | None:
-    """Compile a schema, and return what is wrong with its smallest failing part, or None."""
-    error = _error(found, found.root)
-    if error is None:
-        return None
-    return _Search(found).smallest(found.root, "", error)
+def schema_problem(found: NormalSchema, *, lenient: bool = False) -> SchemaProblem | None:
+    """Compile a schema, and return what is wrong with its smallest failing part, or None.
+
+    Args:
+        found: the schema.
+        lenient: True to let such parts allow any value, as long as that helps.
+    """
+    for _ in range(MAX_CLEARED if lenient else 1):
+        error = _error(found, found.root)
+        if error is None:
+            return None
+        problem, part = _Search(found).smallest(found.root, "", error)
+        if not lenient or not part or isinstance(part, bool):
+            return problem
+        part.clear()
+    return problem
 
 
 def _error(found: NormalSchema, part: Schema | bool) -> str | None:
@@ -43,8 +55,10 @@ class _Search:
         self._end = time.monotonic() + MAX_SECONDS
         self._seen: set[int] = set()
 
-    def smallest(self, part: Schema | bool, place: str, error: str) -> SchemaProblem:
-        """Return the problem of the smallest part within a failing one."""
+    def smallest(
+        self, part: Schema | bool, place: str, error: str
+    ) -> tuple[SchemaProblem, Schema | bool]:
+        """Return the problem of the smallest part within a failing one, and that part."""
         while isinstance(part, dict):
             for pointer, child in self._parts(part, place):
                 inner = self._try(child)
@@ -53,7 +67,7 @@ class _Search:
                     break
             else:
                 break
-        return SchemaProblem(place, _reason(error, part))
+        return SchemaProblem(place, _reason(error, part)), part
 
     def _parts(self, part: Schema, place: str) -> Iterator[tuple[str, Schema | bool]]:
         """Yield the parts of a part, and what it refers to, with their places."""

@@ -84,7 +84,7 @@ def checked_schema(
         schema: the client's.
         place: where it stands in the client's body, for messages.
         param: the field that an error names; None for the place.
-        lenient: True to leave out what cannot be held, and to take any JSON value if nothing can.
+        lenient: True to leave out what cannot be held.
 
     Raises:
         ApiError: 400 that names the part that is not valid or cannot be held.
@@ -93,8 +93,6 @@ def checked_schema(
     found = _read(schema, place, param, lenient=lenient)
     if found.problem is None:
         return found.schema
-    if lenient:
-        return {}
     raise invalid(f"{place}{found.problem.pointer}: {found.problem.reason}", param)
 
 
@@ -133,4 +131,4 @@ def _checked_now(schema: Any, *, lenient: bool) -> CheckedSchema:
         check_expansion(normal)
     except SchemaProblem as problem:
         return CheckedSchema(NormalSchema(), problem)
-    return CheckedSchema(normal, schema_problem(normal))
+    return CheckedSchema(normal, schema_problem(normal, lenient=lenient))

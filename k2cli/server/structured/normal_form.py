@@ -25,7 +25,7 @@ from k2cli.server.structured.keywords import (
 )
 from k2cli.server.structured.rewriting import Schema, rewritten
 from k2cli.server.structured.schema_problem import SchemaProblem, pointer_part, shown
-from k2cli.server.structured.schema_values import ValueChecks, check_dialect
+from k2cli.server.structured.schema_values import ValueChecks, check_dialect, pattern_problem
 
 MAX_NESTING = 100
 """Arrays and objects within each other; JSON parsers of llguidance stop at 128."""
@@ -225,6 +225,14 @@ class _Reader:
             known = ", ".join(sorted(FORMATS))
             reason = f"{shown(form)} cannot be held; the formats are {known}"
             self._leave_out("format", given, pointer, reason)
+        pattern = given.get("pattern")
+        if isinstance(pattern, str) and (why := pattern_problem(pattern)):
+            self._leave_out("pattern", given, pointer, why)
+        for each in (
+            list(named) if isinstance(named := given.get("patternProperties"), dict) else ()
+        ):
+            if why := pattern_problem(each):
+                raise SchemaProblem(f"{pointer}/patternProperties{pointer_part(each)}", why)
 
     def _check_least_properties(self, given: Schema, pointer: str) -> None:
         """Leave out a number of properties that the required ones reach anyway.

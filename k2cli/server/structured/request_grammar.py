@@ -13,7 +13,7 @@ from typing import Any
 from k2cli.grammars.text import GrammarText, choice, optional
 from k2cli.protocol import Grammar
 from k2cli.server.client_request import AnswerFormat, AnswerOptions, OutputOptions, ToolChoice
-from k2cli.server.errors import invalid
+from k2cli.server.errors import ApiError, invalid
 from k2cli.server.output import harmony
 from k2cli.server.output.output_format import OutputFormat
 from k2cli.server.output.parser import ReasoningFormat
@@ -127,8 +127,13 @@ def _parameters(function: dict[str, Any], place: str, strict: bool) -> dict[str,
         if strict:
             raise invalid(f"{place}/type: arguments are an object", place)
         return {"type": "object"}
-    checked = checked_schema({**schema, "type": "object"}, place, lenient=not strict)
-    return checked or {"type": "object"}
+    try:
+        found = checked_schema({**schema, "type": "object"}, place, lenient=not strict)
+        return {"type": "object", **found}
+    except ApiError:
+        if strict:
+            raise
+        return {"type": "object"}  # agents send schemas that nobody has ever validated
 
 
 @dataclass(frozen=True, slots=True)

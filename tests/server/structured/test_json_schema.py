@@ -65,6 +65,11 @@ PLACES: list[tuple[Any, str]] = [
     (inside({"$ref": "#/$defs/none"}), "s/properties/a/$ref: #/$defs/none points to nothing"),
     (inside({"$ref": "#none"}), "s/properties/a/$ref: #none points to nothing"),
     (inside({"$id": "b", "$ref": "#"}), "s/properties/a/$id: a schema with a name of its own"),
+    (inside({"const": {"b": ["a\x00"]}}), "s/properties/a/const/b/0: has a control character"),
+    (inside({"required": ["\x7f"]}), "s/properties/a: the name '\\x7f' has a control character"),
+    (inside({"properties": {"\x01": {}}}), "s/properties/a: the name '\\x01' has a control"),
+    *((inside({"pattern": pattern}), f"s/properties/a/pattern: {pattern} has a control")
+      for pattern in (r"^a\x00$", r"\u001F", "a\x01b", r"[a]\x{7f}", r"[\x00]", r"\v")),
     # Found by compiling the parts.
     (inside({"type": "string", "pattern": "(?=a)b"}), "s/properties/a: the pattern (?=a)b cannot"),
     (inside({"anyOf": [{"type": "null"}, {"pattern": "[a"}]}),
@@ -116,6 +121,11 @@ def test_what_is_wrong_is_named_with_its_place(schema: Any, message: str) -> Non
         assert (caught.value.status, caught.value.param) == (400, "s")
 
 
+@pytest.mark.parametrize("pattern", [r"^[^\x00-\x1f]*$", r"^a\x0Ab\u0009?$", r"^[]\x00a]\t?$", "é"])
+def test_patterns_with_other_escapes_are_taken(pattern: str) -> None:
+    checked_schema({"type": "string", "pattern": pattern}, "s")
+
+
 def test_large_schemas_that_are_allowed_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     large = [
         {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(1_000)}},
@@ -156,7 +166,12 @@ def test_what_is_lenient_leaves_out_what_cannot_be_held() -> None:
     assert holds(schema, {"a": 3}, lenient=True)
     assert not holds(schema, {"a": "x"}, lenient=True)
     assert holds(tagged(2, "same"), {"k": "same"}, lenient=True)
-    assert holds(inside({"pattern": "(?=a)"}), [1], lenient=True), "any value if nothing is left"
+    unknown = {"type": "string", "pattern": "(?=a)"}
+    schema = {"type": "object", "properties": {"a": unknown, "b": {"type": "null"}, "c": unknown}}
+    assert holds(schema, {"a": "x", "b": None, "c": "y"}, lenient=True)
+    assert not holds(schema, {"b": 1}, lenient=True)
+    with pytest.raises(ApiError, match="s/type: objekt is not a type"):
+        checked_schema({"type": "objekt"}, "s", lenient=True)
 
 
 def test_a_cache_keeps_what_was_used_last() -> None:

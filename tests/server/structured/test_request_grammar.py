@@ -293,7 +293,7 @@ def test_schemas_of_tools_are_checked_if_they_count() -> None:
     assert model.grammar(AnswerOptions()) is None
     required = ToolChoice(required=True)
     assert model.takes(K2_CALL.format("f", JSON), wanted=None, tool_choice=required)
-    for parameters in ({"type": "string"}, {"pattern": "(?=a)"}, None):
+    for parameters in ({"type": "string"}, {"properties": 5}, {"pattern": "(?=a)"}, None):
         wrong["function"]["parameters"] = parameters
         assert model.takes(K2_CALL.format("f", WRONG), wanted=None, tool_choice=required)
         assert not model.takes(K2_CALL.format("f", "5"), wanted=None, tool_choice=required)
