@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"commands", "ui"},
     "protocol": set(),
-    "grammars": {"models.text", "models.json_files"},
+    "grammars": {"models.text", "models.json_files", "protocol.wire"},
     "sharding": {
         "models.config_form", "models.rope_form", "models.config_consistency",
         "models.class_defaults",
