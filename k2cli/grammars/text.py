@@ -14,6 +14,10 @@ from typing import Any
 WHITESPACE = r"[ \n\r\t]{0,64}"
 """Whitespace between the parts of a JSON text: bounded, since models may repeat it without end."""
 
+ESCAPES = 'nrbtf\\"'
+"""Letters after a backslash in JSON strings: without ``u``, by which a name that a schema declares
+could be spelled so that its own schema does not count."""
+
 
 class GrammarText:
     """A grammar that is put together rule by rule.
@@ -90,7 +94,11 @@ class GrammarText:
             schema = {}
         if schema is False:
             schema = {"not": {}}
-        options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+        options = {
+            "whitespace_pattern": WHITESPACE,
+            "json_allowed_escapes": ESCAPES,
+            "lenient": lenient,
+        }
         return self._other({"json_schema": {**schema, "x-guidance": options}})
 
     def lark(self, text: str) -> str:
