@@ -1,0 +1,1 @@
+"""Structured output: grammars that a client's schemas and tools become."""

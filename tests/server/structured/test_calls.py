@@ -1,0 +1,198 @@
+"""Grammars of calls, compared with our parser, with jsonschema, and with what models write."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+
+import jsonschema
+import pytest
+
+from k2cli.server.structured.calls import Function, call_grammar, calls_after_text
+from tests.server.output.families import ANSWERS, K2_SECTION, TOOLS, Answer, k2_call
+from tests.server.structured.functions import EVERY
+from tests.server.structured.sampling import Model, model, read, sample
+
+FORMS = ["kimi_k2", "deepseek_v3", "json_tools", "llama3_json", "mistral", "harmony"]
+WORDS = [
+    *(
+        "null",
+        "true",
+        "12",
+        "-3.5",
+        "1e5",
+        " ",
+        "\n",
+        "a",
+        "é巴黎😀",
+        "{",
+        "}",
+        "[",
+        "<",
+        "\\n",
+        '"',
+    ),
+    *("auto", "fast", "&quot;", "</", "\n\n", "x: y", ",", "</b>", "```", "'", "(", "{}", "\\"),
+]
+
+
+def _snippets(parser: str) -> list[str]:
+    """Return words, and the tags that the fixtures of a format have, whole and in part."""
+    marks: set[str] = set()
+    for answer in ANSWERS:
+        if answer.parser == parser:
+            marks |= set(re.findall(r"<[^<>]*>|\[[A-Z_]+\]", answer.output))
+    return [*WORDS, *sorted(marks | {mark[:-1] for mark in marks})]
+
+
+def _grammar(of: Model, functions: Sequence[Function], several: bool, after_text: bool) -> str:
+    assert of.form.tools is not None
+    text = of.text()
+    make = calls_after_text if after_text else call_grammar
+    return text.build(make(of.form.tools, functions, text, several=several))
+
+
+def _check(
+    of: Model, parser: str, functions: Sequence[Function], source: random.Random, count: int
+) -> int:
+    """Compare texts of a grammar with what is read in them. Return the number of calls."""
+    calls = 0
+    schemas = {each.name: each.parameters or {"type": "object"} for each in functions}
+    for several, after_text in ((False, False), (True, False), (True, True)):
+        matcher = of.matcher(_grammar(of, functions, several, after_text))
+        for _ in range(count):
+            ids = sample(of, matcher.deep_copy(), source, _snippets(parser), source.randrange(120))
+            if ids is None:
+                continue
+            cuts = [source.randrange(1000) for _ in range(5)]
+            found = read(of, ids, functions, cuts)
+            shown = "".join(piece.text for piece in of.pieces(ids, []))
+            assert after_text or found.text.strip() == "", shown
+            assert after_text or found.calls, shown
+            assert several or len(found.calls) == 1, shown
+            for call in found.calls:
+                arguments = json.loads(call.arguments)
+                assert isinstance(arguments, dict), shown
+                jsonschema.Draft202012Validator(schemas[call.name]).validate(arguments)
+                assert call.complete, shown
+            calls += len(found.calls)
+    return calls
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["tokens", "text"])
+@pytest.mark.parametrize("parser", FORMS)
+def test_what_a_grammar_allows_is_read_as_calls_that_obey(parser: str, plain: bool) -> None:
+    source = random.Random(parser)
+    of = model(parser, plain)
+    calls = 0
+    for each in EVERY:
+        calls += _check(of, parser, [each], source, 6)
+    calls += _check(of, parser, EVERY, source, 20)
+    assert calls > 100
+
+
+def _calls_of(answer: Answer, of: Model) -> str:
+    """Return the part of an answer that is calls."""
+    assert of.form.tools is not None
+    if answer.parser == "harmony":
+        after = answer.output.partition("<|start|>assistant<|channel|>commentary to=")[2]
+        return f"<|channel|>commentary to={after.rpartition('<|start|>')[0]}"
+    begins = [answer.output.find(marker) for marker in of.form.tools.opens]
+    begin = min([begin for begin in begins if begin >= 0], default=0)
+    ends = [answer.output.rfind(end) + len(end) for end in (*of.form.tools.tokens, "</function>")]
+    end = max([end for end in ends if end > begin + 20], default=len(answer.output))
+    if answer.parser in ("mistral", "llama3_json"):
+        end = len(answer.output)
+    return answer.output[begin:end]
+
+
+_FUNCTIONS = [
+    Function(tool["function"]["name"], tool["function"]["parameters"], strict=True)
+    for tool in TOOLS
+]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["tokens", "text"])
+@pytest.mark.parametrize(
+    "answer",
+    [answer for answer in ANSWERS if answer.parser in FORMS],
+    ids=lambda answer: answer.name,
+)
+def test_what_models_write_is_allowed(answer: Answer, plain: bool) -> None:
+    if plain and answer.name == "Mistral":
+        pytest.skip("without the token [ARGS], models write lists")
+    of = model(answer.parser, plain, without=("[ARGS]",) if answer.name == "Mistral 7B" else ())
+    written = _calls_of(answer, of)
+    for several in (True, False):
+        matcher = of.matcher(_grammar(of, _FUNCTIONS, several, False))
+        ids = of.ids(written)
+        count = matcher.try_consume_tokens(ids)
+        if several or len(answer.calls) == 1:
+            assert count == len(ids), written[count:]
+            assert matcher.is_accepting()
+        else:
+            assert count < len(ids)
+    matcher = of.matcher(_grammar(of, _FUNCTIONS, True, True))
+    ids = of.ids(written)
+    assert matcher.try_consume_tokens(ids) == len(ids)
+    assert matcher.is_accepting()
+
+
+_REQUIRED = Function(
+    "find",
+    {
+        "type": "object",
+        "properties": {"word": {"enum": ["a", "b"]}, "count": {"type": "integer", "maximum": 9}},
+        "required": ["word", "count"],
+        "additionalProperties": False,
+    },
+    strict=True,
+)
+_WRONG = [
+    ("found", {"word": "a", "count": 1}),
+    ("find", {"word": "a"}),
+    ("find", {"word": "c", "count": 1}),
+    ("find", {"word": "a", "count": 10}),
+    ("find", {"word": "a", "count": "x"}),
+    ("find", {"word": "a", "count": True}),
+    ("find", {"word": "a", "count": 1, "more": 1}),
+    ("find", {}),
+]
+
+
+def _written(parser: str, name: str, arguments: dict[str, object]) -> str:
+    """Write a call as models of a family do."""
+    body = json.dumps(arguments, ensure_ascii=False)
+    match parser:
+        case "kimi_k2":
+            return K2_SECTION.format(k2_call(f"functions.{name}:7", body))
+        case "deepseek_v3":
+            begin = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
+            end = "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+            return f"{begin}{name}<｜tool▁sep｜>{body}{end}"
+        case "json_tools":
+            return f'<tool_call>\n{{"name": "{name}", "arguments": {body}}}\n</tool_call>'
+        case "llama3_json":
+            return f'{{"name": "{name}", "parameters": {body}}}'
+        case "mistral":
+            return f"[TOOL_CALLS]{name}[ARGS]{body}"
+        case "harmony":
+            header = f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"
+            return f"{header}{body}<|call|>"
+    raise ValueError(parser)
+
+
+@pytest.mark.parametrize("parser", FORMS)
+def test_wrong_calls_are_rejected(parser: str) -> None:
+    of = model(parser)
+    matcher = of.matcher(_grammar(of, [_REQUIRED], False, False))
+
+    def accepts(name: str, arguments: dict[str, object]) -> bool:
+        copy, ids = matcher.deep_copy(), of.ids(_written(parser, name, arguments))
+        return bool(copy.try_consume_tokens(ids) == len(ids) and copy.is_accepting())
+
+    assert accepts("find", {"word": "a", "count": 9})
+    for name, arguments in _WRONG:
+        assert not accepts(name, arguments), (name, arguments)
