@@ -88,11 +88,11 @@ class _OpenString:
 
 
 def until_after_json(
-    source: Source, ends: tuple[str, ...], take: Take, stops: tuple[str, ...] = ()
+    source: Source, ends: tuple[str, ...], take: Take
 ) -> Generator[None, None, str | TooLong | None]:
     """Read a JSON text up to a marker, as ``Source.until`` does.
 
-    Markers of ordinary letters do not end it within a JSON string, but for ``stops``.
+    A marker of ordinary letters does not end it within a JSON string.
     """
     string = _OpenString()
 
@@ -101,10 +101,8 @@ def until_after_json(
         string.add(text)
 
     while True:
-        found = yield from source.until((*ends, *stops), both)
-        if not isinstance(found, str) or found in stops:
-            return found
-        if not (string.inside and found.isprintable()):
+        found = yield from source.until(ends, both)
+        if not (isinstance(found, str) and string.inside and found.isprintable()):
             return found
         both(found)
 

@@ -12,6 +12,7 @@ from k2cli.grammars.check import grammar_problem
 from k2cli.grammars.text import GrammarText
 from k2cli.server.errors import ApiError, invalid
 from k2cli.server.output.emitter import MAX_NAME_LETTERS
+from k2cli.server.output.parameter_types import Schema
 
 GAP = r"[ \n]{1,4}"
 """Whitespace that models write between the markers of calls."""
@@ -93,14 +94,27 @@ def joined(calls: str, separator: str, *, several: bool) -> str:
     return f"{calls} ({separator} {calls})*" if several else calls
 
 
-def arguments_object(text: GrammarText, function: Function) -> str:
-    """Return an expression for a JSON object that obeys the schema of a function."""
+def arguments_object(form: str, text: GrammarText, function: Function) -> str:
+    """Return an expression for a JSON object that obeys the schema of a function.
+
+    Raises:
+        ApiError: if it must, and a grammar cannot express the schema.
+    """
+    schema = object_schema(form, function)
+    return text.json(schema, lenient=not function.strict)
+
+
+def object_schema(form: str, function: Function) -> dict[str, Any]:
+    """Return the schema of a function's arguments, or of any if a grammar cannot express it.
+
+    Raises:
+        ApiError: in that case, if the function is strict.
+    """
     schema = _object_schema(function.parameters)
-    if function.strict:
-        return text.json(schema)
-    if not _is_possible(json.dumps(schema)):
-        schema = {"type": "object"}
-    return text.json(schema, lenient=True)
+    why = json_problem(schema, strict=function.strict)
+    if why is not None and function.strict:
+        raise refuse(form, function, f"its parameters: {why}")
+    return {"type": "object"} if why else schema
 
 
 def _object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
@@ -112,11 +126,15 @@ def _object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
     return parameters
 
 
-@lru_cache(maxsize=512)
-def _is_possible(schema: str) -> bool:
-    """Return True if llguidance can express a schema, but for keywords that it ignores.
+def json_problem(schema: Schema, *, strict: bool) -> str | None:
+    """Return why llguidance cannot express a schema; None if it can.
 
     The answers are kept, because a conversation sends the same functions in each request.
     """
+    return _problem(json.dumps(schema), strict)
+
+
+@lru_cache(maxsize=1024)
+def _problem(schema: str, strict: bool) -> str | None:
     text = GrammarText({})
-    return grammar_problem(text.build(text.json(json.loads(schema), lenient=True))) is None
+    return grammar_problem(text.build(text.json(json.loads(schema), lenient=not strict)))

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from k2cli.grammars.text import GrammarText, choice, optional
 from k2cli.server.errors import invalid
 from k2cli.server.output import harmony
+from k2cli.server.output.known_formats import TOOL_FORMATS
 from k2cli.server.output.source import WHITESPACE
 from k2cli.server.output.tool_format import ToolFormat
+from k2cli.server.output.typed_formats import PAIR_FORMATS, TYPED_FORMATS
 from k2cli.server.structured import json_call_grammars as json_calls
 from k2cli.server.structured.call_parts import Calls, Function, check_names
+from k2cli.server.structured.typed_call_grammars import pair_calls, typed_calls
 
 __all__ = ["Function", "call_grammar", "call_opening", "calls_after_text"]
 
@@ -35,6 +39,8 @@ _WRITERS: dict[str, _Writer] = {
     "llama3_json": json_calls.llama3_json,
     "mistral": json_calls.mistral,
     "harmony": json_calls.harmony,
+    **{name: partial(typed_calls, name, TOOL_FORMATS[name].opens[0]) for name in TYPED_FORMATS},
+    **{name: partial(pair_calls, name, TOOL_FORMATS[name].opens[0]) for name in PAIR_FORMATS},
 }
 
 
@@ -113,4 +119,16 @@ def _harmony_messages(text: GrammarText, calls: Calls) -> str:
     return choice(f"{optional(preamble)} {text.rule(calls.bare)}", final)
 
 
-_MESSAGES: dict[str, Callable[[GrammarText, Calls], str]] = {"harmony": _harmony_messages}
+def _k3_messages(text: GrammarText, calls: Calls) -> str:
+    (way,) = calls.openings
+    begin = text.literal("<|open|>response<|sep|>")
+    end = "<|close|>response<|sep|>"
+    response = f"{begin} {text.text_until(end, without=(end, way.marker))}"
+    some = text.rule(f"{text.literal(way.marker)} {way.rest}")
+    return choice(f"{response} {some}?", some)
+
+
+_MESSAGES: dict[str, Callable[[GrammarText, Calls], str]] = {
+    "harmony": _harmony_messages,
+    "kimi_k3": _k3_messages,
+}

@@ -41,7 +41,7 @@ def kimi_k2(functions: Sequence[Function], text: GrammarText, *, several: bool) 
     argument = text.literal("<|tool_call_argument_begin|>")
     each = (
         f"{text.terminal(escaped(f'functions.{function.name}:') + _NUMBER)} {argument} "
-        f"{arguments_object(text, function)}"
+        f"{arguments_object('kimi_k2', text, function)}"
         for function in functions
     )
     call = text.rule(f"{begin} {choice(*each)} {end}")
@@ -59,7 +59,7 @@ def deepseek_v3(functions: Sequence[Function], text: GrammarText, *, several: bo
     kind = text.letters(_DEEPSEEK_KIND)
     each = []
     for function in functions:
-        arguments = arguments_object(text, function)
+        arguments = arguments_object("deepseek_v3", text, function)
         before, after = text.letters(f"{function.name}\n```json\n"), text.letters("\n```")
         each.append(f"{kind} {separator} {before} {arguments} {after}")
         if function.name != _DEEPSEEK_KIND:
@@ -75,7 +75,12 @@ def mistral(functions: Sequence[Function], text: GrammarText, *, several: bool) 
     marker = "[TOOL_CALLS]"
     if not text.is_token("[ARGS]"):
         call = text.rule(
-            choice(*(_named_object(text, each, "arguments", with_id=True) for each in functions))
+            choice(
+                *(
+                    _named_object("mistral", text, each, "arguments", with_id=True)
+                    for each in functions
+                )
+            )
         )
         calls = joined(call, text.terminal(r"[ \n]?,[ \n]?"), several=several)
         ends = (text.terminal(r" ?\[[ \n]?"), text.terminal(r"[ \n]?\]"))
@@ -87,7 +92,7 @@ def mistral(functions: Sequence[Function], text: GrammarText, *, several: bool) 
         call_id = optional(f"{text.literal('[CALL_ID]')} {text.terminal(_SHORT_ID)}")
     each = (
         f"{text.letters(function.name)} {call_id} {arguments} {gap(text)} "
-        f"{arguments_object(text, function)}"
+        f"{arguments_object('mistral', text, function)}"
         for function in functions
     )
     call = text.rule(choice(*each))
@@ -97,20 +102,24 @@ def mistral(functions: Sequence[Function], text: GrammarText, *, several: bool) 
 # --- objects with the name and the arguments ---
 
 
-def _named_object(text: GrammarText, function: Function, key: str, *, with_id: bool = False) -> str:
+def _named_object(
+    form: str, text: GrammarText, function: Function, key: str, *, with_id: bool = False
+) -> str:
     """Return an expression for ``{"name": NAME, KEY: {...}}``, with a short id if that may be."""
     name = escaped(json.dumps(function.name, ensure_ascii=False))
     call_id = rf'"id": ?"{_SHORT_ID}"'
     before, after = (f"({call_id}, ?)?", f"(, ?{call_id})?") if with_id else ("", "")
     begin = text.terminal(rf'\{{[ \n]{{0,4}}{before}"name": ?{name},[ \n]{{0,4}}"{key}": ?')
     end = text.terminal(rf"{after}[ \n]{{0,4}}\}}")
-    return f"{begin} {arguments_object(text, function)} {end}"
+    return f"{begin} {arguments_object(form, text, function)} {end}"
 
 
 def json_tools(functions: Sequence[Function], text: GrammarText, *, several: bool) -> Calls:
     """Hermes and Qwen: each object between two markers, on lines of its own."""
     marker = "<tool_call>"
-    objects = text.rule(choice(*(_named_object(text, each, "arguments") for each in functions)))
+    objects = text.rule(
+        choice(*(_named_object("json_tools", text, each, "arguments") for each in functions))
+    )
     call = f"{gap(text)} {objects} {gap(text)} {text.literal('</tool_call>')}"
     return Calls((_repeated(text, marker, call, several=several),))
 
@@ -123,7 +132,9 @@ def _repeated(text: GrammarText, marker: str, call: str, *, several: bool) -> Op
 
 def llama3_json(functions: Sequence[Function], text: GrammarText, *, several: bool) -> Calls:
     """Llama 3: objects in place of an answer, with or without a marker before them."""
-    call = text.rule(choice(*(_named_object(text, each, "parameters") for each in functions)))
+    call = text.rule(
+        choice(*(_named_object("llama3_json", text, each, "parameters") for each in functions))
+    )
     calls = text.rule(joined(call, text.terminal("; ?"), several=several))
     return Calls((Opening("<|python_tag|>", calls),), bare=calls)
 
@@ -148,7 +159,7 @@ def harmony(functions: Sequence[Function], text: GrammarText, *, several: bool) 
             f"{channel} {text.letters(f'commentary to=functions.{function.name}')} {kind}",
             f"{recipient} {channel} {text.letters('commentary')} {kind}",
         )
-        each.append(f"{choice(*headers)} {body} {arguments_object(text, function)}")
+        each.append(f"{choice(*headers)} {body} {arguments_object('harmony', text, function)}")
     call = text.rule(choice(*each))
     end, start = text.literal("<|call|>"), text.literal("<|start|>")
     following = f"{end} {start} {text.letters('assistant')}"

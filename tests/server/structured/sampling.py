@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -75,7 +77,7 @@ class Model:
                 units.append((names[number], True))
         bounds = sorted({0, len(units), *(cut % (len(units) + 1) for cut in cuts)})
         pieces = []
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             text, marks = "", []
             for unit, is_marker in units[begin:end]:
                 marks += [Marker(len(text), unit)] if is_marker else []
@@ -117,9 +119,9 @@ def _byte_letters() -> dict[int, str]:
     }
 
 
-def allowed(matcher: LLMatcher, size: int) -> list[int]:
-    mask = matcher.compute_bitmask()
-    return [number for number in range(size) if mask[number // 8] >> (number % 8) & 1]
+def allowed(matcher: LLMatcher) -> list[int]:
+    mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    return [int(number) for number in np.flatnonzero(np.unpackbits(mask, bitorder="little"))]
 
 
 def sample(
@@ -135,7 +137,6 @@ def sample(
     closers = [[number] for number in of.markers.values()]
     closers += [of.letter_ids(text) for text in ('"', "}", "]", "'", ")", "0", ">")]
     closers += [of.letter_ids(text) for text in snippets if text.lstrip().startswith("</")]
-    size = _BYTES + len(of.markers) + 1
     while len(ids) < 20 * length:
         ending = len(ids) >= length
         if matcher.is_stopped():
@@ -149,7 +150,7 @@ def sample(
             if matcher.validate_tokens(some) == len(some):
                 break
         else:
-            choices = [number for number in allowed(matcher, size) if number != of.end]
+            choices = [number for number in allowed(matcher) if number != of.end]
             some = [source.choice(choices)]
         assert matcher.consume_tokens(some), matcher.get_error()
         ids += some

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import jsonschema
 import pytest
 
-from k2cli.server.structured.calls import Function, call_grammar, calls_after_text
+from k2cli.server.output.typed_formats import PAIR_FORMATS, TYPED_FORMATS
+from k2cli.server.structured.calls import _WRITERS, Function, call_grammar, calls_after_text
 from tests.server.output.families import ANSWERS, K2_SECTION, TOOLS, Answer, k2_call
 from tests.server.structured.functions import EVERY
 from tests.server.structured.sampling import Model, model, read, sample
 
-FORMS = ["kimi_k2", "deepseek_v3", "json_tools", "llama3_json", "mistral", "harmony"]
+FORMS = [*_WRITERS]
 WORDS = [
     *(
         "null",
@@ -99,12 +100,21 @@ def _calls_of(answer: Answer, of: Model) -> str:
     if answer.parser == "harmony":
         after = answer.output.partition("<|start|>assistant<|channel|>commentary to=")[2]
         return f"<|channel|>commentary to={after.rpartition('<|start|>')[0]}"
+    if answer.parser == "kimi_k3":
+        begin = answer.output.index("<|open|>tools")
+        return answer.output[begin:].removesuffix("<|close|>message<|sep|>")
     begins = [answer.output.find(marker) for marker in of.form.tools.opens]
     begin = min([begin for begin in begins if begin >= 0], default=0)
-    ends = [answer.output.rfind(end) + len(end) for end in (*of.form.tools.tokens, "</function>")]
-    end = max([end for end in ends if end > begin + 20], default=len(answer.output))
     if answer.parser in ("mistral", "llama3_json"):
-        end = len(answer.output)
+        return answer.output[begin:]
+    typed, pairs = TYPED_FORMATS.get(answer.parser), PAIR_FORMATS.get(answer.parser)
+    closing = of.form.tools.tokens
+    if typed is not None:
+        closing = (typed.section_end or typed.call_end,)
+    if pairs is not None:
+        closing = (pairs.section_end,)
+    end = max(answer.output.rfind(mark) + len(mark) for mark in closing)
+    assert end > begin + 20
     return answer.output[begin:end]
 
 
