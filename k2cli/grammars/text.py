@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 WHITESPACE = r"[ \n\r\t]{0,64}"
@@ -40,9 +40,25 @@ class GrammarText:
         """Return True if a text has a marker that is a token of its own."""
         return self._tokens is not None and self._tokens.search(text) is not None
 
+    def spelled(self, markers: Iterable[str]) -> tuple[str, ...]:
+        """Return the markers without tokens, which may stand in a text that is not to have them."""
+        return tuple(marker for marker in markers if not self.has_token(marker))
+
     def rule(self, body: str) -> str:
         """Add a rule and return its name."""
         return self._named("r", body)
+
+    def recursive_rule(self, make: Callable[[str], str]) -> str:
+        """Add a rule whose body may have its own name in it, and return its name.
+
+        Args:
+            make: makes the body, given the name.
+        """
+        name = f"r{len(self._rules)}"
+        place = len(self._rules)
+        self._rules.append("")
+        self._rules[place] = f"{name}: {make(name)}"
+        return name
 
     def terminal(self, pattern: str) -> str:
         """Add a terminal that matches a regular expression, and return its name.
@@ -58,12 +74,11 @@ class GrammarText:
 
         Args:
             patterns: each must match the whole text; none for any text.
-            without: texts that it does not contain.
+            without: letters that it does not contain.
         """
         kept = [regex(pattern) for pattern in patterns or (_ANY,)]
-        spelled = sorted(text for text in set(without) if not self.has_token(text))
-        if spelled:
-            several = "|".join(map(escaped, spelled))
+        if without:
+            several = "|".join(map(escaped, sorted(set(without))))
             # A negation alone would match bytes that are no UTF-8.
             kept += [] if _ANY in patterns or not patterns else [regex(_ANY)]
             kept.append(f"~{regex(f'{_ANY}({several}){_ANY}')}")

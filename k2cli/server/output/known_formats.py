@@ -159,8 +159,8 @@ def _pair_format(name: str, opens: str) -> ToolFormat:
     return ToolFormat(name, (opens,), tokens, pair_calls(form))
 
 
-def _whole_format(name: str, opens: str, close: str) -> ToolFormat:
-    tokens = (opens, close)
+def _whole_format(name: str, opens: str, close: str, *quotes: str) -> ToolFormat:
+    tokens = (opens, close, *quotes)
     return ToolFormat(name, (opens,), tokens, whole_calls(name, close))
 
 
@@ -201,8 +201,8 @@ _FORMATS = (
         bare="[",
     ),
     _whole_format("pythonic", "<|tool_call_start|>", "<|tool_call_end|>"),
-    _whole_format("function_gemma", "<start_function_call>", "<end_function_call>"),
-    _whole_format("gemma4", "<|tool_call>", "<tool_call|>"),
+    _whole_format("function_gemma", "<start_function_call>", "<end_function_call>", "<escape>"),
+    _whole_format("gemma4", "<|tool_call>", "<tool_call|>", '<|"|>'),
 )
 TOOL_FORMATS: dict[str, ToolFormat] = {form.name: form for form in _FORMATS}
 

@@ -19,9 +19,9 @@ from k2cli.server.output.known_formats import TOOL_FORMATS
 from k2cli.server.output.source import WHITESPACE
 from k2cli.server.output.tool_format import ToolFormat
 from k2cli.server.output.typed_formats import PAIR_FORMATS, TYPED_FORMATS
-from k2cli.server.structured import json_call_grammars as json_calls
-from k2cli.server.structured.call_parts import Calls, Function, check_names
-from k2cli.server.structured.typed_call_grammars import pair_calls, typed_calls
+from k2cli.server.structured.call_forms import gemma_calls, json_calls, python_calls
+from k2cli.server.structured.call_forms.parts import Calls, Function, check_names
+from k2cli.server.structured.call_forms.typed_calls import pair_calls, typed_calls
 
 __all__ = ["Function", "call_grammar", "call_opening", "calls_after_text"]
 
@@ -39,6 +39,10 @@ _WRITERS: dict[str, _Writer] = {
     "llama3_json": json_calls.llama3_json,
     "mistral": json_calls.mistral,
     "harmony": json_calls.harmony,
+    "pythonic": python_calls.pythonic,
+    "llama4_pythonic": python_calls.llama4_pythonic,
+    "function_gemma": gemma_calls.function_gemma,
+    "gemma4": gemma_calls.gemma4,
     **{name: partial(typed_calls, name, TOOL_FORMATS[name].opens[0]) for name in TYPED_FORMATS},
     **{name: partial(pair_calls, name, TOOL_FORMATS[name].opens[0]) for name in PAIR_FORMATS},
 }
@@ -92,9 +96,9 @@ def calls_after_text(
         patterns = (rf"[{WHITESPACE}]*([^{re.escape(form.bare)}{WHITESPACE}](?s:.*))?",)
     ways = [calls.bare] if calls.bare else []
     for way in calls.openings:
-        others = [marker for marker in markers if marker != way.marker]
+        others = text.spelled(marker for marker in markers if marker != way.marker)
         ways.append(f"{text.text_until(way.marker, *patterns, without=others)} {way.rest}")
-    return choice(*ways, text.text(*patterns, without=markers))
+    return choice(*ways, text.text(*patterns, without=text.spelled(markers)))
 
 
 def _calls(
@@ -110,12 +114,13 @@ def _calls(
 
 def _harmony_messages(text: GrammarText, calls: Calls) -> str:
     assert calls.bare is not None
+    spelled = text.spelled(harmony.TOKENS)
     channel, body = text.literal("<|channel|>"), text.literal("<|message|>")
     preamble = (
         f"{channel} {text.letters('commentary')} {body} "
-        f"{text.text_until('<|end|>', without=harmony.TOKENS)} {text.literal('<|start|>assistant')}"
+        f"{text.text_until('<|end|>', without=spelled)} {text.literal('<|start|>assistant')}"
     )
-    final = f"{channel} {text.letters('final')} {body} {text.text(without=harmony.TOKENS)}"
+    final = f"{channel} {text.letters('final')} {body} {text.text(without=spelled)}"
     return choice(f"{optional(preamble)} {text.rule(calls.bare)}", final)
 
 
@@ -123,7 +128,7 @@ def _k3_messages(text: GrammarText, calls: Calls) -> str:
     (way,) = calls.openings
     begin = text.literal("<|open|>response<|sep|>")
     end = "<|close|>response<|sep|>"
-    response = f"{begin} {text.text_until(end, without=(end, way.marker))}"
+    response = f"{begin} {text.text_until(end, without=text.spelled((end, way.marker)))}"
     some = text.rule(f"{text.literal(way.marker)} {way.rest}")
     return choice(f"{response} {some}?", some)
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from k2cli.grammars.check import grammar_problem
-from k2cli.grammars.text import GrammarText
+from k2cli.grammars.text import GrammarText, choice
 from k2cli.server.errors import ApiError, invalid
 from k2cli.server.output.emitter import MAX_NAME_LETTERS
 from k2cli.server.output.parameter_types import Schema
@@ -94,6 +94,24 @@ def joined(calls: str, separator: str, *, several: bool) -> str:
     return f"{calls} ({separator} {calls})*" if several else calls
 
 
+def separated(text: GrammarText, items: Sequence[tuple[str, bool]], separator: str) -> str:
+    """Return an expression for items in their order with separators between them.
+
+    Args:
+        items: expressions, each with True if it must be there.
+        separator: an expression.
+    """
+    rest = ""
+    ways: list[str] = []
+    for item, required in reversed(items):
+        ways = [f"{item} {rest}", *([] if required else ways)]
+        more = f"{separator} {item}"
+        rest = text.rule(f"{more if required else f'({more})?'} {rest}")
+    if not any(required for _, required in items):
+        ways.append('""')
+    return choice(*ways)
+
+
 def arguments_object(form: str, text: GrammarText, function: Function) -> str:
     """Return an expression for a JSON object that obeys the schema of a function.
 
@@ -110,14 +128,15 @@ def object_schema(form: str, function: Function) -> dict[str, Any]:
     Raises:
         ApiError: in that case, if the function is strict.
     """
-    schema = _object_schema(function.parameters)
+    schema = as_object(function.parameters)
     why = json_problem(schema, strict=function.strict)
     if why is not None and function.strict:
         raise refuse(form, function, f"its parameters: {why}")
     return {"type": "object"} if why else schema
 
 
-def _object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
+def as_object(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a schema of arguments that allows objects alone."""
     if not parameters:
         return {"type": "object"}
     kind = parameters.get("type")

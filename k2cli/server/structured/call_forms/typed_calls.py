@@ -8,25 +8,26 @@ of the models write.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from k2cli.grammars.text import GrammarText, choice
 from k2cli.server.errors import ApiError
 from k2cli.server.output.typed_calls import TypedFormat
 from k2cli.server.output.typed_formats import PAIR_FORMATS, TYPED_FORMATS
-from k2cli.server.structured.call_parts import (
+from k2cli.server.structured.call_forms.parameters import NotHeld, Parameters, parameter_sets
+from k2cli.server.structured.call_forms.parts import (
     Calls,
     Function,
     Opening,
     arguments_object,
+    as_object,
     gap,
     joined,
     object_schema,
     refuse,
 )
-from k2cli.server.structured.parameters import NotHeld, Parameters, parameter_sets
-from k2cli.server.structured.typed_values import (
+from k2cli.server.structured.call_forms.typed_values import (
     ValuePlace,
     ValueSchema,
     json_value,
@@ -40,45 +41,52 @@ WriteArgument = Callable[[str, ValueSchema], str]
 """Writes the expression of an argument by its key and schema; raises ``NotHeld``."""
 
 
-def argument_rows(
-    form: str, function: Function, text: GrammarText, write: WriteArgument
-) -> list[str]:
-    """Return expressions for the arguments of a call, one for each set of parameters.
+def argument_lists(
+    form: str, function: Function, write: WriteArgument
+) -> list[list[tuple[str, bool]]]:
+    """Return expressions for the arguments of a call, one list for each set of parameters.
+
+    Each comes with True if it is required.
 
     Raises:
         ApiError: if the function is strict and a grammar cannot hold its schema, or if a required
             parameter cannot be written.
     """
-    root = object_schema(form, function)
+    # What cannot be expressed for one parameter need not count for the others.
+    root = object_schema(form, function) if function.strict else as_object(function.parameters)
     try:
         sets = parameter_sets(root, strict=function.strict)
     except NotHeld as error:
         raise refuse(form, function, str(error)) from error
     if not sets:
         raise refuse(form, function, "its parameters are no object")
-    return [_row(form, function, text, write, each, root) for each in sets]
+    return [_arguments(form, function, write, each, root) for each in sets]
 
 
-def _row(
-    form: str,
-    function: Function,
-    text: GrammarText,
-    write: WriteArgument,
-    parameters: Parameters,
-    root: object,
-) -> str:
-    parts = []
+def _arguments(
+    form: str, function: Function, write: WriteArgument, parameters: Parameters, root: object
+) -> list[tuple[str, bool]]:
+    found = []
     for key, schema in parameters.schemas.items():
         required = key in parameters.required
         try:
-            argument = write(key, ValueSchema(schema, root, function.strict))
+            found.append((write(key, ValueSchema(schema, root, function.strict)), required))
         except NotHeld as error:
-            if not required and not function.strict:
-                continue
-            raise refuse(form, function, f"its parameter '{key}': {error}") from error
-        rule = text.rule(f"{gap(text)} {argument}")
-        parts.append(rule if required else f"{rule}?")
-    return " ".join(parts) or '""'
+            if required or function.strict:
+                raise refuse(form, function, f"its parameter '{key}': {error}") from error
+    return found
+
+
+def _rows(form: str, function: Function, text: GrammarText, write: WriteArgument) -> list[str]:
+    """Return expressions for all arguments of a call, in tags that follow each other."""
+    return [
+        " ".join(
+            f"{text.rule(f'{gap(text)} {argument}')}{'' if required else '?'}"
+            for argument, required in arguments
+        )
+        or '""'
+        for arguments in argument_lists(form, function, write)
+    ]
 
 
 # --- a tag for each argument ---
@@ -121,8 +129,9 @@ def _plain_place(form: TypedFormat) -> ValuePlace:
     return ValuePlace(form.argument_end)
 
 
-def _stripped_place(form: TypedFormat, without: tuple[str, ...] = ()) -> ValuePlace:
-    return ValuePlace(form.argument_end, without=without, strip=form.strip, is_stripped=True)
+def _stripped_place(form: TypedFormat, limited_without: tuple[str, ...] = ()) -> ValuePlace:
+    place = ValuePlace(form.argument_end, strip=form.strip, is_stripped=True)
+    return replace(place, limited_without=limited_without)
 
 
 def _lines_place(form: TypedFormat) -> ValuePlace:
@@ -149,7 +158,7 @@ _STYLES: dict[str, _Style] = {
     "minicpm5": _Style(
         lambda name: (_quoted(name),),
         lambda key, is_text: (_quoted(key),),
-        partial(_stripped_place, without=("<![CDATA[",)),
+        partial(_stripped_place, limited_without=("<![CDATA[",)),
     ),
     "muse_spark": _Style(
         lambda name: (f" name={_attribute(name)}",),
@@ -190,12 +199,12 @@ class _TypedWriter:
         """Return an expression for all arguments, in tags or, if the format has it, in one JSON."""
         form, text = self.form, self.text
         if form.raw is None:
-            return choice(*argument_rows(self.name, function, text, self.argument))
+            return choice(*_rows(self.name, function, text, self.argument))
         begin, end = (text.literal(tag) for tag in form.raw)
         header = f"{text.letters(_RAW_HEADER)} {text.literal(form.header_end)}"
         raw = f"{begin} {header} {arguments_object(self.name, text, function)} {end}"
         try:
-            rows = argument_rows(self.name, function, text, self.argument)
+            rows = _rows(self.name, function, text, self.argument)
         except ApiError:
             return raw
         return choice(*rows, raw)
@@ -261,7 +270,9 @@ def pair_calls(
     """Return the calls of one of ``PAIR_FORMATS``."""
     form = PAIR_FORMATS[name]
     tags = (*form.key, *form.value, form.section_end, opens)
-    at = ValuePlace(form.value[1], without=(form.section_end,), strip=str.strip, is_stripped=True)
+    at = ValuePlace(
+        form.value[1], without=text.spelled([form.section_end]), strip=str.strip, is_stripped=True
+    )
 
     def write(key: str, value: ValueSchema) -> str:
         if key != key.strip() or not key or text.has_token(key) or any(tag in key for tag in tags):
@@ -275,7 +286,7 @@ def pair_calls(
         has_tag = text.has_token(function.name) or any(tag in function.name for tag in tags)
         if has_tag or set(function.name) & set(" {[("):
             raise refuse(name, function, "its name cannot be written before its arguments")
-        rows = argument_rows(name, function, text, write)
+        rows = _rows(name, function, text, write)
         each.append(f"{text.letters(function.name)} {choice(*rows)}")
     call = text.rule(f"{choice(*each)} {gap(text)} {text.literal(form.section_end)}")
     calls = joined(call, f"{gap(text)} {text.literal(opens)}", several=several)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 
 from k2cli.grammars.text import GrammarText, choice, escaped, optional
-from k2cli.server.structured.call_parts import (
+from k2cli.server.structured.call_forms.parts import (
     Calls,
     Function,
     Opening,

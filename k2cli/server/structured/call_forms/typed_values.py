@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from k2cli.grammars.text import GrammarText, choice
 from k2cli.server.output.parameter_types import STRING, Schema, value_of_text
-from k2cli.server.structured.call_parts import json_problem
-from k2cli.server.structured.parameters import Branches, NotHeld, constraints, standalone
-from k2cli.server.structured.text_patterns import text_patterns
+from k2cli.server.structured.call_forms.parameters import Branches, NotHeld, constraints, standalone
+from k2cli.server.structured.call_forms.parts import json_problem
+from k2cli.server.structured.call_forms.text_patterns import text_patterns
 
 _STRUCTURES = frozenset({"object", "array"})
 _NO_STRUCTURE = r"\s*([^\s{\[](?s:.*))?"
@@ -29,7 +29,8 @@ class ValuePlace:
         end: the closing tag.
         before, after: what stands between the tags and the value.
         gap: pattern of whitespace that may stand after JSON.
-        without: other texts that a text without quotes must not have in it.
+        without: other letters that a text without quotes must not have in it.
+        limited_without: the same for texts with a pattern or a length.
         strip: what the parser removes from a text.
         is_stripped: True if that is all whitespace at its ends.
     """
@@ -39,6 +40,7 @@ class ValuePlace:
     after: str = ""
     gap: str = r"[ \n]{1,4}"
     without: tuple[str, ...] = ()
+    limited_without: tuple[str, ...] = ()
     strip: Callable[[str], str] = str
     is_stripped: bool = False
 
@@ -60,7 +62,24 @@ class ValueSchema:
     @property
     def types(self) -> frozenset[str]:
         """The types that it allows."""
-        return Branches(self.root).types(self.schema)
+        return self.types_of(self.schema)
+
+    def types_of(self, part: Schema) -> frozenset[str]:
+        """Return the types that a part of the whole schema allows."""
+        return Branches(self.root).types(part)
+
+    def branches(self) -> list[Schema]:
+        """Return the schema's alternatives.
+
+        Raises:
+            NotHeld: if it is strict and has too many.
+        """
+        try:
+            return Branches(self.root).of(self.schema)
+        except NotHeld:
+            if self.strict:
+                raise
+            return [{}]
 
     def parts(self) -> tuple[list[Schema], list[Schema]]:
         """Return the alternatives that are strings, and the others.
@@ -68,17 +87,10 @@ class ValueSchema:
         Raises:
             NotHeld: if an alternative may be either and has constraints.
         """
-        branches = Branches(self.root)
         strings: list[Schema] = []
         others: list[Schema] = []
-        try:
-            found = branches.of(self.schema)
-        except NotHeld:
-            if self.strict:
-                raise
-            found = [{}]
-        for part in found:
-            types = branches.types(part)
+        for part in self.branches():
+            types = self.types_of(part)
             if STRING not in types:
                 others += [part] if types else []
             elif types == {STRING}:
@@ -116,9 +128,9 @@ def text_value(text: GrammarText, value: ValueSchema, parts: list[Schema], at: V
     """
     before = f"{text.letters(at.before)} " if at.before else ""
     patterns = [text_patterns(part, strict=value.strict) for part in parts]
+    without = (*text.spelled([at.end]), *at.without)
     if any(not each for each in patterns):
-        return f"{before}{text.text_until(at.end, without=(at.end, *at.without))}"
-    without = (at.end, *at.without)
+        return f"{before}{text.text_until(at.end, without=without)}"
     tail = text.literal(f"{at.after}{at.end}")
     literals = [_literals(part) for part in parts]
     if all(each is not None for each in literals):
@@ -126,7 +138,7 @@ def text_value(text: GrammarText, value: ValueSchema, parts: list[Schema], at: V
             each
             for each in dict.fromkeys(word for words in literals for word in words or ())
             if at.strip(f"{at.before}{each}{at.after}") == each
-            and not any(part in each for part in without)
+            and not any(part in each for part in (at.end, *at.without, *at.limited_without))
         ]
         if not kept:
             raise NotHeld("none of its values can be written between these tags")
@@ -136,6 +148,7 @@ def text_value(text: GrammarText, value: ValueSchema, parts: list[Schema], at: V
             raise NotHeld("only one of several patterns and lengths of a text can be held to")
         one = "|".join(f"({each[0]})" for each in patterns)
         patterns = [[one]]
+    without = (*without, *at.limited_without)
     every = [*patterns[0], *([_STRIPPED] if at.is_stripped else [])]
     return f"{before}{text.text_until(f'{at.after}{at.end}', *every, without=without)}"
 
@@ -204,7 +217,7 @@ def _text_or_json(
             raise NotHeld("strings and limited values of other types are not told apart")
     structures = [part for part in others if find(part) & _STRUCTURES]
     before = f"{text.letters(at.before)} " if at.before else ""
-    without = (at.end, *at.without)
+    without = (*text.spelled([at.end]), *at.without)
     if not structures:
         return f"{before}{text.text_until(at.end, without=without)}"
     plain = text.text_until(at.end, _NO_STRUCTURE, without=without)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from k2cli.grammars.check import grammar_problem
 from k2cli.grammars.text import GrammarText, escaped
 from k2cli.server.output.parameter_types import Schema
-from k2cli.server.structured.parameters import NotHeld, constraints
+from k2cli.server.structured.call_forms.parameters import NotHeld, constraints
 
 _KNOWN = {"type", "enum", "const", "pattern", "minLength", "maxLength", "format"}
 _MAX_LENGTH = 10_000
