@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
+from k2cli.access.key_ring import KeyRing
 from k2cli.server.auth import AccessControl
 from k2cli.server.context import ServerContext
 from k2cli.server.dialects.error_responses import RequestIds, install_error_handlers
@@ -53,6 +54,7 @@ def create_app(
     tokenizer: ServerTokenizer,
     served: ServedModel,
     reader: RequestReader,
+    keys: KeyRing | None = None,
 ) -> Starlette:
     """Build the application.
 
@@ -61,8 +63,10 @@ def create_app(
         tokenizer: of the served model (``models.text.tokenizer.Tokenizer``).
         served: name, limits, defaults and API key.
         reader: turns request bodies into requests for the engine.
+        keys: those that requests may be sent with; None for the API key of ``served`` alone.
     """
-    middleware = [Middleware(AccessControl, served=served)]
+    ring = keys if keys is not None else KeyRing(served.api_key)
+    middleware = [Middleware(AccessControl, served=served, keys=ring)]
     if served.api_key is None:
         rules = OriginRules(served.allowed_hosts, served.cors_origins)
         middleware.insert(0, Middleware(OriginCheck, rules=rules))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +20,7 @@ from starlette.types import Receive
 from k2cli.protocol import Finished, PromptProgress, RequestFailed, Tokens
 from k2cli.server.engine_client import EngineClient, EngineEvent, EngineUnavailable
 from k2cli.server.engine_request import EngineRequest
-from k2cli.server.errors import engine_failure, unavailable
+from k2cli.server.errors import ApiError, engine_failure, unavailable
 from k2cli.server.output.events import CallEnded, OutputEvent, OutputParser
 from k2cli.server.text_assembler import TextAssembler
 from k2cli.server.usage import AnswerUsage
@@ -60,12 +60,18 @@ class Generation:
     """The events of one request. Call ``start``, read with ``next``, and always call ``close``."""
 
     def __init__(
-        self, engine: EngineClient, request: EngineRequest, waiting: RequestQueue, receive: Receive
+        self,
+        engine: EngineClient,
+        request: EngineRequest,
+        waiting: RequestQueue,
+        receive: Receive,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.request = request
         self._engine = engine
         self._waiting = waiting
         self._receive = receive
+        self._on_close = on_close
         self._id = request.generate.request_id
         self._queue: asyncio.Queue[EngineEvent | Exception] = asyncio.Queue()
         self._peeked: EngineEvent | None = None
@@ -146,6 +152,14 @@ class Generation:
             self._cancelled = True
             self._engine.cancel(self._id)
 
+    def fail(self, error: ApiError) -> None:
+        """End the request with an error at once: what is not sent yet is dropped."""
+        self.cancel()
+        self._over, self._peeked = True, None
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._queue.put_nowait(error)
+
     async def wait_for_finished(self) -> Finished | None:
         """Return the engine's last event after ``cancel``, if it comes in time."""
         with contextlib.suppress(TimeoutError):
@@ -165,6 +179,7 @@ class Generation:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._waiting.leave(self._id)
+        self._on_close()
 
 
 @dataclass(frozen=True, slots=True)
