@@ -1,1 +1,1 @@
-"""Named keys of a run's API: making them, the file that keeps them, and what each one may do."""
+"""Access to a run's API: named keys, the file that keeps them, what each may do, and TLS."""

@@ -13,11 +13,12 @@ import os
 import shlex
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
+from k2cli.access.keys import checked_name, digest_of, make_key, make_key_id
 from k2cli.errors import K2Error, UsageError
 from k2cli.files import (
     decode_json,
@@ -29,9 +30,9 @@ from k2cli.files import (
     write_atomically,
 )
 from k2cli.pauses import Deadline
-from k2cli.protocol import NamedKey
+from k2cli.protocol import KeyLimits, NamedKey
 from k2cli.settings import config_directory
-from k2cli.units import MIB
+from k2cli.units import MIB, one_line
 
 SCHEMA_VERSION = 1
 MAX_KEYS = 256
@@ -94,17 +95,59 @@ def key_file_stamp() -> Stamp:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode)
 
 
-@contextlib.contextmanager
-def changing_keys() -> Iterator[tuple[Sequence[NamedKey], Callable[[Sequence[NamedKey]], None]]]:
-    """Hold the lock of the file; yield the keys, and a function that replaces them.
+def create_key(
+    name: str, limits: KeyLimits, expires_seconds: float | None = None
+) -> tuple[NamedKey, str]:
+    """Make a key of a new name, and store its digest.
+
+    Args:
+        name: of the person or program that gets it.
+        limits: what it may do.
+        expires_seconds: time from now until it expires; None is never.
+
+    Returns:
+        The stored key, and the key itself, which nobody can find out later.
 
     Raises:
-        K2Error: if the file or its folder cannot be used, or another process holds the lock.
+        UsageError: if the name cannot be one, or has a key.
+        K2Error: if the file cannot be used.
     """
+    checked_name(name)
+    secret, now = make_key(), time.time()
+    expires = None if expires_seconds is None else now + expires_seconds
+    key = NamedKey(name, make_key_id(), digest_of(secret.encode()), now, expires, limits)
+    with _locked_file() as path:
+        keys = read_keys()
+        if any(each.name == name for each in keys):
+            raise UsageError(f"there is a key '{name}' already", f"k2 keys revoke {name}")
+        _write(path, [*keys, key])
+    return key, secret
+
+
+def revoke_key(name: str) -> NamedKey:
+    """Remove the key of a name, and return what was stored of it.
+
+    Raises:
+        UsageError: if the name has no key.
+        K2Error: if the file cannot be used.
+    """
+    with _locked_file() as path:
+        keys = read_keys()
+        revoked = next((key for key in keys if key.name == name), None)
+        if revoked is None:
+            known = ", ".join(key.name for key in keys)
+            hint = f"known keys: {known}" if known else "there is none: k2 keys list"
+            raise UsageError(f"there is no key '{one_line(name)}'", hint)
+        _write(path, [key for key in keys if key is not revoked])
+    return revoked
+
+
+@contextlib.contextmanager
+def _locked_file() -> Iterator[Path]:
     path = key_file()
     folder = _checked_folder(path.parent)
     with _locked(folder / "keys.lock"):
-        yield read_keys(), lambda keys: _write(path, keys)
+        yield path
 
 
 def _write(path: Path, keys: Sequence[NamedKey]) -> None:

@@ -25,7 +25,7 @@ _UNIT_SECONDS = {
 }  # fmt: skip
 _MAX_SECONDS = 100 * _UNIT_SECONDS["y"]
 
-KeyChoice = Literal["all", "none"] | Sequence[str]
+KeyChoice = Literal["all", "none"] | list[str]
 """The named keys that a run accepts: all that there are at any time, none, or those of a name."""
 
 
@@ -96,7 +96,7 @@ def parse_choice(text: str) -> KeyChoice:
         raise UsageError(
             f"--keys '{one_line(text)}' has an empty name", "--keys alice,bob, or --keys all"
         )
-    return tuple(dict.fromkeys(checked_name(name) for name in names))
+    return list(dict.fromkeys(checked_name(name) for name in names))
 
 
 def chosen(keys: Sequence[NamedKey], choice: KeyChoice) -> list[NamedKey]:

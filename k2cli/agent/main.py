@@ -70,7 +70,7 @@ def _models(what: str, question: bytes) -> Any:
 
 
 def _check_tls(certificate: str, key: str) -> Any:
-    from k2cli.agent.tls_files import check_tls_files  # ssl is slow to import
+    from k2cli.access.tls_files import check_tls_files  # ssl is slow to import
 
     return check_tls_files(certificate, key)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from k2cli.access.key_ring import KeyRing
-from k2cli.agent.tls_files import ServerTls, expiry_date
+from k2cli.access.tls_files import ServerTls, expiry_date
 from k2cli.errors import ClusterError, K2Error
 from k2cli.guard.engine_bridge import EngineBridge
 from k2cli.guard.file_limit import raise_file_limit

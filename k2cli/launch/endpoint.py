@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import secrets
+import time
 from pathlib import Path
 
 from k2cli.access.key_file import read_keys
 from k2cli.access.keys import chosen
-from k2cli.agent.tls_files import TlsReport
+from k2cli.access.tls_files import WARN_DAYS, TlsReport, covers, expiry_date
 from k2cli.errors import K2Error, UsageError
 from k2cli.launch.specification import RunDecisions
 from k2cli.nodes.node import LOCALHOST, Node
@@ -50,7 +51,7 @@ def check_tls(run: RunDecisions) -> None:
     paths, leader = _tls_paths(run), run.nodes[0]
     if paths is None:
         return
-    report = leader.ask(TlsReport, "check-tls", *paths)
+    report: TlsReport = leader.ask(TlsReport, "check-tls", *paths)
     if report.problem:
         place = "" if leader.is_local else f"on {leader.name}: "
         raise UsageError(f"{place}{report.problem}", report.hint or None)
@@ -104,6 +105,32 @@ def choose_endpoint(run: RunDecisions) -> None:
         tls_certificate=tls[0] if tls else None,
         tls_key=tls[1] if tls else None,
     )
+
+
+def endpoint_warnings(run: RunDecisions) -> list[str]:
+    """Return what the user should know about keys and TLS before clients connect."""
+    host, tls = run.request.host, run.tls
+    if tls is None:
+        if run.http.api_key is None or is_loopback(host):
+            return []
+        return [
+            "keys and texts travel unencrypted to every client: with a certificate, --tls-cert and "
+            "--tls-key encrypt them"
+        ]
+    found = []
+    if not tls.names:
+        found.append("the TLS certificate has no names (subjectAltName), so clients refuse it")
+    elif not _is_any_address(host) and not covers(tls.names, host):
+        found.append(f"the TLS certificate is not for {host}, so clients that ask for it refuse it")
+    if tls.expires < time.time() + WARN_DAYS * 86_400:
+        found.append(f"the TLS certificate is valid until {expiry_date(tls)} only")
+    return found
+
+
+def _is_any_address(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_unspecified
+    return False
 
 
 def _http_port(leader: Node, host: str, wanted: int | None) -> int:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import psutil
 
+from k2cli.access.tls_files import expiry_date
 from k2cli.agent.activity import start_of
 from k2cli.agent.run_folder import make_reserve, run_folder, write_private
-from k2cli.agent.tls_files import expiry_date
 from k2cli.cluster.description import load_cluster
 from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.node_lookup import node_named

@@ -11,11 +11,12 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
 
+from k2cli.access.keys import KeyChoice
 from k2cli.agent.run_folder import write_private
 from k2cli.choices import Transport
 from k2cli.errors import ClusterError
@@ -25,8 +26,7 @@ from k2cli.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
 from k2cli.units import MB
 
 if TYPE_CHECKING:
-    from k2cli.access.keys import KeyChoice
-    from k2cli.agent.tls_files import TlsReport
+    from k2cli.access.tls_files import TlsReport
     from k2cli.cluster.description import Cluster
     from k2cli.launch.model_source import ModelSource
     from k2cli.launch.request import LaunchRequest
@@ -90,7 +90,7 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mpi_prefixes: dict[str, str] = {}
     restart: RestartPolicy = RestartPolicy()
     locked: bool = False
-    named_keys: Literal["all", "none"] | list[str] = "none"
+    named_keys: KeyChoice = "none"
 
     @property
     def run_id(self) -> str:
@@ -123,7 +123,7 @@ def make_specification(run: RunDecisions) -> RunSpecification:
         mpi_prefixes=run.mpi_prefixes,
         restart=run.request.restart,
         locked=True,
-        named_keys=run.named_keys if isinstance(run.named_keys, str) else list(run.named_keys),
+        named_keys=run.named_keys,
     )
 
 

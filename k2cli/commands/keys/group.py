@@ -1,4 +1,4 @@
-"""Commands ``k2 keys ...``: give people keys of their own to the API of runs, and take them back."""
+"""Commands ``k2 keys ...``: give people keys of their own to the API, and take them back."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ WARN_DAYS = 14
 
 
 class TlsReport(msgspec.Struct, frozen=True):
-    """What a check of the files has found: a problem with its hint, or the certificate.
+    """Result of a check of the files: a problem with its hint, or facts of the certificate.
 
     ``names`` are those that the certificate is for, ``expires`` is in seconds since the epoch.
     """
