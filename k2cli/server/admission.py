@@ -86,7 +86,8 @@ class MeteredEngine:
         """Cancel the request; one that waits for its turn never reaches the engine."""
         if self._waits:
             self._admission.close()
-        self._engine.cancel(request_id)
+        else:
+            self._engine.cancel(request_id)
 
     async def submit(self, request: Generate) -> AsyncIterator[EngineEvent]:
         """Wait for the turn of the request, then yield the engine's events.
