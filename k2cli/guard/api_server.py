@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _GRACEFUL_SECONDS = 2
 _CLOSE_SECONDS = 3.0
 _PORTS_TRIED = 100
-RENEWAL_SECONDS = 10.0
+RENEWAL_SECONDS = 5.0
 """Between two looks at the files of the TLS certificate."""
 
 _WAITING_CONNECTIONS = 1024

@@ -156,11 +156,18 @@ class RankPool:
         sampling: Sampling | None = None,
         stop_tokens: Sequence[int] = (),
         use_prefix_cache: bool = True,
+        prefix_scope: str = "",
     ) -> str:
         """Send a request; return its id."""
         name = f"r{next(_numbers)}"
         request = Generate(
-            name, prompt, max_tokens, sampling or Sampling(), list(stop_tokens), use_prefix_cache
+            name,
+            prompt,
+            max_tokens,
+            sampling or Sampling(),
+            list(stop_tokens),
+            use_prefix_cache,
+            prefix_scope=prefix_scope,
         )
         self.ranks[0].channel.send(request)
         return name
