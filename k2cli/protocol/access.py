@@ -11,6 +11,7 @@ from k2cli.protocol.message import Message
 KeyName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z")]
 _KeyId = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{8}\Z")]
 _Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_Time = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 _Positive = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 
@@ -38,8 +39,8 @@ class NamedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: KeyName
     key_id: _KeyId
     digest: _Digest
-    created: float
-    expires: float | None = None
+    created: _Time
+    expires: _Time | None = None
     limits: KeyLimits = KeyLimits()
 
 
