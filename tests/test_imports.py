@@ -90,11 +90,13 @@ ONLY_IN = {
     "starlette": {"server/"},
     "uvicorn": {"server/", "guard/"},
     "llguidance": {"grammars/"},
+    "prometheus_client": {"server/metrics/exposition.py"},
 }
 
 HEAVY = {
     "httpx", "httpx2", "huggingface_hub", "jinja2", "jsonschema", "llguidance", "mlx", "mlx_lm",
-    "modelscope_hub", "numpy", "prompt_toolkit", "starlette", "tokenizers", "torch",
+    "modelscope_hub", "numpy", "prometheus_client", "prompt_toolkit", "starlette", "tokenizers",
+    "torch",
     "transformers", "uvicorn",
 }  # fmt: skip
 

@@ -96,7 +96,11 @@ def key_file_stamp() -> Stamp:
 
 
 def create_key(
-    name: str, limits: KeyLimits, expires_seconds: float | None = None
+    name: str,
+    limits: KeyLimits,
+    expires_seconds: float | None = None,
+    *,
+    monitors: bool = False,
 ) -> tuple[NamedKey, str]:
     """Make a key of a new name, and store its digest.
 
@@ -104,6 +108,7 @@ def create_key(
         name: of the person or program that gets it.
         limits: what it may do.
         expires_seconds: time from now until it expires; None is never.
+        monitors: let it read the status and the metrics of runs.
 
     Returns:
         The stored key, and the key itself, which nobody can find out later.
@@ -115,7 +120,8 @@ def create_key(
     checked_name(name)
     secret, now = make_key(), time.time()
     expires = None if expires_seconds is None else now + expires_seconds
-    key = NamedKey(name, make_key_id(), digest_of(secret.encode()), now, expires, limits)
+    digest = digest_of(secret.encode())
+    key = NamedKey(name, make_key_id(), digest, now, expires, limits, monitors)
     with _locked_file() as path:
         keys = read_keys()
         if any(each.name == name for each in keys):

@@ -38,6 +38,11 @@ class Client:
         """The opaque id by which the engine tells clients apart, "" like ``name``."""
         return self.key.key_id if self.key else ""
 
+    @property
+    def may_monitor(self) -> bool:
+        """True if the client may see what others do with the run."""
+        return self.key is None or self.key.monitors
+
     def watch(self, request: object, revoked: Revoked) -> None:
         """Have ``revoked`` called if the key is revoked before ``forget``."""
         self._requests[request] = revoked

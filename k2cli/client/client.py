@@ -7,7 +7,6 @@ with the server's message and an exit code for the kind of failure.
 
 from __future__ import annotations
 
-import ssl
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -32,8 +31,8 @@ from k2cli.client.answers import (
     objects,
     read_timings,
 )
+from k2cli.client.certificate import trusting
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
-from k2cli.files import read_regular
 from k2cli.proxies import proxy_errors, unreachable
 from k2cli.units import MIB
 
@@ -43,7 +42,6 @@ READ_SECONDS = 600.0
 _MAX_ANSWER_BYTES = 64 * MIB
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _K2_OWNER = "k2"
-_PEM_END = "-----END CERTIFICATE-----"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,7 @@ class ApiClient:
         headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
         with proxy_errors():
             self._http = httpx2.Client(
-                verify=_trusting(certificate) if certificate is not None else True,
+                verify=trusting(certificate) if certificate is not None else True,
                 headers=headers,
                 timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
                 # Proxies from the environment are not used for this machine's own ports.
@@ -281,25 +279,6 @@ class ApiClient:
     def _refusal(self, response: httpx2.Response) -> K2Error:
         message = error_message(self._body(response)) or f"HTTP status {response.status_code}"
         return _failure(response.status_code, message, self.base)
-
-
-def _trusting(certificate: Path) -> ssl.SSLContext:
-    """Return a context that accepts this certificate alone, also under another name.
-
-    Raises:
-        K2Error: if the file cannot be used.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    try:
-        pem = read_regular(certificate, MIB).decode("ascii")
-        # The first is the server's own; trusting the others would mean to trust their issuers.
-        own = pem[: pem.index(_PEM_END) + len(_PEM_END)]
-        context.load_verify_locations(cadata=own)
-    except (OSError, ValueError) as error:
-        raise K2Error(f"the certificate in {certificate} cannot be used: {error}") from error
-    return context
 
 
 @dataclass(frozen=True, slots=True)

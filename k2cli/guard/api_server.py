@@ -23,6 +23,7 @@ from k2cli.errors import ClusterError, K2Error
 from k2cli.guard.engine_bridge import EngineBridge
 from k2cli.guard.file_limit import raise_file_limit
 from k2cli.protocol import Bootstrap, HttpEndpoint, LogLine, TlsCertificate
+from k2cli.server.metrics.run_watch import RunWatch
 from k2cli.settings import RUN_OPTION
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ def _build_server(
     first: KillableReader,
     keys: KeyRing,
     tls: ServerTls | None,
+    watch: RunWatch,
+    log_access: Callable[[str], None],
 ) -> tuple[Any, ProcessReader]:
     """Make the uvicorn server and its application.
 
@@ -177,6 +180,7 @@ def _build_server(
     from k2cli.guard.output_format import output_format_of
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
+    from k2cli.server.metrics.activity import Activity
     from k2cli.server.reader_queues import ProcessReader
 
     class GuardedServer(uvicorn.Server):
@@ -192,7 +196,8 @@ def _build_server(
     assert endpoint is not None
     chosen = output_format_of(tokenizer, endpoint.tool_parser, endpoint.reasoning_parser)
     served = replace(_served_model(bootstrap), output_format=chosen)
-    app = create_app(bridge, tokenizer, served, reader, keys)
+    activity = Activity(log_access)
+    app = create_app(bridge, tokenizer, served, reader, activity, watch, keys)
     limits = ConnectionLimits.for_files(raise_file_limit())
 
     def connection(**named: Any) -> asyncio.Protocol:
@@ -217,6 +222,7 @@ class ApiServer:
     Args:
         bootstrap: of the first attempt.
         bridge: carries requests to the current leader rank.
+        log_access: receives a line about each finished request, in the event loop.
         tell: sends an event to the supervisor.
     """
 
@@ -224,13 +230,17 @@ class ApiServer:
         self,
         bootstrap: Bootstrap,
         bridge: EngineBridge,
+        log_access: Callable[[str], None] = lambda line: None,
         tell: Callable[[TlsCertificate | LogLine], None] = lambda event: None,
     ) -> None:
         self.bridge = bridge
+        self.watch = RunWatch(bootstrap, bridge)
+        """What the API tells about the ranks; the guards' reports go there."""
         self.keys = KeyRing()
         """The keys that requests may be sent with."""
         if (endpoint := bootstrap.http) is not None:
             self.keys = KeyRing(endpoint.api_key, endpoint.keys)
+        self._log_access = log_access
         self._tell = tell
         self._tls: ServerTls | None = None
         self.url = ""
@@ -271,7 +281,14 @@ class ApiServer:
         await reader.start()
         await asyncio.gather(reader.load(), asyncio.to_thread(_import_server))
         self._server, self._reader = _, requests = await asyncio.to_thread(
-            _build_server, self._bootstrap, self.bridge, reader, self.keys, self._tls
+            _build_server,
+            self._bootstrap,
+            self.bridge,
+            reader,
+            self.keys,
+            self._tls,
+            self.watch,
+            self._log_access,
         )
         await requests.check()
         if self._closing:

@@ -24,6 +24,8 @@ from k2cli.protocol.bootstrap import (
     Bootstrap,
     Deadlines,
     HttpEndpoint,
+    PlannedRank,
+    PlannedRun,
 )
 from k2cli.protocol.decisions import (
     CloseSequence,
@@ -128,6 +130,8 @@ __all__ = [
     "NamedKeys",
     "NextAttempt",
     "OpenSequence",
+    "PlannedRank",
+    "PlannedRun",
     "Prefill",
     "PrefillTogether",
     "PromptProgress",

@@ -33,7 +33,8 @@ class NamedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A key by its SHA-256 (hex). Times are seconds since the epoch; ``expires`` None is never.
 
     ``key_id`` is short, random and no secret: it tells one key's requests and caches from another's
-    in messages, where a name could be a person's.
+    in messages, where a name could be a person's. ``monitors``: it may read the status and the
+    metrics of a run, which show the use of all keys.
     """
 
     name: KeyName
@@ -42,6 +43,7 @@ class NamedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created: _Time
     expires: _Time | None = None
     limits: KeyLimits = KeyLimits()
+    monitors: bool = False
 
 
 class NamedKeys(Message, tag=True, frozen=True):

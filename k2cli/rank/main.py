@@ -47,7 +47,7 @@ from k2cli.protocol import (
     Warm,
     WarmUp,
 )
-from k2cli.protocol.progress_page import Phase, ProgressPage
+from k2cli.protocol.progress_page import MlxMemory, Phase, ProgressPage
 from k2cli.protocol.wire import Channel, ConnectionLost
 from k2cli.rank.guard_link import GuardLink
 from k2cli.settings import RUN_OPTION, runs_directory
@@ -165,7 +165,9 @@ class Rank:
         from k2cli.rank.loader import load_part
 
         self._kernels = open_kernel_cache(self._own_folder)
-        self._page.measure_mlx = mx.get_active_memory
+        self._page.measure_mlx = lambda: MlxMemory(
+            mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()
+        )
         self._report("initialising")
         wait_for_peers()
         group = join_group(self._assignment)

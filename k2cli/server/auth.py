@@ -14,6 +14,7 @@ from k2cli.access.key_ring import Client, KeyRing, Refused
 from k2cli.server.admission import set_client
 from k2cli.server.dialects.error_responses import error_response
 from k2cli.server.errors import ApiError
+from k2cli.server.metrics.request_record import record_of
 from k2cli.server.served_model import ServedModel
 
 # Probes (systemd, load balancers) have no key and use any name, and the answer reveals only the
@@ -23,6 +24,9 @@ OPEN_PATHS = frozenset({"/health"})
 # Claude Code asks for it first, without a key, and the answer only says that k2 is here.
 KEYLESS_PATHS = OPEN_PATHS | {"/"}
 
+
+# They show what others do, and when.
+MONITORING_PATHS = frozenset({"/metrics", "/v1/status"})
 
 _HOW_TO_SEND = "send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
 
@@ -110,7 +114,7 @@ class AccessControl:
         """Return the client of a request whose header is in order.
 
         Raises:
-            ApiError: 401, 400 or 413.
+            ApiError: 401, 403, 400 or 413.
         """
         headers, client = Headers(scope=scope), self._keys.owner
         if self._keys.required and scope["path"] not in KEYLESS_PATHS:
@@ -121,6 +125,14 @@ class AccessControl:
                 raise ApiError(
                     401, str(refused), code="invalid_api_key", headers=challenge
                 ) from None
+            if scope["path"] in MONITORING_PATHS and not client.may_monitor:
+                raise ApiError(
+                    403,
+                    "this key may not see the use of the run, which shows that of all keys; "
+                    "k2 keys create NAME --monitor makes one that may",
+                    code="not_permitted",
+                )
+            record_of(scope).key = client.name
         if "content-length" in headers and "transfer-encoding" in headers:
             message = "Content-Length and Transfer-Encoding contradict each other"
             raise ApiError(400, message, code="bad_framing", headers={"Connection": "close"})

@@ -16,6 +16,7 @@ from k2cli.server.dialects.writer import AnswerContext, AnswerWriter
 from k2cli.server.engine_request import EngineRequest
 from k2cli.server.errors import CLIENT_CLOSED_REQUEST
 from k2cli.server.generation import ClientGone, Ended, Generation, Step, answer
+from k2cli.server.metrics.request_record import record_of
 from k2cli.server.output.events import Blocks, OutputParser
 from k2cli.server.read_request import RequestKind
 from k2cli.server.streaming import (
@@ -41,8 +42,10 @@ async def respond(
     Raises:
         ApiError: with the HTTP status, if the request fails before the answer has begun.
     """
-    context = context_of(request)
-    read = await context.reader.read(kind, await request.body())
+    context, record = context_of(request), record_of(request.scope)
+    body = await request.body()
+    record.note_received()
+    read = await context.reader.read(kind, body)
     engine_request = read.engine_request
     assert engine_request is not None
     # Checked after the body, so that a wrong request gets its error even while no run is ready.
@@ -91,6 +94,7 @@ def _admitted(
         replace(engine_request, generate=generate),
         context.waiting,
         request.receive,
+        record_of(request.scope),
         close,
     )
     client.watch(admission, lambda: generation.fail(key_revoked()))

@@ -40,7 +40,8 @@ def _row(key: NamedKey) -> tuple[str, ...]:
     expires = "never" if key.expires is None else _day(key.expires)
     if key.expires is not None and key.expires <= time.time():
         expires = "expired"
-    return (key.name, key.key_id, _day(key.created), expires, _limits(key.limits))
+    name = f"{key.name} (monitor)" if key.monitors else key.name
+    return (name, key.key_id, _day(key.created), expires, _limits(key.limits))
 
 
 def _day(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -84,6 +85,7 @@ def test_clients_and_commands_of_a_run_with_tls(toy_k2: Path, tmp_path: Path) ->
         chat = k2("chat", "-p", "Capital of France?")
         assert chat.returncode == 0, chat.stderr
         assert "Paris it is." in chat.stdout
+        assert json.loads(k2("ps", "--json").stdout)["status"][run.run_id]["state"] == "ready"
         # Commands of the run trust this one certificate, and no other.
         path = run.record.certificate_file
         assert path is not None

@@ -1,4 +1,4 @@
-"""A key that is revoked on the machine that launched a run, whose API is on another one."""
+"""Keys and TLS of a run that was launched on one machine and has its API on another."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import pytest
 
 from lab import Lab
 from lab.runs import LabRun, Talk
+from tests.support.certificates import issue
 
 pytestmark = [pytest.mark.lab, pytest.mark.ranks, pytest.mark.timeout(180)]
 PROMISED_SECONDS = 5
 K2 = [sys.executable, "-m", "k2cli"]
 # Run on k2b, where neither the key file nor the API is: generates until the server ends it.
 ASK = """
-import json, sys, time, urllib.error, urllib.request
-key, tokens = sys.argv[1:]
+import json, ssl, sys, urllib.error, urllib.request
+key, tokens, authority = sys.argv[1:]
+trust = ssl.create_default_context(cafile=authority)
 def post(tokens):
     body = {"prompt": [400] * 20, "max_tokens": int(tokens), "stream": True,
             "k2": {"ignore_stop_tokens": True}}
     headers = {"Content-Type": "application/json", "x-api-key": key}
     return urllib.request.urlopen(urllib.request.Request(
-        "http://k2a:8080/v1/completions", json.dumps(body).encode(), headers), timeout=60)
+        "https://k2a:8080/v1/completions", json.dumps(body).encode(), headers),
+        timeout=60, context=trust)
 try:
     with post(tokens) as answer:
         for number, line in enumerate(answer):
@@ -37,24 +40,39 @@ except urllib.error.HTTPError as error:
 """
 
 
-def _ask(lab: Lab, key: str, tokens: int) -> Talk:
-    return Talk(lab.start("k2b", [sys.executable, "-c", ASK, key, str(tokens)]))
+def _ask(lab: Lab, key: str, tokens: int, authority: Path) -> Talk:
+    command = [sys.executable, "-c", ASK, key, str(tokens), str(authority)]
+    return Talk(lab.start("k2b", command))
 
 
-def test_revoking_reaches_an_api_on_another_host(lab: Lab, toy_k2: Path) -> None:
+def test_revoking_reaches_an_api_on_another_host(lab: Lab, toy_k2: Path, tmp_path: Path) -> None:
+    files = issue(tmp_path, "k2a")
+    tls = ["--tls-cert", str(files.certificate), "--tls-key", str(files.key)]
+    launch = [*K2, "launch", str(toy_k2), "--nodes", "k2a"]
+    files.key.chmod(0o644)
+    for options, words in (
+        (["--tls-cert", "cert.pem", "--tls-key", "key.pem"], "and k2a reads it"),
+        (tls, "on k2a: others can use the TLS key"),
+    ):
+        refused = lab.exec("console", [*launch, *options])
+        assert (refused.returncode, words in refused.stderr) == (2, True), refused.stderr
+    files.key.chmod(0o600)
     made = lab.exec("console", [*K2, "keys", "create", "alice"])
     assert made.returncode == 0, made.stderr
     key = made.stdout.strip()
     run = LabRun(
         lab, toy_k2, "ring", "pipeline", detach=True, host="console",
-        options=["--host", "0.0.0.0", "--allow-host", "k2a"],
+        options=["--host", "0.0.0.0", *tls],
     )  # fmt: skip
     asking = None
     try:
         assert run.talk.wait_end(90) == 0, run.talk.text
         assert "named keys: all: alice" in run.talk.text
-        assert "keys and texts travel unencrypted" in run.talk.text
-        asking = _ask(lab, key, 4000)
+        assert "tls certificate: for k2a; valid until" in run.talk.text
+        assert "warning: keys and texts" not in run.talk.text
+        chat = lab.exec("console", [*K2, "chat", "-p", "hello", "--max-tokens", "4"])
+        assert (chat.returncode, bool(chat.stdout)) == (0, True), chat.stderr
+        asking = _ask(lab, key, 4000, files.authority)
         asking.wait_said("answering", 30)
         revoked = lab.exec("console", [*K2, "keys", "revoke", "alice"])
         assert revoked.returncode == 0, revoked.stderr

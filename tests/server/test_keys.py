@@ -21,6 +21,7 @@ from k2cli.access.key_ring import KeyRing
 from k2cli.access.keys import digest_of, make_key, make_key_id
 from k2cli.protocol import Finished, Generate, KeyLimits, NamedKey, PromptProgress, Tokens
 from k2cli.server.engine_client import EngineEvent
+from k2cli.server.metrics.activity import Activity
 from tests.server.requests import CHAT, QUESTION, SERVED, post
 from tests.server.scripted import (
     Hang,
@@ -38,7 +39,9 @@ RUN_KEY = "k2-of-the-run-itself"
 class Named:
     """A named key with its secret."""
 
-    def __init__(self, name: str, expires: float | None = None, **limits: int) -> None:
+    def __init__(
+        self, name: str, expires: float | None = None, monitors: bool = False, **limits: int
+    ) -> None:
         self.secret = make_key()
         self.key = NamedKey(
             name,
@@ -47,6 +50,7 @@ class Named:
             time.time(),
             expires,
             KeyLimits(**limits),
+            monitors,
         )
 
 
@@ -97,11 +101,13 @@ class Keys(KeyRing):
 
 
 @contextlib.contextmanager
-def _served(engine: Any, *named: Named, **options: Any) -> Iterator[tuple[str, Keys]]:
+def _served(
+    engine: Any, *named: Named, activity: Activity | None = None, **options: Any
+) -> Iterator[tuple[str, Keys]]:
     ring = Keys(RUN_KEY, [each.key for each in named])
     served = replace(SERVED, api_key=RUN_KEY, context_length=20_000, **options)
     ring.reader = LoopReader(LetterTokenizer(), served)
-    with serving(engine, served, reader=ring.reader, keys=ring) as url:
+    with serving(engine, served, reader=ring.reader, keys=ring, activity=activity) as url:
         yield url, ring
 
 
@@ -145,6 +151,24 @@ def test_real_clients_with_right_wrong_expired_and_revoked_keys() -> None:
             _ask(client)
         with _openai(url, RUN_KEY) as client:
             assert _ask(client) == "Paris"
+
+
+def test_who_may_see_what_others_do() -> None:
+    alice, prometheus = Named("alice"), Named("prometheus", monitors=True)
+    lines: list[str] = []
+    with (
+        _served(CountingEngine(), alice, prometheus, activity=Activity(lines.append)) as (url, _),
+        _openai(url, alice.secret) as client,
+    ):
+        assert _ask(client) == "Paris"
+        for key, expected in ((alice, 403), (prometheus, 200)):
+            for path in ("/metrics", "/v1/status"):
+                headers = {"x-api-key": key.secret}
+                answer = httpx.get(url + path, headers=headers, timeout=10)
+                assert answer.status_code == expected, answer.text
+                assert ("alice" in answer.text) == (expected == 200 and path == "/metrics")
+        assert httpx.get(f"{url}/v1/status", headers={"x-api-key": RUN_KEY}).status_code == 200
+    assert " key=alice " in lines[0]
 
 
 def test_every_key_is_compared_in_constant_time() -> None:

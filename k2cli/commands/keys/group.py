@@ -53,6 +53,12 @@ def create(
         str | None,
         typer.Option(metavar="DURATION", help="Time until the key expires, such as 30d or 12h."),
     ] = None,
+    monitor: Annotated[
+        bool,
+        typer.Option(
+            "--monitor", help="Let the key read /metrics and /v1/status, which show all keys' use."
+        ),
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Make a key and print it, once: k2 keeps only its digest.
@@ -75,7 +81,8 @@ def create(
             f"--max-concurrent 1 --max-queued {max_queued}",
         )
     limits = KeyLimits(max_concurrent, max_queued, tokens_per_minute)
-    key, secret = create_key(name, limits, parse_duration(expires) if expires else None)
+    seconds = parse_duration(expires) if expires is not None else None
+    key, secret = create_key(name, limits, seconds, monitors=monitor)
     if json:
         document = {"schema_version": SCHEMA_VERSION, "key": key_document(key), "api_key": secret}
         print_json(document)
