@@ -117,7 +117,7 @@ class Usage:
         places = MAX_QUEUED if queued is None else queued
         if len(self._waiting) >= places:
             raise LimitReached(
-                f"{self.running} requests of this key are running and {len(self._waiting)} wait; "
+                f"requests of this key: {self.running} running and {len(self._waiting)} waiting; "
                 f"it may have {most} and {places}",
                 CONCURRENCY_RETRY_SECONDS,
             )

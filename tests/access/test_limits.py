@@ -61,7 +61,7 @@ async def test_a_full_queue_is_refused_with_numbers() -> None:
     waiting = usage.admit(1)
     assert waiting.waits
     error = refused(usage)
-    assert "2 requests of this key are running and 1 wait; it may have 2 and 1" in error.message
+    assert "requests of this key: 2 running and 1 waiting; it may have 2 and 1" in error.message
     assert error.retry_seconds > 0
     running[0].close()
     await waiting.wait_for_turn()

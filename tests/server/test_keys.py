@@ -253,7 +253,7 @@ def test_a_refusal_has_numbers_and_a_time_in_each_dialect(make: Callable[..., An
             stream.close()
         held.close()
     error = refused.value
-    assert "1 requests of this key are running and 0 wait; it may have 1 and 0" in error.message
+    assert "requests of this key: 1 running and 0 waiting; it may have 1 and 0" in error.message
     assert error.response.headers["retry-after"] == "5"
     body: Any = error.response.json()
     if make is _openai:
