@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"commands", "ui"},
     "protocol": set(),
     "access": {"protocol"},
-    "grammars": {"models.text", "models.json_files"},
+    "grammars": {"models.text", "models.json_files", "protocol.wire"},
     "sharding": {
         "models.config_form", "models.rope_form", "models.config_consistency",
         "models.class_defaults",
@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "protocol", "sharding",
     },
     "supervisor": {"access", "launch", "runs", "cluster", "nodes", "agent", "protocol"},
-    "server": {"access", "protocol", "grammars.text", "grammars.check", "grammars.limits"},
+    "server": {"access", "protocol", "grammars.text", "grammars.check", "grammars.gbnf"},
     "guard": {
         "access", "server", "protocol", "models.text", "models.json_files", "agent.locks",
     },

@@ -111,6 +111,7 @@ class Rank:
         from k2cli.rank.control import Followers
         from k2cli.rank.engine.engine import Engine
         from k2cli.rank.engine.lookahead import looks_ahead
+        from k2cli.rank.engine.masks import Masks
         from k2cli.rank.executor import Executor
         from k2cli.rank.warm_up import warm_up
 
@@ -129,6 +130,7 @@ class Rank:
             concurrency=self._assignment.concurrency,
             prefill_chunk_tokens=self._assignment.prefill_chunk_tokens,
             looks_ahead=looks_ahead(self._assignment),
+            masks=Masks(self._assignment, executor.about_to_wait),
         )
         self._page.advance("warming up")
         warm_up(engine, followers, self._assignment, self._report_shape, deadlines.work_stall)
