@@ -23,6 +23,7 @@ import mlx.nn as nn
 from k2cli.errors import UsageError
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.sharding.architectures import MODEL_FAILURES
+from k2cli.sharding.lazy_forward import without_values
 from k2cli.sharding.stand_ins import (
     EmbeddingStandIn,
     IdentityStandIn,
@@ -158,7 +159,8 @@ def _run_with(model: nn.Module, layer: int, stand_in: nn.Module) -> None:
     original = layers[layer]
     layers[layer] = stand_in
     try:
-        model(mx.zeros((1, 1), dtype=mx.int32), cache=make_cache(model))
+        with without_values(model):
+            model(mx.zeros((1, 1), dtype=mx.int32), cache=make_cache(model))
     finally:
         layers[layer] = original
 
