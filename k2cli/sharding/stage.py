@@ -23,7 +23,6 @@ import mlx.nn as nn
 from k2cli.errors import UsageError
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.sharding.architectures import MODEL_FAILURES
-from k2cli.sharding.lazy_forward import without_values
 from k2cli.sharding.stand_ins import (
     EmbeddingStandIn,
     IdentityStandIn,
@@ -32,6 +31,7 @@ from k2cli.sharding.stand_ins import (
     OutputCounter,
     StageInput,
     StageOutput,
+    without_values,
 )
 
 

@@ -17,10 +17,10 @@ from mlx.utils import tree_flatten
 from k2cli.errors import K2Error, UsageError
 from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.assemble import assemble
-from k2cli.sharding.lazy_forward import without_values
 from k2cli.sharding.model_errors import explain_failure
 from k2cli.sharding.placement import Placement
 from k2cli.sharding.stage import Stage, anatomy, cut_stage
+from k2cli.sharding.stand_ins import without_values
 from k2cli.sharding.tensor import StandInGroup, slice_model
 
 # safetensors' names of element types; fp8 is read as bytes, as mlx does.
