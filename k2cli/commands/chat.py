@@ -53,7 +53,7 @@ def chat(
     question = _question(prompt, interactive=not as_json)
     target = resolve_target(model, url, api_key)
     options = GenerationOptions(max_tokens, temperature, seed)
-    with ApiClient(target.url, target.api_key) as client:
+    with ApiClient(target.url, target.api_key, target.certificate) as client:
         session = ChatSession(client, client.pick_model(target.model), options, system)
         if question is None:
             _chat_on_terminal(session)

@@ -1,7 +1,7 @@
 """The text of a grammar in llguidance's form: Lark rules, JSON schemas and the tokens of markers.
 
 Only text is made here; ``check`` compiles it, and ``mask_process`` computes masks with it. The
-form is described in llguidance's docs/syntax.md.
+form is described in the documentation of llguidance.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import Any
 
 WHITESPACE = r"[ \n\r\t]{0,64}"
 """Whitespace between the parts of a JSON text: bounded, since models may repeat it without end."""
+
+ESCAPES = 'nrbtf\\"'
+"""Letters after a backslash in JSON strings: without ``u``, by which a name that a schema declares
+could be spelled so that its own schema does not count."""
 
 
 class GrammarText:
@@ -144,7 +148,11 @@ class GrammarText:
             schema = {}
         if schema is False:
             schema = {"not": {}}
-        options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+        options = {
+            "whitespace_pattern": WHITESPACE,
+            "json_allowed_escapes": ESCAPES,
+            "lenient": lenient,
+        }
         return self._other({"json_schema": {**schema, "x-guidance": options}})
 
     def lark(self, text: str) -> str:

@@ -1,1 +1,1 @@
-"""Structured output: grammars that a client's schemas and tools become."""
+"""Structured output: checks of schemas, and the grammar that an answer must obey."""
