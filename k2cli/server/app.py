@@ -28,6 +28,7 @@ from k2cli.server.routes import (
     health,
     messages,
     models,
+    openapi,
     responses,
     tokenize,
 )
@@ -45,6 +46,7 @@ _ROUTES = (
     Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
     Route("/", health.root),
     Route("/health", health.health),
+    Route("/openapi.json", openapi.openapi),
 )
 
 

@@ -35,6 +35,12 @@ def _input(value: Any) -> str | list[dict[str, Any]]:
     return value
 
 
+_InputItems = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+Input = Annotated[
+    str | list[dict[str, Any]], PlainValidator(_input, json_schema_input_type=str | _InputItems)
+]
+
+
 class _Ignored(Body):
     """Fields that concern storage, caching, telemetry or speed, and not the answer."""
 
@@ -72,7 +78,7 @@ class TextOptions(Body):
 class ResponsesBody(_Ignored):
     """Body of ``POST /v1/responses``."""
 
-    input: Annotated[str | list[dict[str, Any]], PlainValidator(_input)]
+    input: Input
     model: str | None = None
     instructions: str | None = None
     tools: Objects | None = None
@@ -87,16 +93,16 @@ class ResponsesBody(_Ignored):
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     stream: bool | None = None
-    conversation: Any = None
-    previous_response_id: Any = None
-    prompt: Any = None
+    conversation: None = None
+    previous_response_id: None = None
+    prompt: None = None
 
     @field_validator("tool_choice")
     @classmethod
     def _promises_no_call(cls, value: Any) -> Any:
         return check_tool_choice(value)
 
-    @field_validator("conversation", "previous_response_id", "prompt")
+    @field_validator("conversation", "previous_response_id", "prompt", mode="before")
     @classmethod
     def _not_stored(cls, value: Any) -> Any:
         raise ValueError(_NOTHING_IS_STORED)
