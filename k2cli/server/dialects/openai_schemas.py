@@ -31,6 +31,8 @@ from k2cli.server.dialects.shared_fields import (
     MAX_PARTS,
     MAX_STOP_LETTERS,
     Objects,
+    Off,
+    One,
     ReasoningEffort,
     ResponseFormat,
     Thinking,
@@ -393,8 +395,8 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    best_of: One | None = None
+    echo: Off | None = None
     suffix: Literal[""] | None = None
 
     @property

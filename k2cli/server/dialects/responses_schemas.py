@@ -16,8 +16,10 @@ from k2cli.server.dialects.body import Body
 from k2cli.server.dialects.shared_fields import (
     MAX_MESSAGES,
     Objects,
+    Off,
     ReasoningEffort,
     ResponseFormat,
+    Zero,
     check_tool_choice,
 )
 
@@ -89,9 +91,9 @@ class ResponsesBody(_Ignored):
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: Zero | None = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
+    background: Off | None = None
     stream: bool | None = None
     conversation: None = None
     previous_response_id: None = None

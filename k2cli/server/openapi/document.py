@@ -37,7 +37,13 @@ _STATUSES: Mapping[int, str] = {
     503: "The run is not ready, or too many large requests are being received.",
     529: "Too many large requests are being received.",
 }
-_STREAM = 'Server-sent events, if "stream" is true. A failure after the beginning is one of them.'
+_EVENT = {
+    "description": 'One of the server-sent events, if "stream" is true. Its data is JSON, or '
+    '"[DONE]" at the end of Chat and Completions. A failure after the beginning is an event, too.',
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 _ALWAYS = (400, 401, 403)
 _READING = (*_ALWAYS, 404, 413, 415, 429, 500, 503)
 
@@ -182,7 +188,7 @@ def _responses(path: str, operation: _Operation) -> dict[str, Any]:
         schema = {"anyOf": late} if operation.streams else late[0]
         content: dict[str, Any] = {_JSON: {"schema": schema}}
         if operation.streams:
-            content[_EVENTS] = {"schema": {"type": "string", "description": _STREAM}}
+            content[_EVENTS] = {"schema": _EVENT}
         responses["200"] = {"description": "The answer.", "content": content}
     elif path == "/openapi.json":
         responses["200"] = {"description": "The document.", "content": {_JSON: {"schema": {}}}}
