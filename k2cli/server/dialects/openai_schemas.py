@@ -26,13 +26,12 @@ from pydantic import (
 
 from k2cli.server.client_request import AnswerOptions, Conversation, reasoning_variables
 from k2cli.server.dialects.body import Body
+from k2cli.server.dialects.exact_literals import Off, One
 from k2cli.server.dialects.shared_fields import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_STOP_LETTERS,
     Objects,
-    Off,
-    One,
     ReasoningEffort,
     ResponseFormat,
     Thinking,

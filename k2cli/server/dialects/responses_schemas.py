@@ -13,13 +13,12 @@ from pydantic import Field, PlainValidator, field_validator
 
 from k2cli.server.client_request import AnswerOptions, reasoning_variables
 from k2cli.server.dialects.body import Body
+from k2cli.server.dialects.exact_literals import Off, Zero
 from k2cli.server.dialects.shared_fields import (
     MAX_MESSAGES,
     Objects,
-    Off,
     ReasoningEffort,
     ResponseFormat,
-    Zero,
     check_tool_choice,
 )
 

@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from k2cli.server.dialects.body import Body
 
@@ -20,24 +20,6 @@ _logger = logging.getLogger(__name__)
 # fail_fast: the second wrong member of a million says nothing more than the first.
 Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-
-
-def _boolean(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ValueError("must be a boolean: true or false")
-    return value
-
-
-def _integer(value: Any) -> Any:
-    if type(value) is not int:
-        raise ValueError("must be an integer")
-    return value
-
-
-# A literal alone would take 0 and false, and 1 and true, for the same.
-Off = Annotated[Literal[False], BeforeValidator(_boolean)]
-Zero = Annotated[Literal[0], BeforeValidator(_integer)]
-One = Annotated[Literal[1], BeforeValidator(_integer)]
 
 
 def check_tool_choice(value: Any) -> Any:
