@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, field_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, field_validator
 
 from k2cli.server.client_request import AnswerOptions, reasoning_variables
 from k2cli.server.dialects.body import Body
@@ -40,6 +40,7 @@ _InputItems = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX
 Input = Annotated[
     str | list[dict[str, Any]], PlainValidator(_input, json_schema_input_type=str | _InputItems)
 ]
+Refused = Annotated[Any, WithJsonSchema({"type": "null"})]
 
 
 class _Ignored(Body):
@@ -94,16 +95,16 @@ class ResponsesBody(_Ignored):
     truncation: Literal["disabled"] | None = None
     background: Off | None = None
     stream: bool | None = None
-    conversation: None = None
-    previous_response_id: None = None
-    prompt: None = None
+    conversation: Refused = None
+    previous_response_id: Refused = None
+    prompt: Refused = None
 
     @field_validator("tool_choice")
     @classmethod
     def _promises_no_call(cls, value: Any) -> Any:
         return check_tool_choice(value)
 
-    @field_validator("conversation", "previous_response_id", "prompt", mode="before")
+    @field_validator("conversation", "previous_response_id", "prompt")
     @classmethod
     def _not_stored(cls, value: Any) -> Any:
         raise ValueError(_NOTHING_IS_STORED)
