@@ -97,11 +97,15 @@ def _resident_mebibytes() -> float:
     return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-_POINTER = re.compile(r"^(?:/[^:\s]*)?:? ?")
-_QUOTED = re.compile(r"""'[^']*'|"[^"]*"|/[^/\s]+/|https?://\S+|\[[^\]]*\]""")
+_POINTER = re.compile(r"^(?:/.*?)?: ")
+_OWN_WORDS = re.compile(
+    r"""^.*(?= cannot be held; the formats)|(?<=the pattern ).*(?= cannot be held)"""
+    r"""|^.*(?= is another document)|(?<=not supported: ).*|'[^']*'|"[^"]*"|/[^/\s]+/"""
+    r"""|https?://\S+|\[[^\]]*\]"""
+)
 
 
 def group_of(refusal: str) -> str:
     """Return the words of a refusal without place, names and numbers."""
     words = _POINTER.sub("", refusal.splitlines()[0], count=1)
-    return re.sub(r"\d+(?:\.\d+)?", "N", _QUOTED.sub("…", words))[:160]
+    return re.sub(r"\d+(?:\.\d+)?", "N", _OWN_WORDS.sub("…", words))[:160]
