@@ -1,7 +1,7 @@
 """The text of a grammar in llguidance's form: Lark rules, JSON schemas and the tokens of markers.
 
 Only text is made here; ``check`` compiles it, and ``mask_process`` computes masks with it. The
-form is described in llguidance's docs/syntax.md.
+form is described in the documentation of llguidance.
 """
 
 from __future__ import annotations
