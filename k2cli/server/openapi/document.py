@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
@@ -20,10 +21,13 @@ from k2cli.files import encode_json
 from k2cli.server.dialects.anthropic_schemas import MessagesBody
 from k2cli.server.dialects.openai_schemas import ChatCompletionBody, CompletionBody, TokenizeBody
 from k2cli.server.dialects.responses_schemas import ResponsesBody
+from k2cli.server.metrics.status import Status
 from k2cli.server.openapi import answers
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _COMPONENTS = "#/components/schemas/"
+_STATUS_COMPONENTS = f"{_COMPONENTS}Status."
+"""The names of types in the status are words that others have, too, such as Model."""
 
 _STATUSES: Mapping[int, str] = {
     400: "The request is wrong; the message names the field.",
@@ -59,16 +63,18 @@ class _Operation:
         streams: True if ``"stream": true`` gives events.
         anthropic: True if errors have Anthropic's form.
         keyless: True if the route needs no API key.
+        other_kinds: the content types of an answer whose form is not described.
     """
 
     name: str
     summary: str
-    answer: type[BaseModel] | None
+    answer: type[BaseModel] | type[Status] | None
     statuses: tuple[int, ...] = _ALWAYS
     body: type[BaseModel] | None = None
     streams: bool = False
     anthropic: bool = False
     keyless: bool = False
+    other_kinds: tuple[str, ...] = ()
 
 
 _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
@@ -107,6 +113,13 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         "getModel", "Return the served model by one of its names",
         answers.Model, (*_ALWAYS, 404),
     ),
+    ("get", "/v1/status"): _Operation(
+        "status", "Return the state of the run, its ranks and its requests", Status
+    ),
+    ("get", "/metrics"): _Operation(
+        "metrics", "Return metrics for Prometheus, in OpenMetrics if the client asks for it",
+        None, other_kinds=("text/plain", "application/openmetrics-text"),
+    ),
     ("get", "/health"): _Operation(
         "health", "Return the state of the run; 503 while it is not ready",
         answers.Health, (400,), keyless=True,
@@ -115,7 +128,7 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         "root", "Return the name of the server", answers.Root, (400, 403), keyless=True
     ),
     ("get", "/openapi.json"): _Operation(
-        "openapi", "Return this document", None, (400, 403), keyless=True
+        "openapi", "Return this document", None, (400, 403), keyless=True, other_kinds=(_JSON,)
     ),
 }  # fmt: skip
 
@@ -190,8 +203,9 @@ def _responses(path: str, operation: _Operation) -> dict[str, Any]:
         if operation.streams:
             content[_EVENTS] = {"schema": _EVENT}
         responses["200"] = {"description": "The answer.", "content": content}
-    elif path == "/openapi.json":
-        responses["200"] = {"description": "The document.", "content": {_JSON: {"schema": {}}}}
+    elif operation.other_kinds:
+        content = {kind: {"schema": {}} for kind in operation.other_kinds}
+        responses["200"] = {"description": "The document.", "content": content}
     for status in operation.statuses:
         content = {_JSON: {"schema": _reference(failure)}}
         responses[str(status)] = {"description": _STATUSES[status], "content": content}
@@ -201,14 +215,15 @@ def _responses(path: str, operation: _Operation) -> dict[str, Any]:
     return responses
 
 
-def _reference(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": f"{_COMPONENTS}{model.__name__}"}
+def _reference(model: type[BaseModel] | type[Status]) -> dict[str, str]:
+    return {"$ref": f"{_STATUS_COMPONENTS if model is Status else _COMPONENTS}{model.__name__}"}
 
 
 def _components() -> dict[str, Any]:
     used = [answers.Error, answers.AnthropicError, answers.Health]
     for operation in _OPERATIONS.values():
-        used += [model for model in (operation.body, operation.answer) if model is not None]
+        models = [model for model in (operation.body, operation.answer) if model is not None]
+        used += [model for model in models if issubclass(model, BaseModel)]
     kinds: list[tuple[Any, Literal["validation"]]]
     kinds = [(model, "validation") for model in dict.fromkeys(used)]
     _, made = models_json_schema(
@@ -216,7 +231,10 @@ def _components() -> dict[str, Any]:
         ref_template=f"{_COMPONENTS}{{model}}",
         schema_generator=_Schemas,
     )
-    return {name: _cleaned(schema) for name, schema in sorted(made["$defs"].items())}
+    template = f"{_STATUS_COMPONENTS}{{name}}"
+    _, status = msgspec.json.schema_components([Status], ref_template=template)
+    schemas = {**made["$defs"], **{f"Status.{name}": schema for name, schema in status.items()}}
+    return {name: _cleaned(schema) for name, schema in sorted(schemas.items())}
 
 
 def _cleaned(part: Any) -> Any:
