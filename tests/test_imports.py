@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         "sharding",
     },
     "supervisor": {"launch", "runs", "cluster", "nodes", "agent", "protocol"},
-    "server": {"protocol", "grammars.text", "grammars.check", "grammars.limits"},
+    "server": {"protocol", "grammars.text", "grammars.check", "grammars.gbnf"},
     "guard": {"server", "protocol", "models.text", "models.json_files", "agent.locks"},
     "rank": {"protocol", "sharding", "models", "grammars"},
     "commands": {
