@@ -153,3 +153,12 @@ def test_a_scored_answer_conforms(engine: ScriptedEngine, client: httpx.Client) 
         answer = client.post(path, json=body)
         assert "top_logprobs" in answer.text
         conforms(answer, path)
+
+
+@pytest.mark.parametrize("choice", ["function", "allowed_tools", "any", 1, [], {}])
+def test_a_choice_of_tools_of_no_known_form_is_refused(client: httpx.Client, choice: Any) -> None:
+    tools = [{"type": "function", "function": TOOL}]
+    for path, body in (("/v1/chat/completions", ASK), ("/v1/responses", {"input": "x"})):
+        answer = client.post(path, json={**body, "tools": tools, "tool_choice": choice})
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"].startswith(("tool_choice", "tools"))

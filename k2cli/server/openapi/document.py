@@ -22,7 +22,8 @@ from k2cli.server.dialects.anthropic_schemas import MessagesBody
 from k2cli.server.dialects.openai_schemas import ChatCompletionBody, CompletionBody, TokenizeBody
 from k2cli.server.dialects.responses_schemas import ResponsesBody
 from k2cli.server.metrics.status import Status
-from k2cli.server.openapi import answers
+from k2cli.server.openapi import answers, answers_of_blocks
+from k2cli.server.openapi.request_forms import FORMS
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _COMPONENTS = "#/components/schemas/"
@@ -88,11 +89,12 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
     ),
     ("post", "/v1/responses"): _Operation(
         "createResponse", "Answer a conversation (OpenAI's Responses); nothing is stored",
-        answers.ResponseObject, _READING, ResponsesBody, streams=True,
+        answers_of_blocks.ResponseObject, _READING, ResponsesBody, streams=True,
     ),
     ("post", "/v1/messages"): _Operation(
         "createMessage", "Answer a conversation (Anthropic's Messages)",
-        answers.MessageObject, (*_READING, 529), MessagesBody, streams=True, anthropic=True,
+        answers_of_blocks.MessageObject, (*_READING, 529), MessagesBody, streams=True,
+        anthropic=True,
     ),
     ("post", "/v1/messages/count_tokens"): _Operation(
         "countTokens", "Count the tokens of a prompt",
@@ -233,6 +235,9 @@ def _components() -> dict[str, Any]:
     )
     template = f"{_STATUS_COMPONENTS}{{name}}"
     _, status = msgspec.json.schema_components([Status], ref_template=template)
+    for name, forms in FORMS.items():
+        members = made["$defs"][name]["properties"]
+        members |= {member: form for member, form in forms.items() if member in members}
     schemas = {**made["$defs"], **{f"Status.{name}": schema for name, schema in status.items()}}
     return {name: _cleaned(schema) for name, schema in sorted(schemas.items())}
 
