@@ -11,6 +11,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -21,6 +22,7 @@ from k2cli.client.answers import (
     Progress,
     StreamEvent,
     Timings,
+    concerns_field,
     count,
     decoded,
     error_message,
@@ -30,6 +32,7 @@ from k2cli.client.answers import (
     objects,
     read_timings,
 )
+from k2cli.client.certificate import trusting
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
 from k2cli.proxies import proxy_errors, unreachable
 from k2cli.units import MIB
@@ -106,13 +109,23 @@ def api_base(url: str) -> str:
 
 
 class ApiClient:
-    """Client of one server. Close it, or use it as a context manager."""
+    """Client of one server. Close it, or use it as a context manager.
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    Args:
+        url: address of the server.
+        api_key: sent with each request, if there is one.
+        certificate: file with the server's certificate, which is then the only one to trust,
+            whatever its names; None for the authorities that are known to Python.
+    """
+
+    def __init__(
+        self, url: str, api_key: str | None = None, certificate: Path | None = None
+    ) -> None:
         self.base = api_base(url)
         headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
         with proxy_errors():
             self._http = httpx2.Client(
+                verify=trusting(certificate) if certificate is not None else True,
                 headers=headers,
                 timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
                 # Proxies from the environment are not used for this machine's own ports.
@@ -173,14 +186,24 @@ class ApiClient:
             raise no_openai_api(self.base, error) from error
 
     def chat(
-        self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
+        self,
+        model: ModelInfo,
+        messages: list[dict[str, str]],
+        options: GenerationOptions,
+        response_format: dict[str, Any] | None = None,
     ) -> Generator[StreamEvent]:
         """Stream an answer to a conversation. Closing the generator cancels it on the server.
 
+        Args:
+            response_format: the form of the answer, as in OpenAI's API.
+
         Raises:
-            K2Error: if the request is refused, or the connection is lost.
+            UsageError: if the server refuses the response format.
+            K2Error: if it refuses the request, or the connection is lost.
         """
         body = {"model": model.name, "messages": messages, **options.members()}
+        if response_format is not None:
+            body["response_format"] = response_format
         return self._stream("chat/completions", body, progress=model.is_k2)
 
     def complete(self, model: ModelInfo, prompt: list[int], tokens: int) -> Completion:
@@ -265,7 +288,10 @@ class ApiClient:
             raise K2Error(f"{self.base} does not answer as an HTTP server: {error}") from error
 
     def _refusal(self, response: httpx2.Response) -> K2Error:
-        message = error_message(self._body(response)) or f"HTTP status {response.status_code}"
+        body = self._body(response)
+        message = error_message(body) or f"HTTP status {response.status_code}"
+        if response.status_code in (400, 422) and concerns_field(body, "response_format"):
+            return UsageError(f"{self.base} refused the schema: {message}")
         return _failure(response.status_code, message, self.base)
 
 
