@@ -21,12 +21,16 @@ _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
 class AnswerWriter:
-    """Writer of one answer to stdout, piece by piece."""
+    """Writer of one answer to stdout, piece by piece.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    Args:
+        markdown: True to style Markdown on a terminal; False for JSON, which may have its markers.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, markdown: bool = True) -> None:
         self._stream = stream or sys.stdout
         console = stdout_console()
-        styled = self._stream.isatty() and console.is_terminal and not console.no_color
+        styled = markdown and self._stream.isatty() and console.is_terminal and not console.no_color
         self._styler = MarkdownStyler() if styled else None
         self._last = "\n"
 

@@ -39,10 +39,16 @@ def _open_history(path: Path) -> History:
 
 
 class ChatTerminal:
-    """Terminal of one chat; the lines that the user enters are kept in ``history_file``."""
+    """Terminal of one chat.
 
-    def __init__(self, history_file: Path) -> None:
+    Args:
+        history_file: for the lines that the user enters.
+        markdown: see ``AnswerWriter``.
+    """
+
+    def __init__(self, history_file: Path, *, markdown: bool = True) -> None:
         self._history_file = history_file
+        self._markdown = markdown
         self._session: PromptSession[str] | None = None
         self._writer: AnswerWriter | None = None
         self._reasoning = ReasoningWriter()
@@ -83,7 +89,7 @@ class ChatTerminal:
         self._status.clear()
         self._reasoning.finish()
         if self._writer is None:
-            self._writer = AnswerWriter()
+            self._writer = AnswerWriter(markdown=self._markdown)
         self._writer.write(text)
 
     def answer_end(self) -> None:
