@@ -158,8 +158,9 @@ def _is_fetched(folder: Path, file: ExpectedFile, commit: str) -> bool:
 def may_remove(folder: Path) -> bool:
     """True if k2 wrote files of a folder that are there, or that a removal has taken already."""
     known, record = known_folder(folder), recorded_snapshot(folder)
-    if known is None or own_files(folder):
-        return bool(own_files(folder))
+    own = own_files(folder)
+    if known is None or own:
+        return bool(own)
     fetched = record.files if record is not None and record.written_by == "k2" else ()
     names = {*known.files, *(file.name for file in fetched)}
     return bool(names) and not any(os.path.lexists(folder / name) for name in names)

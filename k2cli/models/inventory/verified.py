@@ -106,6 +106,8 @@ def _read(path: Path) -> dict[str, FileState]:
 def read_states(folder: Path, names: Collection[str]) -> dict[str, FileState]:
     """Return the states in which files of a model were right, by name."""
     known = _read(note_path(folder))
+    if not known:
+        return {}
     keys = {name: _key(folder, name) for name in names}
     return {name: known[key] for name, key in keys.items() if key in known}
 

@@ -7,6 +7,8 @@ disk says the same: its list of the repository's files, or else the names of the
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -156,13 +158,17 @@ def _read_blob_names(folder: Path) -> SnapshotRecord | None:
 
 
 def _linked_files(folder: Path) -> Iterator[tuple[str, ExpectedFile]]:
-    with contextlib.suppress(OSError):
-        for path in sorted(folder.rglob("*")):
-            if not path.is_symlink() or not path.is_file():
+    for parent, _, names in os.walk(folder):
+        for each in names:
+            path = os.path.join(parent, each)
+            try:
+                blob, found = os.readlink(path), os.stat(path)
+            except OSError:  # no link, or a broken one
                 continue
-            name = path.relative_to(folder).as_posix()
-            blob = path.readlink().name
-            if file := expected_file(name, path.stat().st_size, blob):
+            name = path[len(str(folder)) + 1 :]
+            if stat.S_ISREG(found.st_mode) and (
+                file := expected_file(name, found.st_size, os.path.basename(blob))
+            ):
                 yield name, file
 
 
