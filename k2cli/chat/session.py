@@ -1,7 +1,7 @@
 """Conversation with a model: its turns, and the current answer with its statistics.
 
 A partial answer, stopped by the user or cut off by a failure, stays in the conversation, so that
-the next question can refer to it.
+the next question can refer to it. A question without any answer is kept apart, to be sent again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Answer:
 
 @dataclass(slots=True)
 class ChatSession:
-    """A conversation with one model."""
+    """A conversation with one model; ``unsent`` is a question that got no answer."""
 
     api: ApiClient
     model: ModelInfo
@@ -61,6 +61,7 @@ class ChatSession:
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
     answer: Answer | None = None
+    unsent: str | None = None
 
     def messages(self) -> list[dict[str, str]]:
         """Return the conversation in the form of the API."""
@@ -71,6 +72,37 @@ class ChatSession:
         """Forget all turns, but not the system prompt."""
         self.turns = []
         self.answer = None
+        self.unsent = None
+
+    def undo(self) -> str | None:
+        """Remove the last question and its answer; return the question, None if there is none."""
+        while self.turns:
+            turn = self.turns.pop()
+            if turn["role"] == "user":
+                self.answer = None
+                self.unsent = turn["content"]
+                return self.unsent
+        return None
+
+    @property
+    def last_answer(self) -> str | None:
+        """Text of the last answer; None if there is none."""
+        turn = self.turns[-1] if self.turns else {"role": ""}
+        return turn["content"] if turn["role"] == "assistant" else None
+
+    @property
+    def last_reasoning(self) -> str:
+        """Reasoning before the last answer; "" if there is none."""
+        return self.turns[-1].get("reasoning_content", "") if self.turns else ""
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens of the conversation after its last answer; None if the server did not count."""
+        usage = self.answer.usage if self.answer else {}
+        prompt, generated = (
+            count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion")
+        )
+        return None if prompt is None or generated is None else prompt + generated
 
     def ask(self, question: str) -> Generator[StreamEvent]:
         """Ask a question and stream the answer; ``answer`` holds the part received so far.
@@ -80,22 +112,26 @@ class ChatSession:
         Raises:
             K2Error: if the server refuses the request or the connection is lost.
         """
+        self.unsent = None
         self.turns.append({"role": "user", "content": question})
         return self._stream()
 
     def regenerate(self) -> Generator[StreamEvent]:
-        """Answer the last question again, and replace its answer.
+        """Answer the last question again, and replace its answer once the new one begins.
 
         Raises:
             K2Error: if there is no question, the server refuses, or the connection is lost.
         """
+        if self.unsent is not None:
+            return self.ask(self.unsent)
+        replaced = None
         if self.turns and self.turns[-1]["role"] == "assistant":
-            self.turns.pop()
+            replaced = self.turns.pop()
         if not self.turns:
             raise K2Error("there is no question to answer again")
-        return self._stream()
+        return self._stream(replaced)
 
-    def _stream(self) -> Generator[StreamEvent]:
+    def _stream(self, replaced: dict[str, str] | None = None) -> Generator[StreamEvent]:
         answer = self.answer = Answer()
         started = time.monotonic()
         events = self.api.chat(self.model, self.messages(), self.options)
@@ -115,15 +151,17 @@ class ChatSession:
                     yield event
         finally:
             answer.total_seconds = time.monotonic() - started
-            self._keep(answer)
+            self._keep(answer, replaced)
 
-    def _keep(self, answer: Answer) -> None:
+    def _keep(self, answer: Answer, replaced: dict[str, str] | None) -> None:
         if answer.text or answer.reasoning or answer.finish_reason is not None:
             turn = {"role": "assistant", "content": answer.text}
             if answer.reasoning:
                 # The model's chat template decides whether earlier reasoning is shown again.
                 turn["reasoning_content"] = answer.reasoning
             self.turns.append(turn)
+        elif replaced is not None:
+            self.turns.append(replaced)
         else:
             # Chat templates require alternating roles, so an unanswered question is removed.
-            self.turns.pop()
+            self.unsent = self.turns.pop()["content"]

@@ -194,12 +194,13 @@ def serving(
     served: ServedModel,
     tokenizer: Any = None,
     reader: RequestReader | None = None,
+    port: int = 0,
     **options: Any,
 ) -> Iterator[str]:
     """Run a real server in a thread; yields its base URL without ``/v1``."""
     tokenizer = tokenizer or LetterTokenizer()
     app = create_app(engine, tokenizer, served, reader or InlineReader(tokenizer, served))
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
