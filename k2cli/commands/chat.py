@@ -80,12 +80,14 @@ def chat(
             names = file or []
             _chat_on_terminal(session, settings, target, resume, names, private=private)
             return
-        name = _resumed(session, resume)
+        resumed = _resumed(session, resume)
+        if file:
+            _check_room(session, question)
         if as_json:
             _answer_as_json(session, question)
         else:
             _answer(session, question)
-        _save_resumed(session, name)
+        _save_resumed(session, resumed)
 
 
 def _checked_temperature(temperature: float | None) -> float | None:
@@ -221,6 +223,15 @@ def _save_resumed(
         loaded.turns = turns_of(session.turns)
         loaded.updated = time.time()
         store.save(loaded)
+
+
+def _check_room(session: ChatSession, question: str) -> None:
+    """Say how many tokens the prompt has, or refuse it if these are too many."""
+    from k2cli.chat.budget import check_room
+    from k2cli.ui.chat.stream import dim_note
+
+    counted, length = check_room(session, question), session.model.context_length
+    dim_note(f"prompt: {counted}" + (f" of {length:,}" if length else ""))
 
 
 def _answer(session: ChatSession, question: str) -> None:

@@ -21,11 +21,9 @@ import msgspec
 from k2cli.agent.activity import activity, is_alive
 from k2cli.agent.run_folder import RESERVE_NAME, write_with_reserve
 from k2cli.choices import Transport
-from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.files import decode_json, encode_json, read_regular
 from k2cli.gpu_name import GpuName
-from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import REACH_SECONDS, is_this_machine
 from k2cli.nodes.ssh import is_node_name
 from k2cli.protocol import RunEvent
@@ -236,6 +234,8 @@ def remaining_processes(record: RunRecord) -> dict[str, list[str]]:
     Raises:
         ClusterError: if a node cannot be asked.
     """
+    from k2cli.cluster.node_lookup import node_named  # slow to import, and rarely needed
+
     nodes = {name: node_named(name) for name in record.nodes}
     for node in nodes.values():
         node.reach(REACH_SECONDS)
@@ -278,6 +278,9 @@ def _current(record: RunRecord, running: Collection[str] | None) -> RunRecord:
         return replace(record, state="orphaned", cause=cause)
     lost = replace(record, state="lost", cause="the launcher was killed", ended=time.time())
     remove_leftovers(lost)
+    from k2cli.cluster.node_lookup import node_named  # slow to import, and rarely needed
+    from k2cli.nodes.locks import release_locks
+
     release_locks([node_named(name) for name in record.nodes], record.run_id)
     with suppress(OSError):  # a full disk: the next reader finds the same
         save_record(lost)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -130,6 +132,55 @@ def test_api_key(engine: ScriptedEngine) -> None:
         assert "asks for an API key" in refused.stderr
         done = run_k2("chat", "--url", url, "-p", "x", K2_API_KEY="s3cret")
     assert (done.returncode, done.stdout) == (0, "in\n")
+
+
+def test_files_and_a_pipe_make_one_question(
+    engine: ScriptedEngine, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rules.md").write_text("Be kind.\n")
+    Path("big.txt").write_text("x" * 500)
+    engine.answer("ok")
+    done = run_k2(
+        "chat", "--url", url, "-p", "Review", "--file", "rules.md", "--no-thinking", stdin="+ a\n"
+    )
+    assert (done.returncode, done.stdout) == (0, "ok\n")
+    quoted = "File rules.md (1 line, 9 B):\n\n```md\nBe kind.\n```"
+    assert prompts(engine) == [f"<user>{quoted}\n\n+ a\n\nReview<reasoning_effort=none><assistant>"]
+    assert f"prompt: {len(prompts(engine)[0])} tokens of 500" in done.stderr
+    done = run_k2("chat", "--url", url, "-p", "Review", "--file", "big.txt")
+    assert done.returncode == 1
+    assert "tokens, and the context holds 500; it was not sent" in done.stderr
+    done = run_k2("chat", "--url", url, "-p", "Review", "--file", "nosuch")
+    assert (done.returncode, len(engine.submitted)) == (1, 1)
+    assert "'nosuch' cannot be read" in done.stderr
+
+
+def test_defaults_and_a_saved_conversation(engine: ScriptedEngine, url: str) -> None:
+    config = Path(os.environ["K2_CONFIG_DIR"])
+    config.mkdir(parents=True, exist_ok=True)
+    (config / "chat.toml").write_text("temperature = 0.5\nseed = 7\nsystem = 'Brief.'\n")
+    chats = Path(os.environ["K2_STATE_DIR"]) / "chats"
+    chats.mkdir(parents=True, mode=0o700)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    saved = {"name": "a", "title": "Hi", "model": "toy", "created": 1, "updated": 1, "turns": turns}
+    (chats / "a.json").write_text(json.dumps(saved))
+    engine.answer("ok")
+    done = run_k2("chat", "--url", url, "-p", "And?", "--resume", "last", "--seed", "8")
+    assert (done.returncode, done.stdout) == (0, "ok\n")
+    assert prompts(engine) == ["<system>Brief.<user>Hi<assistant>Ho<user>And?<assistant>"]
+    sampling = engine.submitted[0].sampling
+    assert (sampling.temperature, sampling.seed) == (0.5, 8)
+    kept = json.loads((chats / "a.json").read_text())
+    assert [turn["content"] for turn in kept["turns"]] == ["Hi", "Ho", "And?", "ok"]
+    # A question alone is not kept: scripts would fill the list.
+    engine.answer("ok")
+    assert run_k2("chat", "--url", url, "-p", "x").returncode == 0
+    assert [path.name for path in chats.iterdir()] == ["a.json"]
+    (config / "chat.toml").write_text("temperature = 9\n")
+    done = run_k2("chat", "--url", url, "-p", "x")
+    assert done.returncode == 2
+    assert "chat.toml': '9' is no value of temperature" in done.stderr
 
 
 # --- reasoning ----------------------------------------------------------------------------------

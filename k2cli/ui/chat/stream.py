@@ -42,7 +42,9 @@ def columns_of(stream: TextIO) -> int:
 
 
 def may_style(stream: TextIO) -> bool:
-    """True if escape sequences may be written: on a terminal that is not dumb, with colours."""
+    """True if escape sequences and lines may be drawn: on a terminal with colours and UTF-8."""
+    if not (stream.encoding or "").lower().startswith("utf"):
+        return False
     console = stdout_console() if stream is sys.stdout else stderr_console()
     capable = console.is_terminal and not console.is_dumb_terminal and not console.no_color
     return stream.isatty() and capable

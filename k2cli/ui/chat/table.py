@@ -98,6 +98,8 @@ class TableLines:
     def _aligned(self, cell: list[Fragment], width: int, index: int, last: bool) -> list[Fragment]:
         space = max(0, width - text_width(_plain(cell)))
         left = {"right": space, "center": space // 2}.get(self._alignments[index], 0)
+        if last and not _plain(cell):
+            return []
         right = 0 if last else space - left
         return [(" " * left, ""), *cell, (" " * right, "")]
 
