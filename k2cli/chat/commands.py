@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from k2cli.chat.attachments import read_attachment, split_names
 from k2cli.chat.budget import TokenCount, estimate_tokens
 from k2cli.chat.compaction import INSTRUCTION, parts_to_summarize, summary_turns
-from k2cli.chat.conversations import as_markdown
+from k2cli.chat.conversations import as_markdown, automatic_name
 from k2cli.chat.figures import figures_line
 from k2cli.chat.settings import changed, described
 from k2cli.errors import K2Error
@@ -239,14 +239,14 @@ def compact(chat: Chat, argument: str) -> None:
         summary = text
     chat.begin_anew()
     session.turns = summary_turns(summary)
-    if before is not None and not chat.private:
-        session_name = before.name
-        chat.save()
-        if chat.conversation is not None:
-            chat.conversation.title = before.title
-            chat.conversation.continues = session_name
-            chat.save()
-        chat.terminal.note(f"the whole conversation stays saved as '{session_name}'")
+    after = chat.snapshot()
+    if before is None or after is None or chat.private:
+        return
+    after.title, after.continues = before.title, before.name
+    after.name = chat.store.free_name(automatic_name(before.title, after.created))
+    chat.conversation = after
+    chat.save()
+    chat.terminal.note(f"the whole conversation stays saved as '{before.name}'")
 
 
 def _summary_of(chat: Chat, turns: list[dict[str, str]]) -> str | None:

@@ -31,7 +31,7 @@ def figures_line(answer: Answer) -> str:
 def _cached_share(answer: Answer) -> str:
     details = answer.usage.get("prompt_tokens_details")
     tokens = count(details.get("cached_tokens")) if isinstance(details, dict) else None
-    return f" ({tokens} from the cache)" if tokens else ""
+    return f" ({tokens} cached)" if tokens else ""
 
 
 def _reasoning_share(answer: Answer) -> str:

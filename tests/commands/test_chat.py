@@ -52,7 +52,7 @@ def test_one_shot_gives_the_answer_alone_on_stdout(engine: ScriptedEngine, url: 
     done = run_k2("chat", *options, "--seed", "5", "--max-tokens", "50")
     assert (done.returncode, done.stdout) == (0, "**Paris**. 😀\n")
     assert re.fullmatch(
-        r"5 prompt tokens \(1 from the cache\) · 13 tokens · 6\.0 tokens/s"
+        r"5 prompt tokens \(1 cached\) · 13 tokens · 6\.0 tokens/s"
         r" · first token after .* · .* in all\n",
         done.stderr,
     )
@@ -146,8 +146,10 @@ def test_files_and_a_pipe_make_one_question(
     )
     assert (done.returncode, done.stdout) == (0, "ok\n")
     quoted = "File rules.md (1 line, 9 B):\n\n```md\nBe kind.\n```"
-    assert prompts(engine) == [f"<user>{quoted}\n\n+ a\n\nReview<reasoning_effort=none><assistant>"]
-    assert f"prompt: {len(prompts(engine)[0])} tokens of 500" in done.stderr
+    (prompt,) = prompts(engine)
+    assert prompt.startswith(f"<user>{quoted}\n\n+ a\n\nReview<")
+    assert "<reasoning_effort=none>" in prompt
+    assert f"prompt: {len(prompt)} tokens of 500" in done.stderr
     done = run_k2("chat", "--url", url, "-p", "Review", "--file", "big.txt")
     assert done.returncode == 1
     assert "tokens, and the context holds 500; it was not sent" in done.stderr

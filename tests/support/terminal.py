@@ -39,9 +39,11 @@ class Terminal:
         self._main, side = pty.openpty()
         self._resize(columns, rows)
         self.screen = _Screen(columns, rows, history=20_000, ratio=0.5)
+        # prompt_toolkit asks where the cursor is.
+        self.screen.write_process_input = lambda data: os.write(self._main, data.encode())
         self._stream = pyte.ByteStream(self.screen)
         self.raw = ""
-        variables = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        variables = {**os.environ, "TERM": "xterm-256color"}
         variables.pop("COLUMNS", None)
         variables.update(environment)
         self.process = subprocess.Popen(
