@@ -37,9 +37,9 @@ def test_a_chat_with_the_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setattr(terminal_module, "SECONDS", 120.0)
     long = tmp_path / "long.txt"
-    long.write_text("The sky is blue. " * 500)
+    long.write_text("The sky is blue. " * 100)
     monkeypatch.chdir(tmp_path)
-    with Terminal("chat", "--temperature", "0", "--max-tokens", "60") as terminal:
+    with Terminal("chat", "--temperature", "0", "--max-tokens", "20") as terminal:
         terminal.prompt()
         terminal.enter("What is the capital of France?")
         terminal.expect("Paris")

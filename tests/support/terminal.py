@@ -26,7 +26,15 @@ PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"
 
 
 class _Screen(pyte.HistoryScreen):
-    """Screen without the characters that draw nothing: ``pyte`` drops the text after them."""
+    """Screen that knows dim text, and leaves out characters that draw nothing.
+
+    ``pyte`` itself has no dim style, and drops the text after such characters.
+    """
+
+    def select_graphic_rendition(self, *attributes: int) -> None:
+        if not {38, 48} & set(attributes):  # colours by number
+            attributes = tuple(90 if attribute == 2 else attribute for attribute in attributes)
+        super().select_graphic_rendition(*attributes)
 
     def draw(self, data: str) -> None:
         super().draw("".join(c for c in data if wcwidth(c) or unicodedata.combining(c)))
