@@ -42,8 +42,9 @@ def read_attachment(name: str) -> Attachment:
     """
     try:
         data = read_regular(expand_home(name), MOST_BYTES, follow_links=True)
-    except OSError as error:
-        raise K2Error(f"'{name}' cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise K2Error(f"'{name}' cannot be read: {reason}") from error
     if b"\0" in data:
         raise K2Error(f"'{name}' is no text: it has zero bytes")
     try:

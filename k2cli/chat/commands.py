@@ -173,6 +173,8 @@ def save(chat: Chat, argument: str) -> None:
 
 
 def _write_new(path: Path, data: bytes | str) -> None:
+    if "\0" in str(path):
+        raise K2Error(f"'{path}' cannot be the name of a file", "/save another name")
     if path.exists():
         raise K2Error(f"'{path}' exists already", "/save another name")
     try:

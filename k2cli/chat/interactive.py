@@ -93,7 +93,7 @@ class Chat:
         self.terminal.note(f"{name}: /help for commands, Ctrl-D to leave{kept}")
         while not self.leaving:
             try:
-                text = self.terminal.read_message(self.status(), self.completer).strip()
+                text = self.terminal.read_message(self.status(), self.completer)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -108,15 +108,16 @@ class Chat:
 
     def _handle(self, text: str) -> None:
         """Execute a command, or send a message."""
-        match = _COMMAND.fullmatch(text)
+        match = _COMMAND.fullmatch(text.rstrip())
         if match is None:
-            if text or self.attachments:
-                self.send(text)
+            if text.strip() or self.attachments:
+                self.send(text.strip())
             return
         name, argument = match.group(1), (match.group(2) or "").strip()
         command = self.commands.get(name)
         if command is None:
-            raise K2Error(f"there is no command '{name}'", "/help lists them")
+            hint = "/help lists them; with a space before it, it is sent as a message"
+            raise K2Error(f"there is no command '{name}'", hint)
         command.run(self, argument)
 
     # --- messages -----------------------------------------------------------------------------

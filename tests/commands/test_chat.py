@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from k2cli.chat.session import ChatSession
+from k2cli.client.client import ApiClient, ModelInfo
+from k2cli.commands import chat as chat_command
+from k2cli.commands.target import Target
 from k2cli.protocol import Tokens
 from k2cli.server.served_model import ServedModel
 from tests.server.commands import run_k2
@@ -183,6 +187,22 @@ def test_defaults_and_a_saved_conversation(engine: ScriptedEngine, url: str) -> 
     done = run_k2("chat", "--url", url, "-p", "x")
     assert done.returncode == 2
     assert "chat.toml': '9' is no value of temperature" in done.stderr
+
+
+def test_a_chat_finds_the_run_that_replaces_its_own(
+    engine: ScriptedEngine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ApiClient("http://127.0.0.1:9") as gone:
+        session = ChatSession(gone, ModelInfo("toy", 500, is_k2=True))
+        chat_command._reconnect(session)  # there is no run at all
+        assert session.api is gone
+        target = Target(url, None, "toy")
+        monkeypatch.setattr(chat_command, "resolve_target", lambda *_: target)
+        chat_command._reconnect(session)
+        assert session.api.base == f"{url}/v1"
+        engine.answer("ok")
+        assert [type(event).__name__ for event in session.ask("Hi")][-1] == "Ended"
+        session.api.close()
 
 
 # --- reasoning ----------------------------------------------------------------------------------

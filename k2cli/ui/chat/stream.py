@@ -50,6 +50,13 @@ def may_style(stream: TextIO) -> bool:
     return stream.isatty() and capable
 
 
+def _is_file(stream: TextIO) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 class AnswerWriter:
     """Writer of one answer, piece by piece.
 
@@ -66,19 +73,13 @@ class AnswerWriter:
                 lambda: columns_of(self._stream), styled=may_style(self._stream)
             )
         self._last = "\n"
+        self.beside_status = _is_file(self._stream)
+        """True if a status line cannot mix with the answer, because that goes to a file."""
 
     @property
     def waiting_for(self) -> str:
         """Name the part of the answer that is held back; "" if none is."""
         return self._renderer.waiting_for if self._renderer else ""
-
-    @property
-    def beside_status(self) -> bool:
-        """True if a status line cannot mix with the answer, because that goes to a file."""
-        try:
-            return stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode)
-        except (OSError, ValueError):
-            return False
 
     def render(self, text: str) -> str:
         """Add text; return what is to be written now."""

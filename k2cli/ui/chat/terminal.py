@@ -11,7 +11,14 @@ from k2cli.errors import K2Error
 from k2cli.ui.chat.answer_view import AnswerView
 from k2cli.ui.chat.clipboard import copy
 from k2cli.ui.chat.editor import PROMPT, edit_in_program, make_editor
-from k2cli.ui.chat.stream import AnswerWriter, ReasoningWriter, dim_note, wrapped
+from k2cli.ui.chat.stream import (
+    AnswerWriter,
+    ReasoningWriter,
+    dim_note,
+    may_style,
+    wrapped,
+    write_sequence,
+)
 from k2cli.ui.chat.width import text_width
 from k2cli.ui.output import note, print_error, stderr_console, warn
 from k2cli.units import clean_text, one_line
@@ -128,7 +135,10 @@ class QuietAnswerView(AnswerView):
 
 
 def _hide_keys() -> list[Any] | None:
-    """Turn off echo and line editing of the terminal; Ctrl-C stays a signal."""
+    """Turn off echo and line editing of the terminal; Ctrl-C stays a signal.
+
+    Pasted text is marked as such by the terminal, so that the editor reads it as one message.
+    """
     import termios
 
     if not sys.stdin.isatty() or stderr_console().is_dumb_terminal:
@@ -139,6 +149,7 @@ def _hide_keys() -> list[Any] | None:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, changed)
     except termios.error:
         return None
+    _mark_pastes(on=True)
     return before
 
 
@@ -147,5 +158,11 @@ def _restore_keys(settings: list[Any] | None) -> None:
     import termios
 
     if settings is not None:
+        _mark_pastes(on=False)
         with contextlib.suppress(termios.error):
             termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
+
+
+def _mark_pastes(*, on: bool) -> None:
+    if may_style(sys.stderr):
+        write_sequence("\x1b[?2004h" if on else "\x1b[?2004l")
