@@ -50,7 +50,7 @@ def resolve_target(model: str | None, url: str | None, api_key: str | None) -> T
     run = _run_serving(model)
     if run.state != "ready":
         raise ClusterError(f"run {run.run_id} is {run.state}, not ready", "k2 ps")
-    return Target(run.url, api_key or _key_of(run), run.model_name, run)
+    return Target(run.url, api_key or key_of(run), run.model_name, run)
 
 
 def _run_serving(model: str | None) -> RunRecord:
@@ -75,7 +75,7 @@ def _same_folder(one: str, other: str) -> bool:
     return os.path.exists(one) and Path(one).resolve() == Path(other).resolve()
 
 
-def _key_of(run: RunRecord) -> str | None:
+def key_of(run: RunRecord) -> str | None:
     path = run.api_key_file
     if path is None:
         return None

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from k2cli.errors import ClusterError
 from k2cli.guard.engine_bridge import EngineBridge
 from k2cli.guard.file_limit import raise_file_limit
 from k2cli.protocol import Bootstrap, HttpEndpoint
+from k2cli.server.metrics.run_watch import RunWatch
 from k2cli.settings import RUN_OPTION
 
 if TYPE_CHECKING:
@@ -135,7 +136,11 @@ def _import_server() -> None:
 
 
 def _build_server(
-    bootstrap: Bootstrap, bridge: EngineBridge, first: KillableReader
+    bootstrap: Bootstrap,
+    bridge: EngineBridge,
+    first: KillableReader,
+    watch: RunWatch,
+    log_access: Callable[[str], None],
 ) -> tuple[Any, ProcessReader]:
     """Make the uvicorn server and its application.
 
@@ -152,6 +157,7 @@ def _build_server(
     from k2cli.guard.output_format import output_format_of
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
+    from k2cli.server.metrics.activity import Activity
     from k2cli.server.reader_queues import ProcessReader
 
     class GuardedServer(uvicorn.Server):
@@ -167,7 +173,7 @@ def _build_server(
     assert endpoint is not None
     chosen = output_format_of(tokenizer, endpoint.tool_parser, endpoint.reasoning_parser)
     served = replace(_served_model(bootstrap), output_format=chosen)
-    app = create_app(bridge, tokenizer, served, reader)
+    app = create_app(bridge, tokenizer, served, reader, Activity(log_access), watch)
     connection = partial(LimitedConnection, ConnectionLimits.for_files(raise_file_limit()))
     config = uvicorn.Config(
         app,
@@ -187,10 +193,19 @@ class ApiServer:
     Args:
         bootstrap: of the first attempt.
         bridge: carries requests to the current leader rank.
+        log_access: receives a line about each finished request, in the event loop.
     """
 
-    def __init__(self, bootstrap: Bootstrap, bridge: EngineBridge) -> None:
+    def __init__(
+        self,
+        bootstrap: Bootstrap,
+        bridge: EngineBridge,
+        log_access: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self.bridge = bridge
+        self.watch = RunWatch(bootstrap, bridge)
+        """What the API tells about the ranks; the guards' reports go there."""
+        self._log_access = log_access
         self.url = ""
         self._bootstrap = bootstrap
         self._endpoint = bootstrap.http
@@ -225,7 +240,7 @@ class ApiServer:
         await reader.start()
         await asyncio.gather(reader.load(), asyncio.to_thread(_import_server))
         self._server, self._reader = _, requests = await asyncio.to_thread(
-            _build_server, self._bootstrap, self.bridge, reader
+            _build_server, self._bootstrap, self.bridge, reader, self.watch, self._log_access
         )
         await requests.check()
         if self._closing:

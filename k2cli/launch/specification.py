@@ -21,7 +21,14 @@ from k2cli.choices import Transport
 from k2cli.errors import ClusterError
 from k2cli.files import decode_json, read_regular
 from k2cli.launch.restart_policy import RestartPolicy
-from k2cli.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
+from k2cli.protocol import (
+    Assignment,
+    Bootstrap,
+    Deadlines,
+    HttpEndpoint,
+    PlannedRank,
+    PlannedRun,
+)
 from k2cli.units import MB
 
 if TYPE_CHECKING:
@@ -167,9 +174,28 @@ def _make_bootstraps(run: RunDecisions) -> list[Bootstrap]:
             gpu=run.plan.nodes[rank].gpu,
             deadlines=run.request.deadlines,
             restarts=run.request.restart.mode != "never",
+            planned=_planned(run) if rank == 0 else None,
         )
         for rank, name in enumerate(names)
     ]
+
+
+def _planned(run: RunDecisions) -> PlannedRun:
+    """Return what reports say about the plan."""
+    ranks = [
+        PlannedRank(
+            budget.total_bytes,
+            budget.limit_bytes,
+            budget.weights_bytes,
+            budget.kv_cache_bytes,
+            budget.activation_bytes,
+            budget.overhead_bytes,
+            budget.backend,
+            budget.gpu.label if budget.gpu is not None else "",
+        )
+        for budget in run.plan.nodes
+    ]
+    return PlannedRun(ranks, run.transport_reason, run.routes.interfaces)
 
 
 def _assignment(
@@ -268,6 +294,7 @@ def renew_bootstraps(
             liveness_port=liveness_port,
             http=_on_port(bootstrap.http, http_port),
             hold=None,
+            attempt=bootstrap.attempt + 1,
         )
         for bootstrap in bootstraps
     ]

@@ -23,6 +23,8 @@ from k2cli.protocol.bootstrap import (
     Bootstrap,
     Deadlines,
     HttpEndpoint,
+    PlannedRank,
+    PlannedRun,
 )
 from k2cli.protocol.decisions import (
     CloseSequence,
@@ -123,6 +125,8 @@ __all__ = [
     "Message",
     "NextAttempt",
     "OpenSequence",
+    "PlannedRank",
+    "PlannedRun",
     "Prefill",
     "PrefillTogether",
     "PromptProgress",

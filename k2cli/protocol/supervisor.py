@@ -80,11 +80,11 @@ class RunReady(Message, tag=True, frozen=True):
 
 
 class LogLine(Message, tag=True, frozen=True):
-    """A line of output of a rank or its guard."""
+    """A line of output of a rank or its guard, or of the API about one request (``access``)."""
 
     rank: int
     node: str
-    source: Literal["rank", "guard"]
+    source: Literal["rank", "guard", "access"]
     text: str
 
 

@@ -13,6 +13,7 @@ from k2cli.server.context import context_of
 from k2cli.server.dialects.writer import AnswerContext, AnswerWriter
 from k2cli.server.errors import CLIENT_CLOSED_REQUEST
 from k2cli.server.generation import ClientGone, Ended, Generation, Step, answer
+from k2cli.server.metrics.request_record import record_of
 from k2cli.server.output.events import Blocks, OutputParser
 from k2cli.server.read_request import RequestKind
 from k2cli.server.streaming import (
@@ -38,8 +39,10 @@ async def respond(
     Raises:
         ApiError: with the HTTP status, if the request fails before the answer has begun.
     """
-    context = context_of(request)
-    read = await context.reader.read(kind, await request.body())
+    context, record = context_of(request), record_of(request.scope)
+    body = await request.body()
+    record.note_received()
+    read = await context.reader.read(kind, body)
     engine_request = read.engine_request
     assert engine_request is not None
     # Checked after the body, so that a wrong request gets its error even while no run is ready.
@@ -51,7 +54,9 @@ async def respond(
         context.tokenizer.stream(), engine_request.stops, output_format.marker_tokens(options)
     )
     parser = output_format.parser(options)
-    generation = Generation(context.engine, engine_request, context.waiting, request.receive)
+    generation = Generation(
+        context.engine, engine_request, context.waiting, request.receive, record
+    )
     generation.start()
     if not engine_request.stream:
         return await _whole(generation, assembler, parser, writer)

@@ -34,7 +34,7 @@ from k2cli.protocol import (
     RunReady,
     RunRestarting,
 )
-from k2cli.runs.log import MAX_LOG_BYTES, LogEntry, format_entry
+from k2cli.runs.log import ACCESS_SENDER, MAX_LOG_BYTES, LogEntry, format_entry
 from k2cli.runs.record import (
     EVENTS_NAME,
     AttemptRecord,
@@ -65,7 +65,7 @@ class _Sender:
 
     node: str
     name: str
-    shown: tuple[int, Literal["rank", "guard"]] | None = None
+    shown: tuple[int, Literal["rank", "guard", "access"]] | None = None
 
 
 _LAUNCHER = _Sender("launcher", "-")
@@ -107,7 +107,9 @@ class Journal:
     def note(self, event: RunEvent) -> None:
         """Write an event to the files, and show it."""
         if isinstance(event, LogLine):
-            sender = _Sender(event.node, str(event.rank), (event.rank, event.source))
+            # Requests are a sender of their own, so that many of them crowd out no guard's lines.
+            name = ACCESS_SENDER if event.source == "access" else str(event.rank)
+            sender = _Sender(event.node, name, (event.rank, event.source))
             self._lines.add(sender, event.text)
             return
         self._note_event(event)

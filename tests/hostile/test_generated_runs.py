@@ -103,7 +103,7 @@ def test_record(draw: Random) -> None:
     with bounded():
         read_record(folder)
         runs = list_runs(lambda run_id, text: left_out.append(text))
-        print_runs(runs)
+        print_runs(runs, {})
     assert len(runs) + len(left_out) == 1
     assert all(str(folder) in line for line in left_out)
     reads_or_refuses(find_run)

@@ -36,6 +36,7 @@ VALUES: dict[str, Any] = {
     "prompt_cache_options": {"mode": "explicit"},
     "prompt_cache_retention": "24h",
     "reasoning_effort": "none",
+    "response_format": {"type": "json_object"},
     "safety_identifier": "a",
     "seed": 3,
     "service_tier": "flex",
@@ -60,9 +61,8 @@ PARTS: dict[str, tuple[Any, Any]] = {
     "model": ("toy", "gpt-4o"),
     "n": (1, 2),
     "prompt": ("Hello", ["Hello", "there"]),
-    "response_format": ({"type": "text"}, {"type": "json_object"}),
     "suffix": ("", "!"),
-    "tool_choice": ("auto", "required"),
+    "tool_choice": ("auto", {"type": "custom", "custom": {"name": "f"}}),
 }
 NEEDED = {
     "top_logprobs": {"logprobs": True},

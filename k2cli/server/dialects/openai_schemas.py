@@ -24,7 +24,18 @@ from pydantic import (
     model_validator,
 )
 
-from k2cli.server.client_request import AnswerOptions, Conversation, reasoning_variables
+from k2cli.server.client_request import (
+    AnswerFormat,
+    AnswerOptions,
+    Conversation,
+    reasoning_variables,
+)
+from k2cli.server.dialects.answer_formats import (
+    llama_cpp_formats,
+    only_format,
+    response_format,
+    vllm_formats,
+)
 from k2cli.server.dialects.body import Body
 from k2cli.server.dialects.shared_fields import (
     MAX_MESSAGES,
@@ -32,10 +43,9 @@ from k2cli.server.dialects.shared_fields import (
     MAX_STOP_LETTERS,
     Objects,
     ReasoningEffort,
-    ResponseFormat,
     Thinking,
-    check_tool_choice,
 )
+from k2cli.server.dialects.tool_choices import openai_tool_choice, shows_tools
 from k2cli.server.errors import invalid, type_named
 
 MAX_STOP_STRINGS = 4
@@ -125,6 +135,8 @@ def _functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
             raise ValueError(f"the 'description' of tool {index} must be a text")
         if not isinstance(function.get("parameters"), dict | None):
             raise ValueError(f"the 'parameters' of tool {index} must be an object")
+        if not isinstance(function.get("strict"), bool | None):
+            raise ValueError(f"'strict' of tool {index} must be true or false")
     return tools
 
 
@@ -248,9 +260,23 @@ class GenerationBody(_Ignored):
     repetition_penalty: Annotated[float, Field(ge=0.001, le=10)] | None = None
     logit_bias: Annotated[dict[int, Bias] | None, BeforeValidator(_string_keys_to_ids)] = None
     k2: Extensions | None = None
+    response_format: dict[str, Any] | None = None
+    # Fields of vLLM, and its older ones.
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    # Fields of llama.cpp.
+    grammar: str | None = None
+    json_schema: Any = None
 
     def options(self, **members: Any) -> AnswerOptions:
-        """Return the options of the answer; ``members`` are of the route's own fields."""
+        """Return the options of the answer; ``members`` are of the route's own fields.
+
+        Raises:
+            ApiError: 400 if the format of the answer is not understood.
+        """
         extensions, stream_options = self.k2 or Extensions(), self.stream_options or StreamOptions()
         shared = AnswerOptions(
             model=self.model,
@@ -270,8 +296,25 @@ class GenerationBody(_Ignored):
             wants_progress=bool(stream_options.include_progress),
             use_prefix_cache=extensions.cache is not False,
             ignore_stop_tokens=bool(extensions.ignore_stop_tokens),
+            answer_format=self._answer_format,
         )
         return replace(shared, **members)
+
+    @property
+    def _answer_format(self) -> AnswerFormat | None:
+        guided = {
+            "json": self.guided_json,
+            "regex": self.guided_regex,
+            "choice": self.guided_choice,
+            "grammar": self.guided_grammar,
+        }
+        return only_format(
+            [
+                response_format(self.response_format, "response_format"),
+                *vllm_formats(self.structured_outputs, guided),
+                *llama_cpp_formats(self.grammar, self.json_schema),
+            ]
+        )
 
 
 class TemplatedBody(Body):
@@ -325,8 +368,8 @@ class TemplatedBody(Body):
 class ChatCompletionBody(GenerationBody, TemplatedBody):
     """Body of ``POST /v1/chat/completions``.
 
-    The chat template shows ``tools`` to the model, which decides whether it calls one: a
-    ``tool_choice`` that requires a call is refused, since nothing yet keeps the model to it.
+    The chat template shows ``tools`` to the model. A ``tool_choice`` does not change the prompt,
+    so that the cache of the conversation stays; only "none" leaves the tools out.
     """
 
     messages: Messages
@@ -337,19 +380,13 @@ class ChatCompletionBody(GenerationBody, TemplatedBody):
     parallel_tool_calls: bool | None = None
     # A field of vLLM.
     include_reasoning: bool | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-
-    @field_validator("tool_choice")
-    @classmethod
-    def _promises_no_call(cls, value: Any) -> Any:
-        return check_tool_choice(value)
 
     @property
     def conversation(self) -> Conversation:
         """The conversation, without tools if the model may not call any."""
         return self.conversation_of(
-            self.messages, None if self.tool_choice == "none" else self.tools
+            self.messages, self.tools if shows_tools(self.tool_choice) else None
         )
 
     @property
@@ -357,7 +394,8 @@ class ChatCompletionBody(GenerationBody, TemplatedBody):
         """Options for generating the answer.
 
         Raises:
-            ApiError: 400 if ``top_logprobs`` is given without ``logprobs``.
+            ApiError: 400 if ``top_logprobs`` is given without ``logprobs``, or the format of the
+                answer or the choice of tools is not understood.
         """
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
@@ -370,6 +408,7 @@ class ChatCompletionBody(GenerationBody, TemplatedBody):
             logprobs=logprobs,
             parallel_calls=self.parallel_tool_calls is not False,
             include_reasoning=self.include_reasoning is not False,
+            tool_choice=openai_tool_choice(self.tool_choice),
         )
 
 

@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, field_validator
 
 from k2cli.server.client_request import AnswerOptions, reasoning_variables
+from k2cli.server.dialects.answer_formats import response_format
 from k2cli.server.dialects.body import Body
 from k2cli.server.dialects.shared_fields import (
     MAX_MESSAGES,
     Objects,
     ReasoningEffort,
-    ResponseFormat,
-    check_tool_choice,
 )
+from k2cli.server.dialects.tool_choices import openai_tool_choice
 
 _NOTHING_IS_STORED = "nothing is stored here: send the whole conversation as 'input'"
 
@@ -65,7 +65,7 @@ class ReasoningOptions(Body):
 class TextOptions(Body):
     """The object ``text``."""
 
-    format: ResponseFormat | None = None
+    format: dict[str, Any] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
@@ -91,11 +91,6 @@ class ResponsesBody(_Ignored):
     previous_response_id: Any = None
     prompt: Any = None
 
-    @field_validator("tool_choice")
-    @classmethod
-    def _promises_no_call(cls, value: Any) -> Any:
-        return check_tool_choice(value)
-
     @field_validator("conversation", "previous_response_id", "prompt")
     @classmethod
     def _not_stored(cls, value: Any) -> Any:
@@ -111,7 +106,15 @@ class ResponsesBody(_Ignored):
 
     @property
     def answer_options(self) -> AnswerOptions:
-        """Options for generating the answer."""
+        """Options for generating the answer.
+
+        Raises:
+            ApiError: 400 if the format of the answer or the choice of tools is not understood.
+        """
+        wanted = self.text.format if self.text else None
+        echoed = {"text": {"format": wanted}} if wanted else {}
+        if self.tool_choice is not None:
+            echoed["tool_choice"] = self.tool_choice
         return AnswerOptions(
             model=self.model,
             max_tokens=self.max_output_tokens,
@@ -119,4 +122,7 @@ class ResponsesBody(_Ignored):
             top_p=self.top_p,
             stream=bool(self.stream),
             parallel_calls=self.parallel_tool_calls is not False,
+            answer_format=response_format(wanted, "text.format"),
+            tool_choice=openai_tool_choice(self.tool_choice),
+            echoed=echoed,
         )
