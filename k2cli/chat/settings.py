@@ -143,7 +143,7 @@ def read_settings(path: Path) -> ChatSettings:
         document = tomllib.loads(read_regular(path, _LIMIT_BYTES, follow_links=True).decode())
     except FileNotFoundError:
         return ChatSettings()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"'{path}' cannot be read: {error}", "mend the file, or move it"
         ) from error

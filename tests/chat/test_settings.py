@@ -39,6 +39,7 @@ def test_the_file_holds_what_set_can_set(tmp_path: Path) -> None:
         ("system = 1", "'system'"),
         ("temperature", "Expected '='"),
         (b"\xff", "utf-8"),
+        ("stats = " + "[" * 100_000, "recursion"),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_place(

@@ -289,12 +289,15 @@ def test_keys_and_history(engine: ScriptedEngine, url: str) -> None:
         terminal.type("\x04")
         assert terminal.close() == 0
     history = Path(os.environ["K2_STATE_DIR"], "chat-history")
+    entries = history.read_text()
+    history.write_text(("\n# old\n+" + "x" * 1000 + "\n") * 2000 + entries)
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
     with Terminal("chat", "--url", url) as terminal:
         terminal.prompt()
         engine.answer("ok")
         terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\x1b[A\r")
         terminal.expect("in all")
+        assert abs(history.stat().st_size - 2**19) < 2000  # the older part went
     assert prompts(engine) == [
         "<user>巴黎 one\ntwo\nthre<assistant>".replace("thre", "thee"),
         "<user>巴黎 one\ntwo\nthee<assistant>ok<user>four\nfive<assistant>",

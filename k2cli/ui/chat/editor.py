@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2cli.files import disk_reason, write_atomically
+from k2cli.files import disk_reason, read_regular, read_tail, write_atomically
 from k2cli.ui.chat.stream import columns_of
 from k2cli.ui.chat.width import cut
 from k2cli.ui.output import note, print_prompt, stderr_console
-from k2cli.units import clean_text, one_line
+from k2cli.units import MIB, clean_text, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,6 +35,8 @@ _MOST_HISTORY_BYTES = 2**20
 _MOST_ENTRY_CHARACTERS = 2**16
 """Characters of a message that is kept in the history; a larger one is no line to come back to."""
 _MENU_LINES = 6
+_MOST_MESSAGE_BYTES = 16 * MIB
+"""Largest message that an editor may leave; a request has at most 32 MiB."""
 
 
 def is_open(text: str) -> bool:
@@ -204,7 +206,7 @@ def _shorten(path: Path) -> None:
     """Drop the older half of a history that has become large, at the beginning of an entry."""
     if path.stat().st_size <= _MOST_HISTORY_BYTES:
         return
-    data = path.read_bytes()[-_MOST_HISTORY_BYTES // 2 :]
+    data = read_tail(path, _MOST_HISTORY_BYTES // 2)
     write_atomically(path, data[max(0, data.find(b"\n# ")) :], mode=0o600)
 
 
@@ -232,6 +234,7 @@ def edit_in_program(text: str) -> str:
         if done.returncode:
             raise K2Error(f"the editor '{program}' ended with status {done.returncode}")
         try:
-            return clean_text(path.read_text(encoding="utf-8", errors="replace"))
+            data = read_regular(path, _MOST_MESSAGE_BYTES)
         except OSError as error:
             raise K2Error(f"the editor left no message: {error}") from error
+        return clean_text(data.decode(errors="replace"))
