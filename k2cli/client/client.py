@@ -11,6 +11,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -30,6 +31,7 @@ from k2cli.client.answers import (
     objects,
     read_timings,
 )
+from k2cli.client.certificate import trusting
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
 from k2cli.proxies import proxy_errors, unreachable
 from k2cli.units import MIB
@@ -107,13 +109,23 @@ def api_base(url: str) -> str:
 
 
 class ApiClient:
-    """Client of one server. Close it, or use it as a context manager."""
+    """Client of one server. Close it, or use it as a context manager.
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    Args:
+        url: address of the server.
+        api_key: sent with each request, if there is one.
+        certificate: file with the server's certificate, which is then the only one to trust,
+            whatever its names; None for the authorities that are known to Python.
+    """
+
+    def __init__(
+        self, url: str, api_key: str | None = None, certificate: Path | None = None
+    ) -> None:
         self.base = api_base(url)
         headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
         with proxy_errors():
             self._http = httpx2.Client(
+                verify=trusting(certificate) if certificate is not None else True,
                 headers=headers,
                 timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
                 # Proxies from the environment are not used for this machine's own ports.

@@ -73,7 +73,7 @@ def chat(
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     settings = _settings({**given, "reasoning_effort": "none" if no_thinking else None}, system)
     target = resolve_target(model, url, api_key)
-    with ApiClient(target.url, target.api_key) as client:
+    with ApiClient(target.url, target.api_key, target.certificate) as client:
         picked = client.pick_model(target.model)
         session = ChatSession(client, picked, settings.options, settings.system)
         if question is None:
@@ -179,7 +179,7 @@ def _reconnect(session: ChatSession) -> None:
 
     with suppress(K2Error):
         target = resolve_target(session.model.name, None, None)
-        client = ApiClient(target.url, target.api_key)
+        client = ApiClient(target.url, target.api_key, target.certificate)
         if client.base == session.api.base:
             client.close()
             return

@@ -36,6 +36,7 @@ KEPT_RECORDS = 20
 _PRUNE_SECONDS = 2.0
 _LIMIT_BYTES = 4 * 2**20
 EVENTS_NAME = "events.jsonl"
+CERTIFICATE_NAME = "tls-certificate.pem"
 LOG_NAME = "supervisor.log"
 Listener = Callable[["RunEvent"], None]
 """Receives the events of a run."""
@@ -170,6 +171,12 @@ class RunRecord:
         return path if path.is_file() else None
 
     @property
+    def certificate_file(self) -> Path | None:
+        """The file with the API's TLS certificate, which is the one to trust; None without TLS."""
+        path = self.folder / CERTIFICATE_NAME
+        return path if path.is_file() else None
+
+    @property
     def nodes(self) -> tuple[str, ...]:
         """Names of the nodes, each once."""
         return tuple(dict.fromkeys(rank.node for rank in self.ranks))
@@ -292,8 +299,10 @@ def _current(record: RunRecord, running: Collection[str] | None) -> RunRecord:
 
 
 def remove_leftovers(record: RunRecord) -> None:
-    """Remove what only a live run needs: its secrets, key and reserve, and mpirun's folder."""
-    names = ("launch.json", "api-key", RESERVE_NAME)
+    """Remove what only a live run needs: its secrets, key, certificate and reserve, and mpirun's
+    folder.
+    """
+    names = ("launch.json", "api-key", CERTIFICATE_NAME, RESERVE_NAME)
     for path in (
         *(record.folder / name for name in names),
         *record.folder.glob("bootstrap-*.json"),

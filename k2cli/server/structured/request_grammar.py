@@ -62,8 +62,11 @@ def request_grammar(
     _check_choice(chosen, output.tools or [])
     tools = output.tools or []
     strict = any(tool["function"].get("strict") is True for tool in tools)
-    if wanted is None and not (chosen.required or chosen.names is not None or strict):
+    limited = chosen.required or chosen.names is not None or strict
+    if wanted is None and not limited:
         return None
+    if form.tools is None and not limited:
+        tools = []  # calls are text for this model
     functions = _functions(tools, prompted.tool_places, chosen.names)
     field = wanted.field if wanted is not None else chosen.field
     if options.ignore_stop_tokens:
