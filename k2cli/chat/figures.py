@@ -40,8 +40,15 @@ def _reasoning_share(answer: Answer) -> str:
     return f" ({tokens} of reasoning)" if tokens else ""
 
 
-def answer_document(model: str, answer: Answer, error: str | None = None) -> dict[str, Any]:
-    """Build the document of ``k2 chat --json``; it has ``error`` only if the answer broke off."""
+def answer_document(
+    model: str, answer: Answer, error: str | None = None, *, parsed: bool = False
+) -> dict[str, Any]:
+    """Build the document of ``k2 chat --json``.
+
+    Args:
+        error: why the answer broke off or does not obey its schema; the document has it only then.
+        parsed: True to include the value of the answer, None if there is an error.
+    """
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": model,
@@ -56,4 +63,6 @@ def answer_document(model: str, answer: Answer, error: str | None = None) -> dic
             "tokens_per_second": answer.tokens_per_second,
         },
     }
+    if parsed:
+        document["parsed"] = answer.parsed
     return document if error is None else {**document, "error": error}

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from k2cli.chat.schema import AnswerSchema
 from k2cli.client.answers import Delta, Ended, ReasoningDelta, StreamEvent, count
 from k2cli.client.client import ApiClient, GenerationOptions, ModelInfo
 from k2cli.errors import K2Error
@@ -22,7 +23,7 @@ class Answer:
     """One answer as it grows; ``finish_reason`` stays None if it breaks off.
 
     ``reasoning`` is no part of ``text``. ``first_text_seconds`` (time to first token, of either) is
-    by the client's clock.
+    by the client's clock. ``parsed`` is the value of an answer that obeys the session's schema.
     """
 
     text: str = ""
@@ -31,6 +32,7 @@ class Answer:
     usage: dict[str, Any] = field(default_factory=dict)
     first_text_seconds: float | None = None
     total_seconds: float = 0.0
+    parsed: Any = None
 
     @property
     def timings(self) -> dict[str, Any] | None:
@@ -53,12 +55,18 @@ class Answer:
 
 @dataclass(slots=True)
 class ChatSession:
-    """A conversation with one model; ``unsent`` is a question that got no answer."""
+    """A conversation with one model.
+
+    Attributes:
+        schema: the form that its answers obey, if there is one.
+        unsent: a question that got no answer.
+    """
 
     api: ApiClient
     model: ModelInfo
     options: GenerationOptions = field(default_factory=GenerationOptions)
     system: str | None = None
+    schema: AnswerSchema | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
     answer: Answer | None = None
     unsent: str | None = None
@@ -110,7 +118,8 @@ class ChatSession:
         Close the generator to stop the answer, also on the server.
 
         Raises:
-            K2Error: if the server refuses the request or the connection is lost.
+            K2Error: if the server refuses the request, the connection is lost, or the answer does
+                not obey the schema.
         """
         self.unsent = None
         self.turns.append({"role": "user", "content": question})
@@ -120,7 +129,7 @@ class ChatSession:
         """Answer the last question again, and replace its answer once the new one begins.
 
         Raises:
-            K2Error: if there is no question, the server refuses, or the connection is lost.
+            K2Error: if there is no question, and for the reasons of ``ask``.
         """
         if self.unsent is not None:
             return self.ask(self.unsent)
@@ -134,7 +143,8 @@ class ChatSession:
     def _stream(self, replaced: dict[str, str] | None = None) -> Generator[StreamEvent]:
         answer = self.answer = Answer()
         started = time.monotonic()
-        events = self.api.chat(self.model, self.messages(), self.options)
+        form = None if self.schema is None else self.schema.response_format()
+        events = self.api.chat(self.model, self.messages(), self.options, form)
         try:
             with closing(events) as stream:
                 for event in stream:
@@ -149,6 +159,8 @@ class ChatSession:
                         answer.finish_reason = event.finish_reason
                         answer.usage = event.usage
                     yield event
+            if self.schema is not None:
+                answer.parsed = self.schema.parse(answer.text, answer.finish_reason)
         finally:
             answer.total_seconds = time.monotonic() - started
             self._keep(answer, replaced)

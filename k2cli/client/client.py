@@ -22,6 +22,7 @@ from k2cli.client.answers import (
     Progress,
     StreamEvent,
     Timings,
+    concerns_field,
     count,
     decoded,
     error_message,
@@ -203,14 +204,24 @@ class ApiClient:
         return found
 
     def chat(
-        self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
+        self,
+        model: ModelInfo,
+        messages: list[dict[str, str]],
+        options: GenerationOptions,
+        response_format: dict[str, Any] | None = None,
     ) -> Generator[StreamEvent]:
         """Stream an answer to a conversation. Closing the generator cancels it on the server.
 
+        Args:
+            response_format: the form of the answer, as in OpenAI's API.
+
         Raises:
-            K2Error: if the request is refused, or the connection is lost.
+            UsageError: if the server refuses the response format.
+            K2Error: if it refuses the request, or the connection is lost.
         """
         body = {"model": model.name, "messages": messages, **options.members()}
+        if response_format is not None:
+            body["response_format"] = response_format
         return self._stream("chat/completions", body, progress=model.is_k2)
 
     def complete(self, model: ModelInfo, prompt: list[int], tokens: int) -> Completion:
@@ -295,7 +306,10 @@ class ApiClient:
             raise K2Error(f"{self.base} does not answer as an HTTP server: {error}") from error
 
     def _refusal(self, response: httpx2.Response) -> K2Error:
-        message = error_message(self._body(response)) or f"HTTP status {response.status_code}"
+        body = self._body(response)
+        message = error_message(body) or f"HTTP status {response.status_code}"
+        if response.status_code in (400, 422) and concerns_field(body, "response_format"):
+            return UsageError(f"{self.base} refused the schema: {message}")
         return _failure(response.status_code, message, self.base)
 
 

@@ -14,6 +14,7 @@ from k2cli.commands.target import ApiKeyOption, ModelArgument, Target, UrlOption
 
 if TYPE_CHECKING:
     from k2cli.chat.conversations import Conversation, ConversationStore
+    from k2cli.chat.schema import AnswerSchema
     from k2cli.chat.session import ChatSession
     from k2cli.chat.settings import ChatSettings
 
@@ -51,6 +52,12 @@ def chat(
     private: Annotated[
         bool, typer.Option("--private", help="Keep neither the conversation nor what is entered.")
     ] = False,
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="JSON schema that answers obey; - reads it from stdin, with -p."
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print answer and statistics as one JSON document.")
     ] = False,
@@ -61,21 +68,27 @@ def chat(
     tokens per second and time to first token to stderr. On a terminal, Markdown is rendered, and
     one line shows what the server does before the answer. Conversations are saved.
 
+    With --schema, answers are JSON that obeys the schema. With -p too, stdout has nothing but the
+    JSON, and only if it is whole: an answer that the token limit cuts off ends with exit status 1.
+
     Example: k2 chat -p 'What is the capital of France?' --temperature 0
 
     Example: git diff | k2 chat -p 'Review this' --file CONTRIBUTING.md
+
+    Example: k2 chat -p 'Three cities of France' --schema cities.json | jq .
     """
     from k2cli.chat.session import ChatSession
     from k2cli.client.client import ApiClient
 
     temperature = _checked_temperature(temperature)
-    question = _question(prompt, file or [], interactive=not as_json)
+    answer_schema = _read_schema(schema, prompt)
+    question = _question(prompt, file or [], interactive=not as_json, piped=schema != "-")
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     settings = _settings({**given, "reasoning_effort": "none" if no_thinking else None}, system)
     target = resolve_target(model, url, api_key)
     with ApiClient(target.url, target.api_key, target.certificate) as client:
         picked = client.pick_model(target.model)
-        session = ChatSession(client, picked, settings.options, settings.system)
+        session = ChatSession(client, picked, settings.options, settings.system, answer_schema)
         if question is None:
             names = file or []
             _chat_on_terminal(session, settings, target, resume, names, private=private)
@@ -85,6 +98,8 @@ def chat(
             _check_room(session, question)
         if as_json:
             _answer_as_json(session, question)
+        elif answer_schema is not None and not sys.stdout.isatty():
+            _answer_by_schema(session, question)
         else:
             _answer(session, question)
         _save_resumed(session, resumed)
@@ -112,8 +127,28 @@ def _settings(options: dict[str, Any], system: str | None) -> ChatSettings:
     return settings if system is None else replace(settings, system=system)
 
 
-def _question(prompt: str | None, files: list[str], *, interactive: bool) -> str | None:
+def _read_schema(name: str | None, prompt: str | None) -> AnswerSchema | None:
+    from k2cli.chat.schema import STDIN, read_schema
+    from k2cli.errors import UsageError
+
+    if name is None:
+        return None
+    if name == STDIN and prompt is None:
+        raise UsageError(
+            "--schema - needs a prompt, since stdin is taken by the schema",
+            "k2 chat -p 'Three cities of France' --schema - < cities.json",
+        )
+    return read_schema(name)
+
+
+def _question(
+    prompt: str | None, files: list[str], *, interactive: bool, piped: bool
+) -> str | None:
     """Join files, piped input and the argument to one question; None means an interactive chat.
+
+    Args:
+        interactive: False if a prompt must be given.
+        piped: False if stdin is not a part of the question.
 
     Raises:
         UsageError: if there is no question and no terminal to chat on.
@@ -122,15 +157,15 @@ def _question(prompt: str | None, files: list[str], *, interactive: bool) -> str
     from k2cli.chat.attachments import read_attachment, with_attachments
     from k2cli.errors import UsageError
 
-    piped = None
-    if sys.stdin.isatty():
+    text = None
+    if sys.stdin.isatty() or not piped:
         if prompt is None and not interactive:
             raise UsageError("--json needs a prompt", "give one with -p, or pipe it in")
         if prompt is None:
             return None
     else:
-        piped = sys.stdin.buffer.read().decode(errors="replace").strip()
-    question = "\n\n".join(part for part in (piped, prompt) if part)
+        text = sys.stdin.buffer.read().decode(errors="replace").strip()
+    question = "\n\n".join(part for part in (text, prompt) if part)
     if not question:
         raise UsageError("there is no prompt", "k2 chat -p 'What is the capital of France?'")
     return with_attachments(question, [read_attachment(name) for name in files])
@@ -151,7 +186,8 @@ def _chat_on_terminal(
     from k2cli.settings import state_directory
     from k2cli.ui.chat.terminal import ChatTerminal
 
-    terminal = ChatTerminal(None if private else state_directory() / "chat-history")
+    history = None if private else state_directory() / "chat-history"
+    terminal = ChatTerminal(history, markdown=session.schema is None)
     nodes = [] if target.run is None else [rank.node for rank in target.run.ranks]
     chat = Chat(
         session,
@@ -242,7 +278,7 @@ def _answer(session: ChatSession, question: str) -> None:
     from k2cli.ui.chat.stream import dim_note
 
     waiting = Waiting()
-    view = AnswerView(waiting.status, waiting.thought)
+    view = AnswerView(waiting.status, waiting.thought, markdown=session.schema is None)
     try:
         with closing(session.ask(question)) as events:
             for event in events:
@@ -257,19 +293,45 @@ def _answer(session: ChatSession, question: str) -> None:
         dim_note(figures_line(session.answer))
 
 
+def _answer_by_schema(session: ChatSession, question: str) -> None:
+    """Print an answer once it is whole and obeys the schema; meanwhile show its progress."""
+    from k2cli.chat.figures import figures_line
+    from k2cli.chat.waiting import Waiting
+    from k2cli.client.answers import ReasoningDelta
+    from k2cli.ui.chat.answer_view import AnswerView
+    from k2cli.ui.chat.stream import dim_note
+    from k2cli.ui.output import print_json
+
+    waiting = Waiting()
+    view = AnswerView(waiting.status, waiting.thought)
+    try:
+        with closing(session.ask(question)) as events:
+            for event in events:
+                waiting.update(event)
+                if isinstance(event, ReasoningDelta):
+                    view.reasoning_text(event.text)
+    finally:
+        view.end()
+    if session.answer is not None:
+        # A carriage return in valid JSON is whitespace; print_json would escape it.
+        print_json(session.answer.text.strip().replace("\r", " ").encode())
+        dim_note(figures_line(session.answer))
+
+
 def _answer_as_json(session: ChatSession, question: str) -> None:
     from k2cli.chat.figures import answer_document
     from k2cli.chat.session import Answer
     from k2cli.errors import K2Error
     from k2cli.ui.output import print_json
 
-    name = session.model.name
+    name, parsed = session.model.name, session.schema is not None
     try:
         with closing(session.ask(question)) as events:
             for _ in events:
                 pass
     except K2Error as error:
         # A partial answer is still useful, and the exit status shows that it is incomplete.
-        print_json(answer_document(name, session.answer or Answer(), error.message))
+        answer = session.answer or Answer()
+        print_json(answer_document(name, answer, error.message, parsed=parsed))
         raise
-    print_json(answer_document(name, session.answer or Answer()))
+    print_json(answer_document(name, session.answer or Answer(), parsed=parsed))

@@ -32,6 +32,7 @@ from k2cli.server.routes import (
     messages,
     models,
     monitoring,
+    openapi,
     responses,
     tokenize,
 )
@@ -51,6 +52,7 @@ _ROUTES = (
     Route("/metrics", monitoring.metrics),
     Route("/", health.root),
     Route("/health", health.health),
+    Route("/openapi.json", openapi.openapi),
 )
 
 

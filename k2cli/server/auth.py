@@ -21,8 +21,9 @@ from k2cli.server.served_model import ServedModel
 # state.
 OPEN_PATHS = frozenset({"/health"})
 
-# Claude Code asks for it first, without a key, and the answer only says that k2 is here.
-KEYLESS_PATHS = OPEN_PATHS | {"/"}
+# Claude Code asks for "/" first, without a key, and the answer only says that k2 is here. The
+# document is the same for all runs of a version.
+KEYLESS_PATHS = OPEN_PATHS | {"/", "/openapi.json"}
 
 
 # They show what others do, and when.

@@ -58,7 +58,10 @@ def _content(value: Any) -> str | list[dict[str, Any]]:
     return value
 
 
-Content = Annotated[str | list[dict[str, Any]], PlainValidator(_content)]
+_ContentInput = str | Annotated[list[dict[str, Any]], Field(max_length=MAX_BLOCKS)]
+Content = Annotated[
+    str | list[dict[str, Any]], PlainValidator(_content, json_schema_input_type=_ContentInput)
+]
 
 
 class AnthropicMessage(BaseModel):

@@ -26,6 +26,7 @@ from pydantic import (
 
 from k2cli.server.client_request import AnswerOptions, Conversation, reasoning_variables
 from k2cli.server.dialects.body import Body
+from k2cli.server.dialects.exact_literals import Off, One
 from k2cli.server.dialects.format_fields import FormatFields
 from k2cli.server.dialects.shared_fields import (
     MAX_MESSAGES,
@@ -164,9 +165,24 @@ def _string_keys_to_ids(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
-StopStrings = Annotated[list[str], PlainValidator(_stop_strings)]
-Prompt = Annotated[str | list[int], PlainValidator(_prompt)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+# What clients may send, for the OpenAPI document.
+_StopsInput = str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None
+_PromptInput = str | list[int] | list[str] | list[list[int]]
+_ContentInput = str | Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS)] | None
+_BiasesInput = Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None
+
+StopStrings = Annotated[
+    list[str], PlainValidator(_stop_strings, json_schema_input_type=_StopsInput)
+]
+Prompt = Annotated[str | list[int], PlainValidator(_prompt, json_schema_input_type=_PromptInput)]
+Biases = Annotated[
+    dict[int, Bias] | None,
+    BeforeValidator(_string_keys_to_ids, json_schema_input_type=_BiasesInput),
+]
+TextContent = Annotated[
+    str | None, BeforeValidator(_joined_text, json_schema_input_type=_ContentInput)
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Functions = Annotated[Objects, AfterValidator(_functions)]
 Calls = Annotated[Objects, AfterValidator(_calls)]
@@ -178,7 +194,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_joined_text)] = None
+    content: TextContent = None
     name: str | None = None
     tool_calls: Calls | None = None
     tool_call_id: str | None = None
@@ -248,7 +264,7 @@ class GenerationBody(_Ignored, FormatFields):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.001, le=10)] | None = None
-    logit_bias: Annotated[dict[int, Bias] | None, BeforeValidator(_string_keys_to_ids)] = None
+    logit_bias: Biases = None
     k2: Extensions | None = None
 
     def options(self, **members: Any) -> AnswerOptions:
@@ -381,8 +397,8 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    best_of: One | None = None
+    echo: Off | None = None
     suffix: Literal[""] | None = None
 
     @property

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, field_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, field_validator
 
 from k2cli.server.client_request import AnswerOptions, reasoning_variables
 from k2cli.server.dialects.answer_formats import response_format
 from k2cli.server.dialects.body import Body
+from k2cli.server.dialects.exact_literals import Off, Zero
 from k2cli.server.dialects.shared_fields import (
     MAX_MESSAGES,
     Objects,
@@ -33,6 +34,13 @@ def _input(value: Any) -> str | list[dict[str, Any]]:
     if not 0 < len(value) <= MAX_MESSAGES:
         raise ValueError(f"has {len(value)} items; at least 1 and at most {MAX_MESSAGES} work")
     return value
+
+
+_InputItems = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+Input = Annotated[
+    str | list[dict[str, Any]], PlainValidator(_input, json_schema_input_type=str | _InputItems)
+]
+Refused = Annotated[Any, WithJsonSchema({"type": "null"})]
 
 
 class _Ignored(Body):
@@ -72,7 +80,7 @@ class TextOptions(Body):
 class ResponsesBody(_Ignored):
     """Body of ``POST /v1/responses``."""
 
-    input: Annotated[str | list[dict[str, Any]], PlainValidator(_input)]
+    input: Input
     model: str | None = None
     instructions: str | None = None
     tools: Objects | None = None
@@ -83,13 +91,13 @@ class ResponsesBody(_Ignored):
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: Zero | None = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
+    background: Off | None = None
     stream: bool | None = None
-    conversation: Any = None
-    previous_response_id: Any = None
-    prompt: Any = None
+    conversation: Refused = None
+    previous_response_id: Refused = None
+    prompt: Refused = None
 
     @field_validator("conversation", "previous_response_id", "prompt")
     @classmethod

@@ -24,7 +24,9 @@ def openai_tool_choice(value: Any) -> ToolChoice:
         return ToolChoice()
     if value == "required":
         return ToolChoice(required=True)
-    kind = value.get("type") if isinstance(value, dict) else value
+    if isinstance(value, str):
+        raise invalid(f"{_FIELD}: {value[:100]!r} is not supported; {_WORDS}", _FIELD)
+    kind = value.get("type") if isinstance(value, dict) else None
     match kind:
         case "function":
             return ToolChoice(required=True, names=(_name(value, _FIELD),))

@@ -62,7 +62,7 @@ class AnswerWriter:
 
     Args:
         stream: a terminal, a file or a pipe; stdout if it is not given.
-        markdown: False to write the text as it is to a terminal, too.
+        markdown: False to write the text as it is to a terminal, too: JSON may have its markers.
     """
 
     def __init__(self, stream: TextIO | None = None, *, markdown: bool = True) -> None:

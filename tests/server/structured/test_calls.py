@@ -58,16 +58,26 @@ def _grammar(of: Model, functions: Sequence[Function], several: bool, after_text
     return text.build(make(of.form.tools, functions, text, several=several))
 
 
+_MODES = ((False, False), (True, False), (True, True))
+"""Several calls, and after text."""
+
+
 def _check(
-    of: Model, parser: str, functions: Sequence[Function], source: random.Random, count: int
+    of: Model,
+    functions: Sequence[Function],
+    source: random.Random,
+    count: int,
+    modes: Sequence[tuple[bool, bool]] = _MODES,
 ) -> int:
     """Compare texts of a grammar with what is read in them. Return the number of calls."""
     calls = 0
+    assert of.form.tools is not None
+    snippets = _snippets(of.form.tools.name)
     schemas = {each.name: each.parameters or {"type": "object"} for each in functions}
-    for several, after_text in ((False, False), (True, False), (True, True)):
+    for several, after_text in modes:
         matcher = of.matcher(_grammar(of, functions, several, after_text))
         for _ in range(count):
-            ids = sample(of, matcher.deep_copy(), source, _snippets(parser), source.randrange(120))
+            ids = sample(of, matcher.deep_copy(), source, snippets, source.randrange(120))
             if ids is None:
                 continue
             cuts = [source.randrange(1000) for _ in range(5)]
@@ -88,19 +98,33 @@ def _check(
 @pytest.mark.parametrize("plain", [False, True], ids=["tokens", "text"])
 @pytest.mark.parametrize("parser", FORMS)
 def test_what_a_grammar_allows_is_read_as_calls_that_obey(parser: str, plain: bool) -> None:
-    source = random.Random(parser)
-    of = model(parser, plain)
     if plain and parser in ONLY_TOKENS:
         with pytest.raises(ApiError, match=f"{parser}.*has no token"):
-            _grammar(of, EVERY, True, False)
+            _grammar(model(parser, plain), EVERY, True, False)
         return
+    assert _check_all(model(parser, plain), random.Random(parser), 3) > 40
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("plain", [False, True], ids=["tokens", "text"])
+@pytest.mark.parametrize("parser", FORMS)
+def test_much_that_grammars_allow(parser: str, plain: bool) -> None:
+    if not (plain and parser in ONLY_TOKENS):
+        for seed in range(10):
+            _check_all(model(parser, plain), random.Random(seed), 20)
+
+
+def _check_all(of: Model, source: random.Random, count: int) -> int:
     functions = [each for each in EVERY if _is_possible(of, each)]
-    assert len(functions) > 4 if parser == "function_gemma" else len(functions) == len(EVERY)
-    calls = 0
+    assert of.form.tools is not None
+    if of.form.tools.name == "function_gemma":
+        assert len(functions) > 4
+    else:
+        assert functions == list(EVERY)
+    calls = _check(of, functions, source, 4 * count)
     for each in functions:
-        calls += _check(of, parser, [each], source, 6)
-    calls += _check(of, parser, functions, source, 20)
-    assert calls > 100
+        calls += _check(of, [each], source, count, [(source.random() < 0.5, False)])
+    return calls
 
 
 def _is_possible(of: Model, function: Function) -> bool:
