@@ -23,7 +23,9 @@ class Api:
         self.scripts = list(scripts)
         self.sent: list[list[dict[str, str]]] = []
 
-    def chat(self, model: Any, messages: Any, options: Any) -> Iterator[StreamEvent]:
+    def chat(
+        self, model: Any, messages: Any, options: Any, form: Any = None
+    ) -> Iterator[StreamEvent]:
         self.sent.append(list(messages))
         for event in self.scripts.pop(0):
             if isinstance(event, Exception):
