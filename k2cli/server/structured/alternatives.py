@@ -7,9 +7,11 @@ unions with a tag, where the two are the same.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
 
+from k2cli.server.output.parameter_types import TYPES, type_of
 from k2cli.server.structured.normal_form import NormalSchema
 from k2cli.server.structured.rewriting import Schema
 from k2cli.server.structured.schema_problem import SchemaProblem
@@ -17,7 +19,7 @@ from k2cli.server.structured.schema_problem import SchemaProblem
 MAX_COMPARISONS = 50_000
 """Comparisons for one schema; with more, schemas count as overlapping."""
 _MAX_LEVELS = 16
-_TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
+_TYPES = TYPES - {"integer"}
 _OVERLAP = (
     "two of its schemas may match the same value, and 'exactly one' cannot be held; use anyOf"
 )
@@ -118,33 +120,23 @@ class _Comparison:
 def _types(schema: Schema) -> frozenset[str]:
     """Return the types that the values of a schema may have; integers are numbers."""
     given = schema.get("type", _TYPES)
-    kinds = [given] if isinstance(given, str) else given
-    found = frozenset("number" if kind == "integer" else kind for kind in kinds)
-    values = _values(schema)
-    if values is None:
-        return found
-    return found & frozenset(_type_of(json.loads(value)) for value in values)
+    found = _with_numbers([given] if isinstance(given, str) else given)
+    values = _listed(schema)
+    return found if values is None else found & _with_numbers(map(type_of, values))
 
 
-def _type_of(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "boolean"
-        case int() | float():
-            return "number"
-        case str():
-            return "string"
-        case list():
-            return "array"
-        case _:
-            return "object"
+def _with_numbers(kinds: Iterable[str]) -> frozenset[str]:
+    return frozenset("number" if kind == "integer" else kind for kind in kinds)
+
+
+def _listed(schema: Schema) -> list[Any] | None:
+    """Return a schema's only values, if it lists them."""
+    return [schema["const"]] if "const" in schema else schema.get("enum")
 
 
 def _values(schema: Schema) -> set[str] | None:
     """Return the JSON texts of a schema's only values, if it lists them."""
-    given = [schema["const"]] if "const" in schema else schema.get("enum")
+    given = _listed(schema)
     if given is None:
         return None
     whole = (int(one) if isinstance(one, float) and one.is_integer() else one for one in given)

@@ -23,6 +23,7 @@ MAX_SHARED_FACTOR = 65_535
 """With several ``multipleOf``, their least common multiple must fit into 32 bits."""
 
 _LEAST_LITERAL = 1e-9
+_MAX_CACHED_LETTERS = 1_000
 # Answers have no escapes by number (``grammars.text.ESCAPES``), and of those that are left out of a
 # text by itself llguidance would make nothing. Within a class of letters they do no harm.
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
@@ -170,7 +171,10 @@ _LIMITS = (
 
 
 def _check_shape(shape: Schema, pointer: str) -> None:
-    found = _shape_problem(json.dumps(shape, sort_keys=True))
+    text = json.dumps(shape, sort_keys=True)
+    # The cache counts its entries, and a client may send many that are long.
+    find = _shape_problem if len(text) <= _MAX_CACHED_LETTERS else _shape_problem.__wrapped__
+    found = find(text)
     if found is not None:
         raise SchemaProblem(pointer + found[0], found[1])
 
@@ -197,9 +201,5 @@ def _shape_validator() -> Any:
     The whole metaschema takes ten times as long, and checks subschemas, which the reader visits.
     """
     from jsonschema import Draft202012Validator
-    from jsonschema_specifications import REGISTRY
 
-    return Draft202012Validator(REGISTRY.contents(DRAFTS[0].replace("/schema", _VALIDATION)))
-
-
-_VALIDATION = "/meta/validation"
+    return Draft202012Validator({"$ref": DRAFTS[0].replace("/schema", "/meta/validation")})

@@ -8,7 +8,7 @@ import pytest
 
 from k2cli.server.errors import ApiError
 from k2cli.server.structured import json_schema
-from k2cli.server.structured.json_schema import BoundedCache, checked_schema
+from k2cli.server.structured.json_schema import checked_schema
 from tests.server.structured.matching import holds
 
 
@@ -172,13 +172,3 @@ def test_what_is_lenient_leaves_out_what_cannot_be_held() -> None:
     assert not holds(schema, {"b": 1}, lenient=True)
     with pytest.raises(ApiError, match="s/type: objekt is not a type"):
         checked_schema({"type": "objekt"}, "s", lenient=True)
-
-
-def test_a_cache_keeps_what_was_used_last() -> None:
-    cache: BoundedCache[str] = BoundedCache(10)
-    for key in (b"a", b"b"):
-        cache.put(key, "x", 5)
-    assert cache.get(b"a") == "x"
-    cache.put(b"c", "x", 5)
-    cache.put(b"d", "x", 11)
-    assert [cache.get(key) for key in (b"a", b"b", b"c", b"d")] == ["x", None, "x", None]
