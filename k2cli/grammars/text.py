@@ -108,10 +108,6 @@ class GrammarText:
             text = self._named("T", f"{text} {_quoted(end[: found.start()])}")
         return f"{text} {self.literal(end[found.start() :])}"
 
-    def any_text(self) -> str:
-        """Return an expression for any text without tokens of their own, the empty one included."""
-        return self.text()
-
     def _named(self, letter: str, body: str, options: str = "") -> str:
         """Add a rule or terminal unless it is there already. Return its name."""
         key = f"{letter}{options}: {body}"

@@ -65,9 +65,10 @@ def checked_schema(
 
 def _read(schema: Any, place: str, param: str, *, lenient: bool) -> CheckedSchema:
     try:
-        text = json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode(
-            errors="replace"
-        )
+        text = json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # JSON within a text of the body may have them
+        message = f"{place}: has a lone surrogate (such as \\ud800), which is half of a letter"
+        raise invalid(message, param) from None
     except (RecursionError, ValueError):
         raise invalid(f"{place}: nests too deeply", param) from None
     if len(text) > MAX_SCHEMA_BYTES:

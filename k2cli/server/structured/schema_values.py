@@ -72,7 +72,7 @@ class ValueChecks:
                     raise SchemaProblem(f"{pointer}/{key}", reason)
         for key in (*NUMBERS, *COUNTS):
             most = MAX_EXACT_INTEGER if key in NUMBERS else MAX_COUNT
-            if abs(given.get(key, 0)) > most:
+            if not abs(given.get(key, 0)) <= most:  # nor NaN
                 raise SchemaProblem(f"{pointer}/{key}", f"{shown(given[key])} is too large")
         _check_order(given, pointer)
         if "multipleOf" in given:
@@ -143,7 +143,7 @@ def _check_literals(value: Any, pointer: str, several: bool) -> int:
             raise SchemaProblem(place, f"has {_CANNOT_BE_WRITTEN}")
         elif isinstance(found, int | float) and not isinstance(found, bool):
             small = isinstance(found, float) and 0 < abs(found) < _LEAST_LITERAL
-            if abs(found) > MAX_EXACT_INTEGER or small:
+            if small or not abs(found) <= MAX_EXACT_INTEGER:
                 raise SchemaProblem(place, f"{shown(found)} is too large or too small")
     return members
 

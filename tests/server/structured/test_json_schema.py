@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -59,6 +60,9 @@ PLACES: list[tuple[Any, str]] = [
     (inside({"minLength": 2**40}), "s/properties/a/minLength: 1099511627776 is too large"),
     (inside({"enum": [1, 10**30]}), "s/properties/a/enum/1: 1000"),
     (inside({"const": 1e-20}), "s/properties/a/const: 1e-20 is too large or too small"),
+    (inside({"enum": [1, math.nan]}), "s/properties/a/enum/1: NaN is too large or too small"),
+    (inside({"minimum": math.nan}), "s/properties/a/minimum: NaN is too large"),
+    (inside({"title": "\ud800"}), "s: has a lone surrogate"),
     (inside({"minProperties": 2}), "s/properties/a/minProperties: 2: more than 1 cannot be held"),
     (inside({"$ref": "http://a/b"}), "s/properties/a/$ref: http://a/b is another document"),
     (inside({"$ref": "other.json#/x"}), "s/properties/a/$ref: other.json#/x is another document"),
