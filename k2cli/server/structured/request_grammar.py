@@ -26,6 +26,7 @@ from k2cli.server.structured.json_schema import checked_schema
 _NEWLINES = r"\n{1,4}"
 """Newlines that models were trained to write after reasoning."""
 _KIMI_K3 = "kimi_k3"
+_K3_RESPONSE = "<|open|>response<|sep|>"
 _SHOWN_NAMES = 20
 
 
@@ -215,6 +216,11 @@ class _Writer:
         """True if the prompt ends within the answer's own text."""
         return self.prompted.continued is not None and not self.inside
 
+    @property
+    def _k3_opened(self) -> bool:
+        """True if the prompt ends within a response of Kimi K3, as it does without reasoning."""
+        return self._begun or self.prompted.prompt.endswith(_K3_RESPONSE)
+
     def _prefix(self) -> str:
         """Return the beginning of the answer's own text, if the prompt ends with one."""
         if not self._begun:
@@ -237,13 +243,14 @@ class _Writer:
             kind = optional(constrained) if is_json(wanted) else ""
             return f"{self.text.literal('<|channel|>final')} {kind} {self._message()} {value}"
         if self._is(_KIMI_K3):
-            begins = "" if self._begun else self._marker("<|open|>response<|sep|>")
+            begins = "" if self._k3_opened else self._marker(_K3_RESPONSE)
             return f"{begins} {value} {self._marker('<|close|>response<|sep|>')} {self._k3_end()}"
         return value
 
     def _calls(self, calls: str) -> str:
         if self._is(_KIMI_K3):
-            empty = self._marker("<|open|>response<|sep|><|close|>response<|sep|>")
+            begins = "" if self._k3_opened else self._marker(_K3_RESPONSE)
+            empty = f"{begins} {self._marker('<|close|>response<|sep|>')}"
             return f"{optional(empty)} {calls} {self._k3_end()}"
         return f"{self.text.terminal(_NEWLINES)}? {calls}" if self._reasoning else calls
 
@@ -277,7 +284,7 @@ class _Writer:
             return f"{thought}* {body}" if at_start else body
         if self.inside:
             return f"{ends} {body}"
-        if self._begun or self.prompted.prompt.rstrip().endswith(form.close):
+        if self._begun or self.prompted.prompt.rstrip().endswith((form.close, _K3_RESPONSE)):
             return body
         before = f"{self.text.terminal(_NEWLINES)}?"
         return f"{optional(f'{before} {self._marker(form.opens)} {ends}')} {body}"

@@ -34,6 +34,7 @@ class ValuePlace:
         limited_without: the same for texts with a pattern or a length.
         strip: what the parser removes from a text.
         is_stripped: True if that is all whitespace at its ends.
+        booleans: other words for truth values, where no other value is possible.
     """
 
     end: str
@@ -44,6 +45,7 @@ class ValuePlace:
     limited_without: tuple[str, ...] = ()
     strip: Callable[[str], str] = str
     is_stripped: bool = False
+    booleans: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,13 @@ def json_value(text: GrammarText, value: ValueSchema, parts: list[Schema], at: V
     """
     before = f"{text.letters(at.before)} " if at.before else ""
     gap = f"{text.terminal(at.gap)}?" if at.gap else ""
-    return f"{before}{value.json(text, parts)} {gap} {text.literal(at.end)}"
+    content = value.json(text, parts)
+    if at.booleans and all(
+        isinstance(part, dict) and part.get("type") == "boolean" and constraints(part) == {"type"}
+        for part in parts
+    ):
+        content = choice(content, *map(text.letters, at.booleans))
+    return f"{before}{content} {gap} {text.literal(at.end)}"
 
 
 def untold_value(text: GrammarText, value: ValueSchema, at: ValuePlace) -> str:
