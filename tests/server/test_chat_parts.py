@@ -215,7 +215,7 @@ def test_logprobs_are_those_of_the_text(engine: ScriptedEngine, url: str) -> Non
 
 
 def test_reasoning_is_taken_back_under_either_name() -> None:
-    from k2cli.server.dialects.openai_schemas import Message
+    from k2cli.server.dialects.openai_messages import Message
 
     for name in ("reasoning", "reasoning_content"):
         turn = Message(role="assistant", content="a", **{name: "because"}).for_template()

@@ -52,7 +52,7 @@ class _Comparison:
     """Proof that no value matches two schemas."""
 
     def __init__(self, found: NormalSchema) -> None:
-        self._definitions = found.definitions
+        self._found = found
         self._left = MAX_COMPARISONS
 
     def all_disjoint(self, options: list[Schema | bool]) -> bool:
@@ -70,7 +70,7 @@ class _Comparison:
     def _target(self, option: Schema | bool) -> Schema:
         """Return what a reference refers to, and another schema as it is."""
         if isinstance(option, dict) and list(option) == ["$ref"]:
-            option = self._definitions.get(option["$ref"].removeprefix("#/$defs/"), True)
+            option = self._found.target(option["$ref"])
         return option if isinstance(option, dict) else {}
 
     def disjoint(self, one: Schema | bool, other: Schema | bool, level: int) -> bool:
@@ -94,11 +94,8 @@ class _Comparison:
 
     def _parts_disjoint(self, one: Schema, other: Schema, level: int) -> bool:
         """Compare the schemas that ``one`` applies to the same value."""
-        if "$ref" in one:
-            name = one["$ref"].removeprefix("#/$defs/")
-            target = self._definitions.get(name, True)
-            if self.disjoint(target, other, level + 1):
-                return True
+        if "$ref" in one and self.disjoint(self._found.target(one["$ref"]), other, level + 1):
+            return True
         if any(self.disjoint(part, other, level + 1) for part in one.get("allOf", ())):
             return True
         return any(

@@ -7,9 +7,10 @@ import json
 import re
 from typing import Any
 
+from k2cli.server.json_pointer import pointer_part
 from k2cli.server.structured.keywords import COUNTS, DRAFTS, NUMBERS, PLAIN
 from k2cli.server.structured.rewriting import MAX_COUNT, Schema
-from k2cli.server.structured.schema_problem import SchemaProblem, pointer_part, shown
+from k2cli.server.structured.schema_problem import SchemaProblem, shown
 
 MAX_REQUIRED = 2_000
 MAX_ENUM_VALUES = 10_000

@@ -68,6 +68,7 @@ PLACES: list[tuple[Any, str]] = [
     (inside({"$ref": "other.json#/x"}), "s/properties/a/$ref: other.json#/x is another document"),
     (inside({"$ref": "#/$defs/none"}), "s/properties/a/$ref: #/$defs/none points to nothing"),
     (inside({"$ref": "#none"}), "s/properties/a/$ref: #none points to nothing"),
+    ({"prefixItems": [{"$ref": f"#/prefixItems/{'9' * 5000}"}]}, "s/prefixItems/0/$ref: #/prefixI"),
     (inside({"$id": "b", "$ref": "#"}), "s/properties/a/$id: a schema with a name of its own"),
     (inside({"const": {"b": ["a\x00"]}}), "s/properties/a/const/b/0: has a control character"),
     (inside({"required": ["\x7f"]}), "s/properties/a: the name '\\x7f' has a control character"),
