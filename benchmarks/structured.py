@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.checkpoints import LARGE_TOY
 from benchmarks.comparison import say
 from benchmarks.report import environment
@@ -59,6 +61,13 @@ The target is {target} times the time of *neither*, or less.
 | placement | neither, ms | schema, ms | penalties, ms | schema / neither | penalties / neither |
 | --- | ---: | ---: | ---: | ---: | ---: |
 {rows}
+
+Processor time of the leader rank per token, all its threads; it depends less on other work of the
+machine:
+
+| placement | neither, ms | schema, ms | penalties, ms | schema / neither | penalties / neither |
+| --- | ---: | ---: | ---: | ---: | ---: |
+{processor_rows}
 
 ## Time to the first mask
 
@@ -177,8 +186,13 @@ def _prompt(seed: int) -> list[int]:
 
 def seconds_per_token(
     pool: RankPool, kind: str, requests: int, round_number: int, tokens: int = ANSWER_TOKENS
-) -> float:
-    """Answer so many requests; return the seconds from their first to their last tokens."""
+) -> tuple[float, float]:
+    """Answer so many requests; return seconds per token, and seconds of the leader's processor.
+
+    The former are from the first tokens to the last, the latter of the whole answers.
+    """
+    leader = psutil.Process(pool.ranks[0].process.pid)
+    before = leader.cpu_times()
     sampling = Sampling(presence_penalty=0.1) if kind == PENALIZED else Sampling()
     names = [
         pool.submit(
@@ -204,36 +218,59 @@ def seconds_per_token(
             finished[message.request_id] = message
     for name in names:
         assert finished[name].reason == "length", pool.outcomes[name].error
-    return (max(last.values()) - max(first.values())) / (tokens - 1)
+    after = leader.cpu_times()
+    processor = after.user + after.system - before.user - before.system
+    return (max(last.values()) - max(first.values())) / (tokens - 1), processor / tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Seconds per token of one case, by kind of request, and the ratios to requests of neither."""
+    """Seconds per token of one case, and seconds of the leader's processor, by kind of request."""
 
     case: Case
     seconds: dict[str, Summary]
-    ratios: dict[str, Summary]
+    processor: dict[str, Summary]
+
+    @property
+    def cells(self) -> str:
+        """The row of time per token."""
+        return _cells(self.seconds)
+
+    @property
+    def processor_cells(self) -> str:
+        """The row of processor time per token."""
+        return _cells(self.processor)
+
+
+def _cells(found: dict[str, Summary]) -> str:
+    shares = [
+        ratios(found[kind].samples, found[PLAIN].samples, more_is_better=True)
+        for kind in (MASKED, PENALIZED)
+    ]
+    return " | ".join(
+        [*(_milliseconds(found[kind]) for kind in KINDS), *(_spread(share) for share in shares)]
+    )
 
 
 def measure(model: Path, folder: Path, case: Case, rounds: int) -> Row:
     """Measure all kinds of requests in turn, in each round."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     with _ranks(model, folder, case) as pool:
         for kind in KINDS:
             seconds_per_token(pool, kind, case.requests, 99, _WARM_UP_TOKENS)
         for number in range(rounds):
             for kind in KINDS if order_of_round(number) == (0, 1) else reversed(KINDS):
-                seconds[kind].append(seconds_per_token(pool, kind, case.requests, number))
+                found[kind].append(seconds_per_token(pool, kind, case.requests, number))
             say(
                 f"{case.title}: "
-                + ", ".join(f"{k} {v[-1] * 1e3:.2f} ms" for k, v in seconds.items())
+                + ", ".join(f"{k} {v[-1][0] * 1e3:.2f} ms" for k, v in found.items())
             )
-    plain = seconds[PLAIN]
     return Row(
         case,
-        {kind: summary(found) for kind, found in seconds.items()},
-        {kind: ratios(seconds[kind], plain, more_is_better=True) for kind in (MASKED, PENALIZED)},
+        *(
+            {kind: summary([pair[part] for pair in found[kind]]) for kind in KINDS}
+            for part in (0, 1)
+        ),
     )
 
 
@@ -301,14 +338,6 @@ def page(rows: Sequence[Row], waits: Waits, masks: Sequence[float], options: Any
     machine = environment()
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     share = [_percentile(masks, percent) * 1e3 for percent in (50, 90, 99, 100)]
-    rows_of_table = [
-        f"| {row.case.title} | "
-        + " | ".join(_milliseconds(row.seconds[kind]) for kind in KINDS)
-        + " | "
-        + " | ".join(_spread(row.ratios[kind]) for kind in (MASKED, PENALIZED))
-        + " |"
-        for row in rows
-    ]
     return _PAGE_TEXT.format(
         vocabulary=f"{VOCABULARY:,}",
         words="of a real model" if options.tokenizer else "of random words",
@@ -318,7 +347,8 @@ def page(rows: Sequence[Row], waits: Waits, masks: Sequence[float], options: Any
         versions=f"Python {machine['python']}, {versions}",
         load=f"{machine['load_average'][0]:.1f}",
         target=f"{TARGET:.2f}",
-        rows="\n".join(rows_of_table),
+        rows="\n".join(f"| {row.case.title} | {row.cells} |" for row in rows),
+        processor_rows="\n".join(f"| {row.case.title} | {row.processor_cells} |" for row in rows),
         cold=_milliseconds(waits.cold),
         new=_milliseconds(waits.new),
         known=_milliseconds(waits.known),

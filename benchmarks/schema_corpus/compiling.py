@@ -12,11 +12,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from k2cli.server.structured.json_schema import checked_schema
-
 from k2cli.grammars.check import grammar_problem
 from k2cli.grammars.text import GrammarText
 from k2cli.server.errors import ApiError
+from k2cli.server.structured.json_schema import checked_schema
 
 LIMIT_SECONDS = 60
 PLACE = "schema"

@@ -73,11 +73,12 @@ class GrammarText:
         """
         return self._named("T", regex(pattern))
 
-    def text(self, *patterns: str, without: Sequence[str] = ()) -> str:
+    def text(self, *patterns: str, without: Sequence[str] = (), around: str = "") -> str:
         """Add a terminal for texts without tokens of their own, and return its name.
 
         Args:
             patterns: each must match the whole text; none for any text.
+            around: matches what may stand before and after such a text.
             without: letters that it does not contain.
         """
         kept = [regex(pattern) for pattern in patterns or (_ANY,)]
@@ -86,17 +87,20 @@ class GrammarText:
             # A negation alone would match bytes that are no UTF-8.
             kept += [] if _ANY in patterns or not patterns else [regex(_ANY)]
             kept.append(f"~{regex(f'{_ANY}({several}){_ANY}')}")
-        return self._named("T", " & ".join(kept))
+        text = self._named("T", " & ".join(kept))
+        return self._named("T", f"{regex(around)} {text} {regex(around)}") if around else text
 
-    def text_until(self, end: str, *patterns: str, without: Sequence[str] = ()) -> str:
+    def text_until(
+        self, end: str, *patterns: str, without: Sequence[str] = (), around: str = ""
+    ) -> str:
         """Return an expression for a text and what ends it.
 
         Args:
             end: the first occurrence after a text that is allowed ends it. It must not be empty.
-            patterns, without: see ``text``.
+            patterns, without, around: see ``text``.
         """
         found = self._tokens.search(end) if self._tokens else None
-        text = self.text(*patterns, without=without)
+        text = self.text(*patterns, without=without, around=around)
         if found is None:
             return self._named("r", text, f"[suffix={_quoted(end)}]")
         if found.start():

@@ -31,6 +31,7 @@ from k2cli.sharding.stand_ins import (
     OutputCounter,
     StageInput,
     StageOutput,
+    without_values,
 )
 
 
@@ -158,7 +159,8 @@ def _run_with(model: nn.Module, layer: int, stand_in: nn.Module) -> None:
     original = layers[layer]
     layers[layer] = stand_in
     try:
-        model(mx.zeros((1, 1), dtype=mx.int32), cache=make_cache(model))
+        with without_values(model):
+            model(mx.zeros((1, 1), dtype=mx.int32), cache=make_cache(model))
     finally:
         layers[layer] = original
 

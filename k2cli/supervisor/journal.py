@@ -20,7 +20,7 @@ import msgspec
 import psutil
 
 from k2cli.agent.activity import start_of
-from k2cli.agent.run_folder import make_reserve
+from k2cli.agent.run_folder import make_reserve, write_private
 from k2cli.files import disk_reason
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.protocol import (
@@ -33,9 +33,11 @@ from k2cli.protocol import (
     RunEvent,
     RunReady,
     RunRestarting,
+    TlsCertificate,
 )
 from k2cli.runs.log import ACCESS_SENDER, MAX_LOG_BYTES, LogEntry, format_entry
 from k2cli.runs.record import (
+    CERTIFICATE_NAME,
     EVENTS_NAME,
     AttemptRecord,
     FailureRecord,
@@ -130,9 +132,18 @@ class Journal:
                 self._save(replace(self.record, state="ready", url=event.url, cause=""))
             case RankFailed():
                 self.say(f"rank {event.rank} on {event.node} failed: {event.cause}")
+            case TlsCertificate(pem=pem):
+                self._keep_certificate(pem)
             case RunEnded():
                 self.say(f"run ended: {event.cause}")
         self._show(event)
+
+    def _keep_certificate(self, pem: str) -> None:
+        """Write the API's certificate, by which commands know the run."""
+        try:
+            write_private(self.record.run_id, CERTIFICATE_NAME, pem.encode())
+        except OSError as error:
+            self.say(f"the TLS certificate cannot be kept: {error.strerror or error}")
 
     def _note_event(self, event: RunEvent) -> None:
         self._events.write(_encoder.encode(event).decode())

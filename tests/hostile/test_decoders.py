@@ -254,6 +254,7 @@ ALLOWED = {
     "supervisor/start.py": "decode_with",
     "supervisor/processes.py": "decode_with",
     "guard/reader_process.py": "frames of the guard, its parent",
+    "chat/settings.py": "read_regular and tomllib.loads, with its errors",
 }  # fmt: skip
 
 

@@ -24,20 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from k2cli.server.client_request import (
-    AnswerFormat,
-    AnswerOptions,
-    Conversation,
-    reasoning_variables,
-)
-from k2cli.server.dialects.answer_formats import (
-    llama_cpp_formats,
-    only_format,
-    response_format,
-    vllm_formats,
-)
+from k2cli.server.client_request import AnswerOptions, Conversation, reasoning_variables
 from k2cli.server.dialects.body import Body
 from k2cli.server.dialects.exact_literals import Off, One
+from k2cli.server.dialects.format_fields import FormatFields
 from k2cli.server.dialects.shared_fields import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -257,7 +247,7 @@ class Extensions(Body):
     ignore_stop_tokens: bool | None = None
 
 
-class GenerationBody(_Ignored):
+class GenerationBody(_Ignored, FormatFields):
     """Fields that chat and plain completions share."""
 
     model: str | None = None
@@ -276,16 +266,6 @@ class GenerationBody(_Ignored):
     repetition_penalty: Annotated[float, Field(ge=0.001, le=10)] | None = None
     logit_bias: Biases = None
     k2: Extensions | None = None
-    response_format: dict[str, Any] | None = None
-    # Fields of vLLM, and its older ones.
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    # Fields of llama.cpp.
-    grammar: str | None = None
-    json_schema: Any = None
 
     def options(self, **members: Any) -> AnswerOptions:
         """Return the options of the answer; ``members`` are of the route's own fields.
@@ -312,25 +292,9 @@ class GenerationBody(_Ignored):
             wants_progress=bool(stream_options.include_progress),
             use_prefix_cache=extensions.cache is not False,
             ignore_stop_tokens=bool(extensions.ignore_stop_tokens),
-            answer_format=self._answer_format,
+            answer_format=self.answer_format,
         )
         return replace(shared, **members)
-
-    @property
-    def _answer_format(self) -> AnswerFormat | None:
-        guided = {
-            "json": self.guided_json,
-            "regex": self.guided_regex,
-            "choice": self.guided_choice,
-            "grammar": self.guided_grammar,
-        }
-        return only_format(
-            [
-                response_format(self.response_format, "response_format"),
-                *vllm_formats(self.structured_outputs, guided),
-                *llama_cpp_formats(self.grammar, self.json_schema),
-            ]
-        )
 
 
 class TemplatedBody(Body):

@@ -128,7 +128,8 @@ def _k3_messages(text: GrammarText, calls: Calls) -> str:
     (way,) = calls.openings
     begin = text.literal("<|open|>response<|sep|>")
     end = "<|close|>response<|sep|>"
-    response = f"{begin} {text.text_until(end, without=text.spelled((end, way.marker)))}"
+    # Without reasoning, the prompt has it already.
+    response = f"{optional(begin)} {text.text_until(end, without=text.spelled((end, way.marker)))}"
     some = text.rule(f"{text.literal(way.marker)} {way.rest}")
     return choice(f"{response} {some}?", some)
 

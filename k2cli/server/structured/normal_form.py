@@ -228,9 +228,8 @@ class _Reader:
         pattern = given.get("pattern")
         if isinstance(pattern, str) and (why := pattern_problem(pattern)):
             self._leave_out("pattern", given, pointer, why)
-        for each in (
-            list(named) if isinstance(named := given.get("patternProperties"), dict) else ()
-        ):
+        names = given.get("patternProperties")
+        for each in names if isinstance(names, dict) else ():
             if why := pattern_problem(each):
                 raise SchemaProblem(f"{pointer}/patternProperties{pointer_part(each)}", why)
 

@@ -25,6 +25,7 @@ from k2cli.server.structured.json_schema import checked_schema, compile_problem
 _NEWLINES = r"\n{1,4}"
 """Newlines that models were trained to write after reasoning."""
 _KIMI_K3 = "kimi_k3"
+_K3_RESPONSE = "<|open|>response<|sep|>"
 _SHOWN_NAMES = 20
 
 
@@ -62,8 +63,11 @@ def request_grammar(
     _check_choice(chosen, output.tools or [])
     tools = output.tools or []
     strict = any(tool["function"].get("strict") is True for tool in tools)
-    if wanted is None and not (chosen.required or chosen.names is not None or strict):
+    limited = chosen.required or chosen.names is not None or strict
+    if wanted is None and not limited:
         return None
+    if form.tools is None and not limited:
+        tools = []  # calls are text for this model
     functions = _functions(tools, prompted.tool_places, chosen.names)
     field = wanted.field if wanted is not None else chosen.field
     if options.ignore_stop_tokens:
@@ -211,6 +215,11 @@ class _Writer:
         """True if the prompt ends within the answer's own text."""
         return self.prompted.continued is not None and not self.inside
 
+    @property
+    def _k3_opened(self) -> bool:
+        """True if the prompt ends within a response of Kimi K3, as it does without reasoning."""
+        return self._begun or self.prompted.prompt.endswith(_K3_RESPONSE)
+
     def _prefix(self) -> str:
         """Return the beginning of the answer's own text, if the prompt ends with one."""
         if not self._begun:
@@ -233,13 +242,14 @@ class _Writer:
             kind = optional(constrained) if is_json(wanted) else ""
             return f"{self.text.literal('<|channel|>final')} {kind} {self._message()} {value}"
         if self._is(_KIMI_K3):
-            begins = "" if self._begun else self._marker("<|open|>response<|sep|>")
+            begins = "" if self._k3_opened else self._marker(_K3_RESPONSE)
             return f"{begins} {value} {self._marker('<|close|>response<|sep|>')} {self._k3_end()}"
         return value
 
     def _calls(self, calls: str) -> str:
         if self._is(_KIMI_K3):
-            empty = self._marker("<|open|>response<|sep|><|close|>response<|sep|>")
+            begins = "" if self._k3_opened else self._marker(_K3_RESPONSE)
+            empty = f"{begins} {self._marker('<|close|>response<|sep|>')}"
             return f"{optional(empty)} {calls} {self._k3_end()}"
         return f"{self.text.terminal(_NEWLINES)}? {calls}" if self._reasoning else calls
 
@@ -273,7 +283,7 @@ class _Writer:
             return f"{thought}* {body}" if at_start else body
         if self.inside:
             return f"{ends} {body}"
-        if self._begun or self.prompted.prompt.rstrip().endswith(form.close):
+        if self._begun or self.prompted.prompt.rstrip().endswith((form.close, _K3_RESPONSE)):
             return body
         before = f"{self.text.terminal(_NEWLINES)}?"
         return f"{optional(f'{before} {self._marker(form.opens)} {ends}')} {body}"

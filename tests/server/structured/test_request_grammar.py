@@ -310,3 +310,5 @@ def test_a_model_without_known_calls_cannot_be_held_to_them() -> None:
     model.tools = [tool("f")]
     with pytest.raises(ApiError, match="the format in which this model writes calls is not known"):
         model.grammar(AnswerOptions(tool_choice=ToolChoice(required=True)))
+    assert model.takes(JSON)
+    assert not model.takes("Sure")

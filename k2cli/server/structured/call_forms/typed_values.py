@@ -18,6 +18,7 @@ from k2cli.server.structured.call_forms.text_patterns import text_patterns
 
 _STRUCTURES = frozenset({"object", "array"})
 _NO_STRUCTURE = r"\s*([^\s{\[](?s:.*))?"
+_SPACES = r"[\s\x1c-\x1f]{0,8}"
 _STRIPPED = r"([^\s\x1c-\x1f]((?s:.*)[^\s\x1c-\x1f])?)?"
 
 
@@ -33,6 +34,7 @@ class ValuePlace:
         limited_without: the same for texts with a pattern or a length.
         strip: what the parser removes from a text.
         is_stripped: True if that is all whitespace at its ends.
+        booleans: other words for truth values, where no other value is possible.
     """
 
     end: str
@@ -43,6 +45,7 @@ class ValuePlace:
     limited_without: tuple[str, ...] = ()
     strip: Callable[[str], str] = str
     is_stripped: bool = False
+    booleans: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +131,10 @@ def text_value(text: GrammarText, value: ValueSchema, parts: list[Schema], at: V
     """
     before = f"{text.letters(at.before)} " if at.before else ""
     patterns = [text_patterns(part, strict=value.strict) for part in parts]
-    without = (*text.spelled([at.end]), *at.without)
     if any(not each for each in patterns):
-        return f"{before}{text.text_until(at.end, without=without)}"
+        return f"{before}{text.text_until(at.end, without=at.without)}"
+    # A text that does not match yet could go on over the tag.
+    without = (*text.spelled([at.end]), *at.without)
     tail = text.literal(f"{at.after}{at.end}")
     literals = [_literals(part) for part in parts]
     if all(each is not None for each in literals):
@@ -150,7 +154,9 @@ def text_value(text: GrammarText, value: ValueSchema, parts: list[Schema], at: V
         patterns = [[one]]
     without = (*without, *at.limited_without)
     every = [*patterns[0], *([_STRIPPED] if at.is_stripped else [])]
-    return f"{before}{text.text_until(f'{at.after}{at.end}', *every, without=without)}"
+    around = _SPACES if at.is_stripped else ""
+    end = f"{at.after}{at.end}"
+    return f"{before}{text.text_until(end, *every, without=without, around=around)}"
 
 
 def _literals(part: Schema) -> list[str] | None:
@@ -170,7 +176,13 @@ def json_value(text: GrammarText, value: ValueSchema, parts: list[Schema], at: V
     """
     before = f"{text.letters(at.before)} " if at.before else ""
     gap = f"{text.terminal(at.gap)}?" if at.gap else ""
-    return f"{before}{value.json(text, parts)} {gap} {text.literal(at.end)}"
+    content = value.json(text, parts)
+    if at.booleans and all(
+        isinstance(part, dict) and part.get("type") == "boolean" and constraints(part) == {"type"}
+        for part in parts
+    ):
+        content = choice(content, *map(text.letters, at.booleans))
+    return f"{before}{content} {gap} {text.literal(at.end)}"
 
 
 def untold_value(text: GrammarText, value: ValueSchema, at: ValuePlace) -> str:
@@ -217,8 +229,8 @@ def _text_or_json(
             raise NotHeld("strings and limited values of other types are not told apart")
     structures = [part for part in others if find(part) & _STRUCTURES]
     before = f"{text.letters(at.before)} " if at.before else ""
-    without = (*text.spelled([at.end]), *at.without)
     if not structures:
-        return f"{before}{text.text_until(at.end, without=without)}"
+        return f"{before}{text.text_until(at.end, without=at.without)}"
+    without = (*text.spelled([at.end]), *at.without)
     plain = text.text_until(at.end, _NO_STRUCTURE, without=without)
     return choice(f"{before}{plain}", json_value(text, value, structures, at))
