@@ -33,7 +33,8 @@ def launched(model: Path, nodes: str) -> Iterator[str]:
     """
     run = k2(
         "launch", str(model), "--nodes", nodes, "--parallel", "pipeline", "--context", "2048",
-        "--concurrency", str(AT_ONCE), "--dtype", "float32", "--reasoning-parser", "none", "--detach",
+        "--concurrency", str(AT_ONCE), "--dtype", "float32", "--reasoning-parser", "none",
+        "--detach",
     )  # fmt: skip
     try:
         yield f"{run['url']}/v1"
