@@ -29,7 +29,6 @@ from k2cli.protocol import (
     LogLine,
     RankFailed,
     RankReady,
-    RunEnded,
     RunEvent,
     RunReady,
     RunRestarting,
@@ -128,8 +127,6 @@ class Journal:
                 self._save(replace(self.record, state="ready", url=event.url, cause=""))
             case RankFailed():
                 self.say(f"rank {event.rank} on {event.node} failed: {event.cause}")
-            case RunEnded():
-                self.say(f"run ended: {event.cause}")
         self._show(event)
 
     def _note_event(self, event: RunEvent) -> None:
@@ -186,7 +183,7 @@ class Journal:
         state: RunState = "failed" if outcome.has_failed else "stopped"
         self._lines.close()
         # Past the limit of lines: a flood of warnings must not swallow the cause.
-        self._write_line(_LAUNCHER, f"{state}: {cause}")
+        self._write_line(_LAUNCHER, state if cause == state else f"{state}: {cause}")
         remove_leftovers(self.record)
         self._save(
             replace(
