@@ -83,8 +83,9 @@ Other requests are answered meanwhile.
 ## Time of a mask
 
 From sending a token to the mask process to having the next mask, for the {masks} tokens of
-four JSON texts of 60 objects: median {median} ms, 90th percentile {many}, 99th {most}, longest {longest}. Masks are
-computed while the device computes the token, so this time shows only where it is longer.
+four JSON texts of 60 objects: median {median} ms, 90th percentile {many}, 99th {most}, longest
+{longest}. Masks are computed while the device computes the token, so this time shows only where it
+is longer.
 """
 
 
