@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ _K2_OWNER = "k2"
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model that the server offers; ``context_length`` (tokens) is known for k2 only."""
+    """A model that the server offers; ``context_length`` (tokens) is None if it does not say."""
 
     name: str
     context_length: int | None = None
@@ -61,14 +61,15 @@ class GenerationOptions:
     max_tokens: int | None = None
     temperature: float | None = None
     seed: int | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    reasoning_effort: str | None = None
 
     def members(self) -> dict[str, Any]:
         """Return the JSON members of the options that are set."""
-        values = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
-        }
+        values = asdict(self)
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -153,7 +154,8 @@ class ApiClient:
         return [
             ModelInfo(
                 name=str(entry.get("id", "")),
-                context_length=count(entry.get("context_length")),
+                # k2's name of the field, and vLLM's.
+                context_length=count(entry.get("context_length", entry.get("max_model_len"))),
                 is_k2=entry.get("owned_by") == _K2_OWNER,
             )
             for entry in objects(entries)
@@ -184,6 +186,22 @@ class ApiClient:
             return msgspec.convert(tokens, list[int])
         except msgspec.ValidationError as error:
             raise no_openai_api(self.base, error) from error
+
+    def count_tokens(
+        self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
+    ) -> int:
+        """Count the tokens of the prompt of a conversation (``POST /v1/tokenize``, k2 only).
+
+        Raises:
+            K2Error: if the server cannot be reached, refuses, or has no such route.
+        """
+        body: dict[str, Any] = {"model": model.name, "messages": messages}
+        if options.reasoning_effort is not None:
+            body["reasoning_effort"] = options.reasoning_effort
+        found = count(self._ask("POST", "tokenize", json=body).get("count"))
+        if found is None:
+            raise no_openai_api(self.base, ValueError("no count of tokens"))
+        return found
 
     def chat(
         self,

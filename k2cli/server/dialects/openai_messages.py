@@ -1,4 +1,4 @@
-"""Messages, calls and functions of Chat's request bodies, and their form for chat templates."""
+"""Messages, tools and calls in the bodies of OpenAI's Chat Completions."""
 
 from __future__ import annotations
 

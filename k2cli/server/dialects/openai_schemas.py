@@ -26,11 +26,7 @@ from k2cli.server.dialects.answer_formats import FormatFields
 from k2cli.server.dialects.body import Body
 from k2cli.server.dialects.exact_literals import Off, One
 from k2cli.server.dialects.openai_messages import Functions, Message, Messages
-from k2cli.server.dialects.shared_fields import (
-    MAX_STOP_LETTERS,
-    ReasoningEffort,
-    Thinking,
-)
+from k2cli.server.dialects.shared_fields import MAX_STOP_LETTERS, ReasoningEffort, Thinking
 from k2cli.server.dialects.tool_choices import openai_tool_choice, shows_tools
 from k2cli.server.errors import invalid
 

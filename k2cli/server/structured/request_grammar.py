@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from k2cli.grammars.check import grammar_problem
 from k2cli.grammars.text import GrammarText, choice, optional
 from k2cli.protocol import Grammar
 from k2cli.server.client_request import AnswerFormat, AnswerOptions, OutputOptions, ToolChoice
@@ -20,11 +21,12 @@ from k2cli.server.output.parser import ReasoningFormat
 from k2cli.server.output.tool_format import ToolFormat
 from k2cli.server.structured.answer_format import format_expression, is_json
 from k2cli.server.structured.calls import Function, call_grammar, calls_after_text
-from k2cli.server.structured.json_schema import checked_schema, compile_problem
+from k2cli.server.structured.json_schema import checked_schema
 
 _NEWLINES = r"\n{1,4}"
 """Newlines that models were trained to write after reasoning."""
 _KIMI_K3 = "kimi_k3"
+_K3_RESPONSE = "<|open|>response<|sep|>"
 _SHOWN_NAMES = 20
 
 
@@ -82,7 +84,7 @@ def request_grammar(
     else:
         start, prefix = writer.whole(wanted, calls, chosen)
     grammar = text.build(start)
-    problem = compile_problem(grammar)
+    problem = grammar_problem(grammar)
     if problem is not None:
         raise invalid(f"{field}: the grammar of the answer cannot be used: {problem}", field)
     return Grammar(grammar, prefix)
@@ -214,6 +216,11 @@ class _Writer:
         """True if the prompt ends within the answer's own text."""
         return self.prompted.continued is not None and not self.inside
 
+    @property
+    def _k3_opened(self) -> bool:
+        """True if the prompt ends within a response of Kimi K3, as it does without reasoning."""
+        return self._begun or self.prompted.prompt.endswith(_K3_RESPONSE)
+
     def _prefix(self) -> str:
         """Return the beginning of the answer's own text, if the prompt ends with one."""
         if not self._begun:
@@ -236,13 +243,14 @@ class _Writer:
             kind = optional(constrained) if is_json(wanted) else ""
             return f"{self.text.literal('<|channel|>final')} {kind} {self._message()} {value}"
         if self._is(_KIMI_K3):
-            begins = "" if self._begun else self._marker("<|open|>response<|sep|>")
+            begins = "" if self._k3_opened else self._marker(_K3_RESPONSE)
             return f"{begins} {value} {self._marker('<|close|>response<|sep|>')} {self._k3_end()}"
         return value
 
     def _calls(self, calls: str) -> str:
         if self._is(_KIMI_K3):
-            empty = self._marker("<|open|>response<|sep|><|close|>response<|sep|>")
+            begins = "" if self._k3_opened else self._marker(_K3_RESPONSE)
+            empty = f"{begins} {self._marker('<|close|>response<|sep|>')}"
             return f"{optional(empty)} {calls} {self._k3_end()}"
         return f"{self.text.terminal(_NEWLINES)}? {calls}" if self._reasoning else calls
 
@@ -276,7 +284,7 @@ class _Writer:
             return f"{thought}* {body}" if at_start else body
         if self.inside:
             return f"{ends} {body}"
-        if self._begun or self.prompted.prompt.rstrip().endswith(form.close):
+        if self._begun or self.prompted.prompt.rstrip().endswith((form.close, _K3_RESPONSE)):
             return body
         before = f"{self.text.terminal(_NEWLINES)}?"
         return f"{optional(f'{before} {self._marker(form.opens)} {ends}')} {body}"
