@@ -137,7 +137,7 @@ def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
     if cluster is None:
         return parse_hardware(hardware if hardware is not None else "this")
     if hardware is not None:
-        raise UsageError("--hardware and --cluster both name machines", "leave out one of them")
+        raise UsageError("--hardware and --cluster both name machines", "leave out --hardware")
     from k2cli.cluster.description import load_cluster, node_memory
 
     return node_memory(load_cluster(cluster))
@@ -175,7 +175,9 @@ def _shop(planner: Planner, request: PlanRequest, *, as_json: bool) -> None:
         recipe = recipe_for_the_catalog(planner, request)
         raise DoesNotFitError(
             f"{planner.model.reference} does not fit on any machines of the catalog",
-            "try a shorter --context" if recipe is None else f"add --quantize {recipe}",
+            f"--context {max(1, (request.context_length or 4096) // 2)}"
+            if recipe is None
+            else f"add --quantize {recipe}",
         )
 
 
