@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 
 from k2cli.errors import K2Error
+from k2cli.pip_command import pip_install
 
 
 @functools.cache
@@ -27,7 +28,7 @@ def mlx_lm_folder() -> Path:
     """
     spec = importlib.util.find_spec("mlx_lm")
     if spec is None or not spec.submodule_search_locations:
-        raise K2Error("mlx-lm is not installed", "pip install k2cli")
+        raise K2Error("mlx-lm is not installed", pip_install("mlx-lm"))
     if "mlx_lm" not in sys.modules:
         package = types.ModuleType("mlx_lm")
         package.__path__ = list(spec.submodule_search_locations)

@@ -5,19 +5,18 @@ The tests run a selection of it, and ``lab.reliability`` all of it.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab.errors import LabError
 from lab.home import HOME, make_key
 from lab.laboratory import Lab
-from lab.namespaces import listens, processes
+from lab.namespaces import listens
 from lab.runs import FOLLOWER, LEADER, LabRun, wait_for
+from lab.sshd import end_sshd
 from lab.state import ROOT
 
 STATE = f"{HOME}/.local/state"
@@ -89,17 +88,8 @@ def _silence(lab: Lab, run: LabRun | None) -> None:
     lab.link.set(silent=True)
 
 
-def end_sshd(lab: Lab, host: str) -> None:
-    """Send SIGKILL to a host's sshd and to all its sessions."""
-    for found in processes(lab.host(host).state):
-        if found.command.startswith("sshd: "):
-            with suppress(ProcessLookupError):
-                os.kill(found.pid, signal.SIGKILL)
-    wait_for(lambda: not listens(lab.host(host).state, 22), 5)
-
-
 def _end_sshd(lab: Lab, run: LabRun | None) -> None:
-    end_sshd(lab, FOLLOWER)
+    end_sshd(lab.host(FOLLOWER).state)
 
 
 def _fill_disk(lab: Lab, run: LabRun | None) -> None:
@@ -153,7 +143,7 @@ def _change_host_key(lab: Lab, run: LabRun | None) -> None:
     for name in ("host_key", "host_key.pub"):
         (folder / name).rename(folder / f"{name}.old")
     make_key(folder / "host_key", "another")
-    end_sshd(lab, FOLLOWER)
+    end_sshd(lab.host(FOLLOWER).state)
     lab.start_sshd(FOLLOWER)
 
 
@@ -161,7 +151,7 @@ def _old_host_key(lab: Lab) -> None:
     folder = lab.host(FOLLOWER).folder / "ssh"
     for name in ("host_key", "host_key.pub"):
         (folder / f"{name}.old").rename(folder / name)
-    end_sshd(lab, FOLLOWER)
+    end_sshd(lab.host(FOLLOWER).state)
     lab.start_sshd(FOLLOWER)
 
 

@@ -21,12 +21,14 @@ HOME = "/run/home"
 _SSH_FOLDER = "/run/lab-ssh"
 SSHD_CONFIG = f"{_SSH_FOLDER}/sshd_config"
 # Folders that each host has of its own, in memory.
-_OWN_FOLDERS = {
+OWN_FOLDERS = {
     "/tmp": "mode=1777",
     "/run": "mode=755",
     "/dev/shm": "mode=1777",
     "/var/tmp": "mode=1777",
 }
+# Made in them for programs that expect them.
+KEPT_FOLDERS = ("/run/sshd", "/run/lock")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # PidFile: with /dev/null sshd would delete that device when it ends.
 _SSHD = """\
@@ -148,7 +150,7 @@ def mount_orders(folder: Path, share: list[Path]) -> dict[str, Any]:
     keep = sorted(
         path
         for path in paths
-        if Path(path).exists() and any(path.startswith(f"{own}/") for own in _OWN_FOLDERS)
+        if Path(path).exists() and any(path.startswith(f"{own}/") for own in OWN_FOLDERS)
     )
     etc = [
         [str(folder / "etc" / name), f"/etc/{name}"]
@@ -158,8 +160,8 @@ def mount_orders(folder: Path, share: list[Path]) -> dict[str, Any]:
     ]
     return {
         "keep": keep,
-        "tmpfs": {path: how for path, how in _OWN_FOLDERS.items() if Path(path).is_dir()},
-        "folders": ["/run/sshd", "/run/lock"],
+        "tmpfs": {path: how for path, how in OWN_FOLDERS.items() if Path(path).is_dir()},
+        "folders": list(KEPT_FOLDERS),
         "bind": [
             *etc,
             [str(folder / "ssh"), _SSH_FOLDER],

@@ -14,24 +14,23 @@ from pathlib import Path
 
 from lab import home
 from lab.errors import LabError
-from lab.link import DEVICE, Link
+from lab.link import DEVICE, Link, join_hosts
 from lab.namespaces import (
     LabProcess,
     end_host,
     enter_command,
-    listens,
     processes,
-    run_ip,
     start_host,
 )
-from lab.requirements import find_program, missing_requirements
+from lab.requirements import missing_requirements
+from lab.restore import record_host, restore_host
+from lab.sshd import end_sshd, start_sshd
 from lab.state import HostState, LabState, is_alive, lab_folder, locked, read_state, save_state
 
 CONSOLE = "console"
 ETHERNET = "eth0"
 _SECONDS = 20.0
 _MAXIMUM_HOSTS = 20
-_SSH_PORT = 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,15 +250,13 @@ class Lab:
             LabError: if sshd does not start.
         """
         for found in self.hosts if host is None else [self.host(host)]:
-            if not listens(found.state, _SSH_PORT):
-                _start_sshd(self, found)
+            start_sshd(found.state, found.folder)
 
     def end_processes(self) -> None:
         """Send SIGKILL to all processes of hosts and console except the lab's services."""
         for host in [*self.hosts, self.console]:
             for found in self.processes(host.name):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(found.pid, signal.SIGKILL)
+                _kill(found)
 
     def mend(self) -> None:
         """Restore a good link and every sshd, and end all other processes."""
@@ -270,6 +267,43 @@ class Lab:
             process.wait(_SECONDS)
         self._background.clear()
         self.start_sshd()
+
+    def renew(self) -> None:
+        """Mend, and make the hosts as they were built: mounts, homes, keys, files in memory.
+
+        Raises:
+            LabError: if a process does not end, a mount stays, or sshd does not start.
+        """
+        self.mend()
+        self._end_all()
+        for host in [*self.hosts, self.console]:
+            if restore_host(host.state, host.folder):
+                end_sshd(host.state)
+        self.start_sshd()
+
+    def _end_all(self) -> None:
+        """End all processes but init and sshd, those that they start meanwhile and shared ssh too.
+
+        Raises:
+            LabError: if one does not end.
+        """
+        until = time.monotonic() + _SECONDS
+        while left := [
+            found
+            for host in [*self.hosts, self.console]
+            for found in self.all_processes(host.name)
+            if not found.is_service or found.is_shared_ssh
+        ]:
+            if time.monotonic() > until:
+                raise LabError(f"process {left[0].pid} does not end: {left[0].command[:100]}")
+            for found in left:
+                _kill(found)
+            time.sleep(0.01)
+
+
+def _kill(process: LabProcess) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
 
 
 def _is_like(state: LabState, networks: list[str], hosts: int) -> bool:
@@ -316,6 +350,7 @@ def _build(
             parents.append(parent)
             # Saved after each host, so that the state is complete if this process is killed.
             save_state(folder, LabState(name, networks, started[0], started[1:]))
+            record_host(state, folder / host)
     except BaseException:
         _clear(folder)
         raise
@@ -325,7 +360,7 @@ def _build(
     lab = kind(folder, LabState(name, networks, started[0], started[1:]))
     lab._parents, lab._owner = parents, owner
     try:
-        _join(lab)
+        join_hosts(lab)
         lab.start_sshd()
     except BaseException:
         lab.down()
@@ -352,45 +387,3 @@ def _write_all_files(folder: Path, names: list[str], networks: list[str]) -> Non
     hosts = "\n".join(lines) + "\n"
     for name in [*names, CONSOLE]:
         home.write_files(folder / name, name, user_key, known, hosts)
-
-
-def _join(lab: Lab) -> None:
-    """Connect every host to a bridge on the console, one per network."""
-    console = lab.console
-    begin = ["link set lo up"]
-    for network in lab.networks:
-        begin += [
-            f"link add {network} type bridge",
-            f"address add {console.addresses[network]}/24 dev {network}",
-            f"link set {network} up",
-        ]
-        for host in lab.hosts:
-            port = f"{host.name}-{network}"
-            begin += [
-                f"link add {port} mtu 9000 type veth peer name {network} mtu 9000"
-                f" netns {host.state.pid}",
-                f"link set {port} master {network} up",
-            ]
-    run_ip(console.state, begin)
-    for host in lab.hosts:
-        commands = ["link set lo up"]
-        for network, address in host.addresses.items():
-            commands += [f"address add {address}/24 dev {network}", f"link set {network} up"]
-        run_ip(host.state, commands)
-
-
-# --- sshd ---------------------------------------------------------------------------------------
-
-
-def _start_sshd(lab: Lab, host: Host) -> None:
-    program = find_program("sshd") or "/usr/sbin/sshd"
-    log = f"{home.HOME}/../lab-ssh/sshd.log"
-    done = lab.exec(host.name, [program, "-f", home.SSHD_CONFIG, "-E", os.path.normpath(log)])
-    until = time.monotonic() + _SECONDS
-    while done.returncode == 0 and time.monotonic() < until:
-        if listens(host.state, _SSH_PORT):
-            return
-        time.sleep(0.01)
-    path = host.folder / "ssh" / "sshd.log"
-    said = path.read_text(errors="replace") if path.is_file() else done.stderr
-    raise LabError(f"sshd of {host.name} did not start: {said.strip()[-300:]}")

@@ -30,6 +30,31 @@ _RELAY = Path(__file__).with_name("relay.py")
 _SECONDS = 10.0
 
 
+def join_hosts(lab: Lab) -> None:
+    """Connect every host to a bridge on the console, one per network."""
+    console = lab.console
+    begin = ["link set lo up"]
+    for network in lab.networks:
+        begin += [
+            f"link add {network} type bridge",
+            f"address add {console.addresses[network]}/24 dev {network}",
+            f"link set {network} up",
+        ]
+        for host in lab.hosts:
+            port = f"{host.name}-{network}"
+            begin += [
+                f"link add {port} mtu 9000 type veth peer name {network} mtu 9000"
+                f" netns {host.state.pid}",
+                f"link set {port} master {network} up",
+            ]
+    run_ip(console.state, begin)
+    for host in lab.hosts:
+        commands = ["link set lo up"]
+        for network, address in host.addresses.items():
+            commands += [f"address add {address}/24 dev {network}", f"link set {network} up"]
+        run_ip(host.state, commands)
+
+
 class Link:
     """The link of a lab."""
 

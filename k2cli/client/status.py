@@ -7,6 +7,7 @@ HTTP client of the other commands, and it does not wait long.
 from __future__ import annotations
 
 import http.client
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -47,18 +48,29 @@ class RunStatus(msgspec.Struct, frozen=True):
         return self.requests.prefill + self.requests.decode
 
 
-def read_status(url: str, api_key: str | None) -> dict[str, Any] | None:
+def read_status(
+    url: str, api_key: str | None, certificate: Path | None = None
+) -> dict[str, Any] | None:
     """Return the document of a run's status; None if it cannot be had within a second.
 
     Args:
         url: of the run's API, without ``/v1``.
         api_key: the run's key, if it has one.
+        certificate: file with the certificate of the run's API, if it has one.
     """
     address = urlsplit(url)
-    if address.scheme != "http" or address.hostname is None:
+    if address.hostname is None:
         return None
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=TIMEOUT_SECONDS)
+    if address.scheme == "https":
+        if certificate is None:
+            return None
+        from k2cli.client.certificate import trusting  # ssl is slow to import
+
+        connection = http.client.HTTPSConnection(
+            address.hostname, address.port, timeout=TIMEOUT_SECONDS, context=trusting(certificate)
+        )
     try:
         connection.request("GET", "/v1/status", headers=headers)
         answer = connection.getresponse()

@@ -56,6 +56,6 @@ def _status(run: RunRecord) -> dict[str, Any] | None:
     from k2cli.errors import K2Error
 
     try:
-        return read_status(run.url, key_of(run))
-    except K2Error:  # the key cannot be read: the run is another user's
+        return read_status(run.url, key_of(run), run.certificate_file)
+    except K2Error:  # the key or the certificate cannot be read
         return None

@@ -31,12 +31,16 @@ _LAUNCH_HINT = "k2 launch demo --detach"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server, its API key and its model; ``run`` is None for a server given by its URL."""
+    """A server, its API key and its model; ``run`` is None for a server given by its URL.
+
+    ``certificate`` is the file with the one certificate to trust, None for those of the system.
+    """
 
     url: str
     api_key: str | None
     model: str | None
     run: RunRecord | None = None
+    certificate: Path | None = None
 
 
 def resolve_target(model: str | None, url: str | None, api_key: str | None) -> Target:
@@ -50,7 +54,8 @@ def resolve_target(model: str | None, url: str | None, api_key: str | None) -> T
     run = _run_serving(model)
     if run.state != "ready":
         raise ClusterError(f"run {run.run_id} is {run.state}, not ready", "k2 ps")
-    return Target(run.url, api_key or key_of(run), run.model_name, run)
+    key = api_key or key_of(run)
+    return Target(run.url, key, run.model_name, run, run.certificate_file)
 
 
 def _run_serving(model: str | None) -> RunRecord:
@@ -82,4 +87,7 @@ def key_of(run: RunRecord) -> str | None:
     try:
         return read_regular(path, _MAX_KEY_BYTES).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise K2Error(f"the API key in {path} cannot be read: {error}", "give --api-key") from error
+        raise K2Error(
+            f"the API key in {path} cannot be read: {error}",
+            "export K2_API_KEY=KEY, with the key in that file",
+        ) from error

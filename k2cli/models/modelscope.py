@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import re
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +27,7 @@ from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.file_names import is_safe_name
 from k2cli.models.sources.http_source import HttpService, HttpSource
 from k2cli.models.sources.hub import Listing
+from k2cli.pip_command import pip_install
 from k2cli.proxies import proxy_errors
 from k2cli.units import one_line
 
@@ -159,7 +158,7 @@ def _api() -> Any:
     except ImportError as error:
         raise K2Error(
             "ModelScope's client is not installed",
-            f"{shlex.quote(sys.executable)} -m pip install '{_CLIENT}'",
+            pip_install(_CLIENT),
         ) from error
 
     class Config(modelscope_hub.HubConfig):  # type: ignore[misc, unused-ignore]

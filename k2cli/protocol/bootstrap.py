@@ -8,6 +8,7 @@ import msgspec
 
 from k2cli.choices import FloatType, HeadPlacement, Strategy, Transport
 from k2cli.gpu_name import GpuName
+from k2cli.protocol.access import NamedKey
 
 
 class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,7 +38,8 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``next_port_will_do``: the user named no port, so a later one is used if this one is taken.
     ``allowed_hosts``, ``cors_origins``, ``aliases`` and ``normalizes_prompts`` are those of
     ``server.served_model.ServedModel``. ``tool_parser`` and ``reasoning_parser`` None leave the
-    choice to the model's chat template.
+    choice to the model's chat template. ``keys`` are accepted beside ``api_key``, which is set if
+    there can be any. ``tls_certificate`` and ``tls_key`` are paths on the leader's node.
     """
 
     host: str
@@ -50,6 +52,10 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     normalizes_prompts: bool = True
+    keys: list[NamedKey] = []
+    shares_prefixes: bool = False
+    tls_certificate: str | None = None
+    tls_key: str | None = None
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

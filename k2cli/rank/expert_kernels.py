@@ -19,6 +19,7 @@ import mlx.nn as nn
 
 from k2cli.errors import ClusterError
 from k2cli.mlx_lm_package import mlx_lm_module
+from k2cli.pip_command import pip_install
 
 LARGEST_ELEMENTS = 2**32
 """Elements of a matrix of all experts that the kernel addresses right (measured on an H200)."""
@@ -152,7 +153,8 @@ def _check(experts: nn.Module) -> None:
                     f"this device multiplies expert {expert} of {count} ({outputs:,} by {width:,}, "
                     f"{bits} bits) wrong: by {error:.2g} of the largest result; answers would be "
                     "fluent and wrong",
-                    "another version of mlx may do it right: pip install --upgrade mlx mlx-lm",
+                    "another version of mlx may do it right: "
+                    + pip_install("--upgrade", "mlx", "mlx-lm"),
                 )
 
 

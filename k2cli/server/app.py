@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
+from k2cli.access.key_ring import KeyRing
 from k2cli.server.auth import AccessControl
 from k2cli.server.context import ServerContext
 from k2cli.server.dialects.error_responses import RequestIds, install_error_handlers
@@ -31,6 +32,7 @@ from k2cli.server.routes import (
     messages,
     models,
     monitoring,
+    openapi,
     responses,
     tokenize,
 )
@@ -50,6 +52,7 @@ _ROUTES = (
     Route("/metrics", monitoring.metrics),
     Route("/", health.root),
     Route("/health", health.health),
+    Route("/openapi.json", openapi.openapi),
 )
 
 
@@ -60,6 +63,7 @@ def create_app(
     reader: RequestReader,
     activity: Activity | None = None,
     run: RunSource | None = None,
+    keys: KeyRing | None = None,
 ) -> Starlette:
     """Build the application.
 
@@ -70,9 +74,11 @@ def create_app(
         reader: turns request bodies into requests for the engine.
         activity: records the requests; None for one of its own, which logs nothing.
         run: describes the run and its ranks; None if only the engine's state is known.
+        keys: those that requests may be sent with; None for the API key of ``served`` alone.
     """
     activity = activity if activity is not None else Activity()
-    middleware = [Middleware(AccessControl, served=served)]
+    ring = keys if keys is not None else KeyRing(served.api_key)
+    middleware = [Middleware(AccessControl, served=served, keys=ring)]
     if served.api_key is None:
         rules = OriginRules(served.allowed_hosts, served.cors_origins)
         middleware.insert(0, Middleware(OriginCheck, rules=rules))

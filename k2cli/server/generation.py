@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,12 +71,14 @@ class Generation:
         waiting: RequestQueue,
         receive: Receive,
         record: RequestRecord,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.request = request
         self.record = record
         self._engine = engine
         self._waiting = waiting
         self._receive = receive
+        self._on_close = on_close
         self._id = request.generate.request_id
         self._queue: asyncio.Queue[EngineEvent | Exception] = asyncio.Queue()
         self._peeked: EngineEvent | None = None
@@ -165,6 +167,14 @@ class Generation:
             self._cancelled = True
             self._engine.cancel(self._id)
 
+    def fail(self, error: ApiError) -> None:
+        """End the request with an error at once: what is not sent yet is dropped."""
+        self.cancel()
+        self._over, self._peeked = True, None
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._queue.put_nowait(self.failed(error))
+
     async def wait_for_finished(self) -> Finished | None:
         """Return the engine's last event after ``cancel``, if it comes in time."""
         with contextlib.suppress(TimeoutError):
@@ -184,6 +194,7 @@ class Generation:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._waiting.leave(self._id)
+        self._on_close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from k2cli.errors import UsageError
 from k2cli.mlx_lm_package import mlx_lm_folder, mlx_lm_module
+from k2cli.pip_command import pip_install
 
 MODEL_FAILURES = (
     ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError,
@@ -88,7 +89,7 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
             return module.Model, module.ModelArgs
     raise UsageError(
         f"model_type '{config['model_type']}' is not one that the installed mlx-lm can run",
-        "pip install -U mlx-lm, or choose a model of a supported architecture",
+        f"{pip_install('--upgrade', 'mlx-lm')}; or choose a model of a supported architecture",
     )
 
 

@@ -73,7 +73,7 @@ def recurrence_of(model: nn.Module) -> tuple[Recurrence | None, bool]:
     if not mixers and all(map(_has_keys, cache)):
         return None, True
     calls: list[_Call] = []
-    with trace.without_collectives(), _recorded(model, calls):
+    with trace.lazily(model), _recorded(model, calls):
         model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
     states = [entry for entry in cache if not _has_keys(entry) and _short_states(entry)]
     if not calls and not mixers:

@@ -31,6 +31,7 @@ from k2cli.sharding.stand_ins import (
     OutputCounter,
     StageInput,
     StageOutput,
+    without_values,
 )
 
 
@@ -79,7 +80,7 @@ def _find_layers(model: nn.Module) -> tuple[tuple[nn.Module, ...], tuple[str, ..
     raise UsageError(
         f"{type(model).__module__.rpartition('.')[2]} has no list of decoder layers, "
         "so it cannot be cut into pipeline stages",
-        "use --parallel tensor or a single node",
+        "--parallel tensor, or --nodes localhost",
     )
 
 
@@ -158,7 +159,8 @@ def _run_with(model: nn.Module, layer: int, stand_in: nn.Module) -> None:
     original = layers[layer]
     layers[layer] = stand_in
     try:
-        model(mx.zeros((1, 1), dtype=mx.int32), cache=make_cache(model))
+        with without_values(model):
+            model(mx.zeros((1, 1), dtype=mx.int32), cache=make_cache(model))
     finally:
         layers[layer] = original
 

@@ -77,7 +77,7 @@ def model_token_cost(model: nn.Module) -> ModelTokenCost:
     routed: dict[int, int] = {}
     calls = [0]
     try:
-        with _recorded_experts(routed), _counted_collectives(calls):
+        with _recorded_experts(routed), _counted_collectives(model, calls):
             output = model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
     except MODEL_FAILURES as error:
         name = type(model).__module__.rpartition(".")[2]
@@ -184,9 +184,9 @@ def _recorded_experts(routed: dict[int, int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _counted_collectives(calls: list[int]) -> Iterator[None]:
+def _counted_collectives(model: nn.Module, calls: list[int]) -> Iterator[None]:
     """Replace collectives by stand-ins that return the shape of the result, and count them."""
-    with trace.without_collectives():
+    with trace.lazily(model):
         names = ("all_sum", "all_gather")
         stand_ins = [getattr(mx.distributed, name) for name in names]
 

@@ -20,6 +20,7 @@ from k2cli.sharding.assemble import assemble
 from k2cli.sharding.model_errors import explain_failure
 from k2cli.sharding.placement import Placement
 from k2cli.sharding.stage import Stage, anatomy, cut_stage
+from k2cli.sharding.stand_ins import without_values
 from k2cli.sharding.tensor import StandInGroup, slice_model
 
 # safetensors' names of element types; fp8 is read as bytes, as mlx does.
@@ -102,13 +103,17 @@ def running_model(config: Mapping[str, Any], attempt: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_collectives() -> Iterator[None]:
-    """Replace collectives while tracing by functions that return the shape of the result."""
+def lazily(model: nn.Module) -> Iterator[None]:
+    """Let a model run without computing anything: no collectives, and no values read.
+
+    Collectives are replaced by functions that return the shape of the result.
+    """
     all_sum, all_gather = mx.distributed.all_sum, mx.distributed.all_gather
     mx.distributed.all_sum = lambda x, **_: x
     mx.distributed.all_gather = lambda x, *, group, **_: mx.concatenate([x] * group.size())
     try:
-        yield
+        with without_values(model):
+            yield
     finally:
         mx.distributed.all_sum, mx.distributed.all_gather = all_sum, all_gather
 

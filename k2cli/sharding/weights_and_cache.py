@@ -33,7 +33,7 @@ def kv_cache_bytes(stage: Stage, context_length: int, chunk_tokens: int = CHUNK_
     cache = stage.make_cache()
     tokens = mx.zeros((1, 1), dtype=mx.int32)
     arrived = None if stage.is_first else mx.zeros((1, 1, stage.width), dtype=stage.dtype)
-    with trace.without_collectives():
+    with trace.lazily(stage.model):
         stage.forward(tokens, cache, arrived)
     used = stage.local(cache)
     fresh = stage.make_local_cache()

@@ -20,7 +20,7 @@ import msgspec
 import psutil
 
 from k2cli.agent.activity import start_of
-from k2cli.agent.run_folder import make_reserve
+from k2cli.agent.run_folder import make_reserve, write_private
 from k2cli.files import disk_reason
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.protocol import (
@@ -29,13 +29,14 @@ from k2cli.protocol import (
     LogLine,
     RankFailed,
     RankReady,
-    RunEnded,
     RunEvent,
     RunReady,
     RunRestarting,
+    TlsCertificate,
 )
 from k2cli.runs.log import ACCESS_SENDER, MAX_LOG_BYTES, LogEntry, format_entry
 from k2cli.runs.record import (
+    CERTIFICATE_NAME,
     EVENTS_NAME,
     AttemptRecord,
     FailureRecord,
@@ -130,9 +131,16 @@ class Journal:
                 self._save(replace(self.record, state="ready", url=event.url, cause=""))
             case RankFailed():
                 self.say(f"rank {event.rank} on {event.node} failed: {event.cause}")
-            case RunEnded():
-                self.say(f"run ended: {event.cause}")
+            case TlsCertificate(pem=pem):
+                self._keep_certificate(pem)
         self._show(event)
+
+    def _keep_certificate(self, pem: str) -> None:
+        """Write the API's certificate, by which commands know the run."""
+        try:
+            write_private(self.record.run_id, CERTIFICATE_NAME, pem.encode())
+        except OSError as error:
+            self.say(f"the TLS certificate cannot be kept: {error.strerror or error}")
 
     def _note_event(self, event: RunEvent) -> None:
         self._events.write(_encoder.encode(event).decode())
@@ -188,7 +196,7 @@ class Journal:
         state: RunState = "failed" if outcome.has_failed else "stopped"
         self._lines.close()
         # Past the limit of lines: a flood of warnings must not swallow the cause.
-        self._write_line(_LAUNCHER, f"{state}: {cause}")
+        self._write_line(_LAUNCHER, state if cause == state else f"{state}: {cause}")
         remove_leftovers(self.record)
         self._save(
             replace(

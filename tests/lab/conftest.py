@@ -42,8 +42,8 @@ def session_lab(_isolated_session: None, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def lab(session_lab: Lab) -> Iterator[Lab]:
-    """The session's lab, whole again after each test: link good, sshd up, nothing running."""
+    """The session's lab, made new after each test: no test depends on what another one left."""
     try:
         yield session_lab
     finally:
-        session_lab.mend()
+        session_lab.renew()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import k2cli
 from k2cli.agent.own_wheel import build_own_wheel
 from k2cli.nodes.install import wanted_versions
 from lab import Lab
+from lab.sshd import end_sshd
 
 pytestmark = pytest.mark.lab
 K2 = [sys.executable, "-m", "k2cli"]
@@ -33,37 +33,19 @@ def _k2(lab: Lab, *arguments: str, seconds: float = 60.0) -> subprocess.Complete
     return lab.exec("k2a", [*K2, *arguments], environment, timeout_seconds=seconds)
 
 
-def _restart_sshd(lab: Lab) -> None:
-    for found in lab.all_processes("k2b"):
-        if "sshd" in found.command:
-            os.kill(found.pid, signal.SIGKILL)
-    until = time.monotonic() + 10
-    while any("sshd" in found.command for found in lab.all_processes("k2b")):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    lab.start_sshd("k2b")
-
-
 @pytest.fixture
-def bare(lab: Lab) -> Iterator[Lab]:
+def bare(lab: Lab) -> Lab:
     """The lab with a second host that has a Python, but no k2."""
     config = lab.host("k2b").folder / "ssh" / "sshd_config"
-    text = config.read_text()
-    kept = [line for line in text.splitlines() if "PYTHONPATH" not in line]
+    kept = [line for line in config.read_text().splitlines() if "PYTHONPATH" not in line]
     config.write_text("\n".join(kept) + "\n")
-    _restart_sshd(lab)
+    end_sshd(lab.host("k2b").state)
+    lab.start_sshd("k2b")
     # An environment that has k2 installed from its sources finds it without a PYTHONPATH too.
     sources = str(Path(k2cli.__file__).resolve().parent)
     hidden = lab.exec("k2b", ["mount", "-t", "tmpfs", "none", sources])
     assert hidden.returncode == 0, hidden.stderr
-    try:
-        yield lab
-    finally:
-        lab.exec("k2b", ["umount", sources])
-        lab.exec("k2b", ["rm", "-rf", ".k2"])
-        lab.exec("k2a", ["rm", "-rf", ".config/k2"])
-        config.write_text(text)
-        _restart_sshd(lab)
+    return lab
 
 
 def test_two_hosts_are_described_with_the_link_between_them(lab: Lab) -> None:
@@ -102,16 +84,13 @@ def test_a_bare_host_says_what_is_missing_and_a_full_disk_says_so(bare: Lab) -> 
     bare.exec("k2b", ["mkdir", "-p", ".k2/incoming"])
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", ".k2/incoming"]
     assert bare.exec("k2b", mount).returncode == 0
-    try:
-        done = _k2(bare, *TARGET)
-        assert done.returncode == 5
-        assert "the disk of node k2b is full" in done.stderr
-        assert bare.exec("k2b", ["ls", ".k2/incoming", ".k2/envs"]).stdout.split() == [
-            ".k2/envs:",
-            ".k2/incoming:",
-        ]
-    finally:
-        bare.exec("k2b", ["umount", ".k2/incoming"])
+    done = _k2(bare, *TARGET)
+    assert done.returncode == 5
+    assert "the disk of node k2b is full" in done.stderr
+    assert bare.exec("k2b", ["ls", ".k2/incoming", ".k2/envs"]).stdout.split() == [
+        ".k2/envs:",
+        ".k2/incoming:",
+    ]
 
 
 @pytest.fixture(scope="module")

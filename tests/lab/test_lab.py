@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from lab import Lab, LabError
+from lab.faults import fault_named
+from lab.namespaces import mount_points
 from lab.state import lab_folder, labs_directory
 
 pytestmark = pytest.mark.lab
@@ -40,6 +42,60 @@ def test_each_host_is_a_machine_of_its_own(lab: Lab) -> None:
     settings = lab.exec("k2a", ["env"]).stdout
     assert "K2_" not in settings
     assert "XDG_" not in settings
+
+
+def _state(lab: Lab) -> dict[str, object]:
+    """Return mounts, processes and all files of each host that are its own."""
+    found: dict[str, object] = {}
+    for host in (*lab.hosts, lab.console):
+        listing = (
+            "find /tmp /run /dev/shm /var/tmp -xdev \\( -path /tmp/pytest-of-* -prune \\) -o -print"
+        )
+        found[host.name] = (
+            sorted(mount_points(host.state)),
+            sorted(lab.exec(host.name, ["sh", "-c", listing]).stdout.split()),
+            {
+                path: path.read_bytes()
+                for part in ("home", "etc", "ssh")
+                for path in (host.folder / part).rglob("*")
+                if path.is_file() and path.name != "sshd.log"
+            },
+            [process.command for process in lab.processes(host.name)],
+        )
+    return found
+
+
+def test_nothing_that_a_test_did_reaches_the_next_one(session_lab: Lab) -> None:
+    lab = session_lab
+    lab.renew()
+    new = _state(lab)
+    k2 = [sys.executable, "-m", "k2cli"]
+    made = lab.exec("k2a", [*k2, "cluster", "init", "k2a", "k2b", "--name", "pair"])
+    assert made.returncode == 0, made.stderr
+    # A connection that outlives its command, as that of a killed k2.
+    shared = ["-o", "ControlMaster=auto", "-o", "ControlPersist=60", "-S", "/tmp/shared"]
+    assert lab.exec("k2a", ["ssh", *shared, "k2b", "true"]).returncode == 0
+    assert any(found.is_shared_ssh for found in lab.all_processes("k2a"))
+    script = """
+    mkdir -p .cache/huggingface/hub/models--a--b /var/tmp/k2-locks /tmp/k2-run /run/lock/here
+    touch .cache/huggingface/hub/models--a--b/blob /var/tmp/k2-locks/8080.json /dev/shm/k2-page
+    ln -s /usr /tmp/k2-run/usr
+    echo "k2c ssh-ed25519 AAAA" >>.ssh/known_hosts; echo PATH=/ >.ssh/environment; rm .ssh/config
+    echo "10.0.0.1 k2b" >>/etc/hosts
+    echo "SetEnv A=b" >>/run/lab-ssh/sshd_config
+    mount -t tmpfs none /usr/share; mount -t tmpfs none .cache; mount -t tmpfs none .cache
+    sleep 100 >/dev/null 2>&1 &
+    """
+    for host in ("k2b", "console"):
+        done = lab.exec(host, ["sh", "-c", script])
+        assert done.returncode == 0, done.stderr
+    fault_named("host-key").act(lab, None)
+    assert _state(lab) != new
+    lab.renew()
+    assert _state(lab) == new
+    assert Path("/usr/bin/env").exists()
+    answer = lab.exec("k2a", ["ssh", "k2b", "echo $A; hostname"])
+    assert (answer.returncode, answer.stdout.split()) == (0, ["k2b"])
 
 
 def test_processes_are_counted_by_host(lab: Lab) -> None:

@@ -107,4 +107,3 @@ def test_one_machine_launches_on_two_others(lab: Lab, toy_k2: Path) -> None:
         assert run.wait_gone(10)
     finally:
         run.close()
-        lab.exec("console", ["umount", hidden])

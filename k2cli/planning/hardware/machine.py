@@ -74,6 +74,8 @@ class NodeRates:
 
     def shared_by(self, ranks: int) -> NodeRates:
         """Return the rates of one of several ranks that compute at the same time on one machine."""
+        if ranks == 1:
+            return self
         return replace(
             self,
             read_bytes_per_second=self.read_bytes_per_second / ranks,

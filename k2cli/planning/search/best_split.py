@@ -6,6 +6,7 @@ with layers ``[first, past_last)``, infinite if the node cannot hold it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,19 +48,40 @@ def best_split(costs: Sequence[Costs], preferences: Sequence[Costs]) -> tuple[fl
         return None
     # A negative cost is headroom.
     allowed = costliest + abs(costliest) * _ROUNDING
+    cheapest = cheapest_split(
+        [
+            np.where(matrix <= allowed, preferred, np.inf)
+            for matrix, preferred in zip(usable, preferences, strict=True)
+        ]
+    )
+    return None if cheapest is None else (costliest, cheapest)
+
+
+def cheapest_split(costs: Sequence[Costs]) -> Ranges | None:
+    """Cut layers into stages with the least sum of costs.
+
+    Args:
+        costs: one matrix per stage, first stage first; infinite where ``row >= column``.
+
+    Returns:
+        As ``best_split``.
+    """
+    size = costs[0].shape[0]
     least = _start(size, 0.0)
     begins: list[Any] = []
-    for matrix, preferred in zip(usable, preferences, strict=True):
-        sums = least[:, None] + np.where(matrix <= allowed, preferred, np.inf)
+    for matrix in costs:
+        sums = least[:, None] + matrix
         begins.append(sums.argmin(axis=0))
         least = sums.min(axis=0)
+    if not math.isfinite(float(least[-1])):
+        return None
     ranges: list[tuple[int, int]] = []
     past_last = size - 1
     for begin in reversed(begins):
         first = int(begin[past_last])
         ranges.append((first, past_last))
         past_last = first
-    return costliest, tuple(reversed(ranges))
+    return tuple(reversed(ranges))
 
 
 def _start(size: int, cost: float) -> Any:

@@ -153,6 +153,7 @@ def _best_order(
             [allowed[node] for node in nodes],
             [weights[node] for node in nodes],
             timing,
+            least * (1 - STABLE_SHARE),
         )
         if split is not None and split[0] < least * (1 - STABLE_SHARE):
             least, ranges = split

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from k2cli.choices import Device
 from k2cli.planning.hardware.machine import NodeMemory, NodeRates
-from k2cli.planning.search.best_split import Ranges, best_split
+from k2cli.planning.search.best_split import Ranges, best_split, cheapest_split
 from k2cli.planning.search.traced_model import Slices
 from k2cli.planning.speed.constants import fitted_constants
 from k2cli.planning.speed.exchange import Exchange, stage_prefill_seconds
@@ -109,7 +109,11 @@ def _sums(layers: list[float]) -> Any:
 
 
 def fastest_split(
-    stages: Sequence[StageSeconds], allowed: Sequence[Any], weights: Sequence[Any], timing: Timing
+    stages: Sequence[StageSeconds],
+    allowed: Sequence[Any],
+    weights: Sequence[Any],
+    timing: Timing,
+    below: float = math.inf,
 ) -> tuple[float, Ranges] | None:
     """Find the split with the fastest exchange, and its seconds; None if none is allowed.
 
@@ -121,27 +125,46 @@ def fastest_split(
         allowed: booleans, true where the node has memory for the stage.
         weights: factors close to 1, by which equally fast splits are compared.
         timing: of the exchange.
+        below: seconds; if no split takes less, any of them may be returned.
     """
     search = _Search(stages, allowed, weights, timing)
-    steady = search.split("decode")
+    steady = search.tightest("decode")
     if steady is None:
         return None
     at_first = search.timed(steady[1])
-    best = search.best(at_first, steady[0])
+    best = search.best(at_first, steady[0], below)
     return at_first if at_first[0] <= best[0] * (1 + STABLE_SHARE) else best
 
 
 _Timed = tuple[float, Ranges]
+_Part = Literal["prefill", "decode"]
 
 
-@dataclass(frozen=True, slots=True)
 class _Search:
     """Search for a split under limits on the slowest stage's prefill and decode."""
 
-    stages: Sequence[StageSeconds]
-    allowed: Sequence[Any]
-    weights: Sequence[Any]
-    timing: Timing
+    def __init__(
+        self,
+        stages: Sequence[StageSeconds],
+        allowed: Sequence[Any],
+        weights: Sequence[Any],
+        timing: Timing,
+    ) -> None:
+        import numpy as np
+
+        self.stages, self.timing = stages, timing
+        prompts = timing.exchange.concurrency / timing.chunks
+        forward = np.triu(np.ones_like(allowed[0], dtype=bool), 1)
+        self._allowed = [fits & forward for fits in allowed]
+        self._costs = [
+            np.where(
+                fits,
+                weight * (prompts * each.prefill + timing.exchange.answer_tokens * each.decode),
+                np.inf,
+            )
+            for each, fits, weight in zip(stages, self._allowed, weights, strict=True)
+        ]
+        self._values: dict[_Part, Any] = {}
 
     def timed(self, ranges: Ranges) -> _Timed:
         """Return a split with the time of its exchange."""
@@ -150,82 +173,87 @@ class _Search:
         decodes = [float(each.decode[span]) for each, span in pairs]
         return self.timing.seconds(prefills, decodes), ranges
 
-    def split(
-        self,
-        by: Literal["prefill", "decode", "sum"],
-        most_prefill: float = math.inf,
-        most_decode: float = math.inf,
-    ) -> tuple[float, Ranges] | None:
-        """Find the split with the least slowest stage, or the least sum, within the limits."""
+    def tightest(self, by: _Part, most_prefill: float = math.inf) -> tuple[float, Ranges] | None:
+        """Find the split with the least slowest stage, and that stage's time, within a limit."""
         import numpy as np
 
-        timing = self.timing
-        costs, preferences = [], []
-        for each, fits, weight in zip(self.stages, self.allowed, self.weights, strict=True):
-            within = fits & (each.prefill <= most_prefill) & (each.decode <= most_decode)
-            cost: Any = 0.0
-            if by != "sum":
-                cost = each.prefill if by == "prefill" else each.decode
-            costs.append(np.where(within, cost, np.inf))
-            preferences.append(
-                weight
-                * (
-                    timing.exchange.concurrency / timing.chunks * each.prefill
-                    + timing.exchange.answer_tokens * each.decode
-                )
-            )
-        return best_split(costs, preferences)
+        slowest = [
+            np.where(fits & (each.prefill <= most_prefill), _times(each, by), np.inf)
+            for each, fits in zip(self.stages, self._allowed, strict=True)
+        ]
+        return best_split(slowest, self._costs)
 
-    def best(self, at_first: _Timed, least_decode: float) -> _Timed:
-        """Return the fastest split; ``at_first`` is one of them."""
+    def cheapest(
+        self, most_prefill: float = math.inf, most_decode: float = math.inf
+    ) -> Ranges | None:
+        """Find the split with the least sum of times within the limits."""
+        import numpy as np
+
+        costs = self._costs
+        for by, most in (("prefill", most_prefill), ("decode", most_decode)):
+            if most < math.inf:
+                costs = [
+                    np.where(_times(each, by) <= most, cost, np.inf)
+                    for each, cost in zip(self.stages, costs, strict=True)
+                ]
+        return cheapest_split(costs)
+
+    def best(self, at_first: _Timed, least_decode: float, below: float) -> _Timed:
+        """Return the fastest split; ``at_first`` is one of them. ``below`` as above."""
         timing, exchange = self.timing, self.timing.exchange
-        quickest, cheapest = self.split("prefill"), self.split("sum")
+        quickest, cheapest = self.tightest("prefill"), self.cheapest()
         assert quickest is not None
         assert cheapest is not None
-        best = min(at_first, self.timed(cheapest[1]), key=lambda each: each[0])
+        best = min(at_first, self.timed(cheapest), key=lambda each: each[0])
         groups = exchange.groups(timing.stages)
         prompts = exchange.concurrency * (1 - 1 / timing.chunks)
         answer = exchange.answer_tokens * groups * (least_decode + timing.latency_seconds)
         for most_prefill in self._limits("prefill", quickest[0]):
             lowest = prompts * most_prefill * (1 - _LIKE_SHARE)
-            if lowest + answer >= best[0]:
+            if lowest + answer >= min(best[0], below):
                 break
-            free = self.split("sum", most_prefill)
+            free = self.cheapest(most_prefill)
             if free is None:
                 continue
-            best = min(best, self.timed(free[1]), key=lambda each: each[0])
+            best = min(best, self.timed(free), key=lambda each: each[0])
             if groups > 1:
-                best = self._grouped(best, most_prefill, lowest, free[1])
+                best = self._grouped(best, most_prefill, lowest, free, below)
         return best
 
-    def _grouped(self, best: _Timed, most_prefill: float, lowest: float, free: Ranges) -> _Timed:
+    def _grouped(
+        self, best: _Timed, most_prefill: float, lowest: float, free: Ranges, below: float
+    ) -> _Timed:
         """Return the fastest split under a limit on prefill, by limits on decode."""
         timing, exchange = self.timing, self.timing.exchange
-        tight = self.split("decode", most_prefill)
+        tight = self.tightest("decode", most_prefill)
         assert tight is not None
         slowest_free = max(
             float(each.decode[span]) for each, span in zip(self.stages, free, strict=True)
         )
         groups = exchange.answer_tokens * exchange.groups(timing.stages)
         for most_decode in self._limits("decode", tight[0]):
-            if most_decode >= slowest_free or lowest + groups * most_decode >= best[0]:
+            if most_decode >= slowest_free or lowest + groups * most_decode >= min(best[0], below):
                 break
-            found = self.split("sum", most_prefill, most_decode)
+            found = self.cheapest(most_prefill, most_decode)
             if found is not None:
-                best = min(best, self.timed(found[1]), key=lambda each: each[0])
+                best = min(best, self.timed(found), key=lambda each: each[0])
         return best
 
-    def _limits(self, of: Literal["prefill", "decode"], least: float) -> Iterator[float]:
+    def _limits(self, of: _Part, least: float) -> Iterator[float]:
         """Yield the times of stages from ``least`` on, of nearly equal ones the longest."""
         import numpy as np
 
-        found = [
-            (each.prefill if of == "prefill" else each.decode)[np.triu(fits, 1)]
-            for each, fits in zip(self.stages, self.allowed, strict=True)
-        ]
-        values = np.unique(np.concatenate(found))
+        if of not in self._values:
+            pairs = zip(self.stages, self._allowed, strict=True)
+            found = np.concatenate([_times(each, of)[fits] for each, fits in pairs])
+            self._values[of] = np.unique(found)
+        values = self._values[of]
         at = int(np.searchsorted(values, least * (1 - 1e-12)))
         while at < len(values):
             past = int(np.searchsorted(values, values[at] * (1 + _LIKE_SHARE), side="right"))
             yield float(values[past - 1])
             at = past
+
+
+def _times(stage: StageSeconds, of: str) -> Any:
+    return stage.prefill if of == "prefill" else stage.decode

@@ -190,7 +190,9 @@ class RequestTable:
     def _open(self, waiting: Waiting, worst: int) -> Running:
         request = waiting.request
         self._next_sequence += 1
-        hit = self._prefixes.best(request.prompt) if request.use_prefix_cache else None
+        hit = None
+        if request.use_prefix_cache:
+            hit = self._prefixes.best(request.prompt, request.prefix_scope)
         row = Running(
             request,
             self._next_sequence,
@@ -269,12 +271,12 @@ class RequestTable:
 
     def _keep(self, row: Running) -> int | None:
         """Keep a sequence's tokens as a prefix; return its id, or None if it is not worth it."""
-        tokens = row.held_tokens
-        if len(tokens) < LEAST_REUSE_TOKENS or self._prefixes.has(tokens):
+        tokens, scope = row.held_tokens, row.request.prefix_scope
+        if len(tokens) < LEAST_REUSE_TOKENS or self._prefixes.has(tokens, scope):
             return None
-        for prefix in list(self._prefixes.redundant(tokens)):
+        for prefix in list(self._prefixes.redundant(tokens, scope)):
             self._drop(prefix)
-        return self._prefixes.add(tokens)
+        return self._prefixes.add(tokens, scope)
 
     def _drop(self, prefix: int) -> None:
         self._prefixes.remove(prefix)

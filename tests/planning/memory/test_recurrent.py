@@ -75,10 +75,6 @@ def peak_beside_weights(config: dict[str, Any], tokens: int) -> tuple[int, list[
 @pytest.mark.slow
 def test_granite_with_mamba_layers_alone_needs_what_mlx_lm_takes() -> None:
     """The trial of mlx-lm PR 525: 107 MB were measured, and 24 planned without these layers."""
-    # Other work on the machine lowers a peak by up to 12 %: the largest of three, as in grids.
-    measured, cache = max(
-        (peak_beside_weights(MAMBA_ONLY, 256) for _ in range(3)), key=lambda each: each[0]
-    )
     model = build(MAMBA_ONLY)
     cast(model, mx.float32)
     activation = prefill_activation(
@@ -86,8 +82,16 @@ def test_granite_with_mamba_layers_alone_needs_what_mlx_lm_takes() -> None:
         concurrency=1, itemsize=4, samples=False,
     )  # fmt: skip
     cache_bytes = sum(profile_model(model).cache_bytes(256))
-    assert cache_bytes == sum(entry.nbytes for entry in cache)
-    assert activation.peak_bytes + cache_bytes == pytest.approx(measured, rel=TOLERANCE)
+    planned = pytest.approx(activation.peak_bytes + cache_bytes, rel=TOLERANCE)
+    # Other work on the machine lowers a peak by up to 12 %: then it is measured again.
+    measured = 0
+    for _ in range(3):
+        peak, cache = peak_beside_weights(MAMBA_ONLY, 256)
+        measured = max(measured, peak)
+        assert cache_bytes == sum(entry.nbytes for entry in cache)
+        if measured == planned:
+            break
+    assert measured == planned
 
 
 @pytest.mark.slow
