@@ -36,7 +36,7 @@ _COMMANDS = (
     ("chat", "chat"),
     ("bench", "bench"),
 )
-_GROUPS = ("cluster", "models")
+_GROUPS = ("cluster", "models", "keys")
 
 
 def _print_version(wanted: bool) -> None:

@@ -25,14 +25,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "k2cli"
 # entry with a dot is one module or folder inside a part. Everything may import itself and a leaf.
 LEAVES = {
     "errors", "units", "settings", "files", "choices", "gpu_name", "mlx_lm_package", "proxies",
-    "scratch", "pauses", "event_loop", "stderr", "pip_command", "__init__",
+    "bounded_cache", "scratch", "pauses", "event_loop", "stderr", "pip_command", "__init__",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set[str]() for leaf in LEAVES},
     "__main__": {"cli"},
     "cli": {"commands", "ui"},
     "protocol": set(),
-    "grammars": {"models.text", "models.json_files"},
+    "access": {"protocol"},
+    "grammars": {"models.text", "models.json_files", "protocol.wire"},
     "sharding": {
         "models.config_form", "models.rope_form", "models.config_consistency",
         "models.class_defaults",
@@ -44,23 +45,25 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"models", "sharding"},
     "quantization": {"models", "sharding"},
     "bench": {"planning", "client", "cluster", "nodes", "agent", "runs"},
-    "agent": {"models", "planning.hardware"},
+    "agent": {"access.tls_files", "models", "planning.hardware"},
     "nodes": {"agent", "planning.hardware"},
     "cluster": {"nodes", "agent", "planning.hardware"},
     "runs": {"cluster", "nodes", "agent", "protocol"},
     "doctor": {"runs", "cluster", "nodes", "agent", "planning.plan", "planning.hardware"},
     "transfer": {"cluster", "nodes", "agent", "runs", "models", "sharding", "planning.plan"},
     "launch": {
-        "transfer", "doctor", "runs", "cluster", "nodes", "agent", "planning", "models", "protocol",
-        "sharding",
+        "access", "transfer", "doctor", "runs", "cluster", "nodes", "agent", "planning", "models",
+        "protocol", "sharding",
     },
-    "supervisor": {"launch", "runs", "cluster", "nodes", "agent", "protocol"},
-    "server": {"protocol", "grammars.text", "grammars.check", "grammars.limits"},
-    "guard": {"server", "protocol", "models.text", "models.json_files", "agent.locks"},
+    "supervisor": {"access", "launch", "runs", "cluster", "nodes", "agent", "protocol"},
+    "server": {"access", "protocol", "grammars.text", "grammars.check", "grammars.gbnf"},
+    "guard": {
+        "access", "server", "protocol", "models.text", "models.json_files", "agent.locks",
+    },
     "rank": {"protocol", "sharding", "models", "grammars"},
     "commands": {
         "ui", "client", "chat", "planning", "quantization", "bench", "nodes", "cluster", "runs",
-        "doctor", "transfer", "launch", "supervisor", "models", "sharding", "protocol",
+        "doctor", "transfer", "launch", "access", "supervisor", "models", "sharding", "protocol",
     },
 }  # fmt: skip
 
@@ -87,11 +90,13 @@ ONLY_IN = {
     "starlette": {"server/"},
     "uvicorn": {"server/", "guard/"},
     "llguidance": {"grammars/"},
+    "prometheus_client": {"server/metrics/exposition.py"},
 }
 
 HEAVY = {
     "httpx", "httpx2", "huggingface_hub", "jinja2", "jsonschema", "llguidance", "mlx", "mlx_lm",
-    "modelscope_hub", "numpy", "prompt_toolkit", "starlette", "tokenizers", "torch",
+    "modelscope_hub", "numpy", "prometheus_client", "prompt_toolkit", "starlette", "tokenizers",
+    "torch",
     "transformers", "uvicorn",
 }  # fmt: skip
 

@@ -69,6 +69,12 @@ def _models(what: str, question: bytes) -> Any:
     return functions[what](decode_json(question, type=stored_models.ModelQuestion))
 
 
+def _check_tls(certificate: str, key: str) -> Any:
+    from k2cli.access.tls_files import check_tls_files  # ssl is slow to import
+
+    return check_tls_files(certificate, key)
+
+
 def _clean(live: str, gone: str) -> Any:
     return clean_machine(*(frozenset(filter(None, ids.split(","))) for ids in (live, gone)))
 
@@ -102,6 +108,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "processes": processes_of_run,
     "kill": kill_run,
     "clean": _clean,
+    "check-tls": _check_tls,
     "lock-take": _lock_take,
     "lock-renew": lambda run_id, pid, *start: renew(run_id, int(pid), float(start[0]), *start[1:]),
     "lock-release": release,

@@ -41,6 +41,7 @@ class Progress:
     prefill_done: int | None = None
     prefill_total: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +66,24 @@ class Timings:
 
 def error_message(content: bytes) -> str | None:
     """Return the message of an OpenAI error object, or None if the body is not one."""
-    try:
-        error = decode_json(content, type=dict[str, Any]).get("error")
-    except msgspec.MsgspecError:
-        return None
+    error = _error_member(content)
     message = error.get("message") if isinstance(error, dict) else error
     return message if isinstance(message, str) else None
+
+
+def concerns_field(content: bytes, field: str) -> bool:
+    """Return True if an OpenAI error object names a field of the request, or one within it."""
+    error = _error_member(content)
+    param = error.get("param") if isinstance(error, dict) else None
+    where = param if isinstance(param, str) else error_message(content) or ""
+    return where == field or where.startswith((f"{field}.", f"{field}[", f"{field}:"))
+
+
+def _error_member(content: bytes) -> Any:
+    try:
+        return decode_json(content, type=dict[str, Any]).get("error")
+    except msgspec.MsgspecError:
+        return None
 
 
 def decoded(content: bytes | str, base: str) -> dict[str, Any]:
@@ -148,6 +161,7 @@ def _chunk_events(chunk: dict[str, Any]) -> Iterator[StreamEvent]:
             prefill_done=count(extension.get("prefill_done")),
             prefill_total=count(extension.get("prefill_total")),
             completion_tokens=count(extension.get("completion_tokens")),
+            cached_tokens=count(extension.get("cached_tokens")),
         )
     for choice in objects(chunk.get("choices")):
         delta = choice.get("delta")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -21,6 +22,7 @@ from k2cli.client.answers import (
     Progress,
     StreamEvent,
     Timings,
+    concerns_field,
     count,
     decoded,
     error_message,
@@ -30,6 +32,7 @@ from k2cli.client.answers import (
     objects,
     read_timings,
 )
+from k2cli.client.certificate import trusting
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
 from k2cli.proxies import proxy_errors, unreachable
 from k2cli.units import MIB
@@ -44,7 +47,7 @@ _K2_OWNER = "k2"
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model that the server offers; ``context_length`` (tokens) is known for k2 only."""
+    """A model that the server offers; ``context_length`` (tokens) is None if it does not say."""
 
     name: str
     context_length: int | None = None
@@ -58,14 +61,15 @@ class GenerationOptions:
     max_tokens: int | None = None
     temperature: float | None = None
     seed: int | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    reasoning_effort: str | None = None
 
     def members(self) -> dict[str, Any]:
         """Return the JSON members of the options that are set."""
-        values = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
-        }
+        values = asdict(self)
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -106,13 +110,23 @@ def api_base(url: str) -> str:
 
 
 class ApiClient:
-    """Client of one server. Close it, or use it as a context manager."""
+    """Client of one server. Close it, or use it as a context manager.
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    Args:
+        url: address of the server.
+        api_key: sent with each request, if there is one.
+        certificate: file with the server's certificate, which is then the only one to trust,
+            whatever its names; None for the authorities that are known to Python.
+    """
+
+    def __init__(
+        self, url: str, api_key: str | None = None, certificate: Path | None = None
+    ) -> None:
         self.base = api_base(url)
         headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
         with proxy_errors():
             self._http = httpx2.Client(
+                verify=trusting(certificate) if certificate is not None else True,
                 headers=headers,
                 timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
                 # Proxies from the environment are not used for this machine's own ports.
@@ -140,7 +154,8 @@ class ApiClient:
         return [
             ModelInfo(
                 name=str(entry.get("id", "")),
-                context_length=count(entry.get("context_length")),
+                # k2's name of the field, and vLLM's.
+                context_length=count(entry.get("context_length", entry.get("max_model_len"))),
                 is_k2=entry.get("owned_by") == _K2_OWNER,
             )
             for entry in objects(entries)
@@ -172,15 +187,41 @@ class ApiClient:
         except msgspec.ValidationError as error:
             raise no_openai_api(self.base, error) from error
 
-    def chat(
+    def count_tokens(
         self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
+    ) -> int:
+        """Count the tokens of the prompt of a conversation (``POST /v1/tokenize``, k2 only).
+
+        Raises:
+            K2Error: if the server cannot be reached, refuses, or has no such route.
+        """
+        body: dict[str, Any] = {"model": model.name, "messages": messages}
+        if options.reasoning_effort is not None:
+            body["reasoning_effort"] = options.reasoning_effort
+        found = count(self._ask("POST", "tokenize", json=body).get("count"))
+        if found is None:
+            raise no_openai_api(self.base, ValueError("no count of tokens"))
+        return found
+
+    def chat(
+        self,
+        model: ModelInfo,
+        messages: list[dict[str, str]],
+        options: GenerationOptions,
+        response_format: dict[str, Any] | None = None,
     ) -> Generator[StreamEvent]:
         """Stream an answer to a conversation. Closing the generator cancels it on the server.
 
+        Args:
+            response_format: the form of the answer, as in OpenAI's API.
+
         Raises:
-            K2Error: if the request is refused, or the connection is lost.
+            UsageError: if the server refuses the response format.
+            K2Error: if it refuses the request, or the connection is lost.
         """
         body = {"model": model.name, "messages": messages, **options.members()}
+        if response_format is not None:
+            body["response_format"] = response_format
         return self._stream("chat/completions", body, progress=model.is_k2)
 
     def complete(self, model: ModelInfo, prompt: list[int], tokens: int) -> Completion:
@@ -265,7 +306,10 @@ class ApiClient:
             raise K2Error(f"{self.base} does not answer as an HTTP server: {error}") from error
 
     def _refusal(self, response: httpx2.Response) -> K2Error:
-        message = error_message(self._body(response)) or f"HTTP status {response.status_code}"
+        body = self._body(response)
+        message = error_message(body) or f"HTTP status {response.status_code}"
+        if response.status_code in (400, 422) and concerns_field(body, "response_format"):
+            return UsageError(f"{self.base} refused the schema: {message}")
         return _failure(response.status_code, message, self.base)
 
 

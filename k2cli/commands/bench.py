@@ -82,7 +82,7 @@ def bench(
         parse_sizes(concurrency, "-c", at_least=1),
     )
     target = resolve_target(model, url, api_key)
-    with ApiClient(target.url, target.api_key) as client:
+    with ApiClient(target.url, target.api_key, target.certificate) as client:
         info = client.pick_model(target.model)
         check_context(cases, info.context_length)
         _measure_and_print(client, info, target, cases, repetitions, output)
@@ -155,7 +155,7 @@ def _calibrate(
     plan = _plan_of(run)
     nodes = {name: node_named(name).memory() for name in run.nodes}
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    with ApiClient(target.url, target.api_key) as client:
+    with ApiClient(target.url, target.api_key, target.certificate) as client:
         info = client.pick_model(target.model)
         probe: list[BenchRow] = []
         _measure(client, info, [PROBE], 1, probe)

@@ -62,6 +62,32 @@ def launch(
             "set K2_API_KEY.",
         ),
     ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Keys made by k2 keys create that the API accepts: names, all or none. "
+            "Default: all if --host is not of this machine alone, else none.",
+        ),
+    ] = None,
+    share_prefixes: Annotated[
+        bool,
+        typer.Option(
+            "--share-prefixes",
+            help="Use the cache of an earlier prompt for other keys too. It is faster, and shows "
+            "by the time to the first token what others have asked.",
+        ),
+    ] = False,
+    tls_cert: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Certificate (PEM) to serve HTTPS with, on the first node."
+        ),
+    ] = None,
+    tls_key: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Private key of --tls-cert, without password."),
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -153,6 +179,7 @@ def launch(
 
     Example: k2 launch demo --nodes localhost,localhost --parallel pipeline --detach
     """
+    from k2cli.access.keys import parse_choice
     from k2cli.launch.request import LaunchRequest
     from k2cli.launch.restart_policy import RestartPolicy
 
@@ -170,6 +197,10 @@ def launch(
         host=host,
         port=port,
         api_key=api_key,
+        keys=parse_choice(keys) if keys is not None else None,
+        shares_prefixes=share_prefixes,
+        tls_certificate=tls_cert,
+        tls_key=tls_key,
         allowed_hosts=tuple(allow_host or ()),
         cors_origins=tuple(cors or ()),
         aliases=tuple(alias or ()),
@@ -225,6 +256,7 @@ def _prepare(request: LaunchRequest) -> RunDecisions:
 
 
 def _show_plan(run: RunDecisions) -> None:
+    from k2cli.launch.endpoint import endpoint_warnings
     from k2cli.ui.output import note, warn
     from k2cli.ui.plan.table import plan_lines
     from k2cli.units import one_line
@@ -238,6 +270,8 @@ def _show_plan(run: RunDecisions) -> None:
         note(one_line(f"  {name}: {value}"))
     if run.generated_api_key:
         note(f"the API key is in {run.record.api_key_file}")
+    for warning in endpoint_warnings(run):
+        warn(warning)
 
 
 def _detach(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:

@@ -31,12 +31,16 @@ _LAUNCH_HINT = "k2 launch demo --detach"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server, its API key and its model; ``run`` is None for a server given by its URL."""
+    """A server, its API key and its model; ``run`` is None for a server given by its URL.
+
+    ``certificate`` is the file with the one certificate to trust, None for those of the system.
+    """
 
     url: str
     api_key: str | None
     model: str | None
     run: RunRecord | None = None
+    certificate: Path | None = None
 
 
 def resolve_target(model: str | None, url: str | None, api_key: str | None) -> Target:
@@ -50,7 +54,8 @@ def resolve_target(model: str | None, url: str | None, api_key: str | None) -> T
     run = _run_serving(model)
     if run.state != "ready":
         raise ClusterError(f"run {run.run_id} is {run.state}, not ready", "k2 ps")
-    return Target(run.url, api_key or _key_of(run), run.model_name, run)
+    key = api_key or key_of(run)
+    return Target(run.url, key, run.model_name, run, run.certificate_file)
 
 
 def _run_serving(model: str | None) -> RunRecord:
@@ -75,7 +80,7 @@ def _same_folder(one: str, other: str) -> bool:
     return os.path.exists(one) and Path(one).resolve() == Path(other).resolve()
 
 
-def _key_of(run: RunRecord) -> str | None:
+def key_of(run: RunRecord) -> str | None:
     path = run.api_key_file
     if path is None:
         return None

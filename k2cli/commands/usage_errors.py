@@ -20,6 +20,8 @@ EXAMPLES: Mapping[str, str] = {
     "--concurrency": "4",
     "--group-size": "64",
     "--lines": "100",
+    "--max-concurrent": "2",
+    "--max-queued": "4",
     "--max-tokens": "256",
     "--older-than": "24",
     "--port": "8080",
@@ -27,6 +29,7 @@ EXAMPLES: Mapping[str, str] = {
     "--repetitions": "5",
     "--seed": "42",
     "--temperature": "0.7",
+    "--tokens-per-minute": "60000",
     "--wait": "300",
 }
 """Valid values of options that take numbers; tests/test_cli.py tries each of them."""

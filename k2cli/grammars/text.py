@@ -1,18 +1,26 @@
 """The text of a grammar in llguidance's form: Lark rules, JSON schemas and the tokens of markers.
 
 Only text is made here; ``check`` compiles it, and ``mask_process`` computes masks with it. The
-form is described in llguidance's docs/syntax.md.
+form is described in the documentation of llguidance.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 WHITESPACE = r"[ \n\r\t]{0,64}"
 """Whitespace between the parts of a JSON text: bounded, since models may repeat it without end."""
+
+ESCAPES = 'nrbtf\\"'
+"""Letters after a backslash in JSON strings: without ``u``, by which a name that a schema declares
+could be spelled so that its own schema does not count."""
+
+
+ANY_TEXT = "(?s:.*)"
+"""The pattern of any text, newlines included."""
 
 
 class GrammarText:
@@ -29,12 +37,35 @@ class GrammarText:
         texts = sorted(filter(None, token_ids), key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, texts))) if texts else None
         self._rules: list[str] = []
-        self._others: list[dict[str, Any]] = []
+        self._names: dict[str, str] = {}
+        self._others: dict[str, dict[str, Any]] = {}
+
+    def is_token(self, text: str) -> bool:
+        """Return True if a marker is a token of its own."""
+        return text in self._token_ids
+
+    def has_token(self, text: str) -> bool:
+        """Return True if a text has a marker that is a token of its own."""
+        return self._tokens is not None and self._tokens.search(text) is not None
+
+    def spelled(self, markers: Iterable[str]) -> tuple[str, ...]:
+        """Return the markers without tokens, which may stand in a text that is not to have them."""
+        return tuple(marker for marker in markers if not self.has_token(marker))
 
     def rule(self, body: str) -> str:
         """Add a rule and return its name."""
+        return self._named("r", body)
+
+    def recursive_rule(self, make: Callable[[str], str]) -> str:
+        """Add a rule whose body may have its own name in it, and return its name.
+
+        Args:
+            make: makes the body, given the name.
+        """
         name = f"r{len(self._rules)}"
-        self._rules.append(f"{name}: {body}")
+        place = len(self._rules)
+        self._rules.append("")
+        self._rules[place] = f"{name}: {make(name)}"
         return name
 
     def terminal(self, pattern: str) -> str:
@@ -44,27 +75,54 @@ class GrammarText:
             pattern: in the syntax of Rust's regex crate, without slashes around it; ``.`` does not
                 match a newline.
         """
-        name = f"T{len(self._rules)}"
-        self._rules.append(f"{name}: {regex(pattern)}")
-        return name
+        return self._named("T", regex(pattern))
 
-    def text_until(self, end: str) -> str:
-        """Return an expression for any text up to an end, which it includes.
+    def text(self, *patterns: str, without: Sequence[str] = (), around: str = "") -> str:
+        """Add a terminal for texts without tokens of their own, and return its name.
 
         Args:
-            end: the first occurrence ends the text. It must not be empty.
+            patterns: each must match the whole text; none for any text.
+            around: matches what may stand before and after such a text.
+            without: letters that it does not contain.
+        """
+        kept = [regex(pattern) for pattern in patterns or (ANY_TEXT,)]
+        if without:
+            several = "|".join(map(escaped, sorted(set(without))))
+            # A negation alone would match bytes that are no UTF-8.
+            kept += [] if ANY_TEXT in patterns or not patterns else [regex(ANY_TEXT)]
+            kept.append(f"~{regex(f'{ANY_TEXT}({several}){ANY_TEXT}')}")
+        text = self._named("T", " & ".join(kept))
+        return self._named("T", f"{regex(around)} {text} {regex(around)}") if around else text
+
+    def text_until(
+        self, end: str, *patterns: str, without: Sequence[str] = (), around: str = ""
+    ) -> str:
+        """Return an expression for a text and what ends it.
+
+        Args:
+            end: the first occurrence after a text that is allowed ends it. It must not be empty.
+            patterns, without, around: see ``text``.
         """
         found = self._tokens.search(end) if self._tokens else None
-        if found is not None and found.start() == 0:
-            return f"{self.any_text()} {self.literal(end)}"
-        first = end if found is None else end[: found.start()]
-        name = f"r{len(self._rules)}"
-        self._rules.append(f"{name}[suffix={_quoted(first)}]: {regex('(?s:.*)')}")
-        return name if found is None else f"{name} {self.literal(end[found.start() :])}"
+        text = self.text(*patterns, without=without, around=around)
+        if found is None:
+            return self._named("r", text, f"[suffix={_quoted(end)}]")
+        if found.start():
+            # The letters before a token may stand in the text, too, which ends at the token alone.
+            text = self._named("T", f"{text} {_quoted(end[: found.start()])}")
+        return f"{text} {self.literal(end[found.start() :])}"
 
-    def any_text(self) -> str:
-        """Return an expression for any text without tokens of their own, the empty one included."""
-        return self.terminal("(?s:.*)")
+    def _named(self, letter: str, body: str, options: str = "") -> str:
+        """Add a rule or terminal unless it is there already. Return its name."""
+        key = f"{letter}{options}: {body}"
+        if key not in self._names:
+            self._names[key] = f"{letter}{len(self._rules)}"
+            self._rules.append(f"{self._names[key]}{options}: {body}")
+        return self._names[key]
+
+    def letters(self, text: str) -> str:
+        """Return an expression for exactly this text, in which markers are letters."""
+        return _quoted(text)
 
     def literal(self, text: str) -> str:
         """Return an expression for exactly this text; markers in it must be their tokens."""
@@ -90,7 +148,11 @@ class GrammarText:
             schema = {}
         if schema is False:
             schema = {"not": {}}
-        options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+        options = {
+            "whitespace_pattern": WHITESPACE,
+            "json_allowed_escapes": ESCAPES,
+            "lenient": lenient,
+        }
         return self._other({"json_schema": {**schema, "x-guidance": options}})
 
     def lark(self, text: str) -> str:
@@ -98,14 +160,16 @@ class GrammarText:
         return self._other({"lark_grammar": text})
 
     def _other(self, grammar: dict[str, Any]) -> str:
-        name = f"g{len(self._others)}"
-        self._others.append({"name": name, **grammar})
-        return f"@{name}"
+        key = json.dumps(grammar)
+        if key not in self._others:
+            self._others[key] = {"name": f"g{len(self._others)}", **grammar}
+        return f"@{self._others[key]['name']}"
 
     def build(self, start: str) -> str:
         """Return the whole grammar, which matches the expression ``start``."""
         lark = "\n".join((f"start: {start}", *self._rules)) + "\n"
-        return json.dumps({"grammars": [{"name": "main", "lark_grammar": lark}, *self._others]})
+        main = {"name": "main", "lark_grammar": lark}
+        return json.dumps({"grammars": [main, *self._others.values()]})
 
 
 def choice(*expressions: str) -> str:
@@ -123,6 +187,12 @@ def regex(pattern: str) -> str:
     return f"/{_SLASH.sub(_escaped_slash, pattern)}/"
 
 
+def escaped(text: str) -> str:
+    """Return a regular expression that matches exactly this text."""
+    return _SPECIAL.sub(lambda found: f"\\{found[0]}", text).replace("\n", r"\n")
+
+
+_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")
 _SLASH = re.compile(r"\\.|/|\n", re.DOTALL)
 
 

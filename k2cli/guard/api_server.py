@@ -11,16 +11,19 @@ import contextlib
 import errno
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from k2cli.errors import ClusterError
+from k2cli.access.key_ring import KeyRing
+from k2cli.access.tls_files import ServerTls, expiry_date
+from k2cli.errors import ClusterError, K2Error
 from k2cli.guard.engine_bridge import EngineBridge
 from k2cli.guard.file_limit import raise_file_limit
-from k2cli.protocol import Bootstrap, HttpEndpoint
+from k2cli.protocol import Bootstrap, HttpEndpoint, LogLine, TlsCertificate
+from k2cli.server.metrics.run_watch import RunWatch
 from k2cli.settings import RUN_OPTION
 
 if TYPE_CHECKING:
@@ -31,11 +34,14 @@ if TYPE_CHECKING:
 _GRACEFUL_SECONDS = 2
 _CLOSE_SECONDS = 3.0
 _PORTS_TRIED = 100
+RENEWAL_SECONDS = 5.0
+"""Between two looks at the files of the TLS certificate."""
+
 _WAITING_CONNECTIONS = 1024
 """Connections that the kernel holds until they are accepted; they use no files of the guard."""
 
 
-def api_url(host: str, port: int, node: str) -> str:
+def api_url(host: str, port: int, node: str, scheme: str = "http") -> str:
     """Return the URL to give to a client; the node's name replaces a wildcard host."""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
@@ -43,7 +49,7 @@ def api_url(host: str, port: int, node: str) -> str:
             host = node
         elif address.version == 6:
             host = f"[{host}]"
-    return f"http://{host}:{port}"
+    return f"{scheme}://{host}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -79,6 +85,20 @@ def _take_port(endpoint: HttpEndpoint) -> tuple[socket.socket, int]:
     raise AssertionError("the last port either binds or raises")
 
 
+def _load_tls(endpoint: HttpEndpoint) -> ServerTls | None:
+    """Load the certificate of an endpoint; None if it has none.
+
+    Raises:
+        ClusterError: if it cannot be used.
+    """
+    if endpoint.tls_certificate is None or endpoint.tls_key is None:
+        return None
+    try:
+        return ServerTls(endpoint.tls_certificate, endpoint.tls_key)
+    except K2Error as error:
+        raise ClusterError(error.message, error.hint) from error
+
+
 def _served_model(bootstrap: Bootstrap) -> ServedModel:
     """Describe the model of a run that has an API.
 
@@ -101,6 +121,7 @@ def _served_model(bootstrap: Bootstrap) -> ServedModel:
         cors_origins=frozenset(endpoint.cors_origins),
         aliases=tuple(endpoint.aliases),
         normalizes_prompts=endpoint.normalizes_prompts,
+        shares_prefixes=endpoint.shares_prefixes,
     )
 
 
@@ -135,7 +156,13 @@ def _import_server() -> None:
 
 
 def _build_server(
-    bootstrap: Bootstrap, bridge: EngineBridge, first: KillableReader
+    bootstrap: Bootstrap,
+    bridge: EngineBridge,
+    first: KillableReader,
+    keys: KeyRing,
+    tls: ServerTls | None,
+    watch: RunWatch,
+    log_access: Callable[[str], None],
 ) -> tuple[Any, ProcessReader]:
     """Make the uvicorn server and its application.
 
@@ -148,10 +175,12 @@ def _build_server(
         BACKLOG,
         ConnectionLimits,
         LimitedConnection,
+        TlsConnection,
     )
     from k2cli.guard.output_format import output_format_of
     from k2cli.models.text.tokenizer import Tokenizer
     from k2cli.server.app import create_app
+    from k2cli.server.metrics.activity import Activity
     from k2cli.server.reader_queues import ProcessReader
 
     class GuardedServer(uvicorn.Server):
@@ -167,8 +196,14 @@ def _build_server(
     assert endpoint is not None
     chosen = output_format_of(tokenizer, endpoint.tool_parser, endpoint.reasoning_parser)
     served = replace(_served_model(bootstrap), output_format=chosen)
-    app = create_app(bridge, tokenizer, served, reader)
-    connection = partial(LimitedConnection, ConnectionLimits.for_files(raise_file_limit()))
+    activity = Activity(log_access)
+    app = create_app(bridge, tokenizer, served, reader, activity, watch, keys)
+    limits = ConnectionLimits.for_files(raise_file_limit())
+
+    def connection(**named: Any) -> asyncio.Protocol:
+        make_http = partial(LimitedConnection, limits, **named)
+        return TlsConnection(lambda: tls.context, limits, make_http) if tls else make_http()
+
     config = uvicorn.Config(
         app,
         backlog=BACKLOG,
@@ -187,10 +222,27 @@ class ApiServer:
     Args:
         bootstrap: of the first attempt.
         bridge: carries requests to the current leader rank.
+        log_access: receives a line about each finished request, in the event loop.
+        tell: sends an event to the supervisor.
     """
 
-    def __init__(self, bootstrap: Bootstrap, bridge: EngineBridge) -> None:
+    def __init__(
+        self,
+        bootstrap: Bootstrap,
+        bridge: EngineBridge,
+        log_access: Callable[[str], None] = lambda line: None,
+        tell: Callable[[TlsCertificate | LogLine], None] = lambda event: None,
+    ) -> None:
         self.bridge = bridge
+        self.watch = RunWatch(bootstrap, bridge)
+        """What the API tells about the ranks; the guards' reports go there."""
+        self.keys = KeyRing()
+        """The keys that requests may be sent with."""
+        if (endpoint := bootstrap.http) is not None:
+            self.keys = KeyRing(endpoint.api_key, endpoint.keys)
+        self._log_access = log_access
+        self._tell = tell
+        self._tls: ServerTls | None = None
         self.url = ""
         self._bootstrap = bootstrap
         self._endpoint = bootstrap.http
@@ -205,12 +257,16 @@ class ApiServer:
         """Bind the port and begin to serve; do nothing if that was done.
 
         Raises:
-            ClusterError: if the port is taken, or the address is not this machine's.
+            ClusterError: if the port is taken, the address is not this machine's, or the TLS
+                certificate cannot be used.
         """
         if self._endpoint is None or self._serving is not None:
             return
+        self._tls = _load_tls(self._endpoint)
         self._listener, port = _take_port(self._endpoint)
-        self.url = api_url(self._endpoint.host, port, self._bootstrap.assignment.nodes[0])
+        node = self._bootstrap.assignment.nodes[0]
+        scheme = "http" if self._tls is None else "https"
+        self.url = api_url(self._endpoint.host, port, node, scheme)
         self._serving = asyncio.create_task(self._serve(self._listener))
 
     async def _serve(self, listener: socket.socket) -> None:
@@ -225,7 +281,14 @@ class ApiServer:
         await reader.start()
         await asyncio.gather(reader.load(), asyncio.to_thread(_import_server))
         self._server, self._reader = _, requests = await asyncio.to_thread(
-            _build_server, self._bootstrap, self.bridge, reader
+            _build_server,
+            self._bootstrap,
+            self.bridge,
+            reader,
+            self.keys,
+            self._tls,
+            self.watch,
+            self._log_access,
         )
         await requests.check()
         if self._closing:
@@ -237,8 +300,29 @@ class ApiServer:
             # uvicorn lets asyncio shorten the queue to what it accepts in one turn. If more clients
             # than that come at once, Linux loses connections that they believe to be open.
             listener.listen(_WAITING_CONNECTIONS)
+        renewing = asyncio.create_task(self._follow_certificate())
         self._answering.set()
-        await serving
+        try:
+            await serving
+        finally:
+            renewing.cancel()
+
+    async def _follow_certificate(self) -> None:
+        """Tell the supervisor the certificate, and take renewed ones into use."""
+        tls, node = self._tls, self._bootstrap.assignment.nodes[0]
+        if tls is None:
+            return
+        self._tell(TlsCertificate(tls.chain))
+        while True:
+            await asyncio.sleep(RENEWAL_SECONDS)
+            try:
+                if await asyncio.to_thread(tls.renew):
+                    self._tell(TlsCertificate(tls.chain))
+                    said = f"renewed TLS certificate, valid until {expiry_date(tls.report)}"
+                    self._tell(LogLine(0, node, "guard", said))
+            except K2Error as error:
+                said = f"the TLS certificate stays as it was: {error.message}"
+                self._tell(LogLine(0, node, "guard", said))
 
     async def wait_until_closed(self) -> None:
         """Wait for the end of serving.

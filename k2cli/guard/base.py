@@ -251,13 +251,21 @@ class Guard(ABC):
 
     def take_rank_status(self, rank: RankProcess) -> RankStatus:
         """Return the rank's progress and memory, and if it worked since the last call."""
-        progress, mlx_bytes = rank.page.read(), rank.page.read_mlx_bytes()
-        number, resident_bytes = self.assignment.rank, rank.resident_bytes
+        progress, mlx = rank.page.read(), rank.page.read_mlx()
         # A rank that is idle or waits counts steps too, and does no work.
         moved = progress.steps != self._reported_steps and progress.phase in _WORKING
         works = moved or self._worked_at is not None
         self._reported_steps, self._worked_at = progress.steps, None
-        return RankStatus(number, progress.steps, progress.phase, resident_bytes, mlx_bytes, works)
+        return RankStatus(
+            self.assignment.rank,
+            progress.steps,
+            progress.phase,
+            rank.resident_bytes,
+            mlx.active_bytes,
+            works,
+            mlx.cached_bytes,
+            mlx.peak_bytes,
+        )
 
     def note_working(self, ranks: Iterable[int]) -> None:
         """Record that these ranks are at work: this guard's rank may be waiting for them."""

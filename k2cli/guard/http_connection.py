@@ -7,12 +7,17 @@ files, and the run ends although nobody meant it any harm.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HANDSHAKE_SECONDS = 15.0
+"""From the first byte of a TLS connection to the end of the handshake."""
 
 HEADER_SECONDS = 15.0
 """From the first byte of a connection, or the end of the response before, to the whole header."""
@@ -40,6 +45,13 @@ _BUSY = (
 )
 
 
+class IdleConnection(Protocol):
+    """A connection that may be closed to make room for another one."""
+
+    address: str | None
+    transport: asyncio.Transport
+
+
 @dataclass(slots=True)
 class ConnectionLimits:
     """Limits of open connections, in total and from one address that is not loopback.
@@ -50,7 +62,7 @@ class ConnectionLimits:
     total: int
     per_address: int
     addresses: Counter[str] = field(default_factory=Counter)
-    idle: dict[LimitedConnection, None] = field(default_factory=dict)
+    idle: dict[IdleConnection, None] = field(default_factory=dict)
 
     @classmethod
     def for_files(cls, file_limit: int) -> ConnectionLimits:
@@ -77,6 +89,28 @@ class ConnectionLimits:
             oldest.transport.abort()
         return oldest is not None
 
+    def enter(self, connection: IdleConnection, address: str) -> bool:
+        """Count a new connection; return False if there is no room for it."""
+        if not self.make_room(address):
+            return False
+        connection.address = address
+        self.addresses[address] += 1
+        self.idle[connection] = None
+        return True
+
+    def leave(self, connection: IdleConnection) -> None:
+        """Take back ``enter``. Idempotent."""
+        self.idle.pop(connection, None)
+        if connection.address is not None:
+            self.addresses[connection.address] -= 1
+            self.addresses += Counter()  # forget addresses without connections
+            connection.address = None
+
+
+def _address_of(transport: asyncio.BaseTransport) -> str:
+    peer = transport.get_extra_info("peername")
+    return str(peer[0]) if isinstance(peer, tuple) and peer else ""
+
 
 class LimitedConnection(H11Protocol):
     """uvicorn's HTTP/1.1 connection with these limits and deadlines."""
@@ -89,25 +123,16 @@ class LimitedConnection(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        peer = transport.get_extra_info("peername")
-        address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
         super().connection_made(transport)
-        if not self._limits.make_room(address):
+        if not self._limits.enter(self, _address_of(transport)):
             transport.write(_BUSY)
             transport.close()
             return
-        self.address = address
-        self._limits.addresses[address] += 1
-        self._limits.idle[self] = None
         self._allow(HEADER_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._allow(None)
-        self._limits.idle.pop(self, None)
-        if self.address is not None:
-            self._limits.addresses[self.address] -= 1
-            self._limits.addresses += Counter()  # forget addresses without connections
-            self.address = None
+        self._limits.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -140,9 +165,10 @@ class LimitedConnection(H11Protocol):
 
         A client that has closed both sides looks the same, but resets the connection when
         something is sent to it: an interim response is, again and again, until one has begun.
+        Over TLS asyncio closes both sides at once.
         """
         cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body:
+        if self.scheme == "https" or cycle is None or cycle.response_complete or cycle.more_body:
             return False
         cycle.keep_alive = False
         self._probe()
@@ -173,3 +199,75 @@ class LimitedConnection(H11Protocol):
             self.transport.close()
         else:
             self.transport.close()
+
+
+class TlsConnection(asyncio.Protocol):
+    """A connection until its TLS handshake is done; a ``LimitedConnection`` then takes it over.
+
+    asyncio's own servers tell nobody of a connection before its handshake is done, so strangers
+    who never begin one would use up the guard's files.
+
+    Args:
+        context: returns the context to use, which may be renewed.
+        make_http: makes the connection that speaks HTTP.
+    """
+
+    def __init__(
+        self,
+        context: Callable[[], ssl.SSLContext],
+        limits: ConnectionLimits,
+        make_http: Callable[[], asyncio.Protocol],
+    ) -> None:
+        self.address: str | None = None
+        self.transport: asyncio.Transport
+        self._context = context
+        self._limits = limits
+        self._make_http = make_http
+        self._handshake: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        if self._limits.enter(self, _address_of(transport)):
+            self._handshake = asyncio.get_running_loop().create_task(self._shake_hands())
+        else:
+            transport.abort()
+
+    async def _shake_hands(self) -> None:
+        early, loop = _EarlyData(), asyncio.get_running_loop()
+        try:
+            encrypted = await loop.start_tls(
+                self.transport,
+                early,
+                self._context(),
+                server_side=True,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+            )
+        except OSError:  # a stranger, or a client that does not trust the certificate
+            self.transport.abort()
+            return
+        finally:
+            self._limits.leave(self)
+        if encrypted is not None and not early.is_over:
+            http = self._make_http()
+            encrypted.set_protocol(http)
+            http.connection_made(encrypted)
+            if early.data:
+                http.data_received(bytes(early.data))
+
+
+class _EarlyData(asyncio.Protocol):
+    """Receiver of what comes with the last message of a handshake, before HTTP takes over."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.is_over = False
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+
+    def eof_received(self) -> None:
+        self.is_over = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_over = True

@@ -62,8 +62,6 @@ class LeaderGuard(Guard):
         self._engine_ready = asyncio.Event()
         # Ranks at work since the last report to the other guards.
         self._working: set[int] = set()
-        self.rank_statuses: dict[int, RankStatus] = {}
-        """The last status of each rank, by its number."""
 
     async def run(self) -> Ending:
         """Guard the rank until the attempt ends, and return the reason."""
@@ -132,7 +130,8 @@ class LeaderGuard(Guard):
         while True:
             self._liveness.broadcast(Heartbeat())
             if self.rank is not None:
-                self.rank_statuses[0] = own = self.take_rank_status(self.rank)
+                own = self.take_rank_status(self.rank)
+                self._api.watch.note(own)
                 if own.works:
                     self._working.add(0)
             if self._working:
@@ -151,10 +150,13 @@ class LeaderGuard(Guard):
         match message:
             case RankFailed():
                 self.fail(message)
-            case GuardStarted() | LoadProgress() | RankReady() | LogLine():
+            case LoadProgress() | RankReady():
+                self._api.watch.note(message)
+                self.emit(message)
+            case GuardStarted() | LogLine():
                 self.emit(message)
             case RankStatus():
-                self.rank_statuses[rank] = message
+                self._api.watch.note(message)
                 if message.works:
                     self._working.add(rank)
                     self.note_working([rank])
@@ -179,6 +181,7 @@ class LeaderGuard(Guard):
         """Send a message on to the supervisor, the followers or the HTTP request it belongs to."""
         match message:
             case LoadProgress() | RankReady():
+                self._api.watch.note(message)
                 self.emit(message)
             case PromptProgress() | Tokens() | Finished() | RequestFailed():
                 self._api.bridge.deliver(message)

@@ -22,6 +22,8 @@ from k2cli.protocol import (
     Cancel,
     Generate,
     Heartbeat,
+    LogLine,
+    NamedKeys,
     NextAttempt,
     RankFailed,
     RunEnded,
@@ -47,7 +49,8 @@ class LeaderSession:
         self._supervisor = supervisor
         self._loop = asyncio.get_running_loop()
         self._heard_at = self._loop.time()
-        self._api = ApiServer(bootstrap, EngineBridge(self._send_to_rank))
+        bridge = EngineBridge(self._send_to_rank)
+        self._api = ApiServer(bootstrap, bridge, self._log_access, supervisor.send)
         self._guard: LeaderGuard | None = None
         # The bootstrap of the next attempt, or the reason to end the run without one.
         self._next: asyncio.Future[Bootstrap | Ending] = self._loop.create_future()
@@ -95,6 +98,7 @@ class LeaderSession:
             bootstrap = found
 
     async def _attempt(self, bootstrap: Bootstrap) -> Ending:
+        self._api.watch.begin_attempt(bootstrap)
         self._guard = LeaderGuard(bootstrap, self._worker, self._supervisor, self._api)
         if self._next.done() and isinstance(early := self._next.result(), Ending):
             self._guard.end(early.cause, failed=early.failed)
@@ -119,6 +123,10 @@ class LeaderSession:
         if self._guard is not None:
             self._guard.send_to_rank(message)
 
+    def _log_access(self, line: str) -> None:
+        node = self._bootstrap.assignment.nodes[0]
+        self._supervisor.send(LogLine(0, node, "access", line))
+
     # --- supervisor -----------------------------------------------------------------------------
 
     def _end(self, ending: Ending) -> None:
@@ -141,6 +149,8 @@ class LeaderSession:
                         self._end(Ending(cause, failed))
                     case NextAttempt(bootstrap=bootstrap) if not self._next.done():
                         self._next.set_result(bootstrap)
+                    case NamedKeys(keys=keys):
+                        self._api.keys.replace(keys)
                     case _:
                         pass
         except ConnectionLost as error:

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from k2cli.guard.watchdog import NO_WORK, Work
+from k2cli.settings import RUN_OPTION
 
 # The least of each that counts as work, for every second of an interval. Ranks that hung, or polled
 # MLX's ring for one that did, showed up to 3 page faults a second and no other change. Few page
@@ -142,10 +143,18 @@ def read_counters(process: psutil.Process) -> Counters | None:
 
 
 def _compilers(process: psutil.Process) -> list[psutil.Process]:
-    found = process.children(recursive=True)
+    found = [child for child in process.children(recursive=True) if not _is_ours(child)]
     if sys.platform == "darwin":
         found += [each for each in psutil.process_iter() if _name_of(each) == _METAL_COMPILER]
     return found
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    """True for a process of the run, as the mask process is, which computes while a rank waits."""
+    try:
+        return RUN_OPTION in process.cmdline()
+    except (psutil.Error, OSError):
+        return False
 
 
 def _name_of(process: psutil.Process) -> str:

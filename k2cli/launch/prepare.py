@@ -5,9 +5,6 @@ Every error that can be found before a process of the run exists is found here.
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
-import secrets
 import shutil
 import sys
 import time
@@ -15,13 +12,15 @@ from collections.abc import Sequence
 
 import psutil
 
+from k2cli.access.tls_files import expiry_date
 from k2cli.agent.activity import start_of
 from k2cli.agent.run_folder import make_reserve, run_folder, write_private
 from k2cli.cluster.description import load_cluster
 from k2cli.cluster.hostfile import rank_environment
 from k2cli.cluster.node_lookup import node_named
-from k2cli.errors import DoesNotFitError, K2Error, UsageError
+from k2cli.errors import DoesNotFitError, UsageError
 from k2cli.files import unwritable
+from k2cli.launch.endpoint import check_tls, choose_endpoint, choose_keys, key_setting
 from k2cli.launch.fetch import fetch_lacking
 from k2cli.launch.gpus import gpus_in, machines_of, place_plan
 from k2cli.launch.model_copies import examine_copies, find_model_copies
@@ -40,16 +39,13 @@ from k2cli.launch.transport import check_nodes
 from k2cli.models.part import absent_files
 from k2cli.models.reference import is_path
 from k2cli.nodes.locks import RankNeed, Say, release_locks, take_locks
-from k2cli.nodes.node import LOCALHOST, Node
+from k2cli.nodes.node import LOCALHOST
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.plan import plan_to_json
-from k2cli.protocol import HttpEndpoint
 from k2cli.runs.record import RankRecord, RunRecord, new_run_id, prune_records, save_record
 from k2cli.transfer.choose_push import portable_reference
 from k2cli.transfer.request import OnPushEvent
 from k2cli.units import format_bytes
-
-DEFAULT_HTTP_PORT = 8080
 
 
 def prepare_run(
@@ -71,7 +67,9 @@ def prepare_run(
         K2Error: if the model is neither here nor on the first node, or the port is taken.
     """
     run = RunDecisions(checked_request(request))
+    choose_keys(run)
     _choose_nodes(run)
+    check_tls(run)
     with locate_model(request.model, run.nodes, fetch=request.fetch) as run.model:
         _choose_transport(run, say)
         _make_plan(run, say)
@@ -80,7 +78,7 @@ def prepare_run(
         _choose_names(run)
         _take_locks(run, say, on_fetch)
     try:
-        _choose_endpoint(run)
+        choose_endpoint(run)
         _choose_environments(run)
         _write_folder(run)
     except BaseException:
@@ -222,26 +220,6 @@ def _choose_again(
     return _needs(run)
 
 
-def _choose_endpoint(run: RunDecisions) -> None:
-    """Choose the API's port and key. A key is generated if others than this machine reach it."""
-    request = run.request
-    port = _http_port(run.nodes[0], request.host, request.port)
-    run.generated_api_key = not request.api_key and not _is_loopback(request.host)
-    api_key = f"k2-{secrets.token_urlsafe(24)}" if run.generated_api_key else request.api_key
-    run.http = HttpEndpoint(
-        request.host,
-        port,
-        api_key or None,
-        next_port_will_do=request.port is None,
-        allowed_hosts=list(request.allowed_hosts),
-        cors_origins=list(request.cors_origins),
-        aliases=list(request.aliases),
-        tool_parser=request.tool_parser,
-        reasoning_parser=request.reasoning_parser,
-        normalizes_prompts=request.normalizes_prompts,
-    )
-
-
 def _choose_environments(run: RunDecisions) -> None:
     """Collect the environment variables of the ranks: of an imported hostfile, options and MPI."""
     common: dict[str, str] = {}
@@ -311,24 +289,6 @@ def _node_names(run: RunDecisions) -> Sequence[str]:
     return names
 
 
-def _http_port(leader: Node, host: str, wanted: int | None) -> int:
-    if wanted is None:
-        return leader.choose_port(host, DEFAULT_HTTP_PORT)
-    if not 1 <= wanted <= 65535:
-        raise UsageError(f"--port {wanted} is not between 1 and 65535")
-    holder = leader.port_holder(host, wanted)
-    if holder is not None:
-        free = leader.choose_port(host, DEFAULT_HTTP_PORT)
-        raise K2Error(f"port {wanted} of {leader.name} cannot be used: {holder}", f"--port {free}")
-    return wanted
-
-
-def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host.lower() == LOCALHOST
-
-
 def _make_record(run: RunDecisions) -> RunRecord:
     own = psutil.Process()
     return RunRecord(
@@ -371,6 +331,11 @@ def _settings(run: RunDecisions) -> dict[str, str]:
     settings |= run.environments[run.nodes[0].name]
     if sys.platform == "darwin" and any(node.is_local for node in run.nodes):
         settings["wired limit"] = format_bytes(run.plan.nodes[0].limit_bytes)
+    if run.http.api_key is not None:
+        settings["named keys"] = key_setting(run)
+    if run.tls is not None:
+        names = ", ".join(run.tls.names) or "no name"
+        settings["tls certificate"] = f"for {names}; valid until {expiry_date(run.tls)}"
     if run.http.aliases:
         settings["aliases"] = ", ".join(run.http.aliases)
     if run.http.tool_parser is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from k2cli.access.keys import KeyChoice
 from k2cli.choices import (
     REASONING_PARSERS,
     TOOL_PARSERS,
@@ -45,6 +46,10 @@ class LaunchRequest:
     host: str = "127.0.0.1"
     port: int | None = None
     api_key: str | None = None
+    keys: KeyChoice | None = None
+    shares_prefixes: bool = False
+    tls_certificate: str | None = None
+    tls_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
@@ -72,6 +77,7 @@ def checked_request(request: LaunchRequest) -> LaunchRequest:
     """
     if request.api_key is not None:
         _check_api_key(request.api_key)
+    _check_tls_options(request)
     _check_parser("--tool-parser", request.tool_parser, TOOL_PARSERS)
     _check_parser("--reasoning-parser", request.reasoning_parser, REASONING_PARSERS)
     return replace(
@@ -90,6 +96,16 @@ def _check_api_key(key: str) -> None:
         raise UsageError("the API key is not valid UTF-8", _KEY_HINT) from None
     if not key.isprintable() or key.split() != [key]:
         raise UsageError("the API key is blank, or has spaces or control characters", _KEY_HINT)
+
+
+def _check_tls_options(request: LaunchRequest) -> None:
+    if (request.tls_certificate is None) == (request.tls_key is None):
+        return
+    missing = "--tls-key" if request.tls_key is None else "--tls-cert"
+    raise UsageError(
+        f"{missing} is missing: TLS needs a certificate and its private key",
+        "--tls-cert cert.pem --tls-key key.pem",
+    )
 
 
 def _checked_host(name: str) -> str:

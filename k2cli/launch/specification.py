@@ -16,15 +16,24 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
+from k2cli.access.keys import KeyChoice
 from k2cli.agent.run_folder import write_private
 from k2cli.choices import Transport
 from k2cli.errors import ClusterError
 from k2cli.files import decode_json, read_regular
 from k2cli.launch.restart_policy import RestartPolicy
-from k2cli.protocol import Assignment, Bootstrap, Deadlines, HttpEndpoint
+from k2cli.protocol import (
+    Assignment,
+    Bootstrap,
+    Deadlines,
+    HttpEndpoint,
+    PlannedRank,
+    PlannedRun,
+)
 from k2cli.units import MB
 
 if TYPE_CHECKING:
+    from k2cli.access.tls_files import TlsReport
     from k2cli.cluster.description import Cluster
     from k2cli.launch.model_source import ModelSource
     from k2cli.launch.request import LaunchRequest
@@ -48,6 +57,7 @@ class RunDecisions:
     and ``mpi_prefixes`` (where Open MPI is installed, "" for this machine) are by name of the node.
     ``wanted_transport`` and its reason are those before the plan, which may change them.
     ``machines`` are what the plan was made for, empty for a plan from a file without GPUs.
+    ``tls`` describes the certificate of the API, None for an API without TLS.
     """
 
     request: LaunchRequest
@@ -66,6 +76,8 @@ class RunDecisions:
     run_id: str = field(init=False)
     http: HttpEndpoint = field(init=False)
     generated_api_key: bool = field(init=False)
+    named_keys: KeyChoice = field(init=False)
+    tls: TlsReport | None = field(init=False)
     environments: dict[str, dict[str, str]] = field(init=False)
     mpi_prefixes: dict[str, str] = field(init=False)
     record: RunRecord = field(init=False)
@@ -75,7 +87,8 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One bootstrap per rank, in rank order, and how to start the guards.
 
     ``worker`` is the module that a rank runs. ``networks`` are those that MPI may use between
-    machines. ``locked``: the supervisor must release the locks of the nodes.
+    machines. ``locked``: the supervisor must release the locks of the nodes. ``named_keys`` are
+    those that the API accepts, by the supervisor's file of them.
     """
 
     bootstraps: list[Bootstrap]
@@ -84,6 +97,7 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mpi_prefixes: dict[str, str] = {}
     restart: RestartPolicy = RestartPolicy()
     locked: bool = False
+    named_keys: KeyChoice = "none"
 
     @property
     def run_id(self) -> str:
@@ -116,6 +130,7 @@ def make_specification(run: RunDecisions) -> RunSpecification:
         mpi_prefixes=run.mpi_prefixes,
         restart=run.request.restart,
         locked=True,
+        named_keys=run.named_keys,
     )
 
 
@@ -167,9 +182,28 @@ def _make_bootstraps(run: RunDecisions) -> list[Bootstrap]:
             gpu=run.plan.nodes[rank].gpu,
             deadlines=run.request.deadlines,
             restarts=run.request.restart.mode != "never",
+            planned=_planned(run) if rank == 0 else None,
         )
         for rank, name in enumerate(names)
     ]
+
+
+def _planned(run: RunDecisions) -> PlannedRun:
+    """Return what reports say about the plan."""
+    ranks = [
+        PlannedRank(
+            budget.total_bytes,
+            budget.limit_bytes,
+            budget.weights_bytes,
+            budget.kv_cache_bytes,
+            budget.activation_bytes,
+            budget.overhead_bytes,
+            budget.backend,
+            budget.gpu.label if budget.gpu is not None else "",
+        )
+        for budget in run.plan.nodes
+    ]
+    return PlannedRun(ranks, run.transport_reason, run.routes.interfaces)
 
 
 def _assignment(
@@ -268,6 +302,7 @@ def renew_bootstraps(
             liveness_port=liveness_port,
             http=_on_port(bootstrap.http, http_port),
             hold=None,
+            attempt=bootstrap.attempt + 1,
         )
         for bootstrap in bootstraps
     ]

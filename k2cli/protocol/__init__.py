@@ -18,11 +18,14 @@ is ever unpickled. Framing and authentication are in ``protocol.wire``.
 
 from __future__ import annotations
 
+from k2cli.protocol.access import KeyLimits, NamedKey, NamedKeys
 from k2cli.protocol.bootstrap import (
     Assignment,
     Bootstrap,
     Deadlines,
     HttpEndpoint,
+    PlannedRank,
+    PlannedRun,
 )
 from k2cli.protocol.decisions import (
     CloseSequence,
@@ -88,6 +91,7 @@ from k2cli.protocol.supervisor import (
     RunRestarting,
     StopRun,
     SupervisorMessage,
+    TlsCertificate,
 )
 
 __all__ = [
@@ -116,13 +120,18 @@ __all__ = [
     "Holdings",
     "HttpEndpoint",
     "JoinBatch",
+    "KeyLimits",
     "LeaveBatch",
     "LivenessMessage",
     "LoadProgress",
     "LogLine",
     "Message",
+    "NamedKey",
+    "NamedKeys",
     "NextAttempt",
     "OpenSequence",
+    "PlannedRank",
+    "PlannedRun",
     "Prefill",
     "PrefillTogether",
     "PromptProgress",
@@ -144,6 +153,7 @@ __all__ = [
     "StopRun",
     "SupervisorMessage",
     "Tick",
+    "TlsCertificate",
     "TokenLogprob",
     "Tokens",
     "Warm",

@@ -8,6 +8,7 @@ import msgspec
 
 from k2cli.choices import FloatType, HeadPlacement, Strategy, Transport
 from k2cli.gpu_name import GpuName
+from k2cli.protocol.access import NamedKey
 
 
 class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,7 +38,8 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``next_port_will_do``: the user named no port, so a later one is used if this one is taken.
     ``allowed_hosts``, ``cors_origins``, ``aliases`` and ``normalizes_prompts`` are those of
     ``server.served_model.ServedModel``. ``tool_parser`` and ``reasoning_parser`` None leave the
-    choice to the model's chat template.
+    choice to the model's chat template. ``keys`` are accepted beside ``api_key``, which is set if
+    there can be any. ``tls_certificate`` and ``tls_key`` are paths on the leader's node.
     """
 
     host: str
@@ -50,6 +52,10 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     normalizes_prompts: bool = True
+    keys: list[NamedKey] = []
+    shares_prefixes: bool = False
+    tls_certificate: str | None = None
+    tls_key: str | None = None
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -90,6 +96,34 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     looks_ahead: bool | None = None
 
 
+class PlannedRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Memory that the plan gives to one rank, in bytes, and the device of the rank.
+
+    ``device`` is a ``choices.Device``, and ``gpu`` describes the NVIDIA GPU of the rank; both are
+    empty if they are not known.
+    """
+
+    total_bytes: int
+    limit_bytes: int
+    weights_bytes: int = 0
+    kv_cache_bytes: int = 0
+    activation_bytes: int = 0
+    overhead_bytes: int = 0
+    device: str = ""
+    gpu: str = ""
+
+
+class PlannedRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Decisions of the launch about a run, for reports only: no rank computes by them.
+
+    ``interfaces`` are those of the nodes by which the ranks reach each other, in words.
+    """
+
+    ranks: list[PlannedRank]
+    transport_reason: str = ""
+    interfaces: list[str] = []
+
+
 class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file that the launcher leaves for a guard (mode 0600; the guard deletes it).
 
@@ -99,6 +133,7 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``restarts``: after a failure the leader's guard stays, answers 503, and waits for a
     ``NextAttempt``. ``hold`` is the cause of the last failure, for a fresh guard that begins there.
+    ``attempt`` counts the starts of the run from 1. ``planned`` is set for rank 0 only.
     """
 
     assignment: Assignment
@@ -112,3 +147,5 @@ class Bootstrap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadlines: Deadlines = Deadlines()
     restarts: bool = False
     hold: str | None = None
+    attempt: int = 1
+    planned: PlannedRun | None = None

@@ -24,9 +24,10 @@ class ControlEndpoint(Message, tag=True, frozen=True):
 class RankStatus(Message, tag=True, frozen=True):
     """Progress and memory of a rank, as its guard sees them from outside, once a second.
 
-    ``resident_bytes`` is the memory of the process. ``mlx_bytes`` is what MLX held at the last
-    step, 0 before MLX was loaded. ``works``: since the last status it has completed steps, or
-    it was compiling or reading.
+    ``resident_bytes`` is the memory of the process. ``mlx_bytes`` is what the arrays in MLX held at
+    the last step, ``mlx_cached_bytes`` what MLX kept of freed arrays, and ``mlx_peak_bytes`` the
+    most that arrays have held; 0 before MLX was loaded. ``works``: since the last status it has
+    completed steps, or it was compiling or reading.
     """
 
     rank: int
@@ -35,6 +36,8 @@ class RankStatus(Message, tag=True, frozen=True):
     resident_bytes: int = 0
     mlx_bytes: int = 0
     works: bool = False
+    mlx_cached_bytes: int = 0
+    mlx_peak_bytes: int = 0
 
 
 class RunActivity(Message, tag=True, frozen=True):

@@ -26,7 +26,7 @@ first time, for which kernels may be compiled.
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
-_LAYOUT = struct.Struct("=QQQ")
+_LAYOUT = struct.Struct("=QQQQQ")
 # Added to the number of the phase if the step is joint.
 _JOINT = 1 << 8
 
@@ -44,13 +44,26 @@ class Progress:
     joint: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class MlxMemory:
+    """Memory of MLX in one process, in bytes; all 0 before MLX was loaded.
+
+    ``active_bytes`` is held by arrays, ``cached_bytes`` by freed arrays that MLX keeps for new
+    ones, and ``peak_bytes`` is the most that arrays have held since the process began.
+    """
+
+    active_bytes: int = 0
+    cached_bytes: int = 0
+    peak_bytes: int = 0
+
+
 class ProgressPage:
     """Counters that one rank writes and its guard reads."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, _LAYOUT.size)
-        self.measure_mlx: Callable[[], int] = lambda: 0
+        self.measure_mlx: Callable[[], MlxMemory] = MlxMemory
         """Set by a rank once MLX is loaded; ``advance`` notes what it returns."""
 
     @classmethod
@@ -66,19 +79,22 @@ class ProgressPage:
 
     def read(self) -> Progress:
         """Return steps and phase."""
-        steps, phase, _ = _LAYOUT.unpack_from(self._map)
+        steps, phase, *_ = _LAYOUT.unpack_from(self._map)
         return Progress(steps, PHASES[phase % _JOINT], joint=phase >= _JOINT)
 
-    def read_mlx_bytes(self) -> int:
-        """Return the memory that MLX held at the last step; 0 before MLX was loaded."""
-        _, _, mlx_bytes = _LAYOUT.unpack_from(self._map)
-        return int(mlx_bytes)
+    def read_mlx(self) -> MlxMemory:
+        """Return the memory of MLX at the last step."""
+        _, _, active, cached, peak = _LAYOUT.unpack_from(self._map)
+        return MlxMemory(active, cached, peak)
 
     def advance(self, phase: Phase, *, joint: bool = False) -> None:
         """Count one more step, done in ``phase``."""
-        steps, _, _ = _LAYOUT.unpack_from(self._map)
+        steps, *_ = _LAYOUT.unpack_from(self._map)
         number = PHASES.index(phase) + (_JOINT if joint else 0)
-        _LAYOUT.pack_into(self._map, 0, steps + 1, number, self.measure_mlx())
+        mlx = self.measure_mlx()
+        _LAYOUT.pack_into(
+            self._map, 0, steps + 1, number, mlx.active_bytes, mlx.cached_bytes, mlx.peak_bytes
+        )
 
     def close(self) -> None:
         """Unmap the page. The other process keeps its own mapping."""

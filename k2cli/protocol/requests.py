@@ -38,7 +38,11 @@ class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Generate(Message, tag=True, frozen=True):
-    """A validated request for the leader rank. ``stop_tokens`` end it and are not returned."""
+    """A validated request for the leader rank. ``stop_tokens`` end it and are not returned.
+
+    ``owner`` is the id of the named key that asks, "" for the run's own. The cache of an earlier
+    prompt is used only if that had the same ``prefix_scope``.
+    """
 
     request_id: str
     prompt: list[int]
@@ -47,6 +51,8 @@ class Generate(Message, tag=True, frozen=True):
     stop_tokens: list[int] = msgspec.field(default_factory=list)
     use_prefix_cache: bool = True
     grammar: Grammar | None = None
+    owner: str = ""
+    prefix_scope: str = ""
 
 
 class Cancel(Message, tag=True, frozen=True):

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from k2cli.protocol.access import NamedKeys
 from k2cli.protocol.bootstrap import Bootstrap
 from k2cli.protocol.message import Heartbeat, Message
 
@@ -30,7 +31,7 @@ class NextAttempt(Message, tag=True, frozen=True):
     bootstrap: Bootstrap
 
 
-SupervisorMessage = Heartbeat | StopRun | NextAttempt
+SupervisorMessage = Heartbeat | StopRun | NextAttempt | NamedKeys
 
 
 class GuardStarted(Message, tag=True, frozen=True):
@@ -79,12 +80,21 @@ class RunReady(Message, tag=True, frozen=True):
     url: str
 
 
+class TlsCertificate(Message, tag=True, frozen=True):
+    """The certificate chain (PEM) that the API shows from now on: at the start, or a renewed one.
+
+    Commands of the machine that launched the run trust it, and nothing else, for this run.
+    """
+
+    pem: str
+
+
 class LogLine(Message, tag=True, frozen=True):
-    """A line of output of a rank or its guard."""
+    """A line of output of a rank or its guard, or of the API about one request (``access``)."""
 
     rank: int
     node: str
-    source: Literal["rank", "guard"]
+    source: Literal["rank", "guard", "access"]
     text: str
 
 
@@ -126,4 +136,5 @@ RunEvent = (
     | RankFailed
     | RunEnded
     | RunRestarting
+    | TlsCertificate
 )

@@ -104,6 +104,8 @@ class Executor:
         self._last_was_new = False
         self.phase: Phase = "busy"
         """The phase of the step that was last started."""
+        self.vocabulary = 0
+        """Scores that the model gives for each token; known after the self-test."""
         # Time spent waiting for other ranks' hidden states, since the start.
         self.waited_seconds = 0.0
         self._on_gpu = mx.default_device() == mx.gpu
@@ -216,6 +218,8 @@ class Executor:
             inputs if step.ahead and self.is_pipeline and self.stage.is_first else arrived
         )
         computed = output[:, -1] if self.stage.is_last else output
+        if self.stage.is_last:
+            self.vocabulary = computed.shape[-1]
         if not self.stage.is_last:
             self._send(computed)
         if step.digest:

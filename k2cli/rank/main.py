@@ -47,7 +47,7 @@ from k2cli.protocol import (
     Warm,
     WarmUp,
 )
-from k2cli.protocol.progress_page import Phase, ProgressPage
+from k2cli.protocol.progress_page import MlxMemory, Phase, ProgressPage
 from k2cli.protocol.wire import Channel, ConnectionLost
 from k2cli.rank.guard_link import GuardLink
 from k2cli.settings import RUN_OPTION, runs_directory
@@ -111,6 +111,7 @@ class Rank:
         from k2cli.rank.control import Followers
         from k2cli.rank.engine.engine import Engine
         from k2cli.rank.engine.lookahead import looks_ahead
+        from k2cli.rank.engine.masks import Masks
         from k2cli.rank.executor import Executor
         from k2cli.rank.warm_up import warm_up
 
@@ -129,6 +130,7 @@ class Rank:
             concurrency=self._assignment.concurrency,
             prefill_chunk_tokens=self._assignment.prefill_chunk_tokens,
             looks_ahead=looks_ahead(self._assignment),
+            masks=Masks(self._assignment, executor.about_to_wait),
         )
         self._page.advance("warming up")
         warm_up(engine, followers, self._assignment, self._report_shape, deadlines.work_stall)
@@ -165,7 +167,9 @@ class Rank:
         from k2cli.rank.loader import load_part
 
         self._kernels = open_kernel_cache(self._own_folder)
-        self._page.measure_mlx = mx.get_active_memory
+        self._page.measure_mlx = lambda: MlxMemory(
+            mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()
+        )
         self._report("initialising")
         wait_for_peers()
         group = join_group(self._assignment)

@@ -25,6 +25,7 @@ from k2cli.protocol import (
     StepDigest,
 )
 from k2cli.rank.control import Followers
+from k2cli.rank.engine.choice import forbid
 from k2cli.rank.engine.engine import Engine
 from k2cli.rank.executor import StepResult
 
@@ -55,6 +56,7 @@ def run_self_test(engine: Engine, followers: Followers, size: int, timeout_secon
         compare(result, _collect(followers, size, number, timeout_seconds))
         assert result.logits is not None
         token = _checked_argmax(result.logits)
+        mx.eval(forbid(result.logits, [b""]))  # CUDA compiles its kernels at their first use
         vocabulary = result.logits.shape[-1]
     engine.now(LeaveBatch(engine.next_number, _BATCH, _SEQUENCE))
     return vocabulary

@@ -20,13 +20,15 @@ from k2cli.files import open_regular
 from k2cli.units import MIB, clean_text
 
 MAX_LOG_BYTES = 64 * MIB
+ACCESS_SENDER = "api"
+"""The sender of lines about finished requests, in place of a rank."""
 _POLL_SECONDS = 0.2
 _MAX_LINE_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One line. ``time`` is seconds since the epoch; ``rank`` may be ``mpirun`` or ``-``."""
+    """One line. ``time`` is of the epoch; ``rank`` may be ``mpirun``, ``api`` or ``-``."""
 
     time: float
     node: str

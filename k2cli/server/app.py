@@ -14,11 +14,14 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
+from k2cli.access.key_ring import KeyRing
 from k2cli.server.auth import AccessControl
 from k2cli.server.context import ServerContext
 from k2cli.server.dialects.error_responses import RequestIds, install_error_handlers
 from k2cli.server.engine_client import EngineClient
 from k2cli.server.engine_request import ServerTokenizer
+from k2cli.server.metrics.activity import Activity, RecordRequests
+from k2cli.server.metrics.run_view import RunSource, UnwatchedRun
 from k2cli.server.origins import OriginCheck, OriginRules
 from k2cli.server.reader_queues import RequestReader
 from k2cli.server.routes import (
@@ -28,6 +31,8 @@ from k2cli.server.routes import (
     health,
     messages,
     models,
+    monitoring,
+    openapi,
     responses,
     tokenize,
 )
@@ -43,8 +48,11 @@ _ROUTES = (
     Route("/v1/responses", responses.create_response, methods=["POST"]),
     Route("/v1/messages", messages.create_message, methods=["POST"]),
     Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+    Route("/v1/status", monitoring.status),
+    Route("/metrics", monitoring.metrics),
     Route("/", health.root),
     Route("/health", health.health),
+    Route("/openapi.json", openapi.openapi),
 )
 
 
@@ -53,6 +61,9 @@ def create_app(
     tokenizer: ServerTokenizer,
     served: ServedModel,
     reader: RequestReader,
+    activity: Activity | None = None,
+    run: RunSource | None = None,
+    keys: KeyRing | None = None,
 ) -> Starlette:
     """Build the application.
 
@@ -61,11 +72,17 @@ def create_app(
         tokenizer: of the served model (``models.text.tokenizer.Tokenizer``).
         served: name, limits, defaults and API key.
         reader: turns request bodies into requests for the engine.
+        activity: records the requests; None for one of its own, which logs nothing.
+        run: describes the run and its ranks; None if only the engine's state is known.
+        keys: those that requests may be sent with; None for the API key of ``served`` alone.
     """
-    middleware = [Middleware(AccessControl, served=served)]
+    activity = activity if activity is not None else Activity()
+    ring = keys if keys is not None else KeyRing(served.api_key)
+    middleware = [Middleware(AccessControl, served=served, keys=ring)]
     if served.api_key is None:
         rules = OriginRules(served.allowed_hosts, served.cors_origins)
         middleware.insert(0, Middleware(OriginCheck, rules=rules))
+    middleware.insert(0, Middleware(RecordRequests, activity=activity))
     middleware.insert(0, Middleware(RequestIds))
     if served.cors_origins:
         cors = Middleware(
@@ -73,6 +90,7 @@ def create_app(
             allow_origins=sorted(served.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=["x-request-id"],
         )
         middleware.insert(0, cors)
 
@@ -86,6 +104,7 @@ def create_app(
 
     app = Starlette(routes=_ROUTES, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False
-    app.state.context = ServerContext(engine, tokenizer, served, reader)
+    source = run if run is not None else UnwatchedRun(engine)
+    app.state.context = ServerContext(engine, tokenizer, served, reader, activity, source)
     install_error_handlers(app)
     return app

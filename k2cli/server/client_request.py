@@ -28,6 +28,8 @@ class Conversation:
         add_generation_prompt: False for a prompt that does not end with the beginning of an answer;
             None lets the last turn decide.
         field: the name of the messages in the client's dialect, for errors.
+        tool_places: the place of each tool's schema in the client's body, for errors; none for
+            that of OpenAI's Chat.
     """
 
     turns: Sequence[dict[str, Any]]
@@ -37,6 +39,7 @@ class Conversation:
     continue_last: bool | None = None
     add_generation_prompt: bool | None = None
     field: str = "messages"
+    tool_places: Sequence[str] = ()
 
 
 def reasoning_variables(effort: str | None, thinks: bool | None = None) -> dict[str, Any]:
@@ -71,11 +74,13 @@ class AnswerFormat:
         value: a JSON schema for ``json_schema``; a pattern, a grammar's text or a list of texts for
             ``regex``, ``lark`` and ``gbnf``, ``choice``; None for ``json_object``.
         field: the place of the value in the client's body, for errors.
+        strict: False to leave out what cannot be held of a schema, instead of refusing it.
     """
 
     kind: FormatKind
     value: Any = None
     field: str = "response_format"
+    strict: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,8 @@ class OutputOptions(msgspec.Struct, frozen=True):
         begins_in_reasoning: True if the prompt ends within reasoning, as templates do that open it.
         include_reasoning: False if the client wants the answer without its reasoning.
         namespaces: the namespace of each tool that has one, by the name of the tool.
+        obeys_format: True if the answer's text obeys a format, so that calls are only what begins
+            with a marker of calls.
     """
 
     parsed: bool = False
@@ -112,6 +119,7 @@ class OutputOptions(msgspec.Struct, frozen=True):
     begins_in_reasoning: bool = False
     include_reasoning: bool = True
     namespaces: dict[str, str] = {}
+    obeys_format: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +139,7 @@ class AnswerOptions:
         answer_format: the form of the answer's text; None for any text.
         tool_choice: by default the model decides. Tools with ``"strict": true`` in their function
             are called with arguments that obey their schema in either case.
+        echoed: members of the request that the answer repeats.
     """
 
     model: str | None = None
@@ -155,3 +164,4 @@ class AnswerOptions:
     include_reasoning: bool = True
     answer_format: AnswerFormat | None = None
     tool_choice: ToolChoice = ToolChoice()
+    echoed: Mapping[str, Any] = field(default_factory=dict)

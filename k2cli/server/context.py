@@ -10,6 +10,8 @@ from k2cli.server.engine_client import EngineClient
 from k2cli.server.engine_request import ServerTokenizer
 from k2cli.server.errors import unavailable
 from k2cli.server.generation import RequestQueue
+from k2cli.server.metrics.activity import Activity
+from k2cli.server.metrics.run_view import RunSource
 from k2cli.server.reader_queues import RequestReader
 from k2cli.server.served_model import ServedModel
 
@@ -22,6 +24,8 @@ class ServerContext:
     tokenizer: ServerTokenizer
     served: ServedModel
     reader: RequestReader
+    activity: Activity
+    run: RunSource
     waiting: RequestQueue = field(default_factory=RequestQueue)
 
     def require_ready(self) -> None:

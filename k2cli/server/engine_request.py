@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import msgspec
 
 from k2cli.errors import K2Error
-from k2cli.protocol import Generate, Sampling
+from k2cli.protocol import Generate, Grammar, Sampling
 from k2cli.server.client_request import AnswerOptions, Conversation, OutputOptions
 from k2cli.server.errors import ApiError, invalid
 from k2cli.server.served_model import ServedModel
+from k2cli.server.structured.request_grammar import Prompted, request_grammar
 from k2cli.server.text_assembler import TokenTextStream
 
 
@@ -90,6 +91,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
         limit_was_cut: True if the context has less room than the client's ``max_tokens``.
         output: how the answer's text is split.
         model: the name that the client asked for, which its answer names; None for the model's own.
+        echoed: members of the client's request that the answer repeats.
     """
 
     generate: Generate
@@ -100,6 +102,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     limit_was_cut: bool = False
     output: OutputOptions = OutputOptions()
     model: str | None = None
+    echoed: dict[str, Any] = {}
 
 
 def check_model(name: str | None, served: ServedModel) -> None:
@@ -138,8 +141,11 @@ def conversation_request(
         begins_in_reasoning=served.output_format.begins_in_reasoning(text, continued),
         include_reasoning=options.include_reasoning,
         namespaces=dict(conversation.namespaces),
+        obeys_format=options.answer_format is not None,
     )
-    return _build(prompt, conversation.field, options, output, tokenizer, served)
+    prompted = Prompted(text, continued, conversation.tool_places)
+    grammar = request_grammar(served.output_format, output, options, prompted)
+    return _build(prompt, conversation.field, options, output, grammar, tokenizer, served)
 
 
 def prompt_request(
@@ -159,7 +165,9 @@ def prompt_request(
         prompt = _encode(prompt, "prompt", tokenizer, most, add_special_tokens=True)
     else:
         _check_token_ids(prompt, "prompt", tokenizer.vocabulary_size)
-    return _build(prompt, "prompt", options, OutputOptions(), tokenizer, served)
+    output = OutputOptions()
+    grammar = request_grammar(served.output_format, output, options, Prompted())
+    return _build(prompt, "prompt", options, output, grammar, tokenizer, served)
 
 
 def conversation_tokens(
@@ -204,13 +212,23 @@ def conversation_text(conversation: Conversation, tokenizer: ServerTokenizer) ->
             raise invalid(message, "tools")
         return tokenizer.chat_prompt(
             list(conversation.turns),
-            conversation.tools,
+            _shown_tools(conversation.tools),
             add_generation_prompt=prompted,
             continue_last=continues,
             **conversation.variables,
         )
     except K2Error as error:
         raise invalid(error.message, conversation.field) from error
+
+
+def _shown_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Return tools without ``strict``, which concerns the grammar and not the model."""
+    if tools is None:
+        return None
+    return [
+        {**tool, "function": {key: one for key, one in tool["function"].items() if key != "strict"}}
+        for tool in tools
+    ]
 
 
 def _continues(conversation: Conversation) -> bool:
@@ -290,6 +308,7 @@ def _build(
     prompt_param: str,
     options: AnswerOptions,
     output: OutputOptions,
+    grammar: Grammar | None,
     tokenizer: ServerTokenizer,
     served: ServedModel,
 ) -> EngineRequest:
@@ -303,6 +322,7 @@ def _build(
         sampling=_sampling(options, served),
         stop_tokens=[] if options.ignore_stop_tokens else sorted(tokenizer.stop_tokens),
         use_prefix_cache=options.use_prefix_cache,
+        grammar=grammar,
     )
     return EngineRequest(
         generate,
@@ -313,6 +333,7 @@ def _build(
         limit_was_cut=asked is not None and budget < asked,
         output=output,
         model=options.model,
+        echoed=dict(options.echoed),
     )
 
 

@@ -43,7 +43,6 @@ _NOT_OFFERED = {
     "function_call": "it was replaced by 'tool_choice'",
     "functions": "it was replaced by 'tools'",
     "moderation": "this server does not moderate texts",
-    "output_config.format": "this server does not hold answers to a schema yet",
     "output_config.task_budget": "this server keeps no budgets",
     "thread": "this server stores no conversations",
     "web_search_options": "this server does not search the web",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +20,8 @@ from starlette.types import Receive
 from k2cli.protocol import Finished, PromptProgress, RequestFailed, Tokens
 from k2cli.server.engine_client import EngineClient, EngineEvent, EngineUnavailable
 from k2cli.server.engine_request import EngineRequest
-from k2cli.server.errors import engine_failure, unavailable
+from k2cli.server.errors import ApiError, engine_failure, unavailable
+from k2cli.server.metrics.request_record import RequestRecord
 from k2cli.server.output.events import CallEnded, OutputEvent, OutputParser
 from k2cli.server.text_assembler import TextAssembler
 from k2cli.server.usage import AnswerUsage
@@ -55,17 +56,29 @@ class RequestQueue:
                 return index
         return None
 
+    def positions(self) -> dict[str, int]:
+        """Return the positions of all requests that wait, by their ids."""
+        return {request_id: index for index, request_id in enumerate(self._requests, start=1)}
+
 
 class Generation:
     """The events of one request. Call ``start``, read with ``next``, and always call ``close``."""
 
     def __init__(
-        self, engine: EngineClient, request: EngineRequest, waiting: RequestQueue, receive: Receive
+        self,
+        engine: EngineClient,
+        request: EngineRequest,
+        waiting: RequestQueue,
+        receive: Receive,
+        record: RequestRecord,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.request = request
+        self.record = record
         self._engine = engine
         self._waiting = waiting
         self._receive = receive
+        self._on_close = on_close
         self._id = request.generate.request_id
         self._queue: asyncio.Queue[EngineEvent | Exception] = asyncio.Queue()
         self._peeked: EngineEvent | None = None
@@ -76,6 +89,7 @@ class Generation:
     def start(self) -> None:
         """Submit the request, and watch for the client to disconnect."""
         self._waiting.join(self._id)
+        self.record.note_submitted(self._id, len(self.request.generate.prompt))
         self._tasks = [
             asyncio.create_task(self._pump(), name=f"generation {self._id}"),
             asyncio.create_task(self._watch_client(), name=f"client of {self._id}"),
@@ -85,6 +99,7 @@ class Generation:
         try:
             async for event in self._engine.submit(self.request.generate):
                 self._waiting.leave(self._id)
+                self.record.note_event(event)
                 self._over = isinstance(event, Finished | RequestFailed)
                 self._queue.put_nowait(event)
             if not self._over:
@@ -99,6 +114,7 @@ class Generation:
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self.record.note_client_gone()
         self.cancel()
         self._queue.put_nowait(ClientGone())
 
@@ -124,13 +140,18 @@ class Generation:
             return None
         match received:
             case EngineUnavailable(cause=cause):
-                raise unavailable(cause) from received
+                raise self.failed(unavailable(cause)) from received
             case RequestFailed():
-                raise engine_failure(received)
+                raise self.failed(engine_failure(received))
             case Exception():
                 raise received
             case _:
                 return received
+
+    def failed(self, error: ApiError) -> ApiError:
+        """Record the error that ends the answer, and return it."""
+        self.record.note_failure(error)
+        return error
 
     async def wait_for_first_event(self, timeout_seconds: float = IDLE_SECONDS) -> None:
         """Wait briefly for the first event, so that a refusal can still become an HTTP status.
@@ -145,6 +166,14 @@ class Generation:
         if not self._over and not self._cancelled:
             self._cancelled = True
             self._engine.cancel(self._id)
+
+    def fail(self, error: ApiError) -> None:
+        """End the request with an error at once: what is not sent yet is dropped."""
+        self.cancel()
+        self._over, self._peeked = True, None
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._queue.put_nowait(self.failed(error))
 
     async def wait_for_finished(self) -> Finished | None:
         """Return the engine's last event after ``cancel``, if it comes in time."""
@@ -165,6 +194,7 @@ class Generation:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._waiting.leave(self._id)
+        self._on_close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,21 +248,26 @@ async def answer(
                 if assembler.stopped:
                     events += parser.finish()
                 events, is_last_call = _allowed(events, generation.request)
+                generation.record.note_completion(assembler.tokens_used)
                 calls_ended += _count_ended(events)
                 yield Step(events, assembler.tokens_used)
                 if assembler.stopped or is_last_call:
                     # A stop string within a call leaves a call that cannot be made.
                     calls = is_last_call or 0 < parser.calls == calls_ended
-                    yield await _stopped(generation, assembler, parser, called=calls)
+                    ended = await _stopped(generation, assembler, parser, called=calls)
+                    generation.record.note_ended(ended.finish_reason, ended.usage)
+                    yield ended
                     return
             case Finished(reason="cancelled"):
-                raise unavailable("the request was cancelled by the engine")
+                raise generation.failed(unavailable("the request was cancelled by the engine"))
             case Finished() as finished:
                 rest = [*parser.push(assembler.finish()), *parser.finish()]
                 rest, _ = _allowed(rest, generation.request)
                 if rest:
                     yield Step(rest, assembler.tokens_used)
-                yield _ended(generation, finished, assembler, parser)
+                ended = _ended(generation, finished, assembler, parser)
+                generation.record.note_ended(ended.finish_reason, ended.usage)
+                yield ended
                 return
 
 

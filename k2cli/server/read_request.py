@@ -107,6 +107,7 @@ def read_request(
             case "count_tokens":
                 asked = MessagesBody.model_validate_json(unread.body)
                 check_model(asked.model, served)
+                _ = asked.answer_options  # it refuses what the answer's request would refuse
                 conversation = anthropic_conversation(asked, served.normalizes_prompts)
                 return ReadRequest(tokens=conversation_tokens(conversation, tokenizer, served))
     except ValidationError as error:

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from k2cli.server.context import context_of
+from k2cli.server.admission import MeteredEngine, admit, client_of, key_revoked, owned
+from k2cli.server.context import ServerContext, context_of
 from k2cli.server.dialects.writer import AnswerContext, AnswerWriter
+from k2cli.server.engine_request import EngineRequest
 from k2cli.server.errors import CLIENT_CLOSED_REQUEST
 from k2cli.server.generation import ClientGone, Ended, Generation, Step, answer
+from k2cli.server.metrics.request_record import record_of
 from k2cli.server.output.events import Blocks, OutputParser
 from k2cli.server.read_request import RequestKind
 from k2cli.server.streaming import (
@@ -38,8 +42,10 @@ async def respond(
     Raises:
         ApiError: with the HTTP status, if the request fails before the answer has begun.
     """
-    context = context_of(request)
-    read = await context.reader.read(kind, await request.body())
+    context, record = context_of(request), record_of(request.scope)
+    body = await request.body()
+    record.note_received()
+    read = await context.reader.read(kind, body)
     engine_request = read.engine_request
     assert engine_request is not None
     # Checked after the body, so that a wrong request gets its error even while no run is ready.
@@ -51,7 +57,7 @@ async def respond(
         context.tokenizer.stream(), engine_request.stops, output_format.marker_tokens(options)
     )
     parser = output_format.parser(options)
-    generation = Generation(context.engine, engine_request, context.waiting, request.receive)
+    generation = _admitted(request, context, engine_request)
     generation.start()
     if not engine_request.stream:
         return await _whole(generation, assembler, parser, writer)
@@ -64,6 +70,35 @@ async def respond(
         await generation.close()
         raise
     return EventStreamResponse(generation, event_stream(generation, assembler, parser, writer))
+
+
+def _admitted(
+    request: Request, context: ServerContext, engine_request: EngineRequest
+) -> Generation:
+    """Let a request in by the limits of its key; the revocation of that key ends it.
+
+    Raises:
+        ApiError: 429 beyond a limit.
+    """
+    client = client_of(request.scope)
+    admission = admit(request, len(engine_request.generate.prompt))
+
+    def close() -> None:
+        client.forget(admission)
+        admission.close()
+
+    shares = context.served.shares_prefixes
+    generate = owned(engine_request.generate, client, shares_prefixes=shares)
+    generation = Generation(
+        MeteredEngine(context.engine, admission),
+        replace(engine_request, generate=generate),
+        context.waiting,
+        request.receive,
+        record_of(request.scope),
+        close,
+    )
+    client.watch(admission, lambda: generation.fail(key_revoked()))
+    return generation
 
 
 async def _whole(

@@ -30,6 +30,7 @@ class ServedModel:
         cors_origins: origins of web pages that may use the server; ``*`` is all.
         normalizes_prompts: drop parts of prompts that are not for the model and change with every
             request; see ``dialects.anthropic_conversation``.
+        shares_prefixes: use the caches of earlier prompts for requests of other keys, too.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     output_format: OutputFormat = field(default_factory=OutputFormat)
     normalizes_prompts: bool = True
+    shares_prefixes: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ async def event_stream(
         return
     except Exception as error:
         # The client must learn that the answer is incomplete; uvicorn logs the traceback.
-        yield writer.error(internal_error(error))
+        yield writer.error(generation.failed(internal_error(error)))
         raise
 
 
@@ -144,7 +144,8 @@ class SlowAnswerResponse(Response):
                 return self._writer.error_object(error)
             case Exception():
                 _logger.error("an answer failed", exc_info=error)
-                return self._writer.error_object(internal_error(error))
+                failed = self._generation.failed(internal_error(error))
+                return self._writer.error_object(failed)
             case _:
                 raise error
 

@@ -20,7 +20,7 @@ import msgspec
 import psutil
 
 from k2cli.agent.activity import start_of
-from k2cli.agent.run_folder import make_reserve
+from k2cli.agent.run_folder import make_reserve, write_private
 from k2cli.files import disk_reason
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.protocol import (
@@ -32,9 +32,11 @@ from k2cli.protocol import (
     RunEvent,
     RunReady,
     RunRestarting,
+    TlsCertificate,
 )
-from k2cli.runs.log import MAX_LOG_BYTES, LogEntry, format_entry
+from k2cli.runs.log import ACCESS_SENDER, MAX_LOG_BYTES, LogEntry, format_entry
 from k2cli.runs.record import (
+    CERTIFICATE_NAME,
     EVENTS_NAME,
     AttemptRecord,
     FailureRecord,
@@ -64,7 +66,7 @@ class _Sender:
 
     node: str
     name: str
-    shown: tuple[int, Literal["rank", "guard"]] | None = None
+    shown: tuple[int, Literal["rank", "guard", "access"]] | None = None
 
 
 _LAUNCHER = _Sender("launcher", "-")
@@ -106,7 +108,9 @@ class Journal:
     def note(self, event: RunEvent) -> None:
         """Write an event to the files, and show it."""
         if isinstance(event, LogLine):
-            sender = _Sender(event.node, str(event.rank), (event.rank, event.source))
+            # Requests are a sender of their own, so that many of them crowd out no guard's lines.
+            name = ACCESS_SENDER if event.source == "access" else str(event.rank)
+            sender = _Sender(event.node, name, (event.rank, event.source))
             self._lines.add(sender, event.text)
             return
         self._note_event(event)
@@ -127,7 +131,16 @@ class Journal:
                 self._save(replace(self.record, state="ready", url=event.url, cause=""))
             case RankFailed():
                 self.say(f"rank {event.rank} on {event.node} failed: {event.cause}")
+            case TlsCertificate(pem=pem):
+                self._keep_certificate(pem)
         self._show(event)
+
+    def _keep_certificate(self, pem: str) -> None:
+        """Write the API's certificate, by which commands know the run."""
+        try:
+            write_private(self.record.run_id, CERTIFICATE_NAME, pem.encode())
+        except OSError as error:
+            self.say(f"the TLS certificate cannot be kept: {error.strerror or error}")
 
     def _note_event(self, event: RunEvent) -> None:
         self._events.write(_encoder.encode(event).decode())

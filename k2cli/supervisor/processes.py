@@ -19,7 +19,7 @@ import msgspec
 from k2cli.files import decode_with
 from k2cli.launch.guard_commands import GuardCommand
 from k2cli.nodes.node import Node
-from k2cli.protocol import Heartbeat, NextAttempt, RunEvent, StopRun
+from k2cli.protocol import RunEvent, SupervisorMessage
 from k2cli.supervisor.attempt import Attempt
 from k2cli.supervisor.journal import Journal
 from k2cli.supervisor.outcome import lost_connection
@@ -94,7 +94,7 @@ class Processes:
         """True if the leader's guard was started and has not exited."""
         return self._leader is not None and self._leader.process.returncode is None
 
-    def tell(self, message: Heartbeat | StopRun | NextAttempt) -> None:
+    def tell(self, message: SupervisorMessage) -> None:
         """Send a message to the leader's guard if its pipe is open."""
         if self._leader and (stdin := self._leader.process.stdin) and not stdin.is_closing():
             stdin.write(_encoder.encode(message) + b"\n")

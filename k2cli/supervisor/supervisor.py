@@ -44,6 +44,7 @@ from k2cli.supervisor.attempt import Attempt
 from k2cli.supervisor.end_processes import RunKiller
 from k2cli.supervisor.heartbeats import Heartbeats
 from k2cli.supervisor.journal import Journal
+from k2cli.supervisor.key_watch import KeyWatch
 from k2cli.supervisor.outcome import Outcome
 from k2cli.supervisor.processes import Processes
 from k2cli.supervisor.signals import obey_signals
@@ -83,6 +84,7 @@ class Supervisor:
             self._journal, self._handle_event, lambda: self._attempt, self._spawn
         )
         self._heartbeats = Heartbeats(self._deadlines, self._processes.tell, self._silent)
+        self._keys = KeyWatch(specification.named_keys, self._processes.tell, self._journal.say)
         self._tasks_started = False
 
     # --- requests of the user -------------------------------------------------------------------
@@ -171,6 +173,7 @@ class Supervisor:
             await asyncio.to_thread(self._renew, outcome.cause, kept=kept)
             if not kept:
                 await self._start_process(self._guards()[0])
+                self._keys.tell()
         except ClusterError as error:
             self._journal.say(f"preparing the next attempt failed: {error.message}")
         with contextlib.suppress(TimeoutError):
@@ -215,6 +218,7 @@ class Supervisor:
     async def _start(self) -> None:
         goes_on = self._processes.leader_lives
         if not goes_on:
+            await self._read_keys()
             self._processes.forget()
         await asyncio.gather(
             asyncio.to_thread(self._prepare_mpirun),
@@ -229,6 +233,8 @@ class Supervisor:
             self._processes.tell(NextAttempt(self._bootstraps[0]))
         for command in self._guards()[int(goes_on) :]:
             await self._start_process(command)
+        if not goes_on:
+            self._keys.tell()
         if (mpirun := self._mpirun) is not None:
             await self._processes.start(LocalNode(), mpirun.command, mpirun.environment)
         if self._stop_cause is not None:
@@ -237,10 +243,24 @@ class Supervisor:
             self._tasks_started = True
             self._spawn(self._heartbeats.send())
             self._spawn(self._heartbeats.watch())
+            self._spawn(self._keys.follow())
+
+    async def _read_keys(self) -> None:
+        """Read the named keys before the first attempt.
+
+        Raises:
+            ClusterError: if they cannot be read.
+        """
+        try:
+            await asyncio.to_thread(self._keys.read)
+        except K2Error as error:
+            raise ClusterError(error.message, error.hint) from error
 
     def _write_bootstrap(self, rank: int, bootstrap: Bootstrap) -> None:
         node = self._nodes[self._specification.nodes[rank]]
         name = f"bootstrap-{rank}.json"
+        if bootstrap.http is not None:
+            bootstrap = replace(bootstrap, http=replace(bootstrap.http, keys=self._keys.keys))
         node.write_file(self._specification.run_id, name, _encoder.encode(bootstrap))
 
     def _guards(self) -> list[GuardCommand]:

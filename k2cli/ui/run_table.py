@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from k2cli.ui.gpus import gpu_text
@@ -11,13 +11,19 @@ from k2cli.ui.output import note, print_line, print_text
 from k2cli.units import format_bytes, format_duration, one_line
 
 if TYPE_CHECKING:
+    from k2cli.client.status import RunStatus
     from k2cli.runs.record import RunRecord
 
 _HEADINGS = ("RUN", "MODEL", "STATE", "RANKS", "WEIGHTS", "AGE", "URL")
 
 
-def print_runs(runs: Sequence[RunRecord]) -> None:
-    """Print one line per run; below it the GPUs of a live run, or the cause of a failure."""
+def print_runs(runs: Sequence[RunRecord], statuses: Mapping[str, RunStatus]) -> None:
+    """Print one line per run; below it GPUs and requests of a live run, or a failure's cause.
+
+    Args:
+        runs: the runs, newest first.
+        statuses: of the live runs that have answered, by their ids.
+    """
     if not runs:
         note("no runs; start one with: k2 launch MODEL --detach")
         return
@@ -28,6 +34,8 @@ def print_runs(runs: Sequence[RunRecord]) -> None:
         print_line(_line(row, widths))
         if run.live and (gpus := gpu_text((rank.node, rank) for rank in run.ranks)):
             print_line(f"  {gpus}")
+        if (status := statuses.get(run.run_id)) is not None:
+            print_line(f"  {_activity(status)}")
         if run.cause and (run.left or run.state not in ("ready", "stopped")):
             print_line(f"  {run.cause}")
 
@@ -43,6 +51,18 @@ def _row(run: RunRecord) -> tuple[str, ...]:
         format_bytes(weights) if weights and run.live else "-",
         format_duration(max(time.time() - run.created, 1)),
         run.url if run.live and run.url else "-",
+    )
+
+
+def _activity(status: RunStatus) -> str:
+    waiting = status.requests.queued + status.requests.reading
+    rates = status.throughput
+    if not status.running and not waiting:
+        return "no requests"
+    return (
+        f"{status.running} requests run, {waiting} wait; "
+        f"{rates.completion_tokens_per_second:.1f} tokens/s, "
+        f"{rates.prompt_tokens_per_second:.0f} tokens/s of prompts"
     )
 
 

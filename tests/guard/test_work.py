@@ -20,6 +20,7 @@ _PROGRAMS = {
     "touches": "while True:\n with mmap.mmap(-1, 2**20) as m: m.write(bytes(2**20))",
     "reads": "while True: open(sys.executable, 'rb').read(2**20); time.sleep(0.01)",
     "compiles": "subprocess.run([sys.executable, '-S', '-c', 'while True: pass'])",
+    "masks": "subprocess.run([sys.executable, '-S', '-c', 'while True: pass', '--k2-run', 'x'])",
 }
 
 
@@ -58,9 +59,9 @@ def test_a_process_that_works_shows_it(program: str, sign: str) -> None:
     assert sign in _work_of(program, lambda work: bool(work.signs)).signs
 
 
-@pytest.mark.parametrize("program", ["waits", "polls"])
+@pytest.mark.parametrize("program", ["waits", "masks", "polls"])
 def test_waiting_shows_nothing_or_processor_time_alone(program: str) -> None:
-    work = _work_of(program, lambda work: work.computes, 1.5 if program == "waits" else 30.0)
+    work = _work_of(program, lambda work: work.computes, 30.0 if program == "polls" else 1.5)
     assert work == Work(computes=program == "polls")
 
 

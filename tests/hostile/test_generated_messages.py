@@ -28,8 +28,11 @@ from k2cli.protocol import (
     Generate,
     GuardStarted,
     Heartbeat,
+    KeyLimits,
     LoadProgress,
     LogLine,
+    NamedKey,
+    NamedKeys,
     NextAttempt,
     RankFailed,
     RankReady,
@@ -40,6 +43,7 @@ from k2cli.protocol import (
     Sampling,
     StopRun,
     SupervisorMessage,
+    TlsCertificate,
     TokenLogprob,
     Tokens,
 )
@@ -94,9 +98,11 @@ CONVERSATIONS: list[tuple[Any, list[Any]]] = [
 EVENTS: list[Any] = [
     GuardStarted(0, "n", 1, 2), LoadProgress(0, "loading", 1, 2), RankReady(0, 1, 2, 3, 0.5),
     RunReady("http://h:80"), LogLine(0, "n", "guard", "text"), RunEnded("cause", failed=True),
-    RankFailed(0, "n", "cause", -9, ["line"]),
+    RankFailed(0, "n", "cause", -9, ["line"]), TlsCertificate("-----BEGIN"),
 ]  # fmt: skip
-ORDERS: list[Any] = [Heartbeat(), StopRun("c", failed=True), NextAttempt(BOOTSTRAP)]
+NAMED_KEY = NamedKey("alice", "0" * 8, "5e" * 32, 1.8e9, 1.9e9, KeyLimits(2, 4, 60_000))
+ORDERS: list[Any] = [Heartbeat(), StopRun("c", failed=True), NextAttempt(BOOTSTRAP),
+                     NamedKeys([NAMED_KEY, NAMED_KEY])]  # fmt: skip
 CHUNK: dict[str, Any] = {
     "id": "cmpl-1", "object": "text_completion", "model": "m",
     "choices": [{"index": 0, "text": "a", "delta": {"content": "b"}, "finish_reason": "stop"}],

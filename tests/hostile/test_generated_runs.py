@@ -16,6 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from k2cli.access.key_file import key_file, read_keys
+from k2cli.access.key_ring import KeyRing
 from k2cli.agent.locks import Claim, list_locks, lock_path
 from k2cli.commands.bench import _plan_of
 from k2cli.errors import UsageError
@@ -28,7 +30,7 @@ from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.plan import plan_from_json, plan_to_json, read_plan
 from k2cli.planning.speed.calibrations import calibration_file, with_calibration
-from k2cli.protocol import Assignment, Bootstrap, HttpEndpoint
+from k2cli.protocol import Assignment, Bootstrap, HttpEndpoint, KeyLimits, NamedKey
 from k2cli.runs.log import format_entry, parse_entry
 from k2cli.runs.record import (
     AttemptRecord,
@@ -40,6 +42,7 @@ from k2cli.runs.record import (
     read_record,
 )
 from k2cli.settings import runs_directory
+from k2cli.ui.key_table import print_keys
 from k2cli.ui.run_table import print_runs
 from tests.hostile.mutation import (
     bounded,
@@ -103,7 +106,7 @@ def test_record(draw: Random) -> None:
     with bounded():
         read_record(folder)
         runs = list_runs(lambda run_id, text: left_out.append(text))
-        print_runs(runs)
+        print_runs(runs, {})
     assert len(runs) + len(left_out) == 1
     assert all(str(folder) in line for line in left_out)
     reads_or_refuses(find_run)
@@ -207,6 +210,23 @@ def test_calibration(draw: Random) -> None:
         NodeMemory(name, size, size, "exact", "metal", "") for name, size in (("a", 1), ("b", 2))
     ]
     reads_or_refuses(lambda: with_calibration(nodes, "ring"), str(path))
+
+
+@generated(200)
+def test_named_keys(draw: Random) -> None:
+    key = NamedKey("alice", "0" * 8, "5e" * 32, 1.8e9, 1.9e9, KeyLimits(2, 4, 60_000))
+    other = NamedKey("bob", "1" * 8, "6f" * 32, 1.8e9)
+    plain = {"schema_version": 1, "keys": [document(key), document(other)]}
+    path = key_file()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.write_bytes(mutated_json(plain, draw))
+    path.chmod(0o600)
+    keys = reads_or_refuses(read_keys, str(path))
+    if keys is not None:
+        with bounded():
+            print_keys(keys)
+            ring = KeyRing("k2-own", keys)
+            assert ring.identify([b"k2-own"]) is ring.owner
 
 
 @generated(250)

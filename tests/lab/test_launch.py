@@ -28,6 +28,10 @@ request = urllib.request.Request(
 answer = json.load(urllib.request.urlopen(request, timeout=60))
 print(json.dumps(answer["choices"][0]["message"]["content"]))
 """
+STATUS = """
+import urllib.request
+print(urllib.request.urlopen("http://127.0.0.1:8080/v1/status", timeout=20).read().decode())
+"""
 _single: dict[Path, str] = {}
 # mlx-lm's too, see tests/rank/test_tokens.py; to launch it once more for that takes ten seconds.
 DEMO_ANSWER = "The capital of France is Paris."
@@ -90,6 +94,14 @@ def test_one_machine_launches_on_two_others(lab: Lab, toy_k2: Path) -> None:
         assert run.talk.wait_end(90) == 0, run.talk.text
         assert _answer(lab)
         assert "rank 0 on k2a: loaded" in run.talk.text
+        done = lab.exec("k2a", [sys.executable, "-c", STATUS], timeout_seconds=30)
+        ranks = json.loads(done.stdout)["ranks"]
+        assert [rank["node"] for rank in ranks] == ["k2a", "k2b"]
+        for rank in ranks:  # that of k2b has come over the connection of its guard
+            memory = rank["memory"]
+            weights, used, peak = (memory[f"{name}_bytes"] for name in ("weights", "used", "peak"))
+            assert 0 < weights <= used <= peak < memory["planned_bytes"]
+            assert peak < memory["resident_bytes"]
         stopped = lab.exec("console", [sys.executable, "-m", "k2cli", "stop", "--all"])
         assert stopped.returncode == 0, stopped.stderr
         assert run.wait_gone(10)

@@ -16,10 +16,13 @@ from typing import Any
 
 import uvicorn
 
+from k2cli.access.key_ring import KeyRing
 from k2cli.errors import K2Error
 from k2cli.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
 from k2cli.server.app import create_app
 from k2cli.server.engine_client import EngineEvent, EngineState, EngineUnavailable
+from k2cli.server.metrics.activity import Activity
+from k2cli.server.metrics.run_view import RunSource
 from k2cli.server.read_request import (
     ReadRequest,
     RequestKind,
@@ -194,12 +197,17 @@ def serving(
     served: ServedModel,
     tokenizer: Any = None,
     reader: RequestReader | None = None,
+    activity: Activity | None = None,
+    run: RunSource | None = None,
+    keys: KeyRing | None = None,
+    port: int = 0,
     **options: Any,
 ) -> Iterator[str]:
     """Run a real server in a thread; yields its base URL without ``/v1``."""
     tokenizer = tokenizer or LetterTokenizer()
-    app = create_app(engine, tokenizer, served, reader or InlineReader(tokenizer, served))
-    listener = socket.create_server(("127.0.0.1", 0))
+    reader = reader or InlineReader(tokenizer, served)
+    app = create_app(engine, tokenizer, served, reader, activity, run, keys)
+    listener = socket.create_server(("127.0.0.1", port))
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

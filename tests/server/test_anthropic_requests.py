@@ -156,7 +156,7 @@ def test_tools_with_a_schema_are_offered_and_those_of_servers_are_not(
         _read(tools=tools)
     assert read.tools == [
         {"type": "function", "function":
-            {"name": "Read", "description": "Reads", "parameters": schema}},
+            {"name": "Read", "description": "Reads", "parameters": schema, "strict": True}},
         {"type": "function", "function":
             {"name": "f", "parameters": {**schema, "examples": [{"a": 1}]}}},
     ]  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from k2cli.server.dialects.openai_schemas import Message
+from k2cli.server.dialects.openai_messages import Message
 from tests.server.requests import QUESTION, call_text, calls_text, post, prompt_of
 from tests.server.scripted import ScriptedEngine
 
@@ -36,6 +36,7 @@ VALUES: dict[str, Any] = {
     "prompt_cache_options": {"mode": "explicit"},
     "prompt_cache_retention": "24h",
     "reasoning_effort": "none",
+    "response_format": {"type": "json_object"},
     "safety_identifier": "a",
     "seed": 3,
     "service_tier": "flex",
@@ -60,9 +61,8 @@ PARTS: dict[str, tuple[Any, Any]] = {
     "model": ("toy", "gpt-4o"),
     "n": (1, 2),
     "prompt": ("Hello", ["Hello", "there"]),
-    "response_format": ({"type": "text"}, {"type": "json_object"}),
     "suffix": ("", "!"),
-    "tool_choice": ("auto", "required"),
+    "tool_choice": ("auto", {"type": "custom", "custom": {"name": "f"}}),
 }
 NEEDED = {
     "top_logprobs": {"logprobs": True},

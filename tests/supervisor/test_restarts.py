@@ -50,6 +50,9 @@ def wait_again(url: str) -> None:
     wait_until(lambda: runs()[0]["state"] == "ready", 60, "the next attempt")
     assert runs()[0]["url"] == url
     assert httpx.get(f"{url}/health").status_code == 200
+    status = httpx.get(f"{url}/v1/status").json()
+    assert (status["state"], status["attempt"]) == ("ready", len(runs()[0]["attempts"]) + 1)
+    assert all(rank["loaded_bytes"] > 0 for rank in status["ranks"])
 
 
 def assert_told_why(url: str) -> None:
@@ -57,6 +60,9 @@ def assert_told_why(url: str) -> None:
     answer = httpx.get(f"{url}/health")
     assert answer.status_code == 503
     assert "rank 1 on localhost failed" in answer.json()["cause"]
+    status = httpx.get(f"{url}/v1/status").json()
+    assert (status["state"], status["cause"]) == ("restarting", answer.json()["cause"])
+    assert "\nk2_run_ready 0.0\n" in httpx.get(f"{url}/metrics").text
 
 
 def test_whatever_ends_it_a_run_comes_back_and_is_given_up_after_three_failures() -> None:

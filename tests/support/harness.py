@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from k2cli.access.keys import KeyChoice
 from k2cli.agent import ports, run_folder, run_processes
 from k2cli.choices import Transport
 from k2cli.launch.restart_policy import RestartPolicy
@@ -93,6 +95,8 @@ def _specification(
     restart: RestartPolicy,
     model: Path | None,
     context_length: int,
+    named_keys: KeyChoice,
+    http: dict[str, Any],
 ) -> RunSpecification:
     run_id = new_run_id("scripted")
     environment = {}
@@ -123,11 +127,13 @@ def _specification(
             model_name="scripted",
             environment=environment,
             deadlines=deadlines,
-            http=HttpEndpoint("127.0.0.1", http_port) if model is not None and rank == 0 else None,
+            http=HttpEndpoint(**({"host": "127.0.0.1", "port": http_port} | http))
+            if model is not None and rank == 0
+            else None,
         )
         for rank in range(size)
     ]
-    return RunSpecification(bootstraps, worker, restart=restart)
+    return RunSpecification(bootstraps, worker, restart=restart, named_keys=named_keys)
 
 
 def prepare_scripted(
@@ -137,11 +143,21 @@ def prepare_scripted(
     restart: RestartPolicy | None = None,
     model: Path | None = None,
     context_length: int = 128,
+    named_keys: KeyChoice = "none",
+    http: dict[str, Any] | None = None,
 ) -> RunSpecification:
     """Write the folder of a run whose ranks are scripted; with a model, it serves the API."""
     policy = restart or RestartPolicy()
     specification = _specification(
-        transport, size, deadlines or Deadlines(), SCRIPTED, policy, model, context_length
+        transport,
+        size,
+        deadlines or Deadlines(),
+        SCRIPTED,
+        policy,
+        model,
+        context_length,
+        named_keys,
+        http or {},
     )
     own = psutil.Process()
     record = RunRecord(
@@ -171,9 +187,13 @@ def supervised(
     restart: RestartPolicy | None = None,
     model: Path | None = None,
     context_length: int = 128,
+    named_keys: KeyChoice = "none",
+    http: dict[str, Any] | None = None,
 ) -> Iterator[SupervisedRun]:
     """Start a scripted run under a supervisor; kill its remaining processes at exit."""
-    specification = prepare_scripted(transport, size, deadlines, restart, model, context_length)
+    specification = prepare_scripted(
+        transport, size, deadlines, restart, model, context_length, named_keys, http
+    )
     folder = run_folder.run_folder(specification.run_id)
     with (folder / "supervisor.out").open("wb") as output:
         supervisor = subprocess.Popen(

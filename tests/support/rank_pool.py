@@ -26,6 +26,7 @@ from k2cli.protocol import (
     Fatal,
     Finished,
     Generate,
+    Grammar,
     RankMessage,
     RequestFailed,
     Sampling,
@@ -89,6 +90,7 @@ class Outcome:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finished: Finished | None = None
     error: str | None = None
+    error_kind: str = ""
 
 
 class RankPool:
@@ -156,11 +158,20 @@ class RankPool:
         sampling: Sampling | None = None,
         stop_tokens: Sequence[int] = (),
         use_prefix_cache: bool = True,
+        grammar: Grammar | None = None,
+        prefix_scope: str = "",
     ) -> str:
         """Send a request; return its id."""
         name = f"r{next(_numbers)}"
         request = Generate(
-            name, prompt, max_tokens, sampling or Sampling(), list(stop_tokens), use_prefix_cache
+            name,
+            prompt,
+            max_tokens,
+            sampling or Sampling(),
+            list(stop_tokens),
+            use_prefix_cache,
+            grammar,
+            prefix_scope=prefix_scope,
         )
         self.ranks[0].channel.send(request)
         return name
@@ -189,8 +200,8 @@ class RankPool:
                     outcome.logprobs += logprobs
                 case Finished():
                     outcome.finished = message
-                case RequestFailed(error=error):
-                    outcome.error = error
+                case RequestFailed(error=error, kind=kind):
+                    outcome.error, outcome.error_kind = error, kind
         return message
 
     def generate(self, prompt: list[int], max_tokens: int, **options: Any) -> list[int]:

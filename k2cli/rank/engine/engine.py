@@ -31,6 +31,7 @@ from k2cli.protocol import (
 from k2cli.rank.agreement import Agreement
 from k2cli.rank.control import Followers
 from k2cli.rank.engine.chunk_sizes import ChunkBounds, ChunkTimes
+from k2cli.rank.engine.masks import Masks
 from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running
 from k2cli.rank.engine.steps import Step, StepQueue
@@ -39,6 +40,8 @@ from k2cli.rank.executor import Executor, StepResult
 # In a pipeline a prompt is cut into several chunks per stage, so that stages overlap: with m
 # chunks, s stages take (m + s - 1) / m times one stage's work.
 CHUNKS_PER_STAGE = 4
+# While only grammars are compiled, other messages are looked for this often.
+_COMPILING_SECONDS = 0.005
 
 
 class Engine:
@@ -55,7 +58,9 @@ class Engine:
         concurrency: int,
         prefill_chunk_tokens: int,
         looks_ahead: bool = True,
+        masks: Masks | None = None,
     ) -> None:
+        """Make an engine that refuses requests with grammars if it has no ``masks``."""
         stages = size if executor.is_pipeline else 1
         self._executor = executor
         self._queue = StepQueue(executor, followers)
@@ -71,7 +76,9 @@ class Engine:
             batches=stages,
             can_batch=executor.stage.can_batch,
             plain_caches=self._plain_caches,
+            masks=masks,
         )
+        self._masks = masks
         self._context_length = context_length
         self._bounds = ChunkBounds(
             prefill_chunk_tokens,
@@ -98,6 +105,8 @@ class Engine:
     def accept(self, message: Generate | Cancel) -> None:
         """Queue a request, or cancel one."""
         if isinstance(message, Generate):
+            if self._masks is not None:
+                self._masks.rows = self._executor.vocabulary
             self._table.enqueue(message)
         else:
             self._table.cancel(message.request_id)
@@ -111,6 +120,9 @@ class Engine:
             ClusterError: if a follower's state differs from the leader's.
         """
         self._agreement.check()
+        if self._masks is not None:
+            self._masks.poll()
+            self._table.end_masked()
         self._table.end_cancelled()
         self._table.admit()
         self._table.balance([b for b in self._table.batches if not self._queue.decodes_of(b)])
@@ -118,13 +130,30 @@ class Engine:
         self._send_all()
         step = self._queue.build_next()
         if step is None:
+            if self._masks is not None and self._table.waiting and not self._table.admitted:
+                self._masks.wait_for_news(_COMPILING_SECONDS)
             return
-        if step.chosen is not None:
+        if isinstance(step.decision, Decode):
+            self._choose(step)
             self._start_steps()  # its batch can now have a step ahead
         self._queue.complete()
         self._completed(step)
         # Send before building the next step: MLX may block that until most of it is computed.
         self._send_all()
+
+    def _choose(self, step: Step) -> None:
+        """Choose the tokens of the oldest step, if that was deferred until earlier ones are known.
+
+        Its masks are computed while the device computes the step; wait for those that have not
+        come.
+        """
+        if step.chosen is not None:
+            return
+        answers = [row.masked for row in step.rows if row.masked is not None and not row.ended]
+        if answers and self._masks is not None:
+            self._masks.wait(answers)
+            self._table.end_masked()
+        self._queue.choose(step)
 
     def _send_all(self) -> None:
         """Send all pending messages to the guard at once, so that it wakes up only once."""
@@ -142,6 +171,8 @@ class Engine:
         """Tell the followers to end."""
         self._send_all()
         self._queue.submit(Quit(self._queue.next_number))
+        if self._masks is not None:
+            self._masks.end()
 
     def now(self, decision: Decision) -> StepResult:
         """Carry out a decision on all ranks at once; only while nothing is in flight."""
@@ -268,7 +299,6 @@ class Engine:
             and len(in_flight) == 1
             and in_flight[0].chosen is not None
             and in_flight[0].rows == rows
-            and not any(row.sampler.needs_history for row in rows)
             and self._queue.may_look_ahead(batch)
         )
 
@@ -343,10 +373,12 @@ class Engine:
         if token in request.stop_tokens:
             self._table.end(row, "stop")
             return
-        assert step.result is not None
-        assert step.result.logits is not None
+        masked = row.masked
+        if masked is not None and self._masks is not None:
+            self._masks.take(masked, token)
+        assert step.logits is not None
         try:
-            logprob = row.sampler.logprob(step.result.logits[index], token)
+            logprob = row.sampler.logprob(step.logits[index], token)
             row.sampler.record(token)
         except Exception as error:  # as in choose_tokens
             row.failure = error
@@ -356,4 +388,6 @@ class Engine:
         self._unsent.append(Tokens(request.request_id, [token], scores))
         full = len(request.prompt) + len(row.generated) >= self._context_length
         if full or len(row.generated) >= request.max_tokens:
-            self._table.end(row, "length")
+            if masked is not None and self._masks is not None:
+                self._masks.wait([masked])  # this token may have completed the answer
+            self._table.end(row, "stop" if masked is not None and masked.complete else "length")

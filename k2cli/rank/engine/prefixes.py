@@ -2,6 +2,9 @@
 
 It holds tokens only; the caches are on the ranks under the same ids. The leader decides which
 prefixes to keep, use again and drop, and sends decisions, so that all ranks do the same.
+
+Each prefix belongs to a scope, and only requests of that scope find it: the time to the first token
+would otherwise tell the user of one key what that of another has asked.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ class PrefixDirectory:
         """Allow reuse of whole prefixes only if ``whole_only``: their caches cannot be cut back."""
         self._whole_only = whole_only
         self._entries: dict[int, bytes] = {}
+        self._scopes: dict[int, str] = {}
         self._next_id = 0
 
     def __len__(self) -> int:
@@ -41,38 +45,46 @@ class PrefixDirectory:
         """Return the tokens that all kept prefixes take, in allocation steps of the cache."""
         return sum(cache_tokens(len(entry) // _TOKEN_BYTES) for entry in self._entries.values())
 
-    def best(self, prompt: Sequence[int]) -> Hit | None:
+    def best(self, prompt: Sequence[int], scope: str = "") -> Hit | None:
         """Find the kept prefix that saves most of a prompt, whose last token is always computed."""
         wanted = _kept(prompt[:-1])
-        hits = [Hit(prefix, self._shared(entry, wanted)) for prefix, entry in self._entries.items()]
+        hits = [
+            Hit(prefix, self._shared(entry, wanted)) for prefix, entry in self._entries_of(scope)
+        ]
         best = max(hits, key=lambda hit: hit.tokens, default=None)
         if best is None or best.tokens < LEAST_REUSE_TOKENS:
             return None
         self._entries[best.prefix] = self._entries.pop(best.prefix)  # now the most recent
         return best
 
+    def _entries_of(self, scope: str) -> Iterator[tuple[int, bytes]]:
+        for prefix, entry in self._entries.items():
+            if self._scopes[prefix] == scope:
+                yield prefix, entry
+
     def _shared(self, entry: bytes, wanted: bytes) -> int:
         shared = _common_bytes(entry, wanted) // _TOKEN_BYTES
         return shared if not self._whole_only or shared * _TOKEN_BYTES == len(entry) else 0
 
-    def redundant(self, tokens: Sequence[int]) -> Iterator[int]:
+    def redundant(self, tokens: Sequence[int], scope: str = "") -> Iterator[int]:
         """Yield the kept prefixes that a new one of these tokens would contain."""
         wanted = _kept(tokens)
-        for prefix, entry in self._entries.items():
+        for prefix, entry in self._entries_of(scope):
             if wanted.startswith(entry):
                 yield prefix
 
-    def has(self, tokens: Sequence[int]) -> bool:
+    def has(self, tokens: Sequence[int], scope: str = "") -> bool:
         """True if a kept prefix already contains all of these tokens."""
         wanted = _kept(tokens)
         return not self._whole_only and any(
-            entry.startswith(wanted) for entry in self._entries.values()
+            entry.startswith(wanted) for _, entry in self._entries_of(scope)
         )
 
-    def add(self, tokens: Sequence[int]) -> int:
+    def add(self, tokens: Sequence[int], scope: str = "") -> int:
         """Add these tokens; return the id under which every rank must keep their cache."""
         self._next_id += 1
         self._entries[self._next_id] = _kept(tokens)
+        self._scopes[self._next_id] = scope
         return self._next_id
 
     def oldest(self) -> int | None:
@@ -81,7 +93,7 @@ class PrefixDirectory:
 
     def remove(self, prefix: int) -> None:
         """Remove a prefix."""
-        del self._entries[prefix]
+        del self._entries[prefix], self._scopes[prefix]
 
 
 def _kept(tokens: Sequence[int]) -> bytes:

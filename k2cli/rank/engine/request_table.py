@@ -28,6 +28,7 @@ from k2cli.protocol import (
     RankMessage,
     RequestFailed,
 )
+from k2cli.rank.engine.masks import MaskedAnswer, Masks, Problem
 from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, PrefixDirectory, cache_tokens
 from k2cli.rank.engine.requests import Running, Waiting
 from k2cli.rank.engine.sampling import Sampler
@@ -69,10 +70,15 @@ class RequestTable:
         batches: int,
         can_batch: bool,
         plain_caches: bool,
+        masks: Masks | None = None,
     ) -> None:
-        """Make a table of ``batches`` side by side, each of one request unless ``can_batch``."""
+        """Make a table of ``batches`` side by side, each of one request unless ``can_batch``.
+
+        Without ``masks``, requests with grammars are refused.
+        """
         self._sender = sender
         self._tell = tell
+        self._masks = masks
         self._context_length = context_length
         self._budget = Budget(
             tokens=worst_case_tokens(context_length, 0, context_length) * concurrency,
@@ -90,7 +96,9 @@ class RequestTable:
         """True if no request waits or runs."""
         return not (self.waiting or self.prefilling or any(self.batches.values()))
 
-    def _admitted(self) -> list[Running]:
+    @property
+    def admitted(self) -> list[Running]:
+        """The requests that run: in prefill, or in a batch."""
         return [*self.prefilling, *(row for rows in self.batches.values() for row in rows)]
 
     def enqueue(self, request: Generate) -> None:
@@ -108,35 +116,73 @@ class RequestTable:
         elif len(self.waiting) >= MAX_WAITING:
             error = f"{len(self.waiting)} requests are waiting, the queue holds {MAX_WAITING}"
             self._tell(RequestFailed(request.request_id, error, "capacity"))
+        elif request.grammar is not None and self._masks is None:
+            error = "this run cannot make answers obey grammars"
+            self._tell(RequestFailed(request.request_id, error, "internal"))
         else:
-            self.waiting.append(Waiting(request, time.monotonic()))
+            masked = None
+            if request.grammar is not None and self._masks is not None:
+                masked = self._masks.open(request.grammar, request.stop_tokens)
+            self.waiting.append(Waiting(request, time.monotonic(), masked))
 
     def cancel(self, request_id: str) -> None:
         """Mark a running request as cancelled, or remove it from the queue."""
-        for row in self._admitted():
+        for row in self.admitted:
             if row.request.request_id == request_id:
                 row.cancelled = True
                 return
         for waiting in self.waiting:
             if waiting.request.request_id == request_id:
-                self.waiting.remove(waiting)
-                self._tell(waiting.cancelled())
+                self._drop_waiting(waiting)
+                self._tell(waiting.ended("cancelled"))
                 return
+
+    def _drop_waiting(self, waiting: Waiting) -> None:
+        self.waiting.remove(waiting)
+        self._close(waiting.masked)
+
+    def _close(self, masked: MaskedAnswer | None) -> None:
+        if masked is not None and self._masks is not None:
+            self._masks.close(masked)
 
     def end_cancelled(self) -> None:
         """End all requests that were cancelled."""
-        for row in [row for row in self._admitted() if row.cancelled]:
+        for row in [row for row in self.admitted if row.cancelled]:
             self.end(row, "cancelled")
 
+    def end_masked(self) -> None:
+        """End the requests whose grammars allow no more, or cannot be obeyed."""
+        for waiting in [waiting for waiting in self.waiting if waiting.masked is not None]:
+            assert waiting.masked is not None
+            if waiting.masked.problem is not None:
+                self._drop_waiting(waiting)
+                problem = waiting.masked.problem
+                self._tell(RequestFailed(waiting.request.request_id, problem.text, problem.kind))
+            elif waiting.masked.complete:
+                self._drop_waiting(waiting)
+                self._tell(waiting.ended("stop"))
+        for row in [row for row in self.admitted if row.masked is not None]:
+            assert row.masked is not None
+            if row.masked.problem is not None:
+                self.fail(row)
+            elif row.masked.complete:
+                self.end(row, "stop")
+
     def admit(self) -> None:
-        """Admit waiting requests in order of arrival while the plan has memory for the next."""
-        while self.waiting:
-            request = self.waiting[0].request
+        """Admit waiting requests in order of arrival while the plan has memory for the next.
+
+        One whose grammar is not compiled yet lets others pass.
+        """
+        for waiting in list(self.waiting):
+            if waiting.masked is not None and waiting.masked.pending:
+                continue
+            request = waiting.request
             worst = worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
             batch = choose_batch(self._worst_cases(), worst, self._budget)
             if batch is None:
                 return
-            row = self._open(self.waiting.popleft(), worst)
+            self.waiting.remove(waiting)
+            row = self._open(waiting, worst)
             row.batch = batch
             self.prefilling.append(row)
             self._evict()
@@ -144,7 +190,9 @@ class RequestTable:
     def _open(self, waiting: Waiting, worst: int) -> Running:
         request = waiting.request
         self._next_sequence += 1
-        hit = self._prefixes.best(request.prompt) if request.use_prefix_cache else None
+        hit = None
+        if request.use_prefix_cache:
+            hit = self._prefixes.best(request.prompt, request.prefix_scope)
         row = Running(
             request,
             self._next_sequence,
@@ -152,6 +200,7 @@ class RequestTable:
             worst,
             waiting.since,
             time.monotonic(),
+            waiting.masked,
         )
         if hit is not None:
             row.cached = row.computed = hit.tokens
@@ -191,17 +240,23 @@ class RequestTable:
 
     def end(self, row: Running, reason: FinishReason) -> None:
         """Report a request's end, and keep its cache as a prefix if it may be used again."""
-        completion = len(row.generated) - (reason == "stop")
+        last = row.generated[-1] if row.generated else None
+        stopped_by_token = reason == "stop" and last in row.request.stop_tokens
+        completion = len(row.generated) - stopped_by_token
         self._release(row, keep=row.request.use_prefix_cache)
         self._tell(row.finished(reason, completion))
 
     def fail(self, row: Running) -> None:
-        """Report a request whose sampling failed."""
+        """Report a request whose sampling failed, or whose grammar cannot be obeyed."""
         self._release(row, keep=False)
-        self._tell(RequestFailed(row.request.request_id, f"sampling failed: {row.failure}"))
+        problem = row.masked.problem if row.masked is not None else None
+        if problem is None or row.failure is not None:
+            problem = Problem(f"sampling failed: {row.failure}", "internal")
+        self._tell(RequestFailed(row.request.request_id, problem.text, problem.kind))
 
     def _release(self, row: Running, *, keep: bool) -> None:
         row.ended = True
+        self._close(row.masked)
         assert row.batch is not None
         keep_as = self._keep(row) if keep else None
         number = self._sender.next_number
@@ -216,12 +271,12 @@ class RequestTable:
 
     def _keep(self, row: Running) -> int | None:
         """Keep a sequence's tokens as a prefix; return its id, or None if it is not worth it."""
-        tokens = row.held_tokens
-        if len(tokens) < LEAST_REUSE_TOKENS or self._prefixes.has(tokens):
+        tokens, scope = row.held_tokens, row.request.prefix_scope
+        if len(tokens) < LEAST_REUSE_TOKENS or self._prefixes.has(tokens, scope):
             return None
-        for prefix in list(self._prefixes.redundant(tokens)):
+        for prefix in list(self._prefixes.redundant(tokens, scope)):
             self._drop(prefix)
-        return self._prefixes.add(tokens)
+        return self._prefixes.add(tokens, scope)
 
     def _drop(self, prefix: int) -> None:
         self._prefixes.remove(prefix)

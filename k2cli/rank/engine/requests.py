@@ -6,21 +6,26 @@ import time
 from dataclasses import dataclass, field
 
 from k2cli.protocol import Finished, FinishReason, Generate
+from k2cli.rank.engine.masks import MaskedAnswer
 from k2cli.rank.engine.sampling import Sampler
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Waiting:
-    """A request that has not been admitted. ``since`` is a time of the monotonic clock."""
+    """A request that has not been admitted. ``since`` is a time of the monotonic clock.
+
+    ``masked`` is set if the request has a grammar.
+    """
 
     request: Generate
     since: float
+    masked: MaskedAnswer | None = None
 
-    def cancelled(self) -> Finished:
-        """Build the report of a request that was cancelled before its admission."""
+    def ended(self, reason: FinishReason) -> Finished:
+        """Build the report of a request that has ended before its admission."""
         waited = time.monotonic() - self.since
         prompt = len(self.request.prompt)
-        return Finished(self.request.request_id, "cancelled", prompt, 0, 0, waited, 0.0, 0.0)
+        return Finished(self.request.request_id, reason, prompt, 0, 0, waited, 0.0, 0.0)
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +44,7 @@ class Running:
     worst_case_tokens: int
     queued_at: float
     started_at: float
+    masked: MaskedAnswer | None = None
     cached: int = 0
     computed: int = 0
     steps: int = 0
@@ -54,6 +60,16 @@ class Running:
     def prefill_left(self) -> int:
         """Prompt tokens to compute before the first decode step, whose input is the last one."""
         return max(0, len(self.request.prompt) - 1 - self.computed)
+
+    @property
+    def needs_history(self) -> bool:
+        """True if its next choice depends on earlier tokens, so that they must be known."""
+        return not self.ended and (self.masked is not None or self.sampler.needs_history)
+
+    @property
+    def mask(self) -> bytes | None:
+        """The tokens that its grammar allows next, once they have come; None without a grammar."""
+        return None if self.masked is None else self.masked.mask
 
     @property
     def wants_steps(self) -> bool:

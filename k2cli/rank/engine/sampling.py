@@ -7,6 +7,7 @@ tokens stay lazy until they are read, so that the next step can be built meanwhi
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ class Sampler:
 
     @property
     def needs_history(self) -> bool:
-        """True if a choice depends on earlier tokens, so that they must be known."""
+        """True if there are penalties for earlier tokens, so that they must be known."""
         options = self.options
         return (
             options.repetition_penalty != 1.0
@@ -73,7 +74,8 @@ class Sampler:
     def logprob(self, logits: mx.array, token: int) -> TokenLogprob | None:
         """Return log probabilities, before temperature, of a token and the best ones, or None.
 
-        None if the request does not want them. Call it before ``record`` of that token.
+        None if the request does not want them. Forbidden tokens, whose logits are -inf, are not
+        among the best. Call it before ``record`` of that token.
         """
         wanted = self.options.top_logprobs
         if wanted is None:
@@ -82,7 +84,8 @@ class Sampler:
         logprobs = scores - mx.logsumexp(scores)
         best = cast(list[int], mx.argsort(-logprobs)[:wanted].tolist()) if wanted else []
         values = cast(list[float], logprobs[mx.array([token, *best])].tolist())
-        return TokenLogprob(values[0], list(zip(best, values[1:], strict=True)))
+        pairs = zip(best, values[1:], strict=True)
+        return TokenLogprob(values[0], [pair for pair in pairs if pair[1] > -math.inf])
 
     def _adjusted(self, logits: mx.array) -> mx.array:
         options = self.options

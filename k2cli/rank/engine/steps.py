@@ -8,6 +8,10 @@ can be in flight, and every stage has work.
 A decode step may be decided *ahead*, while the step that chooses its inputs is still being
 computed: the chosen tokens go to the other ranks through the MLX group, without passing through
 this program, and every rank builds the next step meanwhile.
+
+If a choice depends on earlier tokens (penalties, masks of grammars), it is *deferred*: the step is
+carried out as early as any other, and its tokens are chosen when those before are known, while the
+device computes it.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import mlx.core as mx
 
 from k2cli.protocol import Decision, Decode, Prefill, PrefillTogether
 from k2cli.rank.control import Followers
+from k2cli.rank.engine.choice import choose_tokens
 from k2cli.rank.engine.lookahead import CopyWatch, device_limit_bytes
 from k2cli.rank.engine.requests import Running
 from k2cli.rank.executor import Executor, StepResult
@@ -30,14 +35,17 @@ from k2cli.rank.executor import Executor, StepResult
 class Step:
     """A decision, the requests that it computes, and its result.
 
-    ``seconds`` is the time that the leader took to carry it out, or to build it if it is a decode
-    step. It includes ``waited_seconds``, spent waiting for another rank's part.
+    ``chosen`` and ``logits`` are set when its tokens are chosen: the tokens, and the logits of
+    those that could be. ``seconds`` is the time that the leader took to carry it out, or to build
+    it if it is a decode step. It includes ``waited_seconds``, spent waiting for another rank's
+    part.
     """
 
     decision: Decision
     rows: list[Running] = field(default_factory=list)
     result: StepResult | None = None
     chosen: mx.array | None = None
+    logits: mx.array | None = None
     seconds: float = 0.0
     waited_seconds: float = 0.0
 
@@ -45,23 +53,6 @@ class Step:
     def computes(self) -> bool:
         """True if the stages compute something for it."""
         return isinstance(self.decision, Prefill | PrefillTogether | Decode)
-
-
-def choose_tokens(rows: Sequence[Running], logits: mx.array) -> mx.array:
-    """Choose the next token of every row, lazily: ``[rows]``.
-
-    A row whose sampler raises is marked as failed and gets token 0, which is never sent.
-    """
-    if all(row.sampler.is_plain for row in rows):
-        return mx.argmax(logits, axis=-1)
-    picks = []
-    for index, row in enumerate(rows):
-        try:
-            picks.append(row.sampler.pick(logits[index]).astype(mx.uint32))
-        except Exception as error:  # no error may affect another request
-            row.failure = error
-            picks.append(mx.array(0, dtype=mx.uint32))
-    return mx.stack(picks)
 
 
 class StepQueue:
@@ -132,6 +123,16 @@ class StepQueue:
             self._steps.popleft()
         return None
 
+    def choose(self, step: Step) -> None:
+        """Choose the tokens of a carried out decode step whose rows need their history.
+
+        All earlier steps of these rows must have been completed, and the masks have come.
+        """
+        assert step.result is not None
+        assert step.result.logits is not None
+        step.logits, step.chosen = choose_tokens(step.rows, step.result.logits)
+        mx.async_eval(step.chosen)  # type: ignore[no-untyped-call]
+
     def complete(self) -> None:
         """Remove the oldest computing step, whose result has been read, from those in flight."""
         self._steps.popleft()
@@ -153,10 +154,13 @@ class StepQueue:
         step.result = self._executor.carry_out(step.decision, chosen)
         step.seconds = time.monotonic() - started
         step.waited_seconds = self._executor.waited_seconds - waited
+        # Evaluate the logits too: even if no token is read, every rank must run every sum.
         if step.result.logits is not None and step.rows:
-            step.chosen = choose_tokens(step.rows, step.result.logits)
-            # Evaluate the logits too: even if no token is read, every rank must run every sum.
-            mx.async_eval(step.chosen, *step.result.to_compute)  # type: ignore[no-untyped-call]
+            if any(row.needs_history for row in step.rows):
+                mx.async_eval(*step.result.to_compute)  # type: ignore[no-untyped-call]
+            else:
+                step.logits, step.chosen = choose_tokens(step.rows, step.result.logits)
+                mx.async_eval(step.chosen, *step.result.to_compute)  # type: ignore[no-untyped-call]
         if self._watch.watches and isinstance(step.decision, Decode) and step.decision.ahead:
             cache_bytes = self._executor.caches.batch_bytes(step.decision.batch)
             self._watch.observe(cache_bytes, mx.get_active_memory() - before_bytes)

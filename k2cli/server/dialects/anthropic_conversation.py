@@ -56,10 +56,11 @@ def anthropic_conversation(body: MessagesBody, normalizes_prompts: bool) -> Conv
     turns += messages.finished()
     if all(turn["role"] == "system" for turn in turns):
         raise invalid("messages: there is no text of the user", "messages")
-    tools = None
+    tools: list[dict[str, Any]] = []
+    places: list[str] = []
     if not (body.tool_choice and body.tool_choice.type == "none"):
-        tools = _function_tools(body.tools or []) or None
-    return Conversation(turns, tools, body.template_arguments)
+        tools, places = _function_tools(body.tools or [])
+    return Conversation(turns, tools or None, body.template_arguments, tool_places=places)
 
 
 def _without_billing_header(text: str) -> str:
@@ -212,18 +213,22 @@ def _names_an_error(text: str) -> bool:
 # --- tools ----------------------------------------------------------------------------------------
 
 
-def _function_tools(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the tools in OpenAI's form, without those that Anthropic's servers or models have."""
-    functions, left_out = [], []
+def _function_tools(tools: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the tools in OpenAI's form, and the places of their schemas.
+
+    Tools that Anthropic's servers or models have are left out.
+    """
+    functions, places, left_out = [], [], []
     for index, tool in enumerate(tools):
         kind = tool.get("type")
         if kind not in (None, "custom") and "input_schema" not in tool:
             left_out.append(str(kind)[:100])
         else:
             functions.append(_function_tool(tool, f"tools[{index}]"))
+            places.append(f"tools[{index}].input_schema")
     if left_out:
         log_left_out(tuple(sorted(set(left_out))))
-    return functions
+    return functions, places
 
 
 def _function_tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
@@ -235,4 +240,8 @@ def _function_tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
         function["description"] = _string(tool, "description", place)
     examples = tool.get("input_examples")
     function["parameters"] = {**schema, "examples": examples} if examples else schema
+    if not isinstance(strict := tool.get("strict"), bool | None):
+        raise invalid(f"{place}.strict: must be true or false", f"{place}.strict")
+    if strict:
+        function["strict"] = True
     return {"type": "function", "function": function}

@@ -18,13 +18,16 @@ from pydantic import (
 )
 
 from k2cli.server.client_request import AnswerOptions, reasoning_variables
+from k2cli.server.dialects.answer_formats import json_schema_format, only_format
 from k2cli.server.dialects.body import Body
 from k2cli.server.dialects.shared_fields import MAX_MESSAGES, MAX_STOP_LETTERS, Objects, Thinking
+from k2cli.server.dialects.tool_choices import anthropic_tool_choice
 from k2cli.server.errors import type_named
 
 MAX_BLOCKS = 16_384
 MAX_EDITS = 64
 MAX_STOP_SEQUENCES = 64
+_FORMAT = "output_config.format"
 
 
 class _Ignored(Body):
@@ -55,7 +58,10 @@ def _content(value: Any) -> str | list[dict[str, Any]]:
     return value
 
 
-Content = Annotated[str | list[dict[str, Any]], PlainValidator(_content)]
+_ContentInput = str | Annotated[list[dict[str, Any]], Field(max_length=MAX_BLOCKS)]
+Content = Annotated[
+    str | list[dict[str, Any]], PlainValidator(_content, json_schema_input_type=_ContentInput)
+]
 
 
 class AnthropicMessage(BaseModel):
@@ -80,24 +86,18 @@ class AnthropicMessage(BaseModel):
 
 
 class OutputConfig(Body):
-    """Options of the output. Formats and budgets are refused."""
+    """Options of the output. Budgets are refused."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: dict[str, Any] | None = None
 
 
 class ToolChoice(Body):
-    """Freedom of the model to call tools. A required call is refused."""
+    """Freedom of the model to call tools."""
 
     type: str
     name: Any = None
     disable_parallel_tool_use: bool | None = None
-
-    @field_validator("type")
-    @classmethod
-    def _promises_no_call(cls, value: str) -> str:
-        if value not in ("auto", "none"):
-            raise ValueError(f"'{value}' is not supported yet; only 'auto' and 'none' are")
-        return value
 
 
 class ContextManagement(Body):
@@ -130,6 +130,8 @@ class MessagesBody(_Ignored):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    # The name of ``output_config.format`` while it was a beta.
+    output_format: dict[str, Any] | None = None
     context_management: ContextManagement | None = None
     mcp_servers: list[Any] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -158,7 +160,16 @@ class MessagesBody(_Ignored):
 
     @property
     def answer_options(self) -> AnswerOptions:
-        """Options for generating the answer."""
+        """Options for generating the answer.
+
+        Raises:
+            ApiError: 400 if the format of the answer or the choice of tools is not understood.
+        """
+        chosen = self.tool_choice
+        formats = (
+            json_schema_format(self.output_config.format if self.output_config else None, _FORMAT),
+            json_schema_format(self.output_format, "output_format"),
+        )
         return AnswerOptions(
             model=self.model,
             max_tokens=self.max_tokens,
@@ -167,5 +178,9 @@ class MessagesBody(_Ignored):
             top_k=self.top_k,
             stops=self.stop_sequences,
             stream=bool(self.stream),
-            parallel_calls=not (self.tool_choice and self.tool_choice.disable_parallel_tool_use),
+            parallel_calls=not (chosen and chosen.disable_parallel_tool_use),
+            answer_format=only_format(formats),
+            tool_choice=anthropic_tool_choice(
+                chosen.type if chosen else None, chosen.name if chosen else None
+            ),
         )

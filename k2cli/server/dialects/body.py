@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 
 
 class Body(BaseModel):
@@ -19,3 +19,18 @@ class Body(BaseModel):
         if not isinstance(value, dict):
             return value
         return {name: member for name, member in value.items() if member is not None}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: Any, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Describe the object for the OpenAPI document: null is accepted for what may be absent."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        members = schema.get("properties", {})
+        for name, member in members.items():
+            options = member.get("anyOf", [member])
+            nullable = not member.keys() - {"default"} or {"type": "null"} in options
+            if not nullable and name not in schema.get("required", ()):
+                members[name] = {"anyOf": [member, {"type": "null"}]}
+        schema["additionalProperties"] = {"type": "null"}
+        return schema

@@ -1,11 +1,14 @@
 """Errors in the form of the API that a request is written for: OpenAI's or Anthropic's.
 
 A request is one of Anthropic's by its path, or by the header ``anthropic-version``, which all of
-its clients send. Responses to these have a ``request-id``, which clients show with errors.
+its clients send. Responses to these have a ``request-id``, which clients show with errors; all
+responses have OpenAI's ``x-request-id``. Both are what the client sent as ``X-Request-Id``, if that
+can be an id, so that it finds its request in the log.
 """
 
 from __future__ import annotations
 
+import re
 import uuid
 from typing import Any
 
@@ -27,6 +30,8 @@ OVERLOADED = 529
 """Anthropic's status for a server that has too much to do."""
 
 _REQUEST_ID = "k2.request_id"
+_ERROR_CODE = "k2.error_code"
+_ID_OF_CLIENT = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _MESSAGES = "/v1/messages"
 _TYPES = {
     401: "authentication_error",
@@ -48,9 +53,19 @@ def is_for_anthropic(scope: Scope) -> bool:
 
 
 def request_id_of(scope: Scope) -> str:
-    """Return the id of a request of Anthropic's API; the first call makes it."""
-    made: str = scope.setdefault(_REQUEST_ID, f"req_{uuid.uuid4().hex}")
-    return made
+    """Return the id of a request: the client's ``X-Request-Id``, else one that is made once."""
+    found: str | None = scope.get(_REQUEST_ID)
+    if found is None:
+        sent = Headers(scope=scope).get("x-request-id", "")
+        found = sent if _ID_OF_CLIENT.fullmatch(sent) else f"req_{uuid.uuid4().hex}"
+        scope[_REQUEST_ID] = found
+    return found
+
+
+def error_code_of(scope: Scope) -> str:
+    """Return the code of the error with which a request was answered, or an empty text."""
+    code: str = scope.get(_ERROR_CODE, "")
+    return code
 
 
 def anthropic_status(error: ApiError) -> int:
@@ -76,6 +91,7 @@ def anthropic_error(error: ApiError, request_id: str) -> dict[str, Any]:
 
 def error_response(error: ApiError, scope: Scope) -> JSONResponse:
     """Return the response for an error."""
+    scope[_ERROR_CODE] = error.code or ""
     if not is_for_anthropic(scope):
         return error.response()
     request_id = request_id_of(scope)

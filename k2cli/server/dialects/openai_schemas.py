@@ -15,28 +15,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     field_validator,
-    model_validator,
 )
 
 from k2cli.server.client_request import AnswerOptions, Conversation, reasoning_variables
+from k2cli.server.dialects.answer_formats import FormatFields
 from k2cli.server.dialects.body import Body
-from k2cli.server.dialects.shared_fields import (
-    MAX_MESSAGES,
-    MAX_PARTS,
-    MAX_STOP_LETTERS,
-    Objects,
-    ReasoningEffort,
-    ResponseFormat,
-    Thinking,
-    check_tool_choice,
-)
-from k2cli.server.errors import invalid, type_named
+from k2cli.server.dialects.exact_literals import Off, One
+from k2cli.server.dialects.openai_messages import Functions, Message, Messages
+from k2cli.server.dialects.shared_fields import MAX_STOP_LETTERS, ReasoningEffort, Thinking
+from k2cli.server.dialects.tool_choices import openai_tool_choice, shows_tools
+from k2cli.server.errors import invalid
 
 MAX_STOP_STRINGS = 4
 MAX_TOP_LOGPROBS = 20
@@ -58,23 +50,6 @@ class _Ignored(Body):
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     prediction: Any = None
-
-
-def _joined_text(content: Any) -> Any:
-    """Join content parts to one string; refuse parts that are not text."""
-    if not isinstance(content, list):
-        return content
-    if len(content) > MAX_PARTS:
-        raise ValueError(f"has {len(content)} parts, and the most are {MAX_PARTS}")
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise ValueError(f"part {index} {type_named(kind)}, but this model reads only text")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"part {index} has no text")
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _stop_strings(value: Any) -> list[str]:
@@ -115,42 +90,6 @@ def _one_answer(value: int) -> int:
     return value
 
 
-def _functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for index, tool in enumerate(tools):
-        if (kind := tool.get("type")) != "function":
-            message = f"tool {index} {type_named(kind)}, but only 'function' is supported"
-            raise ValueError(message)
-        function = _named_function(tool, f"tool {index}")
-        if not isinstance(function.get("description"), str | None):
-            raise ValueError(f"the 'description' of tool {index} must be a text")
-        if not isinstance(function.get("parameters"), dict | None):
-            raise ValueError(f"the 'parameters' of tool {index} must be an object")
-    return tools
-
-
-def _calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for index, call in enumerate(calls):
-        kind = call.get("type")
-        if kind not in (None, "function"):
-            message = f"call {index} {type_named(kind)}, but only 'function' is supported"
-            raise ValueError(message)
-        function = _named_function(call, f"call {index}")
-        # Clients of other servers send arguments as they are instead of their JSON text.
-        if not isinstance(function.get("arguments"), str | dict | list | None):
-            raise ValueError(f"the 'arguments' of call {index} must be JSON text or an object")
-        if not isinstance(call.get("id"), str | None):
-            raise ValueError(f"the 'id' of call {index} must be a text")
-    return calls
-
-
-def _named_function(owner: dict[str, Any], what: str) -> dict[str, Any]:
-    function = owner.get("function")
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(name, str) or not name:
-        raise ValueError(f"{what} needs an object 'function' with a 'name'")
-    return function
-
-
 def _string_keys_to_ids(value: Any) -> Any:
     """Convert the keys of a JSON object to integers."""
     if not isinstance(value, dict):
@@ -162,52 +101,21 @@ def _string_keys_to_ids(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
-StopStrings = Annotated[list[str], PlainValidator(_stop_strings)]
-Prompt = Annotated[str | list[int], PlainValidator(_prompt)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+# What clients may send, for the OpenAPI document.
+_StopsInput = str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None
+_PromptInput = str | list[int] | list[str] | list[list[int]]
+_BiasesInput = Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None
+
+StopStrings = Annotated[
+    list[str], PlainValidator(_stop_strings, json_schema_input_type=_StopsInput)
+]
+Prompt = Annotated[str | list[int], PlainValidator(_prompt, json_schema_input_type=_PromptInput)]
+Biases = Annotated[
+    dict[int, Bias] | None,
+    BeforeValidator(_string_keys_to_ids, json_schema_input_type=_BiasesInput),
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Functions = Annotated[Objects, AfterValidator(_functions)]
-Calls = Annotated[Objects, AfterValidator(_calls)]
-
-
-class Message(BaseModel):
-    """One turn of a conversation. Other members, which clients echo back, are ignored."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_joined_text)] = None
-    name: str | None = None
-    tool_calls: Calls | None = None
-    tool_call_id: str | None = None
-    # The model's reasoning, for templates that show it again after the result of a tool. Clients
-    # send it back under the name under which they read it.
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        # The turn of an assistant may consist of tool calls only, and a tool may return nothing.
-        if self.content is None and self.role not in ("assistant", "tool"):
-            raise ValueError(f"a message of role '{self.role}' needs content")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """Return the dict for chat templates. ``developer`` is OpenAI's new word for system."""
-        turn: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": self.content or "",
-        }
-        for member in ("name", "tool_calls", "tool_call_id"):
-            if (value := getattr(self, member)) is not None:
-                turn[member] = value
-        thoughts = self.reasoning if self.reasoning_content is None else self.reasoning_content
-        if thoughts is not None and self.role == "assistant":
-            turn["reasoning_content"] = thoughts
-        return turn
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class StreamOptions(Body):
@@ -229,7 +137,7 @@ class Extensions(Body):
     ignore_stop_tokens: bool | None = None
 
 
-class GenerationBody(_Ignored):
+class GenerationBody(_Ignored, FormatFields):
     """Fields that chat and plain completions share."""
 
     model: str | None = None
@@ -246,11 +154,15 @@ class GenerationBody(_Ignored):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.001, le=10)] | None = None
-    logit_bias: Annotated[dict[int, Bias] | None, BeforeValidator(_string_keys_to_ids)] = None
+    logit_bias: Biases = None
     k2: Extensions | None = None
 
     def options(self, **members: Any) -> AnswerOptions:
-        """Return the options of the answer; ``members`` are of the route's own fields."""
+        """Return the options of the answer; ``members`` are of the route's own fields.
+
+        Raises:
+            ApiError: 400 if the format of the answer is not understood.
+        """
         extensions, stream_options = self.k2 or Extensions(), self.stream_options or StreamOptions()
         shared = AnswerOptions(
             model=self.model,
@@ -270,6 +182,7 @@ class GenerationBody(_Ignored):
             wants_progress=bool(stream_options.include_progress),
             use_prefix_cache=extensions.cache is not False,
             ignore_stop_tokens=bool(extensions.ignore_stop_tokens),
+            answer_format=self.answer_format,
         )
         return replace(shared, **members)
 
@@ -325,8 +238,8 @@ class TemplatedBody(Body):
 class ChatCompletionBody(GenerationBody, TemplatedBody):
     """Body of ``POST /v1/chat/completions``.
 
-    The chat template shows ``tools`` to the model, which decides whether it calls one: a
-    ``tool_choice`` that requires a call is refused, since nothing yet keeps the model to it.
+    The chat template shows ``tools`` to the model. A ``tool_choice`` does not change the prompt,
+    so that the cache of the conversation stays; only "none" leaves the tools out.
     """
 
     messages: Messages
@@ -337,19 +250,13 @@ class ChatCompletionBody(GenerationBody, TemplatedBody):
     parallel_tool_calls: bool | None = None
     # A field of vLLM.
     include_reasoning: bool | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-
-    @field_validator("tool_choice")
-    @classmethod
-    def _promises_no_call(cls, value: Any) -> Any:
-        return check_tool_choice(value)
 
     @property
     def conversation(self) -> Conversation:
         """The conversation, without tools if the model may not call any."""
         return self.conversation_of(
-            self.messages, None if self.tool_choice == "none" else self.tools
+            self.messages, self.tools if shows_tools(self.tool_choice) else None
         )
 
     @property
@@ -357,7 +264,8 @@ class ChatCompletionBody(GenerationBody, TemplatedBody):
         """Options for generating the answer.
 
         Raises:
-            ApiError: 400 if ``top_logprobs`` is given without ``logprobs``.
+            ApiError: 400 if ``top_logprobs`` is given without ``logprobs``, or the format of the
+                answer or the choice of tools is not understood.
         """
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
@@ -370,6 +278,7 @@ class ChatCompletionBody(GenerationBody, TemplatedBody):
             logprobs=logprobs,
             parallel_calls=self.parallel_tool_calls is not False,
             include_reasoning=self.include_reasoning is not False,
+            tool_choice=openai_tool_choice(self.tool_choice),
         )
 
 
@@ -378,8 +287,8 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    best_of: One | None = None
+    echo: Off | None = None
     suffix: Literal[""] | None = None
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 from k2cli.server.client_request import Conversation
 from k2cli.server.dialects.responses_schemas import ResponsesBody
 from k2cli.server.dialects.shared_fields import MAX_PARTS, MAX_TOOLS, log_left_out
+from k2cli.server.dialects.tool_choices import shows_tools
 from k2cli.server.errors import ApiError, invalid, type_named
 
 _ROLES = {
@@ -39,15 +40,16 @@ def responses_conversation(body: ResponsesBody) -> Conversation:
         turns += _turns(body.input)
     if not turns:
         raise invalid("input has nothing for the model", "input")
-    tools, namespaces = _tools(body.tools or [])
+    tools, namespaces, places = _tools(body.tools or [])
     return Conversation(
         turns,
-        tools if tools and body.tool_choice != "none" else None,
+        tools if tools and shows_tools(body.tool_choice) else None,
         body.template_arguments,
         # This API has no way to continue an assistant's text.
         continue_last=False,
         field="input",
         namespaces=namespaces,
+        tool_places=places,
     )
 
 
@@ -160,20 +162,24 @@ def _call(item: dict[str, Any], place: str) -> dict[str, Any]:
 # --- tools ----------------------------------------------------------------------------------------
 
 
-def _tools(tools: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return functions in the form of chat completions, and the namespaces of those in one.
+def _tools(
+    tools: Sequence[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[str, str], list[str]]:
+    """Return functions in the form of chat completions, the namespaces of those in one, and places.
 
     Tools that OpenAI's servers run, and those whose calls are not JSON, are left out: the model is
     not shown what nobody here can carry out.
     """
     found: list[dict[str, Any]] = []
     namespaces: dict[str, str] = {}
+    places: list[str] = []
     left_out = []
     for index, tool in enumerate(tools):
         place = f"tools[{index}]"
         match tool.get("type"):
             case "function":
                 found.append(_function(tool, place))
+                places.append(f"{place}.parameters")
             case "namespace":
                 inner = tool.get("tools")
                 if not isinstance(inner, list) or not all(isinstance(one, dict) for one in inner):
@@ -186,6 +192,7 @@ def _tools(tools: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[
                     function = _function(one, f"{place}.tools[{number}]")
                     namespaces[function["function"]["name"]] = name
                     found.append(function)
+                    places.append(f"{place}.tools[{number}].parameters")
             case str() as kind:
                 left_out.append(kind[:100])
             case kind:
@@ -195,7 +202,7 @@ def _tools(tools: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[
     _check_names(found)
     if left_out:
         log_left_out(tuple(sorted(set(left_out))))
-    return found, namespaces
+    return found, namespaces, places
 
 
 def _function(tool: dict[str, Any], place: str) -> dict[str, Any]:
@@ -207,6 +214,10 @@ def _function(tool: dict[str, Any], place: str) -> dict[str, Any]:
         if not isinstance(parameters, dict):
             raise invalid(f"{place}.parameters must be an object", f"{place}.parameters")
         function["parameters"] = parameters
+    if not isinstance(strict := tool.get("strict"), bool | None):
+        raise invalid(f"{place}.strict must be true or false", f"{place}.strict")
+    if strict:
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, field_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, field_validator
 
 from k2cli.server.client_request import AnswerOptions, reasoning_variables
+from k2cli.server.dialects.answer_formats import response_format
 from k2cli.server.dialects.body import Body
+from k2cli.server.dialects.exact_literals import Off, Zero
 from k2cli.server.dialects.shared_fields import (
     MAX_MESSAGES,
     Objects,
     ReasoningEffort,
-    ResponseFormat,
-    check_tool_choice,
 )
+from k2cli.server.dialects.tool_choices import openai_tool_choice
 
 _NOTHING_IS_STORED = "nothing is stored here: send the whole conversation as 'input'"
 
@@ -33,6 +34,13 @@ def _input(value: Any) -> str | list[dict[str, Any]]:
     if not 0 < len(value) <= MAX_MESSAGES:
         raise ValueError(f"has {len(value)} items; at least 1 and at most {MAX_MESSAGES} work")
     return value
+
+
+_InputItems = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+Input = Annotated[
+    str | list[dict[str, Any]], PlainValidator(_input, json_schema_input_type=str | _InputItems)
+]
+Refused = Annotated[Any, WithJsonSchema({"type": "null"})]
 
 
 class _Ignored(Body):
@@ -65,14 +73,14 @@ class ReasoningOptions(Body):
 class TextOptions(Body):
     """The object ``text``."""
 
-    format: ResponseFormat | None = None
+    format: dict[str, Any] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class ResponsesBody(_Ignored):
     """Body of ``POST /v1/responses``."""
 
-    input: Annotated[str | list[dict[str, Any]], PlainValidator(_input)]
+    input: Input
     model: str | None = None
     instructions: str | None = None
     tools: Objects | None = None
@@ -83,18 +91,13 @@ class ResponsesBody(_Ignored):
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: Zero | None = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
+    background: Off | None = None
     stream: bool | None = None
-    conversation: Any = None
-    previous_response_id: Any = None
-    prompt: Any = None
-
-    @field_validator("tool_choice")
-    @classmethod
-    def _promises_no_call(cls, value: Any) -> Any:
-        return check_tool_choice(value)
+    conversation: Refused = None
+    previous_response_id: Refused = None
+    prompt: Refused = None
 
     @field_validator("conversation", "previous_response_id", "prompt")
     @classmethod
@@ -111,7 +114,15 @@ class ResponsesBody(_Ignored):
 
     @property
     def answer_options(self) -> AnswerOptions:
-        """Options for generating the answer."""
+        """Options for generating the answer.
+
+        Raises:
+            ApiError: 400 if the format of the answer or the choice of tools is not understood.
+        """
+        wanted = self.text.format if self.text else None
+        echoed = {"text": {"format": wanted}} if wanted else {}
+        if self.tool_choice is not None:
+            echoed["tool_choice"] = self.tool_choice
         return AnswerOptions(
             model=self.model,
             max_tokens=self.max_output_tokens,
@@ -119,4 +130,7 @@ class ResponsesBody(_Ignored):
             top_p=self.top_p,
             stream=bool(self.stream),
             parallel_calls=self.parallel_tool_calls is not False,
+            answer_format=response_format(wanted, "text.format"),
+            tool_choice=openai_tool_choice(self.tool_choice),
+            echoed=echoed,
         )

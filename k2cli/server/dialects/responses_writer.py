@@ -236,6 +236,7 @@ class ResponsesWriter:
             "top_p": request.generate.sampling.top_p,
             "truncation": "disabled",
             "usage": None if ended is None else _usage(ended.usage),
+            **request.echoed,
         }
 
 

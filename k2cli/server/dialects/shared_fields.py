@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 
 from k2cli.server.dialects.body import Body
 
@@ -22,19 +22,6 @@ Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-def check_tool_choice(value: Any) -> Any:
-    """Return a ``tool_choice`` that leaves the decision to the model; refuse others by name."""
-    if value in ("auto", "none"):
-        return value
-    kind = value.get("type") if isinstance(value, dict) else value
-    if not isinstance(kind, str):
-        raise ValueError("must be 'auto', 'none' or an object with a 'type'")
-    raise ValueError(
-        f"{kind!r} is not supported yet: a call that the model must make needs structured "
-        "output, which is planned; 'auto' and 'none' are supported"
-    )
-
-
 class Thinking(Body):
     """Switch of the model's reasoning. Its budget and its display are ignored.
 
@@ -44,21 +31,6 @@ class Thinking(Body):
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: Any = None
     display: Any = None
-
-
-class ResponseFormat(BaseModel):
-    """Format of the answer. Only text is supported; schemas are refused rather than ignored."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-    type: str
-
-    @field_validator("type")
-    @classmethod
-    def _text_only(cls, value: str) -> str:
-        if value != "text":
-            raise ValueError(f"'{value}' is not supported yet; only 'text' is")
-        return value
 
 
 @functools.lru_cache(maxsize=256)

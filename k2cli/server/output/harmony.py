@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from k2cli.server.output.emitter import MAX_NAME_LETTERS, Emitter, Kind
+from k2cli.server.output.json_calls import until_after_json
 from k2cli.server.output.source import Reading, Source, TooLong
 
 NAME = "harmony"
@@ -21,6 +22,7 @@ ENDS = ("<|end|>", "<|return|>", "<|call|>")
 TOKENS = (*STARTS, *ENDS, BODY, "<|constrain|>")
 
 _MAX_HEADER_LETTERS = 2 * MAX_NAME_LETTERS
+_RECIPIENT_BEGIN = "t"
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 
@@ -46,12 +48,33 @@ class MessageWriter:
 def read_messages(source: Source, writer: MessageWriter) -> Reading:
     """Read all messages of an answer. Text outside of messages is added to the text before it."""
     starts, ends = (tuple(map(source.codes.encode, texts)) for texts in (STARTS, ENDS))
-    found: str | None = ""
+    before, found = yield from _first_header(source, writer, starts, ends)
     while found is not None:
         if found in starts:
-            found = yield from _message(source, writer, found, starts, ends)
+            found = yield from _message(source, writer, before + found, starts, ends)
+            before = ""
         else:
             found = yield from _until(source, (*starts, *ends), writer.text)
+
+
+def _first_header(
+    source: Source, writer: MessageWriter, starts: tuple[str, ...], ends: tuple[str, ...]
+) -> Generator[None, None, tuple[str, str | None]]:
+    """Read a recipient with which an answer may begin, since its prompt ends within a header.
+
+    Return the recipient and the marker after it; other text is added to the answer.
+    """
+    parts: list[str] = []
+    if (yield from source.skip(" ", parts.append)) != _RECIPIENT_BEGIN:
+        writer.text("".join(parts))
+        return "", ""
+    found = yield from source.until((*starts, *ends), parts.append, limit=_MAX_HEADER_LETTERS)
+    text = "".join(parts)
+    if found in starts and _RECIPIENT.fullmatch(text.strip()):
+        assert isinstance(found, str)
+        return text, found
+    writer.text(text)
+    return "", "" if isinstance(found, TooLong) else found
 
 
 def _message(
@@ -77,7 +100,7 @@ def _message(
     if writer.with_calls and name.startswith("functions."):
         writer.switch("answer", begin)
         if writer.emitter.begin(name.removeprefix("functions.")):
-            found = yield from source.until((*starts, *ends), writer.emitter.arguments)
+            found = yield from until_after_json(source, (*starts, *ends), writer.emitter.arguments)
             if found is not None:
                 writer.emitter.end()
             writer.emitter.end_if_complete()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from k2cli.server.output.emitter import MAX_NAME_LETTERS
-from k2cli.server.output.source import WHITESPACE, Machine, Reading, Source, Take
+from k2cli.server.output.source import WHITESPACE, Machine, Reading, Source, Take, TooLong
 from k2cli.server.output.tool_format import CallContext
 
 _STRUCTURE = re.compile(r'["{}\[\]]')
@@ -57,6 +57,54 @@ def read_value(source: Source, take: Take) -> Generator[None, None, bool]:
         if depth == 0:
             return True
     return False
+
+
+class _OpenString:
+    """Scanner that knows if a JSON object or array ends within a string so far."""
+
+    def __init__(self) -> None:
+        self._begun = self._is_json = self._inside = self._escape = False
+
+    def add(self, text: str) -> None:
+        """Scan more text."""
+        if not self._begun:
+            text = text.lstrip(WHITESPACE)
+            self._begun, self._is_json = bool(text), text[:1] in ("{", "[")
+        at = 0
+        if self._escape and text:
+            self._escape, at = False, 1
+        while self._is_json and (found := _STRING_END.search(text, at)):
+            at = found.end()
+            if found[0] == '"':
+                self._inside = not self._inside
+            elif self._inside:
+                self._escape = at == len(text)
+                at += 1
+
+    @property
+    def inside(self) -> bool:
+        """True if the text ends within a string."""
+        return self._is_json and self._inside
+
+
+def until_after_json(
+    source: Source, ends: tuple[str, ...], take: Take
+) -> Generator[None, None, str | TooLong | None]:
+    """Read a JSON text up to a marker, as ``Source.until`` does.
+
+    A marker of ordinary letters does not end it within a JSON string.
+    """
+    string = _OpenString()
+
+    def both(text: str) -> None:
+        take(text)
+        string.add(text)
+
+    while True:
+        found = yield from source.until(ends, both)
+        if not (isinstance(found, str) and string.inside and found.isprintable()):
+            return found
+        both(found)
 
 
 def _text_of(value: str) -> str | None:
@@ -195,7 +243,8 @@ def hermes_calls(close: str) -> Callable[[CallContext, str], Reading]:
     def read(context: CallContext, marker: str) -> Reading:
         objects = JsonObjects(context)
         inner = Machine(context.codes, objects.read)
-        found = yield from context.source.until(context.markers(close) if close else (), inner.feed)
+        ends = context.markers(close) if close else ()
+        found = yield from until_after_json(context.source, ends, inner.feed)
         inner.finish()
         if found is not None:
             context.emitter.end()
@@ -303,9 +352,9 @@ def _header_call(form: HeaderFormat, context: CallContext) -> Generator[None, No
     if fence is not None and found == "\n":
         if (yield from context.source.skip(WHITESPACE + "`")) == "j":
             yield from context.source.skip("json")
-        found = yield from context.source.until(ends, fence.add)
+        found = yield from until_after_json(context.source, ends, fence.add)
     elif found == separator:
-        found = yield from context.source.until(ends, context.emitter.arguments)
+        found = yield from until_after_json(context.source, ends, context.emitter.arguments)
     if found is not None:
         context.emitter.end()
     context.emitter.end_if_complete()

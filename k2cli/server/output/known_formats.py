@@ -19,14 +19,8 @@ from k2cli.server.output.mlx_lm_calls import emit_whole, whole_calls
 from k2cli.server.output.parser import ReasoningFormat
 from k2cli.server.output.source import WHITESPACE, Machine, Reading
 from k2cli.server.output.tool_format import CallContext, ToolFormat
-from k2cli.server.output.typed_calls import (
-    PairFormat,
-    TypedFormat,
-    attribute,
-    deepseek_value,
-    pair_calls,
-    typed_calls,
-)
+from k2cli.server.output.typed_calls import pair_calls, typed_calls
+from k2cli.server.output.typed_formats import DSML, PAIR_FORMATS, TYPED_FORMATS
 
 # --- reasoning ---
 
@@ -150,142 +144,46 @@ def _header_format(name: str, section: str, form: HeaderFormat, *tokens: str) ->
     return ToolFormat(name, (section, form.call), marks, header_calls(form))
 
 
-_DSML = "｜DSML｜"
 _QWEN_SECTION = ("<tool_call>", "</tool_call>")
 
 
-def _dsml(section: str) -> TypedFormat:
-    return TypedFormat(
-        f"<{_DSML}invoke",
-        f"<{_DSML}parameter",
-        ">",
-        f"</{_DSML}parameter>",
-        f"</{_DSML}invoke>",
-        f"</{_DSML}{section}>",
-        attribute("name"),
-        attribute("name"),
-        convert=deepseek_value,
-    )
+def _typed_format(
+    name: str, opens: str, *tokens: str, loose_opens: tuple[str, ...] = ()
+) -> ToolFormat:
+    return ToolFormat(name, (opens,), tokens, typed_calls(TYPED_FORMATS[name]), loose_opens)
 
 
-def _pair_format(name: str, prefix: str = "") -> ToolFormat:
-    key, value = f"{prefix}arg_key", f"{prefix}arg_value"
-    section = (f"<{prefix}tool_call>", f"</{prefix}tool_call>")
-    tags = ((f"<{key}>", f"</{key}>"), (f"<{value}>", f"</{value}>"))
-    form = PairFormat(name, *tags, section[1])
-    return ToolFormat(name, section[:1], (*section, *tags[0], *tags[1]), pair_calls(form))
+def _pair_format(name: str, opens: str) -> ToolFormat:
+    form = PAIR_FORMATS[name]
+    tokens = (opens, form.section_end, *form.key, *form.value)
+    return ToolFormat(name, (opens,), tokens, pair_calls(form))
 
 
-def _whole_format(name: str, opens: str, close: str) -> ToolFormat:
-    tokens = (opens, close)
+def _whole_format(name: str, opens: str, close: str, *quotes: str) -> ToolFormat:
+    tokens = (opens, close, *quotes)
     return ToolFormat(name, (opens,), tokens, whole_calls(name, close))
 
 
 _FORMATS = (
     _header_format("kimi_k2", "<|tool_calls_section_begin|>", _K2),
     _header_format("deepseek_v3", "<｜tool▁calls▁begin｜>", _DEEPSEEK),
-    ToolFormat(
-        "kimi_k3",
-        ("<|open|>tools<|sep|>",),
-        _XTML_TOKENS,
-        typed_calls(
-            TypedFormat(
-                "<|open|>call",
-                "<|open|>argument",
-                "<|sep|>",
-                "<|close|>argument<|sep|>",
-                "<|close|>call<|sep|>",
-                "<|close|>tools<|sep|>",
-                attribute("tool"),
-                attribute("key"),
-                raw=("<|open|>json", "<|close|>json<|sep|>"),
-                parser="kimi_k3",
-            )
-        ),
-    ),
-    ToolFormat(
-        "deepseek_v32",
-        (f"<{_DSML}function_calls>",),
-        (_DSML,),
-        typed_calls(_dsml("function_calls")),
-    ),
-    ToolFormat(
-        "deepseek_v4",
-        (f"<{_DSML}tool_calls>",),
-        (_DSML,),
-        typed_calls(_dsml("tool_calls")),
-    ),
+    _typed_format("kimi_k3", "<|open|>tools<|sep|>", *_XTML_TOKENS),
+    _typed_format("deepseek_v32", f"<{DSML}function_calls>", DSML),
+    _typed_format("deepseek_v4", f"<{DSML}tool_calls>", DSML),
     # Its calls are messages of their own, which ``harmony.read_messages`` reads.
     ToolFormat(harmony.NAME, (), harmony.TOKENS, hermes_calls("")),
-    _pair_format("glm47"),
-    _pair_format("laguna"),
-    _pair_format("longcat", "longcat_"),
+    _pair_format("glm47", "<tool_call>"),
+    _pair_format("laguna", "<tool_call>"),
+    _pair_format("longcat", "<longcat_tool_call>"),
     ToolFormat("json_tools", _QWEN_SECTION[:1], _QWEN_SECTION, hermes_calls(_QWEN_SECTION[1])),
-    ToolFormat(
-        "qwen3_coder",
-        _QWEN_SECTION[:1],
-        _QWEN_SECTION,
-        typed_calls(
-            TypedFormat(
-                "<function=",
-                "<parameter=",
-                ">",
-                "</parameter>",
-                "</function>",
-                _QWEN_SECTION[1],
-                parser="qwen3_coder",
-            )
-        ),
-        loose_opens=("<function=",),  # models of this family forget the section's marker
+    # Models of this family forget the section's marker.
+    _typed_format("qwen3_coder", *_QWEN_SECTION[:1], *_QWEN_SECTION, loose_opens=("<function=",)),
+    _typed_format(
+        "minimax_m2", "<minimax:tool_call>", "<minimax:tool_call>", "</minimax:tool_call>"
     ),
-    ToolFormat(
-        "minimax_m2",
-        ("<minimax:tool_call>",),
-        ("<minimax:tool_call>", "</minimax:tool_call>"),
-        typed_calls(
-            TypedFormat(
-                "<invoke name=",
-                "<parameter name=",
-                ">",
-                "</parameter>",
-                "</invoke>",
-                "</minimax:tool_call>",
-                parser="minimax_m2",
-            )
-        ),
-    ),
-    ToolFormat(
-        "minicpm5",
-        ("<function name=",),
-        (),
-        typed_calls(
-            TypedFormat(
-                "<function name=",
-                "<param name=",
-                ">",
-                "</param>",
-                "</function>",
-                parser="minicpm5",
-            )
-        ),
-    ),
-    ToolFormat(
-        "muse_spark",
-        ("<atem:function_calls>",),
-        ("<atem:function_calls>", "</atem:function_calls>"),
-        typed_calls(
-            TypedFormat(
-                "<atem:invoke",
-                "<atem:parameter",
-                ">",
-                "</atem:parameter>",
-                "</atem:invoke>",
-                "</atem:function_calls>",
-                attribute("name"),
-                attribute("name"),
-                parser="muse_spark",
-            )
-        ),
+    _typed_format("minicpm5", "<function name="),
+    _typed_format(
+        "muse_spark", "<atem:function_calls>", "<atem:function_calls>", "</atem:function_calls>"
     ),
     ToolFormat(
         "mistral",
@@ -303,8 +201,8 @@ _FORMATS = (
         bare="[",
     ),
     _whole_format("pythonic", "<|tool_call_start|>", "<|tool_call_end|>"),
-    _whole_format("function_gemma", "<start_function_call>", "<end_function_call>"),
-    _whole_format("gemma4", "<|tool_call>", "<tool_call|>"),
+    _whole_format("function_gemma", "<start_function_call>", "<end_function_call>", "<escape>"),
+    _whole_format("gemma4", "<|tool_call>", "<tool_call|>", '<|"|>'),
 )
 TOOL_FORMATS: dict[str, ToolFormat] = {form.name: form for form in _FORMATS}
 

@@ -7,7 +7,7 @@ given by the caller.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from k2cli.errors import K2Error
@@ -64,7 +64,10 @@ class OutputFormat:
     def _active(self, options: OutputOptions) -> tuple[ReasoningFormat | None, ToolFormat | None]:
         if not options.parsed:
             return None, None
-        return self.reasoning, self.tools if options.tools else None
+        tools = self.tools if options.tools else None
+        if tools is not None and options.obeys_format:
+            tools = replace(tools, loose_opens=(), bare="")
+        return self.reasoning, tools
 
     def marker_tokens(self, options: OutputOptions) -> dict[int, str]:
         """Return the special tokens that a request's parser has to see, with their texts."""

@@ -10,14 +10,18 @@ import json
 import re
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 
 from k2cli.server.output.emitter import MAX_NAME_LETTERS
+from k2cli.server.output.json_calls import until_after_json
 from k2cli.server.output.mlx_lm_calls import emit_whole, json_text, parse_whole
+from k2cli.server.output.parameter_types import STRING, TYPES, declared_types, value_of_text
 from k2cli.server.output.source import WHITESPACE, Reading, Take, TooLong
 from k2cli.server.output.tool_format import CallContext
 
 MAX_HEADER_LETTERS = 4 * MAX_NAME_LETTERS
 
+_CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
 _ATTRIBUTE = re.compile(r'([\w-]+)\s*=\s*"([^"]*)"')
 
 
@@ -41,6 +45,17 @@ def unquoted(header: str) -> str | None:
     return name or None
 
 
+def without_newlines(value: str) -> str:
+    """Remove a newline at either end."""
+    return value.removeprefix("\n").removesuffix("\n")
+
+
+def without_cdata(value: str) -> str:
+    """Remove whitespace around a text, or the marks of XML's CDATA and what is around them."""
+    found = _CDATA.fullmatch(value.strip())
+    return found[1] if found else value.strip()
+
+
 @dataclass(frozen=True, slots=True)
 class TypedFormat:
     """Tags of calls with typed arguments.
@@ -52,8 +67,10 @@ class TypedFormat:
         section_end: the marker that ends the calls, or nothing.
         name_of, key_of: read the header, which is what stands within a tag.
         raw: how the tag of arguments in one JSON text begins, and its closing tag.
-        parser: mlx-lm's parser that converts values; None for ``convert``.
-        convert: converts a value by the header of its tag.
+        parser: mlx-lm's parser that converts values of parameters whose type is not known; not
+            used with ``is_text``.
+        is_text: tells by the header of an argument if its value is a text, or else JSON.
+        strip: removes what stands around a text within its tags.
     """
 
     call: str
@@ -66,7 +83,8 @@ class TypedFormat:
     key_of: Callable[[str], str | None] = unquoted
     raw: tuple[str, str] | None = None
     parser: str | None = None
-    convert: Callable[[str, str], object] | None = None
+    is_text: Callable[[str], bool] | None = None
+    strip: Callable[[str], str] = without_newlines
 
 
 @dataclass(slots=True)
@@ -152,7 +170,7 @@ def _typed_call(
                 break
         elif found == raw and form.raw is not None:
             yield from source.until(context.markers(form.header_end), lambda text: None)
-            yield from source.until(context.markers(form.raw[1]), emitter.arguments)
+            yield from until_after_json(source, context.markers(form.raw[1]), emitter.arguments)
             continue
         if found == call_end or found in ends:
             written.end()
@@ -182,20 +200,31 @@ def _argument(
     ends = context.markers(form.argument_end)
     # The end of the section is certain if it is a special token, even within a value.
     ends += tuple(end for end in context.markers(form.section_end) if end and not end.isprintable())
-    found = yield from source.until(ends, value.parts.append)
     name = key if key is not None else header.text
+    types = declared_types(context.tools, form.name_of(call) or "", name)
+    is_text = STRING in (types or TYPES) if form.is_text is None else form.is_text(header.text)
+    read = source.until if is_text else partial(until_after_json, source)
+    found = yield from read(ends, value.parts.append)
     if found is None:
         written.add_cut(name, value.text.lstrip("\n"))
     else:
-        written.add(name, json_text(_converted(form, context, call, header.text, name, value.text)))
+        converted = _converted(form, context, call, header.text, types, value.text)
+        written.add(name, json_text(converted))
     return found if isinstance(found, str) else None
 
 
 def _converted(
-    form: TypedFormat, context: CallContext, call: str, header: str, key: str, value: str
+    form: TypedFormat,
+    context: CallContext,
+    call: str,
+    header: str,
+    types: frozenset[str] | None,
+    value: str,
 ) -> object:
-    if form.convert is not None:
-        return form.convert(header, value)
+    if form.is_text is not None:
+        return value if form.is_text(header) else _json_or_text(value)
+    if known := value_of_text(form.strip(value), types):
+        return known[0]
     assert form.parser is not None
     tags = (form.call, form.argument, form.argument_end, form.call_end)
     whole = (
@@ -203,7 +232,14 @@ def _converted(
         f"{value}{form.argument_end}{form.call_end}"
     )
     found = _value_in(form.parser, whole, context, value, tags)
-    return found[0] if found else value.removeprefix("\n").removesuffix("\n")
+    return found[0] if found else without_newlines(value)
+
+
+def _json_or_text(value: str) -> object:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _value_in(
@@ -218,19 +254,6 @@ def _value_in(
     calls = parse_whole(parser, whole, context.tools)
     arguments = calls[0].get("arguments") if len(calls) == 1 else None
     return list(arguments.values()) if isinstance(arguments, dict) and len(arguments) == 1 else []
-
-
-# --- DeepSeek V3.2 ---
-
-
-def deepseek_value(header: str, value: str) -> object:
-    """Convert a value by the attribute ``string`` of its tag."""
-    if attribute("string")(header) == "true":
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
 
 
 # --- GLM: a name, then pairs of a key and a value ---
@@ -286,11 +309,18 @@ def _pairs(form: PairFormat, context: CallContext, header: str) -> Reading:
         elif found is None:
             written.add_cut_key(key.text)
         if found == value_tag:
-            found = yield from source.until((value_end, end), value.parts.append)
+            types = declared_types(context.tools, header.strip(), key.text.strip())
+            is_text = STRING in (types or TYPES)
+            read = source.until if is_text else partial(until_after_json, source)
+            found = yield from read((value_end, end), value.parts.append)
             if found is None:
                 written.add_cut(key.text.strip(), value.text)
             else:
-                written.add(key.text.strip(), _pair_value(form, context, header, key, value))
+                if known := value_of_text(value.text.strip(), types):
+                    content = json_text(known[0])
+                else:
+                    content = _pair_value(form, context, header, key, value)
+                written.add(key.text.strip(), content)
         if found == value_end:
             found = yield from source.until((key_tag, end), other.parts.append)
         if found != key_tag:

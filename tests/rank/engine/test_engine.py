@@ -119,6 +119,18 @@ def test_a_second_turn_reuses_the_first(pool: RankPool) -> None:
     assert again.finished.cached_tokens == 50
 
 
+def test_a_prefix_is_found_in_its_own_scope_only(pool: RankPool) -> None:
+    """The time to the first token tells the owner of one key nothing about another's prompts."""
+    prompt = _prompt(60, 80)
+
+    def cached_tokens(scope: str) -> int:
+        outcome = pool.outcome(pool.submit(prompt, 2, prefix_scope=scope))
+        assert outcome.finished is not None
+        return outcome.finished.cached_tokens
+
+    assert [cached_tokens(scope) for scope in ("", "a", "b", "a", "b", "")] == [0, 0, 0, 59, 59, 59]
+
+
 def test_the_cache_evicts_all_the_time_and_stays_right(pool: RankPool) -> None:
     """Run many conversations in turn, of more tokens together than the plan has room for."""
     # A cache grows in steps of 256 tokens, so 20 of them are more than the 4,096 of the plan.

@@ -1,0 +1,1 @@
+"""Metrics and status of a run, and a line of the log per request; never contents."""

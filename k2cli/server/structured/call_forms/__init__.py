@@ -1,0 +1,1 @@
+"""Grammars of the formats in which models write calls."""

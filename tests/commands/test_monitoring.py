@@ -1,0 +1,131 @@
+"""Metrics, status and access log of a real run of two ranks, under load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.harness import wait_until
+
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+CANARY = "canary of a prompt"
+KEY = "k2-the-key-of-this-run"
+PROMPT_TOKENS = 300
+ANSWER_TOKENS = 150
+
+
+def k2(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "k2cli", *arguments],
+        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_ranks_show_their_memory_and_requests(toy_k2: Path) -> None:
+    started = json.loads(
+        k2("launch", str(toy_k2), "--nodes", "localhost,localhost", "--backend", "ring",
+           "--parallel", "pipeline", "--context", "512", "--concurrency", "2", "--api-key", KEY,
+           "--detach", "--json")
+    )  # fmt: skip
+    url = started["url"]
+    try:
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+            _watch(client)
+            assert httpx.get(f"{url}/metrics").status_code == 401
+            shown = json.loads(k2("ps", "--json"))["status"][started["run_id"]]
+            assert shown["totals"]["requests"]["completed"] == 3
+            log = k2("logs")
+    finally:
+        k2("stop", "--all")
+    lines = [line.partition(" api | ")[2] for line in log.splitlines() if " api | " in line]
+    answers = [line for line in lines if line.startswith("completions 200 ")]
+    assert len(answers) == 3
+    for line in answers:
+        assert f"in={PROMPT_TOKENS} " in line
+        assert f"out={ANSWER_TOKENS} " in line
+        assert "id=of-the-client " in line
+    assert CANARY not in log
+    assert KEY not in log
+
+
+def _watch(client: httpx.Client) -> None:
+    """Look at a run while it answers three requests, of which two fit at the same time."""
+    begin = client.post("/v1/tokenize", json={"prompt": CANARY}).json()["tokens"]
+    prompt = [*begin, *range(300, 300 + PROMPT_TOKENS - len(begin))]
+    body: dict[str, Any] = {
+        "prompt": prompt, "max_tokens": ANSWER_TOKENS, "k2": {"ignore_stop_tokens": True},
+    }  # fmt: skip
+    headers = {"X-Request-Id": "of-the-client"}
+    usages: list[Any] = []
+
+    def ask() -> None:
+        answer = client.post("/v1/completions", json=body, headers=headers, timeout=120)
+        usages.append(answer.json()["usage"])
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    during: list[Any] = []
+
+    def all_were_seen() -> bool:
+        during.append(client.get("/v1/status").json()["requests"])
+        return during[-1]["decode"] == 2 and during[-1]["queued"] == 1
+
+    try:
+        wait_until(all_were_seen, 60, "two answers and one that waits")
+    finally:
+        for thread in threads:
+            thread.join(120)
+    states = [each["state"] for each in during[-1]["listed"]]
+    assert states == ["decode", "decode", "queued"]
+    assert during[-1]["listed"][-1]["queue_position"] == 1
+    for each in during[-1]["listed"][:2]:
+        assert (each["prompt_tokens_done"], each["prompt_tokens"]) == (PROMPT_TOKENS,) * 2
+        assert 0 < each["generated_tokens"] < ANSWER_TOKENS
+
+    status = client.get("/v1/status").json()
+    _check_ranks(status)
+    totals = status["totals"]
+    assert totals["prompt_tokens"] == sum(usage["prompt_tokens"] for usage in usages)
+    assert totals["completion_tokens"] == sum(usage["completion_tokens"] for usage in usages)
+    assert totals["cached_tokens"] == sum(
+        usage["prompt_tokens_details"]["cached_tokens"] for usage in usages
+    )
+    text = client.get("/metrics").text
+    samples = [sample for family in text_string_to_metric_families(text)
+               for sample in family.samples]  # fmt: skip
+    memory = {sample.labels["rank"]: sample.value for sample in samples
+              if sample.name == "k2_rank_memory_peak_bytes"}  # fmt: skip
+    assert memory == {str(rank["rank"]): rank["memory"]["peak_bytes"] for rank in status["ranks"]}
+    assert CANARY not in text
+
+
+def _check_ranks(status: Any) -> None:
+    assert (status["state"], status["attempt"]) == ("ready", 1)
+    assert (status["link"]["transport"], status["link"]["strategy"]) == ("ring", "pipeline")
+    assert [rank["rank"] for rank in status["ranks"]] == [0, 1]
+    ranges = sorted(rank["layers"] for rank in status["ranks"])
+    assert ranges[0][0] == 0
+    assert ranges[0][1] == ranges[1][0]
+    for rank in status["ranks"]:
+        memory = rank["memory"]
+        assert rank["device"] == "cpu"
+        assert rank["phase"] in ("idle", "busy", "waiting")
+        assert rank["progress_age_seconds"] < 30
+        assert rank["loaded_bytes"] == rank["load_bytes"] == memory["weights_bytes"]
+        assert memory["weights_bytes"] <= memory["used_bytes"] <= memory["peak_bytes"]
+        assert memory["peak_bytes"] + memory["kept_bytes"] <= memory["planned_bytes"]
+        assert memory["peak_bytes"] < memory["resident_bytes"]
+        parts = ("weights", "kv_cache", "activation", "overhead")
+        planned = sum(memory[f"{part}_bytes"] for part in parts)
+        assert planned == memory["planned_bytes"] <= memory["limit_bytes"]
