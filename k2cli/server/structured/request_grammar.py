@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from k2cli.grammars.check import grammar_problem
 from k2cli.grammars.text import GrammarText, choice, optional
 from k2cli.protocol import Grammar
 from k2cli.server.client_request import AnswerFormat, AnswerOptions, OutputOptions, ToolChoice
@@ -20,7 +21,7 @@ from k2cli.server.output.parser import ReasoningFormat
 from k2cli.server.output.tool_format import ToolFormat
 from k2cli.server.structured.answer_format import format_expression, is_json
 from k2cli.server.structured.calls import Function, call_grammar, calls_after_text
-from k2cli.server.structured.json_schema import checked_schema, compile_problem
+from k2cli.server.structured.json_schema import checked_schema
 
 _NEWLINES = r"\n{1,4}"
 """Newlines that models were trained to write after reasoning."""
@@ -83,7 +84,7 @@ def request_grammar(
     else:
         start, prefix = writer.whole(wanted, calls, chosen)
     grammar = text.build(start)
-    problem = compile_problem(grammar)
+    problem = grammar_problem(grammar)
     if problem is not None:
         raise invalid(f"{field}: the grammar of the answer cannot be used: {problem}", field)
     return Grammar(grammar, prefix)
