@@ -331,7 +331,10 @@ class CompletionSource:
 
 def _failure(status: int, message: str, base: str) -> K2Error:
     if status in (401, 403):
-        return NotAuthorisedError(f"{base}: {message}", "give --api-key, or set K2_API_KEY")
+        return NotAuthorisedError(
+            f"{base}: {message}",
+            "export K2_API_KEY=KEY, with the key that the server was started with",
+        )
     if status == 503:
         return ClusterError(f"{base} cannot answer: {message}", "k2 ps")
     return K2Error(f"{base} refused the request: {message}")

@@ -25,7 +25,7 @@ def chain(length: int, *, beside: bool = False) -> dict[str, Any]:
 
 
 def patterns(letter: str) -> dict[str, Any]:
-    return {"anyOf": [{"type": "string", "pattern": f"{letter}{number}"} for number in range(150)]}
+    return {"anyOf": [{"type": "string", "pattern": f"{letter}{number}"} for number in range(200)]}
 
 
 def schema(value: Any) -> dict[str, Any]:

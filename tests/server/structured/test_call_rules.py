@@ -8,6 +8,7 @@ import pytest
 
 from k2cli.server.errors import ApiError
 from k2cli.server.structured.calls import Function
+from k2cli.server.structured.keywords import FORMATS
 from tests.server.structured.sampling import FORMS, grammar, model, read
 from tests.server.structured.written import written
 
@@ -185,3 +186,27 @@ def test_free_text_has_no_spelled_marker() -> None:
     matcher = bare.matcher(grammar(bare, [_REQUIRED], True, True))
     assert matcher.validate_tokens(bare.letter_ids('{"a": 1}')) == 2
     assert matcher.validate_tokens(bare.letter_ids("It is {1}")) == 9
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_texts_without_quotes_are_held_to_the_same_formats(name: str) -> None:
+    of = model("minimax_m2")
+    matcher = of.matcher(grammar(of, [_one({"type": "string", "format": name})], False, False))
+    for text, allowed in ((_OF_FORMATS[name], True), ("no such thing", False)):
+        copy, ids = matcher.deep_copy(), of.ids(written("minimax_m2", "f", {"a": text}))
+        accepted = copy.try_consume_tokens(ids) == len(ids) and copy.is_accepting()
+        assert accepted == allowed, text
+
+
+_OF_FORMATS = {
+    "date": "2026-11-29",
+    "date-time": "2026-11-29T18:00:01.5+01:00",
+    "duration": "P3DT4H",
+    "email": "ada.l@example.org",
+    "hostname": "a-b.example.org",
+    "ipv4": "127.0.0.255",
+    "ipv6": "fe80::1:a",
+    "time": "18:00:00Z",
+    "uri": "https://example.org/a?b=%20c",
+    "uuid": "123e4567-e89b-12d3-a456-426614174000",
+}

@@ -15,11 +15,11 @@ from k2cli.server.structured.call_forms.parts import (
     Calls,
     Function,
     Opening,
+    check_tokens,
     joined,
     refuse,
     separated,
 )
-from k2cli.server.structured.call_forms.python_calls import check_tokens
 from k2cli.server.structured.call_forms.typed_calls import argument_lists
 from k2cli.server.structured.call_forms.typed_values import ValuePlace, ValueSchema, text_value
 
@@ -80,9 +80,7 @@ def function_gemma(functions: Sequence[Function], text: GrammarText, *, several:
     each = []
     for function in functions:
         if not _WORD.fullmatch(function.name):
-            raise refuse(
-                "function_gemma", function, "its name has other letters than those of words"
-            )
+            raise refuse("function_gemma", function, _NO_WORD)
         lists = argument_lists("function_gemma", function, write, in_order)
         each.append(_call("function_gemma", function, text, lists))
     return _sections(_FUNCTION_GEMMA, each, text, several=several)

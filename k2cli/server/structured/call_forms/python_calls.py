@@ -12,13 +12,13 @@ import unicodedata
 from collections.abc import Sequence
 
 from k2cli.grammars.text import GrammarText, choice
-from k2cli.server.errors import invalid
 from k2cli.server.output.parameter_types import STRING, Schema
 from k2cli.server.structured.call_forms.parameters import NotHeld, constraints
 from k2cli.server.structured.call_forms.parts import (
     Calls,
     Function,
     Opening,
+    check_tokens,
     joined,
     refuse,
     separated,
@@ -43,23 +43,6 @@ def llama4_pythonic(functions: Sequence[Function], text: GrammarText, *, several
     opens, end = "<|python_start|>", "<|python_end|>"
     calls = _list("llama4_pythonic", (opens, end), functions, text, several=several)
     return Calls((Opening(opens, f"{calls} {text.literal(end)}"),), bare=calls)
-
-
-def check_tokens(
-    form: str, markers: Sequence[str], functions: Sequence[Function], text: GrammarText
-) -> None:
-    """Check that markers are tokens, since strings between them may have the same letters.
-
-    Raises:
-        ApiError: if one is not.
-    """
-    for marker in markers:
-        if not text.is_token(marker):
-            message = (
-                f"calls in this model's format ({form}) cannot be held to a grammar, because its "
-                f"tokenizer has no token {marker}"
-            )
-            raise invalid(message, functions[0].field)
 
 
 def _list(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from k2cli.grammars.check import grammar_problem
-from k2cli.grammars.text import GrammarText, escaped
+from k2cli.grammars.text import ANY_TEXT, GrammarText, escaped
 from k2cli.server.output.parameter_types import Schema
 from k2cli.server.structured.call_forms.parameters import NotHeld, constraints
 
@@ -104,11 +104,8 @@ def whole_pattern(pattern: str) -> str:
         if "^" in inner or "$" in inner:
             raise NotHeld(f"the pattern {pattern!r} has an anchor within")
         body = f"({''.join(inner)})"
-        found.append(f"{'' if begins else _ANY}{body}{'' if ends else _ANY}")
+        found.append(f"{'' if begins else ANY_TEXT}{body}{'' if ends else ANY_TEXT}")
     return "|".join(found)
-
-
-_ANY = "(?s:.*)"
 
 
 def _length(schema: dict[str, object]) -> Iterator[str]:

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from k2cli.grammars.text import GrammarText, choice
+from k2cli.grammars.text import ANY_TEXT, GrammarText, choice
 from k2cli.server.output.parameter_types import STRING, Schema, value_of_text
 from k2cli.server.structured.call_forms.parameters import Branches, NotHeld, constraints, standalone
 from k2cli.server.structured.call_forms.parts import json_problem
 from k2cli.server.structured.call_forms.text_patterns import text_patterns
 
 _STRUCTURES = frozenset({"object", "array"})
-_NO_STRUCTURE = r"\s*([^\s{\[](?s:.*))?"
+_NO_STRUCTURE = rf"\s*([^\s{{\[]{ANY_TEXT})?"
 _SPACES = r"[\s\x1c-\x1f]{0,8}"
-_STRIPPED = r"([^\s\x1c-\x1f]((?s:.*)[^\s\x1c-\x1f])?)?"
+_STRIPPED = rf"([^\s\x1c-\x1f]({ANY_TEXT}[^\s\x1c-\x1f])?)?"
 
 
 @dataclass(frozen=True, slots=True)
