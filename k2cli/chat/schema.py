@@ -128,10 +128,12 @@ def _refuse_constant(name: str) -> Any:
 
 def _schema_problem(document: dict[str, Any] | bool) -> str | None:
     """Return what is wrong with a schema by the metaschema of its draft, or None."""
-    from jsonschema import Draft202012Validator, FormatChecker, SchemaError
-    from jsonschema.validators import validator_for
+    return _draft_problem(_draft_of(document), document)
 
-    draft = validator_for(document, default=Draft202012Validator)
+
+def _draft_problem(draft: Any, document: dict[str, Any] | bool) -> str | None:
+    from jsonschema import FormatChecker, SchemaError
+
     try:
         # Without formats: Python's regular expressions are not those of JSON schemas.
         draft.check_schema(document, format_checker=FormatChecker(formats=()))
@@ -142,15 +144,31 @@ def _schema_problem(document: dict[str, Any] | bool) -> str | None:
     return None
 
 
+def _draft_of(document: dict[str, Any] | bool) -> Any:
+    """Return jsonschema's validator of the draft that a schema names, or else seems to be of."""
+    import jsonschema
+    from jsonschema.validators import validator_for
+
+    newest = jsonschema.Draft202012Validator
+    named = document.get("$schema") if isinstance(document, dict) else None
+    for scheme in ("https", "http"):  # many write one for the other
+        if isinstance(named, str):
+            address = re.sub("^https?", scheme, named.rstrip("#"))
+            if (found := validator_for({"$schema": address}, default=None)) is not None:
+                return found
+    older = (jsonschema.Draft7Validator, jsonschema.Draft4Validator)
+    valid = (each for each in (newest, *older) if _draft_problem(each, document) is None)
+    return next(valid, newest)
+
+
 def _problem(document: dict[str, Any] | bool, value: Any) -> str | None:
     """Return where and how a value does not obey a schema, or None.
 
     Keywords that jsonschema cannot follow (a pattern that Python does not know, a reference to
     another document) are left to the server.
     """
-    from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
-    from jsonschema.validators import extend, validator_for
+    from jsonschema.validators import extend
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
@@ -166,7 +184,7 @@ def _problem(document: dict[str, Any] | bool, value: Any) -> str | None:
 
         return run
 
-    draft = validator_for(document, default=Draft202012Validator)
+    draft = _draft_of(document)
     checks = {name: tolerant(check) for name, check in draft.VALIDATORS.items()}
     try:
         # An empty registry: nothing is fetched.

@@ -23,6 +23,7 @@ SCHEMA = {
     "required": ["city"],
     "additionalProperties": False,
 }
+DRAFT_7, DRAFT_2020 = "//json-schema.org/draft-07/schema", "//json-schema.org/draft/2020-12/schema"
 # A carriage return is whitespace between the parts of a JSON text.
 ANSWER = '\n{"city":\r\n "Paris", "people": 2.10}\n'
 
@@ -129,6 +130,28 @@ def test_an_answer_that_does_not_obey_is_an_error(answer: str, reason: str, word
         AnswerSchema("city.json", SCHEMA).parse(answer, reason)
     assert words in raised.value.message
     assert ("ignored the schema" in raised.value.message) == (reason == "stop")
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer", "obeys"),
+    [
+        ({"items": [{"type": "string"}]}, "[1]", False),
+        ({"items": [{"type": "string"}]}, '["a", 1]', True),
+        ({"exclusiveMinimum": True, "minimum": 0}, "0", False),
+        ({"$schema": f"https:{DRAFT_7}", "items": [{}, False]}, "[1, 1]", False),
+        ({"$schema": f"http:{DRAFT_2020}", "prefixItems": [False]}, "[1]", False),
+        ({"$schema": "http://nobody/knows", "minimum": 1}, "0", False),
+    ],
+)  # fmt: skip
+def test_schemas_of_older_drafts(tmp_path: Path, schema: Any, answer: str, obeys: bool) -> None:
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(schema))
+    read = read_schema(str(path))
+    if obeys:
+        assert read.parse(answer, "stop") == json.loads(answer)
+        return
+    with pytest.raises(K2Error, match="does not obey"):
+        read.parse(answer, "stop")
 
 
 def test_such_an_answer_ends_with_1_and_is_not_printed(

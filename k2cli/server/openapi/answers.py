@@ -1,7 +1,7 @@
 """The forms of answers, as pydantic models for the OpenAPI document.
 
 The writers in ``dialects`` make plain dicts; these classes say what is in them and validate
-nothing. schemathesis compares real answers with them (``tests/server/test_schemathesis.py``).
+nothing. schemathesis compares real answers with them (``tests/clients/test_schemathesis.py``).
 """
 
 from __future__ import annotations

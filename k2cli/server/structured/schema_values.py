@@ -92,14 +92,21 @@ def _names(given: Schema) -> list[str]:
 
 
 def check_dialect(value: Any) -> None:
-    """Check the value of ``$schema``.
+    """Check the value of ``$schema``. Many write http for https, or https for http.
 
     Raises:
         SchemaProblem: if it names another dialect than those that are understood.
     """
-    if not isinstance(value, str) or value.rstrip("#") not in DRAFTS:
+    if not isinstance(value, str) or _without_scheme(value.rstrip("#")) not in _KNOWN:
         reason = f"{shown(value)} is not known; known are {', '.join(DRAFTS)}"
         raise SchemaProblem("/$schema", reason)
+
+
+def _without_scheme(address: str) -> str:
+    return re.sub("^https?://", "", address)
+
+
+_KNOWN = frozenset(map(_without_scheme, DRAFTS))
 
 
 def _check_literals(value: Any, pointer: str, several: bool) -> int:

@@ -16,6 +16,6 @@ def test_answers_are_as_the_document_says(toy_k2: Path, tmp_path: Path) -> None:
     try:
         found = fuzz(run["url"], tmp_path, phases="fuzzing", examples=6, seconds=30, seed=1)
         assert found.status == 0, found.report
-        assert found.cases > 50, found.report
+        assert found.cases > 12, found.report
     finally:
         k2("stop", run["run_id"])
