@@ -33,6 +33,7 @@ class Matcher:
         self, matcher: llguidance.LLMatcher, end_tokens: frozenset[int], stop_tokens: frozenset[int]
     ) -> None:
         self._matcher = matcher
+        self._stops = stop_tokens
         self._wrong_ends = end_tokens - stop_tokens
         self._missing_ends = stop_tokens - end_tokens
         self._ends = stop_tokens | end_tokens
@@ -61,9 +62,12 @@ class Matcher:
         accepting = matcher.is_accepting()
         if accepting and not _any(_with(bits, self._ends, present=False)):
             return None
-        if not accepting and not _any(bits):
-            raise GrammarError("no token of the model's vocabulary can continue the answer")
-        if accepting and (self._wrong_ends or self._missing_ends):
+        if not accepting:
+            # A stop token may be one of text, with which an incomplete answer would end.
+            bits = _with(bits, self._stops, present=False)
+            if not _any(bits):
+                raise GrammarError("no token of the model's vocabulary can continue the answer")
+        elif self._wrong_ends or self._missing_ends:
             bits = _with(bits, self._wrong_ends, present=False)
             bits = _with(bits, self._missing_ends, present=True)
         return bits

@@ -74,6 +74,17 @@ def test_another_request_may_have_other_stop_tokens(
     assert {END, OTHER_END} & allowed == {END, OTHER_END} & set(stops)
 
 
+def test_a_stop_token_of_text_does_not_end_an_incomplete_answer(compiler: Compiler) -> None:
+    answer = _open(compiler, lark('start: "a"~2 "b"?'), (END, ord("a"), ord("b")))
+    with pytest.raises(GrammarError, match="no token of the model's vocabulary"):
+        answer.mask()
+    answer = _open(compiler, lark('start: "x" /[ab]/ "y"'), (END, ord("a")))
+    answer.take(b"x")
+    allowed = tokens_of(answer.mask() or b"")
+    assert ord("b") in allowed
+    assert ord("a") not in allowed
+
+
 def test_answers_of_one_grammar_do_not_share_their_state(compiler: Compiler) -> None:
     one, other = (_open(compiler, lark('start: "ab"')) for _ in range(2))
     one.take([ord("a")])
