@@ -18,7 +18,6 @@ import mlx.core as mx
 
 from k2cli.protocol import Sampling, TokenLogprob
 
-
 GREEDY_BELOW = 1e-5
 """Temperatures below this choose the largest score: divided by them, scores may become infinite."""
 
