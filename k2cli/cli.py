@@ -235,12 +235,25 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _whole_hint(hint: str | None, words: Sequence[str]) -> str | None:
+    """Return a hint with the whole command line, where it names options of the command."""
+    if hint is None or "--" not in hint or (only := _only(words)) is None:
+        return hint
+    from k2cli.commands.whole_hint import whole_hint
+
+    try:
+        return whole_hint(typer.main.get_command(build_app(only)), words, hint)
+    except Exception:  # the error itself must be shown
+        return hint
+
+
 def main() -> None:
     """Run the command line and exit."""
     _open_closed_streams()
     try:
         sys.exit(run_command_line())
     except K2Error as error:
+        error.hint = _whole_hint(error.hint, sys.argv[1:])
         sys.exit(_show(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

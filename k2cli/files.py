@@ -23,6 +23,7 @@ APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 MAX_NAME_BYTES = 255
+_MOST_NOTE_BYTES = 50_000_000
 """Longest name of a file or folder that file systems allow, without its folders."""
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -147,6 +148,24 @@ def open_regular(
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+class _Versioned(msgspec.Struct, frozen=True):
+    schema_version: int = 0
+
+
+def is_of_later_version(path: Path, version: int) -> bool:
+    """True if a later k2 wrote a JSON file: this one must neither read nor replace it.
+
+    Args:
+        path: the file, with a field ``schema_version``.
+        version: the version that this k2 writes.
+    """
+    try:
+        found = decode_json(read_regular(path, _MOST_NOTE_BYTES, follow_links=True), _Versioned)
+    except (OSError, msgspec.DecodeError):
+        return False
+    return found.schema_version > version
 
 
 def is_same_file(descriptor: int, path: Path) -> bool:

@@ -70,6 +70,7 @@ _SEQUENCE = (
 _UNSAFE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 _UNSAFE_CHARACTER = re.compile(_UNSAFE)
 _CONTROL = re.compile(f"{_SEQUENCE}|{_UNSAFE}|[\ud800-\udfff]")
+_CONTROL_CHARACTER = re.compile(f"{_UNSAFE}|[\ud800-\udfff]")
 
 
 def clean_text(text: str, keep: str = "\n\t") -> str:
@@ -80,7 +81,20 @@ def clean_text(text: str, keep: str = "\n\t") -> str:
     stand for a name's undecodable bytes and cannot be printed, become U+FFFD.
     """
 
-    def cleaned(match: re.Match[str]) -> str:
+    return _cleaned(_CONTROL, text, keep)
+
+
+def clean_piece(text: str, keep: str = "\n\t") -> str:
+    """Remove control characters as ``clean_text`` does, from a piece of a stream.
+
+    The rest of an escape sequence stays as harmless text, because a sequence may be cut anywhere:
+    the result does not depend on how a text is divided into pieces.
+    """
+    return _cleaned(_CONTROL_CHARACTER, text, keep)
+
+
+def _cleaned(pattern: re.Pattern[str], text: str, keep: str) -> str:
+    def replacement(match: re.Match[str]) -> str:
         found = match.group()
         if found in keep:
             return found
@@ -88,7 +102,7 @@ def clean_text(text: str, keep: str = "\n\t") -> str:
             return "\ufffd"
         return " " if found in "\n\t\u2028\u2029" else ""
 
-    return text if text.isascii() and text.isprintable() else _CONTROL.sub(cleaned, text)
+    return text if text.isascii() and text.isprintable() else pattern.sub(replacement, text)
 
 
 _INVISIBLE = re.compile(

@@ -91,7 +91,7 @@ def calibration_cases(
     if room < 2 * LEAST_PROMPT_TOKENS:
         raise UsageError(
             f"a context of {context_length} tokens is too short to calibrate in",
-            "launch with --context 1024 or more",
+            "k2 stop; k2 launch MODEL --context 1024, with the MODEL that k2 ps shows",
         )
     rate, least = prefill_tokens_per_second, LEAST_PROMPT_TOKENS
     longest = min(room, MOST_PROMPT_TOKENS)

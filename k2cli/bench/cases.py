@@ -97,5 +97,6 @@ def check_context(cases: Sequence[BenchCase], context_length: int | None) -> Non
             raise UsageError(
                 f"{case.name} needs a context of {case.context_tokens} tokens, "
                 f"and the server has {context_length}",
-                "choose smaller sizes, or launch with a larger --context",
+                f"k2 stop; k2 launch MODEL --context {case.context_tokens}, "
+                "with the MODEL that k2 ps shows",
             )

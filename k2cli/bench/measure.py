@@ -109,7 +109,7 @@ def _repetition(target: BenchTarget, prompts: PromptMaker, case: BenchCase) -> t
     if seconds <= 0:
         raise K2Error(
             f"{case.name} is too short to be measured: it took {seconds:.6f} s",
-            "choose larger sizes",
+            "k2 bench -p 512 -n 128",
         )
     first = [one.first_token_at - one.started_at for one in finished]
     return clock, Sample(counted / seconds, seconds, sum(first) / len(first))

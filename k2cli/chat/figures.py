@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from k2cli.chat.session import Answer
-from k2cli.client.answers import Progress, count
+from k2cli.client.answers import count
 from k2cli.units import format_duration
 
 SCHEMA_VERSION = 1
@@ -15,7 +15,7 @@ def figures_line(answer: Answer) -> str:
     """Format tokens, speed and time to first token, as far as they are known."""
     parts = []
     if (prompt_tokens := answer.usage.get("prompt_tokens")) is not None:
-        parts.append(f"{prompt_tokens} prompt tokens")
+        parts.append(f"{prompt_tokens} prompt tokens{_cached_share(answer)}")
     if (generated := answer.usage.get("completion_tokens")) is not None:
         parts.append(f"{generated} tokens{_reasoning_share(answer)}")
     if (rate := answer.tokens_per_second) is not None:
@@ -28,19 +28,16 @@ def figures_line(answer: Answer) -> str:
     return " · ".join(parts)
 
 
+def _cached_share(answer: Answer) -> str:
+    details = answer.usage.get("prompt_tokens_details")
+    tokens = count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    return f" ({tokens} cached)" if tokens else ""
+
+
 def _reasoning_share(answer: Answer) -> str:
     details = answer.usage.get("completion_tokens_details")
     tokens = count(details.get("reasoning_tokens")) if isinstance(details, dict) else None
     return f" ({tokens} of reasoning)" if tokens else ""
-
-
-def progress_line(progress: Progress) -> str | None:
-    """Describe the server's progress, or return None if the event does not contain any."""
-    if progress.queue_position is not None:
-        return f"waiting, position {progress.queue_position} in the queue"
-    if progress.prefill_total:
-        return f"processing the prompt: {progress.prefill_done} of {progress.prefill_total} tokens"
-    return None
 
 
 def answer_document(

@@ -1,148 +1,319 @@
-"""Interactive chat: reads lines, executes ``/commands``, streams answers.
+"""Interactive chat: reads messages, executes ``/commands``, streams answers, saves conversations.
 
 Ctrl-C during an answer stops it, also on the server, and keeps the partial answer; at the prompt
-it prints how to leave. A failure of the server ends the answer but not the chat.
+it prints how to leave. A failure of the server ends the answer but not the chat: the message is
+kept, and the next one tries again.
 """
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from typing import Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from k2cli.chat.figures import figures_line, progress_line
-from k2cli.chat.session import ChatSession
-from k2cli.client.answers import Delta, Progress, ReasoningDelta, StreamEvent
-from k2cli.errors import K2Error
+from k2cli.chat.attachments import (
+    Attachment,
+    mentioned_files,
+    read_attachment,
+    with_attachments,
+)
+from k2cli.chat.budget import check_room, context_share, context_warning, is_large
+from k2cli.chat.completion import Completer
+from k2cli.chat.conversations import (
+    Conversation,
+    ConversationStore,
+    automatic_name,
+    title_of,
+    turns_of,
+)
+from k2cli.chat.figures import figures_line
+from k2cli.chat.interrupts import one_interrupt
+from k2cli.chat.waiting import Waiting
+from k2cli.client.answers import Delta, ReasoningDelta, StreamEvent
+from k2cli.errors import ClusterError, K2Error
 
-_QUOTES = '"""'
-HELP = '''\
-/help, /?        this list
-/system TEXT     set the system prompt; without TEXT, show it
-/regen           answer the last question again
-/clear           start a new conversation
-/stats           turn statistics after each answer on or off
-/exit, /bye      leave (Ctrl-D does too)
+if TYPE_CHECKING:
+    from k2cli.chat.commands import Command
+    from k2cli.chat.session import ChatSession
+    from k2cli.chat.settings import ChatSettings
+    from k2cli.chat.terminal import AnswerScreen, Terminal
 
-Begin with """ to write several lines, and end with """. Ctrl-C stops an answer.'''
-
-
-class Terminal(Protocol):
-    """Methods of ``ui.chat.terminal.ChatTerminal`` that the chat calls."""
-
-    def read_line(self, *, continued: bool = False) -> str: ...
-    def status(self, text: str) -> None: ...
-    def reasoning_text(self, text: str) -> None: ...
-    def answer_text(self, text: str) -> None: ...
-    def answer_end(self) -> None: ...
-    def figures(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def error(self, error: K2Error) -> None: ...
+_COMMAND = re.compile(r"(/[a-z?]+)(?:\s+(.*))?", re.DOTALL)
 
 
 class Chat:
-    """One interactive chat; ``run`` returns when the user leaves."""
+    """One interactive chat; ``run`` returns when the user leaves.
 
-    def __init__(self, session: ChatSession, terminal: Terminal) -> None:
-        self._session = session
-        self._terminal = terminal
-        self._figures = True
-        self._leaving = False
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/help": self._help,
-            "/?": self._help,
-            "/exit": self._leave,
-            "/bye": self._leave,
-            "/quit": self._leave,
-            "/clear": self._clear,
-            "/system": self._system,
-            "/stats": self._stats,
-            "/regen": self._regenerate,
-        }
+    Args:
+        session: the conversation with its server.
+        terminal: what reads from the user and shows answers.
+        settings: what ``/set`` changes.
+        store: the saved conversations.
+        commands: the commands by name.
+        private: True to save nothing unless the user asks for it.
+        place: names the nodes of the run; "" if they are not known.
+        reconnect: moves the session to the live run after a failure, if there is one.
+    """
+
+    def __init__(
+        self,
+        session: ChatSession,
+        terminal: Terminal,
+        settings: ChatSettings,
+        store: ConversationStore,
+        commands: dict[str, Command],
+        *,
+        private: bool = False,
+        place: str = "",
+        reconnect: Callable[[ChatSession], None] | None = None,
+    ) -> None:
+        self.session = session
+        self.terminal = terminal
+        self.settings = settings
+        self.store = store
+        self.commands = commands
+        self.private = private
+        self.leaving = False
+        self.attachments: list[Attachment] = []
+        self.conversation: Conversation | None = None
+        self.completer = Completer({each.name: each.meaning for each in commands.values()})
+        self._place = place
+        self._reconnect = reconnect
+        self._server_failed = False
+        self._save_failed = False
+        self._warned_at = 0.0
 
     def run(self) -> None:
         """Chat until the user leaves."""
-        self._terminal.note(f"{self._session.model.name}: /help for commands, Ctrl-D to leave")
-        while not self._leaving:
+        kept = "; nothing is saved" if self.private else ""
+        name = self.session.model.name
+        self.terminal.note(f"{name}: /help for commands, Ctrl-D to leave{kept}")
+        while not self.leaving:
             try:
-                text = self._read()
+                text = self.terminal.read_message(self.status(), self.completer)
             except EOFError:
                 return
             except KeyboardInterrupt:
-                self._terminal.note("Ctrl-D or /exit to leave")
+                self.terminal.note("Ctrl-D or /exit to leave")
                 continue
-            if text.startswith("/"):
-                self._command(text)
-            elif text:
-                self._show(self._session.ask(text))
+            try:
+                self._handle(text)
+            except K2Error as error:
+                self.terminal.error(error)
+            except KeyboardInterrupt:
+                self.terminal.note("stopped")
 
-    def _read(self) -> str:
-        text = self._terminal.read_line().strip()
-        if not text.startswith(_QUOTES):
-            return text
-        lines = text.removeprefix(_QUOTES)
-        while not lines.rstrip().endswith(_QUOTES):
-            lines += "\n" + self._terminal.read_line(continued=True)
-        return lines.rstrip().removesuffix(_QUOTES).strip("\n")
+    def _handle(self, text: str) -> None:
+        """Execute a command, or send a message."""
+        match = _COMMAND.fullmatch(text.rstrip())
+        if match is None:
+            if text.strip() or self.attachments:
+                self.send(text.strip())
+            return
+        name, argument = match.group(1), (match.group(2) or "").strip()
+        command = self.commands.get(name)
+        if command is None:
+            hint = "/help lists them; with a space before it, it is sent as a message"
+            raise K2Error(f"there is no command '{name}'", hint)
+        command.run(self, argument)
 
-    def _command(self, text: str) -> None:
-        name, _, argument = text.partition(" ")
-        if (command := self._commands.get(name)) is None:
-            self._terminal.note(f"there is no command '{name}'; /help lists them")
-        else:
-            command(argument.strip())
+    # --- messages -----------------------------------------------------------------------------
 
-    def _show(self, events: Generator[StreamEvent]) -> None:
-        """Stream an answer to the terminal."""
-        failure: K2Error | None = None
-        stopped = False
+    def send(self, text: str) -> None:
+        """Send a message with the files that it names, and show the answer.
+
+        Raises:
+            K2Error: if a file cannot be read, or the context has no room.
+        """
+        files = [*self.attachments, *(read_attachment(name) for name in mentioned_files(text))]
+        question = with_attachments(text, files)
+        self._prepare()
+        if files or is_large(self.session, question):
+            counted = check_room(self.session, question)
+            length = self.session.model.context_length
+            room = f" of {length:,}" if length else ""
+            names = "".join(f"{each.description}, " for each in files)
+            self.terminal.figures(f"{names}prompt: {counted}{room}")
+        self.attachments = []
+        self.show(self.session.ask(question))
+
+    def regenerate(self) -> None:
+        """Answer the last question again.
+
+        Raises:
+            K2Error: if there is none.
+        """
+        self._prepare()
+        self.show(self.session.regenerate())
+
+    def _prepare(self) -> None:
+        self.session.options = self.settings.options
+        if self._server_failed and self._reconnect is not None:
+            self._reconnect(self.session)
+
+    def show(self, events: Generator[StreamEvent]) -> None:
+        """Stream an answer to the terminal, and save the conversation."""
+        stopped, failure = self.stream(events)
+        if failure is not None:
+            self.terminal.error(failure)
+        elif stopped:
+            self.terminal.note("stopped")
+        elif self.settings.stats and self.session.answer is not None:
+            self.terminal.figures(figures_line(self.session.answer))
+        self._server_failed = isinstance(failure, ClusterError)
+        if self.session.unsent is not None:
+            self.terminal.note("your message is kept: /regen sends it again, /edit changes it")
+        self._warn_once()
+        self.save()
+
+    def stream(self, events: Generator[StreamEvent]) -> tuple[bool, K2Error | None]:
+        """Show an answer as it arrives; return if the user stopped it, and why it failed."""
+        with one_interrupt():
+            return self._stream(events)
+
+    def _stream(self, events: Generator[StreamEvent]) -> tuple[bool, K2Error | None]:
+        waiting = Waiting()
+        screen: AnswerScreen | None = None
         try:
             # Closing the generator tells the server to stop.
             with closing(events) as stream:
+                screen = self.terminal.answer_screen(
+                    waiting.status, waiting.thought, show_reasoning=self.settings.show_thinking
+                )
                 for event in stream:
+                    waiting.update(event)
                     if isinstance(event, Delta):
-                        self._terminal.answer_text(event.text)
+                        screen.answer_text(event.text)
                     elif isinstance(event, ReasoningDelta):
-                        self._terminal.reasoning_text(event.text)
-                    elif isinstance(event, Progress) and (line := progress_line(event)):
-                        self._terminal.status(line)
+                        screen.reasoning_text(event.text)
         except KeyboardInterrupt:
-            stopped = True
+            return True, None
         except K2Error as error:
-            failure = error
-        self._terminal.answer_end()
-        answer = self._session.answer
-        if failure is not None:
-            self._terminal.error(failure)
-        elif stopped:
-            self._terminal.note("stopped")
-        elif self._figures and answer is not None:
-            self._terminal.figures(figures_line(answer))
+            return False, error
+        finally:
+            if screen is not None:
+                screen.end()
+        return False, None
 
-    def _help(self, argument: str) -> None:
-        for line in HELP.splitlines():
-            self._terminal.note(line)
+    def _warn_once(self) -> None:
+        """Warn when the context is nearly full, and again at each further 5 %."""
+        share = context_share(self.session) or 0.0
+        warning = context_warning(self.session)
+        if warning is not None and share >= self._warned_at + 0.05:
+            self._warned_at = share
+            self.terminal.warn(warning)
+        elif warning is None:
+            self._warned_at = 0.0
 
-    def _leave(self, argument: str) -> None:
-        self._leaving = True
+    def status(self) -> str:
+        """Describe model, nodes and context in one line."""
+        session = self.session
+        parts = [session.model.name, *([self._place] if self._place else [])]
+        used, length = session.context_tokens, session.model.context_length
+        if length:
+            share = f" ({used / length:.0%})" if used else ""
+            parts.append(f"context {used or 0:,} of {length:,}{share}")
+        if session.answer is not None and (share_cached := cache_share(session)) is not None:
+            parts.append(f"{share_cached:.0%} from the cache")
+        if self.attachments:
+            parts.append(f"with {', '.join(each.name for each in self.attachments)}")
+        if self.private:
+            parts.append("private")
+        return " · ".join(parts)
 
-    def _clear(self, argument: str) -> None:
-        self._session.clear()
-        self._terminal.note("new conversation")
+    # --- conversations ------------------------------------------------------------------------
 
-    def _system(self, argument: str) -> None:
-        if argument:
-            self._session.system = argument
-        self._terminal.note(f"system prompt: {self._session.system or 'none'}")
-
-    def _stats(self, argument: str) -> None:
-        self._figures = not self._figures
-        self._terminal.note(f"statistics after each answer: {'on' if self._figures else 'off'}")
-
-    def _regenerate(self, argument: str) -> None:
+    def save(self, *, even_private: bool = False) -> None:
+        """Save the conversation, unless the chat is private; a full disk does not end a chat."""
+        if self.private and not even_private:
+            return
+        current = self.snapshot()
+        if current is None:
+            return
+        name = current.name
         try:
-            events = self._session.regenerate()
+            self.store.save(current)
         except K2Error as error:
-            self._terminal.error(error)
-        else:
-            self._show(events)
+            if not self._save_failed or even_private:
+                self.terminal.error(error)
+            self._save_failed = True
+            return
+        self._save_failed = False
+        if self.conversation is not None and current.name != name:
+            self.terminal.note(f"another chat changed '{name}': this one is '{current.name}' now")
+        self.conversation = current
+
+    def snapshot(self) -> Conversation | None:
+        """Return the conversation as it would be saved; None if nothing was said."""
+        session, before = self.session, self.conversation
+        if not session.turns and session.unsent is None and before is None:
+            return None
+        now = time.time()
+        first = next((turn["content"] for turn in session.turns), session.unsent or "")
+        title = before.title if before is not None else title_of(first)
+        return Conversation(
+            name=before.name if before is not None else automatic_name(title, now),
+            title=title,
+            model=session.model.name,
+            created=before.created if before is not None else now,
+            updated=now,
+            turns=turns_of(session.turns),
+            system=session.system,
+            unsent=session.unsent,
+            continues=before.continues if before is not None else None,
+        )
+
+    def resume(self, name: str) -> None:
+        """Go on with a saved conversation.
+
+        Raises:
+            K2Error: if there is none of that name.
+        """
+        loaded = self.store.load(name)
+        self.conversation = loaded
+        restore(self.session, loaded)
+        count = len(loaded.turns)
+        self.terminal.note(f"{loaded.name}: {loaded.title} ({count} messages)")
+        for turn in loaded.turns[-2:]:
+            if turn.role == "assistant":
+                self.terminal.show_answer(turn.content)
+            else:
+                self.terminal.show_question(turn.content)
+
+    def begin_anew(self) -> None:
+        """Leave the conversation, which stays saved, and begin a new one."""
+        self.save()
+        self.session.clear()
+        self.conversation = None
+        self.attachments = []
+        self._warned_at = 0.0
+
+    def change_options(self, **values: object) -> None:
+        """Change options that the server gets."""
+        options = replace(self.settings.options, **values)  # type: ignore[arg-type]
+        self.settings = replace(self.settings, options=options)
+
+
+def restore(session: ChatSession, saved: Conversation) -> None:
+    """Put the turns of a saved conversation into a session."""
+    session.clear()
+    for turn in saved.turns:
+        own = {"role": turn.role, "content": turn.content}
+        if turn.reasoning_content:
+            own["reasoning_content"] = turn.reasoning_content
+        session.turns.append(own)
+    session.unsent = saved.unsent
+    session.system = saved.system if saved.system is not None else session.system
+
+
+def cache_share(session: ChatSession) -> float | None:
+    """Return the share of the last prompt that came from the cache; None if it is not known."""
+    usage = session.answer.usage if session.answer else {}
+    details, prompt = usage.get("prompt_tokens_details"), usage.get("prompt_tokens")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    if not isinstance(cached, int) or not isinstance(prompt, int) or not prompt:
+        return None
+    return cached / prompt

@@ -1,7 +1,7 @@
 """Conversation with a model: its turns, and the current answer with its statistics.
 
 A partial answer, stopped by the user or cut off by a failure, stays in the conversation, so that
-the next question can refer to it.
+the next question can refer to it. A question without any answer is kept apart, to be sent again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ class Answer:
 
 @dataclass(slots=True)
 class ChatSession:
-    """A conversation with one model; its answers obey ``schema``, if there is one."""
+    """A conversation with one model.
+
+    Attributes:
+        schema: the form that its answers obey, if there is one.
+        unsent: a question that got no answer.
+    """
 
     api: ApiClient
     model: ModelInfo
@@ -64,6 +69,7 @@ class ChatSession:
     schema: AnswerSchema | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
     answer: Answer | None = None
+    unsent: str | None = None
 
     def messages(self) -> list[dict[str, str]]:
         """Return the conversation in the form of the API."""
@@ -74,6 +80,37 @@ class ChatSession:
         """Forget all turns, but not the system prompt."""
         self.turns = []
         self.answer = None
+        self.unsent = None
+
+    def undo(self) -> str | None:
+        """Remove the last question and its answer; return the question, None if there is none."""
+        while self.turns:
+            turn = self.turns.pop()
+            if turn["role"] == "user":
+                self.answer = None
+                self.unsent = turn["content"]
+                return self.unsent
+        return None
+
+    @property
+    def last_answer(self) -> str | None:
+        """Text of the last answer; None if there is none."""
+        turn = self.turns[-1] if self.turns else {"role": ""}
+        return turn["content"] if turn["role"] == "assistant" else None
+
+    @property
+    def last_reasoning(self) -> str:
+        """Reasoning before the last answer; "" if there is none."""
+        return self.turns[-1].get("reasoning_content", "") if self.turns else ""
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens of the conversation after its last answer; None if the server did not count."""
+        usage = self.answer.usage if self.answer else {}
+        prompt, generated = (
+            count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion")
+        )
+        return None if prompt is None or generated is None else prompt + generated
 
     def ask(self, question: str) -> Generator[StreamEvent]:
         """Ask a question and stream the answer; ``answer`` holds the part received so far.
@@ -84,22 +121,26 @@ class ChatSession:
             K2Error: if the server refuses the request, the connection is lost, or the answer does
                 not obey the schema.
         """
+        self.unsent = None
         self.turns.append({"role": "user", "content": question})
         return self._stream()
 
     def regenerate(self) -> Generator[StreamEvent]:
-        """Answer the last question again, and replace its answer.
+        """Answer the last question again, and replace its answer once the new one begins.
 
         Raises:
             K2Error: if there is no question, and for the reasons of ``ask``.
         """
+        if self.unsent is not None:
+            return self.ask(self.unsent)
+        replaced = None
         if self.turns and self.turns[-1]["role"] == "assistant":
-            self.turns.pop()
+            replaced = self.turns.pop()
         if not self.turns:
             raise K2Error("there is no question to answer again")
-        return self._stream()
+        return self._stream(replaced)
 
-    def _stream(self) -> Generator[StreamEvent]:
+    def _stream(self, replaced: dict[str, str] | None = None) -> Generator[StreamEvent]:
         answer = self.answer = Answer()
         started = time.monotonic()
         form = None if self.schema is None else self.schema.response_format()
@@ -122,15 +163,17 @@ class ChatSession:
                 answer.parsed = self.schema.parse(answer.text, answer.finish_reason)
         finally:
             answer.total_seconds = time.monotonic() - started
-            self._keep(answer)
+            self._keep(answer, replaced)
 
-    def _keep(self, answer: Answer) -> None:
+    def _keep(self, answer: Answer, replaced: dict[str, str] | None) -> None:
         if answer.text or answer.reasoning or answer.finish_reason is not None:
             turn = {"role": "assistant", "content": answer.text}
             if answer.reasoning:
                 # The model's chat template decides whether earlier reasoning is shown again.
                 turn["reasoning_content"] = answer.reasoning
             self.turns.append(turn)
+        elif replaced is not None:
+            self.turns.append(replaced)
         else:
             # Chat templates require alternating roles, so an unanswered question is removed.
-            self.turns.pop()
+            self.unsent = self.turns.pop()["content"]

@@ -41,6 +41,7 @@ class Progress:
     prefill_done: int | None = None
     prefill_total: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,7 @@ def _chunk_events(chunk: dict[str, Any]) -> Iterator[StreamEvent]:
             prefill_done=count(extension.get("prefill_done")),
             prefill_total=count(extension.get("prefill_total")),
             completion_tokens=count(extension.get("completion_tokens")),
+            cached_tokens=count(extension.get("cached_tokens")),
         )
     for choice in objects(chunk.get("choices")):
         delta = choice.get("delta")

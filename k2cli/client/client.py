@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from k2cli.client.answers import (
     objects,
     read_timings,
 )
-from k2cli.client.certificate import trusting
+from k2cli.client.certificate import tls_failure, trusting
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
 from k2cli.proxies import proxy_errors, unreachable
 from k2cli.units import MIB
@@ -47,7 +47,7 @@ _K2_OWNER = "k2"
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model that the server offers; ``context_length`` (tokens) is known for k2 only."""
+    """A model that the server offers; ``context_length`` (tokens) is None if it does not say."""
 
     name: str
     context_length: int | None = None
@@ -61,14 +61,15 @@ class GenerationOptions:
     max_tokens: int | None = None
     temperature: float | None = None
     seed: int | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    reasoning_effort: str | None = None
 
     def members(self) -> dict[str, Any]:
         """Return the JSON members of the options that are set."""
-        values = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
-        }
+        values = asdict(self)
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -115,7 +116,8 @@ class ApiClient:
         url: address of the server.
         api_key: sent with each request, if there is one.
         certificate: file with the server's certificate, which is then the only one to trust,
-            whatever its names; None for the authorities that are known to Python.
+            whatever its names; None for the authorities that the system knows, or those of
+            ``SSL_CERT_FILE``.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class ApiClient:
         headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
         with proxy_errors():
             self._http = httpx2.Client(
-                verify=trusting(certificate) if certificate is not None else True,
+                verify=trusting(certificate) if certificate else httpx2.create_ssl_context(),
                 headers=headers,
                 timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
                 # Proxies from the environment are not used for this machine's own ports.
@@ -153,7 +155,8 @@ class ApiClient:
         return [
             ModelInfo(
                 name=str(entry.get("id", "")),
-                context_length=count(entry.get("context_length")),
+                # k2's name of the field, and vLLM's.
+                context_length=count(entry.get("context_length", entry.get("max_model_len"))),
                 is_k2=entry.get("owned_by") == _K2_OWNER,
             )
             for entry in objects(entries)
@@ -184,6 +187,22 @@ class ApiClient:
             return msgspec.convert(tokens, list[int])
         except msgspec.ValidationError as error:
             raise no_openai_api(self.base, error) from error
+
+    def count_tokens(
+        self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
+    ) -> int:
+        """Count the tokens of the prompt of a conversation (``POST /v1/tokenize``, k2 only).
+
+        Raises:
+            K2Error: if the server cannot be reached, refuses, or has no such route.
+        """
+        body: dict[str, Any] = {"model": model.name, "messages": messages}
+        if options.reasoning_effort is not None:
+            body["reasoning_effort"] = options.reasoning_effort
+        found = count(self._ask("POST", "tokenize", json=body).get("count"))
+        if found is None:
+            raise no_openai_api(self.base, ValueError("no count of tokens"))
+        return found
 
     def chat(
         self,
@@ -276,6 +295,8 @@ class ApiClient:
             with proxy_errors():
                 yield
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            if (failure := tls_failure(error, self.base)) is not None:
+                raise ClusterError(*failure) from error
             through, hint = unreachable(self.base, "k2 ps")
             message = f"nothing answers at {self.base}{through}: {error}"
             raise ClusterError(message, hint) from error
@@ -283,7 +304,11 @@ class ApiClient:
             raise ClusterError(f"{self.base} did not answer in time", "k2 ps") from error
         except httpx2.TransportError as error:
             message = f"the connection to {self.base} was lost: {error}"
-            raise ClusterError(message, "k2 ps") from error
+            hint = "k2 ps"
+            if isinstance(error, httpx2.RemoteProtocolError) and self.base.startswith("http:"):
+                # What uvicorn does with plain HTTP on a port with TLS.
+                hint += f"; if it serves HTTPS: k2 chat --url https{self.base[4:]}"
+            raise ClusterError(message, hint) from error
         except httpx2.HTTPError as error:  # such as a body that cannot be unpacked
             raise K2Error(f"{self.base} does not answer as an HTTP server: {error}") from error
 
@@ -313,7 +338,10 @@ class CompletionSource:
 
 def _failure(status: int, message: str, base: str) -> K2Error:
     if status in (401, 403):
-        return NotAuthorisedError(f"{base}: {message}", "give --api-key, or set K2_API_KEY")
+        return NotAuthorisedError(
+            f"{base}: {message}",
+            "export K2_API_KEY=KEY, with the key that the server was started with",
+        )
     if status == 503:
         return ClusterError(f"{base} cannot answer: {message}", "k2 ps")
     return K2Error(f"{base} refused the request: {message}")

@@ -188,7 +188,10 @@ def to_hostfile(cluster: Cluster, transport: str = "") -> Hostfile:
     if cluster.hostfile is not None and transport in ("", cluster.hostfile.backend):
         return cluster.hostfile
     if transport not in ("", "jaccl", "ring", "mpi"):
-        raise UsageError(f"'{transport}' is not a transport of a hostfile", "jaccl, ring or mpi")
+        raise UsageError(
+            f"'{transport}' is not a transport of a hostfile",
+            "--backend ring, or --backend jaccl, or --backend mpi",
+        )
     names = [node.name for node in cluster.nodes]
     transport = transport or _best_transport(cluster)
     if cluster.hostfile is not None and len(cluster.rank_nodes) > len(names):

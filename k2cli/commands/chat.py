@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from k2cli.commands.target import ApiKeyOption, ModelArgument, UrlOption, resolve_target
+from k2cli.commands.target import ApiKeyOption, ModelArgument, Target, UrlOption, resolve_target
 
 if TYPE_CHECKING:
+    from k2cli.chat.conversations import Conversation, ConversationStore
     from k2cli.chat.schema import AnswerSchema
     from k2cli.chat.session import ChatSession
+    from k2cli.chat.settings import ChatSettings
 
 
 def chat(
@@ -23,6 +26,10 @@ def chat(
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="Ask this and exit; piped input is put before it."),
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option("--file", "-f", metavar="PATH", help="Quote a file in the first message."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_tokens: Annotated[
@@ -35,6 +42,16 @@ def chat(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
+    no_thinking: Annotated[
+        bool, typer.Option("--no-thinking", help="Ask the model not to reason, if it can.")
+    ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Go on with a saved conversation; last: the newest."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Keep neither the conversation nor what is entered.")
+    ] = False,
     schema: Annotated[
         str | None,
         typer.Option(
@@ -48,35 +65,44 @@ def chat(
     """Chat with a model served by k2 launch or by another server.
 
     Without a prompt the chat is interactive; /help lists its commands. The answer goes to stdout,
-    tokens per second and time to first token to stderr. On a terminal, the model's reasoning is
-    shown dim before the answer.
+    tokens per second and time to first token to stderr. On a terminal, Markdown is rendered, and
+    one line shows what the server does before the answer. Conversations are saved.
 
     With --schema, answers are JSON that obeys the schema. With -p too, stdout has nothing but the
     JSON, and only if it is whole: an answer that the token limit cuts off ends with exit status 1.
 
     Example: k2 chat -p 'What is the capital of France?' --temperature 0
 
+    Example: git diff | k2 chat -p 'Review this' --file CONTRIBUTING.md
+
     Example: k2 chat -p 'Three cities of France' --schema cities.json | jq .
     """
     from k2cli.chat.session import ChatSession
-    from k2cli.client.client import ApiClient, GenerationOptions
+    from k2cli.client.client import ApiClient
 
     temperature = _checked_temperature(temperature)
     answer_schema = _read_schema(schema, prompt)
-    question = _question(prompt, interactive=not as_json, piped=schema != "-")
+    question = _question(prompt, file or [], interactive=not as_json, piped=schema != "-")
+    given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    settings = _settings({**given, "reasoning_effort": "none" if no_thinking else None}, system)
     target = resolve_target(model, url, api_key)
-    options = GenerationOptions(max_tokens, temperature, seed)
     with ApiClient(target.url, target.api_key, target.certificate) as client:
-        session = ChatSession(client, client.pick_model(target.model), options, system)
-        session.schema = answer_schema
+        picked = client.pick_model(target.model)
+        session = ChatSession(client, picked, settings.options, settings.system, answer_schema)
         if question is None:
-            _chat_on_terminal(session)
-        elif as_json:
+            names = file or []
+            _chat_on_terminal(session, settings, target, resume, names, private=private)
+            return
+        resumed = _resumed(session, resume)
+        if file:
+            _check_room(session, question)
+        if as_json:
             _answer_as_json(session, question)
         elif answer_schema is not None and not sys.stdout.isatty():
             _answer_by_schema(session, question)
         else:
             _answer(session, question)
+        _save_resumed(session, resumed)
 
 
 def _checked_temperature(temperature: float | None) -> float | None:
@@ -86,6 +112,19 @@ def _checked_temperature(temperature: float | None) -> float | None:
     if temperature is not None and math.isnan(temperature):
         raise UsageError("--temperature 'nan' is not a number", "k2 chat --temperature 0.7")
     return temperature
+
+
+def _settings(options: dict[str, Any], system: str | None) -> ChatSettings:
+    """Read the file of defaults, and put the options of the command line over it."""
+    from dataclasses import replace
+
+    from k2cli.chat.settings import FILE_NAME, read_settings
+    from k2cli.settings import config_directory
+
+    settings = read_settings(config_directory() / FILE_NAME)
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = replace(settings, options=replace(settings.options, **given))
+    return settings if system is None else replace(settings, system=system)
 
 
 def _read_schema(name: str | None, prompt: str | None) -> AnswerSchema | None:
@@ -102,8 +141,10 @@ def _read_schema(name: str | None, prompt: str | None) -> AnswerSchema | None:
     return read_schema(name)
 
 
-def _question(prompt: str | None, *, interactive: bool, piped: bool) -> str | None:
-    """Join piped input and the argument to one question; None means to chat on the terminal.
+def _question(
+    prompt: str | None, files: list[str], *, interactive: bool, piped: bool
+) -> str | None:
+    """Join files, piped input and the argument to one question; None means an interactive chat.
 
     Args:
         interactive: False if a prompt must be given.
@@ -111,75 +152,166 @@ def _question(prompt: str | None, *, interactive: bool, piped: bool) -> str | No
 
     Raises:
         UsageError: if there is no question and no terminal to chat on.
+        K2Error: if a file cannot be read.
     """
+    from k2cli.chat.attachments import read_attachment, with_attachments
     from k2cli.errors import UsageError
 
+    text = None
     if sys.stdin.isatty() or not piped:
         if prompt is None and not interactive:
             raise UsageError("--json needs a prompt", "give one with -p, or pipe it in")
-        return prompt
-    text = sys.stdin.buffer.read().decode(errors="replace").strip()
+        if prompt is None:
+            return None
+    else:
+        text = sys.stdin.buffer.read().decode(errors="replace").strip()
     question = "\n\n".join(part for part in (text, prompt) if part)
     if not question:
         raise UsageError("there is no prompt", "k2 chat -p 'What is the capital of France?'")
-    return question
+    return with_attachments(question, [read_attachment(name) for name in files])
 
 
-def _chat_on_terminal(session: ChatSession) -> None:
+def _chat_on_terminal(
+    session: ChatSession,
+    settings: ChatSettings,
+    target: Target,
+    resume: str | None,
+    files: list[str],
+    *,
+    private: bool,
+) -> None:
+    from k2cli.chat.attachments import read_attachment
+    from k2cli.chat.commands import COMMANDS, completion_words
     from k2cli.chat.interactive import Chat
     from k2cli.settings import state_directory
     from k2cli.ui.chat.terminal import ChatTerminal
 
-    history = state_directory() / "chat-history"
-    Chat(session, ChatTerminal(history, markdown=session.schema is None)).run()
+    history = None if private else state_directory() / "chat-history"
+    terminal = ChatTerminal(history, markdown=session.schema is None)
+    nodes = [] if target.run is None else [rank.node for rank in target.run.ranks]
+    chat = Chat(
+        session,
+        terminal,
+        settings,
+        _store(),
+        COMMANDS,
+        private=private,
+        place=", ".join(dict.fromkeys(nodes)),
+        reconnect=None if target.run is None else _reconnect,
+    )
+    chat.attachments = [read_attachment(name) for name in files]
+    if resume is not None:
+        chat.resume(_resolved(resume))
+    chat.completer.words = completion_words(chat)
+    chat.run()
+
+
+def _reconnect(session: ChatSession) -> None:
+    """Move a session to the live run that serves its model now, if there is another one."""
+    from contextlib import suppress
+
+    from k2cli.client.client import ApiClient
+    from k2cli.errors import K2Error
+
+    with suppress(K2Error):
+        target = resolve_target(session.model.name, None, None)
+        client = ApiClient(target.url, target.api_key, target.certificate)
+        if client.base == session.api.base:
+            client.close()
+            return
+        session.model = client.pick_model(target.model)
+        session.api.close()
+        session.api = client
+
+
+def _store() -> ConversationStore:
+    from k2cli.chat.conversations import ConversationStore
+    from k2cli.settings import state_directory
+
+    return ConversationStore(state_directory() / "chats")
+
+
+def _resolved(resume: str) -> str:
+    return _store().newest() if resume == "last" else resume
+
+
+def _resumed(
+    session: ChatSession, resume: str | None
+) -> tuple[ConversationStore, Conversation] | None:
+    """Load the conversation that a one-shot question goes on with."""
+    from k2cli.chat.interactive import restore
+
+    if resume is None:
+        return None
+    store = _store()
+    loaded = store.load(_resolved(resume))
+    restore(session, loaded)
+    return store, loaded
+
+
+def _save_resumed(
+    session: ChatSession, resumed: tuple[ConversationStore, Conversation] | None
+) -> None:
+    from k2cli.chat.conversations import turns_of
+
+    if resumed is not None:
+        store, loaded = resumed
+        loaded.turns = turns_of(session.turns)
+        loaded.updated = time.time()
+        store.save(loaded)
+
+
+def _check_room(session: ChatSession, question: str) -> None:
+    """Say how many tokens the prompt has, or refuse it if these are too many."""
+    from k2cli.chat.budget import check_room
+    from k2cli.ui.chat.stream import dim_note
+
+    counted, length = check_room(session, question), session.model.context_length
+    dim_note(f"prompt: {counted}" + (f" of {length:,}" if length else ""))
 
 
 def _answer(session: ChatSession, question: str) -> None:
-    from k2cli.chat.figures import figures_line, progress_line
-    from k2cli.client.answers import Delta, Progress, ReasoningDelta
-    from k2cli.ui.chat.stream import AnswerWriter, ReasoningWriter, StatusLine, dim_note
+    from k2cli.chat.figures import figures_line
+    from k2cli.chat.waiting import Waiting
+    from k2cli.client.answers import Delta, ReasoningDelta
+    from k2cli.ui.chat.answer_view import AnswerView
+    from k2cli.ui.chat.stream import dim_note
 
-    writer = AnswerWriter(markdown=session.schema is None)
-    reasoning, status = ReasoningWriter(), StatusLine()
+    waiting = Waiting()
+    view = AnswerView(waiting.status, waiting.thought, markdown=session.schema is None)
     try:
         with closing(session.ask(question)) as events:
             for event in events:
+                waiting.update(event)
                 if isinstance(event, Delta):
-                    status.clear()
-                    reasoning.finish()
-                    writer.write(event.text)
+                    view.answer_text(event.text)
                 elif isinstance(event, ReasoningDelta):
-                    status.clear()
-                    reasoning.write(event.text)
-                elif isinstance(event, Progress) and (line := progress_line(event)):
-                    status.show(line)
+                    view.reasoning_text(event.text)
     finally:
-        status.clear()
-        reasoning.finish()
-        writer.finish()
+        view.end()
     if session.answer is not None:
         dim_note(figures_line(session.answer))
 
 
 def _answer_by_schema(session: ChatSession, question: str) -> None:
     """Print an answer once it is whole and obeys the schema; meanwhile show its progress."""
-    from k2cli.chat.figures import figures_line, progress_line
-    from k2cli.client.answers import Progress, ReasoningDelta
-    from k2cli.ui.chat.stream import ReasoningWriter, StatusLine, dim_note
+    from k2cli.chat.figures import figures_line
+    from k2cli.chat.waiting import Waiting
+    from k2cli.client.answers import ReasoningDelta
+    from k2cli.ui.chat.answer_view import AnswerView
+    from k2cli.ui.chat.stream import dim_note
     from k2cli.ui.output import print_json
 
-    reasoning, status = ReasoningWriter(), StatusLine()
+    waiting = Waiting()
+    view = AnswerView(waiting.status, waiting.thought)
     try:
         with closing(session.ask(question)) as events:
             for event in events:
+                waiting.update(event)
                 if isinstance(event, ReasoningDelta):
-                    status.clear()
-                    reasoning.write(event.text)
-                elif isinstance(event, Progress) and (line := progress_line(event)):
-                    status.show(line)
+                    view.reasoning_text(event.text)
     finally:
-        status.clear()
-        reasoning.finish()
+        view.end()
     if session.answer is not None:
         # A carriage return in valid JSON is whitespace; print_json would escape it.
         print_json(session.answer.text.strip().replace("\r", " ").encode())

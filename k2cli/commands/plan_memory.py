@@ -127,7 +127,7 @@ def plan_memory(
     }  # fmt: skip
     _write(planner, nodes, request, plan, save=save, svg=svg)
     _show(planner, nodes, request, plan, given, as_json=as_json, explain=explain, plot=plot)
-    _finish(plan, save, quantize, launchable=_is_launchable(planner, model))
+    _finish(plan, save, quantize, launchable=plan.fits and _is_launchable(planner, model))
 
 
 def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
@@ -137,7 +137,7 @@ def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
     if cluster is None:
         return parse_hardware(hardware if hardware is not None else "this")
     if hardware is not None:
-        raise UsageError("--hardware and --cluster both name machines", "leave out one of them")
+        raise UsageError("--hardware and --cluster both name machines", "leave out --hardware")
     from k2cli.cluster.description import load_cluster, node_memory
 
     return node_memory(load_cluster(cluster))
@@ -175,7 +175,9 @@ def _shop(planner: Planner, request: PlanRequest, *, as_json: bool) -> None:
         recipe = recipe_for_the_catalog(planner, request)
         raise DoesNotFitError(
             f"{planner.model.reference} does not fit on any machines of the catalog",
-            "try a shorter --context" if recipe is None else f"add --quantize {recipe}",
+            f"--context {max(1, (request.context_length or 4096) // 2)}"
+            if recipe is None
+            else f"add --quantize {recipe}",
         )
 
 
@@ -229,10 +231,28 @@ def _show(
 
 
 def _is_launchable(planner: Planner, model: str) -> bool:
-    """Return False for a folder without weights that k2 reads, which a launch refuses."""
-    from k2cli.models.reference import parse_reference
+    """Return False for a folder without weights that k2 reads, which a launch refuses.
 
-    return planner.model.stored is not None or parse_reference(model).kind != "local"
+    It also refuses one without a tokenizer, or with text files that are not what they seem; then
+    the reason is a warning.
+    """
+    from k2cli.errors import K2Error
+    from k2cli.models.reference import parse_reference
+    from k2cli.models.text.present import check_text_files
+    from k2cli.ui.output import warn
+
+    reference = parse_reference(model)
+    if reference.kind != "local":
+        return True
+    if planner.model.stored is None:
+        return False
+    if reference.path is not None and reference.path.is_dir():
+        try:
+            check_text_files(reference.path)
+        except K2Error as error:
+            warn(f"a launch refuses this folder: {error.message}")
+            return False
+    return True
 
 
 def _finish(plan: Plan, save: Path | None, quantize: str | None, *, launchable: bool) -> None:

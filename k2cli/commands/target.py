@@ -87,4 +87,7 @@ def key_of(run: RunRecord) -> str | None:
     try:
         return read_regular(path, _MAX_KEY_BYTES).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise K2Error(f"the API key in {path} cannot be read: {error}", "give --api-key") from error
+        raise K2Error(
+            f"the API key in {path} cannot be read: {error}",
+            "export K2_API_KEY=KEY, with the key in that file",
+        ) from error

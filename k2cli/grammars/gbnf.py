@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-MAX_GBNF_RULES = 300
 MAX_GBNF_LETTERS = 32 * 1024
+MAX_GBNF_RULES = 300
 """The converter takes time that is quadratic in rules (500: 0.2 s)."""
 
 

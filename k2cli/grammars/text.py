@@ -19,6 +19,10 @@ ESCAPES = 'nrbtf\\"'
 could be spelled so that its own schema does not count."""
 
 
+ANY_TEXT = "(?s:.*)"
+"""The pattern of any text, newlines included."""
+
+
 class GrammarText:
     """A grammar that is put together rule by rule.
 
@@ -81,12 +85,12 @@ class GrammarText:
             around: matches what may stand before and after such a text.
             without: letters that it does not contain.
         """
-        kept = [regex(pattern) for pattern in patterns or (_ANY,)]
+        kept = [regex(pattern) for pattern in patterns or (ANY_TEXT,)]
         if without:
             several = "|".join(map(escaped, sorted(set(without))))
             # A negation alone would match bytes that are no UTF-8.
-            kept += [] if _ANY in patterns or not patterns else [regex(_ANY)]
-            kept.append(f"~{regex(f'{_ANY}({several}){_ANY}')}")
+            kept += [] if ANY_TEXT in patterns or not patterns else [regex(ANY_TEXT)]
+            kept.append(f"~{regex(f'{ANY_TEXT}({several}){ANY_TEXT}')}")
         text = self._named("T", " & ".join(kept))
         return self._named("T", f"{regex(around)} {text} {regex(around)}") if around else text
 
@@ -107,10 +111,6 @@ class GrammarText:
             # The letters before a token may stand in the text, too, which ends at the token alone.
             text = self._named("T", f"{text} {_quoted(end[: found.start()])}")
         return f"{text} {self.literal(end[found.start() :])}"
-
-    def any_text(self) -> str:
-        """Return an expression for any text without tokens of their own, the empty one included."""
-        return self.text()
 
     def _named(self, letter: str, body: str, options: str = "") -> str:
         """Add a rule or terminal unless it is there already. Return its name."""
@@ -192,7 +192,6 @@ def escaped(text: str) -> str:
     return _SPECIAL.sub(lambda found: f"\\{found[0]}", text).replace("\n", r"\n")
 
 
-_ANY = "(?s:.*)"
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")
 _SLASH = re.compile(r"\\.|/|\n", re.DOTALL)
 

@@ -138,7 +138,7 @@ def lacking_error(copies: Copies, reference: str, source: ModelSource) -> Cluste
     command = push_command(names, reference, source)
     return ClusterError(
         f"weights of {reference} are missing: {'; '.join(texts)}",
-        f"{command}, or launch with --fetch, which brings only what the ranks read",
+        f"{command}, or only what the ranks read: --fetch",
     )
 
 

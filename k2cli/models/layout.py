@@ -7,9 +7,11 @@ macOS puts beside others (``._x``), and indexes of an earlier conversion.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +82,17 @@ def names_in(folder: Path) -> list[str]:
 
     What is no regular file is listed, so that it is refused when it is opened.
     """
-    return [path.name for path in folder.iterdir() if path.exists() and not path.is_dir()]
+    return [name for name in os.listdir(folder) if _is_there(os.path.join(folder, name))]
+
+
+def _is_there(path: str) -> bool:
+    """True for what is no folder and no broken link."""
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
 
 
 def weights_without_index(names: Collection[str]) -> list[str]:

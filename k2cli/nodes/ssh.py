@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from k2cli.agent.run_processes import RunProcess
 from k2cli.errors import ClusterError, UsageError
 from k2cli.nodes.interpreter import find_interpreter, last_line
 from k2cli.nodes.node import CALL_SECONDS, Completed, decode_answer, start_process
+from k2cli.nodes.node_name import is_node_name
 from k2cli.nodes.ssh_connection import connection_to
 from k2cli.planning.hardware.machine import NodeMemory
 
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Exit statuses of a shell and env if a program does not exist or cannot be run.
 _NOT_RUN = (126, 127)
-_NAME = re.compile(r"[^-\s,\x00-\x1f\x7f][^\s,\x00-\x1f\x7f]*")
-
-
-def is_node_name(name: str) -> bool:
-    """True if ssh can take the name for a host: it takes "-x" for an option."""
-    return _NAME.fullmatch(name) is not None
 
 
 class SshNode:

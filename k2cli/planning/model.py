@@ -20,6 +20,7 @@ from k2cli.sharding.recipe import Recipe, obstacle_to_quantizing
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from k2cli.models.checkpoint import Checkpoint
     from k2cli.sharding.trace import StoredShapes
     from k2cli.sharding.weights_and_cache import ModelFacts
 
@@ -67,11 +68,20 @@ def read_model(reference: str, quantize: str | None = None) -> ModelToPlan:
         K2Error: if files cannot be read or contradict each other.
     """
     from k2cli.models.inspection import inspect_model
+    from k2cli.sharding.model_errors import naming_folder
+    from k2cli.sharding.recipe import parse_recipe
+
+    checkpoint = inspect_model(reference)
+    with naming_folder(checkpoint.folder):
+        model = _model_of(reference, checkpoint)
+    return model if quantize is None else quantized_model(model, parse_recipe(quantize))
+
+
+def _model_of(reference: str, checkpoint: Checkpoint) -> ModelToPlan:
     from k2cli.sharding.architectures import model_classes
     from k2cli.sharding.trace import running_model
     from k2cli.sharding.weights_and_cache import model_facts
 
-    checkpoint = inspect_model(reference)
     config = checkpoint.config
     _, arguments = model_classes(config)
     names = _argument_names(arguments, config)
@@ -87,14 +97,9 @@ def read_model(reference: str, quantize: str | None = None) -> ModelToPlan:
         stored_bytes, stored = checkpoint.stored_bytes, _as_loaded(facts.model, stored)
     with running_model(config, "traced"):
         shape = shape_of_model(config, facts.model)
-    model = ModelToPlan(
+    return ModelToPlan(
         reference, config, stored, stored_bytes, mark, facts, shape, checkpoint.warnings
     )
-    if quantize is None:
-        return model
-    from k2cli.sharding.recipe import parse_recipe
-
-    return quantized_model(model, parse_recipe(quantize))
 
 
 def _argument_names(arguments: type[Any], config: Mapping[str, Any]) -> frozenset[str]:

@@ -47,6 +47,42 @@ def proof(secret: str, role: bytes, theirs: bytes, ours: bytes) -> bytes:
     return hmac.new(bytes.fromhex(secret), role + theirs + ours, hashlib.sha256).digest()
 
 
+class Frames(Generic[T]):
+    """The messages in a stream of bytes, which comes in pieces.
+
+    Args:
+        receives: the union type of the messages.
+    """
+
+    def __init__(self, receives: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
+        self._buffer = bytearray()
+
+    def add(self, chunk: bytes) -> None:
+        """Add bytes that have come."""
+        self._buffer += chunk
+
+    def take(self) -> T | None:
+        """Remove and return the next message, or None if no whole one has come.
+
+        Raises:
+            ConnectionLost: if the bytes break the protocol.
+        """
+        if len(self._buffer) < LENGTH.size:
+            return None
+        (size,) = LENGTH.unpack_from(self._buffer)
+        if size > MAX_FRAME_BYTES:
+            raise ConnectionLost(f"a frame of {size} bytes is too long")
+        if len(self._buffer) < LENGTH.size + size:
+            return None
+        body = bytes(self._buffer[LENGTH.size : LENGTH.size + size])
+        del self._buffer[: LENGTH.size + size]
+        try:
+            return decode_with(partial(self._decoder.decode, body))
+        except msgspec.MsgspecError as error:
+            raise ConnectionLost(f"a message breaks the protocol: {error}") from error
+
+
 class Channel(Generic[T]):
     """A blocking, framed connection that receives messages of one union type.
 
@@ -55,8 +91,7 @@ class Channel(Generic[T]):
 
     def __init__(self, connection: socket.socket, receives: Any) -> None:
         self._socket = connection
-        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
-        self._buffer = bytearray()
+        self._frames: Frames[T] = Frames(receives)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -81,7 +116,7 @@ class Channel(Generic[T]):
         Raises:
             ConnectionLost: if the peer is gone or broke the protocol.
         """
-        while (message := self._take()) is None:
+        while (message := self._frames.take()) is None:
             try:
                 self._socket.settimeout(timeout_seconds)
                 chunk = self._socket.recv(2**16)
@@ -95,23 +130,8 @@ class Channel(Generic[T]):
                     self._socket.settimeout(None)
             if not chunk:
                 raise ConnectionLost("the peer closed the connection")
-            self._buffer += chunk
+            self._frames.add(chunk)
         return message
-
-    def _take(self) -> T | None:
-        if len(self._buffer) < LENGTH.size:
-            return None
-        (size,) = LENGTH.unpack_from(self._buffer)
-        if size > MAX_FRAME_BYTES:
-            raise ConnectionLost(f"a frame of {size} bytes is too long")
-        if len(self._buffer) < LENGTH.size + size:
-            return None
-        body = bytes(self._buffer[LENGTH.size : LENGTH.size + size])
-        del self._buffer[: LENGTH.size + size]
-        try:
-            return decode_with(partial(self._decoder.decode, body))
-        except msgspec.MsgspecError as error:
-            raise ConnectionLost(f"a message breaks the protocol: {error}") from error
 
     def close(self) -> None:
         """Close the connection. Never raises."""

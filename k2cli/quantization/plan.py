@@ -24,6 +24,7 @@ from k2cli.models.checkpoint import Checkpoint, config_for_mlx_lm
 from k2cli.models.safetensors_header import StoredTensor
 from k2cli.models.safetensors_writer import TensorSpec
 from k2cli.sharding.assemble import assemble
+from k2cli.sharding.model_errors import naming_folder
 from k2cli.sharding.recipe import (
     Recipe,
     cast_to_conversion_type,
@@ -93,7 +94,8 @@ def plan_conversion(checkpoint: Checkpoint, recipe: Recipe) -> Conversion:
     refuse_quantized(checkpoint)
     opened = _open(checkpoint)
     stored_of = {id(array): name for name, array in opened.items()}
-    model = assemble(checkpoint.config, opened)
+    with naming_folder(checkpoint.folder):
+        model = assemble(checkpoint.config, opened)
     origins = {
         path: checkpoint.tensors[stored_of[id(value)]]
         for path, value in tree_flatten(model.parameters())

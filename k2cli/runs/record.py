@@ -14,23 +14,22 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from k2cli.agent.activity import activity, is_alive
 from k2cli.agent.run_folder import RESERVE_NAME, write_with_reserve
 from k2cli.choices import Transport
-from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError, K2Error
 from k2cli.files import decode_json, encode_json, read_regular
 from k2cli.gpu_name import GpuName
-from k2cli.nodes.locks import release_locks
-from k2cli.nodes.node import REACH_SECONDS, is_this_machine
-from k2cli.nodes.ssh import is_node_name
-from k2cli.protocol import RunEvent
+from k2cli.nodes.node_name import is_node_name
 from k2cli.scratch import remove_scratch
 from k2cli.settings import is_run_id, runs_directory
+
+if TYPE_CHECKING:
+    from k2cli.protocol import RunEvent
 
 SCHEMA_VERSION = 1
 KEPT_RECORDS = 20
@@ -39,7 +38,7 @@ _LIMIT_BYTES = 4 * 2**20
 EVENTS_NAME = "events.jsonl"
 CERTIFICATE_NAME = "tls-certificate.pem"
 LOG_NAME = "supervisor.log"
-Listener = Callable[[RunEvent], None]
+Listener = Callable[["RunEvent"], None]
 """Receives the events of a run."""
 RunState = Literal[
     "starting",
@@ -243,6 +242,9 @@ def remaining_processes(record: RunRecord) -> dict[str, list[str]]:
     Raises:
         ClusterError: if a node cannot be asked.
     """
+    from k2cli.cluster.node_lookup import node_named  # slow to import, and rarely needed
+    from k2cli.nodes.node import REACH_SECONDS
+
     nodes = {name: node_named(name) for name in record.nodes}
     for node in nodes.values():
         node.reach(REACH_SECONDS)
@@ -270,6 +272,8 @@ def _current(record: RunRecord, running: Collection[str] | None) -> RunRecord:
     """
     if _is_settled(record):
         return record
+    from k2cli.nodes.node import is_this_machine
+
     again = read_record(record.folder)
     if again is not None and not again.live and again.state != "orphaned":
         return again  # the run ended between the two reads
@@ -285,6 +289,9 @@ def _current(record: RunRecord, running: Collection[str] | None) -> RunRecord:
         return replace(record, state="orphaned", cause=cause)
     lost = replace(record, state="lost", cause="the launcher was killed", ended=time.time())
     remove_leftovers(lost)
+    from k2cli.cluster.node_lookup import node_named  # slow to import, and rarely needed
+    from k2cli.nodes.locks import release_locks
+
     release_locks([node_named(name) for name in record.nodes], record.run_id)
     with suppress(OSError):  # a full disk: the next reader finds the same
         save_record(lost)

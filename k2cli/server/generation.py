@@ -173,7 +173,7 @@ class Generation:
         self._over, self._peeked = True, None
         while not self._queue.empty():
             self._queue.get_nowait()
-        self._queue.put_nowait(error)
+        self._queue.put_nowait(self.failed(error))
 
     async def wait_for_finished(self) -> Finished | None:
         """Return the engine's last event after ``cancel``, if it comes in time."""

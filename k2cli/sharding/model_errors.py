@@ -9,6 +9,7 @@ argument, a kernel, a dimension that does not divide. An error that mlx-lm raise
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import linecache
 import re
@@ -18,12 +19,35 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from k2cli.errors import UsageError
+
+_IN_FOLDER = {
+    "config.json": "{folder}/config.json",
+    "the checkpoint ": "the checkpoint in {folder} ",
+}
 _MODELS = ("mlx_lm", "models")
 _MISSING = re.compile(r"__init__\(\) missing \d+ required \S+ arguments?: (.*)", re.DOTALL)
 _UNEVEN = re.compile(r"attempting (\d+) splits along axis (\d+) for shape \(([\d,]+)\)")
 _NO_ENTRY = re.compile(r"(.+) is not in (?:list|tuple)")
 _HOLDERS = frozenset({"args", "config", "text_config"})
 _LONGEST_QUOTE = 160
+
+
+@contextlib.contextmanager
+def naming_folder(folder: Path) -> Iterator[None]:
+    """Name the folder of a checkpoint in errors about its ``config.json`` or its tensors.
+
+    Raises:
+        UsageError: as the block does.
+    """
+    try:
+        yield
+    except UsageError as error:
+        for begin, whole in _IN_FOLDER.items():
+            if error.message.startswith(begin):
+                rest = error.message.removeprefix(begin)
+                raise UsageError(whole.format(folder=folder) + rest, error.hint) from error
+        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def _find_layers(model: nn.Module) -> tuple[tuple[nn.Module, ...], tuple[str, ..
     raise UsageError(
         f"{type(model).__module__.rpartition('.')[2]} has no list of decoder layers, "
         "so it cannot be cut into pipeline stages",
-        "use --parallel tensor or a single node",
+        "--parallel tensor, or --nodes localhost",
     )
 
 

@@ -29,7 +29,6 @@ from k2cli.protocol import (
     LogLine,
     RankFailed,
     RankReady,
-    RunEnded,
     RunEvent,
     RunReady,
     RunRestarting,
@@ -134,8 +133,6 @@ class Journal:
                 self.say(f"rank {event.rank} on {event.node} failed: {event.cause}")
             case TlsCertificate(pem=pem):
                 self._keep_certificate(pem)
-            case RunEnded():
-                self.say(f"run ended: {event.cause}")
         self._show(event)
 
     def _keep_certificate(self, pem: str) -> None:
@@ -199,7 +196,7 @@ class Journal:
         state: RunState = "failed" if outcome.has_failed else "stopped"
         self._lines.close()
         # Past the limit of lines: a flood of warnings must not swallow the cause.
-        self._write_line(_LAUNCHER, f"{state}: {cause}")
+        self._write_line(_LAUNCHER, state if cause == state else f"{state}: {cause}")
         remove_leftovers(self.record)
         self._save(
             replace(

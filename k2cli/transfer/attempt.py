@@ -303,7 +303,7 @@ class Attempt:
             raise NodeFailed(
                 found.node.name,
                 f"node {found.node.name} has no address at which {pair.sender} reaches it",
-                "leave out --over tls",
+                "--over auto",
                 again=False,
             )
         else:

@@ -8,9 +8,13 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 from k2cli.agent.weights.messages import ModelFiles
 from k2cli.errors import ClusterError, K2Error, UsageError
+from k2cli.models.inventory.readers import reading
+from k2cli.models.sources.awake import kept_awake
 from k2cli.nodes.node import Node
 from k2cli.transfer.attempt import Attempt
 from k2cli.transfer.copy import copy_to, lacks_k2
@@ -47,6 +51,8 @@ def find_source(reference: str, nodes: Sequence[Node]) -> tuple[Node, ModelFiles
 def push(request: PushRequest, on_event: OnPushEvent, feed: Feed | None = None) -> list[NodeResult]:
     """Bring a model to nodes, and return what each has received.
 
+    The model is not removed from the sending machine meanwhile, and Macs stay awake.
+
     Args:
         request: what to send to whom.
         on_event: called with each event.
@@ -63,10 +69,12 @@ def push(request: PushRequest, on_event: OnPushEvent, feed: Feed | None = None) 
             raise UsageError(f"node {request.source.name} itself lacks {left[0]}")
         shares[node.name] = share_of(request.found, wanted)
     work = _Push(request, shares, on_event, feed)
-    try:
+    with ExitStack() as kept:
+        if request.source.is_local:
+            kept.enter_context(reading(Path(request.found.folder)))
+        kept.enter_context(kept_awake())
+        kept.callback(work.stop)
         return work.run()
-    finally:
-        work.stop()
 
 
 class _Push:

@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from k2cli.errors import K2Error
 from k2cli.files import encode_json
@@ -35,17 +35,23 @@ def stderr_is_plain() -> bool:
 @functools.cache
 def stdout_console() -> Console:
     """Return the console for results."""
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=True, emoji=False)
+    return _console(stderr=False)
 
 
 @functools.cache
 def stderr_console() -> Console:
     """Return the console for progress, notes, hints and errors."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    # With NO_COLOR rich itself leaves out colours alone, and still writes bold and dim.
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(
+        stderr=stderr, color_system=colours, highlight=False, soft_wrap=True, emoji=False
+    )
 
 
 def print_json(document: bytes | Any) -> None:
@@ -77,6 +83,13 @@ def print_styled(line: Text) -> None:
     """Print a styled line to stdout; one with characters that do not belong there gets no style."""
     clean = one_line(line.plain)
     stdout_console().print(line if clean == line.plain else clean, markup=False)
+
+
+def print_prompt(text: str) -> None:
+    """Print a prompt on the terminal, on the stream that is one."""
+    stream = sys.stdout if sys.stdout.isatty() else sys.stderr
+    stream.write(text)
+    stream.flush()
 
 
 def note(text: str) -> None:

@@ -1,30 +1,27 @@
-"""``k2 chat`` against a real server with a scripted engine, on pipes and on a terminal."""
+"""``k2 chat`` with one question and on pipes, against a real server with a scripted engine."""
 
 from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from k2cli.protocol import PromptProgress, Tokens
+from k2cli.chat.session import ChatSession
+from k2cli.client.client import ApiClient, ModelInfo
+from k2cli.commands import chat as chat_command
+from k2cli.commands.target import Target
+from k2cli.protocol import Tokens
 from k2cli.server.served_model import ServedModel
 from tests.server.commands import run_k2
 from tests.server.requests import K2_FORMAT
 from tests.server.scripted import (
     EngineUnavailable,
-    Hang,
     LetterTokenizer,
     ScriptedEngine,
-    finished,
     serving,
 )
 
@@ -59,7 +56,8 @@ def test_one_shot_gives_the_answer_alone_on_stdout(engine: ScriptedEngine, url: 
     done = run_k2("chat", *options, "--seed", "5", "--max-tokens", "50")
     assert (done.returncode, done.stdout) == (0, "**Paris**. 😀\n")
     assert re.fullmatch(
-        r"5 prompt tokens · 13 tokens · 6\.0 tokens/s · first token after .* · .* in all\n",
+        r"5 prompt tokens \(1 cached\) · 13 tokens · 6\.0 tokens/s"
+        r" · first token after .* · .* in all\n",
         done.stderr,
     )
     assert prompts(engine) == ["<system>Brief<user>Where?<assistant>"]
@@ -140,26 +138,82 @@ def test_api_key(engine: ScriptedEngine) -> None:
     assert (done.returncode, done.stdout) == (0, "in\n")
 
 
+def test_files_and_a_pipe_make_one_question(
+    engine: ScriptedEngine, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rules.md").write_text("Be kind.\n")
+    Path("big.txt").write_text("x" * 500)
+    engine.answer("ok")
+    done = run_k2(
+        "chat", "--url", url, "-p", "Review", "--file", "rules.md", "--no-thinking", stdin="+ a\n"
+    )
+    assert (done.returncode, done.stdout) == (0, "ok\n")
+    quoted = "File rules.md (1 line, 9 B):\n\n```md\nBe kind.\n```"
+    (prompt,) = prompts(engine)
+    assert prompt.startswith(f"<user>{quoted}\n\n+ a\n\nReview<")
+    assert "<reasoning_effort=none>" in prompt
+    assert f"prompt: {len(prompt)} tokens of 500" in done.stderr
+    done = run_k2("chat", "--url", url, "-p", "Review", "--file", "big.txt")
+    assert done.returncode == 1
+    assert "tokens, and the context holds 500; it was not sent" in done.stderr
+    done = run_k2("chat", "--url", url, "-p", "Review", "--file", "nosuch")
+    assert (done.returncode, len(engine.submitted)) == (1, 1)
+    assert "'nosuch' cannot be read" in done.stderr
+
+
+def test_defaults_and_a_saved_conversation(engine: ScriptedEngine, url: str) -> None:
+    config = Path(os.environ["K2_CONFIG_DIR"])
+    config.mkdir(parents=True, exist_ok=True)
+    (config / "chat.toml").write_text("temperature = 0.5\nseed = 7\nsystem = 'Brief.'\n")
+    chats = Path(os.environ["K2_STATE_DIR"]) / "chats"
+    chats.mkdir(parents=True, mode=0o700)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    saved = {"name": "a", "title": "Hi", "model": "toy", "created": 1, "updated": 1, "turns": turns}
+    (chats / "a.json").write_text(json.dumps(saved))
+    engine.answer("ok")
+    done = run_k2("chat", "--url", url, "-p", "And?", "--resume", "last", "--seed", "8")
+    assert (done.returncode, done.stdout) == (0, "ok\n")
+    assert prompts(engine) == ["<system>Brief.<user>Hi<assistant>Ho<user>And?<assistant>"]
+    sampling = engine.submitted[0].sampling
+    assert (sampling.temperature, sampling.seed) == (0.5, 8)
+    kept = json.loads((chats / "a.json").read_text())
+    assert [turn["content"] for turn in kept["turns"]] == ["Hi", "Ho", "And?", "ok"]
+    # A question alone is not kept: scripts would fill the list.
+    engine.answer("ok")
+    assert run_k2("chat", "--url", url, "-p", "x").returncode == 0
+    assert [path.name for path in chats.iterdir()] == ["a.json"]
+    (config / "chat.toml").write_text("temperature = 9\n")
+    done = run_k2("chat", "--url", url, "-p", "x")
+    assert done.returncode == 2
+    assert "chat.toml': '9' is no value of temperature" in done.stderr
+
+
+def test_a_chat_finds_the_run_that_replaces_its_own(
+    engine: ScriptedEngine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ApiClient("http://127.0.0.1:9") as gone:
+        session = ChatSession(gone, ModelInfo("toy", 500, is_k2=True))
+        chat_command._reconnect(session)  # there is no run at all
+        assert session.api is gone
+        target = Target(url, None, "toy")
+        monkeypatch.setattr(chat_command, "resolve_target", lambda *_: target)
+        chat_command._reconnect(session)
+        assert session.api.base == f"{url}/v1"
+        engine.answer("ok")
+        assert [type(event).__name__ for event in session.ask("Hi")][-1] == "Ended"
+        session.api.close()
+
+
 # --- reasoning ----------------------------------------------------------------------------------
 
 THINKING = ServedModel("toy", context_length=500, output_format=K2_FORMAT)
 THOUGHT = "<think>\nThey ask for Paris.\n</think>Paris."
 
 
-class ShowsReasoning(LetterTokenizer):
-    """Renders reasoning, as the templates of models that think may do."""
-
-    def chat_prompt(self, messages: list[dict[str, Any]], *args: Any, **options: Any) -> str:
-        shown = [
-            {**turn, "content": f"[{turn.get('reasoning_content', '')}]{turn['content']}"}
-            for turn in messages
-        ]
-        return super().chat_prompt(shown, *args, **options)
-
-
 @pytest.fixture
 def thinking_url(engine: ScriptedEngine) -> Iterator[str]:
-    with serving(engine, THINKING, ShowsReasoning()) as url:
+    with serving(engine, THINKING) as url:
         yield url
 
 
@@ -177,199 +231,3 @@ def test_a_pipe_gets_the_answer_without_its_reasoning(
     assert document["answer"] == "Paris."
     assert document["reasoning"] == "\nThey ask for Paris.\n"
     assert document["usage"]["completion_tokens_details"]["reasoning_tokens"] == 21
-
-
-@pytest.mark.parametrize("dim", [True, False])
-def test_reasoning_is_one_dim_block_and_goes_back_apart(
-    engine: ScriptedEngine, thinking_url: str, monkeypatch: pytest.MonkeyPatch, dim: bool
-) -> None:
-    if dim:
-        monkeypatch.delenv("NO_COLOR")
-    terminal = Terminal("chat", "--url", thinking_url)
-    try:
-        terminal.expect(">>>")
-        engine.answer(THOUGHT, size=1)
-        terminal.type("Where?\r")
-        if not dim:
-            terminal.expect("reasoning:\r\n")
-        terminal.expect("They ask for Paris.\r\n\r\n")
-        terminal.expect("Paris.\r\n")
-        terminal.expect(">>>")
-        block = "\x1b[2mThey ask for Paris.\r\n\x1b[0m\r\nParis.\r\n"
-        assert (block in terminal.raw) == dim
-        engine.enqueue([tokens("<think>Hm, they"), Hang()])
-        terminal.type("Sure?\r")
-        terminal.expect("Hm, they")
-        terminal.type("\x03")
-        terminal.expect("stopped")
-        engine.answer("Yes.")
-        terminal.expect(">>>")
-        terminal.type("Well?\r")
-        terminal.expect("Yes.")
-        terminal.expect(">>>")
-        terminal.type("\x04")
-        assert terminal.close() == 0
-    finally:
-        terminal.end()
-    assert prompts(engine)[-1] == (
-        "<user>[]Where?<assistant>[\nThey ask for Paris.\n]Paris."
-        "<user>[]Sure?<assistant>[Hm, they]<user>[]Well?<assistant>"
-    )
-
-
-# --- on a terminal ------------------------------------------------------------------------------
-
-
-class Terminal:
-    """A k2 process on a pseudo-terminal."""
-
-    def __init__(self, *arguments: str) -> None:
-        self._main, side = pty.openpty()
-        environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "k2cli", *arguments],
-            stdin=side,
-            stdout=side,
-            stderr=side,
-            env=environment,
-            start_new_session=True,
-            # Makes the terminal the controlling one, so that Ctrl-C becomes a signal.
-            preexec_fn=_take_terminal,
-        )
-        os.close(side)
-        self.shown = ""
-        self.raw = ""
-
-    def type(self, text: str) -> None:
-        os.write(self._main, text.encode())
-
-    def expect(self, text: str, seconds: float = 20) -> None:
-        """Read until ``text`` is shown, and forget what came up to it."""
-        deadline = time.monotonic() + seconds
-        while text not in self.shown:
-            if not select.select([self._main], [], [], max(0, deadline - time.monotonic()))[0]:
-                raise AssertionError(f"{text!r} is not shown, but {self.shown!r}")
-            try:
-                data = os.read(self._main, 65536)
-            except OSError:
-                data = b""
-            if not data:
-                raise AssertionError(f"ended without {text!r}: {self.shown!r}")
-            self.raw += data.decode(errors="replace")
-            self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", data.decode(errors="replace"))
-        self.shown = self.shown.partition(text)[2]
-
-    def close(self) -> int:
-        """Wait for the end; the exit status."""
-        return self.process.wait(10)
-
-    def end(self) -> None:
-        """End what may still run, and give the terminal back."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(10)
-        os.close(self._main)
-
-
-def _take_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-@pytest.fixture
-def terminal(url: str) -> Iterator[Terminal]:
-    terminal = Terminal("chat", "--url", url)
-    try:
-        terminal.expect(">>>")
-        yield terminal
-    finally:
-        terminal.end()
-
-
-def test_a_conversation(engine: ScriptedEngine, terminal: Terminal) -> None:
-    engine.answer("Paris.")
-    terminal.type("Capital of France?\r")
-    terminal.expect("Paris.")
-    terminal.expect("tokens/s")
-    engine.answer("Rome \x1b]0;evil\x07巴黎.")
-    terminal.type("/system Be kind\r")
-    terminal.expect("system prompt: Be kind")
-    terminal.type('"""And\rof Italy?"""\r')
-    terminal.expect("Rome ]0;evil巴黎.")
-    engine.answer("Roma.")
-    terminal.type("/regen\r")
-    terminal.expect("Roma.")
-    terminal.type("/nonsense\r")
-    terminal.expect("no command '/nonsense'")
-    engine.answer("Fresh.")
-    terminal.type("/clear\r")
-    terminal.expect("new conversation")
-    terminal.type("Who?\r")
-    terminal.expect("Fresh.")
-    terminal.type("/exit\r")
-    assert terminal.close() == 0
-    italy = "<user>Capital of France?<assistant>Paris.<user>And\nof Italy?<assistant>"
-    assert prompts(engine) == [
-        "<user>Capital of France?<assistant>",
-        f"<system>Be kind{italy}",
-        f"<system>Be kind{italy}",
-        "<system>Be kind<user>Who?<assistant>",
-    ]
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_chat(
-    engine: ScriptedEngine, terminal: Terminal
-) -> None:
-    engine.enqueue([PromptProgress("", 1, 5), tokens("One, two"), Hang()])
-    terminal.type("Count\r")
-    terminal.expect("One, two")
-    terminal.type("\x03")
-    terminal.expect("stopped")
-    assert engine.cancellation.wait(5)
-    engine.answer("three")
-    terminal.expect(">>>")
-    terminal.type("Go on\r")
-    terminal.expect("three")
-    terminal.expect(">>>")
-    terminal.type("\x03")
-    terminal.expect("Ctrl-D or /exit to leave")
-    terminal.expect(">>>")
-    terminal.type("\x04")
-    assert terminal.close() == 0
-    assert prompts(engine)[1] == "<user>Count<assistant>One, two<user>Go on<assistant>"
-
-
-def test_ctrl_c_ends_a_one_shot(engine: ScriptedEngine, url: str) -> None:
-    engine.enqueue([tokens("One, two"), Hang()])
-    terminal = Terminal("chat", "--url", url, "-p", "Count")
-    try:
-        terminal.expect("One, two")
-        terminal.type("\x03")
-        assert terminal.close() == 130
-    finally:
-        terminal.end()
-    assert engine.cancellation.wait(5)
-
-
-def test_a_failing_server_ends_the_answer_and_not_the_chat(
-    engine: ScriptedEngine, terminal: Terminal
-) -> None:
-    engine.enqueue([tokens("Hal"), EngineUnavailable("rank 1 was lost")])
-    terminal.type("Hello\r")
-    terminal.expect("Hal")
-    terminal.expect("rank 1 was lost")
-    engine.state, engine.cause = "starting", "it restarts"
-    terminal.expect(">>>")
-    terminal.type("Again\r")
-    terminal.expect("it restarts")
-    engine.state = "ready"
-    engine.enqueue([tokens("Hello"), finished(5)])
-    terminal.expect(">>>")
-    terminal.type("Again\r")
-    terminal.expect("Hello")
-    terminal.type("/bye\r")
-    assert terminal.close() == 0
-    last = "<user>Hello<assistant>Hal<user>Again<assistant>"
-    assert prompts(engine)[-1] == last

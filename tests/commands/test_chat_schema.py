@@ -14,8 +14,8 @@ import pytest
 
 from k2cli.chat.schema import AnswerSchema, read_schema
 from k2cli.errors import K2Error, UsageError
-from tests.commands.test_chat import Terminal
 from tests.server.commands import run_k2
+from tests.support.terminal import Terminal
 
 SCHEMA = {
     "type": "object",
@@ -204,22 +204,21 @@ def test_nothing_is_fetched_for_a_reference(server: OtherServer) -> None:
     assert (done.returncode, done.stdout) == (0, "1\n")
 
 
-def test_each_answer_on_a_terminal_is_checked(server: OtherServer, schema_file: str) -> None:
-    terminal = Terminal("chat", "--url", server.url, "--schema", schema_file)
-    try:
-        terminal.expect(">>>")
+def test_each_answer_on_a_terminal_is_checked(
+    server: OtherServer, schema_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR")
+    with Terminal("chat", "--url", server.url, "--schema", schema_file) as terminal:
+        terminal.prompt()
         server.deltas = [{"content": '{"city": "**Paris**"}'}]
-        terminal.type("A city\r")
+        terminal.enter("A city")
         terminal.expect('{"city": "**Paris**"}')
-        terminal.expect(">>>")
-        assert "\x1b[1m" not in terminal.raw.split('{"city"')[1].split("}")[0]
+        terminal.prompt()
         server.deltas = [{"content": '{"town": "Rome"}'}]
-        terminal.type("Another\r")
+        terminal.enter("Another")
         terminal.expect('{"town": "Rome"}')
         terminal.expect("does not obey")
-        terminal.expect(">>>")
+        terminal.prompt()
         terminal.type("\x04")
         assert terminal.close() == 0
-    finally:
-        terminal.end()
     assert [body["response_format"]["type"] for body in server.bodies] == ["json_schema"] * 2

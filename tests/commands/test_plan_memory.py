@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +161,30 @@ def test_a_folder_that_a_launch_refuses_is_planned_with_a_warning(
     assert "a launch refuses this folder" in done.stderr
     assert why in " ".join(done.stderr.split())
     assert "next: k2 launch" not in done.stderr
+
+
+def test_no_launch_is_proposed_of_a_folder_without_a_tokenizer(
+    toy_k2: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "toy"
+    shutil.copytree(toy_k2, folder, ignore=shutil.ignore_patterns("tiktoken.model"))
+    done = k2_here("plan-memory", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert f"a launch refuses this folder: {folder} has neither tokenizer.json" in done.stderr
+    assert "next:" not in done.stderr
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    (folder / "tiktoken.model").write_text(pointer)
+    done = k2_here("plan-memory", str(folder))
+    assert "a launch refuses this folder" in done.stderr
+    assert "Git LFS" in done.stderr
+
+
+def test_a_checkpoint_of_another_quantizer_is_named_with_its_folder(tmp_path: Path) -> None:
+    config = json.loads((ROOT / K2 / "config.json").read_text())
+    del config["quantization"]
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = k2_here("plan-memory", str(tmp_path), "--hardware", "2x m3-ultra-512")
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert f"{tmp_path}/config.json has quantization_config.quant_method 'gptq'" in said

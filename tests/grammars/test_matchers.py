@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_each_mask_is_that_of_llguidance(
     answer = _open(compiler, grammar)
     direct = vocabulary.matcher(grammar)
     allowed = json.dumps({"city": "Paris", "degrees": -7, "sky": "clear"})
-    text = allowed if grammar.text == json_schema(SCHEMA).text else '["abc",1,333,"xyz"]'
+    text = allowed if grammar.text == json_schema(SCHEMA).text else '["abc",1,"xyz"]'
     tokens = vocabulary.encode(text)
     for token in tokens:
         bits = answer.mask()
@@ -138,3 +139,43 @@ def test_a_model_without_an_end_token_has_grammars_that_end(toy_k2: Path) -> Non
     assert tokens_of(answer.mask() or b"") == {ord("b")}
     answer.take(b"b")
     assert answer.mask() is None
+
+
+WIDE = lark("start: /(a|b)*a(a|b){9}!/")
+"""Each text of ten letters is another state of the lexer."""
+
+
+def _wide(compiler: Compiler, seed: int, letters: int) -> Matcher:
+    answer = _open(compiler, WIDE)
+    for letter in random.Random(seed).choices(b"ab", k=letters):
+        assert letter in tokens_of(answer.mask() or b"")
+        answer.take([letter])
+    return answer
+
+
+def test_a_full_lexer_ends_no_answer(toy_k2: Path) -> None:
+    compiler = Compiler(toy_k2, VOCABULARY_SIZE, [END])
+    compiler._limits.max_lexer_states = 400
+    beside = _wide(compiler, 0, 50)
+    first = compiler._compiled[WIDE.text]
+    for seed in range(1, 8):
+        _wide(compiler, seed, 100)
+    assert compiler._compiled[WIDE.text] is not first  # it was filled, and is replaced
+    beside.take(b"abbbabbbbb")
+    assert ord("!") in tokens_of(beside.mask() or b"")
+    beside.take(b"!")
+    assert beside.mask() is None
+
+
+def test_an_answer_that_exceeds_the_limit_of_a_step_harms_no_other(toy_k2: Path) -> None:
+    compiler = Compiler(toy_k2, VOCABULARY_SIZE, [END])
+    compiler._limits.max_lexer_states = 150
+    with pytest.raises(GrammarError, match="is too large to be followed"):
+        _wide(compiler, 0, 1000)
+    _wide(compiler, 1, 20)
+
+
+def test_what_is_too_wide_is_refused_in_plain_words(compiler: Compiler) -> None:
+    names = {f"p{index}": {"type": "integer"} for index in range(1500)}
+    with pytest.raises(GrammarError, match="ways to go on at one place, such as optional"):
+        _open(compiler, json_schema({"type": "object", "properties": names})).mask()

@@ -97,7 +97,7 @@ async def test_a_frame_of_any_form_ends_its_connection(body: bytes) -> None:
     with ours, theirs:
         theirs.sendall(struct.pack(">I", len(body)) + body) if len(body) < 1000 else None
         channel: Channel[Any] = Channel(ours, LivenessMessage)
-        channel._buffer += struct.pack(">I", len(body)) + body
+        channel._frames.add(struct.pack(">I", len(body)) + body)
         with pytest.raises(ConnectionLost, match="protocol"):
             channel.receive(1.0)
     reader = asyncio.StreamReader()
@@ -228,10 +228,16 @@ ALLOWED = {
     "agent/freshness.py": "files of the kernel in /proc",
     "guard/work.py": "files of the kernel in /proc",
     "launch/mpi.py": "creation with O_EXCL",
-    "models/text/conversation_renderer.py": "a part of a bounded body, with json.loads' errors",
+    **dict.fromkeys(
+        ["models/text/conversation_renderer.py", "server/dialects/answer_formats.py"],
+        "a part of a bounded body, with json.loads' errors",
+    ),
+    "chat/schema.py": "a bounded file and the text of an answer, with json.loads' errors",
+    "server/structured/schema_values.py": "JSON that it has written itself",
     **dict.fromkeys(
         ["server/dialects/anthropic_writer.py", "server/output/emitter.py",
-         "server/output/json_calls.py", "server/output/typed_calls.py"],
+         "server/output/json_calls.py", "server/output/parameter_types.py",
+         "server/output/typed_calls.py"],
         "text of a bounded answer of the model, with json.loads' errors",
     ),
     "planning/hardware/cards.py": "a file of this package",
@@ -254,6 +260,7 @@ ALLOWED = {
     "supervisor/start.py": "decode_with",
     "supervisor/processes.py": "decode_with",
     "guard/reader_process.py": "frames of the guard, its parent",
+    "chat/settings.py": "read_regular and tomllib.loads, with its errors",
 }  # fmt: skip
 
 

@@ -200,13 +200,14 @@ def serving(
     activity: Activity | None = None,
     run: RunSource | None = None,
     keys: KeyRing | None = None,
+    port: int = 0,
     **options: Any,
 ) -> Iterator[str]:
     """Run a real server in a thread; yields its base URL without ``/v1``."""
     tokenizer = tokenizer or LetterTokenizer()
     reader = reader or InlineReader(tokenizer, served)
     app = create_app(engine, tokenizer, served, reader, activity, run, keys)
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

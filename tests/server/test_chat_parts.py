@@ -159,7 +159,7 @@ def test_an_answer_that_is_cut_off(engine: ScriptedEngine, url: str, stream: boo
 
 
 def test_arguments_that_are_no_json_reach_the_client(engine: ScriptedEngine, url: str) -> None:
-    broken = '{"path": "a.py", "text": "no end}'
+    broken = '{"path": "a.py", "text": no quotes}'
     engine.answer(calls_text(call_text(0, broken)))
     message, reason, _ = _whole(url)
     assert (message["tool_calls"], reason) == ([_call(0, broken)], "tool_calls")
@@ -215,7 +215,7 @@ def test_logprobs_are_those_of_the_text(engine: ScriptedEngine, url: str) -> Non
 
 
 def test_reasoning_is_taken_back_under_either_name() -> None:
-    from k2cli.server.dialects.openai_schemas import Message
+    from k2cli.server.dialects.openai_messages import Message
 
     for name in ("reasoning", "reasoning_content"):
         turn = Message(role="assistant", content="a", **{name: "because"}).for_template()

@@ -205,6 +205,11 @@ def test_a_revoked_key_ends_its_streams_and_nobody_elses() -> None:
                 pass
         wait_until(lambda: bool(engine.cancelled), 5, "the cancellation of alice's request")
         assert engine.cancelled == [engine.submitted[1].request_id]
+        counted = 'k2_requests_total{dialect="chat",key="alice",result="unauthorized"} 1.0'
+        headers = {"Authorization": f"Bearer {RUN_KEY}"}
+        wait_until(
+            lambda: counted in httpx.get(f"{url}/metrics", headers=headers).text, 5, "the count"
+        )
         of_bob.close()
 
 

@@ -11,7 +11,7 @@ import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from k2cli.server.dialects.openai_schemas import Message
+from k2cli.server.dialects.openai_messages import Message
 from tests.server.requests import QUESTION, call_text, calls_text, post, prompt_of
 from tests.server.scripted import ScriptedEngine
 

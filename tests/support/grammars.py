@@ -14,7 +14,7 @@ from k2cli.protocol import Grammar
 
 # No whitespace between its parts, of which a toy may choose any amount.
 LIST = r"""
-start: "[" item ("," item){3} "]"
+start: "[" item ("," item){2} "]"
 item: /"[a-z]{3,8}"/ | /[1-9][0-9]{0,3}/
 """
 

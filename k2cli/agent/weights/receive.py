@@ -54,6 +54,7 @@ from k2cli.models.inventory.hub_cache import INCOMING_LOCK
 from k2cli.models.inventory.known_folders import Stamp, remember_folder
 from k2cli.models.inventory.verified import note_states
 from k2cli.models.part import write_part_list
+from k2cli.models.sources.awake import kept_awake
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
 
 _SECONDS_BETWEEN_REPORTS = 0.25
@@ -303,7 +304,8 @@ def main() -> None:
     events = Output(1)
     receiver = Receiver(Input(QUIET_SECONDS), events)
     try:
-        receiver.run()
+        with kept_awake():
+            receiver.run()
     except (K2Error, OSError, ValueError, msgspec.MsgspecError) as error:
         end_with(events, error)
     receiver.close()

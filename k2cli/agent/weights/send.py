@@ -35,6 +35,8 @@ from k2cli.agent.weights.messages import (
 )
 from k2cli.agent.weights.receive import cpu_seconds, end_with
 from k2cli.errors import ClusterError, K2Error
+from k2cli.models.inventory.readers import reading
+from k2cli.models.sources.awake import kept_awake
 
 _CONNECT_SECONDS = 5.0
 _ALIVE_SECONDS = 5.0
@@ -134,6 +136,10 @@ class Sender:
             message = f"nothing answers at {order.host}:{order.port}: {error}"
             events.send(Failed(message, again=True))
             return
+        with reading(Path(order.folder)):
+            self._send(order, events, streams)
+
+    def _send(self, order: SendOrder, events: Output, streams: list[ssl.SSLSocket | None]) -> None:
         events.send(Connected())
         threads = [
             threading.Thread(target=self._work, args=(stream, order, events), daemon=True)
@@ -192,7 +198,8 @@ class Sender:
 def main() -> None:
     """Send files as standard input says."""
     try:
-        Sender(Input()).run()
+        with kept_awake():
+            Sender(Input()).run()
     except (K2Error, OSError, ValueError, msgspec.MsgspecError) as error:
         end_with(Output(2), error)
     os._exit(0)

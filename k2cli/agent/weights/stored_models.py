@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from k2cli.files import unwritable
 from k2cli.models.inventory.hub_cache import read_hub_cache
 from k2cli.models.inventory.lookup import matching_models
 from k2cli.models.inventory.prune import PruneResult, find_prunable, prune
+from k2cli.models.inventory.readers import WAIT, is_being_read, not_read
 from k2cli.models.inventory.remove import freed_bytes, remove_models
 from k2cli.models.inventory.stored import stored_models
 from k2cli.models.inventory.stored_model import ModelUse, StoredModel, StoredModels
@@ -104,7 +106,11 @@ def plan_removal(question: ModelQuestion) -> Removal:
             return msgspec.structs.replace(
                 found,
                 problem=f"'{model.label}' is being written by a running {model.writer}",
-                hint="wait until it has ended, or end it",
+                hint=WAIT,
+            )
+        if is_being_read(Path(model.folder)):
+            return msgspec.structs.replace(
+                found, problem=f"'{model.label}' is being sent by a running push", hint=WAIT
             )
         if model.kept_because:
             return msgspec.structs.replace(
@@ -127,7 +133,10 @@ def remove(question: ModelQuestion) -> Removal:
         problem = f"the files of '{question.reference}' have changed meanwhile"
         return Removal(problem=problem, hint="run the command again")
     try:
-        remove_models(planned.models)
+        with ExitStack() as unread:
+            for model in planned.models:
+                unread.enter_context(not_read(Path(model.folder), model.label))
+            remove_models(planned.models)
     except K2Error as error:
         return Removal(problem=error.message, hint=error.hint or "")
     return planned
@@ -139,7 +148,11 @@ def prunable(question: ModelQuestion) -> Pruned:
     Raises:
         OSError: as ``list_models``.
     """
-    used = [model.folder for model in _with_uses(question).models if model.used_by]
+    used = [
+        model.folder
+        for model in _with_uses(question).models
+        if model.used_by or is_being_read(Path(model.folder))
+    ]
     return Pruned(find_prunable(question.hours, frozenset(used)))
 
 

@@ -141,9 +141,7 @@ def import_(
     from k2cli.ui.cluster_view import print_cluster, show_answer
 
     if cluster_path(name).exists() and not force:
-        raise UsageError(
-            f"cluster '{name}' already exists", "choose another --name, or add --force"
-        )
+        raise UsageError(f"cluster '{name}' already exists", "--name ANOTHER, or --force")
     hostfile = read_hostfile(file)
     bare = cluster_from_hostfile(name, hostfile)
     hosts = [node.name for node in bare.nodes]

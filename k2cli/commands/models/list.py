@@ -22,8 +22,10 @@ def list_models(cluster: OfCluster = None, nodes: NodeNames = None, json: AsJson
     """
     from k2cli.ui.models_view import print_models
     from k2cli.ui.output import print_json, warn
+    from k2cli.ui.slow import told_if_slow
 
-    answers = models_on(cluster, nodes).list_models()
+    with told_if_slow("reading the models"):
+        answers = models_on(cluster, nodes).list_models()
     found = [(each.node, each.answer) for each in answers if each.answer is not None]
     for _, answer in found:
         for problem in answer.problems:

@@ -36,12 +36,14 @@ def prune(
     from k2cli.errors import K2Error, UsageError
     from k2cli.ui.models_view import print_prunable
     from k2cli.ui.output import note, print_json, print_line
+    from k2cli.ui.slow import told_if_slow
     from k2cli.units import format_bytes
 
     if math.isnan(older_than):
         raise UsageError("--older-than 'nan' is not a number", "--older-than 24")
     asked = models_on(cluster, nodes)
-    answers = asked.prunable(older_than)
+    with told_if_slow("reading the models"):
+        answers = asked.prunable(older_than)
     raise_problems(answers)
     found = [(each.node, each.answer.found) for each in answers if each.answer is not None]
     total = sum(item.bytes for _, result in found for item in result.items)

@@ -41,9 +41,11 @@ def remove(
     """
     from k2cli.ui.models_view import print_removal, print_removed
     from k2cli.ui.output import note, print_json
+    from k2cli.ui.slow import told_if_slow
 
     asked = models_on(cluster, nodes)
-    planned = asked.plan_removal(model, revision or "")
+    with told_if_slow("reading the models"):
+        planned = asked.plan_removal(model, revision or "")
     raise_problems(planned)
     there = [each for each in planned if each.answer is not None and each.answer.models]
     if not there:

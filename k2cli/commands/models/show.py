@@ -29,8 +29,10 @@ def show(
     """
     from k2cli.ui.models_view import print_model
     from k2cli.ui.output import print_json
+    from k2cli.ui.slow import told_if_slow
 
-    answers = models_on(cluster, nodes).show(model, revision or "")
+    with told_if_slow("reading the models"):
+        answers = models_on(cluster, nodes).show(model, revision or "")
     found = [(each.node, each.answer) for each in answers if each.answer is not None]
     if not any(answer.models for _, answer in found):
         raise_problems(answers)

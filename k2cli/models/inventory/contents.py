@@ -59,8 +59,8 @@ def contents_of(
         for file in lacking
     }
     files = _listed(present, {file.name: file.nbytes for file in lacking} | absent, begun)
-    here, whole = is_complete(folder, part=True), is_complete(folder)
-    if absent and here and not whole:
+    whole = is_complete(folder)
+    if absent and not whole and is_complete(folder, part=True):
         return Contents("part", sum(absent.values()), files)
     if whole and not lacking and not broken:
         return Contents("complete", 0, files)

@@ -167,8 +167,9 @@ def _subfolders(folder: Path) -> list[str]:
 def _link_elsewhere(snapshots: Path) -> Path | None:
     """Return a link that shows a revision from another place, whose files are not known here."""
     for path in sorted(snapshots.iterdir()) if snapshots.is_dir() else ():
-        inside = os.path.realpath(path.parent)
-        if path.is_symlink() and os.path.dirname(os.path.realpath(path)) != inside:
+        if not path.is_symlink():
+            continue
+        if os.path.dirname(os.path.realpath(path)) != os.path.realpath(snapshots):
             return path
     return None
 
@@ -246,7 +247,7 @@ def _revision(folder: Path, references: Sequence[tuple[str, str]]) -> CachedRevi
             leftovers.append(left)
         elif path.name not in _IGNORED:
             size, identity, changed = _examine(path)
-            name = path.relative_to(folder).as_posix()
+            name = str(path)[len(str(folder)) + 1 :]
             files.append(CachedFile(name, path, _blob_of(path, blobs), size, identity, changed))
     names = tuple(name for name, commit in references if commit == folder.name)
     return CachedRevision(folder.name, folder, names, tuple(files), tuple(leftovers))
@@ -257,9 +258,15 @@ def _blob_of(path: Path, blobs: Path) -> Path | None:
 
     That entry may itself be a link, into the store that repositories share.
     """
-    if not path.is_symlink():
+    try:
+        link = os.readlink(path)
+    except OSError:  # no link
         return None
-    target = path.parent / os.readlink(path)
+    # As both libraries write it; no folder between the revision and its file is a link.
+    parent, name = os.path.split(os.path.normpath(os.path.join(os.path.dirname(path), link)))
+    if parent == str(blobs):
+        return blobs / name
+    target = path.parent / link
     inside = os.path.realpath(target.parent) == os.path.realpath(blobs)
     return blobs / target.name if inside and target.name != ".." else None
 

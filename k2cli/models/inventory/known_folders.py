@@ -17,7 +17,13 @@ from typing import Literal
 import msgspec
 
 from k2cli.errors import K2Error
-from k2cli.files import decode_json, encode_json, read_regular, write_atomically
+from k2cli.files import (
+    decode_json,
+    encode_json,
+    is_of_later_version,
+    read_regular,
+    write_atomically,
+)
 from k2cli.models.sources.cache_layout import FolderPlace
 from k2cli.models.sources.expected_files import ExpectedFile, has_content
 from k2cli.models.sources.file_names import is_safe_name
@@ -25,6 +31,7 @@ from k2cli.models.sources.snapshot_record import recorded_snapshot
 from k2cli.settings import data_directory
 
 Origin = Literal["quantize", "download", "push"]
+_SCHEMA_VERSION = 1
 _LIMIT_BYTES = 16 * 2**20
 _SMALL_BYTES = 2**26
 _TICK_NS = 2 * 10**9
@@ -47,7 +54,7 @@ class KnownFolder(msgspec.Struct, frozen=True):
     source: str = ""
     recipe: str = ""
     files: dict[str, Stamp] = {}
-    schema_version: int = 1
+    schema_version: int = _SCHEMA_VERSION
 
 
 def _folder() -> Path:
@@ -73,10 +80,14 @@ def remember_folder(
 ) -> None:
     """Remember that k2 writes a model to a folder; nothing if that cannot be noted.
 
+    A note of a later version of k2 stays.
+
     Args:
         files: those that it wrote or is about to write; they are added to those known before.
     """
     with suppress(OSError, K2Error):
+        if is_of_later_version(_entry(folder), _SCHEMA_VERSION):
+            return
         earlier = known_folder(folder)
         every = {**(earlier.files if earlier is not None else {}), **(files or {})}
         path = str(folder.resolve())
@@ -108,7 +119,7 @@ def known_folders() -> list[KnownFolder]:
 def _read(entry: Path) -> KnownFolder | None:
     with suppress(OSError, msgspec.DecodeError):
         known = decode_json(read_regular(entry, _LIMIT_BYTES), KnownFolder)
-        fits = known.schema_version == 1 and Path(known.path).is_absolute()
+        fits = known.schema_version == _SCHEMA_VERSION and Path(known.path).is_absolute()
         if fits and all(map(is_safe_name, known.files)):
             return known
     return None
@@ -158,8 +169,9 @@ def _is_fetched(folder: Path, file: ExpectedFile, commit: str) -> bool:
 def may_remove(folder: Path) -> bool:
     """True if k2 wrote files of a folder that are there, or that a removal has taken already."""
     known, record = known_folder(folder), recorded_snapshot(folder)
-    if known is None or own_files(folder):
-        return bool(own_files(folder))
+    own = own_files(folder)
+    if known is None or own:
+        return bool(own)
     fetched = record.files if record is not None and record.written_by == "k2" else ()
     names = {*known.files, *(file.name for file in fetched)}
     return bool(names) and not any(os.path.lexists(folder / name) for name in names)

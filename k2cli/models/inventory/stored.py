@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from k2cli.models.catalog import HubSource, catalog
 from k2cli.models.inventory.contents import Contents, contents_of, describe_config
@@ -33,12 +34,12 @@ def stored_models(used_folders: Collection[str] = ()) -> StoredModels:
     Raises:
         OSError: if the Hub's cache cannot be listed.
     """
-    cache = cache_folder()
+    base = cache_folder()
     models: list[StoredModel] = []
     problems: list[str] = []
     seen: set[Identity] = set()
     total = left = 0
-    repositories = read_hub_cache(cache)
+    repositories = read_hub_cache(base)
     owners = owner_counts(repositories)
     for repository in repositories:
         if repository.problem:
@@ -56,7 +57,7 @@ def stored_models(used_folders: Collection[str] = ()) -> StoredModels:
     total += sum(model.added_bytes for model in others)
     # Revisions of one repository stay in their order, the main branch first.
     models.sort(key=lambda model: model.label.lower())
-    return StoredModels(tuple(models), total, left, str(cache), tuple(problems))
+    return StoredModels(tuple(models), total, left, str(base), tuple(problems))
 
 
 def _repository_models(
@@ -72,11 +73,7 @@ def _repository_models(
         seen: data that were counted before, to which those of this repository are added.
     """
     writer = writer_of_repository(repository)
-    aliases = tuple(
-        entry.alias
-        for entry in catalog().values()
-        if isinstance(entry.source, HubSource) and entry.source.repo == repository.repo
-    )
+    aliases = _aliases().get(repository.repo, ())
     for part in parts:
         revision, contents = part.revision, part.contents
         sizes = {file.identity: file.nbytes for file in revision.files if file.identity}
@@ -105,6 +102,16 @@ def _repository_models(
             files=contents.files,
         )
         seen.update(sizes)
+
+
+@cache
+def _aliases() -> dict[str, tuple[str, ...]]:
+    """Return the aliases of each repository of the catalog."""
+    found: dict[str, tuple[str, ...]] = {}
+    for entry in catalog().values():
+        if isinstance(entry.source, HubSource):
+            found[entry.source.repo] = (*found.get(entry.source.repo, ()), entry.alias)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,19 @@ from typing import Literal
 
 import msgspec
 
-from k2cli.files import decode_json, encode_json, read_regular, write_atomically
+from k2cli.files import (
+    decode_json,
+    encode_json,
+    is_of_later_version,
+    read_regular,
+    write_atomically,
+)
 from k2cli.models.inventory.known_folders import folder_key
 from k2cli.models.layout import INDEX_NAME, supporting_files
 from k2cli.models.sources.snapshot_record import record_path
 from k2cli.settings import data_directory
 
+_SCHEMA_VERSION = 1
 _MAX_NOTE_BYTES = 50_000_000
 
 How = Literal["download", "push", "verify"]
@@ -63,7 +70,7 @@ class FileState(msgspec.Struct, frozen=True):
 
 class _Note(msgspec.Struct, frozen=True):
     files: dict[str, FileState] = {}
-    schema_version: int = 1
+    schema_version: int = _SCHEMA_VERSION
 
 
 def state_of(
@@ -98,14 +105,17 @@ def _key(folder: Path, name: str) -> str:
 
 def _read(path: Path) -> dict[str, FileState]:
     try:
-        return decode_json(read_regular(path, _MAX_NOTE_BYTES), _Note).files
+        note = decode_json(read_regular(path, _MAX_NOTE_BYTES), _Note)
     except (OSError, msgspec.DecodeError):
         return {}
+    return note.files if note.schema_version == _SCHEMA_VERSION else {}
 
 
 def read_states(folder: Path, names: Collection[str]) -> dict[str, FileState]:
     """Return the states in which files of a model were right, by name."""
     known = _read(note_path(folder))
+    if not known:
+        return {}
     keys = {name: _key(folder, name) for name in names}
     return {name: known[key] for name, key in keys.items() if key in known}
 
@@ -113,11 +123,11 @@ def read_states(folder: Path, names: Collection[str]) -> dict[str, FileState]:
 def note_states(folder: Path, states: Mapping[str, FileState | None]) -> None:
     """Note the states of files by name; None for one that is not right.
 
-    Does nothing if that cannot be written.
+    Does nothing if that cannot be written, or a later version of k2 has written it.
     """
-    if not states:
-        return
     path = note_path(folder)
+    if not states or is_of_later_version(path, _SCHEMA_VERSION):
+        return
     with suppress(OSError):
         known = _read(path)
         for name, state in states.items():

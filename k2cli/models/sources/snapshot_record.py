@@ -7,6 +7,8 @@ disk says the same: its list of the repository's files, or else the names of the
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +16,19 @@ from typing import Any, Literal
 import msgspec
 
 from k2cli.errors import K2Error
-from k2cli.files import decode_json, encode_json, read_regular, write_atomically
+from k2cli.files import (
+    decode_json,
+    encode_json,
+    is_of_later_version,
+    read_regular,
+    write_atomically,
+)
 from k2cli.models.checkpoint import read_index
 from k2cli.models.layout import INDEX_NAME, choose_weight_files, supporting_files
 from k2cli.models.sources.expected_files import ExpectedFile, expected_file
 from k2cli.models.sources.file_names import is_safe_name
 
+SCHEMA_VERSION = 1
 _MAX_RECORD_BYTES = 50_000_000
 _COMMIT_LETTERS = 200
 
@@ -38,7 +47,7 @@ class SnapshotRecord(msgspec.Struct, frozen=True):
     files: tuple[ExpectedFile, ...]
     whole: bool = True
     written_by: Literal["k2", "huggingface_hub"] = "k2"
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
 
 
 def record_path(folder: Path) -> Path:
@@ -51,9 +60,13 @@ def record_path(folder: Path) -> Path:
 def write_record(folder: Path, record: SnapshotRecord) -> None:
     """Write the record for a folder, and what an earlier download of the same commit recorded.
 
+    One of a later version of k2 stays, which may say more than this version understands.
+
     Raises:
         OSError: if it cannot be written.
     """
+    if is_of_later_version(record_path(folder), SCHEMA_VERSION):
+        return
     earlier = _read_own(folder)
     if earlier is not None and (earlier.repo, earlier.commit) == (record.repo, record.commit):
         files = {file.name: file for file in (*earlier.files, *record.files)}
@@ -98,7 +111,7 @@ def _read_own(folder: Path) -> SnapshotRecord | None:
     except (OSError, msgspec.DecodeError):
         return None
     known = all(is_safe_name(file.name) and file.blob_name for file in record.files)
-    return record if known and record.schema_version == 1 else None
+    return record if known and record.schema_version == SCHEMA_VERSION else None
 
 
 class _ListedFile(msgspec.Struct, frozen=True):
@@ -156,13 +169,17 @@ def _read_blob_names(folder: Path) -> SnapshotRecord | None:
 
 
 def _linked_files(folder: Path) -> Iterator[tuple[str, ExpectedFile]]:
-    with contextlib.suppress(OSError):
-        for path in sorted(folder.rglob("*")):
-            if not path.is_symlink() or not path.is_file():
+    for parent, _, names in os.walk(folder):
+        for each in names:
+            path = os.path.join(parent, each)
+            try:
+                blob, found = os.readlink(path), os.stat(path)
+            except OSError:  # no link, or a broken one
                 continue
-            name = path.relative_to(folder).as_posix()
-            blob = path.readlink().name
-            if file := expected_file(name, path.stat().st_size, blob):
+            name = path[len(str(folder)) + 1 :]
+            if stat.S_ISREG(found.st_mode) and (
+                file := expected_file(name, found.st_size, os.path.basename(blob))
+            ):
                 yield name, file
 
 

@@ -6,6 +6,7 @@ the same machines use it; plans for others use the fitted constants.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,14 @@ import msgspec
 
 from k2cli.choices import Transport, WantedTransport
 from k2cli.errors import K2Error
-from k2cli.files import decode_json, encode_json, read_regular, unwritable, write_atomically
+from k2cli.files import (
+    decode_json,
+    encode_json,
+    is_of_later_version,
+    read_regular,
+    unwritable,
+    write_atomically,
+)
 from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates
 from k2cli.settings import config_directory
 
@@ -65,9 +73,12 @@ def save_calibration(entry: CalibratedMachines) -> Path:
     """Save an entry; it replaces an older one of the same machines and transport.
 
     Raises:
-        K2Error: if the file cannot be read or written.
+        K2Error: if the file cannot be read or written, or a later version of k2 has written it.
     """
     path = calibration_file()
+    if is_of_later_version(path, SCHEMA_VERSION):
+        quoted = shlex.quote(str(path))
+        raise K2Error(f"{path} is of a later version of k2", f"mv {quoted} {quoted}.later")
     others = [each for each in _read(path) if not each.of(entry.machines, entry.backend)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import msgspec
-
-from k2cli.files import decode_with
 from k2cli.grammars.mask_messages import (
     Close,
     Complete,
@@ -35,7 +32,7 @@ from k2cli.grammars.mask_messages import (
 )
 from k2cli.pauses import Deadline
 from k2cli.protocol import Assignment, Grammar
-from k2cli.protocol.wire import LENGTH, MAX_FRAME_BYTES, frame
+from k2cli.protocol.wire import ConnectionLost, Frames, frame
 from k2cli.settings import RUN_OPTION
 
 MODULE = "k2cli.grammars.mask_process"
@@ -51,8 +48,6 @@ MEMORY_BYTES = 3 * 2**30
 _MOST_OPENING = 4
 _BUFFER_BYTES = 2**20  # macOS gives a socket pair 8 kB, and a mask of K2 has 20 kB
 _RECEIVE_BYTES = 2**18
-
-_decoder: msgspec.msgpack.Decoder[News] = msgspec.msgpack.Decoder(News)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +90,7 @@ class Masks:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._outgoing = bytearray()
-        self._incoming = bytearray()
+        self._incoming: Frames[News] = Frames(News)
         self._answers: dict[int, MaskedAnswer] = {}
         self._unopened: deque[Open] = deque()
         self._opening: set[int] = set()
@@ -210,7 +205,7 @@ class Masks:
         ours.setblocking(False)
         self._socket = ours
         self._outgoing = bytearray(frame(Setup(self._folder, self.rows, MEMORY_BYTES)))
-        self._incoming.clear()
+        self._incoming = Frames(News)
         self._open_limit = Deadline(LOAD_SECONDS)
 
     def _lose(self, cause: str) -> None:
@@ -274,27 +269,13 @@ class Masks:
             if not chunk:
                 self._died()
                 return
-            self._incoming += chunk
-            self._take_frames()
-
-    def _take_frames(self) -> None:
-        at = 0
-        while len(self._incoming) >= at + LENGTH.size:
-            (size,) = LENGTH.unpack_from(self._incoming, at)
-            if size > MAX_FRAME_BYTES:
-                self._lose("broke the protocol")
-                return
-            body = bytes(self._incoming[at + LENGTH.size : at + LENGTH.size + size])
-            if len(body) < size:
-                break
-            at += LENGTH.size + size
+            self._incoming.add(chunk)
             try:
-                news = decode_with(lambda body=body: _decoder.decode(body))  # type: ignore[misc]
-            except msgspec.MsgspecError:
+                while (news := self._incoming.take()) is not None:
+                    self._note(news)
+            except ConnectionLost:
                 self._lose("broke the protocol")
                 return
-            self._note(news)
-        del self._incoming[:at]
 
     def _note(self, news: News) -> None:
         if isinstance(news, Loaded):

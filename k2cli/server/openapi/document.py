@@ -33,11 +33,11 @@ _STATUS_COMPONENTS = f"{_COMPONENTS}Status."
 _STATUSES: Mapping[int, str] = {
     400: "The request is wrong; the message names the field.",
     401: "The run asks for an API key, and the request has none or a wrong one.",
-    403: "The host or the origin of the request is not allowed.",
+    403: "The host or the origin of the request is not allowed, or not this route with this key.",
     404: "There is no such model.",
     413: "The body is over the limit of bytes.",
     415: "The body is not declared as JSON.",
-    429: "Too many requests are waiting.",
+    429: "Too many requests are waiting, or the key is over its limits.",
     500: "A fault of the server or of a rank.",
     503: "The run is not ready, or too many large requests are being received.",
     529: "Too many large requests are being received.",

@@ -6,7 +6,8 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
-from urllib.parse import unquote
+
+from k2cli.server.json_pointer import pointer_of_fragment, value_at
 
 Schema = dict[str, Any] | bool
 
@@ -19,15 +20,10 @@ def target(root: object, reference: object) -> Schema | None:
     """Return the part of a schema that a ``$ref`` within it names; None if it names none."""
     if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
         return None
-    found = root
-    for step in unquote(reference[1:]).split("/")[1:]:
-        step = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, dict) and step in found:
-            found = found[step]
-        elif isinstance(found, list) and step.isdecimal() and int(step) < len(found):
-            found = found[int(step)]
-        else:
-            return None
+    try:
+        found = value_at(root, pointer_of_fragment(reference))
+    except LookupError:
+        return None
     return found if isinstance(found, dict | bool) else None
 
 

@@ -7,9 +7,11 @@ unions with a tag, where the two are the same.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
 
+from k2cli.server.output.parameter_types import TYPES, type_of
 from k2cli.server.structured.normal_form import NormalSchema
 from k2cli.server.structured.rewriting import Schema
 from k2cli.server.structured.schema_problem import SchemaProblem
@@ -17,7 +19,7 @@ from k2cli.server.structured.schema_problem import SchemaProblem
 MAX_COMPARISONS = 50_000
 """Comparisons for one schema; with more, schemas count as overlapping."""
 _MAX_LEVELS = 16
-_TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
+_TYPES = TYPES - {"integer"}
 _OVERLAP = (
     "two of its schemas may match the same value, and 'exactly one' cannot be held; use anyOf"
 )
@@ -50,7 +52,7 @@ class _Comparison:
     """Proof that no value matches two schemas."""
 
     def __init__(self, found: NormalSchema) -> None:
-        self._definitions = found.definitions
+        self._found = found
         self._left = MAX_COMPARISONS
 
     def all_disjoint(self, options: list[Schema | bool]) -> bool:
@@ -68,7 +70,7 @@ class _Comparison:
     def _target(self, option: Schema | bool) -> Schema:
         """Return what a reference refers to, and another schema as it is."""
         if isinstance(option, dict) and list(option) == ["$ref"]:
-            option = self._definitions.get(option["$ref"].removeprefix("#/$defs/"), True)
+            option = self._found.target(option["$ref"])
         return option if isinstance(option, dict) else {}
 
     def disjoint(self, one: Schema | bool, other: Schema | bool, level: int) -> bool:
@@ -92,11 +94,8 @@ class _Comparison:
 
     def _parts_disjoint(self, one: Schema, other: Schema, level: int) -> bool:
         """Compare the schemas that ``one`` applies to the same value."""
-        if "$ref" in one:
-            name = one["$ref"].removeprefix("#/$defs/")
-            target = self._definitions.get(name, True)
-            if self.disjoint(target, other, level + 1):
-                return True
+        if "$ref" in one and self.disjoint(self._found.target(one["$ref"]), other, level + 1):
+            return True
         if any(self.disjoint(part, other, level + 1) for part in one.get("allOf", ())):
             return True
         return any(
@@ -118,33 +117,23 @@ class _Comparison:
 def _types(schema: Schema) -> frozenset[str]:
     """Return the types that the values of a schema may have; integers are numbers."""
     given = schema.get("type", _TYPES)
-    kinds = [given] if isinstance(given, str) else given
-    found = frozenset("number" if kind == "integer" else kind for kind in kinds)
-    values = _values(schema)
-    if values is None:
-        return found
-    return found & frozenset(_type_of(json.loads(value)) for value in values)
+    found = _with_numbers([given] if isinstance(given, str) else given)
+    values = _listed(schema)
+    return found if values is None else found & _with_numbers(map(type_of, values))
 
 
-def _type_of(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "boolean"
-        case int() | float():
-            return "number"
-        case str():
-            return "string"
-        case list():
-            return "array"
-        case _:
-            return "object"
+def _with_numbers(kinds: Iterable[str]) -> frozenset[str]:
+    return frozenset("number" if kind == "integer" else kind for kind in kinds)
+
+
+def _listed(schema: Schema) -> list[Any] | None:
+    """Return a schema's only values, if it lists them."""
+    return [schema["const"]] if "const" in schema else schema.get("enum")
 
 
 def _values(schema: Schema) -> set[str] | None:
     """Return the JSON texts of a schema's only values, if it lists them."""
-    given = [schema["const"]] if "const" in schema else schema.get("enum")
+    given = _listed(schema)
     if given is None:
         return None
     whole = (int(one) if isinstance(one, float) and one.is_integer() else one for one in given)

@@ -6,11 +6,12 @@ import json
 import re
 from typing import Any
 
+from k2cli.grammars.check import grammar_problem
 from k2cli.grammars.gbnf import lark_from_gbnf
 from k2cli.grammars.text import GrammarText, choice
 from k2cli.server.client_request import AnswerFormat
 from k2cli.server.errors import invalid
-from k2cli.server.structured.json_schema import checked_schema, compile_problem
+from k2cli.server.structured.json_schema import checked_schema
 
 MAX_PATTERN_LETTERS = 64 * 1024
 MAX_LARK_LETTERS = 64 * 1024
@@ -62,7 +63,7 @@ def _checked_pattern(pattern: str, field: str) -> str:
         message = f"{field}: has {len(pattern)} letters, and the most are {MAX_PATTERN_LETTERS}"
         raise invalid(message, field)
     text = GrammarText({})
-    _refuse_problem(compile_problem(text.build(text.terminal(pattern))), field)
+    _refuse_problem(grammar_problem(text.build(text.terminal(pattern))), field)
     return pattern
 
 
@@ -78,7 +79,7 @@ def _checked_lark(grammar: str, field: str) -> str:
         raise invalid(f"{field}: %lark is not supported: write the rules themselves", field)
     grammar = _with_checked_schemas(grammar, field)
     text = GrammarText({})
-    _refuse_problem(compile_problem(text.build(text.lark(grammar))), field)
+    _refuse_problem(grammar_problem(text.build(text.lark(grammar))), field)
     return grammar
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from k2cli.grammars.text import GrammarText, choice, optional
+from k2cli.grammars.text import ANY_TEXT, GrammarText, choice, optional
 from k2cli.server.errors import invalid
 from k2cli.server.output import harmony
 from k2cli.server.output.known_formats import TOOL_FORMATS
@@ -93,7 +93,7 @@ def calls_after_text(
     patterns: tuple[str, ...] = ()
     if form.bare:
         # Text that begins with such a letter is read as a call.
-        patterns = (rf"[{WHITESPACE}]*([^{re.escape(form.bare)}{WHITESPACE}](?s:.*))?",)
+        patterns = (rf"[{WHITESPACE}]*([^{re.escape(form.bare)}{WHITESPACE}]{ANY_TEXT})?",)
     ways = [calls.bare] if calls.bare else []
     for way in calls.openings:
         others = text.spelled(marker for marker in markers if marker != way.marker)
@@ -128,7 +128,8 @@ def _k3_messages(text: GrammarText, calls: Calls) -> str:
     (way,) = calls.openings
     begin = text.literal("<|open|>response<|sep|>")
     end = "<|close|>response<|sep|>"
-    response = f"{begin} {text.text_until(end, without=text.spelled((end, way.marker)))}"
+    # Without reasoning, the prompt has it already.
+    response = f"{optional(begin)} {text.text_until(end, without=text.spelled((end, way.marker)))}"
     some = text.rule(f"{text.literal(way.marker)} {way.rest}")
     return choice(f"{response} {some}?", some)
 

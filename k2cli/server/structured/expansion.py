@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 
-from k2cli.server.structured.normal_form import NormalSchema
+from k2cli.server.structured.normal_form import NormalSchema, definition_name
 from k2cli.server.structured.rewriting import Schema
 from k2cli.server.structured.schema_problem import SchemaProblem
 
@@ -94,7 +94,7 @@ def _ends(schema: Schema | bool, ending: set[str]) -> bool:
         return True
     if "const" in schema or "enum" in schema:
         return True
-    if "$ref" in schema and schema["$ref"].removeprefix("#/$defs/") not in ending:
+    if "$ref" in schema and definition_name(schema["$ref"]) not in ending:
         return False
     if not all(_ends(part, ending) for part in schema.get("allOf", ())):
         return False

@@ -75,7 +75,7 @@ class _Search:
         for pointer, child in children(part):
             yield places.get(id(child), place + pointer), child
         if "$ref" in part:
-            target = self._found.definitions[part["$ref"].removeprefix("#/$defs/")]
+            target = self._found.target(part["$ref"])
             yield places.get(id(target), place), target
 
     def _try(self, part: Schema | bool) -> str | None:

@@ -11,8 +11,8 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote
 
+from k2cli.server.json_pointer import pointer_of_fragment, pointer_part, value_at
 from k2cli.server.structured.keywords import (
     DRAFTS,
     FORMATS,
@@ -25,7 +25,7 @@ from k2cli.server.structured.keywords import (
 )
 from k2cli.server.structured.patterns import held_pattern
 from k2cli.server.structured.rewriting import Schema, replace_format, rewritten
-from k2cli.server.structured.schema_problem import SchemaProblem, pointer_part, shown
+from k2cli.server.structured.schema_problem import SchemaProblem, shown
 from k2cli.server.structured.schema_values import ValueChecks, check_dialect
 
 MAX_NESTING = 100
@@ -36,6 +36,9 @@ MAX_PROPERTIES = 2_000
 """Of one object: compiling takes time that is quadratic in them (2,000: 0.7 s)."""
 MAX_PATTERNS = 64
 """Patterns of names in one object: each pair is compared (200: 2 s)."""
+
+
+_DEFINITIONS = "#/$defs/"
 
 
 @dataclass(slots=True)
@@ -60,12 +63,21 @@ class NormalSchema:
     sizes: dict[str, int] = field(default_factory=dict)
     one_ofs: list[Schema] = field(default_factory=list)
 
+    def target(self, reference: str) -> Schema | bool:
+        """Return the definition that a ``$ref`` of a part names."""
+        return self.definitions[definition_name(reference)]
+
     def schema_of(self, part: Schema | bool) -> Schema:
         """Return a part as a schema of its own."""
         if part is False:
             return {"not": {}}
         alone = {} if part is True else dict(part)
         return alone | {"$defs": self.definitions} if self.definitions else alone
+
+
+def definition_name(reference: str) -> str:
+    """Return the name of the definition to which a ``$ref`` of the normal form refers."""
+    return reference.removeprefix(_DEFINITIONS)
 
 
 def normal_form(schema: Any, *, lenient: bool = False) -> NormalSchema:
@@ -304,36 +316,31 @@ class _Reader:
         if not path.startswith("#"):
             reason = f"{shown(value)} is another document; nothing is fetched for a schema"
             raise SchemaProblem(place, reason)
-        pointer = unquote(path[1:]).rstrip("/")
+        pointer = pointer_of_fragment(path).rstrip("/")
         if pointer and not pointer.startswith("/"):
             pointer = self._anchor(pointer, value, place)
         name = self._names.get(pointer)
         if name is None:
             name = self._names[pointer] = f"d{len(self._names)}"
-            self._waiting.append((name, pointer, self._at(pointer, value, place)))
+            try:
+                target = value_at(self._whole, pointer)
+            except LookupError:
+                raise _points_to_nothing(value, place) from None
+            self._waiting.append((name, pointer, target))
         self._found.references[self._within].append((name, depth, beside))
-        return f"#/$defs/{name}"
-
-    def _at(self, pointer: str, value: str, place: str) -> Any:
-        """Return what a JSON pointer points to."""
-        found = self._whole
-        for part in pointer.split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, dict) and name in found:
-                found = found[name]
-            elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-                found = found[int(name)]
-            else:
-                raise SchemaProblem(place, f"{shown(value)} points to nothing")
-        return found
+        return f"{_DEFINITIONS}{name}"
 
     def _anchor(self, name: str, value: str, place: str) -> str:
         """Return the pointer of the schema that has a name of its own."""
         if self._anchors is None:
             self._anchors = _anchors(self._whole)
         if name not in self._anchors:
-            raise SchemaProblem(place, f"{shown(value)} points to nothing")
+            raise _points_to_nothing(value, place)
         return self._anchors[name]
+
+
+def _points_to_nothing(reference: str, place: str) -> SchemaProblem:
+    return SchemaProblem(place, f"{shown(reference)} points to nothing")
 
 
 def _refers(schema: Any) -> bool:

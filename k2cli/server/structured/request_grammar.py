@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from k2cli.grammars.check import grammar_problem
 from k2cli.grammars.text import GrammarText, choice, optional
 from k2cli.protocol import Grammar
 from k2cli.server.client_request import AnswerFormat, AnswerOptions, OutputOptions, ToolChoice
@@ -20,11 +21,12 @@ from k2cli.server.output.parser import ReasoningFormat
 from k2cli.server.output.tool_format import ToolFormat
 from k2cli.server.structured.answer_format import format_expression, is_json
 from k2cli.server.structured.calls import Function, call_grammar, calls_after_text
-from k2cli.server.structured.json_schema import checked_schema, compile_problem
+from k2cli.server.structured.json_schema import checked_schema
 
 _NEWLINES = r"\n{1,4}"
 """Newlines that models were trained to write after reasoning."""
 _KIMI_K3 = "kimi_k3"
+_K3_RESPONSE = "<|open|>response<|sep|>"
 _SHOWN_NAMES = 20
 
 
@@ -82,7 +84,7 @@ def request_grammar(
     else:
         start, prefix = writer.whole(wanted, calls, chosen)
     grammar = text.build(start)
-    problem = compile_problem(grammar)
+    problem = grammar_problem(grammar)
     if problem is not None:
         raise invalid(f"{field}: the grammar of the answer cannot be used: {problem}", field)
     return Grammar(grammar, prefix)
@@ -200,7 +202,8 @@ class _Writer:
             prefix = self._prefix()
             if calls is not None:
                 body = choice(body, self._calls(calls.alone(self.text)))
-        return self._after_reasoning(self.text.rule(body)), prefix
+        gap = wanted is not None and not is_json(wanted) and self.form.trims_newlines
+        return self._after_reasoning(self.text.rule(body), gap=gap), prefix
 
     @property
     def _reasoning(self) -> ReasoningFormat | None:
@@ -213,6 +216,11 @@ class _Writer:
     def _begun(self) -> bool:
         """True if the prompt ends within the answer's own text."""
         return self.prompted.continued is not None and not self.inside
+
+    @property
+    def _k3_opened(self) -> bool:
+        """True if the prompt ends within a response of Kimi K3, as it does without reasoning."""
+        return self._begun or self.prompted.prompt.endswith(_K3_RESPONSE)
 
     def _prefix(self) -> str:
         """Return the beginning of the answer's own text, if the prompt ends with one."""
@@ -227,7 +235,7 @@ class _Writer:
     def _answer(self, wanted: AnswerFormat) -> str:
         """Return the expression of an answer in a format."""
         value = format_expression(wanted, self.text)
-        if is_json(wanted) or self.form.trims_newlines:
+        if is_json(wanted):
             value = f"{self.text.terminal(_NEWLINES)}? {value}"
         if self._is(harmony.NAME):
             if self._begun or self.prompted.prompt.endswith(harmony.BODY):
@@ -236,13 +244,14 @@ class _Writer:
             kind = optional(constrained) if is_json(wanted) else ""
             return f"{self.text.literal('<|channel|>final')} {kind} {self._message()} {value}"
         if self._is(_KIMI_K3):
-            begins = "" if self._begun else self._marker("<|open|>response<|sep|>")
+            begins = "" if self._k3_opened else self._marker(_K3_RESPONSE)
             return f"{begins} {value} {self._marker('<|close|>response<|sep|>')} {self._k3_end()}"
         return value
 
     def _calls(self, calls: str) -> str:
         if self._is(_KIMI_K3):
-            empty = self._marker("<|open|>response<|sep|><|close|>response<|sep|>")
+            begins = "" if self._k3_opened else self._marker(_K3_RESPONSE)
+            empty = f"{begins} {self._marker('<|close|>response<|sep|>')}"
             return f"{optional(empty)} {calls} {self._k3_end()}"
         return f"{self.text.terminal(_NEWLINES)}? {calls}" if self._reasoning else calls
 
@@ -261,8 +270,13 @@ class _Writer:
 
     # --- reasoning ---
 
-    def _after_reasoning(self, body: str) -> str:
-        """Return the expression of reasoning, as far as there is any, and what follows it."""
+    def _after_reasoning(self, body: str, *, gap: bool) -> str:
+        """Return the expression of reasoning, as far as there is any, and what follows it.
+
+        Args:
+            gap: True for a body before which newlines are allowed after reasoning. They are no part
+                of the answer there. Without reasoning they would be, and break its format.
+        """
         form = self._reasoning
         if form is None:
             return body
@@ -274,9 +288,11 @@ class _Writer:
                 return f"{ends} {thought}* {body}"
             at_start = not (self._begun or self.prompted.prompt.endswith(harmony.BODY))
             return f"{thought}* {body}" if at_start else body
+        if gap:
+            ends = f"{ends} {self.text.terminal(_NEWLINES)}?"
         if self.inside:
             return f"{ends} {body}"
-        if self._begun or self.prompted.prompt.rstrip().endswith(form.close):
+        if self._begun or self.prompted.prompt.rstrip().endswith((form.close, _K3_RESPONSE)):
             return body
         before = f"{self.text.terminal(_NEWLINES)}?"
         return f"{optional(f'{before} {self._marker(form.opens)} {ends}')} {body}"

@@ -21,11 +21,6 @@ class SchemaProblem(Exception):
         self.reason = reason
 
 
-def pointer_part(name: str) -> str:
-    """Return a name as a part of a JSON pointer, with the slash before it."""
-    return "/" + name.replace("~", "~0").replace("/", "~1")
-
-
 def shown(value: object) -> str:
     """Return a value as JSON text for a message, shortened."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

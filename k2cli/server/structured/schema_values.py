@@ -6,10 +6,11 @@ import functools
 import json
 from typing import Any
 
+from k2cli.server.json_pointer import pointer_part
 from k2cli.server.structured.keywords import COUNTS, DRAFTS, NUMBERS, PLAIN
 from k2cli.server.structured.patterns import CANNOT_BE_WRITTEN, CONTROL
 from k2cli.server.structured.rewriting import MAX_COUNT, Schema
-from k2cli.server.structured.schema_problem import SchemaProblem, pointer_part, shown
+from k2cli.server.structured.schema_problem import SchemaProblem, shown
 
 MAX_REQUIRED = 2_000
 MAX_ENUM_VALUES = 10_000
@@ -23,6 +24,7 @@ MAX_SHARED_FACTOR = 65_535
 """With several ``multipleOf``, their least common multiple must fit into 32 bits."""
 
 _LEAST_LITERAL = 1e-9
+_MAX_CACHED_LETTERS = 1_000
 
 
 class ValueChecks:
@@ -62,7 +64,7 @@ class ValueChecks:
                     raise SchemaProblem(f"{pointer}/{key}", reason)
         for key in (*NUMBERS, *COUNTS):
             most = MAX_EXACT_INTEGER if key in NUMBERS else MAX_COUNT
-            if abs(given.get(key, 0)) > most:
+            if not abs(given.get(key, 0)) <= most:  # nor NaN
                 raise SchemaProblem(f"{pointer}/{key}", f"{shown(given[key])} is too large")
         _check_order(given, pointer)
         if "multipleOf" in given:
@@ -122,7 +124,7 @@ def _check_literals(value: Any, pointer: str, several: bool) -> int:
             raise SchemaProblem(place, f"has {CANNOT_BE_WRITTEN}")
         elif isinstance(found, int | float) and not isinstance(found, bool):
             small = isinstance(found, float) and 0 < abs(found) < _LEAST_LITERAL
-            if abs(found) > MAX_EXACT_INTEGER or small:
+            if small or not abs(found) <= MAX_EXACT_INTEGER:
                 raise SchemaProblem(place, f"{shown(found)} is too large or too small")
     return members
 
@@ -150,7 +152,10 @@ _LIMITS = (
 
 
 def _check_shape(shape: Schema, pointer: str) -> None:
-    found = _shape_problem(json.dumps(shape, sort_keys=True))
+    text = json.dumps(shape, sort_keys=True)
+    # The cache counts its entries, and a client may send many that are long.
+    find = _shape_problem if len(text) <= _MAX_CACHED_LETTERS else _shape_problem.__wrapped__
+    found = find(text)
     if found is not None:
         raise SchemaProblem(pointer + found[0], found[1])
 
@@ -177,9 +182,5 @@ def _shape_validator() -> Any:
     The whole metaschema takes ten times as long, and checks subschemas, which the reader visits.
     """
     from jsonschema import Draft202012Validator
-    from jsonschema_specifications import REGISTRY
 
-    return Draft202012Validator(REGISTRY.contents(DRAFTS[0].replace("/schema", _VALIDATION)))
-
-
-_VALIDATION = "/meta/validation"
+    return Draft202012Validator({"$ref": DRAFTS[0].replace("/schema", "/meta/validation")})

@@ -1,104 +1,91 @@
-"""Terminal of an interactive chat: line editing, the streamed answer, notes and figures."""
+"""Terminal of an interactive chat: messages of the user, streamed answers, notes and figures."""
 
 from __future__ import annotations
 
-import contextlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from k2cli.errors import K2Error
-from k2cli.files import disk_reason
-from k2cli.ui.chat.stream import AnswerWriter, ReasoningWriter, StatusLine, dim_note
-from k2cli.ui.output import note, print_error
+from k2cli.ui.chat.answer_view import AnswerView
+from k2cli.ui.chat.clipboard import copy
+from k2cli.ui.chat.editor import PROMPT, edit_in_program, make_editor
+from k2cli.ui.chat.stream import (
+    AnswerWriter,
+    ReasoningWriter,
+    dim_note,
+    may_style,
+    wrapped,
+    write_sequence,
+)
+from k2cli.ui.chat.width import text_width
+from k2cli.ui.output import note, print_error, stderr_console, warn
+from k2cli.units import clean_text, one_line
 
 if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import History
+    from k2cli.chat.terminal import Complete
 
-PROMPT = ">>> "
-_CONTINUED = "... "
-
-
-def _open_history(path: Path) -> History:
-    """Open the file of entered lines; one that cannot be written does not end a chat."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    class LossyHistory(FileHistory):
-        def store_string(self, string: str) -> None:
-            with contextlib.suppress(OSError):  # a full disk: this line is not kept
-                super().store_string(string)
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The history is private to the user.
-        path.touch(mode=0o600, exist_ok=True)
-    except OSError as error:
-        note(f"what you enter is not kept: '{path}' cannot be written: {disk_reason(error, path)}")
-        return InMemoryHistory()
-    return LossyHistory(str(path))
+_MOST_LINES = 10
+"""Lines of an earlier question that are shown again."""
 
 
 class ChatTerminal:
     """Terminal of one chat.
 
     Args:
-        history_file: for the lines that the user enters.
-        markdown: see ``AnswerWriter``.
+        history_file: where the lines that the user enters are kept; None to keep none.
+        markdown: False to show answers as they are.
     """
 
-    def __init__(self, history_file: Path, *, markdown: bool = True) -> None:
-        self._history_file = history_file
+    def __init__(self, history_file: Path | None, *, markdown: bool = True) -> None:
+        self._editor = make_editor(history_file)
         self._markdown = markdown
-        self._session: PromptSession[str] | None = None
-        self._writer: AnswerWriter | None = None
-        self._reasoning = ReasoningWriter()
-        self._status = StatusLine()
 
-    def read_line(self, *, continued: bool = False) -> str:
-        """Read one line, or several if they were pasted together.
+    def read_message(self, status: str, complete: Complete) -> str:
+        """Read a message of one or several lines.
 
         Raises:
             KeyboardInterrupt: for Ctrl-C.
             EOFError: for Ctrl-D on an empty line.
         """
-        if self._session is None:
-            self._session = self._open()
-        return self._session.prompt(_CONTINUED if continued else PROMPT)
+        return self._editor.read(status, complete)
 
-    def _open(self) -> PromptSession[str]:
-        # Importing prompt_toolkit takes 0.2 s, and one-shot chats do not need it.
-        from prompt_toolkit import PromptSession
-        from prompt_toolkit.output import create_output
-
-        return PromptSession(
-            history=_open_history(self._history_file),
-            output=create_output(always_prefer_tty=True),
+    def answer_screen(
+        self, status: Callable[[], str], thought: Callable[[], str], *, show_reasoning: bool
+    ) -> QuietAnswerView:
+        """Return a view for the next answer."""
+        return QuietAnswerView(
+            status, thought, show_reasoning=show_reasoning, markdown=self._markdown
         )
 
-    def status(self, text: str) -> None:
-        """Show the state of the server before the answer begins."""
-        self._status.show(text)
+    def edit(self, text: str) -> str:
+        """Let the user edit a text in an editor of the environment."""
+        return edit_in_program(text)
 
-    def reasoning_text(self, text: str) -> None:
-        """Write more of the reasoning before the answer."""
-        self._status.clear()
-        self._reasoning.write(text)
+    def copy(self, text: str) -> str:
+        """Copy a text to the clipboard; return how."""
+        return copy(text)
 
-    def answer_text(self, text: str) -> None:
-        """Write more of the answer."""
-        self._status.clear()
-        self._reasoning.finish()
-        if self._writer is None:
-            self._writer = AnswerWriter(markdown=self._markdown)
-        self._writer.write(text)
+    def show_answer(self, text: str) -> None:
+        """Show an answer that is there already."""
+        writer = AnswerWriter(markdown=self._markdown)
+        writer.write(text)
+        writer.finish()
 
-    def answer_end(self) -> None:
-        """Finish an answer that is complete or was interrupted."""
-        self._status.clear()
-        self._reasoning.finish()
-        if self._writer is not None:
-            self._writer.finish()
-            self._writer = None
+    def show_question(self, text: str) -> None:
+        """Show a question that was asked before, as far as it is short."""
+        lines = text.splitlines() or [""]
+        for number, line in enumerate(lines[:_MOST_LINES]):
+            dim_note((PROMPT if number == 0 else "... ") + line)
+        if len(lines) > _MOST_LINES:
+            dim_note(f"... ({len(lines) - _MOST_LINES} more lines)")
+
+    def show_reasoning(self, text: str) -> None:
+        """Show the reasoning of an earlier answer."""
+        writer = ReasoningWriter()
+        writer.write(text)
+        writer.finish()
 
     def figures(self, text: str) -> None:
         """Show speed and token counts of the answer."""
@@ -106,8 +93,76 @@ class ChatTerminal:
 
     def note(self, text: str) -> None:
         """Show a message."""
-        note(text)
+        note(wrapped(clean_text(text), 2))
+
+    def table(self, rows: list[tuple[str, str]]) -> None:
+        """Show names with their meanings, in two columns."""
+        width = max((text_width(one_line(name)) for name, _ in rows), default=0)
+        for name, meaning in rows:
+            name = one_line(name)
+            space = " " * (width - text_width(name) + 2)
+            note(wrapped(f"{name}{space}{one_line(meaning)}", width + 2))
+
+    def warn(self, text: str) -> None:
+        """Show a warning."""
+        warn(text)
 
     def error(self, error: K2Error) -> None:
         """Show an error; the chat continues."""
         print_error(error)
+
+
+class QuietAnswerView(AnswerView):
+    """View of an answer during which keys are not shown: they go to the next message."""
+
+    def __init__(
+        self,
+        status: Callable[[], str],
+        thought: Callable[[], str],
+        *,
+        show_reasoning: bool = False,
+        markdown: bool = True,
+    ) -> None:
+        self._settings = _hide_keys()
+        super().__init__(status, thought, show_reasoning=show_reasoning, markdown=markdown)
+
+    def end(self) -> None:
+        """End the answer, and show keys again."""
+        try:
+            super().end()
+        finally:
+            _restore_keys(self._settings)
+
+
+def _hide_keys() -> list[Any] | None:
+    """Turn off echo and line editing of the terminal; Ctrl-C stays a signal.
+
+    Pasted text is marked as such by the terminal, so that the editor reads it as one message.
+    """
+    import termios
+
+    if not sys.stdin.isatty() or stderr_console().is_dumb_terminal:
+        return None
+    try:
+        before = termios.tcgetattr(sys.stdin)
+        changed = [*before[:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, changed)
+    except termios.error:
+        return None
+    _mark_pastes(on=True)
+    return before
+
+
+def _restore_keys(settings: list[Any] | None) -> None:
+    import contextlib
+    import termios
+
+    if settings is not None:
+        _mark_pastes(on=False)
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
+
+
+def _mark_pastes(*, on: bool) -> None:
+    if may_style(sys.stderr):
+        write_sequence("\x1b[?2004h" if on else "\x1b[?2004l")

@@ -19,6 +19,8 @@ import psutil
 import pytest
 
 from k2cli.agent.locks import Claim, lock_path, take
+from k2cli.errors import K2Error
+from k2cli.models.inventory.readers import not_read, reading
 from k2cli.models.part import write_part_list
 from k2cli.runs.record import RankRecord, RunRecord, RunState, read_record, save_record
 from tests.models.mock_hub import COMMIT, MockHub, served_hub
@@ -193,6 +195,21 @@ def test_a_running_push_is_respected(tmp_path: Path) -> None:
         assert "being written by a running push" in refused.stderr
         assert "a push is running" in k2("models", "prune", "--yes").stderr
     assert len(_models()["localhost"]) == 2
+
+
+def test_what_a_push_reads_stays(two_revisions: str, tmp_path: Path) -> None:
+    snapshots = tmp_path / "hf" / "hub" / "models--mock--model" / "snapshots"
+    (old,) = (path for path in snapshots.iterdir() if path.name != two_revisions)
+    with reading(old), reading(old):
+        refused = k2("models", "remove", "mock/model", "--yes")
+        assert refused.returncode == 1
+        assert "is being sent by a running push" in refused.stderr
+        assert k2("models", "prune", "--yes").returncode == 0
+        assert len(_models()["localhost"]) == 2
+    with not_read(old, "x"), pytest.raises(K2Error, match="is being removed"), reading(old):
+        pass
+    assert k2("models", "prune", "--yes").returncode == 0
+    assert [model["commit"] for model in _models()["localhost"]] == [two_revisions]
 
 
 def test_an_interrupted_download_of_the_library_is_listed(hub: MockHub, tmp_path: Path) -> None:

@@ -25,12 +25,13 @@ from k2cli.models.inventory.prune import find_prunable, prune
 from k2cli.models.inventory.remove import remove_models, remove_revisions
 from k2cli.models.inventory.stored import stored_models
 from k2cli.models.inventory.stored_model import ModelUse
+from k2cli.models.inventory.verified import note_path, note_states, read_states, state_of
 from k2cli.models.inventory.writers import held, is_held
 from k2cli.models.reference import SOURCE_NAME
 from k2cli.models.sources import download
 from k2cli.models.sources.cache_layout import FolderLayout
 from k2cli.models.sources.expected_files import ExpectedFile
-from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
+from k2cli.models.sources.snapshot_record import SnapshotRecord, record_path, write_record
 from k2cli.settings import data_directory, models_directory
 from tests.support.hub_cache import NEW, OLD, put_revision, small_model
 
@@ -227,6 +228,34 @@ def test_a_note_of_a_later_version_is_not_read_by_the_rules_of_this_one(
     entry.write_bytes(msgspec.json.encode(later))
     assert known_folder(folder) is None
     assert "it did not write" in plan_removal(ModelQuestion(str(folder))).problem
+
+
+def test_notes_of_a_later_version_are_neither_replaced_nor_read(
+    cache: Path, tmp_path: Path
+) -> None:
+    contents = small_model(1)
+    folder = _write(tmp_path / "made", contents)
+
+    def note() -> None:
+        remember_folder(folder, "push", stamps_of(folder))
+        write_record(folder, _record(contents))
+        note_states(folder, {SHARD: state_of(folder / SHARD, "a" * 64, "push")})
+
+    note()
+    paths = [
+        *(data_directory() / "known-folders").glob("*.json"),
+        record_path(folder),
+        note_path(folder),
+    ]
+    written = {}
+    for path in paths:
+        later = msgspec.json.decode(path.read_bytes()) | {"schema_version": 2, "more": 1}
+        written[path] = msgspec.json.encode(later)
+        path.write_bytes(written[path])
+    note()
+    assert {path: path.read_bytes() for path in paths} == written
+    assert len(written) == 3
+    assert read_states(folder, [SHARD]) == {}
 
 
 @pytest.mark.parametrize("text", ["/", "~", "."])

@@ -172,7 +172,10 @@ def test_what_is_printed_can_be_copied(hub: MockHub, tmp_path: Path) -> None:
     assert done.stdout.endswith(f" ({format_bytes(size)})\n")
     assert "hint: k2 download mock/model --json --events\n" in k2("mock/model", "--events").stderr
     assert k2("mock/model", "--limit-rate", "50MB/s").returncode == 0
-    assert "hint: --limit-rate 50M\n" in k2("mock/model", "--limit-rate", "x").stderr
+    assert (
+        "hint: k2 download mock/model --limit-rate 50M\n"
+        in k2("mock/model", "--limit-rate", "x").stderr
+    )
     assert "has no absent/other (HTTP 404)" in k2("absent/other").stderr
 
 

@@ -142,6 +142,11 @@ def test_a_calibration_is_used_for_its_own_machines_and_replaced_by_a_newer_one(
     assert source(nodes, "mpi") is None
     assert source(nodes[:1], "ring") is None
     assert source(parse_hardware("2x m3-ultra-256"), "ring") is None
+    later = calibration_file().read_text().replace('"schema_version": 1', '"schema_version": 9')
+    calibration_file().write_text(later)
+    with pytest.raises(K2Error, match="of a later version of k2"):
+        save_calibration(_entry(nodes, "ring", "2026-11-04"))
+    assert calibration_file().read_text() == later
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"entries": [1]}', b"\xff\xfe"])

@@ -19,10 +19,11 @@ from k2cli.server.client_request import OutputOptions
 from k2cli.server.output.events import Blocks
 from k2cli.server.output.known_formats import TOOL_FORMATS
 from k2cli.server.output.output_format import OutputFormat, choose_output_format
-from k2cli.server.structured.calls import Function
+from k2cli.server.structured.calls import Function, call_grammar, calls_after_text
 from k2cli.server.text_assembler import Marker, Piece
 from tests.server.output.parsing import check_order, run
 
+FORMS = [*TOOL_FORMATS]
 _BYTES = 256
 _END = "<end of answer>"
 
@@ -169,3 +170,10 @@ def read(of: Model, ids: Sequence[int], functions: Sequence[Function], cuts: Ite
     blocks = Blocks()
     blocks.add(events)
     return blocks
+
+
+def grammar(of: Model, functions: Sequence[Function], several: bool, after_text: bool) -> str:
+    assert of.form.tools is not None
+    text = of.text()
+    make = calls_after_text if after_text else call_grammar
+    return text.build(make(of.form.tools, functions, text, several=several))

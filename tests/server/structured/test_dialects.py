@@ -203,6 +203,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object", "true"),
     (CHAT, {"guided_choice": ["a", ""]}, "guided_choice", "not empty"),
     (CHAT, {"guided_json": "{"}, "guided_json", "is not JSON"),
+    (CHAT, {"guided_json": '{"type": "\\ud800"}'}, "guided_json", "a lone surrogate"),
+    (CHAT, {"grammar": 'start: %json {"\\ud800": 1}'}, "grammar", "%json: has a lone surrogate"),
     (CHAT, JSON_FORMAT | {"k2": {"ignore_stop_tokens": True}}, "k2.ignore_stop_tokens", "ends"),
     (CHAT, TWO_CHAT | {"tool_choice": "required", "k2": {"ignore_stop_tokens": True}},
      "k2.ignore_stop_tokens", "'tool_choice'"),

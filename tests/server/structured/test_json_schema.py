@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from k2cli.server.errors import ApiError
 from k2cli.server.structured import json_schema
-from k2cli.server.structured.json_schema import BoundedCache, checked_schema
+from k2cli.server.structured.json_schema import checked_schema
 from tests.server.structured.matching import holds
 
 
@@ -59,11 +60,15 @@ PLACES: list[tuple[Any, str]] = [
     (inside({"minLength": 2**40}), "s/properties/a/minLength: 1099511627776 is too large"),
     (inside({"enum": [1, 10**30]}), "s/properties/a/enum/1: 1000"),
     (inside({"const": 1e-20}), "s/properties/a/const: 1e-20 is too large or too small"),
+    (inside({"enum": [1, math.nan]}), "s/properties/a/enum/1: NaN is too large or too small"),
+    (inside({"minimum": math.nan}), "s/properties/a/minimum: NaN is too large"),
+    (inside({"title": "\ud800"}), "s: has a lone surrogate"),
     (inside({"minProperties": 2}), "s/properties/a/minProperties: 2: more than 1 cannot be held"),
     (inside({"$ref": "http://a/b"}), "s/properties/a/$ref: http://a/b is another document"),
     (inside({"$ref": "other.json#/x"}), "s/properties/a/$ref: other.json#/x is another document"),
     (inside({"$ref": "#/$defs/none"}), "s/properties/a/$ref: #/$defs/none points to nothing"),
     (inside({"$ref": "#none"}), "s/properties/a/$ref: #none points to nothing"),
+    ({"prefixItems": [{"$ref": f"#/prefixItems/{'9' * 5000}"}]}, "s/prefixItems/0/$ref: #/prefixI"),
     (inside({"$id": "b", "$ref": "#"}), "s/properties/a/$id: a schema with a name of its own"),
     (inside({"const": {"b": ["a\x00"]}}), "s/properties/a/const/b/0: has a control character"),
     (inside({"required": ["\x7f"]}), "s/properties/a: the name '\\x7f' has a control character"),
@@ -174,13 +179,3 @@ def test_what_is_lenient_leaves_out_what_cannot_be_held() -> None:
     assert not holds(schema, {"b": 1}, lenient=True)
     with pytest.raises(ApiError, match="s/type: objekt is not a type"):
         checked_schema({"type": "objekt"}, "s", lenient=True)
-
-
-def test_a_cache_keeps_what_was_used_last() -> None:
-    cache: BoundedCache[str] = BoundedCache(10)
-    for key in (b"a", b"b"):
-        cache.put(key, "x", 5)
-    assert cache.get(b"a") == "x"
-    cache.put(b"c", "x", 5)
-    cache.put(b"d", "x", 11)
-    assert [cache.get(key) for key in (b"a", b"b", b"c", b"d")] == ["x", None, "x", None]

@@ -173,6 +173,21 @@ def test_each_kind_of_format() -> None:
         assert not model.vocabulary.accepts(plain.text, f"<think></think>{right}")
 
 
+@pytest.mark.parametrize("kind", ["regex", "choice", "lark", "gbnf"])
+def test_newlines_are_no_part_of_a_text_that_is_no_json(kind: Any) -> None:
+    """After reasoning they belong to its marker; without it a client would get them."""
+    value = {"choice": ["ja"], "lark": 'start: "ja"', "gbnf": 'root ::= "ja"'}.get(kind, "ja")
+    wanted = AnswerFormat(kind, value)
+    for name in (NONE, "think"):
+        model = Model.of(name)
+        for prompt in ("Hi", "<think></think>"):
+            assert model.takes("ja", prompt, wanted=wanted)
+            assert not model.takes("\nja", prompt, wanted=wanted)
+    thought = "<think>Hm</think>\n\nja"
+    assert model.takes(thought, "Hi", wanted=wanted)
+    assert model.reads(thought).text == "ja"
+
+
 def test_calls_or_the_format() -> None:
     model = Model.of("think", "kimi_k2")
     model.tools = [tool("f"), tool("g", required=[])]

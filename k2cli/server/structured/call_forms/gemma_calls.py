@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,11 @@ from k2cli.server.structured.call_forms.parts import (
     Calls,
     Function,
     Opening,
+    check_tokens,
     joined,
     refuse,
     separated,
 )
-from k2cli.server.structured.call_forms.python_calls import check_tokens
 from k2cli.server.structured.call_forms.typed_calls import argument_lists
 from k2cli.server.structured.call_forms.typed_values import ValuePlace, ValueSchema, text_value
 
@@ -48,7 +48,9 @@ def gemma4(functions: Sequence[Function], text: GrammarText, *, several: bool) -
     for function in functions:
         if not _GEMMA4_NAME.fullmatch(function.name):
             raise refuse("gemma4", function, _NO_WORD)
-        each.append(_call("gemma4", function, text, argument_lists("gemma4", function, write)))
+        each.append(
+            _call("gemma4", function, text, argument_lists("gemma4", function, write, in_order))
+        )
     return _sections(_GEMMA4, each, text, several=several)
 
 
@@ -78,10 +80,8 @@ def function_gemma(functions: Sequence[Function], text: GrammarText, *, several:
     each = []
     for function in functions:
         if not _WORD.fullmatch(function.name):
-            raise refuse(
-                "function_gemma", function, "its name has other letters than those of words"
-            )
-        lists = argument_lists("function_gemma", function, write)
+            raise refuse("function_gemma", function, _NO_WORD)
+        lists = argument_lists("function_gemma", function, write, in_order)
         each.append(_call("function_gemma", function, text, lists))
     return _sections(_FUNCTION_GEMMA, each, text, several=several)
 
@@ -99,6 +99,11 @@ def _sections(
     opens, end = text.literal(markers[0]), text.literal(markers[1])
     call = text.rule(f"{choice(*calls)} {end}")
     return Calls((Opening(markers[0], joined(call, opens, several=several)),))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names in the order in which the chat templates write them."""
+    return sorted(names, key=str.lower)
 
 
 @dataclass(slots=True)
@@ -210,8 +215,8 @@ class _Notation:
             return f"{begin} {self._members(self.value(more))} {end}"
         members = {**properties, **{name: True for name in required if name not in properties}}
         items = [
-            (self.text.rule(f"{self.key(name)} {self.value(schema)}"), name in required)
-            for name, schema in members.items()
+            (self.text.rule(f"{self.key(name)} {self.value(members[name])}"), name in required)
+            for name in in_order(members)
         ]
         return f"{begin} {separated(self.text, items, self.text.letters(','))} {end}"
 

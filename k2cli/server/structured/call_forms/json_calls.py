@@ -22,6 +22,7 @@ from k2cli.server.structured.call_forms.parts import (
 
 _NUMBER = "(0|[1-9][0-9]{0,3})"
 _SHORT_ID = "[a-zA-Z0-9]{9}"
+_LIST_BEGIN, _LIST_END = r" ?\[[ \n]?", r"[ \n]?\]"
 
 
 def _refuse_names(form: str, functions: Sequence[Function], letters: str) -> None:
@@ -71,20 +72,15 @@ def deepseek_v3(functions: Sequence[Function], text: GrammarText, *, several: bo
 
 
 def mistral(functions: Sequence[Function], text: GrammarText, *, several: bool) -> Calls:
-    """``NAME[ARGS]{...}`` for vocabularies with that token, else a list of objects."""
+    """``NAME[ARGS]{...}`` for vocabularies with that token, or a list of objects."""
     marker = "[TOOL_CALLS]"
+    objects = (
+        _named_object("mistral", text, each, "arguments", with_id=True) for each in functions
+    )
+    inner = joined(text.rule(choice(*objects)), text.terminal(r"[ \n]?,[ \n]?"), several=several)
+    list_of = f"{text.terminal(_LIST_BEGIN)} {inner} {text.terminal(_LIST_END)}"
     if not text.is_token("[ARGS]"):
-        call = text.rule(
-            choice(
-                *(
-                    _named_object("mistral", text, each, "arguments", with_id=True)
-                    for each in functions
-                )
-            )
-        )
-        calls = joined(call, text.terminal(r"[ \n]?,[ \n]?"), several=several)
-        ends = (text.terminal(r" ?\[[ \n]?"), text.terminal(r"[ \n]?\]"))
-        return Calls((Opening(marker, f"{ends[0]} {calls} {ends[1]}"),))
+        return Calls((Opening(marker, list_of),))
     _refuse_names("mistral", functions, " []{}")
     arguments = text.literal("[ARGS]")
     call_id = ""
@@ -95,8 +91,8 @@ def mistral(functions: Sequence[Function], text: GrammarText, *, several: bool) 
         f"{arguments_object('mistral', text, function)}"
         for function in functions
     )
-    call = text.rule(choice(*each))
-    return Calls((Opening(marker, joined(call, text.literal(marker), several=several)),))
+    calls = joined(text.rule(choice(*each)), text.literal(marker), several=several)
+    return Calls((Opening(marker, choice(calls, list_of)),))
 
 
 # --- objects with the name and the arguments ---

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from k2cli.grammars.check import grammar_problem
@@ -84,6 +82,23 @@ def check_names(form: str, functions: Sequence[Function]) -> None:
             raise refuse(form, function, "its name has whitespace around it or control characters")
 
 
+def check_tokens(
+    form: str, markers: Sequence[str], functions: Sequence[Function], text: GrammarText
+) -> None:
+    """Check that markers are tokens, since strings between them may have the same letters.
+
+    Raises:
+        ApiError: if one is not.
+    """
+    for marker in markers:
+        if not text.is_token(marker):
+            message = (
+                f"calls in this model's format ({form}) cannot be held to a grammar, because its "
+                f"tokenizer has no token {marker}"
+            )
+            raise invalid(message, functions[0].field)
+
+
 def gap(text: GrammarText) -> str:
     """Return an expression for whitespace that may be left out."""
     return f"{text.terminal(GAP)}?"
@@ -146,14 +161,6 @@ def as_object(parameters: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def json_problem(schema: Schema, *, strict: bool) -> str | None:
-    """Return why llguidance cannot express a schema; None if it can.
-
-    The answers are kept, because a conversation sends the same functions in each request.
-    """
-    return _problem(json.dumps(schema), strict)
-
-
-@lru_cache(maxsize=1024)
-def _problem(schema: str, strict: bool) -> str | None:
+    """Return why llguidance cannot express a schema; None if it can."""
     text = GrammarText({})
-    return grammar_problem(text.build(text.json(json.loads(schema), lenient=not strict)))
+    return grammar_problem(text.build(text.json(schema, lenient=not strict)))

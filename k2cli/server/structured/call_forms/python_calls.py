@@ -12,13 +12,13 @@ import unicodedata
 from collections.abc import Sequence
 
 from k2cli.grammars.text import GrammarText, choice
-from k2cli.server.errors import invalid
-from k2cli.server.output.parameter_types import Schema
+from k2cli.server.output.parameter_types import STRING, Schema
 from k2cli.server.structured.call_forms.parameters import NotHeld, constraints
 from k2cli.server.structured.call_forms.parts import (
     Calls,
     Function,
     Opening,
+    check_tokens,
     joined,
     refuse,
     separated,
@@ -26,6 +26,8 @@ from k2cli.server.structured.call_forms.parts import (
 from k2cli.server.structured.call_forms.typed_calls import argument_lists
 from k2cli.server.structured.call_forms.typed_values import ValueSchema
 
+_QUOTED = r"'([^'\\\x00-\x1f\x7f]|\\['\"\\nrt])*'"
+"""A string as LFM2.5's template writes it."""
 _WORDS = {"boolean": ("True", "False"), "null": ("None",)}
 
 
@@ -43,23 +45,6 @@ def llama4_pythonic(functions: Sequence[Function], text: GrammarText, *, several
     return Calls((Opening(opens, f"{calls} {text.literal(end)}"),), bare=calls)
 
 
-def check_tokens(
-    form: str, markers: Sequence[str], functions: Sequence[Function], text: GrammarText
-) -> None:
-    """Check that markers are tokens, since strings between them may have the same letters.
-
-    Raises:
-        ApiError: if one is not.
-    """
-    for marker in markers:
-        if not text.is_token(marker):
-            message = (
-                f"calls in this model's format ({form}) cannot be held to a grammar, because its "
-                f"tokenizer has no token {marker}"
-            )
-            raise invalid(message, functions[0].field)
-
-
 def _list(
     form: str,
     markers: Sequence[str],
@@ -75,7 +60,9 @@ def _list(
         if not _is_name(key):
             raise NotHeld("its key is no name in Python")
         words = [word for part in value.branches() for word in _words_of(part)]
-        values = choice(value.json(text, [value.schema]), *map(text.letters, words))
+        texts = [_QUOTED] if any(_is_free(part) for part in value.branches()) else []
+        ways = (*map(text.letters, words), *map(text.terminal, texts))
+        values = choice(value.json(text, [value.schema]), *ways)
         return f"{text.letters(f'{key}=')} {values}"
 
     each = []
@@ -87,6 +74,13 @@ def _list(
         each.append(f"{text.letters(f'{function.name}(')} {arguments} {text.letters(')')}")
     calls = joined(text.rule(choice(*each)), comma, several=several)
     return text.rule(f"{text.letters('[')} {calls} {text.letters(']')}")
+
+
+def _is_free(part: Schema) -> bool:
+    """Return True if a part of a schema allows any string."""
+    if not isinstance(part, dict):
+        return part
+    return constraints(part) <= {"type"} and part.get("type", STRING) == STRING
 
 
 def _words_of(part: Schema) -> Sequence[str]:

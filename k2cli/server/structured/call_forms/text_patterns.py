@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from k2cli.grammars.check import grammar_problem
-from k2cli.grammars.text import GrammarText, escaped
+from k2cli.grammars.text import ANY_TEXT, GrammarText, escaped
 from k2cli.server.output.parameter_types import Schema
 from k2cli.server.structured.call_forms.parameters import NotHeld, constraints
 from k2cli.server.structured.formats import CLOCK_PATTERNS
@@ -17,7 +17,22 @@ _MAX_LENGTH = 10_000
 
 _BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_N = "[0-9]{1,9}"
+_HOURS = f"({_N}H({_N}M({_N}S)?)?|{_N}M({_N}S)?|{_N}S)"
+_DAYS = f"({_N}Y({_N}M({_N}D)?)?|{_N}M({_N}D)?|{_N}D)"
+_GROUP = "[0-9a-fA-F]{1,4}"
+_IPV6 = "|".join(
+    [
+        f"({_GROUP}:){{7}}{_GROUP}",
+        f"({_GROUP}:){{1,7}}:",
+        *(f"({_GROUP}:){{1,{7 - n}}}(:{_GROUP}){{1,{n}}}" for n in range(1, 7)),
+        f":((:{_GROUP}){{1,7}}|:)",
+    ]
+)
 _FORMATS = {
+    "duration": f"P({_DAYS}(T{_HOURS})?|T{_HOURS}|{_N}W)",
+    "ipv6": _IPV6,
+    "uri": r"[A-Za-z][A-Za-z0-9+.-]{0,30}:([A-Za-z0-9._~:/?#@!$&'()*+,;=-]|%[0-9a-fA-F]{2})+",
     **CLOCK_PATTERNS,
     "uuid": "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
     "ipv4": rf"{_BYTE}(\.{_BYTE}){{3}}",
@@ -85,11 +100,8 @@ def whole_pattern(pattern: str) -> str:
         if "^" in inner or "$" in inner:
             raise NotHeld(f"the pattern {pattern!r} has an anchor within")
         body = f"({''.join(inner)})"
-        found.append(f"{'' if begins else _ANY}{body}{'' if ends else _ANY}")
+        found.append(f"{'' if begins else ANY_TEXT}{body}{'' if ends else ANY_TEXT}")
     return "|".join(found)
-
-
-_ANY = "(?s:.*)"
 
 
 def _length(schema: dict[str, object]) -> Iterator[str]:

@@ -7,12 +7,13 @@ of the models write.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from k2cli.grammars.text import GrammarText, choice
 from k2cli.server.errors import ApiError
+from k2cli.server.output.parameter_types import STRING, TYPES
 from k2cli.server.output.typed_calls import TypedFormat
 from k2cli.server.output.typed_formats import PAIR_FORMATS, TYPED_FORMATS
 from k2cli.server.structured.call_forms.parameters import NotHeld, Parameters, parameter_sets
@@ -36,17 +37,26 @@ from k2cli.server.structured.call_forms.typed_values import (
 )
 
 _CALL_NUMBER = "[1-9][0-9]{0,3}"
+_TEXT = frozenset({STRING})
 _RAW_HEADER = ' type="object"'
 WriteArgument = Callable[[str, ValueSchema], str]
 """Writes the expression of an argument by its key and schema; raises ``NotHeld``."""
 
 
 def argument_lists(
-    form: str, function: Function, write: WriteArgument
+    form: str,
+    function: Function,
+    write: WriteArgument,
+    in_order: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> list[list[tuple[str, bool]]]:
     """Return expressions for the arguments of a call, one list for each set of parameters.
 
     Each comes with True if it is required.
+
+    Args:
+        form, function: the format and the function, for errors, too.
+        write: writes one argument.
+        in_order: brings the keys in order; that of the schema by default.
 
     Raises:
         ApiError: if the function is strict and a grammar cannot hold its schema, or if a required
@@ -60,7 +70,8 @@ def argument_lists(
         raise refuse(form, function, str(error)) from error
     if not sets:
         raise refuse(form, function, "its parameters are no object")
-    return [_arguments(form, function, write, each, root) for each in sets]
+    ordered = (Parameters({k: p.schemas[k] for k in in_order(p.schemas)}, p.required) for p in sets)
+    return [_arguments(form, function, write, each, root) for each in ordered]
 
 
 def _arguments(
@@ -99,14 +110,14 @@ class _Style:
     Attributes:
         call: writes the header of a call's tag by the name, in two parts between which a number
             stands, or one.
-        argument: writes the header of an argument's tag by the key and whether its value is text;
-            several if models may write any of them.
+        argument: writes the header of an argument's tag by the key and the types of its value;
+            several if the value has one of several types.
         place: what stands around values.
         is_section: True if a section has one call.
     """
 
     call: Callable[[str], tuple[str, ...]]
-    argument: Callable[[str, bool], tuple[str, ...]]
+    argument: Callable[[str, frozenset[str]], tuple[str, ...]]
     place: Callable[[TypedFormat], ValuePlace]
     is_section: bool = False
 
@@ -120,9 +131,13 @@ def _attribute(name: str) -> str:
     return f'"{value}"'
 
 
-def _k3_types(key: str, is_text: bool) -> tuple[str, ...]:
-    kinds = ("string",) if is_text else ("number", "boolean", "object", "array", "null", "integer")
+def _k3_types(key: str, types: frozenset[str]) -> tuple[str, ...]:
+    kinds = sorted({"number" if kind == "integer" else kind for kind in types})
     return tuple(f' key={_attribute(key)} type="{kind}"' for kind in kinds)
+
+
+def _dsml_header(key: str, types: frozenset[str]) -> tuple[str, ...]:
+    return (f' name={_attribute(key)} string="{"true" if types == _TEXT else "false"}"',)
 
 
 def _plain_place(form: TypedFormat) -> ValuePlace:
@@ -135,12 +150,14 @@ def _stripped_place(form: TypedFormat, limited_without: tuple[str, ...] = ()) ->
 
 
 def _lines_place(form: TypedFormat) -> ValuePlace:
-    return ValuePlace(form.argument_end, "\n", "\n", r"\n", strip=form.strip)
+    # The template writes truth values in Python's words.
+    words = ("True", "False")
+    return ValuePlace(form.argument_end, "\n", "\n", r"\n", strip=form.strip, booleans=words)
 
 
 _DSML = _Style(
     lambda name: (f" name={_attribute(name)}",),
-    lambda key, is_text: (f' name={_attribute(key)} string="{"true" if is_text else "false"}"',),
+    _dsml_header,
     _plain_place,
 )
 _STYLES: dict[str, _Style] = {
@@ -150,19 +167,19 @@ _STYLES: dict[str, _Style] = {
     "deepseek_v32": _DSML,
     "deepseek_v4": _DSML,
     "qwen3_coder": _Style(
-        lambda name: (name,), lambda key, is_text: (key,), _lines_place, is_section=True
+        lambda name: (name,), lambda key, types: (key,), _lines_place, is_section=True
     ),
     "minimax_m2": _Style(
-        lambda name: (_quoted(name),), lambda key, is_text: (_quoted(key),), _stripped_place
+        lambda name: (_quoted(name),), lambda key, types: (_quoted(key),), _stripped_place
     ),
     "minicpm5": _Style(
         lambda name: (_quoted(name),),
-        lambda key, is_text: (_quoted(key),),
+        lambda key, types: (_quoted(key),),
         partial(_stripped_place, limited_without=("<![CDATA[",)),
     ),
     "muse_spark": _Style(
         lambda name: (f" name={_attribute(name)}",),
-        lambda key, is_text: (f" name={_attribute(key)}",),
+        lambda key, types: (f" name={_attribute(key)}",),
         _stripped_place,
     ),
 }
@@ -216,21 +233,22 @@ class _TypedWriter:
 
     def argument(self, key: str, value: ValueSchema) -> str:
         """Return an expression for an argument."""
-        headers = [*self.style.argument(key, True), *self.style.argument(key, False)]
-        for header in headers:
+        header_of = self.style.argument
+        for header in header_of(key, TYPES):
             if self.form.key_of(header) != key or not self._is_writable(header):
                 raise NotHeld("its key cannot be written in a tag")
         at = self.style.place(self.form)
         if self.form.is_text is None:
-            return self._tagged(headers[:1], untold_value(self.text, value, at))
+            return self._tagged(header_of(key, TYPES), untold_value(self.text, value, at))
         strings, others = value.parts()
         ways = []
         if strings:
             content = text_value(self.text, value, strings, at)
-            ways.append(self._tagged(self.style.argument(key, True), content))
+            ways.append(self._tagged(header_of(key, _TEXT), content))
         if others:
+            types = frozenset[str]().union(*map(value.types_of, others))
             content = json_value(self.text, value, others, at)
-            ways.append(self._tagged(self.style.argument(key, False), content))
+            ways.append(self._tagged(header_of(key, types), content))
         return choice(*ways)
 
     def _tagged(self, headers: Sequence[str], content: str) -> str:

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from k2cli.grammars.text import GrammarText, choice
+from k2cli.grammars.text import ANY_TEXT, GrammarText, choice
 from k2cli.server.output.parameter_types import STRING, Schema, value_of_text
 from k2cli.server.structured.call_forms.parameters import Branches, NotHeld, constraints, standalone
 from k2cli.server.structured.call_forms.parts import json_problem
 from k2cli.server.structured.call_forms.text_patterns import text_patterns
 
 _STRUCTURES = frozenset({"object", "array"})
-_NO_STRUCTURE = r"\s*([^\s{\[](?s:.*))?"
+_NO_STRUCTURE = rf"\s*([^\s{{\[]{ANY_TEXT})?"
 _SPACES = r"[\s\x1c-\x1f]{0,8}"
-_STRIPPED = r"([^\s\x1c-\x1f]((?s:.*)[^\s\x1c-\x1f])?)?"
+_STRIPPED = rf"([^\s\x1c-\x1f]({ANY_TEXT}[^\s\x1c-\x1f])?)?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class ValuePlace:
         limited_without: the same for texts with a pattern or a length.
         strip: what the parser removes from a text.
         is_stripped: True if that is all whitespace at its ends.
+        booleans: other words for truth values, where no other value is possible.
     """
 
     end: str
@@ -44,6 +45,7 @@ class ValuePlace:
     limited_without: tuple[str, ...] = ()
     strip: Callable[[str], str] = str
     is_stripped: bool = False
+    booleans: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,13 @@ def json_value(text: GrammarText, value: ValueSchema, parts: list[Schema], at: V
     """
     before = f"{text.letters(at.before)} " if at.before else ""
     gap = f"{text.terminal(at.gap)}?" if at.gap else ""
-    return f"{before}{value.json(text, parts)} {gap} {text.literal(at.end)}"
+    content = value.json(text, parts)
+    if at.booleans and all(
+        isinstance(part, dict) and part.get("type") == "boolean" and constraints(part) == {"type"}
+        for part in parts
+    ):
+        content = choice(content, *map(text.letters, at.booleans))
+    return f"{before}{content} {gap} {text.literal(at.end)}"
 
 
 def untold_value(text: GrammarText, value: ValueSchema, at: ValuePlace) -> str:

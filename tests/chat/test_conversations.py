@@ -1,0 +1,93 @@
+"""Conversations on disk."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from k2cli.chat.conversations import (
+    Conversation,
+    ConversationStore,
+    Turn,
+    as_markdown,
+    automatic_name,
+    title_of,
+)
+from k2cli.errors import K2Error
+
+
+def conversation(name: str, *texts: str) -> Conversation:
+    turns = [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
+    return Conversation(name, title_of(texts[0]), "toy", 1e9, 1e9, turns)
+
+
+def test_a_conversation_comes_back_as_it_was(tmp_path: Path) -> None:
+    store = ConversationStore(tmp_path / "chats")
+    saved = conversation("a", "Größe? 中文\n\n```", "x\x1b[2J")
+    saved.turns[1].reasoning_content = "Hm."
+    store.save(saved)
+    assert ConversationStore(tmp_path / "chats").load("a") == saved
+    assert stat.S_IMODE((tmp_path / "chats").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "chats" / "a.json").stat().st_mode) == 0o600
+    assert as_markdown(saved).endswith("## You\n\nGröße? 中文\n\n```\n\n## toy\n\nx\x1b[2J\n")
+
+
+def test_what_another_chat_wrote_is_not_replaced(tmp_path: Path) -> None:
+    first, second = ConversationStore(tmp_path), ConversationStore(tmp_path)
+    tmp_path.chmod(0o700)
+    first.save(conversation("a", "first"))
+    other = second.load("a")
+    other.turns.append(Turn("assistant", "from the second"))
+    second.save(other)
+    list(first.search())  # looking at it does not make it one's own
+    mine = conversation("a", "first", "from the first")
+    first.save(mine)
+    assert mine.name == "a-2"
+    assert second.load("a").turns[-1].content == "from the second"
+    first.save(mine)
+    assert sorted(first.names()) == ["a", "a-2"]
+
+
+def test_search_and_names(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    store = ConversationStore(tmp_path)
+    store.save(conversation("zebra-1", "Stripes?", "Black and WHITE"))
+    store.save(conversation("zebra-2", "Hooves?"))
+    for name in ("broken.json", "notes.txt", "..json", "-x.json"):
+        (tmp_path / name).write_text("{")
+    assert [each.name for each in store.search("white")] == ["zebra-1"]
+    assert store.load("zebra-2").title == "Hooves?"
+    for name in ("zebra", "lion", "../zebra-1", ""):
+        with pytest.raises(K2Error, match="conversation"):
+            store.load(name)
+    with pytest.raises(K2Error, match=r"broken\.json"):
+        store.load("broken")
+
+
+def test_rename(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    store = ConversationStore(tmp_path)
+    one = conversation("a", "x")
+    store.save(one)
+    store.save(conversation("b", "y"))
+    for name in ("b", "../c", "", "a b"):
+        with pytest.raises(K2Error):
+            store.rename(one, name)
+    store.rename(one, "c")
+    assert sorted(store.names()) == ["b", "c"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "chats").write_text("a file")
+    with pytest.raises(K2Error, match="cannot be saved in"):
+        ConversationStore(tmp_path / "chats").save(conversation("a", "x"))
+
+
+def test_automatic_names() -> None:
+    assert automatic_name("What is the Capital of France, please?", 1e9).endswith(
+        "-what-is-the-capital-of"
+    )
+    assert automatic_name("巴黎在哪里", 1e9).endswith("-chat")
+    assert title_of("\n\n  first line  \nsecond") == "first line"

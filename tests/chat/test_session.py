@@ -1,0 +1,144 @@
+"""Turns, counts and summaries of a conversation, with a server that is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from k2cli.chat.budget import check_room, context_warning, estimate_tokens
+from k2cli.chat.compaction import parts_to_summarize
+from k2cli.chat.completion import Completer
+from k2cli.chat.session import ChatSession
+from k2cli.client.answers import Delta, Ended, StreamEvent
+from k2cli.client.client import ModelInfo
+from k2cli.errors import ClusterError, K2Error
+
+
+class Api:
+    """A server with one script for each request; an exception in it is raised."""
+
+    def __init__(self, *scripts: list[Any]) -> None:
+        self.scripts = list(scripts)
+        self.sent: list[list[dict[str, str]]] = []
+
+    def chat(
+        self, model: Any, messages: Any, options: Any, form: Any = None
+    ) -> Iterator[StreamEvent]:
+        self.sent.append(list(messages))
+        for event in self.scripts.pop(0):
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    def count_tokens(self, model: Any, messages: Any, options: Any) -> int:
+        return sum(len(turn["content"]) for turn in messages)
+
+
+def answered(text: str) -> list[Any]:
+    return [Delta(text), Ended("stop", {"prompt_tokens": 60, "completion_tokens": 25})]
+
+
+def session(*scripts: list[Any], is_k2: bool = True, length: int | None = 100) -> ChatSession:
+    api: Any = Api(*scripts)
+    return ChatSession(api, ModelInfo("toy", length, is_k2))
+
+
+def run(events: Iterator[StreamEvent]) -> None:
+    try:
+        for _ in events:
+            pass
+    except K2Error:
+        pass
+
+
+def contents(chat: ChatSession) -> list[str]:
+    return [turn["content"] for turn in chat.turns]
+
+
+def test_nothing_is_lost_when_the_server_is_gone() -> None:
+    gone = ClusterError("gone")
+    chat = session(answered("one"), [gone], [gone], answered("two"), [gone], [Delta("par"), gone])
+    run(chat.ask("first"))
+    run(chat.ask("second"))
+    assert (contents(chat), chat.unsent) == (["first", "one"], "second")
+    run(chat.regenerate())
+    assert (contents(chat), chat.unsent) == (["first", "one"], "second")
+    run(chat.regenerate())
+    assert (contents(chat), chat.unsent) == (["first", "one", "second", "two"], None)
+    # A new answer replaces the old one when it begins, not before.
+    run(chat.regenerate())
+    assert contents(chat) == ["first", "one", "second", "two"]
+    run(chat.regenerate())
+    assert contents(chat) == ["first", "one", "second", "par"]
+
+
+def test_undo() -> None:
+    chat = session(answered("one"), answered("two"), answered("three"))
+    run(chat.ask("first"))
+    run(chat.ask("second"))
+    assert chat.undo() == "second"
+    assert (contents(chat), chat.unsent) == (["first", "one"], "second")
+    run(chat.ask("third"))
+    assert chat.undo() == "third"
+    assert chat.undo() == "first"
+    assert chat.undo() is None
+    with pytest.raises(K2Error, match="no question"):
+        session().regenerate()
+
+
+def test_room_in_the_context() -> None:
+    chat = session(answered("one"))
+    assert check_room(chat, "x" * 99).tokens == 99
+    with pytest.raises(K2Error, match="a prompt of 100 tokens, and the context holds 100"):
+        check_room(chat, "x" * 100)
+    assert context_warning(chat) is None
+    run(chat.ask("first"))
+    assert (context_warning(chat) or "").startswith("85% of the context is used (85 of 100 tokens)")
+
+
+def test_an_estimate_is_marked_and_refuses_late() -> None:
+    chat = session(is_k2=False)
+    assert str(check_room(chat, "x" * 600)) == "about 150 tokens"
+    with pytest.raises(K2Error, match="about 200 tokens"):
+        check_room(chat, "x" * 800)
+    assert str(check_room(session(is_k2=False, length=None), "x" * 8000)) == "about 2,000 tokens"
+    assert estimate_tokens("巴黎abcde") == 4
+
+
+def test_a_summary_in_parts() -> None:
+    chat = session(length=1000)
+    with pytest.raises(K2Error, match="no conversation"):
+        parts_to_summarize(chat)
+    for number in range(6):
+        chat.turns.append({"role": "user", "content": f"{number}" * 800})
+        chat.turns.append({"role": "assistant", "content": "a" * 400})
+    parts = parts_to_summarize(chat)
+    assert [turn for part in parts for turn in part] == chat.turns
+    assert [len(part) for part in parts] == [4, 4, 4]
+    assert all(part[0]["role"] == "user" for part in parts)
+    chat.turns[0]["content"] = "x" * 4000
+    with pytest.raises(K2Error, match="too many to summarize in 600"):
+        parts_to_summarize(chat)
+    chat.model = ModelInfo("toy", 100_000, True)
+    assert parts_to_summarize(chat) == [chat.turns]
+
+
+def test_completion(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "src").mkdir()
+    for name in ("src/main.py", "src/map.md", "src/.hidden"):
+        (tmp_path / name).touch()
+    complete = Completer({"/read": "", "/regen": "", "/set": ""}, {"/load": ["zebra", "lion"]})
+
+    def texts(text: str) -> list[tuple[str, int]]:
+        return [(each.text, each.length) for each in complete(text)]
+
+    assert texts("/re") == [("/read", 3), ("/regen", 3)]
+    assert texts("/load z") == [("zebra", 1)]
+    assert texts("/set temp") == [("temperature", 4)]
+    assert texts("/read src/ma") == [("src/main.py", 6), ("src/map.md", 6)]
+    assert texts("/read a.py sr") == [("src/", 2)]
+    assert texts("why @src/.") == [("src/.hidden", 5)]
+    assert texts("me@sr") == texts("hello") == texts("/load\nx") == texts("@nosuch/x") == []
