@@ -20,6 +20,9 @@ KEPT_BYTES = 4 * 2**20
 """Compiled grammars that are kept for later requests, and their texts together."""
 
 _MAX_ERROR_LETTERS = 400
+_DEAD_END = "NoExtensionBias"
+"""llguidance's name for a place from which no text goes on, as in ``[^\\s\\S]``."""
+_NO_TEXT = "no token of the model's vocabulary can continue the answer"
 
 
 class GrammarError(K2Error):
@@ -62,7 +65,7 @@ class Matcher:
         if accepting and not _any(_with(bits, self._ends, present=False)):
             return None
         if not accepting and not _any(bits):
-            raise GrammarError("no token of the model's vocabulary can continue the answer")
+            raise GrammarError(_NO_TEXT)
         if accepting and (self._wrong_ends or self._missing_ends):
             bits = _with(bits, self._wrong_ends, present=False)
             bits = _with(bits, self._missing_ends, present=True)
@@ -70,7 +73,8 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(_shortened(self._matcher.get_error()))
+            error = self._matcher.get_error()
+            raise GrammarError(_NO_TEXT if error.startswith(_DEAD_END) else _shortened(error))
 
 
 class Compiler:
