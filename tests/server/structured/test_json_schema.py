@@ -85,7 +85,7 @@ PLACES: list[tuple[Any, str]] = [
      "s/properties/a: incompatible types"),
     (inside({"items": False, "type": "array", "minItems": 1}, required=["a"]),
      "s/properties/a/items: no value is allowed"),
-    (inside({"properties": {"b": {}}, "required": ["c"], "additionalProperties": False}),
+    (inside({"type": "object", "required": ["c"], "additionalProperties": False}, required=["a"]),
      "s/properties/a/required: c is required, and 'properties' does not have it"),
     (inside({"type": "string", "const": "ab", "pattern": "^x"}, required=["a"]),
      "s/properties/a: no text has all that it asks for"),
