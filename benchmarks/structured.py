@@ -53,7 +53,7 @@ answer has {tokens} tokens. *Schema*: it obeys a JSON schema, a list of 60 objec
 has a presence penalty; *neither*: its end tokens are ignored. These take turns in each of {rounds}
 rounds. Figures are medians, with the least and the most; ratios are those of each round.
 
-{machine}. {versions}. Load average at the end: {load}.
+{machine}. {versions}. Load average at the end: {load}{shared}.
 
 ## Time per token
 
@@ -358,6 +358,11 @@ def page(rows: Sequence[Row], waits: Waits, masks: Sequence[float], options: Any
         machine=f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}",
         versions=f"Python {machine['python']}, {versions}",
         load=f"{machine['load_average'][0]:.1f}",
+        shared=(
+            ", so other work used the cores too, and times compare within a round only"
+            if machine["load_average"][0] > 1.5 * (machine["cores"] or 1)
+            else ""
+        ),
         target=f"{TARGET:.2f}",
         rows="\n".join(f"| {row.case.title} | {row.cells} |" for row in rows),
         processor_rows="\n".join(f"| {row.case.title} | {row.processor_cells} |" for row in rows),

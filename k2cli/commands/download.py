@@ -77,17 +77,24 @@ def download(
 
     A model of ModelScope is modelscope:owner/name[@revision].
 
+    With --cluster, each file of a repository of the Hub is passed on as soon as it is here. Any
+    other model, such as one of ModelScope, is downloaded first, and pushed after that.
+
     Example: k2 download demo
     """
     if cluster is not None or plan is not None:
-        from k2cli.commands.models.download_to import download_to_cluster
+        from k2cli.commands.models.download_to import Wishes, download_to_cluster
 
-        alone: dict[str, Any] = {"--to": to, "--only": only, "--include": include}
-        alone |= {"--exclude": exclude, "--limit-rate": limit_rate, "--xet": xet}
-        alone |= {"--dry-run": dry_run, "--events": events}
-        download_to_cluster(model, revision, cluster, plan, alone=alone, as_json=json)
+        wishes = Wishes(revision, only or [], include or [], exclude or [], limit_rate, dry_run)
+        alone = {"--to": to, "--xet": xet, "--events": events}
+        download_to_cluster(model, cluster, plan, wishes, alone=alone, as_json=json)
         return
     from k2cli.commands.download_events import event_document, show_event
+    from k2cli.commands.download_summary import (
+        download_document,
+        download_summary,
+        transfer_options,
+    )
     from k2cli.errors import UsageError
     from k2cli.models.sources.download import fetch
     from k2cli.models.sources.selection import Selection, kinds_of
@@ -98,7 +105,7 @@ def download(
         again = f"k2 download {shlex.quote(model)} --json --events"
         raise UsageError("--events is for --json", again)
     selection = Selection(kinds_of(only or ()), tuple(include or ()), tuple(exclude or ()))
-    options = _transfer_options(limit_rate)
+    options = transfer_options(limit_rate)
     as_lines = json and events
     try:
         with ByteProgress() as progress:
@@ -125,12 +132,12 @@ def download(
     for warning in fetched.warnings:
         warn(warning)
     if as_lines:
-        print_json_line({"event": "result", **_document(fetched)})
+        print_json_line({"event": "result", **download_document(fetched)})
         return
     if json:
-        print_json(_document(fetched))
+        print_json(download_document(fetched))
         return
-    for line in _summary(fetched, dry_run, chosen=not selection.is_default):
+    for line in download_summary(fetched, dry_run, chosen=not selection.is_default):
         print_line(line)
     if not dry_run and selection.is_default:
         name = shlex.quote(_name_of(model, to, revision))
@@ -150,23 +157,6 @@ def _name_of(model: str, to: Path | None, revision: str | None) -> str:
     reference = parse_reference(model)
     repo = reference.repo or f"{MODELSCOPE}{reference.modelscope_repo}"
     return f"{repo}@{revision}"
-
-
-def _transfer_options(limit_rate: str | None) -> Any:
-    from k2cli.errors import UsageError
-    from k2cli.models.sources.range_stream import DownloadOptions
-    from k2cli.units import parse_bytes
-
-    if limit_rate is None:
-        return DownloadOptions()
-    hint = "--limit-rate 50M"
-    try:
-        rate = parse_bytes(limit_rate.removesuffix("/s"))
-    except UsageError as error:
-        raise UsageError(f"--limit-rate {error}", hint) from None
-    if rate < 1000:
-        raise UsageError(f"--limit-rate '{limit_rate}' is below 1 kB per second", hint)
-    return DownloadOptions(bytes_per_second=rate)
 
 
 def _command(
@@ -189,64 +179,3 @@ def _command(
     flags = ["--xet"] if xet else []
     words = [word for pair in options for word in pair]
     return shlex.join(["k2", "download", model, *words, *flags])
-
-
-def _document(fetched: Any) -> dict[str, Any]:
-    return {
-        "schema_version": 1,
-        "model": fetched.model,
-        "path": None if fetched.path is None else str(fetched.path),
-        "commit": fetched.commit,
-        "stored_bytes": fetched.stored_bytes,
-        "missing_bytes": fetched.missing_bytes,
-        "files": [
-            {"name": file.name, "bytes": file.nbytes, "missing_bytes": file.missing_bytes}
-            for file in fetched.files
-        ],
-        "was_there": fetched.was_there,
-    }
-
-
-def _summary(fetched: Any, dry_run: bool, *, chosen: bool) -> list[str]:
-    """Return what to print; ``chosen`` if the user chose among the files."""
-    from k2cli.units import format_bytes
-
-    size = format_bytes(fetched.stored_bytes)
-    if dry_run and not fetched.was_there:
-        missing = [file for file in fetched.files if file.missing_bytes]
-        lines = [f"  {file.missing_bytes:>17,}  {file.name}" for file in missing]
-        target = f" into {fetched.path}" if fetched.path is not None else ""
-        what = f"{fetched.model}, {size} of weights" if fetched.stored_bytes else fetched.model
-        here = sum(file.nbytes for file in fetched.files) - fetched.missing_bytes
-        count = f"{len(missing)} file{'s' if len(missing) != 1 else ''}"
-        return [
-            f"would download {what}{target}:",
-            *lines,
-            f"  {fetched.missing_bytes:>17,}  bytes in {count}",
-            *([f"  {here:>17,}  bytes are here already"] if here else []),
-            *_room(fetched.path, fetched.missing_bytes),
-        ]
-    state = "already " if fetched.was_there else ""
-    if chosen:
-        number = len(fetched.files)
-        total = format_bytes(sum(file.nbytes for file in fetched.files))
-        files = "1 chosen file is" if number == 1 else f"the {number} chosen files are"
-        return [f"{fetched.model}: {files} {state}in {fetched.path} ({total})"]
-    return [f"{fetched.model} is {state}at {fetched.path} ({size} of weights)"]
-
-
-def _room(folder: Path | None, needed_bytes: int) -> list[str]:
-    """Say how much is free on the volume of a folder, and whether that is enough."""
-    import shutil
-
-    from k2cli.units import format_bytes
-
-    if folder is None:
-        return []
-    try:
-        existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-        free = shutil.disk_usage(existing).free
-    except OSError:
-        return []
-    lack = "" if free >= needed_bytes else f", {format_bytes(needed_bytes - free)} too few"
-    return [f"  {free:>17,}  bytes are free there{lack}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from k2cli.agent.weights.messages import ModelFiles, Target, WeightsFile
@@ -19,14 +20,41 @@ from k2cli.models.sources.selection import Selection
 from k2cli.nodes.local import LocalNode
 from k2cli.planning.plan import read_plan
 from k2cli.transfer.choose_push import rank_names
-from k2cli.transfer.feed import Feed, OnFile
+from k2cli.transfer.feed import OnFile
 from k2cli.transfer.parts import files_of_nodes
 from k2cli.transfer.request import PushRequest
 
 
+@dataclass(frozen=True, slots=True)
+class ClusterDownload:
+    """A download that is passed on: who gets what, and what this machine fetches."""
+
+    request: PushRequest
+    download: HubDownload
+    options: DownloadOptions
+
+    def feed(self, add: OnFile) -> None:
+        """Download, and name each file that is there; every event asks whether to go on."""
+        for file in self.download.files:
+            if not file.missing_bytes:
+                add(file.place.file.name)
+
+        def on_event(event: Event) -> None:
+            add(event.file.name if isinstance(event, FileFinished) else None)
+
+        run_download(self.download, self.options, on_event)
+        for file in self.download.files:
+            add(file.place.file.name)
+
+
 def choose_download(
-    text: str, revision: str | None, cluster_name: str, plan_file: Path | None
-) -> tuple[PushRequest, Feed] | None:
+    text: str,
+    revision: str | None,
+    cluster_name: str,
+    plan_file: Path | None,
+    selection: Selection,
+    options: DownloadOptions,
+) -> ClusterDownload | None:
     """Choose what is downloaded and who gets what; None if the model is not one of a repository.
 
     Args:
@@ -34,6 +62,8 @@ def choose_download(
         revision: overrides that of the reference.
         cluster_name: the cluster whose nodes get the model.
         plan_file: a plan; nodes then get what its ranks read. None for the whole model.
+        selection: the files of the repository that are fetched, and of which nodes get theirs.
+        options: of the download to this machine.
 
     Raises:
         UsageError: if plan and cluster do not fit together.
@@ -47,7 +77,7 @@ def choose_download(
     cluster = load_cluster(cluster_name)
     plan = read_plan(plan_file) if plan_file is not None else None
     ranks = rank_names(cluster, plan)
-    download = plan_download(reference.repo, revision or reference.revision, None, Selection())
+    download = plan_download(reference.repo, revision or reference.revision, None, selection)
     wanted, headers = {}, {}
     if plan is not None:
         checkpoint = remote_checkpoint(reference.repo, download.listing.commit)
@@ -57,7 +87,7 @@ def choose_download(
     request = PushRequest(
         text, LocalNode(), _model_files(download, headers), nodes, wanted, cluster
     )
-    return request, lambda add: _run(download, add)
+    return ClusterDownload(request, download, options)
 
 
 def _model_files(download: HubDownload, headers: dict[str, int]) -> ModelFiles:
@@ -70,17 +100,3 @@ def _model_files(download: HubDownload, headers: dict[str, int]) -> ModelFiles:
     )
     target = Target("hub", listing.repo, listing.commit, references)
     return ModelFiles(str(download.folder), target, files, {}, headers, record=download.record)
-
-
-def _run(download: HubDownload, add: OnFile) -> None:
-    """Download; every event asks whether to go on."""
-    for file in download.files:
-        if not file.missing_bytes:
-            add(file.place.file.name)
-
-    def on_event(event: Event) -> None:
-        add(event.file.name if isinstance(event, FileFinished) else None)
-
-    run_download(download, DownloadOptions(), on_event)
-    for file in download.files:
-        add(file.place.file.name)

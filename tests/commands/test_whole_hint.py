@@ -35,11 +35,7 @@ COMMAND = typer.main.get_command(build_app())
         ("launch demo", "k2 stop --all", "k2 stop --all"),
         ("launch demo -- x", "--backend ring", "--backend ring"),
         ("launch demo", "leave out --port", "leave out --port"),
-        (
-            "launch demo --port 1",
-            "leave --port out, or one of: 2, 3",
-            "leave --port out, or one of: 2, 3",
-        ),
+        ("launch a --port 1", "leave --port out, or one of: 2", "leave --port out, or one of: 2"),
         ("launch demo", "--backend 'ring", "--backend 'ring"),
         ("chat --api-key secret", "--temperature 0.7", "--temperature 0.7"),
         ("launch " + "x" * 400, "--backend ring", "--backend ring"),

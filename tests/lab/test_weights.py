@@ -268,9 +268,23 @@ def test_a_download_for_a_cluster_asks_the_hub_once(lab: Lab) -> None:
     made = lab.exec("k2a", [*K2, "cluster", "init", "localhost", "k2b", "--name", "pair"])
     assert made.returncode == 0, made.stderr
     command = [*K2, "download", "mock/model", "--cluster", "pair", "--json"]
+    names = {path.name for path in files.iterdir()}
+
+    def would_get() -> dict[str, int]:
+        dry = lab.exec("k2a", [*command, "--dry-run"], settings)
+        assert dry.returncode == 0, dry.stderr
+        return {file["name"]: file["missing_bytes"] for file in _nodes(dry.stdout)["k2b"]["files"]}
+
+    assert would_get() == {name: (files / name).stat().st_size for name in names}
+    assert not (lab.host("k2b").home / ".cache" / "huggingface").exists()
+    small = [*command, "--only", "tokenizer", "--limit-rate", "50M"]
+    done = lab.exec("k2a", small, settings)
+    assert done.returncode == 0, done.stderr
+    assert {name for name, missing in would_get().items() if not missing} == {"tokenizer.json"}
     done = lab.exec("k2a", command, settings)
     assert done.returncode == 0, done.stderr
     assert [*_nodes(done.stdout)] == ["k2b"]
+    assert not any(would_get().values())
     for host in ("k2a", "k2b"):
         snapshot = lab.host(host).home / ".cache/huggingface/hub/models--mock--model/snapshots"
         found = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from k2cli.agent.weights.model_files import model_files
-from k2cli.commands.models.download_to import download_to_cluster
+from k2cli.cluster.description import Cluster, ClusterNode, save_cluster
+from k2cli.commands.models.download_to import Wishes, download_to_cluster
 from k2cli.errors import UsageError
 from k2cli.nodes.local import LocalNode
 from k2cli.settings import data_directory
@@ -35,5 +36,32 @@ def test_a_push_without_a_node_names_the_model_in_its_hint(toy_k2: Path) -> None
 
 def test_an_unknown_cluster_is_refused_before_anything_is_fetched() -> None:
     with pytest.raises(UsageError, match="there is no cluster 'nope'"):
-        download_to_cluster("demo", None, "nope", None, alone={}, as_json=False)
+        download_to_cluster("demo", "nope", None, Wishes(), alone={}, as_json=False)
     assert not data_directory().exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "instead"),
+    [
+        ("--to", "/x", "k2 download demo --to /x && k2 models push /x --cluster pair"),
+        ("--xet", True, "k2 download demo --xet && k2 models push demo --cluster pair"),
+        ("--events", True, "leave --events out"),
+    ],
+)
+def test_an_option_for_this_machine_alone_says_what_to_run(
+    option: str, value: object, instead: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{option} is for a download to this machine") as caught:
+        download_to_cluster("demo", "pair", None, Wishes(), alone={option: value}, as_json=False)
+    assert caught.value.hint == instead
+
+
+def test_files_are_chosen_only_of_a_repository(toy_k2: Path) -> None:
+    save_cluster(Cluster("pair", (ClusterNode("localhost"), ClusterNode("b"))))
+    wishes = Wishes(only=["config"])
+    with pytest.raises(UsageError, match="only of a repository of the Hub"):
+        download_to_cluster(str(toy_k2), "pair", None, wishes, alone={}, as_json=False)
+    with pytest.raises(UsageError, match="--limit-rate '1' is below"):
+        download_to_cluster(
+            str(toy_k2), "pair", None, Wishes(limit_rate="1"), alone={}, as_json=False
+        )

@@ -70,7 +70,7 @@ class _Search:
                     break
             else:
                 break
-        return SchemaProblem(place, _reason(error, part)), part
+        return SchemaProblem(place, _reason(error, part, self._found.patterns)), part
 
     def _parts(self, part: Schema, place: str) -> Iterator[tuple[str, Schema | bool]]:
         """Yield the parts of a part, and what it refers to, with their places."""
@@ -115,11 +115,12 @@ def _first_line(error: str) -> str:
     return error.partition("\n")[0]
 
 
-def _reason(error: str, part: Schema | bool) -> str:
+def _reason(error: str, part: Schema | bool, patterns: dict[str, str]) -> str:
     if error.startswith("regex parse error") or " in regex /" in error:
         cause = error.rpartition("error: ")[2].partition(" in regex /")[0].strip()
         if isinstance(part, dict) and "pattern" in part:
-            return f"the pattern {shown(part['pattern'])} cannot be held: {cause}"
+            pattern = patterns.get(part["pattern"], part["pattern"])
+            return f"the pattern {shown(pattern)} cannot be held: {cause}"
         return f"a pattern cannot be held: {cause}"
     text = error.partition("\n  while processing")[0].removeprefix(_PREFIX)
     if text.startswith("Regex is empty"):
