@@ -18,7 +18,8 @@ from tests.server.structured.matching import bytes_only, holds, schema_grammar
 
 TEXTS = [
     "", "a", "b", "A", "é", "ſ", "K", "٣", "²", "\u0301", "日", "😀", "\n", "\r", "\t", "\x85",
-    "\ufeff", "\u2028", " ", '"', "\\", "/", "[", "]", "^", "-", "&", "~", ":", "{", "}", "_", ".", ",", "1",
+    "\ufeff", "\u2028", " ", '"', "\\", "/", "[", "]", "^", "-", "&", "~", ":", "{", "}", "_", ".", ",",
+    "1",
     'a"', "a\\", "ab", "aa", "a]", ":]", "a{", "{a}", "a b", "a-b", "\\n", "ab]",
 ]  # fmt: skip
 # Classes of letters, and of what they exclude; what Rust alone reads in them; braces.
