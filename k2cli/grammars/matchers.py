@@ -26,6 +26,9 @@ _MAX_ERROR_LETTERS = 400
 _LEXER_ERROR = "lexer error"
 _RENEWALS = 2  # the first may give one that another answer has filled, too
 _Result = TypeVar("_Result")
+_DEAD_END = "NoExtensionBias"
+"""llguidance's name for a place from which no text goes on, as in ``[^\\s\\S]``."""
+_NO_TEXT = "no token of the model's vocabulary can continue the answer"
 
 
 class GrammarError(K2Error):
@@ -85,7 +88,7 @@ class Matcher:
             # A stop token may be one of text, with which an incomplete answer would end.
             bits = _with(bits, self._stops, present=False)
             if not _any(bits):
-                raise GrammarError("no token of the model's vocabulary can continue the answer")
+                raise GrammarError(_NO_TEXT)
         elif self._wrong_ends or self._missing_ends:
             bits = _with(bits, self._wrong_ends, present=False)
             bits = _with(bits, self._missing_ends, present=True)
@@ -111,7 +114,8 @@ class Matcher:
         if self._is_full:
             self._compiled(self._origin)  # so that no other answer gets this one
         if self._matcher.is_error():
-            raise GrammarError(_shortened(self._matcher.get_error()))
+            error = self._matcher.get_error()
+            raise GrammarError(_NO_TEXT if error.startswith(_DEAD_END) else _shortened(error))
         return result
 
     @property

@@ -118,6 +118,9 @@ def test_what_cannot_be_obeyed_is_refused_in_few_words(compiler: Compiler) -> No
     with pytest.raises(GrammarError, match="doesn't satisfy the grammar") as refusal:
         answer.take(b"x")
     assert "<state>" not in refusal.value.message
+    nothing = _open(compiler, lark(r"start: /[^\s\S]/"))
+    with pytest.raises(GrammarError, match="no token of the model's vocabulary can continue"):
+        nothing.mask()
 
 
 def test_few_compiled_grammars_are_kept(

@@ -63,6 +63,9 @@ class _Search:
             for pointer, child in self._parts(part, place):
                 inner = self._try(child)
                 if inner is not None and _explains(inner, error):
+                    if child is False and (name := _excluded(part)) is not None:
+                        reason = f"{shown(name)} is required, and 'properties' does not have it"
+                        return SchemaProblem(f"{place}/required", reason), child
                     part, place, error = child, pointer, inner
                     break
             else:
@@ -100,6 +103,14 @@ def _explains(inner: str, outer: str) -> bool:
     )
 
 
+def _excluded(part: Schema) -> str | None:
+    """Return a required name that is no property, where no other names are allowed; else None."""
+    if part.get("additionalProperties") is not False or part.get("patternProperties"):
+        return None
+    names = part.get("required") or []
+    return next((name for name in names if name not in part.get("properties", {})), None)
+
+
 def _first_line(error: str) -> str:
     return error.partition("\n")[0]
 
@@ -112,4 +123,8 @@ def _reason(error: str, part: Schema | bool, patterns: dict[str, str]) -> str:
             return f"the pattern {shown(pattern)} cannot be held: {cause}"
         return f"a pattern cannot be held: {cause}"
     text = error.partition("\n  while processing")[0].removeprefix(_PREFIX)
+    if text.startswith("Regex is empty"):
+        return "no text has all that it asks for"
+    if text == "incompatible types":
+        return f"{text}: no value is of all those that it asks for"
     return " ".join(text.split())[:300]

@@ -178,7 +178,8 @@ def _shape_problem(shape: str) -> tuple[str, str] | None:
     path = list(error.absolute_path)
     place = "".join(map(pointer_part, map(str, path)))
     if path[:1] == ["type"]:
-        return place, f"{shown(error.instance)} is not a type of JSON Schema"
+        types = "array, boolean, integer, null, number, object and string"
+        return place, f"{shown(error.instance)} is not a type of JSON Schema; there are {types}"
     return place, shown(error.message)
 
 
