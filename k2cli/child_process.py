@@ -1,4 +1,4 @@
-"""What a child process of k2 does when it begins: end with its parent, and limit its memory."""
+"""Start of a child process of k2: it ends with its parent, and its memory is limited."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ class GrammarError(K2Error):
 class Matcher:
     """The state of one answer.
 
-    All answers of a grammar share llguidance's lexer, which learns states as answers need them. When
-    it is full, or one answer has exceeded the limit of a step, it refuses all of them from then on;
-    so an answer then goes on with a lexer that is new.
+    All answers of a grammar share llguidance's lexer, which learns states as answers need them.
+    When it is full, or one answer has exceeded the limit of a step, it refuses all of them from
+    then on; so an answer then goes on with a lexer that is new.
 
     Args:
         compiled: gives the compiled grammar; if a lexer is full, another one than it gave before.
