@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import signal
@@ -83,6 +84,12 @@ def _ctrl_c_reaches_children() -> None:
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _logging_enabled() -> None:
+    """Enable logging again: some programs and tests switch it off for the whole process."""
+    logging.disable(logging.NOTSET)
 
 
 # --- leftovers ----------------------------------------------------------------------------------
