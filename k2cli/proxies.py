@@ -1,10 +1,11 @@
-"""Proxies that the environment names: refuse the ones that the HTTP library cannot use, by name."""
+"""Proxies and authorities that the environment names: refuse those that cannot be used, by name."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import ssl
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -12,13 +13,17 @@ from collections.abc import Iterator
 from k2cli.errors import K2Error
 
 _VARIABLES = ("all_proxy", "http_proxy", "https_proxy")  # as httpx2 reads them
+_AUTHORITIES = "SSL_CERT_FILE"
 _SCHEMES = "http, https, socks5 and socks5h"
 _SECRET = re.compile(r"//.*@")  # a password may hold / and @
 
 
 @contextlib.contextmanager
 def proxy_errors() -> Iterator[None]:
-    """Turn errors about a proxy into a ``K2Error``: as a client is made, and as it connects."""
+    """Turn errors about a proxy, or about authorities for TLS, into a ``K2Error``.
+
+    They come as a client is made, and as it connects.
+    """
     import httpx2
     import socksio
 
@@ -34,6 +39,27 @@ def proxy_errors() -> Iterator[None]:
             f"the SOCKS proxy that the environment names does not answer as one: {error}",
             "env | grep -i _proxy",
         ) from error
+    except OSError as error:
+        refusal = unusable_authorities()
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def unusable_authorities() -> K2Error | None:
+    """Return the error for a file of ``SSL_CERT_FILE`` that cannot be used; None if it can be."""
+    value = os.environ.get(_AUTHORITIES)
+    if not value:
+        return None
+    try:
+        ssl.create_default_context(cafile=value)
+    except ssl.SSLError:
+        reason = "it has no certificate in PEM"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    else:
+        return None
+    return K2Error(f"{_AUTHORITIES} '{value}' cannot be used: {reason}", f"unset {_AUTHORITIES}")
 
 
 def unusable_proxy() -> K2Error | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -46,6 +47,20 @@ def test_a_proxy_that_cannot_be_used_is_named(
         assert caught.value.exit_code == 1
         assert caught.value.hint is not None
         assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_a_file_of_authorities_that_cannot_be_used_is_named(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ca.pem"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    for use in (lambda: ApiClient("https://10.255.255.1:9"), lambda: repository_files("a/b", None)):
+        with pytest.raises(K2Error, match=f"SSL_CERT_FILE '{file}' cannot be used") as caught:
+            use()
+        assert caught.value.hint == "unset SSL_CERT_FILE"
 
 
 @pytest.mark.parametrize("password", ["secret", "a/secret", "a@secret", "a/b@secret"])

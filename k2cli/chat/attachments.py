@@ -16,6 +16,7 @@ MOST_BYTES = 4 * MIB
 """Largest file that is quoted: a million tokens, more than any context."""
 
 _MENTION = re.compile(r"""(?<!\S)@(?:"([^"\n]+)"|'([^'\n]+)'|(\S+))""")
+_LIKE_A_PATH = re.compile(r"/|\.\w{1,8}$")
 _TRAILING = ".,:;!?)"
 
 
@@ -75,6 +76,20 @@ def mentioned_files(message: str) -> list[str]:
                 if name not in names:
                     names.append(name)
                 break
+    return names
+
+
+def missing_files(message: str) -> list[str]:
+    """Return the names after ``@`` that look like paths, by a slash or an ending, but are no files.
+
+    A mistyped path is sent as text, and the model may answer as if it had read the file.
+    """
+    names = []
+    for match in _MENTION.finditer(message):
+        name = match.group(1) or match.group(2) or match.group(3).rstrip(_TRAILING)
+        known = _is_file(name) or (match.group(3) and _is_file(match.group(3)))
+        if _LIKE_A_PATH.search(name) and not known and name not in names:
+            names.append(name)
     return names
 
 

@@ -183,7 +183,9 @@ class ConversationStore:
         if len(found) == 1:
             return found[0]
         what = f"{len(found)} conversations begin with '{name}'" if found else ""
-        raise K2Error(what or f"there is no conversation '{name}'", "/sessions lists them")
+        raise K2Error(
+            what or f"there is no conversation '{name}'", "/sessions in k2 chat lists them"
+        )
 
 
 def turns_of(turns: list[dict[str, str]]) -> list[Turn]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from k2cli.chat.attachments import (
     Attachment,
     mentioned_files,
+    missing_files,
     read_attachment,
     with_attachments,
 )
@@ -128,6 +129,8 @@ class Chat:
         Raises:
             K2Error: if a file cannot be read, or the context has no room.
         """
+        for name in missing_files(text):
+            self.terminal.note(f"'{name}' is no file here: it is sent as text")
         files = [*self.attachments, *(read_attachment(name) for name in mentioned_files(text))]
         question = with_attachments(text, files)
         self._prepare()
@@ -215,7 +218,9 @@ class Chat:
         used, length = session.context_tokens, session.model.context_length
         if length:
             share = f" ({used / length:.0%})" if used else ""
-            parts.append(f"context {used or 0:,} of {length:,}{share}")
+            # What was resumed, or is left after /undo, is counted with the next answer.
+            counted = f"{used or 0:,} " if used is not None or not session.turns else ""
+            parts.append(f"context {counted}of {length:,}{share}")
         if session.answer is not None and (share_cached := cache_share(session)) is not None:
             parts.append(f"{share_cached:.0%} from the cache")
         if self.attachments:

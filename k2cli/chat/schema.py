@@ -20,7 +20,7 @@ from k2cli.units import MIB
 
 STDIN = "-"
 MAX_SCHEMA_BYTES = MIB
-"""As much as the server takes for a grammar (``grammars.limits.MAX_GRAMMAR_BYTES``)."""
+"""Of the file. k2's server takes 512 KiB of it without whitespace between its parts."""
 
 _NAME = "answer"
 _MAX_SHOWN_LETTERS = 200

@@ -1,4 +1,4 @@
-"""Trust in the one certificate that a run of this machine has reported."""
+"""TLS of a server: trust in the one certificate that a run has reported, and failures of others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from k2cli.errors import K2Error
 from k2cli.files import read_regular
 from k2cli.units import MIB
 
+_OTHER_NAME = 62
+"""OpenSSL's ``X509_V_ERR_HOSTNAME_MISMATCH``."""
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
+"""OpenSSL's reasons, by version, for an answer that is none of TLS."""
 _PEM_END = "-----END CERTIFICATE-----"
 
 
@@ -29,3 +33,24 @@ def trusting(certificate: Path) -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         raise K2Error(f"the certificate in {certificate} cannot be used: {error}") from error
     return context
+
+
+def tls_failure(error: BaseException, base: str) -> tuple[str, str] | None:
+    """Return the message and the hint for a connection that failed because of TLS, or None.
+
+    Args:
+        error: what the HTTP client raised.
+        base: the address of the server.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        reason = cause.verify_message.rstrip(".")
+        message = f"the certificate of {base} is not accepted: {reason}"
+        if cause.verify_code == _OTHER_NAME:
+            return message, "k2 chat --url https://NAME:PORT, with a name of the certificate"
+        return message, f"SSL_CERT_FILE=ca.pem k2 chat --url {base}"
+    if cause is not None and cause.reason in _NO_TLS:
+        return f"{base} does not speak TLS", f"k2 chat --url {base.replace('https:', 'http:', 1)}"
+    return None

@@ -32,7 +32,7 @@ from k2cli.client.answers import (
     objects,
     read_timings,
 )
-from k2cli.client.certificate import trusting
+from k2cli.client.certificate import tls_failure, trusting
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
 from k2cli.proxies import proxy_errors, unreachable
 from k2cli.units import MIB
@@ -116,7 +116,8 @@ class ApiClient:
         url: address of the server.
         api_key: sent with each request, if there is one.
         certificate: file with the server's certificate, which is then the only one to trust,
-            whatever its names; None for the authorities that are known to Python.
+            whatever its names; None for the authorities that the system knows, or those of
+            ``SSL_CERT_FILE``.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class ApiClient:
         headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
         with proxy_errors():
             self._http = httpx2.Client(
-                verify=trusting(certificate) if certificate is not None else True,
+                verify=trusting(certificate) if certificate else httpx2.create_ssl_context(),
                 headers=headers,
                 timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
                 # Proxies from the environment are not used for this machine's own ports.
@@ -294,6 +295,8 @@ class ApiClient:
             with proxy_errors():
                 yield
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            if (failure := tls_failure(error, self.base)) is not None:
+                raise ClusterError(*failure) from error
             through, hint = unreachable(self.base, "k2 ps")
             message = f"nothing answers at {self.base}{through}: {error}"
             raise ClusterError(message, hint) from error
@@ -301,7 +304,11 @@ class ApiClient:
             raise ClusterError(f"{self.base} did not answer in time", "k2 ps") from error
         except httpx2.TransportError as error:
             message = f"the connection to {self.base} was lost: {error}"
-            raise ClusterError(message, "k2 ps") from error
+            hint = "k2 ps"
+            if isinstance(error, httpx2.RemoteProtocolError) and self.base.startswith("http:"):
+                # What uvicorn does with plain HTTP on a port with TLS.
+                hint += f"; if it serves HTTPS: k2 chat --url https{self.base[4:]}"
+            raise ClusterError(message, hint) from error
         except httpx2.HTTPError as error:  # such as a body that cannot be unpacked
             raise K2Error(f"{self.base} does not answer as an HTTP server: {error}") from error
 

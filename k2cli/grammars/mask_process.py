@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import queue
 import resource
@@ -20,6 +19,7 @@ import sys
 import threading
 from pathlib import Path
 
+from k2cli.child_process import end_with_parent, limit_memory
 from k2cli.errors import K2Error
 from k2cli.grammars.mask_messages import (
     Close,
@@ -37,7 +37,6 @@ from k2cli.grammars.matchers import Compiler, Matcher
 from k2cli.protocol.wire import Channel, ConnectionLost
 from k2cli.settings import RUN_OPTION
 
-_PR_SET_PDEATHSIG = 1
 _SWITCH_SECONDS = 0.0005
 _STACK_BYTES = 64 * 2**20
 """Stack of each thread: llguidance recurses into nested schemas, and macOS gives one 512 kB."""
@@ -139,24 +138,9 @@ class MaskProcess:
                 os._exit(1)
 
 
-def _limit_memory(memory_bytes: int) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, hard))
-
-
-def _die_with_parent() -> None:
-    """Ask the Linux kernel to end this process with the rank, whatever it is doing."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-
 def main() -> None:
     """Serve one rank until stdin ends; never returns."""
-    _die_with_parent()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_SECONDS)
     parser = argparse.ArgumentParser(prog="k2cli.grammars.mask_process")
@@ -165,7 +149,7 @@ def main() -> None:
     channel: Channel[Order] = Channel(socket.socket(fileno=0), Order)
     setup = channel.receive()
     assert isinstance(setup, Setup)
-    _limit_memory(setup.memory_bytes)
+    limit_memory(setup.memory_bytes)
     MaskProcess(setup, channel).run()
 
 

@@ -5,11 +5,9 @@ It reads frames from stdin, answers on stdout, one at a time, and ends with its 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import queue
-import resource
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from k2cli.child_process import limit_memory
 from k2cli.errors import K2Error
 from k2cli.models.text.chat_template import TemplateSources
 from k2cli.models.text.launch_check import load_checked, load_known
@@ -46,17 +45,6 @@ def _frames_until_the_end(source: BinaryIO, frames: queue.SimpleQueue[bytes]) ->
     while (body := _next_frame(source)) is not None:
         frames.put(body)
     os._exit(0)
-
-
-def _limit_memory(memory_bytes: int) -> None:
-    """Limit this process's memory, which is beside a model that needs the rest of the machine.
-
-    A template can make a text of any length. macOS does not enforce the limit; there, the guard
-    does so a moment later.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, hard))
 
 
 def _load(settings: ReaderSettings, tell: Callable[[msgspec.Struct], None]) -> Tokenizer | None:
@@ -92,7 +80,8 @@ def main() -> None:
     arguments = (sys.stdin.buffer, frames)
     threading.Thread(target=_frames_until_the_end, args=arguments, daemon=True).start()
     settings = msgspec.msgpack.decode(frames.get(), type=ReaderSettings)
-    _limit_memory(settings.memory_bytes)
+    # A template can make a text of any length. On macOS the guard ends it a moment later.
+    limit_memory(settings.memory_bytes)
     tokenizer = _load(settings, tell)
     if tokenizer is None:
         return

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import platform
-import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from k2cli.child_process import ending_with
 from k2cli.errors import K2Error
 from k2cli.files import nameless_file, private_folder
 from k2cli.gpu_name import GpuName
@@ -25,7 +24,6 @@ from k2cli.protocol.progress_page import ProgressPage
 from k2cli.settings import RUN_OPTION, cache_directory, runs_directory
 
 DEFAULT_WORKER = "k2cli.rank.main"
-_PR_SET_PDEATHSIG = 1
 # With this, NCCL's first rank would listen on an address that k2 has not chosen, and take any peer.
 _NOT_FOR_RANKS = ("NCCL_COMM_ID",)
 # What a compiler needs for a few kernels and its temporary files.
@@ -76,28 +74,13 @@ async def spawn_rank(
             stderr=asyncio.subprocess.STDOUT,
             pass_fds=inherited,
             env=environment,
-            preexec_fn=_die_with_guard(),
+            preexec_fn=ending_with(os.getpid()) if sys.platform == "linux" else None,
         )
     finally:
         theirs.close()
         for descriptor in inherited[2:]:
             os.close(descriptor)
     return SpawnedRank(process, ours, page, oom_evidence)
-
-
-def _die_with_guard() -> Callable[[], None] | None:
-    """Make the function that ties the child's life to its guard between fork and exec (Linux)."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    guard = os.getpid()
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != guard:
-            os._exit(1)
-
-    return prepare
 
 
 def rank_arguments(

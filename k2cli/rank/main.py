@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import queue
 import signal
@@ -24,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from k2cli.child_process import end_with_parent
 from k2cli.errors import ClusterError, K2Error
 from k2cli.pauses import Deadline
 from k2cli.protocol import (
@@ -57,12 +57,11 @@ if TYPE_CHECKING:
 
 _IDLE_SECONDS = 0.5
 _LAST_RANK_SECONDS = 0.05
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Run a rank from the guard's assignment to its end; never returns."""
-    _die_with_parent()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="k2cli.rank.main")
     parser.add_argument(RUN_OPTION, required=True, help="id of the run")
@@ -390,15 +389,6 @@ def _end(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _die_with_parent() -> None:
-    """Ask the Linux kernel to kill this rank when its guard dies, even while it is stopped."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 if __name__ == "__main__":

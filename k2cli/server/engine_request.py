@@ -208,7 +208,10 @@ def conversation_text(conversation: Conversation, tokenizer: ServerTokenizer) ->
     prompted = not continues and conversation.add_generation_prompt is not False
     try:
         if conversation.tools and not tokenizer.shows_tools:
-            message = "the chat template of this model knows no tools, so it would not see them"
+            message = (
+                "the chat template of this model knows no tools, so it would not see them; "
+                "leave 'tools' out, or serve a model whose template knows them"
+            )
             raise invalid(message, "tools")
         return tokenizer.chat_prompt(
             list(conversation.turns),

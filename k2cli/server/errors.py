@@ -150,6 +150,9 @@ def validation_failure(error: ValidationError) -> ApiError:
     param = _field_path(first["loc"])
     if first["type"] == "json_invalid":
         reason = first["msg"].removeprefix("Invalid JSON: ")
+        if reason.startswith("recursion limit"):
+            place = reason.partition(" at ")[2]
+            return ApiError(400, f"the body nests too deeply at {place}", code="invalid_json")
         return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
     if first["type"] == "extra_forbidden" and param in _NOT_OFFERED:
         message = f"'{param}' is not supported: {_NOT_OFFERED[param]}"

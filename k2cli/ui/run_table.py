@@ -59,8 +59,10 @@ def _activity(status: RunStatus) -> str:
     rates = status.throughput
     if not status.running and not waiting:
         return "no requests"
+    run = "request runs" if status.running == 1 else "requests run"
+    wait = "waits" if waiting == 1 else "wait"
     return (
-        f"{status.running} requests run, {waiting} wait; "
+        f"{status.running} {run}, {waiting} {wait}; "
         f"{rates.completion_tokens_per_second:.1f} tokens/s, "
         f"{rates.prompt_tokens_per_second:.0f} tokens/s of prompts"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from k2cli.chat.attachments import mentioned_files, read_attachment, with_attachments
+from k2cli.chat.attachments import mentioned_files, missing_files, read_attachment, with_attachments
 from k2cli.errors import K2Error
 
 
@@ -17,6 +17,14 @@ def test_mentions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("folder").mkdir()
     message = "See @a.py, @\"b c.md\" and @'b c.md' or @d. not me@a.py, @folder or @ann @~nobody/x"
     assert mentioned_files(message) == ["a.py", "b c.md", "d."]
+
+
+def test_paths_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.py", "d."):
+        Path(name).write_text("x")
+    message = 'See @a.py, @d. @b.py, @src/c @"no such.md", or @ann, @v2, me@x.com and @b.py!'
+    assert missing_files(message) == ["b.py", "src/c", "no such.md"]
 
 
 def test_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

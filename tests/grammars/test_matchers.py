@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_another_request_may_have_other_stop_tokens(
     assert {END, OTHER_END} & allowed == {END, OTHER_END} & set(stops)
 
 
+def test_a_stop_token_of_text_does_not_end_an_incomplete_answer(compiler: Compiler) -> None:
+    answer = _open(compiler, lark('start: "a"~2 "b"?'), (END, ord("a"), ord("b")))
+    with pytest.raises(GrammarError, match="no token of the model's vocabulary"):
+        answer.mask()
+    answer = _open(compiler, lark('start: "x" /[ab]/ "y"'), (END, ord("a")))
+    answer.take(b"x")
+    allowed = tokens_of(answer.mask() or b"")
+    assert ord("b") in allowed
+    assert ord("a") not in allowed
+
+
 def test_answers_of_one_grammar_do_not_share_their_state(compiler: Compiler) -> None:
     one, other = (_open(compiler, lark('start: "ab"')) for _ in range(2))
     one.take([ord("a")])
@@ -106,6 +118,9 @@ def test_what_cannot_be_obeyed_is_refused_in_few_words(compiler: Compiler) -> No
     with pytest.raises(GrammarError, match="doesn't satisfy the grammar") as refusal:
         answer.take(b"x")
     assert "<state>" not in refusal.value.message
+    nothing = _open(compiler, lark(r"start: /[^\s\S]/"))
+    with pytest.raises(GrammarError, match="no token of the model's vocabulary can continue"):
+        nothing.mask()
 
 
 def test_few_compiled_grammars_are_kept(
@@ -127,3 +142,43 @@ def test_a_model_without_an_end_token_has_grammars_that_end(toy_k2: Path) -> Non
     assert tokens_of(answer.mask() or b"") == {ord("b")}
     answer.take(b"b")
     assert answer.mask() is None
+
+
+WIDE = lark("start: /(a|b)*a(a|b){9}!/")
+"""Each text of ten letters is another state of the lexer."""
+
+
+def _wide(compiler: Compiler, seed: int, letters: int) -> Matcher:
+    answer = _open(compiler, WIDE)
+    for letter in random.Random(seed).choices(b"ab", k=letters):
+        assert letter in tokens_of(answer.mask() or b"")
+        answer.take([letter])
+    return answer
+
+
+def test_a_full_lexer_ends_no_answer(toy_k2: Path) -> None:
+    compiler = Compiler(toy_k2, VOCABULARY_SIZE, [END])
+    compiler._limits.max_lexer_states = 400
+    beside = _wide(compiler, 0, 50)
+    first = compiler._compiled[WIDE.text]
+    for seed in range(1, 8):
+        _wide(compiler, seed, 100)
+    assert compiler._compiled[WIDE.text] is not first  # it was filled, and is replaced
+    beside.take(b"abbbabbbbb")
+    assert ord("!") in tokens_of(beside.mask() or b"")
+    beside.take(b"!")
+    assert beside.mask() is None
+
+
+def test_an_answer_that_exceeds_the_limit_of_a_step_harms_no_other(toy_k2: Path) -> None:
+    compiler = Compiler(toy_k2, VOCABULARY_SIZE, [END])
+    compiler._limits.max_lexer_states = 150
+    with pytest.raises(GrammarError, match="is too large to be followed"):
+        _wide(compiler, 0, 1000)
+    _wide(compiler, 1, 20)
+
+
+def test_what_is_too_wide_is_refused_in_plain_words(compiler: Compiler) -> None:
+    names = {f"p{index}": {"type": "integer"} for index in range(1500)}
+    with pytest.raises(GrammarError, match="ways to go on at one place, such as optional"):
+        _open(compiler, json_schema({"type": "object", "properties": names})).mask()

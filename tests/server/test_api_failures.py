@@ -129,7 +129,9 @@ def test_wrong_requests_name_the_field_and_reach_no_rank(engine: ScriptedEngine,
 def test_bodies_that_are_no_request(engine: ScriptedEngine, url: str, body: bytes) -> None:
     response = post(url, body)
     assert response.status_code == 400
-    assert response.json()["error"]["message"]
+    message = response.json()["error"]["message"]
+    assert message
+    assert ("nests too deeply" in message) == (len(body) == 5000)
     assert engine.submitted == []
 
 

@@ -18,6 +18,9 @@ import mlx.core as mx
 
 from k2cli.protocol import Sampling, TokenLogprob
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this choose the largest score: divided by them, scores may become infinite."""
+
 
 @dataclass(slots=True)
 class Sampler:
@@ -47,7 +50,11 @@ class Sampler:
     def is_plain(self) -> bool:
         """True if the choice is always the largest logit."""
         options = self.options
-        return options.temperature == 0 and not options.logit_bias and not self.needs_history
+        return self._is_greedy and not options.logit_bias and not self.needs_history
+
+    @property
+    def _is_greedy(self) -> bool:
+        return self.options.temperature < GREEDY_BELOW
 
     def pick(self, logits: mx.array) -> mx.array:
         """Choose a token, lazily.
@@ -60,7 +67,7 @@ class Sampler:
         """
         scores = self._adjusted(logits)
         count, self._picked = self._picked, self._picked + 1
-        if self.options.temperature == 0:
+        if self._is_greedy:
             return mx.argmax(scores)
         scores = truncate(scores / self.options.temperature, self.options)
         # One key per token, spread by the golden ratio as splitmix64 does (Steele et al. 2014).

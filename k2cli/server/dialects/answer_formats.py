@@ -165,13 +165,13 @@ def _schema(value: Any, place: str, *, strict: bool = True) -> AnswerFormat:
 
 def _regex(value: Any, place: str) -> AnswerFormat:
     if not isinstance(value, str) or not value:
-        raise _needed(place, "a text")
+        raise _needed(place, "a text that is not empty")
     return AnswerFormat("regex", value, place)
 
 
 def _choice(value: Any, place: str) -> AnswerFormat:
     if not isinstance(value, list) or not value:
-        raise _needed(place, "an array of texts")
+        raise _needed(place, "an array of one text or more")
     if len(value) > MAX_CHOICES:
         raise invalid(f"{place}: has {len(value)} texts, and the most are {MAX_CHOICES}", place)
     if not all(isinstance(each, str) and each for each in value):

@@ -63,7 +63,13 @@ def _checked_pattern(pattern: str, field: str) -> str:
         message = f"{field}: has {len(pattern)} letters, and the most are {MAX_PATTERN_LETTERS}"
         raise invalid(message, field)
     text = GrammarText({})
-    _refuse_problem(grammar_problem(text.build(text.terminal(pattern))), field)
+    problem = grammar_problem(text.build(text.terminal(pattern)))
+    # Around the cause, llguidance shows a grammar that the client has not written.
+    if problem is not None and "regex parse error" in problem:
+        problem = problem.rpartition("\nerror: ")[2].partition("\n")[0]
+    elif problem is not None and "lexer error" in problem:
+        problem = "is no regular expression"
+    _refuse_problem(problem, field)
     return pattern
 
 
@@ -103,6 +109,5 @@ def _with_checked_schemas(grammar: str, field: str) -> str:
 def _refuse_problem(problem: str | None, field: str) -> None:
     if problem is None:
         return
-    cause = problem.rpartition("\nerror: ")[2] if problem.startswith("regex parse") else problem
-    lines = [line.strip() for line in cause.splitlines() if line.strip()]
+    lines = [line.strip() for line in problem.splitlines() if line.strip()]
     raise invalid(f"{field}: {' / '.join(lines)[:400]}", field)

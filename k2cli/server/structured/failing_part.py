@@ -63,11 +63,14 @@ class _Search:
             for pointer, child in self._parts(part, place):
                 inner = self._try(child)
                 if inner is not None and _explains(inner, error):
+                    if child is False and (name := _excluded(part)) is not None:
+                        reason = f"{shown(name)} is required, and 'properties' does not have it"
+                        return SchemaProblem(f"{place}/required", reason), child
                     part, place, error = child, pointer, inner
                     break
             else:
                 break
-        return SchemaProblem(place, _reason(error, part)), part
+        return SchemaProblem(place, _reason(error, part, self._found.patterns)), part
 
     def _parts(self, part: Schema, place: str) -> Iterator[tuple[str, Schema | bool]]:
         """Yield the parts of a part, and what it refers to, with their places."""
@@ -100,15 +103,28 @@ def _explains(inner: str, outer: str) -> bool:
     )
 
 
+def _excluded(part: Schema) -> str | None:
+    """Return a required name that is no property, where no other names are allowed; else None."""
+    if part.get("additionalProperties") is not False or part.get("patternProperties"):
+        return None
+    names = part.get("required") or []
+    return next((name for name in names if name not in part.get("properties", {})), None)
+
+
 def _first_line(error: str) -> str:
     return error.partition("\n")[0]
 
 
-def _reason(error: str, part: Schema | bool) -> str:
+def _reason(error: str, part: Schema | bool, patterns: dict[str, str]) -> str:
     if error.startswith("regex parse error") or " in regex /" in error:
         cause = error.rpartition("error: ")[2].partition(" in regex /")[0].strip()
         if isinstance(part, dict) and "pattern" in part:
-            return f"the pattern {shown(part['pattern'])} cannot be held: {cause}"
+            pattern = patterns.get(part["pattern"], part["pattern"])
+            return f"the pattern {shown(pattern)} cannot be held: {cause}"
         return f"a pattern cannot be held: {cause}"
     text = error.partition("\n  while processing")[0].removeprefix(_PREFIX)
+    if text.startswith("Regex is empty"):
+        return "no text has all that it asks for"
+    if text == "incompatible types":
+        return f"{text}: no value is of all those that it asks for"
     return " ".join(text.split())[:300]

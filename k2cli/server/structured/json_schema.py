@@ -22,6 +22,9 @@ from k2cli.server.structured.schema_problem import SchemaProblem
 MAX_SCHEMA_BYTES = 512 * 1024
 """The JSON text of one schema, with its descriptions."""
 
+_WITH_STRICT = ("response_format.json_schema", "text.format", "tools[")
+"""Beginnings of the places of schemas that have a member ``strict`` beside them."""
+
 _CACHED_BYTES = 16 * 1024 * 1024
 
 
@@ -60,7 +63,10 @@ def checked_schema(
     found = _read(schema, place, param, lenient=lenient)
     if found.problem is None:
         return found.schema
-    raise invalid(f"{place}{found.problem.pointer}: {found.problem.reason}", param)
+    message = f"{place}{found.problem.pointer}: {found.problem.reason}"
+    if "cannot be held" in found.problem.reason and place.startswith(_WITH_STRICT):
+        message += '; "strict": false beside the schema leaves out what cannot be held'
+    raise invalid(message, param)
 
 
 def _read(schema: Any, place: str, param: str, *, lenient: bool) -> CheckedSchema:

@@ -23,9 +23,10 @@ from k2cli.server.structured.keywords import (
     REFUSED,
     SINGLE,
 )
-from k2cli.server.structured.rewriting import Schema, rewritten
+from k2cli.server.structured.patterns import held_pattern
+from k2cli.server.structured.rewriting import Schema, replace_format, rewritten
 from k2cli.server.structured.schema_problem import SchemaProblem, shown
-from k2cli.server.structured.schema_values import ValueChecks, check_dialect, pattern_problem
+from k2cli.server.structured.schema_values import ValueChecks, check_dialect
 
 MAX_NESTING = 100
 """Arrays and objects within each other; JSON parsers of llguidance stop at 128."""
@@ -48,6 +49,7 @@ class NormalSchema:
         root: the schema without its definitions.
         definitions: the schemas that are referred to, by the names of ``$defs``.
         places: the pointer of each of its parts in the client's schema, by the part's ``id``.
+        patterns: the client's patterns, by those that are held in their place.
         references: for the root (``""``) and each definition, the definitions that it refers to in
             the order of the text, with the number of subschemas around each and whether other
             keywords stand beside the reference.
@@ -56,6 +58,7 @@ class NormalSchema:
     root: Schema | bool = True
     definitions: dict[str, Schema | bool] = field(default_factory=dict)
     places: dict[int, str] = field(default_factory=dict)
+    patterns: dict[str, str] = field(default_factory=dict)
     references: dict[str, list[tuple[str, int, bool]]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     one_ofs: list[Schema] = field(default_factory=list)
@@ -215,10 +218,28 @@ class _Reader:
         most = MAX_PATTERNS if key == "patternProperties" else MAX_PROPERTIES
         if len(value) > most:
             raise SchemaProblem(place, f"has {len(value)} members, and the most are {most}")
-        return {
-            name: self._normal(each, place + pointer_part(name), depth + 1)
-            for name, each in value.items()
-        }
+        made: Schema = {}
+        for name, each in value.items():
+            part = place + pointer_part(name)
+            made[self._name(key, name, part, made)] = self._normal(each, part, depth + 1)
+        return made
+
+    def _held(self, pattern: str) -> str:
+        held = held_pattern(pattern)
+        self._found.patterns.setdefault(held, pattern)
+        return held
+
+    def _name(self, key: str, name: str, place: str, made: Schema) -> str:
+        """Return the name of a member in the normal form."""
+        if key != "patternProperties":
+            return name
+        try:
+            pattern = self._held(name)
+        except ValueError as error:
+            raise SchemaProblem(place, str(error)) from error
+        while pattern in made:
+            pattern += "(?:)"  # two patterns of a client may be the same in other words
+        return pattern
 
     def _list(self, key: str, value: Any, place: str, depth: int) -> list[Schema | bool]:
         if not isinstance(value, list) or not (value or key == "prefixItems"):
@@ -238,12 +259,12 @@ class _Reader:
             reason = f"{shown(form)} cannot be held; the formats are {known}"
             self._leave_out("format", given, pointer, reason)
         pattern = given.get("pattern")
-        if isinstance(pattern, str) and (why := pattern_problem(pattern)):
-            self._leave_out("pattern", given, pointer, why)
-        names = given.get("patternProperties")
-        for each in names if isinstance(names, dict) else ():
-            if why := pattern_problem(each):
-                raise SchemaProblem(f"{pointer}/patternProperties{pointer_part(each)}", why)
+        if isinstance(pattern, str):
+            try:
+                given["pattern"] = self._held(pattern)
+            except ValueError as error:
+                self._leave_out("pattern", given, pointer, str(error))
+        replace_format(given)
 
     def _check_least_properties(self, given: Schema, pointer: str) -> None:
         """Leave out a number of properties that the required ones reach anyway.

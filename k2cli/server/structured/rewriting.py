@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from k2cli.server.structured.formats import CLOCK_PATTERNS
 from k2cli.server.structured.keywords import ANNOTATIONS, COUNTS, IN_PLACE, REFUSED
 
 MAX_COUNT = 2**31 - 1
@@ -38,6 +39,19 @@ def rewritten(schema: Schema) -> Schema:
         if key.startswith("max") and type(given.get(key)) is int and given[key] > MAX_COUNT:
             del given[key]
     return given
+
+
+def replace_format(given: Schema) -> None:
+    """Write the format of a date or time as a pattern."""
+    form = given.get("format")
+    if not isinstance(form, str) or form not in CLOCK_PATTERNS:
+        return
+    pattern = f"^{CLOCK_PATTERNS[form]}$"
+    if "pattern" not in given:
+        given["pattern"] = pattern
+    elif isinstance(given.setdefault("allOf", []), list):
+        given["allOf"] = [*given["allOf"], {"pattern": pattern}]
+    del given["format"]
 
 
 def _same(value: Any, other: Any) -> bool:

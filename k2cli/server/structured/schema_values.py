@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from typing import Any
 
 from k2cli.server.json_pointer import pointer_part
 from k2cli.server.structured.keywords import COUNTS, DRAFTS, NUMBERS, PLAIN
+from k2cli.server.structured.patterns import CANNOT_BE_WRITTEN, CONTROL
 from k2cli.server.structured.rewriting import MAX_COUNT, Schema
 from k2cli.server.structured.schema_problem import SchemaProblem, shown
 
@@ -25,15 +25,6 @@ MAX_SHARED_FACTOR = 65_535
 
 _LEAST_LITERAL = 1e-9
 _MAX_CACHED_LETTERS = 1_000
-# Answers have no escapes by number (``grammars.text.ESCAPES``), and of those that are left out of a
-# text by itself llguidance would make nothing. Within a class of letters they do no harm.
-_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-_CONTROL_ESCAPE = re.compile(
-    r"\\(?:x(?!0[89acd])(?:[01][\da-f]|7f)|u00(?!0[89acd])(?:[01][\da-f]|7f)"
-    r"|x\{0*(?![89acd]\})(?:1?[\da-f]|7f)\}|[0av])",
-    re.IGNORECASE,
-)
-_CLASS = re.compile(r"\[(?!\^?(?:\\[xu{}\da-fA-F]+|\\[0av]|[^\\])\])\^?\]?(?:\\.|[^\]\\])*\]")
 
 
 class ValueChecks:
@@ -63,8 +54,8 @@ class ValueChecks:
         if len(given.get("required", ())) > MAX_REQUIRED:
             raise SchemaProblem(f"{pointer}/required", f"has more than {MAX_REQUIRED} names")
         for name in (*given.get("required", ()), *_names(given)):
-            if _CONTROL.search(name):
-                raise SchemaProblem(pointer, f"the name {name!r:.80} has {_CANNOT_BE_WRITTEN}")
+            if CONTROL.search(name):
+                raise SchemaProblem(pointer, f"the name {name!r:.80} has {CANNOT_BE_WRITTEN}")
         for key in ("const", "enum"):
             if key in given:
                 self._members += _check_literals(given[key], f"{pointer}/{key}", key == "enum")
@@ -95,20 +86,9 @@ class ValueChecks:
                 raise SchemaProblem(pointer, reason)
 
 
-_CANNOT_BE_WRITTEN = "a control character that an answer cannot have"
-
-
 def _names(given: Schema) -> list[str]:
     members = given.get("properties")
     return list(members) if isinstance(members, dict) else []
-
-
-def pattern_problem(pattern: str) -> str | None:
-    """Return why a pattern cannot be held although llguidance would take it, or None."""
-    rest = _CLASS.sub("", pattern)
-    if _CONTROL.search(rest) or _CONTROL_ESCAPE.search(rest):
-        return f"{shown(pattern)} has {_CANNOT_BE_WRITTEN}"
-    return None
 
 
 def check_dialect(value: Any) -> None:
@@ -147,8 +127,8 @@ def _check_literals(value: Any, pointer: str, several: bool) -> int:
             level += ((f"{place}/{index}", each) for index, each in enumerate(found))
         elif isinstance(found, str) and len(found) > MAX_LITERAL_LETTERS:
             raise SchemaProblem(place, f"has more than {MAX_LITERAL_LETTERS} letters")
-        elif isinstance(found, str) and _CONTROL.search(found):
-            raise SchemaProblem(place, f"has {_CANNOT_BE_WRITTEN}")
+        elif isinstance(found, str) and CONTROL.search(found):
+            raise SchemaProblem(place, f"has {CANNOT_BE_WRITTEN}")
         elif isinstance(found, int | float) and not isinstance(found, bool):
             small = isinstance(found, float) and 0 < abs(found) < _LEAST_LITERAL
             if small or not abs(found) <= MAX_EXACT_INTEGER:
@@ -198,7 +178,8 @@ def _shape_problem(shape: str) -> tuple[str, str] | None:
     path = list(error.absolute_path)
     place = "".join(map(pointer_part, map(str, path)))
     if path[:1] == ["type"]:
-        return place, f"{shown(error.instance)} is not a type of JSON Schema"
+        types = "array, boolean, integer, null, number, object and string"
+        return place, f"{shown(error.instance)} is not a type of JSON Schema; there are {types}"
     return place, shown(error.message)
 
 

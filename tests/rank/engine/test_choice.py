@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
 
+from k2cli.protocol import Sampling
 from k2cli.rank.engine.choice import forbid
+from k2cli.rank.engine.sampling import Sampler
 
 VOCABULARY = 45  # no whole number of words
 
@@ -34,3 +36,13 @@ def test_each_row_keeps_what_its_mask_allows(dtype: mx.Dtype, size: int) -> None
 def test_rows_without_masks_cost_nothing() -> None:
     logits = mx.zeros((2, VOCABULARY))
     assert forbid(logits, [None, None]) is logits
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-38, 1e-6])
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 2}])
+def test_a_tiny_temperature_chooses_the_best_token(
+    temperature: float, limits: dict[str, Any]
+) -> None:
+    sampler = Sampler(Sampling(temperature=temperature, seed=1, **limits), [1])
+    logits = mx.array([-mx.inf, 25.0, 25.5, -40.0])
+    assert [sampler.pick(logits).item() for _ in range(3)] == [2, 2, 2]

@@ -189,7 +189,9 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
         "properties": {"age": {"minimum": 5, "maximum": 3}}}}}},
      "response_format.json_schema.schema", "response_format.json_schema.schema/properties/age: "
      "minimum (5) is greater than maximum (3)"),
-    (CHAT, {"response_format": {"type": "regex"}}, "response_format.regex", "must be a text"),
+    (CHAT, {"response_format": {"type": "regex"}}, "response_format.regex", "a text that is not"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {
+        "uniqueItems": True}}}}, "response_format.json_schema.schema", '"strict": false beside'),
     (CHAT, {"response_format": {"type": "regex", "regex": "("}}, "response_format.regex",
      "unclosed group"),
     (CHAT, {"response_format": {"type": "grammar", "grammar": "x", "syntax": "ebnf"}},

@@ -78,13 +78,17 @@ PLACES: list[tuple[Any, str]] = [
     # Found by compiling the parts.
     (inside({"type": "string", "pattern": "(?=a)b"}), "s/properties/a: the pattern (?=a)b cannot"),
     (inside({"anyOf": [{"type": "null"}, {"pattern": "[a"}]}),
-     "s/properties/a/anyOf/1: the pattern [a cannot be held: unclosed character class"),
+     "s/properties/a/anyOf/1/pattern: [a has a class without an end"),
     (inside({"items": {"$ref": X}}, **{"$defs": {"x": {"pattern": r"(a)\1"}}}),
      r"s/$defs/x: the pattern (a)\1 cannot be held: backreferences"),
     (inside({"allOf": [{"type": "string"}, {"type": "null"}]}, required=["a"]),
      "s/properties/a: incompatible types"),
     (inside({"items": False, "type": "array", "minItems": 1}, required=["a"]),
      "s/properties/a/items: no value is allowed"),
+    (inside({"type": "object", "required": ["c"], "additionalProperties": False}, required=["a"]),
+     "s/properties/a/required: c is required, and 'properties' does not have it"),
+    (inside({"type": "string", "const": "ab", "pattern": "^x"}, required=["a"]),
+     "s/properties/a: no text has all that it asks for"),
     (inside({"patternProperties": {"^x": {}, "y$": {}}}),
      "s/properties/a: patternProperty regexes /^x/ and /y$/ are not disjoint"),
     (inside({"type": "number", "multipleOf": 0.07}), "s/properties/a: Value for 'multipleOf' has"),
@@ -126,7 +130,9 @@ def test_what_is_wrong_is_named_with_its_place(schema: Any, message: str) -> Non
         assert (caught.value.status, caught.value.param) == (400, "s")
 
 
-@pytest.mark.parametrize("pattern", [r"^[^\x00-\x1f]*$", r"^a\x0Ab\u0009?$", r"^[]\x00a]\t?$", "é"])
+@pytest.mark.parametrize(
+    "pattern", [r"^[^\x00-\x1f]*$", r"^a\x0Ab\u0009?$", r"^[\]\x00a]\t?$", "é"]
+)
 def test_patterns_with_other_escapes_are_taken(pattern: str) -> None:
     checked_schema({"type": "string", "pattern": pattern}, "s")
 

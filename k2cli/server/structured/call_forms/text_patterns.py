@@ -9,15 +9,12 @@ from k2cli.grammars.check import grammar_problem
 from k2cli.grammars.text import ANY_TEXT, GrammarText, escaped
 from k2cli.server.output.parameter_types import Schema
 from k2cli.server.structured.call_forms.parameters import NotHeld, constraints
+from k2cli.server.structured.formats import CLOCK_PATTERNS
 
 _KNOWN = {"type", "enum", "const", "pattern", "minLength", "maxLength", "format"}
 _MAX_LENGTH = 10_000
 """More letters than that are not counted: a text's length is held to by counting in the lexer."""
 
-_YEAR_TO_DAY = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
-_CLOCK = (
-    r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
-)
 _BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _N = "[0-9]{1,9}"
@@ -36,15 +33,14 @@ _FORMATS = {
     "duration": f"P({_DAYS}(T{_HOURS})?|T{_HOURS}|{_N}W)",
     "ipv6": _IPV6,
     "uri": r"[A-Za-z][A-Za-z0-9+.-]{0,30}:([A-Za-z0-9._~:/?#@!$&'()*+,;=-]|%[0-9a-fA-F]{2})+",
-    "date": _YEAR_TO_DAY,
-    "time": _CLOCK,
-    "date-time": f"{_YEAR_TO_DAY}T{_CLOCK}",
+    **CLOCK_PATTERNS,
     "uuid": "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
     "ipv4": rf"{_BYTE}(\.{_BYTE}){{3}}",
     "hostname": rf"{_LABEL}(\.{_LABEL}){{0,8}}",
     "email": rf"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+){{0,8}}@{_LABEL}(\.{_LABEL}){{1,8}}",
 }
-_PART = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[()|^$]|[^\\\[()|^$]+", re.DOTALL)
+_CLASS = r"\[(?:\\.|\[(?:\\.|[^\]\\])*\]|[^\]\\])*\]"  # with classes within
+_PART = re.compile(rf"\\.|{_CLASS}|[()|^$]|[^\\\[()|^$]+", re.DOTALL)
 
 
 def text_patterns(schema: Schema, *, strict: bool) -> list[str]:
