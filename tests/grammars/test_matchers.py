@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from k2cli.grammars import matchers
+from k2cli.grammars import limits, matchers
 from k2cli.grammars.matchers import Compiler, GrammarError, Matcher
 from k2cli.grammars.text import GrammarText
 from k2cli.protocol import Grammar
@@ -156,9 +156,9 @@ def _wide(compiler: Compiler, seed: int, letters: int) -> Matcher:
     return answer
 
 
-def test_a_full_lexer_ends_no_answer(toy_k2: Path) -> None:
+def test_a_full_lexer_ends_no_answer(toy_k2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_LEXER_STATES", 400)
     compiler = Compiler(toy_k2, VOCABULARY_SIZE, [END])
-    compiler._limits.max_lexer_states = 400
     beside = _wide(compiler, 0, 50)
     first = compiler._compiled[WIDE.text]
     for seed in range(1, 8):
@@ -170,9 +170,11 @@ def test_a_full_lexer_ends_no_answer(toy_k2: Path) -> None:
     assert beside.mask() is None
 
 
-def test_an_answer_that_exceeds_the_limit_of_a_step_harms_no_other(toy_k2: Path) -> None:
+def test_an_answer_that_exceeds_the_limit_of_a_step_harms_no_other(
+    toy_k2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_LEXER_STATES", 150)
     compiler = Compiler(toy_k2, VOCABULARY_SIZE, [END])
-    compiler._limits.max_lexer_states = 150
     with pytest.raises(GrammarError, match="is too large to be followed"):
         _wide(compiler, 0, 1000)
     _wide(compiler, 1, 20)
