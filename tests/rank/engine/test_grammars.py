@@ -26,8 +26,8 @@ from tests.support.rank_pool import Outcome, RankPool, assignments, running
 
 pytestmark = pytest.mark.ranks
 
-# Strategy, ranks, and whether steps are built ahead. Choices are made on the leader, so that steps
-# which are not built ahead are tried on one rank: two in tensor parallelism take three times as long.
+# Strategy, ranks, and whether steps are built ahead. Choices are made on the leader, so steps that
+# are not built ahead are tried on one rank: two in tensor parallelism take three times as long.
 PLACEMENTS = [
     ("single", 1, True),
     ("single", 1, False),
