@@ -43,7 +43,7 @@ def test_a_chat_with_the_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         terminal.prompt()
         terminal.enter("What is the capital of France?")
         terminal.expect("Paris")
-        terminal.expect("in all")
+        terminal.expect("first token after")
         terminal.prompt()
         terminal.expect("localhost · context")
         terminal.enter("Sum up @long.txt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -124,7 +125,8 @@ def test_a_killed_process_fails_its_answers_and_the_next_starts_it_anew(masks: M
     assert _ready(masks).mask is not None
     # Also if nobody has noticed its end.
     _process(masks).kill()
-    wait_until(lambda: _process(masks).status() == psutil.STATUS_ZOMBIE, 5, "the end")
+    assert masks._socket is not None
+    assert select.select([masks._socket], [], [], 10)[0]  # its threads may end after it
     assert _ready(masks).mask is not None
 
 
