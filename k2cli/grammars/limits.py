@@ -19,7 +19,9 @@ MAX_LEXER_STATES = 50_000
 INITIAL_LEXER_FUEL = 1_000_000
 STEP_LEXER_FUEL = 200_000
 STEP_MAX_ITEMS = 50_000
-MAX_ITEMS_IN_ROW = 2_000
+"""An ambiguous grammar takes 0.2 s for so many."""
+MAX_ITEMS_IN_ROW = 4_000
+"""Four for each optional property that may come next."""
 MAX_GRAMMAR_SYMBOLS = 200_000
 
 

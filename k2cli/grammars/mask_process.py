@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import queue
-import resource
 import signal
 import socket
 import sys
 import threading
 from pathlib import Path
+
+import psutil
 
 from k2cli.child_process import end_with_parent, limit_memory
 from k2cli.errors import K2Error
@@ -40,6 +42,10 @@ from k2cli.settings import RUN_OPTION
 _SWITCH_SECONDS = 0.0005
 _STACK_BYTES = 64 * 2**20
 """Stack of each thread: llguidance recurses into nested schemas, and macOS gives one 512 kB."""
+
+_FORGET_ABOVE = 0.5
+_TAKES_PER_CHECK = 200
+"""Lexers learn states while answers are followed, and keep them for later answers."""
 
 _ORPHAN_SECONDS = 60.0
 """Processor time after which the system ends a process that reads no orders.
@@ -108,7 +114,9 @@ class MaskProcess:
             self._refuse(order.answer, error)
 
     def _take_tokens(self) -> None:
-        while True:
+        for number in itertools.count(1):
+            if number % _TAKES_PER_CHECK == 0:
+                self._check_memory()
             order = self._taking.get()
             matcher = self._matchers.get(order.answer)
             if matcher is None:
@@ -131,11 +139,15 @@ class MaskProcess:
             self._tell(Refused(answer, f"{type(error).__name__}: {error}", invalid=False))
 
     def _check_memory(self) -> None:
-        """End this process if it has taken too much memory; for macOS, which enforces no limit."""
-        if sys.platform == "darwin":
-            taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            if taken > self._setup.memory_bytes:
-                os._exit(1)
+        """Forget grammars that no answer uses if memory is short; on macOS end if that is no help.
+
+        Linux enforces the limit, and macOS does not.
+        """
+        taken = psutil.Process().memory_info().rss
+        if taken > _FORGET_ABOVE * self._setup.memory_bytes and self._compiler is not None:
+            self._compiler.forget()
+        if sys.platform == "darwin" and taken > self._setup.memory_bytes:
+            os._exit(1)
 
 
 def main() -> None:

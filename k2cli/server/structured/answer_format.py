@@ -8,7 +8,7 @@ from typing import Any
 
 from k2cli.grammars.check import grammar_problem
 from k2cli.grammars.gbnf import lark_from_gbnf
-from k2cli.grammars.text import GrammarText, choice
+from k2cli.grammars.text import GrammarText, escaped
 from k2cli.server.client_request import AnswerFormat
 from k2cli.server.errors import invalid
 from k2cli.server.structured.json_schema import checked_schema
@@ -17,9 +17,12 @@ MAX_PATTERN_LETTERS = 64 * 1024
 MAX_LARK_LETTERS = 64 * 1024
 MAX_LARK_RULES = 1_000
 """llguidance follows rules by recursion: 4,000 in a row overflow a stack of 8 MiB."""
+MAX_LARK_CONJUNCTIONS = 12
+"""``&`` of a grammar. Each may double the lexer's states: 20 take 2 s and 200 MB, 40 all memory."""
 MAX_CHOICES = 10_000
 
 _RULE = re.compile(r"^[ \t]*[?!]?[\w-]+[^:\n]*:", re.MULTILINE)
+_TEXTS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*')
 _INLINE_SCHEMA = re.compile(r"%json(?![\w-])\s*")
 _INLINE_GRAMMAR = re.compile(r"%lark(?![\w-])")
 
@@ -55,7 +58,8 @@ def is_json(wanted: AnswerFormat) -> bool:
 
 
 def _choices(texts: list[str], text: GrammarText) -> str:
-    return text.rule(choice(*(json.dumps(each, ensure_ascii=False) for each in texts)))
+    # One terminal: as many ways of a rule would exceed the limit of the parser.
+    return text.terminal("|".join(map(escaped, texts)))
 
 
 def _checked_pattern(pattern: str, field: str) -> str:
@@ -81,6 +85,10 @@ def _checked_lark(grammar: str, field: str) -> str:
     rules = len(_RULE.findall(grammar))
     if rules > MAX_LARK_RULES:
         raise invalid(f"{field}: has {rules} rules, and the most are {MAX_LARK_RULES}", field)
+    conjunctions = _TEXTS.sub("", grammar).count("&")
+    if conjunctions > MAX_LARK_CONJUNCTIONS:
+        message = f"{field}: has {conjunctions} '&', and the most are {MAX_LARK_CONJUNCTIONS}"
+        raise invalid(message, field)
     if _INLINE_GRAMMAR.search(grammar):
         raise invalid(f"{field}: %lark is not supported: write the rules themselves", field)
     grammar = _with_checked_schemas(grammar, field)

@@ -34,6 +34,7 @@ MAX_VALUES = 200_000
 MAX_SUBSCHEMAS = 5_000
 MAX_PROPERTIES = 2_000
 """Of one object: compiling takes time that is quadratic in them (2,000: 0.7 s)."""
+MAX_ALTERNATIVES = 2_000
 MAX_PATTERNS = 64
 """Patterns of names in one object: each pair is compared (200: 2 s)."""
 
@@ -244,6 +245,9 @@ class _Reader:
     def _list(self, key: str, value: Any, place: str, depth: int) -> list[Schema | bool]:
         if not isinstance(value, list) or not (value or key == "prefixItems"):
             raise SchemaProblem(place, "must be an array of schemas")
+        if len(value) > MAX_ALTERNATIVES and key != "prefixItems":
+            reason = f"has {len(value)} members, and the most are {MAX_ALTERNATIVES}"
+            raise SchemaProblem(place, reason)
         return [
             self._normal(each, f"{place}/{index}", depth + 1) for index, each in enumerate(value)
         ]

@@ -14,7 +14,11 @@ from k2cli.server.structured.rewriting import MAX_COUNT, Schema
 from k2cli.server.structured.schema_problem import SchemaProblem, shown
 
 MAX_REQUIRED = 2_000
+MAX_OPTIONAL = 800
+"""Optional properties of one object: with 1,000 and K2's vocabulary, masks exceed their limit."""
 MAX_ENUM_VALUES = 10_000
+MAX_ENUM_STRUCTURES = 3_000
+"""Arrays and objects in one enum, each of which is another way to go on."""
 MAX_LITERAL_MEMBERS = 10_000
 """Of all arrays and objects in enums and consts, each of which becomes a rule."""
 MAX_LITERAL_LETTERS = 50_000
@@ -46,6 +50,9 @@ class ValueChecks:
             if len(shape["enum"]) > MAX_ENUM_VALUES:
                 reason = f"has {len(shape['enum'])} values, and the most are {MAX_ENUM_VALUES}"
                 raise SchemaProblem(f"{pointer}/enum", reason)
+            if sum(isinstance(each, dict | list) for each in shape["enum"]) > MAX_ENUM_STRUCTURES:
+                reason = f"has more than {MAX_ENUM_STRUCTURES} arrays and objects"
+                raise SchemaProblem(f"{pointer}/enum", reason)
             if not shape["enum"]:
                 raise SchemaProblem(f"{pointer}/enum", "has no values")
             shape["enum"] = [None]
@@ -54,6 +61,12 @@ class ValueChecks:
         _check_shape(shape, pointer)
         if len(given.get("required", ())) > MAX_REQUIRED:
             raise SchemaProblem(f"{pointer}/required", f"has more than {MAX_REQUIRED} names")
+        optional = len({*_names(given)} - {*given.get("required", ())})
+        if optional > MAX_OPTIONAL:
+            reason = (
+                f"has {optional} members that are not required, and the most are {MAX_OPTIONAL}"
+            )
+            raise SchemaProblem(f"{pointer}/properties", reason)
         for name in (*given.get("required", ()), *_names(given)):
             if CONTROL.search(name):
                 raise SchemaProblem(pointer, f"the name {name!r:.80} has {CANNOT_BE_WRITTEN}")

@@ -103,7 +103,7 @@ PLACES: list[tuple[Any, str]] = [
     (nested(60), "s: nests more than 100 arrays and objects"),
     (inside({"enum": list(range(10_001))}), "s/properties/a/enum: has 10001 values"),
     (inside({"enum": ["x" * 50_001]}), "s/properties/a/enum/0: has more than 50000 letters"),
-    (inside({"enum": [{"b": [i, i]} for i in range(4_000)]}), "s/properties/a/enum: its values"),
+    (inside({"enum": [{"b": [i, i]} for i in range(4_000)]}), "s/properties/a/enum: has more than 3000"),
     ({"properties": {f"p{i}": {} for i in range(2_001)}}, "s/properties: has 2001 members"),
     ({"patternProperties": {f"^x{i}_": {} for i in range(65)}}, "s/patternProperties: has 65"),
     ({"required": [f"p{i}" for i in range(2_001)]}, "s/required: has more than 2000 names"),
@@ -139,7 +139,7 @@ def test_patterns_with_other_escapes_are_taken(pattern: str) -> None:
 
 def test_large_schemas_that_are_allowed_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     large = [
-        {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(1_000)}},
+        {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(800)}},
         chain(150, lambda ref: inside({"$ref": ref})),
         tagged(500),
         {"type": "string", "pattern": "^((((a{1,100}){1,100}){1,100}){1,100}){1,100}$"},
