@@ -185,4 +185,3 @@ def test_what_is_too_wide_is_refused_in_plain_words(compiler: Compiler) -> None:
     answer = _open(compiler, json_schema({"type": "object", "properties": names}))
     with pytest.raises(GrammarError, match="ways to go on at one place, such as optional"):
         answer.take(b"{")
-        answer.mask()

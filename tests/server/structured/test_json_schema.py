@@ -103,7 +103,7 @@ PLACES: list[tuple[Any, str]] = [
     (nested(60), "s: nests more than 100 arrays and objects"),
     (inside({"enum": list(range(10_001))}), "s/properties/a/enum: has 10001 values"),
     (inside({"enum": ["x" * 50_001]}), "s/properties/a/enum/0: has more than 50000 letters"),
-    (inside({"enum": [{"b": [i, i]} for i in range(4_000)]}), "s/properties/a/enum: has more than 3000"),
+    (inside({"enum": [{"b": [i, i]} for i in range(4_000)]}), "s/properties/a/enum: has more"),
     ({"properties": {f"p{i}": {} for i in range(2_001)}}, "s/properties: has 2001 members"),
     ({"patternProperties": {f"^x{i}_": {} for i in range(65)}}, "s/patternProperties: has 65"),
     ({"required": [f"p{i}" for i in range(2_001)]}, "s/required: has more than 2000 names"),
