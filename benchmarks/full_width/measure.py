@@ -76,7 +76,8 @@ def start(options: argparse.Namespace, settings: Settings, results: Results) -> 
     for name in options.programs:
         if options.cold:
             results.put(f"{name} cold", _cold(name, settings))
-        results.put(f"{name} warm", _warm(name, settings, options))
+        if not options.only_cold:
+            results.put(f"{name} warm", _warm(name, settings, options))
 
 
 def _cold(name: str, settings: Settings) -> dict[str, Any]:
@@ -92,9 +93,12 @@ def _cold(name: str, settings: Settings) -> dict[str, Any]:
             found[f"first_{tokens}_token_request_seconds"] = answer.last
     finally:
         program.close()
-    # The kernels serve the warm start.
+    # The kernels serve the warm start, and the peer's: MLX compiles the same for both.
     for kernels in fresh.folder.glob("kernels-*"):
         shutil.copytree(kernels, settings.folder / kernels.name, dirs_exist_ok=True)
+        for key in kernels.glob("**/ptx/*"):
+            if key.name != "processes":
+                shutil.copytree(key, settings.folder / "kernels-mlx", dirs_exist_ok=True)
     return found
 
 
@@ -112,23 +116,28 @@ def _started(program: Program) -> dict[str, Any]:
 def _warm(name: str, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     """Start with compiled kernels, then do all work once and watch the memory."""
     program = make_program(name, settings)
-    before = gpus.used_bytes()
     try:
-        with gpus.Watch() as loading:
-            found = _started(program)
-        with gpus.Watch(program.pids()) as watch:
-            for _, work, _ in works(options):
-                work(program, 3)
-        found["memory_before_bytes"] = before
-        found["most_memory_while_loading_bytes"] = loading.most
-        found["most_memory_bytes"] = watch.most
-        if isinstance(program, K2Program):
-            plan = program.plan()
-            found["plan_bytes"] = [node["total_bytes"] for node in plan["nodes"]]
-            found["layers"] = [rank["layers"] for rank in plan["placement"]["ranks"]]
-            found["chunk_tokens"] = plan["request"]["prefill_chunk_tokens"]
+        return _watched(program, options)
     finally:
         program.close()
+
+
+def _watched(program: Program, options: argparse.Namespace) -> dict[str, Any]:
+    """Start a program, do all work once, and return its start and the memory seen."""
+    before = gpus.used_bytes()
+    with gpus.Watch() as loading:
+        found = _started(program)
+    with gpus.Watch(program.pids()) as watch:
+        for _, work, _ in works(options):
+            work(program, 3)
+    found["memory_before_bytes"] = before
+    found["most_memory_while_loading_bytes"] = loading.most
+    found["most_memory_bytes"] = watch.most
+    if isinstance(program, K2Program):
+        plan = program.plan()
+        found["plan_bytes"] = [node["total_bytes"] for node in plan["nodes"]]
+        found["layers"] = [rank["layers"] for rank in plan["placement"]["ranks"]]
+        found["chunk_tokens"] = plan["request"]["prefill_chunk_tokens"]
     return found
 
 
@@ -159,29 +168,30 @@ def works(options: argparse.Namespace) -> list[tuple[str, Work, Callable[[Any], 
 
 
 def rounds(options: argparse.Namespace, settings: Settings, results: Results) -> None:
-    """Start two programs and measure them in turn, A B, B A, after a round that does not count.
+    """Start two programs, each of which does all work once, and measure them in turn, A B, B A.
+
+    That first work does not count; the memory seen during it is in ``PROGRAM warm``.
 
     A program that ends during its work is started again; that work of that round counts for
     neither. ``restarts`` has the causes.
     """
     began = time.monotonic()
+    results.put("context_bytes", gpus.context_bytes(sys.executable, settings.folder / "gpu.log"))
     programs = [make_program(name, settings) for name in options.programs]
     samples: dict[str, dict[str, list[float]]] = {}
     restarts: list[str] = []
     try:
         for program in programs:
-            results.put(f"{program.name} start", _started(program))
+            # The work that warms it up shows its memory: the programs before it are idle.
+            results.put(f"{program.name} warm", _watched(program, options))
             program.hold()
-        for number in range(-1, options.rounds):
+        for number in range(options.rounds):
             one_began = time.monotonic()
             try:
                 _round(programs, options, number, samples, restarts)
             finally:
                 if restarts:
                     results.put("restarts", restarts)
-            if number < 0:
-                results.put("warm_up_seconds", time.monotonic() - one_began)
-                continue
             results.put("rounds", number + 1)
             results.put("samples", samples)
             results.put("figures", figures(samples, [each.name for each in programs]))
@@ -216,7 +226,7 @@ def _round(
                 program.start()
             finally:
                 program.hold()
-        if number >= 0 and len(rates) == len(programs):
+        if len(rates) == len(programs):
             for each, rate in rates.items():
                 samples.setdefault(name, {}).setdefault(each, []).append(rate)
 
@@ -316,6 +326,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         stage.add_argument("--prompts", type=int, nargs="*", default=[2048, 16_384])
         stage.add_argument("--context", type=int, default=20_480)
         stage.add_argument("--cold", action="store_true", help="first without compiled kernels")
+        stage.add_argument("--only-cold", action="store_true", help="with --cold: no warm start")
     stages.add_parser("table").add_argument("files", nargs="+", type=Path)
     return parser.parse_args(arguments)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import mlx.core as mx
 
-from k2cli.errors import UsageError
+from k2cli.errors import ClusterError, UsageError
 from k2cli.protocol import (
     CloseSequence,
     Decision,
@@ -85,6 +85,10 @@ def _hidden_of(stage: Stage) -> tuple[int, mx.Dtype]:
         return 1, mx.float32
 
 
+def _wrong_data(what: str) -> ClusterError:
+    return ClusterError(f"{what}: data between the ranks arrived wrong", hint="k2 doctor")
+
+
 class Executor:
     """One rank's model part and all its caches."""
 
@@ -113,6 +117,9 @@ class Executor:
         self._transfers = mx.new_stream(mx.cpu)
         self._departing: mx.array | None = None
         self._fed: mx.array | None = None
+        self._arrived_inputs: dict[int, int] = {}
+        """On a pipeline's first stage: the last token of each sequence that came ahead of its
+        decision."""
         self._hidden: tuple[int, mx.Dtype] | None = None
 
     @property
@@ -143,7 +150,8 @@ class Executor:
                 self.caches.join(batch, sequence)
             case LeaveBatch():
                 if decision.told >= 0:
-                    self.caches.feed(decision.sequence, [decision.told])
+                    self._feed(decision.sequence, decision.told)
+                self._arrived_inputs.pop(decision.sequence, None)
                 self.caches.leave(
                     decision.batch, decision.sequence, decision.keep_as, decision.move_to
                 )
@@ -204,7 +212,7 @@ class Executor:
         for tokens in (step.told, step.tokens):
             for sequence, token in zip(batch.rows, tokens, strict=False):
                 if token >= 0:
-                    self.caches.feed(sequence, [token])
+                    self._feed(sequence, token)
         inputs = (
             self._inputs_ahead(len(batch.rows), chosen)
             if step.ahead
@@ -214,9 +222,11 @@ class Executor:
         make_room(batch.caches, 1)
         arrived = self._receive(inputs.size, 1)
         output = self.stage.forward(inputs[:, None], self.stage.complete(batch.caches), arrived)
-        self._wait_for(
-            inputs if step.ahead and self.is_pipeline and self.stage.is_first else arrived
-        )
+        if step.ahead and self.is_pipeline and self.stage.is_first:
+            self._wait_for(inputs)
+            self._check_arrived(batch.rows, cast("list[int]", inputs.tolist()))
+        else:
+            self._wait_for(arrived)
         computed = output[:, -1] if self.stage.is_last else output
         if self.stage.is_last:
             self.vocabulary = computed.shape[-1]
@@ -232,6 +242,31 @@ class Executor:
             computed_digest=array_digest(digest_of) if step.digest else "",
             state_digest=self.caches.digest(step.step) if step.state_digest else "",
         )
+
+    def _check_arrived(self, rows: list[int], tokens: list[int]) -> None:
+        """Note tokens that came ahead of their decision, for ``_feed``.
+
+        Raises:
+            ClusterError: if the model has no such token. A GPU would read memory that is not the
+                embedding's.
+        """
+        known = getattr(getattr(self.stage.model, "args", None), "vocab_size", None)
+        for sequence, token in zip(rows, tokens, strict=True):
+            if known is not None and token >= known:
+                raise _wrong_data(f"token {token} arrived from rank 0; the model has {known}")
+            self._arrived_inputs[sequence] = token
+
+    def _feed(self, sequence: int, token: int) -> None:
+        """Record the input of a step. One that came ahead of its decision must be the same.
+
+        Raises:
+            ClusterError: if the step was computed with another token. This rank would go on with
+                a KV cache that does not belong to the text.
+        """
+        arrived = self._arrived_inputs.pop(sequence, token)
+        if arrived != token:
+            raise _wrong_data(f"token {token} arrived as {arrived} from rank 0")
+        self.caches.feed(sequence, [token])
 
     def _in_step(self, step: int, computed: mx.array) -> mx.array | None:
         """Detect tensor ranks that have lost step with each other.

@@ -1,4 +1,4 @@
-"""What the GPU is still computing is not taken to host memory by a transfer."""
+"""Tokens that travel between ranks ahead of their decision: sent when computed, and checked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
+from k2cli.errors import ClusterError
+from k2cli.protocol import LeaveBatch
 from k2cli.rank import executor as module
 from k2cli.rank.executor import Executor
 from k2cli.sharding.stage import Stage
@@ -60,3 +62,27 @@ def test_tokens_of_a_step_ahead_are_computed_within_their_transfer_on_cuda(
     assert transfers.values == [CHOSEN]
     # Elsewhere host and device share memory, and a transfer waits for its input.
     assert transfers.lazy == [host_copies]
+
+
+def _first_stage() -> Executor:
+    model = SimpleNamespace(args=SimpleNamespace(vocab_size=16))
+    stage = SimpleNamespace(is_first=True, is_last=False, model=model)
+    first = Executor(cast(Stage, stage), GROUP)
+    first.caches = cast(Any, SimpleNamespace(fed=[], leave=lambda *_: None))
+    fed = cast(Any, first.caches).fed
+    cast(Any, first.caches).feed = lambda sequence, tokens: fed.append((sequence, tokens))
+    return first
+
+
+def test_a_token_that_arrived_otherwise_than_the_leader_chose_ends_the_run() -> None:
+    first = _first_stage()
+    first._check_arrived([7, 9], [5, 3])
+    first.carry_out(LeaveBatch(1, 0, 7, told=5))
+    assert cast(Any, first.caches).fed == [(7, [5])]
+    with pytest.raises(ClusterError, match="token 4 arrived as 3 from rank 0"):
+        first.carry_out(LeaveBatch(2, 0, 9, told=4))
+
+
+def test_a_token_that_the_model_does_not_have_never_reaches_the_embedding() -> None:
+    with pytest.raises(ClusterError, match="token 16 arrived from rank 0; the model has 16"):
+        _first_stage()._check_arrived([7], [16])
