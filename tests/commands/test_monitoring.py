@@ -101,6 +101,10 @@ def _watch(client: httpx.Client) -> None:
     assert totals["cached_tokens"] == sum(
         usage["prompt_tokens_details"]["cached_tokens"] for usage in usages
     )
+    cache = status["kv_cache"]
+    assert cache["prefixes"] >= 1
+    assert cache["reserved_tokens"] == 0
+    assert PROMPT_TOKENS < cache["prefix_tokens"] <= cache["budget_tokens"]
     text = client.get("/metrics").text
     samples = [sample for family in text_string_to_metric_families(text)
                for sample in family.samples]  # fmt: skip
