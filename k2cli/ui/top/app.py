@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
@@ -26,8 +27,6 @@ from k2cli.ui.top.screen import Screen, screen_of
 from k2cli.ui.top.state import TopState
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from k2cli.client.status_watch import Observation
 
 _TICK_SECONDS = 1.0
@@ -102,9 +101,17 @@ class TopView(Widget):
         """Draw the state as it is now."""
         width, height = self.size
         now = time.monotonic()
+        before = self._screen.lines
         self._screen = screen_of(self.state, now, width, height, self._offset, self._look)
         self._offset = self._screen.offset
-        self.refresh()
+        lines = self._screen.lines
+        if len(lines) != len(before):
+            self.refresh()
+            return
+        # Over a slow connection every line counts.
+        for y, (new, old) in enumerate(zip(lines, before, strict=True)):
+            if new != old:
+                self.refresh(Region(0, y, width, 1))
 
     def scroll_lines(self, lines: int) -> None:
         """Scroll down by a number of lines, or up by a negative one."""
@@ -124,6 +131,7 @@ class TopView(Widget):
     def on_resize(self) -> None:
         """Draw for the new size."""
         self.redraw()
+        self.refresh()
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         """Return the height of the terminal."""
@@ -135,7 +143,8 @@ class TopView(Widget):
         width = self.size.width
         if y >= len(lines):
             return Strip.blank(width)
-        line: Text = lines[y] if self._styled else without_style(lines[y])
+        # rich leaves out the style of a whole text that has no others.
+        line = Text().append_text(lines[y]) if self._styled else without_style(lines[y])
         strip = Strip(line.render(self.app.console))
         return strip.adjust_cell_length(width).simplify()
 

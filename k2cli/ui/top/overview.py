@@ -16,6 +16,7 @@ from k2cli.ui.top.look import (
     PARTS,
     WARNING,
     Look,
+    age_text,
     name,
     packed,
     percent_text,
@@ -68,7 +69,7 @@ def _problem(state: TopState, silent: float | None, width: int) -> list[Text]:
     if silent is not None:
         reason = name(state.problem) if state.problem else "it has not come yet"
         verb = "no answer" if document is not None else "waiting"
-        text = f"{verb} for {format_duration(max(1, silent))}: {reason}"
+        text = f"{verb} for {age_text(max(1, silent))}: {reason}"
         return wrapped(text, width, 3, BAD if document is not None else WARNING)
     if document is None:
         return [Text("waiting for the first answer"[:width], WARNING)]
@@ -87,12 +88,15 @@ def overview_lines(state: TopState, document: StatusDocument, look: Look, width:
         ("requests", lambda room: _counts(document, room)),
         ("ended", lambda room: _ended(document.totals, room)),
     ]
-    indent = _LABEL_WIDTH + 2
     lines = []
+    indent = _LABEL_WIDTH + 2
     for label, draw in labelled:
-        for index, content in enumerate(draw(max(1, width - indent))):
-            head = Text((label if index == 0 else "").ljust(indent)[:width], LABEL)
-            lines.append(head.append_text(content))
+        if width < 2 * indent:
+            lines += [Text(label, LABEL), *draw(width)]
+            continue
+        for index, content in enumerate(draw(width - indent)):
+            head = ("" if index else label).ljust(indent)
+            lines.append(Text().append(head, LABEL).append_text(content))
     return lines
 
 
@@ -106,7 +110,7 @@ def _link(document: StatusDocument, width: int) -> list[Text]:
         many = f"{len(document.ranks)} ranks on {nodes} node{'' if nodes == 1 else 's'}"
         parts = [*known, many, *map(name, link.interfaces[:_MOST_INTERFACES])]
         if link.reason and width > _NARROW:
-            parts.append(name(link.reason))
+            parts.append(f"reason: {name(link.reason)}")
     return packed(parts, width)
 
 
@@ -119,7 +123,8 @@ def _rates(state: TopState, document: StatusDocument, look: Look, width: int) ->
     known = [s.tokens_per_second for s in samples if s.tokens_per_second is not None]
     highest = max(known, default=0.0)
     seconds = samples[-1].at - samples[0].at if samples else 0.0
-    line = Text(look.sparkline([s.tokens_per_second for s in samples], highest), GOOD)
+    columns = look.sparkline([s.tokens_per_second for s in samples], highest)
+    line = Text().append(columns, GOOD)
     line.append(f"  max {rate_text(highest)} in {format_duration(max(1.0, seconds))}", DIM)
     return [*packed(parts, width), Text(cut(line.plain, width)) if len(line) > width else line]
 

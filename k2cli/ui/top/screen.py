@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from k2cli.ui.chat.width import cut, text_width
 from k2cli.ui.top.look import DIM, Look
 from k2cli.ui.top.overview import help_lines, overview_lines, title_lines
 from k2cli.ui.top.tables import rank_lines, request_lines
@@ -50,7 +51,18 @@ def screen_of(
     hidden = offset, max(0, len(body) - offset - page)
     filler = [Text()] * (page - len(shown))
     lines = [*title, *shown, *filler, *help_lines(width, hidden, look)]
-    return Screen(lines[: height - 1] + lines[-1:] if height > 1 else lines[:1], offset, page)
+    lines = lines[: height - 1] + lines[-1:] if height > 1 else lines[:1]
+    return Screen([_fitting(line, width, look) for line in lines], offset, page)
+
+
+def _fitting(line: Text, width: int, look: Look) -> Text:
+    """Cut a line that is too wide, and replace what the terminal's encoding does not have."""
+    if text_width(line.plain) > width:
+        line = Text(cut(line.plain, width), line.style)
+    if not look.unicode and not line.plain.isascii():
+        line = line.copy()
+        line.plain = "".join(c if c.isascii() else "." if c == "…" else "?" for c in line.plain)
+    return line
 
 
 def _body(state: TopState, look: Look, width: int) -> list[Text]:
