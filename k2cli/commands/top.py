@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from k2cli.runs.record import RunRecord
 
 LEAST_SECONDS, MOST_SECONDS = 0.5, 60.0
-_TEXTUAL = "textual>=6"
+TEXTUAL = "textual>=8.2,<9"
 """Requirement of the extra ``top``, which an environment may be too old to know."""
 _DUMB = ("", "dumb", "unknown")
 
@@ -83,9 +83,7 @@ def _check_textual() -> None:
     except ImportError as error:
         if (error.name or "").split(".")[0] != "textual":
             raise
-        raise K2Error(
-            f"k2 top needs the package textual: {error}", pip_install(_TEXTUAL)
-        ) from error
+        raise K2Error(f"k2 top needs the package textual: {error}", pip_install(TEXTUAL)) from error
 
 
 class _Server:

@@ -1,4 +1,4 @@
-"""What ``k2 top`` knows of a run: the latest status, and a history of the rate of tokens."""
+"""State of the live view: the latest status of a run, and a history of its rate of tokens."""
 
 from __future__ import annotations
 

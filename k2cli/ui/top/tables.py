@@ -61,8 +61,7 @@ def rank_lines(document: StatusDocument, look: Look, width: int) -> list[Text]:
     if not any(rank.gpu for rank in ranks):
         columns = [column for column in columns if column.title != "GPU"]
     heading = Text(f"{len(document.ranks)} rank{'s' if many else ''}", LABEL)
-    used, kept, free = look.cells
-    legend = f"{used} arrays, {kept} freed and kept, {free} rest of the plan"
+    legend = "{} arrays, {} freed and kept, {} rest of the plan".format(*look.cells)
     lines = [*packed([heading, Text(legend, DIM)], width, "  "), *table(columns, width, DIM)]
     if len(ranks) < len(document.ranks):
         lines.append(Text(f"{len(document.ranks) - len(ranks)} more are not shown"))
