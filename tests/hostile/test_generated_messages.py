@@ -54,13 +54,12 @@ from k2cli.protocol.decisions import (
     HeldTensor,
     Hello,
     Holdings,
-    KvCacheUse,
     OpenSequence,
     PrefillTogether,
     StepDigest,
 )
 from k2cli.protocol.liveness import ControlEndpoint, LivenessMessage, RankStatus
-from k2cli.protocol.rank import GuardMessage, RankMessage
+from k2cli.protocol.rank import GuardMessage, KvCacheUse, RankMessage
 from k2cli.protocol.wire import LENGTH, Channel, ConnectionLost, frame
 from k2cli.protocol.wire_streams import AsyncChannel
 from k2cli.supervisor.processes import Processes
