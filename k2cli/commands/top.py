@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LEAST_SECONDS, MOST_SECONDS = 0.5, 60.0
 TEXTUAL = "textual>=8.2,<9"
 """Requirement of the extra ``top``, which an environment may be too old to know."""
+_ENDINGS = {"stopped": "was stopped", "failed": "failed"}
 _DUMB = ("", "dumb", "unknown")
 
 
@@ -169,5 +170,6 @@ class _LocalRun:
         except K2Error:
             if last is None:
                 raise
-            cause = f": {last.cause}" if last.cause else ""
-            raise ClusterError(f"run {last.run_id} is {last.state}{cause}") from None
+            ending = _ENDINGS.get(last.state, f"is {last.state}")
+            cause = f": {last.cause}" if last.cause not in ("", last.state) else ""
+            raise ClusterError(f"run {last.run_id} {ending}{cause}") from None

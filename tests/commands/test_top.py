@@ -180,7 +180,7 @@ def test_a_run_on_this_machine_is_found_with_its_key(server: StatusServer) -> No
         assert set(server.keys) == {"Bearer s3cret"}
         save(replace(run, state="failed", cause="rank 1 was killed"), server.url)
         server.close()
-        shows(terminal, "run toy-1a2b is failed: rank 1 was killed")
+        shows(terminal, "run toy-1a2b failed: rank 1 was killed")
         server.open()
         again = replace(run, run_id="toy-3c4d", created=run.created + 1)
         server.document = members(run_id=again.run_id)
