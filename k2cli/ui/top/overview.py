@@ -53,7 +53,8 @@ def title_lines(state: TopState, now: float, width: int) -> list[Text]:
             f"up {format_duration(max(0.0, document.uptime_seconds))}",
             _restarts(document.attempt),
             name(document.run_id),
-            "" if document.run_id in state.place or width < 2 * _NARROW else name(state.place),
+            # A run of this machine may have been followed by another one.
+            name(state.place) if "://" in state.place and width >= 2 * _NARROW else "",
         ]
         lines = packed([part for part in parts if part], width, "  ")
     return [*lines, *_problem(state, silent, width)]
