@@ -31,6 +31,7 @@ _COMMANDS = (
     ("doctor", "doctor"),
     ("launch", "launch"),
     ("ps", "ps"),
+    ("top", "top"),
     ("logs", "logs"),
     ("stop", "stop"),
     ("chat", "chat"),

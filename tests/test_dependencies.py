@@ -9,6 +9,8 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+from k2cli.commands.top import TEXTUAL
+
 ROOT = Path(__file__).resolve().parent.parent
 OWN = {"k2cli", "tests", "lab", "benchmarks"}
 
@@ -46,9 +48,13 @@ def test_every_imported_package_is_declared() -> None:
             if not {_normal(each) for each in distributions.get(name, [name])} & declared
         }
 
-    # typing_extensions is imported for types only, ModelScope's client for ``modelscope:`` alone.
-    extra = _names(project["optional-dependencies"]["modelscope"])
-    assert missing("k2cli", needed | extra | {"typing-extensions"}) == set()
+    # typing_extensions is imported for types only, ModelScope's client for ``modelscope:`` alone,
+    # and textual for ``k2 top``.
+    optional = project["optional-dependencies"]
+    extras = _names([*optional["modelscope"], *optional["top"]])
+    assert missing("k2cli", needed | extras | {"typing-extensions"}) == set()
+    assert set(optional["top"]) <= set(optional["dev"])
+    assert TEXTUAL in optional["top"]
     for folder in ("tests", "lab", "benchmarks"):
         assert missing(folder, development) == set(), folder
 

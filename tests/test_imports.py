@@ -88,6 +88,7 @@ ONLY_IN = {
     "typer": {"cli.py", "commands/"},
     "rich": {"ui/", "commands/"},
     "prompt_toolkit": {"ui/"},
+    "textual": {"ui/top/app.py"},
     "starlette": {"server/"},
     "uvicorn": {"server/", "guard/"},
     "llguidance": {"grammars/"},
@@ -97,6 +98,7 @@ ONLY_IN = {
 HEAVY = {
     "httpx", "httpx2", "huggingface_hub", "jinja2", "jsonschema", "llguidance", "mlx", "mlx_lm",
     "modelscope_hub", "numpy", "prometheus_client", "prompt_toolkit", "starlette", "tokenizers",
+    "textual",
     "torch",
     "transformers", "uvicorn",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Client of an OpenAI-compatible HTTP API, used by ``k2 chat`` and ``k2 bench``.
+"""Client of an OpenAI-compatible HTTP API, used by ``k2 chat``, ``k2 bench`` and ``k2 top``.
 
 The client works with other servers too; the extensions of k2's own server (progress, timings,
 token ids in and out) are used if ``/v1/models`` names k2 as the owner. Failures become ``K2Error``
@@ -33,6 +33,7 @@ from k2cli.client.answers import (
     read_timings,
 )
 from k2cli.client.certificate import tls_failure, trusting
+from k2cli.client.status_document import StatusDocument, status_document
 from k2cli.errors import ClusterError, K2Error, NotAuthorisedError, UsageError
 from k2cli.proxies import proxy_errors, unreachable
 from k2cli.units import MIB
@@ -40,6 +41,8 @@ from k2cli.units import MIB
 CONNECT_SECONDS = 10.0
 # k2's server sends something every 10 s; others may send nothing during a long prefill.
 READ_SECONDS = 600.0
+_STATUS_SECONDS = 10.0
+_MAX_STATUS_BYTES = 4 * MIB
 _MAX_ANSWER_BYTES = 64 * MIB
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _K2_OWNER = "k2"
@@ -175,6 +178,28 @@ class ApiClient:
         names = ", ".join(model.name for model in offered) or "no model"
         raise K2Error(f"{self.base} does not serve '{name}'; it serves {names}")
 
+    def status(self) -> StatusDocument:
+        """Return the status of the run (``GET /v1/status``, k2 only).
+
+        Raises:
+            K2Error: if the server cannot be reached, refuses, or has no status.
+        """
+        url = f"{self.base}/status"
+        with (
+            self._failures(),
+            self._http.stream("GET", url, timeout=_STATUS_SECONDS) as response,
+        ):
+            if response.status_code == 404:
+                raise K2Error(f"{self.base} has no status: it is no server of k2 launch", "k2 ps")
+            if not response.is_success:
+                raise self._refusal(response)
+            body = self._body(response, _MAX_STATUS_BYTES, _STATUS_SECONDS)
+        try:
+            return status_document(decoded(body, self.base))
+        except msgspec.ValidationError as error:
+            message = f"{self.base} does not answer with the status of a run of k2: {error}"
+            raise K2Error(message) from error
+
     def tokenize(self, text: str) -> list[int]:
         """Tokenize plain text without special tokens (``POST /v1/tokenize``, k2 only).
 
@@ -281,12 +306,19 @@ class ApiClient:
                 raise self._refusal(response)
             return decoded(self._body(response), self.base)
 
-    def _body(self, response: httpx2.Response) -> bytes:
-        body = bytearray()
+    def _body(
+        self,
+        response: httpx2.Response,
+        limit_bytes: int = _MAX_ANSWER_BYTES,
+        limit_seconds: float = READ_SECONDS,
+    ) -> bytes:
+        body, began = bytearray(), time.monotonic()
         for chunk in response.iter_bytes():
             body += chunk
-            if len(body) > _MAX_ANSWER_BYTES:
-                raise K2Error(f"{self.base} sends more than {_MAX_ANSWER_BYTES} bytes")
+            if len(body) > limit_bytes:
+                raise K2Error(f"{self.base} sends more than {limit_bytes} bytes")
+            if time.monotonic() - began > limit_seconds:
+                raise ClusterError(f"{self.base} did not answer in time", "k2 ps")
         return bytes(body)
 
     @contextmanager

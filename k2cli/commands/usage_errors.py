@@ -19,6 +19,7 @@ EXAMPLES: Mapping[str, str] = {
     "--chunk": "512",
     "--concurrency": "4",
     "--group-size": "64",
+    "--interval": "2",
     "--lines": "100",
     "--max-concurrent": "2",
     "--max-queued": "4",

@@ -20,6 +20,7 @@ from k2cli.protocol import (
     Generate,
     GuardStarted,
     Heartbeat,
+    KvCacheUse,
     LivenessMessage,
     LoadProgress,
     LogLine,
@@ -187,6 +188,8 @@ class LeaderGuard(Guard):
                 self._api.bridge.deliver(message)
             case ControlListening(port=port):
                 self._liveness.broadcast(ControlEndpoint(self.bootstrap.liveness_host, port))
+            case KvCacheUse():
+                self._api.watch.note_cache_use(message)
             case EngineReady():
                 self._engine_ready.set()
             case _:

@@ -52,6 +52,19 @@ class EngineReady(Message, tag=True, frozen=True):
     """Sent by the leader rank once every rank has passed its checks and requests may come."""
 
 
+class KvCacheUse(Message, tag=True, frozen=True):
+    """Use of the plan's KV cache in tokens, from the leader rank whenever it changes.
+
+    ``reserved_tokens`` is the most that the running requests may need. ``prefix_tokens`` is taken
+    by ``prefixes`` kept ones, which give way to requests. Both share ``budget_tokens``.
+    """
+
+    prefixes: int
+    prefix_tokens: int
+    reserved_tokens: int
+    budget_tokens: int
+
+
 RankMessage = (
     LoadProgress
     | RankReady
@@ -61,5 +74,6 @@ RankMessage = (
     | Tokens
     | Finished
     | RequestFailed
+    | KvCacheUse
     | Fatal
 )

@@ -136,6 +136,7 @@ class Rank:
         self._warm = True
         self._page.advance("idle")
         self._link.send(EngineReady())
+        engine.report_cache_use()
         self._serve(engine)
         followers.close()
         engine.quit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from k2cli.units import format_bytes
 from tests.support.harness import wait_until
+from tests.support.terminal import Terminal
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 CANARY = "canary of a prompt"
@@ -41,16 +44,17 @@ def test_two_ranks_show_their_memory_and_requests(toy_k2: Path) -> None:
     try:
         with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}) as client:
             _watch(client)
+            _watch_on_terminal(client, started["run_id"])
             assert httpx.get(f"{url}/metrics").status_code == 401
             shown = json.loads(k2("ps", "--json"))["status"][started["run_id"]]
-            assert shown["totals"]["requests"]["completed"] == 3
+            assert shown["totals"]["requests"]["completed"] == 4
             log = k2("logs")
     finally:
         k2("stop", "--all")
     lines = [line.partition(" api | ")[2] for line in log.splitlines() if " api | " in line]
     answers = [line for line in lines if line.startswith("completions 200 ")]
-    assert len(answers) == 3
-    for line in answers:
+    assert len(answers) == 4
+    for line in answers[:3]:
         assert f"in={PROMPT_TOKENS} " in line
         assert f"out={ANSWER_TOKENS} " in line
         assert "id=of-the-client " in line
@@ -101,6 +105,10 @@ def _watch(client: httpx.Client) -> None:
     assert totals["cached_tokens"] == sum(
         usage["prompt_tokens_details"]["cached_tokens"] for usage in usages
     )
+    cache = status["kv_cache"]
+    assert cache["prefixes"] >= 1
+    assert cache["reserved_tokens"] == 0
+    assert PROMPT_TOKENS < cache["prefix_tokens"] <= cache["budget_tokens"]
     text = client.get("/metrics").text
     samples = [sample for family in text_string_to_metric_families(text)
                for sample in family.samples]  # fmt: skip
@@ -108,6 +116,46 @@ def _watch(client: httpx.Client) -> None:
               if sample.name == "k2_rank_memory_peak_bytes"}  # fmt: skip
     assert memory == {str(rank["rank"]): rank["memory"]["peak_bytes"] for rank in status["ranks"]}
     assert CANARY not in text
+
+
+def _watch_on_terminal(client: httpx.Client, run_id: str) -> None:
+    """Look at a run with ``k2 top`` while it answers a request that begins like earlier ones."""
+    begin = client.post("/v1/tokenize", json={"prompt": CANARY}).json()["tokens"]
+    prompt = [*begin, *range(300, 300 + PROMPT_TOKENS - len(begin))]
+    body = {"prompt": prompt, "max_tokens": ANSWER_TOKENS, "k2": {"ignore_stop_tokens": True}}
+    with Terminal("top", "--interval", "0.5", columns=80) as terminal:
+        terminal.expect("no requests")
+        thread = threading.Thread(target=client.post, args=("/v1/completions",),
+                                  kwargs={"json": body, "timeout": 120})  # fmt: skip
+        thread.start()
+
+        def shown() -> str:
+            return "\n".join(terminal.screen.display)
+
+        terminal.wait(lambda: "1 decode, 0 prefill, 0 queued" in shown(), "no answer is shown")
+        assert re.search(r"\n- +decode .* 300 +\d+ +[1-9]\d* ", shown())
+        terminal.wait(lambda: "4 completed" in shown(), "the end is not shown")
+        terminal.wait(lambda: "no requests" in shown(), "the end is not shown")
+        thread.join(120)
+        status = client.get("/v1/status").json()
+        last = shown()
+        assert "toy-k2  ready  up " in last
+        assert f"0 restarts  {run_id}" in last
+        assert "ring, pipeline, 2 ranks on 1 node" in last
+        hits, started = status["totals"]["cache_hits"], status["totals"]["queue"]["count"]
+        assert f"cache hits  {hits} of {started} requests" in last
+        assert hits >= 1
+        prefixes = status["kv_cache"]["prefixes"]
+        assert (
+            f"0 reserved by requests, {status['kv_cache']['prefix_tokens']:,} in {prefixes}" in last
+        )
+        for rank in status["ranks"]:
+            planned = format_bytes(rank["memory"]["planned_bytes"])
+            assert re.search(rf"\n +{rank['rank']}  localhost +\w+ .*%.* of {planned}", last)
+        assert KEY not in terminal.raw
+        assert CANARY not in terminal.raw
+        terminal.type("q")
+        assert terminal.close() == 0
 
 
 def _check_ranks(status: Any) -> None:

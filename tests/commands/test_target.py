@@ -19,6 +19,10 @@ from tests.server.scripted import serving
 
 @pytest.fixture
 def record() -> RunRecord:
+    return live_record()
+
+
+def live_record() -> RunRecord:
     """A live run: this process is its supervisor."""
     return RunRecord(
         run_id="toy-1a2b",

@@ -59,7 +59,7 @@ from k2cli.protocol.decisions import (
     StepDigest,
 )
 from k2cli.protocol.liveness import ControlEndpoint, LivenessMessage, RankStatus
-from k2cli.protocol.rank import GuardMessage, RankMessage
+from k2cli.protocol.rank import GuardMessage, KvCacheUse, RankMessage
 from k2cli.protocol.wire import LENGTH, Channel, ConnectionLost, frame
 from k2cli.protocol.wire_streams import AsyncChannel
 from k2cli.supervisor.processes import Processes
@@ -82,6 +82,7 @@ CONVERSATIONS: list[tuple[Any, list[Any]]] = [
     (RankMessage, [
         Tokens("r", [1], [TokenLogprob(-0.5, [(1, -0.5)])]), RequestFailed("r", "e", "capacity"),
         Finished("r", "stop", 1, 2, 3, 0.1, 0.2, 0.3), RankReady(0, 1, 2, 3, 0.5),
+        KvCacheUse(1, 256, 512, 4096),
     ]),
     (Decision, [
         OpenSequence(1, 2, 3, 4), PrefillTogether(1, 2, [3, 4], [[5], [6]]),

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from k2cli.protocol import (
     Assignment,
     Bootstrap,
+    KvCacheUse,
     LoadProgress,
     PlannedRank,
     PlannedRun,
@@ -84,6 +85,7 @@ def test_requests_are_shown_with_their_progress_and_no_contents() -> None:
         assert not ids & {request.request_id for request in server.engine.submitted}
         server.wait(lambda: sum(server.status()["totals"]["requests"].values()) == 4)
         assert server.status()["requests"]["listed"] == []
+        assert server.status()["totals"]["cache_hits"] == 2
 
 
 def test_few_requests_are_listed_and_all_are_counted() -> None:
@@ -149,12 +151,18 @@ def test_the_reports_of_guards_make_the_view_of_a_run() -> None:
             "transport": "ring", "strategy": "pipeline", "reason": "because",
             "interfaces": ["a: en0"],
         }  # fmt: skip
+        assert status["kv_cache"] is None
+        watch.note_cache_use(KvCacheUse(2, 512, 1024, 4096))
+        assert server.status()["kv_cache"] == {
+            "prefixes": 2, "prefix_tokens": 512, "reserved_tokens": 1024, "budget_tokens": 4096,
+        }  # fmt: skip
         watch.note(RankReady(1, 40, 41, 44, 1.0))
         assert server.status()["ranks"][1]["loaded_bytes"] == 40
         watch.begin_attempt(replace(bootstrap, attempt=2))
         again = server.status()
         assert (again["attempt"], again["state"]) == (2, "restarting")
         assert again["ranks"][1]["memory"]["used_bytes"] == 0
+        assert again["kv_cache"] is None
 
 
 def test_a_status_is_answered_while_no_run_is_ready() -> None:

@@ -187,6 +187,11 @@ class Engine:
         self._prefill_rate = 0.0
         self._chunk_times = ChunkTimes()
 
+    def report_cache_use(self) -> None:
+        """Tell the guard about the KV cache before the first request changes it."""
+        self._table.report_cache_use()
+        self._send_all()
+
     @property
     def next_number(self) -> int:
         """Number of the next decision."""

@@ -22,6 +22,7 @@ from k2cli.protocol import (
     FinishReason,
     Generate,
     JoinBatch,
+    KvCacheUse,
     LeaveBatch,
     OpenSequence,
     PromptProgress,
@@ -86,6 +87,7 @@ class RequestTable:
             rows_per_batch=MAX_BATCH_ROWS if can_batch else 1,
         )
         self._prefixes = PrefixDirectory(whole_only=not plain_caches)
+        self._reported_use: KvCacheUse | None = None
         self._next_sequence = 0
         self.waiting: deque[Waiting] = deque()
         self.prefilling: deque[Running] = deque()
@@ -288,8 +290,23 @@ class RequestTable:
         while used + self._prefixes.tokens() > self._budget.tokens:
             oldest = self._prefixes.oldest()
             if oldest is None:
-                return
+                break
             self._drop(oldest)
+        if self._cache_use() != self._reported_use:
+            self.report_cache_use()
+
+    def report_cache_use(self) -> None:
+        """Report how much of the KV cache is taken."""
+        self._reported_use = self._cache_use()
+        self._tell(self._reported_use)
+
+    def _cache_use(self) -> KvCacheUse:
+        return KvCacheUse(
+            len(self._prefixes),
+            self._prefixes.tokens(),
+            used_tokens(self._worst_cases()),
+            self._budget.tokens,
+        )
 
     def _worst_cases(self) -> dict[int, list[int]]:
         """Return the worst cases per batch; a sequence in prefill counts in its future batch."""

@@ -139,6 +139,8 @@ class RequestRecord:
     def _count_prompt(self, done: int, cached: int, now: float) -> None:
         more_cached = max(0, cached - self.cached_tokens)
         more = max(0, done - self.prompt_done)
+        if more_cached and not self.cached_tokens:
+            self.own_totals.cache_hits[self.dialect] += 1
         self.cached_tokens += more_cached
         self.prompt_done += more
         self.own_totals.cached_tokens[self.dialect] += more_cached

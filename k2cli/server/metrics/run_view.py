@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from k2cli import __version__
+from k2cli.protocol import KvCacheUse
 from k2cli.server.engine_client import EngineClient
 
 ShownState = Literal["starting", "ready", "restarting", "stopping"]
@@ -66,6 +67,7 @@ class RunView:
         attempt: number of its present start, from 1.
         transport_reason: the reason of the launch for the transport.
         interfaces: those by which the ranks reach each other, in words.
+        cache_use: of the KV cache; None until the leader rank is ready.
     """
 
     run_id: str
@@ -78,6 +80,7 @@ class RunView:
     transport_reason: str = ""
     interfaces: tuple[str, ...] = ()
     ranks: tuple[RankView, ...] = ()
+    cache_use: KvCacheUse | None = None
 
     @property
     def nodes(self) -> tuple[str, ...]:

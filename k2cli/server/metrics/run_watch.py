@@ -9,7 +9,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-from k2cli.protocol import Bootstrap, LoadProgress, PlannedRank, RankReady, RankStatus
+from k2cli.protocol import (
+    Bootstrap,
+    KvCacheUse,
+    LoadProgress,
+    PlannedRank,
+    RankReady,
+    RankStatus,
+)
 from k2cli.server.engine_client import EngineClient
 from k2cli.server.metrics.run_view import RankView, RunView, shown_state
 
@@ -43,6 +50,7 @@ class RunWatch:
         """Forget what was reported about the attempt before."""
         self._bootstrap = bootstrap
         self._ranks = [_Rank() for _ in range(bootstrap.assignment.size)]
+        self._cache_use: KvCacheUse | None = None
 
     def note(self, report: RankStatus | LoadProgress | RankReady) -> None:
         """Record a report about a rank; ignore one about a rank that does not exist."""
@@ -62,6 +70,10 @@ class RunWatch:
             case _:
                 pass
 
+    def note_cache_use(self, use: KvCacheUse) -> None:
+        """Record what the leader rank reports about the KV cache."""
+        self._cache_use = use
+
     def view(self) -> RunView:
         """Return the run as it is now."""
         bootstrap, engine = self._bootstrap, self._engine
@@ -76,6 +88,7 @@ class RunWatch:
             transport_reason=planned.transport_reason if planned else "",
             interfaces=tuple(planned.interfaces) if planned else (),
             ranks=tuple(self._rank_view(number) for number in range(len(self._ranks))),
+            cache_use=self._cache_use,
         )
 
     def _rank_view(self, number: int) -> RankView:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from k2cli.protocol import KvCacheUse
 from k2cli.server.errors import without_folders
 from k2cli.server.metrics.request_record import RequestRecord, Stage
 from k2cli.server.metrics.run_view import RankView, RunView, ShownState
@@ -92,6 +93,15 @@ class Request(msgspec.Struct, frozen=True):
     age_seconds: float
 
 
+class KvCache(msgspec.Struct, frozen=True):
+    """Use of the plan's KV cache, in tokens. Requests take the room of kept prefixes."""
+
+    budget_tokens: int
+    reserved_tokens: int
+    prefix_tokens: int
+    prefixes: int
+
+
 class Requests(msgspec.Struct, frozen=True):
     """Requests in progress by state. ``listed`` has at most ``MAX_LISTED``, generating first."""
 
@@ -119,6 +129,7 @@ class TotalCounts(msgspec.Struct, frozen=True):
     completion_tokens: int
     reasoning_tokens: int
     cache_hit_share: float | None
+    cache_hits: int
     queue: Latency
     first_token: Latency
     inter_token: Latency
@@ -146,6 +157,7 @@ class Status(msgspec.Struct, frozen=True):
     attempt: int
     link: Link
     ranks: list[Rank]
+    kv_cache: KvCache | None
     requests: Requests
     totals: TotalCounts
     throughput: Throughput
@@ -166,6 +178,7 @@ def status_of(snapshot: Snapshot, served: ServedModel) -> Status:
         run.attempt,
         _link(run),
         [_rank(rank) for rank in run.ranks],
+        _kv_cache(run.cache_use),
         _requests(snapshot),
         _totals(activity.totals),
         Throughput(
@@ -206,6 +219,12 @@ def _rank(rank: RankView) -> Rank:
             rank.planned_overhead_bytes,
         ),
     )
+
+
+def _kv_cache(use: KvCacheUse | None) -> KvCache | None:
+    if use is None:
+        return None
+    return KvCache(use.budget_tokens, use.reserved_tokens, use.prefix_tokens, use.prefixes)
 
 
 def _requests(snapshot: Snapshot) -> Requests:
@@ -256,6 +275,7 @@ def _totals(totals: Totals) -> TotalCounts:
         sum(key.completion_tokens[dialect] for key in keys for dialect in GENERATING),
         sum(key.reasoning_tokens[dialect] for key in keys for dialect in GENERATING),
         _rounded(cached / prompt if prompt else None),
+        sum(key.cache_hits[dialect] for key in keys for dialect in GENERATING),
         _latency([key.queue_seconds for key in keys]),
         _latency([key.first_token_seconds for key in keys]),
         _latency([key.inter_token_seconds for key in keys]),

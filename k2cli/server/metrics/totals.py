@@ -81,6 +81,7 @@ class KeyTotals:
     answers: Counter[tuple[Dialect, str]] = field(default_factory=Counter)
     prompt_tokens: Counter[Dialect] = field(default_factory=Counter)
     cached_tokens: Counter[Dialect] = field(default_factory=Counter)
+    cache_hits: Counter[Dialect] = field(default_factory=Counter)
     completion_tokens: Counter[Dialect] = field(default_factory=Counter)
     reasoning_tokens: Counter[Dialect] = field(default_factory=Counter)
     queue_seconds: Histogram = field(default_factory=lambda: Histogram(LATENCY_BUCKETS))

@@ -1,0 +1,1 @@
+"""The live view of ``k2 top``. Only ``app`` imports textual."""
