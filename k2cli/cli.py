@@ -34,6 +34,7 @@ _COMMANDS = (
     ("logs", "logs"),
     ("stop", "stop"),
     ("chat", "chat"),
+    ("connect", "connect"),
     ("bench", "bench"),
 )
 _GROUPS = ("cluster", "models", "keys")

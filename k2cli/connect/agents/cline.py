@@ -1,0 +1,67 @@
+"""Cline: Chat Completions, set by the file of providers that its command line program reads."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from k2cli.connect.config_file import ConfigChange
+from k2cli.connect.endpoint import PLACEHOLDER_KEY, Endpoint
+from k2cli.connect.settings import Agent, Settings, authority_environment
+
+_PROVIDER = "openai-compatible"
+
+
+def settings(endpoint: Endpoint) -> Settings:
+    """Return the settings of Cline for an endpoint."""
+    authority = authority_environment(endpoint, "NODE_EXTRA_CA_CERTS")
+    key = PLACEHOLDER_KEY if endpoint.key is None else endpoint.key.value
+    start = ("cline", "-P", _PROVIDER, "-m", endpoint.model)
+    change = ConfigChange(_file(), "json", _patch(endpoint, key), private=endpoint.key is not None)
+    notes = ["Cline leaves a daemon behind, which serves later calls"]
+    if endpoint.key is not None:
+        notes.append("Cline takes its key from this file alone, so the key is written there")
+    return Settings(
+        environment=authority,
+        start_written=start,
+        files=(change,),
+        after_write=authority,
+        arguments=start[1:],
+        notes=tuple(notes),
+    )
+
+
+def _patch(endpoint: Endpoint, key: str) -> dict[str, Any]:
+    provider: dict[str, Any] = {
+        "provider": _PROVIDER,
+        "apiKey": key,
+        "model": endpoint.model,
+        "baseUrl": endpoint.base_url,
+    }
+    return {
+        "version": 1,
+        "lastUsedProvider": _PROVIDER,
+        "modes": {},
+        "providers": {
+            _PROVIDER: {
+                "settings": provider,
+                "updatedAt": time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime()),
+                "tokenSource": "manual",
+            }
+        },
+    }
+
+
+def _file() -> Path:
+    if named := os.environ.get("CLINE_DATA_DIR"):
+        return Path(named) / "settings" / "providers.json"
+    root = os.environ.get("CLINE_DIR")
+    folder = Path(root) if root else Path.home() / ".cline"
+    return folder / "data" / "settings" / "providers.json"
+
+
+AGENT = Agent(
+    "cline", "Cline", "cline", "npm install -g cline", settings, "files", environment_suffices=False
+)

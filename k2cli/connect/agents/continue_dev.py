@@ -1,0 +1,80 @@
+"""Continue: Chat Completions, set by a model in its ``config.yaml``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from k2cli.connect.config_file import ConfigChange
+from k2cli.connect.endpoint import KEY_VARIABLE, PLACEHOLDER_KEY, Endpoint
+from k2cli.connect.formats.patch import REMOVE, ListItem
+from k2cli.connect.settings import KEY, Agent, Settings, Value
+
+
+def settings(endpoint: Endpoint) -> Settings:
+    """Return the settings of Continue for an endpoint."""
+    folder = _folder()
+    key: dict[str, Value] = {} if endpoint.key is None else {KEY_VARIABLE: KEY}
+    patch = {
+        "name": "Local configuration",
+        "version": "1.0.0",
+        "schema": "v1",
+        "models": ListItem("name", _model(endpoint)),
+    }
+    if (folder / "config.yaml").is_file():
+        # A configuration that is there has a name and a version of its own.
+        patch = {"models": patch["models"]}
+    notes = ["in the editor, choose the model in the list below the chat"]
+    if endpoint.key is not None:
+        notes.append(
+            f"Continue takes the key from {KEY_VARIABLE} in {folder / '.env'}, one line "
+            f"{KEY_VARIABLE}=..., mode 0600"
+        )
+    return Settings(
+        environment=key,
+        start_written=("cn",),
+        files=(ConfigChange(folder / "config.yaml", "yaml", patch),),
+        after_write=key,
+        notes=tuple(notes),
+    )
+
+
+def _model(endpoint: Endpoint) -> dict[str, Any]:
+    api_key = PLACEHOLDER_KEY if endpoint.key is None else f"${{{{ secrets.{KEY_VARIABLE} }}}}"
+    model: dict[str, Any] = {
+        "name": f"k2: {endpoint.model}",
+        "provider": "openai",
+        "model": endpoint.model,
+        "apiBase": endpoint.base_url,
+        "apiKey": api_key,
+        "roles": ["chat", "edit", "apply", "summarize"],
+        # An empty list would let Continue guess from the model's name.
+        "capabilities": ["tool_use"] if endpoint.tools else [],
+        "requestOptions": REMOVE,
+    }
+    if endpoint.context_tokens is not None:
+        model["defaultCompletionOptions"] = {
+            "contextLength": endpoint.context_tokens,
+            "maxTokens": endpoint.output_tokens,
+        }
+    if endpoint.authority is not None:
+        model["requestOptions"] = {"caBundlePath": str(endpoint.authority)}
+    return model
+
+
+def _folder() -> Path:
+    if named := os.environ.get("CONTINUE_GLOBAL_DIR"):
+        return Path(named)
+    return Path.home() / ".continue"
+
+
+AGENT = Agent(
+    "continue",
+    "Continue",
+    "cn",
+    "npm install -g @continuedev/cli, or the extension of your editor",
+    settings,
+    "files",
+    environment_suffices=False,
+)
