@@ -23,10 +23,10 @@ from k2cli.connect.formats.patch import ConfigError, Patch, apply_patch
 from k2cli.connect.formats.toml import edit_toml, parse_toml
 from k2cli.connect.formats.yaml import edit_yaml, parse_yaml
 from k2cli.files import name_with, read_regular, unwritable, write_atomically
-from k2cli.units import MIB
+from k2cli.units import KIB
 
 Format = Literal["json", "jsonc", "toml", "yaml"]
-_LIMIT_BYTES = MIB
+_LIMIT_BYTES = 256 * KIB
 _BOM = "\ufeff"
 _COMMENT = re.compile(r"\s*(#|//)")
 _SECRET = re.compile(

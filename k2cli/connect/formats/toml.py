@@ -19,7 +19,8 @@ def parse_toml(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(str(error) or "it is nested too deeply") from error
+        deep = isinstance(error, RecursionError)
+        raise ConfigError("it is nested too deeply" if deep else str(error)) from error
 
 
 def edit_toml(text: str, patch: Patch) -> str:
@@ -51,7 +52,7 @@ def _patch(table: Any, patch: Patch) -> None:
         elif isinstance(value, Mapping):
             if name not in table:
                 # A table that only holds tables gets no header of its own.
-                holds = all(isinstance(each, Mapping) for each in value.values())
+                holds = bool(value) and all(isinstance(each, Mapping) for each in value.values())
                 table[name] = tomlkit.table(is_super_table=holds)
             _patch(table[name], value)
         elif name not in table or table[name] != value:

@@ -19,6 +19,7 @@ from k2cli.connect.formats.patch import (
 )
 
 _BEGIN = re.compile(r"^---(\s|$)", re.MULTILINE)
+_MAX_DEPTH = 60
 _MAX_ALIASES = 40
 """More than these could stand for a document of billions of values."""
 
@@ -31,20 +32,40 @@ def parse_yaml(text: str) -> Any:
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
-    from ruamel.yaml.tokens import AliasToken
 
     parser = YAML(typ="safe", pure=True)
     try:
-        aliases = sum(isinstance(token, AliasToken) for token in parser.scan(text))
-        if aliases > _MAX_ALIASES:
-            raise ConfigError(f"it has more than {_MAX_ALIASES} aliases")
+        _check_tokens(parser.scan(text))
         return YAML(typ="safe", pure=True).load(text)
     except (YAMLError, RecursionError, ValueError, TypeError) as error:
         raise ConfigError(_reason(error)) from error
 
 
+def _check_tokens(tokens: Iterator[Any]) -> None:
+    """Check what could take long to read or to compare, before the text is parsed."""
+    from ruamel.yaml import tokens as kinds
+
+    begins = (
+        kinds.FlowSequenceStartToken,
+        kinds.FlowMappingStartToken,
+        kinds.BlockSequenceStartToken,
+        kinds.BlockMappingStartToken,
+    )
+    ends = (kinds.FlowSequenceEndToken, kinds.FlowMappingEndToken, kinds.BlockEndToken)
+    depth = aliases = 0
+    for token in tokens:
+        depth += isinstance(token, begins) - isinstance(token, ends)
+        aliases += isinstance(token, kinds.AliasToken)
+        if depth > _MAX_DEPTH:
+            raise ConfigError(f"it is nested more than {_MAX_DEPTH} levels deep")
+        if aliases > _MAX_ALIASES:
+            raise ConfigError(f"it has more than {_MAX_ALIASES} aliases")
+
+
 def _reason(error: Exception) -> str:
-    problem = getattr(error, "problem", None) or (str(error) or "nested too deeply").split("\n")[0]
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     return f"{where}{problem}"
