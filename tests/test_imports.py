@@ -100,7 +100,8 @@ ONLY_IN = {
 
 HEAVY = {
     "httpx", "httpx2", "huggingface_hub", "jinja2", "jsonschema", "llguidance", "mlx", "mlx_lm",
-    "modelscope_hub", "numpy", "prometheus_client", "prompt_toolkit", "starlette", "ruamel", "tokenizers",
+    "modelscope_hub", "numpy", "prometheus_client", "prompt_toolkit", "ruamel", "starlette",
+    "tokenizers",
     "tomlkit", "torch",
     "transformers", "uvicorn",
 }  # fmt: skip

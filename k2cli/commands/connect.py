@@ -252,7 +252,7 @@ def _authority(base: str, certificate: Path | None) -> Path | None:
 
 
 def _run(agent: Agent, settings: Settings, endpoint: Endpoint, command: list[str]) -> None:
-    from k2cli.connect.execute import command_with_arguments, environment_with, replace_process
+    from k2cli.connect.execute import run_agent
     from k2cli.ui.output import warn
 
     if not agent.environment_suffices:
@@ -260,8 +260,7 @@ def _run(agent: Agent, settings: Settings, endpoint: Endpoint, command: list[str
             f"{agent.title} takes its server from its configuration alone: "
             f"k2 connect {agent.name} --write sets it"
         )
-    words = command_with_arguments(agent, settings, command)
-    replace_process(agent, words, environment_with(settings, endpoint, os.environ))
+    run_agent(agent, settings, endpoint, command, os.environ)
 
 
 def _show(agent: Agent, endpoint: Endpoint, target: Target, *, json: bool, syntax: Shell) -> None:
@@ -289,7 +288,7 @@ def _write(
 ) -> None:
     from k2cli.connect.config_file import plan_change, write_change
     from k2cli.connect.describe import describe
-    from k2cli.ui.connect_view import print_change, print_start, print_written
+    from k2cli.ui.connect_view import print_change, print_notes, print_start, print_written
     from k2cli.ui.output import note, print_json
 
     secret = None if endpoint.key is None else endpoint.key.value
@@ -320,6 +319,7 @@ def _write(
         run_id = None if target.run is None else target.run.run_id
         print_json({**described.document(run_id), "written": written})
     print_start(described)
+    print_notes(described)
 
 
 def _confirm(agent: Agent, *, yes: bool) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from k2cli.connect.formats.jsonc import edit_json, parse_json
-from k2cli.connect.formats.patch import ConfigError, Patch, apply_patch
+from k2cli.connect.formats.patch import ConfigError, Patch, apply_patch, settled
 from k2cli.connect.formats.toml import edit_toml, parse_toml
 from k2cli.connect.formats.yaml import edit_yaml, parse_yaml
 from k2cli.files import name_with, read_regular, unwritable, write_atomically
@@ -107,7 +107,7 @@ def _lines(data: bytes) -> list[str]:
 
 def file_text(change: ConfigChange) -> str:
     """Return the text of a file that has the settings of a patch and nothing else."""
-    return _edit("", change)
+    return _edit("", change.format, settled(change.patch, None))
 
 
 def plan_change(change: ConfigChange) -> PlannedChange:
@@ -203,10 +203,11 @@ def _edited(text: str, change: ConfigChange, target: Path) -> str:
     """
     try:
         before = _parse(text, change.format)
-        wanted = apply_patch(before, change.patch)
+        patch = settled(change.patch, before)
+        wanted = apply_patch(before, patch)
         if text.strip() and before == wanted:
             return text
-        new = _edit(text, change)
+        new = _edit(text, change.format, patch)
         _check(text, new, wanted, change.format)
     except ConfigError as error:
         raise ConfigError(
@@ -229,16 +230,16 @@ def _parse(text: str, format: Format) -> Any:
             return parse_yaml(text)
 
 
-def _edit(text: str, change: ConfigChange) -> str:
-    match change.format:
+def _edit(text: str, format: Format, patch: Patch) -> str:
+    match format:
         case "json":
-            return edit_json(text, change.patch, comments=False)
+            return edit_json(text, patch, comments=False)
         case "jsonc":
-            return edit_json(text, change.patch)
+            return edit_json(text, patch)
         case "toml":
-            return edit_toml(text, change.patch)
+            return edit_toml(text, patch)
         case "yaml":
-            return edit_yaml(text, change.patch)
+            return edit_yaml(text, patch)
 
 
 def _check(old: str, new: str, wanted: dict[str, Any], format: Format) -> None:

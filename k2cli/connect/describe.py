@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from k2cli.connect.config_file import Format, file_text
+from k2cli.connect.config_file import ConfigChange, Format, file_text
 from k2cli.connect.endpoint import Endpoint
-from k2cli.connect.formats.patch import apply_patch
+from k2cli.connect.formats.patch import apply_patch, settled
 from k2cli.connect.settings import Agent, Value
 from k2cli.connect.shells import Shell, command_line, lines
 
@@ -91,7 +91,12 @@ def describe(agent: Agent, endpoint: Endpoint, shell: Shell) -> Description:
         endpoint=endpoint,
         exports=tuple(lines(settings.environment, settings.unset, endpoint, shell)),
         files=tuple(
-            FileText(each.path, each.format, file_text(each), apply_patch(None, each.patch))
+            FileText(
+                each.path,
+                each.format,
+                file_text(each),
+                apply_patch(None, settled(each.patch, None)),
+            )
             for each in settings.files
         ),
         exports_written=tuple(lines(settings.after_write, (), endpoint, shell)),
@@ -101,6 +106,10 @@ def describe(agent: Agent, endpoint: Endpoint, shell: Shell) -> Description:
         unset=settings.unset,
         notes=(*settings.notes, *_advice(endpoint)),
     )
+
+
+def _data(change: ConfigChange) -> dict[str, Any]:
+    return apply_patch(None, settled(change.patch, None))
 
 
 _AGENT_TOKENS = 32_768

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from k2cli.connect.config_file import ConfigChange
+from k2cli.connect.config_file import ConfigChange, Format
 from k2cli.connect.endpoint import PLACEHOLDER_KEY, Endpoint
+from k2cli.connect.formats.patch import Patch
 
 
 class _KeyValue:
@@ -27,6 +28,20 @@ AUTHORITY_VARIABLES = ("NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE", "CODEX_CA_CERTIFI
 
 
 @dataclass(frozen=True, slots=True)
+class TemporaryFile:
+    """A file that exists while k2 runs the agent, for what no variable can say.
+
+    Its path is the value of a variable, or of an option of the agent's program.
+    """
+
+    name: str
+    format: Format
+    patch: Patch
+    variable: str = ""
+    option: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All that points one agent at one run.
 
@@ -38,6 +53,7 @@ class Settings:
         start: the command that starts the agent in this environment.
         start_written: the command that starts it once its files are written.
         arguments: what k2 puts after the program's name when it runs the agent.
+        temporary: files for the time that k2 runs the agent.
         notes: what the user should know.
     """
 
@@ -48,6 +64,7 @@ class Settings:
     files: tuple[ConfigChange, ...] = ()
     after_write: Mapping[str, Value] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
+    temporary: tuple[TemporaryFile, ...] = ()
     notes: tuple[str, ...] = ()
 
 

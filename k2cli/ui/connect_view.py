@@ -21,14 +21,13 @@ def print_settings(described: Description, run_id: str | None) -> None:
         for line in described.exports:
             print_text(line)
         if described.start:
-            print_text(described.start)
+            note(f"then: {described.start}")
     else:
         for file in described.files:
             note(f"in {file.path}:")
             print_text(file.text, end="")
-        _print_start(described)
-    for text in described.notes:
-        note(f"note: {text}")
+        print_start(described)
+    print_notes(described)
     _print_ways(described)
 
 
@@ -40,17 +39,6 @@ def _print_ways(described: Description) -> None:
         note(f"to run it so: k2 connect {agent.name} -- {agent.program}")
     elif not agent.program:
         note(f'in a shell:   eval "$(k2 connect {agent.name})"')
-
-
-def _print_start(described: Description) -> None:
-    if described.exports_written:
-        note("in the shell that starts it:")
-    elif described.start_written:
-        note("then:")
-    for line in described.exports_written:
-        print_text(line)
-    if described.start_written:
-        print_text(described.start_written)
 
 
 def print_change(planned: PlannedChange, difference: str) -> None:
@@ -75,6 +63,10 @@ def print_start(described: Description) -> None:
         for line in described.exports_written:
             note(f"  {line}")
     if described.start_written:
-        note(f"start it with: {described.start_written}")
+        note(f"then: {described.start_written}")
+
+
+def print_notes(described: Description) -> None:
+    """Print what the user should know about the agent and the run."""
     for text in described.notes:
         note(f"note: {text}")

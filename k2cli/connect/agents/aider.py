@@ -8,7 +8,14 @@ from typing import Any
 from k2cli.connect.config_file import ConfigChange
 from k2cli.connect.endpoint import Endpoint
 from k2cli.connect.formats.patch import REMOVE
-from k2cli.connect.settings import Agent, Settings, Value, authority_environment, key_value
+from k2cli.connect.settings import (
+    Agent,
+    Settings,
+    TemporaryFile,
+    Value,
+    authority_environment,
+    key_value,
+)
 
 _METADATA = ".aider.model.metadata.json"
 
@@ -28,8 +35,12 @@ def settings(endpoint: Endpoint) -> Settings:
         "show-model-warnings": False,
     }
     files = [ConfigChange(Path.home() / ".aider.conf.yml", "yaml", options)]
+    temporary = []
     if endpoint.context_tokens is not None:
-        files.append(ConfigChange(Path.home() / _METADATA, "json", _metadata(endpoint, name)))
+        limits = _metadata(endpoint, name)
+        files.append(ConfigChange(Path.home() / _METADATA, "json", limits))
+        variable = "AIDER_MODEL_METADATA_FILE"
+        temporary.append(TemporaryFile("metadata.json", "json", limits, variable=variable))
     return Settings(
         environment={
             "OPENAI_API_BASE": endpoint.base_url,
@@ -44,7 +55,11 @@ def settings(endpoint: Endpoint) -> Settings:
         start_written=("aider",),
         files=tuple(files),
         after_write=authority if endpoint.key is None else {**key, **authority},
-        notes=("only its file of model metadata tells aider the context of the run (--write)",),
+        temporary=tuple(temporary),
+        notes=(
+            "aider learns the context of the run from a file of model metadata, which --write and "
+            "-- COMMAND make",
+        ),
     )
 
 

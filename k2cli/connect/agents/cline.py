@@ -9,7 +9,8 @@ from typing import Any
 
 from k2cli.connect.config_file import ConfigChange
 from k2cli.connect.endpoint import PLACEHOLDER_KEY, Endpoint
-from k2cli.connect.settings import Agent, Settings, authority_environment
+from k2cli.connect.formats.patch import IfMissing
+from k2cli.connect.settings import Agent, Settings, TemporaryFile, authority_environment
 
 _PROVIDER = "openai-compatible"
 
@@ -18,17 +19,21 @@ def settings(endpoint: Endpoint) -> Settings:
     """Return the settings of Cline for an endpoint."""
     authority = authority_environment(endpoint, "NODE_EXTRA_CA_CERTS")
     key = PLACEHOLDER_KEY if endpoint.key is None else endpoint.key.value
+    patch = _patch(endpoint, key)
     start = ("cline", "-P", _PROVIDER, "-m", endpoint.model)
-    change = ConfigChange(_file(), "json", _patch(endpoint, key), private=endpoint.key is not None)
-    notes = ["Cline leaves a daemon behind, which serves later calls"]
+    notes = ["the extension of an editor has these fields under 'OpenAI Compatible'"]
     if endpoint.key is not None:
         notes.append("Cline takes its key from this file alone, so the key is written there")
     return Settings(
-        environment=authority,
+        # Its daemon would keep these settings, and serve later calls with them.
+        environment={"CLINE_SESSION_BACKEND_MODE": "local", **authority},
         start_written=start,
-        files=(change,),
+        files=(ConfigChange(_file(), "json", patch, private=endpoint.key is not None),),
         after_write=authority,
         arguments=start[1:],
+        temporary=(
+            TemporaryFile("providers.json", "json", patch, variable="CLINE_PROVIDER_SETTINGS_PATH"),
+        ),
         notes=tuple(notes),
     )
 
@@ -41,13 +46,13 @@ def _patch(endpoint: Endpoint, key: str) -> dict[str, Any]:
         "baseUrl": endpoint.base_url,
     }
     return {
-        "version": 1,
+        "version": IfMissing(1),
         "lastUsedProvider": _PROVIDER,
-        "modes": {},
+        "modes": IfMissing({}),
         "providers": {
             _PROVIDER: {
                 "settings": provider,
-                "updatedAt": time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime()),
+                "updatedAt": IfMissing(time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())),
                 "tokenSource": "manual",
             }
         },
@@ -62,6 +67,4 @@ def _file() -> Path:
     return folder / "data" / "settings" / "providers.json"
 
 
-AGENT = Agent(
-    "cline", "Cline", "cline", "npm install -g cline", settings, "files", environment_suffices=False
-)
+AGENT = Agent("cline", "Cline", "cline", "npm install -g cline", settings, "files")

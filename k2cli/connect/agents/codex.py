@@ -36,8 +36,6 @@ def settings(endpoint: Endpoint) -> Settings:
     authority = authority_environment(endpoint, "CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")
     arguments = _arguments(endpoint, given)
     patch = {
-        "check_for_update_on_startup": False,
-        "analytics": {"enabled": False},
         **_selection(endpoint),
         "model_providers": {_PROVIDER: provider},
     }
@@ -67,8 +65,6 @@ def _arguments(endpoint: Endpoint, provider: dict[str, Any]) -> tuple[str, ...]:
     """Return options that say the same as the file; texts of JSON are also texts of TOML."""
     values = {
         **_selection(endpoint),
-        "check_for_update_on_startup": False,
-        "analytics.enabled": False,
         **{f"model_providers.{_PROVIDER}.{name}": value for name, value in provider.items()},
     }
     pairs = [f"{name}={json.dumps(value)}" for name, value in values.items()]

@@ -8,34 +8,31 @@ from typing import Any
 
 from k2cli.connect.config_file import ConfigChange
 from k2cli.connect.endpoint import KEY_VARIABLE, PLACEHOLDER_KEY, Endpoint
-from k2cli.connect.formats.patch import REMOVE, ListItem
-from k2cli.connect.settings import KEY, Agent, Settings, Value
+from k2cli.connect.formats.patch import REMOVE, IfMissing, ListItem
+from k2cli.connect.settings import KEY, Agent, Settings, TemporaryFile, Value
 
 
 def settings(endpoint: Endpoint) -> Settings:
     """Return the settings of Continue for an endpoint."""
     folder = _folder()
     key: dict[str, Value] = {} if endpoint.key is None else {KEY_VARIABLE: KEY}
+    header = {"name": "Local configuration", "version": "1.0.0", "schema": "v1"}
     patch = {
-        "name": "Local configuration",
-        "version": "1.0.0",
-        "schema": "v1",
+        **{name: IfMissing(value) for name, value in header.items()},
         "models": ListItem("name", _model(endpoint)),
     }
-    if (folder / "config.yaml").is_file():
-        # A configuration that is there has a name and a version of its own.
-        patch = {"models": patch["models"]}
     notes = ["in the editor, choose the model in the list below the chat"]
     if endpoint.key is not None:
         notes.append(
-            f"Continue takes the key from {KEY_VARIABLE} in {folder / '.env'}, one line "
-            f"{KEY_VARIABLE}=..., mode 0600"
+            f"the extensions of editors take the key from a line {KEY_VARIABLE}=... in "
+            f"{folder / '.env'}, which only you should be able to read (chmod 600)"
         )
     return Settings(
         environment=key,
         start_written=("cn",),
         files=(ConfigChange(folder / "config.yaml", "yaml", patch),),
         after_write=key,
+        temporary=(TemporaryFile("config.yaml", "yaml", patch, option="--config"),),
         notes=tuple(notes),
     )
 
@@ -76,5 +73,4 @@ AGENT = Agent(
     "npm install -g @continuedev/cli, or the extension of your editor",
     settings,
     "files",
-    environment_suffices=False,
 )

@@ -40,8 +40,36 @@ class ListItem:
         return self.members[self.key]
 
 
+@dataclass(frozen=True, slots=True)
+class IfMissing:
+    """In place of a value: set if the member is missing, and else left as the user has it."""
+
+    value: Any
+
+
 Patch = Mapping[str, Any]
-"""Members to set: scalars, lists of scalars, mappings (merged), ``ListItem`` or ``REMOVE``."""
+"""Members to set: scalars, lists of scalars, mappings (merged), ``ListItem``, ``IfMissing`` or
+``REMOVE``."""
+
+
+def settled(patch: Patch, data: Any) -> dict[str, Any]:
+    """Return a patch without ``IfMissing``: each of them is a value, or left out.
+
+    Args:
+        patch: the patch; there is none of them in a ``ListItem``.
+        data: the parsed data that the patch is for.
+    """
+    result: dict[str, Any] = {}
+    members = data if isinstance(data, Mapping) else {}
+    for name, value in patch.items():
+        if isinstance(value, IfMissing):
+            if name not in members:
+                result[name] = value.value
+        elif isinstance(value, Mapping):
+            result[name] = settled(value, members.get(name))
+        else:
+            result[name] = value
+    return result
 
 
 def apply_patch(data: Any, patch: Patch, place: str = "") -> dict[str, Any]:
