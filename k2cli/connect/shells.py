@@ -12,7 +12,7 @@ from k2cli.connect.settings import Value
 
 Shell = Literal["sh", "fish", "powershell"]
 SHELLS: tuple[Shell, ...] = get_args(Shell)
-_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+_PLAIN = re.compile(r"[\w+=:./-]+", re.ASCII)
 
 
 def shell_of(path: str) -> Shell:
