@@ -231,24 +231,18 @@ def _endpoint(target: Target, model: str | None, key: Key | None) -> Endpoint:
 
 
 def _authority(base: str, certificate: Path | None) -> Path | None:
-    """Return the file with the certificate that agents must trust; None if k2 knows of none."""
-    from k2cli.connect.authority import usable_authority
+    from k2cli.connect.authority import authority_of
     from k2cli.ui.output import warn
 
     if not base.startswith("https:"):
         return None
-    for name in ("SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS"):
-        if named := os.environ.get(name):
-            return Path(named).absolute()
-    if certificate is None:
-        return None
-    if usable_authority(certificate):
-        return certificate
-    warn(
-        "the certificate of the run was issued by an authority; if the system does not know that "
-        "one, name its file: SSL_CERT_FILE=ca.pem k2 connect ..."
-    )
-    return None
+    found = authority_of(certificate, os.environ)
+    if found is None and certificate is not None:
+        warn(
+            "the certificate of the run was issued by an authority; if the system does not know "
+            "that one, name its file: SSL_CERT_FILE=ca.pem k2 connect ..."
+        )
+    return found
 
 
 def _run(agent: Agent, settings: Settings, endpoint: Endpoint, command: list[str]) -> None:

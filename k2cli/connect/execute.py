@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from k2cli.connect.config_file import ConfigChange, file_text
 from k2cli.connect.endpoint import Endpoint
-from k2cli.connect.settings import AUTHORITY_VARIABLES, Agent, Settings, resolved
+from k2cli.connect.settings import Agent, Settings, resolved
 from k2cli.errors import K2Error
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -71,12 +71,10 @@ def environment_with(
 ) -> dict[str, str]:
     """Return the environment for an agent, with the key in it.
 
-    A proxy is not asked for this machine's own ports. Authorities that the user has set stay.
+    A proxy is not asked for this machine's own ports.
     """
     environment = {name: value for name, value in inherited.items() if name not in settings.unset}
-    for name, value in resolved(settings.environment, endpoint).items():
-        if not (name in AUTHORITY_VARIABLES and environment.get(name)):
-            environment[name] = value
+    environment |= resolved(settings.environment, endpoint)
     if urlsplit(endpoint.url).hostname in _LOOPBACK and _has_proxy(environment):
         for name in ("NO_PROXY", "no_proxy"):
             before = environment.get(name) or ""

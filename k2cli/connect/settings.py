@@ -23,9 +23,6 @@ KEY: Final = _KeyValue()
 
 Value = str | _KeyValue
 
-AUTHORITY_VARIABLES = ("NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE", "CODEX_CA_CERTIFICATE")
-"""Variables by which agents find the certificates to trust."""
-
 
 @dataclass(frozen=True, slots=True)
 class TemporaryFile:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from k2cli.connect.agents import aider, claude, cline, codex, environment
+from k2cli.connect.agents import claude, environment
 from k2cli.connect.endpoint import Endpoint, Key
 from k2cli.connect.execute import environment_with
 
@@ -195,15 +195,3 @@ def test_the_environment_has_no_other_key_and_no_proxy_in_between() -> None:
     found = environment_with(environment.settings(remote), remote, inherited)
     assert found["NO_PROXY"] == "example.org"
     assert found["OPENAI_API_KEY"] == "none"
-
-
-def test_an_authority_that_the_user_has_set_stays() -> None:
-    endpoint = Endpoint("https://127.0.0.1:8080", "kimi", authority=Path("/run/cert.pem"))
-    for adapter in (aider, claude, cline, codex, environment):
-        chosen = adapter.settings(endpoint)
-        new = environment_with(chosen, endpoint, {})
-        assert "/run/cert.pem" in new.values(), adapter.__name__
-        kept = environment_with(
-            chosen, endpoint, dict.fromkeys(("SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS"), "/my/ca.pem")
-        )
-        assert "/my/ca.pem" in kept.values()

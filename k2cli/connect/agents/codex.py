@@ -33,7 +33,7 @@ def settings(endpoint: Endpoint) -> Settings:
     else:
         provider["auth"] = REMOVE
     provider["env_key"] = REMOVE
-    authority = authority_environment(endpoint, "CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")
+    authority = authority_environment(endpoint, "CODEX_CA_CERTIFICATE")
     arguments = _arguments(endpoint, given)
     patch = {
         **_selection(endpoint),
