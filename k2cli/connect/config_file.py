@@ -37,7 +37,7 @@ _PRIVATE = 0o600
 
 @dataclass(frozen=True, slots=True)
 class ConfigChange:
-    """What an adapter changes in one file; ``private`` if the patch holds a key."""
+    """A change of one file that an adapter wants; ``private`` if the patch holds a key."""
 
     path: Path
     format: Format

@@ -30,7 +30,7 @@ class FileText:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What ``k2 connect AGENT`` prints.
+    """The settings of one agent, as ``k2 connect AGENT`` prints them.
 
     Attributes:
         exports: lines for a shell that set the environment.

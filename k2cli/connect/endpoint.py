@@ -1,4 +1,4 @@
-"""What an agent is pointed at: the address, model and limits of a run, and where its key is."""
+"""The end point that an agent is pointed at: a run's address, model, limits and key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter makes of an endpoint: environment, files, arguments and advice."""
+"""Settings that an adapter makes of an endpoint: environment, files, arguments and advice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _KeyValue:
 
 
 KEY: Final = _KeyValue()
-"""In place of a value of the environment: the key of the run."""
+"""Stands in place of a value of the environment: the key of the run."""
 
 Value = str | _KeyValue
 

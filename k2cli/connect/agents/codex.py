@@ -17,6 +17,12 @@ _AUTH_MILLISECONDS = 20_000
 """Time for the command that prints the key; Codex itself allows 5 s, which a busy machine needs."""
 
 
+_OWN_AUTHORITY = (
+    "Codex refuses a certificate that vouches for itself (openssl req -x509): the run needs one of "
+    "an authority, which SSL_CERT_FILE=ca.pem k2 connect codex names"
+)
+
+
 def settings(endpoint: Endpoint) -> Settings:
     """Return the settings of Codex for an endpoint."""
     environment: dict[str, Value] = {}
@@ -46,7 +52,10 @@ def settings(endpoint: Endpoint) -> Settings:
         files=(ConfigChange(_folder() / "config.toml", "toml", patch),),
         after_write=authority,
         arguments=arguments,
-        notes=("Codex warns that it has no metadata for the model, and goes on",),
+        notes=(
+            "Codex warns that it has no metadata for the model, and goes on",
+            *((_OWN_AUTHORITY,) if endpoint.url.startswith("https:") else ()),
+        ),
     )
 
 

@@ -24,12 +24,12 @@ class _Remove:
 
 
 REMOVE: Final = _Remove()
-"""In place of a value: the member is removed, if it is there."""
+"""Stands in place of a value: the member is removed, if it is there."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListItem:
-    """In place of a list: one item of it, known by a member; added at the end if it is missing."""
+    """One item of a list, found by a member, in place of the list; a new one goes to the end."""
 
     key: str
     members: Mapping[str, Any]
@@ -42,7 +42,7 @@ class ListItem:
 
 @dataclass(frozen=True, slots=True)
 class IfMissing:
-    """In place of a value: set if the member is missing, and else left as the user has it."""
+    """A value that is set only if the member is missing."""
 
     value: Any
 
