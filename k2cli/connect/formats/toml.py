@@ -18,7 +18,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         deep = isinstance(error, RecursionError)
         raise ConfigError("it is nested too deeply" if deep else str(error)) from error
 

@@ -78,7 +78,7 @@ def patches(draw: st.DrawFn, data: Any, *, removing: bool) -> Patch:
     return patch
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_an_edit_sets_what_it_names_and_keeps_all_else(drawn: st.DataObject) -> None:
     text, comments = drawn.draw(documents())
@@ -92,7 +92,7 @@ def test_an_edit_sets_what_it_names_and_keeps_all_else(drawn: st.DataObject) -> 
         assert after == text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_an_edit_with_removals(drawn: st.DataObject) -> None:
     text, _ = drawn.draw(documents())
@@ -101,7 +101,7 @@ def test_an_edit_with_removals(drawn: st.DataObject) -> None:
     assert parse_json(edit_json(text, patch)) == apply_patch(before, patch)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(OBJECTS, st.sampled_from([None, 2, "\t"]), st.data())
 def test_strict_json_stays_strict(data: Any, indent: Any, drawn: st.DataObject) -> None:
     patch = drawn.draw(patches(data, removing=True))

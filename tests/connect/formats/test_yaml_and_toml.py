@@ -134,7 +134,9 @@ def test_yaml_that_is_malformed_or_contradicts_the_patch_is_refused(text: str, r
         apply_patch(parse_yaml(text), {"models": MODELS})
 
 
-@pytest.mark.parametrize("text", ["a = ", "a = 1\na = 2\n", "[a]\n[a]\n", "a = [" * 3000])
+@pytest.mark.parametrize(
+    "text", ["a = ", "a = 1\na = 2\n", "[a]\n[a]\n", "a = [" * 3000, f"a = {'9' * 5000}"]
+)
 def test_toml_that_is_malformed_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_toml(text)
