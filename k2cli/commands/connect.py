@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -107,7 +109,8 @@ def connect(
     elif write:
         _write(found, settings, endpoint, target, yes=yes, json=json, syntax=syntax)
     else:
-        _show(found, endpoint, target, json=json, syntax=syntax)
+        options = {"--run": run, "--url": url, "--model": model, "--key-file": key_file}
+        _show(found, endpoint, target, _again(found, options), json=json, syntax=syntax)
 
 
 def _check_options(
@@ -257,7 +260,15 @@ def _run(agent: Agent, settings: Settings, endpoint: Endpoint, command: list[str
     run_agent(agent, settings, endpoint, command, os.environ)
 
 
-def _show(agent: Agent, endpoint: Endpoint, target: Target, *, json: bool, syntax: Shell) -> None:
+def _again(agent: Agent, options: Mapping[str, object]) -> str:
+    """Return the command line with the options that were given."""
+    given = [word for name, value in options.items() if value for word in (name, str(value))]
+    return shlex.join(["k2", "connect", agent.name, *given])
+
+
+def _show(
+    agent: Agent, endpoint: Endpoint, target: Target, again: str, *, json: bool, syntax: Shell
+) -> None:
     from k2cli.connect.describe import describe
     from k2cli.ui.connect_view import print_settings
     from k2cli.ui.output import print_json
@@ -267,7 +278,7 @@ def _show(agent: Agent, endpoint: Endpoint, target: Target, *, json: bool, synta
     if json:
         print_json(described.document(run_id))
     else:
-        print_settings(described, run_id)
+        print_settings(described, run_id, again)
 
 
 def _write(
@@ -295,7 +306,7 @@ def _write(
         elif not json:
             print_change(each, differences[each.path])
     if changes:
-        _confirm(agent, yes=yes)
+        _confirm(yes=yes)
     written = []
     for each in changes:
         done = write_change(each)
@@ -316,7 +327,7 @@ def _write(
     print_notes(described)
 
 
-def _confirm(agent: Agent, *, yes: bool) -> None:
+def _confirm(*, yes: bool) -> None:
     """Ask if the files are to be changed.
 
     Raises:
@@ -329,10 +340,7 @@ def _confirm(agent: Agent, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError(
-            "without a terminal to ask on, nothing is changed",
-            f"k2 connect {agent.name} --write --yes",
-        )
+        raise UsageError("without a terminal to ask on, nothing is changed", "--yes")
     note("change this? [y/N]")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise K2Error("nothing was changed")

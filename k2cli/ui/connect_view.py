@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from k2cli.connect.describe import Description
 
 
-def print_settings(described: Description, run_id: str | None) -> None:
-    """Print what a user sets, and which commands of k2 do it."""
+def print_settings(described: Description, run_id: str | None, again: str) -> None:
+    """Print what a user sets, and which commands of k2 do it.
+
+    Args:
+        again: the command line that printed it.
+    """
     agent, endpoint = described.agent, described.endpoint
     of_run = f", run {run_id}" if run_id else ""
     context = f", {endpoint.context_tokens:,} tokens" if endpoint.context_tokens else ""
@@ -28,17 +32,17 @@ def print_settings(described: Description, run_id: str | None) -> None:
             print_text(file.text, end="")
         print_start(described)
     print_notes(described)
-    _print_ways(described)
+    _print_ways(described, again)
 
 
-def _print_ways(described: Description) -> None:
+def _print_ways(described: Description, again: str) -> None:
     agent = described.agent
     if described.files:
-        note(f"to write it:  k2 connect {agent.name} --write")
+        note(f"to write it:  {again} --write")
     if agent.environment_suffices and agent.program:
-        note(f"to run it so: k2 connect {agent.name} -- {agent.program}")
+        note(f"to run it so: {again} -- {agent.program}")
     elif not agent.program:
-        note(f'in a shell:   eval "$(k2 connect {agent.name})"')
+        note(f'in a shell:   eval "$({again})"')
 
 
 def print_change(planned: PlannedChange, difference: str) -> None:

@@ -187,4 +187,20 @@ AIDER = Agent(
     installer="pip",
 )
 
-AGENTS: Sequence[Agent] = (CLAUDE_CODE, CODEX, OPENCODE, CLINE, AIDER)
+CONTINUE = Agent(
+    name="continue",
+    package="@continuedev/cli",
+    version="1.5.47",
+    program="cn",
+    arguments=("-p", "--auto", TASK),
+    path="/v1/chat/completions",
+    calls=(
+        Call("Read", {"filepath": "{file}"}),
+        Call(
+            "Edit",
+            {"file_path": "{file}", "old_string": "Hello", "new_string": "Hello from K2"},
+        ),
+    ),
+)
+
+AGENTS: Sequence[Agent] = (CLAUDE_CODE, CODEX, OPENCODE, CLINE, AIDER, CONTINUE)

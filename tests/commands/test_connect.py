@@ -77,6 +77,8 @@ def test_the_settings_are_printed_and_the_key_is_not(url: str) -> None:
     document = json.loads(k2("connect", "opencode", "--model", "kimi", "--json").stdout)
     assert document["run_id"] == "toy-1a2b"
     assert document["model"] == "kimi"
+    shown = k2("connect", "opencode", "--model", "kimi")
+    assert "k2 connect opencode --model kimi --write\n" in shown.stderr
     assert document["context_tokens"] == 65_536
     assert document["key_command"][-3:] == ["connect", "env", "--show-key"]
     assert KEY not in json.dumps(document)
@@ -103,6 +105,7 @@ def test_a_file_is_written_after_a_yes(url: str, home: Path) -> None:
     done = k2("connect", "claude", "--write")
     assert done.returncode == 2
     assert "without a terminal to ask on, nothing is changed" in done.stderr
+    assert "hint: k2 connect claude --write --yes\n" in done.stderr
     assert "+++ " in done.stdout
     for answer, status in ((b"n\n", 1), (b"y\n", 0)):
         before = path.read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.connect.config_file import ConfigChange
-from k2cli.connect.endpoint import Endpoint
+from k2cli.connect.endpoint import PLACEHOLDER_KEY, Endpoint
 from k2cli.connect.formats.patch import REMOVE
 from k2cli.connect.settings import (
     Agent,
@@ -39,8 +39,7 @@ def settings(endpoint: Endpoint) -> Settings:
         start=("claude",),
         start_written=("claude",),
         files=(ConfigChange(_folder() / "settings.json", "json", _patch(endpoint, public)),),
-        # The file's variables count more than those of the shell; this counts more than the file.
-        arguments=("--settings", json.dumps({"env": public})),
+        arguments=("--settings", json.dumps(_over_the_file(endpoint, public))),
         notes=(
             "its settings.json counts more than variables of the shell",
             "each start of claude asks for the key with the command in apiKeyHelper",
@@ -69,6 +68,17 @@ def _public(endpoint: Endpoint) -> dict[str, str]:
         variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(endpoint.context_tokens)
         variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(endpoint.output_tokens)
     return variables
+
+
+def _over_the_file(endpoint: Endpoint, public: dict[str, str]) -> dict[str, Any]:
+    """Return settings for an option, which counts more than the file; the file more than variables.
+
+    They are on a command line, so the key is not among them. A token of another service in the
+    file would be sent in its place, unless an empty one replaces it.
+    """
+    if endpoint.key is None:
+        return {"env": {**public, _TOKEN: PLACEHOLDER_KEY}}
+    return {"apiKeyHelper": endpoint.key.command_line, "env": {**public, _TOKEN: ""}}
 
 
 def _patch(endpoint: Endpoint, public: dict[str, str]) -> dict[str, Any]:

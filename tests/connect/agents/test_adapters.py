@@ -115,6 +115,15 @@ def test_the_references_to_the_key() -> None:
     assert model["apiKey"] == "${{ secrets.K2_API_KEY }}"
 
 
+@pytest.mark.parametrize("endpoint", [PLAIN, KEYED])
+def test_claude_code_gets_no_token_of_another_service(endpoint: Endpoint) -> None:
+    """Its file counts more than variables, and its option more than the file."""
+    option, settings = agent_named("claude").settings(endpoint).arguments
+    assert option == "--settings"
+    token = json.loads(settings)["env"]["ANTHROPIC_AUTH_TOKEN"]
+    assert token == ("none" if endpoint.key is None else "")
+
+
 @AGENT
 def test_a_run_with_and_without_a_key_take_turns(agent: Agent) -> None:
     """What an earlier ``--write`` left does not contradict the next one."""
