@@ -216,7 +216,7 @@ def _print_key(key: Key | None) -> None:
 
 def _endpoint(target: Target, model: str | None, key: Key | None) -> Endpoint:
     from k2cli.client.client import ApiClient
-    from k2cli.connect.endpoint import Endpoint
+    from k2cli.connect.endpoint import Endpoint, checked_model_name
 
     value = None if key is None else key.value
     with ApiClient(target.url, value, target.certificate) as client:
@@ -224,7 +224,7 @@ def _endpoint(target: Target, model: str | None, key: Key | None) -> Endpoint:
         base = client.base
     return Endpoint(
         url=base.removesuffix("/v1"),
-        model=picked.name,
+        model=checked_model_name(picked.name),
         context_tokens=picked.context_length,
         tools=picked.tools is not False,
         reasoning=picked.reasoning is True,

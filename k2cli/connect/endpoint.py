@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from k2cli.errors import K2Error
+from k2cli.units import one_line
 
 KEY_VARIABLE = "K2_API_KEY"
 PLACEHOLDER_KEY = "none"
 """Sent to a run that asks for no key, by agents that refuse to start without one."""
 
 _MOST_OUTPUT_TOKENS = 32_768
+
+
+_MODEL_NAME = re.compile(r"[^\W_][\w .,:/@+()\[\]-]{0,199}")
+
+
+def checked_model_name(name: str) -> str:
+    """Return the name of a model that can be put into a configuration.
+
+    A server chooses the name, and agents replace parts of a value: opencode reads a file for
+    ``{file:PATH}``, Continue a secret for ``${{ secrets.NAME }}``, and would send it as the name.
+
+    Raises:
+        K2Error: if the name has characters that could mean something to an agent.
+    """
+    if _MODEL_NAME.fullmatch(name):
+        return name
+    raise K2Error(
+        f"the name of the model, '{one_line(name)[:200]}', has characters that could mean "
+        "something else in the configuration of an agent",
+        "give it a plain name: k2 launch MODEL --alias NAME, and k2 connect --model NAME",
+    )
 
 
 @dataclass(frozen=True, slots=True)

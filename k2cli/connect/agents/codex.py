@@ -76,7 +76,7 @@ def _arguments(endpoint: Endpoint, provider: dict[str, Any]) -> tuple[str, ...]:
         **_selection(endpoint),
         **{f"model_providers.{_PROVIDER}.{name}": value for name, value in provider.items()},
     }
-    pairs = [f"{name}={json.dumps(value)}" for name, value in values.items()]
+    pairs = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     return tuple(word for pair in pairs for word in ("-c", pair))
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from k2cli.connect.config_file import plan_change, write_change
 from k2cli.connect.describe import describe
-from k2cli.connect.endpoint import Endpoint, Key
+from k2cli.connect.endpoint import Endpoint, Key, checked_model_name
 from k2cli.connect.formats.jsonc import parse_json
 from k2cli.connect.formats.toml import parse_toml
 from k2cli.connect.formats.yaml import parse_yaml
 from k2cli.connect.registry import AGENTS, agent_named
 from k2cli.connect.settings import Agent
-from k2cli.errors import UsageError
+from k2cli.errors import K2Error, UsageError
 
 PLAIN = Endpoint("http://127.0.0.1:8080", "kimi", 131_072, reasoning=True)
 KEYED = replace(PLAIN, key=Key("k2-secret", ("/bin/k2", "connect", "env", "--show-key")))
@@ -193,6 +193,26 @@ def test_advice_for_models_that_agents_cannot_use() -> None:
     assert "knows no tools" in notes
     assert "8,192 tokens" in notes
     assert small.output_tokens == 2048
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{file:~/.ssh/id_rsa}",
+        "{env:HOME}",
+        "${{ secrets.OTHER }}",
+        "a\nb",
+        "a\x1b]52;",
+        "",
+        "-c",
+        "'",
+    ],
+)
+def test_a_server_cannot_have_its_name_of_a_model_replaced(name: str) -> None:
+    with pytest.raises(K2Error, match="has characters"):
+        checked_model_name(name)
+    for plain in ("kimi", "mlx-community/Kimi-K2-Thinking", "Kimi K2 (4bit)", "qwen3:4b", "模型"):
+        assert checked_model_name(plain) == plain
 
 
 def test_an_agent_that_k2_does_not_know() -> None:
