@@ -165,12 +165,13 @@ def _key(target: Target, run: str | None, key_file: Path | None) -> Key | None:
     """
     from k2cli.commands.target import key_of
     from k2cli.connect.endpoint import KEY_VARIABLE, Key
+    from k2cli.settings import expand_home
 
     own = key_of(target.run) if target.run is not None else None
     if target.run is not None and own is None:
         return None  # whatever the environment has, this run does not want it
     if key_file is not None:
-        path = key_file.expanduser().absolute()
+        path = expand_home(str(key_file)).absolute()
         return Key(_read_key(path), ("cat", str(path)))
     if given := os.environ.get(KEY_VARIABLE):
         return Key(given.strip(), ("printenv", KEY_VARIABLE))

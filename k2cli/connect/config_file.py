@@ -22,6 +22,7 @@ from k2cli.connect.formats.jsonc import edit_json, parse_json
 from k2cli.connect.formats.patch import ConfigError, Patch, apply_patch, settled
 from k2cli.connect.formats.toml import edit_toml, parse_toml
 from k2cli.connect.formats.yaml import edit_yaml, parse_yaml
+from k2cli.errors import K2Error
 from k2cli.files import name_with, read_regular, unwritable, write_atomically
 from k2cli.units import KIB
 
@@ -103,6 +104,21 @@ def _lines(data: bytes) -> list[str]:
     if lines and not lines[-1].endswith("\n"):
         lines[-1] += "\n\\ No newline at end of file\n"
     return lines
+
+
+def home_folder() -> Path:
+    """Return the user's home folder, where agents have their configuration.
+
+    Raises:
+        K2Error: if there is none.
+    """
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise K2Error(
+            f"HOME is not set, and user {os.getuid()} has no home folder",
+            "set HOME to a folder of yours",
+        ) from None
 
 
 def file_text(change: ConfigChange) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from k2cli.connect.config_file import ConfigChange
+from k2cli.connect.config_file import ConfigChange, home_folder
 from k2cli.connect.endpoint import Endpoint
 from k2cli.connect.formats.patch import REMOVE
 from k2cli.connect.settings import (
@@ -34,11 +33,11 @@ def settings(endpoint: Endpoint) -> Settings:
         "openai-api-key": key_value(endpoint) if endpoint.key is None else REMOVE,
         "show-model-warnings": False,
     }
-    files = [ConfigChange(Path.home() / ".aider.conf.yml", "yaml", options)]
+    files = [ConfigChange(home_folder() / ".aider.conf.yml", "yaml", options)]
     temporary = []
     if endpoint.context_tokens is not None:
         limits = _metadata(endpoint, name)
-        files.append(ConfigChange(Path.home() / _METADATA, "json", limits))
+        files.append(ConfigChange(home_folder() / _METADATA, "json", limits))
         variable = "AIDER_MODEL_METADATA_FILE"
         temporary.append(TemporaryFile("metadata.json", "json", limits, variable=variable))
     return Settings(

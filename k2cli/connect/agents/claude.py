@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from k2cli.connect.config_file import ConfigChange
+from k2cli.connect.config_file import ConfigChange, home_folder
 from k2cli.connect.endpoint import PLACEHOLDER_KEY, Endpoint
 from k2cli.connect.formats.patch import REMOVE
 from k2cli.connect.settings import (
@@ -93,7 +93,7 @@ def _patch(endpoint: Endpoint, public: dict[str, str]) -> dict[str, Any]:
 def _folder() -> Path:
     if named := os.environ.get("CLAUDE_CONFIG_DIR"):
         return Path(named)
-    return Path.home() / ".claude"
+    return home_folder() / ".claude"
 
 
 AGENT = Agent(

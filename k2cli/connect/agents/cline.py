@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from k2cli.connect.config_file import ConfigChange
+from k2cli.connect.config_file import ConfigChange, home_folder
 from k2cli.connect.endpoint import PLACEHOLDER_KEY, Endpoint
 from k2cli.connect.formats.patch import IfMissing
 from k2cli.connect.settings import Agent, Settings, TemporaryFile, authority_environment
@@ -63,7 +63,7 @@ def _file() -> Path:
     if named := os.environ.get("CLINE_DATA_DIR"):
         return Path(named) / "settings" / "providers.json"
     root = os.environ.get("CLINE_DIR")
-    folder = Path(root) if root else Path.home() / ".cline"
+    folder = Path(root) if root else home_folder() / ".cline"
     return folder / "data" / "settings" / "providers.json"
 
 

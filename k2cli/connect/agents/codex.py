@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from k2cli.connect.config_file import ConfigChange
+from k2cli.connect.config_file import ConfigChange, home_folder
 from k2cli.connect.endpoint import KEY_VARIABLE, Endpoint
 from k2cli.connect.formats.patch import REMOVE
 from k2cli.connect.settings import KEY, Agent, Settings, Value, authority_environment
@@ -83,7 +83,7 @@ def _arguments(endpoint: Endpoint, provider: dict[str, Any]) -> tuple[str, ...]:
 def _folder() -> Path:
     if named := os.environ.get("CODEX_HOME"):
         return Path(named)
-    return Path.home() / ".codex"
+    return home_folder() / ".codex"
 
 
 AGENT = Agent("codex", "Codex", "codex", "npm install -g @openai/codex", settings, "files")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from k2cli.connect.config_file import ConfigChange
+from k2cli.connect.config_file import ConfigChange, home_folder
 from k2cli.connect.endpoint import KEY_VARIABLE, PLACEHOLDER_KEY, Endpoint
 from k2cli.connect.formats.patch import REMOVE, IfMissing, ListItem
 from k2cli.connect.settings import KEY, Agent, Settings, TemporaryFile, Value
@@ -63,7 +63,7 @@ def _model(endpoint: Endpoint) -> dict[str, Any]:
 def _folder() -> Path:
     if named := os.environ.get("CONTINUE_GLOBAL_DIR"):
         return Path(named)
-    return Path.home() / ".continue"
+    return home_folder() / ".continue"
 
 
 AGENT = Agent(

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from k2cli.connect.config_file import ConfigChange
+from k2cli.connect.config_file import ConfigChange, home_folder
 from k2cli.connect.endpoint import KEY_VARIABLE, Endpoint
 from k2cli.connect.formats.patch import REMOVE
 from k2cli.connect.settings import KEY, Agent, Settings, Value, authority_environment
@@ -65,7 +65,7 @@ def _file() -> Path:
     if named := os.environ.get("OPENCODE_CONFIG"):
         return Path(named)
     base = os.environ.get("XDG_CONFIG_HOME")
-    folder = (Path(base) if base else Path.home() / ".config") / "opencode"
+    folder = (Path(base) if base else home_folder() / ".config") / "opencode"
     with_comments = folder / "opencode.jsonc"
     return with_comments if with_comments.is_file() else folder / "opencode.json"
 

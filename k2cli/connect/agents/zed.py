@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from k2cli.connect.config_file import ConfigChange
+from k2cli.connect.config_file import ConfigChange, home_folder
 from k2cli.connect.endpoint import Endpoint
 from k2cli.connect.formats.patch import ListItem
 from k2cli.connect.settings import Agent, Settings, Value, authority_environment, key_value
@@ -62,7 +62,7 @@ def _model(endpoint: Endpoint) -> dict[str, Any]:
 
 def _folder() -> Path:
     base = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(base) if base else Path.home() / ".config") / "zed"
+    return (Path(base) if base else home_folder() / ".config") / "zed"
 
 
 AGENT = Agent(
