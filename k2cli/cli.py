@@ -35,6 +35,7 @@ _COMMANDS = (
     ("logs", "logs"),
     ("stop", "stop"),
     ("chat", "chat"),
+    ("connect", "connect"),
     ("bench", "bench"),
 )
 _GROUPS = ("cluster", "models", "keys")

@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "models": set(),
     "client": set(),
+    "connect": set(),
     "ui": set(),  # but the types of values that it shows, for typing only
     "chat": {"client"},
     "planning": {"models", "sharding"},
@@ -65,12 +66,13 @@ ALLOWED: dict[str, set[str]] = {
     "commands": {
         "ui", "client", "chat", "planning", "quantization", "bench", "nodes", "cluster", "runs",
         "doctor", "transfer", "launch", "access", "supervisor", "models", "sharding", "protocol",
+        "connect",
     },
 }  # fmt: skip
 
 # Part -> what else it may import under TYPE_CHECKING: ui names the types of the values it shows.
 DOMAINS = {"planning", "quantization", "cluster", "nodes", "agent", "runs", "doctor", "launch",
-           "supervisor", "transfer", "bench", "chat", "client", "protocol", "sharding",
+           "supervisor", "transfer", "bench", "chat", "client", "connect", "protocol", "sharding",
            "models.inventory"}  # fmt: skip
 ALLOWED_FOR_TYPING = {"ui": DOMAINS}
 
@@ -93,13 +95,14 @@ ONLY_IN = {
     "uvicorn": {"server/", "guard/"},
     "llguidance": {"grammars/"},
     "prometheus_client": {"server/metrics/exposition.py"},
+    "tomlkit": {"connect/formats/toml.py"},
+    "ruamel": {"connect/formats/yaml.py"},
 }
 
 HEAVY = {
     "httpx", "httpx2", "huggingface_hub", "jinja2", "jsonschema", "llguidance", "mlx", "mlx_lm",
-    "modelscope_hub", "numpy", "prometheus_client", "prompt_toolkit", "starlette", "tokenizers",
-    "textual",
-    "torch",
+    "modelscope_hub", "numpy", "prometheus_client", "prompt_toolkit", "ruamel", "starlette",
+    "textual", "tokenizers", "tomlkit", "torch",
     "transformers", "uvicorn",
 }  # fmt: skip
 

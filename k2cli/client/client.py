@@ -50,11 +50,16 @@ _K2_OWNER = "k2"
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model that the server offers; ``context_length`` (tokens) is None if it does not say."""
+    """A model that the server offers; ``context_length`` (tokens) is None if it does not say.
+
+    ``tools`` and ``reasoning`` tell if the model calls tools and reasons, if the server says it.
+    """
 
     name: str
     context_length: int | None = None
     is_k2: bool = False
+    tools: bool | None = None
+    reasoning: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +166,8 @@ class ApiClient:
                 # k2's name of the field, and vLLM's.
                 context_length=count(entry.get("context_length", entry.get("max_model_len"))),
                 is_k2=entry.get("owned_by") == _K2_OWNER,
+                tools=_has_parser(entry, "tool_parser"),
+                reasoning=_has_parser(entry, "reasoning_parser"),
             )
             for entry in objects(entries)
         ]
@@ -366,6 +373,11 @@ class CompletionSource:
     def complete(self, prompt: list[int], tokens: int) -> Completion:
         """Generate exactly ``tokens`` tokens without the prefix cache."""
         return self.client.complete(self.model, prompt, tokens)
+
+
+def _has_parser(entry: dict[str, Any], member: str) -> bool | None:
+    parser = entry.get(member)
+    return None if not isinstance(parser, str) else parser != "none"
 
 
 def _failure(status: int, message: str, base: str) -> K2Error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.errors import ClusterError, K2Error
+from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.files import read_regular
 
 if TYPE_CHECKING:
@@ -56,6 +56,26 @@ def resolve_target(model: str | None, url: str | None, api_key: str | None) -> T
         raise ClusterError(f"run {run.run_id} is {run.state}, not ready", "k2 ps")
     key = api_key or key_of(run)
     return Target(run.url, key, run.model_name, run, run.certificate_file)
+
+
+def resolve_run(name: str | None) -> RunRecord:
+    """Return the live run of a name, or the only live run; it is ready.
+
+    Raises:
+        UsageError: if no name is given and several runs are live.
+        K2Error: if no run is live, if none has the name, or if the run is not ready yet.
+    """
+    from k2cli.runs.record import list_runs
+
+    if name is None:
+        live = [run for run in list_runs() if run.live]
+        if len(live) > 1:
+            runs = ", ".join(f"{run.run_id} ({run.model_name})" for run in live)
+            raise UsageError(f"{len(live)} runs are live: {runs}", f"--run {live[0].run_id}")
+    run = run_serving(name)
+    if run.state != "ready":
+        raise ClusterError(f"run {run.run_id} is {run.state}, not ready", "k2 ps")
+    return run
 
 
 def run_serving(model: str | None) -> RunRecord:

@@ -1,4 +1,7 @@
-"""The coding agents that are tried: their versions, how they are pointed at a run, their tools."""
+"""The coding agents that are tried: their versions, their options for one edit, their tools.
+
+``k2 connect`` points them at the run, as it does for users.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,13 @@ class Agent:
     """One coding agent.
 
     Attributes:
+        name: for ``k2 connect``.
         package: what npm or pip installs, without the version.
         program: name of the program that the package installs.
-        arguments: of a run without a terminal that makes one edit; ``{url}`` is the run's address.
+        arguments: of a run without a terminal that makes one edit.
         calls: what the scripted model calls, one call for each turn.
         answer: the edit as text, for an agent without tools.
-        environment: variables of the agent, where ``{url}`` is the run's address.
-        files: configuration below the home folder, where ``{url}`` is the run's address.
+        environment: variables that keep the agent from asking the internet.
         path: of the requests that the agent sends.
         installer: ``npm`` or ``pip``.
         install_script: of the package, which has to run once after npm.
@@ -53,7 +56,6 @@ class Agent:
     calls: tuple[Call, ...] = ()
     answer: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
     installer: str = "npm"
     install_script: str = ""
 
@@ -101,7 +103,7 @@ CLAUDE_CODE = Agent(
     version="2.1.332",
     program="claude",
     install_script="install.cjs",
-    arguments=("-p", "--model", MODEL, "--permission-mode", "acceptEdits", TASK),
+    arguments=("-p", "--permission-mode", "acceptEdits", TASK),
     path="/v1/messages",
     calls=(
         Call("Read", {"file_path": "{file}"}),
@@ -110,29 +112,7 @@ CLAUDE_CODE = Agent(
             {"file_path": "{file}", "old_string": "Hello", "new_string": "Hello from K2"},
         ),
     ),
-    environment={
-        "ANTHROPIC_BASE_URL": "{url}",
-        "ANTHROPIC_AUTH_TOKEN": "none",
-        "ANTHROPIC_DEFAULT_HAIKU_MODEL": MODEL,
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "131072",
-    },
 )
-
-_CODEX_CONFIG = f"""\
-model = "{MODEL}"
-model_provider = "k2"
-model_context_window = 131072
-check_for_update_on_startup = false
-
-[model_providers.k2]
-name = "k2"
-base_url = "{{url}}/v1"
-wire_api = "responses"
-
-[analytics]
-enabled = false
-"""
 
 CODEX = Agent(
     name="codex",
@@ -145,22 +125,7 @@ CODEX = Agent(
         Call("exec_command", {"cmd": "cat {file}"}),
         Call("exec_command", {"cmd": "sed -i 's/Hello/Hello from K2/' {file}"}),
     ),
-    files={".codex/config.toml": _CODEX_CONFIG},
 )
-
-_OPENCODE_CONFIG = {
-    "$schema": "https://opencode.ai/config.json",
-    "autoupdate": False,
-    "share": "disabled",
-    "provider": {
-        "k2": {
-            "npm": "@ai-sdk/openai-compatible",
-            "name": "k2",
-            "options": {"baseURL": "{url}/v1"},
-            "models": {MODEL: {"name": MODEL, "limit": {"context": 131072, "output": 8192}}},
-        }
-    },
-}
 
 OPENCODE = Agent(
     name="opencode",
@@ -168,33 +133,14 @@ OPENCODE = Agent(
     version="1.18.33",
     program="opencode",
     install_script="postinstall.mjs",
-    arguments=("run", "-m", f"k2/{MODEL}", TASK),
+    arguments=("run", TASK),
     path="/v1/chat/completions",
     calls=(
         Call("read", {"filePath": "{file}"}),
         Call("edit", {"filePath": "{file}", "oldString": "Hello", "newString": "Hello from K2"}),
     ),
     environment={"OPENCODE_DISABLE_AUTOUPDATE": "1", "OPENCODE_DISABLE_MODELS_FETCH": "1"},
-    files={".config/opencode/opencode.json": json.dumps(_OPENCODE_CONFIG)},
 )
-
-_CLINE_PROVIDERS = {
-    "version": 1,
-    "lastUsedProvider": "openai-compatible",
-    "modes": {},
-    "providers": {
-        "openai-compatible": {
-            "settings": {
-                "provider": "openai-compatible",
-                "apiKey": "none",
-                "model": MODEL,
-                "baseUrl": "{url}/v1",
-            },
-            "updatedAt": "2026-01-01T00:00:00.000Z",
-            "tokenSource": "manual",
-        }
-    },
-}
 
 CLINE = Agent(
     name="cline",
@@ -202,7 +148,7 @@ CLINE = Agent(
     version="3.0.65",
     program="cline",
     install_script="postinstall.mjs",
-    arguments=("-P", "openai-compatible", "-m", MODEL, TASK),
+    arguments=(TASK,),
     path="/v1/chat/completions",
     calls=(
         Call("read_files", {"files": [{"path": "{file}"}]}),
@@ -216,7 +162,6 @@ CLINE = Agent(
             },
         ),
     ),
-    files={".cline/data/settings/providers.json": json.dumps(_CLINE_PROVIDERS)},
 )
 
 AIDER = Agent(
@@ -225,13 +170,8 @@ AIDER = Agent(
     version="0.86.2",
     program="aider",
     arguments=(
-        "--model",
-        f"openai/{MODEL}",
-        "--edit-format",
-        "diff",
         "--no-git",
         "--no-check-update",
-        "--no-show-model-warnings",
         "--no-show-release-notes",
         "--analytics-disable",
         "--yes-always",
@@ -244,8 +184,23 @@ AIDER = Agent(
         f'{FILE}\n```python\n<<<<<<< SEARCH\n    return "Hello"\n=======\n'
         '    return "Hello from K2"\n>>>>>>> REPLACE\n```\n'
     ),
-    environment={"OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "none"},
     installer="pip",
 )
 
-AGENTS: Sequence[Agent] = (CLAUDE_CODE, CODEX, OPENCODE, CLINE, AIDER)
+CONTINUE = Agent(
+    name="continue",
+    package="@continuedev/cli",
+    version="1.5.47",
+    program="cn",
+    arguments=("-p", "--auto", TASK),
+    path="/v1/chat/completions",
+    calls=(
+        Call("Read", {"filepath": "{file}"}),
+        Call(
+            "Edit",
+            {"file_path": "{file}", "old_string": "Hello", "new_string": "Hello from K2"},
+        ),
+    ),
+)
+
+AGENTS: Sequence[Agent] = (CLAUDE_CODE, CODEX, OPENCODE, CLINE, AIDER, CONTINUE)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tests.agents.agents import AFTER, BEFORE, FILE, Agent
 from tests.agents.recording import Exchange, Recorder
+from tests.support.commands import K2
 from tests.support.harness import supervised
 from tests.support.scripted_answers import ANSWERS_VARIABLE, save_rules
 
@@ -58,8 +62,17 @@ def isolation() -> list[str] | None:
     return command if tried.returncode == 0 else None
 
 
+Way = Literal["written", "run"]
+"""``k2 connect AGENT --write`` and then the agent, or ``k2 connect AGENT -- AGENT``."""
+
+
 def try_edit(
-    agent: Agent, program: Path, model: Path, folder: Path, opens: str = "<think>"
+    agent: Agent,
+    program: Path,
+    model: Path,
+    folder: Path,
+    opens: str = "<think>",
+    way: Way = "written",
 ) -> Trial:
     """Let an agent edit a file in a new folder; it can reach the run and nothing else."""
     home, work = folder / "home", folder / "work"
@@ -78,10 +91,12 @@ def try_edit(
         recorder = Recorder(folder / "relay", port)
         try:
             command = [sys.executable, str(_ENCLOSED), str(folder / "relay"), str(port), "--"]
+            given = _environment(agent, home)
+            started = _started(agent, program, f"http://127.0.0.1:{port}", given, way)
             done = subprocess.run(
-                [*isolated, *command, str(program), *agent.arguments],
+                [*isolated, *command, *started],
                 cwd=work,
-                env=_environment(agent, home, f"http://127.0.0.1:{port}"),
+                env=given,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -95,12 +110,28 @@ def try_edit(
     return Trial(agent, done.returncode, output, edited, recorder.exchanges())
 
 
-def _environment(agent: Agent, home: Path, url: str) -> dict[str, str]:
-    for name, text in agent.files.items():
-        path = home / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.replace("{url}", url))
-    given = {name: value.replace("{url}", url) for name, value in agent.environment.items()}
+def _started(
+    agent: Agent, program: Path, url: str, environment: dict[str, str], way: Way
+) -> list[str]:
+    """Return the command that starts the agent, pointed at the run; write its files before."""
+    connect = [*K2, "connect", agent.name, "--url", url]
+    if way == "run":
+        return [*connect, "--", str(program), *agent.arguments]
+    done = subprocess.run(
+        [*connect, "--write", "--yes", "--json"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    _, *options = shlex.split(json.loads(done.stdout)["start_written"])
+    return [str(program), *options, *agent.arguments]
+
+
+def _environment(agent: Agent, home: Path) -> dict[str, str]:
     # Nothing else of this machine: no keys, no proxies, no configuration.
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-    return {**kept, "HOME": str(home), "TERM": "dumb", **given}
+    root = str(Path(__file__).resolve().parents[2])
+    return {**kept, "PYTHONPATH": root, "HOME": str(home), "TERM": "dumb", **agent.environment}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.agents.agents import AGENTS, FINAL, OPENCODE, Agent
-from tests.agents.edits import Trial, isolation, try_edit
+from tests.agents.edits import Trial, Way, isolation, try_edit
 from tests.agents.installation import NotInstalled, install
 from tests.support.thinking_model import REASONING_BEGINS, TEMPLATES, thinking_model
 
@@ -23,13 +23,15 @@ pytestmark = [
 ]
 
 
-def _trial(agent: Agent, toy_k2: Path, folder: Path, form: str = "k2-thinking") -> Trial:
+def _trial(
+    agent: Agent, toy_k2: Path, folder: Path, form: str = "k2-thinking", way: Way = "written"
+) -> Trial:
     try:
         program = install(agent)
     except NotInstalled as error:
         pytest.skip(f"{agent.name} {agent.version}: {error}")
     model = thinking_model(toy_k2, folder / "model", form)
-    return try_edit(agent, program, model, folder / "trial", REASONING_BEGINS[form])
+    return try_edit(agent, program, model, folder / "trial", REASONING_BEGINS[form], way)
 
 
 def _check(trial: Trial) -> None:
@@ -58,3 +60,19 @@ def test_every_agent_completes_an_edit(
     agent: Agent, form: str, toy_k2: Path, tmp_path: Path
 ) -> None:
     _check(_trial(agent, toy_k2, tmp_path, form))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("agent", AGENTS, ids=[agent.name for agent in AGENTS])
+def test_every_agent_completes_an_edit_that_k2_runs(
+    agent: Agent, toy_k2: Path, tmp_path: Path
+) -> None:
+    """No file of the agent's configuration names the run afterwards."""
+    _check(_trial(agent, toy_k2, tmp_path, way="run"))
+    configuration = {
+        "settings.json", "config.toml", "opencode.json", "providers.json", ".aider.conf.yml",
+        ".aider.model.metadata.json",
+    }  # fmt: skip
+    home = tmp_path / "trial" / "home"
+    found = [path for path in home.rglob("*") if path.name in configuration]
+    assert [path for path in found if b"127.0.0.1" in path.read_bytes()] == []

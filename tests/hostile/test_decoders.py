@@ -232,6 +232,10 @@ ALLOWED = {
         ["models/text/conversation_renderer.py", "server/dialects/answer_formats.py"],
         "a part of a bounded body, with json.loads' errors",
     ),
+    "connect/config_file.py": "creation with O_EXCL",
+    "connect/execute.py": "the terminal of this process",
+    "connect/formats/jsonc.py": "one text or number of a bounded file, with json.loads' errors",
+    "connect/formats/toml.py": "the text of a bounded file, with tomllib's errors",
     "chat/schema.py": "a bounded file and the text of an answer, with json.loads' errors",
     "server/structured/schema_values.py": "JSON that it has written itself",
     **dict.fromkeys(

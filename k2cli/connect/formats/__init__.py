@@ -1,0 +1,1 @@
+"""Editing of configuration files in JSON, JSON with comments, TOML and YAML."""

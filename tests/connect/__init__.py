@@ -1,0 +1,1 @@
+"""Settings of coding agents: made, written and used."""

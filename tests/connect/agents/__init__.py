@@ -1,0 +1,1 @@
+"""What each adapter makes of a run."""
