@@ -8,7 +8,9 @@ import { TextView, showPlain } from "./text.js";
 const PAINT_MILLISECONDS = 50;
 // Painting gets at most a sixth of the time, however long the answer is.
 const PAINT_REST = 5;
-const MAX_PAINT_MILLISECONDS = 2000;
+const MAX_REST_MILLISECONDS = 1000;
+const PIECE_LETTERS = 2000;
+const MAX_PAINTED_PIECES = 4;
 const END_PIXELS = 60;
 const MAX_ANSWER_LETTERS = 4 * 2 ** 20;
 const REASONS = {
@@ -97,9 +99,11 @@ async function answer(question) {
   announce("The model is answering.");
   try {
     await receive(api.chat(sent, control.signal), turn, view);
+    await view.shownWhole();
     view.end();
     announce("The answer is complete.");
   } catch (failure) {
+    await view.shownWhole();
     if (control.signal.aborted) {
       view.stopped("Stopped.");
       announce("Stopped.");
@@ -176,7 +180,7 @@ class AnswerView {
   #reasoning;
   #summary;
   #line;
-  #pending = { reasoning: [], text: [] };
+  #pending = [];
   #views;
   #timer = 0;
   #began = performance.now();
@@ -203,12 +207,12 @@ class AnswerView {
 
   addReasoning(piece) {
     this.#reasoning.hidden = false;
-    this.#add("reasoning", piece);
+    this.#add(this.#views.reasoning, piece);
     this.#reasonedMilliseconds = performance.now() - this.#began;
   }
 
   addText(piece) {
-    this.#add("text", piece);
+    this.#add(this.#views.text, piece);
   }
 
   /** Show how far the request is: in the queue, in the prompt, or in the answer. */
@@ -265,26 +269,41 @@ class AnswerView {
     countDown(button, failure.retrySeconds ?? 0);
   }
 
-  #add(kind, piece) {
-    this.#pending[kind].push(piece);
+  /** Wait until everything that has arrived is on the page. */
+  async shownWhole() {
+    while (this.#pending.length) {
+      await new Promise((resolve) => { setTimeout(resolve, this.#restMilliseconds); });
+      this.#paint();
+    }
+  }
+
+  #add(view, text) {
+    for (let at = 0; at < text.length; at += PIECE_LETTERS) {
+      const last = this.#pending.at(-1);
+      const piece = text.slice(at, at + PIECE_LETTERS);
+      if (last?.[0] === view && last[1].length + piece.length <= PIECE_LETTERS) last[1] += piece;
+      else this.#pending.push([view, piece]);
+    }
+    this.#paintSoon();
+  }
+
+  #paintSoon() {
     if (!this.#timer) this.#timer = setTimeout(() => this.#paint(), this.#restMilliseconds);
   }
 
   #paint() {
     const began = performance.now();
+    clearTimeout(this.#timer);
     this.#timer = 0;
-    for (const kind of ["reasoning", "text"]) {
-      if (this.#pending[kind].length) this.#views[kind].append(this.#pending[kind].join(""));
-      this.#pending[kind] = [];
-    }
+    for (const [view, piece] of this.#pending.splice(0, MAX_PAINTED_PIECES)) view.append(piece);
     setText(this.#summary, `Reasoning, ${duration(this.#reasonedMilliseconds / 1000)}`);
     if (follows) scrollToEnd(); // which lays out the page, so that this counts as painting
     const rest = PAINT_REST * (performance.now() - began);
-    this.#restMilliseconds = Math.min(Math.max(rest, PAINT_MILLISECONDS), MAX_PAINT_MILLISECONDS);
+    this.#restMilliseconds = Math.min(Math.max(rest, PAINT_MILLISECONDS), MAX_REST_MILLISECONDS);
+    if (this.#pending.length) this.#paintSoon();
   }
 
   #finish() {
-    clearTimeout(this.#timer);
     this.#paint();
     this.#views.reasoning.finish();
     this.#views.text.finish();

@@ -15,10 +15,15 @@ const MAX_CELLS = 32;
 // A block is laid out as a whole when it grows: many lines, and lines without an end, are divided.
 const MAX_BLOCK_LINES = 100;
 const MAX_BLOCK_LETTERS = 4000;
+// So is a text: blocks are in parts, of which the browser lays out those that are seen.
+const MAX_PART_BLOCKS = 40;
+const MAX_PART_LINES = 200;
 
 /** A growing text within an element of the page. */
 export class TextView {
   #root;
+  #part = null;
+  #partLines = 0;
   #fence = "";
   #line = "";
   #node = null;
@@ -55,14 +60,14 @@ export class TextView {
       part = this.#line;
     }
     for (let at = 0; at < part.length;) {
-      const room = MAX_BLOCK_LETTERS - this.#blockLetters;
-      if (room <= 0) {
+      const end = wholeLetters(part, Math.min(at + MAX_BLOCK_LETTERS - this.#blockLetters, part.length));
+      if (end <= at) {
         this.#continueLine();
         continue;
       }
-      this.#node.appendData(part.slice(at, at + room));
-      this.#blockLetters += Math.min(room, part.length - at);
-      at += room;
+      this.#node.appendData(part.slice(at, end));
+      this.#blockLetters += end - at;
+      at = end;
     }
   }
 
@@ -73,6 +78,7 @@ export class TextView {
 
   #endLine() {
     const line = this.#line;
+    this.#partLines += 1;
     const fence = FENCE.exec(line);
     if (this.#node === null && line && !this.#changesCode(fence)) {
       this.#open(this.#kindOf(line));
@@ -100,7 +106,9 @@ export class TextView {
     if (!fence) return false;
     if (!this.#code) {
       this.#fence = fence[1];
-      this.#code = codeBlock(this.#root, fence[2].trim().slice(0, 40));
+      const made = codeBlock(fence[2].trim().slice(0, 40));
+      this.#place(made);
+      this.#code = made.lastChild;
       this.#block = null;
       return true;
     }
@@ -128,9 +136,20 @@ export class TextView {
     this.#block = element("div", `block ${kind}`);
     this.#block.dataset.kind = kind;
     this.#block.dir = kind === "code" || kind === "rows" ? "ltr" : "auto";
-    (this.#code ?? this.#root).append(this.#block);
+    if (this.#code) this.#code.append(this.#block);
+    else this.#place(this.#block);
     this.#blockLines = 0;
     this.#blockLetters = 0;
+  }
+
+  #place(block) {
+    const full = this.#part?.children.length >= MAX_PART_BLOCKS || this.#partLines >= MAX_PART_LINES;
+    if (this.#part === null || full) {
+      this.#partLines = 0;
+      this.#part = element("div", "part");
+      this.#root.append(this.#part);
+    }
+    this.#part.append(block);
   }
 
   /** Go on with a very long line in another block. */
@@ -142,6 +161,11 @@ export class TextView {
   }
 }
 
+/** Move a place where a text is cut back by one, if it is in the middle of a character. */
+function wholeLetters(text, at) {
+  return at < text.length && /[\ud800-\udbff]/.test(text[at - 1] ?? "") ? at - 1 : at;
+}
+
 /** Show a whole text without any format. */
 export function showPlain(root, text) {
   const view = element("div", "block text");
@@ -150,14 +174,12 @@ export function showPlain(root, text) {
   root.append(view);
 }
 
-function codeBlock(root, language) {
-  const body = element("code");
-  const block = element("pre", "code-block", body);
+function codeBlock(language) {
+  const block = element("pre", "code-block", element("code"));
   block.tabIndex = 0;
   block.setAttribute("aria-label", language ? `Code, ${language}` : "Code");
   if (language) block.dataset.language = language;
-  root.append(block);
-  return body;
+  return block;
 }
 
 /** Replace a line in a text node by the same with its format: a row, a heading, bold, code. */
