@@ -22,8 +22,8 @@ from k2cli.server.served_model import ServedModel
 # state.
 OPEN_PATHS = frozenset({"/health"})
 
-# Claude Code asks for "/" first, without a key, and a browser gets the page there, in which a key is
-# entered. Page and OpenAPI document are the same for all runs of a version.
+# Claude Code asks for "/" first, without a key; a browser gets the page there, and its user enters
+# the key in it. Page and OpenAPI document are the same for all runs of a version.
 _KEYLESS_PATHS = OPEN_PATHS | {"/", "/openapi.json"}
 
 

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser")
 WAIT_MILLISECONDS = 20_000
 
+# Nothing is looked up; a name of a machine in the network is this machine.
+_NAMES = (
+    "--host-resolver-rules=MAP studio.local 127.0.0.1, MAP * ~NOTFOUND, "
+    "EXCLUDE 127.0.0.1, EXCLUDE localhost"
+)
+# Answers with an error, and a header that has no effect on a name without TLS.
+_NO_FAULTS = (
+    "Failed to load resource:",
+    "The Cross-Origin-Opener-Policy header has been ignored",
+)
+
 # Set before a page's own scripts run, and no subject of its policy.
 _WATCH_POLICY = """
 document.addEventListener("securitypolicyviolation", (event) => {
@@ -34,7 +45,7 @@ def headless_browser() -> Iterator[Browser]:
         pytest.skip("no Chromium on PATH: apt-get install chromium-headless-shell")
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program)
+        browser = driver.chromium.launch(executable_path=program, args=[_NAMES])
         try:
             yield browser
         finally:
@@ -54,6 +65,11 @@ class Visit:
         self.page.goto(f"{self.url}/")
         return self.page
 
+    def note(self, kind: str, text: str) -> None:
+        """Record a message in the browser's console, if it is about a fault of the page."""
+        if kind in ("error", "warning") and not text.startswith(_NO_FAULTS):
+            self.problems.append(text)
+
     def foreign(self) -> list[str]:
         """Return the requests to other origins."""
         own = urlsplit(self.url).netloc
@@ -61,7 +77,9 @@ class Visit:
 
     def stored(self) -> Any:
         """Return everything that the page keeps beyond its own memory."""
-        script = "() => [document.cookie, localStorage.length, sessionStorage.length, location.href]"
+        script = (
+            "() => [document.cookie, localStorage.length, sessionStorage.length, location.href]"
+        )
         return self.page.evaluate(script)
 
 
@@ -79,16 +97,10 @@ def visit(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
     made = Visit(page, url)
     page.on("request", lambda request: made.requested.append(request.url))
     page.on("pageerror", lambda error: made.problems.append(str(error)))
-    page.on("console", lambda message: made.problems.append(message.text)
-            if message.type in ("error", "warning") and not _is_answer(message.text) else None)  # fmt: skip
+    page.on("console", lambda message: made.note(message.type, message.text))
     try:
         yield made
         assert made.foreign() == []
         assert made.problems == []
     finally:
         context.close()
-
-
-def _is_answer(text: str) -> bool:
-    """Return True for a line by which Chromium reports an error that a server answered with."""
-    return text.startswith("Failed to load resource:")

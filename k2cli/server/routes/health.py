@@ -17,4 +17,3 @@ async def health(request: Request) -> JSONResponse:
         return JSONResponse({"state": state, "model": context.served.name})
     cause = without_folders(context.engine.cause or f"the run is {state}")
     return JSONResponse({"state": state, "cause": cause, "model": context.served.name}, 503)
-
