@@ -84,7 +84,7 @@ async function ask(path, options) {
     });
   } catch (error) {
     if (options.signal?.aborted && options.signal.reason?.name !== "TimeoutError") throw error;
-    throw lost("The run does not answer. It may have ended (k2 ps tells), or the network is down.");
+    throw lost("The run does not answer. It may have ended (see k2 ps), or the network is down.");
   }
   if (!response.ok) {
     const seconds = Number.parseInt(response.headers.get("retry-after") ?? "", 10);

@@ -15,6 +15,8 @@ const PHASES = {
 };
 // Ranks report each second; idle ones make progress, too.
 const SILENT_SECONDS = 10;
+// A bar ends at the limit, or earlier where the plan is far below it.
+const MOST_OF_PLAN = 1.25;
 
 /** Show the ranks in a list. */
 export function showRanks(list, ranks) {
@@ -23,7 +25,7 @@ export function showRanks(list, ranks) {
 
 function makeRank() {
   const bar = element("div", "bar",
-    element("i", "limit"), element("i", "used"), element("i", "kept"), element("i", "planned"), element("i", "peak"));
+    ...["used", "kept", "program", "planned", "peak"].map((part) => element("i", part)));
   bar.setAttribute("role", "meter");
   const plan = element("div", "plan-bar", ...PLANNED.map((part) => element("i", part)));
   plan.setAttribute("aria-hidden", "true");
@@ -42,7 +44,7 @@ function updateRank(item, rank) {
   setText(part(".node"), name(rank.node));
   setText(part(".what"), described(rank));
   updatePhase(part(".phase"), rank);
-  const figures = figuresOf(memory);
+  const figures = figuresOf(memory, rank.device);
   updateBar(part(".bar"), label, figures);
   let from = 0;
   for (const planned of PLANNED) {
@@ -55,23 +57,26 @@ function updateRank(item, rank) {
   setText(part(".plan-text"), planText(memory, figures));
 }
 
-function figuresOf(memory) {
+function figuresOf(memory, device) {
   const used = number(memory.used_bytes);
   const kept = number(memory.kept_bytes);
   const peak = number(memory.peak_bytes);
   const planned = number(memory.planned_bytes);
   const limit = number(memory.limit_bytes);
-  const scale = Math.max(limit, planned, used + kept, peak, 1);
-  return { used, kept, peak, planned, limit, scale, over: planned > 0 && peak + kept > planned };
+  // On a CPU the process contains everything; elsewhere the arrays are beside it.
+  const program = device === "cpu" ? Math.max(0, number(memory.resident_bytes) - used - kept) : 0;
+  const shownLimit = planned ? Math.min(limit || planned, MOST_OF_PLAN * planned) : limit;
+  const scale = Math.max(shownLimit, planned, used + kept + program, peak, 1);
+  return { used, kept, program, peak, planned, limit, scale, over: planned > 0 && peak + kept > planned };
 }
 
 function updateBar(bar, label, figures) {
-  const { used, kept, peak, planned, limit, scale } = figures;
+  const { used, kept, program, peak, planned, scale } = figures;
   const span = (kind, from, to) => setSpan(bar.querySelector(`.${kind}`), from / scale, to / scale);
-  span("limit", 0, limit || scale);
   span("planned", 0, planned);
   span("used", 0, used);
   span("kept", used, used + kept);
+  span("program", used + kept, used + kept + program);
   span("peak", peak, peak);
   bar.querySelector(".peak").hidden = peak <= used;
   setAttribute(bar, "aria-label", `Memory of ${label.toLowerCase()}`);

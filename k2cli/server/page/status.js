@@ -66,7 +66,7 @@ async function ask() {
 function makeTiles() {
   const made = [
     ["generated", "Generating", "tokens per second"], ["computed", "Reading prompts", "tokens per second"],
-    ["running", "In progress"], ["queue", "Waiting"], ["cache", "Cache"], ["first", "First token"],
+    ["running", "In progress"], ["queue", "Waiting"], ["cache", "Prefix cache"], ["first", "First token"],
   ];
   byId("tiles").replaceChildren(...made.map(([id, label, unit]) => {
     const value = element("span", "value", "–");
@@ -134,7 +134,7 @@ function showLost(failure) {
   const banner = byId("banner");
   banner.hidden = false;
   const since = new Date(answeredAt).toLocaleTimeString("en-GB");
-  setText(banner, `${failure.message} What is shown here is of ${since}; the page goes on asking.`);
+  setText(banner, `${failure.message} The figures are from ${since}; the page keeps asking.`);
 }
 
 function showFigures(status) {
@@ -156,15 +156,15 @@ function showFigures(status) {
   const stages = { decode: "answering", prefill: "prompt", reading: "arriving" };
   setText(tiles.running.note, working.map((stage) => `${count(requests[stage])} ${stages[stage]}`).join(", ") || "idle");
   setText(tiles.queue.value, count(requests.queued));
-  const waits = number(requests.queued) ? `oldest ${duration(requests.oldest_wait_seconds)}` : "nobody waits";
+  const waits = number(requests.queued) ? `oldest ${duration(requests.oldest_wait_seconds)}` : "none waiting";
   setText(tiles.queue.note, waits);
   const hit = totals.cache_hit_share;
   setText(tiles.cache.value, typeof hit === "number" ? share(hit) : "–");
-  setText(tiles.cache.note, "of prompts reused");
+  setText(tiles.cache.note, "of prompt tokens reused");
   const first = object(totals.first_token);
   setText(tiles.first.value, number(first.count) ? duration(first.mean_seconds) : "–");
   const between = object(totals.inter_token);
-  setText(tiles.first.note, number(between.count) ? `mean; then ${duration(between.mean_seconds)} each` : "mean time to it");
+  setText(tiles.first.note, number(between.count) ? `mean; ${duration(between.mean_seconds)} between tokens` : "mean time");
 }
 
 function showListed(requests) {
