@@ -279,6 +279,7 @@ def _detach(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
     from k2cli.runs.record import read_record
     from k2cli.supervisor.start import launch_detached
     from k2cli.ui.output import note
+    from k2cli.units import one_line
 
     try:
         record = launch_detached(
@@ -292,7 +293,9 @@ def _detach(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
         raise
     if as_json:
         _print_ready(record)
-    note(f"\nnext: k2 chat\n      k2 logs -f {record.run_id}\n      k2 stop {record.run_id}")
+    page = one_line(f"open {record.url}/ in a browser")
+    note(f"\nnext: k2 chat, or {page}")
+    note(f"      k2 logs -f {record.run_id}\n      k2 stop {record.run_id}")
 
 
 def _stay(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
@@ -301,13 +304,15 @@ def _stay(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
     from k2cli.runs.record import read_record
     from k2cli.supervisor.start import launch_here
     from k2cli.ui.output import note, warn
+    from k2cli.units import one_line
 
     interrupted = False
 
     def on_event(event: RunEvent) -> None:
         _show(event, prepared, view)
         if isinstance(event, RunReady):
-            note("\nnext: k2 chat   (in another terminal; Ctrl-C here stops the run)\n")
+            note("\nnext: k2 chat   (in another terminal; Ctrl-C here stops the run)")
+            note(f"      or open {one_line(event.url)}/ in a browser\n")
             if as_json and (record := read_record(prepared.folder)) is not None:
                 _print_ready(record)
 

@@ -23,6 +23,7 @@ from k2cli.server.engine_request import ServerTokenizer
 from k2cli.server.metrics.activity import Activity, RecordRequests
 from k2cli.server.metrics.run_view import RunSource, UnwatchedRun
 from k2cli.server.origins import OriginCheck, OriginRules
+from k2cli.server.page.files import PAGE_FOLDER
 from k2cli.server.reader_queues import RequestReader
 from k2cli.server.routes import (
     chat,
@@ -33,6 +34,7 @@ from k2cli.server.routes import (
     models,
     monitoring,
     openapi,
+    page,
     responses,
     tokenize,
 )
@@ -50,7 +52,8 @@ _ROUTES = (
     Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
     Route("/v1/status", monitoring.status),
     Route("/metrics", monitoring.metrics),
-    Route("/", health.root),
+    Route("/", page.root),
+    Route(f"{PAGE_FOLDER}{{name}}", page.page_file),
     Route("/health", health.health),
     Route("/openapi.json", openapi.openapi),
 )

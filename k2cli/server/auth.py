@@ -15,21 +15,26 @@ from k2cli.server.admission import set_client
 from k2cli.server.dialects.error_responses import error_response
 from k2cli.server.errors import ApiError
 from k2cli.server.metrics.request_record import record_of
+from k2cli.server.page.files import PAGE_FOLDER
 from k2cli.server.served_model import ServedModel
 
 # Probes (systemd, load balancers) have no key and use any name, and the answer reveals only the
 # state.
 OPEN_PATHS = frozenset({"/health"})
 
-# Claude Code asks for "/" first, without a key, and the answer only says that k2 is here. The
-# document is the same for all runs of a version.
-KEYLESS_PATHS = OPEN_PATHS | {"/", "/openapi.json"}
+# Claude Code asks for "/" first, without a key; a browser gets the page there, and its user enters
+# the key in it. Page and OpenAPI document are the same for all runs of a version.
+_KEYLESS_PATHS = OPEN_PATHS | {"/", "/openapi.json"}
 
 
 # They show what others do, and when.
 MONITORING_PATHS = frozenset({"/metrics", "/v1/status"})
 
 _HOW_TO_SEND = "send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+
+
+def _is_keyless(path: str) -> bool:
+    return path in _KEYLESS_PATHS or path.startswith(PAGE_FOLDER)
 
 
 def client_of_headers(headers: Headers, keys: KeyRing) -> Client:
@@ -118,7 +123,7 @@ class AccessControl:
             ApiError: 401, 403, 400 or 413.
         """
         headers, client = Headers(scope=scope), self._keys.owner
-        if self._keys.required and scope["path"] not in KEYLESS_PATHS:
+        if self._keys.required and not _is_keyless(scope["path"]):
             try:
                 client = client_of_headers(headers, self._keys)
             except Refused as refused:

@@ -5,7 +5,8 @@ model and reading answers is, on a server without a key:
 
 * the ``Host`` header must name this server, or a page whose name was rebound to this address
   (DNS rebinding) could read everything;
-* an ``Origin`` other than this server, or ``Sec-Fetch-Site: cross-site``, is refused;
+* an ``Origin`` other than this server, or ``Sec-Fetch-Site: cross-site``, is refused. Only to open
+  k2's own page by a link is allowed from everywhere: the page that has the link cannot read it;
 * a body must be declared as JSON, which a page cannot do for a foreign server without asking first
   (CORS preflight), and a preflight is only answered for origins that were allowed.
 """
@@ -62,6 +63,13 @@ def host_name(host: str) -> str:
     return name if colon and port.isdecimal() and not name.endswith(":") else host
 
 
+def _is_link(scope: Scope) -> bool:
+    """Return True for a request by which a browser opens the page of this server in a tab."""
+    headers = Headers(scope=scope)
+    target = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
+    return scope["path"] == "/" and scope["method"] == "GET" and target == ("navigate", "document")
+
+
 class OriginCheck:
     """ASGI middleware that refuses requests of foreign web pages."""
 
@@ -90,7 +98,8 @@ class OriginCheck:
             )
         origin = headers.get("origin")
         foreign = origin is not None and not self._rules.knows_origin(origin, host)
-        if foreign or (origin is None and headers.get("sec-fetch-site") == "cross-site"):
+        from_elsewhere = headers.get("sec-fetch-site") == "cross-site" and not _is_link(scope)
+        if foreign or (origin is None and from_elsewhere):
             return ApiError(
                 403,
                 "web pages of other origins may not use this server; allow one with --cors ORIGIN",

@@ -1,4 +1,4 @@
-"""Metrics, status and access log of a real run of two ranks, under load."""
+"""Metrics, status, access log and web page of a real run of two ranks, under load."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from k2cli.units import format_bytes
+from tests.support.browser import Visit, headless_browser, visit
 from tests.support.harness import wait_until
 from tests.support.terminal import Terminal
+from tests.support.thinking_model import thinking_model
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.shared_state]
 CANARY = "canary of a prompt"
 KEY = "k2-the-key-of-this-run"
 PROMPT_TOKENS = 300
@@ -34,23 +37,31 @@ def k2(*arguments: str) -> str:
     return done.stdout
 
 
-def test_two_ranks_show_their_memory_and_requests(toy_k2: Path) -> None:
+@pytest.fixture(scope="module")
+def run(toy_k2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A run, as its launch has printed it."""
+    # The template of K2.5 opens the reasoning, so that whatever the toy writes in a chat is that.
+    model = thinking_model(toy_k2, tmp_path_factory.mktemp("monitoring") / "toy-thinking", "k2.5")
     started = json.loads(
-        k2("launch", str(toy_k2), "--nodes", "localhost,localhost", "--backend", "ring",
+        k2("launch", str(model), "--nodes", "localhost,localhost", "--backend", "ring",
            "--parallel", "pipeline", "--context", "512", "--concurrency", "2", "--api-key", KEY,
            "--detach", "--json")
     )  # fmt: skip
-    url = started["url"]
     try:
-        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}) as client:
-            _watch(client)
-            _watch_on_terminal(client, started["run_id"])
-            assert httpx.get(f"{url}/metrics").status_code == 401
-            shown = json.loads(k2("ps", "--json"))["status"][started["run_id"]]
-            assert shown["totals"]["requests"]["completed"] == 4
-            log = k2("logs")
+        yield started
     finally:
-        k2("stop", "--all")
+        k2("stop", started["run_id"])
+
+
+def test_two_ranks_show_their_memory_and_requests(run: dict[str, Any]) -> None:
+    url = run["url"]
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        _watch(client)
+        _watch_on_terminal(client, run["run_id"])
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        shown = json.loads(k2("ps", "--json"))["status"][run["run_id"]]
+        assert shown["totals"]["requests"]["completed"] == 4
+        log = k2("logs", run["run_id"])
     lines = [line.partition(" api | ")[2] for line in log.splitlines() if " api | " in line]
     answers = [line for line in lines if line.startswith("completions 200 ")]
     assert len(answers) == 4
@@ -177,3 +188,53 @@ def _check_ranks(status: Any) -> None:
         parts = ("weights", "kv_cache", "activation", "overhead")
         planned = sum(memory[f"{part}_bytes"] for part in parts)
         assert planned == memory["planned_bytes"] <= memory["limit_bytes"]
+
+
+def test_the_page_of_a_run_with_the_keyboard_alone(run: dict[str, Any]) -> None:
+    size = {"width": 1600, "height": 1000}
+    with headless_browser() as browser, visit(browser, run["url"], viewport=size) as seen:
+        _enter_the_key(seen)
+        _chat(seen)
+        assert seen.stored() == ["", 0, 0, f"{seen.url}/"]
+        page = seen.page
+        page.get_by_role("button", name="Forget the key").press("Enter")
+        page.locator("#key").wait_for()
+        assert page.locator("#turns").text_content() == ""
+
+
+def _enter_the_key(seen: Visit) -> None:
+    page = seen.open()
+    page.locator("#key").wait_for()
+    assert "toy-thinking" not in page.content()
+    assert [each.partition("/v1/")[2] for each in seen.requested if "/v1/" in each] == ["status"]
+    page.keyboard.type("wrong")  # the field has the focus
+    page.keyboard.press("Enter")
+    page.get_by_text("Wrong API key").wait_for()
+    assert page.locator("#key").input_value() == ""
+    page.keyboard.type(KEY)
+    page.keyboard.press("Enter")
+    page.locator(".rank").nth(1).wait_for()
+    assert page.locator("#model").inner_text() == "toy-thinking"
+    for rank in range(2):
+        meter = page.get_by_role("meter", name=f"Memory of rank {rank}")
+        said = meter.get_attribute("aria-valuetext") or ""
+        assert re.fullmatch(r"[\d.]+ MB used and [\d.]+ .B kept, [\d.]+ .B planned", said), said
+
+
+def _chat(seen: Visit) -> None:
+    page = seen.page
+    page.keyboard.type("Say something.")  # the message field has the focus
+    page.keyboard.press("Enter")
+    page.locator("tr[data-state=decode]").wait_for()
+    page.locator(".reasoning summary").wait_for()
+    assert page.locator(".thoughts").text_content()
+    assert not page.locator(".thoughts").is_visible()
+    page.get_by_text(re.compile(r"\d+ tokens · [\d.]+ per second")).wait_for()
+    page.keyboard.press("Escape")
+    page.locator(".turn.model:not(.working)").wait_for()
+    assert "Stopped." in page.locator(".answer-line").inner_text()
+    page.get_by_text("No request is in progress.").wait_for()
+    page.get_by_text("1 client gone").wait_for()
+    page.locator(".reasoning summary").focus()
+    page.keyboard.press("Enter")
+    assert page.locator(".thoughts").is_visible()

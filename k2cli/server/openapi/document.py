@@ -34,7 +34,7 @@ _STATUSES: Mapping[int, str] = {
     400: "The request is wrong; the message names the field.",
     401: "The run asks for an API key, and the request has none or a wrong one.",
     403: "The host or the origin of the request is not allowed, or not this route with this key.",
-    404: "There is no such model.",
+    404: "There is no such model, or file.",
     413: "The body is over the limit of bytes.",
     415: "The body is not declared as JSON.",
     429: "Too many requests are waiting, or the key is over its limits.",
@@ -127,7 +127,13 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         answers.Health, (400,), keyless=True,
     ),
     ("get", "/"): _Operation(
-        "root", "Return the name of the server", answers.Root, (400, 403), keyless=True
+        "root", "Return the name of the server, and to a browser the web page",
+        answers.Root, (400, 403), keyless=True, other_kinds=("text/html",),
+    ),
+    ("get", "/page/{name}"): _Operation(
+        "pageFile", "Return a file that the web page loads",
+        None, (400, 403, 404), keyless=True,
+        other_kinds=("text/css", "text/javascript", "image/svg+xml"),
     ),
     ("get", "/openapi.json"): _Operation(
         "openapi", "Return this document", None, (400, 403), keyless=True, other_kinds=(_JSON,)
@@ -204,6 +210,7 @@ def _responses(path: str, operation: _Operation) -> dict[str, Any]:
         content: dict[str, Any] = {_JSON: {"schema": schema}}
         if operation.streams:
             content[_EVENTS] = {"schema": _EVENT}
+        content |= {kind: {"schema": {}} for kind in operation.other_kinds}
         responses["200"] = {"description": "The answer.", "content": content}
     elif operation.other_kinds:
         content = {kind: {"schema": {}} for kind in operation.other_kinds}

@@ -1,7 +1,4 @@
-"""Routes that need no API key: ``GET /health``, and ``GET /``, which says that k2 is here.
-
-``/health`` answers 200 only while the run takes requests.
-"""
+"""The route ``GET /health``, without a key: 200 only while the run takes requests."""
 
 from __future__ import annotations
 
@@ -20,8 +17,3 @@ async def health(request: Request) -> JSONResponse:
         return JSONResponse({"state": state, "model": context.served.name})
     cause = without_folders(context.engine.cause or f"the run is {state}")
     return JSONResponse({"state": state, "cause": cause, "model": context.served.name}, 503)
-
-
-async def root(request: Request) -> JSONResponse:
-    """Answer clients that begin with a request for the base URL, such as Claude Code."""
-    return JSONResponse({"server": "k2"})
