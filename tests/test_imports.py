@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": set(),
     "client": set(),
     "ui": set(),  # but the types of values that it shows, for typing only
-    "chat": {"client"},
+    "chat": {"client", "tools"},
+    "tools": {"protocol.wire"},
     "planning": {"models", "sharding"},
     "quantization": {"models", "sharding"},
     "bench": {"planning", "client", "cluster", "nodes", "agent", "runs"},
@@ -65,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "commands": {
         "ui", "client", "chat", "planning", "quantization", "bench", "nodes", "cluster", "runs",
         "doctor", "transfer", "launch", "access", "supervisor", "models", "sharding", "protocol",
+        "tools",
     },
 }  # fmt: skip
 
@@ -91,19 +93,21 @@ ONLY_IN = {
     "starlette": {"server/"},
     "uvicorn": {"server/", "guard/"},
     "llguidance": {"grammars/"},
+    "mcp": {"tools/connection.py", "tools/program.py"},
+    "mcp_types": {"tools/connection.py", "tools/program.py"},
     "prometheus_client": {"server/metrics/exposition.py"},
 }
 
 HEAVY = {
     "httpx", "httpx2", "huggingface_hub", "jinja2", "jsonschema", "llguidance", "mlx", "mlx_lm",
     "modelscope_hub", "numpy", "prometheus_client", "prompt_toolkit", "starlette", "tokenizers",
-    "torch",
+    "mcp", "mcp_types", "torch",
     "transformers", "uvicorn",
 }  # fmt: skip
 
 # Started with ``python -m``, and imported by nothing.
 ENTRY_POINTS = {"rank.main", "guard.main", "guard.mpi_slot_process", "guard.reader_process",
-                "grammars.mask_process"}  # fmt: skip
+                "grammars.mask_process", "tools.host_process"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

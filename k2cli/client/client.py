@@ -189,7 +189,11 @@ class ApiClient:
             raise no_openai_api(self.base, error) from error
 
     def count_tokens(
-        self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
+        self,
+        model: ModelInfo,
+        messages: list[dict[str, Any]],
+        options: GenerationOptions,
+        tools: list[dict[str, Any]] | None = None,
     ) -> int:
         """Count the tokens of the prompt of a conversation (``POST /v1/tokenize``, k2 only).
 
@@ -197,6 +201,8 @@ class ApiClient:
             K2Error: if the server cannot be reached, refuses, or has no such route.
         """
         body: dict[str, Any] = {"model": model.name, "messages": messages}
+        if tools:
+            body["tools"] = tools
         if options.reasoning_effort is not None:
             body["reasoning_effort"] = options.reasoning_effort
         found = count(self._ask("POST", "tokenize", json=body).get("count"))
@@ -207,14 +213,16 @@ class ApiClient:
     def chat(
         self,
         model: ModelInfo,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         options: GenerationOptions,
         response_format: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> Generator[StreamEvent]:
         """Stream an answer to a conversation. Closing the generator cancels it on the server.
 
         Args:
             response_format: the form of the answer, as in OpenAI's API.
+            tools: functions that the model may call, as in OpenAI's API.
 
         Raises:
             UsageError: if the server refuses the response format.
@@ -223,6 +231,8 @@ class ApiClient:
         body = {"model": model.name, "messages": messages, **options.members()}
         if response_format is not None:
             body["response_format"] = response_format
+        if tools:
+            body["tools"] = tools
         return self._stream("chat/completions", body, progress=model.is_k2)
 
     def complete(self, model: ModelInfo, prompt: list[int], tokens: int) -> Completion:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from k2cli.chat.schema import AnswerSchema
     from k2cli.chat.session import ChatSession
     from k2cli.chat.settings import ChatSettings
+    from k2cli.chat.tools import ToolBox
 
 
 def chat(
@@ -52,6 +53,21 @@ def chat(
     private: Annotated[
         bool, typer.Option("--private", help="Keep neither the conversation nor what is entered.")
     ] = False,
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Switch on an MCP server of mcp.json, so that the model may call its tools. "
+            "Repeatable.",
+        ),
+    ] = None,
+    allow_tool: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SERVER__TOOL",
+            help="With --tools: tool that is called without a question. Repeatable.",
+        ),
+    ] = None,
     schema: Annotated[
         str | None,
         typer.Option(
@@ -79,29 +95,40 @@ def chat(
     """
     from k2cli.chat.session import ChatSession
     from k2cli.client.client import ApiClient
+    from k2cli.commands.chat_once import OneShot
+    from k2cli.errors import UsageError
 
+    if allow_tool and not tools:
+        hint = f"--tools {allow_tool[0].partition('__')[0]} --allow-tool {allow_tool[0]}"
+        raise UsageError("--allow-tool is for --tools", hint)
     temperature = _checked_temperature(temperature)
     answer_schema = _read_schema(schema, prompt)
     question = _question(prompt, file or [], interactive=not as_json, piped=schema != "-")
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     settings = _settings({**given, "reasoning_effort": "none" if no_thinking else None}, system)
     target = resolve_target(model, url, api_key)
-    with ApiClient(target.url, target.api_key, target.certificate) as client:
+    with ExitStack() as stack:
+        client = stack.enter_context(ApiClient(target.url, target.api_key, target.certificate))
         picked = client.pick_model(target.model)
         session = ChatSession(client, picked, settings.options, settings.system, answer_schema)
+        box = stack.enter_context(closing(_tool_box(allow_tool or [])))
         if question is None:
             names = file or []
-            _chat_on_terminal(session, settings, target, resume, names, private=private)
+            _chat_on_terminal(
+                session, settings, target, box, tools or [], resume, names, private=private
+            )
             return
+        one_shot = OneShot(session, box)
+        one_shot.turn_on(tools or [])
         resumed = _resumed(session, resume)
         if file:
             _check_room(session, question)
         if as_json:
-            _answer_as_json(session, question)
+            one_shot.answer_as_json(question)
         elif answer_schema is not None and not sys.stdout.isatty():
-            _answer_by_schema(session, question)
+            one_shot.answer_by_schema(question)
         else:
-            _answer(session, question)
+            one_shot.answer(question)
         _save_resumed(session, resumed)
 
 
@@ -175,6 +202,8 @@ def _chat_on_terminal(
     session: ChatSession,
     settings: ChatSettings,
     target: Target,
+    box: ToolBox,
+    tools: list[str],
     resume: str | None,
     files: list[str],
     *,
@@ -183,6 +212,7 @@ def _chat_on_terminal(
     from k2cli.chat.attachments import read_attachment
     from k2cli.chat.commands import COMMANDS, completion_words
     from k2cli.chat.interactive import Chat
+    from k2cli.chat.tool_commands import complete_names
     from k2cli.settings import state_directory
     from k2cli.ui.chat.terminal import ChatTerminal
 
@@ -195,6 +225,7 @@ def _chat_on_terminal(
         settings,
         _store(),
         COMMANDS,
+        tools=box,
         private=private,
         place=", ".join(dict.fromkeys(nodes)),
         reconnect=None if target.run is None else _reconnect,
@@ -203,7 +234,18 @@ def _chat_on_terminal(
     if resume is not None:
         chat.resume(_resolved(resume))
     chat.completer.words = completion_words(chat)
+    if tools:
+        chat.turn_on(tools)
+        box.check_allowed_names()
+        complete_names(chat)
     chat.run()
+
+
+def _tool_box(allowed: list[str]) -> ToolBox:
+    from k2cli.chat.tools import ToolBox
+    from k2cli.settings import config_directory
+
+    return ToolBox(config_directory() / "mcp.json", allowed)
 
 
 def _reconnect(session: ChatSession) -> None:
@@ -268,70 +310,3 @@ def _check_room(session: ChatSession, question: str) -> None:
 
     counted, length = check_room(session, question), session.model.context_length
     dim_note(f"prompt: {counted}" + (f" of {length:,}" if length else ""))
-
-
-def _answer(session: ChatSession, question: str) -> None:
-    from k2cli.chat.figures import figures_line
-    from k2cli.chat.waiting import Waiting
-    from k2cli.client.answers import Delta, ReasoningDelta
-    from k2cli.ui.chat.answer_view import AnswerView
-    from k2cli.ui.chat.stream import dim_note
-
-    waiting = Waiting()
-    view = AnswerView(waiting.status, waiting.thought, markdown=session.schema is None)
-    try:
-        with closing(session.ask(question)) as events:
-            for event in events:
-                waiting.update(event)
-                if isinstance(event, Delta):
-                    view.answer_text(event.text)
-                elif isinstance(event, ReasoningDelta):
-                    view.reasoning_text(event.text)
-    finally:
-        view.end()
-    if session.answer is not None:
-        dim_note(figures_line(session.answer))
-
-
-def _answer_by_schema(session: ChatSession, question: str) -> None:
-    """Print an answer once it is whole and obeys the schema; meanwhile show its progress."""
-    from k2cli.chat.figures import figures_line
-    from k2cli.chat.waiting import Waiting
-    from k2cli.client.answers import ReasoningDelta
-    from k2cli.ui.chat.answer_view import AnswerView
-    from k2cli.ui.chat.stream import dim_note
-    from k2cli.ui.output import print_json
-
-    waiting = Waiting()
-    view = AnswerView(waiting.status, waiting.thought)
-    try:
-        with closing(session.ask(question)) as events:
-            for event in events:
-                waiting.update(event)
-                if isinstance(event, ReasoningDelta):
-                    view.reasoning_text(event.text)
-    finally:
-        view.end()
-    if session.answer is not None:
-        # A carriage return in valid JSON is whitespace; print_json would escape it.
-        print_json(session.answer.text.strip().replace("\r", " ").encode())
-        dim_note(figures_line(session.answer))
-
-
-def _answer_as_json(session: ChatSession, question: str) -> None:
-    from k2cli.chat.figures import answer_document
-    from k2cli.chat.session import Answer
-    from k2cli.errors import K2Error
-    from k2cli.ui.output import print_json
-
-    name, parsed = session.model.name, session.schema is not None
-    try:
-        with closing(session.ask(question)) as events:
-            for _ in events:
-                pass
-    except K2Error as error:
-        # A partial answer is still useful, and the exit status shows that it is incomplete.
-        answer = session.answer or Answer()
-        print_json(answer_document(name, answer, error.message, parsed=parsed))
-        raise
-    print_json(answer_document(name, session.answer or Answer(), parsed=parsed))

@@ -24,7 +24,7 @@ class Api:
         self.sent: list[list[dict[str, str]]] = []
 
     def chat(
-        self, model: Any, messages: Any, options: Any, form: Any = None
+        self, model: Any, messages: Any, options: Any, form: Any = None, tools: Any = None
     ) -> Iterator[StreamEvent]:
         self.sent.append(list(messages))
         for event in self.scripts.pop(0):
@@ -32,7 +32,7 @@ class Api:
                 raise event
             yield event
 
-    def count_tokens(self, model: Any, messages: Any, options: Any) -> int:
+    def count_tokens(self, model: Any, messages: Any, options: Any, tools: Any = None) -> int:
         return sum(len(turn["content"]) for turn in messages)
 
 

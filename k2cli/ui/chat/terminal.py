@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from k2cli.ui.chat.editor import PROMPT, edit_in_program, make_editor
 from k2cli.ui.chat.stream import (
     AnswerWriter,
     ReasoningWriter,
+    StatusLine,
     dim_note,
     may_style,
     wrapped,
@@ -26,6 +29,7 @@ from k2cli.units import clean_text, one_line
 if TYPE_CHECKING:
     from k2cli.chat.terminal import Complete
 
+_MOST_TYPED_BYTES = 2**16
 _MOST_LINES = 10
 """Lines of an earlier question that are shown again."""
 
@@ -66,6 +70,49 @@ class ChatTerminal:
     def copy(self, text: str) -> str:
         """Copy a text to the clipboard; return how."""
         return copy(text)
+
+    def choose(self, question: str, answers: dict[str, str]) -> str:
+        """Ask a question until it is answered; return the key of the answer.
+
+        What was typed before the question cannot answer it.
+
+        Raises:
+            KeyboardInterrupt: for Ctrl-C.
+            EOFError: for Ctrl-D.
+        """
+        self._editor.typed_before += _take_typed()
+        parts = (f"[{key}] {meaning}" for key, meaning in answers.items())
+        note(wrapped(f"{one_line(question)} {', '.join(parts)}", 2))
+        while (answer := self._editor.read_answer("? ").strip().lower()) not in answers:
+            note(f"answer with {', '.join(answers)}")
+        return answer
+
+    @contextmanager
+    def working(self, status: Callable[[], str]) -> Iterator[None]:
+        """Show what is being done, and keep what is typed for the next message."""
+        settings, line = _hide_keys(), StatusLine()
+        line.show(status)
+        try:
+            yield
+        finally:
+            line.clear()
+            _restore_keys(settings)
+
+    def call(self, text: str) -> None:
+        """Show a call of a tool."""
+        note(wrapped(f"tool: {one_line(text)}", 2))
+
+    def result(self, text: str, *, failed: bool) -> None:
+        """Show the beginning of a tool's result."""
+        lines = clean_text(text).split("\n")
+        for number, line in enumerate(lines):
+            dim_note(("! " if failed and number == 0 else "  ") + line)
+
+    def show_result(self, text: str) -> None:
+        """Show a tool's result whole."""
+        writer = AnswerWriter(markdown=False)
+        writer.write(text)
+        writer.finish()
 
     def show_answer(self, text: str) -> None:
         """Show an answer that is there already."""
@@ -161,6 +208,29 @@ def _restore_keys(settings: list[Any] | None) -> None:
         _mark_pastes(on=False)
         with contextlib.suppress(termios.error):
             termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
+
+
+def _take_typed() -> str:
+    """Take what was typed during an answer, so that it does not answer a question.
+
+    Only whole text is kept; keys such as arrows are dropped.
+    """
+    import select
+
+    if not sys.stdin.isatty() or stderr_console().is_dumb_terminal:
+        return ""
+    settings = _hide_keys()
+    data = b""
+    try:
+        while len(data) < _MOST_TYPED_BYTES and select.select([sys.stdin], [], [], 0)[0]:
+            if not (more := os.read(sys.stdin.fileno(), 4096)):
+                break
+            data += more
+    except OSError:
+        return ""
+    finally:
+        _restore_keys(settings)
+    return clean_text(data.decode(errors="ignore").replace("\r", "\n"))
 
 
 def _mark_pastes(*, on: bool) -> None:
