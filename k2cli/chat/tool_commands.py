@@ -51,7 +51,7 @@ def _list(chat: Chat) -> None:
             if state == "asks" and chat.tools.is_allowed(tool.name):
                 state = "allowed"
             meaning = tool.info.description.strip().splitlines()
-            rows.append((f"  {tool.name}", f"{state}: {meaning[0][:100] if meaning else ''}"))
+            rows.append((tool.name, f"{state}: {meaning[0][:100] if meaning else ''}"))
     if not rows:
         chat.terminal.note(f"'{file.path}' names no server")
     chat.terminal.table(rows)

@@ -155,7 +155,7 @@ class _Notes:
         from k2cli.ui.output import note
 
         for line in clean_text(text).replace("; /result shows it", "").split("\n"):
-            note(f"  {line}")
+            note(f"| {line}")
 
     def note(self, text: str) -> None:
         from k2cli.ui.output import note

@@ -54,6 +54,7 @@ class Host:
         self._tell = tell
         self._connections: dict[str, Connection] = {}
         self._stops: dict[str, asyncio.Event] = {}
+        self._servers: dict[str, asyncio.Task[None]] = {}
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -62,15 +63,22 @@ class Host:
         match message:
             case Connect(server=server):
                 stop = self._stops[server.name] = asyncio.Event()
-                self._spawn(self._serve(message, stop))
+                self._servers[server.name] = self._spawn(self._serve(message, stop))
             case Disconnect(server=name):
-                if (found := self._stops.pop(name, None)) is not None:
-                    found.set()
+                self._stop(name)
             case Call():
                 self._calls[message.number] = self._spawn(self._call(message))
             case CancelCall(number=number):
                 if (call := self._calls.pop(number, None)) is not None:
                     call.cancel()
+
+    def _stop(self, name: str) -> None:
+        """End a server; one that has not listed its tools yet may never do so."""
+        stop = self._stops.pop(name, None)
+        if stop is not None:
+            stop.set()
+            if self._connections.pop(name, None) is None:
+                self._servers[name].cancel()
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
@@ -120,8 +128,8 @@ class Host:
         """End all servers, and kill every process that they left."""
         for call in list(self._calls.values()):
             call.cancel()
-        for stop in list(self._stops.values()):
-            stop.set()
+        for name in list(self._stops):
+            self._stop(name)
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=_END_SECONDS)
         kill_descendants()

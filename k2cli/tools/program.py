@@ -32,8 +32,8 @@ _VARIABLES = (
 _MOST_BAD_LINES = 20
 _STDERR_LINES = 20
 _STDERR_LINE_BYTES = 2**16
-_EXIT_SECONDS = 1.0
-_TERM_SECONDS = 1.0
+_EXIT_SECONDS = 0.5
+_TERM_SECONDS = 0.5
 _POLL_SECONDS = 0.02
 
 
@@ -68,6 +68,7 @@ class Program:
                 try:
                     line = await self._process.stdout.readuntil(b"\n")
                 except asyncio.IncompleteReadError:
+                    await self._exits_in(_EXIT_SECONDS)  # so that the reason is known
                     return
                 except (asyncio.LimitOverrunError, ValueError):
                     self.problem = f"it sent a message of more than {format_bytes(MOST_LINE_BYTES)}"
@@ -77,8 +78,10 @@ class Program:
                 try:
                     message = mcp_types.jsonrpc_message_adapter.validate_json(line, by_name=False)
                 except (ValueError, RecursionError):
+                    # Some programs print other text. What looks like a message may be an answer
+                    # that is waited for.
                     bad += 1
-                    if bad > _MOST_BAD_LINES:
+                    if line.lstrip().startswith(b"{") or bad > _MOST_BAD_LINES:
                         self.problem = "it sends lines that are no messages of MCP"
                         return
                     continue

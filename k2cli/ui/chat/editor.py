@@ -67,6 +67,10 @@ class PlainEditor:
 
     typed_before = ""
 
+    def take_typed(self) -> str:
+        """Return nothing: the system keeps what was typed."""
+        return ""
+
     def read_answer(self, prompt: str) -> str:
         """Read the answer to a question.
 
@@ -106,6 +110,13 @@ class LineEditor:
         self._answers: PromptSession[str] | None = None
         self.typed_before = ""
         """Text that the next message begins with."""
+
+    def take_typed(self) -> str:
+        """Take what was typed behind the last message, which the editor has read already."""
+        from prompt_toolkit.input.typeahead import get_typeahead
+
+        keys = [] if self._session is None else get_typeahead(self._session.input)
+        return "".join(key.data for key in keys)
 
     def read_answer(self, prompt: str) -> str:
         """Read the answer to a question; it is not kept in the history.

@@ -80,7 +80,8 @@ class ChatTerminal:
             KeyboardInterrupt: for Ctrl-C.
             EOFError: for Ctrl-D.
         """
-        self._editor.typed_before += _take_typed()
+        typed = (self._editor.take_typed() + _take_typed()).replace("\r", "\n")
+        self._editor.typed_before += clean_text(typed)
         parts = (f"[{key}] {meaning}" for key, meaning in answers.items())
         note(wrapped(f"{one_line(question)} {', '.join(parts)}", 2))
         while (answer := self._editor.read_answer("? ").strip().lower()) not in answers:
@@ -106,7 +107,7 @@ class ChatTerminal:
         """Show the beginning of a tool's result."""
         lines = clean_text(text).split("\n")
         for number, line in enumerate(lines):
-            dim_note(("! " if failed and number == 0 else "  ") + line)
+            dim_note(("! " if failed and number == 0 else "| ") + line)
 
     def show_result(self, text: str) -> None:
         """Show a tool's result whole."""
@@ -213,7 +214,7 @@ def _restore_keys(settings: list[Any] | None) -> None:
 def _take_typed() -> str:
     """Take what was typed during an answer, so that it does not answer a question.
 
-    Only whole text is kept; keys such as arrows are dropped.
+    A dumb terminal keeps it for the next line, as other programs find it there.
     """
     import select
 
@@ -230,7 +231,7 @@ def _take_typed() -> str:
         return ""
     finally:
         _restore_keys(settings)
-    return clean_text(data.decode(errors="ignore").replace("\r", "\n"))
+    return data.decode(errors="ignore")
 
 
 def _mark_pastes(*, on: bool) -> None:
