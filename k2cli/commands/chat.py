@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from k2cli.commands.target import ApiKeyOption, ModelArgument, Target, UrlOption, resolve_target
+from k2cli.commands.target import ApiKeyOption, ModelArgument, UrlOption
 
 if TYPE_CHECKING:
     from k2cli.chat.conversations import Conversation, ConversationStore
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from k2cli.chat.session import ChatSession
     from k2cli.chat.settings import ChatSettings
     from k2cli.chat.tools import ToolBox
+    from k2cli.commands.chat_run import ChatRuns
+    from k2cli.commands.target import Target
 
 
 def chat(
@@ -96,6 +98,7 @@ def chat(
     from k2cli.chat.session import ChatSession
     from k2cli.client.client import ApiClient
     from k2cli.commands.chat_once import OneShot
+    from k2cli.commands.chat_run import ChatRuns
     from k2cli.errors import UsageError
 
     if allow_tool and not tools:
@@ -106,8 +109,9 @@ def chat(
     question = _question(prompt, file or [], interactive=not as_json, piped=schema != "-")
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     settings = _settings({**given, "reasoning_effort": "none" if no_thinking else None}, system)
-    target = resolve_target(model, url, api_key)
     with ExitStack() as stack:
+        runs = stack.enter_context(closing(ChatRuns()))
+        target = runs.find(model, url, api_key)
         client = stack.enter_context(ApiClient(target.url, target.api_key, target.certificate))
         picked = client.pick_model(target.model)
         session = ChatSession(client, picked, settings.options, settings.system, answer_schema)
@@ -115,7 +119,7 @@ def chat(
         if question is None:
             names = file or []
             _chat_on_terminal(
-                session, settings, target, box, tools or [], resume, names, private=private
+                session, settings, (runs, target), box, tools or [], resume, names, private=private
             )
             return
         one_shot = OneShot(session, box)
@@ -201,7 +205,7 @@ def _question(
 def _chat_on_terminal(
     session: ChatSession,
     settings: ChatSettings,
-    target: Target,
+    place: tuple[ChatRuns, Target],
     box: ToolBox,
     tools: list[str],
     resume: str | None,
@@ -216,6 +220,7 @@ def _chat_on_terminal(
     from k2cli.settings import state_directory
     from k2cli.ui.chat.terminal import ChatTerminal
 
+    runs, target = place
     history = None if private else state_directory() / "chat-history"
     terminal = ChatTerminal(history, markdown=session.schema is None)
     nodes = [] if target.run is None else [rank.node for rank in target.run.ranks]
@@ -228,7 +233,7 @@ def _chat_on_terminal(
         tools=box,
         private=private,
         place=", ".join(dict.fromkeys(nodes)),
-        reconnect=None if target.run is None else _reconnect,
+        reconnect=None if target.run is None else lambda session: _reconnect(session, runs),
     )
     chat.attachments = [read_attachment(name) for name in files]
     if resume is not None:
@@ -248,7 +253,7 @@ def _tool_box(allowed: list[str]) -> ToolBox:
     return ToolBox(config_directory() / "mcp.json", allowed)
 
 
-def _reconnect(session: ChatSession) -> None:
+def _reconnect(session: ChatSession, runs: ChatRuns) -> None:
     """Move a session to the live run that serves its model now, if there is another one."""
     from contextlib import suppress
 
@@ -256,7 +261,7 @@ def _reconnect(session: ChatSession) -> None:
     from k2cli.errors import K2Error
 
     with suppress(K2Error):
-        target = resolve_target(session.model.name, None, None)
+        target = runs.again(session.model.name)
         client = ApiClient(target.url, target.api_key, target.certificate)
         if client.base == session.api.base:
             client.close()

@@ -51,14 +51,19 @@ def resolve_target(model: str | None, url: str | None, api_key: str | None) -> T
     """
     if url is not None:
         return Target(url, api_key, model)
-    run = _run_serving(model)
+    run = run_serving(model)
     if run.state != "ready":
         raise ClusterError(f"run {run.run_id} is {run.state}, not ready", "k2 ps")
     key = api_key or key_of(run)
     return Target(run.url, key, run.model_name, run, run.certificate_file)
 
 
-def _run_serving(model: str | None) -> RunRecord:
+def run_serving(model: str | None) -> RunRecord:
+    """Return the newest live run, or the one that serves a model.
+
+    Raises:
+        K2Error: if there is none.
+    """
     from k2cli.runs.record import find_run, list_runs
 
     try:
