@@ -13,6 +13,7 @@ import typer
 from k2cli.commands.target import ApiKeyOption, ModelArgument, UrlOption
 
 if TYPE_CHECKING:
+    from k2cli.chat.attachments import Attachment
     from k2cli.chat.conversations import Conversation, ConversationStore
     from k2cli.chat.schema import AnswerSchema
     from k2cli.chat.session import ChatSession
@@ -50,7 +51,10 @@ def chat(
     ] = False,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Go on with a saved conversation; last: the newest."),
+        typer.Option(
+            metavar="[NAME]",
+            help="Go on with a saved conversation; without NAME, or with last: the newest.",
+        ),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="Keep neither the conversation nor what is entered.")
@@ -95,6 +99,7 @@ def chat(
 
     Example: k2 chat -p 'Three cities of France' --schema cities.json | jq .
     """
+    from k2cli.chat.attachments import read_attachment
     from k2cli.chat.session import ChatSession
     from k2cli.client.client import ApiClient
     from k2cli.commands.chat_once import OneShot
@@ -106,7 +111,8 @@ def chat(
         raise UsageError("--allow-tool is for --tools", hint)
     temperature = _checked_temperature(temperature)
     answer_schema = _read_schema(schema, prompt)
-    question = _question(prompt, file or [], interactive=not as_json, piped=schema != "-")
+    attachments = [read_attachment(name) for name in file or []]
+    question = _question(prompt, attachments, interactive=not as_json, piped=schema != "-")
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     settings = _settings({**given, "reasoning_effort": "none" if no_thinking else None}, system)
     with ExitStack() as stack:
@@ -117,9 +123,15 @@ def chat(
         session = ChatSession(client, picked, settings.options, settings.system, answer_schema)
         box = stack.enter_context(closing(_tool_box(allow_tool or [])))
         if question is None:
-            names = file or []
             _chat_on_terminal(
-                session, settings, (runs, target), box, tools or [], resume, names, private=private
+                session,
+                settings,
+                (runs, target),
+                box,
+                tools or [],
+                resume,
+                attachments,
+                private=private,
             )
             return
         one_shot = OneShot(session, box)
@@ -173,7 +185,7 @@ def _read_schema(name: str | None, prompt: str | None) -> AnswerSchema | None:
 
 
 def _question(
-    prompt: str | None, files: list[str], *, interactive: bool, piped: bool
+    prompt: str | None, attachments: list[Attachment], *, interactive: bool, piped: bool
 ) -> str | None:
     """Join files, piped input and the argument to one question; None means an interactive chat.
 
@@ -183,9 +195,8 @@ def _question(
 
     Raises:
         UsageError: if there is no question and no terminal to chat on.
-        K2Error: if a file cannot be read.
     """
-    from k2cli.chat.attachments import read_attachment, with_attachments
+    from k2cli.chat.attachments import with_attachments
     from k2cli.errors import UsageError
 
     text = None
@@ -199,7 +210,7 @@ def _question(
     question = "\n\n".join(part for part in (text, prompt) if part)
     if not question:
         raise UsageError("there is no prompt", "k2 chat -p 'What is the capital of France?'")
-    return with_attachments(question, [read_attachment(name) for name in files])
+    return with_attachments(question, attachments)
 
 
 def _chat_on_terminal(
@@ -209,11 +220,10 @@ def _chat_on_terminal(
     box: ToolBox,
     tools: list[str],
     resume: str | None,
-    files: list[str],
+    attachments: list[Attachment],
     *,
     private: bool,
 ) -> None:
-    from k2cli.chat.attachments import read_attachment
     from k2cli.chat.commands import COMMANDS, completion_words
     from k2cli.chat.interactive import Chat
     from k2cli.chat.tool_commands import complete_names
@@ -235,7 +245,7 @@ def _chat_on_terminal(
         place=", ".join(dict.fromkeys(nodes)),
         reconnect=None if target.run is None else lambda session: _reconnect(session, runs),
     )
-    chat.attachments = [read_attachment(name) for name in files]
+    chat.attachments = attachments
     if resume is not None:
         chat.resume(_resolved(resume))
     chat.completer.words = completion_words(chat)

@@ -100,8 +100,8 @@ class ChatRuns:
         from k2cli.supervisor.start import cleanup_on_error, launch_detached
         from k2cli.ui.output import note
 
-        note(f"no run is live, so {one_line(model)} is started on this machine")
         _check_present(model)
+        note(f"no run is live, so {one_line(model)} is started on this machine")
         request = LaunchRequest(model=model, api_key=api_key or None, ends_with_chats=True)
         try:
             prepared = prepare(request).record
@@ -151,7 +151,7 @@ def _download(model: str) -> None:
     from k2cli.ui.output import note, warn
     from k2cli.ui.progress import ByteProgress
 
-    note(f"downloading {model}")
+    note(f"no run is live; downloading {model}")
     with ByteProgress() as progress:
         fetched = fetch(model, on_event=lambda event: show_event(event, progress))
     for warning in fetched.warnings:

@@ -153,11 +153,17 @@ class ChatTerminal:
 
     def warn(self, text: str) -> None:
         """Show a warning."""
-        warn(text)
+        warn(_wrapped_behind("warning: ", text))
 
     def error(self, error: K2Error) -> None:
         """Show an error; the chat continues."""
-        print_error(error)
+        hint = _wrapped_behind("hint: ", error.hint) if error.hint else None
+        print_error(K2Error(_wrapped_behind("error: ", error.message), hint))
+
+
+def _wrapped_behind(label: str, text: str) -> str:
+    """Wrap a text that is printed behind a label, which it leaves out."""
+    return wrapped(label + clean_text(text), 2).removeprefix(label)
 
 
 class QuietAnswerView(AnswerView):
