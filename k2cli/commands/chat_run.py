@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from k2cli.commands.target import Target, resolve_target, run_serving
+from k2cli.commands.target import Target, resolve_target, run_serving, target_of
 from k2cli.errors import ClusterError, DoesNotFitError, K2Error
 from k2cli.units import one_line
 
@@ -46,7 +46,7 @@ class ChatRuns:
         for _ in range(_ATTEMPTS):
             run = self._joined(model, api_key)
             if run is not None:
-                break
+                return target_of(run, api_key)
         return resolve_target(model, url, api_key)
 
     def again(self, model: str) -> Target:
