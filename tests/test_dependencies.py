@@ -46,8 +46,10 @@ def test_every_imported_package_is_declared() -> None:
             if not {_normal(each) for each in distributions.get(name, [name])} & declared
         }
 
-    # typing_extensions is imported for types only, ModelScope's client for ``modelscope:`` alone.
+    # typing_extensions is imported for types only, ModelScope's client for ``modelscope:`` alone,
+    # and mcp by the process that runs the tools of a chat.
     extra = _names(project["optional-dependencies"]["modelscope"])
+    extra |= _names(project["optional-dependencies"]["mcp"])
     assert missing("k2cli", needed | extra | {"typing-extensions"}) == set()
     for folder in ("tests", "lab", "benchmarks"):
         assert missing(folder, development) == set(), folder

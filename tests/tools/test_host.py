@@ -157,3 +157,32 @@ def _is_server(pid: int) -> bool:
         return str(SERVER) in psutil.Process(pid).cmdline()
     except psutil.Error:
         return False
+
+
+def test_a_server_at_a_url(host: ToolHost) -> None:
+    command = [sys.executable, str(SERVER.with_name("web_server.py"))]
+    web = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert web.stdout is not None
+        url = f"http://127.0.0.1:{int(web.stdout.readline())}/mcp"
+        wanted = [
+            ServerSettings("web", url=url, headers={"X-Key": "s3cret"}),
+            ServerSettings("stranger", url=url),
+            ServerSettings("nobody", url="http://127.0.0.1:9/mcp"),
+        ]
+        found = host.connect(wanted, never)
+        assert isinstance(found["web"], Connected), found
+        for name in ("stranger", "nobody"):
+            assert isinstance(found[name], Failed)
+        done = host.call(("web", "double", {"number": 21}), 20, never)
+        assert isinstance(done, CallDone)
+        assert done.text == "42"
+        flood = host.call(("web", "flood", {}), 20, never)
+        assert isinstance(flood, Failed)
+        again = host.call(("web", "double", {"number": 1}), 20, never)
+        assert isinstance(again, CallDone), again
+    finally:
+        web.kill()
+        web.wait()
+        if web.stdout is not None:
+            web.stdout.close()
