@@ -599,7 +599,7 @@ def test_errors_and_hints_are_wrapped_between_words(url: str) -> None:
     with Terminal("chat", "--url", url, columns=34) as terminal:
         terminal.prompt()
         terminal.enter("/nonsense")
-        terminal.expect("with a space")
+        terminal.expect("sent as a")
         terminal.prompt()
         text = terminal.text
     assert "hint: /help lists them; with a\n  space before it, it is sent as a\n  message" in text

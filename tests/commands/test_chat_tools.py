@@ -43,8 +43,7 @@ RULES = [
     Rule("<think>Hm.</think>I see the failure.", ("The tool failed",)),
     Rule("<think>Hm.</think>There is no such tool.", ("There is no tool of this name",)),
     Rule("<think>Hm.</think>A long text.", ("cut here",)),
-    Rule("<think>Hm.</think>It is done.", ("hiddenend",)),
-    Rule("<think>Hm.</think>It is done.", ("[31mdone",)),
+    Rule("<think>Hm.</think>It is done.", ("]0;owned",)),
     Rule(
         calls(("time__get_current_time", PARIS), ("git__git_status", '{"repo_path": "."}')),
         ("both",),
@@ -52,7 +51,7 @@ RULES = [
     Rule(calls(("time__get_current_time", PARIS)), ("What time",)),
     Rule(calls(("unknown__tool", "{}")), ("Use nothing",)),
     Rule(
-        calls(("escape__go", json.dumps({"x": "\x1b[2J\u202egnp", "y": "z" * 2000}))), ("Escape",)
+        calls(("escape__go", json.dumps({"x": "\x1b[2J\u202egnp", "y": "z" * 1100}))), ("Escape",)
     ),
     *map(go, ("hang", "die", "huge")),
     Rule("<think>?</think>Hello."),
@@ -238,7 +237,7 @@ def test_one_question_calls_only_what_is_allowed(url: str) -> None:
     )
     assert json.loads(call["result"])["timezone"] == "Europe/Paris"
     for arguments, message in (
-        ((*once, "--allow-tool", "time__none"), "--allow-tool 'time__none' is no tool"),
+        (("--url", url, "-p", "x", "--allow-tool", "a__b"), "--allow-tool is for --tools"),
         (("--url", url, "-p", "x", "--tools", "none"), "has no server 'none'"),
     ):
         wrong = k2_chat(*arguments)

@@ -101,19 +101,15 @@ def test_what_servers_say_about_their_tools(host: ToolHost) -> None:
     assert isinstance(connected["malformed-list"], Failed)
 
 
-def test_ctrl_c_stops_a_call_and_a_start(host: ToolHost) -> None:
-    host.connect([server("hang", 3600), server("escape")], never)
+def test_ctrl_c_stops_a_call_and_a_start_and_no_process_is_left(host: ToolHost) -> None:
+    host.connect([server("hang", 3600), server("escape"), server("stays")], never)
+    assert len(servers_left()) == 4
     until = time.monotonic() + 0.5
     with pytest.raises(KeyboardInterrupt):
         host.call(("hang", "go", {}), 3600, lambda: time.monotonic() > until)
     assert isinstance(call(host, "escape"), CallDone)
     with pytest.raises(KeyboardInterrupt):
         host.connect([server("silent")], lambda: True)
-
-
-def test_no_process_is_left(host: ToolHost) -> None:
-    host.connect([server("stays"), server("escape")], never)
-    assert len(servers_left()) == 3
     host.close()
     assert servers_left() == []
 
