@@ -35,6 +35,7 @@ class ToolCall:
             return {}
         try:
             found = decode_json(self.arguments.encode(errors="replace"), type=dict[str, Any])
+            json.dumps(found, allow_nan=False)  # a number of thousands of digits has no text
         except ValueError:  # msgspec's errors are of this kind
             return None
         return found

@@ -276,6 +276,8 @@ class Chat:
             parts.append(f"{share_cached:.0%} from the cache")
         if self.attachments:
             parts.append(f"with {', '.join(each.name for each in self.attachments)}")
+        if self.tools.servers:
+            parts.append(f"tools: {', '.join(self.tools.servers)}")
         if self.private:
             parts.append("private")
         return " · ".join(parts)

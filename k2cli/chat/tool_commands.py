@@ -38,13 +38,13 @@ def tools(chat: Chat, argument: str) -> None:
 
 
 def _list(chat: Chat) -> None:
-    file = chat.tools.read_file()
+    file, ended = chat.tools.read_file(), chat.tools.ended()
     rows = []
     for name in file.names:
         if name not in chat.tools.servers:
             rows.append((name, "off"))
             continue
-        rows.append((name, "on"))
+        rows.append((name, f"has ended: {ended[name]}" if name in ended else "on"))
         on = {tool.name for tool in chat.tools.tools}
         for tool in chat.tools.tools_of(name):
             state = "off" if tool.name not in on else "asks"

@@ -120,6 +120,14 @@ class ToolBox:
         """Return the tools in the form of OpenAI's API."""
         return [tool.definition for tool in self.tools]
 
+    def ended(self) -> dict[str, str]:
+        """Return the servers that are on but have ended, with the reason."""
+        try:
+            self._host.look()
+        except K2Error as error:
+            return dict.fromkeys(self._servers, error.message)
+        return {name: why for name, why in self._host.ended.items() if name in self._servers}
+
     def turn_on(self, names: Sequence[str], stopped: Stopped) -> list[str]:
         """Switch servers on, or single tools again; return what the user should know.
 
@@ -242,8 +250,8 @@ class ToolBox:
         """
         from k2cli.tools.messages import CallDone
 
-        tool, arguments = self._tools[call.name], call.parsed()
-        assert arguments is not None
+        tool = self._tools[call.name]
+        arguments = call.arguments.strip() or "{}"
         seconds = self._servers[tool.server].timeout_seconds
         try:
             answer = self._host.call((tool.server, tool.info.name, arguments), seconds, stopped)

@@ -227,6 +227,7 @@ def _chat_on_terminal(
     from k2cli.chat.commands import COMMANDS, completion_words
     from k2cli.chat.interactive import Chat
     from k2cli.chat.tool_commands import complete_names
+    from k2cli.errors import K2Error, UsageError
     from k2cli.settings import state_directory
     from k2cli.ui.chat.terminal import ChatTerminal
 
@@ -250,8 +251,14 @@ def _chat_on_terminal(
         chat.resume(_resolved(resume))
     chat.completer.words = completion_words(chat)
     if tools:
-        chat.turn_on(tools)
-        box.check_allowed_names()
+        try:
+            chat.turn_on(tools)
+        except UsageError:
+            raise
+        except K2Error as error:  # the chat can do without them
+            terminal.error(error)
+        else:
+            box.check_allowed_names()
         complete_names(chat)
     chat.run()
 

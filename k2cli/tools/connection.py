@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -65,7 +66,9 @@ class Connection:
         Raises:
             Exception: of any kind, if it fails; ``reason_of`` describes it.
         """
-        params = mcp_types.CallToolRequestParams(name=call.tool, arguments=call.arguments)
+        params = mcp_types.CallToolRequestParams(
+            name=call.tool, arguments=json.loads(call.arguments)
+        )
         async with asyncio.timeout(self._settings.timeout_seconds):
             result = await self._session.send_request(
                 mcp_types.CallToolRequest(params=params), mcp_types.CallToolResult

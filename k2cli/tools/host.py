@@ -77,12 +77,12 @@ class ToolHost:
         return found
 
     def call(
-        self, call: tuple[str, str, dict[str, object]], seconds: float, stopped: Stopped
+        self, call: tuple[str, str, str], seconds: float, stopped: Stopped
     ) -> CallDone | Failed:
         """Call a tool, and return its result or the reason of its failure.
 
         Args:
-            call: the server, the tool and the arguments.
+            call: the server, the tool, and its arguments as JSON.
             seconds: the limit of the server's settings.
 
         Raises:
@@ -99,6 +99,17 @@ class ToolHost:
             if stopped():
                 self._send(channel, CancelCall(number))
                 raise KeyboardInterrupt
+
+    def look(self) -> None:
+        """Take note of servers that have ended.
+
+        Raises:
+            K2Error: if the process itself has.
+        """
+        if self._channel is not None:
+            until = time.monotonic() + _MARGIN_SECONDS
+            while self._next(self._channel, until, seconds=0.001) is not None:
+                pass
 
     def disconnect(self, name: str) -> None:
         """End a server."""
@@ -146,10 +157,12 @@ class ToolHost:
         except ConnectionLost as error:
             raise self._failed() from error
 
-    def _next(self, channel: Channel[FromHost], until: float) -> FromHost | None:
+    def _next(
+        self, channel: Channel[FromHost], until: float, seconds: float = _LOOK_SECONDS
+    ) -> FromHost | None:
         """Return the next message, or None after a moment without one."""
         try:
-            message = channel.receive(_LOOK_SECONDS)
+            message = channel.receive(seconds)
         except ConnectionLost as error:
             raise self._failed() from error
         if isinstance(message, ServerEnded):

@@ -35,12 +35,12 @@ class Disconnect(msgspec.Struct, frozen=True, tag=True):
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
-    """Call a tool."""
+    """Call a tool; ``arguments`` is the JSON text of an object."""
 
     number: int
     server: str
     tool: str
-    arguments: dict[str, Any]
+    arguments: str
 
 
 class CancelCall(msgspec.Struct, frozen=True, tag=True):

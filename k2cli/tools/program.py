@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import sys
 from collections import deque
@@ -28,6 +29,9 @@ _VARIABLES = (
     "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER",
 )  # fmt: skip
 """Variables that every program gets; keys and tokens of k2's own environment are not among them."""
+
+_USUAL_LIMIT = resource.getrlimit(resource.RLIMIT_DATA)
+"""Limit of memory of this process before it gets a smaller one, which is not for programs."""
 
 _MOST_BAD_LINES = 20
 _STDERR_LINES = 20
@@ -155,6 +159,12 @@ async def started(settings: ServerSettings) -> AsyncIterator[tuple[Program, Any,
         OSError: if it cannot be started.
     """
     tie = ending_with(os.getpid()) if sys.platform == "linux" else None
+
+    def before_exec() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, _USUAL_LIMIT)
+        if tie is not None:
+            tie()
+
     process = await asyncio.create_subprocess_exec(
         settings.command,
         *settings.args,
@@ -164,7 +174,7 @@ async def started(settings: ServerSettings) -> AsyncIterator[tuple[Program, Any,
         env=environment(settings),
         limit=MOST_LINE_BYTES,
         start_new_session=True,
-        preexec_fn=tie,
+        preexec_fn=before_exec,
     )
     program = Program(process)
     received, receiving = anyio.create_memory_object_stream[Any](0)

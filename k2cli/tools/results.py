@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from k2cli.tools.messages import MOST_RESULT_BYTES, ToolInfo
 from k2cli.units import KIB, format_bytes, one_line, replace_surrogates
 
@@ -68,7 +70,15 @@ def checked_tools(tools: Sequence[Any]) -> tuple[list[ToolInfo], list[str]]:
             left_out.append(f"'{one_line(name)[:60]}': {problem}")
             continue
         description = replace_surrogates(str(tool.get("description") or tool.get("title") or ""))
-        found[name] = ToolInfo(name, description[:_MOST_DESCRIPTION_LETTERS], schema)
+        info = ToolInfo(name, description[:_MOST_DESCRIPTION_LETTERS], schema)
+        try:
+            msgspec.msgpack.encode(info)
+        except (ValueError, OverflowError):
+            left_out.append(
+                f"'{one_line(name)[:60]}': its schema has values that JSON cannot carry"
+            )
+            continue
+        found[name] = info
     if len(tools) > MOST_TOOLS:
         left_out.append(
             f"{len(tools) - MOST_TOOLS} more: at most {MOST_TOOLS} of a server are used"
@@ -85,7 +95,11 @@ def _problem(name: str, schema: Any, found: dict[str, ToolInfo]) -> str:
         return "its schema is not that of an object"
     if _depth(schema) > _MOST_NESTING:
         return f"its schema is nested more than {_MOST_NESTING} deep"
-    if len(json.dumps(schema)) > _MOST_SCHEMA_BYTES:
+    try:
+        size = len(json.dumps(schema, allow_nan=False))
+    except ValueError:
+        return "its schema has values that JSON cannot carry"
+    if size > _MOST_SCHEMA_BYTES:
         return f"its schema has more than {format_bytes(_MOST_SCHEMA_BYTES)}"
     return ""
 

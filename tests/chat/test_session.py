@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from k2cli.chat.budget import check_room, context_warning, estimate_tokens
+from k2cli.chat.calls import ToolCall, result_turn, valid_turns
 from k2cli.chat.compaction import parts_to_summarize
 from k2cli.chat.completion import Completer
+from k2cli.chat.conversations import api_turns, turns_of
 from k2cli.chat.session import ChatSession
-from k2cli.client.answers import Delta, Ended, StreamEvent
+from k2cli.client.answers import CallDelta, Delta, Ended, StreamEvent
 from k2cli.client.client import ModelInfo
 from k2cli.errors import ClusterError, K2Error
 
@@ -142,3 +145,59 @@ def test_completion(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts("/read a.py sr") == [("src/", 2)]
     assert texts("why @src/.") == [("src/.hidden", 5)]
     assert texts("me@sr") == texts("hello") == texts("/load\nx") == texts("@nosuch/x") == []
+
+
+# --- calls of tools -----------------------------------------------------------------------------
+
+
+def called(*calls: tuple[str, str, str], reason: str = "tool_calls") -> list[Any]:
+    deltas = [CallDelta(index, *call) for index, call in enumerate(calls)]
+    return [*deltas, Ended(reason, {})]
+
+
+def test_every_call_has_one_result() -> None:
+    chat = session(called(("a", "one", "{}"), ("a", "two", "[1"), ("", "three", "")))
+    run(chat.ask("first"))
+    assert [(call.call_id, call.name) for call in chat.open_calls] == [
+        ("a", "one"), ("two:1", "two"), ("three:2", "three"),
+    ]  # fmt: skip
+    members = chat.turns[-1]["tool_calls"]
+    assert [json.loads(call["function"]["arguments"]) for call in members] == [
+        {}, {"invalid": "[1"}, {},
+    ]  # fmt: skip
+    chat.turns.append(result_turn(chat.open_calls[0], "1"))
+    assert [call.name for call in chat.open_calls] == ["two", "three"]
+    broken = [*chat.turns, {"role": "tool", "tool_call_id": "other", "content": "?"}]
+    whole = valid_turns([*broken, {"role": "user", "content": "next"}])
+    assert [turn["role"] for turn in whole] == ["user", "assistant", "tool", "tool", "tool", "user"]
+    assert valid_turns(whole) == whole
+    assert api_turns(turns_of(whole)) == whole
+
+
+def test_calls_that_are_cut_off_or_go_wrong_are_not_kept() -> None:
+    long = [CallDelta(0, "a", "one", "x" * 2**20), CallDelta(0, "", "", "y")]
+    many = [CallDelta(index, "", "f", "") for index in range(100)]
+    cut = called(("a", "one", '{"x": '), reason="length")
+    chat = session(
+        cut, [*long, Ended("stop", {})], many, called(("a", "b", "{}")), [ClusterError("x")]
+    )
+    run(chat.ask("first"))
+    assert chat.open_calls == []
+    for _ in range(2):
+        with pytest.raises(K2Error):
+            list(chat.ask("again"))
+        assert chat.unsent == "again"
+    run(chat.ask("call"))
+    chat.turns.append(result_turn(chat.open_calls[0], "1"))
+    before = list(chat.turns)
+    run(chat.proceed())  # the server is gone: the results stay
+    assert (chat.turns, chat.unsent) == (before, None)
+    assert chat.undo() == "call"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": "\\ud800"}', '{"a": NaN}', "[]", "{", f'{{"a": {"9" * 9999}}}']
+)
+def test_arguments_that_are_no_object(text: str) -> None:
+    assert ToolCall("a", "b", text).parsed() is None
+    assert ToolCall("a", "b", '{"a": 123456789012345678901234567890}').parsed()

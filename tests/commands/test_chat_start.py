@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from k2cli.agent.run_processes import processes_of_run
+from k2cli.commands.chat_run import ChatRuns
+from k2cli.errors import DoesNotFitError
+from k2cli.launch.request import LaunchRequest
 from k2cli.runs.lease import hold, take_over
 from k2cli.runs.record import RunRecord, list_runs
 from tests.support import terminal as terminal_module
@@ -98,3 +101,19 @@ def test_a_lease_is_shared_until_somebody_has_it_alone(tmp_path: Path) -> None:
     assert alone is not None
     assert hold(tmp_path) is None
     alone.close()
+
+
+def test_a_model_that_does_not_fit_here_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(request: LaunchRequest) -> None:
+        assert request.ends_with_chats
+        assert request.nodes is None  # this machine alone
+        raise DoesNotFitError("big does not fit: localhost needs 2 TB", "--force")
+
+    monkeypatch.setattr("k2cli.models.reference.local_checkpoint", Path)
+    monkeypatch.setattr("k2cli.commands.launch.prepare", refuse)
+    with pytest.raises(DoesNotFitError, match="big does not fit") as error:
+        ChatRuns().find("big", None, None)
+    assert error.value.hint is not None
+    assert "k2 launch big --nodes NODE,NODE --detach" in error.value.hint
+    assert "--force" not in error.value.hint
+    assert not list_runs()

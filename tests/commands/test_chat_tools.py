@@ -195,6 +195,7 @@ def test_hostile_servers_do_not_break_the_chat(url: str) -> None:
         terminal.expect("[s] show all arguments")
         terminal.enter("s")
         terminal.expect('zzz"}')
+        terminal.expect("call escape__go?", 2)
         terminal.enter("y")
         terminal.expect("| hidden\ufffdend")
         terminal.expect("It is done.")

@@ -35,6 +35,8 @@ def tools() -> list[Any]:
                 {"name": "a.b", "inputSchema": SCHEMA},
                 {"name": "", "inputSchema": SCHEMA},
                 {"name": "x" * 5000, "inputSchema": SCHEMA},
+                {"name": "nan", "inputSchema": {**SCHEMA, "default": float("nan")}},
+                {"name": "digits", "inputSchema": {**SCHEMA, "default": 10**40}},
                 {"name": "deep", "inputSchema": deep},
                 {"name": "big", "inputSchema": {**SCHEMA, "description": "x" * 10**6}},
             ]
