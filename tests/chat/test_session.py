@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from k2cli.chat.budget import check_room, context_warning, estimate_tokens
-from k2cli.chat.calls import ToolCall, result_turn, valid_turns
+from k2cli.chat.calls import ToolCall, close_calls, result_turn, valid_turns
 from k2cli.chat.compaction import parts_to_summarize
 from k2cli.chat.completion import Completer
 from k2cli.chat.conversations import api_turns, turns_of
 from k2cli.chat.session import ChatSession
+from k2cli.chat.tool_turns import rounds
+from k2cli.chat.tools import MOST_ROUNDS
 from k2cli.client.answers import CallDelta, Delta, Ended, StreamEvent
 from k2cli.client.client import ModelInfo
 from k2cli.errors import ClusterError, K2Error
@@ -201,3 +203,20 @@ def test_calls_that_are_cut_off_or_go_wrong_are_not_kept() -> None:
 def test_arguments_that_are_no_object(text: str) -> None:
     assert ToolCall("a", "b", text).parsed() is None
     assert ToolCall("a", "b", '{"a": 123456789012345678901234567890}').parsed()
+
+
+def test_answers_with_calls_in_a_row_are_bounded() -> None:
+    chat = session(*(called(("a", "one", "{}")) for _ in range(MOST_ROUNDS + 5)))
+    made, notes = [], list[str]()
+
+    def answer() -> bool:
+        made.append(chat.open_calls[0].name)
+        close_calls(chat.turns, "result")
+        return True
+
+    for events in rounds(chat, chat.ask("go on"), answer, notes.append):
+        run(events)
+    assert len(made) == MOST_ROUNDS
+    assert notes == [f"stopped after {MOST_ROUNDS} answers with calls; write a message to go on"]
+    assert chat.open_calls == []
+    assert "was not made" in chat.turns[-1]["content"]

@@ -220,11 +220,15 @@ def _restore_keys(settings: list[Any] | None) -> None:
 def _take_typed() -> str:
     """Take what was typed during an answer, so that it does not answer a question.
 
-    A dumb terminal keeps it for the next line, as other programs find it there.
+    On a dumb terminal it is dropped: nothing can put it before the next message there.
     """
     import select
+    import termios
 
-    if not sys.stdin.isatty() or stderr_console().is_dumb_terminal:
+    if not sys.stdin.isatty():
+        return ""
+    if stderr_console().is_dumb_terminal:
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
         return ""
     settings = _hide_keys()
     data = b""
