@@ -70,7 +70,12 @@ class ChatRuns:
             with _one_start_at_a_time():
                 if not _any_live():
                     return self._started(model, api_key)
-        run = run_serving(model)
+        try:
+            run = run_serving(model)
+        except K2Error as error:
+            if model is None:
+                error.hint = f"k2 chat {_DEMO}"
+            raise
         if not run.ends_with_chats:
             return run
         if run.state == "stopping" or not self._hold(run):

@@ -125,7 +125,7 @@ def test_failures_say_whose_they_are(engine: ScriptedEngine, url: str) -> None:
         assert run_k2("chat", *arguments).returncode == 2
     done = run_k2("chat", "-p", "x")
     assert done.returncode == 1
-    assert "hint: k2 launch demo --detach" in done.stderr
+    assert "hint: k2 chat demo" in done.stderr
     assert engine.submitted == []
 
 

@@ -16,7 +16,6 @@ from k2cli.agent.run_processes import processes_of_run
 from k2cli.commands.chat_run import ChatRuns
 from k2cli.errors import DoesNotFitError
 from k2cli.launch.request import LaunchRequest
-from k2cli.runs.lease import hold, take_over
 from k2cli.runs.record import RunRecord, list_runs
 from tests.support import terminal as terminal_module
 from tests.support.terminal import Terminal
@@ -88,19 +87,6 @@ def test_only_the_demo_is_downloaded_unasked() -> None:
     assert "model 'k2-thinking' is not on this machine" in done.stderr
     assert "hint: k2 download k2-thinking, then k2 chat k2-thinking" in done.stderr
     assert not list_runs()
-
-
-def test_a_lease_is_shared_until_somebody_has_it_alone(tmp_path: Path) -> None:
-    one, two = hold(tmp_path), hold(tmp_path)
-    assert one is not None
-    assert two is not None
-    one.close()
-    assert take_over(tmp_path) is None
-    two.close()
-    alone = take_over(tmp_path)
-    assert alone is not None
-    assert hold(tmp_path) is None
-    alone.close()
 
 
 def test_a_model_that_does_not_fit_here_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
