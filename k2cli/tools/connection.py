@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 
 from k2cli import __version__
+from k2cli.files import decode_json
 from k2cli.tools.messages import Call, CallDone, ToolInfo
 from k2cli.tools.program import Program, started
 from k2cli.tools.results import MOST_TOOLS, checked_tools, cut_result, result_text
@@ -67,7 +67,7 @@ class Connection:
             Exception: of any kind, if it fails; ``reason_of`` describes it.
         """
         params = mcp_types.CallToolRequestParams(
-            name=call.tool, arguments=json.loads(call.arguments)
+            name=call.tool, arguments=decode_json(call.arguments, type=dict[str, Any])
         )
         async with asyncio.timeout(self._settings.timeout_seconds):
             result = await self._session.send_request(
