@@ -93,6 +93,26 @@ def _only(words: Sequence[str]) -> str | None:
     return name if name in {*dict(_COMMANDS), *_GROUPS} else None
 
 
+_RESUME, _NEWEST = "--resume", "last"
+_CHAT_SWITCHES = frozenset({"--no-thinking", "--private", "--json"})
+
+
+def _with_resume_name(words: Sequence[str]) -> Sequence[str]:
+    """Add ``last`` to a ``--resume`` without a name: the parser has no optional values."""
+    if not words or words[0] != "chat":
+        return words
+    whole: list[str] = []
+    for number, word in enumerate(words):
+        whole.append(word)
+        if word == "--":
+            return [*whole, *words[number + 1 :]]
+        before, after = words[number - 1], words[number + 1 : number + 2]
+        is_value = before.startswith("-") and "=" not in before and before not in _CHAT_SWITCHES
+        if word == _RESUME and not is_value and (not after or after[0].startswith("-")):
+            whole.append(_NEWEST)
+    return whole
+
+
 def _check_encoding(words: Sequence[str]) -> None:
     """Refuse arguments that are not UTF-8, unless they name a file that exists.
 
@@ -220,7 +240,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         UsageError: if the command line is wrong.
         BaseException: any error that a command raises.
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    words = _with_resume_name(sys.argv[1:] if arguments is None else arguments)
     _check_encoding(words)
     try:
         # A standalone parser would report wrong values itself, without quoting them.

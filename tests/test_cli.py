@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from k2cli import __version__
-from k2cli.cli import _COMMANDS, build_app, run_command_line
+from k2cli.cli import _COMMANDS, _with_resume_name, build_app, run_command_line
 from k2cli.commands.usage_errors import EXAMPLES
 from k2cli.errors import K2Error, UsageError
 from k2cli.settings import state_directory
@@ -240,3 +240,18 @@ def test_a_file_whose_name_is_not_utf_8_can_be_named(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(K2Error, match=r"config\.json"):
         run_command_line(["plan-memory", str(folder), "--hardware", "this"])
+
+
+def test_resume_without_a_name_is_the_newest_conversation() -> None:
+    for line, expected in (
+        ("chat --resume", "chat --resume last"),
+        ("chat --resume -p x", "chat --resume last -p x"),
+        ("chat --private --resume", "chat --private --resume last"),
+        ("chat -p x --resume", "chat -p x --resume last"),
+        ("chat --resume name", "chat --resume name"),
+        ("chat --resume=name", "chat --resume=name"),
+        ("chat -p --resume", "chat -p --resume"),
+        ("chat -- --resume", "chat -- --resume"),
+        ("ps --resume", "ps --resume"),
+    ):
+        assert list(_with_resume_name(line.split())) == expected.split()

@@ -49,11 +49,11 @@ def test_every_imported_package_is_declared() -> None:
         }
 
     # typing_extensions is imported for types only, ModelScope's client for ``modelscope:`` alone,
-    # and textual for ``k2 top``.
+    # textual for ``k2 top``, and mcp by the process that runs the tools of a chat.
     optional = project["optional-dependencies"]
-    extras = _names([*optional["modelscope"], *optional["top"]])
+    extras = _names([*optional["modelscope"], *optional["top"], *optional["mcp"]])
     assert missing("k2cli", needed | extras | {"typing-extensions"}) == set()
-    assert set(optional["top"]) <= set(optional["dev"])
+    assert {*optional["top"], *optional["mcp"]} <= set(optional["dev"])
     assert TEXTUAL in optional["top"]
     for folder in ("tests", "lab", "benchmarks"):
         assert missing(folder, development) == set(), folder

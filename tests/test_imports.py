@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "client": set(),
     "connect": set(),
     "ui": set(),  # but the types of values that it shows, for typing only
-    "chat": {"client"},
+    "chat": {"client", "tools"},
+    "tools": {"protocol.wire"},
     "planning": {"models", "sharding"},
     "quantization": {"models", "sharding"},
     "bench": {"planning", "client", "cluster", "nodes", "agent", "runs"},
@@ -66,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "commands": {
         "ui", "client", "chat", "planning", "quantization", "bench", "nodes", "cluster", "runs",
         "doctor", "transfer", "launch", "access", "supervisor", "models", "sharding", "protocol",
-        "connect",
+        "connect", "tools",
     },
 }  # fmt: skip
 
@@ -94,6 +95,8 @@ ONLY_IN = {
     "starlette": {"server/"},
     "uvicorn": {"server/", "guard/"},
     "llguidance": {"grammars/"},
+    "mcp": {"tools/connection.py", "tools/program.py"},
+    "mcp_types": {"tools/connection.py", "tools/program.py"},
     "prometheus_client": {"server/metrics/exposition.py"},
     "tomlkit": {"connect/formats/toml.py"},
     "ruamel": {"connect/formats/yaml.py"},
@@ -101,14 +104,14 @@ ONLY_IN = {
 
 HEAVY = {
     "httpx", "httpx2", "huggingface_hub", "jinja2", "jsonschema", "llguidance", "mlx", "mlx_lm",
-    "modelscope_hub", "numpy", "prometheus_client", "prompt_toolkit", "ruamel", "starlette",
-    "textual", "tokenizers", "tomlkit", "torch",
+    "mcp", "mcp_types", "modelscope_hub", "numpy", "prometheus_client", "prompt_toolkit", "ruamel",
+    "starlette", "textual", "tokenizers", "tomlkit", "torch",
     "transformers", "uvicorn",
 }  # fmt: skip
 
 # Started with ``python -m``, and imported by nothing.
 ENTRY_POINTS = {"rank.main", "guard.main", "guard.mpi_slot_process", "guard.reader_process",
-                "grammars.mask_process"}  # fmt: skip
+                "grammars.mask_process", "tools.host_process"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

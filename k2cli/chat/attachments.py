@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from k2cli.errors import K2Error
+from k2cli.errors import K2Error, UsageError
 from k2cli.files import read_regular
 from k2cli.settings import expand_home
 from k2cli.units import MIB, format_bytes
@@ -39,19 +39,19 @@ def read_attachment(name: str) -> Attachment:
     """Read a file of text.
 
     Raises:
-        K2Error: if it cannot be read, is too large, or is no text.
+        UsageError: if it cannot be read, is too large, or is no text.
     """
     try:
         data = read_regular(expand_home(name), MOST_BYTES, follow_links=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise K2Error(f"'{name}' cannot be read: {reason}") from error
+        raise UsageError(f"'{name}' cannot be read: {reason}") from error
     if b"\0" in data:
-        raise K2Error(f"'{name}' is no text: it has zero bytes")
+        raise UsageError(f"'{name}' is no text: it has zero bytes")
     try:
         return Attachment(name, data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise K2Error(f"'{name}' is not UTF-8: byte {error.start} is no character") from error
+        raise UsageError(f"'{name}' is not UTF-8: byte {error.start} is no character") from error
 
 
 def split_names(argument: str) -> list[str]:

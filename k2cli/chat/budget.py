@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from k2cli.chat.session import ChatSession
 from k2cli.errors import K2Error
@@ -32,12 +33,13 @@ def estimate_tokens(text: str) -> int:
     return -(-ascii_count // _CHARACTERS_PER_TOKEN) + len(text) - ascii_count
 
 
-def count_prompt(session: ChatSession, messages: list[dict[str, str]]) -> TokenCount:
+def count_prompt(session: ChatSession, messages: list[dict[str, Any]]) -> TokenCount:
     """Count the tokens of a prompt; estimate them if the server is not k2, or does not answer."""
     if session.model.is_k2:
         try:
             return TokenCount(
-                session.api.count_tokens(session.model, messages, session.options), exact=True
+                session.api.count_tokens(session.model, messages, session.options, session.tools),
+                exact=True,
             )
         except K2Error:
             pass  # it is gone, or refuses what its template refuses: the request itself says why

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from k2cli.chat.attachments import read_attachment, split_names
 from k2cli.chat.budget import TokenCount, estimate_tokens
@@ -41,18 +41,20 @@ COMMANDS: dict[str, Command] = {}
 """Every command by its names, in the order of ``/help``."""
 
 
-def _command(name: str, arguments: str = "", *others: str) -> Callable[[Action], Action]:
+def command(name: str, arguments: str = "", *others: str) -> Callable[[Action], Action]:
+    """Return the decorator that puts a function into the table under its names."""
+
     def register(run: Action) -> Action:
         meaning = " ".join((run.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
-        command = Command(name, arguments, run, meaning[:1].lower() + meaning[1:])
+        made = Command(name, arguments, run, meaning[:1].lower() + meaning[1:])
         for each in (name, *others):
-            COMMANDS[each] = command
+            COMMANDS[each] = made
         return run
 
     return register
 
 
-@_command("/help", "", "/?")
+@command("/help", "", "/?")
 def show_help(chat: Chat, argument: str) -> None:
     """List the commands and keys."""
     commands = dict.fromkeys(COMMANDS.values())
@@ -70,14 +72,14 @@ _KEYS = [
 ]
 
 
-@_command("/clear", "", "/new")
+@command("/clear", "", "/new")
 def clear(chat: Chat, argument: str) -> None:
     """Begin a new conversation; the old one stays saved."""
     chat.begin_anew()
     chat.terminal.note("new conversation")
 
 
-@_command("/system", "[TEXT|none]")
+@command("/system", "[TEXT|none]")
 def system(chat: Chat, argument: str) -> None:
     """Show or set the system prompt."""
     if argument:
@@ -86,7 +88,7 @@ def system(chat: Chat, argument: str) -> None:
     chat.terminal.note(f"system prompt: {chat.session.system or 'none'}")
 
 
-@_command("/set", "[NAME VALUE]")
+@command("/set", "[NAME VALUE]")
 def set_value(chat: Chat, argument: str) -> None:
     """Show the settings, or change one until the end of the chat."""
     if not argument:
@@ -99,13 +101,13 @@ def set_value(chat: Chat, argument: str) -> None:
     chat.terminal.note(f"{name}: {value.strip()}")
 
 
-@_command("/regen", "", "/retry")
+@command("/regen", "", "/retry")
 def regenerate(chat: Chat, argument: str) -> None:
     """Answer the last question again."""
     chat.regenerate()
 
 
-@_command("/undo")
+@command("/undo")
 def undo(chat: Chat, argument: str) -> None:
     """Remove the last question and its answer."""
     question = chat.session.undo()
@@ -116,7 +118,7 @@ def undo(chat: Chat, argument: str) -> None:
     chat.terminal.note("/edit changes the question and sends it again")
 
 
-@_command("/edit", "[TEXT]")
+@command("/edit", "[TEXT]")
 def edit(chat: Chat, argument: str) -> None:
     """Write a message in $EDITOR; it begins with the one that was not answered, if any."""
     before = argument or chat.session.unsent or ""
@@ -128,7 +130,7 @@ def edit(chat: Chat, argument: str) -> None:
     chat.send(text)
 
 
-@_command("/read", "FILE...")
+@command("/read", "FILE...")
 def read(chat: Chat, argument: str) -> None:
     """Quote files in the next message."""
     names = split_names(argument)
@@ -150,7 +152,7 @@ def _tokens_of(chat: Chat, text: str) -> TokenCount:
     return TokenCount(estimate_tokens(text), exact=False)
 
 
-@_command("/save", "[NAME|FILE.md]")
+@command("/save", "[NAME|FILE.md]")
 def save(chat: Chat, argument: str) -> None:
     """Name the conversation, or write it to a file as Markdown or JSON."""
     current = chat.snapshot()
@@ -183,7 +185,7 @@ def _write_new(path: Path, data: bytes | str) -> None:
         raise unwritable(error, path) from error
 
 
-@_command("/load", "NAME")
+@command("/load", "NAME")
 def load(chat: Chat, argument: str) -> None:
     """Go on with a saved conversation; the beginning of its name is enough."""
     if not argument:
@@ -192,7 +194,7 @@ def load(chat: Chat, argument: str) -> None:
     chat.resume(argument)
 
 
-@_command("/sessions", "[TEXT]")
+@command("/sessions", "[TEXT]")
 def sessions(chat: Chat, argument: str) -> None:
     """List saved conversations, or those that contain a text."""
     found = list(chat.store.search(argument))
@@ -206,7 +208,7 @@ def sessions(chat: Chat, argument: str) -> None:
     chat.completer.words["/load"] = chat.store.names()
 
 
-@_command("/copy", "[code]")
+@command("/copy", "[code]")
 def copy(chat: Chat, argument: str) -> None:
     """Copy the last answer, or its last block of code, to the clipboard."""
     text = chat.session.last_answer
@@ -223,7 +225,7 @@ def copy(chat: Chat, argument: str) -> None:
     chat.terminal.note(f"copied {format_bytes(len(text.encode()))} {how}")
 
 
-@_command("/compact")
+@command("/compact")
 def compact(chat: Chat, argument: str) -> None:
     """Go on with a summary of the conversation, to free the context."""
     session = chat.session
@@ -251,12 +253,13 @@ def compact(chat: Chat, argument: str) -> None:
     chat.terminal.note(f"the whole conversation stays saved as '{before.name}'")
 
 
-def _summary_of(chat: Chat, turns: list[dict[str, str]]) -> str | None:
+def _summary_of(chat: Chat, turns: list[dict[str, Any]]) -> str | None:
     """Let the model summarize turns and show it; None if that was stopped or failed."""
     session = chat.session
     first = [{"role": "system", "content": session.system}] if session.system else []
     messages = [*first, *turns, {"role": "user", "content": INSTRUCTION}]
     asked = type(session)(session.api, session.model, chat.settings.options)
+    asked.tools = session.tools
     asked.turns = messages[:-1]
     stopped, failure = chat.stream(asked.ask(INSTRUCTION))
     if failure is not None:
@@ -266,7 +269,7 @@ def _summary_of(chat: Chat, turns: list[dict[str, str]]) -> str | None:
     return answer.text if complete and answer is not None and answer.text.strip() else None
 
 
-@_command("/stats", "[on|off]")
+@command("/stats", "[on|off]")
 def stats(chat: Chat, argument: str) -> None:
     """Show figures of the last answer; on or off: after each answer."""
     if argument:
@@ -278,7 +281,7 @@ def stats(chat: Chat, argument: str) -> None:
         chat.terminal.note(figures_line(chat.session.answer))
 
 
-@_command("/model", "[NAME]")
+@command("/model", "[NAME]")
 def model(chat: Chat, argument: str) -> None:
     """List the models of the server, or go on with another one."""
     if argument:
@@ -296,7 +299,7 @@ def model(chat: Chat, argument: str) -> None:
     chat.completer.words["/model"] = [each.name for each in offered]
 
 
-@_command("/thinking", "[on|off|show|hide]")
+@command("/thinking", "[on|off|show|hide]")
 def thinking(chat: Chat, argument: str) -> None:
     """Print the reasoning before the last answer; show or hide it; switch it on or off."""
     match argument:
@@ -315,7 +318,7 @@ def thinking(chat: Chat, argument: str) -> None:
             raise K2Error(f"'{argument}' is not known", "/thinking on, off, show or hide")
 
 
-@_command("/exit", "", "/bye", "/quit")
+@command("/exit", "", "/bye", "/quit")
 def leave(chat: Chat, argument: str) -> None:
     """Leave (Ctrl-D does too)."""
     chat.leaving = True

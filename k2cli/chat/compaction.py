@@ -6,11 +6,13 @@ that its cache is used; a longer one in parts, each together with the summary of
 
 from __future__ import annotations
 
+from typing import Any
+
 from k2cli.chat.budget import TokenCount, count_prompt, estimate_tokens
 from k2cli.chat.session import ChatSession
 from k2cli.errors import K2Error
 
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
 
 INSTRUCTION = (
     "Summarize our conversation so that you can continue it from the summary alone. Keep what was "

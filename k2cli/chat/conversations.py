@@ -10,9 +10,11 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from k2cli.chat.calls import valid_turns
 from k2cli.errors import K2Error
 from k2cli.files import decode_json, encode_json, private_folder, read_regular, write_atomically
 from k2cli.units import MIB
@@ -24,12 +26,29 @@ _MODE = 0o600
 _MOST_WORDS = 5
 
 
+class CalledFunction(msgspec.Struct):
+    """Name and arguments of a call."""
+
+    name: str
+    arguments: str
+
+
+class SavedCall(msgspec.Struct):
+    """One call of a tool, in the form of the API."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
 class Turn(msgspec.Struct, omit_defaults=True):
     """One turn, in the form of the API."""
 
     role: str
     content: str
     reasoning_content: str = ""
+    tool_calls: list[SavedCall] = []
+    tool_call_id: str = ""
 
 
 class Conversation(msgspec.Struct):
@@ -188,9 +207,14 @@ class ConversationStore:
         )
 
 
-def turns_of(turns: list[dict[str, str]]) -> list[Turn]:
+def turns_of(turns: list[dict[str, Any]]) -> list[Turn]:
     """Return the turns of the API in the form in which they are saved."""
-    return [Turn(**turn) for turn in turns]
+    return msgspec.convert(turns, list[Turn])
+
+
+def api_turns(turns: list[Turn]) -> list[dict[str, Any]]:
+    """Return saved turns in the form of the API, with a result for each call."""
+    return valid_turns(msgspec.to_builtins(turns))
 
 
 def check_name(name: str) -> None:
@@ -223,8 +247,28 @@ def as_markdown(conversation: Conversation) -> str:
     if conversation.system:
         parts += ["## System", conversation.system]
     for turn in conversation.turns:
-        parts += ["## You" if turn.role == "user" else f"## {conversation.model}", turn.content]
+        match turn.role:
+            case "user":
+                parts += ["## You", turn.content]
+            case "tool":
+                parts += ["## Result", _fenced(turn.content)]
+            case _:
+                calls = [
+                    _fenced(f"{call.function.name} {call.function.arguments}")
+                    for call in turn.tool_calls
+                ]
+                parts += [
+                    f"## {conversation.model}",
+                    *([turn.content] if turn.content else []),
+                    *calls,
+                ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _fenced(text: str) -> str:
+    longest = max((len(run) for run in re.findall("`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}\n{text.rstrip()}\n{fence}"
 
 
 def _contains(conversation: Conversation, wanted: str) -> bool:

@@ -41,13 +41,19 @@ def _reasoning_share(answer: Answer) -> str:
 
 
 def answer_document(
-    model: str, answer: Answer, error: str | None = None, *, parsed: bool = False
+    model: str,
+    answer: Answer,
+    error: str | None = None,
+    *,
+    parsed: bool = False,
+    calls: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Build the document of ``k2 chat --json``.
 
     Args:
         error: why the answer broke off or does not obey its schema; the document has it only then.
         parsed: True to include the value of the answer, None if there is an error.
+        calls: calls of tools with their results; None without tools.
     """
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -65,4 +71,6 @@ def answer_document(
     }
     if parsed:
         document["parsed"] = answer.parsed
+    if calls is not None:
+        document["tool_calls"] = calls
     return document if error is None else {**document, "error": error}

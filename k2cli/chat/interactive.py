@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,21 +26,26 @@ from k2cli.chat.completion import Completer
 from k2cli.chat.conversations import (
     Conversation,
     ConversationStore,
+    api_turns,
     automatic_name,
     title_of,
     turns_of,
 )
 from k2cli.chat.figures import figures_line
-from k2cli.chat.interrupts import one_interrupt
+from k2cli.chat.interrupts import noted_interrupts, one_interrupt
+from k2cli.chat.tool_turns import answer_calls, described_call, is_cut, rounds
 from k2cli.chat.waiting import Waiting
 from k2cli.client.answers import Delta, ReasoningDelta, StreamEvent
 from k2cli.errors import ClusterError, K2Error
+from k2cli.units import one_line
 
 if TYPE_CHECKING:
+    from k2cli.chat.calls import ToolCall
     from k2cli.chat.commands import Command
     from k2cli.chat.session import ChatSession
     from k2cli.chat.settings import ChatSettings
     from k2cli.chat.terminal import AnswerScreen, Terminal
+    from k2cli.chat.tools import ToolBox
 
 _COMMAND = re.compile(r"(/[a-z?]+)(?:\s+(.*))?", re.DOTALL)
 
@@ -54,6 +59,7 @@ class Chat:
         settings: what ``/set`` changes.
         store: the saved conversations.
         commands: the commands by name.
+        tools: those that the model may call.
         private: True to save nothing unless the user asks for it.
         place: names the nodes of the run; "" if they are not known.
         reconnect: moves the session to the live run after a failure, if there is one.
@@ -67,6 +73,7 @@ class Chat:
         store: ConversationStore,
         commands: dict[str, Command],
         *,
+        tools: ToolBox,
         private: bool = False,
         place: str = "",
         reconnect: Callable[[ChatSession], None] | None = None,
@@ -76,6 +83,7 @@ class Chat:
         self.settings = settings
         self.store = store
         self.commands = commands
+        self.tools = tools
         self.private = private
         self.leaving = False
         self.attachments: list[Attachment] = []
@@ -154,12 +162,17 @@ class Chat:
 
     def _prepare(self) -> None:
         self.session.options = self.settings.options
+        self.session.tools = self.tools.definitions()
         if self._server_failed and self._reconnect is not None:
             self._reconnect(self.session)
 
     def show(self, events: Generator[StreamEvent]) -> None:
-        """Stream an answer to the terminal, and save the conversation."""
-        stopped, failure = self.stream(events)
+        """Stream an answer to the terminal, make its calls of tools, and save the conversation."""
+        stopped, failure = False, None
+        for answer in rounds(self.session, events, self._answer_calls, self.terminal.note):
+            stopped, failure = self.stream(answer)
+            if stopped or failure is not None:
+                break
         if failure is not None:
             self.terminal.error(failure)
         elif stopped:
@@ -171,6 +184,44 @@ class Chat:
             self.terminal.note("your message is kept: /regen sends it again, /edit changes it")
         self._warn_once()
         self.save()
+
+    def _answer_calls(self) -> bool:
+        """Make the calls of the last answer; False if the user stopped that."""
+        finished = answer_calls(self.session, self.tools, self.terminal, self._may_call)
+        if finished:
+            self.save()
+        else:
+            self.terminal.note("stopped")
+        return finished
+
+    def _may_call(self, call: ToolCall) -> bool:
+        """Ask the user if a call may be made."""
+        answers = {"y": "yes, this once", "a": "always in this conversation", "n": "no"}
+        if is_cut(call):
+            answers["s"] = "show all arguments"
+        while True:
+            try:
+                answer = self.terminal.choose(f"call {one_line(call.name)}?", answers)
+            except EOFError:
+                return False
+            if answer == "s":
+                self.terminal.call(described_call(call, whole=True))
+                continue
+            if answer == "a":
+                self.tools.allow(call.name)
+            return answer != "n"
+
+    def turn_on(self, names: Sequence[str]) -> None:
+        """Switch servers or tools on, and say what there is.
+
+        Raises:
+            K2Error: if that is not possible.
+            KeyboardInterrupt: if the user stops it.
+        """
+        with noted_interrupts() as noted, self.terminal.working(lambda: "starting the tools"):
+            notes = self.tools.turn_on(names, lambda: noted.came)
+        for note in notes:
+            self.terminal.note(note)
 
     def stream(self, events: Generator[StreamEvent]) -> tuple[bool, K2Error | None]:
         """Show an answer as it arrives; return if the user stopped it, and why it failed."""
@@ -225,6 +276,8 @@ class Chat:
             parts.append(f"{share_cached:.0%} from the cache")
         if self.attachments:
             parts.append(f"with {', '.join(each.name for each in self.attachments)}")
+        if self.tools.servers:
+            parts.append(f"tools: {', '.join(self.tools.servers)}")
         if self.private:
             parts.append("private")
         return " · ".join(parts)
@@ -279,10 +332,12 @@ class Chat:
         """
         loaded = self.store.load(name)
         self.conversation = loaded
+        self.tools.forget_allowed()
         restore(self.session, loaded)
         count = len(loaded.turns)
         self.terminal.note(f"{loaded.name}: {loaded.title} ({count} messages)")
-        for turn in loaded.turns[-2:]:
+        said = [turn for turn in loaded.turns if turn.role != "tool" and turn.content]
+        for turn in said[-2:]:
             if turn.role == "assistant":
                 self.terminal.show_answer(turn.content)
             else:
@@ -292,6 +347,7 @@ class Chat:
         """Leave the conversation, which stays saved, and begin a new one."""
         self.save()
         self.session.clear()
+        self.tools.forget_allowed()
         self.conversation = None
         self.attachments = []
         self._warned_at = 0.0
@@ -305,11 +361,7 @@ class Chat:
 def restore(session: ChatSession, saved: Conversation) -> None:
     """Put the turns of a saved conversation into a session."""
     session.clear()
-    for turn in saved.turns:
-        own = {"role": turn.role, "content": turn.content}
-        if turn.reasoning_content:
-            own["reasoning_content"] = turn.reasoning_content
-        session.turns.append(own)
+    session.turns = api_turns(saved.turns)
     session.unsent = saved.unsent
     session.system = saved.system if saved.system is not None else session.system
 

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
@@ -25,5 +26,31 @@ def one_interrupt() -> Iterator[None]:
     signal.signal(signal.SIGINT, stop)
     try:
         yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@dataclass(slots=True)
+class NotedInterrupts:
+    """Ctrl-C as a fact: ``came`` is True after the first one."""
+
+    came: bool = False
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[NotedInterrupts]:
+    """Note Ctrl-C inside instead of raising, for work that must not stop at any point."""
+    noted = NotedInterrupts()
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.came = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
     finally:
         signal.signal(signal.SIGINT, before)

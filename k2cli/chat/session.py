@@ -12,8 +12,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from k2cli.chat.calls import CallCollector, ToolCall, open_calls
 from k2cli.chat.schema import AnswerSchema
-from k2cli.client.answers import Delta, Ended, ReasoningDelta, StreamEvent, count
+from k2cli.client.answers import CallDelta, Delta, Ended, ReasoningDelta, StreamEvent, count
 from k2cli.client.client import ApiClient, GenerationOptions, ModelInfo
 from k2cli.errors import K2Error
 
@@ -22,8 +23,9 @@ from k2cli.errors import K2Error
 class Answer:
     """One answer as it grows; ``finish_reason`` stays None if it breaks off.
 
-    ``reasoning`` is no part of ``text``. ``first_text_seconds`` (time to first token, of either) is
-    by the client's clock. ``parsed`` is the value of an answer that obeys the session's schema.
+    ``reasoning`` is no part of ``text``, and ``calls`` are those of tools, in a whole answer alone.
+    ``first_text_seconds`` (time to first token, of any kind) is by the client's clock. ``parsed``
+    is the value of an answer that obeys the session's schema.
     """
 
     text: str = ""
@@ -33,6 +35,7 @@ class Answer:
     first_text_seconds: float | None = None
     total_seconds: float = 0.0
     parsed: Any = None
+    calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def timings(self) -> dict[str, Any] | None:
@@ -59,6 +62,7 @@ class ChatSession:
 
     Attributes:
         schema: the form that its answers obey, if there is one.
+        tools: functions that the model may call, as in OpenAI's API.
         unsent: a question that got no answer.
     """
 
@@ -67,13 +71,16 @@ class ChatSession:
     options: GenerationOptions = field(default_factory=GenerationOptions)
     system: str | None = None
     schema: AnswerSchema | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
     answer: Answer | None = None
     unsent: str | None = None
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """Return the conversation in the form of the API."""
-        first = [{"role": "system", "content": self.system}] if self.system else []
+        first: list[dict[str, Any]] = (
+            [{"role": "system", "content": self.system}] if self.system else []
+        )
         return first + self.turns
 
     def clear(self) -> None:
@@ -88,20 +95,25 @@ class ChatSession:
             turn = self.turns.pop()
             if turn["role"] == "user":
                 self.answer = None
-                self.unsent = turn["content"]
+                self.unsent = str(turn["content"])
                 return self.unsent
         return None
+
+    @property
+    def open_calls(self) -> list[ToolCall]:
+        """Calls of the last answer that have no result yet."""
+        return open_calls(self.turns)
 
     @property
     def last_answer(self) -> str | None:
         """Text of the last answer; None if there is none."""
         turn = self.turns[-1] if self.turns else {"role": ""}
-        return turn["content"] if turn["role"] == "assistant" else None
+        return str(turn["content"]) if turn["role"] == "assistant" else None
 
     @property
     def last_reasoning(self) -> str:
         """Reasoning before the last answer; "" if there is none."""
-        return self.turns[-1].get("reasoning_content", "") if self.turns else ""
+        return str(self.turns[-1].get("reasoning_content", "")) if self.turns else ""
 
     @property
     def context_tokens(self) -> int | None:
@@ -140,40 +152,55 @@ class ChatSession:
             raise K2Error("there is no question to answer again")
         return self._stream(replaced)
 
-    def _stream(self, replaced: dict[str, str] | None = None) -> Generator[StreamEvent]:
+    def proceed(self) -> Generator[StreamEvent]:
+        """Go on after the results of tools.
+
+        Raises:
+            K2Error: for the reasons of ``ask``.
+        """
+        return self._stream()
+
+    def _stream(self, replaced: dict[str, Any] | None = None) -> Generator[StreamEvent]:
         answer = self.answer = Answer()
+        calls = CallCollector()
         started = time.monotonic()
         form = None if self.schema is None else self.schema.response_format()
-        events = self.api.chat(self.model, self.messages(), self.options, form)
+        events = self.api.chat(self.model, self.messages(), self.options, form, self.tools)
         try:
             with closing(events) as stream:
                 for event in stream:
-                    if isinstance(event, Delta | ReasoningDelta):
+                    if isinstance(event, Delta | ReasoningDelta | CallDelta):
                         if answer.first_text_seconds is None:
                             answer.first_text_seconds = time.monotonic() - started
                         if isinstance(event, Delta):
                             answer.text += event.text
-                        else:
+                        elif isinstance(event, ReasoningDelta):
                             answer.reasoning += event.text
+                        else:
+                            calls.add(event)
                     elif isinstance(event, Ended):
                         answer.finish_reason = event.finish_reason
                         answer.usage = event.usage
+                        # Calls that the token limit cut off would run with half their arguments.
+                        answer.calls = calls.whole() if event.finish_reason != "length" else []
                     yield event
-            if self.schema is not None:
+            if self.schema is not None and not answer.calls:
                 answer.parsed = self.schema.parse(answer.text, answer.finish_reason)
         finally:
             answer.total_seconds = time.monotonic() - started
             self._keep(answer, replaced)
 
-    def _keep(self, answer: Answer, replaced: dict[str, str] | None) -> None:
+    def _keep(self, answer: Answer, replaced: dict[str, Any] | None) -> None:
         if answer.text or answer.reasoning or answer.finish_reason is not None:
-            turn = {"role": "assistant", "content": answer.text}
+            turn: dict[str, Any] = {"role": "assistant", "content": answer.text}
             if answer.reasoning:
                 # The model's chat template decides whether earlier reasoning is shown again.
                 turn["reasoning_content"] = answer.reasoning
+            if answer.calls:
+                turn["tool_calls"] = [call.member() for call in answer.calls]
             self.turns.append(turn)
         elif replaced is not None:
             self.turns.append(replaced)
-        else:
+        elif self.turns[-1]["role"] == "user":
             # Chat templates require alternating roles, so an unanswered question is removed.
-            self.unsent = self.turns.pop()["content"]
+            self.unsent = str(self.turns.pop()["content"])

@@ -137,10 +137,11 @@ def read_settings(path: Path) -> ChatSettings:
     Raises:
         UsageError: if it cannot be read, or has another name or value than ``/set`` allows.
     """
-    import tomllib  # slow to import
-
     try:
-        document = tomllib.loads(read_regular(path, _LIMIT_BYTES, follow_links=True).decode())
+        text = read_regular(path, _LIMIT_BYTES, follow_links=True).decode()
+        import tomllib  # slow to import
+
+        document = tomllib.loads(text)
     except FileNotFoundError:
         return ChatSettings()
     except (OSError, ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +66,22 @@ class Terminal(Protocol):
         """
         ...
 
+    def choose(self, question: str, answers: dict[str, str]) -> str:
+        """Ask a question until it is answered; return the key of the answer.
+
+        Raises:
+            KeyboardInterrupt: for Ctrl-C.
+            EOFError: for Ctrl-D.
+        """
+        ...
+
+    def working(self, status: Callable[[], str]) -> AbstractContextManager[None]:
+        """Show what is being done, and keep what is typed for the next message."""
+        ...
+
+    def call(self, text: str) -> None: ...
+    def result(self, text: str, *, failed: bool) -> None: ...
+    def show_result(self, text: str) -> None: ...
     def show_answer(self, text: str) -> None: ...
     def show_question(self, text: str) -> None: ...
     def show_reasoning(self, text: str) -> None: ...

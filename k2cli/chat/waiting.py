@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from k2cli.client.answers import Delta, Progress, ReasoningDelta, StreamEvent
+from k2cli.client.answers import CallDelta, Delta, Progress, ReasoningDelta, StreamEvent
 from k2cli.units import format_duration
 
 _LEAST_SECONDS = 0.5
@@ -31,17 +31,20 @@ class Waiting:
         self._first: tuple[float, int] | None = None
         self._reasoned: tuple[float, int] | None = None
         self._answering = False
+        self._called = ""
 
     def update(self, event: StreamEvent) -> None:
         """Take note of an event of the stream."""
         now = self._clock()
         if isinstance(event, Progress):
             self._note_progress(event, now)
-        elif isinstance(event, Delta | ReasoningDelta):
+        elif isinstance(event, Delta | ReasoningDelta | CallDelta):
             self._pieces += 1
             self._first = self._first or (now, self.tokens)
             if isinstance(event, ReasoningDelta):
                 self._reasoned = now, self.tokens
+            elif isinstance(event, CallDelta):
+                self._called = event.name or self._called
             else:
                 self._answering = True
 
@@ -66,7 +69,9 @@ class Waiting:
         now = self._clock()
         waited = _seconds(now - self._sent_at)
         if self._first is not None:
-            parts = ["answering" if self._answering else "thinking", waited, _tokens(self.tokens)]
+            what = "answering" if self._answering else "thinking"
+            what = f"calling {self._called}" if self._called else what
+            parts = [what, waited, _tokens(self.tokens)]
             began, first_tokens = self._first
             if now - began >= _LEAST_SECONDS:
                 parts.append(f"{(self.tokens - first_tokens) / (now - began):.1f} tokens/s")

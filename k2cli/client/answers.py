@@ -34,6 +34,19 @@ class ReasoningDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class CallDelta:
+    """A piece of a call of a tool; ``name`` and ``call_id`` come with the first one.
+
+    ``index`` counts the calls of an answer.
+    """
+
+    index: int
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """Progress of a request; None for values that the server did not send."""
 
@@ -52,7 +65,7 @@ class Ended:
     usage: dict[str, Any]
 
 
-StreamEvent = Delta | ReasoningDelta | Progress | Ended
+StreamEvent = Delta | ReasoningDelta | CallDelta | Progress | Ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +186,24 @@ def _chunk_events(chunk: dict[str, Any]) -> Iterator[StreamEvent]:
         text = choice.get("text") or members.get("content")
         if isinstance(text, str) and text:
             yield Delta(text)
+        for position, call in enumerate(objects(members.get("tool_calls"))):
+            yield _call_delta(call, position)
+
+
+def _call_delta(call: dict[str, Any], position: int) -> CallDelta:
+    function = call.get("function")
+    members = function if isinstance(function, dict) else {}
+    index = count(call.get("index"))
+    return CallDelta(
+        position if index is None else index,
+        _text(call.get("id")),
+        _text(members.get("name")),
+        _text(members.get("arguments")),
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def read_timings(times: Any) -> Timings | None:

@@ -7,6 +7,7 @@ with the server's message and an exit code for the kind of failure.
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -117,6 +118,17 @@ def api_base(url: str) -> str:
     return str(parsed.copy_with(path=path if path.endswith("/v1") else f"{path}/v1"))
 
 
+def _trust(certificate: Path | None, *, needed: bool) -> ssl.SSLContext | bool:
+    """Return what the client trusts; reading all authorities takes 50 ms of the processor.
+
+    Args:
+        needed: False for plain HTTP without a proxy, which has no certificates.
+    """
+    if certificate is not None:
+        return trusting(certificate)
+    return httpx2.create_ssl_context() if needed else False
+
+
 class ApiClient:
     """Client of one server. Close it, or use it as a context manager.
 
@@ -133,13 +145,14 @@ class ApiClient:
     ) -> None:
         self.base = api_base(url)
         headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
+        own_port = httpx2.URL(self.base).host in _LOOPBACK
         with proxy_errors():
             self._http = httpx2.Client(
-                verify=trusting(certificate) if certificate else httpx2.create_ssl_context(),
+                verify=_trust(certificate, needed=not (own_port and self.base.startswith("http:"))),
                 headers=headers,
                 timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
                 # Proxies from the environment are not used for this machine's own ports.
-                trust_env=httpx2.URL(self.base).host not in _LOOPBACK,
+                trust_env=not own_port,
                 limits=httpx2.Limits(max_connections=None),
             )
 
@@ -221,7 +234,11 @@ class ApiClient:
             raise no_openai_api(self.base, error) from error
 
     def count_tokens(
-        self, model: ModelInfo, messages: list[dict[str, str]], options: GenerationOptions
+        self,
+        model: ModelInfo,
+        messages: list[dict[str, Any]],
+        options: GenerationOptions,
+        tools: list[dict[str, Any]] | None = None,
     ) -> int:
         """Count the tokens of the prompt of a conversation (``POST /v1/tokenize``, k2 only).
 
@@ -229,6 +246,8 @@ class ApiClient:
             K2Error: if the server cannot be reached, refuses, or has no such route.
         """
         body: dict[str, Any] = {"model": model.name, "messages": messages}
+        if tools:
+            body["tools"] = tools
         if options.reasoning_effort is not None:
             body["reasoning_effort"] = options.reasoning_effort
         found = count(self._ask("POST", "tokenize", json=body).get("count"))
@@ -239,14 +258,16 @@ class ApiClient:
     def chat(
         self,
         model: ModelInfo,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         options: GenerationOptions,
         response_format: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> Generator[StreamEvent]:
         """Stream an answer to a conversation. Closing the generator cancels it on the server.
 
         Args:
             response_format: the form of the answer, as in OpenAI's API.
+            tools: functions that the model may call, as in OpenAI's API.
 
         Raises:
             UsageError: if the server refuses the response format.
@@ -255,6 +276,8 @@ class ApiClient:
         body = {"model": model.name, "messages": messages, **options.members()}
         if response_format is not None:
             body["response_format"] = response_format
+        if tools:
+            body["tools"] = tools
         return self._stream("chat/completions", body, progress=model.is_k2)
 
     def complete(self, model: ModelInfo, prompt: list[int], tokens: int) -> Completion:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from k2cli.commands.target import ApiKeyOption, ModelArgument, Target, UrlOption, resolve_target
+from k2cli.commands.target import ApiKeyOption, ModelArgument, UrlOption
 
 if TYPE_CHECKING:
+    from k2cli.chat.attachments import Attachment
     from k2cli.chat.conversations import Conversation, ConversationStore
     from k2cli.chat.schema import AnswerSchema
     from k2cli.chat.session import ChatSession
     from k2cli.chat.settings import ChatSettings
+    from k2cli.chat.tools import ToolBox
+    from k2cli.commands.chat_run import ChatRuns
+    from k2cli.commands.target import Target
 
 
 def chat(
@@ -47,11 +51,29 @@ def chat(
     ] = False,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Go on with a saved conversation; last: the newest."),
+        typer.Option(
+            metavar="[NAME]",
+            help="Go on with a saved conversation; without NAME, or with last: the newest.",
+        ),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="Keep neither the conversation nor what is entered.")
     ] = False,
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Switch on an MCP server of mcp.json, so that the model may call its tools. "
+            "Repeatable.",
+        ),
+    ] = None,
+    allow_tool: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SERVER__TOOL",
+            help="With --tools: tool that is called without a question. Repeatable.",
+        ),
+    ] = None,
     schema: Annotated[
         str | None,
         typer.Option(
@@ -77,31 +99,52 @@ def chat(
 
     Example: k2 chat -p 'Three cities of France' --schema cities.json | jq .
     """
+    from k2cli.chat.attachments import read_attachment
     from k2cli.chat.session import ChatSession
     from k2cli.client.client import ApiClient
+    from k2cli.commands.chat_once import OneShot
+    from k2cli.commands.chat_run import ChatRuns
+    from k2cli.errors import UsageError
 
+    if allow_tool and not tools:
+        hint = f"--tools {allow_tool[0].partition('__')[0]} --allow-tool {allow_tool[0]}"
+        raise UsageError("--allow-tool is for --tools", hint)
     temperature = _checked_temperature(temperature)
     answer_schema = _read_schema(schema, prompt)
-    question = _question(prompt, file or [], interactive=not as_json, piped=schema != "-")
+    attachments = [read_attachment(name) for name in file or []]
+    question = _question(prompt, attachments, interactive=not as_json, piped=schema != "-")
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     settings = _settings({**given, "reasoning_effort": "none" if no_thinking else None}, system)
-    target = resolve_target(model, url, api_key)
-    with ApiClient(target.url, target.api_key, target.certificate) as client:
+    with ExitStack() as stack:
+        runs = stack.enter_context(closing(ChatRuns()))
+        target = runs.find(model, url, api_key)
+        client = stack.enter_context(ApiClient(target.url, target.api_key, target.certificate))
         picked = client.pick_model(target.model)
         session = ChatSession(client, picked, settings.options, settings.system, answer_schema)
+        box = stack.enter_context(closing(_tool_box(allow_tool or [])))
         if question is None:
-            names = file or []
-            _chat_on_terminal(session, settings, target, resume, names, private=private)
+            _chat_on_terminal(
+                session,
+                settings,
+                (runs, target),
+                box,
+                tools or [],
+                resume,
+                attachments,
+                private=private,
+            )
             return
+        one_shot = OneShot(session, box)
+        one_shot.turn_on(tools or [])
         resumed = _resumed(session, resume)
         if file:
             _check_room(session, question)
         if as_json:
-            _answer_as_json(session, question)
+            one_shot.answer_as_json(question)
         elif answer_schema is not None and not sys.stdout.isatty():
-            _answer_by_schema(session, question)
+            one_shot.answer_by_schema(question)
         else:
-            _answer(session, question)
+            one_shot.answer(question)
         _save_resumed(session, resumed)
 
 
@@ -142,7 +185,7 @@ def _read_schema(name: str | None, prompt: str | None) -> AnswerSchema | None:
 
 
 def _question(
-    prompt: str | None, files: list[str], *, interactive: bool, piped: bool
+    prompt: str | None, attachments: list[Attachment], *, interactive: bool, piped: bool
 ) -> str | None:
     """Join files, piped input and the argument to one question; None means an interactive chat.
 
@@ -152,9 +195,8 @@ def _question(
 
     Raises:
         UsageError: if there is no question and no terminal to chat on.
-        K2Error: if a file cannot be read.
     """
-    from k2cli.chat.attachments import read_attachment, with_attachments
+    from k2cli.chat.attachments import with_attachments
     from k2cli.errors import UsageError
 
     text = None
@@ -168,24 +210,28 @@ def _question(
     question = "\n\n".join(part for part in (text, prompt) if part)
     if not question:
         raise UsageError("there is no prompt", "k2 chat -p 'What is the capital of France?'")
-    return with_attachments(question, [read_attachment(name) for name in files])
+    return with_attachments(question, attachments)
 
 
 def _chat_on_terminal(
     session: ChatSession,
     settings: ChatSettings,
-    target: Target,
+    place: tuple[ChatRuns, Target],
+    box: ToolBox,
+    tools: list[str],
     resume: str | None,
-    files: list[str],
+    attachments: list[Attachment],
     *,
     private: bool,
 ) -> None:
-    from k2cli.chat.attachments import read_attachment
     from k2cli.chat.commands import COMMANDS, completion_words
     from k2cli.chat.interactive import Chat
+    from k2cli.chat.tool_commands import complete_names
+    from k2cli.errors import K2Error, UsageError
     from k2cli.settings import state_directory
     from k2cli.ui.chat.terminal import ChatTerminal
 
+    runs, target = place
     history = None if private else state_directory() / "chat-history"
     terminal = ChatTerminal(history, markdown=session.schema is None)
     nodes = [] if target.run is None else [rank.node for rank in target.run.ranks]
@@ -195,18 +241,36 @@ def _chat_on_terminal(
         settings,
         _store(),
         COMMANDS,
+        tools=box,
         private=private,
         place=", ".join(dict.fromkeys(nodes)),
-        reconnect=None if target.run is None else _reconnect,
+        reconnect=None if target.run is None else lambda session: _reconnect(session, runs),
     )
-    chat.attachments = [read_attachment(name) for name in files]
+    chat.attachments = attachments
     if resume is not None:
         chat.resume(_resolved(resume))
     chat.completer.words = completion_words(chat)
+    if tools:
+        try:
+            chat.turn_on(tools)
+        except UsageError:
+            raise
+        except K2Error as error:  # the chat can do without them
+            terminal.error(error)
+        else:
+            box.check_allowed_names()
+        complete_names(chat)
     chat.run()
 
 
-def _reconnect(session: ChatSession) -> None:
+def _tool_box(allowed: list[str]) -> ToolBox:
+    from k2cli.chat.tools import ToolBox
+    from k2cli.settings import config_directory
+
+    return ToolBox(config_directory() / "mcp.json", allowed)
+
+
+def _reconnect(session: ChatSession, runs: ChatRuns) -> None:
     """Move a session to the live run that serves its model now, if there is another one."""
     from contextlib import suppress
 
@@ -214,7 +278,7 @@ def _reconnect(session: ChatSession) -> None:
     from k2cli.errors import K2Error
 
     with suppress(K2Error):
-        target = resolve_target(session.model.name, None, None)
+        target = runs.again(session.model.name)
         client = ApiClient(target.url, target.api_key, target.certificate)
         if client.base == session.api.base:
             client.close()
@@ -268,70 +332,3 @@ def _check_room(session: ChatSession, question: str) -> None:
 
     counted, length = check_room(session, question), session.model.context_length
     dim_note(f"prompt: {counted}" + (f" of {length:,}" if length else ""))
-
-
-def _answer(session: ChatSession, question: str) -> None:
-    from k2cli.chat.figures import figures_line
-    from k2cli.chat.waiting import Waiting
-    from k2cli.client.answers import Delta, ReasoningDelta
-    from k2cli.ui.chat.answer_view import AnswerView
-    from k2cli.ui.chat.stream import dim_note
-
-    waiting = Waiting()
-    view = AnswerView(waiting.status, waiting.thought, markdown=session.schema is None)
-    try:
-        with closing(session.ask(question)) as events:
-            for event in events:
-                waiting.update(event)
-                if isinstance(event, Delta):
-                    view.answer_text(event.text)
-                elif isinstance(event, ReasoningDelta):
-                    view.reasoning_text(event.text)
-    finally:
-        view.end()
-    if session.answer is not None:
-        dim_note(figures_line(session.answer))
-
-
-def _answer_by_schema(session: ChatSession, question: str) -> None:
-    """Print an answer once it is whole and obeys the schema; meanwhile show its progress."""
-    from k2cli.chat.figures import figures_line
-    from k2cli.chat.waiting import Waiting
-    from k2cli.client.answers import ReasoningDelta
-    from k2cli.ui.chat.answer_view import AnswerView
-    from k2cli.ui.chat.stream import dim_note
-    from k2cli.ui.output import print_json
-
-    waiting = Waiting()
-    view = AnswerView(waiting.status, waiting.thought)
-    try:
-        with closing(session.ask(question)) as events:
-            for event in events:
-                waiting.update(event)
-                if isinstance(event, ReasoningDelta):
-                    view.reasoning_text(event.text)
-    finally:
-        view.end()
-    if session.answer is not None:
-        # A carriage return in valid JSON is whitespace; print_json would escape it.
-        print_json(session.answer.text.strip().replace("\r", " ").encode())
-        dim_note(figures_line(session.answer))
-
-
-def _answer_as_json(session: ChatSession, question: str) -> None:
-    from k2cli.chat.figures import answer_document
-    from k2cli.chat.session import Answer
-    from k2cli.errors import K2Error
-    from k2cli.ui.output import print_json
-
-    name, parsed = session.model.name, session.schema is not None
-    try:
-        with closing(session.ask(question)) as events:
-            for _ in events:
-                pass
-    except K2Error as error:
-        # A partial answer is still useful, and the exit status shows that it is incomplete.
-        answer = session.answer or Answer()
-        print_json(answer_document(name, answer, error.message, parsed=parsed))
-        raise
-    print_json(answer_document(name, session.answer or Answer(), parsed=parsed))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -232,7 +232,7 @@ def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
     from k2cli.ui.launch_view import LaunchView
     from k2cli.ui.output import note
 
-    run = _prepare(request)
+    run = prepare(request)
     names = [rank.place for rank in run.record.ranks]
     with cleanup_on_error(run.record, note):
         _show_plan(run)
@@ -243,7 +243,7 @@ def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
                 _stay(run.record, view, as_json=as_json)
 
 
-def _prepare(request: LaunchRequest) -> RunDecisions:
+def prepare(request: LaunchRequest) -> RunDecisions:
     """Prepare the run; with ``--fetch``, show how the weights come to the nodes."""
     from k2cli.commands.models.push import push_progress
     from k2cli.launch.prepare import prepare_run
@@ -253,6 +253,40 @@ def _prepare(request: LaunchRequest) -> RunDecisions:
         return prepare_run(request, note)
     with push_progress("give the same command again") as show:
         return prepare_run(request, note, show)
+
+
+class Following:
+    """View of the start of a run in the background, as a context manager.
+
+    It shows the last lines of a run that fails.
+    """
+
+    def __init__(self, record: RunRecord) -> None:
+        from k2cli.ui.launch_view import LaunchView
+
+        self._record = record
+        self._view = LaunchView([rank.place for rank in record.ranks], log=False)
+
+    def __enter__(self) -> Following:
+        self._view.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        from k2cli.errors import ClusterError
+        from k2cli.runs.record import read_record
+
+        self._view.end_progress()
+        self._view.__exit__(kind, *exception)
+        if kind is not None and issubclass(kind, ClusterError):
+            _show_last_lines(read_record(self._record.folder))
+
+    def show(self, event: RunEvent) -> None:
+        """Show an event of the run."""
+        _show(event, self._record, self._view)
+
+    def interrupted(self, first: bool) -> None:
+        """Say that Ctrl-C stops the run."""
+        _say_interrupted(self._view, first=first)
 
 
 def _show_plan(run: RunDecisions) -> None:

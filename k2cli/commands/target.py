@@ -51,7 +51,16 @@ def resolve_target(model: str | None, url: str | None, api_key: str | None) -> T
     """
     if url is not None:
         return Target(url, api_key, model)
-    run = run_serving(model)
+    return target_of(run_serving(model), api_key)
+
+
+def target_of(run: RunRecord, api_key: str | None) -> Target:
+    """Return the server of a run.
+
+    Raises:
+        ClusterError: if it is not ready yet.
+        K2Error: if its key cannot be read.
+    """
     if run.state != "ready":
         raise ClusterError(f"run {run.run_id} is {run.state}, not ready", "k2 ps")
     key = api_key or key_of(run)

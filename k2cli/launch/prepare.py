@@ -314,6 +314,7 @@ def _make_record(run: RunDecisions) -> RunRecord:
         restart=run.request.restart.mode,
         settings=_settings(run),
         model_folders=dict(run.model_folders),
+        ends_with_chats=run.request.ends_with_chats,
     )
 
 

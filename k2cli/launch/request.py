@@ -31,7 +31,10 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 @dataclass(frozen=True, slots=True)
 class LaunchRequest:
-    """The options of a launch. None and ``auto`` leave the choice to k2."""
+    """The options of a launch. None and ``auto`` leave the choice to k2.
+
+    ``ends_with_chats``: the run ends once no chat holds its lease.
+    """
 
     model: str
     nodes: tuple[str, ...] | None = None
@@ -66,6 +69,7 @@ class LaunchRequest:
     deadlines: Deadlines = field(default_factory=Deadlines)
     worker: str = DEFAULT_WORKER
     fetch: bool = False
+    ends_with_chats: bool = False
 
 
 def checked_request(request: LaunchRequest) -> LaunchRequest:

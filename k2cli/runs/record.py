@@ -112,7 +112,8 @@ class RunRecord:
     ``settings`` are those that k2 chose itself: the transport with its reason, addresses and
     interfaces, environment variables and limits. ``left`` describes the processes that could not
     be killed, or not be checked, at the end of the run, by node. ``model_folders`` are the folders
-    of the model by node, empty in the record of an earlier version.
+    of the model by node, empty in the record of an earlier version. ``ends_with_chats``: a chat
+    started the run, and it ends with its last chat.
 
     States of a live run: ``starting``, ``loading``, ``ready``, ``stopping``, and ``restarting``
     between a failure and the next attempt. States of an ended run: ``stopped`` by the user,
@@ -143,6 +144,7 @@ class RunRecord:
     settings: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     model_folders: dict[str, str] = field(default_factory=dict)
+    ends_with_chats: bool = False
     schema_version: int = field(default=SCHEMA_VERSION)
 
     @property

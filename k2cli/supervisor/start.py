@@ -154,6 +154,30 @@ def _wait_until_ready(
         time.sleep(_POLL_SECONDS)
 
 
+def follow_start(record: RunRecord, listener: Listener) -> RunRecord | None:
+    """Wait until a run that another process starts is ready; None if it was stopped before.
+
+    Args:
+        record: the run.
+        listener: receives its events.
+
+    Raises:
+        ClusterError: if it failed.
+    """
+    events = _EventFile(record.folder / EVENTS_NAME)
+    while True:
+        found = read_record(record.folder)
+        for event in events.new():
+            listener(event)
+        if found is not None and found.state == "failed":
+            raise error_of(found)
+        if found is None or not found.live or not found.has_supervisor:
+            return None
+        if found.state == "ready":
+            return found
+        time.sleep(_POLL_SECONDS)
+
+
 def _failure(folder: Path, supervisor: subprocess.Popen[bytes]) -> ClusterError:
     record = read_record(folder)
     if record is not None and record.state == "failed":

@@ -45,6 +45,7 @@ from k2cli.supervisor.end_processes import RunKiller
 from k2cli.supervisor.heartbeats import Heartbeats
 from k2cli.supervisor.journal import Journal
 from k2cli.supervisor.key_watch import KeyWatch
+from k2cli.supervisor.lease_watch import LeaseWatch
 from k2cli.supervisor.outcome import Outcome
 from k2cli.supervisor.processes import Processes
 from k2cli.supervisor.signals import obey_signals
@@ -85,6 +86,12 @@ class Supervisor:
         )
         self._heartbeats = Heartbeats(self._deadlines, self._processes.tell, self._silent)
         self._keys = KeyWatch(specification.named_keys, self._processes.tell, self._journal.say)
+        self._leases = LeaseWatch(
+            record.folder,
+            needed=specification.ends_with_chats,
+            stop=self.stop,
+            say=self._journal.say,
+        )
         self._tasks_started = False
 
     # --- requests of the user -------------------------------------------------------------------
@@ -244,6 +251,7 @@ class Supervisor:
             self._spawn(self._heartbeats.send())
             self._spawn(self._heartbeats.watch())
             self._spawn(self._keys.follow())
+            self._spawn(self._leases.follow())
 
     async def _read_keys(self) -> None:
         """Read the named keys before the first attempt.

@@ -34,6 +34,8 @@ def print_runs(runs: Sequence[RunRecord], statuses: Mapping[str, RunStatus]) -> 
         print_line(_line(row, widths))
         if run.live and (gpus := gpu_text((rank.node, rank) for rank in run.ranks)):
             print_line(f"  {gpus}")
+        if run.live and run.ends_with_chats:
+            print_line("  started by k2 chat; it ends with its last chat")
         if (status := statuses.get(run.run_id)) is not None:
             print_line(f"  {_activity(status)}")
         if run.cause and (run.left or run.state not in ("ready", "stopped")):

@@ -11,9 +11,11 @@ from k2cli.chat.conversations import (
     Conversation,
     ConversationStore,
     Turn,
+    api_turns,
     as_markdown,
     automatic_name,
     title_of,
+    turns_of,
 )
 from k2cli.errors import K2Error
 
@@ -91,3 +93,24 @@ def test_automatic_names() -> None:
     )
     assert automatic_name("巴黎在哪里", 1e9).endswith("-chat")
     assert title_of("\n\n  first line  \nsecond") == "first line"
+
+
+def test_calls_and_results_are_exported() -> None:
+    call = {
+        "id": "a:0",
+        "type": "function",
+        "function": {"name": "time__now", "arguments": '{"zone": "UTC"}'},
+    }
+    turns = [
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a:0", "content": "```\nnow\n```\n"},
+        {"role": "assistant", "content": "Now."},
+    ]
+    saved = Conversation("n", "When?", "toy", 0.0, 0.0, turns_of(turns))
+    text = as_markdown(saved)
+    assert (
+        '## toy\n\n```\ntime__now {"zone": "UTC"}\n```\n\n## Result\n\n````\n```\nnow\n```\n````'
+        in text
+    )
+    assert api_turns(saved.turns) == turns

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from k2cli.chat.budget import check_room, context_warning, estimate_tokens
+from k2cli.chat.calls import ToolCall, close_calls, result_turn, valid_turns
 from k2cli.chat.compaction import parts_to_summarize
 from k2cli.chat.completion import Completer
+from k2cli.chat.conversations import api_turns, turns_of
 from k2cli.chat.session import ChatSession
-from k2cli.client.answers import Delta, Ended, StreamEvent
+from k2cli.chat.tool_turns import rounds
+from k2cli.chat.tools import MOST_ROUNDS
+from k2cli.client.answers import CallDelta, Delta, Ended, StreamEvent
 from k2cli.client.client import ModelInfo
 from k2cli.errors import ClusterError, K2Error
 
@@ -24,7 +29,7 @@ class Api:
         self.sent: list[list[dict[str, str]]] = []
 
     def chat(
-        self, model: Any, messages: Any, options: Any, form: Any = None
+        self, model: Any, messages: Any, options: Any, form: Any = None, tools: Any = None
     ) -> Iterator[StreamEvent]:
         self.sent.append(list(messages))
         for event in self.scripts.pop(0):
@@ -32,7 +37,7 @@ class Api:
                 raise event
             yield event
 
-    def count_tokens(self, model: Any, messages: Any, options: Any) -> int:
+    def count_tokens(self, model: Any, messages: Any, options: Any, tools: Any = None) -> int:
         return sum(len(turn["content"]) for turn in messages)
 
 
@@ -142,3 +147,76 @@ def test_completion(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts("/read a.py sr") == [("src/", 2)]
     assert texts("why @src/.") == [("src/.hidden", 5)]
     assert texts("me@sr") == texts("hello") == texts("/load\nx") == texts("@nosuch/x") == []
+
+
+# --- calls of tools -----------------------------------------------------------------------------
+
+
+def called(*calls: tuple[str, str, str], reason: str = "tool_calls") -> list[Any]:
+    deltas = [CallDelta(index, *call) for index, call in enumerate(calls)]
+    return [*deltas, Ended(reason, {})]
+
+
+def test_every_call_has_one_result() -> None:
+    chat = session(called(("a", "one", "{}"), ("a", "two", "[1"), ("", "three", "")))
+    run(chat.ask("first"))
+    assert [(call.call_id, call.name) for call in chat.open_calls] == [
+        ("a", "one"), ("two:1", "two"), ("three:2", "three"),
+    ]  # fmt: skip
+    members = chat.turns[-1]["tool_calls"]
+    assert [json.loads(call["function"]["arguments"]) for call in members] == [
+        {}, {"invalid": "[1"}, {},
+    ]  # fmt: skip
+    chat.turns.append(result_turn(chat.open_calls[0], "1"))
+    assert [call.name for call in chat.open_calls] == ["two", "three"]
+    broken = [*chat.turns, {"role": "tool", "tool_call_id": "other", "content": "?"}]
+    whole = valid_turns([*broken, {"role": "user", "content": "next"}])
+    assert [turn["role"] for turn in whole] == ["user", "assistant", "tool", "tool", "tool", "user"]
+    assert valid_turns(whole) == whole
+    assert api_turns(turns_of(whole)) == whole
+
+
+def test_calls_that_are_cut_off_or_go_wrong_are_not_kept() -> None:
+    long = [CallDelta(0, "a", "one", "x" * 2**20), CallDelta(0, "", "", "y")]
+    many = [CallDelta(index, "", "f", "") for index in range(100)]
+    cut = called(("a", "one", '{"x": '), reason="length")
+    chat = session(
+        cut, [*long, Ended("stop", {})], many, called(("a", "b", "{}")), [ClusterError("x")]
+    )
+    run(chat.ask("first"))
+    assert chat.open_calls == []
+    for _ in range(2):
+        with pytest.raises(K2Error):
+            list(chat.ask("again"))
+        assert chat.unsent == "again"
+    run(chat.ask("call"))
+    chat.turns.append(result_turn(chat.open_calls[0], "1"))
+    before = list(chat.turns)
+    run(chat.proceed())  # the server is gone: the results stay
+    assert (chat.turns, chat.unsent) == (before, None)
+    assert chat.undo() == "call"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": "\\ud800"}', '{"a": NaN}', "[]", "{", f'{{"a": {"9" * 9999}}}']
+)
+def test_arguments_that_are_no_object(text: str) -> None:
+    assert ToolCall("a", "b", text).parsed() is None
+    assert ToolCall("a", "b", '{"a": 123456789012345678901234567890}').parsed()
+
+
+def test_answers_with_calls_in_a_row_are_bounded() -> None:
+    chat = session(*(called(("a", "one", "{}")) for _ in range(MOST_ROUNDS + 5)))
+    made, notes = [], list[str]()
+
+    def answer() -> bool:
+        made.append(chat.open_calls[0].name)
+        close_calls(chat.turns, "result")
+        return True
+
+    for events in rounds(chat, chat.ask("go on"), answer, notes.append):
+        run(events)
+    assert len(made) == MOST_ROUNDS
+    assert notes == [f"stopped after {MOST_ROUNDS} answers with calls; write a message to go on"]
+    assert chat.open_calls == []
+    assert "was not made" in chat.turns[-1]["content"]

@@ -13,6 +13,7 @@ import pytest
 from k2cli.chat.session import ChatSession
 from k2cli.client.client import ApiClient, ModelInfo
 from k2cli.commands import chat as chat_command
+from k2cli.commands.chat_run import ChatRuns
 from k2cli.commands.target import Target
 from k2cli.protocol import Tokens
 from k2cli.server.served_model import ServedModel
@@ -124,7 +125,7 @@ def test_failures_say_whose_they_are(engine: ScriptedEngine, url: str) -> None:
         assert run_k2("chat", *arguments).returncode == 2
     done = run_k2("chat", "-p", "x")
     assert done.returncode == 1
-    assert "hint: k2 launch demo --detach" in done.stderr
+    assert "hint: k2 chat demo" in done.stderr
     assert engine.submitted == []
 
 
@@ -158,7 +159,7 @@ def test_files_and_a_pipe_make_one_question(
     assert done.returncode == 1
     assert "tokens, and the context holds 500; it was not sent" in done.stderr
     done = run_k2("chat", "--url", url, "-p", "Review", "--file", "nosuch")
-    assert (done.returncode, len(engine.submitted)) == (1, 1)
+    assert (done.returncode, len(engine.submitted)) == (2, 1)
     assert "'nosuch' cannot be read" in done.stderr
 
 
@@ -194,11 +195,12 @@ def test_a_chat_finds_the_run_that_replaces_its_own(
 ) -> None:
     with ApiClient("http://127.0.0.1:9") as gone:
         session = ChatSession(gone, ModelInfo("toy", 500, is_k2=True))
-        chat_command._reconnect(session)  # there is no run at all
+        runs = ChatRuns()
+        chat_command._reconnect(session, runs)  # there is no run at all
         assert session.api is gone
         target = Target(url, None, "toy")
-        monkeypatch.setattr(chat_command, "resolve_target", lambda *_: target)
-        chat_command._reconnect(session)
+        monkeypatch.setattr(runs, "again", lambda model: target)
+        chat_command._reconnect(session, runs)
         assert session.api.base == f"{url}/v1"
         engine.answer("ok")
         assert [type(event).__name__ for event in session.ask("Hi")][-1] == "Ended"

@@ -593,3 +593,13 @@ def test_ctrl_c_ends_a_one_shot(engine: ScriptedEngine, url: str) -> None:
         terminal.type("\x03")
         assert terminal.close() == 130
     assert engine.cancellation.wait(5)
+
+
+def test_errors_and_hints_are_wrapped_between_words(url: str) -> None:
+    with Terminal("chat", "--url", url, columns=34) as terminal:
+        terminal.prompt()
+        terminal.enter("/nonsense")
+        terminal.expect("sent as a")
+        terminal.prompt()
+        text = terminal.text
+    assert "hint: /help lists them; with a\n  space before it, it is sent as a\n  message" in text

@@ -65,6 +65,20 @@ def make_editor(history_file: Path | None) -> LineEditor | PlainEditor:
 class PlainEditor:
     """Reader of lines with nothing but what the system offers."""
 
+    typed_before = ""
+
+    def take_typed(self) -> str:
+        """Return nothing: the system keeps what was typed."""
+        return ""
+
+    def read_answer(self, prompt: str) -> str:
+        """Read the answer to a question.
+
+        Raises:
+            EOFError: at the end of the input.
+        """
+        return self._line(prompt)
+
     def read(self, status: str, complete: Complete) -> str:
         """Read a message.
 
@@ -93,6 +107,30 @@ class LineEditor:
         self._session: PromptSession[str] | None = None
         self._complete: Complete = lambda text: ()
         self._status = ""
+        self._answers: PromptSession[str] | None = None
+        self.typed_before = ""
+        """Text that the next message begins with."""
+
+    def take_typed(self) -> str:
+        """Take what was typed behind the last message, which the editor has read already."""
+        from prompt_toolkit.input.typeahead import get_typeahead
+
+        keys = [] if self._session is None else get_typeahead(self._session.input)
+        return "".join(key.data for key in keys)
+
+    def read_answer(self, prompt: str) -> str:
+        """Read the answer to a question; it is not kept in the history.
+
+        Raises:
+            KeyboardInterrupt: for Ctrl-C.
+            EOFError: for Ctrl-D on an empty line.
+        """
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.output import create_output
+
+        if self._answers is None:
+            self._answers = PromptSession(output=create_output(always_prefer_tty=True))
+        return self._answers.prompt(prompt)
 
     def read(self, status: str, complete: Complete) -> str:
         """Read a message of one or several lines.
@@ -104,7 +142,8 @@ class LineEditor:
         self._complete, self._status = complete, status
         if self._session is None:
             self._session = self._open()
-        return unquoted(self._session.prompt(PROMPT))
+        begun, self.typed_before = self.typed_before, ""
+        return unquoted(self._session.prompt(PROMPT, default=begun))
 
     def _open(self) -> PromptSession[str]:
         # Importing prompt_toolkit takes 0.2 s, and one-shot chats do not need it.

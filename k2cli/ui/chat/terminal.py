@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from k2cli.ui.chat.editor import PROMPT, edit_in_program, make_editor
 from k2cli.ui.chat.stream import (
     AnswerWriter,
     ReasoningWriter,
+    StatusLine,
     dim_note,
     may_style,
     wrapped,
@@ -26,6 +29,7 @@ from k2cli.units import clean_text, one_line
 if TYPE_CHECKING:
     from k2cli.chat.terminal import Complete
 
+_MOST_TYPED_BYTES = 2**16
 _MOST_LINES = 10
 """Lines of an earlier question that are shown again."""
 
@@ -67,6 +71,50 @@ class ChatTerminal:
         """Copy a text to the clipboard; return how."""
         return copy(text)
 
+    def choose(self, question: str, answers: dict[str, str]) -> str:
+        """Ask a question until it is answered; return the key of the answer.
+
+        What was typed before the question cannot answer it.
+
+        Raises:
+            KeyboardInterrupt: for Ctrl-C.
+            EOFError: for Ctrl-D.
+        """
+        typed = (self._editor.take_typed() + _take_typed()).replace("\r", "\n")
+        self._editor.typed_before += clean_text(typed)
+        parts = (f"[{key}] {meaning}" for key, meaning in answers.items())
+        note(wrapped(f"{one_line(question)} {', '.join(parts)}", 2))
+        while (answer := self._editor.read_answer("? ").strip().lower()) not in answers:
+            note(f"answer with {', '.join(answers)}")
+        return answer
+
+    @contextmanager
+    def working(self, status: Callable[[], str]) -> Iterator[None]:
+        """Show what is being done, and keep what is typed for the next message."""
+        settings, line = _hide_keys(), StatusLine()
+        line.show(status)
+        try:
+            yield
+        finally:
+            line.clear()
+            _restore_keys(settings)
+
+    def call(self, text: str) -> None:
+        """Show a call of a tool."""
+        note(wrapped(f"tool: {one_line(text)}", 2))
+
+    def result(self, text: str, *, failed: bool) -> None:
+        """Show the beginning of a tool's result."""
+        lines = clean_text(text).split("\n")
+        for number, line in enumerate(lines):
+            dim_note(("! " if failed and number == 0 else "| ") + line)
+
+    def show_result(self, text: str) -> None:
+        """Show a tool's result whole."""
+        writer = AnswerWriter(markdown=False)
+        writer.write(text)
+        writer.finish()
+
     def show_answer(self, text: str) -> None:
         """Show an answer that is there already."""
         writer = AnswerWriter(markdown=self._markdown)
@@ -105,11 +153,17 @@ class ChatTerminal:
 
     def warn(self, text: str) -> None:
         """Show a warning."""
-        warn(text)
+        warn(_wrapped_behind("warning: ", text))
 
     def error(self, error: K2Error) -> None:
         """Show an error; the chat continues."""
-        print_error(error)
+        hint = _wrapped_behind("hint: ", error.hint) if error.hint else None
+        print_error(K2Error(_wrapped_behind("error: ", error.message), hint))
+
+
+def _wrapped_behind(label: str, text: str) -> str:
+    """Wrap a text that is printed behind a label, which it leaves out."""
+    return wrapped(label + clean_text(text), 2).removeprefix(label)
 
 
 class QuietAnswerView(AnswerView):
@@ -161,6 +215,33 @@ def _restore_keys(settings: list[Any] | None) -> None:
         _mark_pastes(on=False)
         with contextlib.suppress(termios.error):
             termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
+
+
+def _take_typed() -> str:
+    """Take what was typed during an answer, so that it does not answer a question.
+
+    On a dumb terminal it is dropped: nothing can put it before the next message there.
+    """
+    import select
+    import termios
+
+    if not sys.stdin.isatty():
+        return ""
+    if stderr_console().is_dumb_terminal:
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+        return ""
+    settings = _hide_keys()
+    data = b""
+    try:
+        while len(data) < _MOST_TYPED_BYTES and select.select([sys.stdin], [], [], 0)[0]:
+            if not (more := os.read(sys.stdin.fileno(), 4096)):
+                break
+            data += more
+    except OSError:
+        return ""
+    finally:
+        _restore_keys(settings)
+    return data.decode(errors="ignore")
 
 
 def _mark_pastes(*, on: bool) -> None:

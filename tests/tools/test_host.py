@@ -1,0 +1,184 @@
+"""Hostile MCP servers: none of them can break the chat's side, and none is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from k2cli.tools.host import ToolHost
+from k2cli.tools.messages import MOST_RESULT_BYTES, CallDone, Connected, Failed
+from k2cli.tools.settings import ServerSettings
+
+SERVER = Path(__file__).with_name("hostile_server.py")
+
+
+@pytest.fixture
+def host() -> Iterator[ToolHost]:
+    host = ToolHost()
+    yield host
+    host.close()
+
+
+def never() -> bool:
+    return False
+
+
+def server(how: str, seconds: float = 20.0) -> ServerSettings:
+    return ServerSettings(how, sys.executable, (str(SERVER), how), timeout_seconds=seconds)
+
+
+def call(host: ToolHost, how: str, seconds: float = 20.0) -> CallDone | Failed:
+    return host.call((how, "go", "{}"), seconds, never)
+
+
+def servers_left() -> list[int]:
+    return [process.pid for process in psutil.process_iter() if _is_left(process)]
+
+
+def _is_left(process: psutil.Process) -> bool:
+    try:
+        words = process.cmdline()
+        alive = process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+    return alive and (words[1:2] == [str(SERVER)] or words[-1:] == ["k2-test-stays"])
+
+
+def test_calls_of_hostile_servers(host: ToolHost) -> None:
+    bad = ["die", "huge", "endless-line", "malformed", "rubbish", "noise", "environment"]
+    bad += ["escape", "no-message"]
+    connected = host.connect([*map(server, bad), server("hang", 0.5)], never)
+    assert all(isinstance(each, Connected) for each in connected.values()), connected
+    for how, reason in {
+        "die": "it exited with 3: about to die",
+        "endless-line": "it sent a message of more than",
+        "no-message": "it sends lines that are no messages of MCP",
+        "malformed": "it sent an answer that MCP does not allow",
+    }.items():
+        failed = call(host, how)
+        assert isinstance(failed, Failed)
+        assert reason in failed.reason
+    late = call(host, "hang", 0.5)
+    assert isinstance(late, Failed)
+    assert late.reason == "no answer within 0.5 s"
+    again = call(host, "die")
+    assert isinstance(again, Failed)
+    assert "has ended" in again.reason
+    huge = call(host, "huge")
+    assert isinstance(huge, CallDone)
+    assert huge.whole_bytes == 10**6
+    assert huge.text.endswith("x\n[cut here: 65536 of 1000000 bytes]")
+    assert len(huge.text) < MOST_RESULT_BYTES + 100
+    for how in ("rubbish", "noise"):
+        assert isinstance(done := call(host, how), CallDone)
+        assert done.text == "done"
+    environment = call(host, "environment")
+    assert isinstance(environment, CallDone)
+    assert not {name for name in environment.text.split() if name.startswith(("K2_", "PYTHON"))}
+
+
+def test_what_servers_say_about_their_tools(host: ToolHost) -> None:
+    wanted = [server("names"), server("many"), server("malformed-list")]
+    connected = host.connect(wanted, never)
+    names = connected["names"]
+    assert isinstance(names, Connected)
+    assert [tool.name for tool in names.tools] == [
+        "go", "\x1b]0;owned\x07\x1b[2Jhidden\u202e\u200bend", "a b", "a.b", "nan",
+    ]  # fmt: skip
+    assert len(names.left_out) == 6
+    assert all(text.isprintable() for text in names.left_out)
+    many = connected["many"]
+    assert isinstance(many, Connected)
+    assert (len(many.tools), len(many.left_out)) == (128, 1)
+    assert isinstance(connected["malformed-list"], Failed)
+
+
+def test_ctrl_c_stops_a_call_and_a_start_and_no_process_is_left(host: ToolHost) -> None:
+    host.connect([server("hang", 3600), server("escape"), server("stays")], never)
+    assert len(servers_left()) == 4
+    until = time.monotonic() + 0.5
+    with pytest.raises(KeyboardInterrupt):
+        host.call(("hang", "go", "{}"), 3600, lambda: time.monotonic() > until)
+    assert isinstance(call(host, "escape"), CallDone)
+    with pytest.raises(KeyboardInterrupt):
+        host.connect([server("silent")], lambda: True)
+    host.close()
+    assert servers_left() == []
+
+
+KILLED = """
+import sys, time
+from k2cli.tools.host import ToolHost
+from k2cli.tools.settings import ServerSettings
+host = ToolHost()
+found = host.connect([ServerSettings("x", sys.executable, (sys.argv[1], "stays"))], lambda: False)
+print(type(found["x"]).__name__, host._process.pid, flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("killed", ["chat", "host"])
+def test_no_process_is_left_after_a_kill(killed: str) -> None:
+    command = [sys.executable, "-c", KILLED, str(SERVER)]
+    chat = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert chat.stdout is not None
+    try:
+        state, pid = chat.stdout.readline().split()
+        assert state == "Connected"
+        assert servers_left()
+        os.kill(chat.pid if killed == "chat" else int(pid), signal.SIGKILL)
+        until = time.monotonic() + 10
+        # After a kill of the host itself, what its servers started elsewhere is beyond reach.
+        while [pid for pid in servers_left() if killed == "chat" or _is_server(pid)]:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        chat.kill()
+        chat.wait()
+        chat.stdout.close()
+        for left in servers_left():
+            os.kill(left, signal.SIGKILL)
+
+
+def _is_server(pid: int) -> bool:
+    try:
+        return str(SERVER) in psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
+
+
+def test_a_server_at_a_url(host: ToolHost) -> None:
+    command = [sys.executable, str(SERVER.with_name("web_server.py"))]
+    web = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert web.stdout is not None
+        url = f"http://127.0.0.1:{int(web.stdout.readline())}/mcp"
+        wanted = [
+            ServerSettings("web", url=url, headers={"X-Key": "s3cret"}),
+            ServerSettings("stranger", url=url),
+            ServerSettings("nobody", url="http://127.0.0.1:9/mcp"),
+        ]
+        found = host.connect(wanted, never)
+        assert isinstance(found["web"], Connected), found
+        for name in ("stranger", "nobody"):
+            assert isinstance(found[name], Failed)
+        done = host.call(("web", "double", '{"number": 21}'), 20, never)
+        assert isinstance(done, CallDone)
+        assert done.text == "42"
+        flood = host.call(("web", "flood", "{}"), 20, never)
+        assert isinstance(flood, Failed)
+        again = host.call(("web", "double", '{"number": 1}'), 20, never)
+        assert isinstance(again, CallDone), again
+    finally:
+        web.kill()
+        web.wait()
+        if web.stdout is not None:
+            web.stdout.close()
