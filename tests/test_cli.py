@@ -94,13 +94,21 @@ def test_lists_are_empty_on_a_fresh_machine() -> None:
     assert k2("ps").returncode == 0
 
 
-@pytest.mark.parametrize("command", [["stop"], ["logs"], ["chat", "-p", "Hello"], ["bench"]])
-def test_without_a_run_the_error_says_how_to_start_one(command: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "start"),
+    [
+        (["stop"], "k2 launch"),
+        (["logs"], "k2 launch"),
+        (["chat", "-p", "Hello"], "k2 chat demo"),
+        (["bench"], "k2 launch"),
+        (["connect", "claude"], "k2 launch"),
+    ],
+)
+def test_without_a_run_the_error_says_how_to_start_one(command: list[str], start: str) -> None:
     done = k2(*command)
     assert done.returncode in {1, 2, 5}
     assert "error: " in done.stderr
-    assert "hint: " in done.stderr
-    assert "k2 launch" in done.stderr
+    assert f"hint: {start}" in done.stderr
 
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "", "TERM": "xterm-256color"}])
