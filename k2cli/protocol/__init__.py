@@ -77,6 +77,7 @@ from k2cli.protocol.requests import (
     Sampling,
     TokenLogprob,
     Tokens,
+    WaitingOrder,
 )
 from k2cli.protocol.supervisor import (
     GuardStarted,
@@ -156,6 +157,7 @@ __all__ = [
     "TlsCertificate",
     "TokenLogprob",
     "Tokens",
+    "WaitingOrder",
     "Warm",
     "WarmUp",
 ]

@@ -14,6 +14,7 @@ from k2cli.protocol.requests import (
     PromptProgress,
     RequestFailed,
     Tokens,
+    WaitingOrder,
 )
 from k2cli.protocol.supervisor import LoadProgress, RankReady
 
@@ -61,5 +62,6 @@ RankMessage = (
     | Tokens
     | Finished
     | RequestFailed
+    | WaitingOrder
     | Fatal
 )
