@@ -41,7 +41,7 @@ MOST_UNITS = 4096
 computed while others had nothing to do is behind them."""
 
 EXPECTED_ANSWER_TOKENS = 256
-"""Tokens of an answer that the order expects at most: many clients set limits far above their use."""
+"""Tokens of an answer that the order expects at most: many set limits far above what they use."""
 
 SHORT_UNITS = 512
 """A request of up to this cost is short: 120 tokens of a prompt and 98 of an answer, or less."""
@@ -128,6 +128,10 @@ class FairQueue(Generic[T]):
 
     def __len__(self) -> int:
         return self._waiting
+
+    def __contains__(self, ticket: Ticket[T]) -> bool:
+        key = self._keys.get(ticket.owner)
+        return key is not None and ticket in key.waiting.get(ticket.conversation, ())
 
     def waiting_of(self, owner: str) -> int:
         """Return the number of requests of a key that wait."""

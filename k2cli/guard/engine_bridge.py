@@ -17,7 +17,12 @@ from k2cli.protocol import (
     RequestFailed,
     Tokens,
 )
-from k2cli.server.engine_client import EngineEvent, EngineState, EngineUnavailable
+from k2cli.server.engine_client import (
+    EngineEvent,
+    EngineState,
+    EngineUnavailable,
+    RequestQueue,
+)
 
 
 class EngineBridge:
@@ -33,6 +38,8 @@ class EngineBridge:
         self._cause = "the model is still loading"
         # None in a queue means that the engine has ended.
         self._open: dict[str, asyncio.Queue[EngineEvent | None]] = {}
+        self.waiting = RequestQueue()
+        """The requests that the engine has not started, in its order."""
 
     @property
     def state(self) -> EngineState:

@@ -34,6 +34,7 @@ from k2cli.protocol import (
     RunReady,
     StopRun,
     Tokens,
+    WaitingOrder,
 )
 
 _FOLLOWERS_END_SECONDS = 3.0
@@ -185,6 +186,8 @@ class LeaderGuard(Guard):
                 self.emit(message)
             case PromptProgress() | Tokens() | Finished() | RequestFailed():
                 self._api.bridge.deliver(message)
+            case WaitingOrder(request_ids=request_ids):
+                self._api.bridge.waiting.note_order(request_ids)
             case ControlListening(port=port):
                 self._liveness.broadcast(ControlEndpoint(self.bootstrap.liveness_host, port))
             case EngineReady():

@@ -73,6 +73,7 @@ class RequestRecord:
     generated_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    pauses: int = 0
     finish_reason: str = ""
     failure: tuple[int, str] | None = None
     client_gone: bool = False
@@ -117,6 +118,9 @@ class RequestRecord:
                 self._note_admitted(now)
                 self._count_prompt(self.prompt_tokens, self.cached_tokens, now)
                 self._note_tokens(len(tokens), now)
+            case Finished(pauses=pauses):
+                self.pauses = pauses
+                self.own_totals.pauses += pauses
             case _:
                 pass
 
