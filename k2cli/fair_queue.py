@@ -177,12 +177,16 @@ class FairQueue(Generic[T]):
         self._add(key, ticket)
         return ticket
 
-    def rejoin(self, ticket: Ticket[T]) -> None:
-        """Add a request again that was stopped; what is left of it counts as a short one."""
+    def rejoin(self, ticket: Ticket[T], *, begun: bool = True) -> None:
+        """Add a request again that was stopped; what is left of it counts as a short one.
+
+        One that has not ``begun`` has its earlier place.
+        """
         key = self._key(ticket.owner)
         key.running -= 1
-        ticket.cost, ticket.floor = LEAST_UNITS, key.time
-        ticket.conversation.time = min(ticket.conversation.time, key.time)
+        if begun:
+            ticket.cost, ticket.floor = LEAST_UNITS, key.time
+            ticket.conversation.time = min(ticket.conversation.time, key.time)
         self._add(key, ticket, first=True)
 
     def _add(self, key: _Key[T], ticket: Ticket[T], *, first: bool = False) -> None:
@@ -257,6 +261,10 @@ class FairQueue(Generic[T]):
         ticket.conversation.requests -= 1
         if not ticket.conversation.requests:
             key.active -= 1
+
+    def due(self, ticket: Ticket[T]) -> float:
+        """Return the virtual time of its key at which a request that waits is due."""
+        return _due(ticket, ticket.conversation.time)
 
     def turn(self, ticket: Ticket[T]) -> tuple[float, float, int]:
         """Return the order of requests that have started: the least one is computed first."""

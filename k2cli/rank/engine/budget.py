@@ -7,7 +7,7 @@ as its longest row, so a batch's worst case is its number of rows times the long
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from k2cli.rank.engine.prefixes import cache_tokens
 
@@ -21,10 +21,6 @@ class Budget:
     tokens: int
     batches: int
     rows_per_batch: int = MAX_BATCH_ROWS
-
-    def with_tokens(self, tokens: int) -> Budget:
-        """Return the same with another number of tokens."""
-        return replace(self, tokens=tokens)
 
 
 def worst_case_tokens(prompt: int, max_tokens: int, context_length: int) -> int:

@@ -270,7 +270,7 @@ class Engine:
         tokens = row.known_tokens[row.computed : row.computed + count]
         row.computed += count
         self._prefill_credit -= count
-        self._table.charge(row, count)
+        self._table.charge(row, 1)
         self._queue.submit(Prefill(self.next_number, row.sequence, tokens), [row])
 
     def _overlapping_chunk(self, row: Running) -> int:
@@ -303,7 +303,7 @@ class Engine:
         sequences = [row.sequence for row in rows]
         for row in rows:
             row.computed = row.prefill_target
-            self._table.charge(row, row.computed)
+            self._table.charge(row, 1)
             self._table.prefilling.remove(row)
         self._table.batches[batch] += rows
         self._prefill_credit -= len(rows) * max(map(len, tokens))

@@ -8,7 +8,8 @@ to all ranks in order.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, FairQueue, Ticket
@@ -220,59 +221,69 @@ class RequestTable:
                 continue
             if any(not _may_pass(ticket, other) for other in blocked):
                 return False
-            batch = self._batch_for(ticket)
-            if batch is None and not self.draining:
-                batch = self._make_room(ticket, quiet)
-            if batch is not None:
+            room = self._place(ticket)
+            if room is None and not self.draining:
+                room = self._make_room(ticket, quiet)
+            if room is not None:
                 for other in blocked:
                     other.item.passed_units += ticket.cost
-                self._start(ticket, batch)
+                self._start(ticket, room.batch)
                 return True
             blocked.append(ticket)
         return False
 
-    def _batch_for(self, ticket: Ticket[Waiting], without: Collection[Running] = ()) -> int | None:
-        """Return the batch in which a request has room, if some running ones were paused."""
+    def _place(self, ticket: Ticket[Waiting], without: Collection[Running] = ()) -> Room | None:
+        """Find room for a request, if some running ones were paused; None if there is none.
+
+        A batch in which no cache must be dropped that somebody waits for is better than others.
+        """
         worst = self._worst_cases(without)
-        own, budget = self._worst_case(ticket.item), self._budget
-        guests = worst.pop(self._guest_batch) if self._guest_batch is not None else None
-        room = budget.tokens - (used_tokens({0: guests}) if guests else 0)
-        batch = choose_batch(worst, own, budget.with_tokens(room))
-        if batch is not None or guests is None or not _is_short(ticket):
-            return batch
-        assert self._guest_batch is not None
-        room = budget.tokens - used_tokens(worst)
-        return choose_batch({self._guest_batch: guests}, own, budget.with_tokens(room))
+        own = self._worst_case(ticket.item)
+        kept = sum(cache_tokens(row.computed) for row in without)
+        kept += self._prefixes.tokens_of(self._wanted_prefixes() - {ticket.item.prefix})
+        found = None
+        for batch in self._batches_for(ticket, worst, own):
+            with_it = {**worst, batch: [*worst[batch], own]}
+            room = Room(batch, keeps=used_tokens(with_it) + kept <= self._budget.tokens)
+            if room.keeps:
+                return room
+            found = found or room
+        return found
+
+    def _batches_for(
+        self, ticket: Ticket[Waiting], worst: Mapping[int, Sequence[int]], own: int
+    ) -> Iterator[int]:
+        """Yield the batches in which a request has room, the best first."""
+        guest = self._guest_batch
+        for batches in (worst.keys() - {guest}, {guest} if _is_short(ticket) else ()):
+            allowed = {batch: worst[batch] for batch in batches if batch is not None}
+            others = used_tokens({b: rows for b, rows in worst.items() if b not in allowed})
+            budget = replace(self._budget, tokens=self._budget.tokens - others)
+            batch = choose_batch(allowed, own, budget)
+            if batch is not None:
+                yield batch
 
     def _worst_case(self, waiting: Waiting) -> int:
         request = waiting.request
         return worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
 
-    def _make_room(self, ticket: Ticket[Waiting], quiet: Collection[int]) -> int | None:
-        """Pause requests for one that waits; return the batch in which it has room then.
+    def _make_room(self, ticket: Ticket[Waiting], quiet: Collection[int]) -> Room | None:
+        """Pause requests for one that waits; return the room that it has then.
 
         If one of their batches has a step in flight, note that it must have none, and return None.
         """
 
-        def room_without(rows: Sequence[Running]) -> Room:
-            batch = self._batch_for(ticket, rows)
-            if batch is None:
-                return Room(fits=False, keeps=False)
-            worst = self._worst_cases(rows)
-            worst[batch].append(self._worst_case(ticket.item))
-            kept = sum(cache_tokens(row.computed) for row in rows)
-            kept += self._prefixes.tokens_of(self._wanted_prefixes())
-            return Room(fits=True, keeps=used_tokens(worst) + kept <= self._budget.tokens)
-
-        claim = Claim(ticket.owner, _is_short(ticket), self._queue.counter_of)
-        chosen = choose_paused(claim, self.admitted, room_without)
+        due = self._queue.due(ticket)
+        claim = Claim(ticket.owner, due, _is_short(ticket), self._queue.counter_of)
+        chosen = choose_paused(claim, self.admitted, lambda rows: self._place(ticket, rows))
         decoding = {row.batch for row in chosen if row not in self.prefilling}
         self.draining = {batch for batch in decoding if batch is not None and batch not in quiet}
         if not chosen or self.draining:
             return None
+        room = self._place(ticket, chosen)
         for row in chosen:
             self._pause(row)
-        return self._batch_for(ticket)
+        return room
 
     def _pause(self, row: Running) -> None:
         """Stop a request, keep its cache for itself, and let it wait until it can go on."""
@@ -285,7 +296,7 @@ class RequestTable:
         row.unannounced = False
         row.ticket.item = waiting
         self._tickets[row.request.request_id] = row.ticket
-        self._queue.rejoin(row.ticket)
+        self._queue.rejoin(row.ticket, begun=row.units > 0)
         self._evict()
 
     def _forget_paused(self, waiting: Waiting) -> None:
@@ -319,7 +330,7 @@ class RequestTable:
         if waiting.paused is not None:
             row.paused_seconds += time.monotonic() - row.paused_at
             return row
-        row.cached = row.reported = row.computed
+        row.cached = row.reported = row.reached = row.computed
         prompt = len(row.request.prompt)
         self._tell(PromptProgress(row.request.request_id, row.cached, prompt, row.cached))
         return row
@@ -350,8 +361,10 @@ class RequestTable:
 
     # --- running requests ------------------------------------------------------------------------
 
-    def charge(self, row: Running, units: int) -> None:
-        """Count work that is done for a request."""
+    def charge(self, row: Running, units_per_token: int) -> None:
+        """Count the work up to ``row.computed``; what is computed again after a pause is free."""
+        units = max(0, row.computed - row.reached) * units_per_token
+        row.reached = max(row.reached, row.computed)
         row.units += units
         self._queue.charge(row.ticket, units)
 
@@ -378,13 +391,22 @@ class RequestTable:
             target = min(quiet, key=lambda batch: len(expected[batch]))
             if len(self.batches[source]) < 2 or len(expected[source]) - len(expected[target]) < 2:
                 continue
-            row = self.batches[source].pop()
+            row = self.batches[source][-1]
+            moved = {
+                **expected,
+                source: expected[source][:-1],
+                target: [*expected[target], row.worst_case_tokens],
+            }
+            if used_tokens(moved) > self._budget.tokens:
+                continue  # it would be padded to longer rows
+            self.batches[source].pop()
             self.batches[target].append(row)
             row.batch = target
             number = self._sender.next_number
             told = row.unannounced_input
             self._sender.submit(LeaveBatch(number, source, row.sequence, move_to=target, told=told))
             row.unannounced = False
+            self._evict()
             return
 
     def end(self, row: Running, reason: FinishReason) -> None:

@@ -46,7 +46,8 @@ class Running:
     """A request that was admitted: a sequence, in prefill while ``batch`` is None.
 
     ``ticket`` is its place in the fair queue. ``units`` is the work that was done for it since it
-    started, or since it went on after it was last ``paused_at``. ``prefill_target`` counts the
+    started, or since it went on after it was last ``paused_at``, without what was done again:
+    ``reached`` counts the tokens that have been computed at least once. ``prefill_target`` counts the
     tokens to compute before the next decode step, whose input is the one after them.
     ``computed`` counts the tokens whose keys and values the ranks hold, or will hold once every
     step that was decided is carried out. ``steps`` counts the decode steps that were decided.
@@ -66,6 +67,7 @@ class Running:
     prefill_target: int = 0
     cached: int = 0
     computed: int = 0
+    reached: int = 0
     reported: int = 0
     units: int = 0
     pauses: int = 0
