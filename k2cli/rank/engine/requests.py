@@ -47,8 +47,8 @@ class Running:
 
     ``ticket`` is its place in the fair queue. ``units`` is the work that was done for it since it
     started, or since it went on after it was last ``paused_at``, without what was done again:
-    ``reached`` counts the tokens that have been computed at least once. ``prefill_target`` counts the
-    tokens to compute before the next decode step, whose input is the one after them.
+    ``reached`` counts the tokens that have been computed at least once. ``prefill_target`` counts
+    the tokens to compute before the next decode step, whose input is the one after them.
     ``computed`` counts the tokens whose keys and values the ranks hold, or will hold once every
     step that was decided is carried out. ``steps`` counts the decode steps that were decided.
     ``unannounced`` is True if the last of them was decided ahead, and no decision has named its
