@@ -6,8 +6,8 @@ as its longest row, so a batch's worst case is its number of rows times the long
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from k2cli.rank.engine.prefixes import cache_tokens
 
@@ -52,3 +52,25 @@ def choose_batch(
         if used_tokens(with_it) <= budget.tokens:
             return batch
     return None
+
+
+def batches_with_room(
+    batches: Mapping[int, Sequence[int]],
+    usual: Collection[int],
+    guest: int | None,
+    worst_case: int,
+    budget: Budget,
+) -> Iterator[int]:
+    """Yield the batches in which a new request has room, the best first.
+
+    Args:
+        batches: worst cases in tokens of each batch's rows.
+        usual: the batches for any request.
+        guest: the batch for short ones; None if it is not for this one.
+    """
+    for allowed in (usual, () if guest is None else (guest,)):
+        others = {batch: rows for batch, rows in batches.items() if batch not in allowed}
+        left = replace(budget, tokens=budget.tokens - used_tokens(others))
+        batch = choose_batch({batch: batches[batch] for batch in allowed}, worst_case, left)
+        if batch is not None:
+            yield batch

@@ -139,7 +139,7 @@ class Engine:
         self._send_all()
         step = self._queue.build_next()
         if step is None:
-            if self._masks is not None and self._table.waiting and not self._table.admitted:
+            if self._masks is not None and self._table.line and not self._table.admitted:
                 self._masks.wait_for_news(_COMPILING_SECONDS)
             return
         if isinstance(step.decision, Decode):
@@ -170,7 +170,7 @@ class Engine:
         if now - self._order_told < _ORDER_SECONDS:
             return
         self._order_told = now
-        order = self._table.waiting_order()
+        order = self._table.line.order()
         if order and order != self._order:
             self._unsent.append(WaitingOrder(order))
         self._order = order
@@ -270,7 +270,7 @@ class Engine:
         tokens = row.known_tokens[row.computed : row.computed + count]
         row.computed += count
         self._prefill_credit -= count
-        self._table.charge(row, 1)
+        self._table.line.charge(row, 1)
         self._queue.submit(Prefill(self.next_number, row.sequence, tokens), [row])
 
     def _overlapping_chunk(self, row: Running) -> int:
@@ -303,7 +303,7 @@ class Engine:
         sequences = [row.sequence for row in rows]
         for row in rows:
             row.computed = row.prefill_target
-            self._table.charge(row, 1)
+            self._table.line.charge(row, 1)
             self._table.prefilling.remove(row)
         self._table.batches[batch] += rows
         self._prefill_credit -= len(rows) * max(map(len, tokens))
@@ -335,7 +335,7 @@ class Engine:
         for row in rows:
             row.steps += 1
             row.computed += 1
-            self._table.charge(row, ANSWER_UNITS)
+            self._table.line.charge(row, ANSWER_UNITS)
             row.unannounced = ahead
         number = self.next_number
         self._last_started[batch] = number

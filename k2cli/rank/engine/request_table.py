@@ -8,11 +8,10 @@ to all ranks in order.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, FairQueue, Ticket
+from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, Ticket
 from k2cli.protocol import (
     CloseSequence,
     Decision,
@@ -29,7 +28,7 @@ from k2cli.protocol import (
 from k2cli.rank.engine.budget import (
     MAX_BATCH_ROWS,
     Budget,
-    choose_batch,
+    batches_with_room,
     used_tokens,
     worst_case_tokens,
 )
@@ -38,6 +37,7 @@ from k2cli.rank.engine.pausing import Claim, Room, choose_paused
 from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, Hit, PrefixDirectory, cache_tokens
 from k2cli.rank.engine.requests import Running, Waiting
 from k2cli.rank.engine.sampling import Sampler
+from k2cli.rank.engine.waiting_line import WaitingLine, is_short
 
 MAX_WAITING = 256
 """Requests of one key that wait; the connections of the guard bound those of all keys."""
@@ -86,8 +86,7 @@ class RequestTable:
         )
         self._prefixes = PrefixDirectory(whole_only=not plain_caches)
         self._next_sequence = 0
-        self._queue: FairQueue[Waiting] = FairQueue()
-        self._tickets: dict[str, Ticket[Waiting]] = {}
+        self.line = WaitingLine(self._prefixes)
         self._guest_batch = self._budget.batches if can_batch else None
         self.prefilling: list[Running] = []
         self.batches: dict[int, list[Running]] = {
@@ -99,17 +98,7 @@ class RequestTable:
     @property
     def empty(self) -> bool:
         """True if no request waits or runs."""
-        return not (self._tickets or self.prefilling or any(self.batches.values()))
-
-    @property
-    def waiting(self) -> list[Waiting]:
-        """The requests that wait, in order of arrival; paused ones included."""
-        return [ticket.item for ticket in self._tickets.values()]
-
-    def waiting_order(self) -> list[str]:
-        """Return the ids of the requests that have not begun, in the order of their admission."""
-        tickets = self._queue.in_order()
-        return [t.item.request.request_id for t in tickets if t.item.paused is None]
+        return not (self.line or self.prefilling or any(self.batches.values()))
 
     @property
     def admitted(self) -> list[Running]:
@@ -128,7 +117,7 @@ class RequestTable:
         elif worst > self._budget.tokens:
             error = f"the request may need {worst} tokens, the plan holds {self._budget.tokens}"
             self._tell(RequestFailed(request.request_id, error, "capacity"))
-        elif (waiting := self._queue.waiting_of(request.owner)) >= MAX_WAITING:
+        elif (waiting := self.line.count_of(request.owner)) >= MAX_WAITING:
             error = f"{waiting} requests are waiting, the queue holds {MAX_WAITING}"
             self._tell(RequestFailed(request.request_id, error, "capacity"))
         elif request.grammar is not None and self._masks is None:
@@ -138,17 +127,7 @@ class RequestTable:
             masked = None
             if request.grammar is not None and self._masks is not None:
                 masked = self._masks.open(request.grammar, request.stop_tokens)
-            self._join_queue(Waiting(request, time.monotonic(), masked))
-
-    def _join_queue(self, waiting: Waiting) -> None:
-        request, hit = waiting.request, None
-        if request.use_prefix_cache:
-            hit = self._prefixes.find(request.prompt, request.prefix_scope)
-        waiting.prefix = None if hit is None else hit.prefix
-        cached = 0 if hit is None else hit.tokens
-        self._tickets[request.request_id] = self._queue.join(
-            waiting, request.owner, request.prompt, request.max_tokens, cached
-        )
+            self.line.join(Waiting(request, time.monotonic(), masked))
 
     def cancel(self, request_id: str) -> None:
         """Mark a running request as cancelled, or remove it from the queue."""
@@ -156,14 +135,13 @@ class RequestTable:
             if row.request.request_id == request_id:
                 row.cancelled = True
                 return
-        ticket = self._tickets.get(request_id)
+        ticket = self.line.find(request_id)
         if ticket is not None:
             self._end_waiting(ticket, ticket.item.ended("cancelled"))
 
     def _end_waiting(self, ticket: Ticket[Waiting], report: RankMessage) -> None:
         waiting = ticket.item
-        del self._tickets[waiting.request.request_id]
-        self._queue.leave(ticket)
+        self.line.leave(ticket)
         self._close(waiting.masked)
         if waiting.paused is not None:
             waiting.paused.ended = True
@@ -181,7 +159,7 @@ class RequestTable:
 
     def end_masked(self) -> None:
         """End the requests whose grammars allow no more, or cannot be obeyed."""
-        for ticket in [t for t in self._tickets.values() if t.item.masked is not None]:
+        for ticket in [t for t in self.line.tickets if t.item.masked is not None]:
             waiting = ticket.item
             assert waiting.masked is not None
             problem = waiting.masked.problem
@@ -216,9 +194,7 @@ class RequestTable:
     def _admit_next(self, quiet: Collection[int]) -> bool:
         """Admit the first request that may start; return False if there is none."""
         blocked: list[Ticket[Waiting]] = []
-        for ticket in self._queue.in_order():
-            if not ticket.item.is_ready:
-                continue
+        for ticket in self.line.ready_in_order():
             if any(not _may_pass(ticket, other) for other in blocked):
                 return False
             room = self._place(ticket)
@@ -240,28 +216,17 @@ class RequestTable:
         worst = self._worst_cases(without)
         own = self._worst_case(ticket.item)
         kept = sum(cache_tokens(row.computed) for row in without)
-        kept += self._prefixes.tokens_of(self._wanted_prefixes() - {ticket.item.prefix})
+        kept += self._prefixes.tokens_of(self.line.wanted_prefixes() - {ticket.item.prefix})
         found = None
-        for batch in self._batches_for(ticket, worst, own):
+        guest = self._guest_batch if is_short(ticket) else None
+        usual = {batch: rows for batch, rows in worst.items() if batch != self._guest_batch}
+        for batch in batches_with_room(worst, usual.keys(), guest, own, self._budget):
             with_it = {**worst, batch: [*worst[batch], own]}
             room = Room(batch, keeps=used_tokens(with_it) + kept <= self._budget.tokens)
             if room.keeps:
                 return room
             found = found or room
         return found
-
-    def _batches_for(
-        self, ticket: Ticket[Waiting], worst: Mapping[int, Sequence[int]], own: int
-    ) -> Iterator[int]:
-        """Yield the batches in which a request has room, the best first."""
-        guest = self._guest_batch
-        for batches in (worst.keys() - {guest}, {guest} if _is_short(ticket) else ()):
-            allowed = {batch: worst[batch] for batch in batches if batch is not None}
-            others = used_tokens({b: rows for b, rows in worst.items() if b not in allowed})
-            budget = replace(self._budget, tokens=self._budget.tokens - others)
-            batch = choose_batch(allowed, own, budget)
-            if batch is not None:
-                yield batch
 
     def _worst_case(self, waiting: Waiting) -> int:
         request = waiting.request
@@ -273,8 +238,8 @@ class RequestTable:
         If one of their batches has a step in flight, note that it must have none, and return None.
         """
 
-        due = self._queue.due(ticket)
-        claim = Claim(ticket.owner, due, _is_short(ticket), self._queue.counter_of)
+        due = self.line.due(ticket)
+        claim = Claim(ticket.owner, due, is_short(ticket), self.line.counter_of)
         chosen = choose_paused(claim, self.admitted, lambda rows: self._place(ticket, rows))
         decoding = {row.batch for row in chosen if row not in self.prefilling}
         self.draining = {batch for batch in decoding if batch is not None and batch not in quiet}
@@ -294,9 +259,7 @@ class RequestTable:
         waiting = Waiting(row.request, row.queued_at, row.masked, row, prefix)
         self._leave(row, prefix)
         row.unannounced = False
-        row.ticket.item = waiting
-        self._tickets[row.request.request_id] = row.ticket
-        self._queue.rejoin(row.ticket, begun=row.units > 0)
+        self.line.rejoin(row, waiting)
         self._evict()
 
     def _forget_paused(self, waiting: Waiting) -> None:
@@ -305,8 +268,7 @@ class RequestTable:
         waiting.prefix = None
 
     def _start(self, ticket: Ticket[Waiting], batch: int) -> None:
-        del self._tickets[ticket.item.request.request_id]
-        self._queue.start(ticket)
+        self.line.start(ticket)
         row = self._open(ticket)
         row.batch = batch
         self.prefilling.append(row)
@@ -356,21 +318,14 @@ class RequestTable:
             waiting.since,
             time.monotonic(),
             waiting.masked,
-            is_short=_is_short(ticket),
+            is_short=is_short(ticket),
         )
 
     # --- running requests ------------------------------------------------------------------------
 
-    def charge(self, row: Running, units_per_token: int) -> None:
-        """Count the work up to ``row.computed``; what is computed again after a pause is free."""
-        units = max(0, row.computed - row.reached) * units_per_token
-        row.reached = max(row.reached, row.computed)
-        row.units += units
-        self._queue.charge(row.ticket, units)
-
     def in_turn(self) -> list[Running]:
         """Return the requests in prefill, the one first whose next chunk is to be computed."""
-        return sorted(self.prefilling, key=lambda row: self._queue.turn(row.ticket))
+        return sorted(self.prefilling, key=self.line.turn)
 
     def join(self, row: Running) -> None:
         """Make a request whose prompt is computed a row of its batch."""
@@ -429,7 +384,7 @@ class RequestTable:
         row.ended = True
         self._close(row.masked)
         self._leave(row, self._keep(row) if keep else None)
-        self._queue.end(row.ticket)
+        self.line.end(row)
         self._evict()
 
     def _leave(self, row: Running, keep_as: int | None) -> None:
@@ -464,14 +419,10 @@ class RequestTable:
         """
         used = used_tokens(self._worst_cases())
         while used + self._prefixes.tokens() > self._budget.tokens:
-            oldest = self._prefixes.oldest(self._wanted_prefixes())
+            oldest = self._prefixes.oldest(self.line.wanted_prefixes())
             if oldest is None:
                 return
             self._drop(oldest)
-
-    def _wanted_prefixes(self) -> set[int]:
-        found = (ticket.item.prefix for ticket in self._tickets.values())
-        return {prefix for prefix in found if prefix is not None}
 
     def _worst_cases(self, without: Collection[Running] = ()) -> dict[int, list[int]]:
         """Return the worst cases per batch; a sequence in prefill counts in its future batch."""
@@ -483,15 +434,11 @@ class RequestTable:
         return worst
 
 
-def _is_short(ticket: Ticket[Waiting]) -> bool:
-    return ticket.item.paused is None and ticket.cost <= SHORT_UNITS
-
-
 def _may_pass(ticket: Ticket[Waiting], blocked: Ticket[Waiting]) -> bool:
     """True if a request may start before one that is next but has no room."""
     passed = blocked.item.passed_units + ticket.cost
     most = MOST_UNITS if blocked.item.paused else max(blocked.cost, SHORT_UNITS)
-    return _is_short(ticket) and passed <= most
+    return is_short(ticket) and passed <= most
 
 
 def _private_scope(row: Running) -> str:

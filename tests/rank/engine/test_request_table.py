@@ -113,7 +113,7 @@ class Machine:
         for row in table.in_turn()[:1]:
             count = min(CHUNK, row.prefill_left)
             row.computed += count
-            table.charge(row, 1)
+            table.line.charge(row, 1)
             self.units += count
         for row in [row for row in table.prefilling if not row.prefill_left]:
             table.join(row)
@@ -126,7 +126,7 @@ class Machine:
     def _decode(self, row: Running) -> None:
         row.steps += 1
         row.computed += 1
-        self.table.charge(row, ANSWER_UNITS)
+        self.table.line.charge(row, ANSWER_UNITS)
         self.units += ANSWER_UNITS
         row.generated.append(len(row.generated))
         full = len(row.request.prompt) + len(row.generated) >= CONTEXT
@@ -201,7 +201,7 @@ def test_a_short_request_beside_64_clients_waits_for_no_answer(
         while name not in machine.ended:
             machine.step(always_quiet=True)
         waits.append(machine.ended[name] - began)
-        while len(machine.table.waiting) < 60:
+        while len(machine.table.line) < 60:
             machine.send("crowd", 300, 600)
     bound = (concurrency + 1) * (QUANTUM_UNITS + 2 * CHUNK) + SHORT_UNITS
     assert max(waits) <= bound, waits
@@ -230,7 +230,7 @@ def test_keys_get_equal_work_while_both_have_requests_waiting() -> None:
     few = [machine.send("few", 200, 300) for _ in range(16)]
     while len([name for name in few if name in machine.ended]) < 8:
         machine.step()
-    counters = [machine.table._queue.counter_of(owner) for owner in ("many", "few")]
+    counters = [machine.table.line.counter_of(owner) for owner in ("many", "few")]
     one = 200 + 300 * ANSWER_UNITS
     assert abs(counters[0] - counters[1]) <= 8 * one
     many = [name for name in machine.ended if name.startswith("many")]
