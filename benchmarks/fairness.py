@@ -33,8 +33,8 @@ from tests.support.rank_pool import free_ports
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PAGE = _ROOT / "docs/measurements/fairness.md"
-CLIENTS, CONCURRENCY, CONTEXT = 64, 8, 512
-PROMPT_TOKENS, ANSWER_TOKENS = 250, 240
+CLIENTS, CONCURRENCY, CONTEXT = 64, 8, 2048
+PROMPT_TOKENS, ANSWER_TOKENS = 40, 32
 PROBE_TOKENS = 20
 _START_SECONDS = 180.0
 _ANSWER_SECONDS = 600.0
@@ -49,8 +49,9 @@ used the cores too.
 
 ## One-token requests beside {clients} clients
 
-{clients} clients of one key ask for {answer} tokens after {prompt} tokens each, all the time, for {seconds:.0f} s. Beside them,
-clients of the same key and of another ask for one token after {probe} tokens, one after another. *Before* is the commit
+{clients} clients of one key ask all the time, for {seconds:.0f} s: prompts of {prompt} tokens, a limit of a whole context (so that
+{concurrency} of them fit at a time), and they leave after {answer} tokens. Beside them, clients of the same key and of another ask
+for one token after {probe} tokens, one after another. *Before* is the commit
 before the fair queue (first come, first served), *after* the one with it. Time to the whole answer, in seconds:
 
 | requests | before: number, median, longest | after: number, median, longest |
@@ -149,6 +150,7 @@ class Asking:
     answer_tokens: int
     pause_seconds: float = 0.0
     read_seconds: float = 0.0
+    leave_after: int = 0
 
 
 @asynccontextmanager
@@ -173,7 +175,7 @@ async def _ask(client: httpx.AsyncClient, asking: Asking, seed: int, seen: Seen)
         if response.status_code != 200:
             await response.aread()
             return float(response.headers.get("retry-after", 5))
-        whole = False
+        whole, pieces = False, 0
         async for line in response.aiter_lines():
             whole = whole or line == "data: [DONE]"
             if line.startswith("data: {") and '"error"' in line:
@@ -181,11 +183,15 @@ async def _ask(client: httpx.AsyncClient, asking: Asking, seed: int, seen: Seen)
             if line.startswith("data: {") and first is None:
                 first = time.monotonic() - began
                 seen.firsts.append((time.monotonic(), first))
+            pieces += line.startswith("data: {")
+            if asking.leave_after and pieces >= asking.leave_after:
+                whole = True
+                break
             if asking.read_seconds and line.startswith("data: {"):
                 await asyncio.sleep(asking.read_seconds)
     if whole:
         seen.wholes.append(time.monotonic() - began)
-        seen.tokens += asking.answer_tokens
+        seen.tokens += asking.leave_after or asking.answer_tokens
     else:
         seen.broken += 1
     return 0.0
@@ -227,7 +233,7 @@ async def _beside_a_crowd(run: Run, seconds: float) -> dict[str, Any]:
     await asyncio.sleep(6)
     crowd, same, other, seeds = Seen(), Seen(), Seen(), _seeds()
     until = time.monotonic() + seconds
-    asking = Asking(crowd_key, PROMPT_TOKENS, ANSWER_TOKENS)
+    asking = Asking(crowd_key, PROMPT_TOKENS, CONTEXT - PROMPT_TOKENS, leave_after=ANSWER_TOKENS)
     probes = [
         (Asking(key, PROBE_TOKENS, 1, pause_seconds=1.0), seen)
         for key, seen in ((crowd_key, same), (other_key, other))

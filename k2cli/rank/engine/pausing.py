@@ -9,8 +9,8 @@ is paused
 * for a request whose key has none running, after a longer time.
 
 Before it may be paused (again) it must have been computed for a while, and if its cache will have
-to be dropped, for as much as computing it again takes. So every request makes progress, and at most
-half of the work is done twice. One of which nothing is computed yet goes back to its
+to be dropped, for twice the work of computing it again. So every request makes progress, and at
+most a third of the work is done twice. One of which nothing is computed yet goes back to its
 place in the queue.
 """
 
@@ -27,6 +27,8 @@ QUANTUM_UNITS = 128
 
 TURN_UNITS = 1024
 """Work after which a request may be paused for one of a key that has none running."""
+
+_LOSS_FACTOR = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def choose_paused(
         room = room_without([row])
         if room is not None and room.keeps:
             return [row]
-        if room is not None and lossy is None and row.units >= row.computed:
+        if room is not None and lossy is None and _may_lose(row):
             lossy = [row]
     return lossy or _several(claim, allowed, counts, room_without)
 
@@ -91,13 +93,18 @@ def _several(
 ) -> list[Running]:
     chosen: list[Running] = []
     for row in rows:
-        if row.units < row.computed or not _may_pause(row, claim, counts):
+        if not _may_lose(row) or not _may_pause(row, claim, counts):
             continue
         chosen.append(row)
         counts[row.request.owner] -= 1
         if room_without(chosen) is not None:
             return chosen
     return []
+
+
+def _may_lose(row: Running) -> bool:
+    """True if its cache may be dropped: enough was done since it was computed last."""
+    return row.units >= _LOSS_FACTOR * row.computed
 
 
 def _may_pause(row: Running, claim: Claim, counts: Counter[str]) -> bool:
