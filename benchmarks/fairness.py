@@ -1,8 +1,8 @@
 """Waiting in the queue: one-token requests beside 64 clients, and three keys with different limits.
 
 ``python -m benchmarks.fairness --before FOLDER`` measures a run of two ranks on this machine and
-writes docs/measurements/fairness.md. FOLDER has the code of an earlier commit (``git archive``), with
-which the first measurement is done too. The model is the small toy of the benchmarks.
+writes docs/measurements/fairness.md. FOLDER has the code of an earlier commit (``git archive``),
+with which the first measurement is done too. The model is the small toy of the benchmarks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -42,37 +41,40 @@ _ANSWER_SECONDS = 600.0
 _PAGE_TEXT = """\
 # Waiting in the queue
 
-`python -m benchmarks.fairness` measures this and writes this page. **CPU toy**: the model is the small toy of the
-benchmarks on two ranks (pipeline over a ring, `--concurrency {concurrency} --context {context}`) of one machine, so the
-seconds say nothing about a Mac; compare the columns. {machine}. {versions}. Load average at the end: {load}; other work
-used the cores too.
+`python -m benchmarks.fairness` measures this and writes this page. **CPU toy**: the model is the
+small toy of the benchmarks on two ranks (a pipeline over a ring, `--concurrency {concurrency}
+--context {context}`) of one machine, so the seconds say nothing about a Mac; compare the columns.
+{machine}. {versions}. Load average at the end: {load}; other work used the cores too.
 
 ## One-token requests beside {clients} clients
 
-{clients} clients of one key ask all the time, for {seconds:.0f} s: prompts of {prompt} tokens, a limit of a whole context (so that
-{concurrency} of them fit at a time), and they leave after {answer} tokens. Beside them, clients of the same key and of another ask
-for one token after {probe} tokens, one after another. *Before* is the commit
-before the fair queue (first come, first served), *after* the one with it. Time to the whole answer, in seconds:
+{clients} clients of one key ask all the time, for {seconds:.0f} s: prompts of {prompt} tokens, a
+limit of a whole context (so that {concurrency} of them fit at a time), and they leave after
+{answer} tokens. Beside them, two clients of the same key and two of another ask for one token after
+{probe} tokens, one request after another. *Before* is the commit before the fair queue (first come,
+first served), *after* the one with it. Seconds to the whole answer:
 
-| requests | before: number, median, longest | after: number, median, longest |
+| one token for | before: number, median, longest | after: number, median, longest |
 | --- | --- | --- |
 {crowd}
 
-The clients' own answers: {rates}.
+The {clients} clients' own answers: {rates}.
 
 ## Three keys with different limits
 
-For {keys_seconds:.0f} s, each key has {key_clients} clients that ask for {key_answer} tokens after {key_prompt}. `slow` has no limits, and
-reads one piece of its streams every half second. `metered` has `--tokens-per-minute {per_minute}` and asks for more: its clients
-wait as long as `Retry-After` says. `revoked` has `--max-concurrent 2`, and is revoked after {revoked_at:.0f} s. Seconds to the first
-token, as the clients see them; *waiting* is the mean and the most of `k2_key_requests_waiting`, read once a second:
+For {keys_seconds:.0f} s, each key has {key_clients} clients that ask for {key_answer} tokens after
+{key_prompt}. `slow` has no limits, and reads one piece of its streams every half second. `metered`
+has `--tokens-per-minute {per_minute}` and asks for more: its clients wait as long as `Retry-After`
+says. `revoked` has `--max-concurrent 2`, and is revoked after {revoked_at:.0f} s. Seconds to the
+first token, as the clients see them; *waiting* is the mean and the most of
+`k2_key_requests_waiting`, read once a second:
 
-| key | answers | median | longest | 429 | 401 | ended by the revocation | waiting: mean, most |
+| key | answers | median | longest | 429 | 401 | broken off | waiting: mean, most |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |
 {keys}
 
-Answers to `slow` and `metered` before the revocation: median {before_revoked:.1f} s to the first token; after it: {after_revoked:.1f} s.
-Pauses of running requests: {pauses}.
+Median of `slow` and `metered` before the revocation: {before_revoked:.1f} s to the first token,
+after it: {after_revoked:.1f} s. Running requests were paused {pauses} times.
 """
 
 
@@ -136,7 +138,7 @@ class Seen:
     firsts: list[tuple[float, float]] = field(default_factory=list)
     wholes: list[float] = field(default_factory=list)
     tokens: int = 0
-    statuses: Counter[int] = field(default_factory=Counter)
+    statuses: dict[int, int] = field(default_factory=dict)
     broken: int = 0
     waiting: list[float] = field(default_factory=list)
 
@@ -171,7 +173,7 @@ async def _ask(client: httpx.AsyncClient, asking: Asking, seed: int, seen: Seen)
     headers = {"Authorization": f"Bearer {asking.key}"}
     began, first = time.monotonic(), None
     async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
-        seen.statuses[response.status_code] += 1
+        seen.statuses[response.status_code] = seen.statuses.get(response.status_code, 0) + 1
         if response.status_code != 200:
             await response.aread()
             return float(response.headers.get("retry-after", 5))

@@ -13,9 +13,7 @@ from k2cli.protocol import (
     Cancel,
     Finished,
     Generate,
-    PromptProgress,
     RequestFailed,
-    Tokens,
 )
 from k2cli.server.engine_client import (
     EngineEvent,
@@ -81,7 +79,7 @@ class EngineBridge:
         if self._state == "starting":
             self._state, self._cause = "ready", ""
 
-    def deliver(self, event: PromptProgress | Tokens | Finished | RequestFailed) -> None:
+    def deliver(self, event: EngineEvent) -> None:
         """Put an event into the queue of its request. Drop it if the client has left."""
         if (queue := self._open.get(event.request_id)) is not None:
             queue.put_nowait(event)

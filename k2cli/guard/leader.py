@@ -23,6 +23,7 @@ from k2cli.protocol import (
     LivenessMessage,
     LoadProgress,
     LogLine,
+    Paused,
     PromptProgress,
     RankFailed,
     RankMessage,
@@ -184,7 +185,7 @@ class LeaderGuard(Guard):
             case LoadProgress() | RankReady():
                 self._api.watch.note(message)
                 self.emit(message)
-            case PromptProgress() | Tokens() | Finished() | RequestFailed():
+            case PromptProgress() | Paused() | Tokens() | Finished() | RequestFailed():
                 self._api.bridge.deliver(message)
             case WaitingOrder(request_ids=request_ids):
                 self._api.bridge.waiting.note_order(request_ids)

@@ -11,6 +11,7 @@ from k2cli.protocol.requests import (
     Cancel,
     Finished,
     Generate,
+    Paused,
     PromptProgress,
     RequestFailed,
     Tokens,
@@ -59,6 +60,7 @@ RankMessage = (
     | ControlListening
     | EngineReady
     | PromptProgress
+    | Paused
     | Tokens
     | Finished
     | RequestFailed

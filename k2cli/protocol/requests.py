@@ -104,6 +104,12 @@ class Finished(Message, tag=True, frozen=True):
     paused_seconds: float = 0.0
 
 
+class Paused(Message, tag=True, frozen=True):
+    """A running request was stopped for another one, and will go on later."""
+
+    request_id: str
+
+
 class WaitingOrder(Message, tag=True, frozen=True):
     """The requests that wait in the engine, in the order in which they would start now."""
 

@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from k2cli.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
+from k2cli.protocol import Finished, Generate, Paused, PromptProgress, RequestFailed, Tokens
 
 EngineState = Literal["starting", "ready", "stopping", "failed"]
-EngineEvent = PromptProgress | Tokens | Finished | RequestFailed
+EngineEvent = PromptProgress | Paused | Tokens | Finished | RequestFailed
 
 
 class EngineUnavailable(Exception):

@@ -17,7 +17,7 @@ from typing import Literal
 
 from starlette.types import Receive
 
-from k2cli.protocol import Finished, PromptProgress, RequestFailed, Tokens
+from k2cli.protocol import Finished, Paused, PromptProgress, RequestFailed, Tokens
 from k2cli.server.engine_client import (
     EngineClient,
     EngineEvent,
@@ -79,6 +79,8 @@ class Generation:
             async for event in self._engine.submit(self.request.generate):
                 self._waiting.leave(self._id)
                 self.record.note_event(event)
+                if isinstance(event, Paused):
+                    continue  # its stream stands still
                 self._over = isinstance(event, Finished | RequestFailed)
                 self._queue.put_nowait(event)
             if not self._over:

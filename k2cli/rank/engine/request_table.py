@@ -21,6 +21,7 @@ from k2cli.protocol import (
     JoinBatch,
     LeaveBatch,
     OpenSequence,
+    Paused,
     PromptProgress,
     RankMessage,
     RequestFailed,
@@ -260,6 +261,7 @@ class RequestTable:
         self._leave(row, prefix)
         row.unannounced = False
         self.line.rejoin(row, waiting)
+        self._tell(Paused(row.request.request_id))
         self._evict()
 
     def _forget_paused(self, waiting: Waiting) -> None:
