@@ -62,12 +62,13 @@ The {clients} clients' own answers: {rates}.
 
 ## Three keys with different limits
 
-For {keys_seconds:.0f} s, each key has {key_clients} clients that ask for {key_answer} tokens after
-{key_prompt}. `slow` has no limits, and reads one piece of its streams every half second. `metered`
-has `--tokens-per-minute {per_minute}` and asks for more: its clients wait as long as `Retry-After`
-says. `revoked` has `--max-concurrent 2`, and is revoked after {revoked_at:.0f} s. Seconds to the
-first token, as the clients see them; *waiting* is the mean and the most of
-`k2_key_requests_waiting`, read once a second:
+For {keys_seconds:.0f} s, each key has {key_clients} clients like those above: prompts of
+{key_prompt} tokens, a limit of a whole context, and they leave after {key_answer} tokens. `slow`
+has no limits, and reads one piece of its streams every half second, so that its requests run for
+long. `metered` has `--tokens-per-minute {per_minute}` and asks for more: its clients wait as long
+as `Retry-After` says. `revoked` has `--max-concurrent 2`, and is revoked after
+{revoked_at:.0f} s. Seconds to the first token, as the clients see them; *waiting* is the mean and
+the most of `k2_key_requests_waiting`, read once a second:
 
 | key | answers | median | longest | 429 | 401 | broken off | waiting: mean, most |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |
@@ -274,7 +275,7 @@ async def _metrics(client: httpx.AsyncClient, run: Run) -> dict[tuple[str, str],
 
 # --- three keys ----------------------------------------------------------------------------------
 
-KEY_CLIENTS, KEY_PROMPT, KEY_ANSWER, PER_MINUTE = 12, 120, 100, 3000
+KEY_CLIENTS, KEY_PROMPT, KEY_ANSWER, PER_MINUTE = 12, 40, 32, 1500
 
 
 async def _three_keys(run: Run, seconds: float) -> dict[str, Any]:
@@ -303,7 +304,13 @@ async def _three_keys(run: Run, seconds: float) -> dict[str, Any]:
         clients = [
             _client(
                 client,
-                Asking(key, KEY_PROMPT, KEY_ANSWER, read_seconds=0.5 if name == "slow" else 0.0),
+                Asking(
+                    key,
+                    KEY_PROMPT,
+                    CONTEXT - KEY_PROMPT,
+                    read_seconds=0.5 if name == "slow" else 0.0,
+                    leave_after=KEY_ANSWER,
+                ),
                 seeds,
                 seen[name],
                 until,
@@ -357,8 +364,8 @@ def page(found: dict[str, Any]) -> str:
         versions=f"Python {machine['python']}, {versions}",
         load=f"{machine['load_average'][0]:.1f}",
         crowd="\n".join(
-            f"| one token, {text} | {_three(before[name])} | {_three(after[name])} |"
-            for name, text in (("same", "same key"), ("other", "another key"))
+            f"| {text} | {_three(before[name])} | {_three(after[name])} |"
+            for name, text in (("same", "the same key"), ("other", "another key"))
         ),
         rates=(
             f"before {before['answers']} ({before['rate']:.0f} tokens per second), "

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from k2cli.server.metrics.activity import Activity
 from k2cli.server.engine_client import RequestQueue
+from k2cli.server.metrics.activity import Activity
 from k2cli.server.metrics.run_view import RunSource
 from k2cli.server.served_model import ServedModel
 from tests.server.requests import SERVED

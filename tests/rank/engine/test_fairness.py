@@ -14,7 +14,7 @@ from tests.support.rank_pool import RankPool, assignments, running
 pytestmark = pytest.mark.ranks
 
 CONTEXT = 512
-ANSWER = 150
+ANSWER = 100
 
 
 def _prompt(length: int, seed: int) -> list[int]:

@@ -156,7 +156,7 @@ class Machine:
             assert self.units < limit, "starved"
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 8]), st.sampled_from([1, 2]))
 def test_every_request_ends_whatever_comes_and_memory_never_overflows(
     seed: int, concurrency: int, batches: int
@@ -207,11 +207,11 @@ def test_a_short_request_beside_64_clients_waits_for_no_answer(
     assert max(waits) <= bound, waits
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("concurrency", [1, 3])
 def test_a_flood_of_short_requests_does_not_starve_a_long_one(concurrency: int) -> None:
     """A long answer makes progress beside 20 clients of its own key and 20 of another."""
     machine = Machine(5, concurrency)
-    long = machine.send("own", 600, 400)
+    long = machine.send("own", 500, 200)
     machine.step()
     short: list[str] = []
     while long not in machine.ended:
@@ -220,7 +220,7 @@ def test_a_flood_of_short_requests_does_not_starve_a_long_one(concurrency: int) 
             short.append(machine.send(("own", "other")[len(short) % 2], 30, 4))
         machine.step()
         # Of 41 conversations and two keys, its fair share of the work is at least one in 41.
-        assert machine.units < 41 * (600 + 400 * ANSWER_UNITS) * 1.5, "starved"
+        assert machine.units < 41 * (500 + 200 * ANSWER_UNITS) * 1.5, "starved"
 
 
 def test_keys_get_equal_work_while_both_have_requests_waiting() -> None:
