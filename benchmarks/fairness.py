@@ -44,15 +44,17 @@ _PAGE_TEXT = """\
 `python -m benchmarks.fairness` measures this and writes this page. **CPU toy**: the model is the
 small toy of the benchmarks on two ranks (a pipeline over a ring, `--concurrency {concurrency}
 --context {context}`) of one machine, so the seconds say nothing about a Mac; compare the columns.
-{machine}. {versions}. Load average at the end: {load}; other work used the cores too.
+
+{machine}.
+{versions}. Load average at the end: {load}; other work used the cores too.
 
 ## One-token requests beside {clients} clients
 
-{clients} clients of one key ask all the time, for {seconds:.0f} s: prompts of {prompt} tokens, a
-limit of a whole context (so that {concurrency} of them fit at a time), and they leave after
-{answer} tokens. Beside them, two clients of the same key and two of another ask for one token after
-{probe} tokens, one request after another. *Before* is the commit before the fair queue (first come,
-first served), *after* the one with it. Seconds to the whole answer:
+{clients} clients of one key ask all the time, for {before_seconds:.0f} s (before) and
+{seconds:.0f} s (after): prompts of {prompt} tokens, a limit of a whole context (so that
+{concurrency} of them fit at a time), and they leave after {answer} tokens. Beside them, two clients
+of the same key and two of another ask for one token after {probe} tokens, one request after
+another. *Before* is the commit before the fair queue (first come, first served), *after* the one with it. Seconds to the whole answer:
 
 | one token for | before: number, median, longest | after: number, median, longest |
 | --- | --- | --- |
