@@ -54,7 +54,8 @@ small toy of the benchmarks on two ranks (a pipeline over a ring, `--concurrency
 {seconds:.0f} s (after): prompts of {prompt} tokens, a limit of a whole context (so that
 {concurrency} of them fit at a time), and they leave after {answer} tokens. Beside them, two clients
 of the same key and two of another ask for one token after {probe} tokens, one request after
-another. *Before* is the commit before the fair queue (first come, first served), *after* the one with it. Seconds to the whole answer:
+another. *Before* is the commit before the fair queue (first come, first served), *after* the one
+with it. Seconds to the whole answer:
 
 | one token for | before: number, median, longest | after: number, median, longest |
 | --- | --- | --- |
@@ -361,7 +362,7 @@ def page(found: dict[str, Any]) -> str:
     firsts = [tuple(pair) for name in ("slow", "metered") for pair in keys["keys"][name]["firsts"]]
     return _PAGE_TEXT.format(
         concurrency=CONCURRENCY, context=CONTEXT, clients=CLIENTS, answer=ANSWER_TOKENS,
-        prompt=PROMPT_TOKENS, probe=PROBE_TOKENS, seconds=after["seconds"],
+        prompt=PROMPT_TOKENS, probe=PROBE_TOKENS, seconds=after["seconds"], before_seconds=before["seconds"],
         machine=f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}",
         versions=f"Python {machine['python']}, {versions}",
         load=f"{machine['load_average'][0]:.1f}",
