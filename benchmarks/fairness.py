@@ -362,7 +362,8 @@ def page(found: dict[str, Any]) -> str:
     firsts = [tuple(pair) for name in ("slow", "metered") for pair in keys["keys"][name]["firsts"]]
     return _PAGE_TEXT.format(
         concurrency=CONCURRENCY, context=CONTEXT, clients=CLIENTS, answer=ANSWER_TOKENS,
-        prompt=PROMPT_TOKENS, probe=PROBE_TOKENS, seconds=after["seconds"], before_seconds=before["seconds"],
+        prompt=PROMPT_TOKENS, probe=PROBE_TOKENS, seconds=after["seconds"],
+        before_seconds=before["seconds"],
         machine=f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}",
         versions=f"Python {machine['python']}, {versions}",
         load=f"{machine['load_average'][0]:.1f}",
