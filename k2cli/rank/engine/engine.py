@@ -167,13 +167,12 @@ class Engine:
     def _tell_order(self) -> None:
         """Tell the guard in which order the waiting requests would start, if that has changed."""
         now = time.monotonic()
-        if now - self._order_told < _ORDER_SECONDS:
+        if not self._table.line or now - self._order_told < _ORDER_SECONDS:
             return
-        self._order_told = now
         order = self._table.line.order()
         if order and order != self._order:
+            self._order, self._order_told = order, now
             self._unsent.append(WaitingOrder(order))
-        self._order = order
 
     def _send_all(self) -> None:
         """Send all pending messages to the guard at once, so that it wakes up only once."""
