@@ -7,6 +7,9 @@ computed. So the balance may go below zero, by what the requests of that moment 
 nothing is let in until the minutes have made up for it. Tokens that came from a cache are free.
 Reserving the most that a request may need would instead refuse agents, whose prompts are nearly all
 cached and whose limit for the answer is a constant far above what they use.
+
+Requests of a key that wait here are in the same fair order of its conversations as those that wait
+in the engine.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from k2cli.fair_queue import ANSWER_UNITS, FairQueue, Ticket
 from k2cli.protocol import KeyLimits
 
 MAX_QUEUED = 256
@@ -62,6 +65,10 @@ class TokenBucket:
         return max(0.0, (level - self.level) / self._rate)
 
 
+Turn = Ticket[asyncio.Future[None] | None]
+"""The place of a request among those of its client."""
+
+
 class LimitReached(Exception):
     """Error for a request that is beyond a limit; the message is for the client."""
 
@@ -84,7 +91,7 @@ class Usage:
         self.running = 0
         """Requests that the engine has, at most ``max_concurrent``."""
         self._reserved_tokens = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._queue: FairQueue[asyncio.Future[None] | None] = FairQueue()
         self._bucket: TokenBucket | None = None
         self.limits = KeyLimits()
         self.set_limits(limits)
@@ -100,30 +107,39 @@ class Usage:
     @property
     def waiting(self) -> int:
         """Requests that wait until one of the client's own ends."""
-        return len(self._waiting)
+        return len(self._queue)
 
-    def admit(self, prompt_tokens: int) -> Admission:
+    def admit(
+        self, prompt_tokens: int, prompt: Sequence[int] = (), max_tokens: int = 1
+    ) -> Admission:
         """Let a request in: it may start, or waits for another one of the client.
+
+        Args:
+            prompt_tokens: length of the prompt.
+            prompt: its tokens, by which conversations are told apart.
+            max_tokens: limit of the answer; short requests pass others.
 
         Raises:
             LimitReached: if it is beyond a limit.
         """
         self._check_tokens()
         most = self.limits.max_concurrent
-        if most is None or (self.running < most and not self._waiting):
+        if most is None or (self.running < most and not self.waiting):
             self.running += 1
-            return Admission(self, prompt_tokens, None)
+            ticket = self._queue.join(None, "", prompt, max_tokens)
+            self._queue.start(ticket)
+            return Admission(self, prompt_tokens, ticket)
         queued = self.limits.max_queued
         places = MAX_QUEUED if queued is None else queued
-        if len(self._waiting) >= places:
+        if self.waiting >= places:
             raise LimitReached(
-                f"requests of this key: {self.running} running and {len(self._waiting)} waiting; "
+                f"requests of this key: {self.running} running and {self.waiting} waiting; "
                 f"it may have {most} and {places}",
                 CONCURRENCY_RETRY_SECONDS,
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        return Admission(self, prompt_tokens, turn)
+        ticket = self._queue.join(turn, "", prompt, max_tokens)
+        return Admission(self, prompt_tokens, ticket)
 
     def _check_tokens(self) -> None:
         bucket = self._bucket
@@ -167,23 +183,32 @@ class Usage:
         if self._bucket is not None:
             self._bucket.take(tokens)
 
-    def pass_on(self) -> None:
-        """Give the place of a request that has ended to the one that waits longest."""
+    def charge(self, ticket: Turn, units: int) -> None:
+        """Count work for a request, for the order of those that wait."""
+        self._queue.charge(ticket, units)
+
+    def pass_on(self, ticket: Turn) -> None:
+        """Give the place of a request that has ended to the next one."""
+        self._queue.end(ticket)
         self.running -= 1
         self._start_waiting()
 
     def _start_waiting(self) -> None:
         most = self.limits.max_concurrent
-        while self._waiting and (most is None or self.running < most):
-            turn = self._waiting.popleft()
-            if not turn.done():
-                self.running += 1
-                turn.set_result(None)
+        while len(self._queue) and (most is None or self.running < most):
+            ticket = next(self._queue.in_order())
+            turn = ticket.item
+            if turn is None or turn.done():
+                self._queue.leave(ticket)
+                continue
+            self._queue.start(ticket)
+            self.running += 1
+            turn.set_result(None)
 
-    def leave(self, turn: asyncio.Future[None]) -> None:
-        """Remove a request that waits."""
-        if turn in self._waiting:
-            self._waiting.remove(turn)
+    def leave(self, ticket: Turn) -> None:
+        """Remove a request that waits. Idempotent."""
+        if ticket in self._queue:
+            self._queue.leave(ticket)
 
 
 class Admission:
@@ -192,12 +217,14 @@ class Admission:
     Args:
         usage: of the client.
         prompt_tokens: length of the prompt.
-        turn: done when a request that has to wait may start; None if it may at once.
+        ticket: its place. The item is done when a request that has to wait may start, and None for
+            one that may at once.
     """
 
-    def __init__(self, usage: Usage, prompt_tokens: int, turn: asyncio.Future[None] | None) -> None:
+    def __init__(self, usage: Usage, prompt_tokens: int, ticket: Turn) -> None:
         self._usage = usage
-        self._turn = turn
+        self._ticket = ticket
+        self._turn = ticket.item
         self._prompt_tokens = prompt_tokens
         self._reserved_tokens = 0
         self._charged_tokens = 0
@@ -227,7 +254,7 @@ class Admission:
     def generated(self, tokens: int) -> None:
         """Count tokens of the answer; the prompt is computed then."""
         self._reserve(0)
-        self._charge(tokens)
+        self._charge(tokens, ANSWER_UNITS)
 
     def finished(self, computed_tokens: int) -> None:
         """Correct the count to what the engine reports at the end."""
@@ -237,9 +264,11 @@ class Admission:
         self._usage.reserve(tokens - self._reserved_tokens)
         self._reserved_tokens = tokens
 
-    def _charge(self, tokens: int) -> None:
+    def _charge(self, tokens: int, units_per_token: int = 1) -> None:
         self._charged_tokens += tokens
         self._usage.spend(tokens)
+        if self._is_open and not self.waits:
+            self._usage.charge(self._ticket, tokens * units_per_token)
 
     def close(self) -> None:
         """Give the place to the next request. Idempotent."""
@@ -248,8 +277,8 @@ class Admission:
         self._is_open = False
         self._reserve(0)
         if self._turn is None or (self._turn.done() and not self._turn.cancelled()):
-            self._usage.pass_on()
+            self._usage.pass_on(self._ticket)
         else:
-            self._usage.leave(self._turn)
+            self._usage.leave(self._ticket)
             if not self._turn.done():
                 self._turn.set_result(None)  # whoever waits for it sees that it was closed

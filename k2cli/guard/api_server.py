@@ -197,7 +197,7 @@ def _build_server(
     chosen = output_format_of(tokenizer, endpoint.tool_parser, endpoint.reasoning_parser)
     served = replace(_served_model(bootstrap), output_format=chosen)
     activity = Activity(log_access)
-    app = create_app(bridge, tokenizer, served, reader, activity, watch, keys)
+    app = create_app(bridge, tokenizer, served, reader, activity, watch, keys, bridge.waiting)
     limits = ConnectionLimits.for_files(raise_file_limit())
 
     def connection(**named: Any) -> asyncio.Protocol:

@@ -13,11 +13,14 @@ from k2cli.protocol import (
     Cancel,
     Finished,
     Generate,
-    PromptProgress,
     RequestFailed,
-    Tokens,
 )
-from k2cli.server.engine_client import EngineEvent, EngineState, EngineUnavailable
+from k2cli.server.engine_client import (
+    EngineEvent,
+    EngineState,
+    EngineUnavailable,
+    RequestQueue,
+)
 
 
 class EngineBridge:
@@ -33,6 +36,8 @@ class EngineBridge:
         self._cause = "the model is still loading"
         # None in a queue means that the engine has ended.
         self._open: dict[str, asyncio.Queue[EngineEvent | None]] = {}
+        self.waiting = RequestQueue()
+        """The requests that the engine has not started, in its order."""
 
     @property
     def state(self) -> EngineState:
@@ -74,7 +79,7 @@ class EngineBridge:
         if self._state == "starting":
             self._state, self._cause = "ready", ""
 
-    def deliver(self, event: PromptProgress | Tokens | Finished | RequestFailed) -> None:
+    def deliver(self, event: EngineEvent) -> None:
         """Put an event into the queue of its request. Drop it if the client has left."""
         if (queue := self._open.get(event.request_id)) is not None:
             queue.put_nowait(event)

@@ -24,6 +24,7 @@ from k2cli.protocol import (
     LivenessMessage,
     LoadProgress,
     LogLine,
+    Paused,
     PromptProgress,
     RankFailed,
     RankMessage,
@@ -35,6 +36,7 @@ from k2cli.protocol import (
     RunReady,
     StopRun,
     Tokens,
+    WaitingOrder,
 )
 
 _FOLLOWERS_END_SECONDS = 3.0
@@ -184,8 +186,10 @@ class LeaderGuard(Guard):
             case LoadProgress() | RankReady():
                 self._api.watch.note(message)
                 self.emit(message)
-            case PromptProgress() | Tokens() | Finished() | RequestFailed():
+            case PromptProgress() | Paused() | Tokens() | Finished() | RequestFailed():
                 self._api.bridge.deliver(message)
+            case WaitingOrder(request_ids=request_ids):
+                self._api.bridge.waiting.note_order(request_ids)
             case ControlListening(port=port):
                 self._liveness.broadcast(ControlEndpoint(self.bootstrap.liveness_host, port))
             case KvCacheUse():

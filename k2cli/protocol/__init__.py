@@ -73,11 +73,13 @@ from k2cli.protocol.requests import (
     FinishReason,
     Generate,
     Grammar,
+    Paused,
     PromptProgress,
     RequestFailed,
     Sampling,
     TokenLogprob,
     Tokens,
+    WaitingOrder,
 )
 from k2cli.protocol.supervisor import (
     GuardStarted,
@@ -132,6 +134,7 @@ __all__ = [
     "NamedKeys",
     "NextAttempt",
     "OpenSequence",
+    "Paused",
     "PlannedRank",
     "PlannedRun",
     "Prefill",
@@ -158,6 +161,7 @@ __all__ = [
     "TlsCertificate",
     "TokenLogprob",
     "Tokens",
+    "WaitingOrder",
     "Warm",
     "WarmUp",
 ]

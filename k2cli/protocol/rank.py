@@ -11,9 +11,11 @@ from k2cli.protocol.requests import (
     Cancel,
     Finished,
     Generate,
+    Paused,
     PromptProgress,
     RequestFailed,
     Tokens,
+    WaitingOrder,
 )
 from k2cli.protocol.supervisor import LoadProgress, RankReady
 
@@ -71,9 +73,11 @@ RankMessage = (
     | ControlListening
     | EngineReady
     | PromptProgress
+    | Paused
     | Tokens
     | Finished
     | RequestFailed
     | KvCacheUse
+    | WaitingOrder
     | Fatal
 )

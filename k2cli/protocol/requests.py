@@ -86,7 +86,11 @@ class Tokens(Message, tag=True, frozen=True):
 
 
 class Finished(Message, tag=True, frozen=True):
-    """Result of a completed request. Prefill seconds include the first token."""
+    """Result of a completed request. Prefill seconds include the first token.
+
+    ``pauses`` counts how often it was stopped for another request and continued; the seconds of
+    that are ``paused_seconds``, and are also part of those of prefill or decode.
+    """
 
     request_id: str
     reason: FinishReason
@@ -96,6 +100,20 @@ class Finished(Message, tag=True, frozen=True):
     queue_seconds: float
     prefill_seconds: float
     decode_seconds: float
+    pauses: int = 0
+    paused_seconds: float = 0.0
+
+
+class Paused(Message, tag=True, frozen=True):
+    """A running request was stopped for another one, and will go on later."""
+
+    request_id: str
+
+
+class WaitingOrder(Message, tag=True, frozen=True):
+    """The requests that wait in the engine, in the order in which they would start now."""
+
+    request_ids: list[str]
 
 
 class RequestFailed(Message, tag=True, frozen=True):

@@ -39,7 +39,7 @@ def key_revoked() -> ApiError:
     return ApiError(401, "this API key was revoked", code="invalid_api_key")
 
 
-def admit(request: Request, prompt_tokens: int) -> Admission:
+def admit(request: Request, generate: Generate) -> Admission:
     """Let a request in by the limits of its client.
 
     Raises:
@@ -49,7 +49,8 @@ def admit(request: Request, prompt_tokens: int) -> Admission:
     if client.is_revoked:
         raise key_revoked()
     try:
-        return client.usage.admit(prompt_tokens)
+        prompt = generate.prompt
+        return client.usage.admit(len(prompt), prompt, generate.max_tokens)
     except LimitReached as error:
         raise ApiError(
             429,

@@ -18,7 +18,7 @@ from k2cli.access.key_ring import KeyRing
 from k2cli.server.auth import AccessControl
 from k2cli.server.context import ServerContext
 from k2cli.server.dialects.error_responses import RequestIds, install_error_handlers
-from k2cli.server.engine_client import EngineClient
+from k2cli.server.engine_client import EngineClient, RequestQueue
 from k2cli.server.engine_request import ServerTokenizer
 from k2cli.server.metrics.activity import Activity, RecordRequests
 from k2cli.server.metrics.run_view import RunSource, UnwatchedRun
@@ -67,6 +67,7 @@ def create_app(
     activity: Activity | None = None,
     run: RunSource | None = None,
     keys: KeyRing | None = None,
+    waiting: RequestQueue | None = None,
 ) -> Starlette:
     """Build the application.
 
@@ -78,6 +79,7 @@ def create_app(
         activity: records the requests; None for one of its own, which logs nothing.
         run: describes the run and its ranks; None if only the engine's state is known.
         keys: those that requests may be sent with; None for the API key of ``served`` alone.
+        waiting: the requests that the engine has not started; None for a queue of its own.
     """
     activity = activity if activity is not None else Activity()
     ring = keys if keys is not None else KeyRing(served.api_key)
@@ -108,6 +110,7 @@ def create_app(
     app = Starlette(routes=_ROUTES, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False
     source = run if run is not None else UnwatchedRun(engine)
-    app.state.context = ServerContext(engine, tokenizer, served, reader, activity, source)
+    queue = waiting if waiting is not None else RequestQueue()
+    app.state.context = ServerContext(engine, tokenizer, served, reader, activity, source, queue)
     install_error_handlers(app)
     return app

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
-from k2cli.server.engine_client import EngineClient
+from k2cli.server.engine_client import EngineClient, RequestQueue
 from k2cli.server.engine_request import ServerTokenizer
 from k2cli.server.errors import unavailable
-from k2cli.server.generation import RequestQueue
 from k2cli.server.metrics.activity import Activity
 from k2cli.server.metrics.run_view import RunSource
 from k2cli.server.reader_queues import RequestReader

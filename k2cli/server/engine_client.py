@@ -7,13 +7,14 @@ raises ``EngineUnavailable`` in every open iterator when the run ends.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from k2cli.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
+from k2cli.protocol import Finished, Generate, Paused, PromptProgress, RequestFailed, Tokens
 
 EngineState = Literal["starting", "ready", "stopping", "failed"]
-EngineEvent = PromptProgress | Tokens | Finished | RequestFailed
+EngineEvent = PromptProgress | Paused | Tokens | Finished | RequestFailed
 
 
 class EngineUnavailable(Exception):
@@ -26,6 +27,41 @@ class EngineUnavailable(Exception):
     def __init__(self, cause: str) -> None:
         super().__init__(cause)
         self.cause = cause
+
+
+@dataclass(slots=True)
+class RequestQueue:
+    """The requests that the engine has not started, in the order in which it would start them.
+
+    The engine tells its order about twice a second. Requests of which it has told nothing yet, and
+    those that it has not got because of a limit of their key, come after the others as they came.
+    A request that comes later may be first: positions can rise.
+    """
+
+    _requests: dict[str, None] = field(default_factory=dict)
+    _order: dict[str, int] = field(default_factory=dict)
+
+    def join(self, request_id: str) -> None:
+        """Add a request at the end."""
+        self._requests[request_id] = None
+
+    def leave(self, request_id: str) -> None:
+        """Remove a request that the engine has started or that has ended."""
+        self._requests.pop(request_id, None)
+
+    def note_order(self, request_ids: Sequence[str]) -> None:
+        """Record the order in which the engine would start requests."""
+        self._order = {request_id: index for index, request_id in enumerate(request_ids)}
+
+    def position(self, request_id: str) -> int | None:
+        """Return 1 for the next request, None for a request that is not waiting."""
+        return self.positions().get(request_id) if request_id in self._requests else None
+
+    def positions(self) -> dict[str, int]:
+        """Return the positions of all requests that wait, by their ids."""
+        last = len(self._order)
+        ordered = sorted(self._requests, key=lambda request_id: self._order.get(request_id, last))
+        return {request_id: index for index, request_id in enumerate(ordered, start=1)}
 
 
 class EngineClient(Protocol):

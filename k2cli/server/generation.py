@@ -12,13 +12,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from starlette.types import Receive
 
-from k2cli.protocol import Finished, PromptProgress, RequestFailed, Tokens
-from k2cli.server.engine_client import EngineClient, EngineEvent, EngineUnavailable
+from k2cli.protocol import Finished, Paused, PromptProgress, RequestFailed, Tokens
+from k2cli.server.engine_client import (
+    EngineClient,
+    EngineEvent,
+    EngineUnavailable,
+    RequestQueue,
+)
 from k2cli.server.engine_request import EngineRequest
 from k2cli.server.errors import ApiError, engine_failure, unavailable
 from k2cli.server.metrics.request_record import RequestRecord
@@ -33,32 +38,6 @@ FINISHED_SECONDS = 5.0
 
 class ClientGone(Exception):
     """Error raised when the client has closed the connection."""
-
-
-@dataclass(slots=True)
-class RequestQueue:
-    """The requests that the engine has not started, oldest first."""
-
-    _requests: dict[str, None] = field(default_factory=dict)
-
-    def join(self, request_id: str) -> None:
-        """Add a request at the end."""
-        self._requests[request_id] = None
-
-    def leave(self, request_id: str) -> None:
-        """Remove a request that the engine has started or that has ended."""
-        self._requests.pop(request_id, None)
-
-    def position(self, request_id: str) -> int | None:
-        """Return 1 for the next request, None for a request that is not waiting."""
-        for index, waiting in enumerate(self._requests, start=1):
-            if waiting == request_id:
-                return index
-        return None
-
-    def positions(self) -> dict[str, int]:
-        """Return the positions of all requests that wait, by their ids."""
-        return {request_id: index for index, request_id in enumerate(self._requests, start=1)}
 
 
 class Generation:
@@ -100,6 +79,8 @@ class Generation:
             async for event in self._engine.submit(self.request.generate):
                 self._waiting.leave(self._id)
                 self.record.note_event(event)
+                if isinstance(event, Paused):
+                    continue  # its stream stands still
                 self._over = isinstance(event, Finished | RequestFailed)
                 self._queue.put_nowait(event)
             if not self._over:

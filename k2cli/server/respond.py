@@ -81,7 +81,7 @@ def _admitted(
         ApiError: 429 beyond a limit.
     """
     client = client_of(request.scope)
-    admission = admit(request, len(engine_request.generate.prompt))
+    admission = admit(request, engine_request.generate)
 
     def close() -> None:
         client.forget(admission)

@@ -135,3 +135,22 @@ def test_a_client_without_limits_has_no_headers() -> None:
     for _ in range(1000):
         assert not usage.admit(10**6).waits
     assert usage.headers() == {}
+
+
+async def test_a_short_request_passes_others_of_its_key_and_a_follow_up_does_not() -> None:
+    usage = Usage(KeyLimits(max_concurrent=1))
+    running = usage.admit(3, [1, 2, 3], 900)
+    long = [usage.admit(60, [number, *range(100, 159)], 900) for number in range(3)]
+    follow_up = usage.admit(90, [1, *range(100, 189)], 1)
+    short = usage.admit(5, [7, 7, 7, 7, 7], 1)
+    running.close()
+    order = []
+    for _ in range(5):
+        (started,) = [a for a in (*long, follow_up, short) if not a.waits and not a.is_closed]
+        order.append(started)
+        started.prompt_computed(60, 0)
+        started.generated(200)
+        started.close()
+    assert order[0] is short
+    assert order.index(follow_up) > order.index(long[1])
+    assert (usage.running, usage.waiting) == (0, 0)

@@ -20,7 +20,7 @@ from k2cli.access.key_ring import KeyRing
 from k2cli.errors import K2Error
 from k2cli.protocol import Finished, Generate, PromptProgress, RequestFailed, Tokens
 from k2cli.server.app import create_app
-from k2cli.server.engine_client import EngineEvent, EngineState, EngineUnavailable
+from k2cli.server.engine_client import EngineEvent, EngineState, EngineUnavailable, RequestQueue
 from k2cli.server.metrics.activity import Activity
 from k2cli.server.metrics.run_view import RunSource
 from k2cli.server.read_request import (
@@ -201,12 +201,13 @@ def serving(
     run: RunSource | None = None,
     keys: KeyRing | None = None,
     port: int = 0,
+    waiting: RequestQueue | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """Run a real server in a thread; yields its base URL without ``/v1``."""
     tokenizer = tokenizer or LetterTokenizer()
     reader = reader or InlineReader(tokenizer, served)
-    app = create_app(engine, tokenizer, served, reader, activity, run, keys)
+    app = create_app(engine, tokenizer, served, reader, activity, run, keys, waiting)
     listener = socket.create_server(("127.0.0.1", port))
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, **options)
     server = uvicorn.Server(config)

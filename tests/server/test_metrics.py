@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 
-from k2cli.protocol import PromptProgress, RequestFailed, Tokens
+from k2cli.protocol import Paused, PromptProgress, RequestFailed, Tokens
 from k2cli.server.metrics.exposition import RunCollector
 from k2cli.server.metrics.run_view import RankView, RunView
 from k2cli.server.metrics.snapshot import Snapshot
@@ -240,3 +240,22 @@ def test_histograms_and_rates() -> None:
     assert rate.per_second(100.0) == 30.0
     assert len(rate._counts) <= 7
     assert rate.per_second(200.0) == 0.0
+
+
+def test_what_waits_and_what_was_paused_is_shown_by_key(server: WatchedServer) -> None:
+    for number, key in enumerate(("alice", "alice", "bob")):
+        record = server.activity.begin("chat", f"id{number}")
+        record.key = key
+        record.note_submitted(f"e{number}", 5)
+        record.queued_at = record.began - 10 * (number + 1)
+    record.note_event(PromptProgress("e2", 1, 5))
+    record.note_event(Paused("e2"))
+    assert record.stage == "prefill"
+    found = samples_of(server.get("/metrics").text)
+    waiting = {key: total(found, "k2_key_requests_waiting", key=key) for key in ("alice", "bob")}
+    assert waiting == {"alice": 2, "bob": 0}
+    assert total(found, "k2_requests_waiting") == 2
+    assert 20 <= total(found, "k2_key_queue_oldest_age_seconds", key="alice") < 30
+    assert total(found, "k2_key_queue_oldest_age_seconds", key="bob") == 0
+    assert total(found, "k2_key_pauses_total", key="bob") == 1
+    server.activity.live.clear()

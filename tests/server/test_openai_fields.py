@@ -134,6 +134,11 @@ def test_each_field_is_honoured_ignored_or_refused_as_documented(route: str, ask
             assert field in str(caught.value.param), (field, caught.value.message)
 
 
+def test_a_field_of_load_programs_changes_nothing(ask: Any) -> None:
+    for route in ("Chat", "Completions"):
+        assert ask(route, {"extra_body": {"return_token_ids": True}}) == ask(route, {})
+
+
 def test_an_effort_switches_thinking_where_the_template_can(
     engine: ScriptedEngine, url: str
 ) -> None:

@@ -62,6 +62,8 @@ def test_requests_are_shown_with_their_progress_and_no_contents() -> None:
             threads += _in_background(server, 1)
             server.wait(lambda count=count: len(server.engine.submitted) == count)  # type: ignore[misc]
         server.wait(lambda: server.status()["requests"]["decode"] == 1)
+        first, second = [request.request_id for request in server.engine.submitted[2:]]
+        server.waiting.note_order([second, first])
         try:
             text = server.get("/v1/status").text
             status = server.status()
@@ -74,6 +76,8 @@ def test_requests_are_shown_with_their_progress_and_no_contents() -> None:
         listed = requests["listed"]
         assert [each["state"] for each in listed] == ["decode", "prefill", "queued", "queued"]
         assert [each["queue_position"] for each in listed] == [None, None, 1, 2]
+        ages = [each["age_seconds"] for each in listed]
+        assert ages[2] < ages[3]  # the order is the engine's, not that of arrival
         shown = [(each["prompt_tokens_done"], each["prompt_tokens"]) for each in listed]
         prompt = len(server.engine.submitted[0].prompt)
         assert shown == [(100, 100), (40, 100), (0, prompt), (0, prompt)]

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from k2cli.server.engine_client import RequestQueue
 from k2cli.server.metrics.activity import Activity
 from k2cli.server.metrics.run_view import RunSource
 from k2cli.server.served_model import ServedModel
@@ -29,6 +30,7 @@ class WatchedServer:
     url: str
     activity: Activity
     lines: list[str] = field(default_factory=list)
+    waiting: RequestQueue = field(default_factory=RequestQueue)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", headers=headers, timeout=10, verify=False)
@@ -65,5 +67,6 @@ def total(samples: Samples, name: str, **labels: str) -> float:
 def watched(served: ServedModel = SERVED, run: RunSource | None = None) -> Iterator[WatchedServer]:
     engine, lines = ScriptedEngine(), list[str]()
     activity = Activity(lines.append)
-    with serving(engine, served, activity=activity, run=run) as url:
-        yield WatchedServer(engine, url, activity, lines)
+    waiting = RequestQueue()
+    with serving(engine, served, activity=activity, run=run, waiting=waiting) as url:
+        yield WatchedServer(engine, url, activity, lines, waiting)

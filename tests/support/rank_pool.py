@@ -160,6 +160,7 @@ class RankPool:
         use_prefix_cache: bool = True,
         grammar: Grammar | None = None,
         prefix_scope: str = "",
+        owner: str = "",
     ) -> str:
         """Send a request; return its id."""
         name = f"r{next(_numbers)}"
@@ -171,6 +172,7 @@ class RankPool:
             list(stop_tokens),
             use_prefix_cache,
             grammar,
+            owner=owner,
             prefix_scope=prefix_scope,
         )
         self.ranks[0].channel.send(request)

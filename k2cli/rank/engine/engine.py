@@ -1,7 +1,8 @@
 """The leader's scheduler: it chooses each step and applies its result to the requests.
 
 Continuous batching: requests join and leave decode batches at any step. Prompts are computed in
-chunks between decode steps, so that a long one does not stall running answers. A pipeline has a
+chunks between decode steps, so that a long one does not stall running answers; of several prompts,
+the chunk of the one that is due first is next. A pipeline has a
 batch per stage, and as many steps in flight, so that no stage is idle while there is work for it.
 The worker reads its inbox between any two steps, so that a cancellation takes effect within one
 step. An error inside one request's sampling ends that request and no other.
@@ -15,6 +16,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from k2cli.fair_queue import ANSWER_UNITS
 from k2cli.protocol import (
     Cancel,
     Decision,
@@ -27,6 +29,7 @@ from k2cli.protocol import (
     RankMessage,
     Tick,
     Tokens,
+    WaitingOrder,
 )
 from k2cli.rank.agreement import Agreement
 from k2cli.rank.control import Followers
@@ -42,6 +45,8 @@ from k2cli.rank.executor import Executor, StepResult
 CHUNKS_PER_STAGE = 4
 # While only grammars are compiled, other messages are looked for this often.
 _COMPILING_SECONDS = 0.005
+# The order of the requests that wait is told to the guard at most this often.
+_ORDER_SECONDS = 0.5
 
 
 class Engine:
@@ -94,6 +99,8 @@ class Engine:
         self._prefill_rate = 0.0
         self._chunk_times = ChunkTimes()
         self._last_started: dict[int, int] = {}
+        self._order_told = 0.0
+        self._order: list[str] = []
 
     # --- what the worker calls -------------------------------------------------------------------
 
@@ -124,13 +131,15 @@ class Engine:
             self._masks.poll()
             self._table.end_masked()
         self._table.end_cancelled()
-        self._table.admit()
-        self._table.balance([b for b in self._table.batches if not self._queue.decodes_of(b)])
+        quiet = [b for b in self._table.batches if not self._queue.decodes_of(b)]
+        self._table.admit(quiet)
+        self._table.balance(quiet)
+        self._tell_order()
         self._start_steps()
         self._send_all()
         step = self._queue.build_next()
         if step is None:
-            if self._masks is not None and self._table.waiting and not self._table.admitted:
+            if self._masks is not None and self._table.line and not self._table.admitted:
                 self._masks.wait_for_news(_COMPILING_SECONDS)
             return
         if isinstance(step.decision, Decode):
@@ -154,6 +163,16 @@ class Engine:
             self._masks.wait(answers)
             self._table.end_masked()
         self._queue.choose(step)
+
+    def _tell_order(self) -> None:
+        """Tell the guard in which order the waiting requests would start, if that has changed."""
+        now = time.monotonic()
+        if not self._table.line or now - self._order_told < _ORDER_SECONDS:
+            return
+        order = self._table.line.order()
+        if order and order != self._order:
+            self._order, self._order_told = order, now
+            self._unsent.append(WaitingOrder(order))
 
     def _send_all(self) -> None:
         """Send all pending messages to the guard at once, so that it wakes up only once."""
@@ -210,12 +229,13 @@ class Engine:
         computed as one chunk may have.
         """
         prefilling = self._table.prefilling
-        while prefilling and not prefilling[0].prefill_left:
-            self._table.join(prefilling[0])
+        for row in [row for row in prefilling if not row.prefill_left]:
+            self._table.join(row)
         ready = [batch for batch in self._table.batches if self._can_decode(batch)]
         if ready and self._turn >= len(ready):
             self._turn = 0
-            self._prefill_credit = self._chunk_tokens()
+            first = self._table.in_turn()[:1]
+            self._prefill_credit = self._chunk_tokens(first[0].computed if first else 0)
         if prefilling and (not ready or self._prefill_credit > 0):
             if self._stages == 1 and self._queue.computing:
                 return False  # a chunk is computed at once, and tokens in flight would wait for it
@@ -228,10 +248,8 @@ class Engine:
         self._start_decode(min(ready, key=lambda batch: self._last_started.get(batch, 0)))
         return True
 
-    def _chunk_tokens(self) -> int:
+    def _chunk_tokens(self, context: int) -> int:
         """Return the tokens of the next prompt chunk: the plan's, or fewer to limit its time."""
-        prefilling = self._table.prefilling
-        context = prefilling[0].computed if prefilling else 0
         bounded = self._bounds.answering if self._answering else self._bounds.alone
         return bounded(self._prefill_rate, context)
 
@@ -242,19 +260,21 @@ class Engine:
     def _start_prefill(self) -> None:
         """Start a chunk of the first prompt, or several short whole prompts together."""
         self._send_all()  # a chunk may be computed at once, and take long
-        limit = self._chunk_tokens()
+        in_turn = self._table.in_turn()
+        row = in_turn[0]
+        limit = self._chunk_tokens(row.computed)
         together = self._short_prompts(
-            limit if self._answering else self._bounds.together(self._prefill_rate)
+            in_turn, limit if self._answering else self._bounds.together(self._prefill_rate)
         )
         if len(together) > 1:
             self._start_prefill_together(together)
             return
-        row = self._table.prefilling[0]
         wanted = min(limit, self._overlapping_chunk(row))
         count = self._bounds.share(row.prefill_left, wanted)
-        tokens = row.request.prompt[row.computed : row.computed + count]
+        tokens = row.known_tokens[row.computed : row.computed + count]
         row.computed += count
         self._prefill_credit -= count
+        self._table.line.charge(row, 1)
         self._queue.submit(Prefill(self.next_number, row.sequence, tokens), [row])
 
     def _overlapping_chunk(self, row: Running) -> int:
@@ -262,16 +282,16 @@ class Engine:
         if self._stages == 1:
             return row.prefill_left
         pieces = CHUNKS_PER_STAGE * self._stages
-        return max(self._chunk_times.least_tokens, -(-len(row.request.prompt) // pieces))
+        return max(self._chunk_times.least_tokens, -(-(row.prefill_target + 1) // pieces))
 
-    def _short_prompts(self, limit: int) -> list[Running]:
+    def _short_prompts(self, in_turn: Sequence[Running], limit: int) -> list[Running]:
         """Choose new prompts for the first one's batch that fit one chunk, with padding."""
-        first = self._table.prefilling[0]
+        first = in_turn[0]
         if not self._plain_caches or first.computed:
             return []
         chosen: list[Running] = []
         longest = 0
-        for row in self._table.prefilling:
+        for row in in_turn:
             if row.computed or row.batch != first.batch or not row.prefill_left:
                 continue
             longest = max(longest, row.prefill_left)
@@ -283,10 +303,11 @@ class Engine:
     def _start_prefill_together(self, rows: list[Running]) -> None:
         batch = rows[0].batch
         assert batch is not None
-        tokens = [row.request.prompt[:-1] for row in rows]
+        tokens = [row.known_tokens[: row.prefill_target] for row in rows]
         sequences = [row.sequence for row in rows]
         for row in rows:
-            row.computed = len(row.request.prompt) - 1
+            row.computed = row.prefill_target
+            self._table.line.charge(row, 1)
             self._table.prefilling.remove(row)
         self._table.batches[batch] += rows
         self._prefill_credit -= len(rows) * max(map(len, tokens))
@@ -301,6 +322,7 @@ class Engine:
             return True
         return (
             self._looks_ahead
+            and batch not in self._table.draining
             and len(in_flight) == 1
             and in_flight[0].chosen is not None
             and in_flight[0].rows == rows
@@ -317,6 +339,7 @@ class Engine:
         for row in rows:
             row.steps += 1
             row.computed += 1
+            self._table.line.charge(row, ANSWER_UNITS)
             row.unannounced = ahead
         number = self.next_number
         self._last_started[batch] = number
@@ -352,9 +375,11 @@ class Engine:
             rate = count / step.seconds
             self._prefill_rate = 0.5 * (self._prefill_rate or rate) + 0.5 * rate
         for row in step.rows:
-            if not row.ended:
-                total = len(row.request.prompt)
-                done = min(row.computed, total)
+            total = len(row.request.prompt)
+            done = min(row.computed, total)
+            # A prompt that is computed again after a pause is not reported again.
+            if not row.ended and row.first_token_at is None and done >= row.reported:
+                row.reported = done
                 self._unsent.append(PromptProgress(row.request.request_id, done, total, row.cached))
 
     def _decoded(self, step: Step, now: float) -> None:

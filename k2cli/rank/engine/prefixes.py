@@ -10,7 +10,7 @@ would otherwise tell the user of one key what that of another has asked.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 # Array type of one token in the directory.
@@ -41,11 +41,26 @@ class PrefixDirectory:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, prefix: int) -> bool:
+        return prefix in self._entries
+
+    def tokens_of(self, prefixes: Collection[int]) -> int:
+        """Return the tokens that those of these prefixes take which are still kept."""
+        kept = (self._entries[prefix] for prefix in prefixes if prefix in self._entries)
+        return sum(cache_tokens(len(entry) // _TOKEN_BYTES) for entry in kept)
+
     def tokens(self) -> int:
         """Return the tokens that all kept prefixes take, in allocation steps of the cache."""
         return sum(cache_tokens(len(entry) // _TOKEN_BYTES) for entry in self._entries.values())
 
     def best(self, prompt: Sequence[int], scope: str = "") -> Hit | None:
+        """Find the kept prefix that saves most of a prompt, and make it the most recently used."""
+        best = self.find(prompt, scope)
+        if best is not None:
+            self._entries[best.prefix] = self._entries.pop(best.prefix)
+        return best
+
+    def find(self, prompt: Sequence[int], scope: str = "") -> Hit | None:
         """Find the kept prefix that saves most of a prompt, whose last token is always computed."""
         wanted = _kept(prompt[:-1])
         hits = [
@@ -54,7 +69,6 @@ class PrefixDirectory:
         best = max(hits, key=lambda hit: hit.tokens, default=None)
         if best is None or best.tokens < LEAST_REUSE_TOKENS:
             return None
-        self._entries[best.prefix] = self._entries.pop(best.prefix)  # now the most recent
         return best
 
     def _entries_of(self, scope: str) -> Iterator[tuple[int, bytes]]:
@@ -87,9 +101,13 @@ class PrefixDirectory:
         self._scopes[self._next_id] = scope
         return self._next_id
 
-    def oldest(self) -> int | None:
-        """Return the least recently used prefix; None if there is none."""
-        return next(iter(self._entries), None)
+    def oldest(self, spared: Collection[int] = ()) -> int | None:
+        """Return the least recently used prefix; None if there is none.
+
+        Those that are ``spared`` are returned only if there are no others.
+        """
+        others = (prefix for prefix in self._entries if prefix not in spared)
+        return next(others, next(iter(self._entries), None))
 
     def remove(self, prefix: int) -> None:
         """Remove a prefix."""

@@ -1,20 +1,17 @@
 """The leader's table of requests: waiting, in prefill, or decoding in a batch.
 
-It admits requests by memory, balances batches, and keeps or releases the caches of finished
-requests. Each change is a decision, which the ``Sender`` sends to all ranks in order.
-
-The plan's KV budget is ``context_length * concurrency`` tokens on every rank. A batch is as long
-as its longest row, so a batch's worst case is its number of rows times the longest worst case.
+It admits requests in fair order and by memory, pauses some for others, balances batches, and keeps
+or releases the caches of finished requests. Each change is a decision, which the ``Sender`` sends
+to all ranks in order.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
+from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, Ticket
 from k2cli.protocol import (
     CloseSequence,
     Decision,
@@ -25,26 +22,27 @@ from k2cli.protocol import (
     KvCacheUse,
     LeaveBatch,
     OpenSequence,
+    Paused,
     PromptProgress,
     RankMessage,
     RequestFailed,
 )
+from k2cli.rank.engine.budget import (
+    MAX_BATCH_ROWS,
+    Budget,
+    batches_with_room,
+    used_tokens,
+    worst_case_tokens,
+)
 from k2cli.rank.engine.masks import MaskedAnswer, Masks, Problem
-from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, PrefixDirectory, cache_tokens
+from k2cli.rank.engine.pausing import Claim, Room, choose_paused
+from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, Hit, PrefixDirectory, cache_tokens
 from k2cli.rank.engine.requests import Running, Waiting
 from k2cli.rank.engine.sampling import Sampler
+from k2cli.rank.engine.waiting_line import WaitingLine, is_short
 
-MAX_BATCH_ROWS = 32
 MAX_WAITING = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Room for KV caches, in tokens, and the number of batches that run side by side."""
-
-    tokens: int
-    batches: int
-    rows_per_batch: int = MAX_BATCH_ROWS
+"""Requests of one key that wait; the connections of the guard bound those of all keys."""
 
 
 class Sender(Protocol):
@@ -75,6 +73,8 @@ class RequestTable:
     ) -> None:
         """Make a table of ``batches`` side by side, each of one request unless ``can_batch``.
 
+        If it can batch, there is one more batch, for short requests that find no place in the
+        others: a row there takes the memory of a short request, not that of the longest row.
         Without ``masks``, requests with grammars are refused.
         """
         self._sender = sender
@@ -89,14 +89,19 @@ class RequestTable:
         self._prefixes = PrefixDirectory(whole_only=not plain_caches)
         self._reported_use: KvCacheUse | None = None
         self._next_sequence = 0
-        self.waiting: deque[Waiting] = deque()
-        self.prefilling: deque[Running] = deque()
-        self.batches: dict[int, list[Running]] = {b: [] for b in range(self._budget.batches)}
+        self.line = WaitingLine(self._prefixes)
+        self._guest_batch = self._budget.batches if can_batch else None
+        self.prefilling: list[Running] = []
+        self.batches: dict[int, list[Running]] = {
+            b: [] for b in range(self._budget.batches + can_batch)
+        }
+        self.draining: set[int] = set()
+        """Batches with a row to be paused, which must have no step in flight for that."""
 
     @property
     def empty(self) -> bool:
         """True if no request waits or runs."""
-        return not (self.waiting or self.prefilling or any(self.batches.values()))
+        return not (self.line or self.prefilling or any(self.batches.values()))
 
     @property
     def admitted(self) -> list[Running]:
@@ -115,8 +120,8 @@ class RequestTable:
         elif worst > self._budget.tokens:
             error = f"the request may need {worst} tokens, the plan holds {self._budget.tokens}"
             self._tell(RequestFailed(request.request_id, error, "capacity"))
-        elif len(self.waiting) >= MAX_WAITING:
-            error = f"{len(self.waiting)} requests are waiting, the queue holds {MAX_WAITING}"
+        elif (waiting := self.line.count_of(request.owner)) >= MAX_WAITING:
+            error = f"{waiting} requests are waiting, the queue holds {MAX_WAITING}"
             self._tell(RequestFailed(request.request_id, error, "capacity"))
         elif request.grammar is not None and self._masks is None:
             error = "this run cannot make answers obey grammars"
@@ -125,7 +130,7 @@ class RequestTable:
             masked = None
             if request.grammar is not None and self._masks is not None:
                 masked = self._masks.open(request.grammar, request.stop_tokens)
-            self.waiting.append(Waiting(request, time.monotonic(), masked))
+            self.line.join(Waiting(request, time.monotonic(), masked))
 
     def cancel(self, request_id: str) -> None:
         """Mark a running request as cancelled, or remove it from the queue."""
@@ -133,15 +138,18 @@ class RequestTable:
             if row.request.request_id == request_id:
                 row.cancelled = True
                 return
-        for waiting in self.waiting:
-            if waiting.request.request_id == request_id:
-                self._drop_waiting(waiting)
-                self._tell(waiting.ended("cancelled"))
-                return
+        ticket = self.line.find(request_id)
+        if ticket is not None:
+            self._end_waiting(ticket, ticket.item.ended("cancelled"))
 
-    def _drop_waiting(self, waiting: Waiting) -> None:
-        self.waiting.remove(waiting)
+    def _end_waiting(self, ticket: Ticket[Waiting], report: RankMessage) -> None:
+        waiting = ticket.item
+        self.line.leave(ticket)
         self._close(waiting.masked)
+        if waiting.paused is not None:
+            waiting.paused.ended = True
+            self._forget_paused(waiting)
+        self._tell(report)
 
     def _close(self, masked: MaskedAnswer | None) -> None:
         if masked is not None and self._masks is not None:
@@ -154,15 +162,15 @@ class RequestTable:
 
     def end_masked(self) -> None:
         """End the requests whose grammars allow no more, or cannot be obeyed."""
-        for waiting in [waiting for waiting in self.waiting if waiting.masked is not None]:
+        for ticket in [t for t in self.line.tickets if t.item.masked is not None]:
+            waiting = ticket.item
             assert waiting.masked is not None
-            if waiting.masked.problem is not None:
-                self._drop_waiting(waiting)
-                problem = waiting.masked.problem
-                self._tell(RequestFailed(waiting.request.request_id, problem.text, problem.kind))
+            problem = waiting.masked.problem
+            if problem is not None:
+                failed = RequestFailed(waiting.request.request_id, problem.text, problem.kind)
+                self._end_waiting(ticket, failed)
             elif waiting.masked.complete:
-                self._drop_waiting(waiting)
-                self._tell(waiting.ended("stop"))
+                self._end_waiting(ticket, waiting.ended("stop"))
         for row in [row for row in self.admitted if row.masked is not None]:
             assert row.masked is not None
             if row.masked.problem is not None:
@@ -170,48 +178,158 @@ class RequestTable:
             elif row.masked.complete:
                 self.end(row, "stop")
 
-    def admit(self) -> None:
-        """Admit waiting requests in order of arrival while the plan has memory for the next.
+    # --- admission -------------------------------------------------------------------------------
 
-        One whose grammar is not compiled yet lets others pass.
+    def admit(self, quiet: Collection[int]) -> None:
+        """Admit waiting requests in fair order while there is memory for the next.
+
+        One whose grammar is not compiled yet lets others pass. If there is no memory for the next,
+        running requests may be paused for it, and short requests may pass it, with as much work as
+        it has itself.
+
+        Args:
+            quiet: the batches that have no step in flight; others must not change.
         """
-        for waiting in list(self.waiting):
-            if waiting.masked is not None and waiting.masked.pending:
-                continue
-            request = waiting.request
-            worst = worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
-            batch = choose_batch(self._worst_cases(), worst, self._budget)
-            if batch is None:
-                return
-            self.waiting.remove(waiting)
-            row = self._open(waiting, worst)
-            row.batch = batch
-            self.prefilling.append(row)
-            self._evict()
+        self.draining.clear()
+        while self._admit_next(quiet):
+            pass
 
-    def _open(self, waiting: Waiting, worst: int) -> Running:
+    def _admit_next(self, quiet: Collection[int]) -> bool:
+        """Admit the first request that may start; return False if there is none."""
+        blocked: list[Ticket[Waiting]] = []
+        for ticket in self.line.ready_in_order():
+            if any(not _may_pass(ticket, other) for other in blocked):
+                return False
+            room = self._place(ticket)
+            if room is None and not self.draining:
+                room = self._make_room(ticket, quiet)
+            if room is not None:
+                for other in blocked:
+                    other.item.passed_units += ticket.cost
+                self._start(ticket, room.batch)
+                return True
+            blocked.append(ticket)
+        return False
+
+    def _place(self, ticket: Ticket[Waiting], without: Collection[Running] = ()) -> Room | None:
+        """Find room for a request, if some running ones were paused; None if there is none.
+
+        A batch in which no cache must be dropped that somebody waits for is better than others.
+        """
+        worst = self._worst_cases(without)
+        own = self._worst_case(ticket.item)
+        kept = sum(cache_tokens(row.computed) for row in without)
+        kept += self._prefixes.tokens_of(self.line.wanted_prefixes() - {ticket.item.prefix})
+        found = None
+        guest = self._guest_batch if is_short(ticket) else None
+        usual = {batch: rows for batch, rows in worst.items() if batch != self._guest_batch}
+        for batch in batches_with_room(worst, usual.keys(), guest, own, self._budget):
+            with_it = {**worst, batch: [*worst[batch], own]}
+            room = Room(batch, keeps=used_tokens(with_it) + kept <= self._budget.tokens)
+            if room.keeps:
+                return room
+            found = found or room
+        return found
+
+    def _worst_case(self, waiting: Waiting) -> int:
         request = waiting.request
+        return worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
+
+    def _make_room(self, ticket: Ticket[Waiting], quiet: Collection[int]) -> Room | None:
+        """Pause requests for one that waits; return the room that it has then.
+
+        If one of their batches has a step in flight, note that it must have none, and return None.
+        """
+
+        due = self.line.due(ticket)
+        claim = Claim(ticket.owner, due, is_short(ticket), self.line.counter_of)
+        chosen = choose_paused(claim, self.admitted, lambda rows: self._place(ticket, rows))
+        decoding = {row.batch for row in chosen if row not in self.prefilling}
+        self.draining = {batch for batch in decoding if batch is not None and batch not in quiet}
+        if not chosen or self.draining:
+            return None
+        room = self._place(ticket, chosen)
+        for row in chosen:
+            self._pause(row)
+        return room
+
+    def _pause(self, row: Running) -> None:
+        """Stop a request, keep its cache for itself, and let it wait until it can go on."""
+        row.pauses += 1
+        row.paused_at = time.monotonic()
+        tokens = row.held_tokens
+        prefix = self._prefixes.add(tokens, _private_scope(row)) if tokens else None
+        waiting = Waiting(row.request, row.queued_at, row.masked, row, prefix)
+        self._leave(row, prefix)
+        row.unannounced = False
+        self.line.rejoin(row, waiting)
+        self._tell(Paused(row.request.request_id))
+        self._evict()
+
+    def _forget_paused(self, waiting: Waiting) -> None:
+        if waiting.prefix is not None and waiting.prefix in self._prefixes:
+            self._drop(waiting.prefix)
+        waiting.prefix = None
+
+    def _start(self, ticket: Ticket[Waiting], batch: int) -> None:
+        self.line.start(ticket)
+        row = self._open(ticket)
+        row.batch = batch
+        self.prefilling.append(row)
+        if ticket.item.paused is not None:
+            self._forget_paused(ticket.item)
+        self._evict()
+
+    def _open(self, ticket: Ticket[Waiting]) -> Running:
+        waiting = ticket.item
         self._next_sequence += 1
-        hit = None
-        if request.use_prefix_cache:
-            hit = self._prefixes.best(request.prompt, request.prefix_scope)
-        row = Running(
+        row = waiting.paused or self._running(ticket)
+        row.sequence, row.units, row.steps = self._next_sequence, 0, len(row.generated)
+        known = row.known_tokens
+        hit = self._hit(waiting, known)
+        row.prefill_target = len(known) - 1
+        row.computed = 0 if hit is None else hit.tokens
+        prefix = None if hit is None else hit.prefix
+        self._sender.submit(
+            OpenSequence(self._sender.next_number, row.sequence, prefix, row.computed)
+        )
+        if waiting.paused is not None:
+            row.paused_seconds += time.monotonic() - row.paused_at
+            return row
+        row.cached = row.reported = row.reached = row.computed
+        prompt = len(row.request.prompt)
+        self._tell(PromptProgress(row.request.request_id, row.cached, prompt, row.cached))
+        return row
+
+    def _hit(self, waiting: Waiting, known: Sequence[int]) -> Hit | None:
+        """Return the prefix to use; a paused request has its own, unless that was dropped."""
+        row = waiting.paused
+        if row is not None and waiting.prefix is not None and waiting.prefix in self._prefixes:
+            return Hit(waiting.prefix, row.computed)
+        if waiting.request.use_prefix_cache:
+            return self._prefixes.best(known, waiting.request.prefix_scope)
+        return None
+
+    def _running(self, ticket: Ticket[Waiting]) -> Running:
+        waiting = ticket.item
+        request = waiting.request
+        return Running(
             request,
             self._next_sequence,
+            ticket,
             Sampler(request.sampling, request.prompt),
-            worst,
+            self._worst_case(waiting),
             waiting.since,
             time.monotonic(),
             waiting.masked,
+            is_short=is_short(ticket),
         )
-        if hit is not None:
-            row.cached = row.computed = hit.tokens
-        prefix = None if hit is None else hit.prefix
-        number = self._sender.next_number
-        self._sender.submit(OpenSequence(number, row.sequence, prefix, row.cached))
-        prompt = len(request.prompt)
-        self._tell(PromptProgress(request.request_id, row.cached, prompt, row.cached))
-        return row
+
+    # --- running requests ------------------------------------------------------------------------
+
+    def in_turn(self) -> list[Running]:
+        """Return the requests in prefill, the one first whose next chunk is to be computed."""
+        return sorted(self.prefilling, key=self.line.turn)
 
     def join(self, row: Running) -> None:
         """Make a request whose prompt is computed a row of its batch."""
@@ -227,17 +345,27 @@ class RequestTable:
             quiet: the batches that have no step in flight; others must not change.
         """
         expected = self._worst_cases()
+        quiet = [batch for batch in quiet if batch != self._guest_batch]
         for source in quiet:
             target = min(quiet, key=lambda batch: len(expected[batch]))
             if len(self.batches[source]) < 2 or len(expected[source]) - len(expected[target]) < 2:
                 continue
-            row = self.batches[source].pop()
+            row = self.batches[source][-1]
+            moved = {
+                **expected,
+                source: expected[source][:-1],
+                target: [*expected[target], row.worst_case_tokens],
+            }
+            if used_tokens(moved) > self._budget.tokens:
+                continue  # it would be padded to longer rows
+            self.batches[source].pop()
             self.batches[target].append(row)
             row.batch = target
             number = self._sender.next_number
             told = row.unannounced_input
             self._sender.submit(LeaveBatch(number, source, row.sequence, move_to=target, told=told))
             row.unannounced = False
+            self._evict()
             return
 
     def end(self, row: Running, reason: FinishReason) -> None:
@@ -259,8 +387,12 @@ class RequestTable:
     def _release(self, row: Running, *, keep: bool) -> None:
         row.ended = True
         self._close(row.masked)
+        self._leave(row, self._keep(row) if keep else None)
+        self.line.end(row)
+        self._evict()
+
+    def _leave(self, row: Running, keep_as: int | None) -> None:
         assert row.batch is not None
-        keep_as = self._keep(row) if keep else None
         number = self._sender.next_number
         if row in self.prefilling:
             self.prefilling.remove(row)
@@ -269,7 +401,6 @@ class RequestTable:
             self.batches[row.batch].remove(row)
             told = row.unannounced_input
             self._sender.submit(LeaveBatch(number, row.batch, row.sequence, keep_as, told=told))
-        self._evict()
 
     def _keep(self, row: Running) -> int | None:
         """Keep a sequence's tokens as a prefix; return its id, or None if it is not worth it."""
@@ -285,10 +416,14 @@ class RequestTable:
         self._sender.submit(DropPrefix(self._sender.next_number, prefix))
 
     def _evict(self) -> None:
-        """Drop the least recently used prefixes until the worst case of all requests fits."""
+        """Drop prefixes until the worst case of all requests fits.
+
+        The least recently used are dropped first, but after all others those that a waiting
+        request will use: else conversations that take turns would lose theirs just before.
+        """
         used = used_tokens(self._worst_cases())
         while used + self._prefixes.tokens() > self._budget.tokens:
-            oldest = self._prefixes.oldest()
+            oldest = self._prefixes.oldest(self.line.wanted_prefixes())
             if oldest is None:
                 break
             self._drop(oldest)
@@ -308,41 +443,23 @@ class RequestTable:
             self._budget.tokens,
         )
 
-    def _worst_cases(self) -> dict[int, list[int]]:
+    def _worst_cases(self, without: Collection[Running] = ()) -> dict[int, list[int]]:
         """Return the worst cases per batch; a sequence in prefill counts in its future batch."""
-        worst = {b: [row.worst_case_tokens for row in rows] for b, rows in self.batches.items()}
-        for row in self.prefilling:
-            assert row.batch is not None
-            worst[row.batch].append(row.worst_case_tokens)
+        worst: dict[int, list[int]] = {batch: [] for batch in self.batches}
+        for row in self.admitted:
+            if row not in without:
+                assert row.batch is not None
+                worst[row.batch].append(row.worst_case_tokens)
         return worst
 
 
-def worst_case_tokens(prompt: int, max_tokens: int, context_length: int) -> int:
-    """Return the most tokens that a request's cache may hold."""
-    return cache_tokens(min(prompt + max_tokens, context_length))
+def _may_pass(ticket: Ticket[Waiting], blocked: Ticket[Waiting]) -> bool:
+    """True if a request may start before one that is next but has no room."""
+    passed = blocked.item.passed_units + ticket.cost
+    most = MOST_UNITS if blocked.item.paused else max(blocked.cost, SHORT_UNITS)
+    return is_short(ticket) and passed <= most
 
 
-def used_tokens(batches: Mapping[int, Sequence[int]]) -> int:
-    """Return the worst case of all batches, given the worst cases of their rows."""
-    return sum(len(rows) * max(rows, default=0) for rows in batches.values())
-
-
-def choose_batch(
-    batches: Mapping[int, Sequence[int]], worst_case: int, budget: Budget
-) -> int | None:
-    """Choose the batch that a new request should join; None if it must wait.
-
-    It is the batch with the fewest rows, so that all pipeline stages have work, in which the
-    worst case of all batches stays within the budget.
-
-    Args:
-        batches: worst cases in tokens of each batch's rows, for every batch that may be used.
-    """
-    order = sorted(batches, key=lambda batch: (len(batches[batch]), batch))
-    for batch in order:
-        if len(batches[batch]) >= budget.rows_per_batch:
-            continue
-        with_it = {**batches, batch: [*batches[batch], worst_case]}
-        if used_tokens(with_it) <= budget.tokens:
-            return batch
-    return None
+def _private_scope(row: Running) -> str:
+    """Return a scope that is no key's: no other request uses the cache of a paused one."""
+    return f"paused {row.sequence}"

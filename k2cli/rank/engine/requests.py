@@ -5,24 +5,37 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from k2cli.fair_queue import Ticket
 from k2cli.protocol import Finished, FinishReason, Generate
 from k2cli.rank.engine.masks import MaskedAnswer
 from k2cli.rank.engine.sampling import Sampler
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Waiting:
-    """A request that has not been admitted. ``since`` is a time of the monotonic clock.
+    """A request that has not been admitted, or was paused. ``since`` is of the monotonic clock.
 
-    ``masked`` is set if the request has a grammar.
+    ``masked`` is set if the request has a grammar, ``paused`` if it has begun. ``prefix`` is the
+    kept prefix that it will use, as far as that is known. ``passed_units`` counts the work that was
+    admitted before it while it was next and there was no memory for it.
     """
 
     request: Generate
     since: float
     masked: MaskedAnswer | None = None
+    paused: Running | None = None
+    prefix: int | None = None
+    passed_units: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """False while its grammar is compiled, or its next mask computed."""
+        return self.masked is None or not self.masked.pending
 
     def ended(self, reason: FinishReason) -> Finished:
-        """Build the report of a request that has ended before its admission."""
+        """Build the report of a request that ends while it waits."""
+        if self.paused is not None:
+            return self.paused.finished(reason, len(self.paused.generated))
         waited = time.monotonic() - self.since
         prompt = len(self.request.prompt)
         return Finished(self.request.request_id, reason, prompt, 0, 0, waited, 0.0, 0.0)
@@ -32,6 +45,10 @@ class Waiting:
 class Running:
     """A request that was admitted: a sequence, in prefill while ``batch`` is None.
 
+    ``ticket`` is its place in the fair queue. ``units`` is the work that was done for it since it
+    started, or since it went on after it was last ``paused_at``, without what was done again:
+    ``reached`` counts the tokens that have been computed at least once. ``prefill_target`` counts
+    the tokens to compute before the next decode step, whose input is the one after them.
     ``computed`` counts the tokens whose keys and values the ranks hold, or will hold once every
     step that was decided is carried out. ``steps`` counts the decode steps that were decided.
     ``unannounced`` is True if the last of them was decided ahead, and no decision has named its
@@ -40,13 +57,22 @@ class Running:
 
     request: Generate
     sequence: int
+    ticket: Ticket[Waiting]
     sampler: Sampler
     worst_case_tokens: int
     queued_at: float
     started_at: float
     masked: MaskedAnswer | None = None
+    is_short: bool = False
+    prefill_target: int = 0
     cached: int = 0
     computed: int = 0
+    reached: int = 0
+    reported: int = 0
+    units: int = 0
+    pauses: int = 0
+    paused_at: float = 0.0
+    paused_seconds: float = 0.0
     steps: int = 0
     unannounced: bool = False
     generated: list[int] = field(default_factory=list)
@@ -58,8 +84,8 @@ class Running:
 
     @property
     def prefill_left(self) -> int:
-        """Prompt tokens to compute before the first decode step, whose input is the last one."""
-        return max(0, len(self.request.prompt) - 1 - self.computed)
+        """Tokens to compute before the next decode step, whose input is the last known one."""
+        return max(0, self.prefill_target - self.computed)
 
     @property
     def needs_history(self) -> bool:
@@ -92,7 +118,12 @@ class Running:
     @property
     def held_tokens(self) -> list[int]:
         """The tokens whose keys and values the ranks hold."""
-        return [*self.request.prompt, *self.generated][: self.computed]
+        return self.known_tokens[: self.computed]
+
+    @property
+    def known_tokens(self) -> list[int]:
+        """The tokens of the prompt and of the answer so far."""
+        return [*self.request.prompt, *self.generated]
 
     def finished(self, reason: FinishReason, completion_tokens: int) -> Finished:
         """Build the report at the request's end."""
@@ -107,4 +138,6 @@ class Running:
             queue_seconds=self.started_at - self.queued_at,
             prefill_seconds=first - self.started_at,
             decode_seconds=now - first,
+            pauses=self.pauses,
+            paused_seconds=self.paused_seconds,
         )

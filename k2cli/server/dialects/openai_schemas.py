@@ -39,7 +39,7 @@ _TEMPLATE_RESERVED = frozenset(
 
 
 class _Ignored(Body):
-    """Fields of OpenAI's API that do not change what this server computes."""
+    """Fields of OpenAI's API, and one of vLLM's, that do not change what this server computes."""
 
     user: Any = None
     metadata: Any = None
@@ -50,6 +50,7 @@ class _Ignored(Body):
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     prediction: Any = None
+    return_token_ids: Any = None  # of vLLM; its load programs count by usage if no ids come
 
 
 def _stop_strings(value: Any) -> list[str]:

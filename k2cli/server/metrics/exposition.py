@@ -126,6 +126,7 @@ def _present_requests(snapshot: Snapshot) -> Iterator[Metric]:
         "k2_queue_oldest_age_seconds", "Time that the longest waiting request has waited; 0 if none"
         " waits.", snapshot.oldest_wait_seconds,
     )  # fmt: skip
+    yield from _waiting_by_key(snapshot)
     totals = snapshot.activity.totals
     yield _gauge(
         "k2_completion_tokens_per_second", "Tokens generated per second, over the last 5 seconds.",
@@ -136,6 +137,23 @@ def _present_requests(snapshot: Snapshot) -> Iterator[Metric]:
         "Tokens of prompts computed per second, over the last 5 seconds; without reused ones.",
         totals.prompt_rate.per_second(snapshot.now),
     )  # fmt: skip
+
+
+def _waiting_by_key(snapshot: Snapshot) -> Iterator[Metric]:
+    count = GaugeMetricFamily(
+        "k2_key_requests_waiting", "Requests that wait for the engine now, by name of the key.",
+        labels=["key"],
+    )  # fmt: skip
+    age = GaugeMetricFamily(
+        "k2_key_queue_oldest_age_seconds",
+        "Time that the longest waiting request of a key has waited; 0 if none waits.",
+        labels=["key"],
+    )
+    for key, waiting in snapshot.of_keys().items():
+        count.add_metric([key], waiting.count)
+        age.add_metric([key], waiting.oldest_seconds)
+    yield count
+    yield age
 
 
 def _counted_requests(snapshot: Snapshot) -> Iterator[Metric]:
@@ -156,8 +174,16 @@ def _counted_requests(snapshot: Snapshot) -> Iterator[Metric]:
         reasons = {(dialect, reason): 0 for dialect in GENERATING for reason in FINISH_REASONS}
         for (dialect, reason), count in (reasons | totals.answers).items():
             answers.add_metric([dialect, reason, key], count)
+    pauses = CounterMetricFamily(
+        "k2_key_pauses",
+        "Pauses of running requests, in which others were computed, by name of the key.",
+        labels=["key"],
+    )
+    for key, totals in by_key.items():
+        pauses.add_metric([key], totals.pauses)
     yield requests
     yield answers
+    yield pauses
     yield from _tokens(by_key)
 
 

@@ -12,7 +12,8 @@ from typing import Literal
 
 from starlette.types import Scope
 
-from k2cli.protocol import Finished, PromptProgress, RequestFailed, Tokens
+from k2cli.protocol import Paused, PromptProgress, Tokens
+from k2cli.server.engine_client import EngineEvent
 from k2cli.server.errors import ApiError
 from k2cli.server.metrics.totals import Dialect, KeyTotals, Result, Totals
 from k2cli.server.usage import AnswerUsage
@@ -73,6 +74,7 @@ class RequestRecord:
     generated_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    pauses: int = 0
     finish_reason: str = ""
     failure: tuple[int, str] | None = None
     client_gone: bool = False
@@ -105,7 +107,7 @@ class RequestRecord:
         self.engine_id, self.prompt_tokens = engine_id, prompt_tokens
         self.stage, self.queued_at = "queued", time.monotonic()
 
-    def note_event(self, event: PromptProgress | Tokens | Finished | RequestFailed) -> None:
+    def note_event(self, event: EngineEvent) -> None:
         """Record what the engine sends, at the moment it comes."""
         now = time.monotonic()
         match event:
@@ -117,6 +119,9 @@ class RequestRecord:
                 self._note_admitted(now)
                 self._count_prompt(self.prompt_tokens, self.cached_tokens, now)
                 self._note_tokens(len(tokens), now)
+            case Paused():
+                self.pauses += 1
+                self.own_totals.pauses += 1
             case _:
                 pass
 

@@ -12,6 +12,14 @@ from k2cli.server.metrics.request_record import RequestRecord, Stage
 from k2cli.server.metrics.run_view import RunView
 
 
+@dataclass(slots=True)
+class Waiting:
+    """The requests of one key that wait."""
+
+    count: int = 0
+    oldest_seconds: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """A run and its requests. ``now`` is of the monotonic clock.
@@ -50,6 +58,17 @@ class Snapshot:
             if record.stage == "queued" and record.queued_at is not None
         ]
         return self.now - min(since) if since else 0.0
+
+    def of_keys(self) -> dict[str, Waiting]:
+        """Return what waits by the name of its key, for all keys that have sent a request."""
+        totals = self.activity.totals
+        found = {name: Waiting() for name in totals.by_key}
+        for record in self.requests:
+            if record.stage == "queued" and record.queued_at is not None:
+                key = found.setdefault(totals.counted_as(record.key), Waiting())
+                key.count += 1
+                key.oldest_seconds = max(key.oldest_seconds, self.now - record.queued_at)
+        return found
 
 
 def snapshot_of(context: ServerContext) -> Snapshot:

@@ -87,6 +87,7 @@ class KeyTotals:
     queue_seconds: Histogram = field(default_factory=lambda: Histogram(LATENCY_BUCKETS))
     first_token_seconds: Histogram = field(default_factory=lambda: Histogram(LATENCY_BUCKETS))
     inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(TOKEN_BUCKETS))
+    pauses: int = 0
     request_seconds: Histogram = field(default_factory=lambda: Histogram(LATENCY_BUCKETS))
 
 
@@ -131,6 +132,8 @@ class Totals:
 
     def of_key(self, name: str) -> KeyTotals:
         """Return the totals of a key; further names than ``MAX_KEYS`` share one entry."""
-        if name not in self.by_key and len(self.by_key) >= MAX_KEYS:
-            name = OTHER_KEYS
-        return self.by_key.setdefault(name, KeyTotals())
+        return self.by_key.setdefault(self.counted_as(name), KeyTotals())
+
+    def counted_as(self, name: str) -> str:
+        """Return the name under which a key is counted."""
+        return name if name in self.by_key or len(self.by_key) < MAX_KEYS else OTHER_KEYS
