@@ -29,9 +29,9 @@ from k2cli.protocol import CloseSequence, OpenSequence, Prefill
 from k2cli.rank.executor import Executor
 from k2cli.rank.expert_kernels import part_experts
 from k2cli.rank.host_buffers import copies_from_host
-from k2cli.rank.latent_attention import LatentSettings, use_own_attention
+from k2cli.rank.latent_attention import use_own_attention
 from k2cli.sharding.assemble import cast
-from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS
+from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
 from k2cli.sharding.stage import cut_stage
 from lab.toy_k2.checkpoint import ToyShape, toy_config
 
@@ -302,7 +302,7 @@ def main() -> None:
     given = parser.parse_args()
     on_gpu = mx.default_device() == mx.gpu
     device = ("cuda" if mx.cuda.is_available() else "metal") if on_gpu else "cpu"
-    weight = EXPANSION_WEIGHTS[device] if given.weight is None else given.weight  # type: ignore[index]
+    weight = EXPANSION_WEIGHTS[device] if given.weight is None else given.weight
     started = time.monotonic()
     mx.random.seed(0)
     if given.toy or not on_gpu:

@@ -26,24 +26,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.sharding.latent_ways import ABSORBED_BLOCKS, LatentWidths, is_absorbed
+from k2cli.sharding.latent_ways import LatentSettings, LatentWidths, is_absorbed
 
 _DIAGONAL_BLOCKS = 4
 """Parts of a block in which a chunk's own tokens are computed: half of such a part is masked."""
 _SUMMED = 128
 """Weights of 16 bits that are summed in one product, which accumulates in float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class LatentSettings:
-    """Settings for all layers of a rank, the same on every rank of a run.
-
-    ``expansion_weight`` is that of ``latent_ways.is_absorbed``, ``block_tokens`` the tokens of
-    context in a block, 0 for no blocks.
-    """
-
-    expansion_weight: float
-    block_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +118,13 @@ def _held_tokens(cache: Any | None) -> int | None:
     return int(keys._idx) if type(keys) is kinds.BatchKVCache else None
 
 
-def _keys_cache(cache: Any | None) -> Any | None:
+def _keys_cache(cache: Any) -> Any:
     """Return the cache of latents; DeepSeek-V3.2 has another one beside it."""
     return cache[0] if type(cache) is mlx_lm_module("models.cache").CacheList else cache
 
 
 def _widths(layer: Any) -> LatentWidths:
-    return LatentWidths(
-        layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim, layer.kv_lora_rank
-    )
+    return LatentWidths(layer.qk_nope_head_dim + layer.v_head_dim, layer.kv_lora_rank)
 
 
 def _attend(
@@ -153,7 +139,7 @@ def _attend(
         sparse = _sparse_mask(layer, x, compressed, mask, cache, held + count)
         is_causal = is_causal and sparse is mask
         mask = sparse
-    length = layer.settings.block_tokens * (ABSORBED_BLOCKS if absorbed else 1)
+    length = layer.settings.block_length(absorbed=absorbed)
     blocks = (
         _causal_blocks(held, count, length)
         if is_causal

@@ -14,10 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from k2cli.choices import Device
-
-EXPANSION_WEIGHTS: Mapping[Device, float] = {"cpu": 1.0, "metal": 1.0, "cuda": 1.0}
-"""Time of an operation of expanding relative to one of attention, by device.
+EXPANSION_WEIGHTS: Mapping[str, float] = {"cpu": 1.0, "metal": 1.0, "cuda": 1.0}
+"""Time of an operation of expanding relative to one of attention, by ``choices.Device``.
 
 1 means that operations alone decide: K2 then computes up to 170 queries absorbed. ``metal``: no
 measurement of ours; prefill of K2 runs at the matmul ceiling there, and others switch at about 170
@@ -26,19 +24,33 @@ of mlx-lm's time with 160 queries. ``cpu``: see docs/design/decisions.md.
 """
 
 BLOCK_TOKENS = 2048
-"""Tokens of context in a block in which keys and values are expanded, where a plan asks for it."""
+"""Tokens of context in a block, where a plan asks for blocks."""
 
 ABSORBED_BLOCKS = 4
 """Blocks that one block of absorbed attention, which has few queries, is as long as."""
 
 
 @dataclass(frozen=True, slots=True)
-class LatentWidths:
-    """Widths of one head: of its query and key without and with position, value, and latent."""
+class LatentSettings:
+    """Settings for all layers, the same on every rank of a run.
 
-    nope: int
-    rope: int
-    value: int
+    ``expansion_weight`` is that of ``is_absorbed``; ``block_tokens`` are the tokens of context in a
+    block in which keys and values are expanded, 0 for no blocks.
+    """
+
+    expansion_weight: float
+    block_tokens: int = 0
+
+    def block_length(self, *, absorbed: bool) -> int:
+        """Return the tokens of a block, 0 if the context is not cut."""
+        return self.block_tokens * (ABSORBED_BLOCKS if absorbed else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentWidths:
+    """Widths that decide: one head's expanded key and value together, and the latent."""
+
+    expanded: int
     latent: int
 
 
@@ -54,10 +66,10 @@ def is_absorbed(
         expansion_weight: of ``EXPANSION_WEIGHTS``; 0 to never absorb.
         context_length: tokens of the sequence, the new ones included.
     """
-    expanded = widths.latent * (widths.nope + widths.value)
-    wider = 2 * widths.latent - widths.nope - widths.value
-    extra = queries * (context_length * wider + expanded)
-    return extra < expansion_weight * context_length * expanded
+    expanding = widths.latent * widths.expanded
+    wider = 2 * widths.latent - widths.expanded
+    extra = queries * (context_length * wider + expanding)
+    return extra < expansion_weight * context_length * expanding
 
 
 def most_absorbed_queries(
@@ -74,6 +86,6 @@ def most_absorbed_queries(
     return low
 
 
-def expansion_weight(devices: Iterable[Device]) -> float:
+def expansion_weight(devices: Iterable[str]) -> float:
     """Return the weight for a run: the least of its devices', so that all ranks agree."""
-    return min(EXPANSION_WEIGHTS[device] for device in devices)
+    return min(EXPANSION_WEIGHTS.get(device, 1.0) for device in devices)
