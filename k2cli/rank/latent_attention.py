@@ -236,12 +236,12 @@ def _masked_blocks(context: int, length: int, mask: mx.array | None) -> Iterator
         yield _Block(first, past_last, 0, None if mask is None else mask[..., first:past_last])
 
 
-KeysValues = Callable[[_Block, mx.array | None], tuple[mx.array, mx.array]]
-"""Makes keys and values of a block, after the array that the previous block made."""
+KeysValues = Callable[[_Block, _Part | None], tuple[mx.array, mx.array]]
+"""Makes keys and values of a block, after attention to the blocks before it."""
 
 
 def _absorbed_keys(latents: mx.array, rotated: mx.array) -> KeysValues:
-    def make(block: _Block, after: mx.array | None) -> tuple[mx.array, mx.array]:
+    def make(block: _Block, after: _Part | None) -> tuple[mx.array, mx.array]:
         values = _after(latents[..., block.first : block.past_last, :], after)
         keys = rotated[..., block.first : block.past_last, :]
         return mx.concatenate([values, keys], axis=-1), values
@@ -253,7 +253,7 @@ def _expanded_keys(layer: Any, latents: mx.array, rotated: mx.array) -> KeysValu
     to_keys, to_values = _weights(layer.embed_q, latents), _weights(layer.unembed_out, latents)
     to_values = to_values.swapaxes(-1, -2)
 
-    def make(block: _Block, after: mx.array | None) -> tuple[mx.array, mx.array]:
+    def make(block: _Block, after: _Part | None) -> tuple[mx.array, mx.array]:
         own = _after(latents[..., block.first : block.past_last, :], after)
         rope = rotated[..., block.first : block.past_last, :]
         rope = mx.broadcast_to(rope, (rope.shape[0], layer.num_heads, *rope.shape[2:]))
@@ -262,9 +262,14 @@ def _expanded_keys(layer: Any, latents: mx.array, rotated: mx.array) -> KeysValu
     return make
 
 
-def _after(value: mx.array, earlier: mx.array | None) -> mx.array:
-    """Let a value be computed after another: MLX would hold scores of several blocks at once."""
-    return value if earlier is None else mx.depends([value], [earlier])[0]
+def _after(value: mx.array, earlier: _Part | None) -> mx.array:
+    """Let a value be computed after a block: MLX would hold the scores of several at once.
+
+    After its output and its sums: either needs the weights, which would stay for the other.
+    """
+    if earlier is None:
+        return value
+    return mx.depends([value], [earlier.output, earlier.total])[0]
 
 
 def _weights(projection: Any, latents: mx.array) -> mx.array:
@@ -302,7 +307,7 @@ def _in_blocks(
     factor = mx.array(scale, dtype=mx.float32)
     so_far: _Part | None = None
     for block in blocks:
-        keys, values = keys_values(block, None if so_far is None else so_far.output)
+        keys, values = keys_values(block, so_far)
         begin = block.first_query
         scores = _product(queries[..., begin:, :] if begin else queries, keys.swapaxes(-1, -2))
         if block.mask is not None:

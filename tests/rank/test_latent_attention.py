@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,7 +74,7 @@ def small() -> nn.Module:
 
 
 @pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Records the way of each layer's step that mlx-lm's own code did not compute."""
     taken: list[str] = []
     original = latent_attention._attend
@@ -84,7 +84,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return original(*arguments, absorbed=absorbed)
 
     monkeypatch.setattr(latent_attention, "_attend", attend)
-    yield taken
+    return taken
 
 
 def _logits(model: nn.Module, settings: LatentSettings, chunks: Sequence[int]) -> mx.array:

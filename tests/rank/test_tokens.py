@@ -21,6 +21,8 @@ FEW_TEXTS = 2
 FEW_CHUNK_TOKENS = 4
 # For placements that are slow on two cores; a difference shows in the first tokens.
 SOME_TOKENS = 24
+# After a prompt of 230 tokens.
+LONG_TOKENS = 12
 TEXTS = [
     "The capital of France is",
     "水在摄氏一百度",
@@ -56,8 +58,11 @@ def _prompts(checkpoint: Path, texts: int = len(TEXTS)) -> list[list[int]]:
 
 @functools.cache
 def _reference(checkpoint: Path, count: int, texts: int = len(TEXTS)) -> list[list[int]]:
-    prompts = json.dumps(_prompts(checkpoint, texts))
-    command = [sys.executable, "-c", _REFERENCE, str(checkpoint), prompts, str(count)]
+    return _reference_tokens(checkpoint, _prompts(checkpoint, texts), count)
+
+
+def _reference_tokens(checkpoint: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    command = [sys.executable, "-c", _REFERENCE, str(checkpoint), json.dumps(prompts), str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     tokens: list[list[int]] = json.loads(done.stdout)
@@ -136,3 +141,31 @@ def test_toy_k2_tokens_with_the_head_cut(
 ) -> None:
     expected = [tokens[:SOME_TOKENS] for tokens in toy_reference]
     assert _tokens(toy_k2, tmp_path, "tensor", 2, SOME_TOKENS, head="sharded") == expected
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("strategy", "size", "settings"),
+    [
+        ("pipeline", 2, {"attention_block_tokens": 16}),
+        ("tensor", 2, {"attention_block_tokens": 16}),
+        pytest.param("tensor", 2, {"attention_block_tokens": 0}, marks=pytest.mark.soak),
+        pytest.param("pipeline", 2, {"attention_block_tokens": 0}, marks=pytest.mark.soak),
+    ],
+)
+def test_toy_k2_tokens_after_a_long_prompt(
+    strategy: str, size: int, settings: dict[str, Any], toy_k2: Path, tmp_path: Path
+) -> None:
+    """Attention is computed absorbed, and in blocks, from the second chunk on."""
+    prompt = _long_prompt()
+    expected = _reference_tokens(toy_k2, [prompt], LONG_TOKENS)[0]
+    assert len(set(expected)) > 5
+    changes = {"prefill_chunk_tokens": 32, "context_length": 1024, **settings}
+    pool = RankPool(assignments(toy_k2, strategy, size, **changes), tmp_path)
+    with running(pool):
+        found = [pool.generate(prompt, LONG_TOKENS), pool.generate(prompt, LONG_TOKENS)]
+    assert found == [expected] * 2  # the second one begins with the kept prefix
+
+
+def _long_prompt() -> list[int]:
+    return [7 + index * 31 % 300 for index in range(230)]
