@@ -2,11 +2,12 @@
 
     python -m benchmarks.mla_attention          # one full-width layer of K2 on a GPU, else a toy
     python -m benchmarks.mla_attention --toy    # the toy of K2 on this device
+    python -m benchmarks.mla_attention --prompt # the toy's whole prompt, a quarter of an hour
 
 Both ways run in this process on the same arrays, in turn (A B B A ...), so that only their ratios
-count. *Follow-ups* compute a few tokens after a long context, *prefill* one chunk after it (GPU) or
-a whole prompt in chunks through k2's executor (toy). A peak is ``mx.get_peak_memory`` beside what
-is held before. Prints one JSON document; under 3 minutes on a GPU.
+count. *Follow-ups* compute a few tokens after a long context, *chunks* the last 2,048 tokens of a
+prompt, *prompts* all of its chunks through k2's executor. A peak is ``mx.get_peak_memory`` beside
+what is held before. Prints one JSON document; under 3 minutes on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import mlx.nn as nn
 
 from benchmarks.gpu_layers import random_layers
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.protocol import CloseSequence, OpenSequence, Prefill
+from k2cli.protocol import OpenSequence, Prefill
 from k2cli.rank.executor import Executor
 from k2cli.rank.expert_kernels import part_experts
 from k2cli.rank.host_buffers import copies_from_host
@@ -73,14 +74,14 @@ class Sample:
 Run = Callable[[LatentSettings], Sample]
 
 
-def compare(run: Run, ours: LatentSettings, rounds: int) -> dict[str, Any]:
-    """Run both ways in turn; return medians, the median of the ratios of rounds, and all samples.
+def compare(run: Run, ours: LatentSettings, rounds: int, *, warm_up: bool = True) -> dict[str, Any]:
+    """Run both ways in turn; return the medians of the ratios of rounds, and all samples.
 
-    The first round compiles kernels and is left out.
+    With ``warm_up`` there is one more round, which compiles kernels and is left out.
     """
     ways = {"k2": ours, "mlx_lm": MLX_LM}
     samples: dict[str, list[Sample]] = {name: [] for name in ways}
-    for index in range(rounds + 1):
+    for index in range(0 if warm_up else 1, rounds + 1):
         for name in list(ways) if index % 2 == 0 else reversed(list(ways)):
             sample = run(ways[name])
             if index:
@@ -226,57 +227,70 @@ def layer_figures(
     return found
 
 
-def toy_figures(rounds: int, weight: float, blocks: Sequence[int]) -> list[dict[str, Any]]:
-    """Measure the toy: a follow-up of 32 tokens, and a whole prompt, through k2's executor."""
+def toy_model() -> nn.Module:
+    """Make the toy of K2 with a dense layer and one with experts, in 4 bit and float32."""
     model = random_layers(toy_config(ToyShape(layers=2)), 2)
     cast(model, mx.float32)
     mx.eval(model.parameters())
-    executor = Executor(cut_stage(model, 0, 2), None)
+    return model
+
+
+def toy_figures(rounds: int, weight: float, blocks: Sequence[int]) -> list[dict[str, Any]]:
+    """Measure a layer of the toy: a follow-up of 32 tokens, and the last chunk of a prompt."""
+    model = toy_model()
+    before = TOY_CONTEXT - CHUNK_TOKENS
+    cases = [("follow-up", TOY_CONTEXT, 32, LatentSettings(weight), 3 * rounds)]
+    cases += [
+        ("chunk", before, CHUNK_TOKENS, LatentSettings(weight, block), rounds) for block in blocks
+    ]
+    found: list[dict[str, Any]] = []
+    for name, context, count, settings, repeated in cases:
+        layer = Layer(model, context, count)
+        case = {
+            "case": name,
+            "part": "layer",
+            "context": context,
+            "queries": count,
+            "block_tokens": settings.block_tokens,
+            **compare(layer.runs(count), settings, repeated),
+            "errors": layer.errors(settings, count),
+        }
+        found.append(case)
+        _note(case)
+    return found
+
+
+def prompt_figures(weight: float, blocks: Sequence[int]) -> list[dict[str, Any]]:
+    """Measure all chunks of a prompt of the toy through k2's executor, once each way."""
+    model = toy_model()
     numbers = iter(range(1, 1_000_000))
 
     def prompt(settings: LatentSettings) -> Sample:
         use_own_attention(model, settings)
-        sequence = next(numbers)
+        executor = Executor(cut_stage(model, 0, 2), None)
 
         def compute() -> list[Any]:
-            executor.carry_out(OpenSequence(next(numbers), sequence))
+            executor.carry_out(OpenSequence(next(numbers), 1))
             for first in range(0, TOY_CONTEXT, CHUNK_TOKENS):
                 tokens = [7 + (first + index) * 31 % 500 for index in range(CHUNK_TOKENS)]
-                executor.carry_out(Prefill(next(numbers), sequence, tokens))
-            return [cache.state for cache in executor.caches.sequences[sequence]]
+                executor.carry_out(Prefill(next(numbers), 1, tokens))
+            return [cache.state for cache in executor.caches.sequences[1]]
 
-        sample = _measured(compute)
-        executor.carry_out(CloseSequence(next(numbers), sequence))
-        return sample
+        return _measured(compute)
 
     found: list[dict[str, Any]] = []
-    followed = Layer(model, TOY_CONTEXT, 32)
-    for attention in (False, True):
-        settings = LatentSettings(weight)
-        found.append(
-            {
-                "case": "follow-up",
-                "part": "attention" if attention else "layer",
-                "context": TOY_CONTEXT,
-                "queries": 32,
-                **compare(followed.runs(32, attention=attention), settings, 3 * rounds),
-                "errors": followed.errors(settings, 32),
-            }
-        )
-        _note(found[-1])
-    for block in (*blocks, 0):
+    for block in blocks:
         settings = LatentSettings(weight, block)
-        found.append(
-            {
-                "case": "prompt",
-                "part": "model",
-                "context": TOY_CONTEXT,
-                "queries": CHUNK_TOKENS,
-                "block_tokens": block,
-                **compare(prompt, settings, rounds),
-            }
-        )
-        _note(found[-1])
+        case = {
+            "case": "prompt",
+            "part": "model",
+            "context": TOY_CONTEXT,
+            "queries": CHUNK_TOKENS,
+            "block_tokens": block,
+            **compare(prompt, settings, 1, warm_up=False),
+        }
+        found.append(case)
+        _note(case)
     return found
 
 
@@ -294,6 +308,7 @@ def main() -> None:
     """Read the options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--toy", action="store_true", help="the toy, also on a GPU")
+    parser.add_argument("--prompt", action="store_true", help="a whole prompt of the toy")
     parser.add_argument("--contexts", type=_numbers, default=[16_384, 65_536])
     parser.add_argument("--queries", type=_numbers, default=[16, 50, 160])
     parser.add_argument("--blocks", type=_numbers, default=[1024, 2048], help="tokens of a block")
@@ -305,7 +320,9 @@ def main() -> None:
     weight = EXPANSION_WEIGHTS[device] if given.weight is None else given.weight
     started = time.monotonic()
     mx.random.seed(0)
-    if given.toy or not on_gpu:
+    if given.prompt:
+        figures = prompt_figures(weight, given.blocks)
+    elif given.toy or not on_gpu:
         figures = toy_figures(given.rounds or 3, weight, given.blocks)
     else:
         model = random_layers(K2_LAYER, 1)

@@ -59,6 +59,10 @@ class _Part:
     total: mx.array
     output: mx.array
 
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        return self.maximum, self.total, self.output
+
 
 def use_own_attention(model: nn.Module, settings: LatentSettings) -> int:
     """Let a model's layers compute latent attention as ``settings`` say; return their number.
@@ -75,6 +79,24 @@ def use_own_attention(model: nn.Module, settings: LatentSettings) -> int:
     return count
 
 
+def evaluates_blocks(model: nn.Module, before_wait: Callable[[], None]) -> bool:
+    """Return whether steps evaluate blocks, and with that all before them, while they are built.
+
+    Args:
+        before_wait: called before each such evaluation.
+    """
+    found = False
+    for module in model.modules():
+        if isinstance(module, _LatentAttention) and module.settings.block_tokens:
+            module.before_wait = before_wait  # type: ignore[method-assign]
+            found = True
+    return found
+
+
+def _nothing() -> None:
+    """Report nothing."""
+
+
 def _mlx_lm_classes() -> tuple[type, ...]:
     return (
         mlx_lm_module("models.deepseek_v3").DeepseekV3Attention,
@@ -83,7 +105,7 @@ def _mlx_lm_classes() -> tuple[type, ...]:
 
 
 @functools.cache
-def _own_class(base: type) -> type:
+def _own_class(base: Any) -> type:
     return type(f"K2{base.__name__}", (_LatentAttention, base), {})
 
 
@@ -91,6 +113,7 @@ class _LatentAttention:
     """Subclass, together with mlx-lm's class, of an attention module."""
 
     settings: LatentSettings
+    before_wait: Callable[[], None] = staticmethod(_nothing)
 
     def __call__(
         self: Any, x: mx.array, mask: mx.array | None = None, cache: Any | None = None
@@ -151,7 +174,8 @@ def _attend(
         keys_values = _absorbed_keys(latents, rotated)
     else:
         keys_values = _expanded_keys(layer, latents, rotated)
-    output = _in_blocks(queries, blocks, keys_values, layer.scale).astype(x.dtype)
+    settled = _Settled(layer.before_wait) if length else None
+    output = _in_blocks(queries, blocks, keys_values, layer.scale, settled).astype(x.dtype)
     if absorbed:
         output = layer.unembed_out(output)
     result: mx.array = layer.o_proj(output.swapaxes(1, 2).reshape(batch, count, -1))
@@ -236,15 +260,14 @@ def _masked_blocks(context: int, length: int, mask: mx.array | None) -> Iterator
         yield _Block(first, past_last, 0, None if mask is None else mask[..., first:past_last])
 
 
-KeysValues = Callable[[_Block, _Part | None], tuple[mx.array, mx.array]]
-"""Makes keys and values of a block, after attention to the blocks before it."""
+KeysValues = Callable[[_Block], tuple[mx.array, mx.array]]
+"""Makes keys ``[batch, heads or 1, width, tokens]`` and values of a block."""
 
 
 def _absorbed_keys(latents: mx.array, rotated: mx.array) -> KeysValues:
-    def make(block: _Block, after: _Part | None) -> tuple[mx.array, mx.array]:
-        values = _after(latents[..., block.first : block.past_last, :], after)
-        keys = rotated[..., block.first : block.past_last, :]
-        return mx.concatenate([values, keys], axis=-1), values
+    def make(block: _Block) -> tuple[mx.array, mx.array]:
+        values = latents[..., block.first : block.past_last, :]
+        return _joined_keys(values, rotated[..., block.first : block.past_last, :]), values
 
     return make
 
@@ -253,23 +276,23 @@ def _expanded_keys(layer: Any, latents: mx.array, rotated: mx.array) -> KeysValu
     to_keys, to_values = _weights(layer.embed_q, latents), _weights(layer.unembed_out, latents)
     to_values = to_values.swapaxes(-1, -2)
 
-    def make(block: _Block, after: _Part | None) -> tuple[mx.array, mx.array]:
-        own = _after(latents[..., block.first : block.past_last, :], after)
+    def make(block: _Block) -> tuple[mx.array, mx.array]:
+        own = latents[..., block.first : block.past_last, :]
         rope = rotated[..., block.first : block.past_last, :]
         rope = mx.broadcast_to(rope, (rope.shape[0], layer.num_heads, *rope.shape[2:]))
-        return mx.concatenate([own @ to_keys, rope], axis=-1), own @ to_values
+        return _joined_keys(own @ to_keys, rope), own @ to_values
 
     return make
 
 
-def _after(value: mx.array, earlier: _Part | None) -> mx.array:
-    """Let a value be computed after a block: MLX would hold the scores of several at once.
+def _joined_keys(keys: mx.array, rotated: mx.array) -> mx.array:
+    """Join both parts of keys ``[..., tokens, width]``; return them ``[..., width, tokens]``.
 
-    After its output and its sums: either needs the weights, which would stay for the other.
+    The product with queries is 1.4 to 1.7 times as fast on MLX's CPU if they lie in memory so.
     """
-    if earlier is None:
-        return value
-    return mx.depends([value], [earlier.output, earlier.total])[0]
+    if mx.default_device() == mx.cpu:
+        return mx.concatenate([keys.swapaxes(-1, -2), rotated.swapaxes(-1, -2)], axis=-2)
+    return mx.concatenate([keys, rotated], axis=-1).swapaxes(-1, -2)
 
 
 def _weights(projection: Any, latents: mx.array) -> mx.array:
@@ -293,28 +316,58 @@ def _weights(projection: Any, latents: mx.array) -> mx.array:
 # --- attention to one block after another -----------------------------------------------------
 
 
+class _Settled:
+    """Evaluates attention to a block before another block is built.
+
+    MLX would hold the scores of several blocks at once: it allocates an array when an operation is
+    submitted, up to 100 ahead of the one that is computed. A GPU gets one block ahead, so that it
+    need not wait for the program.
+    """
+
+    def __init__(self, before_wait: Callable[[], None]) -> None:
+        self._before_wait = before_wait
+        self._ahead: _Part | None = None
+        self._on_gpu = mx.default_device() == mx.gpu
+
+    def __call__(self, part: _Part) -> None:
+        waited = part
+        if self._on_gpu:
+            mx.async_eval(*part.arrays)  # type: ignore[no-untyped-call]
+            waited, self._ahead = self._ahead or part, part
+        self._before_wait()
+        mx.eval(*waited.arrays)
+
+
 def _in_blocks(
-    queries: mx.array, blocks: Iterator[_Block], keys_values: KeysValues, scale: float
+    queries: mx.array,
+    blocks: Iterator[_Block],
+    keys_values: KeysValues,
+    scale: float,
+    settled: _Settled | None,
 ) -> mx.array:
     """Attend to blocks in turn.
 
     Args:
         queries: ``[batch, heads, queries, width]``.
+        settled: called between two blocks.
 
     Returns:
-        Float32 ``[batch, heads, queries, width of a value]``.
+        Float32 ``[batch, heads, queries, width of a value]``; lazy.
     """
     factor = mx.array(scale, dtype=mx.float32)
     so_far: _Part | None = None
     for block in blocks:
-        keys, values = keys_values(block, so_far)
+        if so_far is not None and settled is not None:
+            settled(so_far)
+        keys, values = keys_values(block)
         begin = block.first_query
-        scores = _product(queries[..., begin:, :] if begin else queries, keys.swapaxes(-1, -2))
+        scores = _product(queries[..., begin:, :] if begin else queries, keys)
         if block.mask is not None:
             least = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
             scores = mx.where(block.mask, scores, least)
         earlier = _tail(so_far, begin)
         so_far = _joined(so_far, begin, _extended(earlier, scores, values, factor))
+        del keys, values, scores, earlier
     assert so_far is not None
     return so_far.output / so_far.total
 
@@ -339,15 +392,13 @@ def _extended(earlier: _Part | None, scores: mx.array, values: mx.array, factor:
 def _tail(part: _Part | None, begin: int) -> _Part | None:
     if part is None or begin == 0:
         return part
-    return _Part(*(each[..., begin:, :] for each in (part.maximum, part.total, part.output)))
+    return _Part(*(each[..., begin:, :] for each in part.arrays))
 
 
 def _joined(part: _Part | None, begin: int, tail: _Part) -> _Part:
     if part is None or begin == 0:
         return tail
-    pairs = (
-        (part.maximum, tail.maximum), (part.total, tail.total), (part.output, tail.output)
-    )  # fmt: skip
+    pairs = zip(part.arrays, tail.arrays, strict=True)
     return _Part(*(mx.concatenate([old[..., :begin, :], new], axis=-2) for old, new in pairs))
 
 

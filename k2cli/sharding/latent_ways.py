@@ -13,6 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from k2cli.mlx_lm_package import mlx_lm_module
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
 
 EXPANSION_WEIGHTS: Mapping[str, float] = {"cpu": 1.0, "metal": 1.0, "cuda": 1.0}
 """Time of an operation of expanding relative to one of attention, by ``choices.Device``.
@@ -23,7 +29,7 @@ queries. ``cuda``: one full-width layer on an H200 took 0.58 (context of 16,384)
 of mlx-lm's time with 160 queries. ``cpu``: see docs/design/decisions.md.
 """
 
-BLOCK_TOKENS = 2048
+BLOCK_TOKENS = 1024
 """Tokens of context in a block, where a plan asks for blocks."""
 
 ABSORBED_BLOCKS = 4
@@ -89,3 +95,13 @@ def most_absorbed_queries(
 def expansion_weight(devices: Iterable[str]) -> float:
     """Return the weight for a run: the least of its devices', so that all ranks agree."""
     return min(EXPANSION_WEIGHTS.get(device, 1.0) for device in devices)
+
+
+def has_own_attention(model: nn.Module) -> bool:
+    """True if memory is planned for k2's own attention: for layers of DeepSeek-V3's class.
+
+    DeepSeek-V3.2 is computed absorbed, too, but its indexer makes scores of chunk times context
+    whatever attention does, so that it is planned as mlx-lm's class.
+    """
+    kind = mlx_lm_module("models.deepseek_v3").DeepseekV3Attention
+    return any(type(module) is kind for module in model.modules())
