@@ -88,7 +88,7 @@ def evaluates_blocks(model: nn.Module, before_wait: Callable[[], None]) -> bool:
     found = False
     for module in model.modules():
         if isinstance(module, _LatentAttention) and module.settings.block_tokens:
-            module.before_wait = before_wait  # type: ignore[method-assign]
+            module.before_wait = before_wait
             found = True
     return found
 
@@ -104,9 +104,13 @@ def _mlx_lm_classes() -> tuple[type, ...]:
     )
 
 
-@functools.cache
-def _own_class(base: Any) -> type:
-    return type(f"K2{base.__name__}", (_LatentAttention, base), {})
+_own_classes: dict[Any, type] = {}
+
+
+def _own_class(base: type) -> type:
+    if base not in _own_classes:
+        _own_classes[base] = type(f"K2{base.__name__}", (_LatentAttention, base), {})
+    return _own_classes[base]
 
 
 class _LatentAttention:

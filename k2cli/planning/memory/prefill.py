@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.choices import Device
 from k2cli.planning.config_check import first_field, heads_field, text_config, width_field
-from k2cli.planning.memory.latent import LatentArrays, own_ways
+from k2cli.planning.memory.latent import LatentArrays, expanded_context, own_attention_bytes
 from k2cli.planning.memory.recurrent import recurrent_prefill
 from k2cli.planning.memory.recurrent_cuda import cuda_prefill_bytes
 from k2cli.sharding.latent_ways import LatentSettings, LatentWidths
@@ -214,13 +214,26 @@ def prefill_activation(
     hidden = chunk * shape.hidden * itemsize
     if device == "cuda":
         hidden = allocated_bytes(hidden)
+    arrays = LatentArrays(
+        heads, shape.rope_size, LatentWidths(shape.expanded_size, shape.latent_size)
+    )
+    own = settings if shape.own_attention else None
+    longest = context_length
+    if own is not None:
+        longest = expanded_context(arrays.widths, own, chunk, context_length)
     attention = (
-        _attention_bytes(shape, device, copies, heads, chunk, context_length, itemsize, settings)
+        _attention_bytes(shape, device, copies, heads, chunk, longest, itemsize)
         if shape.attends
         else 0
     )
     feed_forward = feed_forward_bytes(shape, copies, chunk, itemsize, slices)
     hidden = int(_hidden_copies(shape, device, copies, itemsize) * hidden)
+    if own is not None:
+        of_k2 = own_attention_bytes(
+            arrays, own, device=device, chunk=chunk, context=context_length, itemsize=itemsize,
+            feed_forward_bytes=feed_forward, hidden_bytes=hidden,
+        )  # fmt: skip
+        attention = max(attention, of_k2)
     recurrent = 0
     if shape.recurrence is not None and device == "cuda":
         recurrent = cuda_prefill_bytes(
@@ -280,22 +293,12 @@ def _attention_bytes(
     chunk: int,
     context: int,
     itemsize: int,
-    settings: LatentSettings | None,
 ) -> int:
-    own = 0
-    if settings is not None and shape.own_attention:
-        arrays = LatentArrays(
-            heads, shape.rope_size, LatentWidths(shape.expanded_size, shape.latent_size)
-        )
-        ways = own_ways(
-            arrays, settings, device=device, chunk=chunk, context=context, itemsize=itemsize
-        )
-        own, context = ways.peak_bytes, ways.expanded_context
     scores = copies.scores * heads * chunk * context * itemsize
     if shape.latent_size:
         expanded = copies.expanded * heads * shape.expanded_size * context * itemsize
         latent = copies.latent * heads * shape.latent_size * context * itemsize
-        return max(own, int(scores + expanded + (latent if shape.quantized else 0)))
+        return int(scores + expanded + (latent if shape.quantized else 0))
     if is_fused(shape, device, itemsize):
         return 0
     return int(scores)
