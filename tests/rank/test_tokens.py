@@ -168,7 +168,7 @@ def test_toy_k2_tokens_after_a_long_prompt(
 ) -> None:
     """The last chunks are computed absorbed, and with ``block_tokens`` all of them in blocks."""
     assert len(set(long_reference)) > 3
-    changes = {"attention_block_tokens": block_tokens}
+    changes: dict[str, Any] = {"attention_block_tokens": block_tokens}
     pool = RankPool(assignments(toy_k2, strategy, size, **changes), tmp_path)
     with running(pool):
         first, again = (pool.generate(LONG_PROMPT, LONG_TOKENS) for _ in range(2))
