@@ -244,23 +244,33 @@ def _sparse_mask(
 
 
 def _pieces(first: int, past_last: int, length: int) -> Iterator[tuple[int, int]]:
-    length = length or past_last - first
-    for start in range(first, past_last, length or 1):
-        yield start, min(start + length, past_last)
+    """Cut a range into pieces of a length, 0 for one piece."""
+    for start in range(first, past_last, length or max(1, past_last - first)):
+        yield start, min(start + length, past_last) if length else past_last
+
+
+def _whole_sums(tokens: int, length: int) -> int:
+    """Round down to tokens whose weights are summed without a copy; see ``_row_sums``."""
+    step = min(_SUMMED, length or _SUMMED)
+    return tokens // step * step
 
 
 def _causal_blocks(held: int, count: int, length: int) -> Iterator[_Block]:
     """Cut a context of ``held`` tokens and a chunk of ``count`` new ones; length 0 means whole."""
-    for first, past_last in _pieces(0, held, length):
+    unmasked = _whole_sums(held, length)
+    for first, past_last in _pieces(0, unmasked, length):
         yield _Block(first, past_last)
-    for first, past_last in _pieces(held, held + count, max(1, length // _DIAGONAL_BLOCKS)
-                                    if length else 0):  # fmt: skip
-        rows = mx.arange(first, held + count)[:, None]
-        yield _Block(first, past_last, first - held, rows >= mx.arange(first, past_last)[None])
+    part = max(1, length // _DIAGONAL_BLOCKS) if length else 0
+    for first, past_last in _pieces(unmasked, held + count, part):
+        query = max(0, first - held)
+        rows = mx.arange(held + query, held + count)[:, None]
+        yield _Block(first, past_last, query, rows >= mx.arange(first, past_last)[None])
 
 
 def _masked_blocks(context: int, length: int, mask: mx.array | None) -> Iterator[_Block]:
-    for first, past_last in _pieces(0, context, length):
+    whole = _whole_sums(context, length)
+    pieces = [*_pieces(0, whole, length), *_pieces(whole, context, length)]
+    for first, past_last in pieces:
         yield _Block(first, past_last, 0, None if mask is None else mask[..., first:past_last])
 
 
