@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +26,7 @@ import mlx.nn as nn
 
 from benchmarks.gpu_layers import random_layers
 from k2cli.mlx_lm_package import mlx_lm_module
+from k2cli.planning.memory.prefill import activation_shape, prefill_activation
 from k2cli.protocol import OpenSequence, Prefill
 from k2cli.rank.executor import Executor
 from k2cli.rank.expert_kernels import part_experts
@@ -220,10 +221,24 @@ def layer_figures(
                     "queries": count,
                     "block_tokens": settings.block_tokens,
                     **compare(layer.runs(count, attention=attention), settings, rounds),
+                    **_planned(settings, context, count),
                     "errors": layer.errors(settings, count),
                 }
                 found.append(case)
                 _note(case)
+    return found
+
+
+def _planned(settings: LatentSettings, context: int, queries: int) -> dict[str, float]:
+    """Return the planner's peaks of a layer's step on CUDA, whose chunk may be no larger."""
+    shape = replace(activation_shape(K2_LAYER), own_attention=True)
+    found = {}
+    for name, way in (("k2", settings), ("mlx_lm", None)):
+        planned = prefill_activation(
+            shape, device="cuda", chunk_tokens=queries, context_length=context + queries,
+            concurrency=1, itemsize=2, samples=False, settings=way,
+        )  # fmt: skip
+        found[f"{name}_planned_mb"] = round(planned.peak_bytes / 1e6, 1)
     return found
 
 
