@@ -30,6 +30,7 @@ from k2cli.protocol import (
     PlannedRank,
     PlannedRun,
 )
+from k2cli.sharding.latent_ways import expansion_weight
 from k2cli.units import MB
 
 if TYPE_CHECKING:
@@ -237,6 +238,8 @@ def _assignment(
         wired_limit_bytes=plan.nodes[rank].limit_bytes,
         cache_limit_bytes=cache_limit_bytes(plan.nodes[rank]),
         memory_limit_bytes=memory_limit_bytes(plan.nodes[rank]),
+        expansion_weight=expansion_weight(node.backend for node in plan.nodes),
+        attention_block_tokens=plan.request.attention_block_tokens,
     )
 
 

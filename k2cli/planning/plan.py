@@ -48,6 +48,8 @@ class PlannedRequest:
     """The request that the plan has memory for. ``dtype`` is that of activations and KV cache.
 
     Placements were compared by a prompt of ``prompt_tokens`` with an answer of ``answer_tokens``.
+    With ``attention_block_tokens`` latent attention to a prompt is computed in blocks of so many
+    tokens of its context.
     """
 
     context_length: int
@@ -56,6 +58,7 @@ class PlannedRequest:
     prefill_chunk_tokens: int = 512
     prompt_tokens: int = PROMPT_TOKENS
     answer_tokens: int = ANSWER_TOKENS
+    attention_block_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +220,8 @@ def _with_possible_sizes(plan: Plan) -> Plan:
     for name, count in counts.items():
         if not 0 < count < 2**31:
             raise ValueError(f"{name} cannot be {shown(count)}")
+    if not 0 <= (block := plan.request.attention_block_tokens) < 2**31:
+        raise ValueError(f"attention_block_tokens cannot be {shown(block)}")
     for node in plan.nodes:
         for name in ("weights_bytes", "kv_cache_bytes", "overhead_bytes", "limit_bytes"):
             size = getattr(node, name)

@@ -211,6 +211,7 @@ class Planner:
                 chosen.chunk_tokens,
                 chosen.exchange.prompt_tokens,
                 chosen.exchange.answer_tokens,
+                chosen.block_tokens,
             ),
             placement=chosen.placement,
             nodes=chosen.budgets,

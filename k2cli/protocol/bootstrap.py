@@ -66,7 +66,9 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``expected_cache_bytes[r]`` (if known) are the planned sizes of rank r's weights and caches;
     loading fails if a size differs. ``looks_ahead`` None leaves the choice to
     ``rank.engine.lookahead``. ``cache_limit_bytes`` limits the freed arrays that MLX keeps,
-    ``memory_limit_bytes`` these and those in use together. ``nccl_coordinator`` (``host:port``) is
+    ``memory_limit_bytes`` these and those in use together. ``expansion_weight`` and
+    ``attention_block_tokens`` are the settings of ``rank.latent_attention``, equal on all ranks.
+    ``nccl_coordinator`` (``host:port``) is
     where the leader hands out NCCL's unique id; NCCL itself listens on ``nccl_interface`` alone.
     """
 
@@ -94,6 +96,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nccl_coordinator: str | None = None
     nccl_interface: str | None = None
     looks_ahead: bool | None = None
+    expansion_weight: float = 1.0
+    attention_block_tokens: int = 0
 
 
 class PlannedRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

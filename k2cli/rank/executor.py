@@ -33,6 +33,7 @@ from k2cli.protocol import (
 from k2cli.protocol.progress_page import Phase
 from k2cli.rank.caches import CacheTable, LayerCaches, make_room
 from k2cli.rank.host_buffers import copies_from_host
+from k2cli.rank.latent_attention import evaluates_blocks
 from k2cli.sharding.stage import Stage, hidden_at
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ class Executor:
         """On a pipeline's first stage: the last token of each sequence that came ahead of its
         decision."""
         self._hidden: tuple[int, mx.Dtype] | None = None
+        # Then a chunk is computed while it is built, and must not wait for other ranks there.
+        self._computes_early = evaluates_blocks(stage.model, self.about_to_wait)
 
     @property
     def is_pipeline(self) -> bool:
@@ -185,8 +188,11 @@ class Executor:
         self._begin("prefill", rows, length.bit_length())
         make_room(caches, length)
         arrived = self._receive(rows, length)
+        if self._computes_early:
+            self._wait_for(arrived)
         output = self.stage.forward(tokens, self.stage.complete(caches), arrived)
-        self._wait_for(arrived)
+        if not self._computes_early:
+            self._wait_for(arrived)
         # Evaluate layer by layer: it limits memory, and the guard sees progress after each.
         for entry in caches:
             self.about_to_wait()

@@ -25,9 +25,11 @@ from k2cli.protocol import Assignment, HeldTensor
 from k2cli.rank.absent_files import open_absent, refuse_absent, refused_if_absent
 from k2cli.rank.expert_kernels import part_experts
 from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
+from k2cli.rank.latent_attention import use_own_attention
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.coverage import WholeModel, describe_whole
+from k2cli.sharding.latent_ways import LatentSettings
 from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, part_slices
 from k2cli.sharding.stage import Stage
@@ -133,6 +135,9 @@ def load_part(
     ]
     if copies_from_host():
         part_experts(model)
+    use_own_attention(
+        model, LatentSettings(assignment.expansion_weight, assignment.attention_block_tokens)
+    )
     return LoadedPart(opened.stage, opened.whole, held, total, read, read - taken)
 
 

@@ -3,22 +3,25 @@
 Each rank lists the tensors that it has evaluated. The lists are compared with the whole model as
 the checkpoint's headers describe it: every tensor must be on exactly the ranks of the placement,
 whole or as slices that add up. A pipeline without one layer, or a rank that loaded another split
-than its peers, does not pass.
+than its peers, does not pass. The same placement says which ranks read a stored tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.nn as nn
 
 from k2cli.errors import ClusterError
 from k2cli.sharding.placement import Placement
 from k2cli.sharding.stage import anatomy
-from k2cli.sharding.trace import parameters
+from k2cli.sharding.trace import StoredShapes, parameters, trace_model
 
 Shapes = Mapping[str, tuple[int, ...]]
+Holders = Callable[[str], frozenset[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +115,40 @@ def check_coverage(whole_model: WholeModel, placement: Placement, held: Sequence
             "check that every node has the same checkpoint and the same k2",
         )
     return len(whole)
+
+
+def stored_holders(
+    config: Mapping[str, Any], stored: StoredShapes, placement: Placement
+) -> Holders:
+    """Return a function from a stored tensor's name to the ranks that read it.
+
+    With it a machine gets the files of its own ranks alone. Every rank of another placement than a
+    pipeline reads all tensors, whole or in part.
+
+    Stored names mostly are those of parameters. Of others, which a model's class joins or renames,
+    the layer is known by the number in the name. A rank that needs a tensor of a file which it does
+    not have refuses to load (``rank.absent_files``), so that a wrong guess here cannot give wrong
+    answers.
+
+    Raises:
+        K2Error: if the config and the tensors make no model.
+    """
+    everybody = frozenset(range(placement.size))
+    if placement.strategy != "pipeline":
+        return lambda name: everybody
+    whole = describe_whole(trace_model(config, stored))
+    layers = whole.names.layers.rstrip(".").rpartition(".")[2]
+    numbered = re.compile(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.")
+    ends = frozenset({0, placement.size - 1})
+
+    def find(name: str) -> frozenset[int]:
+        if name in whole.shapes:
+            return frozenset(holders(name, placement, whole.names))
+        if (match := numbered.search(name)) is None:
+            return ends
+        layer = int(match[1])
+        # A number past the last layer is that of a layer for predicting more tokens, which mlx-lm
+        # leaves out.
+        return frozenset(p.rank for p in placement.ranks if p.layers[0] <= layer < p.layers[1])
+
+    return find

@@ -24,7 +24,7 @@ def files_of_nodes(
     Raises:
         K2Error: if the config and the tensors make no model.
     """
-    from k2cli.sharding.stored_holders import stored_holders
+    from k2cli.sharding.coverage import stored_holders
 
     stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     ranks_of = stored_holders(checkpoint.config, stored, placement)

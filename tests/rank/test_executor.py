@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from k2cli.errors import ClusterError
@@ -37,7 +38,7 @@ class Transfers:
 
 
 def _leader(*, pipeline: bool) -> Executor:
-    stage = SimpleNamespace(is_first=not pipeline, is_last=True, model=None)
+    stage = SimpleNamespace(is_first=not pipeline, is_last=True, model=nn.Module())
     return Executor(cast(Stage, stage), GROUP)
 
 

@@ -21,6 +21,8 @@ FEW_TEXTS = 2
 FEW_CHUNK_TOKENS = 4
 # For placements that are slow on two cores; a difference shows in the first tokens.
 SOME_TOKENS = 24
+LONG_PROMPT = [7 + index * 31 % 300 for index in range(110)]
+LONG_TOKENS = 6
 TEXTS = [
     "The capital of France is",
     "水在摄氏一百度",
@@ -136,3 +138,39 @@ def test_toy_k2_tokens_with_the_head_cut(
 ) -> None:
     expected = [tokens[:SOME_TOKENS] for tokens in toy_reference]
     assert _tokens(toy_k2, tmp_path, "tensor", 2, SOME_TOKENS, head="sharded") == expected
+
+
+@pytest.fixture(scope="module")
+def long_reference(toy_k2: Path) -> list[int]:
+    """Return the tokens of mlx-lm's class in this process, which is quicker than another one."""
+    from benchmarks.gpu_layers import loaded, plain_loop
+
+    return plain_loop(loaded(toy_k2, "float32")[0], LONG_PROMPT, LONG_TOKENS)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("strategy", "size", "block_tokens"),
+    [
+        ("pipeline", 2, 16),
+        ("tensor", 2, 16),
+        pytest.param("tensor", 2, 0, marks=pytest.mark.soak),
+        pytest.param("pipeline", 2, 0, marks=pytest.mark.soak),
+    ],
+)
+def test_toy_k2_tokens_after_a_long_prompt(
+    strategy: str,
+    size: int,
+    block_tokens: int,
+    toy_k2: Path,
+    long_reference: list[int],
+    tmp_path: Path,
+) -> None:
+    """The last chunks are computed absorbed, and with ``block_tokens`` all of them in blocks."""
+    assert len(set(long_reference)) > 3
+    changes: dict[str, Any] = {"attention_block_tokens": block_tokens}
+    pool = RankPool(assignments(toy_k2, strategy, size, **changes), tmp_path)
+    with running(pool):
+        first, again = (pool.generate(LONG_PROMPT, LONG_TOKENS) for _ in range(2))
+    assert first == long_reference
+    assert again == long_reference  # it begins with the kept prefix

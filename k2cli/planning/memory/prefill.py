@@ -11,7 +11,8 @@ has run, and keeps several operations in flight.
 with a masked copy, and expands keys and values from the latent. If that projection is quantized,
 the CPU and CUDA first copy the latent for every head, for keys and for values. Metal does not:
 DeepSeek-V3 took 1.2526 MB per token of context there (mlx-lm PR 839); two copies of scores and of
-the expanded pair are 1.2499.
+the expanded pair are 1.2499. What k2 computes itself, absorbed or in blocks, is in
+``memory/latent.py``.
 
 *Ordinary attention* is fused on Metal and CUDA for the head sizes that their kernels support.
 Otherwise (always on the CPU, and for float32 on CUDA) scores and a mask are materialized, once.
@@ -29,8 +30,10 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.choices import Device
 from k2cli.planning.config_check import first_field, heads_field, text_config, width_field
+from k2cli.planning.memory.latent import LatentArrays, expanded_context, own_attention_bytes
 from k2cli.planning.memory.recurrent import recurrent_prefill
 from k2cli.planning.memory.recurrent_cuda import cuda_prefill_bytes
+from k2cli.sharding.latent_ways import LatentSettings, LatentWidths
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -86,7 +89,9 @@ class ActivationShape:
     """The widths of the whole model that decide activation memory.
 
     ``latent_size`` is the width of MLA's latent, 0 for other attention; ``expanded_size`` is then
-    the width of one head's expanded key and value together. ``experts`` is 0 for a dense model.
+    the width of one head's expanded key and value together, and ``rope_size`` that of a key's part
+    with the position. ``own_attention`` is true if k2 computes it itself where that takes less.
+    ``experts`` is 0 for a dense model.
     ``attends`` is false if no layer has keys and values. ``recurrence`` describes the recurrent
     layers, if there are any; the peak is that of the kind of layer that takes most.
     """
@@ -101,6 +106,8 @@ class ActivationShape:
     experts_per_token: int = 0
     latent_size: int = 0
     expanded_size: int = 0
+    rope_size: int = 0
+    own_attention: bool = False
     quantized: bool = False
     attends: bool = True
     recurrence: Recurrence | None = None
@@ -156,16 +163,23 @@ def activation_shape(config: Mapping[str, Any]) -> ActivationShape:
         experts_per_token=first_field(text, ("num_experts_per_tok",)) or 1,
         latent_size=first_field(text, ("kv_lora_rank",)) or 0,
         expanded_size=nope + value,
+        rope_size=first_field(text, ("qk_rope_head_dim",)) or 0,
         quantized=any(part.get("quantization") is not None for part in (config, text)),
     )
 
 
 def shape_of_model(config: Mapping[str, Any], model: nn.Module) -> ActivationShape:
-    """Read the widths from a checked config, and the recurrent layers from its traced model."""
+    """Read the widths from a checked config, and the kinds of layers from its traced model."""
+    from k2cli.sharding.latent_ways import has_own_attention
     from k2cli.sharding.recurrence import recurrence_of
 
     recurrence, attends = recurrence_of(model)
-    return replace(activation_shape(config), recurrence=recurrence, attends=attends)
+    return replace(
+        activation_shape(config),
+        recurrence=recurrence,
+        attends=attends,
+        own_attention=has_own_attention(model),
+    )
 
 
 def prefill_activation(
@@ -179,6 +193,7 @@ def prefill_activation(
     slices: int = 1,
     samples: bool = True,
     layers: int | None = None,
+    settings: LatentSettings | None = None,
 ) -> ActivationBytes:
     """Model one rank's peak while it prefills the last chunk of a full context.
 
@@ -190,6 +205,8 @@ def prefill_activation(
         slices: ranks that share each layer (tensor parallelism); 1 otherwise.
         samples: whether this rank computes logits.
         layers: number of layers of this rank, all of them if None; it matters for recurrent ones.
+        settings: of k2's own latent attention, and then the peak is that of all steps of up to a
+            chunk; None for mlx-lm's class.
     """
     chunk = min(chunk_tokens, context_length)
     heads = ceil(shape.heads / slices)
@@ -197,13 +214,26 @@ def prefill_activation(
     hidden = chunk * shape.hidden * itemsize
     if device == "cuda":
         hidden = allocated_bytes(hidden)
+    arrays = LatentArrays(
+        heads, shape.rope_size, LatentWidths(shape.expanded_size, shape.latent_size)
+    )
+    own = settings if shape.own_attention else None
+    longest = context_length
+    if own is not None:
+        longest = expanded_context(arrays.widths, own, chunk, context_length)
     attention = (
-        _attention_bytes(shape, device, copies, heads, chunk, context_length, itemsize)
+        _attention_bytes(shape, device, copies, heads, chunk, longest, itemsize)
         if shape.attends
         else 0
     )
     feed_forward = feed_forward_bytes(shape, copies, chunk, itemsize, slices)
     hidden = int(_hidden_copies(shape, device, copies, itemsize) * hidden)
+    if own is not None:
+        of_k2 = own_attention_bytes(
+            arrays, own, device=device, chunk=chunk, context=context_length, itemsize=itemsize,
+            feed_forward_bytes=feed_forward, hidden_bytes=hidden,
+        )  # fmt: skip
+        attention = max(attention, of_k2)
     recurrent = 0
     if shape.recurrence is not None and device == "cuda":
         recurrent = cuda_prefill_bytes(

@@ -21,6 +21,7 @@ from k2cli.planning.request import PlanRequest
 from k2cli.planning.search.traced_model import Slices, TracedModel
 from k2cli.planning.speed.estimate import SpeedEstimate, predict_speed
 from k2cli.planning.speed.exchange import Exchange
+from k2cli.sharding.latent_ways import BLOCK_TOKENS, LatentSettings, expansion_weight
 from k2cli.sharding.placement import Placement
 
 GOOD_CHUNK_TOKENS = 512
@@ -33,7 +34,8 @@ class PlanningProblem:
 
     ``context_length`` counts instead of the request's, which may be None. Without ``timed`` no
     speed is predicted, and any split that fits is accepted. With ``unfit_speed`` a speed is also
-    predicted for placements that do not fit, so that the plan can show it.
+    predicted for placements that do not fit, so that the plan can show it. With ``in_blocks``
+    latent attention to a prompt is computed in blocks of its context.
     """
 
     traced: TracedModel
@@ -42,6 +44,13 @@ class PlanningProblem:
     context_length: int
     timed: bool = True
     unfit_speed: bool = True
+    in_blocks: bool = False
+
+    @property
+    def latent_settings(self) -> LatentSettings:
+        """The settings of latent attention, the same on all nodes."""
+        weight = expansion_weight(node.device for node in self.nodes)
+        return LatentSettings(weight, BLOCK_TOKENS if self.in_blocks else 0)
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -71,7 +80,10 @@ class PlanningProblem:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A placement with its ledger; ``nodes`` and ``budgets`` are in rank order."""
+    """A placement with its ledger; ``nodes`` and ``budgets`` are in rank order.
+
+    ``block_tokens`` are those of blocks of latent attention, 0 without.
+    """
 
     placement: Placement
     nodes: tuple[NodeMemory, ...]
@@ -79,6 +91,7 @@ class Candidate:
     budgets: tuple[NodeBudget, ...]
     speed: SpeedEstimate | None
     exchange: Exchange
+    block_tokens: int = 0
 
     @property
     def headroom_bytes(self) -> int:
@@ -165,7 +178,9 @@ def activation_bytes(
         "slices": slices,
         "samples": samples,
     }
-    prefill = prefill_activation(shape, chunk_tokens=chunk, layers=layers, **common)
+    prefill = prefill_activation(
+        shape, chunk_tokens=chunk, layers=layers, settings=problem.latent_settings, **common
+    )
     decode = decode_activation(shape, layers=layers, **common)
     return prefill.peak_bytes, decode.peak_bytes
 
@@ -208,4 +223,5 @@ def make_candidate(
             collective_seconds=request.collective_seconds,
             exchange=problem.exchange,
         )
-    return Candidate(placement, tuple(nodes), chunk, budgets, speed, problem.exchange)
+    blocks = problem.latent_settings.block_tokens
+    return Candidate(placement, tuple(nodes), chunk, budgets, speed, problem.exchange, blocks)

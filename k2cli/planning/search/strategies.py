@@ -14,10 +14,12 @@ from k2cli.errors import UsageError
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.request import MAX_CONCURRENCY, MAX_CONTEXT_LENGTH
 from k2cli.planning.search.candidates import (
+    GOOD_CHUNK_TOKENS,
     Candidate,
     PlanningProblem,
     make_candidate,
     node_budgets,
+    preference,
 )
 from k2cli.planning.search.pipeline import pipeline
 from k2cli.sharding.placement import Placement, RankPlacement
@@ -53,9 +55,23 @@ def compare(
 def candidate(problem: PlanningProblem, strategy: Strategy) -> Candidate:
     """Return the best candidate of a strategy.
 
+    Latent attention is computed in blocks if memory asks for them: if nothing fits without, or only
+    a prefill chunk that is too small to keep a GPU busy.
+
     Raises:
         UsageError: if the strategy is impossible for this model or number of nodes.
     """
+    found = _candidate(problem, strategy)
+    wanted = min(problem.chunks[0], GOOD_CHUNK_TOKENS)
+    if not problem.traced.model.shape.own_attention:
+        return found
+    if found.fits and found.chunk_tokens >= wanted:
+        return found
+    in_blocks = _candidate(replace(problem, in_blocks=True), strategy)
+    return in_blocks if preference(in_blocks) > preference(found) else found
+
+
+def _candidate(problem: PlanningProblem, strategy: Strategy) -> Candidate:
     return pipeline(problem) if strategy == "pipeline" else whole_layers(problem, strategy)
 
 

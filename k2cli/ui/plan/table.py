@@ -43,6 +43,10 @@ def plan_lines(plan: Plan, *, unicode: bool = True) -> list[str]:
     return [*headline(plan), "", *_table(plan), "", *bars, "", verdict(plan)]
 
 
+def _blocks(tokens: int) -> str:
+    return f", attention in blocks of {tokens}" if tokens else ""
+
+
 def headline(plan: Plan) -> list[str]:
     """Describe model, request and placement; the first line is the model's name."""
     model, request = plan.model, plan.request
@@ -50,7 +54,8 @@ def headline(plan: Plan) -> list[str]:
         f"{_count(model.parameters)} parameters, {format_bytes(model.stored_bytes)} stored, "
         f"quantization: {model.quantization}",
         f"{_sequences(request.concurrency)} of {request.context_length:,} tokens in "
-        f"{request.dtype}, prefill in chunks of {request.prefill_chunk_tokens}",
+        f"{request.dtype}, prefill in chunks of {request.prefill_chunk_tokens}"
+        f"{_blocks(request.attention_block_tokens)}",
         _placement_text(plan),
         gpu_text((node.name, node) for node in plan.nodes),
     ]

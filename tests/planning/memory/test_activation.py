@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,8 +20,14 @@ from benchmarks.memory_model import (
     recordings,
     share_within,
 )
-from k2cli.planning.memory.prefill import activation_shape, prefill_activation
+from k2cli.planning.memory.prefill import (
+    activation_shape,
+    prefill_activation,
+    shape_of_model,
+)
+from k2cli.rank.latent_attention import use_own_attention
 from k2cli.sharding.assemble import build, cast
+from k2cli.sharding.latent_ways import LatentSettings
 from k2cli.units import MB
 from tests.quantization.originals import KIMI, LLAMA
 
@@ -64,6 +71,34 @@ def test_peak_of_decode_is_what_mlx_measures(grid: Grid, rows: int) -> None:
     assert need_bytes(point) == pytest.approx(point.peak_bytes, rel=TOLERANCE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "chunk", "context"),
+    [
+        (LatentSettings(1.0), 16, 3072),
+        (LatentSettings(1.0, 128), 24, 3072),
+        (LatentSettings(0.0, 128), 256, 1024),
+        (LatentSettings(0.0, 256), 512, 2048),
+    ],
+)
+def test_peak_of_k2s_own_attention_is_what_mlx_measures(
+    settings: LatentSettings, chunk: int, context: int
+) -> None:
+    config = SHAPES["latent attention"] | COMMON
+    model = build(config)
+    shape = shape_of_model(config, model)
+    cast(model, mx.float32)
+    mx.eval(model.parameters())
+    own = Grid(model, config, "cpu", 4)
+    assert use_own_attention(model, settings) == 3
+    point = own.prefill(chunk, context)
+    modelled = prefill_activation(
+        shape, device="cpu", chunk_tokens=chunk, context_length=context, concurrency=1,
+        itemsize=4, settings=settings,
+    ).peak_bytes  # fmt: skip
+    assert max(modelled, point.growth_bytes) == pytest.approx(point.peak_bytes, rel=TOLERANCE)
+
+
 def test_recorded_grids_agree_with_the_model_and_the_page() -> None:
     for recording in recordings():
         found = list(compared(recording))
@@ -86,15 +121,17 @@ def test_recorded_grids_agree_with_the_model_and_the_page() -> None:
     assert PAGE.read_text() == page(), "run scripts/memory-model"
 
 
-def k2_attention_bytes(chunk: int, slices: int) -> int:
+def k2_attention_bytes(chunk: int, slices: int, settings: LatentSettings | None = None) -> int:
     config = {
         "hidden_size": 7168, "num_attention_heads": 64, "kv_lora_rank": 512, "vocab_size": 163840,
         "qk_nope_head_dim": 128, "v_head_dim": 128, "intermediate_size": 18432,
         "moe_intermediate_size": 2048, "n_routed_experts": 384, "num_experts_per_tok": 8,
+        "qk_rope_head_dim": 64,
     }  # fmt: skip
     return prefill_activation(
-        activation_shape(config), device="metal", chunk_tokens=chunk, context_length=131_072,
-        concurrency=1, itemsize=2, slices=slices,
+        replace(activation_shape(config), own_attention=settings is not None), device="metal",
+        chunk_tokens=chunk, context_length=131_072, concurrency=1, itemsize=2, slices=slices,
+        settings=settings,
     ).attention_bytes  # fmt: skip
 
 
@@ -104,6 +141,16 @@ def test_k2_in_numbers() -> None:
     assert round(k2_attention_bytes(2048, 1) / 1e9, 1) == 77.3
     assert round(k2_attention_bytes(2048, 2) / 1e9, 1) == 38.7
     assert round(k2_attention_bytes(512, 2) / 1e9, 1) == 12.9
+
+
+def test_blocks_and_absorbed_steps_of_k2_in_numbers() -> None:
+    blocks, absorbed = LatentSettings(1.0, 1024), LatentSettings(1.0)
+    # Without blocks a chunk of 2,048 is mlx-lm's; one that is absorbed expands nothing.
+    assert k2_attention_bytes(2048, 1, absorbed) == k2_attention_bytes(2048, 1)
+    assert k2_attention_bytes(128, 1, absorbed) < 0.6 * k2_attention_bytes(128, 1)
+    # In blocks it does not depend on the context, and is bounded by that of absorbed steps.
+    assert k2_attention_bytes(2048, 1, blocks) < 0.03 * k2_attention_bytes(2048, 1)
+    assert k2_attention_bytes(128, 1, blocks) < k2_attention_bytes(128, 1, absorbed)
 
 
 def test_metal_agrees_with_the_published_series_of_deepseek_v3() -> None:

@@ -244,8 +244,8 @@ def test_limits_are_where_it_stops_fitting(
         ("2x m3-ultra-256", PlanRequest(context_length=32_768), ["machine", "node"]),
         (
             "2x m3-ultra-512",
-            PlanRequest(context_length=262_144, chunk_tokens=16_384),
-            ["chunk", "context", "node"],
+            PlanRequest(context_length=262_144, chunk_tokens=65_536, concurrency=12),
+            ["chunk", "limit", "concurrency", "context", "node"],
         ),
     ],
 )
