@@ -66,7 +66,8 @@ def test_tokens_of_a_step_ahead_are_computed_within_their_transfer_on_cuda(
 
 
 def _first_stage() -> Executor:
-    model = SimpleNamespace(args=SimpleNamespace(vocab_size=16))
+    model = nn.Module()
+    model.args = SimpleNamespace(vocab_size=16)
     stage = SimpleNamespace(is_first=True, is_last=False, model=model)
     first = Executor(cast(Stage, stage), GROUP)
     first.caches = cast(Any, SimpleNamespace(fed=[], leave=lambda *_: None))
