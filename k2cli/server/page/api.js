@@ -53,7 +53,7 @@ export async function* chat(messages, signal) {
     body: JSON.stringify(body),
     signal,
   });
-  for await (const line of lines(response, signal)) {
+  for await (const line of lines(response)) {
     if (!line.startsWith("data:")) continue;
     const data = line.slice(5).trim();
     if (data === "[DONE]") return;
