@@ -389,6 +389,21 @@ def _percentile(found: Sequence[float], percent: int) -> float:
     return found[min(len(found) - 1, len(found) * percent // 100)]
 
 
+def _kept(path: Path | None) -> dict[str, Row]:
+    """Return the rows of a file, by the title of their placement."""
+    if path is None or not path.exists():
+        return {}
+
+    def summaries(found: dict[str, Any]) -> dict[str, Summary]:
+        return {kind: summary(entry["samples"]) for kind, entry in found.items()}
+
+    rows = [
+        Row(Case(**entry["case"]), summaries(entry["seconds"]), summaries(entry["processor"]))
+        for entry in json.loads(path.read_text())
+    ]
+    return {row.case.title: row for row in rows}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(prog="benchmarks.structured", description=__doc__)
@@ -398,15 +413,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, help="folder that keeps the model")
     parser.add_argument("--page", type=Path, default=_PAGE)
     parser.add_argument("--only", default="", help="letters of the placements to measure")
+    parser.add_argument("--rows", type=Path, help="a file that keeps the rows of earlier runs")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="k2-bench-") as temporary:
         folder = Path(temporary)
         os.environ["K2_STATE_DIR"] = str(folder / "state")
         model = make_model((options.models or folder) / "structured-toy", options.tokenizer)
         cases = [case for case in CASES if options.only in case.title]
-        rows = [measure(model, folder, case, options.rounds, options.tokens) for case in cases]
+        rows = _kept(options.rows)
+        for case in cases:
+            rows[case.title] = measure(model, folder, case, options.rounds, options.tokens)
+            if options.rows:
+                options.rows.write_text(
+                    json.dumps([dataclasses.asdict(row) for row in rows.values()])
+                )
         waits = measure_waits(model, folder, options.rounds)
-        options.page.write_text(page(rows, waits, measure_masks(model), options))
+        found = [rows[case.title] for case in CASES if case.title in rows]
+        options.page.write_text(page(found, waits, measure_masks(model), options))
     return 0
 
 
