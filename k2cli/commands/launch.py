@@ -291,6 +291,7 @@ class Following:
 
 def _show_plan(run: RunDecisions) -> None:
     from k2cli.launch.endpoint import endpoint_warnings
+    from k2cli.launch.transport import transport_warnings
     from k2cli.ui.output import note, warn
     from k2cli.ui.plan.table import plan_lines
     from k2cli.units import one_line
@@ -304,7 +305,7 @@ def _show_plan(run: RunDecisions) -> None:
         note(one_line(f"  {name}: {value}"))
     if run.generated_api_key:
         note(f"the API key is in {run.record.api_key_file}")
-    for warning in endpoint_warnings(run):
+    for warning in [*transport_warnings(run.plan), *endpoint_warnings(run)]:
         warn(warning)
 
 
