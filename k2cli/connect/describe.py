@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from k2cli.connect.config_file import ConfigChange, Format, file_text
+from k2cli.connect.config_file import Format, file_text
 from k2cli.connect.endpoint import Endpoint
 from k2cli.connect.formats.patch import apply_patch, settled
 from k2cli.connect.settings import Agent, Value
@@ -16,6 +16,9 @@ from k2cli.connect.shells import Shell, command_line, lines
 SCHEMA_VERSION = 1
 HIDDEN_KEY = "KEY"
 """Printed where a file needs the key itself."""
+
+_AGENT_TOKENS = 32_768
+"""Context below which the first request of most agents hardly fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +109,6 @@ def describe(agent: Agent, endpoint: Endpoint, shell: Shell) -> Description:
         unset=settings.unset,
         notes=(*settings.notes, *_advice(endpoint)),
     )
-
-
-def _data(change: ConfigChange) -> dict[str, Any]:
-    return apply_patch(None, settled(change.patch, None))
-
-
-_AGENT_TOKENS = 32_768
-"""Context below which the first request of most agents hardly fits."""
 
 
 def _advice(endpoint: Endpoint) -> list[str]:
