@@ -150,7 +150,7 @@ def _watch_on_terminal(client: httpx.Client, run_id: str) -> None:
         thread.join(120)
         status = client.get("/v1/status").json()
         last = shown()
-        assert "toy-k2  ready  up " in last
+        assert f"{status['model']['name']}  ready  up " in last
         assert f"0 restarts  {run_id}" in last
         assert "ring, pipeline, 2 ranks on 1 node" in last
         hits, started = status["totals"]["cache_hits"], status["totals"]["queue"]["count"]
