@@ -79,7 +79,7 @@ class Connection:
 
     @property
     def end_reason(self) -> str:
-        """Why the server is gone."""
+        """The reason for which the server is gone."""
         return "it closed the connection" if self._program is None else self._program.end_reason
 
     def reason_of(self, error: BaseException) -> str:
