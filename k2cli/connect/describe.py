@@ -17,9 +17,6 @@ SCHEMA_VERSION = 1
 HIDDEN_KEY = "KEY"
 """Printed where a file needs the key itself."""
 
-_AGENT_TOKENS = 32_768
-"""Context below which the first request of most agents hardly fits."""
-
 
 @dataclass(frozen=True, slots=True)
 class FileText:
@@ -109,6 +106,10 @@ def describe(agent: Agent, endpoint: Endpoint, shell: Shell) -> Description:
         unset=settings.unset,
         notes=(*settings.notes, *_advice(endpoint)),
     )
+
+
+_AGENT_TOKENS = 32_768
+"""Context below which the first request of most agents hardly fits."""
 
 
 def _advice(endpoint: Endpoint) -> list[str]:
