@@ -140,7 +140,9 @@ class ServerFile:
         return _VARIABLE.sub(value, text)
 
     def _wrong(self, name: str, problem: str) -> UsageError:
-        return UsageError(f"server '{one_line(name)}' of '{self.path}': {problem}", "correct the file")
+        return UsageError(
+            f"server '{one_line(name)}' of '{self.path}': {problem}", "correct the file"
+        )
 
 
 def read_server_file(path: Path) -> ServerFile:
