@@ -138,11 +138,6 @@ class FairQueue(Generic[T]):
         key = self._keys.get(owner)
         return sum(map(len, key.waiting.values())) if key else 0
 
-    def running_of(self, owner: str) -> int:
-        """Return the number of requests of a key that have started and not ended."""
-        key = self._keys.get(owner)
-        return key.running if key else 0
-
     def counter_of(self, owner: str) -> float:
         """Return the units that were computed for a key, with what it was lifted by."""
         return self._keys[owner].counter
@@ -266,7 +261,7 @@ class FairQueue(Generic[T]):
         """Return the virtual time of its key at which a request that waits is due."""
         return _due(ticket, ticket.conversation.time)
 
-    def turn(self, ticket: Ticket[T]) -> tuple[float, float, int]:
+    def running_order(self, ticket: Ticket[T]) -> tuple[float, float, int]:
         """Return the order of requests that have started: the least one is computed first."""
         return self._keys[ticket.owner].counter, ticket.due, ticket.number
 

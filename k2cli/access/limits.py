@@ -65,7 +65,7 @@ class TokenBucket:
         return max(0.0, (level - self.level) / self._rate)
 
 
-Turn = Ticket[asyncio.Future[None] | None]
+Place = Ticket[asyncio.Future[None] | None]
 """The place of a request among those of its client."""
 
 
@@ -183,11 +183,11 @@ class Usage:
         if self._bucket is not None:
             self._bucket.take(tokens)
 
-    def charge(self, ticket: Turn, units: int) -> None:
+    def charge(self, ticket: Place, units: int) -> None:
         """Count work for a request, for the order of those that wait."""
         self._queue.charge(ticket, units)
 
-    def pass_on(self, ticket: Turn) -> None:
+    def pass_on(self, ticket: Place) -> None:
         """Give the place of a request that has ended to the next one."""
         self._queue.end(ticket)
         self.running -= 1
@@ -205,7 +205,7 @@ class Usage:
             self.running += 1
             turn.set_result(None)
 
-    def leave(self, ticket: Turn) -> None:
+    def leave(self, ticket: Place) -> None:
         """Remove a request that waits. Idempotent."""
         if ticket in self._queue:
             self._queue.leave(ticket)
@@ -221,7 +221,7 @@ class Admission:
             one that may at once.
     """
 
-    def __init__(self, usage: Usage, prompt_tokens: int, ticket: Turn) -> None:
+    def __init__(self, usage: Usage, prompt_tokens: int, ticket: Place) -> None:
         self._usage = usage
         self._ticket = ticket
         self._turn = ticket.item

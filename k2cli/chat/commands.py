@@ -38,17 +38,19 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {}
-"""Every command by its names, in the order of ``/help``."""
+"""The commands of this module by their names, in the order of ``/help``."""
 
 
-def command(name: str, arguments: str = "", *others: str) -> Callable[[Action], Action]:
-    """Return the decorator that puts a function into the table under its names."""
+def command(
+    name: str, arguments: str = "", *others: str, table: dict[str, Command] = COMMANDS
+) -> Callable[[Action], Action]:
+    """Return the decorator that puts a function into a table under its names."""
 
     def register(run: Action) -> Action:
         meaning = " ".join((run.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
         made = Command(name, arguments, run, meaning[:1].lower() + meaning[1:])
         for each in (name, *others):
-            COMMANDS[each] = made
+            table[each] = made
         return run
 
     return register
@@ -57,7 +59,7 @@ def command(name: str, arguments: str = "", *others: str) -> Callable[[Action], 
 @command("/help", "", "/?")
 def show_help(chat: Chat, argument: str) -> None:
     """List the commands and keys."""
-    commands = dict.fromkeys(COMMANDS.values())
+    commands = dict.fromkeys(chat.commands.values())
     rows = [(f"{each.name} {each.arguments}".strip(), each.meaning) for each in commands]
     chat.terminal.table([*rows, *_KEYS])
 

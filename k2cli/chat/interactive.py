@@ -187,7 +187,9 @@ class Chat:
 
     def _answer_calls(self) -> bool:
         """Make the calls of the last answer; False if the user stopped that."""
-        finished = answer_calls(self.session, self.tools, self.terminal, self._may_call)
+        finished = answer_calls(
+            self.session, self.tools, self.terminal, self._may_call, command="/result"
+        )
         if finished:
             self.save()
         else:

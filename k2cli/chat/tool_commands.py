@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from k2cli.chat.commands import command
+from k2cli.chat.commands import Command, command
 from k2cli.chat.tool_turns import result_number
 from k2cli.errors import K2Error
 
 if TYPE_CHECKING:
     from k2cli.chat.interactive import Chat
 
+TOOL_COMMANDS: dict[str, Command] = {}
+"""The commands of this module by their names."""
 
-@command("/tools", "[on|off|allow NAME]")
+
+@command("/tools", "[on|off|allow NAME]", table=TOOL_COMMANDS)
 def tools(chat: Chat, argument: str) -> None:
     """List servers and tools; switch one on or off; allow a tool in this conversation."""
     if not argument:
@@ -72,7 +75,7 @@ def complete_names(chat: Chat) -> None:
     ]
 
 
-@command("/result", "[NUMBER]")
+@command("/result", "[NUMBER]", table=TOOL_COMMANDS)
 def result(chat: Chat, argument: str) -> None:
     """Show the last result of a tool whole; 2: the last but one."""
     chat.terminal.show_result(result_number(chat.session, argument))

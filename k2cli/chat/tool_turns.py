@@ -40,15 +40,20 @@ Decide = Callable[[ToolCall], bool]
 """Returns True if a call may be made; raises KeyboardInterrupt if the user stops everything."""
 
 
-def answer_calls(session: ChatSession, tools: ToolBox, screen: CallScreen, decide: Decide) -> bool:
+def answer_calls(
+    session: ChatSession, tools: ToolBox, screen: CallScreen, decide: Decide, *, command: str = ""
+) -> bool:
     """Make the open calls of a conversation, and put their results into it.
+
+    Args:
+        command: shows a whole result, if there is such a command.
 
     Returns:
         False if the user stopped it; then the remaining calls are not made.
     """
     try:
         for call in session.open_calls:
-            result = _answer(call, tools, screen, decide)
+            result = _answer(call, tools, screen, decide, command)
             session.turns.append(result_turn(call, result.text))
     except KeyboardInterrupt:
         close_calls(session.turns, _STOPPED)
@@ -58,7 +63,9 @@ def answer_calls(session: ChatSession, tools: ToolBox, screen: CallScreen, decid
     return True
 
 
-def _answer(call: ToolCall, tools: ToolBox, screen: CallScreen, decide: Decide) -> ToolResult:
+def _answer(
+    call: ToolCall, tools: ToolBox, screen: CallScreen, decide: Decide, command: str
+) -> ToolResult:
     screen.call(described_call(call))
     if refusal := tools.refusal(call):
         screen.result(refusal, failed=True)
@@ -72,7 +79,7 @@ def _answer(call: ToolCall, tools: ToolBox, screen: CallScreen, decide: Decide) 
 
     with noted_interrupts() as interrupts, screen.working(status):
         result = tools.run(call, lambda: interrupts.came)
-    screen.result(folded(result), failed=result.failed)
+    screen.result(folded(result, command), failed=result.failed)
     return result
 
 
@@ -115,14 +122,15 @@ def is_cut(call: ToolCall) -> bool:
     return described_call(call) != described_call(call, whole=True)
 
 
-def folded(result: ToolResult) -> str:
-    """Return the first lines of a result, and its size if there are more."""
+def folded(result: ToolResult, command: str = "") -> str:
+    """Return the first lines of a result; if there are more, its size and what shows it whole."""
     lines = result.text.splitlines()
     shown = [line if len(line) <= 200 else f"{line[:200]}..." for line in lines[:_SHOWN_LINES]]
     text = "\n".join(shown)
     if len(lines) > _SHOWN_LINES or any(len(line) > 200 for line in lines[:_SHOWN_LINES]):
         size = format_bytes(max(result.whole_bytes, len(result.text.encode())))
-        text += f"\n({len(lines)} lines, {size}; /result shows it)"
+        hint = f"; {command} shows it" if command else ""
+        text += f"\n({len(lines)} lines, {size}{hint})"
     return text or "(empty)"
 
 

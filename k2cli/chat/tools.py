@@ -70,7 +70,7 @@ class ToolBox:
 
     def __init__(self, file: Path, always_allowed: Collection[str] = ()) -> None:
         self._path = file
-        self._running: ToolHost | None = None
+        self._started: ToolHost | None = None
         self._servers: dict[str, ServerSettings] = {}
         self._tools: dict[str, Tool] = {}
         self._off: set[str] = set()
@@ -79,16 +79,16 @@ class ToolBox:
 
     def close(self) -> None:
         """End all servers."""
-        if self._running is not None:
-            self._running.close()
+        if self._started is not None:
+            self._started.close()
 
     @property
     def _host(self) -> ToolHost:
-        if self._running is None:
+        if self._started is None:
             from k2cli.tools.host import ToolHost  # few chats have tools
 
-            self._running = ToolHost()
-        return self._running
+            self._started = ToolHost()
+        return self._started
 
     # --- on and off -----------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Read the status of a run from its API (``GET /v1/status``).
+"""Read the status of a run once, for ``k2 ps``; None if it does not answer at once.
 
 ``k2 ps`` asks every live run, so this uses the standard library, which is imported faster than the
 HTTP client of the other commands, and it does not wait long.
@@ -13,39 +13,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from k2cli.client.status_document import status_document
 from k2cli.files import decode_json
 from k2cli.units import MIB
 
 TIMEOUT_SECONDS = 1.0
 _MAX_BYTES = 4 * MIB
-
-
-class RequestsNow(msgspec.Struct, frozen=True):
-    """Requests in progress, by state."""
-
-    reading: int
-    queued: int
-    prefill: int
-    decode: int
-
-
-class Throughput(msgspec.Struct, frozen=True):
-    """Present rates in tokens per second."""
-
-    completion_tokens_per_second: float
-    prompt_tokens_per_second: float
-
-
-class RunStatus(msgspec.Struct, frozen=True):
-    """The part of a status that ``k2 ps`` shows."""
-
-    requests: RequestsNow
-    throughput: Throughput
-
-    @property
-    def running(self) -> int:
-        """Requests that are computed now."""
-        return self.requests.prefill + self.requests.decode
 
 
 def read_status(
@@ -78,18 +51,9 @@ def read_status(
         if answer.status != 200:
             return None
         document: dict[str, Any] = decode_json(data, type=dict[str, Any])
-        shown_part(document)
+        status_document(document)
     except (OSError, ValueError, http.client.HTTPException, msgspec.MsgspecError):
         return None
     finally:
         connection.close()
     return document
-
-
-def shown_part(document: dict[str, Any]) -> RunStatus:
-    """Return the part of a status that ``k2 ps`` shows.
-
-    Raises:
-        msgspec.ValidationError: if the document is not a status.
-    """
-    return msgspec.convert(document, RunStatus)

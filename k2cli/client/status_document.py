@@ -1,4 +1,4 @@
-"""The document of ``GET /v1/status``, as ``k2 top`` reads it from a server.
+"""The document of ``GET /v1/status``, as ``k2 top`` and ``k2 ps`` read it from a server.
 
 The server may be of another version of k2, or be none of k2: fields that are absent have a default,
 unknown ones are ignored, and those of another type are refused. docs/reference/contracts.md

@@ -226,7 +226,7 @@ def _chat_on_terminal(
 ) -> None:
     from k2cli.chat.commands import COMMANDS, completion_words
     from k2cli.chat.interactive import Chat
-    from k2cli.chat.tool_commands import complete_names
+    from k2cli.chat.tool_commands import TOOL_COMMANDS, complete_names
     from k2cli.errors import K2Error, UsageError
     from k2cli.settings import state_directory
     from k2cli.ui.chat.terminal import ChatTerminal
@@ -240,7 +240,7 @@ def _chat_on_terminal(
         terminal,
         settings,
         _store(),
-        COMMANDS,
+        {**COMMANDS, **TOOL_COMMANDS},
         tools=box,
         private=private,
         place=", ".join(dict.fromkeys(nodes)),

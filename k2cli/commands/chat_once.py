@@ -48,52 +48,44 @@ class OneShot:
     def answer(self, question: str) -> None:
         """Stream the answer to stdout."""
         from k2cli.chat.figures import figures_line
-        from k2cli.chat.waiting import Waiting
-        from k2cli.client.answers import Delta, ReasoningDelta
-        from k2cli.ui.chat.answer_view import AnswerView
         from k2cli.ui.chat.stream import dim_note
 
-        session = self.session
-        for stream in self._rounds(question):
-            waiting = Waiting()
-            view = AnswerView(waiting.status, waiting.thought, markdown=session.schema is None)
-            try:
-                with closing(stream) as events:
-                    for event in events:
-                        waiting.update(event)
-                        if isinstance(event, Delta):
-                            view.answer_text(event.text)
-                        elif isinstance(event, ReasoningDelta):
-                            view.reasoning_text(event.text)
-            finally:
-                view.end()
-        if session.answer is not None:
-            dim_note(figures_line(session.answer))
+        self._stream(question, with_text=True)
+        if self.session.answer is not None:
+            dim_note(figures_line(self.session.answer))
 
     def answer_by_schema(self, question: str) -> None:
         """Print an answer once it is whole and obeys the schema; meanwhile show its progress."""
         from k2cli.chat.figures import figures_line
-        from k2cli.chat.waiting import Waiting
-        from k2cli.client.answers import ReasoningDelta
-        from k2cli.ui.chat.answer_view import AnswerView
         from k2cli.ui.chat.stream import dim_note
         from k2cli.ui.output import print_json
 
+        self._stream(question, with_text=False)
+        if (answer := self.session.answer) is not None:
+            # A carriage return in valid JSON is whitespace; print_json would escape it.
+            print_json(answer.text.strip().replace("\r", " ").encode())
+            dim_note(figures_line(answer))
+
+    def _stream(self, question: str, *, with_text: bool) -> None:
+        """Show the reasoning and the progress of an answer as it arrives, and its text if asked."""
+        from k2cli.chat.waiting import Waiting
+        from k2cli.client.answers import Delta, ReasoningDelta
+        from k2cli.ui.chat.answer_view import AnswerView
+
         for stream in self._rounds(question):
             waiting = Waiting()
-            view = AnswerView(waiting.status, waiting.thought)
+            markdown = self.session.schema is None
+            view = AnswerView(waiting.status, waiting.thought, markdown=markdown)
             try:
                 with closing(stream) as events:
                     for event in events:
                         waiting.update(event)
                         if isinstance(event, ReasoningDelta):
                             view.reasoning_text(event.text)
+                        elif isinstance(event, Delta) and with_text:
+                            view.answer_text(event.text)
             finally:
                 view.end()
-        if (answer := self.session.answer) is not None:
-            # A carriage return in valid JSON is whitespace; print_json would escape it.
-            print_json(answer.text.strip().replace("\r", " ").encode())
-            dim_note(figures_line(answer))
 
     def answer_as_json(self, question: str) -> None:
         """Print answer and statistics as one JSON document."""
@@ -154,7 +146,7 @@ class _Notes:
     def result(self, text: str, *, failed: bool) -> None:
         from k2cli.ui.output import note
 
-        for line in clean_text(text).replace("; /result shows it", "").split("\n"):
+        for line in clean_text(text).split("\n"):
             note(f"| {line}")
 
     def note(self, text: str) -> None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from k2cli.launch.specification import RunDecisions
     from k2cli.protocol import RunEvent
     from k2cli.runs.record import RunRecord
-    from k2cli.ui.launch_view import LaunchView
 
 
 class Restart(StrEnum):
@@ -229,18 +228,16 @@ def _checked_wait(seconds: float | None) -> float:
 
 def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
     from k2cli.supervisor.start import cleanup_on_error
-    from k2cli.ui.launch_view import LaunchView
     from k2cli.ui.output import note
 
     run = prepare(request)
-    names = [rank.place for rank in run.record.ranks]
     with cleanup_on_error(run.record, note):
         _show_plan(run)
-        with LaunchView(names, log=not detach) as view:
+        with Following(run.record, log=not detach) as following:
             if detach:
-                _detach(run.record, view, as_json=as_json)
+                _detach(run.record, following, as_json=as_json)
             else:
-                _stay(run.record, view, as_json=as_json)
+                _stay(run.record, following, as_json=as_json)
 
 
 def prepare(request: LaunchRequest) -> RunDecisions:
@@ -256,16 +253,20 @@ def prepare(request: LaunchRequest) -> RunDecisions:
 
 
 class Following:
-    """View of the start of a run in the background, as a context manager.
+    """View of the start of a run, as a context manager.
 
     It shows the last lines of a run that fails.
+
+    Args:
+        record: the run.
+        log: True if lines of the ranks are shown, too.
     """
 
-    def __init__(self, record: RunRecord) -> None:
+    def __init__(self, record: RunRecord, *, log: bool = False) -> None:
         from k2cli.ui.launch_view import LaunchView
 
         self._record = record
-        self._view = LaunchView([rank.place for rank in record.ranks], log=False)
+        self._view = LaunchView([rank.place for rank in record.ranks], log=log)
 
     def __enter__(self) -> Following:
         self._view.__enter__()
@@ -274,19 +275,49 @@ class Following:
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
         from k2cli.errors import ClusterError
         from k2cli.runs.record import read_record
+        from k2cli.ui.launch_view import print_last_lines
 
-        self._view.end_progress()
         self._view.__exit__(kind, *exception)
         if kind is not None and issubclass(kind, ClusterError):
-            _show_last_lines(read_record(self._record.folder))
+            record = read_record(self._record.folder)
+            if record is not None and record.failure is not None:
+                print_last_lines(record.failure.last_lines)
 
     def show(self, event: RunEvent) -> None:
         """Show an event of the run."""
-        _show(event, self._record, self._view)
+        from k2cli.protocol import (
+            LoadProgress,
+            LogLine,
+            RankFailed,
+            RankReady,
+            RunReady,
+            RunRestarting,
+        )
+
+        match event:
+            case LoadProgress(phase="warming up"):
+                self._view.warming_up(event.rank, event.shape, event.number, event.count)
+            case LoadProgress():
+                self._view.progress(event.rank, event.phase, event.done_bytes, event.total_bytes)
+            case RankReady():
+                self._view.rank_ready(
+                    event.rank, event.weights_bytes, event.load_seconds, event.bytes_read
+                )
+            case RunReady():
+                self._view.ready(self._record.run_id, self._record.model_name, event.url)
+            case RankFailed():
+                self._view.failed(event.rank, event.cause)
+            case RunRestarting():
+                self._view.restarting(event.cause, event.attempt, event.delay_seconds)
+            case LogLine():
+                self._view.line(event.node, event.rank, event.text)
 
     def interrupted(self, first: bool) -> None:
         """Say that Ctrl-C stops the run."""
-        _say_interrupted(self._view, first=first)
+        from k2cli.ui.output import note
+
+        self._view.end_progress()
+        note("\nstopping; Ctrl-C again to force" if first else "\nforcing the stop")
 
 
 def _show_plan(run: RunDecisions) -> None:
@@ -309,23 +340,12 @@ def _show_plan(run: RunDecisions) -> None:
         warn(warning)
 
 
-def _detach(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
-    from k2cli.errors import ClusterError
-    from k2cli.runs.record import read_record
+def _detach(prepared: RunRecord, following: Following, *, as_json: bool) -> None:
     from k2cli.supervisor.start import launch_detached
     from k2cli.ui.output import note
     from k2cli.units import one_line
 
-    try:
-        record = launch_detached(
-            prepared,
-            lambda event: _show(event, prepared, view),
-            lambda first: _say_interrupted(view, first=first),
-        )
-    except ClusterError:
-        view.end_progress()
-        _show_last_lines(read_record(prepared.folder))
-        raise
+    record = launch_detached(prepared, following.show, following.interrupted)
     if as_json:
         _print_ready(record)
     page = one_line(f"open {record.url}/ in a browser")
@@ -333,8 +353,7 @@ def _detach(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
     note(f"      k2 logs -f {record.run_id}\n      k2 stop {record.run_id}")
 
 
-def _stay(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
-    from k2cli.errors import ClusterError
+def _stay(prepared: RunRecord, following: Following, *, as_json: bool) -> None:
     from k2cli.protocol import RunReady
     from k2cli.runs.record import read_record
     from k2cli.supervisor.start import launch_here
@@ -344,7 +363,7 @@ def _stay(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
     interrupted = False
 
     def on_event(event: RunEvent) -> None:
-        _show(event, prepared, view)
+        following.show(event)
         if isinstance(event, RunReady):
             note("\nnext: k2 chat   (in another terminal; Ctrl-C here stops the run)")
             note(f"      or open {one_line(event.url)}/ in a browser\n")
@@ -354,60 +373,14 @@ def _stay(prepared: RunRecord, view: LaunchView, *, as_json: bool) -> None:
     def on_interrupt(first: bool) -> None:
         nonlocal interrupted
         interrupted = True
-        _say_interrupted(view, first=first)
+        following.interrupted(first)
 
-    try:
-        record = launch_here(prepared, on_event, on_interrupt)
-    except ClusterError:
-        view.end_progress()
-        _show_last_lines(read_record(prepared.folder))
-        raise
+    record = launch_here(prepared, on_event, on_interrupt)
     note(f"{record.run_id} {record.state}")
     for name, problem in record.left.items():
         warn(f"on {name}: {problem}; to clean up: k2 cluster clean --nodes {name}")
     if interrupted:
         raise KeyboardInterrupt
-
-
-def _say_interrupted(view: LaunchView, *, first: bool) -> None:
-    from k2cli.ui.output import note
-
-    view.end_progress()
-    note("\nstopping; Ctrl-C again to force" if first else "\nforcing the stop")
-
-
-def _show(event: RunEvent, record: RunRecord, view: LaunchView) -> None:
-    from k2cli.protocol import (
-        LoadProgress,
-        LogLine,
-        RankFailed,
-        RankReady,
-        RunReady,
-        RunRestarting,
-    )
-
-    match event:
-        case LoadProgress(phase="warming up"):
-            view.warming_up(event.rank, event.shape, event.number, event.count)
-        case LoadProgress():
-            view.progress(event.rank, event.phase, event.done_bytes, event.total_bytes)
-        case RankReady():
-            view.rank_ready(event.rank, event.weights_bytes, event.load_seconds, event.bytes_read)
-        case RunReady():
-            view.ready(record.run_id, record.model_name, event.url)
-        case RankFailed():
-            view.failed(event.rank, event.cause)
-        case RunRestarting():
-            view.restarting(event.cause, event.attempt, event.delay_seconds)
-        case LogLine():
-            view.line(event.node, event.rank, event.text)
-
-
-def _show_last_lines(record: RunRecord | None) -> None:
-    from k2cli.ui.launch_view import print_last_lines
-
-    if record is not None and record.failure is not None:
-        print_last_lines(record.failure.last_lines)
 
 
 def _print_ready(record: RunRecord) -> None:

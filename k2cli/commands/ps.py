@@ -34,9 +34,9 @@ def ps(
     if json:
         print_json({"schema_version": SCHEMA_VERSION, "runs": runs, "status": statuses})
     else:
-        from k2cli.client.status import shown_part
+        from k2cli.client.status_document import status_document
 
-        print_runs(runs, {run_id: shown_part(each) for run_id, each in statuses.items()})
+        print_runs(runs, {run_id: status_document(each) for run_id, each in statuses.items()})
 
 
 def _statuses(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:

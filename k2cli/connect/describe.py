@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from k2cli.connect.config_file import ConfigChange, Format, file_text
+from k2cli.connect.config_file import Format, file_text
 from k2cli.connect.endpoint import Endpoint
 from k2cli.connect.formats.patch import apply_patch, settled
 from k2cli.connect.settings import Agent, Value
@@ -106,10 +106,6 @@ def describe(agent: Agent, endpoint: Endpoint, shell: Shell) -> Description:
         unset=settings.unset,
         notes=(*settings.notes, *_advice(endpoint)),
     )
-
-
-def _data(change: ConfigChange) -> dict[str, Any]:
-    return apply_patch(None, settled(change.patch, None))
 
 
 _AGENT_TOKENS = 32_768

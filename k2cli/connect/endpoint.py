@@ -1,4 +1,4 @@
-"""The end point that an agent is pointed at: a run's address, model, limits and key."""
+"""The endpoint that an agent is pointed at: a run's address, model, limits and key."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ PLACEHOLDER_KEY = "none"
 """Sent to a run that asks for no key, by agents that refuse to start without one."""
 
 _MOST_OUTPUT_TOKENS = 32_768
-
-
 _MODEL_NAME = re.compile(r"[^\W_][\w .,:/@+()\[\]-]{0,199}")
 
 

@@ -2,7 +2,8 @@
 
 The server never talks to a rank. It submits a validated ``Generate`` and reads the messages that
 come back for it. The bridge in the leader's guard carries both over the socket to the rank, and
-raises ``EngineUnavailable`` in every open iterator when the run ends.
+raises ``EngineUnavailable`` in every open iterator when the run ends. ``RequestQueue`` has the
+order in which the engine would start what waits.
 """
 
 from __future__ import annotations

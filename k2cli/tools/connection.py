@@ -77,6 +77,11 @@ class Connection:
         text, size = cut_result(result_text(dumped["content"], dumped.get("structuredContent")))
         return CallDone(call.number, text, result.is_error, size)
 
+    @property
+    def end_reason(self) -> str:
+        """The reason for which the server is gone."""
+        return "it closed the connection" if self._program is None else self._program.end_reason
+
     def reason_of(self, error: BaseException) -> str:
         """Describe why the connection or a call failed."""
         if isinstance(error, TimeoutError):

@@ -99,7 +99,7 @@ class Host:
                 if gone.is_set():
                     # A program that is ending may need a moment to say why.
                     await asyncio.sleep(0.1)
-                    reason = connection.reason_of(anyio_closed())
+                    reason = connection.end_reason
         except (Exception, asyncio.CancelledError) as error:
             reason = failure_reason(error)
         finally:
@@ -133,13 +133,6 @@ class Host:
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=_END_SECONDS)
         kill_descendants()
-
-
-def anyio_closed() -> Exception:
-    """Return the error of a connection that was closed."""
-    import anyio
-
-    return anyio.ClosedResourceError()
 
 
 async def _first(*waits: Awaitable[Any]) -> None:

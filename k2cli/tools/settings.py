@@ -140,7 +140,9 @@ class ServerFile:
         return _VARIABLE.sub(value, text)
 
     def _wrong(self, name: str, problem: str) -> UsageError:
-        return UsageError(f"server '{one_line(name)}' of '{self.path}': {problem}", "mend the file")
+        return UsageError(
+            f"server '{one_line(name)}' of '{self.path}': {problem}", "correct the file"
+        )
 
 
 def read_server_file(path: Path) -> ServerFile:
@@ -156,7 +158,7 @@ def read_server_file(path: Path) -> ServerFile:
         message = f"there is no '{path}', which names the MCP servers"
         raise UsageError(message, f"write one, such as {_EXAMPLE}") from error
     except (OSError, msgspec.MsgspecError) as error:
-        raise UsageError(f"'{path}' cannot be read: {error}", "mend the file") from error
+        raise UsageError(f"'{path}' cannot be read: {error}", "correct the file") from error
     if len(file.servers) > _MOST_SERVERS:
         raise UsageError(f"'{path}' has more than {_MOST_SERVERS} servers", "remove some")
     return ServerFile(path, file.servers, mode)

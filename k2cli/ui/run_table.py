@@ -11,13 +11,13 @@ from k2cli.ui.output import note, print_line, print_text
 from k2cli.units import format_bytes, format_duration, one_line
 
 if TYPE_CHECKING:
-    from k2cli.client.status import RunStatus
+    from k2cli.client.status_document import StatusDocument
     from k2cli.runs.record import RunRecord
 
 _HEADINGS = ("RUN", "MODEL", "STATE", "RANKS", "WEIGHTS", "AGE", "URL")
 
 
-def print_runs(runs: Sequence[RunRecord], statuses: Mapping[str, RunStatus]) -> None:
+def print_runs(runs: Sequence[RunRecord], statuses: Mapping[str, StatusDocument]) -> None:
     """Print one line per run; below it GPUs and requests of a live run, or a failure's cause.
 
     Args:
@@ -56,15 +56,16 @@ def _row(run: RunRecord) -> tuple[str, ...]:
     )
 
 
-def _activity(status: RunStatus) -> str:
+def _activity(status: StatusDocument) -> str:
     waiting = status.requests.queued + status.requests.reading
+    running = status.requests.prefill + status.requests.decode
     rates = status.throughput
-    if not status.running and not waiting:
+    if not running and not waiting:
         return "no requests"
-    run = "request runs" if status.running == 1 else "requests run"
+    run = "request runs" if running == 1 else "requests run"
     wait = "waits" if waiting == 1 else "wait"
     return (
-        f"{status.running} {run}, {waiting} {wait}; "
+        f"{running} {run}, {waiting} {wait}; "
         f"{rates.completion_tokens_per_second:.1f} tokens/s, "
         f"{rates.prompt_tokens_per_second:.0f} tokens/s of prompts"
     )

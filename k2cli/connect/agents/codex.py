@@ -16,7 +16,6 @@ _PROVIDER = "k2"
 _AUTH_MILLISECONDS = 20_000
 """Time for the command that prints the key; Codex itself allows 5 s, which a busy machine needs."""
 
-
 _OWN_AUTHORITY = (
     "Codex refuses a certificate that vouches for itself (openssl req -x509): the run needs one of "
     "an authority, which SSL_CERT_FILE=ca.pem k2 connect codex names"

@@ -234,7 +234,7 @@ class Engine:
         ready = [batch for batch in self._table.batches if self._can_decode(batch)]
         if ready and self._turn >= len(ready):
             self._turn = 0
-            first = self._table.in_turn()[:1]
+            first = self._table.prefill_order()[:1]
             self._prefill_credit = self._chunk_tokens(first[0].computed if first else 0)
         if prefilling and (not ready or self._prefill_credit > 0):
             if self._stages == 1 and self._queue.computing:
@@ -260,11 +260,11 @@ class Engine:
     def _start_prefill(self) -> None:
         """Start a chunk of the first prompt, or several short whole prompts together."""
         self._send_all()  # a chunk may be computed at once, and take long
-        in_turn = self._table.in_turn()
-        row = in_turn[0]
+        in_order = self._table.prefill_order()
+        row = in_order[0]
         limit = self._chunk_tokens(row.computed)
         together = self._short_prompts(
-            in_turn, limit if self._answering else self._bounds.together(self._prefill_rate)
+            in_order, limit if self._answering else self._bounds.together(self._prefill_rate)
         )
         if len(together) > 1:
             self._start_prefill_together(together)
@@ -284,14 +284,14 @@ class Engine:
         pieces = CHUNKS_PER_STAGE * self._stages
         return max(self._chunk_times.least_tokens, -(-(row.prefill_target + 1) // pieces))
 
-    def _short_prompts(self, in_turn: Sequence[Running], limit: int) -> list[Running]:
+    def _short_prompts(self, in_order: Sequence[Running], limit: int) -> list[Running]:
         """Choose new prompts for the first one's batch that fit one chunk, with padding."""
-        first = in_turn[0]
+        first = in_order[0]
         if not self._plain_caches or first.computed:
             return []
         chosen: list[Running] = []
         longest = 0
-        for row in in_turn:
+        for row in in_order:
             if row.computed or row.batch != first.batch or not row.prefill_left:
                 continue
             longest = max(longest, row.prefill_left)

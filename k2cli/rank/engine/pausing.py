@@ -25,7 +25,7 @@ from k2cli.rank.engine.requests import Running
 QUANTUM_UNITS = 128
 """Work after which a request may be paused for a short one, or for a key with fewer requests."""
 
-TURN_UNITS = 1024
+NEW_KEY_UNITS = 1024
 """Work after which a request may be paused for one of a key that has none running."""
 
 _LOSS_FACTOR = 2
@@ -118,7 +118,7 @@ def _may_pause(row: Running, claim: Claim, counts: Counter[str]) -> bool:
     elif more >= 2:
         least = QUANTUM_UNITS
     elif counts[claim.owner] == 0:
-        least = TURN_UNITS
+        least = NEW_KEY_UNITS
     else:
         return False
     return row.units >= least

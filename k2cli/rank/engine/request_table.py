@@ -240,7 +240,6 @@ class RequestTable:
 
         If one of their batches has a step in flight, note that it must have none, and return None.
         """
-
         due = self.line.due(ticket)
         claim = Claim(ticket.owner, due, is_short(ticket), self.line.counter_of)
         chosen = choose_paused(claim, self.admitted, lambda rows: self._place(ticket, rows))
@@ -327,9 +326,9 @@ class RequestTable:
 
     # --- running requests ------------------------------------------------------------------------
 
-    def in_turn(self) -> list[Running]:
+    def prefill_order(self) -> list[Running]:
         """Return the requests in prefill, the one first whose next chunk is to be computed."""
-        return sorted(self.prefilling, key=self.line.turn)
+        return sorted(self.prefilling, key=self.line.running_order)
 
     def join(self, row: Running) -> None:
         """Make a request whose prompt is computed a row of its batch."""

@@ -43,7 +43,7 @@ class Waiting:
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """A request that was admitted: a sequence, in prefill while ``batch`` is None.
+    """A request that was admitted: a sequence of its own in prefill, and then a row of ``batch``.
 
     ``ticket`` is its place in the fair queue. ``units`` is the work that was done for it since it
     started, or since it went on after it was last ``paused_at``, without what was done again:

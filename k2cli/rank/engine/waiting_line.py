@@ -84,9 +84,9 @@ class WaitingLine:
         row.units += units
         self._queue.charge(row.ticket, units)
 
-    def turn(self, row: Running) -> tuple[float, float, int]:
+    def running_order(self, row: Running) -> tuple[float, float, int]:
         """Return the order of running requests: the least one is computed first."""
-        return self._queue.turn(row.ticket)
+        return self._queue.running_order(row.ticket)
 
     def due(self, ticket: Ticket[Waiting]) -> float:
         """Return the virtual time of its key at which a request is due."""

@@ -149,7 +149,7 @@ def _waiting_by_key(snapshot: Snapshot) -> Iterator[Metric]:
         "Time that the longest waiting request of a key has waited; 0 if none waits.",
         labels=["key"],
     )
-    for key, waiting in snapshot.of_keys().items():
+    for key, waiting in snapshot.waiting_by_key().items():
         count.add_metric([key], waiting.count)
         age.add_metric([key], waiting.oldest_seconds)
     yield count

@@ -13,7 +13,7 @@ from k2cli.server.metrics.run_view import RunView
 
 
 @dataclass(slots=True)
-class Waiting:
+class WaitingRequests:
     """The requests of one key that wait."""
 
     count: int = 0
@@ -59,13 +59,13 @@ class Snapshot:
         ]
         return self.now - min(since) if since else 0.0
 
-    def of_keys(self) -> dict[str, Waiting]:
+    def waiting_by_key(self) -> dict[str, WaitingRequests]:
         """Return what waits by the name of its key, for all keys that have sent a request."""
         totals = self.activity.totals
-        found = {name: Waiting() for name in totals.by_key}
+        found = {name: WaitingRequests() for name in totals.by_key}
         for record in self.requests:
             if record.stage == "queued" and record.queued_at is not None:
-                key = found.setdefault(totals.counted_as(record.key), Waiting())
+                key = found.setdefault(totals.counted_as(record.key), WaitingRequests())
                 key.count += 1
                 key.oldest_seconds = max(key.oldest_seconds, self.now - record.queued_at)
         return found

@@ -110,7 +110,7 @@ class Machine:
         table.end_cancelled()
         table.admit(quiet)
         table.balance(quiet)
-        for row in table.in_turn()[:1]:
+        for row in table.prefill_order()[:1]:
             count = min(CHUNK, row.prefill_left)
             row.computed += count
             table.line.charge(row, 1)
