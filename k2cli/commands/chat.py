@@ -86,12 +86,17 @@ def chat(
 ) -> None:
     """Chat with a model served by k2 launch or by another server.
 
+    If no run is live, k2 chat MODEL starts one on this machine, which ends with its last chat.
+    The model demo is downloaded for it; others have to be on this machine.
+
     Without a prompt the chat is interactive; /help lists its commands. The answer goes to stdout,
     tokens per second and time to first token to stderr. On a terminal, Markdown is rendered, and
     one line shows what the server does before the answer. Conversations are saved.
 
     With --schema, answers are JSON that obeys the schema. With -p too, stdout has nothing but the
     JSON, and only if it is whole: an answer that the token limit cuts off ends with exit status 1.
+
+    Example: k2 chat demo
 
     Example: k2 chat -p 'What is the capital of France?' --temperature 0
 

@@ -227,7 +227,7 @@ def test_failures_are_said_in_words(browser: Browser) -> None:
         page.locator("#key").fill(alice.secret)
         page.locator("#key").press("Enter")
         # Her key may not see the run, and chats.
-        page.get_by_text("This key may chat, but not see the use of the run").wait_for()
+        page.get_by_text("This key may chat, but not read the status of the run").wait_for()
         assert page.locator("#model").inner_text() == "secret-model"
         assert not page.locator("#status").is_visible()
         engine.answer("x" * 30)
