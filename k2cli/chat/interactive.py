@@ -199,7 +199,7 @@ class Chat:
 
     def _may_call(self, call: ToolCall) -> bool:
         """Ask the user if a call may be made."""
-        answers = {"y": "yes, this once", "a": "always in this conversation", "n": "no"}
+        answers = {"y": "once", "a": "always in this conversation", "n": "no"}
         if is_cut(call):
             answers["s"] = "show all arguments"
         while True:

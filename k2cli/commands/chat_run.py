@@ -119,7 +119,10 @@ class ChatRuns:
             ) from error
         with cleanup_on_error(prepared, note):
             self._hold(prepared)
-            note(f"run {prepared.run_id}: it ends with its last chat; Ctrl-C stops the start")
+            note(
+                f"run {prepared.run_id}: it ends with its last chat; "
+                "Ctrl-C stops it while it starts"
+            )
             with Following(prepared) as following:
                 return launch_detached(prepared, following.show, following.interrupted)
 
