@@ -146,7 +146,7 @@ def read_settings(path: Path) -> ChatSettings:
         return ChatSettings()
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"'{path}' cannot be read: {error}", "mend the file, or move it"
+            f"'{path}' cannot be read: {error}", "correct the file, or move it"
         ) from error
     settings = ChatSettings()
     for name, value in document.items():

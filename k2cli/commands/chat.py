@@ -120,6 +120,7 @@ def chat(
     question = _question(prompt, attachments, interactive=not as_json, piped=schema != "-")
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     settings = _settings({**given, "reasoning_effort": "none" if no_thinking else None}, system)
+    _check_names(tools or [], resume)
     with ExitStack() as stack:
         runs = stack.enter_context(closing(ChatRuns()))
         target = runs.find(model, url, api_key)
@@ -266,6 +267,21 @@ def _chat_on_terminal(
             box.check_allowed_names()
         complete_names(chat)
     chat.run()
+
+
+def _check_names(tools: list[str], resume: str | None) -> None:
+    """Check that servers and the conversation exist, before a model is loaded for the chat.
+
+    Raises:
+        K2Error: if one does not, or its file cannot be used.
+    """
+    if tools:
+        with closing(_tool_box([])) as box:
+            file = box.read_file()
+            for name in tools:
+                file.server(name)
+    if resume is not None:
+        _store().load(_resolved(resume))
 
 
 def _tool_box(allowed: list[str]) -> ToolBox:
