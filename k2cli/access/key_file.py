@@ -125,7 +125,10 @@ def create_key(
     with _locked_file() as path:
         keys = read_keys()
         if any(each.name == name for each in keys):
-            raise UsageError(f"there is a key '{name}' already", f"k2 keys revoke {name}")
+            raise UsageError(
+                f"there is a key '{name}' already",
+                f"choose another name, or end the use of that key: k2 keys revoke {name}",
+            )
         _write(path, [*keys, key])
     return key, secret
 

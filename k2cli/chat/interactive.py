@@ -34,6 +34,7 @@ from k2cli.chat.conversations import (
 from k2cli.chat.figures import figures_line
 from k2cli.chat.interrupts import noted_interrupts, one_interrupt
 from k2cli.chat.tool_turns import answer_calls, described_call, is_cut, rounds
+from k2cli.chat.tools import cannot_call
 from k2cli.chat.waiting import Waiting
 from k2cli.client.answers import Delta, ReasoningDelta, StreamEvent
 from k2cli.errors import ClusterError, K2Error
@@ -99,7 +100,9 @@ class Chat:
         """Chat until the user leaves."""
         kept = "; nothing is saved" if self.private else ""
         name = self.session.model.name
-        self.terminal.note(f"{name}: /help for commands, Ctrl-D to leave{kept}")
+        self.terminal.note(
+            f"{name}: /help for commands, Ctrl-C stops an answer, Ctrl-D leaves{kept}"
+        )
         while not self.leaving:
             try:
                 text = self.terminal.read_message(self.status(), self.completer)
@@ -198,7 +201,7 @@ class Chat:
 
     def _may_call(self, call: ToolCall) -> bool:
         """Ask the user if a call may be made."""
-        answers = {"y": "yes, this once", "a": "always in this conversation", "n": "no"}
+        answers = {"y": "once", "a": "always in this conversation", "n": "no"}
         if is_cut(call):
             answers["s"] = "show all arguments"
         while True:
@@ -224,6 +227,8 @@ class Chat:
             notes = self.tools.turn_on(names, lambda: noted.came)
         for note in notes:
             self.terminal.note(note)
+        if self.session.model.tools is False:
+            self.terminal.warn(cannot_call(self.session.model))
 
     def stream(self, events: Generator[StreamEvent]) -> tuple[bool, K2Error | None]:
         """Show an answer as it arrives; return if the user stopped it, and why it failed."""

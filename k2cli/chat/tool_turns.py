@@ -158,5 +158,10 @@ def result_number(session: ChatSession, argument: str) -> str:
     except ValueError:
         raise K2Error(f"'{argument}' is no number", "/result 2 shows the last but one") from None
     if not 1 <= number <= len(results):
-        raise K2Error(f"the conversation has {len(results)} results of tools")
+        if not results:
+            raise K2Error("no tool was called in this conversation", "/tools lists them")
+        raise K2Error(
+            f"there is no result {number}: this conversation has {len(results)}",
+            f"/result {len(results)} shows the first",
+        )
     return str(results[-number]["content"])

@@ -18,6 +18,7 @@ from k2cli.errors import K2Error, UsageError
 from k2cli.units import KIB, format_bytes, one_line
 
 if TYPE_CHECKING:
+    from k2cli.client.client import ModelInfo
     from k2cli.tools.host import Stopped, ToolHost
     from k2cli.tools.messages import Connected, ToolInfo
     from k2cli.tools.settings import ServerFile, ServerSettings
@@ -30,6 +31,14 @@ _MOST_NAME_LETTERS = 64
 """Of a function's name in OpenAI's API."""
 
 _BETWEEN = "__"
+
+
+def cannot_call(model: ModelInfo) -> str:
+    """Return the warning for a model whose server says that it calls no tools."""
+    return (
+        f"{one_line(model.name)} cannot call tools: its server has no form of calls for it, so "
+        "that questions may be refused; serve a model that was trained for tools"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -407,7 +407,7 @@ def _failure(status: int, message: str, base: str) -> K2Error:
     if status in (401, 403):
         return NotAuthorisedError(
             f"{base}: {message}",
-            "export K2_API_KEY=KEY, with the key that the server was started with",
+            "export K2_API_KEY=KEY, with a key that the server accepts",
         )
     if status == 503:
         return ClusterError(f"{base} cannot answer: {message}", "k2 ps")

@@ -86,12 +86,17 @@ def chat(
 ) -> None:
     """Chat with a model served by k2 launch or by another server.
 
+    If no run is live, k2 chat MODEL starts one on this machine, which ends with its last chat.
+    The model demo is downloaded for it; others have to be on this machine.
+
     Without a prompt the chat is interactive; /help lists its commands. The answer goes to stdout,
     tokens per second and time to first token to stderr. On a terminal, Markdown is rendered, and
     one line shows what the server does before the answer. Conversations are saved.
 
     With --schema, answers are JSON that obeys the schema. With -p too, stdout has nothing but the
     JSON, and only if it is whole: an answer that the token limit cuts off ends with exit status 1.
+
+    Example: k2 chat demo
 
     Example: k2 chat -p 'What is the capital of France?' --temperature 0
 
@@ -115,6 +120,7 @@ def chat(
     question = _question(prompt, attachments, interactive=not as_json, piped=schema != "-")
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     settings = _settings({**given, "reasoning_effort": "none" if no_thinking else None}, system)
+    _check_names(tools or [], resume)
     with ExitStack() as stack:
         runs = stack.enter_context(closing(ChatRuns()))
         target = runs.find(model, url, api_key)
@@ -261,6 +267,21 @@ def _chat_on_terminal(
             box.check_allowed_names()
         complete_names(chat)
     chat.run()
+
+
+def _check_names(tools: list[str], resume: str | None) -> None:
+    """Check that servers and the conversation exist, before a model is loaded for the chat.
+
+    Raises:
+        K2Error: if one does not, or its file cannot be used.
+    """
+    if tools:
+        with closing(_tool_box([])) as box:
+            file = box.read_file()
+            for name in tools:
+                file.server(name)
+    if resume is not None:
+        _store().load(_resolved(resume))
 
 
 def _tool_box(allowed: list[str]) -> ToolBox:

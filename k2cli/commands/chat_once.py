@@ -34,7 +34,8 @@ class OneShot:
             K2Error: if one cannot be used.
         """
         from k2cli.chat.interrupts import noted_interrupts
-        from k2cli.ui.output import note
+        from k2cli.chat.tools import cannot_call
+        from k2cli.ui.output import note, warn
 
         if not names:
             return
@@ -42,6 +43,8 @@ class OneShot:
             notes = self.tools.turn_on(names, lambda: noted.came)
         for text in notes:
             note(text)
+        if self.session.model.tools is False:
+            warn(cannot_call(self.session.model))
         self.tools.check_allowed_names()
         self.session.tools = self.tools.definitions()
 

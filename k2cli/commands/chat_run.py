@@ -106,7 +106,7 @@ class ChatRuns:
         from k2cli.ui.output import note
 
         _check_present(model)
-        note(f"no run is live, so {one_line(model)} is started on this machine")
+        note(f"no run is live: starting {one_line(model)} on this machine")
         request = LaunchRequest(model=model, api_key=api_key or None, ends_with_chats=True)
         try:
             prepared = prepare(request).record
@@ -119,7 +119,10 @@ class ChatRuns:
             ) from error
         with cleanup_on_error(prepared, note):
             self._hold(prepared)
-            note(f"run {prepared.run_id}; it ends with its last chat, Ctrl-C stops it")
+            note(
+                f"run {prepared.run_id}: it ends with its last chat; "
+                "Ctrl-C stops it while it starts"
+            )
             with Following(prepared) as following:
                 return launch_detached(prepared, following.show, following.interrupted)
 
@@ -156,7 +159,7 @@ def _download(model: str) -> None:
     from k2cli.ui.output import note, warn
     from k2cli.ui.progress import ByteProgress
 
-    note(f"no run is live; downloading {model}")
+    note(f"no run is live, and {model} is not on this machine: downloading it")
     with ByteProgress() as progress:
         fetched = fetch(model, on_event=lambda event: show_event(event, progress))
     for warning in fetched.warnings:

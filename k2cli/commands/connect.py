@@ -38,7 +38,8 @@ def connect(
     run: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Run, by its id or its model. Default: the live run, if it is one."
+            metavar="NAME",
+            help="Run, by its id or its model. Default: the live run, if there is only one.",
         ),
     ] = None,
     url: Annotated[

@@ -104,7 +104,7 @@ def describe(agent: Agent, endpoint: Endpoint, shell: Shell) -> Description:
         start_written=command_line(settings.start_written, shell) if settings.start_written else "",
         environment=settings.environment,
         unset=settings.unset,
-        notes=(*settings.notes, *_advice(endpoint)),
+        notes=(*settings.notes, *_advice(agent, endpoint)),
     )
 
 
@@ -112,16 +112,18 @@ _AGENT_TOKENS = 32_768
 """Context below which the first request of most agents hardly fits."""
 
 
-def _advice(endpoint: Endpoint) -> list[str]:
+def _advice(agent: Agent, endpoint: Endpoint) -> list[str]:
     found = []
-    if not endpoint.tools:
+    if not endpoint.tools and agent.name != "aider":  # the only one that sends no tools
         found.append(
-            "the model's chat template knows no tools, so requests with tools are refused: only "
-            "aider works with it"
+            "the model's chat template knows no tools, so requests with tools are refused: of the "
+            "agents only aider works with it"
         )
+    if agent.name == "env":
+        return found  # a program with an SDK sends prompts of any length
     if endpoint.context_tokens is not None and endpoint.context_tokens < _AGENT_TOKENS:
         found.append(
             f"the context has {endpoint.context_tokens:,} tokens; the first request of most agents "
-            "has 13,000 to 30,000: k2 launch --context 65536"
+            "has 13,000 to 30,000: k2 launch MODEL --context 65536"
         )
     return found

@@ -134,8 +134,8 @@ class AccessControl:
             if scope["path"] in MONITORING_PATHS and not client.may_monitor:
                 raise ApiError(
                     403,
-                    "this key may not see the use of the run, which shows that of all keys; "
-                    "k2 keys create NAME --monitor makes one that may",
+                    "this key may not read the status of the run, which shows the use of all keys; "
+                    "for one that may: k2 keys create NAME --monitor",
                     code="not_permitted",
                 )
             record_of(scope).key = client.name

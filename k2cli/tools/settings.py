@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -156,7 +157,10 @@ def read_server_file(path: Path) -> ServerFile:
         file = decode_json(read_regular(path, MIB, follow_links=True), type=_File)
     except FileNotFoundError as error:
         message = f"there is no '{path}', which names the MCP servers"
-        raise UsageError(message, f"write one, such as {_EXAMPLE}") from error
+        example = f"echo {shlex.quote(_EXAMPLE)} > {shlex.quote(str(path))}"
+        if not path.parent.is_dir():
+            example = f"mkdir -p {shlex.quote(str(path.parent))} && {example}"
+        raise UsageError(message, example) from error
     except (OSError, msgspec.MsgspecError) as error:
         raise UsageError(f"'{path}' cannot be read: {error}", "correct the file") from error
     if len(file.servers) > _MOST_SERVERS:

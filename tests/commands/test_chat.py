@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,22 @@ def test_one_shot_gives_the_answer_alone_on_stdout(engine: ScriptedEngine, url: 
     assert prompts(engine) == ["<system>Brief<user>Where?<assistant>"]
     request = engine.submitted[0]
     assert (request.max_tokens, request.sampling.seed, request.sampling.temperature) == (50, 5, 0)
+
+
+def test_tools_for_a_model_without_a_form_of_calls_are_warned_of(
+    engine: ScriptedEngine, url: str
+) -> None:
+    pytest.importorskip("mcp")
+    folder = Path(os.environ["K2_CONFIG_DIR"])
+    folder.mkdir(mode=0o700)
+    server = {"command": str(Path(sys.executable).parent / "mcp-server-time")}
+    (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"time": server}}))
+    (folder / "mcp.json").chmod(0o600)
+    engine.answer("ok")
+    done = run_k2("chat", "--url", url, "-p", "What time is it?", "--tools", "time")
+    assert "warning: toy cannot call tools" in done.stderr
+    engine.answer("ok")
+    assert "warning" not in run_k2("chat", "--url", url, "-p", "What time is it?").stderr
 
 
 def test_piped_input_comes_before_the_prompt(engine: ScriptedEngine, url: str) -> None:

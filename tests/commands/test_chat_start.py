@@ -89,6 +89,17 @@ def test_only_the_demo_is_downloaded_unasked() -> None:
     assert not list_runs()
 
 
+def test_wrong_names_are_found_before_a_model_is_started(model: str) -> None:
+    for option, value, message in (
+        ("--tools", "time", "which names the MCP servers"),
+        ("--resume", "nothing", "there is no conversation 'nothing'"),
+    ):
+        done = k2("chat", model, "-p", "x", option, value)
+        assert (done.returncode, done.stdout) == (2 if option == "--tools" else 1, "")
+        assert message in done.stderr
+        assert not list_runs()
+
+
 def test_a_model_that_does_not_fit_here_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(request: LaunchRequest) -> None:
         assert request.ends_with_chats

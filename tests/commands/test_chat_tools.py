@@ -111,7 +111,7 @@ def test_tools_of_two_servers(url: str) -> None:
         terminal.prompt()
         terminal.enter("Tell me both")
         terminal.expect(f"tool: time__get_current_time {PARIS}")
-        terminal.expect("[y] yes, this once")
+        terminal.expect("[y] once, [a] always in this conversation, [n] no")
         terminal.enter("a")
         terminal.expect('"timezone": "Europe/Paris"')
         terminal.expect('tool: git__git_status {"repo_path": "."}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,11 @@ def test_a_file_that_others_may_write(path: Path) -> None:
 
 
 def test_a_file_that_is_missing_or_damaged(path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no"):
+    with pytest.raises(UsageError, match="there is no") as missing:
         read_server_file(path)
+    assert missing.value.hint is not None
+    subprocess.run(missing.value.hint, shell=True, check=True, umask=0o077)  # as it is, in a shell
+    assert read_server_file(path).names == ["time"]
     for text in ("{", "[]", '{"mcpServers": []}', "[" * 10_000, "\xff"):
         path.write_text(text, encoding="latin-1")
         path.chmod(0o600)

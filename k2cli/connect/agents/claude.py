@@ -41,11 +41,11 @@ def settings(endpoint: Endpoint) -> Settings:
         files=(ConfigChange(_folder() / "settings.json", "json", _patch(endpoint, public)),),
         arguments=("--settings", json.dumps(_over_the_file(endpoint, public))),
         notes=(
-            "its settings.json counts more than variables of the shell",
+            "values in Claude Code's settings.json override variables of the shell",
             "each start of claude asks for the key with the command in apiKeyHelper",
         )
         if endpoint.key
-        else ("its settings.json counts more than variables of the shell",),
+        else ("values in Claude Code's settings.json override variables of the shell",),
     )
 
 

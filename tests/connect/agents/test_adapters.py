@@ -193,6 +193,9 @@ def test_advice_for_models_that_agents_cannot_use() -> None:
     assert "knows no tools" in notes
     assert "8,192 tokens" in notes
     assert small.output_tokens == 2048
+    # aider sends no tools; a program with an SDK sends prompts of its own length.
+    assert "knows no tools" not in " ".join(describe(agent_named("aider"), small, "sh").notes)
+    assert "8,192 tokens" not in " ".join(describe(agent_named("env"), small, "sh").notes)
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,9 @@ def test_failures_are_said_in_words(browser: Browser) -> None:
         page.locator("#key").fill(alice.secret)
         page.locator("#key").press("Enter")
         # Her key may not see the run, and chats.
-        page.get_by_text("This key may chat, but not see the use of the run").wait_for()
+        page.get_by_text("This key may chat, but not read the status of the run").wait_for()
+        widths = page.evaluate("['run', 'chat'].map(id => document.getElementById(id).offsetWidth)")
+        assert widths[1] > 2 * widths[0]  # where nothing is shown of the run, the chat has the room
         assert page.locator("#model").inner_text() == "secret-model"
         assert not page.locator("#status").is_visible()
         engine.answer("x" * 30)
