@@ -317,12 +317,13 @@ class Engine:
         rows = self._table.batches[batch]
         if not any(row.wants_steps for row in rows):
             return False
+        if batch in self._table.draining:
+            return False
         in_flight = self._queue.decodes_of(batch)
         if not in_flight:
             return True
         return (
             self._looks_ahead
-            and batch not in self._table.draining
             and len(in_flight) == 1
             and in_flight[0].chosen is not None
             and in_flight[0].rows == rows

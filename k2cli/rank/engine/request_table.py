@@ -96,7 +96,8 @@ class RequestTable:
             b: [] for b in range(self._budget.batches + can_batch)
         }
         self.draining: set[int] = set()
-        """Batches with a row to be paused, which must have no step in flight for that."""
+        """Batches with a row to be paused. All of them must have no step in flight for that, so
+        none of them may start one."""
 
     @property
     def empty(self) -> bool:
@@ -238,14 +239,15 @@ class RequestTable:
     def _make_room(self, ticket: Ticket[Waiting], quiet: Collection[int]) -> Room | None:
         """Pause requests for one that waits; return the room that it has then.
 
-        If one of their batches has a step in flight, note that it must have none, and return None.
+        If one of their batches has a step in flight, note that none may, and return None.
         """
 
         due = self.line.due(ticket)
         claim = Claim(ticket.owner, due, is_short(ticket), self.line.counter_of)
         chosen = choose_paused(claim, self.admitted, lambda rows: self._place(ticket, rows))
         decoding = {row.batch for row in chosen if row not in self.prefilling}
-        self.draining = {batch for batch in decoding if batch is not None and batch not in quiet}
+        if not decoding.issubset(quiet):
+            self.draining = {batch for batch in decoding if batch is not None}
         if not chosen or self.draining:
             return None
         room = self._place(ticket, chosen)
