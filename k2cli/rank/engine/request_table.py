@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, Ticket
+from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, Ticket, request_units
 from k2cli.protocol import (
     CloseSequence,
     Decision,
@@ -295,10 +295,16 @@ class RequestTable:
         self._sender.submit(
             OpenSequence(self._sender.next_number, row.sequence, prefix, row.computed)
         )
+        # Tokens that were never computed for it came from a cache, perhaps only after a pause.
+        row.cached += max(0, row.computed - row.reached)
+        row.reached = max(row.reached, row.computed)
         if waiting.paused is not None:
             row.paused_seconds += time.monotonic() - row.paused_at
             return row
-        row.cached = row.reported = row.reached = row.computed
+        uncached = len(row.request.prompt) - row.cached
+        if request_units(uncached, row.request.max_tokens) > SHORT_UNITS:
+            row.is_short = False  # what it had in the cache when it came is gone
+        row.reported = row.computed
         prompt = len(row.request.prompt)
         self._tell(PromptProgress(row.request.request_id, row.cached, prompt, row.cached))
         return row

@@ -31,6 +31,7 @@ from k2cli.rank.engine.budget import used_tokens
 from k2cli.rank.engine.pausing import QUANTUM_UNITS
 from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running
+from k2cli.rank.engine.waiting_line import is_short
 
 CHUNK = 64
 CONTEXT = 1024
@@ -93,6 +94,7 @@ class Machine:
         """Work so far, with what was done again."""
         self.ended: dict[str, int] = {}
         """Work until each end."""
+        self.reports: dict[str, Finished] = {}
 
     def send(self, owner: str, prompt: Iterable[int] | int, tokens: int) -> str:
         if isinstance(prompt, int):
@@ -147,6 +149,7 @@ class Machine:
             if isinstance(message, Finished):
                 assert message.request_id not in self.ended
                 self.ended[message.request_id] = self.units
+                self.reports[message.request_id] = message
             assert not isinstance(message, RequestFailed), message
         self.told.clear()
 
@@ -250,3 +253,30 @@ def test_conversations_that_take_turns_find_their_caches() -> None:
         found = [machine.table._prefixes.find(history, "a") for history in histories]
         cached += sum(hit is not None for hit in found)
     assert cached == 20
+
+
+def test_a_cache_that_a_request_finds_after_a_pause_is_free() -> None:
+    """It was paused before anything was computed, and a shorter one left its beginning."""
+    machine = Machine(8, 1)
+    prompt = machine.draw.choices(range(10**9), k=600)
+    long = machine.send("a", prompt, 400)
+    machine.table.admit(list(machine.table.batches))
+    short = machine.send("a", prompt[:100], 1)
+    machine.run_until(long, short)
+    report = machine.reports[long]
+    assert (report.pauses, report.cached_tokens) == (1, 100)
+    assert machine.table.line.counter_of("a") == machine.units
+
+
+def test_a_request_whose_cache_is_gone_when_it_starts_is_not_short() -> None:
+    machine = Machine(9, 1)
+    prompt = machine.draw.choices(range(10**9), k=700)
+    machine.run_until(machine.send("a", prompt, 1))
+    follow_up = machine.send("a", [*prompt, 1], 1)
+    (ticket,) = machine.table.line.tickets
+    assert is_short(ticket)
+    assert ticket.item.prefix is not None
+    machine.table._drop(ticket.item.prefix)
+    machine.table.admit(list(machine.table.batches))
+    assert [row.is_short for row in machine.table.admitted] == [False]
+    machine.run_until(follow_up)
