@@ -170,8 +170,10 @@ class Engine:
         if not self._table.line or now - self._order_told < _ORDER_SECONDS:
             return
         order = self._table.line.order()
+        if order:
+            self._order_told = now
         if order and order != self._order:
-            self._order, self._order_told = order, now
+            self._order = order
             self._unsent.append(WaitingOrder(order))
 
     def _send_all(self) -> None:

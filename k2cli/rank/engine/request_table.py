@@ -44,6 +44,9 @@ from k2cli.rank.engine.waiting_line import WaitingLine, is_short
 MAX_WAITING = 256
 """Requests of one key that wait; the connections of the guard bound those of all keys."""
 
+_MOST_BLOCKED = 128
+"""Requests without room that are looked at before each step: thousands may wait."""
+
 
 class Sender(Protocol):
     """Numbering and sending of decisions to all ranks, in order."""
@@ -198,18 +201,27 @@ class RequestTable:
     def _admit_next(self, quiet: Collection[int]) -> bool:
         """Admit the first request that may start; return False if there is none."""
         blocked: list[Ticket[Waiting]] = []
+        allowance = float(MOST_UNITS)
+        refused: dict[tuple[str, bool], int] = {}
         for ticket in self.line.ready_in_order():
-            if any(not _may_pass(ticket, other) for other in blocked):
+            if blocked and (not is_short(ticket) or ticket.cost > allowance):
                 return False
-            room = self._place(ticket)
-            if room is None and not self.draining:
-                room = self._make_room(ticket, quiet)
-            if room is not None:
-                for other in blocked:
-                    other.item.passed_units += ticket.cost
-                self._start(ticket, room.batch)
-                return True
+            # What had no room for one has none for later ones of its kind that need as much.
+            kind, worst = (ticket.owner, is_short(ticket)), self._worst_case(ticket.item)
+            if kind not in refused or worst < refused[kind]:
+                room = self._place(ticket)
+                if room is None and not self.draining:
+                    room = self._make_room(ticket, quiet)
+                if room is not None:
+                    for other in blocked:
+                        other.item.passed_units += ticket.cost
+                    self._start(ticket, room.batch)
+                    return True
+                refused[kind] = worst
             blocked.append(ticket)
+            if len(blocked) == _MOST_BLOCKED:
+                return False
+            allowance = min(allowance, _units_that_may_pass(ticket))
         return False
 
     def _place(self, ticket: Ticket[Waiting], without: Collection[Running] = ()) -> Room | None:
@@ -461,11 +473,10 @@ class RequestTable:
         return worst
 
 
-def _may_pass(ticket: Ticket[Waiting], blocked: Ticket[Waiting]) -> bool:
-    """True if a request may start before one that is next but has no room."""
-    passed = blocked.item.passed_units + ticket.cost
+def _units_that_may_pass(blocked: Ticket[Waiting]) -> int:
+    """Return the cost that requests which start before one that is next may still have."""
     most = MOST_UNITS if blocked.item.paused else max(blocked.cost, SHORT_UNITS)
-    return is_short(ticket) and passed <= most
+    return most - blocked.item.passed_units
 
 
 def _private_scope(row: Running) -> str:

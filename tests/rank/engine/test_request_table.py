@@ -280,3 +280,18 @@ def test_a_request_whose_cache_is_gone_when_it_starts_is_not_short() -> None:
     machine.table.admit(list(machine.table.batches))
     assert [row.is_short for row in machine.table.admitted] == [False]
     machine.run_until(follow_up)
+
+
+def test_short_requests_without_room_are_not_tried_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before each step, room is looked for once for each key and size, however many wait."""
+    machine = Machine(10, 8)
+    for index in range(400):
+        machine.send("abcd"[index % 4], 20, 20)
+    machine.step(always_quiet=True)
+    assert len(machine.table.line) > 300
+    tried, place = list[object](), machine.table._place
+    monkeypatch.setattr(machine.table, "_place", lambda *given: tried.append(given) or place(*given))
+    machine.table.admit(list(machine.table.batches))
+    assert 1 <= len(tried) <= 4

@@ -11,7 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from k2cli.protocol import (
     Finished,
@@ -30,7 +30,11 @@ LOGPROB_TOLERANCE = 2e-3
 
 @dataclass(frozen=True)
 class Sent:
-    """A request as it was sent. ``stop_tokens`` end it, and its grammar if it has one."""
+    """A request as it was sent. ``stop_tokens`` end it, and its grammar if it has one.
+
+    It is cancelled once it has more than ``most_tokens``: so it may need all of the memory and
+    costs the test little time.
+    """
 
     owner: str
     prompt: list[int]
@@ -39,6 +43,7 @@ class Sent:
     stop_tokens: list[int]
     grammar: Grammar | None
     use_prefix_cache: bool
+    most_tokens: int
 
     def submit(self, pool: RankPool, *, use_prefix_cache: bool) -> str:
         return pool.submit(
@@ -61,6 +66,7 @@ class Workload:
         context_length: of the run.
         grammars: those that requests may have, and the token that ends their answers.
         end_token: what a grammar's answer ends with.
+        longest_prompt: of requests that continue no other.
         crowd: requests that wait or run at most.
     """
 
@@ -69,6 +75,7 @@ class Workload:
     context_length: int
     grammars: Sequence[Grammar] = ()
     end_token: int = 0
+    longest_prompt: int = 10_000
     crowd: int = 12
     sent: dict[str, Sent] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
@@ -86,7 +93,7 @@ class Workload:
             assert time.monotonic() < deadline, f"{len(self.open)} requests have not ended"
             if len(self.sent) < requests and len(self.open) < self.crowd:
                 for _ in range(self.draw.choice((0, 1, 1, 4))):
-                    self._send()
+                    self._send(self._drawn())
             if self.open and self.draw.random() < 0.02:
                 self._cancel(self.draw.choice(self.open))
             for _ in range(self.draw.randint(1, 12)):
@@ -97,12 +104,19 @@ class Workload:
     def open(self) -> list[str]:
         return [name for name in self.sent if name not in self._ended]
 
+    def begin_with_a_pause(self) -> None:
+        """Send an answer that takes all memory, and once it has begun, a short request."""
+        options = (Sampling(temperature=0.9, seed=3, presence_penalty=0.5), [], None, False)
+        self._send(Sent("a", list(range(320, 340)), 10_000, *options, 70))
+        while not self._progress:
+            self._take()
+        self._send(Sent("b", list(range(350, 360)), 2, *options, 70))
+
     # --- drawing ---------------------------------------------------------------------------------
 
-    def _send(self) -> None:
-        drawn = self._drawn()
-        name = drawn.submit(self.pool, use_prefix_cache=drawn.use_prefix_cache)
-        self.sent[name] = drawn
+    def _send(self, sent: Sent) -> None:
+        name = sent.submit(self.pool, use_prefix_cache=sent.use_prefix_cache)
+        self.sent[name] = sent
 
     def _drawn(self) -> Sent:
         draw, owner, prompt = self.draw, self.draw.choice(("", "a", "b")), list[int]()
@@ -111,7 +125,7 @@ class Workload:
             owner = draw.choice((owner, earlier.owner, earlier.owner))
             answer = self.pool.outcomes.get(name, Outcome()).tokens
             prompt = [*earlier.prompt, *answer][: self.context_length * 3 // 4]
-        longest = self.context_length - 1 - len(prompt)
+        longest = min(self.context_length - 1 - len(prompt), self.longest_prompt)
         length = min(longest, draw.choice((1, 2, 20, 20, 60, longest * 3 // 4, longest)))
         prompt += draw.choices(range(300, 900), k=length)
         grammar = draw.choice(self.grammars) if self.grammars and draw.random() < 0.2 else None
@@ -121,11 +135,12 @@ class Workload:
         return Sent(
             owner,
             prompt,
-            draw.choice((1, 2, 6, 30, 90, 10_000 if draw.random() < 0.3 else 30)),
+            draw.choice((1, 2, 6, 30, 10_000, 10_000)),
             self._sampling(),
             stop_tokens,
             grammar,
             draw.random() < 0.8,
+            draw.choice((10, 40, 80, self.longest_prompt)),
         )
 
     def _sampling(self) -> Sampling:
@@ -171,6 +186,9 @@ class Workload:
                 self._progress[name] = message
             case Tokens(request_id=name):
                 assert name not in self._ended
+                count = len(self.pool.outcomes[name].tokens)
+                if count > self.sent[name].most_tokens and name not in self.cancelled:
+                    self._cancel(name)
             case Finished(request_id=name) | RequestFailed(request_id=name):
                 assert name not in self._ended
                 self._ended.add(name)
@@ -183,6 +201,8 @@ class Workload:
             outcome = self.pool.outcomes[name]
             if name in self.cancelled and not outcome.tokens:
                 continue
+            if name in self.cancelled:
+                sent = replace(sent, max_tokens=min(sent.max_tokens, len(outcome.tokens)))
             alone = self.pool.outcome(sent.submit(self.pool, use_prefix_cache=False))
             self._compare(name, outcome, alone)
 
@@ -203,7 +223,7 @@ class Workload:
         assert min(finished.queue_seconds, finished.prefill_seconds, finished.decode_seconds) >= 0
         if finished.reason == "cancelled":
             assert name in self.cancelled, what
-        else:
+        elif name not in self.cancelled:
             assert (finished.reason, count) == (expected.reason, len(alone.tokens)), what
         assert len(outcome.logprobs) == min(count, len(alone.logprobs)), what
         for one, other in zip(outcome.logprobs, alone.logprobs, strict=False):
