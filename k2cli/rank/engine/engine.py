@@ -170,8 +170,10 @@ class Engine:
         if not self._table.line or now - self._order_told < _ORDER_SECONDS:
             return
         order = self._table.line.order()
+        if order:
+            self._order_told = now
         if order and order != self._order:
-            self._order, self._order_told = order, now
+            self._order = order
             self._unsent.append(WaitingOrder(order))
 
     def _send_all(self) -> None:
@@ -317,12 +319,13 @@ class Engine:
         rows = self._table.batches[batch]
         if not any(row.wants_steps for row in rows):
             return False
+        if batch in self._table.draining:
+            return False
         in_flight = self._queue.decodes_of(batch)
         if not in_flight:
             return True
         return (
             self._looks_ahead
-            and batch not in self._table.draining
             and len(in_flight) == 1
             and in_flight[0].chosen is not None
             and in_flight[0].rows == rows

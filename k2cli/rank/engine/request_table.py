@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, Ticket
+from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, Ticket, request_units
 from k2cli.protocol import (
     CloseSequence,
     Decision,
@@ -43,6 +43,9 @@ from k2cli.rank.engine.waiting_line import WaitingLine, is_short
 
 MAX_WAITING = 256
 """Requests of one key that wait; the connections of the guard bound those of all keys."""
+
+_MOST_BLOCKED = 128
+"""Requests without room that are looked at before each step: thousands may wait."""
 
 
 class Sender(Protocol):
@@ -96,7 +99,8 @@ class RequestTable:
             b: [] for b in range(self._budget.batches + can_batch)
         }
         self.draining: set[int] = set()
-        """Batches with a row to be paused, which must have no step in flight for that."""
+        """Batches with a row to be paused. All of them must have no step in flight for that, so
+        none of them may start one."""
 
     @property
     def empty(self) -> bool:
@@ -197,18 +201,27 @@ class RequestTable:
     def _admit_next(self, quiet: Collection[int]) -> bool:
         """Admit the first request that may start; return False if there is none."""
         blocked: list[Ticket[Waiting]] = []
+        allowance = float(MOST_UNITS)
+        refused: dict[tuple[str, bool], int] = {}
         for ticket in self.line.ready_in_order():
-            if any(not _may_pass(ticket, other) for other in blocked):
+            if blocked and (not is_short(ticket) or ticket.cost > allowance):
                 return False
-            room = self._place(ticket)
-            if room is None and not self.draining:
-                room = self._make_room(ticket, quiet)
-            if room is not None:
-                for other in blocked:
-                    other.item.passed_units += ticket.cost
-                self._start(ticket, room.batch)
-                return True
+            # What had no room for one has none for later ones of its kind that need as much.
+            kind, worst = (ticket.owner, is_short(ticket)), self._worst_case(ticket.item)
+            if kind not in refused or worst < refused[kind]:
+                room = self._place(ticket)
+                if room is None and not self.draining:
+                    room = self._make_room(ticket, quiet)
+                if room is not None:
+                    for other in blocked:
+                        other.item.passed_units += ticket.cost
+                    self._start(ticket, room.batch)
+                    return True
+                refused[kind] = worst
             blocked.append(ticket)
+            if len(blocked) == _MOST_BLOCKED:
+                return False
+            allowance = min(allowance, _units_that_may_pass(ticket))
         return False
 
     def _place(self, ticket: Ticket[Waiting], without: Collection[Running] = ()) -> Room | None:
@@ -238,13 +251,14 @@ class RequestTable:
     def _make_room(self, ticket: Ticket[Waiting], quiet: Collection[int]) -> Room | None:
         """Pause requests for one that waits; return the room that it has then.
 
-        If one of their batches has a step in flight, note that it must have none, and return None.
+        If one of their batches has a step in flight, note that none may, and return None.
         """
         due = self.line.due(ticket)
         claim = Claim(ticket.owner, due, is_short(ticket), self.line.counter_of)
         chosen = choose_paused(claim, self.admitted, lambda rows: self._place(ticket, rows))
         decoding = {row.batch for row in chosen if row not in self.prefilling}
-        self.draining = {batch for batch in decoding if batch is not None and batch not in quiet}
+        if not decoding.issubset(quiet):
+            self.draining = {batch for batch in decoding if batch is not None}
         if not chosen or self.draining:
             return None
         room = self._place(ticket, chosen)
@@ -292,10 +306,16 @@ class RequestTable:
         self._sender.submit(
             OpenSequence(self._sender.next_number, row.sequence, prefix, row.computed)
         )
+        # Tokens that were never computed for it came from a cache, perhaps only after a pause.
+        row.cached += max(0, row.computed - row.reached)
+        row.reached = max(row.reached, row.computed)
         if waiting.paused is not None:
             row.paused_seconds += time.monotonic() - row.paused_at
             return row
-        row.cached = row.reported = row.reached = row.computed
+        uncached = len(row.request.prompt) - row.cached
+        if request_units(uncached, row.request.max_tokens) > SHORT_UNITS:
+            row.is_short = False  # what it had in the cache when it came is gone
+        row.reported = row.computed
         prompt = len(row.request.prompt)
         self._tell(PromptProgress(row.request.request_id, row.cached, prompt, row.cached))
         return row
@@ -452,11 +472,10 @@ class RequestTable:
         return worst
 
 
-def _may_pass(ticket: Ticket[Waiting], blocked: Ticket[Waiting]) -> bool:
-    """True if a request may start before one that is next but has no room."""
-    passed = blocked.item.passed_units + ticket.cost
+def _units_that_may_pass(blocked: Ticket[Waiting]) -> int:
+    """Return the cost that requests which start before one that is next may still have."""
     most = MOST_UNITS if blocked.item.paused else max(blocked.cost, SHORT_UNITS)
-    return is_short(ticket) and passed <= most
+    return most - blocked.item.passed_units
 
 
 def _private_scope(row: Running) -> str:

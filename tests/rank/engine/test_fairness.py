@@ -104,3 +104,20 @@ def test_a_short_prompt_passes_long_ones_and_the_order_is_told(pool: RankPool) -
     orders = [m.request_ids for m in pool.ranks[0].seen if isinstance(m, WaitingOrder)]
     assert all(len(order) == len(set(order)) for order in orders)
     assert any(set(order) & set(others) for order in orders)
+
+
+def test_requests_of_two_batches_are_paused_together(toy_k2: Path, tmp_path: Path) -> None:
+    """One of each batch must go, and one of the batches always has a step in flight."""
+    parts = assignments(toy_k2, "pipeline", 2, concurrency=2, context_length=CONTEXT)
+    with running(RankPool(parts, tmp_path)) as pool:
+        lengths = (20, 25, 40, 45)
+        many = [
+            pool.submit(_prompt(length, length), 200, owner="a", use_prefix_cache=False)
+            for length in lengths
+        ]
+        while not all(name in pool.outcomes and pool.outcomes[name].tokens for name in many):
+            pool.take()
+        one = pool.submit(_prompt(300, 3), 100, owner="b", use_prefix_cache=False)
+        while one not in pool.outcomes or not pool.outcomes[one].tokens:
+            pool.take()
+        assert not any(pool.outcomes[name].finished for name in many)

@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +32,7 @@ from k2cli.rank.engine.budget import used_tokens
 from k2cli.rank.engine.pausing import QUANTUM_UNITS
 from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running
+from k2cli.rank.engine.waiting_line import is_short
 
 CHUNK = 64
 CONTEXT = 1024
@@ -93,6 +95,7 @@ class Machine:
         """Work so far, with what was done again."""
         self.ended: dict[str, int] = {}
         """Work until each end."""
+        self.reports: dict[str, Finished] = {}
 
     def send(self, owner: str, prompt: Iterable[int] | int, tokens: int) -> str:
         if isinstance(prompt, int):
@@ -147,6 +150,7 @@ class Machine:
             if isinstance(message, Finished):
                 assert message.request_id not in self.ended
                 self.ended[message.request_id] = self.units
+                self.reports[message.request_id] = message
             assert not isinstance(message, RequestFailed), message
         self.told.clear()
 
@@ -250,3 +254,50 @@ def test_conversations_that_take_turns_find_their_caches() -> None:
         found = [machine.table._prefixes.find(history, "a") for history in histories]
         cached += sum(hit is not None for hit in found)
     assert cached == 20
+
+
+def test_a_cache_that_a_request_finds_after_a_pause_is_free() -> None:
+    """It was paused before anything was computed, and a shorter one left its beginning."""
+    machine = Machine(8, 1)
+    prompt = machine.draw.choices(range(10**9), k=600)
+    long = machine.send("a", prompt, 400)
+    machine.table.admit(list(machine.table.batches))
+    short = machine.send("a", prompt[:100], 1)
+    machine.run_until(long, short)
+    report = machine.reports[long]
+    assert (report.pauses, report.cached_tokens) == (1, 100)
+    assert machine.table.line.counter_of("a") == machine.units
+
+
+def test_a_request_whose_cache_is_gone_when_it_starts_is_not_short() -> None:
+    machine = Machine(9, 1)
+    prompt = machine.draw.choices(range(10**9), k=700)
+    machine.run_until(machine.send("a", prompt, 1))
+    follow_up = machine.send("a", [*prompt, 1], 1)
+    (ticket,) = machine.table.line.tickets
+    assert is_short(ticket)
+    assert ticket.item.prefix is not None
+    machine.table._drop(ticket.item.prefix)
+    machine.table.admit(list(machine.table.batches))
+    assert [row.is_short for row in machine.table.admitted] == [False]
+    machine.run_until(follow_up)
+
+
+def test_short_requests_without_room_are_not_tried_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before each step, room is looked for once for each key and size, however many wait."""
+    machine = Machine(10, 8)
+    for index in range(400):
+        machine.send("abcd"[index % 4], 20, 20)
+    machine.step(always_quiet=True)
+    assert len(machine.table.line) > 300
+    tried, place = list[object](), machine.table._place
+
+    def counted(*given: Any) -> object:
+        tried.append(given)
+        return place(*given)
+
+    monkeypatch.setattr(machine.table, "_place", counted)
+    machine.table.admit(list(machine.table.batches))
+    assert 1 <= len(tried) <= 4
