@@ -118,6 +118,12 @@ def home_folder() -> Path:
     Raises:
         K2Error: if there is none.
     """
+    named = os.environ.get("HOME")
+    if named is not None and not os.path.isabs(named):
+        # Python would take / for an empty one.
+        raise K2Error(
+            f"HOME is '{named}', which is no absolute path", "set HOME to a folder of yours"
+        )
     try:
         return Path.home()
     except RuntimeError:

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from k2cli.connect.config_file import ConfigChange, Format, plan_change, write_change
+from k2cli.connect.config_file import ConfigChange, Format, home_folder, plan_change, write_change
 from k2cli.connect.formats.jsonc import Node
 from k2cli.connect.formats.patch import ConfigError, IfMissing
 from k2cli.errors import K2Error
@@ -186,6 +186,13 @@ def test_a_byte_order_mark_and_line_ends_stay(tmp_path: Path) -> None:
     content = path.read_bytes()
     assert content.startswith(b'\xef\xbb\xbf{\r\n\t"a": 1,\r\n\t"env": {\r\n\t\t"URL"')
     assert content.count(b"\n") == content.count(b"\r\n")
+
+
+@pytest.mark.parametrize("home", ["", "home", "./x"])
+def test_a_home_folder_is_an_absolute_path(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(K2Error, match="which is no absolute path"):
+        home_folder()
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def test_ascii_where_the_terminal_has_no_unicode() -> None:
 
 @pytest.mark.parametrize("width", [1, 5, 40, 81])
 def test_marks_without_a_width_do_not_widen_ascii(width: int) -> None:
-    state = seen(model={"name": MARKS}, cause=MARKS, requests={"listed": [request("decode", key=MARKS)]})
+    state = seen(
+        model={"name": MARKS}, cause=MARKS, requests={"listed": [request("decode", key=MARKS)]}
+    )
     screen = screen_of(state, 100.0, width, 60, 0, Look(unicode=False))
     assert max(len(line.plain) for line in screen.lines) <= width
 
