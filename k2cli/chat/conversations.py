@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -23,6 +23,9 @@ MOST_BYTES = 64 * MIB
 MOST_LISTED = 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MODE = 0o600
+_Time = Annotated[float, msgspec.Meta(ge=0, le=2**37)]
+"""Later times have no calendar date on some systems."""
+
 _MOST_WORDS = 5
 
 
@@ -63,8 +66,8 @@ class Conversation(msgspec.Struct):
     name: str
     title: str
     model: str
-    created: float
-    updated: float
+    created: _Time
+    updated: _Time
     turns: list[Turn]
     system: str | None = None
     unsent: str | None = None

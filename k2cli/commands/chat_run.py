@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k2cli.commands.target import Target, resolve_target, run_serving, target_of
@@ -23,6 +25,9 @@ _DEMO = "demo"
 _POLL_SECONDS = 0.1
 _ATTEMPTS = 3
 _ENDING_SECONDS = 30.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+_NO_LOCKS_HINT = "set K2_STATE_DIR to a folder on a disk of this machine"
+"""Network file systems may have no locks."""
 
 
 class ChatRuns:
@@ -89,7 +94,9 @@ class ChatRuns:
         try:
             lease = hold(run.folder)
         except OSError as error:
-            raise K2Error(f"run {run.run_id} cannot be joined: {error}", "k2 ps") from error
+            reason = error.strerror or str(error)
+            hint = _NO_LOCKS_HINT if error.errno in _NO_LOCKS else "k2 ps"
+            raise K2Error(f"run {run.run_id} cannot be joined: {reason}", hint) from error
         if lease is not None:
             self._leases.callback(lease.close)
         return lease is not None
@@ -200,21 +207,33 @@ def _wait_for_end(run: RunRecord) -> None:
 
 @contextmanager
 def _one_start_at_a_time() -> Iterator[None]:
-    """Hold the lock with which one chat starts a run while others wait for its record."""
-    from k2cli.files import open_regular
+    """Hold the lock with which one chat starts a run while others wait for its record.
+
+    Raises:
+        K2Error: if the folder of k2's state cannot be written, or has no locks.
+    """
+    from k2cli.files import open_regular, unwritable
     from k2cli.settings import state_directory
 
-    folder = state_directory()
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = open_regular(folder / "chat-start.lock", os.O_RDWR | os.O_CREAT, mode=0o600)
+    path = state_directory() / "chat-start.lock"
     try:
-        while True:
-            with suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            if _any_live():
-                break
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o600)
+    except OSError as error:
+        raise unwritable(error, path) from error
+    try:
+        while not _is_locked(descriptor, path) and not _any_live():
             time.sleep(_POLL_SECONDS)
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_locked(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise K2Error(f"'{path}' cannot be locked: {error.strerror}", _NO_LOCKS_HINT) from error
+    return True

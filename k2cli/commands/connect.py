@@ -153,6 +153,12 @@ def _target(name: str | None, url: str | None) -> Target:
     if url is not None:
         if name is not None:
             raise UsageError("--run and --url exclude each other", "k2 connect --help")
+        if "@" in url.partition("//")[2].partition("/")[0]:
+            # It would be printed, and written where others may read it.
+            raise UsageError(
+                "--url has a user name or a password, which an address must not have",
+                "k2 connect AGENT --url http://HOST:PORT --key-file FILE",
+            )
         return Target(url, None, None)
     run = resolve_run(name)
     return Target(run.url, None, run.model_name, run, run.certificate_file)

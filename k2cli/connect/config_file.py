@@ -31,8 +31,12 @@ _LIMIT_BYTES = 256 * KIB
 _BOM = "\ufeff"
 _COMMENT = re.compile(r"\s*(#|//)")
 _SECRET = re.compile(
-    r"""(?i)((?:key|token|secret|password|authorization)["']?\s*[:=]\s*["']?)([^\s"',{$][^\s"',]{11,})"""
+    r"""(?ix)
+    ((?:key|token|secret|password|authorization)["']?\s*[:=]\s*)
+    (?: (?P<quote>["']) (?![{$]) [^"'\n]{12,} (?P=quote)
+      | ["']? (?![{$"']) (?: (?:bearer|basic|token) [ ]+ )? [^\s"',]{12,} )"""
 )
+"""The value of a setting that may be a secret: in quotes, or up to a space; not a reference."""
 _PRIVATE = 0o600
 
 
@@ -81,7 +85,9 @@ class PlannedChange:
             before, _lines(self.new), name if before else os.devnull, name, n=2
         )
         text = "".join(lines)
-        return _SECRET.sub(r"\1(hidden)", text.replace(secret, "(hidden)") if secret else text)
+        return _SECRET.sub(
+            r"\1\g<quote>(hidden)\g<quote>", text.replace(secret, "(hidden)") if secret else text
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,12 @@ def home_folder() -> Path:
     Raises:
         K2Error: if there is none.
     """
+    named = os.environ.get("HOME")
+    if named is not None and not os.path.isabs(named):
+        # Python would take / for an empty one.
+        raise K2Error(
+            f"HOME is '{named}', which is no absolute path", "set HOME to a folder of yours"
+        )
     try:
         return Path.home()
     except RuntimeError:
@@ -140,7 +152,7 @@ def plan_change(change: ConfigChange) -> PlannedChange:
     old = _content(target)
     text = _decoded(old, target)
     bom = _BOM if text.startswith(_BOM) else ""
-    new = bom + _edited(text.removeprefix(_BOM), change, target)
+    new = bom + _with_line_ends(text.removeprefix(_BOM), change, target)
     mode = stat.S_IMODE(found.st_mode)
     if change.private:
         mode &= _PRIVATE
@@ -209,6 +221,18 @@ def _decoded(data: bytes, target: Path) -> str:
     if "\0" in text:
         raise ConfigError(f"'{target}' has a null byte, so it is not a text")
     return text
+
+
+def _with_line_ends(text: str, change: ConfigChange, target: Path) -> str:
+    """Return the new text of a file, with the line ends of the old one.
+
+    The libraries for TOML and YAML write their own, and so mix them.
+    """
+    plain = text.replace("\r\n", "\n")
+    if "\r" in plain or text.count("\r\n") != plain.count("\n"):
+        return _edited(text, change, target)  # mixed before: they stay as they are
+    new = _edited(plain, change, target)
+    return new.replace("\n", "\r\n") if "\r" in text else new
 
 
 def _edited(text: str, change: ConfigChange, target: Path) -> str:
@@ -309,9 +333,13 @@ def _keep(target: Path, content: bytes, mode: int | None) -> Path:
             descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileExistsError:
             continue
-        with os.fdopen(descriptor, "wb") as file:
-            if mode is not None:
-                os.fchmod(descriptor, mode)
-            file.write(content)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                if mode is not None:
+                    os.fchmod(descriptor, mode)
+                file.write(content)
+        except BaseException:
+            copy.unlink()  # a part of a file must not pass for a copy of it
+            raise
         return copy
     raise FileExistsError(17, "copies of it are there already", str(copy))

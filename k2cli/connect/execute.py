@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -124,8 +125,9 @@ def _wait_for(path: str, words: Sequence[str], environment: Mapping[str, str]) -
             return
         if child is None:
             early.append(number)
-        else:
-            os.kill(child.pid, number)
+        elif child.returncode is None:
+            with suppress(ProcessLookupError):  # it has ended just now
+                os.kill(child.pid, number)
 
     # Handlers, unlike ignored signals, are not inherited by the child.
     for each in (*_PASSED_ON, *_OF_THE_TERMINAL):
@@ -135,7 +137,8 @@ def _wait_for(path: str, words: Sequence[str], environment: Mapping[str, str]) -
     except OSError as error:
         raise _cannot_start(words[0], error) from error
     for number in early:
-        os.kill(child.pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(child.pid, number)
     while True:
         # The child is not reaped by anything else, so its pid stays its own until here.
         _, status = os.waitpid(child.pid, os.WUNTRACED)

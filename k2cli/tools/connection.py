@@ -30,7 +30,16 @@ from k2cli.units import MIB, format_bytes
 CONNECT_SECONDS = 30.0
 _MOST_BODY_BYTES = 8 * MIB
 _MOST_PAGES = 10
+_MOST_BLOCKS = 1000
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+class _CallResult(mcp_types.Result):
+    """The result of a call, with blocks as they came: to check 100,000 of them takes seconds."""
+
+    content: list[Any]
+    structured_content: Any = None
+    is_error: bool = False
 
 
 class Connection:
@@ -71,10 +80,12 @@ class Connection:
         )
         async with asyncio.timeout(self._settings.timeout_seconds):
             result = await self._session.send_request(
-                mcp_types.CallToolRequest(params=params), mcp_types.CallToolResult
+                mcp_types.CallToolRequest(params=params), _CallResult
             )
-        dumped = result.model_dump(by_alias=True, mode="json")
-        text, size = cut_result(result_text(dumped["content"], dumped.get("structuredContent")))
+        blocks, more = result.content[:_MOST_BLOCKS], len(result.content) - _MOST_BLOCKS
+        if more > 0:
+            blocks.append({"type": f"{more} more blocks"})
+        text, size = cut_result(result_text(blocks, result.structured_content))
         return CallDone(call.number, text, result.is_error, size)
 
     @property
@@ -99,6 +110,8 @@ def failure_reason(error: BaseException, program: Program | None = None) -> str:
         return program.end_reason
     if isinstance(error, FileNotFoundError | PermissionError):
         return f"'{error.filename}' cannot be started: {error.strerror}"
+    if isinstance(error, httpx2.TimeoutException):
+        return "it did not answer in time"
     if isinstance(error, TimeoutError):
         return f"it did not answer within {CONNECT_SECONDS:.0f} s"
     if type(error).__name__ == "ValidationError":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import os
 import socket
 import subprocess
 import sys
@@ -45,6 +46,7 @@ class ToolHost:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel[FromHost] | None = None
         self._numbers = itertools.count(1)
+        self._mark = f"{os.getpid()}-{os.urandom(8).hex()}"
         self.ended: dict[str, str] = {}
         """Servers that ended by themselves since they were connected, with the reason."""
 
@@ -127,6 +129,9 @@ class ToolHost:
                 process.wait(_END_SECONDS)
             except subprocess.TimeoutExpired:
                 self._kill(process)
+            else:
+                if process.returncode != 0:  # it was killed, and could not end its servers
+                    self._kill_marked()
 
     def _open(self) -> Channel[FromHost]:
         if self._channel is not None:
@@ -137,7 +142,14 @@ class ToolHost:
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "k2cli.tools.host_process", str(theirs.fileno())],
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "k2cli.tools.host_process",
+                        str(theirs.fileno()),
+                        self._mark,
+                    ],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -183,16 +195,19 @@ class ToolHost:
             "the process that runs the tools has ended", "/tools on NAME starts it again"
         )
 
-    @staticmethod
-    def _kill(process: subprocess.Popen[bytes]) -> None:
-        """Kill the process with everything below it."""
-        import psutil
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill the process with everything that it started."""
+        from k2cli.tools.processes import descendants
 
-        below = []
-        with contextlib.suppress(psutil.Error):
-            below = psutil.Process(process.pid).children(recursive=True)
+        below = descendants(process.pid)
         process.kill()
         for each in below:
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(Exception):  # psutil's, which is slow to import
                 each.kill()
         process.wait()
+        self._kill_marked()
+
+    def _kill_marked(self) -> None:
+        from k2cli.tools.processes import kill_marked  # psutil is slow to import
+
+        kill_marked(self._mark)

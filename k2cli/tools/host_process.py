@@ -8,7 +8,6 @@ connection to the chat, even if the chat was killed, and kills all that its serv
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import logging
 import os
@@ -17,8 +16,6 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
-
-import psutil
 
 from k2cli.child_process import limit_memory
 from k2cli.protocol.wire import ConnectionLost, Frames, frame
@@ -35,7 +32,7 @@ from k2cli.tools.messages import (
     ServerEnded,
     ToHost,
 )
-from k2cli.tools.program import descendants
+from k2cli.tools.processes import MARK, kill_descendants, kill_marked
 from k2cli.units import GIB
 
 _MEMORY_BYTES = 2 * GIB
@@ -132,7 +129,7 @@ class Host:
             self._stop(name)
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=_END_SECONDS)
-        kill_descendants()
+        _kill_all()
 
 
 async def _first(*waits: Awaitable[Any]) -> None:
@@ -142,16 +139,10 @@ async def _first(*waits: Awaitable[Any]) -> None:
         task.cancel()
 
 
-def kill_descendants() -> None:
-    """Kill everything that this process started; on Linux it adopts what its children left."""
-    for _ in range(10):
-        found = descendants(os.getpid())
-        if not found:
-            return
-        for each in found:
-            with contextlib.suppress(psutil.Error):
-                each.kill()
-        psutil.wait_procs(found, timeout=1)
+def _kill_all() -> None:
+    kill_descendants()
+    if sys.platform != "linux":  # nothing is adopted there
+        kill_marked(os.environ[MARK])
 
 
 async def _run(connection: socket.socket) -> None:
@@ -170,8 +161,9 @@ async def _run(connection: socket.socket) -> None:
 
 
 def main() -> None:
-    """Serve the chat at the other end of the socket with the given descriptor."""
+    """Serve the chat at the other end of the socket with the given descriptor, under a mark."""
     connection = socket.socket(fileno=int(sys.argv[1]))
+    os.environ[MARK] = sys.argv[2]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
     if sys.platform == "linux":
@@ -180,7 +172,7 @@ def main() -> None:
     try:
         asyncio.run(_run(connection))
     finally:
-        kill_descendants()
+        _kill_all()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import psutil
 from mcp.shared.message import SessionMessage
 
 from k2cli.child_process import ending_with
+from k2cli.tools.processes import MARK, descendants
 from k2cli.tools.settings import ServerSettings
 from k2cli.units import MIB, clean_text, format_bytes
 
@@ -34,6 +35,9 @@ _USUAL_LIMIT = resource.getrlimit(resource.RLIMIT_DATA)
 """Limit of memory of this process before it gets a smaller one, which is not for programs."""
 
 _MOST_BAD_LINES = 20
+_MOST_REQUESTS = 100
+"""Requests of a program that wait for its reading of the answers."""
+
 _STDERR_LINES = 20
 _STDERR_LINE_BYTES = 2**16
 _EXIT_SECONDS = 0.5
@@ -47,8 +51,9 @@ class Program:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self._said: deque[str] = deque(maxlen=_STDERR_LINES)
+        self._unanswered = 0
         self.problem = ""
-        """Reason to end it: a line that is too long, or too many that are no messages."""
+        """Reason to end it: a message that is too long, or too many of a kind."""
 
     @property
     def end_reason(self) -> str:
@@ -89,6 +94,10 @@ class Program:
                         self.problem = "it sends lines that are no messages of MCP"
                         return
                     continue
+                self._unanswered += isinstance(message, mcp_types.JSONRPCRequest)
+                if self._unanswered > _MOST_REQUESTS:
+                    self.problem = "it sends requests without reading the answers"
+                    return
                 try:
                     await received.send(SessionMessage(message))
                 except (anyio.ClosedResourceError, anyio.BrokenResourceError):
@@ -105,6 +114,8 @@ class Program:
                     await self._process.stdin.drain()
                 except OSError:
                     return
+                answer = mcp_types.JSONRPCResponse | mcp_types.JSONRPCError
+                self._unanswered -= isinstance(item.message, answer)
 
     async def keep_stderr(self) -> None:
         """Keep the last lines of its stderr, which is not shown."""
@@ -141,14 +152,6 @@ class Program:
                 return False
             await asyncio.sleep(_POLL_SECONDS)
         return True
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    """Return the processes that a process started, directly or not, and that still live."""
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
 
 
 @asynccontextmanager
@@ -198,4 +201,4 @@ async def started(settings: ServerSettings) -> AsyncIterator[tuple[Program, Any,
 def environment(settings: ServerSettings) -> dict[str, str]:
     """Return the variables that a program gets."""
     own = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    return own | settings.env
+    return own | settings.env | {MARK: os.environ.get(MARK, "")}

@@ -27,6 +27,8 @@ MOST_TIMEOUT_SECONDS = 3600.0
 _MOST_SERVERS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HEADER_VALUE = re.compile(r"([!-~]([ -~\t]*[!-~])?)?")
 _EXAMPLE = '{"mcpServers": {"time": {"command": "mcp-server-time"}}}'
 
 
@@ -116,17 +118,24 @@ class ServerFile:
             )
         url = self._filled(name, entry.url)
         if url and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
-            raise self._wrong(name, f"'{one_line(url)}' is not an HTTP address")
+            raise self._wrong(name, f"'{one_line(entry.url)}' is not an HTTP address")
         texts = (entry.command, *entry.args, *entry.env, *entry.env.values())
         if any("\0" in text for text in texts) or any("=" in variable for variable in entry.env):
             raise self._wrong(name, "its command has characters that no program can be given")
+        headers = {key: self._filled(name, value) for key, value in entry.headers.items()}
+        for key, value in headers.items():
+            # The HTTP client would name the value, which may be secret.
+            if not _HEADER_NAME.fullmatch(key) or not _HEADER_VALUE.fullmatch(value):
+                raise self._wrong(
+                    name, f"header '{one_line(key)}' has characters that a header cannot have"
+                )
         return ServerSettings(
             name,
             self._filled(name, entry.command),
             tuple(self._filled(name, each) for each in entry.args),
             {key: self._filled(name, value) for key, value in entry.env.items()},
             url,
-            {key: self._filled(name, value) for key, value in entry.headers.items()},
+            headers,
             entry.timeout_seconds,
         )
 

@@ -36,6 +36,19 @@ def test_a_conversation_comes_back_as_it_was(tmp_path: Path) -> None:
     assert as_markdown(saved).endswith("## You\n\nGröße? 中文\n\n```\n\n## toy\n\nx\x1b[2J\n")
 
 
+@pytest.mark.parametrize("time", ["1e300", "-1e300", "1e14", "-1"])
+def test_a_time_without_a_date_is_damage(tmp_path: Path, time: str) -> None:
+    store = ConversationStore(tmp_path)
+    store.save(conversation("a", "Hi"))
+    path = tmp_path / "a.json"
+    text = path.read_text().replace("1000000000.0", time)
+    assert text.count(time) == 2
+    path.write_text(text)
+    with pytest.raises(K2Error, match="cannot be read"):
+        ConversationStore(tmp_path).load("a")
+    assert not list(store.search())
+
+
 def test_what_another_chat_wrote_is_not_replaced(tmp_path: Path) -> None:
     first, second = ConversationStore(tmp_path), ConversationStore(tmp_path)
     tmp_path.chmod(0o700)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from k2cli.agent.run_processes import processes_of_run
 from k2cli.commands.chat_run import ChatRuns
-from k2cli.errors import DoesNotFitError
+from k2cli.errors import DoesNotFitError, K2Error
 from k2cli.launch.request import LaunchRequest
 from k2cli.runs.record import RunRecord, list_runs
 from tests.support import terminal as terminal_module
@@ -79,6 +80,32 @@ def test_ctrl_c_during_the_start_leaves_nothing(model: str) -> None:
     assert run.state == "stopped"
     assert not processes_of_run(run.run_id)
     assert sorted(path.name for path in run.folder.iterdir() if "api" in path.name) == []
+
+
+def test_a_state_folder_that_cannot_be_used(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    monkeypatch.setenv("K2_STATE_DIR", str(state))
+    state.touch()
+    with pytest.raises(K2Error, match=r"state/chat-start.lock' cannot be written"):
+        ChatRuns().find(model, None, None)
+    state.unlink()
+    state.mkdir()
+    lock = state / "chat-start.lock"
+    os.mkfifo(lock)
+    with pytest.raises(K2Error, match="is not a regular file") as error:
+        ChatRuns().find(model, None, None)
+    assert error.value.hint == f"move it away: mv {lock} {lock}.old"
+    lock.unlink()
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(K2Error, match="cannot be locked: No locks available") as error:
+        ChatRuns().find(model, None, None)
+    assert "K2_STATE_DIR" in (error.value.hint or "")
 
 
 def test_only_the_demo_is_downloaded_unasked() -> None:

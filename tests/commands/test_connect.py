@@ -195,9 +195,11 @@ def test_a_run_without_a_key_gets_none_of_the_environment(tmp_path: Path) -> Non
         (["claude", "--json", "--show-key"], "exclude each other"),
         (["claude", "--shell", "csh"], "'csh' is not one of sh, fish, powershell"),
         (["claude", "--run", "x", "--url", "y"], "exclude each other"),
+        (["claude", "--url", "http://me:s3cret@x:1/v1"], "a user name or a password"),
     ],
 )
 def test_wrong_command_lines(arguments: list[str], text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text)) as caught:
         run_command_line(["connect", *arguments])
     assert caught.value.hint
+    assert "s3cret" not in f"{caught.value.message} {caught.value.hint}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import stat
 import subprocess
 from pathlib import Path
@@ -11,7 +12,8 @@ from unittest import mock
 
 import pytest
 
-from k2cli.connect.config_file import ConfigChange, plan_change, write_change
+from k2cli.connect.config_file import ConfigChange, Format, home_folder, plan_change, write_change
+from k2cli.connect.formats.jsonc import Node
 from k2cli.connect.formats.patch import ConfigError, IfMissing
 from k2cli.errors import K2Error
 
@@ -186,15 +188,67 @@ def test_a_byte_order_mark_and_line_ends_stay(tmp_path: Path) -> None:
     assert content.count(b"\n") == content.count(b"\r\n")
 
 
+@pytest.mark.parametrize("home", ["", "home", "./x"])
+def test_a_home_folder_is_an_absolute_path(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(K2Error, match="which is no absolute path"):
+        home_folder()
+
+
+@pytest.mark.parametrize(
+    ("format", "old"),
+    [
+        ("jsonc", b'{\r\n\t"a": 1, // its comment\r\n\t// last\r\n}\r\n'),
+        ("toml", b"a = 1 # its comment\r\n\r\n[b]\r\nc = 1\r\n"),
+        ("yaml", b"a: 1 # its comment\r\nb:\r\n  - c: 1\r\n"),
+    ],
+)
+def test_line_ends_of_windows_stay_in_every_format(
+    tmp_path: Path, format: Format, old: bytes
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(old)
+    planned = plan_change(ConfigChange(path, format, PATCH))
+    assert planned.new.count(b"\n") == planned.new.count(b"\r\n") == planned.new.count(b"\r")
+    removed = [line for line in planned.difference().splitlines()[2:] if line.startswith("-")]
+    assert removed == []
+
+
+def test_a_file_of_many_members_does_not_take_a_minute(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text("{" + ",".join(f'"k{number}": 1' for number in range(14_000)) + "}")
+    with mock.patch.object(Node, "member", autospec=True, side_effect=Node.member) as member:
+        assert plan_change(_change(path)).changes
+    assert member.call_count < 100  # each goes through all members
+
+
+def test_a_copy_that_does_not_fit_the_disk_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"a": "' + "x" * 100_000 + '"}')
+    planned = plan_change(_change(path))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(K2Error, match="cannot be written"):
+            write_change(planned)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [each.name for each in tmp_path.iterdir()] == ["settings.json"]
+    assert path.read_bytes() == planned.old
+
+
 def test_the_difference_hides_keys(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_text(
-        '{\n "apiKey": "sk-0123456789abcdef",\n "tokenSource": "manual",\n "max_tokens": 131072\n}'
+        '{\n "apiKey": "sk-0123456789abcdef",\n "tokenSource": "manual", "max_tokens": 131072,\n'
+        ' "Authorization": "Bearer sk-fedcba9876543210", "password": "several words of it"\n}'
     )
     change = ConfigChange(path, "json", {"key": "short", "note": "it is k2-secret", "n": 1})
     shown = plan_change(change).difference("k2-secret")
     assert "sk-0123456789abcdef" not in shown
     assert "k2-secret" not in shown
+    assert "fedcba" not in shown
+    assert '"password": "(hidden)"' in shown
     assert '"apiKey": "(hidden)"' in shown
     assert '"tokenSource": "manual"' in shown
     assert '"max_tokens": 131072' in shown

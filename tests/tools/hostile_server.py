@@ -61,6 +61,13 @@ def answer(call: dict[str, Any]) -> None:
         case "endless-line":
             while True:
                 sys.stdout.write("x" * 2**20)
+        case "requests":
+            for number in range(10**9):
+                send({"id": f"r{number}", "method": "ping"})
+        case "blocks":
+            block = {"type": "text", "text": ""}
+            send({"id": call["id"], "result": {"content": [block] * 150_000}})
+            return
         case "malformed":
             send({"id": call["id"], "result": {"content": "text"}})
             return

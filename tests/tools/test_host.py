@@ -54,7 +54,7 @@ def _is_left(process: psutil.Process) -> bool:
 
 def test_calls_of_hostile_servers(host: ToolHost) -> None:
     bad = ["die", "huge", "endless-line", "malformed", "rubbish", "noise", "environment"]
-    bad += ["escape", "no-message"]
+    bad += ["escape", "no-message", "requests", "blocks"]
     connected = host.connect([*map(server, bad), server("hang", 0.5)], never)
     assert all(isinstance(each, Connected) for each in connected.values()), connected
     for how, reason in {
@@ -62,6 +62,7 @@ def test_calls_of_hostile_servers(host: ToolHost) -> None:
         "endless-line": "it sent a message of more than",
         "no-message": "it sends lines that are no messages of MCP",
         "malformed": "it sent an answer that MCP does not allow",
+        "requests": "it sends requests without reading the answers",
     }.items():
         failed = call(host, how)
         assert isinstance(failed, Failed)
@@ -77,6 +78,9 @@ def test_calls_of_hostile_servers(host: ToolHost) -> None:
     assert huge.whole_bytes == 10**6
     assert huge.text.endswith("x\n[cut here: 65536 of 1000000 bytes]")
     assert len(huge.text) < MOST_RESULT_BYTES + 100
+    blocks = call(host, "blocks")
+    assert isinstance(blocks, CallDone)
+    assert blocks.text.splitlines()[-1] == "[149000 more blocks, left out]"
     for how in ("rubbish", "noise"):
         assert isinstance(done := call(host, how), CallDone)
         assert done.text == "done"
@@ -115,44 +119,47 @@ def test_ctrl_c_stops_a_call_and_a_start_and_no_process_is_left(host: ToolHost) 
 
 
 KILLED = """
-import sys, time
+import sys
 from k2cli.tools.host import ToolHost
 from k2cli.tools.settings import ServerSettings
 host = ToolHost()
 found = host.connect([ServerSettings("x", sys.executable, (sys.argv[1], "stays"))], lambda: False)
 print(type(found["x"]).__name__, host._process.pid, flush=True)
-time.sleep(100)
+sys.stdin.readline()
+host.close()
 """
 
 
-@pytest.mark.parametrize("killed", ["chat", "host"])
-def test_no_process_is_left_after_a_kill(killed: str) -> None:
+@pytest.mark.parametrize(
+    ("killed", "number"),
+    [("chat", signal.SIGKILL), ("host", signal.SIGKILL), ("host", signal.SIGTERM)],
+)
+def test_no_process_is_left_after_a_kill(killed: str, number: int) -> None:
     command = [sys.executable, "-c", KILLED, str(SERVER)]
-    chat = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    chat = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    assert chat.stdin is not None
     assert chat.stdout is not None
     try:
         state, pid = chat.stdout.readline().split()
         assert state == "Connected"
         assert servers_left()
-        os.kill(chat.pid if killed == "chat" else int(pid), signal.SIGKILL)
+        os.kill(chat.pid if killed == "chat" else int(pid), number)
+        if killed == "host":  # the chat kills the rest
+            chat.stdin.close()
+            assert chat.wait(30) == 0
+            assert servers_left() == []
         until = time.monotonic() + 10
-        # After a kill of the host itself, what its servers started elsewhere is beyond reach.
-        while [pid for pid in servers_left() if killed == "chat" or _is_server(pid)]:
+        while servers_left():
             assert time.monotonic() < until
             time.sleep(0.05)
     finally:
         chat.kill()
         chat.wait()
+        chat.stdin.close()
         chat.stdout.close()
         for left in servers_left():
             os.kill(left, signal.SIGKILL)
-
-
-def _is_server(pid: int) -> bool:
-    try:
-        return str(SERVER) in psutil.Process(pid).cmdline()
-    except psutil.Error:
-        return False
 
 
 def test_a_server_at_a_url(host: ToolHost) -> None:

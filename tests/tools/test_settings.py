@@ -56,13 +56,20 @@ def test_the_form_of_other_programs(path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"command": "a\0b"}, "no program can be given"),
         ({"command": "a", "env": {"B": "${UNSET_OF_TEST}"}}, "UNSET_OF_TEST is not set"),
         ({"command": "a", "timeout_seconds": 0}, "'timeout_seconds'"),
+        ({"url": "http://b", "headers": {"K": "${LINES_OF_TEST}"}}, "header 'K' has characters"),
+        ({"url": "http://b", "headers": {"a b": "x"}}, "header 'a b' has characters"),
+        ({"url": "${LINES_OF_TEST}"}, "'${LINES_OF_TEST}' is not an HTTP address"),
     ],
 )
-def test_wrong_entries(path: Path, entry: dict[str, Any], problem: str) -> None:
+def test_wrong_entries(
+    path: Path, entry: dict[str, Any], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINES_OF_TEST", "s3cret\n")
     write(path, {"x": entry})
     with pytest.raises(UsageError) as error:
         read_server_file(path).server("x")
     assert problem in error.value.message
+    assert "s3cret" not in error.value.message
 
 
 def test_a_file_that_others_may_write(path: Path) -> None:

@@ -27,8 +27,8 @@ _MAX_DEPTH = 60
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
 _WORD = re.compile(r"[-+.\w]+")
-_LINE_COMMENT = re.compile(r"//[^\n]*")
-_REST_OF_LINE = re.compile(r"(?:[ \t]|/\*[^\n]*?\*/)*(?://[^\n]*)?(?=\r?\n|\Z)")
+_LINE_COMMENT = re.compile(r"//[^\r\n]*")
+_REST_OF_LINE = re.compile(r"(?:[ \t]|/\*[^\n]*?\*/)*(?://[^\r\n]*)?(?=\r?\n|\Z)")
 
 
 @dataclass(slots=True)
@@ -129,10 +129,11 @@ class _Parser:
 
     def _container(self, kind: Literal["object", "array"], closing: str, depth: int) -> Node:
         node = Node(kind, self.position)
+        names: set[str] = set()
         self.position += 1
         self._skip()
         while self.text[self.position : self.position + 1] != closing:
-            node.children.append(self._child(node, depth))
+            node.children.append(self._child(node, names, depth))
             self._skip()
             following = self.text[self.position : self.position + 1]
             if following == ",":
@@ -148,16 +149,17 @@ class _Parser:
         node.end = self.position
         return node
 
-    def _child(self, parent: Node, depth: int) -> Node:
+    def _child(self, parent: Node, names: set[str], depth: int) -> Node:
         if parent.kind == "array":
             return self._value(depth + 1)
         name_start = self.position
         if self.text[name_start : name_start + 1] != '"':
             raise self.error("the name of a member is missing")
         name = self._string()
-        if parent.member(name) is not None:
+        if name in names:
             self.position = name_start
             raise self.error(f"'{name}' is there twice")
+        names.add(name)
         self._skip()
         if self.text[self.position : self.position + 1] != ":":
             raise self.error(f"the colon after '{name}' is missing")

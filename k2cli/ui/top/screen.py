@@ -61,7 +61,8 @@ def _fitting(line: Text, width: int, look: Look) -> Text:
         line = Text(cut(line.plain, width), line.style)
     if not look.unicode and not line.plain.isascii():
         line = line.copy()
-        line.plain = "".join(c if c.isascii() else "." if c == "…" else "?" for c in line.plain)
+        text = "".join(c if c.isascii() else "." if c == "…" else "?" for c in line.plain)
+        line.plain = text[:width]  # marks that took no cell take one now
     return line
 
 

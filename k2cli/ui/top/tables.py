@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from k2cli.client.status_document import StatusDocument, StatusRank, StatusRequest
 
 _MOST_RANKS = 64
+_MOST_REQUESTS = 256
+"""More than a server of k2 lists; others could stop the view with a hundred thousand."""
+
 _STALLED_SECONDS = 10.0
 _PHASES = {"computing a new shape": "new shape", "initialising": "starting", "": "-"}
 
@@ -105,7 +108,7 @@ def _memory_bytes(rank: StatusRank) -> Text:
 def request_lines(document: StatusDocument, look: Look, width: int) -> list[Text]:
     """Return the table of requests, with their progress."""
     requests = document.requests
-    listed = requests.listed
+    listed = requests.listed[:_MOST_REQUESTS]
     total = requests.decode + requests.prefill + requests.queued + requests.reading
     heading = Text("no requests" if not total else f"{total} request{'s'[: total - 1]}", LABEL)
     if not listed:
@@ -123,6 +126,7 @@ def request_lines(document: StatusDocument, look: Look, width: int) -> list[Text
         text_column("ID", [name(each.id) for each in listed], 0, least=8),
     ]
     lines = [heading, *table(columns, width, DIM)]
+    total = max(total, len(requests.listed))
     if len(listed) < total:
         lines.append(Text(f"{total - len(listed)} more are not listed"[:width]))
     return lines

@@ -16,6 +16,7 @@ from k2cli.units import GB
 from tests.ui.top.statuses import document, members, rank, request, watched
 
 WIDE = "模型🚀é" * 20
+MARKS = "e\u0301" * 200
 
 
 def plain(state: TopState, width: int = 80, height: int = 60, look: Look | None = None) -> str:
@@ -49,6 +50,22 @@ def test_ascii_where_the_terminal_has_no_unicode() -> None:
     text = plain(watched(1.0, 2.0), look=Look(unicode=False))
     assert text.isascii()
     assert "######" in text
+
+
+@pytest.mark.parametrize("width", [1, 5, 40, 81])
+def test_marks_without_a_width_do_not_widen_ascii(width: int) -> None:
+    state = seen(
+        model={"name": MARKS}, cause=MARKS, requests={"listed": [request("decode", key=MARKS)]}
+    )
+    screen = screen_of(state, 100.0, width, 60, 0, Look(unicode=False))
+    assert max(len(line.plain) for line in screen.lines) <= width
+
+
+def test_a_server_that_lists_a_hundred_thousand_requests() -> None:
+    state = seen(requests={"queued": 5, "listed": [request("decode")] * 100_000})
+    screen = screen_of(state, 100.0, 80, 1000, 0, Look())
+    assert len([line for line in screen.lines if "0/8,192" in line.plain]) == 256
+    assert "99744 more are not listed" in plain(state, 80, 1000)
 
 
 def test_a_rank_above_its_plan_and_one_that_is_still_are_marked() -> None:
