@@ -339,14 +339,15 @@ class ApiClient:
     def _body(
         self,
         response: httpx2.Response,
-        limit_bytes: int = _MAX_ANSWER_BYTES,
+        limit_bytes: int | None = None,
         limit_seconds: float = READ_SECONDS,
     ) -> bytes:
+        most_bytes = _MAX_ANSWER_BYTES if limit_bytes is None else limit_bytes
         body, began = bytearray(), time.monotonic()
         for chunk in response.iter_bytes():
             body += chunk
-            if len(body) > limit_bytes:
-                raise K2Error(f"{self.base} sends more than {limit_bytes} bytes")
+            if len(body) > most_bytes:
+                raise K2Error(f"{self.base} sends more than {most_bytes} bytes")
             if time.monotonic() - began > limit_seconds:
                 raise ClusterError(f"{self.base} did not answer in time", "k2 ps")
         return bytes(body)

@@ -21,7 +21,8 @@ from k2cli.connect.execute import environment_with
 ENDPOINT = Endpoint("http://127.0.0.1:8080", "kimi", 131_072, key=Key("k2-secret", ("cat", "x")))
 
 RUN = """
-import sys, os
+import sys, os, signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 from k2cli.connect.registry import agent_named
 from k2cli.connect.execute import run_agent
 from tests.connect.test_execute import ENDPOINT

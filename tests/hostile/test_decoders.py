@@ -238,6 +238,7 @@ ALLOWED = {
     "connect/formats/toml.py": "the text of a bounded file, with tomllib's errors",
     "chat/schema.py": "a bounded file and the text of an answer, with json.loads' errors",
     "server/structured/schema_values.py": "JSON that it has written itself",
+    "server/page/files.py": "files of this package",
     **dict.fromkeys(
         ["server/dialects/anthropic_writer.py", "server/output/emitter.py",
          "server/output/json_calls.py", "server/output/parameter_types.py",

@@ -39,11 +39,11 @@ def advised(output: str) -> list[list[str]]:
     ("model", "options", "pieces"),
     [
         ("k2-instruct-4bit", "--hardware m4-max-36", 2),
-        ("k2-instruct-4bit", "--hardware m4-max-64 --parallel single --concurrency 9", 4),
+        ("k2-instruct-4bit", "--hardware m4-max-64 --parallel single --concurrency 16", 4),
         ("k2-instruct-4bit", "--hardware '2x m4-max-48' --context 131072 --concurrency 40", 3),
         ("k2-instruct-4bit", "--hardware '2x m4-max-36:limit=24GiB' --parallel tensor", 2),
         ("k2-instruct-4bit", "--hardware m4-max-64 --chunk 16384 --context 16384", 2),
-        ("k2-instruct-4bit", "--cluster home --context 131072 --concurrency 12", 2),
+        ("k2-instruct-4bit", "--cluster home --context 131072 --concurrency 20", 2),
         ("k2-instruct", "--hardware m4-max-128 --context 100000", 2),
         ("k2-instruct", "--hardware m4-max-36 --parallel single", 1),
         ("k2-instruct", "--hardware 'm4-max-64 + m4-max-36' --quantize 8bit", 1),

@@ -21,7 +21,7 @@ from k2cli.planning.planner import Planner
 from k2cli.planning.request import PlanRequest
 from k2cli.planning.search.candidates import PlanningProblem
 from k2cli.planning.search.stage_times import STABLE_SHARE
-from k2cli.planning.search.strategies import candidate
+from k2cli.planning.search.strategies import candidate, whole_layers
 from k2cli.planning.shop import shop
 from k2cli.planning.speed.estimate import predict_speed
 from k2cli.sharding.placement import Placement, RankPlacement
@@ -83,13 +83,10 @@ def test_no_split_or_order_of_a_pipeline_has_a_faster_exchange(
     )  # fmt: skip
     problem = small.problem(nodes, request)
     found = candidate(problem, "pipeline")
-    orders = list(permutations(nodes)) if free else [tuple(nodes)]
-    possible = [
-        (order, ranges)
-        for order in orders
-        for ranges in splits(len(nodes))
-        if fits(problem, order, ranges)
-    ]
+    possible = every_fit(problem, free=free)
+    if not possible:  # blocks are for where memory asks for them
+        problem = replace(problem, in_blocks=True)
+        possible = every_fit(problem, free=free)
     assert found.fits == bool(possible)
     if possible:
         ranges = [part.layers for part in reversed(found.placement.ranks)]
@@ -100,6 +97,19 @@ def test_no_split_or_order_of_a_pipeline_has_a_faster_exchange(
         # The steady split and the first order may each be 1 % slower; the search takes all chunks
         # of a prompt for alike.
         assert chosen <= fastest * (1 + STABLE_SHARE) ** 2 * 1.01
+
+
+def every_fit(
+    problem: PlanningProblem, *, free: bool
+) -> list[tuple[tuple[NodeMemory, ...], list[tuple[int, int]]]]:
+    """Return every order of the nodes and every split that fits, first stage first."""
+    nodes = tuple(problem.nodes)
+    return [
+        (order, ranges)
+        for order in (permutations(nodes) if free else [nodes])
+        for ranges in splits(len(nodes))
+        if fits(problem, order, ranges)
+    ]
 
 
 def splits(stages: int) -> list[list[tuple[int, int]]]:
@@ -116,7 +126,7 @@ def fits(
     """Return whether each stage of a split fits its node, without matrices."""
     whole, rows = problem.traced.slices(1), problem.request.concurrency
     for node, (first, past_last) in zip(reversed(order), ranges, strict=True):
-        sample = candidate(replace(problem, nodes=(node,)), "single").budgets[0].breakdown
+        sample = whole_layers(replace(problem, nodes=(node,)), "single").budgets[0].breakdown
         assert sample is not None
         unsampled = 0 if past_last == LAYERS else logits(rows)
         budget = node_budget(
