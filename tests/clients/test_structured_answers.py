@@ -132,7 +132,11 @@ def test_the_demo_obeys(demo_checkpoint: Path, nodes: str) -> None:
 
 
 @pytest.mark.ranks
-@NODES
+@pytest.mark.parametrize(
+    "nodes",
+    [pytest.param("localhost", marks=pytest.mark.soak), "localhost,localhost"],
+    ids=["one", "two"],
+)
 def test_the_toy_obeys(toy_k2: Path, nodes: str) -> None:
     """The toy knows nothing, so that only the grammar makes its answers JSON.
 

@@ -45,6 +45,7 @@ def _ask(lab: Lab, key: str, tokens: int, authority: Path) -> Talk:
     return Talk(lab.start("k2b", command))
 
 
+@pytest.mark.soak
 def test_revoking_reaches_an_api_on_another_host(lab: Lab, toy_k2: Path, tmp_path: Path) -> None:
     files = issue(tmp_path, "k2a")
     tls = ["--tls-cert", str(files.certificate), "--tls-key", str(files.key)]

@@ -87,7 +87,7 @@ def planned(name: str, nodes: tuple[NodeMemory, ...], request: PlanRequest) -> P
     return planner(name).plan(nodes, request, limits=False)
 
 
-many = settings(deadline=None, database=None, max_examples=60)
+many = settings(deadline=None, database=None, max_examples=30)
 
 
 @many

@@ -242,6 +242,7 @@ def test_an_interrupted_download_of_the_library_is_listed(hub: MockHub, tmp_path
     assert not [*blobs.parent.parent.rglob("models--*")]
 
 
+@pytest.mark.soak
 def test_another_machine_lists_and_removes_its_own_models(
     ssh_server: Server, two_revisions: str
 ) -> None:
