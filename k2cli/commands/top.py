@@ -70,7 +70,7 @@ def _check_terminal() -> None:
     # textual reads from stdin and writes to stderr.
     for name, stream in (("stdin", sys.stdin), ("stdout", sys.stdout), ("stderr", sys.stderr)):
         if not stream.isatty():
-            raise UsageError(f"k2 top needs a terminal, and {name} is none", "k2 ps --json")
+            raise UsageError(f"k2 top needs a terminal, and {name} is not one", "k2 ps --json")
     if (kind := os.environ.get("TERM", "")) in _DUMB:
         raise UsageError(f"k2 top cannot draw on a terminal with TERM='{kind}'", "k2 ps")
 

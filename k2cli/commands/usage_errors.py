@@ -49,9 +49,21 @@ def usage_error_from(error: Exception) -> UsageError:
         name = _name(parameter)
         message = _wrong_value(name, parameter.type, text)
         if message is not None:
-            return UsageError(message, f"{command} {_example(name, text)}")
+            words = [command, *_arguments(error), _example(name, text)]
+            return UsageError(message, " ".join(words))
     message = str(error.format_message() if hasattr(error, "format_message") else error)
     return UsageError(f"{message[:1].lower()}{message[1:].removesuffix('.')}", f"{command} --help")
+
+
+def _arguments(error: typer.BadParameter) -> list[str]:
+    """Return the names of the arguments without which the command cannot run.
+
+    The parser reads options before arguments, so that the user's values are not known yet.
+    """
+    if error.ctx is None or error.param is None or error.param.param_type_name == "argument":
+        return []
+    parameters = error.ctx.command.params
+    return [_name(p) for p in parameters if p.param_type_name == "argument" and p.required]
 
 
 def _name(parameter: Any) -> str:
