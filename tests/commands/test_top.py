@@ -119,7 +119,7 @@ def test_it_leaves_the_terminal_as_it_was(server: StatusServer, key: Any, status
 
 def test_resizes_and_no_color(server: StatusServer) -> None:
     with top(server, NO_COLOR="1") as terminal:
-        shows(terminal, "1:01:40")  # of the last row: all of the screen is drawn
+        shows(terminal, "1:01:40  messages\n\nq leave")  # the end: all of the screen is drawn
         eighty = without_history(terminal)
         terminal.resize(40, 12)
         shows(terminal, "↓")
