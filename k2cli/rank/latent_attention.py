@@ -17,51 +17,22 @@ of batches, the chosen tokens of sparse attention) are cut into blocks.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.mlx_lm_package import mlx_lm_module
+from k2cli.rank.block_attention import (
+    Block,
+    KeysValues,
+    Settled,
+    causal_blocks,
+    in_blocks,
+    masked_blocks,
+)
 from k2cli.sharding.latent_ways import LatentSettings, LatentWidths, is_absorbed
-
-_DIAGONAL_BLOCKS = 4
-"""Parts of a block in which a chunk's own tokens are computed: half of such a part is masked."""
-_SUMMED = 128
-"""Weights of 16 bits that are summed in one product, which accumulates in float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Tokens ``[first, past_last)`` of the context, and the queries from ``first_query`` on.
-
-    ``mask`` (bool, ``[..., queries, tokens]``) is None if these queries see all of the tokens.
-    """
-
-    first: int
-    past_last: int
-    first_query: int = 0
-    mask: mx.array | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Attention to the blocks so far, in float32, per query: ``[batch, heads, queries, ...]``.
-
-    ``total`` is the sum of the weights and ``output`` the weighted sum of the values, both relative
-    to the largest score, ``maximum``.
-    """
-
-    maximum: mx.array
-    total: mx.array
-    output: mx.array
-
-    @property
-    def arrays(self) -> tuple[mx.array, ...]:
-        return self.maximum, self.total, self.output
 
 
 def use_own_attention(model: nn.Module, settings: LatentSettings) -> int:
@@ -168,9 +139,9 @@ def _attend(
         mask = sparse
     length = layer.settings.block_length(absorbed=absorbed)
     blocks = (
-        _causal_blocks(held, count, length)
+        causal_blocks(held, count, length)
         if is_causal
-        else _masked_blocks(held + count, length, mask)
+        else masked_blocks(held + count, length, mask)
     )
     if absorbed:
         nope, rope = mx.split(queries, [layer.qk_nope_head_dim], axis=-1)
@@ -178,8 +149,8 @@ def _attend(
         keys_values = _absorbed_keys(latents, rotated)
     else:
         keys_values = _expanded_keys(layer, latents, rotated)
-    settled = _Settled(layer.before_wait) if length else None
-    output = _in_blocks(queries, blocks, keys_values, layer.scale, settled).astype(x.dtype)
+    settled = Settled(layer.before_wait) if length else None
+    output = in_blocks(queries, blocks, keys_values, layer.scale, settled).astype(x.dtype)
     if absorbed:
         output = layer.unembed_out(output)
     result: mx.array = layer.o_proj(output.swapaxes(1, 2).reshape(batch, count, -1))
@@ -240,46 +211,8 @@ def _sparse_mask(
     return seen if mask is None else seen & mask
 
 
-# --- blocks -----------------------------------------------------------------------------------
-
-
-def _pieces(first: int, past_last: int, length: int) -> Iterator[tuple[int, int]]:
-    """Cut a range into pieces of a length, 0 for one piece."""
-    for start in range(first, past_last, length or max(1, past_last - first)):
-        yield start, min(start + length, past_last) if length else past_last
-
-
-def _whole_sums(tokens: int, length: int) -> int:
-    """Round down to tokens whose weights are summed without a copy; see ``_row_sums``."""
-    step = min(_SUMMED, length or _SUMMED)
-    return tokens // step * step
-
-
-def _causal_blocks(held: int, count: int, length: int) -> Iterator[_Block]:
-    """Cut a context of ``held`` tokens and a chunk of ``count`` new ones; length 0 means whole."""
-    unmasked = _whole_sums(held, length)
-    for first, past_last in _pieces(0, unmasked, length):
-        yield _Block(first, past_last)
-    part = max(1, length // _DIAGONAL_BLOCKS) if length else 0
-    for first, past_last in _pieces(unmasked, held + count, part):
-        query = max(0, first - held)
-        rows = mx.arange(held + query, held + count)[:, None]
-        yield _Block(first, past_last, query, rows >= mx.arange(first, past_last)[None])
-
-
-def _masked_blocks(context: int, length: int, mask: mx.array | None) -> Iterator[_Block]:
-    whole = _whole_sums(context, length)
-    pieces = [*_pieces(0, whole, length), *_pieces(whole, context, length)]
-    for first, past_last in pieces:
-        yield _Block(first, past_last, 0, None if mask is None else mask[..., first:past_last])
-
-
-KeysValues = Callable[[_Block], tuple[mx.array, mx.array]]
-"""Makes keys ``[batch, heads or 1, width, tokens]`` and values of a block."""
-
-
 def _absorbed_keys(latents: mx.array, rotated: mx.array) -> KeysValues:
-    def make(block: _Block) -> tuple[mx.array, mx.array]:
+    def make(block: Block) -> tuple[mx.array, mx.array]:
         values = latents[..., block.first : block.past_last, :]
         return _joined_keys(values, rotated[..., block.first : block.past_last, :]), values
 
@@ -290,7 +223,7 @@ def _expanded_keys(layer: Any, latents: mx.array, rotated: mx.array) -> KeysValu
     to_keys, to_values = _weights(layer.embed_q, latents), _weights(layer.unembed_out, latents)
     to_values = to_values.swapaxes(-1, -2)
 
-    def make(block: _Block) -> tuple[mx.array, mx.array]:
+    def make(block: Block) -> tuple[mx.array, mx.array]:
         own = latents[..., block.first : block.past_last, :]
         rope = rotated[..., block.first : block.past_last, :]
         rope = mx.broadcast_to(rope, (rope.shape[0], layer.num_heads, *rope.shape[2:]))
@@ -325,127 +258,3 @@ def _weights(projection: Any, latents: mx.array) -> mx.array:
             mode=projection.mode,
         )
     return weight.astype(latents.dtype)
-
-
-# --- attention to one block after another -----------------------------------------------------
-
-
-class _Settled:
-    """Evaluates attention to a block before another block is built.
-
-    MLX would hold the scores of several blocks at once: it allocates an array when an operation is
-    submitted, up to 100 ahead of the one that is computed. A GPU gets one block ahead, so that it
-    need not wait for the program.
-    """
-
-    def __init__(self, before_wait: Callable[[], None]) -> None:
-        self._before_wait = before_wait
-        self._ahead: _Part | None = None
-        self._on_gpu = mx.default_device() == mx.gpu
-
-    def __call__(self, part: _Part) -> None:
-        waited = part
-        if self._on_gpu:
-            mx.async_eval(*part.arrays)  # type: ignore[no-untyped-call]
-            waited, self._ahead = self._ahead or part, part
-        self._before_wait()
-        mx.eval(*waited.arrays)
-
-
-def _in_blocks(
-    queries: mx.array,
-    blocks: Iterator[_Block],
-    keys_values: KeysValues,
-    scale: float,
-    settled: _Settled | None,
-) -> mx.array:
-    """Attend to blocks in turn.
-
-    Args:
-        queries: ``[batch, heads, queries, width]``.
-        settled: called between two blocks.
-
-    Returns:
-        Float32 ``[batch, heads, queries, width of a value]``; lazy.
-    """
-    factor = mx.array(scale, dtype=mx.float32)
-    so_far: _Part | None = None
-    for block in blocks:
-        if so_far is not None and settled is not None:
-            settled(so_far)
-        keys, values = keys_values(block)
-        begin = block.first_query
-        scores = _product(queries[..., begin:, :] if begin else queries, keys)
-        if block.mask is not None:
-            least = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
-            scores = mx.where(block.mask, scores, least)
-        earlier = _tail(so_far, begin)
-        so_far = _joined(so_far, begin, _extended(earlier, scores, values, factor))
-        del keys, values, scores, earlier
-    assert so_far is not None
-    return so_far.output / so_far.total
-
-
-def _extended(earlier: _Part | None, scores: mx.array, values: mx.array, factor: mx.array) -> _Part:
-    """Add a block to attention so far."""
-    maximum = mx.max(scores, axis=-1, keepdims=True).astype(mx.float32)
-    if earlier is not None:
-        maximum = mx.maximum(maximum, earlier.maximum)
-    weights = _exponentials(scores, maximum, factor)
-    total, output = _row_sums(weights), _product(weights, values)
-    if earlier is None:
-        return _Part(maximum, total, output.astype(mx.float32))
-    correction = mx.exp((earlier.maximum - maximum) * factor)
-    return _Part(
-        maximum,
-        earlier.total * correction + total,
-        _rescaled(earlier.output, correction, output),
-    )
-
-
-def _tail(part: _Part | None, begin: int) -> _Part | None:
-    if part is None or begin == 0:
-        return part
-    return _Part(*(each[..., begin:, :] for each in part.arrays))
-
-
-def _joined(part: _Part | None, begin: int, tail: _Part) -> _Part:
-    if part is None or begin == 0:
-        return tail
-    pairs = zip(part.arrays, tail.arrays, strict=True)
-    return _Part(*(mx.concatenate([old[..., :begin, :], new], axis=-2) for old, new in pairs))
-
-
-def _product(left: mx.array, right: mx.array) -> mx.array:
-    """Multiply ``[batch, heads, rows, inner]`` by ``[batch, heads or 1, inner, columns]``.
-
-    What all heads share is multiplied by the rows of all of them at once.
-    """
-    batch, heads, rows, inner = left.shape
-    if right.shape[1] == heads:
-        return left @ right
-    product = left.reshape(batch, 1, heads * rows, inner) @ right
-    return product.reshape(batch, heads, rows, right.shape[-1])
-
-
-@functools.partial(mx.compile, shapeless=True)
-def _exponentials(scores: mx.array, maximum: mx.array, factor: mx.array) -> mx.array:
-    return mx.exp((scores.astype(mx.float32) - maximum) * factor).astype(scores.dtype)
-
-
-@functools.partial(mx.compile, shapeless=True)
-def _rescaled(output: mx.array, correction: mx.array, added: mx.array) -> mx.array:
-    return output * correction + added.astype(mx.float32)
-
-
-def _row_sums(weights: mx.array) -> mx.array:
-    """Sum the last axis in float32 ``[..., 1]``, without a copy of the weights in float32."""
-    if weights.dtype == mx.float32:
-        return mx.sum(weights, axis=-1, keepdims=True)
-    whole = weights.shape[-1] // _SUMMED * _SUMMED
-    total = mx.sum(weights[..., whole:].astype(mx.float32), axis=-1, keepdims=True)
-    if whole:
-        parts = weights[..., :whole].reshape(*weights.shape[:-1], -1, _SUMMED)
-        sums = parts @ mx.ones((_SUMMED, 1), weights.dtype)
-        total = total + mx.sum(sums.astype(mx.float32), axis=-2)
-    return total
