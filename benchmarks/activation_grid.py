@@ -18,6 +18,7 @@ built: the peak is then the largest there can be, and the same in every run.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,8 @@ class Grid:
             for cache in caches
             for part in getattr(cache, "caches", (cache,))
         )
+        # A model from before, freed only while a peak is measured, would make the peak smaller.
+        gc.collect()
         mx.synchronize()
         # Includes the rounding of the allocator, which a plan counts as slack.
         self._weights = mx.get_active_memory()

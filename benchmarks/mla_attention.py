@@ -13,6 +13,7 @@ what is held before. Prints one JSON document; under 3 minutes on a GPU.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -103,6 +104,7 @@ def compare(run: Run, ours: LatentSettings, rounds: int, *, warm_up: bool = True
 
 
 def _measured(compute: Callable[[], Any]) -> Sample:
+    gc.collect()
     mx.synchronize()
     mx.clear_cache()
     held = mx.get_active_memory()

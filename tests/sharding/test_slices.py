@@ -16,6 +16,7 @@ from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, part_slices, trace_slices
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import parameters, trace_model, trace_rank
+from tests.support.memory import held_bytes
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 WHOLE = np.arange(12 * 10 * 6).reshape(12, 10, 6)
@@ -97,8 +98,7 @@ def test_all_of_k2_is_found_without_allocating_any_of_it(size: int, head: HeadPl
     config: dict[str, Any] = json.loads((CONFIGS / "k2-mlx-4bit" / "config.json").read_text())
     parts = tuple(RankPlacement(rank, f"n{rank}", (0, 61)) for rank in range(size))
     placement = Placement("tensor", parts, head)
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = held_bytes()
     ranks = [
         part_slices(config, trace_model(config), placement, StandInGroup(rank, size))
         for rank in range(size)

@@ -17,6 +17,7 @@ from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.profile import profile_model
 from k2cli.sharding.recurrence import recurrence_of
 from k2cli.sharding.stage import make_cache
+from tests.support.memory import held_bytes
 
 CONFIGS = ROOT / "benchmarks" / "data" / "recurrent"
 GRANITE: dict[str, Any] = json.loads((CONFIGS / "granite-hybrid.json").read_text())
@@ -64,9 +65,7 @@ def peak_beside_weights(config: dict[str, Any], tokens: int) -> tuple[int, list[
     cast(model, mx.float32)
     mx.eval(model.parameters())
     cache = make_cache(model)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = held_bytes()
     model(mx.ones((1, tokens), mx.int32), cache=cache)
     mx.eval([entry.state for entry in cache])
     return mx.get_peak_memory() - before, cache
