@@ -29,10 +29,10 @@ from benchmarks.gpu_layers import random_layers
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.planning.memory.prefill import activation_shape, prefill_activation
 from k2cli.protocol import OpenSequence, Prefill
+from k2cli.rank.attention.latent import use_own_attention
 from k2cli.rank.executor import Executor
 from k2cli.rank.expert_kernels import part_experts
 from k2cli.rank.host_buffers import copies_from_host
-from k2cli.rank.latent_attention import use_own_attention
 from k2cli.sharding.assemble import cast
 from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
 from k2cli.sharding.stage import cut_stage

@@ -34,7 +34,7 @@ _COMMANDS = (
     ("top", "top"),
     ("logs", "logs"),
     ("stop", "stop"),
-    ("chat", "chat"),
+    ("chat", "chat.command"),
     ("connect", "connect"),
     ("bench", "bench"),
 )
@@ -76,7 +76,7 @@ def build_app(only: str | None = None) -> typer.Typer:
         if only not in (None, name):
             continue
         module = importlib.import_module(f"k2cli.commands.{module_name}")
-        command = getattr(module, module_name)
+        command = getattr(module, name.replace("-", "_"))
         # Given in full, because typer would cut off a long line in the list of commands.
         app.command(name, short_help=_first_paragraph(command))(command)
     for name in _GROUPS:

@@ -67,7 +67,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loading fails if a size differs. ``looks_ahead`` None leaves the choice to
     ``rank.engine.lookahead``. ``cache_limit_bytes`` limits the freed arrays that MLX keeps,
     ``memory_limit_bytes`` these and those in use together. ``expansion_weight`` and
-    ``attention_block_tokens`` are the settings of ``rank.latent_attention``, equal on all ranks.
+    ``attention_block_tokens`` are the settings of ``rank.attention.latent``, equal on all ranks.
     ``nccl_coordinator`` (``host:port``) is
     where the leader hands out NCCL's unique id; NCCL itself listens on ``nccl_interface`` alone.
     """

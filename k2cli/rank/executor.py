@@ -31,9 +31,9 @@ from k2cli.protocol import (
     WarmUp,
 )
 from k2cli.protocol.progress_page import Phase
-from k2cli.rank.caches import CacheTable, LayerCaches, make_room
+from k2cli.rank.attention.latent import evaluates_blocks
 from k2cli.rank.host_buffers import copies_from_host
-from k2cli.rank.latent_attention import evaluates_blocks
+from k2cli.rank.kv_cache.table import CacheTable, LayerCaches, make_room
 from k2cli.sharding.stage import Stage, hidden_at
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from k2cli.models.checkpoint import Checkpoint, read_checkpoint
 from k2cli.models.safetensors_header import DTYPE_BITS, StoredTensor
 from k2cli.protocol import Assignment, HeldTensor
 from k2cli.rank.absent_files import open_absent, refuse_absent, refused_if_absent
+from k2cli.rank.attention.latent import use_own_attention
 from k2cli.rank.expert_kernels import part_experts
 from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
-from k2cli.rank.latent_attention import use_own_attention
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.coverage import WholeModel, describe_whole

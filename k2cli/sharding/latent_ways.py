@@ -5,7 +5,7 @@ cached latents for every step of several tokens. With few queries it is cheaper 
 and outputs change into the latent space (*absorbed*), as every decode step does. Both can be
 computed in *blocks* of the context, so that no array has the size of chunk times context.
 
-``rank.latent_attention`` computes it; the activation model of ``planning.memory`` knows the same
+``rank.attention.latent`` computes it; the activation model of ``planning.memory`` knows the same
 choice. The plan makes it once for all ranks, which then agree on every step.
 """
 

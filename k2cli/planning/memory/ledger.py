@@ -43,9 +43,9 @@ def overhead_bytes(
 def growth_bytes(largest_cache_bytes: int, activation_bytes: int) -> int:
     """Return the bytes by which copying one layer's cache exceeds a step's activations.
 
-    A cache that grows exists twice for a moment, layer by layer (``rank.caches.make_room``), before
-    a step and so without its activations. Of a model with recurrent layers or windows few caches
-    grow far, so the largest counts and not the mean.
+    A cache that grows exists twice for a moment, layer by layer, before a step and so without its
+    activations (``rank.kv_cache.table.make_room``). Of a model with recurrent layers or windows few
+    caches grow far, so the largest counts and not the mean.
     """
     beyond = largest_cache_bytes - activation_bytes
     return (beyond + abs(beyond)) // 2  # its positive part, of arrays too

@@ -25,7 +25,7 @@ from k2cli.planning.memory.prefill import (
     prefill_activation,
     shape_of_model,
 )
-from k2cli.rank.latent_attention import use_own_attention
+from k2cli.rank.attention.latent import use_own_attention
 from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.latent_ways import LatentSettings
 from k2cli.units import MB

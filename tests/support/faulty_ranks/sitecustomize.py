@@ -39,7 +39,7 @@ def _break_sampler() -> None:
 
 
 def _lie_about_state(trigger: str) -> None:
-    from k2cli.rank.caches import CacheTable
+    from k2cli.rank.kv_cache.table import CacheTable
 
     original = CacheTable.digest
 

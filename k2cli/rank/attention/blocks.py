@@ -2,7 +2,7 @@
 
 No array has the size of chunk times context: scores are of one block. Of the blocks before, each
 query keeps its largest score, the sum of its weights and its output, in float32 (Milakov and
-Gimelshein 2018, "Online normalizer calculation for softmax"). ``rank.latent_attention`` makes keys
+Gimelshein 2018, "Online normalizer calculation for softmax"). ``rank.attention.latent`` makes keys
 and values.
 """
 

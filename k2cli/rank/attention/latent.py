@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.rank.block_attention import (
+from k2cli.rank.attention.blocks import (
     Block,
     KeysValues,
     Settled,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from k2cli.chat.session import ChatSession
     from k2cli.chat.settings import ChatSettings
     from k2cli.chat.tools import ToolBox
-    from k2cli.commands.chat_run import ChatRuns
+    from k2cli.commands.chat.run import ChatRuns
     from k2cli.commands.target import Target
 
 
@@ -107,8 +107,8 @@ def chat(
     from k2cli.chat.attachments import read_attachment
     from k2cli.chat.session import ChatSession
     from k2cli.client.client import ApiClient
-    from k2cli.commands.chat_once import OneShot
-    from k2cli.commands.chat_run import ChatRuns
+    from k2cli.commands.chat.once import OneShot
+    from k2cli.commands.chat.run import ChatRuns
     from k2cli.errors import UsageError
 
     if allow_tool and not tools:

@@ -19,9 +19,9 @@ from k2cli.protocol import (
     Prefill,
     PrefillTogether,
 )
-from k2cli.rank import latent_attention
+from k2cli.rank.attention import latent
+from k2cli.rank.attention.latent import use_own_attention
 from k2cli.rank.executor import Executor
-from k2cli.rank.latent_attention import use_own_attention
 from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.latent_ways import LatentSettings, LatentWidths, is_absorbed
 from k2cli.sharding.stage import cut_stage, make_cache
@@ -77,13 +77,13 @@ def small() -> nn.Module:
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Records the way of each layer's step that mlx-lm's own code did not compute."""
     taken: list[str] = []
-    original = latent_attention._attend
+    original = latent._attend
 
     def attend(*arguments: Any, absorbed: bool) -> mx.array:
         taken.append("absorbed" if absorbed else "blocks")
         return original(*arguments, absorbed=absorbed)
 
-    monkeypatch.setattr(latent_attention, "_attend", attend)
+    monkeypatch.setattr(latent, "_attend", attend)
     return taken
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from k2cli.chat.session import ChatSession
 from k2cli.client.client import ApiClient, ModelInfo
-from k2cli.commands import chat as chat_command
-from k2cli.commands.chat_run import ChatRuns
+from k2cli.commands.chat import command as chat_command
+from k2cli.commands.chat.run import ChatRuns
 from k2cli.commands.target import Target
 from k2cli.protocol import Tokens
 from k2cli.server.served_model import ServedModel

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from k2cli.rank.caches import CacheTable, _released
+from k2cli.rank.kv_cache.table import CacheTable, _released
 from k2cli.rank.loader import load_part
 from tests.support.rank_pool import assignments
 

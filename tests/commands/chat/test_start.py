@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from k2cli.agent.run_processes import processes_of_run
-from k2cli.commands.chat_run import ChatRuns
+from k2cli.commands.chat.run import ChatRuns
 from k2cli.errors import DoesNotFitError, K2Error
 from k2cli.launch.request import LaunchRequest
 from k2cli.runs.record import RunRecord, list_runs

@@ -1,0 +1,1 @@
+"""The command ``k2 chat``."""
