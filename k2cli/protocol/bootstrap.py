@@ -58,6 +58,17 @@ class HttpEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls_key: str | None = None
 
 
+class LinkCheck(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The prompts of the link check, shortest first, each computed twice before the run is ready.
+
+    ``seconds`` is the time after which a prompt is cut short, so that a slow machine is ready in
+    about that time; 0 sets no limit.
+    """
+
+    tokens: list[int]
+    seconds: float = 0.0
+
+
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The part of the plan that one rank carries out.
 
@@ -70,6 +81,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``attention_block_tokens`` are the settings of ``rank.attention.latent``, equal on all ranks.
     ``nccl_coordinator`` (``host:port``) is
     where the leader hands out NCCL's unique id; NCCL itself listens on ``nccl_interface`` alone.
+    ``link_check`` None leaves that check out.
     """
 
     run_id: str
@@ -98,6 +110,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     looks_ahead: bool | None = None
     expansion_weight: float = 1.0
     attention_block_tokens: int = 0
+    link_check: LinkCheck | None = None
 
 
 class PlannedRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -21,11 +21,15 @@ class OpenSequence(Message, tag=True, frozen=True):
 
 
 class Prefill(Message, tag=True, frozen=True):
-    """Compute a chunk of a sequence's prompt; only its KV cache matters."""
+    """Compute a chunk of a sequence's prompt; only its KV cache matters.
+
+    ``marks`` asks for marks of the hidden states (the link check).
+    """
 
     step: int
     sequence: int
     tokens: list[int]
+    marks: bool = False
 
 
 class PrefillTogether(Message, tag=True, frozen=True):
@@ -56,7 +60,8 @@ class Decode(Message, tag=True, frozen=True):
     that the leader chooses in this batch's previous step, which is still being computed, and they
     travel over the MLX group; ``told`` of a later decision repeats them (-1: none). ``digest`` asks
     for digests of what the rank computed (the self-test), ``state_digest`` for a digest of the ids,
-    rows and steps that it holds (the periodic check).
+    rows and steps that it holds (the periodic check), ``marks`` for marks of the hidden states or
+    logits and a digest of the batch's KV caches (the link check).
     """
 
     step: int
@@ -66,6 +71,7 @@ class Decode(Message, tag=True, frozen=True):
     state_digest: bool = False
     ahead: bool = False
     told: list[int] = msgspec.field(default_factory=list)
+    marks: bool = False
 
 
 class LeaveBatch(Message, tag=True, frozen=True):
@@ -163,12 +169,26 @@ class Holdings(Message, tag=True, frozen=True):
     tensors: list[HeldTensor]
 
 
+class Marks(msgspec.Struct, frozen=True, array_like=True):
+    """Marks of an array ``[positions, width]``, by which two of them are compared.
+
+    ``checksums`` has the CRC-32 of each position's bytes, ``norms`` its length as a vector, and
+    ``projections`` its products with fixed vectors of signs: of two arrays that need not be equal
+    to the bit, these say how much they differ.
+    """
+
+    checksums: list[int]
+    norms: list[float]
+    projections: list[list[float]]
+
+
 class StepDigest(Message, tag=True, frozen=True):
-    """Digests (hex) of the input and the result of a rank's step.
+    """Digests (hex) and marks of the input and the result of a rank's step.
 
     In a pipeline these are the hidden states that arrived and left. In tensor parallelism nothing
     arrives, and the result is the chosen token. ``state`` is the digest of the ids, rows and steps
-    that the rank holds. Fields that were not asked for are empty.
+    that the rank holds, ``caches`` that of a batch's KV caches on this rank. The result of the last
+    layer is marked where nothing is sent. Fields that were not asked for are empty.
     """
 
     rank: int
@@ -176,6 +196,9 @@ class StepDigest(Message, tag=True, frozen=True):
     arrived: str = ""
     computed: str = ""
     state: str = ""
+    arrived_marks: Marks | None = None
+    computed_marks: Marks | None = None
+    caches: str = ""
 
 
 FollowerMessage = Hello | Holdings | StepDigest | Heartbeat

@@ -22,6 +22,7 @@ from k2cli.protocol import (
     DropPrefix,
     JoinBatch,
     LeaveBatch,
+    Marks,
     OpenSequence,
     Prefill,
     PrefillTogether,
@@ -34,6 +35,7 @@ from k2cli.protocol.progress_page import Phase
 from k2cli.rank.attention.latent import evaluates_blocks
 from k2cli.rank.host_buffers import copies_from_host
 from k2cli.rank.kv_cache.table import CacheTable, LayerCaches, make_room
+from k2cli.rank.marks import cache_digest, kept_output, mark
 from k2cli.sharding.stage import Stage, hidden_at
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ class StepResult:
     """Result of a decision on this rank.
 
     ``logits`` is ``[rows, vocabulary]`` after a Decode on ranks that have the head; lazy on the
-    leader. The digests are empty unless the decision asked for them. ``in_step``, a lazy bool, is
-    False if the ranks' sums belong to different steps (see ``_in_step``).
+    leader. Digests and marks are empty unless the decision asked for them. ``in_step``, a lazy
+    bool, is False if the ranks' sums belong to different steps (see ``_in_step``).
     """
 
     logits: mx.array | None = None
@@ -64,6 +66,9 @@ class StepResult:
     arrived_digest: str = ""
     computed_digest: str = ""
     state_digest: str = ""
+    arrived_marks: Marks | None = None
+    computed_marks: Marks | None = None
+    cache_digest: str = ""
 
     @property
     def to_compute(self) -> list[mx.array]:
@@ -142,7 +147,11 @@ class Executor:
                 return self._decode(decision, chosen)
             case Prefill(sequence=sequence, tokens=tokens):
                 self.caches.feed(sequence, tokens)
-                self._prefill(mx.array([tokens], dtype=mx.int32), self.caches.sequences[sequence])
+                chunk = mx.array([tokens], dtype=mx.int32)
+                caches = self.caches.sequences[sequence]
+                if decision.marks:
+                    return self._marked_prefill(chunk, caches)
+                self._prefill(chunk, caches)
             case PrefillTogether():
                 self._prefill_together(decision)
             case OpenSequence(sequence=sequence, prefix=prefix, kept_tokens=kept_tokens):
@@ -183,7 +192,27 @@ class Executor:
         self._last_was_new = new
         self._advance(self.phase)
 
-    def _prefill(self, tokens: mx.array, caches: LayerCaches) -> None:
+    def _marked_prefill(self, tokens: mx.array, caches: LayerCaches) -> StepResult:
+        """Compute a chunk, and mark the hidden states that arrived and that left the last layer."""
+        layer = self.stage.last_layer if self.stage.is_last else None
+        if layer is None:
+            arrived, computed = self._prefill(tokens, caches)
+            hidden = None if self.stage.is_last else computed
+        else:
+            with kept_output(layer) as kept:
+                arrived, _ = self._prefill(tokens, caches)
+            hidden = kept[0] if kept else None
+        if hidden is not None:
+            self.about_to_wait()
+            mx.eval(hidden)  # on every rank, since the sums of the last layer are part of it
+        self._advance(self.phase)
+        return StepResult(
+            arrived_marks=None if arrived is None else mark(arrived),
+            computed_marks=None if hidden is None else mark(hidden),
+        )
+
+    def _prefill(self, tokens: mx.array, caches: LayerCaches) -> tuple[mx.array | None, mx.array]:
+        """Compute a chunk; return the hidden states that arrived, and the output, still lazy."""
         rows, length = tokens.shape
         self._begin("prefill", rows, length.bit_length())
         make_room(caches, length)
@@ -202,6 +231,7 @@ class Executor:
         self._advance(self.phase)
         if not self.stage.is_last:
             self._send(output)
+        return arrived, output
 
     def _prefill_together(self, decision: PrefillTogether) -> None:
         lengths = [len(tokens) for tokens in decision.tokens]
@@ -247,6 +277,9 @@ class Executor:
             arrived_digest="" if arrived is None or not step.digest else array_digest(arrived),
             computed_digest=array_digest(digest_of) if step.digest else "",
             state_digest=self.caches.digest(step.step) if step.state_digest else "",
+            arrived_marks=mark(arrived) if arrived is not None and step.marks else None,
+            computed_marks=mark(computed) if step.marks else None,
+            cache_digest=cache_digest(batch.caches) if step.marks else "",
         )
 
     def _check_arrived(self, rows: list[int], tokens: list[int]) -> None:

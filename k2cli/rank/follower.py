@@ -71,7 +71,7 @@ def follow(
             mx.async_eval(*result.to_compute)  # type: ignore[no-untyped-call]
             _wait_for(computing, executor)
             computing = result.logits
-        if isinstance(decision, Decode) and (decision.digest or decision.state_digest):
+        if _wants_digest(decision):
             channel.send(_digest(rank, decision.step, result))
         if isinstance(decision, WarmUp | Warm):
             on_warm_up(decision)
@@ -84,6 +84,12 @@ def _wait_for(computing: mx.array | None, executor: Executor) -> None:
         mx.eval(computing)
 
 
+def _wants_digest(decision: Decision) -> bool:
+    if isinstance(decision, Decode):
+        return decision.digest or decision.state_digest
+    return isinstance(decision, Prefill) and decision.marks
+
+
 def _digest(rank: int, step: int, result: StepResult) -> StepDigest:
     return StepDigest(
         rank,
@@ -91,4 +97,7 @@ def _digest(rank: int, step: int, result: StepResult) -> StepDigest:
         arrived=result.arrived_digest,
         computed=result.computed_digest,
         state=result.state_digest,
+        arrived_marks=result.arrived_marks,
+        computed_marks=result.computed_marks,
+        caches=result.cache_digest,
     )

@@ -132,10 +132,12 @@ class Rank:
             masks=Masks(self._assignment, executor.about_to_wait),
         )
         self._page.advance("warming up")
-        warm_up(engine, followers, self._assignment, self._report_shape, deadlines.work_stall)
+        checked_tokens = warm_up(
+            engine, followers, self._assignment, self._report_shape, deadlines.work_stall
+        )
         self._warm = True
         self._page.advance("idle")
-        self._link.send(EngineReady())
+        self._link.send(EngineReady(checked_tokens))
         engine.report_cache_use()
         self._serve(engine)
         followers.close()

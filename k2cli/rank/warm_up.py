@@ -32,6 +32,7 @@ from k2cli.protocol import (
 )
 from k2cli.rank.control import Followers
 from k2cli.rank.engine.engine import Engine
+from k2cli.rank.link_check import LinkChecker, spread_prompt
 from k2cli.rank.self_test import run_self_test
 
 DeviceKind = Literal["cpu", "metal", "cuda"]
@@ -86,12 +87,19 @@ def shapes_to_warm(
     context_length: int,
     concurrency: int,
     chunk_tokens: int,
+    link_check: bool = False,
 ) -> list[Shape]:
-    """Choose the shapes to compute after the self-test, smallest first."""
+    """Choose the shapes to compute after the self-test, smallest first.
+
+    ``link_check`` True leaves out those that the link check computes: the largest chunk, and on a
+    cold machine the chunks that only touch weights and memory.
+    """
     if not cold and device != "cuda":
         return []
     largest = min(chunk_tokens, context_length - 1 - _LEFT_TOKENS)
     sizes = {"cpu": _CPU_TOKENS, "metal": _METAL_TOKENS, "cuda": (*_TILES, largest)}[device]
+    if link_check:
+        sizes = _TILES if device == "cuda" else ()
     tokens = sorted({size for size in sizes if 1 <= size <= largest})
     shapes = [Shape(tokens=size) for size in tokens]
     if shapes:
@@ -114,16 +122,20 @@ def warm_up(
     assignment: Assignment,
     report: Report,
     timeout_seconds: float,
-) -> None:
-    """Run the self-test and warm up the shapes of later requests, on all ranks.
+) -> int:
+    """Run the self-test and the link check, and warm up the shapes of later requests.
 
     Args:
         timeout_seconds: for the followers' answers to the self-test.
 
+    Returns:
+        The tokens of the longest prompt of the link check, 0 without one.
+
     Raises:
-        ClusterError: if the self-test fails.
+        ClusterError: if the self-test or the link check fails.
     """
     device = _device()
+    wanted_check = assignment.link_check if assignment.size > 1 else None
 
     def shapes(*, cold: bool) -> list[Shape]:
         return shapes_to_warm(
@@ -132,6 +144,7 @@ def warm_up(
             context_length=assignment.context_length,
             concurrency=assignment.concurrency,
             chunk_tokens=assignment.prefill_chunk_tokens,
+            link_check=wanted_check is not None,
         )
 
     def announce(text: str, number: int, count: int) -> None:
@@ -149,6 +162,10 @@ def warm_up(
     if not wanted and first_seconds > _LONG_SECONDS:
         _, seconds = test()
         wanted = shapes(cold=first_seconds > _COLD_RATIO * seconds)
+    checked = 0
+    if wanted_check is not None:
+        check = LinkChecker(engine, followers, assignment, report, vocabulary, timeout_seconds)
+        checked = check.check(wanted_check)
     for number, shape in enumerate(wanted, start=2):
         announce(shape.text, number, 1 + len(wanted))
         if shape.rows:
@@ -157,6 +174,7 @@ def warm_up(
             _prefill(engine, shape, vocabulary)
     engine.forget_rates()
     engine.now(Warm(engine.next_number))
+    return checked
 
 
 def _device() -> DeviceKind:
@@ -168,7 +186,8 @@ def _device() -> DeviceKind:
 def _prefill(engine: Engine, shape: Shape, vocabulary: int) -> None:
     engine.now(OpenSequence(engine.next_number, _SEQUENCE))
     for tokens in filter(None, (shape.tokens, shape.left_tokens)):
-        engine.now(Prefill(engine.next_number, _SEQUENCE, _prompt(tokens, tokens, vocabulary)))
+        prompt = spread_prompt(tokens, tokens, vocabulary)
+        engine.now(Prefill(engine.next_number, _SEQUENCE, prompt))
     engine.now(CloseSequence(engine.next_number, _SEQUENCE))
 
 
@@ -176,13 +195,8 @@ def _answer(engine: Engine, rows: int, vocabulary: int) -> None:
     """Answer ``rows`` requests at once, half of them with random choices."""
     for row in range(rows):
         random = Sampling(temperature=1.0, top_p=0.9, seed=row) if row % 2 else Sampling()
-        prompt = _prompt(_PROMPT_TOKENS - row % 3, row, vocabulary)
+        prompt = spread_prompt(_PROMPT_TOKENS - row % 3, row, vocabulary)
         engine.accept(Generate(f"warm-up-{rows}-{row}", prompt, _ANSWER_TOKENS, random, [], False))
     while engine.busy:
         engine.advance()
     engine.tick()  # decisions without computing may be left in a pipeline
-
-
-def _prompt(tokens: int, seed: int, vocabulary: int) -> list[int]:
-    """Return different vocabulary, so that the experts of a model are used as by real text."""
-    return [(seed + index * 7919 + 1) % vocabulary for index in range(tokens)]

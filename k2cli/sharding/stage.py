@@ -220,6 +220,16 @@ class Stage:
         """True if the stage computes logits."""
         return self.past_last == self.layer_count
 
+    @property
+    def last_layer(self) -> nn.Module | None:
+        """The last decoder layer of this stage; None if the model has no list of layers."""
+        try:
+            spine, names = _find_layers(self.model)
+        except UsageError:
+            return None
+        layer: nn.Module = spine[-1][names[-1]][self.past_last - 1]
+        return layer
+
     def local(self, cache: Sequence[Any]) -> Sequence[Any]:
         """Return the entries of a cache that this stage fills.
 

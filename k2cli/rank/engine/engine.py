@@ -11,7 +11,7 @@ step. An error inside one request's sampling ends that request and no other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import mlx.core as mx
@@ -198,6 +198,27 @@ class Engine:
     def now(self, decision: Decision) -> StepResult:
         """Carry out a decision on all ranks at once; only while nothing is in flight."""
         return self._queue.now(decision)
+
+    def in_order(self, decisions: Iterable[Decision]) -> Iterator[tuple[Decision, StepResult]]:
+        """Carry out decisions on all ranks, as many at once as there are stages.
+
+        Only while nothing is in flight. A decision is taken when it is submitted, so its number may
+        be ``next_number``. Yields those that compute something, with their results.
+        """
+        for decision in decisions:
+            self._queue.submit(decision)
+            if self._queue.computing >= self._stages:
+                yield self._oldest()
+        while self._queue.computing:
+            yield self._oldest()
+        self._queue.build_next()  # decisions that compute nothing may be left in a pipeline
+
+    def _oldest(self) -> tuple[Decision, StepResult]:
+        step = self._queue.build_next()
+        assert step is not None
+        assert step.result is not None
+        self._queue.complete()
+        return step.decision, step.result
 
     def wait_for_answers(self) -> None:
         """Record that this rank waits for messages of the followers."""

@@ -7,6 +7,9 @@ variables select the other faults:
 * ``FAULTY_RANKS_HOLDINGS``: rank 1 misses its first tensor (``missing``), or claims one of rank
   0's too (``twice``);
 * ``FAULTY_RANKS_SELF_TEST``: rank 1 computes wrong values;
+* ``FAULTY_RANKS_TRANSFER`` is ``RANKS WHAT BYTES CALLS``: on these ranks (``0`` or ``0,1``)
+  hidden states of more than BYTES bytes come out wrong of ``all_sum`` or ``recv`` (WHAT), in one
+  position, after CALLS of them were right;
 * ``FAULTY_RANKS_SUMS``: rank 0 does not compute the results that it does not need;
 * ``FAULTY_RANKS_TRACE``: no fault; rank 0 writes into this file the batch of each decode step that
   it carries out, and the batches whose steps are in flight;
@@ -69,6 +72,25 @@ def _falsify_digests() -> None:
     from k2cli.rank import executor
 
     executor.array_digest = lambda value: "0" * 16
+
+
+def _corrupt_transfers(what: str, least_bytes: int, calls: int) -> None:
+    import mlx.core as mx
+
+    original = getattr(mx.distributed, what)
+    right = [calls]
+
+    def transfer(*arguments, **named):  # type: ignore[no-untyped-def]
+        result = original(*arguments, **named)
+        if result.nbytes <= least_bytes or result.ndim != 3:
+            return result
+        right[0] -= 1
+        if right[0] >= 0:
+            return result
+        positions = mx.arange(result.shape[1])[None, :, None]
+        return mx.where(positions == result.shape[1] // 2, mx.array(0, result.dtype), result)
+
+    setattr(mx.distributed, what, transfer)
 
 
 def _leave_sums_out() -> None:
@@ -161,6 +183,7 @@ if "k2cli.rank.main" in sys.orig_argv:
             "LIE",
             "HOLDINGS",
             "SELF_TEST",
+            "TRANSFER",
             "SUMS",
             "TRACE",
             "STEP",
@@ -176,6 +199,10 @@ if "k2cli.rank.main" in sys.orig_argv:
         _lie_about_holdings(_wanted["HOLDINGS"])
     if _rank == "1" and _wanted["SELF_TEST"]:
         _falsify_digests()
+    if _wanted["TRANSFER"]:
+        _ranks, _what, _bytes, _calls = _wanted["TRANSFER"].split()
+        if _rank in _ranks.split(","):
+            _corrupt_transfers(_what, int(_bytes), int(_calls))
     if _rank == "0" and _wanted["SUMS"]:
         _leave_sums_out()
     if _rank == "0" and _wanted["TRACE"]:
