@@ -24,6 +24,7 @@ Certainty = Literal["exact", "modelled", "assumed"]
 WantedTransport = Literal["auto", Transport]
 CheckedTransport = Literal["auto", "mpi", "ring", "jaccl", "nccl"]
 Parallel = Literal["auto", Strategy]
+WantedLinkCheck = Literal["auto", "always", "never"]
 WantedFloatType = Literal["auto", FloatType]
 Head = Literal["auto", HeadPlacement]
 

@@ -7,6 +7,7 @@ global lock until the peer has joined, so SIGALRM ends a process that waits for 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ import msgspec
 
 from k2cli.choices import LinkTransport
 from k2cli.files import decode_json
+from k2cli.rdma_launches import count_launch
 from k2cli.stderr import say_on_stderr
 
 WARM_UP = 5
@@ -79,6 +81,8 @@ def _join(specification: Specification, folder: str) -> Any:
             MLX_JACCL_COORDINATOR=specification.addresses[0],
             MLX_IBV_DEVICES=devices,
         )
+        with contextlib.suppress(OSError):
+            count_launch("measurement", os.getpid())
     import mlx.core as mx
 
     group = mx.distributed.init(strict=True, backend=specification.transport)

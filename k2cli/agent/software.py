@@ -22,6 +22,7 @@ from k2cli.agent.run_processes import run_of
 from k2cli.choices import Certainty, Device
 from k2cli.errors import ClusterError, K2Error
 from k2cli.planning.hardware.gpus import Gpu
+from k2cli.rdma_launches import launches_since_boot
 from k2cli.settings import expand_home, models_directory, runs_directory
 
 _BIGGEST = 5
@@ -54,7 +55,7 @@ class Software(msgspec.Struct, frozen=True):
     mlx was built with, without MPI, whose library is found at run time (``libmpi``). ``volume``
     holds the models, ``state_volume`` runs and their logs. ``mpi_versions`` has the version of
     every mpirun that was found; ``load_average`` is that of the last minute. ``gpus`` are those
-    that MLX may use.
+    that MLX may use. ``rdma_launches`` counts those over JACCL since the machine was started.
     """
 
     k2_version: str
@@ -83,6 +84,7 @@ class Software(msgspec.Struct, frozen=True):
     load_average: float | None = None
     cores: int | None = None
     gpus: tuple[Gpu, ...] = ()
+    rdma_launches: int = 0
 
     def mpi_version_with(self, launching: Software | None) -> str | None:
         """Version of the Open MPI that a run uses here: at the launching machine's path if any."""
@@ -128,6 +130,7 @@ def software(model_folder: str | None = None) -> Software:
         load_average=psutil.getloadavg()[0],
         cores=psutil.cpu_count(),
         gpus=limit.gpus if limit else (),
+        rdma_launches=launches_since_boot(),
     )
 
 

@@ -164,6 +164,7 @@ def launch(
             "--fetch", help="Bring each node the weights that its ranks read, if it lacks some."
         ),
     ] = False,
+    link_check: options.LinkCheck = "auto",
     force: Annotated[
         bool, typer.Option("--force", help="Launch even if the plan does not fit or a check fails.")
     ] = False,
@@ -214,6 +215,7 @@ def launch(
         share=share,
         fast_synch=fast_synch,
         fetch=fetch,
+        link_check=link_check,
     )
     _launch(request, detach=detach, as_json=json)
 
@@ -304,7 +306,9 @@ class Following:
                     event.rank, event.weights_bytes, event.load_seconds, event.bytes_read
                 )
             case RunReady():
-                self._view.ready(self._record.run_id, self._record.model_name, event.url)
+                self._view.ready(
+                    self._record.run_id, self._record.model_name, event.url, event.checked_tokens
+                )
             case RankFailed():
                 self._view.failed(event.rank, event.cause)
             case RunRestarting():
@@ -322,7 +326,7 @@ class Following:
 
 def _show_plan(run: RunDecisions) -> None:
     from k2cli.launch.endpoint import endpoint_warnings
-    from k2cli.launch.transport import transport_warnings
+    from k2cli.launch.transport import restart_warnings, transport_warnings
     from k2cli.ui.output import note, warn
     from k2cli.ui.plan.table import plan_lines
     from k2cli.units import one_line
@@ -336,7 +340,8 @@ def _show_plan(run: RunDecisions) -> None:
         note(one_line(f"  {name}: {value}"))
     if run.generated_api_key:
         note(f"the API key is in {run.record.api_key_file}")
-    for warning in [*transport_warnings(run.plan), *endpoint_warnings(run)]:
+    restarts = restart_warnings(run.transport, run.request.restart)
+    for warning in [*transport_warnings(run.plan), *restarts, *endpoint_warnings(run)]:
         warn(warning)
 
 

@@ -48,6 +48,13 @@ Parallel = Annotated[
         "layer per rank."
     ),
 ]
+LinkCheck = Annotated[
+    choices.WantedLinkCheck,
+    typer.Option(
+        help="Compute a prompt of 4,096 tokens twice on all ranks and compare what they send. "
+        "auto: if ranks are on several nodes."
+    ),
+]
 FloatType = Annotated[
     choices.WantedFloatType,
     typer.Option(

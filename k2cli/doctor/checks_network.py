@@ -11,6 +11,7 @@ from k2cli.cluster.measure import LinkMeasurement, Reach
 from k2cli.doctor.checks_software import version_key
 from k2cli.doctor.results import CheckResult, Situation, Status, on_node
 from k2cli.planning.hardware.chips import chip_of_device
+from k2cli.rdma_launches import SAFE_LAUNCHES, launches_text
 
 RDMA_MACOS = (26, 2)
 """First macOS with RDMA over Thunderbolt (MLX's documentation of distributed communication)."""
@@ -150,6 +151,21 @@ def rdma(situation: Situation) -> Iterable[CheckResult]:
     if wanted and len(macs) < len(situation.machines):
         others = ", ".join(name for name in situation.machines if name not in macs)
         yield CheckResult("fail", "RDMA", None, f"{others}: only Macs have it", "--backend ring")
+
+
+def rdma_launches(situation: Situation) -> Iterable[CheckResult]:
+    """Check how often RDMA was used since each machine was started."""
+    if situation.transport not in ("auto", "jaccl"):
+        return
+    for node, each in situation.software.items():
+        count = each.rdma_launches
+        if count >= SAFE_LAUNCHES:
+            detail = launches_text(count)
+            hint = on_node(node, "sudo shutdown -r now")
+            yield CheckResult("warn", "RDMA launches", node, detail, hint)
+        elif count:
+            detail = f"{count} since this machine was started"
+            yield CheckResult("pass", "RDMA launches", node, detail)
 
 
 def _rdma_of(

@@ -25,6 +25,7 @@ CHECKS: tuple[Check, ...] = (
     Check("firewall", checks_network.firewall, quick=False),
     Check("reach", checks_network.reach, quick=False),
     Check("RDMA", checks_network.rdma),
+    Check("RDMA launches", checks_network.rdma_launches),
     Check("link", checks_network.links, quick=False),
 )
 

@@ -34,6 +34,7 @@ from k2cli.protocol import (
 )
 from k2cli.protocol.progress_page import Phase
 from k2cli.protocol.wire import ConnectionLost
+from k2cli.rdma_launches import SAFE_LAUNCHES, count_launch, launches_text
 from k2cli.scratch import remove_scratch
 
 # A symptom, such as a lost peer or the end of mpirun, is reported after this time, so that another
@@ -174,6 +175,8 @@ class Guard(ABC):
             job = await self._take_mpi_slot()
             if job is None:
                 return False
+        if self.assignment.transport == "jaccl":
+            await asyncio.to_thread(self._count_rdma_launch)
         try:
             self.rank = await RankProcess.start(self.bootstrap, self._worker, job)
         except OSError as error:
@@ -186,6 +189,19 @@ class Guard(ABC):
             self.spawn(work(self.rank))
         self.spawn(self._renew_lock())
         return True
+
+    def _count_rdma_launch(self) -> None:
+        """Count this launch on its node, and warn if later ones may need a restart of the node."""
+        try:
+            count = count_launch(self.assignment.run_id, self.bootstrap.attempt)
+        except OSError as error:  # a full disk makes the count wrong, no more
+            self.log(f"this launch over JACCL is not counted: {error}")
+            return
+        if count > SAFE_LAUNCHES:
+            text = f"warning: {launches_text(count)}; restart the machine before the next launch"
+            if self.bootstrap.restarts:
+                text += "; each start by --restart on-failure is one more"
+            self.log(text)
 
     async def _renew_lock(self) -> None:
         """Keep the lock fresh, so that other launches see that the run still uses this machine."""

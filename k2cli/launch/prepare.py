@@ -34,7 +34,12 @@ from k2cli.launch.plan import (
 )
 from k2cli.launch.request import LaunchRequest, checked_request
 from k2cli.launch.routes import find_routes
-from k2cli.launch.specification import RunDecisions, make_specification, save_specification
+from k2cli.launch.specification import (
+    RunDecisions,
+    link_check_of,
+    make_specification,
+    save_specification,
+)
 from k2cli.launch.transport import check_nodes
 from k2cli.models.part import absent_files
 from k2cli.models.reference import is_path
@@ -329,6 +334,8 @@ def _settings(run: RunDecisions) -> dict[str, str]:
         settings["nccl"] = f"{run.routes.nccl.host}, interface {run.routes.nccl.interfaces[0]}"
     if run.routes.rdma is not None:
         settings["rdma devices"] = str(run.routes.rdma)
+    if (check := link_check_of(run)) is not None:
+        settings["link check"] = f"prompt of {max(check.tokens):,} tokens, computed twice"
     settings |= run.environments[run.nodes[0].name]
     if sys.platform == "darwin" and any(node.is_local for node in run.nodes):
         settings["wired limit"] = format_bytes(run.plan.nodes[0].limit_bytes)

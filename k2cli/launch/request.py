@@ -15,6 +15,7 @@ from k2cli.choices import (
     Head,
     Parallel,
     WantedFloatType,
+    WantedLinkCheck,
     WantedTransport,
 )
 from k2cli.errors import UsageError
@@ -23,6 +24,12 @@ from k2cli.protocol import Deadlines
 from k2cli.units import one_line
 
 DEFAULT_WORKER = "k2cli.rank.main"
+LINK_CHECK_TOKENS = 4096
+"""Wrong text was reported for prompts above 2,000 to 4,000 tokens."""
+
+LINK_CHECK_SECONDS = 120.0
+"""Two prefills of 4,096 tokens take two M3 Ultras with Kimi K2 30 to 40 s."""
+
 _KEY_HINT = "set K2_API_KEY to one word, for example the output of: openssl rand -hex 24"
 # Names that clients send, such as openai/gpt-4.1 and claude-sonnet-4-5[1m].
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+\[\]-]{0,199}")
@@ -33,7 +40,9 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 class LaunchRequest:
     """The options of a launch. None and ``auto`` leave the choice to k2.
 
-    ``ends_with_chats``: the run ends once no chat holds its lease.
+    ``ends_with_chats``: the run ends once no chat holds its lease. ``link_check_tokens`` are the
+    lengths of the prompts of the link check, and ``link_check_seconds`` about the longest that it
+    may take, 0 for any time.
     """
 
     model: str
@@ -70,6 +79,9 @@ class LaunchRequest:
     worker: str = DEFAULT_WORKER
     fetch: bool = False
     ends_with_chats: bool = False
+    link_check: WantedLinkCheck = "auto"
+    link_check_tokens: tuple[int, ...] = (LINK_CHECK_TOKENS,)
+    link_check_seconds: float = LINK_CHECK_SECONDS
 
 
 def checked_request(request: LaunchRequest) -> LaunchRequest:

@@ -27,6 +27,7 @@ from k2cli.protocol import (
     Bootstrap,
     Deadlines,
     HttpEndpoint,
+    LinkCheck,
     PlannedRank,
     PlannedRun,
 )
@@ -240,7 +241,17 @@ def _assignment(
         memory_limit_bytes=memory_limit_bytes(plan.nodes[rank]),
         expansion_weight=expansion_weight(node.backend for node in plan.nodes),
         attention_block_tokens=plan.request.attention_block_tokens,
+        link_check=link_check_of(run),
     )
+
+
+def link_check_of(run: RunDecisions) -> LinkCheck | None:
+    """Return the link check of a run: by default one if its ranks are on several nodes."""
+    request, names = run.request, [node.name for node in run.nodes]
+    apart = len(set(names)) > 1 or (request.link_check == "always" and len(names) > 1)
+    if request.link_check == "never" or not apart:
+        return None
+    return LinkCheck(list(request.link_check_tokens), request.link_check_seconds)
 
 
 _UNCOUNTED_CUDA_BYTES = 1500 * MB

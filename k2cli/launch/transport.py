@@ -8,8 +8,10 @@ from k2cli.agent.openmpi import find_mpirun, find_openmpi
 from k2cli.choices import Parallel, Transport, WantedTransport
 from k2cli.errors import ClusterError, UsageError
 from k2cli.launch.nccl import REASON, check_nccl, suits_nccl
+from k2cli.launch.restart_policy import RestartPolicy
 from k2cli.nodes.node import Node
 from k2cli.planning.plan import Plan
+from k2cli.rdma_launches import SAFE_LAUNCHES
 
 
 def check_nodes(
@@ -50,6 +52,16 @@ def transport_warnings(plan: Plan) -> list[str]:
     return [
         "pipelines on NVIDIA GPUs have failed after long prompts, in MLX or in k2; with "
         "--parallel tensor none has"
+    ]
+
+
+def restart_warnings(transport: Transport, restart: RestartPolicy) -> list[str]:
+    """Return what restarts may cost over a transport."""
+    if transport != "jaccl" or restart.mode == "never":
+        return []
+    return [
+        f"each start by --restart on-failure is one more launch over JACCL on every node, and more "
+        f"than {SAFE_LAUNCHES} may need a restart of the machines; k2 doctor shows the number"
     ]
 
 

@@ -58,8 +58,12 @@ class LaunchView:
         text = f"warming up{of}: {one_line(shape)}"
         if self._bars is not None:
             self._update(rank, text, number - 1, count)
+        elif self._phases.get(rank) != (part := text.partition(", chunk ")[0]):
+            note(f"{self._who(rank)}: {part}")
+            self._phases[rank] = part
+            return
         else:
-            note(f"{self._who(rank)}: {text}")
+            return
         self._phases[rank] = "warming up"
 
     def progress(self, rank: int, phase: str, done_bytes: int, total_bytes: int) -> None:
@@ -94,9 +98,11 @@ class LaunchView:
         if self._bars is not None and rank in self._tasks:
             self._bars.update(self._tasks[rank], completed=1, total=1, figures="loaded")
 
-    def ready(self, run_id: str, model_name: str, url: str) -> None:
-        """Report that the API answers."""
+    def ready(self, run_id: str, model_name: str, url: str, checked_tokens: int = 0) -> None:
+        """Report that the API answers, and with how many tokens the link was checked."""
         self.end_progress()
+        if checked_tokens:
+            note(f"link check: {checked_tokens:,} tokens came out equal twice on all ranks")
         note(f"\nready: {one_line(model_name)} at {one_line(url)}/v1 (run {run_id})")
 
     def failed(self, rank: int, cause: str) -> None:
