@@ -127,7 +127,10 @@ class LabRun:
         kind = "mpi" if backend.startswith("mpi") else backend
         command = [sys.executable, "-m", "k2cli", "launch", str(model), "--nodes", nodes]
         command += ["--backend", kind, "--parallel", strategy, "--port", str(port)]
-        command += ["--context", "4096", "--concurrency", "1", *options]
+        command += ["--context", "4096", "--concurrency", "1"]
+        if "--link-check" not in options:  # it would compute a prompt of that length twice
+            command += ["--link-check", "never"]
+        command += options
         if detach:
             command.append("--detach")
         settings = {"PATH": _SYSTEM_PATH} if backend == "mpi4" else {}

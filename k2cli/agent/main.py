@@ -28,6 +28,7 @@ from k2cli.agent.run_processes import count_processes, kill_run, processes_of_ru
 from k2cli.errors import K2Error
 from k2cli.files import decode_json, encode_json
 from k2cli.scratch import make_scratch
+from k2cli.settings import expand_home
 from k2cli.stderr import say_on_stderr
 
 
@@ -75,6 +76,12 @@ def _check_tls(certificate: str, key: str) -> Any:
     return check_tls_files(certificate, key)
 
 
+def _make_link_model(folder: str) -> Any:
+    from k2cli.models.link_check_model import make_link_check_model
+
+    return str(make_link_check_model(expand_home(folder)))
+
+
 def _clean(live: str, gone: str) -> Any:
     return clean_machine(*(frozenset(filter(None, ids.split(","))) for ids in (live, gone)))
 
@@ -104,6 +111,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "weights": _weights,
     "weights-digests": _weights_digests,
     "models": _models,
+    "make-link-model": _make_link_model,
     "activity": activity,
     "processes": processes_of_run,
     "kill": kill_run,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.choices import CheckedTransport
+from k2cli.choices import CheckedTransport, Parallel
 
 if TYPE_CHECKING:
     from k2cli.doctor.examination import ExaminationOptions, Report
@@ -38,7 +39,27 @@ def doctor(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Folder of the model on the nodes."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of the model on the nodes. With --deep: the model to compute with, as for "
+            "launch; by default a small one that k2 makes.",
+        ),
+    ] = None,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep",
+            help="Also start ranks on all nodes and compare what they send, with longer and longer "
+            "prompts.",
+        ),
+    ] = False,
+    most_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="TOKENS", min=1, help="The longest prompt of --deep. Default: 8192."),
+    ] = None,
+    parallel: Annotated[
+        Parallel | None,
+        typer.Option(help="Placement of --deep. Default: tensor; with --model as for launch."),
     ] = None,
     record: Annotated[
         Path | None,
@@ -51,19 +72,29 @@ def doctor(
 ) -> None:
     """Check access, versions, memory, disks, sleep, links and RDMA of nodes, and print remedies.
 
-    Changes nothing on the nodes. Exits with 5 if a check fails, and with 0 if all pass or warn.
+    Changes nothing on the nodes; --deep makes a small model there, and removes it. Exits with 5
+    if a check fails, and with 0 if all pass or warn.
 
     Example: k2 doctor --nodes localhost,studio2
     """
-    from k2cli.errors import ClusterError
+    from k2cli.errors import ClusterError, UsageError
     from k2cli.ui.doctor_view import print_report, report_document
     from k2cli.ui.output import note, print_json
 
+    if not deep and (most_tokens is not None or parallel is not None):
+        option = "--most-tokens" if most_tokens is not None else "--parallel"
+        raise UsageError(f"{option} is for --deep alone", "k2 doctor --deep")
     if replay is not None:
-        report = _replayed(replay, cluster, nodes)
+        report = _replayed(replay, cluster, nodes, deep=deep)
     else:
-        options = _options(quick, transport, plan, model)
+        options = _options(quick, transport, plan, None if deep else model)
         report = _examined(_nodes(cluster, nodes), options)
+    if deep:
+        from k2cli.commands.deep_check import DeepOptions, deep_check
+
+        wanted = DeepOptions(cluster, nodes, transport, parallel, model, most_tokens)
+        result = deep_check(wanted, possible=not report.failed)
+        report = dataclasses.replace(report, results=(*report.results, result))
     if json:
         print_json(report_document(report))
     else:
@@ -76,7 +107,7 @@ def doctor(
         raise typer.Exit(ClusterError.exit_code)
 
 
-def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
+def _replayed(folder: Path, cluster: str | None, nodes: str | None, *, deep: bool) -> Report:
     from k2cli.doctor.recording import replay
     from k2cli.errors import UsageError
 
@@ -84,6 +115,10 @@ def _replayed(folder: Path, cluster: str | None, nodes: str | None) -> Report:
         raise UsageError(
             f"--replay reads nodes from the recording, so '{cluster or nodes}' cannot be given",
             f"k2 doctor --replay {folder}",
+        )
+    if deep:
+        raise UsageError(
+            "--deep starts ranks on nodes, and --replay has none", f"k2 doctor --replay {folder}"
         )
     return replay(folder)
 
