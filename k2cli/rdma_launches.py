@@ -15,7 +15,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from k2cli.files import private_folder
+from k2cli.files import private_folder, read_regular
 from k2cli.settings import state_directory
 
 SAFE_LAUNCHES = 2
@@ -24,6 +24,7 @@ SAFE_LAUNCHES = 2
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SYSCTL = ("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
 _SYSCTL_SECONDS = 5.0
+_ID_BYTES = 200
 _UNSAFE = re.compile(r"[^A-Za-z0-9-]")
 
 
@@ -36,7 +37,7 @@ def boot_id() -> str:
             )
             text = done.stdout
         else:
-            text = _BOOT_ID.read_text()
+            text = read_regular(_BOOT_ID, _ID_BYTES).decode(errors="replace")
     except (OSError, subprocess.SubprocessError):
         return ""
     return _UNSAFE.sub("", text.strip())[:64]

@@ -11,10 +11,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from k2cli.cli import build_app
-from k2cli.errors import K2Error
+from k2cli.commands.deep_check import lengths_up_to
+from k2cli.errors import K2Error, UsageError
 from k2cli.launch.prepare import prepare_run
 from k2cli.launch.request import LaunchRequest
 from k2cli.nodes.locks import release_locks
+from tests.support.commands import k2
 from tests.support.gpu_host import make_gpu_host
 
 DATA = Path(__file__).resolve().parents[1] / "doctor" / "data"
@@ -106,6 +108,38 @@ def test_a_recording_names_no_file_outside_of_it(tmp_path: Path) -> None:
     done = _k2("--replay", str(tmp_path))
     assert isinstance(done.exception, K2Error)
     assert "outside" in done.exception.message
+
+
+def test_lengths_grow_up_to_the_longest() -> None:
+    assert lengths_up_to(8192) == (1024, 2048, 4096, 8192)
+    assert lengths_up_to(5000) == (1024, 2048, 4096, 5000)
+    assert lengths_up_to(64) == (64,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--deep"], "there is one node"),
+        (["--deep", "--replay", str(DATA / "healthy-pair")], "--replay has none"),
+        (["--most-tokens", "64"], "--most-tokens is for --deep alone"),
+    ],
+)
+def test_deep_needs_ranks_to_compare(arguments: list[str], message: str) -> None:
+    done = _k2("--quick", *arguments)
+    assert isinstance(done.exception, UsageError)
+    assert message in done.exception.message
+
+
+@pytest.mark.soak
+@pytest.mark.ranks
+def test_deep_with_k2s_own_model_on_this_machine(tmp_path: Path) -> None:
+    folders = {"K2_CACHE_DIR": str(tmp_path / "cache")}
+    nodes = ("--nodes", "localhost,localhost", "--most-tokens", "40")
+    done = k2("doctor", "--quick", "--deep", *nodes, "--json", **folders)
+    [found] = [each for each in json.loads(done.stdout)["checks"] if each["name"] == "link data"]
+    assert found["status"] == "pass", done.stderr
+    assert "prompts of up to 40 tokens" in found["detail"]
+    assert not list((tmp_path / "cache").glob("link-check-model*"))
 
 
 def test_gpus_are_named_with_who_uses_them_and_a_plan_is_checked_on_each(

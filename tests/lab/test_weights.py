@@ -201,7 +201,7 @@ def test_a_second_host_passes_on_to_the_third(lab: Lab) -> None:
 def test_a_launch_brings_each_node_what_its_ranks_read(lab: Lab, toy_k2: Path) -> None:
     source = in_many_files(toy_k2, lab.host("k2a").home / "models" / "big")
     launch = [*K2, "launch", MODEL, "--nodes", "k2a,k2b", "--backend", "ring", "--detach"]
-    launch += ["--parallel", "pipeline", "--context", "2048", "--concurrency", "1"]
+    launch += ["--parallel", "pipeline", "--context", "256", "--concurrency", "1"]
     lacking = lab.exec("k2a", launch, timeout_seconds=90)
     assert lacking.returncode == 5
     assert "node k2b lacks 3.4 MB" in lacking.stderr

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
-from k2cli.launch.specification import cache_limit_bytes, memory_limit_bytes
+import pytest
+
+from k2cli.launch.request import LaunchRequest
+from k2cli.launch.restart_policy import RestartPolicy
+from k2cli.launch.specification import (
+    RunDecisions,
+    cache_limit_bytes,
+    link_check_of,
+    memory_limit_bytes,
+)
+from k2cli.launch.transport import restart_warnings
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.memory.ledger import RUNTIME_BYTES, node_budget
 from k2cli.planning.plan import NodeBudget
@@ -50,3 +62,30 @@ def test_a_cpu_and_an_old_plan_keep_the_overhead_alone() -> None:
     budget = _budget("cpu")
     assert (cache_limit_bytes(budget), memory_limit_bytes(budget)) == (budget.overhead_bytes, None)
     assert memory_limit_bytes(replace(_budget("cuda"), breakdown=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "checked"),
+    [
+        ("a,b", "auto", True),
+        ("a,a", "auto", False),  # of one machine, where nothing has gone wrong
+        ("a,a", "always", True),
+        ("a", "always", False),
+        ("a,b", "never", False),
+    ],
+)
+def test_the_link_is_checked_where_ranks_are_apart(nodes: str, wanted: Any, checked: bool) -> None:
+    run = RunDecisions(LaunchRequest("demo", link_check=wanted))
+    run.nodes = [SimpleNamespace(name=name) for name in nodes.split(",")]  # type: ignore[misc]
+    found = link_check_of(run)
+    assert (found is not None) == checked
+    if found is not None:
+        assert found.tokens == [4096]
+        assert found.seconds > 0
+
+
+def test_restarts_over_jaccl_say_what_they_may_cost() -> None:
+    again = RestartPolicy(mode="on-failure")
+    [warning] = restart_warnings("jaccl", again)
+    assert "one more launch over JACCL" in warning
+    assert restart_warnings("ring", again) == restart_warnings("jaccl", RestartPolicy()) == []

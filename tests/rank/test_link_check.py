@@ -68,9 +68,10 @@ def test_right_data_pass_and_each_chunk_is_reported(
         ("pipeline", f"0 recv {20 * 1024} 4",
          "rank 0 on n0 received other data than rank 1 on n1 sent (chunk 3 of 3, position 278, "
          "first run, "),
-        # Only arrays as large as a whole chunk are wrong.
-        ("tensor", f"1 all_sum {CHUNK_BYTES - 1} 0",
-         "rank 1 on n1 has other sums than rank 0 on n0 (chunk 1 of 3, position 64, first run, "),
+        # Only arrays as large as a whole chunk are wrong (in the lab too: tests/lab).
+        pytest.param("tensor", f"1 all_sum {CHUNK_BYTES - 1} 0",
+         "rank 1 on n1 has other sums than rank 0 on n0 (chunk 1 of 3, position 64, first run, ",
+         marks=pytest.mark.soak),
         # Equal on all ranks, but later than in the first run: two sums for each of five layers.
         ("tensor", f"0,1 all_sum {CHUNK_BYTES - 1} 25",
          "rank 1 on n1 computed other data in the second run than in the first (chunk 1 of 3, "

@@ -33,6 +33,22 @@ def test_elsewhere_only_a_cold_machine_computes_more_than_the_self_test(
     assert len(_texts(device, cold=True)) >= 2
 
 
+def test_what_the_link_check_computes_is_not_computed_again() -> None:
+    def texts(device: DeviceKind) -> list[str]:
+        shapes = shapes_to_warm(
+            device,
+            cold=True,
+            context_length=8192,
+            concurrency=2,
+            chunk_tokens=2048,
+            link_check=True,
+        )
+        return [shape.text for shape in shapes]
+
+    assert texts("metal") == texts("cpu") == ["2 requests at once"]
+    assert texts("cuda")[3:] == ["prefill of 128 tokens and 20 more", "2 requests at once"]
+
+
 @pytest.mark.parametrize("context", [1, 2, 16, 22, 40, 300])
 @pytest.mark.parametrize("requests", [1, 3])
 def test_no_shape_is_larger_than_the_plan(context: int, requests: int) -> None:
