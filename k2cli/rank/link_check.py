@@ -149,8 +149,8 @@ class LinkChecker:
                 return
             text = f"link check, {_RUNS[run]} run of {len(prompt):,} tokens, chunk"
             text += f" {number} of {len(chunks)}"
-            self.report(text, 0, 0)
-            yield WarmUp(self.engine.next_number, text)
+            self.report(text, 1, 0)
+            yield WarmUp(self.engine.next_number, text, 1)
             chunk = prompt[first : first + tokens]
             yield Prefill(self.engine.next_number, _SEQUENCE, chunk, marks=True)
             first += tokens
