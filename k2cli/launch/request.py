@@ -27,9 +27,6 @@ DEFAULT_WORKER = "k2cli.rank.main"
 LINK_CHECK_TOKENS = 4096
 """Wrong text was reported for prompts above 2,000 to 4,000 tokens."""
 
-LINK_CHECK_SECONDS = 120.0
-"""Two prefills of 4,096 tokens take two M3 Ultras with Kimi K2 30 to 40 s."""
-
 _KEY_HINT = "set K2_API_KEY to one word, for example the output of: openssl rand -hex 24"
 # Names that clients send, such as openai/gpt-4.1 and claude-sonnet-4-5[1m].
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+\[\]-]{0,199}")
@@ -41,8 +38,8 @@ class LaunchRequest:
     """The options of a launch. None and ``auto`` leave the choice to k2.
 
     ``ends_with_chats``: the run ends once no chat holds its lease. ``link_check_tokens`` are the
-    lengths of the prompts of the link check, and ``link_check_seconds`` about the longest that it
-    may take, 0 for any time.
+    lengths of the prompts of the link check, and ``link_check_seconds`` about the longest that each
+    may take; None leaves it to the devices.
     """
 
     model: str
@@ -81,7 +78,7 @@ class LaunchRequest:
     ends_with_chats: bool = False
     link_check: WantedLinkCheck = "auto"
     link_check_tokens: tuple[int, ...] = (LINK_CHECK_TOKENS,)
-    link_check_seconds: float = LINK_CHECK_SECONDS
+    link_check_seconds: float | None = None
 
 
 def checked_request(request: LaunchRequest) -> LaunchRequest:

@@ -48,8 +48,8 @@ GPU_BOUND = 0.25
 """Relative difference that rounding may make on a GPU. Wrong data differs by about 1; one expert of
 eight chosen otherwise, because of a tie in its router, by a tenth."""
 
-_CPU_CHUNK_TOKENS = 512
-"""The largest chunk of requests on a CPU (``engine.chunk_sizes``)."""
+_CPU_CHUNK_TOKENS = 256
+"""A CPU takes seconds for them, and the time limit applies between chunks."""
 
 _RUNS = ("first", "second")
 _SEQUENCE = 0
@@ -62,7 +62,7 @@ def spread_prompt(tokens: int, seed: int, vocabulary: int) -> list[int]:
 
 
 def chunk_tokens(assignment: Assignment, *, on_gpu: bool) -> int:
-    """Return the size of the chunks of the link check: the largest that requests have."""
+    """Return the size of the chunks of the link check: on a GPU the largest of requests."""
     most = assignment.prefill_chunk_tokens
     return most if on_gpu else min(most, _CPU_CHUNK_TOKENS)
 

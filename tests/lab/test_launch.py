@@ -45,7 +45,9 @@ def _answer(lab: Lab) -> str:
 
 def _launch(lab: Lab, model: Path, nodes: str, backend: str, strategy: str) -> tuple[str, str]:
     """Launch, ask, and stop; returns the answer and what the launcher said."""
-    run = LabRun(lab, model, backend, strategy, detach=True, nodes=nodes)
+    checked = "," in nodes and strategy == "tensor"  # the toy, which is fast
+    options = ["--link-check", "auto", "--context", "400"] if checked else []
+    run = LabRun(lab, model, backend, strategy, detach=True, nodes=nodes, options=options)
     try:
         assert run.talk.wait_end(90) == 0, run.talk.text
         answer = _answer(lab)
@@ -80,6 +82,8 @@ def test_two_hosts_answer_like_one_rank(
     assert answer == _single[model]
     assert len(answer) > 8
     assert "rank 1 on k2b: loaded" in said
+    if strategy == "tensor":
+        assert "link check: 399 tokens came out equal twice on all ranks" in said
     # Only the host that launched keeps a record of the run.
     folder = "/run/home/.local/state/k2/runs"
     assert lab.exec("k2b", ["find", folder, "-type", "f"]).stdout == ""

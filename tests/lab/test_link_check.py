@@ -37,6 +37,7 @@ def _nothing_is_left(lab: Lab, done: subprocess.CompletedProcess[str]) -> None:
         assert lab.process_count(host.name) == 0, (host.name, done.stderr)
 
 
+@pytest.mark.soak  # a launch does so in test_launch.py
 def test_the_doctor_compares_what_two_hosts_send(lab: Lab, toy_k2: Path) -> None:
     done, found = _deep(lab, toy_k2, {})
     assert (done.returncode, found["status"]) == (0, "pass"), done.stderr

@@ -20,6 +20,7 @@ from k2cli.launch.transport import restart_warnings
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.memory.ledger import RUNTIME_BYTES, node_budget
 from k2cli.planning.plan import NodeBudget
+from k2cli.protocol import LinkCheck
 from k2cli.units import GB, MB
 
 
@@ -77,11 +78,10 @@ def test_a_cpu_and_an_old_plan_keep_the_overhead_alone() -> None:
 def test_the_link_is_checked_where_ranks_are_apart(nodes: str, wanted: Any, checked: bool) -> None:
     run = RunDecisions(LaunchRequest("demo", link_check=wanted))
     run.nodes = [SimpleNamespace(name=name) for name in nodes.split(",")]  # type: ignore[misc]
-    found = link_check_of(run)
-    assert (found is not None) == checked
-    if found is not None:
-        assert found.tokens == [4096]
-        assert found.seconds > 0
+    for devices, seconds in (("cpu,cpu", 30), ("cpu,metal", 120)):
+        budgets = [SimpleNamespace(backend=device) for device in devices.split(",")]
+        run.plan = SimpleNamespace(nodes=budgets)  # type: ignore[assignment]
+        assert link_check_of(run) == (LinkCheck([4096], seconds) if checked else None)
 
 
 def test_restarts_over_jaccl_say_what_they_may_cost() -> None:
