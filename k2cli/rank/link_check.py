@@ -69,7 +69,7 @@ def chunk_tokens(assignment: Assignment, *, on_gpu: bool) -> int:
 
 @dataclass(slots=True)
 class _Seen:
-    """What the ranks reported of one step."""
+    """The reports of all ranks about one step."""
 
     ranks: dict[int, StepDigest]
     first_position: int
