@@ -12,7 +12,10 @@ from k2cli.protocol.message import Heartbeat, Message
 
 
 class OpenSequence(Message, tag=True, frozen=True):
-    """Make a KV cache for a sequence: empty, or with the first tokens of a kept prefix."""
+    """Make a KV cache for a sequence: empty, or with the first tokens of a kept prefix.
+
+    The tokens of a prefix are those of its parents, from the root on, and then its own.
+    """
 
     step: int
     sequence: int
@@ -71,28 +74,42 @@ class Decode(Message, tag=True, frozen=True):
 class LeaveBatch(Message, tag=True, frozen=True):
     """Move a sequence from a batch into another batch, or remove it.
 
-    ``keep_as`` keeps its KV cache as a prefix with that id. ``told`` is the input of its last step
-    if that step was decided ahead, else -1.
+    ``keep_as`` keeps its KV cache as a prefix with that id, from token ``keep_from`` on: the ones
+    before are those of the prefix ``keep_below``. ``told`` is the input of its last step if that
+    step was decided ahead, else -1.
     """
 
     step: int
     batch: int
     sequence: int
     keep_as: int | None = None
+    keep_below: int | None = None
+    keep_from: int = 0
     move_to: int | None = None
     told: int = -1
 
 
 class CloseSequence(Message, tag=True, frozen=True):
-    """Free the KV cache of a sequence in prefill, or keep it as a prefix."""
+    """Free the KV cache of a sequence in prefill, or keep it as a prefix as ``LeaveBatch`` does."""
 
     step: int
     sequence: int
     keep_as: int | None = None
+    keep_below: int | None = None
+    keep_from: int = 0
+
+
+class SplitPrefix(Message, tag=True, frozen=True):
+    """Make the first ``tokens`` of a prefix's own ones a prefix ``above`` it, its new parent."""
+
+    step: int
+    prefix: int
+    above: int
+    tokens: int
 
 
 class DropPrefix(Message, tag=True, frozen=True):
-    """Free a kept prefix."""
+    """Free a kept prefix, which is no parent."""
 
     step: int
     prefix: int
@@ -133,6 +150,7 @@ Decision = (
     | Decode
     | LeaveBatch
     | CloseSequence
+    | SplitPrefix
     | DropPrefix
     | WarmUp
     | Warm

@@ -26,6 +26,7 @@ from k2cli.protocol import (
     Prefill,
     PrefillTogether,
     Quit,
+    SplitPrefix,
     Tick,
     Warm,
     WarmUp,
@@ -33,7 +34,8 @@ from k2cli.protocol import (
 from k2cli.protocol.progress_page import Phase
 from k2cli.rank.attention.latent import evaluates_blocks
 from k2cli.rank.host_buffers import copies_from_host
-from k2cli.rank.kv_cache.table import CacheTable, LayerCaches, make_room
+from k2cli.rank.kv_cache.kept_prefixes import LayerCaches
+from k2cli.rank.kv_cache.table import CacheTable, make_room
 from k2cli.sharding.stage import Stage, hidden_at
 
 if TYPE_CHECKING:
@@ -147,19 +149,19 @@ class Executor:
                 self._prefill_together(decision)
             case OpenSequence(sequence=sequence, prefix=prefix, kept_tokens=kept_tokens):
                 self.caches.open(sequence, prefix, kept_tokens)
-            case CloseSequence(sequence=sequence, keep_as=keep_as):
-                self.caches.close(sequence, keep_as)
+            case CloseSequence():
+                self.caches.close(decision.sequence, decision)
             case JoinBatch(batch=batch, sequence=sequence):
                 self.caches.join(batch, sequence)
             case LeaveBatch():
                 if decision.told >= 0:
                     self._feed(decision.sequence, decision.told)
                 self._arrived_inputs.pop(decision.sequence, None)
-                self.caches.leave(
-                    decision.batch, decision.sequence, decision.keep_as, decision.move_to
-                )
+                self.caches.leave(decision.batch, decision.sequence, decision, decision.move_to)
+            case SplitPrefix(prefix=prefix, above=above, tokens=tokens):
+                self.caches.prefixes.split(prefix, above, tokens)
             case DropPrefix(prefix=prefix):
-                self.caches.drop_prefix(prefix)
+                self.caches.prefixes.drop(prefix)
             case Tick() | Quit() | WarmUp() | Warm():
                 pass
         return StepResult()

@@ -39,6 +39,7 @@ from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running
 from k2cli.rank.engine.steps import Step, StepQueue
 from k2cli.rank.executor import Executor, StepResult
+from k2cli.rank.kv_cache.segments import can_cut
 
 # In a pipeline a prompt is cut into several chunks per stage, so that stages overlap: with m
 # chunks, s stages take (m + s - 1) / m times one stage's work.
@@ -80,7 +81,7 @@ class Engine:
             concurrency=concurrency,
             batches=stages,
             can_batch=executor.stage.can_batch,
-            plain_caches=self._plain_caches,
+            cuttable_caches=can_cut(executor.stage),
             masks=masks,
         )
         self._masks = masks

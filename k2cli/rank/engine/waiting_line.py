@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from k2cli.fair_queue import SHORT_UNITS, FairQueue, Ticket
-from k2cli.rank.engine.prefixes import PrefixDirectory
+from k2cli.rank.engine.prefixes import PrefixTree
 from k2cli.rank.engine.requests import Running, Waiting
 
 
@@ -16,7 +16,7 @@ class WaitingLine:
         prefixes: the kept prefixes, which make requests cheaper.
     """
 
-    def __init__(self, prefixes: PrefixDirectory) -> None:
+    def __init__(self, prefixes: PrefixTree) -> None:
         self._prefixes = prefixes
         self._queue: FairQueue[Waiting] = FairQueue()
         self._tickets: dict[str, Ticket[Waiting]] = {}

@@ -1,0 +1,81 @@
+"""Keeping of finished and paused requests' caches as prefixes, and their end when memory is short.
+
+Each change is a decision to all ranks: see ``kv_cache.kept_prefixes`` for what a rank does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from k2cli.protocol import Decision, DropPrefix, SplitPrefix
+from k2cli.rank.engine.prefixes import PrefixTree
+
+
+class Sender(Protocol):
+    """Numbering and sending of decisions to all ranks, in order."""
+
+    @property
+    def next_number(self) -> int:
+        """Number of the next decision."""
+
+    def submit(self, decision: Decision) -> None:
+        """Send a decision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """How the ranks keep a sequence's cache: without the first tokens, which ``below`` has.
+
+    ``prefix`` None: not at all.
+    """
+
+    prefix: int | None = None
+    below: int | None = None
+    first: int = 0
+
+
+class PrefixKeeper:
+    """The kept prefixes, and the decisions that change them."""
+
+    def __init__(self, sender: Sender, *, whole_only: bool) -> None:
+        """Keep whole sequences only if ``whole_only``: their caches cannot be cut back."""
+        self._sender = sender
+        self.tree = PrefixTree(whole_only=whole_only)
+
+    def keep(self, tokens: Sequence[int], scope: str) -> Keep:
+        """Prepare the tree for a sequence that leaves; the decision that it leaves must follow."""
+        place = self.tree.place(tokens, scope)
+        if place is None:
+            return Keep()
+        below = place.below
+        if place.split is not None:
+            below = self.tree.split(place.split, place.split_tokens)
+            number = self._sender.next_number
+            self._sender.submit(SplitPrefix(number, place.split, below, place.split_tokens))
+        for prefix in place.replaced:
+            self.drop(prefix)
+        added = self.tree.add(tokens[place.start :], scope, below)
+        return Keep(added, below, place.start)
+
+    def keep_alone(self, tokens: Sequence[int], scope: str) -> Keep:
+        """Keep a whole sequence in a scope of its own, however short it is."""
+        return Keep(self.tree.add(tokens, scope)) if tokens else Keep()
+
+    def drop(self, prefix: int) -> None:
+        """Drop a prefix that no other continues."""
+        self.tree.remove(prefix)
+        self._sender.submit(DropPrefix(self._sender.next_number, prefix))
+
+    def evict(self, used_tokens: int, budget_tokens: int, spared: Collection[int]) -> None:
+        """Drop prefixes until they fit the budget beside what requests may use.
+
+        The least recently used are dropped first, but after all others those that a waiting
+        request will use: else conversations that take turns would lose theirs just before.
+        """
+        while used_tokens + self.tree.tokens() > budget_tokens:
+            oldest = self.tree.oldest(spared)
+            if oldest is None:
+                return
+            self.drop(oldest)
