@@ -6,6 +6,8 @@ what it computed.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from k2cli.protocol.message import Heartbeat, Message
@@ -115,6 +117,64 @@ class DropPrefix(Message, tag=True, frozen=True):
     prefix: int
 
 
+BlockName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}/[0-9a-f]{32}\Z")]
+"""Name of a block of tokens in the prefix cache on disk: of its scope's folder, and its own."""
+
+StoreName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+"""Name of the folder of a run's blocks: equal if model, placement, types and versions are."""
+
+
+class OpenStore(Message, tag=True, frozen=True):
+    """Open the prefix cache on disk, and report the blocks that are there.
+
+    Blocks of other runs give way so that all together take ``limit_bytes``.
+    """
+
+    step: int
+    folder: StoreName
+    limit_bytes: int
+
+
+class StoreBlock(Message, tag=True, frozen=True):
+    """Write the caches of a block of a kept prefix's tokens, which begins with token ``first``."""
+
+    step: int
+    prefix: int
+    first: int
+    block: BlockName
+
+
+class ReadBlocks(Message, tag=True, frozen=True):
+    """Begin to read consecutive blocks; ``AdoptBlocks`` with the same ``reading`` follows."""
+
+    step: int
+    reading: int
+    blocks: list[BlockName]
+
+
+class AdoptBlocks(Message, tag=True, frozen=True):
+    """Keep the tokens of the first ``count`` blocks that were read, but for the first ``skip``.
+
+    They become the prefix ``keep_as`` with these ``tokens``, below ``keep_below``. Without it they
+    are released.
+    """
+
+    step: int
+    reading: int
+    count: int = 0
+    skip: int = 0
+    keep_as: int | None = None
+    keep_below: int | None = None
+    tokens: list[int] = msgspec.field(default_factory=list)
+
+
+class ForgetBlocks(Message, tag=True, frozen=True):
+    """Remove blocks from the disk."""
+
+    step: int
+    blocks: list[BlockName]
+
+
 class WarmUp(Message, tag=True, frozen=True):
     """The next steps warm up a shape, the ``number``-th of ``count`` (0: not known yet)."""
 
@@ -152,6 +212,11 @@ Decision = (
     | CloseSequence
     | SplitPrefix
     | DropPrefix
+    | OpenStore
+    | StoreBlock
+    | ReadBlocks
+    | AdoptBlocks
+    | ForgetBlocks
     | WarmUp
     | Warm
     | Tick
@@ -175,10 +240,15 @@ class Hello(Message, tag=True, frozen=True):
 
 
 class Holdings(Message, tag=True, frozen=True):
-    """All tensors that a rank has loaded and evaluated; the leader checks that none is missing."""
+    """All tensors that a rank has loaded and evaluated; the leader checks that none is missing.
+
+    ``identity`` is a digest of the model's files and the kinds of caches, for the prefix cache on
+    disk; empty if there is none.
+    """
 
     rank: int
     tensors: list[HeldTensor]
+    identity: str = ""
 
 
 class StepDigest(Message, tag=True, frozen=True):
@@ -196,4 +266,30 @@ class StepDigest(Message, tag=True, frozen=True):
     state: str = ""
 
 
-FollowerMessage = Hello | Holdings | StepDigest | Heartbeat
+class BlocksFound(Message, tag=True, frozen=True):
+    """The blocks that a rank has on disk, with their bytes and the time of their last use."""
+
+    rank: int
+    blocks: list[tuple[BlockName, int, float]]
+
+
+class BlockWritten(Message, tag=True, frozen=True):
+    """A block is on a rank's disk in ``nbytes``, or could not be written: ``error``."""
+
+    rank: int
+    block: BlockName
+    nbytes: int = 0
+    error: str = ""
+
+
+class BlocksRead(Message, tag=True, frozen=True):
+    """The first ``count`` blocks of a reading are whole; the next, if any, is not, and removed."""
+
+    rank: int
+    reading: int
+    count: int
+
+
+StoreReport = BlocksFound | BlockWritten | BlocksRead
+
+FollowerMessage = Hello | Holdings | StepDigest | StoreReport | Heartbeat

@@ -15,18 +15,24 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import mlx.core as mx
 
 from k2cli.errors import ClusterError, UsageError
+from k2cli.prefix_folder import BLOCK_TOKENS
 from k2cli.protocol import (
+    AdoptBlocks,
     CloseSequence,
     Decision,
     Decode,
     DropPrefix,
+    ForgetBlocks,
     JoinBatch,
     LeaveBatch,
     OpenSequence,
+    OpenStore,
     Prefill,
     PrefillTogether,
     Quit,
+    ReadBlocks,
     SplitPrefix,
+    StoreBlock,
     Tick,
     Warm,
     WarmUp,
@@ -35,6 +41,7 @@ from k2cli.protocol.progress_page import Phase
 from k2cli.rank.attention.latent import evaluates_blocks
 from k2cli.rank.host_buffers import copies_from_host
 from k2cli.rank.kv_cache.kept_prefixes import LayerCaches
+from k2cli.rank.kv_cache.store import BlockStore
 from k2cli.rank.kv_cache.table import CacheTable, make_room
 from k2cli.sharding.stage import Stage, hidden_at
 
@@ -104,6 +111,7 @@ class Executor:
         """Call ``advance`` after each layer, and before and after each wait for a peer."""
         self.stage = stage
         self.caches = CacheTable(stage)
+        self.store: BlockStore | None = None
         self._group = group
         self._advance = advance
         self._sums = group is not None and group.size() > 1 and not self.is_pipeline
@@ -162,9 +170,30 @@ class Executor:
                 self.caches.prefixes.split(prefix, above, tokens)
             case DropPrefix(prefix=prefix):
                 self.caches.prefixes.drop(prefix)
+            case OpenStore() | StoreBlock() | ReadBlocks() | AdoptBlocks() | ForgetBlocks():
+                self._use_store(decision)
             case Tick() | Quit() | WarmUp() | Warm():
                 pass
         return StepResult()
+
+    def _use_store(
+        self, decision: OpenStore | StoreBlock | ReadBlocks | AdoptBlocks | ForgetBlocks
+    ) -> None:
+        store, kept = self.store, self.caches.prefixes
+        assert store is not None
+        match decision:
+            case OpenStore():
+                store.open(decision)
+            case StoreBlock(prefix=prefix, first=first, block=block):
+                store.write(block, kept.segments(prefix, first, first + BLOCK_TOKENS))
+            case ReadBlocks():
+                store.read(decision)
+            case AdoptBlocks(keep_as=prefix, keep_below=below, tokens=tokens):
+                blocks = store.take(decision.reading, decision.count)
+                if prefix is not None:
+                    kept.adopt(prefix, tokens, blocks, below, decision.skip)
+            case ForgetBlocks():
+                store.forget(decision)
 
     def about_to_wait(self) -> None:
         """Record that this rank will wait for the result of a step, perhaps for other ranks."""

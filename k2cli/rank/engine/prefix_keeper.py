@@ -5,12 +5,15 @@ Each change is a decision to all ranks: see ``kv_cache.kept_prefixes`` for what 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from k2cli.protocol import Decision, DropPrefix, SplitPrefix
-from k2cli.rank.engine.prefixes import PrefixTree
+from k2cli.rank.engine.prefixes import Place, PrefixTree
+
+_MOST_ADDED = 256
 
 
 class Sender(Protocol):
@@ -43,21 +46,39 @@ class PrefixKeeper:
         """Keep whole sequences only if ``whole_only``: their caches cannot be cut back."""
         self._sender = sender
         self.tree = PrefixTree(whole_only=whole_only)
+        self.added: deque[int] = deque(maxlen=_MOST_ADDED)
+        """Prefixes that were kept and may be stored on a disk, the newest last."""
 
     def keep(self, tokens: Sequence[int], scope: str) -> Keep:
         """Prepare the tree for a sequence that leaves; the decision that it leaves must follow."""
         place = self.tree.place(tokens, scope)
         if place is None:
             return Keep()
-        below = place.below
-        if place.split is not None:
-            below = self.tree.split(place.split, place.split_tokens)
-            number = self._sender.next_number
-            self._sender.submit(SplitPrefix(number, place.split, below, place.split_tokens))
+        below = self._below(place)
         for prefix in place.replaced:
             self.drop(prefix)
         added = self.tree.add(tokens[place.start :], scope, below)
+        self.added.append(added)
         return Keep(added, below, place.start)
+
+    def keep_read(self, tokens: Sequence[int], scope: str, first: int) -> Keep:
+        """Prepare the tree for tokens whose caches, from ``first`` on, were read from a disk.
+
+        Those before may not be there any more: then nothing is kept.
+        """
+        place = self.tree.place(tokens, scope, extend=False)
+        if place is None or place.start < first:
+            return Keep()
+        below = self._below(place)
+        return Keep(self.tree.add(tokens[place.start :], scope, below), below, place.start)
+
+    def _below(self, place: Place) -> int | None:
+        if place.split is None:
+            return place.below
+        above = self.tree.split(place.split, place.split_tokens)
+        number = self._sender.next_number
+        self._sender.submit(SplitPrefix(number, place.split, above, place.split_tokens))
+        return above
 
     def keep_alone(self, tokens: Sequence[int], scope: str) -> Keep:
         """Keep a whole sequence in a scope of its own, however short it is."""

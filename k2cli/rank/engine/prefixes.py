@@ -169,8 +169,12 @@ class PrefixTree:
 
     # --- changes ---------------------------------------------------------------------------------
 
-    def place(self, tokens: Sequence[int], scope: str = "") -> Place | None:
-        """Find where a new sequence belongs; None if too little of it is new to be kept."""
+    def place(self, tokens: Sequence[int], scope: str = "", *, extend: bool = True) -> Place | None:
+        """Find where a new sequence belongs; None if too little of it is new to be kept.
+
+        Args:
+            extend: the new node may contain a short leaf that it continues.
+        """
         if len(tokens) < LEAST_REUSE_TOKENS:
             return None
         if self.whole_only:
@@ -183,7 +187,7 @@ class PrefixTree:
         inside = shared - node.start
         if inside < node.length:
             return Place(shared, split=node.id, split_tokens=inside)
-        if not node.children and node.length < EXTENDED_TOKENS:
+        if extend and not node.children and node.length < EXTENDED_TOKENS:
             above = None if node.parent is None else node.parent.id
             return Place(node.start, above, replaced=(node.id,))
         return Place(shared, node.id)

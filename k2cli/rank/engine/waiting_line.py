@@ -46,6 +46,11 @@ class WaitingLine:
         """Return the ticket of a request that waits."""
         return self._tickets.get(request_id)
 
+    def has(self, waiting: Waiting) -> bool:
+        """True if this entry waits."""
+        ticket = self._tickets.get(waiting.request.request_id)
+        return ticket is not None and ticket.item is waiting
+
     def join(self, waiting: Waiting) -> None:
         """Add a request."""
         request, hit = waiting.request, None

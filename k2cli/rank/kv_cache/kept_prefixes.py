@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import zlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,10 +90,25 @@ class KeptPrefixes:
         self._nodes[prefix] = _Kept(below, tokens[first:], layers)
 
     def adopt(
-        self, prefix: int, tokens: array[int], layers: list[Segment], below: int | None
+        self,
+        prefix: int,
+        tokens: Sequence[int],
+        blocks: list[list[Segment]],
+        below: int | None,
+        skip: int,
     ) -> None:
-        """Keep segments that were read from a disk."""
-        self._nodes[prefix] = _Kept(below, tokens, list(layers))
+        """Keep consecutive blocks that were read from a disk, but for the first ``skip`` tokens.
+
+        ``blocks`` is emptied, layer by layer.
+        """
+        layers: list[Any] = []
+        for layer in range(len(blocks[0])):
+            pieces = [block[layer] for block in blocks]
+            whole = joined(pieces, skip + len(tokens))
+            layers.append(cut(whole, skip, skip + len(tokens)) if skip else whole)
+            for block in blocks:
+                block[layer] = []
+        self._nodes[prefix] = _Kept(below, array("i", tokens), layers)
 
     def split(self, prefix: int, above: int, tokens: int) -> None:
         """Make the first ``tokens`` of a node one of their own, the node's new parent."""

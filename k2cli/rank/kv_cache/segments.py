@@ -104,3 +104,15 @@ def arrays_of(segment: Segment) -> list[mx.array]:
 def _evaluated(segment: Segment) -> Segment:
     mx.eval(arrays_of(segment))
     return segment
+
+
+def form(stage: Stage) -> str:
+    """Describe the kinds of caches of the whole model, for what is stored on a disk."""
+    return repr([_form(entry) for entry in make_cache(stage.model)])
+
+
+def _form(cache: Any) -> list[object]:
+    return [
+        (type(leaf).__name__, getattr(leaf, "bits", None), getattr(leaf, "group_size", None))
+        for leaf in _leaves(cache)
+    ]
