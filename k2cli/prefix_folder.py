@@ -39,7 +39,7 @@ class BlockFile:
 
 
 class StoreNote(msgspec.Struct, frozen=True):
-    """What a rank writes about its store: the name of the model's folder, and its place."""
+    """Note of a rank about its store: the name of the model, and the rank's number."""
 
     model: str = ""
     rank: int = 0

@@ -267,10 +267,14 @@ class StepDigest(Message, tag=True, frozen=True):
 
 
 class BlocksFound(Message, tag=True, frozen=True):
-    """The blocks that a rank has on disk, with their bytes and the time of their last use."""
+    """The blocks that a rank has on disk, with their bytes and the time of their last use.
+
+    ``usable`` is False if its folder cannot be used: then no rank uses its own.
+    """
 
     rank: int
     blocks: list[tuple[BlockName, int, float]]
+    usable: bool = True
 
 
 class BlockWritten(Message, tag=True, frozen=True):

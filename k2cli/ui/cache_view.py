@@ -32,9 +32,7 @@ def store_document(store: StoreFolder) -> dict[str, Any]:
 def print_stores(stores: Sequence[StoreFolder]) -> None:
     """Print one line per model and rank."""
     if not stores:
-        note(
-            "no caches of prompts; to keep some: k2 launch MODEL --prefix-cache-disk 50GB"
-        )
+        note("no caches of prompts; to keep some: k2 launch MODEL --prefix-cache-disk 50GB")
         return
     rows = [_HEADINGS, *(_row(store) for store in stores)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]

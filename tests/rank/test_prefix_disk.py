@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -22,6 +23,9 @@ pytestmark = pytest.mark.ranks
 
 PROMPT = random.Random(5).choices(range(300, 900), k=530)
 LIMIT_SECONDS = 60.0
+OPTIONS: dict[str, Any] = {
+    "context_length": 1024, "prefill_chunk_tokens": 256, "prefix_disk_bytes": 10**8,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +36,7 @@ def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _started(
     checkpoint: Path, folder: Path, strategy: str, size: int, **changes: Any
 ) -> AbstractContextManager[RankPool]:
-    options = {"context_length": 1024, "prefill_chunk_tokens": 256, "prefix_disk_bytes": 10**8}
-    return running(RankPool(assignments(checkpoint, strategy, size, **options | changes), folder))
+    return running(RankPool(assignments(checkpoint, strategy, size, **OPTIONS | changes), folder))
 
 
 def _asked(pool: RankPool, scope: str = "", prompt: list[int] = PROMPT) -> tuple[list[int], int]:
@@ -73,13 +76,29 @@ def test_a_later_run_finds_the_caches_of_an_earlier_one(toy_k2: Path, tmp_path: 
         assert _asked(pool, "a") == (answer, 0)  # the user of another key
         _wait_for(lambda: len(_blocks()) == 4)
 
-    # The run's own key is another one.
-    with _started(toy_k2, tmp_path, "single", 1, prefix_disk_scope="other") as pool:
-        assert _asked(pool) == (answer, 0)
     with _started(toy_k2, tmp_path, "single", 1) as pool:
         assert _asked(pool) == (answer, 512)
         assert _asked(pool, "a") == (answer, 512)
     assert first.exists()
+
+
+def test_a_full_disk_costs_no_answer(
+    toy_k2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks whose files may have 300 kB, less than a block of the toy."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    pool = RankPool(assignments(toy_k2, "single", 1, **OPTIONS), tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with running(pool):
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            answer, _ = _asked(pool)
+            _wait_for(lambda: "switched off" in capfd.readouterr().err)
+            assert _asked(pool) == (answer, 529)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capfd.readouterr().err == ""  # one warning is enough
+    assert not list(prefixes_directory().glob("*/*/*"))
 
 
 def test_a_store_belongs_to_model_placement_types_and_caches(toy_k2: Path, tmp_path: Path) -> None:
@@ -106,7 +125,7 @@ def test_a_store_belongs_to_model_placement_types_and_caches(toy_k2: Path, tmp_p
     assert len(names) == 8
 
 
-@pytest.mark.parametrize("strategy", ["pipeline", "tensor"])
+@pytest.mark.parametrize("strategy", ["pipeline", pytest.param("tensor", marks=pytest.mark.soak)])
 def test_ranks_agree_on_what_is_stored(toy_k2: Path, tmp_path: Path, strategy: str) -> None:
     with _started(toy_k2, tmp_path, strategy, 2) as pool:
         answer, _ = _asked(pool)

@@ -198,7 +198,7 @@ class Engine:
 
     @property
     def sender(self) -> StepQueue:
-        """What sends decisions to all ranks."""
+        """The queue that sends decisions to all ranks."""
         return self._queue
 
     @property
@@ -215,7 +215,7 @@ class Engine:
         self._agreement.on_store = stored.handle
         self.now(OpenStore(self.next_number, folder, limit_bytes))
         deadline = time.monotonic() + _STORE_SECONDS
-        while not stored.ready and time.monotonic() < deadline:
+        while not stored.ready and stored.usable and time.monotonic() < deadline:
             self.wait_for_answers()
             time.sleep(_READING_SECONDS)
             stored.take_own_reports()
@@ -230,6 +230,7 @@ class Engine:
         """Tell the followers that there is nothing to do."""
         if self._stored is not None:
             self._stored.take_own_reports()
+            self._table.read_stored(self._stored, self._prefill_rate)
             self._stored.write_some()
         self._queue.build_next()  # carries out what is left: decisions that compute nothing
         self._agreement.check()

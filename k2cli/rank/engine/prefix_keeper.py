@@ -29,9 +29,9 @@ class Sender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """How the ranks keep a sequence's cache: without the first tokens, which ``below`` has.
+    """A way to keep a sequence's cache: without the ``first`` tokens, which ``below`` has.
 
-    ``prefix`` None: not at all.
+    ``prefix`` None: it is not kept.
     """
 
     prefix: int | None = None

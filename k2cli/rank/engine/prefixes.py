@@ -42,7 +42,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a sequence belongs in the tree: its first ``start`` tokens are kept already.
+    """Place of a sequence in the tree: its first ``start`` tokens are kept already.
 
     They end inside ``split``, after ``split_tokens`` of that node's own; else with ``below``, None
     for the root. ``replaced`` is a leaf that the new node will contain.

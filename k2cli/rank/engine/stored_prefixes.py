@@ -108,7 +108,12 @@ class StoredPrefixes:
     @property
     def ready(self) -> bool:
         """True once every rank has reported its blocks."""
-        return len(self._found) == self._ranks
+        return len(self._found) == self._ranks and self.usable
+
+    @property
+    def usable(self) -> bool:
+        """False if the disk of a rank cannot be used."""
+        return all(found.usable for found in self._found.values())
 
     # --- reports ---------------------------------------------------------------------------------
 
@@ -273,7 +278,7 @@ class StoredPrefixes:
         """Let a new request wait for its stored tokens if they are more than memory has."""
         request = waiting.request
         waiting.considered = True
-        if not request.use_prefix_cache or waiting.paused is not None:
+        if not self.ready or not request.use_prefix_cache or waiting.paused is not None:
             return
         chain = self.chain(request.prompt, request.prefix_scope)
         stored = next((i for i, b in enumerate(chain) if b not in self._blocks), len(chain))

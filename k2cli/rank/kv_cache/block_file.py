@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
+import msgspec
 
 from k2cli.errors import K2Error
-from k2cli.files import open_regular
+from k2cli.files import decode_json, open_regular
 from k2cli.models.safetensors_header import StoredTensor, header_length, tensors_of_header
 from k2cli.prefix_folder import BLOCK_TOKENS
 from k2cli.rank.kv_cache.segments import Segment
@@ -95,6 +96,10 @@ def _array(array: HostArray) -> mx.array:
     return flat.view(dtype).reshape(array.shape)
 
 
+class _Header(msgspec.Struct):
+    metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 
@@ -108,9 +113,9 @@ def write_block(path: Path, arrays: list[HostArray]) -> int:
     for folder in (path.parent.parent, path.parent):
         folder.mkdir(mode=0o700, exist_ok=True)
     partial = path.with_name(f"{TEMPORARY_MARK}{path.name}-{os.urandom(4).hex()}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
-        with os.fdopen(os.open(partial, flags, 0o600), "wb") as file:
+        with os.fdopen(open_regular(partial, flags, mode=0o600), "wb") as file:
             file.write(header)
             for array in arrays:
                 file.write(array.data)
@@ -159,6 +164,7 @@ def read_block(path: Path, layers: int) -> list[HostArray]:
     Raises:
         OSError: if it cannot be read.
         K2Error: if it is not a whole block as it was written.
+        msgspec.DecodeError: if its header has another form.
     """
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -169,8 +175,8 @@ def read_block(path: Path, layers: int) -> list[HostArray]:
         tensors = tensors_of_header(path, text, size)
         data = memoryview(file.read(size - 8 - length))
     arrays = list(_arrays(path, tensors, data, 8 + length))
-    metadata = json.loads(text).get("__metadata__")
-    if not isinstance(metadata, dict) or metadata.get("k2_sha256") != _checksum(arrays):
+    metadata = decode_json(text, _Header).metadata
+    if metadata.get("k2_sha256") != _checksum(arrays):
         raise K2Error(f"{path} is damaged: its checksum is another")
     if {array.place[0] for array in arrays} != set(range(layers)):
         raise K2Error(f"{path} has other layers than this rank")

@@ -22,6 +22,7 @@ import msgspec
 
 from k2cli import __version__
 from k2cli.errors import K2Error
+from k2cli.files import read_regular
 from k2cli.prefix_folder import BlockFile, StoreNote, blocks_of, open_prefixes_directory, open_store
 from k2cli.protocol import (
     Assignment,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from k2cli.sharding.stage import Stage
 
 _OLD_PART_SECONDS = 600.0
-_NAMES: msgspec.json.Decoder[str] = msgspec.json.Decoder(BlockName)
+_MOST_CONFIG_BYTES = 2**24
 
 
 class BlockStore:
@@ -93,7 +94,7 @@ class BlockStore:
         except OSError as error:
             self._switch_off(error)
         blocks = [(file.name, file.nbytes, file.used) for file in found]
-        self._report(BlocksFound(self._rank, blocks))
+        self._report(BlocksFound(self._rank, blocks, not self._failed))
 
     def _found(self) -> list[BlockFile]:
         """Return the complete blocks; remove what writers that were killed have left."""
@@ -136,16 +137,16 @@ class BlockStore:
             return
         try:
             size = write_block(self._folder / block, arrays)
-        except OSError as error:
+        except Exception as error:  # the leader waits for the report
             self._switch_off(error)
-            self._report(BlockWritten(self._rank, block, error=error.strerror or str(error)))
+            self._report(BlockWritten(self._rank, block, error=str(error)))
         else:
             self._report(BlockWritten(self._rank, block, size))
 
-    def _switch_off(self, error: OSError) -> None:
+    def _switch_off(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
-            reason = error.strerror or str(error)
+            reason = getattr(error, "strerror", None) or repr(error)
             say_on_stderr(f"rank {self._rank}: the prefix cache on disk is switched off: {reason}")
 
     def read(self, decision: ReadBlocks) -> None:
@@ -157,7 +158,7 @@ class BlockStore:
         for block in decision.blocks:
             try:
                 found.append(read_block(self._folder / block, self._layers))
-            except (OSError, K2Error) as error:
+            except Exception as error:  # a request waits for the report
                 reason = error.message if isinstance(error, K2Error) else str(error)
                 say_on_stderr(
                     f"rank {self._rank}: a block of the prefix cache is removed: {reason}"
@@ -208,7 +209,7 @@ def _carry_out(jobs: queue.SimpleQueue[Callable[[], None]]) -> None:
 
 def _is_block(name: str) -> bool:
     try:
-        _NAMES.decode(msgspec.json.encode(name))
+        msgspec.convert(name, BlockName)
     except (msgspec.MsgspecError, UnicodeEncodeError):
         return False
     return True
@@ -220,13 +221,12 @@ def rank_identity(assignment: Assignment, stage: Stage) -> str:
     Weights of hundreds of gigabytes are not read for it: a file counts as the same if its name
     (in the Hub's cache a digest of its content), size and time of change are.
     """
-    digest = hashlib.sha256()
-    for path in sorted(Path(assignment.model_path).iterdir()):
-        if path.suffix == ".json":
-            digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-        elif path.suffix == ".safetensors":
-            found, real = path.stat(), path.resolve().name
-            digest.update(f"{path.name} {real} {found.st_size} {found.st_mtime_ns}\n".encode())
+    folder = Path(assignment.model_path)
+    config = read_regular(folder / "config.json", _MOST_CONFIG_BYTES, follow_links=True)
+    digest = hashlib.sha256(config)
+    for path in sorted(folder.glob("*.safetensors")):
+        found, real = path.stat(), path.resolve().name
+        digest.update(f"{path.name} {real} {found.st_size} {found.st_mtime_ns}\n".encode())
     digest.update(f"{form(stage)} {__version__} {_version('mlx')} {_version('mlx-lm')}".encode())
     return digest.hexdigest()
 

@@ -26,7 +26,7 @@ _RELEASE_SECONDS = 0.01
 
 
 class Keep(Protocol):
-    """How a sequence's cache is kept when it ends, as in ``CloseSequence`` and ``LeaveBatch``."""
+    """Fields that say how a sequence's cache is kept: ``CloseSequence`` and ``LeaveBatch``."""
 
     @property
     def keep_as(self) -> int | None: ...

@@ -51,14 +51,16 @@ class _Assignment:
 class Disks:
     """The disks of two ranks: they write and read what the leader decides, when they are told."""
 
-    def __init__(self, blocks: Sequence[dict[str, int]] = ({}, {})) -> None:
+    def __init__(
+        self, blocks: Sequence[dict[str, int]] = ({}, {}), own_scope: str = "own key"
+    ) -> None:
         self.next_number = 1
         self.files = [dict(rank) for rank in blocks]
         self.waiting: list[Decision] = []
         self.keeper = PrefixKeeper(self, whole_only=False)
         reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         store: Any = _Store()
-        assignment: Any = _Assignment()
+        assignment: Any = _Assignment(prefix_disk_scope=own_scope)
         self.stored = StoredPrefixes(self, self.keeper, store, reports, assignment)
         for rank, files in enumerate(self.files):
             found = [(name, size, float(index)) for index, (name, size) in enumerate(files.items())]
@@ -149,6 +151,10 @@ def test_a_key_finds_its_own_prompts_only(files: list[dict[str, int]]) -> None:
     assert other.kept(PROMPT, "b") == 0
     other.request(PROMPT, "a")
     assert other.kept(PROMPT, "a") == 1024
+    # The run's own key is another one than that of the run before.
+    own = Disks(disks.files, own_scope="another")
+    own.request(PROMPT)
+    assert own.kept(PROMPT) == 0
 
 
 def test_a_block_counts_only_if_every_rank_has_its_part(files: list[dict[str, int]]) -> None:

@@ -17,10 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.protocol import Decision, DropPrefix, SplitPrefix
+from k2cli.protocol import CloseSequence, Decision, DropPrefix, SplitPrefix
 from k2cli.rank.engine.prefix_keeper import PrefixKeeper
 from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, node_tokens
 from k2cli.rank.kv_cache.kept_prefixes import KeptPrefixes
+from k2cli.rank.kv_cache.segments import can_cut
+from k2cli.rank.kv_cache.table import CacheTable
+from k2cli.sharding.stage import cut_stage, make_cache
+from tests.rank.attention.test_latent import TOKENS, _model
 from tests.support.memory import held_bytes
 
 WIDTHS = (24, 8)
@@ -131,6 +135,44 @@ def test_what_conversations_share_takes_memory_once(turns: int) -> None:
     slack = len(rank.kept) * 6 * 16384
     assert tokens * per_token <= held_bytes() - base <= tokens * per_token + slack
     assert rank.keeper.tree.tokens() <= tokens + 64 * len(rank.kept)
+
+
+@pytest.mark.parametrize("name", ["kimi_k2", "deepseek_v32"])
+def test_a_sequence_goes_on_from_a_shared_beginning_as_from_its_own(name: str) -> None:
+    model = _model(name)
+    stage = cut_stage(model, 0, len(model.layers))
+    assert can_cut(stage)
+    table = CacheTable(stage)
+
+    def compute(sequence: int, tokens: list[int]) -> mx.array:
+        table.feed(sequence, tokens)
+        return stage.forward(mx.array([tokens]), table.sequences[sequence])
+
+    prompts = [TOKENS[:100], [*TOKENS[:60], *TOKENS[100:150]], [*TOKENS[:60], 5, *TOKENS[:20]]]
+    keeper = Rank().keeper
+    keeper._sender = _Into(table)
+    for sequence, prompt in enumerate(prompts):
+        hit = keeper.tree.best(prompt)
+        assert (hit.tokens if hit else 0) == (60 if sequence else 0)
+        table.open(sequence, hit.prefix if hit else None, hit.tokens if hit else 0)
+        found = compute(sequence, prompt[hit.tokens if hit else 0 :])[:, -1]
+        expected = model(mx.array([prompt]), cache=make_cache(model))[:, -1]
+        assert float(mx.abs(found - expected).max()) < 2e-5  # type: ignore[arg-type]
+        keep = keeper.keep(prompt, "")
+        table.close(sequence, CloseSequence(1, sequence, keep.prefix, keep.below, keep.first))
+    assert len(table.prefixes) == 4
+
+
+@dataclass(frozen=True)
+class _Into:
+    """Carries out the keeper's decisions on a table."""
+
+    table: CacheTable
+    next_number: int = 1
+
+    def submit(self, decision: Decision) -> None:
+        assert isinstance(decision, SplitPrefix)
+        self.table.prefixes.split(decision.prefix, decision.above, decision.tokens)
 
 
 def test_leaves_go_first_and_those_that_are_waited_for_last() -> None:
