@@ -23,6 +23,8 @@ from k2cli.files import decode_json, open_regular, private_folder, read_regular,
 from k2cli.settings import cache_directory
 
 SECRET_NAME = "secret"
+PART_MARK = ".part-"
+"""Part of the name of a block that is not complete."""
 BLOCK_TOKENS = 256
 _NOTE_NAME = "store.json"
 _LOCK_NAME = "lock"
@@ -126,7 +128,7 @@ def stores() -> list[StoreFolder]:
                 note = decode_json(read_regular(folder / _NOTE_NAME, 2**16), StoreNote)
             used = max((file.used for file in files), default=entry.stat().st_mtime)
             size = sum(file.nbytes for file in files)
-            tokens = len(files) * BLOCK_TOKENS
+            tokens = sum(PART_MARK not in file.name for file in files) * BLOCK_TOKENS
             where = (note.model, note.rank, note.ranks)
             found.append(StoreFolder(folder, *where, tokens, size, used, _is_used(folder)))
     return sorted(found, key=lambda store: store.used, reverse=True)

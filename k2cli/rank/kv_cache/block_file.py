@@ -24,13 +24,12 @@ import msgspec
 from k2cli.errors import K2Error
 from k2cli.files import decode_json, open_regular
 from k2cli.models.safetensors_header import StoredTensor, header_length, tensors_of_header
-from k2cli.prefix_folder import BLOCK_TOKENS
+from k2cli.prefix_folder import BLOCK_TOKENS, PART_MARK
 from k2cli.rank.kv_cache.segments import Segment
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-TEMPORARY_MARK = ".part-"
 _NAME = re.compile(r"(\d{1,5})\.(\d{1,2})\.(\d{1,2})")
 _MOST_BYTES = 2**32
 _DTYPES = {
@@ -112,7 +111,7 @@ def write_block(path: Path, arrays: list[HostArray]) -> int:
     header = _header(arrays)
     for folder in (path.parent.parent, path.parent):
         folder.mkdir(mode=0o700, exist_ok=True)
-    partial = path.with_name(f"{TEMPORARY_MARK}{path.name}-{os.urandom(4).hex()}")
+    partial = path.with_name(f"{PART_MARK}{path.name}-{os.urandom(4).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with os.fdopen(open_regular(partial, flags, mode=0o600), "wb") as file:

@@ -23,7 +23,14 @@ import msgspec
 from k2cli import __version__
 from k2cli.errors import K2Error
 from k2cli.files import read_regular
-from k2cli.prefix_folder import BlockFile, StoreNote, blocks_of, open_prefixes_directory, open_store
+from k2cli.prefix_folder import (
+    PART_MARK,
+    BlockFile,
+    StoreNote,
+    blocks_of,
+    open_prefixes_directory,
+    open_store,
+)
 from k2cli.protocol import (
     Assignment,
     BlocksFound,
@@ -36,7 +43,6 @@ from k2cli.protocol import (
 )
 from k2cli.protocol.decisions import BlockName
 from k2cli.rank.kv_cache.block_file import (
-    TEMPORARY_MARK,
     HostArray,
     from_host,
     read_block,
@@ -102,7 +108,7 @@ class BlockStore:
         for file in blocks_of(self._folder):
             if _is_block(file.name):
                 complete.append(file)
-            elif TEMPORARY_MARK in file.name and file.used < time.time() - _OLD_PART_SECONDS:
+            elif PART_MARK in file.name and file.used < time.time() - _OLD_PART_SECONDS:
                 (self._folder / file.name).unlink(missing_ok=True)
         return complete
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +64,26 @@ def test_many_workloads(pool: RankPool) -> None:
         workload = Workload(pool, seed, CONTEXT, GRAMMARS, END)
         workload.run(40, 600.0)
         workload.check()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("strategy", "size"), [("single", 1), ("pipeline", 2), ("tensor", 2)])
+def test_prefixes_from_a_disk_change_no_answer(
+    toy_k2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, size: int
+) -> None:
+    """The same workload in runs one after another, on disks with room for a part of it."""
+    monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path / "cache"))
+    parts = assignments(
+        toy_k2, strategy, size, concurrency=2, context_length=1024, prefill_chunk_tokens=256,
+        prefix_disk_bytes=4_000_000,
+    )  # fmt: skip
+    found = 0
+    for _ in range(3):
+        with running(RankPool(parts, tmp_path)) as pool:
+            workload = Workload(pool, 11, 1024, longest_prompt=400)
+            workload.run(12, 600.0)
+            workload.check()
+            outcomes = [pool.outcomes[name] for name in workload.sent]
+            found += sum(o.finished.cached_tokens for o in outcomes if o.finished is not None)
+            time.sleep(2.0)  # what is kept is written while no request runs
+    assert found
