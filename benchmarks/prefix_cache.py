@@ -47,8 +47,8 @@ run: the longest time between two of its tokens while the blocks are read.
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
 
-The answers of both starts are the same. Blocks are written while no request runs: those of the
-prompt were on the disk {written} s after the answer.
+The answers of both starts are the same. The blocks of the prompt were on the disk {written} s
+after the answer.
 """
 
 

@@ -139,6 +139,7 @@ class Engine:
         if self._stored is not None:
             self._stored.take_own_reports()
             self._table.read_stored(self._stored, self._prefill_rate)
+            self._stored.write_now_and_then()
         if self._masks is not None:
             self._masks.poll()
             self._table.end_masked()

@@ -3,9 +3,10 @@
 A block is 256 consecutive tokens of one scope. Its name is a chain of keyed digests: of the scope,
 of all blocks before it, and of its own tokens. A block counts only if every rank has its part.
 
-Blocks are written while no request runs, so that answers never wait for it, and at most
-``_MOST_WRITING`` are on their way. A request whose prompt begins with more stored tokens than are
-kept in memory waits until they are read, but no longer than computing them would take about.
+Blocks are written while no request runs, and now and then one while some do: copying one to host
+memory takes about as long as building a step. At most ``_MOST_WRITING`` are on their way. A request
+whose prompt begins with more stored tokens than are kept in memory waits until they are read, but
+no longer than computing them would take about.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from k2cli.rank.engine.requests import Waiting
 from k2cli.rank.kv_cache.store import BlockStore
 
 _MOST_WRITING = 4
+_BESIDE_SECONDS = 2.0
 _MOST_READING = 2
 _BLOCKS_PER_READING = 8
 """2,048 tokens: 144 MB of K2's caches over all ranks, which are in host memory meanwhile."""
@@ -102,6 +104,7 @@ class StoredPrefixes:
         self._unwritten: list[tuple[int, str]] = []
         """Blocks of the prefix that is written at present: first token and name, last first."""
         self._writes = True
+        self._next_beside = 0.0
         self._readings: list[_Reading] = []
         self._numbers = 0
 
@@ -216,9 +219,16 @@ class StoredPrefixes:
         wanted = self._unwritten or self._keeper.added
         return bool(self._written) or (self.ready and self._writes and bool(wanted))
 
-    def write_some(self) -> None:
-        """Let blocks of kept prefixes be written, as many as may be on their way."""
-        while self.ready and self._writes and len(self._written) < _MOST_WRITING:
+    def write_now_and_then(self) -> None:
+        """Let one block be written beside running requests, if the last one was a while ago."""
+        now = time.monotonic()
+        if now > self._next_beside and not self._written:
+            self._next_beside = now + _BESIDE_SECONDS
+            self.write_some(1)
+
+    def write_some(self, most: int = _MOST_WRITING) -> None:
+        """Let blocks of kept prefixes be written, until so many are on their way."""
+        while self.ready and self._writes and len(self._written) < most:
             if not self._unwritten and not self._next_prefix():
                 return
             if self._unwritten:

@@ -191,6 +191,23 @@ def test_the_budget_holds_and_the_least_recently_used_go_first() -> None:
     assert kept == [True, *[False] * 4, *[True] * 4]
 
 
+def test_one_block_at_a_time_is_written_beside_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    disks = Disks()
+    disks.keeper.keep(PROMPT, "")
+    for blocks in (1, 1, 2, 2, 3):
+        disks.stored.write_now_and_then()
+        disks.work()
+        assert len(disks.files[0]) == blocks
+        now[0] += 1.1
+    now[0] += 10.0
+    disks.stored.write_now_and_then()
+    now[0] += 10.0
+    disks.stored.write_now_and_then()  # the disk is slow
+    assert len(disks.waiting) == 1
+
+
 def test_an_error_of_one_disk_switches_writing_off() -> None:
     disks = Disks()
     disks.write(PROMPT, error="No space left on device")
