@@ -38,7 +38,7 @@ _COMMANDS = (
     ("connect", "connect"),
     ("bench", "bench"),
 )
-_GROUPS = ("cluster", "models", "keys")
+_GROUPS = ("cluster", "models", "keys", "cache")
 
 
 def _print_version(wanted: bool) -> None:

@@ -118,7 +118,7 @@ def test_every_command_that_is_shown_can_be_typed() -> None:
     wrong = []
     for place, text in _texts():
         for command, rest in re.findall(
-            r"\bk2 ((?:cluster |models |keys )?[a-z-]+) ([^\n`|;,&)]*)", text
+            r"\bk2 ((?:cluster |models |keys |cache )?[a-z-]+) ([^\n`|;,&)]*)", text
         ):
             # "what k2 keeps" is prose, and has no flags.
             if flags := re.findall(r"(?<![\w-])--[a-z][\w-]*", rest):

@@ -77,6 +77,23 @@ def launch(
             "by the time to the first token what others have asked.",
         ),
     ] = False,
+    prefix_cache_disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            envvar="K2_PREFIX_CACHE_DISK",
+            help="Keep the caches of prompts on the disks of the nodes too, in up to SIZE per rank "
+            "(such as 50GB), so that a later run need not compute them again. Texts could be "
+            "recovered from them. Default: not.",
+        ),
+    ] = None,
+    no_prefix_cache_disk: Annotated[
+        bool,
+        typer.Option(
+            "--no-prefix-cache-disk",
+            help="Keep no caches on disks, even if K2_PREFIX_CACHE_DISK is set.",
+        ),
+    ] = False,
     tls_cert: Annotated[
         str | None,
         typer.Option(
@@ -199,6 +216,7 @@ def launch(
         api_key=api_key,
         keys=parse_choice(keys) if keys is not None else None,
         shares_prefixes=share_prefixes,
+        prefix_disk_bytes=_disk_bytes(None if no_prefix_cache_disk else prefix_cache_disk),
         tls_certificate=tls_cert,
         tls_key=tls_key,
         allowed_hosts=tuple(allow_host or ()),
@@ -218,6 +236,21 @@ def launch(
         link_check=link_check,
     )
     _launch(request, detach=detach, as_json=json)
+
+
+def _disk_bytes(size: str | None) -> int:
+    from k2cli.errors import UsageError
+    from k2cli.units import parse_bytes
+
+    if size is None:
+        return 0
+    count = parse_bytes(size)
+    if not 0 < count < 2**60:
+        raise UsageError(
+            f"--prefix-cache-disk '{size}' is not a size from 1 byte on",
+            "--prefix-cache-disk 50GB, or --no-prefix-cache-disk",
+        )
+    return count
 
 
 def _checked_wait(seconds: float | None) -> float:

@@ -344,6 +344,8 @@ def _settings(run: RunDecisions) -> dict[str, str]:
     if run.tls is not None:
         names = ", ".join(run.tls.names) or "no name"
         settings["tls certificate"] = f"for {names}; valid until {expiry_date(run.tls)}"
+    if run.request.prefix_disk_bytes:
+        settings["prefix cache on disk"] = f"{format_bytes(run.request.prefix_disk_bytes)} per rank"
     if run.http.aliases:
         settings["aliases"] = ", ".join(run.http.aliases)
     if run.http.tool_parser is not None:

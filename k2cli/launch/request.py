@@ -57,6 +57,7 @@ class LaunchRequest:
     api_key: str | None = None
     keys: KeyChoice | None = None
     shares_prefixes: bool = False
+    prefix_disk_bytes: int = 0
     tls_certificate: str | None = None
     tls_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ process. It holds one bootstrap per rank: the file that the rank's guard reads.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -242,6 +243,8 @@ def _assignment(
         expansion_weight=expansion_weight(node.backend for node in plan.nodes),
         attention_block_tokens=plan.request.attention_block_tokens,
         link_check=link_check_of(run),
+        prefix_disk_bytes=run.request.prefix_disk_bytes,
+        prefix_disk_scope=own_prefix_scope(run) if rank == 0 else "",
     )
 
 
@@ -261,6 +264,17 @@ def link_check_of(run: RunDecisions) -> LinkCheck | None:
 _LINK_CHECK_GPU_SECONDS, _LINK_CHECK_CPU_SECONDS = 120.0, 30.0
 """Two prefills of 4,096 tokens of Kimi K2 take two M3 Ultras 30 to 40 s. A CPU would take minutes,
 and no wrong data of a CPU's transports was reported."""
+
+
+def own_prefix_scope(run: RunDecisions) -> str:
+    """Return whose stored prompts the run's own key finds: those of the same key.
+
+    With ``--share-prefixes`` all keys use one scope, which is that of no key: a later run must not
+    tell the holder of its own key what all others have asked.
+    """
+    if run.request.shares_prefixes:
+        return "shared"
+    return hashlib.sha256((run.http.api_key or "").encode()).hexdigest()
 
 
 _UNCOUNTED_CUDA_BYTES = 1500 * MB

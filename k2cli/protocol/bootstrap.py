@@ -79,7 +79,9 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``rank.engine.lookahead``. ``cache_limit_bytes`` limits the freed arrays that MLX keeps,
     ``memory_limit_bytes`` these and those in use together. ``expansion_weight`` and
     ``attention_block_tokens`` are the settings of ``rank.attention.latent``, equal on all ranks.
-    ``nccl_coordinator`` (``host:port``) is
+    ``prefix_disk_bytes`` is what the prefix cache may take on this rank's disk, 0 for none, and
+    ``prefix_disk_scope``, on the leader only, whose prompts the scope "" has: a digest of the run's
+    own key. ``nccl_coordinator`` (``host:port``) is
     where the leader hands out NCCL's unique id; NCCL itself listens on ``nccl_interface`` alone.
     ``link_check`` None leaves that check out.
     """
@@ -111,6 +113,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expansion_weight: float = 1.0
     attention_block_tokens: int = 0
     link_check: LinkCheck | None = None
+    prefix_disk_bytes: int = 0
+    prefix_disk_scope: str = ""
 
 
 class PlannedRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,13 +6,18 @@ what it computed.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from k2cli.protocol.message import Heartbeat, Message
 
 
 class OpenSequence(Message, tag=True, frozen=True):
-    """Make a KV cache for a sequence: empty, or with the first tokens of a kept prefix."""
+    """Make a KV cache for a sequence: empty, or with the first tokens of a kept prefix.
+
+    The tokens of a prefix are those of its parents, from the root on, and then its own.
+    """
 
     step: int
     sequence: int
@@ -77,31 +82,103 @@ class Decode(Message, tag=True, frozen=True):
 class LeaveBatch(Message, tag=True, frozen=True):
     """Move a sequence from a batch into another batch, or remove it.
 
-    ``keep_as`` keeps its KV cache as a prefix with that id. ``told`` is the input of its last step
-    if that step was decided ahead, else -1.
+    ``keep_as`` keeps its KV cache as a prefix with that id, from token ``keep_from`` on: the ones
+    before are those of the prefix ``keep_below``. ``told`` is the input of its last step if that
+    step was decided ahead, else -1.
     """
 
     step: int
     batch: int
     sequence: int
     keep_as: int | None = None
+    keep_below: int | None = None
+    keep_from: int = 0
     move_to: int | None = None
     told: int = -1
 
 
 class CloseSequence(Message, tag=True, frozen=True):
-    """Free the KV cache of a sequence in prefill, or keep it as a prefix."""
+    """Free the KV cache of a sequence in prefill, or keep it as a prefix as ``LeaveBatch`` does."""
 
     step: int
     sequence: int
     keep_as: int | None = None
+    keep_below: int | None = None
+    keep_from: int = 0
 
 
-class DropPrefix(Message, tag=True, frozen=True):
-    """Free a kept prefix."""
+class SplitPrefix(Message, tag=True, frozen=True):
+    """Make the first ``tokens`` of a prefix's own ones a prefix ``above`` it, its new parent."""
 
     step: int
     prefix: int
+    above: int
+    tokens: int
+
+
+class DropPrefix(Message, tag=True, frozen=True):
+    """Free a kept prefix, which is no parent."""
+
+    step: int
+    prefix: int
+
+
+BlockName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}/[0-9a-f]{32}\Z")]
+"""Name of a block of tokens in the prefix cache on disk: of its scope's folder, and its own."""
+
+StoreName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+"""Name of the folder of a run's blocks: equal if model, placement, types and versions are."""
+
+
+class OpenStore(Message, tag=True, frozen=True):
+    """Open the prefix cache on disk, and report the blocks that are there.
+
+    Blocks of other runs give way so that all together take ``limit_bytes``.
+    """
+
+    step: int
+    folder: StoreName
+    limit_bytes: int
+
+
+class StoreBlock(Message, tag=True, frozen=True):
+    """Write the caches of a block of a kept prefix's tokens, which begins with token ``first``."""
+
+    step: int
+    prefix: int
+    first: int
+    block: BlockName
+
+
+class ReadBlocks(Message, tag=True, frozen=True):
+    """Begin to read consecutive blocks; ``AdoptBlocks`` with the same ``reading`` follows."""
+
+    step: int
+    reading: int
+    blocks: list[BlockName]
+
+
+class AdoptBlocks(Message, tag=True, frozen=True):
+    """Keep the tokens of the first ``count`` blocks that were read, but for the first ``skip``.
+
+    They become the prefix ``keep_as`` with these ``tokens``, below ``keep_below``. Without it they
+    are released.
+    """
+
+    step: int
+    reading: int
+    count: int = 0
+    skip: int = 0
+    keep_as: int | None = None
+    keep_below: int | None = None
+    tokens: list[int] = msgspec.field(default_factory=list)
+
+
+class ForgetBlocks(Message, tag=True, frozen=True):
+    """Remove blocks from the disk."""
+
+    step: int
+    blocks: list[BlockName]
 
 
 class WarmUp(Message, tag=True, frozen=True):
@@ -139,7 +216,13 @@ Decision = (
     | Decode
     | LeaveBatch
     | CloseSequence
+    | SplitPrefix
     | DropPrefix
+    | OpenStore
+    | StoreBlock
+    | ReadBlocks
+    | AdoptBlocks
+    | ForgetBlocks
     | WarmUp
     | Warm
     | Tick
@@ -163,10 +246,15 @@ class Hello(Message, tag=True, frozen=True):
 
 
 class Holdings(Message, tag=True, frozen=True):
-    """All tensors that a rank has loaded and evaluated; the leader checks that none is missing."""
+    """All tensors that a rank has loaded and evaluated; the leader checks that none is missing.
+
+    ``identity`` is a digest of the model's files and the kinds of caches, for the prefix cache on
+    disk; empty if there is none.
+    """
 
     rank: int
     tensors: list[HeldTensor]
+    identity: str = ""
 
 
 class Marks(msgspec.Struct, frozen=True, array_like=True):
@@ -201,4 +289,34 @@ class StepDigest(Message, tag=True, frozen=True):
     caches: str = ""
 
 
-FollowerMessage = Hello | Holdings | StepDigest | Heartbeat
+class BlocksFound(Message, tag=True, frozen=True):
+    """The blocks that a rank has on disk, with their bytes and the time of their last use.
+
+    ``usable`` is False if its folder cannot be used: then no rank uses its own.
+    """
+
+    rank: int
+    blocks: list[tuple[BlockName, int, float]]
+    usable: bool = True
+
+
+class BlockWritten(Message, tag=True, frozen=True):
+    """A block is on a rank's disk in ``nbytes``, or could not be written: ``error``."""
+
+    rank: int
+    block: BlockName
+    nbytes: int = 0
+    error: str = ""
+
+
+class BlocksRead(Message, tag=True, frozen=True):
+    """The first ``count`` blocks of a reading are whole; the next, if any, is not, and removed."""
+
+    rank: int
+    reading: int
+    count: int
+
+
+StoreReport = BlocksFound | BlockWritten | BlocksRead
+
+FollowerMessage = Hello | Holdings | StepDigest | StoreReport | Heartbeat

@@ -9,10 +9,11 @@ number is summed over the ranks as well, which detects ranks whose sums belong t
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from k2cli.errors import ClusterError
-from k2cli.protocol import StepDigest
+from k2cli.protocol import BlocksFound, BlocksRead, BlockWritten, StepDigest, StoreReport
 from k2cli.rank.control import Followers
 
 STEPS_BETWEEN = 32
@@ -27,6 +28,8 @@ class Agreement:
 
     followers: Followers
     size: int
+    on_store: Callable[[StoreReport], None] | None = None
+    """Receives what followers report about the prefix cache on disk."""
     _own: dict[int, str] = field(default_factory=dict)
     _early: list[StepDigest] = field(default_factory=list)
     _answers: dict[int, int] = field(default_factory=dict)
@@ -59,6 +62,8 @@ class Agreement:
                 break
             if isinstance(message, StepDigest) and message.state:
                 waiting.append(message)
+            elif isinstance(message, BlocksFound | BlockWritten | BlocksRead) and self.on_store:
+                self.on_store(message)
         for answer in waiting:
             if answer.step not in self._own:
                 # The first stages of a pipeline are ahead of the leader's own part.

@@ -15,18 +15,25 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import mlx.core as mx
 
 from k2cli.errors import ClusterError, UsageError
+from k2cli.prefix_folder import BLOCK_TOKENS
 from k2cli.protocol import (
+    AdoptBlocks,
     CloseSequence,
     Decision,
     Decode,
     DropPrefix,
+    ForgetBlocks,
     JoinBatch,
     LeaveBatch,
     Marks,
     OpenSequence,
+    OpenStore,
     Prefill,
     PrefillTogether,
     Quit,
+    ReadBlocks,
+    SplitPrefix,
+    StoreBlock,
     Tick,
     Warm,
     WarmUp,
@@ -34,7 +41,9 @@ from k2cli.protocol import (
 from k2cli.protocol.progress_page import Phase
 from k2cli.rank.attention.latent import evaluates_blocks
 from k2cli.rank.host_buffers import copies_from_host
-from k2cli.rank.kv_cache.table import CacheTable, LayerCaches, make_room
+from k2cli.rank.kv_cache.kept_prefixes import LayerCaches
+from k2cli.rank.kv_cache.store import BlockStore
+from k2cli.rank.kv_cache.table import CacheTable, make_room
 from k2cli.rank.marks import cache_digest, kept_output, mark
 from k2cli.sharding.stage import Stage, hidden_at
 
@@ -107,6 +116,7 @@ class Executor:
         """Call ``advance`` after each layer, and before and after each wait for a peer."""
         self.stage = stage
         self.caches = CacheTable(stage)
+        self.store: BlockStore | None = None
         self._group = group
         self._advance = advance
         self._sums = group is not None and group.size() > 1 and not self.is_pipeline
@@ -156,22 +166,43 @@ class Executor:
                 self._prefill_together(decision)
             case OpenSequence(sequence=sequence, prefix=prefix, kept_tokens=kept_tokens):
                 self.caches.open(sequence, prefix, kept_tokens)
-            case CloseSequence(sequence=sequence, keep_as=keep_as):
-                self.caches.close(sequence, keep_as)
+            case CloseSequence():
+                self.caches.close(decision.sequence, decision)
             case JoinBatch(batch=batch, sequence=sequence):
                 self.caches.join(batch, sequence)
             case LeaveBatch():
                 if decision.told >= 0:
                     self._feed(decision.sequence, decision.told)
                 self._arrived_inputs.pop(decision.sequence, None)
-                self.caches.leave(
-                    decision.batch, decision.sequence, decision.keep_as, decision.move_to
-                )
+                self.caches.leave(decision.batch, decision.sequence, decision, decision.move_to)
+            case SplitPrefix(prefix=prefix, above=above, tokens=tokens):
+                self.caches.prefixes.split(prefix, above, tokens)
             case DropPrefix(prefix=prefix):
-                self.caches.drop_prefix(prefix)
+                self.caches.prefixes.drop(prefix)
+            case OpenStore() | StoreBlock() | ReadBlocks() | AdoptBlocks() | ForgetBlocks():
+                self._use_store(decision)
             case Tick() | Quit() | WarmUp() | Warm():
                 pass
         return StepResult()
+
+    def _use_store(
+        self, decision: OpenStore | StoreBlock | ReadBlocks | AdoptBlocks | ForgetBlocks
+    ) -> None:
+        store, kept = self.store, self.caches.prefixes
+        assert store is not None
+        match decision:
+            case OpenStore():
+                store.open(decision)
+            case StoreBlock(prefix=prefix, first=first, block=block):
+                store.write(block, kept.segments(prefix, first, first + BLOCK_TOKENS))
+            case ReadBlocks():
+                store.read(decision)
+            case AdoptBlocks(keep_as=prefix, keep_below=below, tokens=tokens):
+                blocks = store.take(decision.reading, decision.count)
+                if prefix is not None:
+                    kept.adopt(prefix, tokens, blocks, below, decision.skip)
+            case ForgetBlocks():
+                store.forget(decision)
 
     def about_to_wait(self) -> None:
         """Record that this rank will wait for the result of a step, perhaps for other ranks."""

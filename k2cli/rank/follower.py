@@ -14,6 +14,7 @@ from k2cli.errors import ClusterError
 from k2cli.protocol import (
     Decision,
     Decode,
+    FollowerMessage,
     Prefill,
     PrefillTogether,
     Quit,
@@ -36,12 +37,14 @@ def follow(
     advance: Advance,
     rank: int,
     on_warm_up: Callable[[WarmUp | Warm], None] = lambda decision: None,
+    send: Callable[[FollowerMessage], None] | None = None,
 ) -> None:
     """Carry out the leader's decisions until it sends Quit.
 
     Args:
         advance: is called at each step.
         on_warm_up: receives what the leader says about the warm-up.
+        send: sends to the leader, if other threads do so too.
 
     Raises:
         ClusterError: if a decision is out of order.
@@ -72,7 +75,7 @@ def follow(
             _wait_for(computing, executor)
             computing = result.logits
         if _wants_digest(decision):
-            channel.send(_digest(rank, decision.step, result))
+            (send or channel.send)(_digest(rank, decision.step, result))
         if isinstance(decision, WarmUp | Warm):
             on_warm_up(decision)
         advance("idle" if computing is None else executor.phase)

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from k2cli.rank.kernel_cache import KernelCache
 
 _IDLE_SECONDS = 0.5
+_IDLE_WORK_SECONDS = 0.01
 _LAST_RANK_SECONDS = 0.05
 
 
@@ -112,13 +113,14 @@ class Rank:
         from k2cli.rank.engine.lookahead import looks_ahead
         from k2cli.rank.engine.masks import Masks
         from k2cli.rank.executor import Executor
+        from k2cli.rank.prefix_disk import open_on_leader
         from k2cli.rank.warm_up import warm_up
 
         deadlines = self._start.deadlines
         followers = Followers(self._lost_follower)
         self._connect_followers(followers)
         group, part = self._load(lambda: self._call_followers(followers))
-        self._check_coverage(followers, part)
+        identities = self._check_coverage(followers, part)
         executor = Executor(part.stage, group, self._advance)
         engine = Engine(
             executor,
@@ -136,6 +138,7 @@ class Rank:
             engine, followers, self._assignment, self._report_shape, deadlines.work_stall
         )
         self._warm = True
+        open_on_leader(self._assignment, executor, engine, identities)
         self._page.advance("idle")
         self._link.send(EngineReady(checked_tokens))
         engine.report_cache_use()
@@ -147,17 +150,19 @@ class Rank:
         from k2cli.rank.control import connect_to_leader
         from k2cli.rank.executor import Executor
         from k2cli.rank.follower import follow
+        from k2cli.rank.prefix_disk import prepare_follower, store_identity
 
         endpoint = self._wait_for_endpoint()
         timeout = self._start.deadlines.initialisation
         rank = self._assignment.rank
         channel = connect_to_leader(endpoint, rank, self._start.secret, timeout)
         group, part = self._load(lambda: self._wait_for_leader(channel))
-        channel.send(Holdings(rank, part.held))
+        channel.send(Holdings(rank, part.held, store_identity(self._assignment, part.stage)))
         executor = Executor(part.stage, group, self._advance)
+        send = prepare_follower(self._assignment, executor, channel)
         self._page.advance("warming up")
         threading.Thread(target=self._end_on_shutdown, daemon=True).start()
-        follow(channel, executor, self._advance, rank, self._on_warm_up)
+        follow(channel, executor, self._advance, rank, self._on_warm_up, send)
 
     def _load(self, wait_for_peers: Callable[[], None]) -> tuple[Any, Any]:
         """Wait for the peers, join the MLX group and load this rank's part."""
@@ -255,12 +260,17 @@ class Rank:
                 _end(0)
         followers.send(Tick(0))
 
-    def _check_coverage(self, followers: Any, part: Any) -> None:
-        """Collect every rank's list of loaded tensors and compare them with the checkpoint."""
+    def _check_coverage(self, followers: Any, part: Any) -> dict[int, str]:
+        """Compare every rank's list of loaded tensors with the checkpoint.
+
+        Return what each rank tells about its part for the prefix cache on disk.
+        """
         from k2cli.rank.loader import placement_of
+        from k2cli.rank.prefix_disk import store_identity
         from k2cli.sharding.coverage import check_coverage
 
         held = {0: part.held}
+        identities = {0: store_identity(self._assignment, part.stage)}
         while len(held) < self._assignment.size:
             # No time limit: the guard of the slowest rank watches its progress. This rank does no
             # work meanwhile, which would prolong the limit of one that hangs.
@@ -269,17 +279,19 @@ class Rank:
                 message = followers.inbox.get(timeout=_IDLE_SECONDS)
                 if isinstance(message, Holdings):
                     held[message.rank] = message.tensors
+                    identities[message.rank] = message.identity
             if self._shutdown_requested():
                 _end(0)
         shapes = [
             {tensor.name: tuple(tensor.shape) for tensor in held[rank]} for rank in sorted(held)
         ]
         check_coverage(part.whole, placement_of(self._assignment), shapes)
+        return identities
 
     def _serve(self, engine: Any) -> None:
         """Alternate between new messages and one engine step, until the guard requests shutdown."""
         while True:
-            message = self._next_message(engine.busy)
+            message = self._next_message(engine)
             if isinstance(message, Shutdown):
                 return
             if isinstance(message, Generate | Cancel):
@@ -292,13 +304,12 @@ class Rank:
                 self._advance("idle")
                 engine.tick()
 
-    def _next_message(self, busy: bool) -> GuardMessage | None:
+    def _next_message(self, engine: Any) -> GuardMessage | None:
         try:
-            return (
-                self._link.inbox.get_nowait()
-                if busy
-                else self._link.inbox.get(timeout=_IDLE_SECONDS)
-            )
+            if engine.busy:
+                return self._link.inbox.get_nowait()
+            timeout = _IDLE_WORK_SECONDS if engine.has_idle_work else _IDLE_SECONDS
+            return self._link.inbox.get(timeout=timeout)
         except queue.Empty:
             return None
 

@@ -22,6 +22,7 @@ from k2cli.protocol import (
     Decision,
     Decode,
     Generate,
+    OpenStore,
     Prefill,
     PrefillTogether,
     PromptProgress,
@@ -35,16 +36,23 @@ from k2cli.rank.agreement import Agreement
 from k2cli.rank.control import Followers
 from k2cli.rank.engine.chunk_sizes import ChunkBounds, ChunkTimes
 from k2cli.rank.engine.masks import Masks
+from k2cli.rank.engine.prefix_keeper import PrefixKeeper
 from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running
 from k2cli.rank.engine.steps import Step, StepQueue
+from k2cli.rank.engine.stored_prefixes import StoredPrefixes
 from k2cli.rank.executor import Executor, StepResult
+from k2cli.rank.kv_cache.segments import can_cut
 
 # In a pipeline a prompt is cut into several chunks per stage, so that stages overlap: with m
 # chunks, s stages take (m + s - 1) / m times one stage's work.
 CHUNKS_PER_STAGE = 4
 # While only grammars are compiled, other messages are looked for this often.
 _COMPILING_SECONDS = 0.005
+# While only stored prefixes are read, reports are looked for this often.
+_READING_SECONDS = 0.002
+# A start waits so long for ranks to list the prefixes on their disks.
+_STORE_SECONDS = 10.0
 # The order of the requests that wait is told to the guard at most this often.
 _ORDER_SECONDS = 0.5
 
@@ -80,10 +88,11 @@ class Engine:
             concurrency=concurrency,
             batches=stages,
             can_batch=executor.stage.can_batch,
-            plain_caches=self._plain_caches,
+            cuttable_caches=can_cut(executor.stage),
             masks=masks,
         )
         self._masks = masks
+        self._stored: StoredPrefixes | None = None
         self._context_length = context_length
         self._bounds = ChunkBounds(
             prefill_chunk_tokens,
@@ -127,6 +136,10 @@ class Engine:
             ClusterError: if a follower's state differs from the leader's.
         """
         self._agreement.check()
+        if self._stored is not None:
+            self._stored.take_own_reports()
+            self._table.read_stored(self._stored, self._prefill_rate)
+            self._stored.write_now_and_then()
         if self._masks is not None:
             self._masks.poll()
             self._table.end_masked()
@@ -139,7 +152,9 @@ class Engine:
         self._send_all()
         step = self._queue.build_next()
         if step is None:
-            if self._masks is not None and self._table.line and not self._table.admitted:
+            if self._stored is not None and self._stored.is_reading:
+                time.sleep(_READING_SECONDS)
+            elif self._masks is not None and self._table.line and not self._table.admitted:
                 self._masks.wait_for_news(_COMPILING_SECONDS)
             return
         if isinstance(step.decision, Decode):
@@ -182,8 +197,42 @@ class Engine:
             self._send(self._unsent)
             self._unsent.clear()
 
+    @property
+    def sender(self) -> StepQueue:
+        """The queue that sends decisions to all ranks."""
+        return self._queue
+
+    @property
+    def keeper(self) -> PrefixKeeper:
+        """The prefixes that are kept in memory."""
+        return self._table.keeper
+
+    def use_stored(self, stored: StoredPrefixes, folder: str, limit_bytes: int) -> None:
+        """Use the prefix cache on disk: let all ranks open their stores of this name.
+
+        The blocks are known when all have looked what is there, which is waited for, but not long.
+        """
+        self._stored = stored
+        self._agreement.on_store = stored.handle
+        self.now(OpenStore(self.next_number, folder, limit_bytes))
+        deadline = time.monotonic() + _STORE_SECONDS
+        while not stored.ready and stored.usable and time.monotonic() < deadline:
+            self.wait_for_answers()
+            time.sleep(_READING_SECONDS)
+            stored.take_own_reports()
+            self._agreement.check()
+
+    @property
+    def has_idle_work(self) -> bool:
+        """True if there is something to do while no request runs: prefixes to be stored."""
+        return self._stored is not None and self._stored.has_work
+
     def tick(self) -> None:
         """Tell the followers that there is nothing to do."""
+        if self._stored is not None:
+            self._stored.take_own_reports()
+            self._table.read_stored(self._stored, self._prefill_rate)
+            self._stored.write_some()
         self._queue.build_next()  # carries out what is left: decisions that compute nothing
         self._agreement.check()
         self.now(Tick(self._queue.next_number))

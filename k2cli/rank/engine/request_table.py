@@ -1,21 +1,17 @@
 """The leader's table of requests: waiting, in prefill, or decoding in a batch.
 
-It admits requests in fair order and by memory, pauses some for others, balances batches, and keeps
-or releases the caches of finished requests. Each change is a decision, which the ``Sender`` sends
-to all ranks in order.
+It admits requests in fair order and by memory, pauses some for others and balances batches. Each
+change is a decision, which the ``Sender`` sends to all ranks in order.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
 
 from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, Ticket, request_units
 from k2cli.protocol import (
     CloseSequence,
-    Decision,
-    DropPrefix,
     FinishReason,
     Generate,
     JoinBatch,
@@ -36,9 +32,11 @@ from k2cli.rank.engine.budget import (
 )
 from k2cli.rank.engine.masks import MaskedAnswer, Masks, Problem
 from k2cli.rank.engine.pausing import Claim, Room, choose_paused
-from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, Hit, PrefixDirectory, cache_tokens
+from k2cli.rank.engine.prefix_keeper import Keep, PrefixKeeper, Sender
+from k2cli.rank.engine.prefixes import Hit, cache_tokens
 from k2cli.rank.engine.requests import Running, Waiting
 from k2cli.rank.engine.sampling import Sampler
+from k2cli.rank.engine.stored_prefixes import StoredPrefixes
 from k2cli.rank.engine.waiting_line import WaitingLine, is_short
 
 MAX_WAITING = 256
@@ -46,17 +44,6 @@ MAX_WAITING = 256
 
 _MOST_BLOCKED = 128
 """Requests without room that are looked at before each step: thousands may wait."""
-
-
-class Sender(Protocol):
-    """Numbering and sending of decisions to all ranks, in order."""
-
-    @property
-    def next_number(self) -> int:
-        """Number of the next decision."""
-
-    def submit(self, decision: Decision) -> None:
-        """Send a decision."""
 
 
 class RequestTable:
@@ -71,7 +58,7 @@ class RequestTable:
         concurrency: int,
         batches: int,
         can_batch: bool,
-        plain_caches: bool,
+        cuttable_caches: bool,
         masks: Masks | None = None,
     ) -> None:
         """Make a table of ``batches`` side by side, each of one request unless ``can_batch``.
@@ -89,7 +76,8 @@ class RequestTable:
             batches=batches if can_batch else max(batches, concurrency),
             rows_per_batch=MAX_BATCH_ROWS if can_batch else 1,
         )
-        self._prefixes = PrefixDirectory(whole_only=not plain_caches)
+        self.keeper = PrefixKeeper(sender, whole_only=not cuttable_caches)
+        self._prefixes = self.keeper.tree
         self._reported_use: KvCacheUse | None = None
         self._next_sequence = 0
         self.line = WaitingLine(self._prefixes)
@@ -182,6 +170,18 @@ class RequestTable:
             elif row.masked.complete:
                 self.end(row, "stop")
 
+    def read_stored(self, stored: StoredPrefixes, tokens_per_second: float) -> None:
+        """Let requests wait for their stored prefixes, and go on with reading these."""
+        for ticket in self.line.tickets:
+            if not ticket.item.considered:
+                stored.consider(ticket.item, tokens_per_second)
+        if not stored.is_reading:
+            return
+        kept = self._prefixes.tokens_of(self.line.wanted_prefixes())
+        free = self._budget.tokens - used_tokens(self._worst_cases()) - kept
+        if stored.read_some(self.line.has, free):
+            self._evict()
+
     # --- admission -------------------------------------------------------------------------------
 
     def admit(self, quiet: Collection[int]) -> None:
@@ -270,10 +270,9 @@ class RequestTable:
         """Stop a request, keep its cache for itself, and let it wait until it can go on."""
         row.pauses += 1
         row.paused_at = time.monotonic()
-        tokens = row.held_tokens
-        prefix = self._prefixes.add(tokens, _private_scope(row)) if tokens else None
-        waiting = Waiting(row.request, row.queued_at, row.masked, row, prefix)
-        self._leave(row, prefix)
+        keep = self.keeper.keep_alone(row.held_tokens, _private_scope(row))
+        waiting = Waiting(row.request, row.queued_at, row.masked, row, keep.prefix)
+        self._leave(row, keep)
         row.unannounced = False
         self.line.rejoin(row, waiting)
         self._tell(Paused(row.request.request_id))
@@ -281,7 +280,7 @@ class RequestTable:
 
     def _forget_paused(self, waiting: Waiting) -> None:
         if waiting.prefix is not None and waiting.prefix in self._prefixes:
-            self._drop(waiting.prefix)
+            self.keeper.drop(waiting.prefix)
         waiting.prefix = None
 
     def _start(self, ticket: Ticket[Waiting], batch: int) -> None:
@@ -406,46 +405,26 @@ class RequestTable:
     def _release(self, row: Running, *, keep: bool) -> None:
         row.ended = True
         self._close(row.masked)
-        self._leave(row, self._keep(row) if keep else None)
+        tokens, scope = row.held_tokens, row.request.prefix_scope
+        self._leave(row, self.keeper.keep(tokens, scope) if keep else Keep())
         self.line.end(row)
         self._evict()
 
-    def _leave(self, row: Running, keep_as: int | None) -> None:
+    def _leave(self, row: Running, keep: Keep) -> None:
         assert row.batch is not None
-        number = self._sender.next_number
+        number, kept = self._sender.next_number, (keep.prefix, keep.below, keep.first)
         if row in self.prefilling:
             self.prefilling.remove(row)
-            self._sender.submit(CloseSequence(number, row.sequence, keep_as))
-        else:
-            self.batches[row.batch].remove(row)
-            told = row.unannounced_input
-            self._sender.submit(LeaveBatch(number, row.batch, row.sequence, keep_as, told=told))
-
-    def _keep(self, row: Running) -> int | None:
-        """Keep a sequence's tokens as a prefix; return its id, or None if it is not worth it."""
-        tokens, scope = row.held_tokens, row.request.prefix_scope
-        if len(tokens) < LEAST_REUSE_TOKENS or self._prefixes.has(tokens, scope):
-            return None
-        for prefix in list(self._prefixes.redundant(tokens, scope)):
-            self._drop(prefix)
-        return self._prefixes.add(tokens, scope)
-
-    def _drop(self, prefix: int) -> None:
-        self._prefixes.remove(prefix)
-        self._sender.submit(DropPrefix(self._sender.next_number, prefix))
+            self._sender.submit(CloseSequence(number, row.sequence, *kept))
+            return
+        self.batches[row.batch].remove(row)
+        told = row.unannounced_input
+        self._sender.submit(LeaveBatch(number, row.batch, row.sequence, *kept, told=told))
 
     def _evict(self) -> None:
-        """Drop prefixes until the worst case of all requests fits.
-
-        The least recently used are dropped first, but after all others those that a waiting
-        request will use: else conversations that take turns would lose theirs just before.
-        """
+        """Drop prefixes until the worst case of all requests fits."""
         used = used_tokens(self._worst_cases())
-        while used + self._prefixes.tokens() > self._budget.tokens:
-            oldest = self._prefixes.oldest(self.line.wanted_prefixes())
-            if oldest is None:
-                break
-            self._drop(oldest)
+        self.keeper.evict(used, self._budget.tokens, self.line.wanted_prefixes())
         if self._cache_use() != self._reported_use:
             self.report_cache_use()
 

@@ -16,8 +16,9 @@ class Waiting:
     """A request that has not been admitted, or was paused. ``since`` is of the monotonic clock.
 
     ``masked`` is set if the request has a grammar, ``paused`` if it has begun. ``prefix`` is the
-    kept prefix that it will use, as far as that is known. ``passed_units`` counts the work that was
-    admitted before it while it was next and there was no memory for it.
+    kept prefix that it will use, as far as that is known. ``considered`` is True once stored
+    prefixes were looked for, ``reading`` while they are read for it. ``passed_units`` counts the
+    work that was admitted before it while it was next and there was no memory for it.
     """
 
     request: Generate
@@ -26,11 +27,13 @@ class Waiting:
     paused: Running | None = None
     prefix: int | None = None
     passed_units: int = 0
+    considered: bool = False
+    reading: bool = False
 
     @property
     def is_ready(self) -> bool:
-        """False while its grammar is compiled, or its next mask computed."""
-        return self.masked is None or not self.masked.pending
+        """False while its grammar is compiled, its next mask computed, or its prefix read."""
+        return not self.reading and (self.masked is None or not self.masked.pending)
 
     def ended(self, reason: FinishReason) -> Finished:
         """Build the report of a request that ends while it waits."""

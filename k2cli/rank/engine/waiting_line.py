@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from k2cli.fair_queue import SHORT_UNITS, FairQueue, Ticket
-from k2cli.rank.engine.prefixes import PrefixDirectory
+from k2cli.rank.engine.prefixes import PrefixTree
 from k2cli.rank.engine.requests import Running, Waiting
 
 
@@ -16,7 +16,7 @@ class WaitingLine:
         prefixes: the kept prefixes, which make requests cheaper.
     """
 
-    def __init__(self, prefixes: PrefixDirectory) -> None:
+    def __init__(self, prefixes: PrefixTree) -> None:
         self._prefixes = prefixes
         self._queue: FairQueue[Waiting] = FairQueue()
         self._tickets: dict[str, Ticket[Waiting]] = {}
@@ -45,6 +45,11 @@ class WaitingLine:
     def find(self, request_id: str) -> Ticket[Waiting] | None:
         """Return the ticket of a request that waits."""
         return self._tickets.get(request_id)
+
+    def has(self, waiting: Waiting) -> bool:
+        """True if this entry waits."""
+        ticket = self._tickets.get(waiting.request.request_id)
+        return ticket is not None and ticket.item is waiting
 
     def join(self, waiting: Waiting) -> None:
         """Add a request."""

@@ -1,29 +1,41 @@
 """KV caches of one rank: those of sequences in prefill, of decode batches and of kept prefixes.
 
 Every entry is a list of mlx-lm cache objects, one per decoder layer that this rank holds. Caches
-of single sequences are merged when they join a batch, cut out again when they leave it, and
-copied (lazily: arrays are shared until one is written to) when a kept prefix is used again. The
-leader decides each of these changes; this module carries them out.
+of single sequences are merged when they join a batch and cut out again when they leave it.
+``kept_prefixes`` has those that are kept for later. The leader decides each of these changes; this
+module carries them out.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import time
-import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from k2cli.mlx_lm_package import mlx_lm_module
+from k2cli.rank.kv_cache.kept_prefixes import KeptPrefixes, LayerCaches, checksum
+from k2cli.rank.kv_cache.segments import can_cut
 from k2cli.sharding.stage import Stage
 
-LayerCaches = list[Any]
 _RELEASE_SECONDS = 0.01
+
+
+class Keep(Protocol):
+    """Fields that say how a sequence's cache is kept: ``CloseSequence`` and ``LeaveBatch``."""
+
+    @property
+    def keep_as(self) -> int | None: ...
+
+    @property
+    def keep_below(self) -> int | None: ...
+
+    @property
+    def keep_from(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -41,9 +53,11 @@ class CacheTable:
     stage: Stage
     sequences: dict[int, LayerCaches] = field(default_factory=dict)
     batches: dict[int, Batch] = field(default_factory=dict)
-    prefixes: dict[int, LayerCaches] = field(default_factory=dict)
+    prefixes: KeptPrefixes = field(init=False)
     _tokens: dict[int, array[int]] = field(default_factory=dict)
-    _prefix_tokens: dict[int, array[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prefixes = KeptPrefixes(can_cut(self.stage), self.stage.make_local_cache)
 
     def open(self, sequence: int, prefix: int | None, kept_tokens: int) -> None:
         """Make a cache for a sequence: empty, or a copy of the first tokens of a kept prefix."""
@@ -51,26 +65,20 @@ class CacheTable:
             self._tokens[sequence] = array("i")
             self.sequences[sequence] = self.stage.make_local_cache()
             return
-        self._tokens[sequence] = self._prefix_tokens[prefix][:kept_tokens]
-        caches = copy.deepcopy(self.prefixes[prefix])
-        for cache in caches:
-            if cache.size() > kept_tokens:
-                cache.trim(cache.size() - kept_tokens)
-        self.sequences[sequence] = caches
+        self._tokens[sequence], self.sequences[sequence] = self.prefixes.open(prefix, kept_tokens)
 
     def feed(self, sequence: int, tokens: Sequence[int]) -> None:
         """Record tokens that a sequence's cache holds from now on."""
         self._tokens[sequence].extend(tokens)
 
-    def close(self, sequence: int, keep_as: int | None) -> None:
+    def close(self, sequence: int, keep: Keep) -> None:
         """Release a sequence's cache, or keep it as a prefix."""
-        self._settle(sequence, self.sequences.pop(sequence), keep_as)
+        self._settle(sequence, self.sequences.pop(sequence), keep)
 
-    def _settle(self, sequence: int, caches: LayerCaches, keep_as: int | None) -> None:
+    def _settle(self, sequence: int, caches: LayerCaches, keep: Keep) -> None:
         tokens = self._tokens.pop(sequence)
-        if keep_as is not None:
-            self.prefixes[keep_as] = caches
-            self._prefix_tokens[keep_as] = tokens
+        if keep.keep_as is not None:
+            self.prefixes.keep(keep.keep_as, tokens, caches, keep.keep_below, keep.keep_from)
 
     def join(self, batch: int, sequence: int) -> None:
         """Make a sequence the last row of a batch."""
@@ -119,7 +127,7 @@ class CacheTable:
             cache.extend(other)
         into.rows += sequences
 
-    def leave(self, batch: int, sequence: int, keep_as: int | None, move_to: int | None) -> None:
+    def leave(self, batch: int, sequence: int, keep: Keep, move_to: int | None = None) -> None:
         """Take a sequence out of a batch: release its cache, keep it as a prefix, or move it."""
         source = self.batches[batch]
         row = source.rows.index(sequence)
@@ -131,22 +139,17 @@ class CacheTable:
             source.rows.remove(sequence)
             own, source.caches = self._empty(1), self._empty(len(source.rows))
         else:
-            own = _take_out(source, row, wanted=keep_as is not None or move_to is not None)
+            own = _take_out(source, row, wanted=keep.keep_as is not None or move_to is not None)
         if move_to is not None:
             self.sequences[sequence] = own
             self.join(move_to, sequence)
         else:
-            self._settle(sequence, own, keep_as)
+            self._settle(sequence, own, keep)
 
     def batch_bytes(self, batch: int) -> int:
         """Return the bytes of a batch's caches; 0 if there is no such batch yet."""
         entry = self.batches.get(batch)
         return sum(cache.nbytes for cache in entry.caches) if entry else 0
-
-    def drop_prefix(self, prefix: int) -> None:
-        """Release a kept prefix."""
-        del self.prefixes[prefix], self._prefix_tokens[prefix]
-        mx.clear_cache()
 
     def digest(self, step: int) -> str:
         """Return the SHA-256 (16 hexadecimal digits) of this rank's records after a step.
@@ -156,19 +159,11 @@ class CacheTable:
         """
         state = (
             step,
-            [(sequence, *_checksum(self._tokens[sequence])) for sequence in sorted(self._tokens)],
+            [(sequence, *checksum(self._tokens[sequence])) for sequence in sorted(self._tokens)],
             sorted((batch, tuple(entry.rows)) for batch, entry in self.batches.items()),
-            [
-                (prefix, *_checksum(tokens))
-                for prefix, tokens in sorted(self._prefix_tokens.items())
-            ],
+            self.prefixes.checksums(),
         )
         return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-
-
-def _checksum(tokens: array[int]) -> tuple[int, int]:
-    """Return the number of tokens and their CRC-32."""
-    return len(tokens), zlib.crc32(tokens)
 
 
 def _take_out(source: Batch, row: int, *, wanted: bool) -> LayerCaches:

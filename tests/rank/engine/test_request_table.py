@@ -27,6 +27,7 @@ from k2cli.protocol import (
     OpenSequence,
     RankMessage,
     RequestFailed,
+    SplitPrefix,
 )
 from k2cli.rank.engine.budget import used_tokens
 from k2cli.rank.engine.pausing import QUANTUM_UNITS
@@ -44,7 +45,7 @@ class Ranks:
 
     sequences: set[int] = field(default_factory=set)
     rows: dict[int, list[int]] = field(default_factory=dict)
-    prefixes: set[int] = field(default_factory=set)
+    prefixes: dict[int, int | None] = field(default_factory=dict)
     next_number: int = 1
 
     def submit(self, decision: Decision) -> None:
@@ -58,23 +59,28 @@ class Ranks:
             case JoinBatch(batch=batch, sequence=sequence):
                 self.sequences.remove(sequence)
                 self.rows.setdefault(batch, []).append(sequence)
-            case LeaveBatch(batch=batch, sequence=sequence, keep_as=keep_as, move_to=move_to):
+            case LeaveBatch(batch=batch, sequence=sequence, move_to=move_to):
                 self.rows[batch].remove(sequence)
                 if move_to is not None:
                     self.rows.setdefault(move_to, []).append(sequence)
-                self._keep(keep_as)
-            case CloseSequence(sequence=sequence, keep_as=keep_as):
+                self._keep(decision.keep_as, decision.keep_below)
+            case CloseSequence(sequence=sequence):
                 self.sequences.remove(sequence)
-                self._keep(keep_as)
+                self._keep(decision.keep_as, decision.keep_below)
+            case SplitPrefix(prefix=prefix, above=above):
+                self._keep(above, self.prefixes[prefix])
+                self.prefixes[prefix] = above
             case DropPrefix(prefix=prefix):
-                self.prefixes.remove(prefix)
+                del self.prefixes[prefix]
+                assert prefix not in self.prefixes.values(), "a parent was dropped"
             case _:
                 raise AssertionError(decision)
 
-    def _keep(self, keep_as: int | None) -> None:
+    def _keep(self, keep_as: int | None, below: int | None) -> None:
         if keep_as is not None:
             assert keep_as not in self.prefixes
-            self.prefixes.add(keep_as)
+            assert below is None or below in self.prefixes
+            self.prefixes[keep_as] = below
 
 
 class Machine:
@@ -85,7 +91,7 @@ class Machine:
         self.ranks, self.told = Ranks(), list[RankMessage]()
         self.table = RequestTable(
             self.ranks, self.told.append, context_length=CONTEXT, concurrency=concurrency,
-            batches=batches, can_batch=True, plain_caches=True,
+            batches=batches, can_batch=True, cuttable_caches=True,
         )  # fmt: skip
         self.budget_tokens = CONTEXT * concurrency
         self.numbers = itertools.count()
@@ -143,7 +149,7 @@ class Machine:
             held[row.batch].append(row.worst_case_tokens)
         assert used_tokens(held) + table._prefixes.tokens() <= self.budget_tokens
         assert {row.sequence for row in table.prefilling} == self.ranks.sequences
-        assert set(table._prefixes._entries) == self.ranks.prefixes
+        assert set(table._prefixes) == self.ranks.prefixes.keys()
         for batch, rows in table.batches.items():
             assert [row.sequence for row in rows] == self.ranks.rows.get(batch, [])
         for message in self.told:
@@ -277,7 +283,7 @@ def test_a_request_whose_cache_is_gone_when_it_starts_is_not_short() -> None:
     (ticket,) = machine.table.line.tickets
     assert is_short(ticket)
     assert ticket.item.prefix is not None
-    machine.table._drop(ticket.item.prefix)
+    machine.table.keeper.drop(ticket.item.prefix)
     machine.table.admit(list(machine.table.batches))
     assert [row.is_short for row in machine.table.admitted] == [False]
     machine.run_until(follow_up)

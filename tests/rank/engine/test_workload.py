@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from k2cli.prefix_folder import stores
 from lab.toy_k2.vocabulary import special_id
 from tests.rank.engine.workload import Workload
 from tests.support.grammars import LIST, lark
@@ -63,3 +65,28 @@ def test_many_workloads(pool: RankPool) -> None:
         workload = Workload(pool, seed, CONTEXT, GRAMMARS, END)
         workload.run(40, 600.0)
         workload.check()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("strategy", "size"), [("single", 1), ("pipeline", 2), ("tensor", 2)])
+def test_prefixes_from_a_disk_change_no_answer(
+    toy_k2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, size: int
+) -> None:
+    """The same workload in runs one after another, on disks with room for a part of it."""
+    monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path / "cache"))
+    parts = assignments(
+        toy_k2, strategy, size, concurrency=8, context_length=1024, prefill_chunk_tokens=256,
+        prefix_disk_bytes=4_000_000,
+    )  # fmt: skip
+    found, read = list[int](), 0
+    for _ in range(2):
+        with running(RankPool(parts, tmp_path)) as pool:
+            workload = Workload(pool, 11, 1024, longest_prompt=400)
+            workload.run(10, 600.0)
+            time.sleep(2.0)  # what is kept is written while no request runs
+            found.append(sum(store.tokens for store in stores()) // size)
+            ends = [pool.outcomes[name].finished for name in workload.sent]
+            read += sum(end.cached_tokens >= 256 for end in ends if end is not None)
+            workload.check()
+    assert found[0] > 0
+    assert read > 0

@@ -125,6 +125,8 @@ class Workload:
             owner = draw.choice((owner, earlier.owner, earlier.owner))
             answer = self.pool.outcomes.get(name, Outcome()).tokens
             prompt = [*earlier.prompt, *answer][: self.context_length * 3 // 4]
+            if draw.random() < 0.4:
+                prompt = prompt[: draw.randint(0, len(prompt))]  # it goes on in another way
         longest = min(self.context_length - 1 - len(prompt), self.longest_prompt)
         length = min(longest, draw.choice((1, 2, 20, 20, 60, longest * 3 // 4, longest)))
         prompt += draw.choices(range(300, 900), k=length)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from k2cli.protocol import CloseSequence
 from k2cli.rank.kv_cache.table import CacheTable, _released
 from k2cli.rank.loader import load_part
 from tests.support.rank_pool import assignments
@@ -18,8 +19,8 @@ def test_sequences_that_hold_nothing_yet_leave_a_batch(toy_k2: Path) -> None:
     for sequence in range(3):
         table.open(sequence, None, 0)
         table.join(0, sequence)
-    table.leave(0, 0, None, None)
-    table.leave(0, 1, None, 1)
+    table.leave(0, 0, CloseSequence(1, 0))
+    table.leave(0, 1, CloseSequence(2, 1), move_to=1)
     assert {batch: entry.rows for batch, entry in table.batches.items()} == {0: [2], 1: [1]}
     assert all(cache.empty() for entry in table.batches.values() for cache in entry.caches)
 

@@ -1,0 +1,1 @@
+"""Commands ``k2 cache ...``."""

@@ -1,0 +1,176 @@
+"""The folder of the prefix cache on disk: what is in it, and removing of it.
+
+``prefixes/STORE-RANK/SCOPE/BLOCK`` in k2's cache folder. A store belongs to one model, placement,
+float type and set of versions, a scope to one key; all names are digests. The names depend on a
+secret of the folder of the leader's machine, so that they tell nothing about the tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from k2cli.files import decode_json, open_regular, private_folder, read_regular, write_atomically
+from k2cli.settings import cache_directory
+
+SECRET_NAME = "secret"
+PART_MARK = ".part-"
+"""Part of the name of a block that is not complete."""
+BLOCK_TOKENS = 256
+_NOTE_NAME = "store.json"
+_LOCK_NAME = "lock"
+_SECRET_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFile:
+    """A block of a store: its name there (scope and block), size, and time of its last use."""
+
+    name: str
+    nbytes: int
+    used: float
+
+
+class StoreNote(msgspec.Struct, frozen=True):
+    """Note of a rank about its store: the name of the model, and the rank's number."""
+
+    model: str = ""
+    rank: int = 0
+    ranks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFolder:
+    """A store: whose it is as far as known, what it has, and if a run uses it."""
+
+    folder: Path
+    model: str
+    rank: int
+    ranks: int
+    tokens: int
+    nbytes: int
+    used: float
+    in_use: bool
+
+
+def prefixes_directory() -> Path:
+    """Return the folder of all stores; it may not be there."""
+    return cache_directory() / "prefixes"
+
+
+def open_prefixes_directory() -> Path:
+    """Make the folder of all stores, which only this user can access, and return it.
+
+    Raises:
+        OSError: if it cannot be made or written, or others can access it.
+    """
+    return private_folder(prefixes_directory())
+
+
+def naming_secret() -> bytes:
+    """Return the secret of this machine's folder; make it if there is none.
+
+    Raises:
+        OSError: if it cannot be read or written.
+    """
+    path = open_prefixes_directory() / SECRET_NAME
+    with contextlib.suppress(FileNotFoundError):
+        secret = read_regular(path, _SECRET_BYTES)
+        if len(secret) == _SECRET_BYTES:
+            return secret
+    write_atomically(path, os.urandom(_SECRET_BYTES), 0o600)
+    return read_regular(path, _SECRET_BYTES)
+
+
+def blocks_of(store: Path) -> Iterator[BlockFile]:
+    """Yield the files of a store, complete or not; links and other kinds are left out."""
+    for scope in _entries(store):
+        if not scope.is_dir(follow_symlinks=False):
+            continue
+        for entry in _entries(Path(scope.path)):
+            with contextlib.suppress(FileNotFoundError):
+                found = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(found.st_mode):
+                    name = f"{scope.name}/{entry.name}"
+                    yield BlockFile(name, found.st_size, found.st_mtime)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def stores() -> list[StoreFolder]:
+    """List the stores, the most recently used first.
+
+    Raises:
+        OSError: if the folder is there and cannot be read.
+    """
+    found = []
+    for entry in _entries(prefixes_directory()):
+        if entry.is_dir(follow_symlinks=False):
+            folder = Path(entry.path)
+            files = list(blocks_of(folder))
+            note = StoreNote()
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                note = decode_json(read_regular(folder / _NOTE_NAME, 2**16), StoreNote)
+            used = max((file.used for file in files), default=entry.stat().st_mtime)
+            size = sum(file.nbytes for file in files)
+            tokens = sum(PART_MARK not in file.name for file in files) * BLOCK_TOKENS
+            where = (note.model, note.rank, note.ranks)
+            found.append(StoreFolder(folder, *where, tokens, size, used, _is_used(folder)))
+    return sorted(found, key=lambda store: store.used, reverse=True)
+
+
+def open_store(folder: Path, note: StoreNote) -> int:
+    """Make a store's folder and its note; return a descriptor that marks it as used.
+
+    Raises:
+        OSError: if it cannot be made or written, or others can access it.
+    """
+    private_folder(folder)
+    write_atomically(folder / _NOTE_NAME, msgspec.json.encode(note), 0o600)
+    lock = open_regular(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, mode=0o600)
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return lock
+
+
+def _is_used(folder: Path) -> bool:
+    try:
+        lock = open_regular(folder / _LOCK_NAME)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(lock)
+    return False
+
+
+def remove_store(folder: Path) -> None:
+    """Remove a store and all its blocks.
+
+    Raises:
+        OSError: if something of it cannot be removed.
+    """
+    shutil.rmtree(folder)
+
+
+def remove_secret() -> None:
+    """Remove the secret: blocks on other machines are never found again, and give way to others."""
+    (prefixes_directory() / SECRET_NAME).unlink(missing_ok=True)
