@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from k2cli.agent import gpus as agent_gpus
+from k2cli.planning.hardware import gpus as hardware_gpus
 from k2cli.planning.hardware.machine import NodeMemory, cuda_machine
 
 MIB = 2**20
@@ -85,4 +86,6 @@ def make_gpu_host(folder: Path, count: int, patch: pytest.MonkeyPatch) -> GpuHos
     program.chmod(0o755)
     patch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     patch.setattr(agent_gpus, "this_machine", host.machine)
+    # On a machine that many tests share, its program may take seconds to start.
+    patch.setattr(hardware_gpus, "_QUERY_SECONDS", 60.0)
     return host
