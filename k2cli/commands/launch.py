@@ -158,6 +158,14 @@ def launch(
             help="Set MLX_METAL_FAST_SYNCH: faster on Macs, but GPUs have hung with it.",
         ),
     ] = False,
+    no_joined_projections: Annotated[
+        bool,
+        typer.Option(
+            "--no-joined-projections",
+            help="Compute gate and up projections one by one; on GPUs they are one product. For "
+            "comparison.",
+        ),
+    ] = False,
     fetch: Annotated[
         bool,
         typer.Option(
@@ -213,6 +221,7 @@ def launch(
         wait_seconds=_checked_wait(wait),
         share=share,
         fast_synch=fast_synch,
+        joins_projections=not no_joined_projections,
         fetch=fetch,
     )
     _launch(request, detach=detach, as_json=json)

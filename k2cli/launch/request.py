@@ -33,7 +33,8 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 class LaunchRequest:
     """The options of a launch. None and ``auto`` leave the choice to k2.
 
-    ``ends_with_chats``: the run ends once no chat holds its lease.
+    ``ends_with_chats``: the run ends once no chat holds its lease. ``joins_projections``: ranks may
+    join projections of the same input (``rank.joined_projections``).
     """
 
     model: str
@@ -66,6 +67,7 @@ class LaunchRequest:
     wait_seconds: float = 0.0
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     fast_synch: bool = False
+    joins_projections: bool = True
     deadlines: Deadlines = field(default_factory=Deadlines)
     worker: str = DEFAULT_WORKER
     fetch: bool = False

@@ -68,6 +68,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``rank.engine.lookahead``. ``cache_limit_bytes`` limits the freed arrays that MLX keeps,
     ``memory_limit_bytes`` these and those in use together. ``expansion_weight`` and
     ``attention_block_tokens`` are the settings of ``rank.attention.latent``, equal on all ranks.
+    ``joins_projections`` None leaves the choice to ``rank.joined_projections``.
     ``nccl_coordinator`` (``host:port``) is
     where the leader hands out NCCL's unique id; NCCL itself listens on ``nccl_interface`` alone.
     """
@@ -98,6 +99,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     looks_ahead: bool | None = None
     expansion_weight: float = 1.0
     attention_block_tokens: int = 0
+    joins_projections: bool | None = None
 
 
 class PlannedRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

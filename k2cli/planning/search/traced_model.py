@@ -110,7 +110,7 @@ class TracedModel:
 
     def _head_placement(self, count: int) -> HeadPlacement:
         """Cut the head too if possible: less to hold, and less to read for every token."""
-        from k2cli.sharding.head import can_shard_head
+        from k2cli.sharding.tensor import can_shard_head
 
         if count == 1 or self._head == "replicated":
             return "replicated"
