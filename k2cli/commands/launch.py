@@ -158,14 +158,14 @@ def launch(
             help="Set MLX_METAL_FAST_SYNCH: faster on Macs, but GPUs have hung with it.",
         ),
     ] = False,
-    no_joined_projections: Annotated[
-        bool,
+    joined_projections: Annotated[
+        bool | None,
         typer.Option(
-            "--no-joined-projections",
-            help="Compute gate and up projections one by one; on GPUs they are one product. For "
-            "comparison.",
+            "--joined-projections/--no-joined-projections",
+            help="Compute gate and up projections as one product. Default: on GPUs, where it is "
+            "faster.",
         ),
-    ] = False,
+    ] = None,
     fetch: Annotated[
         bool,
         typer.Option(
@@ -221,7 +221,7 @@ def launch(
         wait_seconds=_checked_wait(wait),
         share=share,
         fast_synch=fast_synch,
-        joins_projections=not no_joined_projections,
+        joins_projections=joined_projections,
         fetch=fetch,
     )
     _launch(request, detach=detach, as_json=json)

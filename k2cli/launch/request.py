@@ -33,8 +33,8 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 class LaunchRequest:
     """The options of a launch. None and ``auto`` leave the choice to k2.
 
-    ``ends_with_chats``: the run ends once no chat holds its lease. ``joins_projections``: ranks may
-    join projections of the same input (``rank.joined_projections``).
+    ``ends_with_chats``: the run ends once no chat holds its lease. ``joins_projections``: whether
+    ranks join projections of the same input (``rank.joined_projections``), on every device.
     """
 
     model: str
@@ -67,7 +67,7 @@ class LaunchRequest:
     wait_seconds: float = 0.0
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     fast_synch: bool = False
-    joins_projections: bool = True
+    joins_projections: bool | None = None
     deadlines: Deadlines = field(default_factory=Deadlines)
     worker: str = DEFAULT_WORKER
     fetch: bool = False
@@ -78,12 +78,16 @@ def checked_request(request: LaunchRequest) -> LaunchRequest:
     """Return the request with names and origins as clients send them.
 
     Raises:
-        UsageError: if the key, a name, an origin or an alias is one that no client can send, or
-            there is no parser of that name.
+        UsageError: if the key, a name, an origin or an alias is one that no client can send,
+            there is no parser of that name, or options exclude each other.
     """
     if request.api_key is not None:
         _check_api_key(request.api_key)
     _check_tls_options(request)
+    if request.joins_projections and request.plan_file is not None:
+        raise UsageError(
+            "--joined-projections needs memory that a saved plan may not have", "leave out --plan"
+        )
     _check_parser("--tool-parser", request.tool_parser, TOOL_PARSERS)
     _check_parser("--reasoning-parser", request.reasoning_parser, REASONING_PARSERS)
     return replace(

@@ -240,7 +240,7 @@ def _assignment(
         memory_limit_bytes=memory_limit_bytes(plan.nodes[rank]),
         expansion_weight=expansion_weight(node.backend for node in plan.nodes),
         attention_block_tokens=plan.request.attention_block_tokens,
-        joins_projections=None if run.request.joins_projections else False,
+        joins_projections=run.request.joins_projections,
     )
 
 

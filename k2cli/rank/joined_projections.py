@@ -16,16 +16,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from k2cli.sharding.joined_pairs import JOINED_ON, ProjectionPair, output_axis, projection_pairs
+from k2cli.sharding.joined_pairs import ProjectionPair, are_joined, output_axis, projection_pairs
 
 
 def joins_here(wanted: bool | None) -> bool:
     """Decide if this rank joins projections; ``wanted`` None leaves it to the device."""
-    if wanted is not None:
-        return wanted
-    if mx.default_device() != mx.gpu:
-        return JOINED_ON["cpu"]
-    return JOINED_ON["cuda" if mx.cuda.is_available() else "metal"]
+    gpu = "cuda" if mx.cuda.is_available() else "metal"
+    return are_joined(wanted, gpu if mx.default_device() == mx.gpu else "cpu")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,11 @@ those where it is faster (docs/design/decisions.md has the measurements)."""
 _MATRICES = frozenset(("weight", "scales", "biases"))
 
 
+def are_joined(wanted: bool | None, device: str) -> bool:
+    """Decide if a rank joins projections; ``wanted`` None leaves it to the device."""
+    return JOINED_ON[device] if wanted is None else wanted
+
+
 @dataclass(frozen=True, slots=True)
 class ProjectionPair:
     """Two projections of the same input, and the module that holds them.
