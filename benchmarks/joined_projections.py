@@ -37,7 +37,7 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 4096, "tie_word_embeddings": False,
     "quantization": {"group_size": 64, "bits": 4, "mode": "affine"},
 }  # fmt: skip
-CONTEXT = 64
+CONTEXT = 8
 
 
 def _model(config: dict[str, Any], dtype: mx.Dtype, *, joined: bool) -> nn.Module:
