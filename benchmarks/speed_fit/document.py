@@ -56,10 +56,10 @@ and the time of one chunk of a prompt:
   the latent space, where nothing is expanded. Rows of others are predicted without that. After
   65,536 tokens, milliseconds measured on one full-width layer of K2 on an H200, and predicted for
   its attention: 16 tokens 1.9 and 1.5 (mlx-lm 15.3 and 14.4), 50 tokens 4.9 and 4.7 (16.0 and
-  15.4), 160 tokens 12.7 and 15.1 (17.7 and 18.5). `plan-memory --explain` states the time of a follow-up
-  of 50 tokens to what is cached. Attention in blocks of the context has the same operations and is
-  predicted like attention without; measured, a layer takes 1.3 (65,536 tokens) to 2.1 times
-  (8,192) as long on an H200. The plan has blocks only where memory asks for them.
+  15.4), 160 tokens 12.7 and 15.1 (17.7 and 18.5). `plan-memory --explain` states the time of a
+  follow-up of 50 tokens to what is cached. Attention in blocks of the context has the same
+  operations and is predicted like attention without; measured, a layer takes 1.3 (65,536 tokens)
+  to 2.1 times (8,192) as long on an H200. The plan has blocks only where memory asks for them.
 * **Bandwidth and FLOPs** are the published figures of the chip; the *shares* are fitted. Chips with
   two dies (Ultra) have their own share of bandwidth.
 * **Fixed cost** is the time of a layer that does not depend on its bytes: the launch of its many
