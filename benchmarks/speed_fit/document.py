@@ -51,6 +51,15 @@ and the time of one chunk of a prompt:
   multiple of the bandwidth, are fitted within what has been published: 1.7 to 4.5 for two dies, 3.1
   to 5.2 for one (`CACHE_LOADS_RANGE` in `planning/speed/constants.py` names the sources). The
   kernel was improved on 2026-01-22 (mlx PR 3023); MiniMax-M2.1's rows are older, and the slowest.
+* **Attention to a prompt** is counted in operations, as mlx-lm computes it, and that of latent
+  attention (Kimi K2, DeepSeek-V3) as k2 computes it: chunks of few tokens after a long context in
+  the latent space, where nothing is expanded. Rows of others are predicted without that. After
+  65,536 tokens, milliseconds measured on one full-width layer of K2 on an H200, and predicted for
+  its attention: 16 tokens 1.9 and 1.5 (mlx-lm 15.3 and 14.4), 50 tokens 4.9 and 4.7 (16.0 and
+  15.4), 160 tokens 12.7 and 15.1 (17.7 and 18.5). `plan-memory --explain` states the time of a
+  follow-up of 50 tokens to what is cached. Attention in blocks of the context has the same
+  operations and is predicted like attention without; measured, a layer takes 1.3 (65,536 tokens)
+  to 2.1 times (8,192) as long on an H200. The plan has blocks only where memory asks for them.
 * **Bandwidth and FLOPs** are the published figures of the chip; the *shares* are fitted. Chips with
   two dies (Ultra) have their own share of bandwidth.
 * **Fixed cost** is the time of a layer that does not depend on its bytes: the launch of its many

@@ -175,6 +175,14 @@ def launch(
             help="Set MLX_METAL_FAST_SYNCH: faster on Macs, but GPUs have hung with it.",
         ),
     ] = False,
+    joined_projections: Annotated[
+        bool | None,
+        typer.Option(
+            "--joined-projections/--no-joined-projections",
+            help="Compute gate and up projections as one product. Default: on GPUs, where it is "
+            "faster.",
+        ),
+    ] = None,
     fetch: Annotated[
         bool,
         typer.Option(
@@ -232,6 +240,7 @@ def launch(
         wait_seconds=_checked_wait(wait),
         share=share,
         fast_synch=fast_synch,
+        joins_projections=joined_projections,
         fetch=fetch,
         link_check=link_check,
     )

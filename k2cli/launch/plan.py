@@ -125,6 +125,7 @@ def make_launch_plan(
         transport=link,
         prompt_tokens=request.prompt_tokens or PROMPT_TOKENS,
         answer_tokens=request.answer_tokens or ANSWER_TOKENS,
+        joins_projections=request.joins_projections,
     )
     memory = with_calibration(planner.with_gpus(machines, wanted), link)
     if request.concurrency is None:

@@ -39,7 +39,8 @@ class LaunchRequest:
 
     ``ends_with_chats``: the run ends once no chat holds its lease. ``link_check_tokens`` are the
     lengths of the prompts of the link check, and ``link_check_seconds`` about the longest that each
-    may take; None leaves it to the devices.
+    may take; None leaves it to the devices. ``joins_projections``: whether ranks join projections
+    of the same input (``rank.joined_projections``), on every device.
     """
 
     model: str
@@ -73,6 +74,7 @@ class LaunchRequest:
     wait_seconds: float = 0.0
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     fast_synch: bool = False
+    joins_projections: bool | None = None
     deadlines: Deadlines = field(default_factory=Deadlines)
     worker: str = DEFAULT_WORKER
     fetch: bool = False
@@ -86,12 +88,16 @@ def checked_request(request: LaunchRequest) -> LaunchRequest:
     """Return the request with names and origins as clients send them.
 
     Raises:
-        UsageError: if the key, a name, an origin or an alias is one that no client can send, or
-            there is no parser of that name.
+        UsageError: if the key, a name, an origin or an alias is one that no client can send,
+            there is no parser of that name, or options exclude each other.
     """
     if request.api_key is not None:
         _check_api_key(request.api_key)
     _check_tls_options(request)
+    if request.joins_projections and request.plan_file is not None:
+        raise UsageError(
+            "--joined-projections needs memory that a saved plan may not have", "leave out --plan"
+        )
     _check_parser("--tool-parser", request.tool_parser, TOOL_PARSERS)
     _check_parser("--reasoning-parser", request.reasoning_parser, REASONING_PARSERS)
     return replace(

@@ -31,7 +31,8 @@ class PlanRequest:
     cut. ``chunk_tokens`` is the prefill chunk. ``transport`` and ``collective_seconds`` concern the
     predicted speed; ``nccl`` also excludes a pipeline, since MLX's NCCL cannot send. With
     ``free_order`` the first node need not lead. Placements are compared by the time of a prompt of
-    ``prompt_tokens`` with an answer of ``answer_tokens``.
+    ``prompt_tokens`` with an answer of ``answer_tokens``. ``joins_projections``: whether
+    ranks join projections of the same input; None for those of ``JOINED_ON``.
     """
 
     strategy: Parallel = "auto"
@@ -45,6 +46,7 @@ class PlanRequest:
     free_order: bool = False
     prompt_tokens: int = PROMPT_TOKENS
     answer_tokens: int = ANSWER_TOKENS
+    joins_projections: bool | None = None
 
     def check(self, nodes: Sequence[NodeMemory]) -> None:
         """Refuse nonsensical amounts, no nodes, and several nodes for a strategy of one.

@@ -79,6 +79,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``rank.engine.lookahead``. ``cache_limit_bytes`` limits the freed arrays that MLX keeps,
     ``memory_limit_bytes`` these and those in use together. ``expansion_weight`` and
     ``attention_block_tokens`` are the settings of ``rank.attention.latent``, equal on all ranks.
+    ``joins_projections`` None leaves the choice to ``rank.joined_projections``.
     ``prefix_disk_bytes`` is what the prefix cache may take on this rank's disk, 0 for none, and
     ``prefix_disk_scope``, on the leader only, whose prompts the scope "" has: a digest of the run's
     own key. ``nccl_coordinator`` (``host:port``) is
@@ -115,6 +116,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link_check: LinkCheck | None = None
     prefix_disk_bytes: int = 0
     prefix_disk_scope: str = ""
+    joins_projections: bool | None = None
 
 
 class PlannedRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

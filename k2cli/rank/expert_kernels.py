@@ -42,9 +42,8 @@ class PartedExperts(nn.Module):
     def __init__(self, experts: nn.Module, largest_elements: int = LARGEST_ELEMENTS) -> None:
         super().__init__()
         whole = _parts(experts)[0]
-        count, outputs, _ = whole["weight"].shape
-        parts = -(-count * outputs * _inputs(experts) // largest_elements)
-        width = max(1, outputs // parts // _OUTPUT_STEP) * _OUTPUT_STEP if parts > 1 else outputs
+        outputs = whole["weight"].shape[1]
+        width = _width(experts, largest_elements)
         self.parts = [
             {name: _part(value, first, first + width) for name, value in whole.items()}
             for first in range(0, outputs, width)
@@ -93,6 +92,33 @@ class PartedExperts(nn.Module):
         if "bias" in self:
             product = product + mx.expand_dims(self["bias"][indices], -2)
         return product
+
+
+def are_fewer_joined(one: nn.Module, other: nn.Module) -> bool:
+    """True if two matrices of the same inputs need fewer parts as one matrix."""
+    if "scales" not in one:  # not quantized: never in parts
+        return True
+    outputs = [int(each["weight"].shape[-2]) for each in (one, other)]
+    if one["weight"].ndim < 3:
+        return True
+    needed = [-(-count // _width_of(one, count, LARGEST_ELEMENTS)) for count in outputs]
+    joined = sum(outputs)
+    return -(-joined // _width_of(one, joined, LARGEST_ELEMENTS)) < sum(needed)
+
+
+def _width(experts: nn.Module, largest_elements: int) -> int:
+    """Return the outputs of a part."""
+    return _width_of(experts, int(_parts(experts)[0]["weight"].shape[1]), largest_elements)
+
+
+def _width_of(experts: nn.Module, outputs: int, largest_elements: int) -> int:
+    """Return the outputs of a part of as many experts and inputs, with ``outputs`` in all."""
+    each = len(_parts(experts)[0]["weight"]) * _inputs(experts)  # elements of one output
+    parts = -(-outputs * each // largest_elements)
+    if parts == 1:
+        return outputs
+    even = -(-outputs // (parts * _OUTPUT_STEP)) * _OUTPUT_STEP
+    return even if even * each <= largest_elements else max(even - _OUTPUT_STEP, _OUTPUT_STEP)
 
 
 def part_experts(model: nn.Module, largest_elements: int = LARGEST_ELEMENTS) -> None:

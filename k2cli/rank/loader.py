@@ -4,13 +4,20 @@ A parameter that is a slice of a stored tensor, or a whole large one, is read by
 into memory of its own. A parameter that is computed from stored tensors (experts stacked, fp8
 expanded) is evaluated by mlx, which then reads those tensors whole. Parameters are loaded one at a
 time, so the memory in use never exceeds what is loaded, plus one parameter and its sources.
+
+Projections of the same input that are joined (``rank.joined_projections``) are read into the memory
+of the joined matrix, so that the two forms never exist beside each other. Where mlx computes them
+from other tensors, the two forms of one parameter exist for a moment, and only small ones are
+joined: up to ``MOST_COMPUTED_BYTES``, which is less than a plan has for the program itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +31,13 @@ from k2cli.models.safetensors_header import DTYPE_BITS, StoredTensor
 from k2cli.protocol import Assignment, HeldTensor
 from k2cli.rank.absent_files import open_absent, refuse_absent, refused_if_absent
 from k2cli.rank.attention.latent import use_own_attention
-from k2cli.rank.expert_kernels import part_experts
+from k2cli.rank.expert_kernels import are_fewer_joined, part_experts
 from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
+from k2cli.rank.joined_projections import JoinedParameter, join_projections, joins_here
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.coverage import WholeModel, describe_whole
+from k2cli.sharding.joined_pairs import ProjectionPair
 from k2cli.sharding.latent_ways import LatentSettings
 from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, part_slices
@@ -36,6 +45,9 @@ from k2cli.sharding.stage import Stage
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import cut, parameters, running_model, trace_model
 from k2cli.sharding.weights_and_cache import kv_cache_bytes
+
+MOST_COMPUTED_BYTES = 512 * 2**20
+"""Bytes of a joined parameter that may exist beside the two that it is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +109,17 @@ def _open_tensors(checkpoint: Checkpoint) -> dict[str, mx.array]:
 class _OpenPart:
     """A rank's part before it is read.
 
-    ``origins`` holds the origin of each parameter that is read by ranges, by the parameter's name;
+    ``origins`` holds the origins of each parameter that is read by ranges, by the parameter's name:
+    two of a joined parameter, else one. ``joined`` are the joined parameters by their names;
     ``whole_sizes`` the size of each of the whole model's parameters as stored: its bytes, and the
     bytes of one element.
     """
 
     stage: Stage
     whole: WholeModel
-    origins: dict[str, _Origin]
+    origins: dict[str, list[_Origin]]
     whole_sizes: dict[str, tuple[int, int]]
+    joined: dict[str, JoinedParameter]
 
 
 def load_part(
@@ -126,13 +140,11 @@ def load_part(
     model = opened.stage.model
     total = sum(value.nbytes for value in parameters(model).values())
     _check_planned(checkpoint, assignment, opened.stage, total)
-    refuse_absent([origin.tensor for origin in opened.origins.values()], checkpoint.absent)
+    read_tensors = [origin.tensor for found in opened.origins.values() for origin in found]
+    refuse_absent(read_tensors, checkpoint.absent)
     with refused_if_absent(checkpoint.folder, checkpoint.absent):
         read, taken = _read(opened, lambda done: on_bytes(done, total))
-    held = [
-        HeldTensor(name, list(value.shape), str(value.dtype), value.nbytes)
-        for name, value in parameters(model).items()
-    ]
+    held = _held_tensors(parameters(model), opened.joined)
     if copies_from_host():
         part_experts(model)
     use_own_attention(
@@ -192,13 +204,59 @@ def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _O
             if array is whole.get(name)
         }
     origins = {
-        name: _Origin(unchanged[taken.source], taken)
+        name: [_Origin(unchanged[taken.source], taken)]
         for name, taken in slices.items()
         if taken.source in unchanged
         and suits(unchanged[taken.source], taken)
         and taken.result_shape == tuple(part[name].shape)
     }
-    return _OpenPart(stage, described, origins, whole_sizes)
+    joined: dict[str, JoinedParameter] = {}
+    if joins_here(assignment.joins_projections):
+        joined = join_projections(stage.model, partial(_may_join, origins))
+        for name, of in joined.items():
+            pair = [origin for each in of.names for origin in origins.pop(each, [])]
+            if _are_read_together(pair, of.axis):
+                origins[name] = pair
+    return _OpenPart(stage, described, origins, whole_sizes, joined)
+
+
+def _may_join(
+    origins: Mapping[str, list[_Origin]], pair: ProjectionPair, parts: Sequence[JoinedParameter]
+) -> bool:
+    """True if two projections become one product, with no memory beside it while loading."""
+    if copies_from_host() and not are_fewer_joined(*pair.members):
+        return False
+    for part in parts:
+        name = part.names[0].rpartition(".")[2]
+        values = [member[name] for member in pair.members]
+        if sum(value.nbytes for value in values) <= MOST_COMPUTED_BYTES:
+            continue
+        read = [origin for each in part.names for origin in origins.get(each, [])]
+        is_cast = any(DTYPE_BITS[origin.tensor.dtype] != 8 * values[0].itemsize for origin in read)
+        if is_cast or not _are_read_together(read, part.axis):
+            return False
+    return True
+
+
+def _are_read_together(pair: Sequence[_Origin], axis: int) -> bool:
+    """True if two slices can be read into one array, one behind the other along ``axis``."""
+    return (
+        len(pair) == 2
+        and pair[0].tensor.dtype == pair[1].tensor.dtype
+        and all(origin.part.is_whole or origin.part.axis >= axis for origin in pair)
+    )
+
+
+def _held_tensors(
+    loaded: Mapping[str, mx.array], joined: Mapping[str, JoinedParameter]
+) -> list[HeldTensor]:
+    """List the loaded tensors by the names and shapes that they have in the model as stored."""
+    held = []
+    for name, value in loaded.items():
+        of = joined.get(name)
+        for part, shape in [(name, list(value.shape))] if of is None else of.shapes(value.shape):
+            held.append(HeldTensor(part, shape, str(value.dtype), prod(shape) * value.itemsize))
+    return held
 
 
 def _read(opened: _OpenPart, on_bytes: Callable[[int], None]) -> tuple[int, int]:
@@ -208,19 +266,30 @@ def _read(opened: _OpenPart, on_bytes: Callable[[int], None]) -> tuple[int, int]
     buffers = reused_host_memory() if copies_from_host() else nullcontext()
     with TensorReader() as reader, buffers:
         for name, *further_names in _places(model):
-            origin = opened.origins.get(name)
+            origins = opened.origins.get(name)
             value = _parameter(model, name)
-            if origin is None:
-                whole, item = opened.whole_sizes.get(name, (value.nbytes, value.itemsize))
+            if origins is None:
+                whole, item = _stored_size(opened, name, value)
                 read, taken = read + whole, taken + value.size * item
                 value = _evaluated(value)
             else:
-                value = _read_one(reader, origin, value.dtype, done, on_bytes)
+                axis = opened.joined[name].axis if len(origins) > 1 else 0
+                value = _read_one(reader, origins, axis, value.dtype, done, on_bytes)
             for place in (name, *further_names):
                 _replace(model, place, value)
             done += value.nbytes
             on_bytes(done)
     return read + reader.bytes_read, taken + reader.bytes_taken
+
+
+def _stored_size(opened: _OpenPart, name: str, value: mx.array) -> tuple[int, int]:
+    """Return the bytes as stored of what a parameter is made of, and those of one element."""
+    of = opened.joined.get(name)
+    names = (name,) if of is None else of.names
+    sizes = [opened.whole_sizes[each] for each in names if each in opened.whole_sizes]
+    if len(sizes) < len(names):
+        return value.nbytes, value.itemsize
+    return sum(whole for whole, _ in sizes), sizes[0][1]
 
 
 def _evaluated(value: mx.array) -> mx.array:
@@ -233,16 +302,17 @@ def _evaluated(value: mx.array) -> mx.array:
 
 def _read_one(
     reader: TensorReader,
-    origin: _Origin,
+    origins: Sequence[_Origin],
+    axis: int,
     dtype: mx.Dtype,
     done: int,
     on_bytes: Callable[[int], None],
 ) -> mx.array:
     """Read a parameter by ranges, and cast it if it is stored with another type."""
-    stored_bits = DTYPE_BITS[origin.tensor.dtype]
-    value = reader.read(
-        origin.tensor,
-        origin.part,
+    stored_bits = DTYPE_BITS[origins[0].tensor.dtype]
+    value = reader.read_joined(
+        [(origin.tensor, origin.part) for origin in origins],
+        axis,
         lambda filled: on_bytes(done + filled * dtype.size * 8 // stored_bits),
     )
     if value.dtype != dtype:

@@ -24,7 +24,7 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -97,15 +97,35 @@ def suits(tensor: StoredTensor, part: AxisSlice) -> bool:
     return not part.is_whole or tensor.nbytes > _JOB_BYTES
 
 
-def layout_of(tensor: StoredTensor, part: AxisSlice) -> Layout:
-    """Return the position of a slice in its stored tensor, in bytes."""
+def layout_of(tensor: StoredTensor, part: AxisSlice, blocks: int = 1) -> Layout:
+    """Return the position of a slice in its stored tensor, in bytes.
+
+    Its rows divide into ``blocks``, which are those along leading axes.
+    """
     item_bytes = DTYPE_BITS[tensor.dtype] // 8
     shape = tensor.shape or (1,)
     if part.is_whole:
-        return Layout(1, tensor.nbytes, ((0, tensor.nbytes),))
+        return Layout(blocks, tensor.nbytes // blocks, ((0, tensor.nbytes // blocks),))
     inner = item_bytes * prod(shape[part.axis + 1 :])
     pieces = tuple((first * inner, past_last * inner) for first, past_last in part.runs)
     return Layout(prod(shape[: part.axis]), shape[part.axis] * inner, pieces)
+
+
+def _jobs_of_blocks(
+    target: memoryview, sources: Sequence[_Ranges], blocks: int
+) -> Iterator[tuple[Callable[[], int], int]]:
+    """Yield the reads that fill ``target``: for each block the part of each source in turn."""
+    if len(sources) == 1:
+        yield from sources[0].jobs(target)
+        return
+    filled = 0
+    for block in range(blocks):
+        for source in sources:
+            rows = source.layout.rows // blocks
+            length = rows * source.layout.taken_bytes
+            part = target[filled : filled + length]
+            yield from source.jobs(part, block * rows, (block + 1) * rows)
+            filled += length
 
 
 class TensorReader:
@@ -150,10 +170,37 @@ class TensorReader:
             K2Error: if the file cannot be read or is shorter than its header says.
         """
 
-        def fill(target: memoryview) -> None:
-            self._fill(target, tensor, layout_of(tensor, part), on_bytes)
+        return self.read_joined([(tensor, part)], 0, on_bytes)
 
-        file = _PartFile(tensor.dtype, part.result_shape, fill)
+    def read_joined(
+        self,
+        sources: Sequence[tuple[StoredTensor, AxisSlice]],
+        axis: int,
+        on_bytes: Callable[[int], None],
+    ) -> mx.array:
+        """Read slices of stored tensors into one array, one behind the other along ``axis``.
+
+        Args:
+            sources: as in ``read``, of one element type; each slice is whole or along ``axis`` or
+                a later axis, and their other lengths are equal.
+            on_bytes: called from time to time with the number of bytes read.
+
+        Raises:
+            K2Error: as ``read``.
+        """
+        shape = list(sources[0][1].result_shape)
+        if len(sources) > 1:
+            shape[axis] = sum(part.result_shape[axis] for _, part in sources)
+        blocks = prod(shape[:axis])
+
+        def fill(target: memoryview) -> None:
+            ranges = [
+                _Ranges(self._open(tensor.file), tensor, layout_of(tensor, part, blocks))
+                for tensor, part in sources
+            ]
+            self._fill(target, ranges, blocks, on_bytes)
+
+        file = _PartFile(sources[0][0].dtype, tuple(shape), fill)
         released = threading.Event()
         watch = weakref.ref(file, lambda _: released.set())
         arrays = mx.load(cast(BinaryIO, file), format="safetensors")
@@ -173,15 +220,16 @@ class TensorReader:
     def _fill(
         self,
         target: memoryview,
-        tensor: StoredTensor,
-        layout: Layout,
+        sources: Sequence[_Ranges],
+        blocks: int,
         on_bytes: Callable[[int], None],
     ) -> None:
-        ranges = _Ranges(self._open(tensor.file), tensor, layout)
+        """Fill ``target``, which has a part of each source in each of ``blocks``."""
+        jobs = _jobs_of_blocks(target, sources, blocks)
         if target.nbytes <= _JOB_BYTES:
-            self.bytes_read += sum(job() for job, _ in ranges.jobs(target))
+            self.bytes_read += sum(job() for job, _ in jobs)
             return
-        pending = [(self._pool.submit(job), filled) for job, filled in ranges.jobs(target)]
+        pending = [(self._pool.submit(job), filled) for job, filled in jobs]
         done = 0
         try:
             for future, filled in pending:
@@ -211,14 +259,21 @@ class _Ranges:
     tensor: StoredTensor
     layout: Layout
 
-    def jobs(self, target: memoryview) -> Iterator[tuple[Callable[[], int], int]]:
-        """Yield the reads that together fill ``target``, each with the bytes that it fills."""
+    def jobs(
+        self, target: memoryview, first_row: int = 0, past_row: int | None = None
+    ) -> Iterator[tuple[Callable[[], int], int]]:
+        """Yield the reads that together fill ``target``, each with the bytes that it fills.
+
+        ``target`` is for the rows from ``first_row`` to before ``past_row``; None: all of them.
+        """
         layout = self.layout
+        rows = layout.rows if past_row is None else past_row
         many_rows = max(1, _JOB_BYTES // layout.row_bytes)
         read = self._read_rows if layout.reads_whole_rows else self._read_pieces
-        for first in range(0, layout.rows, many_rows):
-            past_last = min(first + many_rows, layout.rows)
-            part = target[first * layout.taken_bytes : past_last * layout.taken_bytes]
+        for first in range(first_row, rows, many_rows):
+            past_last = min(first + many_rows, rows)
+            filled = (first - first_row) * layout.taken_bytes
+            part = target[filled : filled + (past_last - first) * layout.taken_bytes]
             if layout.row_bytes <= _JOB_BYTES:
                 yield partial(read, first, past_last, part), part.nbytes
             else:

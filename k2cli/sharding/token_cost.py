@@ -19,9 +19,9 @@ from k2cli.errors import UsageError
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.sharding import trace
 from k2cli.sharding.architectures import MODEL_FAILURES
-from k2cli.sharding.head import ShardedHead
 from k2cli.sharding.model_errors import explain_failure
 from k2cli.sharding.stage import anatomy, embedding_size, make_cache
+from k2cli.sharding.tensor import ShardedHead
 from k2cli.sharding.weights_and_cache import cache_window
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from k2cli import choices
@@ -81,3 +83,11 @@ def test_an_unknown_parser_is_refused_with_the_names_that_there_are() -> None:
     assert all(name in (error.value.hint or "") for name in choices.TOOL_PARSERS)
     with pytest.raises(UsageError, match=r"--reasoning-parser 'x' is not the name of"):
         checked_request(LaunchRequest("demo", reasoning_parser="x"))
+
+
+def test_a_saved_plan_has_no_memory_for_projections_that_are_joined_on_request() -> None:
+    plan = Path("plan.json")
+    assert checked_request(LaunchRequest("demo", plan_file=plan, joins_projections=False))
+    assert checked_request(LaunchRequest("demo", joins_projections=True)).joins_projections
+    with pytest.raises(UsageError, match="--joined-projections needs memory"):
+        checked_request(LaunchRequest("demo", plan_file=plan, joins_projections=True))

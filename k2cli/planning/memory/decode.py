@@ -17,7 +17,7 @@ docs/design/memory-model.md compares the model with MLX's measurements.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
 
@@ -81,6 +81,7 @@ def decode_activation(
     slices: int = 1,
     samples: bool = True,
     layers: int = 1,
+    joined: bool = False,
 ) -> ActivationBytes:
     """Model one rank's peak while all sequences decode one token, up to a full context.
 
@@ -91,6 +92,7 @@ def decode_activation(
         slices: ranks that share each layer (tensor parallelism); 1 otherwise.
         samples: whether this rank computes logits.
         layers: number of layers of this rank; it matters on CUDA only.
+        joined: whether projections of the same input are joined, where they can be.
     """
     heads = ceil(shape.heads / slices)
     logits = logits_bytes(shape, concurrency, itemsize) if samples else 0
@@ -101,7 +103,7 @@ def decode_activation(
     if device == "cuda":
         held = min(layers, _HELD_LAYERS[_kind(shape)])
         attention, feed_forward, hidden = _cuda_layer(
-            shape, heads, concurrency, context_length, itemsize, slices
+            shape, heads, concurrency, context_length, itemsize, slices, joined=joined
         )
         recurrent = shape.recurrent_layers(layers) * state
         if not shape.attends:
@@ -119,7 +121,7 @@ def decode_activation(
     if not shape.attends:
         attention = 0
     copies = COPIES[_kind(shape)][device]
-    feed_forward = feed_forward_bytes(shape, copies, concurrency, itemsize, slices)
+    feed_forward = feed_forward_bytes(shape, copies, concurrency, itemsize, slices, joined=joined)
     hidden = 4 * concurrency * shape.hidden * itemsize
     beyond = max(0, state - attention - feed_forward - hidden)
     return ActivationBytes(attention, feed_forward, hidden, logits, beyond)
@@ -130,10 +132,19 @@ def _kind(shape: ActivationShape) -> str:
 
 
 def _cuda_layer(
-    shape: ActivationShape, heads: int, rows: int, context: int, itemsize: int, slices: int
+    shape: ActivationShape,
+    heads: int,
+    rows: int,
+    context: int,
+    itemsize: int,
+    slices: int,
+    *,
+    joined: bool,
 ) -> tuple[int, int, int]:
     """Compute the bytes of one layer's step on CUDA: attention, feed-forward part, hidden state."""
     copies = _CUDA_COPIES[_kind(shape)]
+    if joined and shape.joins:  # the joined result is not overwritten
+        copies = replace(copies, inner=copies.inner + 1)
     each = rows * itemsize
     if shape.latent_size:
         attention = copies.latent * allocated_bytes(each * heads * shape.latent_size)

@@ -14,6 +14,9 @@ DeepSeek-V3 took 1.2526 MB per token of context there (mlx-lm PR 839); two copie
 the expanded pair are 1.2499. What k2 computes itself, absorbed or in blocks, is in
 ``memory/latent.py``.
 
+*Joined projections* (gate and up as one product) leave their result in memory while its halves are
+multiplied; MLX otherwise overwrites one of them (``JOINED_COPIES``).
+
 *Ordinary attention* is fused on Metal and CUDA for the head sizes that their kernels support.
 Otherwise (always on the CPU, and for float32 on CUDA) scores and a mask are materialized, once.
 
@@ -84,6 +87,11 @@ COPIES: dict[str, dict[str, Copies]] = {
 """Copies by kind of attention and device: ``cpu`` and ``cuda`` fitted, ``metal`` modelled."""
 
 
+JOINED_COPIES = {"experts": 1.3, "dense": 1.05}
+"""Copies of ``expert_inner`` or ``inner`` that joined projections add (fitted on the CPU; on a GPU
+as well, which is not measured)."""
+
+
 @dataclass(frozen=True, slots=True)
 class ActivationShape:
     """The widths of the whole model that decide activation memory.
@@ -91,7 +99,8 @@ class ActivationShape:
     ``latent_size`` is the width of MLA's latent, 0 for other attention; ``expanded_size`` is then
     the width of one head's expanded key and value together, and ``rope_size`` that of a key's part
     with the position. ``own_attention`` is true if k2 computes it itself where that takes less.
-    ``experts`` is 0 for a dense model.
+    ``experts`` is 0 for a dense model. ``joins`` is true if gate and up projections can be joined,
+    those of experts if there are any.
     ``attends`` is false if no layer has keys and values. ``recurrence`` describes the recurrent
     layers, if there are any; the peak is that of the kind of layer that takes most.
     """
@@ -108,6 +117,7 @@ class ActivationShape:
     expanded_size: int = 0
     rope_size: int = 0
     own_attention: bool = False
+    joins: bool = False
     quantized: bool = False
     attends: bool = True
     recurrence: Recurrence | None = None
@@ -170,15 +180,19 @@ def activation_shape(config: Mapping[str, Any]) -> ActivationShape:
 
 def shape_of_model(config: Mapping[str, Any], model: nn.Module) -> ActivationShape:
     """Read the widths from a checked config, and the kinds of layers from its traced model."""
+    from k2cli.sharding.joined_pairs import projection_pairs
     from k2cli.sharding.latent_ways import has_own_attention
     from k2cli.sharding.recurrence import recurrence_of
 
     recurrence, attends = recurrence_of(model)
+    shape = activation_shape(config)
+    joins = any(pair.is_of_experts == (shape.experts > 0) for pair in projection_pairs(model))
     return replace(
-        activation_shape(config),
+        shape,
         recurrence=recurrence,
         attends=attends,
         own_attention=has_own_attention(model),
+        joins=joins,
     )
 
 
@@ -194,6 +208,7 @@ def prefill_activation(
     samples: bool = True,
     layers: int | None = None,
     settings: LatentSettings | None = None,
+    joined: bool = False,
 ) -> ActivationBytes:
     """Model one rank's peak while it prefills the last chunk of a full context.
 
@@ -207,6 +222,7 @@ def prefill_activation(
         layers: number of layers of this rank, all of them if None; it matters for recurrent ones.
         settings: of k2's own latent attention, and then the peak is that of all steps of up to a
             chunk; None for mlx-lm's class.
+        joined: whether projections of the same input are joined, where they can be.
     """
     chunk = min(chunk_tokens, context_length)
     heads = ceil(shape.heads / slices)
@@ -226,7 +242,7 @@ def prefill_activation(
         if shape.attends
         else 0
     )
-    feed_forward = feed_forward_bytes(shape, copies, chunk, itemsize, slices)
+    feed_forward = feed_forward_bytes(shape, copies, chunk, itemsize, slices, joined=joined)
     hidden = int(_hidden_copies(shape, device, copies, itemsize) * hidden)
     if own is not None:
         of_k2 = own_attention_bytes(
@@ -305,14 +321,23 @@ def _attention_bytes(
 
 
 def feed_forward_bytes(
-    shape: ActivationShape, copies: Copies, chunk: int, itemsize: int, slices: int
+    shape: ActivationShape,
+    copies: Copies,
+    chunk: int,
+    itemsize: int,
+    slices: int,
+    *,
+    joined: bool = False,
 ) -> int:
+    more = JOINED_COPIES["experts" if shape.experts else "dense"] if joined and shape.joins else 0
     if not shape.experts:
-        return int(copies.inner * chunk * ceil(shape.intermediate / slices) * itemsize)
+        inner_copies = copies.inner + more
+        return int(inner_copies * chunk * ceil(shape.intermediate / slices) * itemsize)
     # Tokens are gathered once per chosen expert, and later restored to their order.
     rows = chunk * shape.experts_per_token * itemsize
     inner = ceil(shape.expert_intermediate / slices)
-    return int(rows * (copies.expert_hidden * shape.hidden + copies.expert_inner * inner))
+    inner_copies = copies.expert_inner + more
+    return int(rows * (copies.expert_hidden * shape.hidden + inner_copies * inner))
 
 
 def logits_bytes(shape: ActivationShape, concurrency: int, itemsize: int) -> int:

@@ -21,6 +21,7 @@ from k2cli.planning.request import PlanRequest
 from k2cli.planning.search.traced_model import Slices, TracedModel
 from k2cli.planning.speed.estimate import SpeedEstimate, predict_speed
 from k2cli.planning.speed.exchange import Exchange
+from k2cli.sharding.joined_pairs import are_joined
 from k2cli.sharding.latent_ways import BLOCK_TOKENS, LatentSettings, expansion_weight
 from k2cli.sharding.placement import Placement
 
@@ -177,6 +178,7 @@ def activation_bytes(
         "itemsize": itemsize,
         "slices": slices,
         "samples": samples,
+        "joined": are_joined(problem.request.joins_projections, node.device),
     }
     prefill = prefill_activation(
         shape, chunk_tokens=chunk, layers=layers, settings=problem.latent_settings, **common

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from k2cli.choices import FloatType, Head, HeadPlacement
 from k2cli.errors import UsageError
 from k2cli.planning.model import ModelToPlan
-from k2cli.planning.speed.work import ModelWork, work_of_cost
+from k2cli.planning.speed.work import ModelWork, with_own_attention, work_of_cost
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -106,11 +106,13 @@ class TracedModel:
             cost = model_token_cost(model)
         except UsageError:
             return None
-        return work_of_cost(self.model.config, cost, count)
+        work = work_of_cost(self.model.config, cost, count)
+        own = self.model.shape.own_attention
+        return with_own_attention(work, self.model.config) if own else work
 
     def _head_placement(self, count: int) -> HeadPlacement:
         """Cut the head too if possible: less to hold, and less to read for every token."""
-        from k2cli.sharding.head import can_shard_head
+        from k2cli.sharding.tensor import can_shard_head
 
         if count == 1 or self._head == "replicated":
             return "replicated"

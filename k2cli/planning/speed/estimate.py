@@ -33,6 +33,10 @@ GREATEST_RATIO = 2.0
 unknown (slow collectives on many layers), the band is cut on both sides alike."""
 
 
+FOLLOW_UP_TOKENS = 50
+"""Tokens of the prompt that are not cached yet, such as a next question or a result of a tool."""
+
+
 @dataclass(frozen=True, slots=True)
 class Band:
     """A figure that is not known exactly; ``low <= expected <= high``, all in the same unit."""
@@ -309,6 +313,12 @@ def _terms(
         SpeedTerm("seconds per message", latency, "s", _latency_source(run.link)),
         SpeedTerm("waiting for messages", run.exchange_seconds(1), "s", "product"),
         SpeedTerm("operations per token of a prompt", float(flops), "FLOP", "traced"),
+        SpeedTerm(
+            f"follow-up of {FOLLOW_UP_TOKENS} tokens at {context_length:,} tokens",
+            run.follow_up_seconds(FOLLOW_UP_TOKENS, context_length),
+            "s",
+            "time to first token if the rest is cached",
+        ),
     ]
     return tuple(terms)
 

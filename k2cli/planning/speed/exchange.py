@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from k2cli.planning.hardware.machine import NodeRates
 from k2cli.planning.speed.placement_time import (
@@ -93,7 +94,8 @@ def _alike(stage: StageWork, chunks: list[int]) -> Iterator[tuple[int, int, int]
     """Yield (tokens, tokens before it, number of chunks like it).
 
     Without a window of attention the time of a chunk is linear in the tokens before it, so whole
-    chunks together take as long as the middle one times their number.
+    chunks together take as long as the middle one times their number: those before latent attention
+    is absorbed, and those from there on.
     """
     if not chunks:
         return
@@ -104,7 +106,9 @@ def _alike(stage: StageWork, chunks: list[int]) -> Iterator[tuple[int, int, int]
         for number in range(whole):
             yield size, number * size, 1
     else:
-        yield size, (whole - 1) * size // 2, whole
+        absorbed = {layer.first_absorbed(size, whole) for layer, _ in stage.layers if layer.latent}
+        for first, past_last in pairwise(sorted({0, whole, *absorbed})):
+            yield size, (first + past_last - 1) * size // 2, past_last - first
     if rest != size:
         yield rest, whole * size, 1
 

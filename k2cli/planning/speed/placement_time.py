@@ -130,8 +130,10 @@ def prefill_time(
         window = layer.window_tokens
         read += count * layer.weights_read(chunk_tokens)
         matrices += count * _matrix_seconds(layer, rates)
-        pairs += count * layer.pair_flops * (average if window is None else min(average, window))
-        expanded += count * layer.expand_flops * seen
+        absorbed = layer.is_absorbed(chunk_tokens, context_length)
+        each = layer.decode_pair_flops if absorbed else layer.pair_flops
+        pairs += count * each * (average if window is None else min(average, window))
+        expanded += 0 if absorbed else count * layer.expand_flops * seen
     return PrefillTime(
         read / rates.read_bytes_per_second,
         chunk_tokens * matrices,
@@ -247,15 +249,22 @@ class PlacementTime:
         """Add up the busiest machine's time over whole chunks, one after the other.
 
         A machine's time for a chunk is linear in the tokens before it, between the chunks at which
-        a window of attention is full. So 4,000 chunks cost no more to add up than four.
+        a window of attention is full, or from which on latent attention is absorbed. So 4,000
+        chunks cost no more to add up than four.
         """
+        absorbed = {
+            layer.first_absorbed(chunk_tokens, count)
+            for part in self.parts
+            for layer, _ in part.layers
+            if layer.latent is not None
+        }
         full = {
             min(max(math.ceil(layer.window_tokens / chunk_tokens - 0.5), 0), count)
             for part in self.parts
             for layer, _ in part.layers
             if layer.window_tokens is not None
         }
-        bounds = sorted({0, count, *full})
+        bounds = sorted({0, count, *full, *absorbed})
         busiest = sum(
             self._linear_seconds(first, past_last, chunk_tokens)
             for first, past_last in pairwise(bounds)
@@ -302,3 +311,15 @@ class PlacementTime:
         """Return the time to first token: the prompt without its last token, and one step."""
         prefill = self.prefill_seconds(prompt_tokens, chunk_tokens)
         return prefill + self.decode_seconds(prompt_tokens)
+
+    def follow_up_seconds(self, tokens: int, context_length: int) -> float:
+        """Return the time to first token of a prompt of which all but ``tokens`` are in the cache.
+
+        It is that of one chunk, which passes the stages of a pipeline one after the other, and of
+        one step.
+        """
+        kept = max(context_length - tokens, 0)
+        chunk = max(min(tokens, context_length) - 1, 1)
+        times = self._chunk_seconds(chunk, kept)
+        computing = sum(times) if self.is_pipeline else max(times)
+        return computing + self.exchange_seconds(chunk) + self.decode_seconds(context_length)

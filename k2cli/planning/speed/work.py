@@ -4,11 +4,13 @@ Traced and exact are the parameters that a step reads (of a mixture of experts o
 ones), the size of the cache at a context, and the collectives of a slice. The operations of
 attention follow from the widths in the config, as mlx-lm computes them: latent attention (MLA)
 expands keys and values from the whole context for every chunk of a prompt, and stays in the latent
-space for a single token.
+space for a single token. k2's own attention stays there for chunks of few tokens, too
+(``sharding.latent_ways``). Blocks of the context have the same operations.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
@@ -16,6 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.planning.config_check import first_field, text_config
 from k2cli.planning.memory.prefill import ActivationShape, activation_shape
+from k2cli.sharding.latent_ways import (
+    EXPANSION_WEIGHTS,
+    LatentWidths,
+    expansion_weight,
+    is_absorbed,
+)
 
 if TYPE_CHECKING:
     from k2cli.choices import HeadPlacement
@@ -43,6 +51,14 @@ class CacheWork:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentChoice:
+    """The arguments of ``sharding.latent_ways.is_absorbed`` that do not depend on the step."""
+
+    widths: LatentWidths
+    expansion_weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWork:
     """The cost of one layer, or of norm and head together, on one rank.
 
@@ -51,7 +67,9 @@ class LayerWork:
     multiplied with: ``dense_flops`` and ``expert_flops`` per token. Attention: ``pair_flops`` per
     token of a prompt and token that it sees, ``decode_pair_flops`` the same in decode, and
     ``expand_flops`` per token of context for every chunk of a prompt. ``window_tokens`` limits
-    the tokens that a token of a prompt sees; None is no limit.
+    the tokens that a token of a prompt sees; None is no limit. ``latent`` is set where k2's own
+    latent attention chooses between the two: an absorbed chunk costs ``decode_pair_flops``, and
+    nothing is expanded.
     """
 
     dense_bytes: int
@@ -66,6 +84,27 @@ class LayerWork:
     cache: tuple[CacheWork, ...] = ()
     state_bytes: int = 0
     window_tokens: int | None = None
+    latent: LatentChoice | None = None
+
+    def is_absorbed(self, chunk_tokens: int, done_tokens: int) -> bool:
+        """True if a chunk of a prompt after ``done_tokens`` is computed in the latent space."""
+        return self.latent is not None and is_absorbed(
+            self.latent.widths,
+            self.latent.expansion_weight,
+            chunk_tokens,
+            done_tokens + chunk_tokens,
+        )
+
+    def first_absorbed(self, chunk_tokens: int, count: int) -> int:
+        """Return the number of the first of ``count`` equal chunks that is absorbed, or ``count``.
+
+        All later ones are absorbed as well.
+        """
+        return bisect_left(
+            range(count),
+            True,
+            key=lambda number: self.is_absorbed(chunk_tokens, number * chunk_tokens),
+        )
 
     def weights_read(self, tokens: int) -> float:
         """Return the bytes of weights that a step reads: dense ones and chosen experts.
@@ -161,6 +200,19 @@ def work_of_cost(config: Mapping[str, Any], cost: ModelTokenCost, slices: int = 
         collectives=cost.collectives,
         slices=slices,
     )
+
+
+def with_own_attention(work: ModelWork, config: Mapping[str, Any]) -> ModelWork:
+    """Return the work of a model whose latent attention k2 computes itself.
+
+    Published measurements, to which constants are fitted, are of mlx-lm's class.
+    """
+    shape = activation_shape(config)
+    choice = LatentChoice(
+        LatentWidths(shape.expanded_size, shape.latent_size), expansion_weight(EXPANSION_WEIGHTS)
+    )
+    layers = (replace(each, latent=choice) if each.expand_flops else each for each in work.layers)
+    return replace(work, layers=tuple(layers))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from k2cli.planning.memory.prefill import (
     shape_of_model,
 )
 from k2cli.rank.attention.latent import use_own_attention
+from k2cli.rank.joined_projections import join_projections
 from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.latent_ways import LatentSettings
 from k2cli.units import MB
@@ -97,6 +98,29 @@ def test_peak_of_k2s_own_attention_is_what_mlx_measures(
         itemsize=4, settings=settings,
     ).peak_bytes  # fmt: skip
     assert max(modelled, point.growth_bytes) == pytest.approx(point.peak_bytes, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_peak_with_joined_projections_is_what_mlx_measures(name: str) -> None:
+    config = SHAPES[name] | COMMON
+    model = build(config)
+    shape = shape_of_model(config, model)
+    cast(model, mx.float32)
+    mx.eval(model.parameters())
+    peaks, modelled = [], []
+    for joined in (False, True):
+        if joined:
+            assert join_projections(model)
+            mx.eval(model.parameters())
+        peaks.append(Grid(model, config, "cpu", 4).prefill(512, 512).peak_bytes)
+        activation = prefill_activation(
+            shape, device="cpu", chunk_tokens=512, context_length=512, concurrency=1, itemsize=4,
+            joined=joined,
+        )  # fmt: skip
+        modelled.append(activation.peak_bytes)
+    assert modelled == pytest.approx(peaks, rel=TOLERANCE)
+    assert modelled[1] - modelled[0] == pytest.approx(peaks[1] - peaks[0], rel=0.25)
 
 
 def test_recorded_grids_agree_with_the_model_and_the_page() -> None:

@@ -15,13 +15,21 @@ from benchmarks.even_split import even_split
 from k2cli.choices import HeadPlacement, Strategy
 from k2cli.planning.hardware.machine import MeasuredSpeed, NodeMemory, NodeRates, this_machine
 from k2cli.planning.hardware.spec import parse_hardware
+from k2cli.planning.speed.constants import fitted_constants
 from k2cli.planning.speed.estimate import (
     Band,
     SpeedEstimate,
     predict_speed,
     speed_obstacle,
 )
-from k2cli.planning.speed.work import CacheWork, LayerWork, ModelWork, model_work
+from k2cli.planning.speed.placement_time import prefill_time, stage_of
+from k2cli.planning.speed.work import (
+    CacheWork,
+    LayerWork,
+    ModelWork,
+    model_work,
+    with_own_attention,
+)
 from k2cli.sharding.placement import Placement, RankPlacement
 
 _MACHINES = ["m3-ultra-512", "m1-ultra-128", "m4-max-128", "m5-max-128", "m1-8"]
@@ -312,3 +320,41 @@ def test_more_work_is_never_faster_and_a_faster_machine_never_slower(
         base.aggregate_decode_tokens_per_second.expected
         <= faster.aggregate_decode_tokens_per_second.expected * slack
     )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "own_ms", "mlx_lm_ms"), [(16, 1.9, 15.3), (50, 4.9, 16.0), (160, 12.7, 17.7)]
+)
+def test_follow_ups_of_k2_take_what_was_measured(
+    tokens: int, own_ms: float, mlx_lm_ms: float
+) -> None:
+    """Measured on one full-width layer on an H200 after 65,536 tokens."""
+    (node,) = parse_hardware("h200-141")
+    rates = fitted_constants().rates(node)
+    assert rates is not None
+    config = _config("k2-mlx-4bit")
+    works = [model_work(config)]
+    works.append(with_own_attention(works[0], config))
+    mlx_lm, own = (
+        1e3 * prefill_time(stage_of(work, (30, 31)), rates, tokens, 65_536).attention_seconds
+        for work in works
+    )
+    assert (own, mlx_lm) == pytest.approx((own_ms, mlx_lm_ms), rel=0.25)
+
+
+def test_a_small_chunk_of_a_prompt_is_absorbed_after_a_long_context() -> None:
+    config = _config("k2-mlx-4bit")
+    nodes = parse_hardware("2x m3-ultra-512")
+    plain = model_work(config)
+    placement = _placed("pipeline", nodes, len(plain.layers))
+
+    def seconds(work: ModelWork, chunk: int) -> float:
+        found = predict_speed(
+            work, placement, nodes, transport="jaccl", context_length=131_072, chunk_tokens=chunk
+        )
+        assert found is not None
+        return found.time_to_first_token_seconds.expected
+
+    own = with_own_attention(plain, config)
+    assert seconds(own, 2048) == seconds(plain, 2048)
+    assert seconds(own, 32) < 0.5 * seconds(plain, 32)

@@ -17,7 +17,8 @@ from k2cli.planning.speed.placement_time import (
     PlacementTime,
     prefill_time,
 )
-from k2cli.planning.speed.work import CacheWork, LayerWork, ModelWork
+from k2cli.planning.speed.work import CacheWork, LatentChoice, LayerWork, ModelWork
+from k2cli.sharding.latent_ways import LatentWidths
 from k2cli.sharding.placement import Placement, RankPlacement
 
 LINK = LinkRates(26e-6, 53e-6, 200e-6, 5e9)
@@ -33,7 +34,9 @@ def layers(draw: st.DrawFn) -> LayerWork:
         experts_per_token=8,
         dense_flops=draw(st.integers(0, 10**10)),
         pair_flops=draw(st.integers(0, 10**6)),
+        decode_pair_flops=draw(st.integers(0, 10**6)),
         expand_flops=draw(st.sampled_from([0, 10**8])),
+        latent=draw(st.sampled_from([None, None, LatentChoice(LatentWidths(256, 512), 1.0)])),
         cache=(CacheWork(1000, window),),
         window_tokens=window,
     )
