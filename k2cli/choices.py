@@ -17,6 +17,9 @@ Strategy = Literal["single", "pipeline", "tensor"]
 FloatType = Literal["float32", "bfloat16", "float16"]
 HeadPlacement = Literal["replicated", "sharded"]
 
+Speculation = Literal["off", "auto", "always"]
+"""Drafts of an answer's next tokens, verified in one step: never, where they pay, or always."""
+
 Certainty = Literal["exact", "modelled", "assumed"]
 """Origin of a number: traced or read, computed by a model, or taken as given."""
 

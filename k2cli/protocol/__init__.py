@@ -29,6 +29,7 @@ from k2cli.protocol.bootstrap import (
 )
 from k2cli.protocol.decisions import (
     CloseSequence,
+    CutBack,
     Decision,
     Decode,
     DropPrefix,
@@ -104,6 +105,7 @@ __all__ = [
     "CloseSequence",
     "ControlEndpoint",
     "ControlListening",
+    "CutBack",
     "Deadlines",
     "Decision",
     "Decode",

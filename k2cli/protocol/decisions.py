@@ -57,6 +57,10 @@ class Decode(Message, tag=True, frozen=True):
     travel over the MLX group; ``told`` of a later decision repeats them (-1: none). ``digest`` asks
     for digests of what the rank computed (the self-test), ``state_digest`` for a digest of the ids,
     rows and steps that it holds (the periodic check).
+
+    ``drafts`` are guesses of the tokens after the input of the only row, which is not decided
+    ahead. They are computed with it, with logits after each, and a ``CutBack`` follows for those
+    that are wrong.
     """
 
     step: int
@@ -66,6 +70,15 @@ class Decode(Message, tag=True, frozen=True):
     state_digest: bool = False
     ahead: bool = False
     told: list[int] = msgspec.field(default_factory=list)
+    drafts: list[int] = msgspec.field(default_factory=list)
+
+
+class CutBack(Message, tag=True, frozen=True):
+    """Remove the last tokens from the KV cache of a batch's only row: drafts that are wrong."""
+
+    step: int
+    batch: int
+    tokens: int
 
 
 class LeaveBatch(Message, tag=True, frozen=True):
@@ -131,6 +144,7 @@ Decision = (
     | PrefillTogether
     | JoinBatch
     | Decode
+    | CutBack
     | LeaveBatch
     | CloseSequence
     | DropPrefix
