@@ -26,14 +26,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
+from k2cli.choices import DRAFT_LENGTHS
 from k2cli.rank.engine.drafts import LONGEST_MATCH, SHORTEST_MATCH, DraftIndex, Match
-
-DRAFT_LENGTHS = (3, 7, 15)
-"""Tokens of a draft. There are few lengths, since a GPU may compile kernels for each: with the
-input, steps are as long as tiles of matrix kernels."""
-
-MOST_VERIFIED_TOKENS = 1 + DRAFT_LENGTHS[-1]
-"""Tokens of the longest step that verifies a draft."""
 
 _LEAST_GAIN = 1.05
 """Expected tokens per time, relative to ordinary steps, from which a draft is tried."""
