@@ -49,6 +49,9 @@ _SAMPLES = 9
 _MOST_VERIFIED_IN_A_ROW = 64
 """Steps with drafts after which an ordinary one is measured again: the context has grown."""
 
+_STEPS_BEFORE_RETRY = 50
+"""Ordinary steps before a draft is tried that should not pay."""
+
 _PRIOR_RIGHT = {2: 0.4, 3: 0.6, 4: 0.8}
 _PRIOR_WEIGHT = 2.0
 _TESTED_MEMORY = 0.9
@@ -94,6 +97,7 @@ class RowDrafts:
     plain_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     plain: float = 0.0
     verified_in_a_row: int = 0
+    plain_in_a_row: int = 0
     match_length: int = 0
     """Of the draft in flight."""
     waited_for: bool = False
@@ -174,10 +178,12 @@ class Speculation:
         best, gain = self._best(row, match)
         if gain >= _LEAST_GAIN:
             return match, best
-        # Nothing should pay. Once the balance allows it, a short draft may prove that wrong.
+        # Nothing should pay. Now and then, if the balance allows it, a short draft may prove that
+        # wrong.
         shortest = DRAFT_LENGTHS[0]
         loss = row.plain * (self._cost[shortest] - 1)
-        if row.balance_seconds - loss >= -_LOSS_SHARE * row.recent_seconds:
+        allowed = row.balance_seconds - loss >= -_LOSS_SHARE * row.recent_seconds
+        if allowed and row.plain_in_a_row >= _STEPS_BEFORE_RETRY:
             return match, shortest
         return None
 
@@ -203,6 +209,7 @@ class Speculation:
         """
         row.acceptance[row.match_length].observe(right, min(right + 1, drafted))
         row.verified_in_a_row += 1
+        row.plain_in_a_row = 0
         if not row.plain:
             return
         if drafted not in self._compiled:
@@ -221,6 +228,7 @@ class Speculation:
             seconds: since the result before.
             usual: False if it was not built ahead, and others would be.
         """
+        row.plain_in_a_row += 1
         if usual:
             row.plain_seconds.append(seconds)
             row.plain = median(row.plain_seconds)
