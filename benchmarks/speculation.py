@@ -38,7 +38,7 @@ _PAGE_TEXT = """\
 `python -m benchmarks.speculation MODEL` measures this and writes this page. The model is the demo
 model (SmolLM2-135M-Instruct) with bfloat16 weights, on the CPU. mlx-lm cannot cut it into two
 slices, so for tensor parallelism it is the large toy of the benchmarks (a mixture of experts with
-latent attention) with bfloat16 weights, whose *copy* is one token that repeats: the best case.
+latent attention) in float32, whose *copy* is one token that repeats: the best case.
 Answers have {tokens} tokens, and each task is answered with speculation and without in turn, in
 each of {rounds} rounds. Figures are tokens per second of decode, medians with the least and the
 most; ratios are those of each round.
@@ -120,7 +120,7 @@ class Measured:
 def _ranks(model: Path, folder: Path, case: Case) -> Iterator[RankPool]:
     parts = assignments(
         model, case.strategy, case.ranks, context_length=2048, concurrency=2,
-        prefill_chunk_tokens=256, dtype="bfloat16",
+        prefill_chunk_tokens=256, dtype="float32" if case.toy else "bfloat16",
     )  # fmt: skip
     with running(RankPool(parts, folder)) as pool:
         yield pool

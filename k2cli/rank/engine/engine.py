@@ -120,6 +120,11 @@ class Engine:
         """True if there are requests or steps in flight."""
         return not self._table.empty or self._queue.computing > 0
 
+    @property
+    def speculates(self) -> bool:
+        """True if steps may verify drafts."""
+        return self._speculation is not None
+
     def accept(self, message: Generate | Cancel) -> None:
         """Queue a request, or cancel one."""
         if isinstance(message, Generate):

@@ -83,3 +83,46 @@ def test_a_greedy_loop_is_accepted_whole(pool: RankPool) -> None:
     # All but the first three tokens, and one of the leader's own for each draft.
     assert answer.finished.accepted_tokens > TOKENS // 2
     assert answer.finished.accepted_tokens == answer.finished.draft_tokens
+
+
+def test_stop_tokens_and_limits_inside_drafts(pool: RankPool) -> None:
+    """A draft that is right may go on past the end of an answer; nothing of it may be sent."""
+    sampling = Sampling(temperature=1.0, seed=3, logit_bias=TWO | {322: 198.0})
+    whole, _ = _both(pool, sampling=sampling)
+    stop = whole.tokens[40]
+    for tokens, stops in [(1, []), (2, []), (9, []), (30, []), (TOKENS, [stop])]:
+        without, answer = _both(pool, tokens, sampling=sampling, stop_tokens=stops)
+        assert answer.tokens == without.tokens
+        assert answer.finished is not None
+        assert without.finished is not None
+        assert answer.finished.reason == without.finished.reason
+        assert answer.finished.completion_tokens == len(answer.tokens)
+        assert answer.finished.accepted_tokens <= len(answer.tokens)
+
+
+def test_a_cache_that_was_cut_back_serves_the_next_request(pool: RankPool) -> None:
+    """The kept prefix has what was answered and none of the wrong drafts."""
+    sampling = Sampling(temperature=1.0, seed=8, logit_bias=FOUR)
+    name = pool.submit(PROMPT, TOKENS, sampling, prefix_scope="kept")
+    first = pool.outcome(name)
+    assert first.finished is not None
+    assert first.finished.accepted_tokens < first.finished.draft_tokens
+    longer = [*PROMPT, *first.tokens, 500, 501]
+    again = pool.outcome(pool.submit(longer, 12, prefix_scope="kept"))
+    fresh = pool.outcome(pool.submit(longer, 12, use_prefix_cache=False, use_speculation=False))
+    assert again.finished is not None
+    assert again.finished.cached_tokens >= len(PROMPT) + TOKENS - 1
+    assert again.tokens == fresh.tokens
+
+
+def test_a_request_beside_others_that_come_and_go(pool: RankPool) -> None:
+    """A row that is joined by another stops drafting, and goes on afterwards."""
+    sampling = Sampling(temperature=1.0, seed=4, logit_bias=TWO)
+    without, _ = _both(pool, sampling=sampling)
+    name = pool.submit(PROMPT, TOKENS, sampling, use_prefix_cache=False)
+    for number in range(6):
+        other = pool.submit(_prompt(20, number), 4, Sampling(logit_bias=ONE))
+        if number % 2:
+            pool.cancel(other)
+        pool.outcome(other)
+    assert pool.outcome(name).tokens == without.tokens
