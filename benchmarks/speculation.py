@@ -7,7 +7,6 @@ docs/measurements/speculation.md.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -20,13 +19,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from benchmarks.checkpoints import LARGE_TOY
 from benchmarks.comparison import say
 from benchmarks.report import environment
 from benchmarks.statistics import Summary, order_of_round, ratios, summary
 from k2cli.models.text.tokenizer import Tokenizer
 from k2cli.protocol import Finished, Sampling, Tokens
-from lab.toy_k2.checkpoint import build_toy_k2
 from tests.support.rank_pool import RankPool, assignments, running
 
 _PAGE = Path(__file__).resolve().parents[1] / "docs/measurements/speculation.md"
@@ -37,11 +34,12 @@ _PAGE_TEXT = """\
 
 `python -m benchmarks.speculation MODEL` measures this and writes this page. The model is the demo
 model (SmolLM2-135M-Instruct) with bfloat16 weights, on the CPU. mlx-lm cannot cut it into two
-slices, so for tensor parallelism it is the large toy of the benchmarks (a mixture of experts with
-latent attention) in float32, whose *copy* is one token that repeats: the best case.
+slices, so for tensor parallelism it is a Llama of 8 layers with random weights, 27 million, whose
+*copy* is one token that repeats: the best case. MLX's CPU multiplies quantized weights and experts
+token by token, so that drafts do not pay there, and `auto` leaves them out.
 Answers have {tokens} tokens, and each task is answered with speculation and without in turn, in
-each of {rounds} rounds. Figures are tokens per second of decode, medians with the least and the
-most; ratios are those of each round.
+each of {rounds} rounds ({toy_rounds} with the toy). Figures are tokens per second of decode,
+medians with the least and the most; ratios are those of each round.
 
 * *copy*: the prompt is {prompt} tokens of a program and the beginning of the same program again;
   the answer is greedy, and copies.
@@ -75,6 +73,7 @@ CASES = [
     Case("one rank"),
 ]
 TASKS = ("copy", "new text", "copy beside another")
+_TOY_ROUNDS = 3
 _LOOP_BIAS = {320: 1000.0}
 
 
@@ -106,6 +105,38 @@ def without_quantization(source: Path, folder: Path) -> Path:
     return folder
 
 
+def make_dense_toy(folder: Path) -> Path:
+    """Write a Llama of 27 million random weights."""
+    hidden, inner, layers, vocabulary = 512, 1536, 8, 1024
+    shapes = {"model.embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden)}
+    for layer in range(layers):
+        own = f"model.layers.{layer}"
+        shapes |= {f"{own}.self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+        shapes |= {f"{own}.mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
+        shapes[f"{own}.mlp.down_proj"] = (hidden, inner)
+    mx.random.seed(0)
+    weights = {
+        f"{name}.weight": (mx.random.normal(shape) * 0.05).astype(mx.bfloat16)
+        for name, shape in shapes.items()
+    }
+    norms = [f"model.layers.{layer}.{at}_layernorm" for layer in range(layers)
+             for at in ("input", "post_attention")]  # fmt: skip
+    weights |= {
+        f"{name}.weight": mx.ones((hidden,), mx.bfloat16) for name in [*norms, "model.norm"]
+    }
+    config = {
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 8,
+        "vocab_size": vocabulary, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "rope_theta": 10000.0, "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
+        "architectures": ["LlamaForCausalLM"],
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Tokens per second of one answer, and its drafts."""
@@ -120,7 +151,7 @@ class Measured:
 def _ranks(model: Path, folder: Path, case: Case) -> Iterator[RankPool]:
     parts = assignments(
         model, case.strategy, case.ranks, context_length=2048, concurrency=2,
-        prefill_chunk_tokens=256, dtype="float32" if case.toy else "bfloat16",
+        prefill_chunk_tokens=256, dtype="bfloat16",
     )  # fmt: skip
     with running(RankPool(parts, folder)) as pool:
         yield pool
@@ -255,6 +286,7 @@ def page(rows: Sequence[Row], options: Any) -> str:
     return _PAGE_TEXT.format(
         tokens=options.tokens,
         rounds=options.rounds,
+        toy_rounds=options.rounds * _TOY_ROUNDS,
         prompt=_PROMPT_TOKENS,
         machine=f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}",
         versions=f"Python {machine['python']}, {versions}",
@@ -282,11 +314,12 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         model = without_quantization(options.model, Path(folder) / "demo")
-        toy = build_toy_k2(Path(folder) / "toy", dataclasses.replace(LARGE_TOY, bits=None))
+        toy = make_dense_toy(Path(folder) / "toy")
         for case in cases:
             # Beside another, a row of the same batch has no drafts; a pipeline has two batches.
             own = [task for task in tasks if case.strategy == "pipeline" or "beside" not in task]
-            rows += measure(model, toy, Path(folder), case, own, options.rounds, options.tokens)
+            rounds = options.rounds * (_TOY_ROUNDS if case.toy else 1)
+            rows += measure(model, toy, Path(folder), case, own, rounds, options.tokens)
     text = page(rows, options)
     if options.only or options.task:
         say(text)

@@ -35,6 +35,9 @@ _LEAST_GAIN = 1.05
 _LOSS_SHARE = 0.01
 """Part of the time of a request's recent steps that drafts may lose."""
 
+_LOSS_STEPS = 1.0
+"""Steps whose time drafts may lose in addition: one with a draft may be slow by chance."""
+
 _MOST_SAVED_STEPS = 4
 """Steps whose time the balance has at most: what a copy has saved must not pay for later text."""
 
@@ -117,7 +120,12 @@ class RowDrafts:
     @property
     def may_lose(self) -> bool:
         """True if a draft may be tried although it could be wrong."""
-        return self.balance_seconds >= -_LOSS_SHARE * self.recent_seconds
+        return self.balance_seconds >= -self.allowance_seconds
+
+    @property
+    def allowance_seconds(self) -> float:
+        """The time that drafts may have lost, when another one is tried."""
+        return _LOSS_SHARE * self.recent_seconds + _LOSS_STEPS * self.plain
 
 
 class Speculation:
@@ -182,7 +190,7 @@ class Speculation:
         # wrong.
         shortest = DRAFT_LENGTHS[0]
         loss = row.plain * (self._cost[shortest] - 1)
-        allowed = row.balance_seconds - loss >= -_LOSS_SHARE * row.recent_seconds
+        allowed = row.balance_seconds - loss >= -row.allowance_seconds
         if allowed and row.plain_in_a_row >= _STEPS_BEFORE_RETRY:
             return match, shortest
         return None
@@ -217,7 +225,9 @@ class Speculation:
             return  # kernels may have been compiled
         ratios = self._ratios[drafted]
         ratios.append(seconds / row.plain)
-        self._cost[drafted] = median(ratios)
+        # The expected cost counts like one sample, so that a disturbed first one does not decide.
+        expected = 1.0 + _EXPECTED_RATIO * drafted
+        self._cost[drafted] = (expected + len(ratios) * median(ratios)) / (1 + len(ratios))
         seconds = min(seconds, 2 * self._cost[drafted] * row.plain)  # a pause of the machine
         row.count(seconds, tokens * row.plain - seconds)
 
