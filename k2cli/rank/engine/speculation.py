@@ -225,9 +225,10 @@ class Speculation:
             return  # kernels may have been compiled
         ratios = self._ratios[drafted]
         ratios.append(seconds / row.plain)
-        # The expected cost counts like one sample, so that a disturbed first one does not decide.
-        expected = 1.0 + _EXPECTED_RATIO * drafted
-        self._cost[drafted] = (expected + len(ratios) * median(ratios)) / (1 + len(ratios))
+        cost = median(ratios)
+        if len(ratios) <= _LEAST_SAMPLES:  # a first one that was disturbed must not decide
+            cost = (1.0 + _EXPECTED_RATIO * drafted + len(ratios) * cost) / (1 + len(ratios))
+        self._cost[drafted] = cost
         seconds = min(seconds, 2 * self._cost[drafted] * row.plain)  # a pause of the machine
         row.count(seconds, tokens * row.plain - seconds)
 
