@@ -17,6 +17,16 @@ Strategy = Literal["single", "pipeline", "tensor"]
 FloatType = Literal["float32", "bfloat16", "float16"]
 HeadPlacement = Literal["replicated", "sharded"]
 
+Speculation = Literal["off", "auto", "always"]
+"""Drafts of an answer's next tokens, verified in one step: never, where they pay, or always."""
+
+DRAFT_LENGTHS = (3, 7, 15)
+"""Tokens of a draft. There are few lengths, since a GPU may compile kernels for each; with the
+input, steps are as long as tiles of matrix kernels."""
+
+MOST_VERIFIED_TOKENS = 1 + DRAFT_LENGTHS[-1]
+"""Tokens of the longest step that verifies a draft."""
+
 Certainty = Literal["exact", "modelled", "assumed"]
 """Origin of a number: traced or read, computed by a model, or taken as given."""
 

@@ -293,7 +293,7 @@ class ApiClient:
             "prompt": prompt,
             "max_tokens": tokens,
             "temperature": 0,
-            "k2": {"cache": False, "ignore_stop_tokens": True},
+            "k2": {"cache": False, "ignore_stop_tokens": True, "speculation": False},
         }
         started_at = time.monotonic()
         announced: list[float] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from k2cli.choices import REASONING_PARSERS, TOOL_PARSERS
+from k2cli.choices import REASONING_PARSERS, TOOL_PARSERS, Speculation
 from k2cli.commands import options
 
 if TYPE_CHECKING:
@@ -143,6 +143,13 @@ def launch(
             f"Default: that of its chat template. Names: {', '.join(REASONING_PARSERS)}.",
         ),
     ] = None,
+    speculation: Annotated[
+        Speculation,
+        typer.Option(
+            help="Guess the next tokens of an answer from what it and its prompt repeat, and "
+            "verify them in one step. auto: where that is measured to be faster.",
+        ),
+    ] = "auto",
     no_prompt_normalization: Annotated[
         bool,
         typer.Option(
@@ -233,6 +240,7 @@ def launch(
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
         normalizes_prompts=not no_prompt_normalization,
+        speculation=speculation,
         plan_file=plan,
         force=force,
         cluster=cluster,

@@ -14,6 +14,7 @@ from k2cli.choices import (
     TOOL_PARSERS,
     Head,
     Parallel,
+    Speculation,
     WantedFloatType,
     WantedLinkCheck,
     WantedTransport,
@@ -67,6 +68,7 @@ class LaunchRequest:
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     normalizes_prompts: bool = True
+    speculation: Speculation = "auto"
     plan_file: Path | None = None
     force: bool = False
     cluster: str | None = None

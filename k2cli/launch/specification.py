@@ -246,6 +246,7 @@ def _assignment(
         prefix_disk_bytes=run.request.prefix_disk_bytes,
         prefix_disk_scope=own_prefix_scope(run) if rank == 0 else "",
         joins_projections=run.request.joins_projections,
+        speculation=run.request.speculation,
     )
 
 

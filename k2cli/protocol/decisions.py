@@ -67,6 +67,10 @@ class Decode(Message, tag=True, frozen=True):
     for digests of what the rank computed (the self-test), ``state_digest`` for a digest of the ids,
     rows and steps that it holds (the periodic check), ``marks`` for marks of the hidden states or
     logits and a digest of the batch's KV caches (the link check).
+
+    ``drafts`` are guesses of the tokens after the input of the only row, which is not decided
+    ahead. They are computed with it, with logits after each, and a ``CutBack`` follows for those
+    that are wrong.
     """
 
     step: int
@@ -77,6 +81,15 @@ class Decode(Message, tag=True, frozen=True):
     ahead: bool = False
     told: list[int] = msgspec.field(default_factory=list)
     marks: bool = False
+    drafts: list[int] = msgspec.field(default_factory=list)
+
+
+class CutBack(Message, tag=True, frozen=True):
+    """Remove the last tokens from the KV cache of a batch's only row: drafts that are wrong."""
+
+    step: int
+    batch: int
+    tokens: int
 
 
 class LeaveBatch(Message, tag=True, frozen=True):
@@ -214,6 +227,7 @@ Decision = (
     | PrefillTogether
     | JoinBatch
     | Decode
+    | CutBack
     | LeaveBatch
     | CloseSequence
     | SplitPrefix

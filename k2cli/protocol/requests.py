@@ -41,7 +41,8 @@ class Generate(Message, tag=True, frozen=True):
     """A validated request for the leader rank. ``stop_tokens`` end it and are not returned.
 
     ``owner`` is the id of the named key that asks, "" for the run's own. The cache of an earlier
-    prompt is used only if that had the same ``prefix_scope``.
+    prompt is used only if that had the same ``prefix_scope``. ``use_speculation`` False lets every
+    step compute one token of the answer.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class Generate(Message, tag=True, frozen=True):
     grammar: Grammar | None = None
     owner: str = ""
     prefix_scope: str = ""
+    use_speculation: bool = True
 
 
 class Cancel(Message, tag=True, frozen=True):
@@ -89,7 +91,8 @@ class Finished(Message, tag=True, frozen=True):
     """Result of a completed request. Prefill seconds include the first token.
 
     ``pauses`` counts how often it was stopped for another request and continued; the seconds of
-    that are ``paused_seconds``, and are also part of those of prefill or decode.
+    that are ``paused_seconds``, and are also part of those of prefill or decode. ``draft_tokens``
+    were guessed, and ``accepted_tokens`` of them are part of the answer.
     """
 
     request_id: str
@@ -102,6 +105,8 @@ class Finished(Message, tag=True, frozen=True):
     decode_seconds: float
     pauses: int = 0
     paused_seconds: float = 0.0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Paused(Message, tag=True, frozen=True):

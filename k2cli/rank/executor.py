@@ -19,6 +19,7 @@ from k2cli.prefix_folder import BLOCK_TOKENS
 from k2cli.protocol import (
     AdoptBlocks,
     CloseSequence,
+    CutBack,
     Decision,
     Decode,
     DropPrefix,
@@ -66,8 +67,9 @@ class StepResult:
     """Result of a decision on this rank.
 
     ``logits`` is ``[rows, vocabulary]`` after a Decode on ranks that have the head; lazy on the
-    leader. Digests and marks are empty unless the decision asked for them. ``in_step``, a lazy
-    bool, is False if the ranks' sums belong to different steps (see ``_in_step``).
+    leader. With drafts it has a row for the input and one for each of them. Digests and marks are
+    empty unless the decision asked for them. ``in_step``, a lazy bool, is False if the ranks' sums
+    belong to different steps (see ``_in_step``).
     """
 
     logits: mx.array | None = None
@@ -170,6 +172,8 @@ class Executor:
                 self.caches.close(decision.sequence, decision)
             case JoinBatch(batch=batch, sequence=sequence):
                 self.caches.join(batch, sequence)
+            case CutBack(batch=batch, tokens=count):
+                self.caches.cut_back(batch, count)
             case LeaveBatch():
                 if decision.told >= 0:
                     self._feed(decision.sequence, decision.told)
@@ -246,6 +250,19 @@ class Executor:
         """Compute a chunk; return the hidden states that arrived, and the output, still lazy."""
         rows, length = tokens.shape
         self._begin("prefill", rows, length.bit_length())
+        arrived, output = self._compute(tokens, caches)
+        self._evaluate(caches)
+        if not self.stage.is_last:
+            self._send(output)
+        return arrived, output
+
+    def _compute(self, tokens: mx.array, caches: LayerCaches) -> tuple[mx.array | None, mx.array]:
+        """Build a step of several tokens of each row, and wait for what it needs of other ranks.
+
+        Returns:
+            The hidden states that arrived, and the output, still lazy.
+        """
+        rows, length = tokens.shape
         make_room(caches, length)
         arrived = self._receive(rows, length)
         if self._computes_early:
@@ -253,16 +270,16 @@ class Executor:
         output = self.stage.forward(tokens, self.stage.complete(caches), arrived)
         if not self._computes_early:
             self._wait_for(arrived)
-        # Evaluate layer by layer: it limits memory, and the guard sees progress after each.
+        return arrived, output
+
+    def _evaluate(self, caches: LayerCaches) -> None:
+        """Compute layer by layer: it limits memory, and the guard sees progress after each."""
         for entry in caches:
             self.about_to_wait()
             mx.eval(entry.state)
             if self._on_gpu:
                 mx.synchronize()  # a GPU frees a layer's memory only some time after it
         self._advance(self.phase)
-        if not self.stage.is_last:
-            self._send(output)
-        return arrived, output
 
     def _prefill_together(self, decision: PrefillTogether) -> None:
         lengths = [len(tokens) for tokens in decision.tokens]
@@ -280,6 +297,8 @@ class Executor:
             for sequence, token in zip(batch.rows, tokens, strict=False):
                 if token >= 0:
                     self._feed(sequence, token)
+        if step.drafts:
+            return self._verify(step)
         inputs = (
             self._inputs_ahead(len(batch.rows), chosen)
             if step.ahead
@@ -311,6 +330,25 @@ class Executor:
             arrived_marks=mark(arrived) if arrived is not None and step.marks else None,
             computed_marks=mark(computed) if step.marks else None,
             cache_digest=cache_digest(batch.caches) if step.marks else "",
+        )
+
+    def _verify(self, step: Decode) -> StepResult:
+        """Compute the input of a batch's only row and the drafted tokens after it."""
+        batch = self.caches.batches[step.batch]
+        (sequence,) = batch.rows
+        tokens = [*step.tokens, *step.drafts]
+        self.caches.feed(sequence, step.drafts)
+        self._begin("verify", len(tokens))
+        _, output = self._compute(mx.array([tokens], dtype=mx.int32), batch.caches)
+        if self._on_gpu:
+            # As a chunk of a prompt is, so that the plan's memory for those is enough.
+            self._evaluate(batch.caches)
+        if not self.stage.is_last:
+            self._send(output)
+        return StepResult(
+            logits=output[0] if self.stage.is_last else None,
+            in_step=self._in_step(step.step, output) if step.state_digest else None,
+            state_digest=self.caches.digest(step.step) if step.state_digest else "",
         )
 
     def _check_arrived(self, rows: list[int], tokens: list[int]) -> None:
@@ -353,7 +391,8 @@ class Executor:
         size = self._group.size()
         # Integers up to 256 are exact in every float type that hidden states have.
         number = step % (256 // size) + 1
-        own = mx.depends(mx.full((len(computed), 1, width), number, dtype=dtype), computed)
+        shape = (*computed.shape[:-1], width) if computed.ndim == 3 else (len(computed), 1, width)
+        own = mx.depends(mx.full(shape, number, dtype=dtype), computed)
         return mx.all(mx.distributed.all_sum(own, group=self._group) == size * number)
 
     def feed_ahead(self, chosen: mx.array) -> None:

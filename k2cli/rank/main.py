@@ -132,6 +132,7 @@ class Rank:
             prefill_chunk_tokens=self._assignment.prefill_chunk_tokens,
             looks_ahead=looks_ahead(self._assignment),
             masks=Masks(self._assignment, executor.about_to_wait),
+            speculation=self._assignment.speculation,
         )
         self._page.advance("warming up")
         checked_tokens = warm_up(

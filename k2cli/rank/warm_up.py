@@ -20,10 +20,15 @@ from typing import Literal
 
 import mlx.core as mx
 
+from k2cli.choices import DRAFT_LENGTHS
 from k2cli.protocol import (
     Assignment,
     CloseSequence,
+    CutBack,
+    Decode,
     Generate,
+    JoinBatch,
+    LeaveBatch,
     OpenSequence,
     Prefill,
     Sampling,
@@ -61,21 +66,28 @@ _LONG_SECONDS = 2.0
 _COLD_RATIO = 4.0
 """It has, and the machine is cold, if it took so many times as long as a second one."""
 
-_SEQUENCE = 0
+_SEQUENCE = _BATCH = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A shape of steps: a chunk of ``tokens`` and the rest of its prompt, or ``rows`` requests."""
+    """A shape of steps.
+
+    A chunk of ``tokens`` and the rest of its prompt, or ``rows`` requests, or a draft of
+    ``drafted`` tokens.
+    """
 
     tokens: int = 0
     left_tokens: int = 0
     rows: int = 0
+    drafted: int = 0
 
     @property
     def text(self) -> str:
         if self.rows:
             return f"{self.rows} requests at once"
+        if self.drafted:
+            return f"a draft of {self.drafted} tokens"
         left = f" and {self.left_tokens} more" if self.left_tokens else ""
         return f"prefill of {self.tokens:,} tokens{left}"
 
@@ -88,6 +100,7 @@ def shapes_to_warm(
     concurrency: int,
     chunk_tokens: int,
     link_check: bool = False,
+    speculates: bool = False,
 ) -> list[Shape]:
     """Choose the shapes to compute after the self-test, smallest first.
 
@@ -106,6 +119,8 @@ def shapes_to_warm(
         shapes[-1] = Shape(tokens=tokens[-1], left_tokens=_LEFT_TOKENS)
     if context_length > _PROMPT_TOKENS + _ANSWER_TOKENS:
         shapes += [Shape(rows=rows) for rows in _batches(device, concurrency)]
+    if speculates and device == "cuda" and context_length > _PROMPT_TOKENS + DRAFT_LENGTHS[-1]:
+        shapes += [Shape(drafted=drafted) for drafted in DRAFT_LENGTHS]
     return shapes
 
 
@@ -145,6 +160,7 @@ def warm_up(
             concurrency=assignment.concurrency,
             chunk_tokens=assignment.prefill_chunk_tokens,
             link_check=wanted_check is not None,
+            speculates=engine.speculates,
         )
 
     def announce(text: str, number: int, count: int) -> None:
@@ -170,6 +186,8 @@ def warm_up(
         announce(shape.text, number, 1 + len(wanted))
         if shape.rows:
             _answer(engine, shape.rows, vocabulary)
+        elif shape.drafted:
+            _verify(engine, shape.drafted, vocabulary)
         else:
             _prefill(engine, shape, vocabulary)
     engine.forget_rates()
@@ -189,6 +207,20 @@ def _prefill(engine: Engine, shape: Shape, vocabulary: int) -> None:
         prompt = spread_prompt(tokens, tokens, vocabulary)
         engine.now(Prefill(engine.next_number, _SEQUENCE, prompt))
     engine.now(CloseSequence(engine.next_number, _SEQUENCE))
+
+
+def _verify(engine: Engine, drafted: int, vocabulary: int) -> None:
+    """Verify a draft, and cut it back."""
+    engine.now(OpenSequence(engine.next_number, _SEQUENCE))
+    prompt = spread_prompt(_PROMPT_TOKENS, drafted, vocabulary)
+    engine.now(Prefill(engine.next_number, _SEQUENCE, prompt))
+    engine.now(JoinBatch(engine.next_number, _BATCH, _SEQUENCE))
+    first, *drafts = spread_prompt(1 + drafted, 0, vocabulary)
+    result = engine.now(Decode(engine.next_number, _BATCH, [first], drafts=drafts))
+    if result.logits is not None:
+        mx.eval(mx.argmax(result.logits, axis=-1))
+    engine.now(CutBack(engine.next_number, _BATCH, drafted))
+    engine.now(LeaveBatch(engine.next_number, _BATCH, _SEQUENCE))
 
 
 def _answer(engine: Engine, rows: int, vocabulary: int) -> None:

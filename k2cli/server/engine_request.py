@@ -326,6 +326,7 @@ def _build(
         stop_tokens=[] if options.ignore_stop_tokens else sorted(tokenizer.stop_tokens),
         use_prefix_cache=options.use_prefix_cache,
         grammar=grammar,
+        use_speculation=options.use_speculation,
     )
     return EngineRequest(
         generate,

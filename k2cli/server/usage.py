@@ -51,3 +51,13 @@ class AnswerUsage:
     def cached_tokens(self) -> int:
         """The number of prompt tokens that came from the prefix cache."""
         return self.finished.cached_tokens if self.finished else 0
+
+    @property
+    def draft_tokens(self) -> int:
+        """The number of tokens that were guessed and verified."""
+        return self.finished.draft_tokens if self.finished else 0
+
+    @property
+    def accepted_tokens(self) -> int:
+        """The number of guessed tokens that the model generated, too."""
+        return self.finished.accepted_tokens if self.finished else 0

@@ -25,6 +25,18 @@ def test_on_cuda_every_version_of_the_kernels_is_used_cold_or_not() -> None:
     assert _texts("cuda", cold=False) == _texts("cuda", cold=True) == expected
 
 
+def test_drafts_are_warmed_up_where_kernels_are_compiled() -> None:
+    def drafted(device: DeviceKind, *, speculates: bool) -> list[int]:
+        shapes = shapes_to_warm(
+            device, cold=False, context_length=4096, concurrency=1, chunk_tokens=2048,
+            speculates=speculates,
+        )  # fmt: skip
+        return [shape.drafted for shape in shapes if shape.drafted]
+
+    assert drafted("cuda", speculates=True) == [3, 7, 15]
+    assert drafted("cuda", speculates=False) == drafted("cpu", speculates=True) == []
+
+
 @pytest.mark.parametrize("device", ["cpu", "metal"])
 def test_elsewhere_only_a_cold_machine_computes_more_than_the_self_test(
     device: DeviceKind,

@@ -178,7 +178,7 @@ def _addressed(event: EngineEvent, request_id: str) -> EngineEvent:
     return type(event)(**{**members, "request_id": request_id})
 
 
-def finished(completion_tokens: int, reason: Any = "stop") -> Finished:
+def finished(completion_tokens: int, reason: Any = "stop", **members: int) -> Finished:
     return Finished(
         request_id="",
         reason=reason,
@@ -188,6 +188,7 @@ def finished(completion_tokens: int, reason: Any = "stop") -> Finished:
         queue_seconds=0.25,
         prefill_seconds=0.5,
         decode_seconds=2.0,
+        **members,
     )
 
 

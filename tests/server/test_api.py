@@ -275,3 +275,18 @@ def test_embeddings_are_refused_with_what_to_do(url: str) -> None:
     error = refused.json()["error"]
     assert (refused.status_code, error["code"]) == (400, "unsupported_route")
     assert "another server" in error["message"]
+
+
+def test_a_client_reads_drafts_and_turns_them_off(
+    client: openai.OpenAI, engine: ScriptedEngine
+) -> None:
+    end = finished(3, draft_tokens=7, accepted_tokens=2)
+    engine.enqueue([Tokens("", encode("abc")), end])
+    got = client.chat.completions.create(
+        model="toy", messages=QUESTION, extra_body={"k2": {"speculation": False}}
+    )
+    assert got.usage is not None
+    assert got.usage.completion_tokens_details is not None
+    assert got.usage.completion_tokens_details.accepted_prediction_tokens == 2
+    assert got.usage.completion_tokens_details.rejected_prediction_tokens == 5
+    assert not engine.submitted[0].use_speculation

@@ -18,7 +18,7 @@ from k2cli.server.metrics.run_view import RankView, RunView
 from k2cli.server.metrics.snapshot import Snapshot
 from k2cli.server.metrics.totals import MAX_KEYS, OTHER_KEYS, Histogram, Rate, Totals
 from tests.server.requests import CHAT, QUESTION, SERVED, encode, events_of, post
-from tests.server.scripted import Hang
+from tests.server.scripted import Hang, finished
 from tests.server.watched import WatchedServer, samples_of, total, watched
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "monitoring.md"
@@ -101,6 +101,23 @@ def test_counters_are_the_sums_of_what_was_answered(server: WatchedServer) -> No
     first = 3 + 3 + 1 + 3 + 3
     assert total(found, "k2_inter_token_seconds_count") == generated - first
     assert total(found, "k2_requests_running") == total(found, "k2_requests_waiting") == 0
+
+
+def test_drafts_are_counted(server: WatchedServer) -> None:
+    engine, url = server.engine, server.url
+    for drafts, accepted in ((14, 9), (3, 0)):
+        end = finished(20, draft_tokens=drafts, accepted_tokens=accepted)
+        engine.enqueue([PromptProgress("", 5, 5), Tokens("", encode("ab")), end])
+        usage = post(url, {"messages": QUESTION, "k2": {"speculation": True}}).json()["usage"]
+        details = usage["completion_tokens_details"]
+        assert details["accepted_prediction_tokens"] == accepted
+        assert details["rejected_prediction_tokens"] == drafts - accepted
+    found = server.samples()
+    assert total(found, "k2_draft_tokens_total", dialect="chat") == 17
+    assert total(found, "k2_draft_accepted_tokens_total", dialect="chat") == 9
+    totals = server.status()["totals"]
+    assert (totals["draft_tokens"], totals["accepted_draft_tokens"]) == (17, 9)
+    assert [request.use_speculation for request in engine.submitted] == [True, True]
 
 
 def test_every_end_of_a_request_is_told_apart(server: WatchedServer) -> None:

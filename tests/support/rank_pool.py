@@ -161,6 +161,7 @@ class RankPool:
         grammar: Grammar | None = None,
         prefix_scope: str = "",
         owner: str = "",
+        use_speculation: bool = True,
     ) -> str:
         """Send a request; return its id."""
         name = f"r{next(_numbers)}"
@@ -174,6 +175,7 @@ class RankPool:
             grammar,
             owner=owner,
             prefix_scope=prefix_scope,
+            use_speculation=use_speculation,
         )
         self.ranks[0].channel.send(request)
         return name

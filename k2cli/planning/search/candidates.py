@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from k2cli.choices import Strategy
+from k2cli.choices import MOST_VERIFIED_TOKENS, Strategy
 from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.memory.decode import decode_activation
 from k2cli.planning.memory.ledger import communication_bytes, node_budget
@@ -168,7 +168,11 @@ def activation_bytes(
     samples: bool,
     layers: int,
 ) -> tuple[int, int]:
-    """Return the peaks of prefill and of decode on a node."""
+    """Return the peaks of prefill and of decode on a node.
+
+    A step of decode may verify a draft: it computes as many tokens of one sequence, in the way of a
+    chunk of a prompt, and has logits after each.
+    """
     shape = problem.traced.model.shape
     itemsize = ITEM_BYTES[problem.traced.dtype]
     common: dict[str, Any] = {
@@ -183,15 +187,27 @@ def activation_bytes(
     prefill = prefill_activation(
         shape, chunk_tokens=chunk, layers=layers, settings=problem.latent_settings, **common
     )
-    decode = decode_activation(shape, layers=layers, **common)
-    return prefill.peak_bytes, decode.peak_bytes
+    decode = decode_activation(shape, layers=layers, **common).peak_bytes
+    if shape.recurrence is None:
+        common["concurrency"] = logits_rows(problem)
+        verify = prefill_activation(
+            shape, chunk_tokens=MOST_VERIFIED_TOKENS, layers=layers,
+            settings=problem.latent_settings, **common,
+        )  # fmt: skip
+        decode = max(decode, verify.peak_bytes)
+    return prefill.peak_bytes, decode
+
+
+def logits_rows(problem: PlanningProblem) -> int:
+    """Return the most rows of logits of a step: one per sequence, or per token of a draft."""
+    return max(problem.request.concurrency, MOST_VERIFIED_TOKENS)
 
 
 def message_bytes(problem: PlanningProblem, slices: Slices, strategy: Strategy, chunk: int) -> int:
     """Return the buffers of one rank for messages between ranks."""
     shape, itemsize = problem.traced.model.shape, ITEM_BYTES[problem.traced.dtype]
     tokens = max(min(chunk, problem.context_length), problem.request.concurrency)
-    logits = shape.vocabulary * itemsize * problem.request.concurrency
+    logits = shape.vocabulary * itemsize * logits_rows(problem)
     return communication_bytes(
         strategy,
         len(problem.nodes),

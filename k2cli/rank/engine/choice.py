@@ -1,5 +1,9 @@
 """The choice of the next tokens of a step's rows, from logits and the masks of grammars.
 
+A step that verifies a draft has logits after several tokens of one row. Each is chosen from as if
+the drafted tokens before it were the answer, with the random key that it has without drafts. So
+whatever is accepted is what would have been chosen anyway.
+
 Forbidden tokens get logits of -inf. Bias and penalties leave these as they are, so it does not
 matter that they come later, and a whole batch is masked at once.
 """
@@ -64,3 +68,21 @@ def choose_tokens(rows: Sequence[Running], logits: mx.array) -> tuple[mx.array, 
             row.failure = error
             picks.append(mx.array(0, dtype=mx.uint32))
     return logits, mx.stack(picks)
+
+
+def choose_after_drafts(row: Running, logits: mx.array) -> mx.array:
+    """Choose a token after the input of a row and after each of its drafted tokens, lazily.
+
+    Args:
+        logits: float ``[1 + drafted, vocabulary]``.
+
+    Returns:
+        The tokens: uint32 ``[1 + drafted]``. The sampler has then chosen so many.
+    """
+    if row.ended or row.sampler.is_plain:
+        return mx.argmax(logits, axis=-1)
+    try:
+        return mx.stack([row.sampler.pick(each).astype(mx.uint32) for each in logits])
+    except Exception as error:  # as in choose_tokens
+        row.failure = error
+        return mx.zeros((len(logits),), dtype=mx.uint32)

@@ -16,6 +16,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from k2cli import choices
 from k2cli.fair_queue import ANSWER_UNITS
 from k2cli.protocol import (
     Cancel,
@@ -39,6 +40,7 @@ from k2cli.rank.engine.masks import Masks
 from k2cli.rank.engine.prefix_keeper import PrefixKeeper
 from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running
+from k2cli.rank.engine.speculation import RowDrafts, Speculation
 from k2cli.rank.engine.steps import Step, StepQueue
 from k2cli.rank.engine.stored_prefixes import StoredPrefixes
 from k2cli.rank.executor import Executor, StepResult
@@ -72,8 +74,13 @@ class Engine:
         prefill_chunk_tokens: int,
         looks_ahead: bool = True,
         masks: Masks | None = None,
+        speculation: choices.Speculation = "off",
     ) -> None:
-        """Make an engine that refuses requests with grammars if it has no ``masks``."""
+        """Make an engine that refuses requests with grammars if it has no ``masks``.
+
+        There is ``speculation`` only if every layer keeps plain keys and values, which can be cut
+        back.
+        """
         stages = size if executor.is_pipeline else 1
         self._executor = executor
         self._queue = StepQueue(executor, followers)
@@ -107,6 +114,10 @@ class Engine:
         self._prefill_credit = prefill_chunk_tokens
         self._prefill_rate = 0.0
         self._chunk_times = ChunkTimes()
+        self._speculation = None
+        if speculation != "off" and self._plain_caches:
+            self._speculation = Speculation(always=speculation == "always")
+        self._last_result = 0.0
         self._last_started: dict[int, int] = {}
         self._order_told = 0.0
         self._order: list[str] = []
@@ -117,6 +128,11 @@ class Engine:
     def busy(self) -> bool:
         """True if there are requests or steps in flight."""
         return not self._table.empty or self._queue.computing > 0
+
+    @property
+    def speculates(self) -> bool:
+        """True if steps may verify drafts."""
+        return self._speculation is not None
 
     def accept(self, message: Generate | Cancel) -> None:
         """Queue a request, or cancel one."""
@@ -302,13 +318,14 @@ class Engine:
         """
         prefilling = self._table.prefilling
         for row in [row for row in prefilling if not row.prefill_left]:
-            self._table.join(row)
+            if not self._table.is_drafting(row.batch):
+                self._table.join(row)
         ready = [batch for batch in self._table.batches if self._can_decode(batch)]
         if ready and self._turn >= len(ready):
             self._turn = 0
             first = self._table.prefill_order()[:1]
             self._prefill_credit = self._chunk_tokens(first[0].computed if first else 0)
-        if prefilling and (not ready or self._prefill_credit > 0):
+        if self._table.prefill_order() and (not ready or self._prefill_credit > 0):
             if self._stages == 1 and self._queue.computing:
                 return False  # a chunk is computed at once, and tokens in flight would wait for it
             self._start_prefill()
@@ -359,7 +376,7 @@ class Engine:
     def _short_prompts(self, in_order: Sequence[Running], limit: int) -> list[Running]:
         """Choose new prompts for the first one's batch that fit one chunk, with padding."""
         first = in_order[0]
-        if not self._plain_caches or first.computed:
+        if not self._plain_caches or first.computed or self._table.is_drafting(first.batch):
             return []
         chosen: list[Running] = []
         longest = 0
@@ -399,7 +416,9 @@ class Engine:
             and len(in_flight) == 1
             and in_flight[0].chosen is not None
             and in_flight[0].rows == rows
+            and not in_flight[0].drafts
             and self._queue.may_look_ahead(batch)
+            and not self._wants_draft(rows)
         )
 
     def _start_decode(self, batch: int) -> None:
@@ -407,6 +426,7 @@ class Engine:
         in_flight = self._queue.decodes_of(batch)
         chosen = in_flight[-1].chosen if in_flight else None
         ahead = chosen is not None
+        drafts = [] if ahead else self._drafts(rows)
         tokens = [] if ahead else [row.next_input for row in rows]
         told = [row.unannounced_input for row in rows]
         for row in rows:
@@ -414,6 +434,8 @@ class Engine:
             row.computed += 1
             self._table.line.charge(row, ANSWER_UNITS)
             row.unannounced = ahead
+            row.drafted = len(drafts)
+            row.computed += row.drafted
         number = self.next_number
         self._last_started[batch] = number
         decision = Decode(
@@ -423,8 +445,34 @@ class Engine:
             state_digest=self._agreement.is_due(number),
             ahead=ahead,
             told=told if any(token >= 0 for token in told) else [],
+            drafts=drafts,
         )
         self._queue.submit(decision, rows, chosen)
+
+    def _drafts(self, rows: Sequence[Running]) -> list[int]:
+        """Return the draft for the next step of a batch, which has no step in flight."""
+        if self._speculation is None or len(rows) != 1 or not rows[0].may_speculate:
+            return []
+        (row,) = rows
+        if row.speculation is None:
+            row.speculation = self._speculation.open(row.known_tokens)
+        _learn(row.speculation, row)
+        return self._speculation.drafts(row.speculation, self._most_drafted(row))
+
+    def _wants_draft(self, rows: Sequence[Running]) -> bool:
+        """True if a batch has a draft now, so that its step in flight should be waited for."""
+        speculation = rows[0].speculation if len(rows) == 1 else None
+        if self._speculation is None or speculation is None:
+            return False
+        _learn(speculation, rows[0])
+        # One token more will be known.
+        return self._speculation.wants_draft(speculation, self._most_drafted(rows[0]) - 1)
+
+    def _most_drafted(self, row: Running) -> int:
+        """Return the drafted tokens that a row has room for beside the one that its step gives."""
+        known = len(row.request.prompt) + len(row.generated)
+        left = min(self._context_length - known, row.request.max_tokens - len(row.generated))
+        return left - 1
 
     # --- completing steps ------------------------------------------------------------------------
 
@@ -441,6 +489,8 @@ class Engine:
                     in_step = step.result.in_step is None or bool(step.result.in_step.item())
                     self._agreement.expect(number, step.result.state_digest, in_step=in_step)
                 self._decoded(step, now)
+                return
+        self._last_result = now
 
     def _prefilled(self, step: Step, count: int) -> None:
         self._chunk_times.observe(count, step.seconds - step.waited_seconds)
@@ -459,38 +509,101 @@ class Engine:
         assert step.chosen is not None
         self._executor.about_to_wait()
         tokens = cast(list[int], step.chosen.tolist())
+        last_result, self._last_result = self._last_result, time.monotonic()
+        seconds = self._last_result - last_result
+        if step.drafts:
+            self._verified(step, tokens, now, seconds)
+            return
+        if len(step.rows) == 1:
+            self._measure(step, seconds)
         for index, (row, token) in enumerate(zip(step.rows, tokens, strict=True)):
             if row.ended:
                 continue
             if row.failure is not None:
                 self._table.fail(row)
             else:
-                self._take(row, token, step, index, now)
+                self._take(row, [token], step, index, now)
 
-    def _take(self, row: Running, token: int, step: Step, index: int, now: float) -> None:
-        """Append a token to a request, and end it if that was its last."""
+    def _measure(self, step: Step, seconds: float) -> None:
+        """Note the time of an ordinary step of one row, with which drafts are compared."""
+        row, decision = step.rows[0], step.decision
+        if row.speculation is None or self._speculation is None or row.ended:
+            return
+        assert isinstance(decision, Decode)
+        ahead = self._looks_ahead and self._queue.may_look_ahead(decision.batch)
+        self._speculation.decoded(row.speculation, seconds, usual=decision.ahead or not ahead)
+
+    def _verified(self, step: Step, tokens: list[int], now: float, seconds: float) -> None:
+        """Apply a step that verified a draft: cut the rest of it from the caches, and go on.
+
+        Tokens are accepted while each was what the draft had in its place; the first other one is
+        the last.
+        """
+        (row,) = step.rows
+        if row.ended:
+            return  # the drafts were cut back as it ended
+        if row.failure is not None:
+            self._table.fail(row)
+            return
+        drafts, right = step.drafts, 0
+        while right < len(drafts) and tokens[right] == drafts[right]:
+            right += 1
+        taken = tokens[: right + 1]
+        stops = (index for index, token in enumerate(taken) if token in row.request.stop_tokens)
+        taken = taken[: next(stops, right) + 1]
+        row.sampler.take_back(len(tokens) - len(taken))
+        row.steps += len(taken) - 1
+        row.draft_tokens += len(drafts)
+        # A draft of a stop token can be right, but is no part of the answer.
+        accepted = taken[: len(drafts)] if len(taken) <= right else taken[:-1]
+        row.accepted_tokens += sum(token not in row.request.stop_tokens for token in accepted)
+        if self._speculation is not None and row.speculation is not None:
+            self._speculation.verified(row.speculation, len(drafts), right, len(taken), seconds)
+        self._table.cut_back(row, len(tokens) - len(taken))
+        self._table.line.charge(row, ANSWER_UNITS)
+        self._take(row, taken, step, 0, now)
+
+    def _take(
+        self, row: Running, tokens: Sequence[int], step: Step, index: int, now: float
+    ) -> None:
+        """Append tokens to a request, and end it if the last one was its last.
+
+        Args:
+            index: the row of the logits from which the first one was chosen.
+        """
         request = row.request
         if row.first_token_at is None:
             row.first_token_at = now
-        row.generated.append(token)
-        if token in request.stop_tokens:
-            self._table.end(row, "stop")
-            return
+        row.generated += tokens
+        stopped = tokens[-1] in request.stop_tokens
+        sent = tokens[:-1] if stopped else tokens
         masked = row.masked
-        if masked is not None and self._masks is not None:
-            self._masks.take(masked, token)
         assert step.logits is not None
+        scores = []
         try:
-            logprob = row.sampler.logprob(step.logits[index], token)
-            row.sampler.record(token)
+            for number, token in enumerate(sent, start=index):
+                if masked is not None and self._masks is not None:
+                    self._masks.take(masked, token)
+                logprob = row.sampler.logprob(step.logits[number], token)
+                row.sampler.record(token)
+                scores += [] if logprob is None else [logprob]
         except Exception as error:  # as in choose_tokens
             row.failure = error
             self._table.fail(row)
             return
-        scores = [] if logprob is None else [logprob]
-        self._unsent.append(Tokens(request.request_id, [token], scores))
+        if sent:
+            self._unsent.append(Tokens(request.request_id, list(sent), scores))
+        if stopped:
+            self._table.end(row, "stop")
+            return
         full = len(request.prompt) + len(row.generated) >= self._context_length
         if full or len(row.generated) >= request.max_tokens:
             if masked is not None and self._masks is not None:
                 self._masks.wait([masked])  # this token may have completed the answer
             self._table.end(row, "stop" if masked is not None and masked.complete else "length")
+
+
+def _learn(drafts: RowDrafts, row: Running) -> None:
+    """Add the tokens of an answer that are not in its index yet."""
+    known = len(drafts.index) - len(row.request.prompt)
+    drafts.index.extend(row.generated[known:])

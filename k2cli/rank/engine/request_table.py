@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, Ticket, request_units
 from k2cli.protocol import (
     CloseSequence,
+    CutBack,
     FinishReason,
     Generate,
     JoinBatch,
@@ -347,7 +348,20 @@ class RequestTable:
 
     def prefill_order(self) -> list[Running]:
         """Return the requests in prefill, the one first whose next chunk is to be computed."""
-        return sorted(self.prefilling, key=self.line.running_order)
+        unfinished = [row for row in self.prefilling if row.prefill_left]
+        return sorted(unfinished, key=self.line.running_order)
+
+    def is_drafting(self, batch: int | None) -> bool:
+        """True if a batch's row has drafted tokens in flight, so that the batch must not change."""
+        return batch is not None and any(row.drafted for row in self.batches[batch])
+
+    def cut_back(self, row: Running, tokens: int) -> None:
+        """Remove the last computed tokens of a row: drafts that are wrong, or not needed."""
+        assert row.batch is not None
+        row.drafted = 0
+        row.computed -= tokens
+        if tokens:
+            self._sender.submit(CutBack(self._sender.next_number, row.batch, tokens))
 
     def join(self, row: Running) -> None:
         """Make a request whose prompt is computed a row of its batch."""
@@ -405,6 +419,7 @@ class RequestTable:
     def _release(self, row: Running, *, keep: bool) -> None:
         row.ended = True
         self._close(row.masked)
+        self.cut_back(row, row.drafted)
         tokens, scope = row.held_tokens, row.request.prefix_scope
         self._leave(row, self.keeper.keep(tokens, scope) if keep else Keep())
         self.line.end(row)

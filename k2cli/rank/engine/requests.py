@@ -9,6 +9,7 @@ from k2cli.fair_queue import Ticket
 from k2cli.protocol import Finished, FinishReason, Generate
 from k2cli.rank.engine.masks import MaskedAnswer
 from k2cli.rank.engine.sampling import Sampler
+from k2cli.rank.engine.speculation import RowDrafts
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +56,8 @@ class Running:
     ``computed`` counts the tokens whose keys and values the ranks hold, or will hold once every
     step that was decided is carried out. ``steps`` counts the decode steps that were decided.
     ``unannounced`` is True if the last of them was decided ahead, and no decision has named its
-    input yet. Times are of the monotonic clock.
+    input yet. ``drafted`` counts the drafted tokens of the step in flight, which ``computed``
+    includes. Times are of the monotonic clock.
     """
 
     request: Generate
@@ -84,6 +86,10 @@ class Running:
     cancelled: bool = False
     ended: bool = False
     failure: Exception | None = None
+    speculation: RowDrafts | None = None
+    drafted: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_left(self) -> int:
@@ -104,6 +110,15 @@ class Running:
     def wants_steps(self) -> bool:
         """True if the request needs another decode step."""
         return not self.ended and self.steps < self.request.max_tokens
+
+    @property
+    def may_speculate(self) -> bool:
+        """True if its next step may verify a draft.
+
+        Penalties and masks are those of one position; the tokens before it would have to be chosen
+        first.
+        """
+        return self.request.use_speculation and not self.needs_history
 
     @property
     def next_input(self) -> int:
@@ -143,4 +158,6 @@ class Running:
             decode_seconds=now - first,
             pauses=self.pauses,
             paused_seconds=self.paused_seconds,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
         )

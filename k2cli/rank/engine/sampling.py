@@ -74,6 +74,10 @@ class Sampler:
         key = mx.random.key((self._seed + count * 0x9E3779B97F4A7C15) & (2**63 - 1))
         return mx.random.categorical(scores, key=key)
 
+    def take_back(self, count: int) -> None:
+        """Forget the last choices: they followed a draft that was wrong."""
+        self._picked -= count
+
     def record(self, token: int) -> None:
         """Count a chosen token for the penalties."""
         self._generated[token] += 1

@@ -25,7 +25,7 @@ import mlx.core as mx
 
 from k2cli.protocol import Decision, Decode, Prefill, PrefillTogether
 from k2cli.rank.control import Followers
-from k2cli.rank.engine.choice import choose_tokens
+from k2cli.rank.engine.choice import choose_after_drafts, choose_tokens
 from k2cli.rank.engine.lookahead import CopyWatch, device_limit_bytes
 from k2cli.rank.engine.requests import Running
 from k2cli.rank.executor import Executor, StepResult
@@ -53,6 +53,11 @@ class Step:
     def computes(self) -> bool:
         """True if the stages compute something for it."""
         return isinstance(self.decision, Prefill | PrefillTogether | Decode)
+
+    @property
+    def drafts(self) -> list[int]:
+        """The drafted tokens that it verifies."""
+        return self.decision.drafts if isinstance(self.decision, Decode) else []
 
 
 class StepQueue:
@@ -156,7 +161,11 @@ class StepQueue:
         step.waited_seconds = self._executor.waited_seconds - waited
         # Evaluate the logits too: even if no token is read, every rank must run every sum.
         if step.result.logits is not None and step.rows:
-            if any(row.needs_history for row in step.rows):
+            if step.drafts:
+                step.logits = step.result.logits
+                step.chosen = choose_after_drafts(step.rows[0], step.logits)
+                mx.async_eval(step.chosen, *step.result.to_compute)  # type: ignore[no-untyped-call]
+            elif any(row.needs_history for row in step.rows):
                 mx.async_eval(*step.result.to_compute)  # type: ignore[no-untyped-call]
             else:
                 step.logits, step.chosen = choose_tokens(step.rows, step.result.logits)

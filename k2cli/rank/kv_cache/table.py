@@ -127,6 +127,14 @@ class CacheTable:
             cache.extend(other)
         into.rows += sequences
 
+    def cut_back(self, batch: int, tokens: int) -> None:
+        """Remove the last tokens of a batch's only row."""
+        own = self.batches[batch]
+        (sequence,) = own.rows
+        for cache in own.caches:
+            cache.trim(tokens)
+        del self._tokens[sequence][-tokens:]
+
     def leave(self, batch: int, sequence: int, keep: Keep, move_to: int | None = None) -> None:
         """Take a sequence out of a batch: release its cache, keep it as a prefix, or move it."""
         source = self.batches[batch]

@@ -131,11 +131,13 @@ class Extensions(Body):
     """The request's ``"k2"`` object.
 
     ``cache`` False bypasses the prefix cache. ``ignore_stop_tokens`` True generates past the
-    model's stop tokens, up to ``max_tokens``, for benchmarks.
+    model's stop tokens, up to ``max_tokens``, for benchmarks. ``speculation`` False verifies no
+    drafts.
     """
 
     cache: bool | None = None
     ignore_stop_tokens: bool | None = None
+    speculation: bool | None = None
 
 
 class GenerationBody(_Ignored, FormatFields):
@@ -183,6 +185,7 @@ class GenerationBody(_Ignored, FormatFields):
             wants_progress=bool(stream_options.include_progress),
             use_prefix_cache=extensions.cache is not False,
             ignore_stop_tokens=bool(extensions.ignore_stop_tokens),
+            use_speculation=extensions.speculation is not False,
             answer_format=self.answer_format,
         )
         return replace(shared, **members)

@@ -117,7 +117,11 @@ def openai_usage(used: AnswerUsage) -> dict[str, Any]:
         "completion_tokens": used.completion_tokens,
         "total_tokens": used.prompt_tokens + used.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
+        "completion_tokens_details": {
+            "reasoning_tokens": used.reasoning_tokens,
+            "accepted_prediction_tokens": used.accepted_tokens,
+            "rejected_prediction_tokens": used.draft_tokens - used.accepted_tokens,
+        },
     }
     if used.max_tokens is not None:
         members["max_tokens"] = used.max_tokens

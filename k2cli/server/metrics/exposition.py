@@ -193,9 +193,12 @@ def _tokens(by_key: dict[str, KeyTotals]) -> Iterator[Metric]:
         "cached": "Tokens of prompts that were taken from the prefix cache.",
         "completion": "Tokens of answers, with those of reasoning and calls.",
         "reasoning": "Tokens of complete answers that were reasoning.",
+        "draft": "Tokens of complete answers that were guessed from their context and verified.",
+        "accepted": "Guessed tokens that the model generated, too.",
     }
+    full_names = {"cached": "k2_prompt_cached_tokens", "accepted": "k2_draft_accepted_tokens"}
     for name, text in named.items():
-        full_name = "k2_prompt_cached_tokens" if name == "cached" else f"k2_{name}_tokens"
+        full_name = full_names.get(name, f"k2_{name}_tokens")
         family = CounterMetricFamily(full_name, text, labels=["dialect", "key"])
         for key, totals in by_key.items():
             counts = cast("Counter[Dialect]", getattr(totals, f"{name}_tokens"))

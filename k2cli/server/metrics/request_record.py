@@ -166,6 +166,8 @@ class RequestRecord:
         self.note_completion(usage.completion_tokens)
         self.reasoning_tokens = usage.reasoning_tokens
         self.own_totals.reasoning_tokens[self.dialect] += usage.reasoning_tokens
+        self.own_totals.draft_tokens[self.dialect] += usage.draft_tokens
+        self.own_totals.accepted_tokens[self.dialect] += usage.accepted_tokens
         self.own_totals.answers[self.dialect, finish_reason] += 1
 
     def note_failure(self, error: ApiError) -> None:

@@ -133,6 +133,8 @@ class TotalCounts(msgspec.Struct, frozen=True):
     queue: Latency
     first_token: Latency
     inter_token: Latency
+    draft_tokens: int
+    accepted_draft_tokens: int
 
 
 class Throughput(msgspec.Struct, frozen=True):
@@ -279,6 +281,8 @@ def _totals(totals: Totals) -> TotalCounts:
         _latency([key.queue_seconds for key in keys]),
         _latency([key.first_token_seconds for key in keys]),
         _latency([key.inter_token_seconds for key in keys]),
+        sum(key.draft_tokens[dialect] for key in keys for dialect in GENERATING),
+        sum(key.accepted_tokens[dialect] for key in keys for dialect in GENERATING),
     )
 
 

@@ -84,6 +84,8 @@ class KeyTotals:
     cache_hits: Counter[Dialect] = field(default_factory=Counter)
     completion_tokens: Counter[Dialect] = field(default_factory=Counter)
     reasoning_tokens: Counter[Dialect] = field(default_factory=Counter)
+    draft_tokens: Counter[Dialect] = field(default_factory=Counter)
+    accepted_tokens: Counter[Dialect] = field(default_factory=Counter)
     queue_seconds: Histogram = field(default_factory=lambda: Histogram(LATENCY_BUCKETS))
     first_token_seconds: Histogram = field(default_factory=lambda: Histogram(LATENCY_BUCKETS))
     inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(TOKEN_BUCKETS))

@@ -80,6 +80,13 @@ class ReasoningTokens(Answer):
     reasoning_tokens: int
 
 
+class CompletionDetails(ReasoningTokens):
+    """Tokens of the answer by kind. Rejected ones were guessed, and are no part of the answer."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(Answer):
     """Tokens and times; ``max_tokens`` if the context had less room than was asked for."""
 
@@ -87,7 +94,7 @@ class Usage(Answer):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-    completion_tokens_details: ReasoningTokens
+    completion_tokens_details: CompletionDetails
     max_tokens: int = MAY_BE_ABSENT
     timings: Timings = MAY_BE_ABSENT
 

@@ -25,7 +25,7 @@ _TERMS = (
     ("prefill", "prefill_activation_bytes", "prefill_activation_bytes",
      "peak while the last {chunk} tokens of a full context are computed"),
     ("decode", "decode_activation_bytes", "decode_activation_bytes",
-     "peak of a decode step; only the larger of prefill and decode counts"),
+     "peak of a decode step, with a draft or without; the larger of prefill and decode counts"),
     ("messages", "communication_bytes", "communication_bytes",
      "buffers of messages between ranks"),
     ("runtime", "runtime_bytes", "runtime_bytes",

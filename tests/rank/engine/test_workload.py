@@ -37,7 +37,13 @@ LONG = [
 def pool(request: pytest.FixtureRequest, toy_k2: Path, tmp_path: Path) -> Iterator[RankPool]:
     strategy, size, concurrency, ahead = request.param
     parts = assignments(
-        toy_k2, strategy, size, concurrency=concurrency, context_length=CONTEXT, looks_ahead=ahead
+        toy_k2,
+        strategy,
+        size,
+        concurrency=concurrency,
+        context_length=CONTEXT,
+        looks_ahead=ahead,
+        speculation="always",
     )
     with running(RankPool(parts, tmp_path)) as started:
         yield started
@@ -55,6 +61,7 @@ def test_every_answer_is_that_of_its_request_alone(pool: RankPool) -> None:
     workload.run(11)
     workload.check()
     assert workload.pauses
+    assert workload.accepted_tokens > 10
 
 
 @pytest.mark.soak

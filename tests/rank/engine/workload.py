@@ -45,7 +45,9 @@ class Sent:
     use_prefix_cache: bool
     most_tokens: int
 
-    def submit(self, pool: RankPool, *, use_prefix_cache: bool) -> str:
+    def submit(
+        self, pool: RankPool, *, use_prefix_cache: bool, use_speculation: bool = True
+    ) -> str:
         return pool.submit(
             self.prompt,
             self.max_tokens,
@@ -55,6 +57,7 @@ class Sent:
             self.grammar,
             prefix_scope=self.owner,
             owner=self.owner,
+            use_speculation=use_speculation,
         )
 
 
@@ -106,11 +109,18 @@ class Workload:
 
     def begin_with_a_pause(self) -> None:
         """Send an answer that takes all memory, and once it has begun, a short request."""
-        options = (Sampling(temperature=0.9, seed=3, presence_penalty=0.5), [], None, False)
+        bias = {320: 200.0, 321: 200.0}  # so that it is paused between drafts
+        options = (Sampling(temperature=0.9, seed=3, logit_bias=bias), [], None, False)
         self._send(Sent("a", list(range(320, 340)), 10_000, *options, 70))
         while not self._progress:
             self._take()
         self._send(Sent("b", list(range(350, 360)), 2, *options, 70))
+
+    @property
+    def accepted_tokens(self) -> int:
+        """The drafted tokens that became part of answers."""
+        ends = (self.pool.outcomes[name].finished for name in self.sent)
+        return sum(end.accepted_tokens for end in ends if end is not None)
 
     # --- drawing ---------------------------------------------------------------------------------
 
@@ -161,6 +171,10 @@ class Workload:
             )
         if draw.random() < 0.1:
             options["logit_bias"] = {draw.randrange(300, 900): 5.0}
+        elif draw.random() < 0.4:
+            # Few tokens have a chance, so that drafts are right.
+            first = draw.randrange(300, 890)
+            options["logit_bias"] = {first + n: 200.0 for n in range(draw.choice((1, 2, 4)))}
         if draw.random() < 0.3:
             options["top_logprobs"] = draw.choice((0, 3))
         return Sampling(**options)  # type: ignore[arg-type]
@@ -198,14 +212,16 @@ class Workload:
                 pass
 
     def check(self) -> None:
-        """Compare every answer with what the same request gives alone, without a cache."""
+        """Compare every answer with what it is alone, without a cache and without drafts."""
         for name, sent in self.sent.items():
             outcome = self.pool.outcomes[name]
             if name in self.cancelled and not outcome.tokens:
                 continue
             if name in self.cancelled:
                 sent = replace(sent, max_tokens=min(sent.max_tokens, len(outcome.tokens)))
-            alone = self.pool.outcome(sent.submit(self.pool, use_prefix_cache=False))
+            alone = self.pool.outcome(
+                sent.submit(self.pool, use_prefix_cache=False, use_speculation=False)
+            )
             self._compare(name, outcome, alone)
 
     def _compare(self, name: str, outcome: Outcome, alone: Outcome) -> None:
@@ -220,6 +236,7 @@ class Workload:
         count = len(outcome.tokens)
         assert outcome.tokens == alone.tokens[:count], what
         assert finished.pauses == self.pauses[name], what
+        assert finished.accepted_tokens <= min(finished.draft_tokens, count), what
         assert finished.completion_tokens == count, what
         assert finished.cached_tokens < len(self.sent[name].prompt), what
         assert min(finished.queue_seconds, finished.prefill_seconds, finished.decode_seconds) >= 0
