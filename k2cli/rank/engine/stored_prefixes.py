@@ -205,7 +205,7 @@ class StoredPrefixes:
     def _use(self, chain: Sequence[str]) -> None:
         """Make blocks the most recently used: the later ones of a chain go first."""
         now = time.time()
-        times = {block: now - index * 1e-3 for index, block in enumerate(chain)}
+        times = {block: now - index * 1e-6 for index, block in enumerate(chain)}
         times = {block: used for block, used in times.items() if block in self._blocks}
         for block, used in times.items():
             self._blocks[block].used = used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import random
 from collections.abc import Sequence
@@ -177,7 +178,11 @@ def test_what_cannot_be_read_is_forgotten_and_computed(files: list[dict[str, int
     assert second in disks.files[0]
 
 
-def test_the_budget_holds_and_the_least_recently_used_go_first() -> None:
+def test_the_budget_holds_and_the_least_recently_used_go_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = itertools.count(10**9)
+    monkeypatch.setattr("time.time", lambda: float(next(seconds)))
     disks = Disks()
     draw = random.Random(3)
     prompts = [draw.choices(range(10**6), k=520) for _ in range(9)]
