@@ -530,7 +530,10 @@ class Engine:
         if row.speculation is None or self._speculation is None or row.ended:
             return
         assert isinstance(decision, Decode)
-        ahead = self._looks_ahead and self._queue.may_look_ahead(decision.batch)
+        # Steps of several batches fill the window, so that none is built ahead.
+        active = sum(bool(rows) for rows in self._table.batches.values())
+        ahead = active < self._window and self._queue.may_look_ahead(decision.batch)
+        ahead = ahead and self._looks_ahead
         self._speculation.decoded(row.speculation, seconds, usual=decision.ahead or not ahead)
 
     def _verified(self, step: Step, tokens: list[int], now: float, seconds: float) -> None:

@@ -86,7 +86,7 @@ class Acceptance:
 
 @dataclass(slots=True)
 class RowDrafts:
-    """What is known of one request: its text, and how drafts did."""
+    """The text of one request, and how its drafts did."""
 
     index: DraftIndex
     acceptance: dict[int, Acceptance] = field(
@@ -102,7 +102,7 @@ class RowDrafts:
     verified_in_a_row: int = 0
     plain_in_a_row: int = 0
     match_length: int = 0
-    """Of the draft in flight."""
+    """The length of the match of the draft in flight."""
     waited_for: bool = False
     """True if the next step was not built ahead because of a draft."""
     is_late: bool = False
