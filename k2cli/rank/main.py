@@ -114,7 +114,7 @@ class Rank:
         from k2cli.rank.engine.masks import Masks
         from k2cli.rank.executor import Executor
         from k2cli.rank.prefix_disk import open_on_leader
-        from k2cli.rank.warm_up import warm_up
+        from k2cli.rank.startup.warm_up import warm_up
 
         deadlines = self._start.deadlines
         followers = Followers(self._lost_follower)

@@ -170,7 +170,7 @@ def _hang_before_loading(seconds: float) -> None:
 
 
 def _choose_device(kind: str) -> None:
-    from k2cli.rank import warm_up
+    from k2cli.rank.startup import warm_up
 
     warm_up._device = lambda: kind
 

@@ -37,8 +37,8 @@ from k2cli.protocol import (
 )
 from k2cli.rank.control import Followers
 from k2cli.rank.engine.engine import Engine
-from k2cli.rank.link_check import LinkChecker, spread_prompt
-from k2cli.rank.self_test import run_self_test
+from k2cli.rank.startup.link_check import LinkChecker, spread_prompt
+from k2cli.rank.startup.self_test import run_self_test
 
 DeviceKind = Literal["cpu", "metal", "cuda"]
 Report = Callable[[str, int, int], None]

@@ -40,7 +40,7 @@ from k2cli.protocol import (
 from k2cli.rank.control import Followers
 from k2cli.rank.engine.engine import Engine
 from k2cli.rank.executor import StepResult
-from k2cli.rank.marks import first_difference
+from k2cli.rank.startup.marks import first_difference
 
 Report = Callable[[str, int, int], None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from k2cli.rank.warm_up import DeviceKind, shapes_to_warm
+from k2cli.rank.startup.warm_up import DeviceKind, shapes_to_warm
 
 
 def _texts(

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from k2cli.protocol import EngineReady, LinkCheck, LoadProgress
-from k2cli.rank.link_check import GPU_BOUND
-from k2cli.rank.marks import first_difference, kept_output, mark
+from k2cli.rank.startup.link_check import GPU_BOUND
+from k2cli.rank.startup.marks import first_difference, kept_output, mark
 from tests.support.faults import FAULTY_RANKS
 from tests.support.rank_pool import RankPool, assignments, running
 
