@@ -13,6 +13,7 @@ from k2cli.choices import (
     REASONING_PARSERS,
     TOOL_PARSERS,
     Head,
+    KvBits,
     Parallel,
     WantedFloatType,
     WantedTransport,
@@ -46,6 +47,7 @@ class LaunchRequest:
     concurrency: int | None = None
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
+    kv_bits: KvBits = 0
     host: str = "127.0.0.1"
     port: int | None = None
     api_key: str | None = None

@@ -240,6 +240,7 @@ def _assignment(
         memory_limit_bytes=memory_limit_bytes(plan.nodes[rank]),
         expansion_weight=expansion_weight(node.backend for node in plan.nodes),
         attention_block_tokens=plan.request.attention_block_tokens,
+        kv_bits=plan.request.kv_bits,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from k2cli.choices import FloatType, HeadPlacement, Strategy, Transport
+from k2cli.choices import FloatType, HeadPlacement, KvBits, Strategy, Transport
 from k2cli.gpu_name import GpuName
 from k2cli.protocol.access import NamedKey
 
@@ -68,6 +68,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``rank.engine.lookahead``. ``cache_limit_bytes`` limits the freed arrays that MLX keeps,
     ``memory_limit_bytes`` these and those in use together. ``expansion_weight`` and
     ``attention_block_tokens`` are the settings of ``rank.attention.latent``, equal on all ranks.
+    ``kv_bits`` are those of quantized KV caches, 0 if they are not quantized.
     ``nccl_coordinator`` (``host:port``) is
     where the leader hands out NCCL's unique id; NCCL itself listens on ``nccl_interface`` alone.
     """
@@ -98,6 +99,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     looks_ahead: bool | None = None
     expansion_weight: float = 1.0
     attention_block_tokens: int = 0
+    kv_bits: KvBits = 0
 
 
 class PlannedRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
