@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.sharding import trace
+from k2cli.sharding.kv_cache.quantized import QuantizedCache, quantized_bytes
 from k2cli.sharding.stage import anatomy, make_cache
 from k2cli.sharding.weights_and_cache import (
     CHUNK_TOKENS,
@@ -24,6 +25,15 @@ from k2cli.sharding.weights_and_cache import (
     filled_cache_bytes,
     head_form,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """Bytes of a token in the largest quantized cache of a layer, and once dequantized."""
+
+    bits: int
+    stored_bytes: int
+    dequantized_bytes: int
 
 
 @dataclass(slots=True)
@@ -83,6 +93,18 @@ class Profile:
                     by_kind[kind] = filled_cache_bytes(entry, sample, context_length, chunk_tokens)
             self._caches[key] = tuple(by_kind[kind] for kind in self._kinds)
         return self._caches[key]
+
+    @property
+    def quantized_layer(self) -> QuantizedLayer | None:
+        """The layer with the largest quantized keys and values; None if none are quantized."""
+        found = []
+        for entry in self._samples:
+            if isinstance(entry, QuantizedCache) and (form := entry.form) is not None:
+                size = form.dtype.size
+                stored = form.heads * quantized_bytes(form.widths, entry.stored_bits, size)
+                whole = form.heads * sum(form.widths) * size
+                found.append(QuantizedLayer(entry.stored_bits, stored, whole))
+        return max(found, key=lambda layer: layer.dequantized_bytes, default=None)
 
     @property
     def _has_windows(self) -> bool:

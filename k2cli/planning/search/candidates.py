@@ -15,6 +15,7 @@ from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.memory.decode import decode_activation
 from k2cli.planning.memory.ledger import communication_bytes, node_budget
 from k2cli.planning.memory.prefill import PREFILL_CHUNKS, prefill_activation
+from k2cli.planning.memory.quantized_kv import quantized_decode_bytes, quantized_prefill_bytes
 from k2cli.planning.model import ITEM_BYTES
 from k2cli.planning.plan import NodeBudget
 from k2cli.planning.request import PlanRequest
@@ -182,7 +183,14 @@ def activation_bytes(
         shape, chunk_tokens=chunk, layers=layers, settings=problem.latent_settings, **common
     )
     decode = decode_activation(shape, layers=layers, **common)
-    return prefill.peak_bytes, decode.peak_bytes
+    layer = problem.traced.slices(slices).profile.quantized_layer
+    if layer is None:
+        return prefill.peak_bytes, decode.peak_bytes
+    del common["samples"]
+    own_decode = quantized_decode_bytes(layer, shape, layers=layers, **common)
+    del common["concurrency"], common["slices"]
+    own_prefill = quantized_prefill_bytes(layer, **common)
+    return prefill.peak_bytes + own_prefill, decode.peak_bytes + own_decode
 
 
 def message_bytes(problem: PlanningProblem, slices: Slices, strategy: Strategy, chunk: int) -> int:

@@ -143,13 +143,15 @@ class _QuantizedStore:
         assert self.keys is not None
         assert self.values is not None
         used = self.used
-        keys, values = (
-            parts if self.room == used else _each(lambda part: part[..., :used, :], parts)
-            for parts in (self.keys, self.values)
+        if self._dequantizes:
+            # Sliced after it: MLX would copy slices of the quantized arrays.
+            keys, values = self._dequantized(self.keys), self._dequantized(self.values)
+            return keys[..., :used, :], values[..., :used, :]
+        if self.room == used:
+            return self.keys, self.values
+        return tuple(
+            _each(lambda part: part[..., :used, :], parts) for parts in (self.keys, self.values)
         )
-        if not self._dequantizes:
-            return keys, values
-        return self._dequantized(keys), self._dequantized(values)
 
     def _dequantized(self, parts: Parts) -> mx.array:
         return mx.dequantize(*parts, group_size=self.group_size, bits=self.stored_bits)
