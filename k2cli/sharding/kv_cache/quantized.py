@@ -65,6 +65,10 @@ class HeadForm:
     widths: tuple[int, int]
     dtype: mx.Dtype
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadForm:
+        """Return the same value: caches are copied, and an element type of MLX cannot be."""
+        return self
+
     def zeros(self, tokens: int) -> tuple[mx.array, mx.array]:
         """Make keys and values ``[1, heads, tokens, width]``, lazily."""
         key, value = (
