@@ -136,9 +136,7 @@ def main() -> None:
         contexts = [int(each) for each in given.contexts.split(",")]
         measure_decode(contexts, given.rounds, given.dtype)
     if given.checkpoint is not None:
-        measure_perplexity(
-            given.checkpoint, given.text, given.dtype, given.tokens, given.stepwise
-        )
+        measure_perplexity(given.checkpoint, given.text, given.dtype, given.tokens, given.stepwise)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from k2cli.choices import FloatType, Head, KvBits, Parallel, Strategy, WantedFloatType, WantedTransport
+from k2cli.choices import (
+    FloatType,
+    Head,
+    KvBits,
+    Parallel,
+    Strategy,
+    WantedFloatType,
+    WantedTransport,
+)
 from k2cli.errors import UsageError
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.hardware.machine import NodeMemory

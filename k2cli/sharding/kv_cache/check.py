@@ -70,9 +70,7 @@ def check_quantizable(
         ) from error
 
 
-def _refuse_latent(
-    config: Mapping[str, Any], used: list[Any], kv_bits: int, tokens: int
-) -> None:
+def _refuse_latent(config: Mapping[str, Any], used: list[Any], kv_bits: int, tokens: int) -> None:
     """Refuse latent attention (MLA), whose cache has one small vector for all heads."""
     parts = [part for entry in used for part in getattr(entry, "caches", (entry,))]
     forms = [form for part in parts if (form := head_form(part)) is not None]
