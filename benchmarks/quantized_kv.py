@@ -14,6 +14,7 @@ quantized. Prints one line of JSON per measurement.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -49,7 +50,7 @@ def mean_loss(model: nn.Module, tokens: list[int], kv_bits: int, stepwise: int) 
     in_chunks = len(inputs) - stepwise
     bounds = [*range(0, in_chunks, CHUNK_TOKENS), *range(in_chunks, len(inputs) + 1)]
     losses = 0.0
-    for first, past_last in zip(bounds, bounds[1:], strict=False):
+    for first, past_last in itertools.pairwise(bounds):
         logits = model(mx.array([inputs[first:past_last]]), cache=cache)
         wanted = mx.array(targets[first:past_last])
         loss = nn.losses.cross_entropy(logits[0].astype(mx.float32), wanted, reduction="sum")

@@ -11,7 +11,6 @@ attention of an ordinary cache is fused. A CPU first copies the quantized arrays
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 

@@ -7,6 +7,8 @@ such query heads are rows of one product instead.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from k2cli.mlx_lm_package import mlx_lm_module
@@ -54,4 +56,5 @@ def quantized_attention(
 
 def use_own_quantized_attention() -> None:
     """Let mlx-lm's models use this attention in this process."""
-    mlx_lm_module("models.base").quantized_scaled_dot_product_attention = quantized_attention
+    base: Any = mlx_lm_module("models.base")
+    base.quantized_scaled_dot_product_attention = quantized_attention
