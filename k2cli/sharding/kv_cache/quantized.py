@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -275,7 +275,7 @@ class QuantizedBatchCache(_QuantizedStore):
         """Keep only these rows, and as little padding as they need."""
         kept = mx.array(list(rows))
         self.left_padding = self.left_padding[kept]
-        unused = cast(int, mx.min(self.left_padding).item()) if self.keys is not None else 0
+        unused = min(_numbers(self.left_padding)) if self.keys is not None else 0
         self.change(lambda part: part[kept][..., unused:, :])
         self.left_padding = self.left_padding - unused
         self.used -= unused
@@ -302,7 +302,7 @@ class QuantizedBatchCache(_QuantizedStore):
         single = QuantizedCache(self.stored_bits)
         single._like(self)
         if self.keys is not None and self.values is not None:
-            first, past_last = cast(int, self.left_padding[row].item()), self.used
+            first, past_last = _numbers(self.left_padding)[row], self.used
             single.keys, single.values = (
                 _each(
                     lambda part: mx.contiguous(part[row : row + 1, :, first:past_last]), parts
@@ -324,6 +324,11 @@ def extended(held: mx.array, used: int, more: int) -> mx.array:
     rows, heads, _, width = held.shape
     room = mx.zeros((rows, heads, more, width), held.dtype)
     return mx.concatenate([held[..., :used, :], room], axis=2)
+
+
+def _numbers(array: mx.array) -> list[int]:
+    numbers: Any = array.tolist()
+    return [int(number) for number in numbers]
 
 
 def _each(function: Callable[[mx.array], mx.array], parts: Parts) -> Parts:

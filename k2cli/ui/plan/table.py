@@ -58,8 +58,9 @@ def headline(plan: Plan) -> list[str]:
         f"{_count(model.parameters)} parameters, {format_bytes(model.stored_bytes)} stored, "
         f"quantization: {model.quantization}",
         f"{_sequences(request.concurrency)} of {request.context_length:,} tokens in "
-        f"{request.dtype}{_kv_bits(request.kv_bits)}, prefill in chunks of "
-        f"{request.prefill_chunk_tokens}{_blocks(request.attention_block_tokens)}",
+        f"{request.dtype}{_kv_bits(request.kv_bits)}, "
+        f"prefill in chunks of {request.prefill_chunk_tokens}"
+        f"{_blocks(request.attention_block_tokens)}",
         _placement_text(plan),
         gpu_text((node.name, node) for node in plan.nodes),
     ]
