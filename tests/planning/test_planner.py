@@ -203,6 +203,7 @@ def test_a_plan_of_the_previous_version_loads_and_is_made_again() -> None:
     assert made["request"].pop("prompt_tokens") == 2000
     assert made["request"].pop("answer_tokens") == 500
     assert made["request"].pop("attention_block_tokens") == 0
+    assert made["request"].pop("kv_bits") == 0
     assert made["speed"].pop("exchange_seconds") > 0
     assert len(made["speed"].pop("stages")) == 2
     then = json.loads(without_predictions(moved))

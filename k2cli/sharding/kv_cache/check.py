@@ -1,4 +1,4 @@
-"""Whether a model's KV cache can be quantized, found by running the traced model with one.
+"""Check whether a model's KV cache can be quantized, by running the traced model with one.
 
 No list of architectures is kept: attention that does not go through mlx-lm's
 ``scaled_dot_product_attention`` fails on quantized keys and values, and so does attention with
