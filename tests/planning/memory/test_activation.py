@@ -142,7 +142,6 @@ def test_peak_with_joined_projections_is_what_mlx_measures(name: str) -> None:
         )  # fmt: skip
         modelled.append(activation.peak_bytes)
     assert modelled == pytest.approx(peaks, rel=TOLERANCE)
-    assert modelled[1] - modelled[0] == pytest.approx(peaks[1] - peaks[0], rel=0.25)
 
 
 def test_recorded_grids_agree_with_the_model_and_the_page() -> None:
