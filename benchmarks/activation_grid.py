@@ -94,9 +94,7 @@ class Grid:
             for cache in caches
             for part in getattr(cache, "caches", (cache,))
         )
-        # A model from before, freed only while a peak is measured, would make the peak smaller.
-        gc.collect()
-        mx.synchronize()
+        _start()
         # Includes the rounding of the allocator, which a plan counts as slack.
         self._weights = mx.get_active_memory()
         self._step = 0
@@ -260,6 +258,8 @@ def _keep_busy() -> mx.array:
 
 
 def _start() -> None:
+    """Begin a measurement; models from before must not be freed while it goes on, or count."""
+    gc.collect()
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
