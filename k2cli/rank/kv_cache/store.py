@@ -117,7 +117,7 @@ class BlockStore:
         others = [
             (file, folder)
             for folder in root.glob(f"*-{self._rank}")
-            if folder != self._folder
+            if folder != self._folder and not folder.is_symlink()
             for file in blocks_of(folder)
         ]
         others.sort(key=lambda other: other[0].used)
