@@ -142,7 +142,10 @@ class BlockStore:
             self._report(BlockWritten(self._rank, block, error="switched off"))
             return
         try:
-            size = write_block(self._folder / block, arrays)
+            try:
+                size = write_block(self._folder / block, arrays)
+            except FileNotFoundError:  # the folder was removed meanwhile: see remove_store
+                size = write_block(self._folder / block, arrays)
         except Exception as error:  # the leader waits for the report
             self._switch_off(error)
             self._report(BlockWritten(self._rank, block, error=str(error)))
