@@ -165,10 +165,14 @@ def _is_used(folder: Path) -> bool:
 def remove_store(folder: Path) -> None:
     """Remove a store and all its blocks.
 
+    It gets another name first, so that a run that uses it does not write into it meanwhile.
+
     Raises:
         OSError: if something of it cannot be removed.
     """
-    shutil.rmtree(folder)
+    removed = folder.with_name(f"{os.urandom(4).hex()}-{folder.name}")
+    folder.rename(removed)
+    shutil.rmtree(removed)
 
 
 def remove_secret() -> None:

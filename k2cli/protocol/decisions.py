@@ -16,13 +16,15 @@ from k2cli.protocol.message import Heartbeat, Message
 class OpenSequence(Message, tag=True, frozen=True):
     """Make a KV cache for a sequence: empty, or with the first tokens of a kept prefix.
 
-    The tokens of a prefix are those of its parents, from the root on, and then its own.
+    The tokens of a prefix are those of its parents, from the root on, and then its own. Nodes of it
+    in ``release``, the lowest first, are dropped meanwhile: there is no room for them beside it.
     """
 
     step: int
     sequence: int
     prefix: int | None = None
     kept_tokens: int = 0
+    release: list[int] = msgspec.field(default_factory=list)
 
 
 class Prefill(Message, tag=True, frozen=True):

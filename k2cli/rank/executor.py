@@ -167,7 +167,7 @@ class Executor:
             case PrefillTogether():
                 self._prefill_together(decision)
             case OpenSequence(sequence=sequence, prefix=prefix, kept_tokens=kept_tokens):
-                self.caches.open(sequence, prefix, kept_tokens)
+                self.caches.open(sequence, prefix, kept_tokens, decision.release)
             case CloseSequence():
                 self.caches.close(decision.sequence, decision)
             case JoinBatch(batch=batch, sequence=sequence):

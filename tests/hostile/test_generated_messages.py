@@ -85,7 +85,7 @@ CONVERSATIONS: list[tuple[Any, list[Any]]] = [
         KvCacheUse(1, 256, 512, 4096),
     ]),
     (Decision, [
-        OpenSequence(1, 2, 3, 4), PrefillTogether(1, 2, [3, 4], [[5], [6]]),
+        OpenSequence(1, 2, 3, 4, [3]), PrefillTogether(1, 2, [3, 4], [[5], [6]]),
         Decode(1, 2, [3], told=[4]),
     ]),
     (FollowerMessage, [

@@ -89,14 +89,31 @@ class PrefixKeeper:
         self.tree.remove(prefix)
         self._sender.submit(DropPrefix(self._sender.next_number, prefix))
 
-    def evict(self, used_tokens: int, budget_tokens: int, spared: Collection[int]) -> None:
+    def evict(
+        self,
+        used_tokens: int,
+        budget_tokens: int,
+        spared: Collection[int],
+        opened: int | None = None,
+    ) -> list[int]:
         """Drop prefixes until they fit the budget beside what requests may use.
 
         The least recently used are dropped first, but after all others those that a waiting
         request will use: else conversations that take turns would lose theirs just before.
+
+        Returns:
+            The nodes of ``opened`` that are dropped by the decision that opens it, which must
+            follow.
         """
+        path = self.tree.path_of(opened)
+        release = []
         while used_tokens + self.tree.tokens() > budget_tokens:
             oldest = self.tree.oldest(spared)
             if oldest is None:
-                return
-            self.drop(oldest)
+                break
+            if oldest in path:
+                self.tree.remove(oldest)
+                release.append(oldest)
+            else:
+                self.drop(oldest)
+        return release

@@ -163,6 +163,12 @@ class PrefixTree:
         pieces = [node.tokens for node in self._nodes[prefix].path]
         return list(array(_TOKEN, b"".join(reversed(pieces))))
 
+    def path_of(self, prefix: int | None) -> set[int]:
+        """Return the nodes from a prefix to the root; none if it is not kept."""
+        return (
+            set() if prefix not in self._nodes else {node.id for node in self._nodes[prefix].path}
+        )
+
     def scope_of(self, prefix: int) -> str:
         """Return the scope that a prefix belongs to."""
         return self._nodes[prefix].scope

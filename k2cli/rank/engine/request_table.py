@@ -180,7 +180,7 @@ class RequestTable:
             return
         kept = self._prefixes.tokens_of(self.line.wanted_prefixes())
         free = self._budget.tokens - used_tokens(self._worst_cases()) - kept
-        if stored.read_some(self.line.has, free):
+        if stored.read_some(self.line.has, free, self._evict):
             self._evict()
 
     # --- admission -------------------------------------------------------------------------------
@@ -286,14 +286,10 @@ class RequestTable:
 
     def _start(self, ticket: Ticket[Waiting], batch: int) -> None:
         self.line.start(ticket)
-        row = self._open(ticket)
-        row.batch = batch
-        self.prefilling.append(row)
-        if ticket.item.paused is not None:
-            self._forget_paused(ticket.item)
+        self._open(ticket, batch)
         self._evict()
 
-    def _open(self, ticket: Ticket[Waiting]) -> Running:
+    def _open(self, ticket: Ticket[Waiting], batch: int) -> Running:
         waiting = ticket.item
         self._next_sequence += 1
         row = waiting.paused or self._running(ticket)
@@ -303,9 +299,11 @@ class RequestTable:
         row.prefill_target = len(known) - 1
         row.computed = 0 if hit is None else hit.tokens
         prefix = None if hit is None else hit.prefix
-        self._sender.submit(
-            OpenSequence(self._sender.next_number, row.sequence, prefix, row.computed)
-        )
+        row.batch = batch
+        self.prefilling.append(row)
+        release = self._make_room_beside(prefix, waiting)
+        number = self._sender.next_number
+        self._sender.submit(OpenSequence(number, row.sequence, prefix, row.computed, release))
         # Tokens that were never computed for it came from a cache, perhaps only after a pause.
         row.cached += max(0, row.computed - row.reached)
         row.reached = max(row.reached, row.computed)
@@ -319,6 +317,24 @@ class RequestTable:
         prompt = len(row.request.prompt)
         self._tell(PromptProgress(row.request.request_id, row.cached, prompt, row.cached))
         return row
+
+    def _make_room_beside(self, opened: int | None, waiting: Waiting) -> list[int]:
+        """Drop what a request that is opened leaves no room for, before its cache is made.
+
+        Returns:
+            Nodes that it is made from and that are dropped with it: layer by layer, since there is
+            no room for a copy of all of them.
+        """
+        release = []
+        if waiting.paused is not None and opened is not None and waiting.prefix == opened:
+            self._prefixes.remove(opened)
+            release.append(opened)
+            waiting.prefix = None
+        elif waiting.paused is not None:
+            self._forget_paused(waiting)
+        used, wanted = used_tokens(self._worst_cases()), self.line.wanted_prefixes()
+        release += self.keeper.evict(used, self._budget.tokens, wanted, opened)
+        return release
 
     def _hit(self, waiting: Waiting, known: Sequence[int]) -> Hit | None:
         """Return the prefix to use; a paused request has its own, unless that was dropped."""
@@ -436,9 +452,9 @@ class RequestTable:
         told = row.unannounced_input
         self._sender.submit(LeaveBatch(number, row.batch, row.sequence, *kept, told=told))
 
-    def _evict(self) -> None:
-        """Drop prefixes until the worst case of all requests fits."""
-        used = used_tokens(self._worst_cases())
+    def _evict(self, more_tokens: int = 0) -> None:
+        """Drop prefixes until the worst case of all requests fits, and so many tokens more."""
+        used = used_tokens(self._worst_cases()) + more_tokens
         self.keeper.evict(used, self._budget.tokens, self.line.wanted_prefixes())
         if self._cache_use() != self._reported_use:
             self.report_cache_use()

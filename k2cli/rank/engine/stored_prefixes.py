@@ -314,17 +314,23 @@ class StoredPrefixes:
         hit = self._keeper.tree.find([*request.prompt, 0], request.prefix_scope)
         return 0 if hit is None else hit.tokens // BLOCK_TOKENS
 
-    def read_some(self, is_waiting: Callable[[Waiting], bool], free_tokens: int) -> bool:
+    def read_some(
+        self,
+        is_waiting: Callable[[Waiting], bool],
+        free_tokens: int,
+        make_room: Callable[[int], None] = lambda tokens: None,
+    ) -> bool:
         """Go on with reading; return True if prefixes were kept.
 
         Args:
             is_waiting: True if a request still waits.
             free_tokens: room in memory beside running requests and prefixes that are waited for.
+            make_room: drops prefixes until there is room for so many tokens more.
         """
         changed = False
         for reading in list(self._readings):
             if len(reading.answers) == self._ranks:
-                changed = self._adopt(reading) or changed
+                changed = self._adopt(reading, make_room) or changed
             gone = not is_waiting(reading.waiting)
             if time.monotonic() > reading.deadline or gone:
                 reading.waiting.reading = False
@@ -356,7 +362,7 @@ class StoredPrefixes:
         blocks = reading.chain[reading.done : reading.done + wanted]
         self._sender.submit(ReadBlocks(self._sender.next_number, reading.number, blocks))
 
-    def _adopt(self, reading: _Reading) -> bool:
+    def _adopt(self, reading: _Reading, make_room: Callable[[int], None]) -> bool:
         """Keep what all ranks have read of the blocks in progress; return False if nothing."""
         count, first = min(reading.answers), reading.done * BLOCK_TOKENS
         request = reading.waiting.request
@@ -366,6 +372,9 @@ class StoredPrefixes:
             reading.chain = reading.chain[: reading.done + count]
             self._forget([damaged])
         past_last = first + count * BLOCK_TOKENS
+        # Before the ranks make the arrays, not after. If the part before these is dropped for it,
+        # nothing is kept.
+        make_room(count * BLOCK_TOKENS)
         keep = self._keeper.keep_read(request.prompt[:past_last], request.prefix_scope, first)
         step = self._sender.next_number
         if not count or keep.prefix is None:

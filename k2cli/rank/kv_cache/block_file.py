@@ -1,7 +1,8 @@
 """Files of the prefix cache on disk: the caches of one block of tokens, on one rank.
 
-A file is in safetensors format. Its metadata has a SHA-256 of the layout and the data, so that a
-file that is cut short or damaged is never used. It gets its name when all of it is on the disk.
+A file is in safetensors format. Its metadata has a SHA-256 of its place (store, rank, scope and
+name), the layout and the data, so that a file that is cut short, damaged, or in the place of
+another is never used. It gets its name when all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def write_block(path: Path, arrays: list[HostArray]) -> int:
     Raises:
         OSError: if it cannot be written; then there is no file of that name, and no part of one.
     """
-    header = _header(arrays)
+    header = _header(path, arrays)
     for folder in (path.parent.parent, path.parent):
         folder.mkdir(mode=0o700, exist_ok=True)
     partial = path.with_name(f"{PART_MARK}{path.name}-{os.urandom(4).hex()}")
@@ -129,8 +130,10 @@ def write_block(path: Path, arrays: list[HostArray]) -> int:
     return size
 
 
-def _header(arrays: list[HostArray]) -> bytes:
-    fields: dict[str, Any] = {"__metadata__": {"format": "mlx", "k2_sha256": _checksum(arrays)}}
+def _header(path: Path, arrays: list[HostArray]) -> bytes:
+    fields: dict[str, Any] = {
+        "__metadata__": {"format": "mlx", "k2_sha256": _checksum(path, arrays)}
+    }
     position = 0
     for array in arrays:
         end = position + len(array.data)
@@ -145,9 +148,9 @@ def _header(arrays: list[HostArray]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _checksum(arrays: list[HostArray]) -> str:
-    """Return the SHA-256 of places, types, shapes and data."""
-    digest = hashlib.sha256()
+def _checksum(path: Path, arrays: list[HostArray]) -> str:
+    """Return the SHA-256 of the file's place, and the arrays' places, types, shapes and data."""
+    digest = hashlib.sha256(os.fsencode("/".join(path.parts[-3:]) + "\n"))
     for array in arrays:
         digest.update(f"{array.place} {array.dtype} {array.shape} ".encode())
         digest.update(array.data)
@@ -175,7 +178,7 @@ def read_block(path: Path, layers: int) -> list[HostArray]:
         data = memoryview(file.read(size - 8 - length))
     arrays = list(_arrays(path, tensors, data, 8 + length))
     metadata = decode_json(text, _Header).metadata
-    if metadata.get("k2_sha256") != _checksum(arrays):
+    if metadata.get("k2_sha256") != _checksum(path, arrays):
         raise K2Error(f"{path} is damaged: its checksum is another")
     if {array.place[0] for array in arrays} != set(range(layers)):
         raise K2Error(f"{path} has other layers than this rank")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +46,14 @@ class KeptPrefixes:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def open(self, prefix: int, tokens: int) -> tuple[array[int], LayerCaches]:
-        """Return the first ``tokens`` of a prefix, and new caches that hold them."""
+    def open(
+        self, prefix: int, tokens: int, release: Collection[int] = ()
+    ) -> tuple[array[int], LayerCaches]:
+        """Return the first ``tokens`` of a prefix, and new caches that hold them.
+
+        Nodes of its path to ``release`` are dropped, layer by layer: so both the nodes and the copy
+        are held of one layer at a time.
+        """
         path = self._path(prefix)
         known = array("i")
         for node in path:
@@ -58,10 +64,17 @@ class KeptPrefixes:
             for cache in caches:
                 if cache.size() > tokens:
                     cache.trim(cache.size() - tokens)
+            for one in release:
+                self.drop(one)
             return known[:tokens], caches
         caches = self.make_empty()
+        released = [self._nodes.pop(one) for one in release]
         for layer, cache in enumerate(caches):
             fill(cache, [node.layers[layer] for node in path], tokens)
+            for node in released:
+                node.layers[layer] = None
+            if released:
+                mx.clear_cache()
         return known[:tokens], caches
 
     def _path(self, prefix: int | None) -> list[_Kept]:

@@ -117,7 +117,7 @@ class BlockStore:
         others = [
             (file, folder)
             for folder in root.glob(f"*-{self._rank}")
-            if folder != self._folder
+            if folder != self._folder and not folder.is_symlink()
             for file in blocks_of(folder)
         ]
         others.sort(key=lambda other: other[0].used)
@@ -142,7 +142,10 @@ class BlockStore:
             self._report(BlockWritten(self._rank, block, error="switched off"))
             return
         try:
-            size = write_block(self._folder / block, arrays)
+            try:
+                size = write_block(self._folder / block, arrays)
+            except FileNotFoundError:  # the folder was removed meanwhile: see remove_store
+                size = write_block(self._folder / block, arrays)
         except Exception as error:  # the leader waits for the report
             self._switch_off(error)
             self._report(BlockWritten(self._rank, block, error=str(error)))

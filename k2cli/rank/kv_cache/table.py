@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,13 +60,20 @@ class CacheTable:
     def __post_init__(self) -> None:
         self.prefixes = KeptPrefixes(can_cut(self.stage), self.stage.make_local_cache)
 
-    def open(self, sequence: int, prefix: int | None, kept_tokens: int) -> None:
-        """Make a cache for a sequence: empty, or a copy of the first tokens of a kept prefix."""
+    def open(
+        self, sequence: int, prefix: int | None, kept_tokens: int, release: Collection[int] = ()
+    ) -> None:
+        """Make a cache for a sequence: empty, or a copy of the first tokens of a kept prefix.
+
+        Nodes of the prefix to ``release`` are dropped.
+        """
         if prefix is None:
             self._tokens[sequence] = array("i")
             self.sequences[sequence] = self.stage.make_local_cache()
             return
-        self._tokens[sequence], self.sequences[sequence] = self.prefixes.open(prefix, kept_tokens)
+        self._tokens[sequence], self.sequences[sequence] = self.prefixes.open(
+            prefix, kept_tokens, release
+        )
 
     def feed(self, sequence: int, tokens: Sequence[int]) -> None:
         """Record tokens that a sequence's cache holds from now on."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,8 @@ class Ranks:
     rows: dict[int, list[int]] = field(default_factory=dict)
     prefixes: dict[int, int | None] = field(default_factory=dict)
     next_number: int = 1
+    check_room: Callable[[], None] = lambda: None
+    """Called when a cache is made: its memory must be free by then."""
 
     def submit(self, decision: Decision) -> None:
         assert decision.step == self.next_number
@@ -56,6 +58,9 @@ class Ranks:
                 assert sequence not in self.sequences
                 assert prefix is None or prefix in self.prefixes
                 self.sequences.add(sequence)
+                for released in decision.release:
+                    self._drop(released)
+                self.check_room()
             case JoinBatch(batch=batch, sequence=sequence):
                 self.sequences.remove(sequence)
                 self.rows.setdefault(batch, []).append(sequence)
@@ -71,10 +76,13 @@ class Ranks:
                 self._keep(above, self.prefixes[prefix])
                 self.prefixes[prefix] = above
             case DropPrefix(prefix=prefix):
-                del self.prefixes[prefix]
-                assert prefix not in self.prefixes.values(), "a parent was dropped"
+                self._drop(prefix)
             case _:
                 raise AssertionError(decision)
+
+    def _drop(self, prefix: int) -> None:
+        del self.prefixes[prefix]
+        assert prefix not in self.prefixes.values(), "a parent was dropped"
 
     def _keep(self, keep_as: int | None, below: int | None) -> None:
         if keep_as is not None:
@@ -94,6 +102,7 @@ class Machine:
             batches=batches, can_batch=True, cuttable_caches=True,
         )  # fmt: skip
         self.budget_tokens = CONTEXT * concurrency
+        self.ranks.check_room = self.check_room
         self.numbers = itertools.count()
         self.sent: dict[str, Generate] = {}
         self.started: list[str] = []
@@ -142,14 +151,17 @@ class Machine:
         if full or len(row.generated) == row.request.max_tokens:
             self.table.end(row, "length")
 
+    def check_room(self) -> None:
+        held = {batch: [] for batch in self.table.batches}
+        for row in self.table.admitted:
+            held[row.batch].append(row.worst_case_tokens)
+        assert used_tokens(held) + self.table._prefixes.tokens() <= self.budget_tokens
+        assert set(self.table._prefixes) == self.ranks.prefixes.keys()
+
     def _check(self) -> None:
         table = self.table
-        held = {batch: [] for batch in table.batches}
-        for row in table.admitted:
-            held[row.batch].append(row.worst_case_tokens)
-        assert used_tokens(held) + table._prefixes.tokens() <= self.budget_tokens
+        self.check_room()
         assert {row.sequence for row in table.prefilling} == self.ranks.sequences
-        assert set(table._prefixes) == self.ranks.prefixes.keys()
         for batch, rows in table.batches.items():
             assert [row.sequence for row in rows] == self.ranks.rows.get(batch, [])
         for message in self.told:

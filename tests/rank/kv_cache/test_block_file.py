@@ -31,9 +31,13 @@ def _layers() -> list[Segment]:
     ]
 
 
+def _place(folder: Path) -> Path:
+    return folder / "store-0" / "scope" / "block"
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("store") / "scope" / "block"
+    path = _place(tmp_path_factory.mktemp("written"))
     write_block(path, to_host(_layers()))
     return path.read_bytes()
 
@@ -67,7 +71,8 @@ def test_damage_anywhere_is_found(
         last = min(size, 800) if data.draw(st.booleans(), "header") else size
         if last:
             damaged[data.draw(st.integers(0, last - 1), "at")] ^= 1 << data.draw(st.integers(0, 7))
-    path = tmp_path_factory.mktemp("damaged") / "block"
+    path = _place(tmp_path_factory.mktemp("damaged"))
+    path.parent.mkdir(parents=True)
     path.write_bytes(damaged)
     try:
         found = read_block(path, 2)
@@ -78,7 +83,8 @@ def test_damage_anywhere_is_found(
 
 
 def test_other_layers_links_and_absent_files_are_refused(written: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "block"
+    path = _place(tmp_path)
+    path.parent.mkdir(parents=True)
     path.write_bytes(written)
     with pytest.raises(K2Error, match="other layers"):
         read_block(path, 3)
@@ -86,6 +92,18 @@ def test_other_layers_links_and_absent_files_are_refused(written: bytes, tmp_pat
     for name in ("link", "absent"):
         with pytest.raises(OSError, match=name):
             read_block(tmp_path / name, 2)
+
+
+@pytest.mark.parametrize("place", ["store-1/scope/block", "store-0/other/block", "store-0/scope/b"])
+def test_a_block_in_the_place_of_another_is_refused(
+    written: bytes, tmp_path: Path, place: str
+) -> None:
+    """Of another rank, key or text: whole, and yet wrong there."""
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    path.write_bytes(written)
+    with pytest.raises(K2Error, match="damaged"):
+        read_block(path, 2)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

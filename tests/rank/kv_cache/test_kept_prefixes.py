@@ -42,6 +42,10 @@ def _plain(tokens: Sequence[int], layer: int, room: int) -> Any:
     return cache
 
 
+def _plains(tokens: Sequence[int], layers: int) -> list[Any]:
+    return [_plain(tokens, layer, 0) for layer in range(layers)]
+
+
 def _caches(tokens: Sequence[int], room: int = 0) -> list[Any]:
     """Two layers: a plain one, and a list of two as deepseek_v32 has."""
     pair = mlx_lm_module("models.cache").CacheList(_plain(tokens, 1, room), _plain(tokens, 2, room))
@@ -135,6 +139,21 @@ def test_what_conversations_share_takes_memory_once(turns: int) -> None:
     slack = len(rank.kept) * 6 * 16384
     assert tokens * per_token <= held_bytes() - base <= tokens * per_token + slack
     assert rank.keeper.tree.tokens() <= tokens + 64 * len(rank.kept)
+
+
+def test_a_prefix_that_is_dropped_as_it_is_opened_is_never_held_twice() -> None:
+    """Else the cache of a long conversation would take twice its memory at each turn."""
+    layers, tokens = 16, list(range(4000))
+    kept = KeptPrefixes(True, lambda: _plains([], layers))
+    kept.keep(1, array("i", tokens[:2500]), _plains(tokens[:2500], layers), None, 0)
+    kept.keep(2, array("i", tokens), _plains(tokens, layers), 1, 2500)
+    before, whole = held_bytes(), layers * 4096 * sum(WIDTHS) * 4
+    known, caches = kept.open(2, len(tokens), [2, 1])
+    assert mx.get_peak_memory() - before < whole / 4
+    assert list(known) == tokens
+    assert len(kept) == 0
+    for layer, cache in enumerate(caches):
+        assert mx.array_equal(cache.keys[..., :4000, :], _plain(tokens, layer, 0).keys)
 
 
 @pytest.mark.parametrize("name", ["kimi_k2", "deepseek_v32"])
