@@ -33,9 +33,13 @@ from k2cli.choices import Device
 from k2cli.files import write_atomically
 from k2cli.planning.memory.decode import decode_activation
 from k2cli.planning.memory.prefill import ActivationShape, prefill_activation, shape_of_model
+from k2cli.planning.memory.quantized_kv import quantized_decode_bytes, quantized_prefill_bytes
 from k2cli.protocol import Decode, JoinBatch, LeaveBatch, OpenSequence, Prefill
 from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import cast
+from k2cli.sharding.kv_cache.attention import use_own_quantized_attention
+from k2cli.sharding.kv_cache.quantized import QuantizedCache
+from k2cli.sharding.profile import profile_model
 from k2cli.sharding.stage import cut_stage, make_cache
 from k2cli.sharding.trace import layer_count
 
@@ -71,8 +75,14 @@ class Point:
 class Grid:
     """Measures points on one model with a given device of the activation model."""
 
-    def __init__(self, model: Any, config: dict[str, Any], device: Any, itemsize: int) -> None:
+    def __init__(
+        self, model: Any, config: dict[str, Any], device: Any, itemsize: int, kv_bits: int = 0
+    ) -> None:
         self._stage = cut_stage(model, 0, layer_count(model))
+        self._stage.kv_bits = kv_bits
+        self._quantized = profile_model(model, kv_bits).quantized_layer
+        if kv_bits:
+            use_own_quantized_attention()
         self._model = model
         self._shape = shape_of_model(config, model)
         self._device = device
@@ -84,9 +94,7 @@ class Grid:
             for cache in caches
             for part in getattr(cache, "caches", (cache,))
         )
-        # A model from before, freed only while a peak is measured, would make the peak smaller.
-        gc.collect()
-        mx.synchronize()
+        _start()
         # Includes the rounding of the allocator, which a plan counts as slack.
         self._weights = mx.get_active_memory()
         self._step = 0
@@ -105,6 +113,12 @@ class Grid:
         executor.carry_out(OpenSequence(self._number(), sequence))
         executor.carry_out(Prefill(self._number(), sequence, [1] * min(_PROBE_TOKENS, tokens)))
         for cache in _with_keys(executor.caches.sequences[sequence]):
+            if isinstance(cache, QuantizedCache):
+                if (form := cache.form) is not None:
+                    cache.keys, cache.values, cache.used = None, None, 0
+                    cache.update_and_fetch(*form.zeros(tokens))
+                    mx.eval(cache.state)
+                continue
             keys, values, *rest = cache.state
             wide = [
                 mx.zeros((*part.shape[:2], tokens, part.shape[3]), part.dtype)
@@ -139,6 +153,13 @@ class Grid:
             concurrency=1,
             itemsize=self._itemsize,
         ).peak_bytes
+        if self._quantized is not None:
+            modelled += quantized_prefill_bytes(
+                self._quantized,
+                device=self._device,
+                context_length=context,
+                itemsize=self._itemsize,
+            )
         return self._point("prefill", chunk, context, 1, caches, modelled)
 
     def decode(self, rows: int, context: int) -> Point:
@@ -163,6 +184,17 @@ class Grid:
         modelled = modelled_decode_bytes(
             self._shape, self._device, context, rows, self._itemsize, self._layers
         )
+        if self._quantized is not None:
+            modelled += quantized_decode_bytes(
+                self._quantized,
+                self._shape,
+                device=self._device,
+                context_length=context,
+                concurrency=rows,
+                itemsize=self._itemsize,
+                slices=1,
+                layers=self._layers,
+            )
         point = self._point("decode", 1, context, rows, caches, modelled)
         for row in range(rows):
             executor.carry_out(LeaveBatch(self._number(), 0, row))
@@ -226,6 +258,8 @@ def _keep_busy() -> mx.array:
 
 
 def _start() -> None:
+    """Begin a measurement; models from before must not be freed while it goes on, or count."""
+    gc.collect()
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -279,6 +313,7 @@ def main() -> None:
     parser.add_argument("--label", default="")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, help="written after each point; else the output")
+    parser.add_argument("--kv-bits", type=int, default=0, help="quantize the KV cache")
     given = parser.parse_args()
     if given.checkpoint:
         model, config = loaded(given.checkpoint, given.dtype)
@@ -292,7 +327,7 @@ def main() -> None:
     device = "cuda" if mx.cuda.is_available() else "metal" if mx.metal.is_available() else "cpu"
     probe = model(mx.array([[1]], mx.int32))
     mx.eval(probe)
-    grid = Grid(model, config, device, probe.dtype.size)
+    grid = Grid(model, config, device, probe.dtype.size, given.kv_bits)
     found: list[dict[str, Any]] = []
     document = {
         "label": given.label or str(given.config or given.checkpoint),

@@ -1,7 +1,7 @@
 """The prefix cache on disk: the time to the first token after a restart, and memory that is shared.
 
-``python -m benchmarks.prefix_cache`` measures runs of one and two ranks on this machine, and writes
-docs/measurements/prefix-cache.md. The model is the small toy of the benchmarks.
+``python -m benchmarks.prefix_cache`` measures runs of one and two ranks on this machine, and prints
+the tables of docs/measurements/prefix-cache.md. The model is the small toy of the benchmarks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,18 +23,11 @@ from k2cli.prefix_folder import BLOCK_TOKENS, stores
 from k2cli.protocol import Finished, PromptProgress, Tokens
 from tests.support.rank_pool import RankPool, assignments, running
 
-_PAGE = Path(__file__).resolve().parents[1] / "docs/measurements/prefix-cache.md"
 _PLACEMENTS = (("single", 1), ("pipeline", 2), ("tensor", 2))
 _WRITE_SECONDS = 120.0
 _TIMEOUT_SECONDS = 1800.0
 
 _PAGE_TEXT = """\
-# Prefix cache on disk
-
-`python -m benchmarks.prefix_cache` measures this and writes this page. **CPU toy**: the model is
-the small toy of the benchmarks in float32, on ranks of one machine, so the seconds say nothing
-about a Mac; compare the columns.
-
 {machine}.
 {versions}. Load average at the end: {load}; other work used the cores too.
 
@@ -154,7 +148,6 @@ def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefix_cache")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the prompt")
-    parser.add_argument("--print", action="store_true", help="print the page, and write no file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="k2-prefix-cache-") as name:
         folder = Path(name)
@@ -164,11 +157,7 @@ def main() -> None:
             _measure(model, strategy, ranks, arguments.tokens, folder)
             for strategy, ranks in _PLACEMENTS
         ]
-    page = _page(measured, arguments.tokens)
-    if arguments.print:
-        say(page)
-    else:
-        _PAGE.write_text(page, encoding="utf-8")
+    sys.stdout.write(_page(measured, arguments.tokens))
 
 
 if __name__ == "__main__":

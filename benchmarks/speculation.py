@@ -69,6 +69,7 @@ class Case:
 
 CASES = [
     Case("two ranks, tensor (toy)", "tensor", 2, toy=True),
+    Case("two ranks, pipeline (toy)", "pipeline", 2, toy=True),
     Case("two ranks, pipeline", "pipeline", 2),
     Case("one rank"),
 ]

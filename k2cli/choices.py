@@ -16,6 +16,8 @@ LinkTransport = Literal["ring", "jaccl", "tcp"]
 Strategy = Literal["single", "pipeline", "tensor"]
 FloatType = Literal["float32", "bfloat16", "float16"]
 HeadPlacement = Literal["replicated", "sharded"]
+KvBits = Literal[0, 8, 4]
+"""Bits of quantized keys and values; 0 if they are not quantized."""
 
 Speculation = Literal["off", "auto", "always"]
 """Drafts of an answer's next tokens, verified in one step: never, where they pay, or always."""

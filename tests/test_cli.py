@@ -173,8 +173,9 @@ cli.main()
 _NEEDED = {
     ("download",): ("MODEL",), ("plan-memory",): ("MODEL",), ("quantize",): ("SOURCE",),
     ("launch",): ("MODEL",), ("keys", "create"): ("NAME",),
+    ("doctor",): ("--deep",),
 }  # fmt: skip
-"""The arguments without which a command with numbers cannot run."""
+"""The arguments and options without which a command with numbers cannot run."""
 
 
 def _is_number(option: Any) -> bool:

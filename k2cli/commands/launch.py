@@ -48,6 +48,7 @@ def launch(
     head: options.Head = "auto",
     prompt_tokens: options.PromptTokens = None,
     answer_tokens: options.AnswerTokens = None,
+    kv_bits: options.KvBits = None,
     host: Annotated[str, typer.Option(help="Address that the API listens on.")] = "127.0.0.1",
     port: Annotated[
         int | None,
@@ -226,6 +227,7 @@ def launch(
         concurrency=concurrency,
         prompt_tokens=prompt_tokens,
         answer_tokens=answer_tokens,
+        kv_bits=kv_bits or 0,
         host=host,
         port=port,
         api_key=api_key,

@@ -8,7 +8,7 @@ import typer
 
 from k2cli import choices
 from k2cli.errors import UsageError
-from k2cli.units import parse_tokens
+from k2cli.units import one_line, parse_tokens
 
 
 def context_tokens(text: str) -> int:
@@ -22,6 +22,21 @@ def context_tokens(text: str) -> int:
     except UsageError as error:
         raise UsageError(f"--context {error.message}", error.hint) from error
 
+
+def kv_bits(text: str) -> choices.KvBits:
+    """Parse the value of ``--kv-bits``.
+
+    Raises:
+        UsageError: if the text is not one of the numbers.
+    """
+    if text == "8":
+        return 8
+    if text == "4":
+        return 4
+    raise UsageError(f"a KV cache is quantized to 8 or 4 bits, not '{one_line(text)}'", _KV_HINT)
+
+
+_KV_HINT = "--kv-bits 8, or leave it out"
 
 ClusterName = Annotated[
     str | None,
@@ -59,6 +74,15 @@ FloatType = Annotated[
     choices.WantedFloatType,
     typer.Option(
         help="Float type of activations and KV cache. auto: the model's; float32 on a CPU."
+    ),
+]
+KvBits = Annotated[
+    choices.KvBits | None,
+    typer.Option(
+        parser=kv_bits,
+        metavar="8|4",
+        help="Quantize the KV cache to so many bits, for models without latent attention: more "
+        "context in the same memory. Default: not quantized.",
     ),
 ]
 Head = Annotated[

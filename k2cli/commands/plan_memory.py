@@ -57,6 +57,7 @@ def plan_memory(
     ] = None,
     prompt_tokens: options.PromptTokens = None,
     answer_tokens: options.AnswerTokens = None,
+    kv_bits: options.KvBits = None,
     shop: Annotated[
         bool, typer.Option("--shop", help="List machines that can run the model, cheapest first.")
     ] = False,
@@ -103,6 +104,7 @@ def plan_memory(
         free_order=cluster is None,
         prompt_tokens=prompt_tokens or PROMPT_TOKENS,
         answer_tokens=answer_tokens or ANSWER_TOKENS,
+        kv_bits=kv_bits or 0,
     )
     if shop:
         _refuse_beside_shop(hardware, cluster, plot, svg, save)
@@ -123,7 +125,7 @@ def plan_memory(
         "--backend": transport, "--context": context, "--concurrency": concurrency,
         "--quantize": quantize, "--chunk": chunk, "--dtype": dtype, "--head": head,
         "--collective-latency": collective_latency, "--prompt-tokens": prompt_tokens,
-        "--answer-tokens": answer_tokens,
+        "--answer-tokens": answer_tokens, "--kv-bits": kv_bits,
     }  # fmt: skip
     _write(planner, nodes, request, plan, save=save, svg=svg)
     _show(planner, nodes, request, plan, given, as_json=as_json, explain=explain, plot=plot)

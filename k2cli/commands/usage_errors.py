@@ -24,6 +24,7 @@ EXAMPLES: Mapping[str, str] = {
     "--max-concurrent": "2",
     "--max-queued": "4",
     "--max-tokens": "256",
+    "--most-tokens": "8192",
     "--older-than": "24",
     "--port": "8080",
     "--prompt-tokens": "2000",
@@ -34,6 +35,9 @@ EXAMPLES: Mapping[str, str] = {
     "--wait": "300",
 }
 """Valid values of options that take numbers; tests/test_cli.py tries each of them."""
+
+_WITH: Mapping[str, str] = {"--most-tokens": "--deep"}
+"""Options without which others are refused."""
 
 _KINDS = {"int": "a whole number", "float": "a number"}
 _LONGEST = 60
@@ -49,7 +53,8 @@ def usage_error_from(error: Exception) -> UsageError:
         name = _name(parameter)
         message = _wrong_value(name, parameter.type, text)
         if message is not None:
-            words = [command, *_arguments(error), _example(name, text)]
+            with_it = [_WITH[name]] if name in _WITH else []
+            words = [command, *_arguments(error), *with_it, _example(name, text)]
             return UsageError(message, " ".join(words))
     message = str(error.format_message() if hasattr(error, "format_message") else error)
     return UsageError(f"{message[:1].lower()}{message[1:].removesuffix('.')}", f"{command} --help")

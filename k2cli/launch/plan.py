@@ -33,6 +33,7 @@ def read_given_plan(request: LaunchRequest) -> Plan | None:
         "--head": request.head != "auto",
         "--prompt-tokens": request.prompt_tokens is not None,
         "--answer-tokens": request.answer_tokens is not None,
+        "--kv-bits": request.kv_bits != 0,
     }
     for option, given in contradicting.items():
         if given:
@@ -126,6 +127,7 @@ def make_launch_plan(
         prompt_tokens=request.prompt_tokens or PROMPT_TOKENS,
         answer_tokens=request.answer_tokens or ANSWER_TOKENS,
         joins_projections=request.joins_projections,
+        kv_bits=request.kv_bits,
     )
     memory = with_calibration(planner.with_gpus(machines, wanted), link)
     if request.concurrency is None:

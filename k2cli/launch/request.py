@@ -13,6 +13,7 @@ from k2cli.choices import (
     REASONING_PARSERS,
     TOOL_PARSERS,
     Head,
+    KvBits,
     Parallel,
     Speculation,
     WantedFloatType,
@@ -54,6 +55,7 @@ class LaunchRequest:
     concurrency: int | None = None
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
+    kv_bits: KvBits = 0
     host: str = "127.0.0.1"
     port: int | None = None
     api_key: str | None = None

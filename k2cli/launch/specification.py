@@ -247,6 +247,7 @@ def _assignment(
         prefix_disk_scope=own_prefix_scope(run) if rank == 0 else "",
         joins_projections=run.request.joins_projections,
         speculation=run.request.speculation,
+        kv_bits=plan.request.kv_bits,
     )
 
 

@@ -1,7 +1,7 @@
 """Advice for a plan that does not fit: the smallest change of each kind that makes it fit.
 
-Every change is planned before it is advised. Quantized KV caches are not advised, since k2's
-engine does not support them.
+Every change is planned before it is advised. Quantized KV caches are not advised: what they cost in
+quality depends on the model.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from k2cli.choices import Certainty, FloatType
+from k2cli.choices import Certainty, FloatType, KvBits
 from k2cli.errors import UsageError
 from k2cli.files import decode_json, encode_json, read_regular, unwritable, write_atomically
 from k2cli.gpu_name import GpuName
@@ -49,7 +49,8 @@ class PlannedRequest:
 
     Placements were compared by a prompt of ``prompt_tokens`` with an answer of ``answer_tokens``.
     With ``attention_block_tokens`` latent attention to a prompt is computed in blocks of so many
-    tokens of its context.
+    tokens of its context. ``kv_bits`` are those of quantized keys and values, 0 if they are not
+    quantized.
     """
 
     context_length: int
@@ -59,6 +60,7 @@ class PlannedRequest:
     prompt_tokens: int = PROMPT_TOKENS
     answer_tokens: int = ANSWER_TOKENS
     attention_block_tokens: int = 0
+    kv_bits: KvBits = 0
 
 
 @dataclass(frozen=True, slots=True)

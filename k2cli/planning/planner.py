@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from k2cli.choices import Certainty, FloatType, Head
+from k2cli.choices import Certainty, FloatType, Head, KvBits
 from k2cli.errors import InternalError
 from k2cli.models.quantization import describe_quantization
 from k2cli.planning.config_check import model_context_length
@@ -62,18 +62,24 @@ class Planner:
     def __init__(self, reference: str, quantize: str | None = None) -> None:
         self.model = read_model(reference, quantize)
         self.quantize = quantize
-        self._traced: dict[tuple[FloatType, Head], TracedModel] = {}
+        self._traced: dict[tuple[FloatType, Head, KvBits], TracedModel] = {}
 
     def problem(self, nodes: Sequence[NodeMemory], request: PlanRequest) -> PlanningProblem:
         """Resolve a request into the input of the search.
 
         Raises:
-            UsageError: if the request is not valid, with the value.
+            UsageError: if the request is not valid, with the value, or KV caches that are to be
+                quantized cannot be.
         """
         request.check(nodes)
         dtype = request.resolved_dtype(self.model, nodes)
         context_length = request.resolved_context(self.model.config)
-        traced = self._traced_model(dtype, request.head)
+        key = dtype, request.head, request.kv_bits
+        if key not in self._traced:
+            traced = TracedModel(self.model, *key)
+            traced.check_quantizable(context_length * request.concurrency)
+            self._traced[key] = traced
+        traced = self._traced[key]
         return PlanningProblem(traced, tuple(share_machines(nodes)), request, context_length)
 
     def with_gpus(self, nodes: Sequence[NodeMemory], request: PlanRequest) -> list[NodeMemory]:
@@ -179,11 +185,6 @@ class Planner:
             max_concurrency=max_concurrency(problem, possible),
         )
 
-    def _traced_model(self, dtype: FloatType, head: Head) -> TracedModel:
-        if (dtype, head) not in self._traced:
-            self._traced[dtype, head] = TracedModel(self.model, dtype, head)
-        return self._traced[dtype, head]
-
     def _plan(
         self,
         problem: PlanningProblem,
@@ -212,6 +213,7 @@ class Planner:
                 chosen.exchange.prompt_tokens,
                 chosen.exchange.answer_tokens,
                 chosen.block_tokens,
+                request.kv_bits,
             ),
             placement=chosen.placement,
             nodes=chosen.budgets,
@@ -259,6 +261,7 @@ def check_traced(problem: PlanningProblem, chosen: Candidate) -> None:
         stage = trace_rank(
             model.config, chosen.placement, rank, stored=model.stored, dtype=problem.traced.dtype
         )
+        stage.kv_bits = problem.request.kv_bits
         with running_model(model.config, "run as planned"):
             cache = kv_cache_bytes(stage, problem.context_length, chosen.chunk_tokens)
         held = weights_bytes(stage), cache * problem.request.concurrency

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from k2cli.choices import FloatType, Head, Parallel, Strategy, WantedFloatType, WantedTransport
+from k2cli.choices import (
+    FloatType,
+    Head,
+    KvBits,
+    Parallel,
+    Strategy,
+    WantedFloatType,
+    WantedTransport,
+)
 from k2cli.errors import UsageError
 from k2cli.planning.config_check import model_context_length
 from k2cli.planning.hardware.machine import NodeMemory
@@ -31,8 +39,9 @@ class PlanRequest:
     cut. ``chunk_tokens`` is the prefill chunk. ``transport`` and ``collective_seconds`` concern the
     predicted speed; ``nccl`` also excludes a pipeline, since MLX's NCCL cannot send. With
     ``free_order`` the first node need not lead. Placements are compared by the time of a prompt of
-    ``prompt_tokens`` with an answer of ``answer_tokens``. ``joins_projections``: whether
-    ranks join projections of the same input; None for those of ``JOINED_ON``.
+    ``prompt_tokens`` with an answer of ``answer_tokens``. ``joins_projections``: whether ranks join
+    projections of the same input; None for those of ``JOINED_ON``. ``kv_bits`` 0 leaves KV caches
+    as the model keeps them.
     """
 
     strategy: Parallel = "auto"
@@ -47,6 +56,7 @@ class PlanRequest:
     prompt_tokens: int = PROMPT_TOKENS
     answer_tokens: int = ANSWER_TOKENS
     joins_projections: bool | None = None
+    kv_bits: KvBits = 0
 
     def check(self, nodes: Sequence[NodeMemory]) -> None:
         """Refuse nonsensical amounts, no nodes, and several nodes for a strategy of one.

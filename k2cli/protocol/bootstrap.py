@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from k2cli.choices import FloatType, HeadPlacement, Speculation, Strategy, Transport
+from k2cli.choices import FloatType, HeadPlacement, KvBits, Speculation, Strategy, Transport
 from k2cli.gpu_name import GpuName
 from k2cli.protocol.access import NamedKey
 
@@ -79,6 +79,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``rank.engine.lookahead``. ``cache_limit_bytes`` limits the freed arrays that MLX keeps,
     ``memory_limit_bytes`` these and those in use together. ``expansion_weight`` and
     ``attention_block_tokens`` are the settings of ``rank.attention.latent``, equal on all ranks.
+    ``kv_bits`` are those of quantized KV caches, 0 if they are not quantized.
     ``speculation`` says when the leader lets steps verify drafts (``rank.engine.speculation``).
     ``joins_projections`` None leaves the choice to ``rank.joined_projections``.
     ``prefix_disk_bytes`` is what the prefix cache may take on this rank's disk, 0 for none, and
@@ -119,6 +120,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix_disk_scope: str = ""
     joins_projections: bool | None = None
     speculation: Speculation = "auto"
+    kv_bits: KvBits = 0
 
 
 class PlannedRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -38,6 +38,7 @@ from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.coverage import WholeModel, describe_whole
 from k2cli.sharding.joined_pairs import ProjectionPair
+from k2cli.sharding.kv_cache.attention import use_own_quantized_attention
 from k2cli.sharding.latent_ways import LatentSettings
 from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, part_slices
@@ -147,6 +148,8 @@ def load_part(
     held = _held_tensors(parameters(model), opened.joined)
     if copies_from_host():
         part_experts(model)
+    if assignment.kv_bits:
+        use_own_quantized_attention()
     use_own_attention(
         model, LatentSettings(assignment.expansion_weight, assignment.attention_block_tokens)
     )
@@ -192,6 +195,7 @@ def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _O
     whole = parameters(model)
     described = describe_whole(model)
     stage = cut(checkpoint.config, model, placement_of(assignment), group)
+    stage.kv_bits = assignment.kv_bits
     part = parameters(stage.model)
     if assignment.strategy == "tensor":
         slices = part_slices(

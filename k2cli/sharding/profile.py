@@ -17,8 +17,23 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.sharding import trace
+from k2cli.sharding.kv_cache.quantized import QuantizedCache, quantized_bytes
 from k2cli.sharding.stage import anatomy, make_cache
-from k2cli.sharding.weights_and_cache import CHUNK_TOKENS, cache_window, filled_cache_bytes
+from k2cli.sharding.weights_and_cache import (
+    CHUNK_TOKENS,
+    cache_window,
+    filled_cache_bytes,
+    head_form,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """Bytes of a token in the largest quantized cache of a layer, and once dequantized."""
+
+    bits: int
+    stored_bytes: int
+    dequantized_bytes: int
 
 
 @dataclass(slots=True)
@@ -38,6 +53,7 @@ class Profile:
     _model: nn.Module
     _samples: Sequence[Any]
     _kinds: tuple[str, ...]
+    _kv_bits: int = 0
     _caches: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -70,7 +86,7 @@ class Profile:
         """
         key = context_length, chunk_tokens if self._has_windows else 0
         if key not in self._caches:
-            fresh = make_cache(self._model)
+            fresh = make_cache(self._model, self._kv_bits)
             by_kind: dict[str, int] = {}
             for entry, sample, kind in zip(fresh, self._samples, self._kinds, strict=True):
                 if kind not in by_kind:
@@ -79,19 +95,34 @@ class Profile:
         return self._caches[key]
 
     @property
+    def quantized_layer(self) -> QuantizedLayer | None:
+        """The layer with the largest quantized keys and values; None if none are quantized."""
+        found = []
+        for entry in self._samples:
+            if isinstance(entry, QuantizedCache) and (form := entry.form) is not None:
+                size = form.dtype.size
+                stored = form.heads * quantized_bytes(form.widths, entry.stored_bits, size)
+                whole = form.heads * sum(form.widths) * size
+                found.append(QuantizedLayer(entry.stored_bits, stored, whole))
+        return max(found, key=lambda layer: layer.dequantized_bytes, default=None)
+
+    @property
     def _has_windows(self) -> bool:
         return any(_windows(entry) for entry in self._samples)
 
 
-def profile_model(model: nn.Module) -> Profile:
+def profile_model(model: nn.Module, kv_bits: int = 0) -> Profile:
     """Profile a lazily assembled model, which may be a tensor slice. Nothing is evaluated.
+
+    Args:
+        kv_bits: bits of quantized caches; 0 for those of the model.
 
     Raises:
         UsageError: if the model has no list of decoder layers.
     """
     parts = anatomy(model)
     # Run the model first: gemma3n converts some of its weights to float32 when it runs.
-    samples = _used_caches(model)
+    samples = _used_caches(model, kv_bits)
     seen: set[int] = set()
     layers = tuple(_new_bytes(layer, seen) for layer in parts.layers)
     sizes = [_new_bytes(parent[name], seen) for parent, name in parts.embeddings]
@@ -101,7 +132,7 @@ def profile_model(model: nn.Module) -> Profile:
     common = everything - sum(layers) - sum(sizes) - outputs
     kinds = tuple(_kind(entry) for entry in samples)
     tied = largest if parts.tied else 0
-    return Profile(layers, sum(sizes), outputs, tied, common, model, samples, kinds)
+    return Profile(layers, sum(sizes), outputs, tied, common, model, samples, kinds, kv_bits)
 
 
 def _new_bytes(module: nn.Module, seen: set[int]) -> int:
@@ -112,9 +143,9 @@ def _new_bytes(module: nn.Module, seen: set[int]) -> int:
     return fresh
 
 
-def _used_caches(model: nn.Module) -> list[Any]:
+def _used_caches(model: nn.Module, kv_bits: int) -> list[Any]:
     """Return cache entries after one lazy token: they show the shapes that each layer keeps."""
-    cache = make_cache(model)
+    cache = make_cache(model, kv_bits)
     with trace.lazily(model):
         model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
     return cache
@@ -129,8 +160,7 @@ def _kind(entry: Any) -> str:
     parts = getattr(entry, "caches", None)
     if parts is not None:  # a CacheList
         return f"[{', '.join(_kind(part) for part in parts)}]"
-    keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
-    if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
+    form = head_form(entry)
+    if form is None:
         return f"{type(entry).__name__} {entry.nbytes}"
-    shapes = f"{keys.shape} {keys.dtype} {values.shape} {values.dtype}"
-    return f"{type(entry).__name__} {shapes} {cache_window(entry)}"
+    return f"{type(entry).__name__} {form} {cache_window(entry)}"

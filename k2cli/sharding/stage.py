@@ -23,6 +23,7 @@ import mlx.nn as nn
 from k2cli.errors import UsageError
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.sharding.architectures import MODEL_FAILURES
+from k2cli.sharding.kv_cache.quantized import quantized
 from k2cli.sharding.stand_ins import (
     EmbeddingStandIn,
     IdentityStandIn,
@@ -186,10 +187,13 @@ def _explain_exchange(model: nn.Module, layer: int, cause: BaseException | None)
     )
 
 
-def make_cache(model: nn.Module) -> list[Any]:
-    """Make a fresh cache entry per decoder layer, of the kinds that the model uses."""
+def make_cache(model: nn.Module, kv_bits: int = 0) -> list[Any]:
+    """Make a fresh cache entry per decoder layer, of the kinds that the model uses.
+
+    With ``kv_bits`` plain caches of keys and values are quantized to so many bits.
+    """
     entries: list[Any] = mlx_lm_module("models.cache").make_prompt_cache(model)
-    return entries
+    return quantized(entries, kv_bits) if kv_bits else entries
 
 
 @dataclass(slots=True)
@@ -197,7 +201,8 @@ class Stage:
     """One pipeline stage, or the whole model: the part with which a rank computes.
 
     ``first`` and ``past_last`` bound its decoder layers. ``width`` and ``dtype`` are those of the
-    hidden states that arrive; ``width`` is 0 on the first stage, which receives none.
+    hidden states that arrive; ``width`` is 0 on the first stage, which receives none. ``kv_bits``
+    are those of quantized caches, 0 for caches of the model's own kinds.
     """
 
     model: nn.Module
@@ -206,6 +211,7 @@ class Stage:
     layer_count: int
     width: int
     dtype: mx.Dtype
+    kv_bits: int = 0
     stage_input: StageInput | None = None
     stage_output: StageOutput | None = None
     _kinds: list[Any] = field(default_factory=list)
@@ -241,7 +247,7 @@ class Stage:
 
     def make_local_cache(self) -> list[Any]:
         """Make cache entries for one sequence and the layers that this stage holds."""
-        return list(self.local(make_cache(self.model)))
+        return list(self.local(make_cache(self.model, self.kv_bits)))
 
     def make_cache(self) -> list[Any]:
         """Make a cache for one sequence, with an entry for every layer of the model."""

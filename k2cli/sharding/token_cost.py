@@ -19,6 +19,7 @@ from k2cli.errors import UsageError
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.sharding import trace
 from k2cli.sharding.architectures import MODEL_FAILURES
+from k2cli.sharding.kv_cache.quantized import QuantizedCache
 from k2cli.sharding.model_errors import explain_failure
 from k2cli.sharding.stage import anatomy, embedding_size, make_cache
 from k2cli.sharding.tensor import ShardedHead
@@ -66,14 +67,17 @@ class ModelTokenCost:
     hidden_bytes: int
 
 
-def model_token_cost(model: nn.Module) -> ModelTokenCost:
+def model_token_cost(model: nn.Module, kv_bits: int = 0) -> ModelTokenCost:
     """Run one token through a whole, lazily assembled model, which may be a tensor slice.
+
+    Args:
+        kv_bits: bits of quantized caches; 0 for those of the model.
 
     Raises:
         UsageError: if the model has no list of decoder layers, or cannot run a token.
     """
     parts = anatomy(model)
-    cache = make_cache(model)
+    cache = make_cache(model, kv_bits)
     routed: dict[int, int] = {}
     calls = [0]
     try:
@@ -150,6 +154,9 @@ def _cache_parts(entry: Any) -> tuple[tuple[CachePart, ...], int]:
     if parts is not None:  # a CacheList
         inner = [_cache_parts(part) for part in parts]
         return tuple(each for cache, _ in inner for each in cache), sum(s for _, s in inner)
+    if isinstance(entry, QuantizedCache):
+        stored = [part.shape[1] * part.shape[3] * part.dtype.size for part in entry.arrays]
+        return (CachePart(sum(stored), None, int(entry.arrays[0].shape[1])),), 0
     keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
     if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
         return (), int(entry.nbytes)

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.sharding import trace
+from k2cli.sharding.kv_cache.quantized import HeadForm
 from k2cli.sharding.stage import Stage
 from k2cli.sharding.trace import StoredShapes
 
@@ -66,19 +67,19 @@ def filled_cache_bytes(
             filled_cache_bytes(part, other, context_length, chunk_tokens)
             for part, other in zip(parts, sample.caches, strict=True)
         )
-    keys, values = getattr(sample, "keys", None), getattr(sample, "values", None)
-    if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
+    form = head_form(sample)
+    if form is None:
         return int(sample.nbytes)  # recurrent state: does not grow with the context
     window = cache_window(entry)
     if window is None:
-        return _most_bytes(entry, sample, [context_length])
+        return _most_bytes(entry, form, [context_length])
     # Such a cache is a ring: more whole chunks after a few windows change nothing.
     beyond = context_length - window - 3 * chunk_tokens
     context_length -= max(0, beyond // chunk_tokens * chunk_tokens)
     # It holds a whole chunk beside its window, and grows by an allocation step for the first token
     # of an answer. Both may be more than its size once the ring is full.
     return max(
-        _most_bytes(copy.copy(entry), sample, lengths)
+        _most_bytes(copy.copy(entry), form, lengths)
         for lengths in (
             _chunks(context_length, chunk_tokens),
             [*_chunks(context_length - 1, chunk_tokens), 1],
@@ -90,20 +91,26 @@ def _chunks(tokens: int, chunk_tokens: int) -> list[int]:
     return [min(chunk_tokens, tokens - first) for first in range(0, tokens, chunk_tokens)]
 
 
-def _most_bytes(entry: Any, sample: Any, lengths: list[int]) -> int:
-    """Feed zeros of a sample's shape, as a model does; return the most bytes of the entry."""
+def head_form(sample: Any) -> HeadForm | None:
+    """Return the form of keys and values that a used entry keeps; None if it keeps a state."""
+    form = getattr(sample, "form", None)
+    if isinstance(form, HeadForm):
+        return form  # of a quantized cache
+    keys, values = getattr(sample, "keys", None), getattr(sample, "values", None)
+    if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
+        return None
+    return HeadForm(keys.shape[1], (keys.shape[3], values.shape[3]), keys.dtype)
+
+
+def _most_bytes(entry: Any, form: HeadForm, lengths: list[int]) -> int:
+    """Feed zeros of this form, as a model does; return the most bytes of the entry."""
     most = 0
     forget = getattr(entry, "maybe_trim_front", lambda: None)
     for length in lengths:
         forget()  # Llama 4 calls it before every pass
-        entry.update_and_fetch(*(_zeros(part, length) for part in (sample.keys, sample.values)))
+        entry.update_and_fetch(*form.zeros(length))
         most = max(most, int(entry.nbytes))
     return most
-
-
-def _zeros(sample: mx.array, length: int) -> mx.array:
-    """Make keys or values ``[1, heads, length, width]`` like a sample's."""
-    return mx.zeros((1, sample.shape[1], length, sample.shape[3]), dtype=sample.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from k2cli.units import MIB
 _SORTED_FROM = 64
 # Layers whose arrays ten graphs of 100 operations hold at most: a layer with latent attention
 # has some 60 operations (six of K2's were held whole, 9.2 with two steps in flight), others 25.
-_HELD_LAYERS = {"latent": 16, "grouped": 40}
+HELD_LAYERS = {"latent": 16, "grouped": 40}
 _WORKSPACE_HEADS = 64
 _WORKSPACE = (
     (256, 1.03), (512, 2.03), (1024, 2.40), (2048, 4.00), (2049, 5.65), (4096, 8.15),
@@ -101,7 +101,7 @@ def decode_activation(
         of_device = cuda_decode_bytes if device == "cuda" else recurrent_decode_bytes
         state = of_device(shape.recurrence, rows=concurrency, itemsize=itemsize)
     if device == "cuda":
-        held = min(layers, _HELD_LAYERS[_kind(shape)])
+        held = min(layers, HELD_LAYERS[_kind(shape)])
         attention, feed_forward, hidden = _cuda_layer(
             shape, heads, concurrency, context_length, itemsize, slices, joined=joined
         )

@@ -15,6 +15,7 @@ from k2cli.planning.hardware.machine import NodeMemory
 from k2cli.planning.memory.decode import decode_activation
 from k2cli.planning.memory.ledger import communication_bytes, node_budget
 from k2cli.planning.memory.prefill import PREFILL_CHUNKS, prefill_activation
+from k2cli.planning.memory.quantized_kv import quantized_decode_bytes, quantized_prefill_bytes
 from k2cli.planning.model import ITEM_BYTES
 from k2cli.planning.plan import NodeBudget
 from k2cli.planning.request import PlanRequest
@@ -22,6 +23,7 @@ from k2cli.planning.search.traced_model import Slices, TracedModel
 from k2cli.planning.speed.estimate import SpeedEstimate, predict_speed
 from k2cli.planning.speed.exchange import Exchange
 from k2cli.sharding.joined_pairs import are_joined
+from k2cli.sharding.kv_cache.quantized import QUANTIZED_QUERIES
 from k2cli.sharding.latent_ways import BLOCK_TOKENS, LatentSettings, expansion_weight
 from k2cli.sharding.placement import Placement
 
@@ -188,14 +190,29 @@ def activation_bytes(
         shape, chunk_tokens=chunk, layers=layers, settings=problem.latent_settings, **common
     )
     decode = decode_activation(shape, layers=layers, **common).peak_bytes
+    verify = 0
     if shape.recurrence is None:
-        common["concurrency"] = logits_rows(problem)
         verify = prefill_activation(
             shape, chunk_tokens=MOST_VERIFIED_TOKENS, layers=layers,
-            settings=problem.latent_settings, **common,
-        )  # fmt: skip
-        decode = max(decode, verify.peak_bytes)
-    return prefill.peak_bytes, decode
+            settings=problem.latent_settings, **common | {"concurrency": logits_rows(problem)},
+        ).peak_bytes  # fmt: skip
+    layer = problem.traced.slices(slices).profile.quantized_layer
+    if layer is None:
+        return prefill.peak_bytes, max(decode, verify)
+    sizes: dict[str, Any] = {
+        name: common[name] for name in ("device", "context_length", "itemsize")
+    }
+    of_attention: dict[str, Any] = {"slices": slices, "layers": layers, **sizes}
+    dequantized = quantized_prefill_bytes(layer, **sizes)
+    decode += quantized_decode_bytes(
+        layer, shape, concurrency=problem.request.concurrency, **of_attention
+    )
+    # A short draft multiplies with quantized arrays, a longer one dequantizes them.
+    short = quantized_decode_bytes(
+        layer, shape, concurrency=1, queries=QUANTIZED_QUERIES, **of_attention
+    )
+    verify += max(dequantized, short)
+    return prefill.peak_bytes + dequantized, max(decode, verify)
 
 
 def logits_rows(problem: PlanningProblem) -> int:

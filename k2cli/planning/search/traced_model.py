@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from k2cli.choices import FloatType, Head, HeadPlacement
+from k2cli.choices import FloatType, Head, HeadPlacement, KvBits
 from k2cli.errors import UsageError
 from k2cli.planning.model import ModelToPlan
 from k2cli.planning.speed.work import ModelWork, with_own_attention, work_of_cost
@@ -40,11 +40,15 @@ class TracedModel:
         model: the model to plan.
         dtype: float type of activations and cache.
         head: ``auto``, ``replicated`` or ``sharded``, for tensor slices.
+        kv_bits: of quantized caches, 0 if they are not quantized.
     """
 
-    def __init__(self, model: ModelToPlan, dtype: FloatType, head: Head = "auto") -> None:
+    def __init__(
+        self, model: ModelToPlan, dtype: FloatType, head: Head = "auto", kv_bits: KvBits = 0
+    ) -> None:
         self.model = model
         self.dtype = dtype
+        self.kv_bits = kv_bits
         self._head = head
         self._slices: dict[int, Slices | UsageError] = {}
         self._stages: dict[int, UsageError | None] = {}
@@ -83,6 +87,28 @@ class TracedModel:
             if (obstacle := self._stages[layer]) is not None:
                 raise obstacle
 
+    def check_quantizable(self, tokens: int) -> None:
+        """Check that KV caches can be quantized to ``kv_bits``, if they are to be.
+
+        Args:
+            tokens: of all sequences together.
+
+        Raises:
+            UsageError: with the reason.
+        """
+        if self.kv_bits:
+            from k2cli.sharding.kv_cache.check import check_quantizable
+
+            check_quantizable(self.model.config, self._whole(), self.kv_bits, tokens)
+
+    def _whole(self) -> nn.Module:
+        from k2cli.sharding.trace import trace_model
+
+        source = self.model
+        if _is_of(source.facts.model, self.dtype):
+            return source.facts.model  # tracing it once more would give the same
+        return trace_model(source.config, source.stored, self.dtype)
+
     def _trace(self, count: int) -> Slices:
         from k2cli.sharding.profile import profile_model
         from k2cli.sharding.tensor import StandInGroup, slice_model
@@ -90,20 +116,20 @@ class TracedModel:
 
         source = self.model
         head = self._head_placement(count)
-        if count == 1 and _is_of(source.facts.model, self.dtype):
-            model = source.facts.model  # tracing it once more would give the same
+        if count == 1:
+            model = self._whole()
         else:
             model = trace_model(source.config, source.stored, self.dtype)
-        if count > 1:
             slice_model(source.config, model, StandInGroup(0, count), head)
         with running_model(source.config, "traced"):
-            return Slices(count, head, profile_model(model), self._work(model, count))
+            profile = profile_model(model, self.kv_bits)
+            return Slices(count, head, profile, self._work(model, count))
 
     def _work(self, model: nn.Module, count: int) -> ModelWork | None:
         from k2cli.sharding.token_cost import model_token_cost
 
         try:
-            cost = model_token_cost(model)
+            cost = model_token_cost(model, self.kv_bits)
         except UsageError:
             return None
         work = work_of_cost(self.model.config, cost, count)

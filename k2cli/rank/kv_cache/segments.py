@@ -1,8 +1,7 @@
 """Segments of KV caches: the arrays of consecutive tokens in one cache entry, and joining them.
 
-A segment has a tuple of arrays for each plain cache in the entry: one, or several if the entry is
-a list of caches (deepseek_v32). Their second axis from the end counts tokens. To support another
-class of caches, add it to ``_arrays`` and ``_fill``.
+A segment has a tuple of arrays for each plain or quantized cache in the entry: one, or several if
+the entry is a list of caches (deepseek_v32). Their second axis from the end counts tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from k2cli.mlx_lm_package import mlx_lm_module
+from k2cli.sharding.kv_cache.quantized import QuantizedCache
 from k2cli.sharding.stage import Stage, make_cache
 
 Segment = list[tuple[mx.array, ...]]
@@ -38,12 +38,18 @@ def _leaves(cache: Any) -> list[Any]:
 
 def _arrays(cache: Any) -> tuple[mx.array, ...]:
     """Return the arrays of a plain cache, which may have room for more tokens; none if empty."""
+    if isinstance(cache, QuantizedCache):
+        return tuple(cache.arrays)
     return () if cache.keys is None else (cache.keys, cache.values)
 
 
 def _fill(cache: Any, arrays: tuple[mx.array, ...], tokens: int) -> None:
     """Give an empty plain cache its arrays, in which the first ``tokens`` are valid."""
-    if arrays:
+    if not arrays:
+        return
+    if isinstance(cache, QuantizedCache):
+        cache.fill(arrays, tokens)
+    else:
         cache.keys, cache.values = arrays
         cache.offset = tokens
 
@@ -108,11 +114,8 @@ def _evaluated(segment: Segment) -> Segment:
 
 def form(stage: Stage) -> str:
     """Describe the kinds of caches of the whole model, for what is stored on a disk."""
-    return repr([_form(entry) for entry in make_cache(stage.model)])
+    return repr([_form(entry) for entry in make_cache(stage.model, stage.kv_bits)])
 
 
 def _form(cache: Any) -> list[object]:
-    return [
-        (type(leaf).__name__, getattr(leaf, "bits", None), getattr(leaf, "group_size", None))
-        for leaf in _leaves(cache)
-    ]
+    return [(type(leaf).__name__, getattr(leaf, "stored_bits", None)) for leaf in _leaves(cache)]

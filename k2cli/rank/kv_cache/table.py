@@ -20,6 +20,7 @@ import mlx.core as mx
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.rank.kv_cache.kept_prefixes import KeptPrefixes, LayerCaches, checksum
 from k2cli.rank.kv_cache.segments import can_cut
+from k2cli.sharding.kv_cache.quantized import QuantizedBatchCache, QuantizedCache, extended
 from k2cli.sharding.stage import Stage
 
 _RELEASE_SECONDS = 0.01
@@ -205,24 +206,25 @@ def make_room(caches: LayerCaches, tokens: int) -> None:
     kinds = mlx_lm_module("models.cache")
     waits = mx.default_device() == mx.gpu
     for cache in caches:
-        if type(cache) is kinds.KVCache:
+        if isinstance(cache, QuantizedCache | QuantizedBatchCache):
+            used = cache.used
+        elif type(cache) is kinds.KVCache:
             used = cache.offset
         elif type(cache) is kinds.BatchKVCache:
             used = cache._idx
         else:
             continue
-        if cache.keys is None or used + tokens <= cache.keys.shape[2]:
+        if cache.keys is None or used + tokens <= _room(cache):
             continue
         if waits:
             mx.synchronize()  # memory of a step in flight must not be counted as the old copy
         # Grow to whole allocation steps, as admission counts; mlx-lm adds steps to any length.
         more = -(-(used + tokens) // cache.step) * cache.step - used
-        held = mx.get_active_memory() - cache.keys.nbytes - cache.values.nbytes
-        cache.keys = _extended(cache.keys, used, more)
-        cache.values = _extended(cache.values, used, more)
+        held = mx.get_active_memory() - cache.nbytes
+        _extend(cache, used, more)
         mx.eval(cache.keys, cache.values)
         if waits:
-            waits = _released(held + cache.keys.nbytes + cache.values.nbytes)
+            waits = _released(held + cache.nbytes)
 
 
 def _released(expected_bytes: int) -> bool:
@@ -238,10 +240,18 @@ def _released(expected_bytes: int) -> bool:
     return True
 
 
-def _extended(held: mx.array, used: int, more: int) -> mx.array:
-    rows, heads, _, width = held.shape
-    room = mx.zeros((rows, heads, more, width), held.dtype)
-    return mx.concatenate([held[..., :used, :], room], axis=2)
+def _room(cache: Any) -> int:
+    """Return the tokens that a cache's arrays have room for."""
+    quantized = isinstance(cache, QuantizedCache | QuantizedBatchCache)
+    return int(cache.room if quantized else cache.keys.shape[2])
+
+
+def _extend(cache: Any, used: int, more: int) -> None:
+    if isinstance(cache, QuantizedCache | QuantizedBatchCache):
+        cache.change(lambda part: extended(part, used, more))
+        return
+    cache.keys = extended(cache.keys, used, more)
+    cache.values = extended(cache.values, used, more)
 
 
 def _merge(caches: list[Any]) -> Any:

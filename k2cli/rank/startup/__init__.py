@@ -1,1 +1,1 @@
-"""What a rank does between loading and *ready*: warm-up and checks of what the ranks compute."""
+"""Warm-up and checks: the work of a rank between loading and *ready*."""

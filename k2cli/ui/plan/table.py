@@ -43,6 +43,10 @@ def plan_lines(plan: Plan, *, unicode: bool = True) -> list[str]:
     return [*headline(plan), "", *_table(plan), "", *bars, "", verdict(plan)]
 
 
+def _kv_bits(bits: int) -> str:
+    return f" and a KV cache of {bits} bits" if bits else ""
+
+
 def _blocks(tokens: int) -> str:
     return f", attention in blocks of {tokens}" if tokens else ""
 
@@ -54,7 +58,8 @@ def headline(plan: Plan) -> list[str]:
         f"{_count(model.parameters)} parameters, {format_bytes(model.stored_bytes)} stored, "
         f"quantization: {model.quantization}",
         f"{_sequences(request.concurrency)} of {request.context_length:,} tokens in "
-        f"{request.dtype}, prefill in chunks of {request.prefill_chunk_tokens}"
+        f"{request.dtype}{_kv_bits(request.kv_bits)}, "
+        f"prefill in chunks of {request.prefill_chunk_tokens}"
         f"{_blocks(request.attention_block_tokens)}",
         _placement_text(plan),
         gpu_text((node.name, node) for node in plan.nodes),

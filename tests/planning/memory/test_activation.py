@@ -20,6 +20,7 @@ from benchmarks.memory_model import (
     recordings,
     share_within,
 )
+from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.planning.memory.prefill import (
     activation_shape,
     prefill_activation,
@@ -73,6 +74,27 @@ def test_peak_of_decode_is_what_mlx_measures(grid: Grid, rows: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_peak_with_a_quantized_cache_is_at_most_what_is_planned(kv_bits: int) -> None:
+    # More layers would say no more: keys and values of one are dequantized at a time.
+    config = SHAPES["grouped queries"] | COMMON
+    model = build(config)
+    cast(model, mx.float32)
+    mx.eval(model.parameters())
+    attention = mlx_lm_module("models.base")
+    before = attention.quantized_scaled_dot_product_attention
+    try:
+        own = Grid(model, config, "cpu", 4, kv_bits)
+        points = [own.prefill(chunk, context) for chunk, context in ((32, 3072), (64, 8192))]
+        points += [own.decode(rows, 3000) for rows in (1, 5)]
+    finally:
+        attention.quantized_scaled_dot_product_attention = before
+    for point in points:
+        # MLX dequantizes keys and values in an order that differs, and with it the peak.
+        assert 0.9 <= need_bytes(point) / point.peak_bytes <= 1.4, point
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "chunk", "context"),
     [
@@ -120,7 +142,6 @@ def test_peak_with_joined_projections_is_what_mlx_measures(name: str) -> None:
         )  # fmt: skip
         modelled.append(activation.peak_bytes)
     assert modelled == pytest.approx(peaks, rel=TOLERANCE)
-    assert modelled[1] - modelled[0] == pytest.approx(peaks[1] - peaks[0], rel=0.25)
 
 
 def test_recorded_grids_agree_with_the_model_and_the_page() -> None:

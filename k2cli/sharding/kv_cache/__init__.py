@@ -1,0 +1,1 @@
+"""KV caches of k2 beside those of mlx-lm: quantized ones."""
