@@ -74,8 +74,8 @@ def launch(
         bool,
         typer.Option(
             "--share-prefixes",
-            help="Use the cache of an earlier prompt for other keys too. It is faster, and shows "
-            "by the time to the first token what others have asked.",
+            help="Let all keys use one prefix cache. Prompts that others have sent before are then "
+            "answered sooner, which tells a user that they have been sent.",
         ),
     ] = False,
     prefix_cache_disk: Annotated[
@@ -85,7 +85,7 @@ def launch(
             envvar="K2_PREFIX_CACHE_DISK",
             help="Keep the caches of prompts on the disks of the nodes too, in up to SIZE per rank "
             "(such as 50GB), so that a later run need not compute them again. Texts could be "
-            "recovered from them. Default: not.",
+            "recovered from them. Default: nothing is kept on disks.",
         ),
     ] = None,
     no_prefix_cache_disk: Annotated[
@@ -187,8 +187,8 @@ def launch(
         bool | None,
         typer.Option(
             "--joined-projections/--no-joined-projections",
-            help="Compute gate and up projections as one product. Default: on GPUs, where it is "
-            "faster.",
+            help="Compute two matrices of each layer (gate and up) as one. Default: on GPUs, where "
+            "it is faster.",
         ),
     ] = None,
     fetch: Annotated[

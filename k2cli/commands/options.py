@@ -66,8 +66,8 @@ Parallel = Annotated[
 LinkCheck = Annotated[
     choices.WantedLinkCheck,
     typer.Option(
-        help="Compute a prompt of 4,096 tokens twice on all ranks and compare what they send. "
-        "auto: if ranks are on several nodes."
+        help="Compute a prompt of 4,096 tokens twice before the run is ready, to see that data "
+        "arrive right between ranks. auto: if ranks are on several nodes."
     ),
 ]
 FloatType = Annotated[
