@@ -27,9 +27,9 @@ GROUP_SIZES = (64, 32)
 QUANTIZED_QUERIES = 8
 """The most new tokens of a sequence that multiply with quantized keys and values.
 
-On a CPU dequantizing takes 2.5 to 5 times as long for one token (docs/measurements/quantized-kv.md);
-8 tokens are those of a step that verifies a draft of 7. Where dequantizing begins to pay was not
-measured.
+On a CPU dequantizing takes 2.5 to 5 times as long for one token, see
+docs/measurements/quantized-kv.md; 8 tokens are those of a step that verifies a draft of 7. Where
+dequantizing begins to pay was not measured.
 """
 
 Parts = tuple[mx.array, mx.array, mx.array]
