@@ -72,21 +72,24 @@ class LinkCheck(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The part of the plan that one rank carries out.
 
-    ``layers[r]`` is rank r's half-open range of decoder layers. ``dtype`` is ``checkpoint`` or
-    the name of the float type that weights are cast to. ``expected_weights_bytes[r]`` and
-    ``expected_cache_bytes[r]`` (if known) are the planned sizes of rank r's weights and caches;
-    loading fails if a size differs. ``looks_ahead`` None leaves the choice to
-    ``rank.engine.lookahead``. ``cache_limit_bytes`` limits the freed arrays that MLX keeps,
-    ``memory_limit_bytes`` these and those in use together. ``expansion_weight`` and
-    ``attention_block_tokens`` are the settings of ``rank.attention.latent``, equal on all ranks.
-    ``kv_bits`` are those of quantized KV caches, 0 if they are not quantized.
-    ``speculation`` says when the leader lets steps verify drafts (``rank.engine.speculation``).
-    ``joins_projections`` None leaves the choice to ``rank.joined_projections``.
-    ``prefix_disk_bytes`` is what the prefix cache may take on this rank's disk, 0 for none, and
-    ``prefix_disk_scope``, on the leader only, whose prompts the scope "" has: a digest of the run's
-    own key. ``nccl_coordinator`` (``host:port``) is
-    where the leader hands out NCCL's unique id; NCCL itself listens on ``nccl_interface`` alone.
-    ``link_check`` None leaves that check out.
+    * ``layers[r]``: rank r's half-open range of decoder layers.
+    * ``dtype``: ``checkpoint``, or the float type that weights are cast to.
+    * ``expected_weights_bytes[r]``, ``expected_cache_bytes[r]`` (if known): the planned sizes of
+      rank r's weights and caches; loading fails if a size differs.
+    * ``cache_limit_bytes``: limit of the freed arrays that MLX keeps; ``memory_limit_bytes``: of
+      these and those in use together.
+    * ``nccl_coordinator`` (``host:port``): where the leader hands out NCCL's unique id; NCCL itself
+      listens on ``nccl_interface`` alone.
+    * ``looks_ahead``, ``joins_projections``: None leaves the choice to ``rank.engine.lookahead``
+      and ``rank.joined_projections``.
+    * ``expansion_weight``, ``attention_block_tokens``: settings of ``rank.attention.latent``, equal
+      on all ranks.
+    * ``link_check``: None leaves that check out.
+    * ``prefix_disk_bytes``: what the prefix cache may take on this rank's disk, 0 for none;
+      ``prefix_disk_scope``, on the leader only: whose prompts the scope "" has, a digest of the
+      run's own key.
+    * ``speculation``: when the leader lets steps verify drafts (``rank.engine.speculation``).
+    * ``kv_bits``: bits of quantized KV caches, 0 if they are not quantized.
     """
 
     run_id: str

@@ -103,12 +103,14 @@ def test_all_shapes_of_a_gpu_are_warmed_up_visibly_on_every_rank(
     with launched(toy_k2, parallel, device="cuda", concurrency=3) as run:
         assert run.state == "ready", run.cause
         expected = [
-            "1 of 8: self-test",
-            *(f"{number} of 8: prefill of {tokens} tokens"
+            "1 of 11: self-test",
+            *(f"{number} of 11: prefill of {tokens} tokens"
               for number, tokens in enumerate((16, 32, 64, 128), start=2)),
-            "6 of 8: prefill of 491 tokens and 20 more",
-            "7 of 8: 2 requests at once",
-            "8 of 8: 3 requests at once",
+            "6 of 11: prefill of 491 tokens and 20 more",
+            "7 of 11: 2 requests at once",
+            "8 of 11: 3 requests at once",
+            *(f"{number} of 11: a draft of {tokens} tokens"
+              for number, tokens in enumerate((3, 7, 15), start=9)),
         ]  # fmt: skip
         assert warmed_up(run, 0) == warmed_up(run, 1) == expected
         _ask(run.url or "", 100)

@@ -20,6 +20,12 @@ CHOSEN = [5, 3, 8]
 GROUP = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
 
 
+@pytest.fixture(autouse=True)
+def _no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages of these tests have no layers."""
+    monkeypatch.setattr(module, "CacheTable", lambda _: SimpleNamespace())
+
+
 class Transfers:
     """Records what transfers get, and which of it they compute themselves."""
 

@@ -35,20 +35,18 @@ from k2cli.protocol import (
 )
 from k2cli.rank.agreement import Agreement
 from k2cli.rank.control import Followers
-from k2cli.rank.engine.chunk_sizes import ChunkBounds, ChunkTimes
+from k2cli.rank.engine.chunk_sizes import ChunkBounds
+from k2cli.rank.engine.drafting import Drafting
 from k2cli.rank.engine.masks import Masks
 from k2cli.rank.engine.prefix_keeper import PrefixKeeper
+from k2cli.rank.engine.prompts import PromptChunks
 from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running
-from k2cli.rank.engine.speculation import RowDrafts, Speculation
 from k2cli.rank.engine.steps import Step, StepQueue
 from k2cli.rank.engine.stored_prefixes import StoredPrefixes
 from k2cli.rank.executor import Executor, StepResult
 from k2cli.rank.kv_cache.segments import can_cut
 
-# In a pipeline a prompt is cut into several chunks per stage, so that stages overlap: with m
-# chunks, s stages take (m + s - 1) / m times one stage's work.
-CHUNKS_PER_STAGE = 4
 # While only grammars are compiled, other messages are looked for this often.
 _COMPILING_SECONDS = 0.005
 # While only stored prefixes are read, reports are looked for this often.
@@ -101,10 +99,15 @@ class Engine:
         self._masks = masks
         self._stored: StoredPrefixes | None = None
         self._context_length = context_length
-        self._bounds = ChunkBounds(
-            prefill_chunk_tokens,
-            executor.stage.past_last - executor.stage.first,
-            on_gpu=mx.default_device() == mx.gpu,
+        self._prompts = PromptChunks(
+            self._table,
+            ChunkBounds(
+                prefill_chunk_tokens,
+                executor.stage.past_last - executor.stage.first,
+                on_gpu=mx.default_device() == mx.gpu,
+            ),
+            stages=stages,
+            computes_together=self._plain_caches,
         )
         self._stages = stages
         self._looks_ahead = looks_ahead
@@ -112,11 +115,7 @@ class Engine:
         self._window = max(2 if looks_ahead else 1, stages)
         self._turn = 0
         self._prefill_credit = prefill_chunk_tokens
-        self._prefill_rate = 0.0
-        self._chunk_times = ChunkTimes()
-        self._speculation = None
-        if speculation != "off" and self._plain_caches:
-            self._speculation = Speculation(always=speculation == "always")
+        self._drafting = Drafting(speculation if self._plain_caches else "off", context_length)
         self._last_result = 0.0
         self._last_started: dict[int, int] = {}
         self._order_told = 0.0
@@ -132,7 +131,7 @@ class Engine:
     @property
     def speculates(self) -> bool:
         """True if steps may verify drafts."""
-        return self._speculation is not None
+        return self._drafting.is_on
 
     def accept(self, message: Generate | Cancel) -> None:
         """Queue a request, or cancel one."""
@@ -154,7 +153,7 @@ class Engine:
         self._agreement.check()
         if self._stored is not None:
             self._stored.take_own_reports()
-            self._table.read_stored(self._stored, self._prefill_rate)
+            self._table.read_stored(self._stored, self._prompts.tokens_per_second)
             self._stored.write_now_and_then()
         if self._masks is not None:
             self._masks.poll()
@@ -247,7 +246,7 @@ class Engine:
         """Tell the followers that there is nothing to do."""
         if self._stored is not None:
             self._stored.take_own_reports()
-            self._table.read_stored(self._stored, self._prefill_rate)
+            self._table.read_stored(self._stored, self._prompts.tokens_per_second)
             self._stored.write_some()
         self._queue.build_next()  # carries out what is left: decisions that compute nothing
         self._agreement.check()
@@ -291,8 +290,7 @@ class Engine:
 
     def forget_rates(self) -> None:
         """Forget how long chunks took: during the warm-up they took longer than they will."""
-        self._prefill_rate = 0.0
-        self._chunk_times = ChunkTimes()
+        self._prompts.forget_rates()
 
     def report_cache_use(self) -> None:
         """Tell the guard about the KV cache before the first request changes it."""
@@ -324,7 +322,7 @@ class Engine:
         if ready and self._turn >= len(ready):
             self._turn = 0
             first = self._table.prefill_order()[:1]
-            self._prefill_credit = self._chunk_tokens(first[0].computed if first else 0)
+            self._prefill_credit = self._prompts.limit(first[0].computed if first else 0)
         if self._table.prefill_order() and (not ready or self._prefill_credit > 0):
             if self._stages == 1 and self._queue.computing:
                 return False  # a chunk is computed at once, and tokens in flight would wait for it
@@ -337,70 +335,12 @@ class Engine:
         self._start_decode(min(ready, key=lambda batch: self._last_started.get(batch, 0)))
         return True
 
-    def _chunk_tokens(self, context: int) -> int:
-        """Return the tokens of the next prompt chunk: the plan's, or fewer to limit its time."""
-        bounded = self._bounds.answering if self._answering else self._bounds.alone
-        return bounded(self._prefill_rate, context)
-
-    @property
-    def _answering(self) -> bool:
-        return any(self._table.batches.values())
-
     def _start_prefill(self) -> None:
         """Start a chunk of the first prompt, or several short whole prompts together."""
         self._send_all()  # a chunk may be computed at once, and take long
-        in_order = self._table.prefill_order()
-        row = in_order[0]
-        limit = self._chunk_tokens(row.computed)
-        together = self._short_prompts(
-            in_order, limit if self._answering else self._bounds.together(self._prefill_rate)
-        )
-        if len(together) > 1:
-            self._start_prefill_together(together)
-            return
-        wanted = min(limit, self._overlapping_chunk(row))
-        count = self._bounds.share(row.prefill_left, wanted)
-        tokens = row.known_tokens[row.computed : row.computed + count]
-        row.computed += count
+        decision, rows, count = self._prompts.start(self.next_number)
         self._prefill_credit -= count
-        self._table.line.charge(row, 1)
-        self._queue.submit(Prefill(self.next_number, row.sequence, tokens), [row])
-
-    def _overlapping_chunk(self, row: Running) -> int:
-        """Return the largest chunk of a prompt with which all pipeline stages still overlap."""
-        if self._stages == 1:
-            return row.prefill_left
-        pieces = CHUNKS_PER_STAGE * self._stages
-        return max(self._chunk_times.least_tokens, -(-(row.prefill_target + 1) // pieces))
-
-    def _short_prompts(self, in_order: Sequence[Running], limit: int) -> list[Running]:
-        """Choose new prompts for the first one's batch that fit one chunk, with padding."""
-        first = in_order[0]
-        if not self._plain_caches or first.computed or self._table.is_drafting(first.batch):
-            return []
-        chosen: list[Running] = []
-        longest = 0
-        for row in in_order:
-            if row.computed or row.batch != first.batch or not row.prefill_left:
-                continue
-            longest = max(longest, row.prefill_left)
-            if (len(chosen) + 1) * longest > limit:
-                break
-            chosen.append(row)
-        return chosen
-
-    def _start_prefill_together(self, rows: list[Running]) -> None:
-        batch = rows[0].batch
-        assert batch is not None
-        tokens = [row.known_tokens[: row.prefill_target] for row in rows]
-        sequences = [row.sequence for row in rows]
-        for row in rows:
-            row.computed = row.prefill_target
-            self._table.line.charge(row, 1)
-            self._table.prefilling.remove(row)
-        self._table.batches[batch] += rows
-        self._prefill_credit -= len(rows) * max(map(len, tokens))
-        self._queue.submit(PrefillTogether(self.next_number, batch, sequences, tokens), rows)
+        self._queue.submit(decision, rows)
 
     def _can_decode(self, batch: int) -> bool:
         rows = self._table.batches[batch]
@@ -418,7 +358,7 @@ class Engine:
             and in_flight[0].rows == rows
             and not in_flight[0].drafts
             and self._queue.may_look_ahead(batch)
-            and not self._wants_draft(rows)
+            and not self._drafting.wants_draft(rows)
         )
 
     def _start_decode(self, batch: int) -> None:
@@ -426,7 +366,7 @@ class Engine:
         in_flight = self._queue.decodes_of(batch)
         chosen = in_flight[-1].chosen if in_flight else None
         ahead = chosen is not None
-        drafts = [] if ahead else self._drafts(rows)
+        drafts = [] if ahead else self._drafting.drafts(rows)
         tokens = [] if ahead else [row.next_input for row in rows]
         told = [row.unannounced_input for row in rows]
         for row in rows:
@@ -449,31 +389,6 @@ class Engine:
         )
         self._queue.submit(decision, rows, chosen)
 
-    def _drafts(self, rows: Sequence[Running]) -> list[int]:
-        """Return the draft for the next step of a batch, which has no step in flight."""
-        if self._speculation is None or len(rows) != 1 or not rows[0].may_speculate:
-            return []
-        (row,) = rows
-        if row.speculation is None:
-            row.speculation = self._speculation.open(row.known_tokens)
-        _learn(row.speculation, row)
-        return self._speculation.drafts(row.speculation, self._most_drafted(row))
-
-    def _wants_draft(self, rows: Sequence[Running]) -> bool:
-        """True if a batch has a draft now, so that its step in flight should be waited for."""
-        speculation = rows[0].speculation if len(rows) == 1 else None
-        if self._speculation is None or speculation is None:
-            return False
-        _learn(speculation, rows[0])
-        # One token more will be known.
-        return self._speculation.wants_draft(speculation, self._most_drafted(rows[0]) - 1)
-
-    def _most_drafted(self, row: Running) -> int:
-        """Return the drafted tokens that a row has room for beside the one that its step gives."""
-        known = len(row.request.prompt) + len(row.generated)
-        left = min(self._context_length - known, row.request.max_tokens - len(row.generated))
-        return left - 1
-
     # --- completing steps ------------------------------------------------------------------------
 
     def _completed(self, step: Step) -> None:
@@ -493,10 +408,7 @@ class Engine:
         self._last_result = now
 
     def _prefilled(self, step: Step, count: int) -> None:
-        self._chunk_times.observe(count, step.seconds - step.waited_seconds)
-        if step.seconds > 0:
-            rate = count / step.seconds
-            self._prefill_rate = 0.5 * (self._prefill_rate or rate) + 0.5 * rate
+        self._prompts.observe(count, step.seconds, step.waited_seconds)
         for row in step.rows:
             total = len(row.request.prompt)
             done = min(row.computed, total)
@@ -527,41 +439,22 @@ class Engine:
     def _measure(self, step: Step, seconds: float) -> None:
         """Note the time of an ordinary step of one row, with which drafts are compared."""
         row, decision = step.rows[0], step.decision
-        if row.speculation is None or self._speculation is None or row.ended:
-            return
         assert isinstance(decision, Decode)
         # Steps of several batches fill the window, so that none is built ahead.
         active = sum(bool(rows) for rows in self._table.batches.values())
         ahead = active < self._window and self._queue.may_look_ahead(decision.batch)
         ahead = ahead and self._looks_ahead
-        self._speculation.decoded(row.speculation, seconds, usual=decision.ahead or not ahead)
+        self._drafting.decoded(row, seconds, usual=decision.ahead or not ahead)
 
     def _verified(self, step: Step, tokens: list[int], now: float, seconds: float) -> None:
-        """Apply a step that verified a draft: cut the rest of it from the caches, and go on.
-
-        Tokens are accepted while each was what the draft had in its place; the first other one is
-        the last.
-        """
+        """Apply a step that verified a draft: cut the rest of it from the caches, and go on."""
         (row,) = step.rows
         if row.ended:
             return  # the drafts were cut back as it ended
         if row.failure is not None:
             self._table.fail(row)
             return
-        drafts, right = step.drafts, 0
-        while right < len(drafts) and tokens[right] == drafts[right]:
-            right += 1
-        taken = tokens[: right + 1]
-        stops = (index for index, token in enumerate(taken) if token in row.request.stop_tokens)
-        taken = taken[: next(stops, right) + 1]
-        row.sampler.take_back(len(tokens) - len(taken))
-        row.steps += len(taken) - 1
-        row.draft_tokens += len(drafts)
-        # A draft of a stop token can be right, but is no part of the answer.
-        accepted = taken[: len(drafts)] if len(taken) <= right else taken[:-1]
-        row.accepted_tokens += sum(token not in row.request.stop_tokens for token in accepted)
-        if self._speculation is not None and row.speculation is not None:
-            self._speculation.verified(row.speculation, len(drafts), right, len(taken), seconds)
+        taken = self._drafting.accept(row, step.drafts, tokens, seconds)
         self._table.cut_back(row, len(tokens) - len(taken))
         self._table.line.charge(row, ANSWER_UNITS)
         self._take(row, taken, step, 0, now)
@@ -604,9 +497,3 @@ class Engine:
             if masked is not None and self._masks is not None:
                 self._masks.wait([masked])  # this token may have completed the answer
             self._table.end(row, "stop" if masked is not None and masked.complete else "length")
-
-
-def _learn(drafts: RowDrafts, row: Running) -> None:
-    """Add the tokens of an answer that are not in its index yet."""
-    known = len(drafts.index) - len(row.request.prompt)
-    drafts.index.extend(row.generated[known:])

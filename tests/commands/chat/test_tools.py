@@ -20,7 +20,7 @@ from tests.support.thinking_model import thinking_model
 
 pytestmark = pytest.mark.ranks
 
-HOSTILE = Path(__file__).parent.parent / "tools" / "hostile_server.py"
+HOSTILE = Path(__file__).parents[2] / "tools" / "hostile_server.py"
 PROGRAMS = Path(sys.executable).parent
 PARIS = '{"timezone": "Europe/Paris"}'
 
