@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,10 @@ def _watch(client: httpx.Client) -> None:
     assert CANARY not in text
 
 
+def _is_shown(terminal: Terminal, pattern: str) -> bool:
+    return re.search(pattern, "\n".join(terminal.screen.display)) is not None
+
+
 def _watch_on_terminal(client: httpx.Client, run_id: str) -> None:
     """Look at a run with ``k2 top`` while it answers a request that begins like earlier ones."""
     begin = client.post("/v1/tokenize", json={"prompt": CANARY}).json()["tokens"]
@@ -149,20 +154,22 @@ def _watch_on_terminal(client: httpx.Client, run_id: str) -> None:
         terminal.wait(lambda: "no requests" in shown(), "the end is not shown")
         thread.join(120)
         status = client.get("/v1/status").json()
-        last = shown()
-        assert "toy-thinking  ready  up " in last
-        assert f"0 restarts  {run_id}" in last
-        assert "ring, pipeline, 2 ranks on 1 node" in last
         hits, started = status["totals"]["cache_hits"], status["totals"]["queue"]["count"]
-        assert f"cache hits  {hits} of {started} requests" in last
         assert hits >= 1
-        prefixes = status["kv_cache"]["prefixes"]
-        assert (
-            f"0 reserved by requests, {status['kv_cache']['prefix_tokens']:,} in {prefixes}" in last
-        )
+        kept, prefixes = status["kv_cache"]["prefix_tokens"], status["kv_cache"]["prefixes"]
+        expected = [
+            "toy-thinking  ready  up ",
+            f"0 restarts  {run_id}",
+            "ring, pipeline, 2 ranks on 1 node",
+            f"cache hits  {hits} of {started} requests",
+            f"0 reserved by requests, {kept:,} in {prefixes}",
+        ]
+        patterns = [re.escape(text) for text in expected]
         for rank in status["ranks"]:
             planned = format_bytes(rank["memory"]["planned_bytes"])
-            assert re.search(rf"\n +{rank['rank']}  localhost +\w.*%.* of {planned}", last)
+            patterns.append(rf"\n +{rank['rank']}  localhost +\w.*%.* of {planned}")
+        for pattern in patterns:  # a screen may be read while it is being drawn
+            terminal.wait(partial(_is_shown, terminal, pattern), f"{pattern} is not shown")
         assert KEY not in terminal.raw
         assert CANARY not in terminal.raw
         terminal.type("q")
