@@ -149,7 +149,8 @@ def _watch_on_terminal(client: httpx.Client, run_id: str) -> None:
             return "\n".join(terminal.screen.display)
 
         terminal.wait(lambda: "1 decode, 0 prefill, 0 queued" in shown(), "no answer is shown")
-        assert re.search(r"\n- +decode .* 300 +\d+ +[1-9]\d* ", shown())
+        row = r"\n- +decode .* 300 +\d+ +[1-9]\d* "
+        terminal.wait(partial(_is_shown, terminal, row), "its tokens are not shown")
         terminal.wait(lambda: "4 completed" in shown(), "the end is not shown")
         terminal.wait(lambda: "no requests" in shown(), "the end is not shown")
         thread.join(120)
