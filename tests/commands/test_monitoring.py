@@ -168,7 +168,8 @@ def _watch_on_terminal(client: httpx.Client, run_id: str) -> None:
         patterns = [re.escape(text) for text in expected]
         for rank in status["ranks"]:
             planned = format_bytes(rank["memory"]["planned_bytes"])
-            patterns.append(rf"\n +{rank['rank']}  localhost +\w.*%.* of {planned}")
+            # At 80 columns the name is cut where the figures are wide.
+            patterns.append(rf"\n +{rank['rank']}  loca\S+ +\w.*%.* of {planned}")
         for pattern in patterns:  # a screen may be read while it is being drawn
             terminal.wait(partial(_is_shown, terminal, pattern), f"{pattern} is not shown")
         assert KEY not in terminal.raw
