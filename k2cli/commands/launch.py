@@ -259,15 +259,18 @@ def launch(
 
 def _disk_bytes(size: str | None) -> int:
     from k2cli.errors import UsageError
-    from k2cli.units import parse_bytes
+    from k2cli.units import one_line, parse_bytes
 
     if size is None:
         return 0
-    count = parse_bytes(size)
+    try:
+        count = parse_bytes(size)
+    except UsageError:
+        count = 0
     if not 0 < count < 2**60:
         raise UsageError(
-            f"--prefix-cache-disk '{size}' is not a size from 1 byte on",
-            "--prefix-cache-disk 50GB, or --no-prefix-cache-disk",
+            f"--prefix-cache-disk '{one_line(size)}' is not a size from 1 byte on",
+            "--prefix-cache-disk 50GB",
         )
     return count
 

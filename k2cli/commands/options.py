@@ -36,7 +36,7 @@ def kv_bits(text: str) -> choices.KvBits:
     raise UsageError(f"a KV cache is quantized to 8 or 4 bits, not '{one_line(text)}'", _KV_HINT)
 
 
-_KV_HINT = "--kv-bits 8, or leave it out"
+_KV_HINT = "--kv-bits 8"
 
 ClusterName = Annotated[
     str | None,

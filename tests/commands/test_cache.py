@@ -86,5 +86,5 @@ def test_a_launch_keeps_caches_on_disks_only_if_asked(
 
 def test_a_size_that_is_none_is_refused_by_its_name() -> None:
     for size in ("0", "much", "-1GB"):
-        with pytest.raises(UsageError, match=size):
+        with pytest.raises(UsageError, match=f"--prefix-cache-disk '{size}'"):
             run_command_line(["launch", "demo", f"--prefix-cache-disk={size}"])

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _NAME = re.compile(r"(\d{1,5})\.(\d{1,2})\.(\d{1,2})")
-_MOST_BYTES = 2**32
+_MOST_BYTES = 2**30
+"""Far more than 256 tokens of any model: 135 MB of Llama 405B in bfloat16, 18 MB of Kimi K2."""
+
 _DTYPES = {
     "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U8": mx.uint8, "I8": mx.int8,
     "U16": mx.uint16, "I16": mx.int16, "U32": mx.uint32, "I32": mx.int32,
@@ -104,14 +106,14 @@ class _Header(msgspec.Struct):
 
 
 def write_block(path: Path, arrays: list[HostArray]) -> int:
-    """Write a block; return the bytes of the file. The folder is made if it is not there.
+    """Write a block; return the bytes of the file. The folder of its scope is made if need be.
 
     Raises:
+        FileNotFoundError: if the folder of the store is not there.
         OSError: if it cannot be written; then there is no file of that name, and no part of one.
     """
     header = _header(path, arrays)
-    for folder in (path.parent.parent, path.parent):
-        folder.mkdir(mode=0o700, exist_ok=True)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     partial = path.with_name(f"{PART_MARK}{path.name}-{os.urandom(4).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:

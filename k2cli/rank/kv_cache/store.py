@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 _OLD_PART_SECONDS = 600.0
 _MOST_CONFIG_BYTES = 2**24
+_MOST_BLOCKS = 2**18
+"""Of one store: 67 million tokens. The leader is told of all of them in one message."""
 
 
 class BlockStore:
@@ -75,6 +77,7 @@ class BlockStore:
         self._rank = assignment.rank
         self._report = report
         self._folder = Path()
+        self._mark = -1
         self._writing: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._reading: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._read: dict[int, list[list[HostArray]]] = {}
@@ -92,15 +95,21 @@ class BlockStore:
         try:
             root = open_prefixes_directory()
             self._folder = root / f"{decision.folder}-{self._rank}"
-            model = _model_name(Path(self._assignment.model_path))
-            # The descriptor stays open: it marks the store as used.
-            open_store(self._folder, StoreNote(model, self._rank, self._assignment.size))
+            self._make_folder()
             found = self._found()
             self._remove_others(root, decision.limit_bytes - sum(file.nbytes for file in found))
         except OSError as error:
             self._switch_off(error)
         blocks = [(file.name, file.nbytes, file.used) for file in found]
         self._report(BlocksFound(self._rank, blocks, not self._failed))
+
+    def _make_folder(self) -> None:
+        model = _model_name(Path(self._assignment.model_path))
+        note = StoreNote(model, self._rank, self._assignment.size)
+        # The descriptor stays open: it marks the store as used.
+        before, self._mark = self._mark, open_store(self._folder, note)
+        if before >= 0:
+            os.close(before)
 
     def _found(self) -> list[BlockFile]:
         """Return the complete blocks; remove what writers that were killed have left."""
@@ -110,7 +119,10 @@ class BlockStore:
                 complete.append(file)
             elif PART_MARK in file.name and file.used < time.time() - _OLD_PART_SECONDS:
                 (self._folder / file.name).unlink(missing_ok=True)
-        return complete
+        complete.sort(key=lambda file: file.used, reverse=True)
+        for file in complete[_MOST_BLOCKS:]:
+            (self._folder / file.name).unlink(missing_ok=True)
+        return complete[:_MOST_BLOCKS]
 
     def _remove_others(self, root: Path, left_bytes: int) -> None:
         """Remove blocks of this rank in other runs, oldest first, until they fit."""
@@ -145,6 +157,7 @@ class BlockStore:
             try:
                 size = write_block(self._folder / block, arrays)
             except FileNotFoundError:  # the folder was removed meanwhile: see remove_store
+                self._make_folder()
                 size = write_block(self._folder / block, arrays)
         except Exception as error:  # the leader waits for the report
             self._switch_off(error)

@@ -38,15 +38,17 @@ def _place(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = _place(tmp_path_factory.mktemp("written"))
+    path.parent.parent.mkdir()
     write_block(path, to_host(_layers()))
     return path.read_bytes()
 
 
 def test_arrays_come_back_bit_by_bit_in_a_private_file(tmp_path: Path) -> None:
     path, layers = tmp_path / "store" / "scope" / "block", _layers()
+    path.parent.parent.mkdir()
     assert write_block(path, to_host(layers)) == path.stat().st_size
     assert path.stat().st_mode & 0o777 == 0o600
-    assert path.parent.stat().st_mode & 0o777 == path.parent.parent.stat().st_mode & 0o777 == 0o700
+    assert path.parent.stat().st_mode & 0o777 == 0o700
     found = from_host(read_block(path, 2))
     for segment, expected in zip(found, layers, strict=True):
         for arrays, known in zip(segment, expected, strict=True):
@@ -112,6 +114,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "fsync", full)
     path = tmp_path / "store" / "scope" / "block"
+    path.parent.parent.mkdir()
     with pytest.raises(OSError, match="No space"):
         write_block(path, to_host(_layers()))
     assert list(path.parent.iterdir()) == []
@@ -132,6 +135,7 @@ block_file.write_block(Path(sys.argv[1]), [array])
 
 def test_a_kill_while_writing_leaves_no_block(tmp_path: Path) -> None:
     path = tmp_path / "store" / "scope" / "block"
+    path.parent.parent.mkdir()
     done = subprocess.run([sys.executable, "-c", _KILLED, str(path)], timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
     (left,) = path.parent.iterdir()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from k2cli.prefix_folder import blocks_of, remove_store
+from k2cli.prefix_folder import blocks_of, remove_store, stores
+from k2cli.protocol import OpenStore
 from k2cli.rank.kv_cache.block_file import HostArray
 from k2cli.rank.kv_cache.store import BlockStore
 
@@ -36,10 +37,12 @@ def test_a_store_that_is_removed_while_blocks_are_written_stays_in_use(
 ) -> None:
     """`k2 cache clear` beside a run: neither fails, and later blocks are written again."""
     reports: list[Any] = []
-    assignment: Any = type("Assignment", (), {"rank": 0})()
+    monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path))
+    fields = {"rank": 0, "size": 1, "model_path": "/models/toy"}
+    assignment: Any = type("Assignment", (), fields)()
     store = BlockStore(assignment, 1, reports.append)
-    store._folder = tmp_path / "prefixes" / "store-0"
-    store._folder.parent.mkdir()
+    store._open(OpenStore(1, "5" * 32, 10**9))
+    assert reports.pop().usable
     array = HostArray((0, 0, 0), "F32", (256, 1), bytes(1024))
     synchronize, removed = os.fsync, list[int]()
 
@@ -55,3 +58,5 @@ def test_a_store_that_is_removed_while_blocks_are_written_stays_in_use(
     assert [report.error for report in reports] == ["", ""]
     assert {file.name for file in blocks_of(store._folder)} == {"scope/one", "scope/two"}
     assert list(store._folder.parent.iterdir()) == [store._folder]
+    (found,) = stores()
+    assert (found.model, found.ranks, found.in_use) == ("toy", 1, True)
