@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from k2cli.rank import loader, tensor_reader
 from k2cli.rank.expert_kernels import PartedExperts, check_experts, part_experts
 from k2cli.rank.joined_projections import JoinedProjection, join_projections
 from k2cli.rank.loader import LoadedPart, load_part, placement_of
-from k2cli.sharding.assemble import assemble, build, cast
+from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.coverage import check_coverage
 from k2cli.sharding.stage import make_cache
 from k2cli.sharding.tensor import StandInGroup
@@ -25,6 +24,7 @@ from k2cli.sharding.trace import parameters
 from tests.quantization.originals import KIMI, LLAMA
 from tests.support.memory import held_bytes
 from tests.support.rank_pool import RankPool, assignments, running
+from tests.support.weights import random_mlx_model
 
 TOKENS = [7 + index * 31 % 300 for index in range(100)]
 BIASED = LLAMA | {"mlp_bias": True}
@@ -189,21 +189,7 @@ STORED = {"kimi_k2": KIMI | PACKED, "kimi_k2, floats": KIMI, "llama": BIASED | P
 
 @pytest.fixture(scope="module", params=STORED)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _save(tmp_path_factory.mktemp("joined") / "model", STORED[request.param])
-
-
-def _save(folder: Path, config: dict[str, Any]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    mx.random.seed(7)
-    weights = {
-        name: mx.random.randint(0, 2**31, value.shape, mx.uint32)
-        if value.dtype == mx.uint32
-        else mx.random.normal(value.shape).astype(value.dtype)
-        for name, value in parameters(assemble(config, None)).items()
-    }
-    mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    return folder
+    return random_mlx_model(tmp_path_factory.mktemp("joined") / "model", STORED[request.param])
 
 
 def _load(assignment: Any) -> LoadedPart:
@@ -261,7 +247,11 @@ def test_loading_holds_no_second_form(tmp_path: Path) -> None:
     """Gate and up have 25 MB each; nothing but the head is evaluated by mlx."""
     config = WIDE | {"torch_dtype": "float32"}
     (assignment,) = assignments(
-        _save(tmp_path / "model", config), "single", 1, dtype="checkpoint", joins_projections=True
+        random_mlx_model(tmp_path / "model", config),
+        "single",
+        1,
+        dtype="checkpoint",
+        joins_projections=True,
     )
     gc.collect()
     mx.clear_cache()

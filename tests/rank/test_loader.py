@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +22,10 @@ from k2cli.rank.tensor_reader import TensorReader, layout_of
 from k2cli.sharding.assemble import assemble
 from k2cli.sharding.slices import AxisSlice
 from k2cli.sharding.tensor import StandInGroup
-from k2cli.sharding.trace import cut, parameters
+from k2cli.sharding.trace import cut
 from tests.support.memory import held_bytes
 from tests.support.rank_pool import assignments
+from tests.support.weights import random_mlx_model
 
 COMMON = {
     "vocab_size": 96,
@@ -75,28 +75,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 PLACEMENTS = [("single", 1), ("pipeline", 3), ("tensor", 2), ("tensor", 4)]
 
 
-def _save(folder: Path, config: dict[str, Any]) -> Path:
-    """Write a checkpoint like an MLX conversion's, with random bytes, nearly all distinct."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    mx.random.seed(7)
-    weights = {
-        name: mx.random.randint(0, 2**31, value.shape, mx.uint32)
-        if value.dtype == mx.uint32
-        else mx.random.normal(value.shape).astype(value.dtype)
-        for name, value in parameters(assemble(config, None)).items()
-    }
-    names = sorted(weights)
-    for index, half in enumerate((names[::2], names[1::2])):
-        file = folder / f"model-{index + 1:05}-of-00002.safetensors"
-        mx.save_safetensors(str(file), {name: weights[name] for name in half})
-    return folder
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of each architecture, 4-bit or not."""
-    return _save(tmp_path_factory.mktemp("checkpoints") / "model", CONFIGS[request.param])
+    return random_mlx_model(
+        tmp_path_factory.mktemp("checkpoints") / "model", CONFIGS[request.param]
+    )
 
 
 def _bytes(array: mx.array) -> bytes:
@@ -171,7 +155,7 @@ def test_slices_of_leading_axes_are_read_alone(tmp_path: Path) -> None:
         "num_hidden_layers": 2, "head_dim": 4096, "intermediate_size": 32768, "hidden_size": 32,
     }  # fmt: skip
     for assignment in assignments(
-        _save(tmp_path / "model", config), "tensor", 2, dtype="checkpoint"
+        random_mlx_model(tmp_path / "model", config), "tensor", 2, dtype="checkpoint"
     ):
         part = _check(assignment)
         assert part.bytes_over_read == 0
