@@ -2,11 +2,14 @@
 
     python -m benchmarks.gpu_layers --config CONFIG_JSON --layers 6
     python -m benchmarks.gpu_layers --checkpoint FOLDER
+    python -m benchmarks.gpu_layers --full-width --layers 4 --as-held
 
 Both run in this process, on the very same arrays, in turn (A B B A ...), after a warm-up that
-compiles every kernel. K2's layers get random 4-bit weights: their values do not matter to speed,
-except that the router must spread tokens over the experts, which random weights do. Prints one
-JSON document: medians and every sample, in tokens per second.
+compiles every kernel. With ``--as-held`` k2 has a second model with the same weights, as a rank
+holds them: projections joined, experts in parts, attention of its own. K2's layers get random
+4-bit weights: their values do not matter to speed, except that the router must spread tokens over
+the experts, which random weights do. Nothing is drafted. Prints one JSON document: medians and
+every sample, in tokens per second.
 """
 
 from __future__ import annotations
@@ -81,6 +84,27 @@ def loaded(folder: Path, dtype: str) -> tuple[nn.Module, dict[str, Any]]:
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         weights.update(mx.load(str(file)))  # type: ignore[arg-type]
     return assemble(checkpoint.config, weights, dtype), checkpoint.config
+
+
+def as_held(model: nn.Module) -> nn.Module:
+    """Change a model in place to what a rank holds on this device; return it."""
+    from k2cli.rank.attention.latent import use_own_attention
+    from k2cli.rank.expert_kernels import are_fewer_joined, part_experts
+    from k2cli.rank.host_buffers import copies_from_host
+    from k2cli.rank.joined_projections import join_projections, joins_here
+    from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
+    from k2cli.sharding.trace import parameters
+
+    in_parts = copies_from_host()
+    if joins_here(None):
+        join_projections(model, lambda pair, _: not in_parts or are_fewer_joined(*pair.members))
+        # One by one, so that no more than one matrix exists in two forms.
+        for value in parameters(model).values():
+            mx.eval(value)
+    if in_parts:
+        part_experts(model)
+    use_own_attention(model, LatentSettings(EXPANSION_WEIGHTS["cuda" if in_parts else "metal"]))
+    return model
 
 
 class K2:
@@ -192,14 +216,14 @@ def _note(text: str) -> None:
     sys.stderr.flush()
 
 
-def measure(model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every figure for one model."""
+def measure(model: nn.Module, held: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every figure for one model; ``held`` is k2's, which may be the same."""
     # mlx-lm's own package is imported whole here, after k2's light import of its models.
     for name in [name for name in sys.modules if name == "mlx_lm"]:
         del sys.modules[name]
     import mlx_lm.generate  # noqa: F401
 
-    engine = K2(cut_stage(model, 0, layer_count(model)), arguments.chunk)
+    engine = K2(cut_stage(held, 0, layer_count(held)), arguments.chunk)
     short = [int(token) for token in mx.random.randint(10, 1000, (16,)).tolist()]
     long = [int(token) for token in mx.random.randint(10, 1000, (arguments.prompt + 1,)).tolist()]
     many = [[*short[:-1], 20 + index] for index in range(8)]
@@ -233,11 +257,28 @@ def measure(model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def _model(arguments: argparse.Namespace) -> nn.Module:
+    if arguments.checkpoint:
+        model, _ = loaded(arguments.checkpoint, arguments.dtype)
+    else:
+        if arguments.full_width:
+            from benchmarks.mla_attention import K2_LAYER
+
+            config = K2_LAYER | {"first_k_dense_replace": 1, "vocab_size": 163_840}
+        else:
+            config = json.loads(arguments.config.read_text())
+        model = random_layers(config, arguments.layers)
+    mx.eval(model.parameters())
+    return model
+
+
 def main() -> None:
     """Read the options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--full-width", action="store_true", help="K2's config, 4 bit")
+    parser.add_argument("--as-held", action="store_true", help="k2's model as a rank holds it")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=2048)
@@ -246,14 +287,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="checkpoint")
     parser.add_argument("--measure", default="decode,prefill,decode_8_requests")
     arguments = parser.parse_args()
-    if arguments.checkpoint:
-        model, _ = loaded(arguments.checkpoint, arguments.dtype)
-    else:
-        model = random_layers(json.loads(arguments.config.read_text()), arguments.layers)
-    mx.eval(model.parameters())
+    model = _model(arguments)
+    held = as_held(_model(arguments)) if arguments.as_held else model
     weights_bytes = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
     device = mx.device_info() if mx.default_device().type == mx.DeviceType.gpu else {"cpu": True}
-    results = measure(model, arguments)
+    results = measure(model, held, arguments)
     json.dump(
         {"device": str(device), "weights_bytes": weights_bytes, **results}, sys.stdout, indent=1
     )
