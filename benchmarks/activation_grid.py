@@ -193,7 +193,6 @@ class Grid:
                 concurrency=rows,
                 itemsize=self._itemsize,
                 slices=1,
-                layers=self._layers,
             )
         point = self._point("decode", 1, context, rows, caches, modelled)
         for row in range(rows):

@@ -89,7 +89,9 @@ def loaded(folder: Path, dtype: str) -> tuple[nn.Module, dict[str, Any]]:
 def as_held(model: nn.Module) -> nn.Module:
     """Change a model in place to what a rank holds on this device; return it."""
     from k2cli.rank.attention.latent import use_own_attention
-    from k2cli.rank.expert_kernels import are_fewer_joined, part_experts
+    from k2cli.rank.expert_kernels import part_experts, stays_whole
+    from k2cli.rank.few_inputs import lengthen_linears
+    from k2cli.rank.head_kernels import use_own_heads
     from k2cli.rank.host_buffers import copies_from_host
     from k2cli.rank.joined_projections import join_projections, joins_here
     from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
@@ -97,12 +99,14 @@ def as_held(model: nn.Module) -> nn.Module:
 
     in_parts = copies_from_host()
     if joins_here(None):
-        join_projections(model, lambda pair, _: not in_parts or are_fewer_joined(*pair.members))
+        join_projections(model, lambda pair, _: not in_parts or stays_whole(*pair.members))
         # One by one, so that no more than one matrix exists in two forms.
         for value in parameters(model).values():
             mx.eval(value)
     if in_parts:
         part_experts(model)
+        use_own_heads(model)
+        lengthen_linears(model)
     use_own_attention(model, LatentSettings(EXPANSION_WEIGHTS["cuda" if in_parts else "metal"]))
     return model
 

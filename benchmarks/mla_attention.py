@@ -32,6 +32,8 @@ from k2cli.protocol import OpenSequence, Prefill
 from k2cli.rank.attention.latent import use_own_attention
 from k2cli.rank.executor import Executor
 from k2cli.rank.expert_kernels import part_experts
+from k2cli.rank.few_inputs import lengthen_linears
+from k2cli.rank.head_kernels import use_own_heads
 from k2cli.rank.host_buffers import copies_from_host
 from k2cli.sharding.assemble import cast
 from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
@@ -345,6 +347,8 @@ def main() -> None:
         model = random_layers(K2_LAYER, 1)
         if copies_from_host():
             part_experts(model)
+            use_own_heads(model)
+            lengthen_linears(model)
         mx.eval(model.parameters())
         figures = layer_figures(
             model, given.contexts, given.queries, given.blocks, weight, given.rounds or 5

@@ -40,6 +40,8 @@ def compile_shape(shape: str, own: Path) -> int:
     from k2cli.guard.spawn import kernel_folder
     from k2cli.rank.attention.latent import use_own_attention
     from k2cli.rank.expert_kernels import part_experts
+    from k2cli.rank.few_inputs import lengthen_linears
+    from k2cli.rank.head_kernels import use_own_heads
     from k2cli.rank.kernel_cache import open_kernel_cache
     from k2cli.sharding.assemble import cast
     from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
@@ -53,6 +55,8 @@ def compile_shape(shape: str, own: Path) -> int:
     model = random_layers(K2_LAYER | layers, 2)
     mx.eval(model.parameters())
     part_experts(model)
+    use_own_heads(model)
+    lengthen_linears(model)
     if dtype:
         cast(model, mx.float32)
         mx.eval(model.parameters())

@@ -72,6 +72,7 @@ class PlanRequest:
             )
         if self.transport == "nccl" and len(nodes) > 1:
             self._check_nccl(nodes)
+        self._check_kv_bits(nodes)
         if not 1 <= self.concurrency <= MAX_CONCURRENCY:
             raise UsageError(
                 f"concurrency must be between 1 and {MAX_CONCURRENCY}, not {self.concurrency}",
@@ -93,6 +94,15 @@ class PlanRequest:
             raise UsageError(
                 f"a collective takes over 0 and at most 1 s, not {self.collective_seconds:g} s",
                 "--collective-latency 26us",
+            )
+
+    def _check_kv_bits(self, nodes: Sequence[NodeMemory]) -> None:
+        gpu = next((node for node in nodes if node.device == "cuda"), None)
+        if self.kv_bits and gpu is not None:
+            raise UsageError(
+                f"--kv-bits needs Metal or a CPU, and {gpu.name} computes with an NVIDIA GPU: MLX "
+                "0.32 has no kernel there for quantized keys and values",
+                "leave out --kv-bits",
             )
 
     def _check_nccl(self, nodes: Sequence[NodeMemory]) -> None:

@@ -31,7 +31,9 @@ from k2cli.models.safetensors_header import DTYPE_BITS, StoredTensor
 from k2cli.protocol import Assignment, HeldTensor
 from k2cli.rank.absent_files import open_absent, refuse_absent, refused_if_absent
 from k2cli.rank.attention.latent import use_own_attention
-from k2cli.rank.expert_kernels import are_fewer_joined, part_experts
+from k2cli.rank.expert_kernels import part_experts, stays_whole
+from k2cli.rank.few_inputs import lengthen_linears
+from k2cli.rank.head_kernels import use_own_heads
 from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
 from k2cli.rank.joined_projections import JoinedParameter, join_projections, joins_here
 from k2cli.rank.tensor_reader import TensorReader, suits
@@ -148,6 +150,8 @@ def load_part(
     held = _held_tensors(parameters(model), opened.joined)
     if copies_from_host():
         part_experts(model)
+        use_own_heads(model)
+        lengthen_linears(model)
     if assignment.kv_bits:
         use_own_quantized_attention()
     use_own_attention(
@@ -228,7 +232,7 @@ def _may_join(
     origins: Mapping[str, list[_Origin]], pair: ProjectionPair, parts: Sequence[JoinedParameter]
 ) -> bool:
     """True if two projections become one product, with no memory beside it while loading."""
-    if copies_from_host() and not are_fewer_joined(*pair.members):
+    if copies_from_host() and not stays_whole(*pair.members):
         return False
     for part in parts:
         name = part.names[0].rpartition(".")[2]

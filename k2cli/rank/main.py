@@ -171,6 +171,7 @@ class Rank:
 
         from k2cli.rank.expert_kernels import check_experts
         from k2cli.rank.group import join_group, set_memory_limits
+        from k2cli.rank.head_kernels import check_heads
         from k2cli.rank.kernel_cache import open_kernel_cache
         from k2cli.rank.loader import load_part
 
@@ -200,6 +201,7 @@ class Rank:
         )
         self._report("checking")
         check_experts(part.stage.model)
+        check_heads(part.stage.model)
         return group, part
 
     def _report(

@@ -176,6 +176,13 @@ def test_ranks_of_one_machine_share_its_limit(toy_k2: Path) -> None:
         assert plan.request.dtype == "float32"
 
 
+def test_quantized_keys_and_values_are_refused_for_nvidia_gpus() -> None:
+    request = PlanRequest(context_length=4096, kv_bits=8)
+    with pytest.raises(UsageError, match="--kv-bits needs Metal or a CPU, and h200-141"):
+        Planner("qwen3-235b").plan(parse_hardware("2x h200-141"), request)
+    assert Planner("qwen3-235b").plan(parse_hardware("2x m3-ultra-512"), request).fits
+
+
 def test_default_context_is_the_models_but_at_most_32768(toy_k2: Path, tmp_path: Path) -> None:
     node = [machine("a", 600 * GB)]
     assert make_plan(str(toy_k2), node).request.context_length == 32_768

@@ -2,8 +2,8 @@
 
 A chunk of a prompt dequantizes the keys and values of one layer (``sharding.kv_cache.quantized``).
 On a CPU, MLX unpacks them in several operations, through words of 4 bytes; ``_CPU_COPIES`` was
-fitted to its peaks (docs/measurements/quantized-kv.md). On Metal and CUDA a kernel writes them, and
-they are counted once: modelled, not measured.
+fitted to its peaks (docs/measurements/quantized-kv.md). On Metal a kernel writes them, and they are
+counted once: modelled, not measured.
 
 A decode step multiplies with the quantized arrays, and writes the scores of a layer even where the
 attention of an ordinary cache is fused. A CPU first copies the quantized arrays of the layer.
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from math import ceil
 from typing import TYPE_CHECKING
-
-from k2cli.planning.memory.decode import HELD_LAYERS
 
 if TYPE_CHECKING:
     from k2cli.choices import Device
@@ -50,7 +48,6 @@ def quantized_decode_bytes(
     concurrency: int,
     itemsize: int,
     slices: int,
-    layers: int,
     queries: int = 1,
 ) -> int:
     """Return what attention to quantized keys and values adds to the peak of a decode step.
@@ -61,6 +58,4 @@ def quantized_decode_bytes(
     tokens = context_length * concurrency
     if device == "cpu":
         return layer.stored_bytes * tokens
-    scores = _SCORES * ceil(shape.heads / slices) * queries * tokens * itemsize
-    # On CUDA what a step makes is held until its end (memory/decode.py).
-    return scores * (min(layers, HELD_LAYERS["grouped"]) if device == "cuda" else 1)
+    return _SCORES * ceil(shape.heads / slices) * queries * tokens * itemsize

@@ -202,7 +202,7 @@ def activation_bytes(
     sizes: dict[str, Any] = {
         name: common[name] for name in ("device", "context_length", "itemsize")
     }
-    of_attention: dict[str, Any] = {"slices": slices, "layers": layers, **sizes}
+    of_attention: dict[str, Any] = {"slices": slices, **sizes}
     dequantized = quantized_prefill_bytes(layer, **sizes)
     decode += quantized_decode_bytes(
         layer, shape, concurrency=problem.request.concurrency, **of_attention

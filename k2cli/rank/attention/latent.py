@@ -32,6 +32,7 @@ from k2cli.rank.attention.blocks import (
     in_blocks,
     masked_blocks,
 )
+from k2cli.rank.head_kernels import dequantized
 from k2cli.sharding.latent_ways import LatentSettings, LatentWidths, is_absorbed
 
 
@@ -247,14 +248,6 @@ def _weights(projection: Any, latents: mx.array) -> mx.array:
 
     They are small, and a product with them needs no copy of the latents for every head.
     """
-    weight: mx.array = projection["weight"]
-    if "scales" in projection:
-        weight = mx.dequantize(
-            weight,
-            projection["scales"],
-            projection.get("biases"),
-            group_size=projection.group_size,
-            bits=projection.bits,
-            mode=projection.mode,
-        )
-    return weight.astype(latents.dtype)
+    weight = dequantized(projection) if "scales" in projection else projection["weight"]
+    result: mx.array = weight.astype(latents.dtype)
+    return result
