@@ -42,8 +42,8 @@ from k2cli.protocol import (
 from k2cli.protocol.progress_page import Phase
 from k2cli.rank.attention.latent import evaluates_blocks
 from k2cli.rank.host_buffers import copies_from_host
+from k2cli.rank.kv_cache.block_store import BlockStore
 from k2cli.rank.kv_cache.kept_prefixes import LayerCaches
-from k2cli.rank.kv_cache.store import BlockStore
 from k2cli.rank.kv_cache.table import CacheTable, make_room
 from k2cli.rank.startup.marks import cache_digest, kept_output, mark
 from k2cli.sharding.stage import Stage, hidden_at

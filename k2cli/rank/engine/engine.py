@@ -38,12 +38,12 @@ from k2cli.rank.control import Followers
 from k2cli.rank.engine.chunk_sizes import ChunkBounds
 from k2cli.rank.engine.drafting import Drafting
 from k2cli.rank.engine.masks import Masks
-from k2cli.rank.engine.prefix_keeper import PrefixKeeper
+from k2cli.rank.engine.prefixes.disk_cache import DiskCache
+from k2cli.rank.engine.prefixes.keeper import PrefixKeeper
 from k2cli.rank.engine.prompts import PromptChunks
 from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running
 from k2cli.rank.engine.steps import Step, StepQueue
-from k2cli.rank.engine.stored_prefixes import StoredPrefixes
 from k2cli.rank.executor import Executor, StepResult
 from k2cli.rank.kv_cache.segments import can_cut
 
@@ -97,7 +97,7 @@ class Engine:
             masks=masks,
         )
         self._masks = masks
-        self._stored: StoredPrefixes | None = None
+        self._disk: DiskCache | None = None
         self._context_length = context_length
         self._prompts = PromptChunks(
             self._table,
@@ -151,10 +151,10 @@ class Engine:
             ClusterError: if a follower's state differs from the leader's.
         """
         self._agreement.check()
-        if self._stored is not None:
-            self._stored.take_own_reports()
-            self._table.read_stored(self._stored, self._prompts.tokens_per_second)
-            self._stored.write_now_and_then()
+        if self._disk is not None:
+            self._disk.take_own_reports()
+            self._table.read_stored(self._disk.reading, self._prompts.tokens_per_second)
+            self._disk.writing.write_now_and_then()
         if self._masks is not None:
             self._masks.poll()
             self._table.end_masked()
@@ -167,7 +167,7 @@ class Engine:
         self._send_all()
         step = self._queue.build_next()
         if step is None:
-            if self._stored is not None and self._stored.is_reading:
+            if self._disk is not None and self._disk.reading.is_reading:
                 time.sleep(_READING_SECONDS)
             elif self._masks is not None and self._table.line and not self._table.admitted:
                 self._masks.wait_for_news(_COMPILING_SECONDS)
@@ -222,32 +222,32 @@ class Engine:
         """The prefixes that are kept in memory."""
         return self._table.keeper
 
-    def use_stored(self, stored: StoredPrefixes, folder: str, limit_bytes: int) -> None:
+    def use_disk_cache(self, disk: DiskCache, folder: str, limit_bytes: int) -> None:
         """Use the prefix cache on disk: let all ranks open their stores of this name.
 
         The blocks are known when all have looked what is there, which is waited for, but not long.
         """
-        self._stored = stored
-        self._agreement.on_store = stored.handle
+        self._disk = disk
+        self._agreement.on_store = disk.handle
         self.now(OpenStore(self.next_number, folder, limit_bytes))
         deadline = time.monotonic() + _STORE_SECONDS
-        while not stored.ready and stored.usable and time.monotonic() < deadline:
+        while not disk.blocks.ready and disk.blocks.usable and time.monotonic() < deadline:
             self.wait_for_answers()
             time.sleep(_READING_SECONDS)
-            stored.take_own_reports()
+            disk.take_own_reports()
             self._agreement.check()
 
     @property
     def has_idle_work(self) -> bool:
         """True if there is something to do while no request runs: prefixes to be stored."""
-        return self._stored is not None and self._stored.has_work
+        return self._disk is not None and self._disk.writing.has_work
 
     def tick(self) -> None:
         """Tell the followers that there is nothing to do."""
-        if self._stored is not None:
-            self._stored.take_own_reports()
-            self._table.read_stored(self._stored, self._prompts.tokens_per_second)
-            self._stored.write_some()
+        if self._disk is not None:
+            self._disk.take_own_reports()
+            self._table.read_stored(self._disk.reading, self._prompts.tokens_per_second)
+            self._disk.writing.write_some()
         self._queue.build_next()  # carries out what is left: decisions that compute nothing
         self._agreement.check()
         self.now(Tick(self._queue.next_number))

@@ -33,11 +33,11 @@ from k2cli.rank.engine.budget import (
 )
 from k2cli.rank.engine.masks import MaskedAnswer, Masks, Problem
 from k2cli.rank.engine.pausing import Claim, Room, choose_paused
-from k2cli.rank.engine.prefix_keeper import Keep, PrefixKeeper, Sender
-from k2cli.rank.engine.prefixes import Hit, cache_tokens
+from k2cli.rank.engine.prefixes.block_reading import BlockReading
+from k2cli.rank.engine.prefixes.keeper import Keep, PrefixKeeper, Sender
+from k2cli.rank.engine.prefixes.tree import Hit, cache_tokens
 from k2cli.rank.engine.requests import Running, Waiting
 from k2cli.rank.engine.sampling import Sampler
-from k2cli.rank.engine.stored_prefixes import StoredPrefixes
 from k2cli.rank.engine.waiting_line import WaitingLine, is_short
 
 MAX_WAITING = 256
@@ -171,16 +171,16 @@ class RequestTable:
             elif row.masked.complete:
                 self.end(row, "stop")
 
-    def read_stored(self, stored: StoredPrefixes, tokens_per_second: float) -> None:
+    def read_stored(self, reading: BlockReading, tokens_per_second: float) -> None:
         """Let requests wait for their stored prefixes, and go on with reading these."""
         for ticket in self.line.tickets:
             if not ticket.item.considered:
-                stored.consider(ticket.item, tokens_per_second)
-        if not stored.is_reading:
+                reading.consider(ticket.item, tokens_per_second)
+        if not reading.is_reading:
             return
         kept = self._prefixes.tokens_of(self.line.wanted_prefixes())
         free = self._budget.tokens - used_tokens(self._worst_cases()) - kept
-        if stored.read_some(self.line.has, free, self._evict):
+        if reading.read_some(self.line.has, free, self._evict):
             self._evict()
 
     # --- admission -------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from k2cli.choices import DRAFT_LENGTHS
-from k2cli.rank.engine.drafts import LONGEST_MATCH, SHORTEST_MATCH, DraftIndex, Match
+from k2cli.rank.engine.draft_index import LONGEST_MATCH, SHORTEST_MATCH, DraftIndex, Match
 
 _LEAST_GAIN = 1.05
 """Expected tokens per time, relative to ordinary steps, from which a draft is tried."""

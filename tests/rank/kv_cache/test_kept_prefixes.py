@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.protocol import CloseSequence, Decision, DropPrefix, SplitPrefix
-from k2cli.rank.engine.prefix_keeper import PrefixKeeper
-from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, node_tokens
+from k2cli.rank.engine.prefixes.keeper import PrefixKeeper
+from k2cli.rank.engine.prefixes.tree import LEAST_REUSE_TOKENS, node_tokens
 from k2cli.rank.kv_cache.kept_prefixes import KeptPrefixes
 from k2cli.rank.kv_cache.segments import can_cut
 from k2cli.rank.kv_cache.table import CacheTable

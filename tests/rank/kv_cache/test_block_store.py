@@ -11,7 +11,7 @@ import pytest
 from k2cli.prefix_folder import blocks_of, remove_store, stores
 from k2cli.protocol import OpenStore
 from k2cli.rank.kv_cache.block_file import HostArray
-from k2cli.rank.kv_cache.store import BlockStore
+from k2cli.rank.kv_cache.block_store import BlockStore
 
 
 def test_files_behind_a_link_are_never_removed_to_make_room(tmp_path: Path) -> None:

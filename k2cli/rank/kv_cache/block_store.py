@@ -8,21 +8,16 @@ uses a block only if every rank has its part of it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from k2cli import __version__
 from k2cli.errors import K2Error
-from k2cli.files import read_regular
 from k2cli.prefix_folder import (
     PART_MARK,
     BlockFile,
@@ -49,14 +44,10 @@ from k2cli.rank.kv_cache.block_file import (
     to_host,
     write_block,
 )
-from k2cli.rank.kv_cache.segments import Segment, form
+from k2cli.rank.kv_cache.segments import Segment
 from k2cli.stderr import say_on_stderr
 
-if TYPE_CHECKING:
-    from k2cli.sharding.stage import Stage
-
 _OLD_PART_SECONDS = 600.0
-_MOST_CONFIG_BYTES = 2**24
 _MOST_BLOCKS = 2**18
 """Of one store: 67 million tokens. The leader is told of all of them in one message."""
 
@@ -235,40 +226,3 @@ def _is_block(name: str) -> bool:
     except (msgspec.MsgspecError, UnicodeEncodeError):
         return False
     return True
-
-
-def rank_identity(assignment: Assignment, stage: Stage) -> str:
-    """Return a digest of what a rank's caches depend on, beside the run's placement.
-
-    Weights of hundreds of gigabytes are not read for it: a file counts as the same if its name
-    (in the Hub's cache a digest of its content), size and time of change are.
-    """
-    folder = Path(assignment.model_path)
-    config = read_regular(folder / "config.json", _MOST_CONFIG_BYTES, follow_links=True)
-    digest = hashlib.sha256(config)
-    for path in sorted(folder.glob("*.safetensors")):
-        found, real = path.stat(), path.resolve().name
-        digest.update(f"{path.name} {real} {found.st_size} {found.st_mtime_ns}\n".encode())
-    digest.update(f"{form(stage)} {__version__} {_version('mlx')} {_version('mlx-lm')}".encode())
-    return digest.hexdigest()
-
-
-def run_identity(assignment: Assignment, identities: list[str]) -> str:
-    """Return the name of a run's stores: a digest of the placement and all ranks' identities."""
-    parts = (
-        assignment.size,
-        assignment.strategy,
-        assignment.layers,
-        assignment.head,
-        assignment.dtype,
-        assignment.expansion_weight,
-        identities,
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
