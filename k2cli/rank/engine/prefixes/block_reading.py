@@ -106,25 +106,35 @@ class BlockReading:
         for reading in list(self._readings):
             if len(reading.answers) == self._ranks:
                 changed = self._adopt(reading, make_room) or changed
-            gone = not is_waiting(reading.waiting)
-            if time.monotonic() > reading.deadline or gone:
+                if self._is_done(reading):
+                    reading.waiting.reading = False
+            if time.monotonic() > reading.deadline or not is_waiting(reading.waiting):
                 reading.waiting.reading = False
-            if not reading.number and (not reading.waiting.reading or self._is_done(reading)):
-                reading.waiting.reading = False
+            if not reading.waiting.reading and not reading.number:
                 self._readings.remove(reading)
         self._begin_some(free_tokens)
         return changed
 
     def _begin_some(self, free_tokens: int) -> None:
+        """Begin with the oldest requests, and end those that need not or cannot be read for.
+
+        Only as many are looked at as can begin: to find what is kept of a prompt takes some
+        milliseconds for 100,000 tokens, and many may wait beside running answers.
+        """
         active = [reading for reading in self._readings if reading.number]
         free_tokens -= sum(reading.wanted for reading in active) * BLOCK_TOKENS
-        waiting = [reading for reading in self._readings if not reading.number]
-        for reading in waiting[: max(0, _MOST_READING - len(active))]:
+        left = _MOST_READING - len(active)
+        for reading in [reading for reading in self._readings if not reading.number]:
+            if left <= 0:
+                return
+            done = self._is_done(reading)
             wanted = min(_BLOCKS_PER_READING, len(reading.chain) - reading.done)
-            if wanted * BLOCK_TOKENS > free_tokens:
-                reading.chain = reading.chain[: reading.done]  # it ends the next time
+            if done or wanted * BLOCK_TOKENS > free_tokens:
+                reading.waiting.reading = False
+                self._readings.remove(reading)
                 continue
             free_tokens -= wanted * BLOCK_TOKENS
+            left -= 1
             self._begin(reading, wanted)
 
     def _is_done(self, reading: _Reading) -> bool:

@@ -251,3 +251,23 @@ def test_nothing_is_read_that_memory_has_no_room_for(files: list[dict[str, int]]
         disks.cache.reading.read_some(lambda waiting: True, 1000)
     assert waiting.is_ready
     assert not disks.waiting
+
+
+def test_many_waiting_requests_do_not_make_every_step_slow(
+    files: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of a prompt are looked up when its turn comes, not before each step."""
+    disks, looked_up = Disks(files), list[int]()
+    waiting = [Waiting(Generate(str(n), [*PROMPT, n], 5), 0.0) for n in range(20)]
+    for each in waiting:
+        disks.cache.reading.consider(each, 0.0)
+    find = disks.keeper.tree.find
+    monkeypatch.setattr(disks.keeper.tree, "find", lambda *of: (looked_up.append(1), find(*of))[1])
+    for _ in range(10):
+        disks.cache.reading.read_some(lambda waiting: True, 100_000)
+    assert len(looked_up) <= 2
+    disks.work()
+    disks.cache.reading.read_some(lambda waiting: True, 100_000)
+    # What the first have read is there for all.
+    assert all(each.is_ready for each in waiting)
+    assert not disks.cache.reading.is_reading
