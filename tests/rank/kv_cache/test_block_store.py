@@ -12,6 +12,7 @@ from k2cli.prefix_folder import blocks_of, remove_store, stores
 from k2cli.protocol import OpenStore
 from k2cli.rank.kv_cache.block_file import HostArray
 from k2cli.rank.kv_cache.block_store import BlockStore
+from tests.support.bootstraps import make_assignment
 
 ARRAY = HostArray((0, 0, 0), "F32", (256, 1), bytes(1024))
 
@@ -23,9 +24,7 @@ def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _opened(model: Path, reports: list[Any], *, limit_bytes: int = 10**9) -> BlockStore:
     """Open the store of a rank, in this thread."""
-    fields = {"rank": 0, "size": 1, "model_path": str(model)}
-    assignment: Any = type("Assignment", (), fields)()
-    store = BlockStore(assignment, 1, reports.append)
+    store = BlockStore(make_assignment(model_path=str(model)), 1, reports.append)
     store._open(OpenStore(1, "5" * 32, limit_bytes))
     return store
 

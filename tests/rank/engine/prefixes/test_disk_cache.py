@@ -26,6 +26,7 @@ from k2cli.protocol import (
 from k2cli.rank.engine.prefixes.disk_cache import DiskCache
 from k2cli.rank.engine.prefixes.keeper import PrefixKeeper
 from k2cli.rank.engine.requests import Waiting
+from tests.support.bootstraps import make_assignment
 
 SIZES = (100, 60)
 LIMIT = 1000
@@ -42,13 +43,6 @@ class _Store:
         self.times |= times
 
 
-@dataclass(frozen=True)
-class _Assignment:
-    size: int = 2
-    prefix_disk_bytes: int = LIMIT
-    prefix_disk_scope: str = "own key"
-
-
 class Disks:
     """The disks of two ranks: they write and read what the leader decides, when they are told."""
 
@@ -61,7 +55,7 @@ class Disks:
         self.keeper = PrefixKeeper(self, whole_only=False)
         reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         store: Any = _Store()
-        assignment: Any = _Assignment(prefix_disk_scope=own_scope)
+        assignment = make_assignment(size=2, prefix_disk_bytes=LIMIT, prefix_disk_scope=own_scope)
         self.cache = DiskCache(self, self.keeper, store, reports, assignment)
         for rank, files in enumerate(self.files):
             found = [(name, size, float(index)) for index, (name, size) in enumerate(files.items())]
