@@ -155,7 +155,7 @@ def _cluster(options: DeepOptions) -> str | None:
 
 def _run(request: LaunchRequest) -> tuple[str, int]:
     """Launch, wait until the run is ready, and stop it; return the backend and the tokens."""
-    from k2cli.commands.launch import Following, prepare
+    from k2cli.commands.run_start import Following, prepare
     from k2cli.protocol import RunEvent, RunReady
     from k2cli.runs.stop import stop_run
     from k2cli.supervisor.start import cleanup_on_error, launch_detached
