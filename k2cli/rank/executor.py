@@ -6,10 +6,9 @@ decisions. ``exchange`` has what ranks send to each other meanwhile.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
@@ -39,6 +38,7 @@ from k2cli.protocol import (
     WarmUp,
 )
 from k2cli.protocol.progress_page import Phase
+from k2cli.rank.array_bytes import array_digest
 from k2cli.rank.attention.latent import evaluates_blocks
 from k2cli.rank.exchange import Exchange
 from k2cli.rank.kv_cache.block_store import BlockStore
@@ -46,9 +46,6 @@ from k2cli.rank.kv_cache.kept_prefixes import LayerCaches
 from k2cli.rank.kv_cache.table import CacheTable, make_room
 from k2cli.rank.startup.marks import cache_digest, kept_output, mark
 from k2cli.sharding.stage import Stage
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 
 class Advance(Protocol):
@@ -84,13 +81,6 @@ class StepResult:
     def to_compute(self) -> list[mx.array]:
         """The lazy arrays, in the order in which every rank must compute them."""
         return [array for array in (self.logits, self.in_step) if array is not None]
-
-
-def array_digest(value: mx.array) -> str:
-    """Return the SHA-256 (16 hexadecimal digits) of an array's bytes."""
-    flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
-    # An mlx array exports a buffer, although its type stub does not say so.
-    return hashlib.sha256(cast("Buffer", flat)).hexdigest()[:16]
 
 
 def _wrong_data(what: str) -> ClusterError:
