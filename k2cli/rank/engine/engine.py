@@ -1,9 +1,9 @@
 """The engine of the leader: it takes requests, keeps steps in flight, and applies their results.
 
-Continuous batching: requests join and leave decode batches at any step. ``request_table`` admits
-them, ``scheduler`` chooses the steps. The worker reads its inbox between any two steps, so that a
-cancellation takes effect within one step. An error inside one request's sampling ends that request
-and no other.
+Continuous batching: requests join and leave decode batches at any step. ``admission``
+starts those of the ``request_table`` that wait, ``scheduler`` chooses the steps. The worker reads
+its inbox between any two steps, so that a cancellation takes effect within one step. An error
+inside one request's sampling ends that request and no other.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from k2cli.protocol import (
 )
 from k2cli.rank.agreement import Agreement
 from k2cli.rank.control import Followers
+from k2cli.rank.engine.admission import Admission
 from k2cli.rank.engine.chunk_sizes import ChunkBounds
 from k2cli.rank.engine.drafting import Drafting
 from k2cli.rank.engine.masks import Masks
@@ -95,6 +96,7 @@ class Engine:
             cuttable_caches=can_cut(executor.stage),
             masks=masks,
         )
+        self._admission = Admission(self._table)
         self._masks = masks
         self._disk: DiskCache | None = None
         self._context_length = context_length
@@ -112,6 +114,7 @@ class Engine:
         self._drafting = Drafting(speculation if plain_caches else "off", context_length)
         self._scheduler = Scheduler(
             self._table,
+            self._admission,
             self._queue,
             self._prompts,
             self._drafting,
@@ -164,7 +167,7 @@ class Engine:
             self._table.end_masked()
         self._table.end_cancelled()
         quiet = [b for b in self._table.batches if not self._queue.decodes_of(b)]
-        self._table.admit(quiet)
+        self._admission.admit(quiet)
         self._table.balance(quiet)
         self._tell_order()
         self._scheduler.start_steps()

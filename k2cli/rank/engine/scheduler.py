@@ -12,6 +12,7 @@ from collections.abc import Callable
 from k2cli.fair_queue import ANSWER_UNITS
 from k2cli.protocol import Decode
 from k2cli.rank.agreement import Agreement
+from k2cli.rank.engine.admission import Admission
 from k2cli.rank.engine.drafting import Drafting
 from k2cli.rank.engine.prompts import PromptChunks
 from k2cli.rank.engine.request_table import RequestTable
@@ -24,6 +25,7 @@ class Scheduler:
     def __init__(
         self,
         table: RequestTable,
+        admission: Admission,
         queue: StepQueue,
         prompts: PromptChunks,
         drafting: Drafting,
@@ -36,6 +38,7 @@ class Scheduler:
     ) -> None:
         """Call ``before_chunk`` before a chunk is started, which may take long."""
         self._table = table
+        self._admission = admission
         self._queue = queue
         self._prompts = prompts
         self._drafting = drafting
@@ -98,7 +101,7 @@ class Scheduler:
         rows = self._table.batches[batch]
         if not any(row.wants_steps for row in rows):
             return False
-        if batch in self._table.draining:
+        if batch in self._admission.draining:
             return False
         in_flight = self._queue.decodes_of(batch)
         if not in_flight:
