@@ -125,7 +125,18 @@ def _model(named: str | None, names: Sequence[str]) -> Iterator[str]:
         yield folder
     finally:
         for node, path in made:
-            node.ask(object, "remove-folder", path)
+            _remove(node, path)
+
+
+def _remove(node: Node, path: str) -> None:
+    """Remove the model that was made on a node; one that is gone must not hide what was found."""
+    from k2cli.errors import K2Error
+    from k2cli.ui.output import warn
+
+    try:
+        node.ask(object, "remove-folder", path)
+    except K2Error as error:
+        warn(f"on {node.name}: {path} is left: {error.message}")
 
 
 def _request(
