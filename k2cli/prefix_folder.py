@@ -13,6 +13,7 @@ import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ BLOCK_TOKENS = 256
 _NOTE_NAME = "store.json"
 _LOCK_NAME = "lock"
 _SECRET_BYTES = 32
+_LOCK_TRIES, _LOCK_SECONDS = 100, 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +145,20 @@ def open_store(folder: Path, note: StoreNote) -> int:
     private_folder(folder)
     write_atomically(folder / _NOTE_NAME, msgspec.json.encode(note), 0o600)
     lock = open_regular(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, mode=0o600)
-    with contextlib.suppress(OSError):  # some network file systems have no locks
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    _mark_used(lock)
     return lock
+
+
+def _mark_used(lock: int) -> None:
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:  # ``_is_used`` looks at this moment
+            time.sleep(_LOCK_SECONDS)
+        except OSError:  # some network file systems have no locks
+            return
+        else:
+            return
 
 
 def _is_used(folder: Path) -> bool:
