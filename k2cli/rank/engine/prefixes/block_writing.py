@@ -15,6 +15,7 @@ from k2cli.rank.engine.prefixes.stored_blocks import StoredBlocks
 
 _MOST_WRITING = 4
 _BESIDE_SECONDS = 2.0
+"""Time between two blocks that are written while requests run."""
 
 
 class BlockWriting:
