@@ -89,7 +89,17 @@ def naming_secret() -> bytes:
         secret = read_regular(path, _SECRET_BYTES)
         if len(secret) == _SECRET_BYTES:
             return secret
-    write_atomically(path, os.urandom(_SECRET_BYTES), 0o600)
+        path.unlink(missing_ok=True)
+    fresh = path.with_name(f".{SECRET_NAME}-{os.urandom(4).hex()}")
+    write_atomically(fresh, os.urandom(_SECRET_BYTES), 0o600)
+    try:
+        os.link(fresh, path)
+    except FileExistsError:  # another run was first: its secret counts for both
+        pass
+    except OSError:  # some file systems have no links
+        fresh.rename(path)
+    finally:
+        fresh.unlink(missing_ok=True)
     return read_regular(path, _SECRET_BYTES)
 
 
