@@ -27,7 +27,7 @@ from k2cli.protocol import Finished, Sampling, Tokens
 from tests.support.rank_pool import RankPool, assignments, running
 
 _PAGE = Path(__file__).resolve().parents[1] / "docs/measurements/speculation.md"
-_SOURCE = Path(__file__).resolve().parents[1] / "k2cli/rank/engine/prefixes.py"
+_SOURCE = Path(__file__).resolve().parents[1] / "k2cli/rank/engine/prefixes/tree.py"
 _PROMPT_TOKENS, _BEGUN_TOKENS = 300, 24
 _PAGE_TEXT = """\
 # Speed with and without speculation

@@ -13,6 +13,7 @@ import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ BLOCK_TOKENS = 256
 _NOTE_NAME = "store.json"
 _LOCK_NAME = "lock"
 _SECRET_BYTES = 32
+_LOCK_TRIES, _LOCK_SECONDS = 100, 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,17 @@ def naming_secret() -> bytes:
         secret = read_regular(path, _SECRET_BYTES)
         if len(secret) == _SECRET_BYTES:
             return secret
-    write_atomically(path, os.urandom(_SECRET_BYTES), 0o600)
+        path.unlink(missing_ok=True)
+    fresh = path.with_name(f".{SECRET_NAME}-{os.urandom(4).hex()}")
+    write_atomically(fresh, os.urandom(_SECRET_BYTES), 0o600)
+    try:
+        os.link(fresh, path)
+    except FileExistsError:  # another run was first: its secret counts for both
+        pass
+    except OSError:  # some file systems have no links
+        fresh.rename(path)
+    finally:
+        fresh.unlink(missing_ok=True)
     return read_regular(path, _SECRET_BYTES)
 
 
@@ -143,9 +155,20 @@ def open_store(folder: Path, note: StoreNote) -> int:
     private_folder(folder)
     write_atomically(folder / _NOTE_NAME, msgspec.json.encode(note), 0o600)
     lock = open_regular(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, mode=0o600)
-    with contextlib.suppress(OSError):  # some network file systems have no locks
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    _mark_used(lock)
     return lock
+
+
+def _mark_used(lock: int) -> None:
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:  # ``_is_used`` looks at this moment
+            time.sleep(_LOCK_SECONDS)
+        except OSError:  # some network file systems have no locks
+            return
+        else:
+            return
 
 
 def _is_used(folder: Path) -> bool:

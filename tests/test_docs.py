@@ -69,6 +69,21 @@ def test_paths_of_documents_exist() -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_tests_that_documents_name_exist(document: Path) -> None:
+    named = re.findall(
+        r"`((?:k2cli|tests|lab|benchmarks)/[\w/.-]+\.py)(?:::(\w+))?", document.read_text()
+    )
+    wrong = [
+        f"{path}::{test}" if test else path
+        for path, test in named
+        if not (ROOT / path).is_file() or (test and f"def {test}(" not in (ROOT / path).read_text())
+    ]
+    parts = "|".join(path.parent.name for path in (ROOT / "k2cli").glob("*/__init__.py"))
+    modules = re.findall(rf"`((?:{parts})/[\w/.-]+\.py)`", document.read_text())
+    assert wrong + [path for path in modules if not (ROOT / "k2cli" / path).is_file()] == []
+
+
 def test_every_environment_variable_is_documented() -> None:
     page = (REFERENCE / "configuration.md").read_text()
     named: set[str] = set()

@@ -56,7 +56,8 @@ def rank_main(assignment_file: Path, prompt_tokens: int, steps: int, out: Path) 
     import numpy as np
 
     from k2cli.protocol import Decode, JoinBatch, OpenSequence, Prefill
-    from k2cli.rank.executor import Executor, array_digest
+    from k2cli.rank.array_bytes import array_digest
+    from k2cli.rank.executor import Executor
     from k2cli.rank.group import join_group
     from k2cli.rank.loader import load_part
 

@@ -125,7 +125,18 @@ def _model(named: str | None, names: Sequence[str]) -> Iterator[str]:
         yield folder
     finally:
         for node, path in made:
-            node.ask(object, "remove-folder", path)
+            _remove(node, path)
+
+
+def _remove(node: Node, path: str) -> None:
+    """Remove the model that was made on a node; one that is gone must not hide what was found."""
+    from k2cli.errors import K2Error
+    from k2cli.ui.output import warn
+
+    try:
+        node.ask(object, "remove-folder", path)
+    except K2Error as error:
+        warn(f"on {node.name}: {path} is left: {error.message}")
 
 
 def _request(
@@ -155,7 +166,7 @@ def _cluster(options: DeepOptions) -> str | None:
 
 def _run(request: LaunchRequest) -> tuple[str, int]:
     """Launch, wait until the run is ready, and stop it; return the backend and the tokens."""
-    from k2cli.commands.launch import Following, prepare
+    from k2cli.commands.run_start import Following, prepare
     from k2cli.protocol import RunEvent, RunReady
     from k2cli.runs.stop import stop_run
     from k2cli.supervisor.start import cleanup_on_error, launch_detached

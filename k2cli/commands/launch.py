@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +12,8 @@ from k2cli.choices import REASONING_PARSERS, TOOL_PARSERS, Speculation
 from k2cli.commands import options
 
 if TYPE_CHECKING:
+    from k2cli.commands.run_start import Following
     from k2cli.launch.request import LaunchRequest
-    from k2cli.launch.specification import RunDecisions
     from k2cli.protocol import RunEvent
     from k2cli.runs.record import RunRecord
 
@@ -284,120 +284,18 @@ def _checked_wait(seconds: float | None) -> float:
 
 
 def _launch(request: LaunchRequest, *, detach: bool, as_json: bool) -> None:
+    from k2cli.commands.run_start import Following, prepare, show_plan
     from k2cli.supervisor.start import cleanup_on_error
     from k2cli.ui.output import note
 
     run = prepare(request)
     with cleanup_on_error(run.record, note):
-        _show_plan(run)
+        show_plan(run)
         with Following(run.record, log=not detach) as following:
             if detach:
                 _detach(run.record, following, as_json=as_json)
             else:
                 _stay(run.record, following, as_json=as_json)
-
-
-def prepare(request: LaunchRequest) -> RunDecisions:
-    """Prepare the run; with ``--fetch``, show how the weights come to the nodes."""
-    from k2cli.commands.models.push import push_progress
-    from k2cli.launch.prepare import prepare_run
-    from k2cli.ui.output import note
-
-    if not request.fetch:
-        return prepare_run(request, note)
-    with push_progress("give the same command again") as show:
-        return prepare_run(request, note, show)
-
-
-class Following:
-    """View of the start of a run, as a context manager.
-
-    It shows the last lines of a run that fails.
-
-    Args:
-        record: the run.
-        log: True if lines of the ranks are shown, too.
-    """
-
-    def __init__(self, record: RunRecord, *, log: bool = False) -> None:
-        from k2cli.ui.launch_view import LaunchView
-
-        self._record = record
-        self._view = LaunchView([rank.place for rank in record.ranks], log=log)
-
-    def __enter__(self) -> Following:
-        self._view.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
-        from k2cli.errors import ClusterError
-        from k2cli.runs.record import read_record
-        from k2cli.ui.launch_view import print_last_lines
-
-        self._view.__exit__(kind, *exception)
-        if kind is not None and issubclass(kind, ClusterError):
-            record = read_record(self._record.folder)
-            if record is not None and record.failure is not None:
-                print_last_lines(record.failure.last_lines)
-
-    def show(self, event: RunEvent) -> None:
-        """Show an event of the run."""
-        from k2cli.protocol import (
-            LoadProgress,
-            LogLine,
-            RankFailed,
-            RankReady,
-            RunReady,
-            RunRestarting,
-        )
-
-        match event:
-            case LoadProgress(phase="warming up"):
-                self._view.warming_up(event.rank, event.shape, event.number, event.count)
-            case LoadProgress():
-                self._view.progress(event.rank, event.phase, event.done_bytes, event.total_bytes)
-            case RankReady():
-                self._view.rank_ready(
-                    event.rank, event.weights_bytes, event.load_seconds, event.bytes_read
-                )
-            case RunReady():
-                self._view.ready(
-                    self._record.run_id, self._record.model_name, event.url, event.checked_tokens
-                )
-            case RankFailed():
-                self._view.failed(event.rank, event.cause)
-            case RunRestarting():
-                self._view.restarting(event.cause, event.attempt, event.delay_seconds)
-            case LogLine():
-                self._view.line(event.node, event.rank, event.text)
-
-    def interrupted(self, first: bool) -> None:
-        """Say that Ctrl-C stops the run."""
-        from k2cli.ui.output import note
-
-        self._view.end_progress()
-        note("\nstopping; Ctrl-C again to force" if first else "\nforcing the stop")
-
-
-def _show_plan(run: RunDecisions) -> None:
-    from k2cli.launch.endpoint import endpoint_warnings
-    from k2cli.launch.transport import restart_warnings, transport_warnings
-    from k2cli.ui.output import note, warn
-    from k2cli.ui.plan.table import plan_lines
-    from k2cli.units import one_line
-
-    for line in plan_lines(run.plan):
-        note(line)
-    if not run.plan.fits:
-        warn("the plan does not fit; launching because of --force")
-    note(f"\nrun {run.record.run_id}:")
-    for name, value in run.record.settings.items():
-        note(one_line(f"  {name}: {value}"))
-    if run.generated_api_key:
-        note(f"the API key is in {run.record.api_key_file}")
-    restarts = restart_warnings(run.transport, run.request.restart)
-    for warning in [*transport_warnings(run.plan), *restarts, *endpoint_warnings(run)]:
-        warn(warning)
 
 
 def _detach(prepared: RunRecord, following: Following, *, as_json: bool) -> None:

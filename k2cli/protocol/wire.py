@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import select
 import socket
 import struct
 from functools import partial
+from math import ceil
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -86,7 +88,8 @@ class Frames(Generic[T]):
 class Channel(Generic[T]):
     """A blocking, framed connection that receives messages of one union type.
 
-    Sending is one ``sendall``. Threads that send at the same time need a lock.
+    Sending is one ``sendall``, and may be done while another thread receives. Threads that send at
+    the same time need a lock.
     """
 
     def __init__(self, connection: socket.socket, receives: Any) -> None:
@@ -118,20 +121,28 @@ class Channel(Generic[T]):
         """
         while (message := self._frames.take()) is None:
             try:
-                self._socket.settimeout(timeout_seconds)
+                if timeout_seconds is not None and not self._can_read(timeout_seconds):
+                    return None
                 chunk = self._socket.recv(2**16)
-            except TimeoutError:
-                return None
             except OSError as error:
                 raise ConnectionLost(str(error)) from error
-            finally:
-                # The timeout belongs to the socket and would also limit the next send.
-                if self._socket.fileno() >= 0:
-                    self._socket.settimeout(None)
             if not chunk:
                 raise ConnectionLost("the peer closed the connection")
             self._frames.add(chunk)
         return message
+
+    def _can_read(self, timeout_seconds: float) -> bool:
+        """Wait until ``recv`` would return at once; return False if it would not in time.
+
+        A time limit of the socket would also limit what other threads send meanwhile, and a message
+        that is cut off in the middle breaks the stream.
+        """
+        descriptor = self._socket.fileno()
+        if descriptor < 0:
+            raise ConnectionLost("the connection is closed")
+        waiting = select.poll()
+        waiting.register(descriptor, select.POLLIN)
+        return bool(waiting.poll(ceil(timeout_seconds * 1000)))
 
     def close(self) -> None:
         """Close the connection. Never raises."""

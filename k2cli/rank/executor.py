@@ -1,20 +1,18 @@
 """Execution of the leader's decisions on one rank: its caches, and forward steps of its part.
 
 Leader and followers run the same code on the same decisions in the same order; this module makes no
-decisions. Hidden states travel from the higher rank (earlier stage) to the lower one, on a stream
-of their own, so that sending those of one step does not delay computing the next.
+decisions. ``exchange`` has what ranks send to each other meanwhile.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
-from k2cli.errors import ClusterError, UsageError
+from k2cli.errors import ClusterError
 from k2cli.prefix_folder import BLOCK_TOKENS
 from k2cli.protocol import (
     AdoptBlocks,
@@ -40,16 +38,14 @@ from k2cli.protocol import (
     WarmUp,
 )
 from k2cli.protocol.progress_page import Phase
+from k2cli.rank.array_bytes import array_digest
 from k2cli.rank.attention.latent import evaluates_blocks
-from k2cli.rank.host_buffers import copies_from_host
+from k2cli.rank.exchange import Exchange
+from k2cli.rank.kv_cache.block_store import BlockStore
 from k2cli.rank.kv_cache.kept_prefixes import LayerCaches
-from k2cli.rank.kv_cache.store import BlockStore
 from k2cli.rank.kv_cache.table import CacheTable, make_room
 from k2cli.rank.startup.marks import cache_digest, kept_output, mark
-from k2cli.sharding.stage import Stage, hidden_at
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from k2cli.sharding.stage import Stage
 
 
 class Advance(Protocol):
@@ -69,7 +65,7 @@ class StepResult:
     ``logits`` is ``[rows, vocabulary]`` after a Decode on ranks that have the head; lazy on the
     leader. With drafts it has a row for the input and one for each of them. Digests and marks are
     empty unless the decision asked for them. ``in_step``, a lazy bool, is False if the ranks' sums
-    belong to different steps (see ``_in_step``).
+    belong to different steps (see ``Exchange.in_step``).
     """
 
     logits: mx.array | None = None
@@ -85,21 +81,6 @@ class StepResult:
     def to_compute(self) -> list[mx.array]:
         """The lazy arrays, in the order in which every rank must compute them."""
         return [array for array in (self.logits, self.in_step) if array is not None]
-
-
-def array_digest(value: mx.array) -> str:
-    """Return the SHA-256 (16 hexadecimal digits) of an array's bytes."""
-    flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
-    # An mlx array exports a buffer, although its type stub does not say so.
-    return hashlib.sha256(cast("Buffer", flat)).hexdigest()[:16]
-
-
-def _hidden_of(stage: Stage) -> tuple[int, mx.Dtype]:
-    """Return width and dtype of what tensor ranks sum; arbitrary if layers exchange more."""
-    try:
-        return hidden_at(stage.model, 0)
-    except UsageError:
-        return 1, mx.float32
 
 
 def _wrong_data(what: str) -> ClusterError:
@@ -119,9 +100,8 @@ class Executor:
         self.stage = stage
         self.caches = CacheTable(stage)
         self.store: BlockStore | None = None
-        self._group = group
         self._advance = advance
-        self._sums = group is not None and group.size() > 1 and not self.is_pipeline
+        self.exchange = Exchange(stage, group)
         self._seen_shapes: set[tuple[object, ...]] = set()
         self._last_was_new = False
         self.phase: Phase = "busy"
@@ -131,21 +111,16 @@ class Executor:
         # Time spent waiting for other ranks' hidden states, since the start.
         self.waited_seconds = 0.0
         self._on_gpu = mx.default_device() == mx.gpu
-        self._host_copies = copies_from_host()
-        self._transfers = mx.new_stream(mx.cpu)
-        self._departing: mx.array | None = None
-        self._fed: mx.array | None = None
         self._arrived_inputs: dict[int, int] = {}
         """On a pipeline's first stage: the last token of each sequence that came ahead of its
         decision."""
-        self._hidden: tuple[int, mx.Dtype] | None = None
         # Then a chunk is computed while it is built, and must not wait for other ranks there.
         self._computes_early = evaluates_blocks(stage.model, self.about_to_wait)
 
     @property
     def is_pipeline(self) -> bool:
         """True if hidden states go from rank to rank."""
-        return not (self.stage.is_first and self.stage.is_last)
+        return self.exchange.is_pipeline
 
     def carry_out(self, decision: Decision, chosen: mx.array | None = None) -> StepResult:
         """Carry out one decision of the leader.
@@ -210,7 +185,7 @@ class Executor:
 
     def about_to_wait(self) -> None:
         """Record that this rank will wait for the result of a step, perhaps for other ranks."""
-        self._advance(self.phase, joint=self._sums)
+        self._advance(self.phase, joint=self.exchange.sums)
 
     def about_to_wait_for_messages(self) -> None:
         """Record that this rank will wait for messages of other ranks."""
@@ -264,7 +239,7 @@ class Executor:
         """
         rows, length = tokens.shape
         make_room(caches, length)
-        arrived = self._receive(rows, length)
+        arrived = self.exchange.receive(rows, length)
         if self._computes_early:
             self._wait_for(arrived)
         output = self.stage.forward(tokens, self.stage.complete(caches), arrived)
@@ -300,13 +275,13 @@ class Executor:
         if step.drafts:
             return self._verify(step)
         inputs = (
-            self._inputs_ahead(len(batch.rows), chosen)
+            self.exchange.inputs_ahead(len(batch.rows), chosen)
             if step.ahead
             else mx.array(step.tokens, dtype=mx.int32)
         )
         self._begin("decode", len(batch.rows), step.ahead)
         make_room(batch.caches, 1)
-        arrived = self._receive(inputs.size, 1)
+        arrived = self.exchange.receive(inputs.size, 1)
         output = self.stage.forward(inputs[:, None], self.stage.complete(batch.caches), arrived)
         if step.ahead and self.is_pipeline and self.stage.is_first:
             self._wait_for(inputs)
@@ -323,7 +298,7 @@ class Executor:
         digest_of = mx.argmax(computed, axis=-1) if self.stage.is_last else computed
         return StepResult(
             logits=computed if self.stage.is_last else None,
-            in_step=self._in_step(step.step, computed) if step.state_digest else None,
+            in_step=self.exchange.in_step(step.step, computed) if step.state_digest else None,
             arrived_digest="" if arrived is None or not step.digest else array_digest(arrived),
             computed_digest=array_digest(digest_of) if step.digest else "",
             state_digest=self.caches.digest(step.step) if step.state_digest else "",
@@ -347,7 +322,7 @@ class Executor:
             self._send(output)
         return StepResult(
             logits=output[0] if self.stage.is_last else None,
-            in_step=self._in_step(step.step, output) if step.state_digest else None,
+            in_step=self.exchange.in_step(step.step, output) if step.state_digest else None,
             state_digest=self.caches.digest(step.step) if step.state_digest else "",
         )
 
@@ -376,80 +351,6 @@ class Executor:
             raise _wrong_data(f"token {token} arrived as {arrived} from rank 0")
         self.caches.feed(sequence, [token])
 
-    def _in_step(self, step: int, computed: mx.array) -> mx.array | None:
-        """Detect tensor ranks that have lost step with each other.
-
-        Collectives are matched by their order alone. A rank that ran one too many or too few would
-        add up unrelated arrays from then on, without any error, and compute wrong text. So every
-        rank contributes a number derived from the step; the result is a lazy bool, True if the sum
-        is ``size * number``. This sum comes last in the step and has the shape of the others: with
-        another shape a rank out of step would hang instead.
-        """
-        if self._group is None or self._group.size() == 1 or self.is_pipeline:
-            return None
-        width, dtype = self._hidden = self._hidden or _hidden_of(self.stage)
-        size = self._group.size()
-        # Integers up to 256 are exact in every float type that hidden states have.
-        number = step % (256 // size) + 1
-        shape = (*computed.shape[:-1], width) if computed.ndim == 3 else (len(computed), 1, width)
-        own = mx.depends(mx.full(shape, number, dtype=dtype), computed)
-        return mx.all(mx.distributed.all_sum(own, group=self._group) == size * number)
-
-    def feed_ahead(self, chosen: mx.array) -> None:
-        """Send the inputs of a step decided ahead from a pipeline's leader to its first stage.
-
-        Args:
-            chosen: uint32 ``[rows]``, lazy.
-        """
-        assert self._group is not None
-        self._fed = mx.distributed.send(
-            self._to_host(chosen),
-            self._group.size() - 1,
-            group=self._group,
-            stream=self._transfers,
-        )
-        mx.async_eval(self._fed)  # type: ignore[no-untyped-call]
-
-    def _inputs_ahead(self, rows: int, chosen: mx.array | None) -> mx.array:
-        """Return the inputs of a step decided ahead, lazily: uint32 ``[rows]``.
-
-        Tensor ranks get them as a sum over ranks, to which all but the leader contribute zeros.
-        Only the first stage of a pipeline uses their values; other stages use their shape alone.
-        """
-        nothing = mx.zeros((rows,), dtype=mx.uint32)
-        if self._group is None or self._group.size() == 1:
-            assert chosen is not None
-            return chosen
-        if not self.is_pipeline:
-            own = nothing if chosen is None else self._to_host(chosen)
-            return mx.distributed.all_sum(own, group=self._group)
-        if not self.stage.is_first:
-            return nothing
-        return mx.distributed.recv((rows,), mx.uint32, 0, group=self._group, stream=self._transfers)
-
-    def _to_host(self, value: mx.array) -> mx.array:
-        """Prepare an array that the GPU may still be computing for a transfer by the CPU.
-
-        On CUDA a transfer takes its input to host memory when it is scheduled, and frees the GPU's
-        memory. Kernels of the same evaluation are waited for, those of an earlier one are not:
-        they would write to freed memory, and what was sent would be arbitrary. So the transfer
-        gets a copy, which is computed in its own evaluation.
-        """
-        return value + mx.array(0, value.dtype) if self._host_copies else value
-
-    def _receive(self, rows: int, length: int) -> mx.array | None:
-        """Receive hidden states from the previous stage, lazily: ``[rows, length, width]``."""
-        if self.stage.is_first:
-            return None
-        assert self._group is not None
-        return mx.distributed.recv(
-            (rows, length, self.stage.width),
-            self.stage.dtype,
-            self._group.rank() + 1,
-            group=self._group,
-            stream=self._transfers,
-        )
-
     def _wait_for(self, arrived: mx.array | None) -> None:
         """Wait for another rank's array after the work that uses it has been built.
 
@@ -463,11 +364,7 @@ class Executor:
             self._advance(self.phase)
 
     def _send(self, output: mx.array) -> None:
-        """Start sending hidden states ``[rows, length, width]`` to the next stage."""
-        assert self._group is not None
+        """Compute hidden states ``[rows, length, width]`` and start sending them."""
         mx.eval(output)
         self._advance(self.phase)
-        self._departing = mx.distributed.send(
-            output, self._group.rank() - 1, group=self._group, stream=self._transfers
-        )
-        mx.async_eval(self._departing)  # type: ignore[no-untyped-call]
+        self.exchange.send(output)

@@ -113,7 +113,7 @@ class Rank:
         from k2cli.rank.engine.lookahead import looks_ahead
         from k2cli.rank.engine.masks import Masks
         from k2cli.rank.executor import Executor
-        from k2cli.rank.prefix_disk import open_on_leader
+        from k2cli.rank.startup.prefix_disk import open_on_leader
         from k2cli.rank.startup.warm_up import warm_up
 
         deadlines = self._start.deadlines
@@ -151,7 +151,7 @@ class Rank:
         from k2cli.rank.control import connect_to_leader
         from k2cli.rank.executor import Executor
         from k2cli.rank.follower import follow
-        from k2cli.rank.prefix_disk import prepare_follower, store_identity
+        from k2cli.rank.startup.prefix_disk import prepare_follower, store_identity
 
         endpoint = self._wait_for_endpoint()
         timeout = self._start.deadlines.initialisation
@@ -269,7 +269,7 @@ class Rank:
         Return what each rank tells about its part for the prefix cache on disk.
         """
         from k2cli.rank.loader import placement_of
-        from k2cli.rank.prefix_disk import store_identity
+        from k2cli.rank.startup.prefix_disk import store_identity
         from k2cli.sharding.coverage import check_coverage
 
         held = {0: part.held}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from k2cli import prefix_folder
 from k2cli.cli import run_command_line
 from k2cli.errors import K2Error, UsageError
 from k2cli.launch.request import LaunchRequest
@@ -53,6 +56,39 @@ def test_caches_are_listed_and_removed_by_model(capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)["freed_bytes"] == 3000
     assert list(prefixes_directory().iterdir()) == []
     os.close(used)
+
+
+def test_a_store_that_is_opened_while_somebody_lists_it_is_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To see if a store is used, its lock is taken for a moment."""
+    os.close(_store("a-0", "kimi", 1))
+    looking = os.open(prefixes_directory() / "a-0" / "lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_EX)
+    monkeypatch.setattr(prefix_folder.time, "sleep", lambda seconds: os.close(looking))
+    lock = open_store(prefixes_directory() / "a-0", StoreNote("kimi", 0, 2))
+    assert [store.in_use for store in prefix_folder.stores()] == [True]
+    os.close(lock)
+
+
+@pytest.mark.parametrize("before", [None, b"cut short"])
+def test_runs_that_start_at_once_have_one_secret(
+    before: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody would find the blocks of the one whose secret was replaced."""
+    if before is not None:
+        naming_secret()
+        (prefixes_directory() / "secret").write_bytes(before)
+    write, others = prefix_folder.write_atomically, list[bytes]()
+
+    def write_after_another(*arguments: Any) -> None:
+        monkeypatch.setattr(prefix_folder, "write_atomically", write)
+        others.append(naming_secret())
+        write(*arguments)
+
+    monkeypatch.setattr(prefix_folder, "write_atomically", write_after_another)
+    assert [naming_secret(), naming_secret()] == others * 2
+    assert [path.name for path in prefixes_directory().iterdir()] == ["secret"]
 
 
 def test_a_folder_that_others_can_access_is_not_used(tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from k2cli.cli import build_app
+from k2cli.commands import deep_check
 from k2cli.commands.deep_check import lengths_up_to
-from k2cli.errors import K2Error, UsageError
+from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.launch.prepare import prepare_run
 from k2cli.launch.request import LaunchRequest
 from k2cli.nodes.locks import release_locks
@@ -128,6 +130,31 @@ def test_deep_needs_ranks_to_compare(arguments: list[str], message: str) -> None
     done = _k2("--quick", *arguments)
     assert isinstance(done.exception, UsageError)
     assert message in done.exception.message
+
+
+def test_a_node_that_is_gone_does_not_hide_what_the_deep_check_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its model cannot be removed there; those of the other nodes are, and the result is told."""
+    removed: list[str] = []
+
+    def ask(name: str, verb: str) -> str:
+        if verb == "remove-folder" and name == "first":
+            raise ClusterError("node first does not answer")
+        if verb == "remove-folder":
+            removed.append(name)
+        return "/made"
+
+    def node_named(name: str) -> Any:
+        node = SimpleNamespace(name=name, is_local=True)
+        node.ask = lambda kind, verb, *arguments: ask(name, verb)
+        return node
+
+    monkeypatch.setattr("k2cli.cluster.node_lookup.node_named", node_named)
+    with deep_check._model(None, ["first", "second", "second"]):
+        assert removed == []
+    assert removed == ["second"]
+    assert "on first: /made is left: node first does not answer" in capsys.readouterr().err
 
 
 @pytest.mark.soak

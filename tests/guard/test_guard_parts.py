@@ -20,7 +20,6 @@ from k2cli.errors import UsageError
 from k2cli.guard.liveness import LivenessServer, connect_to_leader
 from k2cli.guard.rank_process import MAX_LINE_CHARACTERS, split_lines
 from k2cli.protocol import (
-    Assignment,
     Bootstrap,
     ControlEndpoint,
     Deadlines,
@@ -30,26 +29,16 @@ from k2cli.protocol import (
 )
 from k2cli.protocol.wire import ConnectionLost
 from k2cli.settings import RUN_OPTION
+from tests.support.bootstraps import SECRET, make_assignment, make_bootstrap
 
 
-def _bootstrap(rank: int = 0, secret: str = "5e" * 32, port: int = 0) -> Bootstrap:
-    assignment = Assignment(
-        run_id="demo-1",
-        rank=rank,
-        size=2,
-        nodes=["a", "b"],
-        transport="ring",
-        model_path="/nowhere",
-        strategy="pipeline",
-        layers=[],
-        dtype="float32",
-        context_length=1,
-        concurrency=1,
-        prefill_chunk_tokens=1,
-        expected_weights_bytes=[],
+def _bootstrap(rank: int = 0, secret: str = SECRET, port: int = 0) -> Bootstrap:
+    return make_bootstrap(
+        make_assignment(rank=rank, size=2),
+        secret=secret,
+        liveness_port=port,
+        deadlines=Deadlines(liveness=1.0, initialisation=2.0),
     )
-    deadlines = Deadlines(liveness=1.0, initialisation=2.0)
-    return Bootstrap(assignment, secret, "127.0.0.1", port, "demo", deadlines=deadlines)
 
 
 async def _lines_of(*chunks: bytes) -> list[str]:

@@ -10,7 +10,8 @@ import pytest
 
 from k2cli import rdma_launches
 from k2cli.guard.base import Guard
-from k2cli.protocol import Assignment, Bootstrap, LogLine, RankMessage
+from k2cli.protocol import Bootstrap, LogLine, RankMessage
+from tests.support.bootstraps import make_assignment, make_bootstrap
 
 
 class _Guard(Guard):
@@ -28,22 +29,10 @@ class _Guard(Guard):
 
 
 def _bootstrap(run_id: str, rank: int, transport: Any = "jaccl", attempt: int = 1) -> Bootstrap:
-    assignment = Assignment(
-        run_id=run_id,
-        rank=rank,
-        size=2,
-        nodes=["a", "a"],
-        transport=transport,
-        model_path="/nowhere",
-        strategy="pipeline",
-        layers=[],
-        dtype="float32",
-        context_length=1,
-        concurrency=1,
-        prefill_chunk_tokens=1,
-        expected_weights_bytes=[],
+    assignment = make_assignment(
+        run_id=run_id, rank=rank, size=2, nodes=["a", "a"], transport=transport
     )
-    return Bootstrap(assignment, "5e" * 32, "127.0.0.1", 0, "demo", attempt=attempt)
+    return make_bootstrap(assignment, attempt=attempt)
 
 
 async def _warnings(bootstrap: Bootstrap) -> list[str]:

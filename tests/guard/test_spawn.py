@@ -11,16 +11,10 @@ from msgspec.structs import replace
 
 from k2cli.gpu_name import GpuName
 from k2cli.guard.spawn import spawn_rank
-from k2cli.protocol import Assignment, Bootstrap
+from k2cli.protocol import Bootstrap
+from tests.support.bootstraps import make_assignment, make_bootstrap
 
-BOOTSTRAP = Bootstrap(
-    Assignment(
-        run_id="demo-1", rank=0, size=1, nodes=["a"], transport="local", model_path="/nowhere",
-        strategy="single", layers=[], dtype="float32", context_length=1, concurrency=1,
-        prefill_chunk_tokens=1, expected_weights_bytes=[],
-    ),
-    "5e" * 32, "127.0.0.1", 0, "demo",
-)  # fmt: skip
+BOOTSTRAP = make_bootstrap(make_assignment())
 
 
 async def _output_of_a_rank(bootstrap: Bootstrap) -> bytes:

@@ -10,8 +10,8 @@ import pytest
 
 from k2cli.agent.run_folder import remove_bootstraps
 from k2cli.guard.spawn import kernel_folder, spawn_rank
-from k2cli.protocol import Assignment, Bootstrap
 from k2cli.settings import runs_directory
+from tests.support.bootstraps import make_assignment, make_bootstrap
 
 RUN = "demo-1"
 
@@ -83,14 +83,7 @@ def test_a_rank_gets_it_even_if_its_environment_names_another(
     monkeypatch.setenv("TMPDIR", "/tmp")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "show.py").write_text("import tempfile; print(tempfile.gettempdir())")
-    bootstrap = Bootstrap(
-        Assignment(
-            run_id=RUN, rank=0, size=1, nodes=["a"], transport="local", model_path="/nowhere",
-            strategy="single", layers=[], dtype="float32", context_length=1, concurrency=1,
-            prefill_chunk_tokens=1, expected_weights_bytes=[],
-        ),
-        "5e" * 32, "127.0.0.1", 0, "demo", environment={"TMPDIR": "/tmp"},
-    )  # fmt: skip
+    bootstrap = make_bootstrap(make_assignment(run_id=RUN), environment={"TMPDIR": "/tmp"})
 
     async def output_of_the_rank() -> bytes:
         rank = await spawn_rank(bootstrap, "show", {"TMPDIR": "/tmp"})

@@ -24,6 +24,7 @@ from k2cli.planning.hardware.spec import parse_hardware
 from k2cli.planning.plan import NodeBudget
 from k2cli.planning.request import PlanRequest
 from k2cli.protocol import Assignment, Bootstrap
+from tests.support.bootstraps import make_assignment
 
 HERE = LocalNode()
 
@@ -135,12 +136,9 @@ def test_the_hint_for_heads_that_nccl_cannot_share_is_not_refused_in_turn(toy_k2
 
 
 def _assignment(rank: int = 0, **fields: Any) -> Assignment:
-    return Assignment(
-        run_id="demo-1", rank=rank, size=2, nodes=["localhost"] * 2, transport="nccl",
-        model_path="/m", strategy="tensor", layers=[(0, 1)] * 2, dtype="bfloat16",
-        context_length=8, concurrency=1, prefill_chunk_tokens=8, expected_weights_bytes=[1, 1],
-        **fields,
-    )  # fmt: skip
+    return make_assignment(
+        rank=rank, size=2, nodes=["localhost"] * 2, transport="nccl", strategy="tensor", **fields
+    )
 
 
 def test_variables_of_a_rank() -> None:

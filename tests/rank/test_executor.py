@@ -12,6 +12,7 @@ import pytest
 
 from k2cli.errors import ClusterError
 from k2cli.protocol import LeaveBatch
+from k2cli.rank import exchange
 from k2cli.rank import executor as module
 from k2cli.rank.executor import Executor
 from k2cli.sharding.stage import Stage
@@ -60,12 +61,12 @@ def _being_computed() -> mx.array:
 def test_tokens_of_a_step_ahead_are_computed_within_their_transfer_on_cuda(
     monkeypatch: pytest.MonkeyPatch, pipeline: bool, host_copies: bool
 ) -> None:
-    monkeypatch.setattr(module, "copies_from_host", lambda: host_copies)
+    monkeypatch.setattr(exchange, "copies_from_host", lambda: host_copies)
     transfers, leader = Transfers(monkeypatch), _leader(pipeline=pipeline)
     if pipeline:
-        leader.feed_ahead(_being_computed())
+        leader.exchange.feed_ahead(_being_computed())
     else:
-        leader._inputs_ahead(len(CHOSEN), _being_computed())
+        leader.exchange.inputs_ahead(len(CHOSEN), _being_computed())
     assert transfers.values == [CHOSEN]
     # Elsewhere host and device share memory, and a transfer waits for its input.
     assert transfers.lazy == [host_copies]

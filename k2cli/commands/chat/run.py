@@ -107,7 +107,7 @@ class ChatRuns:
         Raises:
             K2Error: if the model is not here, does not fit, or the run fails.
         """
-        from k2cli.commands.launch import Following, prepare
+        from k2cli.commands.run_start import Following, prepare
         from k2cli.launch.request import LaunchRequest
         from k2cli.supervisor.start import cleanup_on_error, launch_detached
         from k2cli.ui.output import note
@@ -179,7 +179,7 @@ def _followed(run: RunRecord) -> RunRecord | None:
     Raises:
         ClusterError: if it failed.
     """
-    from k2cli.commands.launch import Following
+    from k2cli.commands.run_start import Following
     from k2cli.supervisor.start import follow_start
     from k2cli.ui.output import note
 

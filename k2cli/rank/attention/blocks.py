@@ -34,7 +34,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PartialAttention:
     """Attention to the blocks so far, in float32, per query: ``[batch, heads, queries, ...]``.
 
     ``total`` is the sum of the weights and ``output`` the weighted sum of the values, both relative
@@ -56,8 +56,9 @@ KeysValues = Callable[[Block], tuple[mx.array, mx.array]]
 
 def _pieces(first: int, past_last: int, length: int) -> Iterator[tuple[int, int]]:
     """Cut a range into pieces of a length, 0 for one piece."""
-    for start in range(first, past_last, length or max(1, past_last - first)):
-        yield start, min(start + length, past_last) if length else past_last
+    step = length or max(1, past_last - first)
+    for start in range(first, past_last, step):
+        yield start, min(start + step, past_last)
 
 
 def _whole_sums(tokens: int, length: int) -> int:
@@ -79,13 +80,14 @@ def causal_blocks(held: int, count: int, length: int) -> Iterator[Block]:
 
 
 def masked_blocks(context: int, length: int, mask: mx.array | None) -> Iterator[Block]:
+    """Cut a context whose mask is not known to be causal, and the mask with it."""
     whole = _whole_sums(context, length)
     pieces = [*_pieces(0, whole, length), *_pieces(whole, context, length)]
     for first, past_last in pieces:
         yield Block(first, past_last, 0, None if mask is None else mask[..., first:past_last])
 
 
-class Settled:
+class BlockEvaluation:
     """Evaluates attention to a block before another block is built.
 
     MLX would hold the scores of several blocks at once: it allocates an array when an operation is
@@ -95,10 +97,10 @@ class Settled:
 
     def __init__(self, before_wait: Callable[[], None]) -> None:
         self._before_wait = before_wait
-        self._ahead: Part | None = None
+        self._ahead: PartialAttention | None = None
         self._on_gpu = mx.default_device() == mx.gpu
 
-    def __call__(self, part: Part) -> None:
+    def __call__(self, part: PartialAttention) -> None:
         waited = part
         if self._on_gpu:
             mx.async_eval(*part.arrays)  # type: ignore[no-untyped-call]
@@ -112,22 +114,22 @@ def in_blocks(
     blocks: Iterator[Block],
     keys_values: KeysValues,
     scale: float,
-    settled: Settled | None,
+    evaluate: BlockEvaluation | None,
 ) -> mx.array:
     """Attend to blocks in turn.
 
     Args:
         queries: ``[batch, heads, queries, width]``.
-        settled: called between two blocks.
+        evaluate: called between two blocks.
 
     Returns:
         Float32 ``[batch, heads, queries, width of a value]``; lazy.
     """
     factor = mx.array(scale, dtype=mx.float32)
-    so_far: Part | None = None
+    so_far: PartialAttention | None = None
     for block in blocks:
-        if so_far is not None and settled is not None:
-            settled(so_far)
+        if so_far is not None and evaluate is not None:
+            evaluate(so_far)
         keys, values = keys_values(block)
         begin = block.first_query
         scores = _product(queries[..., begin:, :] if begin else queries, keys)
@@ -141,7 +143,9 @@ def in_blocks(
     return so_far.output / so_far.total
 
 
-def _extended(earlier: Part | None, scores: mx.array, values: mx.array, factor: mx.array) -> Part:
+def _extended(
+    earlier: PartialAttention | None, scores: mx.array, values: mx.array, factor: mx.array
+) -> PartialAttention:
     """Add a block to attention so far."""
     maximum = mx.max(scores, axis=-1, keepdims=True).astype(mx.float32)
     if earlier is not None:
@@ -149,26 +153,30 @@ def _extended(earlier: Part | None, scores: mx.array, values: mx.array, factor: 
     weights = _exponentials(scores, maximum, factor)
     total, output = _row_sums(weights), _product(weights, values)
     if earlier is None:
-        return Part(maximum, total, output.astype(mx.float32))
+        return PartialAttention(maximum, total, output.astype(mx.float32))
     correction = mx.exp((earlier.maximum - maximum) * factor)
-    return Part(
+    return PartialAttention(
         maximum,
         earlier.total * correction + total,
         _rescaled(earlier.output, correction, output),
     )
 
 
-def _tail(part: Part | None, begin: int) -> Part | None:
+def _tail(part: PartialAttention | None, begin: int) -> PartialAttention | None:
+    """Leave out the queries before ``begin``, which do not see the next block."""
     if part is None or begin == 0:
         return part
-    return Part(*(each[..., begin:, :] for each in part.arrays))
+    return PartialAttention(*(each[..., begin:, :] for each in part.arrays))
 
 
-def _joined(part: Part | None, begin: int, tail: Part) -> Part:
+def _joined(part: PartialAttention | None, begin: int, tail: PartialAttention) -> PartialAttention:
+    """Put the queries before ``begin`` back, which keep what they had."""
     if part is None or begin == 0:
         return tail
     pairs = zip(part.arrays, tail.arrays, strict=True)
-    return Part(*(mx.concatenate([old[..., :begin, :], new], axis=-2) for old, new in pairs))
+    return PartialAttention(
+        *(mx.concatenate([old[..., :begin, :], new], axis=-2) for old, new in pairs)
+    )
 
 
 def _product(left: mx.array, right: mx.array) -> mx.array:

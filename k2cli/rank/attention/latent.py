@@ -26,8 +26,8 @@ import mlx.nn as nn
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.rank.attention.blocks import (
     Block,
+    BlockEvaluation,
     KeysValues,
-    Settled,
     causal_blocks,
     in_blocks,
     masked_blocks,
@@ -150,8 +150,8 @@ def _attend(
         keys_values = _absorbed_keys(latents, rotated)
     else:
         keys_values = _expanded_keys(layer, latents, rotated)
-    settled = Settled(layer.before_wait) if length else None
-    output = in_blocks(queries, blocks, keys_values, layer.scale, settled).astype(x.dtype)
+    evaluate = BlockEvaluation(layer.before_wait) if length else None
+    output = in_blocks(queries, blocks, keys_values, layer.scale, evaluate).astype(x.dtype)
     if absorbed:
         output = layer.unembed_out(output)
     result: mx.array = layer.o_proj(output.swapaxes(1, 2).reshape(batch, count, -1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from k2cli.rank.engine.prefixes import cache_tokens
+from k2cli.rank.engine.prefixes.tree import cache_tokens
 
 MAX_BATCH_ROWS = 32
 

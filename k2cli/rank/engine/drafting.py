@@ -74,8 +74,8 @@ class Drafting:
         row.steps += len(taken) - 1
         row.draft_tokens += len(drafts)
         # A draft of a stop token can be right, but is no part of the answer.
-        accepted = taken[: len(drafts)] if len(taken) <= right else taken[:-1]
-        row.accepted_tokens += sum(token not in row.request.stop_tokens for token in accepted)
+        accepted = (token not in row.request.stop_tokens for token in taken[:right])
+        row.accepted_tokens += sum(accepted)
         if self._speculation is not None and row.speculation is not None:
             self._speculation.verified(row.speculation, len(drafts), right, len(taken), seconds)
         return taken

@@ -1,11 +1,9 @@
-"""The leader's scheduler: it chooses each step and applies its result to the requests.
+"""The engine of the leader: it takes requests, keeps steps in flight, and applies their results.
 
-Continuous batching: requests join and leave decode batches at any step. Prompts are computed in
-chunks between decode steps, so that a long one does not stall running answers; of several prompts,
-the chunk of the one that is due first is next. A pipeline has a
-batch per stage, and as many steps in flight, so that no stage is idle while there is work for it.
-The worker reads its inbox between any two steps, so that a cancellation takes effect within one
-step. An error inside one request's sampling ends that request and no other.
+Continuous batching: requests join and leave decode batches at any step. ``admission``
+starts those of the ``request_table`` that wait, ``scheduler`` chooses the steps. The worker reads
+its inbox between any two steps, so that a cancellation takes effect within one step. An error
+inside one request's sampling ends that request and no other.
 """
 
 from __future__ import annotations
@@ -35,15 +33,17 @@ from k2cli.protocol import (
 )
 from k2cli.rank.agreement import Agreement
 from k2cli.rank.control import Followers
+from k2cli.rank.engine.admission import Admission
 from k2cli.rank.engine.chunk_sizes import ChunkBounds
 from k2cli.rank.engine.drafting import Drafting
 from k2cli.rank.engine.masks import Masks
-from k2cli.rank.engine.prefix_keeper import PrefixKeeper
+from k2cli.rank.engine.prefixes.disk_cache import DiskCache
+from k2cli.rank.engine.prefixes.keeper import PrefixKeeper
 from k2cli.rank.engine.prompts import PromptChunks
 from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running
+from k2cli.rank.engine.scheduler import Scheduler
 from k2cli.rank.engine.steps import Step, StepQueue
-from k2cli.rank.engine.stored_prefixes import StoredPrefixes
 from k2cli.rank.executor import Executor, StepResult
 from k2cli.rank.kv_cache.segments import can_cut
 
@@ -58,7 +58,7 @@ _ORDER_SECONDS = 0.5
 
 
 class Engine:
-    """Scheduler of requests on the leader rank; not thread-safe, used by one thread."""
+    """Answers requests on the leader rank; not thread-safe, used by one thread."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Engine:
         self._agreement = Agreement(followers, size)
         self._send = send
         self._unsent: list[RankMessage] = []
-        self._plain_caches = executor.stage.has_plain_caches
+        plain_caches = executor.stage.has_plain_caches
         self._table = RequestTable(
             self._queue,
             self._unsent.append,
@@ -96,8 +96,9 @@ class Engine:
             cuttable_caches=can_cut(executor.stage),
             masks=masks,
         )
+        self._admission = Admission(self._table)
         self._masks = masks
-        self._stored: StoredPrefixes | None = None
+        self._disk: DiskCache | None = None
         self._context_length = context_length
         self._prompts = PromptChunks(
             self._table,
@@ -107,17 +108,23 @@ class Engine:
                 on_gpu=mx.default_device() == mx.gpu,
             ),
             stages=stages,
-            computes_together=self._plain_caches,
+            computes_together=plain_caches,
         )
         self._stages = stages
-        self._looks_ahead = looks_ahead
-        # At least two when looking ahead: while one step is computed, the next is built.
-        self._window = max(2 if looks_ahead else 1, stages)
-        self._turn = 0
-        self._prefill_credit = prefill_chunk_tokens
-        self._drafting = Drafting(speculation if self._plain_caches else "off", context_length)
+        self._drafting = Drafting(speculation if plain_caches else "off", context_length)
+        self._scheduler = Scheduler(
+            self._table,
+            self._admission,
+            self._queue,
+            self._prompts,
+            self._drafting,
+            self._agreement,
+            stages=stages,
+            looks_ahead=looks_ahead,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+            before_chunk=self._send_all,
+        )
         self._last_result = 0.0
-        self._last_started: dict[int, int] = {}
         self._order_told = 0.0
         self._order: list[str] = []
 
@@ -151,30 +158,30 @@ class Engine:
             ClusterError: if a follower's state differs from the leader's.
         """
         self._agreement.check()
-        if self._stored is not None:
-            self._stored.take_own_reports()
-            self._table.read_stored(self._stored, self._prompts.tokens_per_second)
-            self._stored.write_now_and_then()
+        if self._disk is not None:
+            self._disk.take_own_reports()
+            self._table.read_stored(self._disk.reading, self._prompts.tokens_per_second)
+            self._disk.writing.write_now_and_then()
         if self._masks is not None:
             self._masks.poll()
             self._table.end_masked()
         self._table.end_cancelled()
         quiet = [b for b in self._table.batches if not self._queue.decodes_of(b)]
-        self._table.admit(quiet)
+        self._admission.admit(quiet)
         self._table.balance(quiet)
         self._tell_order()
-        self._start_steps()
+        self._scheduler.start_steps()
         self._send_all()
         step = self._queue.build_next()
         if step is None:
-            if self._stored is not None and self._stored.is_reading:
+            if self._disk is not None and self._disk.reading.is_reading:
                 time.sleep(_READING_SECONDS)
             elif self._masks is not None and self._table.line and not self._table.admitted:
                 self._masks.wait_for_news(_COMPILING_SECONDS)
             return
         if isinstance(step.decision, Decode):
             self._choose(step)
-            self._start_steps()  # its batch can now have a step ahead
+            self._scheduler.start_steps()  # its batch can now have a step ahead
         self._queue.complete()
         self._completed(step)
         # Send before building the next step: MLX may block that until most of it is computed.
@@ -222,32 +229,32 @@ class Engine:
         """The prefixes that are kept in memory."""
         return self._table.keeper
 
-    def use_stored(self, stored: StoredPrefixes, folder: str, limit_bytes: int) -> None:
+    def use_disk_cache(self, disk: DiskCache, folder: str, limit_bytes: int) -> None:
         """Use the prefix cache on disk: let all ranks open their stores of this name.
 
         The blocks are known when all have looked what is there, which is waited for, but not long.
         """
-        self._stored = stored
-        self._agreement.on_store = stored.handle
+        self._disk = disk
+        self._agreement.on_store = disk.handle
         self.now(OpenStore(self.next_number, folder, limit_bytes))
         deadline = time.monotonic() + _STORE_SECONDS
-        while not stored.ready and stored.usable and time.monotonic() < deadline:
+        while not disk.blocks.ready and disk.blocks.usable and time.monotonic() < deadline:
             self.wait_for_answers()
             time.sleep(_READING_SECONDS)
-            stored.take_own_reports()
+            disk.take_own_reports()
             self._agreement.check()
 
     @property
     def has_idle_work(self) -> bool:
         """True if there is something to do while no request runs: prefixes to be stored."""
-        return self._stored is not None and self._stored.has_work
+        return self._disk is not None and self._disk.writing.has_work
 
     def tick(self) -> None:
         """Tell the followers that there is nothing to do."""
-        if self._stored is not None:
-            self._stored.take_own_reports()
-            self._table.read_stored(self._stored, self._prompts.tokens_per_second)
-            self._stored.write_some()
+        if self._disk is not None:
+            self._disk.take_own_reports()
+            self._table.read_stored(self._disk.reading, self._prompts.tokens_per_second)
+            self._disk.writing.write_some()
         self._queue.build_next()  # carries out what is left: decisions that compute nothing
         self._agreement.check()
         self.now(Tick(self._queue.next_number))
@@ -302,93 +309,6 @@ class Engine:
         """Number of the next decision."""
         return self._queue.next_number
 
-    # --- starting steps --------------------------------------------------------------------------
-
-    def _start_steps(self) -> None:
-        while self._queue.computing < self._window and self._start_step():
-            pass
-
-    def _start_step(self) -> bool:
-        """Decide one computing step; return False if none can start now.
-
-        Prompts and answers take turns: every batch decodes once, then as many prompt tokens are
-        computed as one chunk may have.
-        """
-        prefilling = self._table.prefilling
-        for row in [row for row in prefilling if not row.prefill_left]:
-            if not self._table.is_drafting(row.batch):
-                self._table.join(row)
-        ready = [batch for batch in self._table.batches if self._can_decode(batch)]
-        if ready and self._turn >= len(ready):
-            self._turn = 0
-            first = self._table.prefill_order()[:1]
-            self._prefill_credit = self._prompts.limit(first[0].computed if first else 0)
-        if self._table.prefill_order() and (not ready or self._prefill_credit > 0):
-            if self._stages == 1 and self._queue.computing:
-                return False  # a chunk is computed at once, and tokens in flight would wait for it
-            self._start_prefill()
-            return True
-        if not ready:
-            return False
-        self._turn += 1
-        # Start the batch that has waited longest: the others have steps in flight.
-        self._start_decode(min(ready, key=lambda batch: self._last_started.get(batch, 0)))
-        return True
-
-    def _start_prefill(self) -> None:
-        """Start a chunk of the first prompt, or several short whole prompts together."""
-        self._send_all()  # a chunk may be computed at once, and take long
-        decision, rows, count = self._prompts.start(self.next_number)
-        self._prefill_credit -= count
-        self._queue.submit(decision, rows)
-
-    def _can_decode(self, batch: int) -> bool:
-        rows = self._table.batches[batch]
-        if not any(row.wants_steps for row in rows):
-            return False
-        if batch in self._table.draining:
-            return False
-        in_flight = self._queue.decodes_of(batch)
-        if not in_flight:
-            return True
-        return (
-            self._looks_ahead
-            and len(in_flight) == 1
-            and in_flight[0].chosen is not None
-            and in_flight[0].rows == rows
-            and not in_flight[0].drafts
-            and self._queue.may_look_ahead(batch)
-            and not self._drafting.wants_draft(rows)
-        )
-
-    def _start_decode(self, batch: int) -> None:
-        rows = list(self._table.batches[batch])
-        in_flight = self._queue.decodes_of(batch)
-        chosen = in_flight[-1].chosen if in_flight else None
-        ahead = chosen is not None
-        drafts = [] if ahead else self._drafting.drafts(rows)
-        tokens = [] if ahead else [row.next_input for row in rows]
-        told = [row.unannounced_input for row in rows]
-        for row in rows:
-            row.steps += 1
-            row.computed += 1
-            self._table.line.charge(row, ANSWER_UNITS)
-            row.unannounced = ahead
-            row.drafted = len(drafts)
-            row.computed += row.drafted
-        number = self.next_number
-        self._last_started[batch] = number
-        decision = Decode(
-            number,
-            batch,
-            tokens,
-            state_digest=self._agreement.is_due(number),
-            ahead=ahead,
-            told=told if any(token >= 0 for token in told) else [],
-            drafts=drafts,
-        )
-        self._queue.submit(decision, rows, chosen)
-
     # --- completing steps ------------------------------------------------------------------------
 
     def _completed(self, step: Step) -> None:
@@ -440,11 +360,8 @@ class Engine:
         """Note the time of an ordinary step of one row, with which drafts are compared."""
         row, decision = step.rows[0], step.decision
         assert isinstance(decision, Decode)
-        # Steps of several batches fill the window, so that none is built ahead.
-        active = sum(bool(rows) for rows in self._table.batches.values())
-        ahead = active < self._window and self._queue.may_look_ahead(decision.batch)
-        ahead = ahead and self._looks_ahead
-        self._drafting.decoded(row, seconds, usual=decision.ahead or not ahead)
+        usual = decision.ahead or not self._scheduler.is_built_ahead(decision.batch)
+        self._drafting.decoded(row, seconds, usual=usual)
 
     def _verified(self, step: Step, tokens: list[int], now: float, seconds: float) -> None:
         """Apply a step that verified a draft: cut the rest of it from the caches, and go on."""

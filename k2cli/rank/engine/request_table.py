@@ -1,15 +1,16 @@
 """The leader's table of requests: waiting, in prefill, or decoding in a batch.
 
-It admits requests in fair order and by memory, pauses some for others and balances batches. Each
-change is a decision, which the ``Sender`` sends to all ranks in order.
+It moves requests from one of these to the next, ends them, balances batches, and drops kept
+prefixes that leave no room for them; ``admission`` starts those that wait. Each change is a
+decision, which the ``Sender`` sends to all ranks in order.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
-from k2cli.fair_queue import MOST_UNITS, SHORT_UNITS, Ticket, request_units
+from k2cli.fair_queue import Ticket
 from k2cli.protocol import (
     CloseSequence,
     CutBack,
@@ -18,33 +19,23 @@ from k2cli.protocol import (
     JoinBatch,
     KvCacheUse,
     LeaveBatch,
-    OpenSequence,
-    Paused,
-    PromptProgress,
     RankMessage,
     RequestFailed,
 )
 from k2cli.rank.engine.budget import (
     MAX_BATCH_ROWS,
     Budget,
-    batches_with_room,
     used_tokens,
     worst_case_tokens,
 )
 from k2cli.rank.engine.masks import MaskedAnswer, Masks, Problem
-from k2cli.rank.engine.pausing import Claim, Room, choose_paused
-from k2cli.rank.engine.prefix_keeper import Keep, PrefixKeeper, Sender
-from k2cli.rank.engine.prefixes import Hit, cache_tokens
+from k2cli.rank.engine.prefixes.block_reading import BlockReading
+from k2cli.rank.engine.prefixes.keeper import Keep, PrefixKeeper, Sender
 from k2cli.rank.engine.requests import Running, Waiting
-from k2cli.rank.engine.sampling import Sampler
-from k2cli.rank.engine.stored_prefixes import StoredPrefixes
-from k2cli.rank.engine.waiting_line import WaitingLine, is_short
+from k2cli.rank.engine.waiting_line import WaitingLine
 
 MAX_WAITING = 256
 """Requests of one key that wait; the connections of the guard bound those of all keys."""
-
-_MOST_BLOCKED = 128
-"""Requests without room that are looked at before each step: thousands may wait."""
 
 
 class RequestTable:
@@ -68,11 +59,11 @@ class RequestTable:
         others: a row there takes the memory of a short request, not that of the longest row.
         Without ``masks``, requests with grammars are refused.
         """
-        self._sender = sender
-        self._tell = tell
+        self.sender = sender
+        self.tell = tell
         self._masks = masks
         self._context_length = context_length
-        self._budget = Budget(
+        self.budget = Budget(
             tokens=worst_case_tokens(context_length, 0, context_length) * concurrency,
             batches=batches if can_batch else max(batches, concurrency),
             rows_per_batch=MAX_BATCH_ROWS if can_batch else 1,
@@ -80,16 +71,12 @@ class RequestTable:
         self.keeper = PrefixKeeper(sender, whole_only=not cuttable_caches)
         self._prefixes = self.keeper.tree
         self._reported_use: KvCacheUse | None = None
-        self._next_sequence = 0
         self.line = WaitingLine(self._prefixes)
-        self._guest_batch = self._budget.batches if can_batch else None
+        self.guest_batch = self.budget.batches if can_batch else None
         self.prefilling: list[Running] = []
         self.batches: dict[int, list[Running]] = {
-            b: [] for b in range(self._budget.batches + can_batch)
+            b: [] for b in range(self.budget.batches + can_batch)
         }
-        self.draining: set[int] = set()
-        """Batches with a row to be paused. All of them must have no step in flight for that, so
-        none of them may start one."""
 
     @property
     def empty(self) -> bool:
@@ -103,22 +90,22 @@ class RequestTable:
 
     def enqueue(self, request: Generate) -> None:
         """Queue a request, or refuse it with the numbers."""
-        worst = worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
+        worst = self.worst_case(request)
         if not request.prompt or len(request.prompt) >= self._context_length:
             error = (
                 f"the prompt has {len(request.prompt)} tokens, "
                 f"the context holds {self._context_length}"
             )
-            self._tell(RequestFailed(request.request_id, error, "invalid"))
-        elif worst > self._budget.tokens:
-            error = f"the request may need {worst} tokens, the plan holds {self._budget.tokens}"
-            self._tell(RequestFailed(request.request_id, error, "capacity"))
+            self.tell(RequestFailed(request.request_id, error, "invalid"))
+        elif worst > self.budget.tokens:
+            error = f"the request may need {worst} tokens, the plan holds {self.budget.tokens}"
+            self.tell(RequestFailed(request.request_id, error, "capacity"))
         elif (waiting := self.line.count_of(request.owner)) >= MAX_WAITING:
             error = f"{waiting} requests are waiting, the queue holds {MAX_WAITING}"
-            self._tell(RequestFailed(request.request_id, error, "capacity"))
+            self.tell(RequestFailed(request.request_id, error, "capacity"))
         elif request.grammar is not None and self._masks is None:
             error = "this run cannot make answers obey grammars"
-            self._tell(RequestFailed(request.request_id, error, "internal"))
+            self.tell(RequestFailed(request.request_id, error, "internal"))
         else:
             masked = None
             if request.grammar is not None and self._masks is not None:
@@ -141,8 +128,8 @@ class RequestTable:
         self._close(waiting.masked)
         if waiting.paused is not None:
             waiting.paused.ended = True
-            self._forget_paused(waiting)
-        self._tell(report)
+            self.forget_paused(waiting)
+        self.tell(report)
 
     def _close(self, masked: MaskedAnswer | None) -> None:
         if masked is not None and self._masks is not None:
@@ -171,194 +158,27 @@ class RequestTable:
             elif row.masked.complete:
                 self.end(row, "stop")
 
-    def read_stored(self, stored: StoredPrefixes, tokens_per_second: float) -> None:
+    def read_stored(self, reading: BlockReading, tokens_per_second: float) -> None:
         """Let requests wait for their stored prefixes, and go on with reading these."""
         for ticket in self.line.tickets:
             if not ticket.item.considered:
-                stored.consider(ticket.item, tokens_per_second)
-        if not stored.is_reading:
+                reading.consider(ticket.item, tokens_per_second)
+        if not reading.is_reading:
             return
         kept = self._prefixes.tokens_of(self.line.wanted_prefixes())
-        free = self._budget.tokens - used_tokens(self._worst_cases()) - kept
-        if stored.read_some(self.line.has, free, self._evict):
-            self._evict()
+        free = self.budget.tokens - used_tokens(self.worst_cases()) - kept
+        if reading.read_some(self.line.has, free, self.evict):
+            self.evict()
 
-    # --- admission -------------------------------------------------------------------------------
-
-    def admit(self, quiet: Collection[int]) -> None:
-        """Admit waiting requests in fair order while there is memory for the next.
-
-        One whose grammar is not compiled yet lets others pass. If there is no memory for the next,
-        running requests may be paused for it, and short requests may pass it, with as much work as
-        it has itself.
-
-        Args:
-            quiet: the batches that have no step in flight; others must not change.
-        """
-        self.draining.clear()
-        while self._admit_next(quiet):
-            pass
-
-    def _admit_next(self, quiet: Collection[int]) -> bool:
-        """Admit the first request that may start; return False if there is none."""
-        blocked: list[Ticket[Waiting]] = []
-        allowance = float(MOST_UNITS)
-        refused: dict[tuple[str, bool], int] = {}
-        for ticket in self.line.ready_in_order():
-            if blocked and (not is_short(ticket) or ticket.cost > allowance):
-                return False
-            # What had no room for one has none for later ones of its kind that need as much.
-            kind, worst = (ticket.owner, is_short(ticket)), self._worst_case(ticket.item)
-            if kind not in refused or worst < refused[kind]:
-                room = self._place(ticket)
-                if room is None and not self.draining:
-                    room = self._make_room(ticket, quiet)
-                if room is not None:
-                    for other in blocked:
-                        other.item.passed_units += ticket.cost
-                    self._start(ticket, room.batch)
-                    return True
-                refused[kind] = worst
-            blocked.append(ticket)
-            if len(blocked) == _MOST_BLOCKED:
-                return False
-            allowance = min(allowance, _units_that_may_pass(ticket))
-        return False
-
-    def _place(self, ticket: Ticket[Waiting], without: Collection[Running] = ()) -> Room | None:
-        """Find room for a request, if some running ones were paused; None if there is none.
-
-        A batch in which no cache must be dropped that somebody waits for is better than others.
-        """
-        worst = self._worst_cases(without)
-        own = self._worst_case(ticket.item)
-        kept = sum(cache_tokens(row.computed) for row in without)
-        kept += self._prefixes.tokens_of(self.line.wanted_prefixes() - {ticket.item.prefix})
-        found = None
-        guest = self._guest_batch if is_short(ticket) else None
-        usual = {batch: rows for batch, rows in worst.items() if batch != self._guest_batch}
-        for batch in batches_with_room(worst, usual.keys(), guest, own, self._budget):
-            with_it = {**worst, batch: [*worst[batch], own]}
-            room = Room(batch, keeps=used_tokens(with_it) + kept <= self._budget.tokens)
-            if room.keeps:
-                return room
-            found = found or room
-        return found
-
-    def _worst_case(self, waiting: Waiting) -> int:
-        request = waiting.request
-        return worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
-
-    def _make_room(self, ticket: Ticket[Waiting], quiet: Collection[int]) -> Room | None:
-        """Pause requests for one that waits; return the room that it has then.
-
-        If one of their batches has a step in flight, note that none may, and return None.
-        """
-        due = self.line.due(ticket)
-        claim = Claim(ticket.owner, due, is_short(ticket), self.line.counter_of)
-        chosen = choose_paused(claim, self.admitted, lambda rows: self._place(ticket, rows))
-        decoding = {row.batch for row in chosen if row not in self.prefilling}
-        if not decoding.issubset(quiet):
-            self.draining = {batch for batch in decoding if batch is not None}
-        if not chosen or self.draining:
-            return None
-        room = self._place(ticket, chosen)
-        for row in chosen:
-            self._pause(row)
-        return room
-
-    def _pause(self, row: Running) -> None:
-        """Stop a request, keep its cache for itself, and let it wait until it can go on."""
-        row.pauses += 1
-        row.paused_at = time.monotonic()
-        keep = self.keeper.keep_alone(row.held_tokens, _private_scope(row))
-        waiting = Waiting(row.request, row.queued_at, row.masked, row, keep.prefix)
-        self._leave(row, keep)
-        row.unannounced = False
-        self.line.rejoin(row, waiting)
-        self._tell(Paused(row.request.request_id))
-        self._evict()
-
-    def _forget_paused(self, waiting: Waiting) -> None:
+    def forget_paused(self, waiting: Waiting) -> None:
+        """Drop what is kept of a paused request, which ends or goes on."""
         if waiting.prefix is not None and waiting.prefix in self._prefixes:
             self.keeper.drop(waiting.prefix)
         waiting.prefix = None
 
-    def _start(self, ticket: Ticket[Waiting], batch: int) -> None:
-        self.line.start(ticket)
-        self._open(ticket, batch)
-        self._evict()
-
-    def _open(self, ticket: Ticket[Waiting], batch: int) -> Running:
-        waiting = ticket.item
-        self._next_sequence += 1
-        row = waiting.paused or self._running(ticket)
-        row.sequence, row.units, row.steps = self._next_sequence, 0, len(row.generated)
-        known = row.known_tokens
-        hit = self._hit(waiting, known)
-        row.prefill_target = len(known) - 1
-        row.computed = 0 if hit is None else hit.tokens
-        prefix = None if hit is None else hit.prefix
-        row.batch = batch
-        self.prefilling.append(row)
-        release = self._make_room_beside(prefix, waiting)
-        number = self._sender.next_number
-        self._sender.submit(OpenSequence(number, row.sequence, prefix, row.computed, release))
-        # Tokens that were never computed for it came from a cache, perhaps only after a pause.
-        row.cached += max(0, row.computed - row.reached)
-        row.reached = max(row.reached, row.computed)
-        if waiting.paused is not None:
-            row.paused_seconds += time.monotonic() - row.paused_at
-            return row
-        uncached = len(row.request.prompt) - row.cached
-        if request_units(uncached, row.request.max_tokens) > SHORT_UNITS:
-            row.is_short = False  # what it had in the cache when it came is gone
-        row.reported = row.computed
-        prompt = len(row.request.prompt)
-        self._tell(PromptProgress(row.request.request_id, row.cached, prompt, row.cached))
-        return row
-
-    def _make_room_beside(self, opened: int | None, waiting: Waiting) -> list[int]:
-        """Drop what a request that is opened leaves no room for, before its cache is made.
-
-        Returns:
-            Nodes that it is made from and that are dropped with it: layer by layer, since there is
-            no room for a copy of all of them.
-        """
-        release = []
-        if waiting.paused is not None and opened is not None and waiting.prefix == opened:
-            self._prefixes.remove(opened)
-            release.append(opened)
-            waiting.prefix = None
-        elif waiting.paused is not None:
-            self._forget_paused(waiting)
-        used, wanted = used_tokens(self._worst_cases()), self.line.wanted_prefixes()
-        release += self.keeper.evict(used, self._budget.tokens, wanted, opened)
-        return release
-
-    def _hit(self, waiting: Waiting, known: Sequence[int]) -> Hit | None:
-        """Return the prefix to use; a paused request has its own, unless that was dropped."""
-        row = waiting.paused
-        if row is not None and waiting.prefix is not None and waiting.prefix in self._prefixes:
-            return Hit(waiting.prefix, row.computed)
-        if waiting.request.use_prefix_cache:
-            return self._prefixes.best(known, waiting.request.prefix_scope)
-        return None
-
-    def _running(self, ticket: Ticket[Waiting]) -> Running:
-        waiting = ticket.item
-        request = waiting.request
-        return Running(
-            request,
-            self._next_sequence,
-            ticket,
-            Sampler(request.sampling, request.prompt),
-            self._worst_case(waiting),
-            waiting.since,
-            time.monotonic(),
-            waiting.masked,
-            is_short=is_short(ticket),
-        )
+    def worst_case(self, request: Generate) -> int:
+        """Return the tokens that a request may need at most."""
+        return worst_case_tokens(len(request.prompt), request.max_tokens, self._context_length)
 
     # --- running requests ------------------------------------------------------------------------
 
@@ -377,14 +197,14 @@ class RequestTable:
         row.drafted = 0
         row.computed -= tokens
         if tokens:
-            self._sender.submit(CutBack(self._sender.next_number, row.batch, tokens))
+            self.sender.submit(CutBack(self.sender.next_number, row.batch, tokens))
 
     def join(self, row: Running) -> None:
         """Make a request whose prompt is computed a row of its batch."""
         self.prefilling.remove(row)
         assert row.batch is not None
         self.batches[row.batch].append(row)
-        self._sender.submit(JoinBatch(self._sender.next_number, row.batch, row.sequence))
+        self.sender.submit(JoinBatch(self.sender.next_number, row.batch, row.sequence))
 
     def balance(self, quiet: list[int]) -> None:
         """Move a request from a batch to one with fewer, so that all stages have work.
@@ -392,8 +212,8 @@ class RequestTable:
         Args:
             quiet: the batches that have no step in flight; others must not change.
         """
-        expected = self._worst_cases()
-        quiet = [batch for batch in quiet if batch != self._guest_batch]
+        expected = self.worst_cases()
+        quiet = [batch for batch in quiet if batch != self.guest_batch]
         for source in quiet:
             target = min(quiet, key=lambda batch: len(expected[batch]))
             if len(self.batches[source]) < 2 or len(expected[source]) - len(expected[target]) < 2:
@@ -404,16 +224,16 @@ class RequestTable:
                 source: expected[source][:-1],
                 target: [*expected[target], row.worst_case_tokens],
             }
-            if used_tokens(moved) > self._budget.tokens:
+            if used_tokens(moved) > self.budget.tokens:
                 continue  # it would be padded to longer rows
             self.batches[source].pop()
             self.batches[target].append(row)
             row.batch = target
-            number = self._sender.next_number
+            number = self.sender.next_number
             told = row.unannounced_input
-            self._sender.submit(LeaveBatch(number, source, row.sequence, move_to=target, told=told))
+            self.sender.submit(LeaveBatch(number, source, row.sequence, move_to=target, told=told))
             row.unannounced = False
-            self._evict()
+            self.evict()
             return
 
     def end(self, row: Running, reason: FinishReason) -> None:
@@ -422,7 +242,7 @@ class RequestTable:
         stopped_by_token = reason == "stop" and last in row.request.stop_tokens
         completion = len(row.generated) - stopped_by_token
         self._release(row, keep=row.request.use_prefix_cache)
-        self._tell(row.finished(reason, completion))
+        self.tell(row.finished(reason, completion))
 
     def fail(self, row: Running) -> None:
         """Report a request whose sampling failed, or whose grammar cannot be obeyed."""
@@ -430,49 +250,50 @@ class RequestTable:
         problem = row.masked.problem if row.masked is not None else None
         if problem is None or row.failure is not None:
             problem = Problem(f"sampling failed: {row.failure}", "internal")
-        self._tell(RequestFailed(row.request.request_id, problem.text, problem.kind))
+        self.tell(RequestFailed(row.request.request_id, problem.text, problem.kind))
 
     def _release(self, row: Running, *, keep: bool) -> None:
         row.ended = True
         self._close(row.masked)
         self.cut_back(row, row.drafted)
         tokens, scope = row.held_tokens, row.request.prefix_scope
-        self._leave(row, self.keeper.keep(tokens, scope) if keep else Keep())
+        self.leave(row, self.keeper.keep(tokens, scope) if keep else Keep())
         self.line.end(row)
-        self._evict()
+        self.evict()
 
-    def _leave(self, row: Running, keep: Keep) -> None:
+    def leave(self, row: Running, keep: Keep) -> None:
+        """Take a request from its batch, or from those in prefill, and keep its cache or not."""
         assert row.batch is not None
-        number, kept = self._sender.next_number, (keep.prefix, keep.below, keep.first)
+        number, kept = self.sender.next_number, (keep.prefix, keep.below, keep.first)
         if row in self.prefilling:
             self.prefilling.remove(row)
-            self._sender.submit(CloseSequence(number, row.sequence, *kept))
+            self.sender.submit(CloseSequence(number, row.sequence, *kept))
             return
         self.batches[row.batch].remove(row)
         told = row.unannounced_input
-        self._sender.submit(LeaveBatch(number, row.batch, row.sequence, *kept, told=told))
+        self.sender.submit(LeaveBatch(number, row.batch, row.sequence, *kept, told=told))
 
-    def _evict(self, more_tokens: int = 0) -> None:
+    def evict(self, more_tokens: int = 0) -> None:
         """Drop prefixes until the worst case of all requests fits, and so many tokens more."""
-        used = used_tokens(self._worst_cases()) + more_tokens
-        self.keeper.evict(used, self._budget.tokens, self.line.wanted_prefixes())
+        used = used_tokens(self.worst_cases()) + more_tokens
+        self.keeper.evict(used, self.budget.tokens, self.line.wanted_prefixes())
         if self._cache_use() != self._reported_use:
             self.report_cache_use()
 
     def report_cache_use(self) -> None:
         """Report how much of the KV cache is taken."""
         self._reported_use = self._cache_use()
-        self._tell(self._reported_use)
+        self.tell(self._reported_use)
 
     def _cache_use(self) -> KvCacheUse:
         return KvCacheUse(
             len(self._prefixes),
             self._prefixes.tokens(),
-            used_tokens(self._worst_cases()),
-            self._budget.tokens,
+            used_tokens(self.worst_cases()),
+            self.budget.tokens,
         )
 
-    def _worst_cases(self, without: Collection[Running] = ()) -> dict[int, list[int]]:
+    def worst_cases(self, without: Collection[Running] = ()) -> dict[int, list[int]]:
         """Return the worst cases per batch; a sequence in prefill counts in its future batch."""
         worst: dict[int, list[int]] = {batch: [] for batch in self.batches}
         for row in self.admitted:
@@ -480,14 +301,3 @@ class RequestTable:
                 assert row.batch is not None
                 worst[row.batch].append(row.worst_case_tokens)
         return worst
-
-
-def _units_that_may_pass(blocked: Ticket[Waiting]) -> int:
-    """Return the cost that requests which start before one that is next may still have."""
-    most = MOST_UNITS if blocked.item.paused else max(blocked.cost, SHORT_UNITS)
-    return most - blocked.item.passed_units
-
-
-def _private_scope(row: Running) -> str:
-    """Return a scope that is no key's: no other request uses the cache of a paused one."""
-    return f"paused {row.sequence}"

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from k2cli.choices import DRAFT_LENGTHS
-from k2cli.rank.engine.drafts import LONGEST_MATCH, SHORTEST_MATCH, DraftIndex, Match
+from k2cli.rank.engine.draft_index import LONGEST_MATCH, SHORTEST_MATCH, DraftIndex, Match
 
 _LEAST_GAIN = 1.05
 """Expected tokens per time, relative to ordinary steps, from which a draft is tried."""
@@ -96,11 +96,17 @@ class RowDrafts:
         }
     )
     balance_seconds: float = 0.0
+    """What its drafts have saved, less what they have cost; older steps count less."""
     recent_seconds: float = 0.0
+    """The time of its recent steps, of which drafts may lose a share."""
     plain_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    """The times of its last ordinary steps."""
     plain: float = 0.0
+    """Their median, 0 before the first."""
     verified_in_a_row: int = 0
+    """Steps with drafts since the last ordinary one that counts."""
     plain_in_a_row: int = 0
+    """Ordinary steps since the last one with a draft."""
     match_length: int = 0
     """The length of the match of the draft in flight."""
     waited_for: bool = False

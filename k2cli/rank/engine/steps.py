@@ -111,7 +111,7 @@ class StepQueue:
             if not step.computes:
                 return
         elif chosen is not None:
-            self._executor.feed_ahead(chosen)
+            self._executor.exchange.feed_ahead(chosen)
         self._steps.append(step)
 
     def build_next(self) -> Step | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from k2cli.fair_queue import SHORT_UNITS, FairQueue, Ticket
-from k2cli.rank.engine.prefixes import PrefixTree
+from k2cli.rank.engine.prefixes.tree import PrefixTree
 from k2cli.rank.engine.requests import Running, Waiting
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import msgspec
@@ -26,10 +26,8 @@ from k2cli.errors import K2Error
 from k2cli.files import decode_json, open_regular
 from k2cli.models.safetensors_header import StoredTensor, header_length, tensors_of_header
 from k2cli.prefix_folder import BLOCK_TOKENS, PART_MARK
+from k2cli.rank.array_bytes import array_bytes
 from k2cli.rank.kv_cache.segments import Segment
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 _NAME = re.compile(r"(\d{1,5})\.(\d{1,2})\.(\d{1,2})")
 _MOST_BYTES = 2**30
@@ -59,7 +57,12 @@ def to_host(layers: list[Segment]) -> list[HostArray]:
         K2Error: if a type has no name in the format.
     """
     return [
-        HostArray((layer, cache, index), _type_name(array.dtype), tuple(array.shape), _bytes(array))
+        HostArray(
+            (layer, cache, index),
+            _type_name(array.dtype),
+            tuple(array.shape),
+            bytes(array_bytes(array)),
+        )
         for layer, segment in enumerate(layers)
         for cache, arrays in enumerate(segment)
         for index, array in enumerate(arrays)
@@ -71,13 +74,6 @@ def _type_name(dtype: mx.Dtype) -> str:
         return _NAMES[dtype]
     except KeyError:
         raise K2Error(f"a cache of type {dtype} cannot be stored") from None
-
-
-def _bytes(array: mx.array) -> bytes:
-    if not array.size:
-        return b""
-    flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
-    return bytes(cast("Buffer", flat))  # an mlx array exports a buffer, unlike its type stub
 
 
 def from_host(arrays: list[HostArray]) -> list[Segment]:

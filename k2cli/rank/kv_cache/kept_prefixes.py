@@ -142,7 +142,7 @@ class KeptPrefixes:
 
     def segments(self, prefix: int, first: int, past_last: int) -> list[Segment]:
         """Copy the tokens ``first`` to ``past_last`` of a prefix: a segment per layer."""
-        start, wanted = 0, list[tuple[_Kept, int, int]]()
+        start, tokens, wanted = 0, past_last - first, list[tuple[_Kept, int, int]]()
         for node in self._path(prefix):
             end = start + len(node.tokens)
             low, high = max(first, start), min(past_last, end)
@@ -150,7 +150,7 @@ class KeptPrefixes:
                 wanted.append((node, low - start, high - start))
             start = end
         return [
-            joined([_some(node.layers[layer], low, high) for node, low, high in wanted], past_last)
+            joined([_some(node.layers[layer], low, high) for node, low, high in wanted], tokens)
             for layer in range(len(wanted[0][0].layers))
         ]
 

@@ -69,11 +69,11 @@ def chunk_tokens(assignment: Assignment, *, on_gpu: bool) -> int:
 
 @dataclass(slots=True)
 class _Seen:
-    """The reports of all ranks about one step."""
+    """The reports of all ranks about one step; ``chunk`` None is the token after the prompt."""
 
     ranks: dict[int, StepDigest]
     first_position: int
-    chunk: int
+    chunk: int | None
 
 
 @dataclass(slots=True)
@@ -135,7 +135,7 @@ class LinkChecker:
         token = prompt[first % len(prompt)]
         decision = Decode(engine.next_number, _BATCH, [token], digest=True, marks=True)
         result = engine.now(decision)
-        seen.append(self._seen(decision, result, first, len(seen)))
+        seen.append(self._seen(decision, result, first, None))
         self._compare_ranks(seen[-1], run, chunks)
         engine.now(LeaveBatch(engine.next_number, _BATCH, _SEQUENCE))
         return seen
@@ -155,7 +155,7 @@ class LinkChecker:
             yield Prefill(self.engine.next_number, _SEQUENCE, chunk, marks=True)
             first += tokens
 
-    def _seen(self, decision: Decision, result: StepResult, first: int, chunk: int) -> _Seen:
+    def _seen(self, decision: Decision, result: StepResult, first: int, chunk: int | None) -> _Seen:
         own = StepDigest(
             0,
             decision.step,
@@ -238,7 +238,7 @@ class LinkChecker:
     ) -> ClusterError:
         transport = self.assignment.transport
         place = f"position {seen.first_position + position:,}"
-        if seen.chunk < len(chunks):
+        if seen.chunk is not None:
             place = f"chunk {seen.chunk + 1} of {len(chunks)}, {place}"
         else:
             place = f"the token after the prompt, {place}"

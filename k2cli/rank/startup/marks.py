@@ -13,15 +13,13 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.protocol import Marks
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from k2cli.rank.array_bytes import array_bytes
 
 _PROJECTIONS = 4
 # Positions whose numbers are converted to float32 at once.
@@ -31,8 +29,7 @@ _POSITIONS_AT_ONCE = 512
 def mark(value: mx.array) -> Marks:
     """Return the marks of an array ``[..., positions, width]``."""
     rows = mx.contiguous(value.reshape(-1, value.shape[-1]))
-    # An mlx array exports a buffer, although its type stub does not say so.
-    data = memoryview(cast("Buffer", rows.view(mx.uint8))).cast("B")
+    data = array_bytes(rows)
     width = len(data) // max(len(rows), 1)
     checksums = [zlib.crc32(data[row * width : (row + 1) * width]) for row in range(len(rows))]
     signs = _signs(rows.shape[-1])
@@ -85,15 +82,13 @@ def cache_digest(caches: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     for cache in caches:
         for value in _arrays(cache.state):
-            flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
-            digest.update(cast("Buffer", flat))
+            digest.update(array_bytes(value))
     return digest.hexdigest()[:16]
 
 
 def _arrays(state: Any) -> Iterator[mx.array]:
     if isinstance(state, mx.array):
-        if state.size:
-            yield state
+        yield state
     elif isinstance(state, list | tuple):
         for each in state:
             yield from _arrays(each)

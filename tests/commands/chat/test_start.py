@@ -134,7 +134,7 @@ def test_a_model_that_does_not_fit_here_is_not_started(monkeypatch: pytest.Monke
         raise DoesNotFitError("big does not fit: localhost needs 2 TB", "--force")
 
     monkeypatch.setattr("k2cli.models.reference.local_checkpoint", Path)
-    monkeypatch.setattr("k2cli.commands.launch.prepare", refuse)
+    monkeypatch.setattr("k2cli.commands.run_start.prepare", refuse)
     with pytest.raises(DoesNotFitError, match="big does not fit") as error:
         ChatRuns().find("big", None, None)
     assert error.value.hint is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -25,26 +24,9 @@ from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.latent_ways import LatentSettings, LatentWidths, is_absorbed
 from k2cli.sharding.stage import cut_stage, make_cache
-from lab.toy_k2.checkpoint import ToyShape, toy_config
 from tests.quantization.originals import LLAMA
+from tests.support.latent_models import CONFIGS, TOKENS, latent_model
 
-SMALL = ToyShape(
-    layers=2, hidden=64, heads=4, dense_intermediate=64, expert_intermediate=32, experts=4,
-    vocabulary=320, bits=None,
-)  # fmt: skip
-SPARSE: dict[str, Any] = toy_config(SMALL) | {
-    "model_type": "deepseek_v32", "index_n_heads": 4, "index_head_dim": 64, "index_topk": 24,
-}  # fmt: skip
-CONFIGS: dict[str, dict[str, Any]] = {
-    "kimi_k2": toy_config(SMALL),
-    "4 bit": toy_config(replace(SMALL, bits=4)),
-    "no q_lora": toy_config(SMALL) | {"q_lora_rank": None},
-    "kimi_k25": {
-        "model_type": "kimi_k25",
-        "text_config": toy_config(SMALL) | {"model_type": "kimi_k2"},
-    },
-    "deepseek_v32": SPARSE,
-}
 MLX_LM = LatentSettings(0.0)
 WAYS = {
     "absorbed": LatentSettings(1.0),
@@ -52,25 +34,13 @@ WAYS = {
     "both": LatentSettings(1.0, 16),
     "one block": LatentSettings(0.0, 4096),
 }
-TOKENS = [7 + index * 31 % 300 for index in range(200)]
 CLOSE = 2e-5
 """Largest difference of logits of about 3 in float32."""
 
 
-def _model(name: str) -> nn.Module:
-    mx.random.seed(3)
-    config = CONFIGS[name]
-    model = build(config)
-    if "quantization" in config:
-        nn.quantize(model, group_size=32, bits=4)
-    cast(model, mx.float32)
-    mx.eval(model.parameters())
-    return model
-
-
 @pytest.fixture(scope="module")
 def small() -> nn.Module:
-    return _model("4 bit")
+    return latent_model("4 bit")
 
 
 @pytest.fixture
@@ -104,7 +74,7 @@ def _differ(left: mx.array, right: mx.array) -> float:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_model_and_way_gives_mlx_lms_logits(name: str, way: str, ways: list[str]) -> None:
-    model = _model(name)
+    model = latent_model(name)
     chunks = [70, 9, 1, 40, 2]
     expected = _logits(model, MLX_LM, chunks)
     assert not ways
@@ -203,7 +173,7 @@ def test_batches_several_prompts_and_prefixes(small: nn.Module, way: str, ways: 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_bfloat16_is_as_near_to_float32_as_mlx_lms_class(way: str) -> None:
-    model = _model("4 bit")
+    model = latent_model("4 bit")
     chunks = [70, 9, 40, 2]
     exact = _logits(model, MLX_LM, chunks)
     cast(model, mx.bfloat16)

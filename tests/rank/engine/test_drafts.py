@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from k2cli.rank.engine.drafts import LONGEST_MATCH, SHORTEST_MATCH, DraftIndex, Match
+from k2cli.rank.engine.draft_index import LONGEST_MATCH, SHORTEST_MATCH, DraftIndex, Match
 from k2cli.rank.engine.speculation import Speculation
 
 

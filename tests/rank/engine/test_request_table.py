@@ -29,6 +29,7 @@ from k2cli.protocol import (
     RequestFailed,
     SplitPrefix,
 )
+from k2cli.rank.engine.admission import Admission
 from k2cli.rank.engine.budget import used_tokens
 from k2cli.rank.engine.pausing import QUANTUM_UNITS
 from k2cli.rank.engine.request_table import RequestTable
@@ -101,6 +102,7 @@ class Machine:
             self.ranks, self.told.append, context_length=CONTEXT, concurrency=concurrency,
             batches=batches, can_batch=True, cuttable_caches=True,
         )  # fmt: skip
+        self.admission = Admission(self.table)
         self.budget_tokens = CONTEXT * concurrency
         self.ranks.check_room = self.check_room
         self.numbers = itertools.count()
@@ -123,10 +125,10 @@ class Machine:
 
     def step(self, *, always_quiet: bool = False) -> None:
         table, quiet = self.table, list(self.table.batches)
-        if not always_quiet and not table.draining and self.draw.random() < 0.7:
+        if not always_quiet and not self.admission.draining and self.draw.random() < 0.7:
             quiet = []  # a step ahead is in flight
         table.end_cancelled()
-        table.admit(quiet)
+        self.admission.admit(quiet)
         table.balance(quiet)
         for row in table.prefill_order()[:1]:
             count = min(CHUNK, row.prefill_left)
@@ -279,7 +281,7 @@ def test_a_cache_that_a_request_finds_after_a_pause_is_free() -> None:
     machine = Machine(8, 1)
     prompt = machine.draw.choices(range(10**9), k=600)
     long = machine.send("a", prompt, 400)
-    machine.table.admit(list(machine.table.batches))
+    machine.admission.admit(list(machine.table.batches))
     short = machine.send("a", prompt[:100], 1)
     machine.run_until(long, short)
     report = machine.reports[long]
@@ -296,7 +298,7 @@ def test_a_request_whose_cache_is_gone_when_it_starts_is_not_short() -> None:
     assert is_short(ticket)
     assert ticket.item.prefix is not None
     machine.table.keeper.drop(ticket.item.prefix)
-    machine.table.admit(list(machine.table.batches))
+    machine.admission.admit(list(machine.table.batches))
     assert [row.is_short for row in machine.table.admitted] == [False]
     machine.run_until(follow_up)
 
@@ -310,12 +312,12 @@ def test_short_requests_without_room_are_not_tried_one_by_one(
         machine.send("abcd"[index % 4], 20, 20)
     machine.step(always_quiet=True)
     assert len(machine.table.line) > 300
-    tried, place = list[object](), machine.table._place
+    tried, place = list[object](), machine.admission._place
 
     def counted(*given: Any) -> object:
         tried.append(given)
         return place(*given)
 
-    monkeypatch.setattr(machine.table, "_place", counted)
-    machine.table.admit(list(machine.table.batches))
+    monkeypatch.setattr(machine.admission, "_place", counted)
+    machine.admission.admit(list(machine.table.batches))
     assert 1 <= len(tried) <= 4

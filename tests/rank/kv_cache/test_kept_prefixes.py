@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.protocol import CloseSequence, Decision, DropPrefix, SplitPrefix
-from k2cli.rank.engine.prefix_keeper import PrefixKeeper
-from k2cli.rank.engine.prefixes import LEAST_REUSE_TOKENS, node_tokens
+from k2cli.rank.engine.prefixes.keeper import PrefixKeeper
+from k2cli.rank.engine.prefixes.tree import LEAST_REUSE_TOKENS, node_tokens
 from k2cli.rank.kv_cache.kept_prefixes import KeptPrefixes
 from k2cli.rank.kv_cache.segments import can_cut
 from k2cli.rank.kv_cache.table import CacheTable
 from k2cli.sharding.stage import cut_stage, make_cache
-from tests.rank.attention.test_latent import TOKENS, _model
+from tests.support.latent_models import TOKENS, latent_model
 from tests.support.memory import held_bytes
 
 WIDTHS = (24, 8)
@@ -158,7 +158,7 @@ def test_a_prefix_that_is_dropped_as_it_is_opened_is_never_held_twice() -> None:
 
 @pytest.mark.parametrize("name", ["kimi_k2", "deepseek_v32"])
 def test_a_sequence_goes_on_from_a_shared_beginning_as_from_its_own(name: str) -> None:
-    model = _model(name)
+    model = latent_model(name)
     stage = cut_stage(model, 0, len(model.layers))
     assert can_cut(stage)
     table = CacheTable(stage)

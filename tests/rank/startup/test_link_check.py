@@ -11,9 +11,11 @@ import mlx.nn as nn
 import msgspec
 import pytest
 
-from k2cli.protocol import EngineReady, LinkCheck, LoadProgress
-from k2cli.rank.startup.link_check import GPU_BOUND
+from k2cli.errors import ClusterError
+from k2cli.protocol import EngineReady, LinkCheck, LoadProgress, StepDigest
+from k2cli.rank.startup.link_check import GPU_BOUND, LinkChecker, _Seen
 from k2cli.rank.startup.marks import first_difference, kept_output, mark
+from tests.support.bootstraps import make_assignment
 from tests.support.faults import FAULTY_RANKS
 from tests.support.rank_pool import RankPool, assignments, running
 
@@ -103,6 +105,16 @@ def test_a_time_limit_cuts_the_prompt_short(toy_k2: Path, tmp_path: Path) -> Non
 
 def _with_limit(part: Any, seconds: float) -> Any:
     return msgspec.structs.replace(part, link_check=LinkCheck([300], seconds))
+
+
+def test_a_token_after_a_prompt_that_was_cut_short_is_no_chunk() -> None:
+    nothing: Any = None
+    checker = LinkChecker(nothing, nothing, make_assignment(), nothing, 9, 1.0, on_gpu=False)
+    one, other = (
+        _Seen({0: StepDigest(0, 5, "", "", caches=caches)}, 48, None) for caches in ("a", "b")
+    )
+    with pytest.raises(ClusterError, match=r"the token after the prompt, position 48\)"):
+        checker._compare_runs(one, other, [16] * 8)
 
 
 # --- marks --------------------------------------------------------------------------------------

@@ -8,21 +8,18 @@ uses a block only if every rank has its part of it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from k2cli import __version__
 from k2cli.errors import K2Error
-from k2cli.files import read_regular
 from k2cli.prefix_folder import (
     PART_MARK,
     BlockFile,
@@ -49,14 +46,11 @@ from k2cli.rank.kv_cache.block_file import (
     to_host,
     write_block,
 )
-from k2cli.rank.kv_cache.segments import Segment, form
+from k2cli.rank.kv_cache.segments import Segment
 from k2cli.stderr import say_on_stderr
-
-if TYPE_CHECKING:
-    from k2cli.sharding.stage import Stage
+from k2cli.units import SURROGATE
 
 _OLD_PART_SECONDS = 600.0
-_MOST_CONFIG_BYTES = 2**24
 _MOST_BLOCKS = 2**18
 """Of one store: 67 million tokens. The leader is told of all of them in one message."""
 
@@ -78,6 +72,13 @@ class BlockStore:
         self._report = report
         self._folder = Path()
         self._mark = -1
+        self._limit_bytes = 0
+        # Known to the writing thread alone: the sizes of this store's blocks, and those of this
+        # rank in other stores, the least recently used first.
+        self._own: dict[str, int] = {}
+        self._own_bytes = 0
+        self._others: deque[tuple[Path, int]] = deque()
+        self._others_bytes = 0
         self._writing: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._reading: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._read: dict[int, list[list[HostArray]]] = {}
@@ -97,8 +98,13 @@ class BlockStore:
             self._folder = root / f"{decision.folder}-{self._rank}"
             self._make_folder()
             found = self._found()
-            self._remove_others(root, decision.limit_bytes - sum(file.nbytes for file in found))
-        except OSError as error:
+            self._limit_bytes = decision.limit_bytes
+            for file in found:
+                self._count(file.name, file.nbytes)
+            self._find_others(root)
+            self._make_room(0)
+        except Exception as error:  # the leader waits for the report
+            found = []
             self._switch_off(error)
         blocks = [(file.name, file.nbytes, file.used) for file in found]
         self._report(BlocksFound(self._rank, blocks, not self._failed))
@@ -124,21 +130,30 @@ class BlockStore:
             (self._folder / file.name).unlink(missing_ok=True)
         return complete[:_MOST_BLOCKS]
 
-    def _remove_others(self, root: Path, left_bytes: int) -> None:
-        """Remove blocks of this rank in other runs, oldest first, until they fit."""
+    def _count(self, block: str, nbytes: int) -> None:
+        """Note the size of one of this store's blocks, 0 if it is not there any more."""
+        self._own_bytes += nbytes - self._own.pop(block, 0)
+        if nbytes:
+            self._own[block] = nbytes
+
+    def _find_others(self, root: Path) -> None:
+        """Find the blocks of this rank in other stores: they count in its limit, too."""
         others = [
-            (file, folder)
+            (file.used, folder / file.name, file.nbytes)
             for folder in root.glob(f"*-{self._rank}")
             if folder != self._folder and not folder.is_symlink()
             for file in blocks_of(folder)
         ]
-        others.sort(key=lambda other: other[0].used)
-        size = sum(file.nbytes for file, _ in others)
-        for file, folder in others:
-            if size <= left_bytes:
-                return
-            (folder / file.name).unlink(missing_ok=True)
-            size -= file.nbytes
+        self._others = deque((path, nbytes) for _, path, nbytes in sorted(others))
+        self._others_bytes = sum(nbytes for _, nbytes in self._others)
+
+    def _make_room(self, more_bytes: int) -> None:
+        """Remove blocks of other stores, oldest first, until they fit beside this one's."""
+        left = self._limit_bytes - self._own_bytes - more_bytes
+        while self._others and self._others_bytes > left:
+            path, nbytes = self._others.popleft()
+            path.unlink(missing_ok=True)
+            self._others_bytes -= nbytes
 
     def write(self, block: str, layers: list[Segment]) -> None:
         """Copy the caches of a block, and let them be written."""
@@ -154,15 +169,18 @@ class BlockStore:
             self._report(BlockWritten(self._rank, block, error="switched off"))
             return
         try:
+            self._make_room(sum(len(array.data) for array in arrays))
             try:
                 size = write_block(self._folder / block, arrays)
             except FileNotFoundError:  # the folder was removed meanwhile: see remove_store
                 self._make_folder()
+                self._own, self._own_bytes = {}, 0
                 size = write_block(self._folder / block, arrays)
         except Exception as error:  # the leader waits for the report
             self._switch_off(error)
             self._report(BlockWritten(self._rank, block, error=str(error)))
         else:
+            self._count(block, size)
             self._report(BlockWritten(self._rank, block, size))
 
     def _switch_off(self, error: Exception) -> None:
@@ -185,7 +203,7 @@ class BlockStore:
                 say_on_stderr(
                     f"rank {self._rank}: a block of the prefix cache is removed: {reason}"
                 )
-                self._remove([block])
+                self._writing.put(functools.partial(self._remove, [block]))
                 break
         with self._lock:
             self._read[decision.reading] = found
@@ -214,6 +232,7 @@ class BlockStore:
         for block in blocks:
             with contextlib.suppress(OSError):
                 (self._folder / block).unlink()
+            self._count(block, 0)
 
 
 def _model_name(folder: Path) -> str:
@@ -221,7 +240,7 @@ def _model_name(folder: Path) -> str:
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
-    return folder.name
+    return SURROGATE.sub("\ufffd", folder.name)
 
 
 def _carry_out(jobs: queue.SimpleQueue[Callable[[], None]]) -> None:
@@ -235,40 +254,3 @@ def _is_block(name: str) -> bool:
     except (msgspec.MsgspecError, UnicodeEncodeError):
         return False
     return True
-
-
-def rank_identity(assignment: Assignment, stage: Stage) -> str:
-    """Return a digest of what a rank's caches depend on, beside the run's placement.
-
-    Weights of hundreds of gigabytes are not read for it: a file counts as the same if its name
-    (in the Hub's cache a digest of its content), size and time of change are.
-    """
-    folder = Path(assignment.model_path)
-    config = read_regular(folder / "config.json", _MOST_CONFIG_BYTES, follow_links=True)
-    digest = hashlib.sha256(config)
-    for path in sorted(folder.glob("*.safetensors")):
-        found, real = path.stat(), path.resolve().name
-        digest.update(f"{path.name} {real} {found.st_size} {found.st_mtime_ns}\n".encode())
-    digest.update(f"{form(stage)} {__version__} {_version('mlx')} {_version('mlx-lm')}".encode())
-    return digest.hexdigest()
-
-
-def run_identity(assignment: Assignment, identities: list[str]) -> str:
-    """Return the name of a run's stores: a digest of the placement and all ranks' identities."""
-    parts = (
-        assignment.size,
-        assignment.strategy,
-        assignment.layers,
-        assignment.head,
-        assignment.dtype,
-        assignment.expansion_weight,
-        identities,
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

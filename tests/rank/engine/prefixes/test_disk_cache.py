@@ -1,4 +1,4 @@
-"""The leader's directory of stored prefixes, with two ranks whose disks the test plays."""
+"""The prefix cache on disk, on the leader, with two ranks whose disks the test plays."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from k2cli.protocol import (
     ReadBlocks,
     StoreBlock,
 )
-from k2cli.rank.engine.prefix_keeper import PrefixKeeper
+from k2cli.rank.engine.prefixes.disk_cache import DiskCache
+from k2cli.rank.engine.prefixes.keeper import PrefixKeeper
 from k2cli.rank.engine.requests import Waiting
-from k2cli.rank.engine.stored_prefixes import StoredPrefixes
+from tests.support.bootstraps import make_assignment
 
 SIZES = (100, 60)
 LIMIT = 1000
@@ -42,13 +43,6 @@ class _Store:
         self.times |= times
 
 
-@dataclass(frozen=True)
-class _Assignment:
-    size: int = 2
-    prefix_disk_bytes: int = LIMIT
-    prefix_disk_scope: str = "own key"
-
-
 class Disks:
     """The disks of two ranks: they write and read what the leader decides, when they are told."""
 
@@ -61,11 +55,11 @@ class Disks:
         self.keeper = PrefixKeeper(self, whole_only=False)
         reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         store: Any = _Store()
-        assignment: Any = _Assignment(prefix_disk_scope=own_scope)
-        self.stored = StoredPrefixes(self, self.keeper, store, reports, assignment)
+        assignment = make_assignment(size=2, prefix_disk_bytes=LIMIT, prefix_disk_scope=own_scope)
+        self.cache = DiskCache(self, self.keeper, store, reports, assignment)
         for rank, files in enumerate(self.files):
             found = [(name, size, float(index)) for index, (name, size) in enumerate(files.items())]
-            self.stored.handle(BlocksFound(rank, found))
+            self.cache.handle(BlocksFound(rank, found))
 
     def submit(self, decision: Decision) -> None:
         self.next_number += 1
@@ -83,28 +77,28 @@ class Disks:
             for rank in (0, 1):
                 match decision:
                     case StoreBlock(block=block) if rank and error:
-                        self.stored.handle(BlockWritten(rank, block, error=error))
+                        self.cache.handle(BlockWritten(rank, block, error=error))
                     case StoreBlock(block=block):
                         self.files[rank][block] = SIZES[rank]
-                        self.stored.handle(BlockWritten(rank, block, SIZES[rank]))
+                        self.cache.handle(BlockWritten(rank, block, SIZES[rank]))
                     case ReadBlocks(reading=reading, blocks=blocks):
                         there = [block in self.files[rank] for block in blocks]
                         count = [*there, False].index(False)
-                        self.stored.handle(BlocksRead(rank, reading, count))
+                        self.cache.handle(BlocksRead(rank, reading, count))
 
     def write(self, tokens: Sequence[int], scope: str = "", *, error: str = "") -> None:
         """Keep a sequence, and write it until nothing is left to be written."""
         self.keeper.keep(tokens, scope)
-        while self.stored.has_work:
-            self.stored.write_some()
+        while self.cache.writing.has_work:
+            self.cache.writing.write_some()
             self.work(error=error)
 
     def request(self, prompt: list[int], scope: str = "") -> Waiting:
         """Let a request wait for what is stored, to the end of reading."""
         waiting = Waiting(Generate("r", prompt, 5, prefix_scope=scope), 0.0)
-        self.stored.consider(waiting, 0.0)
-        while self.stored.is_reading:
-            self.stored.read_some(lambda waiting: True, 100_000)
+        self.cache.reading.consider(waiting, 0.0)
+        while self.cache.reading.is_reading:
+            self.cache.reading.read_some(lambda waiting: True, 100_000)
             adopted = [d for d in self.waiting if isinstance(d, AdoptBlocks)]
             assert all(len(d.tokens) + d.skip == 256 * d.count for d in adopted if d.keep_as)
             self.work()
@@ -189,10 +183,10 @@ def test_the_budget_holds_and_the_least_recently_used_go_first(
     for prompt in prompts:
         disks.write(prompt)
         disks.write(prompts[0])
-        disks.stored.consider(Waiting(Generate("r", prompts[0], 1), 0.0), 0.0)
+        disks.cache.reading.consider(Waiting(Generate("r", prompts[0], 1), 0.0), 0.0)
         disks.keeper.keep([*prompts[0], *draw.choices(range(9), k=20)], "")
         assert sum(disks.files[0].values()) <= LIMIT
-    kept = [all(b in disks.files[0] for b in disks.stored.chain(p, "")) for p in prompts]
+    kept = [all(b in disks.files[0] for b in disks.cache.blocks.chain(p, "")) for p in prompts]
     assert kept == [True, *[False] * 4, *[True] * 4]
 
 
@@ -202,14 +196,14 @@ def test_one_block_at_a_time_is_written_beside_requests(monkeypatch: pytest.Monk
     disks = Disks()
     disks.keeper.keep(PROMPT, "")
     for blocks in (1, 1, 2, 2, 3):
-        disks.stored.write_now_and_then()
+        disks.cache.writing.write_now_and_then()
         disks.work()
         assert len(disks.files[0]) == blocks
         now[0] += 1.1
     now[0] += 10.0
-    disks.stored.write_now_and_then()
+    disks.cache.writing.write_now_and_then()
     now[0] += 10.0
-    disks.stored.write_now_and_then()  # the disk is slow
+    disks.cache.writing.write_now_and_then()  # the disk is slow
     assert len(disks.waiting) == 1
 
 
@@ -219,7 +213,7 @@ def test_an_error_of_one_disk_switches_writing_off() -> None:
     assert disks.files[0] == {}
     disks.write([*PROMPT[:600], 1, 2, 3, *PROMPT])
     assert disks.files == [{}, {}]
-    assert not disks.stored.has_work
+    assert not disks.cache.writing.has_work
 
 
 def test_a_request_does_not_wait_longer_than_computing_takes(
@@ -228,26 +222,46 @@ def test_a_request_does_not_wait_longer_than_computing_takes(
     disks, now = Disks(files), [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     waiting = Waiting(Generate("r", PROMPT, 5), 0.0)
-    disks.stored.consider(waiting, 100.0)
-    disks.stored.read_some(lambda waiting: True, 100_000)
+    disks.cache.reading.consider(waiting, 100.0)
+    disks.cache.reading.read_some(lambda waiting: True, 100_000)
     assert not waiting.is_ready
     now[0] += 10.0
-    disks.stored.read_some(lambda waiting: True, 100_000)
+    disks.cache.reading.read_some(lambda waiting: True, 100_000)
     assert not waiting.is_ready
     now[0] += 0.3  # of 1,024 tokens
-    disks.stored.read_some(lambda waiting: True, 100_000)
+    disks.cache.reading.read_some(lambda waiting: True, 100_000)
     assert waiting.is_ready
     disks.work()  # the disk answers late: what it has read is kept for others
-    disks.stored.read_some(lambda waiting: False, 100_000)
+    disks.cache.reading.read_some(lambda waiting: False, 100_000)
     assert disks.kept(PROMPT) == 1024
-    assert not disks.stored.is_reading
+    assert not disks.cache.reading.is_reading
 
 
 def test_nothing_is_read_that_memory_has_no_room_for(files: list[dict[str, int]]) -> None:
     disks = Disks(files)
     waiting = Waiting(Generate("r", PROMPT, 5), 0.0)
-    disks.stored.consider(waiting, 0.0)
+    disks.cache.reading.consider(waiting, 0.0)
     for _ in range(2):
-        disks.stored.read_some(lambda waiting: True, 1000)
+        disks.cache.reading.read_some(lambda waiting: True, 1000)
     assert waiting.is_ready
     assert not disks.waiting
+
+
+def test_many_waiting_requests_do_not_make_every_step_slow(
+    files: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of a prompt are looked up when its turn comes, not before each step."""
+    disks, looked_up = Disks(files), list[int]()
+    waiting = [Waiting(Generate(str(n), [*PROMPT, n], 5), 0.0) for n in range(20)]
+    for each in waiting:
+        disks.cache.reading.consider(each, 0.0)
+    find = disks.keeper.tree.find
+    monkeypatch.setattr(disks.keeper.tree, "find", lambda *of: (looked_up.append(1), find(*of))[1])
+    for _ in range(10):
+        disks.cache.reading.read_some(lambda waiting: True, 100_000)
+    assert len(looked_up) <= 2
+    disks.work()
+    disks.cache.reading.read_some(lambda waiting: True, 100_000)
+    # What the first have read is there for all.
+    assert all(each.is_ready for each in waiting)
+    assert not disks.cache.reading.is_reading

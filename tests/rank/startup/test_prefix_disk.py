@@ -15,8 +15,8 @@ import pytest
 from msgspec.structs import replace
 
 from k2cli.prefix_folder import prefixes_directory, stores
-from k2cli.rank.kv_cache.store import rank_identity, run_identity
 from k2cli.rank.loader import load_part
+from k2cli.rank.startup.prefix_disk import rank_identity, run_identity
 from tests.support.rank_pool import RankPool, assignments, running
 
 pytestmark = pytest.mark.ranks

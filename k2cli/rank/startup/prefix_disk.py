@@ -1,20 +1,28 @@
-"""Setting up the prefix cache on disk in the ranks of a run."""
+"""Setting up the prefix cache on disk in the ranks of a run, and what its stores belong to."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+from k2cli import __version__
+from k2cli.files import read_regular
 from k2cli.protocol import Assignment, Decision, FollowerMessage, StoreReport
 from k2cli.protocol.wire import Channel, ConnectionLost
 from k2cli.rank.engine.engine import Engine
-from k2cli.rank.engine.stored_prefixes import StoredPrefixes
+from k2cli.rank.engine.prefixes.disk_cache import DiskCache
 from k2cli.rank.executor import Executor
-from k2cli.rank.kv_cache.store import BlockStore, rank_identity, run_identity
+from k2cli.rank.kv_cache.block_store import BlockStore
+from k2cli.rank.kv_cache.segments import form
 from k2cli.sharding.stage import Stage
 from k2cli.stderr import say_on_stderr
+
+_MOST_CONFIG_BYTES = 2**24
 
 
 def store_identity(assignment: Assignment, stage: Stage) -> str:
@@ -68,15 +76,55 @@ def open_on_leader(
     reports: queue.SimpleQueue[StoreReport] = queue.SimpleQueue()
     store = BlockStore(assignment, _layers(executor), reports.put)
     try:
-        stored = StoredPrefixes(engine.sender, engine.keeper, store, reports, assignment)
+        disk = DiskCache(engine.sender, engine.keeper, store, reports, assignment)
     except OSError as error:
         say_on_stderr(f"no prefix cache on disk: {error.strerror or error}")
         return
     executor.store = store
     ordered = [identities[rank] for rank in range(assignment.size)]
     folder = run_identity(assignment, ordered)
-    engine.use_stored(stored, folder, assignment.prefix_disk_bytes)
+    engine.use_disk_cache(disk, folder, assignment.prefix_disk_bytes)
 
 
 def _layers(executor: Executor) -> int:
     return len(executor.stage.make_local_cache())
+
+
+# --- what stores belong to ----------------------------------------------------------------------
+
+
+def rank_identity(assignment: Assignment, stage: Stage) -> str:
+    """Return a digest of what a rank's caches depend on, beside the run's placement.
+
+    Weights of hundreds of gigabytes are not read for it: a file counts as the same if its name
+    (in the Hub's cache a digest of its content), size and time of change are.
+    """
+    folder = Path(assignment.model_path)
+    config = read_regular(folder / "config.json", _MOST_CONFIG_BYTES, follow_links=True)
+    digest = hashlib.sha256(config)
+    for path in sorted(folder.glob("*.safetensors")):
+        found, real = path.stat(), path.resolve().name
+        digest.update(f"{path.name} {real} {found.st_size} {found.st_mtime_ns}\n".encode())
+    digest.update(f"{form(stage)} {__version__} {_version('mlx')} {_version('mlx-lm')}".encode())
+    return digest.hexdigest()
+
+
+def run_identity(assignment: Assignment, identities: list[str]) -> str:
+    """Return the name of a run's stores: a digest of the placement and all ranks' identities."""
+    parts = (
+        assignment.size,
+        assignment.strategy,
+        assignment.layers,
+        assignment.head,
+        assignment.dtype,
+        assignment.expansion_weight,
+        identities,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from k2cli.protocol import Decision, DropPrefix, SplitPrefix
-from k2cli.rank.engine.prefixes import Place, PrefixTree
+from k2cli.rank.engine.prefixes.tree import Place, PrefixTree
 
 _MOST_ADDED = 256
 
