@@ -113,7 +113,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def stores() -> list[StoreFolder]:
-    """List the stores, the most recently used first.
+    """List the stores, those of the most recently used model first, and each by its ranks.
 
     Raises:
         OSError: if the folder is there and cannot be read.
@@ -131,7 +131,15 @@ def stores() -> list[StoreFolder]:
             tokens = sum(PART_MARK not in file.name for file in files) * BLOCK_TOKENS
             where = (note.model, note.rank, note.ranks)
             found.append(StoreFolder(folder, *where, tokens, size, used, _is_used(folder)))
-    return sorted(found, key=lambda store: store.used, reverse=True)
+    last: dict[str, float] = {}
+    for store in found:
+        last[_run_name(store)] = max(store.used, last.get(_run_name(store), 0.0))
+    return sorted(found, key=lambda store: (-last[_run_name(store)], _run_name(store), store.rank))
+
+
+def _run_name(store: StoreFolder) -> str:
+    """Return the part of a folder's name that the stores of all ranks have in common."""
+    return store.folder.name.rpartition("-")[0]
 
 
 def open_store(folder: Path, note: StoreNote) -> int:
@@ -146,6 +154,15 @@ def open_store(folder: Path, note: StoreNote) -> int:
     with contextlib.suppress(OSError):  # some network file systems have no locks
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return lock
+
+
+def lock_state(folder: Path) -> os.stat_result:
+    """Return the state of a store's lock file.
+
+    Raises:
+        FileNotFoundError: if the store is not there.
+    """
+    return (folder / _LOCK_NAME).stat(follow_symlinks=False)
 
 
 def _is_used(folder: Path) -> bool:

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from k2cli.runs.record import RunRecord
 
 
+_DISK_OPTION = "--prefix-cache-disk"
+_DISK_VARIABLE = "K2_PREFIX_CACHE_DISK"
+_LEAST_DISK_BYTES = 10**6
+"""A number without its unit would else remove the caches of all models."""
+
+
 class Restart(StrEnum):
     """Reaction to a failure of the run."""
 
@@ -82,7 +88,7 @@ def launch(
         str | None,
         typer.Option(
             metavar="SIZE",
-            envvar="K2_PREFIX_CACHE_DISK",
+            envvar=_DISK_VARIABLE,
             help="Keep the caches of prompts on the disks of the nodes too, in up to SIZE per rank "
             "(such as 50GB), so that a later run need not compute them again. Texts could be "
             "recovered from them. Default: nothing is kept on disks.",
@@ -258,20 +264,25 @@ def launch(
 
 
 def _disk_bytes(size: str | None) -> int:
+    import os
+
     from k2cli.errors import UsageError
     from k2cli.units import one_line, parse_bytes
 
     if size is None:
         return 0
+    source = _DISK_OPTION if os.environ.get(_DISK_VARIABLE) != size else _DISK_VARIABLE
     try:
         count = parse_bytes(size)
     except UsageError:
-        count = 0
-    if not 0 < count < 2**60:
-        raise UsageError(
-            f"--prefix-cache-disk '{one_line(size)}' is not a size from 1 byte on",
-            "--prefix-cache-disk 50GB",
-        )
+        count = -1
+    hint = f"{_DISK_OPTION} 50GB"
+    if count == 0:
+        hint = "--no-prefix-cache-disk" if source == _DISK_VARIABLE else f"leave out {_DISK_OPTION}"
+    elif size.strip().isdecimal() and 0 < count < 2**20:
+        hint = f"{_DISK_OPTION} {count}GB"
+    if not _LEAST_DISK_BYTES <= count < 2**60:
+        raise UsageError(f"{source} '{one_line(size)}' is not a size of 1 MB or more", hint)
     return count
 
 

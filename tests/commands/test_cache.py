@@ -19,10 +19,10 @@ def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def _store(name: str, model: str, blocks: int) -> int:
+def _store(name: str, model: str, blocks: int, rank: int = 0) -> int:
     """Make a store of a rank; return the descriptor that marks it as used."""
     naming_secret()
-    lock = open_store(prefixes_directory() / name, StoreNote(model, 0, 2))
+    lock = open_store(prefixes_directory() / name, StoreNote(model, rank, 2))
     folder = prefixes_directory() / name / ("5c" * 16)
     folder.mkdir(mode=0o700)
     for block in range(blocks):
@@ -55,6 +55,22 @@ def test_caches_are_listed_and_removed_by_model(capsys: pytest.CaptureFixture[st
     os.close(used)
 
 
+def test_ranks_are_listed_in_order_those_of_the_last_used_model_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, model, rank, used in (
+        ("b-0", "old", 0, 50),
+        ("a-0", "new", 0, 10),
+        ("a-1", "new", 1, 90),
+        ("b-1", "old", 1, 50),
+    ):
+        os.close(_store(name, model, 1, rank))
+        os.utime(next((prefixes_directory() / name).glob("*/*")), (used, used))
+    run_command_line(["cache", "list"])
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [["new", "0"], ["new", "1"], ["old", "0"], ["old", "1"]]
+
+
 def test_a_folder_that_others_can_access_is_not_used(tmp_path: Path) -> None:
     naming_secret()
     prefixes_directory().chmod(0o755)
@@ -84,7 +100,28 @@ def test_a_launch_keeps_caches_on_disks_only_if_asked(
     assert [request.prefix_disk_bytes for request in seen] == [expected]
 
 
-def test_a_size_that_is_none_is_refused_by_its_name() -> None:
-    for size in ("0", "much", "-1GB"):
-        with pytest.raises(UsageError, match=f"--prefix-cache-disk '{size}'"):
-            run_command_line(["launch", "demo", f"--prefix-cache-disk={size}"])
+@pytest.mark.parametrize(
+    ("size", "hint"),
+    [
+        ("0", "leave out --prefix-cache-disk"),
+        ("much", "--prefix-cache-disk 50GB"),
+        ("-1GB", "--prefix-cache-disk 50GB"),
+        # The unit was forgotten. Fifty bytes would remove what is kept of all models.
+        ("50", "--prefix-cache-disk 50GB"),
+        ("200", "--prefix-cache-disk 200GB"),
+        ("20kB", "--prefix-cache-disk 50GB"),
+    ],
+)
+def test_a_size_that_is_none_is_refused_by_its_name(size: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"--prefix-cache-disk '{size}'") as refused:
+        run_command_line(["launch", "demo", f"--prefix-cache-disk={size}"])
+    assert refused.value.hint == hint
+
+
+def test_a_size_of_the_environment_is_refused_by_the_name_of_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("K2_PREFIX_CACHE_DISK", "0")
+    with pytest.raises(UsageError, match="K2_PREFIX_CACHE_DISK '0'") as refused:
+        run_command_line(["launch", "demo"])
+    assert refused.value.hint == "--no-prefix-cache-disk"

@@ -11,6 +11,7 @@ no longer than computing them would take about.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import queue
@@ -33,7 +34,7 @@ from k2cli.protocol import (
 )
 from k2cli.rank.engine.prefix_keeper import PrefixKeeper, Sender
 from k2cli.rank.engine.requests import Waiting
-from k2cli.rank.kv_cache.store import BlockStore
+from k2cli.rank.kv_cache.store import STEP_SECONDS, BlockStore
 
 _MOST_WRITING = 4
 _BESIDE_SECONDS = 2.0
@@ -57,6 +58,7 @@ class _Block:
 class _Reading:
     """Blocks to read for a request. ``done`` blocks of ``chain`` are kept or were before.
 
+    ``used`` is the time that counts as the last use of the first block.
     ``number`` is that of the decision in progress, 0 if there is none, and ``answers`` how many
     whole blocks each rank has read for it, of ``wanted``.
     """
@@ -65,6 +67,7 @@ class _Reading:
     chain: list[str]
     done: int
     deadline: float
+    used: float
     number: int = 0
     wanted: int = 0
     answers: list[int] = field(default_factory=list)
@@ -92,13 +95,20 @@ class StoredPrefixes:
         self._reports = reports
         self._ranks = assignment.size
         self._limit_bytes = assignment.prefix_disk_bytes
-        self._secret = naming_secret()
+        store.secret = self._secret = naming_secret()
+        self._removals = 0
         self._own_scope = assignment.prefix_disk_scope
         self._found: dict[int, BlocksFound] = {}
         self._blocks: dict[str, _Block] = {}
         self._bytes = [0] * assignment.size
+        self._largest = 0
+        """Bytes of the largest part of a block; 0 as long as none is known."""
         self._written: dict[str, dict[int, int]] = {}
         """Blocks on their way to the disk: the bytes on each rank that has confirmed its part."""
+        self._sources: dict[str, int] = {}
+        """The prefixes to which these blocks belong."""
+        self._outdated: set[str] = set()
+        """Blocks on their way to the disk under names that later runs will not make."""
         self._prefix = 0
         self._chain: list[str] = []
         self._unwritten: list[tuple[int, str]] = []
@@ -122,11 +132,15 @@ class StoredPrefixes:
 
     def take_own_reports(self) -> None:
         """Handle the reports of the leader's own store."""
-        while True:
-            try:
-                self.handle(self._reports.get_nowait())
-            except queue.Empty:
-                return
+        reports = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                reports.append(self._reports.get_nowait())
+        if self._store.removals != self._removals:  # counted before the next report of the store
+            self._removals = self._store.removals
+            self._begin_again()
+        for report in reports:
+            self.handle(report)
 
     def handle(self, report: StoreReport) -> None:
         """Handle a report of any rank."""
@@ -158,6 +172,7 @@ class StoredPrefixes:
     def _add(self, block: str, sizes: list[int], used: float) -> None:
         self._blocks[block] = _Block(sizes, used)
         self._bytes = [one + size for one, size in zip(self._bytes, sizes, strict=True)]
+        self._largest = max(self._largest, *sizes)
 
     def _forget(self, blocks: Iterable[str]) -> None:
         blocks = sorted(blocks)
@@ -179,12 +194,25 @@ class StoredPrefixes:
         confirmed[report.rank] = -1 if report.error else report.nbytes
         if len(confirmed) < self._ranks:
             return
-        del self._written[report.block]
+        del self._written[report.block], self._sources[report.block]
         sizes = [confirmed[rank] for rank in range(self._ranks)]
-        if min(sizes) < 0:
+        if min(sizes) < 0 or report.block in self._outdated:
+            self._outdated.discard(report.block)
             self._forget([report.block])
         else:
             self._add(report.block, sizes, time.time())
+            self._make_room(0, ())
+
+    def _begin_again(self) -> None:
+        """Take the store for empty, and make new names: it was removed beside this run.
+
+        What is on other machines or on its way would not be found by later runs: it is removed.
+        """
+        self._secret = self._store.secret
+        self._outdated.update(self._written)
+        self._forget(list(self._blocks))
+        self._unwritten.clear()
+        self._keeper.added.extend({*self._sources.values(), self._prefix})
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -202,14 +230,15 @@ class StoredPrefixes:
     def _digest(self, data: bytes) -> str:
         return hmac.new(self._secret, data, hashlib.sha256).hexdigest()[:_NAME_LETTERS]
 
-    def _use(self, chain: Sequence[str]) -> None:
-        """Make blocks the most recently used: the later ones of a chain go first."""
+    def _use(self, chain: Sequence[str]) -> float:
+        """Make blocks the most recently used, the first one last; return its time."""
         now = time.time()
-        times = {block: now - index * 1e-6 for index, block in enumerate(chain)}
+        times = {block: now - index * STEP_SECONDS for index, block in enumerate(chain)}
         times = {block: used for block, used in times.items() if block in self._blocks}
         for block, used in times.items():
             self._blocks[block].used = used
         self._store.touch(times)
+        return now
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -227,7 +256,12 @@ class StoredPrefixes:
             self.write_some(1)
 
     def write_some(self, most: int = _MOST_WRITING) -> None:
-        """Let blocks of kept prefixes be written, until so many are on their way."""
+        """Let blocks of kept prefixes be written, until so many are on their way.
+
+        The first one of all is written alone, since its size is not known before.
+        """
+        if not self._largest:
+            most = 1
         while self.ready and self._writes and len(self._written) < most:
             if not self._unwritten and not self._next_prefix():
                 return
@@ -254,12 +288,11 @@ class StoredPrefixes:
 
     def _write_one(self) -> None:
         first, block = self._unwritten.pop()
-        expected = max((max(b.nbytes) for b in self._blocks.values()), default=0)
-        room = self._make_room(expected * (len(self._written) + 1), self._chain)
+        room = self._make_room(self._largest * (len(self._written) + 1), self._chain)
         if not room or self._prefix not in self._keeper.tree:
             self._unwritten.clear()
             return
-        self._written[block] = {}
+        self._written[block], self._sources[block] = {}, self._prefix
         number = self._sender.next_number
         self._sender.submit(StoreBlock(number, self._prefix, first, block))
 
@@ -300,8 +333,8 @@ class StoredPrefixes:
             missing = (stored - done) * BLOCK_TOKENS
             seconds = max(_LEAST_WAIT_SECONDS, missing / tokens_per_second)
         waiting.reading = True
-        self._use(chain[:stored])
-        self._readings.append(_Reading(waiting, chain[:stored], done, time.monotonic() + seconds))
+        used, deadline = self._use(chain[:stored]), time.monotonic() + seconds
+        self._readings.append(_Reading(waiting, chain[:stored], done, deadline, used))
 
     @property
     def is_reading(self) -> bool:
@@ -360,7 +393,8 @@ class StoredPrefixes:
         self._numbers += 1
         reading.number, reading.wanted, reading.answers = self._numbers, wanted, []
         blocks = reading.chain[reading.done : reading.done + wanted]
-        self._sender.submit(ReadBlocks(self._sender.next_number, reading.number, blocks))
+        used = reading.used - reading.done * STEP_SECONDS
+        self._sender.submit(ReadBlocks(self._sender.next_number, reading.number, blocks, used))
 
     def _adopt(self, reading: _Reading, make_room: Callable[[int], None]) -> bool:
         """Keep what all ranks have read of the blocks in progress; return False if nothing."""

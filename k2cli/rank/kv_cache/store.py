@@ -28,6 +28,8 @@ from k2cli.prefix_folder import (
     BlockFile,
     StoreNote,
     blocks_of,
+    lock_state,
+    naming_secret,
     open_prefixes_directory,
     open_store,
 )
@@ -55,6 +57,8 @@ from k2cli.stderr import say_on_stderr
 if TYPE_CHECKING:
     from k2cli.sharding.stage import Stage
 
+STEP_SECONDS = 1e-6
+"""Between the recorded uses of the blocks of a prompt: the later ones are removed first."""
 _OLD_PART_SECONDS = 600.0
 _MOST_CONFIG_BYTES = 2**24
 _MOST_BLOCKS = 2**18
@@ -83,6 +87,10 @@ class BlockStore:
         self._read: dict[int, list[list[HostArray]]] = {}
         self._lock = threading.Lock()
         self._failed = False
+        self.secret = b""
+        """On the leader: what the names of blocks depend on, read again after a removal."""
+        self.removals = 0
+        """How often the folder was removed by others, such as ``k2 cache clear``."""
 
     def open(self, decision: OpenStore) -> None:
         """Begin: start the threads, and report what is there."""
@@ -110,6 +118,20 @@ class BlockStore:
         before, self._mark = self._mark, open_store(self._folder, note)
         if before >= 0:
             os.close(before)
+
+    def _make_folder_again(self) -> None:
+        """Make the folder that was removed meanwhile: see ``remove_store``."""
+        self._make_folder()
+        if self.secret:  # it may have been removed too, and later runs make names with the new one
+            self.secret = naming_secret()
+        self.removals += 1
+
+    def _is_removed(self) -> bool:
+        """True if the folder is not the one that this rank has marked as used."""
+        try:
+            return not os.path.samestat(lock_state(self._folder), os.fstat(self._mark))
+        except FileNotFoundError:
+            return True
 
     def _found(self) -> list[BlockFile]:
         """Return the complete blocks; remove what writers that were killed have left."""
@@ -154,10 +176,12 @@ class BlockStore:
             self._report(BlockWritten(self._rank, block, error="switched off"))
             return
         try:
+            if self._is_removed():
+                self._make_folder_again()
             try:
                 size = write_block(self._folder / block, arrays)
-            except FileNotFoundError:  # the folder was removed meanwhile: see remove_store
-                self._make_folder()
+            except FileNotFoundError:  # removed at this very moment
+                self._make_folder_again()
                 size = write_block(self._folder / block, arrays)
         except Exception as error:  # the leader waits for the report
             self._switch_off(error)
@@ -177,9 +201,10 @@ class BlockStore:
 
     def _read_blocks(self, decision: ReadBlocks) -> None:
         found: list[list[HostArray]] = []
-        for block in decision.blocks:
+        for index, block in enumerate(decision.blocks):
             try:
                 found.append(read_block(self._folder / block, self._layers))
+                self._touch({block: decision.used - index * STEP_SECONDS})
             except Exception as error:  # a request waits for the report
                 reason = error.message if isinstance(error, K2Error) else str(error)
                 say_on_stderr(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from k2cli.prefix_folder import naming_secret, remove_secret
 from k2cli.protocol import (
     AdoptBlocks,
     BlocksFound,
@@ -37,6 +38,8 @@ class _Store:
     """The leader's own store, which records times of use."""
 
     times: dict[str, float] = field(default_factory=dict)
+    secret: bytes = b""
+    removals: int = 0
 
     def touch(self, times: dict[str, float]) -> None:
         self.times |= times
@@ -53,16 +56,21 @@ class Disks:
     """The disks of two ranks: they write and read what the leader decides, when they are told."""
 
     def __init__(
-        self, blocks: Sequence[dict[str, int]] = ({}, {}), own_scope: str = "own key"
+        self,
+        blocks: Sequence[dict[str, int]] = ({}, {}),
+        own_scope: str = "own key",
+        limit: int = LIMIT,
     ) -> None:
         self.next_number = 1
+        self.writes = 0
         self.files = [dict(rank) for rank in blocks]
         self.waiting: list[Decision] = []
         self.keeper = PrefixKeeper(self, whole_only=False)
         reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        store: Any = _Store()
-        assignment: Any = _Assignment(prefix_disk_scope=own_scope)
-        self.stored = StoredPrefixes(self, self.keeper, store, reports, assignment)
+        self.store = _Store()
+        as_store: Any = self.store
+        assignment: Any = _Assignment(prefix_disk_bytes=limit, prefix_disk_scope=own_scope)
+        self.stored = StoredPrefixes(self, self.keeper, as_store, reports, assignment)
         for rank, files in enumerate(self.files):
             found = [(name, size, float(index)) for index, (name, size) in enumerate(files.items())]
             self.stored.handle(BlocksFound(rank, found))
@@ -74,6 +82,7 @@ class Disks:
                 for block in decision.blocks:
                     rank.pop(block, None)
         else:
+            self.writes += isinstance(decision, StoreBlock)
             self.waiting.append(decision)
 
     def work(self, *, error: str = "") -> None:
@@ -176,6 +185,38 @@ def test_what_cannot_be_read_is_forgotten_and_computed(files: list[dict[str, int
     assert second not in disks.files[0]
     disks.write(PROMPT)
     assert second in disks.files[0]
+
+
+def test_what_is_written_after_the_cache_was_cleared_is_found_by_the_next_run(
+    files: list[dict[str, int]],
+) -> None:
+    """`k2 cache clear` on the leader's machine removes the secret on which all names depend."""
+    disks = Disks(files)
+    disks.keeper.keep(PROMPT, "")
+    disks.files[0].clear()  # the second rank is on another machine
+    old = set(disks.files[1])
+    remove_secret()
+    other = random.Random(2).choices(range(10**6), k=600)
+    disks.keeper.keep(other, "")
+    disks.stored.write_some()  # the leader learns of it only by what its writer finds
+    disks.store.secret, disks.store.removals = naming_secret(), 1
+    disks.stored.take_own_reports()
+    disks.work()
+    disks.write([*PROMPT, 7])
+    assert not old & set(disks.files[1])
+    assert sum(disks.files[0].values()) == 6 * SIZES[0]
+    later = Disks(disks.files)
+    later.request([*PROMPT, 5])
+    later.request([*other, 5])
+    assert (later.kept(PROMPT), later.kept(other)) == (1024, 512)
+
+
+def test_no_block_is_kept_if_the_limit_is_less_than_one() -> None:
+    disks = Disks(limit=max(SIZES) - 1)
+    disks.write(PROMPT)
+    disks.write(PROMPT[::-1])
+    assert disks.writes == 1  # of one whose size was not known before
+    assert disks.files == [{}, {}]
 
 
 def test_the_budget_holds_and_the_least_recently_used_go_first(
