@@ -49,6 +49,7 @@ def deep_check(options: DeepOptions, *, possible: bool) -> CheckResult:
     """
     from k2cli.doctor.results import CheckResult
     from k2cli.errors import ClusterError, DoesNotFitError
+    from k2cli.nodes.locks import BusyError
 
     names = _rank_names(options)
     if not possible:
@@ -58,6 +59,10 @@ def deep_check(options: DeepOptions, *, possible: bool) -> CheckResult:
         request = _request(options, names, model, lengths)
         try:
             backend, checked = _run(request)
+        except BusyError as error:
+            clean = error.hint if error.hint and error.hint.startswith("k2 ") else None
+            command = clean or f"k2 stop {error.holder}"  # the doctor has no --wait and no --share
+            return CheckResult("fail", _NAME, None, f"not compared: {error.message}", command)
         except (ClusterError, DoesNotFitError) as error:
             return CheckResult("fail", _NAME, None, error.message, error.hint or _hint(options))
     detail = f"{backend}: prompts of up to {checked:,} tokens, computed twice, came out equal"
