@@ -121,6 +121,12 @@ def test_the_proposed_launch_has_the_options_of_the_plan(toy_k2: Path) -> None:
     assert proposed in done.stderr.splitlines(), done.stderr
 
 
+def test_two_ranks_of_one_machine_fit_80_columns(toy_k2: Path) -> None:
+    done = k2_here("plan-memory", str(toy_k2), "--hardware", "2x this", "--concurrency", "200")
+    assert "localhost rank 1" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
 def test_a_terminal_without_utf8_gets_ascii_bars() -> None:
     done = k2("plan-memory", K2, "--hardware", "2x m3-ultra-512", PYTHONIOENCODING="ascii")
     assert done.returncode == 0

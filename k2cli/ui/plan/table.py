@@ -122,8 +122,9 @@ def _table(plan: Plan) -> list[str]:
     if any(marks):
         rows.append(marks)
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= _WIDTH else " "
     return [
-        "  ".join(
+        gap.join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
