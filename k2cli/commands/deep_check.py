@@ -51,7 +51,7 @@ def deep_check(options: DeepOptions, *, possible: bool) -> CheckResult:
     from k2cli.errors import ClusterError, DoesNotFitError
     from k2cli.nodes.locks import BusyError
 
-    names = _rank_names(options)
+    names = rank_names(options)
     if not possible:
         return CheckResult("skip", _NAME, None, "not checked: first fix what has failed above")
     lengths = lengths_up_to(options.most_tokens or _MOST_TOKENS)
@@ -81,8 +81,12 @@ def lengths_up_to(most: int) -> tuple[int, ...]:
     return (*lengths, most)
 
 
-def _rank_names(options: DeepOptions) -> tuple[str, ...]:
-    """Return a node per rank; a name of ``--nodes`` may repeat, as for launch."""
+def rank_names(options: DeepOptions) -> tuple[str, ...]:
+    """Return a node per rank; a name of ``--nodes`` may repeat, as for launch.
+
+    Raises:
+        UsageError: if there are not several ranks.
+    """
     from k2cli.cluster.description import load_cluster
     from k2cli.errors import UsageError
     from k2cli.nodes.node import LOCALHOST

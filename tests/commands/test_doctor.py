@@ -128,10 +128,9 @@ def test_deep_needs_ranks_to_compare(arguments: list[str], message: str) -> None
     done = _k2("--quick", *arguments)
     assert isinstance(done.exception, UsageError)
     assert message in done.exception.message
+    assert done.output == ""  # nothing was examined before
 
 
-@pytest.mark.soak
-@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("hint", "remedy"),
     [
@@ -155,6 +154,8 @@ def test_deep_beside_a_run_has_a_remedy_that_the_doctor_knows(
     )
 
 
+@pytest.mark.soak
+@pytest.mark.ranks
 def test_deep_with_k2s_own_model_on_this_machine(tmp_path: Path) -> None:
     folders = {"K2_CACHE_DIR": str(tmp_path / "cache")}
     nodes = ("--nodes", "localhost,localhost", "--most-tokens", "40")
