@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _DISK_OPTION = "--prefix-cache-disk"
-_DISK_VARIABLE = "K2_PREFIX_CACHE_DISK"
+DISK_VARIABLE = "K2_PREFIX_CACHE_DISK"
 _LEAST_DISK_BYTES = 10**6
 """A number without its unit would else remove the caches of all models."""
 
@@ -88,7 +88,7 @@ def launch(
         str | None,
         typer.Option(
             metavar="SIZE",
-            envvar=_DISK_VARIABLE,
+            envvar=DISK_VARIABLE,
             help="Keep the caches of prompts on the disks of the nodes too, in up to SIZE per rank "
             "(such as 50GB), so that a later run need not compute them again. Texts could be "
             "recovered from them. Default: nothing is kept on disks.",
@@ -239,7 +239,7 @@ def launch(
         api_key=api_key,
         keys=parse_choice(keys) if keys is not None else None,
         shares_prefixes=share_prefixes,
-        prefix_disk_bytes=_disk_bytes(None if no_prefix_cache_disk else prefix_cache_disk),
+        prefix_disk_bytes=disk_bytes(None if no_prefix_cache_disk else prefix_cache_disk),
         tls_certificate=tls_cert,
         tls_key=tls_key,
         allowed_hosts=tuple(allow_host or ()),
@@ -263,7 +263,15 @@ def launch(
     _launch(request, detach=detach, as_json=json)
 
 
-def _disk_bytes(size: str | None) -> int:
+def disk_bytes(size: str | None) -> int:
+    """Return the limit of the prefix cache on disk, 0 for none.
+
+    Args:
+        size: that of the option or of the environment, None if there is none.
+
+    Raises:
+        UsageError: if it is not a size, or so small that its unit was forgotten.
+    """
     import os
 
     from k2cli.errors import UsageError
@@ -271,16 +279,17 @@ def _disk_bytes(size: str | None) -> int:
 
     if size is None:
         return 0
-    source = _DISK_OPTION if os.environ.get(_DISK_VARIABLE) != size else _DISK_VARIABLE
+    named = os.environ.get(DISK_VARIABLE) == size
+    source = DISK_VARIABLE if named else _DISK_OPTION
     try:
         count = parse_bytes(size)
     except UsageError:
         count = -1
-    hint = f"{_DISK_OPTION} 50GB"
     if count == 0:
-        hint = "--no-prefix-cache-disk" if source == _DISK_VARIABLE else f"leave out {_DISK_OPTION}"
-    elif size.strip().isdecimal() and 0 < count < 2**20:
-        hint = f"{_DISK_OPTION} {count}GB"
+        hint = f"unset {DISK_VARIABLE}" if named else f"leave out {_DISK_OPTION}"
+    else:
+        meant = f"{count}GB" if size.strip().isdecimal() and count < 2**20 else "50GB"
+        hint = f"export {DISK_VARIABLE}={meant}" if named else f"{_DISK_OPTION} {meant}"
     if not _LEAST_DISK_BYTES <= count < 2**60:
         raise UsageError(f"{source} '{one_line(size)}' is not a size of 1 MB or more", hint)
     return count

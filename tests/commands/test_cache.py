@@ -121,7 +121,11 @@ def test_a_size_that_is_none_is_refused_by_its_name(size: str, hint: str) -> Non
 def test_a_size_of_the_environment_is_refused_by_the_name_of_the_variable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("K2_PREFIX_CACHE_DISK", "0")
-    with pytest.raises(UsageError, match="K2_PREFIX_CACHE_DISK '0'") as refused:
-        run_command_line(["launch", "demo"])
-    assert refused.value.hint == "--no-prefix-cache-disk"
+    for size, hint in (
+        ("0", "unset K2_PREFIX_CACHE_DISK"),
+        ("9", "export K2_PREFIX_CACHE_DISK=9GB"),
+    ):
+        monkeypatch.setenv("K2_PREFIX_CACHE_DISK", size)
+        with pytest.raises(UsageError, match=f"K2_PREFIX_CACHE_DISK '{size}'") as refused:
+            run_command_line(["launch", "demo"])
+        assert refused.value.hint == hint
