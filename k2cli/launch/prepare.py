@@ -344,7 +344,10 @@ def _settings(run: RunDecisions) -> dict[str, str]:
     if run.routes.rdma is not None:
         settings["rdma devices"] = str(run.routes.rdma)
     if (check := link_check_of(run)) is not None:
-        settings["link check"] = f"prompt of {max(check.tokens):,} tokens, computed twice"
+        tokens = min(max(check.tokens), run.plan.request.context_length - 1)
+        settings["link check"] = (
+            f"prompt of {tokens:,} tokens, computed twice, as far as {check.seconds:.0f} s suffice"
+        )
     settings |= run.environments[run.nodes[0].name]
     if sys.platform == "darwin" and any(node.is_local for node in run.nodes):
         settings["wired limit"] = format_bytes(run.plan.nodes[0].limit_bytes)
