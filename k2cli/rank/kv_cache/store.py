@@ -87,6 +87,11 @@ class BlockStore:
         self._read: dict[int, list[list[HostArray]]] = {}
         self._lock = threading.Lock()
         self._failed = False
+        self._limit_bytes = 0
+        self._own_bytes = 0
+        self._others: list[tuple[BlockFile, Path]] = []
+        """Blocks of other runs on this rank and their stores, the most recently used first."""
+        self._others_bytes = 0
         self.secret = b""
         """On the leader: what the names of blocks depend on, read again after a removal."""
         self.removals = 0
@@ -105,7 +110,9 @@ class BlockStore:
             self._folder = root / f"{decision.folder}-{self._rank}"
             self._make_folder()
             found = self._found()
-            self._remove_others(root, decision.limit_bytes - sum(file.nbytes for file in found))
+            self._limit_bytes = decision.limit_bytes
+            self._own_bytes = sum(file.nbytes for file in found)
+            self._remove_others(root, self._limit_bytes - self._own_bytes)
         except OSError as error:
             self._switch_off(error)
         blocks = [(file.name, file.nbytes, file.used) for file in found]
@@ -122,6 +129,8 @@ class BlockStore:
     def _make_folder_again(self) -> None:
         """Make the folder that was removed meanwhile: see ``remove_store``."""
         self._make_folder()
+        with self._lock:
+            self._own_bytes = 0
         if self.secret:  # it may have been removed too, and later runs make names with the new one
             self.secret = naming_secret()
         self.removals += 1
@@ -148,19 +157,21 @@ class BlockStore:
 
     def _remove_others(self, root: Path, left_bytes: int) -> None:
         """Remove blocks of this rank in other runs, oldest first, until they fit."""
-        others = [
+        self._others = [
             (file, folder)
             for folder in root.glob(f"*-{self._rank}")
             if folder != self._folder and not folder.is_symlink()
             for file in blocks_of(folder)
         ]
-        others.sort(key=lambda other: other[0].used)
-        size = sum(file.nbytes for file, _ in others)
-        for file, folder in others:
-            if size <= left_bytes:
-                return
+        self._others.sort(key=lambda other: other[0].used, reverse=True)
+        self._others_bytes = sum(file.nbytes for file, _ in self._others)
+        self._leave_to_others(left_bytes)
+
+    def _leave_to_others(self, left_bytes: int) -> None:
+        while self._others and self._others_bytes > left_bytes:
+            file, folder = self._others.pop()
             (folder / file.name).unlink(missing_ok=True)
-            size -= file.nbytes
+            self._others_bytes -= file.nbytes
 
     def write(self, block: str, layers: list[Segment]) -> None:
         """Copy the caches of a block, and let them be written."""
@@ -178,6 +189,8 @@ class BlockStore:
         try:
             if self._is_removed():
                 self._make_folder_again()
+            nbytes = sum(memoryview(array.data).nbytes for array in arrays)
+            self._leave_to_others(self._limit_bytes - self._own_bytes - nbytes)
             try:
                 size = write_block(self._folder / block, arrays)
             except FileNotFoundError:  # removed at this very moment
@@ -187,6 +200,8 @@ class BlockStore:
             self._switch_off(error)
             self._report(BlockWritten(self._rank, block, error=str(error)))
         else:
+            with self._lock:
+                self._own_bytes += size
             self._report(BlockWritten(self._rank, block, size))
 
     def _switch_off(self, error: Exception) -> None:
@@ -238,7 +253,10 @@ class BlockStore:
     def _remove(self, blocks: list[str]) -> None:
         for block in blocks:
             with contextlib.suppress(OSError):
+                nbytes = (self._folder / block).stat(follow_symlinks=False).st_size
                 (self._folder / block).unlink()
+                with self._lock:
+                    self._own_bytes -= nbytes
 
 
 def _model_name(folder: Path) -> str:

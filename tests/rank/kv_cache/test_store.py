@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from k2cli.prefix_folder import blocks_of, naming_secret, remove_secret, remove_store, stores
+from k2cli.prefix_folder import (
+    blocks_of,
+    naming_secret,
+    open_prefixes_directory,
+    remove_secret,
+    remove_store,
+    stores,
+)
 from k2cli.protocol import OpenStore, ReadBlocks
 from k2cli.rank.kv_cache.block_file import HostArray
 from k2cli.rank.kv_cache.store import STEP_SECONDS, BlockStore
@@ -21,11 +28,11 @@ def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path))
 
 
-def _opened(reports: list[Any], rank: int = 0) -> BlockStore:
+def _opened(reports: list[Any], rank: int = 0, limit: int = 10**9) -> BlockStore:
     fields = {"rank": rank, "size": 1, "model_path": "/models/toy"}
     assignment: Any = type("Assignment", (), fields)()
     store = BlockStore(assignment, 1, reports.append)
-    store._open(OpenStore(1, "5" * 32, 10**9))
+    store._open(OpenStore(1, "5" * 32, limit))
     assert reports.pop().usable
     return store
 
@@ -46,6 +53,25 @@ def test_files_behind_a_link_are_never_removed_to_make_room(tmp_path: Path) -> N
     store._remove_others(root, 0)
     assert (other / "letters" / "file").exists()
     assert not (root / "old-0" / "scope" / "file").exists()
+
+
+def test_other_runs_give_way_while_blocks_are_written() -> None:
+    """All of a rank's stores together stay within the limit, not each of them."""
+    scope = open_prefixes_directory() / "old-0" / "scope"
+    scope.mkdir(parents=True)
+    for used in range(5):
+        (scope / str(used)).write_bytes(bytes(2000))
+        os.utime(scope / str(used), (used, used))
+    store = _opened([], limit=10_000)
+    assert len(list(scope.iterdir())) == 5
+    left = []
+    for block in range(4):
+        store._write(f"scope/{block}", [ARRAY])  # 1,024 bytes and a header
+        left.append(sorted(int(file.name) for file in scope.iterdir()))
+    assert left == [[1, 2, 3, 4], [2, 3, 4], [2, 3, 4], [3, 4]]
+    store._remove([f"scope/{block}" for block in range(4)])
+    store._write("scope/4", [ARRAY])
+    assert sorted(int(file.name) for file in scope.iterdir()) == [3, 4]
 
 
 def test_a_store_that_is_removed_while_blocks_are_written_stays_in_use(
