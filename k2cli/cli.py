@@ -93,6 +93,15 @@ def _only(words: Sequence[str]) -> str | None:
     return name if name in {*dict(_COMMANDS), *_GROUPS} else None
 
 
+def _command_of(words: Sequence[str]) -> str:
+    """Return the command of a line, such as ``k2 cache list``, as far as there is one."""
+    only = _only(words)
+    names = [only] if only is not None else []
+    if only in _GROUPS and len(words) > 1 and not words[1].startswith("-"):
+        names.append(words[1])
+    return " ".join(["k2", *names])
+
+
 _RESUME, _NEWEST = "--resume", "last"
 _CHAT_SWITCHES = frozenset({"--no-thinking", "--private", "--json"})
 
@@ -251,7 +260,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # ``k2`` alone: its message is the help
             error.show()
             return UsageError.exit_code
-        raise usage_error_from(error) from error
+        raise usage_error_from(error, _command_of(words)) from error
     except typer.Abort as error:
         raise K2Error("the input ended before the question was answered") from error
     return code if isinstance(code, int) else 0

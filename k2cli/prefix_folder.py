@@ -78,8 +78,13 @@ def open_prefixes_directory() -> Path:
     return private_folder(prefixes_directory())
 
 
-def naming_secret() -> bytes:
+def naming_secret(known: bytes = b"") -> bytes:
     """Return the secret of this machine's folder; make it if there is none.
+
+    Runs that start at the same time get the same.
+
+    Args:
+        known: the secret to make, for a run that has one; else it is random.
 
     Raises:
         OSError: if it cannot be read or written.
@@ -89,9 +94,9 @@ def naming_secret() -> bytes:
         secret = read_regular(path, _SECRET_BYTES)
         if len(secret) == _SECRET_BYTES:
             return secret
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # a full disk or a machine that stopped has cut it short
     fresh = path.with_name(f".{SECRET_NAME}-{os.urandom(4).hex()}")
-    write_atomically(fresh, os.urandom(_SECRET_BYTES), 0o600)
+    write_atomically(fresh, known or os.urandom(_SECRET_BYTES), 0o600)
     try:
         os.link(fresh, path)
     except FileExistsError:  # another run was first: its secret counts for both
@@ -125,7 +130,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def stores() -> list[StoreFolder]:
-    """List the stores, the most recently used first.
+    """List the stores, those of the most recently used model first, and each by its ranks.
 
     Raises:
         OSError: if the folder is there and cannot be read.
@@ -143,11 +148,22 @@ def stores() -> list[StoreFolder]:
             tokens = sum(PART_MARK not in file.name for file in files) * BLOCK_TOKENS
             where = (note.model, note.rank, note.ranks)
             found.append(StoreFolder(folder, *where, tokens, size, used, _is_used(folder)))
-    return sorted(found, key=lambda store: store.used, reverse=True)
+    last: dict[str, float] = {}
+    for store in found:
+        last[_run_name(store)] = max(store.used, last.get(_run_name(store), 0.0))
+    return sorted(found, key=lambda store: (-last[_run_name(store)], _run_name(store), store.rank))
+
+
+def _run_name(store: StoreFolder) -> str:
+    """Return the part of a folder's name that the stores of all ranks have in common."""
+    return store.folder.name.rpartition("-")[0]
 
 
 def open_store(folder: Path, note: StoreNote) -> int:
     """Make a store's folder and its note; return a descriptor that marks it as used.
+
+    If nobody else uses the store, blocks that are not complete are removed: those who wrote them
+    were killed.
 
     Raises:
         OSError: if it cannot be made or written, or others can access it.
@@ -155,20 +171,35 @@ def open_store(folder: Path, note: StoreNote) -> int:
     private_folder(folder)
     write_atomically(folder / _NOTE_NAME, msgspec.json.encode(note), 0o600)
     lock = open_regular(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, mode=0o600)
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for file in blocks_of(folder):
+            if PART_MARK in file.name:
+                (folder / file.name).unlink(missing_ok=True)
     _mark_used(lock)
     return lock
 
 
 def _mark_used(lock: int) -> None:
+    """Share a store's lock; others have it alone for moments only, while they look."""
     for _ in range(_LOCK_TRIES):
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:  # ``_is_used`` looks at this moment
+        except BlockingIOError:
             time.sleep(_LOCK_SECONDS)
         except OSError:  # some network file systems have no locks
             return
         else:
             return
+
+
+def lock_state(folder: Path) -> os.stat_result:
+    """Return the state of a store's lock file.
+
+    Raises:
+        FileNotFoundError: if the store is not there.
+    """
+    return (folder / _LOCK_NAME).stat(follow_symlinks=False)
 
 
 def _is_used(folder: Path) -> bool:

@@ -49,8 +49,9 @@ def deep_check(options: DeepOptions, *, possible: bool) -> CheckResult:
     """
     from k2cli.doctor.results import CheckResult
     from k2cli.errors import ClusterError, DoesNotFitError
+    from k2cli.nodes.locks import BusyError
 
-    names = _rank_names(options)
+    names = rank_names(options)
     if not possible:
         return CheckResult("skip", _NAME, None, "not checked: first fix what has failed above")
     lengths = lengths_up_to(options.most_tokens or _MOST_TOKENS)
@@ -58,6 +59,10 @@ def deep_check(options: DeepOptions, *, possible: bool) -> CheckResult:
         request = _request(options, names, model, lengths)
         try:
             backend, checked = _run(request)
+        except BusyError as error:
+            clean = error.hint if error.hint and error.hint.startswith("k2 ") else None
+            command = clean or f"k2 stop {error.holder}"  # the doctor has no --wait and no --share
+            return CheckResult("fail", _NAME, None, f"not compared: {error.message}", command)
         except (ClusterError, DoesNotFitError) as error:
             return CheckResult("fail", _NAME, None, error.message, error.hint or _hint(options))
     detail = f"{backend}: prompts of up to {checked:,} tokens, computed twice, came out equal"
@@ -76,8 +81,12 @@ def lengths_up_to(most: int) -> tuple[int, ...]:
     return (*lengths, most)
 
 
-def _rank_names(options: DeepOptions) -> tuple[str, ...]:
-    """Return a node per rank; a name of ``--nodes`` may repeat, as for launch."""
+def rank_names(options: DeepOptions) -> tuple[str, ...]:
+    """Return a node per rank; a name of ``--nodes`` may repeat, as for launch.
+
+    Raises:
+        UsageError: if there are not several ranks.
+    """
     from k2cli.cluster.description import load_cluster
     from k2cli.errors import UsageError
     from k2cli.nodes.node import LOCALHOST

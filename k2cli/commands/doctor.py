@@ -84,15 +84,18 @@ def doctor(
     if not deep and (most_tokens is not None or parallel is not None):
         option = "--most-tokens" if most_tokens is not None else "--parallel"
         raise UsageError(f"{option} is for --deep alone", "k2 doctor --deep")
+    if deep:
+        from k2cli.commands.deep_check import DeepOptions, deep_check, rank_names
+
+        wanted = DeepOptions(cluster, nodes, transport, parallel, model, most_tokens)
     if replay is not None:
         report = _replayed(replay, cluster, nodes, deep=deep)
     else:
+        if deep:
+            rank_names(wanted)  # refuses what is wrong before minutes of measurements
         options = _options(quick, transport, plan, None if deep else model)
         report = _examined(_nodes(cluster, nodes), options)
     if deep:
-        from k2cli.commands.deep_check import DeepOptions, deep_check
-
-        wanted = DeepOptions(cluster, nodes, transport, parallel, model, most_tokens)
         result = deep_check(wanted, possible=not report.failed)
         report = dataclasses.replace(report, results=(*report.results, result))
     if json:

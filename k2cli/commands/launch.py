@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from k2cli.runs.record import RunRecord
 
 
+_DISK_OPTION = "--prefix-cache-disk"
+DISK_VARIABLE = "K2_PREFIX_CACHE_DISK"
+_LEAST_DISK_BYTES = 10**6
+"""A number without its unit would else remove the caches of all models."""
+
+
 class Restart(StrEnum):
     """Reaction to a failure of the run."""
 
@@ -82,7 +88,7 @@ def launch(
         str | None,
         typer.Option(
             metavar="SIZE",
-            envvar="K2_PREFIX_CACHE_DISK",
+            envvar=DISK_VARIABLE,
             help="Keep the caches of prompts on the disks of the nodes too, in up to SIZE per rank "
             "(such as 50GB), so that a later run need not compute them again. Texts could be "
             "recovered from them. Default: nothing is kept on disks.",
@@ -233,7 +239,7 @@ def launch(
         api_key=api_key,
         keys=parse_choice(keys) if keys is not None else None,
         shares_prefixes=share_prefixes,
-        prefix_disk_bytes=_disk_bytes(None if no_prefix_cache_disk else prefix_cache_disk),
+        prefix_disk_bytes=disk_bytes(None if no_prefix_cache_disk else prefix_cache_disk),
         tls_certificate=tls_cert,
         tls_key=tls_key,
         allowed_hosts=tuple(allow_host or ()),
@@ -257,21 +263,35 @@ def launch(
     _launch(request, detach=detach, as_json=json)
 
 
-def _disk_bytes(size: str | None) -> int:
+def disk_bytes(size: str | None) -> int:
+    """Return the limit of the prefix cache on disk, 0 for none.
+
+    Args:
+        size: that of the option or of the environment, None if there is none.
+
+    Raises:
+        UsageError: if it is not a size, or so small that its unit was forgotten.
+    """
+    import os
+
     from k2cli.errors import UsageError
     from k2cli.units import one_line, parse_bytes
 
     if size is None:
         return 0
+    named = os.environ.get(DISK_VARIABLE) == size
+    source = DISK_VARIABLE if named else _DISK_OPTION
     try:
         count = parse_bytes(size)
     except UsageError:
-        count = 0
-    if not 0 < count < 2**60:
-        raise UsageError(
-            f"--prefix-cache-disk '{one_line(size)}' is not a size from 1 byte on",
-            "--prefix-cache-disk 50GB",
-        )
+        count = -1
+    if count == 0:
+        hint = f"unset {DISK_VARIABLE}" if named else f"leave out {_DISK_OPTION}"
+    else:
+        meant = f"{count}GB" if size.strip().isdecimal() and count < 2**20 else "50GB"
+        hint = f"export {DISK_VARIABLE}={meant}" if named else f"{_DISK_OPTION} {meant}"
+    if not _LEAST_DISK_BYTES <= count < 2**60:
+        raise UsageError(f"{source} '{one_line(size)}' is not a size of 1 MB or more", hint)
     return count
 
 

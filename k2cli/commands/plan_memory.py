@@ -11,6 +11,8 @@ import typer
 from k2cli.commands import options
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from k2cli.planning.hardware.machine import NodeMemory
     from k2cli.planning.plan import Plan
     from k2cli.planning.planner import Planner
@@ -129,7 +131,8 @@ def plan_memory(
     }  # fmt: skip
     _write(planner, nodes, request, plan, save=save, svg=svg)
     _show(planner, nodes, request, plan, given, as_json=as_json, explain=explain, plot=plot)
-    _finish(plan, save, quantize, launchable=plan.fits and _is_launchable(planner, model))
+    launchable = plan.fits and _is_launchable(planner, model)
+    _finish(plan, save, quantize, given, launchable=launchable)
 
 
 def _machines(hardware: str | None, cluster: str | None) -> list[NodeMemory]:
@@ -257,7 +260,14 @@ def _is_launchable(planner: Planner, model: str) -> bool:
     return True
 
 
-def _finish(plan: Plan, save: Path | None, quantize: str | None, *, launchable: bool) -> None:
+def _finish(
+    plan: Plan,
+    save: Path | None,
+    quantize: str | None,
+    given: Mapping[str, str | int | None],
+    *,
+    launchable: bool,
+) -> None:
     from k2cli.errors import DoesNotFitError
     from k2cli.planning.model import quantize_command
     from k2cli.ui.plan.table import print_plan_hints, shortfalls
@@ -268,4 +278,5 @@ def _finish(plan: Plan, save: Path | None, quantize: str | None, *, launchable: 
     if quantize is not None:
         first = quantize_command(plan.model.reference, quantize)
     if launchable:
-        print_plan_hints(plan, saved_as=save, first=first)
+        command = {name: str(value) for name, value in given.items() if value not in (None, "auto")}
+        print_plan_hints(plan, saved_as=save, command=command, first=first)

@@ -75,8 +75,13 @@ class Following:
                     event.rank, event.weights_bytes, event.load_seconds, event.bytes_read
                 )
             case RunReady():
+                record = self._record
                 self._view.ready(
-                    self._record.run_id, self._record.model_name, event.url, event.checked_tokens
+                    record.run_id,
+                    record.model_name,
+                    event.url,
+                    event.checked_tokens,
+                    event.remark,
                 )
             case RankFailed():
                 self._view.failed(event.rank, event.cause)

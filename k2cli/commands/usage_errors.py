@@ -44,9 +44,14 @@ _LONGEST = 60
 _CHOICES = " is not one of "
 
 
-def usage_error_from(error: Exception) -> UsageError:
-    """Convert a usage error of the parser, with a hint that can be copied."""
-    command = str(getattr(getattr(error, "ctx", None), "command_path", None) or "k2")
+def usage_error_from(error: Exception, command: str = "k2") -> UsageError:
+    """Convert a usage error of the parser, with a hint that can be copied.
+
+    Args:
+        error: an error of the parser.
+        command: the command of the line, for errors that do not know theirs.
+    """
+    command = str(getattr(getattr(error, "ctx", None), "command_path", None) or command)
     parameter = getattr(error, "param", None)
     if isinstance(error, typer.BadParameter) and parameter is not None:
         text = str(error.message)
@@ -54,7 +59,7 @@ def usage_error_from(error: Exception) -> UsageError:
         message = _wrong_value(name, parameter.type, text)
         if message is not None:
             with_it = [_WITH[name]] if name in _WITH else []
-            words = [command, *_arguments(error), *with_it, _example(name, text)]
+            words = [command, *_arguments(error), *with_it, _example(name, text, parameter)]
             return UsageError(message, " ".join(words))
     message = str(error.format_message() if hasattr(error, "format_message") else error)
     return UsageError(f"{message[:1].lower()}{message[1:].removesuffix('.')}", f"{command} --help")
@@ -97,9 +102,11 @@ def _shortened(value: str) -> str:
     return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
 
 
-def _example(name: str, text: str) -> str:
-    """Return the option with a valid value."""
+def _example(name: str, text: str, parameter: Any) -> str:
+    """Return the option with a valid value: its default if it is one of a few, else the first."""
     if name in EXAMPLES:
         return f"{name} {EXAMPLES[name]}"
-    choices = text.partition(_CHOICES)[2].rstrip(".")
-    return f"{name} {choices.partition(',')[0].strip(chr(39))}" if choices else "--help"
+    choices = [choice.strip(" .'") for choice in text.partition(_CHOICES)[2].split(",")]
+    default = str(getattr(parameter.default, "value", parameter.default))
+    value = default if default in choices else choices[0]
+    return f"{name} {value}" if value else "--help"

@@ -63,7 +63,7 @@ class LeaderGuard(Guard):
         )
         self._api = api
         self._engine_ready = asyncio.Event()
-        self._checked_tokens = 0
+        self._ready = EngineReady()
         # Ranks at work since the last report to the other guards.
         self._working: set[int] = set()
 
@@ -95,7 +95,7 @@ class LeaderGuard(Guard):
         await self._api.wait_until_answering()
         if not self.ending:
             self._api.bridge.ready()
-            self.emit(RunReady(self._api.url, self._checked_tokens))
+            self.emit(RunReady(self._api.url, self._ready.checked_tokens, self._ready.remark))
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -195,8 +195,8 @@ class LeaderGuard(Guard):
                 self._liveness.broadcast(ControlEndpoint(self.bootstrap.liveness_host, port))
             case KvCacheUse():
                 self._api.watch.note_cache_use(message)
-            case EngineReady(checked_tokens=tokens):
-                self._checked_tokens = tokens
+            case EngineReady():
+                self._ready = message
                 self._engine_ready.set()
             case _:
                 self.log(f"unexpected {type(message).__name__} from the leader rank")

@@ -323,6 +323,15 @@ def _make_record(run: RunDecisions) -> RunRecord:
     )
 
 
+def _disk_setting(run: RunDecisions) -> str:
+    """Describe the limit of the prefix cache on disk, with two digits of its tokens."""
+    limit, planned = run.request.prefix_disk_bytes, run.plan.request
+    taken = max(node.kv_cache_bytes for node in run.plan.nodes)
+    tokens = limit * planned.context_length * planned.concurrency // max(taken, 1)
+    tokens -= tokens % 10 ** max(len(str(tokens)) - 2, 0)
+    return f"{format_bytes(limit)} per rank, about {tokens:,} tokens"
+
+
 def _settings(run: RunDecisions) -> dict[str, str]:
     """Describe the settings that k2 chose itself, and options of the API, by name."""
     settings = {"backend": f"{run.transport}: {run.transport_reason}"}
@@ -335,7 +344,10 @@ def _settings(run: RunDecisions) -> dict[str, str]:
     if run.routes.rdma is not None:
         settings["rdma devices"] = str(run.routes.rdma)
     if (check := link_check_of(run)) is not None:
-        settings["link check"] = f"prompt of {max(check.tokens):,} tokens, computed twice"
+        tokens = min(max(check.tokens), run.plan.request.context_length - 1)
+        settings["link check"] = (
+            f"prompt of {tokens:,} tokens, computed twice, as far as {check.seconds:.0f} s suffice"
+        )
     settings |= run.environments[run.nodes[0].name]
     if sys.platform == "darwin" and any(node.is_local for node in run.nodes):
         settings["wired limit"] = format_bytes(run.plan.nodes[0].limit_bytes)
@@ -345,7 +357,7 @@ def _settings(run: RunDecisions) -> dict[str, str]:
         names = ", ".join(run.tls.names) or "no name"
         settings["tls certificate"] = f"for {names}; valid until {expiry_date(run.tls)}"
     if run.request.prefix_disk_bytes:
-        settings["prefix cache on disk"] = f"{format_bytes(run.request.prefix_disk_bytes)} per rank"
+        settings["prefix cache on disk"] = _disk_setting(run)
     if run.http.aliases:
         settings["aliases"] = ", ".join(run.http.aliases)
     if run.http.tool_parser is not None:

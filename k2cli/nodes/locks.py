@@ -182,8 +182,11 @@ def _busy(node: Node, claim: Claim, holders: Sequence[Lock], *, share: bool) -> 
     message = f"{place} is in use by {who} {since} ago"
     if share:
         message += f", and both do not fit: {_sum_text(claim, [each.claim for each in holders])}"
-        return BusyError(message, "--wait waits for its end", owner.run_id)
-    hint = f"--wait, or --share if both fit; k2 stop {owner.run_id} on {owner.host} ends it"
+        return BusyError(message, "to wait for its end: --wait 600", owner.run_id)
+    hint = (
+        f"to wait for its end: --wait 600; or if both fit: --share; or on {owner.host}: "
+        f"k2 stop {owner.run_id}"
+    )
     return BusyError(message, hint, owner.run_id)
 
 

@@ -166,11 +166,16 @@ class StoreBlock(Message, tag=True, frozen=True):
 
 
 class ReadBlocks(Message, tag=True, frozen=True):
-    """Begin to read consecutive blocks; ``AdoptBlocks`` with the same ``reading`` follows."""
+    """Begin to read consecutive blocks; ``AdoptBlocks`` with the same ``reading`` follows.
+
+    ``used`` is the time that is recorded as the last use of the first of them, and a bit less for
+    each later one.
+    """
 
     step: int
     reading: int
     blocks: list[BlockName]
+    used: float
 
 
 class AdoptBlocks(Message, tag=True, frozen=True):

@@ -53,10 +53,12 @@ class Fatal(Message, tag=True, frozen=True):
 class EngineReady(Message, tag=True, frozen=True):
     """Sent by the leader rank once every rank has passed its checks and requests may come.
 
-    ``checked_tokens`` is the length of the longest prompt of the link check, 0 without one.
+    ``checked_tokens`` is the length of the longest prompt of the link check, 0 without one;
+    ``remark`` tells whoever launched why something is not as it was asked for.
     """
 
     checked_tokens: int = 0
+    remark: str = ""
 
 
 class KvCacheUse(Message, tag=True, frozen=True):

@@ -77,11 +77,12 @@ class RankReady(Message, tag=True, frozen=True):
 class RunReady(Message, tag=True, frozen=True):
     """All ranks passed the coverage check and the self-test, and the API answers.
 
-    ``checked_tokens`` is the length of the longest prompt of the link check, 0 without one.
+    ``checked_tokens`` and ``remark`` are those of ``EngineReady``.
     """
 
     url: str
     checked_tokens: int = 0
+    remark: str = ""
 
 
 class TlsCertificate(Message, tag=True, frozen=True):

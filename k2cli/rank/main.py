@@ -139,9 +139,9 @@ class Rank:
             engine, followers, self._assignment, self._report_shape, deadlines.work_stall
         )
         self._warm = True
-        open_on_leader(self._assignment, executor, engine, identities)
+        remark = open_on_leader(self._assignment, executor, engine, identities)
         self._page.advance("idle")
-        self._link.send(EngineReady(checked_tokens))
+        self._link.send(EngineReady(checked_tokens, remark))
         engine.report_cache_use()
         self._serve(engine)
         followers.close()

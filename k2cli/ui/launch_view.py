@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from k2cli.ui.output import note, stderr_console, stderr_is_plain
+from k2cli.ui.output import note, stderr_console, stderr_is_plain, warn
 from k2cli.units import format_bytes, format_duration, format_rate, one_line
 
 if TYPE_CHECKING:
@@ -98,9 +98,17 @@ class LaunchView:
         if self._bars is not None and rank in self._tasks:
             self._bars.update(self._tasks[rank], completed=1, total=1, figures="loaded")
 
-    def ready(self, run_id: str, model_name: str, url: str, checked_tokens: int = 0) -> None:
-        """Report that the API answers, and with how many tokens the link was checked."""
+    def ready(
+        self, run_id: str, model_name: str, url: str, checked_tokens: int = 0, remark: str = ""
+    ) -> None:
+        """Report that the API answers, and with how many tokens the link was checked.
+
+        Args:
+            remark: what is not as it was asked for.
+        """
         self.end_progress()
+        if remark:
+            warn(one_line(remark))
         if checked_tokens:
             note(f"link check: {checked_tokens:,} tokens came out equal twice on all ranks")
         note(f"\nready: {one_line(model_name)} at {one_line(url)}/v1 (run {run_id})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from k2cli.runs.record import RunRecord
 
 _HEADINGS = ("RUN", "MODEL", "STATE", "RANKS", "WEIGHTS", "AGE", "URL")
+_GAP = "  "
+_LEAST_IMPORTANT = ("WEIGHTS", "MODEL", "AGE")
+"""Columns that a narrow terminal does not show, in this order; a run's name has its model's."""
 
 
 def print_runs(runs: Sequence[RunRecord], statuses: Mapping[str, StatusDocument]) -> None:
@@ -28,7 +33,7 @@ def print_runs(runs: Sequence[RunRecord], statuses: Mapping[str, StatusDocument]
         note("no runs; start one with: k2 launch MODEL --detach")
         return
     rows = [_row(run) for run in runs]
-    widths = [max(len(row[column]) for row in [_HEADINGS, *rows]) for column in range(7)]
+    widths = _widths([_HEADINGS, *rows])
     print_text(_line(_HEADINGS, widths))
     for run, row in zip(runs, rows, strict=True):
         print_line(_line(row, widths))
@@ -40,6 +45,17 @@ def print_runs(runs: Sequence[RunRecord], statuses: Mapping[str, StatusDocument]
             print_line(f"  {_activity(status)}")
         if run.cause and (run.left or run.state not in ("ready", "stopped")):
             print_line(f"  {run.cause}")
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> dict[int, int]:
+    """Return the widths of the columns to show: all of them, but on a narrow terminal."""
+    widths = {column: max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))}
+    if sys.stdout.isatty():
+        most = shutil.get_terminal_size().columns
+        for name in _LEAST_IMPORTANT:
+            if sum(widths.values()) + len(_GAP) * (len(widths) - 1) > most:
+                del widths[_HEADINGS.index(name)]
+    return widths
 
 
 def _row(run: RunRecord) -> tuple[str, ...]:
@@ -71,6 +87,5 @@ def _activity(status: StatusDocument) -> str:
     )
 
 
-def _line(fields: Sequence[str], widths: Sequence[int]) -> str:
-    padded = (field.ljust(width) for field, width in zip(fields, widths, strict=True))
-    return "  ".join(padded).rstrip()
+def _line(fields: Sequence[str], widths: Mapping[int, int]) -> str:
+    return _GAP.join(fields[column].ljust(width) for column, width in widths.items()).rstrip()

@@ -14,7 +14,15 @@ from k2cli import prefix_folder
 from k2cli.cli import run_command_line
 from k2cli.errors import K2Error, UsageError
 from k2cli.launch.request import LaunchRequest
-from k2cli.prefix_folder import StoreNote, naming_secret, open_store, prefixes_directory
+from k2cli.prefix_folder import (
+    PART_MARK,
+    StoreNote,
+    blocks_of,
+    naming_secret,
+    open_store,
+    prefixes_directory,
+    stores,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +30,10 @@ def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def _store(name: str, model: str, blocks: int) -> int:
+def _store(name: str, model: str, blocks: int, rank: int = 0) -> int:
     """Make a store of a rank; return the descriptor that marks it as used."""
     naming_secret()
-    lock = open_store(prefixes_directory() / name, StoreNote(model, 0, 2))
+    lock = open_store(prefixes_directory() / name, StoreNote(model, rank, 2))
     folder = prefixes_directory() / name / ("5c" * 16)
     folder.mkdir(mode=0o700)
     for block in range(blocks):
@@ -87,8 +95,39 @@ def test_runs_that_start_at_once_have_one_secret(
         write(*arguments)
 
     monkeypatch.setattr(prefix_folder, "write_atomically", write_after_another)
-    assert [naming_secret(), naming_secret()] == others * 2
+    assert [naming_secret(), naming_secret(b"another".ljust(32))] == others * 2
     assert [path.name for path in prefixes_directory().iterdir()] == ["secret"]
+
+
+def test_ranks_are_listed_in_order_those_of_the_last_used_model_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, model, rank, used in (
+        ("b-0", "old", 0, 50),
+        ("a-0", "new", 0, 10),
+        ("a-1", "new", 1, 90),
+        ("b-1", "old", 1, 50),
+    ):
+        os.close(_store(name, model, 1, rank))
+        os.utime(next((prefixes_directory() / name).glob("*/*")), (used, used))
+    run_command_line(["cache", "list"])
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [["new", "0"], ["new", "1"], ["old", "0"], ["old", "1"]]
+
+
+def test_what_a_killed_writer_has_left_goes_at_the_next_start() -> None:
+    """But not beside another run that uses the store: it may be writing."""
+    used = _store("a-0", "kimi", 1)
+    folder, note = prefixes_directory() / "a-0", StoreNote("kimi", 0, 2)
+    part = folder / ("5c" * 16) / f"{PART_MARK}x"
+    part.write_bytes(b"half")
+    os.close(open_store(folder, note))
+    assert part.exists()
+    os.close(used)
+    again = open_store(folder, note)
+    assert [file.name for file in blocks_of(folder)] == [f"{'5c' * 16}/{0:032x}"]
+    assert [store.in_use for store in stores()] == [True]
+    os.close(again)
 
 
 def test_a_folder_that_others_can_access_is_not_used(tmp_path: Path) -> None:
@@ -120,7 +159,32 @@ def test_a_launch_keeps_caches_on_disks_only_if_asked(
     assert [request.prefix_disk_bytes for request in seen] == [expected]
 
 
-def test_a_size_that_is_none_is_refused_by_its_name() -> None:
-    for size in ("0", "much", "-1GB"):
-        with pytest.raises(UsageError, match=f"--prefix-cache-disk '{size}'"):
-            run_command_line(["launch", "demo", f"--prefix-cache-disk={size}"])
+@pytest.mark.parametrize(
+    ("size", "hint"),
+    [
+        ("0", "leave out --prefix-cache-disk"),
+        ("much", "--prefix-cache-disk 50GB"),
+        ("-1GB", "--prefix-cache-disk 50GB"),
+        # The unit was forgotten. Fifty bytes would remove what is kept of all models.
+        ("50", "--prefix-cache-disk 50GB"),
+        ("200", "--prefix-cache-disk 200GB"),
+        ("20kB", "--prefix-cache-disk 50GB"),
+    ],
+)
+def test_a_size_that_is_none_is_refused_by_its_name(size: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"--prefix-cache-disk '{size}'") as refused:
+        run_command_line(["launch", "demo", f"--prefix-cache-disk={size}"])
+    assert refused.value.hint == hint
+
+
+def test_a_size_of_the_environment_is_refused_by_the_name_of_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for size, hint in (
+        ("0", "unset K2_PREFIX_CACHE_DISK"),
+        ("9", "export K2_PREFIX_CACHE_DISK=9GB"),
+    ):
+        monkeypatch.setenv("K2_PREFIX_CACHE_DISK", size)
+        with pytest.raises(UsageError, match=f"K2_PREFIX_CACHE_DISK '{size}'") as refused:
+            run_command_line(["launch", "demo"])
+        assert refused.value.hint == hint

@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from k2cli.cli import build_app
-from k2cli.commands import deep_check
-from k2cli.commands.deep_check import lengths_up_to
+from k2cli.commands import deep_check as deep_check_module
+from k2cli.commands.deep_check import DeepOptions, deep_check, lengths_up_to
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.launch.prepare import prepare_run
 from k2cli.launch.request import LaunchRequest
-from k2cli.nodes.locks import release_locks
+from k2cli.nodes.locks import BusyError, release_locks
 from tests.support.commands import k2
 from tests.support.gpu_host import make_gpu_host
 
@@ -130,6 +130,30 @@ def test_deep_needs_ranks_to_compare(arguments: list[str], message: str) -> None
     done = _k2("--quick", *arguments)
     assert isinstance(done.exception, UsageError)
     assert message in done.exception.message
+    assert done.output == ""  # nothing was examined before
+
+
+@pytest.mark.parametrize(
+    ("hint", "remedy"),
+    [
+        ("to wait for its end: --wait 600; or if both fit: --share", "k2 stop demo-1"),
+        ("k2 cluster clean --nodes localhost", "k2 cluster clean --nodes localhost"),
+    ],
+)
+def test_deep_beside_a_run_has_a_remedy_that_the_doctor_knows(
+    hint: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(request: LaunchRequest) -> None:
+        raise BusyError("node localhost is in use by demo-1", hint, "demo-1")
+
+    monkeypatch.setattr("k2cli.commands.deep_check._run", run)
+    options = DeepOptions(None, "localhost,localhost", "auto", None, "demo", 1024)
+    found = deep_check(options, possible=True)
+    assert found.status == "fail"
+    assert (found.detail, found.hint) == (
+        "not compared: node localhost is in use by demo-1",
+        remedy,
+    )
 
 
 def test_a_node_that_is_gone_does_not_hide_what_the_deep_check_found(
@@ -151,7 +175,7 @@ def test_a_node_that_is_gone_does_not_hide_what_the_deep_check_found(
         return node
 
     monkeypatch.setattr("k2cli.cluster.node_lookup.node_named", node_named)
-    with deep_check._model(None, ["first", "second", "second"]):
+    with deep_check_module._model(None, ["first", "second", "second"]):
         assert removed == []
     assert removed == ["second"]
     assert "on first: /made is left: node first does not answer" in capsys.readouterr().err

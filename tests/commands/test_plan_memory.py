@@ -113,6 +113,20 @@ def test_the_default_is_this_machine_and_a_hint_comes_on_stderr(toy_k2: Path) ->
     assert f"next: k2 launch {toy_k2}" in done.stderr
 
 
+def test_the_proposed_launch_has_the_options_of_the_plan(toy_k2: Path) -> None:
+    options = ["--parallel", "pipeline", "--context", "1024", "--concurrency", "1"]
+    others = ["--hardware", "2x this", "--chunk", "256", "--dtype", "auto", "--explain"]
+    done = k2_here("plan-memory", str(toy_k2), *options, *others)
+    proposed = f"next: k2 launch {toy_k2} --nodes localhost,localhost {' '.join(options)}"
+    assert proposed in done.stderr.splitlines(), done.stderr
+
+
+def test_two_ranks_of_one_machine_fit_80_columns(toy_k2: Path) -> None:
+    done = k2_here("plan-memory", str(toy_k2), "--hardware", "2x this", "--concurrency", "200")
+    assert "localhost rank 1" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
 def test_a_terminal_without_utf8_gets_ascii_bars() -> None:
     done = k2("plan-memory", K2, "--hardware", "2x m3-ultra-512", PYTHONIOENCODING="ascii")
     assert done.returncode == 0

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from typer.main import get_command
 
 from k2cli.agent import locks as lock_files
 from k2cli.agent.locks import Claim, lock_path, lock_state
 from k2cli.agent.run_processes import processes_of_run
+from k2cli.cli import build_app
+from k2cli.commands.whole_hint import whole_hint
 from k2cli.nodes import locks
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.locks import BusyError, RankNeed, release_locks, take_locks
@@ -28,7 +31,11 @@ def test_a_second_run_is_refused_by_the_name_of_the_first_until_that_ends() -> N
     with pytest.raises(BusyError, match="node localhost is in use by demo-1 of") as raised:
         take_locks(HERE, "demo-2", NEEDS)
     assert raised.value.exit_code == 5
-    assert "--share" in (raised.value.hint or "")
+    hint = whole_hint(
+        get_command(build_app("launch")), ["launch", "demo", "--json"], raised.value.hint or ""
+    )
+    assert "k2 launch demo --json --wait 600; or if both fit: k2 launch demo --json --share" in hint
+    assert hint.endswith("k2 stop demo-1")
     with pytest.raises(BusyError, match="both do not fit"):
         take_locks(HERE, "demo-2", NEEDS, share=True)
     take_locks(HERE, "demo-3", {"localhost": [RankNeed(40, 100)]}, share=True)

@@ -76,10 +76,10 @@ def clear(
         also = f" ({used} of them used by a run)" if used else ""
         option = f" --model {shlex.quote(model)}" if model is not None else ""
         confirm(f"remove this, {format_bytes(total)}{also}?", yes, f"k2 cache clear{option}")
-        for store in found:
-            remove_store(store.folder)
-    if model is None:
+    if model is None:  # first: a run whose store is removed asks for a new one
         remove_secret()
+    for store in found:
+        remove_store(store.folder)
     if json:
         removed = [store_document(store) for store in found]
         print_json({"schema_version": 1, "freed_bytes": total, "removed": removed})

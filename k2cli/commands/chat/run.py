@@ -107,6 +107,7 @@ class ChatRuns:
         Raises:
             K2Error: if the model is not here, does not fit, or the run fails.
         """
+        from k2cli.commands.launch import DISK_VARIABLE, disk_bytes
         from k2cli.commands.run_start import Following, prepare
         from k2cli.launch.request import LaunchRequest
         from k2cli.supervisor.start import cleanup_on_error, launch_detached
@@ -114,7 +115,12 @@ class ChatRuns:
 
         _check_present(model)
         note(f"no run is live: starting {one_line(model)} on this machine")
-        request = LaunchRequest(model=model, api_key=api_key or None, ends_with_chats=True)
+        request = LaunchRequest(
+            model=model,
+            api_key=api_key or None,
+            ends_with_chats=True,
+            prefix_disk_bytes=disk_bytes(os.environ.get(DISK_VARIABLE) or None),
+        )
         try:
             prepared = prepare(request).record
         except DoesNotFitError as error:

@@ -45,8 +45,8 @@ class _Copies:
 
 
 # ``cpu`` and ``cuda`` are fitted (``benchmarks.activation_grid`` and ``benchmarks.mla_attention``).
-# Metal is not measured: arrays from k2's code, and for blocks two of them, since a GPU gets one block
-# ahead.
+# Metal is not measured: arrays from k2's code, and for blocks two of them, since a GPU gets one
+# block ahead.
 _ABSORBED: dict[Device, _Copies] = {
     "cpu": _Copies(1.9, 1.1, 3.5, 0.3),
     "cuda": _Copies(2.05, 1.25, 4.0),

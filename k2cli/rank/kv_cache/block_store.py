@@ -25,6 +25,8 @@ from k2cli.prefix_folder import (
     BlockFile,
     StoreNote,
     blocks_of,
+    lock_state,
+    naming_secret,
     open_prefixes_directory,
     open_store,
 )
@@ -50,7 +52,11 @@ from k2cli.rank.kv_cache.segments import Segment
 from k2cli.stderr import say_on_stderr
 from k2cli.units import SURROGATE
 
+STEP_SECONDS = 1e-6
+"""Between the recorded uses of the blocks of a prompt: the later ones are removed first."""
 _OLD_PART_SECONDS = 600.0
+_SIZE_SECONDS = 10.0
+"""Between two looks at the size of the store, to which other runs may write as well."""
 _MOST_BLOCKS = 2**18
 """Of one store: 67 million tokens. The leader is told of all of them in one message."""
 
@@ -84,6 +90,13 @@ class BlockStore:
         self._read: dict[int, list[list[HostArray]]] = {}
         self._lock = threading.Lock()
         self._failed = False
+        self._next_look = 0.0
+        self.secret = b""
+        """On the leader: what the names of blocks depend on, once its blocks are reported."""
+        self.problem = ""
+        """Why nothing is written any more."""
+        self.removals = 0
+        """How often the folder was removed by others, such as ``k2 cache clear``."""
 
     def open(self, decision: OpenStore) -> None:
         """Begin: start the threads, and report what is there."""
@@ -93,12 +106,12 @@ class BlockStore:
 
     def _open(self, decision: OpenStore) -> None:
         found: list[BlockFile] = []
+        self._limit_bytes = decision.limit_bytes
         try:
             root = open_prefixes_directory()
             self._folder = root / f"{decision.folder}-{self._rank}"
             self._make_folder()
             found = self._found()
-            self._limit_bytes = decision.limit_bytes
             for file in found:
                 self._count(file.name, file.nbytes)
             self._find_others(root)
@@ -110,12 +123,27 @@ class BlockStore:
         self._report(BlocksFound(self._rank, blocks, not self._failed))
 
     def _make_folder(self) -> None:
+        if self._rank == 0:  # k2 cache clear removes it, and later runs must find what is stored
+            self.secret = naming_secret(self.secret)
         model = _model_name(Path(self._assignment.model_path))
         note = StoreNote(model, self._rank, self._assignment.size)
         # The descriptor stays open: it marks the store as used.
         before, self._mark = self._mark, open_store(self._folder, note)
         if before >= 0:
             os.close(before)
+
+    def _make_folder_again(self) -> None:
+        """Make the folder that was removed meanwhile: see ``remove_store``."""
+        self._make_folder()
+        self._own, self._own_bytes = {}, 0
+        self.removals += 1
+
+    def _is_removed(self) -> bool:
+        """True if the folder is not the one that this rank has marked as used."""
+        try:
+            return not os.path.samestat(lock_state(self._folder), os.fstat(self._mark))
+        except FileNotFoundError:
+            return True
 
     def _found(self) -> list[BlockFile]:
         """Return the complete blocks; remove what writers that were killed have left."""
@@ -169,12 +197,13 @@ class BlockStore:
             self._report(BlockWritten(self._rank, block, error="switched off"))
             return
         try:
+            if self._is_removed():
+                self._make_folder_again()
             self._make_room(sum(len(array.data) for array in arrays))
             try:
                 size = write_block(self._folder / block, arrays)
-            except FileNotFoundError:  # the folder was removed meanwhile: see remove_store
-                self._make_folder()
-                self._own, self._own_bytes = {}, 0
+            except FileNotFoundError:  # removed at this very moment
+                self._make_folder_again()
                 size = write_block(self._folder / block, arrays)
         except Exception as error:  # the leader waits for the report
             self._switch_off(error)
@@ -182,11 +211,32 @@ class BlockStore:
         else:
             self._count(block, size)
             self._report(BlockWritten(self._rank, block, size))
+            self._keep_size()
+
+    def _keep_size(self) -> None:
+        """Remove the oldest blocks if the store is too large: its leader may not know of all."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _SIZE_SECONDS
+        with contextlib.suppress(OSError):
+            files = [file for file in blocks_of(self._folder) if PART_MARK not in file.name]
+            self._own = {file.name: file.nbytes for file in files}
+            self._own_bytes = sum(self._own.values())
+            for file in sorted(files, key=lambda file: file.used):
+                if self._own_bytes <= self._limit_bytes:
+                    return
+                if _is_block(file.name):
+                    (self._folder / file.name).unlink(missing_ok=True)
+                    self._count(file.name, 0)
 
     def _switch_off(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
-            reason = getattr(error, "strerror", None) or repr(error)
+            reason = repr(error)
+            if isinstance(error, OSError):
+                reason = error.strerror or str(error)
+            self.problem = reason
             say_on_stderr(f"rank {self._rank}: the prefix cache on disk is switched off: {reason}")
 
     def read(self, decision: ReadBlocks) -> None:
@@ -195,9 +245,12 @@ class BlockStore:
 
     def _read_blocks(self, decision: ReadBlocks) -> None:
         found: list[list[HostArray]] = []
-        for block in decision.blocks:
+        for index, block in enumerate(decision.blocks):
             try:
                 found.append(read_block(self._folder / block, self._layers))
+                self._touch({block: decision.used - index * STEP_SECONDS})
+            except FileNotFoundError:  # another run, or k2 cache clear, has removed it
+                break
             except Exception as error:  # a request waits for the report
                 reason = error.message if isinstance(error, K2Error) else str(error)
                 say_on_stderr(

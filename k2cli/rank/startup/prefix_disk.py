@@ -57,33 +57,45 @@ def prepare_follower(
 
 def open_on_leader(
     assignment: Assignment, executor: Executor, engine: Engine, identities: Mapping[int, str]
-) -> None:
+) -> str:
     """Let all ranks open their stores, if the run has a prefix cache on disk.
 
     Args:
         identities: what each rank has told about its part.
+
+    Returns:
+        Why there is none although one was asked for; otherwise "".
     """
     if not assignment.prefix_disk_bytes:
-        return
+        return ""
+    remark = _open(assignment, executor, engine, identities)
+    if remark:
+        remark = f"no prefix cache on disk: {remark}"
+        say_on_stderr(remark)
+    return remark
+
+
+def _open(
+    assignment: Assignment, executor: Executor, engine: Engine, identities: Mapping[int, str]
+) -> str:
     if not executor.caches.prefixes.cuttable:
-        say_on_stderr(
-            "no prefix cache on disk: the caches of this model hold windows or recurrent states, "
-            "which cannot be cut into blocks"
+        return (
+            "the caches of this model hold windows or recurrent states, which cannot be cut into "
+            "blocks"
         )
-        return
-    if not all(identities.values()):
-        return
+    lacking = [str(rank) for rank, identity in sorted(identities.items()) if not identity]
+    if lacking:
+        return f"the model's files could not be examined by rank {', '.join(lacking)}"
     reports: queue.SimpleQueue[StoreReport] = queue.SimpleQueue()
     store = BlockStore(assignment, _layers(executor), reports.put)
-    try:
-        disk = DiskCache(engine.sender, engine.keeper, store, reports, assignment)
-    except OSError as error:
-        say_on_stderr(f"no prefix cache on disk: {error.strerror or error}")
-        return
+    disk = DiskCache(engine.sender, engine.keeper, store, reports, assignment)
     executor.store = store
     ordered = [identities[rank] for rank in range(assignment.size)]
     folder = run_identity(assignment, ordered)
     engine.use_disk_cache(disk, folder, assignment.prefix_disk_bytes)
+    if not disk.blocks.usable:
+        return store.problem or "the disk of a node cannot be used: k2 logs tells which"
+    return ""
 
 
 def _layers(executor: Executor) -> int:

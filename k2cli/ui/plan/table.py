@@ -34,6 +34,18 @@ _COLUMNS = (
 )
 _WIDTH = 80
 _CLOSE_SHARE = 0.02
+_LAUNCH_OPTIONS = (
+    "--parallel",
+    "--backend",
+    "--context",
+    "--concurrency",
+    "--dtype",
+    "--head",
+    "--prompt-tokens",
+    "--answer-tokens",
+    "--kv-bits",
+)
+"""Options of ``plan-memory`` that a launch has too."""
 """Share of the limit; with less headroom than this, an error in an assumed limit matters."""
 
 
@@ -110,8 +122,9 @@ def _table(plan: Plan) -> list[str]:
     if any(marks):
         rows.append(marks)
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= _WIDTH else " "
     return [
-        "  ".join(
+        gap.join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
@@ -312,13 +325,26 @@ def _print_block(lines: Sequence[str]) -> None:
         print_line(line)
 
 
-def print_plan_hints(plan: Plan, *, saved_as: Path | None, first: str = "") -> None:
-    """Print the next command on stderr; ``first`` is one that must run before a launch."""
+def print_plan_hints(
+    plan: Plan, *, saved_as: Path | None, command: Mapping[str, str], first: str = ""
+) -> None:
+    """Print the next command on stderr.
+
+    Args:
+        plan: the plan that was made.
+        saved_as: its file, if it was saved.
+        command: the options that were given; a launch needs the same to carry out this plan.
+        first: a command that must run before a launch.
+    """
     if first:
         note(f"next: {first}")
     elif saved_as is not None:
         name = shlex.quote(plan.model.reference)
         note(one_line(f"next: k2 launch {name} --plan {saved_as}"))
     elif all(node.name == "localhost" for node in plan.nodes):
-        nodes = ",".join(node.name for node in plan.nodes)
-        note(one_line(f"next: k2 launch {shlex.quote(plan.model.reference)} --nodes {nodes}"))
+        words = ["k2", "launch", plan.model.reference]
+        words += ["--nodes", ",".join(node.name for node in plan.nodes)]
+        for option in _LAUNCH_OPTIONS:
+            if option in command:
+                words += [option, command[option]]
+        note(one_line(f"next: {shlex.join(words)}"))

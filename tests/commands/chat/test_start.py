@@ -131,8 +131,10 @@ def test_a_model_that_does_not_fit_here_is_not_started(monkeypatch: pytest.Monke
     def refuse(request: LaunchRequest) -> None:
         assert request.ends_with_chats
         assert request.nodes is None  # this machine alone
+        assert request.prefix_disk_bytes == 3 * 10**9  # as for every launch
         raise DoesNotFitError("big does not fit: localhost needs 2 TB", "--force")
 
+    monkeypatch.setenv("K2_PREFIX_CACHE_DISK", "3GB")
     monkeypatch.setattr("k2cli.models.reference.local_checkpoint", Path)
     monkeypatch.setattr("k2cli.commands.run_start.prepare", refuse)
     with pytest.raises(DoesNotFitError, match="big does not fit") as error:

@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 
-from k2cli.prefix_folder import blocks_of, remove_store, stores
-from k2cli.protocol import OpenStore
+from k2cli.prefix_folder import (
+    blocks_of,
+    naming_secret,
+    remove_secret,
+    remove_store,
+    stores,
+)
+from k2cli.protocol import OpenStore, ReadBlocks
 from k2cli.rank.kv_cache.block_file import HostArray
-from k2cli.rank.kv_cache.block_store import BlockStore
+from k2cli.rank.kv_cache.block_store import STEP_SECONDS, BlockStore
 from tests.support.bootstraps import make_assignment
 
 ARRAY = HostArray((0, 0, 0), "F32", (256, 1), bytes(1024))
@@ -22,9 +28,12 @@ def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path))
 
 
-def _opened(model: Path, reports: list[Any], *, limit_bytes: int = 10**9) -> BlockStore:
+def _opened(
+    model: Path, reports: list[Any], *, limit_bytes: int = 10**9, rank: int = 0
+) -> BlockStore:
     """Open the store of a rank, in this thread."""
-    store = BlockStore(make_assignment(model_path=str(model)), 1, reports.append)
+    assignment = make_assignment(model_path=str(model), rank=rank, size=rank + 1)
+    store = BlockStore(assignment, 1, reports.append)
     store._open(OpenStore(1, "5" * 32, limit_bytes))
     return store
 
@@ -51,11 +60,12 @@ def test_a_store_that_is_removed_while_blocks_are_written_stays_in_use(
     reports: list[Any] = []
     store = _opened(Path("/models/toy"), reports)
     assert reports.pop().usable
-    synchronize, removed = os.fsync, list[int]()
+    secret, synchronize, removed = store.secret, os.fsync, list[int]()
 
     def remove_meanwhile(descriptor: int) -> None:
         if not removed:
             removed.append(1)
+            remove_secret()
             remove_store(store._folder)
         synchronize(descriptor)
 
@@ -64,7 +74,9 @@ def test_a_store_that_is_removed_while_blocks_are_written_stays_in_use(
     store._write("scope/two", [ARRAY])
     assert [report.error for report in reports] == ["", ""]
     assert {file.name for file in blocks_of(store._folder)} == {"scope/one", "scope/two"}
-    assert list(store._folder.parent.iterdir()) == [store._folder]
+    assert {path.name for path in store._folder.parent.iterdir()} == {store._folder.name, "secret"}
+    assert store.secret == naming_secret() == secret  # a later run finds them
+    assert store.removals == 1
     (found,) = stores()
     assert (found.model, found.ranks, found.in_use) == ("toy", 1, True)
 
@@ -102,3 +114,58 @@ def test_a_model_whose_folder_has_a_name_that_is_no_text_has_a_store() -> None:
     _opened(Path("/models/\udcff"), reports)
     assert [report.usable for report in reports] == [True]
     assert [store.model for store in stores()] == ["\ufffd"]
+
+
+def test_a_store_that_another_run_has_made_again_is_marked_and_named_again() -> None:
+    """`k2 cache clear` beside a run, and then a second run of the model before the first writes."""
+    model = Path("/models/toy")
+    store = _opened(model, [])
+    store._write("scope/one", [ARRAY])
+    assert store.removals == 0
+    remove_secret()
+    remove_store(store._folder)
+    second = _opened(model, [])
+    store._write("scope/two", [ARRAY])
+    assert (store.removals, store.secret) == (1, second.secret)
+    os.close(second._mark)
+    assert [(found.tokens, found.in_use) for found in stores()] == [(256, True)]
+
+
+def test_reading_counts_as_a_use_on_every_rank() -> None:
+    reports: list[Any] = []
+    store = _opened(Path("/models/toy"), reports, rank=1)
+    for block in ("scope/one", "scope/two"):
+        store._write(block, [ARRAY])
+        os.utime(store._folder / block, (1.0, 1.0))
+    store._read_blocks(ReadBlocks(5, 1, ["scope/one", "scope/two", "scope/none"], 1000.0))
+    assert reports[-1].count == 2
+    used = {file.name: file.used for file in blocks_of(store._folder)}
+    assert used == {"scope/one": 1000.0, "scope/two": pytest.approx(1000.0 - STEP_SECONDS)}
+    assert used["scope/two"] < used["scope/one"]
+
+
+def test_a_folder_that_cannot_be_used_is_reported_in_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reports: list[Any] = []
+    os.close(_opened(Path("/models/toy"), reports)._mark)
+    (tmp_path / "prefixes").chmod(0o777)
+    store = _opened(Path("/models/toy"), reports)
+    assert [report.usable for report in reports] == [True, False]
+    assert "must be a folder that only this user can access" in store.problem
+    assert f"switched off: {store.problem}" in capfd.readouterr().err
+
+
+def test_two_runs_of_a_model_share_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leader of each knows only what its own run has written."""
+    monkeypatch.setattr("k2cli.rank.kv_cache.block_store._SIZE_SECONDS", 0.0)
+    reports: list[Any] = []
+    runs = [_opened(Path("/models/toy"), reports, limit_bytes=4000) for _ in range(2)]
+    scope = "5c" * 16
+    for number in range(8):
+        runs[number % 2]._write(f"{scope}/{number:032x}", [ARRAY])
+        os.utime(runs[0]._folder / f"{scope}/{number:032x}", (number, number))
+    assert not any(report.error for report in reports[2:])
+    assert runs[0]._folder == runs[1]._folder
+    kept = sorted(file.name[-1] for file in blocks_of(runs[0]._folder))
+    assert kept == ["5", "6", "7"]

@@ -15,9 +15,11 @@ import pytest
 from msgspec.structs import replace
 
 from k2cli.prefix_folder import prefixes_directory, stores
+from k2cli.protocol import EngineReady
 from k2cli.rank.loader import load_part
 from k2cli.rank.startup.prefix_disk import rank_identity, run_identity
 from tests.support.rank_pool import RankPool, assignments, running
+from tests.support.weights import random_mlx_model
 
 pytestmark = pytest.mark.ranks
 
@@ -99,6 +101,22 @@ def test_a_full_disk_costs_no_answer(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capfd.readouterr().err == ""  # one warning is enough
     assert not list(prefixes_directory().glob("*/*/*"))
+
+
+def test_a_model_whose_caches_cannot_be_cut_says_that_none_is_on_disk(tmp_path: Path) -> None:
+    config = {
+        "model_type": "gemma3_text", "hidden_size": 32, "num_hidden_layers": 2,
+        "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 64, "rope_theta": 10000.0,
+        "rope_local_base_freq": 10000.0, "rope_traditional": False, "query_pre_attn_scalar": 16,
+        "sliding_window": 32, "sliding_window_pattern": 2, "max_position_embeddings": 1024,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    checkpoint = random_mlx_model(tmp_path / "model", config)
+    with _started(checkpoint, tmp_path, "single", 1) as pool:
+        [ready] = [each for each in pool.ranks[0].seen if isinstance(each, EngineReady)]
+    assert ready.remark.startswith("no prefix cache on disk: the caches of this model hold windows")
+    assert stores() == []
 
 
 def test_a_store_belongs_to_model_placement_types_and_caches(toy_k2: Path, tmp_path: Path) -> None:

@@ -15,18 +15,23 @@ from k2cli.protocol import AdoptBlocks, BlocksRead, ReadBlocks
 from k2cli.rank.engine.prefixes.keeper import PrefixKeeper, Sender
 from k2cli.rank.engine.prefixes.stored_blocks import StoredBlocks
 from k2cli.rank.engine.requests import Waiting
+from k2cli.rank.kv_cache.block_store import STEP_SECONDS
 
 _MOST_READING = 2
 _BLOCKS_PER_READING = 8
 """2,048 tokens: 144 MB of K2's caches over all ranks, which are in host memory meanwhile."""
 _LEAST_WAIT_SECONDS = 2.0
-_UNKNOWN_WAIT_SECONDS = 30.0
+_UNKNOWN_WAIT_SECONDS = 5.0
+_SLOW_DISK_BYTES_PER_SECOND = 50e6
+"""A disk that reads less is not waited for, but for a few seconds, while it is unknown how long
+computing takes."""
 
 
 @dataclass(slots=True, eq=False)
 class _Reading:
     """Blocks to read for a request. ``done`` blocks of ``chain`` are kept or were before.
 
+    ``used`` is the time that counts as the last use of the first block.
     ``number`` is that of the decision in progress, 0 if there is none, and ``answers`` how many
     whole blocks each rank has read for it, of ``wanted``.
     """
@@ -35,6 +40,7 @@ class _Reading:
     chain: list[str]
     done: int
     deadline: float
+    used: float
     number: int = 0
     wanted: int = 0
     answers: list[int] = field(default_factory=list)
@@ -68,15 +74,23 @@ class BlockReading:
         chain = self._blocks.chain(request.prompt, request.prefix_scope)
         stored = next((i for i, b in enumerate(chain) if b not in self._blocks), len(chain))
         done = self._kept_blocks(waiting)
-        if stored <= done:
+        if stored <= done or self._is_late:
             return
-        seconds = _UNKNOWN_WAIT_SECONDS
         if tokens_per_second:
             missing = (stored - done) * BLOCK_TOKENS
             seconds = max(_LEAST_WAIT_SECONDS, missing / tokens_per_second)
+        else:
+            nbytes = self._blocks.bytes_of(chain[done:stored])
+            seconds = max(_UNKNOWN_WAIT_SECONDS, nbytes / _SLOW_DISK_BYTES_PER_SECOND)
         waiting.reading = True
-        self._blocks.use(chain[:stored])
-        self._readings.append(_Reading(waiting, chain[:stored], done, time.monotonic() + seconds))
+        used, deadline = self._blocks.use(chain[:stored]), time.monotonic() + seconds
+        self._readings.append(_Reading(waiting, chain[:stored], done, deadline, used))
+
+    @property
+    def _is_late(self) -> bool:
+        """True if a disk has not read in time: nobody else waits for it until it has."""
+        now = time.monotonic()
+        return any(reading.number and now > reading.deadline for reading in self._readings)
 
     @property
     def is_reading(self) -> bool:
@@ -145,7 +159,8 @@ class BlockReading:
         self._numbers += 1
         reading.number, reading.wanted, reading.answers = self._numbers, wanted, []
         blocks = reading.chain[reading.done : reading.done + wanted]
-        self._sender.submit(ReadBlocks(self._sender.next_number, reading.number, blocks))
+        used = reading.used - reading.done * STEP_SECONDS
+        self._sender.submit(ReadBlocks(self._sender.next_number, reading.number, blocks, used))
 
     def _adopt(self, reading: _Reading, make_room: Callable[[int], None]) -> bool:
         """Keep what all ranks have read of the blocks in progress; return False if nothing."""

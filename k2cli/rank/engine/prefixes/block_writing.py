@@ -30,6 +30,10 @@ class BlockWriting:
         self._ranks = ranks
         self._under_way: dict[str, dict[int, int]] = {}
         """Per block the bytes on each rank that has confirmed its part; -1 if that failed."""
+        self._sources: dict[str, int] = {}
+        """The prefixes to which these blocks belong."""
+        self._outdated: set[str] = set()
+        """Blocks on their way to the disks under names that later runs will not make."""
         self._prefix = 0
         self._chain: list[str] = []
         self._unwritten: list[tuple[int, str]] = []
@@ -48,12 +52,20 @@ class BlockWriting:
         confirmed[report.rank] = -1 if report.error else report.nbytes
         if len(confirmed) < self._ranks:
             return
-        del self._under_way[report.block]
+        del self._under_way[report.block], self._sources[report.block]
         sizes = [confirmed[rank] for rank in range(self._ranks)]
-        if min(sizes) < 0:
+        if min(sizes) < 0 or report.block in self._outdated:
+            self._outdated.discard(report.block)
             self._blocks.forget([report.block])
         else:
             self._blocks.add(report.block, sizes, time.time())
+            self._blocks.make_room(0, ())
+
+    def begin_again(self) -> None:
+        """Write what is kept once more: the leader's store was removed beside this run."""
+        self._outdated.update(self._under_way)
+        self._unwritten.clear()
+        self._keeper.added.extend({*self._sources.values(), self._prefix})
 
     @property
     def has_work(self) -> bool:
@@ -69,7 +81,12 @@ class BlockWriting:
             self.write_some(1)
 
     def write_some(self, most: int = _MOST_WRITING) -> None:
-        """Let blocks of kept prefixes be written, until so many are on their way."""
+        """Let blocks of kept prefixes be written, until so many are on their way.
+
+        The first one of all is written alone, since its size is not known before.
+        """
+        if not self._blocks.largest_bytes:
+            most = 1
         while self._blocks.ready and self._writes and len(self._under_way) < most:
             if not self._unwritten and not self._next_prefix():
                 return
@@ -101,6 +118,6 @@ class BlockWriting:
         if not room or self._prefix not in self._keeper.tree:
             self._unwritten.clear()
             return
-        self._under_way[block] = {}
+        self._under_way[block], self._sources[block] = {}, self._prefix
         number = self._sender.next_number
         self._sender.submit(StoreBlock(number, self._prefix, first, block))

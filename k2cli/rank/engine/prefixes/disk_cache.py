@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 
 from k2cli.protocol import (
@@ -29,23 +30,26 @@ class DiskCache:
         reports: queue.SimpleQueue[StoreReport],
         assignment: Assignment,
     ) -> None:
-        """Know of no block yet; ``reports`` are those of the leader's own ``store``.
-
-        Raises:
-            OSError: if the folder of the prefix cache cannot be used.
-        """
+        """Know of no block yet; ``reports`` are those of the leader's own ``store``."""
         self.blocks = StoredBlocks(sender, store, assignment)
         self.writing = BlockWriting(sender, keeper, self.blocks, assignment.size)
         self.reading = BlockReading(sender, keeper, self.blocks, assignment.size)
+        self._store = store
         self._reports = reports
+        self._removals = 0
 
     def take_own_reports(self) -> None:
         """Handle the reports of the leader's own store."""
-        while True:
-            try:
-                self.handle(self._reports.get_nowait())
-            except queue.Empty:
-                return
+        reports = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                reports.append(self._reports.get_nowait())
+        if self._store.removals != self._removals:  # counted before the next report of the store
+            self._removals = self._store.removals
+            self.writing.begin_again()
+            self.blocks.begin_again()
+        for report in reports:
+            self.handle(report)
 
     def handle(self, report: StoreReport) -> None:
         """Handle a report of any rank."""

@@ -13,10 +13,10 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from k2cli.prefix_folder import BLOCK_TOKENS, naming_secret
+from k2cli.prefix_folder import BLOCK_TOKENS
 from k2cli.protocol import Assignment, BlocksFound, ForgetBlocks
 from k2cli.rank.engine.prefixes.keeper import Sender
-from k2cli.rank.kv_cache.block_store import BlockStore
+from k2cli.rank.kv_cache.block_store import STEP_SECONDS, BlockStore
 
 _NAME_LETTERS = 32
 
@@ -33,20 +33,18 @@ class StoredBlocks:
     """The blocks that every rank has on its disk."""
 
     def __init__(self, sender: Sender, store: BlockStore, assignment: Assignment) -> None:
-        """Know of no block yet; ``store`` is the leader's own.
-
-        Raises:
-            OSError: if the folder of the prefix cache cannot be used.
-        """
+        """Know of no block yet; ``store`` is the leader's own."""
         self._sender = sender
         self._store = store
         self._ranks = assignment.size
         self._limit_bytes = assignment.prefix_disk_bytes
-        self._secret = naming_secret()
+        self._secret = b""
         self._own_scope = assignment.prefix_disk_scope
         self._found: dict[int, BlocksFound] = {}
         self._blocks: dict[str, _Block] = {}
         self._bytes = [0] * assignment.size
+        self.largest_bytes = 0
+        """The bytes of the largest part of a block; 0 as long as none is known."""
 
     def __contains__(self, block: str) -> bool:
         return block in self._blocks
@@ -67,6 +65,7 @@ class StoredBlocks:
         """Note what a rank has; once all have told, compare it."""
         self._found[report.rank] = report
         if self.ready:
+            self._secret = self._store.secret
             self._compare()
 
     def _compare(self) -> None:
@@ -86,6 +85,15 @@ class StoredBlocks:
         """Add a block of which every rank has its part, of these sizes."""
         self._blocks[block] = _Block(sizes, used)
         self._bytes = [one + size for one, size in zip(self._bytes, sizes, strict=True)]
+        self.largest_bytes = max(self.largest_bytes, *sizes)
+
+    def begin_again(self) -> None:
+        """Take the leader's store for empty: it was removed beside this run.
+
+        What is on other machines would not be found by later runs: it is removed.
+        """
+        self._secret = self._store.secret
+        self.forget(list(self._blocks))
 
     def forget(self, blocks: Iterable[str]) -> None:
         """Remove blocks from all disks."""
@@ -101,7 +109,7 @@ class StoredBlocks:
     # --- names and use ---------------------------------------------------------------------------
 
     def chain(self, tokens: Sequence[int], scope: str) -> list[str]:
-        """Return the names of the whole blocks that tokens begin with."""
+        """Return the names of the whole blocks that tokens begin with; only once ``ready``."""
         owner = f"key {scope}" if scope else f"own {self._own_scope}"
         name = folder = self._digest(owner.encode())
         names = []
@@ -114,21 +122,21 @@ class StoredBlocks:
     def _digest(self, data: bytes) -> str:
         return hmac.new(self._secret, data, hashlib.sha256).hexdigest()[:_NAME_LETTERS]
 
-    def use(self, chain: Sequence[str]) -> None:
-        """Make blocks the most recently used: the later ones of a chain go first."""
+    def use(self, chain: Sequence[str]) -> float:
+        """Make blocks the most recently used, the first one last; return its time."""
         now = time.time()
-        times = {block: now - index * 1e-6 for index, block in enumerate(chain)}
+        times = {block: now - index * STEP_SECONDS for index, block in enumerate(chain)}
         times = {block: used for block, used in times.items() if block in self._blocks}
         for block, used in times.items():
             self._blocks[block].used = used
         self._store.touch(times)
+        return now
+
+    def bytes_of(self, blocks: Iterable[str]) -> int:
+        """Return the bytes that the rank with the largest parts reads for blocks."""
+        return sum(max(self._blocks[block].nbytes) for block in blocks)
 
     # --- room ------------------------------------------------------------------------------------
-
-    @property
-    def largest_bytes(self) -> int:
-        """The bytes of the largest block on any rank, 0 if there is none."""
-        return max((max(block.nbytes) for block in self._blocks.values()), default=0)
 
     def make_room(self, nbytes: int, spared: Sequence[str]) -> bool:
         """Remove the least recently used blocks until there is room; False if there is none."""

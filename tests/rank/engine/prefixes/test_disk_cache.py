@@ -38,6 +38,8 @@ class _Store:
     """The leader's own store, which records times of use."""
 
     times: dict[str, float] = field(default_factory=dict)
+    secret: bytes = b"secret"
+    removals: int = 0
 
     def touch(self, times: dict[str, float]) -> None:
         self.times |= times
@@ -47,16 +49,22 @@ class Disks:
     """The disks of two ranks: they write and read what the leader decides, when they are told."""
 
     def __init__(
-        self, blocks: Sequence[dict[str, int]] = ({}, {}), own_scope: str = "own key"
+        self,
+        blocks: Sequence[dict[str, int]] = ({}, {}),
+        own_scope: str = "own key",
+        limit: int = LIMIT,
+        secret: bytes = b"secret",
     ) -> None:
         self.next_number = 1
+        self.writes = 0
         self.files = [dict(rank) for rank in blocks]
         self.waiting: list[Decision] = []
         self.keeper = PrefixKeeper(self, whole_only=False)
         reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        store: Any = _Store()
-        assignment = make_assignment(size=2, prefix_disk_bytes=LIMIT, prefix_disk_scope=own_scope)
-        self.cache = DiskCache(self, self.keeper, store, reports, assignment)
+        self.store = _Store(secret=secret)
+        as_store: Any = self.store
+        assignment = make_assignment(size=2, prefix_disk_bytes=limit, prefix_disk_scope=own_scope)
+        self.cache = DiskCache(self, self.keeper, as_store, reports, assignment)
         for rank, files in enumerate(self.files):
             found = [(name, size, float(index)) for index, (name, size) in enumerate(files.items())]
             self.cache.handle(BlocksFound(rank, found))
@@ -68,6 +76,7 @@ class Disks:
                 for block in decision.blocks:
                     rank.pop(block, None)
         else:
+            self.writes += isinstance(decision, StoreBlock)
             self.waiting.append(decision)
 
     def work(self, *, error: str = "") -> None:
@@ -111,8 +120,13 @@ class Disks:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path / "cache"))
+def _no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test in which the leader's main thread uses a disk, which may hang."""
+
+    def refuse(folder: Path) -> Path:
+        raise AssertionError(f"{folder} was used")
+
+    monkeypatch.setattr("k2cli.prefix_folder.private_folder", refuse)
 
 
 @pytest.fixture
@@ -170,6 +184,38 @@ def test_what_cannot_be_read_is_forgotten_and_computed(files: list[dict[str, int
     assert second not in disks.files[0]
     disks.write(PROMPT)
     assert second in disks.files[0]
+
+
+@pytest.mark.parametrize("new", [b"secret", b"that of a run which started meanwhile"])
+def test_what_is_written_after_the_cache_was_cleared_is_found_by_the_next_run(
+    files: list[dict[str, int]], new: bytes
+) -> None:
+    """`k2 cache clear` on the leader's machine removes the secret on which all names depend."""
+    disks = Disks(files)
+    disks.keeper.keep(PROMPT, "")
+    disks.files[0].clear()  # the second rank is on another machine
+    old = set(disks.files[1])
+    other = random.Random(2).choices(range(10**6), k=600)
+    disks.keeper.keep(other, "")
+    disks.cache.writing.write_some()  # the leader learns of it only by what its writer finds
+    disks.store.secret, disks.store.removals = new, 1
+    disks.cache.take_own_reports()
+    disks.work()
+    disks.write([*PROMPT, 7])
+    assert bool(old & set(disks.files[1])) is (new == b"secret")
+    assert sum(disks.files[0].values()) == 6 * SIZES[0]
+    later = Disks(disks.files, secret=new)
+    later.request([*PROMPT, 5])
+    later.request([*other, 5])
+    assert (later.kept(PROMPT), later.kept(other)) == (1024, 512)
+
+
+def test_no_block_is_kept_if_the_limit_is_less_than_one() -> None:
+    disks = Disks(limit=max(SIZES) - 1)
+    disks.write(PROMPT)
+    disks.write(PROMPT[::-1])
+    assert disks.writes == 1  # of one whose size was not known before
+    assert disks.files == [{}, {}]
 
 
 def test_the_budget_holds_and_the_least_recently_used_go_first(
@@ -235,6 +281,28 @@ def test_a_request_does_not_wait_longer_than_computing_takes(
     disks.cache.reading.read_some(lambda waiting: False, 100_000)
     assert disks.kept(PROMPT) == 1024
     assert not disks.cache.reading.is_reading
+
+
+def test_a_disk_that_hangs_delays_one_request_and_not_for_long(
+    files: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disks, now = Disks(files), [1000.0]
+    reading = disks.cache.reading
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    waiting = Waiting(Generate("r", PROMPT, 5), 0.0)
+    reading.consider(waiting, 0.0)  # the rate of computing is unknown
+    reading.read_some(lambda waiting: True, 100_000)
+    now[0] += 5.1
+    reading.read_some(lambda waiting: True, 100_000)
+    assert waiting.is_ready
+    others = [Waiting(Generate(str(number), PROMPT, 5), 0.0) for number in range(2)]
+    reading.consider(others[0], 0.0)
+    assert others[0].is_ready
+    disks.work()  # the disk goes on
+    reading.read_some(lambda waiting: False, 100_000)
+    disks.keeper.tree.remove(disks.keeper.tree.oldest() or 0)
+    reading.consider(others[1], 0.0)
+    assert not others[1].is_ready
 
 
 def test_nothing_is_read_that_memory_has_no_room_for(files: list[dict[str, int]]) -> None:
