@@ -101,7 +101,7 @@ class Following:
 def show_plan(run: RunDecisions) -> None:
     """Show the plan and the settings of a prepared run, and what is to be minded."""
     from k2cli.launch.endpoint import endpoint_warnings
-    from k2cli.launch.transport import restart_warnings, transport_warnings
+    from k2cli.launch.transport import restart_warnings
     from k2cli.ui.output import note, warn
     from k2cli.ui.plan.table import plan_lines
     from k2cli.units import one_line
@@ -116,5 +116,5 @@ def show_plan(run: RunDecisions) -> None:
     if run.generated_api_key:
         note(f"the API key is in {run.record.api_key_file}")
     restarts = restart_warnings(run.transport, run.request.restart)
-    for warning in [*transport_warnings(run.plan), *restarts, *endpoint_warnings(run)]:
+    for warning in [*restarts, *endpoint_warnings(run)]:
         warn(warning)

@@ -10,7 +10,6 @@ from k2cli.errors import ClusterError, UsageError
 from k2cli.launch.nccl import REASON, check_nccl, suits_nccl
 from k2cli.launch.restart_policy import RestartPolicy
 from k2cli.nodes.node import Node
-from k2cli.planning.plan import Plan
 from k2cli.rdma_launches import SAFE_LAUNCHES
 
 
@@ -39,20 +38,6 @@ def check_nodes(
     if transport == "mpi":
         find_openmpi()
     return transport, reason
-
-
-def transport_warnings(plan: Plan) -> list[str]:
-    """Return what is known against a plan's division on its devices.
-
-    Measured on two H200s with MLX 0.32.4: three of four pipelines ended with "an illegal memory
-    access" after a prompt of 16,384 tokens (docs/measurements/full-width.md).
-    """
-    if plan.placement.strategy != "pipeline" or all(node.backend != "cuda" for node in plan.nodes):
-        return []
-    return [
-        "pipelines on NVIDIA GPUs have failed after long prompts, in MLX or in k2; with "
-        "--parallel tensor none has"
-    ]
 
 
 def restart_warnings(transport: Transport, restart: RestartPolicy) -> list[str]:

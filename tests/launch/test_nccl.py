@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,7 +16,7 @@ from k2cli.guard.spawn import group_settings
 from k2cli.launch.nccl import NcclRoute, nccl_route
 from k2cli.launch.request import LaunchRequest
 from k2cli.launch.specification import renew_bootstraps
-from k2cli.launch.transport import check_nodes, choose_transport, transport_warnings
+from k2cli.launch.transport import check_nodes, choose_transport
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.node import Node
 from k2cli.planning.hardware.spec import parse_hardware
@@ -185,20 +184,3 @@ def test_one_rank_says_that_a_transport_is_not_used() -> None:
         "local",
         "one rank needs no transport",
     )
-
-
-@pytest.mark.parametrize(
-    ("strategy", "backends", "warned"),
-    [
-        ("pipeline", ["cuda", "cuda"], True),
-        ("pipeline", ["metal", "metal"], False),
-        ("tensor", ["cuda", "cuda"], False),
-        ("single", ["cuda"], False),
-    ],
-)
-def test_a_pipeline_on_nvidia_gpus_is_warned_of(
-    strategy: str, backends: list[str], warned: bool
-) -> None:
-    nodes = [SimpleNamespace(backend=backend) for backend in backends]
-    plan = SimpleNamespace(placement=SimpleNamespace(strategy=strategy), nodes=nodes)
-    assert bool(transport_warnings(cast("Any", plan))) is warned
