@@ -89,11 +89,11 @@ def loaded(folder: Path, dtype: str) -> tuple[nn.Module, dict[str, Any]]:
 def as_held(model: nn.Module) -> nn.Module:
     """Change a model in place to what a rank holds on this device; return it."""
     from k2cli.rank.attention.latent import use_own_attention
-    from k2cli.rank.expert_kernels import part_experts, stays_whole
-    from k2cli.rank.few_inputs import lengthen_linears
-    from k2cli.rank.head_kernels import use_own_heads
     from k2cli.rank.host_buffers import copies_from_host
     from k2cli.rank.joined_projections import join_projections, joins_here
+    from k2cli.rank.kernels.experts import part_experts, stays_whole
+    from k2cli.rank.kernels.few_inputs import lengthen_linears
+    from k2cli.rank.kernels.heads import use_own_heads
     from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
     from k2cli.sharding.trace import parameters
 

@@ -31,10 +31,10 @@ from k2cli.planning.memory.prefill import activation_shape, prefill_activation
 from k2cli.protocol import OpenSequence, Prefill
 from k2cli.rank.attention.latent import use_own_attention
 from k2cli.rank.executor import Executor
-from k2cli.rank.expert_kernels import part_experts
-from k2cli.rank.few_inputs import lengthen_linears
-from k2cli.rank.head_kernels import use_own_heads
 from k2cli.rank.host_buffers import copies_from_host
+from k2cli.rank.kernels.experts import part_experts
+from k2cli.rank.kernels.few_inputs import lengthen_linears
+from k2cli.rank.kernels.heads import use_own_heads
 from k2cli.sharding.assemble import cast
 from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
 from k2cli.sharding.stage import cut_stage

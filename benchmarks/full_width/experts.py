@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.rank.expert_kernels import part_experts
+from k2cli.rank.kernels.experts import part_experts
 
 _GROUP, _BITS, _TOP = 64, 4, 8
 _ROUNDS, _PRODUCTS = 5, 20

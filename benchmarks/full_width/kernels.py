@@ -39,10 +39,10 @@ def compile_shape(shape: str, own: Path) -> int:
     from benchmarks.mla_attention import K2_LAYER
     from k2cli.guard.spawn import kernel_folder
     from k2cli.rank.attention.latent import use_own_attention
-    from k2cli.rank.expert_kernels import part_experts
-    from k2cli.rank.few_inputs import lengthen_linears
-    from k2cli.rank.head_kernels import use_own_heads
-    from k2cli.rank.kernel_cache import open_kernel_cache
+    from k2cli.rank.kernels.cache import open_kernel_cache
+    from k2cli.rank.kernels.experts import part_experts
+    from k2cli.rank.kernels.few_inputs import lengthen_linears
+    from k2cli.rank.kernels.heads import use_own_heads
     from k2cli.sharding.assemble import cast
     from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
     from k2cli.sharding.stage import make_cache

@@ -100,7 +100,7 @@ def kernel_folder(run_id: str) -> Path:
     MLX uses ``$TMPDIR/mlx/VERSION/DEVICE``. In a shared TMPDIR, another user could make that first
     and put a library there. The folder lasts, since compiling takes long; a cache that cannot be
     made, has no room left, or that other users can access, is replaced by a folder of the run.
-    Within it each rank has a folder of its own (``rank.kernel_cache``).
+    Within it each rank has a folder of its own (``rank.kernels.cache``).
 
     Raises:
         OSError: if neither folder can be used.

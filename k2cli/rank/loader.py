@@ -31,11 +31,11 @@ from k2cli.models.safetensors_header import DTYPE_BITS, StoredTensor
 from k2cli.protocol import Assignment, HeldTensor
 from k2cli.rank.absent_files import open_absent, refuse_absent, refused_if_absent
 from k2cli.rank.attention.latent import use_own_attention
-from k2cli.rank.expert_kernels import part_experts, stays_whole
-from k2cli.rank.few_inputs import lengthen_linears
-from k2cli.rank.head_kernels import use_own_heads
 from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
 from k2cli.rank.joined_projections import JoinedParameter, join_projections, joins_here
+from k2cli.rank.kernels.experts import part_experts, stays_whole
+from k2cli.rank.kernels.few_inputs import lengthen_linears
+from k2cli.rank.kernels.heads import use_own_heads
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.coverage import WholeModel, describe_whole

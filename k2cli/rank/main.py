@@ -53,7 +53,7 @@ from k2cli.rank.guard_link import GuardLink
 from k2cli.settings import RUN_OPTION, runs_directory
 
 if TYPE_CHECKING:
-    from k2cli.rank.kernel_cache import KernelCache
+    from k2cli.rank.kernels.cache import KernelCache
 
 _IDLE_SECONDS = 0.5
 _IDLE_WORK_SECONDS = 0.01
@@ -169,10 +169,10 @@ class Rank:
         """Wait for the peers, join the MLX group and load this rank's part."""
         import mlx.core as mx
 
-        from k2cli.rank.expert_kernels import check_experts
         from k2cli.rank.group import join_group, set_memory_limits
-        from k2cli.rank.head_kernels import check_heads
-        from k2cli.rank.kernel_cache import open_kernel_cache
+        from k2cli.rank.kernels.cache import open_kernel_cache
+        from k2cli.rank.kernels.experts import check_experts
+        from k2cli.rank.kernels.heads import check_heads
         from k2cli.rank.loader import load_part
 
         self._kernels = open_kernel_cache(self._own_folder)

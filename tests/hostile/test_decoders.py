@@ -246,7 +246,7 @@ ALLOWED = {
         "text of a bounded answer of the model, with json.loads' errors",
     ),
     "planning/hardware/cards.py": "a file of this package",
-    "rank/kernel_cache.py": "folders of k2's own private cache, and files of the kernel in /proc",
+    "rank/kernels/cache.py": "folders of k2's own private cache, and files of the kernel in /proc",
     "rank/listen_address.py": "a library of MLX and the process's own memory",
     "agent/locks.py": "creation with O_EXCL, and /proc/locks",
     "agent/link.py": "writes into a new private folder",

@@ -13,8 +13,8 @@ import pytest
 
 from k2cli.protocol import HeldTensor
 from k2cli.rank import loader, tensor_reader
-from k2cli.rank.expert_kernels import PartedExperts, check_experts, part_experts
 from k2cli.rank.joined_projections import JoinedProjection, join_projections
+from k2cli.rank.kernels.experts import PartedExperts, check_experts, part_experts
 from k2cli.rank.loader import LoadedPart, load_part, placement_of
 from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.coverage import check_coverage

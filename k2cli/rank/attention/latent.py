@@ -32,7 +32,7 @@ from k2cli.rank.attention.blocks import (
     in_blocks,
     masked_blocks,
 )
-from k2cli.rank.head_kernels import dequantized
+from k2cli.rank.kernels.heads import dequantized
 from k2cli.sharding.latent_ways import LatentSettings, LatentWidths, is_absorbed
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from k2cli.rank import kernel_cache
-from k2cli.rank.kernel_cache import VARIABLE, KernelCache
+from k2cli.rank.kernels import cache as kernels
+from k2cli.rank.kernels.cache import VARIABLE, KernelCache
 
 KEY = "mlx-0.32.4-cuda-13.0-sm_90"
 LONG = "a" * 245 + "/" + "b" * 30
@@ -69,8 +69,8 @@ def test_two_processes_that_compile_the_same_do_not_disturb_each_other(tmp_path:
 def test_a_process_that_is_killed_while_it_compiles_leaves_nothing_behind(tmp_path: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path\n"
-        "from k2cli.rank.kernel_cache import KernelCache\n"
-        "from tests.rank.test_kernel_cache import KEY, _compile\n"
+        "from k2cli.rank.kernels.cache import KernelCache\n"
+        "from tests.rank.kernels.test_cache import KEY, _compile\n"
         "cache = KernelCache(Path(sys.argv[1]), KEY); _compile(cache.folder, 'whole')\n"
         "cache.publish(); _compile(cache.folder, 'half', killed=True)\n"
         "os.kill(os.getpid(), 9)\n"
@@ -111,7 +111,7 @@ def test_a_kernel_that_a_full_disk_has_cut_is_not_shared(
         (cache.folder / f"{name}.ptx").write_bytes(code)
     assert cache.publish() == 1
     _compile(cache.folder, "later")
-    monkeypatch.setattr(kernel_cache, "_has_room", lambda folder: False)
+    monkeypatch.setattr(kernels, "_has_room", lambda folder: False)
     assert cache.publish() == 0
     shared = {code.stem for code in cache.shared.glob("*.ptx")}
     assert shared == {"whole-elf"}
@@ -152,14 +152,14 @@ def _as_on_cuda(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: {"architecture": "sm_90"})
-    monkeypatch.setattr(kernel_cache, "_compiler_version", lambda: "13.0")
+    monkeypatch.setattr(kernels, "_compiler_version", lambda: "13.0")
 
 
 def test_on_cuda_mlx_is_told_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import mlx.core as mx
 
     _as_on_cuda(monkeypatch, tmp_path)
-    cache = kernel_cache.open_kernel_cache(tmp_path / "own")
+    cache = kernels.open_kernel_cache(tmp_path / "own")
     assert cache is not None
     assert Path(os.environ[VARIABLE]) == cache.folder
     assert cache.shared.name == f"mlx-{mx.__version__}-cuda-13.0-sm_90"  # type: ignore[attr-defined]
@@ -174,11 +174,11 @@ def test_without_locks_each_rank_compiles_in_a_folder_of_its_own(
         raise OSError(errno.ENOLCK, "No locks available")  # as over NFS without its lock service
 
     _as_on_cuda(monkeypatch, tmp_path)
-    monkeypatch.setattr(kernel_cache.fcntl, "flock", no_locks)
+    monkeypatch.setattr(kernels.fcntl, "flock", no_locks)
     own = tmp_path / "run" / "kernels-1"
     own.mkdir(parents=True)
     _compile(own, "of-an-earlier-attempt", killed=True)
-    assert kernel_cache.open_kernel_cache(own) is None
+    assert kernels.open_kernel_cache(own) is None
     assert os.environ[VARIABLE] == str(own)
     assert list(own.iterdir()) == []
     assert own.stat().st_mode & 0o777 == 0o700
@@ -186,7 +186,7 @@ def test_without_locks_each_rank_compiles_in_a_folder_of_its_own(
 
 _COMPILES_ON_A_CPU = (
     "import sys; from pathlib import Path\n"
-    "from k2cli.rank.kernel_cache import open_kernel_cache\n"
+    "from k2cli.rank.kernels.cache import open_kernel_cache\n"
     "import mlx.core as mx\n"
     "cache = open_kernel_cache(Path(sys.argv[1]))\n"
     "mx.eval(mx.compile(lambda x: mx.exp(x * 2.5) + mx.sigmoid(x))(mx.ones((3, 5))))\n"

@@ -10,8 +10,8 @@ import pytest
 
 from k2cli.errors import ClusterError
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.rank import expert_kernels
-from k2cli.rank.expert_kernels import PartedExperts, check_experts, part_experts
+from k2cli.rank.kernels import experts
+from k2cli.rank.kernels.experts import PartedExperts, check_experts, part_experts
 
 COUNT, INPUTS, OUTPUTS = 6, 64, 512
 
@@ -59,7 +59,7 @@ def test_more_rows_than_a_launch_takes_are_computed_in_pieces(
     rows, indices = _asked(100)
     wanted = layer.up_proj(rows, indices, sorted_indices=True)
     mx.eval(wanted)
-    monkeypatch.setattr(expert_kernels, "MOST_ROWS", 30)
+    monkeypatch.setattr(experts, "MOST_ROWS", 30)
     launched: list[int] = []
     product = mx.gather_qmm
 

@@ -10,8 +10,8 @@ import pytest
 
 from k2cli.errors import ClusterError
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.rank.few_inputs import missing_inputs
-from k2cli.rank.head_kernels import (
+from k2cli.rank.kernels.few_inputs import missing_inputs
+from k2cli.rank.kernels.heads import (
     HeadProjection,
     check_heads,
     dequantized,

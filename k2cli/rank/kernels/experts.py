@@ -20,7 +20,7 @@ import mlx.nn as nn
 from k2cli.errors import ClusterError
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.pip_command import pip_install
-from k2cli.rank.few_inputs import lengthened, missing_inputs, with_zeros
+from k2cli.rank.kernels.few_inputs import lengthened, missing_inputs, with_zeros
 
 LARGEST_ELEMENTS = 2**32
 """Elements of a matrix of all experts that the kernel addresses right (measured on an H200)."""

@@ -9,8 +9,8 @@ import mlx.nn as nn
 import pytest
 
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.rank.expert_kernels import check_experts, part_experts
-from k2cli.rank.few_inputs import lengthen_linears
+from k2cli.rank.kernels.experts import check_experts, part_experts
+from k2cli.rank.kernels.few_inputs import lengthen_linears
 
 
 class _Model(nn.Module):  # type: ignore[misc]

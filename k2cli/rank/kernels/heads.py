@@ -19,7 +19,7 @@ import mlx.nn as nn
 from k2cli.errors import ClusterError
 from k2cli.mlx_lm_package import mlx_lm_module
 from k2cli.pip_command import pip_install
-from k2cli.rank.few_inputs import lengthened, missing_inputs, with_zeros
+from k2cli.rank.kernels.few_inputs import lengthened, missing_inputs, with_zeros
 
 _TOLERANCE = 0.25
 """Bound of an error relative to the largest result. MLX's CPU adds up in bfloat16, and was seen to
