@@ -64,6 +64,7 @@ class ChatSession:
         schema: the form that its answers obey, if there is one.
         tools: functions that the model may call, as in OpenAI's API.
         unsent: a question that got no answer.
+        private: True to keep what the run computes off its disks.
     """
 
     api: ApiClient
@@ -75,6 +76,7 @@ class ChatSession:
     turns: list[dict[str, Any]] = field(default_factory=list)
     answer: Answer | None = None
     unsent: str | None = None
+    private: bool = False
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the conversation in the form of the API."""
@@ -165,7 +167,9 @@ class ChatSession:
         calls = CallCollector()
         started = time.monotonic()
         form = None if self.schema is None else self.schema.response_format()
-        events = self.api.chat(self.model, self.messages(), self.options, form, self.tools)
+        events = self.api.chat(
+            self.model, self.messages(), self.options, form, self.tools, private=self.private
+        )
         try:
             with closing(events) as stream:
                 for event in stream:

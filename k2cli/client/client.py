@@ -262,12 +262,15 @@ class ApiClient:
         options: GenerationOptions,
         response_format: dict[str, Any] | None = None,
         tools: list[dict[str, Any]] | None = None,
+        *,
+        private: bool = False,
     ) -> Generator[StreamEvent]:
         """Stream an answer to a conversation. Closing the generator cancels it on the server.
 
         Args:
             response_format: the form of the answer, as in OpenAI's API.
             tools: functions that the model may call, as in OpenAI's API.
+            private: keep what the run computes off its disks (k2 only).
 
         Raises:
             UsageError: if the server refuses the response format.
@@ -278,6 +281,8 @@ class ApiClient:
             body["response_format"] = response_format
         if tools:
             body["tools"] = tools
+        if private and model.is_k2:
+            body["k2"] = {"cache": "memory"}
         return self._stream("chat/completions", body, progress=model.is_k2)
 
     def complete(self, model: ModelInfo, prompt: list[int], tokens: int) -> Completion:

@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k2cli.choices import CheckedTransport, Parallel
+from k2cli.commands.options import context_tokens
+from k2cli.errors import UsageError
 
 if TYPE_CHECKING:
     from k2cli.doctor.examination import ExaminationOptions, Report
     from k2cli.nodes.node import Node
+
+
+def _most_tokens(text: str) -> int:
+    count = context_tokens(text, "--most-tokens")
+    if count == 0:
+        raise UsageError("--most-tokens 0 leaves no prompt", "leave out --most-tokens")
+    return count
 
 
 def doctor(
@@ -55,7 +64,9 @@ def doctor(
     ] = False,
     most_tokens: Annotated[
         int | None,
-        typer.Option(metavar="TOKENS", min=1, help="The longest prompt of --deep. Default: 8192."),
+        typer.Option(
+            metavar="TOKENS", parser=_most_tokens, help="The longest prompt of --deep. Default: 8k."
+        ),
     ] = None,
     parallel: Annotated[
         Parallel | None,
@@ -77,7 +88,7 @@ def doctor(
 
     Example: k2 doctor --nodes localhost,studio2
     """
-    from k2cli.errors import ClusterError, UsageError
+    from k2cli.errors import ClusterError
     from k2cli.ui.doctor_view import print_report, report_document
     from k2cli.ui.output import note, print_json
 

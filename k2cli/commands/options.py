@@ -11,8 +11,8 @@ from k2cli.errors import UsageError
 from k2cli.units import one_line, parse_tokens
 
 
-def context_tokens(text: str) -> int:
-    """Parse the value of ``--context``.
+def context_tokens(text: str, option: str = "--context") -> int:
+    """Parse a number of tokens, such as the value of ``--context``.
 
     Raises:
         UsageError: if the text is not a number of tokens.
@@ -20,7 +20,7 @@ def context_tokens(text: str) -> int:
     try:
         return parse_tokens(text)
     except UsageError as error:
-        raise UsageError(f"--context {error.message}", error.hint) from error
+        raise UsageError(f"{option} {error.message}", error.hint) from error
 
 
 def kv_bits(text: str) -> choices.KvBits:

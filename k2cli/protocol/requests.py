@@ -42,7 +42,7 @@ class Generate(Message, tag=True, frozen=True):
 
     ``owner`` is the id of the named key that asks, "" for the run's own. The cache of an earlier
     prompt is used only if that had the same ``prefix_scope``. ``use_speculation`` False lets every
-    step compute one token of the answer.
+    step compute one token of the answer. ``stores_prefix`` False keeps what it leaves off disks.
     """
 
     request_id: str
@@ -55,6 +55,7 @@ class Generate(Message, tag=True, frozen=True):
     owner: str = ""
     prefix_scope: str = ""
     use_speculation: bool = True
+    stores_prefix: bool = True
 
 
 class Cancel(Message, tag=True, frozen=True):

@@ -134,7 +134,8 @@ class AnswerOptions:
         logprobs: the number of alternatives per token, or None for no log-probabilities.
         stops: strings that end the answer.
         stream, wants_usage, wants_progress: see ``EngineRequest``.
-        use_prefix_cache, ignore_stop_tokens, use_speculation: the request's ``"k2"`` object.
+        use_prefix_cache, stores_prefix, ignore_stop_tokens, use_speculation: the request's
+            ``"k2"`` object.
         parallel_calls, include_reasoning: see ``OutputOptions``.
         answer_format: the form of the answer's text; None for any text.
         tool_choice: by default the model decides. Tools with ``"strict": true`` in their function
@@ -159,6 +160,7 @@ class AnswerOptions:
     wants_usage: bool = False
     wants_progress: bool = False
     use_prefix_cache: bool = True
+    stores_prefix: bool = True
     ignore_stop_tokens: bool = False
     use_speculation: bool = True
     parallel_calls: bool = True

@@ -327,6 +327,7 @@ def _build(
         use_prefix_cache=options.use_prefix_cache,
         grammar=grammar,
         use_speculation=options.use_speculation,
+        stores_prefix=options.stores_prefix,
     )
     return EngineRequest(
         generate,

@@ -57,7 +57,11 @@ def chat(
         ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Keep neither the conversation nor what is entered.")
+        bool,
+        typer.Option(
+            "--private",
+            help="Keep neither the conversation nor what is entered, nor its caches on a disk.",
+        ),
     ] = False,
     tools: Annotated[
         list[str] | None,
@@ -127,6 +131,7 @@ def chat(
         client = stack.enter_context(ApiClient(target.url, target.api_key, target.certificate))
         picked = client.pick_model(target.model)
         session = ChatSession(client, picked, settings.options, settings.system, answer_schema)
+        session.private = private
         box = stack.enter_context(closing(_tool_box(allow_tool or [])))
         if question is None:
             _chat_on_terminal(

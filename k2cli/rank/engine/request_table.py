@@ -257,7 +257,8 @@ class RequestTable:
         self._close(row.masked)
         self.cut_back(row, row.drafted)
         tokens, scope = row.held_tokens, row.request.prefix_scope
-        self.leave(row, self.keeper.keep(tokens, scope) if keep else Keep())
+        stores = row.request.stores_prefix
+        self.leave(row, self.keeper.keep(tokens, scope, stores=stores) if keep else Keep())
         self.line.end(row)
         self.evict()
 

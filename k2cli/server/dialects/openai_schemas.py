@@ -130,12 +130,13 @@ class StreamOptions(Body):
 class Extensions(Body):
     """The request's ``"k2"`` object.
 
-    ``cache`` False bypasses the prefix cache. ``ignore_stop_tokens`` True generates past the
+    ``cache`` False bypasses the prefix cache; ``"memory"`` keeps what the request leaves in memory
+    alone, also in a run with ``--prefix-cache-disk``. ``ignore_stop_tokens`` True generates past the
     model's stop tokens, up to ``max_tokens``, for benchmarks. ``speculation`` False verifies no
     drafts.
     """
 
-    cache: bool | None = None
+    cache: bool | Literal["memory"] | None = None
     ignore_stop_tokens: bool | None = None
     speculation: bool | None = None
 
@@ -184,6 +185,7 @@ class GenerationBody(_Ignored, FormatFields):
             wants_usage=bool(stream_options.include_usage),
             wants_progress=bool(stream_options.include_progress),
             use_prefix_cache=extensions.cache is not False,
+            stores_prefix=extensions.cache != "memory",
             ignore_stop_tokens=bool(extensions.ignore_stop_tokens),
             use_speculation=extensions.speculation is not False,
             answer_format=self.answer_format,

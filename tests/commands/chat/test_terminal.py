@@ -313,6 +313,7 @@ def test_private(engine: ScriptedEngine, url: str) -> None:
         assert terminal.close() == 0
     state = Path(os.environ["K2_STATE_DIR"])
     assert not [path for path in state.rglob("*") if path.is_file()]
+    assert [request.stores_prefix for request in engine.submitted] == [False]
 
 
 def test_completion(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,12 @@ class PrefixKeeper:
         self.added: deque[int] = deque(maxlen=_MOST_ADDED)
         """Prefixes that were kept and may be stored on a disk, the newest last."""
 
-    def keep(self, tokens: Sequence[int], scope: str) -> Keep:
-        """Prepare the tree for a sequence that leaves; the decision that it leaves must follow."""
+    def keep(self, tokens: Sequence[int], scope: str, *, stores: bool = True) -> Keep:
+        """Prepare the tree for a sequence that leaves; the decision that it leaves must follow.
+
+        Args:
+            stores: True if it may be stored on a disk.
+        """
         place = self.tree.place(tokens, scope)
         if place is None:
             return Keep()
@@ -58,7 +62,8 @@ class PrefixKeeper:
         for prefix in place.replaced:
             self.drop(prefix)
         added = self.tree.add(tokens[place.start :], scope, below)
-        self.added.append(added)
+        if stores:
+            self.added.append(added)
         return Keep(added, below, place.start)
 
     def keep_read(self, tokens: Sequence[int], scope: str, first: int) -> Keep:

@@ -151,6 +151,16 @@ def test_a_later_run_reads_what_memory_lacks(files: list[dict[str, int]]) -> Non
     assert again.kept(PROMPT) == 512
 
 
+def test_what_is_not_to_be_stored_stays_in_memory() -> None:
+    disks = Disks()
+    disks.keeper.keep(PROMPT, "", stores=False)
+    assert not disks.cache.writing.has_work
+    assert disks.kept(PROMPT) == len(PROMPT)
+    # What others ask after it is stored with all that it begins with.
+    disks.write([*PROMPT, *range(300)])
+    assert [len(rank) for rank in disks.files] == [5, 5]
+
+
 def test_a_key_finds_its_own_prompts_only(files: list[dict[str, int]]) -> None:
     disks = Disks(files)
     disks.write(PROMPT, "a")
