@@ -131,8 +131,8 @@ class Extensions(Body):
     """The request's ``"k2"`` object.
 
     ``cache`` False bypasses the prefix cache; ``"memory"`` keeps what the request leaves in memory
-    alone, also in a run with ``--prefix-cache-disk``. ``ignore_stop_tokens`` True generates past the
-    model's stop tokens, up to ``max_tokens``, for benchmarks. ``speculation`` False verifies no
+    alone, also in a run with ``--prefix-cache-disk``. ``ignore_stop_tokens`` True generates past
+    the model's stop tokens, up to ``max_tokens``, for benchmarks. ``speculation`` False verifies no
     drafts.
     """
 
