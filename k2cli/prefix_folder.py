@@ -13,6 +13,7 @@ import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ BLOCK_TOKENS = 256
 _NOTE_NAME = "store.json"
 _LOCK_NAME = "lock"
 _SECRET_BYTES = 32
+_LOCK_SECONDS = 2.0
+_LOOK_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,9 @@ def stores() -> list[StoreFolder]:
 def open_store(folder: Path, note: StoreNote) -> int:
     """Make a store's folder and its note; return a descriptor that marks it as used.
 
+    If nobody else uses the store, blocks that are not complete are removed: those who wrote them
+    were killed.
+
     Raises:
         OSError: if it cannot be made or written, or others can access it.
     """
@@ -144,8 +150,27 @@ def open_store(folder: Path, note: StoreNote) -> int:
     write_atomically(folder / _NOTE_NAME, msgspec.json.encode(note), 0o600)
     lock = open_regular(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, mode=0o600)
     with contextlib.suppress(OSError):  # some network file systems have no locks
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for file in blocks_of(folder):
+            if PART_MARK in file.name:
+                (folder / file.name).unlink(missing_ok=True)
+    _mark_used(lock)
     return lock
+
+
+def _mark_used(lock: int) -> None:
+    """Share a store's lock; others have it alone for moments only, while they look."""
+    limit = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > limit:
+                return
+            time.sleep(_LOOK_SECONDS)
+        except OSError:
+            return
 
 
 def _is_used(folder: Path) -> bool:

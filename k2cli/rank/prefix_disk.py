@@ -67,11 +67,7 @@ def open_on_leader(
         return
     reports: queue.SimpleQueue[StoreReport] = queue.SimpleQueue()
     store = BlockStore(assignment, _layers(executor), reports.put)
-    try:
-        stored = StoredPrefixes(engine.sender, engine.keeper, store, reports, assignment)
-    except OSError as error:
-        say_on_stderr(f"no prefix cache on disk: {error.strerror or error}")
-        return
+    stored = StoredPrefixes(engine.sender, engine.keeper, store, reports, assignment)
     executor.store = store
     ordered = [identities[rank] for rank in range(assignment.size)]
     folder = run_identity(assignment, ordered)

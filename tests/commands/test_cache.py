@@ -11,7 +11,15 @@ import pytest
 from k2cli.cli import run_command_line
 from k2cli.errors import K2Error, UsageError
 from k2cli.launch.request import LaunchRequest
-from k2cli.prefix_folder import StoreNote, naming_secret, open_store, prefixes_directory
+from k2cli.prefix_folder import (
+    PART_MARK,
+    StoreNote,
+    blocks_of,
+    naming_secret,
+    open_store,
+    prefixes_directory,
+    stores,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +68,21 @@ def test_a_folder_that_others_can_access_is_not_used(tmp_path: Path) -> None:
     prefixes_directory().chmod(0o755)
     with pytest.raises(OSError, match="only this user"):
         naming_secret()
+
+
+def test_what_a_killed_writer_has_left_goes_at_the_next_start() -> None:
+    """But not beside another run that uses the store: it may be writing."""
+    used = _store("a-0", "kimi", 1)
+    folder, note = prefixes_directory() / "a-0", StoreNote("kimi", 0, 2)
+    part = folder / ("5c" * 16) / f"{PART_MARK}x"
+    part.write_bytes(b"half")
+    os.close(open_store(folder, note))
+    assert part.exists()
+    os.close(used)
+    again = open_store(folder, note)
+    assert [file.name for file in blocks_of(folder)] == [f"{'5c' * 16}/{0:032x}"]
+    assert [store.in_use for store in stores()] == [True]
+    os.close(again)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from k2cli.prefix_folder import BLOCK_TOKENS, naming_secret
+from k2cli.prefix_folder import BLOCK_TOKENS
 from k2cli.protocol import (
     AdoptBlocks,
     Assignment,
@@ -41,7 +41,10 @@ _MOST_READING = 2
 _BLOCKS_PER_READING = 8
 """2,048 tokens: 144 MB of K2's caches over all ranks, which are in host memory meanwhile."""
 _LEAST_WAIT_SECONDS = 2.0
-_UNKNOWN_WAIT_SECONDS = 30.0
+_UNKNOWN_WAIT_SECONDS = 5.0
+_SLOW_DISK_BYTES_PER_SECOND = 50e6
+"""A disk that reads less is not waited for, but for a few seconds, while it is unknown how long
+computing takes."""
 _NAME_LETTERS = 32
 
 
@@ -81,18 +84,13 @@ class StoredPrefixes:
         reports: queue.SimpleQueue[StoreReport],
         assignment: Assignment,
     ) -> None:
-        """Make an empty directory; ``reports`` are those of the leader's own ``store``.
-
-        Raises:
-            OSError: if the folder of the prefix cache cannot be used.
-        """
+        """Make an empty directory; ``reports`` are those of the leader's own ``store``."""
         self._sender = sender
         self._keeper = keeper
         self._store = store
         self._reports = reports
         self._ranks = assignment.size
         self._limit_bytes = assignment.prefix_disk_bytes
-        self._secret = naming_secret()
         self._own_scope = assignment.prefix_disk_scope
         self._found: dict[int, BlocksFound] = {}
         self._blocks: dict[str, _Block] = {}
@@ -189,7 +187,7 @@ class StoredPrefixes:
     # --- names -----------------------------------------------------------------------------------
 
     def chain(self, tokens: Sequence[int], scope: str) -> list[str]:
-        """Return the names of the whole blocks that tokens begin with."""
+        """Return the names of the whole blocks that tokens begin with; only once ``ready``."""
         owner = f"key {scope}" if scope else f"own {self._own_scope}"
         name = folder = self._digest(owner.encode())
         names = []
@@ -200,7 +198,7 @@ class StoredPrefixes:
         return names
 
     def _digest(self, data: bytes) -> str:
-        return hmac.new(self._secret, data, hashlib.sha256).hexdigest()[:_NAME_LETTERS]
+        return hmac.new(self._store.secret, data, hashlib.sha256).hexdigest()[:_NAME_LETTERS]
 
     def _use(self, chain: Sequence[str]) -> None:
         """Make blocks the most recently used: the later ones of a chain go first."""
@@ -293,15 +291,23 @@ class StoredPrefixes:
         chain = self.chain(request.prompt, request.prefix_scope)
         stored = next((i for i, b in enumerate(chain) if b not in self._blocks), len(chain))
         done = self._kept_blocks(waiting)
-        if stored <= done:
+        if stored <= done or self._is_late:
             return
-        seconds = _UNKNOWN_WAIT_SECONDS
         if tokens_per_second:
             missing = (stored - done) * BLOCK_TOKENS
             seconds = max(_LEAST_WAIT_SECONDS, missing / tokens_per_second)
+        else:
+            nbytes = sum(max(self._blocks[block].nbytes) for block in chain[done:stored])
+            seconds = max(_UNKNOWN_WAIT_SECONDS, nbytes / _SLOW_DISK_BYTES_PER_SECOND)
         waiting.reading = True
         self._use(chain[:stored])
         self._readings.append(_Reading(waiting, chain[:stored], done, time.monotonic() + seconds))
+
+    @property
+    def _is_late(self) -> bool:
+        """True if a disk has not read in time: nobody else waits for it until it has."""
+        now = time.monotonic()
+        return any(reading.number and now > reading.deadline for reading in self._readings)
 
     @property
     def is_reading(self) -> bool:

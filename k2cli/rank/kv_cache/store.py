@@ -28,6 +28,7 @@ from k2cli.prefix_folder import (
     BlockFile,
     StoreNote,
     blocks_of,
+    naming_secret,
     open_prefixes_directory,
     open_store,
 )
@@ -83,6 +84,8 @@ class BlockStore:
         self._read: dict[int, list[list[HostArray]]] = {}
         self._lock = threading.Lock()
         self._failed = False
+        self.secret = b""
+        """The secret of the names of blocks, on the leader, once its blocks are reported."""
 
     def open(self, decision: OpenStore) -> None:
         """Begin: start the threads, and report what is there."""
@@ -94,11 +97,12 @@ class BlockStore:
         found: list[BlockFile] = []
         try:
             root = open_prefixes_directory()
+            self.secret = naming_secret() if self._rank == 0 else b""
             self._folder = root / f"{decision.folder}-{self._rank}"
             self._make_folder()
             found = self._found()
             self._remove_others(root, decision.limit_bytes - sum(file.nbytes for file in found))
-        except OSError as error:
+        except Exception as error:  # the start waits for the report
             self._switch_off(error)
         blocks = [(file.name, file.nbytes, file.used) for file in found]
         self._report(BlocksFound(self._rank, blocks, not self._failed))

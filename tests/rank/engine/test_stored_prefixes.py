@@ -37,6 +37,7 @@ class _Store:
     """The leader's own store, which records times of use."""
 
     times: dict[str, float] = field(default_factory=dict)
+    secret: bytes = b"secret"
 
     def touch(self, times: dict[str, float]) -> None:
         self.times |= times
@@ -117,8 +118,13 @@ class Disks:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path / "cache"))
+def _no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test in which the leader's main thread uses a disk, which may hang."""
+
+    def refuse(folder: Path) -> Path:
+        raise AssertionError(f"{folder} was used")
+
+    monkeypatch.setattr("k2cli.prefix_folder.private_folder", refuse)
 
 
 @pytest.fixture
@@ -241,6 +247,27 @@ def test_a_request_does_not_wait_longer_than_computing_takes(
     disks.stored.read_some(lambda waiting: False, 100_000)
     assert disks.kept(PROMPT) == 1024
     assert not disks.stored.is_reading
+
+
+def test_a_disk_that_hangs_delays_one_request_and_not_for_long(
+    files: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disks, now = Disks(files), [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    waiting = Waiting(Generate("r", PROMPT, 5), 0.0)
+    disks.stored.consider(waiting, 0.0)  # the rate of computing is unknown
+    disks.stored.read_some(lambda waiting: True, 100_000)
+    now[0] += 5.1
+    disks.stored.read_some(lambda waiting: True, 100_000)
+    assert waiting.is_ready
+    others = [Waiting(Generate(str(number), PROMPT, 5), 0.0) for number in range(2)]
+    disks.stored.consider(others[0], 0.0)
+    assert others[0].is_ready
+    disks.work()  # the disk goes on
+    disks.stored.read_some(lambda waiting: False, 100_000)
+    disks.keeper.tree.remove(disks.keeper.tree.oldest() or 0)
+    disks.stored.consider(others[1], 0.0)
+    assert not others[1].is_ready
 
 
 def test_nothing_is_read_that_memory_has_no_room_for(files: list[dict[str, int]]) -> None:
