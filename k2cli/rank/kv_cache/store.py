@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from k2cli.sharding.stage import Stage
 
 _OLD_PART_SECONDS = 600.0
+_SIZE_SECONDS = 10.0
+"""Between two looks at the size of the store, to which other runs may write as well."""
 _MOST_CONFIG_BYTES = 2**24
 _MOST_BLOCKS = 2**18
 """Of one store: 67 million tokens. The leader is told of all of them in one message."""
@@ -84,6 +86,8 @@ class BlockStore:
         self._read: dict[int, list[list[HostArray]]] = {}
         self._lock = threading.Lock()
         self._failed = False
+        self._limit_bytes = 0
+        self._next_look = 0.0
         self.secret = b""
         """The secret of the names of blocks, on the leader, once its blocks are reported."""
 
@@ -95,6 +99,7 @@ class BlockStore:
 
     def _open(self, decision: OpenStore) -> None:
         found: list[BlockFile] = []
+        self._limit_bytes = decision.limit_bytes
         try:
             root = open_prefixes_directory()
             self.secret = naming_secret() if self._rank == 0 else b""
@@ -168,6 +173,22 @@ class BlockStore:
             self._report(BlockWritten(self._rank, block, error=str(error)))
         else:
             self._report(BlockWritten(self._rank, block, size))
+            self._keep_size()
+
+    def _keep_size(self) -> None:
+        """Remove the oldest blocks if the store is too large: its leader may not know of all."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _SIZE_SECONDS
+        with contextlib.suppress(OSError):
+            files = [file for file in blocks_of(self._folder) if _is_block(file.name)]
+            left = sum(file.nbytes for file in files) - self._limit_bytes
+            for file in sorted(files, key=lambda file: file.used):
+                if left <= 0:
+                    return
+                (self._folder / file.name).unlink(missing_ok=True)
+                left -= file.nbytes
 
     def _switch_off(self, error: Exception) -> None:
         if not self._failed:
@@ -184,6 +205,8 @@ class BlockStore:
         for block in decision.blocks:
             try:
                 found.append(read_block(self._folder / block, self._layers))
+            except FileNotFoundError:  # another run, or k2 cache clear, has removed it
+                break
             except Exception as error:  # a request waits for the report
                 reason = error.message if isinstance(error, K2Error) else str(error)
                 say_on_stderr(

@@ -32,17 +32,42 @@ def test_files_behind_a_link_are_never_removed_to_make_room(tmp_path: Path) -> N
     assert not (root / "old-0" / "scope" / "file").exists()
 
 
+def _opened(reports: list[Any], limit_bytes: int) -> BlockStore:
+    fields = {"rank": 0, "size": 1, "model_path": "/models/toy"}
+    assignment: Any = type("Assignment", (), fields)()
+    store = BlockStore(assignment, 1, reports.append)
+    store._open(OpenStore(1, "5" * 32, limit_bytes))
+    assert reports.pop().usable
+    return store
+
+
+def test_two_runs_of_a_model_share_one_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader of each knows only what its own run has written."""
+    monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("k2cli.rank.kv_cache.store._SIZE_SECONDS", 0.0)
+    reports: list[Any] = []
+    runs = [_opened(reports, 4000) for _ in range(2)]
+    array = HostArray((0, 0, 0), "F32", (256, 1), bytes(1024))
+    scope = "5c" * 16
+    for number in range(8):
+        runs[number % 2]._write(f"{scope}/{number:032x}", [array])
+        path = runs[0]._folder / f"{scope}/{number:032x}"
+        os.utime(path, (number, number))
+    assert not any(report.error for report in reports)
+    assert runs[0]._folder == runs[1]._folder
+    kept = sorted(file.name[-1] for file in blocks_of(runs[0]._folder))
+    assert kept == ["5", "6", "7"]
+
+
 def test_a_store_that_is_removed_while_blocks_are_written_stays_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`k2 cache clear` beside a run: neither fails, and later blocks are written again."""
     reports: list[Any] = []
     monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path))
-    fields = {"rank": 0, "size": 1, "model_path": "/models/toy"}
-    assignment: Any = type("Assignment", (), fields)()
-    store = BlockStore(assignment, 1, reports.append)
-    store._open(OpenStore(1, "5" * 32, 10**9))
-    assert reports.pop().usable
+    store = _opened(reports, 10**9)
     array = HostArray((0, 0, 0), "F32", (256, 1), bytes(1024))
     synchronize, removed = os.fsync, list[int]()
 
@@ -57,6 +82,6 @@ def test_a_store_that_is_removed_while_blocks_are_written_stays_in_use(
     store._write("scope/two", [array])
     assert [report.error for report in reports] == ["", ""]
     assert {file.name for file in blocks_of(store._folder)} == {"scope/one", "scope/two"}
-    assert list(store._folder.parent.iterdir()) == [store._folder]
+    assert {path.name for path in store._folder.parent.iterdir()} == {store._folder.name, "secret"}
     (found,) = stores()
     assert (found.model, found.ranks, found.in_use) == ("toy", 1, True)
