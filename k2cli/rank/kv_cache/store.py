@@ -193,7 +193,9 @@ class BlockStore:
     def _switch_off(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
-            reason = getattr(error, "strerror", None) or repr(error)
+            reason = repr(error)
+            if isinstance(error, OSError):
+                reason = error.strerror or str(error)
             say_on_stderr(f"rank {self._rank}: the prefix cache on disk is switched off: {reason}")
 
     def read(self, decision: ReadBlocks) -> None:

@@ -41,6 +41,20 @@ def _opened(reports: list[Any], limit_bytes: int) -> BlockStore:
     return store
 
 
+def test_a_folder_that_cannot_be_used_is_reported_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path))
+    reports: list[Any] = []
+    os.close(_opened(reports, 10**9)._mark)
+    (tmp_path / "prefixes").chmod(0o777)
+    with pytest.raises(AssertionError):
+        _opened(reports, 10**9)
+    said = capfd.readouterr().err
+    assert "switched off: /" in said
+    assert "must be a folder that only this user can access" in said
+
+
 def test_two_runs_of_a_model_share_one_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
