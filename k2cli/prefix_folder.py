@@ -79,8 +79,13 @@ def open_prefixes_directory() -> Path:
     return private_folder(prefixes_directory())
 
 
-def naming_secret() -> bytes:
+def naming_secret(known: bytes = b"") -> bytes:
     """Return the secret of this machine's folder; make it if there is none.
+
+    Runs that start at the same time get the same.
+
+    Args:
+        known: the secret to make, for a run that has one; else it is random.
 
     Raises:
         OSError: if it cannot be read or written.
@@ -90,7 +95,17 @@ def naming_secret() -> bytes:
         secret = read_regular(path, _SECRET_BYTES)
         if len(secret) == _SECRET_BYTES:
             return secret
-    write_atomically(path, os.urandom(_SECRET_BYTES), 0o600)
+        path.unlink()  # a disk that was full or a machine that stopped has cut it short
+    made = path.with_name(f".{SECRET_NAME}-{os.urandom(4).hex()}")
+    write_atomically(made, known or os.urandom(_SECRET_BYTES), 0o600)
+    try:
+        path.hardlink_to(made)
+    except FileExistsError:  # of another run
+        pass
+    except OSError:  # some file systems have no hard links
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)
     return read_regular(path, _SECRET_BYTES)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from k2cli.errors import K2Error, UsageError
 from k2cli.launch.request import LaunchRequest
 from k2cli.prefix_folder import (
     PART_MARK,
+    SECRET_NAME,
     StoreNote,
     blocks_of,
     naming_secret,
@@ -68,6 +70,24 @@ def test_a_folder_that_others_can_access_is_not_used(tmp_path: Path) -> None:
     prefixes_directory().chmod(0o755)
     with pytest.raises(OSError, match="only this user"):
         naming_secret()
+
+
+def test_runs_that_start_together_get_one_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    link, others = os.link, list[bytes]()
+
+    def late(*arguments: Any, **named: Any) -> None:
+        if not others:
+            others.append(b"")  # another run is faster
+            others.append(naming_secret())
+        link(*arguments, **named)
+
+    monkeypatch.setattr(os, "link", late)
+    first = naming_secret()
+    assert first == others[1]
+    assert naming_secret(b"another".ljust(32)) == first
+    (prefixes_directory() / SECRET_NAME).write_bytes(first[:7])
+    assert len(naming_secret()) == 32
+    assert [path.name for path in prefixes_directory().iterdir()] == [SECRET_NAME]
 
 
 def test_what_a_killed_writer_has_left_goes_at_the_next_start() -> None:

@@ -102,7 +102,6 @@ class BlockStore:
         self._limit_bytes = decision.limit_bytes
         try:
             root = open_prefixes_directory()
-            self.secret = naming_secret() if self._rank == 0 else b""
             self._folder = root / f"{decision.folder}-{self._rank}"
             self._make_folder()
             found = self._found()
@@ -113,6 +112,8 @@ class BlockStore:
         self._report(BlocksFound(self._rank, blocks, not self._failed))
 
     def _make_folder(self) -> None:
+        if self._rank == 0:  # k2 cache clear removes it, and later runs must find what is stored
+            self.secret = naming_secret(self.secret)
         model = _model_name(Path(self._assignment.model_path))
         note = StoreNote(model, self._rank, self._assignment.size)
         # The descriptor stays open: it marks the store as used.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from k2cli.prefix_folder import blocks_of, remove_store, stores
+from k2cli.prefix_folder import blocks_of, naming_secret, remove_secret, remove_store, stores
 from k2cli.protocol import OpenStore
 from k2cli.rank.kv_cache.block_file import HostArray
 from k2cli.rank.kv_cache.store import BlockStore
@@ -82,6 +82,7 @@ def test_a_store_that_is_removed_while_blocks_are_written_stays_in_use(
     reports: list[Any] = []
     monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path))
     store = _opened(reports, 10**9)
+    secret = store.secret
     array = HostArray((0, 0, 0), "F32", (256, 1), bytes(1024))
     synchronize, removed = os.fsync, list[int]()
 
@@ -89,6 +90,7 @@ def test_a_store_that_is_removed_while_blocks_are_written_stays_in_use(
         if not removed:
             removed.append(1)
             remove_store(store._folder)
+            remove_secret()
         synchronize(descriptor)
 
     monkeypatch.setattr(os, "fsync", remove_meanwhile)
@@ -97,5 +99,6 @@ def test_a_store_that_is_removed_while_blocks_are_written_stays_in_use(
     assert [report.error for report in reports] == ["", ""]
     assert {file.name for file in blocks_of(store._folder)} == {"scope/one", "scope/two"}
     assert {path.name for path in store._folder.parent.iterdir()} == {store._folder.name, "secret"}
+    assert naming_secret() == secret  # a later run finds them
     (found,) = stores()
     assert (found.model, found.ranks, found.in_use) == ("toy", 1, True)
