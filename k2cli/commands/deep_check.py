@@ -7,6 +7,7 @@ lengths are checked in one run, since over JACCL only a few launches work until 
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ def deep_check(options: DeepOptions, *, possible: bool) -> CheckResult:
     if not possible:
         return CheckResult("skip", _NAME, None, "not checked: first fix what has failed above")
     lengths = lengths_up_to(options.most_tokens or _MOST_TOKENS)
-    with _model(options.model, names) as model:
+    with interrupted_by_signals(), _model(options.model, names) as model:
         request = _request(options, names, model, lengths)
         try:
             backend, checked = _run(request)
@@ -69,6 +70,20 @@ def deep_check(options: DeepOptions, *, possible: bool) -> CheckResult:
     if checked < lengths[-1]:
         detail += f"; longer ones than that would take more than {_LENGTH_SECONDS:.0f} s"
     return CheckResult("pass", _NAME, None, detail)
+
+
+@contextlib.contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM, and SIGHUP if it is not ignored, end the body as Ctrl-C does."""
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def lengths_up_to(most: int) -> tuple[int, ...]:
@@ -161,6 +176,7 @@ def _request(
         parallel=options.parallel or ("tensor" if options.model is None else "auto"),
         context_length=lengths[-1] + 1,
         concurrency=1,
+        ends_with_check=True,
         link_check="always",
         link_check_tokens=lengths,
         link_check_seconds=_LENGTH_SECONDS,
@@ -174,9 +190,13 @@ def _cluster(options: DeepOptions) -> str | None:
 
 
 def _run(request: LaunchRequest) -> tuple[str, int]:
-    """Launch, wait until the run is ready, and stop it; return the backend and the tokens."""
+    """Launch, wait until the run is ready, and stop it; return the backend and the tokens.
+
+    The run ends with this process, also if it is killed.
+    """
     from k2cli.commands.run_start import Following, prepare
     from k2cli.protocol import RunEvent, RunReady
+    from k2cli.runs.lease import hold
     from k2cli.runs.stop import stop_run
     from k2cli.supervisor.start import cleanup_on_error, launch_detached
     from k2cli.ui.output import note
@@ -185,7 +205,15 @@ def _run(request: LaunchRequest) -> tuple[str, int]:
     run = prepare(request)
     checked = 0
 
-    with cleanup_on_error(run.record, note), Following(run.record) as following:
+    with (
+        contextlib.ExitStack() as held,
+        cleanup_on_error(run.record, note),
+        Following(run.record) as following,
+    ):
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            lease = hold(run.record.folder)
+            if lease is not None:
+                held.callback(lease.close)
 
         def on_event(event: RunEvent) -> None:
             nonlocal checked
@@ -195,7 +223,7 @@ def _run(request: LaunchRequest) -> tuple[str, int]:
                 following.show(event)
 
         record = launch_detached(run.record, on_event, following.interrupted)
-    stop_run(record)
+        stop_run(record)
     return f"{record.strategy} over {record.backend}", checked
 
 

@@ -39,10 +39,11 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 class LaunchRequest:
     """The options of a launch. None and ``auto`` leave the choice to k2.
 
-    ``ends_with_chats``: the run ends once no chat holds its lease. ``link_check_tokens`` are the
-    lengths of the prompts of the link check, and ``link_check_seconds`` about the longest that each
-    may take; None leaves it to the devices. ``joins_projections``: whether ranks join projections
-    of the same input (``rank.joined_projections``), on every device.
+    ``ends_with_chats``: the run ends once no chat holds its lease; ``ends_with_check``: once the
+    command that checks with it does not. ``link_check_tokens`` are the lengths of the prompts of
+    the link check, and ``link_check_seconds`` about the longest that each may take; None leaves it
+    to the devices. ``joins_projections``: whether ranks join projections of the same input
+    (``rank.joined_projections``), on every device.
     """
 
     model: str
@@ -83,9 +84,17 @@ class LaunchRequest:
     worker: str = DEFAULT_WORKER
     fetch: bool = False
     ends_with_chats: bool = False
+    ends_with_check: bool = False
     link_check: WantedLinkCheck = "auto"
     link_check_tokens: tuple[int, ...] = (LINK_CHECK_TOKENS,)
     link_check_seconds: float | None = None
+
+    @property
+    def lease_cause(self) -> str:
+        """The cause of the end once nobody holds the lease; empty for a run that stays."""
+        if self.ends_with_chats:
+            return "its last chat has left"
+        return "the command that it was for has ended" if self.ends_with_check else ""
 
 
 def checked_request(request: LaunchRequest) -> LaunchRequest:

@@ -91,8 +91,8 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``worker`` is the module that a rank runs. ``networks`` are those that MPI may use between
     machines. ``locked``: the supervisor must release the locks of the nodes. ``named_keys`` are
-    those that the API accepts, by the supervisor's file of them. ``ends_with_chats``: the
-    supervisor ends the run once no chat holds its lease.
+    those that the API accepts, by the supervisor's file of them. ``lease_cause``: why the
+    supervisor ends the run once nobody holds its lease; empty for a run that stays.
     """
 
     bootstraps: list[Bootstrap]
@@ -102,7 +102,7 @@ class RunSpecification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     restart: RestartPolicy = RestartPolicy()
     locked: bool = False
     named_keys: KeyChoice = "none"
-    ends_with_chats: bool = False
+    lease_cause: str = ""
 
     @property
     def run_id(self) -> str:
@@ -136,7 +136,7 @@ def make_specification(run: RunDecisions) -> RunSpecification:
         restart=run.request.restart,
         locked=True,
         named_keys=run.named_keys,
-        ends_with_chats=run.request.ends_with_chats,
+        lease_cause=run.request.lease_cause,
     )
 
 

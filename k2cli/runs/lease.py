@@ -1,8 +1,8 @@
-"""The lease of a run that chats started: it ends once no chat holds the lease.
+"""The lease of a run that is for chats, or for one check: it ends once nobody holds the lease.
 
-Each chat holds a shared lock of a file in the run's folder. The kernel releases it when the chat
-ends, however it ends. The supervisor tries to get the lock alone, and keeps it once it has it, so
-that no chat can join a run that is ending.
+Each chat, or the check, holds a shared lock of a file in the run's folder. The kernel releases it
+when that process ends, however it ends. The supervisor tries to get the lock alone, and keeps it
+once it has it, so that no chat can join a run that is ending.
 """
 
 from __future__ import annotations

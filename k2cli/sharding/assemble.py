@@ -225,10 +225,22 @@ def _predicate_without_weights(
 
 
 def _packing(path: str, module: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, Any]:
-    """Derive group size, bits and mode of a stored weight from its shapes."""
-    scales, packed = weights[f"{path}.scales"], weights[f"{path}.weight"]
+    """Derive group size, bits and mode of a stored weight from its shapes.
+
+    Raises:
+        K2Error: if the shapes are those of no quantized weight. MLX would divide by zero.
+    """
+    scales, packed = weights[f"{path}.scales"], weights.get(f"{path}.weight")
+    if packed is None:
+        raise K2Error(f"the checkpoint lacks tensors: {path}.weight")
     input_size = module.weight.shape[-1]
-    group_size = input_size // scales.shape[-1]
+    groups = scales.shape[-1] if scales.ndim else 0
+    if not groups or input_size % groups or not packed.ndim:
+        raise K2Error(
+            f"tensors {path}.weight of shape {tuple(packed.shape)} and {path}.scales of shape "
+            f"{tuple(scales.shape)} are no quantized weight of {input_size} inputs"
+        )
+    group_size = input_size // groups
     bits = packed.shape[-1] * 32 // input_size
     if scales.dtype != mx.uint8:
         return {"group_size": group_size, "bits": bits, "mode": "affine"}

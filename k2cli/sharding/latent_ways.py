@@ -75,7 +75,8 @@ def is_absorbed(
     expanding = widths.latent * widths.expanded
     wider = 2 * widths.latent - widths.expanded
     extra = queries * (context_length * wider + expanding)
-    return extra < expansion_weight * context_length * expanding
+    # A narrow latent makes all of it cheaper, so that the weight alone would not say never.
+    return expansion_weight > 0 and extra < expansion_weight * context_length * expanding
 
 
 def most_absorbed_queries(

@@ -88,7 +88,7 @@ class Supervisor:
         self._keys = KeyWatch(specification.named_keys, self._processes.tell, self._journal.say)
         self._leases = LeaseWatch(
             record.folder,
-            needed=specification.ends_with_chats,
+            cause=specification.lease_cause,
             stop=self.stop,
             say=self._journal.say,
         )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from k2cli.agent.run_processes import processes_of_run
 from k2cli.cli import build_app
 from k2cli.commands import deep_check as deep_check_module
 from k2cli.commands.deep_check import DeepOptions, deep_check, lengths_up_to
@@ -18,7 +22,8 @@ from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.launch.prepare import prepare_run
 from k2cli.launch.request import LaunchRequest
 from k2cli.nodes.locks import BusyError, release_locks
-from tests.support.commands import k2
+from k2cli.runs.record import RunRecord, list_runs
+from tests.support.commands import K2, k2
 from tests.support.gpu_host import make_gpu_host
 
 DATA = Path(__file__).resolve().parents[1] / "doctor" / "data"
@@ -191,6 +196,40 @@ def test_deep_with_k2s_own_model_on_this_machine(tmp_path: Path) -> None:
     assert found["status"] == "pass", done.stderr
     assert "prompts of up to 40 tokens" in found["detail"]
     assert not list((tmp_path / "cache").glob("link-check-model*"))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        signal.SIGTERM,
+        *(pytest.param(each, marks=pytest.mark.soak) for each in (signal.SIGHUP, signal.SIGINT)),
+    ],
+    ids=lambda how: how.name,
+)
+def test_the_ranks_of_deep_end_with_the_command_however_that_ends(
+    toy_k2: Path, how: signal.Signals
+) -> None:
+    nodes = ("--nodes", "localhost,localhost", "--model", str(toy_k2), "--most-tokens", "2000")
+    with subprocess.Popen(
+        [*K2, "doctor", "--quick", "--deep", *nodes],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as doctor:  # fmt: skip
+        run = _wait_for_run("loading")
+        doctor.send_signal(how)
+    assert doctor.returncode == (-how if how == signal.SIGKILL else 130)
+    run = _wait_for_run("stopped")
+    assert run.cause
+    assert not processes_of_run(run.run_id)
+
+
+def _wait_for_run(state: str, limit_seconds: float = 60.0) -> RunRecord:
+    deadline = time.monotonic() + limit_seconds
+    while not (runs := [run for run in list_runs() if run.state == state]):
+        assert time.monotonic() < deadline, list_runs()
+        time.sleep(0.02)
+    return runs[0]
 
 
 def test_gpus_are_named_with_who_uses_them_and_a_plan_is_checked_on_each(

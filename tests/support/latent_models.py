@@ -1,4 +1,4 @@
-"""Small models with latent attention, with random weights: all that k2 computes itself."""
+"""Small models with latent attention and random weights, and decisions that one rank carries out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from k2cli.rank.attention.latent import use_own_attention
+from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import build, cast
+from k2cli.sharding.latent_ways import LatentSettings
+from k2cli.sharding.stage import cut_stage
 from lab.toy_k2.checkpoint import ToyShape, toy_config
 
 SMALL = ToyShape(
@@ -28,6 +32,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v32": SPARSE,
 }
+MLX_LM = LatentSettings(0.0)
+"""Settings with which every step is mlx-lm's own."""
 TOKENS = [7 + index * 31 % 300 for index in range(200)]
 """A prompt whose tokens all of these models have."""
 
@@ -42,3 +48,16 @@ def latent_model(name: str) -> nn.Module:
     cast(model, mx.float32)
     mx.eval(model.parameters())
     return model
+
+
+class Requests:
+    """Decisions on one rank, with the logits of each decode step."""
+
+    def __init__(self, model: nn.Module, settings: LatentSettings) -> None:
+        use_own_attention(model, settings)
+        self.executor = Executor(cut_stage(model, 0, 2), None)
+        self._step = 0
+
+    def do(self, kind: Any, *arguments: Any, **fields: Any) -> mx.array | None:
+        self._step += 1
+        return self.executor.carry_out(kind(self._step, *arguments, **fields)).logits

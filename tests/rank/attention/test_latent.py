@@ -20,14 +20,12 @@ from k2cli.protocol import (
 )
 from k2cli.rank.attention import latent
 from k2cli.rank.attention.latent import use_own_attention
-from k2cli.rank.executor import Executor
 from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.latent_ways import LatentSettings, LatentWidths, is_absorbed
-from k2cli.sharding.stage import cut_stage, make_cache
+from k2cli.sharding.stage import make_cache
 from tests.quantization.originals import LLAMA
-from tests.support.latent_models import CONFIGS, TOKENS, latent_model
+from tests.support.latent_models import CONFIGS, MLX_LM, TOKENS, Requests, latent_model
 
-MLX_LM = LatentSettings(0.0)
 WAYS = {
     "absorbed": LatentSettings(1.0),
     "blocks": LatentSettings(0.0, 16),
@@ -118,19 +116,6 @@ def test_k2_switches_at_about_170_queries() -> None:
     assert not is_absorbed(k2, 1.0, 171, 131_072)
     assert not is_absorbed(k2, 1.0, 160, 160)  # a prompt without a context
     assert not is_absorbed(k2, 0.0, 2, 131_072)
-
-
-class Requests:
-    """Decisions on one rank, with the logits of each decode step."""
-
-    def __init__(self, model: nn.Module, settings: LatentSettings) -> None:
-        use_own_attention(model, settings)
-        self.executor = Executor(cut_stage(model, 0, 2), None)
-        self._step = 0
-
-    def do(self, kind: Any, *arguments: Any, **fields: Any) -> mx.array | None:
-        self._step += 1
-        return self.executor.carry_out(kind(self._step, *arguments, **fields)).logits
 
 
 def _batch(model: nn.Module, settings: LatentSettings) -> list[mx.array]:
