@@ -1,4 +1,4 @@
-"""Small models with latent attention and random weights, and decisions that one rank carries out."""
+"""Small models with latent attention and random weights, and decisions for one rank of them."""
 
 from __future__ import annotations
 
