@@ -5,8 +5,8 @@ MLX broadcasts the matrices over rows, and its CUDA kernels (0.32, ``broadcast_b
 ``qmm_utils.h``) then take the first head's matrix for all heads, without an error. So there heads
 are the only batch dimension. Matrices with few inputs get zeros as well (see ``few_inputs``).
 
-The check compares with the product of one head alone. It runs on every
-device after loading, since wrong heads give fluent, wrong text.
+The check compares with the product of one head alone. It runs on every device after loading, since
+wrong heads give fluent, wrong text.
 """
 
 from __future__ import annotations
