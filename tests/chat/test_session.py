@@ -29,7 +29,14 @@ class Api:
         self.sent: list[list[dict[str, str]]] = []
 
     def chat(
-        self, model: Any, messages: Any, options: Any, form: Any = None, tools: Any = None
+        self,
+        model: Any,
+        messages: Any,
+        options: Any,
+        form: Any = None,
+        tools: Any = None,
+        *,
+        private: bool = False,
     ) -> Iterator[StreamEvent]:
         self.sent.append(list(messages))
         for event in self.scripts.pop(0):
