@@ -183,6 +183,23 @@ def test_extensions_template_arguments_and_tools(engine: ScriptedEngine, url: st
     assert request.sampling.top_k == 0
 
 
+@pytest.mark.parametrize(
+    ("cache", "expected"), [(True, (True, True)), (False, (False, True)), ("memory", (True, False))]
+)
+def test_a_request_says_where_its_cache_is_kept(
+    engine: ScriptedEngine, url: str, cache: Any, expected: tuple[bool, bool]
+) -> None:
+    engine.answer("ok")
+    body = {"messages": QUESTION, "k2": {"cache": cache}}
+    assert post(url, body).status_code == 200
+    (request,) = engine.submitted
+    assert (request.use_prefix_cache, request.stores_prefix) == expected
+    for wrong in ("disk", 1, 0):
+        refused = post(url, body | {"k2": {"cache": wrong}})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"] == 'k2.cache: must be true, false or "memory"'
+
+
 def test_defaults_are_the_models_own(engine: ScriptedEngine) -> None:
     suggestion = {"temperature": 0.6, "top_p": 2.5, "top_k": 20, "do_sample": True}
     served = served_model_from(suggestion, "toy", 100)

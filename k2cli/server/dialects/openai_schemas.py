@@ -24,7 +24,7 @@ from pydantic import (
 from k2cli.server.client_request import AnswerOptions, Conversation, reasoning_variables
 from k2cli.server.dialects.answer_formats import FormatFields
 from k2cli.server.dialects.body import Body
-from k2cli.server.dialects.exact_literals import Off, One
+from k2cli.server.dialects.exact_literals import CacheUse, Off, One
 from k2cli.server.dialects.openai_messages import Functions, Message, Messages
 from k2cli.server.dialects.shared_fields import MAX_STOP_LETTERS, ReasoningEffort, Thinking
 from k2cli.server.dialects.tool_choices import openai_tool_choice, shows_tools
@@ -136,7 +136,7 @@ class Extensions(Body):
     drafts.
     """
 
-    cache: bool | Literal["memory"] | None = None
+    cache: CacheUse | None = None
     ignore_stop_tokens: bool | None = None
     speculation: bool | None = None
 
