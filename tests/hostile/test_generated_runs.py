@@ -120,9 +120,12 @@ def plan_document() -> tuple[str, Any]:
         "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 8, "vocab_size": 128,
         "num_attention_heads": 4, "intermediate_size": 128, "rms_norm_eps": 1e-5,
     }  # fmt: skip
+    import atexit
+    import shutil
     import tempfile
 
     folder = tempfile.mkdtemp(prefix="k2-plan-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # all draws use it
     (Path(folder) / "config.json").write_text(json.dumps(config))
     plan = make_plan(folder, parse_hardware("2x m3-ultra-512"))
     return folder, json.loads(plan_to_json(plan))
