@@ -91,9 +91,8 @@ def as_held(model: nn.Module) -> nn.Module:
     from k2cli.rank.attention.latent import use_own_attention
     from k2cli.rank.host_buffers import copies_from_host
     from k2cli.rank.joined_projections import join_projections, joins_here
-    from k2cli.rank.kernels.experts import part_experts, stays_whole
-    from k2cli.rank.kernels.few_inputs import lengthen_linears
-    from k2cli.rank.kernels.heads import use_own_heads
+    from k2cli.rank.kernels.device import avoid_wrong_kernels
+    from k2cli.rank.kernels.experts import stays_whole
     from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
     from k2cli.sharding.trace import parameters
 
@@ -103,10 +102,7 @@ def as_held(model: nn.Module) -> nn.Module:
         # One by one, so that no more than one matrix exists in two forms.
         for value in parameters(model).values():
             mx.eval(value)
-    if in_parts:
-        part_experts(model)
-        use_own_heads(model)
-        lengthen_linears(model)
+    avoid_wrong_kernels(model)
     use_own_attention(model, LatentSettings(EXPANSION_WEIGHTS["cuda" if in_parts else "metal"]))
     return model
 

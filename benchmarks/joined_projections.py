@@ -23,9 +23,8 @@ import mlx.nn as nn
 from benchmarks.checkpoints import LARGE_TOY, SMALL_TOY
 from benchmarks.gpu_layers import random_layers
 from benchmarks.mla_attention import K2_LAYER
-from k2cli.rank.host_buffers import copies_from_host
 from k2cli.rank.joined_projections import join_projections
-from k2cli.rank.kernels.experts import part_experts
+from k2cli.rank.kernels.device import avoid_wrong_kernels
 from k2cli.sharding.assemble import cast
 from k2cli.sharding.stage import make_cache
 from k2cli.sharding.trace import parameters
@@ -48,8 +47,7 @@ def _model(config: dict[str, Any], dtype: mx.Dtype, *, joined: bool) -> nn.Modul
     # One by one, so that no more than one matrix exists in two forms.
     for value in parameters(model).values():
         mx.eval(value)
-    if copies_from_host():
-        part_experts(model)
+    avoid_wrong_kernels(model)
     return model
 
 

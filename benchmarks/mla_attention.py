@@ -31,10 +31,7 @@ from k2cli.planning.memory.prefill import activation_shape, prefill_activation
 from k2cli.protocol import OpenSequence, Prefill
 from k2cli.rank.attention.latent import use_own_attention
 from k2cli.rank.executor import Executor
-from k2cli.rank.host_buffers import copies_from_host
-from k2cli.rank.kernels.experts import part_experts
-from k2cli.rank.kernels.few_inputs import lengthen_linears
-from k2cli.rank.kernels.heads import use_own_heads
+from k2cli.rank.kernels.device import avoid_wrong_kernels
 from k2cli.sharding.assemble import cast
 from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
 from k2cli.sharding.stage import cut_stage
@@ -345,10 +342,7 @@ def main() -> None:
         figures = toy_figures(given.rounds or 3, weight, given.blocks)
     else:
         model = random_layers(K2_LAYER, 1)
-        if copies_from_host():
-            part_experts(model)
-            use_own_heads(model)
-            lengthen_linears(model)
+        avoid_wrong_kernels(model)
         mx.eval(model.parameters())
         figures = layer_figures(
             model, given.contexts, given.queries, given.blocks, weight, given.rounds or 5

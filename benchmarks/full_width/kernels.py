@@ -40,9 +40,7 @@ def compile_shape(shape: str, own: Path) -> int:
     from k2cli.guard.spawn import kernel_folder
     from k2cli.rank.attention.latent import use_own_attention
     from k2cli.rank.kernels.cache import open_kernel_cache
-    from k2cli.rank.kernels.experts import part_experts
-    from k2cli.rank.kernels.few_inputs import lengthen_linears
-    from k2cli.rank.kernels.heads import use_own_heads
+    from k2cli.rank.kernels.device import avoid_wrong_kernels
     from k2cli.sharding.assemble import cast
     from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
     from k2cli.sharding.stage import make_cache
@@ -54,9 +52,7 @@ def compile_shape(shape: str, own: Path) -> int:
     layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "vocab_size": VOCABULARY}
     model = random_layers(K2_LAYER | layers, 2)
     mx.eval(model.parameters())
-    part_experts(model)
-    use_own_heads(model)
-    lengthen_linears(model)
+    avoid_wrong_kernels(model)
     if dtype:
         cast(model, mx.float32)
         mx.eval(model.parameters())

@@ -33,9 +33,8 @@ from k2cli.rank.absent_files import open_absent, refuse_absent, refused_if_absen
 from k2cli.rank.attention.latent import use_own_attention
 from k2cli.rank.host_buffers import copies_from_host, reused_host_memory
 from k2cli.rank.joined_projections import JoinedParameter, join_projections, joins_here
-from k2cli.rank.kernels.experts import part_experts, stays_whole
-from k2cli.rank.kernels.few_inputs import lengthen_linears
-from k2cli.rank.kernels.heads import use_own_heads
+from k2cli.rank.kernels.device import avoid_wrong_kernels
+from k2cli.rank.kernels.experts import stays_whole
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.coverage import WholeModel, describe_whole
@@ -148,10 +147,7 @@ def load_part(
     with refused_if_absent(checkpoint.folder, checkpoint.absent):
         read, taken = _read(opened, lambda done: on_bytes(done, total))
     held = _held_tensors(parameters(model), opened.joined)
-    if copies_from_host():
-        part_experts(model)
-        use_own_heads(model)
-        lengthen_linears(model)
+    avoid_wrong_kernels(model)
     if assignment.kv_bits:
         use_own_quantized_attention()
     use_own_attention(

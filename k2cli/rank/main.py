@@ -171,8 +171,7 @@ class Rank:
 
         from k2cli.rank.group import join_group, set_memory_limits
         from k2cli.rank.kernels.cache import open_kernel_cache
-        from k2cli.rank.kernels.experts import check_experts
-        from k2cli.rank.kernels.heads import check_heads
+        from k2cli.rank.kernels.device import check_kernels
         from k2cli.rank.loader import load_part
 
         self._kernels = open_kernel_cache(self._own_folder)
@@ -200,8 +199,7 @@ class Rank:
             )
         )
         self._report("checking")
-        check_experts(part.stage.model)
-        check_heads(part.stage.model)
+        check_kernels(part.stage.model)
         return group, part
 
     def _report(

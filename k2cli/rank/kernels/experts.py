@@ -17,9 +17,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from k2cli.errors import ClusterError
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.pip_command import pip_install
+from k2cli.rank.kernels.comparison import relative_error, wrong_product
 from k2cli.rank.kernels.few_inputs import lengthened, missing_inputs, with_zeros
 
 LARGEST_ELEMENTS = 2**32
@@ -180,15 +179,15 @@ def _check(experts: nn.Module) -> None:
         if not mx.all(mx.isfinite(wanted[index])).item():
             continue  # a fault of the checkpoint, not of the device: the self-test names it
         for form in (found, in_order):
-            error = _difference(form[index], wanted[index])
+            error = relative_error(form[index], wanted[index])
             if not error <= _TOLERANCE:
                 outputs, bits = wanted[index].size, _settings(experts)["bits"]
-                raise ClusterError(
-                    f"this device multiplies expert {expert} of {count} ({outputs:,} by {width:,}, "
-                    f"{bits} bits) wrong: by {error:.2g} of the largest result; answers would be "
-                    "fluent and wrong",
-                    "another version of mlx may do it right: "
-                    + pip_install("--upgrade", "mlx", "mlx-lm"),
+                raise wrong_product(
+                    f"expert {expert} of {count}",
+                    outputs=outputs,
+                    inputs=width,
+                    bits=bits,
+                    error=error,
                 )
 
 
@@ -210,13 +209,6 @@ def _alone(experts: nn.Module, row: mx.array, expert: int) -> mx.array:
         )
     product = mx.concatenate(products)
     return product + experts["bias"][expert] if "bias" in experts else product
-
-
-def _difference(found: mx.array, wanted: mx.array) -> float:
-    found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
-    scale = mx.maximum(mx.abs(wanted).max(), 1e-30)
-    error: Any = (mx.abs(found - wanted).max() / scale).item()
-    return float(error)
 
 
 def _experts(model: nn.Module) -> list[tuple[Any, str, nn.Module]]:

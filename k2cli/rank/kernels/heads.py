@@ -16,9 +16,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from k2cli.errors import ClusterError
 from k2cli.mlx_lm_package import mlx_lm_module
-from k2cli.pip_command import pip_install
+from k2cli.rank.kernels.comparison import relative_error, wrong_product
 from k2cli.rank.kernels.few_inputs import lengthened, missing_inputs, with_zeros
 
 _TOLERANCE = 0.25
@@ -92,7 +91,7 @@ def dequantized(projection: nn.Module) -> mx.array:
 
 def use_own_heads(model: nn.Module) -> int:
     """Replace the quantized projections of heads of an evaluated model; return their number."""
-    found = [(owner, key, member) for owner, key, member in _projections(model)]
+    found = _projections(model)
     for owner, key, member in found:
         if not isinstance(member, HeadProjection):
             owner[key] = HeadProjection(member)
@@ -125,12 +124,12 @@ def check_heads(model: nn.Module) -> int:
         if wrong is not None:
             head, error = wrong
             heads, outputs, inputs, *_ = shape
-            raise ClusterError(
-                f"this device multiplies head {head} of {heads} ({outputs:,} by {inputs:,}, "
-                f"{_settings(projection)['bits']} bits) wrong: by {error:.2g} of the largest "
-                "result; answers would be fluent and wrong",
-                "another version of mlx may do it right: "
-                + pip_install("--upgrade", "mlx", "mlx-lm"),
+            raise wrong_product(
+                f"head {head} of {heads}",
+                outputs=outputs,
+                inputs=inputs,
+                bits=projection.bits,
+                error=error,
             )
     return len(seen)
 
@@ -150,7 +149,7 @@ def _wrong_head(projection: nn.Module) -> tuple[int, float] | None:
                 wanted = _alone(projection, x[:, head], head, transpose)
                 if not mx.all(mx.isfinite(wanted)).item():
                     continue  # a fault of the checkpoint: the self-test names it
-                error = _difference(found[:, head], wanted)
+                error = relative_error(found[:, head], wanted)
                 if not error <= _TOLERANCE:
                     return head, error
     return None
@@ -160,12 +159,6 @@ def _alone(projection: nn.Module, x: mx.array, head: int, transpose: bool) -> mx
     """Multiply ``[rows, tokens, width]`` by one head's weights, dequantized, in float32."""
     weight = dequantized(projection)[head].astype(mx.float32)
     return x.astype(mx.float32) @ (weight.T if transpose else weight)
-
-
-def _difference(found: mx.array, wanted: mx.array) -> float:
-    scale = mx.maximum(mx.abs(wanted).max(), 1e-30)
-    error: Any = (mx.abs(found.astype(mx.float32) - wanted).max() / scale).item()
-    return float(error)
 
 
 def _projections(model: nn.Module) -> list[tuple[Any, str, nn.Module]]:
