@@ -32,6 +32,7 @@ from k2cli.protocol import Finished, Generate, RankMessage, Tokens
 from k2cli.rank.control import Followers
 from k2cli.rank.engine.engine import Engine
 from k2cli.rank.executor import Executor
+from k2cli.rank.kernels.comparison import relative_error
 from k2cli.sharding.assemble import assemble
 from k2cli.sharding.stage import Stage, cut_stage, make_cache
 from k2cli.sharding.trace import layer_count
@@ -105,6 +106,34 @@ def as_held(model: nn.Module) -> nn.Module:
     avoid_wrong_kernels(model)
     use_own_attention(model, LatentSettings(EXPANSION_WEIGHTS["cuda" if in_parts else "metal"]))
     return model
+
+
+def own_kernels_error(model: nn.Module) -> dict[str, float]:
+    """Compare logits with k2's own kernels with those of MLX's; leave k2's."""
+    from k2cli.rank.kernels.own_kernels import leave_own_kernels
+
+    def logits() -> dict[str, list[mx.array]]:
+        found: dict[str, list[mx.array]] = {}
+        for rows in (1, 8):
+            cache = make_cache(model)
+            prompt = mx.array([[20 + row, *range(30, 70)] for row in range(rows)])
+            found[f"{rows} rows"] = [model(prompt, cache=cache)[:, -1]]
+            for token in (5, 6):
+                found[f"{rows} rows"].append(model(mx.array([[token]] * rows), cache=cache)[:, -1])
+            mx.eval(found)
+        return found
+
+    ours = logits()
+    leave_own_kernels(model)
+    for module in model.modules():
+        vars(module).pop("_of_few", None)  # compiled with the kernels
+        if getattr(module, "one_token", None) is not None:
+            module.one_token = None
+    errors = {}
+    for name, theirs in logits().items():
+        pairs = zip(ours[name], theirs, strict=True)
+        errors[name] = max(float(relative_error(one, other)) for one, other in pairs)
+    return errors
 
 
 class K2:
@@ -254,6 +283,8 @@ def measure(model: nn.Module, held: nn.Module, arguments: argparse.Namespace) ->
         _note(f"measuring {name}")
         results[f"{name}_tokens_per_second"] = _interleaved(ours_run, theirs_run, arguments.rounds)
     results["peak_memory_bytes"] = mx.get_peak_memory()
+    if held is not model:
+        results["own_kernels_error"] = own_kernels_error(held)
     return results
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from benchmarks.full_width import gpus
 
 SHAPES = (
-    "decode:1", "decode:2", "decode:8", "prefill:16", "prefill:32", "prefill:64", "prefill:128",
-    "prefill:300", "prefill:2048",
+    "decode:1", "decode:2", "decode:8", "decode:1:mlx-lm", "decode:8:mlx-lm",
+    "prefill:16", "prefill:32", "prefill:64", "prefill:128", "prefill:300", "prefill:2048",
 )  # fmt: skip
-"""Rows of one token, or tokens of a chunk of one prompt."""
+"""Rows of one token, or tokens of a chunk of one prompt; as a rank holds a model, or as mlx-lm."""
 FLOAT32 = ("decode:1:float32", "prefill:2048:float32")
 """Shapes of ``agreement``, which also computes in float32."""
 VOCABULARY = 163_840
@@ -47,16 +47,17 @@ def compile_shape(shape: str, own: Path) -> int:
 
     tempfile.tempdir = str(kernel_folder("compile"))
     cache = open_kernel_cache(own)
-    kind, count, *dtype = shape.split(":")
+    kind, count, *form = shape.split(":")
     rows, tokens = (int(count), 1) if kind == "decode" else (1, int(count))
     layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "vocab_size": VOCABULARY}
     model = random_layers(K2_LAYER | layers, 2)
     mx.eval(model.parameters())
-    avoid_wrong_kernels(model)
-    if dtype:
+    if form != ["mlx-lm"]:
+        avoid_wrong_kernels(model)
+        use_own_attention(model, LatentSettings(EXPANSION_WEIGHTS["cuda"]))
+    if form == ["float32"]:
         cast(model, mx.float32)
         mx.eval(model.parameters())
-    use_own_attention(model, LatentSettings(EXPANSION_WEIGHTS["cuda"]))
     caches = make_cache(model)
     prompt = mx.array([[7 + index * 31 % 500 for index in range(8)]] * rows)
     step = mx.array([[9 + index * 31 % 500 for index in range(tokens)]] * rows)

@@ -3,7 +3,8 @@
 It replaces the class of mlx-lm's attention modules by a subclass, so that parameters, their names
 and slices stay what they are. ``sharding.latent_ways`` says which way a step is computed:
 
-* one token per sequence, and whatever is not mentioned below: mlx-lm's own code;
+* one token per sequence, and whatever is not mentioned below: mlx-lm's own code, on CUDA in
+  compiled parts (``one_token``);
 * *absorbed*, for few queries after a long context: scores and outputs are computed with the latents
   themselves, which all heads share, and nothing is expanded;
 * in *blocks* of the context where the plan asks for it: keys and values of one block are expanded
@@ -32,7 +33,10 @@ from k2cli.rank.attention.blocks import (
     in_blocks,
     masked_blocks,
 )
+from k2cli.rank.attention.one_token import OneToken, compile_one_token, is_one_token
+from k2cli.rank.host_buffers import copies_from_host
 from k2cli.rank.kernels.heads import dequantized
+from k2cli.rank.own_classes import use_own_class
 from k2cli.sharding.latent_ways import LatentSettings, LatentWidths, is_absorbed
 
 
@@ -44,10 +48,12 @@ def use_own_attention(model: nn.Module, settings: LatentSettings) -> int:
     count = 0
     for module in model.modules():
         if type(module) in _mlx_lm_classes():
-            module.__class__ = _own_class(type(module))
+            use_own_class(module, _LatentAttention)
         if isinstance(module, _LatentAttention):
             module.settings = settings
             count += 1
+    if copies_from_host():
+        compile_one_token(model)
     return count
 
 
@@ -76,19 +82,11 @@ def _mlx_lm_classes() -> tuple[type, ...]:
     )
 
 
-_own_classes: dict[Any, type] = {}
-
-
-def _own_class(base: type) -> type:
-    if base not in _own_classes:
-        _own_classes[base] = type(f"K2{base.__name__}", (_LatentAttention, base), {})
-    return _own_classes[base]
-
-
 class _LatentAttention:
     """Subclass, together with mlx-lm's class, of an attention module."""
 
     settings: LatentSettings
+    one_token: OneToken | None = None
     before_wait: Callable[[], None] = staticmethod(_nothing)
 
     def __call__(
@@ -102,6 +100,8 @@ class _LatentAttention:
             absorbed = is_absorbed(_widths(self), self.settings.expansion_weight, queries, context)
             if absorbed or self.settings.block_tokens:
                 return _attend(self, x, mask, cache, held, absorbed=absorbed)
+        if self.one_token is not None and is_one_token(x):
+            return self.one_token(x, mask, cache)  # type: ignore[no-any-return]
         output: mx.array = super().__call__(x, mask, cache)  # type: ignore[misc]
         return output
 

@@ -133,7 +133,8 @@ def part_experts(model: nn.Module, largest_elements: int = LARGEST_ELEMENTS) -> 
 
     Needs memory for one more copy of a layer's matrix at a time.
     """
-    for owner, key in [(owner, key) for owner, key, _ in _experts(model)]:
+    whole = [(o, key) for o, key, one in _experts(model) if not isinstance(one, PartedExperts)]
+    for owner, key in whole:
         # No other reference may be left: the whole matrix is freed before the next one is cut.
         owner[key] = PartedExperts(owner[key], largest_elements)
         mx.clear_cache()
@@ -169,7 +170,7 @@ def _check(experts: nn.Module) -> None:
     chosen = sorted({0, count * 4 // 5, count - 1})
     # Waves that no short period repeats, so that weights of another place give another result.
     row = mx.cos(mx.arange(width, dtype=mx.float32) * 1.7).astype(dtype)[None]
-    wanted = [_alone(experts, row, expert) for expert in chosen]
+    wanted = [one_expert_product(experts, row, expert) for expert in chosen]
     found = experts(row[None, None], mx.array([chosen], dtype=mx.uint32))[0, :, 0]
     # Metal has a kernel of its own for sorted rows from four per expert.
     each = (64 if mx.default_device() == mx.cpu else 4 * count) // len(chosen) + 1
@@ -191,8 +192,8 @@ def _check(experts: nn.Module) -> None:
                 )
 
 
-def _alone(experts: nn.Module, row: mx.array, expert: int) -> mx.array:
-    """Multiply one row by one expert's weights: ``[outputs]``."""
+def one_expert_product(experts: nn.Module, row: mx.array, expert: int) -> mx.array:
+    """Multiply ``[1, inputs]`` by one expert's weights, with MLX's product: ``[outputs]``."""
     settings = {name: value for name, value in _settings(experts).items() if value is not None}
     products = []
     for part in _parts(experts):

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
+from k2cli.rank.own_classes import use_own_class
+
 TILES_AHEAD = 3
 _TILE_INPUTS = 64
 """Inputs of a tile; as many as a group has, if that is more."""
@@ -63,7 +65,6 @@ _KINDS: tuple[type[nn.Module], ...] = (
     nn.QuantizedAllToShardedLinear,
     nn.QuantizedShardedToAllLinear,
 )
-_own_classes = {kind: type(f"K2{kind.__name__}", (_Lengthened, kind), {}) for kind in _KINDS}
 
 
 def lengthen_linears(model: nn.Module) -> int:
@@ -85,6 +86,6 @@ def lengthen_linears(model: nn.Module) -> int:
             module[name] = value
         mx.eval(module.parameters())
         module.missing = missing
-        module.__class__ = _own_classes[type(module)]
+        use_own_class(module, _Lengthened)
         count += 1
     return count

@@ -11,12 +11,15 @@ wrong heads give fluent, wrong text.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from k2cli.mlx_lm_package import mlx_lm_module
+from k2cli.rank.host_buffers import copies_from_host
+from k2cli.rank.kernels.chosen_product import chosen_product, is_known
 from k2cli.rank.kernels.comparison import relative_error, wrong_product
 from k2cli.rank.kernels.few_inputs import lengthened, missing_inputs, with_zeros
 
@@ -24,6 +27,8 @@ _TOLERANCE = 0.25
 """Bound of an error relative to the largest result. MLX's CPU adds up in bfloat16, and was seen to
 differ by 0.06; another head's matrix differs by about 1."""
 _CHECKED_ROWS = 3
+MOST_ROWS = 16
+"""Tokens up to which k2's kernel is faster on CUDA (measured on an H200)."""
 
 
 class HeadProjection(nn.Module):
@@ -46,6 +51,7 @@ class HeadProjection(nn.Module):
         for name, value in arrays.items():
             self[name] = value
         mx.eval(self.parameters())
+        self.knows_few_rows = is_known([arrays], _settings(self), self.inputs)
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
         """Multiply by each head's matrix ``[outputs, inputs]``, transposed or not.
@@ -58,6 +64,8 @@ class HeadProjection(nn.Module):
         """
         rows, _, tokens, width = x.shape
         heads = len(self["weight"])
+        if transpose and self._is_for_kernel(x):
+            return self._few_rows(x)
         if transpose and self.missing:
             x = lengthened(x, self.missing)
             width += self.missing
@@ -74,6 +82,29 @@ class HeadProjection(nn.Module):
         )
         product = product.reshape(heads, rows, tokens, -1).swapaxes(0, 1)
         return product if transpose else product[..., : self.inputs]
+
+    def _is_for_kernel(self, x: mx.array) -> bool:
+        rows, heads, tokens, _ = x.shape
+        few = rows * tokens <= MOST_ROWS and heads == len(self["weight"])
+        return few and self.knows_few_rows and copies_from_host()
+
+    def _few_rows(self, x: mx.array) -> mx.array:
+        rows, heads, tokens, width = x.shape
+        product = chosen_product(
+            x.reshape(rows * heads * tokens, width),
+            mx.broadcast_to(_heads_of_tokens(heads, tokens), (rows, heads * tokens)),
+            [_arrays(self)],
+            _settings(self),
+        )
+        return product.reshape(rows, heads, tokens, -1)
+
+
+@functools.cache
+def _heads_of_tokens(heads: int, tokens: int) -> mx.array:
+    """Return the heads of one row, each as often as there are tokens."""
+    result = mx.repeat(mx.arange(heads, dtype=mx.uint32), tokens)
+    mx.eval(result)
+    return result
 
 
 def dequantized(projection: nn.Module) -> mx.array:
@@ -113,14 +144,14 @@ def check_heads(model: nn.Module) -> int:
     """
     seen: set[Any] = set()
     for _, _, projection in _projections(model):
-        shape = _shape(projection)
+        shape = head_shape(projection)
         if shape in seen:
             continue
         seen.add(shape)
-        if _wrong_head(projection) is not None and not isinstance(projection, HeadProjection):
+        if wrong_head(projection) is not None and not isinstance(projection, HeadProjection):
             use_own_heads(model)
             return check_heads(model)
-        wrong = _wrong_head(projection)
+        wrong = wrong_head(projection)
         if wrong is not None:
             head, error = wrong
             heads, outputs, inputs, *_ = shape
@@ -134,9 +165,9 @@ def check_heads(model: nn.Module) -> int:
     return len(seen)
 
 
-def _wrong_head(projection: nn.Module) -> tuple[int, float] | None:
+def wrong_head(projection: nn.Module) -> tuple[int, float] | None:
     """Return a head whose product is wrong, and by how much; None if none was found."""
-    heads, outputs, inputs, *_ = _shape(projection)
+    heads, outputs, inputs, *_ = head_shape(projection)
     dtype = projection["scales"].dtype
     dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
     for rows, tokens in ((1, 1), (_CHECKED_ROWS, 1), (_CHECKED_ROWS, 20)):
@@ -177,7 +208,7 @@ def _arrays(projection: nn.Module) -> dict[str, mx.array]:
     return {name: projection[name] for name in names if projection.get(name) is not None}
 
 
-def _shape(projection: nn.Module) -> tuple[int, ...]:
+def head_shape(projection: nn.Module) -> tuple[int, ...]:
     """Return heads, outputs, inputs, and what else decides which kernel computes it."""
     heads, outputs, groups = projection["scales"].shape
     settings = _settings(projection)
