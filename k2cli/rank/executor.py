@@ -44,6 +44,7 @@ from k2cli.rank.exchange import Exchange
 from k2cli.rank.kv_cache.block_store import BlockStore
 from k2cli.rank.kv_cache.kept_prefixes import LayerCaches
 from k2cli.rank.kv_cache.table import CacheTable, make_room
+from k2cli.rank.startup.early_kernels import EarlyKernels
 from k2cli.rank.startup.marks import cache_digest, kept_output, mark
 from k2cli.sharding.stage import Stage
 
@@ -102,6 +103,7 @@ class Executor:
         self.store: BlockStore | None = None
         self._advance = advance
         self.exchange = Exchange(stage, group)
+        self._early_kernels = EarlyKernels(stage, self._evaluate)
         self._seen_shapes: set[tuple[object, ...]] = set()
         self._last_was_new = False
         self.phase: Phase = "busy"
@@ -160,7 +162,11 @@ class Executor:
                 self.caches.prefixes.drop(prefix)
             case OpenStore() | StoreBlock() | ReadBlocks() | AdoptBlocks() | ForgetBlocks():
                 self._use_store(decision)
-            case Tick() | Quit() | WarmUp() | Warm():
+            case WarmUp():
+                self._early_kernels.begin()
+            case Warm():
+                self._early_kernels.end()
+            case Tick() | Quit():
                 pass
         return StepResult()
 
@@ -225,27 +231,42 @@ class Executor:
         """Compute a chunk; return the hidden states that arrived, and the output, still lazy."""
         rows, length = tokens.shape
         self._begin("prefill", rows, length.bit_length())
-        arrived, output = self._compute(tokens, caches)
+        arrived, output = self._compute(tokens, caches, with_output=not self.stage.is_last)
         self._evaluate(caches)
         if not self.stage.is_last:
             self._send(output)
         return arrived, output
 
-    def _compute(self, tokens: mx.array, caches: LayerCaches) -> tuple[mx.array | None, mx.array]:
+    def _compute(
+        self, tokens: mx.array, caches: LayerCaches, *, with_output: bool
+    ) -> tuple[mx.array | None, mx.array]:
         """Build a step of several tokens of each row, and wait for what it needs of other ranks.
+
+        ``with_output`` says that its output will be computed, and not its caches alone.
 
         Returns:
             The hidden states that arrived, and the output, still lazy.
         """
-        rows, length = tokens.shape
-        make_room(caches, length)
-        arrived = self.exchange.receive(rows, length)
+        arrived = self._receive(tokens, caches, with_output=with_output)
         if self._computes_early:
             self._wait_for(arrived)
         output = self.stage.forward(tokens, self.stage.complete(caches), arrived)
         if not self._computes_early:
             self._wait_for(arrived)
         return arrived, output
+
+    def _receive(
+        self, tokens: mx.array, caches: LayerCaches, *, with_output: bool
+    ) -> mx.array | None:
+        """Receive the hidden states of a begun step, lazily; compile a new shape's kernels before.
+
+        Its caches get room for it.
+        """
+        rows, length = tokens.shape
+        make_room(caches, length)
+        if self._last_was_new:  # this step's shape
+            self._early_kernels.compile_for(tokens, caches, with_output=with_output)
+        return self.exchange.receive(rows, length)
 
     def _evaluate(self, caches: LayerCaches) -> None:
         """Compute layer by layer: it limits memory, and the guard sees progress after each."""
@@ -280,9 +301,9 @@ class Executor:
             else mx.array(step.tokens, dtype=mx.int32)
         )
         self._begin("decode", len(batch.rows), step.ahead)
-        make_room(batch.caches, 1)
-        arrived = self.exchange.receive(inputs.size, 1)
-        output = self.stage.forward(inputs[:, None], self.stage.complete(batch.caches), arrived)
+        column = inputs[:, None]
+        arrived = self._receive(column, batch.caches, with_output=True)
+        output = self.stage.forward(column, self.stage.complete(batch.caches), arrived)
         if step.ahead and self.is_pipeline and self.stage.is_first:
             self._wait_for(inputs)
             self._check_arrived(batch.rows, cast("list[int]", inputs.tolist()))
@@ -314,7 +335,9 @@ class Executor:
         tokens = [*step.tokens, *step.drafts]
         self.caches.feed(sequence, step.drafts)
         self._begin("verify", len(tokens))
-        _, output = self._compute(mx.array([tokens], dtype=mx.int32), batch.caches)
+        _, output = self._compute(
+            mx.array([tokens], dtype=mx.int32), batch.caches, with_output=True
+        )
         if self._on_gpu:
             # As a chunk of a prompt is, so that the plan's memory for those is enough.
             self._evaluate(batch.caches)

@@ -8,6 +8,8 @@ CPU kernels do not depend on shapes, and Metal's are compiled in advance. There 
 enough, unless its first pass took long and a second one did not: then the machine is cold, and a
 few more shapes are computed.
 
+In a pipeline on CUDA, later stages compile kernels while earlier ones do (``early_kernels``).
+
 Batches are warmed up by requests to the engine itself, so that every path of theirs is included.
 """
 

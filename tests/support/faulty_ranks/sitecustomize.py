@@ -19,7 +19,8 @@ variables select the other faults:
   (memory, as a compiler does), ``child`` (a process that computes), ``stuck-child`` (one that does
   nothing) or ``read`` (files);
 * ``FAULTY_RANKS_LOADING`` is ``RANK SECONDS``: that rank hangs before it loads its part;
-* ``FAULTY_RANKS_DEVICE``: the kind of device for which the warm-up chooses its shapes.
+* ``FAULTY_RANKS_DEVICE``: the kind of device for which the warm-up chooses its shapes; with
+  ``cuda`` later stages of a pipeline compute each shape with made-up hidden states first.
 """
 
 from __future__ import annotations
@@ -170,9 +171,10 @@ def _hang_before_loading(seconds: float) -> None:
 
 
 def _choose_device(kind: str) -> None:
-    from k2cli.rank.startup import warm_up
+    from k2cli.rank.startup import early_kernels, warm_up
 
     warm_up._device = lambda: kind
+    early_kernels.copies_from_host = lambda: kind == "cuda"
 
 
 if "k2cli.rank.main" in sys.orig_argv:
