@@ -2,6 +2,9 @@
 
 What can change on a host is its mounts, its own folders in memory (``/tmp``, ``/run``, ...), its
 home, and the files that the lab wrote for it. Everything else of the disk is the machine's.
+
+Compiled kernels stay, as they do on a machine that has launched before: they are named by what they
+were compiled for, have digests, and take a rank seconds of a processor.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ _PARTS = ("etc", "ssh", "home")
 # Grows with each connection; kept, since it says why sshd does not start.
 _LOG = "sshd.log"
 _SECONDS = 20.0
+# See k2cli.guard.spawn.kernel_folder and k2cli.rank.kernels.cache: what ranks have shared.
+_KERNELS = "home/.cache/k2/mlx-*/cpu/mlx-*"
 
 
 def record_host(host: HostState, folder: Path) -> None:
@@ -50,10 +55,16 @@ def restore_host(host: HostState, folder: Path) -> bool:
         if (root / own.lstrip("/")).is_dir():
             _empty(root, own, kept)
     original = folder / _ORIGINAL
-    _empty(folder, "/home", set())
+    _empty(folder, "/home", _kernels(folder))
     shutil.copytree(original / "home", folder / "home", dirs_exist_ok=True)
     _write_back(original / "etc", folder / "etc")
     return _write_back(original / "ssh", folder / "ssh")
+
+
+def _kernels(folder: Path) -> set[str]:
+    """Return the folders of compiled kernels, as paths below ``folder``; none through a link."""
+    found = folder.resolve().glob(_KERNELS)
+    return {f"/{path.relative_to(folder.resolve())}" for path in found if path.resolve() == path}
 
 
 def _unmount(host: HostState, wanted: list[str]) -> None:

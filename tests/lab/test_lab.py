@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,32 @@ def test_nothing_that_a_test_did_reaches_the_next_one(session_lab: Lab) -> None:
     assert Path("/usr/bin/env").exists()
     answer = lab.exec("k2a", ["ssh", "k2b", "echo $A; hostname"])
     assert (answer.returncode, answer.stdout.split()) == (0, ["k2b"])
+
+
+def test_compiled_kernels_stay_and_nothing_beside_them(session_lab: Lab, tmp_path: Path) -> None:
+    caches = [host.home / ".cache" for host in session_lab.hosts]
+    kernels = "k2/mlx-lab/cpu/mlx-0"
+    session_lab.renew()
+    before = {path for cache in caches for path in cache.rglob("*")}
+    for path in (
+        f"{kernels}/a.so",
+        "k2/mlx-lab/cpu/processes/1-a/a.so",
+        "k2/prefixes/a",
+        "other/a",
+    ):
+        (caches[0] / path).parent.mkdir(parents=True)
+        (caches[0] / path).touch()
+    (tmp_path / kernels).mkdir(parents=True)
+    (tmp_path / "mine").touch()
+    (session_lab.console.home / ".cache").symlink_to(tmp_path)
+    try:
+        session_lab.renew()
+        made = {path for cache in caches for path in cache.rglob("*")} - before
+        assert {path for path in made if path.is_file()} == {caches[0] / kernels / "a.so"}
+        assert not (session_lab.console.home / ".cache").is_symlink()
+        assert (tmp_path / "mine").exists()
+    finally:
+        shutil.rmtree(caches[0] / "k2" / "mlx-lab")
 
 
 def test_processes_are_counted_by_host(lab: Lab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ print(snapshot_download("mock/model", local_files_only=sys.argv[1] == "offline")
 """
 
 
+@functools.cache
 def weights(nbytes: int, seed: int = 1) -> bytes:
     """Make a safetensors file of one tensor of random bytes."""
     header = {"t": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}
