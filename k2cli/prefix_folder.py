@@ -63,6 +63,14 @@ class StoreFolder:
     used: float
     in_use: bool
 
+    @property
+    def is_empty(self) -> bool:
+        """True if it holds nothing, and no run uses it: its run has stored nothing.
+
+        The next run that keeps caches on this disk removes it.
+        """
+        return not self.nbytes and not self.in_use
+
 
 def prefixes_directory() -> Path:
     """Return the folder of all stores; it may not be there."""
@@ -168,9 +176,10 @@ def open_store(folder: Path, note: StoreNote) -> int:
     Raises:
         OSError: if it cannot be made or written, or others can access it.
     """
-    private_folder(folder)
-    write_atomically(folder / _NOTE_NAME, msgspec.json.encode(note), 0o600)
-    lock = open_regular(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, mode=0o600)
+    try:
+        lock = _make_store(folder, note)
+    except FileNotFoundError:  # it was empty, and another run has removed it at this very moment
+        lock = _make_store(folder, note)
     with contextlib.suppress(OSError):  # some network file systems have no locks
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for file in blocks_of(folder):
@@ -178,6 +187,12 @@ def open_store(folder: Path, note: StoreNote) -> int:
                 (folder / file.name).unlink(missing_ok=True)
     _mark_used(lock)
     return lock
+
+
+def _make_store(folder: Path, note: StoreNote) -> int:
+    private_folder(folder)
+    write_atomically(folder / _NOTE_NAME, msgspec.json.encode(note), 0o600)
+    return open_regular(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, mode=0o600)
 
 
 def _mark_used(lock: int) -> None:
@@ -227,6 +242,17 @@ def remove_store(folder: Path) -> None:
     removed = folder.with_name(f"{os.urandom(4).hex()}-{folder.name}")
     folder.rename(removed)
     shutil.rmtree(removed)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a store that holds nothing, unless a run uses it, or that cannot be known.
+
+    A run that opens it meanwhile finds that it was removed, as beside ``remove_store``.
+    """
+    with contextlib.suppress(OSError), os.fdopen(open_regular(folder / _LOCK_NAME)) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if next(blocks_of(folder), None) is None:
+            remove_store(folder)
 
 
 def remove_secret() -> None:

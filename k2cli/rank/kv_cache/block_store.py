@@ -29,6 +29,7 @@ from k2cli.prefix_folder import (
     naming_secret,
     open_prefixes_directory,
     open_store,
+    remove_if_empty,
 )
 from k2cli.protocol import (
     Assignment,
@@ -165,13 +166,17 @@ class BlockStore:
             self._own[block] = nbytes
 
     def _find_others(self, root: Path) -> None:
-        """Find the blocks of this rank in other stores: they count in its limit, too."""
-        others = [
-            (file.used, folder / file.name, file.nbytes)
-            for folder in root.glob(f"*-{self._rank}")
-            if folder != self._folder and not folder.is_symlink()
-            for file in blocks_of(folder)
-        ]
+        """Find the blocks of this rank in other stores: they count in its limit, too.
+
+        Stores that have none are removed.
+        """
+        others = []
+        for folder in root.glob(f"*-{self._rank}"):
+            if folder != self._folder and not folder.is_symlink():
+                remove_if_empty(folder)
+                others += [
+                    (file.used, folder / file.name, file.nbytes) for file in blocks_of(folder)
+                ]
         self._others = deque((path, nbytes) for _, path, nbytes in sorted(others))
         self._others_bytes = sum(nbytes for _, nbytes in self._others)
 

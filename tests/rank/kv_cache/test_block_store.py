@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from k2cli.files import open_regular
 from k2cli.prefix_folder import (
+    StoreNote,
     blocks_of,
     naming_secret,
+    open_store,
+    remove_if_empty,
     remove_secret,
     remove_store,
     stores,
@@ -107,6 +111,46 @@ def test_the_blocks_of_other_runs_give_way_as_this_one_grows(tmp_path: Path) -> 
     assert not others[1].exists()
     assert elsewhere.exists()
     assert not any(report.error for report in reports)
+
+
+def test_empty_stores_are_removed_unless_a_run_uses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start of a later run: those of its rank, also while another run opens one."""
+    root, note, used = tmp_path / "prefixes", StoreNote("toy", 0, 1), []
+    root.mkdir(mode=0o700)
+    for name in ("used-0", "empty-0", "empty-1", "full-0"):
+        used.append(open_store(root / name, note))
+    for folder in ("empty-0", "full-0"):  # a scope without blocks, and one with a block
+        (root / folder / "scope").mkdir(mode=0o700)
+    (root / "full-0" / "scope" / "block").write_bytes(bytes(10))
+    for mark in used[1:]:
+        os.close(mark)
+    first = _opened(Path("/models/toy"), [])
+    assert {path.name for path in root.iterdir()} == {
+        "secret", "used-0", "empty-1", "full-0", first._folder.name,
+    }  # fmt: skip
+
+    # A run that opens a store while another removes it has one all the same.
+    os.close(first._mark)
+    opened: list[int] = []
+
+    def removed_meanwhile(*arguments: Any, **options: Any) -> int:
+        if not opened and arguments[0].name == "lock":
+            opened.append(1)
+            remove_if_empty(first._folder)
+        return open_regular(*arguments, **options)
+
+    monkeypatch.setattr("k2cli.prefix_folder.open_regular", removed_meanwhile)
+    reports: list[Any] = []
+    second = _opened(Path("/models/toy"), reports)
+    monkeypatch.undo()
+    monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path))
+    second._write("scope/one", [ARRAY])
+    assert opened
+    assert [report.error for report in reports[1:]] == [""]
+    (found,) = [store for store in stores() if store.folder == second._folder]
+    assert (found.tokens, found.in_use) == (256, True)
 
 
 def test_a_model_whose_folder_has_a_name_that_is_no_text_has_a_store() -> None:
