@@ -320,6 +320,7 @@ def _make_record(run: RunDecisions) -> RunRecord:
         settings=_settings(run),
         model_folders=dict(run.model_folders),
         ends_with_chats=run.request.ends_with_chats,
+        ends_with_check=run.request.ends_with_check,
     )
 
 
