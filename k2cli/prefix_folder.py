@@ -72,6 +72,14 @@ class StoreFolder:
         return not self.nbytes and not self.in_use
 
 
+class PrefixRoom(msgspec.Struct, frozen=True):
+    """What is free on the disk of the folder of all stores, and what the stores of ranks hold."""
+
+    folder: str
+    free_bytes: int
+    held_bytes: dict[int, int]
+
+
 def prefixes_directory() -> Path:
     """Return the folder of all stores; it may not be there."""
     return cache_directory() / "prefixes"
@@ -165,6 +173,23 @@ def stores() -> list[StoreFolder]:
 def _run_name(store: StoreFolder) -> str:
     """Return the part of a folder's name that the stores of all ranks have in common."""
     return store.folder.name.rpartition("-")[0]
+
+
+def prefix_room() -> PrefixRoom:
+    """Return the room on this machine's disk, and what each rank number holds already.
+
+    Raises:
+        OSError: if the disk or the folder cannot be examined.
+    """
+    folder = prefixes_directory()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    held: dict[int, int] = {}
+    for entry in _entries(folder):
+        rank = entry.name.rpartition("-")[2]
+        if rank.isdecimal() and entry.is_dir(follow_symlinks=False):
+            size = sum(file.nbytes for file in blocks_of(Path(entry.path)))
+            held[int(rank)] = held.get(int(rank), 0) + size
+    return PrefixRoom(str(folder), shutil.disk_usage(existing).free, held)
 
 
 def open_store(folder: Path, note: StoreNote) -> int:
