@@ -73,7 +73,7 @@ class StoreFolder:
 
 
 class PrefixRoom(msgspec.Struct, frozen=True):
-    """What is free on the disk of the folder of all stores, and what the stores of ranks hold."""
+    """Room of the disk with all stores: its free bytes, and those that each rank number holds."""
 
     folder: str
     free_bytes: int

@@ -1,4 +1,4 @@
-"""What a launch says about the prefix cache on disk: for how much it is, and if the disks have it.
+"""Settings and warnings of the prefix cache on disk: for how much it is, and if the disks have it.
 
 The cache grows until a disk is full, and is switched off then: so the launch warns before.
 """
