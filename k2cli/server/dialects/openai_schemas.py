@@ -85,8 +85,9 @@ def _prompt(value: Any) -> str | list[int]:
 def _one_answer(value: int) -> int:
     if value != 1:
         raise ValueError(
-            f"{value} is not supported, only 1: send the request several times at the same time "
-            "instead; requests are computed together and share the cache of their prompt"
+            f"{value} is not supported, only 1: send the request several times instead, the first "
+            "alone; those that follow its answer take its prompt from the cache, and answers to "
+            "requests of the same time are computed together"
         )
     return value
 
