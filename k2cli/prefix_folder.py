@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +135,16 @@ def blocks_of(store: Path) -> Iterator[BlockFile]:
                 if stat.S_ISREG(found.st_mode):
                     name = f"{scope.name}/{entry.name}"
                     yield BlockFile(name, found.st_size, found.st_mtime)
+
+
+def change_times(folders: Iterable[Path]) -> dict[str, int]:
+    """Return when a block was last added to or removed from each scope of stores."""
+    found = {}
+    for folder in folders:
+        for scope in _entries(folder):
+            with contextlib.suppress(FileNotFoundError):
+                found[scope.path] = scope.stat(follow_symlinks=False).st_mtime_ns
+    return found
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
