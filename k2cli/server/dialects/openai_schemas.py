@@ -85,9 +85,8 @@ def _prompt(value: Any) -> str | list[int]:
 def _one_answer(value: int) -> int:
     if value != 1:
         raise ValueError(
-            f"{value} is not supported, only 1: send the request several times instead, the first "
-            "alone; those that follow its answer take its prompt from the cache, and answers to "
-            "requests of the same time are computed together"
+            f"{value} is not supported, only 1: send the request several times at the same time "
+            "instead; the answers are computed together, and the prompt as a rule once"
         )
     return value
 

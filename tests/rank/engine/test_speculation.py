@@ -159,8 +159,8 @@ def test_several_answers_to_one_prompt_are_those_of_single_requests(pool: RankPo
     greedy, cached = answers(samplings[:1] * 3, "one first")
     assert greedy == single[:1] * 3
     assert cached == [len(prompt) - 1] * 3
-    # All at once: there is room for two, and the second computes it, too, unless it comes late.
-    # The third starts once one of them is complete.
+    # All at once: there is room for two. The second may come too late to wait for the first, and
+    # compute it, too. The third starts once one of them is complete.
     tokens, cached = answers(samplings, "at once")
     assert tokens == single
     assert (cached[0], cached[2]) == (0, len(prompt) - 1)
