@@ -251,16 +251,18 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
     """
     words = _with_resume_name(sys.argv[1:] if arguments is None else arguments)
     _check_encoding(words)
+    app = build_app(_only(words))
     try:
         # A standalone parser would report wrong values itself, without quoting them.
-        code = build_app(_only(words))(args=list(words), prog_name="k2", standalone_mode=False)
+        code = app(args=list(words), prog_name="k2", standalone_mode=False)
     except _PARSER_ERROR as error:
         from k2cli.commands.usage_errors import usage_error_from
 
         if type(error).__name__ == "NoArgsIsHelpError":  # ``k2`` alone: its message is the help
             error.show()
             return UsageError.exit_code
-        raise usage_error_from(error, _command_of(words)) from error
+        parser = typer.main.get_command(app)
+        raise usage_error_from(error, _command_of(words), words, parser) from error
     except typer.Abort as error:
         raise K2Error("the input ended before the question was answered") from error
     return code if isinstance(code, int) else 0

@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,22 @@ class StoreFolder:
     nbytes: int
     used: float
     in_use: bool
+
+    @property
+    def is_empty(self) -> bool:
+        """True if it holds nothing, and no run uses it: its run has stored nothing.
+
+        The next run that keeps caches on this disk removes it.
+        """
+        return not self.nbytes and not self.in_use
+
+
+class PrefixRoom(msgspec.Struct, frozen=True):
+    """Room of the disk with all stores: its free bytes, and those that each rank number holds."""
+
+    folder: str
+    free_bytes: int
+    held_bytes: dict[int, int]
 
 
 def prefixes_directory() -> Path:
@@ -121,6 +137,16 @@ def blocks_of(store: Path) -> Iterator[BlockFile]:
                     yield BlockFile(name, found.st_size, found.st_mtime)
 
 
+def change_times(folders: Iterable[Path]) -> dict[str, int]:
+    """Return when a block was last added to or removed from each scope of stores."""
+    found = {}
+    for folder in folders:
+        for scope in _entries(folder):
+            with contextlib.suppress(FileNotFoundError):
+                found[scope.path] = scope.stat(follow_symlinks=False).st_mtime_ns
+    return found
+
+
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
@@ -159,6 +185,23 @@ def _run_name(store: StoreFolder) -> str:
     return store.folder.name.rpartition("-")[0]
 
 
+def prefix_room() -> PrefixRoom:
+    """Return the room on this machine's disk, and what each rank number holds already.
+
+    Raises:
+        OSError: if the disk or the folder cannot be examined.
+    """
+    folder = prefixes_directory()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    held: dict[int, int] = {}
+    for entry in _entries(folder):
+        rank = entry.name.rpartition("-")[2]
+        if rank.isdecimal() and entry.is_dir(follow_symlinks=False):
+            size = sum(file.nbytes for file in blocks_of(Path(entry.path)))
+            held[int(rank)] = held.get(int(rank), 0) + size
+    return PrefixRoom(str(folder), shutil.disk_usage(existing).free, held)
+
+
 def open_store(folder: Path, note: StoreNote) -> int:
     """Make a store's folder and its note; return a descriptor that marks it as used.
 
@@ -168,9 +211,10 @@ def open_store(folder: Path, note: StoreNote) -> int:
     Raises:
         OSError: if it cannot be made or written, or others can access it.
     """
-    private_folder(folder)
-    write_atomically(folder / _NOTE_NAME, msgspec.json.encode(note), 0o600)
-    lock = open_regular(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, mode=0o600)
+    try:
+        lock = _make_store(folder, note)
+    except FileNotFoundError:  # it was empty, and another run has removed it at this very moment
+        lock = _make_store(folder, note)
     with contextlib.suppress(OSError):  # some network file systems have no locks
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for file in blocks_of(folder):
@@ -178,6 +222,12 @@ def open_store(folder: Path, note: StoreNote) -> int:
                 (folder / file.name).unlink(missing_ok=True)
     _mark_used(lock)
     return lock
+
+
+def _make_store(folder: Path, note: StoreNote) -> int:
+    private_folder(folder)
+    write_atomically(folder / _NOTE_NAME, msgspec.json.encode(note), 0o600)
+    return open_regular(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, mode=0o600)
 
 
 def _mark_used(lock: int) -> None:
@@ -227,6 +277,17 @@ def remove_store(folder: Path) -> None:
     removed = folder.with_name(f"{os.urandom(4).hex()}-{folder.name}")
     folder.rename(removed)
     shutil.rmtree(removed)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a store that holds nothing, unless a run uses it, or that cannot be known.
+
+    A run that opens it meanwhile finds that it was removed, as beside ``remove_store``.
+    """
+    with contextlib.suppress(OSError), os.fdopen(open_regular(folder / _LOCK_NAME)) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if next(blocks_of(folder), None) is None:
+            remove_store(folder)
 
 
 def remove_secret() -> None:

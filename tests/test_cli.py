@@ -234,13 +234,14 @@ def test_a_wrong_choice_and_a_wrong_name_are_named() -> None:
     with pytest.raises(UsageError) as caught:  # the default, which is not the first
         run_command_line(["launch", "demo", "--speculation", "on"])
     assert caught.value.hint == "k2 launch MODEL --speculation auto"
-    for words, command in (
-        (["launch", "demo", "--prefix-cache-disk"], "k2 launch"),
-        (["cache", "clear", "--model"], "k2 cache clear"),
+    for words, hint in (
+        (["launch", "demo", "--prefix-cache-disk"], "--prefix-cache-disk SIZE"),
+        (["cache", "clear", "--model"], "--model NAME"),
+        (["launch", "demo", "--parallel"], "k2 launch --help"),
     ):
         with pytest.raises(UsageError, match="requires an argument") as caught:
             run_command_line(words)
-        assert caught.value.hint == f"{command} --help"
+        assert caught.value.hint == hint
     done = k2("plan-memory", "demo", "--nope")
     assert done.stderr.startswith("error: no such option: --nope")
     assert done.stderr.endswith("hint: k2 plan-memory --help\n")

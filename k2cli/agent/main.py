@@ -27,6 +27,7 @@ from k2cli.agent.run_folder import remove_bootstraps, write_private
 from k2cli.agent.run_processes import count_processes, kill_run, processes_of_run
 from k2cli.errors import K2Error
 from k2cli.files import decode_json, encode_json
+from k2cli.prefix_folder import prefix_room
 from k2cli.scratch import make_scratch
 from k2cli.settings import expand_home
 from k2cli.stderr import say_on_stderr
@@ -104,6 +105,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "choose-port": lambda host, first: choose_port(host, int(first)),
     "write": write_private,
     "make-scratch": lambda run_id: str(make_scratch(run_id)),
+    "prefix-room": prefix_room,
     "remove-bootstraps": remove_bootstraps,
     "remove-folder": lambda path: shutil.rmtree(path, ignore_errors=True),
     "checkpoint": find_checkpoint,

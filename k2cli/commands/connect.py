@@ -122,9 +122,9 @@ def _check_options(
     given = {"a command": bool(command), "--write": write, "--show-key": show_key}
     modes = [name for name, wanted in given.items() if wanted]
     if len(modes) > 1:
-        raise UsageError(f"{modes[0]} and {modes[1]} exclude each other", "k2 connect --help")
+        raise UsageError(f"{modes[0]} and {modes[1]} exclude each other", f"leave out {modes[1]}")
     if json and (command or show_key):
-        raise UsageError(f"--json and {modes[0]} exclude each other", "k2 connect --help")
+        raise UsageError(f"--json and {modes[0]} exclude each other", "leave out --json")
     if yes and not write:
         raise UsageError("--yes is for --write", f"k2 connect {agent.name} --write --yes")
     if write and agent.name == "env":
@@ -152,7 +152,7 @@ def _target(name: str | None, url: str | None) -> Target:
 
     if url is not None:
         if name is not None:
-            raise UsageError("--run and --url exclude each other", "k2 connect --help")
+            raise UsageError("--run and --url exclude each other", "leave out --url")
         if "@" in url.partition("//")[2].partition("/")[0]:
             # It would be printed, and written where others may read it.
             raise UsageError(

@@ -192,11 +192,12 @@ def _cluster(options: DeepOptions) -> str | None:
 def _run(request: LaunchRequest) -> tuple[str, int]:
     """Launch, wait until the run is ready, and stop it; return the backend and the tokens.
 
-    The run ends with this process, also if it is killed.
+    The run ends with this process, also if it is killed, and is then listed only if it has failed.
     """
     from k2cli.commands.run_start import Following, prepare
     from k2cli.protocol import RunEvent, RunReady
     from k2cli.runs.lease import hold
+    from k2cli.runs.record import list_runs
     from k2cli.runs.stop import stop_run
     from k2cli.supervisor.start import cleanup_on_error, launch_detached
     from k2cli.ui.output import note
@@ -210,6 +211,7 @@ def _run(request: LaunchRequest) -> tuple[str, int]:
         cleanup_on_error(run.record, note),
         Following(run.record) as following,
     ):
+        held.callback(list_runs)  # which removes this run, once its lease is released
         with contextlib.suppress(OSError):  # some network file systems have no locks
             lease = hold(run.record.folder)
             if lease is not None:

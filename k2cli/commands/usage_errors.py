@@ -6,11 +6,12 @@ place serves the options of all commands.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
 
+from k2cli.commands.corrected_line import corrected_line
 from k2cli.errors import UsageError
 
 EXAMPLES: Mapping[str, str] = {
@@ -44,12 +45,16 @@ _LONGEST = 60
 _CHOICES = " is not one of "
 
 
-def usage_error_from(error: Exception, command: str = "k2") -> UsageError:
+def usage_error_from(
+    error: Exception, command: str = "k2", words: Sequence[str] = (), parser: Any = None
+) -> UsageError:
     """Convert a usage error of the parser, with a hint that can be copied.
 
     Args:
         error: an error of the parser.
         command: the command of the line, for errors that do not know theirs.
+        words: the line, without ``k2``.
+        parser: the parser's command ``k2`` with its subcommands.
     """
     command = str(getattr(getattr(error, "ctx", None), "command_path", None) or command)
     parameter = getattr(error, "param", None)
@@ -62,7 +67,8 @@ def usage_error_from(error: Exception, command: str = "k2") -> UsageError:
             words = [command, *_arguments(error), *with_it, _example(name, text, parameter)]
             return UsageError(message, " ".join(words))
     message = str(error.format_message() if hasattr(error, "format_message") else error)
-    return UsageError(f"{message[:1].lower()}{message[1:].removesuffix('.')}", f"{command} --help")
+    hint = corrected_line(error, words, parser) or f"{command} --help"
+    return UsageError(f"{message[:1].lower()}{message[1:].removesuffix('.')}", hint)
 
 
 def _arguments(error: typer.BadParameter) -> list[str]:

@@ -32,6 +32,7 @@ from k2cli.launch.plan import (
     read_given_plan,
     transport_of_placed,
 )
+from k2cli.launch.prefix_disk import disk_setting, disk_warnings
 from k2cli.launch.request import LaunchRequest, checked_request
 from k2cli.launch.routes import find_routes
 from k2cli.launch.specification import (
@@ -83,6 +84,8 @@ def prepare_run(
         _choose_names(run)
         _take_locks(run, say, on_fetch)
     try:
+        for text in disk_warnings(run):
+            say(f"warning: {text}")
         choose_endpoint(run)
         _choose_environments(run)
         _write_folder(run)
@@ -320,16 +323,8 @@ def _make_record(run: RunDecisions) -> RunRecord:
         settings=_settings(run),
         model_folders=dict(run.model_folders),
         ends_with_chats=run.request.ends_with_chats,
+        ends_with_check=run.request.ends_with_check,
     )
-
-
-def _disk_setting(run: RunDecisions) -> str:
-    """Describe the limit of the prefix cache on disk, with two digits of its tokens."""
-    limit, planned = run.request.prefix_disk_bytes, run.plan.request
-    taken = max(node.kv_cache_bytes for node in run.plan.nodes)
-    tokens = limit * planned.context_length * planned.concurrency // max(taken, 1)
-    tokens -= tokens % 10 ** max(len(str(tokens)) - 2, 0)
-    return f"{format_bytes(limit)} per rank, about {tokens:,} tokens"
 
 
 def _settings(run: RunDecisions) -> dict[str, str]:
@@ -357,7 +352,7 @@ def _settings(run: RunDecisions) -> dict[str, str]:
         names = ", ".join(run.tls.names) or "no name"
         settings["tls certificate"] = f"for {names}; valid until {expiry_date(run.tls)}"
     if run.request.prefix_disk_bytes:
-        settings["prefix cache on disk"] = _disk_setting(run)
+        settings["prefix cache on disk"] = disk_setting(run)
     if run.http.aliases:
         settings["aliases"] = ", ".join(run.http.aliases)
     if run.http.tool_parser is not None:

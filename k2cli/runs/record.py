@@ -25,6 +25,7 @@ from k2cli.errors import ClusterError, K2Error
 from k2cli.files import decode_json, encode_json, read_regular
 from k2cli.gpu_name import GpuName
 from k2cli.nodes.node_name import is_node_name
+from k2cli.runs import check_run
 from k2cli.scratch import remove_scratch
 from k2cli.settings import is_run_id, runs_directory
 
@@ -113,7 +114,7 @@ class RunRecord:
     interfaces, environment variables and limits. ``left`` describes the processes that could not
     be killed, or not be checked, at the end of the run, by node. ``model_folders`` are the folders
     of the model by node, empty in the record of an earlier version. ``ends_with_chats``: a chat
-    started the run, and it ends with its last chat.
+    started the run, and it ends with its last chat. ``ends_with_check``: see ``check_run``.
 
     States of a live run: ``starting``, ``loading``, ``ready``, ``stopping``, and ``restarting``
     between a failure and the next attempt. States of an ended run: ``stopped`` by the user,
@@ -145,6 +146,7 @@ class RunRecord:
     left: dict[str, str] = field(default_factory=dict)
     model_folders: dict[str, str] = field(default_factory=dict)
     ends_with_chats: bool = False
+    ends_with_check: bool = False
     schema_version: int = field(default=SCHEMA_VERSION)
 
     @property
@@ -319,6 +321,8 @@ def list_runs(
 ) -> list[RunRecord]:
     """Return all recorded runs with their current states, newest first.
 
+    Check runs that are over are removed, and left out.
+
     Args:
         on_damaged: called with the name of the folder and a line for each record that cannot be
             used and is left out.
@@ -338,7 +342,11 @@ def list_runs(
     # One look at all processes, after the supervisors were seen to be gone.
     unsettled = sum(not _is_settled(record) for record in known)
     running = {run.run_id for run in activity().runs} if unsettled > 1 else None
-    return [_current(record, running) for record in known]
+    found = [_current(record, running) for record in known]
+    for record in found:
+        if check_run.is_over(record):
+            check_run.forget(record)
+    return [record for record in found if not check_run.is_over(record)]
 
 
 def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:

@@ -30,7 +30,8 @@ def store_document(store: StoreFolder) -> dict[str, Any]:
 
 
 def print_stores(stores: Sequence[StoreFolder]) -> None:
-    """Print one line per model and rank."""
+    """Print one line per model and rank; those that are empty are left out."""
+    stores = [store for store in stores if not store.is_empty]
     if not stores:
         note("no caches of prompts; to keep some: k2 launch MODEL --prefix-cache-disk 50GB")
         return
@@ -45,6 +46,8 @@ def _row(store: StoreFolder) -> tuple[str, ...]:
     rank = f"{store.rank} of {store.ranks}" if store.ranks else "?"
     tokens, size = f"{store.tokens:,}", format_bytes(store.nbytes)
     used = "used by a run" if store.in_use else ""
+    if used and not store.nbytes:
+        used += ", nothing stored yet"
     return (one_line(store.model) or "?", rank, tokens, size, _time(store.used), used)
 
 

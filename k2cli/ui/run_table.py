@@ -41,6 +41,8 @@ def print_runs(runs: Sequence[RunRecord], statuses: Mapping[str, StatusDocument]
             print_line(f"  {gpus}")
         if run.live and run.ends_with_chats:
             print_line("  started by k2 chat; it ends with its last chat")
+        if run.live and run.ends_with_check:
+            print_line("  started by k2 doctor --deep; it ends with the check")
         if (status := statuses.get(run.run_id)) is not None:
             print_line(f"  {_activity(status)}")
         if run.cause and (run.left or run.state not in ("ready", "stopped")):

@@ -55,8 +55,14 @@ def test_caches_are_listed_and_removed_by_model(capsys: pytest.CaptureFixture[st
     with pytest.raises(UsageError) as refused:  # there is no terminal to ask on
         run_command_line(["cache", "clear", "--model", "demo"])
     assert refused.value.hint == "k2 cache clear --model demo --yes"
-    with pytest.raises(K2Error, match="'other'"):
-        run_command_line(["cache", "clear", "--model", "other", "--yes"])
+    for name, hint in (
+        ("other", "k2 cache list"),
+        ("dmo", "k2 cache clear --model demo"),
+        ("./models/demo/", "k2 cache clear --model demo"),
+    ):
+        with pytest.raises(K2Error, match=f"'{name}'") as unknown:
+            run_command_line(["cache", "clear", "--model", name, "--yes"])
+        assert unknown.value.hint == hint
     run_command_line(["cache", "clear", "--model", "demo", "--yes"])
     assert sorted(path.name for path in prefixes_directory().iterdir()) == ["a-0", "secret"]
     capsys.readouterr()
@@ -64,6 +70,25 @@ def test_caches_are_listed_and_removed_by_model(capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)["freed_bytes"] == 3000
     assert list(prefixes_directory().iterdir()) == []
     os.close(used)
+
+
+def test_empty_caches_are_listed_only_while_a_run_uses_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run whose prompts were short, or whose blocks gave way to others, leaves an empty store."""
+    used = _store("a-0", "kimi", 0)
+    os.close(_store("b-0", "demo", 0))
+    run_command_line(["cache", "list"])
+    (row,) = capsys.readouterr().out.splitlines()[1:]
+    assert row.startswith("kimi")
+    assert row.endswith("used by a run, nothing stored yet")
+    os.close(used)
+    run_command_line(["cache", "list", "--json"])
+    assert json.loads(capsys.readouterr().out)["caches"] == []
+    run_command_line(["cache", "list"])
+    assert "no caches of prompts" in capsys.readouterr().err
+    run_command_line(["cache", "clear"])  # asks nothing: nothing is lost
+    assert list(prefixes_directory().iterdir()) == []
 
 
 def test_a_store_that_is_opened_while_somebody_lists_it_is_in_use(

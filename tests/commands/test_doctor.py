@@ -22,7 +22,11 @@ from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.launch.prepare import prepare_run
 from k2cli.launch.request import LaunchRequest
 from k2cli.nodes.locks import BusyError, release_locks
-from k2cli.runs.record import RunRecord, list_runs
+from k2cli.runs.record import RunRecord, find_run, list_runs
+from k2cli.runs.stop import stop_run
+from k2cli.settings import runs_directory
+from k2cli.ui.run_table import print_runs
+from tests.runs.test_record import make_record
 from tests.support.commands import K2, k2
 from tests.support.gpu_host import make_gpu_host
 
@@ -219,9 +223,43 @@ def test_the_ranks_of_deep_end_with_the_command_however_that_ends(
         run = _wait_for_run("loading")
         doctor.send_signal(how)
     assert doctor.returncode == (-how if how == signal.SIGKILL else 130)
-    run = _wait_for_run("stopped")
-    assert run.cause
+    _wait_until_forgotten()
     assert not processes_of_run(run.run_id)
+    assert not run.folder.exists()
+
+
+@pytest.mark.ranks
+def test_the_run_of_deep_is_listed_and_can_be_stopped_until_it_is_over(
+    toy_k2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = ("--nodes", "localhost,localhost", "--model", str(toy_k2), "--most-tokens", "40")
+    before = make_record("stopped")
+    done = k2("doctor", "--quick", "--deep", *nodes, "--json")
+    [found] = [each for each in json.loads(done.stdout)["checks"] if each["name"] == "link data"]
+    assert found["status"] == "pass", done.stderr
+    assert list_runs() == [before]
+    assert [path.name for path in runs_directory().iterdir()] == [before.run_id]
+
+    # Stopped from elsewhere: the check fails in words, and its run is gone as well.
+    with subprocess.Popen(
+        [*K2, "doctor", "--quick", "--deep", *nodes[:-1], "2000", "--json"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as doctor:  # fmt: skip
+        run = _wait_for_run("loading")
+        print_runs([find_run(run.run_id)], {})
+        assert stop_run(run).state == "stopped"
+        output, _ = doctor.communicate(timeout=60)
+    assert "started by k2 doctor --deep; it ends with the check" in capsys.readouterr().out
+    [found] = [each for each in json.loads(output)["checks"] if each["name"] == "link data"]
+    assert (found["status"], "was stopped before it was ready" in found["detail"]) == ("fail", True)
+    _wait_until_forgotten(before)
+
+
+def _wait_until_forgotten(*others: RunRecord, limit_seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_seconds
+    while list_runs() != list(others) or len(list(runs_directory().iterdir())) != len(others):
+        assert time.monotonic() < deadline, list_runs()
+        time.sleep(0.02)
 
 
 def _wait_for_run(state: str, limit_seconds: float = 60.0) -> RunRecord:

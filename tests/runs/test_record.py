@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import pytest
 
 from k2cli.agent import run_processes
 from k2cli.errors import K2Error
+from k2cli.runs import check_run
+from k2cli.runs.lease import hold
 from k2cli.runs.record import (
     KEPT_RECORDS,
     RankRecord,
@@ -67,6 +71,32 @@ def test_newest_first_and_damaged_records_are_left_out() -> None:
     assert [run.run_id for run in list_runs()] == [new.run_id, old.run_id]
     with pytest.raises(K2Error, match="several runs"):
         find_run("smollm2")
+
+
+def test_a_check_run_is_forgotten_only_if_it_is_over_and_nobody_needs_it() -> None:
+    gone: dict[str, Any] = {
+        "pid": os.getpid(),
+        "pid_create_time": time.time() - 1e6,
+    }  # another process's
+    cases: list[tuple[RunState, dict[str, str], bool]] = [
+        ("failed", {}, True),  # its log tells why
+        ("stopped", {"localhost": "1 process"}, True),
+        ("stopped", {}, False),
+        ("lost", {}, False),
+    ]
+    for state, left, kept in cases:
+        record = replace(make_record(state), left=left, ends_with_check=True, **gone)
+        save_record(record)
+        assert check_run.is_over(record) is not kept
+        lease = hold(record.folder)
+        assert lease is not None
+        if not kept:  # the check itself still reads it
+            assert list_runs() == []
+            assert record.folder.exists()
+        lease.close()
+        assert [run.run_id for run in list_runs()] == ([record.run_id] if kept else [])
+        assert record.folder.exists() is kept
+        shutil.rmtree(record.folder, ignore_errors=True)
 
 
 def test_without_a_supervisor_a_run_is_lost() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from k2cli.commands.models.nodes import Yes, confirm
 from k2cli.commands.options import AsJson
+
+if TYPE_CHECKING:
+    from k2cli.errors import K2Error
+    from k2cli.prefix_folder import StoreFolder
 
 _HELP = "List or remove the caches of prompts that runs have kept on this machine's disk."
 
@@ -24,7 +29,8 @@ cache = typer.Typer(
 def list_(json: AsJson = False) -> None:
     """List the caches of prompts on this machine's disk, one line per model and rank.
 
-    They are made by k2 launch --prefix-cache-disk.
+    They are made by k2 launch --prefix-cache-disk. Those that are empty, and that no run uses, are
+    left out: the next run that keeps caches on this disk removes them.
 
     Example: k2 cache list
     """
@@ -32,7 +38,7 @@ def list_(json: AsJson = False) -> None:
     from k2cli.ui.cache_view import print_stores, store_document
     from k2cli.ui.output import print_json
 
-    found = stores()
+    found = [store for store in stores() if not store.is_empty]
     if json:
         print_json({"schema_version": 1, "caches": [store_document(store) for store in found]})
     else:
@@ -57,7 +63,6 @@ def clear(
     """
     import shlex
 
-    from k2cli.errors import K2Error
     from k2cli.prefix_folder import remove_secret, remove_store, stores
     from k2cli.ui.cache_view import print_stores, store_document
     from k2cli.ui.output import note, print_json, print_line
@@ -65,14 +70,16 @@ def clear(
 
     found = stores()
     if model is not None:
-        found = [store for store in found if store.model == model]
-        if not found:
-            raise K2Error(f"no cache of model '{model}' is on this disk", "k2 cache list")
+        named = [store for store in found if store.model == model]
+        if not named:
+            raise _no_cache(model, found)
+        found = named
     total = sum(store.nbytes for store in found)
-    if found:
+    holding = [store for store in found if not store.is_empty]
+    if holding:
         if not json:
-            print_stores(found)
-        used = sum(store.in_use for store in found)
+            print_stores(holding)
+        used = sum(store.in_use for store in holding)
         also = f" ({used} of them used by a run)" if used else ""
         option = f" --model {shlex.quote(model)}" if model is not None else ""
         confirm(f"remove this, {format_bytes(total)}{also}?", yes, f"k2 cache clear{option}")
@@ -81,12 +88,29 @@ def clear(
     for store in found:
         remove_store(store.folder)
     if json:
-        removed = [store_document(store) for store in found]
+        removed = [store_document(store) for store in holding]
         print_json({"schema_version": 1, "freed_bytes": total, "removed": removed})
-    elif found:
+    elif holding:
         print_line(f"freed {format_bytes(total)}")
     else:
         note("no caches of prompts are on this disk")
+
+
+def _no_cache(model: str, found: Sequence[StoreFolder]) -> K2Error:
+    """Return the error for a name without caches, with a command for the name that was meant."""
+    import difflib
+    import shlex
+
+    from k2cli.errors import K2Error
+
+    message = f"no cache of model '{model}' is on this disk"
+    there = list(dict.fromkeys(store.model for store in found if store.model.isprintable()))
+    last = model.rstrip("/").rpartition("/")[2]
+    meant = [name for name in there if name and name.rpartition("/")[2] == last]
+    meant = meant or difflib.get_close_matches(model, there, 1)
+    if not meant:
+        return K2Error(message, "k2 cache list")
+    return K2Error(message, f"k2 cache clear --model {shlex.quote(meant[0])}")
 
 
 for _name, _command in (("list", list_), ("clear", clear)):

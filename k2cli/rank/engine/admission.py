@@ -17,6 +17,7 @@ from k2cli.rank.engine.prefixes.tree import Hit, cache_tokens
 from k2cli.rank.engine.request_table import RequestTable
 from k2cli.rank.engine.requests import Running, Waiting
 from k2cli.rank.engine.sampling import Sampler
+from k2cli.rank.engine.shared_prompts import awaited_row
 from k2cli.rank.engine.waiting_line import is_short
 
 _MOST_BLOCKED = 128
@@ -38,7 +39,8 @@ class Admission:
     def admit(self, quiet: Collection[int]) -> None:
         """Admit waiting requests in fair order while there is memory for the next.
 
-        One whose grammar is not compiled yet lets others pass. If there is no memory for the next,
+        One whose grammar is not compiled yet, or whose prompt is just computed for another, lets
+        others pass. If there is no memory for the next,
         running requests may be paused for it, and short requests may pass it, with as much work as
         it has itself.
 
@@ -55,6 +57,10 @@ class Admission:
         allowance = float(MOST_UNITS)
         refused: dict[tuple[str, bool], int] = {}
         for ticket in self._line.ready_in_order():
+            awaited = awaited_row(ticket.item, self._table.prefilling)
+            if awaited is not None and not self._prefixes.whole_only:
+                awaited.awaited = True
+                continue
             if blocked and (not is_short(ticket) or ticket.cost > allowance):
                 return False
             # What had no room for one has none for later ones of its kind that need as much.

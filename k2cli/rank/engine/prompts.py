@@ -73,12 +73,17 @@ class PromptChunks:
     def _short_prompts(self, in_order: Sequence[Running], limit: int) -> list[Running]:
         """Choose new prompts for the first one's batch that fit one chunk, with padding."""
         first = in_order[0]
-        if not self._computes_together or first.computed or self._table.is_drafting(first.batch):
+        if (
+            not self._computes_together
+            or first.computed
+            or first.awaited
+            or self._table.is_drafting(first.batch)
+        ):
             return []
         chosen: list[Running] = []
         longest = 0
         for row in in_order:
-            if row.computed or row.batch != first.batch or not row.prefill_left:
+            if row.computed or row.awaited or row.batch != first.batch or not row.prefill_left:
                 continue
             longest = max(longest, row.prefill_left)
             if (len(chosen) + 1) * longest > limit:

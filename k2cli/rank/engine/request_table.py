@@ -19,6 +19,7 @@ from k2cli.protocol import (
     JoinBatch,
     KvCacheUse,
     LeaveBatch,
+    OpenSequence,
     RankMessage,
     RequestFailed,
 )
@@ -201,10 +202,29 @@ class RequestTable:
 
     def join(self, row: Running) -> None:
         """Make a request whose prompt is computed a row of its batch."""
+        if row.awaited:
+            self._share(row)
         self.prefilling.remove(row)
         assert row.batch is not None
         self.batches[row.batch].append(row)
         self.sender.submit(JoinBatch(self.sender.next_number, row.batch, row.sequence))
+
+    def _share(self, row: Running) -> None:
+        """Keep the cache of a computed prompt for requests that wait for it, if there is room."""
+        tokens = row.held_tokens
+        self.evict(len(tokens))
+        used = used_tokens(self.worst_cases()) + self._prefixes.tokens() + len(tokens)
+        if used > self.budget.tokens:
+            return
+        request = row.request
+        keep = self.keeper.keep(tokens, request.prefix_scope, stores=request.stores_prefix)
+        if keep.prefix is None:
+            return
+        number, kept = self.sender.next_number, (keep.prefix, keep.below, keep.first)
+        self.sender.submit(CloseSequence(number, row.sequence, *kept))
+        number = self.sender.next_number
+        self.sender.submit(OpenSequence(number, row.sequence, keep.prefix, len(tokens)))
+        self.evict()
 
     def balance(self, quiet: list[int]) -> None:
         """Move a request from a batch to one with fewer, so that all stages have work.

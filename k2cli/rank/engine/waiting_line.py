@@ -57,7 +57,7 @@ class WaitingLine:
         if request.use_prefix_cache:
             hit = self._prefixes.find(request.prompt, request.prefix_scope)
         waiting.prefix = None if hit is None else hit.prefix
-        cached = 0 if hit is None else hit.tokens
+        waiting.cached_tokens = cached = 0 if hit is None else hit.tokens
         self._tickets[request.request_id] = self._queue.join(
             waiting, request.owner, request.prompt, request.max_tokens, cached
         )

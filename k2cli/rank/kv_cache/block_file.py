@@ -101,8 +101,12 @@ class _Header(msgspec.Struct):
 # --- writing ------------------------------------------------------------------------------------
 
 
-def write_block(path: Path, arrays: list[HostArray]) -> int:
-    """Write a block; return the bytes of the file. The folder of its scope is made if need be.
+def write_block(path: Path, arrays: list[HostArray]) -> tuple[int, bool]:
+    """Write a block. The folder of its scope is made if need be.
+
+    Returns:
+        The bytes of the file, and True if nobody else has changed that folder meanwhile, as far as
+        the times of the file system tell.
 
     Raises:
         FileNotFoundError: if the folder of the store is not there.
@@ -114,18 +118,20 @@ def write_block(path: Path, arrays: list[HostArray]) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with os.fdopen(open_regular(partial, flags, mode=0o600), "wb") as file:
+            began = path.parent.stat().st_mtime_ns
             file.write(header)
             for array in arrays:
                 file.write(array.data)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
+        undisturbed = path.parent.stat().st_mtime_ns == began
         partial.rename(path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    return size
+    return size, undisturbed
 
 
 def _header(path: Path, arrays: list[HostArray]) -> bytes:

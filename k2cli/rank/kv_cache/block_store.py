@@ -25,10 +25,12 @@ from k2cli.prefix_folder import (
     BlockFile,
     StoreNote,
     blocks_of,
+    change_times,
     lock_state,
     naming_secret,
     open_prefixes_directory,
     open_store,
+    remove_if_empty,
 )
 from k2cli.protocol import (
     Assignment,
@@ -56,7 +58,9 @@ STEP_SECONDS = 1e-6
 """Between the recorded uses of the blocks of a prompt: the later ones are removed first."""
 _OLD_PART_SECONDS = 600.0
 _SIZE_SECONDS = 10.0
-"""Between two looks at the size of the store, to which other runs may write as well."""
+"""Between two counts of all blocks while no change of another run is seen."""
+_COUNT_SHARE = 0.1
+"""The most of the time of the writing thread that counts take beside another run that writes."""
 _MOST_BLOCKS = 2**18
 """Of one store: 67 million tokens. The leader is told of all of them in one message."""
 
@@ -90,7 +94,9 @@ class BlockStore:
         self._read: dict[int, list[list[HostArray]]] = {}
         self._lock = threading.Lock()
         self._failed = False
-        self._next_look = 0.0
+        self._next_count, self._earliest_count = 0.0, 0.0
+        self._seen: dict[str, int] = {}
+        self._is_outdated = False
         self.secret = b""
         """On the leader: what the names of blocks depend on, once its blocks are reported."""
         self.problem = ""
@@ -108,14 +114,14 @@ class BlockStore:
         found: list[BlockFile] = []
         self._limit_bytes = decision.limit_bytes
         try:
-            root = open_prefixes_directory()
-            self._folder = root / f"{decision.folder}-{self._rank}"
+            self._folder = open_prefixes_directory() / f"{decision.folder}-{self._rank}"
             self._make_folder()
             found = self._found()
             for file in found:
                 self._count(file.name, file.nbytes)
-            self._find_others(root)
+            self._find_others()
             self._make_room(0)
+            self._note_changes()
         except Exception as error:  # the leader waits for the report
             found = []
             self._switch_off(error)
@@ -164,16 +170,35 @@ class BlockStore:
         if nbytes:
             self._own[block] = nbytes
 
-    def _find_others(self, root: Path) -> None:
-        """Find the blocks of this rank in other stores: they count in its limit, too."""
-        others = [
-            (file.used, folder / file.name, file.nbytes)
-            for folder in root.glob(f"*-{self._rank}")
-            if folder != self._folder and not folder.is_symlink()
-            for file in blocks_of(folder)
-        ]
+    def _find_others(self) -> None:
+        """Find the blocks of this rank in other stores: they count in its limit, too.
+
+        Stores that have none are removed.
+        """
+        others = []
+        for folder in self._stores():
+            if folder != self._folder:
+                remove_if_empty(folder)
+                others += [
+                    (file.used, folder / file.name, file.nbytes) for file in blocks_of(folder)
+                ]
         self._others = deque((path, nbytes) for _, path, nbytes in sorted(others))
         self._others_bytes = sum(nbytes for _, nbytes in self._others)
+
+    def _stores(self) -> list[Path]:
+        """Return the stores of this rank, of all models."""
+        found = self._folder.parent.glob(f"*-{self._rank}")
+        return [folder for folder in found if not folder.is_symlink()]
+
+    def _note_changes(self) -> bool:
+        """Note when blocks were last added or removed; return True if that was since the last call.
+
+        Called after each change of its own, it tells those of other runs.
+        """
+        before = self._seen
+        with contextlib.suppress(OSError):
+            self._seen = change_times(self._stores())
+        return self._seen != before
 
     def _make_room(self, more_bytes: int) -> None:
         """Remove blocks of other stores, oldest first, until they fit beside this one's."""
@@ -199,36 +224,60 @@ class BlockStore:
         try:
             if self._is_removed():
                 self._make_folder_again()
-            self._make_room(sum(len(array.data) for array in arrays))
+            size = sum(len(array.data) for array in arrays)
+            with contextlib.suppress(OSError):
+                self._look_at_others()
+                self._make_own_room(size)
+            self._make_room(size)
+            self._note_changes()
             try:
-                size = write_block(self._folder / block, arrays)
+                size = self._write_file(self._folder / block, arrays)
             except FileNotFoundError:  # removed at this very moment
                 self._make_folder_again()
-                size = write_block(self._folder / block, arrays)
+                size = self._write_file(self._folder / block, arrays)
         except Exception as error:  # the leader waits for the report
             self._switch_off(error)
             self._report(BlockWritten(self._rank, block, error=str(error)))
         else:
             self._count(block, size)
             self._report(BlockWritten(self._rank, block, size))
-            self._keep_size()
 
-    def _keep_size(self) -> None:
-        """Remove the oldest blocks if the store is too large: its leader may not know of all."""
+    def _write_file(self, path: Path, arrays: list[HostArray]) -> int:
+        """Write a block, and note if another run has changed something meanwhile."""
+        size, undisturbed = write_block(path, arrays)
+        self._is_outdated |= not undisturbed
+        self._seen[str(path.parent)] = path.parent.stat().st_mtime_ns
+        return size
+
+    def _look_at_others(self) -> None:
+        """Count all blocks again if other runs have changed something, and now and then anyway."""
+        self._is_outdated |= self._note_changes()
         now = time.monotonic()
-        if now < self._next_look:
+        if now < (self._earliest_count if self._is_outdated else self._next_count):
             return
-        self._next_look = now + _SIZE_SECONDS
-        with contextlib.suppress(OSError):
-            files = [file for file in blocks_of(self._folder) if PART_MARK not in file.name]
-            self._own = {file.name: file.nbytes for file in files}
-            self._own_bytes = sum(self._own.values())
-            for file in sorted(files, key=lambda file: file.used):
-                if self._own_bytes <= self._limit_bytes:
-                    return
-                if _is_block(file.name):
-                    (self._folder / file.name).unlink(missing_ok=True)
-                    self._count(file.name, 0)
+        self._is_outdated = False
+        self._own = {
+            file.name: file.nbytes for file in blocks_of(self._folder) if PART_MARK not in file.name
+        }
+        self._own_bytes = sum(self._own.values())
+        self._find_others()
+        after = time.monotonic()
+        self._next_count = after + _SIZE_SECONDS
+        self._earliest_count = after + (after - now) * (1 / _COUNT_SHARE - 1)
+
+    def _make_own_room(self, more_bytes: int) -> None:
+        """Remove the oldest of this store's blocks: its leader does not know of all of them.
+
+        Those of another run of the model are not known to it, and it cannot know of theirs.
+        """
+        if self._own_bytes + more_bytes <= self._limit_bytes:
+            return
+        for file in sorted(blocks_of(self._folder), key=lambda file: file.used):
+            if self._own_bytes + more_bytes <= self._limit_bytes:
+                return
+            if _is_block(file.name):
+                (self._folder / file.name).unlink(missing_ok=True)
+                self._count(file.name, 0)
 
     def _switch_off(self, error: Exception) -> None:
         if not self._failed:
@@ -286,6 +335,7 @@ class BlockStore:
             with contextlib.suppress(OSError):
                 (self._folder / block).unlink()
             self._count(block, 0)
+        self._note_changes()
 
 
 def _model_name(folder: Path) -> str:

@@ -86,7 +86,7 @@ def _one_answer(value: int) -> int:
     if value != 1:
         raise ValueError(
             f"{value} is not supported, only 1: send the request several times at the same time "
-            "instead; requests are computed together and share the cache of their prompt"
+            "instead; the answers are computed together, and the prompt as a rule once"
         )
     return value
 

@@ -195,3 +195,24 @@ def test_a_long_prompt_does_not_stall_running_answers(pool: RankPool) -> None:
     assert tokens_between >= chunks // 2
     pool.outcome(answering)
     pool.outcome(long)
+
+
+def test_requests_of_one_prompt_at_the_same_time_give_what_each_gives_alone(
+    pool: RankPool,
+) -> None:
+    """Those that come while it is computed wait for it: see ``test_request_table``."""
+    shared = _prompt(300, 70)
+    prompts = [shared, shared, [*shared, *_prompt(40, 71)], [*shared[:290], *_prompt(30, 72)]]
+    apart = [pool.generate(prompt, 8, use_prefix_cache=False) for prompt in prompts]
+    for scope in ("one", "two"):
+        pool.submit(_prompt(480, 73), 1, use_prefix_cache=False)  # these arrive meanwhile
+        names = [pool.submit(prompt, 8, prefix_scope=scope) for prompt in prompts]
+        cached = []
+        for name, prompt, tokens in zip(names, prompts, apart, strict=True):
+            outcome = pool.outcome(name)
+            assert outcome.tokens == tokens
+            assert outcome.finished is not None
+            assert outcome.finished.prompt_tokens == len(prompt)
+            cached.append(outcome.finished.cached_tokens)
+        assert all(count in (0, 290, 299, 300) for count in cached)
+        assert 0 in cached

@@ -196,7 +196,8 @@ def test_every_request_ends_whatever_comes_and_memory_never_overflows(
                 prompt = [*history, *draw.choices(range(10**9), k=draw.randint(1, 60))][:900]
             else:
                 prompt = draw.choices(range(10**9), k=draw.choice([1, 20, 300, 900]))
-            machine.send(owner, prompt, draw.choice([1, 8, 100, 2000]))
+            for _ in range(draw.choice([1, 1, 3])):  # of the same prompt at the same time
+                machine.send(owner, prompt, draw.choice([1, 8, 100, 2000]))
             histories.append((owner, prompt))
         if machine.sent and draw.random() < 0.2:
             machine.table.cancel(draw.choice(list(machine.sent)))
@@ -287,6 +288,34 @@ def test_a_cache_that_a_request_finds_after_a_pause_is_free() -> None:
     report = machine.reports[long]
     assert (report.pauses, report.cached_tokens) == (1, 100)
     assert machine.table.line.counter_of("a") == machine.units
+
+
+def test_a_prompt_that_several_requests_have_is_computed_once() -> None:
+    machine = Machine(11, 8)
+    prompt, end = (machine.draw.choices(range(10**9), k=count) for count in (600, 50))
+    same = [machine.send("a", prompt, 5) for _ in range(3)]
+    machine.step()
+    begins = machine.send("a", [*prompt[:400], *end], 5)
+    other_key = machine.send("b", prompt, 5)
+    machine.run_until(*same, begins, other_key)
+    cached = [machine.reports[name].cached_tokens for name in (*same, begins, other_key)]
+    assert cached == [0, 599, 599, 400, 0]
+    assert machine.units == 599 + 49 + 599 + 5 * 5 * ANSWER_UNITS
+
+    # One that has much more to compute is not waited for, nor one of few tokens.
+    longer = machine.send("a", [*end, *range(800)], 5)
+    machine.step()
+    shorter = machine.send("a", [*end, *range(300), *end], 5)
+    few = [machine.send("c", prompt[:200], 5) for _ in range(2)]
+    machine.run_until(longer, shorter, *few)
+    assert [machine.reports[name].cached_tokens for name in (longer, shorter, *few)] == [0] * 4
+
+    # The one that computes is cancelled: another goes on from there.
+    again = [machine.send("d", prompt, 5) for _ in range(3)]
+    machine.step()
+    machine.table.cancel(again[0])
+    machine.run_until(*again)
+    assert [machine.reports[name].cached_tokens for name in again] == [0, CHUNK, 599]
 
 
 def test_a_request_whose_cache_is_gone_when_it_starts_is_not_short() -> None:

@@ -140,3 +140,41 @@ def test_a_request_beside_others_that_come_and_go(pool: RankPool) -> None:
             pool.cancel(other)
         pool.outcome(other)
     assert pool.outcome(name).tokens == without.tokens
+
+
+def test_several_answers_to_one_prompt_are_those_of_single_requests(pool: RankPool) -> None:
+    """In place of n=3: one request, and then others of the same prompt at the same time."""
+    prompt = _prompt(300, 9)
+    samplings = [
+        Sampling(logit_bias=TWO),
+        *(Sampling(temperature=1.0, seed=seed, logit_bias=FOUR) for seed in (1, 2)),
+    ]
+    single = [
+        pool.outcome(
+            pool.submit(prompt, 30, each, use_prefix_cache=False, use_speculation=False)
+        ).tokens
+        for each in samplings
+    ]
+
+    def answers(wanted: list[Sampling], scope: str) -> tuple[list[list[int]], list[int]]:
+        names = [pool.submit(prompt, 30, each, prefix_scope=scope) for each in wanted]
+        found = [pool.outcome(name) for name in names]
+        for outcome in found:
+            assert outcome.finished is not None
+            assert outcome.finished.prompt_tokens == len(prompt)
+            assert outcome.finished.completion_tokens == len(outcome.tokens) == 30
+            assert outcome.finished.accepted_tokens <= outcome.finished.draft_tokens
+        cached = [each.finished.cached_tokens for each in found if each.finished is not None]
+        return [each.tokens for each in found], cached
+
+    # The prompt is computed once; its last token is always computed, for the logits after it.
+    assert answers(samplings[:1], "one first") == (single[:1], [0])
+    assert answers(samplings[1:], "one first") == (single[1:], [len(prompt) - 1] * 2)
+    greedy, cached = answers(samplings[:1] * 3, "one first")
+    assert greedy == single[:1] * 3
+    assert cached == [len(prompt) - 1] * 3
+    # All at once: there is room for two. The second may come too late to wait for the first, and
+    # compute it, too. The third starts once one of them is complete.
+    tokens, cached = answers(samplings, "at once")
+    assert tokens == single
+    assert (cached[0], cached[2]) == (0, len(prompt) - 1)

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from k2cli.files import open_regular
 from k2cli.prefix_folder import (
+    StoreNote,
     blocks_of,
     naming_secret,
+    open_store,
+    remove_if_empty,
     remove_secret,
     remove_store,
     stores,
@@ -29,12 +33,17 @@ def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _opened(
-    model: Path, reports: list[Any], *, limit_bytes: int = 10**9, rank: int = 0
+    model: Path,
+    reports: list[Any],
+    *,
+    limit_bytes: int = 10**9,
+    rank: int = 0,
+    name: str = "5" * 32,
 ) -> BlockStore:
     """Open the store of a rank, in this thread."""
     assignment = make_assignment(model_path=str(model), rank=rank, size=rank + 1)
     store = BlockStore(assignment, 1, reports.append)
-    store._open(OpenStore(1, "5" * 32, limit_bytes))
+    store._open(OpenStore(1, name, limit_bytes))
     return store
 
 
@@ -109,6 +118,46 @@ def test_the_blocks_of_other_runs_give_way_as_this_one_grows(tmp_path: Path) -> 
     assert not any(report.error for report in reports)
 
 
+def test_empty_stores_are_removed_unless_a_run_uses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start of a later run: those of its rank, also while another run opens one."""
+    root, note, used = tmp_path / "prefixes", StoreNote("toy", 0, 1), []
+    root.mkdir(mode=0o700)
+    for name in ("used-0", "empty-0", "empty-1", "full-0"):
+        used.append(open_store(root / name, note))
+    for folder in ("empty-0", "full-0"):  # a scope without blocks, and one with a block
+        (root / folder / "scope").mkdir(mode=0o700)
+    (root / "full-0" / "scope" / "block").write_bytes(bytes(10))
+    for mark in used[1:]:
+        os.close(mark)
+    first = _opened(Path("/models/toy"), [])
+    assert {path.name for path in root.iterdir()} == {
+        "secret", "used-0", "empty-1", "full-0", first._folder.name,
+    }  # fmt: skip
+
+    # A run that opens a store while another removes it has one all the same.
+    os.close(first._mark)
+    opened: list[int] = []
+
+    def removed_meanwhile(*arguments: Any, **options: Any) -> int:
+        if not opened and arguments[0].name == "lock":
+            opened.append(1)
+            remove_if_empty(first._folder)
+        return open_regular(*arguments, **options)
+
+    monkeypatch.setattr("k2cli.prefix_folder.open_regular", removed_meanwhile)
+    reports: list[Any] = []
+    second = _opened(Path("/models/toy"), reports)
+    monkeypatch.undo()
+    monkeypatch.setenv("K2_CACHE_DIR", str(tmp_path))
+    second._write("scope/one", [ARRAY])
+    assert opened
+    assert [report.error for report in reports[1:]] == [""]
+    (found,) = [store for store in stores() if store.folder == second._folder]
+    assert (found.tokens, found.in_use) == (256, True)
+
+
 def test_a_model_whose_folder_has_a_name_that_is_no_text_has_a_store() -> None:
     reports: list[Any] = []
     _opened(Path("/models/\udcff"), reports)
@@ -156,16 +205,77 @@ def test_a_folder_that_cannot_be_used_is_reported_in_words(
     assert f"switched off: {store.problem}" in capfd.readouterr().err
 
 
-def test_two_runs_of_a_model_share_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+SCOPE = "5c" * 16
+
+
+@pytest.mark.parametrize("others", ["of the same model", "of another model"])
+def test_two_runs_share_one_size_at_every_moment(
+    others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The leader of each knows only what its own run has written."""
     monkeypatch.setattr("k2cli.rank.kv_cache.block_store._SIZE_SECONDS", 0.0)
+    monkeypatch.setattr("k2cli.rank.kv_cache.block_store._COUNT_SHARE", 1.0)
     reports: list[Any] = []
-    runs = [_opened(Path("/models/toy"), reports, limit_bytes=4000) for _ in range(2)]
-    scope = "5c" * 16
-    for number in range(8):
-        runs[number % 2]._write(f"{scope}/{number:032x}", [ARRAY])
-        os.utime(runs[0]._folder / f"{scope}/{number:032x}", (number, number))
+    names = ["5" * 32, ("5" if others == "of the same model" else "6") * 32]
+    runs = [_opened(Path("/models/toy"), reports, limit_bytes=4000, name=name) for name in names]
+    largest = 0
+    for number in range(9):
+        run = runs[number // 2 % 2]
+        run._write(f"{SCOPE}/{number:032x}", [ARRAY])
+        os.utime(run._folder / f"{SCOPE}/{number:032x}", (number + 1, number + 1))
+        held = sum(file.nbytes for one in {run._folder for run in runs} for file in blocks_of(one))
+        assert held <= 4000
+        largest = max(largest, held)
     assert not any(report.error for report in reports[2:])
-    assert runs[0]._folder == runs[1]._folder
-    kept = sorted(file.name[-1] for file in blocks_of(runs[0]._folder))
-    assert kept == ["5", "6", "7"]
+    assert largest > 3000  # the size is used
+    kept = {file.name[-1] for run in runs for file in blocks_of(run._folder)}
+    # The oldest of this model's blocks give way, but before them those of other models.
+    assert kept == ({"6", "7", "8"} if others == "of the same model" else {"5", "7", "8"})
+
+
+def test_a_change_by_another_run_is_counted_before_the_next_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One's own changes are not, nor those that come before a count has paid off."""
+    counts: list[int] = []
+    find = BlockStore._find_others
+    monkeypatch.setattr(
+        BlockStore, "_find_others", lambda store: (counts.append(1), find(store))[1]
+    )
+    monkeypatch.setattr("k2cli.rank.kv_cache.block_store._COUNT_SHARE", 1.0)
+    store = _opened(Path("/models/toy"), [], limit_bytes=10_000)
+    for number in range(3):
+        store._write(f"{SCOPE}/{number:032x}", [ARRAY])
+    store._remove([f"{SCOPE}/{0:032x}"])
+    store._write(f"{SCOPE}/{3:032x}", [ARRAY])
+    assert len(counts) == 2  # at the start, and before the first block
+    other = store._folder.with_name("6" * 32 + "-0") / SCOPE
+    other.mkdir(parents=True)
+    (other / "block").write_bytes(bytes(9000))
+    store._write(f"{SCOPE}/{4:032x}", [ARRAY])
+    assert len(counts) == 3
+    assert not (other / "block").exists()
+    # The counts must not take most of the time: a change is counted later then, and not forgotten.
+    store._earliest_count = float("inf")
+    (other / "block").write_bytes(bytes(9000))
+    os.utime(other, (1, 1))
+    store._write(f"{SCOPE}/{5:032x}", [ARRAY])
+    assert (len(counts), (other / "block").exists()) == (3, True)
+    store._earliest_count = 0.0
+    store._write(f"{SCOPE}/{6:032x}", [ARRAY])
+    assert (len(counts), (other / "block").exists()) == (4, False)
+
+    # A change while a block is written, which changes the same folder.
+    synchronize = os.fsync
+
+    def change(descriptor: int) -> None:
+        (store._folder / SCOPE / f"{99:032x}").write_bytes(bytes(9000))
+        os.utime(store._folder / SCOPE, (2, 2))
+        synchronize(descriptor)
+
+    monkeypatch.setattr(os, "fsync", change)
+    store._write(f"{SCOPE}/{7:032x}", [ARRAY])
+    monkeypatch.setattr(os, "fsync", synchronize)
+    store._write(f"{SCOPE}/{8:032x}", [ARRAY])
+    assert len(counts) == 5
+    assert sum(file.nbytes for file in blocks_of(store._folder)) <= 10_000

@@ -1,0 +1,101 @@
+"""Hints for lines that the parser refuses: commands to copy, which the parser accepts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+
+from k2cli.cli import build_app, run_command_line
+from k2cli.errors import UsageError
+
+LINES = {
+    "cache clear demo": "k2 cache clear --model demo",
+    "cache clear 'my model' --yes": "k2 cache clear --model 'my model'",
+    "cache list demo": "k2 cache list",
+    "cache show demo": "k2 cache list",
+    "cache remove demo": "k2 cache clear --model demo",
+    "cache rm --yes": "k2 cache clear --yes",
+    "models prune demo": "k2 models remove demo",
+    "models list demo": "k2 models show demo",
+    "models lst --json": "k2 models list --json",
+    "models remove": "k2 models list",
+    "keys rm alice": "k2 keys revoke alice",
+    "lanch demo --detach": "k2 launch demo --detach",
+    "launch demo --node a,b": "k2 launch demo --nodes a,b",
+    "launch demo --node=a,b": "k2 launch demo --nodes=a,b",
+    "launch demo studio-2 --detach": "k2 launch demo --detach",
+    "stop one two --json": "k2 stop one --json",
+    "ps --json=1": "k2 ps --json",
+    "download": "k2 download demo",
+    # Nothing better is known, or a secret would be repeated.
+    "clear": "k2 --help",
+    "cache nonsense": "k2 cache --help",
+    "launch demo --nope": "k2 launch --help",
+    "launch demo more --api-key s3cret": "k2 launch --help",
+    "top more --url http://me:s3cret@host extra": "k2 top --help",
+}
+
+
+def _refused(words: list[str]) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        run_command_line(words)
+    return caught.value
+
+
+def _is_accepted(line: str) -> bool:
+    """True if the parser accepts a line, or shows help for it; nothing is carried out."""
+    name, *words = shlex.split(line, comments=True)
+    assert name == "k2"
+    command, context = typer.main.get_command(build_app()), None
+    while True:
+        if "--help" in words[:1]:
+            return True
+        group = getattr(command, "commands", None)
+        if group is None:
+            command.make_context(name, list(words), parent=context)
+            return True
+        context = command.make_context(name, [words[0]], parent=context)
+        name, *words = words
+        command = group[name]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_refused_line_is_answered_with_one_that_is_accepted(line: str) -> None:
+    error = _refused(shlex.split(line))
+    assert error.hint == LINES[line]
+    assert _is_accepted(error.hint)
+
+
+def _commands() -> Iterator[tuple[list[str], Any]]:
+    waiting: list[tuple[list[str], Any]] = [([], typer.main.get_command(build_app()))]
+    while waiting:
+        path, command = waiting.pop()
+        group = getattr(command, "commands", None)
+        if group is None:
+            yield path, command
+        else:
+            waiting += [([*path, name], each) for name, each in group.items()]
+
+
+def test_hints_for_an_argument_too_many_or_too_few_are_accepted() -> None:
+    """Of every command, also of those to come."""
+    tried = 0
+    for path, command in _commands():
+        arguments = [each for each in command.params if each.param_type_name == "argument"]
+        if any(each.required for each in arguments):
+            hint = _refused(path).hint
+            assert hint is not None
+            assert "--help" not in hint
+            assert _is_accepted(hint), hint
+            tried += 1
+        if all(each.nargs == 1 for each in arguments):
+            hint = _refused([*path, *(f"word{n}" for n in range(len(arguments) + 1))]).hint
+            assert hint is not None
+            assert "--help" not in hint
+            assert _is_accepted(hint), hint
+            tried += 1
+    assert tried > 30
