@@ -280,7 +280,7 @@ def chosen_product(
 
 
 class _Form(NamedTuple):
-    """What a compiled kernel depends on.
+    """All that the text of a kernel depends on.
 
     ``words`` are those of an output's weights, which may be more than those of ``inputs``, and
     ``widths`` the outputs of each part.
