@@ -11,7 +11,8 @@ of the tensor cores' peak, the more so for experts, and a layer costs about half
 beside its bytes. Several rows, decoded together, reach only a share of the rates of a prompt.
 
 These constants are **fitted to k2's own figures, of one kind of card and one model, and nothing was
-held out**: {machine}, {date} ({source}).
+held out**: {machine}, {date} ({source}), {remark}
+([full-width.md](../measurements/full-width.md#k2s-own-kernels)).
 `benchmarks/speed_fit/cuda.toml` has the figures, and `benchmarks.full_width` makes the model. The
 band of H200s is as wide as the farthest round demands. Any other card is planned with the same
 shares of its own published peaks. Nobody has checked that, so its band is the widest that there is:
@@ -28,7 +29,12 @@ over PCIe or over a network has not been measured: its figures are assumed.
 def cuda_section(cuda: CudaOutcome) -> str:
     """Return the section: text, constants, and every figure beside the model's."""
     about = cuda.about
-    text = _TEXT.format(source=about["source"], machine=about["machine"], date=about["measured_on"])
+    text = _TEXT.format(
+        source=about["source"],
+        machine=about["machine"],
+        date=about["measured_on"],
+        remark=about["remark"],
+    )
     return "\n".join([text, *_constants(cuda), "", *_figures(cuda), ""])
 
 

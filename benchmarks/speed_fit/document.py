@@ -308,6 +308,7 @@ def _cuda_toml(cuda: CudaOutcome) -> list[str]:
         f'machines = ["{about["machine"]}"]',
         f'chips = ["{about["chip"]}"]',
         f'measured_on = "{about["measured_on"]}"',
+        f'remark = "{about["remark"]}"',
         f"spread = {cuda.spread}",
         "",
         "[cuda.shares]",

@@ -134,8 +134,8 @@ def constants_of_table(table: Mapping[str, Any]) -> SpeedConstants:
 def _cuda_of_table(table: Mapping[str, Any]) -> CudaConstants:
     machines = " and ".join(table["machines"])
     return CudaConstants(
-        source=f"fitted to k2's measurements on {machines}, {table['measured_on']} "
-        "(docs/design/speed-model.md)",
+        source=f"fitted to k2's measurements on {machines}, {table['measured_on']}, "
+        f"{table['remark']} (docs/design/speed-model.md)",
         shares=Shares(**table["shares"]),
         measured=tuple(table["chips"]),
         spread=table["spread"],
