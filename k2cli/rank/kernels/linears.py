@@ -12,21 +12,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from k2cli.rank.kernels.few_inputs import QUANTIZED_LINEARS
 from k2cli.rank.kernels.shared_product import DTYPES, MOST_ROWS, is_known, shared_product
 from k2cli.rank.own_classes import use_own_class
-
-_KINDS: tuple[type[nn.Module], ...] = (
-    nn.QuantizedLinear,
-    nn.QuantizedAllToShardedLinear,
-    nn.QuantizedShardedToAllLinear,
-)
 
 
 def use_own_linears(model: nn.Module) -> int:
     """Let quantized linear layers compute rows together; return their number."""
     count = 0
     for module in model.modules():
-        if type(module) in _KINDS and is_known(module, vars(module)):
+        if type(module) in QUANTIZED_LINEARS and is_known(module, vars(module)):
             use_own_class(module, RowsTogether)
             count += 1
     return count
@@ -39,15 +34,15 @@ class RowsTogether:
         """Multiply ``[..., inputs]``, as MLX's class does."""
         *leading, inputs = x.shape
         rows = x.size // inputs
-        if rows > MOST_ROWS or x.dtype not in DTYPES:
+        if not 0 < rows <= MOST_ROWS or x.dtype not in DTYPES:
             output: mx.array = super().__call__(x.reshape(rows, inputs))  # type: ignore[misc]
-            return output.reshape(*leading, -1)
+            return output.reshape(*leading, output.shape[-1])
         product: mx.array = self.product(x.reshape(rows, inputs))
         if isinstance(self, nn.QuantizedShardedToAllLinear):
             product = mx.distributed.all_sum(product, group=self.group)
         if "bias" in self:
             product = product + self["bias"]
-        return product.reshape(*leading, -1)
+        return product.reshape(*leading, product.shape[-1])
 
     def product(self: Any, x: mx.array) -> mx.array:
         """Multiply at most ``MOST_ROWS`` rows by this rank's weights alone."""
