@@ -21,7 +21,7 @@ from k2cli.rank.kernels.experts import one_expert_product
 from k2cli.rank.kernels.feed_forward import compile_feed_forward, forget_feed_forward
 from k2cli.rank.kernels.gated_experts import GatedExperts, gate_and_up, use_own_experts
 from k2cli.rank.kernels.heads import HeadProjection, head_shape, wrong_head
-from k2cli.rank.kernels.linears import RowsTogether, use_own_linears
+from k2cli.rank.kernels.linears import HeadRowsTogether, RowsTogether, use_own_linears
 from k2cli.rank.kernels.shared_product import DTYPES
 from k2cli.rank.own_classes import leave_own_class
 
@@ -61,7 +61,7 @@ def find_wrong_kernel(model: nn.Module) -> str | None:
 def leave_own_kernels(model: nn.Module) -> None:
     """Let a model compute everything with MLX's kernels again."""
     for module in model.modules():
-        for own in (GatedExperts, RowsTogether):
+        for own in (GatedExperts, RowsTogether, HeadRowsTogether):
             leave_own_class(module, own)
     _leave_heads(model)
     forget_feed_forward(model)
@@ -83,7 +83,7 @@ def _errors(model: nn.Module) -> Iterator[tuple[str, float]]:
     """Yield what was compared and its error, once for each shape."""
     seen: set[Any] = set()
     for module in model.modules():
-        if isinstance(module, RowsTogether):
+        if isinstance(module, RowsTogether | HeadRowsTogether):
             linear: Any = module
             shape: Any = (
                 linear["weight"].shape,

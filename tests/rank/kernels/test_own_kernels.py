@@ -30,6 +30,7 @@ from k2cli.rank.kernels.gated_experts import GatedExperts
 from k2cli.rank.kernels.linears import RowsTogether
 from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.stage import make_cache
+from k2cli.sharding.tensor import ShardedHead, StandInGroup
 from lab.toy_k2.checkpoint import ToyShape, toy_config
 from tests.support import own_kernels as plain
 from tests.support.latent_models import MLX_LM, TOKENS
@@ -162,6 +163,31 @@ def test_the_check_asks_a_kernel_only_for_types_that_it_knows(
     assert own_kernels.find_wrong_kernel(model) is None
     assert asked
     assert asked <= set(shared_product.DTYPES)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_head_in_slices_uses_the_kernel_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def noted(x: mx.array, *arguments: Any) -> mx.array:
+        rows.append(len(x))
+        return plain.shared_product(x, *arguments)
+
+    monkeypatch.setattr(linears, "shared_product", noted)
+    whole = nn.QuantizedLinear.from_linear(nn.Linear(256, 128), 32, 4)
+    model = nn.Module()
+    model.head = ShardedHead(whole, StandInGroup(1, 2))
+    mx.eval(model.parameters())
+    assert linears.use_own_linears(model) == 1
+    assert own_kernels.find_wrong_kernel(model) is None
+    rows.clear()
+    for count in (2, 40):
+        x = mx.random.normal((count, 1, 256))
+        wanted = (whole(x) - whole["bias"])[..., 64:]
+        assert _error(model.head.product(x), wanted) < 1e-4
+    assert rows == [2]
+    own_kernels.leave_own_kernels(model)
+    assert type(model.head) is ShardedHead
 
 
 def test_a_cpu_uses_no_kernel_of_k2() -> None:
