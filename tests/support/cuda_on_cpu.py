@@ -154,7 +154,7 @@ def _program(header: str, source: str, arguments: tuple[tuple[str, str], ...]) -
     )
     signature = ", ".join(f"{kind} {name}" for kind, name in arguments)
     return (
-        f'#include "{_HEADER}"\n{_without_assembly(header)}\n'
+        f'#include "{_HEADER.name}"\n{_without_assembly(header)}\n'
         f"static void kernel({signature}) {{\n{source}\n}}\n"
         "static void call(const void* const* a) {\n"
         f"kernel({values});\n}}\n"
@@ -178,7 +178,11 @@ def _without_assembly(text: str) -> str:
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="k2-cuda-on-cpu-")
+    """Make a folder for compiled text, with the header, which takes longest, compiled once."""
+    folder: Any = tempfile.TemporaryDirectory(prefix="k2-cuda-on-cpu-")
+    header = Path(shutil.copy(_HEADER, folder.name))
+    _compile("-x", "c++-header", "-o", f"{header}.gch", str(header))
+    return folder  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -186,8 +190,12 @@ def _compiled(text: str) -> Any:
     place = Path(_folder().name) / hashlib.sha256(text.encode()).hexdigest()[:16]
     source, library = place.with_suffix(".cpp"), place.with_suffix(".so")
     source.write_text(text)
-    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", library, source]
+    _compile("-shared", "-o", str(library), str(source))
+    return ctypes.CDLL(str(library))
+
+
+def _compile(*arguments: str) -> None:
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(f"[custom_kernel] {ended.stderr}")
-    return ctypes.CDLL(str(library))
